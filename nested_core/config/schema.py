@@ -354,6 +354,11 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
         yield "continual.from: champion needs a registry path and name"
     if config.resume_adapter_file is not None:
         yield "continual.from and resume_adapter_file: give only one of them"
+    if config.continual.policy != "continue" and not config.registry.keep_data:
+        yield (
+            f"continual.policy: {config.continual.policy} trains on what the registry keeps, and "
+            f"registry.keep_data is false: let it be true, or give policy: continue"
+        )
 
 
 def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
@@ -371,5 +376,7 @@ def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
         changed.append(f"data_format {config.data_format}")
     if config.continual.replay.fraction:
         changed.append("continual.replay")
+    if config.continual.policy != "continue":
+        changed.append("continual.policy")
     if changed:
         yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

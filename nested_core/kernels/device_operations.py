@@ -93,6 +93,10 @@ class DeviceOperations:
         """`gated_delta.carry_in_mlx` by a kernel; None if no kernel takes the arrays."""
         return None
 
+    def find_expert_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The layers with LoRA on experts that a context of `layer_contexts` computes."""
+        return []
+
     def find_fusable_mlps(self, trace: CallTrace) -> list[GatedMLP]:
         """The gated MLPs that `using_fused_mlps` takes."""
         return []

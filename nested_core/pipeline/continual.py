@@ -32,6 +32,7 @@ from nested_core.records.dataset import DatasetReport, held_out_split, read_data
 from nested_core.records.judged_run import JudgedRun
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.skip import Skip
+from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict
 from nested_core.registry import holding_champion, read_champion, trials, verify
 from nested_core.registry.folders import name_exists
@@ -189,10 +190,10 @@ def settings_digest(
     settings = settings_that_shape_adapter(config)
     if config.training.minutes is not None:
         del settings["iters"]
-    replay = settings.pop("continual")  # what there is of it is about replay
-    facts = [base, dataset.tokenizer, settings]
+    followed = settings.pop("continual")  # the rate of going on, and replay
+    facts = [base, dataset.tokenizer, settings, followed["rate"]]
     if earlier := find_earlier_examples(config, run):
-        facts += [replay, earlier.content_digest()]
+        facts += [followed["replay"], earlier.content_digest()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
@@ -209,35 +210,30 @@ def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | Non
 
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """One line that says where a run with `continual.from` started; None for other runs."""
-    if config.continual.start is None:
-        return None
-    parent = parent_version_of(config, read_adapter(run.initial).digest())
-    name = config.registry.name
-    if parent is None:
-        return f"{name} has no champion yet: starting from a fresh adapter"
-    return f"starting from version {shorten_digest(parent)} of {name}"
+    start = read_start(config, run)
+    return None if start is None else start.describe(config.registry.name)
 
 
 def find_unbeaten_champion(
     config: FineTuneConfig, run: RunDirectory, verdict: Verdict
 ) -> str | None:
-    """The champion, where an adapter started from it and is no better: `better` keeps that out.
+    """The champion, where an adapter that follows it is no better: `better` keeps that out.
 
     No better is a mean loss on the held-out examples that is not lower, without a suite whose
     answers got better beyond noise; the gate has passed a rise within its bound, or within noise.
-    None without a champion, for another start, and without held-out examples.
+    None without a champion, for a run that follows none, and without held-out examples.
     """
-    validation = verdict.validation
-    if verdict.rival is None or validation is None:
+    if verdict.rival is None or verdict.validation is None:
         return None
-    before, after = validation.loss_before, validation.loss_after
-    if before is None or after is None or after < before:
+    initial, difference = verdict.initial.digest, None
+    if verdict.rival in (initial, parent_version_of(config, initial)):
+        before, after = verdict.validation.loss_before, verdict.validation.loss_after
+        difference = None if before is None or after is None else after - before
+    elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
+        difference = None if verdict.champion is None else verdict.champion.difference
+    if difference is None or difference < 0 or any(task.is_proven_gain for task in verdict.tasks):
         return None
-    if any(task.is_proven_gain for task in verdict.tasks):
-        return None
-    initial = verdict.initial.digest
-    is_start = verdict.rival in (initial, parent_version_of(config, initial))
-    return verdict.rival if is_start else None
+    return verdict.rival
 
 
 @contextmanager

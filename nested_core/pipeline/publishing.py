@@ -44,6 +44,7 @@ from nested_core.records.judged_run import (
 )
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run import Run
+from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register_and_promote
@@ -321,6 +322,7 @@ def make_provenance(
         "champion_at_gate": champion,
         "training_examples": None if trained_on is None else encode_digests(trained_on),
         "trained": training.schedule,
+        "start": None if (start := read_start(config, run)) is None else start.to_provenance(),
         "replay": None if earlier is None else earlier.make_provenance(training.replayed_tokens),
         "training_seconds": training.seconds,
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},

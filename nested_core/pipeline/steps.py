@@ -72,6 +72,7 @@ from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.learning_rate_rule import require_usable_rate
 from nested_core.pipeline.processes import count_processes, train_in_processes
 from nested_core.pipeline.services import load_services
 from nested_core.process.command_parent import list_earlier_ends
@@ -91,6 +92,7 @@ from nested_core.records.plan import (
     write_plan,
 )
 from nested_core.records.result import TrainResult, read_result, write_result
+from nested_core.records.start import CONFIGURED, START_FILE, Start
 from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, export_adapter, write_adapter
 from nested_core.storage.atomic import (
@@ -158,7 +160,7 @@ def choose_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> None:
     """
     if run.initial.exists() and run.tiers.exists():
         return
-    for written in (run.replay, run.replayed_rows):
+    for written in (run.replay, run.replayed_rows, run.start):
         remove_file(written)
     if earlier := find_earlier_examples(config, run):
         earlier.choose()
@@ -214,8 +216,8 @@ def write_initial_adapter_and_tiers(
 ) -> None:
     """Write the initial adapter and the tier of each tensor.
 
-    It is fresh, from resume_adapter_file, or where `continual` says so the champion. Holds the
-    device meanwhile; `on_wait` is told who has it.
+    It is fresh, from resume_adapter_file, or where `continual` says so the champion, which is
+    noted in start.json. Holds the device meanwhile; `on_wait` is told who has it.
     """
     if run.initial.exists() and run.tiers.exists():
         return
@@ -230,9 +232,16 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     model, base = loaded.model, loaded.folder
     described = make_adapter_config(config, fingerprint_base_model(base))
     champion = starting_champion(config)
+    version = None if champion is None else champion.digest()
+    choice = CONFIGURED
     if earlier := find_earlier_examples(config, run):
-        earlier.require_same_start(None if champion is None else champion.digest())
-    start, what = champion, f"continual.from: the champion of {config.registry.name}"
+        earlier.require_same_start(version)
+        choice = earlier.read_choice()
+    goes_on = champion is not None and choice.policy == "continue"
+    start, what = None, f"continual.from: the champion of {config.registry.name}"
+    if goes_on:
+        require_usable_rate(config)
+        start = champion
     if config.resume_adapter_file is not None:
         start = read_adapter_file(Path(config.resume_adapter_file))
         what = f"resume_adapter_file: {start.path}"
@@ -246,6 +255,9 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
                 f"{config.lora_parameters.scale:g} on {base}.",
                 stacklevel=2,
             )
+    if config.continual.start is not None:
+        share = config.continual.rate if goes_on else 1.0
+        START_FILE.write(run.start, Start(version, choice, share))
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
     tiers = _assign_tiers(config, run, model)

@@ -94,9 +94,10 @@ class DigestList(BaseModel):
 
 
 def read_lineage(registry: Path, name: str, version: str) -> list[str]:
-    """A version and those that it was trained from, newest first, through their provenance.
+    """A version and those that it was trained from or followed, newest first.
 
-    A version that was collected ends the list: what it was trained from is not known. Raises
+    They stand in their provenance. A version that was collected ends the list: what it was trained
+    from is not known. Raises
     DamagedError for a provenance that cannot be read.
     """
     lineage: list[str] = []
@@ -109,8 +110,11 @@ def read_lineage(registry: Path, name: str, version: str) -> list[str]:
 
 
 def _trained_from(place: Path) -> str | None:
-    """The version that training began with; None for a fresh adapter, whatever it followed."""
-    parent = read_provenance(place).get("parent")
+    """The version that a run of `continual.from` followed, or that training began with."""
+    provenance = read_provenance(place)
+    if (start := provenance.get("start")) is not None:
+        return str(start["champion"]) if start["champion"] else None
+    parent = provenance.get("parent")
     return parent if parent == read_verdict(place / GATE_NAME).initial.digest else None
 
 

@@ -1,10 +1,10 @@
 """Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
 Garbage collection never removes the champion, what it replaced last, what a rollback would go to,
-the policy's reference and the champions that become it, the newest ancestors of the champion, the
-versions used last, or one that is new and may still be promoted. A version whose folder holds what
-is not of it stays too. A version that a rollback has barred stays barred, because the history is
-never shortened.
+the policy's reference and the champions that become it, the ancestors of the champion that are new
+or whose examples are kept, the versions used last, or one that is new and may still be promoted. A
+version whose folder holds what is not of it stays too. A version that a rollback has barred stays
+barred, because the history is never shortened.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
     find_rows,
+    keeps_examples,
     read_digest_list,
     read_lineage,
     remove_unneeded_rows,
@@ -70,9 +71,10 @@ def collect_garbage(
     """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
 
     The newest are the `keep` versions that were registered, or were champion, last. Kept as well
-    are the `keep` newest of the champion and its ancestors, which its gate and replay read however
-    many came after them, and a version that was registered less than an hour ago and has not been
-    champion since: its promotion may be under way. A dry run only says what would be removed.
+    are the `keep` newest of the champion and its ancestors, each older one whose examples the store
+    has, for later nights are trained on them, and a version that was registered less than an hour
+    ago and has not been champion since: its promotion may be under way. A dry run only says what
+    would be removed.
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
     verdict or provenance of the champion's lineage, that cannot be read.
     """
@@ -101,8 +103,9 @@ def _plan_removals(
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
-    if ledger.champion is not None:  # what its gate compares with, and its replay draws from
-        kept |= {*read_lineage(folder.parent, name, ledger.champion)[:keep]}
+    if ledger.champion is not None:  # what its gate compares with, and later nights train on
+        lineage = read_lineage(folder.parent, name, ledger.champion)
+        kept |= {*lineage[:keep], *(one for one in lineage if keeps_examples(folder, one))}
     places = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
     kept |= {version for version, place in places.items() if not _may_go(place)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)

@@ -72,6 +72,8 @@ class Room:
         several.
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
         `training.reference`.
+    layer_context: a context of a model in which its layers compute otherwise while it trains.
+    plain_delta_rule: the formulas of gated delta nets that kernels are compared with.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
     training_log: a function of the arguments of `train`, configuration and run directory, which
         gives the callback that prints lines in place of ours, or None.
@@ -131,6 +133,8 @@ class Room:
     train_in_processes: str | None = None
     reference_schedule: str | None = None
     reference_trainer: str | None = None
+    layer_context: str | None = None
+    plain_delta_rule: str | None = None
     cuda_operations: str | None = None
     training_log: str | None = None
     champion_page: str | None = None
@@ -234,6 +238,10 @@ ROOMS: Mapping[str, Room] = {
         kernel_folder="nested_core.rooms.kernel_folder.compiled_kernels:use_private_kernel_folder",
         around_training="nested_core.rooms.kernel_folder.first_kernels:compiling_first_kernels",
     ),
+    "delta_nets": Room(
+        layer_context="nested_core.rooms.delta_nets.layers:using_delta_nets",
+        plain_delta_rule="nested_core.rooms.delta_nets.gated_delta:PlainDeltaRule",
+    ),
     "cuda": Room(
         cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
     ),
@@ -249,8 +257,11 @@ ROOMS: Mapping[str, Room] = {
         run_measurement="nested_core.rooms.minutes.sizes:measure_run",
     ),
     "replay": Room(
-        keys=("continual.replay", "gate.max_ancestor_loss_increase"),
-        gate_checks="nested_core.rooms.replay.ancestor_check:CHECKS",
+        keys=(
+            *("continual.replay", "continual.policy", "continual.window"),
+            "gate.max_ancestor_loss_increase",
+        ),
+        gate_checks="nested_core.rooms.replay.rebuilt_check:CHECKS",
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
         data_blocks="nested_core.rooms.replay.page:describe_replay",
@@ -266,5 +277,25 @@ ROOMS: Mapping[str, Room] = {
         readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
         data_tables="nested_core.rooms.tables.labels:tabulate_labels_of_data",
         answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
+    ),
+    "preferences": Room(
+        losses={
+            name: RoomLoss(
+                rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
+                problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
+                make="nested_core.rooms.preferences.training_loss:make_loss",
+                compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
+            )
+            for name, rows in {
+                "dpo": "PAIRS",
+                "orpo": "PAIRS",
+                "simpo": "PAIRS",
+                "kto": "LABELS",
+            }.items()
+        },
+        suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
+        gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
+        verdict_blocks={"preferences": "nested_core.rooms.preferences.verdict_block:SHOWN"},
+        reasons={"preference_not_learnt": "ANSWERS"},
     ),
 }

@@ -42,6 +42,7 @@ NAMES_OF_DIGESTED_INPUTS = {
     "data": "the data",
     "tokenizer": "the base's tokenizer or chat template",
     "replay": "replay.json",
+    "start": "start.json",
 }
 
 

@@ -20,7 +20,17 @@ from benchmarks.learning.judge import Judge, encode, mean_loss
 from benchmarks.learning.report import Results, mcnemar, over_tasks
 from benchmarks.learning.stream_report import StreamResults
 from benchmarks.learning.streams import read_stream
-from benchmarks.learning.study import FULL, REAL, SMALL, Cell, cell_of
+from benchmarks.learning.study import (
+    FULL,
+    REAL,
+    SMALL,
+    STREAM_RATES,
+    Cell,
+    arm_of_night,
+    cell_of,
+    rate_share,
+    replay_fraction,
+)
 from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
 
@@ -194,6 +204,17 @@ def test_a_fraction_is_shown_that_forgets_less_than_a_point_and_stays_near_joint
     assert behind is not None
     assert behind.mean == pytest.approx(-lost / results.current.sum())
     assert behind.low < behind.mean < behind.high < 0
+
+
+def test_an_arm_of_a_stream_says_its_rate_its_replay_and_what_it_does_in_each_night() -> None:
+    said = {arm: (rate_share(arm), replay_fraction(arm)) for arm in STREAM_RATES.stream_arms}
+    assert said["go-30-10"] == (0.3, 0.1)
+    assert said["replay-30"] == (1.0, 0.3)
+    assert said["all-30"] == (0.3, None)
+    assert said["rebuild"] == said["joint"] == said["alone"] == (1.0, None)
+    nights = [arm_of_night("auto", night) for night in range(6)]
+    assert nights == ["rebuild"] * 3 + ["go-30-50"] * 3
+    assert arm_of_night("go-10-80", 4) == "go-10-80"
 
 
 def stream_row(cell: Cell, final: Any) -> dict[str, Any]:

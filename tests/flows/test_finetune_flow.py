@@ -113,7 +113,8 @@ def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
         shutil.copytree(DATA, data)
         lines = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
         (data / "train.jsonl").write_text("".join(lines[:40]))
-    settings = {"continual": {"from": "champion"}, "data": str(data)} | changes
+    following = {"from": "champion", "rate": 1.0, "allow_high_rate": True}
+    settings = {"continual": following, "data": str(data)} | changes
     given = parameters(folder, **settings).model_copy(update={"run_dir": str(folder / path)})
     return run_flow(given)
 

@@ -140,7 +140,7 @@ def _hash_judged_files(
 ) -> dict[str, FileEntry]:
     """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
     paths = [run.dataset, run.tiers, run.metrics, run.result]
-    optional = (run.validation_losses, run.replay, run.replayed_rows)
+    optional = (run.validation_losses, run.replay, run.replayed_rows, run.start)
     paths += [path for path in optional if path.is_file()]
     entries = {path: describe_file(path) for path in paths}
     entries[offered.path / MANIFEST_NAME] = describe_manifest(offered.manifest)
@@ -172,8 +172,9 @@ def _require_unchanged_inputs(
         )
     if files[run.tiers.name]["sha256"] != digests.get("tiers"):
         raise DamagedError(f"{run.tiers} has changed since training began.")
-    if files.get(run.replay.name, {}).get("sha256") != digests.get("replay"):
-        raise DamagedError(f"{run.replay} has changed since training began.")
+    for name, path in (("replay", run.replay), ("start", run.start)):
+        if files.get(path.name, {}).get("sha256") != digests.get(name):
+            raise DamagedError(f"{path} has changed since training began.")
     if (dataset.digest, dataset.tokenizer) != (digests.get("data"), digests.get("tokenizer")):
         raise DamagedError(
             f"{run.dataset} is not the report on the data that {offered_checkpoint} has seen, or "

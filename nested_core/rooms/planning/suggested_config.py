@@ -249,7 +249,6 @@ def _render_yaml(
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
-    continuing = lora.learning_rate * SHARE_WHEN_CONTINUING
     masks_prompt = str(train.format not in (None, *UNTEMPLATED_FORMATS)).lower()
     return f"""\
 # Written by `nested-tune init` for {train.describe_format()}.
@@ -293,7 +292,7 @@ nested: {{frequencies: [1]}}
 {_describe_held_out(base, report)}{_GATE}
 # Where a verified adapter is registered, and when it becomes the champion by itself.
 # registry: {{path: registry, name: my-adapter, promote: better}}
-# continual: {{from: champion}}  # every run goes on from it: then learning_rate: {continuing:g}
+# continual: {{from: champion}}  # every run goes on from it, at 0.3 of the learning_rate above
 """
 
 

@@ -23,7 +23,7 @@ from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
 from nested_core.measure.losses.left_out_examples import find_left_out
-from nested_core.measure.losses.loss_figures import compare_losses, describe_noise
+from nested_core.measure.losses.loss_figures import Spread, compare_losses, describe_noise
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.paired_difference import Indices
@@ -81,7 +81,8 @@ def summarise_ancestors(
     """The figures of each ancestor, and of those joined that have too few examples by themselves.
 
     An ancestor with fewer than MIN_EXAMPLES independent examples has no interval, and rejects
-    nothing. Two or more of these are judged as one where they have so many together.
+    nothing. Two or more of these are judged as one where they have so many together. One with few
+    examples is judged by the spread of all ancestors' together.
 
     Args:
         ancestors: where the examples are from.
@@ -102,12 +103,16 @@ def summarise_ancestors(
     together = losses.select(np.isin(owners, few) & is_counted)
     is_joined = len(few) > 1 and together.independent_examples >= MIN_EXAMPLES
     comparisons = sum(count >= MIN_EXAMPLES for count in counts) + is_joined
+    compared = (own.compare_trained_with(own.before) for own in measured if own is not None)
+    spread = Spread.pool(filter(None, compared))
     for place, (ancestor, own) in enumerate(zip(ancestors, measured, strict=True)):
         left_out = int(((owners == place) & ~is_counted).sum())
-        yield summarise_ancestor(ancestor, own, bounds, left_out=left_out, ancestors=comparisons)
+        yield summarise_ancestor(
+            ancestor, own, bounds, left_out=left_out, ancestors=comparisons, spread=spread
+        )
     if is_joined:
         joined = AncestorExamples(JOINED, None)
-        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons)
+        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons, spread=spread)
         yield replace(found, joined=tuple(ancestors[place].version for place in few))
 
 
@@ -118,6 +123,7 @@ def summarise_ancestor(
     *,
     left_out: int = 0,
     ancestors: int = 1,
+    spread: Spread | None = None,
 ) -> AncestorLoss:
     """The figures of a champion's losses before, and the candidate's after, on an ancestor's rows.
 
@@ -127,6 +133,7 @@ def summarise_ancestor(
         bounds: the gate's.
         left_out: how many are not compared because they were trained on.
         ancestors: how many are compared, for which the interval is corrected (Bonferroni).
+        spread: that of all their examples.
     """
     bounds = bounds or GateSection()
     compared = AncestorLoss(
@@ -145,7 +152,9 @@ def summarise_ancestor(
         return replace(compared, not_compared=problem)
     increase = bounds.max_ancestor_loss_increase
     increase = bounds.max_val_loss_increase if increase is None else increase
-    figures = compare_losses(losses, losses.before, bounds, increase, comparisons=ancestors)
+    figures = compare_losses(
+        losses, losses.before, bounds, increase, comparisons=ancestors, spread=spread
+    )
     if not figures:
         return replace(compared, not_compared="a loss is not finite")
     return replace(
@@ -181,4 +190,3 @@ ANCESTORS = Check(
     stopped_by=(*WITHOUT_MODEL, CHAMPION),
     bounds=("max_ancestor_loss_increase",),
 )
-CHECKS = (ANCESTORS,)

@@ -113,7 +113,9 @@ class BucketedSchedule:
             make_batch_order(config, splits["train"]) if mixed is None else mixed.plan
         )
         self.iterations = config.iters
-        if config.training.epochs is not None:
+        if mixed is not None:
+            self.iterations = mixed.iterations
+        elif config.training.epochs is not None:
             self.iterations = self._plan.count_batches(config.training.epochs)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
         self.intervals = config.intervals(self.iterations)

@@ -100,11 +100,14 @@ def test_the_digest_is_over_the_base_its_tokenizer_and_all_settings_that_shape_a
     config = parse_config(CHANGED | {"optimizer": "adam"}, source="a test")
     values = config.model_dump(mode="json", exclude=NOT_IN_THE_DIGEST)
     settings = settings_that_shape_adapter(config)
-    assert settings.pop("continual").keys() == {"replay"}  # which counts where there is replay
+    followed = settings.pop("continual")
+    assert followed.keys() == {"rate", "replay"}  # of which replay counts where there is any
     assert settings.keys() == values.keys()
     assert all(settings[name] == values[name] for name in values if name != "training")
     assert settings["training"].items() <= values["training"].items()
-    expected = hashlib.sha256(canonical_json(["base", "tokenizer", settings])).hexdigest()
+    expected = hashlib.sha256(
+        canonical_json(["base", "tokenizer", settings, followed["rate"]])
+    ).hexdigest()
     assert settings_digest(config, "base", run, read_dataset_record(run.dataset)) == expected
 
 

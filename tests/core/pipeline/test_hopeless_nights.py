@@ -38,6 +38,7 @@ from tests.builders.suites import write_suite
 from tests.example import DATA, MODEL, example_config
 from tests.left_out import needs_rooms
 
+FOLLOWING = {"from": "champion", "allow_high_rate": True}
 NAME = "capitals"
 # What training itself does not see, and what then becomes of the adapter rests on.
 RUINOUS = {"learning_rate": 0.05}
@@ -47,7 +48,7 @@ HARDLY_BETTER = {"learning_rate": 1e-7}
 
 def configure(folder: Path, **changes: Any) -> FineTuneConfig:
     registry = {"path": str(folder / "registry"), "name": NAME, "promote": "better"}
-    settings = {"registry": registry, "continual": {"from": "champion"}, "val_batches": 1}
+    settings = {"registry": registry, "continual": FOLLOWING, "val_batches": 1}
     return example_config(**{"data": str(folder / "data"), "iters": 4} | settings | changes)
 
 
@@ -170,7 +171,7 @@ def test_the_folder_of_a_skipped_night_says_so_on_every_screen(folder: Path) -> 
 
 @pytest.mark.slow("trains and judges")
 def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
-    insisting = {"continual": {"from": "champion", "skip_unchanged": False}}
+    insisting = {"continual": FOLLOWING | {"skip_unchanged": False}}
     assert night(folder, "insisting", **RUINOUS, **insisting) == (Outcome.WORSE, True)
     assert len(trial_lines(folder)) == 1
     assert skip_of(folder, "after", **RUINOUS).outcome == Outcome.SKIPPED_HOPELESS
@@ -179,7 +180,7 @@ def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
 @pytest.mark.slow("trains and judges")
 def test_a_skipped_night_that_is_resumed_with_insistence_trains(folder: Path) -> None:
     skip_of(folder, "again", **RUINOUS)
-    config = configure(folder, **RUINOUS, continual={"from": "champion", "skip_unchanged": False})
+    config = configure(folder, **RUINOUS, continual=FOLLOWING | {"skip_unchanged": False})
     run = open_run(folder / "again", resume=True)
     with pytest.raises(GateRejected):
         finetune(config, run, Steps(), resume=True)

@@ -186,9 +186,13 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     goes_on: dict[str, Any] = {
         "from": "champion",
         "skip_unchanged": True,
-        "replay": {"fraction": 0.3},
+        "replay": {"fraction": 0.5},
+        "policy": "auto",
+        "window": "2h",
     }
     nightly: dict[str, Any] = {"continual": goes_on, "gate": {"max_ancestor_loss_increase": 0.1}}
+    if not (seams.is_there("replay") and seams.is_there("minutes")):
+        del goes_on["policy"], goes_on["window"]
     if not seams.is_there("replay"):
         del goes_on["replay"]
         nightly["gate"] = {}
@@ -211,6 +215,9 @@ def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Pa
     config = write(tmp_path / "r.yaml", registry=registry, training={"reference": "mlx_lm"})
     nightly = make_plan(config=config).deployments[0].parameters["config"]
     assert nightly["continual"] == {"from": "champion", "skip_unchanged": True}
+    config = write(tmp_path / "k.yaml", registry=registry | {"keep_data": False})
+    nightly = make_plan(config=config).deployments[0].parameters["config"]
+    assert "policy" not in nightly["continual"]
 
 
 @pytest.mark.parametrize(

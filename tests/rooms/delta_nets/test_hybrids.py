@@ -14,7 +14,6 @@ import pytest
 from mlx.utils import tree_flatten
 
 from nested_core.backend import to_float
-from nested_core.kernels import gated_delta
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import (
     assign_parameters,
@@ -22,6 +21,7 @@ from nested_core.models.parameters import (
     reference_trainable_parameters,
     restoring_parameters,
 )
+from nested_core.rooms.delta_nets import gated_delta
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import HYBRIDS, batch, build, largest_difference, outcome
 from tests.left_out import slow_except

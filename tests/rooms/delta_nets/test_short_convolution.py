@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 
 from nested_core.backend import to_float
-from nested_core.kernels.short_convolution import using_short_convolutions
+from nested_core.rooms.delta_nets.short_convolution import using_short_convolutions
 
 
 class Layers(nn.Module):

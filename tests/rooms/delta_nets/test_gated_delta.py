@@ -15,8 +15,8 @@ from mlx_lm.models import qwen3_5
 
 from nested_core import backend
 from nested_core.backend import to_float
-from nested_core.kernels import gated_delta
-from nested_core.kernels.gated_delta import DeltaRule, compute_by_tokens, compute_in_chunks
+from nested_core.rooms.delta_nets import gated_delta
+from nested_core.rooms.delta_nets.gated_delta import DeltaRule, compute_by_tokens, compute_in_chunks
 from tests.architectures import build
 
 Arrays = list[npt.NDArray[np.float64]]

@@ -10,15 +10,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from nested_core import backend
-from nested_core.kernels import expert_mlps
-from nested_core.kernels.expert_mlps import (
+from nested_core.kernels.optimized_model import describe_layers
+from nested_core.rooms.cuda import expert_mlps
+from nested_core.rooms.cuda.expert_mlps import (
     FEWEST_SORTED_ROWS,
     find_expert_layers,
     multiplies_all_experts,
     take_rows,
     using_expert_mlps,
 )
-from nested_core.kernels.optimized_model import describe_layers
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.core.kernels.arrays import normal
