@@ -50,7 +50,7 @@ ANCESTORS_KEY = "gate.max_ancestor_loss_increase"
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
-    """The champion's version; None if there is none, or no such registry or name yet."""
+    """The champion's version; None without one, or without such a registry or name."""
     return read_champion(registry, name) if name_exists(registry, name) else None
 
 
@@ -68,7 +68,7 @@ def starting_champion(config: FineTuneConfig) -> Adapter | None:
 
 
 def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | None:
-    """Why a validated run need not be trained; None where it is to be.
+    """Why a validated run need not be trained; None for a run to be trained.
 
     None as well if the run does not start from the champion, if `continual.skip_unchanged` is off,
     and if the run has begun to train. Raises DamagedError if the champion's provenance or a
@@ -200,7 +200,7 @@ def settings_digest(
 def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | None:
     """The digest of the examples that the gate measures losses on; None without any.
 
-    Of a file outside of the data set it is that of the file, None where the file is gone.
+    Of a file outside of the data set it is that of the file, None if the file is gone.
     """
     split = held_out_split(config.gate.held_out, dataset.splits)
     if split is None:

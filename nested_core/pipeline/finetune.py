@@ -83,7 +83,7 @@ class FinetuneResult:
 
     @property
     def promotion(self) -> str | None:
-        """ "promoted", or why the version was not; None where it is not to be promoted."""
+        """ "promoted", or why the version was not; None for one that is only registered."""
         if self.decision is None or self.decision.outcome == "registered":
             return None
         return self.decision.sentence

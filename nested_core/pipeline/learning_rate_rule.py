@@ -18,7 +18,7 @@ ADAM_OPTIMIZERS = ("adam", "adamw")
 
 
 def describe_learning_rate(config: FineTuneConfig) -> str | None:
-    """Where rank x scale x rate lies against what learns best; None where nothing is known of it.
+    """Where rank x scale x rate lies against what learns best; None without knowledge of it.
 
     It is known of LoRA with Adam. A rate that a schedule gives is its highest.
     """

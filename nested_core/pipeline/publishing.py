@@ -108,7 +108,7 @@ def register_run(
 
 
 def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples | None:
-    """The examples of a run for its version to keep; None where none are, or they are kept already.
+    """The examples of a run for its version to keep; None if they need not be kept, or are kept.
 
     None, too, with a warning, where the data has changed since it was validated, or is gone.
     """
@@ -266,7 +266,7 @@ def describe_changed_held_out(
 ) -> str | None:
     """That the gate judged by other examples than it judged the champion by, in a sentence.
 
-    None where they are the same, without a champion, or where one of the two is not recorded.
+    None if they are the same, without a champion, or where one of the two is not recorded.
     """
     champion, validation = verdict.rival, verdict.validation
     if champion is None or validation is None or config.registry.path is None:

@@ -119,7 +119,7 @@ def _trained_from(version_path: Path) -> str | None:
 
 
 def read_stored_data(registry: Path, name: str, version: str) -> StoredData | None:
-    """The examples of a version, each checked by its digest; None where none are kept.
+    """The examples of a version, each checked by its digest; None if they are not kept.
 
     Raises ConfigError for an unknown registry or name, DamagedError for a list that is none.
     """
@@ -302,7 +302,7 @@ def _list_path(folder: Path, version: str) -> Path:
 
 
 def read_digest_list(folder: Path, version: str) -> DigestList | None:
-    """The digests of a version's examples; None where none are kept.
+    """The digests of a version's examples; None if they are not kept.
 
     Raises DamagedError for a file that is no such list.
     """

@@ -65,7 +65,8 @@ class Judgement:
     """A verdict on a version.
 
     sha256: the hash of its file; None for the version's first.
-    place: the number of its line in the history, from 0; one beyond the last where it has none yet.
+    place: the number of its line in the history, from 0; one beyond the last before it is
+        written.
     """
 
     version: str
@@ -82,12 +83,12 @@ class Judgement:
 
     @property
     def rival(self) -> str | None:
-        """The champion that it was judged against; None where there was none to judge."""
+        """The champion that it was judged against; None without a champion."""
         return self.verdict.rival
 
     @property
     def loss_after(self) -> float | None:
-        """Its loss on the held-out examples, in nats/token; None where none was measured."""
+        """Its loss on the held-out examples, in nats/token; None if it was not measured."""
         return None if self.verdict.validation is None else self.verdict.validation.loss_after
 
     @property

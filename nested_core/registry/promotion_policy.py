@@ -195,7 +195,7 @@ def compare_losses(
 
 @dataclass(frozen=True)
 class PromotionNotes:
-    """What is to be said of a version that was promoted; None where there is nothing to say.
+    """What is to be said of a version that was promoted; None without a note.
 
     losses: its losses, and those of the champion that it replaced.
     warning: that it has a higher loss than that one on the same data.
@@ -296,8 +296,8 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
 def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> str | None:
     """What the registry's policy asks for and a run has not, of which a person decides otherwise.
 
-    `candidate` is the run's verdict, which need not be registered yet. None where the policy is
-    met, or there is none.
+    `candidate` is the run's verdict, which need not be registered yet. None if the policy is met,
+    and without a policy.
     """
     if read_policy(registry, name) is None:
         return None
@@ -322,7 +322,7 @@ def find_refusal(
     *,
     is_approved: bool = False,
 ) -> Decision | None:
-    """Why a version of a NAME's folder is not promoted automatically; None where it is.
+    """Why a version of a NAME's folder is not promoted automatically; None if it is promoted.
 
     Of the run's section and the registry's policy the stricter counts. With `is_approved` a person
     has said yes: nobody is asked again. All else counts but the policy's reference, which bounds
@@ -418,7 +418,7 @@ def _why_losses_promote_nothing(
     rule: PromotionRule,
     noise: Noise,
 ) -> str | None:
-    """Why the held-out losses are not what the rule needs, or None where they are."""
+    """Why the held-out losses are not what the rule needs, or None if they are."""
     if not rule.must_be_better:
         needs_enough = section.require_validation and not rule.asks_person
         return _why_too_few_prompts(candidate, champion) if needs_enough else None

@@ -100,7 +100,7 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
 
 def read_registration_time(registry: Path, name: str, version: str) -> str | None:
-    """When a version was registered, as ISO 8601 (UTC); None where that is not known."""
+    """When a version was registered, as ISO 8601 (UTC); None if that is not known."""
     with reading(registry, name) as (_, ledger):
         return next((e.time for _, e in ledger.standing.get(version, ())), None)
 
@@ -120,7 +120,7 @@ def verify(registry: Path, name: str, version: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class VerifiedVersion:
-    """A version as it was registered, in memory; `canary` is None where none was recorded."""
+    """A version as it was registered, in memory; `canary` is None if it was not recorded."""
 
     version: str
     adapter: Adapter
@@ -152,7 +152,7 @@ def read_verified_version(registry: Path, name: str, prefix: str) -> VerifiedVer
 
 
 def read_rollback_target(registry: Path, name: str) -> str | None:
-    """The version that a rollback without `to` would go to; None if there is none left."""
+    """The version that a rollback without `to` would go to; None if no version is left."""
     with reading(registry, name) as (_, ledger):
         return ledger.rollback_target()
 

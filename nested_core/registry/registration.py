@@ -63,7 +63,7 @@ REGISTRATION_AUTHOR = "nested-tune (a run with a verdict)"
 class NewVersion:
     """The adapter of a judged run on its way into a registry, and what is recorded with it.
 
-    examples: the rows for the data store; None where none are kept.
+    examples: the rows for the data store; None if no rows are kept.
     was_judged_now: whether the gate has just given the verdict. On a version that is there already
         the same words count again then, where policy or champion differ, or anything was changed.
     """

@@ -147,7 +147,7 @@ def inspect_version(
 ) -> tuple[list[AuditFinding], str | None]:
     """What is wrong with the files of a version, a verdict of "failed" aside; its manifest's hash.
 
-    The hash is None where the manifest cannot be read. The arguments are `verify_version`'s.
+    The hash is None if the manifest cannot be read. The arguments are `verify_version`'s.
     """
     if file_type(folder) != "directory":
         message = "the folder of the version is missing, or is not a directory"

@@ -316,7 +316,7 @@ def do_all(
 
 @pytest.mark.usefixtures("no_time_to_decide")
 @given(PLANS, st.lists(STEPS, min_size=3, max_size=5))
-@settings(max_examples=25)
+@settings(max_examples=10)
 def test_nothing_that_a_version_a_person_or_another_registry_needs_is_removed(
     pool: tuple[Path, list[str]], plans: list[PlannedRun], steps: list[Step]
 ) -> None:
