@@ -356,7 +356,7 @@ class RunningProof:
         return proof if exact is None else _judge_rounding(self.request, answers, proof, exact)
 
     def _compute_in_float32(self) -> Rows | None:
-        """The trained model's logits in float32; None where there is no room for it in memory."""
+        """The trained model's logits in float32, or None if the process failed, as without memory."""
         request = self.request
         model = describe_model("exact", request.model, request.trained, dtype="float32")
         try:
