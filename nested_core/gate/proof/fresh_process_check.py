@@ -178,18 +178,14 @@ def _judge_rounding(
 
     exact: the trained model's logits in float32, a row a prompt.
     """
-    expected = np.array(request.expected, np.float64)
-    if answers.base is not None or exact.shape != expected.shape:
-        return proof
     rounding = relative_distance(answers.trained, exact)
-    distance = relative_distance(expected, exact)
+    distance = relative_distance(np.array(request.expected, np.float64), exact)
     evidence = proof.evidence | {
         "rounding": finite_or_none(rounding),
         "relative_distance_from_float32": finite_or_none(distance),
     }
     allowed = ROUNDINGS_ALLOWED * min(rounding, LARGEST_ROUNDING)
-    reasons = () if distance <= allowed else proof.reasons
-    return replace(proof, evidence=evidence, reasons=reasons)
+    return replace(proof, evidence=evidence, reasons=() if distance <= allowed else proof.reasons)
 
 
 def keep_prompts_with_finite_base(
@@ -356,7 +352,7 @@ class RunningProof:
         return proof if exact is None else _judge_rounding(self.request, answers, proof, exact)
 
     def _compute_in_float32(self) -> Rows | None:
-        """The trained model's logits in float32, or None if the process failed, as without memory."""
+        """The trained model's logits in float32, or None if its process failed, say of memory."""
         request = self.request
         model = describe_model("exact", request.model, request.trained, dtype="float32")
         try:
