@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -37,6 +38,7 @@ from nested_core.config.sections import (
     RegistrySection,
     SaveInterval,
     TrainingSection,
+    name_optimizer,
     optimizer_problems,
     parse_optimizer_name,
 )
@@ -44,7 +46,7 @@ from nested_core.errors import ConfigError
 
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
 SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
-Optimizer = Annotated[str, AfterValidator(parse_optimizer_name)]
+Optimizer = Annotated[str, BeforeValidator(name_optimizer), AfterValidator(parse_optimizer_name)]
 
 
 Interval = Annotated[NumberOrShare, Field(gt=0)]

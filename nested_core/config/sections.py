@@ -296,8 +296,11 @@ MLX_LM_OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 
 
 @cache
-def optimizer_classes() -> Mapping[str, type]:
-    """mlx's optimizers by name; the first call imports mlx, which takes some 0.2 s."""
+def optimizer_classes() -> dict[str, type]:
+    """mlx's optimizers by name, and those that `name_optimizer` was given.
+
+    The first call imports mlx, which takes some 0.2 s.
+    """
     from mlx import optimizers
 
     classes = [value for value in vars(optimizers).values() if isinstance(value, type)]
@@ -308,8 +311,24 @@ def optimizer_classes() -> Mapping[str, type]:
     }
 
 
+def name_optimizer(value: Any) -> Any:
+    """The name by which this process knows an optimizer's class from now on; else the value itself.
+
+    Python alone gives classes: no name in a YAML file leads to code that was not given before.
+    Raises ValueError for a class without a learning_rate, or with the name of another one.
+    """
+    if not isinstance(value, type):
+        return value
+    name = value.__name__.lower()
+    if "learning_rate" not in inspect.signature(value).parameters:
+        raise ValueError(f"{value.__name__} takes no learning_rate, as mlx's optimizers do")
+    if optimizer_classes().setdefault(name, value) is not value:
+        raise ValueError(f"there is another optimizer of the name {name}: rename the class")
+    return name
+
+
 def parse_optimizer_name(name: str) -> str:
-    """The name in small letters, as mlx_lm.lora reads it; ValueError for one that mlx has not."""
+    """The name in small letters, as mlx_lm.lora reads it; ValueError for one that is not known."""
     name = name.lower()
     if name not in MLX_LM_OPTIMIZERS and name not in optimizer_classes():
         raise ValueError(f"{name!r} is no optimizer; there are {sorted(optimizer_classes())}")

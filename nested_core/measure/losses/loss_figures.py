@@ -44,7 +44,6 @@ MIN_CHANGE = 1.0  # nats/token
 MIN_SPREADS = 6 * 1.48  # median absolute deviations; 1.48 of them are a normal standard deviation
 MIN_LOSS_OF_FEWEST = 4.0  # nats/token, on average: three harmed examples may be an exchange
 ENOUGH_FOR_OWN_SPREAD = 20  # examples of one comparison among several
-MAX_OWN_SPREAD = 2  # times that of all comparisons together
 MAX_CHANCE = 0.05  # that so many are harmed where the share is at its bound
 MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where both are as likely
 
@@ -129,8 +128,8 @@ class Spread:
     degrees: its degrees of freedom.
 
     Five examples say little of their own spread: corrected for ten comparisons, their interval is
-    5.6 standard errors wide, and that of ten times five examples 3.0 (Student's t). One comparison
-    whose own spread is much greater is judged by its own.
+    5.6 standard errors wide, and that of ten times five examples 3.0 (Student's t). The one-sided
+    interval of the comparison's own spread has to leave out 0 too.
     """
 
     deviation: float
@@ -143,11 +142,6 @@ class Spread:
         degrees = sum(one.examples - 1 for one in measured)
         squares = sum((n := one.examples) * (n - 1) * one.standard_error**2 for one in measured)
         return cls(math.sqrt(squares / degrees), degrees) if degrees else None
-
-    def speaks_for(self, compared: PairedDifference) -> bool:
-        """Whether a comparison is judged by it: one of few examples, with about this spread."""
-        own = compared.standard_error * math.sqrt(compared.examples)
-        return compared.examples < ENOUGH_FOR_OWN_SPREAD and own <= MAX_OWN_SPREAD * self.deviation
 
 
 def compare_losses(
@@ -187,7 +181,7 @@ def compare_losses(
     elif interval is not None and comparisons is not None:
         tail = (1 - CONFIDENCE) / (2 * comparisons)
         error, degrees = compared.standard_error, compared.examples - 1
-        is_pooled = spread is not None and spread.speaks_for(compared)
+        is_pooled = spread is not None and compared.examples < ENOUGH_FOR_OWN_SPREAD
         if spread is not None and is_pooled:
             error, degrees = spread.deviation / math.sqrt(compared.examples), spread.degrees
         width = student_t_quantile(1 - tail, degrees) * error

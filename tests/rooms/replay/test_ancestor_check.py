@@ -208,7 +208,7 @@ SPREAD = np.array([-0.25, -0.125, 0.0, 0.125, 0.25])  # a standard deviation of 
     [
         (10, 0.35, 1.0, True),  # 5.6 standard errors by itself, 3.0 by the spread of all
         (10, 0.2, 1.0, False),
-        (10, 0.35, 4.0, False),  # it lies further apart than the others, and is judged by itself
+        (10, 0.35, 4.0, False),  # its own examples lie too far apart
     ],
 )
 def test_a_night_of_five_rows_is_judged_by_the_spread_of_all_nights(

@@ -175,6 +175,20 @@ def test_rebuilding_without_what_it_needs_is_refused(chosen: str) -> None:
     )
 
 
+@pytest.mark.slow("tries a few steps")
+def test_auto_tries_a_few_steps_of_a_rebuilt_run_and_keeps_nothing_of_them(tmp_path: Path) -> None:
+    add_version(tmp_path, FRESH, night(tmp_path, 0))
+    new = [row("fresh 1?", "1"), row("fresh 2?", "1")]
+    write_split(tmp_path / "new", train=new, valid=[row("v?", "1")])
+    config = from_champion(tmp_path, continual={"policy": "auto"})
+    run, record = choose(config, tmp_path / "run")
+    assert record.choice.policy == "rebuild"
+    assert record.choice.reason == "all 5 rows fit into the window of 2h"
+    assert record.choice.seconds["rebuild"] > record.choice.seconds["continue"] > 0
+    assert not run.initial.exists()
+    assert not run.checkpoints.exists()
+
+
 def test_auto_without_the_room_that_measures_is_refused(tmp_path, monkeypatch) -> None:
     add_version(tmp_path, FRESH, night(tmp_path, 0))
     write_split(
