@@ -85,7 +85,8 @@ def _differing_fields(gate: GateSection, verdict: Verdict, recorded: Verdict) ->
             yield key
     if not _are_same_bounds(recorded.thresholds, gate):
         yield "thresholds"
-    given, now = ([astuple(tensor) for tensor in own.tensors] for own in (recorded, verdict))
+    given = [astuple(tensor) for tensor in recorded.tensors]
+    now = [astuple(tensor) for tensor in verdict.tensors]
     if len(given) != len(now) or not all(map(_is_close, chain(*given), chain(*now))):
         yield "tensors"
     for side in ("initial", "trained"):

@@ -213,8 +213,8 @@ def read_config_for_registry(run: RunDirectory, registry: Path, name: str) -> Fi
     """
     check_name(name)
     config = read_run_config(run)
-    place = {"path": str(registry), "name": name}
-    return config.model_copy(update={"registry": config.registry.model_copy(update=place)})
+    location = {"path": str(registry), "name": name}
+    return config.model_copy(update={"registry": config.registry.model_copy(update=location)})
 
 
 def register_and_promote_run(

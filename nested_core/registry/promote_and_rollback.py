@@ -132,25 +132,25 @@ def rollback(
         before = held.champion
         if before is not None and not _is_expected_champion(before, expected_champion):
             return Decision("superseded", before, before)
-        wanted = held.ledger.rollback_target() if to is None else to
-        if wanted is None:
+        target = held.ledger.rollback_target() if to is None else to
+        if target is None:
             raise ConfigError(
                 f"{held.path} has no version to go back to: its champion is "
                 f"{shorten_digest(before or 'none')}, and no earlier one is left. Name the "
                 "version that you want with --to."
             )
-        wanted = resolve_version(held.path, wanted, held.ledger)
-        if only_former_champions and wanted not in held.ledger.champion_versions():
+        target = resolve_version(held.path, target, held.ledger)
+        if only_former_champions and target not in held.ledger.champion_versions():
             raise ConfigError(
-                f"{shorten_digest(wanted)} was never champion of {name}, and a flow goes back to "
+                f"{shorten_digest(target)} was never champion of {name}, and a flow goes back to "
                 f"former champions alone. `nested-tune rollback {name} --to` takes any version."
             )
-        manifest = held.verify(wanted)
-        if wanted == before:
-            return Decision("already_champion", wanted, before)
+        manifest = held.verify(target)
+        if target == before:
+            return Decision("already_champion", target, before)
         fields = {"explicit": to is not None, "reason": reason, **origin.fields()}
-        held.record("rollback", wanted, by, manifest=manifest, **fields)
-        return Decision("rolled_back", wanted, before)
+        held.record("rollback", target, by, manifest=manifest, **fields)
+        return Decision("rolled_back", target, before)
 
 
 def _is_expected_champion(champion: str | None, expected: str | None | Unset) -> bool:

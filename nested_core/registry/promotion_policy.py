@@ -488,9 +488,9 @@ def _describe_comparison(
     data = f"{candidate.file}, {record.examples} examples"
     if record.left_out:
         data += f", {record.left_out} left out that an adapter was trained on"
-    wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
+    margin = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     loss_name = loss_name_for_file(candidate.file)
-    losses = f"{loss_name} {format_loss(loss)} is not better{wanted} than {rival}"
+    losses = f"{loss_name} {format_loss(loss)} is not better{margin} than {rival}"
     unproven = f"{losses}, or not significantly ({data})"
     if (few := record.describe_few_prompts()) is not None:
         return f"{unproven}: {few}"

@@ -128,26 +128,26 @@ class VerifiedVersion:
     tokenizer: TrainedTokenizer
 
 
-def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVersion:
-    """Re-hash one version and read it into memory; `wanted` is its digest, or its first digits.
+def read_verified_version(registry: Path, name: str, prefix: str) -> VerifiedVersion:
+    """Re-hash one version and read it into memory; `prefix` is its digest, or its first digits.
 
     What is returned has been hashed itself: the adapter's digest is the version. Raises ConfigError
-    where `wanted` names no version or several, DamagedError where the version is not what was
+    where `prefix` names no version or several, DamagedError where the version is not what was
     registered.
     """
     with reading(registry, name) as (folder, ledger):
-        version = resolve_version(folder, wanted, ledger)
-        place = folder / VERSIONS_FOLDER_NAME / version
-        verify_version(place, version, ledger.manifest_hashes(version))
-        adapter = read_adapter(place)
-        provenance = read_provenance(place)
+        version = resolve_version(folder, prefix, ledger)
+        version_path = folder / VERSIONS_FOLDER_NAME / version
+        verify_version(version_path, version, ledger.manifest_hashes(version))
+        adapter = read_adapter(version_path)
+        provenance = read_provenance(version_path)
         tokenizer = TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
-        listed = read_manifest(place)["files"].get(CANARY_NAME)
-        content = b"" if listed is None else read_regular(place / CANARY_NAME)
+        listed = read_manifest(version_path)["files"].get(CANARY_NAME)
+        content = b"" if listed is None else read_regular(version_path / CANARY_NAME)
     is_listed = listed is None or hashlib.sha256(content).hexdigest() == listed["sha256"]
     if adapter.digest() != version or not is_listed:
-        raise DamagedError(f"{place} changed while it was read. {how_to_mend(place)}")
-    canary = None if listed is None else parse_canary(content, place / CANARY_NAME)
+        raise DamagedError(f"{version_path} changed while it was read. {how_to_mend(version_path)}")
+    canary = None if listed is None else parse_canary(content, version_path / CANARY_NAME)
     return VerifiedVersion(version, adapter, canary, tokenizer)
 
 

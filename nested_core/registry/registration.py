@@ -139,8 +139,8 @@ def require_sound_champion(held: NameFolder) -> None:
     if not version_exists(held.path, champion):
         raise lost_champion_error(held.path, champion, held.ledger)
     recorded = held.ledger.manifest_hashes(champion)
-    place = held.place_of(champion)
-    verify_version(place, champion, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS)
+    path = held.place_of(champion)
+    verify_version(path, champion, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS)
 
 
 def _add_version(held: NameFolder, new: NewVersion) -> str:
@@ -150,8 +150,8 @@ def _add_version(held: NameFolder, new: NewVersion) -> str:
     lost gets a line `restored`.
     """
     version, by = new.run.version, new.by
-    place = held.place_of(version)
-    if file_type(place) != "missing":
+    path = held.place_of(version)
+    if file_type(path) != "missing":
         manifest = held.verify(version)
         if has_all_judgements(held.path, version, held.ledger):
             _judge(held, new)
@@ -160,7 +160,7 @@ def _add_version(held: NameFolder, new: NewVersion) -> str:
             held.record("restored", version, by, manifest=manifest, judgement=judgement)
         return manifest
     is_lost = version in held.ledger.standing
-    with new_directory(place, confirm=held.confirm) as unpublished:
+    with new_directory(path, confirm=held.confirm) as unpublished:
         manifest = _fill_version_folder(unpublished, held.path.name, new)
         _make_read_only(unpublished)
         if is_lost:  # before the files: cut short in between, the version is as lost as it was
@@ -204,12 +204,12 @@ def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
     now = datetime.now(UTC).isoformat(timespec="microseconds")
     recorded = new.provenance | {REGISTERED_AT_KEY: now}
     card = render_card(name, run.version, recorded, bound.verdict).encode("utf-8", "replace")
-    own = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded), CARD_NAME: card}
-    for written, content in {**own, **run.adapter.files}.items():
+    made_here = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded), CARD_NAME: card}
+    for written, content in {**made_here, **run.adapter.files}.items():
         write_bytes(folder / written, content)
     for file in (file for file in OPTIONAL_FILES if file in bound.files):
         shutil.copyfile(bound.run_dir / file, folder / file)
-    entries = {written: describe_content(content) for written, content in own.items()}
+    entries = {written: describe_content(content) for written, content in made_here.items()}
     judged = {file: f"{ADAPTER_FOLDER_NAME}/{file}" for file in ADAPTER_FILES}
     judged |= {file: file for file in OPTIONAL_FILES if file in bound.files}
     for file, source in judged.items():

@@ -50,7 +50,7 @@ class Approval:
         `champions_asked_about` holds the champions, or "none", that it asked about so far.
         """
         now = self.champion or "none"
-        earlier = [one for one in champions_asked_about if one != now]
+        earlier = [champion for champion in champions_asked_about if champion != now]
         again = [
             Text(
                 f"ASKED AGAIN: the champion changed from {shorten_digest(last)} to "
