@@ -30,6 +30,7 @@ ARMS = {
     "c-long-32": "c-long with rank 32",
 }
 OF_MLX_LM = ("a", "b", "h", "k")
+PEFT = "peft"  # the settings of arm k, timed alone on the GPU
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
 NO_ADAPTER = "base"  # the base itself, judged once a task
 STREAM_ARMS = {
@@ -81,9 +82,10 @@ class Stage:
 class Study:
     """What is trained, stage by stage. `iterations` are mlx_lm's, of batches of 4.
 
-    `sweep_runs` are the optimizer steps of arm e, in runs of `init`. Of `streams` (stream_cells.py)
-    `stream_arms` are trained, each under `stream_seeds`; `least_transfer` is the backward transfer
-    that is asked of them.
+    `sweep_runs` are the optimizer steps of arm e, in runs of `init`, and `sweeps_by_answers` says
+    whether answers choose among three rates there, else the loss among what a sweep tries by
+    itself. Of `streams` (stream_cells.py) `stream_arms` are trained, each under `stream_seeds`;
+    `least_transfer` is the backward transfer that is asked of them.
     """
 
     tasks: tuple[str, ...]
@@ -92,6 +94,7 @@ class Study:
     counts: Counts = field(default_factory=Counts)
     iterations: Mapping[str, int] = field(default_factory=dict)
     sweep_runs: float = float(len(RATES))
+    sweeps_by_answers: bool = False
     quiet: tuple[Cell, ...] = ()
     streams: tuple[str, ...] = ()
     stream_arms: tuple[str, ...] = tuple(STREAM_ARMS)
@@ -156,7 +159,8 @@ REAL = Study(
     stages=(
         Stage((NO_ADAPTER,), (1,)),
         Stage(("a", "c", "k"), (1, 2)),
-        Stage(("e", "c-long", "c-long-answers", "c-long-32"), (1, 2)),
+        Stage(("e",), (1, 2)),
+        Stage(("c-long", "c-long-answers", "c-long-32"), (1, 2)),
         Stage(("b", "d", "h"), (1,)),
         Stage(("g-deep", "g-shallow"), (1, 2)),
         Stage(("c", "k"), (3, 4, 5)),
@@ -167,8 +171,10 @@ REAL = Study(
     counts=Counts(train=1336, choose=200, judge=1000),
     iterations=dict.fromkeys(REAL_TASKS, 1000),
     sweep_runs=1.45,  # fill the seconds of arm k, by quiet-2.jsonl
+    sweeps_by_answers=True,
     quiet=(
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("c", "k"), 6),
+        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), (PEFT,), 2),
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("a",), 6),
     ),
 )

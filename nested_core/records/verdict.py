@@ -538,7 +538,11 @@ class FusedVerdict:
 
 
 class ProofEvidence(TypedDict, total=False):
-    """What the fresh process found; `skipped` if the base model was not there to load."""
+    """What the fresh process found; `skipped` if the base model was not there to load.
+
+    rounding, relative_distance_from_float32: how far the process's logits and the trainer's are
+        from those computed in float32; measured where these two are further apart than `tolerance`.
+    """
 
     skipped: str | None
     model: str
@@ -547,6 +551,8 @@ class ProofEvidence(TypedDict, total=False):
     max_abs_difference_from_initial: float | None
     relative_distance_from_trainer: float | None
     tolerance: float
+    rounding: float | None
+    relative_distance_from_float32: float | None
 
 
 @dataclass(frozen=True, repr=False)

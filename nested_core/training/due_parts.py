@@ -50,7 +50,9 @@ from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import CheckpointState, TrainingState
 from nested_core.training.world import Sums, World
 
-# Where questions take longer before the first step, so many fewer are asked from then on.
+# Where answers only show, and take longer before the first step, so many fewer are asked from then
+# on. Where they choose, all are asked: a base that does not end its answers takes minutes for what
+# an adapter answers in a second, and a single question would be left to choose by.
 SLOW_SECONDS = 10.0
 # Where answers only show, evaluations that ask are so far apart, or four in a shorter run: of a
 # tiny model, whose steps take no longer than a token, that is some 4 % of the whole command.
@@ -314,7 +316,8 @@ class Validation:
         between = STEPS_BETWEEN_QUESTIONS
         if schedule.steps < between:
             between = schedule.steps // LEAST_ASKINGS
-        if self.setup.config.training.select_by != "loss":
+        answers_choose = self.setup.config.training.select_by != "loss"
+        if answers_choose:
             between = 0  # every evaluation has to be chosen among
         is_last = state.iteration >= schedule.iterations
         if 0 < state.step < state.asked_step + between and not is_last:
@@ -328,7 +331,7 @@ class Validation:
         share = state.question_share
         asked = questions.ask(self.setup.model, self.setup.parameters, values, check_stop, share)
         seconds = asked.get("task_seconds", 0.0)
-        if state.step == 0 and seconds > SLOW_SECONDS:
+        if state.step == 0 and seconds > SLOW_SECONDS and not answers_choose:
             state.question_share = SLOW_SECONDS / seconds
         state.asked_step = state.step
         return asked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from itertools import product
@@ -16,6 +17,7 @@ from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from benchmarks.learning import bases
+from benchmarks.learning.arms import SWEPT, sweep_request
 from benchmarks.learning.judge import Judge, encode, mean_loss
 from benchmarks.learning.report import Results, mcnemar, over_tasks
 from benchmarks.learning.stream_report import StreamResults
@@ -33,6 +35,7 @@ from benchmarks.learning.study import (
 )
 from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
+from nested_core.rooms.sweep.search import SweepRequest
 
 BASE = GEOGRAPHY.with_name("geography-base")
 LORA = {"rank": 2, "scale": 4.0, "dropout": 0.0}
@@ -114,6 +117,12 @@ def test_rates_are_chosen_before_their_arms_are_judged_and_each_cell_runs_once()
     everything = [*first, *later]
     assert len(everything) == len(set(everything)) == 240
     assert {cell_of(row) for row in rows} == first
+
+
+def test_a_worker_sweeps_by_answers_though_its_study_is_a_copy() -> None:
+    request = sweep_request(copy.deepcopy(REAL), 726)
+    assert request == SweepRequest(SWEPT, "choose", steps=726)
+    assert sweep_request(FULL, 726) == SweepRequest({}, steps=726)
 
 
 def test_a_gain_that_one_seed_alone_has_is_not_beyond_chance() -> None:
