@@ -98,9 +98,7 @@ def test_a_row_stays_in_the_sample_until_others_come_before_it() -> None:
     assert ten != sample(10, contents, seed=2)
 
 
-def test_a_rebuilt_run_has_the_newest_answer_of_each_prompt_and_no_held_out_row(
-    tmp_path: Path,
-) -> None:
+def test_a_rebuilt_run_has_the_newest_answer_of_each_prompt_and_no_held_out_row(tmp_path) -> None:
     parent = FRESH
     versions = [parent := add_version(tmp_path, parent, night(tmp_path, n)) for n in range(3)]
     write_split(
@@ -123,9 +121,7 @@ def test_a_rebuilt_run_has_the_newest_answer_of_each_prompt_and_no_held_out_row(
     )
 
 
-def test_what_the_store_has_lost_is_said_and_what_was_forgotten_is_not_trained_on(
-    tmp_path: Path,
-) -> None:
+def test_what_the_store_has_lost_is_said_and_what_was_forgotten_is_not_trained_on(tmp_path) -> None:
     first = add_version(tmp_path, FRESH, night(tmp_path, 0))
     add_version(tmp_path, first, night(tmp_path, 1))
     write_split(
@@ -193,9 +189,7 @@ def test_auto_tries_a_few_steps_of_a_rebuilt_run_and_keeps_nothing_of_them(tmp_p
     assert not run.checkpoints.exists()
 
 
-def test_auto_without_the_room_that_measures_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_without_the_room_that_measures_is_refused(tmp_path, monkeypatch) -> None:
     add_version(tmp_path, FRESH, night(tmp_path, 0))
     write_split(
         tmp_path / "new", train=[row("fresh 1?", "1"), row("fresh 2?", "1")], valid=[row("v?", "1")]
@@ -272,9 +266,7 @@ def test_a_night_changes_from_rebuilding_to_going_on_and_back(nights: dict[str, 
     )
 
 
-def test_each_row_of_a_rebuilt_run_is_used_as_often_as_tonight_s_alone(
-    nights: dict[str, Any],
-) -> None:
+def test_each_row_of_a_rebuilt_run_is_used_as_often_as_tonight_s_alone(nights) -> None:
     lengths = []
     rates = []
     for number in range(4):
@@ -290,9 +282,7 @@ def test_each_row_of_a_rebuilt_run_is_used_as_often_as_tonight_s_alone(
     assert 0 < replayed["replayed_tokens"] < replayed["trained_tokens"]
 
 
-def test_a_rebuilt_run_that_is_worse_than_the_champion_is_refused(
-    nights: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_rebuilt_run_that_is_worse_than_the_champion_is_refused(nights, tmp_path) -> None:
     folder = shutil.copytree(nights["folder"], tmp_path / "nights", symlinks=True)
     champion = nights["run-3"][2]
     strict = {"max_val_loss_increase": 0.0, "noise": "none"}
@@ -313,9 +303,7 @@ def test_a_rebuilt_run_that_is_worse_than_the_champion_is_refused(
     assert find_unbeaten_champion(weak, run, verdict) == champion
 
 
-def test_a_start_that_is_lost_is_damage_and_no_other_rate(
-    nights: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_start_that_is_lost_is_damage_and_no_other_rate(nights, tmp_path) -> None:
     config, run, _ = nights["run-2"]
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "run"))
     copy.start.unlink()
@@ -338,9 +326,7 @@ def test_another_policy_or_rate_is_a_reason_to_train(nights: dict[str, Any]) -> 
     assert digests[3] == digests[0]
 
 
-def test_going_on_above_the_usable_rates_is_refused_unless_it_is_allowed(
-    nights: dict[str, Any], tmp_path: Path
-) -> None:
+def test_going_on_above_the_usable_rates_is_refused_unless_it_is_allowed(nights, tmp_path) -> None:
     folder = shutil.copytree(nights["folder"], tmp_path / "nights", symlinks=True)
     fast = configure(folder, 3, rate=1.0).model_copy(update={"learning_rate": 0.1})
     with pytest.raises(ConfigError, match="continual.rate: going on .* rank x scale x rate is"):
