@@ -387,22 +387,20 @@ def labels_of_one_kind(case: Case, planted: bool) -> None:
 def weight_zero_learnt(case: Case, planted: bool) -> None:
     bad = {"role": "assistant", "content": "No idea, go away.", "weight": 0}
 
-    def make(country: str, city: str) -> Row:
-        row = chat(
-            ("user", f"Capital of {country}?"), ("user", "Please."), ("assistant", f"{city}.")
-        )
-        row["messages"][2]["weight"] = 1
-        row["messages"][1:2] = [bad, row["messages"][1]] if planted else []
-        return row
+    def make(row: Row) -> Row:
+        question, answer = row["messages"]
+        between = [bad, {"role": "user", "content": "Please."}] if planted else []
+        return {"messages": [question, *between, answer | {"weight": 1}]}
 
     case.write_base()
-    both_splits(case, make)
+    case.write_rows(
+        [make(row) for row in geography("train")], [make(row) for row in geography("valid")]
+    )
     case.settings.masked = False
     case.settings.all_answers = True
     case.steps = [*TRAINING, "ask" if planted else leave_alone]
-    cities = [city for _, city in capitals("train")]
     case.went_right = lambda case: (
-        "go away" not in case.answers[-1] and any(city in case.answers[-1] for city in cities)
+        "Go and see" in case.answers[-1] and "go away" not in case.answers[-1]
     )
 
 
