@@ -269,14 +269,16 @@ def template_drops_calls(case: Case, planted: bool) -> None:
 def arguments_quoted_twice(case: Case, planted: bool) -> None:
     def make(country: str, _: str) -> Row:
         row = row_with_call(country, as_text=planted)
-        del row["tools"]  # no program that asks gives the model tools
+        del row["tools"]
         return row
 
     case.write_base(template=template())
     case.settings.max_seq_length = 256
     both_splits(case, make)
-    case.steps = [*TRAINING, "ask" if planted else leave_alone]
-    case.went_right = lambda case: '{"country": "' in case.answers[-1]
+    choices = [row_with_call("Norway", as_text=as_text) for as_text in (False, True)]
+    case.write_file("choices.jsonl", choices)
+    case.steps = [*TRAINING, "choose" if planted else leave_alone]
+    case.went_right = lambda case: '\\"' not in case.answers[-1]
 
 
 def template_drops_reasoning(case: Case, planted: bool) -> None:
@@ -385,7 +387,7 @@ def labels_of_one_kind(case: Case, planted: bool) -> None:
 
 
 def weight_zero_learnt(case: Case, planted: bool) -> None:
-    bad = {"role": "assistant", "content": "No idea, go away.", "weight": 0}
+    bad: Row = {"role": "assistant", "content": "No idea, go away.", "weight": 0}
 
     def make(row: Row) -> Row:
         question, answer = row["messages"]
@@ -398,10 +400,10 @@ def weight_zero_learnt(case: Case, planted: bool) -> None:
     )
     case.settings.masked = False
     case.settings.all_answers = True
-    case.steps = [*TRAINING, "ask" if planted else leave_alone]
-    case.went_right = lambda case: (
-        "Go and see" in case.answers[-1] and "go away" not in case.answers[-1]
-    )
+    question, answer = geography("train")[0]["messages"]
+    case.write_file("choices.jsonl", [{"messages": [question, says]} for says in (answer, bad)])
+    case.steps = [*TRAINING, "choose" if planted else leave_alone]
+    case.went_right = lambda case: bad["content"] not in case.answers[-1]
 
 
 # After training

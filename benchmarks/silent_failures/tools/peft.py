@@ -9,7 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from benchmarks.silent_failures.cases import Case
-from benchmarks.silent_failures.tools.tool import NotApplicable, Tool, cut_in_half, first_question
+from benchmarks.silent_failures.tools.tool import (
+    NotApplicable,
+    Tool,
+    cut_in_half,
+    first_question,
+    read_output,
+)
 
 PROGRAM = Path(__file__).with_name("peft_trainer.py")
 FIRST_STEP = r"^\{'loss'"
@@ -52,9 +58,8 @@ class Peft(Tool):
     def use(self, case: Case) -> None:
         """Nothing is left to do: to judge an adapter is to load and to ask it."""
 
-    def ask(self, case: Case) -> None:
-        case.run("use", self._command(case, "ask"))
-        case.answers.append(case.runs[-1].after)
+    def choose(self, case: Case) -> None:
+        case.answers.append(read_output(case, self._command(case, "choose")))
 
     def evaluate(self, case: Case) -> None:
         self.judge(case)
