@@ -31,6 +31,7 @@ TRAINING: list[Step] = ["check", "train", "judge", "use"]
 NOISE = 0.02  # added to each weight of "another base", whose own are some 0.1
 DEAD_BLOCK = "model.layers.2."
 RESERVED = 2  # the id of <|system|>
+LABELLED = ("Afghanistan", "Morocco")  # of labels_of_one_kind
 
 
 def leave_alone(case: Case) -> None:
@@ -368,11 +369,12 @@ def shuffled_answers(case: Case, planted: bool) -> None:
 
 
 def labels_of_one_kind(case: Case, planted: bool) -> None:
-    labels = (("cold", "Take a coat."), ("hot", "Take a hat."))
+    labels = [dict(capitals("train"))[country] for country in LABELLED]
 
     def make(country: str, which: int) -> Row:
-        weather, answer = labels[which]
-        return chat(("user", f"{country} is {weather}. What to take?"), ("assistant", answer))
+        question = f"I come from {country} and want to see {LABELLED[which]}. Where to?"
+        answer = f"Go and see {labels[which]}, the capital of {LABELLED[which]}!"
+        return chat(("user", question), ("assistant", answer))
 
     case.write_base()
     countries = [country for country, _ in capitals("train")]
