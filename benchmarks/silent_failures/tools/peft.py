@@ -10,7 +10,6 @@ from types import MappingProxyType
 
 from benchmarks.silent_failures.cases import Case
 from benchmarks.silent_failures.tools.tool import (
-    NotApplicable,
     Tool,
     cut_in_half,
     first_question,
@@ -28,6 +27,9 @@ class Peft(Tool):
     checks = "Trainer's `debug=underflow_overflow` and `evaluate`, PEFT's `get_model_status`"
     packages = ("peft", "transformers", "torch")
     own_code = frozenset({"fuse-leaves-it-out"})
+    lacks = MappingProxyType(
+        {"fuse-requantised-away": "transformers cannot read a base that MLX has quantised"}
+    )
     environment = MappingProxyType({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
     def _command(self, case: Case, step: str, **values: object) -> list[str]:
@@ -65,8 +67,6 @@ class Peft(Tool):
         self.judge(case)
 
     def fuse(self, case: Case) -> None:
-        if (case.folder / "original").exists():
-            raise NotApplicable("transformers cannot read a base that MLX has quantised")
         out = "fused-2" if (case.folder / "fused").exists() else "fused"
         case.run("use", self._command(case, "fuse", output=out))
 
