@@ -55,7 +55,7 @@ from nested_core.rooms.evaluate.evaluating import conclude_models
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
 from nested_core.rooms.export.reference import HeldOutRows, Reference
 from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
-from nested_core.rooms.replay.ancestor_examples import AncestorExamples
+from nested_core.rooms.replay.ancestor_examples import MAX_ANCESTORS, AncestorExamples
 from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
 from nested_core.rooms.sweep.page import SweepRunResult, choose_best_run
 from nested_core.rooms.sweep.search import better_half, is_shown_better, plan_rungs
@@ -531,6 +531,21 @@ def refused_by_joined_ancestors(
     return any(True for _ in ancestor_reasons(list(found), bounds))
 
 
+def refused_by_ancestors(
+    random: np.random.Generator, *, rows: int, lost: float, distribution: str, sd: float
+) -> bool:
+    """Whether a candidate is refused that lost so much on one of ten nights of so many rows."""
+    owners = np.repeat(np.arange(MAX_ANCESTORS), rows)
+    before, tokens = draw_before(random, owners.size)
+    after = before + lost * (owners == 0) + draw_noise(random, owners.size, distribution, sd)
+    ancestors = [
+        AncestorExamples(str(n), None, (StoredRow("", {}),) * rows) for n in range(MAX_ANCESTORS)
+    ]
+    bounds = GateSection(max_ancestor_loss_increase=0.1)
+    told = summarise_ancestors(ancestors, make_losses(before, after, tokens), owners, bounds)
+    return any(True for _ in ancestor_reasons(list(told), bounds))
+
+
 def refused_by_all(random: np.random.Generator, *, distribution: str, sd: float) -> bool:
     """An equal adapter, by its loss, by harm or by one of 10 suites."""
     before, tokens = draw_before(random, 84)
@@ -613,6 +628,7 @@ def list_cases() -> Iterator[Case]:
         trial = partial(told_of_answers, questions=questions, lost=0.15, won=0.1)
         yield Case("no_worse", (name,), trial, 0.0)
     yield from _list_chosen_and_joined()
+    yield from _list_nights_of_few_rows()
     for gain, examples in itertools.product((0.02, 0.05, 0.1, 0.2), (30, 84, 200, 1_000)):
         yield from _list_powers(gain, examples)
 
@@ -643,6 +659,19 @@ def _list_chosen_and_joined() -> Iterator[Case]:
             yield Case("refused", (f"equal, {name}",), partial(planted, lost=0.0), 0.05)
             lost = partial(planted, lost=0.5)
             yield Case("caught", (f"0.5 nats lost, {name}",), lost, 0.95)
+
+
+def _list_nights_of_few_rows() -> Iterator[Case]:
+    """A candidate, such as a rebuilt one, on what each of ten nights held out."""
+    for rows, distribution, sd in itertools.product(
+        (3, 5, 10, 20, 50), ("normal", "t(3)"), (0.1, 0.2)
+    ):
+        planted = partial(refused_by_ancestors, rows=rows, distribution=distribution, sd=sd)
+        name = f"ten nights of {rows} rows, {distribution}, sd {sd}"
+        yield Case("refused", (f"equal, {name}",), partial(planted, lost=0.0), 0.05, 1, 400)
+        lost = partial(planted, lost=0.5)
+        least = 0.95 if rows >= MIN_EXAMPLES else None  # fewer are judged together alone
+        yield Case("caught", (f"0.5 nats lost on one, {name}",), lost, least, 1, 200)
 
 
 def _list_true_rises(distribution: str) -> Iterator[Case]:

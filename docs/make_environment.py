@@ -52,7 +52,6 @@ VARIABLES = {
             "a private folder in the temporary one",
             "where locks of GPUs are kept",
         ),
-        "TMPDIR": ("`/tmp`", "temporary files; training replaces it by a private folder"),
         "COLUMNS": ("the terminal's width", "width of tables and help"),
         "HF_TOKEN": (
             "",

@@ -16,10 +16,10 @@ from mlx import nn
 from nested_core.kernels.blocked_attention import PATCHED_FUNCTION_NAME as ATTENTION
 from nested_core.kernels.blocked_attention import plain_attention
 from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
-from nested_core.kernels.gated_delta import PATCHED_FUNCTION_NAME as GATED_DELTA_RULE
-from nested_core.kernels.gated_delta import plain_gated_delta_update
 from nested_core.kernels.swiglu import plain_swiglu
 from nested_core.rooms.cuda.rope import rotates_halves
+from nested_core.rooms.delta_nets.gated_delta import PATCHED_FUNCTION_NAME as GATED_DELTA_RULE
+from nested_core.rooms.delta_nets.gated_delta import plain_gated_delta_update
 from tests.architectures import ARCHITECTURES, HYBRIDS, build
 
 PAGE = Path(__file__).with_name("support.md")

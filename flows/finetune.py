@@ -123,6 +123,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         if verdict.has_passed:  # the registry refused what this gate let through
             return _failed_state(error)
         message = f"{resumed}{escape(verdict.summary())}{_describe_held_out(config, run)}"
+        message += _describe_choice(config, run)
         message += describe_repetition(config)
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
@@ -135,14 +136,28 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         message = f"{type(error).__name__}: {explain(error).describe_for('page')}"
         return Failed(message=message, data=error)
     outcome, message = _describe_outcome(config, result)
-    return Completed(name=outcome, message=f"{resumed}{message}{_describe_held_out(config, run)}")
+    message = f"{resumed}{message}{_describe_held_out(config, run)}{_describe_choice(config, run)}"
+    return Completed(name=outcome, message=message)
+
+
+def _describe_choice(config: FineTuneConfig, run: RunDirectory) -> str:
+    """`; rebuilding from the base ...`, with why and the forecasts, where a policy chose so."""
+    from nested_core.pipeline.continual import describe_starting_adapter
+
+    is_chosen = config.continual.policy != "continue" and run.start.exists()
+    return f"; {describe_starting_adapter(config, run)}" if is_chosen else ""
 
 
 def _describe_held_out(config: FineTuneConfig, run: RunDirectory) -> str:
     """`; valid.jsonl has changed ...` where the champion was judged by other examples."""
     from nested_core.pipeline.publishing import describe_changed_held_out
+    from nested_core.records.dataset import read_dataset_record
+    from nested_core.records.verdict_file import read_verdict
 
-    note = describe_changed_held_out(config, run) if run.gate.exists() else None
+    if not run.gate.exists():
+        return ""
+    verdict, dataset = read_verdict(run.gate), read_dataset_record(run.dataset)
+    note = describe_changed_held_out(config, verdict, dataset)
     return "" if note is None else f"; {note}"
 
 

@@ -23,7 +23,7 @@ from nested_core.registry.promotion_policy import (
     read_candidate,
     recorded_section,
 )
-from tasks.promote import promote_by_recorded_policy
+from tasks import promote as promotion_tasks
 
 
 class AdapterParameters(Section):
@@ -65,7 +65,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     if config.requires_approval or _asks_person(registry, config):
         state: State[Any] = seams.load_only("ask_person", APPROVE_KEY)(config, registry, champion)
         return state
-    decision = promote_by_recorded_policy(registry, config.name, config.version)
+    decision = promotion_tasks.promote(registry, config.name, config.version)
     name = Outcome.PROMOTED if decision.outcome == "promoted" else None
     return Completed(name=name, message=decision.sentence)
 

@@ -23,7 +23,6 @@ from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import describe_author
 from nested_core.registry.policy import APPROVE_KEY
 from nested_core.text.digest_format import shorten_digest
-from tasks.champion_artifacts import had_champion, publish_champion_if_changed
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of
@@ -128,7 +127,7 @@ def _find_problems(
         f"{name}: {registry / name} is gone, and it had a champion. Is a disk or a share not "
         f"mounted? Mount it, or restore the folder from a backup"
         for name in absent
-        if had_champion(registry, name)
+        if any(page.had_champion(registry, name) for page in seams.load_all("champion_page"))
     ]
     return list(dict.fromkeys(damage)), list(dict.fromkeys(other))
 
@@ -141,8 +140,9 @@ def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> list[str]:
     rollbacks: list[str] = []
     for name in names:
         try:
-            is_news = publish_champion_if_changed(registry, name)
-            if is_news and (rollback := _describe_rollback(registry, name)) is not None:
+            pages = seams.load_all("champion_page")
+            is_news = [page.publish_if_changed(registry, name) for page in pages]
+            if any(is_news) and (rollback := _describe_rollback(registry, name)) is not None:
                 rollbacks.append(rollback)
         except Exception as error:  # of the server or the way to it; nothing depends on a page
             get_run_logger().warning("The page of %s's champion was not read: %s", name, error)

@@ -25,7 +25,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
-from nested_core.storage import compiled_kernels
+from nested_core import seams
 from nested_core.storage.main_memory import main_memory_bytes
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ _preparation: Preparation | None = None
 def prepare() -> Preparation:
     """Make this process ready for MLX; call it before anything imports mlx. Later calls do nothing.
 
-    On Linux kernels are compiled into a folder of this process alone (see compiled_kernels.py).
+    On Linux kernels are compiled into a folder of this process alone (the room kernel_folder).
     With the MLX build for CPUs, it also opens OpenBLAS for the whole process, if the system has
     it. Its idle threads soon sleep, unless OPENBLAS_THREAD_TIMEOUT is set. Freed memory up to 1 GiB
     stays with the process. With the build for CUDA, kernels are started without graphs, and plans
@@ -187,7 +187,8 @@ def warn_if_unprepared() -> None:
 
 def _prepare_linux() -> Preparation:
     came_too_late = "mlx.core" in sys.modules
-    compiled_kernels.use_private_kernel_folder()
+    for use_private_kernel_folder in seams.load_all("kernel_folder"):
+        use_private_kernel_folder()
     if is_mlx_built_for_cuda():
         for variable, value in {CUDA_GRAPHS_VARIABLE: "0", **ATTENTION_CACHE_SIZES}.items():
             os.environ.setdefault(variable, value)

@@ -6,7 +6,8 @@ A message is one paragraph: what is wrong, where, what was expected and what to 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,13 @@ def shorten(value: object, characters: int = 40) -> str:
 def join_first_values(values: Sequence[object], count: int) -> str:
     """The first `count` values separated by commas, then "..." if there are more."""
     return ", ".join([*map(str, values[:count]), *(["..."] if len(values) > count else [])])
+
+
+def list_first(texts: Iterable[str], count: int) -> list[str]:
+    """The first `count` texts, and how many more there are."""
+    listed = list(texts)
+    more = len(listed) - count
+    return [*listed[:count], f"and {more:,} more"] if more > 0 else listed
 
 
 def describe_first_problem(error: ValidationError, name_of_whole: str = "the file") -> str:
@@ -119,8 +127,8 @@ class DatasetError(NestedTuneError):
 class GateRejected(NestedTuneError):
     """An adapter that did not pass the gate; it is never retried and never registered.
 
-    run: the RunDirectory that was judged; None where an adapter of no run was refused.
-    verdict: the gate's Verdict, as in gate.json; None where that gives no reason.
+    run: the RunDirectory that was judged; None if an adapter of no run was refused.
+    verdict: the gate's Verdict, as in gate.json; None if that gives no reason.
     reasons: those of the verdict, each with `code`, `message`, `tensors` and `suite`.
     """
 
@@ -154,6 +162,20 @@ class DamagedError(NestedTuneError):
 
 class MissingFileError(DamagedError):
     """A file that belongs to an adapter, a checkpoint or a registry and is not there."""
+
+
+@contextmanager
+def naming_damaged_file(
+    file: object, remedy: str = "", advice: Advice | None = None
+) -> Iterator[None]:
+    """Raise DamagedError, with the file and its first problem, for what pydantic refuses inside."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        message = f"{file}: {describe_first_problem(error)}. {remedy}".rstrip()
+        raise DamagedError(message, advice=advice) from error
 
 
 class DirectoryInsteadOfFileError(DamagedError, IsADirectoryError):

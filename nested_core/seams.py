@@ -110,7 +110,7 @@ def join_mappings(kind: str, rooms: Mapping[str, Room] = ROOMS) -> dict[str, Any
 def find_loss(name: str) -> RoomLoss:
     """The loss that `training.loss` names.
 
-    Raises ConfigError where there is none of this name, or its room is not there.
+    Raises ConfigError for an unknown name, or if its room is not there.
     """
     for room, added in ROOMS.items():
         if name in added.losses:

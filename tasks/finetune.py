@@ -12,12 +12,13 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DatasetError, GateRejected
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
-from nested_core.pipeline.publishing import register_run
+from nested_core.pipeline.publishing import find_judged_run, register_run
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
@@ -30,7 +31,6 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
-from tasks.champion_artifacts import champion_asset, dataset_asset, emit_materialization, run_asset
 from tasks.events import emit_adapter_event
 from tasks.promote import announce_promotion, read_origin
 from tasks.retrying import (
@@ -146,26 +146,15 @@ def _publish_verdict(config: FineTuneConfig, verdict: Verdict) -> None:
 
 
 @retried_task("register", "register {config.registry.name}", REGISTRY_RETRY_DELAYS)
-def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> Decision:
-    """Register the run's adapter, and promote it by policy or say why not.
-
-    Doing it twice changes nothing. `champion` is the one that stood when the run was judged.
-    """
+def register(config: FineTuneConfig, run_dir: Path, session: Session) -> Decision:
+    """Register the run's adapter, and promote it by policy or say why not; again it is the same."""
     run = RunDirectory(run_dir)
     registry, name = registry_location(config.registry)
-    decision = register_run(config, run, champion, origin=read_origin())
+    judged = find_judged_run(run, session)
+    decision = register_run(config, judged, judged.verdict.rival, origin=read_origin())
     get_run_logger().info("Registered %s as version %s.", name, shorten_digest(decision.version))
-    _emit_lineage(config, run, decision.version)
+    for page in seams.load_all("champion_page"):
+        page.tell_of_version(config, judged)
     payload = {"version": decision.version, "run_dir": str(run.path.resolve())}
     emit_adapter_event("verified", name, payload | {"registry": str(registry.resolve())})
     return announce_promotion(registry, name, decision)
-
-
-def _emit_lineage(config: FineTuneConfig, run: RunDirectory, version: str) -> None:
-    """The verified run as an asset, made of its data set and of the champion that it began from."""
-    name = str(config.registry.name)
-    digest = read_dataset_record(run.dataset).digest
-    made_of = [dataset_asset(name, digest, config.data)]
-    if config.continual.start is not None:
-        made_of.append(champion_asset(name))
-    emit_materialization(run_asset(name, run.path.name), made_of, name, {"version": version})

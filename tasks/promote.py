@@ -6,30 +6,18 @@ from pathlib import Path
 
 from prefect import get_run_logger, runtime
 
-from nested_core import registry
-from nested_core.config.sections import RegistrySection
+from nested_core import registry, seams
 from nested_core.registry import Decision, promotion_policy
 from nested_core.registry.ledger import Entry, Origin
 from nested_core.registry.promotion_outcome import Outcome
-from nested_core.registry.promotion_policy import registry_location
 from nested_core.text.digest_format import shorten_digest
-from tasks.champion_artifacts import publish_champion
 from tasks.events import announce_changes
 from tasks.prefect_server import tolerating_server_outage
 from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 
 
-@retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_RETRY_DELAYS)
-def promote(section: RegistrySection, version: str, expected_champion: str | None) -> Decision:
-    """Promote by policy, or say why nothing was promoted."""
-    origin = read_origin()
-    done = promotion_policy.promote_by_policy(section, version, expected_champion, origin=origin)
-    registry_path, name = registry_location(section)
-    return announce_promotion(registry_path, name, done)
-
-
-@retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_RETRY_DELAYS)
-def promote_by_recorded_policy(path: Path, name: str, version: str) -> Decision:
+@retried_task("promote", "promote {name} {version:.12}", REGISTRY_RETRY_DELAYS)
+def promote(path: Path, name: str, version: str) -> Decision:
     """Promote by the policy that was recorded with the version."""
     done = promotion_policy.promote_by_recorded_policy(path, name, version, origin=read_origin())
     return announce_promotion(path, name, done)
@@ -75,7 +63,8 @@ def promote_missed(path: Path, name: str) -> dict[str, Decision]:
     for version, decision in outcomes.items():
         get_run_logger().info("%s %s: %s", name, shorten_digest(version), decision.sentence)
         if decision.outcome == "promoted":
-            publish_champion(path, name)
+            for page in seams.load_all("champion_page"):
+                page.publish(path, name)
     announce_changes(path, name)
     return outcomes
 
@@ -121,5 +110,6 @@ def announce_promotion(path: Path, name: str, done: Decision) -> Decision:
     get_run_logger().info("%s %s: %s", name, shorten_digest(done.version), done.sentence)
     if done.outcome in ("promoted", "rolled_back"):
         announce_changes(path, name)
-        publish_champion(path, name)
+        for page in seams.load_all("champion_page"):
+            page.publish(path, name)
     return done

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.storage.compiled_kernels import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
 from nested_core.storage.user_cache import cache_folder
+from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
 
 SHARED_VARIABLE = "NESTED_TUNE_TESTS_SHARED"
 _PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))

@@ -20,6 +20,7 @@ from nested_core.measure.losses.loss_figures import (
 )
 from nested_core.records.answers import AnsweringRole, AnswerRecord, write_answers
 from nested_core.records.dataset import DatasetReport, Finding, SplitStats
+from nested_core.records.judged_run import JudgedRun
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.plan import TrainingPlan, write_plan
 from nested_core.records.result import TrainResult, write_result
@@ -31,7 +32,8 @@ from nested_core.records.verdict import (
     TierChange,
     Verdict,
 )
-from nested_core.records.verdict_file import write_verdict
+from nested_core.records.verdict_file import BoundVerdict, write_verdict
+from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.manifest import describe_file
@@ -210,6 +212,13 @@ def write_dataset(
     }
     report = DatasetReport(folder, "da7a" * 16, splits, tuple(findings))
     write_json(run.dataset, report.to_json())
+
+
+def not_registered(run: RunDirectory) -> JudgedRun:
+    """A run with a verdict on an adapter that no registry has."""
+    adapters = (JudgedAdapter("initial", "1" * 64), JudgedAdapter("adapter", "0" * 64))
+    bound = BoundVerdict(run.path, b"", Verdict((), 4, *adapters, ()), {})
+    return JudgedRun(run, bound, Adapter(run.adapter, {}, {}))
 
 
 def judge(run: RunDirectory, verdict: Verdict, losses: ExampleLosses | None, text: str) -> None:

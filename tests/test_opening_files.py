@@ -25,7 +25,10 @@ EXCEPTIONS = {
     "flows/process/stop_signals.py": (1, "a pipe of its own"),
     "nested_core/storage/main_memory.py": (1, "a limit that the kernel shows in /sys"),
     "nested_core/storage/removal.py": (1, "what the kernel says in /proc of mounts"),
-    "nested_core/storage/compiled_kernels.py": (7, "its own folder, mode 0700, owner checked"),
+    "nested_core/rooms/kernel_folder/compiled_kernels.py": (
+        7,
+        "its own folder, mode 0700, owner checked",
+    ),
     "nested_core/process/child_main.py": (1, "/dev/null"),
     "nested_core/rooms/restart/restarting.py": (4, "what the kernel says in /sys and /proc"),
     "nested_core/rooms/export/gguf/reading.py": (1, "a GGUF, which MLX reads from its path"),

@@ -50,6 +50,18 @@ def test_a_line_of_a_block_that_its_column_cuts_off_is_found() -> None:
     assert second.endswith("c" * 87)
 
 
+def test_a_docstring_with_a_riddle_is_found(tmp_path: Path) -> None:
+    for package, docstring in {
+        "gate": "The loss; None where\n    there is none.",
+        "records": "The loss; None without a measurement.",
+    }.items():
+        file = tmp_path / "nested_core" / package / "losses.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(f'x = 1\n\n\ndef loss():\n    """{docstring}"""\n')
+    (problem,) = TOOL["find_riddles"](tmp_path)
+    assert problem == "nested_core/gate/losses.py:5: 'None where' in a docstring"
+
+
 def test_messages_and_help_are_read_with_a_word_for_each_placeholder() -> None:
     source = (
         "def f(path, n):\n"

@@ -10,7 +10,16 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.learning.study import FULL, REAL, SMALL, STREAMS, STREAMS_20M, Study, read_rows
+from benchmarks.learning.study import (
+    FULL,
+    REAL,
+    SMALL,
+    STREAM_RATES,
+    STREAMS,
+    STREAMS_20M,
+    Study,
+    read_rows,
+)
 
 STUDIES: dict[str, Study] = {
     "full": FULL,
@@ -18,6 +27,7 @@ STUDIES: dict[str, Study] = {
     "small": SMALL,
     "streams": STREAMS,
     "streams-20M": STREAMS_20M,
+    "stream-rates": STREAM_RATES,
 }
 
 

@@ -10,9 +10,10 @@ import contextlib
 import io
 import json
 import math
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +25,22 @@ import numpy as np
 from benchmarks.learning.bases import GENERAL_NAME
 from benchmarks.learning.general import INSTRUCTIONS_NAME
 from benchmarks.learning.judge import Judge
-from benchmarks.learning.study import CHOOSING_SEED, NO_ADAPTER, OF_MLX_LM, REAL, Cell, Study
+from benchmarks.learning.meter import Meter
+from benchmarks.learning.study import (
+    CHOOSING_SEED,
+    NO_ADAPTER,
+    OF_MLX_LM,
+    PEFT,
+    QUIET_SEED,
+    Cell,
+    Study,
+)
 from benchmarks.learning.tasks import Counts, Row, Splits, read_task
 
 ASKING_SEED = 1  # whose adapters answer the general instructions
 KEPT = 16  # judges and data sets in memory, of a task and a size each
+FOLLOWED_SEEDS = QUIET_SEED + 1, QUIET_SEED + 4  # timed, with adapters judged on the way
+SAVED_STEPS = 0.1  # of a training between two of those adapters, as in `init`'s file
 SUITE = "choose"  # of the rows that choose, for arms whose step or setting answers choose
 LONG = {"training": {"epochs": 4}}  # fill the seconds of arm k, with 3 epochs in arm c
 BY_ANSWERS = {"training": {"evaluate_tasks": [SUITE], "select_by": SUITE}}
@@ -63,21 +75,25 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
         training: Training | None = None
         if cell.arm in OF_MLX_LM:
             training = prepare_mlx_lm(cell, study.iterations[cell.task], base, Path(scratch))
+        elif cell.arm == PEFT:
+            training = prepare_peft(cell, base, Path(scratch))
         elif cell.arm != NO_ADAPTER:
             training = prepare_ours(cell, study, splits, base, Path(scratch))
         mx.clear_cache()
         mx.reset_peak_memory()
-        joules, began = read_joules(), time.perf_counter()
-        adapter = training() if training else None
-        seconds = time.perf_counter() - began
+        with Meter() as meter:
+            adapter = training() if training else None
         measured = {
-            "seconds": round(seconds, 3),
-            "joules": round(read_joules() - joules, 1),
+            "seconds": round(meter.seconds, 3),
+            "joules": round(meter.joules, 1),
             "peak_gb": round(mx.get_peak_memory() / 1e9, 4),
+            "device_gb": round(meter.added_bytes / 1e9, 4),
         }
         split = "choose" if cell.seed == CHOOSING_SEED else "judge"
         judge = read_judge(cell.task, base, data, study.counts, split)
         judged = judge.judge(adapter, asks=cell.seed == ASKING_SEED)
+        if cell.seed in FOLLOWED_SEEDS:
+            measured["on_the_way"] = list(follow(Path(scratch), meter, judge))
     mx.clear_cache()
     return (
         vars(cell)
@@ -95,6 +111,32 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
     )
 
 
+def follow(folder: Path, meter: Meter, judge: Judge) -> Iterator[tuple[float, float, float]]:
+    """Seconds, joules and the share of right answers of each adapter saved below a cell's folder.
+
+    They are judged after the training, whose seconds and joules are those until each was written.
+    """
+    saved = [*folder.glob("run/checkpoints/step-*/adapters.safetensors")]
+    saved += folder.glob("adapter/*_adapters.safetensors")  # mlx_lm.lora's
+    saved += folder.glob("adapter/*/adapters.safetensors")  # of peft_training.py
+    for path in sorted(saved):
+        written = path.stat().st_mtime
+        adapter = path.parent
+        if path.name != "adapters.safetensors":
+            adapter = folder / "followed" / path.stem
+            adapter.mkdir(parents=True)
+            for name, source in (
+                ("adapters.safetensors", path),
+                ("adapter_config.json", path.with_name("adapter_config.json")),
+            ):
+                (adapter / name).symlink_to(source)
+        yield (
+            round(written - meter.samples[0].time, 2),
+            round(meter.joules_until(written), 1),
+            round(judge.right_share(adapter), 6),
+        )
+
+
 @lru_cache(KEPT)
 def read_splits(task: str, data: Path | None, counts: Counts) -> Splits:
     """A task's rows."""
@@ -109,18 +151,6 @@ def read_judge(task: str, base: Path, data: Path | None, counts: Counts, split: 
         for name in (GENERAL_NAME, INSTRUCTIONS_NAME)
     )
     return Judge(base, getattr(read_splits(task, data, counts), split), general, instructions)
-
-
-def read_joules() -> float:
-    """What the first NVIDIA GPU has used since its driver was loaded; 0 without one."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetHandleByIndex(0)
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(device)) / 1000
-    except Exception:  # of the import, the library or the driver: there is no such GPU
-        return 0.0
 
 
 def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Training:
@@ -145,11 +175,41 @@ def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Tra
         changes["learning_rate"] = cell.rate
     if cell.arm == "k":
         changes |= of_init(base, folder)
+    if cell.seed in FOLLOWED_SEEDS:
+        changes["save_every"] = math.ceil(SAVED_STEPS * changes["iters"])
 
     def training() -> Path:
         with contextlib.redirect_stdout(io.StringIO()):
             lora.run(SimpleNamespace(**lora.CONFIG_DEFAULTS | changes))
         return folder / "adapter"
+
+    return training
+
+
+def prepare_peft(cell: Cell, base: Path, folder: Path) -> Training:
+    """The settings of arm k in PEFT, in a process of its own that has PyTorch imported already."""
+    settings = of_init(base, folder) | {
+        "model": str(base),
+        "data": str(folder / "data"),
+        "adapter_path": str(folder / "adapter"),
+        "seed": cell.seed,
+    }
+    settings["save_every"] = math.ceil(SAVED_STEPS * settings["iters"])
+    (folder / "peft.json").write_text(json.dumps(settings), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.learning.peft_training", str(folder / "peft.json")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if process.stdout is None or process.stdout.readline() != "ready\n":
+        raise RuntimeError(f"PEFT did not begin: exit code {process.wait()}")
+
+    def training() -> Path:
+        process.communicate("train\n")
+        if process.returncode:
+            raise RuntimeError(f"PEFT did not end: exit code {process.returncode}")
+        return folder / "adapter" / f"{settings['iters']:07d}"
 
     return training
 
@@ -201,12 +261,12 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
     from nested_core.config.loading import parse_config
     from nested_core.models.session import Session
     from nested_core.pipeline.hooks import Steps
-    from nested_core.rooms.sweep.search import SweepRequest, sweep
+    from nested_core.rooms.sweep.search import sweep
     from nested_core.storage.run_directory import open_run
 
     values = suggest(base, folder)
     changes = [*CHANGES[cell.arm]]
-    by_answers = BY_ANSWERS in changes or (cell.arm == "e" and study is REAL)
+    by_answers = BY_ANSWERS in changes or (cell.arm == "e" and study.sweeps_by_answers)
     for change in changes:
         for section, keys in change.items():
             values[section] = values.get(section, {}) | keys
@@ -215,15 +275,14 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
         suite.write_text("".join(map(question, splits.choose)), encoding="utf-8")
         values["gate"] |= {"tasks": [{"name": SUITE, "file": str(suite), "score": "exact"}]}
     values["seed"] = cell.seed
+    if cell.seed in FOLLOWED_SEEDS:
+        values["training"]["keep_checkpoints"] = round(1 / SAVED_STEPS) + 1
     if cell.rate is not None:
         values["learning_rate"] = cell.rate
     config = parse_config(values, source=f"arm {cell.arm}")
     if cell.arm == "e":
         one_run = config.training.epochs * math.ceil(len(splits.train) / config.batch_size)
-        steps = int(study.sweep_runs * one_run)
-        request = (
-            SweepRequest(SWEPT, SUITE, steps=steps) if by_answers else SweepRequest({}, steps=steps)
-        )
+        request = sweep_request(study, int(study.sweep_runs * one_run))
         return lambda: sweep(config, folder / "sweep", request).run.adapter
     run, hooks = open_run(folder / "run"), Steps()
 
@@ -236,6 +295,15 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
         return run.adapter
 
     return training
+
+
+def sweep_request(study: Study, steps: int) -> Any:
+    """The SweepRequest of arm e, of so many optimizer steps."""
+    from nested_core.rooms.sweep.search import SweepRequest
+
+    if study.sweeps_by_answers:
+        return SweepRequest(SWEPT, SUITE, steps=steps)
+    return SweepRequest({}, steps=steps)
 
 
 def question(row: Row) -> str:

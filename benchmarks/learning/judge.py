@@ -101,6 +101,16 @@ class Judge:
             like_task=self._share_like_task(model) if asks and self.instructions else None,
         )
 
+    def right_share(self, adapter: Path) -> float:
+        """The share of rows that an adapter's folder answers as expected, and nothing else."""
+        model, *_ = load(str(self.folder), adapter_path=str(adapter))
+        right = []
+        for tokens, owners, positions in batches(self.rows):
+            log_p = log_probabilities(model, tokens, positions)
+            targets = mx.array(tokens[:, 1:].reshape(-1)[positions])
+            right.append(np.bincount(owners, np.array(log_p.argmax(axis=-1) != targets)) == 0)
+        return float(np.concatenate(right).mean())
+
     def _share_like_task(self, model: nn.Module) -> float:
         from benchmarks.learning.general import answer
 

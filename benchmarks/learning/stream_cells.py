@@ -1,5 +1,7 @@
 """The trainings of a stream: night after night with some replay, each night alone, or all at once.
 
+A night that is rebuilt is trained from the base on all nights so far.
+
 The third night crashes in its middle and is resumed.
 """
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from benchmarks.learning.judge import Judge, Judged
 from benchmarks.learning.streams import Fact, Night, Stream, read_stream
-from benchmarks.learning.study import Cell, kind_of, replay_fraction
+from benchmarks.learning.study import Cell, arm_of_night, kind_of, rate_share, replay_fraction
 from benchmarks.learning.tasks import Splits
 from nested_core.config.loading import parse_config
 from nested_core.models.session import Session
@@ -98,20 +100,28 @@ def _train_nights(
     earlier = list[str]()  # newest first
     with Session() as session:
         for number, night in enumerate(nights):
-            folder = scratch / str(number)
-            Splits(tuple(fact.row for fact in night.train), (), ()).write(folder / "data")
-            values = _write_config(base, folder, length, cell.seed)
-            fraction = replay_fraction(cell.arm)
-            if start is not None and fraction is not None:
+            folder, arm = scratch / str(number), arm_of_night(cell.arm, number)
+            is_whole = arm.startswith(("rebuild", "all-"))  # trained on all nights so far
+            rows = tuple(fact.row for fact in night.train)
+            if is_whole:
+                rows = Stream(nights[: number + 1]).joined()
+            Splits(rows, (), ()).write(folder / "data")
+            factor = number + 1 if arm == "rebuild" else 1
+            own = replace(length, steps=length.steps * factor)
+            values = _write_config(base, folder, own, cell.seed)
+            fraction = replay_fraction(arm)
+            if start is not None and (fraction is not None or arm.startswith("all-")):
                 values["resume_adapter_file"] = str(start / WEIGHTS_NAME)
-                if fraction > 0:
-                    replay = {"fraction": fraction, "sources": earlier}
-                    values["continual"] = {"replay": replay}
-            crash = length.steps * 3 // 4 if number == CRASH_NIGHT else None
+                values["learning_rate"] = LEARNING_RATE * rate_share(arm)
+            if start is not None and fraction:
+                replay = {"fraction": fraction, "sources": earlier}
+                values["continual"] = {"replay": replay}
+            crash = own.steps * 3 // 4 if number == CRASH_NIGHT else None
             began = time.process_time()
             start = _train(values, folder / "run", session, crash)
             yield night, start, time.process_time() - began
-            earlier = [str(folder / "data" / "train.jsonl"), *earlier]
+            path = str(folder / "data" / "train.jsonl")
+            earlier = [path] if is_whole else [path, *earlier]
 
 
 def _write_config(base: Path, folder: Path, length: Length, seed: int) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import numpy as np
 
 from benchmarks.learning.report import Answers, Difference, interval, right, table
 from benchmarks.learning.streams import read_stream
-from benchmarks.learning.study import Row, Study, kind_of, replay_fraction
+from benchmarks.learning.study import Row, Study, kind_of, rate_share, replay_fraction
 from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart
 
-LEAST_AVERAGE, LEAST_TRANSFER = -0.05, -0.01  # above the joint training's, and above none
+LEAST_AVERAGE = -0.05  # above the joint training's
 
 
 class StreamResults:
@@ -21,10 +21,17 @@ class StreamResults:
 
     subjects: the number of each question's word (questions,). current: whether its answer is the
     newest. before: that, of the nights before the last. The seeds of an arm are those that have
-    every order.
+    every order. least_transfer: the backward transfer that is asked for.
     """
 
-    def __init__(self, rows: Sequence[Row], names: Sequence[str], size: str) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        names: Sequence[str],
+        size: str,
+        least_transfer: float = Study.least_transfer,
+    ) -> None:
+        self.least_transfer = least_transfer
         streams = [read_stream(name) for name in names]
         words = [fact.subject for stream in streams for fact in stream.questions]
         self.subjects = np.unique(words, return_inverse=True)[1].astype(np.int64)
@@ -77,14 +84,14 @@ class StreamResults:
         return float(self.answers(arm, "right", self.seeds(arm))[:, ~self.current].mean())
 
     def verdict(self, arm: str) -> str:
-        """Whether the fraction is within both bounds: `shown` by the intervals' lower ends."""
+        """Whether the arm is within both bounds: `shown` by the intervals' lower ends."""
         behind = self.behind_joint(arm)
-        if behind is None or replay_fraction(arm) is None:
+        if behind is None or arm in ("joint", "alone"):
             return ""
-        transfer = self.transfer(arm)
-        if behind.low > LEAST_AVERAGE and transfer.low > LEAST_TRANSFER:
+        transfer, least = self.transfer(arm), self.least_transfer
+        if behind.low > LEAST_AVERAGE and transfer.low > least:
             return "shown"
-        return "holds" if behind.mean > LEAST_AVERAGE and transfer.mean > LEAST_TRANSFER else "no"
+        return "holds" if behind.mean > LEAST_AVERAGE and transfer.mean > least else "no"
 
     def _mean(
         self, values: Answers, mask: np.ndarray[tuple[int], np.dtype[np.bool_]]
@@ -98,7 +105,7 @@ def write_stream_report(rows: Sequence[Row], study: Study, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for size in dict.fromkeys(row["size"] for row in rows if row["task"] in study.streams):
         for names in list_groups(study.streams):
-            results = StreamResults(rows, names, size)
+            results = StreamResults(rows, names, size, study.least_transfer)
             arms = [arm for arm in study.stream_arms if results.seeds(arm)]
             title = " and ".join(names)
             lines += [[size, title, *cells(results, arm)] for arm in arms]
@@ -107,7 +114,8 @@ def write_stream_report(rows: Sequence[Row], study: Study, out: Path) -> None:
                 (out / f"replay-{'-'.join(names)}-{size}.svg").write_text(f"{chart}\n", "utf-8")
     head = (
         *("size", "stream", "arm", "seeds", "learning accuracy", "final average"),
-        *("less joint", "backward transfer", "stale", "KL", "seconds", "5 and 1 points"),
+        *("less joint", "backward transfer", "stale", "KL", "seconds"),
+        f"5 and {-100 * study.least_transfer:.0f} points",
     )
     text = "\n".join(["## Streams: % of answers, and points (95 %)", "", *table(head, lines)])
     (out / "streams.md").write_text(text, encoding="utf-8")
@@ -151,10 +159,14 @@ def as_level(share: Difference) -> str:
 def fractions_chart(results: StreamResults, arms: Sequence[str], title: str) -> Chart:
     """Learning accuracy and final average over the fraction, with joint training's as a line."""
     replayed = {arm: f for arm in arms if (f := replay_fraction(arm)) is not None}
-    curves = [
-        Curve(name, [Point(100 * f, 100 * of(arm).mean) for arm, f in replayed.items()], True)
-        for name, of in (("after its night", results.learning), ("at the end", results.average))
-    ]
+    curves = []
+    for share in dict.fromkeys(map(rate_share, replayed)):
+        fractions = sorted((f, arm) for arm, f in replayed.items() if rate_share(arm) == share)
+        at = "" if share == 1 else f", {100 * share:g} % of the rate"
+        curves += [
+            Curve(f"{name}{at}", [Point(100 * f, 100 * of(arm).mean) for f, arm in fractions], True)
+            for name, of in (("after its night", results.learning), ("at the end", results.average))
+        ]
     if "joint" in arms and replayed:
         level = 100 * results.average("joint").mean
         ends = (min(replayed.values()), max(replayed.values()))

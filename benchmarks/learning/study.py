@@ -30,6 +30,7 @@ ARMS = {
     "c-long-32": "c-long with rank 32",
 }
 OF_MLX_LM = ("a", "b", "h", "k")
+PEFT = "peft"  # the settings of arm k, timed alone on the GPU
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
 NO_ADAPTER = "base"  # the base itself, judged once a task
 STREAM_ARMS = {
@@ -41,6 +42,21 @@ STREAM_ARMS = {
     "replay-10": "with 10 % replay",
     "replay-30": "with 30 % replay",
 }
+SHARES = (10, 30, 100)  # % of the first night's rate, at which later nights go on
+FRACTIONS = (0, 10, 30, 50, 80)  # % of a batch that is replayed
+# `replay-F` of STREAM_ARMS goes on at the whole rate; its rows are in streams.jsonl.
+RATE_ARMS = {
+    "rebuild": "each night from the base on all nights so far, with as many steps as all of them",
+    "rebuild-short": "the same with the steps of one night",
+    "all-30": "going on at 30 % of the rate on all nights so far, with the steps of one night",
+    "auto": "rebuilt for AUTO_NIGHTS nights, then going on at 30 % of the rate with 50 % replay",
+    **{
+        f"go-{share}-{fraction}": f"going on at {share} % of the rate with {fraction} % replay"
+        for share, fraction in product(SHARES, FRACTIONS)
+        if share != 100 or fraction > 30
+    },
+}
+AUTO_NIGHTS = 3
 
 
 @dataclass(frozen=True)
@@ -66,8 +82,10 @@ class Stage:
 class Study:
     """What is trained, stage by stage. `iterations` are mlx_lm's, of batches of 4.
 
-    `sweep_runs` are the optimizer steps of arm e, in runs of `init`. Of `streams` (stream_cells.py)
-    `stream_arms` are trained, each under `stream_seeds`.
+    `sweep_runs` are the optimizer steps of arm e, in runs of `init`, and `sweeps_by_answers` says
+    whether answers choose among three rates there, else the loss among what a sweep tries by
+    itself. Of `streams` (stream_cells.py) `stream_arms` are trained, each under `stream_seeds`;
+    `least_transfer` is the backward transfer that is asked of them.
     """
 
     tasks: tuple[str, ...]
@@ -76,10 +94,12 @@ class Study:
     counts: Counts = field(default_factory=Counts)
     iterations: Mapping[str, int] = field(default_factory=dict)
     sweep_runs: float = float(len(RATES))
+    sweeps_by_answers: bool = False
     quiet: tuple[Cell, ...] = ()
     streams: tuple[str, ...] = ()
     stream_arms: tuple[str, ...] = tuple(STREAM_ARMS)
     stream_seeds: tuple[int, ...] = ()
+    least_transfer: float = -0.01
 
     def cells(self, rows: Sequence[Row]) -> Iterator[Cell]:
         """Every cell that can run by now, in order: what comes last is dropped first."""
@@ -95,12 +115,10 @@ class Study:
         yield from self._stream_cells()
 
     def _stream_cells(self) -> Iterator[Cell]:
-        for kind in dict.fromkeys(map(kind_of, self.streams)):
-            names = [name for name in self.streams if kind_of(name) == kind]
-            for seed, size, stream, arm in product(
-                self.stream_seeds, self.sizes, names, self.stream_arms
-            ):
-                yield Cell(stream, size, arm, seed)
+        for seed, size, stream, arm in product(
+            self.stream_seeds, self.sizes, self.streams, self.stream_arms
+        ):
+            yield Cell(stream, size, arm, seed)
 
     def _judged(
         self, rows: Sequence[Row], size: str, arms: Sequence[str], seed: int
@@ -141,7 +159,8 @@ REAL = Study(
     stages=(
         Stage((NO_ADAPTER,), (1,)),
         Stage(("a", "c", "k"), (1, 2)),
-        Stage(("e", "c-long", "c-long-answers", "c-long-32"), (1, 2)),
+        Stage(("e",), (1, 2)),
+        Stage(("c-long", "c-long-answers", "c-long-32"), (1, 2)),
         Stage(("b", "d", "h"), (1,)),
         Stage(("g-deep", "g-shallow"), (1, 2)),
         Stage(("c", "k"), (3, 4, 5)),
@@ -152,8 +171,10 @@ REAL = Study(
     counts=Counts(train=1336, choose=200, judge=1000),
     iterations=dict.fromkeys(REAL_TASKS, 1000),
     sweep_runs=1.45,  # fill the seconds of arm k, by quiet-2.jsonl
+    sweeps_by_answers=True,
     quiet=(
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("c", "k"), 6),
+        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), (PEFT,), 2),
         *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("a",), 6),
     ),
 )
@@ -175,6 +196,8 @@ STREAMS = Study(
     streams=("facts", "facts-reversed", "tasks", "tasks-reversed"),
     stream_seeds=(1, 2, 3, 4, 5),
 )
+# PROTOCOL-3.md, beside the rows of STREAMS
+STREAM_RATES = replace(STREAMS, stream_arms=(*STREAM_ARMS, *RATE_ARMS), least_transfer=-0.03)
 # The second size, on a GPU
 STREAMS_20M = replace(
     STREAMS,
@@ -218,6 +241,17 @@ def kind_of(stream: str) -> str:
 
 
 def replay_fraction(arm: str) -> float | None:
-    """The share of earlier rows in an arm of a stream; None where nothing goes on."""
-    name, _, percent = arm.partition("-")
-    return int(percent) / 100 if name == "replay" else None
+    """The share of earlier rows in an arm of a stream; None where none is replayed."""
+    name, *percents = arm.split("-")
+    return int(percents[-1]) / 100 if name in ("replay", "go") else None
+
+
+def rate_share(arm: str) -> float:
+    """The rate at which an arm of a stream goes on, as a share of the first night's."""
+    name, *percents = arm.split("-")
+    return int(percents[0]) / 100 if name in ("go", "all") else 1.0
+
+
+def arm_of_night(arm: str, night: int) -> str:
+    """What an arm does in a night, from 0: `auto` is one arm after the other."""
+    return arm if arm != "auto" else "rebuild" if night < AUTO_NIGHTS else "go-30-50"

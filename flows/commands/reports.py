@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import printer, result_printer, text_printer
 from flows.terminal.console import print_line, print_page, print_progress, print_table
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import DamagedError
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 
@@ -38,18 +37,6 @@ def add_commands(commands: Any) -> None:
         example="nested-tune runs",
     )
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
-    runs.add_argument(
-        "--prune",
-        action="store_true",
-        help="remove old runs that nothing needs, and spare checkpoints of others",
-    )
-    runs.add_argument("--keep", type=int, metavar="N", help="with --prune: the newest to keep")
-    runs.add_argument(
-        "--unregistered",
-        action="store_true",
-        help="with --prune: also runs that passed the gate and that no known registry names",
-    )
-    runs.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     card = commands.add(
         "card",
         run_card,
@@ -78,16 +65,10 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
-    """List the runs of a folder, newest first, or remove old ones."""
+    """List the runs of a folder, newest first."""
     from nested_core.records.run import list_runs
     from nested_core.report.outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
 
-    if arguments.prune:
-        return run_pruning(arguments)
-    if arguments.keep is not None or arguments.unregistered or arguments.dry_run:
-        raise ConfigError(
-            "--keep, --unregistered and --dry-run belong to --prune, which removes old runs."
-        )
     runs = list_runs(arguments.folder)
 
     def show() -> None:
@@ -99,34 +80,6 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
         print_line(LIST_NOTE)
 
     return result_printer(arguments, lambda: {"runs": [run_to_json(run) for run in runs]}, show)
-
-
-def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Remove old runs that nothing needs, and the spare checkpoints of those that stay."""
-    from nested_core.records.run import list_runs
-    from nested_core.report.pruning import prune_runs
-
-    if arguments.keep is None:
-        raise ConfigError("runs --prune needs --keep N: how many of the newest runs stay.")
-    done = prune_runs(
-        list_runs(arguments.folder),
-        keep=arguments.keep,
-        unregistered=arguments.unregistered,
-        dry_run=arguments.dry_run,
-    )
-
-    def show() -> None:
-        """Each run that was removed, each old one that stays and why, and how much was freed."""
-        what = "would remove" if done.is_dry_run else "removed"
-        for path in done.removed:
-            print_line(f"{what} {path}")
-        for path, reason in done.kept.items():
-            print_line(f"kept {path}: {reason}")
-        print_line(f"{what} {done.describe()}")
-        if unregistered := done.describe_unregistered():
-            print_line(unregistered)
-
-    return result_printer(arguments, lambda: asdict(done), show)
 
 
 def run_card(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from flows.process.stop_signals import Stopper
 from flows.terminal.console import ProgressLine, describe_tiers, print_progress
-from flows.terminal.mlx_lm_log import MlxLmLog
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
@@ -22,9 +21,10 @@ from nested_core.storage.run_directory import RunDirectory
 class TerminalSteps(Steps):
     """Messages, progress and the loss curve on standard error; signals go to the trainer."""
 
-    def __init__(self, stopper: Stopper, *, mlx_lm_log: MlxLmLog | None = None) -> None:
+    def __init__(self, stopper: Stopper, log: Any = None) -> None:
+        """`log` is a room's training callback with `start` and `printing`, which prints lines."""
         self._stopper = stopper
-        self._mlx_lm_log = mlx_lm_log
+        self._log = log
         self._progress = ProgressLine()
         self.sample_answers: Sequence[SampleAnswers] = ()
 
@@ -39,14 +39,14 @@ class TerminalSteps(Steps):
     def on_training_start(self, trainer: Any) -> None:
         """Let signals stop the trainer; show its tiers and the memory that it will need."""
         self._stopper.direct_signals_to(trainer)
-        if self._mlx_lm_log is not None:
-            self._mlx_lm_log.start(trainer)
+        if self._log is not None:
+            self._log.start(trainer)
         print_progress(describe_tiers(trainer.tier_stats()))
         print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
 
     def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """Train; then signals end the process where it is."""
-        log = self._mlx_lm_log
+        log = self._log
         with contextlib.nullcontext() if log is None else log.printing():
             result = steps.train(
                 config, run, log, self.on_training_start, self.on_message, session=session

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,6 @@ from flows.terminal.console import (
     print_progress,
     print_table,
 )
-from flows.terminal.mlx_lm_log import MlxLmLog
 from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import (
     format_sample_answers,
@@ -89,13 +87,6 @@ def add_commands(commands: Any) -> None:
         key = "config.training.minutes"
         parser.add_argument("--minutes", dest=key, type=float, metavar="M", help=how_long)
     add_log_format(run)
-    train.add_argument(
-        "--log",
-        choices=("auto", "mlx_lm"),
-        default="auto",
-        help="auto: a live view, or lines where there is no terminal; mlx_lm: the lines of "
-        "mlx_lm.lora on standard output, on standard error with --json",
-    )
 
 
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -193,10 +184,9 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         from nested_core.pipeline.finetune import finetune
 
     stopper = Stopper(ends_process=True)
-    log = None
-    if arguments.log == "mlx_lm":
-        log = MlxLmLog(config, run, sys.stderr if arguments.json else sys.__stdout__ or sys.stderr)
-    hooks = TerminalSteps(stopper, mlx_lm_log=log)
+    logs = (find_log(arguments, config, run) for find_log in seams.load_all("training_log"))
+    log = next(filter(None, logs), None)
+    hooks = TerminalSteps(stopper, log)
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
         try:

@@ -67,9 +67,9 @@ class StepsAsTasks(Steps):
         get_run_logger().info("%s", describe_test_loss(config, run, read_verdict(run.gate), loss))
         return loss
 
-    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> Decision:
+    def register(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Decision:
         """The task `register`; a person is asked about a version that needs one."""
-        decision = register(config, run.path, champion)
+        decision = register(config, run.path, session)
         if decision.outcome == "waiting":
             path, name = registry_location(config.registry)
             request_approval = seams.load_only("request_approval", APPROVE_KEY)

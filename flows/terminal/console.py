@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleDimensions  # noqa: TID251
+from rich.console import Console  # noqa: TID251
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -45,18 +45,6 @@ def can_redraw() -> bool:
     """
     is_tty = sys.__stderr__ is not None and sys.__stderr__.isatty()
     return is_tty and errors.is_terminal and not errors.is_dumb_terminal
-
-
-def update_console_size() -> ConsoleDimensions:
-    """Have `errors` take the size that its terminal has now, and return it; see `can_redraw`.
-
-    rich prefers COLUMNS and LINES, which do not follow a resize where a shell or readline has
-    exported them.
-    """
-    width, height = os.get_terminal_size(sys.__stderr__.fileno())  # type: ignore[union-attr]
-    if width and height:  # some pseudo-terminals have no size
-        errors.size = ConsoleDimensions(width, height)
-    return errors.size
 
 
 def show_cursor() -> None:

@@ -1,39 +1,31 @@
-"""Follows a run from a thread of its own and shows it: a screen in a terminal, else lines."""
+"""Follows a run from a thread of its own and shows it: as lines, or as the room live draws it."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.live import Live
+from typing import Any
 
 from flows.terminal.console import (
     POLL_SECONDS,
     SECONDS_BETWEEN_LINES,
     can_redraw,
-    errors,
     print_progress,
-    update_console_size,
 )
-from flows.terminal.run_view import draw_screen, format_line
-from nested_core.errors import DamagedError, MissingFileError, NestedTuneError
-from nested_core.records.verdict_file import read_verdict
+from flows.terminal.run_view import format_line
+from nested_core import seams
+from nested_core.errors import DamagedError, MissingFileError
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json_object
 from nested_core.text.duration_format import format_clock
 from nested_core.text.stages import receiving_stages
 from nested_core.training.reports.run_progress import RunProgress
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult  # noqa: TID251
-
 LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
 MAX_SECONDS_BETWEEN_LINES = 60.0
-MAX_SHOWN_REASONS = 3
 
 
 @contextmanager
@@ -58,7 +50,7 @@ class RunFollower(threading.Thread):
         super().__init__(name="follower", daemon=True)
         self.view = RunProgress(run)
         self._run = run
-        self._can_redraw = can_redraw()
+        self._can_redraw = can_redraw() and seams.is_there("live")
         self._done = threading.Event()
         self._lock = threading.RLock()
 
@@ -71,7 +63,8 @@ class RunFollower(threading.Thread):
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""
         if self._can_redraw:
-            self._redraw_until_closed()
+            draw = seams.load_only("live_view", "the live view")
+            draw(self.view, self._run, self._done, self._lock)
             return
         while not self._done.wait(POLL_SECONDS):
             with self._lock:
@@ -96,52 +89,6 @@ class RunFollower(threading.Thread):
                 self.view.read()
                 self.view.stages.append((name, self.view.seconds))
 
-    # In a terminal
-
-    def _redraw_until_closed(self) -> None:
-        """Draw the screen anew until the end; before training begins there is none."""
-        while not self.view.read():
-            if self._done.wait(POLL_SECONDS):
-                return
-        is_last = False
-        while not is_last:
-            size = update_console_size()
-            with Live(_Screen(self.view), console=errors, auto_refresh=False) as live:
-                while not is_last and update_console_size() == size:
-                    is_last = self._done.wait(POLL_SECONDS)
-                    with self._lock:
-                        self.view.read()
-                        if is_last:
-                            self._print_conclusion()
-                    if update_console_size() == size:
-                        live.refresh()
-            if not is_last:  # lines were wrapped anew: where the screen stood is not known
-                errors.clear()
-
-    def _print_conclusion(self) -> None:
-        """Say how it ended: which adapter is offered, or where training stopped; the verdict."""
-        step = _read_object(self._run.result).get("adapter_step")
-        if step is None:
-            self.view.outcome = [f"ended before training was done, at {self._describe_end()}"]
-            return
-        self.view.outcome = [self.view.describe_offered_adapter(step)]
-        with suppress(NestedTuneError, OSError):  # no verdict, or one that is being written
-            verdict = read_verdict(self._run.gate)
-            codes = ", ".join(verdict.reason_names[:MAX_SHOWN_REASONS])
-            because = f" ({codes})" if codes else ""
-            self.view.outcome.append(f"verdict: {verdict.describe()}{because}")
-
-    def _describe_end(self) -> str:
-        """The step that it came to: a checkpoint may be of a later one than the last report."""
-        from nested_core.storage.checkpoint_verification import list_checkpoints  # brings mlx
-
-        checkpoints = list_checkpoints(self._run.checkpoints)
-        newest = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
-        if newest > self.view.last_record["step"]:
-            of_all = "" if self.view.plan is None else f" of {self.view.plan.steps:,}"
-            return f"step {newest:,}{of_all}"
-        return self.view.describe_position()
-
     # As lines
 
     def _print_line(self, *, is_last: bool) -> None:
@@ -165,7 +112,7 @@ class RunFollower(threading.Thread):
         """Print the last record, and once training is done which adapter it offers."""
         self.view.read()
         self._print_line(is_last=True)
-        step = _read_object(self._run.result).get("adapter_step")
+        step = read_object_or_empty(self._run.result).get("adapter_step")
         if not self.view.has_begun or step is None or self._has_offer:
             return
         self._has_offer = True
@@ -178,17 +125,7 @@ class RunFollower(threading.Thread):
         print_progress(", ".join(filter(None, parts)))
 
 
-class _Screen:
-    """A run's view at the size that the terminal has when it is drawn."""
-
-    def __init__(self, view: RunProgress) -> None:
-        self._view = view
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield draw_screen(self._view, options.max_width, console.size.height)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object_or_empty(path: Path) -> dict[str, Any]:
     """A JSON file of the run; empty where there is none or it is damaged, which others report."""
     try:
         return read_json_object(path)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from nested_core.config.key_properties import iterate_keys, section_in_annotation
 from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from nested_core.config.section_base import SectionProblemsError
+from nested_core.errors import list_first
 from nested_core.text.foreign_text import escape
 
 MAX_SHOWN_PROBLEMS = 10
@@ -33,13 +34,9 @@ def explain_problems(problems: list[Problem], source: str, places: Mapping[str, 
     given = [_find_place(problem.key, places) for problem in problems]
     are_flags = all(place.startswith("--") for place in given)
     what = "The command line" if are_flags else f"The configuration in {escape(source)}"
-    shown = [
-        escape(_format_problem(problem, place))
-        for problem, place in list(zip(problems, given, strict=True))[:MAX_SHOWN_PROBLEMS]
-    ]
-    if len(problems) > MAX_SHOWN_PROBLEMS:
-        shown.append(f"  and {len(problems) - MAX_SHOWN_PROBLEMS} more")
-    return f"{what} cannot be used:\n" + "\n".join(shown)
+    lines = [escape(_format_problem(*pair)) for pair in zip(problems, given, strict=True)]
+    shown = (f"\n  {line}" for line in list_first(lines, MAX_SHOWN_PROBLEMS))
+    return f"{what} cannot be used:{''.join(shown)}"
 
 
 def _find_place(key: str, places: Mapping[str, str]) -> str:
@@ -51,7 +48,7 @@ def _find_place(key: str, places: Mapping[str, str]) -> str:
 
 def _format_problem(problem: Problem, place: str) -> str:
     at = f" ({place})" if place else ""
-    return f"  {problem.key}: {problem.message}{at}" if problem.key else f"  {problem.message}"
+    return f"{problem.key}: {problem.message}{at}" if problem.key else problem.message
 
 
 def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Problem]:

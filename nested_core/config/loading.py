@@ -196,7 +196,8 @@ def load_config(
     """Build the configuration from the YAML file at `path`, if any, and flags that are not None.
 
     `flags` are by dotted name, such as `nested.fast`. As in mlx_lm.lora, a flag wins over the file
-    and a null in the file means the default. Relative paths are kept as they are written: they
+    and a null in the file means the default; `optimizer` may be a class of your own, which takes a
+    learning_rate as mlx's optimizers do. Relative paths are kept as they are written: they
     start at the working directory. Raises ConfigError with every problem, each with its flag or
     its line.
     """
@@ -261,7 +262,7 @@ def parse_config(
 
 
 def parse_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
-    """A suite as `gate.tasks` has it; ConfigError for an entry that is none."""
+    """A suite as `gate.tasks` has it; ConfigError for an entry that is no suite."""
     if isinstance(given, (str, Path)):
         given = {"name": Path(given).stem, "file": str(given), "score": "contains"}
     try:

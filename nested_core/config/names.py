@@ -15,7 +15,7 @@ WINDOWS_DEVICE_PATTERN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.
 
 
 def why_invalid_adapter_name(name: str) -> str | None:
-    """What is wrong with a name, and what was expected; None where it is one."""
+    """What is wrong with a name, and what was expected; None if it is one."""
     if NAME_PATTERN.fullmatch(name) is None:
         return (
             f"{shorten(repr(name), 80)} is not a name for an adapter. Expected 1 to 64 letters, "

@@ -11,7 +11,7 @@ from nested_core.config.key_properties import Key, iterate_keys, replace_configu
 from nested_core.config.loading import parse_config, read_yaml
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import PathRule
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, list_first
 from nested_core.storage.run_directory import RunDirectory
 
 MAX_SHOWN_DIFFERENCES = 10
@@ -47,15 +47,10 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
         for line in _forbidden_differences(key, before[key], after.get(key), free)
     ]
     if lines:
-        more = (
-            [f"  and {len(lines) - MAX_SHOWN_DIFFERENCES} more"]
-            if len(lines) > MAX_SHOWN_DIFFERENCES
-            else []
-        )
+        shown = "".join(f"  {line}\n" for line in list_first(lines, MAX_SHOWN_DIFFERENCES))
         raise ConfigError(
             f"{run_dir} cannot be resumed with a configuration that differs from its config.yaml:\n"
-            + "\n".join(lines[:MAX_SHOWN_DIFFERENCES] + more)
-            + "\nGive what the run began with, or another --run-dir for a new run."
+            f"{shown}Give what the run began with, or another --run-dir for a new run."
         )
 
 
@@ -84,4 +79,4 @@ def _forbidden_differences(name: str, before: Any, after: Any, allowed: Set[str]
                 f"{name}.{key}", before.get(key), after.get(key), allowed
             )
     else:
-        yield f"  {name}: {before} in the run, {after} now"
+        yield f"{name}: {before} in the run, {after} now"

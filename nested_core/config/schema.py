@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -37,6 +38,7 @@ from nested_core.config.sections import (
     RegistrySection,
     SaveInterval,
     TrainingSection,
+    name_optimizer,
     optimizer_problems,
     parse_optimizer_name,
 )
@@ -44,7 +46,7 @@ from nested_core.errors import ConfigError
 
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
 SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
-Optimizer = Annotated[str, AfterValidator(parse_optimizer_name)]
+Optimizer = Annotated[str, BeforeValidator(name_optimizer), AfterValidator(parse_optimizer_name)]
 
 
 Interval = Annotated[NumberOrShare, Field(gt=0)]
@@ -54,13 +56,30 @@ Interval = Annotated[NumberOrShare, Field(gt=0)]
 class Intervals:
     """Iterations between two reports, evaluations and checkpoints of a run; each is at least 1.
 
-    `save` is None where checkpoints are `save_seconds` apart.
+    `save` is None if checkpoints are `save_seconds` apart.
     """
 
     report: int
     evaluation: int
     save: int | None
     save_seconds: float | None = None
+
+    def due(self, first: int, last: int) -> Due:
+        """What is due after the iterations from `first` up to `last`, which complete a multiple."""
+        return Due(
+            *(
+                every is not None and last // every > first // every
+                for every in (self.report, self.evaluation, self.save)
+            )
+        )
+
+
+class Due(NamedTuple):
+    """Whether a report, an evaluation and a checkpoint are due after a step."""
+
+    report: bool = False
+    evaluation: bool = False
+    save: bool = False
 
 
 class LearningRateSchedule(Section):
@@ -337,6 +356,11 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
         yield "continual.from: champion needs a registry path and name"
     if config.resume_adapter_file is not None:
         yield "continual.from and resume_adapter_file: give only one of them"
+    if config.continual.policy != "continue" and not config.registry.keep_data:
+        yield (
+            f"continual.policy: {config.continual.policy} trains on what the registry keeps, and "
+            f"registry.keep_data is false: let it be true, or give policy: continue"
+        )
 
 
 def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
@@ -354,5 +378,7 @@ def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
         changed.append(f"data_format {config.data_format}")
     if config.continual.replay.fraction:
         changed.append("continual.replay")
+    if config.continual.policy != "continue":
+        changed.append("continual.policy")
     if changed:
         yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

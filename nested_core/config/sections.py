@@ -296,8 +296,11 @@ MLX_LM_OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 
 
 @cache
-def optimizer_classes() -> Mapping[str, type]:
-    """mlx's optimizers by name; the first call imports mlx, which takes some 0.2 s."""
+def optimizer_classes() -> dict[str, type]:
+    """mlx's optimizers by name, and those that `name_optimizer` was given.
+
+    The first call imports mlx, which takes some 0.2 s.
+    """
     from mlx import optimizers
 
     classes = [value for value in vars(optimizers).values() if isinstance(value, type)]
@@ -308,8 +311,24 @@ def optimizer_classes() -> Mapping[str, type]:
     }
 
 
+def name_optimizer(value: Any) -> Any:
+    """The name by which this process knows an optimizer's class from now on; else the value itself.
+
+    Python alone gives classes: no name in a YAML file leads to code that was not given before.
+    Raises ValueError for a class without a learning_rate, or with the name of another one.
+    """
+    if not isinstance(value, type):
+        return value
+    name = value.__name__.lower()
+    if "learning_rate" not in inspect.signature(value).parameters:
+        raise ValueError(f"{value.__name__} takes no learning_rate, as mlx's optimizers do")
+    if optimizer_classes().setdefault(name, value) is not value:
+        raise ValueError(f"there is another optimizer of the name {name}: rename the class")
+    return name
+
+
 def parse_optimizer_name(name: str) -> str:
-    """The name in small letters, as mlx_lm.lora reads it; ValueError for one that mlx has not."""
+    """The name in small letters, as mlx_lm.lora reads it; ValueError for one that is not known."""
     name = name.lower()
     if name not in MLX_LM_OPTIMIZERS and name not in optimizer_classes():
         raise ValueError(f"{name!r} is no optimizer; there are {sorted(optimizer_classes())}")
@@ -612,14 +631,47 @@ class ReplaySection(Section):
 
 
 class ContinualSection(Section):
-    """Whether a run goes on from the champion; `from` is the champion, or nothing.
+    """How a run follows the champion; `from` is the champion, or nothing.
 
-    With `skip_unchanged`, a run on data and settings that the champion was trained with already
-    ends before it begins, and so does one that made no champion before.
+    `continue` goes on from it, at a share of `learning_rate`, which is the first night's. `rebuild`
+    trains from the base on the run's data and all that the champion's lineage was trained on.
+    `auto` rebuilds while that fits into `window`. With `skip_unchanged`, a run on data and settings
+    that the champion was trained with already ends before it begins, and so does one that made no
+    champion before.
     """
 
     start: Literal["champion"] | None = key(
-        None, "champion: start from the registry's champion", alias="from"
+        None, "champion: follow the registry's champion, and be no worse than it", alias="from"
+    )
+    policy: Literal["continue", "rebuild", "auto"] = key(
+        "continue", "go on from the champion, rebuild from the base on all kept data, or auto"
+    )
+    window: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?[smh]$")] = key(
+        "2h", "for auto: how long a rebuilt run may take, as 90m, 2h or 45s"
+    )
+    rate: float = key(
+        0.3,
+        "share of learning_rate at which a run goes on from the champion",
+        affects="training",
+        gt=0,
+        le=1,
+    )
+    allow_high_rate: bool = key(
+        False, "go on even where rank x scale x rate is above 0.05, at which runs diverge"
     )
     skip_unchanged: bool = key(True, "end before training if the same run was made before")
     replay: ReplaySection = key(ReplaySection(), "examples of earlier nights in every batch")
+
+    @property
+    def window_seconds(self) -> float:
+        """The window in seconds."""
+        return float(self.window[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.window[-1]]
+
+    def find_conflicts(self) -> Iterator[str]:
+        """What rebuilds needs a champion, and its lineage as the source."""
+        if self.policy == "continue":
+            return
+        if self.start is None:
+            yield f"policy: {self.policy} needs from: champion"
+        if not self.replay.is_lineage:
+            yield f"policy: {self.policy} trains on the lineage: leave replay.sources out"

@@ -12,10 +12,10 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -154,15 +154,10 @@ def _hash_data_code() -> str:
             for path in sorted((root / "rooms" / name).glob("*.py"))
         ),
     ]
-    return sha256(canonical_json(_file_hashes(root, paths))).hexdigest()
-
-
-def _file_hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of each file, by its path in the folder."""
-    return {
-        path.relative_to(folder).as_posix(): regular_sha256(path, follow_links=True)
-        for path in paths
+    hashes = {
+        path.relative_to(root).as_posix(): regular_sha256(path, follow_links=True) for path in paths
     }
+    return sha256(canonical_json(hashes)).hexdigest()
 
 
 def load_run_data(
@@ -218,24 +213,20 @@ def load_dataset(
     """
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         files = open_splits(settings, Path(spool))
+        judge = partial(_read_and_judge, settings, files, on_progress, tokenizer)
         if tokenizer is None:
-            return _read_and_judge(settings, files, on_progress), {}
+            return judge(folder=None), {}
         if cache is None:
             with TemporaryDirectory(prefix="nested-tune-") as private:
-                folder = Path(private)
-                report = _read_and_judge(
-                    settings, files, on_progress, tokenizer=tokenizer, folder=folder
-                )
-                return report, write_manifest_and_open_tokens(folder)
+                report = judge(folder=Path(private))
+                return report, write_manifest_and_open_tokens(Path(private))
         entry = cache.entry(_depends_on(settings, files, tokenizer))
         cached = _read_report_and_tokens(entry)
         if cached is not None:
             return cached
         cache.remove_unused()
         with _creating(entry) as folder:
-            report = _read_and_judge(
-                settings, files, on_progress, tokenizer=tokenizer, folder=folder
-            )
+            report = judge(folder=folder)
             write_report_beside_tokens(folder, report)
             if cache.entry(_depends_on(settings, files, tokenizer)) != entry:
                 raise DatasetError(f"{settings.data} changed while it was checked. Start again.")
@@ -246,9 +237,9 @@ def _read_and_judge(
     settings: DataSettings,
     files: Mapping[str, SplitFile],
     on_progress: OnProgress | None,
+    tokenizer: TokenizerSource | None,
     *,
-    tokenizer: TokenizerSource | None = None,
-    folder: Path | None = None,
+    folder: Path | None,
 ) -> DatasetReport:
     """Read the files and `judge_dataset`; both are imported when needed, their libraries are slow.
 

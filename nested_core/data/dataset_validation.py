@@ -90,7 +90,13 @@ def judge_dataset(
     facts: dict[str, TokenFacts] = {}
     context = None if tokenizer is None else context_length(Path(tokenizer.folder))
     if tokenizer is not None and folder is not None:
-        sound = _lines_to_tokenize(tables, findings, has_template=has_template)
+        sound = {  # lines that are neither rejected nor dropped, of splits that can be tokenised
+            split: LinesToTokenize(
+                table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
+            )
+            for split, table in tables.items()
+            if table.source is not None and (table.format in UNTEMPLATED_FORMATS or has_template)
+        }
         facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, counted in facts.items():
         file = tables[split].file
@@ -192,19 +198,6 @@ def _remove_rejected_lines_from_dropped(
         dropped = {reason: lines - rejected for reason, lines in table.dropped.items()}
         remaining[split] = replace(table, dropped=dropped)
     return remaining
-
-
-def _lines_to_tokenize(
-    tables: Tables, findings: Findings, *, has_template: bool
-) -> dict[str, LinesToTokenize]:
-    """The lines to tokenise: neither rejected nor dropped, of splits that can be tokenised."""
-    return {
-        split: LinesToTokenize(
-            table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
-        )
-        for split, table in tables.items()
-        if table.source is not None and (table.format in UNTEMPLATED_FORMATS or has_template)
-    }
 
 
 def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:

@@ -13,21 +13,25 @@ from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan, ExampleRows
 from nested_core.data.tokens.tokenized_split import Int64, TokenizedSplit
+from nested_core.records.start import Choice
 from nested_core.storage.run_directory import RunDirectory
 
 REPLAY_KEY = "continual.replay.fraction"
+POLICY_KEY = "continual.policy"
 
 
 @dataclass(frozen=True, eq=False)
 class MixedExamples:
     """A run's own examples and the earlier ones under one numbering, and their batches.
 
+    iterations: batches of the whole run.
     sum_earlier: the sum of a value a row, int64 [n], over the earlier rows of the first so many
         batches.
     """
 
     rows: ExampleRows
     plan: BatchPlan
+    iterations: int
     sum_earlier: Callable[[Int64, int], int]
 
 
@@ -41,6 +45,9 @@ class EarlierExamples(Protocol):
 
         Raises ConfigError where a source is missing or has changed, under `replay.missing: error`.
         """
+
+    def read_choice(self) -> Choice:
+        """Whether the run goes on from the champion or is trained from the base, and why."""
 
     def describe(self) -> list[str]:
         """Sentences: which are trained on, which are not, and what is missing."""
@@ -57,6 +64,9 @@ class EarlierExamples(Protocol):
     def count(self) -> int:
         """How many they are."""
 
+    def estimate_iterations(self, rows: int) -> int:
+        """About how many batches a run takes that has so many training examples of its own."""
+
     def content_digest(self) -> str:
         """SHA-256 over all of this that can change the adapter."""
 
@@ -68,11 +78,13 @@ class EarlierExamples(Protocol):
 
 
 def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierExamples | None:
-    """Those of a run; None where the configuration asks for none.
+    """The earlier examples of a run; None if it replays none and rebuilds nothing.
 
     Raises ConfigError where the room replay is not installed.
     """
-    if not config.continual.replay.fraction:
+    continual = config.continual
+    if not continual.replay.fraction and continual.policy == "continue":
         return None
-    earlier: EarlierExamples = seams.load_only("earlier_examples", REPLAY_KEY)(config, run)
+    wanted = REPLAY_KEY if continual.replay.fraction else POLICY_KEY
+    earlier: EarlierExamples = seams.load_only("earlier_examples", wanted)(config, run)
     return earlier

@@ -48,7 +48,7 @@ class SplitRows:
 
 
 def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
-    """Read the examples of a split; None where the data set has no such split.
+    """Read the examples of a split; None if the data set has no such split.
 
     Lines that are no example are left out. Raises ConfigError if there is no such data set, and
     OSError.
@@ -64,7 +64,7 @@ def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
 
 
 def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
-    """Yield the examples of a file of JSON lines, without those lines that are none."""
+    """Yield the examples of a file of JSON lines, without the lines that hold no example."""
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         for number, line in enumerate(file, 1):
             if body := strip_line(line, is_first=number == 1):
@@ -73,7 +73,7 @@ def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
 
 
 def _row_of(example: Example) -> dict[str, Any]:
-    """The example under the keys that are read where none is configured, with its marks."""
+    """The example under the default keys, with its marks."""
     if example.format == "text":
         return {"text": example.text}
     if (write := find_row_format(example.format).write) is not None:

@@ -61,7 +61,7 @@ def read_held_out_prompts(
 
 
 def digest_held_out_file(choice: str) -> str | None:
-    """SHA-256 of the file that `gate.held_out` names; None where it names a split, or is gone."""
+    """SHA-256 of the file that `gate.held_out` names; None if it names a split, or is gone."""
     path = Path(choice)
     if choice in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
         return None
@@ -96,7 +96,7 @@ def as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettin
 
 
 def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) -> list[str | None]:
-    """The field's value in rows of a split, as JSON text; None where a row lacks it, or has null.
+    """The field's value in rows of a split, as JSON text; None if a row lacks it, or has null.
 
     Args:
         settings: where the data is, and in `policy` the field's name.

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from nested_core.backend import hide_torch_from_transformers, keep_freed_memory
 from nested_core.errors import ChildFailed, DataWorkerFailed
 from nested_core.process.child import Child
-from nested_core.storage.compiled_kernels import environment_with_user_tmpdir
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.storage.user_tmpdir import environment_with_user_tmpdir
 
 MIN_BYTES_FOR_WORKERS = 16 * 2**20  # below this, starting processes takes longer than the work
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much

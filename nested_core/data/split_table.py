@@ -101,15 +101,8 @@ def read_tables_with_repeats(
     return related | {"train": replace(related["train"], dropped=dropped)}
 
 
-def read_tables(
-    files: Mapping[str, SplitFile], field_names: FieldNames, on_progress: OnProgress | None = None
-) -> dict[str, SplitTable]:
-    """Read train, valid and test, a missing one as empty; raises OSError, and DataWorkerFailed."""
-    return _read_held_out_first(files, field_names, on_progress, None)[0]
-
-
 def _load_near_duplicates(settings: DataSettings) -> Any:
-    """What looks for near-duplicates; None where nothing does. An error needs the room for it."""
+    """What looks for near-duplicates; None if nothing does. An error needs the room for it."""
     asked = settings.policy.near_duplicates
     if asked == "error":
         seams.require("near_duplicates", NEAR_DUPLICATES_KEY)

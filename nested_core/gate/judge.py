@@ -15,8 +15,8 @@ from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
 from nested_core.gate.checks.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
 from nested_core.gate.checks.judged import (
     Check,
+    CheckedRun,
     Judged,
-    JudgedRun,
     begin_judging_run,
     begin_verdict,
     log_stopped_checks,
@@ -38,7 +38,7 @@ from nested_core.text.stages import stages
 
 # After CHECKS_OF_FILES, with those of the rooms between the two. Each says itself which earlier
 # checks stop it.
-CHECKS_OF_LOSSES: tuple[Check[JudgedRun], ...] = (
+CHECKS_OF_LOSSES: tuple[Check[CheckedRun], ...] = (
     BASE,
     LOSSES,
     COLLAPSE,
@@ -49,7 +49,7 @@ CHECKS_OF_LOSSES: tuple[Check[JudgedRun], ...] = (
     CHAMPION,
     REFERENCE,
 )
-CHECKS_OF_ANSWERS: tuple[Check[JudgedRun], ...] = (
+CHECKS_OF_ANSWERS: tuple[Check[CheckedRun], ...] = (
     SAMPLES,
     TASKS,
     TRAINING_LOSS,
@@ -87,7 +87,7 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     return make_checks_of_run(config, run).verdict
 
 
-def list_checks_with_model() -> list[Check[JudgedRun]]:
+def list_checks_with_model() -> list[Check[CheckedRun]]:
     """The checks of a run that need its base model, with those of the rooms, in their order."""
     of_rooms = [check for checks in seams.load_all("gate_checks") for check in checks]
     return [*CHECKS_OF_LOSSES, *of_rooms, *CHECKS_OF_ANSWERS]
@@ -95,7 +95,7 @@ def list_checks_with_model() -> list[Check[JudgedRun]]:
 
 def make_checks_of_run(
     config: FineTuneConfig, run: RunDirectory, session: Session | None = None
-) -> JudgedRun:
+) -> CheckedRun:
     """Judge the adapter that a run offers: its files, tiers, losses, and the fresh process.
 
     With the verdict, what is to be written beside it. Raises DamagedError if the folder is not as

@@ -13,24 +13,26 @@ from nested_core.config.sections import GateSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
 from nested_core.gate.checks.judged import begin_judging_run, make_checks
-from nested_core.gate.evidence.run_evidence import collect_evidence
+from nested_core.gate.evidence.run_evidence import RunEvidence, collect_evidence
+from nested_core.records.judged_run import JudgedRun
 from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_file import BoundVerdict
-from nested_core.storage.adapter import Adapter
+from nested_core.records.verdict_file import BoundVerdict, bind_verdict
 from nested_core.storage.manifest import FileEntry, describe_file
 from nested_core.storage.run_directory import RunDirectory
 
 NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
 
 
-def recheck_verdict(config: FineTuneConfig, run: RunDirectory, bound: BoundVerdict) -> Adapter:
-    """The run's adapter, where the files bear out `bound`, a verdict that says passed.
+def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
+    """The run with its recorded verdict, which has to say passed, where the files bear that out.
 
     The manifest must hold their digests, and all checks that need no model are done again: tensors,
     updates of the tiers and bounds are those that gate.json records. Figures of losses and answers
     are taken as they are recorded. A check by a bound that the verdict does not record was not made
-    when it was given, and is not made now. Raises DamagedError.
+    when it was given, and is not made now. Raises ConfigError if nothing was judged, GateRejected
+    if the adapter did not pass, DamagedError if verdict and files do not agree.
     """
+    bound = bind_verdict(run.path, must_pass=True)
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
     recorded = bound.verdict
@@ -60,7 +62,14 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, bound: BoundVerdi
             f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} differ.",
             advice=JUDGE_AGAIN,
         )
-    return evidence.after
+    return from_evidence(run, bound, evidence)
+
+
+def from_evidence(run: RunDirectory, bound: BoundVerdict, evidence: RunEvidence) -> JudgedRun:
+    """A judged run of what the gate has read of it."""
+    judged = JudgedRun(run, bound, evidence.after)
+    judged.dataset = evidence.dataset
+    return judged
 
 
 def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:
@@ -76,7 +85,8 @@ def _differing_fields(gate: GateSection, verdict: Verdict, recorded: Verdict) ->
             yield key
     if not _are_same_bounds(recorded.thresholds, gate):
         yield "thresholds"
-    given, now = ([astuple(tensor) for tensor in own.tensors] for own in (recorded, verdict))
+    given = [astuple(tensor) for tensor in recorded.tensors]
+    now = [astuple(tensor) for tensor in verdict.tensors]
     if len(given) != len(now) or not all(map(_is_close, chain(*given), chain(*now))):
         yield "tensors"
     for side in ("initial", "trained"):

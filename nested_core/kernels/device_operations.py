@@ -79,7 +79,7 @@ class DeviceOperations:
         """Compile and check the kernels for layers of these ranks, before a step is traced."""
 
     def invert_unit_lower(self, a: mx.array) -> mx.array | None:
-        """`gated_delta.invert_in_mlx` by a kernel; None where none takes the array."""
+        """`gated_delta.invert_in_mlx` by a kernel; None if no kernel takes the array."""
         return None
 
     def carry_states(
@@ -90,8 +90,12 @@ class DeviceOperations:
         state: mx.array,
         direction: int,
     ) -> list[mx.array] | None:
-        """`gated_delta.carry_in_mlx` by a kernel; None where none takes the arrays."""
+        """`gated_delta.carry_in_mlx` by a kernel; None if no kernel takes the arrays."""
         return None
+
+    def find_expert_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The layers with LoRA on experts that a context of `layer_contexts` computes."""
+        return []
 
     def find_fusable_mlps(self, trace: CallTrace) -> list[GatedMLP]:
         """The gated MLPs that `using_fused_mlps` takes."""

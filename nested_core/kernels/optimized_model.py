@@ -14,21 +14,15 @@ from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.blocked_attention import using_blocked_attention
 from nested_core.kernels.call_tracing import GatedMLP, group_layers_by_input, trace_calls
 from nested_core.kernels.device_operations import device_operations, has_kernel_for_rank
-from nested_core.kernels.expert_mlps import find_expert_layers, using_expert_mlps
-from nested_core.kernels.gated_delta import using_chunked_gated_delta_rule
 from nested_core.kernels.geglu import using_recomputed_geglu
 from nested_core.kernels.lora_linear import OPTIMIZED_CLASSES, using_optimized_lora_layers
 from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
-from nested_core.kernels.short_convolution import using_short_convolutions
 from nested_core.kernels.swiglu import using_cpu_swiglu
 
 OPTIMIZATION_CONTEXTS = (
     using_cpu_swiglu,
     using_recomputed_geglu,
-    using_expert_mlps,
     using_blocked_attention,
-    using_chunked_gated_delta_rule,
-    using_short_convolutions,
     multiplying_by_dequantized_weights,
 )
 
@@ -49,7 +43,8 @@ def using_optimized_layers(
         operations = device_operations()
         mlps, groups = _find_mlps_and_shared_inputs(model)
         with ExitStack() as stack:
-            for optimization in (*operations.layer_contexts, *OPTIMIZATION_CONTEXTS):
+            of_rooms = seams.load_all("layer_context")
+            for optimization in (*operations.layer_contexts, *OPTIMIZATION_CONTEXTS, *of_rooms):
                 stack.enter_context(optimization(model))
             stack.enter_context(using_optimized_lora_layers(model, groups))
             stack.enter_context(operations.using_fused_mlps(mlps))
@@ -65,7 +60,7 @@ def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
         return "layers: mlx-lm's own, as training.reference asks"
     adapters = [module for _, module in model.named_modules() if "lora_a" in module]
     ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
-    experts = set(map(id, find_expert_layers(model)))
+    experts = set(map(id, device_operations().find_expert_layers(model)))
     others = [m for m in adapters if type(m) not in OPTIMIZED_CLASSES and id(m) not in experts]
     count = len(adapters) - len(others)
     parts = [f"{count} of {len(adapters)} with an adapter use nested-tune's code"]

@@ -63,7 +63,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
         return self._checked[variant]
 
     def describe_disagreement(self, *variant: int) -> str | None:
-        """How the kernel differs from its reference on the examples, or None if it does not."""
+        """How the kernel differs from its reference on the examples, or None if both agree."""
         for arguments in self.examples(*variant):
             try:
                 outputs = cast(Any, self.launch)(*arguments)

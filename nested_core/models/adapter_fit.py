@@ -6,13 +6,13 @@ show in none of them: with others the same tensors are another adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, list_first
 from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
@@ -79,7 +79,7 @@ def require_fit(
         differing.append(f"base_fingerprint: {other_base}")
     if not differing and not misfits:
         return
-    lines = [*differing, *_shorten_list(misfits)]
+    lines = [*differing, *list_first(misfits, MAX_SHOWN_PROBLEMS)]
     raise ConfigError(
         f"{what} was trained with other settings, and its tensors would mean something else under "
         f"these:\n" + "\n".join(f"  {line}" for line in lines) + "\nKeep the settings and the base "
@@ -101,15 +101,9 @@ def require_recorded_settings(adapter: Adapter) -> None:
 def require_tensors_fit(tensors: Shaped, parameters: Shaped, advice: str) -> None:
     """Raise ConfigError with every name and shape that does not fit."""
     if problems := list_misfits(tensors, parameters):
-        lines = (f"  {line}" for line in _shorten_list(problems))
+        lines = (f"  {line}" for line in list_first(problems, MAX_SHOWN_PROBLEMS))
         raise ConfigError(
             "The adapter's tensors do not fit the model and lora_parameters:\n"
             + "\n".join(lines)
             + f"\n{advice}"
         )
-
-
-def _shorten_list(problems: list[str]) -> Iterator[str]:
-    yield from problems[:MAX_SHOWN_PROBLEMS]
-    if len(problems) > MAX_SHOWN_PROBLEMS:
-        yield f"and {len(problems) - MAX_SHOWN_PROBLEMS} more"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +18,7 @@ from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.untrusted_files import read_json, read_regular
+from nested_core.storage.untrusted_files import read_json_object, read_regular
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -70,14 +71,17 @@ def require_folder_or_hub_name(model: str) -> None:
     )
 
 
+def read_model_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The fields of a model's JSON file; DamagedError where it is missing or holds no object."""
+    return read_json_object(folder / name, MAX_CONFIG_BYTES, follow_links=True)
+
+
 def estimate_weight_count(folder: Path) -> int:
     """About how many weights are in a model's folder, from file sizes and config.json's bits."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file()]
-    try:
-        config = read_json(folder / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    except (DamagedError, OSError):
-        config = None  # loading the model reports what is wrong with the folder
-    quantization = config.get("quantization") if isinstance(config, dict) else None
+    quantization = None
+    with suppress(DamagedError, OSError):  # loading the model reports what is wrong with the folder
+        quantization = read_model_config(folder).get("quantization")
     bits = quantization.get("bits") if isinstance(quantization, dict) else None
     if not isinstance(bits, int) or bits <= 0:
         bits = 16
@@ -144,17 +148,17 @@ def find_model_folder_offline(model: str) -> Path | None:
 
 
 def context_length(folder: Path) -> int | None:
-    """The most tokens that a model can see; None where its config.json does not say."""
+    """The most tokens that a model can see; None if its config.json does not say."""
     return _read_size(folder, "max_position_embeddings")
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """The rows of a model's embedding; None where its config.json does not say."""
+    """The rows of a model's embedding; None if its config.json does not say."""
     return _read_size(folder, "vocab_size")
 
 
 def count_embedding_rows(model: nn.Module) -> int | None:
-    """The tokens that a loaded model has an embedding of; None where it has none of mlx's."""
+    """The tokens that a loaded model has an embedding of; None without an embedding of mlx's."""
     import mlx.nn as nn
 
     embeddings = (nn.Embedding, nn.QuantizedEmbedding)
@@ -163,8 +167,8 @@ def count_embedding_rows(model: nn.Module) -> int | None:
 
 
 def _read_size(folder: Path, key: str) -> int | None:
-    config = read_json(folder / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    for section in (config, config.get("text_config") if isinstance(config, dict) else None):
+    config = read_model_config(folder)
+    for section in (config, config.get("text_config")):
         size = section.get(key) if isinstance(section, dict) else None
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:
             return size
@@ -188,11 +192,11 @@ def describe_token_beyond(tokenizer: Any, tokens: Sequence[int], rows: int | Non
 
 
 def chat_template_digest(folder: Path) -> str | None:
-    """SHA-256 of the chat template in a model's folder; None where its files hold none."""
+    """SHA-256 of the chat template in a model's folder; None if its files hold none."""
     template: Any = None
     config = folder / "tokenizer_config.json"
     if config.is_file():
-        template = read_json(config, MAX_CONFIG_BYTES, follow_links=True).get("chat_template")
+        template = read_model_config(folder, config.name).get("chat_template")
     file = folder / "chat_template.jinja"
     if file.is_file():
         template = read_regular(file, MAX_CONFIG_BYTES, follow_links=True).decode()
@@ -203,7 +207,7 @@ def chat_template_digest(folder: Path) -> str | None:
 
 
 def vocabulary_digest(folder: Path) -> str | None:
-    """SHA-256 of the files in a model's folder that cut text into tokens; None if it has none.
+    """SHA-256 of the files in a model's folder that cut text into tokens; None without such a file.
 
     A tokenizer.json decides alone: transformers reads no other file of these beside it.
     """
@@ -260,18 +264,9 @@ def load_base_model(
     `shares_layers` is for computations whose results do not count, see `share_layers`.
     """
     import mlx.core as mx
-    from mlx_lm import load
 
     folder = prepare_for_base_model(config)
-    try:
-        model, tokenizer = load(
-            str(folder),
-            tokenizer_config={"trust_remote_code": config.trust_remote_code},
-            trust_remote_code=config.trust_remote_code,
-            lazy=True,
-        )[:2]
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
+    model, tokenizer, _ = load_lazily(folder, trust_remote_code=config.trust_remote_code)
     dtype = model_compute_dtype(config)
     if dtype is not None and not as_stored:
         model.set_dtype(dtype)
@@ -279,6 +274,27 @@ def load_base_model(
         share_layers(model)
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def load_lazily(folder: Path, *, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """The model in a folder, its tokenizer and its config.json, as mlx_lm.load gives them.
+
+    Arrays are read from the file when they are first used. Raises ConfigError.
+    """
+    from mlx_lm import load
+
+    try:
+        loaded: Any = load(
+            str(folder),
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            trust_remote_code=trust_remote_code,
+            lazy=True,
+            return_config=True,
+        )
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
+    model, tokenizer, config = loaded
+    return model, tokenizer, config
 
 
 def share_layers(model: nn.Module) -> None:

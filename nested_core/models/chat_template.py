@@ -61,7 +61,7 @@ class ChatTemplate:
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """The end-of-sequence texts that answers lose; none where the template adds no end."""
+        """The end-of-sequence texts that answers lose; none if the template adds no end."""
         texts = list_end_texts(self._tokenizer)
         return texts if self.example.rpartition(_ANSWER)[2].lstrip().startswith(texts) else ()
 

@@ -41,7 +41,7 @@ class BaseWithAdapter:
 
     parameters: those of the fresh adapter, by name.
     description: what it was loaded from and how; an equal one is the same computation.
-    checksums: of the frozen tensors when it was loaded; None where it is not to be kept.
+    checksums: of the frozen tensors when it was loaded; None if it is not to be kept.
     evaluation_peak, training_peak: most bytes of MLX in this process up to the first evaluation,
         and in the whole training; 0 where this process did not train.
     """

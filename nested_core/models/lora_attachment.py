@@ -153,12 +153,10 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> N
     model.update(tree_unflatten(cast))
 
 
-def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> dict[str, mx.array]:
-    """Give a base model the layers of an adapter that was read from disk, as mlx_lm.load does.
+def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> None:
+    """Give a base model the layers and tensors of an adapter from disk, as mlx_lm.load does.
 
-    Returns the parameters that the model has now under the names of the adapter's tensors: fresh
-    ones, which leave the base's answers as they are, or under `full` the base's own. Raises
-    ConfigError where a name or a shape does not fit the base.
+    Raises ConfigError where a name or a shape does not fit the base.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -170,13 +168,12 @@ def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> dict[str, mx.ar
         lora, layers = config["lora_parameters"], int(config["num_layers"])
         linear_to_lora_layers(model, layers, lora, use_dora=fine_tune_type == "dora")
     fresh: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    added = filter(is_adapter_parameter, fresh.keys() - before.keys())
-    called_for = {name: fresh[name] for name in added}
-    called_for |= {name: fresh[name] for name in adapter.tensors if name in fresh}
+    added = set(filter(is_adapter_parameter, fresh.keys() - before.keys()))
+    called_for = {name: fresh[name] for name in added | (adapter.tensors.keys() & fresh.keys())}
     require_tensors_fit(
         adapter.tensors, called_for, "Give the base and the settings that it was trained with."
     )
-    return called_for
+    model.load_weights(list(adapter.to_mlx().items()), strict=False)
 
 
 def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
@@ -195,7 +192,7 @@ def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, A
 def read_adapter_file(path: Path) -> Adapter:
     """The adapter of `resume_adapter_file`, read strictly; its tensors must be finite.
 
-    Its configuration is that of adapter_config.json beside it, empty where there is none.
+    Its configuration is that of adapter_config.json beside it, empty without that file.
     """
     if not path.is_file():
         problem = f"is a folder; give {path / WEIGHTS_NAME}" if path.is_dir() else "does not exist"

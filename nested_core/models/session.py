@@ -18,6 +18,7 @@ from nested_core.process.child import Child
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
+    from nested_core.records.judged_run import JudgedRun
     from nested_core.records.plan import TimePlan
 
 
@@ -30,13 +31,15 @@ class Session:
     Attributes:
         base: the base that is kept, if one is.
         await_kernels: waits for kernels that are compiled ahead, unless its argument says that a
-            stop is requested; None where none are.
+            stop is requested; None if no kernels are compiled.
+        judged: the run that was judged last, as its registration needs it; None before.
         time_plan: what came of the run's minutes, for its plan; None without them.
     """
 
     def __init__(self) -> None:
         self.base: BaseWithAdapter | None = None
         self.await_kernels: Callable[[Callable[[], bool]], None] | None = None
+        self.judged: JudgedRun | None = None
         self.time_plan: TimePlan | None = None
         self._proof_process: Child | None = None
 

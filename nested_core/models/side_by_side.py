@@ -63,13 +63,10 @@ class SideBySide:
         for name, adapter in read.items():
             if other_base := describe_other_base(adapter.config, base):
                 raise ConfigError(f"{name}: {other_base}. Ask it with the base of its training.")
-            own = self._models[name]
-            own.load_weights(weights)
-            attach_stored_adapter(own, adapter)
-            tensors = [(name, tensor.to_mlx()) for name, tensor in adapter.tensors.items()]
-            own.load_weights(tensors, strict=False)
-        for each in self._models.values():
-            each.eval()
+            self._models[name].load_weights(weights)
+            attach_stored_adapter(self._models[name], adapter)
+        for side in self._models.values():
+            side.eval()
         self._context = context_length(base)
         self.sides = tuple(self._models)
 

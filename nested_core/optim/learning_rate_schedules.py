@@ -16,8 +16,8 @@ Schedule = Callable[[mx.array], mx.array]
 LOWEST_SHARE = 0.1  # of the learning rate, where a cosine ends
 
 
-def build_learning_rate(config: FineTuneConfig, steps: int) -> float | Schedule:
-    """The optimizer's learning rate in a run of `steps` optimizer steps.
+def build_learning_rate(config: FineTuneConfig, steps: int, share: float = 1.0) -> float | Schedule:
+    """The optimizer's learning rate in a run of `steps` optimizer steps, times `share`.
 
     A schedule is read on optimizer steps, from 0.
     """
@@ -33,7 +33,12 @@ def build_learning_rate(config: FineTuneConfig, steps: int) -> float | Schedule:
         warmup = max(1, int(warmup * steps))
     if training.decay is not None:
         rate = cosine(config.learning_rate, int(warmup), steps)
-    return add_warmup(rate, int(warmup)) if warmup else rate
+    rate = add_warmup(rate, int(warmup)) if warmup else rate
+    return rate if share == 1 else _multiply(rate, share)
+
+
+def _multiply(rate: float | Schedule, share: float) -> float | Schedule:
+    return (lambda step: share * rate(step)) if callable(rate) else share * rate
 
 
 def cosine(rate: float, first: int, last: int) -> Schedule:

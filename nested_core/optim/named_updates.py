@@ -9,14 +9,14 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress, islice
+from itertools import compress
 from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from nested_core.errors import UpdateNotApplied
+from nested_core.errors import UpdateNotApplied, list_first
 
 Tree = TypeVar("Tree", bound=dict[str, Any] | list[Any])
 
@@ -53,7 +53,7 @@ class UpdateReport:
         """Raise UpdateNotApplied, naming the parameters, unless every update is in the tree."""
         if self.not_applied:
             count = len(self.not_applied)
-            names = _join_first(self.not_applied, count, ", ")
+            names = ", ".join(list_first(self.not_applied, MAX_LISTED_PROBLEMS))
             raise UpdateNotApplied(
                 f"{count} of {self.checked} updates were computed and are not in the "
                 f"model: {names}. What the model holds is not what the optimizer computed: look at "
@@ -71,9 +71,8 @@ def flatten(tree: dict[str, Any] | list[Any]) -> dict[str, mx.array]:
     flat = dict(pairs)
     if len(flat) < len(pairs):
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise ValueError(
-            f"two leaves of the tree have one name: {_join_first(twice, len(twice), ', ')}"
-        )
+        names = ", ".join(list_first(twice, MAX_LISTED_PROBLEMS))
+        raise ValueError(f"two leaves of the tree have one name: {names}")
     return flat
 
 
@@ -117,9 +116,8 @@ def verify_updates(
     take one evaluation on the device. Raises ValueError where `before` lacks a name.
     """
     if missing := [name for name in expected if name not in before]:
-        raise ValueError(
-            f"no value before the update is known for: {_join_first(missing, len(missing), ', ')}"
-        )
+        names = ", ".join(list_first(missing, MAX_LISTED_PROBLEMS))
+        raise ValueError(f"no value before the update is known for: {names}")
     leaves = [_read_leaf(nested, name) for name in expected]
     old = [before[name] for name in expected]
     equal = _have_equal_bits([*leaves, *leaves], [*expected.values(), *old])
@@ -144,7 +142,7 @@ def find_not_applied(
 
 
 def _read_leaf(tree: Any, name: str) -> Any:
-    """What stands at this name; None where the tree does not have it."""
+    """What stands at this name; None if the tree does not have it."""
     ref = _find_leaf(tree, name)
     return None if ref is None else ref.container[ref.key]
 
@@ -200,20 +198,15 @@ def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
     faults = {name: fault for name, fault in problems.items() if fault}
     known = [name for name, _ in _named_arrays(tree)]
     lines = []
-    for name, fault in islice(faults.items(), MAX_LISTED_PROBLEMS):
-        nearest = difflib.get_close_matches(name, known, n=1) if name not in known else []
+    for number, (name, fault) in enumerate(faults.items()):
+        is_shown = number < MAX_LISTED_PROBLEMS
+        nearest = (
+            difflib.get_close_matches(name, known, n=1) if is_shown and name not in known else []
+        )
         lines.append(f"{name}: {fault}" + "".join(f"; the nearest is {near}" for near in nearest))
     return (
         f"{len(faults)} of {len(problems)} updates do not fit the tree, so none was applied:\n  "
-        + _join_first(lines, len(faults), "\n  ")
-    )
-
-
-def _join_first(words: Sequence[str], count: int, separator: str) -> str:
-    """The first few of `count` words, and how many more there are."""
-    shown = list(words[:MAX_LISTED_PROBLEMS])
-    return separator.join(
-        [*shown, f"and {count - len(shown)} more"] if count > len(shown) else shown
+        + "\n  ".join(list_first(lines, MAX_LISTED_PROBLEMS))
     )
 
 

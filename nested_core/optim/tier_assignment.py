@@ -54,7 +54,7 @@ class TierMap:
 def count_expected_updates(step: int, frequency: int, flush_steps: Sequence[int] = ()) -> int:
     """Updates of a tier after `step` optimizer steps: floor(step / frequency), and each flush.
 
-    A flush at a step applies the chunk that was open then; where none was, it adds nothing.
+    A flush at a step applies the chunk that was open then; without an open chunk it adds nothing.
     """
     return step // frequency + sum(1 for at in flush_steps if at <= step and at % frequency)
 

@@ -29,8 +29,10 @@ from nested_core.models.base_model import (
     is_same_base,
 )
 from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
+from nested_core.records.judged_run import JudgedRun
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.skip import Skip
+from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict
 from nested_core.registry import holding_champion, read_champion, trials, verify
 from nested_core.registry.folders import name_exists
@@ -48,7 +50,7 @@ ANCESTORS_KEY = "gate.max_ancestor_loss_increase"
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
-    """The champion's version; None if there is none, or no such registry or name yet."""
+    """The champion's version; None without one, or without such a registry or name."""
     return read_champion(registry, name) if name_exists(registry, name) else None
 
 
@@ -66,7 +68,7 @@ def starting_champion(config: FineTuneConfig) -> Adapter | None:
 
 
 def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | None:
-    """Why a validated run need not be trained; None where it is to be.
+    """Why a validated run need not be trained; None for a run to be trained.
 
     None as well if the run does not start from the champion, if `continual.skip_unchanged` is off,
     and if the run has begun to train. Raises DamagedError if the champion's provenance or a
@@ -80,7 +82,10 @@ def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | Non
         reason = f"data unchanged since {shorten_digest(champion)}"
         return Skip(Outcome.SKIPPED_UNCHANGED, reason, version=champion)
     champion = champion_or_none(*registry_location(config.registry))
-    conditions = conditions_digest(config, run, champion)
+    dataset = read_dataset_record(run.dataset)
+    base = fingerprint_base_model(find_model_folder(config.model))
+    settings = settings_digest(config, base, run, dataset)
+    conditions = conditions_digest(config, dataset, settings, champion)
     if conditions is None:
         return None
     return trials.find_reason_to_skip(config.registry, conditions, champion)
@@ -102,34 +107,32 @@ def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | 
     now = (
         dataset.digest,
         digest_held_out(config, dataset),
-        settings_digest(config, recorded, run),
+        settings_digest(config, recorded, run, dataset),
     )
     keys = ("dataset_digest", "validation_digest", "settings_digest")
     return champion if now == tuple(map(provenance.get, keys)) else None
 
 
 def conditions_digest(
-    config: FineTuneConfig, run: RunDirectory, champion: str | None
+    config: FineTuneConfig, dataset: DatasetReport, settings: str, champion: str | None
 ) -> str | None:
     """SHA-256 over all that decides what becomes of a run that starts from `champion`.
 
     That is the champion, all splits of the data, base, tokenizer, settings, thresholds and other
     files of the gate, what is kept of the ancestors' examples where they judge, the rule of
     promotion and its reference, device and dtype, and the versions of the packages that compute.
-    `config` is held to the registry's policy. None for a run that does not start from a champion,
-    and with questions that a Python function scores: nobody knows what that depends on.
+    `config` is held to the registry's policy, `settings` is the `settings_digest`. None for a run
+    that does not start from a champion, and with questions that a Python function scores: nobody
+    knows what that depends on.
     """
     if config.continual.start is None or any(task.function for task in config.gate.tasks):
         return None
     registry, name = registry_location(config.registry)
-    dataset = read_dataset_record(run.dataset)
     section = config.registry
     decides = {
         "champion": champion,
         "data": dataset.digest,
-        "settings": settings_digest(
-            config, fingerprint_base_model(find_model_folder(config.model)), run
-        ),
+        "settings": settings,
         "gate": replace_configured_paths(config.gate, _hash_file).model_dump(mode="json"),
         "ancestors": _list_ancestor_digests(config, champion),
         "rule": asdict(effective_rule(section)),
@@ -156,29 +159,29 @@ def _hash_file(key: str, rule: PathRule, path: str) -> str:
     return cached_sha256([Path(path)])[0]
 
 
-def record_trial(
-    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, outcome: Outcome, reason: str
-) -> None:
+def record_trial(config: FineTuneConfig, judged: JudgedRun, outcome: Outcome, reason: str) -> None:
     """Record in the history that a run from the champion made no version, and why.
 
     Nothing of a run that could not be told from another by its conditions.
     """
-    conditions = conditions_digest(config, run, verdict.rival)
+    settings = settings_digest(config, judged.base_fingerprint, judged.folder, judged.dataset)
+    conditions = conditions_digest(config, judged.dataset, settings, judged.verdict.rival)
     if conditions is None:
         return
-    base = fingerprint_base_model(find_model_folder(config.model))
     trial = trials.Trial(
         outcome=outcome,
         conditions_digest=conditions,
-        dataset_digest=read_dataset_record(run.dataset).digest,
-        settings_digest=settings_digest(config, base, run),
-        run=run.path.resolve().name,
+        dataset_digest=judged.dataset.digest,
+        settings_digest=settings,
+        run=judged.folder.path.resolve().name,
         reason=reason,
     )
     trials.record_trial(*registry_location(config.registry), trial)
 
 
-def settings_digest(config: FineTuneConfig, base: str | None, run: RunDirectory) -> str:
+def settings_digest(
+    config: FineTuneConfig, base: str | None, run: RunDirectory, dataset: DatasetReport
+) -> str:
     """SHA-256 over every setting that can change the adapter, the base and its tokenizer.
 
     base: the base model's fingerprint. With replay, over the examples that the run replays as well.
@@ -187,17 +190,17 @@ def settings_digest(config: FineTuneConfig, base: str | None, run: RunDirectory)
     settings = settings_that_shape_adapter(config)
     if config.training.minutes is not None:
         del settings["iters"]
-    replay = settings.pop("continual")  # what there is of it is about replay
-    facts = [base, read_dataset_record(run.dataset).tokenizer, settings]
+    followed = settings.pop("continual")  # the rate of going on, and replay
+    facts = [base, dataset.tokenizer, settings, followed["rate"]]
     if earlier := find_earlier_examples(config, run):
-        facts += [replay, earlier.content_digest()]
+        facts += [followed["replay"], earlier.content_digest()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
 def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | None:
     """The digest of the examples that the gate measures losses on; None without any.
 
-    Of a file outside of the data set it is that of the file, None where the file is gone.
+    Of a file outside of the data set it is that of the file, None if the file is gone.
     """
     split = held_out_split(config.gate.held_out, dataset.splits)
     if split is None:
@@ -207,35 +210,30 @@ def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | Non
 
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """One line that says where a run with `continual.from` started; None for other runs."""
-    if config.continual.start is None:
-        return None
-    parent = parent_version_of(config, read_adapter(run.initial).digest())
-    name = config.registry.name
-    if parent is None:
-        return f"{name} has no champion yet: starting from a fresh adapter"
-    return f"starting from version {shorten_digest(parent)} of {name}"
+    start = read_start(config, run)
+    return None if start is None else start.describe(config.registry.name)
 
 
 def find_unbeaten_champion(
     config: FineTuneConfig, run: RunDirectory, verdict: Verdict
 ) -> str | None:
-    """The champion, where an adapter started from it and is no better: `better` keeps that out.
+    """The champion, where an adapter that follows it is no better: `better` keeps that out.
 
     No better is a mean loss on the held-out examples that is not lower, without a suite whose
     answers got better beyond noise; the gate has passed a rise within its bound, or within noise.
-    None without a champion, for another start, and without held-out examples.
+    None without a champion, for a run that follows none, and without held-out examples.
     """
-    validation = verdict.validation
-    if verdict.rival is None or validation is None:
+    if verdict.rival is None or verdict.validation is None:
         return None
-    before, after = validation.loss_before, validation.loss_after
-    if before is None or after is None or after < before:
+    initial, difference = verdict.initial.digest, None
+    if verdict.rival in (initial, parent_version_of(config, initial)):
+        before, after = verdict.validation.loss_before, verdict.validation.loss_after
+        difference = None if before is None or after is None else after - before
+    elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
+        difference = None if verdict.champion is None else verdict.champion.difference
+    if difference is None or difference < 0 or any(task.is_proven_gain for task in verdict.tasks):
         return None
-    if any(task.is_proven_gain for task in verdict.tasks):
-        return None
-    initial = verdict.initial.digest
-    is_start = verdict.rival in (initial, parent_version_of(config, initial))
-    return verdict.rival if is_start else None
+    return verdict.rival
 
 
 @contextmanager

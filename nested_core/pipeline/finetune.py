@@ -28,6 +28,7 @@ from nested_core.pipeline.preflight import check_before_start, require_room_for_
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
     describe_reproduction,
+    find_judged_run,
     record_rejection,
 )
 from nested_core.pipeline.services import load_services
@@ -82,7 +83,7 @@ class FinetuneResult:
 
     @property
     def promotion(self) -> str | None:
-        """ "promoted", or why the version was not; None where it is not to be promoted."""
+        """ "promoted", or why the version was not; None for one that is only registered."""
         if self.decision is None or self.decision.outcome == "registered":
             return None
         return self.decision.sentence
@@ -196,9 +197,10 @@ def _finetune_locked(
         if kept is not None:
             reason = describe_unbeaten_champion(verdict, kept)
             decision = Decision("refused", verdict.trained.digest, kept, reason)
-            record_trial(config, run, verdict, Outcome.KEPT_CHAMPION, reason)
+            judged = find_judged_run(run, session)
+            record_trial(config, judged, Outcome.KEPT_CHAMPION, reason)
         else:
-            decision = _publish(config, run, verdict, hooks)
+            decision = _publish(config, run, session, hooks)
     return FinetuneResult(
         run,
         verdict=verdict,
@@ -232,9 +234,10 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Ses
             )
             verdict = hooks.judge(config, run, session)
     except GateRejected:
-        record_rejection(config, run)
+        record_rejection(config, run, session)
         raise
-    if note := describe_changed_held_out(config, run):
+    judged = find_judged_run(run, session)
+    if note := describe_changed_held_out(config, judged.verdict, judged.dataset):
         hooks.on_message(note)
     return verdict
 
@@ -246,9 +249,9 @@ def _current_champion(config: FineTuneConfig) -> str | None:
     return champion_or_none(*registry_location(config.registry))
 
 
-def _publish(config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Steps) -> Decision:
+def _publish(config: FineTuneConfig, run: RunDirectory, session: Session, hooks: Steps) -> Decision:
     """Register, and promote where a policy asks for it; what became of the version."""
-    decision = hooks.register(config, run, verdict.rival)
-    if note := describe_reproduction(config, run, decision.version):
+    decision = hooks.register(config, run, session)
+    if note := describe_reproduction(config, find_judged_run(run, session)):
         hooks.on_message(note)
     return decision

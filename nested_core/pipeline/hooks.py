@@ -12,7 +12,7 @@ from nested_core.data.lines.example_parsing import MLX_LM_FORMATS
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
-from nested_core.pipeline.publishing import register_run
+from nested_core.pipeline.publishing import find_judged_run, register_run
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
@@ -94,12 +94,13 @@ class Steps:
         """The loss of the judged adapter on test.jsonl."""
         return steps.measure_test(config, run, self.on_message, session=session)
 
-    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> Decision:
-        """Add the adapter to the registry, and promote it as `registry.promote` says.
+    def register(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Decision:
+        """Add the judged adapter to the registry, and promote it as `registry.promote` says.
 
-        `champion` is the one that the run was judged against. Returns what became of the version.
+        Returns what became of the version.
         """
-        return register_run(config, run, champion)
+        judged = find_judged_run(run, session)
+        return register_run(config, judged, judged.verdict.rival)
 
 
 Hooks = Steps  # its name in programs that were written before

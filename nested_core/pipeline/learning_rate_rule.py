@@ -9,6 +9,7 @@ at which 72 runs diverged, 0.096. mlx_lm.lora's defaults (8 x 20 x 1e-5) give 0.
 from __future__ import annotations
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError
 
 BEST_PRODUCTS = (0.01, 0.03)
 USABLE_PRODUCTS = (0.003, 0.05)
@@ -17,7 +18,7 @@ ADAM_OPTIMIZERS = ("adam", "adamw")
 
 
 def describe_learning_rate(config: FineTuneConfig) -> str | None:
-    """Where rank x scale x rate lies against what learns best; None where nothing is known of it.
+    """Where rank x scale x rate lies against what learns best; None without knowledge of it.
 
     It is known of LoRA with Adam. A rate that a schedule gives is its highest.
     """
@@ -41,6 +42,22 @@ def warn_of_learning_rate(config: FineTuneConfig) -> str | None:
     if text is None or USABLE_PRODUCTS[0] <= _product(config) <= USABLE_PRODUCTS[1]:
         return None
     return f"learning rate: {text}"
+
+
+def require_usable_rate(config: FineTuneConfig) -> None:
+    """Refuse a run that would go on from the champion at a rate at which adapters diverge.
+
+    Raises ConfigError, unless `continual.allow_high_rate` is true.
+    """
+    product = _product(config) * config.continual.rate
+    is_known = describe_learning_rate(config) is not None
+    if is_known and product > USABLE_PRODUCTS[1] and not config.continual.allow_high_rate:
+        raise ConfigError(
+            f"continual.rate: going on from the champion at {config.continual.rate:g} of the "
+            f"learning rate, rank x scale x rate is {product:.2g}, and above "
+            f"{USABLE_PRODUCTS[1]:g} trained adapters diverge. Lower continual.rate or "
+            f"learning_rate, or set continual.allow_high_rate: true."
+        )
 
 
 def _product(config: FineTuneConfig) -> float:

@@ -20,7 +20,7 @@ MIN_VERSION_DIGITS = 6
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter's folder; `model` is the base that its run names, None where the adapter does.
+    """An adapter's folder; `model` is the base that its run names, None if the adapter does.
 
     trusts_remote_code: whether that base may bring code, by the run's configuration.
     run: the run that it is of, None for a folder or a version.
@@ -46,7 +46,7 @@ def name_folder_of(path: Path) -> Path | None:
 
 
 def find_bare_name(given: Path, registry: Path | None) -> Path | None:
-    """The folder of a name without REGISTRY/ before it, in the registry; None where it is none."""
+    """The folder of a name without REGISTRY/ before it, in the registry; else None."""
     if len(given.parts) != 1:
         return None
     return name_folder_of((registry or DEFAULT_REGISTRY) / given)
@@ -118,7 +118,7 @@ def _describe_unknown(given: Path, registry: Path | None) -> str:
 
 
 def champion_folder(folder: Path) -> Path:
-    """The version's folder of a name's champion; ConfigError where there is none yet."""
+    """The version's folder of a name's champion; ConfigError without a champion."""
     from nested_core.registry import read_champion
 
     champion = read_champion(folder.parent, folder.name)

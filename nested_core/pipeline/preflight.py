@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.errors import ConfigError
 from nested_core.measure.answers.answer_cache import answer_cache
 from nested_core.measure.answers.suite_answers import read_suites
@@ -79,7 +80,7 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     Their size follows from the initial adapter; those that are there already count.
     """
     one = estimate_checkpoint_bytes(config, run)
-    iterations = _estimate_iterations(config, run)
+    iterations = estimate_iterations(config, run)
     every = config.intervals(iterations).save
     saves = config.training.keep_checkpoints if every is None else ceil(iterations / every)
     bests = 2 if config.nested.slow_gradients == "accumulate" else 1
@@ -100,13 +101,14 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     )
 
 
-def _estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
-    """How long the run is; by the number of its examples where epochs decide."""
+def estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
+    """How long a validated run is; by the number of its examples where epochs decide."""
+    examples = read_dataset_record(run.dataset).splits["train"].rows
+    if earlier := find_earlier_examples(config, run):
+        return earlier.estimate_iterations(examples)
     if config.training.epochs is None:
         return config.iters
-    examples = read_dataset_record(run.dataset).splits["train"].rows
-    new_share = 1 - config.continual.replay.fraction
-    return ceil(config.training.epochs * ceil(examples / (config.batch_size * new_share)))
+    return ceil(config.training.epochs * ceil(examples / config.batch_size))
 
 
 def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:

@@ -24,6 +24,7 @@ from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.measure.losses.left_out_examples import read_run_training_digests
 from nested_core.models.base_model import find_model_folder_offline
+from nested_core.models.session import Session
 from nested_core.pipeline.continual import (
     conditions_digest,
     digest_held_out,
@@ -31,15 +32,21 @@ from nested_core.pipeline.continual import (
     settings_digest,
 )
 from nested_core.records.dataset import (
+    DatasetReport,
     SplitStats,
     held_out_split,
-    read_dataset_record,
 )
-from nested_core.records.metrics import cumulative_seconds, read_latest_values, read_metrics
-from nested_core.records.plan import read_plan
+from nested_core.records.judged_run import (
+    JudgedRun,
+    hash_metrics,
+    read_judged_run,
+    read_rejected_run,
+)
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run import Run
-from nested_core.records.verdict_file import GATE_NAME, bind_verdict, read_verdict
+from nested_core.records.start import read_start
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import UNSET, Decision, Unset, register_and_promote
 from nested_core.registry.data_store import RunExamples, keeps_examples
 from nested_core.registry.folders import check_name, name_exists
@@ -51,63 +58,65 @@ from nested_core.registry.promotion_policy import (
     registry_location,
 )
 from nested_core.registry.queries import parent_version_of
-from nested_core.registry.registration import PassedRun, read_passed_run, register_rejection
+from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
-from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.text.digest_format import shorten_digest
 
 TRAINING_KEY = "metrics_sha256"
 
 
-def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> PassedRun:
+def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
     """Read gate.json, which has to say passed, and check that the files of the run bear that out.
 
     So must the base model, if it is on this machine. Raises ConfigError if nothing was judged,
     GateRejected if the adapter did not pass, DamagedError if verdict and files do not agree.
     """
-    bound = bind_verdict(run.path, must_pass=True)
-    adapter = recheck_verdict(config, run, bound)
+    judged = recheck_verdict(config, run)
     base = find_model_folder_offline(config.model)
     if base is not None:
-        require_same_base(adapter, base)
-    return PassedRun(bound, adapter)
+        require_same_base(judged.adapter, base)
+    return judged
+
+
+def find_judged_run(run: RunDirectory, session: Session) -> JudgedRun:
+    """The run that passed, as its gate left it in the session; else read from its folder."""
+    return _find_in_hand(run, session) or read_judged_run(run.path)
+
+
+def _find_in_hand(run: RunDirectory, session: Session) -> JudgedRun | None:
+    is_in_hand = session.judged is not None and session.judged.folder.path == run.path
+    return session.judged if is_in_hand else None
 
 
 def register_run(
     config: FineTuneConfig,
-    run: RunDirectory,
+    judged: JudgedRun,
     champion: str | None,
     *,
     origin: Origin = NO_ORIGIN,
 ) -> Decision:
-    """Add the run's adapter to the configured registry, and promote it where that is asked for.
+    """Add a run that passed to the configured registry, and promote it where that is asked for.
 
     `champion` is the champion when the run was judged. Returns what became of the version. Raises
-    GateRejected if gate.json does not say that the adapter passed.
+    ConfigError where no registry is configured.
     """
-    passed = read_passed_run(run.path)
-    conditions = conditions_digest(config, run, champion)
-    recorded = make_provenance(config, run, passed, champion, conditions)
-    examples = read_run_examples(config, run, passed.version)
-    return register_by_policy(
-        passed, config.registry, recorded, champion, examples=examples, origin=origin
-    )
+    registry_location(config.registry)
+    recorded = _make_provenance_with_conditions(config, judged, champion)
+    new = NewVersion(judged, recorded, read_run_examples(config, judged))
+    return register_by_policy(new, config.registry, champion, origin=origin)
 
 
-def read_run_examples(
-    config: FineTuneConfig, run: RunDirectory, version: str
-) -> RunExamples | None:
-    """The examples of a run for its version to keep; None where none are, or they are kept already.
+def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples | None:
+    """The examples of a run for its version to keep; None if they need not be kept, or are kept.
 
     None, too, with a warning, where the data has changed since it was validated, or is gone.
     """
     registry, name = registry_location(config.registry)
-    is_kept = keeps_examples(registry / name, version)
+    is_kept = keeps_examples(registry / name, judged.version)
     if not config.registry.keep_data or is_kept:
         return None
-    recorded = read_dataset_record(run.dataset).splits
+    recorded = judged.dataset.splits
     choice = config.gate.held_out
     settings = DataSettings.from_config(config)
     try:
@@ -130,7 +139,7 @@ def read_run_examples(
         )
         return None
     return RunExamples(
-        _leave_out_dropped(config, run, train),
+        _leave_out_dropped(config, judged.folder, train),
         held_out,
         config.continual.replay.keep,
         kept_out=[row for rows in held_out_sets.values() for row in rows],
@@ -159,53 +168,42 @@ def _read_validated_rows(
     return read.rows
 
 
-def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
+def record_rejection(config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
     """Keep a verdict that rejects an adapter which is a version of the registry already.
 
     A run from the champion whose adapter is none is recorded as a trial.
     """
     if config.registry.path is None:
         return
+    judged = _find_in_hand(run, session) or read_rejected_run(run.path)
+    verdict = judged.verdict
     path, name = registry_location(config.registry)
-    bound = bind_verdict(run.path)
-    verdict = bound.verdict
     if name_exists(path, name):
-        settings = read_adapter_config(run.adapter / CONFIG_NAME)
-        judged = PassedRun(bound, Adapter(run.adapter, settings, {}))
-        conditions = conditions_digest(config, run, verdict.rival)
-        recorded = make_provenance(config, run, judged, verdict.rival, conditions)
-        register_rejection(bound, path, name, recorded)
+        recorded = _make_provenance_with_conditions(config, judged, verdict.rival)
+        register_rejection(NewVersion(judged, recorded), path, name)
     reason = f"{', '.join(verdict.reason_names)}; {verdict.describe_loss()}"
-    record_trial(config, run, verdict, verdict.outcome, reason)
+    record_trial(config, judged, verdict.outcome, reason)
 
 
 def is_registered_from(config: FineTuneConfig, run: RunDirectory, version: str) -> bool:
     """Whether a version of the configured registry was registered from this training."""
     provenance = read_provenance(version_folder(*registry_location(config.registry), version))
     recorded = provenance.get(TRAINING_KEY)
-    return recorded is not None and recorded == _hash_training_record(run)
+    return recorded is not None and recorded == hash_metrics(run)
 
 
-def describe_reproduction(config: FineTuneConfig, run: RunDirectory, version: str) -> str | None:
+def describe_reproduction(config: FineTuneConfig, judged: JudgedRun) -> str | None:
     """One line where another training made the same adapter before; None for this run's own."""
     registry, name = registry_location(config.registry)
-    provenance = read_provenance(version_folder(registry, name, version))
+    provenance = read_provenance(version_folder(registry, name, judged.version))
     recorded = provenance.get(TRAINING_KEY)
-    if recorded is None or recorded == _hash_training_record(run):
+    if recorded in (None, judged.metrics_sha256):
         return None
     day = str(provenance.get(REGISTERED_AT_KEY))[:10]
     return (
         f"this run made the same adapter, byte for byte, as {provenance.get('run_dir')}, which was "
-        f"registered as version {shorten_digest(version)} of {name} on {day}"
+        f"registered as version {shorten_digest(judged.version)} of {name} on {day}"
     )
-
-
-def _hash_training_record(run: RunDirectory) -> str | None:
-    """The hash of metrics.jsonl: its times tell a training from another that computed the same.
-
-    It is that of the run wherever its folder lies, and after it is judged again.
-    """
-    return regular_sha256(run.metrics) if run.metrics.is_file() else None
 
 
 def read_config_for_registry(run: RunDirectory, registry: Path, name: str) -> FineTuneConfig:
@@ -215,8 +213,8 @@ def read_config_for_registry(run: RunDirectory, registry: Path, name: str) -> Fi
     """
     check_name(name)
     config = read_run_config(run)
-    place = {"path": str(registry), "name": name}
-    return config.model_copy(update={"registry": config.registry.model_copy(update=place)})
+    location = {"path": str(registry), "name": name}
+    return config.model_copy(update={"registry": config.registry.model_copy(update=location)})
 
 
 def register_and_promote_run(
@@ -235,11 +233,10 @@ def register_and_promote_run(
     """
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
-        passed = confirm_recorded_verdict(config, run)
+        judged = confirm_recorded_verdict(config, run)
         _note_registry(run, path, name)
-        verdict = passed.bound.verdict
-        recorded = make_provenance(config, run, passed, verdict.rival)
-        candidate = Judgement.of_run(verdict, recorded)
+        recorded = make_provenance(config, judged, judged.verdict.rival)
+        candidate = Judgement.of_run(judged.verdict, recorded)
         done = register_and_promote(
             run.path,
             path,
@@ -248,8 +245,8 @@ def register_and_promote_run(
             by=by,
             expected_champion=expected_champion,
             against_policy=describe_policy_refusal(path, name, candidate),
-            run=passed,
-            examples=read_run_examples(config, run, passed.version),
+            run=judged,
+            examples=read_run_examples(config, judged),
         )
     return done, candidate
 
@@ -264,18 +261,19 @@ def _note_registry(run: RunDirectory, registry: Path, name: str) -> None:
             add_promoted_to(run.promoted_to, str(registry), name)
 
 
-def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str | None:
+def describe_changed_held_out(
+    config: FineTuneConfig, verdict: Verdict, dataset: DatasetReport
+) -> str | None:
     """That the gate judged by other examples than it judged the champion by, in a sentence.
 
-    None where they are the same, without a champion, or where one of the two is not recorded.
+    None if they are the same, without a champion, or where one of the two is not recorded.
     """
-    verdict = read_verdict(run.gate)
     champion, validation = verdict.rival, verdict.validation
     if champion is None or validation is None or config.registry.path is None:
         return None
     folder = version_folder(*registry_location(config.registry), champion)
     before = read_provenance(folder).get("validation_digest")
-    now = digest_held_out(config, read_dataset_record(run.dataset))
+    now = digest_held_out(config, dataset)
     if before is None or now is None or before == now:
         return None
     earlier = read_verdict(folder / GATE_NAME).validation
@@ -286,29 +284,33 @@ def describe_changed_held_out(config: FineTuneConfig, run: RunDirectory) -> str 
     )
 
 
+def _make_provenance_with_conditions(
+    config: FineTuneConfig, judged: JudgedRun, champion: str | None
+) -> dict[str, Any]:
+    """The provenance of a run about which its policy decides: it has all that decided on it."""
+    recorded = make_provenance(config, judged, champion)
+    settings = recorded["settings_digest"]
+    conditions = conditions_digest(config, judged.dataset, settings, champion)
+    return recorded | {"conditions_digest": conditions}
+
+
 def make_provenance(
-    config: FineTuneConfig,
-    run: RunDirectory,
-    judged: PassedRun,
-    champion: str | None,
-    conditions: str | None = None,
+    config: FineTuneConfig, judged: JudgedRun, champion: str | None
 ) -> dict[str, Any]:
     """The content of provenance.json: configuration, data, base, gate, parent and tool versions.
 
     The parent is the version that it was trained from, otherwise the champion that it follows.
-    `conditions` is the `conditions_digest` of a run whose policy decides; None where a person does.
     """
-    dataset = read_dataset_record(run.dataset)
-    verdict = judged.bound.verdict
-    initial = verdict.initial.digest
-    base = judged.adapter.config.get("base_fingerprint")
+    run, dataset, training = judged.folder, judged.dataset, judged.training
+    initial, base = judged.verdict.initial.digest, judged.base_fingerprint
     trained_on = read_run_training_digests(config, run, initial)
+    earlier = find_earlier_examples(config, run)
     return {
         "run_dir": str(run.path.resolve()),  # for people: folders move
-        TRAINING_KEY: _hash_training_record(run),
+        TRAINING_KEY: judged.metrics_sha256,
         "config": config.model_dump(mode="json"),
-        "settings_digest": settings_digest(config, base, run),
-        "conditions_digest": conditions,
+        "settings_digest": settings_digest(config, base, run, dataset),
+        "conditions_digest": None,  # where a person decides
         "base_fingerprint": base,
         "chat_template": dataset.chat_template,
         "vocabulary": dataset.vocabulary,
@@ -319,29 +321,9 @@ def make_provenance(
         "parent": parent_version_of(config, initial) or champion,
         "champion_at_gate": champion,
         "training_examples": None if trained_on is None else encode_digests(trained_on),
-        "trained": _describe_trained(run),
-        "replay": _describe_replayed(config, run),
-        "training_seconds": max(cumulative_seconds(read_metrics(run.metrics)), default=0.0),
+        "trained": training.schedule,
+        "start": None if (start := read_start(config, run)) is None else start.to_provenance(),
+        "replay": None if earlier is None else earlier.make_provenance(training.replayed_tokens),
+        "training_seconds": training.seconds,
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
     }
-
-
-def _describe_trained(run: RunDirectory) -> dict[str, Any] | None:
-    """How long the run trained, and on which file; None for a run without a plan."""
-    plan = read_plan(run.plan)
-    if plan is None:
-        return None
-    steps = int(read_latest_values(run.metrics).get("step", 0))
-    return {
-        "steps": steps,
-        "planned_steps": plan.steps,
-        "epochs": plan.passes_until(steps),
-        "file": plan.training_file,
-    }
-
-
-def _describe_replayed(config: FineTuneConfig, run: RunDirectory) -> dict[str, Any] | None:
-    """The earlier examples of the run, and how many trained tokens they were; None without any."""
-    if (earlier := find_earlier_examples(config, run)) is None:
-        return None
-    return earlier.make_provenance(int(read_latest_values(run.metrics).get("replayed_tokens", 0)))

@@ -55,11 +55,11 @@ class RunExplanation:
         iterations: micro-batches of the whole run.
         steps: optimizer steps of the whole run.
         epochs: passes over the training data of the whole run.
-        validation_examples: examples of an evaluation; 0 if there is none.
+        validation_examples: examples of an evaluation; 0 without a validation set.
         memory: the predicted peak and the memory that there is.
         replay: what is replayed, in sentences; empty without replay.
         replayed_tokens: trained tokens of replayed examples in the whole run.
-        measured: how fast it is, as the room minutes has it; None where nothing was measured.
+        measured: how fast it is, as the room minutes has it; None if nothing was measured.
         has_linear_attention: whether modules of `linear_attn`, as Qwen3.5 has them, are trained.
     """
 

@@ -9,7 +9,7 @@ from nested_core.config.schema import FineTuneConfig
 
 
 def load_services(config: FineTuneConfig) -> Any:
-    """The room's Services for what `report_to` names; None where it names nothing.
+    """The room's Services for what `report_to` names; None if it names nothing.
 
     Raises ConfigError for a service that is not known or not installed, and without the room.
     """

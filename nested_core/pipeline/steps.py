@@ -33,11 +33,11 @@ from nested_core.errors import (
     shorten,
 )
 from nested_core.gate import Verdict, digests_for_result
-from nested_core.gate.checks.judged import JudgedRun
+from nested_core.gate.checks.judged import CheckedRun
 from nested_core.gate.evidence.run_evidence import config_file_entry
 from nested_core.gate.judge import make_checks_of_run
 from nested_core.gate.proof.fresh_process_check import start_proof_process
-from nested_core.gate.recheck import task_file_entries
+from nested_core.gate.recheck import from_evidence, task_file_entries
 from nested_core.kernels.optimized_model import describe_layers
 from nested_core.measure.answers.questions_in_training import QuestionsInTraining
 from nested_core.measure.answers.suite_answers import (
@@ -72,6 +72,7 @@ from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.learning_rate_rule import require_usable_rate
 from nested_core.pipeline.processes import count_processes, train_in_processes
 from nested_core.pipeline.services import load_services
 from nested_core.process.command_parent import list_earlier_ends
@@ -82,6 +83,7 @@ from nested_core.records.dataset import (
     require_held_out,
     require_test_set,
 )
+from nested_core.records.judged_run import JudgedRun
 from nested_core.records.plan import (
     TrainingPlan,
     list_rank_counts,
@@ -90,6 +92,7 @@ from nested_core.records.plan import (
     write_plan,
 )
 from nested_core.records.result import TrainResult, read_result, write_result
+from nested_core.records.start import CONFIGURED, START_FILE, Start
 from nested_core.records.verdict_file import write_verdict
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, export_adapter, write_adapter
 from nested_core.storage.atomic import (
@@ -157,7 +160,7 @@ def choose_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> None:
     """
     if run.initial.exists() and run.tiers.exists():
         return
-    for written in (run.replay, run.replayed_rows):
+    for written in (run.replay, run.replayed_rows, run.start):
         remove_file(written)
     if earlier := find_earlier_examples(config, run):
         earlier.choose()
@@ -213,8 +216,8 @@ def write_initial_adapter_and_tiers(
 ) -> None:
     """Write the initial adapter and the tier of each tensor.
 
-    It is fresh, from resume_adapter_file, or where `continual` says so the champion. Holds the
-    device meanwhile; `on_wait` is told who has it.
+    It is fresh, from resume_adapter_file, or where `continual` says so the champion, which is
+    noted in start.json. Holds the device meanwhile; `on_wait` is told who has it.
     """
     if run.initial.exists() and run.tiers.exists():
         return
@@ -229,9 +232,16 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     model, base = loaded.model, loaded.folder
     described = make_adapter_config(config, fingerprint_base_model(base))
     champion = starting_champion(config)
+    version = None if champion is None else champion.digest()
+    choice = CONFIGURED
     if earlier := find_earlier_examples(config, run):
-        earlier.require_same_start(None if champion is None else champion.digest())
-    start, what = champion, f"continual.from: the champion of {config.registry.name}"
+        earlier.require_same_start(version)
+        choice = earlier.read_choice()
+    goes_on = champion is not None and choice.policy == "continue"
+    start, what = None, f"continual.from: the champion of {config.registry.name}"
+    if goes_on:
+        require_usable_rate(config)
+        start = champion
     if config.resume_adapter_file is not None:
         start = read_adapter_file(Path(config.resume_adapter_file))
         what = f"resume_adapter_file: {start.path}"
@@ -245,6 +255,9 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
                 f"{config.lora_parameters.scale:g} on {base}.",
                 stacklevel=2,
             )
+    if config.continual.start is not None:
+        share = config.continual.rate if goes_on else 1.0
+        START_FILE.write(run.start, Start(version, choice, share))
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
     tiers = _assign_tiers(config, run, model)
@@ -456,13 +469,14 @@ def judge(
 ) -> Verdict:
     """Judge the run's adapter and write gate.json; GateRejected where it did not pass.
 
-    Holds the device meanwhile: the gate loads the base model, and so does the process of its proof.
-    What fails for the machine is an error to try again, and nothing is written.
+    What the registration needs of the run stays in the session. Holds the device meanwhile: the
+    gate loads the base model, and so does the process of its proof. What fails for the machine is
+    an error to try again, and nothing is written.
     """
     session = session or Session()
     with locking_devices(on_wait, session=session):
         try:
-            judged = make_checks_of_run(config, run, session)
+            checked = make_checks_of_run(config, run, session)
         except (MemoryError, RuntimeError) as error:  # MLX's own, for memory, files and compilers
             raise NestedTuneError(
                 f"The gate could not compute with {run.adapter}, and gives no verdict: {error}. "
@@ -470,8 +484,8 @@ def judge(
                 advice=JUDGE_AGAIN,
             ) from error
     run.require_lock()
-    _write_verdict(judged)
-    verdict = judged.verdict
+    session.judged = _write_verdict(checked)
+    verdict = checked.verdict
     if not verdict.has_passed:
         raise GateRejected(
             f"The gate rejected {run.adapter}: {verdict.summary()}. Nothing was registered; the "
@@ -482,20 +496,21 @@ def judge(
     return verdict
 
 
-def _write_verdict(judged: JudgedRun) -> None:
+def _write_verdict(checked: CheckedRun) -> JudgedRun:
     """Write what was measured, then gate.json and the manifest that binds it to that."""
-    config, run = judged.config, judged.run
+    config, run = checked.config, checked.run
     remove_file(run.manifest)  # no verdict is bound to files that are written anew
     for earlier in run.measured:
         remove_file(earlier)
-    entries = judged.evidence.files | {run.config.name: config_file_entry(config)}
-    for name, content in judged.written_files.items():
+    entries = checked.evidence.files | {run.config.name: config_file_entry(config)}
+    for name, content in checked.written_files.items():
         write_bytes(run.path / name, content)
         entries[name] = describe_file(run.path / name)
-    if judged.answers:
-        write_answers(run.answers, judged.answers)
+    if checked.answers:
+        write_answers(run.answers, checked.answers)
         entries |= task_file_entries(config.gate, run)
-    write_verdict(run.path, judged.verdict, entries)
+    bound = write_verdict(run.path, checked.verdict, entries)
+    return from_evidence(run, bound, checked.evidence)
 
 
 def measure_test(

@@ -12,9 +12,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from nested_core.errors import DamagedError
+from nested_core.errors import naming_damaged_file
 from nested_core.storage.atomic import canonical_json, write_bytes
 from nested_core.storage.untrusted_files import read_regular
 
@@ -47,7 +47,7 @@ class AnswerRecord:
     empty, endless, repeated: there is nothing to read, it was cut off, it is one token repeated.
     seconds: the suite's time with this model, divided by its questions.
     same_prompt_as: the first line of the suite with the same prompt; None for that line itself.
-    expected: the right answers, shortened; None where there is none, or from an earlier release.
+    expected: the right answers, shortened; None without a right answer, or from an earlier release.
     chosen_among: of the candidate's: the steps among which this suite's questions chose it; 1 where
         they chose nothing.
     """
@@ -78,14 +78,9 @@ def write_answers(path: Path, records: Iterable[AnswerRecord]) -> None:
 
 def read_answers(path: Path) -> Sequence[AnswerRecord]:
     """Read answers.jsonl; DamagedError if it is not what the gate wrote."""
-    try:
-        return [
-            _RECORD_VALIDATOR.validate_json(line, strict=True)
-            for line in BytesIO(read_regular(path))
-        ]
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise DamagedError(f"{path} does not hold the answers of the verdict: {reason}.") from error
+    lines = BytesIO(read_regular(path))
+    with naming_damaged_file(path):
+        return [_RECORD_VALIDATOR.validate_json(line, strict=True) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class SampleAnswers:
     place: where the prompt comes from, such as `valid.jsonl:3`.
     base_broken, adapter_broken: how the answer is broken: empty, no words, one token or pair
         repeated, without an end where the expected one is a quarter as long, or, of the adapter,
-        the same to every prompt; None where it is not.
+        the same to every prompt; None for a sound answer.
     """
 
     prompt: str
@@ -121,7 +116,5 @@ def render_sample_answers(rows: Sequence[SampleAnswers]) -> bytes:
 
 def read_sample_answers(path: Path) -> list[SampleAnswers]:
     """The answers in a run's file; DamagedError if it is missing or holds anything else."""
-    try:
+    with naming_damaged_file(path):
         return [_SAMPLE_VALIDATOR.validate_json(line) for line in BytesIO(read_regular(path))]
-    except ValidationError as error:
-        raise DamagedError(f"{path} does not hold answers to prompts.") from error

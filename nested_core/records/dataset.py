@@ -13,17 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic_core import to_jsonable_python
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import (
     ConfigError,
-    DamagedError,
     DatasetError,
-    describe_first_problem,
     go_on_with,
     join_first_values,
+    naming_damaged_file,
     shorten,
 )
 from nested_core.storage.untrusted_files import read_json
@@ -244,7 +243,7 @@ class DatasetReport:
     chat_template: SHA-256 of the template that messages were tokenised with; None without one.
     vocabulary: SHA-256 of the files that cut text into tokens (`vocabulary_digest`).
     tokenizer: SHA-256 of the files of the tokenizer that was used, the template and the tokens that
-        end an answer among them (`fingerprint_tokenizer`); None where nothing was tokenised.
+        end an answer among them (`fingerprint_tokenizer`); None if nothing was tokenised.
     """
 
     folder: str
@@ -316,7 +315,7 @@ class DatasetReport:
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:
-        """How many warnings there are of each check, on one line; empty if there are none.
+        """How many warnings there are of each check, on one line; empty without warnings.
 
         In full, what the model cannot see of the data: no other warning may spoil a whole run.
         """
@@ -363,20 +362,14 @@ def _format_count(number: int, noun: str) -> str:
 def read_dataset_record(path: Path) -> DatasetReport:
     """Read dataset.json; DamagedError if it is not the report on a data set."""
     values = read_json(path, None)  # as large as the number of findings made it
-    try:
+    with naming_damaged_file(path, "It is written anew where the run goes on.", go_on_with()):
         return _REPORT_VALIDATOR.validate_python(values)
-    except ValidationError as error:
-        raise DamagedError(
-            f"{path} is not the report on a data set ({describe_first_problem(error)}). It is "
-            f"written anew where the run goes on.",
-            advice=go_on_with(),
-        ) from error
 
 
 def held_out_split(choice: str, splits: Mapping[str, SplitStats]) -> str | None:
     """The split that losses are measured on: the first one with examples that the choice allows.
 
-    None where there is none, and where the choice is a file outside of the data set.
+    None without such a split, and if the choice is a file outside of the data set.
     """
     allowed = SPLITS_BY_HELD_OUT_CHOICE.get(choice, ())
     return next((name for name in allowed if name in splits and splits[name].rows), None)
@@ -385,7 +378,7 @@ def held_out_split(choice: str, splits: Mapping[str, SplitStats]) -> str | None:
 def held_out_file(choice: str, dataset: DatasetReport) -> str | None:
     """The file that losses are measured on: `test.jsonl`, `valid.jsonl` or the file given.
 
-    None where `auto` finds neither a test set nor a validation set.
+    None if `auto` finds neither a test set nor a validation set.
     """
     if choice not in SPLITS_BY_HELD_OUT_CHOICE:
         return choice

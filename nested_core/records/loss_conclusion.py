@@ -78,7 +78,7 @@ def is_better(
     Args:
         difference: candidate minus champion, or minus initial adapter where there is no champion.
         interval: its 95 % interval; None with too few examples for one.
-        corrected_interval: the one that holds for the best of several candidates; None where the
+        corrected_interval: the one that holds for the best of several candidates; None if the
             examples chose nothing.
         min_improvement: nats/token by which the difference itself has to be lower.
         noise: none leaves out both intervals.

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter
 
-from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.errors import naming_damaged_file
 from nested_core.records.paired_difference import (
     Indices,
     PairedDifference,
@@ -61,16 +61,16 @@ class ExampleLosses:
     lines: the line of each example in it, int64 (n,).
     tokens: supervised tokens of each example, all above 0, float64 (n,).
     before, after, champion: mean losses in nats/token, float64 (n,); NaN where not finite.
-        `champion` is None where no champion was judged, and NaN for an example left out.
+        `champion` is None if no champion was judged, and NaN for an example left out.
     reference: the same of the version that the policy names as the reference; None without one, and
         where the champion is it.
     drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats/token,
-        float64 (n,); None where not measured.
+        float64 (n,); None if not measured.
     left_out: whether each example is one that the candidate or a parent was trained on, bool (n,);
-        None where none is.
-    clusters: the number of each example's cluster, int64 (n,); None where each is its own.
+        None if no example is.
+    clusters: the number of each example's cluster, int64 (n,); None if each is its own.
     counts_rows: whether each row counts as independent although rows share clusters, decided on all
-        rows of the file; None where these are all.
+        rows of the file; None if these are all.
     """
 
     file: str
@@ -96,7 +96,7 @@ class ExampleLosses:
     def compare_trained_with(self, other: Vector) -> PairedDifference | None:
         """The trained adapter's losses minus others of the same examples; below 0 is better.
 
-        None where a loss is not finite, or there is no example.
+        None if a loss is not finite, or there is no example.
         """
         if not len(self) or not np.isfinite([other, self.after]).all():
             return None
@@ -111,7 +111,7 @@ class ExampleLosses:
 
     @property
     def drawn_clusters(self) -> Indices | None:
-        """The clusters that are drawn, int64 (n,); None where each row is drawn by itself."""
+        """The clusters that are drawn, int64 (n,); None if each row is drawn by itself."""
         return None if self.are_rows_drawn else self.clusters
 
     @property
@@ -180,10 +180,8 @@ class ExampleLosses:
 def read_example_losses(path: Path) -> ExampleLosses:
     """Read gate-losses.jsonl; DamagedError if it is missing or holds anything else."""
     content = read_regular(path)
-    try:
+    with naming_damaged_file(path):
         lines = _LINES_VALIDATOR.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     left_out = [line.left_out is True for line in lines]
     clusters = [line.cluster for line in lines]
     has_champion = any(line.champion is not None for line in lines)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field, TypeAdapter
 from pydantic_core import from_json
+from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from nested_core.errors import MissingFileError
 from nested_core.storage.atomic import finite_or_none, write_bytes
@@ -22,14 +24,59 @@ from nested_core.storage.untrusted_files import (
 MAX_METRICS_BYTES = 2**30
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_LISTED_DAMAGED_LINES = 5
-COUNT_KEYS = ("step", "iteration", "trained_tokens", "replayed_tokens")
 MAX_COUNT = 10**15
-NUMERIC_KEYS = (
-    *("loss", "val_loss", "learning_rate", "grad_norm", "clipped_grad_norm"),
-    *("tokens_per_second", "iterations_per_second", "peak_memory_gb"),
-)
 SLOWEST = 1e-9  # iterations a second: one in thirty years
 SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-149, 2.0**128  # float32's, in which losses are computed
+
+
+def _require_float32(value: float) -> float:
+    if value and not SMALLEST_NUMBER <= abs(value) < LARGEST_NUMBER:
+        raise ValueError("beyond any number that a run reports")
+    return value
+
+
+def _require_possible_speed(value: float) -> float:
+    if value and value < SLOWEST:
+        raise ValueError("below the speed of any run")
+    return value
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT)]
+_Number = Annotated[float, Field(strict=True), AfterValidator(_require_float32)]
+
+
+class _Sample(TypedDict):
+    prompt: str
+    answer: str
+
+
+class _Task(TypedDict):
+    right: Annotated[_Number, Field(ge=0, le=1)]
+    questions: _Count
+
+
+class _Record(TypedDict, total=False):
+    """What is checked of a record before anybody computes with it; other keys are let pass."""
+
+    step: _Count
+    iteration: _Count
+    trained_tokens: _Count
+    replayed_tokens: _Count
+    loss: _Number | None
+    val_loss: _Number | None
+    learning_rate: _Number | None
+    grad_norm: _Number | None
+    clipped_grad_norm: _Number | None
+    tokens_per_second: _Number | None
+    iterations_per_second: Annotated[_Number, AfterValidator(_require_possible_speed)] | None
+    peak_memory_gb: _Number | None
+    updates: list[_Count]
+    skipped: list[_Count]
+    samples: list[_Sample]
+    tasks: dict[str, _Task]
+
+
+_RECORD_VALIDATOR = TypeAdapter(_Record)
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
@@ -45,61 +92,15 @@ def parse_record(line: bytes) -> dict[str, Any]:
         raise ValueError("it is no JSON object")
     if has_repeated_key(line, len(collect_strings(record))):
         raise ValueError("a key is there twice")
-    _require_numbers(record)
-    samples = record.get("samples", [])
-    if not isinstance(samples, list) or not all(map(_is_sample, samples)):
-        raise ValueError("samples is no list of prompts with answers")
-    tasks = record.get("tasks", {})
-    if not isinstance(tasks, dict) or not all(map(_is_task, tasks.values())):
-        raise ValueError("tasks is no mapping of suites to shares of right answers")
+    _RECORD_VALIDATOR.validate_python(record)
     return record
-
-
-def _require_numbers(record: Mapping[str, Any]) -> None:
-    """Raise ValueError for a number that no run reports."""
-    for key in COUNT_KEYS:
-        if not _is_count(record.get(key, 0)):
-            raise ValueError(f"{key} is no count")
-    for key in NUMERIC_KEYS:
-        value = record.get(key)
-        if value is not None and not _is_number(value):
-            raise ValueError(f"{key} is no number, or one that no run reports")
-    if (record.get("iterations_per_second") or 1.0) < SLOWEST:
-        raise ValueError("iterations_per_second is below that of any run")
-    for key in ("updates", "skipped"):
-        counts = record.get(key, [])
-        if not isinstance(counts, list) or not all(map(_is_count, counts)):
-            raise ValueError(f"{key} is no list of counts")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return value == 0 or SMALLEST_NUMBER <= abs(value) < LARGEST_NUMBER
-
-
-def _is_task(value: Any) -> bool:
-    if not isinstance(value, dict) or not _is_count(value.get("questions")):
-        return False
-    right = value.get("right")
-    return isinstance(right, int | float) and _is_number(right) and 0 <= right <= 1
 
 
 def describe_tasks(record: Mapping[str, Any]) -> str:
     """The answers to suites in a record: `prices 12 of 20 right`; empty without any."""
     return ", ".join(
-        f"{name} {round(own['right'] * own['questions'], 1):g} of {own['questions']} right"
-        for name, own in record.get("tasks", {}).items()
-    )
-
-
-def _is_sample(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) for key in ("prompt", "answer")
+        f"{name} {round(task['right'] * task['questions'], 1):g} of {task['questions']} right"
+        for name, task in record.get("tasks", {}).items()
     )
 
 
@@ -114,10 +115,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def read_latest_values(path: Path) -> dict[str, Any]:
     """The last value of each metric that is not null, as `read_metrics` reads them, one by one."""
+    return latest_values(record for record in _iterate_records(path) if record is not None)
+
+
+def latest_values(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last value of each metric that is not null."""
     latest: dict[str, Any] = {}
-    for record in _iterate_records(path):
-        if record is not None:
-            latest.update((key, value) for key, value in record.items() if value is not None)
+    for record in records:
+        latest.update((key, value) for key, value in record.items() if value is not None)
     return latest
 
 

@@ -74,7 +74,7 @@ class PairedDifference:
         return self.high < bound
 
     def to_json(self) -> dict[str, Any]:
-        """`difference`, `standard_error` and `interval`, which is null if there is none."""
+        """`difference`, `standard_error` and `interval`, which is null of too few examples."""
         interval = [self.low, self.high] if self.is_measurable else None
         error = self.standard_error if self.is_measurable else None
         return {"difference": self.mean, "standard_error": error, "interval": interval}
@@ -135,7 +135,7 @@ def sum_clusters(values: Vector, weights: Vector, clusters: Indices) -> tuple[Ve
 
 
 def independent_clusters(clusters: Indices | None) -> Indices | None:
-    """The clusters that are drawn, or None where each row is drawn by itself.
+    """The clusters that are drawn, or None if each row is drawn by itself.
 
     So it is where no two rows share a cluster; and where MIN_ROWS_OF_FEW_CLUSTERS rows or more
     have fewer than MIN_EXAMPLES clusters, as where all rows are one task with one instruction.

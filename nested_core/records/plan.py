@@ -73,7 +73,7 @@ class TrainingPlan:
     time: TimePlan | None = None
 
     def describe_ends(self) -> str | None:
-        """That its process was killed and went on, and that it was cut; None where neither was."""
+        """That its process was killed and went on, and that it was cut; None without either."""
         sentences = []
         if self.ended_by:
             times = "once" if len(self.ended_by) == 1 else f"{len(self.ended_by)} times"
@@ -87,7 +87,7 @@ class TrainingPlan:
         return " ".join(sentences) or None
 
     def describe_rank_counts(self) -> str | None:
-        """That the number of ranks changed on the way; None where it did not."""
+        """That the number of ranks changed on the way; None if it stayed the same."""
         if len(self.rank_counts) < 2:
             return None
         counts = ", ".join(f"{ranks} from step {step:,} on" for step, ranks in self.rank_counts)
@@ -139,7 +139,7 @@ def note_ends(path: Path, ends: Sequence[str]) -> None:
 
 
 def read_plan(path: Path) -> TrainingPlan | None:
-    """The plan, or None where none can be read: it is shown, and nothing rests on it."""
+    """The plan, or None if none can be read: it is shown, and nothing rests on it."""
     try:
         return PLAN_FILE.read(path)
     except (DamagedError, OSError):
@@ -167,7 +167,7 @@ def describe_last_losses(
 
 
 def join_last_losses(records: Sequence[Mapping[str, Any]], plan: TrainingPlan | None) -> str:
-    """Both in a line, or that there is none yet."""
+    """Both losses in a line, or that nothing was reported yet."""
     losses = describe_last_losses(records, plan)
     return "; ".join(f"{name} {text}" for name, text in losses.items()) or "no report yet"
 

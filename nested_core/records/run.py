@@ -88,7 +88,7 @@ class Run:
         return self
 
     def read(self, path: Path, reader: Callable[[Path], Content]) -> Content | None:
-        """What `reader` makes of a file; None where it is missing or damaged."""
+        """What `reader` makes of a file; None if it is missing or damaged."""
         if file_type(path) == "missing":
             return None
         try:
@@ -276,7 +276,7 @@ class Run:
 
     @cached_property
     def steps(self) -> int | None:
-        """How many it is to take; None where epochs decide, before they are counted."""
+        """How many it is to take; None if epochs decide, before they are counted."""
         if self.plan is not None:
             return self.plan.steps
         config = self.config
@@ -305,7 +305,7 @@ class Run:
 
     @property
     def offered_val_loss(self) -> float | None:
-        """The validation loss of what it offers; None where it has none, or one not finite."""
+        """The validation loss of what it offers; None without one, or if it is not finite."""
         at_step = (r for r in reversed(self.metrics) if r.get("step") == self.offered_step)
         return next((r["val_loss"] for r in at_step if "val_loss" in r), None)
 
@@ -317,7 +317,7 @@ class Run:
 
     @property
     def loss_to_champion(self) -> float | None:
-        """That loss less the champion's on the same examples; None where they were not compared."""
+        """That loss less the champion's on the same examples; None if they were not compared."""
         champion = None if self.verdict is None else self.verdict.champion
         return None if champion is None else champion.difference
 
@@ -325,7 +325,7 @@ class Run:
     def held_out_digest(self) -> str | None:
         """The digest of the examples that the gate measures losses on.
 
-        None where it is not known: of damaged files, and of a file outside of the data set.
+        None if it is not known: of damaged files, and of a file outside of the data set.
         """
         if self.dataset is None or self.config is None:
             return None
@@ -401,3 +401,30 @@ def list_runs(folder: Path) -> list[Run]:
             if run.has_run_files():
                 runs.append(Run(run))
     return sorted(runs, key=lambda run: run.started, reverse=True)
+
+
+@dataclass(frozen=True)
+class AdapterRuns:
+    """The runs of one adapter, by the registry and name that their configurations have.
+
+    registry: its folder, resolved.
+    """
+
+    registry: Path
+    name: str
+
+    @classmethod
+    def of(cls, registry: Path, name: str) -> AdapterRuns:
+        """Those of a name in a registry."""
+        return cls(registry.resolve(), name)
+
+    def include(self, run: Run) -> bool:
+        """Whether a run is one of them; one whose configuration cannot be read is nobody's."""
+        section = None if run.config is None else run.config.registry
+        if section is None or section.path is None or section.name != self.name:
+            return False
+        return Path(section.path).resolve() == self.registry
+
+    def among(self, runs: Sequence[Run]) -> list[Run]:
+        """Those of some runs, in their order."""
+        return [run for run in runs if self.include(run)]

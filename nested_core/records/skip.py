@@ -17,8 +17,8 @@ class Skip:
 
     outcome: SKIPPED_UNCHANGED or SKIPPED_HOPELESS.
     reason: in a few words, with the date: `rejected as worse on 24 Nov 2026`.
-    details: what follows it in a sentence, such as what was found; None where the reason says all.
-    version: the version that the same data and settings have made; None where they made none.
+    details: what follows it in a sentence, such as what was found; None if the reason says all.
+    version: the version that the same data and settings have made; None if they made none.
     """
 
     outcome: Outcome

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator
 from typing_extensions import TypedDict
@@ -33,27 +33,13 @@ from nested_core.text.loss_format import (
     loss_name_for_file,
 )
 
-Code = Literal[
-    "unchanged",
-    "tier_unchanged",
-    "updates_missing",
-    "non_finite",
-    "tensor_missing",
-    "tensor_unexpected",
-    "shape_mismatch",
-    "dtype_mismatch",
-    "no_effect",
-    "loss_regressed",
-    "forgetting",
-    "drift",
-    "task_below",
-    "task_regressed",
-    "examples_harmed",
-    "answers_broken",
-    "unreadable",
-    "config_mismatch",
-    "base_mismatch",
-]
+UnchangedCode = Literal["unchanged", "tier_unchanged", "updates_missing", "no_effect"]
+MisshapenCode = Literal["tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"]
+UnusableCode = Literal["non_finite", "unreadable", "config_mismatch", "base_mismatch"]
+WorseCode = Literal["loss_regressed", "forgetting", "drift"]
+HarmedCode = Literal["examples_harmed"]
+AnswersCode = Literal["task_below", "task_regressed", "answers_broken"]
+Code = Literal[UnchangedCode, MisshapenCode, UnusableCode, WorseCode, HarmedCode, AnswersCode]
 
 
 def _require_code_of_room(code: str) -> str:
@@ -66,25 +52,16 @@ CodeOfRoom = Annotated[str, AfterValidator(_require_code_of_room)]
 
 # By the first reason of a verdict.
 OUTCOME_BY_CODE: Mapping[Code, Outcome] = {
-    "unchanged": Outcome.UNCHANGED,
-    "tier_unchanged": Outcome.UNCHANGED,
-    "updates_missing": Outcome.UNCHANGED,
-    "no_effect": Outcome.UNCHANGED,
-    "non_finite": Outcome.UNSOUND,
-    "tensor_missing": Outcome.UNSOUND,
-    "tensor_unexpected": Outcome.UNSOUND,
-    "shape_mismatch": Outcome.UNSOUND,
-    "dtype_mismatch": Outcome.UNSOUND,
-    "unreadable": Outcome.UNSOUND,
-    "config_mismatch": Outcome.UNSOUND,
-    "base_mismatch": Outcome.UNSOUND,
-    "loss_regressed": Outcome.WORSE,
-    "forgetting": Outcome.WORSE,
-    "drift": Outcome.WORSE,
-    "examples_harmed": Outcome.HARMED,
-    "task_below": Outcome.ANSWERS,
-    "task_regressed": Outcome.ANSWERS,
-    "answers_broken": Outcome.ANSWERS,
+    code: outcome
+    for codes, outcome in (
+        (UnchangedCode, Outcome.UNCHANGED),
+        (MisshapenCode, Outcome.UNSOUND),
+        (UnusableCode, Outcome.UNSOUND),
+        (WorseCode, Outcome.WORSE),
+        (HarmedCode, Outcome.HARMED),
+        (AnswersCode, Outcome.ANSWERS),
+    )
+    for code in get_args(codes)
 }
 GATE_GUIDE = "docs/gate.md"
 MIN_HARMED = 3  # fewer per-example regressions are no reason against an adapter
@@ -196,7 +173,7 @@ class HeldOutComparison(ComparedLoss):
         comparisons; None for one alone. `better` and `no_worse` are told by it.
     left_out: how many examples were not counted, because an adapter was trained on them.
     few_prompts: how many prompts there are, where they are too few to be what is drawn, so that
-        every example counts as independent; None where they are not too few.
+        every example counts as independent; None if they are not too few.
     """
 
     corrected_interval: Interval | None = None
@@ -215,7 +192,7 @@ class HeldOutComparison(ComparedLoss):
         return is_few or self.few_prompts is not None
 
     def describe_few_prompts(self) -> str | None:
-        """That they have too few prompts for an automatic promotion; None where they have not."""
+        """That they have too few prompts for an automatic promotion; None with enough of them."""
         if not self.has_few_prompts:
             return None
         prompts = self.few_prompts or self.clusters
@@ -351,7 +328,7 @@ JOINED = "joined"  # in place of a version, where several are judged together
 class AncestorLoss(HeldOutComparison):
     """Champion and candidate on the held-out examples of the champion, or of an ancestor of it.
 
-    registered: when the ancestor was registered, as ISO 8601; None where that is not known.
+    registered: when the ancestor was registered, as ISO 8601; None if that is not known.
     loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`.
     examples: how many were compared; left_out: how many were not, for a version or the candidate
         was trained on them; superseded: how many newer data answers otherwise; repeated: how many
@@ -381,7 +358,7 @@ class AncestorLoss(HeldOutComparison):
 
     @property
     def loss_after(self) -> float | None:
-        """The candidate's mean loss in nats/token; None where there is no comparison."""
+        """The candidate's mean loss in nats/token; None if there is no comparison."""
         if self.loss is None or self.difference is None:
             return None
         return self.loss + self.difference
@@ -394,7 +371,7 @@ class AncestorLoss(HeldOutComparison):
         return noise == "none" or (corrected is not None and corrected[0] > 0)
 
     def describe_left_out(self) -> str | None:
-        """How many examples are not compared, and why; None where all are."""
+        """How many examples are not compared, and why; None if all are compared."""
         counts = {
             "trained on": self.left_out,
             "superseded by newer data": self.superseded,
@@ -422,7 +399,7 @@ class TaskResult:
         parent is the adapter that training went on from, None for a fresh one.
     difference: candidate minus parent, or minus base without a parent, with the ends of its 95 %
         interval; None with too few questions for one.
-    champion_difference, champion_interval: candidate minus champion; None where no champion
+    champion_difference, champion_interval: candidate minus champion; None if no champion
         answered.
     conclusion: the worse of the words for the differences from parent or base, and champion.
     chosen_among: the steps among which these questions chose; the interval is corrected for them.
@@ -561,7 +538,11 @@ class FusedVerdict:
 
 
 class ProofEvidence(TypedDict, total=False):
-    """What the fresh process found; `skipped` if the base model was not there to load."""
+    """What the fresh process found; `skipped` if the base model was not there to load.
+
+    rounding, relative_distance_from_float32: how far the process's logits and the trainer's are
+        from those computed in float32; measured where these two are further apart than `tolerance`.
+    """
 
     skipped: str | None
     model: str
@@ -570,6 +551,8 @@ class ProofEvidence(TypedDict, total=False):
     max_abs_difference_from_initial: float | None
     relative_distance_from_trainer: float | None
     tolerance: float
+    rounding: float | None
+    relative_distance_from_float32: float | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -648,7 +631,7 @@ class Verdict:
         return "paired" if (self.thresholds or {}).get("noise") == "paired" else "none"
 
     def bound(self, name: str) -> float | None:
-        """A bound by the name of its key; None where it was not asked for."""
+        """A bound by the name of its key; None if it was not asked for."""
         value = (self.thresholds or {}).get(name)
         return float(value) if isinstance(value, int | float) else None
 
@@ -687,7 +670,7 @@ class Verdict:
 
     @property
     def rival(self) -> str | None:
-        """The champion that the adapter was judged against; None where there was none."""
+        """The champion that the adapter was judged against; None if there was none."""
         return None if self.champion is None else self.champion.version
 
     def notes(self) -> list[str]:

@@ -24,12 +24,11 @@ from nested_core.errors import (
     go_on_with,
 )
 from nested_core.records.verdict import Verdict
-from nested_core.storage.atomic import write_json
+from nested_core.storage.atomic import render_json, write_bytes
 from nested_core.storage.manifest import (
     MANIFEST_NAME,
     FileEntry,
     describe_content,
-    describe_file,
     read_manifest,
     write_manifest,
 )
@@ -41,16 +40,20 @@ MAX_LISTED_REASONS = 5
 _VALIDATOR = TypeAdapter(Verdict)
 
 
-def write_verdict(run_dir: Path, verdict: Verdict, judged: Mapping[str, FileEntry]) -> None:
+def write_verdict(run_dir: Path, verdict: Verdict, judged: Mapping[str, FileEntry]) -> BoundVerdict:
     """Write gate.json, and the manifest that binds it to the files that were judged.
 
     `judged` has the entries of those files, by their path in the run directory. A crash in between
-    leaves a gate.json without a manifest, which is no verdict yet.
+    leaves a gate.json without a manifest, which is no verdict yet. Returns what `bind_verdict`
+    would read.
     """
+    path = run_dir / GATE_NAME
     (run_dir / MANIFEST_NAME).unlink(missing_ok=True)
-    write_json(run_dir / GATE_NAME, verdict.to_json())
-    files = {**judged, GATE_NAME: describe_file(run_dir / GATE_NAME)}
+    content = render_json(verdict.to_json())
+    write_bytes(path, content)
+    files = {**judged, GATE_NAME: describe_content(content)}
     write_manifest(run_dir, _manifest_facts(verdict), files)
+    return BoundVerdict(run_dir, content, parse_verdict(parse_json(content), path), files)
 
 
 def _manifest_facts(verdict: Verdict) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def list_checks(verdict: Verdict) -> list[CheckRow]:
 def make_check(
     name: str, reasons: Sequence[Reason], word: str | None = "passed", **figures: str | None
 ) -> CheckRow:
-    """The row of a check with its reasons against the adapter; `word` where there is none."""
+    """The row of a check with its reasons against the adapter; `word` without a reason."""
     codes = ", ".join(dict.fromkeys(reason.code for reason in reasons))
     return CheckRow(name, **figures, verdict=codes or word, has_failed=bool(reasons))
 

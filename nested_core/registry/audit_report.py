@@ -136,28 +136,30 @@ def _audit_version(folder: Path, version: str, ledger: Ledger) -> list[AuditFind
 
 
 def _file_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFinding]:
-    place = folder / VERSIONS_FOLDER_NAME / version
+    version_path = folder / VERSIONS_FOLDER_NAME / version
     try:
-        findings, _ = inspect_version(place, version, ledger.manifest_hashes(version))
+        findings, _ = inspect_version(version_path, version, ledger.manifest_hashes(version))
     except (NestedTuneError, OSError) as error:
-        findings = [AuditFinding(place, str(error))]
-    return [replace(finding, advice=how_to_mend(place)) for finding in findings]
+        findings = [AuditFinding(version_path, str(error))]
+    return [replace(finding, advice=how_to_mend(version_path)) for finding in findings]
 
 
 def _versions_folder_findings(
     folder: Path, link: str | None, ledger: Ledger
 ) -> Iterator[AuditFinding]:
     """What is no version, and the versions that are lost."""
-    place = folder / VERSIONS_FOLDER_NAME
-    present = set(os.listdir(place))
+    versions_path = folder / VERSIONS_FOLDER_NAME
+    present = set(os.listdir(versions_path))
     for entry in sorted(present):
         if not VERSION_PATTERN.fullmatch(entry) and not entry.startswith(TEMPORARY_PREFIX):
-            yield AuditFinding(place / entry, "is not a version", "Remove it.")
+            yield AuditFinding(versions_path / entry, "is not a version", "Remove it.")
     for version in sorted({*ledger.standing, *([link] if link else [])} - present):
-        advice = how_to_mend(place / version)
+        advice = how_to_mend(versions_path / version)
         if version == link:
             advice = str(lost_champion_error(folder, version, ledger))
-        yield AuditFinding(place / version, "was registered, and its folder is gone", advice)
+        yield AuditFinding(
+            versions_path / version, "was registered, and its folder is gone", advice
+        )
 
 
 def _view_findings(folder: Path, link: str | None, ledger: Ledger) -> Iterator[AuditFinding]:

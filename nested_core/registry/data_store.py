@@ -94,28 +94,32 @@ class DigestList(BaseModel):
 
 
 def read_lineage(registry: Path, name: str, version: str) -> list[str]:
-    """A version and those that it was trained from, newest first, through their provenance.
+    """A version and those that it was trained from or followed, newest first.
 
-    A version that was collected ends the list: what it was trained from is not known. Raises
+    They stand in their provenance. A version that was collected ends the list: what it was trained
+    from is not known. Raises
     DamagedError for a provenance that cannot be read.
     """
     lineage: list[str] = []
     following: str | None = version
     while following is not None and following not in lineage:
         lineage.append(following)
-        place = version_folder(registry, name, following)
-        following = _trained_from(place) if place.is_dir() else None
+        version_path = version_folder(registry, name, following)
+        following = _trained_from(version_path) if version_path.is_dir() else None
     return lineage
 
 
-def _trained_from(place: Path) -> str | None:
-    """The version that training began with; None for a fresh adapter, whatever it followed."""
-    parent = read_provenance(place).get("parent")
-    return parent if parent == read_verdict(place / GATE_NAME).initial.digest else None
+def _trained_from(version_path: Path) -> str | None:
+    """The version that a run of `continual.from` followed, or that training began with."""
+    provenance = read_provenance(version_path)
+    if (start := provenance.get("start")) is not None:
+        return str(start["champion"]) if start["champion"] else None
+    parent = provenance.get("parent")
+    return parent if parent == read_verdict(version_path / GATE_NAME).initial.digest else None
 
 
 def read_stored_data(registry: Path, name: str, version: str) -> StoredData | None:
-    """The examples of a version, each checked by its digest; None where none are kept.
+    """The examples of a version, each checked by its digest; None if they are not kept.
 
     Raises ConfigError for an unknown registry or name, DamagedError for a list that is none.
     """
@@ -124,14 +128,14 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
         listed = read_digest_list(folder, version)
         if listed is None:
             return None
-        wanted = listed.all()
-        lines = {digest: line for _, digest, line in _read_packs(folder) if digest in wanted}
+        digests = listed.all()
+        lines = {digest: line for _, digest, line in _read_packs(folder) if digest in digests}
     rows = {digest: StoredRow(digest, json.loads(line)) for digest, line in lines.items()}
     return StoredData(
         train=tuple(rows[digest] for digest in listed.train if digest in rows),
         held_out=tuple(rows[digest] for digest in listed.held_out if digest in rows),
         kept_out=tuple(rows[digest] for digest in listed.kept_out if digest in rows),
-        missing=len(wanted) - len(rows),
+        missing=len(digests) - len(rows),
     )
 
 
@@ -159,10 +163,10 @@ def store_examples(
     bound, of the `standing` versions, oldest first, the oldest lose theirs; where this one alone is
     too large, a part of its training examples is kept, chosen by their digests.
     """
-    place = folder / DATA_FOLDER_NAME
-    if file_type(place) == "missing":
+    store = folder / DATA_FOLDER_NAME
+    if file_type(store) == "missing":
         is_shared = (folder / VERSIONS_FOLDER_NAME).stat().st_mode & stat.S_IWGRP
-        place.mkdir(mode=OWNER_AND_GROUP if is_shared else OWNER_ALONE)
+        store.mkdir(mode=OWNER_AND_GROUP if is_shared else OWNER_ALONE)
         sync_path(folder)
     if keeps_examples(folder, version):
         return
@@ -172,14 +176,15 @@ def store_examples(
     )
     if examples.max_bytes is not None:
         held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
-    known = {digest for _, digest, _ in _read_packs(folder)}
+    stored = {digest for _, digest, _ in _read_packs(folder)}
     all_rows = held_out | kept_out | train
-    new = {digest: line for digest, line in all_rows.items() if digest not in known}
-    _write_pack(place, new.values(), confirm)
+    new = {digest: line for digest, line in all_rows.items() if digest not in stored}
+    _write_pack(store, new.values(), confirm)
     listed = DigestList(train=[*train], held_out=[*held_out], kept_out=[*kept_out])
     content = listed.model_dump_json().encode()
     write_bytes(_list_path(folder, version), content, confirm=confirm)
-    kept = [*(one for one in standing if keeps_examples(folder, one) and one != version), version]
+    earlier = [old for old in standing if old != version and keeps_examples(folder, old)]
+    kept = [*earlier, version]
     while examples.max_bytes is not None and _count_bytes(folder) > examples.max_bytes:
         if not (kept := kept[1:]):
             break
@@ -220,11 +225,11 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     without them: cut short in between, rows are there twice, and the next call removes them. What
     it writes then may have the content of a file that is there, and so its name.
     """
-    place = folder / DATA_FOLDER_NAME
-    if file_type(place) == "missing":
+    store = folder / DATA_FOLDER_NAME
+    if file_type(store) == "missing":
         return
     needed = _needed_rows(folder, versions)
-    for path in place.glob(f"[!.]*{LIST_SUFFIX}"):
+    for path in store.glob(f"[!.]*{LIST_SUFFIX}"):
         if path.stem not in versions:
             confirm()
             path.unlink()
@@ -235,12 +240,12 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
         kept = {digest: line for digest, line in lines if digest in needed}
         needed -= kept.keys()
         if len(kept) < len(lines):
-            written.add(_write_pack(place, kept.values(), confirm))
+            written.add(_write_pack(store, kept.values(), confirm))
             replaced.add(pack)
     for pack in sorted(replaced - written):
         confirm()
         pack.unlink()
-    sync_path(place)
+    sync_path(store)
 
 
 def _needed_rows(folder: Path, versions: Collection[str]) -> set[str]:
@@ -267,8 +272,8 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
 
 def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFinding]:
     """Each list that cannot be read, or names rows that are not there, and what belongs nowhere."""
-    place = folder / DATA_FOLDER_NAME
-    if file_type(place) == "missing":
+    store = folder / DATA_FOLDER_NAME
+    if file_type(store) == "missing":
         return
     present = {digest for _, digest, _ in _read_packs(folder)}
     for version in versions:
@@ -282,12 +287,12 @@ def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFindin
         if lost := len(named - present):
             message = f"{lost} of {len(named)} examples that it names were altered, or are lost"
             advice = (
-                f"Restore {place} from a backup; or remove {path} and give `nested-tune promote "
+                f"Restore {store} from a backup; or remove {path} and give `nested-tune promote "
                 f"RUN_DIR --name {folder.name} --registry {folder.parent}` for the run of that "
                 f"version. Until then, replay and the gate go on without them."
             )
             yield AuditFinding(path, message, advice)
-    for path in sorted(place.iterdir()):
+    for path in sorted(store.iterdir()):
         if not path.name.startswith(".") and path.suffix not in (LIST_SUFFIX, PACK_SUFFIX):
             yield AuditFinding(path, "does not belong to the data store", "Remove it.")
 
@@ -297,7 +302,7 @@ def _list_path(folder: Path, version: str) -> Path:
 
 
 def read_digest_list(folder: Path, version: str) -> DigestList | None:
-    """The digests of a version's examples; None where none are kept.
+    """The digests of a version's examples; None if they are not kept.
 
     Raises DamagedError for a file that is no such list.
     """
@@ -324,11 +329,11 @@ def _pack_paths(folder: Path) -> list[Path]:
     return sorted((folder / DATA_FOLDER_NAME).glob(f"[!.]*{PACK_SUFFIX}"))
 
 
-def _write_pack(place: Path, lines: Collection[bytes], confirm: Confirm) -> Path | None:
+def _write_pack(store: Path, lines: Collection[bytes], confirm: Confirm) -> Path | None:
     """Write rows under the hash of their content; nothing for no rows."""
     if not lines:
         return None
     content = b"".join(line + b"\n" for line in lines)
-    path = place / f"{hashlib.sha256(content).hexdigest()}{PACK_SUFFIX}"
+    path = store / f"{hashlib.sha256(content).hexdigest()}{PACK_SUFFIX}"
     write_bytes(path, content, confirm=confirm)
     return path

@@ -73,7 +73,7 @@ def shared_folder_lock(folder: Path) -> Iterator[LockFile | None]:
 def require_no_writes_meanwhile(folder: Path, lock: LockFile | None) -> None:
     """Raise DamagedError if somebody may have written while a reader thought `folder` locked.
 
-    `lock` is what `shared_folder_lock` yielded: None where there was no lock file, which a writer
+    `lock` is what `shared_folder_lock` yielded: None if there was no lock file, which a writer
     may have made since. What was read is then no proof of damage.
     """
     if lock is not None:

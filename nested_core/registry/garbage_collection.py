@@ -1,10 +1,10 @@
 """Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
 Garbage collection never removes the champion, what it replaced last, what a rollback would go to,
-the policy's reference and the champions that become it, the newest ancestors of the champion, the
-versions used last, or one that is new and may still be promoted. A version whose folder holds what
-is not of it stays too. A version that a rollback has barred stays barred, because the history is
-never shortened.
+the policy's reference and the champions that become it, the ancestors of the champion that are new
+or whose examples are kept, the versions used last, or one that is new and may still be promoted. A
+version whose folder holds what is not of it stays too. A version that a rollback has barred stays
+barred, because the history is never shortened.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nested_core.registry.data_store import (
     count_unneeded_rows,
     drop_rows,
     find_rows,
+    keeps_examples,
     read_digest_list,
     read_lineage,
     remove_unneeded_rows,
@@ -70,9 +71,10 @@ def collect_garbage(
     """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
 
     The newest are the `keep` versions that were registered, or were champion, last. Kept as well
-    are the `keep` newest of the champion and its ancestors, which its gate and replay read however
-    many came after them, and a version that was registered less than an hour ago and has not been
-    champion since: its promotion may be under way. A dry run only says what would be removed.
+    are the `keep` newest of the champion and its ancestors, each older one whose examples the store
+    has, for later nights are trained on them, and a version that was registered less than an hour
+    ago and has not been champion since: its promotion may be under way. A dry run only says what
+    would be removed.
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
     verdict or provenance of the champion's lineage, that cannot be read.
     """
@@ -97,31 +99,32 @@ def _plan_removals(
     by_age = sorted(versions, key=lambda version: _last_use(version, ledger), reverse=True)
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
-    undecided = {one for one in versions if _is_new_and_unpromoted(folder, one, ledger)}
+    undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
-    if ledger.champion is not None:  # what its gate compares with, and its replay draws from
-        kept |= {*read_lineage(folder.parent, name, ledger.champion)[:keep]}
-    places = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
-    kept |= {version for version, place in places.items() if not _may_go(place)}
+    if ledger.champion is not None:  # what its gate compares with, and later nights train on
+        lineage = read_lineage(folder.parent, name, ledger.champion)
+        kept |= {*lineage[:keep]} | {v for v in lineage if keeps_examples(folder, v)}
+    paths = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
+    kept |= {version for version, path in paths.items() if not _may_go(path)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return GarbageReport(
         name=name,
         champion=ledger.champion,
         collected=collected,
         kept=tuple(version for version in versions if version in kept),
-        bytes=sum(size_on_disk(places[version]) for version in collected),
+        bytes=sum(size_on_disk(paths[version]) for version in collected),
         leftovers=_find_leftovers(folder),
         rows=count_unneeded_rows(folder, ledger.standing.keys() - {*collected}),
         is_dry_run=dry_run,
     )
 
 
-def _may_go(place: Path) -> bool:
+def _may_go(path: Path) -> bool:
     """Whether a version's folder may be removed; of a link in its place the link is."""
     is_file_of_version = {*VERSION_FILES, *OPTIONAL_FILES}.__contains__
-    return place.is_symlink() or find_reason_to_keep(place, is_file_of_version) is None
+    return path.is_symlink() or find_reason_to_keep(path, is_file_of_version) is None
 
 
 def _last_use(version: str, ledger: Ledger) -> tuple[int, bool]:
@@ -159,9 +162,10 @@ def _find_leftovers(folder: Path) -> tuple[str, ...]:
     """Paths that a killed writer left; every writer clears them away under the lock."""
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
     names = ("", VERSIONS_FOLDER_NAME, DATA_FOLDER_NAME)
-    places = [folder / name for name in names if (folder / name).is_dir()]
-    found = [p for place in places for p in place.iterdir() if p.name.startswith(prefixes)]
-    return tuple(sorted(str(path.relative_to(folder)) for path in found))
+    folders = [folder / name for name in names if (folder / name).is_dir()]
+    entries = [entry for path in folders for entry in path.iterdir()]
+    leftovers = [entry for entry in entries if entry.name.startswith(prefixes)]
+    return tuple(sorted(str(path.relative_to(folder)) for path in leftovers))
 
 
 def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> str:
@@ -222,12 +226,12 @@ def _find_listed_rows(
     folder: Path, ledger: Ledger, is_listed: Callable[[dict[str, Any]], bool]
 ) -> dict[str, set[str]]:
     """The digests of the rows that each version would lose, of versions that would lose any."""
-    found = find_rows(folder, is_listed)
+    digests = find_rows(folder, is_listed)
     lost = {}
     for version in ledger.standing:
         listed = read_digest_list(folder, version)
-        if listed is not None and (own := found & listed.all()):
-            lost[version] = own
+        if listed is not None and (lost_digests := digests & listed.all()):
+            lost[version] = lost_digests
     return lost
 
 
@@ -241,8 +245,8 @@ def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:
             f"promote another run; where there is none, remove {folder / 'champion'}); then it can "
             f"be forgotten."
         )
-    place = folder / VERSIONS_FOLDER_NAME / version
-    findings, _ = inspect_version(place, version, ledger.manifest_hashes(version))
+    version_path = folder / VERSIONS_FOLDER_NAME / version
+    findings, _ = inspect_version(version_path, version, ledger.manifest_hashes(version))
     if not findings and has_all_judgements(folder, version, ledger):
         raise ConfigError(
             f"{shown} is whole: nothing of it is lost. `nested-tune gc` removes versions that are "

@@ -148,7 +148,7 @@ class NameFolder:
 
 @contextmanager
 def writing(registry: Path, name: str) -> Iterator[NameFolder]:
-    """The folder of a name for this process alone, settled; ConfigError where there is none."""
+    """The folder of a name for this process alone, settled; ConfigError for an unknown name."""
     with writing_folder(find_name_folder(registry, name)) as held:
         yield held
 
@@ -204,7 +204,7 @@ def read_view(path: Path) -> Any:
 
 
 def read_end(folder: Path) -> str | None:
-    """The hash of the last line that the views follow, by champion.json; None where it has none."""
+    """The hash of the last line that the views follow, by champion.json; None if that lacks it."""
     path = folder / RECORD_NAME
     if file_type(path) == "missing":
         return NO_LINE_SHA256

@@ -65,7 +65,8 @@ class Judgement:
     """A verdict on a version.
 
     sha256: the hash of its file; None for the version's first.
-    place: the number of its line in the history, from 0; one beyond the last where it has none yet.
+    place: the number of its line in the history, from 0; one beyond the last before it is
+        written.
     """
 
     version: str
@@ -82,12 +83,12 @@ class Judgement:
 
     @property
     def rival(self) -> str | None:
-        """The champion that it was judged against; None where there was none to judge."""
+        """The champion that it was judged against; None without a champion."""
         return self.verdict.rival
 
     @property
     def loss_after(self) -> float | None:
-        """Its loss on the held-out examples, in nats/token; None where none was measured."""
+        """Its loss on the held-out examples, in nats/token; None if it was not measured."""
         return None if self.verdict.validation is None else self.verdict.validation.loss_after
 
     @property
@@ -101,14 +102,15 @@ def read_verdicts(folder: Path, version: str, ledger: Ledger) -> tuple[Judgement
 
     Raises DamagedError for what is missing, or not as it was written.
     """
-    place = folder / VERSIONS_FOLDER_NAME / version
+    version_path = folder / VERSIONS_FOLDER_NAME / version
     try:
-        verdict = read_verdict(place / GATE_NAME)
-        facts = JudgementFacts.from_provenance(read_provenance(place))
+        verdict = read_verdict(version_path / GATE_NAME)
+        facts = JudgementFacts.from_provenance(read_provenance(version_path))
     except (NestedTuneError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DamagedError(
-            f"{place}: provenance or verdict cannot be read: {reason}. {how_to_mend(place)}"
+            f"{version_path}: provenance or verdict cannot be read: {reason}. "
+            f"{how_to_mend(version_path)}"
         ) from error
     lines = ledger.standing.get(version)
     first = Judgement(version, None, verdict, facts, lines[0][0] if lines else len(ledger.entries))
@@ -147,19 +149,19 @@ def write_judgement(
 
 def remove_judgements(folder: Path, version: str) -> None:
     """Remove the judgements of a version that the history says is removed."""
-    place = folder / JUDGEMENTS_FOLDER_NAME / version
-    if file_type(place) != "missing":
-        shutil.rmtree(place)
-        sync_path(place.parent)
+    judgements = folder / JUDGEMENTS_FOLDER_NAME / version
+    if file_type(judgements) != "missing":
+        shutil.rmtree(judgements)
+        sync_path(judgements.parent)
 
 
 def remove_unnamed_judgements(folder: Path, ledger: Ledger) -> None:
     """Remove the files that a crash left before their line; call only under the folder's lock."""
     unnamed = [
-        Path(place, name)
-        for place, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME)
+        Path(subfolder, name)
+        for subfolder, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME)
         for name in names
-        if Path(name).stem not in {digest for _, digest in ledger.judgements(Path(place).name)}
+        if Path(name).stem not in {digest for _, digest in ledger.judgements(Path(subfolder).name)}
     ]
     if unnamed:
         with holding_end(folder, ledger):  # no line about one of them is being written

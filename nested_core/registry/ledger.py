@@ -67,7 +67,7 @@ OPTIONAL_FIELDS = (
 
 @dataclass(frozen=True)
 class Origin:
-    """The flow run that asks for a change, and its deployment; None where a person asks."""
+    """The flow run that asks for a change, and its deployment; None if a person asks."""
 
     flow_run: str | None = None
     deployment: str | None = None
@@ -213,7 +213,7 @@ class Ledger:
         return champions
 
     def rollback_target(self) -> str | None:
-        """The version that a rollback without `--to` goes to, or None if there is none left.
+        """The version that a rollback without `--to` goes to, or None if no version is left.
 
         Promotions and `rollback --to` push a version on a stack, a plain rollback pops one, and a
         version that was collected or forgotten is taken out. All other lines are passed over: where
@@ -258,7 +258,7 @@ class Ledger:
         return [version for version in versions if version in usable]
 
     def policy(self) -> dict[str, Any] | None:
-        """The registry's policy, as its last change left it; None if none was ever set."""
+        """The registry's policy, as its last change left it; None if it was never set."""
         return next((e.after for e in reversed(self.entries) if e.action == "policy"), None)
 
 

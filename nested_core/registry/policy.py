@@ -117,9 +117,9 @@ def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]
         seams.require("approval", APPROVE_KEY)
     with writing_folder(create_name_folder(registry, name)) as held:
         before = held.ledger.policy()
-        wanted = changes.get("reference")
-        if isinstance(wanted, str) and not wanted.startswith(NIGHTS_PREFIX):
-            changes = {**changes, "reference": resolve_version(held.path, wanted, held.ledger)}
+        reference = changes.get("reference")
+        if isinstance(reference, str) and not reference.startswith(NIGHTS_PREFIX):
+            changes = {**changes, "reference": resolve_version(held.path, reference, held.ledger)}
         earlier = policy_of(held.path, held.ledger) or RegistryPolicy()
         policy = _check_policy(earlier.fields() | dict(changes))
         if before != policy.fields():
@@ -136,10 +136,10 @@ def hold_to_policy(config: FineTuneConfig) -> tuple[FineTuneConfig, list[str]]:
     if section.path is None or section.name is None:
         return config, []
     policy = read_policy(Path(section.path), section.name)
-    told = describe_tightening(config, policy)
+    sentences = describe_tightening(config, policy)
     if section.promote == "always" and (policy is None or not policy.bounds_creep):
-        told.append(f"{section.name}: {NO_REFERENCE}")
-    return tighten(config, policy), told
+        sentences.append(f"{section.name}: {NO_REFERENCE}")
+    return tighten(config, policy), sentences
 
 
 def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneConfig:
@@ -159,8 +159,8 @@ def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneCo
         changes["noise"] = "paired"
     if policy.tasks:
         named = {task.name for task in policy.tasks}
-        own = tuple(task for task in gate.tasks if task.name not in named)
-        changes["tasks"] = (*own, *policy.tasks)
+        other_tasks = tuple(task for task in gate.tasks if task.name not in named)
+        changes["tasks"] = (*other_tasks, *policy.tasks)
     if not changes:
         return config
     return config.model_copy(update={"gate": gate.model_copy(update=changes)})
@@ -171,23 +171,25 @@ def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -
     if policy is None:
         return []
     gate, held = config.gate, tighten(config, policy).gate
-    told = []
+    sentences = []
     if held.max_val_loss_increase != gate.max_val_loss_increase:
-        told.append(
+        sentences.append(
             f"gate.max_val_loss_increase is {held.max_val_loss_increase:g}, not "
             f"{gate.max_val_loss_increase:g}"
         )
     if held.noise != gate.noise:
-        told.append(f"gate.noise is {held.noise}, not {gate.noise}")
+        sentences.append(f"gate.noise is {held.noise}, not {gate.noise}")
     asked = {task.name: task for task in gate.tasks}
     for task in policy.tasks:
         if asked.get(task.name) != task:
             replaced = ", in place of this run's" if task.name in asked else ""
-            told.append(f"the eval set {task.name} is asked{replaced}")
+            sentences.append(f"the eval set {task.name} is asked{replaced}")
     modes = (config.registry.promote, policy.promote)
     if PromotionRule.of(*modes) != PromotionRule.of(config.registry.promote):
-        told.append(f"promote: {policy.promote} counts beside this run's {config.registry.promote}")
-    return [f"the policy of {config.registry.name}: {sentence}" for sentence in told]
+        sentences.append(
+            f"promote: {policy.promote} counts beside this run's {config.registry.promote}"
+        )
+    return [f"the policy of {config.registry.name}: {sentence}" for sentence in sentences]
 
 
 def find_looser_bounds(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
+from nested_core.records.judged_run import JudgedRun, read_judged_run
 from nested_core.records.verdict_file import require_passed
 from nested_core.registry.data_store import RunExamples
 from nested_core.registry.folders import check_name
@@ -18,7 +19,7 @@ from nested_core.registry.history_views import NameFolder, writing
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.promotion_outcome import Decision
-from nested_core.registry.registration import PassedRun, read_passed_run, registering
+from nested_core.registry.registration import NewVersion, registering
 from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version
 from nested_core.text.digest_format import shorten_digest
 
@@ -66,7 +67,7 @@ def register_and_promote(
     by: str,
     expected_champion: str | None | Unset = UNSET,
     against_policy: str | None = None,
-    run: PassedRun | None = None,
+    run: JudgedRun | None = None,
     examples: RunExamples | None = None,
 ) -> Decision:
     """`register` and `promote` under one lock: no gc comes between the two.
@@ -76,10 +77,9 @@ def register_and_promote(
     two raise.
     """
     check_name(name)
-    run = run or read_passed_run(run_dir)
-    with registering(
-        run, registry, name, provenance, by=by, was_judged_now=False, examples=examples
-    ) as (held, manifest):
+    run = run or read_judged_run(run_dir)
+    new = NewVersion(run, provenance, examples, by, was_judged_now=False)
+    with registering(new, registry, name) as (held, manifest):
         fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
         return promote_in_folder(held, run.version, expected_champion, fields)
 
@@ -132,25 +132,25 @@ def rollback(
         before = held.champion
         if before is not None and not _is_expected_champion(before, expected_champion):
             return Decision("superseded", before, before)
-        wanted = held.ledger.rollback_target() if to is None else to
-        if wanted is None:
+        target = held.ledger.rollback_target() if to is None else to
+        if target is None:
             raise ConfigError(
                 f"{held.path} has no version to go back to: its champion is "
                 f"{shorten_digest(before or 'none')}, and no earlier one is left. Name the "
                 "version that you want with --to."
             )
-        wanted = resolve_version(held.path, wanted, held.ledger)
-        if only_former_champions and wanted not in held.ledger.champion_versions():
+        target = resolve_version(held.path, target, held.ledger)
+        if only_former_champions and target not in held.ledger.champion_versions():
             raise ConfigError(
-                f"{shorten_digest(wanted)} was never champion of {name}, and a flow goes back to "
+                f"{shorten_digest(target)} was never champion of {name}, and a flow goes back to "
                 f"former champions alone. `nested-tune rollback {name} --to` takes any version."
             )
-        manifest = held.verify(wanted)
-        if wanted == before:
-            return Decision("already_champion", wanted, before)
+        manifest = held.verify(target)
+        if target == before:
+            return Decision("already_champion", target, before)
         fields = {"explicit": to is not None, "reason": reason, **origin.fields()}
-        held.record("rollback", wanted, by, manifest=manifest, **fields)
-        return Decision("rolled_back", wanted, before)
+        held.record("rollback", target, by, manifest=manifest, **fields)
+        return Decision("rolled_back", target, before)
 
 
 def _is_expected_champion(champion: str | None, expected: str | None | Unset) -> bool:

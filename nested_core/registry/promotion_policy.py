@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -25,7 +24,6 @@ from nested_core.errors import (
 )
 from nested_core.records.loss_conclusion import describe_smallest_visible
 from nested_core.records.verdict import ChampionLoss, Noise, Validation
-from nested_core.registry.data_store import RunExamples
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.history_views import NameFolder, read_link, reading, writing
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
@@ -41,7 +39,7 @@ from nested_core.registry.policy import (
 from nested_core.registry.promote_and_rollback import UNSET, Unset, promote_in_folder
 from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.queries import verify
-from nested_core.registry.registration import REGISTRATION_AUTHOR, PassedRun, registering
+from nested_core.registry.registration import NewVersion, registering
 from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, registered_versions
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import (
@@ -74,13 +72,7 @@ def choose_candidate(folder: Path, ledger: Ledger, version: str, champion: str |
 
 
 def register_by_policy(
-    run: PassedRun,
-    section: RegistrySection,
-    provenance: dict[str, Any],
-    champion: str | None,
-    *,
-    examples: RunExamples | None = None,
-    origin: Origin = NO_ORIGIN,
+    new: NewVersion, section: RegistrySection, champion: str | None, *, origin: Origin = NO_ORIGIN
 ) -> Decision:
     """Register a run's adapter, and promote it if run and registry ask for it, under one lock.
 
@@ -88,33 +80,9 @@ def register_by_policy(
     now, the promotion is superseded. Returns what became of the version. Raises what `register`
     raises.
     """
-    registry, name = registry_location(section)
-    with registering(
-        run,
-        registry,
-        name,
-        provenance,
-        by=REGISTRATION_AUTHOR,
-        was_judged_now=True,
-        examples=examples,
-    ) as (folder, manifest):
-        return _decide(folder, section, run.version, champion, origin=origin, manifest=manifest)
-
-
-def promote_by_policy(
-    section: RegistrySection,
-    version: str,
-    expected_champion: str | None,
-    *,
-    origin: Origin = NO_ORIGIN,
-) -> Decision:
-    """Promote a registered version if this section and the registry ask for it; or say why not.
-
-    For a sweep, whose points are registered before the best of them is known. If another version
-    than `expected_champion` is champion by now, the promotion is superseded.
-    """
-    with writing(*registry_location(section)) as folder:
-        return _decide(folder, section, version, expected_champion, origin=origin)
+    with registering(new, *registry_location(section)) as (folder, manifest):
+        version = new.run.version
+        return decide(folder, section, version, champion, origin=origin, manifest=manifest)
 
 
 def promote_by_recorded_policy(
@@ -160,10 +128,10 @@ def _decide_as_recorded(folder: NameFolder, version: str, origin: Origin) -> Dec
     if folder.ledger.changes(candidate.place + 1):
         return Decision("superseded", version, champion)
     section = recorded_section(folder.path, candidate)
-    return _decide(folder, section, version, candidate.facts.champion_at_gate, origin=origin)
+    return decide(folder, section, version, candidate.facts.champion_at_gate, origin=origin)
 
 
-def _decide(
+def decide(
     folder: NameFolder,
     section: RegistrySection,
     version: str,
@@ -227,7 +195,7 @@ def compare_losses(
 
 @dataclass(frozen=True)
 class PromotionNotes:
-    """What is to be said of a version that was promoted; None where there is nothing to say.
+    """What is to be said of a version that was promoted; None without a note.
 
     losses: its losses, and those of the champion that it replaced.
     warning: that it has a higher loss than that one on the same data.
@@ -328,8 +296,8 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
 def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> str | None:
     """What the registry's policy asks for and a run has not, of which a person decides otherwise.
 
-    `candidate` is the run's verdict, which need not be registered yet. None where the policy is
-    met, or there is none.
+    `candidate` is the run's verdict, which need not be registered yet. None if the policy is met,
+    and without a policy.
     """
     if read_policy(registry, name) is None:
         return None
@@ -354,7 +322,7 @@ def find_refusal(
     *,
     is_approved: bool = False,
 ) -> Decision | None:
-    """Why a version of a NAME's folder is not promoted automatically; None where it is.
+    """Why a version of a NAME's folder is not promoted automatically; None if it is promoted.
 
     Of the run's section and the registry's policy the stricter counts. With `is_approved` a person
     has said yes: nobody is asked again. All else counts but the policy's reference, which bounds
@@ -450,7 +418,7 @@ def _why_losses_promote_nothing(
     rule: PromotionRule,
     noise: Noise,
 ) -> str | None:
-    """Why the held-out losses are not what the rule needs, or None where they are."""
+    """Why the held-out losses are not what the rule needs, or None if they are."""
     if not rule.must_be_better:
         needs_enough = section.require_validation and not rule.asks_person
         return _why_too_few_prompts(candidate, champion) if needs_enough else None
@@ -520,9 +488,9 @@ def _describe_comparison(
     data = f"{candidate.file}, {record.examples} examples"
     if record.left_out:
         data += f", {record.left_out} left out that an adapter was trained on"
-    wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
+    margin = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     loss_name = loss_name_for_file(candidate.file)
-    losses = f"{loss_name} {format_loss(loss)} is not better{wanted} than {rival}"
+    losses = f"{loss_name} {format_loss(loss)} is not better{margin} than {rival}"
     unproven = f"{losses}, or not significantly ({data})"
     if (few := record.describe_few_prompts()) is not None:
         return f"{unproven}: {few}"

@@ -100,7 +100,7 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
 
 def read_registration_time(registry: Path, name: str, version: str) -> str | None:
-    """When a version was registered, as ISO 8601 (UTC); None where that is not known."""
+    """When a version was registered, as ISO 8601 (UTC); None if that is not known."""
     with reading(registry, name) as (_, ledger):
         return next((e.time for _, e in ledger.standing.get(version, ())), None)
 
@@ -120,7 +120,7 @@ def verify(registry: Path, name: str, version: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class VerifiedVersion:
-    """A version as it was registered, in memory; `canary` is None where none was recorded."""
+    """A version as it was registered, in memory; `canary` is None if it was not recorded."""
 
     version: str
     adapter: Adapter
@@ -128,31 +128,31 @@ class VerifiedVersion:
     tokenizer: TrainedTokenizer
 
 
-def read_verified_version(registry: Path, name: str, wanted: str) -> VerifiedVersion:
-    """Re-hash one version and read it into memory; `wanted` is its digest, or its first digits.
+def read_verified_version(registry: Path, name: str, prefix: str) -> VerifiedVersion:
+    """Re-hash one version and read it into memory; `prefix` is its digest, or its first digits.
 
     What is returned has been hashed itself: the adapter's digest is the version. Raises ConfigError
-    where `wanted` names no version or several, DamagedError where the version is not what was
+    where `prefix` names no version or several, DamagedError where the version is not what was
     registered.
     """
     with reading(registry, name) as (folder, ledger):
-        version = resolve_version(folder, wanted, ledger)
-        place = folder / VERSIONS_FOLDER_NAME / version
-        verify_version(place, version, ledger.manifest_hashes(version))
-        adapter = read_adapter(place)
-        provenance = read_provenance(place)
+        version = resolve_version(folder, prefix, ledger)
+        version_path = folder / VERSIONS_FOLDER_NAME / version
+        verify_version(version_path, version, ledger.manifest_hashes(version))
+        adapter = read_adapter(version_path)
+        provenance = read_provenance(version_path)
         tokenizer = TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
-        listed = read_manifest(place)["files"].get(CANARY_NAME)
-        content = b"" if listed is None else read_regular(place / CANARY_NAME)
+        listed = read_manifest(version_path)["files"].get(CANARY_NAME)
+        content = b"" if listed is None else read_regular(version_path / CANARY_NAME)
     is_listed = listed is None or hashlib.sha256(content).hexdigest() == listed["sha256"]
     if adapter.digest() != version or not is_listed:
-        raise DamagedError(f"{place} changed while it was read. {how_to_mend(place)}")
-    canary = None if listed is None else parse_canary(content, place / CANARY_NAME)
+        raise DamagedError(f"{version_path} changed while it was read. {how_to_mend(version_path)}")
+    canary = None if listed is None else parse_canary(content, version_path / CANARY_NAME)
     return VerifiedVersion(version, adapter, canary, tokenizer)
 
 
 def read_rollback_target(registry: Path, name: str) -> str | None:
-    """The version that a rollback without `to` would go to; None if there is none left."""
+    """The version that a rollback without `to` would go to; None if no version is left."""
     with reading(registry, name) as (_, ledger):
         return ledger.rollback_target()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,13 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import JUDGE_AGAIN, DamagedError
-from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_file import (
-    GATE_NAME,
-    BoundVerdict,
-    bind_verdict,
-    require_verdict_on_adapter,
-)
+from nested_core.records.judged_run import JudgedRun, read_judged_run
+from nested_core.records.verdict_file import GATE_NAME
 from nested_core.registry.adapter_card import CARD_NAME, render_card
 from nested_core.registry.data_store import RunExamples, store_examples
 from nested_core.registry.folders import (
@@ -53,7 +48,7 @@ from nested_core.registry.versions import (
     verify_version,
     version_manifest_facts,
 )
-from nested_core.storage.adapter import ADAPTER_FILES, Adapter, read_adapter
+from nested_core.storage.adapter import ADAPTER_FILES
 from nested_core.storage.atomic import new_directory, render_json, write_bytes
 from nested_core.storage.manifest import describe_content, describe_file, write_manifest
 from nested_core.storage.untrusted_files import file_type
@@ -64,62 +59,62 @@ SEARCH_BITS = 0o111
 REGISTRATION_AUTHOR = "nested-tune (a run with a verdict)"
 
 
+@dataclass(frozen=True)
+class NewVersion:
+    """The adapter of a judged run on its way into a registry, and what is recorded with it.
+
+    examples: the rows for the data store; None if no rows are kept.
+    was_judged_now: whether the gate has just given the verdict. On a version that is there already
+        the same words count again then, where policy or champion differ, or anything was changed.
+    """
+
+    run: JudgedRun
+    provenance: dict[str, Any]
+    examples: RunExamples | None = None
+    by: str = REGISTRATION_AUTHOR
+    was_judged_now: bool = True
+
+
 def register(
     run_dir: Path,
     registry: Path,
     name: str,
     provenance: dict[str, Any],
     *,
-    run: PassedRun | None = None,
     examples: RunExamples | None = None,
 ) -> str:
     """Add the adapter of a finished run as a version of `name`; return the version (its digest).
 
     The provenance is recorded with the time. A sound version that exists already stays as it is,
     with its first verdict and provenance; a further verdict is kept beside it, as a judgement.
-    `run` is what `read_passed_run` gives, where the run has been read already; `examples` are kept
-    in the data store. Raises ConfigError for a run without a verdict or a bad name, GateRejected if
-    the verdict is not "passed", DamagedError if adapter, verdict or an existing version do not
-    agree.
+    `examples` are kept in the data store. Raises ConfigError for a run without a verdict or a bad
+    name, GateRejected if the verdict is not "passed", DamagedError if adapter, verdict or an
+    existing version do not agree.
     """
     check_name(name)
-    run = run or read_passed_run(run_dir)
-    by = REGISTRATION_AUTHOR
-    with registering(
-        run, registry, name, provenance, by=by, was_judged_now=True, examples=examples
-    ):
-        return run.version
+    new = NewVersion(read_judged_run(run_dir), provenance, examples)
+    with registering(new, registry, name):
+        return new.run.version
 
 
 @contextmanager
-def registering(
-    run: PassedRun,
-    registry: Path,
-    name: str,
-    provenance: dict[str, Any],
-    *,
-    by: str,
-    was_judged_now: bool,
-    examples: RunExamples | None,
-) -> Iterator[tuple[NameFolder, str]]:
-    """Add a run's adapter and examples, and hold the folder's lock in the block.
+def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[NameFolder, str]]:
+    """Add a version and its examples, and hold the folder's lock in the block.
 
     Gives the folder, and the hash of the version's manifest.
     """
     with writing_folder(create_name_folder(registry, name)) as held:
-        if examples is not None:
+        if new.examples is not None:
             standing = held.ledger.standing
-            store_examples(held.path, run.version, examples, standing, confirm=held.confirm)
-        yield held, add_version(held, run, provenance, by=by, was_judged_now=was_judged_now)
+            store_examples(held.path, new.run.version, new.examples, standing, confirm=held.confirm)
+        yield held, _add_version(held, new)
 
 
-def register_rejection(
-    run: BoundVerdict, registry: Path, name: str, provenance: dict[str, Any]
-) -> None:
+def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:
     """Keep a verdict that rejects a run's adapter, where that is a version of `name` already."""
     with writing(registry, name) as held:
-        if held.place_of(run.verdict.trained.digest).exists():
-            _judge(held, run.verdict, provenance, by=REGISTRATION_AUTHOR, was_judged_now=True)
+        if held.place_of(rejected.run.version).exists():
+            _judge(held, rejected)
 
 
 def require_usable_registry(registry: Path, name: str) -> None:
@@ -144,118 +139,77 @@ def require_sound_champion(held: NameFolder) -> None:
     if not version_exists(held.path, champion):
         raise lost_champion_error(held.path, champion, held.ledger)
     recorded = held.ledger.manifest_hashes(champion)
-    place = held.place_of(champion)
-    verify_version(place, champion, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS)
+    path = held.place_of(champion)
+    verify_version(path, champion, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS)
 
 
-@dataclass(frozen=True)
-class PassedRun:
-    """A run read once: its verdict, and the adapter that it was given on, in memory."""
-
-    bound: BoundVerdict
-    adapter: Adapter
-
-    @property
-    def version(self) -> str:
-        """The digest of the adapter, which is that of the version."""
-        return self.bound.verdict.trained.digest
-
-
-def read_passed_run(run_dir: Path) -> PassedRun:
-    """A finished run whose verdict passed the adapter that the run offers.
-
-    Raises what `register` raises for a run.
-    """
-    bound = bind_verdict(run_dir, must_pass=True)
-    path = run_dir / GATE_NAME
-    for file in (run_dir / ADAPTER_FOLDER_NAME / name for name in ADAPTER_FILES):
-        if file_type(file) not in ("file", "missing"):  # read_adapter says which file is missing
-            raise DamagedError(
-                f"{file} is not a regular file: a version is a copy of files that the run itself "
-                "wrote."
-            )
-    adapter = read_adapter(run_dir / ADAPTER_FOLDER_NAME)
-    require_verdict_on_adapter(bound.verdict, adapter.digest(), path)
-    return PassedRun(bound, adapter)
-
-
-def add_version(
-    held: NameFolder, run: PassedRun, provenance: dict[str, Any], *, by: str, was_judged_now: bool
-) -> str:
+def _add_version(held: NameFolder, new: NewVersion) -> str:
     """Copy a run's adapter to `versions/`, or keep its verdict on the version that is there.
 
-    `run` is what `read_passed_run` gives. Returns the hash of the version's manifest. A version
-    that was registered and whose files are lost gets a line `restored`.
+    Returns the hash of the version's manifest. A version that was registered and whose files are
+    lost gets a line `restored`.
     """
-    version, verdict = run.version, run.bound.verdict
-    place = held.place_of(version)
-    if file_type(place) != "missing":
+    version, by = new.run.version, new.by
+    path = held.place_of(version)
+    if file_type(path) != "missing":
         manifest = held.verify(version)
         if has_all_judgements(held.path, version, held.ledger):
-            _judge(held, verdict, provenance, by=by, was_judged_now=was_judged_now)
+            _judge(held, new)
         else:
-            facts = JudgementFacts.from_provenance(provenance)
-            judgement = write_judgement(held.path, version, verdict, facts, confirm=held.confirm)
+            judgement = _write_judgement(held, new)
             held.record("restored", version, by, manifest=manifest, judgement=judgement)
         return manifest
     is_lost = version in held.ledger.standing
-    with new_directory(place, confirm=held.confirm) as unpublished:
-        manifest = _fill_version_folder(unpublished, held.path.name, run, provenance)
+    with new_directory(path, confirm=held.confirm) as unpublished:
+        manifest = _fill_version_folder(unpublished, held.path.name, new)
         _make_read_only(unpublished)
         if is_lost:  # before the files: cut short in between, the version is as lost as it was
             held.record("restored", version, by, manifest=manifest)
     if not is_lost:  # after them: cut short in between, the next writer adds the line
-        conditions = provenance.get("conditions_digest")
+        conditions = new.provenance.get("conditions_digest")
         held.record("registered", version, by, manifest=manifest, conditions_digest=conditions)
     return manifest
 
 
-def _judge(
-    held: NameFolder,
-    verdict: Verdict,
-    provenance: Mapping[str, Any],
-    *,
-    by: str,
-    was_judged_now: bool,
-) -> None:
-    """Keep a verdict on a version that is registered, where it is new.
-
-    With `was_judged_now` the gate has just given it: the same words count again where policy or
-    champion differ, or anything was changed since. Else a verdict that is known already is not new.
-    """
-    version = verdict.trained.digest
-    known = read_verdicts(held.path, version, held.ledger)
-    facts = JudgementFacts.from_provenance(provenance)
-    if was_judged_now:
-        newest = known[-1]
+def _judge(held: NameFolder, new: NewVersion) -> None:
+    """Keep a verdict on a version that is registered, where it is new."""
+    version, verdict = new.run.version, new.run.verdict
+    earlier = read_verdicts(held.path, version, held.ledger)
+    facts = JudgementFacts.from_provenance(new.provenance)
+    if new.was_judged_now:
+        newest = earlier[-1]
         later = held.ledger.entries[newest.place + 1 :]
         is_same_moment = all(entry.action in (*REGISTRATION_ACTIONS, "tried") for entry in later)
-        is_known = is_same_moment and (newest.verdict, newest.facts) == (verdict, facts)
+        is_repeated = is_same_moment and (newest.verdict, newest.facts) == (verdict, facts)
     else:
-        is_known = any(one.verdict == verdict for one in known)
-    if not is_known:
-        judgement = write_judgement(held.path, version, verdict, facts, confirm=held.confirm)
+        is_repeated = any(judgement.verdict == verdict for judgement in earlier)
+    if not is_repeated:
+        judgement = _write_judgement(held, new)
         conditions = facts.conditions_digest
-        held.record("judged", version, by, judgement=judgement, conditions_digest=conditions)
+        held.record("judged", version, new.by, judgement=judgement, conditions_digest=conditions)
 
 
-def _fill_version_folder(
-    folder: Path, name: str, run: PassedRun, provenance: dict[str, Any]
-) -> str:
+def _write_judgement(held: NameFolder, new: NewVersion) -> str:
+    facts = JudgementFacts.from_provenance(new.provenance)
+    version, verdict = new.run.version, new.run.verdict
+    return write_judgement(held.path, version, verdict, facts, confirm=held.confirm)
+
+
+def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
     """Write all files of a version of `name` into its new folder; its manifest's hash.
 
     Raises DamagedError unless the copies are of the files that the run's verdict rests on.
     """
-    bound = run.bound
+    run, bound = new.run, new.run.bound
     now = datetime.now(UTC).isoformat(timespec="microseconds")
-    recorded = provenance | {REGISTERED_AT_KEY: now}
+    recorded = new.provenance | {REGISTERED_AT_KEY: now}
     card = render_card(name, run.version, recorded, bound.verdict).encode("utf-8", "replace")
-    own = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded), CARD_NAME: card}
-    for written, content in {**own, **run.adapter.files}.items():
+    made_here = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded), CARD_NAME: card}
+    for written, content in {**made_here, **run.adapter.files}.items():
         write_bytes(folder / written, content)
     for file in (file for file in OPTIONAL_FILES if file in bound.files):
         shutil.copyfile(bound.run_dir / file, folder / file)
-    entries = {written: describe_content(content) for written, content in own.items()}
+    entries = {written: describe_content(content) for written, content in made_here.items()}
     judged = {file: f"{ADAPTER_FOLDER_NAME}/{file}" for file in ADAPTER_FILES}
     judged |= {file: file for file in OPTIONAL_FILES if file in bound.files}
     for file, source in judged.items():

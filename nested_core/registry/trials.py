@@ -78,10 +78,10 @@ def find_reason_to_skip(
         if line.version is None:
             return _describe_trial(line)
         if line.version in ledger.barred_versions():
-            left = next(
-                each for each in reversed(ledger.changes()) if each.previous == line.version
+            rollback = next(
+                change for change in reversed(ledger.changes()) if change.previous == line.version
             )
-            reason = f"rolled back on {_day(left)} by {describe_author(left.fields())}"
+            reason = f"rolled back on {_day(rollback)} by {describe_author(rollback.fields())}"
             return Skip(Outcome.SKIPPED_HOPELESS, reason, version=line.version)
         candidate = choose_candidate(folder, ledger, line.version, champion)
         decision = find_refusal(folder, ledger, section, candidate, champion)

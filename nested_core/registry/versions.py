@@ -64,28 +64,29 @@ def version_folder(registry: Path, name: str, version: str) -> Path:
     return registry / name / VERSIONS_FOLDER_NAME / version
 
 
-def read_provenance(place: Path) -> dict[str, Any]:
+def read_provenance(version_path: Path) -> dict[str, Any]:
     """Read where the version in `place` comes from; DamagedError if that cannot be read.
 
     Whether it is still what was registered is for `verify_version`.
     """
-    path = place / PROVENANCE_NAME
+    path = version_path / PROVENANCE_NAME
     try:
         provenance = read_json(path, MAX_PROVENANCE_BYTES)
     except DamagedError as error:
-        raise DamagedError(f"{error} {how_to_mend(place)}") from error
+        raise DamagedError(f"{error} {how_to_mend(version_path)}") from error
     if not isinstance(provenance, dict):
-        raise DamagedError(f"{path} holds no JSON object. {how_to_mend(place)}")
+        raise DamagedError(f"{path} holds no JSON object. {how_to_mend(version_path)}")
     return provenance
 
 
-def how_to_mend(place: Path) -> str:
+def how_to_mend(version_path: Path) -> str:
     """What to do about a version that is not what was registered."""
-    name, registry = place.parent.parent.name, place.parent.parent.parent
+    name, registry = version_path.parent.parent.name, version_path.parent.parent.parent
     return (
-        f"Restore {place} from a backup; or remove it and give `nested-tune promote RUN_DIR --name "
-        f"{name} --registry {registry}` for its run; or, if both are lost, `nested-tune forget "
-        f"{name} {shorten_digest(place.name)} --registry {registry} --by WHO --reason TEXT`."
+        f"Restore {version_path} from a backup; or remove it and give `nested-tune promote "
+        f"RUN_DIR --name {name} --registry {registry}` for its run; or, if both are lost, "
+        f"`nested-tune forget "
+        f"{name} {shorten_digest(version_path.name)} --registry {registry} --by WHO --reason TEXT`."
     )
 
 
@@ -98,22 +99,22 @@ def registered_versions(folder: Path) -> list[str]:
     )
 
 
-def resolve_version(folder: Path, wanted: str, ledger: Ledger) -> str:
-    """The one version whose digest begins with `wanted`; ConfigError for none or several."""
-    if VERSION_PREFIX_PATTERN.fullmatch(wanted) is None:
+def resolve_version(folder: Path, prefix: str, ledger: Ledger) -> str:
+    """The one version whose digest begins with `prefix`; ConfigError for none or several."""
+    if VERSION_PREFIX_PATTERN.fullmatch(prefix) is None:
         raise ConfigError(
-            f"{wanted!r:.80} is not a version. Expected the name of a folder below "
+            f"{prefix!r:.80} is not a version. Expected the name of a folder below "
             f"{folder / VERSIONS_FOLDER_NAME}, or at least its first 6 hexadecimal digits."
         )
-    known = sorted({*registered_versions(folder), *ledger.standing})
-    matching = [version for version in known if version.startswith(wanted)]
+    versions = sorted({*registered_versions(folder), *ledger.standing})
+    matching = [version for version in versions if version.startswith(prefix)]
     if len(matching) == 1:
         return matching[0]
-    digits = max(SHOWN_DIGITS, len(wanted) + 6) if matching else SHOWN_DIGITS
-    found = ", ".join(version[:digits] for version in (matching or known)[:5])
+    digits = max(SHOWN_DIGITS, len(prefix) + 6) if matching else SHOWN_DIGITS
+    examples = ", ".join(version[:digits] for version in (matching or versions)[:5])
     raise ConfigError(
-        f"{wanted} names {len(matching) or 'no'} versions in {folder}. Expected the beginning of "
-        f"exactly one of: {found or 'none is registered yet'}."
+        f"{prefix} names {len(matching) or 'no'} versions in {folder}. Expected the beginning of "
+        f"exactly one of: {examples or 'none is registered yet'}."
     )
 
 
@@ -146,7 +147,7 @@ def inspect_version(
 ) -> tuple[list[AuditFinding], str | None]:
     """What is wrong with the files of a version, a verdict of "failed" aside; its manifest's hash.
 
-    The hash is None where the manifest cannot be read. The arguments are `verify_version`'s.
+    The hash is None if the manifest cannot be read. The arguments are `verify_version`'s.
     """
     if file_type(folder) != "directory":
         message = "the folder of the version is missing, or is not a directory"

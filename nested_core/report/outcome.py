@@ -99,11 +99,16 @@ def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
 
 def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
     """One line that says why nothing was registered, with both losses."""
-    change = "no loss"
-    if verdict.validation is not None:
-        examples = describe_examples(verdict.validation)
-        losses = format_change(verdict.validation.loss_before, verdict.validation.loss_after)
-        change = f"loss {losses} on {examples}"
+    change, validation, compared = "no loss", verdict.validation, verdict.champion
+    if validation is not None:
+        before, after = validation.loss_before, validation.loss_after
+        if (
+            verdict.initial.digest != champion
+            and compared is not None
+            and compared.loss is not None
+        ):
+            before, after = compared.loss, compared.loss + (compared.difference or 0.0)
+        change = f"loss {format_change(before, after)} on {describe_examples(validation)}"
     return (
         f"kept the champion {shorten_digest(champion)}: {change}, not better, and within the "
         f"threshold"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version as installed_version
 from itertools import groupby
 from pathlib import Path
 
@@ -38,7 +38,6 @@ from nested_core.records.run import Run, read_run
 from nested_core.records.verdict import TensorChange, Validation
 from nested_core.records.verdict_table import describe_verdict, tier_table
 from nested_core.registry.promotion_policy import registry_location
-from nested_core.report.generations import tabulate_generations
 from nested_core.report.outcome import (
     describe_end,
     describe_outcome,
@@ -134,8 +133,8 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
         blocks.insert(1, Text(f"The champion was kept: {reason}.", "note"))
     if error is not None and (run.verdict is None or run.verdict.has_passed):
         blocks.insert(1, Text(error, "bad"))
-    damaged = [each for each in run.problems if each not in headline][:MAX_SHOWN_PROBLEMS]
-    blocks[1:1] = [Text(f"Damaged: {each}", "bad") for each in damaged]
+    damaged = [problem for problem in run.problems if problem not in headline]
+    blocks[1:1] = [Text(f"Damaged: {problem}", "bad") for problem in damaged[:MAX_SHOWN_PROBLEMS]]
     flags = () if run.result is None else run.result.red_flags[:MAX_SHOWN_FLAGS]
     blocks += [Text(f"Red flag while it trained: {flag}", "warn") for flag in flags]
     return Section("Verdict", blocks, "verdict")
@@ -147,9 +146,7 @@ def _tabulate_generations(run: Run) -> Iterator[Block]:
     if verdict is None or verdict.rival is None or section is None or section.path is None:
         return
     registry, name = registry_location(section)
-    table = tabulate_generations(registry, name, verdict.rival, verdict)
-    if table is not None:
-        yield table
+    yield from seams.collect("generation_tables", registry, name, verdict.rival, verdict)
 
 
 def _describe_training(run: Run) -> Iterator[Block]:
@@ -287,7 +284,7 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
 
 
 def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
-    """Lines of a file of the data set by number; none where it is gone, packed, or too large."""
+    """Lines of a file of the data set by number; none if it is gone, packed, or too large."""
     if run.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
     choice = "auto" if run.config is None else run.config.gate.held_out
@@ -326,11 +323,11 @@ def _map_changes(run: Run) -> Iterator[Block]:
     columns = sorted({column for _, column in modules})
     rows = []
     for layer in sorted({layer for layer, _ in modules}):
-        own = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}
-        marks = f" · tier {', '.join(map(str, sorted(own)))}" if own else ""
+        tiers = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}
+        marks = f" · tier {', '.join(map(str, sorted(tiers)))}" if tiers else ""
         name = "outside layers" if layer < 0 else f"layer {layer}"
         cells = [
-            _heat_cell(modules.get((layer, c), ()), largest, with_tier=len(own) > 1)
+            _heat_cell(modules.get((layer, c), ()), largest, with_tier=len(tiers) > 1)
             for c in columns
         ]
         rows.append((f"{name}{marks}", *cells))
@@ -388,10 +385,10 @@ def list_answers(run: Run) -> list[Block]:
     names = list(dict.fromkeys(answer.task for answer in run.answers))
     count = max(2, MAX_SHOWN_QUESTIONS // max(1, len(names)))
     for name in names[:MAX_SHOWN_QUESTIONS]:
-        own = [answer for answer in run.answers if answer.task == name]
-        given = [(answer.model, answer.expected, answer.answer, answer.score) for answer in own]
+        answers = [answer for answer in run.answers if answer.task == name]
+        given = [(answer.model, answer.expected, answer.answer, answer.score) for answer in answers]
         tables = seams.collect("answer_tables", name, given)
-        blocks.append(Section(name, [*tables, _answers_table(own, count)]))
+        blocks.append(Section(name, [*tables, _answers_table(answers, count)]))
     if run.sample_answers:
         shown = run.sample_answers[:MAX_SHOWN_QUESTIONS]
         blocks.append(Section("To read, not scored", [_sample_answers_table(shown)]))
@@ -423,10 +420,10 @@ def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
     lines = sorted(by_line, key=gain)
     rows = []
     for line in lines[:count]:
-        own = by_line[line]
-        some = next(iter(own.values()))
-        cells = [_answer_cell(own[role]) if role in own else None for role in roles]
-        rows.append((some.question[:MAX_SHOWN_CHARACTERS], some.expected, *cells))
+        by_role = by_line[line]
+        asked = next(iter(by_role.values()))
+        cells = [_answer_cell(by_role[role]) if role in by_role else None for role in roles]
+        rows.append((asked.question[:MAX_SHOWN_CHARACTERS], asked.expected, *cells))
     caption = f"{len(rows)} of {len(lines)} questions, lost ones first; all: answers.jsonl"
     return Table(caption, ("question", "expected", *roles), rows)
 
@@ -488,7 +485,7 @@ def _describe_reproduction(run: Run) -> Iterator[Block]:
         yield Details("config.yaml", [shown])
     yield Table("Digests", ("of", "digest"), list(_list_digests(run)))
     rows = [("Python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(package, _installed_version(package)) for package in RECORDED_PACKAGES]
+    rows += [(package, installed_version(package)) for package in RECORDED_PACKAGES]
     caption = "Versions of the process that wrote this page"
     yield Details("Versions", [Table(caption, ("package", "version"), rows)])
 
@@ -506,13 +503,6 @@ def _list_digests(run: Run) -> Iterator[tuple[str, str]]:
             yield "champion", verdict.champion.version
         if verdict.validation is not None and verdict.validation.losses_sha256 is not None:
             yield "gate-losses.jsonl", verdict.validation.losses_sha256
-
-
-def _installed_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def read_report(run_dir: str | Path) -> RunReport:

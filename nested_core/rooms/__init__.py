@@ -16,7 +16,7 @@ class TrainingFlow:
     """A flow of deployments that trains, or has others train.
 
     parameters: the class of its parameters.
-    key: the key of its parameters under which the configuration of a fine-tune stands; None where
+    key: the key of its parameters under which the configuration of a fine-tune stands; None if
         the parameters are that configuration.
     """
 
@@ -53,6 +53,8 @@ class Room:
     keys: keys of the configuration that ask for it where they are not at their default.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
+    registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
+        as Check.
     watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
@@ -70,7 +72,17 @@ class Room:
         several.
     reference_schedule, reference_trainer: the StepSchedule and the Trainer of a run under
         `training.reference`.
+    layer_context: a context of a model in which its layers compute otherwise while it trains.
+    plain_delta_rule: the formulas of gated delta nets that kernels are compared with.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    training_log: a function of the arguments of `train`, configuration and run directory, which
+        gives the callback that prints lines in place of ours, or None.
+    champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
+    generation_tables: what each version of an adapter kept of earlier nights: a function of
+        registry, name, champion and the verdict on a candidate, which gives Tables.
+    live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
+        RunDirectory, the event that ends it and the lock of the view.
+    kernel_folder: a function that has MLX compile its kernels into a folder of this process.
     around_training: a context around loading and training, of configuration, run directory, a
         function that takes a line for the person, and session.
     timed_training: a context that holds a run to `training.minutes`, of configuration, run
@@ -109,6 +121,7 @@ class Room:
     public_names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     server_checks: str | None = None
+    registry_checks: str | None = None
     watcher: str | None = None
     model_format: str | None = None
     adapter_format: str | None = None
@@ -120,7 +133,14 @@ class Room:
     train_in_processes: str | None = None
     reference_schedule: str | None = None
     reference_trainer: str | None = None
+    layer_context: str | None = None
+    plain_delta_rule: str | None = None
     cuda_operations: str | None = None
+    training_log: str | None = None
+    champion_page: str | None = None
+    generation_tables: str | None = None
+    live_view: str | None = None
+    kernel_folder: str | None = None
     around_training: str | None = None
     timed_training: str | None = None
     run_measurement: str | None = None
@@ -156,6 +176,7 @@ ROOMS: Mapping[str, Room] = {
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
     ),
     "chat": Room(commands=("chat",)),
+    "champion_page": Room(champion_page="flows.rooms.champion_page.page:ChampionPage"),
     "compare": Room(
         commands=("compare",),
         public_names=(
@@ -181,7 +202,12 @@ ROOMS: Mapping[str, Room] = {
     ),
     "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
     "fused": Room(keys=("gate.check_fused",), gate_checks="nested_core.rooms.fused.fused:CHECKS"),
+    "housekeeping": Room(
+        flags={"runs": ("--prune", "--keep", "--unregistered", "--dry-run")},
+        registry_checks="flows.rooms.housekeeping.checks:iterate_housekeeping_checks",
+    ),
     "hub": Room(hub_tables="nested_core.rooms.hub.hub_datasets:open_tables"),
+    "live": Room(live_view="flows.rooms.live.live_view:draw_until_done"),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
     "planning": Room(commands=("init", "explain")),
@@ -208,12 +234,21 @@ ROOMS: Mapping[str, Room] = {
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
         train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
     ),
+    "kernel_folder": Room(
+        kernel_folder="nested_core.rooms.kernel_folder.compiled_kernels:use_private_kernel_folder",
+        around_training="nested_core.rooms.kernel_folder.first_kernels:compiling_first_kernels",
+    ),
+    "delta_nets": Room(
+        layer_context="nested_core.rooms.delta_nets.layers:using_delta_nets",
+        plain_delta_rule="nested_core.rooms.delta_nets.gated_delta:PlainDeltaRule",
+    ),
     "cuda": Room(
         cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
-        around_training="nested_core.rooms.cuda.first_kernels:compiling_first_kernels",
     ),
     "reference": Room(
         keys=("training.reference",),
+        flags={"train": ("--log",)},
+        training_log="flows.rooms.reference.command:find_log",
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
@@ -222,11 +257,15 @@ ROOMS: Mapping[str, Room] = {
         run_measurement="nested_core.rooms.minutes.sizes:measure_run",
     ),
     "replay": Room(
-        keys=("continual.replay", "gate.max_ancestor_loss_increase"),
-        gate_checks="nested_core.rooms.replay.ancestor_check:CHECKS",
+        keys=(
+            *("continual.replay", "continual.policy", "continual.window"),
+            "gate.max_ancestor_loss_increase",
+        ),
+        gate_checks="nested_core.rooms.replay.rebuilt_check:CHECKS",
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
         data_blocks="nested_core.rooms.replay.page:describe_replay",
+        generation_tables="nested_core.rooms.replay.generations:list_tables",
     ),
     "tables": Room(
         flags={
@@ -238,5 +277,25 @@ ROOMS: Mapping[str, Room] = {
         readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
         data_tables="nested_core.rooms.tables.labels:tabulate_labels_of_data",
         answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
+    ),
+    "preferences": Room(
+        losses={
+            name: RoomLoss(
+                rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
+                problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
+                make="nested_core.rooms.preferences.training_loss:make_loss",
+                compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
+            )
+            for name, rows in {
+                "dpo": "PAIRS",
+                "orpo": "PAIRS",
+                "simpo": "PAIRS",
+                "kto": "LABELS",
+            }.items()
+        },
+        suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
+        gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
+        verdict_blocks={"preferences": "nested_core.rooms.preferences.verdict_block:SHOWN"},
+        reasons={"preference_not_learnt": "ANSWERS"},
     ),
 }

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import mlx.core as mx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from nested_core.errors import ConfigError, DamagedError, describe_first_problem
+from nested_core.errors import ConfigError, DamagedError, naming_damaged_file
 from nested_core.storage.atomic import canonical_json, write_bytes, write_json
 from nested_core.storage.output_places import ADAPTER_PATH_KEY, require_free_place
 from nested_core.storage.safetensors_files import (
@@ -146,10 +146,8 @@ def _parse_adapter_config(content: bytes, path: Path) -> dict[str, Any]:
         config = parse_json(content)
     except ValueError as error:
         raise DamagedError(f"{path} is not valid JSON: {error}.") from error
-    try:
+    with naming_damaged_file(path):
         _DigestedConfig.model_validate(config)
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     return dict(config)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nested_core.errors import JUDGE_AGAIN, DamagedError
+from nested_core.errors import JUDGE_AGAIN, naming_damaged_file
 
 CANARY_NAME = "canary.jsonl"
 # Of all suites together, and of an answer: a server asks them one at a time before it serves.
@@ -68,18 +68,12 @@ def render_canary(canary: Canary) -> bytes:
 def parse_canary(content: bytes, place: object) -> Canary:
     """What the bytes of a file hold; `place` names it in the DamagedError for anything else."""
     # Here, because the command line reads the file's name before it listens to Ctrl-C.
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import TypeAdapter
 
     first, *lines = content.splitlines() or [b""]
     question = TypeAdapter(CanaryQuestion)
-    try:
+    with naming_damaged_file(place, "Bring back what was there; if it is lost:", JUDGE_AGAIN):
         return Canary(
             TypeAdapter(CanaryLogits).validate_json(first),
             tuple(question.validate_json(line) for line in lines),
         )
-    except ValidationError as error:
-        raise DamagedError(
-            f"{place} does not hold recorded answers of a canary. Bring back what was there; if "
-            f"it is lost:",
-            advice=JUDGE_AGAIN,
-        ) from error

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from nested_core.errors import DamagedError, describe_first_problem
+from nested_core.errors import naming_damaged_file
 from nested_core.storage.atomic import Confirm, finite_or_none, write_json
 from nested_core.storage.untrusted_files import read_json
 
@@ -37,13 +37,9 @@ class JsonFile(Generic[Value]):
 
     def read(self, path: Path) -> Value:
         """The value in a file; DamagedError where it is missing, too large or of another form."""
-        from pydantic import ValidationError
-
         values = read_json(path, self.max_bytes)
-        try:
+        with naming_damaged_file(path):
             return self._validator.validate_json(json.dumps(values), strict=True)
-        except ValidationError as error:
-            raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
 
     def write(self, path: Path, value: Any, *, confirm: Confirm | None = None) -> None:
         """Replace a file; a number that is not finite becomes null.

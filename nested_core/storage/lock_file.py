@@ -180,7 +180,10 @@ def _open_lock_file(path: Path, flags: int, mode: int) -> int:
         if error.errno in NOT_REGULAR_ERRNOS:
             raise _not_regular(path) from error
         if flags & os.O_CREAT and error.errno in NOT_WRITABLE_ERRNOS:
-            raise _not_writable(error, path) from error
+            raise ConfigError(
+                f"{path.parent} cannot be written ({error.strerror}). Expected a folder in which "
+                f"you may create files: check its owner, its permissions and how it is mounted."
+            ) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -219,11 +222,4 @@ def _not_regular(path: Path) -> NestedTuneError:
     return DamagedError(
         f"{path} is {name}. Expected the file of a lock. Remove it: a lock's file holds "
         "nothing that is needed, and is made again."
-    )
-
-
-def _not_writable(error: OSError, path: Path) -> NestedTuneError:
-    return ConfigError(
-        f"{path.parent} cannot be written ({error.strerror}). Expected a folder in which you may "
-        "create files: check its owner, its permissions and how it is mounted."
     )

@@ -95,7 +95,7 @@ def _list_files(folder: Path) -> set[str]:
 
 
 def describe_file(path: Path) -> FileEntry:
-    """The size and SHA-256 of a regular file; DamagedError if it is none, or is a link."""
+    """The size and SHA-256 of a regular file; DamagedError for anything else, such as a link."""
     if not path.exists() and not path.is_symlink():
         raise DamagedError(f"{path} is missing. Bring it back, or make its folder again.")
     if path.is_symlink() or not path.is_file():

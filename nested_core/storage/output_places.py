@@ -163,7 +163,8 @@ def _describe_owner(folder: Path, own_run: Path | None, registry: str | Path | N
         return "the registry"
     if _is_run_directory(folder) and not (own_run and _is_same_folder(folder, own_run)):
         return "the run directory"
-    if _is_model_folder(folder):
+    # mlx_lm would load a model from such a folder
+    if os.path.isfile(folder / "config.json") and any(folder.glob("model*.safetensors")):
         return "the model's folder"
     return None
 
@@ -193,11 +194,6 @@ def _is_run_directory(folder: Path) -> bool:
 
     is_begun = has(RUN_LOCK_NAME) or (has(RUN_DATASET_NAME) and has(RUN_TIERS_NAME))
     return is_begun and has(RUN_CONFIG_NAME)
-
-
-def _is_model_folder(folder: Path) -> bool:
-    """Whether mlx_lm would load a model from here."""
-    return os.path.isfile(folder / "config.json") and any(folder.glob("model*.safetensors"))
 
 
 def _file_type(path: Path) -> FileType:

@@ -22,7 +22,7 @@ MOUNT_POINT_COLUMN = 4
 
 
 def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -> str | None:
-    """Why a folder, or a file, must not be removed, in a sentence about it; None where it may go.
+    """Why a folder, or a file, must not be removed, in a sentence about it; None if it may go.
 
     It is a link, something is mounted at it or in it, or it holds a link or a file that nested-tune
     did not write. `is_written_by_us` is asked about each file, by its path in the folder with `/`;

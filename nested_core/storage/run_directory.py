@@ -67,6 +67,7 @@ class RunDirectory:
         self.skipped = path / "skipped.json"  # why nothing was trained on it, if so
         self.replay = path / "replay.json"  # which earlier examples are mixed in, of what
         self.replayed_rows = path / "replay.jsonl"  # these examples
+        self.start = path / "start.json"  # whether it goes on from a champion, and why
         self.initial = path / "initial"  # the adapter that training starts from
         self.tiers = path / RUN_TIERS_NAME  # the tier of every tensor
 

@@ -120,8 +120,8 @@ def save_arrays(
     mx.save_safetensors orders tensors by a hash table; safetensors itself sorts, but makes the file
     readable for its owner alone, and reports a full disk as text.
     """
-    stored = {
-        name: np.ascontiguousarray(_view_bfloat16_as_uint16(array))
+    stored = {  # NumPy has no bfloat16: its bytes go as uint16
+        name: np.ascontiguousarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
         for name, array in arrays.items()
     }
     specs = {
@@ -143,11 +143,6 @@ def save_arrays(
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode)
-
-
-def _view_bfloat16_as_uint16(array: mx.array) -> mx.array:
-    """NumPy has no bfloat16: its bytes go as uint16."""
-    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
 
 
 class TensorLocation(NamedTuple):

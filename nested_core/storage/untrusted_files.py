@@ -146,9 +146,11 @@ def read_json(path: Path, limit: int | None, *, follow_links: bool = False) -> A
         raise DamagedError(f"{path} is not valid JSON: {error}.") from error
 
 
-def read_json_object(path: Path, limit: int | None = None) -> dict[str, Any]:
+def read_json_object(
+    path: Path, limit: int | None = None, *, follow_links: bool = False
+) -> dict[str, Any]:
     """The fields of a JSON file that holds one object; DamagedError as by `read_json`."""
-    value = read_json(path, limit)
+    value = read_json(path, limit, follow_links=follow_links)
     if not isinstance(value, dict):
         raise DamagedError(f"{path} holds a {type(value).__name__}. Expected a JSON object.")
     return value
@@ -230,6 +232,15 @@ def _append_strings(value: Any, texts: list[str]) -> None:
     elif isinstance(value, list):
         for item in value:
             _append_strings(item, texts)
+
+
+def iterate_scalars(value: Any) -> Iterator[Any]:
+    """Every text, number, boolean and null in a JSON value, without the keys."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from iterate_scalars(item)
+    else:
+        yield value
 
 
 def private_user_folder(content: str, advice: str, given: str | None = None) -> Path:

@@ -9,9 +9,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
-from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
+from nested_core.errors import MissingFileError, naming_damaged_file
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.untrusted_files import append_regular, read_regular
 
@@ -21,7 +21,7 @@ class StepLosses(BaseModel):
 
     step: the optimizer step after which it was made.
     lines, losses: the examples by their line, and the mean loss of each in nats/token, null where
-        not finite; both None where single losses are not known.
+        not finite; both None if single losses are not known.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
@@ -48,7 +48,7 @@ def truncate_step_losses(path: Path, last_step: int) -> None:
 
 
 def read_step_losses(path: Path) -> list[StepLosses]:
-    """The last evaluation of each step, in order of the steps; none where there is no file.
+    """The last evaluation of each step, in order of the steps; none if there is no file.
 
     A last line that a killed process left half-written is passed over. Raises DamagedError for
     anything else that is no evaluation.
@@ -58,10 +58,8 @@ def read_step_losses(path: Path) -> list[StepLosses]:
     except MissingFileError:
         return []
     *lines, _ = content.split(b"\n")
-    try:
+    with naming_damaged_file(path):
         read = [StepLosses.model_validate_json(line) for line in lines]
-    except ValidationError as error:
-        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     return sorted({losses.step: losses for losses in read}.values(), key=lambda own: own.step)
 
 

@@ -25,7 +25,7 @@ LEGEND_WIDTH = 200  # of a curve's entry
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A point of a curve; `y` is None where the value was not finite."""
+    """A point of a curve; `y` is None if the value was not finite."""
 
     x: float
     y: float | None
@@ -55,7 +55,7 @@ class Chart:
 class ChartStyle:
     """How a chart looks: its size in CSS pixels, and colours as CSS has them.
 
-    background: None where the page around shows through.
+    background: None if the page around shows through.
     has_legend: whether the curves' names stand in the chart, and not beside it.
     """
 

@@ -40,7 +40,6 @@ from nested_core.storage.validation_losses import (
 from nested_core.training.early_stopping import count_evaluations_without_improvement
 from nested_core.training.evaluation import Evaluation, EvaluationInterrupted, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
-from nested_core.training.schedule.step_schedule import passes_multiple
 from nested_core.training.train_step import StepResult
 from nested_core.training.training_checks import (
     warn_of_flat_loss,
@@ -51,7 +50,9 @@ from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import CheckpointState, TrainingState
 from nested_core.training.world import Sums, World
 
-# Where questions take longer before the first step, so many fewer are asked from then on.
+# Where answers only show, and take longer before the first step, so many fewer are asked from then
+# on. Where they choose, all are asked: a base that does not end its answers takes minutes for what
+# an adapter answers in a second, and a single question would be left to choose by.
 SLOW_SECONDS = 10.0
 # Where answers only show, evaluations that ask are so far apart, or four in a shorter run: of a
 # tiny model, whose steps take no longer than a token, that is some 4 % of the whole command.
@@ -220,16 +221,12 @@ class Reporter:
         for micro_batch in result.micro_batches:
             self.window.add_micro_batch(micro_batch)
 
-    def after_step(self, state: TrainingState, first: int, evaluation: dict[str, Any]) -> None:
+    def after_step(self, state: TrainingState, evaluation: dict[str, Any], *, is_due: bool) -> None:
         """Report if it is due, or training ended with one open; write it with an evaluation."""
-        is_due = self.window.is_open if state.ended else self.is_due(first, state.iteration)
+        is_due = self.window.is_open if state.ended else is_due
         record = self.report(state, state.iteration) if is_due else {}
         if record or evaluation:
             self.write(state, state.iteration, record | evaluation)
-
-    def is_due(self, first: int, last: int) -> bool:
-        """Whether a report is due after the iterations from `first` to `last`."""
-        return passes_multiple(self.setup.step_schedule.intervals.report, first, last)
 
     def write(self, state: TrainingState, iteration: int, values: dict[str, Any]) -> None:
         """Write a line of metrics.jsonl."""
@@ -268,10 +265,8 @@ class Validation:
         self._evaluator = evaluator
         self._targets = setup.step_schedule.validation_targets()
 
-    def after_step(self, state: TrainingState, first: int) -> dict[str, Any]:
+    def after_step(self, state: TrainingState, *, is_due: bool) -> dict[str, Any]:
         """Evaluate if it is due, or training ended and what it ended with is not evaluated."""
-        schedule = self.setup.step_schedule
-        is_due = passes_multiple(schedule.intervals.evaluation, first, state.iteration)
         if state.ended:
             is_due = state.evaluated_step != state.step or state.flushed
         return self.evaluate(state, state.iteration) if is_due else {}
@@ -310,7 +305,7 @@ class Validation:
         return {"val_loss": val_loss} | asked
 
     def _ask_questions(self, state: TrainingState, values: Flat) -> dict[str, Any]:
-        """The answers to `training.evaluate_tasks`, of the main rank; empty where none are due."""
+        """The answers to `training.evaluate_tasks`, of the main rank; empty if they are not due."""
         questions, world, schedule = (
             self.setup.questions,
             self.setup.world,
@@ -321,7 +316,8 @@ class Validation:
         between = STEPS_BETWEEN_QUESTIONS
         if schedule.steps < between:
             between = schedule.steps // LEAST_ASKINGS
-        if self.setup.config.training.select_by != "loss":
+        answers_choose = self.setup.config.training.select_by != "loss"
+        if answers_choose:
             between = 0  # every evaluation has to be chosen among
         is_last = state.iteration >= schedule.iterations
         if 0 < state.step < state.asked_step + between and not is_last:
@@ -335,7 +331,7 @@ class Validation:
         share = state.question_share
         asked = questions.ask(self.setup.model, self.setup.parameters, values, check_stop, share)
         seconds = asked.get("task_seconds", 0.0)
-        if state.step == 0 and seconds > SLOW_SECONDS:
+        if state.step == 0 and seconds > SLOW_SECONDS and not answers_choose:
             state.question_share = SLOW_SECONDS / seconds
         state.asked_step = state.step
         return asked
@@ -387,13 +383,12 @@ class Saver:
             return False
         return time.monotonic() - self._saved_at >= self._seconds
 
-    def after_step(self, state: TrainingState, first: int, *, is_time: bool = False) -> bool:
+    def after_step(self, state: TrainingState, *, is_due: bool, is_time: bool) -> bool:
         """Save if it is due, the step is the best so far, or training ended; whether it did.
 
         `is_time` is what `is_time_to_save` said, and all ranks agreed on.
         """
         is_best = self.setup.step_schedule.offers_best and state.best_step == state.step
-        is_due = self._every is not None and passes_multiple(self._every, first, state.iteration)
         if not (state.ended or is_best or is_due or is_time):
             return False
         self.save(state, is_time=is_time)

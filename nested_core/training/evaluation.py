@@ -47,7 +47,7 @@ class EvaluationInterrupted(Exception):  # noqa: N818  # no error: the trainer t
 class Evaluation:
     """The mean loss a target token, and the summed loss of each row of the batches, in order.
 
-    row_sums: float64 (rows of all batches,), those without an example too; None where the loss
+    row_sums: float64 (rows of all batches,), those without an example too; None if the loss
         does not tell rows apart.
     """
 
@@ -145,7 +145,7 @@ def _logits_of_last_token(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
-    """The first tokens of the first validation examples, or of training ones if there are none."""
+    """The first tokens of the first validation examples, else of the training set."""
     split = splits["valid"] if len(splits.get("valid", ())) else splits["train"]
     examples = [split.example(row) for row in range(min(len(split), MAX_PROMPTS))]
     return [example[:MAX_PROMPT_TOKENS].tolist() for example in examples if len(example)]

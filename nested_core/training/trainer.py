@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from nested_core import seams
+from nested_core.config.schema import Due
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import read_parameters
@@ -26,7 +27,7 @@ from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory_plan import plan_memory
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
-from nested_core.training.schedule.step_schedule import REFERENCE_KEY, passes_multiple
+from nested_core.training.schedule.step_schedule import REFERENCE_KEY
 from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_checks import UpdateCheck, warn_of_lost_updates
 from nested_core.training.training_setup import TrainingSetup
@@ -41,6 +42,7 @@ NAMES_OF_DIGESTED_INPUTS = {
     "data": "the data",
     "tokenizer": "the base's tokenizer or chat template",
     "replay": "replay.json",
+    "start": "start.json",
 }
 
 
@@ -168,7 +170,7 @@ class Trainer:
                 if not self.state.ended:
                     self._apply_remaining_gradients()
                     self.state.ended = True
-                    self._observe(self.state.iteration)
+                    self._observe(Due())
         except EvaluationInterrupted:
             self.state.ended = False
             self._save_and_raise_stopped()
@@ -201,7 +203,8 @@ class Trainer:
         must_stop = self._any_rank_requests_stop() or self._is_at_last_step()
         near_end = _NearEnd(self.state.step, self.steps, self.on_near_end)
         if not self.state.observed and not self._is_over():  # the last evaluation was interrupted
-            self._observe((self.state.iteration - 1) // every * every)
+            last = self.state.iteration
+            self._observe(self.step_schedule.intervals.due(last - every, last))
         while not self._is_over():
             if must_stop:
                 self._save_and_raise_stopped()
@@ -218,10 +221,11 @@ class Trainer:
             must_stop = must_stop or self._is_at_last_step()
             self.world.after_step()
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
-            is_read = must_stop or must_save or self._is_over()
-            self._check_updates(train_step, result, first, is_read=is_read)
+            due = self.step_schedule.intervals.due(first, last)
+            is_read = must_stop or must_save or self._is_over() or any(due)
+            self._check_updates(train_step, result, is_read=is_read)
             if not self._is_over():
-                self._observe(first, must_save=must_save)
+                self._observe(due, must_save=must_save)
         self._divergence_watch.finish()
 
     def make_train_step(self) -> TrainStep:
@@ -272,18 +276,11 @@ class Trainer:
         """
         apply_flat_updates_to_nested(self.model, values)
 
-    def _check_updates(
-        self, train_step: TrainStep, result: StepResult, first: int, *, is_read: bool
-    ) -> None:
+    def _check_updates(self, train_step: TrainStep, result: StepResult, *, is_read: bool) -> None:
         """Write the model and read it back, if anything is to read it or these tiers are new.
 
-        `is_read` where the step alone does not tell. Raises TrainingProcessesDiffer if the ranks
-        are no longer equal.
+        Raises TrainingProcessesDiffer if the ranks are no longer equal.
         """
-        due = self.step_schedule.intervals
-        events = [every for every in (due.report, due.evaluation, due.save) if every is not None]
-        last = self.state.iteration
-        is_read = is_read or any(passes_multiple(every, first, last) for every in events)
         if not is_read and self._update_check.has_checked_tiers(result.due):
             return
         written = self._sync_model_and_optimizer(train_step)
@@ -298,14 +295,17 @@ class Trainer:
             self._sync_model_and_optimizer(train_step)
             self._saver.export_snapshots(snapshots)
 
-    def _observe(self, first: int, *, must_save: bool = False) -> None:
-        """Evaluate, report and save what is due after the step that began at iteration `first`."""
+    def _observe(self, due: Due, *, must_save: bool = False) -> None:
+        """Evaluate, report and save what is due after a step, and what the end of training needs.
+
+        `must_save`: the minutes between two checkpoints are over.
+        """
         with self._reporter.window.pausing_clock():
-            evaluation = self._validation.after_step(self.state, first)
+            evaluation = self._validation.after_step(self.state, is_due=due.evaluation)
         with self._reporter.window.pausing_clock():
             self.state.observed = True
-            self._reporter.after_step(self.state, first, evaluation)
-            if self._saver.after_step(self.state, first, is_time=must_save):
+            self._reporter.after_step(self.state, evaluation, is_due=due.report)
+            if self._saver.after_step(self.state, is_due=due.save, is_time=must_save):
                 self.world.allow_longer()
 
     def _is_over(self) -> bool:

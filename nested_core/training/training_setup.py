@@ -26,6 +26,7 @@ from nested_core.optim.tier_counters import Tier
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import read_dataset_record
+from nested_core.records.start import read_start
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
@@ -82,7 +83,7 @@ class TrainingSetup:
         step_schedule: what a run trains on, and when it is evaluated.
         loss_fn: the loss, in its form for this model.
         samples: prompts that are answered at each evaluation.
-        questions: those of `training.evaluate_tasks`; None where none are asked.
+        questions: those of `training.evaluate_tasks`; None if no questions are asked.
         prompts: token ids that every checkpoint records the model's logits on.
         world: the ranks that train together.
     """
@@ -140,7 +141,9 @@ def prepare_training(
     tiers = read_tiers(run.tiers)
     step_schedule = make_step_schedule(config, splits, world, _mix_examples(config, run, splits))
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
-    optimizer = build_optimizer(config, tiers, step_schedule.steps)
+    start = read_start(config, run)
+    share = 1.0 if start is None else start.rate_share
+    optimizer = build_optimizer(config, tiers, step_schedule.steps, rate_share=share)
     optimizer.init(model.trainable_parameters())
     dtype = adapter_compute_dtype(config, model)
     parameters = reference_trainable_parameters(
@@ -180,10 +183,14 @@ def _mix_examples(
 
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
-    """Digests of what training begins from: initial adapter, tiers, base, data and tokenizer."""
-    replay = {"replay": regular_sha256(run.replay)} if config.continual.replay.fraction else {}
+    """Digests of what training begins from: initial adapter, tiers, base, data and tokenizer.
+
+    And of what was chosen before: the champion that it follows, and earlier examples.
+    """
+    optional = {"replay": run.replay, "start": run.start}
+    chosen = {name: regular_sha256(path) for name, path in optional.items() if path.is_file()}
     dataset = read_dataset_record(run.dataset)
-    return replay | {
+    return chosen | {
         "initial": read_adapter(run.initial).digest(),
         "initial_files": files_sha256(run.initial),
         "tiers": regular_sha256(run.tiers),
@@ -193,8 +200,12 @@ def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str
     }
 
 
-def build_optimizer(config: FineTuneConfig, tiers: TierMap, steps: int) -> Tiered:
+def build_optimizer(
+    config: FineTuneConfig, tiers: TierMap, steps: int, *, rate_share: float = 1.0
+) -> Tiered:
     """The configured optimizer of mlx.optimizers, with a clock for each tier, for so many steps.
+
+    `rate_share` is the share of the configured learning rates that it trains at.
 
     Raises ConfigError where its arguments or its schedule are unusable.
     """
@@ -208,7 +219,7 @@ def build_optimizer(config: FineTuneConfig, tiers: TierMap, steps: int) -> Tiere
     try:
         make_optimizer = partial(
             optimizer_classes()[config.optimizer],
-            build_learning_rate(config, steps),
+            build_learning_rate(config, steps, rate_share),
             **config.optimizer_arguments,
         )
         sample = {"w": mx.ones((2, 2))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from itertools import product
@@ -16,13 +17,25 @@ from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from benchmarks.learning import bases
+from benchmarks.learning.arms import SWEPT, sweep_request
 from benchmarks.learning.judge import Judge, encode, mean_loss
 from benchmarks.learning.report import Results, mcnemar, over_tasks
 from benchmarks.learning.stream_report import StreamResults
 from benchmarks.learning.streams import read_stream
-from benchmarks.learning.study import FULL, REAL, SMALL, Cell, cell_of
+from benchmarks.learning.study import (
+    FULL,
+    REAL,
+    SMALL,
+    STREAM_RATES,
+    Cell,
+    arm_of_night,
+    cell_of,
+    rate_share,
+    replay_fraction,
+)
 from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
+from nested_core.rooms.sweep.search import SweepRequest
 
 BASE = GEOGRAPHY.with_name("geography-base")
 LORA = {"rank": 2, "scale": 4.0, "dropout": 0.0}
@@ -104,6 +117,12 @@ def test_rates_are_chosen_before_their_arms_are_judged_and_each_cell_runs_once()
     everything = [*first, *later]
     assert len(everything) == len(set(everything)) == 240
     assert {cell_of(row) for row in rows} == first
+
+
+def test_a_worker_sweeps_by_answers_though_its_study_is_a_copy() -> None:
+    request = sweep_request(copy.deepcopy(REAL), 726)
+    assert request == SweepRequest(SWEPT, "choose", steps=726)
+    assert sweep_request(FULL, 726) == SweepRequest({}, steps=726)
 
 
 def test_a_gain_that_one_seed_alone_has_is_not_beyond_chance() -> None:
@@ -194,6 +213,17 @@ def test_a_fraction_is_shown_that_forgets_less_than_a_point_and_stays_near_joint
     assert behind is not None
     assert behind.mean == pytest.approx(-lost / results.current.sum())
     assert behind.low < behind.mean < behind.high < 0
+
+
+def test_an_arm_of_a_stream_says_its_rate_its_replay_and_what_it_does_in_each_night() -> None:
+    said = {arm: (rate_share(arm), replay_fraction(arm)) for arm in STREAM_RATES.stream_arms}
+    assert said["go-30-10"] == (0.3, 0.1)
+    assert said["replay-30"] == (1.0, 0.3)
+    assert said["all-30"] == (0.3, None)
+    assert said["rebuild"] == said["joint"] == said["alone"] == (1.0, None)
+    nights = [arm_of_night("auto", night) for night in range(6)]
+    assert nights == ["rebuild"] * 3 + ["go-30-50"] * 3
+    assert arm_of_night("go-10-80", 4) == "go-10-80"
 
 
 def stream_row(cell: Cell, final: Any) -> dict[str, Any]:

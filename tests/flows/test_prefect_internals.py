@@ -46,7 +46,7 @@ PUBLIC = {
 }
 # "module.name" -> where it is used.
 PRIVATE = {
-    "prefect.context.AssetContext": "tasks/champion_artifacts.py",
+    "prefect.context.AssetContext": "flows/rooms/champion_page/page.py",
     "prefect.context.FlowRunContext": "flows/flow_runs/nights.py",
     "prefect.events.schemas.automations.Automation": "flows/rooms/deploy/deploy.py",
     "prefect.events.schemas.automations.AutomationCore": "flows/rooms/deploy/deploy.py",

@@ -91,16 +91,6 @@ def test_a_loss_that_is_not_finite_is_said_to_be(tmp_path, capsys) -> None:
     assert capsys.readouterr().err == "step 0: validation loss not finite\n"
 
 
-def test_a_run_that_was_stopped_is_said_to_end_at_the_step_of_its_checkpoint(tmp_path) -> None:
-    """The last report may be of an earlier step than the checkpoint that the stop wrote."""
-    run = RunDirectory(tmp_path)
-    append_metrics(run.metrics, {"step": 10, "loss": 1.0})
-    (run.checkpoints / "step-0000011").mkdir(parents=True)
-    watcher = RunFollower(run)
-    watcher._print_conclusion()
-    assert watcher.view.outcome == ["ended before training was done, at step 11"]
-
-
 def test_what_is_said_before_training_begins_ends_no_training(tmp_path, clock, capsys) -> None:
     run = RunDirectory(tmp_path)
     watcher = RunFollower(run)

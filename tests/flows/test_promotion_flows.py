@@ -25,6 +25,7 @@ from tasks import promote as promotion_tasks
 from tasks.artifact_client import artifact_key
 from tests.flows.conftest import task_runs
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
+from tests.left_out import needs_rooms
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 Add = Callable[..., str]
@@ -49,6 +50,7 @@ def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(add, 
     assert len(core.history(registry, NAME)) == 1
 
 
+@needs_rooms("champion_page")
 def test_the_page_of_a_champion_says_when_it_became_champion_and_not_that_it_still_is(
     add: Add, registry: Path
 ) -> None:
@@ -84,6 +86,7 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
     assert core.read_champion(registry, NAME) == first
 
 
+@needs_rooms("champion_page")
 @pytest.mark.slow("five flow runs")
 def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(add, registry) -> None:
     first = add(1)
@@ -130,6 +133,7 @@ def test_a_champion_that_is_damaged_is_red_within_the_hour(add: Add, registry: P
     assert "nested-tune forget" in str(state.message)
 
 
+@needs_rooms("champion_page")
 def test_an_adapter_whose_folder_is_gone_is_red(add: Add, registry: Path) -> None:
     add(1)
     given = ReconcileParameters(registry=str(registry), names=(NAME,))

@@ -13,13 +13,13 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from nested_core import registry as core
-from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
+from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.registry.history_views import NameFolder
 from nested_core.storage.run_directory import RunDirectory
 from tasks.finetune import gate, load, register, train, validate
-from tasks.promote import promote, promote_by_recorded_policy
+from tasks.promote import promote
 from tasks.retrying import retry_on_transient_error
 from tests.builders.file_damage import make_directory
 from tests.core.registry.conftest import write_run
@@ -77,17 +77,14 @@ def test_damage_is_not_tried_again(run: RunDirectory, tmp_path: Path) -> None:
     target = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "always"}
     config = example_config(iters=4, val_batches=0, registry=target)
     make_directory(run.dataset)
-    state, count = tries(register, config, run.path, None)
+    state, count = tries(register, config, run.path, Session())
     assert count == 1
     with pytest.raises(DamagedError, match=r"dataset\.json"):
         state.result()
     assert (register.retries, register.retry_condition_fn) == (3, retry_on_transient_error)
 
 
-@pytest.mark.parametrize("task", [promote, promote_by_recorded_policy])
-def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
-    tmp_path, task, monkeypatch
-) -> None:
+def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(tmp_path, monkeypatch) -> None:
     registry = tmp_path / "registry"
     policy = {"config": {"registry": {"path": "r", "name": "capitals", "promote": "always"}}}
     version = core.register(write_run(tmp_path / "run", 1), registry, "capitals", policy)
@@ -96,9 +93,7 @@ def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
         raise OSError(errno.EIO, "I/O error")
 
     monkeypatch.setattr(NameFolder, "_move_link", fail)
-    section = RegistrySection(path=str(registry), name="capitals", promote="always")
-    given = (section, version, None) if task is promote else (registry, "capitals", version)
-    state, count = tries(task, *given)
+    state, count = tries(promote, registry, "capitals", version)
     assert count == 4
     with pytest.raises(OSError, match="I/O error"):
         state.result()

@@ -18,7 +18,6 @@ from nested_core.records.metrics import read_metrics
 from nested_core.records.run import Run
 from nested_core.records.verdict_table import describe_verdict
 from nested_core.registry import promote
-from nested_core.report.champion import ChampionRecord, describe_champion
 from nested_core.report.curves import describe_curves
 from nested_core.report.run_report import describe_run
 from nested_core.seams import is_there, load
@@ -180,14 +179,17 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     assert result.verdict is not None
     assert result.version is not None
     config = example_config(registry={"path": str(told.folder), "name": "capitals"})
-    record = ChampionRecord.read(folder / "registry", "capitals", result.version)
     pages = {
         "report": str(describe_run(Run(result.run))),
         "gate": str(Document("", list(describe_verdict(result.verdict, "Verified")))),
-        "champion": str(describe_champion(record)),
         "card": asked(told, "card", "capitals"),
         "repr": repr(result),
     }
+    if is_there("champion_page"):
+        of_room = "nested_core.rooms.champion_page.champion"
+        read = load(f"{of_room}:ChampionRecord").read
+        record = read(folder / "registry", "capitals", result.version)
+        pages["champion"] = str(load(f"{of_room}:describe_champion")(record))
     if is_there("nights"):
         describe_night = load("nested_core.rooms.nights.night_pages:describe_night")
         pages["night"] = str(describe_night(config, Run(result.run), "Promoted", "done"))

@@ -20,8 +20,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/backend.py",
-        "    compiled_kernels.use_private_kernel_folder()\n    if is_mlx_built_for_cuda():",
-        "    if is_mlx_built_for_cuda():",
+        "        use_private_kernel_folder()\n    if is_mlx_built_for_cuda():",
+        "        pass\n    if is_mlx_built_for_cuda():",
         "a forgotten call",
     ),
     Fault(
@@ -229,10 +229,10 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "nested_core/rooms/compare/comparison.py",
-        "if difference.is_measurable else None",
-        "if not difference.is_measurable else None",
-        "a condition turned",
+        "nested_core/report/outcome.py",
+        'if run.state == "never began" else run.state',
+        'if run.state != "never began" else run.state',
+        "a comparison turned",
     ),
     Fault(
         "nested_core/report/outcome.py",

@@ -34,8 +34,8 @@ from prefect.settings import (
 )
 
 from flows.finetune import FinetuneParameters, finetune
-from flows.housekeeping import HousekeepingParameters, housekeeping
 from flows.reconcile import ReconcileParameters, reconcile
+from flows.rooms.housekeeping.flow import HousekeepingParameters, housekeeping
 from nested_core import registry as core
 from nested_core.records.run import Run
 from nested_core.registry import garbage_collection
@@ -180,7 +180,7 @@ def _deployed(stack: ReplayStack) -> Iterator[None]:
 def _settings(stack: Stack, name: str) -> dict[str, Any]:
     settings: dict[str, Any] = yaml.safe_load((stack.home / "small.yaml").read_text())
     registry = {"path": "registry", "name": name, "promote": "always"}
-    continual = {"from": "champion", "skip_unchanged": True}
+    continual = {"from": "champion", "skip_unchanged": True, "allow_high_rate": True}
     return settings | {"data": f"examples/{name}", "registry": registry, "continual": continual}
 
 
@@ -188,12 +188,10 @@ def _play(stack: ReplayStack, name: str, number: int, day: datetime) -> PlayedNi
     """One night of one adapter, with what a person does after it."""
     kind = STORY[(number - 1) % len(STORY)]
     settings = _settings(stack, name)
-    if number > 1:  # continuing needs a lower rate than beginning
-        settings["learning_rate"] = 3e-4
     if kind in ("better", "declined", "blocked"):
         _add_example(Path(settings["data"]))
     if kind.startswith("rejected"):
-        settings |= {"data": str(_shuffle_answers(name)), "learning_rate": 0.05}
+        settings |= {"data": str(_shuffle_answers(name)), "learning_rate": 0.17}
     if kind.startswith("declined"):
         settings["registry"]["promote"] = "approve"
     began = time.monotonic()

@@ -22,8 +22,8 @@ from nested_core import registry as core
 from nested_core import seams
 from nested_core.records.plan import read_plan
 from nested_core.storage.checkpoint import latest_checkpoint
-from nested_core.storage.compiled_kernels import KERNELS_FOLDER_VARIABLE
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE
 from tests.example import write_config
 from tests.production.hosts import THIS_MACHINE, Host, missing_for_hosts, two_hosts
 from tests.production.postgresql import Cluster

@@ -33,7 +33,7 @@ from typing import Any
 from flows import cli
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.records.verdict_file import bind_verdict
+from nested_core.records.judged_run import read_rejected_run
 from nested_core.registry import (
     Decision,
     audit,
@@ -50,16 +50,15 @@ from nested_core.registry.judgements import read_verdicts
 from nested_core.registry.ledger import REGISTRATION_ACTIONS, read_ledger
 from nested_core.registry.policy import read_policy, set_policy
 from nested_core.registry.promotion_policy import (
-    promote_by_policy,
     promote_by_recorded_policy,
     promote_missed_versions,
 )
-from nested_core.registry.registration import register_rejection
+from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.rooms.approval.answers import approve, decline
 from nested_core.storage.adapter import read_adapter
 from tests.core.registry.conftest import write_run
 from tests.core.registry.faults import killed_at
-from tests.core.registry.states import NAME, restore_from
+from tests.core.registry.states import NAME, promote_by_policy, restore_from
 from tests.gate_files import judged_files, read_gate, write_gate
 
 RUNS = 5
@@ -304,10 +303,11 @@ class Sequence:
         verdict = self.judge(version, passed=False)
         self.do(
             lambda: register_rejection(
-                bind_verdict(self.runs[version]),
+                NewVersion(
+                    read_rejected_run(self.runs[version]), self.provenance(version, verdict)
+                ),
                 self.registry,
                 NAME,
-                self.provenance(version, verdict),
             ),
             lambda model: self.record(model, version, verdict, now=True),
         )

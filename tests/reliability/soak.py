@@ -22,7 +22,7 @@ os.environ |= {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 from nested_core import backend  # noqa: E402
-from nested_core.storage.compiled_kernels import environment_with_user_tmpdir  # noqa: E402
+from nested_core.storage.user_tmpdir import environment_with_user_tmpdir  # noqa: E402
 
 backend.prepare()
 

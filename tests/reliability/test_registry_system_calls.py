@@ -16,7 +16,10 @@ from typing import Any
 
 import pytest
 
+from nested_core.config.sections import RegistrySection
+from nested_core.records.judged_run import read_judged_run
 from nested_core.registry import (
+    Decision,
     audit,
     check_champion,
     collect_garbage,
@@ -34,6 +37,8 @@ from nested_core.registry.data_store import RunExamples, read_stored_data
 from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import read_policy, set_policy
+from nested_core.registry.promotion_policy import register_by_policy
+from nested_core.registry.registration import NewVersion
 from nested_core.seams import is_there, load
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
@@ -120,6 +125,17 @@ CHANGES: dict[str, Callable[..., object]] = {
         runs / "run-9", place, NAME, {}, by="ann", examples=examples_of(9)
     ),
 }
+
+
+def register_by_policy_of(place: Path, runs: Path) -> Decision:
+    """Register a run whose policy promotes it against the champion of now, as a fine-tune does."""
+    run = read_judged_run(runs / "run-9")
+    section = RegistrySection(path=str(place), name=NAME, promote="always")
+    champion = read_champion(place, NAME) if name_exists(place, NAME) else None
+    return register_by_policy(NewVersion(run, {}, examples_of(9)), section, champion)
+
+
+CHANGES["register_by_policy"] = lambda place, runs, three: register_by_policy_of(place, runs)
 if is_there("approval"):
     decline = load("nested_core.rooms.approval.answers:decline")
     CHANGES["decline"] = lambda place, runs, three: decline(place, NAME, three[2], by="ann")
@@ -147,7 +163,7 @@ def test_after_a_failure_at_any_call_the_next_command_finds_history_link_and_vie
     three = ("", "", "")
     if not is_new:
         three = make_three(memory)
-    elif change not in ("register", "register_and_promote", "policy"):
+    elif change not in ("register", "register_and_promote", "register_by_policy", "policy"):
         pytest.skip("a name that is not there has nothing to change")
     else:
         registry.mkdir()

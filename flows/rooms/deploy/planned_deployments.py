@@ -290,8 +290,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
 
-    Replay is shipped to runs that go on from the champion, and not to those that mlx_lm.lora makes.
-    No key of a deleted room is shipped.
+    What a run follows the champion by is shipped to runs that do, and not to those that mlx_lm.lora
+    makes; `policy: auto` where the registry keeps rows and their speed can be measured. No key of a
+    deleted room is shipped.
     """
     merged = dict(given)
     deleted = seams.list_deleted_keys()
@@ -303,12 +304,28 @@ def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, A
             merged[key] = value
         elif isinstance(value, dict) and isinstance(given[key], dict):
             merged[key] = value | given[key]
-    continual, training = merged.get("continual"), merged.get("training")
-    is_reference = isinstance(training, dict) and training.get("reference") is not None
-    is_own = "replay" in (given.get("continual") or {})
-    if not is_own and isinstance(continual, dict) and (is_reference or not continual.get("from")):
-        merged["continual"] = {k: v for k, v in continual.items() if k != "replay"}
+    if isinstance(merged.get("continual"), dict):
+        left_out = _list_keys_left_out(merged) - (given.get("continual") or {}).keys()
+        merged["continual"] = {k: v for k, v in merged["continual"].items() if k not in left_out}
     return merged
+
+
+def _list_keys_left_out(config: dict[str, Any]) -> set[str]:
+    """The keys of `continual` that would mean nothing in a configuration, or be refused there."""
+
+    def read(section: str, name: str) -> Any:
+        """The value of a key; None where it or its section is not given."""
+        values = config.get(section)
+        return values.get(name) if isinstance(values, dict) else None
+
+    is_reference = read("training", "reference") is not None
+    if is_reference or not read("continual", "from"):
+        return {"policy", "window", "replay"}
+    keeps_no_rows = read("registry", "keep_data") is False
+    names_sources = "sources" in (read("continual", "replay") or {})
+    if keeps_no_rows or names_sources or not seams.is_there("minutes"):
+        return {"policy", "window"}
+    return set()
 
 
 def _find_adapter(

@@ -58,7 +58,7 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     checks = [
         *(check() for check in looks),
         *_iterate_champion_checks(arguments.registry),
-        *_iterate_housekeeping_checks(arguments.registry),
+        *seams.collect("registry_checks", arguments.registry),
     ]
     if os.environ.get("PREFECT_API_URL"):
         checks += (check for look in seams.load_all("server_checks") for check in look())
@@ -171,26 +171,6 @@ def _iterate_champion_checks(registry: Path) -> Iterator[Check]:
             yield Check(f"champion {name}", False, str(error), mend)
         else:
             yield Check(f"champion {name}", True, f"{shorten_digest(champion)}, as registered")
-
-
-def _iterate_housekeeping_checks(registry: Path) -> Iterator[Check]:
-    """For each name of the registry, how much its weekly housekeeping would remove now."""
-    if not registry.is_dir():
-        return
-    from nested_core.pipeline.housekeeping import tidy_up
-    from nested_core.records.run import list_runs
-    from nested_core.registry import list_names
-    from nested_core.report.pruning import KeptAmounts
-    from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
-
-    runs = list_runs(DEFAULT_RUNS_FOLDER) if DEFAULT_RUNS_FOLDER.is_dir() else None
-    for name in list_names(registry):
-        try:
-            plan = tidy_up(registry, name, runs, KeptAmounts(), dry_run=True)
-        except (NestedTuneError, OSError) as error:
-            yield Check(f"housekeeping {name}", False, str(error), "nested-tune audit")
-        else:
-            yield Check(f"housekeeping {name}", True, plan.describe())
 
 
 def _check_disk() -> Check:

@@ -27,10 +27,9 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import NestedTuneError
 from nested_core.records.loss_conclusion import MIN_MARGIN
 from nested_core.records.outcome_names import ENDED_BEFORE_TRAINING
-from nested_core.records.run import Run, list_runs
+from nested_core.records.run import AdapterRuns, Run, list_runs
 from nested_core.registry import history
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
-from nested_core.report.pruning import AdapterRuns
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.duration_format import format_duration

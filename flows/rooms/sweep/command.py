@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import result_printer
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
     from nested_core.models.session import Session
     from nested_core.records.verdict import Verdict
+    from nested_core.rooms.sweep.search import SweepResult
 
 
 def add_commands(commands: Any) -> None:
@@ -67,14 +68,9 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
         if value is not None and not value > 0:
             raise ConfigError(f"sweep --{name} must be above 0; found {value:g}.")
     config = load_config_from_flags(arguments)
-    folder = choose_run_dir(arguments, "sweep-")
-    has_begun = folder.is_dir() and any(folder.iterdir())
-    if has_begun != arguments.resume:
-        known = "is not empty: add --resume" if has_begun else "has no sweep: leave --resume out"
-        raise ConfigError(f"{folder} {known}, or give another --run-dir.")
+    folder = _choose_folder(arguments)
     with backend.collecting_no_garbage():
         from nested_core.pipeline.hooks import Steps  # loads mlx, which takes seconds
-        from nested_core.rooms.sweep.page import describe_scores, sweep_columns, sweep_rows
         from nested_core.rooms.sweep.search import SweepRequest, sweep
 
     stopper = Stopper(ends_process=True)
@@ -99,45 +95,34 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
     print_progress(f"sweep: {folder}")
     with stopper.handling_signals(RunDirectory(folder)):
         result = sweep(config, folder, request, SweepSteps())
+    return result_printer(arguments, result.to_json, lambda: _show(result))
+
+
+def _show(result: SweepResult) -> None:
+    """Print the table of the arms, the outcome, and how to go on."""
+    from nested_core.rooms.sweep.page import describe_scores, sweep_columns, sweep_rows
+
     record = result.record
+    print_line(f"{describe_scores(record)}:")
+    print_table(sweep_columns(record), sweep_rows(record))
+    print_line(result.summary())
+    print_line(result.verdict.summary())
+    print_line(f"page: {result.folder / 'sweep.html'}")
+    print_line(f"configuration: {result.folder / 'best.yaml'}")
+    advice = "nothing to promote: no setting is shown to be better than the configuration itself"
+    if result.is_better:
+        advice = f"nested-tune promote {result.run.path} --name NAME"
+    print_progress(f"next: {advice}")
 
-    def document() -> dict[str, Any]:
-        """The arms, the winner and what is known of it."""
-        choice = result.choice
-        return {
-            "sweep_dir": str(result.folder),
-            "run_dir": str(result.run.path),
-            "arms": [asdict(arm) for arm in record.arms],
-            "chosen": record.chosen,
-            "steps": record.trained,
-            "verdict": "passed",
-            "chosen_among": None if choice is None else choice.chosen_among,
-            "difference": None
-            if choice is None or choice.difference is None
-            else choice.difference.to_json(),
-            "corrected_interval": None if choice is None else choice.corrected_interval,
-            "answers": None if result.answers is None else result.answers.to_json(),
-            "better": result.is_better,
-            "summary": result.summary(),
-        }
 
-    def show() -> None:
-        """The table, the outcome, and how to go on."""
-        print_line(f"{describe_scores(record)}:")
-        print_table(sweep_columns(record), sweep_rows(record))
-        print_line(result.summary())
-        print_line(result.verdict.summary())
-        print_line(f"page: {result.folder / 'sweep.html'}")
-        print_line(f"configuration: {result.folder / 'best.yaml'}")
-        if result.is_better:
-            print_progress(f"next: nested-tune promote {result.run.path} --name NAME")
-        else:
-            print_progress(
-                "next: nothing to promote: no setting is shown to be better than the configuration "
-                "itself"
-            )
-
-    return result_printer(arguments, document, show)
+def _choose_folder(arguments: argparse.Namespace) -> Path:
+    """The sweep's folder: a new or empty one, or with --resume one in which a sweep has begun."""
+    folder = choose_run_dir(arguments, "sweep-")
+    has_begun = folder.is_dir() and any(folder.iterdir())
+    if has_begun != arguments.resume:
+        advice = "is not empty: add --resume" if has_begun else "has no sweep: leave --resume out"
+        raise ConfigError(f"{folder} {advice}, or give another --run-dir.")
+    return folder
 
 
 def _parse_over(given: Sequence[str]) -> dict[str, list[Any]]:

@@ -26,6 +26,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import Section
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.models.session import Session
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import Decision
@@ -43,7 +44,6 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from tasks.finetune import register
 from tasks.prefect_server import asking_server
-from tasks.promote import promote
 
 SECONDS_BETWEEN_LOOKS = 10.0
 MOST_RUNS = 256
@@ -75,7 +75,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     """Run every point of the grid, show the results in a table, and promote the best.
 
     The runs register what the gate verified and promote nothing; the best by validation loss is
-    promoted by the base's own policy, against the champion that stood when the sweep began. Where
+    promoted by the base's own policy, against the champion that its gate compared it with. Where
     the gate judged on validation examples, `better` counts among how many they chose.
     """
     tolerate_closed_output()
@@ -145,8 +145,7 @@ def promote_choice(
         if luck is not None:
             return Decision("refused", version, champion, luck)
     config = read_run_config(run).model_copy(update={"registry": target})
-    register(config, run.path, champion)
-    return promote(target, version, champion)
+    return register(config, run.path, Session())
 
 
 def _run_directory_of(index: int) -> RunDirectory:

@@ -68,7 +68,7 @@ class FieldNames:
     loss: str | None = None  # whose rows are read; ANY_LOSS: those of each, and of none
 
     def key_of(self, field: str) -> str:
-        """The key that holds a field of a format; its name, where none is configured."""
+        """The key that holds a field of a format: as configured, else the name of the field."""
         key: str = getattr(self, field, field)
         return key
 
@@ -436,7 +436,7 @@ def _formats_to_look_for(field_names: FieldNames) -> Mapping[str, tuple[str, ...
 
 
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
-    """The format of a row; raises LineProblem where it has none, and for preferences."""
+    """The format of a row; raises LineProblem for a row without a format, and for preferences."""
     prompt, completion = field_names.prompt, field_names.completion
     is_for_loss = field_names.loss is not None
     if is_for_loss and (found := find_format(row, field_names)):

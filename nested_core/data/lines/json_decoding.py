@@ -1,7 +1,7 @@
-"""One line's bytes -> one JSON object, or a `LineProblem` that says why there is none.
+"""One line's bytes -> one JSON object, or a `LineProblem` that says why not.
 
 Refuses what a lenient reader would let pass: repeated keys, halves of surrogate pairs, NUL, and
-numbers that are none, or are too large to be read.
+NaN and Infinity, and numbers that are too large to be read.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class LineRange:
     digests: the SHA-256 of each example in it, joined.
     answer_keys: of its answers those with the smallest and the largest key, which are equal for
         equal answers; plain text is all answer.
-    shared: what its texts share with those asked for, as that room has it; None where none are.
+    shared: what its texts share with those asked for, as that room has it; None without a question.
     examples: how many of its examples have n-grams, where some are asked for.
     """
 

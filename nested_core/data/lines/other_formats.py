@@ -7,12 +7,12 @@ Spellings are those of the formats' own readers: ShareGPT's of FastChat, axolotl
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_text
 from nested_core.errors import shorten
-from nested_core.storage.untrusted_files import collect_strings
+from nested_core.storage.untrusted_files import collect_strings, iterate_scalars
 
 _PROMPT_KEYS = ("prompt", "question", "query", "instruction", "input", "problem", "user")
 _COMPLETION_KEYS = ("completion", "response", "answer", "output", "assistant", "solution", "target")
@@ -152,18 +152,9 @@ def _is_lost(key: str, value: Any, learnt: str) -> bool:
         return bool(value)
     return any(
         key in _CONTEXT_KEYS if _LABEL_PATTERN.fullmatch(text) else text.strip() not in learnt
-        for text in _texts_in(value)
+        for text in iterate_scalars(value)
+        if isinstance(text, str) and text.strip()
     )
-
-
-def _texts_in(value: Any) -> Iterator[str]:
-    """The texts of a JSON value that are more than white space, without keys."""
-    if isinstance(value, str):
-        if value and not value.isspace():
-            yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts_in(item)
 
 
 def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str:

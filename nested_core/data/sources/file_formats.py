@@ -67,19 +67,14 @@ def limit_expansion(
     lines_left = _LINES_ALWAYS_ALLOWED + file_size // MIN_PACKED_BYTES_PER_LINE
     for count, line in enumerate(lines, start=1):
         bytes_left -= len(line.line) + 1
-        if bytes_left < 0:
-            reason = f"it unpacks to more than {MAX_EXPANSION_FACTOR} times its size"
-            raise RestOfFileUnreadable(
-                line.number, f"{reason}; if that is meant, unpack it yourself"
-            )
-        if is_packed and count > lines_left:
-            reason = (
-                f"it unpacks to more lines than one for {MIN_PACKED_BYTES_PER_LINE} of its bytes"
-            )
-            raise RestOfFileUnreadable(
-                line.number, f"{reason}; if that is meant, unpack it yourself"
-            )
-        yield line
+        limit = f"than {MAX_EXPANSION_FACTOR} times its size"
+        if is_packed and count > lines_left and bytes_left >= 0:
+            limit = f"lines than one for {MIN_PACKED_BYTES_PER_LINE} of its bytes"
+        elif bytes_left >= 0:
+            yield line
+            continue
+        message = f"it unpacks to more {limit}; if that is meant, unpack it yourself"
+        raise RestOfFileUnreadable(line.number, message)
 
 
 def is_utf16(path: Path) -> bool:

@@ -258,7 +258,7 @@ class _EncodingProblem(NamedTuple):
 def _encode_examples(
     examples: Iterable[tuple[int, Example]], source: TokenizerSource, request: Mapping[str, Any]
 ) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
-    """Each line's example as tokens, or why there are none.
+    """Each line's example as tokens, or why it has no tokens.
 
     Raises ConfigError where the template does not come to an end.
     """

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from nested_core.data.data_settings import Targets
 from nested_core.data.lines.example_parsing import Example
 from nested_core.records.dataset import Severity
+from nested_core.storage.untrusted_files import iterate_scalars
 
 UNREAD_CHECK = "unread-field"
 _REASONING_KEYS = ("reasoning_content", "thinking")
@@ -89,14 +90,11 @@ def _list_texts_of_tools(tools: Iterable[Mapping[str, Any]]) -> list[RowText]:
 
 def _spell_leaves(value: Any) -> Iterator[tuple[str, ...]]:
     """The texts, numbers and so on in a JSON value, as JSON and as Python write them."""
-    if isinstance(value, str):
-        if value and not value.isspace():
-            yield (value,)
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _spell_leaves(item)
-    else:
-        yield tuple(dict.fromkeys((json.dumps(value), str(value))))
+    for leaf in iterate_scalars(value):
+        if not isinstance(leaf, str):
+            yield tuple(dict.fromkeys((json.dumps(leaf), str(leaf))))
+        elif leaf.strip():
+            yield (leaf,)
 
 
 def note_unshown_texts(

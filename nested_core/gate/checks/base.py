@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.tensors import UNLOADABLE
 from nested_core.gate.tensors.base_compatibility import base_reasons
 from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.records.verdict import Reason
 
 
-def _find_misfits(judged: JudgedRun) -> list[Reason]:
+def _find_misfits(judged: CheckedRun) -> list[Reason]:
     judged.base = LoadedBase.load(judged.config, judged.session)
     return base_reasons(judged.after, judged.base.parameters, judged.base.folder)
 

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion, find_rival
 from nested_core.measure.losses.left_out_examples import find_left_out
 from nested_core.measure.losses.loss_figures import summarise_champion
@@ -22,7 +22,7 @@ from nested_core.records.verdict import ChampionLoss, Reason
 from nested_core.text.digest_format import shorten_digest
 
 
-def _compare_with_champion(judged: JudgedRun) -> tuple[Reason, ...]:
+def _compare_with_champion(judged: CheckedRun) -> tuple[Reason, ...]:
     """Compare the losses, which gives no reason: of one that cannot be compared, it is said why."""
     judged.champion = find_rival("champion", judged.base, judged.after)
     if judged.champion is not None:
@@ -30,7 +30,7 @@ def _compare_with_champion(judged: JudgedRun) -> tuple[Reason, ...]:
     return ()
 
 
-def _compare_with_reference(judged: JudgedRun) -> tuple[Reason, ...]:
+def _compare_with_reference(judged: CheckedRun) -> tuple[Reason, ...]:
     """The same with the version that the registry's policy names as the reference."""
     reference = find_rival("reference", judged.base, judged.after)
     champion = judged.verdict.champion
@@ -42,7 +42,7 @@ def _compare_with_reference(judged: JudgedRun) -> tuple[Reason, ...]:
 
 
 def _compare_with(
-    judged: JudgedRun, rival: Champion | UnusableChampion, role: Literal["champion", "reference"]
+    judged: CheckedRun, rival: Champion | UnusableChampion, role: Literal["champion", "reference"]
 ) -> None:
     """Put the comparison into the verdict, and a rival's losses beside the run's, in its files."""
     compared, measured = _compare_losses(judged, rival, role)
@@ -57,7 +57,7 @@ def _compare_with(
 
 
 def _compare_losses(
-    judged: JudgedRun, rival: Champion | UnusableChampion, role: str
+    judged: CheckedRun, rival: Champion | UnusableChampion, role: str
 ) -> tuple[ChampionLoss, Vector | None]:
     """What gate.json says of a rival, and its losses, NaN where not compared; None without any."""
     version, losses, held_out = rival.version, judged.losses, judged.held_out

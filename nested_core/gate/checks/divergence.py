@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.tensors import CHANGE
 from nested_core.gate.proof.fresh_process_check import is_constant
 from nested_core.records.verdict import Code, Reason
 
 
-def _find_collapse(judged: JudgedRun) -> Iterator[Reason]:
+def _find_collapse(judged: CheckedRun) -> Iterator[Reason]:
     """It gave no logits, or the same one for every token."""
     values = np.array(judged.evidence.record.logits.values, np.float64)  # None becomes NaN
     if values.ndim != 2 or not values.size:
@@ -26,7 +26,7 @@ def _find_collapse(judged: JudgedRun) -> Iterator[Reason]:
         yield Reason("non_finite", message)
 
 
-def _find_risen_training_loss(judged: JudgedRun) -> Iterator[Reason]:
+def _find_risen_training_loss(judged: CheckedRun) -> Iterator[Reason]:
     """The training loss left, where there are no held-out losses to say so."""
     divergence = judged.divergence
     if divergence is not None and divergence.is_certain and judged.verdict.validation is None:

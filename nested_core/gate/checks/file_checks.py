@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from nested_core.gate.checks.judged import Check, Judged, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, Judged
 from nested_core.gate.checks.tensors import (
     CHANGE,
     CONFIGURATION,
@@ -28,4 +28,4 @@ CHECKS_OF_ADAPTERS: tuple[Check[Judged], ...] = (
     FINITE_PRODUCTS,
     EFFECT,
 )
-CHECKS_OF_FILES: tuple[Check[JudgedRun], ...] = (*CHECKS_OF_ADAPTERS, SKIPPED_UPDATES, UPDATES)
+CHECKS_OF_FILES: tuple[Check[CheckedRun], ...] = (*CHECKS_OF_ADAPTERS, SKIPPED_UPDATES, UPDATES)

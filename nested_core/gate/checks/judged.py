@@ -77,7 +77,7 @@ class Judged(Checked):
 
 
 @dataclass
-class JudgedRun(Judged):
+class CheckedRun(Judged):
     """A run, and what the checks found of it that later ones need, each set by one of them."""
 
     config: FineTuneConfig
@@ -121,14 +121,14 @@ def begin_verdict(
 
 def begin_judging_run(
     config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
-) -> JudgedRun:
+) -> CheckedRun:
     """A run before any check, with the updates of each tier."""
     tiers = TierEvidence.collect(config, run, evidence)
     before, after, step = evidence.before, evidence.after, evidence.checkpoint.step
     verdict = begin_verdict(before, after, config.gate, step, tiers.tiers.tensors)
     rows = tuple(tier_changes(tiers, verdict.tensors))
     verdict = replace(verdict, tiers=rows, last_step=evidence.last_step)
-    return JudgedRun(before, after, verdict, config, run, evidence, tiers, bounds=config.gate)
+    return CheckedRun(before, after, verdict, config, run, evidence, tiers, bounds=config.gate)
 
 
 J = TypeVar("J", bound=Checked)

@@ -10,7 +10,7 @@ import numpy as np
 from nested_core.data.data_settings import REPLAY_SPLIT
 from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.measure.losses.held_out_loss import (
     measure_example_losses,
@@ -34,7 +34,7 @@ from nested_core.measure.losses.loss_figures import (
 from nested_core.records.verdict import Reason, describe_examples
 
 
-def _measure_losses(judged: JudgedRun) -> Iterator[Reason]:
+def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     """Measure the loss of each held-out example, of those that no adapter was trained on."""
     config, run = judged.config, judged.run
     splits = read_nonempty_splits(config, run)
@@ -69,25 +69,25 @@ def _measure_losses(judged: JudgedRun) -> Iterator[Reason]:
         yield from non_finite_loss_reasons(validation, "loss")
 
 
-def _find_worse_loss(judged: JudgedRun) -> Iterator[Reason]:
+def _find_worse_loss(judged: CheckedRun) -> Iterator[Reason]:
     validation = judged.verdict.validation
     if validation is not None and validation.examples != 0:
         yield from loss_reasons(validation, judged.bounds)
 
 
-def _find_forgetting(judged: JudgedRun) -> Iterator[Reason]:
+def _find_forgetting(judged: CheckedRun) -> Iterator[Reason]:
     general = measure_general_loss(judged.base, judged.run)
     judged.verdict = replace(judged.verdict, general=general)
     yield from () if general is None else general_loss_reasons(general, judged.bounds)
 
 
-def _find_harmed_examples(judged: JudgedRun) -> Iterator[Reason]:
+def _find_harmed_examples(judged: CheckedRun) -> Iterator[Reason]:
     validation = judged.verdict.validation
     if judged.losses is not None and validation is not None:
         yield from harm_reasons(judged.losses, validation, judged.bounds)
 
 
-def _find_drift(judged: JudgedRun) -> Iterator[Reason]:
+def _find_drift(judged: CheckedRun) -> Iterator[Reason]:
     validation = judged.verdict.validation
     if validation is not None:
         data = describe_examples(validation)

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.gate.checks.judged import Check, Judged, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, Judged
 from nested_core.gate.proof.canary import make_canary
 from nested_core.gate.proof.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
 from nested_core.gate.tensors.base_compatibility import fingerprint_reasons
@@ -17,7 +17,7 @@ from nested_core.records.verdict import Reason
 from nested_core.storage.canary_file import CANARY_NAME, render_canary
 
 
-def _find_unproven_effect(judged: JudgedRun) -> tuple[Reason, ...]:
+def _find_unproven_effect(judged: CheckedRun) -> tuple[Reason, ...]:
     if not judged.proof.is_running:
         judged.session.release_base()  # the new process needs the memory
         mx.clear_cache()

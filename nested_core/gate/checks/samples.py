@@ -15,7 +15,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import NestedTuneError
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.evidence.run_evidence import RunEvidence
 from nested_core.measure.answers.answer_bounds import MIN_PROMPTS, is_sound, judge_samples
 from nested_core.measure.losses.held_out_loss import LoadedBase
@@ -174,7 +174,7 @@ def mark_same_answers(
     return [replace(row, adapter_broken=row.adapter_broken or "same") for row in rows]
 
 
-def _find_broken_answers(judged: JudgedRun) -> Iterator[Reason]:
+def _find_broken_answers(judged: CheckedRun) -> Iterator[Reason]:
     """Ask base and adapter; one that cannot be asked is no verdict under `gate.samples: warn`."""
     must_pass = judged.bounds.samples == "fail"
     try:

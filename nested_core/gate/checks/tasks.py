@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.tensors import CHANGE, EFFECT
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
@@ -183,7 +183,7 @@ def _score_answers(
     ]
 
 
-def _find_worse_answers(judged: JudgedRun) -> list[Reason]:
+def _find_worse_answers(judged: CheckedRun) -> list[Reason]:
     rival = None if isinstance(judged.champion, UnusableChampion) else judged.champion
     answers = answer_tasks(judged.base, judged.run, judged.evidence, rival)
     results, reasons = judge_answers(judged.bounds, answers)

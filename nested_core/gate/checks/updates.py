@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from nested_core.backend import to_float
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.tensors import CHANGE, FINITE_PRODUCTS, FINITE_TENSORS
 from nested_core.gate.evidence.run_evidence import TierEvidence
 from nested_core.optim.learning_rate_schedules import build_learning_rate
@@ -19,7 +19,7 @@ SMALLEST_USEFUL_RATE = 1e-9
 MAX_SAMPLED_STEPS = 1000
 
 
-def _find_skipped_updates(judged: JudgedRun) -> Iterator[Reason]:
+def _find_skipped_updates(judged: CheckedRun) -> Iterator[Reason]:
     """Tiers of whose updates too many were skipped."""
     bound = judged.bounds.max_skipped_share
     for row in judged.verdict.tiers:
@@ -32,14 +32,14 @@ def _find_skipped_updates(judged: JudgedRun) -> Iterator[Reason]:
             yield Reason("updates_missing", message, names)
 
 
-def _find_missing_updates(judged: JudgedRun) -> Iterator[Reason]:
+def _find_missing_updates(judged: CheckedRun) -> Iterator[Reason]:
     """Tiers that stayed as they were, updates that are not accounted for or left no trace."""
     for row in judged.verdict.tiers:
         own = _changes_of_tier(judged, row)
         yield from _tier_reasons(judged.config, judged.tiers, row, own)
 
 
-def _changes_of_tier(judged: JudgedRun, row: TierChange) -> list[TensorChange]:
+def _changes_of_tier(judged: CheckedRun, row: TierChange) -> list[TensorChange]:
     return [change for change in judged.verdict.tensors if change.tier == row.tier]
 
 

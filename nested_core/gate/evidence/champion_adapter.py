@@ -58,7 +58,7 @@ def find_rival(
     Raises DamagedError for a version that is not what was registered.
 
     Where the candidate is the champion, the champion that it replaced: a run that is judged again
-    after its promotion gets the verdict that it had. None where that was removed, and where the
+    after its promotion gets the verdict that it had. None if that was removed, and where the
     candidate is the reference.
     """
     path, name = base.config.registry.path, base.config.registry.name

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError, describe_first_problem
+from nested_core.errors import ConfigError, DamagedError, naming_damaged_file
 from nested_core.optim.gradients import find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap, count_expected_updates
 from nested_core.optim.tier_counters import COUNTERS_KEY, require_current_layout
 from nested_core.optim.tiers_file import read_tiers
-from nested_core.records.dataset import read_dataset_record
+from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict import TensorChange, TierChange
 from nested_core.storage.adapter import ADAPTER_FILES, Adapter, combined_sha256, read_adapter
@@ -77,6 +77,7 @@ class CheckpointEvidence(BaseModel):
 class RunEvidence:
     """Both adapters of a run, the checkpoint that the trained one comes from, and its record.
 
+    dataset: the report on the data that it was trained on.
     files: the entries of all that was read for a manifest, by their path in the run directory.
     last_step: the optimizer step that training ended with.
     """
@@ -85,6 +86,7 @@ class RunEvidence:
     after: Adapter
     checkpoint: Checkpoint
     record: CheckpointEvidence
+    dataset: DatasetReport
     files: dict[str, FileEntry]
     last_step: int
 
@@ -112,10 +114,8 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
     result = read_result(run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(offered)
-    try:
+    with naming_damaged_file(offered / STATE_NAME):
         record = CheckpointEvidence.model_validate(checkpoint.state)
-    except ValidationError as error:
-        raise DamagedError(f"{offered / STATE_NAME}: {describe_first_problem(error)}.") from error
     if digests_for_result(run, offered, checkpoint.manifest) != result.evidence:
         raise DamagedError(
             f"{offered}, {run.metrics} or {run.validation_losses.name} beside it is not what "
@@ -127,11 +127,12 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
     except ConfigError as error:  # there is no such folder
         raise DamagedError(f"{error} Bring back what was there, or train again.") from error
     files = _hash_judged_files(run, checkpoint, before, after)
-    _require_unchanged_inputs(run, record.input_digests, offered, files)
+    dataset = read_dataset_record(run.dataset)
+    _require_unchanged_inputs(run, record.input_digests, offered, files, dataset)
     _require_adapter_of_checkpoint(run, checkpoint, files)
     if before.digest() != record.input_digests.get("initial"):
         raise DamagedError(f"{run.initial} is not the adapter that {offered} was trained from.")
-    return RunEvidence(before, after, checkpoint, record, files, result.step)
+    return RunEvidence(before, after, checkpoint, record, dataset, files, result.step)
 
 
 def _hash_judged_files(
@@ -139,7 +140,7 @@ def _hash_judged_files(
 ) -> dict[str, FileEntry]:
     """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
     paths = [run.dataset, run.tiers, run.metrics, run.result]
-    optional = (run.validation_losses, run.replay, run.replayed_rows)
+    optional = (run.validation_losses, run.replay, run.replayed_rows, run.start)
     paths += [path for path in optional if path.is_file()]
     entries = {path: describe_file(path) for path in paths}
     entries[offered.path / MANIFEST_NAME] = describe_manifest(offered.manifest)
@@ -160,6 +161,7 @@ def _require_unchanged_inputs(
     digests: dict[str, str],
     offered_checkpoint: Path,
     files: Mapping[str, FileEntry],
+    dataset: DatasetReport,
 ) -> None:
     """Compare what training began from with the digests in its checkpoint."""
     hashes = {name: files[f"{run.initial.name}/{name}"]["sha256"] for name in ADAPTER_FILES}
@@ -170,9 +172,9 @@ def _require_unchanged_inputs(
         )
     if files[run.tiers.name]["sha256"] != digests.get("tiers"):
         raise DamagedError(f"{run.tiers} has changed since training began.")
-    if files.get(run.replay.name, {}).get("sha256") != digests.get("replay"):
-        raise DamagedError(f"{run.replay} has changed since training began.")
-    dataset = read_dataset_record(run.dataset)
+    for name, path in (("replay", run.replay), ("start", run.start)):
+        if files.get(path.name, {}).get("sha256") != digests.get(name):
+            raise DamagedError(f"{path} has changed since training began.")
     if (dataset.digest, dataset.tokenizer) != (digests.get("data"), digests.get("tokenizer")):
         raise DamagedError(
             f"{run.dataset} is not the report on the data that {offered_checkpoint} has seen, or "

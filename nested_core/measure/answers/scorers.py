@@ -110,7 +110,7 @@ def _is_near_accepted_number(question: Question, answer: str) -> bool:
 def require_usable_scorer(method: ScoringMethod, questions: Sequence[Question]) -> None:
     """Compile the patterns or schemas that came with a suite, or import its function.
 
-    Raises DatasetError, naming the lines, if one is none or takes too long.
+    Raises DatasetError, naming the lines, if one does not compile or takes too long.
     """
     if method.score == "python":
         _score_in_process(method, ())

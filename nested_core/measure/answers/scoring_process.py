@@ -24,7 +24,7 @@ MAX_MEMORY_BYTES = 2 * 2**30  # of patterns and schemas; a Python scorer may loa
 
 
 def find_regex_problem(question: dict[str, Any]) -> str | None:
-    """Why one of the expected regular expressions is none."""
+    """Why one of the expected regular expressions does not compile."""
     for pattern in _as_list(question["expected"]):
         try:
             re.compile(pattern)
@@ -134,7 +134,7 @@ def require_valid_score(score: Any) -> float:
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """What comes of an item; None where there is none, and all is only made ready."""
+    """What comes of an item; None for a request without an item, which only loads the scorer."""
     signal.alarm(request["most_seconds"])  # should who started it be gone
     do_item = prepare(request["work"], request["score"], request["function"], request["folder"])
     return None if request["item"] is None else do_item(request["item"])

@@ -116,7 +116,7 @@ class EncodedSuite:
     ) -> Self:
         """Encode every question.
 
-        context: the most tokens that the model can see; rows: those of its embedding; None where
+        context: the most tokens that the model can see; rows: those of its embedding; None if
         it is not known. Raises DatasetError, with the questions, for prompts that do not fit into
         them or that the chat template does not take.
         """

@@ -21,8 +21,9 @@ from nested_core.config.sections import Score
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.lines.line_rows import fold_case_and_space
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
-from nested_core.errors import DatasetError, join_first_values, shorten
+from nested_core.errors import DatasetError, join_first_values, list_first, shorten
 from nested_core.measure.answers.suite_files import TABLE_SUFFIXES, read_question_lines
+from nested_core.storage.untrusted_files import iterate_scalars
 
 Turn = dict[str, str]
 MAX_QUESTIONS = 100_000
@@ -227,14 +228,12 @@ def describe_bad_questions(path: Path, problems: Sequence[BadQuestion], summary:
     for problem in problems:
         by_kind.setdefault(problem.kind, []).append(problem)
     listed = [
-        f"  {path}{'' if first.line is None else f':{first.line}'}: {first.problem}"
+        f"{path}{'' if first.line is None else f':{first.line}'}: {first.problem}"
         f"{_describe_other_lines([other.line for other in others])}"
         for first, *others in by_kind.values()
     ]
-    if len(listed) > MAX_LISTED_PROBLEMS:
-        more = len(listed) - MAX_LISTED_PROBLEMS
-        listed = [*listed[:MAX_LISTED_PROBLEMS], f"  and {more:,} more"]
-    return "\n".join([f"gate.tasks: {summary} Nothing was evaluated.", *listed])
+    shown = list_first(listed, MAX_LISTED_PROBLEMS)
+    return "\n  ".join([f"gate.tasks: {summary} Nothing was evaluated.", *shown])
 
 
 def _describe_other_lines(lines: Sequence[int | None]) -> str:
@@ -252,7 +251,10 @@ def _read_question(body: bytes, line: int, score: Score, *, is_table: bool) -> Q
     if isinstance(expected, list) and len(expected) > MAX_ACCEPTED_ANSWERS:
         raise _Mistake(f"expected: more than {MAX_ACCEPTED_ANSWERS:,} answers")
     try:
-        _refuse_numbers_beyond_floats(fields)
+        # A whole number is read whatever its size; a float is finite once it is read.
+        numbers = (value for value in iterate_scalars(fields) if isinstance(value, int))
+        if any(abs(number) > sys.float_info.max for number in numbers):
+            raise _Mistake("a number in it is beyond any float")
         read = _LINE_MODEL_BY_SCORE[score].model_validate(fields)
         accepted = read.parse_accepted_answers()
     except ValidationError as error:
@@ -279,15 +281,6 @@ def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[An
         found = "an empty list" if not values else shorten(json.dumps(values[fits.index(False)]))
         raise _Mistake(f"expected: {what} or a list of them", f", found {found}")
     return values
-
-
-def _refuse_numbers_beyond_floats(value: Any) -> None:
-    """A whole number is read whatever its size; a float is finite once it is read."""
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            _refuse_numbers_beyond_floats(item)
-    elif isinstance(value, int) and abs(value) > sys.float_info.max:
-        raise _Mistake("a number in it is beyond any float")
 
 
 def _describe_first_problem(error: ValidationError) -> _Mistake:
@@ -337,7 +330,7 @@ def question_label(question: Question) -> str:
 
 
 def expected_label(question: Question) -> str | None:
-    """The right answers to a question on one line; None where there is none."""
+    """The right answers to a question on one line; None if no answer is expected."""
     answers = [answer for answer in question.accepted if answer is not None]
     texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
     return shorten(" or ".join(texts), MAX_EXPECTED_CHARACTERS) if texts else None

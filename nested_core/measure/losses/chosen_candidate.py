@@ -38,7 +38,7 @@ class Candidates:
     count: how many there were: evaluated steps that could be offered, times the points of a sweep.
     lines: the lines of the examples that their losses are of, int64 (n,); None without losses.
     losses: the mean loss of each example with each candidate, in nats/token, float64 (k, n);
-        None where not every candidate's losses were kept.
+        None if not every candidate's losses were kept.
     """
 
     count: int = 1

@@ -160,7 +160,7 @@ class HeldOutExamples:
 
     `selected_on_same_data` says whether they are all among the validation set, by which the best
     checkpoint was chosen, and `has_validation_examples` whether any is. `groups` has the value of
-    `data_policy.group` in each example's row, null where it has none; None where no field is named.
+    `data_policy.group` in each example's row, null in a row without it; None if no field is named.
     """
 
     split: TokenizedSplit
@@ -186,7 +186,7 @@ class HeldOutExamples:
 
     @cached_property
     def clusters(self) -> Indices | None:
-        """The cluster of each example that has such a token, int64; None where each is its own.
+        """The cluster of each example that has such a token, int64; None if each is its own.
 
         Rows with the same prompt, or the same value of `data_policy.group`, are of one.
         """
@@ -197,6 +197,24 @@ class HeldOutExamples:
             keys = digest_prompts(self.split)[chosen].tolist()
         _, clusters = np.unique(keys, return_inverse=True)
         return None if len(np.unique(clusters)) == len(chosen) else clusters.astype(np.int64)
+
+    def make_losses(self, tokens: Vector, **sums: Vector | None) -> ExampleLosses:
+        """The losses of the examples that have such a token, in nats/token.
+
+        Args:
+            tokens: how many supervised tokens each example of the split has, float64 (n,).
+            sums: what an adapter's losses, or how far predictions moved, add up to over these
+                tokens, float64 (n,), under the name of its column in ExampleLosses; None if
+                that was not measured.
+        """
+        is_counted = self.is_example_supervised
+        counted = tokens[is_counted]
+        columns: dict[str, Any] = {
+            name: None if of_split is None else of_split[is_counted] / counted
+            for name, of_split in sums.items()
+        }
+        lines = self.split.lines[is_counted].astype(np.int64)
+        return ExampleLosses(self.file, lines, counted, clusters=self.clusters, **columns)
 
     @cached_property
     def digests(self) -> Digests:
@@ -232,7 +250,7 @@ def _make_held_out_examples(
 def read_held_out_examples(
     config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]
 ) -> HeldOutExamples | None:
-    """The examples that `gate.held_out` chooses; None where `auto` finds none in the splits.
+    """The examples that `gate.held_out` chooses; None if `auto` finds none in the splits.
 
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """
@@ -287,22 +305,12 @@ def measure_example_losses(
     if wants_base and not base.is_unchanged_by(initial):
         adapters = [base.parameters, before, after]
     predictions = base.compare_predictions(adapters, held_out.split)
-    is_supervised = held_out.is_example_supervised
-    tokens = predictions.tokens[is_supervised]
-
-    def mean_per_token(sums: Vector) -> Vector:
-        means: Vector = sums[is_supervised] / tokens
-        return means
-
-    return ExampleLosses(
-        file=held_out.file,
-        lines=held_out.split.lines[is_supervised].astype(np.int64),
-        tokens=tokens,
-        before=mean_per_token(predictions.losses[-2]),
-        after=mean_per_token(predictions.losses[-1]),
-        drift=mean_per_token(predictions.divergences[-1]),
-        base_drift=mean_per_token(predictions.divergences[0]) if wants_base else None,
-        clusters=held_out.clusters,
+    return held_out.make_losses(
+        predictions.tokens,
+        before=predictions.losses[-2],
+        after=predictions.losses[-1],
+        drift=predictions.divergences[-1],
+        base_drift=predictions.divergences[0] if wants_base else None,
     )
 
 
@@ -329,24 +337,15 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
     settings = DataSettings.from_config(base.config)
     settings = replace(settings, mask_prompt=False, supervise="last", loss=None)
     split = _read_and_validate_file("gate.general_data", path, base.config, settings)
-    sums = base.as_plain().example_loss_sums((run.initial, run.adapter), split)
-    before, after = (finite_or_none(float(own.sum() / tokens.sum())) for own, tokens in sums)
-    tokens = sums[0][1]
-    is_counted = tokens > 0
+    plain = base.as_plain()
+    (before, tokens), (after, _) = plain.example_loss_sums((run.initial, run.adapter), split)
     examples = HeldOutExamples(split, path.name, selected_on_same_data=False)
-    own, other = (losses[is_counted] / tokens[is_counted] for losses, _ in reversed(sums))
-    losses = ExampleLosses(
-        file=path.name,
-        lines=split.lines[is_counted].astype(np.int64),
-        tokens=tokens[is_counted],
-        before=other,
-        after=own,
-        clusters=examples.clusters,
-    )
-    figures = compare_losses(losses, other, base.config.gate, increase)
+    losses = examples.make_losses(tokens, before=before, after=after)
+    figures = compare_losses(losses, losses.before, base.config.gate, increase)
     figures.pop("corrected_interval", None)  # nothing was chosen by general text
+    means = [finite_or_none(float(sums.sum() / tokens.sum())) for sums in (before, after)]
     sha256 = regular_sha256(path, follow_links=True)
-    return GeneralLoss(before, after, str(path), sha256, **figures)
+    return GeneralLoss(means[0], means[1], str(path), sha256, **figures)
 
 
 def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:

@@ -20,7 +20,7 @@ from nested_core.storage.untrusted_files import read_regular
 
 
 def read_training_digests(version: Path) -> Digests:
-    """Digests of what a version and its ancestors were trained on; none where none are recorded."""
+    """Digests of what a version and its ancestors were trained on; empty without a record."""
     with suppress(DamagedError):  # `audit` and `promote` tell what is damaged
         return decode_digests(read_provenance(version).get("training_examples"))
     return decode_digests(None)
@@ -39,7 +39,7 @@ def read_ancestor_training_digests(config: FineTuneConfig, initial_digest: str) 
 def read_run_training_digests(
     config: FineTuneConfig, run: RunDirectory, initial_digest: str
 ) -> Digests | None:
-    """Digests of what a run and its ancestors were trained on; None where it recorded none."""
+    """Digests of what a run and its ancestors were trained on; None if it recorded none."""
     if not run.training_examples.is_file():
         return None
     own = np.frombuffer(read_regular(run.training_examples), "<u8")

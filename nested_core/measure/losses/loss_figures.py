@@ -6,6 +6,7 @@ Whether a loss is worse is decided by `conclude` in `records.loss_conclusion`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,11 @@ from nested_core.records.loss_conclusion import (
     margin_of_loss,
 )
 from nested_core.records.losses import ExampleLosses, Vector
-from nested_core.records.paired_difference import CONFIDENCE, student_t_quantile
+from nested_core.records.paired_difference import (
+    CONFIDENCE,
+    PairedDifference,
+    student_t_quantile,
+)
 from nested_core.records.verdict import (
     MIN_HARMED,
     ChampionLoss,
@@ -38,6 +43,7 @@ from nested_core.text.loss_format import format_change, format_difference, forma
 MIN_CHANGE = 1.0  # nats/token
 MIN_SPREADS = 6 * 1.48  # median absolute deviations; 1.48 of them are a normal standard deviation
 MIN_LOSS_OF_FEWEST = 4.0  # nats/token, on average: three harmed examples may be an exchange
+ENOUGH_FOR_OWN_SPREAD = 20  # examples of one comparison among several
 MAX_CHANCE = 0.05  # that so many are harmed where the share is at its bound
 MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where both are as likely
 
@@ -75,7 +81,7 @@ def summarise_losses(
 
 
 def summarise_drift(losses: ExampleLosses) -> Drift | None:
-    """The figures of the divergences of each example; None if none were measured."""
+    """The figures of the divergences of each example; None if they were not measured."""
     counted = losses.counted()
     if len(counted):  # where nothing else is left, it is drift on what was trained on, too
         losses = counted
@@ -114,6 +120,30 @@ def summarise_champion(
     )
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How far the differences of independent examples lie from the mean of their own comparison.
+
+    deviation: the standard deviation over several comparisons, in nats/token.
+    degrees: its degrees of freedom.
+
+    Five examples say little of their own spread: corrected for ten comparisons, their interval is
+    5.6 standard errors wide, and that of ten times five examples 3.0 (Student's t). The one-sided
+    interval of the comparison's own spread has to leave out 0 too.
+    """
+
+    deviation: float
+    degrees: int
+
+    @classmethod
+    def pool(cls, compared: Iterable[PairedDifference]) -> Spread | None:
+        """The spread of these comparisons together; None if each lacks an interval."""
+        measured = [one for one in compared if one.is_measurable]
+        degrees = sum(one.examples - 1 for one in measured)
+        squares = sum((n := one.examples) * (n - 1) * one.standard_error**2 for one in measured)
+        return cls(math.sqrt(squares / degrees), degrees) if degrees else None
+
+
 def compare_losses(
     losses: ExampleLosses,
     other: Vector,
@@ -122,6 +152,7 @@ def compare_losses(
     *,
     candidates: Candidates | None = None,
     comparisons: int | None = None,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """The paired difference of the trained adapter's losses from others, and what it shows.
 
@@ -136,6 +167,7 @@ def compare_losses(
             `no_worse` then have to hold for the best of them; of the best one, `worse` is safe.
         comparisons: how many are made at once, for which all words are corrected (Bonferroni);
             None for one by itself.
+        spread: that of all of these together, for one with few examples.
     """
     compared = losses.compare_trained_with(other)
     if compared is None:
@@ -143,16 +175,23 @@ def compare_losses(
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
-    corrected = None
+    corrected, is_pooled = None, False
     if candidates is not None:
         corrected = candidates.corrected_interval(losses, other, compared)
     elif interval is not None and comparisons is not None:
         tail = (1 - CONFIDENCE) / (2 * comparisons)
-        width = student_t_quantile(1 - tail, compared.examples - 1) * compared.standard_error
+        error, degrees = compared.standard_error, compared.examples - 1
+        is_pooled = spread is not None and compared.examples < ENOUGH_FOR_OWN_SPREAD
+        if spread is not None and is_pooled:
+            error, degrees = spread.deviation / math.sqrt(compared.examples), spread.degrees
+        width = student_t_quantile(1 - tail, degrees) * error
         corrected = (compared.mean - width, compared.mean + width)
     deciding = interval
     if interval is not None and one_sided_high is not None and corrected is not None:
-        low = interval[0] if candidates is not None else min(interval[0], corrected[0])
+        low = interval[0]
+        if candidates is None:
+            own = compared.one_sided_low if is_pooled else interval[0]
+            low = min(own, corrected[0])
         deciding = (low, max(interval[1], corrected[1]))
         one_sided_high = max(one_sided_high, corrected[1])
     loss_before = losses.mean(other)
@@ -240,7 +279,7 @@ def harm_reasons(
 ) -> list[Reason]:
     """The reason for per-example regressions while hardly any won as much.
 
-    None where the loss as a whole is better (what was lost is then listed, and refuses nothing),
+    None if the loss as a whole is better (what was lost is then listed, and refuses nothing),
     and under `gate.noise: none`, which looks at the mean alone.
     """
     found = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
@@ -284,7 +323,7 @@ def describe_noise(losses: ComparedLoss) -> str:
 
 
 def describe_difference(losses: ComparedLoss) -> str:
-    """The paired difference and what it says, after the losses; nothing if there is none."""
+    """The paired difference and what it says, after the losses; empty without a difference."""
     if losses.difference is None:
         return ""
     difference = format_difference(losses.difference)
@@ -298,7 +337,7 @@ class HarmedExamples:
     """How many independent examples were harmed and helped, of how many, and which lines.
 
     A cluster counts as harmed where more of its examples are harmed than helped. `mean_rise` is how
-    much the harmed examples lost on average, in nats/token; 0 where none is harmed.
+    much the harmed examples lost on average, in nats/token; 0 without a harmed example.
     """
 
     harmed: int
@@ -309,7 +348,7 @@ class HarmedExamples:
 
     @classmethod
     def find(cls, losses: ExampleLosses, margin: float = 0.0) -> HarmedExamples | None:
-        """Among examples with losses before and after; None where one is not finite.
+        """Among examples with losses before and after; None if one is not finite.
 
         `margin` is the rise of the mean loss that is allowed, in nats/token: what any example may
         rise by is no harm.
@@ -341,7 +380,7 @@ class HarmedExamples:
         `max_share` where so many or more come with a chance of less than 5 % at that share. Where
         some are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
 
-        Where none is helped, three are enough only if they lost 4 nats/token on average. An
+        Without any helped, three are enough only if they lost 4 nats/token on average. An
         adapter that harms as many examples as it helps shows three and none in up to 5 % of cases,
         four and none in 2 % (benchmarks/gate.md).
         """

@@ -86,7 +86,7 @@ def approve(
 def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
     """Why a person is not asked about a version: the registry's policy refuses it in any case.
 
-    None where the policy lets a person decide, and without a policy.
+    None if the policy lets a person decide, and without a policy.
     """
     with reading(registry, name) as (folder, ledger):
         return _refuse_question(folder, ledger, version)

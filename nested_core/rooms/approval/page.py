@@ -50,7 +50,7 @@ class Approval:
         `champions_asked_about` holds the champions, or "none", that it asked about so far.
         """
         now = self.champion or "none"
-        earlier = [one for one in champions_asked_about if one != now]
+        earlier = [champion for champion in champions_asked_about if champion != now]
         again = [
             Text(
                 f"ASKED AGAIN: the champion changed from {shorten_digest(last)} to "
@@ -75,7 +75,7 @@ def _describe_version(version: str, verdict: Verdict) -> str:
 def _compare_losses(
     registry: Path, name: str, version: str, champion: str, verdict: Verdict
 ) -> str:
-    """Both losses on the same examples, or that there are none."""
+    """Both losses on the same examples, or that no losses were compared."""
     if verdict.rival == champion and verdict.champion is not None:
         return verdict.champion.describe()
     try:

@@ -74,7 +74,7 @@ def launch_kernel(
 
 
 def round_to_float32(number: float) -> float:
-    """The nearest float32: MLX refuses numbers that are none."""
+    """The nearest float32: MLX refuses other numbers."""
     return float(np.float32(number))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from nested_core.kernels.call_tracing import CallTrace, GatedMLP
 from nested_core.kernels.device_operations import (
@@ -13,7 +14,7 @@ from nested_core.kernels.device_operations import (
     LayerContext,
     Pairs,
 )
-from nested_core.rooms.cuda import fused_mlp, gated_delta_kernels, lora_add, lora_matmuls
+from nested_core.rooms.cuda import expert_mlps, fused_mlp, lora_add, lora_matmuls
 from nested_core.rooms.cuda.concatenate import concatenate_flattened
 from nested_core.rooms.cuda.lora_add import LowRankSumTerms
 from nested_core.rooms.cuda.padded_attention import using_padded_attention
@@ -30,6 +31,7 @@ class CUDAOperations(DeviceOperations):
         using_padded_attention,
         using_rope_tables,
         using_frozen_norms,
+        expert_mlps.using_expert_mlps,
     )
 
     def concatenate_flattened(self, arrays: Sequence[mx.array]) -> mx.array:
@@ -60,6 +62,8 @@ class CUDAOperations(DeviceOperations):
 
     def invert_unit_lower(self, a: mx.array) -> mx.array | None:
         """For float32 matrices as large as a chunk on a GPU."""
+        from nested_core.rooms.cuda import gated_delta_kernels  # of the room delta_nets
+
         return gated_delta_kernels.invert_unit_lower(a)
 
     def carry_states(
@@ -71,7 +75,13 @@ class CUDAOperations(DeviceOperations):
         direction: int,
     ) -> list[mx.array] | None:
         """For bfloat16 chunks and a float32 state of sizes that fit."""
+        from nested_core.rooms.cuda import gated_delta_kernels
+
         return gated_delta_kernels.carry_states(decay, erased, written, state, direction)
+
+    def find_expert_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The layers with LoRA on experts whose factors are multiplied all at once."""
+        return expert_mlps.find_expert_layers(model)
 
     def find_fusable_mlps(self, trace: CallTrace) -> list[GatedMLP]:
         """The gated MLPs of LoRA layers whose ranks have kernels."""

@@ -42,7 +42,7 @@ from nested_core.pipeline.named_models import NamedModel, find_model
 from nested_core.records.answers import AnswerRecord
 from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
 from nested_core.records.loss_conclusion import Conclusion
-from nested_core.records.losses import ExampleLosses, Vector
+from nested_core.records.losses import Vector
 from nested_core.records.verdict import Validation
 from nested_core.rooms.evaluate.page import (
     MAX_MODELS,
@@ -72,7 +72,7 @@ def evaluate(
         models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
             exported folders or GGUFs.
         suites: files whose answers have to contain what is expected, or entries of `gate.tasks`;
-            those of `config` where none is given.
+            without suites those of `config`.
         data: a JSON Lines file; the losses on it are compared example by example.
         against: the model that the others are compared with; by default the base of the first one,
             of an exported model the one that it was made of.
@@ -80,7 +80,7 @@ def evaluate(
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
 
-    Raises ConfigError for a name that is none or an adapter that does not fit its base,
+    Raises ConfigError for an unknown name or an adapter that does not fit its base,
     DatasetError for bad questions or examples, DamagedError for damaged files.
     """
     if len(models) >= MAX_MODELS:
@@ -252,15 +252,7 @@ class _Evaluating:
         _, other, other_tokens = self._losses[reference.name]
         if not np.array_equal(tokens, other_tokens):
             return None  # another tokenizer: nats/token are not comparable
-        counted = held_out.is_example_supervised
-        losses = ExampleLosses(
-            file=held_out.file,
-            lines=held_out.split.lines[counted].astype(np.int64),
-            tokens=tokens[counted],
-            before=other[counted] / tokens[counted],
-            after=own[counted] / tokens[counted],
-            clusters=held_out.clusters,
-        )
+        losses = held_out.make_losses(tokens, before=other, after=own)
         losses = losses.leaving_out(find_left_out(held_out.digests, model.seen, reference.seen))
         return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
 

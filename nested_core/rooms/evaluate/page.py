@@ -29,7 +29,7 @@ class SuiteScore:
 
     score: the share of right answers, from 0 to 1.
     difference, interval, conclusion: None for the model compared with.
-    minimum: the least share that was asked for; None where none was.
+    minimum: the least share that was asked for; None without such a bound.
     """
 
     suite: str

@@ -43,7 +43,7 @@ class KeptGain:
     base, adapter, exported: mean losses in nats a supervised token.
     needed: the share of the gain that has to be kept, where there is a gain beyond chance.
     allowed: what may be lost, in nats a token: the rest of that gain, or without one a margin.
-    share: what is kept of base minus adapter; None where that gain cannot be told from noise.
+    share: what is kept of base minus adapter; None if that gain cannot be told from noise.
     interval: the 95 % interval of what was lost, exported minus adapter; None with too few rows.
         The export does not stand where all of it is above `allowed`.
     """
@@ -95,11 +95,11 @@ class ExportRecord:
 
     artefact: "folder" or "gguf"; files has its files with their SHA-256.
     weights: the format of its matrices.
-    quantized_base: what became of a quantized base; None where it was not.
+    quantized_base: what became of a quantized base; None for a base that is not quantized.
     source: the adapter as it was named; `version` is its digest, the version's of a registry.
-    step: the optimizer step of the adapter; None where it is not recorded.
+    step: the optimizer step of the adapter; None if it is not recorded.
     training_examples: digests of what it and its ancestors were trained on, as provenance.json has
-        them; None where they are not known.
+        them; None if they are not known.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
     problems: why it does not stand; empty where it does.
@@ -184,9 +184,9 @@ def write_export_record(place: Path, record: ExportRecord) -> None:
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:
-    """The record of an exported folder or GGUF; None where there is none.
+    """The record of an exported folder or GGUF; None if there is no such file.
 
-    Raises DamagedError for a file that is none.
+    Raises DamagedError for a file that is no record.
     """
     path = record_place(artefact)
     return None if file_type(path) == "missing" else EXPORT_FILE.read(path)

@@ -34,11 +34,11 @@ from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprin
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.models.adapter_formats import Conversion, load_peft_format
 from nested_core.models.base_model import (
-    MAX_CONFIG_BYTES,
     TrainedTokenizer,
     find_model_folder,
     fingerprint_base_model,
     model_compute_dtype,
+    read_model_config,
 )
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.pipeline.named_models import NamedModel, find_model
@@ -77,12 +77,7 @@ from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_absent_or_empty, require_output_file
 from nested_core.storage.removal import find_reason_to_keep
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import (
-    file_type,
-    read_json,
-    read_regular,
-    regular_sha256,
-)
+from nested_core.storage.untrusted_files import file_type, read_regular, regular_sha256
 
 NOT_RUN = "tensors and metadata checked, not run in llama.cpp"
 REJECTED = "rejected"
@@ -169,14 +164,14 @@ def export(
         quantize: the format of a GGUF's matrices, f16 or q8_0.
         dequantize: whether a quantized base is not quantized again in a folder; in a GGUF it never
             is.
-        suites: questions that both are asked; those of the run's gate.tasks where none is given.
+        suites: questions that both are asked; by default those of the run's gate.tasks.
         data: held-out examples by which the kept gain is measured; the run's own by default.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
         on_stage: called with what is done next, in a few words.
 
     Raises GateRejected where the model does not do as the adapter, which then lies under another
-    name; ConfigError for a name that is none, a place that is taken, and a family or tokenizer that
+    name; ConfigError for an unknown name, a place that is taken, and a family or tokenizer that
     GGUF is not written of; DamagedError for damaged files.
     """
     places = [place for place in (fused, gguf, peft) if place is not None]
@@ -263,7 +258,7 @@ def _read_training(
 ) -> tuple[FineTuneConfig | None, TrainedTokenizer]:
     """What an adapter was trained with, as its run or its provenance has it.
 
-    The configuration, None if there is none, and what is recorded of the tokenizer.
+    The configuration, or None, and what is recorded of the tokenizer.
     """
     if run is not None:
         if not run.dataset.is_file():
@@ -397,16 +392,14 @@ class _Exporting:
             return _Written("quantized", "kept", digest)
         leaves: Any = tree_flatten(model.parameters())
         dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
-        quantized: Quantized | None = "dequantized" if _is_quantized(self._folder) else None
-        return _Written(FORMATS[dtype], quantized, digest)
+        return _Written(FORMATS[dtype], _dequantized(self._folder), digest)
 
     def _write_gguf(self, draft: Path, quantization: Quantization) -> _Written:
         model, tokenizer, _ = self._fuse(dequantize=True, dtype=mx.float32)
         name = f"{self._folder.name}-{self._source.adapter.digest()[:12]}"
         write_gguf(draft, model, tokenizer, quantization, name)
         vocabulary = Vocabulary.of_tokenizer(tokenizer, int(find_family(model).args.vocab_size))
-        quantized: Quantized | None = "dequantized" if _is_quantized(self._folder) else None
-        return _Written(quantization, quantized, vocabulary.digest())
+        return _Written(quantization, _dequantized(self._folder), vocabulary.digest())
 
     def _read(self, draft: Path, written: _Written, reference: Reference) -> Reading:
         """What a fresh process reads of the artefact alone."""
@@ -468,9 +461,9 @@ class _Exporting:
         )
 
 
-def _is_quantized(base: Path) -> bool:
-    config = read_json(base / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    return any(key in config for key in QUANTIZATION_KEYS)
+def _dequantized(base: Path) -> Quantized | None:
+    """The word for weights written in full whose base is quantized; None for any other base."""
+    return "dequantized" if {*QUANTIZATION_KEYS} & read_model_config(base).keys() else None
 
 
 def _publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:

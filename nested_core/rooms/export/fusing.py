@@ -14,8 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from nested_core.errors import ConfigError
-from nested_core.models.base_model import TOKENIZER_FILES
+from nested_core.models.base_model import TOKENIZER_FILES, load_lazily
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import Adapter
 
@@ -37,25 +36,12 @@ def load_fused(
     `dtype` is what is fused in; None is the base's own. Arrays are computed when they are used.
     Raises ConfigError where the base cannot be loaded or the adapter does not fit it.
     """
-    from mlx_lm import load
     from mlx_lm.utils import dequantize_model
 
-    try:
-        loaded: Any = load(
-            str(base),
-            tokenizer_config={"trust_remote_code": trust_remote_code},
-            trust_remote_code=trust_remote_code,
-            lazy=True,
-            return_config=True,
-        )
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-        raise ConfigError(f"model: {base} could not be loaded: {error}") from error
-    model, tokenizer, config = loaded
+    model, tokenizer, config = load_lazily(base, trust_remote_code=trust_remote_code)
     if dtype is not None:
         model.set_dtype(dtype)
     attach_stored_adapter(model, adapter)
-    tensors = [(name, tensor.to_mlx()) for name, tensor in adapter.tensors.items()]
-    model.load_weights(tensors, strict=False)
     modules: Any = model.named_modules()
     fused = [
         (name, module.fuse(dequantize=dequantize))

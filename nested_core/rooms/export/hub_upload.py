@@ -82,9 +82,9 @@ def _read_card(named: NamedAdapter, adapter: Adapter) -> bytes:
     if named.run is not None:
         config = read_run_config(named.run)
         judged = confirm_recorded_verdict(config, named.run)
-        provenance = make_provenance(config, named.run, judged, None)
+        provenance = make_provenance(config, judged, None)
         name = config.registry.name if config.registry.path else named.run.path.resolve().name
-        card = render_card(str(name), adapter.digest(), provenance, judged.bound.verdict)
+        card = render_card(str(name), adapter.digest(), provenance, judged.verdict)
         return card.encode()
     if not all((folder / name).is_file() for name in (CARD_NAME, GATE_NAME, PROVENANCE_NAME)):
         raise ConfigError(
@@ -97,7 +97,7 @@ def _read_card(named: NamedAdapter, adapter: Adapter) -> bytes:
 
 
 def upload(prepared: Upload, *, public: bool = False) -> Upload:
-    """Send an upload in one commit; the repository is made where there is none, private by default.
+    """Send an upload in one commit; a missing repository is made, private by default.
 
     The token is the one that `hf auth login` stored, or HF_TOKEN. Raises ConfigError where the hub
     refuses or does not answer, and where the repository is public without `public`.

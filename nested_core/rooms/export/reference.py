@@ -62,7 +62,7 @@ class HeldOutRows:
     """The rows whose losses are compared.
 
     tokens: of each row. targets: the places in it that the loss counts. counts: how many.
-    clusters: the cluster of each row, None where each is its own.
+    clusters: the cluster of each row, None if each is its own.
     """
 
     file: str

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.backend import to_float
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.lora_tensors import module_name
@@ -129,7 +129,7 @@ def _load_each_adapter_in_turn(
         yield
 
 
-def _find_lost_change(judged: JudgedRun) -> list[Reason]:
+def _find_lost_change(judged: CheckedRun) -> list[Reason]:
     before, after = judged.before.to_mlx(), judged.after.to_mlx()
     model = LoadedBase.load(judged.config, as_stored=True).model
     fused, reasons = judge_fused_change(model, before, after)

@@ -142,7 +142,7 @@ class ModelFootprint:
     trained: the trained parameters, as float32.
     moments: the optimizer's state.
     activation_bytes: bytes of one element of an activation.
-    chunk_rows: rows of logits made at once; None where every position has its logits.
+    chunk_rows: rows of logits made at once; None if every position has its logits.
     is_packed: whether trained parameters and moments are kept a second time, packed by tier.
     dequantized: the largest quantized weight once it is dequantized; 0 without one.
     """

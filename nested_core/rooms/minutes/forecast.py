@@ -63,7 +63,7 @@ class Forecast:
         )
 
     def count_steps(self, seconds: float) -> int:
-        """The most steps that fit into these seconds with their verdict; 0 where none does."""
+        """The most steps that fit into these seconds with their verdict; 0 if no step fits."""
         most = int((seconds - self.opening - self.verdict) / self.step)
         fitting = (steps for steps in range(most, 0, -1) if self.seconds_of(steps) <= seconds)
         return next(fitting, 0)

@@ -10,6 +10,7 @@ from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.preflight import estimate_iterations
 from nested_core.records.dataset import read_dataset_record
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
@@ -28,6 +29,7 @@ class MeasuredRun:
 
     seconds_a_step: of training alone.
     training_seconds: of all steps.
+    seconds: of the whole run with its evaluations and its verdict.
     tokens_per_second: trained-on tokens, the median of the tried steps.
     device: what they were tried on.
     sizes: three sizes of the run with their minutes, in words.
@@ -35,6 +37,7 @@ class MeasuredRun:
 
     seconds_a_step: float
     training_seconds: float
+    seconds: float
     tokens_per_second: float
     device: str
     sizes: str
@@ -68,13 +71,12 @@ def measure_run(
     if config.training.minutes is not None:
         steps = max(1, _count_steps(forecast, config.training.minutes))
         config = config.model_copy(update={"iters": steps * every})
-    elif config.training.epochs is not None:
-        steps = ceil(config.training.epochs / passes)
     else:
-        steps = ceil(config.iters / every)
+        steps = ceil(estimate_iterations(config, run) / every)
     measured = MeasuredRun(
         seconds_a_step=forecast.step,
         training_seconds=steps * forecast.step,
+        seconds=_seconds_before(forecast) + forecast.seconds_of(steps),
         tokens_per_second=median(step.tokens / step.seconds for step in trial.measured),
         device=backend.device(),
         sizes=_describe_sizes(forecast, steps, passes),

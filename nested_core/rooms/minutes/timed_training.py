@@ -61,7 +61,9 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     def __init__(self, config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> None:
         training = config.training
         minutes = training.minutes or 0.0  # with none this is not made
-        if config.continual.replay.fraction or (training.processes, training.hostfile) != (1, None):
+        continual = config.continual
+        has_earlier = continual.replay.fraction or continual.policy != "continue"
+        if has_earlier or (training.processes, training.hostfile) != (1, None):
             raise ConfigError(
                 f"training.minutes: {minutes:g} minutes are counted in steps of one process, "
                 f"without replay. Give --iters, or leave continual.replay, training.processes and "
@@ -119,7 +121,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         return replace(fixed, began=self._began, spent=self._spent)
 
     def _fix_steps(self, session: Session) -> TimePlan:
-        """Try a few steps, and write how many fit; ConfigError where none does."""
+        """Try a few steps, and write how many fit; ConfigError if no step fits."""
         self._hooks.on_message("minutes: trying a few steps, which are thrown away")
         trial, forecast = self._measure(session)
         minutes = self._minutes

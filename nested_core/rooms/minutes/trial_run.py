@@ -87,7 +87,7 @@ def try_steps(
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
         trial = RunDirectory(Path(folder) / "run")
         trial.path.mkdir()
-        for file in (run.dataset, run.tiers, run.replay, run.replayed_rows):
+        for file in (run.dataset, run.tiers, run.start, run.replay, run.replayed_rows):
             if file.exists():
                 shutil.copyfile(file, trial.path / file.name)
         shutil.copytree(run.initial, trial.initial)

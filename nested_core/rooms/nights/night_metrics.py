@@ -10,10 +10,9 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
-from nested_core.records.run import Run
+from nested_core.records.run import AdapterRuns, Run
 from nested_core.registry import read_champion_changes
 from nested_core.registry.folders import name_exists
-from nested_core.report.pruning import AdapterRuns
 from nested_core.storage.folder_size import size_on_disk
 
 

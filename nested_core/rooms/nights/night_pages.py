@@ -132,7 +132,7 @@ class Night:
 
 @dataclass(frozen=True)
 class _NightFigures:
-    """What the files of a run say of its night; None where it did not come so far.
+    """What the files of a run say of its night; None if it did not come so far.
 
     outcome: where it is not what the night ended with, for its champion was rolled back since.
     """

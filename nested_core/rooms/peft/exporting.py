@@ -91,8 +91,7 @@ def _compare_with_base(modules: Collection[str], base: str) -> list[str]:
         f"{len(strange)} of {len(modules)} modules that the adapter changes are called otherwise "
         f"in the files of {folder}, or are not in them: PEFT would attach nothing there. Give "
         f"--model the base that PEFT is to load; if it is this one, mlx-lm renames its modules, "
-        f"and the adapter cannot be exported.\n"
-        + list_first_problems([f"  {name}" for name in strange])
+        f"and the adapter cannot be exported.\n" + list_first_problems(strange)
     )
 
 
@@ -113,7 +112,7 @@ def _read_factors(adapter: Adapter) -> dict[str, ModuleFactors]:
             f"an adapter of PEFT; `nested-tune export --fused DIR` writes a whole model."
         )
     problems = [
-        f"  {name}: {reason}"
+        f"{name}: {reason}"
         for name, tensor in sorted(adapter.tensors.items())
         if (reason := _describe_foreign_tensor(name, len(tensor.shape))) is not None
     ]

@@ -105,7 +105,7 @@ def read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]
     config = read_peft_config(folder)
     tensors = read_tensors(path, follow_links=True)
     problems = [
-        f"  {name:.150}: {reason}"
+        f"{name:.150}: {reason}"
         for name in sorted(tensors)
         for mark, reason in UNSUPPORTED_TENSOR_REASONS.items()
         if mark in name
@@ -121,7 +121,7 @@ def read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]
 def _require_ranks(config: PeftConfig, modules: Mapping[str, ModuleFactors], folder: Path) -> None:
     """The scale depends on the rank that the configuration says: it must be the tensors'."""
     problems = [
-        f"  {name}: rank {factors.rank}, but r is {config.r}"
+        f"{name}: rank {factors.rank}, but r is {config.r}"
         for name, factors in modules.items()
         if factors.rank != config.r
     ]
@@ -139,9 +139,9 @@ def _compare_tensors_with_targets(
     targets = config.target_modules_of(base.linear_modules())
     if targets is None:
         return ["the targets are no plain lists of names: no pattern is run, the tensors decide"]
-    problems = [f"  {name}: has no tensors" for name in sorted(targets - modules.keys())]
+    problems = [f"{name}: has no tensors" for name in sorted(targets - modules.keys())]
     problems += [
-        f"  {name}: has tensors, which PEFT would ignore" for name in modules if name not in targets
+        f"{name}: has tensors, which PEFT would ignore" for name in modules if name not in targets
     ]
     if problems:
         raise DamagedError(
@@ -160,7 +160,7 @@ def _require_linear(base: BaseModules, modules: Collection[str]) -> None:
         f"{len(strange)} of {len(modules)} modules that the adapter changes are no linear "
         f"modules of {base.folder}, as mlx-lm builds it: it is another base, or mlx-lm fuses, "
         f"ties or renames them. Give --model the base that the adapter was trained on.\n"
-        + list_first_problems([f"  {name}" for name in strange])
+        + list_first_problems(strange)
     )
 
 
@@ -213,7 +213,7 @@ def _require_attachable(base: BaseModules, adapter: Path, tensors: Collection[st
         strange = sorted(attached ^ set(tensors))
         raise ConfigError(
             f"mlx-lm attaches other tensors to {base.folder} than the adapter holds:\n"
-            + list_first_problems([f"  {name}" for name in strange])
+            + list_first_problems(strange)
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, list_first
 from nested_core.models.lora_tensors import FACTOR_DTYPES, LORA_FACTORS
 from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 
@@ -42,7 +42,7 @@ class TensorNaming:
     is_transposed: bool
 
     def parse_tensor_name(self, name: str) -> tuple[str, str] | None:
-        """A tensor's module and leaf (lora_a or lora_b); None where it is neither."""
+        """A tensor's module and leaf (lora_a or lora_b); None if it is neither."""
         for leaf, suffix in self.leaves.items():
             module = name.removeprefix(self.prefix).removesuffix(suffix)
             if module and name == self.prefix + module + suffix:
@@ -72,14 +72,14 @@ def group_by_module(
     for name, tensor in sorted(tensors.items()):
         parsed = naming.parse_tensor_name(name)
         if parsed is None:
-            problems.append(f"  {name}: no tensor of a LoRA module")
+            problems.append(f"{name}: no tensor of a LoRA module")
             continue
         module, leaf = parsed
         modules.setdefault(module, {})[leaf] = transpose_as_stored(tensor, naming)
     for module, leaves in modules.items():
         problems += _module_problems(module, leaves, naming)
     if not modules:
-        problems.append("  no tensor at all")
+        problems.append("no tensor at all")
     if problems:
         raise DamagedError(
             f"{path} does not hold a whole adapter as its configuration describes it:\n"
@@ -104,9 +104,8 @@ def list_first_problems(problems: list[str]) -> str:
 
     They hold names out of a stranger's file: nothing in them may steer a terminal.
     """
-    shown = [_escape_unprintable(problem) for problem in problems[:MAX_SHOWN_PROBLEMS]]
-    more = len(problems) - MAX_SHOWN_PROBLEMS
-    return "\n".join(shown + ([f"  and {more} more"] if more > 0 else []))
+    escaped = map(_escape_unprintable, problems)
+    return "\n".join(f"  {problem}" for problem in list_first(escaped, MAX_SHOWN_PROBLEMS))
 
 
 def _escape_unprintable(text: str) -> str:
@@ -125,10 +124,10 @@ def _module_problems(
     module: str, leaves: Mapping[str, StoredTensor], naming: TensorNaming
 ) -> list[str]:
     if missing := [leaf for leaf in LORA_FACTORS if leaf not in leaves]:
-        return [f"  {naming.tensor_name(module, leaf)}: missing" for leaf in missing]
+        return [f"{naming.tensor_name(module, leaf)}: missing" for leaf in missing]
     complaints = {leaf: _tensor_problem(leaf, leaves) for leaf in LORA_FACTORS}
     return [
-        f"  {naming.tensor_name(module, leaf)}: {complaint}"
+        f"{naming.tensor_name(module, leaf)}: {complaint}"
         for leaf, complaint in complaints.items()
         if complaint is not None
     ]

@@ -134,7 +134,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         config = PeftConfig.model_validate(values)
     except ValidationError as error:
         problems = [
-            f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:20]
+            f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:20]
         ]
         raise DamagedError(f"{path} is malformed:\n{list_first_problems(problems)}") from error
     if problems := _unsupported_settings(config):
@@ -148,12 +148,12 @@ def read_peft_config(folder: Path) -> PeftConfig:
 def _unsupported_settings(config: PeftConfig) -> list[str]:
     problems = []
     if config.peft_type != "LORA":
-        problems.append(f"  peft_type: {config.peft_type!r:.40}, expected 'LORA'")
+        problems.append(f"peft_type: {config.peft_type!r:.40}, expected 'LORA'")
     if config.task_type not in (None, "CAUSAL_LM"):
-        problems.append(f"  task_type: {config.task_type!r:.40}, expected 'CAUSAL_LM'")
+        problems.append(f"task_type: {config.task_type!r:.40}, expected 'CAUSAL_LM'")
     if config.init_lora_weights not in INITS_KEEPING_THE_BASE:
         problems.append(
-            f"  init_lora_weights: {config.init_lora_weights!r:.40} changes the base model; save "
+            f"init_lora_weights: {config.init_lora_weights!r:.40} changes the base model; save "
             f"it with PEFT's path_initial_model_for_weight_conversion first"
         )
     for key, value in (config.model_extra or {}).items():
@@ -161,5 +161,5 @@ def _unsupported_settings(config: PeftConfig) -> list[str]:
             reason = UNSUPPORTED_SETTING_REASONS.get(
                 key, "not known here, so it might change what is computed"
             )
-            problems.append(f"  {key:.40}: {value!r:.40}: {reason}")
+            problems.append(f"{key:.40}: {value!r:.40}: {reason}")
     return problems

@@ -27,12 +27,12 @@ from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.lines.example_parsing import UNTEMPLATED_FORMATS, find_format
 from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.sources.split_files import open_splits
-from nested_core.models.base_model import MAX_CONFIG_BYTES, find_model_folder
+from nested_core.models.base_model import find_model_folder, read_model_config
 from nested_core.pipeline.learning_rate_rule import BEST_PRODUCTS, USUAL_PRODUCT
 from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.dataset import DatasetReport
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
-from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_json
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 # tinker-cookbook, hyperparam_utils.py: the rate falls with (2000 / hidden size) to this power.
 REFERENCE_WIDTH = 2000
@@ -139,8 +139,9 @@ def suggest_learning_rate(alpha: float, base: Path, *, continues: bool = False) 
         continues: whether training goes on from an adapter that was trained before.
     """
     product = USUAL_PRODUCT
-    config: Any = read_json(base / "config.json", MAX_CONFIG_BYTES, follow_links=True)
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    config = read_model_config(base)
+    section = config.get("text_config")
+    text = section if isinstance(section, dict) else config
     width = text.get("hidden_size")
     if isinstance(width, int) and width > REFERENCE_WIDTH:
         power = POWERS_OF_WIDTH.get(str(text.get("model_type")), POWER_OF_OTHERS)
@@ -248,7 +249,6 @@ def _render_yaml(
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
-    continuing = lora.learning_rate * SHARE_WHEN_CONTINUING
     masks_prompt = str(train.format not in (None, *UNTEMPLATED_FORMATS)).lower()
     return f"""\
 # Written by `nested-tune init` for {train.describe_format()}.
@@ -292,7 +292,7 @@ nested: {{frequencies: [1]}}
 {_describe_held_out(base, report)}{_GATE}
 # Where a verified adapter is registered, and when it becomes the champion by itself.
 # registry: {{path: registry, name: my-adapter, promote: better}}
-# continual: {{from: champion}}  # every run goes on from it: then learning_rate: {continuing:g}
+# continual: {{from: champion}}  # every run goes on from it, at 0.3 of the learning_rate above
 """
 
 

@@ -25,16 +25,17 @@ class MlxLmReporter(Reporter):
 
     def add_step(self, state: TrainingState, first: int, result: StepResult) -> None:
         """Add a step's micro-batches, from number `first`, and report in between."""
-        last = first + len(result.micro_batches)
+        last, every = first + len(result.micro_batches), self.setup.step_schedule.intervals.report
         for done, micro_batch in enumerate(result.micro_batches, start=first + 1):
             self.window.add_micro_batch(micro_batch)
-            if done < last and self.is_due(done - 1, done):
+            if done < last and done % every == 0:
                 with self.window.pausing_clock():
                     self.write(state, done, self.report(state, done))
 
-    def after_step(self, state: TrainingState, first: int, evaluation: dict[str, Any]) -> None:
+    def after_step(self, state: TrainingState, evaluation: dict[str, Any], *, is_due: bool) -> None:
         """Report if the last iteration completes a multiple: others were within the step."""
-        super().after_step(state, state.iteration - 1, evaluation)
+        every = self.setup.step_schedule.intervals.report
+        super().after_step(state, evaluation, is_due=state.iteration % every == 0)
 
 
 class MlxLmValidation(Validation):
@@ -50,7 +51,7 @@ class MlxLmValidation(Validation):
         every, end = schedule.intervals.evaluation, schedule.iterations
         return [each - 1 for each in iterations if each == end or each % every == 0]
 
-    def after_step(self, state: TrainingState, first: int) -> dict[str, Any]:
+    def after_step(self, state: TrainingState, *, is_due: bool) -> dict[str, Any]:
         """Nothing is evaluated after a step."""
         return {}
 

@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.champion import CHAMPION
-from nested_core.gate.checks.judged import Check, JudgedRun
+from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
 from nested_core.measure.losses.left_out_examples import find_left_out
-from nested_core.measure.losses.loss_figures import compare_losses, describe_noise
+from nested_core.measure.losses.loss_figures import Spread, compare_losses, describe_noise
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.paired_difference import Indices
@@ -39,7 +38,7 @@ from nested_core.text.loss_format import format_change
 from nested_core.text.stages import stages
 
 
-def _compare_on_ancestors(judged: JudgedRun) -> Iterator[Reason]:
+def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
     champion, section = judged.champion, judged.config.registry
     if not isinstance(champion, Champion) or section.path is None or section.name is None:
         return
@@ -52,7 +51,7 @@ def _compare_on_ancestors(judged: JudgedRun) -> Iterator[Reason]:
 
 
 def _measure(
-    judged: JudgedRun, champion: Champion, chosen: list[AncestorExamples]
+    judged: CheckedRun, champion: Champion, chosen: list[AncestorExamples]
 ) -> Iterator[AncestorLoss]:
     """What gate.json says of each ancestor; all their examples are measured in one pass."""
     rows = [row for ancestor in chosen for row in ancestor.rows]
@@ -64,23 +63,12 @@ def _measure(
     stages.info("gate: losses on what %d earlier versions were judged by", count)
     split = tokenize_stored_rows(judged.config, rows)
     examples = HeldOutExamples(split, "held-out examples", selected_on_same_data=False)
-    is_supervised = examples.is_example_supervised
-    lines = split.lines[is_supervised].astype(np.int64)
     ((before, tokens),) = champion.base.example_loss_sums((champion.adapter.path,), split)
     ((after, _),) = judged.base.example_loss_sums((judged.after.path,), split)
-    tokens = tokens[is_supervised]
-    losses = ExampleLosses(
-        file=examples.file,
-        lines=lines,
-        tokens=tokens,
-        before=before[is_supervised] / tokens,
-        after=after[is_supervised] / tokens,
-        clusters=examples.clusters,
-    )
-    digests = digest_examples(split)[is_supervised]
-    is_seen = find_left_out(digests, judged.trained_on, champion.training_examples)
+    losses = examples.make_losses(tokens, before=before, after=after)
+    is_seen = find_left_out(examples.digests, judged.trained_on, champion.training_examples)
     yield from summarise_ancestors(
-        chosen, losses.leaving_out(is_seen), ages[lines - 1], judged.bounds
+        chosen, losses.leaving_out(is_seen), ages[losses.lines - 1], judged.bounds
     )
 
 
@@ -93,11 +81,12 @@ def summarise_ancestors(
     """The figures of each ancestor, and of those joined that have too few examples by themselves.
 
     An ancestor with fewer than MIN_EXAMPLES independent examples has no interval, and rejects
-    nothing. Two or more of these are judged as one where they have so many together.
+    nothing. Two or more of these are judged as one where they have so many together. One with few
+    examples is judged by the spread of all ancestors' together.
 
     Args:
         ancestors: where the examples are from.
-        losses: of all of them; those that were trained on are left out. None where there are none.
+        losses: of all examples, those that were trained on left out. None without examples.
         owners: the place in `ancestors` that each loss belongs to, int64 (n,).
         bounds: the gate's.
     """
@@ -114,12 +103,16 @@ def summarise_ancestors(
     together = losses.select(np.isin(owners, few) & is_counted)
     is_joined = len(few) > 1 and together.independent_examples >= MIN_EXAMPLES
     comparisons = sum(count >= MIN_EXAMPLES for count in counts) + is_joined
+    compared = (own.compare_trained_with(own.before) for own in measured if own is not None)
+    spread = Spread.pool(filter(None, compared))
     for place, (ancestor, own) in enumerate(zip(ancestors, measured, strict=True)):
         left_out = int(((owners == place) & ~is_counted).sum())
-        yield summarise_ancestor(ancestor, own, bounds, left_out=left_out, ancestors=comparisons)
+        yield summarise_ancestor(
+            ancestor, own, bounds, left_out=left_out, ancestors=comparisons, spread=spread
+        )
     if is_joined:
         joined = AncestorExamples(JOINED, None)
-        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons)
+        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons, spread=spread)
         yield replace(found, joined=tuple(ancestors[place].version for place in few))
 
 
@@ -130,15 +123,17 @@ def summarise_ancestor(
     *,
     left_out: int = 0,
     ancestors: int = 1,
+    spread: Spread | None = None,
 ) -> AncestorLoss:
     """The figures of a champion's losses before, and the candidate's after, on an ancestor's rows.
 
     Args:
         ancestor: where the examples are from.
-        losses: of those that are compared; None where there are none.
+        losses: of the examples that are compared; None without examples.
         bounds: the gate's.
         left_out: how many are not compared because they were trained on.
         ancestors: how many are compared, for which the interval is corrected (Bonferroni).
+        spread: that of all their examples.
     """
     bounds = bounds or GateSection()
     compared = AncestorLoss(
@@ -157,7 +152,9 @@ def summarise_ancestor(
         return replace(compared, not_compared=problem)
     increase = bounds.max_ancestor_loss_increase
     increase = bounds.max_val_loss_increase if increase is None else increase
-    figures = compare_losses(losses, losses.before, bounds, increase, comparisons=ancestors)
+    figures = compare_losses(
+        losses, losses.before, bounds, increase, comparisons=ancestors, spread=spread
+    )
     if not figures:
         return replace(compared, not_compared="a loss is not finite")
     return replace(
@@ -193,4 +190,3 @@ ANCESTORS = Check(
     stopped_by=(*WITHOUT_MODEL, CHAMPION),
     bounds=("max_ancestor_loss_increase",),
 )
-CHECKS = (ANCESTORS,)

@@ -37,13 +37,13 @@ MAX_ROWS_PER_ANCESTOR = 200
 class AncestorExamples:
     """What is left of the held-out examples of one version.
 
-    registered: when it was registered, as ISO 8601; None where that is not known.
+    registered: when it was registered, as ISO 8601; None if that is not known.
     rows: those to judge by, drawn by their digests where there are more than
         MAX_ROWS_PER_ANCESTOR, so that each night draws the same.
     superseded: how many have another answer in newer data.
     repeated: how many newer data holds out too.
     missing: how many the store has lost.
-    problem: why there are none; None where there are.
+    problem: why it has no examples; None if it has some.
     """
 
     version: str
@@ -93,7 +93,7 @@ def choose_ancestor_examples(
 
 
 def _read_stored(registry: Path, name: str, version: str) -> StoredData | None:
-    """The examples of a version; None where the list of them is damaged, which `audit` tells."""
+    """The examples of a version; None if the list of them is damaged, which `audit` tells."""
     try:
         return read_stored_data(registry, name, version)
     except DamagedError:
@@ -119,7 +119,7 @@ def _describe_none_left(why: Sequence[str | None]) -> str:
 
 
 def _why_left_out(row: Mapping[str, Any], newer: NewData) -> str | None:
-    """Whether newer data repeats or supersedes a row; None where neither is so."""
+    """Whether newer data repeats or supersedes a row; None if it does neither."""
     keys = RowKeys.of(row)
     if keys.folded in newer.held_out:
         return "repeated"

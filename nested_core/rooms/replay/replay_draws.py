@@ -74,7 +74,7 @@ def _share_draws(rows: Sequence[int], weighting: Weighting) -> npt.NDArray[np.fl
 
 
 def _take_turns(shares: npt.NDArray[np.float64], draws: int) -> Int64:
-    """The group of each draw, int64 [draws]; none where no group has any share."""
+    """The group of each draw, int64 [draws]; none if no group has any share."""
     if not shares.sum():
         return np.zeros(0, np.int64)
     places = (np.arange(draws) + 0.5) * _GOLDEN_RATIO % 1.0

@@ -11,9 +11,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from nested_core.errors import DamagedError, describe_first_problem, go_on_with, join_first_values
+from nested_core.errors import DamagedError, go_on_with, join_first_values, naming_damaged_file
+from nested_core.records.start import CONFIGURED, Choice
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.untrusted_files import UNBOUNDED, read_regular, regular_sha256
 from nested_core.text.digest_format import shorten_digest
@@ -83,9 +84,11 @@ class ReplaySource(BaseModel):
 
 
 class ReplayRecord(BaseModel):
-    """What is replayed, with what it was chosen by.
+    """The earlier examples of a run, with what they were chosen by.
 
-    fraction: of each batch; weighting: how often examples of older sources come.
+    choice: whether the run goes on from the champion, and replays them, or is rebuilt, and trained
+        on all of them as often as on its own.
+    fraction: of each batch, where they are replayed; weighting: how often older sources come.
     start: the champion whose lineage the sources are; None for files, and before the first.
     removed: the ancestor at which the known lineage ends, because gc removed it; None for a whole.
     sources: newest first.
@@ -95,6 +98,7 @@ class ReplayRecord(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
+    choice: Choice
     fraction: float
     weighting: Literal["uniform", "recent"]
     start: str | None
@@ -104,14 +108,20 @@ class ReplayRecord(BaseModel):
     removed: str | None = None
 
     @property
+    def is_rebuilt(self) -> bool:
+        """Whether the run is trained from the base on all of them."""
+        return self.choice.policy == "rebuild"
+
+    @property
     def examples(self) -> int:
-        """How many examples are replayed."""
+        """How many examples of earlier data the run is trained on."""
         return sum(source.examples for source in self.sources)
 
     @property
     def content_digest(self) -> str:
         """SHA-256 over what shapes the adapter: the examples, whatever sources they are from."""
-        facts = [[source.digest for source in self.sources if source.examples], *self.dropped]
+        digests = [source.digest for source in self.sources if source.examples]
+        facts = [self.choice.policy, digests, *self.dropped]
         return sha256(canonical_json(facts)).hexdigest()
 
     def problems(self) -> list[str]:
@@ -121,9 +131,16 @@ class ReplayRecord(BaseModel):
     def describe(self) -> Iterator[str]:
         """Sentences: what is replayed of which source, what is not, what is missing."""
         listed = "; ".join(source.describe() for source in self.sources if source.rows)
-        if listed:
+        if self.choice != CONFIGURED:
+            what = "rebuilding from the base" if self.is_rebuilt else "going on from the champion"
+            yield f"{what}: {self.choice.reason}{self.choice.describe_seconds()}"
+        if self.is_rebuilt and listed:
+            yield f"rebuilding: beside the new rows, {listed}"
+        elif self.is_rebuilt:
+            yield "rebuilding: there is no earlier data"
+        elif listed:
             yield f"replay: {self.fraction:.3g} of each batch, from {listed}"
-        else:
+        elif self.fraction:
             yield "replay: there is no earlier data to replay"
         if count := sum(source.superseded for source in self.sources):
             prompts = [row.prompt for source in self.sources for row in source.named]
@@ -146,14 +163,9 @@ class ReplayRecord(BaseModel):
 
 def read_replay(record: Path) -> ReplayRecord:
     """Read replay.json; DamagedError if it is no such record."""
-    try:
+    remedy = "The run wrote this file: bring it back, or start a new run."
+    with naming_damaged_file(record, remedy, go_on_with()):
         return ReplayRecord.model_validate_json(read_regular(record, UNBOUNDED))
-    except ValidationError as error:
-        raise DamagedError(
-            f"{record}: {describe_first_problem(error)}. The run wrote this file: bring it back, "
-            f"or start a new run.",
-            advice=go_on_with(),
-        ) from error
 
 
 def require_replayed_rows(record: ReplayRecord, rows: Path) -> None:

@@ -7,13 +7,14 @@ examples that are left, as many are chosen as the run has room for, by its seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
@@ -29,6 +30,10 @@ from nested_core.rooms.replay.replay_record import (
 )
 
 Row = Mapping[str, Any]
+Int64 = npt.NDArray[np.int64]
+# Of contents of rows, the age of each row's source (0 is the newest) and the rows a source has:
+# which rows, by number, ascending.
+Select = Callable[[Sequence[bytes], Int64, Sequence[int]], Int64]
 
 
 @dataclass
@@ -72,7 +77,7 @@ def read_new_data(config: FineTuneConfig) -> NewData:
 
 
 def read_held_out_file(config: FineTuneConfig) -> Sequence[Row]:
-    """The rows of the file that `gate.held_out` names; none where it names a split, or is gone."""
+    """The rows of the file that `gate.held_out` names; none if it names a split, or is gone."""
     path = Path(config.gate.held_out)
     if config.gate.held_out in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
         return []
@@ -83,7 +88,7 @@ def read_held_out_file(config: FineTuneConfig) -> Sequence[Row]:
 
 @dataclass(frozen=True)
 class EarlierData:
-    """A data set of an earlier night: its rows, or why there are none.
+    """A data set of an earlier night: its rows, or why it has no rows.
 
     version, file, problem: as `ReplaySource` has them.
     train: what may be replayed; held_out: its valid and test sets, and the file of the gate.
@@ -109,24 +114,47 @@ class ChosenExamples:
     dropped: tuple[bytes, ...]
 
 
+def select_for_draws(draws: int, weighting: Weighting, seed: int) -> Select:
+    """As many as a run has room for that mixes in so many rows, a row counted each time."""
+
+    def select(contents: Sequence[bytes], ages: Int64, sizes: Sequence[int]) -> Int64:
+        """By the draws of `choose_rows`."""
+        return choose_rows(ages, sizes, draws, weighting, seed)
+
+    return select
+
+
+def select_reservoir(most: int | None, seed: int) -> Select:
+    """All rows, or where they are more than `most`, a sample of so many by seed and content.
+
+    Each row has one place in an order, by the SHA-256 of seed and content, and the first ones are
+    taken: a row that is there stays in the sample from night to night until better ones come.
+    """
+
+    def select(contents: Sequence[bytes], ages: Int64, sizes: Sequence[int]) -> Int64:
+        """By the order."""
+        order = sorted(
+            range(len(contents)), key=lambda row: sha256(b"%d\0" % seed + contents[row]).digest()
+        )
+        return np.sort(np.array(order[:most], np.int64))
+
+    return select
+
+
 def choose_replayed_examples(
     new: NewData,
     earlier: Sequence[EarlierData],
     *,
-    draws: int,
-    weighting: Weighting,
+    select: Select,
     max_generations: int | None,
-    seed: int,
 ) -> ChosenExamples:
-    """Choose what is replayed of earlier data, newest first, and say what is not.
+    """Choose what a run is trained on of earlier data, newest first, and say what is not.
 
     Args:
         new: the data of the run.
         earlier: all sources; what any of them holds out is not trained on, whatever its age.
-        draws: how many rows the run mixes in, an example counted each time.
-        weighting: how often examples of older sources come.
-        max_generations: how many of the newest sources are replayed; None is all.
-        seed: the run's.
+        select: which of the rows that may be trained on are.
+        max_generations: how many of the newest sources are used; None is all.
     """
     held_out = {RowKeys.of(row).folded for data in earlier for row in data.held_out}
     dropped = sorted(content for content, folded in new.train.items() if folded in held_out)
@@ -140,8 +168,8 @@ def choose_replayed_examples(
         candidates.append(sorted(fresh))
     sizes = [len(own) for own in candidates]
     ages = np.repeat(np.arange(len(sizes)), sizes)
-    places = choose_rows(ages, sizes, draws, weighting, seed)
     rows = [row for own in candidates for row in own]
+    places = select([content for content, _ in rows], ages, sizes)
     chosen = [[rows[n] for n in places[ages[places] == age]] for age in range(len(sizes))]
     return ChosenExamples(
         tuple(

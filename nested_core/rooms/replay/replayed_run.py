@@ -6,6 +6,7 @@ goes on: it reads its sources no more.
 
 from __future__ import annotations
 
+from functools import partial
 from hashlib import sha256
 from math import ceil
 from typing import Any
@@ -13,21 +14,30 @@ from typing import Any
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.batches import BatchOrder
 from nested_core.data.earlier_examples import MixedExamples
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Int64, TokenizedSplit
 from nested_core.errors import ConfigError
+from nested_core.records.start import CONFIGURED, Choice
+from nested_core.rooms.replay.policy import Decision, Gathered, decide
 from nested_core.rooms.replay.replay_record import (
     ReplayRecord,
     read_replay,
     require_replayed_rows,
 )
-from nested_core.rooms.replay.replay_sources import read_champions_lineage, read_files
+from nested_core.rooms.replay.replay_sources import Lineage, read_champions_lineage, read_files
 from nested_core.rooms.replay.replayed_batches import (
     JoinedSplits,
     ReplayedBatchOrder,
     ReplayedRows,
 )
-from nested_core.rooms.replay.replayed_examples import choose_replayed_examples, read_new_data
+from nested_core.rooms.replay.replayed_examples import (
+    ChosenExamples,
+    choose_replayed_examples,
+    read_new_data,
+    select_for_draws,
+    select_reservoir,
+)
 from nested_core.storage.atomic import write_bytes, write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
@@ -45,27 +55,34 @@ class ReplayOfRun:
         return read_replay(self._run.replay)
 
     def choose(self) -> None:
-        """Choose what the run replays, and write it.
+        """Choose what the run is trained on of earlier data, and whether it goes on; write it.
 
-        Raises ConfigError where a source is missing or has changed, under `replay.missing: error`.
+        Raises ConfigError where a source is missing or has changed, under `replay.missing: error`,
+        and for `policy: auto` without the room minutes.
         """
         config, run, replay = self._config, self._run, self._config.continual.replay
         new = read_new_data(config)
-        batches = config.iters
-        if config.training.epochs is not None:
-            rows = config.training.epochs * new.rows
-            batches = ceil(rows / (config.batch_size * (1 - replay.fraction))) + 1
         lineage = read_champions_lineage(config)
-        chosen = choose_replayed_examples(
-            new,
-            lineage.data if replay.is_lineage else read_files(config),
-            draws=int(batches * config.batch_size * replay.fraction),
-            weighting=replay.weighting,
-            max_generations=replay.max_generations,
-            seed=config.seed,
+        earlier = lineage.data if replay.is_lineage else read_files(config)
+        choose = partial(
+            choose_replayed_examples, new, earlier, max_generations=replay.max_generations
         )
+        decision = Decision(CONFIGURED)
+        if config.continual.policy != "continue":
+            chosen = choose(select=select_reservoir(None, config.seed))
+            gathered = _count_gathered(new.rows, chosen, lineage)
+            decision = decide(config, lineage.champion, gathered)
+        if decision.choice.policy == "continue":
+            batches = self.estimate_batches_of_replay(new.rows)
+            if config.training.epochs is not None:
+                batches += 1  # the last one may be begun
+            draws = int(batches * config.batch_size * replay.fraction)
+            chosen = choose(select=select_for_draws(draws, replay.weighting, config.seed))
+        elif decision.most is not None:
+            chosen = choose(select=select_reservoir(decision.most, config.seed))
         content = b"".join(chosen.lines)
         record = ReplayRecord(
+            choice=decision.choice,
             fraction=replay.fraction,
             weighting=replay.weighting,
             start=lineage.champion,
@@ -83,6 +100,10 @@ class ReplayOfRun:
             )
         write_bytes(run.replayed_rows, content)
         write_json(run.replay, record.model_dump(mode="json"))
+
+    def read_choice(self) -> Choice:
+        """Whether the run goes on from the champion or is rebuilt, and why."""
+        return self._record.choice
 
     def describe(self) -> list[str]:
         """Sentences on what the run replays."""
@@ -134,9 +155,40 @@ class ReplayOfRun:
             ],
         }
 
+    def estimate_iterations(self, rows: int) -> int:
+        """About how many batches the run takes that has so many training examples of its own."""
+        if self._record.is_rebuilt:
+            return self._count_rebuilt_batches(rows, rows + self.count())
+        return self.estimate_batches_of_replay(rows)
+
+    def estimate_batches_of_replay(self, rows: int) -> int:
+        """The same where earlier examples are replayed in every batch."""
+        config = self._config
+        if config.training.epochs is None:
+            return config.iters
+        new_share = 1 - config.continual.replay.fraction
+        return ceil(config.training.epochs * ceil(rows / (config.batch_size * new_share)))
+
+    def _count_rebuilt_batches(self, own: int, rows: int) -> int:
+        """Batches of a rebuilt run: each of all `rows` is used as often as `own` rows would be."""
+        config = self._config
+        if config.training.epochs is None:
+            return ceil(config.iters * rows / own)
+        return ceil(config.training.epochs * ceil(rows / config.batch_size))
+
     def mix(self, new: TokenizedSplit, earlier: TokenizedSplit) -> MixedExamples:
         """The batches of the run; `earlier` is replay.jsonl, tokenised."""
         config, record = self._config, self._record
+        joined = JoinedSplits(new, earlier)
+        if record.is_rebuilt:
+            lengths = np.concatenate([new.lengths, earlier.lengths])
+            shuffled = BatchOrder(
+                lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
+            )
+            batches = self._count_rebuilt_batches(len(new), len(lengths))
+            return MixedExamples(
+                joined, shuffled, batches, partial(_sum_of_later_rows, shuffled, len(new))
+            )
         ends = np.cumsum([source.examples for source in record.sources])
         plan = ReplayedBatchOrder(
             new.lengths,
@@ -151,4 +203,22 @@ class ReplayOfRun:
             config.seed,
             max_seq_length=config.max_seq_length,
         )
-        return MixedExamples(JoinedSplits(new, earlier), plan, plan.sum_replayed)
+        epochs = config.training.epochs
+        batches = config.iters if epochs is None else plan.count_batches(epochs)
+        return MixedExamples(joined, plan, batches, plan.sum_replayed)
+
+
+def _sum_of_later_rows(order: BatchOrder, first: int, values: Int64, batches: int) -> int:
+    """The sum of a value a row over the rows from number `first` on, in so many batches."""
+    rows = [order.batch(index).rows for index in range(batches)]
+    used = np.concatenate([np.zeros(0, np.int32), *rows])
+    return int(values[used[used >= first]].sum())
+
+
+def _count_gathered(new: int, everything: ChosenExamples, lineage: Lineage) -> Gathered:
+    """How many rows the run could be trained on, and how many no rebuilt version has seen."""
+    counts = [source.examples for source in everything.sources]
+    since = None
+    if lineage.rebuilt is not None:
+        since = new + sum(counts[: lineage.rebuilt])
+    return Gathered(new, sum(counts), since)

@@ -177,7 +177,7 @@ class VersionedGenerator(ResponseGenerator):
         super().__init__(provider, prompt_cache)
 
     def _run_generate(self) -> None:
-        """As mlx_lm's; an error ends the answers under way, and the thread where there is none."""
+        """As mlx_lm's; an error ends the answers under way, or without any the thread."""
         try:
             while not self._stop:
                 try:
@@ -195,7 +195,7 @@ class VersionedGenerator(ResponseGenerator):
             self._is_ready.set()
 
     def _end_requests_under_way(self, error: Exception) -> None:
-        """End the requests at which mlx_lm's loop ended; raise the error where there are none."""
+        """End the requests at which mlx_lm's loop ended; without any raise the error."""
         taken = [request for request in list(self.under_way.values()) if request.queue is not None]
         if not taken:
             raise error
@@ -288,7 +288,7 @@ class VersionedGenerator(ResponseGenerator):
         """Tokenise a prompt, and make all that its request sets, in the client's thread.
 
         What is raised later ends the generation thread, and what mlx_lm raises while it samples
-        leaves mlx's random state unusable. A bias for a token that there is none of writes out of
+        leaves mlx's random state unusable. A bias for a token that does not exist writes out of
         an array's bounds. Raises RequestRefused, whatever it was that could not be made.
         """
         tokenizer = self.model_provider.request_tokenizer

@@ -93,7 +93,7 @@ class ChampionFollower:
     def find_version(self, name: str, wanted: str) -> ServedVersion:
         """The version that a request asks for by NAME or NAME@VERSION, which is then checked.
 
-        Raises ConfigError where there is none, DamagedError where it is not what was registered,
+        Raises ConfigError for an unknown version, DamagedError where it is not what was registered,
         CanaryFailed where its canary fails.
         """
         current = self.names[name].current

@@ -61,7 +61,7 @@ class NameStatus:
     requests: how many were begun for the name, for whichever version.
     last_swap_seconds: from finding the champion changed to serving it; None before any swap.
     swaps: how often another version began to be served.
-    refused: a champion that is not served, with the reason; None where the champion is served.
+    refused: a champion that is not served, with the reason; None if the champion is served.
     """
 
     current: ServedVersion

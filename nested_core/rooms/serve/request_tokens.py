@@ -25,7 +25,7 @@ class RequestTokenizer:
     """
 
     def __init__(self, tokenizer: Any, context: int | None) -> None:
-        """`context` is how many tokens the model sees; None where it is not known."""
+        """`context` is how many tokens the model sees; None if it is not known."""
         self._tokenizer = tokenizer
         self._context = context
         self._longest_token = max(len(str(text).encode()) for text in tokenizer.get_vocab())

@@ -96,8 +96,6 @@ def _attach_to_copy(base: nn.Module, adapter: Adapter) -> nn.Module:
     arrays = (leaf for _, leaf in leaves if isinstance(leaf, mx.array))
     model: nn.Module = copy.deepcopy(base, {id(array): array for array in arrays})
     attach_stored_adapter(model, adapter)
-    tensors = [(name, tensor.to_mlx()) for name, tensor in adapter.tensors.items()]
-    model.load_weights(tensors, strict=False)
     model.eval()
     mx.eval(model.parameters())
     return model

@@ -79,7 +79,7 @@ class SweepChoice:
         return cls(family.count, interval, found)
 
     def why_not_better(self) -> str | None:
-        """Why the choice may be luck, or None where it is not."""
+        """Why the choice may be luck; None for a choice that is shown to be better."""
         if self.chosen_among == 1:
             return None
         among = f"the best of {self.chosen_among} candidates on the examples that chose it"

@@ -25,7 +25,7 @@ class SweepRunResult:
     """What one run of a sweep came to.
 
     val_loss is the best validation loss, by which the sweep chooses; loss is the gate's, on its
-    held-out examples. Each is None where there is none.
+    held-out examples. Each is None if it was not measured.
     """
 
     run_dir: str
@@ -121,7 +121,7 @@ def _format_score(arm: Arm, step: int) -> str | None:
 
 
 def choose_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None:
-    """The verified run of the lowest validation loss, or None where none was verified.
+    """The verified run of the lowest validation loss; None without a verified run.
 
     Test examples choose nothing: they judge the one choice. Without any validation loss the gate's
     decides.

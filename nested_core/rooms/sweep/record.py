@@ -20,7 +20,7 @@ class Arm:
 
     point: key -> value, where it differs from the configuration; empty for that itself.
     scores: by the rung's step, the best so far, lower first: the validation loss in nats a token,
-        or the share of wrong answers and the loss; None where it was not finite or training
+        or the share of wrong answers and the loss; None if it was not finite or training
         diverged.
     """
 
@@ -41,7 +41,7 @@ class SweepRecord:
     select_by: `loss`, or the suite whose answers choose.
     digest: of the configuration and what was asked for; a resumed sweep has the same.
     rungs: the optimizer steps at which arms are compared; the last one is a whole run.
-    budget: optimizer steps of all arms together; None where they are not bounded.
+    budget: optimizer steps of all arms together; None if they are not bounded.
     arms: the configuration itself first.
     rounds: the arms, by number, of each round.
     seconds: of training and evaluations so far.

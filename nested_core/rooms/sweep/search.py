@@ -100,7 +100,7 @@ class SweepResult:
     record: the arms and their scores; `record.chosen` is the winner's number.
     run: the winner's run directory, of which the whole configuration is trained and judged.
     choice: the winner's losses less those of the configuration itself, and among how many
-        candidates it was chosen; None where the configuration itself is the winner.
+        candidates it was chosen; None if the configuration itself is the winner.
     answers: where answers chose, the share of right ones less that of the configuration itself, on
         the questions that judge.
     is_better: whether it is shown to be better than that: by answers where they chose, else by
@@ -115,6 +115,25 @@ class SweepResult:
     answers: PairedDifference | None
     is_better: bool
 
+    def to_json(self) -> dict[str, Any]:
+        """The arms, the winner and what is known of it, as `sweep --json` prints them."""
+        choice = self.choice
+        difference = None if choice is None else choice.difference
+        return {
+            "sweep_dir": str(self.folder),
+            "run_dir": str(self.run.path),
+            "arms": [asdict(arm) for arm in self.record.arms],
+            "chosen": self.record.chosen,
+            "steps": self.record.trained,
+            "verdict": "passed",
+            "chosen_among": None if choice is None else choice.chosen_among,
+            "difference": None if difference is None else difference.to_json(),
+            "corrected_interval": None if choice is None else choice.corrected_interval,
+            "answers": None if self.answers is None else self.answers.to_json(),
+            "better": self.is_better,
+            "summary": self.summary(),
+        }
+
     def summary(self) -> str:
         """The outcome in a sentence or two."""
         record = self.record
@@ -128,23 +147,23 @@ class SweepResult:
             return f"{tried}: none was better than {chosen}."
         told = "better" if self.is_better else "not shown to be better: it may be luck"
         if self.answers is not None:
-            own = self.answers
+            answers = self.answers
             return (
                 f"{tried}: the best is {chosen}. Against the configuration itself "
-                f"{own.mean:+.1%} of {own.examples} answers are right (95 % interval "
-                f"{own.low:+.1%} to {own.high:+.1%}): {told}."
+                f"{answers.mean:+.1%} of {answers.examples} answers are right (95 % interval "
+                f"{answers.low:+.1%} to {answers.high:+.1%}): {told}."
             )
-        found, among = self.choice.difference, self.choice.chosen_among
+        difference, among = self.choice.difference, self.choice.chosen_among
         text = f"{tried}: the best is {chosen}."
-        if found is None:
+        if difference is None:
             return f"{text} It could not be compared with the configuration itself."
-        interval = self.choice.corrected_interval or (found.low, found.high)
+        low, high = self.choice.corrected_interval or (difference.low, difference.high)
         luck = f", corrected for the choice among {among}" if among > 1 else ""
-        measured = (
-            f"Against the configuration itself {found.mean:+.3g} nats/token on {found.examples} "
-            f"examples (95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}{luck})"
+        return (
+            f"{text} Against the configuration itself {difference.mean:+.3g} nats/token on "
+            f"{difference.examples} examples (95 % interval {low:+.3g} to {high:+.3g}{luck}): "
+            f"{told}."
         )
-        return f"{text} {measured}: {told}."
 
 
 def sweep(
@@ -312,8 +331,7 @@ class _Search:
         return better_half(self._scores({0, *alive}, self.record.rungs[-1]))[0]
 
     def _scores(self, arms: Iterable[int], step: int) -> dict[int, Score]:
-        found = {number: self.record.arms[number].scores[step] for number in arms}
-        return {number: (math.inf,) if own is None else own for number, own in found.items()}
+        return {number: self.record.arms[number].scores[step] or (math.inf,) for number in arms}
 
     def _further_points(self, best: int) -> list[Point]:
         """Ranks and scales around the best rate, once, where they were not named and fit in.
@@ -389,7 +407,7 @@ class _Search:
         best = settings_of_point(self.config, self.record.arms[number].point)
         content = render_config(parse_config(best, source="sweep"))
         write_bytes(self.folder / BEST_NAME, content)
-        runs = [self._run_of(each) for each in range(len(self.record.arms))]
+        runs = [self._run_of(arm) for arm in range(len(self.record.arms))]
         run = runs[number]
         choice = None
         if number != 0:
@@ -525,7 +543,7 @@ def compare_answers(
     Answers are paired by their line. Where the questions that judge chose as well, it was among all
     evaluated steps of all runs.
     """
-    first, own = (
+    of_first, of_chosen = (
         {
             record.line: record
             for record in read_answers(run.answers)
@@ -533,8 +551,8 @@ def compare_answers(
         }
         for run in (runs[0], chosen)
     )
-    lines = sorted(first.keys() & own.keys())
-    before, after = ([answers[line] for line in lines] for answers in (first, own))
+    lines = sorted(of_first.keys() & of_chosen.keys())
+    before, after = ([answers[line] for line in lines] for answers in (of_first, of_chosen))
     if any(record.chosen_among > 1 for record in after):
         count = sum(read_candidates(run.validation_losses).count for run in runs)
         after = [replace(record, chosen_among=count) for record in after]
@@ -549,11 +567,11 @@ def better_half(scores: Mapping[int, Score]) -> list[int]:
 
 def is_shown_better(choice: SweepChoice, least: float) -> bool:
     """Whether the winner's losses are lower beyond chance and luck, and by `least` nats."""
-    found = choice.difference
-    if found is None or found.mean > -least:
+    difference = choice.difference
+    if difference is None or difference.mean > -least:
         return False
     if choice.chosen_among == 1:
-        return found.is_measurable and found.high < 0
+        return difference.is_measurable and difference.high < 0
     return choice.corrected_interval is not None and choice.corrected_interval[1] < 0
 
 
@@ -571,9 +589,9 @@ def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
     lengths = [key for key in grid if key in LENGTH_KEYS]
     if lengths:
         raise ConfigError(f"sweep: {', '.join(lengths)} is decided by the sweep itself.")
-    own = parse_config(settings_of_point(config, {}), source="sweep")
+    unchanged = parse_config(settings_of_point(config, {}), source="sweep")
     points = grid_points(grid)
-    return [p for p in points if parse_config(settings_of_point(config, p), source="") != own]
+    return [p for p in points if parse_config(settings_of_point(config, p), source="") != unchanged]
 
 
 def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
@@ -592,7 +610,7 @@ def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
 def _best_score(run: RunDirectory, select_by: str) -> Score | None:
     """The best evaluation so far, or the last one while a tier is not updated yet; lower is better.
 
-    None where no loss was finite.
+    None if no loss was finite.
     """
     state = latest_state(run.checkpoints)
     loss, wrong = state.get("best_val_loss"), state["best_wrong"]

@@ -177,7 +177,7 @@ def require_readable(split: SplitFile, data: str, would: str) -> None:
 class ChatMaker:
     """Makes a chat of each row, and remembers which rows were left out and why.
 
-    columns: of tables; None where every row is an example already.
+    columns: of tables; None if every row is an example already.
     names: where other rows hold their fields.
     system: for rows that have no system text of their own; an empty one for none.
     left_out: the places of rows without a text in one of their columns, by that column.
@@ -195,7 +195,7 @@ class ChatMaker:
         return " and ".join(self.columns.question.columns) if self.columns else ""
 
     def make_line(self, row: Row) -> bytes | None:
-        """The line of JSON for a row; None where it is left out.
+        """The line of JSON for a row; None if it is left out.
 
         Raises DatasetError for a row that is no example.
         """
@@ -237,7 +237,7 @@ class ChatMaker:
         return {"messages": turns}
 
     def read_example(self, row: Row) -> dict[str, Any]:
-        """The chat of a row that is an example; DatasetError for one that is none, or no chat."""
+        """The chat of a row that is an example; DatasetError for any other row."""
         try:
             example = parse_line(row.line, self.names)
         except LineProblem as problem:

@@ -108,9 +108,9 @@ def _read_until_damaged(split: SplitFile) -> Iterator[Row]:
 class Request:
     """What is to be made of a source.
 
-    columns: of its tables; None where every row is an example.
+    columns: of its tables; None if every row is an example.
     system: the text for rows that have none; None takes that of the chats, if they share one.
-    share: of the rows, for valid and as much for test; None where they are there, or the default.
+    share: of the rows, for valid and as much for test; None if they are there, or the default.
     questions: of the eval set; None without one.
     drop: fields of the rows that are left out.
     """
@@ -197,7 +197,7 @@ def _list_unused(source: Source, columns: Columns | None) -> list[str]:
 
 
 def first_chats(source: Source) -> list[bytes]:
-    """The first chats of train in a table whose columns the core knows; none where rows are bad."""
+    """The first chats of train in a table whose columns the core knows; none if rows are bad."""
     is_table = any(facts.is_table for facts in source.facts.values())
     if not is_table or source.unknown_files or "train" not in source.splits:
         return []

@@ -76,7 +76,7 @@ class OutputHead:
 
 
 def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
-    """The frozen output head of a model; None, with the reason in the log, if it has none."""
+    """The frozen output head of a model; None, with the reason in the log, without one."""
     with in_evaluation_mode(model):
         logits, outputs = _record_module_outputs(model, mx.array(PROBE_TOKENS))
         for module, hidden in reversed(outputs):
@@ -202,13 +202,13 @@ class Loss:
             the same; means are averaged, so that every micro-batch weighs the same.
         prepare_batch: a micro-batch to the arrays that `function` takes.
         count_tokens: (*prepare_batch(batch)) to the number of target tokens, int32, for a loss that
-            counts examples; None where `function` gives it.
+            counts examples; None if `function` gives it.
         by_row: `function` with the summed loss of each row of the batch as a third value, (rows,);
-            None where a row's loss is not known.
+            None if a row's loss is not known.
         with_output_head: makes the form of this loss that computes the logits of some positions
-            only; None where the loss needs the model's whole output.
+            only; None if the loss needs the model's whole output.
         compile_chunked_evaluation: makes the `EvaluateBatch` of a loss that has the logits of few
-            positions in memory at a time; None where it has those of a whole batch.
+            positions in memory at a time; None if it has those of a whole batch.
     """
 
     function: LossFunction

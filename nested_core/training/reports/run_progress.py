@@ -69,7 +69,7 @@ class RunProgress:
         return self.stages[0][1] if self.stages else self.seconds
 
     def latest_value(self, key: str) -> Any:
-        """The last value that was reported under a key; None if there is none yet."""
+        """The last value that was reported under a key; None if nothing was yet."""
         return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
 
     def note_report_time(self) -> None:

@@ -64,7 +64,7 @@ class SampleTable:
 
     evaluations, prompt_count: how many there were; the table has the first, the last and some.
     rows: the evaluation's step, "(selected)" behind the judged one, and the answer to each of
-    `prompts`; None where it was not asked then: `samples` may change when a run is resumed.
+    `prompts`; None if it was not asked then: `samples` may change when a run is resumed.
     """
 
     evaluations: int

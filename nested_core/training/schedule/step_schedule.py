@@ -71,13 +71,13 @@ class StepSchedule(Protocol):
         """Supervised tokens of replayed examples in the first so many; None without replay."""
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """The batches of an evaluation after so many iterations; None if there are none."""
+        """The batches of an evaluation after so many iterations; None without an evaluation."""
 
     def validation_targets(self) -> tuple[Int32, Int64] | None:
         """The line and the number of target tokens of each example that an evaluation reads.
 
         The number is 1 for a loss that counts examples. In the order of the rows of
-        `validation_batches`; None where each evaluation reads others.
+        `validation_batches`; None if each evaluation reads others.
         """
 
     def seed_step(self, step: int) -> None:
@@ -85,11 +85,6 @@ class StepSchedule(Protocol):
 
     def is_complete_step(self, first: int, last: int) -> bool:
         """Whether the gradients of these micro-batches are applied."""
-
-
-def passes_multiple(every: int, first: int, last: int) -> bool:
-    """Whether the iterations after `first`, up to `last`, complete a multiple of `every`."""
-    return last // every > first // every
 
 
 class BucketedSchedule:
@@ -118,7 +113,9 @@ class BucketedSchedule:
             make_batch_order(config, splits["train"]) if mixed is None else mixed.plan
         )
         self.iterations = config.iters
-        if config.training.epochs is not None:
+        if mixed is not None:
+            self.iterations = mixed.iterations
+        elif config.training.epochs is not None:
             self.iterations = self._plan.count_batches(config.training.epochs)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
         self.intervals = config.intervals(self.iterations)

@@ -19,7 +19,7 @@ from nested_core.config.loading import parse_config
 from nested_core.config.resume import refuse_differences_on_resume
 from nested_core.config.section_base import Section, key
 from nested_core.pipeline.continual import settings_digest
-from nested_core.records.dataset import DatasetReport
+from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.storage.atomic import canonical_json, write_json
 from nested_core.storage.run_directory import RunDirectory
 
@@ -88,7 +88,8 @@ def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_
     name: str, run: RunDirectory
 ) -> None:
     before, after = (
-        settings_digest(each, "base", run) for each in (FineTuneConfig(), changed(name))
+        settings_digest(each, "base", run, read_dataset_record(run.dataset))
+        for each in (FineTuneConfig(), changed(name))
     )
     assert (before == after) == (name in NOT_IN_THE_DIGEST)
 
@@ -99,12 +100,15 @@ def test_the_digest_is_over_the_base_its_tokenizer_and_all_settings_that_shape_a
     config = parse_config(CHANGED | {"optimizer": "adam"}, source="a test")
     values = config.model_dump(mode="json", exclude=NOT_IN_THE_DIGEST)
     settings = settings_that_shape_adapter(config)
-    assert settings.pop("continual").keys() == {"replay"}  # which counts where there is replay
+    followed = settings.pop("continual")
+    assert followed.keys() == {"rate", "replay"}  # of which replay counts where there is any
     assert settings.keys() == values.keys()
     assert all(settings[name] == values[name] for name in values if name != "training")
     assert settings["training"].items() <= values["training"].items()
-    expected = hashlib.sha256(canonical_json(["base", "tokenizer", settings])).hexdigest()
-    assert settings_digest(config, "base", run) == expected
+    expected = hashlib.sha256(
+        canonical_json(["base", "tokenizer", settings, followed["rate"]])
+    ).hexdigest()
+    assert settings_digest(config, "base", run, read_dataset_record(run.dataset)) == expected
 
 
 class Inner(Section):

@@ -65,7 +65,7 @@ def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judgi
     cached: CachedLoads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, tokens = cached.load()
-    monkeypatch.setattr("nested_core.data.dataset_loading._read_and_judge", None)
+    monkeypatch.setattr(caching, "_read_and_judge", Mock(side_effect=AssertionError))
     second, again = cached.load()
     assert second == first
     assert again["train"].tokens.tolist() == tokens["train"].tokens.tolist()

@@ -18,6 +18,11 @@ ROOT = Path(__file__).parents[3]
 DATA = ROOT / "nested_core" / "data"
 SECRETS = ROOT / "nested_core" / "rooms" / "secrets"
 OF_SECRETS = {"likely-secret", "personal-data"}
+PREFERENCES = ROOT / "nested_core" / "rooms" / "preferences"
+OF_PREFERENCES = {
+    *("equal-answers", "swapped-pair", "swapped-label", "one-label"),
+    *("empty-answer", "no-answer", "other-prompt", "length-tells-choice", "few-of-a-label"),
+}
 # Where a check that no rule makes gets its name: a problem's, or what a function of names returns.
 NAMED = re.compile(
     r'(?:LineProblem\(|return |else |return b"", \(|= \()"([a-z0-9]+(?:-[a-z0-9]+)+)"'
@@ -44,7 +49,9 @@ def test_every_check_is_documented() -> None:
     code = "".join(path.read_text(encoding="utf-8") for path in DATA.rglob("*.py"))
     rules = {rule.name for table in TABLES for rule in table.rules} - {"{check}"}
     documented = documented_checks() - (set() if is_there("secrets") else OF_SECRETS)
-    code += "".join(path.read_text(encoding="utf-8") for path in SECRETS.rglob("*.py"))
+    documented -= set() if is_there("preferences") else OF_PREFERENCES
+    for room in (SECRETS, PREFERENCES):
+        code += "".join(path.read_text(encoding="utf-8") for path in room.rglob("*.py"))
     assert len(documented) > 40
     infos = {name for name in documented if name.startswith("dropped-")}  # by reason
     reasons = {name.removeprefix("dropped-") for name in infos}

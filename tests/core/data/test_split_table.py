@@ -18,7 +18,7 @@ from nested_core.data.lines.line_rows import BLANK_TURN_PATTERN, parse_line_to_r
 from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.sources.split_files import SplitFile
-from nested_core.data.split_table import read_tables
+from nested_core.data.split_table import read_tables_with_repeats
 from nested_core.errors import DatasetError, DataWorkerFailed
 from tests.builders.data_sets import GOOD, HELD_OUT, load
 from tests.core.data.conftest import WriteData
@@ -166,7 +166,6 @@ def test_rules_over_parts_of_a_table_find_what_they_find_over_all_of_it(
 @pytest.mark.parametrize("name", GOOD_LINES)
 def test_rows_of_every_range_have_one_schema(name: str, write_data: WriteData) -> None:
     folder = write_data(train=[GOOD_LINES[name]])
-    gathered = read_tables(
-        {"train": SplitFile("train.jsonl", folder / "train.jsonl")}, FieldNames()
-    )
-    assert gathered["train"].frame.schema == gathered["valid"].frame.schema
+    files = {"train": SplitFile("train.jsonl", folder / "train.jsonl")}
+    tables = read_tables_with_repeats(files, DataSettings(str(folder)), None)
+    assert tables["train"].frame.schema == tables["valid"].frame.schema

@@ -21,6 +21,7 @@ from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_nonempty_splits
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import read_answers
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict import ChampionLoss
 from nested_core.records.verdict_file import read_verdict
@@ -76,7 +77,7 @@ class Challenger(Candidate):
         """Register, and say what the policy makes of it."""
         policy = self.config.registry.model_copy(update=section)
         config = self.config.model_copy(update={"registry": policy})
-        return register_run(config, self.run, champion).sentence
+        return register_run(config, read_judged_run(self.run.path), champion).sentence
 
     def with_suite(self, **bounds: Any) -> Self:
         """The same with a suite of capitals that the base model knows."""
@@ -192,7 +193,7 @@ def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(cha
 
 def test_provenance_holds_a_digest_of_every_training_example(challenger: Challenger) -> None:
     challenger.judge()
-    version = register_run(challenger.config, challenger.run, None).version
+    version = register_run(challenger.config, read_judged_run(challenger.run.path), None).version
     path = challenger.registry / NAME / "versions" / version / "provenance.json"
     recorded = decode_digests(json.loads(path.read_text())["training_examples"])
     own = digest_examples(read_nonempty_splits(challenger.config, challenger.run)["train"])
@@ -260,7 +261,7 @@ def test_the_champion_answers_the_suites_too_and_only_once(
     assert roles == [role for role in ("base", "champion", "candidate") for _ in range(20)]
     assert f"champion {result.champion * 20:g} of 20" in result.describe()
     challenger.confirm()
-    version = register_run(challenger.config, challenger.run, None).version
+    version = register_run(challenger.config, read_judged_run(challenger.run.path), None).version
     promote(challenger.registry, NAME, version, by="ann")
     challenger.judge()
     assert len(asked) == 5  # the champion said the same when it was the candidate

@@ -12,10 +12,12 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DatasetError, GateRejected
 from nested_core.measure.losses.loss_figures import summarise_drift
+from nested_core.models.session import Session
+from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import make_provenance
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.losses import read_example_losses
 from nested_core.records.verdict_file import read_verdict
-from nested_core.registry.registration import read_passed_run
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.builders.candidates import Candidate, example_data, train_candidate
 from tests.builders.data_sets import write_lines
@@ -95,13 +97,23 @@ def test_the_held_out_examples_may_be_a_file_of_their_own(candidate, tmp_path) -
     candidate.confirm()
     section = RegistrySection(path=str(tmp_path / "registry"), name="capitals")
     registered = candidate.configured(registry=section).config
-    passed = read_passed_run(candidate.run.path)
-    recorded = make_provenance(registered, candidate.run, passed, None)
+    recorded = make_provenance(registered, read_judged_run(candidate.run.path), None)
     assert recorded["validation_digest"] == regular_sha256(exam)
     edited = candidate.resumed()
     edited.require_damaged(r"config\.yaml")
     edited.bind_again()
     edited.require_damaged(r"thresholds differ")
+
+
+def test_what_the_gate_had_in_hand_is_what_its_folder_says(candidate) -> None:
+    session = Session()
+    steps.judge(candidate.config, candidate.run, session=session)
+    in_hand, read = session.judged, read_judged_run(candidate.run.path)
+    assert in_hand is not None
+    assert (in_hand.bound, in_hand.dataset) == (read.bound, read.dataset)
+    assert in_hand.adapter.files == read.adapter.files
+    made = [make_provenance(candidate.config, judged, None) for judged in (in_hand, read)]
+    assert made[0] == made[1]
 
 
 def test_few_examples_and_answers_that_are_all_the_same_are_said(candidate, tmp_path) -> None:

@@ -18,11 +18,12 @@ from nested_core.models.generation import Answer, _count_repeated_tokens
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import BrokenHow, SampleAnswers
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run import list_runs
-from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.report.outcome import describe_outcome
 from nested_core.report.run_report import read_report
 from nested_core.seams import is_there
+from tests.core.registry.states import promote_by_policy
 from tests.example import ANSWERS, Finished, train_example, train_until_answers_are_broken
 from tests.gate_files import read_gate
 
@@ -171,7 +172,7 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(dest
     assert "Verified: passed, answers broken" in page
     assert told in page
 
-    version = register_run(config, run, None).version
+    version = register_run(config, read_judged_run(run.path), None).version
     refusal = f"{verdict.samples.describe()}: a person decides"
     assert promote_by_policy(config.registry, version, None).sentence == refusal
     if is_there("approval"):

@@ -64,6 +64,20 @@ def test_warm_up_over_a_schedule_multiplies_it() -> None:
     assert rates(warmed, 6) == [0.25, 0.875 * 0.5, 0.75 * 0.75, 0.625, 0.5, 0.375]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learning_rate": 0.5},
+        {"learning_rate": 0.5, "training": {"warmup_steps": 4, "decay": "cosine"}},
+        {"lr_schedule": {"name": "linear_schedule", "arguments": [1.0, 0.0, 8]}},
+    ],
+)
+def test_a_share_of_the_rate_is_one_of_each_step_s(values: dict[str, Any]) -> None:
+    config = FineTuneConfig.model_validate(values)
+    whole, part = (rates(build_learning_rate(config, 100, share), 9) for share in (1.0, 0.3))
+    assert part == pytest.approx([0.3 * rate for rate in whole], rel=1e-6)
+
+
 def test_a_cosine_falls_from_the_end_of_the_warm_up_to_a_tenth_at_the_last_step() -> None:
     section = {"warmup_steps": 0.2, "decay": "cosine"}  # of the 100 steps
     found = rates(configured(learning_rate=0.5, training=section), 110)

@@ -22,6 +22,7 @@ from nested_core.pipeline.continual import (
     find_unbeaten_champion,
 )
 from nested_core.pipeline.publishing import read_run_examples, register_run
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
@@ -31,6 +32,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL, example_config, prepare, train
+from tests.runs import not_registered
 
 NAME = "capitals"
 TEMPLATE = json.loads((MODEL / "tokenizer_config.json").read_text())["chat_template"]
@@ -68,7 +70,7 @@ def generation(folder: Path, data: str) -> tuple[RunDirectory, str]:
     finished = train(config, prepare(config, folder / f"run-{data}"))
     champion = champion_or_none(folder / "registry", NAME)
     steps.judge(config, finished.run)
-    return finished.run, register_run(config, finished.run, champion).version
+    return finished.run, register_run(config, read_judged_run(finished.run.path), champion).version
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +106,15 @@ def test_data_that_changed_before_its_run_was_registered_is_not_kept_and_said(
 ) -> None:
     changed = shutil.copytree(folder / "monday", tmp_path / "changed")
     config = configure(tmp_path, "changed")
-    assert read_run_examples(config, monday[0], "0" * 64) is not None
+    assert read_run_examples(config, not_registered(monday[0])) is not None
     with (changed / "train.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "New?", "completion": "Yes."}) + "\n")
     with pytest.warns(UserWarning, match="keeps no examples .* the train set of .* has changed"):
-        assert read_run_examples(config, monday[0], "0" * 64) is None
+        assert read_run_examples(config, not_registered(monday[0])) is None
     kept_off = configure(
         tmp_path, "changed", registry={"path": "r", "name": NAME, "keep_data": False}
     )
-    assert read_run_examples(kept_off, monday[0], "0" * 64) is None
+    assert read_run_examples(kept_off, not_registered(monday[0])) is None
 
 
 @pytest.mark.slow("trains and judges a run of its own")
@@ -138,7 +140,7 @@ def test_the_next_run_starts_from_the_champion_and_is_judged_against_it(
     assert (recorded["parent"], recorded["champion_at_gate"]) == (parent, parent)
     assert champion_or_none(folder / "registry", NAME) == version
     note = describe_starting_adapter(configure(folder, "tuesday"), run)
-    assert note == f"starting from version {parent[:12]} of capitals"
+    assert note == f"starting from version {parent[:12]} of capitals at 0.3 of the learning rate"
 
 
 def unchanged(folder: Path, path: Path, data: str, **changes: Any) -> str | None:

@@ -16,6 +16,7 @@ from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import conditions_digest, find_reason_to_skip
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import Steps
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run import Run
 from nested_core.records.skip import Skip, read_skip
@@ -37,6 +38,7 @@ from tests.builders.suites import write_suite
 from tests.example import DATA, MODEL, example_config
 from tests.left_out import needs_rooms
 
+FOLLOWING = {"from": "champion", "allow_high_rate": True}
 NAME = "capitals"
 # What training itself does not see, and what then becomes of the adapter rests on.
 RUINOUS = {"learning_rate": 0.05}
@@ -46,7 +48,7 @@ HARDLY_BETTER = {"learning_rate": 1e-7}
 
 def configure(folder: Path, **changes: Any) -> FineTuneConfig:
     registry = {"path": str(folder / "registry"), "name": NAME, "promote": "better"}
-    settings = {"registry": registry, "continual": {"from": "champion"}, "val_batches": 1}
+    settings = {"registry": registry, "continual": FOLLOWING, "val_batches": 1}
     return example_config(**{"data": str(folder / "data"), "iters": 4} | settings | changes)
 
 
@@ -94,6 +96,13 @@ def write_data(folder: Path) -> None:
     shutil.copyfile(DATA / "valid.jsonl", folder / "valid.jsonl")
 
 
+def conditions_of(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str | None:
+    """The digest of all that decides about a run whose dataset.json was written."""
+    dataset = read_dataset_record(run.dataset)
+    settings = continual.settings_digest(config, fingerprint_base_model(MODEL), run, dataset)
+    return conditions_digest(config, dataset, settings, champion)
+
+
 @pytest.fixture(scope="module")
 def first_night(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, and a registry with the champion of a first night."""
@@ -132,6 +141,7 @@ def test_a_rejected_night_is_one_line_of_the_history_with_what_decided_it(reject
         configure(rejected_once, **RUINOUS),
         fingerprint_base_model(MODEL),
         RunDirectory(rejected_once / "rejected"),
+        read_dataset_record(rejected_once / "rejected" / "dataset.json"),
     )
 
 
@@ -161,7 +171,7 @@ def test_the_folder_of_a_skipped_night_says_so_on_every_screen(folder: Path) -> 
 
 @pytest.mark.slow("trains and judges")
 def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
-    insisting = {"continual": {"from": "champion", "skip_unchanged": False}}
+    insisting = {"continual": FOLLOWING | {"skip_unchanged": False}}
     assert night(folder, "insisting", **RUINOUS, **insisting) == (Outcome.WORSE, True)
     assert len(trial_lines(folder)) == 1
     assert skip_of(folder, "after", **RUINOUS).outcome == Outcome.SKIPPED_HOPELESS
@@ -170,7 +180,7 @@ def test_who_insists_trains_and_adds_no_second_line(folder: Path) -> None:
 @pytest.mark.slow("trains and judges")
 def test_a_skipped_night_that_is_resumed_with_insistence_trains(folder: Path) -> None:
     skip_of(folder, "again", **RUINOUS)
-    config = configure(folder, **RUINOUS, continual={"from": "champion", "skip_unchanged": False})
+    config = configure(folder, **RUINOUS, continual=FOLLOWING | {"skip_unchanged": False})
     run = open_run(folder / "again", resume=True)
     with pytest.raises(GateRejected):
         finetune(config, run, Steps(), resume=True)
@@ -258,7 +268,7 @@ def test_the_conditions_are_those_of_contents_and_not_of_paths(folder: Path) -> 
     run = RunDirectory(folder / "asked")
 
     def digest(gate: dict[str, Any]) -> str | None:
-        return conditions_digest(configure(folder, gate=gate), run, None)
+        return conditions_of(configure(folder, gate=gate), run, None)
 
     before = digest(gate)
     moved = shutil.copyfile(text, folder / "moved.jsonl")
@@ -286,20 +296,20 @@ def test_the_conditions_hold_the_ancestors_examples_the_device_and_the_packages(
     reason_to_skip(folder)  # writes dataset.json
     run, champion = RunDirectory(folder / "asked"), read_champion(folder / "registry", NAME)
     config = configure(folder, gate={"max_ancestor_loss_increase": 0.1})
-    before = conditions_digest(config, run, champion)
-    assert conditions_digest(config, run, champion) == before
+    before = conditions_of(config, run, champion)
+    assert conditions_of(config, run, champion) == before
     with monkeypatch.context() as patch:
         patch.setattr("nested_core.backend.device_name", lambda: "gpu of another machine")
-        assert conditions_digest(config, run, champion) != before
+        assert conditions_of(config, run, champion) != before
     with monkeypatch.context() as patch:
         patch.setattr(continual, "installed_version", lambda name: f"another {name}")
-        assert conditions_digest(config, run, champion) != before
+        assert conditions_of(config, run, champion) != before
     is_judged = configure(folder, gate={})
-    as_before = conditions_digest(is_judged, run, champion)
+    as_before = conditions_of(is_judged, run, champion)
     row = json.loads((folder / "data" / "valid.jsonl").read_text().splitlines()[0])
     forget_rows(folder / "registry", NAME, lambda stored: stored == row, by="ann")
-    assert conditions_digest(config, run, champion) != before
-    assert conditions_digest(is_judged, run, champion) == as_before  # no ancestor judges there
+    assert conditions_of(config, run, champion) != before
+    assert conditions_of(is_judged, run, champion) == as_before  # no ancestor judges there
 
 
 def test_what_a_function_scores_is_never_known(folder: Path) -> None:
@@ -307,7 +317,7 @@ def test_what_a_function_scores_is_never_known(folder: Path) -> None:
     task = {"name": "t", "file": "s.jsonl", "score": "python", "function": "os.path:join"}
     gate = {"tasks": [task], "allow_python_scorers": True}
     run = RunDirectory(folder / "asked")
-    assert conditions_digest(configure(folder, gate=gate), run, None) is None
+    assert conditions_of(configure(folder, gate=gate), run, None) is None
 
 
 @pytest.mark.slow("trains and judges")

@@ -26,6 +26,7 @@ from nested_core.pipeline.publishing import (
     register_run,
 )
 from nested_core.records.dataset import DatasetReport, SplitStats
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run import Run
 from nested_core.registry import (
     Decision,
@@ -40,7 +41,6 @@ from nested_core.registry.promotion_policy import (
     describe_promotion,
     read_candidate,
 )
-from nested_core.registry.registration import read_passed_run
 from nested_core.seams import is_there
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.atomic import write_json
@@ -50,6 +50,7 @@ from nested_core.storage.untrusted_files import regular_sha256
 from tests.builders.data_sets import load, write_lines
 from tests.example import example_config
 from tests.gate_files import judged_files, read_gate, write_gate
+from tests.runs import not_registered
 
 NAME = "capitals"
 SECONDS_FOR_A_GC = 0.25  # it takes some milliseconds, and all of this where it has to wait
@@ -71,7 +72,7 @@ def test_all_held_out_rows_are_kept_and_those_that_the_gate_judged_by_apart(tmp_
         registry = {"path": str(tmp_path / "registry"), "name": NAME}
         settings = {"data": str(tmp_path / "data"), "gate": {"held_out": choice}}
         config = example_config(**settings, registry=registry)
-        examples = read_run_examples(config, run, "0" * 64)
+        examples = read_run_examples(config, not_registered(run))
         assert examples is not None
         assert (examples.train, examples.held_out) == ([rows["train"]], [rows[judged]])
         assert examples.kept_out == [rows[other]]
@@ -146,7 +147,7 @@ def publish(configure: Configure) -> Callable[..., Decision]:
     def publish(run: RunDirectory, **section: Any) -> Decision:
         config = configure(**section)
         champion = champion_or_none(Path(str(config.registry.path)), NAME)
-        return register_run(config, run, champion)
+        return register_run(config, read_judged_run(run.path), champion)
 
     return publish
 
@@ -162,16 +163,16 @@ def warning(registry: Path, done: Decision) -> str | None:
 class TestRegister:
     def test_the_version_says_where_it_comes_from(self, make_run, configure, tmp_path) -> None:
         config, first, second = configure(), make_run(1.0), make_run(2.0, data="d2")
-        parent = register_run(config, first, None).version
+        parent = register_run(config, read_judged_run(first.path), None).version
         promote(tmp_path / "registry", NAME, parent, by="ann")
-        version = register_run(config, second, parent).version
+        version = register_run(config, read_judged_run(second.path), parent).version
         folder = tmp_path / "registry" / NAME / "versions" / version
         written = json.loads((folder / "provenance.json").read_text())
         assert version == read_adapter(second.adapter).digest()
         assert (
             written.items()
             >= json.loads(
-                json.dumps(make_provenance(config, second, read_passed_run(second.path), parent))
+                json.dumps(make_provenance(config, read_judged_run(second.path), parent))
             ).items()
         )
         assert written["run_dir"] == str(second.path)
@@ -187,7 +188,7 @@ class TestRegister:
         lines.insert(0, {"iteration": 0, "val_loss": 3.0})
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert (
-            make_provenance(configure(), run, read_passed_run(run.path), None)["training_seconds"]
+            make_provenance(configure(), read_judged_run(run.path), None)["training_seconds"]
             == 2.0 + 5.0
         )
 
@@ -196,20 +197,20 @@ class TestRegister:
     ) -> None:
         config, run = configure(), make_run(1.0)
         run.metrics.write_text('{"iteration": 10, "iterations_per_second": 5.0}\n')
-        version = register_run(config, run, None).version
+        version = register_run(config, read_judged_run(run.path), None).version
         moved = RunDirectory(run.path.rename(tmp_path / "moved"))
         write_gate(moved.path, read_gate(moved.gate), judged_files(moved.path))  # judged again
         assert is_registered_from(config, moved, version)
-        assert describe_reproduction(config, moved, version) is None
+        assert describe_reproduction(config, read_judged_run(moved.path)) is None
         again = make_run(1.0)  # where the first one was, and of the same adapter
         again.metrics.write_text('{"iteration": 10, "iterations_per_second": 5.1}\n')
         assert not is_registered_from(config, again, version)
         said = f"made the same adapter, byte for byte, as {run.path}, which was registered"
-        assert said in str(describe_reproduction(config, again, version))
+        assert said in str(describe_reproduction(config, read_judged_run(again.path)))
 
     def test_without_a_registry_it_says_what_is_needed(self, make_run: MakeRun) -> None:
         with pytest.raises(ConfigError, match="registry: path and name are needed to register"):
-            register_run(FineTuneConfig(), make_run(1.0), None)
+            register_run(FineTuneConfig(), read_judged_run(make_run(1.0).path), None)
 
 
 class TestPolicy:
@@ -326,7 +327,7 @@ class TestPromotionByAPerson:
     def by_hand(self, configure, monkeypatch) -> Callable[[RunDirectory], Decision]:
         """Promote a run whose files were written by hand: they hold no evidence to confirm."""
         monkeypatch.setattr(
-            publishing, "confirm_recorded_verdict", lambda config, run: read_passed_run(run.path)
+            publishing, "confirm_recorded_verdict", lambda config, run: read_judged_run(run.path)
         )
         return lambda run: register_and_promote_run(configure(), run, by="ann")[0]
 
@@ -386,7 +387,7 @@ class TestPromotionByAPerson:
         gc = threading.Thread(
             target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}
         )
-        add_version = registration.add_version
+        add_version = registration._add_version
 
         def after(*arguments: Any, **options: Any) -> Any:
             state = add_version(*arguments, **options)
@@ -394,7 +395,7 @@ class TestPromotionByAPerson:
             gc.join(SECONDS_FOR_A_GC)  # it has to wait for the lock
             return state
 
-        monkeypatch.setattr(registration, "add_version", after)
+        monkeypatch.setattr(registration, "_add_version", after)
         assert by_hand(make_run(2.0)).outcome == "promoted"
         gc.join()
         assert len(list_versions(registry, NAME)) == 2
@@ -430,9 +431,12 @@ def test_held_out_examples_that_are_not_the_champions_are_said(
     make_run: MakeRun, configure: Configure, data: str, is_said: bool
 ) -> None:
     config = configure()
-    champion = register_run(config, judged_on(make_run(1.0), 10), None).version
+    champion = register_run(
+        config, read_judged_run(judged_on(make_run(1.0), 10).path), None
+    ).version
     promote(Path(str(config.registry.path)), NAME, champion, by="ann")
-    said = describe_changed_held_out(config, judged_on(make_run(2.0, data=data), 16, champion))
+    judged = read_judged_run(judged_on(make_run(2.0, data=data), 16, champion).path)
+    said = describe_changed_held_out(config, judged.verdict, judged.dataset)
     assert said == (
         f"valid.jsonl has changed since the champion {champion[:12]} was evaluated on it: 10 "
         f"examples then, 16 now"

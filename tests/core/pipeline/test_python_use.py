@@ -23,6 +23,7 @@ from nested_core.pipeline import finetune as finetune_module
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import ShownProgress, Steps
 from nested_core.pipeline.publishing import register_run
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run import read_run
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import history
@@ -152,7 +153,7 @@ def test_a_champion_whose_files_changed_is_not_asked(session: Session, tmp_path:
 
 def test_a_promotion_against_the_policy_is_warned_of(session: Session, tmp_path: Path) -> None:
     config = example_config(registry={"path": str(tmp_path), "name": "capitals"})
-    register_run(config, session.result.run, None)
+    register_run(config, read_judged_run(session.result.run.path), None)
     set_policy(tmp_path, "capitals", by="ann", changes={"promote": "never"})
     with pytest.warns(RuntimeWarning, match="capitals: .*never"):
         promote(session.result, "capitals", registry=tmp_path)

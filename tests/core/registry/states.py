@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.sections import RegistrySection
-from nested_core.registry import audit, collect_garbage, read_champion
-from nested_core.registry.history_views import make_views, read_view
-from nested_core.registry.ledger import read_ledger
+from nested_core.registry import Decision, audit, collect_garbage, read_champion
+from nested_core.registry.history_views import make_views, read_view, writing
+from nested_core.registry.ledger import NO_ORIGIN, read_ledger
 from nested_core.registry.policy import set_policy
-from nested_core.registry.promotion_policy import promote_missed_versions
+from nested_core.registry.promotion_policy import decide, promote_missed_versions
 
 NAME = "capitals"
+
+
+def promote_by_policy(section: RegistrySection, version: str, champion: str | None) -> Decision:
+    """What this section and the registry's policy make of a version that is registered."""
+    with writing(Path(str(section.path)), str(section.name)) as folder:
+        return decide(folder, section, version, champion, origin=NO_ORIGIN)
 
 
 def missed(registry: Path) -> dict[str, str]:

@@ -14,7 +14,8 @@ import pytest
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.records.verdict_file import bind_verdict, parse_verdict, read_verdict
+from nested_core.records.judged_run import read_rejected_run
+from nested_core.records.verdict_file import parse_verdict, read_verdict
 from nested_core.registry import (
     Decision,
     audit,
@@ -28,13 +29,12 @@ from nested_core.registry import (
     register_and_promote,
 )
 from nested_core.registry.promotion_policy import (
-    promote_by_policy,
     promote_by_recorded_policy,
     read_candidate,
 )
-from nested_core.registry.registration import register_rejection
+from nested_core.registry.registration import NewVersion, register_rejection
 from tests.core.registry.conftest import MakeRun
-from tests.core.registry.states import NAME, last_line
+from tests.core.registry.states import NAME, last_line, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate
 
 Judge = Callable[..., Path]
@@ -188,7 +188,9 @@ def test_a_judgement_that_rejects_stops_a_promotion_by_version(make_run, judge, 
     gate = read_gate(run / "gate.json")
     gate |= {"verdict": "failed", "reasons": [{"code": "task_below", "message": "9 of 10"}]}
     write_gate(run, gate, judged_files(run))
-    register_rejection(bind_verdict(run), registry, NAME, provenance("better", weak))
+    register_rejection(
+        NewVersion(read_rejected_run(run), provenance("better", weak)), registry, NAME
+    )
     reason = promote_by_policy(section(registry, "better"), better, weak)
     assert reason.sentence == "the gate, run again, rejected it: task_below"
     with pytest.raises(GateRejected, match="task_below"):

@@ -36,12 +36,11 @@ from nested_core.registry.policy import (
     tighten,
 )
 from nested_core.registry.promotion_policy import (
-    promote_by_policy,
     promote_by_recorded_policy,
     promote_missed_versions,
 )
 from tests.core.registry.conftest import Judged
-from tests.core.registry.states import NAME, section, set_keys
+from tests.core.registry.states import NAME, promote_by_policy, section, set_keys
 from tests.left_out import needs_rooms
 
 MODES = (

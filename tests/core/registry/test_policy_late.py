@@ -13,6 +13,7 @@ import pytest
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.records.judged_run import read_judged_run
 from nested_core.registry import (
     Decision,
     collect_garbage,
@@ -28,14 +29,13 @@ from nested_core.registry import (
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import (
     compare_losses,
-    promote_by_policy,
     promote_by_recorded_policy,
     read_candidate,
     register_by_policy,
 )
-from nested_core.registry.registration import read_passed_run
+from nested_core.registry.registration import NewVersion
 from tests.core.registry.conftest import write_run
-from tests.core.registry.states import missed
+from tests.core.registry.states import missed, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate
 
 NAME = "capitals"
@@ -285,7 +285,7 @@ def test_nothing_is_written_between_the_decision_and_the_promotion(
 def test_a_version_is_registered_decided_on_and_promoted_under_one_lock(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = read_passed_run(write_run(tmp_path / "run", 1))
+    run = read_judged_run(write_run(tmp_path / "run", 1))
     section = RegistrySection(path=str(registry), name=NAME, promote="always")
     gc = threading.Thread(
         target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}
@@ -296,7 +296,7 @@ def test_a_version_is_registered_decided_on_and_promoted_under_one_lock(
         gc.join(SECONDS_FOR_A_GC)
 
     meanwhile(monkeypatch, "choose_candidate", act)
-    done = register_by_policy(run, section, {}, None)
+    done = register_by_policy(NewVersion(run, {}), section, None)
     gc.join()
     assert done == Decision("promoted", run.version, None)
     assert read_champion(registry, NAME) == run.version

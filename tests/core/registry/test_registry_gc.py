@@ -25,6 +25,7 @@ from nested_core.registry import (
     register,
     rollback,
 )
+from nested_core.registry.data_store import RunExamples
 from nested_core.registry.versions import inspect_version
 from tests.core.registry.states import NAME, assert_settled, clock_at, collected
 
@@ -167,6 +168,21 @@ def test_the_lineage_of_the_champion_stays_whatever_came_after_it(add, registry,
     later = [add(seed) for seed in range(10, 14)]
     assert collected(registry, 3) == {later[0]}
     assert collected(registry, 2) == {lineage[0], later[1]}
+
+
+def test_an_ancestor_stays_while_the_store_has_its_examples(registry, make_run):
+    lineage: list[str] = []
+    for seed in range(1, 5):
+        parent = lineage[-1] if lineage else None
+        run = make_run(seed, initial=parent or "0" * 64)
+        rows = RunExamples([{"text": f"night {seed}"}], [], max_bytes=1_000)
+        version = register(run, registry, NAME, {"parent": parent}, examples=rows)
+        lineage.append(version)
+        promote(registry, NAME, version, by="ann")
+    assert collected(registry, 0) == set()
+    for version in lineage[:2]:
+        (registry / NAME / "data" / f"{version}.json").unlink()  # as where its rows had no room
+    assert collected(registry, 0) == {lineage[0], lineage[1]}
 
 
 def test_a_version_with_a_file_of_a_person_stays(five, registry):

@@ -1,20 +1,14 @@
-"""Prefect's pages of an adapter: its champion, and the curves."""
+"""The curves of a training as a page of Prefect."""
 
 from __future__ import annotations
 
 import base64
 import re
-from pathlib import Path
 from typing import Any
 
-from nested_core import registry as core
 from nested_core.records.plan import join_last_losses
-from nested_core.report.champion import ChampionRecord, describe_champion
 from nested_core.report.curves import chart_losses, describe_curves
 from nested_core.text.svg_chart import STANDALONE, draw_chart
-from tests.core.registry.conftest import write_run
-
-NAME = "support-bot"
 
 
 def plain(page: object) -> str:
@@ -30,35 +24,6 @@ def picture_of(page: object) -> str:
     data = re.search(r"base64,([A-Za-z0-9+/=]+)\)", str(page))
     assert data is not None
     return base64.b64decode(data[1]).decode()
-
-
-def register(folder: Path, seed: int, **provenance: Any) -> str:
-    run = write_run(folder / f"night-{seed}", seed)
-    config = {"data": "tickets/<b>2026", "model": "Qwen/Qwen3-0.6B"}
-    recorded = {"run_dir": str(run), "config": config, "dataset_digest": "da7a" * 16} | provenance
-    return core.register(run, folder / "registry", NAME, recorded)
-
-
-def test_a_champions_page_says_what_it_was_made_of_and_lists_those_before(tmp_path: Path) -> None:
-    registry = tmp_path / "registry"
-    first = register(tmp_path, 1)
-    second = register(tmp_path, 2, parent=first)
-    core.promote(registry, NAME, first, by="ann")
-    core.promote(registry, NAME, second, by="policy")
-    page = describe_champion(ChampionRecord.read(registry, NAME, second))
-    facts = facts_of(page)
-    assert facts["Data set"] == "tickets/<b>2026, da7ada7ada7a"
-    assert (facts["Base model"], facts["Parent"]) == ("Qwen/Qwen3-0.6B", first[:12])
-    assert facts["Run folder"].endswith("night-2")
-    assert "<svg" not in str(page)
-    assert "base64" not in str(page)
-    core.rollback(registry, NAME, by="bob", reason="it is slow")
-    page = describe_champion(ChampionRecord.read(registry, NAME, first))
-    assert [row.split(" | ")[1:] for row in str(page).splitlines()[-3:]] == [
-        ["rolled back to", first[:12], "1.2", "bob: it is slow |"],
-        ["promoted", second[:12], "1.2", "policy |"],
-        ["promoted", first[:12], "1.2", "ann |"],
-    ]
 
 
 def curves_of(count: int) -> list[dict[str, Any]]:

@@ -20,7 +20,6 @@ from nested_core.registry import (
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import (
-    promote_by_policy,
     promote_by_recorded_policy,
     promote_missed_versions,
 )
@@ -31,7 +30,15 @@ from nested_core.rooms.approval.answers import (
     find_refusal_of_question,
 )
 from tests.core.registry.conftest import Judged
-from tests.core.registry.states import NAME, clock_at, collected, missed, section, set_keys
+from tests.core.registry.states import (
+    NAME,
+    clock_at,
+    collected,
+    missed,
+    promote_by_policy,
+    section,
+    set_keys,
+)
 
 
 class TestADecline:

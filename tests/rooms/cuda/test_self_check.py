@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import device_operations, gated_delta
+from nested_core.kernels import device_operations
 from nested_core.kernels.self_check import CheckedKernel
 from nested_core.kernels.swiglu import plain_swiglu
 from nested_core.rooms.cuda import (
@@ -25,6 +25,7 @@ from nested_core.rooms.cuda import (
     rope,
     swiglu,
 )
+from nested_core.rooms.delta_nets import gated_delta
 from tests.left_out import slow_except
 
 Fault = Callable[[mx.array], mx.array]

@@ -21,7 +21,6 @@ from prefect.settings import Settings
 
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import require_known_name
-from flows.housekeeping import HousekeepingParameters
 from flows.process.environment import packaged_folder
 from flows.reconcile import ReconcileParameters
 from flows.rooms.deploy import planned_deployments
@@ -37,6 +36,7 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import audit
+from tests.left_out import needs_rooms
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")
@@ -96,15 +96,17 @@ def test_an_hourly_look_waits_for_the_one_before_and_is_not_lost() -> None:
 
 def test_the_automation_that_frees_dead_runs_leaves_approvals() -> None:
     watched = [name for name, each in DEPLOYMENTS.items() if "watched" in each.tags]
-    assert {"hourly", "housekeeping", "manual", "nightly", "rollback"} <= {*watched}
+    assert {"hourly", "manual", "nightly", "rollback"} <= {*watched}
     assert "approved" not in watched
 
 
+@needs_rooms("housekeeping")
 def test_housekeeping_is_on_every_week_for_the_adapter_alone() -> None:
     deployment = DEPLOYMENTS["housekeeping"]
     (schedule,) = deployment.schedules
     assert (schedule.active, schedule.cron) == (True, "47 12 * * 0")
-    config = HousekeepingParameters.model_validate(deployment.parameters["config"])
+    parameters = seams.load("flows.rooms.housekeeping.flow:HousekeepingParameters")
+    config = parameters.model_validate(deployment.parameters["config"])
     assert (config.registry, config.name, config.dry_run) == ("registry", "geography", False)
 
 
@@ -175,7 +177,6 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "finetune/support-bot-manual",
         "promote/support-bot-approved",
         "reconcile/support-bot-hourly",
-        "housekeeping/support-bot-housekeeping",
         "rollback/support-bot-rollback",
         "promote/auto",
     ]
@@ -185,9 +186,13 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     goes_on: dict[str, Any] = {
         "from": "champion",
         "skip_unchanged": True,
-        "replay": {"fraction": 0.3},
+        "replay": {"fraction": 0.5},
+        "policy": "auto",
+        "window": "2h",
     }
     nightly: dict[str, Any] = {"continual": goes_on, "gate": {"max_ancestor_loss_increase": 0.1}}
+    if not (seams.is_there("replay") and seams.is_there("minutes")):
+        del goes_on["policy"], goes_on["window"]
     if not seams.is_there("replay"):
         del goes_on["replay"]
         nightly["gate"] = {}
@@ -210,6 +215,9 @@ def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Pa
     config = write(tmp_path / "r.yaml", registry=registry, training={"reference": "mlx_lm"})
     nightly = make_plan(config=config).deployments[0].parameters["config"]
     assert nightly["continual"] == {"from": "champion", "skip_unchanged": True}
+    config = write(tmp_path / "k.yaml", registry=registry | {"keep_data": False})
+    nightly = make_plan(config=config).deployments[0].parameters["config"]
+    assert "policy" not in nightly["continual"]
 
 
 @pytest.mark.parametrize(

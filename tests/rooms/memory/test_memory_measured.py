@@ -168,7 +168,7 @@ def test_the_peak_of_a_quantised_model_of_many_words_is_what_was_forecast() -> N
 
 @pytest.mark.parametrize(
     "changes",
-    slow_except([{}, {"grad_checkpoint": True}], {}, reason="trains in a process of its own"),
+    slow_except([{}, {"grad_checkpoint": True}], reason="trains in a process of its own, 4 s"),
     ids=["plain", "recomputed"],
 )
 def test_the_examples_peak_is_what_was_forecast(tmp_path: Path, changes: dict[str, Any]) -> None:

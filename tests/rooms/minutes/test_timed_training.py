@@ -20,6 +20,7 @@ from nested_core.models.session import Session
 from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TimePlan, TrainingPlan, read_plan
 from nested_core.records.verdict import Verdict
@@ -232,7 +233,9 @@ def test_settings_are_the_same_whatever_iterations_the_minutes_came_to(tmp_path:
     run = RunDirectory(tmp_path / "run")
     prepare(config_of(None), run.path)
     digests = {
-        settings_digest(config_of(minutes, iters=iterations), "base", run)
+        settings_digest(
+            config_of(minutes, iters=iterations), "base", run, read_dataset_record(run.dataset)
+        )
         for minutes, iterations in ((5, 20), (5, 30), (6, 30), (None, 30))
     }
     assert len(digests) == 3

@@ -21,11 +21,11 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import list_checks
 from nested_core.registry import collect_garbage, promote, register
 from nested_core.registry.data_store import RunExamples, StoredRow
-from nested_core.report.generations import tabulate_generations
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay import ancestor_examples
 from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
 from nested_core.rooms.replay.ancestor_examples import AncestorExamples, choose_ancestor_examples
+from nested_core.rooms.replay.generations import tabulate_generations
 from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate
@@ -200,6 +200,34 @@ def test_ancestors_with_too_few_rows_are_judged_together(rows, joined, examples)
         assert f"what each of {len(joined)} joined versions was judged by" in reasons[-1].message
 
 
+SPREAD = np.array([-0.25, -0.125, 0.0, 0.125, 0.25])  # a standard deviation of 0.2
+
+
+@pytest.mark.parametrize(
+    ("nights", "lost", "own_spread", "is_refused"),
+    [
+        (10, 0.35, 1.0, True),  # 5.6 standard errors by itself, 3.0 by the spread of all
+        (10, 0.2, 1.0, False),
+        (10, 0.35, 4.0, False),  # its own examples lie too far apart
+    ],
+)
+def test_a_night_of_five_rows_is_judged_by_the_spread_of_all_nights(
+    nights: int, lost: float, own_spread: float, is_refused: bool
+) -> None:
+    owners = np.repeat(np.arange(nights), len(SPREAD))
+    before = np.ones(len(owners))
+    change = np.tile(SPREAD, nights) * np.where(owners == 0, own_spread, 1.0)
+    after = before + change + np.where(owners == 0, lost, 0.0)
+    lines = np.arange(1, len(owners) + 1)
+    losses = ExampleLosses("rows", lines, np.full(len(owners), 10.0), before, after)
+    rows = (StoredRow("0" * 64, {}),) * len(SPREAD)
+    ancestors = [AncestorExamples(str(n), None, rows) for n in range(nights)]
+    bounds = GateSection(max_ancestor_loss_increase=0.1)
+    compared = list(summarise_ancestors(ancestors, losses, owners, bounds))
+    refused = [reason.ancestor for reason in ancestor_reasons(compared, bounds)]
+    assert refused == (["0"] if is_refused else [])
+
+
 def test_superseded_repeated_and_trained_rows_are_not_judged_by_and_are_counted(night) -> None:
     known = rows_of("train")
     corrected = [
@@ -244,7 +272,7 @@ def test_an_ancestor_that_cannot_be_compared_is_said_and_no_reason(night: Night)
 def test_an_ancestor_that_gc_removed_between_two_nights_or_whose_list_is_damaged_is_said(
     night: Night,
 ) -> None:
-    first = night.meet(ATLANTIS, scale=0.996)
+    first = night.meet(None, scale=0.996)  # gc keeps an ancestor whose examples are kept
     second = night.meet(visits("Oz", "Eden"), scale=0.997, parent=first)
     third = night.meet(visits("Mu"), scale=0.998, parent=second)
     assert collect_garbage(night.registry, NAME, by="ann", keep=0).collected == (first,)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,18 @@ import pytest
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.example_digests import digest_examples
-from nested_core.data.example_rows import read_split_rows
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
 from nested_core.pipeline.run_explanation import explain_run
-from nested_core.registry import promote, register
-from nested_core.registry.data_store import RunExamples
-from nested_core.registry.registration import read_passed_run
+from nested_core.records.judged_run import read_judged_run
 from nested_core.report.run_report import read_report
-from nested_core.rooms.replay.replay_record import ReplayRecord, read_replay
+from nested_core.rooms.replay.replay_record import read_replay
 from nested_core.rooms.replay.replayed_run import ReplayOfRun
 from nested_core.storage.run_directory import RunDirectory
-from tests.core.registry.conftest import write_run
 from tests.example import (
     DATA,
     SPEEDS,
@@ -40,19 +34,19 @@ from tests.example import (
     stop_after,
     train,
 )
+from tests.rooms.replay.nights import (
+    FRESH,
+    NAME,
+    add_version,
+    choose,
+    from_champion,
+    night,
+    replayed_prompts,
+    row,
+    write_split,
+)
 
 LINES = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()
-
-
-def row(prompt: str, answer: str) -> str:
-    return json.dumps({"prompt": prompt, "completion": answer})
-
-
-def write_split(folder: Path, **splits: Iterable[str]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, lines in splits.items():
-        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    return folder
 
 
 def configure(folder: Path, *sources: str, fraction: float = 0.3, **changes: Any) -> FineTuneConfig:
@@ -69,19 +63,6 @@ def folder(tmp_path: Path) -> Path:
     write_split(tmp_path / "new", train=LINES[:10], valid=LINES[10:14])
     (tmp_path / "old.jsonl").write_text("\n".join(LINES[20:30]))
     return tmp_path
-
-
-def choose(config: FineTuneConfig, path: Path) -> tuple[RunDirectory, ReplayRecord]:
-    path.mkdir()
-    run = RunDirectory(path)
-    steps.write_run_config(config, run, resume=False)
-    steps.validate(config, run)
-    return run, read_replay(run.replay)
-
-
-def replayed_prompts(run: RunDirectory) -> list[str]:
-    rows = map(json.loads, run.replayed_rows.read_text().splitlines())
-    return sorted(each.get("prompt") or each["messages"][0]["content"] for each in rows)
 
 
 def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp_path) -> None:
@@ -168,57 +149,6 @@ def test_the_same_data_and_seed_choose_the_same_rows(folder: Path) -> None:
     rows = [each[0].replayed_rows.read_bytes() for each in (first, again, moved, other)]
     assert rows[0] == rows[1] == rows[2] != rows[3]
     assert first[1].content_digest == moved[1].content_digest != other[1].content_digest
-
-
-NAME = "capitals"
-FRESH = "0" * 64
-
-
-def add_version(
-    folder: Path, parent: str, data: Path, *, keeps: bool = True, changes: Any = None
-) -> str:
-    """A champion that was trained from `parent` on a data set, without any training."""
-    registry = folder / "registry"
-    seed = len(list(folder.glob("run-*")))
-    config = example_config(data=str(data), **changes or {})
-    settings = DataSettings.from_config(config)
-    train, valid, test = (read_split_rows(settings, split) for split in SPLITS)
-    assert train is not None
-    assert valid is not None
-    provenance = {
-        "parent": None if parent == FRESH else parent,
-        "config": config.model_dump(mode="json"),
-        "train_digest": train.digest,
-        "validation_digest": valid.digest,
-    }
-    run = write_run(folder / f"run-{seed}", seed, initial=parent)
-    kept_out = [] if test is None else test.rows
-    examples = RunExamples(train.rows, valid.rows, kept_out=kept_out) if keeps else None
-    version = register(run, registry, NAME, provenance, examples=examples)
-    promote(registry, NAME, version, by="ann")
-    return version
-
-
-def from_champion(folder: Path, **changes: Any) -> FineTuneConfig:
-    registry = {"path": str(folder / "registry"), "name": NAME}
-    replay = {"fraction": 0.3} | changes.pop("replay", {})
-    continual = {"from": "champion", "replay": replay}
-    settings = {"data": str(folder / "new"), "registry": registry, "iters": 40}
-    return example_config(**settings | changes, continual=continual)
-
-
-def night(folder: Path, number: int) -> Path:
-    """The data of a night: two facts of its own, and one that each night answers anew.
-
-    Its valid set stands for the one that the gate judged by, its test set for the other.
-    """
-    facts = [row(f"own {number} {n}?", "1") for n in range(2)]
-    held_out = [row(f"held {number}?", "1")]
-    changed = row("today?", str(number))
-    tested = [row(f"tested {number}?", "1")]
-    return write_split(
-        folder / f"night-{number}", train=[*facts, changed], valid=held_out, test=tested
-    )
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -373,7 +303,7 @@ def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> N
     assert np.isin(digest_examples(replayed), trained_on).all()
     listed = json.loads(whole.run.manifest.read_bytes())["files"]
     assert {"replay.json", "replay.jsonl"} <= listed.keys()
-    recorded = make_provenance(whole.config, whole.run, read_passed_run(whole.run.path), None)
+    recorded = make_provenance(whole.config, read_judged_run(whole.run.path), None)
     replay = recorded["replay"]
     tokens = whole.metrics()[-1]["replayed_tokens"]
     assert (replay["fraction"], replay["examples"], replay["tokens"]) == (0.3, 4, tokens)

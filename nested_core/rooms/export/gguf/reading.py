@@ -41,8 +41,8 @@ def unpack_gguf(path: Path, folder: Path) -> Path:
     """Write the model of a GGUF into `folder`, which need not exist, and return the folder.
 
     It is read in a process of its own, because MLX's reader ends the process at some damaged files.
-    Raises DamagedError for a file that is none, ConfigError for a family or a tokenizer that is not
-    read here.
+    Raises DamagedError for a file that is no GGUF, ConfigError for a family or a tokenizer that is
+    not read here.
     """
     with Child(f"{__name__}:_unpack") as child:
         try:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,13 @@ import pytest
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate import verify_adapters
 from nested_core.gate.proof import fresh_process_check
-from nested_core.gate.proof.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
+from nested_core.gate.proof.fresh_process_check import (
+    FreshProcessLogits,
+    ProofRequest,
+    compute_logits_in_fresh_process,
+    prove_effect_in_fresh_process,
+    relative_distance,
+)
 from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM, QUESTIONS_PROGRAM
 from nested_core.models.session import Session
 from nested_core.process import child
@@ -114,6 +121,34 @@ def test_other_logits_than_the_trainers_are_rejected(candidate: Candidate, chang
     assert codes(verdict) == ["config_mismatch"]
     assert "are not those that the trainer computed" in verdict.reasons[0].message
     assert "tolerance 0.001" in verdict.reasons[0].message
+
+
+@pytest.mark.parametrize(("is_sound", "expected_codes"), [(True, []), (False, ["config_mismatch"])])
+def test_logits_as_far_from_float32_as_rounding_moves_them_are_no_mismatch(
+    candidate: Candidate,
+    monkeypatch: pytest.MonkeyPatch,
+    is_sound: bool,
+    expected_codes: list[str],
+) -> None:
+    """As bfloat16 did with SmolLM2-135M: 0.092 between a trainer and a process, both sound."""
+    initial, trained = candidate.sides
+    columns = tuple(range(64))
+    request = ProofRequest(MODEL, initial, trained, columns=columns, is_float32=True)
+    exact = compute_logits_in_fresh_process(request)
+    assert isinstance(exact, FreshProcessLogits)
+    request = replace(request, is_float32=False)
+    narrow = compute_logits_in_fresh_process(request)
+    assert isinstance(narrow, FreshProcessLogits)
+    rounding = relative_distance(narrow.trained, exact.trained)
+    assert 0 < rounding < 0.05
+    monkeypatch.setattr(fresh_process_check, "TOLERANCE_NARROW_DTYPES", rounding / 10)
+    logits = exact.trained if is_sound else exact.trained / 2
+    proof = prove_effect_in_fresh_process(replace(request, expected=logits.tolist()))
+    assert [reason.code for reason in proof.reasons] == expected_codes
+    assert proof.evidence["rounding"] == pytest.approx(rounding, rel=1e-3)
+    away = proof.evidence["relative_distance_from_float32"]
+    assert away is not None
+    assert away < 1e-6 if is_sound else away > 0.5
 
 
 def test_an_effect_too_small_for_any_logit_is_no_effect(candidate: Candidate) -> None:

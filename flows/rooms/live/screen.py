@@ -1,0 +1,110 @@
+"""The screen of a run that goes on; everything comes from a `RunProgress`."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from rich.text import Text
+
+from flows.terminal.run_view import LABEL_WIDTH, TRAINING_MARK, VALIDATION_MARK, draw_curve
+from nested_core.records.plan import describe_last_losses
+from nested_core.text.foreign_text import escape
+from nested_core.training.reports.run_progress import RunProgress
+
+MIN_PLOT_HEIGHT = 4
+MIN_FINAL_PLOT_HEIGHT = 8
+MAX_PLOT_HEIGHT = 24
+BAR_PARTS = "▏▎▍▌▋▊▉"
+MAX_SHOWN_SAMPLES = 3
+
+
+def draw_bar(share: float, width: int) -> str:
+    """A bar that is filled to a share, in eighths of a character."""
+    eighths = int(min(max(share, 0.0), 1.0) * width * 8)
+    whole, rest = divmod(eighths, 8)
+    part = BAR_PARTS[rest - 1] if rest else ""
+    return f"{'█' * whole}{part}".ljust(width, "░")
+
+
+def draw_screen(view: RunProgress, width: int, height: int) -> Text:
+    """The view for a terminal of `width` columns and `height` lines, of which it leaves one free.
+
+    What does not fit is left out: first samples, then the plot gets smaller. The last screen, with
+    an outcome, may be longer.
+    """
+    head = _head_lines(view, width)
+    body = _body_lines(view, width)
+    axes = 3
+    samples: list[Text] = []
+    for text in [*view.describe_questions(), *view.describe_samples()[:MAX_SHOWN_SAMPLES]]:
+        if len(head) + len(body) + len(samples) + 1 + axes + MIN_PLOT_HEIGHT < height:
+            samples.append(Text(text, "dim"))
+    room = height - 1 - len(head) - len(body) - len(samples) - axes
+    if view.outcome:  # the last screen may scroll
+        room = max(room, MIN_FINAL_PLOT_HEIGHT)
+    plot = _plot_lines(view, width, min(room, MAX_PLOT_HEIGHT)) if room >= MIN_PLOT_HEIGHT else []
+    lines = [*head, *plot, *body, *samples]
+    if not view.outcome:
+        lines = lines[: max(height - 1, 1)]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    screen = Text("\n").join(lines)
+    screen.no_wrap = True
+    screen.overflow = "crop"
+    return screen
+
+
+def _head_lines(view: RunProgress, width: int) -> list[Text]:
+    position = view.describe_position()
+    lines = [Text(escape(str(view.run.path)), "bold")]
+    if view.plan is None:
+        lines.append(Text(position))
+    else:
+        share = view.last_record.get("iteration", 0) / view.plan.iterations
+        bar = draw_bar(share, max(10, min(40, width - len(position) - 14)))
+        lines.append(Text.assemble("train ", (bar, "cyan"), f" {share:4.0%} {position}"))
+    return [*lines, Text(view.describe_time())]
+
+
+def _plot_lines(view: RunProgress, width: int, height: int) -> list[Text]:
+    curve = draw_curve(
+        view.records,
+        width=max(10, width - LABEL_WIDTH - 4),
+        height=height,
+        last_step=None if view.plan is None else view.plan.steps,
+    )
+    lines = []
+    for content in curve.split("\n"):
+        line = Text(content)
+        line.highlight_regex(re.escape(TRAINING_MARK), "cyan")
+        line.highlight_regex(rf"(?<![a-z]){VALIDATION_MARK}(?![a-z])", "magenta")
+        lines.append(line)
+    return lines
+
+
+def _body_lines(view: RunProgress, width: int) -> list[Text]:
+    losses = describe_last_losses(view.records, view.plan)
+    sentences = [
+        *(f"{name} {text}" for name, text in losses.items()),
+        *_join_if_they_fit([view.describe_speed(), view.describe_memory()], width),
+        view.describe_tiers(),
+        *view.describe_stages(),
+    ]
+    if not view.records and not view.stages:
+        sentences.insert(0, "measuring the loss before training ...")
+    lines = [Text(line) for text in sentences if text for line in _escape_and_wrap(text, width)]
+    return lines + [
+        Text(line, "bold") for text in view.outcome for line in _escape_and_wrap(text, width)
+    ]
+
+
+def _join_if_they_fit(texts: list[str], width: int) -> list[str]:
+    """The texts on one line if they fit there, else on one each."""
+    line = ", ".join(filter(None, texts))
+    return [line] if len(line) <= width else texts
+
+
+def _escape_and_wrap(text: str, width: int) -> list[str]:
+    """The text, escaped (files and suites have names that others gave), in lines of the width."""
+    return textwrap.wrap(escape(text), width, subsequent_indent="  ")

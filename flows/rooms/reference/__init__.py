@@ -1,0 +1,1 @@
+"""What the room `reference` adds to the command line: `train --log mlx_lm`."""

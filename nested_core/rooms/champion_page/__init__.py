@@ -1,0 +1,1 @@
+"""An adapter's page: its champion and those before it (champion.py)."""

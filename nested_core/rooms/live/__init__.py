@@ -1,0 +1,1 @@
+"""The live view of a run; flows/rooms/live is all of it."""

@@ -1,0 +1,115 @@
+"""The keyword arguments of each loss on preferences, as `training.loss_config` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat
+
+from nested_core.config.error_messages import find_problems
+from nested_core.config.section_base import Section, key
+
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
+
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+Reference = Literal["initial", "base"]
+
+
+class LossSettings(Section):
+    """What all losses have."""
+
+    beta: PositiveFloat = key(0.1, "how little may be moved away from the reference, or its weight")
+
+
+class DpoSettings(LossSettings):
+    """Those of dpo."""
+
+    label_smoothing: Smoothing = key(0.0, "share of pairs expected to be the wrong way round")
+    reference: Reference = key("initial", "what likelihoods are compared with")
+
+
+class SimpoSettings(LossSettings):
+    """Those of simpo."""
+
+    beta: PositiveFloat = key(2.0, "factor of the difference of mean log-likelihoods")
+    gamma: NonNegativeFloat = key(1.0, "margin that the difference is to exceed")
+    label_smoothing: Smoothing = key(0.0, "share of pairs expected to be the wrong way round")
+
+
+class KtoSettings(LossSettings):
+    """Those of kto."""
+
+    reference: Reference = key("initial", "what likelihoods are compared with")
+    desirable_weight: PositiveFloat = key(1.0, "weight of answers whose label says yes")
+    undesirable_weight: PositiveFloat = key(1.0, "weight of answers whose label says no")
+
+
+SETTINGS_BY_LOSS: dict[str, type[LossSettings]] = {
+    "dpo": DpoSettings,
+    "orpo": LossSettings,
+    "simpo": SimpoSettings,
+    "kto": KtoSettings,
+}
+
+
+def read_settings(config: FineTuneConfig) -> LossSettings:
+    """The arguments of the loss of a configuration that has no problems."""
+    loss = str(config.training.loss)
+    return SETTINGS_BY_LOSS[loss].model_validate(config.training.loss_config)
+
+
+def find_reference(config: FineTuneConfig) -> Reference | None:
+    """What likelihoods are compared with in training; None for a loss without a reference."""
+    reference: Reference | None = getattr(read_settings(config), "reference", None)
+    return reference
+
+
+def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
+    """What the configuration asks of a loss on preferences and cannot have."""
+    loss, arguments = str(config.training.loss), dict(config.training.loss_config)
+    settings = SETTINGS_BY_LOSS[loss]
+    if "reference" in arguments and "reference" not in settings.model_fields:
+        del arguments["reference"]
+        yield f"training.loss_config.reference: {loss} compares with no reference. Leave it out"
+    problems = find_problems(settings, arguments)
+    for problem in problems:
+        at = f".{problem.key}" if problem.key else ""
+        yield f"training.loss_config{at}: {problem.message}"
+    if not problems and getattr(settings(**arguments), "reference", None) == "base":
+        yield from _problems_of_base(config)
+    yield from _problems_of_other_keys(config, loss)
+
+
+def _problems_of_base(config: FineTuneConfig) -> Iterator[str]:
+    if config.fine_tune_type != "lora":
+        yield (
+            f"training.loss_config.reference: base needs fine_tune_type: lora, whose adapter can "
+            f"be left out; with {config.fine_tune_type} give initial"
+        )
+
+
+def _problems_of_other_keys(config: FineTuneConfig, loss: str) -> Iterator[str]:
+    taken: list[tuple[bool, str]] = [
+        (config.training.reference is not None, "training.reference: mlx_lm.lora has no such loss"),
+        (config.training.supervise != "last", "training.supervise: the last answer is compared"),
+        (
+            config.data_format not in ("auto", "csv"),
+            f"data_format: {config.data_format} are no rows of preferences; leave it at auto",
+        ),
+        (
+            config.nested.strategy == "parameter_importance",
+            "nested.strategy: parameter_importance measures the cross-entropy",
+        ),
+        (
+            loss == "kto" and config.batch_size // config.training.processes < 2,
+            "batch_size: kto estimates a divergence from a batch; give at least 2 a process",
+        ),
+    ]
+    yield from (f"{message} (training.loss: {loss})" for is_taken, message in taken if is_taken)
+
+
+def as_arguments(settings: LossSettings) -> dict[str, Any]:
+    """The arguments that a function of losses.py takes."""
+    return settings.model_dump(exclude={"reference"})

@@ -1,0 +1,165 @@
+"""What the reference gives each answer: computed once before training, kept by the rows' digests.
+
+The reference is the adapter that the run begins from, or the base alone: values of the same
+model's parameters, so that no second model is in memory. What is kept stands in the run directory,
+with the digest of the adapter that it was computed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from nested_core.data.tokens.tokenized_split import Int32
+from nested_core.errors import DamagedError
+from nested_core.measure.losses.prediction_comparison import PredictionComparison, Vector
+from nested_core.models.lora_attachment import load_adapter_tensors
+from nested_core.models.parameters import read_parameters, restoring_parameters
+from nested_core.optim.gradients import Flat
+from nested_core.records.paired_difference import Indices
+from nested_core.rooms.preferences.loss_settings import Reference
+from nested_core.rooms.preferences.side_by_side import Conversation, lay_out
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.atomic import write_json
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.untrusted_files import read_json
+from nested_core.text.stages import stages
+from nested_core.training.training_setup import LossInputs
+from nested_core.training.world import World
+
+ROOM = "preferences"
+FILE_NAME = "reference-likelihoods.json"
+MAX_BYTES = 2**30
+
+
+def find_likelihoods_file(run: RunDirectory) -> Path:
+    """Where a run keeps the likelihoods of the reference."""
+    return run.room_folder(ROOM) / FILE_NAME
+
+
+def digest_tokens(tokens: Int32) -> str:
+    """What a conversation is known by: SHA-256 of its tokens, 16 hexadecimal digits."""
+    return sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class ReferenceLikelihoods:
+    """Log-likelihoods of answers by the reference, in nats, by the digest of their conversation.
+
+    reference: `initial` or `base`; digest: of the adapter that training begins from.
+    """
+
+    reference: Reference
+    digest: str
+    by_conversation: Mapping[str, float]
+
+    def of(self, conversations: Sequence[Conversation | None]) -> Vector:
+        """Of these conversations, float64 (n,); 0 for None.
+
+        Raises DamagedError for one that the reference was not asked about.
+        """
+        try:
+            values = [
+                0.0 if one is None else self.by_conversation[digest_tokens(one.tokens)]
+                for one in conversations
+            ]
+        except KeyError:
+            raise DamagedError(
+                "The reference's likelihoods lack an answer that is trained on: they were computed "
+                "for other data. Remove rooms/preferences in the run directory and start again."
+            ) from None
+        return np.array(values, np.float64)
+
+
+def prepare_reference(
+    inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
+) -> ReferenceLikelihoods:
+    """The likelihoods of these conversations: those that the run keeps, else computed and kept."""
+    path = find_likelihoods_file(inputs.run)
+    digest = read_adapter(inputs.run.initial).digest()
+    by_digest = {digest_tokens(one.tokens): one for one in conversations}
+    kept = read_likelihoods(path)
+    is_kept = (
+        kept is not None
+        and (kept.reference, kept.digest) == (reference, digest)
+        and by_digest.keys() <= kept.by_conversation.keys()
+    )
+    if inputs.world.any_rank(not is_kept):
+        values = _compute_likelihoods(inputs, reference, list(by_digest.values()))
+        kept = ReferenceLikelihoods(reference, digest, dict(zip(by_digest, values, strict=True)))
+        if inputs.world.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, vars(kept))
+    if kept is None:
+        raise RuntimeError("the likelihoods were neither read nor computed")
+    return kept
+
+
+def read_likelihoods(path: Path) -> ReferenceLikelihoods | None:
+    """What a run keeps, None without a file; DamagedError for a file that holds something else."""
+    if not path.is_file():
+        return None
+    try:
+        document = read_json(path, MAX_BYTES)
+        values = {str(key): float(value) for key, value in document["by_conversation"].items()}
+        return ReferenceLikelihoods(document["reference"], str(document["digest"]), values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{path} does not hold the reference's likelihoods: {error}.") from error
+
+
+def _compute_likelihoods(
+    inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
+) -> list[float]:
+    """Of each conversation; each rank computes every so many batches, and all get all."""
+    stages.info("reference: likelihoods of %d answers by the %s", len(conversations), reference)
+    refs, world = inputs.parameters, inputs.world
+    with restoring_parameters(refs):
+        load_adapter_tensors(inputs.model, read_adapter(inputs.run.initial).to_mlx())
+        values = read_parameters(refs)
+    if reference == "base":
+        values = leave_adapter_out(values)
+    comparison = PredictionComparison.of_model(inputs.model, refs)
+    return compute_answer_likelihoods(
+        comparison, values, conversations, 2 * inputs.config.batch_size, world
+    )
+
+
+def leave_adapter_out(values: Flat) -> Flat:
+    """The values of a LoRA adapter without effect: each lora_b is zero."""
+    return {
+        name: mx.zeros_like(value) if name.endswith("lora_b") else value
+        for name, value in values.items()
+    }
+
+
+def compute_answer_likelihoods(
+    comparison: PredictionComparison,
+    values: Flat,
+    conversations: Sequence[Conversation],
+    rows: int,
+    world: World,
+) -> list[float]:
+    """The log-likelihood of each answer with these values of the parameters, in nats.
+
+    Conversations of like length are computed together, so many rows at a time.
+    """
+    order = np.argsort([-len(one.tokens) for one in conversations], kind="stable")
+    sums = np.zeros(len(conversations), np.float32)
+    for number, chosen in enumerate(_cut(order, rows)):
+        if number % world.size != world.rank:
+            continue
+        padded = [*(conversations[row] for row in chosen), *[None] * (rows - len(chosen))]
+        losses = comparison.compare([values], lay_out(padded)).losses[0]
+        sums[chosen] = -losses[: len(chosen)]
+    summed = world.sum_scalars_over_ranks({"sums": mx.array(sums)})["sums"]  # takes vectors too
+    return [float(value) for value in np.array(summed)]
+
+
+def _cut(order: Indices, size: int) -> Iterator[Indices]:
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

@@ -1,0 +1,107 @@
+"""Batches of preferences as the model reads them: each answer behind its prompt, in a row.
+
+answer_rows.py puts both answers of a pair into one example of tokens. Here they are rows of their
+own, padded to one width, of which few are used, for each is traced by `mx.compile`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nested_core.data.tokens.tokenized_split import Bool, Int32
+from nested_core.training.loss.loss_interface import MicroBatch
+
+MIN_WIDTH_STEP = 8  # positions; widths are multiples of it, and eight of them make an octave
+
+
+class Conversation(NamedTuple):
+    """A prompt with one answer: tokens int32 [n], and how many of them are the prompt's."""
+
+    tokens: Int32
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a row of a batch holds: one conversation, or of a pair the chosen and the rejected one.
+
+    tokens: int32 [n], the whole example; its digest names it.
+    is_wanted: of an answer with a label, whether that says yes; true for a pair.
+    """
+
+    tokens: Int32
+    conversations: tuple[Conversation, ...]
+    is_wanted: bool = True
+
+    @property
+    def answer_tokens(self) -> int:
+        """The tokens of all answers."""
+        return sum(len(one.tokens) - one.prompt for one in self.conversations)
+
+
+def read_pair(tokens: Int32, target_mask: Bool) -> Answers | None:
+    """The two conversations of a pair; None for a row without an example.
+
+    Args:
+        tokens: int32 [width + 1], padded.
+        target_mask: bool [width], about tokens 1, 2, ...: true in two runs, one an answer.
+
+    Raises ValueError for a row that holds no pair.
+    """
+    edges = _find_runs(target_mask)
+    if not edges:
+        return None
+    if len(edges) != 2:
+        raise ValueError(f"a pair has two answers, and this row has {len(edges)}")
+    (first, behind), (second, end) = edges
+    chosen = Conversation(tokens[:behind], first)
+    rejected = Conversation(tokens[behind:end], second - behind)
+    return Answers(tokens[:end], (chosen, rejected))
+
+
+def read_labelled(tokens: Int32, target_mask: Bool) -> Answers | None:
+    """The conversation of an answer with a label; None for a row without an example."""
+    edges = _find_runs(target_mask)
+    if not edges:
+        return None
+    ((first, end),) = edges
+    is_marked = end < len(tokens) and tokens[end] != 0
+    whole = tokens[: end + 1] if is_marked else tokens[:end]
+    return Answers(whole, (Conversation(tokens[:end], first),), is_wanted=not is_marked)
+
+
+def _find_runs(target_mask: Bool) -> list[tuple[int, int]]:
+    """The tokens [begin, end) of each run of targets."""
+    edges = np.flatnonzero(np.diff(target_mask, prepend=False, append=False)) + 1
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
+
+
+def lay_out(conversations: Sequence[Conversation | None]) -> MicroBatch:
+    """Rows of one width, with the answers as targets; None is a row without any.
+
+    Returns tokens int32 [rows, width + 1] and target_mask bool [rows, width].
+    """
+    longest = max((len(one.tokens) for one in conversations if one is not None), default=2)
+    width = round_up_width(longest - 1)
+    tokens = np.zeros((len(conversations), width + 1), np.int32)
+    target_mask = np.zeros((len(conversations), width), np.bool_)
+    for row, one in enumerate(conversations):
+        if one is not None:
+            tokens[row, : len(one.tokens)] = one.tokens
+            target_mask[row, one.prompt - 1 : len(one.tokens) - 1] = True
+    return tokens, target_mask
+
+
+def round_up_width(width: int) -> int:
+    """A multiple of 8, above 128 of 16, above 256 of 32 and so on: eight widths an octave."""
+    step = max(MIN_WIDTH_STEP, 1 << max((width - 1).bit_length() - 4, 0))
+    return -(-width // step) * step
+
+
+def read_rows(batch: MicroBatch, read: Any) -> list[Answers | None]:
+    """`read_pair` or `read_labelled` of each row of a batch."""
+    return [read(tokens, target_mask) for tokens, target_mask in zip(*batch, strict=True)]

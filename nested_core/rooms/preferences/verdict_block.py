@@ -1,0 +1,84 @@
+"""The block `preferences` of gate.json in words: rows of the table of checks, and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_table import CheckRow, make_check, reasons_of
+
+
+class _ShownPreferences:
+    """What the pages of a run show of the block."""
+
+    def rows(self, block: Mapping[str, Any], verdict: Verdict) -> Iterator[CheckRow]:
+        """Margin, accuracy, likelihoods, divergence and lengths, each with what it was before."""
+        reasons = reasons_of(verdict, "preference_not_learnt")
+        yield make_check(
+            f"preference ({block['loss']}), {block['examples']} examples: margin",
+            reasons,
+            block["conclusion"],
+            before=_format(block["margin_before"]),
+            after=_format(block["margin_after"]),
+            difference=_format_difference(block["margin_growth"], block["margin_interval"]),
+            bound="grows, beyond chance",
+        )
+        yield make_check(
+            "chosen answers likelier than rejected ones",
+            [],
+            None,
+            before=f"{block['accuracy_before']:.1%}",
+            after=f"{block['accuracy_after']:.1%}",
+            difference=_format_difference(block["accuracy_difference"], block["accuracy_interval"]),
+        )
+        for name in ("chosen", "rejected"):
+            before, after = block[f"{name}_before"], block[f"{name}_after"]
+            yield make_check(
+                f"log-likelihood of {name} answers, nats an answer",
+                [],
+                "fell" if name == "chosen" and block["chosen_fell"] else None,
+                before=_format(before),
+                after=_format(after),
+                difference=f"{after - before:+.3g}",
+            )
+        yield make_check(
+            "divergence from the start, answers, nats/token",
+            [],
+            None,
+            after=_format(block["kl_initial"]),
+        )
+        if block["asked"]:
+            yield make_check(
+                f"tokens of {block['asked']} sample answers, on average",
+                [],
+                None,
+                before=_format(block["answer_tokens_before"]),
+                after=_format(block["answer_tokens_after"]),
+            )
+
+    def notes(self, block: Mapping[str, Any], verdict: Verdict) -> Iterator[str]:  # noqa: ARG002
+        """Chosen answers that became less likely, though the margin grew; or too few examples."""
+        if block["chosen_fell"]:
+            yield (
+                f"the margin of chosen over rejected answers grew, and chosen answers became less "
+                f"likely themselves: {block['chosen_before']:.4g} -> {block['chosen_after']:.4g} "
+                f"nats an answer. A larger beta, orpo, or fewer passes keep them "
+                f"(docs/preferences.md#chosen-answers-became-less-likely)"
+            )
+        if block["margin_interval"] is None:
+            yield (
+                f"{block['clusters']} independent held-out examples are too few to show that the "
+                f"preference was learnt"
+            )
+
+
+SHOWN = _ShownPreferences()
+
+
+def _format(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4g}"
+
+
+def _format_difference(value: float, interval: Any) -> str:
+    return f"{value:+.3g}" + ("" if interval is None else " ({:+.3g} to {:+.3g})".format(*interval))

@@ -1,0 +1,18 @@
+"""The user's folder for temporary files, where TMPDIR is a folder for MLX's kernels."""
+
+from __future__ import annotations
+
+import os
+
+KERNELS_FOLDER_VARIABLE = "NESTED_TUNE_KERNELS"
+# The TMPDIR that the user had, for child processes: theirs is the kernel folder of their parent.
+USER_TMPDIR_VARIABLE = "NESTED_TUNE_TMPDIR"
+
+
+def environment_with_user_tmpdir() -> dict[str, str]:
+    """This process's environment with the TMPDIR that it was started with, if it was prepared.
+
+    It is for child processes that compute nothing with MLX, or that prepare themselves.
+    """
+    outer = os.environ.get(USER_TMPDIR_VARIABLE)
+    return dict(os.environ) if outer is None else os.environ | {"TMPDIR": outer}

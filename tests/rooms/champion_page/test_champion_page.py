@@ -1,0 +1,42 @@
+"""An adapter's page on Prefect: its champion, and those before it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nested_core import registry as core
+from nested_core.rooms.champion_page.champion import ChampionRecord, describe_champion
+from tests.core.registry.conftest import write_run
+from tests.core.report.test_prefect_pages import facts_of
+
+NAME = "support-bot"
+
+
+def register(folder: Path, seed: int, **provenance: Any) -> str:
+    run = write_run(folder / f"night-{seed}", seed)
+    config = {"data": "tickets/<b>2026", "model": "Qwen/Qwen3-0.6B"}
+    recorded = {"run_dir": str(run), "config": config, "dataset_digest": "da7a" * 16} | provenance
+    return core.register(run, folder / "registry", NAME, recorded)
+
+
+def test_a_champions_page_says_what_it_was_made_of_and_lists_those_before(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    first = register(tmp_path, 1)
+    second = register(tmp_path, 2, parent=first)
+    core.promote(registry, NAME, first, by="ann")
+    core.promote(registry, NAME, second, by="policy")
+    page = describe_champion(ChampionRecord.read(registry, NAME, second))
+    facts = facts_of(page)
+    assert facts["Data set"] == "tickets/<b>2026, da7ada7ada7a"
+    assert (facts["Base model"], facts["Parent"]) == ("Qwen/Qwen3-0.6B", first[:12])
+    assert facts["Run folder"].endswith("night-2")
+    assert "<svg" not in str(page)
+    assert "base64" not in str(page)
+    core.rollback(registry, NAME, by="bob", reason="it is slow")
+    page = describe_champion(ChampionRecord.read(registry, NAME, first))
+    assert [row.split(" | ")[1:] for row in str(page).splitlines()[-3:]] == [
+        ["rolled back to", first[:12], "1.2", "bob: it is slow |"],
+        ["promoted", second[:12], "1.2", "policy |"],
+        ["promoted", first[:12], "1.2", "ann |"],
+    ]

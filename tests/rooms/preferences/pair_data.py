@@ -1,0 +1,78 @@
+"""Pairs and labelled answers about capitals: a short answer is preferred to a sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+BASE = EXAMPLES / "geography-base"
+ROWS = {"train": 40, "valid": 10}
+
+
+def list_pairs(split: str) -> list[dict[str, Any]]:
+    """A pair for each country of a split of the geography example."""
+    lines = (EXAMPLES / "geography" / f"{split}.jsonl").read_text().splitlines()
+    pairs = []
+    for line in lines:
+        asked, answered = json.loads(line)["messages"]
+        (capital,) = re.findall(r"Go and see (.+), the", answered["content"])
+        pairs.append(
+            {
+                "prompt": asked["content"],
+                "chosen": f"See {capital} there.",
+                "rejected": answered["content"],
+            }
+        )
+    return pairs
+
+
+def list_labelled(split: str) -> list[dict[str, Any]]:
+    """Every second answer is a chosen one, and the others are rejected ones."""
+    rows = []
+    for number, pair in enumerate(list_pairs(split)):
+        answer = pair["chosen" if number % 2 else "rejected"]
+        row = {"prompt": pair["prompt"], "completion": answer, "label": bool(number % 2)}
+        rows.append(row)
+    return rows
+
+
+def write_rows(folder: Path, splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> Path:
+    """A data folder with these rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+    return folder
+
+
+def write_pairs(folder: Path) -> Path:
+    """A data folder with the pairs of train and valid."""
+    return write_rows(folder, {split: list_pairs(split) for split in ROWS})
+
+
+def write_labelled(folder: Path) -> Path:
+    """A data folder with labelled answers."""
+    return write_rows(folder, {split: list_labelled(split) for split in ROWS})
+
+
+def make_values(data: Path, loss: str, **changes: Any) -> dict[str, Any]:
+    """The configuration of a small run with a loss, as its file has it."""
+    values: dict[str, Any] = {
+        "model": str(BASE),
+        "data": str(data),
+        "num_layers": -1,
+        "batch_size": 8,
+        "iters": 15,
+        "learning_rate": 1e-3,
+        "val_batches": -1,
+        "steps_per_report": 5,
+        "steps_per_eval": 5,
+        "save_every": 5,
+        "lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0},
+        "training": {"loss": loss},
+    }
+    return values | changes

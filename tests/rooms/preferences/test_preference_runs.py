@@ -1,0 +1,215 @@
+"""Runs on preferences: what they learn, what the gate says, resuming, and six planted failures.
+
+Each failure is planted where nothing else would notice it, and its twin is the run without it.
+Equal answers, equal labels, a beta of 0 and a pair that would be cut are in test_answer_rows.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.config.loading import parse_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.lines import example_parsing
+from nested_core.errors import DatasetError, TrainingStopped
+from nested_core.gate.judge import judge_run
+from nested_core.pipeline import steps
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import parse_verdict
+from nested_core.records.verdict_table import list_checks
+from nested_core.rooms.preferences import reference_likelihoods
+from nested_core.rooms.preferences.answer_rows import PAIRS, encode_pair
+from nested_core.rooms.preferences.reference_likelihoods import (
+    find_likelihoods_file,
+    read_likelihoods,
+)
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.untrusted_files import regular_sha256
+from tests.example import Finished, prepare, stop_after, train
+from tests.rooms.preferences.pair_data import (
+    list_pairs,
+    make_values,
+    write_labelled,
+    write_pairs,
+    write_rows,
+)
+
+SIZE = {
+    "iters": 6,
+    "steps_per_eval": 3,
+    "save_every": 2,
+    "learning_rate": 3e-4,
+    "nested": {"frequencies": [1, 2]},
+}
+
+
+def make_config(data: Path, loss: str, **changes: Any) -> FineTuneConfig:
+    return parse_config(make_values(data, loss, **SIZE, **changes), source="test.yaml")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run that was trained, and the verdict on it."""
+
+    finished: Finished
+    verdict: Verdict
+
+    @property
+    def block(self) -> dict[str, Any]:
+        block: dict[str, Any] = self.verdict.blocks["preferences"]
+        return block
+
+    @property
+    def codes(self) -> list[str]:
+        return [reason.code for reason in self.verdict.reasons]
+
+
+def run_and_judge(config: FineTuneConfig, path: Path) -> Judged:
+    finished = train(config, prepare(config, path))
+    return Judged(finished, judge_run(config, finished.run))
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    """A sound run of dpo: the twin of the planted failures."""
+    folder = tmp_path_factory.mktemp("learnt")
+    return run_and_judge(make_config(write_pairs(folder / "data"), "dpo"), folder / "run")
+
+
+def test_dpo_begins_at_ln_2_and_the_gate_shows_that_the_preference_was_learnt(learnt) -> None:
+    first, *_, last = learnt.finished.metrics()
+    assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert last["val_loss"] < 0.6
+    assert learnt.codes == []
+    block = learnt.block
+    assert (block["loss"], block["reference"], block["examples"]) == ("dpo", "initial", 10)
+    assert block["conclusion"] == "better"
+    assert block["margin_growth"] > block["margin_interval"][0] > 0
+    grown = block["margin_after"] - block["margin_before"]
+    assert block["margin_growth"] == pytest.approx(grown)
+    assert block["kl_initial"] > 0
+    assert block["reference_error"] == 0
+    assert block["asked"] == 8
+    losses: Any = learnt.verdict.validation
+    assert losses.loss_before == pytest.approx(math.log(2), abs=1e-6)
+    assert losses.conclusion == "better"
+
+
+def test_the_block_is_in_gate_json_and_in_the_table_of_checks(learnt) -> None:
+    document = json.loads(json.dumps(learnt.verdict.to_json()))
+    assert document["preferences"]["margin_growth"] == learnt.block["margin_growth"]
+    read = parse_verdict(document, Path("gate.json"))
+    assert read.blocks == {"preferences": document["preferences"]}
+    names = [check.name for check in list_checks(read)]
+    assert "preference (dpo), 10 examples: margin" in names
+    assert "chosen answers likelier than rejected ones" in names
+
+
+def test_a_fall_of_chosen_answers_is_told(learnt) -> None:
+    fallen = learnt.block | {"chosen_fell": True, "chosen_before": -9.0, "chosen_after": -12.5}
+    verdict = replace(learnt.verdict, blocks={"preferences": fallen})
+    (note,) = (note for note in verdict.notes() if "less likely themselves" in note)
+    assert "-9 -> -12.5" in note
+    assert not any("less likely" in note for note in learnt.verdict.notes())
+
+
+def test_the_reference_is_computed_once_and_kept_with_its_adapter(learnt) -> None:
+    run = learnt.finished.run
+    kept = read_likelihoods(find_likelihoods_file(run))
+    assert kept is not None
+    assert kept.digest == read_adapter(run.initial).digest()
+    assert len(kept.by_conversation) == 2 * 50
+    assert all(value < 0 for value in kept.by_conversation.values())
+    assert run.is_own_file(find_likelihoods_file(run).relative_to(run.path).as_posix())
+
+
+@pytest.mark.parametrize(
+    "loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow("trains, stops and resumes"))]
+)
+def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, loss, learnt, monkeypatch) -> None:
+    if loss == "dpo":
+        whole, config = learnt.finished, learnt.finished.config
+    else:
+        config = make_config(write_labelled(tmp_path / "data"), loss)
+        whole = train(config, prepare(config, tmp_path / "whole"))
+    run = prepare(config, tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        train(config, run, on_start=stop_after(3))
+    kept = regular_sha256(find_likelihoods_file(run))
+    monkeypatch.delattr(reference_likelihoods, "_compute_likelihoods")  # they are computed once
+    steps.write_run_config(config, run, resume=True)
+    resumed = train(config, run)
+    assert resumed.result.step == 6
+    assert regular_sha256(find_likelihoods_file(run)) == kept
+    assert read_adapter(run.adapter).digest() == read_adapter(whole.run.adapter).digest()
+    assert [one["val_loss"] for one in resumed.metrics() if "val_loss" in one] == [
+        one["val_loss"] for one in whole.metrics() if "val_loss" in one
+    ]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "kto",
+        pytest.param("orpo", marks=pytest.mark.slow("trains and judges")),
+        pytest.param("simpo", marks=pytest.mark.slow("trains and judges")),
+    ],
+)
+def test_the_other_losses_learn_too(tmp_path: Path, loss: str) -> None:
+    write = write_labelled if loss == "kto" else write_pairs
+    judged = run_and_judge(make_config(write(tmp_path / "data"), loss), tmp_path / "run")
+    assert judged.codes == []
+    block = judged.block
+    assert (block["loss"], block["conclusion"]) == (loss, "better")
+    assert (block["reference"], block["reference_error"]) == (
+        ("initial", 0) if loss == "kto" else (None, None)
+    )
+    if loss == "kto":
+        assert block["accuracy_before"] == 0.5 < block["accuracy_after"]
+
+
+def test_planted_pairs_of_train_are_swapped(tmp_path: Path) -> None:
+    swapped = [
+        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+        for pair in list_pairs("train")
+    ]
+    data = write_rows(tmp_path / "data", {"train": swapped, "valid": list_pairs("valid")})
+    judged = run_and_judge(make_config(data, "dpo"), tmp_path / "run")
+    assert "preference_not_learnt" in judged.codes
+    assert judged.block["conclusion"] == "worse"
+    assert judged.verdict.outcome.startswith("Rejected: ")
+
+
+def test_planted_reference_is_the_trained_model(tmp_path, learnt, monkeypatch) -> None:
+    trained = read_adapter(learnt.finished.run.adapter)
+    monkeypatch.setattr(reference_likelihoods, "read_adapter", lambda _: trained)
+    config = learnt.finished.config
+    judged = run_and_judge(config, tmp_path / "run")
+    assert "preference_not_learnt" in judged.codes
+    message = next(r.message for r in judged.verdict.reasons if r.code == "preference_not_learnt")
+    assert "was not the initial adapter" in message
+    assert judged.block["reference_error"] > 0.05
+
+
+def test_planted_mask_counts_the_prompt(tmp_path: Path, monkeypatch) -> None:
+    def encode(example: Any, tokenizer: Any) -> Any:
+        encoded = encode_pair(example, tokenizer)
+        (_, end), (second, last) = encoded.spans
+        prompt = encoded.spans[0][0]
+        return replace(encoded, spans=((1, end), (second - prompt + 1, last)))
+
+    pairs = list_pairs("train")[:9]  # by content of its own, so that no cache has it
+    data = write_rows(tmp_path / "data", {"train": pairs})
+    monkeypatch.setitem(PAIRS, "pair", replace(PAIRS["pair"], encode=encode))
+    uncached = example_parsing.formats_of_loss.__wrapped__
+    monkeypatch.setattr(example_parsing, "formats_of_loss", uncached)
+    config = make_config(data, "dpo")
+    run = prepare(config, tmp_path / "run")
+    with pytest.raises(DatasetError, match="the loss would count prompts too"):
+        train(config, run)
