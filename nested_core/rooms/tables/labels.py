@@ -54,7 +54,7 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
     for label in labels:
         if not counts[trained][label]:
             yield Text(
-                f"warning: no row of {trained} has the answer {shorten(label)!r}, which other "
+                f"warning: no row of {trained} has the label {shorten(label)!r}, which other "
                 f"splits have: it will not be learnt. Shuffle the rows before they are split."
             )
 
