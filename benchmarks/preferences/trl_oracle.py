@@ -27,7 +27,7 @@ from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 WORDS = 40
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "hidden_size": 8,
     "intermediate_size": 16,
     "num_hidden_layers": 2,
@@ -79,7 +79,7 @@ def gradients(model: Any, loss: Any) -> dict[str, np.ndarray]:
 
 def main(path: str) -> None:
     """Write the fixture."""
-    kept: dict[str, np.ndarray] = {}
+    kept: dict[str, Any] = {}
 
     def keep(name: str, loss: Any, model: Any, **arrays: Any) -> None:
         kept[f"{name}/loss"] = np.array(float(loss))

