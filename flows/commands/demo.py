@@ -18,10 +18,9 @@ from flows.process.environment import packaged_folder
 from flows.terminal.console import print_line, print_progress, print_table
 from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import print_tiers
-from flows.terminal.run_view import draw_curve
+from nested_core import seams
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.seams import is_there
 from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.text.loss_format import format_loss, loss_name_for_file
@@ -101,7 +100,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
             total = suite.questions
             print_line(f"right answers: {before} of {total} before, {after} of {total} after")
         print_line(f"champion: {champion} -> {os.readlink(champion)}")
-        if is_there("chat"):
+        if seams.is_there("chat"):
             print_line("talk to it:")
             print_line(f"  {_path_of_program('nested-tune')} chat {champion.parent}")
         print_line("talk to it by mlx-lm alone:")
@@ -188,8 +187,9 @@ def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, 
 def _print_run(run: RunDirectory, verdict: Verdict) -> None:
     from nested_core.records.metrics import read_metrics
 
-    for line in draw_curve(read_metrics(run.metrics)).splitlines():
-        print_line(line)
+    for draw_curve in seams.load_all("loss_curve"):
+        for line in draw_curve(read_metrics(run.metrics)).splitlines():
+            print_line(line)
     print_tiers(verdict)
     losses = verdict.validation
     if losses is not None:

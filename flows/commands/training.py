@@ -267,7 +267,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     config = load_config_from_flags(arguments)
     run = open_run(choose_run_dir(arguments), resume=arguments.resume)
     from nested_core.pipeline.preflight import require_output_places  # loads mlx
-    from nested_core.pipeline.services import load_services
+    from nested_core.pipeline.processes import load_services
 
     require_output_places(config, run)  # before a server is started, as what follows
     load_services(config)

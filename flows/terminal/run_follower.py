@@ -15,12 +15,14 @@ from flows.terminal.console import (
     can_redraw,
     print_progress,
 )
-from flows.terminal.run_view import format_line
 from nested_core import seams
 from nested_core.errors import DamagedError, MissingFileError
+from nested_core.records.metrics import describe_tasks
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json_object
 from nested_core.text.duration_format import format_clock
+from nested_core.text.foreign_text import escape
+from nested_core.text.loss_format import format_loss
 from nested_core.text.stages import receiving_stages
 from nested_core.training.reports.run_progress import RunProgress
 
@@ -131,3 +133,26 @@ def read_object_or_empty(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except (DamagedError, MissingFileError, OSError):
         return {}
+
+
+def format_line(view: RunProgress) -> str:
+    """The last record on one line, for a log: losses, speed, memory, and the time that is left."""
+    record = view.last_record
+    parts = []
+    if "loss" in record:
+        parts.append(f"training loss {format_loss(record['loss'])}")
+    if "val_loss" in record:
+        text = f"validation loss {format_loss(record['val_loss'])}"
+        if view.plan is not None and view.plan.validation_file is not None:
+            text += f" ({view.plan.describe_validation()})"
+        parts.append(text)
+    if answers := describe_tasks(record):
+        parts.append(escape(answers))
+    if "loss" in record:
+        parts += filter(None, (view.describe_speed(), view.describe_memory()))
+    if view.plan is not None and record["step"] > 0:
+        parts.append(view.describe_position())
+        left = view.seconds_left()
+        if left is not None and record["step"] < view.plan.steps:
+            parts.append(f"about {format_clock(left)} left")
+    return f"step {record.get('step', 0)}: {', '.join(parts)}"

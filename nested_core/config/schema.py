@@ -221,7 +221,9 @@ class FineTuneConfig(_RootSection):
     text_feature: str = key("text", "the key of plain text in a row", in_form=False)
     chat_feature: str = key("messages", "the key of the messages in a row", in_form=False)
     data_format: DataFormat = key(
-        "auto", "the format of the rows (auto finds it, csv takes tables alone)", in_form=False
+        "auto",
+        "the format of the rows, of docs/data.md (auto finds it, csv takes tables alone)",
+        in_form=False,
     )
     drop_fields: Names = key(
         (), "fields of the rows that are left out on purpose, though they hold text", in_form=False
@@ -374,7 +376,7 @@ def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
         changed.append("nested")
     if config.data_policy != DataPolicy():
         changed.append("data_policy")
-    if config.data_format in ("alpaca", "sharegpt", "csv"):
+    if config.data_format not in ("auto", "chat", "completions", "text", "tools"):
         changed.append(f"data_format {config.data_format}")
     if config.continual.replay.fraction:
         changed.append("continual.replay")

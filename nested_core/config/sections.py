@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from nested_core import seams
 from nested_core.config.names import NAME_PATTERN, why_invalid_adapter_name
 from nested_core.config.section_base import Section, key
 
@@ -411,7 +412,16 @@ HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_mapping_as_list
 
 
 # The format of the rows, but csv: the files are tables, whose rows are found out as by auto.
-DataFormat = Literal["auto", "chat", "completions", "text", "tools", "alpaca", "sharegpt", "csv"]
+def parse_data_format(name: str) -> str:
+    """The name of a kind of rows that data/lines/example_parsing.py reads, and loads for this."""
+    if name != "auto":
+        known = seams.load("nested_core.data.lines.example_parsing:DATA_FORMATS")
+        if name not in known:
+            raise ValueError(f"{name!r} is no format of rows; there are {', '.join(known)}")
+    return name
+
+
+DataFormat = Annotated[str, AfterValidator(parse_data_format)]
 
 
 class DataPolicy(Section):

@@ -25,13 +25,13 @@ from nested_core.pipeline.continual import (
 from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
 from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
+from nested_core.pipeline.processes import load_services
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
     describe_reproduction,
     find_judged_run,
     record_rejection,
 )
-from nested_core.pipeline.services import load_services
 from nested_core.process.command_parent import (
     RunInHand,
     aborting_where_metal_failed,

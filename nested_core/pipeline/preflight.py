@@ -16,8 +16,7 @@ from nested_core.errors import ConfigError
 from nested_core.measure.answers.answer_cache import answer_cache
 from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
-from nested_core.pipeline.processes import count_processes, refuse_mlx_launch
-from nested_core.pipeline.services import load_services
+from nested_core.pipeline.processes import count_processes, load_services, refuse_mlx_launch
 from nested_core.records.dataset import read_dataset_record
 from nested_core.registry.policy import APPROVE_KEY
 from nested_core.registry.promotion_policy import effective_rule, registry_location

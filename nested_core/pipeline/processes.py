@@ -1,4 +1,4 @@
-"""How many processes train a run, and who trains in several: the room that starts them."""
+"""Rooms that a run asks: who trains in several processes, and for the services of `report_to`."""
 
 from __future__ import annotations
 
@@ -55,3 +55,11 @@ def refuse_mlx_launch() -> None:
         "Start it without mlx.launch, and give training.processes, or training.hostfile for "
         "several hosts: it starts mlx.launch itself."
     )
+
+
+def load_services(config: FineTuneConfig) -> Any:
+    """The room's Services for what `report_to` names; None if it names nothing.
+
+    Raises ConfigError for a service that is not known or not installed, and without the room.
+    """
+    return seams.load_only("services", "report_to")(config) if config.report_to else None

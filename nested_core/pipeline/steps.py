@@ -73,8 +73,7 @@ from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.learning_rate_rule import require_usable_rate
-from nested_core.pipeline.processes import count_processes, train_in_processes
-from nested_core.pipeline.services import load_services
+from nested_core.pipeline.processes import count_processes, load_services, train_in_processes
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (

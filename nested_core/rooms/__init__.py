@@ -75,6 +75,7 @@ class Room:
     layer_context: a context of a model in which its layers compute otherwise while it trains.
     plain_delta_rule: the formulas of gated delta nets that kernels are compared with.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
+    loss_curve: a function of the records of metrics.jsonl that draws their losses in characters.
     training_log: a function of the arguments of `train`, configuration and run directory, which
         gives the callback that prints lines in place of ours, or None.
     champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
@@ -136,6 +137,7 @@ class Room:
     layer_context: str | None = None
     plain_delta_rule: str | None = None
     cuda_operations: str | None = None
+    loss_curve: str | None = None
     training_log: str | None = None
     champion_page: str | None = None
     generation_tables: str | None = None
@@ -207,7 +209,10 @@ ROOMS: Mapping[str, Room] = {
         registry_checks="flows.rooms.housekeeping.checks:iterate_housekeeping_checks",
     ),
     "hub": Room(hub_tables="nested_core.rooms.hub.hub_datasets:open_tables"),
-    "live": Room(live_view="flows.rooms.live.live_view:draw_until_done"),
+    "live": Room(
+        live_view="flows.rooms.live.live_view:draw_until_done",
+        loss_curve="flows.rooms.live.loss_curve:draw_curve",
+    ),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
     "planning": Room(commands=("init", "explain")),

@@ -22,6 +22,7 @@ from nested_core.storage.run_directory import RunDirectory
 from tests.example import write_config
 from tests.flows.conftest import CommandRun, Ended
 from tests.fork_server import python
+from tests.left_out import needs_rooms
 
 Run = Callable[..., Ended]
 TRAIN = ("train", "-c", "config.yaml")
@@ -65,6 +66,7 @@ def test_what_each_tier_holds_is_said_before_training(command_run: CommandRun) -
     assert expected in command_run.ended.stderr
 
 
+@needs_rooms("memory")
 def test_what_memory_is_needed_is_said_once_before_training(command_run: CommandRun) -> None:
     lines = command_run.ended.stderr.splitlines()
     (said,) = [line for line in lines if "needs about" in line]

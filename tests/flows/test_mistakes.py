@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.registry import promote, register
+from nested_core.seams import is_there
 from tests.core.registry.conftest import write_run
 from tests.example import MODEL
 from tests.flows.conftest import Ended, called
@@ -80,6 +81,9 @@ class Mistake:
     arguments: tuple[str, ...] = TRAIN
     files: dict[str, str | bytes | None] = field(default_factory=dict)  # None: not there
     prepare: Callable[[Path], object] = lambda folder: None
+
+
+TOLD_OF_INIT = "; `nested-tune init` takes the names of your columns" if is_there("tables") else ""
 
 
 def data_mistake(content: str | bytes, *says: str, code: int = 3) -> Mistake:
@@ -174,9 +178,8 @@ MISTAKES: dict[str, Mistake] = {
     "fields of no known name": data_mistake(
         as_lines(*({"foo": str(n), "bar": "b"} for n in range(4))),
         "train.jsonl:1: unknown-format: expected 'prompt' and 'completion', 'messages', 'text', "
-        "'conversations' or 'instruction' and 'output'; found foo, bar; `nested-tune init` takes "
-        "the names of your columns (and 3 more: lines 2, 3, "
-        "...)",
+        "'conversations' or 'instruction' and 'output'; found foo, bar"
+        f"{TOLD_OF_INIT} (and 3 more: lines 2, 3, ...)",
     ),
     "Alpaca's format with more in it": data_mistake(
         as_lines(*({"instruction": f"{n}?", "notes": "Do so.", "output": "No"} for n in range(3))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flows.terminal.run_view import draw_curve, format_line
+from flows.terminal.run_follower import format_line
 from nested_core.records.plan import TrainingPlan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.run_progress import RunProgress
@@ -49,10 +49,6 @@ def view_of(*records: dict[str, Any]) -> RunProgress:
         reported_at=10.0,
         first_report=(100, 5.0),
     )
-
-
-def test_one_loss_is_labelled_once() -> None:
-    assert draw_curve(RECORDS[:1]).count("9.5") == 1
 
 
 def test_a_line_has_the_losses_with_their_data_the_speed_the_memory_and_the_time_left() -> None:

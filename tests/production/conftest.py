@@ -18,6 +18,9 @@ from tests.production.stack import Stack
 from tests.webhook_server import WebhookServer, serving_webhook
 
 collect_ignore_glob = [] if is_there("deploy") else ["test_*.py"]
+collect_ignore_glob += [] if is_there("housekeeping") else ["test_replayed_nights.py"]
+collect_ignore_glob += [] if is_there("compare") else ["test_report_page.py"]
+collect_ignore_glob += [] if is_there("live") else ["test_live_view.py"]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,12 @@ import textwrap
 
 from rich.text import Text
 
-from flows.terminal.run_view import LABEL_WIDTH, TRAINING_MARK, VALIDATION_MARK, draw_curve
+from flows.rooms.live.loss_curve import (
+    LABEL_WIDTH,
+    TRAINING_MARK,
+    VALIDATION_MARK,
+    draw_curve,
+)
 from nested_core.records.plan import describe_last_losses
 from nested_core.text.foreign_text import escape
 from nested_core.training.reports.run_progress import RunProgress

@@ -325,6 +325,8 @@ _FIELDS_BY_SETTING: dict[str, dict[str, tuple[str, ...]]] = {
     "completions": {"completion": FORMATS["completion"].fields},
     "tools": {"chat": ("chat", "tools")},
 }
+# What `data_format` may be: csv takes tables alone, whatever their rows are.
+DATA_FORMATS = ("auto", *sorted(_FIELDS_BY_SETTING.keys() - {"completion"}), "csv")
 MLX_LM_FORMATS: tuple[str, ...] = ("completion", "chat", "text")
 TEMPLATED_FORMATS = [name for name, entry in FORMATS.items() if entry.is_templated]
 UNTEMPLATED_FORMATS = [name for name in FORMATS if name not in TEMPLATED_FORMATS]

@@ -6,20 +6,20 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 
-from nested_core.config.sections import DataFormat
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.lines.example_parsing import FORMATS
+from nested_core.data.lines.example_parsing import DATA_FORMATS, FORMATS
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import DatasetReport
+from tests.example import example_config, require_refused
 
 Turn = dict[str, Any]
 Files = dict[str, bytes]
@@ -600,7 +600,10 @@ def test_a_field_that_repeats_what_is_trained_on_or_labels_it_is_no_loss(tmp_pat
 
 def test_each_kind_of_row_can_be_configured() -> None:
     names = {"completions" if name == "completion" else name for name in FORMATS}
-    assert {*get_args(DataFormat)} == {"auto", "csv", "tools", *names}
+    assert {*DATA_FORMATS} == {"auto", "csv", "tools", *names}
+    for name in DATA_FORMATS:
+        assert example_config(data_format=name).data_format == name
+    require_refused("'xml' is no format of rows; there are auto, alpaca, chat", data_format="xml")
 
 
 def test_a_file_that_is_no_table_is_refused_where_tables_are_configured(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def always(folder: Path) -> dict[str, str]:
     [
         lambda folder: add_line(folder / "data" / "train.jsonl"),
         lambda folder: add_line(folder / "data" / "valid.jsonl"),
-        change_policy,
+        pytest.param(change_policy, marks=needs_rooms("approval")),
         pytest.param(change_champion, marks=pytest.mark.slow("trains and judges")),
     ],
     ids=["training data", "held-out data", "policy", "champion"],

@@ -14,6 +14,7 @@ from prefect.settings import (
 from flows.rooms.deploy.retention import check_retention
 from flows.rooms.deploy.server_checks import _check_database
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 
 def test_of_a_database_that_this_environment_does_not_name_nothing_is_said() -> None:
@@ -34,6 +35,7 @@ def test_what_the_server_keeps_is_asked_of_the_server() -> None:
     assert "PREFECT_SERVER_SERVICES_DB_VACUUM" in check.mend
 
 
+@needs_rooms("doctor")
 def test_doctor_says_of_a_server_that_does_not_answer_what_starts_it(tmp_path, monkeypatch) -> None:
     nowhere = "http://127.0.0.1:9/api"
     monkeypatch.setenv("PREFECT_API_URL", nowhere)

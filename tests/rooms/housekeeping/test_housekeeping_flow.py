@@ -15,10 +15,12 @@ from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import train_example
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 NAME = "capitals"
 
 
+@needs_rooms("doctor")
 @pytest.mark.usefixtures("prefect_server")
 def test_a_pruned_run_restores_its_version_and_is_judged_again_and_the_state_has_the_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

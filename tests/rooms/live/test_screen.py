@@ -8,6 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from flows.rooms.live.live_view import describe_conclusion
+from flows.rooms.live.loss_curve import draw_curve
 from flows.rooms.live.screen import draw_bar, draw_screen
 from nested_core.records.metrics import append_metrics
 from nested_core.records.plan import join_last_losses
@@ -102,3 +103,7 @@ def test_a_run_that_was_stopped_is_said_to_end_at_the_step_of_its_checkpoint(tmp
     view.read_metrics()
     said = ["ended before training was done, at step 11"]
     assert describe_conclusion(view, run) == said
+
+
+def test_one_loss_is_labelled_once() -> None:
+    assert draw_curve(RECORDS[:1]).count("9.5") == 1

@@ -1,7 +1,4 @@
-"""What is shown of a run while it goes on: its losses as a curve, and lines for a log.
-
-Everything comes from a `RunProgress`; nothing here waits or prints.
-"""
+"""The losses of a run as a curve of characters."""
 
 from __future__ import annotations
 
@@ -9,11 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nested_core.records.metrics import describe_tasks
-from nested_core.text.duration_format import format_clock
-from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
-from nested_core.training.reports.run_progress import RunProgress
 
 SMALLEST_LOSS = 1e-6
 LABEL_WIDTH = 8
@@ -59,26 +52,3 @@ def draw_curve(
     margin = " " * LABEL_WIDTH
     axis = f"{margin} +{'-' * width}\n{margin}  0{f'step {last_step:,}':>{width - 1}}"
     return "\n".join([*lines, axis, f"{margin}  {LEGEND}   (logarithmic)"])
-
-
-def format_line(view: RunProgress) -> str:
-    """The last record on one line, for a log: losses, speed, memory, and the time that is left."""
-    record = view.last_record
-    parts = []
-    if "loss" in record:
-        parts.append(f"training loss {format_loss(record['loss'])}")
-    if "val_loss" in record:
-        text = f"validation loss {format_loss(record['val_loss'])}"
-        if view.plan is not None and view.plan.validation_file is not None:
-            text += f" ({view.plan.describe_validation()})"
-        parts.append(text)
-    if answers := describe_tasks(record):
-        parts.append(escape(answers))
-    if "loss" in record:
-        parts += filter(None, (view.describe_speed(), view.describe_memory()))
-    if view.plan is not None and record["step"] > 0:
-        parts.append(view.describe_position())
-        left = view.seconds_left()
-        if left is not None and record["step"] < view.plan.steps:
-            parts.append(f"about {format_clock(left)} left")
-    return f"step {record.get('step', 0)}: {', '.join(parts)}"
