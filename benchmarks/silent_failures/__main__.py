@@ -69,7 +69,7 @@ def run_failure(tool: Tool, failure: Failure) -> dict[str, Any]:
         case.environment |= tool.environment
     try:
         if failure.name in tool.own_code:
-            raise NotApplicable(f"{failure.broken} is its own code")
+            raise NotApplicable("the code that would have to be broken is its own")
         if failure.name in tool.lacks:
             raise NotApplicable(tool.lacks[failure.name])
         verdict = walk(tool, failure, planted, healthy)

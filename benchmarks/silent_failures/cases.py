@@ -75,7 +75,7 @@ class Case:
         steps: what the tool does, in order.
         base: the base that is used with the adapter after training.
         environment: what commands find in their environment beside the machine's.
-        answers: what the model answered where a step asks it.
+        answers: what the model answered or chose, where a step asks it.
         went_right: whether the answers show that the tool did the right thing, whatever it printed.
     """
 

@@ -31,6 +31,7 @@ TRAINING: list[Step] = ["check", "train", "judge", "use"]
 NOISE = 0.02  # added to each weight of "another base", whose own are some 0.1
 DEAD_BLOCK = "model.layers.2."
 RESERVED = 2  # the id of <|system|>
+LABELLED = ("Afghanistan", "Morocco")  # of labels_of_one_kind
 
 
 def leave_alone(case: Case) -> None:
@@ -269,14 +270,16 @@ def template_drops_calls(case: Case, planted: bool) -> None:
 def arguments_quoted_twice(case: Case, planted: bool) -> None:
     def make(country: str, _: str) -> Row:
         row = row_with_call(country, as_text=planted)
-        del row["tools"]  # no program that asks gives the model tools
+        del row["tools"]
         return row
 
     case.write_base(template=template())
     case.settings.max_seq_length = 256
     both_splits(case, make)
-    case.steps = [*TRAINING, "ask" if planted else leave_alone]
-    case.went_right = lambda case: '{"country": "' in case.answers[-1]
+    choices = [row_with_call("Norway", as_text=as_text) for as_text in (False, True)]
+    case.write_file("choices.jsonl", choices)
+    case.steps = [*TRAINING, "choose" if planted else leave_alone]
+    case.went_right = lambda case: '\\"' not in case.answers[-1]
 
 
 def template_drops_reasoning(case: Case, planted: bool) -> None:
@@ -366,11 +369,12 @@ def shuffled_answers(case: Case, planted: bool) -> None:
 
 
 def labels_of_one_kind(case: Case, planted: bool) -> None:
-    labels = (("cold", "Take a coat."), ("hot", "Take a hat."))
+    labels = [dict(capitals("train"))[country] for country in LABELLED]
 
     def make(country: str, which: int) -> Row:
-        weather, answer = labels[which]
-        return chat(("user", f"{country} is {weather}. What to take?"), ("assistant", answer))
+        question = f"I come from {country} and want to see {LABELLED[which]}. Where to?"
+        answer = f"Go and see {labels[which]}, the capital of {LABELLED[which]}!"
+        return chat(("user", question), ("assistant", answer))
 
     case.write_base()
     countries = [country for country, _ in capitals("train")]
@@ -385,25 +389,23 @@ def labels_of_one_kind(case: Case, planted: bool) -> None:
 
 
 def weight_zero_learnt(case: Case, planted: bool) -> None:
-    bad = {"role": "assistant", "content": "No idea, go away.", "weight": 0}
+    bad: Row = {"role": "assistant", "content": "No idea, go away.", "weight": 0}
 
-    def make(country: str, city: str) -> Row:
-        row = chat(
-            ("user", f"Capital of {country}?"), ("user", "Please."), ("assistant", f"{city}.")
-        )
-        row["messages"][2]["weight"] = 1
-        row["messages"][1:2] = [bad, row["messages"][1]] if planted else []
-        return row
+    def make(row: Row) -> Row:
+        question, answer = row["messages"]
+        between = [bad, {"role": "user", "content": "Please."}] if planted else []
+        return {"messages": [question, *between, answer | {"weight": 1}]}
 
     case.write_base()
-    both_splits(case, make)
+    case.write_rows(
+        [make(row) for row in geography("train")], [make(row) for row in geography("valid")]
+    )
     case.settings.masked = False
     case.settings.all_answers = True
-    case.steps = [*TRAINING, "ask" if planted else leave_alone]
-    cities = [city for _, city in capitals("train")]
-    case.went_right = lambda case: (
-        "go away" not in case.answers[-1] and any(city in case.answers[-1] for city in cities)
-    )
+    question, answer = geography("train")[0]["messages"]
+    case.write_file("choices.jsonl", [{"messages": [question, says]} for says in (answer, bad)])
+    case.steps = [*TRAINING, "choose" if planted else leave_alone]
+    case.went_right = lambda case: bad["content"] not in case.answers[-1]
 
 
 # After training

@@ -95,7 +95,7 @@ class Room:
     sensitive_data: a class that finds what a text may hold, and has the rules that report it.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,
         and of the rules that report them.
-    data_tables: what `validate` shows of a data set: a function of DataSettings that gives Tables.
+    data_tables: what `validate` shows of a data set: a function of DataSettings that gives blocks.
     gate_checks: Checks of the gate (nested_core/gate/checks/judged.py) of a run, with its base.
     earlier_examples: the class of the EarlierExamples (nested_core/data/earlier_examples.py).
     ancestor_digests: what a champion's ancestors are judged by: a function of registry, name and

@@ -12,7 +12,6 @@ from benchmarks.silent_failures.cases import Case
 from benchmarks.silent_failures.tools.tool import (
     ANSWER_TOKENS,
     Tool,
-    ask_mlx_lm,
     cut_in_half,
     first_question,
     make_mlx_lm_keys,
@@ -73,9 +72,6 @@ class MlxLm(Tool):
         case.run(
             "use", [self.python, "-m", "mlx_lm", "generate", "--model", case.base, *flags, *prompt]
         )
-
-    def ask(self, case: Case) -> None:
-        ask_mlx_lm(case)
 
     def fuse(self, case: Case) -> None:
         out = "fused-2" if (case.folder / "fused").exists() else "fused"

@@ -12,7 +12,6 @@ import yaml
 from benchmarks.silent_failures.cases import Case
 from benchmarks.silent_failures.tools.tool import (
     Tool,
-    ask_mlx_lm,
     cut_in_half,
     make_mlx_lm_keys,
     name_fine_tune_type,
@@ -78,9 +77,6 @@ class NestedTune(Tool):
 
     def release(self, case: Case) -> None:
         case.run("use", [COMMAND, "promote", "run", *REGISTRY])
-
-    def ask(self, case: Case) -> None:
-        ask_mlx_lm(case)
 
     def evaluate(self, case: Case) -> None:
         case.run("after", [COMMAND, "evaluate", "run", "--data", case.held_out])

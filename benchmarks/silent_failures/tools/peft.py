@@ -9,7 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from benchmarks.silent_failures.cases import Case
-from benchmarks.silent_failures.tools.tool import NotApplicable, Tool, cut_in_half, first_question
+from benchmarks.silent_failures.tools.tool import (
+    Tool,
+    cut_in_half,
+    first_question,
+    read_output,
+)
 
 PROGRAM = Path(__file__).with_name("peft_trainer.py")
 FIRST_STEP = r"^\{'loss'"
@@ -22,6 +27,9 @@ class Peft(Tool):
     checks = "Trainer's `debug=underflow_overflow` and `evaluate`, PEFT's `get_model_status`"
     packages = ("peft", "transformers", "torch")
     own_code = frozenset({"fuse-leaves-it-out"})
+    lacks = MappingProxyType(
+        {"fuse-requantised-away": "transformers cannot read a base that MLX has quantised"}
+    )
     environment = MappingProxyType({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
     def _command(self, case: Case, step: str, **values: object) -> list[str]:
@@ -52,16 +60,13 @@ class Peft(Tool):
     def use(self, case: Case) -> None:
         """Nothing is left to do: to judge an adapter is to load and to ask it."""
 
-    def ask(self, case: Case) -> None:
-        case.run("use", self._command(case, "ask"))
-        case.answers.append(case.runs[-1].after)
+    def choose(self, case: Case) -> None:
+        case.answers.append(read_output(case, self._command(case, "choose")))
 
     def evaluate(self, case: Case) -> None:
         self.judge(case)
 
     def fuse(self, case: Case) -> None:
-        if (case.folder / "original").exists():
-            raise NotApplicable("transformers cannot read a base that MLX has quantised")
         out = "fused-2" if (case.folder / "fused").exists() else "fused"
         case.run("use", self._command(case, "fuse", output=out))
 

@@ -75,11 +75,6 @@ class Steps:
             output_dir="evaluation", use_cpu=True, report_to="none", disable_tqdm=True
         )
         print(self._trainer(model, arguments).evaluate())
-        self.ask(model)
-
-    def ask(self, model=None):
-        """Print the answer to a question."""
-        model = self._load() if model is None else model
         turns = [{"role": "user", "content": self.settings["question"]}]
         prompt = self.tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -87,6 +82,17 @@ class Steps:
         tokens = model.generate(**prompt, max_new_tokens=40, do_sample=False)
         answer = tokens[0, prompt["input_ids"].shape[1] :]
         print("answer:", self.tokenizer.decode(answer, skip_special_tokens=True))
+
+    def choose(self):
+        """Print the row of choices.jsonl that the model finds likelier, by its mean loss."""
+        model = self._load()
+        losses = {}
+        for line in Path("choices.jsonl").read_text("utf-8").splitlines():
+            messages = json.loads(line)["messages"]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+            losses[text] = float(model(input_ids=tokens, labels=tokens).loss)
+        print(min(losses, key=losses.get))
 
     def fuse(self):
         """Merge the adapter into the base, and save that as a model."""

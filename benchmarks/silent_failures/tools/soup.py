@@ -14,7 +14,6 @@ from benchmarks.silent_failures.tools.tool import (
     ANSWER_TOKENS,
     NotApplicable,
     Tool,
-    ask_mlx_lm,
     cut_in_half,
     first_question,
 )
@@ -118,9 +117,6 @@ class Soup(Tool):
         command = [self.python, "-m", "mlx_lm", "generate", "--model", case.base]
         flags = ["--adapter-path", "output", "--max-tokens", str(ANSWER_TOKENS)]
         case.run("use", [*command, *flags, "--prompt", first_question(case)])
-
-    def ask(self, case: Case) -> None:
-        ask_mlx_lm(case)
 
     def release(self, case: Case) -> None:
         run = json.loads((case.folder / "output/soup_run.json").read_text("utf-8"))["run_id"]

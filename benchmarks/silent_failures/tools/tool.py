@@ -21,6 +21,7 @@ from benchmarks.silent_failures.cases import Case
 
 ANSWER_TOKENS = 40
 START_SECONDS = 120.0  # of a server
+LIKELIER = Path(__file__).with_name("likelier.py")
 
 
 class NotApplicable(Exception):
@@ -80,9 +81,13 @@ class Tool:
     def release(self, case: Case) -> None:
         """Put the adapter where a server takes it from."""
 
-    def ask(self, case: Case) -> None:
-        """Append the answer to the first training row's question to `case.answers`."""
-        raise NotImplementedError
+    def choose(self, case: Case) -> None:
+        """Append to `case.answers` the row of choices.jsonl that the trained model finds likelier.
+
+        By plain mlx_lm: no command of the tool, so that nothing of it is noticed.
+        """
+        command = [sys.executable, str(LIKELIER), case.base, str(case.adapter), "choices.jsonl"]
+        case.answers.append(read_output(case, command))
 
     def evaluate(self, case: Case) -> None:
         """Measure the adapter on the rows of `case.held_out`."""
@@ -166,25 +171,8 @@ def first_question(case: Case) -> str:
         return str(json.loads(next(rows))["messages"][0]["content"])
 
 
-def cut_in_half(path: Path) -> None:
-    """Keep the first half of a file's bytes."""
-    held = path.read_bytes()
-    path.write_bytes(held[: len(held) // 2])
-
-
-def ask_mlx_lm(case: Case) -> None:
-    """Ask plain mlx_lm: no command of the tool, so that nothing of it is noticed."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlx_lm",
-        "generate",
-        "--model",
-        case.base,
-        "--adapter-path",
-        str(case.adapter),
-    ]
-    command += ["--prompt", first_question(case), "--max-tokens", str(ANSWER_TOKENS), "--temp", "0"]
+def read_output(case: Case, command: Sequence[str]) -> str:
+    """What a command that is none of a tool's prints in a case's folder."""
     ended = subprocess.run(
         command,
         cwd=case.folder,
@@ -193,7 +181,13 @@ def ask_mlx_lm(case: Case) -> None:
         text=True,
         check=True,
     )
-    case.answers.append(ended.stdout)
+    return ended.stdout
+
+
+def cut_in_half(path: Path) -> None:
+    """Keep the first half of a file's bytes."""
+    held = path.read_bytes()
+    path.write_bytes(held[: len(held) // 2])
 
 
 @contextlib.contextmanager

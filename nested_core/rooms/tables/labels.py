@@ -32,8 +32,11 @@ def find_labels(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Table]:
-    """How often each label is an answer in each split, where the answers are a few labels."""
+def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
+    """How often each label is an answer in each split, where the answers are a few labels.
+
+    A warning follows for each label that the first split, which is trained on, does not have.
+    """
     counts: dict[str, Counter[str]] = {}
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         for file in open_splits(settings, Path(spool)).values():
@@ -47,6 +50,13 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Table]:
     rows = [(label, *(_share(own, label) for own in counts.values())) for label in labels]
     if rows:
         yield Table("How often each answer is given", ("answer", *counts), rows)
+    trained = next(iter(counts), "")
+    for label in labels:
+        if not counts[trained][label]:
+            yield Text(
+                f"warning: no row of {trained} has the label {shorten(label)!r}, which other "
+                f"splits have: it will not be learnt. Shuffle the rows before they are split."
+            )
 
 
 def _share(counts: Counter[str], label: str) -> str:

@@ -87,7 +87,14 @@ def test_labels_of_a_data_set_are_counted_in_each_split(tmp_path: Path) -> None:
     write_lines(tmp_path / "train.jsonl", rows)
     write_lines(tmp_path / "valid.jsonl", rows[:2])
     (table,) = tabulate_labels_of_data(DataSettings(str(tmp_path)))
+    assert isinstance(table, Table)
     assert table.columns == ("answer", "train.jsonl", "valid.jsonl")
     assert table.rows == [("yes", "8 (67%)", "1 (50%)"), ("no", "4 (33%)", "1 (50%)")]
+    write_lines(tmp_path / "train.jsonl", [row for row in rows if "yes" in str(row)])
+    _, warning = tabulate_labels_of_data(DataSettings(str(tmp_path)))
+    assert warning == Text(
+        "warning: no row of train.jsonl has the label 'no', which other splits have: it will not "
+        "be learnt. Shuffle the rows before they are split."
+    )
     write_lines(tmp_path / "valid.jsonl", [chat("Q?", "a long answer " * 20)])
     assert not list(tabulate_labels_of_data(DataSettings(str(tmp_path))))
