@@ -45,9 +45,12 @@ PAYLOAD_FIELDS = ("version", "previous", "by", "reason", "before", "after")
 NAMESPACE = UUID("6b1d2c52-6a0e-4d56-9d0b-6f1d6d2f8f3a")
 
 
-def emit_adapter_event(happening: Happening, name: str, payload: dict[str, Any]) -> None:
-    """Emit `adapter.HAPPENING` on the resource `adapter.NAME`."""
-    emit_event(f"adapter.{happening}", resource=adapter_resource(name), payload=payload)
+def emit_adapter_event(
+    happening: Happening, name: str, payload: dict[str, Any], occurred: datetime | None = None
+) -> None:
+    """Emit `adapter.HAPPENING` on the resource `adapter.NAME`, as of now if not `occurred`."""
+    resource = adapter_resource(name)
+    emit_event(f"adapter.{happening}", resource=resource, payload=payload, occurred=occurred)
 
 
 def announce_changes(path: Path, name: str) -> None:

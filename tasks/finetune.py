@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import get_run_logger, task
@@ -151,10 +152,11 @@ def register(config: FineTuneConfig, run_dir: Path, session: Session) -> Decisio
     run = RunDirectory(run_dir)
     registry, name = registry_location(config.registry)
     judged = find_judged_run(run, session)
+    verified = datetime.now(UTC)  # before the promotion, whose event has the time of its line
     decision = register_run(config, judged, judged.verdict.rival, origin=read_origin())
     get_run_logger().info("Registered %s as version %s.", name, shorten_digest(decision.version))
     for page in seams.load_all("champion_page"):
         page.tell_of_version(config, judged)
     payload = {"version": decision.version, "run_dir": str(run.path.resolve())}
-    emit_adapter_event("verified", name, payload | {"registry": str(registry.resolve())})
+    emit_adapter_event("verified", name, payload | {"registry": str(registry.resolve())}, verified)
     return announce_promotion(registry, name, decision)

@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
         run_export,
         "write an adapter with its base as one model, and check that",
         json=True,
-        usage="%(prog)s WHAT --fused DIR | --gguf FILE | --peft DIR | --push NAME [options]",
+        usage="%(prog)s WHAT --fused|--gguf|--peft|--push TARGET [options]",
         group="Exchange",
         example="nested-tune export runs/first --gguf model.gguf --quantize q8_0",
     )

@@ -199,7 +199,6 @@ def test_code_in_a_models_folder_is_run_only_where_the_configuration_trusts_it(t
         ({"text_config": {"max_position_embeddings": 8}}, 8),
         ({"max_position_embeddings": True, "text_config": 3}, None),
         ({}, None),
-        ([], None),
     ],
 )
 def test_the_context_of_a_model_is_read_through_the_links_of_the_hubs_cache(
@@ -208,3 +207,9 @@ def test_the_context_of_a_model_is_read_through_the_links_of_the_hubs_cache(
     (tmp_path / "blob").write_text(json.dumps(config))
     (tmp_path / "config.json").symlink_to("blob")
     assert context_length(tmp_path) == length
+
+
+def test_a_config_of_a_model_that_is_no_object_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(DamagedError, match=r"config\.json holds a list\. Expected a JSON object"):
+        context_length(tmp_path)

@@ -57,7 +57,7 @@ def test_another_tokenizer_than_that_of_the_training_is_refused(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "one of the arguments --fused --gguf --peft is required"),
+        ((), "one of the arguments --fused --gguf --peft --push is required"),
         (("--fused", "a", "--gguf", "b"), "not allowed with argument"),
         (("--gguf", "model.gguf", "--quantize", "q4_0"), "invalid choice: 'q4_0'"),
     ],
