@@ -89,7 +89,7 @@ def test_whoever_shows_a_run_calls_no_reader_of_one_of_its_files() -> None:
         for name, text in sources(*VIEWERS)
         if name not in FOLLOWERS
     }
-    assert len(read) > 10
+    assert len(read) >= 8  # of the core alone
     assert {name: found for name, found in read.items() if found} == {}
 
 
