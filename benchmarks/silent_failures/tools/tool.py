@@ -86,8 +86,8 @@ class Tool:
 
         By plain mlx_lm: no command of the tool, so that nothing of it is noticed.
         """
-        command = [sys.executable, str(LIKELIER), case.base, str(case.adapter), "choices.jsonl"]
-        case.answers.append(read_output(case, command))
+        command = [sys.executable, "-P", str(LIKELIER), case.base, str(case.adapter)]
+        case.answers.append(read_output(case, [*command, "choices.jsonl"]))
 
     def evaluate(self, case: Case) -> None:
         """Measure the adapter on the rows of `case.held_out`."""
