@@ -49,8 +49,7 @@ def emit_adapter_event(
     happening: Happening, name: str, payload: dict[str, Any], occurred: datetime | None = None
 ) -> None:
     """Emit `adapter.HAPPENING` on the resource `adapter.NAME`, as of now if not `occurred`."""
-    resource = adapter_resource(name)
-    emit_event(f"adapter.{happening}", resource=resource, payload=payload, occurred=occurred)
+    emit_event(f"adapter.{happening}", adapter_resource(name), occurred, payload=payload)
 
 
 def announce_changes(path: Path, name: str) -> None:
