@@ -24,20 +24,20 @@ NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
 
 
 def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
-    """The run with its recorded verdict, which has to say passed, where the files bear that out.
+    """Confirm that a run's recorded verdict says passed and that its files agree with it.
 
-    The manifest must hold their digests, and all checks that need no model are done again: tensors,
-    updates of the tiers and bounds are those that gate.json records. Figures of losses and answers
-    are taken as they are recorded. A check by a bound that the verdict does not record was not made
-    when it was given, and is not made now. Raises ConfigError if nothing was judged, GateRejected
-    if the adapter did not pass, DamagedError if verdict and files do not agree.
+    The manifest must hold the digests of the files. The checks that need no model are made again,
+    and must give what gate.json records of tensors, tiers and thresholds. Losses and answers are
+    taken as recorded. A check is skipped if gate.json does not record its thresholds. Raises
+    ConfigError if nothing was judged, GateRejected if the adapter did not pass, DamagedError if
+    verdict and files do not agree.
     """
     bound = bind_verdict(run.path, must_pass=True)
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
     recorded = bound.verdict
-    asked = recorded.thresholds or {}
-    make_checks(judged, (check for check in CHECKS_OF_FILES if asked.keys() >= {*check.bounds}))
+    bounds = recorded.thresholds or {}
+    make_checks(judged, (check for check in CHECKS_OF_FILES if bounds.keys() >= {*check.bounds}))
     verdict = judged.verdict
     if not verdict.has_passed:
         raise DamagedError(
@@ -45,11 +45,11 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
             advice=JUDGE_AGAIN,
         )
     files = evidence.files | {run.gate.name: bound.files[run.gate.name]}
-    written = {path.name for path in (*run.measured, run.suites) if path.exists()}
-    rest = {run.config.name, run.training_examples.name, *written, *bound.files} - files.keys()
+    measured = {path.name for path in (*run.measured, run.suites) if path.exists()}
+    unread = {run.config.name, run.training_examples.name, *measured, *bound.files} - files.keys()
     if recorded.validation is not None:
-        rest.add(run.gate_losses.name)
-    files |= {name: describe_file(run.path / name) for name in rest}
+        unread.add(run.gate_losses.name)
+    files |= {name: describe_file(run.path / name) for name in unread}
     if changed := [name for name in sorted(files) if files[name] != bound.files.get(name)]:
         raise DamagedError(
             f"{run.gate} was not given on the {' and '.join(changed)} that {run.path} holds: "

@@ -144,7 +144,10 @@ class Packing:
         return frozenset(key for key, array in self.arrays.items() if array.tier in tiers)
 
     def pack_optimizer(self, optimizer: Tiered, values: Flat) -> Tiered:
-        """A copy of an optimizer, with its state, for the packed arrays."""
+        """Return an optimizer with the same state, in which each packed array is one parameter.
+
+        If nothing is packed, the optimizer itself is returned. `values` are the tensors by name.
+        """
         if not self.by_tier:
             return optimizer
         packed = copy.copy(optimizer)

@@ -215,23 +215,24 @@ def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
 def suggest_field_names(
     row: Mapping[str, Any], *, prompt: str = "prompt", completion: str = "completion"
 ) -> dict[str, str]:
-    """The keys of the configuration that name a row's fields, but those that name them already.
+    """Return the `*_feature` settings that the configuration needs to read such a row.
 
-    None for a preference pair: to leave out what was rejected is for a person to decide.
+    `prompt` and `completion` are the fields that it reads now; a setting that would not change them
+    is left out. A preference pair needs a person's decision, and gets no setting.
     """
     if is_preference_pair(row):
         return {}
     chat = next((key for key, value in row.items() if _is_list_of_turns(value)), None)
     if chat is not None:
         return {"chat_feature": chat}
-    found = {
+    fields = {
         "prompt_feature": (_first_text_key(row, _PROMPT_KEYS), prompt),
         "completion_feature": (_first_text_key(row, _COMPLETION_KEYS), completion),
     }
-    names = [name for name, _ in found.values()]
-    if None not in names:
-        return {key: str(name) for key, (name, now) in found.items() if name != now}
-    text = _first_text_key(row, _TEXT_KEYS) if names == [None, None] else None
+    suggested = [field for field, _ in fields.values()]
+    if None not in suggested:
+        return {key: str(field) for key, (field, current) in fields.items() if field != current}
+    text = _first_text_key(row, _TEXT_KEYS) if suggested == [None, None] else None
     return {"text_feature": text} if text is not None else {}
 
 

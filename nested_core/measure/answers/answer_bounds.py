@@ -339,9 +339,9 @@ def is_sound(damage: BrokenHow | None) -> bool:
 
 
 def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:
-    """How many of the answers training broke, of those to prompts whose base's answer is sound.
+    """Count the answers that training broke, over the prompts to which the base's answer is sound.
 
-    An answer without an end counts where the base's had one.
+    An endless answer is counted only if the base's own came to an end.
     """
     judged = [row for row in rows if is_sound(row.base_broken)]
     if len(judged) < MIN_PROMPTS:

@@ -203,7 +203,7 @@ class EncodedSuite:
             if width <= positions:
                 sums[batch] = _sum_log_probabilities(model, pairs, width)
             else:
-                sums[batch] = [_sum_in_pieces(model, *pairs[0], positions)]
+                sums[batch] = [_sum_log_probabilities_in_chunks(model, *pairs[0], positions)]
             start = end
         split = iter(sums.tolist())
         return [tuple(next(split) for _ in choices) for choices in self.choices]
@@ -277,26 +277,25 @@ def _sum_log_probabilities(
     return mx.stack(sums).tolist()  # type: ignore[return-value]
 
 
-def _sum_in_pieces(
-    model: nn.Module, prompt: Sequence[int], following: Sequence[int], positions: int
+def _sum_log_probabilities_in_chunks(
+    model: nn.Module, prompt: Sequence[int], following: Sequence[int], chunk_length: int
 ) -> float:
-    """The same for a row with more tokens than may have their logits at once.
+    """The log-probability of a continuation after its prompt, with logits of one chunk at a time.
 
-    The model reads it in pieces, each with the keys and values of those before, as mlx_lm reads a
-    long prompt; the logits of a piece of the prompt are not computed.
+    The model reads `chunk_length` tokens at a time with its cache, as mlx_lm reads a long prompt.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
     inputs, first = [*prompt, *following[:-1]], len(prompt) - 1
     cache = make_prompt_cache(model)
     total = mx.array(0.0)
-    for start in range(0, len(inputs), positions):
-        piece = inputs[start : start + positions]
-        logits = extract_logits(model(mx.array([piece]), cache=cache))[0]
-        skipped = max(0, first - start)
-        if skipped < len(piece):
-            targets = following[start + skipped - first :][: len(piece) - skipped]
-            total = total + _sum_of_targets(logits[skipped:], targets)
+    for start in range(0, len(inputs), chunk_length):
+        chunk = inputs[start : start + chunk_length]
+        logits = extract_logits(model(mx.array([chunk]), cache=cache))[0]
+        in_prompt = max(0, first - start)  # inputs whose next token is the prompt's
+        if in_prompt < len(chunk):
+            targets = following[start + in_prompt - first :][: len(chunk) - in_prompt]
+            total = total + _sum_of_targets(logits[in_prompt:], targets)
         mx.eval(total, [layer.state for layer in cache])
     return to_float(total)
 

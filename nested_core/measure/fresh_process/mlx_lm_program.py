@@ -123,10 +123,11 @@ def read_config(adapter: str) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What each model of the request computes, by its name; or which is refused, and the error.
+    """Return what each model of the request computes, by the model's name.
 
-    Of models that follow each other with adapters of one form, the base is loaded once. An OSError,
-    MemoryError or RuntimeError (MLX's for memory, files and compilers) blames nobody.
+    The base is loaded once for models in sequence whose adapters have the same tensors. If a model
+    cannot be loaded or computed, its name and the error are returned in place of all. OSError,
+    MemoryError and RuntimeError (which MLX raises for memory, files and compilers) are not caught.
     """
     answers: dict[str, Any] = {}
     reader: Any = None
