@@ -144,6 +144,10 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         )
         if done:
             text += f". {_describe_schedule(self.config, self._run, done, steps)}"
+        if passes < 1:
+            one_pass = forecast.seconds_of(round(steps / passes) - done)
+            needed = math.ceil(minutes + (one_pass - forecast.seconds_of(steps - done)) / 60)
+            text += f". That is little to learn from: one pass would take --minutes {needed}"
         if passes > MOST_PASSES:
             text += f". More than {MOST_PASSES} passes hardly help"
         self._hooks.on_message(text)

@@ -236,7 +236,9 @@ def _render_yaml(
     if epochs > EPOCHS:
         why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
     how_long = f"epochs: {epochs}"
+    passes = f"{epochs} passes are {epochs * batches:,} batches: {why_so_many}. "
     if minutes is not None:
+        passes = ""
         how_long = f"minutes: {minutes:g}  # as many steps as fit with their verdict"
     kept = "best step by the loss on valid" if "valid" in report.splits else "last step"
     length = max(SEQ_LENGTH_MULTIPLE, -(-longest // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
@@ -270,7 +272,7 @@ max_seq_length: {length}
 batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
 grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 
-# {epochs} passes are {epochs * batches:,} batches: {why_so_many}. The {kept} is offered.
+# {passes}The {kept} is offered.
 # What is below 1 is a share of the run, however long.
 training:
 {supervise}  {how_long}

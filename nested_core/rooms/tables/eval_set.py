@@ -36,21 +36,30 @@ class EvalSet:
     lines: a question of JSON each.
     max_tokens: of an answer: no fewer than the longest expected one has.
     usual: the most frequent answer of train, and for how many of the questions it is right.
+    most: the most frequent answer of the questions, and how many it answers.
     """
 
     lines: tuple[bytes, ...]
     score: Literal["exact", "json", "contains"]
     max_tokens: int
     usual: tuple[str, int]
+    most: tuple[str, int]
 
     def describe_baseline(self) -> str:
         """What answering the same to every question would score."""
         answer, right = self.usual
-        share = right / len(self.lines)
-        return (
+        text = (
             f"always answering {shorten(answer, 60)!r}, the most frequent answer of train, would "
-            f"be right for {right} of {len(self.lines)} ({share:.0%})"
+            f"be right for {self._share(right)}"
         )
+        answer, right = self.most
+        if right > self.usual[1]:
+            text += f"; {shorten(answer, 60)!r}, the most frequent here, for {self._share(right)}"
+        return text
+
+    def _share(self, right: int) -> str:
+        """Such as `4 of 20 (20%)`."""
+        return f"{right} of {len(self.lines)} ({right / len(self.lines):.0%})"
 
 
 def draw_eval_set(train: Iterable[bytes], held_out: Sequence[bytes], count: int) -> EvalSet:
@@ -86,7 +95,8 @@ def draw_eval_set(train: Iterable[bytes], held_out: Sequence[bytes], count: int)
         tuple(lines),
         score,
         min(MAX_ANSWER_TOKENS, longest + EXTRA_TOKENS),
-        (usual, sum(answer == usual for answer in expected)),
+        (usual, expected.count(usual)),
+        Counter(expected).most_common(1)[0],
     )
 
 

@@ -50,6 +50,15 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
     rows = [(label, *(_share(own, label) for own in counts.values())) for label in labels]
     if rows:
         yield Table("How often each answer is given", ("answer", *counts), rows)
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(" ".join(label.casefold().split()), []).append(repr(label))
+    for same in alike.values():
+        if len(same) > 1:
+            yield Text(
+                f"warning: the labels {' and '.join(same)} differ in case or spaces alone. Write "
+                f"them in one way if they mean the same."
+            )
     trained = next(iter(counts), "")
     for label in labels:
         if not counts[trained][label]:

@@ -84,11 +84,17 @@ class FileFacts:
 
     @property
     def field_names(self) -> FieldNames | None:
-        """Where its rows hold the fields of an example, by the names that the core knows."""
+        """Where its rows hold the fields of an example, by the names that the core knows.
+
+        None where a person has to say it: no name is known, or the only known one is of plain text
+        and another column holds labels, which would be left out.
+        """
         if not self.is_table:
             return FieldNames()
         names = dict(self.suggested.most_common(1)[0][0]) if self.suggested else {}
-        if not names:
+        text = names.get("text_feature")
+        labels = [name for name, facts in self.columns.items() if facts.holds_labels]
+        if not names or (text is not None and {*labels} - {text}):
             return None
         return FieldNames(
             names.get("prompt_feature", "prompt"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +124,14 @@ def test_an_eval_set_has_questions_of_held_out_rows_and_the_share_of_the_majorit
     assert made.eval_set is not None
     answer, right = made.eval_set.usual
     assert right == sum(json.loads(line)["expected"] == answer for line in lines)
-    assert made.eval_set.describe_baseline() == (
+    said = (
         f"always answering {answer!r}, the most frequent answer of train, would be right for "
         f"{right} of 6 ({right / 6:.0%})"
     )
+    assert replace(made.eval_set, most=(answer, right)).describe_baseline() == said
+    skewed = replace(made.eval_set, most=("rare", 5))
+    assert skewed.describe_baseline() == f"{said}; 'rare', the most frequent here, for 5 of 6 (83%)"
+    assert made.eval_set.most[1] >= right
 
 
 def test_the_same_rows_give_the_same_files(tmp_path: Path) -> None:

@@ -98,3 +98,10 @@ def test_labels_of_a_data_set_are_counted_in_each_split(tmp_path: Path) -> None:
     )
     write_lines(tmp_path / "valid.jsonl", [chat("Q?", "a long answer " * 20)])
     assert not list(tabulate_labels_of_data(DataSettings(str(tmp_path))))
+
+
+def test_labels_that_differ_in_case_or_spaces_alone_are_named(tmp_path: Path) -> None:
+    labels = ["Access", "access", "Access ", "Network"]
+    write_lines(tmp_path / "train.jsonl", [chat(f"Q{n}?", labels[n % 4]) for n in range(12)])
+    _, warning = tabulate_labels_of_data(DataSettings(str(tmp_path)))
+    assert str(warning.text).startswith("warning: the labels 'Access' and 'Access ' and 'access'")

@@ -211,6 +211,15 @@ MISTAKES: dict[str, Mistake] = {
         code=3,
         works=False,
     ),
+    "a column of text beside labels, no flag": Mistake(
+        ("export.csv has the columns Id, Body, Category", "In a terminal"),
+        (),
+        data="export.csv",
+        files={
+            "export.csv": "Id,Body,Category\n"
+            + "".join(f"{n},My mail {n} is lost.,{'ab'[n % 2]}\n" for n in range(12))
+        },
+    ),
     "no such file": Mistake(
         ("--data: there is no file ticket.csv. Did you mean",), data="ticket.csv"
     ),
