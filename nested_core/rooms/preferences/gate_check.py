@@ -49,6 +49,7 @@ from nested_core.rooms.preferences.training_loss import (
     PreferenceLoss,
     measure_answers,
 )
+from nested_core.text.stages import stages
 from nested_core.training.loss.loss_interface import MicroBatch
 
 BLOCK = "preferences"
@@ -131,6 +132,7 @@ def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
     held_out, losses = judged.held_out, judged.losses
     if held_out is None or losses is None or not len(losses.counted()):
         return
+    stages.info("gate: likelihoods of chosen and rejected answers, before and after")
     loss = PreferenceLoss(str(judged.config.training.loss), read_settings(judged.config))
     rows = np.flatnonzero(held_out.is_example_supervised)
     figures = _measure(judged, loss).select(rows)
@@ -350,6 +352,5 @@ CHECKS = (
         "preference",
         _judge_preference,
         stopped_by=(*WITHOUT_MODEL, LOSSES),
-        stage="likelihoods of chosen and rejected answers, before and after",
     ),
 )
