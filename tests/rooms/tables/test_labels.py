@@ -104,4 +104,7 @@ def test_labels_that_differ_in_case_or_spaces_alone_are_named(tmp_path: Path) ->
     labels = ["Access", "access", "Access ", "Network"]
     write_lines(tmp_path / "train.jsonl", [chat(f"Q{n}?", labels[n % 4]) for n in range(12)])
     _, warning = tabulate_labels_of_data(DataSettings(str(tmp_path)))
-    assert str(warning.text).startswith("warning: the labels 'Access' and 'Access ' and 'access'")
+    assert warning == Text(
+        "warning: the labels 'Access' and 'Access ' and 'access' differ in case or spaces alone. "
+        "Write them in one way if they mean the same."
+    )
