@@ -86,8 +86,8 @@ class FileFacts:
     def field_names(self) -> FieldNames | None:
         """Where its rows hold the fields of an example, by the names that the core knows.
 
-        None where a person has to say it: no name is known, or the only known one is of plain text
-        and another column holds labels, which would be left out.
+        Returns None if a person has to say it: if no name is known, or if the only known one is of
+        plain text and another column holds labels, which would be left out.
         """
         if not self.is_table:
             return FieldNames()
