@@ -35,7 +35,7 @@ from benchmarks.learning.study import (
 )
 from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
-from nested_core.rooms.sweep.search import SweepRequest
+from tests.left_out import needs_rooms
 
 BASE = GEOGRAPHY.with_name("geography-base")
 LORA = {"rank": 2, "scale": 4.0, "dropout": 0.0}
@@ -119,7 +119,10 @@ def test_rates_are_chosen_before_their_arms_are_judged_and_each_cell_runs_once()
     assert {cell_of(row) for row in rows} == first
 
 
+@needs_rooms("sweep")
 def test_a_worker_sweeps_by_answers_though_its_study_is_a_copy() -> None:
+    from nested_core.rooms.sweep.search import SweepRequest
+
     request = sweep_request(copy.deepcopy(REAL), 726)
     assert request == SweepRequest(SWEPT, "choose", steps=726)
     assert sweep_request(FULL, 726) == SweepRequest({}, steps=726)
