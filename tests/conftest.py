@@ -58,7 +58,7 @@ from nested_core import backend  # noqa: E402
 
 _FOLDER_OF_ALL_WORKERS = os.environ.get("TMPDIR", "")
 backend.prepare()  # before a test imports mlx
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ and _FOLDER_OF_ALL_WORKERS:
     os.environ["TMPDIR"] = _FOLDER_OF_ALL_WORKERS  # of two workers one compiles a kernel
 
 from tests import child_output  # noqa: E402
