@@ -98,6 +98,7 @@ def test_an_undocumented_public_name_is_found() -> None:
     ]
 
 
+@needs_rooms("doctor")
 def test_the_page_of_the_command_line_has_a_shared_flag_once() -> None:
     page = run_tool("make_command_line.py")["render_page"]()
     assert page.count("whose champions are checked") == 1
