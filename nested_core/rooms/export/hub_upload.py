@@ -22,6 +22,7 @@ from nested_core.registry.adapter_card import CARD_NAME, find_hub_name, render_c
 from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.manifest import verify_manifest
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_regular
 
 LOADED_KEYS = ("fine_tune_type", "num_layers", "lora_parameters", "base_fingerprint")
@@ -63,8 +64,7 @@ def prepare_upload(what: str | Path, repository: str, registry: Path | None = No
             f"digits and ._- alone."
         )
     named = find_named_adapter(Path(what), registry)
-    adapter = read_adapter(named.folder)
-    card = _read_card(named, adapter)
+    adapter, card = _read_version(named) if named.run is None else _read_run(named.run)
     model = named.model or str(adapter.config.get("model", ""))
     config = {key: adapter.config[key] for key in LOADED_KEYS if key in adapter.config}
     config["model"] = find_hub_name(model) or Path(model).name
@@ -76,16 +76,19 @@ def prepare_upload(what: str | Path, repository: str, registry: Path | None = No
     return Upload(repository, files)
 
 
-def _read_card(named: NamedAdapter, adapter: Adapter) -> bytes:
-    """The card of a version, or the one that a run would have as a version."""
+def _read_run(run: RunDirectory) -> tuple[Adapter, bytes]:
+    """The adapter that the gate passed, and the card that it would have as a version."""
+    config = read_run_config(run)
+    judged = confirm_recorded_verdict(config, run)
+    name = config.registry.name if config.registry.path else run.path.resolve().name
+    provenance = make_provenance(config, judged, None)
+    card = render_card(str(name), judged.version, provenance, judged.verdict)
+    return judged.adapter, card.encode()
+
+
+def _read_version(named: NamedAdapter) -> tuple[Adapter, bytes]:
+    """The adapter of a version and its card, after its files were hashed."""
     folder = named.folder.resolve()
-    if named.run is not None:
-        config = read_run_config(named.run)
-        judged = confirm_recorded_verdict(config, named.run)
-        provenance = make_provenance(config, judged, None)
-        name = config.registry.name if config.registry.path else named.run.path.resolve().name
-        card = render_card(str(name), adapter.digest(), provenance, judged.verdict)
-        return card.encode()
     if not all((folder / name).is_file() for name in (CARD_NAME, GATE_NAME, PROVENANCE_NAME)):
         raise ConfigError(
             f"--push: {named.folder} has no verdict of the gate, so a card could say nothing of "
@@ -93,7 +96,7 @@ def _read_card(named: NamedAdapter, adapter: Adapter) -> bytes:
             f"folder as it is."
         )
     verify_manifest(folder)
-    return read_regular(folder / CARD_NAME)
+    return read_adapter(folder), read_regular(folder / CARD_NAME)
 
 
 def upload(prepared: Upload, *, public: bool = False) -> Upload:
@@ -105,21 +108,21 @@ def upload(prepared: Upload, *, public: bool = False) -> Upload:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api, repository = HfApi(), prepared.repository
+    operations = [CommitOperationAdd(name, content) for name, content in prepared.files.items()]
     try:
         url = api.create_repo(repository, private=not public, exist_ok=True)
-        if not public and not api.model_info(repository).private:
-            raise ConfigError(
-                f"--push: {repository} is public, and nothing was uploaded. Give --public too if "
-                f"everybody may read it, or another name."
-            )
-        operations = [CommitOperationAdd(name, content) for name, content in prepared.files.items()]
-        api.create_commit(repository, operations, commit_message="Upload an adapter")
-    except ConfigError:
-        raise
+        may_be_written = public or api.model_info(repository).private
+        if may_be_written:
+            api.create_commit(repository, operations, commit_message="Upload an adapter")
     except Exception as error:  # of the hub, its client or the network: all mean the same here
         raise ConfigError(
             f"--push: {repository} could not be uploaded: {type(error).__name__}: "
             f"{shorten(error, 300).rstrip('.')}. `hf auth whoami` shows who you are there; "
             f"`hf auth login` stores a token that may write."
         ) from error
+    if not may_be_written:
+        raise ConfigError(
+            f"--push: {repository} is public, and nothing was uploaded. Give --public too if "
+            f"everybody may read it, or another name."
+        )
     return Upload(repository, prepared.files, str(url))
