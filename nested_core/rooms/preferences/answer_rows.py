@@ -9,6 +9,7 @@ side_by_side.py takes them apart again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NotRequired
 
 from pydantic import ConfigDict, with_config
@@ -27,41 +28,40 @@ _ROLES = ("system", "user", "assistant", "tool")
 UNWANTED_MARK = 1  # the token behind an answer that is not wanted: not 0, which is padding
 
 
+class _Line(TypedDict):
+    tools: NotRequired[list[dict[str, Any]] | None]
+
+
 @with_config(_STRICT)
-class _PairLine(TypedDict):
+class _PairLine(_Line):
     prompt: list[dict[str, Any]]
     chosen: str
     rejected: str
-    tools: NotRequired[list[dict[str, Any]] | None]
 
 
 @with_config(_STRICT)
-class _ChatPairLine(TypedDict):
+class _ChatPairLine(_Line):
     chat: list[dict[str, Any]]
     rejected: str
-    tools: NotRequired[list[dict[str, Any]] | None]
 
 
 @with_config(_STRICT)
-class _ConversationPairLine(TypedDict):
+class _ConversationPairLine(_Line):
     chosen: list[dict[str, Any]]
     rejected: list[dict[str, Any]]
-    tools: NotRequired[list[dict[str, Any]] | None]
 
 
 @with_config(_STRICT)
-class _LabelledLine(TypedDict):
+class _LabelledLine(_Line):
     prompt: list[dict[str, Any]]
     completion: str
     label: bool
-    tools: NotRequired[list[dict[str, Any]] | None]
 
 
 @with_config(_STRICT)
-class _LabelledChatLine(TypedDict):
+class _LabelledChatLine(_Line):
     chat: list[dict[str, Any]]
     label: bool
-    tools: NotRequired[list[dict[str, Any]] | None]
 
 
 def _prepare_pair(fields: Fields, place: str) -> Fields:
@@ -255,38 +255,23 @@ def _note_empty_answer(name: str, encoded: EncodedExample) -> list[Note]:
     return [Note("error", EMPTY_ANSWER_CHECK, f"{name} has no tokens after its prompt")]
 
 
-def _write_pair(example: Example) -> dict[str, Any]:
-    return {
-        "prompt": example.messages[:-1],
-        "chosen": example.messages[-1]["content"],
-        **example.rest,
-        **_written_tools(example),
-    }
-
-
-def _write_labelled(example: Example) -> dict[str, Any]:
-    return {
-        "prompt": example.messages[:-1],
-        "completion": example.messages[-1]["content"],
-        **example.rest,
-        **_written_tools(example),
-    }
-
-
-def _written_tools(example: Example) -> dict[str, Any]:
-    return {} if example.tools is None else {"tools": example.tools}
+def _write(answer: str, example: Example) -> dict[str, Any]:
+    """The fields of a row as they are kept, with the answer under the key `answer`."""
+    tools = {} if example.tools is None else {"tools": example.tools}
+    prompt, last = example.messages[:-1], example.messages[-1]
+    return {"prompt": prompt, answer: last["content"], **example.rest, **tools}
 
 
 _PAIR_PARTS: Any = {
     "is_conversation": False,
     "encode": encode_pair,
-    "write": _write_pair,
+    "write": partial(_write, "chosen"),
     "judge": judge_pairs,
 }
 _LABELLED_PARTS: Any = {
     "is_conversation": False,
     "encode": encode_labelled,
-    "write": _write_labelled,
+    "write": partial(_write, "completion"),
     "judge": judge_labels,
 }
 PAIRS: Mapping[str, RowFormat] = {

@@ -16,7 +16,7 @@ import numpy as np
 from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
-from nested_core.data.tokens.tokenized_split import Bool
+from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
@@ -135,7 +135,7 @@ def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
     stages.info("gate: likelihoods of chosen and rejected answers, before and after")
     loss = PreferenceLoss(str(judged.config.training.loss), read_settings(judged.config))
     rows = np.flatnonzero(held_out.is_example_supervised)
-    figures = _measure(judged, loss).select(rows)
+    figures = _measure(judged, held_out.split, loss).select(rows)
     counted = losses.counted()
     if losses.left_out is not None:
         figures = figures.select(np.flatnonzero(~losses.left_out))
@@ -154,13 +154,9 @@ def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
     yield from _find_reasons(verdict)
 
 
-def _measure(judged: CheckedRun, loss: PreferenceLoss) -> _HeldOutFigures:
+def _measure(judged: CheckedRun, split: TokenizedSplit, loss: PreferenceLoss) -> _HeldOutFigures:
     """Both adapters on all held-out examples, and the reference beside what was kept of it."""
     base, config, run = judged.base, judged.config, judged.run
-    held_out = judged.held_out
-    if held_out is None:
-        raise ValueError("there are no held-out examples to measure on")
-    split = held_out.split
     refs = reference_trainable_parameters(
         base.model, dtype=adapter_compute_dtype(config, base.model)
     )

@@ -25,9 +25,8 @@ from nested_core.records.paired_difference import Indices
 from nested_core.rooms.preferences.loss_settings import Reference
 from nested_core.rooms.preferences.side_by_side import Conversation, lay_out
 from nested_core.storage.adapter import read_adapter
-from nested_core.storage.atomic import write_json
+from nested_core.storage.json_file import JsonFile
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_json
 from nested_core.text.stages import stages
 from nested_core.training.training_setup import LossInputs
 from nested_core.training.world import World
@@ -76,6 +75,9 @@ class ReferenceLikelihoods:
         return np.array(values, np.float64)
 
 
+LIKELIHOODS_FILE = JsonFile(ReferenceLikelihoods, MAX_BYTES)
+
+
 def prepare_reference(
     inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
 ) -> ReferenceLikelihoods:
@@ -84,32 +86,24 @@ def prepare_reference(
     digest = read_adapter(inputs.run.initial).digest()
     by_digest = {digest_tokens(one.tokens): one for one in conversations}
     kept = read_likelihoods(path)
-    is_kept = (
+    has_all = (
         kept is not None
         and (kept.reference, kept.digest) == (reference, digest)
         and by_digest.keys() <= kept.by_conversation.keys()
     )
-    if inputs.world.any_rank(not is_kept):
-        values = _compute_likelihoods(inputs, reference, list(by_digest.values()))
-        kept = ReferenceLikelihoods(reference, digest, dict(zip(by_digest, values, strict=True)))
-        if inputs.world.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, vars(kept))
-    if kept is None:
-        raise RuntimeError("the likelihoods were neither read nor computed")
-    return kept
+    if not inputs.world.any_rank(not has_all) and kept is not None:
+        return kept
+    values = _compute_likelihoods(inputs, reference, list(by_digest.values()))
+    computed = ReferenceLikelihoods(reference, digest, dict(zip(by_digest, values, strict=True)))
+    if inputs.world.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        LIKELIHOODS_FILE.write(path, computed)
+    return computed
 
 
 def read_likelihoods(path: Path) -> ReferenceLikelihoods | None:
     """What a run keeps, None without a file; DamagedError for a file that holds something else."""
-    if not path.is_file():
-        return None
-    try:
-        document = read_json(path, MAX_BYTES)
-        values = {str(key): float(value) for key, value in document["by_conversation"].items()}
-        return ReferenceLikelihoods(document["reference"], str(document["digest"]), values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{path} does not hold the reference's likelihoods: {error}.") from error
+    return LIKELIHOODS_FILE.read(path) if path.is_file() else None
 
 
 def _compute_likelihoods(

@@ -83,9 +83,14 @@ class PreferenceLoss:
         """Whether each example is one answer with a label, not two answers."""
         return self.name == "kto"
 
+    @property
+    def read_example(self) -> Callable[..., Answers | None]:
+        """The function that reads the answers in an example's tokens."""
+        return read_labelled if self.has_labels else read_pair
+
     def read_rows(self, batch: MicroBatch) -> list[Answers | None]:
         """The answers in each row of a batch; None for a row without an example."""
-        return read_rows(batch, read_labelled if self.has_labels else read_pair)
+        return read_rows(batch, self.read_example)
 
     def of_examples(
         self,
@@ -177,6 +182,8 @@ def make_loss(inputs: LossInputs) -> Loss:
         return losses.sum(), (mx.split(counts, 2)[0] > 0).sum(), losses
 
     def compile_evaluation(assign: Callable[[Flat], None]) -> EvaluateBatch:
+        """The compiled `by_row` of any values of the parameters, which `assign` puts in."""
+
         def evaluate(values: Flat, *arrays: mx.array) -> tuple[mx.array, ...]:
             assign(values)
             return by_row(inputs.model, *arrays)
@@ -194,11 +201,10 @@ def make_loss(inputs: LossInputs) -> Loss:
 
 def _read_examples(loss: PreferenceLoss, split: TokenizedSplit) -> list[Answers]:
     """The answers in each example of a split."""
-    read = read_labelled if loss.has_labels else read_pair
     rows = range(len(split))
-    found = [read(split.example(row), split.example_mask(row)[1:]) for row in rows]
+    examples = [loss.read_example(split.example(row), split.example_mask(row)[1:]) for row in rows]
     split.release_pages()
-    return [one for one in found if one is not None]
+    return [answers for answers in examples if answers is not None]
 
 
 def _require_prompts(examples: Sequence[Answers]) -> None:
