@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from nested_core.errors import ConfigError, shorten
 from nested_core.rooms.tables.dataset_split import SPLIT_SEED
-from nested_core.rooms.tables.labels import find_labels
+from nested_core.rooms.tables.labels import describe_share, find_labels
 
 MAX_ANSWER_TOKENS = 256
 EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected
@@ -47,19 +47,17 @@ class EvalSet:
 
     def describe_baseline(self) -> str:
         """What answering the same to every question would score."""
+        questions = len(self.lines)
         answer, right = self.usual
         text = (
             f"always answering {shorten(answer, 60)!r}, the most frequent answer of train, would "
-            f"be right for {self._share(right)}"
+            f"be right for {describe_share(right, questions)}"
         )
         answer, right = self.most
         if right > self.usual[1]:
-            text += f"; {shorten(answer, 60)!r}, the most frequent here, for {self._share(right)}"
+            share = describe_share(right, questions)
+            text += f"; {shorten(answer, 60)!r}, the most frequent here, for {share}"
         return text
-
-    def _share(self, right: int) -> str:
-        """Such as `4 of 20 (20%)`."""
-        return f"{right} of {len(self.lines)} ({right / len(self.lines):.0%})"
 
 
 def draw_eval_set(train: Iterable[bytes], held_out: Sequence[bytes], count: int) -> EvalSet:

@@ -68,6 +68,11 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
             )
 
 
+def describe_share(right: int, questions: int) -> str:
+    """Such as `4 of 20 (20%)`."""
+    return f"{right} of {questions} ({right / questions:.0%})"
+
+
 def _share(counts: Counter[str], label: str) -> str:
     """Such as `12 (40%)`."""
     return f"{counts[label]:,} ({counts[label] / (counts.total() or 1):.0%})"
@@ -99,7 +104,7 @@ def tabulate_labels_of_answers(
         for label, count in labels.items()
     ]
     usual, most = next(iter(labels.items()))
-    share = f"{most} of {len(expected)} ({most / len(expected):.0%})"
+    share = describe_share(most, len(expected))
     caption = f"{name} by label; always answering {shorten(usual, 60)!r} gets {share}"
     yield Table(caption, ("label", "questions", *models), rows)
     wrong = Counter(
