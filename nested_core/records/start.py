@@ -58,7 +58,7 @@ class Start:
             rate = f" at {self.rate_share:g} of the learning rate" if self.rate_share != 1 else ""
             what = f"starting from {version}{rate}"
         else:
-            what = f"rebuilding from the base what follows {version}"
+            what = f"training from the base, to follow {version}"
         if self.choice == CONFIGURED:
             return what
         return f"{what}: {self.choice.reason}{self.choice.describe_seconds()}"

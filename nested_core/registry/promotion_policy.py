@@ -324,9 +324,9 @@ def find_refusal(
 ) -> Decision | None:
     """Why a version of a NAME's folder is not promoted automatically; None if it is promoted.
 
-    Of the run's section and the registry's policy the stricter counts. With `is_approved` a person
-    has said yes: nobody is asked again. All else counts but the policy's reference, which bounds
-    promotions without a person.
+    The stricter of the run's section and the registry's policy counts. With `is_approved` a person
+    has said yes already: nobody is asked again, and the version need not be compared with the
+    policy's reference, which limits automatic promotions alone.
     """
     policy = policy_of(folder, ledger)
     rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)

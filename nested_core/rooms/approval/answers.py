@@ -66,11 +66,10 @@ def approve(
 ) -> Decision:
     """Promote what a person has approved while this champion stood; otherwise say why not.
 
-    The registry's policy counts but for the question itself and its reference, which bounds
-    promotions without a person. What the run asked for does not: it is a person's word. `by` is who
+    The registry's policy must be met, except its reference, which limits automatic promotions
+    alone. What the run's configuration asked for does not count, for a person decided. `by` is who
     answered, as that was typed.
     """
-
     with writing(registry, name) as held:
         champion = held.champion
         if version == champion:

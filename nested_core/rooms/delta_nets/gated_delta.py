@@ -75,6 +75,7 @@ def compute_in_chunks(
         return split.transpose(1, 0, 3, 4, 2, 5)
 
     def compute(*arrays: mx.array) -> list[mx.array]:
+        """The outputs and the last state, of the arguments of the update in their order."""
         q, k, v, log_decay, beta, state = arrays
         log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         carried = mx.unflatten(state.swapaxes(-1, -2), 1, (key_heads, -1))

@@ -111,6 +111,7 @@ class ChunkedCrossEntropy:
             return gather_rows(hidden, rows), gather_rows(targets, rows)
 
         def compute_losses(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
+            """The loss of each position, float32 (positions,), 0 where the mask is false."""
             size = positions_without_gradient(self._count_words(hidden))
             chunks = chain_chunks(
                 [hidden],
@@ -166,6 +167,7 @@ class ChunkedCrossEntropy:
 
         @mx.custom_function
         def losses(hidden: mx.array) -> Arrays:
+            """The losses, and the gradients that `vjp` takes."""
             chosen, mask = gather_rows(hidden, rows), rows >= 0
             wanted = gather_rows(targets, rows)
             chunks = chain_chunks(
