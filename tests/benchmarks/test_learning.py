@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,11 +22,18 @@ from benchmarks.learning.arms import SWEPT, sweep_request
 from benchmarks.learning.judge import Judge, encode, mean_loss
 from benchmarks.learning.report import Results, mcnemar, over_tasks
 from benchmarks.learning.stream_cells import Plan, plan_nights, rows_of_night
-from benchmarks.learning.stream_report import StreamResults
+from benchmarks.learning.stream_report import (
+    StreamResults,
+    choose_setting,
+    describe_settings,
+    write_stream_report,
+)
 from benchmarks.learning.streams import Fact, Night, Stream, read_stream
 from benchmarks.learning.study import (
+    FRACTIONS,
     FULL,
     REAL,
+    SHARES,
     SMALL,
     STREAM_RATES,
     Cell,
@@ -259,6 +267,40 @@ def test_a_rebuilt_night_has_its_own_rows_and_the_newest_answers_of_before() -> 
     assert len(set(some)) == 200
     assert set(some) < set(rows)
     assert some != rows_of_night(stream, 5, Plan(earlier=100), 2)
+
+
+def test_of_level_shares_the_greatest_is_chosen_and_of_level_fractions_the_smallest() -> None:
+    averages = dict.fromkeys(product(SHARES, FRACTIONS), 0.5)
+    assert choose_setting(averages) == (100, 10)
+    assert choose_setting(averages | {(30, 30): 0.53, (30, 50): 0.56}) == (30, 50)
+    assert choose_setting(averages | {(30, 30): 0.55, (30, 50): 0.56}) == (30, 30)
+    assert choose_setting(averages | {(10, 30): 0.59, (30, 30): 0.575}) == (30, 30)
+    assert choose_setting(averages | {(10, 80): 0.9, (10, 0): 0.9}) == (100, 10)
+
+
+def test_the_report_of_nights_has_the_chosen_setting_and_what_is_left_of_each_night(
+    tmp_path: Path,
+) -> None:
+    study, rows = replace(STREAM_RATES, streams=("tasks",)), []
+    for name, arm, seed in product(study.streams, study.stream_arms, (1, 2, 3)):
+        stream = read_stream(name)
+        is_right = np.ones(len(stream.questions), np.bool_)
+        if arm == "go-100-0":
+            is_right = stream.night_of != 1
+        elif arm.startswith("go-") and arm != "go-30-30":
+            is_right = stream.night_of > 0
+        rows.append(stream_row(Cell(name, "tiny", arm, seed), is_right) | {"steps": [80, 1920]})
+    write_stream_report(rows, study, tmp_path)
+    text = (tmp_path / "streams.md").read_text()
+    assert "Chosen: 30 % of the rate, 30 % replayed." in text
+    (line,) = re.findall(r"^\| tiny \| tasks \| go-30-10 \|.*$", text, re.M)
+    assert "75.0 (" in line
+    assert line.endswith("| 2,000 | no |")
+    tasks = StreamResults(rows, ("tasks",), "tiny")
+    assert tasks.by_night("go-100-0") == [1, 0, 1, 1]
+    assert (tmp_path / "nights-tasks-tiny.svg").read_text().startswith("<svg")
+    fewer = StreamResults([row for row in rows if row["seed"] < 3], ("tasks",), "tiny")
+    assert not list(describe_settings({"tasks": fewer}, "tiny"))
 
 
 def stream_row(cell: Cell, final: Any) -> dict[str, Any]:
