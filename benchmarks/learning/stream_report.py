@@ -21,7 +21,8 @@ class StreamResults:
 
     subjects: the number of each question's word (questions,). current: whether its answer is the
     newest. before: that, of the nights before the last. The seeds of an arm are those that have
-    every order. least_transfer: the backward transfer that is asked for.
+    every order. least_transfer: the backward transfer that is asked for. data: the folder that
+    streams of real text are read from.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class StreamResults:
         names: Sequence[str],
         size: str,
         least_transfer: float = Study.least_transfer,
+        data: Path | None = None,
     ) -> None:
         self.least_transfer = least_transfer
-        streams = [read_stream(name) for name in names]
+        streams = [read_stream(name, data) for name in names]
         words = [fact.subject for stream in streams for fact in stream.questions]
         self.subjects = np.unique(words, return_inverse=True)[1].astype(np.int64)
         self.current = np.concatenate([stream.is_current for stream in streams])
@@ -99,13 +101,15 @@ class StreamResults:
         return interval(values[:, mask], self.subjects[mask])
 
 
-def write_stream_report(rows: Sequence[Row], study: Study, out: Path) -> None:
+def write_stream_report(
+    rows: Sequence[Row], study: Study, out: Path, data: Path | None = None
+) -> None:
     """Write streams.md and a plot of each kind of stream into `out`; print the table."""
     lines = []
     out.mkdir(parents=True, exist_ok=True)
     for size in dict.fromkeys(row["size"] for row in rows if row["task"] in study.streams):
         for names in list_groups(study.streams):
-            results = StreamResults(rows, names, size, study.least_transfer)
+            results = StreamResults(rows, names, size, study.least_transfer, data)
             arms = [arm for arm in study.stream_arms if results.seeds(arm)]
             title = " and ".join(names)
             lines += [[size, title, *cells(results, arm)] for arm in arms]

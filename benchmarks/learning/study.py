@@ -47,19 +47,24 @@ STREAM_ARMS = {
 }
 SHARES = (10, 30, 100)  # % of the first night's rate, at which later nights go on
 FRACTIONS = (0, 10, 30, 50, 80)  # % of a batch that is replayed
-# `replay-F` of STREAM_ARMS goes on at the whole rate; its rows are in streams.jsonl.
-RATE_ARMS = {
+GOING_ON = "go-30-50"  # what `auto` does in a night that it does not rebuild
+AUTO_NIGHTS = 3  # that fit into the window of `auto`
+POLICY_ARMS = {
     "rebuild": "each night from the base on all nights so far, with as many steps as all of them",
-    "rebuild-short": "the same with the steps of one night",
+    "auto": "as the room replay decides, with a window that holds AUTO_NIGHTS nights",
+    "auto-go": "rebuilt while that fits into the window, then going on for good",
+}
+RATE_ARMS = {
+    "joint": STREAM_ARMS["joint"],
+    "alone": STREAM_ARMS["alone"],
+    **POLICY_ARMS,
+    "rebuild-short": "rebuilt with the steps of one night",
     "all-30": "going on at 30 % of the rate on all nights so far, with the steps of one night",
-    "auto": "rebuilt for AUTO_NIGHTS nights, then going on at 30 % of the rate with 50 % replay",
     **{
         f"go-{share}-{fraction}": f"going on at {share} % of the rate with {fraction} % replay"
         for share, fraction in product(SHARES, FRACTIONS)
-        if share != 100 or fraction > 30
     },
 }
-AUTO_NIGHTS = 3
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,20 @@ STREAMS = Study(
     streams=("facts", "facts-reversed", "tasks", "tasks-reversed"),
     stream_seeds=(1, 2, 3, 4, 5),
 )
-# PROTOCOL-3.md, beside the rows of STREAMS
-STREAM_RATES = replace(STREAMS, stream_arms=(*STREAM_ARMS, *RATE_ARMS), least_transfer=-0.03)
+# PROTOCOL-3.md, and its two streams on a model that people use
+STREAM_RATES = replace(STREAMS, stream_arms=tuple(RATE_ARMS), least_transfer=-0.03)
+STREAM_INTENTS = replace(
+    STREAM_RATES,
+    sizes=(REAL_BASE,),
+    streams=("intents",),
+    stream_arms=("joint", *POLICY_ARMS, GOING_ON, "go-100-50"),
+    stream_seeds=(1, 2, 3),
+)
+STREAM_FOUR = replace(
+    STREAM_INTENTS,
+    streams=("four",),
+    stream_arms=("joint", "rebuild", "auto", GOING_ON, "go-100-50"),
+)
 # The second size, on a GPU
 STREAMS_20M = replace(
     STREAMS,
@@ -261,8 +278,3 @@ def rate_share(arm: str) -> float:
     """The rate at which an arm of a stream goes on, as a share of the first night's."""
     name, *percents = arm.split("-")
     return int(percents[0]) / 100 if name in ("go", "all") else 1.0
-
-
-def arm_of_night(arm: str, night: int) -> str:
-    """What an arm does in a night, from 0: `auto` is one arm after the other."""
-    return arm if arm != "auto" else "rebuild" if night < AUTO_NIGHTS else "go-30-50"
