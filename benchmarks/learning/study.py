@@ -25,6 +25,8 @@ ARMS = {
     "g-shallow": "d in tiers [1, 2, 4], shallow layers fast",
     "h": "b with the prompt masked",
     "k": "mlx_lm.lora with what `init` writes: rate, mask, batch, steps, warm-up and cosine",
+    "c-256MB": "c, which keeps 256 MiB of freed buffers at most; timed alone",
+    "c-512MB": "c, which keeps 512 MiB; timed alone",
     "c-long": "c with 4 epochs in place of 3",
     "c-long-answers": "c-long, the step chosen by answers",
     "c-long-32": "c-long with rank 32",
@@ -32,6 +34,7 @@ ARMS = {
 OF_MLX_LM = ("a", "b", "h", "k")
 PEFT = "peft"  # the settings of arm k, timed alone on the GPU
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
+REAL_BASE = "SmolLM2-135M-Instruct"
 NO_ADAPTER = "base"  # the base itself, judged once a task
 STREAM_ARMS = {
     "alone": "each night alone, from a fresh adapter",
@@ -145,6 +148,14 @@ def quiet_pairs(
     return tuple(Cell(task, size, arm, QUIET_SEED + turn) for size, task, turn, arm in cells)
 
 
+def quiet_cells(
+    tasks: Sequence[str], arms: Sequence[str], turns: Sequence[int]
+) -> tuple[Cell, ...]:
+    """Trainings of the real base to be timed one at a time; turn 0 warms up."""
+    cells = product(turns, tasks, arms)
+    return tuple(Cell(task, REAL_BASE, arm, QUIET_SEED + turn) for turn, task, arm in cells)
+
+
 FULL = Study(
     tasks=("clinc150", "banking77", "restaurant8k"),
     sizes=("10M", "20M"),
@@ -156,7 +167,6 @@ FULL = Study(
     quiet=quiet_pairs(("clinc150",), ("10M", "20M"), ("a", "c"), 3),
 )
 REAL_TASKS = ("banking77", "restaurant8k", "clinc150", "snips", "nl2bash", "e2e")
-REAL_BASE = "SmolLM2-135M-Instruct"
 # PROTOCOL-2.md, on a model that people use
 REAL = Study(
     tasks=REAL_TASKS,
@@ -178,9 +188,10 @@ REAL = Study(
     sweep_runs=1.45,  # fill the seconds of arm k, by quiet-2.jsonl
     sweeps_by_answers=True,
     quiet=(
-        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("c", "k"), 6),
-        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), (PEFT,), 2),
-        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("a",), 6),
+        *quiet_cells(REAL_TASKS[:1], ("c", "k"), (0,)),
+        *quiet_cells(REAL_TASKS[:2], ("c", "k", "a", PEFT), (1,)),
+        *quiet_cells(REAL_TASKS[1:2], ("c-256MB", "c-512MB"), (1,)),
+        *quiet_cells(REAL_TASKS[:2], ("c", "k"), (2, 3, 4, 5)),
     ),
 )
 # On the example's base, for two cores: its context is 64 tokens, so that longer rows are left out.
