@@ -111,9 +111,13 @@ class StreamResults:
         return [float(final[self.current & (self.nights == n)].mean()) for n in range(count)]
 
     def verdict(self, arm: str) -> str:
-        """Whether the arm is within both bounds: `shown` by the intervals' lower ends."""
+        """Whether the arm is within both bounds: `shown` by the intervals' lower ends.
+
+        Nothing with fewer than LEAST_SEEDS seeds.
+        """
         behind = self.behind_joint(arm)
-        if behind is None or arm in ("joint", "alone"):
+        is_few = len(self.seeds(arm, "joint")) < LEAST_SEEDS
+        if behind is None or is_few or arm in ("joint", "alone"):
             return ""
         transfer, least = self.transfer(arm), self.least_transfer
         if behind.low > LEAST_AVERAGE and transfer.low > least:

@@ -301,6 +301,7 @@ def test_the_report_of_nights_has_the_chosen_setting_and_what_is_left_of_each_ni
     assert (tmp_path / "nights-tasks-tiny.svg").read_text().startswith("<svg")
     fewer = StreamResults([row for row in rows if row["seed"] < 3], ("tasks",), "tiny")
     assert not list(describe_settings({"tasks": fewer}, "tiny"))
+    assert (fewer.verdict("rebuild"), tasks.verdict("rebuild")) == ("", "shown")
 
 
 def stream_row(cell: Cell, final: Any) -> dict[str, Any]:
