@@ -193,8 +193,8 @@ class FineTuneConfig(_RootSection):
     grad_accumulation_steps: PositiveInt = key(1, "micro-batches whose gradients make one step")
     clear_cache_threshold: NonNegativeInt = key(
         0,
-        "bytes of MLX's cache above which it is emptied (0: never; on CUDA, from 0.9e9 weights on, "
-        "what the widest step needs)",
+        "bytes of MLX's cache above which it is emptied (0: never; on CUDA 512 MiB below 0.2e9 "
+        "weights, and what the widest step needs from 0.9e9 on)",
         affects="output",
         in_form=False,
     )
