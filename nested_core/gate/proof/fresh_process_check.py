@@ -51,7 +51,7 @@ class ProofRequest:
     initial: None compares the trained adapter with the base model alone.
     prompts, questions: token ids. The trained model, in its stored types, answers the questions
         greedily.
-    columns: the token ids whose logits are compared; empty for all.
+    columns: the token ids whose logits are compared; if empty, some 256 of the vocabulary.
     expected: the trainer's logits, a row for each prompt; None if it recorded none.
     has_diverged: whether the training loss diverged. Rounding is then as large as the weights, so
         logits other than the trainer's do not indicate another configuration.
