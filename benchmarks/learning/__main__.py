@@ -14,6 +14,8 @@ from benchmarks.learning.study import (
     FULL,
     REAL,
     SMALL,
+    STREAM_FOUR,
+    STREAM_INTENTS,
     STREAM_RATES,
     STREAMS,
     STREAMS_20M,
@@ -28,6 +30,8 @@ STUDIES: dict[str, Study] = {
     "streams": STREAMS,
     "streams-20M": STREAMS_20M,
     "stream-rates": STREAM_RATES,
+    "stream-intents": STREAM_INTENTS,
+    "stream-four": STREAM_FOUR,
 }
 
 
@@ -57,7 +61,7 @@ def main() -> None:
         if study.tasks:
             write_report(read_rows(options.rows), quiet, study, options.out)
         if study.streams:
-            write_stream_report(read_rows(options.rows), study, options.out)
+            write_stream_report(read_rows(options.rows), study, options.out, options.data)
     else:
         from benchmarks.learning import driver
 
@@ -83,12 +87,12 @@ def parse() -> argparse.Namespace:
     for name in ("run", "quiet", "report"):
         command = commands.add_parser(name)
         command.add_argument("rows", type=Path, metavar="ROWS.jsonl")
+        command.add_argument("--data", type=Path, help="folder of the tasks' repositories")
         if name == "report":
             command.add_argument("--quiet", type=Path, help="rows of the command quiet")
             command.add_argument("--out", type=Path, required=True)
             continue
         command.add_argument("--bases", type=Path, required=True, help="folder of the bases")
-        command.add_argument("--data", type=Path, help="folder of the tasks' repositories")
         command.add_argument("--seconds", type=float, default=1e9)
         command.add_argument("--workers", type=int, default=1, help="trainings at the same time")
     parser.add_argument("--study", choices=STUDIES, default="full")

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.learning.bases import GENERAL_NAME
 from benchmarks.learning.general import INSTRUCTIONS_NAME
-from benchmarks.learning.judge import Judge
+from benchmarks.learning.judge import Judge, encode, read_base
 from benchmarks.learning.meter import Meter
 from benchmarks.learning.study import (
     CHOOSING_SEED,
@@ -39,14 +39,16 @@ from benchmarks.learning.tasks import Counts, Row, Splits, read_task
 
 ASKING_SEED = 1  # whose adapters answer the general instructions
 KEPT = 16  # judges and data sets in memory, of a task and a size each
-FOLLOWED_SEEDS = QUIET_SEED + 1, QUIET_SEED + 4  # timed, with adapters judged on the way
+FOLLOWED_SEEDS = (QUIET_SEED + 1,)  # timed, with adapters judged on the way
 SAVED_STEPS = 0.1  # of a training between two of those adapters, as in `init`'s file
 SUITE = "choose"  # of the rows that choose, for arms whose step or setting answers choose
 LONG = {"training": {"epochs": 4}}  # fill the seconds of arm k, with 3 epochs in arm c
 BY_ANSWERS = {"training": {"evaluate_tasks": [SUITE], "select_by": SUITE}}
 TIERS = {"frequencies": [1, 2, 4]}
-CHANGES: Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]] = {
+CHANGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "c": (),
+    "c-256MB": ({"clear_cache_threshold": 2**28},),
+    "c-512MB": ({"clear_cache_threshold": 2**29},),
     "d": (),
     "e": (),
     "g-deep": ({"nested": TIERS | {"fast": "deep"}},),
@@ -269,11 +271,14 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
     by_answers = BY_ANSWERS in changes or (cell.arm == "e" and study.sweeps_by_answers)
     for change in changes:
         for section, keys in change.items():
-            values[section] = values.get(section, {}) | keys
+            is_section = isinstance(keys, Mapping)
+            values[section] = values.get(section, {}) | keys if is_section else keys
     if by_answers:
         suite = folder / f"{SUITE}.jsonl"
         suite.write_text("".join(map(question, splits.choose)), encoding="utf-8")
-        values["gate"] |= {"tasks": [{"name": SUITE, "file": str(suite), "score": "exact"}]}
+        task = {"name": SUITE, "file": str(suite), "score": "exact"}
+        longest = longest_answer(base, splits.choose)
+        values["gate"] |= {"tasks": [task | {"max_tokens": longest}]}
     values["seed"] = cell.seed
     if cell.seed in FOLLOWED_SEEDS:
         values["training"]["keep_checkpoints"] = round(1 / SAVED_STEPS) + 1
@@ -304,6 +309,12 @@ def sweep_request(study: Study, steps: int) -> Any:
     if study.sweeps_by_answers:
         return SweepRequest(SWEPT, SUITE, steps=steps)
     return SweepRequest({}, steps=steps)
+
+
+def longest_answer(base: Path, rows: Sequence[Row]) -> int:
+    """The tokens of the longest expected answer: a longer one is wrong, and need not be awaited."""
+    _, tokenizer = read_base(base)
+    return max(len(tokens) - start for tokens, start in (encode(tokenizer, row) for row in rows))
 
 
 def question(row: Row) -> str:

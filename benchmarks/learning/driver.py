@@ -17,7 +17,7 @@ from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.study import OF_MLX_LM, STREAM_ARMS, Cell, Study, cell_of, read_rows
+from benchmarks.learning.study import OF_MLX_LM, Cell, Study, cell_of, read_rows
 
 POLL_SECONDS = 0.05
 KEPT_BYTES = 2**30  # of freed buffers, in each of several workers
@@ -102,10 +102,10 @@ def prepare_worker(prepares: bool, shares: bool) -> None:
 
 def run_in_worker(cell: Cell, study: Study, options: argparse.Namespace) -> dict[str, Any]:
     """One cell, in a worker."""
-    if cell.arm in STREAM_ARMS:
+    if cell.task in study.streams:
         from benchmarks.learning.stream_cells import run_stream
 
-        return run_stream(cell, options.bases)
+        return run_stream(cell, options.bases, options.data)
     from benchmarks.learning.arms import run_cell
 
     return run_cell(cell, study, options.bases, options.data)
@@ -113,7 +113,12 @@ def run_in_worker(cell: Cell, study: Study, options: argparse.Namespace) -> dict
 
 @cache
 def code_commit() -> str:
-    """The commit of this checkout when it was first asked, with `-dirty` where files differ."""
+    """The commit of this checkout when it was first asked, with `-dirty` where files differ.
+
+    CODE_COMMIT names it where the code came without its repository.
+    """
+    if given := os.environ.get("CODE_COMMIT"):
+        return given
     command = ("git", "describe", "--always", "--dirty", "--abbrev=8", "--exclude=*")
     done = subprocess.run(
         command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False

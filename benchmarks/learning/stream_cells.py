@@ -1,33 +1,45 @@
 """The trainings of a stream: night after night with some replay, each night alone, or all at once.
 
-A night that is rebuilt is trained from the base on all nights so far.
-
-The third night crashes in its middle and is resumed.
+A night that is rebuilt is trained from the base on earlier nights too. What `auto` does follows
+from the rule of the room replay. Of the example's base the third night crashes in its middle and is
+resumed.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import mlx.core as mx
 import numpy as np
 
 from benchmarks.learning.judge import Judge, Judged
 from benchmarks.learning.streams import Fact, Night, Stream, read_stream
-from benchmarks.learning.study import Cell, arm_of_night, kind_of, rate_share, replay_fraction
-from benchmarks.learning.tasks import Splits
+from benchmarks.learning.study import (
+    AUTO_NIGHTS,
+    GOING_ON,
+    Cell,
+    kind_of,
+    rate_share,
+    replay_fraction,
+)
+from benchmarks.learning.tasks import Row, Splits
+from nested_core.backend import device
 from nested_core.config.loading import parse_config
+from nested_core.config.sections import ContinualSection
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
 from nested_core.storage.adapter import WEIGHTS_NAME
-from nested_core.storage.run_directory import open_run
+from nested_core.storage.run_directory import RunDirectory, open_run
 
-CRASH_NIGHT = 2  # from 0
+CRASH_NIGHT = 2  # from 0, where `LENGTHS` has the stream
 
 
 @dataclass(frozen=True)
@@ -38,8 +50,25 @@ class Length:
     rows: int
 
 
-LENGTHS = {"facts": Length(80, 25), "tasks": Length(80, 16)}
+LENGTHS = {"facts": Length(80, 25), "tasks": Length(80, 16)}  # others: the epochs that `init` says
 LEARNING_RATE = 4e-4  # four times what `init` writes: with less this base learns no facts in time
+REAL_LENGTH = 512  # tokens, more than any row of real text has
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a night is trained.
+
+    share: of the first rate, at which it goes on from the night before; None begins anew.
+    fraction: how much of each batch is replayed.
+    earlier: how many rows of the nights before it has beside its own; None for all.
+    nights: how many nights' steps it has, where they are counted.
+    """
+
+    share: float | None = None
+    fraction: float = 0.0
+    earlier: int | None = 0
+    nights: int = 1
 
 
 class _Crash(Exception):
@@ -58,22 +87,25 @@ class _CrashingSteps(Steps):
             raise _Crash
 
 
-def run_stream(cell: Cell, bases: Path) -> dict[str, Any]:
+def run_stream(cell: Cell, bases: Path, data: Path | None) -> dict[str, Any]:
     """Train what the arm says, and judge; the row of the result.
 
     `learnt` are the answers to each night's questions after it, `right` those to all nights'
-    questions at the end, of which loss and KL are too. Seconds are the processor's, of trainings
-    alone: others use this machine.
+    questions at the end, of which loss and KL are too. Seconds are of trainings alone: on a CPU the
+    processor's, for others use the machine; on a GPU those that passed. `steps` are each night's.
     """
-    stream, base, seconds = read_stream(cell.task), bases / cell.size, 0.0
-    learnt = list[Any]()
+    stream, base = read_stream(cell.task, data), bases / cell.size
+    learnt, steps, seconds = list[Any](), list[int](), 0.0
     with TemporaryDirectory() as scratch:
-        for night, adapter, took in _train_nights(cell, stream, base, Path(scratch)):
-            learnt.append(_judge(base, night.questions, adapter).right)
+        for night, run, took in _train_nights(cell, stream, base, Path(scratch)):
+            learnt.append(_judge(base, night.questions, run.adapter).right)
+            steps.append(_count_steps(run))
+            adapter = run.adapter
             seconds += took
         judged = _judge(base, stream.questions, adapter)
     return vars(cell) | {
         "seconds": round(seconds, 3),
+        "steps": steps,
         "rows": len(judged.right),
         "right_share": round(float(judged.right[stream.is_current].mean()), 6),
         "right": np.packbits(judged.right).tobytes().hex(),
@@ -84,51 +116,131 @@ def run_stream(cell: Cell, bases: Path) -> dict[str, Any]:
 
 
 def _judge(base: Path, questions: Any, adapter: Path) -> Judged:
-    return Judge(base, [fact.row for fact in questions], []).judge(adapter)
+    judged = Judge(base, [fact.row for fact in questions], []).judge(adapter)
+    mx.clear_cache()
+    return judged
+
+
+def _count_steps(run: RunDirectory) -> int:
+    lines = map(json.loads, run.metrics.read_text(encoding="utf-8").splitlines())
+    return max(line.get("step") or 0 for line in lines)
 
 
 def _train_nights(
     cell: Cell, stream: Stream, base: Path, scratch: Path
-) -> Iterator[tuple[Night, Path, float]]:
-    """Each night with the adapter after it and the seconds of its training."""
-    length, nights = LENGTHS[kind_of(cell.task)], stream.nights
+) -> Iterator[tuple[Night, RunDirectory, float]]:
+    """Each night with its finished run and the seconds of its training."""
+    clock = time.process_time if device() == "cpu" else time.perf_counter
+    plans, length = plan_nights(cell.arm, stream), LENGTHS.get(kind_of(cell.task))
     if cell.arm == "joint":
-        length = replace(length, steps=length.steps * len(nights))
+        plans = [Plan(nights=len(stream.nights))]
         facts = tuple(Fact(row, "") for row in stream.joined())
-        nights = (Night(facts, tuple(stream.questions)),)
+        every_choose = tuple(fact for night in stream.nights for fact in night.choose)
+        stream = Stream((Night(facts, tuple(stream.questions), every_choose),))
     start: Path | None = None
     earlier = list[str]()  # newest first
+    first = dict[str, Any]()  # what `init` wrote for the first night
     with Session() as session:
-        for number, night in enumerate(nights):
-            folder, arm = scratch / str(number), arm_of_night(cell.arm, number)
-            is_whole = arm.startswith(("rebuild", "all-"))  # trained on all nights so far
-            rows = tuple(fact.row for fact in night.train)
-            if is_whole:
-                rows = Stream(nights[: number + 1]).joined()
-            Splits(rows, (), ()).write(folder / "data")
-            factor = number + 1 if arm == "rebuild" else 1
-            own = replace(length, steps=length.steps * factor)
-            values = _write_config(base, folder, own, cell.seed)
-            fraction = replay_fraction(arm)
-            if start is not None and (fraction is not None or arm.startswith("all-")):
+        for number, (night, plan) in enumerate(zip(stream.nights, plans, strict=True)):
+            folder = scratch / str(number)
+            choose = tuple(fact.row for fact in night.choose)
+            own = folder / "own"
+            Splits(tuple(fact.row for fact in night.train), choose, ()).write(own / "data")
+            rows = rows_of_night(stream, number, plan, cell.seed)
+            Splits(rows, choose, ()).write(folder / "data")
+            if length is not None:
+                values = _write_config(base, Length(length.steps * plan.nights, length.rows))
+            else:
+                first = first or _write_config_of_init(base, own)
+                values = dict(first)
+            values |= {"data": str(folder / "data"), "seed": cell.seed}
+            if start is not None and plan.share is not None:
                 values["resume_adapter_file"] = str(start / WEIGHTS_NAME)
-                values["learning_rate"] = LEARNING_RATE * rate_share(arm)
-            if start is not None and fraction:
-                replay = {"fraction": fraction, "sources": earlier}
-                values["continual"] = {"replay": replay}
-            crash = own.steps * 3 // 4 if number == CRASH_NIGHT else None
-            began = time.process_time()
-            start = _train(values, folder / "run", session, crash)
-            yield night, start, time.process_time() - began
-            path = str(folder / "data" / "train.jsonl")
-            earlier = [path] if is_whole else [path, *earlier]
+                values["learning_rate"] *= plan.share
+                if plan.fraction:
+                    replay = {"fraction": plan.fraction, "sources": earlier}
+                    values["continual"] = {"replay": replay}
+            crash = None
+            if length is not None and number == CRASH_NIGHT:
+                crash = length.steps * plan.nights * 3 // 4
+            began = clock()
+            run = _train(values, folder / "run", session, crash)
+            start = run.adapter
+            yield night, run, clock() - began
+            earlier = [str(own / "data" / "train.jsonl"), *earlier]
 
 
-def _write_config(base: Path, folder: Path, length: Length, seed: int) -> dict[str, Any]:
-    """What `init` writes for such data, but for rate and length; nothing chooses a step."""
+def plan_nights(arm: str, stream: Stream) -> list[Plan]:
+    """What an arm does in each night."""
+    plans, seen = list[Plan](), 0  # nights that the last rebuilt one was trained on
+    for number in range(len(stream.nights)):
+        if not arm.startswith("auto"):
+            plans.append(plan_night(arm, number))
+            continue
+        choice, most = decide_night(stream, number, seen)
+        if choice == "continue" or (arm == "auto-go" and most is not None):
+            plans.append(plan_night(GOING_ON, number))
+            continue
+        plans.append(Plan(earlier=most, nights=min(number + 1, AUTO_NIGHTS)))
+        seen = number + 1
+    return plans
+
+
+def plan_night(arm: str, number: int) -> Plan:
+    """What an arm that needs no decision does in a night, from 0."""
+    if arm.startswith("rebuild"):
+        return Plan(earlier=None, nights=number + 1 if arm == "rebuild" else 1)
+    if arm.startswith("all-") and number:
+        return Plan(share=rate_share(arm), earlier=None)
+    fraction = replay_fraction(arm)
+    if fraction is None or not number:
+        return Plan()
+    return Plan(share=rate_share(arm), fraction=fraction)
+
+
+def decide_night(stream: Stream, number: int, seen: int) -> tuple[str, int | None]:
+    """What the room replay decides in a night, and on how many earlier rows it is rebuilt.
+
+    A row takes a second there, and the window is what the first AUTO_NIGHTS nights take together.
+    seen: how many nights the last rebuilt one was trained on.
+    """
+    from nested_core.rooms.replay.policy import Gathered, decide_by_forecast
+
+    def count(first: int, end: int) -> int:
+        return len(Stream(stream.nights[first:end]).joined())
+
+    rows, new = count(0, number + 1), len(stream.nights[number].train)
+    gathered = Gathered(new, rows - new, count(seen, number + 1) if seen else None)
+    section = ContinualSection.model_validate(
+        {"from": "champion", "policy": "auto", "window": f"{count(0, AUTO_NIGHTS)}s"}
+    )
+    measured = SimpleNamespace(seconds=float(rows), training_seconds=float(rows))
+    config = cast("Any", SimpleNamespace(continual=section))
+    decision = decide_by_forecast(config, gathered, measured)
+    return decision.choice.policy, decision.most
+
+
+def rows_of_night(stream: Stream, number: int, plan: Plan, seed: int) -> tuple[Row, ...]:
+    """A night's own rows, and those of the nights before that its plan has, chosen as by the room.
+
+    Of a prompt the newest answer alone is there.
+    """
+    from nested_core.data.example_rows import RowKeys
+    from nested_core.rooms.replay.replayed_examples import select_reservoir
+
+    own = tuple(fact.row for fact in stream.nights[number].train)
+    prompts = {row.prompt for row in own}
+    before = Stream(stream.nights[:number]).joined()
+    rows = [row for row in before if row.prompt not in prompts]
+    contents = [RowKeys.of({"prompt": r.prompt, "completion": r.answer}).content for r in rows]
+    places = select_reservoir(plan.earlier, seed)(contents, np.zeros(len(rows), np.int64), [])
+    return (*own, *(rows[place] for place in places))
+
+
+def _write_config(base: Path, length: Length) -> dict[str, Any]:
+    """What `init` writes for the example's base, but for rate and length; the last step counts."""
     return {
         "model": str(base),
-        "data": str(folder / "data"),
         "num_layers": -1,
         "lora_parameters": {"rank": 8, "alpha": 160},
         "learning_rate": LEARNING_RATE,
@@ -139,13 +251,21 @@ def _write_config(base: Path, folder: Path, length: Length, seed: int) -> dict[s
         "val_batches": 0,
         "steps_per_report": length.steps,
         "save_every": length.steps // 2,
-        "seed": seed,
     }
 
 
-def _train(values: dict[str, Any], folder: Path, session: Session, crash: int | None) -> Path:
+def _write_config_of_init(base: Path, folder: Path) -> dict[str, Any]:
+    """What `init` writes for the first night, with room for longer rows of later ones."""
+    from benchmarks.learning.arms import suggest
+
+    return suggest(base, folder) | {"max_seq_length": REAL_LENGTH}
+
+
+def _train(
+    values: Mapping[str, Any], folder: Path, session: Session, crash: int | None
+) -> RunDirectory:
     """Train in this process; where a crash is wanted, once more from the checkpoint before it."""
-    config, run = parse_config(values, source="stream"), open_run(folder)
+    config, run = parse_config(dict(values), source="stream"), open_run(folder)
     with run.locked():
         for steps in (Steps() if crash is None else _CrashingSteps(crash), Steps()):
             steps.begin(config, run, resume=run.config.exists())
@@ -154,4 +274,4 @@ def _train(values: dict[str, Any], folder: Path, session: Session, crash: int | 
             with suppress(_Crash):
                 steps.train(config, run, session)
                 break
-    return run.adapter
+    return run

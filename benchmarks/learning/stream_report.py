@@ -1,27 +1,42 @@
-"""Tables and plots of the streams' rows, and which fractions of replay they show (PROTOCOL.md)."""
+"""Tables and plots of the streams' rows, and what they decide (PROTOCOL.md, PROTOCOL-3.md)."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.learning.report import Answers, Difference, interval, right, table
 from benchmarks.learning.streams import read_stream
-from benchmarks.learning.study import Row, Study, kind_of, rate_share, replay_fraction
+from benchmarks.learning.study import (
+    FRACTIONS,
+    GOING_ON,
+    POLICY_ARMS,
+    SHARES,
+    Row,
+    Study,
+    kind_of,
+    rate_share,
+    replay_fraction,
+)
 from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_chart
 
 LEAST_AVERAGE = -0.05  # above the joint training's
+LEVEL = 0.02  # settings whose final averages differ by no more are level
+LEAST_SEEDS = 3  # for anything to be decided
+CHOSEN_AMONG = tuple(fraction for fraction in FRACTIONS if 10 <= fraction <= 50)
+DRAWN_ARMS = ("joint", *POLICY_ARMS, GOING_ON, "go-100-50", "go-100-0", "alone")
 
 
 class StreamResults:
     """The rows of one kind of stream and a size, of which the questions of all orders are joined.
 
-    subjects: the number of each question's word (questions,). current: whether its answer is the
-    newest. before: that, of the nights before the last. The seeds of an arm are those that have
-    every order. least_transfer: the backward transfer that is asked for.
+    subjects: the number of each question's word (questions,). nights: its night, from 0. current:
+    whether its answer is the newest. before: that, of the nights before the last. The seeds of an
+    arm are those that have every order. least_transfer: the backward transfer that is asked for.
+    data: the folder that streams of real text are read from.
     """
 
     def __init__(
@@ -30,12 +45,14 @@ class StreamResults:
         names: Sequence[str],
         size: str,
         least_transfer: float = Study.least_transfer,
+        data: Path | None = None,
     ) -> None:
         self.least_transfer = least_transfer
-        streams = [read_stream(name) for name in names]
+        streams = [read_stream(name, data) for name in names]
         words = [fact.subject for stream in streams for fact in stream.questions]
         self.subjects = np.unique(words, return_inverse=True)[1].astype(np.int64)
         self.current = np.concatenate([stream.is_current for stream in streams])
+        self.nights = np.concatenate([stream.night_of for stream in streams])
         is_last = [stream.night_of == len(stream.nights) - 1 for stream in streams]
         self.before = self.current & ~np.concatenate(is_last)
         self._names = names
@@ -66,6 +83,10 @@ class StreamResults:
         """Right answers to all nights' questions after the last."""
         return self._mean(self.answers(arm, "right", self.seeds(arm)), self.current)
 
+    def right_share(self, arm: str) -> float:
+        """The final average without its interval."""
+        return float(self.answers(arm, "right", self.seeds(arm))[:, self.current].mean())
+
     def transfer(self, arm: str) -> Difference:
         """The answers to earlier nights' questions at the end less those after their own night."""
         final, learnt = (self.answers(arm, key, self.seeds(arm)) for key in ("right", "learnt"))
@@ -83,10 +104,20 @@ class StreamResults:
         """The share of answers that changed later of which the adapter still has the old one."""
         return float(self.answers(arm, "right", self.seeds(arm))[:, ~self.current].mean())
 
+    def by_night(self, arm: str) -> list[float]:
+        """The share of right answers to each night's questions after the last."""
+        final = self.answers(arm, "right", self.seeds(arm)).mean(axis=0)
+        count = int(self.nights.max()) + 1
+        return [float(final[self.current & (self.nights == n)].mean()) for n in range(count)]
+
     def verdict(self, arm: str) -> str:
-        """Whether the arm is within both bounds: `shown` by the intervals' lower ends."""
+        """Whether the arm is within both bounds: `shown` by the intervals' lower ends.
+
+        Nothing with fewer than LEAST_SEEDS seeds.
+        """
         behind = self.behind_joint(arm)
-        if behind is None or arm in ("joint", "alone"):
+        is_few = len(self.seeds(arm, "joint")) < LEAST_SEEDS
+        if behind is None or is_few or arm in ("joint", "alone"):
             return ""
         transfer, least = self.transfer(arm), self.least_transfer
         if behind.low > LEAST_AVERAGE and transfer.low > least:
@@ -99,25 +130,34 @@ class StreamResults:
         return interval(values[:, mask], self.subjects[mask])
 
 
-def write_stream_report(rows: Sequence[Row], study: Study, out: Path) -> None:
+def write_stream_report(
+    rows: Sequence[Row], study: Study, out: Path, data: Path | None = None
+) -> None:
     """Write streams.md and a plot of each kind of stream into `out`; print the table."""
-    lines = []
+    lines, settings = [], list[str]()
     out.mkdir(parents=True, exist_ok=True)
     for size in dict.fromkeys(row["size"] for row in rows if row["task"] in study.streams):
+        by_kind = dict[str, StreamResults]()
         for names in list_groups(study.streams):
-            results = StreamResults(rows, names, size, study.least_transfer)
+            results = StreamResults(rows, names, size, study.least_transfer, data)
+            by_kind.setdefault(kind_of(names[0]), results)  # the first is that of all orders
             arms = [arm for arm in study.stream_arms if results.seeds(arm)]
             title = " and ".join(names)
             lines += [[size, title, *cells(results, arm)] for arm in arms]
-            chart = draw_chart(fractions_chart(results, arms, f"{title}, {size}"), STANDALONE)
-            if chart:
-                (out / f"replay-{'-'.join(names)}-{size}.svg").write_text(f"{chart}\n", "utf-8")
+            for name, draw in (("replay", fractions_chart), ("nights", nights_chart)):
+                chart = draw_chart(draw(results, arms, f"{title}, {size}"), STANDALONE)
+                if chart:
+                    file = out / f"{name}-{'-'.join(names)}-{size}.svg"
+                    file.write_text(f"{chart}\n", "utf-8")
+        settings += describe_settings(by_kind, size)
     head = (
         *("size", "stream", "arm", "seeds", "learning accuracy", "final average"),
-        *("less joint", "backward transfer", "stale", "KL", "seconds"),
+        *("less joint", "backward transfer", "stale", "KL", "seconds", "steps"),
         f"5 and {-100 * study.least_transfer:.0f} points",
     )
-    text = "\n".join(["## Streams: % of answers, and points (95 %)", "", *table(head, lines)])
+    text = "\n".join(
+        ["## Streams: % of answers, and points (95 %)", "", *table(head, lines), *settings]
+    )
     (out / "streams.md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -137,6 +177,7 @@ def cells(results: StreamResults, arm: str) -> list[str]:
     is_joint = arm == "joint"
     behind = results.behind_joint(arm)
     has_stale = not results.current.all()
+    steps = statistics.median(sum(row.get("steps", ())) for row in results.rows(arm))
     return [
         arm,
         str(len(results.seeds(arm))),
@@ -147,8 +188,44 @@ def cells(results: StreamResults, arm: str) -> list[str]:
         f"{100 * results.stale(arm):.1f}" if has_stale else "",
         f"{statistics.fmean(row['kl'] for row in results.rows(arm)):.2f}",
         f"{statistics.median(row['seconds'] for row in results.rows(arm)):.1f}",
+        f"{steps:,.0f}" if steps else "",  # earlier rows have none
         results.verdict(arm),
     ]
+
+
+def describe_settings(by_kind: Mapping[str, StreamResults], size: str) -> Iterator[str]:
+    """The final averages of all shares and fractions, and which of them PROTOCOL-3.md chooses.
+
+    Nothing without every one of them under LEAST_SEEDS seeds.
+    """
+    arms = {(s, f): f"go-{s}-{f}" for s in SHARES for f in FRACTIONS}
+    results = by_kind.values()
+    if any(len(each.seeds(*arms.values())) < LEAST_SEEDS for each in results):
+        return
+    averages = {
+        at: statistics.fmean(each.right_share(arm) for each in results) for at, arm in arms.items()
+    }
+    yield f"## {size}: final average in %, mean over {' and '.join(by_kind)}"
+    yield ""
+    lines = [
+        [f"{share} % of the rate", *(f"{100 * averages[share, f]:.1f}" for f in FRACTIONS)]
+        for share in SHARES
+    ]
+    yield from table(["", *(f"{fraction} % replayed" for fraction in FRACTIONS)], lines)
+    share, fraction = choose_setting(averages)
+    yield f"Chosen: {share} % of the rate, {fraction} % replayed."
+    yield ""
+
+
+def choose_setting(averages: Mapping[tuple[int, int], float]) -> tuple[int, int]:
+    """Share and fraction by PROTOCOL-3.md, of final averages by both.
+
+    Of level shares the greatest, by each one's best fraction; of level fractions the smallest.
+    """
+    best = {share: max(averages[share, f] for f in CHOSEN_AMONG) for share in SHARES}
+    share = max(s for s in SHARES if best[s] >= max(best.values()) - LEVEL)
+    fraction = min(f for f in CHOSEN_AMONG if averages[share, f] >= best[share] - LEVEL)
+    return share, fraction
 
 
 def as_level(share: Difference) -> str:
@@ -172,3 +249,13 @@ def fractions_chart(results: StreamResults, arms: Sequence[str], title: str) -> 
         ends = (min(replayed.values()), max(replayed.values()))
         curves.append(Curve("all at once", [Point(100 * f, level) for f in ends]))
     return Chart(f"Replay: {title}", "% of a batch that is replayed", "% right", curves, True)
+
+
+def nights_chart(results: StreamResults, arms: Sequence[str], title: str) -> Chart:
+    """What is left of each night at the end, by arm."""
+    curves = [
+        Curve(arm, [Point(n, 100 * y) for n, y in enumerate(results.by_night(arm), 1)], True)
+        for arm in DRAWN_ARMS
+        if arm in arms
+    ]
+    return Chart(f"After the last night: {title}", "night", "% right", curves, True)

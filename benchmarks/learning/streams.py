@@ -1,6 +1,7 @@
-"""Streams of nights on which an adapter goes on learning: facts that change, and four tasks.
+"""Streams of nights on which an adapter goes on learning: facts that change, and tasks.
 
-All of it is made up, of words that the example's base knows. PROTOCOL.md says what is measured.
+`facts` and `tasks` are made up, of words that the example's base knows. `intents` and `four` are of
+real text, for a real model. PROTOCOL.md and PROTOCOL-3.md say what is measured.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import runpy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from benchmarks.learning.tasks import GEOGRAPHY, Row
+from benchmarks.learning.tasks import GEOGRAPHY, READERS, Counts, Row, read_task
 from tests.reliability.sentences import PEOPLE, QUALITIES, THINGS
 
 SEED = 20_261_125
@@ -30,6 +32,9 @@ TASKS = (
 )
 TAUGHT = 60  # countries that the four tasks train on; the questions are about the others
 TASK_ROWS = 200  # that a task trains on
+# Of a night of real text. Three epochs of so many rows are what `init` takes as least, 200 steps.
+REAL_COUNTS = Counts(train=534, choose=40, judge=400)
+REAL_TASKS = ("banking77", "restaurant8k", "clinc150", "snips")  # a night each, in this order
 SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # as a byte-level BPE writes it
 Booleans = np.ndarray[Any, np.dtype[np.bool_]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -45,10 +50,14 @@ class Fact:
 
 @dataclass(frozen=True)
 class Night:
-    """What is learnt in a night, and what is asked about it; of facts both are the same."""
+    """What is learnt in a night, and what is asked about it; of facts both are the same.
+
+    choose: rows by whose loss the night's step is chosen; without any it is the last.
+    """
 
     train: tuple[Fact, ...]
     questions: tuple[Fact, ...]
+    choose: tuple[Fact, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,10 +89,18 @@ class Stream:
 
 
 @lru_cache
-def read_stream(name: str) -> Stream:
-    """`facts` or `tasks`, or with `-reversed` behind it in the other order; always the same."""
+def read_stream(name: str, data: Path | None = None) -> Stream:
+    """A stream by its name, always the same: `facts`, `tasks`, `intents` or `four`.
+
+    With `-reversed` behind it `facts` and `tasks` are in the other order. The last two are read
+    from `data`, the folder of the tasks' repositories.
+    """
     kind, _, order = name.partition("-")
-    return {"facts": _changing_facts, "tasks": _four_tasks}[kind](is_reversed=bool(order))
+    if kind in ("facts", "tasks"):
+        return {"facts": _changing_facts, "tasks": _four_tasks}[kind](is_reversed=bool(order))
+    if data is None:
+        raise SystemExit(f"{name} is read from the folder of --data; PROTOCOL-2.md fetches it.")
+    return {"intents": _banking_intents, "four": _real_tasks}[kind](data)
 
 
 def _changing_facts(*, is_reversed: bool) -> Stream:
@@ -150,3 +167,36 @@ def _draw_rows(chance: Random, form: Row, pool: Sequence[Any], count: int) -> tu
         row = Row(form.prompt.format(**values), form.answer.format(**values))
         facts[row.prompt] = Fact(row, country.name)
     return tuple(facts.values())
+
+
+def _banking_intents(data: Path) -> Stream:
+    """The 77 intents of banking77, a sixth of them a night: the other intents are unknown to it."""
+    chance = Random(SEED)
+    train, _, judge = READERS["banking77"](data)
+    intents = sorted({row.answer for row in train})
+    chance.shuffle(intents)
+    nights, seen = list[Night](), set[str]()
+    for number in range(NIGHTS):
+        own = set(intents[number::NIGHTS])
+        drawn = []
+        wanted = (train, REAL_COUNTS.train), (judge, REAL_COUNTS.judge), (train, REAL_COUNTS.choose)
+        for pool, count in wanted:
+            rows = {r.prompt: r for r in pool if r.answer in own and r.prompt not in seen}
+            taken = list(rows.values())
+            chance.shuffle(taken)
+            drawn.append(_as_facts(taken[:count]))
+            seen.update(row.prompt for row in taken[:count])
+        nights.append(Night(*drawn))
+    return Stream(tuple(nights))
+
+
+def _real_tasks(data: Path) -> Stream:
+    """Four tasks of PROTOCOL-2.md, one after another."""
+    splits = [read_task(name, data, REAL_COUNTS) for name in REAL_TASKS]
+    nights = (map(_as_facts, (each.train, each.judge, each.choose)) for each in splits)
+    return Stream(tuple(Night(*night) for night in nights))
+
+
+def _as_facts(rows: Sequence[Row]) -> tuple[Fact, ...]:
+    """Rows that are independent of each other."""
+    return tuple(Fact(row, row.prompt) for row in rows)

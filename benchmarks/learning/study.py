@@ -25,6 +25,8 @@ ARMS = {
     "g-shallow": "d in tiers [1, 2, 4], shallow layers fast",
     "h": "b with the prompt masked",
     "k": "mlx_lm.lora with what `init` writes: rate, mask, batch, steps, warm-up and cosine",
+    "c-256MB": "c, which keeps 256 MiB of freed buffers at most; timed alone",
+    "c-512MB": "c, which keeps 512 MiB; timed alone",
     "c-long": "c with 4 epochs in place of 3",
     "c-long-answers": "c-long, the step chosen by answers",
     "c-long-32": "c-long with rank 32",
@@ -32,6 +34,7 @@ ARMS = {
 OF_MLX_LM = ("a", "b", "h", "k")
 PEFT = "peft"  # the settings of arm k, timed alone on the GPU
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
+REAL_BASE = "SmolLM2-135M-Instruct"
 NO_ADAPTER = "base"  # the base itself, judged once a task
 STREAM_ARMS = {
     "alone": "each night alone, from a fresh adapter",
@@ -44,19 +47,24 @@ STREAM_ARMS = {
 }
 SHARES = (10, 30, 100)  # % of the first night's rate, at which later nights go on
 FRACTIONS = (0, 10, 30, 50, 80)  # % of a batch that is replayed
-# `replay-F` of STREAM_ARMS goes on at the whole rate; its rows are in streams.jsonl.
-RATE_ARMS = {
+GOING_ON = "go-30-50"  # what `auto` does in a night that it does not rebuild
+AUTO_NIGHTS = 3  # that fit into the window of `auto`
+POLICY_ARMS = {
     "rebuild": "each night from the base on all nights so far, with as many steps as all of them",
-    "rebuild-short": "the same with the steps of one night",
+    "auto": "as the room replay decides, with a window that holds AUTO_NIGHTS nights",
+    "auto-go": "rebuilt while that fits into the window, then going on for good",
+}
+RATE_ARMS = {
+    "joint": STREAM_ARMS["joint"],
+    "alone": STREAM_ARMS["alone"],
+    **POLICY_ARMS,
+    "rebuild-short": "rebuilt with the steps of one night",
     "all-30": "going on at 30 % of the rate on all nights so far, with the steps of one night",
-    "auto": "rebuilt for AUTO_NIGHTS nights, then going on at 30 % of the rate with 50 % replay",
     **{
         f"go-{share}-{fraction}": f"going on at {share} % of the rate with {fraction} % replay"
         for share, fraction in product(SHARES, FRACTIONS)
-        if share != 100 or fraction > 30
     },
 }
-AUTO_NIGHTS = 3
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,14 @@ def quiet_pairs(
     return tuple(Cell(task, size, arm, QUIET_SEED + turn) for size, task, turn, arm in cells)
 
 
+def quiet_cells(
+    tasks: Sequence[str], arms: Sequence[str], turns: Sequence[int]
+) -> tuple[Cell, ...]:
+    """Trainings of the real base to be timed one at a time; turn 0 warms up."""
+    cells = product(turns, tasks, arms)
+    return tuple(Cell(task, REAL_BASE, arm, QUIET_SEED + turn) for turn, task, arm in cells)
+
+
 FULL = Study(
     tasks=("clinc150", "banking77", "restaurant8k"),
     sizes=("10M", "20M"),
@@ -151,7 +167,6 @@ FULL = Study(
     quiet=quiet_pairs(("clinc150",), ("10M", "20M"), ("a", "c"), 3),
 )
 REAL_TASKS = ("banking77", "restaurant8k", "clinc150", "snips", "nl2bash", "e2e")
-REAL_BASE = "SmolLM2-135M-Instruct"
 # PROTOCOL-2.md, on a model that people use
 REAL = Study(
     tasks=REAL_TASKS,
@@ -173,9 +188,10 @@ REAL = Study(
     sweep_runs=1.45,  # fill the seconds of arm k, by quiet-2.jsonl
     sweeps_by_answers=True,
     quiet=(
-        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("c", "k"), 6),
-        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), (PEFT,), 2),
-        *quiet_pairs(REAL_TASKS[:2], (REAL_BASE,), ("a",), 6),
+        *quiet_cells(REAL_TASKS[:1], ("c", "k"), (0,)),
+        *quiet_cells(REAL_TASKS[:2], ("c", "k", "a", PEFT), (1,)),
+        *quiet_cells(REAL_TASKS[1:2], ("c-256MB", "c-512MB"), (1,)),
+        *quiet_cells(REAL_TASKS[:2], ("c", "k"), (2, 3, 4, 5)),
     ),
 )
 # On the example's base, for two cores: its context is 64 tokens, so that longer rows are left out.
@@ -196,8 +212,20 @@ STREAMS = Study(
     streams=("facts", "facts-reversed", "tasks", "tasks-reversed"),
     stream_seeds=(1, 2, 3, 4, 5),
 )
-# PROTOCOL-3.md, beside the rows of STREAMS
-STREAM_RATES = replace(STREAMS, stream_arms=(*STREAM_ARMS, *RATE_ARMS), least_transfer=-0.03)
+# PROTOCOL-3.md, and its two streams on a model that people use
+STREAM_RATES = replace(STREAMS, stream_arms=tuple(RATE_ARMS), least_transfer=-0.03)
+STREAM_INTENTS = replace(
+    STREAM_RATES,
+    sizes=(REAL_BASE,),
+    streams=("intents",),
+    stream_arms=("joint", *POLICY_ARMS, GOING_ON, "go-100-50"),
+    stream_seeds=(1, 2, 3),
+)
+STREAM_FOUR = replace(
+    STREAM_INTENTS,
+    streams=("four",),
+    stream_arms=("joint", "rebuild", "auto", GOING_ON, "go-100-50"),
+)
 # The second size, on a GPU
 STREAMS_20M = replace(
     STREAMS,
@@ -250,8 +278,3 @@ def rate_share(arm: str) -> float:
     """The rate at which an arm of a stream goes on, as a share of the first night's."""
     name, *percents = arm.split("-")
     return int(percents[0]) / 100 if name in ("go", "all") else 1.0
-
-
-def arm_of_night(arm: str, night: int) -> str:
-    """What an arm does in a night, from 0: `auto` is one arm after the other."""
-    return arm if arm != "auto" else "rebuild" if night < AUTO_NIGHTS else "go-30-50"

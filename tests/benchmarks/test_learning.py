@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -20,15 +21,22 @@ from benchmarks.learning import bases
 from benchmarks.learning.arms import SWEPT, sweep_request
 from benchmarks.learning.judge import Judge, encode, mean_loss
 from benchmarks.learning.report import Results, mcnemar, over_tasks
-from benchmarks.learning.stream_report import StreamResults
-from benchmarks.learning.streams import read_stream
+from benchmarks.learning.stream_cells import Plan, plan_nights, rows_of_night
+from benchmarks.learning.stream_report import (
+    StreamResults,
+    choose_setting,
+    describe_settings,
+    write_stream_report,
+)
+from benchmarks.learning.streams import Fact, Night, Stream, read_stream
 from benchmarks.learning.study import (
+    FRACTIONS,
     FULL,
     REAL,
+    SHARES,
     SMALL,
     STREAM_RATES,
     Cell,
-    arm_of_night,
     cell_of,
     rate_share,
     replay_fraction,
@@ -218,15 +226,82 @@ def test_a_fraction_is_shown_that_forgets_less_than_a_point_and_stays_near_joint
     assert behind.low < behind.mean < behind.high < 0
 
 
-def test_an_arm_of_a_stream_says_its_rate_its_replay_and_what_it_does_in_each_night() -> None:
+def test_an_arm_of_a_stream_says_its_rate_and_what_it_replays() -> None:
     said = {arm: (rate_share(arm), replay_fraction(arm)) for arm in STREAM_RATES.stream_arms}
+    assert len(said) == 22
     assert said["go-30-10"] == (0.3, 0.1)
-    assert said["replay-30"] == (1.0, 0.3)
     assert said["all-30"] == (0.3, None)
     assert said["rebuild"] == said["joint"] == said["alone"] == (1.0, None)
-    nights = [arm_of_night("auto", night) for night in range(6)]
-    assert nights == ["rebuild"] * 3 + ["go-30-50"] * 3
-    assert arm_of_night("go-10-80", 4) == "go-10-80"
+    tasks = read_stream("tasks")
+    assert plan_nights("alone", tasks) == [Plan()] * 4
+    assert plan_nights("go-10-80", tasks) == [Plan(), *[Plan(share=0.1, fraction=0.8)] * 3]
+    assert plan_nights("all-30", tasks) == [Plan(), *[Plan(share=0.3, earlier=None)] * 3]
+    assert plan_nights("rebuild", tasks) == [Plan(earlier=None, nights=n) for n in (1, 2, 3, 4)]
+    assert plan_nights("rebuild-short", tasks) == [Plan(earlier=None)] * 4
+
+
+@needs_rooms("replay")
+def test_auto_does_what_the_room_decides_where_three_nights_fit_into_the_window() -> None:
+    rebuilt = [Plan(earlier=None, nights=nights) for nights in (1, 2, 3)]
+    going_on, sampled = Plan(share=0.3, fraction=0.5), Plan(earlier=1068, nights=3)
+    facts = tuple(Fact(Row(str(n), "a"), str(n)) for n in range(6 * 534))
+    nights = [Night(facts[n * 534 :][:534], ()) for n in range(6)]
+    equal = Stream(tuple(nights))
+    assert plan_nights("auto", equal) == [*rebuilt, going_on, sampled, going_on]
+    assert plan_nights("auto-go", equal) == [*rebuilt, *[going_on] * 3]
+    changing = [*rebuilt, *[Plan(earlier=100, nights=3)] * 3]
+    assert plan_nights("auto", read_stream("facts")) == changing
+
+
+@needs_rooms("replay")
+def test_a_rebuilt_night_has_its_own_rows_and_the_newest_answers_of_before() -> None:
+    stream = read_stream("facts")
+    everything = {row.prompt: row.answer for row in stream.joined()}
+    rows = rows_of_night(stream, 5, Plan(earlier=None), 1)
+    assert {row.prompt: row.answer for row in rows} == everything
+    assert len(rows) == len(everything) == 350
+    own = tuple(fact.row for fact in stream.nights[5].train)
+    assert rows_of_night(stream, 5, Plan(), 1) == own
+    some = rows_of_night(stream, 5, Plan(earlier=100), 1)
+    assert some[:100] == own
+    assert len(set(some)) == 200
+    assert set(some) < set(rows)
+    assert some != rows_of_night(stream, 5, Plan(earlier=100), 2)
+
+
+def test_of_level_shares_the_greatest_is_chosen_and_of_level_fractions_the_smallest() -> None:
+    averages = dict.fromkeys(product(SHARES, FRACTIONS), 0.5)
+    assert choose_setting(averages) == (100, 10)
+    assert choose_setting(averages | {(30, 30): 0.53, (30, 50): 0.56}) == (30, 50)
+    assert choose_setting(averages | {(30, 30): 0.55, (30, 50): 0.56}) == (30, 30)
+    assert choose_setting(averages | {(10, 30): 0.59, (30, 30): 0.575}) == (30, 30)
+    assert choose_setting(averages | {(10, 80): 0.9, (10, 0): 0.9}) == (100, 10)
+
+
+def test_the_report_of_nights_has_the_chosen_setting_and_what_is_left_of_each_night(
+    tmp_path: Path,
+) -> None:
+    study, rows = replace(STREAM_RATES, streams=("tasks",)), []
+    for name, arm, seed in product(study.streams, study.stream_arms, (1, 2, 3)):
+        stream = read_stream(name)
+        is_right = np.ones(len(stream.questions), np.bool_)
+        if arm == "go-100-0":
+            is_right = stream.night_of != 1
+        elif arm.startswith("go-") and arm != "go-30-30":
+            is_right = stream.night_of > 0
+        rows.append(stream_row(Cell(name, "tiny", arm, seed), is_right) | {"steps": [80, 1920]})
+    write_stream_report(rows, study, tmp_path)
+    text = (tmp_path / "streams.md").read_text()
+    assert "Chosen: 30 % of the rate, 30 % replayed." in text
+    (line,) = re.findall(r"^\| tiny \| tasks \| go-30-10 \|.*$", text, re.M)
+    assert "75.0 (" in line
+    assert line.endswith("| 2,000 | no |")
+    tasks = StreamResults(rows, ("tasks",), "tiny")
+    assert tasks.by_night("go-100-0") == [1, 0, 1, 1]
+    assert (tmp_path / "nights-tasks-tiny.svg").read_text().startswith("<svg")
+    fewer = StreamResults([row for row in rows if row["seed"] < 3], ("tasks",), "tiny")
+    assert not list(describe_settings({"tasks": fewer}, "tiny"))
+    assert (fewer.verdict("rebuild"), tasks.verdict("rebuild")) == ("", "shown")
 
 
 def stream_row(cell: Cell, final: Any) -> dict[str, Any]:

@@ -118,9 +118,12 @@ class BucketedSchedule:
         elif config.training.epochs is not None:
             self.iterations = self._plan.count_batches(config.training.epochs)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
-        self.intervals = config.intervals(self.iterations)
         self.epochs = self._plan.count_epochs(self.iterations)
-        self.validation_examples = _count_validation_examples(config, self._valid)
+        batches = []
+        if self._valid is not None:
+            batches = choose_evaluation_batches(self._valid, config.batch_size, config.val_batches)
+        self.validation_examples = sum(len(batch.rows) for batch in batches)
+        self.intervals = config.intervals(self.iterations, max(1, len(batches)))
 
     def largest_batch(self) -> BatchShape:
         """This rank's share of the widest batch, with as many supervised tokens as it can have.
@@ -192,13 +195,6 @@ class BucketedSchedule:
     def is_complete_step(self, first: int, last: int) -> bool:
         """A partial accumulation at the end is a step too."""
         return True
-
-
-def _count_validation_examples(config: FineTuneConfig, valid: TokenizedSplit | None) -> int:
-    if valid is None:
-        return 0
-    batches = choose_evaluation_batches(valid, config.batch_size, config.val_batches)
-    return sum(len(batch.rows) for batch in batches)
 
 
 def make_batch_order(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrder:
