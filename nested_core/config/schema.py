@@ -193,8 +193,8 @@ class FineTuneConfig(_RootSection):
     grad_accumulation_steps: PositiveInt = key(1, "micro-batches whose gradients make one step")
     clear_cache_threshold: NonNegativeInt = key(
         0,
-        "bytes of MLX's cache above which it is emptied (0: never; on CUDA, from 0.9e9 weights on, "
-        "what the widest step needs)",
+        "bytes of MLX's cache above which it is emptied (0: never; on CUDA 512 MiB below 0.2e9 "
+        "weights, and what the widest step needs from 0.9e9 on)",
         affects="output",
         in_form=False,
     )
@@ -296,16 +296,20 @@ class FineTuneConfig(_RootSection):
         steps = ", ".join(map(str, self.nested.frequencies))
         return f"{self.length}, tiers every {steps} steps"
 
-    def intervals(self, iterations: int) -> Intervals:
-        """Those of a run of so many iterations; shares are rounded down."""
+    def intervals(self, iterations: int, batches: int = 1) -> Intervals:
+        """Those of a run of so many iterations; shares are rounded down.
 
-        def count(interval: float) -> int:
-            return interval if isinstance(interval, int) else max(1, int(interval * iterations))
+        batches: of an evaluation, which takes about half as long as as many iterations. A share
+            that comes to fewer iterations comes to these: a short run is not spent on evaluations.
+        """
+
+        def count(interval: float, least: int = 1) -> int:
+            return interval if isinstance(interval, int) else max(least, int(interval * iterations))
 
         save = self.save_every
         return Intervals(
             report=count(self.steps_per_report),
-            evaluation=count(self.steps_per_eval),
+            evaluation=count(self.steps_per_eval, batches),
             save=None if isinstance(save, str) else count(save),
             save_seconds=60 * float(save.rstrip("m")) if isinstance(save, str) else None,
         )

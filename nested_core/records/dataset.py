@@ -310,8 +310,8 @@ class DatasetReport:
         if len(groups) > len(shown):
             rest = number - sum(group.count for group in shown)
             lines.append(f"  and {_format_count(rest, 'more error')}.")
-        listing = "`nested-tune validate` with the same -c and flags lists them"
-        lines.append(f"Correct these; {listing}. {guide_sentence(errors)}")
+        command = f"`nested-tune validate --data {self.folder} --no-tokenize`, or with your -c,"
+        lines.append(f"Correct these; {command} lists them. {guide_sentence(errors)}")
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:

@@ -62,3 +62,50 @@ def test_readme_names_the_arms_means_of_the_rows() -> None:
     assert told is not None
     means = [statistics.fmean(right_percent(arm).values()) for arm in "cka"]
     assert [float(figure) for figure in told.groups()] == pytest.approx(means, abs=HALF_A_DIGIT)
+
+
+@pytest.mark.parametrize(("task", "goal"), [("banking77", 75), ("restaurant8k", 80)])
+def test_the_time_to_an_accuracy_is_that_of_the_rows(task: str, goal: int) -> None:
+    page = (LEARNING / "RESULTS-2.md").read_text()
+    (line,) = re.findall(rf"^\| {goal} % of {task} \|(.*)\|$", page, re.MULTILINE)
+    cells = [cell.strip(" *") for cell in line.split("|")]
+    rows = map(json.loads, (LEARNING / "quiet-3.jsonl").read_text().splitlines())
+    followed = {
+        row["arm"]: row["on_the_way"] for row in rows if row["task"] == task and row["seed"] == 101
+    }
+    for arm, cell in zip(("c", "k", "a", "peft"), cells, strict=True):
+        reached = [entry for entry in followed[arm] if 100 * entry[2] >= goal]
+        if reached:
+            seconds, joules, _ = reached[0]
+            assert cell == f"{seconds:.1f} ({joules:,.0f})"
+        else:
+            seconds, _, share = followed[arm][-1]
+            assert cell == f"never: {100 * share:.1f} % after {seconds:.1f} s"
+
+
+def test_the_seconds_of_the_fourth_lease_are_those_of_the_rows() -> None:
+    page = " ".join((LEARNING / "RESULTS-2.md").read_text().split())
+    told = re.search(
+        r"b6b88583\), banking77: c (\S+), (\S+); k (\S+), (\S+) \((\S+); joules (\S+)\)", page
+    )
+    assert told is not None
+    rows = [json.loads(line) for line in (LEARNING / "quiet-3.jsonl").read_text().splitlines()]
+    turns = {
+        arm: [r for r in rows if (r["task"], r["arm"]) == ("banking77", arm) and r["seed"] > 100]
+        for arm in "ck"
+    }
+    seconds = [row["seconds"] for arm in "ck" for row in turns[arm]]
+    assert [float(figure.strip(";")) for figure in told.groups()[:4]] == pytest.approx(
+        seconds, abs=HALF_A_DIGIT
+    )
+    for key, figure in (("seconds", told.group(5)), ("joules", told.group(6))):
+        c, k = (statistics.median(row[key] for row in turns[arm]) for arm in "ck")
+        assert float(figure) == pytest.approx(c / k, abs=0.0051)
+
+
+def test_readme_names_the_time_to_an_accuracy_of_the_results() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    told = re.search(r"banking77 right after (\S+) s, under .*? after (\S+) s \(one run", readme)
+    assert told is not None
+    page = (LEARNING / "RESULTS-2.md").read_text()
+    assert re.search(rf"banking77 \| \*\*{told.group(1)} \(.*?\| {told.group(2)} \(", page)

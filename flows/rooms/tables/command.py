@@ -180,8 +180,10 @@ def _show_data_set(made: DataSet) -> None:
         print_progress(f"not trained on: {', '.join(made.unused)}")
     if made.eval_set is not None:
         drawn = made.eval_set
+        split = "test" if made.rows.get("test") else "valid"
         print_progress(
-            f"eval set: {len(drawn.lines)} held-out questions, score {drawn.score}; "
+            f"eval set: {len(drawn.lines)} of the {made.rows[split]} rows of {split}.jsonl, which "
+            f"are not trained on, as questions; score {drawn.score}; "
             f"{drawn.describe_baseline()}"
         )
 

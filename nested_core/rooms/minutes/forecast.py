@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from math import ceil
-from statistics import median
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_held_out_prompts
-from nested_core.measure.answers.answer_bounds import MIN_PROMPTS
-from nested_core.measure.answers.suite_answers import read_suites
-from nested_core.models.generation import BATCH_SIZE, Sampling, encode_messages, stream_answer
+from nested_core.gate.checks.samples import MAX_HELD_OUT_PROMPTS
+from nested_core.measure.answers.suite_answers import EncodedSuite, read_suites
+from nested_core.models.generation import (
+    BATCH_SIZE,
+    Sampling,
+    answer_prompts,
+    can_batch,
+    encode_messages,
+)
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.rooms.minutes.trial_run import TrialRun
+from nested_core.text.duration_format import format_duration
 
 FORWARD_SHARE = 0.5  # of a step: a loss without its gradients
 TRIED_TOKENS = 8  # of an answer
-SLOW_SECONDS = 2.0  # of them: they are not asked for once more
-# The gate asks the base more prompts where its own answers are broken, which is not known before:
-# between the least, MIN_PROMPTS of base and adapter, and the most lies this.
-ASKED_PROMPTS = 12
-ROUNDS_OF_BASE = 1.5
+TRIED_PROMPT = 4  # tokens of a prompt that is answered for the time of a token alone
+ROUNDS_OF_SAMPLES = 3  # of the base, which is asked more prompts where it is wrong, and the adapter
 PROOF_SECONDS = 2.0  # of the fresh process that is not beside other work
 
 
@@ -37,8 +38,10 @@ class Forecast:
     opening: until the first step, without the evaluation there.
     step: of an optimizer step.
     evaluation: of the validation examples.
-    checkpoint: of one, and of what follows the last one.
+    checkpoint, closing: of one on the way, and of the last one with what follows it.
     verdict: of the gate.
+    answers: of the verdict, that of `gate.tasks`.
+    batches: of validation examples.
     """
 
     config: FineTuneConfig
@@ -46,12 +49,15 @@ class Forecast:
     step: float
     evaluation: float
     checkpoint: float
+    closing: float
     verdict: float
+    answers: float
+    batches: int
 
     def seconds_of(self, steps: int) -> float:
         """Seconds of training so many steps, with what is due between them, and the verdict."""
         iterations = steps * self.config.grad_accumulation_steps
-        due = self.config.intervals(iterations)
+        due = self.config.intervals(iterations, max(1, self.batches))
         evaluations = ceil(iterations / due.evaluation)
         saves = 0 if due.save is None else iterations // due.save
         return (
@@ -59,6 +65,7 @@ class Forecast:
             + steps * self.step
             + (1 + evaluations) * self.evaluation
             + max(saves, evaluations) * self.checkpoint
+            + self.closing
             + self.verdict
         )
 
@@ -68,10 +75,17 @@ class Forecast:
         fitting = (steps for steps in range(most, 0, -1) if self.seconds_of(steps) <= seconds)
         return next(fitting, 0)
 
+    def describe_verdict(self) -> str:
+        """The verdict's time, with the part of it that `gate.tasks` takes."""
+        text = format_duration(self.verdict)
+        if self.answers:
+            text += f", of which the questions of gate.tasks take {format_duration(self.answers)}"
+        return text
+
     @property
     def seconds_to_judge(self) -> float:
         """Seconds from the end of the last step to the verdict."""
-        return self.evaluation + self.checkpoint + self.verdict
+        return self.evaluation + self.closing + self.verdict
 
 
 def make_forecast(
@@ -93,52 +107,58 @@ def make_forecast(
         batches = min(batches, config.val_batches)
     held_out = held_out_split(config.gate.held_out, splits)
     judged = 0 if held_out is None else ceil(splits[held_out].rows / config.batch_size)
-    answers = _seconds_of_answers(config, model, tokenizer)
+    rows = splits["train"]
+    tokens = rows.rows * config.max_seq_length if rows.tokens is None else rows.tokens.total
+    prompt_token = forward * rows.rows / (config.batch_size * tokens)
+    samples, answers = _seconds_of_answers(config, model, tokenizer, prompt_token)
     return Forecast(
         config=config,
         opening=trial.opening + max(0.0, trial.tried[0].seconds - step),
         step=step,
         evaluation=batches * forward,
-        checkpoint=trial.closing,
-        verdict=2 * judged * forward + answers + PROOF_SECONDS,
+        checkpoint=trial.checkpoint,
+        closing=trial.closing,
+        verdict=2 * judged * forward + samples + answers + PROOF_SECONDS,
+        answers=answers,
+        batches=batches,
     )
 
 
-def _seconds_of_answers(config: FineTuneConfig, model: Any, tokenizer: Any) -> float:
-    """Seconds in which the gate has sample prompts and suites answered, by one that is begun."""
-    settings = DataSettings.from_config(config)
-    held_out = read_held_out_prompts(settings, MIN_PROMPTS, config.gate.held_out)
-    asked = [[{"role": "user", "content": text}] for text in config.samples]
-    asked += [list(example.messages) for example in held_out]
-    if not asked:
-        return 0.0
-    prompt, token = _time_answer(model, tokenizer, encode_messages(tokenizer, asked[0]))
-    expected = [len(tokenizer.encode(example.expected)) for example in held_out]
-    longest = config.training.sample_tokens
-    of_adapter = min(longest, max(expected, default=longest))
-    total = ASKED_PROMPTS * prompt + token * (ROUNDS_OF_BASE * longest + of_adapter)
-    for suite in read_suites(config.gate):
-        count = len(suite.questions)
-        answer = ceil(count / BATCH_SIZE) * token * suite.sampling.max_tokens
-        total += 2 * (count * prompt + answer)
-    return total
+def _seconds_of_answers(
+    config: FineTuneConfig, model: Any, tokenizer: Any, prompt_token: float
+) -> tuple[float, float]:
+    """Seconds in which base and adapter answer sample prompts, and the questions of `gate.tasks`.
 
-
-def _time_answer(model: Any, tokenizer: Any, prompt: Sequence[int]) -> tuple[float, float]:
-    """Seconds until the first token of an answer, and from a token to the next.
-
-    Once more where that was quick: what is compiled at the first answer is no measure then.
+    Args:
+        config, model, tokenizer: the model answers a few prompts for it.
+        prompt_token: seconds of a token of a prompt.
     """
-    first = following = 0.0
-    for _ in range(2):
+    settings = DataSettings.from_config(config)
+    turns: list[Any] = [[{"role": "user", "content": text}] for text in config.samples]
+    held_out = read_held_out_prompts(settings, MAX_HELD_OUT_PROMPTS, config.gate.held_out)
+    turns += [prompt.messages for prompt in held_out]
+    read = sum(len(encode_messages(tokenizer, messages)) for messages in turns)
+    suites = [EncodedSuite.encode(suite, tokenizer, None) for suite in read_suites(config.gate)]
+    generated = [(len(s.prompts), s.suite.sampling) for s in suites if not any(s.choices)]
+    together = max([len(turns), *(min(count, BATCH_SIZE) for count, _ in generated)])
+    token = _time_token(model, tokenizer, together) if together else 0.0
+    samples = 2 * read * prompt_token
+    if turns:
+        samples += ROUNDS_OF_SAMPLES * config.training.sample_tokens * token
+    asked_for = [
+        len(prompt) * max(1, len(choices))
+        for suite in suites
+        for prompt, choices in zip(suite.prompts, suite.choices, strict=True)
+    ]
+    longest = sum(ceil(count / BATCH_SIZE) * asked.max_tokens for count, asked in generated)
+    return samples, 2 * (sum(asked_for) * prompt_token + longest * token)
+
+
+def _time_token(model: Any, tokenizer: Any, together: int) -> float:
+    """Seconds of a token of so many answers at once."""
+    prompt = encode_messages(tokenizer, [{"role": "user", "content": "?"}])[:TRIED_PROMPT]
+    with in_evaluation_mode(model):
+        can_batch(model)  # tries a batch, which compiles what is no part of the measure
         began = time.monotonic()
-        times = [began]
-        with in_evaluation_mode(model):
-            for _ in stream_answer(model, tokenizer, prompt, Sampling(TRIED_TOKENS)):
-                times.append(time.monotonic())
-        first = times[1] - began
-        pauses = [later - earlier for earlier, later in pairwise(times[1:-1])]
-        following = median(pauses) if pauses else first
-        if times[-1] - began > SLOW_SECONDS:
-            break
-    return first, following
+        answers = answer_prompts(model, tokenizer, [prompt] * together, Sampling(TRIED_TOKENS))
+    return (time.monotonic() - began) / max(1, *(answer.tokens for answer in answers))

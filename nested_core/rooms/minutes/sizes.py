@@ -110,7 +110,7 @@ def _count_steps(forecast: Forecast, minutes: float) -> int:
 
 def _seconds_before(forecast: Forecast) -> float:
     """Seconds of a command until its steps are fixed, about: it reads the data, and tries two."""
-    return 2 * forecast.opening + 2 * forecast.step + forecast.checkpoint
+    return 2 * forecast.opening + 2 * forecast.step + forecast.closing
 
 
 def _describe(steps: int, passes: float) -> str:

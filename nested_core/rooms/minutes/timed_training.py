@@ -36,7 +36,7 @@ from nested_core.rooms.minutes.trial_run import TrialRun, try_steps
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.duration_format import format_clock, format_duration
+from nested_core.text.duration_format import format_clock
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
@@ -47,6 +47,7 @@ SECONDS_TO_STOP = 7.0  # what a command takes to end after it was asked
 SECONDS_BETWEEN_LOOKS = 0.25
 MOST_PASSES = 20  # over the training data; more hardly help
 MAX_SLOWDOWN = 8.0  # of the machine since the steps were fixed, that is allowed for
+RESERVE = 1.2  # for a verdict that takes longer than its forecast, where training is cut for it
 
 
 class TimedTraining(AbstractContextManager["TimedTraining"]):
@@ -72,7 +73,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         self._minutes = minutes
         self._run = run
         self._hooks = hooks
-        self._began, self._spent = _find_time_spent(run)
+        self._began, self._spent, self._is_begun_again = _find_time_spent(run)
         end = self._end_at(60 * (minutes + MINUTES_BEYOND))
         self._clock = _Clock(run, end, hooks.on_message, config.grad_accumulation_steps)
 
@@ -115,9 +116,14 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         return self._hooks.train(self.config, self._run, session)
 
     def _go_on(self, fixed: TimePlan) -> TimePlan:
-        """The plan of a run that goes on, which is given the time to be judged in any case."""
-        least = 2 * fixed.seconds_to_begin + fixed.seconds_to_judge + 60 * MINUTES_BEYOND
-        self._clock.end = max(self._clock.end, time.time() + least)
+        """The plan of a run that goes on.
+
+        A person who resumes it gets the verdict in any case. A command that was killed and begins
+        again by itself keeps its clock.
+        """
+        if not self._is_begun_again:
+            least = 2 * fixed.seconds_to_begin + fixed.seconds_to_judge + 60 * MINUTES_BEYOND
+            self._clock.end = max(self._clock.end, time.time() + least)
         return replace(fixed, began=self._began, spent=self._spent)
 
     def _fix_steps(self, session: Session) -> TimePlan:
@@ -137,11 +143,14 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
                 self._refuse(forecast, missing)
         self._write_iterations(steps * self.config.grad_accumulation_steps)
         passes = trial.plan.epochs * steps / trial.plan.steps
+        noun = "step fits" if steps == 1 else "steps fit"
         text = (
-            f"minutes: {steps:,} steps fit in {minutes:g} minutes, {passes:.3g} passes over "
-            f"{trial.plan.training_file}: {forecast.step:.2g} s a step, and the verdict about "
-            f"{format_duration(forecast.verdict)}"
+            f"minutes: {steps:,} {noun} in {minutes:g} minutes, {passes:.3g} passes "
+            f"over {trial.plan.training_file}: {forecast.step:.2g} s a step, and the verdict about "
+            f"{forecast.describe_verdict()}"
         )
+        if steps == least:
+            text += ". That is tight: if the time ends before the verdict, --resume gives it"
         if done:
             text += f". {_describe_schedule(self.config, self._run, done, steps)}"
         if passes < 1:
@@ -182,7 +191,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             f"machine, as busy as it is: {format_clock(time.time() - self._began)} are over, a "
             f"step takes {format_clock(forecast.step)}, an evaluation "
             f"{format_clock(forecast.evaluation)} and the verdict about "
-            f"{format_clock(forecast.verdict)}. Give --minutes {math.ceil(needed)} or more, or a "
+            f"{forecast.describe_verdict()}. Give --minutes {math.ceil(needed)} or more, or a "
             f"smaller batch_size, val_batches or training.sample_tokens."
         )
 
@@ -197,8 +206,10 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         return self._began + seconds - self._spent
 
 
-def _find_time_spent(run: RunDirectory) -> tuple[float, float]:
+def _find_time_spent(run: RunDirectory) -> tuple[float, float, bool]:
     """When this command began, and the seconds that earlier commands worked on its run.
+
+    With whether it was killed and began again by itself.
 
     Of a command whose process was killed and begun again it is when the first one began. A command
     that was killed itself worked until the last that it wrote.
@@ -208,14 +219,14 @@ def _find_time_spent(run: RunDirectory) -> tuple[float, float]:
     if planned is not None and list_earlier_ends():
         longest = 60 * (planned.minutes + MINUTES_BEYOND)
         if time.time() - planned.began <= longest:  # else it is another command's
-            return planned.began, planned.spent
+            return planned.began, planned.spent, True
     began = STARTED if has_parent() else time.time()
     if planned is None:
-        return began, 0.0
+        return began, 0.0, False
     written = [run.metrics, run.result, run.gate, *run.checkpoints.glob("*/state.json")]
     ended = max((path.stat().st_mtime for path in written if path.exists()), default=0.0)
     spent = planned.spent + max(0.0, ended - planned.began)
-    return began, spent
+    return began, spent, False
 
 
 def _describe_schedule(config: FineTuneConfig, run: RunDirectory, done: int, steps: int) -> str:
@@ -289,14 +300,15 @@ class _Clock(threading.Thread):
             self._run.stop_request.unlink(missing_ok=True)
 
     def _must_cut(self, plan: TimePlan) -> bool:
-        """Whether there is just time to stop, to open the run again and to judge.
+        """Whether there is just time to stop, to open the run again and to judge, with a reserve.
 
         Not where the steps that are left take no longer than that. Steps count as slow as the last
         ones were, and with them all else.
         """
         left = self.end - time.time() - SECONDS_TO_STOP
         stopping = plan.seconds_a_step + plan.seconds_to_begin
-        if left > MAX_SLOWDOWN * (stopping + plan.seconds_to_judge):
+        needed = RESERVE * (stopping + plan.seconds_to_judge)
+        if left > MAX_SLOWDOWN * needed:
             return False
         try:
             last = read_latest_values(self._run.metrics)
@@ -311,4 +323,4 @@ class _Clock(threading.Thread):
         done = last.get("step", 0) + (time.time() - reported) / step
         if (plan.steps - done) * step <= slowdown * stopping:
             return False
-        return left <= slowdown * (stopping + plan.seconds_to_judge)
+        return left <= slowdown * needed

@@ -40,12 +40,14 @@ class TrialRun:
 
     opening: seconds until the first step: the data is read and the trainer made.
     tried: the steps; the first one, in which functions are compiled, among them.
+    checkpoint: seconds of one on the way; those of the closing, where one step was tried.
     closing: seconds after the last step: a checkpoint is written and the adapter selected.
     plan: what the run set out to do.
     """
 
     opening: float
     tried: tuple[TriedStep, ...]
+    checkpoint: float
     closing: float
     plan: TrainingPlan
 
@@ -77,7 +79,7 @@ def try_steps(
             "iters": iterations,
             "steps_per_report": every,
             "val_batches": 0,
-            "save_every": iterations,
+            "save_every": every,
             "adapter_path": None,
             "report_to": None,
             "samples": (),
@@ -99,10 +101,14 @@ def try_steps(
         plan = read_plan(trial.plan)
     if plan is None:
         raise RuntimeError("the trial run has no plan.json")
+    closing = ended - clock.last_report
+    later = clock.tried[1:]
+    pauses = clock.last_report - clock.first_report - sum(step.seconds for step in later)
     return TrialRun(
         opening=clock.first_report - clock.began - clock.tried[0].seconds,
         tried=tuple(clock.tried),
-        closing=ended - clock.last_report,
+        checkpoint=max(0.0, pauses) / len(later) if later else closing,
+        closing=closing,
         plan=plan,
     )
 

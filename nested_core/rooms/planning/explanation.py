@@ -104,7 +104,8 @@ class RunInWords:
         offered = "the checkpoint with the lowest loss"
         if not self.run.config.offers_best_step:
             offered = "the last step, as mlx_lm.lora does,"
-        interval = self.run.config.intervals(self.run.iterations).evaluation
+        batches = math.ceil(self.run.validation_examples / self.run.config.batch_size)  # not 0
+        interval = self.run.config.intervals(self.run.iterations, batches).evaluation
         if (suite := self.run.config.training.select_by) != "loss":
             offered = f"the checkpoint with the most right answers to {suite}"
         return (

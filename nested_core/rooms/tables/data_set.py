@@ -33,7 +33,7 @@ from nested_core.rooms.tables.survey import LOOKED_AT_ROWS, FileFacts, look_at
 DEFAULT_SHARE = 0.1  # of the rows, for valid and as much for test
 MAX_TEST_SHARE = 0.3  # that an eval set may ask for
 EVAL_SET_NAME = "suite.jsonl"
-_ON_ONE_LINE = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
+_INDENTED = str.maketrans({"\n": "\n" + 8 * " ", "\r": "\\r", "\t": "\\t"})
 UNREAD_SUFFIXES = (".xls", ".xlsb", ".ods", ".numbers", ".doc", ".docx", ".pdf")
 
 
@@ -209,6 +209,6 @@ def first_chats(source: Source) -> list[bytes]:
 
 
 def describe_chat(line: bytes) -> list[str]:
-    """The turns of a chat, a line each, with line ends written as they are in JSON."""
+    """The turns of a chat, each on a line of its own, with further lines of it indented."""
     turns = json.loads(line)["messages"]
-    return [f"{turn['role']}: {str(turn.get('content')).translate(_ON_ONE_LINE)}" for turn in turns]
+    return [f"{turn['role']}: {str(turn.get('content')).translate(_INDENTED)}" for turn in turns]

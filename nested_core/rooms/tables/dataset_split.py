@@ -1,13 +1,15 @@
 """A random split of a data set that has only train: rows for valid and for test are taken out.
 
 Rows that are equal but for case and white space go to one split together, for a held-out row that
-is in train too measures nothing.
+is in train too measures nothing. Where answers are a few labels, each split has each of them about
+as often as all rows have.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from glob import glob
 from pathlib import Path
@@ -17,6 +19,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.errors import ConfigError
 from nested_core.rooms.tables.chats import require_readable
+from nested_core.rooms.tables.labels import find_labels
 from nested_core.storage.atomic import canonical_json, new_directory
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -85,6 +88,7 @@ def draw_splits(
     """
     groups = _group_equal_rows(rows)
     random.Random(SPLIT_SEED).shuffle(groups)
+    groups = _spread_labels(groups)
     number = sum(map(len, groups))
     wanted = max(1, round(share * number))
     sizes = {"valid": wanted, "test": max(wanted, least_test)}
@@ -99,6 +103,33 @@ def draw_splits(
             f"that is too few to take any out. Rows that are equal count as one."
         )
     return parts
+
+
+def _spread_labels(groups: list[list[bytes]]) -> list[list[bytes]]:
+    """The groups, so ordered that each stretch has each label about as often as all of them have.
+
+    As they come where the answers of their chats are no labels. One that is rare stands in the
+    middle, and so is trained on.
+    """
+    answers = [answer_of(group[0]) for group in groups]
+    counts = Counter(answers)
+    if "" in counts or not find_labels(counts):
+        return groups
+    seen: Counter[str] = Counter()
+    places = []
+    for answer in answers:
+        places.append((seen[answer] + 0.5) / counts[answer])
+        seen[answer] += 1
+    order = sorted(range(len(groups)), key=places.__getitem__)
+    return [groups[number] for number in order]
+
+
+def answer_of(row: bytes) -> str:
+    """The last turn of a chat; empty for any other row."""
+    try:
+        return str(json.loads(row)["messages"][-1]["content"])
+    except (ValueError, KeyError, TypeError, IndexError):
+        return ""
 
 
 def write_splits(parts: Mapping[str, Iterable[bytes]], target: Path) -> None:

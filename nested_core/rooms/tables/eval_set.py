@@ -18,7 +18,8 @@ from nested_core.rooms.tables.dataset_split import SPLIT_SEED
 from nested_core.rooms.tables.labels import describe_share, find_labels
 
 MAX_ANSWER_TOKENS = 256
-EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected
+EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected, which may be told at length
+EXTRA_TOKENS_OF_A_LABEL = 2  # which is right alone
 
 
 class TooManyQuestions(ConfigError):
@@ -88,11 +89,12 @@ def draw_eval_set(train: Iterable[bytes], held_out: Sequence[bytes], count: int)
         question = {"messages": chat["messages"][:-1], "expected": value}
         lines.append(json.dumps(question, ensure_ascii=False).encode(errors="surrogatepass"))
     usual = of_train.most_common(1)[0][0]
+    extra = EXTRA_TOKENS_OF_A_LABEL if score == "exact" else EXTRA_TOKENS
     longest = max(len(answer.encode(errors="surrogatepass")) for answer in expected)
     return EvalSet(
         tuple(lines),
         score,
-        min(MAX_ANSWER_TOKENS, longest + EXTRA_TOKENS),
+        min(MAX_ANSWER_TOKENS, longest + extra),
         (usual, expected.count(usual)),
         Counter(expected).most_common(1)[0],
     )

@@ -107,6 +107,12 @@ def tabulate_labels_of_answers(
     share = describe_share(most, len(expected))
     caption = f"{name} by label; always answering {shorten(usual, 60)!r} gets {share}"
     yield Table(caption, ("label", "questions", *models), rows)
+    answered = sum(right[judged, label] for label in labels)
+    if answered <= most:
+        yield Text(
+            f"warning: {judged} is right for {describe_share(answered, len(expected))}, no more "
+            f"than that: it has not learnt to tell the labels apart, whatever its loss says."
+        )
     wrong = Counter(
         (label, answer.strip())
         for model, label, answer, score in answers

@@ -119,9 +119,12 @@ class BucketedSchedule:
         elif config.training.epochs is not None:
             self.iterations = self._plan.count_batches(config.training.epochs)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
-        self.intervals = config.intervals(self.iterations)
         self.epochs = self._plan.count_epochs(self.iterations)
-        self.validation_examples = _count_validation_examples(config, self._valid)
+        batches = []
+        if self._valid is not None:
+            batches = choose_evaluation_batches(self._valid, config.batch_size, config.val_batches)
+        self.validation_examples = sum(len(batch.rows) for batch in batches)
+        self.intervals = config.intervals(self.iterations, max(1, len(batches)))
 
     def largest_batch(self) -> BatchShape:
         """Return this rank's share of the widest batch, with the most supervised tokens possible.
@@ -199,13 +202,6 @@ class BucketedSchedule:
     def is_complete_step(self, first: int, last: int) -> bool:
         """Whether gradients are applied: always, even for fewer micro-batches at the end."""
         return True
-
-
-def _count_validation_examples(config: FineTuneConfig, valid: TokenizedSplit | None) -> int:
-    if valid is None:
-        return 0
-    batches = choose_evaluation_batches(valid, config.batch_size, config.val_batches)
-    return sum(len(batch.rows) for batch in batches)
 
 
 def make_batch_order(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrder:

@@ -313,6 +313,14 @@ class TestIntervals:
         found = parse_config(values, source="").intervals(iterations)
         assert (found.report, found.evaluation, found.save) == counts
 
+    @pytest.mark.parametrize(("iterations", "interval"), [(600, 60), (60, 6), (30, 5), (4, 5)])
+    def test_a_short_run_is_not_spent_on_evaluations(self, iterations, interval) -> None:
+        config = parse_config({"steps_per_eval": 0.1, "save_every": 0.1}, source="")
+        assert config.intervals(iterations, batches=5).evaluation == interval
+        assert config.intervals(iterations, batches=5).save == max(1, iterations // 10)
+        asked = parse_config({"steps_per_eval": 1}, source="")
+        assert asked.intervals(iterations, batches=5).evaluation == 1
+
     def test_a_whole_number_counts_iterations_and_stays_one(self) -> None:
         config = parse_config({"steps_per_eval": 20, "save_every": 0.5}, source="")
         assert config.intervals(100).evaluation == 20

@@ -58,7 +58,7 @@ def test_the_rejection_says_an_error_of_many_lines_once(write_data: WriteData) -
     assert lines[1] == (
         "  train.jsonl:5: missing-field: completion is missing (and 299 more: lines 6, 7, ...)"
     )
-    assert lines[2].startswith("Correct these; `nested-tune validate`")
+    assert lines[2].startswith("Correct these; `nested-tune validate --data ")
     assert len(lines) == 3
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,22 @@ from tests.example import example_config, prepare
 
 
 def forecast_of(**changes: Any) -> Forecast:
-    """Steps of 2 s, an evaluation of 3 and a checkpoint of 1 every tenth of a run, 30 to judge."""
-    seconds = {"opening": 10.0, "step": 2.0, "evaluation": 3.0, "checkpoint": 1.0, "verdict": 30.0}
+    """Steps of 2 s, an evaluation of 3 and a checkpoint of 1 every tenth of a run, 34 to judge."""
+    seconds: dict[str, float] = {"opening": 10, "step": 2, "evaluation": 3, "checkpoint": 1}
+    seconds |= {"closing": 4, "verdict": 30, "answers": 20}
     shares = {"steps_per_eval": 0.1, "save_every": 0.1}
-    return Forecast(config=example_config(**shares | changes), **seconds)
+    return Forecast(config=example_config(**shares | changes), batches=3, **seconds)
 
 
 def test_a_run_takes_its_steps_what_is_due_between_them_and_the_verdict() -> None:
-    assert forecast_of().seconds_of(100) == 10 + 100 * 2 + 11 * 3 + 10 * 1 + 30
-    assert forecast_of(steps_per_eval=50).seconds_of(100) == 10 + 200 + 3 * 3 + 10 * 1 + 30
-    assert forecast_of(save_every="10m").seconds_of(100) == 10 + 200 + 11 * 3 + 10 + 30
+    assert forecast_of().seconds_of(100) == 10 + 100 * 2 + 11 * 3 + 10 * 1 + 34
+    assert forecast_of(steps_per_eval=50).seconds_of(100) == 10 + 200 + 3 * 3 + 10 * 1 + 34
+    assert forecast_of(save_every="10m").seconds_of(100) == 10 + 200 + 11 * 3 + 10 + 34
     accumulated = forecast_of(grad_accumulation_steps=4, steps_per_eval=200)
-    assert accumulated.seconds_of(100) == 10 + 200 + 3 * 3 + 10 * 1 + 30
+    assert accumulated.seconds_of(100) == 10 + 200 + 3 * 3 + 10 * 1 + 34
 
 
-@pytest.mark.parametrize("seconds", [49, 60, 100, 283, 300, 1000])
+@pytest.mark.parametrize("seconds", [53, 60, 100, 283, 300, 1000])
 def test_the_most_steps_that_fit_are_counted(seconds: int) -> None:
     forecast = forecast_of()
     steps = forecast.count_steps(seconds)
@@ -39,9 +41,19 @@ def test_the_most_steps_that_fit_are_counted(seconds: int) -> None:
     assert all(forecast.seconds_of(more) > seconds for more in range(steps + 1, steps + 20))
 
 
-@pytest.mark.parametrize("seconds", [-5, 0, 40, 48])
+@pytest.mark.parametrize("seconds", [-5, 0, 40, 52])
 def test_no_step_fits_where_there_is_no_time_for_one_and_its_verdict(seconds: int) -> None:
     assert forecast_of().count_steps(seconds) == 0
+
+
+def test_a_short_run_evaluates_no_more_often_than_an_evaluation_has_batches() -> None:
+    assert forecast_of().seconds_of(5) == 10 + 5 * 2 + 3 * 3 + 5 * 1 + 34  # after steps 3 and 5
+    assert forecast_of(steps_per_eval=1).seconds_of(5) == 10 + 5 * 2 + 6 * 3 + 5 * 1 + 34
+
+
+def test_the_share_of_an_eval_set_in_the_verdict_is_said() -> None:
+    said = "30 s, of which the questions of gate.tasks take 20 s"
+    assert forecast_of().describe_verdict() == said
 
 
 @pytest.mark.parametrize(
@@ -67,7 +79,28 @@ def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None
     assert len(trial.tried) > 1
     assert all(step.seconds > 0 and step.tokens > 0 for step in trial.tried)
     assert trial.opening > 0
+    assert trial.checkpoint > 0
     assert trial.closing > 0
     assert forecast.step > 0
     assert forecast.evaluation == pytest.approx(5 * 0.5 * forecast.step)  # 10 rows, two a batch
     assert forecast.verdict > 2 * forecast.evaluation
+    assert forecast.answers == 0  # there is no eval set
+
+
+def test_more_tokens_of_answers_take_longer(tmp_path: Path) -> None:
+    suite = tmp_path / "suite.jsonl"
+    question = {"messages": [{"role": "user", "content": "Where to?"}], "expected": "Oslo"}
+    suite.write_text(json.dumps(question) + "\n")
+
+    def answers_of(max_tokens: int) -> float:
+        task = {"name": "where", "file": str(suite), "score": "exact", "max_tokens": max_tokens}
+        config = example_config(gate={"tasks": [task]})
+        run = prepare(config, tmp_path / f"run-{max_tokens}")
+        with run.locked(), Session() as session:
+            trial = try_steps(config, run, 0.2, session)
+            base = session.load_base(config)
+            splits = read_dataset_record(run.dataset).splits
+            return make_forecast(config, splits, trial, base.model, base.tokenizer).answers
+
+    few, many = answers_of(4), answers_of(4_000)
+    assert 0 < 50 * few < many

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -22,7 +25,7 @@ from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.metrics import read_metrics
-from nested_core.records.plan import TimePlan, TrainingPlan, read_plan
+from nested_core.records.plan import TimePlan, TrainingPlan, read_plan, write_plan
 from nested_core.records.verdict import Verdict
 from nested_core.rooms.minutes import timed_training
 from nested_core.storage.run_directory import RunDirectory, open_run
@@ -37,6 +40,34 @@ SETTINGS: dict[str, Any] = {
     "save_every": 0.25,
     "training": {"warmup_steps": 0.1, "decay": "cosine"},
 }
+
+
+FIXED = TimePlan(
+    minutes=5,
+    steps=20,
+    seconds_a_step=10,
+    seconds_to_begin=10,
+    seconds_to_judge=100,
+    began=0,
+    spent=0,
+)
+
+
+def training_plan(time_plan: TimePlan) -> TrainingPlan:
+    return TrainingPlan(
+        steps=time_plan.steps,
+        iterations=time_plan.steps,
+        epochs=1.0,
+        first_step=0,
+        frequencies=(1,),
+        offers_best=True,
+        training_file="train.jsonl",
+        validation_file="valid.jsonl",
+        validation_examples=10,
+        memory_forecast_gb=None,
+        memory_limit_gb=1.0,
+        time=time_plan,
+    )
 
 
 class Listening(Steps):
@@ -117,7 +148,13 @@ def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Pa
     assert result.training.step == steps == plan_of(run).steps >= 4
     assert read_run_config(run).iters == steps
     assert f"{steps:,} steps fit in 0.1 minutes" in hooks.of_minutes()[-1]
-    assert read_run_config(run).intervals(steps).evaluation == steps // 4  # scaled
+    validated = [
+        step
+        for record in read_metrics(run.metrics)
+        if "val_loss" in record
+        for step in [record["step"]]
+    ]
+    assert validated == [0, *range(max(5, steps // 4), steps, max(5, steps // 4)), steps]  # scaled
 
     other = train_by_iterations(steps, tmp_path / "iterations")
     assert bytes_of(run) == bytes_of(other)
@@ -247,6 +284,44 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
         finetune(config_of(0.1), run, Listening(lambda step: run.stop_request.touch()))
     assert plan_of(run).steps == time_plan_of(run).steps
     assert not run.result.exists()
+
+
+@pytest.mark.parametrize(
+    ("speed", "left", "is_cut"),
+    [(0.1, 145, False), (0.1, 143, True), (0.05, 289, False), (0.05, 287, True)],
+)
+def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
+    speed: float, left: float, is_cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_run(tmp_path / "run")
+    run.path.mkdir()
+    run.metrics.write_text(json.dumps({"step": 5, "loss": 1.0, "iterations_per_second": speed}))
+    now = 1_000_000.0
+    os.utime(run.metrics, (now, now))
+    monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now))
+    clock = timed_training._Clock(run, now + left + timed_training.SECONDS_TO_STOP, print, 1)
+    assert clock._must_cut(FIXED) is is_cut  # 1.2 times 10 + 10 + 100 s, at half the speed twice
+    nearly_done = replace(FIXED, steps=6)
+    assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
+
+
+@pytest.mark.parametrize("ends", [["SIGKILL"], []])
+def test_a_command_that_begins_again_by_itself_keeps_its_clock(
+    ends: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timed_training, "MINUTES_BEYOND", 1.0)
+    monkeypatch.setattr(timed_training, "list_earlier_ends", lambda: ends)
+    run = open_run(tmp_path / "run")
+    run.path.mkdir()
+    began = time.time() - 300
+    plan = replace(FIXED, began=began)
+    write_plan(run.plan, training_plan(plan))
+    timed = timed_training.TimedTraining(config_of(5), run, Listening())
+    timed._go_on(plan)
+    if ends:
+        assert timed._clock.end == began + 60 * (5 + 1)
+    else:  # a person's --resume gets the verdict
+        assert timed._clock.end >= time.time() + plan.seconds_to_judge
 
 
 @pytest.mark.slow("trains in a process of its own that is killed")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from nested_core import ConfigError, DatasetError
+from nested_core.rooms.tables.data_set import describe_chat
 from nested_core.rooms.tables.dataset_split import split_dataset
-from tests.builders.data_sets import write_lines
+from nested_core.rooms.tables.eval_set import draw_eval_set
+from tests.builders.data_sets import chat, write_lines
 
 
 def write_train(folder: Path, rows: int, *, file: str = "train.jsonl") -> Path:
@@ -98,3 +101,34 @@ def test_a_data_set_without_train_is_refused(tmp_path: Path) -> None:
     data = write_train(tmp_path / "data", 3, file="training.jsonl")
     with pytest.raises(ConfigError, match=r"has no train\.jsonl"):
         split_dataset(str(data), 0.1, tmp_path / "split")
+
+
+def test_each_split_has_each_label_about_as_often_as_all_rows(tmp_path: Path) -> None:
+    labels = ["billing"] * 60 + ["technical"] * 30 + ["shipping"] * 10 + ["other"] * 2
+    rows = (chat(f"What of {n}?", label) for n, label in enumerate(labels))
+    write_lines(tmp_path / "data" / "train.jsonl", rows)
+    split_dataset(str(tmp_path / "data"), 0.1, tmp_path / "parts")
+    counts = {}
+    for split in ("train", "valid", "test"):
+        counts[split] = Counter(
+            json.loads(row)["messages"][-1]["content"]
+            for row in read_split(tmp_path / "parts", split)
+        )
+    assert counts["valid"] == {"billing": 6, "technical": 3, "shipping": 1}
+    assert counts["test"] == {"billing": 6, "technical": 3, "shipping": 1}
+    assert counts["train"]["other"] == 2  # too rare to be taken out
+
+
+def test_the_longest_label_says_how_many_tokens_an_answer_may_have() -> None:
+    lines = [json.dumps(chat(f"{n}?", "yes" if n % 3 else "perhaps")).encode() for n in range(30)]
+    drawn = draw_eval_set(lines[:20], lines[20:], 5)
+    assert (drawn.score, drawn.max_tokens) == ("exact", len("perhaps") + 2)
+    texts = [json.dumps(chat(f"{n}?", f"In town {n}.")).encode() for n in range(30)]
+    drawn = draw_eval_set(texts[:20], texts[20:], 5)
+    assert (drawn.score, drawn.max_tokens) == ("contains", len("In town 22.") + 16)
+
+
+def test_a_shown_chat_has_its_line_ends_as_lines() -> None:
+    line = json.dumps(chat("Hello,\n\nwhere to?", "Oslo")).encode()
+    indent = 8 * " "
+    assert describe_chat(line) == [f"user: Hello,\n{indent}\n{indent}where to?", "assistant: Oslo"]

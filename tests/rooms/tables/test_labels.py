@@ -50,15 +50,26 @@ JUDGED = ["billing"] * 5 + ["shipping"] + ["billing"] * 3 + ["shipping"]
 
 def test_right_answers_stand_by_label_beside_the_majority_and_the_worst_confusion() -> None:
     records = answers_of("base", EXPECTED, ["?"] * 10) + answers_of("candidate", EXPECTED, JUDGED)
-    table, confusion = tabulate_labels_of_answers("topics", in_rows(records))
+    table, warning, confusion = tabulate_labels_of_answers("topics", in_rows(records))
     assert isinstance(table, Table)
     assert table.columns == ("label", "questions", "base", "candidate")
     assert table.rows == [("billing", 6, 0, 5), ("shipping", 4, 0, 1)]
     assert table.caption == "topics by label; always answering 'billing' gets 6 of 10 (60%)"
+    assert warning == Text(
+        "warning: candidate is right for 6 of 10 (60%), no more than that: it has not learnt to "
+        "tell the labels apart, whatever its loss says."
+    )
     assert confusion == Text(
         "The wrong answer that candidate gives most often is 'billing' where 'shipping' is right: "
         "3 of 4 questions"
     )
+
+
+def test_an_adapter_above_the_majority_has_no_warning() -> None:
+    better = answers_of("candidate", EXPECTED, ["billing"] * 6 + ["shipping"] + ["?"] * 3)
+    table, confusion = tabulate_labels_of_answers("topics", in_rows(better))
+    assert isinstance(table, Table)
+    assert "warning" not in str(confusion)
 
 
 def test_answers_that_are_no_labels_have_no_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -118,7 +119,8 @@ def test_from_a_table_to_a_judged_adapter_in_three_commands(name, tmp_path, mode
     words = command(table, model, "--suite", str(questions), "-o", "lora.yaml")
     made = called(*words, cwd=tmp_path)
     assert made.code == 0, made.stderr
-    assert f"eval set: {questions} held-out questions, score {table.score}; always" in made.stderr
+    drawn = f"eval set: {questions} of the [0-9]+ rows of test.jsonl, which are not trained on, as "
+    assert re.search(f"{drawn}questions; score {table.score}; always", made.stderr)
     (task,) = yaml.safe_load((tmp_path / "lora.yaml").read_text())["gate"]["tasks"]
     assert task["score"] == table.score
     looked = called("validate", "-c", "lora.yaml", "--show", "1", cwd=tmp_path)
