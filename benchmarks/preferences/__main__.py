@@ -80,7 +80,6 @@ SUBJECTS = HERE.joinpath("subjects.txt").read_text("utf-8").split()
 END_OF_SENTENCE = re.compile(r"[.!?]+(?=\s|$)")
 MAX_TOKENS = 96
 MIN_WORDS = 3
-GENERAL_LINES = 200
 PROMPTS_AT_ONCE = 64  # what a call that is cut off loses at most
 WEIGHTS = "adapters.safetensors"
 OURS, TRL = "ours", "trl"
@@ -140,7 +139,7 @@ class Benchmark:
     def rows(self, rows_done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Each figure that `rows_done` lacks, with its name as `cell`."""
         self.out.mkdir(parents=True, exist_ok=True)
-        write_general_text(self.out / "general.jsonl")
+        write_general_text(self.out / "general.jsonl", self.options.paragraphs)
         self.make_pairs()
         seed = self.options.seed
         before = self.read_answers("base", None)
@@ -253,7 +252,7 @@ class Benchmark:
         return {"before": before, "after": after}
 
 
-def write_general_text(path: Path) -> None:
+def write_general_text(path: Path, count: int) -> None:
     """Paragraphs of the project's own documents: text that no pair is about."""
     root = Path(__file__).parents[2]
     paragraphs = [
@@ -262,7 +261,7 @@ def write_general_text(path: Path) -> None:
         for paragraph in page.read_text("utf-8").split("\n\n")
         if paragraph[:1].isalpha() and len(paragraph) > 200
     ]
-    lines = (json.dumps({"text": text}) + "\n" for text in paragraphs[:GENERAL_LINES])
+    lines = (json.dumps({"text": text}) + "\n" for text in paragraphs[:count])
     path.write_text("".join(lines))
 
 
@@ -318,6 +317,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--fresh", type=int, default=1500)
+    parser.add_argument("--paragraphs", type=int, default=200, help="of general text")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--beta", type=float, default=0.1)
