@@ -4,7 +4,8 @@ Run by the Python of an environment with trl, transformers and peft, which the p
 need. SETTINGS.json is the configuration that our own training gets (`make_config`). Optimizer,
 rate, batches, steps and adapter are the same: Adam with bias correction and a constant rate, no
 clipping, LoRA on every linear layer with scale as alpha / rank, the base in its own dtype and the
-factors in float32, under autocast where the base is bfloat16. The reference is the model with the adapter switched off, as TRL has it by default.
+factors in float32, under autocast where the base is bfloat16. The reference is the model with the
+adapter switched off, as TRL has it by default.
 """
 
 from __future__ import annotations
