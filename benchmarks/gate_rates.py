@@ -532,15 +532,20 @@ def refused_by_joined_ancestors(
 
 
 def refused_by_ancestors(
-    random: np.random.Generator, *, rows: int, lost: float, distribution: str, sd: float
+    random: np.random.Generator,
+    *,
+    nights: int,
+    rows: int,
+    lost: float,
+    distribution: str,
+    sd: float,
 ) -> bool:
-    """Whether a candidate is refused that lost so much on one of ten nights of so many rows."""
-    owners = np.repeat(np.arange(MAX_ANCESTORS), rows)
+    """Whether a candidate is refused that lost so much on the oldest of so many nights."""
+    owners = np.repeat(np.arange(nights), rows)
     before, tokens = draw_before(random, owners.size)
-    after = before + lost * (owners == 0) + draw_noise(random, owners.size, distribution, sd)
-    ancestors = [
-        AncestorExamples(str(n), None, (StoredRow("", {}),) * rows) for n in range(MAX_ANCESTORS)
-    ]
+    is_lost = owners == nights - 1
+    after = before + lost * is_lost + draw_noise(random, owners.size, distribution, sd)
+    ancestors = [AncestorExamples(str(n), None, (StoredRow("", {}),) * rows) for n in range(nights)]
     bounds = GateSection(max_ancestor_loss_increase=0.1)
     told = summarise_ancestors(ancestors, make_losses(before, after, tokens), owners, bounds)
     return any(True for _ in ancestor_reasons(list(told), bounds))
@@ -662,12 +667,19 @@ def _list_chosen_and_joined() -> Iterator[Case]:
 
 
 def _list_nights_of_few_rows() -> Iterator[Case]:
-    """A candidate, such as a rebuilt one, on what each of ten nights held out."""
-    for rows, distribution, sd in itertools.product(
-        (3, 5, 10, 20, 50), ("normal", "t(3)"), (0.1, 0.2)
-    ):
-        planted = partial(refused_by_ancestors, rows=rows, distribution=distribution, sd=sd)
-        name = f"ten nights of {rows} rows, {distribution}, sd {sd}"
+    """A candidate, such as a rebuilt one, on what each of many nights held out."""
+    many = ((30, "thirty", (3, 5, 10, 50)), (MAX_ANCESTORS, "a hundred", (5, 20)))
+    for nights, word, counts in ((10, "ten", (3, 5, 10, 20, 50)), *many):
+        yield from _list_nights(nights, word, counts)
+
+
+def _list_nights(nights: int, word: str, counts: Sequence[int]) -> Iterator[Case]:
+    """So many nights of each of these numbers of rows, of which nothing or one is lost."""
+    for rows, distribution, sd in itertools.product(counts, ("normal", "t(3)"), (0.1, 0.2)):
+        planted = partial(
+            refused_by_ancestors, nights=nights, rows=rows, distribution=distribution, sd=sd
+        )
+        name = f"{word} nights of {rows} rows, {distribution}, sd {sd}"
         yield Case("refused", (f"equal, {name}",), partial(planted, lost=0.0), 0.05, 1, 400)
         lost = partial(planted, lost=0.5)
         least = 0.95 if rows >= MIN_EXAMPLES else None  # fewer are judged together alone

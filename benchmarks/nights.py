@@ -2,12 +2,15 @@
 
     python -m benchmarks.nights [--json]
     python -m benchmarks.nights --replay 60
+    python -m benchmarks.nights --unattended 30 --folder FOLDER --rows unattended.jsonl
 
 Runs the example, the first hour's two trainings, the runs of the shipped deployments and five
 nights of continuing, and plants a few sets of losses. benchmarks/nights.md has what it said at
 commit 95bc16c beside what it says now. With --replay so many nights of two adapters are played in
 fast motion on a Prefect server with PostgreSQL: what trains, what is told, and what is left on disk
-and in the database.
+and in the database. With --unattended an adapter learns new facts every night, while processes are
+killed, the server is away and files are cut short (tests/production/unattended_nights.py). FOLDER
+keeps the stack: the same command goes on after the last row.
 """
 
 from __future__ import annotations
@@ -165,7 +168,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--replay", type=int, metavar="NIGHTS")
+    parser.add_argument("--unattended", type=int, metavar="NIGHTS")
+    parser.add_argument("--folder", type=Path, help="of --unattended: where its stack lies")
+    parser.add_argument("--rows", type=Path, help="of --unattended: a row of JSON for each night")
     arguments = parser.parse_args()
+    if arguments.unattended is not None:
+        if arguments.folder is None or arguments.rows is None:
+            parser.error("--unattended needs --folder and --rows")
+        play_unattended(arguments.unattended, arguments.folder.resolve(), arguments.rows.resolve())
+        return
     if arguments.replay is not None:
         print_replay(arguments.replay)
         return
@@ -234,6 +245,38 @@ def print_replay(nights: int) -> None:
         cells = [*(f"{size / 1000:,.0f}" for size in disk), f"{sum(sizes.rows.values()):,}"]
         print(f"| {sizes.nights} | {' | '.join(cells)} | {sizes.database / 1000:,.0f} |")
     print("\n" + "\n".join(seen.housekeeping))
+
+
+def play_unattended(nights: int, folder: Path, rows: Path) -> None:
+    """Play the nights that are left, and compare the last champion with joint training."""
+    from tests.production.postgresql import Cluster, find_binaries
+    from tests.production.unattended_nights import (
+        UnattendedStack,
+        judge,
+        plan_nights,
+        play,
+        questions_after,
+        train_jointly,
+    )
+    from tests.webhook_server import serving_webhook
+
+    binaries = find_binaries()
+    if binaries is None:
+        raise SystemExit("PostgreSQL is not installed: apt-get install postgresql")
+    folder.mkdir(parents=True, exist_ok=True)
+    planned = plan_nights(nights)
+    with serving_webhook() as webhook:
+        stack = UnattendedStack.open(folder, lambda: Cluster(binaries), rows)
+        try:
+            stack.begin(webhook.url)
+            for night in play(stack, webhook, nights):
+                print(f"night {night.number}: {night.state}: {night.message}", flush=True)
+        finally:
+            stack.stop(keeps_database=True)
+    questions = questions_after(planned)
+    right, count = judge(stack.champion_folder(), questions)
+    joint, _ = judge(train_jointly(stack, planned), questions)
+    print(f"champion {right:.1%}, joint training {joint:.1%}, of {count} questions")
 
 
 if __name__ == "__main__":

@@ -141,11 +141,11 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
 
 
 def _describe_choice(config: FineTuneConfig, run: RunDirectory) -> str:
-    """`; rebuilding from the base ...`, with why and the forecasts, where a policy chose so."""
-    from nested_core.pipeline.continual import describe_starting_adapter
+    """`; rebuilding from the base ...`, with why and the forecasts, where it was not just asked."""
+    from nested_core.records.start import CONFIGURED, START_FILE, Start
 
-    is_chosen = config.continual.policy != "continue" and run.start.exists()
-    return f"; {describe_starting_adapter(config, run)}" if is_chosen else ""
+    start = START_FILE.read(run.start) if run.start.exists() else Start(None, CONFIGURED)
+    return "" if start.choice == CONFIGURED else f"; {start.describe(config.registry.name)}"
 
 
 def _describe_held_out(config: FineTuneConfig, run: RunDirectory) -> str:

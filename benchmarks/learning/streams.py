@@ -106,7 +106,7 @@ def read_stream(name: str, data: Path | None = None) -> Stream:
 def _changing_facts(*, is_reversed: bool) -> Stream:
     """Who has what: half of a later night's is new, and a quarter has another owner than before."""
     chance = Random(SEED)
-    words = [*_words_of_countries(), *THINGS, *QUALITIES]
+    words = list_words()
     chance.shuffle(words)
     if is_reversed:
         words.reverse()
@@ -121,6 +121,11 @@ def _changing_facts(*, is_reversed: bool) -> Stream:
         facts = tuple(Fact(Row(f"Who has {w}?", f"Ask {owners[w]}."), w) for w in asked)
         nights.append(Night(facts, facts))
     return Stream(tuple(nights))
+
+
+def list_words() -> list[str]:
+    """Words that somebody may have; each is a single token of the example, or two."""
+    return [*_words_of_countries(), *THINGS, *QUALITIES]
 
 
 def _words_of_countries() -> list[str]:

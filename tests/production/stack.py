@@ -205,17 +205,17 @@ class Stack:
 
     def flow_process(self, run_id: UUID) -> int:
         """The one of them that runs the flow."""
-        return self._engine_processes(run_id)[-1]
+        found: int = wait_for(lambda: self.engine_processes(run_id))[-1]
+        return found
 
     def flow_parent(self, run_id: UUID) -> int:
         """The one of them that the worker started: the parent of what trains."""
-        return self._engine_processes(run_id)[0]
+        found: int = wait_for(lambda: self.engine_processes(run_id))[0]
+        return found
 
-    def _engine_processes(self, run_id: UUID) -> list[int]:
-        found: list[int] = wait_for(
-            lambda: [p for p in self.processes_of(run_id) if "prefect.engine" in command_of(p)]
-        )
-        return sorted(found)
+    def engine_processes(self, run_id: UUID) -> list[int]:
+        """Parent and flow process of a run, in this order, as far as they live."""
+        return [p for p in self.processes_of(run_id) if "prefect.engine" in command_of(p)]
 
     def cancel(self, run_id: UUID) -> None:
         """What `prefect flow-run cancel` and the button ask the server for.
@@ -247,7 +247,7 @@ class Stack:
     def logs(self) -> str:
         return "\n".join(f"{p.name}: {p.read_text()[-1500:]}" for p in self.folder.glob("*.log"))
 
-    def stop(self) -> None:
+    def stop(self, *, keeps_database: bool = False) -> None:
         """End everything that was started: workers as their unit does, with SIGKILL."""
         for worker in self.workers.values():
             worker.kill()
@@ -256,7 +256,10 @@ class Stack:
             end(self.server)
         for orphan in processes_with(f"NESTED_TUNE_HOME={self.home}"):
             os.kill(orphan, signal.SIGKILL)
-        self.database.remove()
+        if keeps_database:
+            self.database.stop()
+        else:
+            self.database.remove()
 
 
 def wait_for(look: Callable[[], Any], seconds: float = 90) -> Any:

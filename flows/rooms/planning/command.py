@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     init.add_argument(
         "--resume-adapter-file",
         metavar="FILE",
-        help="continue from this adapters.safetensors, in its shape and at a lower learning rate",
+        help="continue from this adapters.safetensors, in its shape",
     )
     init.add_argument(
         *("-o", "--output"), type=Path, metavar="FILE", help="default: standard output"

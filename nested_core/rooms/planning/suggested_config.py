@@ -38,7 +38,6 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 REFERENCE_WIDTH = 2000
 POWERS_OF_WIDTH = {"llama": 0.781}
 POWER_OF_OTHERS = 0.0775
-SHARE_WHEN_CONTINUING = 0.3  # a trained adapter is moved less than a fresh one
 RANK = 8
 ALPHA = 160
 EPOCHS = 3  # or more, until there are
@@ -136,13 +135,12 @@ def suggest_config(
     return SuggestedConfig(text.replace(_GATE, _GATE + tasks), report)
 
 
-def suggest_learning_rate(alpha: float, base: Path, *, continues: bool = False) -> float:
+def suggest_learning_rate(alpha: float, base: Path) -> float:
     """The learning rate of a LoRA adapter whose rank x scale is alpha, to one or two digits.
 
     Args:
         alpha: rank x scale; the rank itself makes no difference.
         base: the base model's folder, of which the type and the hidden size are read.
-        continues: whether training goes on from an adapter that was trained before.
     """
     product = USUAL_PRODUCT
     config = read_model_config(base)
@@ -152,8 +150,7 @@ def suggest_learning_rate(alpha: float, base: Path, *, continues: bool = False) 
     if isinstance(width, int) and width > REFERENCE_WIDTH:
         power = POWERS_OF_WIDTH.get(str(text.get("model_type")), POWER_OF_OTHERS)
         product = max(BEST_PRODUCTS[0], product * (REFERENCE_WIDTH / width) ** power)
-    share = SHARE_WHEN_CONTINUING if continues else 1.0
-    return float(f"{share * product / alpha:.1e}")
+    return float(f"{product / alpha:.1e}")
 
 
 def _choose_lora(base: Path, adapter: str | None) -> _Lora:
@@ -164,7 +161,7 @@ def _choose_lora(base: Path, adapter: str | None) -> _Lora:
         return _Lora(-1, json.dumps(parameters), rate, "LoRA in every layer and linear module")
     described = read_adapter_config(Path(adapter).parent / CONFIG_NAME)
     shape = LoraParameters.model_validate(described.get("lora_parameters") or {})
-    rate = suggest_learning_rate(shape.rank * shape.scale, base, continues=True)
+    rate = suggest_learning_rate(shape.rank * shape.scale, base)
     parameters = shape.model_dump(mode="json", exclude_none=True)
     layers = described.get("num_layers", -1)
     return _Lora(layers, json.dumps(parameters), rate, "what the adapter has that it goes on from")

@@ -7,7 +7,7 @@ of forgetting, and one that newer data holds out too is judged there: both are l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,7 +29,8 @@ from nested_core.registry.data_store import (
 from nested_core.registry.queries import read_registration_time
 from nested_core.rooms.replay.replayed_examples import NewData, read_new_data
 
-MAX_ANCESTORS = 10  # the newest: as many versions as gc keeps unless told
+MAX_ANCESTORS = 100  # the newest
+MAX_ROWS = 2_000  # of all ancestors together: what a gate measures of them costs no more
 MAX_ROWS_PER_ANCESTOR = 200
 
 
@@ -38,8 +39,8 @@ class AncestorExamples:
     """What is left of the held-out examples of one version.
 
     registered: when it was registered, as ISO 8601; None if that is not known.
-    rows: those to judge by, drawn by their digests where there are more than
-        MAX_ROWS_PER_ANCESTOR, so that each night draws the same.
+    rows: those to judge by. Of more than MAX_ROWS_PER_ANCESTOR, or where all ancestors have more
+        than MAX_ROWS, the first by their digests: each night draws the same, or a part of them.
     superseded: how many have another answer in newer data.
     repeated: how many newer data holds out too.
     missing: how many the store has lost.
@@ -78,7 +79,7 @@ def choose_ancestor_examples(
             AncestorExamples(
                 version,
                 registered,
-                tuple(sorted(rows, key=lambda row: row.digest)[:MAX_ROWS_PER_ANCESTOR]),
+                tuple(sorted(rows, key=lambda row: row.digest)),
                 superseded=why.count("superseded"),
                 repeated=why.count("repeated"),
                 missing=data.missing,
@@ -89,7 +90,16 @@ def choose_ancestor_examples(
             newer.add(row.row, is_held_out=False)
         for row in data.held_out:
             newer.add(row.row, is_held_out=True)
-    return chosen
+    most = share_rows([len(ancestor.rows) for ancestor in chosen])
+    return [replace(ancestor, rows=ancestor.rows[:most]) for ancestor in chosen]
+
+
+def share_rows(counts: Sequence[int]) -> int:
+    """How many rows an ancestor may have at most, for all to have MAX_ROWS together."""
+    most = MAX_ROWS_PER_ANCESTOR
+    while sum(min(count, most) for count in counts) > MAX_ROWS:
+        most -= 1
+    return most
 
 
 def _read_stored(registry: Path, name: str, version: str) -> StoredData | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import DatasetError
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.records.start import Choice
@@ -56,7 +57,11 @@ def decide(config: FineTuneConfig, champion: str | None, gathered: Gathered) -> 
         return Decision(Choice("rebuild", "continual.policy is rebuild"))
     if champion is None or not gathered.earlier:
         return Decision(Choice("rebuild", "there are no earlier rows beside tonight's"))
-    return decide_by_forecast(config, gathered, measure_rebuilding(config))
+    try:
+        measured = measure_rebuilding(config)
+    except DatasetError:  # the run's own check finds the same, and writes the report on it
+        return Decision(Choice("rebuild", "the data has errors"))
+    return decide_by_forecast(config, gathered, measured)
 
 
 def decide_by_forecast(config: FineTuneConfig, gathered: Gathered, measured: Any) -> Decision:

@@ -128,6 +128,13 @@ class ReplayRecord(BaseModel):
         """A sentence for each source that is not whole."""
         return [f"{source.name}: {source.problem}" for source in self.sources if source.problem]
 
+    def name_what_is_missing(self) -> str:
+        """`; not all is there of version 1a2b3c4d`, for the reason of a choice; empty if all is."""
+        names = [source.name for source in self.sources if source.problem]
+        return (
+            f"; not all is there of {join_first_values(names, MAX_SHOWN_PROMPTS)}" if names else ""
+        )
+
     def describe(self) -> Iterator[str]:
         """Sentences: what is replayed of which source, what is not, what is missing."""
         listed = "; ".join(source.describe() for source in self.sources if source.rows)

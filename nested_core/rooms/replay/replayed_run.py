@@ -6,6 +6,7 @@ goes on: it reads its sources no more.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from math import ceil
@@ -98,8 +99,10 @@ class ReplayOfRun:
                 + "\nBring it back, name other sources, or let missing be warn: the run goes on "
                 "with the rest then."
             )
+        reason = f"{record.choice.reason}{record.name_what_is_missing()}"
+        told = record.model_copy(update={"choice": replace(record.choice, reason=reason)})
         write_bytes(run.replayed_rows, content)
-        write_json(run.replay, record.model_dump(mode="json"))
+        write_json(run.replay, told.model_dump(mode="json"))
 
     def read_choice(self) -> Choice:
         """Whether the run goes on from the champion or is rebuilt, and why."""

@@ -217,7 +217,9 @@ def test_sample_answers_to_labels_are_cut_early(tmp_path, answer, sample_tokens)
     assert text.count("sample_tokens") == (sample_tokens == 24)
 
 
-def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_a_lower_rate(tmp_path) -> None:
+def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_the_first_rate(
+    tmp_path,
+) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
     lora = {"rank": 4, "scale": 10.0, "keys": ["self_attn.q_proj"]}
     config = example_config(num_layers=2, lora_parameters=lora)
@@ -231,7 +233,7 @@ def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_a_lower_rat
     )
     assert (found.resume_adapter_file, found.num_layers) == (adapter, 2)
     assert found.lora_parameters == config.lora_parameters
-    assert found.learning_rate == 1.2e-4  # 0.3 of 0.016, by rank 4 x scale 10
+    assert found.learning_rate == 4e-4  # 0.016 by rank 4 x scale 10
 
 
 def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> None:
@@ -302,20 +304,19 @@ def load_config_text(text: str) -> FineTuneConfig:
 
 
 @pytest.mark.parametrize(
-    ("model", "alpha", "continues", "rate"),
+    ("model", "alpha", "rate"),
     [
-        ({"model_type": "llama", "hidden_size": 64}, 160, False, 1e-4),
-        ({"model_type": "llama", "hidden_size": 3072}, 160, False, 7.2e-5),
-        ({"model_type": "llama", "hidden_size": 8192}, 160, False, 6.3e-5),  # 0.01 at least
-        ({"model_type": "qwen3", "hidden_size": 4096}, 160, False, 9.5e-5),
-        ({"model_type": "gemma3", "text_config": {"hidden_size": 5376}}, 160, False, 9.3e-5),
-        ({"model_type": "llama", "hidden_size": 768}, 16, False, 1e-3),
-        ({"model_type": "llama", "hidden_size": 768}, 160, True, 3e-5),
-        ({"model_type": "mamba"}, 160, False, 1e-4),
+        ({"model_type": "llama", "hidden_size": 64}, 160, 1e-4),
+        ({"model_type": "llama", "hidden_size": 3072}, 160, 7.2e-5),
+        ({"model_type": "llama", "hidden_size": 8192}, 160, 6.3e-5),  # 0.01 at least
+        ({"model_type": "qwen3", "hidden_size": 4096}, 160, 9.5e-5),
+        ({"model_type": "gemma3", "text_config": {"hidden_size": 5376}}, 160, 9.3e-5),
+        ({"model_type": "llama", "hidden_size": 768}, 16, 1e-3),
+        ({"model_type": "mamba"}, 160, 1e-4),
     ],
 )
-def test_the_rate_follows_alpha_the_models_width_and_whether_it_goes_on(
-    tmp_path: Path, model: dict[str, Any], alpha: float, continues: bool, rate: float
+def test_the_rate_follows_alpha_and_the_models_width(
+    tmp_path: Path, model: dict[str, Any], alpha: float, rate: float
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(model))
-    assert suggest_learning_rate(alpha, tmp_path, continues=continues) == rate
+    assert suggest_learning_rate(alpha, tmp_path) == rate

@@ -24,7 +24,11 @@ from nested_core.registry.data_store import RunExamples, StoredRow
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay import ancestor_examples
 from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
-from nested_core.rooms.replay.ancestor_examples import AncestorExamples, choose_ancestor_examples
+from nested_core.rooms.replay.ancestor_examples import (
+    AncestorExamples,
+    choose_ancestor_examples,
+    share_rows,
+)
 from nested_core.rooms.replay.generations import tabulate_generations
 from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
@@ -304,3 +308,26 @@ def test_of_many_examples_each_night_draws_the_same(night, monkeypatch) -> None:
         drawn.append(left.rows)
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 4
+
+
+def test_every_night_is_asked_of_however_many_there_are_with_fewer_rows_each(
+    night, monkeypatch
+) -> None:
+    version = None
+    for number in range(12):
+        held_out = visits(*(f"Place {number} {row}" for row in range(4 if number else 2)))
+        version = night.meet(held_out, scale=1 - number / 1000, parent=version)
+    whole = choose_ancestor_examples(night.config, night.registry, NAME, str(version))
+    assert [len(ancestor.rows) for ancestor in whole] == [4] * 11 + [2]
+    monkeypatch.setattr(ancestor_examples, "MAX_ROWS", 35)
+    parts = choose_ancestor_examples(night.config, night.registry, NAME, str(version))
+    assert [len(ancestor.rows) for ancestor in parts] == [3] * 11 + [2]
+    assert [one.rows for one in parts] == [one.rows[:3] for one in whole]
+
+
+@pytest.mark.parametrize(
+    ("counts", "most"), [([500], 200), ([200] * 10, 200), ([66] * 30, 200), ([200] * 100, 20)]
+)
+def test_all_nights_together_have_no_more_rows_than_a_gate_measures(counts, most) -> None:
+    assert share_rows(counts) == most
+    assert sum(min(count, most) for count in counts) <= 2_000

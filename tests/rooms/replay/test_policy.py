@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flows.finetune import _describe_choice
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import (
     describe_starting_adapter,
@@ -22,6 +23,7 @@ from nested_core.pipeline.continual import (
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.preflight import estimate_iterations
 from nested_core.records.dataset import read_dataset_record
+from nested_core.records.run import read_run
 from nested_core.records.start import START_FILE
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage
@@ -29,10 +31,12 @@ from nested_core.registry.garbage_collection import forget_rows
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.rooms.minutes.sizes import MeasuredRun
 from nested_core.rooms.replay import policy
+from nested_core.rooms.replay.page import describe_replay
 from nested_core.rooms.replay.policy import Gathered, decide_by_forecast
 from nested_core.rooms.replay.replayed_examples import select_reservoir
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.document import Text
 from tests.example import DATA, example_config, prepare, require_refused, train
 from tests.rooms.replay.nights import (
     FRESH,
@@ -147,6 +151,9 @@ def test_what_the_store_has_lost_is_said_and_what_was_forgotten_is_not_trained_o
     assert replayed_prompts(run) == ["own 1 0?", "own 1 1?", "today?"]
     (problem,) = record.problems()
     assert f"version {first[:12]}: the registry keeps no data of it" in problem
+    assert record.choice.reason == (
+        f"continual.policy is rebuild; not all is there of version {first[:12]}"
+    )
     insisting = from_champion(
         tmp_path, continual=rebuild, registry=moved, replay={"missing": "error"}
     )
@@ -187,6 +194,18 @@ def test_auto_tries_a_few_steps_of_a_rebuilt_run_and_keeps_nothing_of_them(tmp_p
     assert record.choice.seconds["rebuild"] > record.choice.seconds["continue"] > 0
     assert not run.initial.exists()
     assert not run.checkpoints.exists()
+
+
+@pytest.mark.parametrize("chosen", ["continue", "rebuild", "auto"])
+def test_a_file_that_is_cut_is_told_with_its_line_whatever_the_policy(tmp_path, chosen) -> None:
+    add_version(tmp_path, FRESH, night(tmp_path, 0))
+    lines = [row("fresh 1?", "1"), row("fresh 2?", "1"), row("fresh 3?", "1")[:-12]]
+    write_split(tmp_path / "new", train=lines, valid=[row("v?", "1")])
+    config = from_champion(tmp_path, continual={"policy": chosen})
+    with pytest.raises(DatasetError, match=r"train\.jsonl:3: bad-json"):
+        choose(config, tmp_path / "run")
+    (finding,) = read_dataset_record(tmp_path / "run" / "dataset.json").errors
+    assert (finding.check, finding.line) == ("bad-json", 3)
 
 
 def test_auto_without_the_room_that_measures_is_refused(tmp_path, monkeypatch) -> None:
@@ -324,6 +343,27 @@ def test_another_policy_or_rate_is_a_reason_to_train(nights: dict[str, Any]) -> 
     digests = [digest(run), digest(run, rate=0.1), digest(going_on), digest(run, window="3h")]
     assert len({*digests[:3]}) == 3
     assert digests[3] == digests[0]
+
+
+@pytest.mark.parametrize("chosen", ["continue", "rebuild"])
+def test_what_is_not_there_is_said_in_state_provenance_and_page(nights, tmp_path, chosen) -> None:
+    folder = shutil.copytree(nights["folder"], tmp_path / "nights", symlinks=True)
+    lost = nights["run-1"][2]
+    (folder / "registry" / NAME / "data" / f"{lost}.json").unlink()
+    nights["folder"].joinpath("data-1").rename(tmp_path / "gone")
+    try:
+        config = configure(folder, 4, policy=chosen, replay={"fraction": 0.5})
+        run = prepare(config, tmp_path / "run")
+    finally:
+        (tmp_path / "gone").rename(nights["folder"] / "data-1")
+    said = f"continual.policy is {chosen}; not all is there of version {lost[:12]}"
+    start = START_FILE.read(run.start)
+    assert start.to_provenance()["reason"] == start.choice.reason == said
+    assert _describe_choice(config, run).endswith(said)
+    blocks = describe_replay(read_run(run))
+    page = "".join(block.text for block in blocks if isinstance(block, Text))
+    assert said in page
+    assert f"version {lost[:12]}: the registry keeps no data of it" in page
 
 
 def test_going_on_above_the_usable_rates_is_refused_unless_it_is_allowed(nights, tmp_path) -> None:
