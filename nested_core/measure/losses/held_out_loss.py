@@ -114,6 +114,7 @@ class LoadedBase:
         for adapter in adapters:
             load_adapter_tensors(self.model, adapter)
             values.append(read_parameters(refs))
+        # Filled batch by batch; an example keeps its row of the split.
         predictions = ExamplePredictions(
             losses=np.zeros((len(adapters), len(split))),
             divergences=np.zeros((len(adapters) - 1, len(split))),
