@@ -232,6 +232,7 @@ def product_norm(tensors: Mapping[str, StoredTensor], module: str) -> float:
 
 
 def _product_norm(pair: Factors) -> float:
+    """Return the Frobenius norm of the product of two factors, without forming the product."""
     left, right = _float64_factors(pair, None)
     return float(np.linalg.norm(_triangular_factor(left) @ _triangular_factor(right.mT).mT))
 

@@ -356,7 +356,10 @@ def _task_regressed_reason(
 
 
 def is_sound(damage: BrokenHow | None) -> bool:
-    """Whether a base's answer is sound enough to judge by its prompt; an endless answer is."""
+    """Whether a base's answer is sound enough to compare the adapter's answer with it.
+
+    An endless answer, which is only too long, is sound enough.
+    """
     return damage not in ("empty", "no_words", "repeated")
 
 

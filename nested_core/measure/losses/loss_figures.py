@@ -195,8 +195,8 @@ def compare_losses(
             error, degrees = spread.deviation / math.sqrt(compared.examples), spread.degrees
         width = student_t_quantile(1 - tail, degrees) * error
         corrected = (compared.mean - width, compared.mean + width)
-    # The conclusion is drawn from the wider of both intervals. The lower end decides on `worse`, which
-    # needs no correction for selection: the best candidate looks too good, never too bad.
+    # The conclusion is drawn from the wider of both intervals. The lower end decides on `worse`,
+    # which needs no correction for selection: the best candidate looks too good, never too bad.
     deciding_interval = interval
     if interval is not None and one_sided_high is not None and corrected is not None:
         low = interval[0]
