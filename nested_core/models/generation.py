@@ -220,6 +220,7 @@ def find_stop(text: str, stops: Sequence[str]) -> tuple[bool, int]:
     """
     starts = [start for stop in stops if (start := text.find(stop)) >= 0]
     longest = max(map(len, stops), default=0)
+    # A stop text may have begun within the last `longest - 1` characters.
     possible = (
         start
         for start in range(max(0, len(text) - longest + 1), len(text))
@@ -273,7 +274,7 @@ def _answer_in_batches(
             for response in responses:
                 answer = by_uid[response.uid]
                 answer.is_endless = response.finish_reason == "length"
-                if response.finish_reason != "stop":
+                if response.finish_reason != "stop":  # "stop": the end-of-sequence token
                     answer.add(response.token)
                 if response.finish_reason is None and answer.has_stopped:
                     stopped.append(response.uid)

@@ -52,10 +52,10 @@ def _take_parent_info() -> tuple[int, int, tuple[str, ...]] | None:
     global _parent_info
     value = os.environ.pop(PARENT_VARIABLE, None)
     if value is not None:
-        process, descriptor, *signals = value.split(":")
-        if int(process) != os.getppid():
+        parent_id, descriptor, *signals = value.split(":")
+        if int(parent_id) != os.getppid():
             os.kill(os.getpid(), signal.SIGKILL)
-        _parent_info = int(process), int(descriptor), tuple(signals)
+        _parent_info = int(parent_id), int(descriptor), tuple(signals)
     return _parent_info
 
 

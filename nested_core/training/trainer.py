@@ -225,6 +225,7 @@ class Trainer:
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
             near_end.after_step(self.state.step)
+            # All ranks must act on a request after the same step: the requests were summed in it.
             must_stop, must_save = self.world.requests_after_step(
                 result.requests, self._own_requests
             )
@@ -334,6 +335,7 @@ class Trainer:
         if not has_open_chunk or self.state.flushed:  # already flushed, but not yet evaluated
             return
         if self.optimizer.accumulates:
+            # Outside of the compiled step, so the update is checked here as `_check_updates` does.
             before = read_parameters(self.setup.parameters)
             updates = flatten(self.optimizer.flush(unflatten_names(before)))
             self.write_parameters_into_model(updates)

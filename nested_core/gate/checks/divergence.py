@@ -15,7 +15,7 @@ from nested_core.records.verdict import Code, Reason
 
 
 def _find_collapse(judged: CheckedRun) -> Iterator[Reason]:
-    """Give a reason if the trainer's logits are all non-finite, or the same for every token."""
+    """Yield a reason if the trainer's logits are all non-finite, or the same for every token."""
     values = np.array(judged.evidence.record.logits.values, np.float64)  # None becomes NaN
     if values.ndim != 2 or not values.size:
         return
@@ -27,7 +27,7 @@ def _find_collapse(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _find_risen_training_loss(judged: CheckedRun) -> Iterator[Reason]:
-    """Give a reason if the training loss diverged and no held-out losses were measured."""
+    """Yield a reason if the training loss diverged and no held-out losses were measured."""
     divergence = judged.divergence
     if divergence is not None and divergence.is_certain and judged.verdict.validation is None:
         code: Code = "non_finite" if divergence.loss is None else "loss_regressed"

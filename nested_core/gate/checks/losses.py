@@ -74,7 +74,7 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _find_worse_loss(judged: CheckedRun) -> Iterator[Reason]:
-    """Give a reason if the held-out loss rose by more than `gate.max_val_loss_increase`."""
+    """Yield a reason if the held-out loss rose by more than `gate.max_val_loss_increase`."""
     validation = judged.verdict.validation
     if validation is not None and validation.examples != 0:
         yield from loss_reasons(validation, judged.bounds)
@@ -88,14 +88,14 @@ def _find_forgetting(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _find_harmed_examples(judged: CheckedRun) -> Iterator[Reason]:
-    """Give a reason if the loss of too large a share of the held-out examples got worse."""
+    """Yield a reason if the loss of too large a share of the held-out examples got worse."""
     validation = judged.verdict.validation
     if judged.losses is not None and validation is not None:
         yield from harm_reasons(judged.losses, validation, judged.bounds)
 
 
 def _find_drift(judged: CheckedRun) -> Iterator[Reason]:
-    """Give a reason if the model's predictions drifted (KL divergence) beyond `gate.max_kl`."""
+    """Yield a reason if the model's predictions drifted (KL divergence) beyond `gate.max_kl`."""
     validation = judged.verdict.validation
     if validation is not None:
         data = describe_examples(validation)

@@ -18,7 +18,7 @@ from nested_core.storage.canary_file import CANARY_NAME, render_canary
 
 
 def _find_unproven_effect(judged: CheckedRun) -> tuple[Reason, ...]:
-    """Give the reasons why the fresh process does not confirm the trained adapter's effect.
+    """Return the reasons why the fresh process does not confirm the trained adapter's effect.
 
     If it does confirm it, also store the answers to the canary questions for the registry.
     """

@@ -173,6 +173,7 @@ def mark_same_answers(
         return list(rows)
     if all(map(_is_only_begun, candidate_answers)):
         return list(rows)
+    # Cut-off answers only show the beginning of what they would say: compare as much of the others.
     are_cut_off = any(answer.is_endless for answer in candidate_answers)
     end = len(rows[0].adapter) if are_cut_off else None
     expected = {row.expected.strip()[:end] for row in rows if row.expected is not None}

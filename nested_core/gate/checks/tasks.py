@@ -192,7 +192,7 @@ def _score_answers(
 
 
 def _find_worse_answers(judged: CheckedRun) -> list[Reason]:
-    """Ask the suites, and give a reason for each on which the candidate is worse than allowed.
+    """Ask the suites, and return a reason for each on which the candidate is worse than allowed.
 
     Under `gate.samples: fail` the same answer to every question of a suite is a reason too.
     """

@@ -21,7 +21,7 @@ from nested_core.records.verdict import Reason
 
 
 def _find_mismatches(judged: Judged) -> list[Reason]:
-    """Give reasons for tensors whose name, shape or dtype differs between the two adapters.
+    """Return reasons for tensors whose name, shape or dtype differs between the two adapters.
 
     Raises DamagedError if a trained lora_a and its lora_b cannot be multiplied.
     """

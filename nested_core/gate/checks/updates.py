@@ -20,7 +20,7 @@ MAX_SAMPLED_STEPS = 1000
 
 
 def _find_skipped_updates(judged: CheckedRun) -> Iterator[Reason]:
-    """Give a reason for each tier whose share of skipped updates exceeds the bound."""
+    """Yield a reason for each tier whose share of skipped updates exceeds the bound."""
     bound = judged.bounds.max_skipped_share
     for row in judged.verdict.tiers:
         if row.skipped_updates > bound * row.expected_updates:
@@ -33,7 +33,7 @@ def _find_skipped_updates(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _find_missing_updates(judged: CheckedRun) -> Iterator[Reason]:
-    """Give reasons for tiers that did not change and updates that were lost or had no effect."""
+    """Yield reasons for tiers that did not change and updates that were lost or had no effect."""
     for row in judged.verdict.tiers:
         changes = _changes_of_tier(judged, row)
         yield from _tier_reasons(judged.config, judged.tiers, row, changes)
@@ -50,7 +50,7 @@ def _label(row: TierChange) -> str:
 def _tier_reasons(
     config: FineTuneConfig, evidence: TierEvidence, row: TierChange, changes: Sequence[TensorChange]
 ) -> list[Reason]:
-    """Give the reasons to reject one tier; `changes` are its tensors.
+    """Return the reasons to reject one tier; `changes` are its tensors.
 
     `updates_missing` if applied and skipped updates do not add up to the expected ones, or if a
     tensor had gradients and a positive learning rate but did not change. `tier_unchanged` if no

@@ -227,7 +227,7 @@ def keep_prompts_with_finite_base(
 
 
 def non_finite_reason(answers: FreshProcessLogits) -> Reason | None:
-    """Give a reason if logits overflowed, which says whether base or adapter is to blame.
+    """Return a reason if logits overflowed, which says whether base or adapter is to blame.
 
     A model may mask a part of its vocabulary by -inf. That is no overflow if it does so without the
     trained adapter too.
@@ -324,9 +324,8 @@ class RunningProof:
         request = self.request
         if answers.get("refused") == "trained" and request.initial is not None:
             alone = self._ask(_describe_initial(request))
-            answers = (
-                alone if "refused" in alone else answers
-            )  # the initial one's refusal goes first
+            if "refused" in alone:  # neither adapter can be used: the initial one is reported
+                answers = alone
         if "refused" in answers:
             return _describe_refusal(request, answers)
         initial = np.array(answers["initial"]["logits"], np.float64)

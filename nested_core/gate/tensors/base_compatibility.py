@@ -25,7 +25,7 @@ RANK_AXES = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3)
 
 
 def config_reasons(adapter: Adapter) -> list[Reason]:
-    """Give reasons if an adapter's tensors contradict its own adapter_config.json.
+    """Return reasons if an adapter's tensors contradict its own adapter_config.json.
 
     The tensor names must suit `fine_tune_type`, every module must have all its factors (lora_a and
     lora_b), and the factors must have the configured rank.
@@ -62,7 +62,7 @@ def _tensors_of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
 
 
 def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[Reason]:
-    """Give a reason if the model in folder `base` is not the one that adapter_config.json names.
+    """Return a reason if the model in folder `base` is not the one that adapter_config.json names.
 
     A configuration without a fingerprint, as mlx_lm.lora writes it, gives no reason.
     """
@@ -81,7 +81,7 @@ def require_same_base(adapter: Adapter, base: Path) -> None:
 
 
 def base_reasons(adapter: Adapter, expected: Mapping[str, mx.array], base: Path) -> list[Reason]:
-    """Give a reason if the adapter names another base, or its tensors do not fit this one.
+    """Return a reason if the adapter names another base, or its tensors do not fit this one.
 
     expected: the trainable parameters of the base with a fresh adapter of this configuration.
     base: the folder of the base model.

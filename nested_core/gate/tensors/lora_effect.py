@@ -36,7 +36,7 @@ SAMPLED_PRODUCT_ROWS = 64  # rows and columns of a product that are compared bef
 
 
 def no_effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Give one reason that names the factors of every module whose product did not change."""
+    """Return one reason that names the factors of every module whose product did not change."""
     unchanged = [
         module
         for module in _module_names(trained)
@@ -55,10 +55,10 @@ def factor_names(modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Give reasons for modules whose update scale * lora_a @ lora_b is beyond the range of float32.
+    """Return reasons for modules whose update scale * lora_a @ lora_b overflows float32.
 
-    Modules that already overflow in the initial adapter get a reason of their own: training is not
-    to blame for them.
+    Modules that already overflow in the initial adapter get a reason of their own, because training
+    is not to blame for them.
     """
     before, after = (
         {
@@ -75,7 +75,7 @@ def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 
 def overflow_reasons_of(modules: Iterable[str], whose: str) -> list[Reason]:
-    """Give one reason that names the factors of the overflowing modules; empty without modules.
+    """Return one reason that names the factors of the overflowing modules; empty without modules.
 
     `whose` begins the message, such as "the trained adapter's".
     """
@@ -143,6 +143,7 @@ def _has_module_changed(
     if magnitude in after and tensors_differ(before[magnitude], after[magnitude]):
         return True
     old, new = _factor_pair(before, module), _factor_pair(after, module)
+    # What rounding alone may move the product by is `roundoff` times a norm of the product.
     roundoff = ROUNDING_FACTOR * max(PRECISION_BY_DTYPE[t.dtype][0] for t in (*old, *new))
     squares = [_independent_rounding_squared(pair) for pair in (old, new)]
     rank = max(_float64_factors(pair, 1)[0].shape[2] for pair in (old, new))
@@ -231,6 +232,7 @@ def product_norm(tensors: Mapping[str, StoredTensor], module: str) -> float:
 
 
 def _product_norm(pair: Factors) -> float:
+    """Return the Frobenius norm of the product of two factors, without forming the product."""
     left, right = _float64_factors(pair, None)
     return float(np.linalg.norm(_triangular_factor(left) @ _triangular_factor(right.mT).mT))
 

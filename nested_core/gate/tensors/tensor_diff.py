@@ -135,7 +135,7 @@ def _squared_norm(values: Values) -> float:
 
 
 def mismatch_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Give reasons for tensors that cannot be compared because name, shape or dtype differ."""
+    """Return reasons for tensors that cannot be compared because name, shape or dtype differ."""
     before, after = initial.tensors, trained.tensors
     both = before.keys() & after.keys()
     missing = before.keys() - after.keys()
@@ -155,7 +155,7 @@ def mismatch_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 
 def non_finite_tensor_reasons(initial: Adapter, changes: Sequence[TensorChange]) -> list[Reason]:
-    """Give reasons for tensors with values that are not finite.
+    """Return reasons for tensors with values that are not finite.
 
     Tensors that are not finite in `initial` already get a reason of their own, because training is
     not to blame for them.
@@ -171,7 +171,7 @@ def non_finite_tensor_reasons(initial: Adapter, changes: Sequence[TensorChange])
 
 
 def unchanged_reasons(changes: Sequence[TensorChange]) -> list[Reason]:
-    """Give the reason "unchanged" if all tensors equal the initial ones, byte for byte."""
+    """Return the reason "unchanged" if all tensors equal the initial ones, byte for byte."""
     if any(change.changed for change in changes):
         return []
     message = f"all {len(changes)} tensors equal the initial adapter, byte for byte"
@@ -181,7 +181,7 @@ def unchanged_reasons(changes: Sequence[TensorChange]) -> list[Reason]:
 def small_change_reasons(
     changes: Sequence[TensorChange], min_relative_change: float
 ) -> list[Reason]:
-    """Give the reason "unchanged" if no tensor's relative change reaches the bound."""
+    """Return the reason "unchanged" if no tensor's relative change reaches the bound."""
     names = tuple(change.name for change in changes)
     largest = max(change.relative_delta or 0.0 for change in changes)
     if largest < min_relative_change:
@@ -194,7 +194,7 @@ def small_change_reasons(
 
 
 def reasons_about_tensors(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
-    """Give one reason that lists the tensors in name order; empty without tensors.
+    """Return one reason that lists the tensors in name order; empty without tensors.
 
     `problem` follows the count, as in "2 tensors with NaN or infinity, q_proj.lora_a first".
     """
@@ -207,7 +207,7 @@ def reasons_about_tensors(code: Code, names: Iterable[str], problem: str) -> lis
 
 
 def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Give the reason if the two adapter_config.json describe different adapters."""
+    """Return the reason if the two adapter_config.json describe different adapters."""
     if not (differing := find_differences(initial, trained)):
         return []
     return [
@@ -216,7 +216,7 @@ def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 
 def named_base_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Give the reason if the two adapter_config.json name different base models.
+    """Return the reason if the two adapter_config.json name different base models.
 
     Compared by fingerprint, or by the `model` path if one of the configurations, written by another
     program, has no fingerprint.

@@ -53,8 +53,9 @@ def judge_answers(
     comparisons = {
         task.name: _compare_models(task, answers_by_task[task.name]) for task in gate.tasks
     }
+    # All comparisons are tested together: among many, some look significant by chance alone.
     family = [change for changes in comparisons.values() for change in changes.values()]
-    words = dict(zip(map(id, family), conclude_answers(family), strict=True))  # of all at once
+    words = dict(zip(map(id, family), conclude_answers(family), strict=True))
     results = []
     reasons: list[Reason] = []
     for task in gate.tasks:
@@ -64,13 +65,14 @@ def judge_answers(
         result = _summarise_task(task, answers, change)
         failures = _task_below_reasons(task, result, change, is_paired=gate.noise == "paired")
         conclusions: list[Conclusion] = []
-        for rival, against in changes.items():
-            word = words[id(against)]
-            if gate.noise == "none" or not against.is_tested:  # the bound alone counts
-                word = against.conclude(is_worse=against.is_below_bound, is_better=word == "better")
+        for rival, rival_change in changes.items():
+            word = words[id(rival_change)]
+            if gate.noise == "none" or not rival_change.is_tested:  # the bound alone counts
+                is_worse = rival_change.is_below_bound
+                word = rival_change.conclude(is_worse=is_worse, is_better=word == "better")
             conclusions.append(word)
             if word == "worse":
-                failures.append(_task_regressed_reason(task, result, against, rival))
+                failures.append(_task_regressed_reason(task, result, rival_change, rival))
         if "champion" in answers:
             rivalry = changes.get(CHAMPION, change)
             result = replace(
@@ -316,7 +318,7 @@ def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
 def _task_below_reasons(
     task: TaskSection, result: TaskResult, change: ScoreChange, *, is_paired: bool
 ) -> list[Reason]:
-    """Give a reason for a share of right answers below `min`, and for a gain below `min_gain`.
+    """Return a reason for a share of right answers below `min`, and for a gain below `min_gain`.
 
     With `is_paired`, a gain that reaches a `min_gain` above 0 must also be beyond chance.
     """
@@ -340,7 +342,7 @@ def _task_below_reasons(
 def _task_regressed_reason(
     task: TaskSection, result: TaskResult, change: ScoreChange, rival: str | None
 ) -> Reason:
-    """Give the reason for a fall beyond `max_drop` and beyond chance.
+    """Return the reason for a fall beyond `max_drop` and beyond chance.
 
     `rival` names the model compared with in the message; None for the initial adapter.
     """
@@ -354,7 +356,10 @@ def _task_regressed_reason(
 
 
 def is_sound(damage: BrokenHow | None) -> bool:
-    """Whether a base's answer is sound enough to judge by its prompt; an endless answer is."""
+    """Whether a base's answer is sound enough to compare the adapter's answer with it.
+
+    An endless answer, which is only too long, is sound enough.
+    """
     return damage not in ("empty", "no_words", "repeated")
 
 

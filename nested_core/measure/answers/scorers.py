@@ -100,6 +100,7 @@ def _contains_accepted_answer(question: Question, answer: str) -> bool:
 
 
 def _is_near_accepted_number(question: Question, answer: str) -> bool:
+    """Whether the last number in the answer is within the tolerance of an accepted number."""
     number = last_number(answer)
     if number is None:
         return False
@@ -192,7 +193,7 @@ def _run_scoring_process(
             child.ask(request | {"item": None}, START_TIMEOUT_SECONDS)
             for item in items:
                 yield child.ask(request | {"item": item}, QUESTION_TIMEOUT_SECONDS)
-    except (NestedTuneError, OSError) as error:  # Child raises some of them by the process's name
+    except (NestedTuneError, OSError) as error:  # a scorer's own error may be of these classes
         kind = "" if isinstance(error, ChildFailed) else f"{type(error).__name__}: "
         raise _ScoringFailed(shorten(f"{kind}{error}", MAX_PROBLEM_CHARACTERS)) from None
 

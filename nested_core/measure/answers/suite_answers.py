@@ -123,7 +123,7 @@ class EncodedSuite:
         context: the most tokens that the model can see; None if unknown.
         rows: the number of rows of its embedding; None if unknown.
 
-        Raises DatasetError that lists the questions that are too long, have tokens beyond the
+        Raises a DatasetError that lists the questions that are too long, have tokens beyond the
         embedding, or are refused by the chat template.
         """
         prompts: list[tuple[int, ...]] = []
@@ -194,6 +194,7 @@ class EncodedSuite:
             for index, prompt in enumerate(self.prompts)
             for choice in self.choices[index]
         ]
+        # Batches of rows of similar length, the shortest first, so that little is padded.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]) + len(rows[row][2]))
         widths = [
             _round_up_width(len(rows[row][1]) + len(rows[row][2]) - 1, self.context)
@@ -203,6 +204,7 @@ class EncodedSuite:
         sums = np.zeros(len(rows))
         start = 0
         while start < len(order):
+            # The batch grows until its rows, or its logits, are as many as may exist at once.
             end = start + 1
             while (
                 end < min(len(order), start + _MAX_ROWS)
@@ -287,7 +289,7 @@ def _sum_log_probabilities(
     rows = [[*prompt, *following] for prompt, following in pairs]
     inputs = np.zeros((len(rows), width), np.int32)
     for row, tokens in enumerate(rows):
-        inputs[row, : len(tokens) - 1] = tokens[:-1]
+        inputs[row, : len(tokens) - 1] = tokens[:-1]  # the last token is only predicted
     logits = extract_logits(model(mx.array(inputs)))
     sums = []
     for row, (prompt, following) in enumerate(pairs):
@@ -305,6 +307,8 @@ def _sum_log_probabilities_in_chunks(
     """
     from mlx_lm.models.cache import make_prompt_cache
 
+    # The last token is no input: it is only predicted. `first` is the input that predicts the first
+    # token of the continuation.
     inputs, first = [*prompt, *following[:-1]], len(prompt) - 1
     cache = make_prompt_cache(model)
     total = mx.array(0.0)
@@ -397,7 +401,7 @@ def record_or_compare_suites(run: RunDirectory, suites: Sequence[Suite]) -> None
 def encode_suites(suites: Sequence[Suite], tokenizer: Any, base: Path) -> tuple[EncodedSuite, ...]:
     """Encode each suite for the base model in the folder `base`.
 
-    Raises DatasetError that lists the questions that are longer than the model's context or that
+    Raises a DatasetError that lists the questions that are longer than the model's context or that
     its chat template refuses.
     """
     context, rows = context_length(base), vocabulary_size(base)

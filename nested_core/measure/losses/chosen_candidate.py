@@ -69,6 +69,7 @@ class Candidates:
         upper_bound = student_t_quantile(1 - _TAIL / self.count, examples - 1)
         if self.lines is None or self.losses is None:
             return upper_bound
+        # Only examples that both selected the step and judge it now can correct for the selection.
         _, columns, rows = np.intersect1d(self.lines, judged.lines, return_indices=True)
         differences = self.losses[:, columns] - other[rows]
         differences = differences[np.isfinite(differences).all(axis=1)]
@@ -110,6 +111,7 @@ def max_t_quantile(differences: Vector, weights: Vector) -> float:
     centred = centred[np.abs(centred).max(axis=1) > 0]
     if not len(centred):
         return 0.0
+    # Sums that each resample's mean and standard error are computed from, as one matrix product.
     examples = weights.size
     columns = np.concatenate([weights * centred, (weights * centred) ** 2, weights**2 * centred])
     count = len(centred)

@@ -114,6 +114,7 @@ class LoadedBase:
         for adapter in adapters:
             load_adapter_tensors(self.model, adapter)
             values.append(read_parameters(refs))
+        # Filled batch by batch; an example keeps its row of the split.
         predictions = ExamplePredictions(
             losses=np.zeros((len(adapters), len(split))),
             divergences=np.zeros((len(adapters) - 1, len(split))),
@@ -276,6 +277,7 @@ def read_held_out_examples(
         held_out = replace(held_out, groups=_read_groups(settings, choice, held_out))
     if config.chooses_by_loss:
         return held_out
+    # Something else than their loss selected the checkpoint.
     return replace(held_out, selected_on_same_data=False, has_validation_examples=False)
 
 
@@ -287,8 +289,8 @@ def _read_groups(
     if choice in SPLITS_BY_HELD_OUT_CHOICE:
         return read_group_values(settings, Path(held_out.file).stem, lines)
     path = Path(choice).expanduser()
-    with as_test_set_alone(path, settings) as alone:
-        return read_group_values(alone, "test", lines)
+    with as_test_set_alone(path, settings) as file_settings:
+        return read_group_values(file_settings, "test", lines)
 
 
 def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
@@ -392,8 +394,8 @@ def _read_and_validate_file(
     """
     if not path.is_file():
         raise ConfigError(f"{key}: {path} is not a file; expected a .jsonl file.")
-    with as_test_set_alone(path, replace(settings, policy=DataPolicy())) as alone:
-        report, splits = load_dataset(alone, TokenizerSource.from_config(config))
+    with as_test_set_alone(path, replace(settings, policy=DataPolicy())) as file_settings:
+        report, splits = load_dataset(file_settings, TokenizerSource.from_config(config))
     problems = [
         f"line {finding.line or 1}: {finding.message}"
         for finding in report.findings

@@ -183,6 +183,7 @@ def compare_losses(
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
+    # The interval is corrected for selection among candidates, or for the number of comparisons.
     corrected, is_pooled = None, False
     if candidates is not None:
         corrected = candidates.corrected_interval(losses, other, compared)
@@ -194,7 +195,9 @@ def compare_losses(
             error, degrees = spread.deviation / math.sqrt(compared.examples), spread.degrees
         width = student_t_quantile(1 - tail, degrees) * error
         corrected = (compared.mean - width, compared.mean + width)
-    deciding_interval = interval  # what the conclusion is drawn from
+    # The conclusion is drawn from the wider of both intervals. The lower end decides on `worse`,
+    # which needs no correction for selection: the best candidate looks too good, never too bad.
+    deciding_interval = interval
     if interval is not None and one_sided_high is not None and corrected is not None:
         low = interval[0]
         if candidates is None:
@@ -260,7 +263,7 @@ def conclude_among_others(
 
 
 def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
-    """Give a reason if the held-out loss is worse beyond its bound."""
+    """Return a reason if the held-out loss is worse beyond its bound."""
     if validation.conclusion != "worse":
         return []
     losses = format_change(validation.loss_before, validation.loss_after)
@@ -274,7 +277,7 @@ def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
 
 
 def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reason]:
-    """Give a reason if the loss on general text is not finite, or worse beyond its bound."""
+    """Return a reason if the loss on general text is not finite, or worse beyond its bound."""
     if reasons := non_finite_loss_reasons(general, "loss on general text"):
         return reasons
     if general.conclusion != "worse":
@@ -290,7 +293,7 @@ def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reas
 def harm_reasons(
     losses: ExampleLosses, validation: Validation, bounds: GateSection
 ) -> list[Reason]:
-    """Give a reason if too many examples got much worse while hardly any improved as much.
+    """Return a reason if too many examples got much worse while hardly any improved as much.
 
     Empty if the loss as a whole is better (harmed examples are then only listed), and under
     `gate.noise: none`, which judges by the mean alone.
@@ -306,7 +309,7 @@ def harm_reasons(
 
 
 def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
-    """Give a reason if the predictions drifted beyond `max_kl`; `data` describes the examples."""
+    """Return a reason if the predictions drifted beyond `max_kl`; `data` describes the examples."""
     if drift is None or bounds.max_kl is None or drift.is_within(bounds.max_kl):
         return []
     moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats/token"
@@ -318,7 +321,7 @@ def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[R
 
 
 def non_finite_loss_reasons(losses: Validation | GeneralLoss, what: str) -> list[Reason]:
-    """Give a reason for a loss that is not finite, which says whether training is to blame.
+    """Return a reason for a loss that is not finite, which says whether training is to blame.
 
     `what` begins the message, such as "loss on general text".
     """
@@ -374,11 +377,12 @@ class HarmedExamples:
         differences = losses.after - losses.before
         if not len(losses) or not np.isfinite(differences).all():
             return None
+        # A change counts only if it also stands out from the spread of all changes.
         deviation = np.abs(differences - np.median(differences))
         threshold = max(MIN_CHANGE, margin, MIN_SPREADS * float(np.median(deviation)))
         signs = (differences > threshold).astype(np.int64) - (differences < -threshold)
         clusters = losses.drawn_clusters
-        balance = signs
+        balance = signs  # of each cluster: above 0 if more examples are harmed than helped
         if clusters is not None:
             _, cluster_index = np.unique(clusters, return_inverse=True)
             balance = np.bincount(cluster_index, signs)
