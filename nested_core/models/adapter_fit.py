@@ -92,8 +92,8 @@ def require_fit(
 def require_recorded_settings(adapter: Adapter) -> None:
     """Raise ConfigError if adapter_config.json lacks settings that low-rank tensors depend on."""
     meaning = adapter.meaning()
-    needed = [] if meaning["fine_tune_type"] == "full" else ["rank", "scale", "num_layers"]
-    if missing := [key for key in needed if meaning[key] is None]:
+    required_keys = [] if meaning["fine_tune_type"] == "full" else ["rank", "scale", "num_layers"]
+    if missing := [key for key in required_keys if meaning[key] is None]:
         raise ConfigError(
             f"{adapter.path}: adapter_config.json does not say {' and '.join(missing)}, without "
             f"which its tensors have no meaning. Expected what mlx_lm.lora or nested-tune writes."

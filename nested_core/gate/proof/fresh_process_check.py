@@ -287,9 +287,9 @@ def relative_distance(logits: Rows, expected: Rows) -> float:
     return difference / size
 
 
-def _are_finite_alike(one: Rows, other: Rows) -> bool:
+def _are_finite_alike(first: Rows, second: Rows) -> bool:
     """Whether two arrays have the same shape and are finite in the same positions."""
-    return one.shape == other.shape and bool((np.isfinite(one) == np.isfinite(other)).all())
+    return first.shape == second.shape and bool((np.isfinite(first) == np.isfinite(second)).all())
 
 
 def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits | Reason:
@@ -442,9 +442,9 @@ def _describe_refusal(request: ProofRequest, answers: dict[str, Any]) -> Reason:
     return Reason("unreadable", message)
 
 
-def _parse_stored_types_answers(given: dict[str, Any] | None) -> StoredTypesAnswers | None:
+def _parse_stored_types_answers(stored: dict[str, Any] | None) -> StoredTypesAnswers | None:
     """Parse the process's answer for the model in its stored types; None if it was not asked."""
-    if given is None:
+    if stored is None:
         return None
-    answers = tuple(GreedyAnswer(tuple(row["tokens"]), row["text"]) for row in given["answers"])
-    return StoredTypesAnswers(np.array(given["logits"], np.float64), answers)
+    answers = tuple(GreedyAnswer(tuple(row["tokens"]), row["text"]) for row in stored["answers"])
+    return StoredTypesAnswers(np.array(stored["logits"], np.float64), answers)

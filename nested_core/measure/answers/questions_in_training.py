@@ -78,7 +78,7 @@ class QuestionsInTraining:
         """
         named = config.training.evaluate_tasks
         chosen = []
-        for suite in (whole.without_copies for whole in read_suites(config.gate)):
+        for suite in (configured.without_copies for configured in read_suites(config.gate)):
             if suite.name in named:
                 indices = choose_questions(suite, steps)
                 questions = tuple(suite.questions[index] for index in indices)
@@ -109,17 +109,17 @@ class QuestionsInTraining:
         tasks = {}
         with restoring_parameters(refs):
             assign_parameters(refs, values)
-            for whole in self.suites:
+            for full_suite in self.suites:
                 check_stop()
-                suite = _take_share(whole, share)
+                suite = _take_share(full_suite, share)
                 answers = suite.answer(model, self.tokenizer, lambda _: check_stop())
                 right = suite.score(answers).mean
                 tasks[suite.suite.name] = {"right": right, "questions": len(answers)}
         return {"tasks": tasks, "task_seconds": time.perf_counter() - started}
 
 
-def _take_share(whole: EncodedSuite, share: float) -> EncodedSuite:
+def _take_share(full: EncodedSuite, share: float) -> EncodedSuite:
     """Return a suite with only the first `share` of its questions, at least one."""
-    count = max(1, int(share * len(whole.prompts)))
-    suite = replace(whole.suite, questions=whole.suite.questions[:count])
-    return replace(whole, suite=suite, prompts=whole.prompts[:count], choices=whole.choices[:count])
+    count = max(1, int(share * len(full.prompts)))
+    suite = replace(full.suite, questions=full.suite.questions[:count])
+    return replace(full, suite=suite, prompts=full.prompts[:count], choices=full.choices[:count])

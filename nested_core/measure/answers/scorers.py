@@ -132,9 +132,9 @@ def _check_in_process(method: ScoringMethod, questions: Sequence[Question]) -> I
 
     Ends early, with the failure as the last problem, if the process fails or takes too long.
     """
-    needed = ("expected", "schema")
+    keys = ("expected", "schema")
     items = [
-        {"question": {key: question.fields[key] for key in needed if key in question.fields}}
+        {"question": {key: question.fields[key] for key in keys if key in question.fields}}
         for question in questions
     ]
     started = time.monotonic()

@@ -46,8 +46,8 @@ def find_schema_problem(question: dict[str, Any]) -> str | None:
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
-        place = ".".join(["schema", *map(str, error.absolute_path)])
-        return f"{_shorten(place, 80)} is no JSON schema: {_shorten(error.message, 160)}"
+        key = ".".join(["schema", *map(str, error.absolute_path)])
+        return f"{_shorten(key, 80)} is no JSON schema: {_shorten(error.message, 160)}"
     return None
 
 
@@ -168,9 +168,9 @@ def prepare(
 def _limit_memory() -> None:
     """Limit this process's address space to MAX_MEMORY_BYTES, where the system supports it."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
+    limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
     with suppress(ValueError, OSError):  # macOS does not enforce this limit
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _make_check(score: str) -> Callable[[dict[str, Any]], str | None]:

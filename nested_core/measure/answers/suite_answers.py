@@ -137,28 +137,28 @@ class EncodedSuite:
                 problem = f"the chat template does not take it: {reason}"[:300]
                 problems.append(BadQuestion(question.line, "template", problem))
                 continue
-            following = tuple(
+            choice_tokens = tuple(
                 _encode_choice(question, text, tokenizer) for text in question.choices
             )
-            longest = len(prompt) + max(map(len, following), default=1)
+            longest = len(prompt) + max(map(len, choice_tokens), default=1)
             if context is not None and longest > context:
                 problem = (
                     f"with its answer it has {longest:,} tokens or more, and the model sees "
                     f"{context:,}"
                 )
                 problems.append(BadQuestion(question.line, "long", problem))
-            tokens = [*prompt, *chain.from_iterable(following)]
+            tokens = [*prompt, *chain.from_iterable(choice_tokens)]
             if token_problem := describe_token_beyond(tokenizer, tokens, rows):
                 problems.append(BadQuestion(question.line, "token", token_problem))
-            if not prompt or not all(following):
+            if not prompt or not all(choice_tokens):
                 problem = "nothing is left of it in tokens"
                 problems.append(BadQuestion(question.line, "no tokens", problem))
             prompts.append(prompt)
-            choices.append(following)
+            choices.append(choice_tokens)
         if problems:
-            place = suite.method.place
-            summary = f"{place} cannot be asked of this model."
-            raise DatasetError(describe_bad_questions(place, problems, summary))
+            path = suite.method.place
+            summary = f"{path} cannot be asked of this model."
+            raise DatasetError(describe_bad_questions(path, problems, summary))
         return cls(suite, tuple(prompts), tuple(choices), context)
 
     def answer(
@@ -269,13 +269,13 @@ def _encode_choice(question: Question, choice: str, tokenizer: Any) -> tuple[int
     return tuple(tokenizer.encode(choice, add_special_tokens=False))
 
 
-def _round_up_width(needed: int, context: int | None) -> int:
-    """Return the width of a batch whose longest row has `needed` tokens.
+def _round_up_width(longest: int, context: int | None) -> int:
+    """Return the width of a batch whose longest row has `longest` tokens.
 
     It is a multiple of _WIDTH_MULTIPLE where the model's context allows that.
     """
-    width = -(-needed // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    return width if context is None else max(needed, min(width, context))
+    width = -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    return width if context is None else max(longest, min(width, context))
 
 
 def _sum_log_probabilities(
@@ -286,20 +286,20 @@ def _sum_log_probabilities(
     pairs: a prompt and its continuation, as token ids.
     width: the length in tokens that all rows are padded to.
     """
-    rows = [[*prompt, *following] for prompt, following in pairs]
+    rows = [[*prompt, *continuation] for prompt, continuation in pairs]
     inputs = np.zeros((len(rows), width), np.int32)
     for row, tokens in enumerate(rows):
         inputs[row, : len(tokens) - 1] = tokens[:-1]  # the last token is only predicted
     logits = extract_logits(model(mx.array(inputs)))
     sums = []
-    for row, (prompt, following) in enumerate(pairs):
+    for row, (prompt, continuation) in enumerate(pairs):
         start = len(prompt) - 1
-        sums.append(_sum_of_targets(logits[row, start : start + len(following)], following))
+        sums.append(_sum_of_targets(logits[row, start : start + len(continuation)], continuation))
     return mx.stack(sums).tolist()  # type: ignore[return-value]
 
 
 def _sum_log_probabilities_in_chunks(
-    model: nn.Module, prompt: Sequence[int], following: Sequence[int], chunk_length: int
+    model: nn.Module, prompt: Sequence[int], continuation: Sequence[int], chunk_length: int
 ) -> float:
     """Return a continuation's log-probability, in nats, with the logits of one chunk at a time.
 
@@ -309,7 +309,7 @@ def _sum_log_probabilities_in_chunks(
 
     # The last token is no input: it is only predicted. `first` is the input that predicts the first
     # token of the continuation.
-    inputs, first = [*prompt, *following[:-1]], len(prompt) - 1
+    inputs, first = [*prompt, *continuation[:-1]], len(prompt) - 1
     cache = make_prompt_cache(model)
     total = mx.array(0.0)
     for start in range(0, len(inputs), chunk_length):
@@ -317,7 +317,7 @@ def _sum_log_probabilities_in_chunks(
         logits = extract_logits(model(mx.array([chunk]), cache=cache))[0]
         in_prompt = max(0, first - start)  # inputs of the chunk that precede a prompt token
         if in_prompt < len(chunk):
-            targets = following[start + in_prompt - first :][: len(chunk) - in_prompt]
+            targets = continuation[start + in_prompt - first :][: len(chunk) - in_prompt]
             total = total + _sum_of_targets(logits[in_prompt:], targets)
         mx.eval(total, [layer.state for layer in cache])
     return to_float(total)

@@ -282,8 +282,8 @@ def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[An
     values = value if isinstance(value, list) else [value]
     fits = [isinstance(item, types) and not isinstance(item, bool) for item in values]
     if not values or not all(fits):
-        found = "an empty list" if not values else shorten(json.dumps(values[fits.index(False)]))
-        raise _Mistake(f"expected: {what} or a list of them", f", found {found}")
+        actual = "an empty list" if not values else shorten(json.dumps(values[fits.index(False)]))
+        raise _Mistake(f"expected: {what} or a list of them", f", found {actual}")
     return values
 
 
@@ -291,17 +291,17 @@ def _describe_first_problem(error: ValidationError) -> _Mistake:
     """Return the first of pydantic's errors as a _Mistake, with the number of further errors."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    place = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
+    key = ".".join(str(part) for part in first["loc"])
+    others = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         return _Mistake(
-            f"{place}: there is no such key in a question of this score",
-            f"{more}; expected `prompt` (or `messages`) and `expected`: docs/gate.md#answers",
+            f"{key}: there is no such key in a question of this score",
+            f"{others}; expected `prompt` (or `messages`) and `expected`: docs/gate.md#answers",
         )
     if first["type"] == "missing":
-        return _Mistake(f"{place} is missing", more)
+        return _Mistake(f"{key} is missing", others)
     message = first["msg"].removeprefix("Value error, ")
-    return _Mistake(f"{place}: {message}" if place else message, more)
+    return _Mistake(f"{key}: {message}" if key else message, others)
 
 
 def _find_repeated_names(questions: Iterable[Question]) -> Iterator[BadQuestion]:
@@ -328,9 +328,9 @@ def fold_prompt(question: Question) -> bytes:
 def question_label(question: Question) -> str:
     """Return a question's id or line and the beginning of its text: `line 3 ("Where is ...")`."""
     prompt = question.prompt
-    asked = shorten(prompt if isinstance(prompt, str) else prompt[-1]["content"], 60)
+    text = shorten(prompt if isinstance(prompt, str) else prompt[-1]["content"], 60)
     name = f"line {question.line}" if question.fields.get("id") is None else question.name
-    return f'{shorten(name)} ("{asked}")'
+    return f'{shorten(name)} ("{text}")'
 
 
 def expected_label(question: Question) -> str | None:

@@ -46,19 +46,19 @@ class Candidates:
     losses: Vector | None = None
 
     def corrected_interval(
-        self, judged: ExampleLosses, other: Vector, found: PairedDifference
+        self, judged: ExampleLosses, other: Vector, difference: PairedDifference
     ) -> tuple[float, float] | None:
         """Return the 95 % interval of a difference, widened for selection; None for one candidate.
 
         Args:
             judged: the losses of the examples that were compared.
             other: losses of the same examples with the adapter compared with.
-            found: the difference between the selected candidate and the other adapter.
+            difference: the difference between the selected candidate and the other adapter.
         """
-        if self.count == 1 or not found.is_measurable:
+        if self.count == 1 or not difference.is_measurable:
             return None
-        width = self.quantile(judged, other, found.examples) * found.standard_error
-        return found.mean - width, found.mean + width
+        width = self.quantile(judged, other, difference.examples) * difference.standard_error
+        return difference.mean - width, difference.mean + width
 
     def quantile(self, judged: ExampleLosses, other: Vector, examples: int) -> float:
         """Return how many standard errors the corrected interval extends to either side.

@@ -215,9 +215,9 @@ def compare_losses(
         loss_before=loss_before,
         noise=bounds.noise,
     )
-    needed = None
+    examples_needed = None
     if conclusion == "inconclusive":
-        needed = count_examples_needed(
+        examples_needed = count_examples_needed(
             compared.mean, compared.standard_error, compared.examples, margin
         )
     return figures | {
@@ -226,7 +226,7 @@ def compare_losses(
         "conclusion": conclusion,
         "margin": margin,
         "one_sided_high": one_sided_high,
-        "examples_needed": needed,
+        "examples_needed": examples_needed,
         "clusters": compared.examples,
         "corrected_interval": corrected,
     }
@@ -422,8 +422,8 @@ def exchange_mid_p(lost: int, won: int) -> float:
     Medical Research Methodology 13:91, 2013).
     """
     changed = lost + won
-    more = binomial_upper_tail(lost + 1, changed, 0.5)
-    return (more + binomial_upper_tail(lost, changed, 0.5)) / 2
+    above = binomial_upper_tail(lost + 1, changed, 0.5)
+    return (above + binomial_upper_tail(lost, changed, 0.5)) / 2
 
 
 def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
@@ -447,8 +447,8 @@ def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
 def describe_harmed(harm: HarmedExamples, file: str, max_lines: int = 3) -> str:
     """`3 of 30 examples lost more than 1 nat/token, and 0 gained as much: valid.jsonl:4, 9, 17`."""
     listed = ", ".join(str(line) for line in harm.lines[:max_lines])
-    more = ", ..." if len(harm.lines) > max_lines else ""
+    ellipsis = ", ..." if len(harm.lines) > max_lines else ""
     return (
         f"{harm.harmed} of {harm.examples} examples lost more than 1 nat/token, and "
-        f"{harm.helped} gained as much: {file}:{listed}{more}"
+        f"{harm.helped} gained as much: {file}:{listed}{ellipsis}"
     )

@@ -33,17 +33,17 @@ def positions_at_once(vocabulary: int, models: int = 1) -> int:
         vocabulary: the number of logits at a position.
         models: the number of models whose logits at the same position exist together.
     """
-    most = max(1, LOGIT_BYTES // (BYTES_OF_LOGIT * vocabulary))
-    return max(1, (1 << most.bit_length() - 1) // models)  # a power of two for one model
+    limit = max(1, LOGIT_BYTES // (BYTES_OF_LOGIT * vocabulary))
+    return max(1, (1 << limit.bit_length() - 1) // models)  # a power of two for one model
 
 
 def positions_without_gradient(vocabulary: int, models: int = 1) -> int:
     """Return `positions_at_once`, on a CPU limited to what its caches hold."""
-    most = positions_at_once(vocabulary, models)
+    limit = positions_at_once(vocabulary, models)
     if backend.device() != "cpu":
-        return most
+        return limit
     cached = LOGIT_BYTES_IN_CACHES // (BYTES_OF_LOGIT * vocabulary)
-    return min(most, max(MIN_POSITIONS_IN_CACHES, cached))
+    return min(limit, max(MIN_POSITIONS_IN_CACHES, cached))
 
 
 def split_batch(batch: MicroBatch, vocabulary: int, models: int = 1) -> Iterator[MicroBatch]:

@@ -193,10 +193,10 @@ def widen_for_device(batch: MicroBatch) -> MicroBatch:
     """
     tokens, target_mask = batch
     width = np.array(target_mask.shape[1], np.int64)
-    more = int(widen_to_fast_widths(width) - width) if backend.computes_on_cuda() else 0
-    if not more:
+    padding = int(widen_to_fast_widths(width) - width) if backend.computes_on_cuda() else 0
+    if not padding:
         return batch
-    at_the_end = ((0, 0), (0, more))
+    at_the_end = ((0, 0), (0, padding))
     return np.pad(tokens, at_the_end), np.pad(target_mask, at_the_end)
 
 

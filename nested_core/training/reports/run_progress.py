@@ -109,8 +109,8 @@ class RunProgress:
     def describe_time(self) -> str:
         """Describe the elapsed time of training, and the estimate of the time left."""
         text = f"{format_clock(self.training_seconds)} elapsed"
-        left = None if self.stages or self.outcome else self.seconds_left()
-        return text if left is None else f"{text}, about {format_clock(left)} left"
+        seconds_left = None if self.stages or self.outcome else self.seconds_left()
+        return text if seconds_left is None else f"{text}, about {format_clock(seconds_left)} left"
 
     def describe_speed(self) -> str:
         """Describe learning rate, gradient norm and speed of the last report."""
@@ -147,10 +147,10 @@ class RunProgress:
 
     def describe_questions(self) -> list[str]:
         """Return the last answers to `training.evaluate_tasks` as a line; empty without answers."""
-        asked = next((r for r in reversed(self.records) if r.get("tasks")), None)
-        if asked is None:
+        record = next((r for r in reversed(self.records) if r.get("tasks")), None)
+        if record is None:
             return []
-        return [f"answers: {escape(describe_tasks(asked))} (step {asked['step']:,})"]
+        return [f"answers: {escape(describe_tasks(record))} (step {record['step']:,})"]
 
     def describe_samples(self) -> list[str]:
         """Return the last answers to the prompts of `samples`, a line each."""
