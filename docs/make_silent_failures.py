@@ -45,7 +45,7 @@ served. *Not applicable*: the tool has no such step, or its own code would have 
 reported is no warning, even if it is NaN.
 
 Both folders are walked step by step, until the tool notices. A failure without a word in a column
-has not been run with that tool. mlx-tune and unsloth-zoo's MLX trainer have not been run.
+has not been run with that tool. mlx-tune has not been run.
 
 Words decide: a line counts if it holds one of the words that the list has for a failure. So a tool
 can be said to notice by a line that meant something else, and be said to miss by words that the
@@ -92,7 +92,10 @@ def explain_missing(failures: Mapping[str, Failure], name: str, rows: Rows) -> l
     for failure, row in rows.items():
         if row["noticed"] == "not applicable":
             reasons.setdefault(row["said"], []).append(failures[failure].kind)
-    return [f"- {name}: {reason} ({'; '.join(kinds)})." for reason, kinds in reasons.items()]
+    return [
+        f"- {name}: {reason} ({'all' if len(kinds) == len(failures) else '; '.join(kinds)})."
+        for reason, kinds in reasons.items()
+    ]
 
 
 def describe(failure: Failure) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -20,7 +19,8 @@ from benchmarks.silent_failures.tools.tool import (
 
 FIRST_STEP = r"^Training started!"
 CHECKPOINT = "output/0000020_adapters.safetensors"
-NO_HELD_OUT = "it takes no file of held-out rows, and splits them from the training file"
+HELD_OUT = "data/valid.jsonl"
+NGRAM = 8  # words; `data score` refuses a file to compare with that has a shorter row
 VALIDATION_SHARE = 0.2  # of the training file, which it splits itself
 KEYS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -31,18 +31,20 @@ KEYS = [
 class Soup(Tool):
     """Soup with every check that works without PyTorch, which its MLX backend does not need.
 
-    Its chat, merge, export, serve and live evaluation read PEFT's adapters with PyTorch. What its
-    MLX backend writes is loaded by mlx_lm, as its code says.
+    Its chat, merge, export, serve and live evaluation read PEFT's adapters with PyTorch, and
+    `adapters check`, `scan` and `info` read those alone. What its MLX backend writes is loaded by
+    mlx_lm, as its code says. Its training takes no held-out rows and splits them from the training
+    file; `data score` compares rows with a file of others, and is given those held out.
     """
 
     name = "soup-cli"
     checks = (
         "`doctor --config`, `data validate`, `inspect`, `clean --dry-run` and `doctor`, "
-        "`train --dry-run`, `loss_watchdog`, `rewind_log`, `adapters sign`, `verify` and `audit`; "
-        "on its MLX backend"
+        "`data score` with the held-out rows where these are long enough for it, "
+        "`train --dry-run`, `loss_watchdog`, `rewind_log`, `why`, `adapters sign`, `verify` and "
+        "`audit`; on its MLX backend"
     )
     packages = ("soup-cli", "mlx", "mlx-lm")
-    lacks = MappingProxyType(dict.fromkeys(("leak-exact", "leak-near"), NO_HELD_OUT))
 
     def _soup(self) -> str:
         return str(Path(self.python).with_name("soup"))
@@ -63,6 +65,7 @@ class Soup(Tool):
             "save_steps": 20,
             "max_grad_norm": settings.clip,
             "quantization": "none",
+            "logging_steps": 1,  # `why` asks for thirty rows of metrics
             "loss_watchdog": True,
             "rewind_log": True,
             "lora": {
@@ -96,8 +99,16 @@ class Soup(Tool):
             ["data", "clean", rows, "--dry-run"],
             ["data", "doctor", rows, "--model", "./base", "--max-length", length],
             ["train", "--config", config, "--dry-run"],
+            ["data", "score", "--input", rows, *self._compare_with(case)],
         ):
             case.run("before", [self._soup(), *arguments])
+
+    def _compare_with(self, case: Case) -> list[str]:
+        lines = (case.folder / HELD_OUT).read_text("utf-8").splitlines()
+        turns = [json.loads(line)["messages"] for line in lines]
+        texts = [" ".join(str(turn["content"]) for turn in row) for row in turns]
+        long_enough = all(len(text.split()) >= NGRAM for text in texts)
+        return ["--benchmark-file", HELD_OUT] if long_enough else []
 
     def train(self, case: Case) -> None:
         self._train(case, "output")
@@ -108,6 +119,11 @@ class Soup(Tool):
         command = [self._soup(), "train", "--config", config, "--yes", *flags]
         case.run("after", command, FIRST_STEP)
         case.run("after", [self._soup(), "adapters", "sign", output])
+        case.run("after", [self._soup(), "why", self._run_id(case, output)])
+
+    def _run_id(self, case: Case, output: str) -> str:
+        described = json.loads((case.folder / output / "soup_run.json").read_text("utf-8"))
+        return str(described["run_id"])
 
     def judge(self, case: Case) -> None:
         case.run("after", [self._soup(), "adapters", "verify", "output"])
@@ -119,9 +135,9 @@ class Soup(Tool):
         case.run("use", [*command, *flags, "--prompt", first_question(case)])
 
     def release(self, case: Case) -> None:
-        run = json.loads((case.folder / "output/soup_run.json").read_text("utf-8"))["run_id"]
-        named = ["--run-id", run, "--name", "champ", "--data", "data/train.jsonl"]
-        case.run("use", [self._soup(), "registry", "push", *named])
+        named = ["--run-id", self._run_id(case, "output"), "--name", "champ"]
+        command = [self._soup(), "registry", "push", *named, "--data", "data/train.jsonl"]
+        case.run("use", command)
 
     def evaluate(self, case: Case) -> None:
         raise NotApplicable("its commands that evaluate a model need PyTorch and PEFT's adapters")
