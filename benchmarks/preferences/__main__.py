@@ -1,27 +1,31 @@
-"""A preference of style learnt from pairs: answers of one sentence, by us and by mlx-lm-lora.
+"""A preference of style learnt from pairs: answers of one sentence, by us and by TRL.
 
     python -m benchmarks.preferences --model build/SmolLM2-135M-Instruct --out build/preferences \
         --rival-python ENVIRONMENT/bin/python
 
 The base answers 500 prompts. An answer of several sentences gives a pair: its first sentence is
-chosen, all of it is rejected. Both trainers get the same pairs, DPO, adapter, rate, batches and
-steps. Then the base and both adapters answer fresh prompts, which combine questions and subjects as
-no pair does. The share of answers that are one sentence is compared by prompt; the loss on general
-text, seconds and memory stand beside it. Each figure is a line of JSON, in OUT-rows.jsonl too.
+chosen, all of it is rejected. Both trainers get the same pairs, DPO, adapter, optimizer, rate,
+batches and steps. Then the base and both adapters answer fresh prompts, which combine questions
+and subjects as no pair does. The share of answers that are one sentence is compared by prompt; the
+loss on general text, seconds and memory stand beside it. Each figure is a line of JSON, appended to
+OUT-rows.jsonl. What is in OUT and in that file already is not computed again, so that a call that
+was cut off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
-import resource
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,18 +34,22 @@ from nested_core import backend
 
 backend.prepare()
 
-import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-import yaml  # noqa: E402
 
 from nested_core.config.loading import parse_config  # noqa: E402
+from nested_core.data.data_settings import DataSettings  # noqa: E402
+from nested_core.data.dataset_loading import load_dataset  # noqa: E402
+from nested_core.data.held_out_rows import as_test_set_alone  # noqa: E402
+from nested_core.data.tokens.tokenizer_source import TokenizerSource  # noqa: E402
 from nested_core.measure.losses.held_out_loss import LoadedBase  # noqa: E402
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt  # noqa: E402
 from nested_core.models.lora_attachment import load_adapter_tensors  # noqa: E402
 from nested_core.models.parameters import in_evaluation_mode  # noqa: E402
 from nested_core.records.paired_difference import compare_pairs  # noqa: E402
+from nested_core.rooms.peft import import_peft  # noqa: E402
 from nested_core.storage.safetensors_files import load_arrays  # noqa: E402
 
+HERE = Path(__file__).parent
 FRAMES = (
     "What is {}?",
     "Explain {} to a child.",
@@ -68,19 +76,13 @@ FRAMES = (
     "What is the worst thing about {}?",
     "Can you summarise {}?",
 )
-SUBJECTS = Path(__file__).with_name("subjects.txt").read_text("utf-8").split()
+SUBJECTS = HERE.joinpath("subjects.txt").read_text("utf-8").split()
 END_OF_SENTENCE = re.compile(r"[.!?]+(?=\s|$)")
 MAX_TOKENS = 96
 MIN_WORDS = 3
-GENERAL_LINES = 200
-# mlx-lm-lora 5.10.2 asks every device for a figure that Metal alone has: without it it ends.
-RIVAL = """
-import runpy, mlx.core as mx
-if "max_recommended_working_set_size" not in mx.device_info():
-    mx.device_info = lambda: {"max_recommended_working_set_size": 0}
-    mx.set_wired_limit = lambda limit: 0
-runpy.run_module("mlx_lm_lora.train", run_name="__main__")
-"""
+PROMPTS_AT_ONCE = 64  # what a call that is cut off loses at most
+WEIGHTS = "adapters.safetensors"
+OURS, TRL = "ours", "trl"
 
 
 def first_sentence(text: str) -> str:
@@ -96,8 +98,8 @@ def is_one_sentence(text: str, *, is_endless: bool) -> bool:
     return not is_endless and ends == [len(stripped)] and len(stripped.split()) >= MIN_WORDS
 
 
-def make_config(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """What both trainers are told, under the names that they share."""
+def make_config(options: argparse.Namespace) -> dict[str, Any]:
+    """What both trainers are told. PyTorch's Adam corrects its bias; mlx's does where asked to."""
     return {
         "model": options.model,
         "data": str(options.out / "pairs"),
@@ -105,117 +107,152 @@ def make_config(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "iters": options.pairs * options.epochs // options.batch_size,
         "learning_rate": options.learning_rate,
+        "optimizer": "adam",
+        "optimizer_config": {"adam": {"bias_correction": True}},
         "max_seq_length": 1024,
-        "seed": 0,
+        "seed": options.seed,
         "lora_parameters": {"rank": 8, "scale": 10.0, "dropout": 0.0},
-        **more,
+        "val_batches": -1,
+        "training": {"loss": "dpo", "loss_config": {"beta": options.beta}},
+        "gate": {
+            "general_data": str(options.out / "general.jsonl"),
+            "max_general_loss_increase": 1,
+        },
     }
 
 
-class Answering:
-    """The base, and adapters of it one after the other."""
+class Benchmark:
+    """The model, the prompts and the folder of one call."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        config = parse_config(make_config(options), source="the benchmark")
-        self.base = LoadedBase.load(config)
+        self.options = options
+        self.out: Path = options.out
+        prompts = [frame.format(subject) for frame, subject in product(FRAMES, SUBJECTS)]
+        random.Random(0).shuffle(prompts)
+        self.fresh, self.of_pairs = prompts[: options.fresh], prompts[options.fresh :]
 
-    def answer(self, prompts: Sequence[str], adapter: Path | None = None) -> list[Any]:
-        """Greedy answers to questions of a user."""
-        tensors = self.base.parameters if adapter is None else load_arrays(adapter)
-        load_adapter_tensors(self.base.model, tensors)
-        encoded = [encode_prompt(self.base.tokenizer, prompt) for prompt in prompts]
-        with in_evaluation_mode(self.base.model):
-            return answer_prompts(
-                self.base.model, self.base.tokenizer, encoded, Sampling(MAX_TOKENS)
-            )
+    @cached_property
+    def base(self) -> LoadedBase:
+        """The base, with an adapter's modules attached."""
+        return LoadedBase.load(parse_config(make_config(self.options), source="the benchmark"))
 
+    def rows(self, rows_done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Each figure that `rows_done` lacks, with its name as `cell`."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_general_text(self.out / "general.jsonl", self.options.paragraphs)
+        self.make_pairs()
+        seed = self.options.seed
+        before = self.read_answers("base", None)
+        after = {}
+        for arm in (OURS, TRL):
+            cell = f"training {arm} {seed}"
+            if arm in self.options.arms and cell not in rows_done:
+                yield {"cell": cell, **self.train(arm)}
+            if not (self.adapter_of(arm) / WEIGHTS).is_file():
+                continue
+            after[arm] = self.read_answers(f"{arm}-{seed}", self.adapter_of(arm))
+            if (cell := f"share base, {arm} {seed}") not in rows_done:
+                yield {"cell": cell, **compare(before, after[arm])}
+            if (cell := f"general loss {arm} {seed}") not in rows_done:
+                yield {"cell": cell, **self.compare_general_loss(self.adapter_of(arm))}
+        if len(after) == 2 and (cell := f"share {TRL}, {OURS} {seed}") not in rows_done:
+            yield {"cell": cell, **compare(after[TRL], after[OURS])}
 
-def draw_prompts(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Prompts to make pairs of, and fresh ones."""
-    prompts = [frame.format(subject) for frame, subject in product(FRAMES, SUBJECTS)]
-    random.Random(0).shuffle(prompts)
-    fresh = prompts[: options.fresh]
-    return prompts[options.fresh :], fresh
+    def adapter_of(self, arm: str) -> Path:
+        """The folder of what an arm trained, in mlx-lm's format."""
+        name = f"{arm}-{self.options.seed}"
+        return self.out / name / "adapter" if arm == OURS else self.out / f"{name}-converted"
 
+    def answer(
+        self, name: str, prompts: Sequence[str], adapter: Path | None
+    ) -> Iterator[dict[str, Any]]:
+        """Greedy answers in the order of the prompts, kept in a file as they come."""
+        path = self.out / f"answers-{name}.jsonl"
+        kept = read_lines(path)
+        if [one["prompt"] for one in kept] != list(prompts[: len(kept)]):
+            raise SystemExit(f"{path} has other prompts: give another --out")
+        yield from kept
+        for start in range(len(kept), len(prompts), PROMPTS_AT_ONCE):
+            asked = prompts[start : start + PROMPTS_AT_ONCE]
+            begin = time.perf_counter()
+            model, tokenizer = self.base.model, self.base.tokenizer
+            tensors = self.base.parameters if adapter is None else load_arrays(adapter / WEIGHTS)
+            load_adapter_tensors(model, tensors)
+            encoded = [encode_prompt(tokenizer, prompt) for prompt in asked]
+            with in_evaluation_mode(model):
+                answers = answer_prompts(model, tokenizer, encoded, Sampling(MAX_TOKENS))
+            say(f"{name}: {start + len(asked)} answers, {time.perf_counter() - begin:.1f} s more")
+            new = [
+                {"prompt": prompt, "text": one.text, "is_endless": one.is_endless}
+                for prompt, one in zip(asked, answers, strict=True)
+            ]
+            append_lines(path, new)
+            yield from new
 
-def make_pairs(options: argparse.Namespace, answering: Answering, prompts: list[str]) -> None:
-    """Write train, valid and test of pairs: as many as asked for, and a tenth more of each."""
-    folder = options.out / "pairs"
-    if (folder / "train.jsonl").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    held_out = max(options.pairs // 5, 8)
-    wanted = options.pairs + 2 * held_out
-    pairs: list[dict[str, str]] = []
-    for start in range(0, len(prompts), 64):
-        asked = prompts[start : start + 64]
-        for prompt, answer in zip(asked, answering.answer(asked), strict=True):
-            whole, first = answer.text.strip(), first_sentence(answer.text.strip())
+    def read_answers(self, name: str, adapter: Path | None) -> list[dict[str, Any]]:
+        """Answers to all fresh prompts."""
+        return list(self.answer(name, self.fresh, adapter))
+
+    def make_pairs(self) -> None:
+        """Write train, valid and test of pairs: as many as asked for, and a fifth more of each."""
+        folder = self.out / "pairs"
+        held_out = max(self.options.pairs // 5, 8)
+        ends = {"valid": held_out, "test": 2 * held_out, "train": self.options.pairs + 2 * held_out}
+        if (folder / "train.jsonl").exists():
+            return
+        folder.mkdir(exist_ok=True)
+        pairs: list[dict[str, str]] = []
+        for answer in self.answer("of-pairs", self.of_pairs, None):
+            whole, first = answer["text"].strip(), first_sentence(answer["text"].strip())
             if len(first) < len(whole) and len(first.split()) >= MIN_WORDS:
-                pairs.append({"prompt": prompt, "chosen": first, "rejected": whole})
-        say(f"{len(pairs)} of {wanted} pairs")
-        if len(pairs) >= wanted:
-            break
-    if len(pairs) < wanted:
-        raise SystemExit(f"{options.model} gave {len(pairs)} pairs, and {wanted} are needed")
-    ends = {"valid": held_out, "test": 2 * held_out, "train": wanted}
-    start = 0
-    for split, end in ends.items():
-        lines = (json.dumps(pair) + "\n" for pair in pairs[start:end])
-        (folder / f"{split}.jsonl").write_text("".join(lines))
-        start = end
+                pairs.append({"prompt": answer["prompt"], "chosen": first, "rejected": whole})
+            if len(pairs) == ends["train"]:
+                break
+        else:
+            raise SystemExit(f"{len(pairs)} answers gave a pair, and {ends['train']} are needed")
+        start = 0
+        for split, end in ends.items():
+            append_lines(folder / f"{split}.jsonl", pairs[start:end])
+            start = end
+
+    def train(self, arm: str) -> dict[str, Any]:
+        """Train in a process of its own; what it measured, and wall seconds of all of it."""
+        folder = self.out / f"{arm}-{self.options.seed}"
+        settings, figures = folder.with_suffix(".json"), folder.with_suffix(".figures.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        settings.write_text(json.dumps(make_config(self.options)), "utf-8")
+        environment = dict(os.environ)
+        if arm == OURS:
+            command = [sys.executable, "-m", "benchmarks.preferences.our_training"]
+        else:
+            command = [self.options.rival_python, str(HERE / "trl_training.py")]
+            environment["PYTHONPATH"] = self.options.rival_path
+        command += [str(settings), str(folder), str(figures)]
+        say(" ".join(command))
+        begin = time.perf_counter()
+        subprocess.run(command, check=True, env=environment)
+        seconds = time.perf_counter() - begin
+        if arm == TRL:
+            shutil.rmtree(self.adapter_of(TRL), ignore_errors=True)
+            import_peft(folder, self.adapter_of(TRL), self.options.model)
+        shown = ("pairs", "epochs", "batch_size", "learning_rate", "beta")
+        told = {name: getattr(self.options, name) for name in shown}
+        measured = json.loads(figures.read_text("utf-8"))
+        return {**told, "process_seconds": seconds, **measured}
+
+    def compare_general_loss(self, adapter: Path) -> dict[str, float]:
+        """The mean loss on general text of the base and of an adapter, in nats/token."""
+        settings = replace(DataSettings.from_config(self.base.config), loss=None)
+        tokenizer = TokenizerSource.from_config(self.base.config)
+        with as_test_set_alone(self.out / "general.jsonl", settings) as alone:
+            split = load_dataset(alone, tokenizer)[1]["test"]
+        tensors = [self.base.parameters, load_arrays(adapter / WEIGHTS)]
+        predictions = self.base.as_plain().compare_predictions(tensors, split)
+        before, after = (float(own.sum() / predictions.tokens.sum()) for own in predictions.losses)
+        return {"before": before, "after": after}
 
 
-def train_ours(options: argparse.Namespace) -> dict[str, Any]:
-    """Train with nested-tune, judged; the figures of the run."""
-    run = options.out / "ours"
-    config = make_config(
-        options,
-        val_batches=-1,
-        training={"loss": options.loss, "loss_config": {"beta": options.beta}},
-        gate={"general_data": str(options.out / "general.jsonl"), "max_general_loss_increase": 1},
-    )
-    path = options.out / "ours.yaml"
-    path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "flows.cli", "train", "-c", path, "--run-dir", run]
-    seconds, code = timed(command)
-    gate = json.loads((run / "gate.json").read_text())
-    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    memory = max((one.get("peak_memory_gb", 0) for one in metrics), default=0)
-    reasons = [reason["code"] for reason in gate["reasons"]]
-    shown = {"exit_code": code, "reasons": reasons, "preferences": gate["preferences"]}
-    return {"seconds": seconds, "memory_gb": memory, **shown}
-
-
-def train_theirs(options: argparse.Namespace) -> dict[str, Any]:
-    """Train with mlx-lm-lora, which loads the base a second time as the reference."""
-    config = make_config(
-        options,
-        train=True,
-        train_mode=options.loss,
-        train_type="lora",
-        beta=options.beta,
-        dpo_cpo_loss_type="sigmoid",
-        adapter_path=str(options.out / "theirs"),
-        fuse=False,
-        val_batches=2,
-        reference_model_path=options.model,
-    )
-    path = options.out / "theirs.yaml"
-    path.write_text(yaml.safe_dump(config))
-    seconds, code = timed([options.rival_python, "-c", RIVAL, "-c", path])
-    return {"seconds": seconds, "exit_code": code}
-
-
-def timed(command: Sequence[Any]) -> tuple[float, int]:
-    """Wall seconds and exit code of a command, whose output is shown."""
-    say(" ".join(map(str, command)))
-    begin = time.perf_counter()
-    code = subprocess.run(list(map(str, command)), check=False).returncode
-    return time.perf_counter() - begin, code
-
-
-def write_general_text(path: Path) -> None:
+def write_general_text(path: Path, count: int) -> None:
     """Paragraphs of the project's own documents: text that no pair is about."""
     root = Path(__file__).parents[2]
     paragraphs = [
@@ -224,72 +261,44 @@ def write_general_text(path: Path) -> None:
         for paragraph in page.read_text("utf-8").split("\n\n")
         if paragraph[:1].isalpha() and len(paragraph) > 200
     ]
-    lines = (json.dumps({"text": text}) + "\n" for text in paragraphs[:GENERAL_LINES])
+    lines = (json.dumps({"text": text}) + "\n" for text in paragraphs[:count])
     path.write_text("".join(lines))
 
 
-def general_loss(answering: Answering, options: argparse.Namespace, adapter: Path) -> list[float]:
-    """The mean loss on general text of the base and of an adapter, in nats/token."""
-    from nested_core.data.data_settings import DataSettings
-    from nested_core.data.dataset_loading import load_dataset
-    from nested_core.data.held_out_rows import as_test_set_alone
-    from nested_core.data.tokens.tokenizer_source import TokenizerSource
+def compare(before: Sequence[Any], after: Sequence[Any]) -> dict[str, Any]:
+    """Shares of one sentence and the paired difference, after less before, with its 95 % interval.
 
-    config = answering.base.config
-    settings = replace(DataSettings.from_config(config), loss=None)
-    with as_test_set_alone(options.out / "general.jsonl", settings) as alone:
-        split = load_dataset(alone, TokenizerSource.from_config(config))[1]["test"]
-    tensors = [answering.base.parameters, load_arrays(adapter)]
-    predictions = answering.base.as_plain().compare_predictions(tensors, split)
-    return [float(own.sum() / predictions.tokens.sum()) for own in predictions.losses]
-
-
-def compare(name: str, before: list[bool], after: list[bool]) -> dict[str, Any]:
-    """Shares and the paired difference, after less before, with its 95 % interval."""
-    first, second = (np.array(own, np.float64) for own in (before, after))
-    found = compare_pairs(first, second)
+    Also the mean length of an answer in words, and the share without an end.
+    """
+    styles = [
+        [is_one_sentence(one["text"], is_endless=one["is_endless"]) for one in answers]
+        for answers in (before, after)
+    ]
+    first, second = (np.array(own, np.float64) for own in styles)
+    difference = compare_pairs(first, second)
     return {
-        "compared": name,
         "before": float(first.mean()),
         "after": float(second.mean()),
-        "difference": found.mean,
-        "interval": [found.low, found.high] if found.is_measurable else None,
+        "difference": difference.mean,
+        "interval": [difference.low, difference.high],
         "prompts": len(before),
+        "words": [
+            float(np.mean([len(one["text"].split()) for one in own])) for own in (before, after)
+        ],
+        "endless": [float(np.mean([one["is_endless"] for one in own])) for own in (before, after)],
     }
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is measured, one after the other."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_general_text(options.out / "general.jsonl")
-    prompts, fresh = draw_prompts(options)
-    answering = Answering(options)
-    make_pairs(options, answering, prompts)
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; none where there is no file, nor of a line cut off."""
+    text = path.read_text("utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    def styles(adapter: Path | None) -> list[bool]:
-        answers = answering.answer(fresh, adapter)
-        return [is_one_sentence(one.text, is_endless=one.is_endless) for one in answers]
 
-    base = styles(None)
-    adapters = {}
-    yield {"arm": "ours", **train_ours(options)}
-    adapters["ours"] = options.out / "ours" / "adapter" / "adapters.safetensors"
-    if options.rival_python:
-        yield {"arm": "mlx-lm-lora", **train_theirs(options)}
-        adapters["mlx-lm-lora"] = options.out / "theirs" / "adapters.safetensors"
-        if not adapters["mlx-lm-lora"].is_file():
-            say("mlx-lm-lora wrote no adapter: it is not compared")
-            del adapters["mlx-lm-lora"]
-    styled = {}
-    for arm, adapter in adapters.items():
-        styled[arm] = styles(adapter)
-        yield compare(f"base, {arm}", base, styled[arm])
-        losses = general_loss(answering, options, adapter)
-        yield {"arm": arm, "general_loss_before": losses[0], "general_loss_after": losses[1]}
-    if len(styled) == 2:
-        yield compare("mlx-lm-lora, ours", styled["mlx-lm-lora"], styled["ours"])
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    yield {"device": str(mx.default_device()), "peak_resident_gb_of_a_child": peak}
+def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write objects at the end of a file of JSON lines, in one piece."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def say(text: str) -> None:
@@ -302,20 +311,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preferences", description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rival-python", help="a Python that has mlx-lm-lora")
-    parser.add_argument("--loss", default="dpo", choices=("dpo", "orpo"))
+    parser.add_argument("--rival-python", help="a Python that has trl, transformers and peft")
+    parser.add_argument("--rival-path", default="", help="PYTHONPATH of the rival's process")
+    parser.add_argument("--arms", nargs="*", choices=(OURS, TRL), help="what is trained; all")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--fresh", type=int, default=1500)
+    parser.add_argument("--paragraphs", type=int, default=200, help="of general text")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     options = parser.parse_args()
-    with (options.out.parent / f"{options.out.name}-rows.jsonl").open("a") as file:
-        for row in rows(options):
-            print(json.dumps(row), flush=True)
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    if options.arms is None:
+        options.arms = [OURS, TRL] if options.rival_python else [OURS]
+    path = options.out.parent / f"{options.out.name}-rows.jsonl"
+    done = {row["cell"]: row for row in read_lines(path)}
+    for row in Benchmark(options).rows(done):
+        print(json.dumps(row), flush=True)
+        append_lines(path, [row])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The gate: judges the adapter that a run offers, from the files on disk, against the initial one.
+"""The gate: compares a run's trained adapter with its initial adapter, from the files on disk.
 
-judge.py has the order of the checks, checks/ each of them, and checks/judged.py what a check is
-and what is known between two of them; what gate.json says is records/verdict.py. For the checks
+judge.py lists the checks in order, checks/ implements them, and checks/judged.py defines what a
+check is and the state that checks share. records/verdict.py defines gate.json, the result.
 evidence/ reads what the run and the registry recorded, tensors/ compares adapters without a model,
-nested_core/measure asks models, and proof/ judges what a fresh process computes.
-recheck.py holds a verdict to its files again, for `promote`.
+nested_core/measure computes losses and answers, and proof/ judges what a fresh process computes.
+recheck.py compares a recorded verdict with its files again, for `promote`.
 """
 
 from importlib import import_module
@@ -20,6 +20,7 @@ __all__ = ["Reason", "Verdict", "digests_for_result", "judge_run", "verify_adapt
 
 
 def __getattr__(name: str) -> Any:
+    """Import judge.py, and with it mlx-lm, only when one of its functions is first used."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.judge"), name)

@@ -20,7 +20,7 @@ from nested_core.gate.checks.judged import (
     begin_judging_run,
     begin_verdict,
     log_stopped_checks,
-    make_checks,
+    run_checks,
 )
 from nested_core.gate.checks.losses import DRIFT, GENERAL_TEXT, HARMED_EXAMPLES, LOSSES, WORSE_LOSS
 from nested_core.gate.checks.proof import PROOF, PROOF_WITHOUT_RUN
@@ -36,8 +36,8 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
-# After CHECKS_OF_FILES, with those of the rooms between the two. Each says itself which earlier
-# checks stop it.
+# These run after CHECKS_OF_FILES; the rooms' checks run between losses and answers. `stopped_by` of
+# a check names the earlier checks after whose failure it cannot run.
 CHECKS_OF_LOSSES: tuple[Check[CheckedRun], ...] = (
     BASE,
     LOSSES,
@@ -60,46 +60,49 @@ CHECKS_OF_ANSWERS: tuple[Check[CheckedRun], ...] = (
 def verify_adapters(
     initial: Path, trained: Path, bounds: GateSection | None = None, *, step: int | None = None
 ) -> Verdict:
-    """Judge two adapter folders from their files, without a run directory or data.
+    """Compare two adapter folders by their files alone, without a run directory or data.
 
-    If the base model that they name is a folder here, a new process loads it with each of them.
-    Raises ConfigError if a path is no directory, DamagedError if an adapter is not sound.
+    If the base model named in adapter_config.json is a folder on this machine, a new process also
+    loads it with each adapter and compares the logits. `step` is only recorded in the verdict.
+    Raises ConfigError if a path is no directory, DamagedError if an adapter cannot be read.
     """
     bounds = bounds or GateSection()
     with ThreadPoolExecutor(2) as pool:
         before, after = pool.map(_read_and_hash, (initial, trained))
     judged = Judged(before, after, begin_verdict(before, after, bounds, step), bounds=bounds)
-    make_checks(judged, (*CHECKS_OF_ADAPTERS, PROOF_WITHOUT_RUN))
+    run_checks(judged, (*CHECKS_OF_ADAPTERS, PROOF_WITHOUT_RUN))
     return judged.verdict
 
 
 def _read_and_hash(path: Path) -> Adapter:
+    """Read an adapter and compute its digest, which the adapter object caches."""
     adapter = read_adapter(path, follow_links=True)
-    adapter.digest()  # the adapter keeps it
+    adapter.digest()
     return adapter
 
 
 def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
-    """The verdict on the adapter that a run offers; nothing is written.
+    """Judge the adapter that a finished run offers, and return the verdict without writing it.
 
-    Raises DamagedError if the folder is not as training left it.
+    Raises DamagedError if the run's files changed since training wrote them.
     """
-    return make_checks_of_run(config, run).verdict
+    return run_gate_checks(config, run).verdict
 
 
 def list_checks_with_model() -> list[Check[CheckedRun]]:
-    """The checks of a run that need its base model, with those of the rooms, in their order."""
-    of_rooms = [check for checks in seams.load_all("gate_checks") for check in checks]
-    return [*CHECKS_OF_LOSSES, *of_rooms, *CHECKS_OF_ANSWERS]
+    """Return a run's checks that need the base model, in order, including the rooms' checks."""
+    room_checks = [check for checks in seams.load_all("gate_checks") for check in checks]
+    return [*CHECKS_OF_LOSSES, *room_checks, *CHECKS_OF_ANSWERS]
 
 
-def make_checks_of_run(
+def run_gate_checks(
     config: FineTuneConfig, run: RunDirectory, session: Session | None = None
 ) -> CheckedRun:
-    """Judge the adapter that a run offers: its files, tiers, losses, and the fresh process.
+    """Run every check of the gate on a run: files, tiers, losses, answers and the fresh process.
 
-    With the verdict, what is to be written beside it. Raises DamagedError if the folder is not as
-    training left it.
+    The returned object holds the verdict and the contents of the files to write beside gate.json.
+    `session` may hold a base model that training already loaded. Raises DamagedError if the run's
+    files changed since training wrote them.
     """
     stages.info("gate: changes of the tensors, updates of the tiers")
     evidence = collect_evidence(run)
@@ -108,10 +111,10 @@ def make_checks_of_run(
     judged.divergence = find_divergence(
         read_metrics(run.metrics), evidence.checkpoint.step, config.learning_rate
     )
-    make_checks(judged, CHECKS_OF_FILES)
+    run_checks(judged, CHECKS_OF_FILES)
     with closing(ProofOfRun(config, evidence, judged.divergence, judged.session)) as judged.proof:
         if judged.verdict.has_passed:
             judged.proof.begin_if_there_is_room()
-        make_checks(judged, list_checks_with_model())
+        run_checks(judged, list_checks_with_model())
     log_stopped_checks(judged)
     return judged

@@ -1,4 +1,4 @@
-"""A recorded verdict against its run's files, before it is registered; no model is loaded."""
+"""Compare a run's recorded verdict with its files again before registration, without a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.gate.checks.file_checks import CHECKS_OF_FILES
-from nested_core.gate.checks.judged import begin_judging_run, make_checks
+from nested_core.gate.checks.judged import begin_judging_run, run_checks
 from nested_core.gate.evidence.run_evidence import RunEvidence, collect_evidence
 from nested_core.records.judged_run import JudgedRun
 from nested_core.records.verdict import Verdict
@@ -24,20 +24,20 @@ NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
 
 
 def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
-    """Confirm that a run's recorded verdict says passed and that its files agree with it.
+    """Confirm that a run's gate.json says passed and still matches the run's files.
 
-    The manifest must hold the digests of the files. The checks that need no model are made again,
-    and must give what gate.json records of tensors, tiers and thresholds. Losses and answers are
-    taken as recorded. A check is skipped if gate.json does not record its thresholds. Raises
-    ConfigError if nothing was judged, GateRejected if the adapter did not pass, DamagedError if
-    verdict and files do not agree.
+    The file digests must equal those in the manifest. The checks that need no model run again, and
+    must reproduce the tensors, tiers and thresholds of gate.json. Losses and answers are not
+    computed again. A check is skipped if gate.json does not record its thresholds. Raises
+    ConfigError if the run was never judged, GateRejected if the adapter did not pass, DamagedError
+    if verdict and files do not agree.
     """
     bound = bind_verdict(run.path, must_pass=True)
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
     recorded = bound.verdict
     bounds = recorded.thresholds or {}
-    make_checks(judged, (check for check in CHECKS_OF_FILES if bounds.keys() >= {*check.bounds}))
+    run_checks(judged, (check for check in CHECKS_OF_FILES if bounds.keys() >= {*check.bounds}))
     verdict = judged.verdict
     if not verdict.has_passed:
         raise DamagedError(
@@ -66,28 +66,31 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
 
 
 def from_evidence(run: RunDirectory, bound: BoundVerdict, evidence: RunEvidence) -> JudgedRun:
-    """A judged run of what the gate has read of it."""
+    """Build a JudgedRun from a run's bound verdict and the files that the gate already read."""
     judged = JudgedRun(run, bound, evidence.after)
     judged.dataset = evidence.dataset
     return judged
 
 
 def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:
-    """The entries for the manifest of what the results rest on; none without suites."""
+    """Return manifest entries (size and SHA-256) of the suites and answers files.
+
+    Empty if the gate asks no suites (`gate.tasks` is empty).
+    """
     paths = (run.suites, run.answers) if gate.tasks else ()
     return {path.name: describe_file(path) for path in paths}
 
 
 def _differing_fields(gate: GateSection, verdict: Verdict, recorded: Verdict) -> Iterator[str]:
-    """The fields that were computed again, and came out otherwise."""
+    """Yield the names of verdict fields whose recomputed value differs from gate.json's."""
     for key in ("adapter_step", "last_step", "tiers"):
         if getattr(recorded, key) != getattr(verdict, key):
             yield key
     if not _are_same_bounds(recorded.thresholds, gate):
         yield "thresholds"
-    given = [astuple(tensor) for tensor in recorded.tensors]
-    now = [astuple(tensor) for tensor in verdict.tensors]
-    if len(given) != len(now) or not all(map(_is_close, chain(*given), chain(*now))):
+    old = [astuple(tensor) for tensor in recorded.tensors]
+    new = [astuple(tensor) for tensor in verdict.tensors]
+    if len(old) != len(new) or not all(map(_is_close, chain(*old), chain(*new))):
         yield "tensors"
     for side in ("initial", "trained"):
         if getattr(recorded, side).digest != getattr(verdict, side).digest:
@@ -95,10 +98,10 @@ def _differing_fields(gate: GateSection, verdict: Verdict, recorded: Verdict) ->
 
 
 def _are_same_bounds(recorded: dict[str, Any] | None, configured: GateSection) -> bool:
-    """Whether the recorded bounds are those of the run's configuration.
+    """Whether the thresholds in gate.json are those of the run's configuration.
 
-    One that is not recorded was not asked for when the verdict was given: the run's configuration
-    cannot have set it.
+    A threshold that did not exist yet when gate.json was written is missing there. The run's
+    configuration cannot have set it either, so its default is assumed.
     """
     if not recorded:
         return False
@@ -107,7 +110,7 @@ def _are_same_bounds(recorded: dict[str, Any] | None, configured: GateSection) -
 
 
 def _is_close(recorded: Any, recomputed: Any) -> bool:
-    """Whether a figure is what another machine may compute."""
+    """Whether two values are equal, or are floats that differ only by rounding between machines."""
     if isinstance(recorded, float) and isinstance(recomputed, float):
         return math.isclose(recorded, recomputed, rel_tol=NORM_TOLERANCE)
     return bool(recorded == recomputed)

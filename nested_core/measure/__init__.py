@@ -1,6 +1,6 @@
-"""What any model or adapter computes: losses and answers, for the gate, rooms and training.
+"""Losses and answers of any model or adapter, for the gate, rooms and training.
 
-losses/ measures held-out examples, answers/ asks suites of questions, and fresh_process/ has a new
-process read models from their files alone. How many logits are in memory at a time says
-nested_core/training/loss/logit_budget.py.
+losses/ measures losses on held-out examples, answers/ asks suites of questions, and fresh_process/
+starts a new process that reads models from their files alone. The number of logits in memory at a
+time is limited by nested_core/training/loss/logit_budget.py.
 """

@@ -1,7 +1,7 @@
-"""Whether an adapter means what it is loaded into: its settings, its tensors and its base.
+"""Check whether an adapter fits what it is loaded into: its settings, tensors and base model.
 
-The tensors have names and shapes, which rank, keys, layers and type follow from. A scale and a base
-show in none of them: with others the same tensors are another adapter.
+Names and shapes of the tensors show rank, keys, layers and type. They do not show the scale and the
+base: with another scale or base, the same tensors are another adapter.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
 
 MAX_SHOWN_PROBLEMS = 10
-# What an adapter shares with another one that is loaded into the same modules.
+# Two adapters must agree in these settings to be loaded into the same modules.
 ADAPTER_STRUCTURE_KEYS = ("fine_tune_type", "rank", "scale", "keys", "num_layers")
 Shaped = Mapping[str, StoredTensor] | Mapping[str, mx.array]
 
 
 def describe_other_base(adapter_config: Mapping[str, Any], base: Path) -> str | None:
-    """That the model in `base` is not the one that adapter_config.json names, with both; or None.
+    """Say that the model in folder `base` is not the one that adapter_config.json names.
 
-    None as well without a fingerprint, as mlx_lm.lora writes the file.
+    None if it is the same model, or if the configuration has no fingerprint, as mlx_lm.lora writes
+    it.
     """
     recorded = adapter_config.get("base_fingerprint")
     if recorded is None or is_same_base(recorded, base):
@@ -36,17 +37,17 @@ def describe_other_base(adapter_config: Mapping[str, Any], base: Path) -> str | 
 
 
 def find_differences(made_with: Adapter, used_with: Adapter) -> dict[str, str]:
-    """By key, the settings in which two adapter_config.json differ: `scale: 2.0, now 4.0`."""
-    before, now = made_with.meaning(), used_with.meaning()
+    """Return the settings in which two adapters differ, by key, each as `scale: 2.0, now 4.0`."""
+    old, new = made_with.meaning(), used_with.meaning()
     return {
-        key: f"{key}: {before[key]}, now {now[key]}"
+        key: f"{key}: {old[key]}, now {new[key]}"
         for key in ADAPTER_STRUCTURE_KEYS
-        if before[key] != now[key]
+        if old[key] != new[key]
     }
 
 
 def list_misfits(tensors: Shaped, parameters: Shaped) -> list[str]:
-    """The tensors whose names or shapes are not those of the parameters that they would replace."""
+    """List the tensors whose names or shapes differ from the parameters that they would replace."""
     problems = [f"{name}: missing" for name in parameters.keys() - tensors.keys()]
     problems += [
         f"{name}: nothing that these settings train" for name in tensors.keys() - parameters.keys()
@@ -62,19 +63,20 @@ def list_misfits(tensors: Shaped, parameters: Shaped) -> list[str]:
 def require_fit(
     adapter: Adapter, what: str, config: dict[str, Any], base: Path, parameters: Shaped
 ) -> None:
-    """Raise ConfigError where an adapter would mean something else than it was trained for.
+    """Raise ConfigError if an adapter's tensors would have another meaning than in its training.
 
     Args:
-        adapter: the adapter; what its adapter_config.json does not say is not compared.
-        what: the adapter, at the beginning of a sentence.
-        config: the adapter_config.json of what its tensors are loaded into.
-        base: the folder of the base.
-        parameters: those that the tensors replace.
+        adapter: the adapter; settings that its adapter_config.json does not record are not
+            compared.
+        what: names the adapter, at the beginning of a sentence.
+        config: the adapter_config.json of the model that its tensors are loaded into.
+        base: the folder of that base model.
+        parameters: the parameters that the tensors replace.
     """
     misfits = list_misfits(adapter.tensors, parameters)
-    found = find_differences(adapter, Adapter(adapter.path, config, {})) if adapter.config else {}
-    # Where all tensors fit, layers and keys may be said in other words.
-    differing = [line for key, line in found.items() if misfits or key == "scale"]
+    changes = find_differences(adapter, Adapter(adapter.path, config, {})) if adapter.config else {}
+    # If all tensors fit, other layers and keys are only another spelling of the same modules.
+    differing = [line for key, line in changes.items() if misfits or key == "scale"]
     if other_base := describe_other_base(adapter.config, base):
         differing.append(f"base_fingerprint: {other_base}")
     if not differing and not misfits:
@@ -88,10 +90,10 @@ def require_fit(
 
 
 def require_recorded_settings(adapter: Adapter) -> None:
-    """Raise ConfigError where adapter_config.json leaves out what low-rank tensors mean."""
+    """Raise ConfigError if adapter_config.json lacks settings that low-rank tensors depend on."""
     meaning = adapter.meaning()
-    needed = [] if meaning["fine_tune_type"] == "full" else ["rank", "scale", "num_layers"]
-    if missing := [key for key in needed if meaning[key] is None]:
+    required_keys = [] if meaning["fine_tune_type"] == "full" else ["rank", "scale", "num_layers"]
+    if missing := [key for key in required_keys if meaning[key] is None]:
         raise ConfigError(
             f"{adapter.path}: adapter_config.json does not say {' and '.join(missing)}, without "
             f"which its tensors have no meaning. Expected what mlx_lm.lora or nested-tune writes."
@@ -99,7 +101,10 @@ def require_recorded_settings(adapter: Adapter) -> None:
 
 
 def require_tensors_fit(tensors: Shaped, parameters: Shaped, advice: str) -> None:
-    """Raise ConfigError with every name and shape that does not fit."""
+    """Raise ConfigError, listing names and shapes, if tensors do not fit the parameters.
+
+    `advice` ends the message.
+    """
     if problems := list_misfits(tensors, parameters):
         lines = (f"  {line}" for line in list_first(problems, MAX_SHOWN_PROBLEMS))
         raise ConfigError(

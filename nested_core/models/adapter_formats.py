@@ -1,6 +1,6 @@
-"""Formats in which other programs keep adapters: what a room that knows one offers.
+"""The interface of rooms that read and write adapters in formats of other programs.
 
-nested_core/rooms/__init__.py names the rooms' formats.
+nested_core/rooms/__init__.py lists the rooms' formats.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 class Conversion:
     """A converted adapter: its folder, adapter_config.json, counts, and notes for the user.
 
-    strength: rank and scale in the words of the format, such as `r 8, alpha 16`.
+    strength: rank and scale in the terms of the format, such as `r 8, alpha 16`.
     """
 
     out: Path
@@ -31,11 +31,11 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """What was written, in a line."""
+        """Describe on one line what was written."""
         return f"{self.out}: {self.tensors} tensors of {self.modules} modules, {self.strength}"
 
     def to_json(self) -> dict[str, Any]:
-        """The document that --json prints."""
+        """Return the document that --json prints."""
         return {
             "out": str(self.out),
             "modules": self.modules,
@@ -47,12 +47,12 @@ class Conversion:
 
 @dataclass(frozen=True)
 class DescribedAdapter:
-    """An adapter of another format, and the tensors that its configuration calls for on a base.
+    """An adapter of another format, and the tensors that its configuration requires on a base.
 
-    tensors: of the file, under mlx-lm's names and transposed as mlx-lm has them.
-    expected: the shape of each tensor that the configuration calls for.
+    tensors: those in the file, under mlx-lm's names and transposed as in mlx-lm.
+    expected: the shape of each tensor that the configuration requires.
     scales: the factor on lora_a @ lora_b, by module.
-    unmatched_targets: names in the configuration that fit no module of the base.
+    unmatched_targets: names in the configuration that match no module of the base.
     """
 
     config: Mapping[str, Any]
@@ -65,37 +65,40 @@ class DescribedAdapter:
 class AdapterFormat(Protocol):
     """A format of adapters of another program.
 
-    name: what it is called in an audit. The paths are folders; `model` is the base's folder or its
-    name on the hub. Each method raises ConfigError for what mlx-lm or the other program cannot do,
-    and DamagedError for files that are not sound.
+    name: how an audit calls the format. The paths are folders; `model` is the base's folder or its
+        hub name. Each method raises ConfigError for what mlx-lm or the other program does not
+        support, and DamagedError for damaged files.
     """
 
     name: str
 
     def is_adapter(self, folder: Path) -> bool:
-        """Whether a folder holds the files of this format, and not those of mlx-lm."""
+        """Whether a folder holds files of this format, and not those of mlx-lm."""
         ...
 
     def describe(self, folder: Path, sides: Mapping[str, tuple[int, int]]) -> DescribedAdapter:
-        """Read an adapter for a base; sides: inputs and outputs of each linear module of it."""
+        """Read an adapter for a base.
+
+        `sides` has the numbers of inputs and outputs of the base's linear modules, by name.
+        """
         ...
 
     def import_adapter(self, folder: Path, out: Path, model: str) -> Conversion:
-        """Convert an adapter of this format into a new folder for mlx-lm."""
+        """Convert an adapter of this format to mlx-lm's format, into the new folder `out`."""
         ...
 
     def export_adapter(self, folder: Path, out: Path, model: str | None = None) -> Conversion:
-        """Convert an adapter of mlx-lm into a new folder of this format."""
+        """Convert an adapter of mlx-lm to this format, into the new folder `out`."""
         ...
 
 
 def find_format(folder: Path) -> AdapterFormat | None:
-    """The format of the adapter in a folder; None for one of mlx-lm, and for no adapter."""
-    formats: Iterator[AdapterFormat] = (kind() for kind in seams.load_all("adapter_format"))
+    """Return the format of the adapter in a folder; None for mlx-lm's format or no adapter."""
+    formats: Iterator[AdapterFormat] = (make() for make in seams.load_all("adapter_format"))
     return next((known for known in formats if known.is_adapter(folder)), None)
 
 
 def load_peft_format(wanted: str) -> AdapterFormat:
-    """PEFT's format; ConfigError where its room is not there. `wanted`: what asked for it."""
+    """Return PEFT's format; ConfigError, naming what `wanted` it, if its room is not installed."""
     adapter_format: AdapterFormat = seams.load_only("adapter_format", wanted)()
     return adapter_format

@@ -1,6 +1,6 @@
-"""The base model: where its folder is, which model it is, and loading it at a precision.
+"""The base model: find its folder, identify it by fingerprint, and load it at a precision.
 
-MLX is imported by loading alone: workers and the registry's commands ask for folders only.
+MLX is only imported to load a model: workers and the registry's commands need folders alone.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 LAYER_NUMBER_PATTERN = re.compile(r"\.\d+\.")
-FINGERPRINT_PREFIX = "sha256:"  # begins the fingerprints that cover every byte
-# The files of a model's folder that its tokenizer, its chat template, the tokens that end an answer
-# and its configuration are read from.
+FINGERPRINT_PREFIX = "sha256:"  # of fingerprints that cover every byte of the files
+# The files from which tokenizer, chat template, end-of-answer tokens and configuration are read.
 TOKENIZER_FILES = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "*.txt", "*.tiktoken"),
     "*.py",
 )
-# Those that cut text into tokens, in a folder without a tokenizer.json.
+# The files that define the vocabulary in a folder without a tokenizer.json.
 VOCABULARY_FILES = ("*.model", "*.tiktoken", "vocab.*", "merges.txt")
 
 
 def find_model_folder(model: str, revision: str | None = None) -> Path:
-    """The local folder of a model: the path itself, or a hub repository's snapshot.
+    """Return the local folder of a model, which may be a path or a hub repository's name.
 
-    The snapshot is that of `revision`, by default of the main branch.
+    A repository is downloaded at `revision`, by default its main branch, unless it is cached.
+    Raises ConfigError if the model cannot be found.
     """
     from mlx_lm.utils import _download
 
     require_folder_or_hub_name(model)
     try:
         return Path(_download(model, revision))
-    except NestedTuneError:  # a signal's handler may raise in the middle of a download
+    except NestedTuneError:  # from a signal handler, in the middle of a download
         raise
-    except Exception as error:  # the hub client raises many types where there is no such model
+    except Exception as error:  # the hub client raises many types if there is no such model
         raise ConfigError(
             f"model: {model!r} is no local directory and could not be fetched as a Hugging Face "
             f"repository ({type(error).__name__}: {shorten(error, 100)}). Looked for the folder "
@@ -61,7 +61,7 @@ def find_model_folder(model: str, revision: str | None = None) -> Path:
 
 
 def require_folder_or_hub_name(model: str) -> None:
-    """Raise ConfigError for what is no folder here and cannot name a repository of the hub."""
+    """Raise ConfigError unless `model` is a folder or could be the name of a hub repository."""
     if Path(model).is_dir() or HUB_NAME_PATTERN.fullmatch(model):
         return
     raise ConfigError(
@@ -72,12 +72,12 @@ def require_folder_or_hub_name(model: str) -> None:
 
 
 def read_model_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """The fields of a model's JSON file; DamagedError where it is missing or holds no object."""
+    """Read a JSON file of a model's folder; DamagedError if it is missing or holds no object."""
     return read_json_object(folder / name, MAX_CONFIG_BYTES, follow_links=True)
 
 
 def estimate_weight_count(folder: Path) -> int:
-    """About how many weights are in a model's folder, from file sizes and config.json's bits."""
+    """Estimate a model's number of weights from file sizes and config.json's bits per weight."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file()]
     quantization = None
     with suppress(DamagedError, OSError):  # loading the model reports what is wrong with the folder
@@ -89,10 +89,10 @@ def estimate_weight_count(folder: Path) -> int:
 
 
 def fingerprint_base_model(folder: Path) -> str:
-    """What tells one base model from another: "sha256:" and a SHA-256 over all of its files.
+    """Return the fingerprint of a base model: "sha256:" and a SHA-256 over its files.
 
     The files are config.json, the model's own code, if any, and its weights, each with its name.
-    Hashes of files that have not changed are kept from one call to the next (`kept_hashes`).
+    Hashes of unchanged files are cached (`kept_hashes`).
     """
     paths = sorted([folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")])
     hashes = cached_sha256(paths)
@@ -101,9 +101,9 @@ def fingerprint_base_model(folder: Path) -> str:
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
-    """SHA-256 over all files that decide how a model in `folder` reads text and ends an answer.
+    """Return a SHA-256 over all files that decide how a model reads text and ends an answer.
 
-    They are TOKENIZER_FILES, each with its name; `fingerprint_base_model` leaves most of them out.
+    These are TOKENIZER_FILES, each with its name. `fingerprint_base_model` covers few of them.
     """
     paths = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -112,9 +112,9 @@ def fingerprint_tokenizer(folder: Path) -> str:
 
 
 def is_same_base(recorded: str, folder: Path) -> bool:
-    """Whether `folder` holds the base model that a fingerprint was taken of.
+    """Whether `folder` holds the base model that a recorded fingerprint was taken of.
 
-    Raises DamagedError for a fingerprint by another rule, with which nothing can be compared.
+    Raises DamagedError for a fingerprint of another kind, which cannot be compared.
     """
     if not recorded.startswith(FINGERPRINT_PREFIX):
         raise DamagedError(
@@ -125,13 +125,13 @@ def is_same_base(recorded: str, folder: Path) -> bool:
 
 
 def shorten_fingerprint(fingerprint: str) -> str:
-    """A fingerprint's rule and its first 12 digits, for a message."""
+    """Return a fingerprint's prefix and its first 12 digits, for a message."""
     rule, separator, digest = fingerprint.rpartition(":")
     return f"{rule}{separator}{digest:.12}"
 
 
 def find_model_folder_offline(model: str) -> Path | None:
-    """The folder of a model that is on this machine already, or None; nothing is fetched."""
+    """Return the folder of a model that is already on this machine, or None; downloads nothing."""
     folder = Path(model)
     try:
         if folder.is_dir():
@@ -148,17 +148,17 @@ def find_model_folder_offline(model: str) -> Path | None:
 
 
 def context_length(folder: Path) -> int | None:
-    """The most tokens that a model can see; None if its config.json does not say."""
+    """Return the most tokens that a model can see; None if its config.json does not say."""
     return _read_size(folder, "max_position_embeddings")
 
 
 def vocabulary_size(folder: Path) -> int | None:
-    """The rows of a model's embedding; None if its config.json does not say."""
+    """Return the number of rows of a model's embedding; None if its config.json does not say."""
     return _read_size(folder, "vocab_size")
 
 
 def count_embedding_rows(model: nn.Module) -> int | None:
-    """The tokens that a loaded model has an embedding of; None without an embedding of mlx's."""
+    """Return the rows of a loaded model's largest embedding; None without one of mlx's classes."""
     import mlx.nn as nn
 
     embeddings = (nn.Embedding, nn.QuantizedEmbedding)
@@ -167,6 +167,7 @@ def count_embedding_rows(model: nn.Module) -> int | None:
 
 
 def _read_size(folder: Path, key: str) -> int | None:
+    """Return a positive integer of config.json, at the top or in `text_config`; else None."""
     config = read_model_config(folder)
     for section in (config, config.get("text_config")):
         size = section.get(key) if isinstance(section, dict) else None
@@ -176,9 +177,10 @@ def _read_size(folder: Path, key: str) -> int | None:
 
 
 def describe_token_beyond(tokenizer: Any, tokens: Sequence[int], rows: int | None) -> str | None:
-    """What is wrong with tokens of which one has no row in the embedding; None if all have one.
+    """Describe a token that has no row in the embedding; None if all tokens have one.
 
-    MLX reads such a row from outside of the array, without an error. `rows` None is not compared.
+    MLX would read such a row from outside of the array without an error. `rows` is the number of
+    rows; None checks nothing.
     """
     largest = max(tokens, default=0)
     if rows is None or largest < rows:
@@ -192,7 +194,7 @@ def describe_token_beyond(tokenizer: Any, tokens: Sequence[int], rows: int | Non
 
 
 def chat_template_digest(folder: Path) -> str | None:
-    """SHA-256 of the chat template in a model's folder; None if its files hold none."""
+    """Return the SHA-256 of the chat template in a model's folder; None without a template."""
     template: Any = None
     config = folder / "tokenizer_config.json"
     if config.is_file():
@@ -207,13 +209,14 @@ def chat_template_digest(folder: Path) -> str | None:
 
 
 def vocabulary_digest(folder: Path) -> str | None:
-    """SHA-256 of the files in a model's folder that cut text into tokens; None without such a file.
+    """Return a SHA-256 over the files that cut text into tokens; None without such a file.
 
-    A tokenizer.json decides alone: transformers reads no other file of these beside it.
+    If there is a tokenizer.json, it alone counts, because transformers then reads none of the other
+    files.
     """
-    whole = folder / "tokenizer.json"
+    tokenizer_json = folder / "tokenizer.json"
     others = {path for pattern in VOCABULARY_FILES for path in folder.glob(pattern)}
-    paths = [whole] if whole.is_file() else sorted(others)
+    paths = [tokenizer_json] if tokenizer_json.is_file() else sorted(others)
     if not paths:
         return None
     named = zip([path.name for path in paths], cached_sha256(paths), strict=True)
@@ -222,7 +225,7 @@ def vocabulary_digest(folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """What was recorded of the tokenizer that an adapter was trained with, as SHA-256.
+    """Digests of the tokenizer that an adapter was trained with, as SHA-256.
 
     Attributes:
         chat_template: see `chat_template_digest`; None is not compared.
@@ -233,7 +236,7 @@ class TrainedTokenizer:
     vocabulary: str | None = None
 
     def require_in(self, base: Path, what: str) -> None:
-        """Raise ConfigError if the model's folder `base` has another chat template or vocabulary.
+        """Raise ConfigError if the model in folder `base` has another chat template or vocabulary.
 
         `what` names the adapter, at the beginning of a sentence.
         """
@@ -250,7 +253,7 @@ class TrainedTokenizer:
 
 
 def prepare_for_base_model(config: FineTuneConfig) -> Path:
-    """The configured base model's folder; the backend is set up for a model of its size."""
+    """Find the configured base model's folder, and set up the backend for a model of its size."""
     folder = find_model_folder(config.model)
     backend.set_operations_per_commit(estimate_weight_count(folder))
     return folder
@@ -261,7 +264,7 @@ def load_base_model(
 ) -> tuple[nn.Module, Any]:
     """Load model and tokenizer as mlx_lm.load does, at the configured precision or as stored.
 
-    `shares_layers` is for computations whose results do not count, see `share_layers`.
+    With `shares_layers` the model only has correct shapes, not correct results, see `share_layers`.
     """
     import mlx.core as mx
 
@@ -277,9 +280,10 @@ def load_base_model(
 
 
 def load_lazily(folder: Path, *, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """The model in a folder, its tokenizer and its config.json, as mlx_lm.load gives them.
+    """Return the model in a folder, its tokenizer and its config.json, as mlx_lm.load does.
 
-    Arrays are read from the file when they are first used. Raises ConfigError.
+    Arrays are only read from the file when they are first used. Raises ConfigError if loading
+    fails.
     """
     from mlx_lm import load
 
@@ -298,25 +302,26 @@ def load_lazily(folder: Path, *, trust_remote_code: bool) -> tuple[nn.Module, An
 
 
 def share_layers(model: nn.Module) -> None:
-    """Give each layer of a model the weights of the first layer that has such tensors.
+    """Let all layers of a model use the weights of the first layer of the same kind.
 
-    The model computes with the same kernels as before, on the memory of one layer of each kind;
-    weights that are not evaluated yet are not read from their file. What it computes is worthless.
+    The model then runs the same kernels as before with the memory of one layer of each kind, and
+    unread weights are never read from their file. Its results are meaningless.
     """
     from mlx.utils import tree_flatten, tree_unflatten
 
-    first: dict[tuple[object, ...], mx.array] = {}
+    first_arrays: dict[tuple[object, ...], mx.array] = {}  # by name without layer, shape, dtype
     shared = []
     for name, array in cast("list[tuple[str, mx.array]]", tree_flatten(model.parameters())):
         kind = (LAYER_NUMBER_PATTERN.sub(".", name), tuple(array.shape), array.dtype)
-        shared.append((name, first.setdefault(kind, array)))
+        shared.append((name, first_arrays.setdefault(kind, array)))
     model.update(tree_unflatten(shared))
 
 
 def model_compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
-    """The dtype of forward and backward pass; None keeps the model's own.
+    """Return the dtype of forward and backward pass; None keeps the model's stored dtype.
 
-    `auto` is float32 on a CPU, where bfloat16 has no fast matmul, and the model's own elsewhere.
+    `auto` means float32 on a CPU, where bfloat16 has no fast matmul, and the stored dtype
+    elsewhere.
     """
     import mlx.core as mx
 
@@ -328,5 +333,5 @@ def model_compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
 
 
 def describe_computation(config: FineTuneConfig) -> str:
-    """The device by name and the dtype of a model's computation, which decide its last bits."""
+    """Name the device and the dtype of a model's computation, which affect its last bits."""
     return f"{backend.device_name()} {model_compute_dtype(config)}"

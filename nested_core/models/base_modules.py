@@ -1,4 +1,4 @@
-"""The modules of a base model, opened without reading its weights."""
+"""Open a base model to inspect its modules, without reading its weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nested_core.models.base_model import find_model_folder
 
 @dataclass(frozen=True)
 class BaseModules:
-    """A model whose arrays are not evaluated, and its folder."""
+    """A model whose arrays are not evaluated, and the folder that it was opened from."""
 
     folder: Path
     network: nn.Module
 
     @classmethod
     def open(cls, model: str) -> BaseModules:
-        """Open a local folder or a repository of the hub; ConfigError if it cannot be."""
+        """Open a local folder or a hub repository; ConfigError if the model cannot be loaded."""
         from mlx_lm.utils import load_model
 
         folder = find_model_folder(model)
@@ -31,6 +31,6 @@ class BaseModules:
         return cls(folder, network)
 
     def linear_modules(self) -> set[str]:
-        """The names of the linear modules, quantized or not."""
+        """Return the names of the linear modules, quantized or not."""
         linear = (nn.Linear, nn.QuantizedLinear)
         return {name for name, module in self.network.named_modules() if isinstance(module, linear)}

@@ -1,7 +1,6 @@
-"""A tokenizer's chat template: how it wants turns written, and what it makes of them.
+"""A tokenizer's chat template: prepares messages as it expects them, and renders them.
 
-Training, samples and eval sets prepare their turns here, so that one conversation gives the same
-tokens in each.
+Training, samples and eval sets all use it, so that one conversation gives the same tokens in each.
 """
 
 from __future__ import annotations
@@ -17,41 +16,45 @@ _ARGUMENTS = {"query": "lighthouse"}
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer; `chat_template_of` makes it once.
+    """The chat template of one tokenizer; create it with `chat_template_of`, which caches it.
 
-    What it expects is found by rendering small conversations.
+    What the template expects is found out by rendering small conversations.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
     def prepare(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """The turns as the template wants them, each with a content.
+        """Return messages in the form that the template expects, each with a content.
 
-        The arguments of a tool call are objects, as mlx_lm.server makes them, or JSON texts for a
-        template that joins texts. An answer loses an end-of-sequence text that the template adds.
+        Arguments of tool calls become objects, as in mlx_lm.server, or JSON texts for a template
+        that concatenates texts. An answer loses the end-of-sequence text at its end if the template
+        adds one.
         """
         return [self._prepare_turn(message) for message in messages]
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **more: Any) -> str:
-        """The text of prepared turns, or what the template writes for none; raises what it does."""
+        """Return the text of prepared messages; an empty list renders an empty conversation.
+
+        Raises whatever the template raises.
+        """
         return str(self._apply(messages, tools, tokenize=False, **more))
 
     def tokenize(
         self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **more: Any
     ) -> list[int]:
-        """The tokens of prepared turns, as mlx_lm's datasets make them."""
+        """Return the tokens of prepared messages, as mlx_lm's datasets compute them."""
         return list(self._apply(messages, tools, return_dict=False, **more))
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], tools: Any, **more: Any) -> Any:
         if messages:
             return self._tokenizer.apply_chat_template(list(messages), tools=tools, **more)
-        # transformers looks at the first message; of a batch, at the first conversation.
+        # transformers fails on an empty conversation, but not on a batch with one.
         return self._tokenizer.apply_chat_template([[]], tools=tools, **more)[0]
 
     @cached_property
     def text_tokenizer(self) -> Any:
-        """Makes the tokens of a rendered text; None for a tokenizer that renders in its own way."""
+        """The tokenizer for a rendered text; None if it renders chats in a way of its own."""
         from transformers import PreTrainedTokenizerBase
 
         is_bare = isinstance(self._tokenizer, PreTrainedTokenizerBase)
@@ -61,34 +64,36 @@ class ChatTemplate:
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """The end-of-sequence texts that answers lose; none if the template adds no end."""
+        """The end-of-sequence texts to strip from answers; empty if the template adds none."""
         texts = list_end_texts(self._tokenizer)
         return texts if self.example.rpartition(_ANSWER)[2].lstrip().startswith(texts) else ()
 
     @cached_property
     def example(self) -> str:
-        """The text of a question and its answer; empty where the template does not take them."""
+        """A rendered question with its answer; empty if the template rejects them."""
         return self._try_to_render({"role": "assistant", "content": _ANSWER})
 
     @cached_property
     def joins_argument_text(self) -> bool:
-        """Whether the arguments of a tool call have to be text, which the template joins as it is.
+        """Whether arguments of a tool call must be JSON text, which the template inserts unchanged.
 
-        An object raises there, or is written as Python writes it.
+        Such a template raises for an object, or writes it as Python does.
         """
         text = json.dumps(_ARGUMENTS)
-        of_object = self._try_to_render(_call_with(_ARGUMENTS))
+        with_object = self._try_to_render(_call_with(_ARGUMENTS))
         if text not in self._try_to_render(_call_with(text)):
             return False
-        return _ARGUMENTS["query"] not in of_object or str(_ARGUMENTS) in of_object
+        return _ARGUMENTS["query"] not in with_object or str(_ARGUMENTS) in with_object
 
     def _try_to_render(self, answer: Mapping[str, Any]) -> str:
+        """Render a question with this answer; empty if the template raises an error."""
         try:
             return self.render([_QUESTION, answer])
         except Exception:  # a template is its author's program: it may raise anything
             return ""
 
     def _prepare_turn(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Return one message with prepared tool calls and a content, without an end text."""
         prepared = dict(message)
         if message.get("tool_calls"):
             prepared["tool_calls"] = [self._prepare_call(call) for call in message["tool_calls"]]
@@ -99,13 +104,17 @@ class ChatTemplate:
         return prepared
 
     def without_end(self, answer: str) -> str:
-        """The answer without the end-of-sequence texts at its end."""
+        """Return the answer without the end-of-sequence texts at its end."""
         while (stripped := answer.rstrip()).endswith(self.ends):
             end = next(end for end in self.ends if stripped.endswith(end))
             answer = stripped.removesuffix(end)
         return answer
 
     def _prepare_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Convert a tool call's arguments to the type that the template expects.
+
+        The call may be nested under "function".
+        """
         if "function" in call:
             return {**call, "function": self._prepare_call(call["function"])}
         arguments = call.get("arguments")
@@ -118,23 +127,26 @@ class ChatTemplate:
 
 
 def end_token_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer: several of mlx_lm's wrapper, one or none of a plain one."""
+    """Return the tokens that end an answer.
+
+    mlx_lm's tokenizer wrapper may have several, a plain tokenizer has one or none.
+    """
     return frozenset(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}) - {None}
 
 
 def list_end_texts(tokenizer: Any) -> tuple[str, ...]:
-    """The texts of the tokens that end an answer."""
+    """Return the texts of the tokens that end an answer, such as "<|im_end|>"."""
     return tuple(tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer))
 
 
 @lru_cache(maxsize=4)
 def chat_template_of(tokenizer: Any) -> ChatTemplate:
-    """The chat template of a tokenizer that has one."""
+    """Return the (cached) chat template of a tokenizer that has one."""
     return ChatTemplate(tokenizer)
 
 
 def _call_with(arguments: Any) -> dict[str, Any]:
-    """An answer that calls a tool; Mistral's templates want an id of nine letters."""
+    """Return a message that calls a tool; Mistral's templates need an id of nine letters."""
     function = {"name": "search", "arguments": arguments}
     call = {"id": "call00001", "type": "function", "function": function}
     return {"role": "assistant", "content": "", "tool_calls": [call]}

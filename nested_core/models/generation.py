@@ -1,7 +1,7 @@
-"""Answers of a language model to prompts: greedy or sampled, many at a time.
+"""Generate a language model's answers to prompts: greedily or sampled, many at a time.
 
-The batches are mlx_lm's own (mlx_lm.generate.BatchGenerator), with the prompts in as they come and
-each answer ending by itself. A model that mlx_lm cannot batch soundly answers one prompt at a time.
+Batches are mlx_lm's own (mlx_lm.generate.BatchGenerator): prompts join as there is room, and each
+answer ends by itself. A model that mlx_lm cannot batch correctly answers one prompt at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIN_TOKENS_OF_REPEATED_ANSWER = 4
 BATCHING_TEST_PROMPTS = ((1, 2, 3, 4, 5, 6, 7), (7, 3), (5, 4, 3, 2))
 ROUNDING_TOLERANCE = 16  # in units of the dtype's epsilon, relative to the largest log-probability
 SMALLEST_EPSILON = 2.0**-18  # 30 layers in float32 add up to 44 of its own 2.0**-23
-_CAN_BATCH: dict[tuple[type, str], bool] = {}  # by a model's class and arguments
+_CAN_BATCH: dict[tuple[type, str], bool] = {}  # cache of `can_batch`, by class and arguments
 OnAnswered = Callable[[int], None]
 Sampler = Callable[["mx.array"], "mx.array"] | None
 
@@ -33,10 +33,10 @@ Sampler = Callable[["mx.array"], "mx.array"] | None
 class Sampling:
     """How answers are generated.
 
-    max_tokens: of an answer, its end not counted.
+    max_tokens: the most tokens of an answer, not counting the end-of-sequence token.
     stop: texts at which an answer ends; they are not part of it.
-    temperature: 0 takes the likeliest token; above it, tokens are drawn.
-    seed: of those draws.
+    temperature: 0 takes the likeliest token; above it, tokens are drawn at random.
+    seed: the seed of the draws.
     """
 
     max_tokens: int = 64
@@ -47,13 +47,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """An answer that a model generated.
 
-    text: without the stop and what came after it.
-    tokens: how many were generated, without the end of the text.
-    is_endless: it was cut off at max_tokens, or at the end of the model's context.
-    is_repeated: it is one token, again and again.
-    repeated_tokens: how many tokens in a row are one token, or one pair, again and again.
+    text: the text before the first stop text.
+    tokens: how many tokens were generated, not counting the end-of-sequence token.
+    is_endless: whether it was cut off at max_tokens, or at the end of the model's context.
+    is_repeated: whether it is a single token, repeated.
+    repeated_tokens: the length of the longest run that repeats one token or one pair of tokens.
     """
 
     text: str
@@ -64,7 +64,7 @@ class Answer:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to read in it."""
+        """Whether the text is only white space."""
         return not self.text.strip()
 
 
@@ -77,20 +77,21 @@ def answer_prompts(
     context: int | None = None,
     on_answered: OnAnswered | None = None,
 ) -> list[Answer]:
-    """Answer each prompt, given in token ids, of which it must have at least one.
+    """Generate an answer to each prompt, given as token ids, in the order of the prompts.
 
-    Raises ConfigError for a token that the model has no row for.
+    context: the most tokens that the model can see, prompt and answer together; an answer ends
+        there.
+    on_answered: called with the number of prompts answered so far.
 
-    `context` is the most tokens that the model can see, prompt and answer together: an answer ends
-    there. The random state of mlx is as it was afterwards. `on_answered` gets the number of prompts
-    answered so far.
+    A prompt must have at least one token. Raises ConfigError for a token beyond the model's
+    embedding. Restores mlx's random state.
     """
     _require_rows_for(prompts, model, tokenizer)
-    longest = sampling.max_tokens
+    limit = sampling.max_tokens
     unfinished = [
         _UnfinishedAnswer(
             prompt=list(prompt),
-            limit=longest if context is None else min(longest, context - len(prompt)),
+            limit=limit if context is None else min(limit, context - len(prompt)),
             stop=sampling.stop,
             detokenizer=tokenizer.detokenizer,
         )
@@ -106,7 +107,10 @@ def answer_prompts(
 
 
 def read_answer(tokenizer: Any, tokens: Sequence[int], sampling: Sampling) -> Answer:
-    """The answer that these tokens are, up to the first stop; its end is not among them."""
+    """Decode generated token ids into an Answer, cut off at the first stop text.
+
+    `tokens` must not include the end-of-sequence token.
+    """
     answer = _UnfinishedAnswer([], sampling.max_tokens, sampling.stop, tokenizer.detokenizer)
     for token in tokens:
         answer.add(token)
@@ -115,9 +119,9 @@ def read_answer(tokenizer: Any, tokens: Sequence[int], sampling: Sampling) -> An
 
 
 def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The tokens of a chat up to where an answer begins, as mlx_lm.generate encodes a prompt.
+    """Encode a chat up to where the answer begins, as mlx_lm.generate encodes a prompt.
 
-    Without a chat template it is the text of the messages, one after the other.
+    Without a chat template, the contents of the messages are joined by newlines.
     """
     if tokenizer.has_chat_template:
         template = chat_template_of(tokenizer)
@@ -126,16 +130,17 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> li
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of one question of a user."""
+    """Encode a chat that consists of one message of the user."""
     return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def stream_answer(
     model: nn.Module, tokenizer: Any, prompt: Sequence[int], sampling: Sampling
 ) -> Iterator[str]:
-    """The answer to one prompt as it comes, in pieces of text; its stops are not looked for.
+    """Yield the answer to one prompt in pieces of text, as they are generated.
 
-    Each piece is computed when it is asked for. Raises ConfigError as `answer_prompts` does.
+    Each piece is computed when it is requested. Stop texts are not applied. Raises ConfigError for
+    a token beyond the model's embedding.
     """
     import mlx.core as mx
     from mlx_lm.generate import generate_step
@@ -158,7 +163,7 @@ def stream_answer(
 
 
 def _require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Any) -> None:
-    """Raise ConfigError for a token beyond the embedding of the model, if it has one."""
+    """Raise ConfigError for a token beyond the model's embedding, if the embedding is known."""
     largest = [max(prompt, default=0) for prompt in prompts]
     if problem := describe_token_beyond(tokenizer, largest, count_embedding_rows(model)):
         raise ConfigError(f"The prompt cannot be read by this model: {problem}.")
@@ -166,7 +171,10 @@ def _require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokeni
 
 @dataclass
 class _UnfinishedAnswer:
-    """A prompt and the tokens of its answer so far."""
+    """A prompt and the tokens generated for it so far.
+
+    limit: the most tokens to generate.
+    """
 
     prompt: list[int]
     limit: int
@@ -176,17 +184,17 @@ class _UnfinishedAnswer:
     is_endless: bool = False
 
     def add(self, token: int) -> None:
-        """One more token, which is not the end of the text."""
+        """Append a generated token, which must not be the end-of-sequence token."""
         self.tokens.append(token)
         self.detokenizer.add_token(token)
 
     @property
     def has_stopped(self) -> bool:
-        """Whether its text has come to a stop."""
+        """Whether the text contains a stop text."""
         return find_stop(self.detokenizer.text, self.stop)[0]
 
     def finish(self) -> Answer:
-        """The answer, cut off at the first stop."""
+        """Return the answer, cut off at the first stop text."""
         self.detokenizer.finalize()
         text: str = self.detokenizer.text
         ends = [position for stop in self.stop if (position := text.find(stop)) >= 0]
@@ -204,13 +212,15 @@ class _UnfinishedAnswer:
 
 
 def find_stop(text: str, stops: Sequence[str]) -> tuple[bool, int]:
-    """Whether an unfinished answer ends at a stop text, and how many characters can be shown.
+    """Return whether an unfinished answer ends at a stop text, and how many characters to show.
 
-    The answer ends before the stop text that begins first, so that one which is complete waits for
-    a longer one that began before it: of "riga" and "g" with the text "rig" nothing is shown yet.
+    Characters that may begin a stop text are held back. The answer ends at the stop text that
+    begins first. So a complete stop text waits for a longer one that began before it: with the
+    stops "riga" and "g", nothing of "rig" is shown yet.
     """
     starts = [start for stop in stops if (start := text.find(stop)) >= 0]
     longest = max(map(len, stops), default=0)
+    # A stop text may have begun within the last `longest - 1` characters.
     possible = (
         start
         for start in range(max(0, len(text) - longest + 1), len(text))
@@ -222,7 +232,10 @@ def find_stop(text: str, stops: Sequence[str]) -> tuple[bool, int]:
 
 
 def _count_repeated_tokens(tokens: Sequence[int]) -> int:
-    """The longest row of tokens that repeats one token or one pair; 0 where nothing is repeated."""
+    """Return the length of the longest run that repeats one token or one pair; 0 without repeats.
+
+    `[5, 7, 7, 7, 2]` gives 3, `[1, 2, 1, 2]` gives 4.
+    """
     longest = 0
     for period in (1, 2):
         length = period
@@ -239,7 +252,10 @@ def _answer_in_batches(
     unfinished: Sequence[_UnfinishedAnswer],
     sampler: Sampler,
 ) -> Iterator[_UnfinishedAnswer]:
-    """Fill the answers, BATCH_SIZE at a time, and yield each when it is done."""
+    """Generate the answers in batches of BATCH_SIZE, and yield each when it is complete.
+
+    `ends` are the end-of-sequence tokens.
+    """
     from mlx_lm.generate import BatchGenerator
 
     generator = BatchGenerator(
@@ -258,7 +274,7 @@ def _answer_in_batches(
             for response in responses:
                 answer = by_uid[response.uid]
                 answer.is_endless = response.finish_reason == "length"
-                if response.finish_reason != "stop":
+                if response.finish_reason != "stop":  # "stop": the end-of-sequence token
                     answer.add(response.token)
                 if response.finish_reason is None and answer.has_stopped:
                     stopped.append(response.uid)
@@ -276,7 +292,7 @@ def _answer_one_by_one(
     unfinished: Sequence[_UnfinishedAnswer],
     sampler: Sampler,
 ) -> Iterator[_UnfinishedAnswer]:
-    """The same, a prompt at a time."""
+    """Generate the answers one prompt at a time, and yield each when it is complete."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
@@ -296,11 +312,11 @@ def _answer_one_by_one(
 
 
 def can_batch(model: nn.Module) -> bool:
-    """Whether mlx_lm's batches of unequal prompts give this model's own log-probabilities.
+    """Whether mlx_lm's batches of unequal prompts give the model's log-probabilities unchanged.
 
-    Not every cache can be batched, and some models take the mask of a batch for something else:
-    mlx_lm's Gemma 2 raises, or with as many prompts as key heads it answers wrongly. That lies in
-    the model's code and not in its weights, so each class with its arguments is tried once.
+    Not every cache can be batched, and some models misinterpret the mask of a batch: mlx_lm's Gemma
+    2 raises, or with as many prompts as key heads it answers wrongly. This depends on the model's
+    code and not on its weights, so each class is tried once with its arguments.
     """
     arguments = getattr(model, "args", None)
     if arguments is None:
@@ -312,7 +328,7 @@ def can_batch(model: nn.Module) -> bool:
 
 
 def _try_to_batch(model: nn.Module) -> bool:
-    """Whether two tokens after each of BATCHING_TEST_PROMPTS are alike in a batch and alone."""
+    """Whether two tokens after each of BATCHING_TEST_PROMPTS are the same in a batch and alone."""
     import mlx.core as mx
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import make_prompt_cache
@@ -324,8 +340,8 @@ def _try_to_batch(model: nn.Module) -> bool:
     except (ValueError, TypeError, AttributeError, NotImplementedError):
         return False
     for prompt, rows in zip(BATCHING_TEST_PROMPTS, batched, strict=True):
-        alone = [row for _, row in generate_step(mx.array(prompt), model, max_tokens=len(rows))]
-        expected = mx.stack(alone)
+        steps = generate_step(mx.array(prompt), model, max_tokens=len(rows))
+        expected = mx.stack([row for _, row in steps])
         epsilon = max(SMALLEST_EPSILON, float(mx.finfo(expected.dtype).eps))
         bound = ROUNDING_TOLERANCE * epsilon * mx.abs(expected).max()
         if not bool(mx.all(mx.abs(mx.stack(rows) - expected) <= bound).item()):
@@ -334,7 +350,10 @@ def _try_to_batch(model: nn.Module) -> bool:
 
 
 def _test_prompt_logprobs_in_a_batch(model: nn.Module) -> list[list[mx.array]]:
-    """Log-probabilities of two greedy tokens after each of BATCHING_TEST_PROMPTS, in one batch."""
+    """Return log-probabilities of two greedy tokens after each of BATCHING_TEST_PROMPTS.
+
+    All prompts are in one batch.
+    """
     from mlx_lm.generate import BatchGenerator
 
     generator = BatchGenerator(model, max_tokens=2)
@@ -357,10 +376,10 @@ def _make_sampler(sampling: Sampling) -> Sampler:
 
 @contextmanager
 def _using_seed(seed: int) -> Iterator[None]:
-    """Draw from a seed, and put mlx's random state back as it was."""
+    """Within the block, draw random numbers from `seed`; then restore mlx's random state."""
     import mlx.core as mx
 
-    random: Any = mx.random  # its state is a list of one key
+    random: Any = mx.random  # `random.state` is a list with one key
     key = mx.array(random.state[0])
     mx.eval(key)
     random.seed(seed)

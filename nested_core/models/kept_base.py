@@ -1,7 +1,7 @@
-"""The base model with an adapter attached, and what proves that it is still what was loaded.
+"""A base model that stays loaded with an adapter attached, and a check that it did not change.
 
-Adapters are read into the base from their files. A `Session` keeps it from step to step of a run:
-`checksum_frozen_tensors` is taken when it was loaded and again whenever it is handed on.
+Adapters are loaded into the base from their files. A `Session` keeps the base between the steps of
+a run. `checksum_frozen_tensors` is computed after loading and before each reuse.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 _MAX_WORDS_AT_ONCE = 2**22
-_PLACE_FACTOR = 0x9E3779B1  # odd: no two of 2 ** 32 places give the same product
+_INDEX_FACTOR = 0x9E3779B1  # odd, so that all 2 ** 32 indices give different products
 Checksums = Mapping[str, int]
 
 
@@ -39,11 +39,12 @@ Checksums = Mapping[str, int]
 class BaseWithAdapter:
     """A base model with a fresh adapter attached, into which adapters are loaded.
 
-    parameters: those of the fresh adapter, by name.
-    description: what it was loaded from and how; an equal one is the same computation.
-    checksums: of the frozen tensors when it was loaded; None if it is not to be kept.
-    evaluation_peak, training_peak: most bytes of MLX in this process up to the first evaluation,
-        and in the whole training; 0 where this process did not train.
+    parameters: the fresh adapter's parameters, by name.
+    description: what it was loaded from and how; equal descriptions mean the same computation.
+    checksums: of the frozen tensors after loading; None if the base is not reused.
+    evaluation_peak: MLX's peak memory in bytes up to the first evaluation of training; 0 if this
+        process did not train.
+    training_peak: the same for the whole training.
     """
 
     model: nn.Module
@@ -58,14 +59,14 @@ class BaseWithAdapter:
     _random_key: mx.array | None = field(default=None, repr=False)
 
     def note_state(self) -> None:
-        """Note which modules are in training mode, and the key of the next random draw."""
+        """Record which modules are in training mode, and mlx's random state."""
         state: Any = mx.random.state
         self._modes = [(module, module.training) for _, module in self.model.named_modules()]
         self._random_key = mx.array(state[0])
         mx.eval(self._random_key)
 
     def restore_state(self) -> None:
-        """Put back what `note_state` noted, and the fresh adapter: all is as it was when loaded."""
+        """Restore the state that `note_state` recorded, and load the fresh adapter again."""
         state: Any = mx.random.state
         for module, is_training in self._modes:
             module._set_training_mode(is_training)
@@ -73,21 +74,27 @@ class BaseWithAdapter:
         load_adapter_tensors(self.model, self.parameters)
 
     def frozen_bytes(self) -> int:
-        """The bytes of the base's own tensors."""
+        """Return the size of the base's frozen tensors in bytes."""
         return sum(array.nbytes for array in frozen_tensors(self.model).values())
 
 
 def load_base_with_adapter(
     config: FineTuneConfig, *, as_stored: bool = False, shares_layers: bool = False
 ) -> BaseWithAdapter:
-    """A base of the caller's own, at the run's precision or as it is stored, with fresh adapter."""
+    """Load a private copy of the base model, and attach a fresh adapter.
+
+    It computes at the run's precision, or as it is stored with `as_stored`.
+    """
     model, tokenizer = load_base_model(config, as_stored=as_stored, shares_layers=shares_layers)
     parameters = attach_adapter(model, config)
     return BaseWithAdapter(model, tokenizer, parameters, find_model_folder(config.model))
 
 
 def describe_base(config: FineTuneConfig) -> object:
-    """All that a base with a fresh adapter follows from; arrays belong to a thread as well."""
+    """Return everything that determines a base with a fresh adapter, to compare by equality.
+
+    The thread is included, because MLX's arrays belong to one.
+    """
     folder = find_model_folder(config.model)
     return (
         threading.get_ident(),
@@ -104,7 +111,10 @@ def describe_base(config: FineTuneConfig) -> object:
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, mx.array]:
-    """All arrays of a model but the trainable ones, by dotted name, those that MLX hides too."""
+    """Return all arrays of a model but the trainable ones, by dotted name.
+
+    Includes arrays that MLX does not count as parameters, such as those whose names begin with "_".
+    """
     trainable = trainable_parameters(model).keys()
     arrays = {
         f"{prefix}.{key}" if prefix else key: value
@@ -116,18 +126,18 @@ def frozen_tensors(model: nn.Module) -> dict[str, mx.array]:
 
 
 def checksum_frozen_tensors(model: nn.Module) -> Checksums:
-    """A sum, modulo 2 ** 32, over the bits of each frozen tensor of a model, by name.
+    """Return for each frozen tensor, by name, a sum over its bits, modulo 2 ** 32.
 
-    Each word of 32 bits is mixed with its place before it is added, as MurmurHash3 mixes the last
-    word of a hash. A change of one word always changes the sum; one of several words, such as of
-    all signs, leaves it as it was once in 2 ** 32. Integers are added, so the sum is exact in any
-    order. Computed where the tensors are.
+    Each word of 32 bits is mixed with its index before it is added, as MurmurHash3 mixes the last
+    word of a hash. A change of one word always changes the sum. A change of several words, such as
+    of all signs, is missed once in 2 ** 32. Integers are added, so the sum does not depend on the
+    order. Computed on the tensors' device.
     """
     return {name: _sum_mixed_words(array) for name, array in frozen_tensors(model).items()}
 
 
 def _sum_mixed_words(array: mx.array) -> int:
-    """The sum of one tensor, a part at a time, so that it needs little memory."""
+    """Return the sum for one tensor, computed in parts so that it needs little memory."""
     if array.size == 0:
         return 0
     words = array.reshape(-1).view(UNSIGNED_DTYPE_BY_BYTES[array.dtype.size])
@@ -136,14 +146,14 @@ def _sum_mixed_words(array: mx.array) -> int:
     total = mx.array(0, mx.uint32)
     for start in range(0, words.size, _MAX_WORDS_AT_ONCE):
         part = words[start : start + _MAX_WORDS_AT_ONCE].astype(mx.uint32)
-        places = mx.arange(start, start + part.size, dtype=mx.uint32)
-        total = total + mx.sum(_mix_bits(part ^ (places * _PLACE_FACTOR)))
+        indices = mx.arange(start, start + part.size, dtype=mx.uint32)
+        total = total + mx.sum(_mix_bits(part ^ (indices * _INDEX_FACTOR)))
         mx.eval(total)
     return to_int(total)
 
 
 def _mix_bits(words: mx.array) -> mx.array:
-    """MurmurHash3's fmix32: one to one, and each bit of a word changes half of the others."""
+    """Apply MurmurHash3's fmix32: one to one, and each bit of a word changes half of the others."""
     words = (words ^ (words >> 16)) * 0x85EBCA6B
     words = (words ^ (words >> 13)) * 0xC2B2AE35
     return words ^ (words >> 16)

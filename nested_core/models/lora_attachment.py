@@ -1,4 +1,4 @@
-"""Attaching LoRA to a base model: only the adapter is trainable, fresh or with given tensors."""
+"""Attach LoRA to a base model, fresh or with given tensors, so that only the adapter trains."""
 
 from __future__ import annotations
 
@@ -28,17 +28,21 @@ MAX_SHOWN_MODULES = 10
 
 
 def is_adapter_parameter(name: str) -> bool:
-    """Whether a dotted name is an adapter's: lora_a, lora_b, adapter in any case, or DoRA's m."""
+    """Whether a parameter belongs to an adapter, by its dotted name.
+
+    The name contains lora_a, lora_b or adapter in any case, or ends with DoRA's magnitude "m".
+    """
     lowered = name.lower()
-    marked = any(mark in lowered for mark in ADAPTER_NAME_PARTS)
-    return marked or lowered.rsplit(".", 1)[-1] == DORA_MAGNITUDE_NAME
+    has_adapter_part = any(part in lowered for part in ADAPTER_NAME_PARTS)
+    return has_adapter_part or lowered.rsplit(".", 1)[-1] == DORA_MAGNITUDE_NAME
 
 
 def adapter_compute_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
-    """The dtype that the LoRA factors compute in; None is their own, float32.
+    """Return the dtype in which the LoRA factors compute; None is their stored float32.
 
-    It is bfloat16 if the model's is, for a float32 factor makes every activation float32. It is not
-    float16, whose range is too small for gradients, and not for DoRA, whose magnitudes are near 1.
+    It is bfloat16 if the model's is, because a float32 factor would turn every activation into
+    float32. It is never float16, whose range is too small for gradients, nor bfloat16 for DoRA,
+    whose magnitudes are near 1.
     """
     if config.training.reference is not None or config.fine_tune_type != "lora":
         return None
@@ -56,9 +60,10 @@ def adapter_compute_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype 
 def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.array]:
     """Freeze the model, inject a fresh adapter and return its parameters by dotted name.
 
-    Under `full` nothing is injected: the last layers themselves are trained. The random state is
-    seeded right before, so that a seed gives mlx_lm.lora's own initial weights. Raises ConfigError
-    if nothing, anything quantised, or anything beside the adapter would be trained.
+    Under `full` nothing is injected: the last layers themselves become trainable. The random state
+    is seeded first, so that a seed gives the same initial weights as in mlx_lm.lora. Raises
+    ConfigError if nothing would be trained, or if quantised tensors or tensors outside of the
+    adapter would be.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -109,7 +114,11 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
 
 
 def _linear_module_names(model: nn.Module) -> list[str]:
-    """Names, as `keys` takes them, of the linear modules in the model's layers, experts' too."""
+    """Return the names of the linear modules in the model's layers, as `keys` takes them.
+
+    Includes the switch layers of experts. Names are relative to the layer, such as
+    "self_attn.q_proj".
+    """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     types = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -124,27 +133,28 @@ def _linear_module_names(model: nn.Module) -> list[str]:
 
 
 def _unmatched_keys(model: nn.Module, config: FineTuneConfig) -> list[str]:
-    known = {name for layer in model.layers for name, _ in layer.named_modules()}
-    known |= {name for name, _ in model.named_modules()}
-    return [key for key in config.lora_parameters.modules or () if key not in known]
+    """Return the configured keys that are the name of no module."""
+    names = {name for layer in model.layers for name, _ in layer.named_modules()}
+    names |= {name for name, _ in model.named_modules()}
+    return [key for key in config.lora_parameters.modules or () if key not in names]
 
 
 def _suggest_keys(unmatched: Sequence[str], names: Sequence[str]) -> str:
-    """Which keys name no module, and which of the linear modules' names each may mean."""
+    """Say which keys name no module, and suggest a linear module's name for each."""
     sentences = []
     for key in unmatched:
-        ends_alike = [name for name in names if name.endswith(f".{key}")]
-        meant = ends_alike or difflib.get_close_matches(key, names, n=1)
-        question = f"; did you mean {meant[0]}?" if meant else "."
+        same_ending = [name for name in names if name.endswith(f".{key}")]
+        suggestions = same_ending or difflib.get_close_matches(key, names, n=1)
+        question = f"; did you mean {suggestions[0]}?" if suggestions else "."
         sentences.append(f"No module is named {key}{question}")
     shown = join_first_values(names, MAX_SHOWN_MODULES)
     return f"{' '.join(sentences)} Linear modules: {shown}.".strip()
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
-    """Replace all trainable parameters of the model by `tensors`, cast to the dtypes they have.
+    """Replace all trainable parameters of the model by `tensors`, cast to the parameters' dtypes.
 
-    Raises ConfigError with every name and shape that does not fit.
+    Raises ConfigError, listing names and shapes, if they do not fit.
     """
     parameters = trainable_parameters(model)
     advice = "Set num_layers, lora_parameters and fine_tune_type to what it was made with."
@@ -154,9 +164,9 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> N
 
 
 def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> None:
-    """Give a base model the layers and tensors of an adapter from disk, as mlx_lm.load does.
+    """Attach an adapter that was read from disk to a base model, as mlx_lm.load does.
 
-    Raises ConfigError where a name or a shape does not fit the base.
+    Raises ConfigError if a name or a shape does not fit the base.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -169,15 +179,18 @@ def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> None:
         linear_to_lora_layers(model, layers, lora, use_dora=fine_tune_type == "dora")
     fresh: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     added = set(filter(is_adapter_parameter, fresh.keys() - before.keys()))
-    called_for = {name: fresh[name] for name in added | (adapter.tensors.keys() & fresh.keys())}
+    replaced = {name: fresh[name] for name in added | (adapter.tensors.keys() & fresh.keys())}
     require_tensors_fit(
-        adapter.tensors, called_for, "Give the base and the settings that it was trained with."
+        adapter.tensors, replaced, "Give the base and the settings that it was trained with."
     )
     model.load_weights(list(adapter.to_mlx().items()), strict=False)
 
 
 def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
-    """What adapter_config.json holds: what mlx-lm's loader needs, and the base's fingerprint."""
+    """Return the content of adapter_config.json: what mlx-lm's loader needs, and the fingerprint.
+
+    `fingerprint` is the base model's.
+    """
     lora = config.lora_parameters.model_dump(mode="json", exclude_none=True)
     return {
         "model": config.model,
@@ -190,9 +203,10 @@ def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, A
 
 
 def read_adapter_file(path: Path) -> Adapter:
-    """The adapter of `resume_adapter_file`, read strictly; its tensors must be finite.
+    """Read the adapter of `resume_adapter_file` strictly; its tensors must be finite.
 
-    Its configuration is that of adapter_config.json beside it, empty without that file.
+    Its configuration is read from adapter_config.json in the same folder, or empty without that
+    file. Raises ConfigError if the file is missing or has non-finite values.
     """
     if not path.is_file():
         problem = f"is a folder; give {path / WEIGHTS_NAME}" if path.is_dir() else "does not exist"

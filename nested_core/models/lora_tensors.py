@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 LORA_FACTORS = ("lora_a", "lora_b")
-DORA_TENSORS = (*LORA_FACTORS, "m")  # with the magnitude of each row
+DORA_TENSORS = (*LORA_FACTORS, "m")  # m is the magnitude of each row
 FACTOR_DTYPES = ("F32", "F16", "BF16")
 
 
 def module_name(tensor: str) -> str:
-    """The module that a tensor of this dotted name belongs to; "" where the name has no dot."""
+    """Return the module of a tensor: "layers.0.q_proj.lora_a" gives "layers.0.q_proj".
+
+    Empty if the name has no dot.
+    """
     return tensor.rpartition(".")[0]
 
 
 def leaf_name(tensor: str) -> str:
-    """The last part of a tensor's dotted name, which says what it is of its module."""
+    """Return the last part of a tensor's dotted name: "layers.0.q_proj.lora_a" gives "lora_a"."""
     return tensor.rpartition(".")[2]

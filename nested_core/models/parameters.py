@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 
 class ParameterRef(NamedTuple):
-    """One trainable array: the module that has it, its key there, and the dtype it computes in."""
+    """A reference to a trainable array: its module, its key there, and the dtype it computes in."""
 
     module: nn.Module
     key: str
@@ -20,22 +20,23 @@ class ParameterRef(NamedTuple):
 
 
 ParameterRefs = dict[str, ParameterRef]
-"""By dotted parameter name, in the model's order."""
+"""References by dotted parameter name, in the model's order."""
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """The trainable parameters of a model, as they are now, by dotted name."""
+    """Return the current trainable parameters of a model, by dotted name."""
     return dict(tree_flatten(model.trainable_parameters()))
 
 
 def reference_trainable_parameters(
     model: nn.Module, *, masters: bool = False, dtype: mx.Dtype | None = None
 ) -> ParameterRefs:
-    """References to every trainable parameter of a model.
+    """Return references to all trainable parameters of a model.
 
     Args:
         model: the model with its adapter attached and everything else frozen.
-        masters: convert the parameters to float32 in the model; they compute in the dtype they had.
+        masters: convert the parameters in the model to float32; they still compute in their old
+            dtype.
         dtype: the dtype that the parameters compute in; None is each one's own.
     """
     modules = dict(model.named_modules())
@@ -49,7 +50,7 @@ def reference_trainable_parameters(
 
 
 def read_parameters(refs: ParameterRefs) -> dict[str, mx.array]:
-    """The arrays that the model has now, by dotted name."""
+    """Return the current arrays of the referenced parameters, by dotted name."""
     return {name: ref.module[ref.key] for name, ref in refs.items()}
 
 
@@ -62,7 +63,7 @@ def assign_parameters(refs: ParameterRefs, values: Mapping[str, mx.array]) -> No
 
 @contextmanager
 def restoring_parameters(refs: ParameterRefs) -> Iterator[None]:
-    """When the block ends, give the model back the arrays that it had before."""
+    """Restore the referenced arrays in the model when the block ends."""
     originals = read_parameters(refs)
     try:
         yield
@@ -74,7 +75,7 @@ def restoring_parameters(refs: ParameterRefs) -> Iterator[None]:
 
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off in the block; afterwards every module is in the mode it was in before."""
+    """Turn dropout off within the block; afterwards restore each module's mode."""
     modes = [(module, module.training) for _, module in model.named_modules()]
     model.eval()
     try:
@@ -85,9 +86,9 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def float32_weight(module: Any) -> mx.array:
-    """The weight that a module computes with, dequantized if need be, in float32."""
+    """Return the weight that a module computes with in float32, dequantized if necessary."""
     weight: mx.array = module.weight
     if "scales" in module:
-        format_ = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        weight = mx.dequantize(weight, module.scales, module.get("biases"), **format_)
+        options = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        weight = mx.dequantize(weight, module.scales, module.get("biases"), **options)
     return weight.astype(mx.float32)

@@ -1,4 +1,4 @@
-"""What one fine-tune holds in memory from step to step; what is judged is still what is on disk."""
+"""What one fine-tune keeps in memory between its steps; the gate still judges the files on disk."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """The base that was loaded last, and processes that were started before they are needed.
+    """The base model that was loaded last, and processes that were started before they are needed.
 
-    `finetune` makes one and hands it to each step; a step that is called alone has its own. It is
-    for one thread, as MLX's arrays are.
+    `finetune` creates one and passes it to each step; a step that is called alone creates its own.
+    It is for one thread, like MLX's arrays.
 
     Attributes:
-        base: the base that is kept, if one is.
-        await_kernels: waits for kernels that are compiled ahead, unless its argument says that a
-            stop is requested; None if no kernels are compiled.
-        judged: the run that was judged last, as its registration needs it; None before.
-        time_plan: what came of the run's minutes, for its plan; None without them.
+        base: the base that is kept; None before one is loaded.
+        await_kernels: waits for kernels that are compiled in advance, unless its argument returns
+            that a stop is requested; None if no kernels are compiled.
+        judged: the run that was judged last, for its registration; None before.
+        time_plan: how the run's minutes were planned; None if no minutes are configured.
     """
 
     def __init__(self) -> None:
@@ -47,17 +47,18 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Release the base, and end the waiting proof process."""
         self.release_base()
         if (process := self.take_proof_process()) is not None:
             process.end()
 
     def load_base(self, config: FineTuneConfig, *, shares_layers: bool = False) -> BaseWithAdapter:
-        """The base, at the run's precision, with a fresh adapter attached.
+        """Return the base, at the run's precision, with a fresh adapter attached.
 
-        It is the one that was loaded before, if that was of the same files, in the same way, and
-        each of its frozen tensors has the bits that it had then. A base that training changes,
-        under `full`, is loaded anew each time. With `shares_layers` it is good for compiling
-        kernels alone (`base_model.share_layers`), as are those that are kept after it.
+        The kept base is reused if it was loaded from the same files in the same way, and its frozen
+        tensors still have the same checksums. Under `full`, where training changes the base, it is
+        always loaded anew. With `shares_layers` it is only good for compiling kernels (see
+        `base_model.share_layers`), and so is a base that is reused after it.
         """
         if config.fine_tune_type == "full":
             return load_base_with_adapter(config)
@@ -82,17 +83,17 @@ class Session:
         return loaded
 
     def release_base(self) -> None:
-        """Let go of the base that is kept, if one is, and of the device's memory that it had."""
+        """Release the kept base, if any, and its device memory."""
         if self.base is not None:
             self.base = None
             mx.clear_cache()
 
     def keep_proof_process(self, start: Callable[[], Child]) -> None:
-        """Start the process of the next proof, unless one waits: it imports beside other work."""
+        """Start the process for the next proof unless one waits, so that it imports in parallel."""
         if self._proof_process is None:
             self._proof_process = start()
 
     def take_proof_process(self) -> Child | None:
-        """The process that waits for a proof, which is the caller's to end from now on."""
+        """Return the waiting proof process, or None; the caller must end it."""
         process, self._proof_process = self._proof_process, None
         return process

@@ -1,4 +1,4 @@
-"""A base model beside adapters of it, each of which answers; the base is in memory once."""
+"""Ask a base model and several adapters of it; the base is in memory only once."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class SideBySide:
-    """A base and adapters of it, which compute as they are stored: as mlx_lm would serve them.
+    """A base and adapters of it, which compute in their stored types, as mlx_lm would serve them.
 
     Attributes:
-        sides: the names by which they are asked: "base", then those of the adapters.
+        sides: the names by which they are asked: "base", then the names of the adapters.
     """
 
     def __init__(
         self, adapters: Mapping[str, Path], *, model: str | None, trust_remote_code: bool
     ) -> None:
-        """Load the base, and each adapter into a model that shares its weights.
+        """Load the base, and each adapter into a model that shares the base's weights.
 
-        adapters: the folder of each, by its side's name.
-        model: the base; None is the one that the first adapter's configuration names.
+        adapters: the folder of each adapter, by the name of its side.
+        model: the base; None is the one named in the first adapter's configuration.
 
-        Raises ConfigError if the base cannot be loaded or an adapter is of another one,
+        Raises ConfigError if the base cannot be loaded or an adapter belongs to another base,
         DamagedError for a damaged adapter.
         """
-        read = {name: read_adapter(folder, follow_links=True) for name, folder in adapters.items()}
-        first = next(iter(read.values()))
+        loaded = {name: read_adapter(path, follow_links=True) for name, path in adapters.items()}
+        first = next(iter(loaded.values()))
         base = find_model_folder(str(model or first.config.get("model")))
         options = {"trust_remote_code": trust_remote_code}
         self._models: dict[str, nn.Module] = {}
@@ -53,14 +53,14 @@ class SideBySide:
                 tokenizer_config=options,
                 **options,  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
             )[:2]
-            for name in read:
+            for name in loaded:
                 self._models[name] = load_model(
                     base, lazy=True, trust_remote_code=trust_remote_code
                 )[0]
         except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
             raise ConfigError(f"model: {base} could not be loaded: {error}") from error
         weights: Any = tree_flatten(self._models[BASE].parameters())
-        for name, adapter in read.items():
+        for name, adapter in loaded.items():
             if other_base := describe_other_base(adapter.config, base):
                 raise ConfigError(f"{name}: {other_base}. Ask it with the base of its training.")
             self._models[name].load_weights(weights)
@@ -71,7 +71,7 @@ class SideBySide:
         self.sides = tuple(self._models)
 
     def _encode(self, messages: Messages) -> list[int]:
-        """The tokens of a conversation; ConfigError where the model cannot see all of them."""
+        """Encode a conversation; ConfigError if it leaves no room for an answer in the context."""
         characters = sum(len(str(message["content"])) for message in messages)
         tokens = [] if characters > MAX_CHARACTERS else encode_messages(self._tokenizer, messages)
         if tokens and (self._context is None or len(tokens) < self._context):
@@ -86,16 +86,16 @@ class SideBySide:
     def stream_answers(
         self, conversations: Mapping[str, Messages], sampling: Sampling
     ) -> Iterator[tuple[str, str]]:
-        """The answers to a conversation of each side as they come, piece by piece in turn.
+        """Yield side and text of the answers to one conversation per side, in turns, as they come.
 
-        An answer ends where the model's context does. Raises ConfigError for a conversation that
-        leaves no room there for an answer.
+        An answer ends at the end of the model's context. Raises ConfigError for a conversation that
+        leaves no room for an answer.
         """
         prompts = {side: self._encode(messages) for side, messages in conversations.items()}
         answers = {}
         for side, prompt in prompts.items():
-            left = sampling.max_tokens if self._context is None else self._context - len(prompt)
-            limited = replace(sampling, max_tokens=min(sampling.max_tokens, left))
+            room = sampling.max_tokens if self._context is None else self._context - len(prompt)
+            limited = replace(sampling, max_tokens=min(sampling.max_tokens, room))
             answers[side] = stream_answer(self._models[side], self._tokenizer, prompt, limited)
         while answers:
             for side, pieces in list(answers.items()):
@@ -106,6 +106,6 @@ class SideBySide:
                     yield side, piece
 
     def ask(self, side: str, prompt: str, sampling: Sampling) -> str:
-        """The whole answer of one side to a user's message."""
+        """Return the whole answer of one side to a user's message."""
         conversations = {side: [{"role": "user", "content": prompt}]}
         return "".join(piece for _, piece in self.stream_answers(conversations, sampling)).strip()

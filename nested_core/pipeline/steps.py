@@ -35,7 +35,7 @@ from nested_core.errors import (
 from nested_core.gate import Verdict, digests_for_result
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.gate.evidence.run_evidence import config_file_entry
-from nested_core.gate.judge import make_checks_of_run
+from nested_core.gate.judge import run_gate_checks
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import from_evidence, task_file_entries
 from nested_core.kernels.optimized_model import describe_layers
@@ -475,7 +475,7 @@ def judge(
     session = session or Session()
     with locking_devices(on_wait, session=session):
         try:
-            checked = make_checks_of_run(config, run, session)
+            checked = run_gate_checks(config, run, session)
         except (MemoryError, RuntimeError) as error:  # MLX's own, for memory, files and compilers
             raise NestedTuneError(
                 f"The gate could not compute with {run.adapter}, and gives no verdict: {error}. "

@@ -1,7 +1,7 @@
-"""Processes of ours that answer requests: child.py has `Child`, which starts and asks one.
+"""Child processes of this project: child.py has `Child`, which starts one and sends it requests.
 
-child_main.py is the program that answers. Workers on all cores, the proof's fresh process, scorers
-of suites, the workers that compile kernels, and what tells Prefect of a server are of this kind.
-command_parent.py tells the parent of a command that trains how far it is, and ends with it.
-current_user.py says whose process this one is.
+child_main.py is the program that answers them. Data workers, the proof's fresh process, the scorers
+of suites, the workers that compile kernels, and the notifier of a Prefect server are such
+processes. command_parent.py connects a training command with its small parent, and current_user.py
+returns the name of the user.
 """

@@ -1,10 +1,10 @@
-"""A process of ours that answers requests, as its parent sees it.
+"""A child process that answers requests, from the parent's side.
 
-Requests and answers are JSON values, a line each; what is large goes into files that a request
-names. The child ends with its parent, however that ends, and all processes that it started are
-killed with it. The standard ProcessPoolExecutor would run the caller's `__main__` again in each
-worker, so that every script needed a guard; it pickles; and when a worker is killed it says neither
-by which signal nor what the worker printed last.
+Requests and answers are JSON values, one per line; large data goes into files that a request names.
+The child ends when its parent ends in any way, and all processes that it started are killed with
+it. The standard ProcessPoolExecutor has three problems: it runs the caller's `__main__` again in
+each worker, so that every script needs a guard; it pickles; and when a worker is killed it reports
+neither the signal nor the worker's last output.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from nested_core.errors import Advice, ChildFailed, NestedTuneError, shorten
 PROGRAM = Path(__file__).with_name("child_main.py")
 MAX_SHOWN_ERROR_LINES = 9
 MAX_ERROR_CHARACTERS = 300
-SECONDS_TO_EXIT = 10.0  # of a process that has closed its output
+SECONDS_TO_EXIT = 10.0  # how long to wait for a process that has closed its output
 
 
 class Child:
-    """A process that was started to answer; killed with its group when the block ends."""
+    """A process that answers requests; as a context manager, it is killed when the block ends.
+
+    Killing includes all processes of its process group.
+    """
 
     def __init__(
         self,
@@ -41,27 +44,28 @@ class Child:
         environment: Mapping[str, str] | None = None,
         max_answer_bytes: int | None = None,
     ) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            function: what answers: "package.module:function", found as this process would find it,
-                or a Python file, whose function is `answer`.
-            environment: the process's; None is this one's.
-            max_answer_bytes: a longer answer is an error; None for a function that is trusted.
+            function: what answers: "package.module:function", importable like in this process, or
+                the path of a Python file with a function `answer`.
+            environment: the process's environment variables; None is this process's.
+            max_answer_bytes: a longer answer is an error; None sets no limit, for trusted
+                functions.
         """
-        given = dict(os.environ if environment is None else environment)
+        env = dict(os.environ if environment is None else environment)
         if isinstance(function, str):
-            given["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
+            env["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
         self._max_answer_bytes = max_answer_bytes
         self._received = bytearray()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # without a name; closed with it
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # `end` closes it
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(PROGRAM), str(function)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env=given,
+                env=env,
                 start_new_session=True,
             )
         except BaseException:
@@ -79,14 +83,17 @@ class Child:
         self.end()
 
     def ask(self, request: Any, seconds: float | None = None) -> Any:
-        """Send a request and return its answer; see `send` and `receive`, which wait so long."""
+        """Send a request and return its answer; `seconds` limits sending and receiving each.
+
+        Raises what `send` and `receive` raise.
+        """
         self.send(request, seconds)
         return self.receive(seconds)
 
     def send(self, request: Any, seconds: float | None = None) -> None:
-        """Send a request; of a process that has ended `receive` tells.
+        """Send a request. If the process has ended, `receive` reports it.
 
-        Raises ChildFailed if the process does not read it in so many seconds.
+        Raises ChildFailed if the process does not read the request within `seconds`.
         """
         deadline = _deadline_in(seconds)
         unsent = memoryview(json.dumps(request).encode() + b"\n")
@@ -99,11 +106,11 @@ class Child:
                 return
 
     def receive(self, seconds: float | None = None) -> Any:
-        """The next answer.
+        """Return the next answer.
 
-        Raises what the function raised if that is a NestedTuneError, an OSError or a MemoryError;
-        ChildFailed, with the last lines that were printed, for any other error, and where no answer
-        comes in so many seconds.
+        If the function raised a NestedTuneError, an OSError or a MemoryError, raises the same
+        error. For any other error, and if no answer comes within `seconds`, raises ChildFailed,
+        with the last lines that the process printed if it failed.
         """
         deadline = _deadline_in(seconds)
         while (end := self._received.find(b"\n")) < 0:
@@ -111,10 +118,10 @@ class Child:
                 raise _not_an_answer()
             if not _wait(self._output, selectors.EVENT_READ, deadline):
                 raise ChildFailed(f"it took more than {seconds:g} seconds")
-            more = os.read(self._output.fileno(), 2**20)
-            if not more:
+            data = os.read(self._output.fileno(), 2**20)
+            if not data:
                 raise ChildFailed(f"{self._describe_end()}{self._last_error_lines()}")
-            self._received += more
+            self._received += data
         line = bytes(self._received[:end])
         del self._received[: end + 1]
         try:
@@ -128,22 +135,25 @@ class Child:
         raise _not_an_answer()
 
     def has_answer(self, seconds: float) -> bool:
-        """Whether `receive` would return or raise at once, after waiting for that so long."""
+        """Whether `receive` would return or raise at once; waits for up to `seconds`."""
         return _wait(self._output, selectors.EVENT_READ, _deadline_in(seconds))
 
     def finish(self) -> None:
-        """Let a process that has answered end by itself, with what it does at its end."""
+        """Close the process's input and wait for it to exit by itself, with its cleanup."""
         self._input.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(SECONDS_TO_EXIT)
 
     def kill(self) -> None:
-        """Kill the process and all that it started, from any thread; `receive` tells of it."""
-        with suppress(ProcessLookupError, PermissionError):  # all have ended
+        """Kill the process and all that it started; may be called from any thread.
+
+        `receive` then raises ChildFailed.
+        """
+        with suppress(ProcessLookupError, PermissionError):  # all have ended already
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Kill the process and all that it started, whatever it is at, and close its pipes."""
+        """Kill the process and all that it started, and close its pipes."""
         self.kill()
         self.process.wait()
         self._input.close()
@@ -151,6 +161,7 @@ class Child:
         self._errors.close()
 
     def _rebuild_error(self, described: Any) -> Exception:
+        """Return the error that the process described, as its own class or as a ChildFailed."""
         if (error := rebuild_error(described)) is not None:
             return error
         try:
@@ -160,6 +171,7 @@ class Child:
         return ChildFailed(f"{shorten(text, MAX_ERROR_CHARACTERS)}{self._last_error_lines()}")
 
     def _describe_end(self) -> str:
+        """Say how the process ended: its exit status, or the signal that ended it."""
         try:
             code = self.process.wait(SECONDS_TO_EXIT)
         except subprocess.TimeoutExpired:
@@ -170,21 +182,21 @@ class Child:
         return f"its process was ended by {signal.Signals(-code).name}{hint}"
 
     def _last_error_lines(self) -> str:
-        """The last lines of its standard error, to stand below a message."""
+        """Return the last lines of the process's standard error, to append to a message."""
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4000))
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return "".join(f"\n  {line}" for line in lines[-MAX_SHOWN_ERROR_LINES:])
 
 
 def rebuild_error(described: Any) -> Exception | None:
-    """The error of `child_main.describe_error` as it was; None for a class that is not known."""
+    """Return the error that `child_main.describe_error` described; None for an unknown class."""
     try:
         error_class: Any = getattr(errors, described["type"], None)
         is_ours = isinstance(error_class, type) and issubclass(error_class, NestedTuneError)
         if described["module"] == errors.__name__ and is_ours:
             advice = None if described["advice"] is None else Advice(**described["advice"])
-            known: NestedTuneError = error_class(described["message"], advice=advice)
-            return known
+            our_error: NestedTuneError = error_class(described["message"], advice=advice)
+            return our_error
         if described["type"] == "MemoryError":
             return MemoryError(described["text"])
         number, problem, file = described["os"]
@@ -202,8 +214,11 @@ def _deadline_in(seconds: float | None) -> float | None:
 
 
 def _wait(file: Any, event: int, deadline: float | None) -> bool:
-    """Whether a pipe can be read or written, once it can or the deadline has passed."""
+    """Wait until a pipe can be read or written, or the deadline; return whether it can.
+
+    `deadline` is a time of time.monotonic(); None waits without limit.
+    """
     with selectors.DefaultSelector() as selector:
         selector.register(file, event)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return bool(selector.select(left))
+        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return bool(selector.select(timeout))

@@ -1,8 +1,8 @@
-"""The program of a `Child`: answers each request, a line of JSON on standard input, with another.
+"""The program of a `Child`: answers each request, a line of JSON on standard input, with a line.
 
-Started by its path with the name of a function, "package.module:function", or with the path of a
-Python file, whose function is `answer`. It imports nothing of ours, so that such a file can be a
-process without this project. What anything prints goes to standard error.
+Its argument is the name of a function, "package.module:function", or the path of a Python file with
+a function `answer`. It imports nothing of this project, so that such a file can run without it.
+Anything printed goes to standard error.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 
 
 class Requests:
-    """The lines of standard input, read by a thread of its own, which notices the parent's end.
+    """The lines of standard input, read by a thread that also notices when the parent ends.
 
-    When the parent closes its end, or is gone, a process that is idle ends as any program does; one
-    that is at work is killed, with its group.
+    When the parent closes the pipe or is gone, an idle process exits normally. A process that is
+    working on a request is killed with its process group.
     """
 
     def __init__(self, source: BinaryIO) -> None:
@@ -35,17 +35,18 @@ class Requests:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        """Queue the lines of the source; when it ends during a request, kill this process group."""
         for line in self._source:
             self._unanswered += 1
             self._lines.put(line)
         if self._unanswered:
-            if os.getpgrp() == os.getpid():
+            if os.getpgrp() == os.getpid():  # otherwise the group includes the parent
                 os.killpg(0, signal.SIGKILL)
             os._exit(1)
         self._lines.put(None)
 
     def next(self) -> bytes | None:
-        """Wait for the next line; None when there is no more."""
+        """Wait for the next line and return it; None when the input has ended."""
         return self._lines.get()
 
     def note_answered(self) -> None:
@@ -54,19 +55,23 @@ class Requests:
 
 
 def main(name: str) -> None:
-    """Load the function, and answer with it until standard input ends."""
+    """Load the function, and answer requests with it until standard input ends.
+
+    Standard input and output are replaced, so that the function cannot read requests or write
+    answers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers, os.fdopen(os.dup(0), "rb") as file:
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(nothing, 0)
-        os.close(nothing)
+        null_device = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null_device, 0)
+        os.close(null_device)
         os.dup2(2, 1)
         requests = Requests(file)
         function: Callable[[Any], Any] | None = None
         failure: dict[str, Any] = {}
         try:
             function = load_function(name)
-        except BaseException as error:  # the answer to whatever is asked
+        except BaseException as error:  # every request is answered with this error
             failure = print_and_describe(error)
         while (line := requests.next()) is not None:
             reply = failure if function is None else call(function, json.loads(line))
@@ -77,25 +82,25 @@ def main(name: str) -> None:
 
 
 def load_function(name: str) -> Callable[[Any], Any]:
-    """The function of a module or of a file."""
+    """Load a function by "package.module:function", or `answer` of a Python file."""
     if name.endswith(".py"):
-        of_file: Callable[[Any], Any] = runpy.run_path(name)["answer"]
-        return of_file
-    module, _, function = name.partition(":")
-    of_module: Callable[[Any], Any] = getattr(import_module(module), function)
-    return of_module
+        answer: Callable[[Any], Any] = runpy.run_path(name)["answer"]
+        return answer
+    module, _, function_name = name.partition(":")
+    function: Callable[[Any], Any] = getattr(import_module(module), function_name)
+    return function
 
 
 def call(function: Callable[[Any], Any], request: Any) -> dict[str, Any]:
-    """The answer, or the error in a form that the parent raises again."""
+    """Return a reply with the function's result, or with its error for the parent to raise."""
     try:
         return {"answer": function(request)}
-    except BaseException as error:  # whatever it is, the parent says it
+    except BaseException as error:  # of any kind: the parent reports it
         return print_and_describe(error)
 
 
 def print_and_describe(error: BaseException) -> dict[str, Any]:
-    """Print where an error comes from, and give it as a reply."""
+    """Print the traceback of an error, and return the error as a reply."""
     with suppress(OSError):  # such as a full disk
         traceback.print_exception(error, limit=-2)
         sys.stderr.flush()
@@ -103,7 +108,7 @@ def print_and_describe(error: BaseException) -> dict[str, Any]:
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
-    """An error as JSON values, from which `child.rebuild_error` makes it again."""
+    """Return an error as JSON values, from which `child.rebuild_error` creates it again."""
     advice = getattr(error, "advice", None)
     return {
         "type": type(error).__name__,

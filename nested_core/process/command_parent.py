@@ -1,7 +1,7 @@
-"""A command that trains, as a process below the small parent that begins it again if it is killed.
+"""A training command as the child of the small parent that restarts it if it is killed.
 
-The room restart has the parent. What it wants to know of the command is told here, and
-the command ends with it.
+The room restart has the parent. Here the command tells the parent which run it works on, and ends
+when the parent ends.
 """
 
 from __future__ import annotations
@@ -19,75 +19,76 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# In the command's environment: the process id of its parent, the file that leads to it, and the
-# names of the signals that ended the command before, each behind a colon.
+# In the command's environment, separated by colons: the parent's process id, the descriptor of a
+# socket to it, and the names of the signals that ended the command's earlier processes.
 PARENT_VARIABLE = "NESTED_TUNE_PARENT"
-# Of MLX's errors, where macOS ended the work on its GPU; MLX aborts there, or raises it.
+# In the message of MLX's error when macOS ends work on the GPU. MLX may also abort the process.
 METAL_FAILURE = "[METAL] Command buffer execution failed"
 
 
 @dataclass(frozen=True)
 class RunInHand:
-    """The run that a command works on, as it tells its parent.
+    """The run that a command works on, as reported to its parent.
 
-    restarts: how often it may be begun again without a new checkpoint between.
+    restarts: how often the command may be restarted without a new checkpoint in between.
     """
 
     path: Path
     restarts: int
 
 
-STARTED = time.time()  # when this process was, about: the command line imports this first
+STARTED = time.time()  # about when this process started: the command line imports this first
 
-_given: tuple[int, int, tuple[str, ...]] | None = None
+_parent_info: tuple[int, int, tuple[str, ...]] | None = None
 _parent: socket.socket | None = None
 
 
-def _take_given() -> tuple[int, int, tuple[str, ...]] | None:
-    """What the variable said: the parent, the file that leads to it, and the earlier ends.
+def _take_parent_info() -> tuple[int, int, tuple[str, ...]] | None:
+    """Return the parent's process id, the socket's descriptor and the earlier signals, or None.
 
-    It is taken out of the environment, for it is meant for this process and for none that it
-    starts. A process whose parent has ended before it could look ends here.
+    Reads PARENT_VARIABLE and removes it from the environment, because it is not meant for processes
+    that this one starts. If the parent has already ended, this process ends too.
     """
-    global _given
-    given = os.environ.pop(PARENT_VARIABLE, None)
-    if given is not None:
-        process, file, *ends = given.split(":")
-        if int(process) != os.getppid():
+    global _parent_info
+    value = os.environ.pop(PARENT_VARIABLE, None)
+    if value is not None:
+        parent_id, descriptor, *signals = value.split(":")
+        if int(parent_id) != os.getppid():
             os.kill(os.getpid(), signal.SIGKILL)
-        _given = int(process), int(file), tuple(ends)
-    return _given
+        _parent_info = int(parent_id), int(descriptor), tuple(signals)
+    return _parent_info
 
 
 def has_parent() -> bool:
     """Whether this process was started by `run_again_where_killed`."""
-    return _take_given() is not None
+    return _take_parent_info() is not None
 
 
 def command_process() -> int:
-    """The id of the process that a person or a worker started for what this one does."""
-    given = _take_given()
-    return os.getpid() if given is None else given[0]
+    """Return the id of the process that a person or a worker started: the parent's, if any."""
+    parent_info = _take_parent_info()
+    return os.getpid() if parent_info is None else parent_info[0]
 
 
 def list_earlier_ends() -> tuple[str, ...]:
-    """The names of the signals that ended the processes before this one, of the same command."""
-    given = _take_given()
-    return () if given is None else given[2]
+    """Return the names of the signals that ended the earlier processes of this command."""
+    parent_info = _take_parent_info()
+    return () if parent_info is None else parent_info[2]
 
 
 def end_with_parent() -> None:
-    """Have this process end at once when its parent has; nothing where it has no such parent."""
+    """Make this process end as soon as its parent does; does nothing without such a parent."""
     global _parent
-    given = _take_given()
-    if given is None or _parent is not None:
+    parent_info = _take_parent_info()
+    if parent_info is None or _parent is not None:
         return
-    _parent = socket.socket(fileno=given[1])
+    _parent = socket.socket(fileno=parent_info[1])
     _parent.set_inheritable(False)
     threading.Thread(target=_await_end, args=(_parent,), name="parent", daemon=True).start()
 
 
 def _await_end(parent: socket.socket) -> None:
+    """Read from the parent's socket until it closes, then kill this process."""
     with suppress(OSError):
         while parent.recv(1):
             pass
@@ -95,7 +96,7 @@ def _await_end(parent: socket.socket) -> None:
 
 
 def tell_parent(run: RunInHand) -> None:
-    """Tell the parent which run to go on with, if this process has one."""
+    """Tell the parent, if there is one, which run to continue after a restart."""
     end_with_parent()
     if _parent is not None:
         with suppress(OSError):
@@ -104,11 +105,14 @@ def tell_parent(run: RunInHand) -> None:
 
 @contextmanager
 def aborting_where_metal_failed() -> Iterator[None]:
-    """Abort this process at an error of Metal, so that its parent begins it again."""
+    """Abort this process at an error of Metal in the block, so that its parent restarts it.
+
+    Without a parent the error is raised as usual.
+    """
     try:
         yield
     except Exception as error:
-        if has_parent() and any(METAL_FAILURE in str(each) for each in (error, error.__cause__)):
+        if has_parent() and any(METAL_FAILURE in str(e) for e in (error, error.__cause__)):
             traceback.print_exc()
             sys.stderr.flush()
             os.abort()

@@ -1,11 +1,11 @@
 """Training: from a loaded model and tokenised data to a run directory with checkpoints.
 
-trainer.py is the loop, train_step.py one optimizer step, loss/ what it minimises; training_setup.py
-makes what they need, schedule/ says which batch, evaluation and report belong to a step.
-due_parts.py reports, evaluates and saves when it is due, training_state.py is what a checkpoint
-records, early_stopping.py says when a run ends early, training_checks.py and nonfinite_watch.py
-check that training does something. parameter_packing.py makes one vector of a tier's tensors,
-parameter_importance.py measures which matter. reports/ is what a run tells, memory_plan.py how
-much it may hold. world.py is where several processes would meet. Others use `trainer.Trainer`,
-`training_setup.prepare_training` and `evaluation.Evaluator`.
+trainer.py has the loop, train_step.py one optimizer step, and loss/ the losses; training_setup.py
+builds what they need, and schedule/ decides which batch, evaluation and report belong to a step.
+due_parts.py reports, evaluates and saves when due, training_state.py defines what a checkpoint
+records, and early_stopping.py ends a run early. training_checks.py and nonfinite_watch.py check
+that training has an effect. parameter_packing.py joins a tier's tensors to one vector,
+parameter_importance.py measures parameters by their gradients, reports/ shows progress,
+memory_plan.py limits the memory, and world.py is the interface for several processes. Other
+packages use `trainer.Trainer`, `training_setup.prepare_training` and `evaluation.Evaluator`.
 """

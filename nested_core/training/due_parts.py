@@ -1,6 +1,6 @@
-"""The parts of training that know when they are due: reports, evaluations and checkpoints.
+"""The parts of training that act only at some steps: reports, evaluations and checkpoints.
 
-The loop (trainer.py) calls each after every step.
+The loop in trainer.py calls each part after every step.
 """
 
 from __future__ import annotations
@@ -50,30 +50,31 @@ from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import CheckpointState, TrainingState
 from nested_core.training.world import Sums, World
 
-# Where answers only show, and take longer before the first step, so many fewer are asked from then
-# on. Where they choose, all are asked: a base that does not end its answers takes minutes for what
-# an adapter answers in a second, and a single question would be left to choose by.
+# If the answers are only shown and take longer than this before the first step, fewer questions are
+# asked later. If answers select the step, all are asked: a base that does not end its answers may
+# take minutes for what the adapter answers in a second, and too few questions would be left.
 SLOW_SECONDS = 10.0
-# Where answers only show, evaluations that ask are so far apart, or four in a shorter run: of a
-# tiny model, whose steps take no longer than a token, that is some 4 % of the whole command.
+# If the answers are only shown, this many steps lie between two evaluations that ask; a shorter run
+# asks LEAST_ASKINGS times. With a tiny model asking then takes some 4 % of the whole command.
 STEPS_BETWEEN_QUESTIONS = 300
 LEAST_ASKINGS = 4
 
 
 class MetricsWindow:
-    """Loss, token and time totals since the last report; pauses are left out of the time.
+    """Sums of loss, tokens and time since the last report; only training steps count as time.
 
-    Totals stay on the device until the report. Each rank adds up its own; once they are read, they
-    are summed, and the main rank goes on with the sum.
+    The sums stay on the device until the report. Each rank adds up its own. When they are read,
+    they are summed over the ranks, and the main rank continues with the total.
     """
 
     def __init__(self, world: World, *, is_mean: bool = False) -> None:
-        """`is_mean` is for a loss that is a mean, which is divided as mlx-lm divides it."""
+        """Create an empty window; `is_mean` means that mean losses are averaged as in mlx-lm."""
         self._world = world
         self._is_mean = is_mean
         self._restart_window()
 
     def _restart_window(self) -> None:
+        """Set all sums to zero and restart the clock."""
         self.sums = _zero_sums()
         self.is_open = False
         self._earlier_tokens = 0
@@ -82,50 +83,50 @@ class MetricsWindow:
         self.restart_clock()
 
     def reopen(self, sums: Mapping[str, Any]) -> None:
-        """Continue the window that a checkpoint was written in; a loss of None was not finite."""
+        """Continue the window of a checkpoint from its sums; a loss of None was not finite."""
         self.sums = {
             "loss": mx.array(math.nan if sums["loss"] is None else sums["loss"], mx.float32),
             "weight": mx.array(int(sums["weight"])),
             "tokens": mx.array(int(sums["tokens"])),
         }
-        self._earlier_tokens = int(sums["tokens"])  # of another process, whose time is not known
+        self._earlier_tokens = int(sums["tokens"])  # from another process: excluded from the speed
         self.is_open = self._earlier_tokens > 0
         self._zero_sums_unless_main()
 
     def restart_clock(self) -> None:
-        """Count time from now."""
+        """Measure time from now on."""
         self._started = time.perf_counter()
         self._paused_seconds = 0.0
 
     @contextmanager
     def pausing_clock(self) -> Iterator[None]:
-        """Leave the block's time out: evaluations and checkpoints are not training.
+        """Exclude the block from the measured time: evaluations and checkpoints are not training.
 
-        If the clock restarts in the block, only the time since then counts as a pause.
+        If the clock restarts in the block, only the time after the restart is excluded.
         """
         paused_at = time.perf_counter()
         yield
         self._paused_seconds += time.perf_counter() - max(paused_at, self._started)
 
     def add_micro_batch(self, micro_batch: Mapping[str, mx.array]) -> None:
-        """Add one micro-batch's loss, weight and tokens, not yet evaluated."""
+        """Add the loss, weight and tokens of a micro-batch, lazily."""
         self.sums = {name: total + micro_batch[name] for name, total in self.sums.items()}
         self.is_open = True
         self._iterations += 1
 
     def add_gradient_bytes(self, sent: int) -> None:
-        """Add the bytes of gradients that a step sent to the other ranks."""
+        """Add the number of gradient bytes that a step sent to the other ranks."""
         self._gradient_bytes += sent
 
     def sums_for_checkpoint(self) -> dict[str, float]:
-        """The totals so far, exactly, as a checkpoint keeps them."""
+        """Return the sums so far, summed over the ranks, for a checkpoint to store."""
         self._sum_ranks()
         sums = {name: to_float(total) for name, total in self.sums.items()}
         self._zero_sums_unless_main()
         return sums
 
     def close_and_report(self) -> dict[str, Any]:
-        """The report of this window; the next one begins."""
+        """Return the report of this window, and start the next window."""
         self._sum_ranks()
         mx.eval(self.sums)
         seconds = time.perf_counter() - self._started - self._paused_seconds
@@ -145,12 +146,15 @@ class MetricsWindow:
         self.sums = self._world.sum_scalars_over_ranks(self.sums)
 
     def _zero_sums_unless_main(self) -> None:
-        """The sum over the ranks is the main rank's; the others begin again at zero."""
+        """Restart at zero on every rank but the main one, which holds the sum over all ranks."""
         if not self._world.is_main:
             self.sums = _zero_sums()
 
     def _mean_loss(self) -> float:
-        """In float32; for a loss that is a mean as a Python float, as in mlx-lm."""
+        """Return the mean loss, divided in float32 on the device.
+
+        A loss that is itself a mean is divided in Python floats, as in mlx-lm.
+        """
         if self._is_mean:
             return to_float(self.sums["loss"]) / to_int(self.sums["weight"])
         return to_float(self.sums["loss"] / self.sums["weight"])
@@ -161,7 +165,10 @@ def _zero_sums() -> Sums:
 
 
 def read_optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
-    """What the last step really used: learning rate, gradient norm before and after clipping."""
+    """Return what the last step used: learning rate, gradient norm before and after clipping.
+
+    Also the applied and skipped updates of each tier so far.
+    """
     counters = optimizer.state[COUNTERS_KEY]
     norm = counters["grad_norm"]
     clipped = norm
@@ -178,7 +185,7 @@ def read_optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
 
 
 def make_train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
-    """A report as mlx-lm's on_train_loss_report receives it, with the optimizer step added."""
+    """Return a report in the form that mlx-lm's on_train_loss_report receives, plus the step."""
     info = {
         "iteration": iteration,
         "step": step,
@@ -189,15 +196,15 @@ def make_train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[s
         "trained_tokens": record["trained_tokens"],
         "peak_memory": record["peak_memory_gb"],
     }
-    if "gradient_bytes" in record:  # there are several ranks
+    if "gradient_bytes" in record:  # only with several ranks
         info["gradient_bytes"] = record["gradient_bytes"]
     return info
 
 
 class Reporter:
-    """Reports training, and writes metrics.jsonl: a line for a report, an evaluation or both.
+    """Reports training, and writes metrics.jsonl: a line for each report, evaluation, or both.
 
-    All ranks call it, since what is reported is summed over them; the main one writes.
+    All ranks call it, because reports sum over the ranks; only the main rank writes.
     """
 
     def __init__(self, setup: TrainingSetup) -> None:
@@ -206,7 +213,7 @@ class Reporter:
         self._losses: list[float] = []
 
     def begin(self, state: TrainingState) -> None:
-        """Cut metrics.jsonl back to the state's step, and go on with the report that was open."""
+        """Drop the records after the state's step, and reopen the window of its checkpoint."""
         if self.setup.world.is_main:
             metrics = self.setup.run.metrics
             state.reported = truncate_metrics(metrics, state.step, state.reported)
@@ -216,20 +223,24 @@ class Reporter:
             self.window.reopen(state.open_report)
 
     def add_step(self, state: TrainingState, first: int, result: StepResult) -> None:
-        """Add the micro-batches of a step, which began at iteration `first`, to the window."""
+        """Add a step's micro-batches to the window; `first` is the iteration it began at."""
         self.window.add_gradient_bytes(result.gradient_bytes)
         for micro_batch in result.micro_batches:
             self.window.add_micro_batch(micro_batch)
 
     def after_step(self, state: TrainingState, evaluation: dict[str, Any], *, is_due: bool) -> None:
-        """Report if it is due, or training ended with one open; write it with an evaluation."""
+        """Report if a report is due or training ended with an open window, and write the record.
+
+        `evaluation` holds the fields of an evaluation at this step, if there was one, for the same
+        record.
+        """
         is_due = self.window.is_open if state.ended else is_due
         record = self.report(state, state.iteration) if is_due else {}
         if record or evaluation:
             self.write(state, state.iteration, record | evaluation)
 
     def write(self, state: TrainingState, iteration: int, values: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl."""
+        """Append a record to metrics.jsonl with step and iteration, on the main rank only."""
         if self.setup.world.is_main:
             self.setup.run.require_lock()
             record = {"step": state.step, "iteration": iteration} | values
@@ -237,7 +248,7 @@ class Reporter:
         state.reported += 1
 
     def report(self, state: TrainingState, iteration: int) -> dict[str, Any]:
-        """Close the window; the record of it for metrics.jsonl, which callbacks have by then."""
+        """Close the window, pass the report to the callback, and return it for metrics.jsonl."""
         record = self.window.close_and_report() | read_optimizer_metrics(self.setup.optimizer)
         state.train_loss = record["loss"]
         state.trained_tokens += record.pop("tokens")
@@ -254,10 +265,10 @@ class Reporter:
 
 
 class Validation:
-    """Measures the validation loss, and has the prompts of `samples` answered.
+    """Measures the validation loss, and asks the prompts of `samples` and questions of suites.
 
-    It reads the model and changes nothing of it. Its methods raise EvaluationInterrupted if a stop
-    is requested meanwhile; nothing has changed then.
+    It does not change the model. Its methods raise EvaluationInterrupted if a stop is requested
+    meanwhile; the state is then unchanged.
     """
 
     def __init__(self, setup: TrainingSetup, evaluator: Evaluator) -> None:
@@ -266,13 +277,16 @@ class Validation:
         self._targets = setup.step_schedule.validation_targets()
 
     def after_step(self, state: TrainingState, *, is_due: bool) -> dict[str, Any]:
-        """Evaluate if it is due, or training ended and what it ended with is not evaluated."""
+        """Evaluate if it is due, or if training ended with parameters that were not yet evaluated.
+
+        Returns the fields for metrics.jsonl; empty without an evaluation.
+        """
         if state.ended:
             is_due = state.evaluated_step != state.step or state.flushed
         return self.evaluate(state, state.iteration) if is_due else {}
 
     def evaluate(self, state: TrainingState, iteration: int) -> dict[str, Any]:
-        """The validation loss, and the answers to `samples`; empty without either."""
+        """Return the validation loss and the answers to `samples`, as fields for metrics.jsonl."""
         batches = self.setup.step_schedule.validation_batches(iteration)
         losses = {} if batches is None else self._measure_loss(state, iteration, batches)
         if not self.setup.world.is_main:
@@ -283,6 +297,11 @@ class Validation:
     def _measure_loss(
         self, state: TrainingState, iteration: int, batches: Iterable[MicroBatch]
     ) -> dict[str, Any]:
+        """Measure the validation loss, ask the questions, and record both in the state.
+
+        A step is a candidate for the offered adapter once every tier was updated. `wrong` ranks
+        candidates before the loss does if a suite selects the step.
+        """
         started = time.perf_counter()
         values = read_parameters(self.setup.parameters)
         evaluation = self._evaluator.evaluate(values, batches)
@@ -305,7 +324,7 @@ class Validation:
         return {"val_loss": val_loss} | asked
 
     def _ask_questions(self, state: TrainingState, values: Flat) -> dict[str, Any]:
-        """The answers to `training.evaluate_tasks`, of the main rank; empty if they are not due."""
+        """Ask the questions of `training.evaluate_tasks` on the main rank; empty if not due."""
         questions, world, schedule = (
             self.setup.questions,
             self.setup.world,
@@ -313,31 +332,37 @@ class Validation:
         )
         if questions is None or not world.is_main:
             return {}
-        between = STEPS_BETWEEN_QUESTIONS
-        if schedule.steps < between:
-            between = schedule.steps // LEAST_ASKINGS
-        answers_choose = self.setup.config.training.select_by != "loss"
-        if answers_choose:
-            between = 0  # every evaluation has to be chosen among
+        min_steps = STEPS_BETWEEN_QUESTIONS
+        if schedule.steps < min_steps:
+            min_steps = schedule.steps // LEAST_ASKINGS
+        answers_select = self.setup.config.training.select_by != "loss"
+        if answers_select:
+            min_steps = 0  # every evaluation needs answers to be compared
         is_last = state.iteration >= schedule.iterations
-        if 0 < state.step < state.asked_step + between and not is_last:
+        if 0 < state.step < state.asked_step + min_steps and not is_last:
             return {}
 
         def check_stop() -> None:
-            """End the evaluation where a stop is requested; of several ranks none hears of it."""
+            """Interrupt the evaluation on a stop request; with several ranks, never.
+
+            The other ranks are not asking questions, and would wait for this one.
+            """
             if world.is_single_process and self._evaluator.is_stop_requested():
                 raise EvaluationInterrupted
 
         share = state.question_share
         asked = questions.ask(self.setup.model, self.setup.parameters, values, check_stop, share)
         seconds = asked.get("task_seconds", 0.0)
-        if state.step == 0 and seconds > SLOW_SECONDS and not answers_choose:
+        if state.step == 0 and seconds > SLOW_SECONDS and not answers_select:
             state.question_share = SLOW_SECONDS / seconds
         state.asked_step = state.step
         return asked
 
     def _keep_example_losses(self, state: TrainingState, evaluation: Evaluation) -> None:
-        """Append the losses of an evaluation whose step could be offered, for the gate."""
+        """Append each example's loss at a step that could be offered, for the gate.
+
+        Without per-example losses only the step is recorded, which the gate counts.
+        """
         self.setup.run.require_lock()
         losses = StepLosses(step=state.step, lines=None, losses=None)
         if evaluation.row_sums is not None and self._targets is not None:
@@ -355,11 +380,11 @@ class Validation:
 class Saver:
     """Writes checkpoints, and the snapshots that mlx_lm.lora would write to adapter_path.
 
-    All ranks call it; the main one writes.
+    All ranks call it; only the main rank writes.
     """
 
     def __init__(self, setup: TrainingSetup, window: MetricsWindow, evaluator: Evaluator) -> None:
-        """`window` has the report that is open, which a checkpoint keeps."""
+        """Create it; checkpoints also store the open report of `window`."""
         self.setup = setup
         self._window = window
         self._evaluator = evaluator
@@ -370,7 +395,10 @@ class Saver:
         self._published_dtypes = {name: array.dtype for name, array in initial.items()}
 
     def begin(self, state: TrainingState) -> None:
-        """Forget losses of later steps; make the snapshot that the process before may have owed."""
+        """Drop recorded losses of later steps, and export the checkpoint's snapshot if it was due.
+
+        The previous process may have been killed between checkpoint and snapshot.
+        """
         run = self.setup.run
         if self.setup.world.is_main:
             truncate_step_losses(run.validation_losses, state.step)
@@ -378,15 +406,15 @@ class Saver:
                 self._export_checkpoint_if_due(checkpoint_path(run.checkpoints, state.step), state)
 
     def is_time_to_save(self) -> bool:
-        """Whether the minutes of `save_every` are over; the main rank decides for all."""
+        """Whether the minutes of `save_every` have passed; only the main rank decides."""
         if self._seconds is None or not self.setup.world.is_main:
             return False
         return time.monotonic() - self._saved_at >= self._seconds
 
     def after_step(self, state: TrainingState, *, is_due: bool, is_time: bool) -> bool:
-        """Save if it is due, the step is the best so far, or training ended; whether it did.
+        """Save if it is due, the step is the best so far, or training ended; return whether it did.
 
-        `is_time` is what `is_time_to_save` said, and all ranks agreed on.
+        `is_time` is the result of `is_time_to_save`, which all ranks agreed on.
         """
         is_best = self.setup.step_schedule.offers_best and state.best_step == state.step
         if not (state.ended or is_best or is_due or is_time):
@@ -395,7 +423,7 @@ class Saver:
         return True
 
     def save(self, state: TrainingState, *, is_time: bool = False) -> None:
-        """Write a checkpoint and remove those that are no longer to be kept."""
+        """Write a checkpoint, check that it changed, and remove old checkpoints."""
         self._saved_at = time.monotonic()
         state.open_report = self._window.sums_for_checkpoint()
         setup = self.setup
@@ -432,17 +460,17 @@ class Saver:
         )
 
     def snapshots_due_before_step(self, first: int, last: int) -> list[int]:
-        """The iterations between the micro-batches [first, last) at which a snapshot is due."""
+        """Return the iterations within the step [first, last) at which mlx_lm.lora would save."""
         every = self._every
         if self.setup.config.adapter_path is None or every is None:
             return []
         return [done for done in range(first + 1, last) if done % every == 0]
 
     def export_snapshots(self, iterations: Sequence[int]) -> None:
-        """Copy what the model holds to adapter_path, under each of these iterations.
+        """Copy the model's adapter to adapter_path, once for each of these iterations.
 
-        For iterations within a step, before it is taken: as in mlx_lm.lora, gradients that are
-        still gathered are not in the snapshot.
+        For iterations within a step, called before the step is taken: as in mlx_lm.lora,
+        accumulated gradients are not in the snapshot.
         """
         run, adapter_path = self.setup.run, self.setup.config.adapter_path
         if adapter_path is None or not self.setup.world.is_main:
@@ -456,10 +484,10 @@ class Saver:
     def _export_checkpoint_if_due(
         self, checkpoint_folder: Path, state: TrainingState, *, is_time: bool = False
     ) -> None:
-        """Copy a checkpoint to adapter_path where mlx_lm.lora writes a snapshot of its iteration.
+        """Copy a checkpoint to adapter_path if mlx_lm.lora would save at its iteration.
 
-        With minutes in `save_every` that is where they were over. Checkpoints that are written for
-        another reason, such as the best, are not copied.
+        If `save_every` is in minutes, it is copied when they have passed. Checkpoints written for
+        another reason, such as the best one, are not copied.
         """
         adapter_path = self.setup.config.adapter_path
         is_due = is_time or (self._every is not None and state.iteration % self._every == 0)
@@ -468,7 +496,7 @@ class Saver:
             export_snapshot(checkpoint_folder, adapter_path, run_dir, iteration)
 
     def _cast_to_published_dtypes(self, values: Flat) -> Flat:
-        """Trained values in the dtypes that the adapter is published in."""
+        """Cast trained values to the dtypes in which the adapter is published."""
         return {name: value.astype(self._published_dtypes[name]) for name, value in values.items()}
 
     def _adapter_config(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Early stopping: evaluations in a row without improvement, and whether they are enough."""
+"""Early stopping: count evaluations in a row without improvement."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from nested_core.training.training_state import TrainingState
 def count_evaluations_without_improvement(
     state: TrainingState, val_loss: float, *, min_delta: float
 ) -> None:
-    """Count an evaluation: one that is lower by more than `min_delta` begins the count anew.
+    """Update the state's count after an evaluation.
 
-    A loss that is not finite is no improvement.
+    A loss below the lowest so far by more than `min_delta` resets the count. A loss that is not
+    finite is no improvement.
     """
     lowest = math.inf if state.lowest_val_loss is None else state.lowest_val_loss
     if val_loss < lowest - min_delta:
@@ -23,5 +24,5 @@ def count_evaluations_without_improvement(
 
 
 def is_out_of_patience(state: TrainingState, patience: int | None) -> bool:
-    """Whether `patience` evaluations in a row brought no improvement; None waits for ever."""
+    """Whether `patience` evaluations in a row brought no improvement; None never stops."""
     return patience is not None and state.evaluations_without_improvement >= patience

@@ -1,4 +1,4 @@
-"""The mean loss over batches, and logits on fixed prompts, for any values of the parameters."""
+"""Evaluate parameter values in a model: the mean loss over batches, and logits on fixed prompts."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ MAX_LOGIT_COLUMNS = 256
 
 
 class EvaluationInterrupted(Exception):  # noqa: N818  # no error: the trainer turns it into a stop
-    """A stop was requested during an evaluation, and nothing of it counts."""
+    """A stop was requested during an evaluation, whose results are discarded."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The mean loss a target token, and the summed loss of each row of the batches, in order.
+    """The mean loss per target token, and the summed loss of each row of all batches, in order.
 
-    row_sums: float64 (rows of all batches,), those without an example too; None if the loss
-        does not tell rows apart.
+    row_sums: float64 (rows of all batches,), including rows without an example; None if the loss
+        does not compute the loss of single rows.
     """
 
     mean_loss: float
@@ -57,16 +57,16 @@ class Evaluation:
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Evaluates parameter values in a model, which has its own parameters again afterwards.
+    """Evaluates parameter values in a model, and restores the model's own parameters afterwards.
 
     Args:
         model: the model with its adapter attached.
         parameters: references to the parameters that are evaluated.
-        loss_fn: the loss; sums and means are both reported a token.
+        loss_fn: the loss; it is reported per token whether it is a sum or a mean.
         prompts: token ids of the prompts of `logits_on_fixed_prompts`.
-        is_stop_requested: asked before every batch; if it is true, `loss` raises
+        is_stop_requested: called before every batch; if it returns true, `evaluate` raises
             EvaluationInterrupted.
-        world: the ranks; each evaluates its own rows of every batch, and all get the same loss.
+        world: the ranks; each evaluates its rows of every batch, and all get the same loss.
     """
 
     model: nn.Module
@@ -87,11 +87,11 @@ class Evaluator:
         return count_logits(self.model)
 
     def mean_loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:
-        """Mean loss a target token, for cross-entropy in nats, without dropout."""
+        """Return the mean loss per target token (for cross-entropy in nats), without dropout."""
         return self.evaluate(values, batches).mean_loss
 
     def evaluate(self, values: Flat, batches: Iterable[MicroBatch]) -> Evaluation:
-        """The mean loss of `mean_loss`, with the loss of each row where it can be told."""
+        """Return the mean loss, with the loss of each row if the loss function computes it."""
         rows: list[mx.array] = []
         total = mx.array(0.0)
         count = mx.array(0)
@@ -99,31 +99,32 @@ class Evaluator:
             for batch in chain.from_iterable(map(self._split, batches)):
                 if self.is_stop_requested():
                     raise EvaluationInterrupted
-                loss, tokens, *by_row = self._evaluate_batch(
+                loss, tokens, *row_sums = self._evaluate_batch(
                     values, *self.loss_fn.prepare_batch(batch)
                 )
-                rows += by_row
+                rows += row_sums
                 total = total + self.loss_fn.sum_over_target_tokens(loss, tokens)
                 count = count + tokens
-                mx.eval(total, count, *by_row)
+                mx.eval(total, count, *row_sums)
         sums = self.world.sum_scalars_over_ranks({"loss": total, "count": count})
         mean_loss = to_float(sums["loss"] / sums["count"])
         return Evaluation(mean_loss, self.world.gather_row_sums(rows) if rows else None)
 
     def _split(self, batch: MicroBatch) -> Iterable[MicroBatch]:
-        """Parts of a batch of which all logits may exist; the whole if each loss is of few logits.
+        """Split a batch into parts whose logits fit the logit budget.
 
-        A loss that does not tell rows apart is one of whole batches.
+        A loss that computes few logits at a time, or not the loss of single rows, gets the whole
+        batch.
         """
         if self.loss_fn.is_chunked or self.loss_fn.by_row is None:
             return (batch,)
         return split_batch(batch, self._vocabulary)
 
     def logits_on_fixed_prompts(self, values: Flat) -> dict[str, Any]:
-        """The model's next-token logits after each prompt, in up to 256 columns of the vocabulary.
+        """Return the next-token logits after each prompt, in up to 256 columns of the vocabulary.
 
-        `prompts`, `columns` and `values` (one row a prompt, float32): what a fresh process that
-        loads the published adapter must compute again.
+        A dictionary of `prompts`, `columns` and `values` (a row for each prompt, float32). A fresh
+        process that loads the published adapter must compute the same values.
         """
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             assign_parameters(self.parameters, values)
@@ -141,11 +142,15 @@ class Evaluator:
 
 
 def _logits_of_last_token(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the logits of a model's output at the last position, float32 (vocabulary,)."""
     return np.array(extract_logits(output)[0, -1].astype(mx.float32))
 
 
 def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
-    """The first tokens of the first validation examples, else of the training set."""
+    """Return the first tokens of the first few validation examples, or training examples.
+
+    Training examples are used if there is no validation set.
+    """
     split = splits["valid"] if len(splits.get("valid", ())) else splits["train"]
     examples = [split.example(row) for row in range(min(len(split), MAX_PROMPTS))]
     return [example[:MAX_PROMPT_TOKENS].tolist() for example in examples if len(example)]
@@ -154,7 +159,10 @@ def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
 def load_evaluation_batches(
     split: TokenizedSplit, batch_size: int, max_batches: int, max_seq_length: int
 ) -> Iterable[MicroBatch]:
-    """The same batches in the same order every time; -1 is all, fewer are spread over lengths."""
+    """Yield the batches of an evaluation, the same ones in the same order every time.
+
+    max_batches: -1 is all; a smaller number is spread evenly over the lengths.
+    """
     batches = choose_evaluation_batches(
         split, batch_size, max_batches, max_seq_length=max_seq_length
     )

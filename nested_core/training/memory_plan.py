@@ -1,4 +1,4 @@
-"""The memory that a run may take, and how many layers it recomputes; the room memory forecasts."""
+"""The memory that a run may use, and the layers it recomputes; room memory predicts the peak."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from nested_core.training.training_setup import TrainingSetup
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory there is, in bytes, and of `layers` layers the number that is recomputed.
+    """The memory that a run may use and is expected to need, in bytes.
 
-    needed: the predicted peak, in bytes; None without the room that predicts one.
-    forecast: both in words, on one line; empty without a prediction.
+    needed: the predicted peak; None without the room that predicts it.
+    recomputed: how many of the model's `layers` recompute activations in the backward pass.
+    forecast: prediction and capacity in words, on one line; empty without a prediction.
     """
 
     needed: int | None
@@ -29,17 +30,18 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether no peak beyond the capacity is predicted."""
+        """Whether the predicted peak, if there is a prediction, is within the capacity."""
         return self.needed is None or self.needed <= self.capacity
 
     def describe(self) -> str:
-        """The predicted peak, the capacity, and the settings that would fit, on one line."""
+        """Describe the predicted peak, the capacity, and settings that would fit, on one line."""
         return self.forecast or f"memory: {self.capacity / 1e9:.1f} GB"
 
     def layers_to_recompute(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The layers to recompute: the lowest that train.
+        """Return the layers to recompute: the lowest of those that train.
 
-        Their turn comes last in the backward pass, when what the others kept is free again.
+        The backward pass reaches them last, when the activations of the other layers are already
+        freed.
         """
         layers: Any = model.layers
         if self.recomputed in (0, self.layers):
@@ -50,16 +52,16 @@ class MemoryPlan:
 
 
 def plan_memory(setup: TrainingSetup) -> MemoryPlan:
-    """The plan of a run on the default device, within its memory or `memory_limit_gb`.
+    """Plan a run on the default device, within its memory or `memory_limit_gb`.
 
-    Bounds the freed buffers that MLX keeps in this process to `clear_cache_threshold`, if set.
+    Also limits the freed buffers that MLX keeps in this process to `clear_cache_threshold`, if set.
     """
     config = setup.config
     if config.clear_cache_threshold:
         mx.set_cache_limit(config.clear_cache_threshold)
     limit = config.training.memory_limit_gb
     capacity = backend.device_memory_bytes() if limit is None else int(limit * 1e9)
-    for forecast_memory in seams.load_all("memory_forecast"):
+    for forecast_memory in seams.load_all("memory_forecast"):  # one at most
         plan: MemoryPlan = forecast_memory(setup, capacity)
         return plan
     layers = len(setup.model.layers)

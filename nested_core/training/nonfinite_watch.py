@@ -1,4 +1,4 @@
-"""Steps whose gradients are not finite: each is logged, and too many in a row end training.
+"""Log steps whose gradients are not finite, and end training after too many in a row.
 
 It is a file of its own because benchmarks use it where pydantic is not installed.
 """
@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 
 
 class NonfiniteStepWatch:
-    """Logs every step that was skipped for gradients that are not finite; gives up after `limit`.
+    """Logs each step that was skipped for non-finite gradients; gives up after `limit` in a row.
 
-    The counter of a step is read when the next one is under way, so that reading it waits for
-    nothing.
+    A step's counter is read when the next step is under way, so that reading it does not wait for
+    the device.
     """
 
     def __init__(self, limit: int, learning_rate: float) -> None:
-        """Make a watch; `learning_rate` is the configured one, which the message names."""
+        """Create a watch; `learning_rate` is the configured rate, for the error message."""
         self._limit = limit
         self._learning_rate = learning_rate
         self._unread: list[tuple[int, mx.array]] = []
 
     def add_step(self, step: int, counters: Mapping[str, mx.array]) -> None:
-        """Keep a step's counter of skipped steps in a row, and read those of the steps before.
+        """Store a step's counter of steps skipped in a row, and read the counters of earlier steps.
 
         Raises TrainingDiverged once `limit` steps in a row were skipped.
         """
@@ -38,10 +38,11 @@ class NonfiniteStepWatch:
         self._read_counters_except_last(count=1)
 
     def finish(self) -> None:
-        """Read every counter, the last step's included; this waits for the device."""
+        """Read all remaining counters, including the last step's; this waits for the device."""
         self._read_counters_except_last(count=0)
 
     def _read_counters_except_last(self, *, count: int) -> None:
+        """Read all counters but the last `count`; log skipped steps, and raise at the limit."""
         while len(self._unread) > count:
             step, counter = self._unread.pop(0)
             skipped = to_int(counter)
@@ -54,7 +55,10 @@ class NonfiniteStepWatch:
 
 
 def _describe_divergence(skipped: int, step: int, learning_rate: float) -> str:
-    """The message of TrainingDiverged; before the first update, no update can be to blame."""
+    """Return the message of TrainingDiverged for `skipped` steps in a row up to `step`.
+
+    If no step was ever applied, the base model is to blame and not the learning rate.
+    """
     if skipped == step:
         return (
             f"The gradients were not finite in any of the first {skipped} steps, so nothing was "

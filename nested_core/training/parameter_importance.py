@@ -1,6 +1,6 @@
-"""Parameter importance: the mean squared gradient norm over a few batches.
+"""Measure parameter importance: the mean squared gradient norm over a few batches.
 
-Weights, optimizer and random state stay as they are.
+Weights, optimizer and random state do not change.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from nested_core.training.schedule.step_schedule import make_batch_order
 def measure_parameter_importance(
     config: FineTuneConfig, model: nn.Module, split: TokenizedSplit
 ) -> dict[str, float]:
-    """Each parameter's squared L2 gradient norm, averaged over `nested.probe_batches` batches."""
+    """Return each parameter's squared L2 gradient norm, averaged over batches.
+
+    `nested.probe_batches` is the number of batches.
+    """
     parameters = reference_trainable_parameters(model)
     values = read_parameters(parameters)
-    plan = make_batch_order(config, split)
+    batch_order = make_batch_order(config, split)
 
     def mean_loss(values: Flat, tokens: mx.array, target_mask: mx.array) -> mx.array:
         assign_parameters(parameters, values)
@@ -39,7 +42,7 @@ def measure_parameter_importance(
     totals = dict.fromkeys(values, 0.0)
     with in_evaluation_mode(model), restoring_parameters(parameters):
         for index in range(config.nested.probe_batches):
-            tokens, target_mask = plan.arrays(split, index)
+            tokens, target_mask = batch_order.arrays(split, index)
             gradients = mx.grad(mean_loss)(values, mx.array(tokens), mx.array(target_mask))
             for name, gradient in gradients.items():
                 totals[name] += to_float(mx.square(gradient).sum())

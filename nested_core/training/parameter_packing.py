@@ -1,4 +1,4 @@
-"""Packed parameters: a tier's many small tensors as one vector, and how they get back by name.
+"""Pack a tier's many small tensors into one vector, and unpack them by name.
 
 An adapter has hundreds of tensors, and an optimizer runs some ten kernels for each; on a GPU that
 takes as long as the rest of a step. An elementwise optimizer gives the same values for one vector.
@@ -29,35 +29,38 @@ from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tier_counters import RESERVED_NAMES
 from nested_core.optim.tiered import Tiered
 
-ALIGNMENT = 8  # elements: 16 bytes of a bfloat16
+ALIGNMENT = 8  # elements; 16 bytes in bfloat16
 
 
 def unflatten_names(flat: Flat) -> Any:
-    """A flat dictionary of dotted names as the tree that the optimizer's state mirrors."""
+    """Turn a dictionary with dotted names into the nested tree that an optimizer expects.
+
+    `{"a.b": x}` becomes `{"a": {"b": x}}`.
+    """
     return tree_unflatten(list(flat.items())) if flat else {}
 
 
 @dataclass(frozen=True)
 class PackedArray:
-    """The layout of one array that holds tensors of one tier: a vector, or a single tensor as is.
+    """The layout of an array that holds tensors of one tier: a vector, or a single tensor as it is.
 
-    A matrix lies in the vector with its short side first, as products with a lora_a read it. Where
-    a size is no multiple of ALIGNMENT, what is cut out of the vector is copied: kernels load 16
-    bytes at a time, from an address that has to be a multiple of that.
+    A matrix is stored in the vector with its short side first, as products with a lora_a read it.
+    If a tensor's size is no multiple of ALIGNMENT, unpacking copies the tensors, because kernels
+    load 16 bytes at a time from addresses that must be multiples of 16.
     """
 
     tier: int
     shapes: Mapping[str, tuple[int, ...]]
 
     def pack(self, values: Mapping[str, mx.array]) -> mx.array:
-        """The tensors, given by name, in one array."""
+        """Return the tensors, given by name, as one array."""
         if len(self.shapes) == 1:
             return values[next(iter(self.shapes))]
         tensors = [_transpose_if_tall(values[name]) for name in self.shapes]
         return device_operations().concatenate_flattened(tensors)
 
     def unpack(self, array: mx.array) -> Flat:
-        """The tensors by name, as views where they are aligned."""
+        """Return the tensors by name; they are views of the array if all of them are aligned."""
         if len(self.shapes) == 1:
             return {next(iter(self.shapes)): array}
         ends = list(accumulate(math.prod(shape) for shape in self.shapes.values()))
@@ -71,7 +74,7 @@ class PackedArray:
         }
 
     def count_changes(self, before: mx.array, after: mx.array) -> mx.array:
-        """In how many elements each tensor's bits differ, int32 [tensors], in their order."""
+        """Count for each tensor the elements whose bits differ, int32 (tensors,), in order."""
         unsigned = UNSIGNED_DTYPE_BY_BYTES[before.dtype.size]
         is_changed = (before.view(unsigned) != after.view(unsigned)).reshape(-1)
         ends = accumulate(math.prod(shape) for shape in self.shapes.values())
@@ -88,17 +91,19 @@ def _transpose_if_tall(array: mx.array) -> mx.array:
 
 
 def _view_in_shape(vector: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """Reshape a part of the vector to a tensor's shape, and transpose it back if it is tall."""
     return vector.reshape(shape[::-1]).T if _is_tall(shape) else vector.reshape(shape)
 
 
 class Packing:
-    """Which trainable tensors are packed into which array, and the optimizer's state likewise.
+    """Which trainable tensors are packed into which array; also packs the optimizer's state.
 
     Args:
         values: the trainable tensors by dotted name.
-        tiers: the tier of each.
-        by_tier: pack each tier into one vector. Otherwise each tensor stays as it is, as it must
-            for an optimizer that depends on a tensor's shape, and should where tensors are large.
+        tiers: the tier of each tensor.
+        by_tier: pack each tier into one vector. Otherwise each tensor stays as it is. An optimizer
+            that depends on a tensor's shape requires that, and large tensors do not gain by
+            packing.
     """
 
     def __init__(self, values: Mapping[str, mx.array], tiers: TierMap, *, by_tier: bool) -> None:
@@ -110,15 +115,15 @@ class Packing:
                 self.arrays[name] = PackedArray(tiers.tensors[name], {name: shape})
             return
         for tier in sorted({tiers.tensors[name] for name in shapes}):
-            own = {name: shapes[name] for name in shapes if tiers.tensors[name] == tier}
-            self.arrays[f"tier{tier}"] = PackedArray(tier, own)
+            of_tier = {name: shapes[name] for name in shapes if tiers.tensors[name] == tier}
+            self.arrays[f"tier{tier}"] = PackedArray(tier, of_tier)
 
     def pack(self, values: Mapping[str, mx.array]) -> Flat:
-        """Every packed array, from all tensors by name."""
+        """Return all packed arrays, given all tensors by name."""
         return {key: array.pack(values) for key, array in self.arrays.items()}
 
     def unpack(self, packed: Mapping[str, mx.array]) -> Flat:
-        """The tensors, by name, of some packed arrays."""
+        """Return the tensors of the given packed arrays, by name."""
         return {
             name: tensor
             for key, array in packed.items()
@@ -126,9 +131,10 @@ class Packing:
         }
 
     def find_unmoved(self, before: Mapping[str, mx.array], after: Flat) -> list[str]:
-        """The names of the tensors that have the same bits in some packed arrays before and after.
+        """Return the names of tensors whose bits are the same in packed arrays before and after.
 
-        A few operations for each packed array, however many tensors it holds, and one evaluation.
+        This takes a few operations for each packed array, however many tensors it holds, and one
+        evaluation.
         """
         changed = [self.arrays[key].count_changes(old, after[key]) for key, old in before.items()]
         counts: Any = mx.concatenate(changed).tolist() if changed else []
@@ -136,11 +142,11 @@ class Packing:
         return [name for name, count in zip(names, counts, strict=True) if count == 0]
 
     def tensor_shapes(self, key: str) -> Mapping[str, tuple[int, ...]]:
-        """The names of the tensors in a packed array, with their shapes."""
+        """Return the names and shapes of the tensors in a packed array."""
         return self.arrays[key].shapes
 
     def keys_of_tiers(self, tiers: tuple[int, ...]) -> frozenset[str]:
-        """The packed arrays that belong to some tiers."""
+        """Return the keys of the packed arrays that belong to the given tiers."""
         return frozenset(key for key, array in self.arrays.items() if array.tier in tiers)
 
     def pack_optimizer(self, optimizer: Tiered, values: Flat) -> Tiered:
@@ -167,38 +173,45 @@ class Packing:
         return packed
 
     def copy_step_and_learning_rate(self, packed: Tiered, optimizer: Tiered) -> None:
-        """Give an optimizer the clock, learning rate and counters of its packed copy."""
+        """Copy step, learning rate and counters from `packed` to the optimizer by name."""
         for key in RESERVED_NAMES:
             if key in packed.state:
                 optimizer.state[key] = packed.state[key]
 
     def unpack_optimizer(self, packed: Tiered, states: StateByParameter) -> None:
-        """Write the moments of a packed optimizer into `optimizer_state_by_parameter`'s dict."""
+        """Write the packed optimizer's moments into `states`, by parameter name.
+
+        `states` is a result of `optimizer_state_by_parameter`. Does nothing if nothing is packed.
+        """
         if not self.by_tier:
             return
         for key, array, parts in self._arrays_with_moment_names(states):
             for part in parts:
                 for name, view in array.unpack(packed.state[key][part]).items():
+                    # the mark is a scalar by name, and has an element for each weight if packed
                     states[name][part] = mx.max(view) if part == HAD_GRADIENT else view
 
     def _arrays_with_moment_names(
         self, states: Mapping[str, Any]
     ) -> Iterator[tuple[str, PackedArray, list[str]]]:
-        """Each packed array with the names of its moments."""
+        """Yield each packed array's key, layout and the names of its moments, such as "m", "v"."""
         for key, array in self.arrays.items():
             yield key, array, list(states[next(iter(array.shapes))])
 
 
 def make_packing(values: Flat, tiers: TierMap, optimizer: Tiered, *, pack_by_tier: bool) -> Packing:
-    """A packing by tier, if that is asked for and the optimizer is elementwise."""
+    """Build a packing by tier if `pack_by_tier` is set and the optimizer is elementwise.
+
+    Otherwise each tensor stays as it is.
+    """
     return Packing(values, tiers, by_tier=pack_by_tier and optimizer.is_elementwise)
 
 
 class PackedState:
-    """The packed parameters and optimizer that steps advance.
+    """The packed parameters and the packed optimizer that training steps advance.
 
-    Between reports, evaluations and checkpoints only these change; the model and the optimizer by
-    name keep the values that were last written into them.
+    Between reports, evaluations and checkpoints only these change. The model's parameters and the
+    optimizer by name keep the values last written into them.
     """
 
     def __init__(
@@ -213,15 +226,15 @@ class PackedState:
         mx.eval(self.parameters, self.optimizer.state)
 
     def update(self, updates: Flat) -> None:
-        """Replace packed parameters by their new values, after the packed optimizer's step."""
+        """Replace packed parameters by their new values after the packed optimizer's step."""
         self.parameters = self.parameters | updates
         self.packing.copy_step_and_learning_rate(self.optimizer, self._named_optimizer)
 
     def arrays(self) -> Flat:
-        """Every array that the next step starts from, which must be equal on all ranks."""
+        """Return every array that the next step starts from; they must be equal on all ranks."""
         return self.parameters | flatten(self.optimizer.state)
 
     def unpack(self) -> Flat:
-        """The parameters by name; the optimizer by name is given its state as well."""
+        """Return the parameters by name, and write the state into the optimizer by name."""
         self.packing.unpack_optimizer(self.optimizer, self._named_states)
         return self.packing.unpack(self.parameters)

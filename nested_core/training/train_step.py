@@ -1,9 +1,9 @@
 """One optimizer step: forward and backward over its micro-batches, then the update.
 
-A step is a pure function of the packed parameters and optimizer state, compiled once for each set
-of due tiers: it substitutes parameters for tracing and restores the model's own afterwards. The
-gradient is taken with respect to the due parameters alone, so that the backward pass ends at the
-lowest layer that is due.
+A step is a pure function of the packed parameters and the optimizer state, compiled once for each
+set of due tiers. It assigns parameters to the model for tracing and restores the model's own
+afterwards. The gradient is taken with respect to the due parameters alone, so that the backward
+pass ends at the lowest layer that is due.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from nested_core.training.world import SINGLE_PROCESS_WORLD, Sums, World
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step computed; the device may still be at it.
+    """The result of one step; the device may still be computing it.
 
     Attributes:
         due: the tiers whose gradients were taken.
         micro_batches: `loss`, `weight` and `tokens` of each micro-batch.
         before: the due packed parameters before the step.
-        updates: the same after it; both are empty if the step was incomplete.
-        requests: float32, on how many ranks each of `requests` was so; None in a single process.
+        updates: the due packed parameters after the step; like `before`, empty if the step was
+            incomplete.
+        requests: how many ranks made each of the requests, float32; None in a single process.
         gradient_bytes: the bytes that this rank sent to the others.
     """
 
@@ -48,13 +49,13 @@ class StepResult:
 
 @dataclass(kw_only=True, eq=False)
 class TrainStep:
-    """Takes optimizer steps, each over one or more micro-batches, from what the model holds now.
+    """Takes optimizer steps over one or more micro-batches, starting from the model's parameters.
 
     Args:
-        model: the model with its adapter attached; it stays as it is.
+        model: the model with its adapter attached; its parameters do not change.
         parameters: references to its trainable parameters.
-        optimizer: initialised with them.
-        tiers: the tier of each.
+        optimizer: an optimizer that was initialised with these parameters.
+        tiers: the tier of each parameter.
         loss_fn: the loss to train with, in its form for this model.
         pack_by_tier: pack each tier into one vector; for small tensors, such as an adapter's.
         uses_dropout: whether the model draws random numbers.
@@ -71,11 +72,12 @@ class TrainStep:
     uses_dropout: bool = False
     world: World = SINGLE_PROCESS_WORLD
 
-    # What steps advance, and the state that compiled functions read and write beside arguments
+    # The state that steps advance, and the arrays that compiled functions read and write implicitly
     packed: PackedState = field(init=False)
     captured: list[Any] = field(init=False)
 
     def __post_init__(self) -> None:
+        """Pack the parameters, and collect the state that compiled steps change."""
         self.packed = PackedState(
             self.parameters, self.optimizer, self.tiers, pack_by_tier=self.pack_by_tier
         )
@@ -88,7 +90,7 @@ class TrainStep:
         self._gradient_bytes: dict[tuple[int, ...], int] = {}
 
     def needed_tiers(self, step: int) -> tuple[int, ...]:
-        """The tiers whose gradients a step needs: those due, or all if gradients accumulate."""
+        """Return the tiers whose gradients a step needs: those due, or all if they accumulate."""
         if self.packed.optimizer.accumulates:
             return tuple(range(len(self.tiers.frequencies)))
         return self.tiers.due(step)
@@ -101,13 +103,13 @@ class TrainStep:
         is_complete: bool = True,
         requests: mx.array | None = None,
     ) -> StepResult:
-        """Take one optimizer step, without waiting for the device.
+        """Take one optimizer step without waiting for the device.
 
         Args:
             batches: the micro-batches, whose gradients are added up.
             due: the tiers to take gradients of.
-            is_complete: whether the gradients are applied; else only the losses are computed.
-            requests: what `World.requests_to_send` gives.
+            is_complete: whether the gradients are applied; otherwise only losses are computed.
+            requests: the result of `World.requests_to_send`.
         """
         if due not in self.compiled:
             self.compiled[due] = self._compile(due)
@@ -137,6 +139,7 @@ class TrainStep:
         )
 
     def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
+        """Compile the function that processes a micro-batch, and updates after the last one."""
         due_keys = self._packing.keys_of_tiers(due)
 
         def train_step(
@@ -146,7 +149,7 @@ class TrainStep:
             is_last: bool,
             *batch: mx.array,
         ) -> tuple[Sums, dict[str, Any] | None, Flat, mx.array | None]:
-            """One micro-batch, and after the last one the update.
+            """Process one micro-batch, and apply the update after the last one.
 
             Returns its sums, the accumulated gradients, the updates and the request counts.
             """
@@ -168,9 +171,9 @@ class TrainStep:
     def forward_backward(
         self, params: Flat, due_params: Flat, *batch: mx.array
     ) -> tuple[Sums, Flat]:
-        """The sums of one prepared micro-batch, and the packed gradients of the due parameters."""
+        """Return the sums of a prepared micro-batch, and the due parameters' packed gradients."""
         tensors = self._unpack_in_compute_dtype(params)
-        assign_parameters(self.parameters, tensors)
+        assign_parameters(self.parameters, tensors)  # `_loss_of_micro_batch` replaces the due ones
         due_tensors = {
             name: tensors[name] for key in due_params for name in self._packing.tensor_shapes(key)
         }
@@ -184,7 +187,7 @@ class TrainStep:
         }, packed
 
     def _unpack_in_compute_dtype(self, params: Flat) -> Flat:
-        """The parameters by name, in the dtype they compute in: one cast for a whole vector."""
+        """Return the parameters by name, cast to their compute dtype (a whole vector at once)."""
         cast = {}
         for key, value in params.items():
             first_name = next(iter(self._packing.tensor_shapes(key)))
@@ -194,14 +197,16 @@ class TrainStep:
     def _loss_of_micro_batch(
         self, due_tensors: Flat, *batch: mx.array
     ) -> tuple[mx.array, mx.array]:
+        """Compute the loss as a function of the due tensors, which MLX differentiates by."""
         assign_parameters(self.parameters, due_tensors)
         return self.loss_fn.function(self.model, *batch)
 
     def _pack_gradients(self, gradients: Flat, due_params: Flat) -> Flat:
-        """The gradients packed as the parameters are, and in their dtype.
+        """Pack the gradients like the parameters, and in their dtypes.
 
-        All are evaluated together, the deepest layers' first: the backward pass gets to them in
-        that order, and if one waited for another, the activations it is made of would stay.
+        All are evaluated together, those of the deepest layers first, which is the order of the
+        backward pass. If one gradient waited for another, the activations it is computed from would
+        stay in memory.
         """
 
         def depth(key: str) -> int:
@@ -213,7 +218,7 @@ class TrainStep:
         return {key: ordered[key].astype(value.dtype) for key, value in due_params.items()}
 
     def update(self, gradients: Flat, weight: mx.array, due_params: Flat) -> Flat:
-        """The new values of the due parameters."""
+        """Return the new values of the due parameters, from summed gradients and their weight."""
         mean = {name: g / weight.astype(g.dtype) for name, g in gradients.items()}
         updated = self.packed.optimizer.apply_gradients(
             unflatten_names(mean), unflatten_names(due_params)

@@ -1,7 +1,7 @@
 """The training loop: step after step, until the run is over or a stop is requested.
 
-Steps advance packed arrays. Before anything reads the model, such as a report, an evaluation or a
-checkpoint, what the steps computed is written into it by name and read back.
+Steps advance packed arrays. Before a report, an evaluation or a checkpoint reads the model, the
+parameters are written into it by name and read back to check that they arrived.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nested_core.training.training_checks import UpdateCheck, warn_of_lost_updat
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState, require_whole_state
 
-SECONDS_BEFORE_END = 20.0  # what the imports of a process take at most
+SECONDS_BEFORE_END = 20.0  # the longest time that a new process takes for its imports
 NAMES_OF_DIGESTED_INPUTS = {
     "initial": "initial/",
     "initial_files": "its files",
@@ -50,13 +50,16 @@ class Trainer:
     """Trains the adapter that is attached to a model, in a run directory.
 
     Attributes:
-        state: what has been done so far.
-        memory: the forecast of peak memory, and the layers that are recomputed for it.
-        stop_requested: ends training after the step that is under way, and an evaluation at once.
-        stop_after_step: ends training after this step, with its evaluation, as a stop does.
+        state: the progress so far.
+        memory: the forecast of peak memory, and the layers that are recomputed to save memory.
+        on_step: called after each step with the step and the steps of the whole run.
+        on_near_end: called once, after a step, when some SECONDS_BEFORE_END of training are left.
+        evaluation_peak: MLX's peak memory in bytes up to the end of the first evaluation.
+        stop_requested: ends training after the current step; interrupts an evaluation at once.
+        stop_after_step: ends training like a stop after this step and its evaluation.
     """
 
-    # The parts that know when they are due
+    # The parts that act at some steps; subclasses may replace them
     reporter_class: type[Reporter] = Reporter
     validation_class: type[Validation] = Validation
     saver_class: type[Saver] = Saver
@@ -71,17 +74,14 @@ class Trainer:
         self.world = setup.world
         self.memory = plan_memory(setup)
 
-        # Progress, which checkpoints keep
+        # Progress, which checkpoints store
         self.state = TrainingState()
+        self.evaluation_peak = 0
 
-        # Whoever is told of each step: the step, and the steps of the whole run
+        # Callbacks and requests
         self.on_step: Callable[[int, int], None] | None = None
-        self.stop_after_step: int | None = None
-
-        # Called once, when the last SECONDS_BEFORE_END of training begin, by the steps so far
         self.on_near_end: Callable[[], None] | None = None
-        self.evaluation_peak = 0  # most bytes of MLX up to the end of the first evaluation
-
+        self.stop_after_step: int | None = None
         self.stop_requested = False
 
         # Evaluation, reports and checks
@@ -103,27 +103,27 @@ class Trainer:
 
     @property
     def current_step(self) -> int:
-        """Optimizer steps done."""
+        """The number of optimizer steps done."""
         return self.state.step
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """The number of optimizer steps of the whole run."""
         return self.step_schedule.steps
 
     def tier_stats(self) -> list[TierStats]:
-        """What each tier holds, and its updates so far."""
+        """Return the size and the update counts of each tier."""
         return self.optimizer.get_tier_stats()
 
     def stop_training(self) -> None:
-        """Ask for a graceful stop: the step ends, a checkpoint is written, train() raises."""
+        """Request a stop: the current step ends, a checkpoint is written, train() raises."""
         self.stop_requested = True
 
     def resume(self) -> None:
-        """Continue from the run's last sound checkpoint; without one, train from the start.
+        """Continue from the run's last sound checkpoint; without a checkpoint, start at step 0.
 
-        Raises DamagedError or DatasetError if what the run began from has changed since, and
-        DamagedError if the checkpoint does not say all that is needed.
+        Raises DamagedError or DatasetError if an input of the run has changed since it began, and
+        DamagedError if the checkpoint's state is incomplete.
         """
         checkpoint = latest_checkpoint(self.setup.run.checkpoints)
         if checkpoint is not None:
@@ -132,6 +132,10 @@ class Trainer:
             self._restore_checkpoint(checkpoint)
 
     def _refuse_changed_inputs(self, recorded: Mapping[str, str]) -> None:
+        """Raise an error if a digest recorded in the checkpoint differs from today's input.
+
+        DatasetError if only the data changed, else DamagedError.
+        """
         digests = self.setup.input_digests
         changed = [name for name in recorded if recorded[name] != digests.get(name)]
         if not changed:
@@ -144,7 +148,10 @@ class Trainer:
         raise DatasetError(message) if changed == ["data"] else DamagedError(message)
 
     def _restore_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Take over adapter, optimizer, position, best so far and open report."""
+        """Load adapter, optimizer and training state from a checkpoint.
+
+        A run that had ended goes on if more iterations are configured now.
+        """
         apply_flat_updates_to_nested(self.model, checkpoint.parameters())
         self.optimizer.state = checkpoint.optimizer_state()
         self.optimizer.init(self.model.trainable_parameters())
@@ -154,9 +161,9 @@ class Trainer:
         self.state.flushed = self.state.flushed and is_over
 
     def train(self) -> TrainingState:
-        """Train to the end of the run.
+        """Train to the end of the run and return the final state.
 
-        Raises TrainingStopped if a stop is requested before, TrainingDiverged after
+        Raises TrainingStopped if a stop is requested before the end, TrainingDiverged after
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
         try:
@@ -179,7 +186,7 @@ class Trainer:
         return self.state
 
     def _begin(self) -> None:
-        """Open what the parts write to, at the state's step; evaluate what training begins from."""
+        """Prepare metrics and checkpoint files for the state's step, and evaluate before step 1."""
         self._reporter.begin(self.state)
         self._saver.begin(self.state)
         if self.state.step == 0:
@@ -189,7 +196,10 @@ class Trainer:
 
     @contextmanager
     def using_training_layers(self) -> Iterator[None]:
-        """Within the block, the model's layers compute as they do in training."""
+        """Put the model into training mode and, within the block, optimize its layers for training.
+
+        Some layers recompute their activations, as the memory plan says.
+        """
         self.model.train()
         recomputed = self.memory.layers_to_recompute(self.model)
         is_reference = self.config.training.reference is not None
@@ -198,23 +208,24 @@ class Trainer:
 
     def _train_steps(self) -> None:
         """Take the run's remaining steps, each with what is due before and after it."""
-        every = self.config.grad_accumulation_steps
+        micro_batches = self.config.grad_accumulation_steps
         train_step = self.make_train_step()
         must_stop = self._any_rank_requests_stop() or self._is_at_last_step()
         near_end = _NearEnd(self.state.step, self.steps, self.on_near_end)
         if not self.state.observed and not self._is_over():  # the last evaluation was interrupted
             last = self.state.iteration
-            self._observe(self.step_schedule.intervals.due(last - every, last))
+            self._observe(self.step_schedule.intervals.due(last - micro_batches, last))
         while not self._is_over():
             if must_stop:
                 self._save_and_raise_stopped()
             first = self.state.iteration
-            last = min(first + every, self.step_schedule.iterations)
+            last = min(first + micro_batches, self.step_schedule.iterations)
             self._observe_before_step(train_step, first, last)
             result = self._take_step(train_step, first, last)
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
             near_end.after_step(self.state.step)
+            # All ranks must act on a request after the same step: the requests were summed in it.
             must_stop, must_save = self.world.requests_after_step(
                 result.requests, self._own_requests
             )
@@ -229,8 +240,8 @@ class Trainer:
         self._divergence_watch.finish()
 
     def make_train_step(self) -> TrainStep:
-        """What takes the steps, from what the model holds now."""
-        # A packed lora_a lies transposed, and BLAS may round its products otherwise than mlx_lm's.
+        """Create the TrainStep, which starts from the model's current parameters."""
+        # A packed lora_a is stored transposed: BLAS may round its products unlike mlx_lm's.
         is_packed = self.config.fine_tune_type != "full" and self.config.training.reference is None
         return TrainStep(
             model=self.model,
@@ -244,7 +255,7 @@ class Trainer:
         )
 
     def _take_step(self, train_step: TrainStep, first: int, last: int) -> StepResult:
-        """Take one optimizer step over the micro-batches [first, last)."""
+        """Take one optimizer step over the micro-batches [first, last), and advance the state."""
         step = self.state.step + 1
         batches = [self.step_schedule.micro_batch(index) for index in range(first, last)]
         is_complete = self.step_schedule.is_complete_step(first, last)
@@ -254,7 +265,7 @@ class Trainer:
             self.world.allow_longer()
         requests = self.world.requests_to_send(self._own_requests)
         result = train_step.run(batches, due, is_complete=is_complete, requests=requests)
-        if not train_step.packed.packing.by_tier:  # large tensors are not to be held twice
+        if not train_step.packed.packing.by_tier:  # or large tensors would be in memory twice
             self._sync_model_and_optimizer(train_step)
         if is_complete:
             self.state.step = step
@@ -264,7 +275,10 @@ class Trainer:
         return result
 
     def _sync_model_and_optimizer(self, train_step: TrainStep) -> Flat:
-        """Write the parameters, and the optimizer's state, into the model and optimizer by name."""
+        """Write the packed parameters and optimizer state into the model and the optimizer by name.
+
+        Returns the parameters by name.
+        """
         values = train_step.packed.unpack()
         self.write_parameters_into_model(values)
         return values
@@ -277,9 +291,10 @@ class Trainer:
         apply_flat_updates_to_nested(self.model, values)
 
     def _check_updates(self, train_step: TrainStep, result: StepResult, *, is_read: bool) -> None:
-        """Write the model and read it back, if anything is to read it or these tiers are new.
+        """Write the step's parameters into the model, and check that they arrived.
 
-        Raises TrainingProcessesDiffer if the ranks are no longer equal.
+        Skipped if nothing reads the model after this step (`is_read`) and an update of the same
+        tiers was already checked. Raises TrainingProcessesDiffer if the ranks are no longer equal.
         """
         if not is_read and self._update_check.has_checked_tiers(result.due):
             return
@@ -290,15 +305,15 @@ class Trainer:
             self._update_check.check(self.state, result, packing=packing, written=written)
 
     def _observe_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
-        """Export what is due within the step [first, last), before it is applied."""
+        """Export the snapshots that are due within the step [first, last), before it is applied."""
         if snapshots := self._saver.snapshots_due_before_step(first, last):
             self._sync_model_and_optimizer(train_step)
             self._saver.export_snapshots(snapshots)
 
     def _observe(self, due: Due, *, must_save: bool = False) -> None:
-        """Evaluate, report and save what is due after a step, and what the end of training needs.
+        """Evaluate, report and save what is due after a step, or at the end of training.
 
-        `must_save`: the minutes between two checkpoints are over.
+        `must_save`: the minutes between two checkpoints have passed.
         """
         with self._reporter.window.pausing_clock():
             evaluation = self._validation.after_step(self.state, is_due=due.evaluation)
@@ -309,17 +324,18 @@ class Trainer:
                 self.world.allow_longer()
 
     def _is_over(self) -> bool:
-        """Whether all iterations are done, or early stopping has run out of patience."""
+        """Whether all iterations are done or early stopping has run out of patience."""
         has_all_iterations = self.state.iteration >= self.step_schedule.iterations
         patience = self.config.training.early_stop_patience
         return has_all_iterations or is_out_of_patience(self.state, patience)
 
     def _apply_remaining_gradients(self) -> None:
-        """Apply the gradients that slow tiers have gathered since they were last due."""
+        """Apply gradients that slow tiers have accumulated since they were last due (a flush)."""
         has_open_chunk = any(self.state.step % f for f in self.setup.tiers.frequencies)
-        if not has_open_chunk or self.state.flushed:  # flushed before an interrupted evaluation
+        if not has_open_chunk or self.state.flushed:  # already flushed, but not yet evaluated
             return
         if self.optimizer.accumulates:
+            # Outside of the compiled step, so the update is checked here as `_check_updates` does.
             before = read_parameters(self.setup.parameters)
             updates = flatten(self.optimizer.flush(unflatten_names(before)))
             self.write_parameters_into_model(updates)
@@ -328,24 +344,24 @@ class Trainer:
             self.state.record_gradient_flush()
 
     def _is_at_last_step(self) -> bool:
-        """Whether training is to end here, with what is due after this step."""
+        """Whether `stop_after_step` is reached: training ends after this step's evaluation."""
         return self.stop_after_step is not None and self.state.step >= self.stop_after_step
 
     def _is_stop_requested(self) -> bool:
-        """Whether this rank is to stop, by `stop_training` or by `nested-tune stop`."""
+        """Whether this rank should stop, because of `stop_training` or `nested-tune stop`."""
         return bool(self.stop_requested) or self.setup.run.stop_request.exists()
 
     def _any_rank_requests_stop(self) -> bool:
-        """Whether any rank is to stop; this waits for all of them. Evaluations ask it."""
+        """Whether any rank should stop. Waits for all ranks; called in evaluations."""
         self.world.allow_longer()
         return self.world.any_rank(self._is_stop_requested())
 
     def _own_requests(self) -> tuple[bool, bool]:
-        """Whether this rank is to stop, and whether it is time for a checkpoint."""
+        """Return whether this rank should stop, and whether it is time for a checkpoint."""
         return self._is_stop_requested(), self._saver.is_time_to_save()
 
     def _save_and_raise_stopped(self) -> None:
-        """Save, and raise TrainingStopped."""
+        """Save a checkpoint, remove the stop request, and raise TrainingStopped."""
         if self.state.step > 0:
             self._saver.save(self.state)
         self.setup.run.stop_request.unlink(missing_ok=True)
@@ -356,9 +372,9 @@ class Trainer:
 
 
 def make_trainer(setup: TrainingSetup) -> Trainer:
-    """The trainer that a configuration asks for: under `training.reference` that of a room.
+    """Return the configured trainer; under `training.reference` that of the room reference.
 
-    Raises ConfigError where the room is not installed.
+    Raises ConfigError if the room is not installed.
     """
     if setup.config.training.reference is None:
         return Trainer(setup)
@@ -367,16 +383,17 @@ def make_trainer(setup: TrainingSetup) -> Trainer:
 
 
 class _NearEnd:
-    """Calls a function once, when the rest of training takes no longer than SECONDS_BEFORE_END."""
+    """Calls a function once, when an estimated SECONDS_BEFORE_END of training are left."""
 
     def __init__(self, first: int, steps: int, callback: Callable[[], None] | None) -> None:
+        """Create it; `first` is the step that training starts at, `steps` the last step."""
         self._first = first
         self._steps = steps
         self._callback = callback
         self._started = time.monotonic()
 
     def after_step(self, step: int) -> None:
-        """Look at the time that the steps so far took, which includes all that came between."""
+        """Estimate the time left from the time per step so far, evaluations included."""
         if self._callback is None or step <= self._first:
             return
         seconds_a_step = (time.monotonic() - self._started) / (step - self._first)

@@ -1,7 +1,7 @@
-"""Whether training does anything: checks of its updates, checkpoints and losses.
+"""Checks whether training has an effect, by its updates, checkpoints and losses.
 
-A red flag is a warning that is kept in the run's state: something that should have moved did not.
-Whether the run is worth anything the gate decides.
+A red flag is a warning that is also stored in the run's state: something that should have changed
+did not. Whether the adapter is good is decided by the gate.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from nested_core.training.train_step import StepResult
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState
 
-ROUNDED_SHARE = 0.9  # of the moved float32 weights: then what was trained is not what is saved
-FLAT_SHARE = 0.05  # of the loss: half a window that differs by more is movement to whoever reads it
+ROUNDED_SHARE = 0.9  # of the moved float32 weights: rounding that many away is flagged
+FLAT_SHARE = 0.05  # of the loss: a larger difference between half windows always counts as movement
 
 
 def warn_once(state: TrainingState, code: str, message: str) -> None:
-    """Warn, once a run for each code, and keep the message in the state."""
+    """Warn of a red flag and store it in the state, once in a run for each code."""
     if not any(flag.startswith(f"{code}:") for flag in state.red_flags):
         state.red_flags.append(f"{code}: {message}")
-        # The step stands in the place of a file and a line of code, which tell a user nothing.
+        # The step takes the place of file and line of the code, which mean nothing to a user.
         warnings.warn_explicit(
             f"{code}: {message}", SilentUpdateWarning, "training step", state.step
         )
 
 
 def warn_of_lost_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]) -> None:
-    """Flag updates that are not in the model, and due parameters that did not move.
+    """Flag updates that did not arrive in the model, and due parameters that did not move.
 
-    `idle` are those that could not move, such as lora_a while lora_b is still zero.
+    `idle` names the parameters that could not move, such as lora_a while lora_b is still zero.
     """
     if report.not_applied:
         warn_once(
@@ -67,9 +67,9 @@ def warn_of_lost_updates(state: TrainingState, report: UpdateReport, idle: Seque
 def warn_of_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: Path) -> None:
     """Flag a checkpoint whose adapter file equals the initial adapter's, byte for byte.
 
-    Both are written by `storage.safetensors_files.save_arrays`, which writes equal arrays as equal
-    bytes. Call it once every tier was due, and not at step 1, where a warm-up may have a learning
-    rate of 0.
+    Both files are written by `storage.safetensors_files.save_arrays`, which writes equal arrays as
+    equal bytes. Only call this after every tier was due, and not at step 1, whose learning rate may
+    be 0 in a warm-up.
     """
     if filecmp.cmp(checkpoint / WEIGHTS_NAME, initial / WEIGHTS_NAME, shallow=False):
         warn_once(
@@ -86,10 +86,11 @@ def warn_of_rounded_updates(
     masters: Mapping[str, mx.array],
     initial: Path,
 ) -> None:
-    """Flag trained float32 weights whose change is mostly lost in the dtype of the saved tensors.
+    """Flag trained float32 weights whose change is mostly lost in the narrower saved dtype.
 
-    `adapter` holds the tensors as they are saved, `masters` the float32 weights behind those of
-    fewer bits, `initial` the folder of the adapter that training began with.
+    adapter: the tensors as they are saved.
+    masters: the float32 weights of tensors that are saved in fewer bits.
+    initial: the folder of the initial adapter.
     """
     before = load_arrays(initial / WEIGHTS_NAME)
     moved = lost = 0
@@ -109,10 +110,10 @@ def warn_of_rounded_updates(
 def warn_of_flat_loss(state: TrainingState, losses: Sequence[float], window: int) -> None:
     """Flag a training loss whose last `window` reports show no movement beyond their noise.
 
-    It moves if the mean of the later half differs from that of the earlier half by more than two
-    standard errors, or by more than FLAT_SHARE of it, whatever the noise. A loss that lies two
-    standard deviations below the first report has converged and is not flagged. Reports whose loss
-    is not finite are left out.
+    The loss moves if the mean of the later half differs from that of the earlier half by more than
+    two standard errors, or by more than FLAT_SHARE of it. A loss that is two standard deviations
+    below the first report has converged and is not flagged. Reports whose loss is not finite are
+    left out.
     """
     finite = list(filter(math.isfinite, losses))
     recent = finite[-window:]
@@ -134,22 +135,22 @@ def warn_of_flat_loss(state: TrainingState, losses: Sequence[float], window: int
 
 
 class UpdateCheck:
-    """Reads the updates of steps back from the model, and flags those that are not there."""
+    """Reads updated parameters back from the model, and flags updates that did not arrive."""
 
     def __init__(self, setup: TrainingSetup) -> None:
         self._setup = setup
         self._checked_due: set[tuple[int, ...]] = set()
 
     def has_checked_tiers(self, due: tuple[int, ...]) -> bool:
-        """Whether an update of just these tiers was checked before."""
+        """Whether an update of exactly these due tiers was checked before."""
         return due in self._checked_due
 
     def check(
         self, state: TrainingState, step: StepResult, *, packing: Packing, written: Flat
     ) -> None:
-        """Read the parameters that a step updated back from the model, where they were written.
+        """Check that the parameters updated by a step are in the model.
 
-        `written` are all parameters by name, as the step left them.
+        `written` are all parameters by name, as they were written into the model.
         """
         self._checked_due.add(step.due)
         names = [name for key in step.updates for name in packing.tensor_shapes(key)]
@@ -165,7 +166,11 @@ class UpdateCheck:
         state.verified_steps.append(state.step)
 
     def _parameters_that_cannot_move(self, step: int, names: Sequence[str]) -> list[str]:
-        """Those that could not move: not due, no rate, a skipped step, or no gradient yet."""
+        """Return which of the parameters could not have moved at this step.
+
+        All of them after a skipped step or with a learning rate of 0; else those whose tier was not
+        due or that had no gradient yet.
+        """
         if not names:
             return []
         optimizer = self._setup.optimizer
@@ -176,9 +181,9 @@ class UpdateCheck:
             return list(names)
         due = tiers.due(step)
         state = flatten(optimizer.state)
-        evidence = {name: find_gradient_mark(state, name) for name in names}
+        gradient_marks = {name: find_gradient_mark(state, name) for name in names}
         return [
             name
-            for name, array in evidence.items()
-            if tiers.tensors[name] not in due or array is None or not bool(mx.any(array).item())
+            for name, mark in gradient_marks.items()
+            if tiers.tensors[name] not in due or mark is None or not bool(mx.any(mark).item())
         ]

@@ -1,4 +1,4 @@
-"""Everything that a run trains with, made from its configuration before the first step."""
+"""Build everything that a run trains with from its configuration, before the first step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 
 class Questions(Protocol):
-    """Questions that are asked at evaluations, see measure/answers/questions_in_training.py."""
+    """Questions to ask at evaluations, see measure/answers/questions_in_training.py."""
 
     def ask(
         self,
@@ -49,14 +49,14 @@ class Questions(Protocol):
         check_stop: Callable[[], None],
         share: float,
     ) -> dict[str, Any]:
-        """`tasks` and `task_seconds` of a record of metrics.jsonl; empty without questions."""
+        """Return `tasks` and `task_seconds` for metrics.jsonl; empty without questions."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LossInputs:
-    """What the loss of a room is made from: a run that was validated and loaded.
+    """What a room builds its loss from: a run that was validated and loaded.
 
-    The attributes are those of `prepare_training`, with references to the trainable parameters.
+    The attributes are those of `prepare_training`, plus references to the trainable parameters.
     """
 
     config: FineTuneConfig
@@ -69,22 +69,22 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingSetup:
-    """Everything that a run trains with; the trainer and its parts take it whole.
+    """Everything that a run trains with, passed as a whole to the trainer and its parts.
 
     Attributes:
         config: the resolved configuration.
-        run: where metrics and checkpoints go; `initial/` and `tiers.json` are in it.
-        input_digests: digests of what training begins from; checkpoints carry them to the gate.
+        run: the run directory, which already has `initial/` and `tiers.json`.
+        input_digests: digests of the inputs of training; checkpoints carry them to the gate.
         callback: receives reports and evaluations, as in mlx-lm.
         model: the base model with the initial adapter attached.
         parameters: references to its trainable parameters.
-        tiers: the tier of each.
-        optimizer: initialised with them.
+        tiers: the tier of each parameter.
+        optimizer: an optimizer initialised with the parameters.
         step_schedule: what a run trains on, and when it is evaluated.
         loss_fn: the loss, in its form for this model.
         samples: prompts that are answered at each evaluation.
         questions: those of `training.evaluate_tasks`; None if no questions are asked.
-        prompts: token ids that every checkpoint records the model's logits on.
+        prompts: token ids of prompts on which every checkpoint records the model's logits.
         world: the ranks that train together.
     """
 
@@ -122,16 +122,16 @@ def prepare_training(
     make_questions: Callable[[int], Questions] | None = None,
     world: World = SINGLE_PROCESS_WORLD,
 ) -> TrainingSetup:
-    """Make the setup of a run that was validated and loaded.
+    """Build the setup of a run that was validated and loaded.
 
     Args:
-        config: the resolved configuration; its memory limit holds for this process from now on.
+        config: the resolved configuration; its memory limit is set for this process.
         run: its run directory.
         model: the base model with the initial adapter attached.
-        splits: the tokenised data; "train" is needed, "valid" is used if it is there.
-        tokenizer: the model's, for the prompts of `samples`.
-        callback: mlx-lm's callback protocol.
-        make_questions: makes the questions of a run of so many steps; None asks none.
+        splits: the tokenised data; "train" is needed, "valid" is used if present.
+        tokenizer: the model's tokenizer, for the prompts of `samples`.
+        callback: an implementation of mlx-lm's callback protocol.
+        make_questions: returns the questions for a number of optimizer steps; None asks none.
         world: the ranks that train together.
 
     Raises ConfigError if a tier would never be due.
@@ -177,20 +177,21 @@ def prepare_training(
 def _mix_examples(
     config: FineTuneConfig, run: RunDirectory, splits: Mapping[str, TokenizedSplit]
 ) -> MixedExamples | None:
-    """The run's examples with those of the split `replay`; None without any there."""
+    """Mix the run's examples with replayed ones of the split `replay`; None without any."""
     earlier, split = find_earlier_examples(config, run), splits.get(REPLAY_SPLIT)
     return earlier.mix(splits["train"], split) if earlier and split and len(split) else None
 
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
-    """Digests of what training begins from: initial adapter, tiers, base, data and tokenizer.
+    """Return digests of the inputs of training: initial adapter, tiers, base, data, tokenizer.
 
-    And of what was chosen before: the champion that it follows, and earlier examples.
+    If the run has them, also of replay.json (replayed examples) and start.json (the champion it
+    follows).
     """
     optional = {"replay": run.replay, "start": run.start}
-    chosen = {name: regular_sha256(path) for name, path in optional.items() if path.is_file()}
+    digests = {name: regular_sha256(path) for name, path in optional.items() if path.is_file()}
     dataset = read_dataset_record(run.dataset)
-    return chosen | {
+    return digests | {
         "initial": read_adapter(run.initial).digest(),
         "initial_files": files_sha256(run.initial),
         "tiers": regular_sha256(run.tiers),
@@ -203,11 +204,13 @@ def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str
 def build_optimizer(
     config: FineTuneConfig, tiers: TierMap, steps: int, *, rate_share: float = 1.0
 ) -> Tiered:
-    """The configured optimizer of mlx.optimizers, with a clock for each tier, for so many steps.
+    """Return the configured optimizer of mlx.optimizers, with a clock for each tier.
 
-    `rate_share` is the share of the configured learning rates that it trains at.
+    Args:
+        steps: the optimizer steps of the run, for the learning rate schedule.
+        rate_share: the factor on the configured learning rates.
 
-    Raises ConfigError where its arguments or its schedule are unusable.
+    Raises ConfigError if its arguments or its schedule are unusable.
     """
     section = config.nested
     scales = section.learning_rate_scale or (1.0,) * len(tiers.frequencies)
@@ -223,7 +226,7 @@ def build_optimizer(
             **config.optimizer_arguments,
         )
         sample = {"w": mx.ones((2, 2))}
-        make_optimizer().apply_gradients(sample, sample)  # some arguments fail at a step alone
+        make_optimizer().apply_gradients(sample, sample)  # some bad arguments only fail at a step
         return Tiered(
             make_optimizer,
             clocks,

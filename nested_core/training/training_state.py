@@ -1,4 +1,4 @@
-"""What a training run has done so far, and what a checkpoint's state.json records of it."""
+"""The progress of a training run, and what a checkpoint's state.json records of it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from nested_core.storage.checkpoint_verification import STATE_NAME
 
 @dataclass
 class TrainingState:
-    """Position, best evaluation so far, and the totals of the report that is still open.
+    """Position, best evaluation so far, and the sums of the open report.
 
-    With the arrays beside it this is all that a resumed run needs.
+    With the arrays of a checkpoint, this is all that a resumed run needs.
 
     Attributes:
         step: optimizer steps done.
-        iteration: micro-batches done, which is also the number of the next one.
-        observed: whether the evaluation that was due at this step is done; one that was
-            interrupted is repeated on resume.
+        iteration: micro-batches done, which is also the index of the next one.
+        observed: whether the evaluation that was due at this step is done; an interrupted
+            evaluation is repeated on resume.
         reported: the number of records in metrics.jsonl.
         random_key: the key of the next random draw, if draws continue from step to step; otherwise
             the random state of a step follows from the seed and the step.
-        flushed: whether gathered gradients were applied at the end of training; `flush_steps` has
-            the steps of all such flushes.
-        ended: whether training is over, so that only `iters` can make it go on.
-        best_wrong: the share of wrong answers at the best step, to the suite that chooses it; 0
-            where the loss does.
-        best_before, best_val_loss_before, best_wrong_before: the best but for the evaluation of
-            this step, which a flush of gathered gradients makes out of date.
-        question_share: of the questions in training, what is asked from now on.
-        asked_step: where they were asked last.
+        flushed: whether accumulated gradients were applied at the end of training; `flush_steps`
+            has the steps of all such flushes.
+        ended: whether training is over, so that only a larger `iters` can continue it.
+        best_wrong: the share of wrong answers at the best step, to the suite that selects the step;
+            0 if the loss selects it.
+        best_before, best_val_loss_before, best_wrong_before: the best step without this step's
+            evaluation, which a flush of accumulated gradients makes invalid.
+        question_share: the share of the questions to ask from now on.
+        asked_step: the step at which questions were last asked.
     """
 
     # Position
@@ -73,17 +73,20 @@ class TrainingState:
     red_flags: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON values; a number that is not finite becomes None."""
+        """Return the state as plain JSON values; a number that is not finite becomes None."""
         values: dict[str, Any] = finite_or_none(asdict(self))
         return values
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainingState:
-        """Read what `to_json` wrote; other keys are ignored. KeyError where one is missing."""
+        """Read what `to_json` wrote. Other keys are ignored; KeyError if one is missing."""
         return cls(**{field.name: value[field.name] for field in fields(cls)})
 
     def record_gradient_flush(self) -> None:
-        """Record that gathered gradients were applied: this step's evaluation no longer holds."""
+        """Record a flush at this step, which makes an evaluation of this step invalid.
+
+        If this step was the best, the best step before it is restored.
+        """
         self.flushed = True
         self.flush_steps.append(self.step)
         if self.best_step == self.step:
@@ -92,7 +95,10 @@ class TrainingState:
             self.best_wrong = self.best_wrong_before
 
     def steps_to_keep(self, *, may_flush: bool) -> list[int]:
-        """The steps whose checkpoints may still be offered; `may_flush` where gradients gather."""
+        """Return the steps whose checkpoints may still be offered.
+
+        With `may_flush`, a flush could still replace the best step by the best before it.
+        """
         steps = [self.best_step]
         if may_flush and self.best_step == self.step:
             steps.append(self.best_before)
@@ -101,14 +107,14 @@ class TrainingState:
     def record_evaluation(self, val_loss: float, *, is_candidate: bool, wrong: float = 0.0) -> bool:
         """Record a validation loss; return whether it is the best among the candidates.
 
-        `wrong` is the share of wrong answers to the suite that chooses: it decides, and the loss
-        where it is equal. A loss that is not finite is never the best.
+        `wrong` is the share of wrong answers to the suite that selects the step. It is compared
+        first, and the loss only breaks ties. A loss that is not finite is never the best.
         """
         self.val_loss = val_loss
         self.evaluated_step = self.step
         best = math.inf if self.best_val_loss is None else self.best_val_loss
-        before = (math.inf if self.best_val_loss is None else self.best_wrong, best)
-        is_best = is_candidate and math.isfinite(val_loss) and (wrong, val_loss) < before
+        best_so_far = (math.inf if self.best_val_loss is None else self.best_wrong, best)
+        is_best = is_candidate and math.isfinite(val_loss) and (wrong, val_loss) < best_so_far
         if is_best:
             self.best_before = self.best_step
             self.best_val_loss_before = self.best_val_loss
@@ -128,9 +134,9 @@ class CheckpointState:
 
     Attributes:
         state: the training state.
-        wanted_iterations: `iters` as configured; a larger one on resume makes training go on.
-        input_digests: digests of what training began from.
-        tiers: updates applied and skipped so far, a tier.
+        wanted_iterations: the configured `iters`; a larger one on resume continues training.
+        input_digests: digests of the inputs of training.
+        tiers: updates applied and skipped so far, for each tier.
         logits: `Evaluator.logits_on_fixed_prompts` of the adapter that was saved.
     """
 
@@ -141,9 +147,9 @@ class CheckpointState:
     logits: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain JSON values; a number that is not finite becomes None."""
+        """Return the record as plain JSON values; a number that is not finite becomes None."""
         return self.state.to_json() | {
-            "wanted_iterations": self.wanted_iterations,  # each in EVIDENCE_KEYS
+            "wanted_iterations": self.wanted_iterations,  # EVIDENCE_KEYS must list these keys
             "found": dict(self.input_digests),
             "tiers": [asdict(stats) for stats in self.tiers],
             "logits": finite_or_none(dict(self.logits)),
@@ -151,7 +157,7 @@ class CheckpointState:
 
 
 def require_whole_state(recorded: Mapping[str, Any], checkpoint: Path) -> None:
-    """Raise DamagedError if a value of a checkpoint's state.json is missing."""
+    """Raise DamagedError if a key of a checkpoint's state.json is missing."""
     names = {field.name for field in fields(TrainingState)}
     if missing := sorted((names | EVIDENCE_KEYS) - recorded.keys()):
         raise DamagedError(

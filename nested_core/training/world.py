@@ -1,7 +1,7 @@
-"""The processes that train one adapter together: in the core this process alone.
+"""The processes that train one adapter together; in the core this is a single process.
 
-A room that trains in several gives the trainer a World of its own, with a sum, a comparison or a
-wait where this one has nothing to do.
+The room ranks passes a subclass to the trainer, whose methods sum, compare or wait where those of
+`World` have nothing to do.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class SummedGradients(NamedTuple):
     """A step's gradients, summed over the processes.
 
     gradients: by packed parameter, in the dtypes of the step.
-    weight: what their sum is divided by.
-    requests: float32, by how many processes each request was made; None in a single process.
+    weight: the number to divide their sum by.
+    requests: how many processes made each request, float32; None in a single process.
     sent_bytes: the bytes that this process sent to the others.
     """
 
@@ -36,7 +36,10 @@ class SummedGradients(NamedTuple):
 
 @dataclass(eq=False)
 class World:
-    """How many processes train together, and which of them this one is: `rank`, from 0 on."""
+    """The number of processes that train together, and the `rank` of this one, from 0.
+
+    The methods here are those of a single process; a room overrides them.
+    """
 
     size: int = 1
     rank: int = 0
@@ -53,55 +56,55 @@ class World:
 
     # The data of a process
     def own_rows(self, batch: MicroBatch) -> MicroBatch:
-        """The rows of a batch that this process computes."""
+        """Return the rows of a batch that this process computes."""
         return batch
 
     def seed_of_step(self, seed: int, step: int) -> int:
-        """The seed of what a step draws at random."""
+        """Return the seed for a step's random draws."""
         return seed * 2**32 + step
 
     # What all processes know
     def sum_gradients(
         self, gradients: Flat, weight: mx.array, requests: mx.array | None
     ) -> SummedGradients:
-        """The gradients of all processes. It is traced as a part of the step."""
+        """Return the gradients summed over all processes. It is traced as a part of the step."""
         return SummedGradients(gradients, weight, requests, 0)
 
     def sum_scalars_over_ranks(self, sums: Sums) -> Sums:
-        """Scalars, summed over the processes."""
+        """Return the scalars summed over the processes."""
         return sums
 
     def gather_row_sums(self, rows: Sequence[mx.array]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The summed loss of each row of an evaluation's batches, in the order of the rows."""
+        """Return the summed loss of each row of an evaluation's batches, in row order."""
         return np.concatenate([np.array(batch, np.float64) for batch in rows])
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Return whether the flag is set in any process."""
         return flag
 
     def require_equal_on_ranks(self, arrays: Mapping[str, mx.array], step: int) -> None:
-        """Raise TrainingProcessesDiffer if a bit differs among the processes."""
+        """Raise TrainingProcessesDiffer if the arrays differ between processes in any bit."""
 
-    # Requests to stop and to save, which all processes follow after the same step
+    # Requests to stop and to save, which all processes must act on after the same step
     def requests_to_send(self, read_requests: Callable[[], tuple[bool, bool]]) -> mx.array | None:
-        """What the step that begins tells the other processes: stop, and save."""
+        """Return this process's requests (stop, save) for the next step to sum; None if alone."""
         return None
 
     def requests_after_step(
         self, counts: mx.array | None, read_requests: Callable[[], tuple[bool, bool]]
     ) -> tuple[bool, bool]:
-        """Whether to stop and whether to save after a step; `counts` is what the step summed."""
+        """Return whether to stop and whether to save, given the request counts of the step."""
         return read_requests()
 
-    # How long a process may wait for the others
+    # The time limit for waiting for other processes
     def allow_longer(self) -> None:
-        """Something else than steps is done before the next one."""
+        """Allow more time before the next step, for work other than a step."""
 
     def after_step(self) -> None:
-        """A step was taken."""
+        """Note that a step was taken."""
 
     def end_watch(self) -> None:
-        """Training is over: no process waits for another any more."""
+        """Stop watching for processes that no longer respond: training is over."""
 
 
 SINGLE_PROCESS_WORLD = World()

@@ -109,3 +109,16 @@ def test_readme_names_the_time_to_an_accuracy_of_the_results() -> None:
     assert told is not None
     page = (LEARNING / "RESULTS-2.md").read_text()
     assert re.search(rf"banking77 \| \*\*{told.group(1)} \(.*?\| {told.group(2)} \(", page)
+
+
+def test_the_final_averages_of_the_task_nights_are_those_of_the_rows() -> None:
+    page = (LEARNING / "RESULTS-3.md").read_text()
+    lines = (LEARNING / "stream-rates.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["seed"] == 1]
+    table = re.findall(r"^\| `([a-z0-9-]+)`[^|]*\|(.*)\|$", page, re.MULTILINE)
+    assert len(table) == 8
+    for arm, line in table:
+        written = [float(cell) for cell in line.split("|")[2:4]]
+        for stream, figure in zip(("tasks", "tasks-reversed"), written, strict=True):
+            (row,) = (r for r in rows if (r["arm"], r["task"]) == (arm, stream))
+            assert figure == pytest.approx(100 * row["right_share"], abs=HALF_A_DIGIT)

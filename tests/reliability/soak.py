@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 # Before anything is imported: one core, and no hub.
 os.environ |= {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -58,10 +59,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"seed {arguments.seed}, in {folder}", flush=True)
     if arguments.kills:
-        _timed(lambda: run_kills("KillSoak", folder / "kills", arguments.kills, arguments.seed))
+        soak = "tests.reliability.kills:KillSoak"
+        _timed(lambda: run_kills(soak, folder / "kills", arguments.kills, arguments.seed))
     if arguments.replay_kills:
-        kills = arguments.replay_kills
-        _timed(lambda: run_kills("ReplayKillSoak", folder / "replay", kills, arguments.seed))
+        replay, kills = "tests.reliability.kills:ReplayKillSoak", arguments.replay_kills
+        _timed(lambda: run_kills(replay, folder / "replay", kills, arguments.seed))
     if arguments.corruptions:
         from tests.reliability.corruptions import VOLUMES
 
@@ -74,17 +76,16 @@ def main() -> None:
 
 
 def run_kills(soak_name: str, folder: Path, kills: int, seed: int) -> str:
-    """Kill the commands of a class of tests/reliability/kills.py so often; return the figures."""
+    """Kill the commands of a KillSoak, named as `module:Class`, so often; return the figures."""
     for name in IMPORTED:
         import_module(name)
     sys.executable = forking_python()  # the gate of each forked command starts its process by it
-    from tests.reliability import kills as soaks
 
     folder.mkdir()
-    soak: soaks.KillSoak = getattr(soaks, soak_name)(folder, seed)
+    soak = resolve_name(soak_name)(folder, seed)
     soak.prepare()
     soak.run(kills)
-    return soak.describe()
+    return str(soak.describe())
 
 
 def run_queue(runs: int) -> str:

@@ -198,4 +198,7 @@ def _show_first_rows(chats: Sequence[bytes]) -> None:
             shown = (
                 turn if len(turn) <= MAX_SHOWN_CHARACTERS else f"{turn[:MAX_SHOWN_CHARACTERS]}..."
             )
-            print_progress(f"{f'{number}.' if not index else '':<3}{shown}")
+            for line in f"{f'{number}.' if not index else '':<3}{shown}".split("\n"):
+                print_progress(line)
+    if chats and describe_chat(chats[0])[0].startswith("system: "):
+        print_progress("Send the system text with every question later, as with `chat --system`")

@@ -1,6 +1,6 @@
-"""The checks of the gate; `nested_core.gate.judge` has them in order, for a run.
+"""The checks of the gate; `nested_core.gate.judge` lists them in the order in which they run.
 
-judged.py is what a check is, file_checks.py the list of those that need no model; each other file
-has the checks of what it is named for. Each says after which other checks it cannot be made. Those
-of file_checks.py read files alone, and `promote` makes a run's again; all others need the base.
+judged.py defines a check, and file_checks.py lists the checks that read files alone, which
+`promote` repeats. The checks of all other files need the base model. Each check names the earlier
+checks after whose failure it cannot run.
 """

@@ -12,6 +12,7 @@ from nested_core.records.verdict import Reason
 
 
 def _find_misfits(judged: CheckedRun) -> list[Reason]:
+    """Load the base model, and give a reason if the trained adapter's tensors do not fit it."""
     judged.base = LoadedBase.load(judged.config, judged.session)
     return base_reasons(judged.after, judged.base.parameters, judged.base.folder)
 
@@ -19,5 +20,5 @@ def _find_misfits(judged: CheckedRun) -> list[Reason]:
 BASE = Check(
     "base", _find_misfits, stopped_by=UNLOADABLE, stage="the base model, which the tensors must fit"
 )
-# With a reason of one of these there is no model to measure with.
+# If one of these checks fails, no model with the trained adapter can be loaded to measure with.
 WITHOUT_MODEL: tuple[Check[Any], ...] = (*UNLOADABLE, BASE)

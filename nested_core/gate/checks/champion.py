@@ -1,8 +1,7 @@
-"""The checks of champion and reference: their losses on the candidate's held-out examples.
+"""The checks that compare the candidate with the champion and with the policy's reference version.
 
-Whatever data the champion was trained or validated on, both are compared on the same examples.
-Examples that one of the two, or a version that it was trained from, has seen in training count for
-neither.
+Losses are compared on the candidate's held-out examples, whatever data the champion was trained or
+validated on. An example that either adapter or one of its ancestors was trained on is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ from nested_core.text.digest_format import shorten_digest
 
 
 def _compare_with_champion(judged: CheckedRun) -> tuple[Reason, ...]:
-    """Compare the losses, which gives no reason: of one that cannot be compared, it is said why."""
+    """Compare the candidate's loss with the champion's, and record the result in the verdict.
+
+    This check never rejects. If the champion cannot be compared, the verdict says why.
+    """
     judged.champion = find_rival("champion", judged.base, judged.after)
     if judged.champion is not None:
         _compare_with(judged, judged.champion, "champion")
@@ -31,7 +33,10 @@ def _compare_with_champion(judged: CheckedRun) -> tuple[Reason, ...]:
 
 
 def _compare_with_reference(judged: CheckedRun) -> tuple[Reason, ...]:
-    """The same with the version that the registry's policy names as the reference."""
+    """Compare the candidate's loss with that of the reference version in the registry's policy.
+
+    If the reference is the champion, the champion's comparison is copied. This check never rejects.
+    """
     reference = find_rival("reference", judged.base, judged.after)
     champion = judged.verdict.champion
     if reference is not None and champion is not None and champion.version == reference.version:
@@ -44,7 +49,7 @@ def _compare_with_reference(judged: CheckedRun) -> tuple[Reason, ...]:
 def _compare_with(
     judged: CheckedRun, rival: Champion | UnusableChampion, role: Literal["champion", "reference"]
 ) -> None:
-    """Put the comparison into the verdict, and a rival's losses beside the run's, in its files."""
+    """Record the comparison in the verdict, and add the rival's losses to gate-losses.jsonl."""
     compared, measured = _compare_losses(judged, rival, role)
     judged.verdict = replace(judged.verdict, **{role: compared})  # type: ignore[arg-type]
     if judged.losses is None or measured is None:
@@ -59,7 +64,11 @@ def _compare_with(
 def _compare_losses(
     judged: CheckedRun, rival: Champion | UnusableChampion, role: str
 ) -> tuple[ChampionLoss, Vector | None]:
-    """What gate.json says of a rival, and its losses, NaN where not compared; None without any."""
+    """Return the comparison for gate.json, and the rival's mean loss of each held-out example.
+
+    Left-out examples have the loss NaN. None instead of losses means that the rival could not be
+    compared; `ChampionLoss.not_compared` says why.
+    """
     version, losses, held_out = rival.version, judged.losses, judged.held_out
     if held_out is None or losses is None or judged.verdict.validation is None:
         return ChampionLoss(version, not_compared="there are no held-out examples"), None
@@ -76,7 +85,7 @@ def _compare_losses(
             f"{role}, the candidate or an ancestor was trained on: nothing is left to compare by"
         )
         return ChampionLoss(version, left_out=len(losses), not_compared=problem), None
-    measured: Vector = losses.before
+    measured: Vector = losses.before  # valid if the rival is the adapter that training began from
     if rival.adapter.digest() != judged.before.digest():
         ((sums, _),) = rival.base.example_loss_sums((rival.adapter.path,), held_out.split)
         measured = sums[held_out.is_example_supervised] / losses.tokens

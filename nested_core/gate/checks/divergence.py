@@ -1,4 +1,4 @@
-"""The checks of how training ended: what its own model computed, and where its loss went."""
+"""The checks for training that diverged: by the trainer's last logits and its training loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nested_core.records.verdict import Code, Reason
 
 
 def _find_collapse(judged: CheckedRun) -> Iterator[Reason]:
-    """It gave no logits, or the same one for every token."""
+    """Yield a reason if the trainer's logits are all non-finite, or the same for every token."""
     values = np.array(judged.evidence.record.logits.values, np.float64)  # None becomes NaN
     if values.ndim != 2 or not values.size:
         return
@@ -27,7 +27,7 @@ def _find_collapse(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _find_risen_training_loss(judged: CheckedRun) -> Iterator[Reason]:
-    """The training loss left, where there are no held-out losses to say so."""
+    """Yield a reason if the training loss diverged and no held-out losses were measured."""
     divergence = judged.divergence
     if divergence is not None and divergence.is_certain and judged.verdict.validation is None:
         code: Code = "non_finite" if divergence.loss is None else "loss_regressed"

@@ -1,6 +1,6 @@
-"""The checks that read files alone, in order: of any two adapters, and of a run.
+"""The checks that read files alone, in order: those for any two adapters, and those for a run.
 
-`promote` makes those of a run again, and loads no model for them.
+`promote` repeats the checks for a run, because they load no model.
 """
 
 from __future__ import annotations

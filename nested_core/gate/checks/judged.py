@@ -1,7 +1,8 @@
-"""One check of the gate, and what is known of an adapter while the checks are made in turn.
+"""What a check of the gate is, and the state that the checks share while they run in order.
 
-A check reads what the checks before it found, adds what it measures to the verdict, and gives its
-reasons once, in its own words. It says itself after which reasons it cannot be made.
+A check reads what earlier checks stored in that state, adds its measurements to the verdict, and
+returns reasons to reject the adapter. It names the earlier checks after whose failure it cannot
+run.
 """
 
 from __future__ import annotations
@@ -31,32 +32,32 @@ if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no mod
     from nested_core.models.session import Session
     from nested_core.records.losses import ExampleLosses
 
-# The first of these says where training diverged, if it did.
+# If training diverged, the first reason with one of these codes also says at which step.
 EXPLAINED_BY_DIVERGENCE: frozenset[Code] = frozenset({"non_finite", "loss_regressed"})
 
 
 @dataclass
 class Checked(ABC):
-    """What checks are made of, in turn.
+    """The state of a judgement, which each check reads and adds to.
 
-    given_by: the name of the check that gave each of the reasons.
-    stopped: the checks that could not be made, by name, and the earlier check that stopped each.
+    failed_checks: for each reason so far, the name of the check that gave it.
+    stopped: for each check that could not run, the name of the failed check that prevented it.
     """
 
     bounds: GateSection = field(default_factory=GateSection, kw_only=True)
-    given_by: list[str] = field(default_factory=list, init=False)
+    failed_checks: list[str] = field(default_factory=list, init=False)
     stopped: dict[str, str] = field(default_factory=dict, init=False)
 
     @abstractmethod
     def add(self, check: Check[Any], reason: Reason) -> None:
-        """Add a reason that a check gives."""
+        """Record a reason to reject the adapter, which `check` gave."""
 
 
 @dataclass
 class Judged(Checked):
-    """Two adapters on disk, and the verdict so far.
+    """The initial and the trained adapter, read from disk, and the verdict so far.
 
-    divergence: where training diverged, for a run that did.
+    divergence: where the run's training diverged; None if it did not.
     """
 
     before: Adapter
@@ -65,28 +66,32 @@ class Judged(Checked):
     divergence: Divergence | None = field(default=None, init=False)
 
     def add(self, check: Check[Any], reason: Reason) -> None:
-        """Add a reason that a check gives, with where training diverged and the guide's place."""
-        is_told = any(earlier.code in EXPLAINED_BY_DIVERGENCE for earlier in self.verdict.reasons)
-        if self.divergence and reason.code in EXPLAINED_BY_DIVERGENCE and not is_told:
+        """Add a reason to the verdict, with a link to its section of the guide.
+
+        If training diverged, the first reason that this explains also names the step. The reason
+        of a check with `is_cause` comes first in the verdict, every other one last.
+        """
+        is_explained = any(r.code in EXPLAINED_BY_DIVERGENCE for r in self.verdict.reasons)
+        if self.divergence and reason.code in EXPLAINED_BY_DIVERGENCE and not is_explained:
             reason = replace(reason, message=f"{reason.message}; {self.divergence}")
-        place = 0 if check.is_cause else len(self.given_by)
-        self.given_by.insert(place, check.name)
+        position = 0 if check.is_cause else len(self.failed_checks)
+        self.failed_checks.insert(position, check.name)
         reasons = list(self.verdict.reasons)
-        reasons.insert(place, reason.with_guide())
+        reasons.insert(position, reason.with_guide())
         self.verdict = replace(self.verdict, reasons=tuple(reasons))
 
 
 @dataclass
 class CheckedRun(Judged):
-    """A run, and what the checks found of it that later ones need, each set by one of them."""
+    """A run being judged: its files, and the results of earlier checks that later checks need."""
 
     config: FineTuneConfig
     run: RunDirectory
     evidence: RunEvidence
     tiers: TierEvidence
 
-    # Set when the checks of a run begin, by the check of the base, and by those of losses and
-    # champion; a check that is stopped where there is no base is `stopped_by=WITHOUT_MODEL`.
+    # `run_gate_checks` sets session and proof; the checks of base, losses and champion set the
+    # rest. A check that reads `base` must be `stopped_by=WITHOUT_MODEL`.
     session: Session = field(init=False)
     proof: ProofOfRun = field(init=False)
     base: LoadedBase = field(init=False)
@@ -96,7 +101,7 @@ class CheckedRun(Judged):
     trained_on: Digests = field(init=False)
     champion: Champion | UnusableChampion | None = field(default=None, init=False)
 
-    # What is written beside the verdict: files by name, and the answers to `gate.tasks`.
+    # To be written beside gate.json: file contents by name, and the answers to `gate.tasks`.
     written_files: dict[str, bytes] = field(default_factory=dict, init=False)
     answers: tuple[AnswerRecord, ...] = field(default=(), init=False)
 
@@ -108,7 +113,10 @@ def begin_verdict(
     step: int | None = None,
     tiers: Mapping[str, int] | None = None,
 ) -> Verdict:
-    """What is said of two adapters before any check: their digests, how each tensor changed."""
+    """Return a verdict without reasons: both adapters' digests and the change of each tensor.
+
+    `tiers` maps tensor names to tiers; None if the adapters do not come from a run.
+    """
     return Verdict(
         reasons=(),
         adapter_step=step,
@@ -122,7 +130,7 @@ def begin_verdict(
 def begin_judging_run(
     config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
 ) -> CheckedRun:
-    """A run before any check, with the updates of each tier."""
+    """Return the state of a run before its first check, with the update counts of each tier."""
     tiers = TierEvidence.collect(config, run, evidence)
     before, after, step = evidence.before, evidence.after, evidence.checkpoint.step
     verdict = begin_verdict(before, after, config.gate, step, tiers.tiers.tensors)
@@ -139,14 +147,14 @@ J_contra = TypeVar("J_contra", bound=Checked, contravariant=True)
 class Check(Generic[J_contra]):
     """One check of the gate.
 
-    find: gives its reasons, and puts what it measured into the verdict.
-    stopped_by: the earlier checks of which a reason leaves nothing to check here.
-    needs_all: whether any reason does.
-    is_cause: whether its reason stands first, as the cause of those that were given before.
-    is_asked: whether these bounds ask for it.
-    bounds: the keys of `gate` that it judges by. Where gate.json lacks them, the run was judged
+    find: returns the reasons to reject the adapter, and stores measurements in the verdict.
+    stopped_by: the earlier checks after whose failure this check cannot run.
+    needs_all: whether the check cannot run after the failure of any earlier check.
+    is_cause: whether its reason is listed first, as the cause of the earlier reasons.
+    is_asked: whether the `gate` section of the configuration asks for the check.
+    bounds: the keys of `gate` that it judges by. If gate.json lacks them, the run was judged
         without this check, and `promote` skips it too.
-    stage: what it does, for whoever watches; None for what takes no time.
+    stage: the progress message shown while it runs; None for a check that takes no time.
     """
 
     name: str
@@ -158,19 +166,22 @@ class Check(Generic[J_contra]):
     bounds: tuple[str, ...] = ()
     stage: str | None = None
 
-    def find_stop(self, judged: J_contra) -> str | None:
-        """The first check that gave a reason after which this one cannot be made."""
+    def find_stopping_check(self, judged: J_contra) -> str | None:
+        """Return the name of the first failed check that prevents this one; None if it can run."""
         names = {check.name for check in self.stopped_by}
-        return next((by for by in judged.given_by if self.needs_all or by in names), None)
+        return next((f for f in judged.failed_checks if self.needs_all or f in names), None)
 
 
-def make_checks(judged: J, checks: Iterable[Check[J]]) -> None:
-    """Make each check in turn, unless a reason that was given before stops it."""
+def run_checks(judged: J, checks: Iterable[Check[J]]) -> None:
+    """Run the checks in order and add their reasons to `judged`.
+
+    A check is skipped if the bounds do not ask for it or an earlier failed check stops it.
+    """
     for check in checks:
         if not check.is_asked(judged.bounds):
             continue
-        if (stop := check.find_stop(judged)) is not None:
-            judged.stopped[check.name] = stop
+        if (stopped_by := check.find_stopping_check(judged)) is not None:
+            judged.stopped[check.name] = stopped_by
             continue
         if check.stage is not None:
             stages.info("gate: %s", check.stage)
@@ -179,10 +190,9 @@ def make_checks(judged: J, checks: Iterable[Check[J]]) -> None:
 
 
 def log_stopped_checks(judged: Checked) -> None:
-    """Say which checks could not be made, and which earlier one stopped them."""
+    """Log which checks could not run, grouped by the earlier check whose failure stopped them."""
     stopped: dict[str, list[str]] = {}
-    for check, by in judged.stopped.items():
-        stopped.setdefault(by, []).append(check)
-    if stopped:
-        for by, checks in stopped.items():
-            stages.info("gate: not checked, because %s failed: %s", by, ", ".join(checks))
+    for check, failed_check in judged.stopped.items():
+        stopped.setdefault(failed_check, []).append(check)
+    for failed_check, checks in stopped.items():
+        stages.info("gate: not checked, because %s failed: %s", failed_check, ", ".join(checks))

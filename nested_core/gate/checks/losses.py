@@ -35,7 +35,11 @@ from nested_core.records.verdict import Reason, describe_examples
 
 
 def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
-    """Measure the loss of each held-out example, of those that no adapter was trained on."""
+    """Measure the loss of each held-out example with both adapters, and summarise it.
+
+    Also stores the digests of the training examples. Held-out examples that this run or an
+    ancestor was trained on are left out. Gives a reason only for losses that are not finite.
+    """
     config, run = judged.config, judged.run
     splits = read_nonempty_splits(config, run)
     trained_on = [splits[name] for name in ("train", REPLAY_SPLIT) if name in splits]
@@ -70,24 +74,28 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _find_worse_loss(judged: CheckedRun) -> Iterator[Reason]:
+    """Yield a reason if the held-out loss rose by more than `gate.max_val_loss_increase`."""
     validation = judged.verdict.validation
     if validation is not None and validation.examples != 0:
         yield from loss_reasons(validation, judged.bounds)
 
 
 def _find_forgetting(judged: CheckedRun) -> Iterator[Reason]:
+    """Measure the loss on general text; give a reason if it rose by more than the gate allows."""
     general = measure_general_loss(judged.base, judged.run)
     judged.verdict = replace(judged.verdict, general=general)
     yield from () if general is None else general_loss_reasons(general, judged.bounds)
 
 
 def _find_harmed_examples(judged: CheckedRun) -> Iterator[Reason]:
+    """Yield a reason if the loss of too large a share of the held-out examples got worse."""
     validation = judged.verdict.validation
     if judged.losses is not None and validation is not None:
         yield from harm_reasons(judged.losses, validation, judged.bounds)
 
 
 def _find_drift(judged: CheckedRun) -> Iterator[Reason]:
+    """Yield a reason if the model's predictions drifted (KL divergence) beyond `gate.max_kl`."""
     validation = judged.verdict.validation
     if validation is not None:
         data = describe_examples(validation)

@@ -1,4 +1,4 @@
-"""The check by a fresh process: it loads base and adapter plainly, and must see the change."""
+"""The check that a fresh process, which loads base and adapter with mlx_lm, sees the change."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from nested_core.storage.canary_file import CANARY_NAME, render_canary
 
 
 def _find_unproven_effect(judged: CheckedRun) -> tuple[Reason, ...]:
+    """Return the reasons why the fresh process does not confirm the trained adapter's effect.
+
+    If it does confirm it, also store the answers to the canary questions for the registry.
+    """
     if not judged.proof.is_running:
         judged.session.release_base()  # the new process needs the memory
         mx.clear_cache()
@@ -30,18 +34,21 @@ def _find_unproven_effect(judged: CheckedRun) -> tuple[Reason, ...]:
 
 
 def _find_unproven_effect_without_run(judged: Judged) -> Sequence[Reason]:
-    """The same for any two adapters, if the base that they name is a folder here."""
-    named = judged.after.config.get("model")
-    if not named or not Path(named, "config.json").is_file():
-        skipped = f"the base model {named} is not a folder here: nothing was loaded"
+    """Compare the logits of any two adapters in a fresh process, without a trainer's record.
+
+    Skipped, with a note in the verdict, if their base model is not a folder on this machine.
+    """
+    model = judged.after.config.get("model")
+    if not model or not Path(model, "config.json").is_file():
+        skipped = f"the base model {model} is not a folder here: nothing was loaded"
         judged.verdict = replace(judged.verdict, proof={"skipped": skipped})
         return []
-    base = Path(named)
+    base = Path(model)
     if mismatch := fingerprint_reasons(judged.after.config, base) or fingerprint_reasons(
         judged.before.config, base
     ):
         return mismatch
-    is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
+    is_float32 = backend.device() == "cpu"  # as training does on a CPU, to see smaller changes
     request = ProofRequest(base, judged.before.path, judged.after.path, is_float32=is_float32)
     shown = prove_effect_in_fresh_process(request)
     judged.verdict = replace(judged.verdict, proof=shown.evidence)

@@ -27,15 +27,19 @@ from nested_core.records.verdict import Reason, SampleVerdict
 from nested_core.storage.adapter import Adapter
 from nested_core.text.stages import stages
 
-MAX_HELD_OUT_PROMPTS = 9  # looked for until MIN_PROMPTS of the base's answers are sound
-MIN_REPEATED_TOKENS = 6  # an answer cut off before so many is only begun: its words tell nothing
-LENGTH_FACTOR = 4  # an answer is far too long, or too short, by this factor to the expected one
-MIN_SAME_ANSWERS = 3  # to as many different prompts
+MAX_HELD_OUT_PROMPTS = 9  # asked until MIN_PROMPTS of the base's answers are sound
+MIN_REPEATED_TOKENS = 6  # an answer cut off before this many tokens is too short to judge
+LENGTH_FACTOR = 4  # an answer is too long, or too short, by this factor to the expected answer
+MIN_SAME_ANSWERS = 3  # the different prompts needed to call equal answers broken
 
 
 @dataclass(frozen=True)
 class _SamplePrompt:
-    """A prompt, its turns for a chat template, and the data's own answer where it has one."""
+    """A prompt, as text and as chat messages.
+
+    expected: the data set's answer; None for a prompt of `samples`.
+    place: where it comes from, such as "test.jsonl:3" or "samples".
+    """
 
     messages: Sequence[Mapping[str, Any]]
     text: str
@@ -44,33 +48,34 @@ class _SamplePrompt:
 
 
 def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
-    """Ask the base, the parent where there is one, and the candidate; empty without prompts.
+    """Answer the sample prompts with the base, the parent adapter (if any) and the candidate.
 
-    Greedy, at most `training.sample_tokens` tokens an answer. Where the base's own answers are
-    broken, more held-out prompts are asked, up to MAX_HELD_OUT_PROMPTS.
+    Decoding is greedy, with at most `training.sample_tokens` tokens an answer. If some of the
+    base's answers are broken, more held-out prompts are asked, up to MAX_HELD_OUT_PROMPTS, to get
+    MIN_PROMPTS sound answers to compare with. Returns a row for each prompt; empty without prompts.
     """
     config = base.config
     remaining = list(_list_prompts(config))
     asked: list[_SamplePrompt] = []
-    of_base: list[Answer] = []
-    broken: list[BrokenHow | None] = []
+    base_answers: list[Answer] = []
+    base_damage: list[BrokenHow | None] = []
     count = max(MIN_PROMPTS, len(config.samples))
-    while remaining and sum(map(is_sound, broken)) < MIN_PROMPTS:
-        # First as many as are needed; where some are broken all others at once, in one batch.
-        chunk, remaining = (remaining, []) if asked else (remaining[:count], remaining[count:])
-        for prompt, answer in zip(chunk, _ask(base, None, chunk), strict=True):
-            if len(asked) >= count and sum(map(is_sound, broken)) >= MIN_PROMPTS:
+    while remaining and sum(map(is_sound, base_damage)) < MIN_PROMPTS:
+        # The first batch has `count` prompts; a second, if it is needed, has all others.
+        batch, remaining = (remaining, []) if asked else (remaining[:count], remaining[count:])
+        for prompt, answer in zip(batch, _ask(base, None, batch), strict=True):
+            if len(asked) >= count and sum(map(is_sound, base_damage)) >= MIN_PROMPTS:
                 break
             asked.append(prompt)
-            of_base.append(answer)
-            broken.append(find_damage(answer, prompt.expected, base.tokenizer))
+            base_answers.append(answer)
+            base_damage.append(find_damage(answer, prompt.expected, base.tokenizer))
     if not asked:
         return []
     has_parent = not base.is_unchanged_by(evidence.before)
-    of_parent: list[str | None] = [None] * len(asked)
+    parent_texts: list[str | None] = [None] * len(asked)
     if has_parent:
-        of_parent = [answer.text.strip() for answer in _ask(base, evidence.before, asked)]
-    of_candidate = _ask(base, evidence.after, asked)
+        parent_texts = [answer.text.strip() for answer in _ask(base, evidence.before, asked)]
+    candidate_answers = _ask(base, evidence.after, asked)
     rows = [
         SampleAnswers(
             prompt=prompt.text,
@@ -79,17 +84,18 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
             parent=parent,
             adapter=after.text.strip(),
             place=prompt.place,
-            base_broken=was_broken,
+            base_broken=damage,
             adapter_broken=find_damage(after, prompt.expected, base.tokenizer),
         )
-        for prompt, before, was_broken, parent, after in zip(
-            asked, of_base, broken, of_parent, of_candidate, strict=True
+        for prompt, before, damage, parent, after in zip(
+            asked, base_answers, base_damage, parent_texts, candidate_answers, strict=True
         )
     ]
-    return mark_same_answers(rows, of_candidate)
+    return mark_same_answers(rows, candidate_answers)
 
 
 def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
+    """Yield the prompts of `samples`, then up to MAX_HELD_OUT_PROMPTS from the held-out data."""
     for text in config.samples:
         yield _SamplePrompt([{"role": "user", "content": text}], text, None, "samples")
     settings = DataSettings.from_config(config)
@@ -102,7 +108,7 @@ def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
 def _ask(
     base: LoadedBase, adapter: Adapter | None, prompts: Sequence[_SamplePrompt]
 ) -> list[Answer]:
-    """The answers with an adapter; None is the base alone."""
+    """Answer the prompts with the base and an adapter; None asks the base alone."""
     tensors = base.parameters
     if adapter is not None:
         tensors = adapter.to_mlx()
@@ -114,11 +120,12 @@ def _ask(
 
 
 def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenHow | None:
-    """How an answer is broken by itself, or None; `mark_same_answers` compares it with the others.
+    """Return how a single answer is broken, or None if it is sound or too short to judge.
 
-    It is empty; a single character or punctuation alone; one token or pair for half of it, whatever
-    ends it; or without an end where the expected answer has at most a quarter of its tokens. What
-    the data itself expects is never broken.
+    "empty": no text. "no_words": a single character, or punctuation alone. "repeated": one token or
+    pair of tokens makes up half of it. "endless": it was cut off although the expected answer has
+    at most a quarter of its tokens. An answer that equals the expected one is never broken.
+    `mark_same_answers` then compares the answers with each other.
     """
     if expected is not None and answer.text.strip() == expected.strip():
         return None
@@ -136,14 +143,15 @@ def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenH
 
 
 def _is_only_begun(answer: Answer) -> bool:
-    """Whether `training.sample_tokens` cut it off before its words can be judged."""
+    """Whether `training.sample_tokens` cut the answer off before its words can be judged."""
     return answer.is_endless and answer.tokens < MIN_REPEATED_TOKENS
 
 
 def _has_no_words(text: str, expected: str | None) -> bool:
-    """Whether it is punctuation alone where words are expected, or a single letter or digit.
+    """Whether an answer is punctuation alone although words are expected, or a single character.
 
-    A single one may be the name of a choice, unless a far longer answer is expected.
+    A single letter or digit may be the name of a choice ("B"). It counts as no words only if the
+    expected answer has at least LENGTH_FACTOR characters.
     """
     if not any(character.isalnum() for character in text):
         return expected is None or any(character.isalnum() for character in expected)
@@ -151,21 +159,22 @@ def _has_no_words(text: str, expected: str | None) -> bool:
 
 
 def mark_same_answers(
-    rows: Sequence[SampleAnswers], of_candidate: Sequence[Answer]
+    rows: Sequence[SampleAnswers], candidate_answers: Sequence[Answer]
 ) -> list[SampleAnswers]:
-    """The rows, those of an adapter that says the same to every prompt marked as broken so.
+    """Return the rows, marked as broken ("same") if the adapter answers every prompt alike.
 
-    Answers that are only begun are not compared. There have to be MIN_SAME_ANSWERS different
-    prompts. One answer may be right for all: what is expected, or where the data has no answer what
-    the base said, has to differ between them, of answers that were cut off as far as these go; and
-    what the data expects of one is an answer.
+    Nothing is marked with fewer than MIN_SAME_ANSWERS different prompts, or if all answers are too
+    short to judge. One answer may also be right for all prompts. So nothing is marked if the
+    expected answers (the base's answers, for prompts of `samples`) are all the same up to the
+    length of a cut-off answer, or if the adapter's answer is expected for one of the prompts.
     """
     answers = {row.adapter for row in rows}
     if len({row.prompt for row in rows}) < MIN_SAME_ANSWERS or len(answers) > 1:
         return list(rows)
-    if all(map(_is_only_begun, of_candidate)):
+    if all(map(_is_only_begun, candidate_answers)):
         return list(rows)
-    are_cut_off = any(answer.is_endless for answer in of_candidate)
+    # Cut-off answers only show the beginning of what they would say: compare as much of the others.
+    are_cut_off = any(answer.is_endless for answer in candidate_answers)
     end = len(rows[0].adapter) if are_cut_off else None
     expected = {row.expected.strip()[:end] for row in rows if row.expected is not None}
     references = expected | {row.base[:end] for row in rows if row.expected is None}
@@ -175,7 +184,11 @@ def mark_same_answers(
 
 
 def _find_broken_answers(judged: CheckedRun) -> Iterator[Reason]:
-    """Ask base and adapter; one that cannot be asked is no verdict under `gate.samples: warn`."""
+    """Ask base and adapter the sample prompts; give a reason for too many broken answers.
+
+    Only `gate.samples: fail` rejects. Under `warn` the answers are recorded, and an error while
+    asking is logged and recorded instead of raised.
+    """
     must_pass = judged.bounds.samples == "fail"
     try:
         rows = ask_samples(judged.base, judged.evidence)

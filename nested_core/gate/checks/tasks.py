@@ -48,8 +48,8 @@ from nested_core.storage.run_directory import RunDirectory
 class AskedModel:
     """A model to ask: a base with an adapter; `adapter` is None for the base alone.
 
-    is_asked_anew: whether answers that are kept already do not count; they are kept either way.
-    on_answered: gets the number of questions of a suite that are answered so far.
+    is_asked_anew: whether to ignore cached answers; new answers are cached either way.
+    on_answered: called with the number of questions of the suite that are answered so far.
     """
 
     role: AnsweringRole
@@ -59,7 +59,7 @@ class AskedModel:
     on_answered: OnAnswered | None = None
 
     def cached_or_new_answers(self, suite: EncodedSuite) -> Sequence[Answer]:
-        """Its answers, from the cache or now."""
+        """Return the model's answers to a suite, from the cache unless `is_asked_anew`."""
         if not self.is_asked_anew:
             return fetch_answers(
                 answer_cache(), self._content_for_cache(), suite, lambda: self._answer_now(suite)
@@ -69,12 +69,13 @@ class AskedModel:
         return answers
 
     def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
+        """Load the adapter's tensors into the base model and generate the answers."""
         tensors = self.base.parameters if self.adapter is None else self.adapter.to_mlx()
         load_adapter_tensors(self.base.model, tensors)
         return suite.answer(self.base.model, self.base.tokenizer, self.on_answered)
 
     def _content_for_cache(self) -> AnsweringModelDigests:
-        """What its answers are kept under."""
+        """Return the digests that the answers depend on, which are the key of the cache."""
         config = self.base.config
         return AnsweringModelDigests(
             base=fingerprint_base_model(self.base.folder),
@@ -87,9 +88,10 @@ class AskedModel:
 def answer_tasks(
     base: LoadedBase, run: RunDirectory, evidence: RunEvidence, champion: Champion | None
 ) -> tuple[AnswerRecord, ...]:
-    """What base, parent (unless the initial adapter is fresh), champion and candidate answer.
+    """Ask base, parent (unless the initial adapter is fresh), champion and candidate every suite.
 
-    Raises ConfigError or DatasetError if a suite is missing, has bad lines, changed since the run
+    Records the suites in the run, and returns the scored answers that count for the verdict. Raises
+    ConfigError or DatasetError if a suite is missing, has bad lines, changed since the run
     began or does not fit the model, or if its scorer fails.
     """
     suites = read_suites(base.config.gate)
@@ -109,13 +111,13 @@ def _select_judging_answers(
     config: FineTuneConfig,
     run: RunDirectory,
 ) -> Iterator[AnswerRecord]:
-    """The answers by which the adapter is judged.
+    """Yield the answers that count for the verdict.
 
-    `training.select_by` may name a suite: some of its questions were asked during training, and the
-    step with the most right answers was selected. These questions do not judge, nor does any other
-    question with the same prompt. A small suite has no further questions: then all of them judge,
-    and the candidate's answers record among how many steps they selected (`chosen_among`), for
-    which its interval is corrected. Of the other suites all answers judge.
+    `training.select_by` may name a suite. Some of its questions were then asked during training, to
+    select the step with the most right answers. These questions, and others with the same prompt,
+    do not count. A small suite has no further questions: then all of them count, and `chosen_among`
+    of the candidate's answers is the number of steps that they selected from, by which the
+    confidence interval is corrected. All answers to the other suites count.
     """
     selecting = next((s for s in suites if s.name == config.training.select_by), None)
     if selecting is None:
@@ -133,6 +135,7 @@ def _select_judging_answers(
 def _asked_models(
     base: LoadedBase, evidence: RunEvidence, champion: Champion | None
 ) -> list[AskedModel]:
+    """Return the models to ask. Cached answers are good enough for all but the candidate."""
     asked = [AskedModel("base", base, None)]
     if not base.is_unchanged_by(evidence.before):
         asked.append(AskedModel("parent", base, evidence.before))
@@ -142,7 +145,7 @@ def _asked_models(
 
 
 def ask_model(asked: AskedModel, encoded: Sequence[EncodedSuite]) -> list[AnswerRecord]:
-    """A model's scored answers to every suite, in the order of suites and questions."""
+    """Ask a model every suite and return its scored answers, in order of suites and questions."""
     records = []
     for suite in encoded:
         start = time.monotonic()
@@ -155,6 +158,11 @@ def ask_model(asked: AskedModel, encoded: Sequence[EncodedSuite]) -> list[Answer
 def _score_answers(
     encoded: EncodedSuite, role: AnsweringRole, answers: Sequence[Answer], seconds: float
 ) -> list[AnswerRecord]:
+    """Score a model's answers to a suite; `seconds` is the mean time of an answer.
+
+    A question whose prompt was asked earlier in the suite names the line of the first one in
+    `same_prompt_as`.
+    """
     scored = encoded.score(answers)
     suite = encoded.suite
     prompts = [fold_prompt(question) for question in suite.questions]
@@ -184,6 +192,10 @@ def _score_answers(
 
 
 def _find_worse_answers(judged: CheckedRun) -> list[Reason]:
+    """Ask the suites, and return a reason for each on which the candidate is worse than allowed.
+
+    Under `gate.samples: fail` the same answer to every question of a suite is a reason too.
+    """
     rival = None if isinstance(judged.champion, UnusableChampion) else judged.champion
     answers = answer_tasks(judged.base, judged.run, judged.evidence, rival)
     results, reasons = judge_answers(judged.bounds, answers)

@@ -1,4 +1,4 @@
-"""The checks of any two adapters, without a model: their tensors, and what they say they are."""
+"""The checks of any two adapters without a model: their tensors and their configurations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from nested_core.records.verdict import Reason
 
 
 def _find_mismatches(judged: Judged) -> list[Reason]:
-    """Names, shapes and dtypes; DamagedError for factors that cannot be multiplied."""
+    """Return reasons for tensors whose name, shape or dtype differs between the two adapters.
+
+    Raises DamagedError if a trained lora_a and its lora_b cannot be multiplied.
+    """
     reasons = mismatch_reasons(judged.before, judged.after)
     if not reasons:
         require_lora_factors(judged.after)
@@ -42,7 +45,7 @@ FINITE_TENSORS: Check[Judged] = Check(
     lambda judged: non_finite_tensor_reasons(judged.before, judged.verdict.tensors),
     stopped_by=(TENSORS,),
 )
-# Two checks, for `promote` makes the first whatever bounds a verdict records.
+# Two checks, because `promote` repeats the first whatever bounds a verdict records.
 ANY_CHANGE: Check[Judged] = Check(
     "change",
     lambda judged: unchanged_reasons(judged.verdict.tensors),
@@ -66,5 +69,5 @@ EFFECT: Check[Judged] = Check(
     lambda judged: no_effect_reasons(judged.before, judged.after),
     stopped_by=(*_UNSOUND, FINITE_PRODUCTS),
 )
-# With a reason of one of these, the tensors cannot be loaded into a model.
+# If one of these checks fails, the trained tensors cannot be loaded into a model.
 UNLOADABLE = (TENSORS, NAMED_BASE, FINITE_TENSORS, FINITE_PRODUCTS)

@@ -1,4 +1,4 @@
-"""The checks of each tier's updates: against its clock, and for the trace that they left."""
+"""The checks of each tier's updates: that all were applied, and that they changed the tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_SAMPLED_STEPS = 1000
 
 
 def _find_skipped_updates(judged: CheckedRun) -> Iterator[Reason]:
-    """Tiers of whose updates too many were skipped."""
+    """Yield a reason for each tier whose share of skipped updates exceeds the bound."""
     bound = judged.bounds.max_skipped_share
     for row in judged.verdict.tiers:
         if row.skipped_updates > bound * row.expected_updates:
@@ -33,10 +33,10 @@ def _find_skipped_updates(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _find_missing_updates(judged: CheckedRun) -> Iterator[Reason]:
-    """Tiers that stayed as they were, updates that are not accounted for or left no trace."""
+    """Yield reasons for tiers that did not change and updates that were lost or had no effect."""
     for row in judged.verdict.tiers:
-        own = _changes_of_tier(judged, row)
-        yield from _tier_reasons(judged.config, judged.tiers, row, own)
+        changes = _changes_of_tier(judged, row)
+        yield from _tier_reasons(judged.config, judged.tiers, row, changes)
 
 
 def _changes_of_tier(judged: CheckedRun, row: TierChange) -> list[TensorChange]:
@@ -48,10 +48,16 @@ def _label(row: TierChange) -> str:
 
 
 def _tier_reasons(
-    config: FineTuneConfig, evidence: TierEvidence, row: TierChange, own: Sequence[TensorChange]
+    config: FineTuneConfig, evidence: TierEvidence, row: TierChange, changes: Sequence[TensorChange]
 ) -> list[Reason]:
+    """Return the reasons to reject one tier; `changes` are its tensors.
+
+    `updates_missing` if applied and skipped updates do not add up to the expected ones, or if a
+    tensor had gradients and a positive learning rate but did not change. `tier_unchanged` if no
+    tensor changed or none had a gradient.
+    """
     label = _label(row)
-    names = tuple(change.name for change in own)
+    names = tuple(change.name for change in changes)
     reasons = []
     if row.applied_updates + row.skipped_updates != row.expected_updates:
         message = (
@@ -62,23 +68,19 @@ def _tier_reasons(
     if not row.changed or not any(map(evidence.had_gradient, names)):
         return [*reasons, Reason("tier_unchanged", f"{label}: nothing was trained", names)]
     if row.applied_updates and _had_positive_learning_rate(config, evidence, row):
-        traceless = [
-            c.name for c in own if not c.changed and evidence.is_missing_its_updates(c.name)
+        unmoved = [
+            c.name for c in changes if not c.changed and evidence.is_missing_its_updates(c.name)
         ]
-        if traceless:
-            why = _why_updates_left_no_trace(config, evidence, row)
-            noun = "tensor" if len(traceless) == 1 else "tensors"
-            message = (
-                f"{label}: {len(traceless)} {noun} had gradients and stayed as they were; {why}"
-            )
-            reasons.append(Reason("updates_missing", message, tuple(traceless)))
+        if unmoved:
+            why = _explain_lost_updates(config, evidence, row)
+            noun = "tensor" if len(unmoved) == 1 else "tensors"
+            message = f"{label}: {len(unmoved)} {noun} had gradients and stayed as they were; {why}"
+            reasons.append(Reason("updates_missing", message, tuple(unmoved)))
     return reasons
 
 
-def _why_updates_left_no_trace(
-    config: FineTuneConfig, evidence: TierEvidence, row: TierChange
-) -> str:
-    """The likely cause and what to do: a learning rate too small for float32, or lost updates."""
+def _explain_lost_updates(config: FineTuneConfig, evidence: TierEvidence, row: TierChange) -> str:
+    """Return the likely cause: a learning rate too small for float32 weights, or lost updates."""
     rate = build_learning_rate(config, evidence.step)
     if callable(rate):
         due = range(row.frequency, evidence.step + 1, row.frequency)
@@ -97,8 +99,8 @@ def _why_updates_left_no_trace(
 def _had_positive_learning_rate(
     config: FineTuneConfig, evidence: TierEvidence, row: TierChange
 ) -> bool:
-    """Whether the learning rate was above 0 at one of the tier's due steps at least."""
-    # Whether a rate is above 0 does not depend on how long the whole run is.
+    """Whether the learning rate was above 0 at one or more of the tier's due steps."""
+    # The schedule may be built for `evidence.step` steps: its length does not change a rate's sign.
     rate = build_learning_rate(config, evidence.step)
     if not callable(rate):
         return rate > 0

@@ -1,4 +1,4 @@
-"""The champion and the reference at the time of the gate, and bases that their tensors fit into."""
+"""Find the champion and the reference at the time of the gate, and a base that fits each."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from nested_core.text.digest_format import shorten_digest
 
 @dataclass(frozen=True, eq=False)
 class Champion:
-    """A champion that can be judged beside the candidate.
+    """A champion or reference version that can be compared with the candidate.
 
-    base: the base model to load it into: the candidate's, or one with modules of the champion's own
-        rank, scale and keys.
+    base: the base model to load its adapter into: the candidate's, or a second one with LoRA
+        modules of the champion's rank, scale and keys.
     training_examples: digests of what it and its ancestors were trained on, as far as recorded.
     """
 
@@ -43,7 +43,7 @@ class Champion:
 
 @dataclass(frozen=True)
 class UnusableChampion:
-    """A champion that cannot be judged, and why: it was made for another base."""
+    """A champion or reference that cannot be compared with the candidate, and why."""
 
     version: str
     problem: str
@@ -52,14 +52,15 @@ class UnusableChampion:
 def find_rival(
     role: Literal["champion", "reference"], base: LoadedBase, candidate: Adapter
 ) -> Champion | UnusableChampion | None:
-    """The champion of `registry.name`, verified, read and fitted to the base; None without one.
+    """Read the registry's champion or reference version, verify it, and find a base that fits it.
 
-    Or the version that the registry's policy names as the reference, likewise.
-    Raises DamagedError for a version that is not what was registered.
+    role: "champion" is the champion of `registry.name`; "reference" the version that its policy
+        names.
 
-    Where the candidate is the champion, the champion that it replaced: a run that is judged again
-    after its promotion gets the verdict that it had. None if that was removed, and where the
-    candidate is the reference.
+    If the candidate already is the champion, its predecessor is used, so that a run that is judged
+    again after its promotion gets the same verdict. Returns None without a registry or such a
+    version, or if the candidate is the reference. Raises DamagedError if the version's files
+    changed since it was registered.
     """
     path, name = base.config.registry.path, base.config.registry.name
     if path is None or name is None or not name_exists(Path(path), name):
@@ -79,17 +80,20 @@ def find_rival(
         adapter.digest()
         training_examples = read_training_digests(folder)
     try:
-        own_base = _find_base_for_champion(adapter, base, candidate)
+        rival_base = _find_base_for_champion(adapter, base, candidate)
     except ConfigError as error:
         problem = (
             f"the {role} {shorten_digest(version)} does not fit: {' '.join(str(error).split())}"
         )
         return UnusableChampion(version, problem)
-    return Champion(version, adapter, own_base, training_examples)
+    return Champion(version, adapter, rival_base, training_examples)
 
 
 def _find_replaced_champion(registry: Path, name: str, champion: str) -> str | None:
-    """The champion that the promotion of today's replaced, where it is there still."""
+    """Return the version that `champion` replaced when it was promoted.
+
+    None if the last change was no promotion of it, or the replaced version was removed.
+    """
     change = read_champion_changes(registry, name)[-1]
     is_promotion = (change.action, change.version) == ("promote", champion)
     is_there = change.previous in list_versions(registry, name)
@@ -97,7 +101,11 @@ def _find_replaced_champion(registry: Path, name: str, champion: str) -> str | N
 
 
 def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adapter) -> LoadedBase:
-    """The base to load the champion into; ConfigError for one that was made for another base."""
+    """Return a base model that the champion's tensors fit.
+
+    This is the candidate's unless rank, scale or modules differ. Raises ConfigError if the champion
+    was made for another base model.
+    """
     if reasons := fingerprint_reasons(champion.config, base.folder):
         raise ConfigError(reasons[0].message)
     if find_differences(champion, candidate):
@@ -108,16 +116,16 @@ def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adap
 
 
 def shape_like_adapter(adapter: Adapter, config: FineTuneConfig) -> FineTuneConfig:
-    """The configuration of a run, with the rank, scale and modules of another adapter.
+    """Return the run's configuration with the rank, scale and modules of another adapter.
 
-    Raises ConfigError where its adapter_config.json does not say them.
+    Raises ConfigError if the adapter's adapter_config.json does not record them.
     """
     require_recorded_settings(adapter)
     recorded = adapter.config.get("lora_parameters") or {}
-    known = {key: recorded[key] for key in ("rank", "scale") if key in recorded}
+    settings = {key: recorded[key] for key in ("rank", "scale") if key in recorded}
     keys = recorded.get("keys")
     modules = None if keys is None else tuple(keys)
-    lora = config.lora_parameters.model_copy(update=known | {"modules": modules})
+    lora = config.lora_parameters.model_copy(update=settings | {"modules": modules})
     changes = {
         "fine_tune_type": adapter.config.get("fine_tune_type", "lora"),
         "num_layers": adapter.config.get("num_layers"),

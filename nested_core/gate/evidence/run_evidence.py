@@ -1,7 +1,7 @@
 """A run's files checked against the digests that training recorded; any difference is damage.
 
-result.json names the offered checkpoint, and the checkpoint holds digests of what training began
-from. Damage (exit 6) never gets a verdict. The updates of each tier are held against its clock.
+result.json names the offered checkpoint, and the checkpoint holds digests of the inputs of
+training. A damaged run (exit code 6) never gets a verdict.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RecordedLogits(BaseModel):
 
 
 class CheckpointEvidence(BaseModel):
-    """What the gate needs of a checkpoint's state.json."""
+    """The fields of a checkpoint's state.json that the gate needs."""
 
     model_config = ConfigDict(strict=True)
     input_digests: dict[str, str] = Field(alias="found")
@@ -77,8 +77,8 @@ class CheckpointEvidence(BaseModel):
 class RunEvidence:
     """Both adapters of a run, the checkpoint that the trained one comes from, and its record.
 
-    dataset: the report on the data that it was trained on.
-    files: the entries of all that was read for a manifest, by their path in the run directory.
+    dataset: the report on the data that the adapter was trained on.
+    files: a manifest entry for each file that was read, by its path in the run directory.
     last_step: the optimizer step that training ended with.
     """
 
@@ -94,11 +94,10 @@ class RunEvidence:
 def digests_for_result(
     run: RunDirectory, offered_checkpoint: Path, manifest: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """What result.json records of the run: digests of the offered checkpoint and of what chose it.
+    """Return the digests that result.json records: of the offered checkpoint and what selected it.
 
-    `manifest` is that of the checkpoint; else it is read.
-
-    Without the losses of the evaluated steps the gate would take the choice for one among one.
+    `manifest` is the checkpoint's manifest; it is read if None. The validation losses are included
+    because the gate reads from them among how many steps the adapter was selected.
     """
     digests = {
         "checkpoint": str((manifest or read_manifest(offered_checkpoint))["digest"]),
@@ -110,7 +109,10 @@ def digests_for_result(
 
 
 def collect_evidence(run: RunDirectory) -> RunEvidence:
-    """Read a finished run; DamagedError if anything is not as training left it."""
+    """Read and verify a finished run's files.
+
+    Raises DamagedError if any of them changed since training wrote it.
+    """
     result = read_result(run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(offered)
@@ -138,7 +140,10 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
 def _hash_judged_files(
     run: RunDirectory, offered: Checkpoint, *adapters: Adapter
 ) -> dict[str, FileEntry]:
-    """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
+    """Return size and SHA-256 of each file that the verdict rests on, by path in the run.
+
+    The configuration is not among them.
+    """
     paths = [run.dataset, run.tiers, run.metrics, run.result]
     optional = (run.validation_losses, run.replay, run.replayed_rows, run.start)
     paths += [path for path in optional if path.is_file()]
@@ -151,7 +156,7 @@ def _hash_judged_files(
 
 
 def config_file_entry(config: FineTuneConfig) -> FileEntry:
-    """The entry of config.yaml as it would hold this configuration, whatever the file says now."""
+    """Return the manifest entry of config.yaml as this configuration would be written to it."""
     content = render_config(config)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -163,7 +168,10 @@ def _require_unchanged_inputs(
     files: Mapping[str, FileEntry],
     dataset: DatasetReport,
 ) -> None:
-    """Compare what training began from with the digests in its checkpoint."""
+    """Raise DamagedError if an input of training differs from its digest in the checkpoint.
+
+    The inputs are the initial adapter, tiers, replay, start and the report on the data.
+    """
     hashes = {name: files[f"{run.initial.name}/{name}"]["sha256"] for name in ADAPTER_FILES}
     if combined_sha256(hashes) != digests.get("initial_files"):
         raise DamagedError(
@@ -185,7 +193,7 @@ def _require_unchanged_inputs(
 def _require_adapter_of_checkpoint(
     run: RunDirectory, offered: Checkpoint, files: Mapping[str, FileEntry]
 ) -> None:
-    """Compare the adapter with the checkpoint's manifest, against which its files were hashed."""
+    """Raise DamagedError if the run's adapter differs from that in the offered checkpoint."""
     listed = offered.manifest["files"]
     for name in ADAPTER_FILES:
         if listed.get(name) != files[f"{run.adapter.name}/{name}"]:
@@ -197,7 +205,12 @@ def _require_adapter_of_checkpoint(
 
 @dataclass(frozen=True)
 class TierEvidence:
-    """What a checkpoint says of the tiers: their map, their counts, the optimizer's state."""
+    """What a checkpoint records of the tiers.
+
+    tiers: the tier of each tensor, and the frequency of each tier.
+    counts: applied and skipped updates of each tier.
+    initial: the tensors of the initial adapter, by name.
+    """
 
     tiers: TierMap
     step: int
@@ -210,7 +223,7 @@ class TierEvidence:
     def collect(
         cls, config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
     ) -> TierEvidence:
-        """Read it from the run directory and its verified checkpoint."""
+        """Read the tiers from the run directory and from its verified checkpoint."""
         optimizer_state = read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME)
         layout = optimizer_state.get(f"{COUNTERS_KEY}.layout")
         require_current_layout(None if layout is None else layout.to_mlx())
@@ -224,14 +237,14 @@ class TierEvidence:
         )
 
     def had_gradient(self, name: str) -> bool:
-        """Whether an update was applied to a parameter with a gradient that was not zero."""
+        """Whether an applied update of this parameter had a gradient that was not zero."""
         evidence = find_gradient_mark(self.optimizer_state, name)
         return evidence is not None and bool(np.frombuffer(evidence.data, np.uint8).any())
 
     def is_missing_its_updates(self, name: str) -> bool:
-        """Whether a parameter that stayed as it was had gradients, and no master that moved.
+        """Whether a parameter that did not change had gradients, and no master that moved.
 
-        A float32 master may move by less than the dtype that the parameter is published in can say.
+        A float32 master may move by less than the parameter's own, narrower dtype can represent.
         """
         master = self.optimizer_state.get(MASTERS_PREFIX + name)
         before = self.initial[name].to_numpy()
@@ -240,14 +253,13 @@ class TierEvidence:
 
 
 def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> list[TierChange]:
-    """The rows of the tier table."""
+    """Return the rows of the tier table: changed tensors and update counts of each tier."""
     rows = []
     for tier, frequency in enumerate(evidence.tiers.frequencies):
-        own = [change for change in changes if change.tier == tier]
+        tensors = [change for change in changes if change.tier == tier]
         expected = count_expected_updates(evidence.step, frequency, evidence.flush_steps)
         counts = evidence.counts[tier]
-        moved = sum(change.changed for change in own)
-        rows.append(
-            TierChange(tier, frequency, len(own), moved, expected, counts.updates, counts.skipped)
-        )
+        changed = sum(change.changed for change in tensors)
+        updates, skipped = counts.updates, counts.skipped
+        rows.append(TierChange(tier, frequency, len(tensors), changed, expected, updates, skipped))
     return rows

@@ -1,4 +1,4 @@
-"""Where a run's training diverged, from its metrics: at which step its loss left."""
+"""Find in a run's metrics whether, and from which step on, its training diverged."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ Report = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Divergence:
-    """The report from which on a run's losses or gradients are not those of training any more.
+    """The first of the reports from which on a run's training loss or gradients had diverged.
 
     step: the optimizer step of that report.
-    first_loss, loss: of the first report, and of this one; None if not finite.
-    has_risen: whether the loss left, and not the gradient alone.
-    reports: how many reports there are from this one on.
+    first_loss: the loss of the run's first report; None if not finite.
+    loss: the loss of the diverged report; None if not finite.
+    has_risen: whether the loss diverged; otherwise only the gradient vanished or was not finite.
+    reports: the number of reports from this one on.
     """
 
     step: int
@@ -35,49 +36,53 @@ class Divergence:
 
     @property
     def is_certain(self) -> bool:
-        """Whether the metrics alone show it, without held-out losses."""
+        """Whether the metrics alone prove the divergence, without held-out losses."""
         return self.has_risen and self.reports >= MIN_LASTING_REPORTS
 
     def __str__(self) -> str:
-        """What happened, in one sentence that names the step and the learning rate."""
+        """Say in one sentence what happened, at which step and at which learning rate."""
         if self.has_risen:
             loss = format_loss(self.loss)
             first = (
                 "" if self.first_loss is None else f" after {format_loss(self.first_loss)} at first"
             )
-            what = f"the loss left by step {self.step}: {loss}{first}"
+            event = f"the loss left by step {self.step}: {loss}{first}"
         else:
-            what = f"from step {self.step} on no gradient was left"
-        return f"training diverged at learning_rate {self.learning_rate:g}: {what}; lower the rate"
+            event = f"from step {self.step} on no gradient was left"
+        return f"training diverged at learning_rate {self.learning_rate:g}: {event}; lower the rate"
 
 
 def find_divergence(
     records: Sequence[Report], adapter_step: int, learning_rate: float
 ) -> Divergence | None:
-    """The divergence that lasted to `adapter_step`, the step that the adapter comes from.
+    """Return the divergence that lasted until `adapter_step`, the step that the adapter comes from.
 
-    `learning_rate` is the configured one, for a report that has none. None for training that came
-    back, or never left.
+    Validation losses are looked at first, then training losses, then gradient norms.
+    `learning_rate` is the configured one, for reports without a rate. None if training never
+    diverged, or recovered.
     """
     reports = [record for record in records if record["step"] <= adapter_step]
     for key in ("val_loss", "loss"):
         losses = [record for record in reports if key in record]
         first = next((r[key] for r in losses if r[key] is not None), None)
-        off = _diverged_reports_at_end(
-            losses, [_has_diverged(record[key], first) for record in losses]
-        )
-        if off:
-            rate = off[0].get("learning_rate") or learning_rate
-            return Divergence(off[0]["step"], rate, first, off[0][key], True, len(off))
+        flags = [_has_diverged(record[key], first) for record in losses]
+        diverged = _diverged_reports_at_end(losses, flags)
+        if diverged:
+            rate = diverged[0].get("learning_rate") or learning_rate
+            step, loss = diverged[0]["step"], diverged[0][key]
+            return Divergence(step, rate, first, loss, True, len(diverged))
     steps = [record for record in reports if "grad_norm" in record]
-    off = _diverged_reports_at_end(steps, [record["grad_norm"] in (None, 0.0) for record in steps])
-    if not off:
+    flags = [record["grad_norm"] in (None, 0.0) for record in steps]
+    diverged = _diverged_reports_at_end(steps, flags)
+    if not diverged:
         return None
-    rate = off[0].get("learning_rate") or learning_rate
-    return Divergence(off[0]["step"], rate, None, off[0].get("loss"), False, len(off))
+    rate = diverged[0].get("learning_rate") or learning_rate
+    step, loss = diverged[0]["step"], diverged[0].get("loss")
+    return Divergence(step, rate, None, loss, False, len(diverged))
 
 
 def _has_diverged(loss: float | None, first_loss: float | None) -> bool:
+    """Whether a loss is not finite (None), or far above the run's first loss."""
     return loss is None or (
         first_loss is not None and loss > DIVERGED_LOSS_FACTOR * first_loss + DIVERGED_LOSS_NATS
     )

@@ -1,7 +1,7 @@
-"""The canary of a version: answers that a server compares its own with before it serves it.
+"""The canary of a registered version: answers that a server must reproduce before it serves it.
 
-The questions are those of suites marked `canary: true`; the fresh process of the proof answers them
-one at a time, greedily, with base and adapter in the types that they are stored in.
+The questions are those of suites marked `canary: true`. The fresh process of the proof answers them
+one at a time, greedily, with base and adapter in the types in which they are stored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nested_core.storage.canary_file import (
 
 @dataclass(frozen=True)
 class CanaryPrompt:
-    """A question of a suite in token ids, and its line in the suite's file."""
+    """A question of a suite as token ids, and its line in the suite's file."""
 
     suite: str
     line: int
@@ -36,9 +36,10 @@ class CanaryPrompt:
 
 
 def choose_canary_prompts(config: FineTuneConfig) -> list[CanaryPrompt]:
-    """The first questions of each suite marked as canary, as many of each as the bound allows.
+    """Return up to MAX_CANARY_QUESTIONS questions from the suites marked as canary, in token ids.
 
-    Raises what reading and encoding suites raises.
+    They are taken in turns: the first question of every suite, then the second of every suite.
+    Raises ConfigError or DatasetError if a suite cannot be read or encoded.
     """
     gate = config.gate
     tasks = tuple(task for task in gate.tasks if task.canary)
@@ -48,20 +49,20 @@ def choose_canary_prompts(config: FineTuneConfig) -> list[CanaryPrompt]:
     suites = read_suites(gate.model_copy(update={"tasks": tasks}))
     encoded = encode_suites(suites, tokenizer, find_model_folder(config.model))
     prompts = [
-        (place, CanaryPrompt(each.suite.name, question.line, tokens))
-        for each in encoded
-        for place, (question, tokens) in enumerate(
-            zip(each.suite.questions, each.prompts, strict=True)
+        (position, CanaryPrompt(suite.suite.name, question.line, tokens))
+        for suite in encoded
+        for position, (question, tokens) in enumerate(
+            zip(suite.suite.questions, suite.prompts, strict=True)
         )
     ]
-    prompts.sort(key=lambda placed: placed[0])  # a question of each suite, then the next of each
+    prompts.sort(key=lambda pair: pair[0])  # stable: suites stay in order at each position
     return [prompt for _, prompt in prompts[:MAX_CANARY_QUESTIONS]]
 
 
 def make_canary(
     prompts: Sequence[CanaryPrompt], request: ProofRequest, answers: StoredTypesAnswers
 ) -> Canary:
-    """What canary.jsonl holds, of what the fresh process answered to `prompts`."""
+    """Build the content of canary.jsonl from what the fresh process answered to `prompts`."""
     rows = tuple(tuple(finite_or_none(row.tolist())) for row in answers.logits)
     logits = CanaryLogits(
         prompts=tuple(tuple(prompt) for prompt in request.prompts),
@@ -77,7 +78,7 @@ def make_canary(
 
 
 def describe_computation() -> dict[str, str]:
-    """What logits depend on beside model and prompt: machine, BLAS, and the versions of MLX."""
+    """Return what logits depend on besides model and prompt: machine, BLAS, versions of MLX."""
     prepared = backend.get_process_preparation()
     return {
         "host": platform.node(),  # a CPU's name does not say which instructions it has

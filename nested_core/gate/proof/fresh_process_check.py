@@ -1,7 +1,8 @@
 """The proof from a fresh process, which loads base and adapter by plain mlx_lm.load.
 
-Its logits on fixed prompts must differ from those with the initial adapter and, if the trainer
-recorded its own, equal those. No array of this process is trusted, only what the new one wrote.
+Its logits on fixed prompts must differ from those with the initial adapter. If the trainer recorded
+its own logits, they must equal these within a tolerance. Only what the new process wrote is
+trusted, no array of this process.
 """
 
 from __future__ import annotations
@@ -31,26 +32,29 @@ from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.canary_file import MAX_CANARY_TOKENS
 from nested_core.storage.safetensors_files import read_tensors
 
-# Relative to the centred norm of the trainer's logits. If the trainer computes in float32 the
-# process does too, with the same kernels; in narrower types the order of sums shows.
+# Relative to the centred norm of the trainer's logits. If the trainer computes in float32, so does
+# the process, with the same kernels. In narrower types the order of summation changes the logits.
 TOLERANCE_FLOAT32 = 1e-3
 TOLERANCE_NARROW_DTYPES = 5e-2
-# Logits that are further apart in narrow types are compared with those in float32: bfloat16 alone
-# moved those of a real model of 135M by 0.042 and 0.062. So many times what it does is allowed.
+# Narrow types can move logits further: bfloat16 moved those of a model of 135M by 0.042 and 0.062.
+# Then the trainer's logits may be this many times as far from float32 logits as the process's are.
 ROUNDINGS_ALLOWED = 3.0
-LARGEST_ROUNDING = 0.1  # of the narrow types; beyond it logits say nothing about a configuration
+LARGEST_ROUNDING = 0.1  # a larger distance caused by a narrow type is counted as this much
 TIMEOUT_SECONDS = 3600
 PROMPTS_WITHOUT_DATA = [list(range(start, start + 8)) for start in (1, 9, 17, 25)]
 
 
 @dataclass(frozen=True)
 class ProofRequest:
-    """Base model, adapters and prompts; `expected` holds the trainer's logits, a row a prompt.
+    """What the fresh process is to load and compute, and the trainer's logits to compare with.
 
     initial: None compares the trained adapter with the base model alone.
-    questions: prompts in token ids that the trained model answers greedily, as it is stored.
-    has_diverged: whether the training loss left: rounding is then as large as the weights, and
-        other logits than the trainer's are no sign of another configuration.
+    prompts, questions: token ids. The trained model, in its stored types, answers the questions
+        greedily.
+    columns: the token ids whose logits are compared; if empty, some 256 of the vocabulary.
+    expected: the trainer's logits, a row for each prompt; None if it recorded none.
+    has_diverged: whether the training loss diverged. Rounding is then as large as the weights, so
+        logits other than the trainer's do not indicate another configuration.
     """
 
     model: Path
@@ -67,7 +71,7 @@ class ProofRequest:
 
 @dataclass(frozen=True)
 class GreedyAnswer:
-    """What a question was answered, in token ids and as text."""
+    """A greedily generated answer, as token ids and as text."""
 
     tokens: tuple[int, ...]
     text: str
@@ -75,9 +79,10 @@ class GreedyAnswer:
 
 @dataclass(frozen=True)
 class StoredTypesAnswers:
-    """What the trained model computes in the types that it is stored in, as a server would.
+    """What the trained model computes in the types in which it is stored, as a server would.
 
-    logits: a row a prompt of the request. answers: in the order of its questions.
+    logits: a row for each prompt of the request.
+    answers: in the order of the request's questions.
     """
 
     logits: Rows
@@ -86,9 +91,10 @@ class StoredTypesAnswers:
 
 @dataclass(frozen=True)
 class FreshProcessLogits:
-    """Logits with either adapter, a row a prompt, and the LoRA factors of the trained model.
+    """Logits with either adapter, a row for each prompt, computed in the fresh process.
 
     base: the logits of the base model alone; None if those with the initial adapter are finite.
+    factors: the names of the LoRA factors of the trained model.
     canary: None if the request has no questions.
     """
 
@@ -101,10 +107,10 @@ class FreshProcessLogits:
 
 @dataclass(frozen=True)
 class Proof:
-    """What a fresh process showed: the evidence for gate.json, and the reasons against the adapter.
+    """The result of a fresh process: the evidence for gate.json, and reasons to reject the adapter.
 
-    canary: the answers to the request's questions; None without any, or with an adapter that the
-        process could not use.
+    canary: the answers to the request's questions; None without questions, or if the process could
+        not use the adapter.
     """
 
     evidence: ProofEvidence
@@ -113,15 +119,17 @@ class Proof:
 
 
 def prove_effect_in_fresh_process(request: ProofRequest) -> Proof:
-    """Compute with base and adapter in a new process, and compare with what was recorded.
+    """Compute logits with base and adapters in a new process, and judge them.
 
-    Raises NestedTuneError if the process failed or was killed: that says nothing about the adapter.
+    Raises NestedTuneError if the process failed or was killed, which says nothing about the
+    adapter.
     """
     with closing(RunningProof(request)) as proof:
         return proof.judge()
 
 
 def _judge_answers(request: ProofRequest, answers: FreshProcessLogits | Reason) -> Proof:
+    """Turn the process's logits, or the reason why it has none, into a Proof."""
     if isinstance(answers, Reason):
         model, prompts = str(request.model), len(request.prompts)
         return Proof({"model": model, "prompts": prompts, "error": answers.message}, (answers,))
@@ -132,6 +140,11 @@ def _judge_answers(request: ProofRequest, answers: FreshProcessLogits | Reason) 
 def _judge_logits(
     request: ProofRequest, answers: FreshProcessLogits
 ) -> tuple[ProofEvidence, list[Reason]]:
+    """Compare the trained adapter's logits with the initial adapter's and the trainer's.
+
+    Returns the evidence for gate.json and at most one reason. They must be finite, differ from the
+    initial adapter's, and be close to the trainer's, if the trainer recorded any.
+    """
     evidence: ProofEvidence = {"model": str(request.model)}
     answers, expected = keep_prompts_with_finite_base(answers, request.expected)
     evidence["prompts"] = len(answers.initial)
@@ -165,7 +178,7 @@ def _judge_logits(
 
 
 def _may_be_rounding(request: ProofRequest, proof: Proof) -> bool:
-    """Whether all that speaks against an adapter is its distance, computed in a narrow type."""
+    """Whether the only reason is a distance from the trainer's logits, in a narrow type."""
     distance = proof.evidence.get("relative_distance_from_trainer")
     codes = [reason.code for reason in proof.reasons]
     return not request.is_float32 and distance is not None and codes == ["config_mismatch"]
@@ -174,9 +187,10 @@ def _may_be_rounding(request: ProofRequest, proof: Proof) -> bool:
 def _judge_rounding(
     request: ProofRequest, answers: FreshProcessLogits, proof: Proof, exact: Rows
 ) -> Proof:
-    """The proof without its reason, where the trainer's logits are as exact as the process's.
+    """Drop the proof's reason if the trainer's logits are about as exact as the fresh process's.
 
-    exact: the trained model's logits in float32, a row a prompt.
+    exact: the trained model's logits in float32, a row for each prompt. Both are compared with
+        them.
     """
     rounding = relative_distance(answers.trained, exact)
     distance = relative_distance(np.array(request.expected, np.float64), exact)
@@ -191,9 +205,11 @@ def _judge_rounding(
 def keep_prompts_with_finite_base(
     answers: FreshProcessLogits, expected: Sequence[Sequence[float | None]] | None
 ) -> tuple[FreshProcessLogits, Rows | None]:
-    """The rows of prompts that the base model alone answers; all of them if it answers none.
+    """Drop the prompts for which the base model alone gives logits that are not finite.
 
-    A base with a broken embedding, say, answers nothing that has this token, whatever the adapter.
+    A base whose embedding of one token is broken, say, fails on every prompt with this token,
+    whatever the adapter. If all prompts fail, all are kept. Returns the logits and the rows of
+    `expected` for the kept prompts.
     """
     rows = None if expected is None else np.array(expected, np.float64)  # None becomes NaN
     if answers.base is None:
@@ -211,9 +227,9 @@ def keep_prompts_with_finite_base(
 
 
 def non_finite_reason(answers: FreshProcessLogits) -> Reason | None:
-    """A reason if logits overflowed; the adapter is blamed only for what was finite before it.
+    """Return a reason if logits overflowed, which says whether base or adapter is to blame.
 
-    A model may mask a part of its vocabulary by -inf: that is no overflow if it does so without the
+    A model may mask a part of its vocabulary by -inf. That is no overflow if it does so without the
     trained adapter too.
     """
     if answers.base is not None and (broken := _count_nonfinite(answers.base)):
@@ -234,14 +250,14 @@ def non_finite_reason(answers: FreshProcessLogits) -> Reason | None:
 
 
 def _count_nonfinite(logits: Rows) -> int:
-    """Logits that no model gives on purpose: NaN, +inf, and -inf for a whole vocabulary."""
+    """Count the logits that no model gives on purpose: NaN, +inf, and rows that are all -inf."""
     is_masked = np.isneginf(logits)
     is_masked &= ~is_masked.all(axis=-1, keepdims=True)
     return int((~np.isfinite(logits) & ~is_masked).sum())
 
 
 def is_constant(logits: Rows) -> bool:
-    """Whether every token has the same logit after every prompt, as if activations overflowed.
+    """Whether all tokens have the same logit after each prompt, as if activations overflowed.
 
     An infinite mean square makes the model's normalisation return zeros.
     """
@@ -249,7 +265,7 @@ def is_constant(logits: Rows) -> bool:
 
 
 def largest_difference(logits: Rows, other: Rows) -> float:
-    """The largest absolute difference; infinity if only one of a pair is finite."""
+    """Return the largest absolute difference; infinity if only one logit of a pair is finite."""
     if not _are_finite_alike(logits, other):
         return math.inf
     finite = np.isfinite(logits)
@@ -257,7 +273,10 @@ def largest_difference(logits: Rows, other: Rows) -> float:
 
 
 def relative_distance(logits: Rows, expected: Rows) -> float:
-    """Norm of the difference over the norm of `expected` minus its mean."""
+    """Return the norm of the difference over the norm of `expected` minus its mean.
+
+    Only finite logits count. Infinity if the arrays are not finite in the same positions.
+    """
     finite = np.isfinite(expected)
     if not _are_finite_alike(logits, expected) or not finite.any():
         return math.inf
@@ -268,13 +287,13 @@ def relative_distance(logits: Rows, expected: Rows) -> float:
     return difference / size
 
 
-def _are_finite_alike(one: Rows, other: Rows) -> bool:
-    """Whether two arrays have the same shape and are finite in the same places."""
-    return one.shape == other.shape and bool((np.isfinite(one) == np.isfinite(other)).all())
+def _are_finite_alike(first: Rows, second: Rows) -> bool:
+    """Whether two arrays have the same shape and are finite in the same positions."""
+    return first.shape == second.shape and bool((np.isfinite(first) == np.isfinite(second)).all())
 
 
 def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits | Reason:
-    """What the process computed, or the reason if mlx_lm.load refuses an adapter.
+    """Return the logits of a new process, or the reason if mlx_lm.load refuses an adapter.
 
     Raises ConfigError if it refuses the base alone.
     """
@@ -283,12 +302,12 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
 
 
 def start_proof_process() -> Child:
-    """A process that imports mlx_lm and then waits for a request."""
+    """Start a process that imports mlx_lm and then waits for a request."""
     return start_reader(MLX_LM_PROGRAM)
 
 
 class RunningProof:
-    """A proof under way, in a process of its own or one that was started before."""
+    """A proof being computed, in a new process or in one that was started earlier."""
 
     def __init__(self, request: ProofRequest, process: Child | None = None) -> None:
         self.request = request
@@ -296,24 +315,26 @@ class RunningProof:
         self._process.send(_describe_request(request, _describe_models(request)))
 
     def wait_for_logits(self) -> FreshProcessLogits | Reason:
-        """What the process computed, see `compute_logits_in_fresh_process`.
+        """Wait for the process's logits; a reason instead if mlx_lm.load refuses an adapter.
 
-        NestedTuneError if it gave no answer, which is never the adapter's fault.
+        Raises ConfigError if it refuses the base alone, NestedTuneError if the process gave no
+        answer, which is never the adapter's fault.
         """
         answers = self._receive()
         request = self.request
         if answers.get("refused") == "trained" and request.initial is not None:
             alone = self._ask(_describe_initial(request))
-            answers = alone if "refused" in alone else answers  # told first if neither can be used
+            if "refused" in alone:  # neither adapter can be used: the initial one is reported
+                answers = alone
         if "refused" in answers:
             return _describe_refusal(request, answers)
         initial = np.array(answers["initial"]["logits"], np.float64)
         base = None
         if not np.isfinite(initial).all():
-            of_base = self._ask(describe_model("base", request.model, dtype=_dtype_of(request)))
-            if "refused" in of_base:
-                return _describe_refusal(request, of_base)
-            base = np.array(of_base["base"]["logits"], np.float64)
+            base_answer = self._ask(describe_model("base", request.model, dtype=_dtype_of(request)))
+            if "refused" in base_answer:
+                return _describe_refusal(request, base_answer)
+            base = np.array(base_answer["base"]["logits"], np.float64)
         return FreshProcessLogits(
             initial=initial,
             trained=np.array(answers["trained"]["logits"], np.float64),
@@ -323,10 +344,15 @@ class RunningProof:
         )
 
     def _ask(self, model: dict[str, Any]) -> dict[str, Any]:
+        """Send a request for one more model and wait for the answer."""
         self._process.send(_describe_request(self.request, [model]))
         return self._receive()
 
     def _receive(self) -> dict[str, Any]:
+        """Wait for the process's answer to the last request.
+
+        Raises NestedTuneError if the process failed or took longer than TIMEOUT_SECONDS.
+        """
         try:
             answers: dict[str, Any] = self._process.receive(TIMEOUT_SECONDS)
         except (NestedTuneError, OSError, MemoryError) as error:
@@ -337,12 +363,13 @@ class RunningProof:
                 f"C++ compiler.",
                 advice=JUDGE_AGAIN,
             ) from error
-        return answers  # with NaN, as Python writes it
+        return answers  # numbers may be NaN, which Python's JSON allows
 
     def judge(self) -> Proof:
-        """Wait for it, and compare what it computed with what was recorded.
+        """Wait for the logits and judge them.
 
-        Where that is too far apart in a narrow type, what rounding does is measured in float32.
+        If they differ too much from the trainer's in a narrow type, the process computes them in
+        float32 too, to measure how much of the difference is rounding.
         """
         answers = self.wait_for_logits()
         proof = _judge_answers(self.request, answers)
@@ -352,21 +379,25 @@ class RunningProof:
         return proof if exact is None else _judge_rounding(self.request, answers, proof, exact)
 
     def _compute_in_float32(self) -> Rows | None:
-        """The trained model's logits in float32, or None if its process failed, say of memory."""
+        """Return the trained model's logits in float32; None if the process failed.
+
+        It may lack the memory for float32.
+        """
         request = self.request
         model = describe_model("exact", request.model, request.trained, dtype="float32")
         try:
-            told = self._ask(model)
+            answer = self._ask(model)
         except NestedTuneError:
             return None
-        return np.array(told["exact"]["logits"], np.float64) if "exact" in told else None
+        return np.array(answer["exact"]["logits"], np.float64) if "exact" in answer else None
 
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process, even if it is still computing."""
         self._process.end()
 
 
 def _dtype_of(request: ProofRequest) -> str | None:
+    """Return the dtype to load the model in; None loads it as it is stored."""
     return "float32" if request.is_float32 else None
 
 
@@ -375,7 +406,7 @@ def _describe_initial(request: ProofRequest) -> dict[str, Any]:
 
 
 def _describe_models(request: ProofRequest) -> list[dict[str, Any]]:
-    """The model with each adapter, and as it is stored, which alone is asked the questions."""
+    """Describe the models to load: with each adapter, and for questions the trained as stored."""
     base, trained = request.model, request.trained
     models = [
         describe_model("trained", base, trained, dtype=_dtype_of(request)),
@@ -401,7 +432,7 @@ def _describe_request(request: ProofRequest, models: Sequence[dict[str, Any]]) -
 
 
 def _describe_refusal(request: ProofRequest, answers: dict[str, Any]) -> Reason:
-    """The reason against an adapter that mlx_lm.load refuses; ConfigError where it is the base."""
+    """Return the reason against an adapter that mlx_lm.load refuses; ConfigError for the base."""
     error, side = shorten(answers["error"], 300), answers["refused"]
     if side == "base":
         code = "" if request.trusts_remote_code else " No code that a model brings is run here."
@@ -411,8 +442,9 @@ def _describe_refusal(request: ProofRequest, answers: dict[str, Any]) -> Reason:
     return Reason("unreadable", message)
 
 
-def _parse_stored_types_answers(given: dict[str, Any] | None) -> StoredTypesAnswers | None:
-    if given is None:
+def _parse_stored_types_answers(stored: dict[str, Any] | None) -> StoredTypesAnswers | None:
+    """Parse the process's answer for the model in its stored types; None if it was not asked."""
+    if stored is None:
         return None
-    answers = tuple(GreedyAnswer(tuple(row["tokens"]), row["text"]) for row in given["answers"])
-    return StoredTypesAnswers(np.array(given["logits"], np.float64), answers)
+    answers = tuple(GreedyAnswer(tuple(row["tokens"]), row["text"]) for row in stored["answers"])
+    return StoredTypesAnswers(np.array(stored["logits"], np.float64), answers)

@@ -1,4 +1,4 @@
-"""The fresh process that proves a run's adapter, which may compute while the gate measures."""
+"""The fresh process that proves a run's adapter, which may already run while the gate measures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nested_core.models.session import Session
 
 
 class ProofOfRun:
-    """The fresh process that proves a run's adapter: begun ahead where there is room for it."""
+    """The proof of a run's adapter, whose process starts early if memory allows it."""
 
     def __init__(
         self,
@@ -31,23 +31,23 @@ class ProofOfRun:
         self._running: RunningProof | None = None
 
     def begin(self) -> RunningProof:
-        """Start it, unless it runs already."""
+        """Start the process unless it already runs, and return it."""
         if self._running is None:
             self._running = RunningProof(self.request, self._session.take_proof_process())
         return self._running
 
     @property
     def is_running(self) -> bool:
-        """Whether it was begun ahead."""
+        """Whether the process was started."""
         return self._running is not None
 
     def close(self) -> None:
-        """End its process, if there is one."""
+        """End the process if it was started."""
         if self._running is not None:
             self._running.close()
 
     def begin_if_there_is_room(self) -> None:
-        """Begin it now, where two bases need no more memory than training did."""
+        """Start the process now if two base models need no more memory than training did."""
         base = self._session.base
         if base is None or base.training_peak == 0:
             return
@@ -61,7 +61,7 @@ def _make_request(
     divergence: Divergence | None,
     questions: Sequence[CanaryPrompt],
 ) -> ProofRequest:
-    """Whether a new process computes with the offered adapter what the trainer computed."""
+    """Ask for the logits of both adapters on the prompts of which the trainer recorded logits."""
     logits, dtype = evidence.record.logits, model_compute_dtype(config)
     return ProofRequest(
         model=find_model_folder(config.model),

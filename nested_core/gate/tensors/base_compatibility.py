@@ -25,18 +25,22 @@ RANK_AXES = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3)
 
 
 def config_reasons(adapter: Adapter) -> list[Reason]:
-    """Reasons for tensors that contradict the adapter's own configuration, or lack a partner."""
+    """Return reasons if an adapter's tensors contradict its own adapter_config.json.
+
+    The tensor names must suit `fine_tune_type`, every module must have all its factors (lora_a and
+    lora_b), and the factors must have the configured rank.
+    """
     meaning = adapter.meaning()
     fine_tune_type, rank = str(meaning["fine_tune_type"]), meaning["rank"]
-    parts = TENSOR_NAMES_BY_FINE_TUNE_TYPE.get(fine_tune_type, set())
-    of_lora = {name for name in adapter.tensors if leaf_name(name) in (parts or LORA_FACTORS)}
+    parts = TENSOR_NAMES_BY_FINE_TUNE_TYPE.get(fine_tune_type, set())  # empty for "full"
+    lora_names = {name for name in adapter.tensors if leaf_name(name) in (parts or LORA_FACTORS)}
     reasons = []
-    if foreign := sorted(adapter.tensors.keys() - of_lora if parts else of_lora):
+    if foreign := sorted(adapter.tensors.keys() - lora_names if parts else lora_names):
         message = f"fine_tune_type {fine_tune_type} has no tensors like {foreign[0]}"
         reasons.append(Reason("config_mismatch", message, tuple(foreign)))
-    modules = {module_name(name) for name in of_lora}
-    wanted = {f"{module}.{part}" for module in modules for part in parts}
-    if missing := sorted(wanted - adapter.tensors.keys()):
+    modules = {module_name(name) for name in lora_names}
+    expected = {f"{module}.{part}" for module in modules for part in parts}
+    if missing := sorted(expected - adapter.tensors.keys()):
         message = (
             f"{len(missing)} tensors are missing from modules that have others: {missing[0]} first"
         )
@@ -50,6 +54,7 @@ def config_reasons(adapter: Adapter) -> list[Reason]:
 
 
 def _tensors_of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
+    """Yield the names of LoRA factors whose rank axis does not have length `rank`."""
     for name, tensor in adapter.tensors.items():
         axis = RANK_AXES.get((leaf_name(name), len(tensor.shape)))
         if axis is not None and tensor.shape[axis] != rank:
@@ -57,16 +62,16 @@ def _tensors_of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
 
 
 def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[Reason]:
-    """A reason if the model in `base` is not the one that adapter_config.json names.
+    """Return a reason if the model in folder `base` is not the one that adapter_config.json names.
 
-    A configuration without a fingerprint, as mlx_lm.lora writes it, gives none.
+    A configuration without a fingerprint, as mlx_lm.lora writes it, gives no reason.
     """
     message = describe_other_base(adapter_config, base)
     return [] if message is None else [Reason("base_mismatch", message)]
 
 
 def require_same_base(adapter: Adapter, base: Path) -> None:
-    """Raise DamagedError if the model in `base` is not the one that an adapter names."""
+    """Raise DamagedError if the model in folder `base` is not the one that the adapter names."""
     if reasons := fingerprint_reasons(adapter.config, base):
         raise DamagedError(
             f"{adapter.path}: {reasons[0].message}. The base model has changed since the adapter "
@@ -76,17 +81,17 @@ def require_same_base(adapter: Adapter, base: Path) -> None:
 
 
 def base_reasons(adapter: Adapter, expected: Mapping[str, mx.array], base: Path) -> list[Reason]:
-    """A reason if the adapter is for another base, or its tensors are not those of this one.
+    """Return a reason if the adapter names another base, or its tensors do not fit this one.
 
-    `expected` are the trainable parameters of the base with a fresh adapter of this configuration,
-    `base` is its folder.
+    expected: the trainable parameters of the base with a fresh adapter of this configuration.
+    base: the folder of the base model.
     """
     if reasons := fingerprint_reasons(adapter.config, base):
         return reasons
-    actual = {name: tensor.shape for name, tensor in adapter.tensors.items()}
-    wanted = {name: array.shape for name, array in expected.items()}
-    names = actual.keys() | wanted.keys()
-    wrong = {name for name in names if actual.get(name) != wanted.get(name)}
+    shapes = {name: tensor.shape for name, tensor in adapter.tensors.items()}
+    expected_shapes = {name: array.shape for name, array in expected.items()}
+    names = shapes.keys() | expected_shapes.keys()
+    wrong = {name for name in names if shapes.get(name) != expected_shapes.get(name)}
     wrong |= {
         name
         for name, tensor in adapter.tensors.items()
@@ -95,5 +100,6 @@ def base_reasons(adapter: Adapter, expected: Mapping[str, mx.array], base: Path)
     if not wrong:
         return []
     first, *_ = ordered = sorted(wrong)
-    message = f"{first}: shape {actual.get(first)}, the base model wants {wanted.get(first)}"
+    expected_shape = expected_shapes.get(first)
+    message = f"{first}: shape {shapes.get(first)}, the base model wants {expected_shape}"
     return [Reason("base_mismatch", message, tuple(ordered))]

@@ -1,7 +1,7 @@
-"""Whether a module's low-rank product lora_a @ lora_b changed: all that a user of it can see.
+"""Whether a module's low-rank product lora_a @ lora_b, an adapter's only visible effect, changed.
 
-Rescaling lora_a against lora_b, flipping both signs or permuting the rank changes every byte and
-no product. The norm is taken through QR factors in float64; the product itself is never formed.
+Rescaling lora_a against lora_b, flipping both signs or permuting the rank changes every byte and no
+product. The norm is taken through QR factors in float64; the product itself is never formed.
 """
 
 from __future__ import annotations
@@ -21,42 +21,44 @@ from nested_core.storage.safetensors_files import StoredTensor
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Factors = tuple[StoredTensor, StoredTensor]  # lora_a and lora_b of one module
-# Unit roundoff, and the smallest normal number: below it an error no longer shrinks with the value.
+# Unit roundoff and smallest normal number. Below the latter, errors do not shrink with the value.
 PRECISION_BY_DTYPE = {
     "F64": (2.0**-53, 2.0**-1022),
     "F32": (2.0**-24, 2.0**-126),
     "F16": (2.0**-11, 2.0**-14),
     "BF16": (2.0**-8, 2.0**-126),
 }
-# Of 3,000 random rescalings, rotations and permutations 99 % moved the product by less than 0.93
-# times the size of rounding, and one by more than 1.5: float16 below its smallest normal number.
+# Rescalings, rotations and permutations move the product by rounding alone. Of 3,000 random ones
+# 99 % moved it by less than 0.93 times the bound below, and one, in subnormal float16, by over 1.5.
 ROUNDING_FACTOR = 2.0
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 SAMPLED_PRODUCT_ROWS = 64  # rows and columns of a product that are compared before the whole of it
 
 
 def no_effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """One reason that names the tensors of every module whose product did not change."""
-    idle = [
-        m
-        for m in _module_names(trained)
-        if not _has_module_changed(m, initial.tensors, trained.tensors)
+    """Return one reason that names the factors of every module whose product did not change."""
+    unchanged = [
+        module
+        for module in _module_names(trained)
+        if not _has_module_changed(module, initial.tensors, trained.tensors)
     ]
-    if not idle:
+    if not unchanged:
         return []
-    message = f"the product lora_a @ lora_b of {len(idle)} modules did not move, {idle[0]} first"
-    return [Reason("no_effect", message, factor_names(idle))]
+    count, first = len(unchanged), unchanged[0]
+    message = f"the product lora_a @ lora_b of {count} modules did not move, {first} first"
+    return [Reason("no_effect", message, factor_names(unchanged))]
 
 
 def factor_names(modules: Iterable[str]) -> tuple[str, ...]:
-    """The names of the LoRA factors of modules."""
+    """Return the names of the modules' LoRA factors: "q" gives "q.lora_a" and "q.lora_b"."""
     return tuple(f"{module}.{leaf}" for module in modules for leaf in LORA_FACTORS)
 
 
 def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Reasons for modules whose update scale * lora_a @ lora_b is beyond the range of float32.
+    """Return reasons for modules whose update scale * lora_a @ lora_b overflows float32.
 
-    A module that overflows with the initial adapter already is told as the initial adapter's.
+    Modules that already overflow in the initial adapter get a reason of their own, because training
+    is not to blame for them.
     """
     before, after = (
         {
@@ -73,7 +75,10 @@ def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 
 def overflow_reasons_of(modules: Iterable[str], whose: str) -> list[Reason]:
-    """One reason that names the tensors of modules whose update overflows; none without any."""
+    """Return one reason that names the factors of the overflowing modules; empty without modules.
+
+    `whose` begins the message, such as "the trained adapter's".
+    """
     ordered = sorted(modules)
     if not ordered:
         return []
@@ -85,7 +90,7 @@ def overflow_reasons_of(modules: Iterable[str], whose: str) -> list[Reason]:
 
 
 def product_overflows(tensors: Mapping[str, StoredTensor], module: str, scale: float) -> bool:
-    """Whether an element of scale * lora_a @ lora_b is beyond float32; all factors are finite."""
+    """Whether an element of scale * lora_a @ lora_b is beyond float32, for finite factors."""
     a, b = _factor_pair(tensors, module)
     if scale * frobenius_norm(a) * frobenius_norm(b) <= LARGEST_FLOAT32:
         return False  # no element is larger than the product of the norms (Cauchy-Schwarz)
@@ -100,7 +105,11 @@ def product_overflows(tensors: Mapping[str, StoredTensor], module: str, scale: f
 
 
 def require_lora_factors(adapter: Adapter) -> None:
-    """Raise DamagedError if a lora_a and its lora_b cannot be the factors of one product."""
+    """Raise DamagedError if a module's lora_a and lora_b cannot be multiplied.
+
+    Accepted are floating point (in, rank) and (rank, out), and for switch layers (experts, rank,
+    in) and (experts, out, rank).
+    """
     for module in _module_names(adapter):
         a, b = _factor_pair(adapter.tensors, module)
         is_dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
@@ -113,6 +122,7 @@ def require_lora_factors(adapter: Adapter) -> None:
 
 
 def _module_names(adapter: Adapter) -> list[str]:
+    """Return the sorted names of the modules that have both lora_a and lora_b."""
     names = (name.removesuffix(".lora_a") for name in adapter.tensors if name.endswith(".lora_a"))
     return sorted(name for name in names if f"{name}.lora_b" in adapter.tensors)
 
@@ -124,15 +134,21 @@ def _factor_pair(tensors: Mapping[str, StoredTensor], module: str) -> Factors:
 def _has_module_changed(
     module: str, before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]
 ) -> bool:
+    """Whether a module's product, or its DoRA magnitude, changed by more than rounding explains.
+
+    A sample of the product's rows and columns is compared first, because that is cheap and usually
+    enough.
+    """
     magnitude = f"{module}.m"  # DoRA's
     if magnitude in after and tensors_differ(before[magnitude], after[magnitude]):
         return True
     old, new = _factor_pair(before, module), _factor_pair(after, module)
+    # What rounding alone may move the product by is `roundoff` times a norm of the product.
     roundoff = ROUNDING_FACTOR * max(PRECISION_BY_DTYPE[t.dtype][0] for t in (*old, *new))
     squares = [_independent_rounding_squared(pair) for pair in (old, new)]
     rank = max(_float64_factors(pair, 1)[0].shape[2] for pair in (old, new))
-    # A product's norm is at most sqrt(rank) times the first bound; where a part of the product
-    # moved by more than that, the whole moved further than either bound.
+    # A product's norm is at most sqrt(rank * square). If a part of the product moved by more than
+    # the rounding of that norm, the whole product moved further than either bound below.
     if _norm_of_difference(new, old, SAMPLED_PRODUCT_ROWS) > roundoff * math.sqrt(
         rank * sum(squares)
     ):
@@ -147,11 +163,11 @@ def _has_module_changed(
 
 
 def _independent_rounding_squared(pair: Factors) -> float:
-    """The sum over the rank of ||a_k||^2 ||b_k||^2.
+    """Return the sum over the rank of ||a_k||^2 ||b_k||^2, for columns a_k and rows b_k.
 
-    Rounding each element of both factors by itself, by a share u of it, moves the product by about
-    u times the square root of this. Where errors agree, as when one factor is multiplied by c and
-    the other by a rounded 1/c, it moves by u times the product's own norm.
+    If each element of both factors is rounded independently by a relative error u, the product
+    moves by about u times the square root of this sum. If the errors agree, as when one factor is
+    multiplied by c and the other by a rounded 1/c, it moves by u times the product's own norm.
     """
     tiny = max(PRECISION_BY_DTYPE[tensor.dtype][1] for tensor in pair)
     left, right = _oriented_factors(pair)
@@ -163,7 +179,10 @@ def _independent_rounding_squared(pair: Factors) -> float:
 
 
 def _norm_of_difference(new: Factors, old: Factors, rows: int | None) -> float:
-    """The norm of the product's change; with `rows`, in about so many rows and columns only."""
+    """Return the norm of the product's change; with `rows`, that of a sample of rows and columns.
+
+    The sample has about `rows` rows and as many columns.
+    """
     new_a, new_b = _float64_factors(new, rows)
     old_a, old_b = _float64_factors(old, rows)
     if rows is None:
@@ -172,9 +191,10 @@ def _norm_of_difference(new: Factors, old: Factors, rows: int | None) -> float:
 
 
 def _float64_factors(pair: Factors, rows: int | None) -> tuple[Matrix, Matrix]:
-    """Left (experts, in, rank) and right (experts, rank, out) factor in float64.
+    """Return the left (experts, in, rank) and right (experts, rank, out) factor in float64.
 
-    With `rows`, about so many of the left one's rows and of the right one's columns, evenly spread.
+    With `rows`, only about that many rows of the left and columns of the right factor, evenly
+    spread.
     """
     left, right = _oriented_factors(pair)
     if rows is not None:
@@ -184,16 +204,17 @@ def _float64_factors(pair: Factors, rows: int | None) -> tuple[Matrix, Matrix]:
 
 
 def _oriented_factors(pair: Factors) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Left (experts, in, rank) and right (experts, rank, out) factor, bfloat16 as float32.
+    """Return the left (experts, in, rank) and right (experts, rank, out) factor.
 
-    A dense layer is one expert; mlx-lm stores a switch layer's factors transposed.
+    bfloat16 becomes float32. A dense layer counts as one expert; mlx-lm stores the factors of a
+    switch layer transposed.
     """
     left, right = (tensor.to_numpy() for tensor in pair)
     return (left[None], right[None]) if left.ndim == 2 else (left.mT, right.mT)
 
 
 def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matrix) -> float:
-    """Frobenius norm of new_a @ new_b - old_a @ old_b.
+    """Return the Frobenius norm of new_a @ new_b - old_a @ old_b without forming the products.
 
     With [new_a old_a] = Qa Ra and [new_b; -old_b]^T = Qb Rb the norm is that of Ra Rb^T, because Qa
     and Qb have orthonormal columns.
@@ -204,17 +225,18 @@ def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matri
 
 
 def product_norm(tensors: Mapping[str, StoredTensor], module: str) -> float:
-    """Frobenius norm of a module's lora_a @ lora_b; infinity if it is beyond float64."""
+    """Return the Frobenius norm of a module's lora_a @ lora_b; infinity if it overflows float64."""
     with np.errstate(all="ignore"):
         norm = _product_norm(_factor_pair(tensors, module))
     return norm if math.isfinite(norm) else math.inf
 
 
 def _product_norm(pair: Factors) -> float:
+    """Return the Frobenius norm of the product of two factors, without forming the product."""
     left, right = _float64_factors(pair, None)
     return float(np.linalg.norm(_triangular_factor(left) @ _triangular_factor(right.mT).mT))
 
 
 def _triangular_factor(tall: Matrix) -> Matrix:
-    """R of the QR factorisation, (rank, rank) for each expert; Q, which is long, is not made."""
+    """Return R of the QR factorisation, (experts, rank, rank), without forming the large Q."""
     return np.asarray(np.linalg.qr(tall, mode="r"))

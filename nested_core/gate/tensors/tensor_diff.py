@@ -1,7 +1,7 @@
 """The difference between two adapters: tensor by tensor, and in their configurations.
 
-Norms are sums of squares in float32 over pieces that stay in the processor's cache, and in float64
-if the numbers of a piece are too small or too large for that.
+A norm is the root of sums of squares over pieces that fit the processor's cache. They are computed
+in float32, and in float64 for a piece whose squares would underflow or overflow.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nested_core.records.verdict import Code, Reason, TensorChange
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
 
-# They fit the first cache, and OpenBLAS starts no threads for so few.
+# A piece of this length fits the first-level cache, and OpenBLAS starts no threads for it.
 VALUES_PER_PIECE = 8192
-# Sums of squares of a piece that float32 computes without loss.
+# Between these bounds float32 computes a piece's sum of squares without underflow or overflow.
 SMALLEST_SAFE_SQUARES = 1e-20
 LARGEST_SAFE_SQUARES = 1e30
 Values = np.ndarray[Any, np.dtype[Any]]
@@ -28,7 +28,7 @@ Values = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class TensorPairNorms:
-    """Frobenius norms of two tensors and of their difference; any of them may be NaN."""
+    """Frobenius norms of a tensor before and after training and of their difference; may be NaN."""
 
     before: float
     after: float
@@ -37,9 +37,10 @@ class TensorPairNorms:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every value of both is finite, and none of float64 beyond 1e154.
+        """Whether every value of both tensors is finite.
 
-        Squares of float32 cannot overflow in float64.
+        Squares of float32 cannot overflow in float64; float64 values beyond 1e154 count as not
+        finite.
         """
         return math.isfinite(self.before) and math.isfinite(self.after)
 
@@ -49,13 +50,18 @@ def compare_tensors(
 ) -> list[TensorChange]:
     """Compare each tensor that both adapters hold, in name order, by bytes and by value."""
     both = sorted(initial.tensors.keys() & trained.tensors.keys())
-    # In one thread: pieces are so short that more would wait for the interpreter's lock.
+    # In one thread: the pieces are so short that more threads would wait for the interpreter lock.
     return [_compare_tensor(n, tiers.get(n), initial.tensors[n], trained.tensors[n]) for n in both]
 
 
 def _compare_tensor(
     name: str, tier: int | None, before: StoredTensor, after: StoredTensor
 ) -> TensorChange:
+    """Return how one tensor changed.
+
+    The differences are None if the shapes differ or a value is not finite. The relative difference
+    is that of Frobenius norms, over the larger of the two norms.
+    """
     if before.shape != after.shape:
         is_finite = all(bool(np.isfinite(t.to_numpy()).all()) for t in (before, after))
         return TensorChange(name, tier, True, None, None, is_finite)
@@ -69,7 +75,7 @@ def _compare_tensor(
 
 
 def tensors_differ(before: StoredTensor, after: StoredTensor) -> bool:
-    """Whether dtype, shape or any byte differs."""
+    """Whether two tensors differ in dtype, shape or any byte."""
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return True
     old, new = (np.frombuffer(tensor.data, np.uint8) for tensor in (before, after))
@@ -77,7 +83,7 @@ def tensors_differ(before: StoredTensor, after: StoredTensor) -> bool:
 
 
 def frobenius_norm(tensor: StoredTensor) -> float:
-    """The square root of the sum of squares; NaN or infinity if a value is not finite."""
+    """Return the root of a tensor's sum of squares; NaN or infinity if a value is not finite."""
     values = tensor.to_numpy().reshape(-1)
     with np.errstate(all="ignore"):
         return math.sqrt(
@@ -86,30 +92,31 @@ def frobenius_norm(tensor: StoredTensor) -> float:
 
 
 def _compute_norms(before: StoredTensor, after: StoredTensor) -> TensorPairNorms:
-    """The norms of two tensors of one shape."""
+    """Compute the norms of two tensors of the same shape and of their difference, by pieces."""
     old, new = (tensor.to_numpy().reshape(-1) for tensor in (before, after))
     dtype = np.float64 if np.float64 in (old.dtype, new.dtype) else np.float32
-    old_squared = new_squared = difference_squared = largest = 0.0
+    old_squared = new_squared = difference_squared = largest_difference = 0.0
     with np.errstate(all="ignore"):
         for old_piece, new_piece in _split_values(old, new, VALUES_PER_PIECE):
             a = old_piece.astype(dtype, copy=False)
             b = new_piece.astype(dtype, copy=False)
-            squared, top = _difference_squares_and_max(a, b)
+            squared, largest = _difference_squares_and_max(a, b)
             old_squared += _squared_norm(a)
             new_squared += _squared_norm(b)
             difference_squared += squared
-            largest = max(largest, top)
-    before_norm, after_norm = math.sqrt(old_squared), math.sqrt(new_squared)
-    return TensorPairNorms(before_norm, after_norm, math.sqrt(difference_squared), largest)
+            largest_difference = max(largest_difference, largest)
+    old_norm, new_norm = math.sqrt(old_squared), math.sqrt(new_squared)
+    return TensorPairNorms(old_norm, new_norm, math.sqrt(difference_squared), largest_difference)
 
 
 def _split_values(old: Values, new: Values, length: int) -> Iterator[tuple[Values, Values]]:
+    """Yield pairs of pieces of at most `length` values from two flat arrays of the same length."""
     for start in range(0, len(old), length):
         yield old[start : start + length], new[start : start + length]
 
 
 def _difference_squares_and_max(old: Values, new: Values) -> tuple[float, float]:
-    """The sum of squares of the difference, and its largest absolute value."""
+    """Return the sum of squares of new - old, and its largest absolute value."""
     delta = new - old
     squared = float(np.dot(delta, delta))
     if not SMALLEST_SAFE_SQUARES < squared < LARGEST_SAFE_SQUARES:
@@ -119,6 +126,7 @@ def _difference_squares_and_max(old: Values, new: Values) -> tuple[float, float]
 
 
 def _squared_norm(values: Values) -> float:
+    """Return the sum of squares, in float64 if float32 would underflow or overflow."""
     squared = float(np.dot(values, values))
     if not SMALLEST_SAFE_SQUARES < squared < LARGEST_SAFE_SQUARES:
         wide = values.astype(np.float64)
@@ -127,7 +135,7 @@ def _squared_norm(values: Values) -> float:
 
 
 def mismatch_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Reasons for tensors that cannot be compared: differences in names, shapes and dtypes."""
+    """Return reasons for tensors that cannot be compared because name, shape or dtype differ."""
     before, after = initial.tensors, trained.tensors
     both = before.keys() & after.keys()
     missing = before.keys() - after.keys()
@@ -147,9 +155,10 @@ def mismatch_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 
 def non_finite_tensor_reasons(initial: Adapter, changes: Sequence[TensorChange]) -> list[Reason]:
-    """Reasons for values that are not finite.
+    """Return reasons for tensors with values that are not finite.
 
-    Tensors that are not finite in `initial` already are told apart: training is not to blame.
+    Tensors that are not finite in `initial` already get a reason of their own, because training is
+    not to blame for them.
     """
     broken = {change.name for change in changes if not change.finite}
     from_the_start = {n for n in broken if not math.isfinite(frobenius_norm(initial.tensors[n]))}
@@ -162,7 +171,7 @@ def non_finite_tensor_reasons(initial: Adapter, changes: Sequence[TensorChange])
 
 
 def unchanged_reasons(changes: Sequence[TensorChange]) -> list[Reason]:
-    """The reason for two adapters whose tensors are equal, byte for byte."""
+    """Return the reason "unchanged" if all tensors equal the initial ones, byte for byte."""
     if any(change.changed for change in changes):
         return []
     message = f"all {len(changes)} tensors equal the initial adapter, byte for byte"
@@ -172,7 +181,7 @@ def unchanged_reasons(changes: Sequence[TensorChange]) -> list[Reason]:
 def small_change_reasons(
     changes: Sequence[TensorChange], min_relative_change: float
 ) -> list[Reason]:
-    """The reason for a change of which no tensor's is as large as the bound."""
+    """Return the reason "unchanged" if no tensor's relative change reaches the bound."""
     names = tuple(change.name for change in changes)
     largest = max(change.relative_delta or 0.0 for change in changes)
     if largest < min_relative_change:
@@ -185,7 +194,10 @@ def small_change_reasons(
 
 
 def reasons_about_tensors(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
-    """One reason that lists the tensors, or none without any."""
+    """Return one reason that lists the tensors in name order; empty without tensors.
+
+    `problem` follows the count, as in "2 tensors with NaN or infinity, q_proj.lora_a first".
+    """
     ordered = tuple(sorted(names))
     if not ordered:
         return []
@@ -195,7 +207,7 @@ def reasons_about_tensors(code: Code, names: Iterable[str], problem: str) -> lis
 
 
 def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """The reason for two adapter_config.json that describe different adapters."""
+    """Return the reason if the two adapter_config.json describe different adapters."""
     if not (differing := find_differences(initial, trained)):
         return []
     return [
@@ -204,9 +216,10 @@ def configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 
 def named_base_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """The reason for two adapter_config.json that name different base models.
+    """Return the reason if the two adapter_config.json name different base models.
 
-    By fingerprint, or by `model` where another program recorded no fingerprint.
+    Compared by fingerprint, or by the `model` path if one of the configurations, written by another
+    program, has no fingerprint.
     """
     before, after = (adapter.meaning()["base_fingerprint"] for adapter in (initial, trained))
     if before is None or after is None:

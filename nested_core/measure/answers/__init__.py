@@ -1,7 +1,7 @@
-"""Suites of questions with the answers expected, and what a model answers and scores on them.
+"""Suites of questions with expected answers, and how well a model answers them.
 
 suites.py reads a suite's file, scorers.py scores texts, and scoring_process.py is the program that
-runs what a suite brings along. suite_answers.py has a model answer, answer_cache.py keeps the
-answers of models that do not change from night to night, and answer_bounds.py holds answers
-against their bounds.
+runs the patterns, schemas and functions of a suite. suite_answers.py makes a model answer,
+answer_cache.py keeps the answers of models that do not change from night to night, and
+answer_bounds.py compares the scores with the bounds of the gate.
 """

@@ -1,6 +1,6 @@
-"""Answers against their bounds, from the files that hold them: `gate.tasks`, and sample prompts.
+"""Compare recorded answers with their bounds: those to `gate.tasks`, and those to sample prompts.
 
-Nothing here needs a model: `promote` does it again and compares.
+Nothing here needs a model, so `promote` repeats it and compares the results.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ from nested_core.records.paired_difference import (
 )
 from nested_core.records.verdict import Reason, SampleVerdict, TaskResult
 
-SCORE_ROUNDING = 1e-9  # of a mean of scores
+SCORE_ROUNDING = 1e-9  # a mean of scores may be off by this much
 MAX_NAMED_QUESTIONS = 3
-CHAMPION = "the champion"  # as a rival in messages
+CHAMPION = "the champion"  # how messages name the rival
 BADNESS: tuple[Conclusion, ...] = ("better", "no_worse", "inconclusive", "worse")
 
-MIN_WRONG_SAME = 5  # wrong ones among equal answers: fewer may be chance
-MIN_PROMPTS = 3  # fewer answers of a sound base judge nothing
+MIN_WRONG_SAME = 5  # equal answers of which fewer are wrong may be chance
+MIN_PROMPTS = 3  # with fewer sound answers of the base, nothing is judged
 
 
 def judge_answers(
     gate: GateSection, records: Sequence[AnswerRecord]
 ) -> tuple[tuple[TaskResult, ...], list[Reason]]:
-    """The result of each suite, and the reasons `task_below` and `task_regressed`.
+    """Return the result of each suite, and the reasons `task_below` and `task_regressed`.
 
-    Raises DamagedError if the records are not those of the configured suites.
+    Raises DamagedError if the records do not belong to the configured suites.
     """
     answers_by_task = _group_answers(gate, records)
     comparisons = {
         task.name: _compare_models(task, answers_by_task[task.name]) for task in gate.tasks
     }
+    # All comparisons are tested together: among many, some look significant by chance alone.
     family = [change for changes in comparisons.values() for change in changes.values()]
     words = dict(zip(map(id, family), conclude_answers(family), strict=True))
     results = []
@@ -64,13 +65,14 @@ def judge_answers(
         result = _summarise_task(task, answers, change)
         failures = _task_below_reasons(task, result, change, is_paired=gate.noise == "paired")
         conclusions: list[Conclusion] = []
-        for rival, against in changes.items():
-            word = words[id(against)]
-            if gate.noise == "none" or not against.is_tested:  # the bound alone counts
-                word = against.conclude(is_worse=against.is_below_bound, is_better=word == "better")
+        for rival, rival_change in changes.items():
+            word = words[id(rival_change)]
+            if gate.noise == "none" or not rival_change.is_tested:  # the bound alone counts
+                is_worse = rival_change.is_below_bound
+                word = rival_change.conclude(is_worse=is_worse, is_better=word == "better")
             conclusions.append(word)
             if word == "worse":
-                failures.append(_task_regressed_reason(task, result, against, rival))
+                failures.append(_task_regressed_reason(task, result, rival_change, rival))
         if "champion" in answers:
             rivalry = changes.get(CHAMPION, change)
             result = replace(
@@ -89,9 +91,9 @@ def judge_answers(
 def _compare_models(
     task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]]
 ) -> dict[str | None, ScoreChange]:
-    """The change from what training began from, under None, and from the champion.
+    """Compare the candidate with the parent (or base), under None, and with the champion.
 
-    A champion that answers as the parent, which it often is, is no second rival.
+    A champion that scores like the parent, which it often is, is not compared a second time.
     """
     before = answers.get("parent", answers["base"])
     changes: dict[str | None, ScoreChange] = {
@@ -104,29 +106,28 @@ def _compare_models(
 
 
 def conclude_answers(family: Sequence[ScoreChange]) -> list[Conclusion]:
-    """The word for each change of a family: those of all suites and rivals that are compared.
+    """Return the conclusion for each change, corrected for the number of changes.
 
-    However many there are, an adapter that answers as well is told as worse at any of them in at
-    most 2.5 % of cases, and as better in at most 2.5 %.
+    family: the changes of all suites and rivals of one verdict. However many there are, an adapter
+        that is equally good is called worse in any of them in at most 2.5 % of cases, and better in
+        at most 2.5 %.
     """
-    falls = find_beyond_chance([own.fall for own in family])
-    rises = find_beyond_chance([own.rise for own in family])
+    falls = find_beyond_chance([change.fall for change in family])
+    rises = find_beyond_chance([change.rise for change in family])
     return [
-        own.conclude(is_worse=is_fall, is_better=is_rise)
-        for own, is_fall, is_rise in zip(family, falls, rises, strict=True)
+        change.conclude(is_worse=is_fall, is_better=is_rise)
+        for change, is_fall, is_rise in zip(family, falls, rises, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class ScoreChange:
-    """The paired difference of two models' scores, and the questions that the second one lost.
+    """The paired difference of two models' scores on a suite, second minus first.
 
-    fall, rise: the chance of so large a fall, or rise, where nothing changed: exact McNemar's test,
-        mid-p, for right and wrong answers; Student's t where the interval leaves out 0, else one
-        half, for shares and for questions that share a prompt. A rise needs an interval above 0
-        too, and its chance is multiplied by the number of steps that these questions chose among.
+    lost: labels of the questions that the second model answered worse.
+    fall, rise: the probability of a fall (or rise) at least this large if nothing changed.
     max_drop: the fall that is allowed; None allows any.
-    chosen_among: the steps that these questions chose among.
+    chosen_among: the number of steps from which these questions selected the second model.
     """
 
     difference: PairedDifference
@@ -143,28 +144,34 @@ class ScoreChange:
         after: Sequence[AnswerRecord],
         max_drop: float | None = 0.0,
     ) -> ScoreChange:
-        """From the answers of two models to the same questions, in the same order."""
-        scores = np.array([[record.score for record in own] for own in (before, after)])
+        """Compare two models' answers to the same questions, in the same order.
+
+        If all answers are right or wrong, and no questions share a prompt, the probabilities are
+        McNemar's exact mid-p. Otherwise they come from Student's t if the interval leaves out 0,
+        and are one half if it does not. A rise is also multiplied by the number of steps, and needs
+        an interval above 0.
+        """
+        scores = np.array([[record.score for record in records] for records in (before, after)])
         clusters = independent_clusters(
             np.array([r.line if r.same_prompt_as is None else r.same_prompt_as for r in after])
         )
         difference = compare_pairs(scores[0], scores[1], clusters=clusters)
-        among = max((r.chosen_among for r in after), default=1)
-        difference = _count_choice(difference, among)
+        steps = max((r.chosen_among for r in after), default=1)
+        difference = _widen_for_selection(difference, steps)
         pairs = zip(before, after, strict=True)
         lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
-        fall, rise = _chances(difference)
+        fall, rise = _t_test_chances(difference)
         if clusters is None and np.isin(scores, (0.0, 1.0)).all():
             won = int((scores[1] > scores[0]).sum())
             fall, rise = _exact_chances(len(lost), won)
-        rise = Chance(min(1.0, rise.p_value * among), min(1.0, rise.smallest * among))
+        rise = Chance(min(1.0, rise.p_value * steps), min(1.0, rise.smallest * steps))
         if not difference.is_above(0):
             rise = replace(rise, p_value=max(0.5, rise.p_value))
         if not difference.is_measurable:
             fall = rise = NOT_TESTED
         elif max_drop is None:
             fall = NOT_TESTED
-        return cls(difference, lost, fall, rise, max_drop, among)
+        return cls(difference, lost, fall, rise, max_drop, steps)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -174,28 +181,29 @@ class ScoreChange:
 
     @property
     def is_tested(self) -> bool:
-        """Whether it is a question of chance: there is a bound, and there are enough questions."""
+        """Whether it is tested at all: there is a bound, and there are enough questions."""
         return self.max_drop is not None and self.difference.is_measurable
 
     @property
     def is_below_bound(self) -> bool:
-        """Whether more than `max_drop` was lost, by chance or not."""
+        """Whether the mean fell by more than `max_drop`, be it by chance or not."""
         return self.max_drop is not None and self.is_below(-self.max_drop)
 
     def is_below(self, bound: float) -> bool:
-        """Whether the mean difference is less than `bound`, beyond rounding."""
+        """Whether the mean difference is below `bound` by more than rounding."""
         return self.difference.mean < bound - SCORE_ROUNDING
 
     @property
     def is_within_bound(self) -> bool:
-        """Whether the fall is shown to be within a `max_drop` above 0."""
+        """Whether the fall is statistically shown to be within a `max_drop` above 0."""
         return bool(self.max_drop) and self.difference.one_sided_low >= -(self.max_drop or 0.0)
 
     def conclude(self, *, is_worse: bool, is_better: bool) -> Conclusion:
-        """The word for it; without a margin `no_worse` needs as many answers won as lost.
+        """Return the conclusion, given whether a fall or a rise beyond chance was found.
 
-        Of a step that these questions chose it needs a margin: the best of many steps wins as many
-        by luck. A fall within `max_drop` is not worse.
+        A fall shown to be within `max_drop` is not `worse`. `no_worse` needs a fall shown to be
+        within `max_drop`, or, without one, a mean that did not fall. The latter is not enough for a
+        step that these questions selected: the best of many steps gains by luck.
         """
         if is_worse and not self.is_within_bound:
             return "worse"
@@ -207,21 +215,21 @@ class ScoreChange:
         return "no_worse" if is_shown else "inconclusive"
 
 
-def _count_choice(difference: PairedDifference, among: int) -> PairedDifference:
-    """The difference of the best of `among` steps: its lower ends are as far as luck may take it.
+def _widen_for_selection(difference: PairedDifference, steps: int) -> PairedDifference:
+    """Lower the interval's lower ends for a model selected from `steps` by the same questions.
 
-    The 5 % are divided by their number, as where no losses of single steps are at hand.
+    The error probability of 5 % is divided by the number of steps (Bonferroni).
     """
-    if among == 1 or not difference.is_measurable:
+    if steps == 1 or not difference.is_measurable:
         return difference
-    quantile = student_t_quantile(1 - ALPHA / among, difference.examples - 1)
+    quantile = student_t_quantile(1 - ALPHA / steps, difference.examples - 1)
     low = difference.mean - quantile * difference.standard_error
     one_sided_low = min(difference.one_sided_low, low)
     return replace(difference, low=min(difference.low, low), one_sided_low=one_sided_low)
 
 
-def _chances(difference: PairedDifference) -> tuple[Chance, Chance]:
-    """Of the fall and of the rise, from the mean, its standard error and the interval."""
+def _t_test_chances(difference: PairedDifference) -> tuple[Chance, Chance]:
+    """Return the probabilities of the fall and of the rise by Student's t; 0.5 if insignificant."""
     size, error = abs(difference.mean), difference.standard_error
     fall = rise = Chance(0.5)
     if difference.is_below(0):
@@ -232,7 +240,10 @@ def _chances(difference: PairedDifference) -> tuple[Chance, Chance]:
 
 
 def _exact_chances(lost: int, won: int) -> tuple[Chance, Chance]:
-    """Of the fall and of the rise, where so many right answers were lost and won."""
+    """Return the probabilities of the fall and of the rise, by the exact McNemar test (mid-p).
+
+    lost, won: how many right answers became wrong, and how many wrong ones right.
+    """
     smallest = exchange_mid_p(lost + won, 0)
     return (
         Chance(exchange_mid_p(lost, won), smallest),
@@ -243,13 +254,16 @@ def _exact_chances(lost: int, won: int) -> tuple[Chance, Chance]:
 def _group_answers(
     gate: GateSection, records: Sequence[AnswerRecord]
 ) -> dict[str, dict[str, list[AnswerRecord]]]:
-    """The answers of each model to each suite, in the order of the questions."""
+    """Group the records by suite and model, in the order of the questions.
+
+    Raises DamagedError if models answered different questions, or base or candidate are missing.
+    """
     grouped: dict[str, dict[str, list[AnswerRecord]]] = {task.name: {} for task in gate.tasks}
     for record in records:
         if record.task in grouped:
             grouped[record.task].setdefault(record.model, []).append(record)
     for name, answers in grouped.items():
-        lines = {tuple(record.line for record in given) for given in answers.values()}
+        lines = {tuple(r.line for r in answers_of_model) for answers_of_model in answers.values()}
         if len(lines) != 1 or not {"base", "candidate"} <= answers.keys():
             raise DamagedError(
                 f"gate.tasks: the answers to {name} are not all there.", advice=JUDGE_AGAIN
@@ -260,10 +274,11 @@ def _group_answers(
 def _summarise_task(
     task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]], change: ScoreChange
 ) -> TaskResult:
+    """Return the result of a suite: shares of right answers, difference, and odd answers."""
     difference = change.difference
     shares = {
-        model: sum(record.score for record in given) / len(given)
-        for model, given in answers.items()
+        model: sum(record.score for record in model_answers) / len(model_answers)
+        for model, model_answers in answers.items()
     }
     candidate = answers["candidate"]
     return TaskResult(
@@ -277,7 +292,7 @@ def _summarise_task(
         interval=(difference.low, difference.high) if difference.is_measurable else None,
         smallest_visible=smallest_visible_share(len(candidate)),
         verdict="passed",
-        seconds={model: sum(r.seconds for r in given) for model, given in answers.items()},
+        seconds={model: sum(r.seconds for r in records) for model, records in answers.items()},
         odd={
             "empty": sum(record.empty for record in candidate),
             "endless": sum(record.endless for record in candidate),
@@ -291,7 +306,10 @@ def _summarise_task(
 
 
 def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
-    """The answer to every question, where it is wrong for MIN_WRONG_SAME of them or more."""
+    """Return the answer if every question got the same one and MIN_WRONG_SAME of them are wrong.
+
+    None otherwise.
+    """
     texts = {record.answer.strip() for record in answers}
     wrong = sum(record.score == 0 for record in answers)
     return next(iter(texts)) if len(texts) == 1 and wrong >= MIN_WRONG_SAME else None
@@ -300,16 +318,20 @@ def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
 def _task_below_reasons(
     task: TaskSection, result: TaskResult, change: ScoreChange, *, is_paired: bool
 ) -> list[Reason]:
+    """Return a reason for a share of right answers below `min`, and for a gain below `min_gain`.
+
+    With `is_paired`, a gain that reaches a `min_gain` above 0 must also be beyond chance.
+    """
     # With too few questions for an interval the bound alone counts, as with losses.
     is_measurable = is_paired and change.difference.is_measurable
-    is_chance = is_measurable and not change.difference.is_above(0)
+    may_be_chance = is_measurable and not change.difference.is_above(0)
     problems = []
     if task.min is not None and result.candidate < task.min - SCORE_ROUNDING:
         problems.append(f"its min is {task.min:g}")
     if task.min_gain is not None:
         if result.difference < task.min_gain - SCORE_ROUNDING:
             problems.append(f"its min_gain is {task.min_gain:g}")
-        elif task.min_gain > 0 and is_chance:
+        elif task.min_gain > 0 and may_be_chance:
             problems.append("its min_gain is reached, and may be chance")
     return [
         Reason("task_below", f"{result.describe()}; {problem}", suite=task.name)
@@ -320,9 +342,9 @@ def _task_below_reasons(
 def _task_regressed_reason(
     task: TaskSection, result: TaskResult, change: ScoreChange, rival: str | None
 ) -> Reason:
-    """The reason for a fall beyond `max_drop` and beyond chance; `rival` names who answered more.
+    """Return the reason for a fall beyond `max_drop` and beyond chance.
 
-    Nobody is named for the adapter that training began from.
+    `rival` names the model compared with in the message; None for the initial adapter.
     """
     named = join_first_values(change.lost, MAX_NAMED_QUESTIONS)
     against = "" if rival is None else f" against {rival}"
@@ -334,19 +356,23 @@ def _task_regressed_reason(
 
 
 def is_sound(damage: BrokenHow | None) -> bool:
-    """Whether a base's answer lets its prompt judge: an answer that is merely long does."""
+    """Whether a base's answer is sound enough to compare the adapter's answer with it.
+
+    An endless answer, which is only too long, is sound enough.
+    """
     return damage not in ("empty", "no_words", "repeated")
 
 
 def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:
-    """Count the answers that training broke, over the prompts to which the base's answer is sound.
+    """Count the answers that training broke, over the prompts that the base answers soundly.
 
-    An endless answer is counted only if the base's own came to an end.
+    An endless answer counts only if the base's answer is not endless. With fewer than MIN_PROMPTS
+    sound answers of the base nothing is judged.
     """
     judged = [row for row in rows if is_sound(row.base_broken)]
     if len(judged) < MIN_PROMPTS:
         return SampleVerdict(asked=len(rows))
-    ways = Counter(
+    damage_counts = Counter(
         row.adapter_broken
         for row in judged
         if row.adapter_broken is not None
@@ -355,6 +381,6 @@ def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:
     return SampleVerdict(
         asked=len(rows),
         judged=len(judged),
-        broken=sum(ways.values()),
-        ways={str(way): count for way, count in sorted(ways.items())},
+        broken=sum(damage_counts.values()),
+        ways={str(damage): count for damage, count in sorted(damage_counts.items())},
     )

@@ -1,9 +1,9 @@
-"""Answers that a model gave before, under everything that they depend on.
+"""A cache of models' answers to suites, keyed by everything that the answers depend on.
 
-The base and the champion are asked the same questions night after night; a night pays for its own
-candidate alone, whose answers are kept for the nights when it is the champion. Scores are not kept:
-a suite's scorer may change where its prompts do not. An entry that is damaged is made again, and a
-folder that others may write to is refused.
+Base and champion are asked the same questions night after night. With the cache a night only pays
+for its own candidate, whose answers serve later nights on which it is the champion. Scores are not
+cached, because a suite's scorer may change while its prompts do not. A damaged entry is computed
+again. A folder that other users can write to is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nested_core.storage.user_cache import UserCache, cache_folder
 
 MAX_CACHE_FILE_BYTES = 256 * 2**20
 _LIBRARIES_IN_CACHE_KEY = ("mlx", "mlx-lm", "transformers", "tokenizers")
-# What decides how a prompt is answered.
+# The code that decides how a prompt is answered.
 _CODE_IN_CACHE_KEY = ("models/generation.py", "measure/answers/suite_answers.py")
 _ANSWERS_VALIDATOR = TypeAdapter(list[Answer], config=ConfigDict(strict=True, extra="forbid"))
 _log = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AnsweringModelDigests:
-    """The model that answers, by content.
+    """The identity of the model that answers, as digests of its content.
 
     base: the base model's fingerprint.
-    tokenizer: that of its tokenizer's files, which say as well where an answer ends.
+    tokenizer: the fingerprint of the tokenizer's files, which also define where an answer ends.
     adapter: the adapter's digest; None for the base alone.
-    computation: device by name and dtype, on which the last bits of the logits depend.
+    computation: device name and dtype, which affect the last bits of the logits.
     """
 
     base: str
@@ -51,9 +51,9 @@ class AnsweringModelDigests:
 
 
 def answer_cache(folder: Path | None = None) -> UserCache:
-    """The answers that are kept, by default in `answers` of the folder for caches."""
-    place = folder or cache_folder() / "answers"
-    return UserCache(place, "answers", "have any adapter look better than another")
+    """Return the cache of answers, by default in `answers` of the user's cache folder."""
+    path = folder or cache_folder() / "answers"
+    return UserCache(path, "answers", "have any adapter look better than another")
 
 
 def fetch_answers(
@@ -62,13 +62,13 @@ def fetch_answers(
     encoded: EncodedSuite,
     answer: Callable[[], Sequence[Answer]],
 ) -> tuple[Answer, ...]:
-    """The answers that are kept, or those that `answer` gives now, which are kept then.
+    """Return the cached answers to a suite, or call `answer` and cache what it returns.
 
-    Raises ConfigError if the folder is not this user's alone.
+    Raises ConfigError if other users can write to the cache's folder.
     """
-    kept = _read_answers(cache.entry(_depends_on(model, encoded)))
-    if kept is not None and len(kept) == len(encoded.prompts):
-        return kept
+    cached = _read_answers(cache.entry(_cache_key(model, encoded)))
+    if cached is not None and len(cached) == len(encoded.prompts):
+        return cached
     answers = tuple(answer())
     store_answers(cache, model, encoded, answers)
     return answers
@@ -77,12 +77,13 @@ def fetch_answers(
 def store_answers(
     cache: UserCache, model: AnsweringModelDigests, encoded: EncodedSuite, answers: Sequence[Answer]
 ) -> None:
-    """Keep answers that were given now; ConfigError if the folder is not this user's alone.
+    """Cache new answers to a suite.
 
-    Where they cannot be written there is a warning: the next night pays for them again.
+    A failure to write is only logged: the next run computes the answers again. Raises ConfigError
+    if other users can write to the cache's folder.
     """
-    entry = cache.entry(_depends_on(model, encoded))
-    rows = [asdict(given) for given in answers]
+    entry = cache.entry(_cache_key(model, encoded))
+    rows = [asdict(answer) for answer in answers]
     cache.remove_unused()
     try:
         write_json(entry, {"digest": _digest_rows(rows), "answers": rows})
@@ -91,6 +92,10 @@ def store_answers(
 
 
 def _read_answers(path: Path) -> tuple[Answer, ...] | None:
+    """Read the answers of a cache entry; None if it does not exist or is damaged.
+
+    Reading touches the file, so that a used entry is not removed as unused.
+    """
     if not path.exists():
         return None
     try:
@@ -109,7 +114,8 @@ def _digest_rows(rows: Sequence[dict[str, Any]]) -> str:
     return sha256(canonical_json(rows)).hexdigest()
 
 
-def _depends_on(model: AnsweringModelDigests, encoded: EncodedSuite) -> dict[str, Any]:
+def _cache_key(model: AnsweringModelDigests, encoded: EncodedSuite) -> dict[str, Any]:
+    """Return everything that the answers to a suite depend on, as JSON values."""
     root = Path(__file__).parents[2]
     return {
         "model": asdict(model),

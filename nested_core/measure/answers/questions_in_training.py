@@ -1,8 +1,8 @@
-"""A small part of some suites of `gate.tasks`, asked while an adapter is trained.
+"""Ask a small part of some suites of `gate.tasks` while an adapter is trained.
 
-Which questions follows from the suite and the length of the run alone, so that a resumed run and
-every setting of a sweep ask the same ones, and the gate knows which they were: those that chose a
-step do not judge it where the suite has others.
+The questions are chosen by the suite and the length of the run alone. So a resumed run and every
+setting of a sweep ask the same questions, and the gate knows which ones were asked: questions that
+selected a step do not count in its verdict if the suite has enough others.
 """
 
 from __future__ import annotations
@@ -28,36 +28,37 @@ from nested_core.models.generation import BATCH_SIZE
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
 from nested_core.text.stages import stages
 
-MOST_QUESTIONS = BATCH_SIZE  # of a suite: they are answered in one batch
+MOST_QUESTIONS = BATCH_SIZE  # of each suite, so that one batch answers them
 LEAST_QUESTIONS = 4
-LARGEST_SHARE = 4  # one question of so many is asked, where that leaves enough of both
-STEPS_FOR_ALL = 300  # a shorter run asks fewer, so that asking stays a small part of it
+LARGEST_SHARE = 4  # at most one in four questions is asked, if the suite has enough questions
+STEPS_FOR_ALL = 300  # a shorter run asks fewer, so that asking takes a small part of its time
 
 
 def choose_questions(suite: Suite, steps: int) -> tuple[int, ...]:
-    """The places of the questions that a run of so many steps asks, in their order.
+    """Return the indices of the questions that a run of `steps` optimizer steps asks.
 
-    A quarter of the suite and one batch at most; all of a suite that has too few for that. A run of
-    fewer than STEPS_FOR_ALL steps asks as many fewer. `suite` has each prompt once.
+    At most a quarter of the suite and at most one batch; a suite with too few questions for that is
+    asked whole. A run of fewer than STEPS_FOR_ALL steps asks proportionally fewer. `suite` must
+    have each prompt once.
     """
     count = len(suite.questions)
-    most = count // LARGEST_SHARE if count >= LARGEST_SHARE * 2 * LEAST_QUESTIONS else count
-    short = max(LEAST_QUESTIONS, MOST_QUESTIONS * steps // STEPS_FOR_ALL)
+    share_limit = count // LARGEST_SHARE if count >= LARGEST_SHARE * 2 * LEAST_QUESTIONS else count
+    step_limit = max(LEAST_QUESTIONS, MOST_QUESTIONS * steps // STEPS_FOR_ALL)
     order = list(range(count))
-    Random(suite.name).shuffle(order)  # a longer run asks these and more
-    return tuple(order[: min(most, MOST_QUESTIONS, short)])
+    Random(suite.name).shuffle(order)  # the same order for every run: a longer one asks more of it
+    return tuple(order[: min(share_limit, MOST_QUESTIONS, step_limit)])
 
 
 def lines_that_chose(suite: Suite) -> frozenset[int]:
-    """The lines of questions that may have chosen the step, and do not judge it.
+    """Return the lines of questions that may have selected a step, and so do not count in the gate.
 
-    Those of a long run, among which are a short one's. Empty where the suite has too few others.
-    `suite` has each prompt once.
+    These are the questions of a run of STEPS_FOR_ALL steps, which include those of any shorter run.
+    Empty if they are more than half of the suite. `suite` must have each prompt once.
     """
-    places = choose_questions(suite, STEPS_FOR_ALL)
-    if len(places) > len(suite.questions) // 2:
+    indices = choose_questions(suite, STEPS_FOR_ALL)
+    if len(indices) > len(suite.questions) // 2:
         return frozenset()
-    return frozenset(suite.questions[place].line for place in places)
+    return frozenset(suite.questions[index].line for index in indices)
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,19 @@ class QuestionsInTraining:
     def from_config(
         cls, config: FineTuneConfig, tokenizer: Any, base: Path, steps: int
     ) -> QuestionsInTraining:
-        """Those of a run of so many steps, which it says where they are few."""
+        """Choose and encode the questions for a run of `steps` optimizer steps, and log how many.
+
+        `base` is the folder of the base model.
+        """
         named = config.training.evaluate_tasks
         chosen = []
-        for suite in (whole.without_copies for whole in read_suites(config.gate)):
+        for suite in (configured.without_copies for configured in read_suites(config.gate)):
             if suite.name in named:
-                places = choose_questions(suite, steps)
-                questions = tuple(suite.questions[place] for place in places)
+                indices = choose_questions(suite, steps)
+                questions = tuple(suite.questions[index] for index in indices)
                 chosen.append(replace(suite, questions=questions))
         if chosen:
-            asked = ", ".join(f"{len(own.questions)} of {own.name}" for own in chosen)
+            asked = ", ".join(f"{len(suite.questions)} of {suite.name}" for suite in chosen)
             few = f" (few, for the run has {steps} steps)" if steps < STEPS_FOR_ALL else ""
             stages.info("questions while it trains: %s%s", asked, few)
         return cls(encode_suites(chosen, tokenizer, base), tokenizer)
@@ -93,11 +97,11 @@ class QuestionsInTraining:
         check_stop: Callable[[], None],
         share: float = 1.0,
     ) -> dict[str, Any]:
-        """What a record of metrics.jsonl holds of the answers with these parameters.
+        """Answer the questions with these parameter values, and return fields for metrics.jsonl.
 
-        `share` of the questions are asked. `tasks`: the share of right answers and the number of
-        questions of each suite; `task_seconds`: what all of them took. `check_stop` may raise,
-        before and between answers.
+        `tasks` has the share of right answers and the number of questions of each suite,
+        `task_seconds` the time for all of them. Only the first `share` of the questions is asked.
+        `check_stop` is called before and between answers, and may raise to end them.
         """
         if not self.suites:
             return {}
@@ -105,17 +109,17 @@ class QuestionsInTraining:
         tasks = {}
         with restoring_parameters(refs):
             assign_parameters(refs, values)
-            for whole in self.suites:
+            for full_suite in self.suites:
                 check_stop()
-                suite = _take_share(whole, share)
+                suite = _take_share(full_suite, share)
                 answers = suite.answer(model, self.tokenizer, lambda _: check_stop())
                 right = suite.score(answers).mean
                 tasks[suite.suite.name] = {"right": right, "questions": len(answers)}
         return {"tasks": tasks, "task_seconds": time.perf_counter() - started}
 
 
-def _take_share(whole: EncodedSuite, share: float) -> EncodedSuite:
-    """The first questions of a suite, one at least."""
-    count = max(1, int(share * len(whole.prompts)))
-    suite = replace(whole.suite, questions=whole.suite.questions[:count])
-    return replace(whole, suite=suite, prompts=whole.prompts[:count], choices=whole.choices[:count])
+def _take_share(full: EncodedSuite, share: float) -> EncodedSuite:
+    """Return a suite with only the first `share` of its questions, at least one."""
+    count = max(1, int(share * len(full.prompts)))
+    suite = replace(full.suite, questions=full.suite.questions[:count])
+    return replace(full, suite=suite, prompts=full.prompts[:count], choices=full.choices[:count])

@@ -1,8 +1,8 @@
-"""How right the answers to a suite's questions are: a share from 0 to 1 each.
+"""Score the answers to a suite's questions, each from 0 (wrong) to 1 (right).
 
-Texts and numbers are compared here. A regular expression, a JSON schema and a Python function come
-with the suite and may take for ever: they are compiled, imported and run in a process of their own,
-which has a time limit and whose every word is looked at.
+Texts and numbers are compared here. Regular expressions, JSON schemas and Python functions come
+with the suite and may never return. They run in a process of their own, which has a time limit and
+whose output is validated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUESTION_TIMEOUT_SECONDS = 10.0
 SUITE_CHECK_TIMEOUT_SECONDS = 120.0  # to compile all patterns or schemas
 MAX_ANSWER_BYTES = 4096
 MAX_PROBLEM_CHARACTERS = 300
-_SIGN_PATTERN = r"(?:(?<![\d.])[-+\u2212])?"  # in 3-4 there is none
+_SIGN_PATTERN = r"(?:(?<![\d.])[-+\u2212])?"  # the "-" in "3-4" is no sign
 _NUMBER_PATTERN = re.compile(
     rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?"
     rf"|{_SIGN_PATTERN}\.\d+"
@@ -41,8 +41,9 @@ class ScoringMethod:
     """How a suite is scored.
 
     place: the suite's file, for messages.
-    score: one of the suite's scores but `choice`, which needs the model.
-    function: for `python`, "module:function", called with the answer and the line as a dict.
+    score: the kind of score; `choice` is scored in suite_answers.py, because it needs the model.
+    function: for `python`, "module:function", called with the answer and the suite's line as a
+        dict.
     """
 
     place: Path
@@ -53,10 +54,10 @@ class ScoringMethod:
 def score_answers(
     method: ScoringMethod, questions: Sequence[Question], answers: Sequence[str]
 ) -> list[float]:
-    """How right each answer is, from 0 to 1, in the order of the questions.
+    """Score each answer from 0 to 1, in the order of the questions.
 
-    Raises DatasetError, naming the question, if a pattern, a schema or a function that came with
-    the suite raises, takes too long or returns anything else.
+    Raises DatasetError, naming the question, if a pattern, schema or function of the suite raises,
+    takes too long, or returns no score.
     """
     pairs = list(zip(questions, answers, strict=True))
     if method.score in ("regex", "json", "python"):
@@ -71,15 +72,15 @@ def score_answers(
 
 
 def normalise_white_space(text: str) -> str:
-    """Unicode NFC with outer white space gone and repeated white space as one blank; case kept."""
+    """Normalise a text to Unicode NFC, strip it, and collapse white space to single blanks."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in a text, or None.
+    """Return the last number in a text, or None: "about 1,234.5 km." gives 1234.5.
 
-    A comma between groups of three digits and a true minus sign are understood; a point that ends
-    the sentence, a unit or a currency is not part of the number.
+    Commas between groups of three digits and the Unicode minus sign are understood. A point that
+    ends the sentence, a unit or a currency is not part of the number.
     """
     matches = _NUMBER_PATTERN.findall(text)
     if not matches:
@@ -99,6 +100,7 @@ def _contains_accepted_answer(question: Question, answer: str) -> bool:
 
 
 def _is_near_accepted_number(question: Question, answer: str) -> bool:
+    """Whether the last number in the answer is within the tolerance of an accepted number."""
     number = last_number(answer)
     if number is None:
         return False
@@ -126,10 +128,13 @@ def require_usable_scorer(method: ScoringMethod, questions: Sequence[Question]) 
 
 
 def _check_in_process(method: ScoringMethod, questions: Sequence[Question]) -> Iterator[str | None]:
-    """What is wrong with each question's pattern or schema, up to one that fails the process."""
-    needed = ("expected", "schema")
+    """Yield for each question what is wrong with its pattern or schema, or None.
+
+    Ends early, with the failure as the last problem, if the process fails or takes too long.
+    """
+    keys = ("expected", "schema")
     items = [
-        {"question": {key: question.fields[key] for key in needed if key in question.fields}}
+        {"question": {key: question.fields[key] for key in keys if key in question.fields}}
         for question in questions
     ]
     started = time.monotonic()
@@ -140,10 +145,15 @@ def _check_in_process(method: ScoringMethod, questions: Sequence[Question]) -> I
                 raise _ScoringFailed(f"those up to here took more than {limit}")
             yield None if problem is None else shorten(problem, MAX_PROBLEM_CHARACTERS)
     except _ScoringFailed as failure:
-        yield f"{_describe_what_came_along(method)}: {failure}"
+        yield f"{_describe_scorer(method)}: {failure}"
 
 
 def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str]]) -> list[float]:
+    """Score answers in the scoring process, and validate each score it returns.
+
+    Raises DatasetError, naming the question's line, if scoring fails. Without pairs it only checks
+    that the scorer can be loaded.
+    """
     items = [{"answer": answer, "question": question.fields} for question, answer in pairs]
     scores: list[float] = []
     try:
@@ -153,7 +163,7 @@ def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str
             scores.append(score)
     except _ScoringFailed as failure:
         line = pairs[len(scores)][0].line if pairs else None
-        text = f"{_describe_what_came_along(method)}: {failure}"
+        text = f"{_describe_scorer(method)}: {failure}"
         summary = f"the answers to {method.place} could not be scored."
         problems = [BadQuestion(line, "scorer", text)]
         raise DatasetError(describe_bad_questions(method.place, problems, summary)) from None
@@ -161,15 +171,15 @@ def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str
 
 
 class _ScoringFailed(Exception):
-    """What the process did instead of giving the next result."""
+    """The scoring process failed, or returned something else than a result."""
 
 
 def _run_scoring_process(
     method: ScoringMethod, work: Literal["check", "score"], items: Sequence[dict[str, Any]]
 ) -> Iterator[Any]:
-    """Yield the result of each item in turn; without items see only that the scorer can be loaded.
+    """Yield the scoring process's result for each item; without items only load the scorer.
 
-    Raises _ScoringFailed where an item raises, takes too long, or the process says anything else.
+    Raises _ScoringFailed if an item raises an error or takes too long, or if the process fails.
     """
     request = {
         "work": work,
@@ -183,11 +193,11 @@ def _run_scoring_process(
             child.ask(request | {"item": None}, START_TIMEOUT_SECONDS)
             for item in items:
                 yield child.ask(request | {"item": item}, QUESTION_TIMEOUT_SECONDS)
-    except (NestedTuneError, OSError) as error:  # whatever class of error a function raised
+    except (NestedTuneError, OSError) as error:  # a scorer's own error may be of these classes
         kind = "" if isinstance(error, ChildFailed) else f"{type(error).__name__}: "
         raise _ScoringFailed(shorten(f"{kind}{error}", MAX_PROBLEM_CHARACTERS)) from None
 
 
-def _describe_what_came_along(method: ScoringMethod) -> str:
+def _describe_scorer(method: ScoringMethod) -> str:
     names = {"regex": "the regular expression", "json": "the JSON schema"}
     return names.get(method.score, f"the function {method.function}")

@@ -1,8 +1,8 @@
-"""The process that runs what a suite brings along: functions, patterns, schemas.
+"""The program of the process that runs a suite's functions, patterns and schemas.
 
-Its answer to an item is the score of an answer, or what is wrong with a question's pattern or
-schema. It imports nothing of this project, and what a scorer prints goes nowhere. Who started it
-ends it when an item takes too long.
+It receives items: an answer to score, or a question whose pattern or schema to check. It imports
+nothing of this project, and discards what a scorer prints. The process that started it ends it when
+an item takes too long.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from importlib import import_module
 from typing import Any
 
 Scorer = Callable[[str, dict[str, Any]], float]
-MAX_MEMORY_BYTES = 2 * 2**30  # of patterns and schemas; a Python scorer may load a model
+MAX_MEMORY_BYTES = 2 * 2**30  # for patterns and schemas only: a Python scorer may load a model
 
 
 def find_regex_problem(question: dict[str, Any]) -> str | None:
-    """Why one of the expected regular expressions does not compile."""
+    """Return why one of the expected regular expressions does not compile, or None."""
     for pattern in _as_list(question["expected"]):
         try:
             re.compile(pattern)
@@ -34,25 +34,25 @@ def find_regex_problem(question: dict[str, Any]) -> str | None:
 
 
 def find_schema_problem(question: dict[str, Any]) -> str | None:
-    """Why the schema is no JSON Schema; None without one."""
+    """Return why the question's schema is no valid JSON Schema; None if it is, or is missing."""
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
 
     schema = _schema_of(question)
-    named = schema.get("$schema") if isinstance(schema, dict) else None
-    if named is not None and validator_for({"$schema": str(named)}, default=None) is None:
-        return f"schema: {_shorten(repr(named), 60)} is no JSON Schema that is known"
+    dialect = schema.get("$schema") if isinstance(schema, dict) else None
+    if dialect is not None and validator_for({"$schema": str(dialect)}, default=None) is None:
+        return f"schema: {_shorten(repr(dialect), 60)} is no JSON Schema that is known"
     try:
         validator_for(schema, default=Draft202012Validator).check_schema(schema)
     except SchemaError as error:
-        place = ".".join(["schema", *map(str, error.absolute_path)])
-        return f"{_shorten(place, 80)} is no JSON schema: {_shorten(error.message, 160)}"
+        key = ".".join(["schema", *map(str, error.absolute_path)])
+        return f"{_shorten(key, 80)} is no JSON schema: {_shorten(error.message, 160)}"
     return None
 
 
 def _schema_of(question: dict[str, Any]) -> Any:
-    """The question's JSON schema; without one, the schema that every value fits."""
+    """Return the question's JSON schema; without one True, the schema that every value fits."""
     schema = question.get("schema")
     return True if schema is None else schema
 
@@ -66,12 +66,12 @@ def _shorten(text: str, characters: int) -> str:
 
 
 def score_regex(answer: str, question: dict[str, Any]) -> float:
-    """1 where one of the expected regular expressions is found anywhere in the answer."""
+    """Return 1 if one of the expected regular expressions is found anywhere in the answer."""
     return float(any(re.search(pattern, answer) for pattern in _as_list(question["expected"])))
 
 
 def score_json(answer: str, question: dict[str, Any]) -> float:
-    """1 where the answer's first JSON value fits the schema and has the expected fields."""
+    """Return 1 if the answer's first JSON value fits the schema and has the expected fields."""
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -84,7 +84,7 @@ def score_json(answer: str, question: dict[str, Any]) -> float:
     fields = question.get("expected") or {}
     equal = {name: {"const": field} for name, field in fields.items()}
     expected = {"type": "object", "required": list(fields), "properties": equal} if fields else True
-    # An empty registry of its own: a reference to another place is an error, never a download.
+    # With an empty registry, a reference to another schema is an error instead of a download.
     registry: Registry[Any] = Registry()
     validator = validator_for(schema, default=Draft202012Validator)
     checks = validator(schema, registry=registry), Draft202012Validator(expected)
@@ -92,10 +92,10 @@ def score_json(answer: str, question: dict[str, Any]) -> float:
 
 
 def first_json_value(text: str) -> Any:
-    """The first object or array in a text; in one without any, the first other JSON value.
+    """Return the first JSON object or array in a text, or else its first other JSON value.
 
-    A number or a quoted word before it, as in "The 2 items: [...]", belongs to the sentence.
-    Raises ValueError if there is no JSON value.
+    Objects and arrays come first because in "The 2 items: [...]" the number belongs to the
+    sentence. Raises ValueError if there is no JSON value.
     """
     decoder = json.JSONDecoder(parse_constant=_refuse_nan_and_infinity)
     for starts in (r"[{\[]", r'["\-0-9tfn]'):
@@ -114,7 +114,7 @@ def _refuse_nan_and_infinity(word: str) -> None:
 
 
 def load_scorer_function(module_and_name: str, folder: str) -> Scorer:
-    """The function that "module:function" names; modules are found in `folder` too."""
+    """Import the function named as "module:function"; `folder` is added to the import path."""
     module, _, name = module_and_name.partition(":")
     sys.path.append(folder)
     function: Scorer = getattr(import_module(module), name)
@@ -124,18 +124,21 @@ def load_scorer_function(module_and_name: str, folder: str) -> Scorer:
 
 
 def require_valid_score(score: Any) -> float:
-    """A share from 0 to 1, of a number or a boolean; TypeError or ValueError for anything else."""
+    """Return a score from 0 to 1 as a float; TypeError or ValueError for anything else."""
     if not isinstance(score, int | float):
         raise TypeError(f"it returned a {type(score).__name__}, not a number from 0 to 1")
-    value = float(score)  # of a subclass, which may compare otherwise
+    value = float(score)  # a subclass of int or float may override comparison
     if not 0 <= value <= 1:
         raise ValueError(f"it returned {value:g}, not a number from 0 to 1")
     return value
 
 
 def answer(request: dict[str, Any]) -> Any:
-    """What comes of an item; None for a request without an item, which only loads the scorer."""
-    signal.alarm(request["most_seconds"])  # should who started it be gone
+    """Process one request of the parent: score or check its item; None if there is no item.
+
+    A request without an item only loads the scorer.
+    """
+    signal.alarm(request["most_seconds"])  # ends this process if its parent is gone
     do_item = prepare(request["work"], request["score"], request["function"], request["folder"])
     return None if request["item"] is None else do_item(request["item"])
 
@@ -144,39 +147,43 @@ def answer(request: dict[str, Any]) -> Any:
 def prepare(
     work: str, score: str, function: str | None, folder: str
 ) -> Callable[[dict[str, Any]], Any]:
-    """What is done with each item: a question is checked, or an answer scored."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    """Return the function that checks or scores an item.
+
+    Also silences the process's output, and limits its memory unless a Python function scores.
+    """
+    null_device = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
-        os.dup2(nowhere, descriptor)
+        os.dup2(null_device, descriptor)
     if function is None:
         _limit_memory()
     if score == "json":
-        import_module("jsonschema")  # now, and not in the time of the first question
+        import_module("jsonschema")  # now, so that it does not count against the first question
     if work == "check":
         return _make_check(score)
-    own: dict[str, Scorer] = {"regex": score_regex, "json": score_json}
-    scorer = own.get(score) or load_scorer_function(str(function), folder)
+    builtin: dict[str, Scorer] = {"regex": score_regex, "json": score_json}
+    scorer = builtin.get(score) or load_scorer_function(str(function), folder)
     return lambda item: require_valid_score(scorer(item["answer"], item["question"]))
 
 
 def _limit_memory() -> None:
+    """Limit this process's address space to MAX_MEMORY_BYTES, where the system supports it."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
-    with suppress(ValueError, OSError):  # macOS does not keep this limit
-        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
+    with suppress(ValueError, OSError):  # macOS does not enforce this limit
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _make_check(score: str) -> Callable[[dict[str, Any]], str | None]:
-    """What says of an item what is wrong with its question, or None."""
+    """Return a function that gives the problem of an item's question, or None."""
     find_problem = {"regex": find_regex_problem, "json": find_schema_problem}[score]
-    known: dict[str, str | None] = {}  # most suites have one schema in all their lines
+    problems: dict[str, str | None] = {}  # cached: most suites repeat one schema in all lines
 
     def check(item: dict[str, Any]) -> str | None:
-        """What is wrong with the item's question, or None."""
+        """Return what is wrong with the item's question, or None."""
         checked = {name: item["question"].get(name) for name in ("expected", "schema")}
         key = json.dumps(checked if score == "regex" else checked["schema"])
-        if key not in known:
-            known[key] = find_problem(item["question"])
-        return known[key]
+        if key not in problems:
+            problems[key] = find_problem(item["question"])
+        return problems[key]
 
     return check

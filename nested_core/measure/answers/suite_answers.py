@@ -1,8 +1,8 @@
-"""What a model answers to the questions of a suite, and how right each answer is.
+"""A model's answers to the questions of a suite, and their scores.
 
-A question of `choice` is answered without generating: the model says which of its choices is the
-likeliest after the prompt. The suites of `gate.tasks` are read before training begins, and are the
-same ones when it is judged.
+A question with the score `choice` is answered without generating text: the model's answer is the
+choice with the highest likelihood after the prompt. The suites of `gate.tasks` are read before
+training begins, and must be unchanged when the gate asks them.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from nested_core.training.loss.logit_budget import positions_at_once
 from nested_core.training.loss.loss_interface import count_logits, extract_logits
 
 _MAX_ROWS = 64  # of one batch of choices
-# MLX keeps a plan of its attention on CUDA for each shape, and ends in an error after many of them.
+# On CUDA, MLX keeps an attention plan for each shape, and fails after many. Widths are rounded up.
 _WIDTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite as it is configured and read: its questions, how to answer and how to score them."""
+    """A configured suite that was read: its questions, how to answer them and how to score."""
 
     name: str
     method: ScoringMethod
@@ -60,9 +60,9 @@ class Suite:
 
     @classmethod
     def read(cls, name: str, method: ScoringMethod, sampling: Sampling | None = None) -> Self:
-        """Read its file, and compile or import what scores it.
+        """Read a suite's file, and compile or import its scorer.
 
-        Raises ConfigError without a file, DatasetError for bad lines and for a function that
+        Raises ConfigError if there is no such file, DatasetError for bad lines or a function that
         cannot be imported.
         """
         questions = read_suite(method.place, method.score)
@@ -76,7 +76,7 @@ class Suite:
 
     @cached_property
     def without_copies(self) -> Self:
-        """The suite with the first question of each prompt alone."""
+        """The suite with only the first question of each prompt."""
         firsts: dict[bytes, Question] = {}
         for question in self.questions:
             firsts.setdefault(fold_prompt(question), question)
@@ -85,11 +85,11 @@ class Suite:
 
 @dataclass(frozen=True)
 class SuiteAnswers:
-    """One model's answers to a suite.
+    """One model's answers to a suite, with their scores.
 
     answers: in the order of the questions; for `choice` the text of the likeliest choice, or an
-    empty one where two are equally likely.
-    scores: of each answer, from 0 to 1.
+        empty text if two choices are equally likely.
+    scores: the score of each answer, from 0 to 1.
     """
 
     answers: tuple[Answer, ...]
@@ -97,13 +97,17 @@ class SuiteAnswers:
 
     @property
     def mean(self) -> float:
-        """The share of right answers."""
+        """The mean score, which is the share of right answers."""
         return sum(self.scores) / len(self.scores)
 
 
 @dataclass(frozen=True)
 class EncodedSuite:
-    """A suite's prompts in token ids, and for `choice` each choice as the tokens that follow."""
+    """A suite's prompts as token ids.
+
+    choices: for `choice`, the token ids that each choice adds to the prompt; else empty tuples.
+    context: the most tokens that the model can see; None if unknown.
+    """
 
     suite: Suite
     prompts: tuple[tuple[int, ...], ...]
@@ -114,11 +118,13 @@ class EncodedSuite:
     def encode(
         cls, suite: Suite, tokenizer: Any, context: int | None, rows: int | None = None
     ) -> Self:
-        """Encode every question.
+        """Encode every question of a suite.
 
-        context: the most tokens that the model can see; rows: those of its embedding; None if
-        it is not known. Raises DatasetError, with the questions, for prompts that do not fit into
-        them or that the chat template does not take.
+        context: the most tokens that the model can see; None if unknown.
+        rows: the number of rows of its embedding; None if unknown.
+
+        Raises a DatasetError that lists the questions that are too long, have tokens beyond the
+        embedding, or are refused by the chat template.
         """
         prompts: list[tuple[int, ...]] = []
         choices: list[tuple[tuple[int, ...], ...]] = []
@@ -131,34 +137,34 @@ class EncodedSuite:
                 problem = f"the chat template does not take it: {reason}"[:300]
                 problems.append(BadQuestion(question.line, "template", problem))
                 continue
-            following = tuple(
+            choice_tokens = tuple(
                 _encode_choice(question, text, tokenizer) for text in question.choices
             )
-            longest = len(prompt) + max(map(len, following), default=1)
+            longest = len(prompt) + max(map(len, choice_tokens), default=1)
             if context is not None and longest > context:
                 problem = (
                     f"with its answer it has {longest:,} tokens or more, and the model sees "
                     f"{context:,}"
                 )
                 problems.append(BadQuestion(question.line, "long", problem))
-            tokens = [*prompt, *chain.from_iterable(following)]
-            if beyond := describe_token_beyond(tokenizer, tokens, rows):
-                problems.append(BadQuestion(question.line, "token", beyond))
-            if not prompt or not all(following):
+            tokens = [*prompt, *chain.from_iterable(choice_tokens)]
+            if token_problem := describe_token_beyond(tokenizer, tokens, rows):
+                problems.append(BadQuestion(question.line, "token", token_problem))
+            if not prompt or not all(choice_tokens):
                 problem = "nothing is left of it in tokens"
                 problems.append(BadQuestion(question.line, "no tokens", problem))
             prompts.append(prompt)
-            choices.append(following)
+            choices.append(choice_tokens)
         if problems:
-            place = suite.method.place
-            summary = f"{place} cannot be asked of this model."
-            raise DatasetError(describe_bad_questions(place, problems, summary))
+            path = suite.method.place
+            summary = f"{path} cannot be asked of this model."
+            raise DatasetError(describe_bad_questions(path, problems, summary))
         return cls(suite, tuple(prompts), tuple(choices), context)
 
     def answer(
         self, model: nn.Module, tokenizer: Any, on_answered: OnAnswered | None = None
     ) -> tuple[Answer, ...]:
-        """The model's answers, in the order of the questions."""
+        """Return the model's answers, in the order of the questions."""
         with in_evaluation_mode(model):
             if self.suite.method.score == "choice":
                 return self._answer_by_choice(model)
@@ -169,6 +175,7 @@ class EncodedSuite:
         return tuple(answers)
 
     def _answer_by_choice(self, model: nn.Module) -> tuple[Answer, ...]:
+        """Answer each question with its likeliest choice."""
         likelihoods = self.log_likelihoods(model)
         chosen = [
             choose_likeliest(question.choices, sums)
@@ -177,12 +184,17 @@ class EncodedSuite:
         return tuple(Answer(text, 0, is_endless=False, is_repeated=False) for text in chosen)
 
     def log_likelihoods(self, model: nn.Module) -> list[tuple[float, ...]]:
-        """The summed log-probability in nats of each choice after its prompt, for each question."""
+        """Return for each question the summed log-probability, in nats, of each choice.
+
+        Choices of similar length are computed in one batch, whose logits fit the logit budget. A
+        single choice too long for the budget is read in chunks.
+        """
         rows = [
             (index, prompt, choice)
             for index, prompt in enumerate(self.prompts)
             for choice in self.choices[index]
         ]
+        # Batches of rows of similar length, the shortest first, so that little is padded.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]) + len(rows[row][2]))
         widths = [
             _round_up_width(len(rows[row][1]) + len(rows[row][2]) - 1, self.context)
@@ -192,6 +204,7 @@ class EncodedSuite:
         sums = np.zeros(len(rows))
         start = 0
         while start < len(order):
+            # The batch grows until its rows, or its logits, are as many as may exist at once.
             end = start + 1
             while (
                 end < min(len(order), start + _MAX_ROWS)
@@ -205,11 +218,11 @@ class EncodedSuite:
             else:
                 sums[batch] = [_sum_log_probabilities_in_chunks(model, *pairs[0], positions)]
             start = end
-        split = iter(sums.tolist())
-        return [tuple(next(split) for _ in choices) for choices in self.choices]
+        remaining_sums = iter(sums.tolist())
+        return [tuple(next(remaining_sums) for _ in choices) for choices in self.choices]
 
     def score(self, answers: Sequence[Answer]) -> SuiteAnswers:
-        """Score answers to this suite; DatasetError if a scorer that came with it fails."""
+        """Score answers to this suite; DatasetError if the suite's own scorer fails."""
         questions = self.suite.questions
         if self.suite.method.score == "choice":
             scores = [
@@ -223,92 +236,102 @@ class EncodedSuite:
 
 
 def _encode_prompt(question: Question, tokenizer: Any) -> tuple[int, ...]:
-    """A text as it stands, with the start that the tokenizer gives texts, or a chat's turns."""
+    """Return the token ids of a question's prompt.
+
+    A plain text gets the tokenizer's start token unless it begins with it. Chat messages go through
+    the chat template.
+    """
     if isinstance(question.prompt, str):
         text = question.prompt
-        start = tokenizer.bos_token
-        is_started = start is not None and text.startswith(start)
+        bos_token = tokenizer.bos_token
+        is_started = bos_token is not None and text.startswith(bos_token)
     else:
         template = chat_template_of(tokenizer)
         text = template.render(template.prepare(question.prompt), add_generation_prompt=True)
         is_started = True
-    # transformers would warn of a length that is refused here with its line
+    # verbose=False: transformers would warn of a long text, which `encode` reports with its line
     return tuple(tokenizer.encode(text, add_special_tokens=not is_started, verbose=False))
 
 
 def _encode_choice(question: Question, choice: str, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that a choice adds to its prompt.
+    """Return the token ids that a choice adds to its question's prompt.
 
-    A text is encoded with its prompt, as it would be read; where a token reaches over the border,
-    and after a chat's prompt, the choice is encoded by itself.
+    Prompt and choice of a plain text are encoded together. If a token spans the border between
+    them, or if the prompt is a chat, the choice is encoded alone.
     """
     if isinstance(question.prompt, str):
         prompt = _encode_prompt(question, tokenizer)
-        start = tokenizer.bos_token
-        has_start = start is not None and question.prompt.startswith(start)
-        both = tokenizer.encode(question.prompt + choice, add_special_tokens=not has_start)
-        if tuple(both[: len(prompt)]) == prompt:
-            return tuple(both[len(prompt) :])
+        bos_token = tokenizer.bos_token
+        is_started = bos_token is not None and question.prompt.startswith(bos_token)
+        tokens = tokenizer.encode(question.prompt + choice, add_special_tokens=not is_started)
+        if tuple(tokens[: len(prompt)]) == prompt:
+            return tuple(tokens[len(prompt) :])
     return tuple(tokenizer.encode(choice, add_special_tokens=False))
 
 
-def _round_up_width(needed: int, context: int | None) -> int:
-    """The width of a batch whose longest row has `needed` inputs, within the model's context."""
-    width = -(-needed // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    return width if context is None else max(needed, min(width, context))
+def _round_up_width(longest: int, context: int | None) -> int:
+    """Return the width of a batch whose longest row has `longest` tokens.
+
+    It is a multiple of _WIDTH_MULTIPLE where the model's context allows that.
+    """
+    width = -(-longest // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    return width if context is None else max(longest, min(width, context))
 
 
 def _sum_log_probabilities(
     model: nn.Module, pairs: Sequence[Sequence[Sequence[int]]], width: int
 ) -> list[float]:
-    """The log-probability of each continuation after its prompt.
+    """Return the log-probability, in nats, of each continuation after its prompt.
 
-    `width` is that of the inputs, in tokens; no row is longer.
+    pairs: a prompt and its continuation, as token ids.
+    width: the length in tokens that all rows are padded to.
     """
-    rows = [[*prompt, *following] for prompt, following in pairs]
+    rows = [[*prompt, *continuation] for prompt, continuation in pairs]
     inputs = np.zeros((len(rows), width), np.int32)
     for row, tokens in enumerate(rows):
-        inputs[row, : len(tokens) - 1] = tokens[:-1]
+        inputs[row, : len(tokens) - 1] = tokens[:-1]  # the last token is only predicted
     logits = extract_logits(model(mx.array(inputs)))
     sums = []
-    for row, (prompt, following) in enumerate(pairs):
+    for row, (prompt, continuation) in enumerate(pairs):
         start = len(prompt) - 1
-        sums.append(_sum_of_targets(logits[row, start : start + len(following)], following))
+        sums.append(_sum_of_targets(logits[row, start : start + len(continuation)], continuation))
     return mx.stack(sums).tolist()  # type: ignore[return-value]
 
 
 def _sum_log_probabilities_in_chunks(
-    model: nn.Module, prompt: Sequence[int], following: Sequence[int], chunk_length: int
+    model: nn.Module, prompt: Sequence[int], continuation: Sequence[int], chunk_length: int
 ) -> float:
-    """The log-probability of a continuation after its prompt, with logits of one chunk at a time.
+    """Return a continuation's log-probability, in nats, with the logits of one chunk at a time.
 
     The model reads `chunk_length` tokens at a time with its cache, as mlx_lm reads a long prompt.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    inputs, first = [*prompt, *following[:-1]], len(prompt) - 1
+    # The last token is no input: it is only predicted. `first` is the input that predicts the first
+    # token of the continuation.
+    inputs, first = [*prompt, *continuation[:-1]], len(prompt) - 1
     cache = make_prompt_cache(model)
     total = mx.array(0.0)
     for start in range(0, len(inputs), chunk_length):
         chunk = inputs[start : start + chunk_length]
         logits = extract_logits(model(mx.array([chunk]), cache=cache))[0]
-        in_prompt = max(0, first - start)  # inputs whose next token is the prompt's
+        in_prompt = max(0, first - start)  # inputs of the chunk that precede a prompt token
         if in_prompt < len(chunk):
-            targets = following[start + in_prompt - first :][: len(chunk) - in_prompt]
+            targets = continuation[start + in_prompt - first :][: len(chunk) - in_prompt]
             total = total + _sum_of_targets(logits[in_prompt:], targets)
         mx.eval(total, [layer.state for layer in cache])
     return to_float(total)
 
 
 def _sum_of_targets(logits: mx.array, targets: Sequence[int]) -> mx.array:
-    """The summed log-probability of these tokens, one for each row of logits."""
+    """Return the summed log-probability of the target tokens, one target for each row of logits."""
     exact = logits.astype(mx.float32)
     chosen = mx.take_along_axis(exact, mx.array(list(targets))[:, None], axis=-1).squeeze(-1)
     return (chosen - mx.logsumexp(exact, axis=-1)).sum()
 
 
 def choose_likeliest(choices: Sequence[str], sums: Sequence[float]) -> str:
-    """The choice with the largest sum; empty where two share it or a sum is not a number."""
+    """Return the choice with the largest sum; empty if two choices share it or a sum is NaN."""
     best = max(sums)
     if not np.isfinite(best) or np.isnan(sums).any() or list(sums).count(best) > 1:
         return ""
@@ -317,7 +340,7 @@ def choose_likeliest(choices: Sequence[str], sums: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class SuiteRecord:
-    """A suite as the run found it, in suites.json under its name."""
+    """What suites.json records of a suite, under the suite's name, when a run begins."""
 
     file: str
     sha256: str
@@ -328,7 +351,7 @@ SUITES_FILE = JsonFile(dict[str, SuiteRecord], 2**20)
 
 
 def read_suites(gate: GateSection) -> tuple[Suite, ...]:
-    """Every suite of `gate.tasks`, checked line by line; what scores it is compiled or imported.
+    """Read every suite of `gate.tasks` and compile or import its scorer.
 
     Raises ConfigError if a file is missing, DatasetError if one has bad lines or its function
     cannot be imported.
@@ -337,6 +360,7 @@ def read_suites(gate: GateSection) -> tuple[Suite, ...]:
 
 
 def _read_suite(task: TaskSection) -> Suite:
+    """Read a suite of `gate.tasks`; questions without a tolerance of their own get the suite's."""
     method = ScoringMethod(Path(task.file), task.score, task.function)
     sampling = Sampling(task.max_tokens, task.stop, task.temperature, task.seed)
     suite = Suite.read(task.name, method, sampling)
@@ -348,37 +372,37 @@ def _read_suite(task: TaskSection) -> Suite:
 
 
 def record_or_compare_suites(run: RunDirectory, suites: Sequence[Suite]) -> None:
-    """Write suites.json, or compare with it: a run is judged by the questions it began with.
+    """Write suites.json, or compare it with the suites: the gate asks what the run began with.
 
-    Raises ConfigError if a suite of the same name has another content since training began.
+    Raises ConfigError if the content of a suite changed since training began.
     """
     if not suites:
         return
-    before = {} if file_type(run.suites) == "missing" else SUITES_FILE.read(run.suites)
-    now = {
+    recorded = {} if file_type(run.suites) == "missing" else SUITES_FILE.read(run.suites)
+    current = {
         suite.name: SuiteRecord(str(suite.method.place), suite.digest, len(suite.questions))
         for suite in suites
     }
     changed = [
         name
-        for name, record in now.items()
-        if name in before and before[name].sha256 != record.sha256
+        for name, record in current.items()
+        if name in recorded and recorded[name].sha256 != record.sha256
     ]
-    if changed and run.tiers.exists():
+    if changed and run.tiers.exists():  # training has begun
         raise ConfigError(
-            f"gate.tasks: {' and '.join(now[name].file for name in changed)} changed since "
+            f"gate.tasks: {' and '.join(current[name].file for name in changed)} changed since "
             f"{run.path} began: its digest is not the one in {run.suites.name}. Bring back what "
             f"was there, or start a new run."
         )
-    records = before | now
+    records = recorded | current
     write_json(run.suites, {name: asdict(record) for name, record in records.items()})
 
 
 def encode_suites(suites: Sequence[Suite], tokenizer: Any, base: Path) -> tuple[EncodedSuite, ...]:
-    """Each suite in token ids of the base model in this folder.
+    """Encode each suite for the base model in the folder `base`.
 
-    Raises DatasetError, with the questions, for prompts that are longer than the model's context
-    or that its chat template does not take.
+    Raises a DatasetError that lists the questions that are longer than the model's context or that
+    its chat template refuses.
     """
     context, rows = context_length(base), vocabulary_size(base)
     return tuple(EncodedSuite.encode(suite, tokenizer, context, rows) for suite in suites)

@@ -1,4 +1,4 @@
-"""A suite's file -> a line of JSON for each question, whether it is JSON Lines, a table or YAML."""
+"""Read a suite's file, JSON Lines, a table or YAML, as one line of JSON for each question."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.storage.untrusted_files import file_type, read_regular
 
 MAX_SUITE_BYTES = 64 * 2**20
-MAX_SUITE_LINES = 1_000_000  # blank ones included
-MAX_YAML_SUITE_BYTES = 4 * 2**20  # which takes some ten seconds to read
+MAX_SUITE_LINES = 1_000_000  # including blank lines
+MAX_YAML_SUITE_BYTES = 4 * 2**20  # YAML of this size takes some ten seconds to read
 TABLE_SUFFIXES = (".csv", ".tsv")
 YAML_SUFFIXES = (".yaml", ".yml")
 SUITE_FORMS = "JSON Lines (.jsonl), a table (.csv, .tsv) or YAML (.yaml)"
@@ -28,22 +28,26 @@ _JSON_COLUMNS = frozenset({"messages", "choices", "schema", "tolerance"})
 
 
 def holds_questions(path: Path) -> bool:
-    """Whether a file is one of questions: whatever it is, but for YAML that holds no list."""
+    """Whether a file is a suite rather than a configuration.
+
+    True for JSON Lines and tables, and for YAML (or any other name) only if it holds a list.
+    """
     if path.suffix.lower() in (".jsonl", *TABLE_SUFFIXES):
         return True
-    with suppress(ConfigError, DamagedError, OSError):  # for whoever reads it to say
+    with suppress(ConfigError, DamagedError, OSError):  # reading the file later reports the error
         return isinstance(parse_yaml(read_regular(path, MAX_YAML_SUITE_BYTES)), list)
     return False
 
 
 def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
-    """Each question of a file as a line of JSON, with the line of the file that it begins in.
+    """Yield each question of a suite's file as JSON, with the line of the file where it begins.
 
-    The end of the name decides: .csv and .tsv are tables, .yaml and .yml a list, all else is JSON
-    Lines, whose lines are yielded as they are. In a table `messages`, `choices`, `schema` and
-    `tolerance` are JSON, and `expected` where the score is `number` or `json`.
-    Raises ConfigError if there is no such file, DatasetError if it is larger than a suite may be or
-    is no YAML, and RestOfFileUnreadable where a table is damaged.
+    The suffix decides: .csv and .tsv are tables, .yaml and .yml hold a list, everything else is
+    JSON Lines, whose lines are yielded unchanged. In a table the columns `messages`, `choices`,
+    `schema` and `tolerance` hold JSON, and so does `expected` if the score is `number` or `json`.
+
+    Raises ConfigError if there is no such file, DatasetError if it is too large for a suite or not
+    valid YAML, and RestOfFileUnreadable if a table is damaged.
     """
     if file_type(path, follow_links=True) != "file":
         raise ConfigError(f"gate.tasks: {path} is not a file. Expected an eval set, {SUITE_FORMS}.")
@@ -65,7 +69,11 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
 
 
 def _read_yaml_questions(path: Path, content: bytes, score: Score) -> Iterator[NumberedLine]:
-    """The items of a list in strict YAML; an answer that is compared as text stands as written."""
+    """Yield the items of a YAML list as JSON.
+
+    For scores that compare text, an expected answer keeps its spelling: `expected: 1.50` is the
+    text "1.50", not a number.
+    """
     if len(content) > MAX_YAML_SUITE_BYTES:
         raise DatasetError(
             f"gate.tasks: {path} is larger than {MAX_YAML_SUITE_BYTES:,} bytes, the most of an "
@@ -81,5 +89,5 @@ def _read_yaml_questions(path: Path, content: bytes, score: Score) -> Iterator[N
             f"gate.tasks: {path} should be a list of questions, `- prompt: ...` and `expected: "
             f"...` each; found a {type(questions).__name__}."
         )
-    for place, question in enumerate(questions):
-        yield NumberedLine(lines[str(place)], json.dumps(question).encode())
+    for index, question in enumerate(questions):
+        yield NumberedLine(lines[str(index)], json.dumps(question).encode())

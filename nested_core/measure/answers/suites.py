@@ -1,8 +1,8 @@
-"""A suite's questions, read strictly: bad ones are reported with their lines, by kinds.
+"""Read a suite's questions strictly; mistakes are reported with their lines, grouped by kind.
 
-A question has "prompt" (a text, as it stands) or "messages" (through the chat template),
-"expected", what its score needs besides, and "id" where it has a name. Patterns and schemas are
-taken as they stand: scorers.py has them compiled, in another process.
+A question has "prompt" (a plain text) or "messages" (sent through the chat template), "expected",
+keys that its score needs, and optionally "id". Patterns and schemas are not compiled here:
+scorers.py does that in another process.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Turn = dict[str, str]
 MAX_QUESTIONS = 100_000
 MAX_QUESTION_BYTES = 2**20
 MAX_ACCEPTED_ANSWERS = 1_000
-MAX_PROBLEMS = 1_000  # then reading ends
+MAX_PROBLEMS = 1_000  # reading ends after this many
 MAX_LISTED_PROBLEMS = 8
-MAX_EXPECTED_CHARACTERS = 1_000  # of the right answers as they are shown beside the models' own
+MAX_EXPECTED_CHARACTERS = 1_000  # of the expected answers, as shown beside the models' answers
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Question:
     """One question of a suite.
 
     line: its line in the file, counted from 1.
-    name: its "id", or without one the line's number.
-    prompt: a text as it stands, or the turns of a chat.
+    name: its "id", or the line number as text.
+    prompt: a plain text, or the messages of a chat.
     accepted: the right answers: texts, numbers, or for `json` at most one object of fields.
-    tolerance: how far a `number` may be off.
-    choices: the answers that `choice` weighs against each other.
-    fields: the line as it was read, which a Python scorer gets.
+    tolerance: how far the answer to a `number` question may be off.
+    choices: the answers to choose from, for `choice`.
+    fields: the line as it was read, which a Python scorer receives.
     """
 
     line: int
@@ -57,7 +57,7 @@ class Question:
 
 
 class _SuiteLine(BaseModel):
-    """What a line of any suite may hold."""
+    """The fields that a line of any suite may have; subclasses add those of a score."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -68,6 +68,7 @@ class _SuiteLine(BaseModel):
 
     @model_validator(mode="after")
     def _has_one_prompt(self) -> Self:
+        """Require a prompt or messages, not both, and a last message that a model can answer."""
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("expected a prompt or messages, and not both")
         if self.messages and self.messages[-1].role not in ("user", "tool"):
@@ -75,7 +76,7 @@ class _SuiteLine(BaseModel):
         return self
 
     def parse_accepted_answers(self) -> tuple[Any, ...]:
-        """The right answers; _Mistake if `expected` cannot be one."""
+        """Return the right answers; raises _Mistake if `expected` is not valid for the score."""
         raise NotImplementedError
 
 
@@ -90,7 +91,7 @@ class _TextLine(_SuiteLine):
     """A line of `exact` or `contains`."""
 
     def parse_accepted_answers(self) -> tuple[str, ...]:
-        """Texts; a number stands for how JSON writes it."""
+        """Return the accepted texts; a number becomes the text that JSON writes for it."""
         texts = [
             value if isinstance(value, str) else json.dumps(value)
             for value in _accepted_answers(self.expected, (str, int, float), "a text")
@@ -102,7 +103,7 @@ class _TextLine(_SuiteLine):
 
 class _RegexLine(_SuiteLine):
     def parse_accepted_answers(self) -> tuple[str, ...]:
-        """Patterns of Python's re."""
+        """Return the accepted patterns, in the syntax of Python's re."""
         return tuple(_accepted_answers(self.expected, (str,), "a regular expression"))
 
 
@@ -110,7 +111,7 @@ class _NumberLine(_SuiteLine):
     tolerance: Annotated[float, Field(ge=0)] = 0.0
 
     def parse_accepted_answers(self) -> tuple[float, ...]:
-        """Numbers."""
+        """Return the accepted numbers."""
         return tuple(_accepted_answers(self.expected, (int, float), "a number"))
 
 
@@ -118,12 +119,12 @@ class _ChoiceLine(_SuiteLine):
     choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
 
     def parse_accepted_answers(self) -> tuple[str, ...]:
-        """One or more of the choices."""
+        """Return the accepted choices, each of which must be in `choices`."""
         accepted = tuple(_accepted_answers(self.expected, (str,), "one of the choices"))
         if len(set(self.choices)) < len(self.choices):
             raise _Mistake("choices: one is there twice")
-        if strangers := [text for text in accepted if text not in self.choices]:
-            raise _Mistake("expected: none of the choices is ", repr(shorten(strangers[0])))
+        if unknown := [text for text in accepted if text not in self.choices]:
+            raise _Mistake("expected: none of the choices is ", repr(shorten(unknown[0])))
         return accepted
 
 
@@ -132,7 +133,7 @@ class _JsonLine(_SuiteLine):
     json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
     def parse_accepted_answers(self) -> tuple[dict[str, Any], ...]:
-        """The fields that must be equal, if there are any."""
+        """Return the object of fields that must be equal; empty if only a schema is given."""
         if not isinstance(self.expected, dict | None):
             raise _Mistake("expected: for a json score, an object of fields that must be equal")
         if not self.expected and self.json_schema is None:
@@ -145,7 +146,7 @@ class _JsonLine(_SuiteLine):
 
 class _PythonLine(_SuiteLine):
     def parse_accepted_answers(self) -> tuple[Any, ...]:
-        """Whatever the function makes of it."""
+        """Return `expected` unchanged: the Python function interprets it."""
         return (self.expected,)
 
 
@@ -162,9 +163,9 @@ _LINE_MODEL_BY_SCORE: dict[Score, type[_SuiteLine]] = {
 
 @dataclass(frozen=True)
 class BadQuestion:
-    """A mistake in a suite; those of one `kind` are told together.
+    """A mistake in a suite; mistakes of the same `kind` are reported together.
 
-    line: of the file, counted from 1; None for the whole of it.
+    line: of the file, counted from 1; None for the whole file.
     """
 
     line: int | None
@@ -173,7 +174,7 @@ class BadQuestion:
 
 
 class _Mistake(ValueError):
-    """What is wrong with a question, whose kind does not depend on the details."""
+    """A mistake in a question. The details are shown, but do not distinguish kinds of mistakes."""
 
     def __init__(self, kind: str, details: str = "") -> None:
         super().__init__(f"{kind}{details}")
@@ -181,10 +182,10 @@ class _Mistake(ValueError):
 
 
 def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
-    """The questions of a suite's file, in its order.
+    """Return the questions of a suite's file, in order; blank lines are skipped.
 
-    Raises ConfigError if there is no such file, and DatasetError, with the lines that are bad, if
-    it is not a suite for this score or larger than one may be. Blank lines are passed over.
+    Raises ConfigError if there is no such file. Raises DatasetError, with the bad lines, if it is
+    no suite for this score or too large.
     """
     questions: list[Question] = []
     problems = list(islice(_find_problems(path, score, questions), MAX_PROBLEMS + 1))
@@ -199,7 +200,7 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
 
 
 def _find_problems(path: Path, score: Score, questions: list[Question]) -> Iterator[BadQuestion]:
-    """Append the questions of a suite; yield each bad line as it is met."""
+    """Read a suite's file: append good questions to `questions` and yield each bad line."""
     is_table = path.suffix.lower() in TABLE_SUFFIXES
     try:
         for line, body, problem in read_question_lines(path, score):
@@ -213,8 +214,8 @@ def _find_problems(path: Path, score: Score, questions: list[Question]) -> Itera
             elif body:
                 try:
                     questions.append(_read_question(body, line, score, is_table=is_table))
-                except LineProblem as problem_of_line:
-                    yield BadQuestion(line, problem_of_line.check, problem_of_line.message)
+                except LineProblem as line_problem:
+                    yield BadQuestion(line, line_problem.check, line_problem.message)
                 except _Mistake as mistake:
                     yield BadQuestion(line, mistake.kind, str(mistake))
     except RestOfFileUnreadable as error:
@@ -223,7 +224,7 @@ def _find_problems(path: Path, score: Score, questions: list[Question]) -> Itera
 
 
 def describe_bad_questions(path: Path, problems: Sequence[BadQuestion], summary: str) -> str:
-    """One paragraph on a suite: a line for each kind of mistake, with the lines that have it."""
+    """Return one message on a suite: a line for each kind of mistake, naming the bad lines."""
     by_kind: dict[str, list[BadQuestion]] = {}
     for problem in problems:
         by_kind.setdefault(problem.kind, []).append(problem)
@@ -241,67 +242,70 @@ def _describe_other_lines(lines: Sequence[int | None]) -> str:
 
 
 def _read_question(body: bytes, line: int, score: Score, *, is_table: bool) -> Question:
-    """The question of a line of JSON; raises LineProblem or _Mistake, nothing else."""
+    """Parse one question from a line of JSON; raises LineProblem or _Mistake."""
     if len(body) > MAX_QUESTION_BYTES:
         raise _Mistake(f"the line is longer than {MAX_QUESTION_BYTES:,} bytes")
     fields = decode_json_object(body)
-    if is_table:  # an empty cell gives nothing
+    if is_table:  # an empty cell counts as a missing field
         fields = {key: value for key, value in fields.items() if value != ""}
     expected = fields.get("expected")
     if isinstance(expected, list) and len(expected) > MAX_ACCEPTED_ANSWERS:
         raise _Mistake(f"expected: more than {MAX_ACCEPTED_ANSWERS:,} answers")
     try:
-        # A whole number is read whatever its size; a float is finite once it is read.
+        # JSON integers have no limit, but must fit a float. Floats were checked while decoding.
         numbers = (value for value in iterate_scalars(fields) if isinstance(value, int))
         if any(abs(number) > sys.float_info.max for number in numbers):
             raise _Mistake("a number in it is beyond any float")
-        read = _LINE_MODEL_BY_SCORE[score].model_validate(fields)
-        accepted = read.parse_accepted_answers()
+        parsed = _LINE_MODEL_BY_SCORE[score].model_validate(fields)
+        accepted = parsed.parse_accepted_answers()
     except ValidationError as error:
         raise _describe_first_problem(error) from None
     except RecursionError:
         raise _Mistake("it is nested too deeply") from None
-    turns = None if read.messages is None else tuple(turn.model_dump() for turn in read.messages)
+    turns = tuple(turn.model_dump() for turn in parsed.messages or ())
     return Question(
         line=line,
-        name=str(line if read.id is None else read.id),
-        prompt=read.prompt or turns or "",
+        name=str(line if parsed.id is None else parsed.id),
+        prompt=parsed.prompt or turns or "",
         accepted=accepted,
-        tolerance=getattr(read, "tolerance", 0.0),
-        choices=tuple(getattr(read, "choices", ())),
+        tolerance=getattr(parsed, "tolerance", 0.0),
+        choices=tuple(getattr(parsed, "choices", ())),
         fields=fields,
     )
 
 
 def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[Any]:
-    """One accepted answer or a list of them; _Mistake if one is of another type."""
+    """Return `expected` as a list of answers; raises _Mistake if one is of another type.
+
+    `what` says in the message what an answer should be, such as "a number".
+    """
     values = value if isinstance(value, list) else [value]
     fits = [isinstance(item, types) and not isinstance(item, bool) for item in values]
     if not values or not all(fits):
-        found = "an empty list" if not values else shorten(json.dumps(values[fits.index(False)]))
-        raise _Mistake(f"expected: {what} or a list of them", f", found {found}")
+        actual = "an empty list" if not values else shorten(json.dumps(values[fits.index(False)]))
+        raise _Mistake(f"expected: {what} or a list of them", f", found {actual}")
     return values
 
 
 def _describe_first_problem(error: ValidationError) -> _Mistake:
-    """The first of pydantic's errors in words, and how many more there are."""
+    """Return the first of pydantic's errors as a _Mistake, with the number of further errors."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    place = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
+    key = ".".join(str(part) for part in first["loc"])
+    others = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
     if first["type"] == "extra_forbidden":
         return _Mistake(
-            f"{place}: there is no such key in a question of this score",
-            f"{more}; expected `prompt` (or `messages`) and `expected`: docs/gate.md#answers",
+            f"{key}: there is no such key in a question of this score",
+            f"{others}; expected `prompt` (or `messages`) and `expected`: docs/gate.md#answers",
         )
     if first["type"] == "missing":
-        return _Mistake(f"{place} is missing", more)
+        return _Mistake(f"{key} is missing", others)
     message = first["msg"].removeprefix("Value error, ")
-    return _Mistake(f"{place}: {message}" if place else message, more)
+    return _Mistake(f"{key}: {message}" if key else message, others)
 
 
 def _find_repeated_names(questions: Iterable[Question]) -> Iterator[BadQuestion]:
-    """Each question whose own id another one has."""
+    """Yield each question whose id was already used on an earlier line."""
     first: dict[str, int] = {}
     for question in questions:
         if question.fields.get("id") is None:
@@ -313,7 +317,7 @@ def _find_repeated_names(questions: Iterable[Question]) -> Iterator[BadQuestion]
 
 
 def fold_prompt(question: Question) -> bytes:
-    """What equal prompts share: those that differ in case and white space alone are equal."""
+    """Return a key that is equal for prompts that differ only in case and white space."""
     prompt = question.prompt
     turns = [["", prompt]] if isinstance(prompt, str) else [list(turn.values()) for turn in prompt]
     return b"\0".join(
@@ -322,15 +326,15 @@ def fold_prompt(question: Question) -> bytes:
 
 
 def question_label(question: Question) -> str:
-    """A question by its id or line, and the beginning of what it asks last."""
+    """Return a question's id or line and the beginning of its text: `line 3 ("Where is ...")`."""
     prompt = question.prompt
-    asked = shorten(prompt if isinstance(prompt, str) else prompt[-1]["content"], 60)
+    text = shorten(prompt if isinstance(prompt, str) else prompt[-1]["content"], 60)
     name = f"line {question.line}" if question.fields.get("id") is None else question.name
-    return f'{shorten(name)} ("{asked}")'
+    return f'{shorten(name)} ("{text}")'
 
 
 def expected_label(question: Question) -> str | None:
-    """The right answers to a question on one line; None if no answer is expected."""
+    """Return the accepted answers on one line, joined by "or"; None if no answer is expected."""
     answers = [answer for answer in question.accepted if answer is not None]
     texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
     return shorten(" or ".join(texts), MAX_EXPECTED_CHARACTERS) if texts else None

@@ -1,5 +1,5 @@
-"""A fresh process that reads models from their files as any user's would, and what it computes.
+"""A fresh process that reads models from their files, as any user's process would.
 
-mlx_lm_program.py is its program, questions.py what it is asked of each model, and starting.py
-starts it. None of what the process runs imports this project.
+starting.py starts it, mlx_lm_program.py is its program, and questions.py computes the answer to a
+request for one model. None of the code in the process imports this project.
 """

@@ -1,8 +1,8 @@
-"""The program of the fresh process: reads a base, with an adapter or not, by mlx_lm.load.
+"""The program of the fresh process, which loads a base, with or without an adapter, by mlx_lm.load.
 
-Its answer to a request is what each of its models computes, or which of them cannot be used. An
-error that it raises is the machine's, and says nothing about a model. It imports nothing of this
-project.
+It answers a request with what each of its models computes, or with which model cannot be used. An
+error that it raises concerns the machine, and says nothing about a model. It imports nothing of
+this project.
 """
 
 import gc
@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-gc.disable()  # until all is imported, which stays: see backend.collecting_no_garbage()
-# transformers would import torch where it is installed, which takes seconds, so torch is not to be
-# found until mlx_lm is imported. backend.hide_torch_from_transformers() does the same for processes
-# of this project; this one, which has just started, shares no code with them.
+gc.disable()  # imported objects live until the end: see backend.collecting_no_garbage()
+# transformers would import torch if it is installed, which takes seconds. So torch is hidden until
+# mlx_lm is imported. backend.hide_torch_from_transformers() does the same in processes of this
+# project, whose code this process does not share.
 sys.modules["torch"] = None  # type: ignore[assignment]
 
 import mlx.core as mx  # noqa: E402
@@ -36,9 +36,9 @@ answer_questions = runpy.run_path(str(Path(__file__).with_name("questions.py")))
 
 
 class MlxLmReader:
-    """A base, a base with an adapter, or an exported folder, by mlx_lm.load.
+    """A base, a base with an adapter, or an exported folder, loaded by mlx_lm.load.
 
-    positions: how many of a row's positions may have their logits in memory at once.
+    positions: the most positions of a row whose logits may be in memory at once.
     """
 
     def __init__(self, base: str, adapter: str | None, request: dict[str, Any]) -> None:
@@ -50,10 +50,11 @@ class MlxLmReader:
         self.ends = sorted(self.tokenizer.eos_token_ids)
 
     def exchange_adapter(self, loaded: str, other: str) -> bool:
-        """Load another adapter into the layers of one that is loaded; False if they are not alike.
+        """Load another adapter into the layers of a loaded one; False if their layers differ.
 
-        It is what mlx_lm.load does last: `load_weights` of all tensors, here where both adapters
-        have tensors of the same names and shapes, and their configurations ask for the same layers.
+        It does what mlx_lm.load does last, `load_weights` of all tensors. This gives the same model
+        if both adapters have tensors of the same names and shapes, and their configurations
+        describe the same layers.
         """
         if read_config(loaded) != read_config(other):
             return False
@@ -66,44 +67,44 @@ class MlxLmReader:
         return True
 
     def compute_in(self, dtype: str | None) -> None:
-        """Compute in this type; None is what each array is stored in."""
+        """Convert the model to this dtype, such as "float32"; None keeps the stored types."""
         if dtype is not None:
             self.model.set_dtype(getattr(mx, dtype))
 
     def factors(self) -> list[str]:
-        """The names of the model's LoRA factors."""
+        """Return the names of the model's LoRA factors."""
         names = [str(leaf[0]) for leaf in tree_flatten(self.model.parameters())]
         return [name for name in names if name.endswith((".lora_a", ".lora_b"))]
 
     def tokenizer_digest(self) -> str:
-        """SHA-256 of tokenizer.json as it is in use."""
+        """Return the SHA-256 of tokenizer.json as mlx_lm has loaded it."""
         return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text."""
+        """Return the token ids of a text."""
         return list(map(int, self.tokenizer.encode(text)))
 
     def logits(self, tokens: list[int], places: list[int]) -> Iterator[Any]:
-        """Logits after the tokens at these ascending places, float32 (some of them, vocabulary).
+        """Yield the logits at these ascending positions of a row, float32 (positions, vocabulary).
 
-        A longer row than may have all of its logits is read in pieces, each with the keys and
-        values of those before, as mlx_lm reads a long prompt.
+        A row longer than `self.positions` is read in pieces with the model's cache, as mlx_lm reads
+        a long prompt, and yields an array for each piece.
         """
         size = self.positions
         cache = make_prompt_cache(self.model) if len(tokens) > size else None
         for start in range(0, len(tokens), size):
             output = self.model(mx.array([tokens[start : start + size]]), cache=cache)
             output = output[0] if isinstance(output, tuple) else output
-            needed = [place - start for place in places if start <= place < start + size]
-            if needed:
-                yield np.array(output[0][mx.array(needed)].astype(mx.float32))
+            indices = [place - start for place in places if start <= place < start + size]
+            if indices:
+                yield np.array(output[0][mx.array(indices)].astype(mx.float32))
             if cache is not None:
                 mx.eval([layer.state for layer in cache])
 
     def answer(self, prompt: list[int], max_tokens: int, stop: list[str]) -> dict[str, Any]:
-        """The likeliest tokens after a prompt up to a stop or the end of the text, and their text.
+        """Generate greedily until a stop text or the end of the text, and return tokens and text.
 
-        The token that ends the text is one of them.
+        The token that ends the text is included.
         """
         tokens: list[int] = []
         for token, _ in generate_step(mx.array(prompt), self.model, max_tokens=max_tokens):
@@ -116,7 +117,7 @@ class MlxLmReader:
 
 
 def read_config(adapter: str) -> dict[str, Any]:
-    """What adapter_config.json says of the layers."""
+    """Return the keys of adapter_config.json that determine the adapter's layers."""
     with open(f"{adapter}/adapter_config.json", encoding="utf-8") as file:
         config = json.load(file)
     return {key: config.get(key) for key in ("fine_tune_type", "num_layers", "lora_parameters")}
@@ -125,17 +126,18 @@ def read_config(adapter: str) -> dict[str, Any]:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Return what each model of the request computes, by the model's name.
 
-    The base is loaded once for models in sequence whose adapters have the same tensors. If a model
-    cannot be loaded or computed, its name and the error are returned in place of all. OSError,
-    MemoryError and RuntimeError (which MLX raises for memory, files and compilers) are not caught.
+    Consecutive models with the same base, whose adapters have the same tensors, share one loaded
+    base. If a model cannot be loaded or computed, its name and the error are returned in place of
+    all results. OSError, MemoryError and RuntimeError (which MLX raises for memory, files and
+    compilers) are not caught.
     """
     answers: dict[str, Any] = {}
     reader: Any = None
     loaded: dict[str, Any] = {}
     for model in request["models"]:
         try:
-            if not can_exchange(reader, loaded, model):
-                reader = None  # two bases are not to be in memory at once
+            if not try_exchange(reader, loaded, model):
+                reader = None  # frees the old base first: two may not fit into memory
                 reader = MlxLmReader(model["base"], model["adapter"], request)
             loaded = model
             reader.compute_in(model["dtype"])
@@ -146,8 +148,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     return answers
 
 
-def can_exchange(reader: Any, loaded: dict[str, Any], model: dict[str, Any]) -> bool:
-    """Exchange the adapter that is loaded for that of a model, unless another base is asked for."""
+def try_exchange(reader: Any, loaded: dict[str, Any], model: dict[str, Any]) -> bool:
+    """Load the adapter of `model` into the loaded base; False if it needs a newly loaded base.
+
+    `loaded` describes the model that the reader holds.
+    """
     if reader is None or model["adapter"] is None or loaded["adapter"] is None:
         return False
     if (loaded["base"], loaded["dtype"]) != (model["base"], model["dtype"]):
@@ -158,9 +163,9 @@ def can_exchange(reader: Any, loaded: dict[str, Any], model: dict[str, Any]) -> 
 def describe_refusal(
     request: dict[str, Any], model: dict[str, Any], error: Exception
 ) -> dict[str, Any]:
-    """Blame the model's adapter for an error, or the base, if that cannot be loaded alone.
+    """Return which one caused an error: the base, if it cannot be loaded alone, or the adapter.
 
-    An error of the base alone in what it is asked is raised.
+    An error of the base alone while it computes the answers is raised.
     """
     try:
         base = MlxLmReader(model["base"], None, request)

@@ -1,7 +1,7 @@
-"""What a fresh process is asked of a model that it has read, whatever read it.
+"""What a fresh process computes with a model that it has loaded, whatever loaded it.
 
-A file of its own, for a program that reads models otherwise than by mlx_lm answers the same. It
-imports nothing of this project.
+It is a file of its own so that programs that load models by something else than mlx_lm compute the
+same. It imports nothing of this project.
 """
 
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
-ROWS_AT_ONCE = 64  # whose logits are float64 at a time
+ROWS_AT_ONCE = 64  # rows of logits that are converted to float64 at a time
 
 
 def answer_questions(reader: Any, asked: dict[str, Any]) -> dict[str, Any]:
-    """What a model computes of what is asked.
+    """Compute what a request asks of one model. Keys of `asked`:
 
-    texts: of which the token ids are wanted, with what the tokenizer is.
-    prompts, columns: after which logits are wanted, and of which tokens; of some 256 if empty.
-    rows: tokens, and the places of those whose log-likelihoods are summed, in nats.
-    questions: prompts that are answered with the likeliest tokens, the end of the text included.
+    texts: to be encoded; the tokenizer's digest is returned too.
+    prompts, columns: the logits after each prompt, of these token ids; if empty, of some 256.
+    rows: token ids, and the positions of those whose log-likelihoods are summed, in nats.
+    questions: prompts to be answered greedily; the answers include the end-of-text token.
     """
     return {
         "reader": reader.name,
@@ -35,7 +35,10 @@ def answer_questions(reader: Any, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def last_logits(reader: Any, tokens: list[int], columns: list[int]) -> list[float]:
-    """The logits after the last of some tokens."""
+    """Return the logits after the last token, of the token ids in `columns`.
+
+    Without columns, some 256 evenly spread over the vocabulary.
+    """
     (rows,) = reader.logits(tokens, [len(tokens) - 1])
     last = rows[0]
     chosen: list[float] = last[columns or range(0, last.size, max(1, last.size // 256))].tolist()
@@ -43,23 +46,23 @@ def last_logits(reader: Any, tokens: list[int], columns: list[int]) -> list[floa
 
 
 def log_likelihood(reader: Any, tokens: list[int], places: list[int]) -> float:
-    """The summed log-probability of the tokens at these places, each after those before it."""
+    """Return the summed log-probability of the tokens at these positions, given their prefix."""
     following = np.array(tokens)[np.array(places, np.int64)]
     pieces = reader.logits(tokens[:-1], [place - 1 for place in places])
     sums: list[Any] = []
-    done = 0
+    start = 0
     for rows in split_rows(pieces):
         exact = rows.astype(np.float64)
         largest = exact.max(axis=-1)
-        total = largest + np.log(np.exp(exact - largest[:, None]).sum(axis=-1))
-        chosen = exact[np.arange(len(exact)), following[done : done + len(exact)]]
-        sums.append(chosen - total)
-        done += len(exact)
+        log_total = largest + np.log(np.exp(exact - largest[:, None]).sum(axis=-1))
+        chosen = exact[np.arange(len(exact)), following[start : start + len(exact)]]
+        sums.append(chosen - log_total)
+        start += len(exact)
     return float(np.concatenate(sums).sum()) if sums else 0.0
 
 
 def split_rows(pieces: Iterator[Logits]) -> Iterator[Logits]:
-    """The rows of all pieces in order, a few at a time."""
+    """Yield the rows of all pieces in order, at most ROWS_AT_ONCE at a time."""
     for piece in pieces:
         for start in range(0, len(piece), ROWS_AT_ONCE):
             yield piece[start : start + ROWS_AT_ONCE]

@@ -1,4 +1,4 @@
-"""Start a fresh process that reads models, and say what it is asked of each of them."""
+"""Start a fresh process that reads models, and describe the requests sent to it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from nested_core.training.loss.logit_budget import positions_at_once
 
 MLX_LM_PROGRAM = Path(__file__).with_name("mlx_lm_program.py")
 QUESTIONS_PROGRAM = Path(__file__).with_name("questions.py")
-MOST_WORDS = 2**18  # a base whose configuration says no number has no more
+MOST_WORDS = 2**18  # assumed vocabulary size of a base whose configuration does not say it
 Rows = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def start_reader(program: Path) -> Child:
-    """A process that imports what reads models, with this process's BLAS, and awaits a request."""
+    """Start a process that imports a reader of models and then waits for requests.
+
+    It uses this process's BLAS.
+    """
     prepared = backend.get_process_preparation()
     preload = {} if prepared is None or prepared.blas is None else {"LD_PRELOAD": prepared.blas}
     return Child(program, environment=os.environ | preload)
@@ -30,22 +33,22 @@ def start_reader(program: Path) -> Child:
 def describe_request(
     models: Sequence[dict[str, Any]], base: Path, *, trusts_remote_code: bool, **asked: Any
 ) -> dict[str, Any]:
-    """A request to compute what is asked of these models, one after the other.
+    """Build a request to compute what is asked of several models, one after the other.
 
     Args:
-        models: of `describe_model`.
-        base: the folder whose configuration says how large the vocabulary is.
-        trusts_remote_code: whether code that a model brings is run.
-        asked: of all models; questions.py says what can be.
+        models: results of `describe_model`.
+        base: the folder whose configuration gives the size of the vocabulary.
+        trusts_remote_code: whether code that a model brings may run.
+        asked: what all models compute; the keys are those of `answer_questions`.
     """
-    nothing: dict[str, Any] = dict.fromkeys(
+    defaults: dict[str, Any] = dict.fromkeys(
         ("texts", "prompts", "columns", "rows", "questions"), ()
     )
     return {
         "models": list(models),
         "trust_remote_code": trusts_remote_code,
         "positions": positions_at_once(vocabulary_size(base) or MOST_WORDS),
-        **nothing,
+        **defaults,
         **asked,
     }
 
@@ -53,7 +56,11 @@ def describe_request(
 def describe_model(
     name: str, base: Path, adapter: Path | None = None, *, dtype: str | None, **asked: Any
 ) -> dict[str, Any]:
-    """A model of a request, computed in a type or as it is stored, with what it alone is asked."""
+    """Build the entry of one model in a request.
+
+    dtype: the type to compute in; None keeps the stored types.
+    asked: what only this model computes, in addition to the request.
+    """
     return {
         "name": name,
         "base": str(base),

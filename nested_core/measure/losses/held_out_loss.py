@@ -1,4 +1,4 @@
-"""Losses on fixed held-out examples, computed from the adapter files with a base loaded anew."""
+"""Losses on fixed held-out examples, computed from adapter files with a freshly loaded base."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ MAX_LISTED_PROBLEMS = 3
 class LoadedBase:
     """A base model with a fresh adapter attached, into which adapters are loaded from files.
 
-    `folder` and `tokenizer` are the base's; `parameters` are those of the fresh adapter, by name.
+    parameters: the fresh adapter's parameters, by name.
+    folder, tokenizer: the base model's.
     """
 
     config: FineTuneConfig
@@ -66,8 +67,8 @@ class LoadedBase:
     ) -> LoadedBase:
         """Load the base at the precision of the run, or as it is stored.
 
-        Of a session, which is at the run's precision, it may be the one that the run trained on; a
-        caller that changes a base asks for one of its own.
+        With a session, this may be the base that the run trained on. A caller that changes the base
+        must load one without a session.
         """
         if session is None:
             loaded = load_base_with_adapter(config, as_stored=as_stored)
@@ -76,7 +77,7 @@ class LoadedBase:
         return cls(config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer)
 
     def is_unchanged_by(self, adapter: Adapter) -> bool:
-        """Whether an adapter leaves the base as it is: B is zero, or each weight is the base's."""
+        """Whether an adapter has no effect: every lora_b is zero, or all weights are the base's."""
         arrays = adapter.to_mlx()
         factors = [array for name, array in arrays.items() if name.endswith("lora_b")]
         if factors:
@@ -87,7 +88,7 @@ class LoadedBase:
         )
 
     def as_plain(self) -> LoadedBase:
-        """The same base, which measures the cross-entropy, whatever loss the run has."""
+        """Return this base, set to measure the cross-entropy whatever the run's loss is."""
         training = self.config.training.model_copy(update={"loss": None})
         return replace(self, config=self.config.model_copy(update={"training": training}))
 
@@ -97,9 +98,10 @@ class LoadedBase:
         split: TokenizedSplit,
         max_batches: int = -1,
     ) -> ExamplePredictions:
-        """What adapters, given as tensors, predict on a split, in one loop over its batches.
+        """Compute the losses of several adapters on a split, and how far their predictions differ.
 
-        Examples that are in none of the `max_batches` batches have 0 everywhere; -1 is all.
+        adapters: tensors by name; divergences are from each adapter to the last one.
+        max_batches: -1 is all batches. Examples in none of the batches get 0 everywhere.
         """
         refs = reference_trainable_parameters(
             self.model, dtype=adapter_compute_dtype(self.config, self.model)
@@ -112,6 +114,7 @@ class LoadedBase:
         for adapter in adapters:
             load_adapter_tensors(self.model, adapter)
             values.append(read_parameters(refs))
+        # Filled batch by batch; an example keeps its row of the split.
         predictions = ExamplePredictions(
             losses=np.zeros((len(adapters), len(split))),
             divergences=np.zeros((len(adapters) - 1, len(split))),
@@ -137,10 +140,10 @@ class LoadedBase:
     def example_loss_sums(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
     ) -> list[tuple[Vector, Vector]]:
-        """Of each adapter folder, the summed loss and the supervised tokens of each example.
+        """Return for each adapter folder the summed loss and the supervised tokens of each example.
 
-        Both float64 (n,), in the order of the split; 0 for examples that are in none
-        of the `max_batches` batches; -1 is all of them.
+        Both are float64 (n,), in the order of the split, and 0 for examples that are in none of the
+        `max_batches` batches; -1 is all batches.
         """
         tensors = [load_arrays(adapter / WEIGHTS_NAME) for adapter in adapters]
         predictions = self.compare_predictions(tensors, split, max_batches)
@@ -149,18 +152,21 @@ class LoadedBase:
     def mean_losses(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
     ) -> list[float]:
-        """The mean loss over supervised tokens with each adapter folder, on the same batches."""
+        """Return each adapter folder's mean loss over supervised tokens, on the same batches."""
         losses = self.example_loss_sums(adapters, split, max_batches)
         return [float(sums.sum() / tokens.sum()) for sums, tokens in losses]
 
 
 @dataclass(frozen=True)
 class HeldOutExamples:
-    """The examples that the gate measures losses on, and the data set's file that they are in.
+    """The examples that the gate measures losses on.
 
-    `selected_on_same_data` says whether they are all among the validation set, by which the best
-    checkpoint was chosen, and `has_validation_examples` whether any is. `groups` has the value of
-    `data_policy.group` in each example's row, null in a row without it; None if no field is named.
+    file: the data set's file that they are in.
+    selected_on_same_data: whether all of them are in the validation set, which selected the
+        checkpoint.
+    has_validation_examples: whether any of them is in the validation set.
+    groups: the value of `data_policy.group` in each row, None in a row without it; None if
+        `data_policy.group` is not configured.
     """
 
     split: TokenizedSplit
@@ -171,13 +177,13 @@ class HeldOutExamples:
 
     @cached_property
     def is_example_supervised(self) -> Bool:
-        """Whether each example of the split has a token that the loss counts, bool [n]."""
+        """Whether each example of the split has a token that counts in the loss, bool (n,)."""
         counts = [self.split.example_mask(row).any() for row in range(len(self.split))]
         return np.array(counts, np.bool_)
 
     @cached_property
     def are_all_answers_equal(self) -> bool:
-        """Whether the supervised tokens of all examples are the same, of two examples or more."""
+        """Whether two or more examples are supervised and all have the same supervised tokens."""
         answers = {
             self.split.example(row)[1:][self.split.example_mask(row)[1:]].tobytes()
             for row in np.flatnonzero(self.is_example_supervised).tolist()
@@ -186,48 +192,50 @@ class HeldOutExamples:
 
     @cached_property
     def clusters(self) -> Indices | None:
-        """The cluster of each example that has such a token, int64; None if each is its own.
+        """The cluster of each supervised example, int64; None if no two examples share a cluster.
 
-        Rows with the same prompt, or the same value of `data_policy.group`, are of one.
+        Examples with the same prompt, or the same value of `data_policy.group`, share a cluster,
+        because they are not independent.
         """
-        chosen = np.flatnonzero(self.is_example_supervised).tolist()
+        rows = np.flatnonzero(self.is_example_supervised).tolist()
         if self.groups is not None:
-            keys = [self.groups[row] or f"line {self.split.lines[row]}" for row in chosen]
+            keys = [self.groups[row] or f"line {self.split.lines[row]}" for row in rows]
         else:
-            keys = digest_prompts(self.split)[chosen].tolist()
+            keys = digest_prompts(self.split)[rows].tolist()
         _, clusters = np.unique(keys, return_inverse=True)
-        return None if len(np.unique(clusters)) == len(chosen) else clusters.astype(np.int64)
+        return None if len(np.unique(clusters)) == len(rows) else clusters.astype(np.int64)
 
     def make_losses(self, tokens: Vector, **sums: Vector | None) -> ExampleLosses:
-        """The losses of the examples that have such a token, in nats/token.
+        """Divide sums over tokens by the number of tokens, for the supervised examples.
 
         Args:
-            tokens: how many supervised tokens each example of the split has, float64 (n,).
-            sums: what an adapter's losses, or how far predictions moved, add up to over these
-                tokens, float64 (n,), under the name of its column in ExampleLosses; None if
-                that was not measured.
+            tokens: the number of supervised tokens of each example of the split, float64 (n,).
+            sums: the sum over these tokens of an adapter's losses or divergences, float64 (n,), by
+                the name of its column in ExampleLosses; None if it was not measured.
+
+        Returns losses in nats/token.
         """
         is_counted = self.is_example_supervised
         counted = tokens[is_counted]
         columns: dict[str, Any] = {
-            name: None if of_split is None else of_split[is_counted] / counted
-            for name, of_split in sums.items()
+            name: None if split_sums is None else split_sums[is_counted] / counted
+            for name, split_sums in sums.items()
         }
         lines = self.split.lines[is_counted].astype(np.int64)
         return ExampleLosses(self.file, lines, counted, clusters=self.clusters, **columns)
 
     @cached_property
     def digests(self) -> Digests:
-        """The digests of the examples that have such a token, uint64."""
+        """The digests of the supervised examples, uint64."""
         return digest_examples(self.split)[self.is_example_supervised]
 
 
 def choose_held_out_examples(
     splits: Mapping[str, TokenizedSplit], choice: str = "auto"
 ) -> HeldOutExamples | None:
-    """The held-out examples among the splits of a run's data; None if the choice is not there.
+    """Return the held-out examples among the splits; None if the chosen split does not exist.
 
-    choice: a value of `gate.held_out` that names splits.
+    choice: a value of `gate.held_out` that names splits, such as "auto" or "valid".
     """
     name = next((name for name in SPLITS_BY_HELD_OUT_CHOICE[choice] if name in splits), None)
     return None if name is None else _make_held_out_examples(splits[name], f"{name}.jsonl", splits)
@@ -236,9 +244,10 @@ def choose_held_out_examples(
 def _make_held_out_examples(
     split: TokenizedSplit, file: str, splits: Mapping[str, TokenizedSplit]
 ) -> HeldOutExamples:
+    """Build the held-out examples, and find out which of them are in the validation set."""
     valid = splits.get("valid")
-    known = np.zeros(0, np.uint64) if valid is None else digest_examples(valid)
-    is_in_valid = np.isin(digest_examples(split), known)
+    valid_digests = np.zeros(0, np.uint64) if valid is None else digest_examples(valid)
+    is_in_valid = np.isin(digest_examples(split), valid_digests)
     return HeldOutExamples(
         split,
         file,
@@ -250,9 +259,10 @@ def _make_held_out_examples(
 def read_held_out_examples(
     config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]
 ) -> HeldOutExamples | None:
-    """The examples that `gate.held_out` chooses; None if `auto` finds none in the splits.
+    """Return the examples chosen by `gate.held_out`; None if `auto` finds no held-out split.
 
-    Raises ConfigError if there is no such file, DatasetError if it has an error.
+    Raises ConfigError if `gate.held_out` names a file that does not exist, DatasetError if the file
+    has errors.
     """
     choice = config.gate.held_out
     settings = DataSettings.from_config(config)
@@ -267,25 +277,26 @@ def read_held_out_examples(
         held_out = replace(held_out, groups=_read_groups(settings, choice, held_out))
     if config.chooses_by_loss:
         return held_out
+    # Something else than their loss selected the checkpoint.
     return replace(held_out, selected_on_same_data=False, has_validation_examples=False)
 
 
 def _read_groups(
     settings: DataSettings, choice: str, held_out: HeldOutExamples
 ) -> list[str | None]:
-    """The value of `data_policy.group` in each row of the held-out examples."""
+    """Return the value of `data_policy.group` in the row of each held-out example."""
     lines = held_out.split.lines.tolist()
     if choice in SPLITS_BY_HELD_OUT_CHOICE:
         return read_group_values(settings, Path(held_out.file).stem, lines)
     path = Path(choice).expanduser()
-    with as_test_set_alone(path, settings) as alone:
-        return read_group_values(alone, "test", lines)
+    with as_test_set_alone(path, settings) as file_settings:
+        return read_group_values(file_settings, "test", lines)
 
 
 def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
-    """The examples of the file that `gate.held_out` names, supervised as the run's own are.
+    """Read and tokenize the file named by `gate.held_out`, supervised like the run's own data.
 
-    Raises ConfigError if there is no such file, DatasetError if it has an error.
+    Raises ConfigError if there is no such file, DatasetError if it has errors.
     """
     settings = DataSettings.from_config(config)
     return _read_and_validate_file("gate.held_out", Path(config.gate.held_out), config, settings)
@@ -294,10 +305,11 @@ def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
 def measure_example_losses(
     base: LoadedBase, initial: Adapter, trained: Adapter, held_out: HeldOutExamples
 ) -> ExampleLosses:
-    """The loss of each held-out example with the initial and with the trained adapter.
+    """Measure the loss of each held-out example with the initial and with the trained adapter.
 
-    With them how far the predictions moved: from the initial adapter, and with `gate.drift` from
-    the base, which costs a pass where training did not begin as the base.
+    Also measures how far the predictions moved from the initial adapter's. With `gate.drift` it
+    measures the distance from the base's too, which takes a third pass unless training began from
+    the base itself.
     """
     before, after = initial.to_mlx(), trained.to_mlx()
     adapters = [before, after]
@@ -315,7 +327,7 @@ def measure_example_losses(
 
 
 def measure_test_loss(config: FineTuneConfig, run: RunDirectory, session: Session) -> float:
-    """Mean loss of the run's adapter on `test_batches` batches of test.jsonl, as `test` asks for.
+    """Return the mean loss of the run's adapter on `test_batches` batches of test.jsonl.
 
     Raises DatasetError if there is no test set.
     """
@@ -326,9 +338,9 @@ def measure_test_loss(config: FineTuneConfig, run: RunDirectory, session: Sessio
 
 
 def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
-    """Mean loss with either adapter on `gate.general_data`; None if that is not configured.
+    """Measure both adapters' mean loss on `gate.general_data`; None if it is not configured.
 
-    Raises ConfigError if there is no such file, DatasetError if it has an error.
+    Raises ConfigError if there is no such file, DatasetError if it has errors.
     """
     increase = base.config.gate.max_general_loss_increase
     if base.config.gate.general_data is None or increase is None:
@@ -342,14 +354,14 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
     examples = HeldOutExamples(split, path.name, selected_on_same_data=False)
     losses = examples.make_losses(tokens, before=before, after=after)
     figures = compare_losses(losses, losses.before, base.config.gate, increase)
-    figures.pop("corrected_interval", None)  # nothing was chosen by general text
+    figures.pop("corrected_interval", None)  # general text selects no step: nothing to correct
     means = [finite_or_none(float(sums.sum() / tokens.sum())) for sums in (before, after)]
     sha256 = regular_sha256(path, follow_links=True)
     return GeneralLoss(means[0], means[1], str(path), sha256, **figures)
 
 
 def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
-    """Raise DatasetError if the data is not what dataset.json says was validated."""
+    """Raise DatasetError if the data or tokenizer differ from those recorded in dataset.json."""
     recorded = read_dataset_record(run.dataset)
     validated = recorded.digest
     if report.tokenizer != recorded.tokenizer:
@@ -367,7 +379,7 @@ def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
 
 
 def read_nonempty_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, TokenizedSplit]:
-    """The splits that have examples, of the data that the run was validated with."""
+    """Load the run's data, check that it is what was validated, and return its nonempty splits."""
     report, splits = load_run_data(config, run)
     require_validated_data(run, report)
     return {name: split for name, split in splits.items() if len(split)}
@@ -376,11 +388,14 @@ def read_nonempty_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str,
 def _read_and_validate_file(
     key: str, path: Path, config: FineTuneConfig, settings: DataSettings
 ) -> TokenizedSplit:
-    """The file that a key names, validated and tokenized as a test set of its own."""
+    """Validate and tokenize a file as a test set of its own; `key` names it in messages.
+
+    Raises ConfigError if there is no such file, DatasetError if it has errors.
+    """
     if not path.is_file():
         raise ConfigError(f"{key}: {path} is not a file; expected a .jsonl file.")
-    with as_test_set_alone(path, replace(settings, policy=DataPolicy())) as alone:
-        report, splits = load_dataset(alone, TokenizerSource.from_config(config))
+    with as_test_set_alone(path, replace(settings, policy=DataPolicy())) as file_settings:
+        report, splits = load_dataset(file_settings, TokenizerSource.from_config(config))
     problems = [
         f"line {finding.line or 1}: {finding.message}"
         for finding in report.findings

@@ -1,6 +1,6 @@
-"""Which held-out examples are left out: those that an adapter or an ancestor of it was trained on.
+"""Find held-out examples that an adapter or an ancestor was trained on, to leave them out.
 
-What a registered version was trained on is recorded by digest in its provenance.
+The provenance of a registered version records digests of its training examples.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from nested_core.storage.untrusted_files import read_regular
 
 
 def read_training_digests(version: Path) -> Digests:
-    """Digests of what a version and its ancestors were trained on; empty without a record."""
-    with suppress(DamagedError):  # `audit` and `promote` tell what is damaged
+    """Return digests of what a version and its ancestors were trained on; empty if not recorded."""
+    with suppress(DamagedError):  # `audit` and `promote` report the damage
         return decode_digests(read_provenance(version).get("training_examples"))
     return decode_digests(None)
 
 
 def read_ancestor_training_digests(config: FineTuneConfig, initial_digest: str) -> Digests:
-    """Digests of what the registered version that a run started from, if any, was trained on."""
+    """Return digests of what the version that a run started from was trained on.
+
+    Empty if the run did not start from a registered version.
+    """
     path, name = config.registry.path, config.registry.name
     if path is None or name is None:
         return decode_digests(None)
@@ -39,14 +42,14 @@ def read_ancestor_training_digests(config: FineTuneConfig, initial_digest: str) 
 def read_run_training_digests(
     config: FineTuneConfig, run: RunDirectory, initial_digest: str
 ) -> Digests | None:
-    """Digests of what a run and its ancestors were trained on; None if it recorded none."""
+    """Return digests of what a run and its ancestors were trained on; None if not recorded."""
     if not run.training_examples.is_file():
         return None
-    own = np.frombuffer(read_regular(run.training_examples), "<u8")
+    run_digests = np.frombuffer(read_regular(run.training_examples), "<u8")
     ancestors = read_ancestor_training_digests(config, initial_digest)
-    return np.concatenate([own, ancestors], dtype=np.uint64)
+    return np.concatenate([run_digests, ancestors], dtype=np.uint64)
 
 
 def find_left_out(held_out: Digests, *trained_on: Digests) -> Bool:
-    """Whether each held-out example, by digest, is among those that were trained on, bool [n]."""
+    """Return for each held-out example, by digest, whether it was trained on, bool (n,)."""
     return np.isin(held_out, np.concatenate([*trained_on], dtype=np.uint64))

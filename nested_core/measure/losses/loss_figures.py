@@ -1,6 +1,6 @@
-"""The figures of a verdict that come from the losses of each example, against the gate's bounds.
+"""The figures of a verdict that are computed from each example's losses, and the reasons they give.
 
-Whether a loss is worse is decided by `conclude` in `records.loss_conclusion`.
+`conclude` in `records.loss_conclusion` decides whether a loss is worse.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ from nested_core.records.verdict import (
 from nested_core.storage.atomic import finite_or_none
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
+# An example is harmed or helped if its loss changed by at least both of these.
 MIN_CHANGE = 1.0  # nats/token
-MIN_SPREADS = 6 * 1.48  # median absolute deviations; 1.48 of them are a normal standard deviation
-MIN_LOSS_OF_FEWEST = 4.0  # nats/token, on average: three harmed examples may be an exchange
-ENOUGH_FOR_OWN_SPREAD = 20  # examples of one comparison among several
-MAX_CHANCE = 0.05  # that so many are harmed where the share is at its bound
-MAX_CHANCE_OF_EXCHANGE = 0.01  # that so many more are harmed than helped where both are as likely
+MIN_SPREADS = 6 * 1.48  # median absolute deviations: 6 standard deviations of a normal distribution
+MIN_LOSS_OF_FEWEST = 4.0  # nats/token: the mean rise that three harmed examples need to count
+ENOUGH_FOR_OWN_SPREAD = 20  # with fewer examples, a comparison uses the pooled spread
+MAX_CHANCE = 0.05  # of this many harmed examples if the true share were at its bound
+MAX_CHANCE_OF_EXCHANGE = 0.01  # of this many more harmed than helped if both were equally likely
 
 
 def summarise_losses(
@@ -56,7 +57,10 @@ def summarise_losses(
     bounds: GateSection | None = None,
     candidates: Candidates | None = None,
 ) -> Validation:
-    """The figures of the losses of each example."""
+    """Return the verdict's figures of the held-out losses, without the left-out examples.
+
+    candidates: the steps among which these examples selected the adapter; None for no selection.
+    """
     bounds = bounds or GateSection()
     counted = losses.counted()
     figures = compare_losses(
@@ -81,9 +85,9 @@ def summarise_losses(
 
 
 def summarise_drift(losses: ExampleLosses) -> Drift | None:
-    """The figures of the divergences of each example; None if they were not measured."""
+    """Return the mean divergences from initial adapter and base; None if they were not measured."""
     counted = losses.counted()
-    if len(counted):  # where nothing else is left, it is drift on what was trained on, too
+    if len(counted):  # otherwise the left-out examples, though trained on, are all there is
         losses = counted
     drift = losses.drift
     if drift is None:
@@ -102,7 +106,10 @@ def summarise_champion(
     bounds: GateSection | None = None,
     candidates: Candidates | None = None,
 ) -> ChampionLoss:
-    """The figures of losses that hold the champion's, NaN for the examples left out."""
+    """Return the figures of the comparison with the champion.
+
+    The champion's losses are a column of `losses`, NaN for the examples that are left out.
+    """
     bounds = bounds or GateSection()
     shared = losses.examples_with_champion_loss()
     champion = shared.champion
@@ -122,14 +129,14 @@ def summarise_champion(
 
 @dataclass(frozen=True)
 class Spread:
-    """How far the differences of independent examples lie from the mean of their own comparison.
+    """How far differences of single examples lie from the mean of their comparison, pooled.
 
     deviation: the standard deviation over several comparisons, in nats/token.
     degrees: its degrees of freedom.
 
-    Five examples say little of their own spread: corrected for ten comparisons, their interval is
-    5.6 standard errors wide, and that of ten times five examples 3.0 (Student's t). The one-sided
-    interval of the comparison's own spread has to leave out 0 too.
+    Five examples alone say little about their spread. Corrected for ten comparisons, their interval
+    is 5.6 standard errors wide, but 3.0 with the pooled spread of ten times five examples
+    (Student's t). The comparison's own one-sided interval must leave out 0 too.
     """
 
     deviation: float
@@ -137,10 +144,10 @@ class Spread:
 
     @classmethod
     def pool(cls, compared: Iterable[PairedDifference]) -> Spread | None:
-        """The spread of these comparisons together; None if each lacks an interval."""
-        measured = [one for one in compared if one.is_measurable]
-        degrees = sum(one.examples - 1 for one in measured)
-        squares = sum((n := one.examples) * (n - 1) * one.standard_error**2 for one in measured)
+        """Pool the spread of several comparisons; None if none of them has an interval."""
+        measured = [difference for difference in compared if difference.is_measurable]
+        degrees = sum(difference.examples - 1 for difference in measured)
+        squares = sum((n := d.examples) * (n - 1) * d.standard_error**2 for d in measured)
         return cls(math.sqrt(squares / degrees), degrees) if degrees else None
 
 
@@ -154,20 +161,21 @@ def compare_losses(
     comparisons: int | None = None,
     spread: Spread | None = None,
 ) -> dict[str, Any]:
-    """The paired difference of the trained adapter's losses from others, and what it shows.
+    """Compare the trained adapter's losses with another adapter's, paired by example.
 
-    Empty where there is no example, or a loss is not finite.
+    Returns the fields of a ComparedLoss by name; empty if there are no examples or a loss is not
+    finite.
 
     Args:
         losses: of the examples that are compared.
-        other: of the same examples with the other adapter.
-        bounds: the gate's.
-        increase: the relative bound that the margin comes from.
-        candidates: those among which these examples chose the trained adapter. `better` and
-            `no_worse` then have to hold for the best of them; of the best one, `worse` is safe.
-        comparisons: how many are made at once, for which all words are corrected (Bonferroni);
-            None for one by itself.
-        spread: that of all of these together, for one with few examples.
+        other: the other adapter's losses of the same examples.
+        bounds: the gate's configuration.
+        increase: the relative rise of the loss that is allowed, from which the margin is computed.
+        candidates: the candidates from which these examples selected the trained adapter. `better`
+            and `no_worse` then must hold for the best of them; `worse` needs no correction.
+        comparisons: the number of comparisons made at once, for which the conclusion is corrected
+            (Bonferroni); None for a single comparison.
+        spread: the pooled spread of all these comparisons, used if there are few examples.
     """
     compared = losses.compare_trained_with(other)
     if compared is None:
@@ -175,6 +183,7 @@ def compare_losses(
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
+    # The interval is corrected for selection among candidates, or for the number of comparisons.
     corrected, is_pooled = None, False
     if candidates is not None:
         corrected = candidates.corrected_interval(losses, other, compared)
@@ -186,27 +195,29 @@ def compare_losses(
             error, degrees = spread.deviation / math.sqrt(compared.examples), spread.degrees
         width = student_t_quantile(1 - tail, degrees) * error
         corrected = (compared.mean - width, compared.mean + width)
-    deciding = interval
+    # The conclusion is drawn from the wider of both intervals. The lower end decides on `worse`,
+    # which needs no correction for selection: the best candidate looks too good, never too bad.
+    deciding_interval = interval
     if interval is not None and one_sided_high is not None and corrected is not None:
         low = interval[0]
         if candidates is None:
-            own = compared.one_sided_low if is_pooled else interval[0]
-            low = min(own, corrected[0])
-        deciding = (low, max(interval[1], corrected[1]))
+            uncorrected_low = compared.one_sided_low if is_pooled else interval[0]
+            low = min(uncorrected_low, corrected[0])
+        deciding_interval = (low, max(interval[1], corrected[1]))
         one_sided_high = max(one_sided_high, corrected[1])
     loss_before = losses.mean(other)
     margin = margin_of_loss(increase, loss_before, bounds.noise)
     conclusion = conclude(
         compared.mean,
-        deciding,
+        deciding_interval,
         one_sided_high,
         margin=margin,
         loss_before=loss_before,
         noise=bounds.noise,
     )
-    needed = None
+    examples_needed = None
     if conclusion == "inconclusive":
-        needed = count_examples_needed(
+        examples_needed = count_examples_needed(
             compared.mean, compared.standard_error, compared.examples, margin
         )
     return figures | {
@@ -215,16 +226,17 @@ def compare_losses(
         "conclusion": conclusion,
         "margin": margin,
         "one_sided_high": one_sided_high,
-        "examples_needed": needed,
+        "examples_needed": examples_needed,
         "clusters": compared.examples,
         "corrected_interval": corrected,
     }
 
 
 def chances_of_loss(losses: ComparedLoss) -> tuple[Chance, Chance]:
-    """The chance of a loss so much worse, and of one so much better, where nothing changed.
+    """Return the probabilities of a loss this much worse, and this much better, if nothing changed.
 
-    By Student's t where the interval leaves out 0; too few examples for an interval test nothing.
+    By Student's t if the interval leaves out 0, else one half. Without an interval nothing is
+    tested.
     """
     if losses.interval is None or losses.standard_error is None or losses.difference is None:
         return NOT_TESTED, NOT_TESTED
@@ -237,17 +249,21 @@ def chances_of_loss(losses: ComparedLoss) -> tuple[Chance, Chance]:
 def conclude_among_others(
     losses: ComparedLoss, *, is_worse: bool, is_better: bool
 ) -> Conclusion | None:
-    """The word for a loss that is one of several comparisons, given what it shows among them."""
-    word = losses.conclusion
-    if word not in ("worse", "better") or (is_worse if word == "worse" else is_better):
-        return word
-    high, margin = losses.one_sided_high, losses.margin
+    """Return the conclusion for one of several comparisons, corrected for their number.
+
+    `worse` and `better` need `is_worse` or `is_better`, the result of the test among all
+    comparisons; otherwise they become `no_worse` or `inconclusive`.
+    """
+    conclusion, margin, high = losses.conclusion, losses.margin, losses.one_sided_high
+    is_confirmed = is_worse if conclusion == "worse" else is_better
+    if conclusion not in ("worse", "better") or is_confirmed:
+        return conclusion
     is_within = high is not None and margin is not None and high <= margin
     return "no_worse" if is_within else "inconclusive"
 
 
 def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
-    """The reason for a held-out loss that is worse beyond its bound."""
+    """Return a reason if the held-out loss is worse beyond its bound."""
     if validation.conclusion != "worse":
         return []
     losses = format_change(validation.loss_before, validation.loss_after)
@@ -261,7 +277,7 @@ def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
 
 
 def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reason]:
-    """The reason for a loss on general text that is not finite, or worse beyond its bound."""
+    """Return a reason if the loss on general text is not finite, or worse beyond its bound."""
     if reasons := non_finite_loss_reasons(general, "loss on general text"):
         return reasons
     if general.conclusion != "worse":
@@ -277,23 +293,23 @@ def general_loss_reasons(general: GeneralLoss, bounds: GateSection) -> list[Reas
 def harm_reasons(
     losses: ExampleLosses, validation: Validation, bounds: GateSection
 ) -> list[Reason]:
-    """The reason for per-example regressions while hardly any won as much.
+    """Return a reason if too many examples got much worse while hardly any improved as much.
 
-    None if the loss as a whole is better (what was lost is then listed, and refuses nothing),
-    and under `gate.noise: none`, which looks at the mean alone.
+    Empty if the loss as a whole is better (harmed examples are then only listed), and under
+    `gate.noise: none`, which judges by the mean alone.
     """
-    found = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
-    if found is None or validation.conclusion == "better" or bounds.noise == "none":
+    harm = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
+    if harm is None or validation.conclusion == "better" or bounds.noise == "none":
         return []
     share = bounds.max_harmed_share
-    if not found.is_beyond_chance(share):
+    if not harm.is_beyond_chance(share):
         return []
-    message = f"{describe_harmed(found, losses.file)}; gate.max_harmed_share is {share:g}"
+    message = f"{describe_harmed(harm, losses.file)}; gate.max_harmed_share is {share:g}"
     return [Reason("examples_harmed", message)]
 
 
 def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
-    """The reason for predictions that moved beyond `max_kl` on the held-out `data`."""
+    """Return a reason if the predictions drifted beyond `max_kl`; `data` describes the examples."""
     if drift is None or bounds.max_kl is None or drift.is_within(bounds.max_kl):
         return []
     moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats/token"
@@ -305,7 +321,10 @@ def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[R
 
 
 def non_finite_loss_reasons(losses: Validation | GeneralLoss, what: str) -> list[Reason]:
-    """The reason for a loss that is not finite; the initial adapter's own is told as such."""
+    """Return a reason for a loss that is not finite, which says whether training is to blame.
+
+    `what` begins the message, such as "loss on general text".
+    """
     if losses.loss_before is None:
         message = f"{what} with the initial adapter is not finite already; training is not to blame"
         return [Reason("non_finite", message)]
@@ -316,14 +335,14 @@ def non_finite_loss_reasons(losses: Validation | GeneralLoss, what: str) -> list
 
 
 def describe_noise(losses: ComparedLoss) -> str:
-    """The paired difference and the rise that is allowed; nothing if there is no difference."""
+    """Describe the paired difference and the allowed rise, as far as they are known."""
     has_margin = None not in (losses.difference, losses.interval, losses.margin)
     margin = f" and an allowed rise of {losses.margin:.2g}" if has_margin else ""
     return f"{describe_difference(losses)}{margin}"
 
 
 def describe_difference(losses: ComparedLoss) -> str:
-    """The paired difference and what it says, after the losses; empty without a difference."""
+    """Describe the paired difference and its interval, to follow the losses in a message."""
     if losses.difference is None:
         return ""
     difference = format_difference(losses.difference)
@@ -334,10 +353,12 @@ def describe_difference(losses: ComparedLoss) -> str:
 
 @dataclass(frozen=True)
 class HarmedExamples:
-    """How many independent examples were harmed and helped, of how many, and which lines.
+    """How many independent examples were harmed and helped by training.
 
-    A cluster counts as harmed where more of its examples are harmed than helped. `mean_rise` is how
-    much the harmed examples lost on average, in nats/token; 0 without a harmed example.
+    harmed, helped: a cluster of examples counts once, by whether more of them are harmed or helped.
+    examples: the number of independent examples (clusters).
+    mean_rise: the mean rise of the harmed examples' loss, in nats/token; 0 without any.
+    lines: the lines of the harmed examples, the most harmed first.
     """
 
     harmed: int
@@ -348,22 +369,23 @@ class HarmedExamples:
 
     @classmethod
     def find(cls, losses: ExampleLosses, margin: float = 0.0) -> HarmedExamples | None:
-        """Among examples with losses before and after; None if one is not finite.
+        """Find the harmed and helped examples; None without examples, or if a loss is not finite.
 
-        `margin` is the rise of the mean loss that is allowed, in nats/token: what any example may
-        rise by is no harm.
+        `margin` is the allowed rise of the mean loss, in nats/token: a smaller rise of a single
+        example is no harm.
         """
         differences = losses.after - losses.before
         if not len(losses) or not np.isfinite(differences).all():
             return None
+        # A change counts only if it also stands out from the spread of all changes.
         deviation = np.abs(differences - np.median(differences))
         threshold = max(MIN_CHANGE, margin, MIN_SPREADS * float(np.median(deviation)))
         signs = (differences > threshold).astype(np.int64) - (differences < -threshold)
         clusters = losses.drawn_clusters
-        balance = signs
+        balance = signs  # of each cluster: above 0 if more examples are harmed than helped
         if clusters is not None:
-            _, place = np.unique(clusters, return_inverse=True)
-            balance = np.bincount(place, signs)
+            _, cluster_index = np.unique(clusters, return_inverse=True)
+            balance = np.bincount(cluster_index, signs)
         order = np.argsort(-differences, kind="stable")[: int((signs > 0).sum())]
         return cls(
             harmed=int((balance > 0).sum()),
@@ -374,15 +396,15 @@ class HarmedExamples:
         )
 
     def is_beyond_chance(self, max_share: float) -> bool:
-        """Whether so many are harmed that it is more than `max_share`, and more than an exchange.
+        """Whether more than `max_share` of the examples are harmed, beyond chance and any exchange.
 
-        The exact one-sided 95 % lower bound of their share (Clopper and Pearson, 1934) is above
-        `max_share` where so many or more come with a chance of less than 5 % at that share. Where
-        some are helped, the sign test's mid-p of harmed against helped has to be at most 0.01.
+        The exact one-sided 95 % lower bound of the share (Clopper and Pearson, 1934) must be above
+        `max_share`. If some examples were helped, the sign test's mid-p of harmed against helped
+        must be at most 0.01.
 
-        Without any helped, three are enough only if they lost 4 nats/token on average. An
-        adapter that harms as many examples as it helps shows three and none in up to 5 % of cases,
-        four and none in 2 % (benchmarks/gate.md).
+        Without helped examples, three harmed ones are enough only with a mean rise of 4 nats/token.
+        An adapter that harms as many examples as it helps shows three harmed and none helped in up
+        to 5 % of cases, four and none in 2 % (benchmarks/gate.md).
         """
         if self.harmed < MIN_HARMED:
             return False
@@ -394,18 +416,18 @@ class HarmedExamples:
 
 
 def exchange_mid_p(lost: int, won: int) -> float:
-    """The one-sided mid-p of so many lost and won where both are as likely (McNemar's test).
+    """Return McNemar's one-sided mid-p of this many lost and won if both are equally likely.
 
     P(X > lost) + P(X = lost) / 2 for X of lost + won fair coins (Fagerland, Lydersen and Laake, BMC
     Medical Research Methodology 13:91, 2013).
     """
     changed = lost + won
-    more = binomial_upper_tail(lost + 1, changed, 0.5)
-    return (more + binomial_upper_tail(lost, changed, 0.5)) / 2
+    above = binomial_upper_tail(lost + 1, changed, 0.5)
+    return (above + binomial_upper_tail(lost, changed, 0.5)) / 2
 
 
 def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
-    """P(X >= successes) of a binomial distribution."""
+    """Return P(X >= successes) for a binomial distribution with success probability `chance`."""
     if successes <= 0 or chance >= 1:
         return 1.0
     if chance <= 0:
@@ -422,11 +444,11 @@ def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
     )
 
 
-def describe_harmed(found: HarmedExamples, file: str, max_lines: int = 3) -> str:
+def describe_harmed(harm: HarmedExamples, file: str, max_lines: int = 3) -> str:
     """`3 of 30 examples lost more than 1 nat/token, and 0 gained as much: valid.jsonl:4, 9, 17`."""
-    listed = ", ".join(str(line) for line in found.lines[:max_lines])
-    more = ", ..." if len(found.lines) > max_lines else ""
+    listed = ", ".join(str(line) for line in harm.lines[:max_lines])
+    ellipsis = ", ..." if len(harm.lines) > max_lines else ""
     return (
-        f"{found.harmed} of {found.examples} examples lost more than 1 nat/token, and "
-        f"{found.helped} gained as much: {file}:{listed}{more}"
+        f"{harm.harmed} of {harm.examples} examples lost more than 1 nat/token, and "
+        f"{harm.helped} gained as much: {file}:{listed}{ellipsis}"
     )

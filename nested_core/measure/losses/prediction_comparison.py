@@ -1,9 +1,10 @@
-"""What several adapters predict at the same supervised positions: losses, and KL divergences.
+"""Compare what several adapters predict at the same supervised positions: losses, KL divergences.
 
-KL(reference || candidate), in nats/token, says how far the candidate's predictions have moved. It
-predicts what a fine-tuned model forgets, which the norm of its weights does not (arXiv 2509.04259).
-It is computed over the whole vocabulary from the logits that the losses need anyway. One chunk of
-positions has its logits in memory at a time, so that a large vocabulary needs no approximation.
+KL(reference || candidate), in nats/token, measures how far the candidate's predictions have moved.
+It predicts what a fine-tuned model forgets, which the norm of its weights does not (arXiv
+2509.04259). It is computed over the whole vocabulary from the logits that the losses need anyway.
+Only the logits of one chunk of positions are in memory at a time, so a large vocabulary needs no
+approximation.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ Vector = np.ndarray[Any, np.dtype[np.float64]]
 class ExamplePredictions:
     """Sums over the supervised tokens of each of n examples, in nats; float64.
 
-    losses: of each adapter (adapters, n).
-    divergences: KL(adapter || last adapter), of each but the last (adapters - 1, n).
-    tokens: how many supervised tokens an example has (n,).
+    losses: of each adapter, (adapters, n).
+    divergences: KL(adapter || last adapter), of each adapter but the last, (adapters - 1, n).
+    tokens: the number of supervised tokens of each example, (n,).
     """
 
     losses: Vector
@@ -64,9 +65,9 @@ class ExamplePredictions:
 class PredictionComparison:
     """A model that predicts with several values of its trainable parameters, without dropout.
 
-    Where the model's output head can be told from its body, and is not trained, what is kept of a
-    position until its logits are compared is the body's output; else it is the logits, of fewer
-    rows of a batch at a time.
+    If the model has an output head that is separate and not trained, the outputs of the model's
+    body are kept until all adapters' logits are compared. Otherwise the larger logits are kept, of
+    fewer rows of a batch at a time.
     """
 
     model: nn.Module
@@ -75,7 +76,7 @@ class PredictionComparison:
 
     @classmethod
     def of_model(cls, model: nn.Module, parameters: ParameterRefs) -> PredictionComparison:
-        """Of a model with its adapter attached, whose trainable parameters these are."""
+        """Build it for a model with its adapter attached; `parameters` are the trainable ones."""
         return cls(model, parameters, find_output_head(model, parameters))
 
     @cached_property
@@ -87,7 +88,10 @@ class PredictionComparison:
         return mx.compile(self._compare_group)
 
     def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
-        """Losses with each of `values`, and divergences from each but the last to the last."""
+        """Return losses with each of `values`, and each one's divergence to the last of them.
+
+        The last has no divergence to itself.
+        """
         if self.head is not None:
             return self._compare(values, batch)
         split = split_batch(batch, count_logits(self.model), len(values))
@@ -99,31 +103,36 @@ class PredictionComparison:
         )
 
     def _compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
+        """Compare all adapters on one batch and sum the results over each example's positions."""
         tokens, positions = find_supervised_positions(batch)
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             states = []
-            for own in values:
-                states.append(self._compiled_hidden_states(own, tokens, positions))
-                mx.eval(states[-1])  # one pass's activations at a time
+            for parameters in values:
+                states.append(self._compiled_hidden_states(parameters, tokens, positions))
+                mx.eval(states[-1])  # or the activations of all passes would exist at once
             losses, divergences = self._compare_chunks(states, tokens, positions)
         rows, width = batch[1].shape
-        is_target = np.array(positions) >= 0
+        is_target = np.array(positions) >= 0  # negative positions are padding
         row = np.array(positions)[is_target] // width
 
         def sum_rows(sums: Vector) -> Vector:
             return np.bincount(row, sums[is_target], minlength=rows).astype(np.float64)
 
         return ExamplePredictions(
-            losses=np.array([sum_rows(own) for own in losses]),
-            # of one adapter there is none, in an array of two dimensions all the same
-            divergences=np.array([sum_rows(own) for own in divergences]).reshape(-1, rows),
+            losses=np.array([sum_rows(of_adapter) for of_adapter in losses]),
+            # reshaped because a single adapter has no divergences: the shape is then (0, rows)
+            divergences=np.array([sum_rows(kl) for kl in divergences]).reshape(-1, rows),
             tokens=np.bincount(row, minlength=rows).astype(np.float64),
         )
 
     def _compute_hidden_states(
         self, values: Flat, tokens: mx.array, positions: mx.array
     ) -> mx.array:
-        """What the logits of the positions come from, (positions, width or vocabulary)."""
+        """Return the states that the logits of the positions are computed from.
+
+        These are outputs of the model's body, (positions, width), or without a separate head the
+        logits, (positions, vocabulary).
+        """
         assign_parameters(self.parameters, values)
         inputs = tokens[:, :-1]
         if self.head is None:
@@ -141,34 +150,37 @@ class PredictionComparison:
     def _compare_chunks(
         self, states: Sequence[mx.array], tokens: mx.array, positions: mx.array
     ) -> tuple[Vector, Vector]:
-        """Losses (adapters, positions) and divergences (adapters - 1, positions)."""
+        """Compare the positions in groups whose logits fit the logit budget.
+
+        Returns losses (adapters, positions) and divergences (adapters - 1, positions).
+        """
         targets = gather_rows(tokens[:, 1:].reshape(-1), positions)
         rows = positions_at_once(self._count_words(states), len(states))
         groups: list[tuple[Vector, Vector]] = []
         for start in range(0, targets.size, rows):
             group = slice(start, start + rows)
-            figures = self._compiled_comparison([own[group] for own in states], targets[group])
+            group_states = [adapter_states[group] for adapter_states in states]
+            figures = self._compiled_comparison(group_states, targets[group])
             mx.eval(figures)  # or the logits of many groups would exist at once
-            losses, divergences = (np.array(own, np.float64) for own in figures)
-            groups.append((losses, divergences))
-        losses = np.concatenate([of_group for of_group, _ in groups], axis=1)
-        return losses, np.concatenate([of_group for _, of_group in groups], axis=1)
+            groups.append((np.array(figures[0], np.float64), np.array(figures[1], np.float64)))
+        losses, divergences = zip(*groups, strict=True)
+        return np.concatenate(losses, axis=1), np.concatenate(divergences, axis=1)
 
     def _compare_group(
         self, states: Sequence[mx.array], targets: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """The same of positions whose logits may exist at once, float32."""
+        """Compare the positions of one group, whose logits may exist at once; float32."""
         chunks = chain_chunks(
             states,
             positions_without_gradient(self._count_words(states), len(states)),
-            lambda parts, at: compare_logits([self._logits(own) for own in parts], targets[at]),
+            lambda parts, at: compare_logits([self._logits(part) for part in parts], targets[at]),
         )
-        losses = mx.concatenate([of_chunk for of_chunk, _ in chunks], axis=1)
-        return losses, mx.concatenate([of_chunk for _, of_chunk in chunks], axis=1)
+        losses = mx.concatenate([chunk[0] for chunk in chunks], axis=1)
+        return losses, mx.concatenate([chunk[1] for chunk in chunks], axis=1)
 
 
 def compare_logits(logits: Sequence[mx.array], targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Cross-entropies, and divergences from each but the last to the last; in nats, float32.
+    """Return cross-entropies, and KL divergences from each adapter to the last; in nats, float32.
 
     Args:
         logits: of each adapter (rows, vocabulary), of any float dtype.
@@ -177,21 +189,22 @@ def compare_logits(logits: Sequence[mx.array], targets: mx.array) -> tuple[mx.ar
     Returns:
         Losses (adapters, rows) and KL divergences (adapters - 1, rows), the latter at least 0.
     """
-    distributions = [_Distribution.of(own) for own in logits]
-    losses = mx.stack([own.loss(targets) for own in distributions])
+    distributions = [_Distribution.of(adapter_logits) for adapter_logits in logits]
+    losses = mx.stack([distribution.loss(targets) for distribution in distributions])
     if len(distributions) == 1:
         return losses, mx.zeros((0, targets.size))
-    last = distributions[-1]
-    return losses, mx.stack([own.divergence_to(last) for own in distributions[:-1]])
+    *others, last = distributions
+    return losses, mx.stack([distribution.divergence_to(last) for distribution in others])
 
 
 @dataclass(frozen=True, eq=False)
 class _Distribution:
-    """Distributions over the vocabulary, in the parts that losses and divergences share.
+    """One distribution over the vocabulary for each row, as terms that loss and divergence share.
 
-    shifted: logits less their largest, float32 (rows, vocabulary).
-    largest: the largest logit (rows, 1).
-    powers: exp(shifted); total: their sum (rows, 1).
+    shifted: logits minus the row's largest, float32 (rows, vocabulary).
+    largest: the largest logit of each row, (rows, 1).
+    powers: exp(shifted).
+    total: the sum of powers of each row, (rows, 1).
     """
 
     shifted: mx.array
@@ -201,7 +214,7 @@ class _Distribution:
 
     @classmethod
     def of(cls, logits: mx.array) -> _Distribution:
-        """Of logits (rows, vocabulary) of any dtype; computed in float32."""
+        """Compute it from logits (rows, vocabulary) of any dtype, in float32."""
         exact = logits.astype(mx.float32)
         largest = exact.max(axis=-1, keepdims=True)
         shifted = exact - largest
@@ -209,14 +222,15 @@ class _Distribution:
         return cls(shifted, largest, powers, powers.sum(axis=-1, keepdims=True))
 
     def loss(self, targets: mx.array) -> mx.array:
-        """The cross-entropy of each row, (rows,)."""
+        """Return the cross-entropy of each row with its target token, (rows,)."""
         picked = mx.take_along_axis(self.shifted, targets[:, None], axis=-1)
         return (mx.log(self.total) - picked)[:, 0]
 
     def divergence_to(self, other: _Distribution) -> mx.array:
-        """KL(self || other) of each row (rows,): the mean of log(p / q) under p, at least 0.
+        """Return KL(self || other) of each row, (rows,), at least 0.
 
-        A token that is impossible adds nothing, whatever the other one makes of it.
+        It is the mean of log(p / q) under p. A token with probability 0 under self adds nothing,
+        even if it is impossible under other too.
         """
         ratio = self.powers * (self.shifted - other.shifted)
         expected = mx.where(self.powers == 0, 0.0, ratio).sum(axis=-1, keepdims=True)

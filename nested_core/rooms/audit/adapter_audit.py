@@ -18,7 +18,7 @@ import numpy as np
 
 from nested_core import backend
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
-from nested_core.gate.checks.judged import Check, Checked, make_checks
+from nested_core.gate.checks.judged import Check, Checked, run_checks
 from nested_core.gate.proof.fresh_process_check import (
     ProofRequest,
     compute_logits_in_fresh_process,
@@ -93,7 +93,7 @@ class AdapterAudit(Checked):
 
     def add(self, check: Check[Any], reason: Reason) -> None:
         """Add a reason that a check gives."""
-        self.given_by.append(check.name)
+        self.failed_checks.append(check.name)
         self.reasons.append(reason)
 
     @property
@@ -377,7 +377,7 @@ def audit_adapters(
             if len(folders) == 1:
                 raise
             layout = AdapterLayout(None, {}, {}, refusal=Reason("unreadable", shorten(error, 300)))
-        audits.append(_make_checks_of(folder, layout, base))
+        audits.append(_audit_folder(folder, layout, base))
         if on_audited is not None:
             on_audited("auditing adapters", len(audits), len(folders))
     return audits
@@ -385,10 +385,10 @@ def audit_adapters(
 
 def audit_adapter(folder: Path, base: BaseModelForAudit) -> AdapterAudit:
     """Audit one adapter folder; DamagedError if it is damaged or not safe to read."""
-    return _make_checks_of(folder, base.layout_of(folder), base)
+    return _audit_folder(folder, base.layout_of(folder), base)
 
 
-def _make_checks_of(folder: Path, layout: AdapterLayout, base: BaseModelForAudit) -> AdapterAudit:
+def _audit_folder(folder: Path, layout: AdapterLayout, base: BaseModelForAudit) -> AdapterAudit:
     audit = AdapterAudit(folder, layout, base)
-    make_checks(audit, CHECKS_OF_ONE_ADAPTER)
+    run_checks(audit, CHECKS_OF_ONE_ADAPTER)
     return audit

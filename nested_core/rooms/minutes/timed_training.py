@@ -47,7 +47,8 @@ SECONDS_TO_STOP = 7.0  # what a command takes to end after it was asked
 SECONDS_BETWEEN_LOOKS = 0.25
 MOST_PASSES = 20  # over the training data; more hardly help
 MAX_SLOWDOWN = 8.0  # of the machine since the steps were fixed, that is allowed for
-RESERVE = 1.2  # for a verdict that takes longer than its forecast, where training is cut for it
+SHARE_RESERVED = 0.2  # of the verdict's time, where training is cut for it
+MAX_SECONDS_RESERVED = 15.0  # fewer than lie between what is aimed at and the end
 
 
 class TimedTraining(AbstractContextManager["TimedTraining"]):
@@ -307,7 +308,8 @@ class _Clock(threading.Thread):
         """
         left = self.end - time.time() - SECONDS_TO_STOP
         stopping = plan.seconds_a_step + plan.seconds_to_begin
-        needed = RESERVE * (stopping + plan.seconds_to_judge)
+        reserve = min(SHARE_RESERVED * plan.seconds_to_judge, MAX_SECONDS_RESERVED)
+        needed = stopping + plan.seconds_to_judge + reserve
         if left > MAX_SLOWDOWN * needed:
             return False
         try:

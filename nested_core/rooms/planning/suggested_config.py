@@ -47,6 +47,8 @@ SHARE_WITH_ANOTHER_LOSS = 0.1  # of the learning rate for answers to learn
 BATCH_SIZES = (8, 4, 2, 1)
 EVALUATION_INTERVAL = 0.1  # of the run
 SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
+SHORT_ANSWER = 8  # tokens on average, with its end, as labels have
+SAMPLE_TOKENS = 24  # tell whether a short answer ends; 64 cost the gate time
 _MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
 _GATE = "gate:\n  max_val_loss_increase: 0.02\n"
 
@@ -110,14 +112,18 @@ def suggest_config(
     for batch_size, recomputes in _batch_sizes_and_recomputation(report):
         if not text:
             text = _render_yaml(base, report, lora, batch_size, supervise, recomputes=recomputes)
-            errors = load_run_data(parse_config(parse_yaml(text), source="the suggestion"))[
-                0
-            ].errors
-            checks = {error.check for error in errors}
+            masked, _ = load_run_data(parse_config(parse_yaml(text), source="the suggestion"))
+            checks = {error.check for error in masked.errors}
             if "no-supervised-token" in checks:  # cut, some rows have a prompt alone
                 base["data_policy"] = {"overlong": "drop"}
             if "nothing-to-learn" in checks:  # the last answer of some rows is marked
                 supervise = "  supervise: all  # every answer but those that their rows mask\n"
+            train = masked.splits["train"]
+            if train.tokens and train.tokens.supervised <= SHORT_ANSWER * train.rows:
+                supervise += (
+                    f"  sample_tokens: {SAMPLE_TOKENS}  # of an answer to a sample prompt in the "
+                    f"gate: yours are short\n"
+                )
         text = _render_yaml(
             base, report, lora, batch_size, supervise, minutes=minutes, recomputes=recomputes
         )

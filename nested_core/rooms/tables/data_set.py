@@ -33,7 +33,7 @@ from nested_core.rooms.tables.survey import LOOKED_AT_ROWS, FileFacts, look_at
 DEFAULT_SHARE = 0.1  # of the rows, for valid and as much for test
 MAX_TEST_SHARE = 0.3  # that an eval set may ask for
 EVAL_SET_NAME = "suite.jsonl"
-_INDENTED = str.maketrans({"\n": "\n" + 8 * " ", "\r": "\\r", "\t": "\\t"})
+_INDENTED = str.maketrans({"\n": "\n" + 3 * " ", "\r": "\\r", "\t": "\\t"})
 UNREAD_SUFFIXES = (".xls", ".xlsb", ".ods", ".numbers", ".doc", ".docx", ".pdf")
 
 

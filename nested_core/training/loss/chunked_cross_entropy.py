@@ -1,7 +1,8 @@
-"""The supervised loss in chunks of the supervised positions: a batch's logits never exist at once.
+"""The supervised loss, computed in chunks of the supervised positions to save memory.
 
-Each chunk's gradient with respect to the body's output is computed together with its loss, so that
-its logits can be freed before the next chunk's exist. The output layer itself is not trained.
+A batch's logits never exist all at once. Each chunk's gradient with respect to the body's output is
+computed together with its loss, so that its logits can be freed before those of the next chunk
+exist. The output layer itself must not be trained.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from nested_core.training.loss.loss_interface import (
 )
 
 MIN_COMPUTED_POSITIONS = 64
-SHARE_COMPUTED_AS_ALL = 0.9  # of the positions: so many are no fewer than all
+SHARE_COMPUTED_AS_ALL = 0.9  # of the positions: if more are supervised, all are computed
 
 
 def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Loss:
-    """The form of `supervised_loss` for a model with this output head.
+    """Return the form of `supervised_loss` for a model with this output head.
 
-    `chunk_rows` is the number of positions in one chunk of a training step; None: what
-    `positions_at_once` allows.
+    `chunk_rows` is the number of positions in a chunk of a training step; None uses
+    `positions_at_once`.
     """
     loss = ChunkedCrossEntropy(head, chunk_rows)
     return Loss(
@@ -48,18 +49,19 @@ def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) 
 def widen_and_find_supervised_positions(
     batch: MicroBatch, position_counts: Mapping[int, int] | None = None
 ) -> Arrays:
-    """`find_supervised_positions` of a batch as wide as the device likes it."""
+    """Pad a batch to a width that is fast on this device, then find its supervised positions."""
     return find_supervised_positions(widen_for_device(batch), position_counts)
 
 
 def find_supervised_positions(
     batch: MicroBatch, position_counts: Mapping[int, int] | None = None
 ) -> Arrays:
-    """Tokens, and the supervised positions of the flattened batch as int32, padded with -1.
+    """Return a batch's tokens, and its supervised positions in the flattened batch, padded with -1.
 
-    `position_counts` are numbers of positions by the width of a batch: one for each width, so that
-    there is one trace of it; nearly all are all, so that no epoch has more. A batch of another
-    width, or with more supervised positions, has `round_up_position_count` of them.
+    The number of positions, int32, is a part of the shape and thus of the compiled step.
+    `position_counts` fixes it by the width of a batch, so that there is one compilation for each
+    width. A batch of another width, or with more supervised positions, gets
+    `round_up_position_count` of them. If nearly all positions are supervised, all are returned.
     """
     tokens, target_mask = batch
     flat_mask = target_mask.reshape(-1)
@@ -78,9 +80,9 @@ def find_supervised_positions(
 
 
 def round_up_position_count(supervised: int, size: int) -> int:
-    """How many of `size` positions are computed for so many supervised.
+    """Round a number of supervised positions up to `size`, half of it, a quarter and so on.
 
-    All, or half of them, or a quarter and so on: a trace more has to save half of the logits.
+    Each count means another compilation, which pays off if it halves the number of logits.
     """
     count = size
     while (half := -(-count // 2)) >= max(supervised, MIN_COMPUTED_POSITIONS):
@@ -90,28 +92,29 @@ def round_up_position_count(supervised: int, size: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class ChunkedCrossEntropy:
-    """The sum of the cross-entropy over given positions, and their number.
+    """The sum of the cross-entropy over some positions of a batch, computed in chunks.
 
-    `rows` are positions in the flattened batch; -1 is padding.
+    The methods take `rows`: positions in the flattened batch, where -1 is padding.
     """
 
     head: OutputHead
     chunk_rows: int | None
 
     def compile_evaluation(self, assign: Callable[[Flat], None]) -> EvaluateBatch:
-        """The loss alone, with the logits of one chunk in memory at a time.
+        """Return a function that computes the loss without gradient, one chunk of logits at a time.
 
-        It is the same to the bit as `differentiable_loss` where the output layer gives a position
-        the same logits in a chunk of any size, as on a CPU.
+        It equals `differentiable_loss` bit for bit if the output layer gives a position the same
+        logits in a chunk of any size, as on a CPU. `assign` puts parameter values into the model.
         """
 
         def find_states(values: Flat, tokens: mx.array, rows: mx.array) -> Arrays:
+            """Return the body's output and the target token at each position."""
             assign(values)
             hidden, targets = self._flatten_batch(tokens)
             return gather_rows(hidden, rows), gather_rows(targets, rows)
 
         def compute_losses(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
-            """The loss of each position, float32 (positions,), 0 where the mask is false."""
+            """Return the loss of each position, float32 (positions,), 0 where the mask is false."""
             size = positions_without_gradient(self._count_words(hidden))
             chunks = chain_chunks(
                 [hidden],
@@ -126,6 +129,7 @@ class ChunkedCrossEntropy:
         def evaluate(
             values: Flat, tokens: mx.array, rows: mx.array
         ) -> tuple[mx.array, mx.array, mx.array]:
+            """Return the summed loss, the number of positions, and the summed loss of each row."""
             hidden, targets = compiled_states(values, tokens, rows)
             mask, size = rows >= 0, self._rows_of_chunk(hidden)
             losses = []
@@ -135,20 +139,20 @@ class ChunkedCrossEntropy:
                 mx.eval(losses[-1])  # or many chunks' logits would exist at once
             batch, width = tokens.shape
             row_of_position = mx.repeat(mx.arange(batch), width - 1)
-            row = row_of_position[mx.maximum(rows, 0)]  # padding adds 0 to the first
+            row = row_of_position[mx.maximum(rows, 0)]  # padding adds 0 to the first row
             by_row = mx.zeros((batch,)).at[row].add(mx.concatenate(losses))
             return _sum_in_order(losses), mask.sum(), by_row
 
         return evaluate
 
     def differentiable_loss(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
-        """The loss, differentiable with respect to whatever the body's output depends on."""
+        """Return the summed loss and the number of positions, differentiable through the body."""
         hidden, targets = self._flatten_batch(tokens)
 
         @mx.custom_function
         def loss(hidden: mx.array) -> Arrays:
-            chosen, mask = gather_rows(hidden, rows), rows >= 0
-            return self._sum_chunks(chosen, gather_rows(targets, rows), mask)
+            selected, mask = gather_rows(hidden, rows), rows >= 0
+            return self._sum_chunks(selected, gather_rows(targets, rows), mask)
 
         @loss.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
@@ -159,21 +163,21 @@ class ChunkedCrossEntropy:
         return summed[0], (rows >= 0).sum()
 
     def position_losses(self, tokens: mx.array, rows: mx.array) -> mx.array:
-        """The loss of each of these positions, float32 (rows,), 0 for padding.
+        """Return the loss of each of these positions, float32 (rows,), 0 for padding.
 
-        Differentiable as `differentiable_loss` is, for a loss that weighs positions otherwise.
+        Differentiable like `differentiable_loss`, for a loss that weights positions individually.
         """
         hidden, targets = self._flatten_batch(tokens)
 
         @mx.custom_function
         def losses(hidden: mx.array) -> Arrays:
             """The losses, and the gradients that `vjp` takes."""
-            chosen, mask = gather_rows(hidden, rows), rows >= 0
-            wanted = gather_rows(targets, rows)
+            selected, mask = gather_rows(hidden, rows), rows >= 0
+            selected_targets = gather_rows(targets, rows)
             chunks = chain_chunks(
-                [chosen],
-                self._rows_of_chunk(chosen),
-                lambda parts, at: self._compute_chunk(parts[0], wanted[at], mask[at]),
+                [selected],
+                self._rows_of_chunk(selected),
+                lambda parts, at: self._compute_chunk(parts[0], selected_targets[at], mask[at]),
             )
             gradients = mx.concatenate([gradient for _, gradient in chunks])
             return mx.concatenate([values for values, _ in chunks]), gradients
@@ -183,24 +187,24 @@ class ChunkedCrossEntropy:
             gradient = outputs[1] * cotangents[0][:, None].astype(outputs[1].dtype)
             return _scatter_rows(gradient, rows, hidden.shape[0])
 
-        of_positions: Any = losses(hidden)
-        values: mx.array = of_positions[0]
-        return values
+        losses_and_gradients: Any = losses(hidden)
+        position_losses: mx.array = losses_and_gradients[0]
+        return position_losses
 
     def _flatten_batch(self, tokens: mx.array) -> Arrays:
-        """The body's output (positions, width), and the target token of each position."""
+        """Return the body's output (positions, width), and the target token of each position."""
         hidden = self.head.hidden(tokens[:, :-1])
         return hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
 
     def _count_words(self, hidden: mx.array) -> int:
-        """How many logits a position has."""
+        """Return the number of logits at a position, which is the vocabulary size."""
         return self.head.logits(hidden[:1]).shape[-1]
 
     def _rows_of_chunk(self, hidden: mx.array) -> int:
         return self.chunk_rows or positions_at_once(self._count_words(hidden))
 
     def _sum_chunks(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
-        """The summed loss and its gradient (rows, width)."""
+        """Return the loss summed over all positions, and its gradient (positions, width)."""
         chunks = chain_chunks(
             [hidden],
             self._rows_of_chunk(hidden),
@@ -210,18 +214,21 @@ class ChunkedCrossEntropy:
         return _sum_in_order([losses for losses, _ in chunks]), mx.concatenate(gradients)
 
     def _compute_chunk(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
-        """Losses (rows,) and gradient (rows, width) of a chunk; MLX computes only what is used."""
-        given = self.head.logits(hidden)
-        logits = given.astype(mx.float32)
+        """Return a chunk's losses (rows,) and gradient (rows, width).
+
+        MLX, which is lazy, does not compute the gradient if it is not used.
+        """
+        head_logits = self.head.logits(hidden)
+        logits = head_logits.astype(mx.float32)
         largest = logits.max(axis=-1, keepdims=True)
         powers = exponential(logits - largest)  # one exponential serves the loss and the gradient
         total = powers.sum(axis=-1, keepdims=True)
         picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        # a padded position may have an infinite loss, of which a product with 0 makes no number
+        # `where`, because a padded position may have an infinite loss, and inf * 0 is NaN
         losses = mx.where(mask, (mx.log(total) + (largest - picked))[:, 0], 0)
         is_target = mx.arange(logits.shape[-1])[None] == targets[:, None]
-        slope = ((powers / total - is_target) * mask[:, None]).astype(given.dtype)
-        _, (gradient,) = mx.vjp(self.head.logits, [hidden], [slope])
+        logit_gradient = ((powers / total - is_target) * mask[:, None]).astype(head_logits.dtype)
+        _, (gradient,) = mx.vjp(self.head.logits, [hidden], [logit_gradient])
         return losses, gradient
 
 
@@ -230,12 +237,16 @@ def chain_chunks(
     size: int,
     compute: Callable[[Sequence[mx.array], slice], tuple[mx.array, ...]],
 ) -> list[tuple[mx.array, ...]]:
-    """What `compute` makes of each chunk of rows, where one chunk awaits the results before it.
+    """Return the results of `compute` for each chunk of rows, computed one after the other.
+
+    Each chunk depends on the results of the previous one, so that only one chunk's logits exist at
+    a time.
 
     Args:
-        states: arrays with as many rows each, of which the logits are made.
-        size: the rows of a chunk.
-        compute: gets the chunk's rows of each of `states`, and the slice that they are.
+        states: arrays with the same number of rows, from which logits are computed.
+        size: the number of rows in a chunk.
+        compute: receives the chunk's rows of each of `states`, and the slice of all rows that they
+            are.
     """
     results: list[tuple[mx.array, ...]] = []
     with sharing_dequantized_weights(states[0]):
@@ -249,7 +260,7 @@ def chain_chunks(
 
 
 def _sum_in_order(losses: list[mx.array]) -> mx.array:
-    """The sum over chunks, one after the other."""
+    """Sum the losses chunk by chunk, in order, so that rounding is always the same."""
     total = mx.array(0.0)
     for loss in losses:
         total = total + loss.sum()
@@ -257,25 +268,26 @@ def _sum_in_order(losses: list[mx.array]) -> mx.array:
 
 
 def gather_rows(values: mx.array, rows: mx.array) -> mx.array:
-    """values[rows]; padding (-1) gathers row 0 and is masked later.
+    """Return values[rows]; padding (-1) gathers row 0 and must be masked later.
 
-    If every row is selected the values are returned as they are.
+    If `rows` selects every row, the values are returned unchanged.
     """
     return values if rows.size == values.shape[0] else values[mx.maximum(rows, 0)]
 
 
 def _scatter_rows(gradient: mx.array, rows: mx.array, count: int) -> mx.array:
-    """The gradient of `gather_rows` with respect to its `count` values.
+    """Return the gradient of `gather_rows` with respect to its `count` values, zero elsewhere.
 
-    It is a lookup for each value, not a sum: no row is selected twice.
+    No row is selected twice, so each value looks its gradient up instead of summing.
     """
     if rows.size == count:
         return gradient
-    # In an array of its own: a number would be part of a kernel, which each width would compile.
-    behind_all = mx.full((1,), count, mx.int32)
-    places = mx.where(rows < 0, behind_all, rows)
+    # An array, because a Python number becomes a part of the kernel, compiled for each width anew.
+    padding_index = mx.full((1,), count, mx.int32)
+    indices = mx.where(rows < 0, padding_index, rows)
+    # `source[i]` is the row of the gradient for value i, by default the row of zeros at the end.
     source = mx.put_along_axis(
-        mx.full((count + 1,), rows.size, mx.int32), places, mx.arange(rows.size, dtype=mx.int32), 0
+        mx.full((count + 1,), rows.size, mx.int32), indices, mx.arange(rows.size, dtype=mx.int32), 0
     )
-    none = mx.zeros((1, gradient.shape[-1]), gradient.dtype)
-    return mx.concatenate([gradient, none])[source[:count]]
+    zero_row = mx.zeros((1, gradient.shape[-1]), gradient.dtype)
+    return mx.concatenate([gradient, zero_row])[source[:count]]

@@ -1,6 +1,6 @@
-"""What a loss is: a function of a micro-batch, and how micro-batches are averaged.
+"""What a loss is: a function of a micro-batch, and the way micro-batches are averaged.
 
-A loss may compute few logits at a time, through the output head that is found in a model here.
+A loss may compute few logits at a time through the model's output head, which is found here.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ from nested_core.models.parameters import (
 )
 from nested_core.optim.gradients import Flat
 
-MAX_DEPTH = 3  # parts of a body's name at most: "model", "language_model.model", "model.norm"
+MAX_DEPTH = 3  # most dotted parts in the name of a body: "model", "language_model.model"
 PROBE_TOKENS = [[1, 2, 3, 4], [4, 3, 1, 2]]
-PROBE_ROWS = [6, 1, 3]  # of the probe's eight positions, out of order
+PROBE_ROWS = [6, 1, 3]  # some of the probe's eight positions, out of order
 TOLERANCE_IN_EPSILONS = 16  # in units of the dtype's epsilon, relative to the largest logit
 
 logger = logging.getLogger(__name__)
 
 
 def extract_logits(outputs: Any) -> mx.array:
-    """The logits in a model's output, which may be a tuple that starts with them."""
+    """Return the logits of a model's output, which may be a tuple that starts with them."""
     logits: mx.array = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits
 
 
 def count_logits(model: nn.Module) -> int:
-    """How many logits a model gives a position; nothing is computed."""
+    """Return the number of logits that a model gives each position, without computing them."""
     return extract_logits(model(mx.zeros((1, 1), mx.int32))).shape[-1]
 
 
 @dataclass(frozen=True, eq=False)
 class OutputHead:
-    """A model split in two: `body` computes the hidden states, the rest the logits."""
+    """A model split in two: `body` computes hidden states, and the rest computes the logits."""
 
     model: nn.Module
     body: nn.Module
 
     def hidden(self, inputs: mx.array) -> mx.array:
-        """The body's output (batch, length, width); the logits are never evaluated."""
+        """Return the body's output (batch, length, width); the logits are never evaluated."""
         outputs: list[mx.array] = []
-        own_call = type(self.body).__call__
+        original_call = type(self.body).__call__
 
         def keep_output(*args: Any, **kwargs: Any) -> mx.array:
-            outputs.append(own_call(self.body, *args, **kwargs))
+            outputs.append(original_call(self.body, *args, **kwargs))
             return outputs[-1]
 
         with replacing_call(self.body, keep_output):
@@ -69,14 +69,21 @@ class OutputHead:
         return outputs[-1]
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """Logits (rows, vocabulary) of any rows (rows, width) of the body's output."""
+        """Return logits (rows, vocabulary) for any rows (rows, width) of the body's output.
+
+        Runs the model with the body replaced by these rows.
+        """
         with replacing_call(self.body, lambda *args, **kwargs: hidden[None]):
             logits = extract_logits(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
             return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
 
 
 def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
-    """The frozen output head of a model; None, with the reason in the log, without one."""
+    """Find the model's frozen output head; without one, log the reason and return None.
+
+    Tries the outputs of the model's outer modules, the last first, as input of the remaining
+    layers. The first one that reproduces the model's logits is the output of its body.
+    """
     with in_evaluation_mode(model):
         logits, outputs = _record_module_outputs(model, mx.array(PROBE_TOKENS))
         for module, hidden in reversed(outputs):
@@ -101,15 +108,15 @@ def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead 
 def _record_module_outputs(
     model: nn.Module, tokens: mx.array
 ) -> tuple[mx.array, list[tuple[nn.Module, mx.array]]]:
-    """The model's logits, and the outputs (batch, length, width) of its outer modules, in order."""
+    """Return the model's logits, and each outer module's output (batch, length, width)."""
     outputs: list[tuple[nn.Module, mx.array]] = []
 
     def keeping_output(module: nn.Module) -> Callable[..., Any]:
-        """The module's call, which also keeps an output that has a row for each token."""
-        own_call = type(module).__call__
+        """Return the module's call, extended to record an output with a row for each token."""
+        original_call = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            output = own_call(module, *args, **kwargs)
+            output = original_call(module, *args, **kwargs)
             if isinstance(output, mx.array) and output.shape[:-1] == tokens.shape:
                 outputs.append((module, output))
             return output
@@ -125,11 +132,11 @@ def _record_module_outputs(
 
 
 def _computes_same_logits(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
-    """Whether the head gives the model's own logits for these rows alone, within rounding."""
+    """Whether the head, given these rows alone, reproduces the model's logits within rounding."""
     try:
         logits = head.logits(rows)
     except (ValueError, TypeError, IndexError, AttributeError):
-        return False  # what follows this module needs more than its output
+        return False  # the layers after this module need more than its output
     if logits.shape != expected.shape:
         return False
     bound = (
@@ -141,7 +148,7 @@ def _computes_same_logits(head: OutputHead, rows: mx.array, expected: mx.array) 
 
 
 def _has_trained_parameters(head: OutputHead, rows: mx.array, parameters: ParameterRefs) -> bool:
-    """Whether the logits of given rows depend on a trainable parameter."""
+    """Whether the logits of the given rows depend on a trainable parameter, by their gradient."""
 
     def total(values: dict[str, mx.array]) -> mx.array:
         assign_parameters(parameters, values)
@@ -160,13 +167,13 @@ PreparedBatch = tuple[mx.array, ...]
 LossFunction = Callable[..., Arrays]
 RowLossFunction = Callable[..., tuple[mx.array, mx.array, mx.array]]
 EvaluateBatch = Callable[..., tuple[mx.array, ...]]
-"""Values of the parameters and a prepared batch to the scalars (loss, number of target tokens) and,
-where the loss of a row is known, the summed loss of each row (rows,)."""
+"""Maps parameter values and a prepared batch to the scalars (loss, number of target tokens) and, if
+the loss of single rows is known, the summed loss of each row (rows,)."""
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The rows of a batch, the tokens of a row, and the tokens in all rows that are targets."""
+    """The number of rows in a batch, tokens in a row, and target tokens in all rows together."""
 
     rows: int
     length: int
@@ -174,41 +181,45 @@ class BatchShape:
 
 
 def as_arrays(batch: MicroBatch) -> Arrays:
-    """Both parts of a micro-batch as MLX arrays."""
+    """Convert both parts of a micro-batch to MLX arrays."""
     tokens, target_mask = batch
     return mx.array(tokens), mx.array(target_mask)
 
 
 def widen_for_device(batch: MicroBatch) -> MicroBatch:
-    """The batch, padded on CUDA to a width that is computed fast; of the product's own, none is."""
+    """Pad a batch on CUDA to a width that is computed fast; elsewhere return it unchanged.
+
+    Batches built by this project already have such a width.
+    """
     tokens, target_mask = batch
     width = np.array(target_mask.shape[1], np.int64)
-    more = int(widen_to_fast_widths(width) - width) if backend.computes_on_cuda() else 0
-    if not more:
+    padding = int(widen_to_fast_widths(width) - width) if backend.computes_on_cuda() else 0
+    if not padding:
         return batch
-    at_the_end = ((0, 0), (0, more))
+    at_the_end = ((0, 0), (0, padding))
     return np.pad(tokens, at_the_end), np.pad(target_mask, at_the_end)
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss and its place in training; a loss module declares one.
+    """A loss and how training uses it; a loss module declares one.
 
     Attributes:
-        function: (model, *prepare_batch(batch)) to the scalars (loss, number of target tokens);
-            it is traced, and differentiated with respect to the model's trainable parameters.
-        is_mean: whether `function` gives the mean over its target tokens, not their sum. Sums are
+        function: maps (model, *prepare_batch(batch)) to the scalars (loss, number of target
+            tokens); it is traced, and differentiated with respect to the model's trainable
+            parameters.
+        is_mean: whether `function` returns the mean over its target tokens, not their sum. Sums are
             divided by the target tokens of all micro-batches of a step, so that every token weighs
             the same; means are averaged, so that every micro-batch weighs the same.
-        prepare_batch: a micro-batch to the arrays that `function` takes.
-        count_tokens: (*prepare_batch(batch)) to the number of target tokens, int32, for a loss that
-            counts examples; None if `function` gives it.
+        prepare_batch: converts a micro-batch to the arrays that `function` takes.
+        count_tokens: maps prepare_batch(batch) to the number of target tokens, int32, for a loss
+            that counts examples; None if `function` returns it.
         by_row: `function` with the summed loss of each row of the batch as a third value, (rows,);
-            None if a row's loss is not known.
-        with_output_head: makes the form of this loss that computes the logits of some positions
+            None if the loss of single rows is not known.
+        with_output_head: returns the form of this loss that computes the logits of some positions
             only; None if the loss needs the model's whole output.
-        compile_chunked_evaluation: makes the `EvaluateBatch` of a loss that has the logits of few
-            positions in memory at a time; None if it has those of a whole batch.
+        compile_chunked_evaluation: returns the `EvaluateBatch` of a loss that keeps the logits of
+            few positions in memory at a time; None if it keeps those of a whole batch.
     """
 
     function: LossFunction
@@ -220,16 +231,16 @@ class Loss:
     compile_chunked_evaluation: Callable[[Callable[[Flat], None]], EvaluateBatch] | None = None
 
     def for_model(self, model: nn.Module, parameters: ParameterRefs) -> Loss:
-        """The form of this loss for a model: through its output head alone, if it has one."""
+        """Return the form of this loss for a model, which uses its output head if it has one."""
         if self.with_output_head is None:
             return self
         head = find_output_head(model, parameters)
         return self if head is None else self.with_output_head(head)
 
     def for_position_counts(self, position_counts: Mapping[int, int]) -> Loss:
-        """The form of this loss for batches of known widths, as `find_supervised_positions` has it.
+        """Return the form of this loss for batches of known widths.
 
-        A loss that is not chunked computes every position, and stays as it is.
+        See `find_supervised_positions`. A loss that is not chunked is returned unchanged.
         """
         if not self.is_chunked:
             return self
@@ -239,11 +250,14 @@ class Loss:
 
     @property
     def is_chunked(self) -> bool:
-        """Whether few logits exist at a time; the memory forecast counts on it."""
+        """Whether few logits exist at a time; the memory forecast relies on it."""
         return self.compile_chunked_evaluation is not None
 
     def compile_evaluation(self, model: nn.Module, assign: Callable[[Flat], None]) -> EvaluateBatch:
-        """What evaluates a batch with given parameters, which `assign` puts into the model."""
+        """Return a compiled function that evaluates a batch with given parameter values.
+
+        `assign` puts the values into the model.
+        """
         if self.compile_chunked_evaluation is not None:
             return self.compile_chunked_evaluation(assign)
 
@@ -254,9 +268,9 @@ class Loss:
         return mx.compile(evaluate)
 
     def weight_of_micro_batch(self, tokens: mx.array) -> mx.array:
-        """The weight in its step of a micro-batch with this many target tokens, int32."""
+        """Return a micro-batch's weight in its step, int32, given its number of target tokens."""
         return mx.ones_like(tokens) if self.is_mean else tokens
 
     def sum_over_target_tokens(self, loss: mx.array, tokens: mx.array) -> mx.array:
-        """A value of this loss as a sum over its target tokens."""
+        """Convert a value of this loss to a sum over its target tokens."""
         return loss * tokens if self.is_mean else loss

@@ -18,16 +18,18 @@ from nested_core.training.loss.loss_interface import (
 
 
 def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arrays:
-    """Sum of the cross-entropy over supervised tokens, and their number; padding never counts.
+    """Return the sum of the cross-entropy over supervised tokens, and their number.
+
+    Padding never counts.
 
     Args:
-        model: inputs of shape (batch, length) to logits (batch, length, vocabulary), or a tuple
-            that starts with them.
+        model: maps inputs (batch, length) to logits (batch, length, vocabulary), or to a tuple that
+            starts with them.
         tokens: (batch, length + 1) int32; token t + 1 is predicted from tokens up to t.
         target_mask: (batch, length) bool, whether the target (tokens 1, 2, ... of each row) counts.
 
     Returns:
-        Both as scalars: float32 sum in nats, int32 count.
+        Two scalars: float32 sum in nats, int32 count.
     """
     total, count, _ = supervised_loss_by_row(model, tokens, target_mask)
     return total, count
@@ -36,7 +38,7 @@ def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arra
 def supervised_loss_by_row(
     model: Any, tokens: mx.array, target_mask: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """`supervised_loss`, and the sum of each row, float32 (batch,)."""
+    """Return sum and count as `supervised_loss`, and the sum of each row, float32 (batch,)."""
     logits = extract_logits(model(tokens[:, :-1]))
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
     counted = losses * target_mask

@@ -1,5 +1,6 @@
-"""What a run tells while it trains; records/ has its metrics and its plan.
+"""Reports of a run while it trains; its metrics and its plan are in records/.
 
-sample_prompts.py answers `samples`, training_callback.py is what a report is handed to, and
-run_progress.py reads a run that goes on. Nothing here knows the trainer.
+sample_prompts.py answers `samples`, training_callback.py defines the callback that receives
+reports, and run_progress.py reads the progress of a run from disk. Nothing here imports the
+trainer.
 """

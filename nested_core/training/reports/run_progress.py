@@ -1,7 +1,7 @@
-"""A run as it goes on, read from its directory: what everybody who watches one shows.
+"""The progress of a run, read from its directory, as every live display shows it.
 
-plan.json and metrics.jsonl hold how far training is; nothing here waits or prints. Whoever watches
-calls `read` now and then, from a thread of its own, and shows what the methods describe.
+plan.json and metrics.jsonl hold how far training is; nothing here waits or prints. A display calls
+`read` now and then, from a thread of its own, and shows what the `describe_` methods return.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from nested_core.text.loss_format import format_loss
 
 @dataclass
 class RunProgress:
-    """How far a run is.
+    """The progress of a run, as far as it was read from the run's directory.
 
-    run: its directory.
+    run: the run's directory.
     plan: what the run set out to do; None for a run of an earlier release.
-    records: of metrics.jsonl so far.
-    stages: what followed training, such as the steps of the gate, with the seconds it began at.
-    outcome: how it ended, a sentence each, once it has.
-    seconds: since training began here; reported_at: the same when the last record came.
-    first_report: the iteration and the seconds of the first report of training that was seen here.
+    records: the records of metrics.jsonl so far.
+    stages: the stages after training, such as the gate's, and when each began, in seconds.
+    outcome: how the run ended, in sentences; empty until then.
+    seconds: the time since training began in this process.
+    reported_at: `seconds` when the last record was read.
+    first_report: iteration and `seconds` of the first training report that was read.
     """
 
     run: RunDirectory
@@ -45,35 +46,35 @@ class RunProgress:
     first_report: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
-        # Training begins when there is another plan than before.
+        # Training has begun once plan.json is another file than now.
         self._plan_before = self._inode_of_plan()
         self._began_at: float | None = None
 
-        # How far metrics.jsonl was read
+        # The position up to which metrics.jsonl was read
         self._inode = -1
         self._offset = 0
 
     @property
     def has_begun(self) -> bool:
-        """Whether training has begun since this was made."""
+        """Whether training has begun since this object was created."""
         return self._began_at is not None
 
     @property
     def last_record(self) -> dict[str, Any]:
-        """The last record."""
+        """The last record; without records a record of step 0."""
         return self.records[-1] if self.records else {"step": 0, "iteration": 0}
 
     @property
     def training_seconds(self) -> float:
-        """Seconds that training took, or has taken so far."""
+        """The time that training took, or has taken so far, in seconds."""
         return self.stages[0][1] if self.stages else self.seconds
 
     def latest_value(self, key: str) -> Any:
-        """The last value that was reported under a key; None if nothing was yet."""
+        """Return the last value reported under a key; None if there is no such value yet."""
         return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
 
     def note_report_time(self) -> None:
-        """Note that records came now."""
+        """Store the time at which records were read, and of the first training report."""
         self.reported_at = self.seconds
         if self.first_report is not None or self.plan is None:
             return
@@ -82,20 +83,21 @@ class RunProgress:
             self.first_report = (last["iteration"], self.seconds)
 
     def seconds_left(self) -> float | None:
-        """Seconds to the end of training at the speed since the first report; None before another.
+        """Estimate the seconds to the end of training from the speed since the first report.
 
-        The first steps are no measure: kernels are compiled, and the loss before training measured.
+        None until a second report came. The time before the first report is not used, because it
+        includes the compilation of kernels and the evaluation before training.
         """
         iteration: int = self.last_record.get("iteration", 0)
         if self.plan is None or self.first_report is None or iteration <= self.first_report[0]:
             return None
-        # Evaluations take their time too: hence the clock and not the reported speed.
+        # By the clock and not the reported speed, because evaluations take time too.
         pace = (self.reported_at - self.first_report[1]) / (iteration - self.first_report[0])
-        left = pace * (self.plan.iterations - iteration)
-        return max(0.0, left - (self.seconds - self.reported_at))
+        seconds = pace * (self.plan.iterations - iteration)
+        return max(0.0, seconds - (self.seconds - self.reported_at))
 
     def describe_position(self) -> str:
-        """`step 20 of 120`, and iterations where gradients are accumulated over several."""
+        """`step 20 of 120`, with the iteration if a step has several."""
         step, iteration = self.last_record["step"], self.last_record.get("iteration", 0)
         if self.plan is None:
             return f"step {step:,}"
@@ -105,13 +107,13 @@ class RunProgress:
         return text
 
     def describe_time(self) -> str:
-        """The time that training takes so far, and how much is left."""
+        """Describe the elapsed time of training, and the estimate of the time left."""
         text = f"{format_clock(self.training_seconds)} elapsed"
-        left = None if self.stages or self.outcome else self.seconds_left()
-        return text if left is None else f"{text}, about {format_clock(left)} left"
+        seconds_left = None if self.stages or self.outcome else self.seconds_left()
+        return text if seconds_left is None else f"{text}, about {format_clock(seconds_left)} left"
 
     def describe_speed(self) -> str:
-        """Learning rate, gradient norm and speed of the last report."""
+        """Describe learning rate, gradient norm and speed of the last report."""
         parts = []
         if (rate := self.latest_value("learning_rate")) is not None:
             parts.append(f"learning rate {rate:.3g}")
@@ -122,7 +124,7 @@ class RunProgress:
         return ", ".join(parts)
 
     def describe_memory(self) -> str:
-        """Peak memory against what there is."""
+        """Describe the peak memory and its limit; empty before the first report."""
         peak = self.latest_value("peak_memory_gb")
         if peak is None:
             return ""
@@ -130,7 +132,7 @@ class RunProgress:
         return f"peak memory {peak:.3g}{limit} GB"
 
     def describe_tiers(self) -> str:
-        """Each tier's clock: how often it is updated, and how often it was."""
+        """Describe each tier's frequency and updates; with a single tier only skipped updates."""
         updates = self.latest_value("updates")
         if self.plan is None or updates is None:
             return ""
@@ -144,14 +146,14 @@ class RunProgress:
         return f"updates: {' · '.join(clocks)}" + (f" · skipped {skipped:,}" if skipped else "")
 
     def describe_questions(self) -> list[str]:
-        """The last answers to `training.evaluate_tasks`, as a line."""
-        asked = next((r for r in reversed(self.records) if r.get("tasks")), None)
-        if asked is None:
+        """Return the last answers to `training.evaluate_tasks` as a line; empty without answers."""
+        record = next((r for r in reversed(self.records) if r.get("tasks")), None)
+        if record is None:
             return []
-        return [f"answers: {escape(describe_tasks(asked))} (step {asked['step']:,})"]
+        return [f"answers: {escape(describe_tasks(record))} (step {record['step']:,})"]
 
     def describe_samples(self) -> list[str]:
-        """The last answers to the configured prompts."""
+        """Return the last answers to the prompts of `samples`, a line each."""
         answered = next((r for r in reversed(self.records) if r.get("samples")), None)
         if answered is None:
             return []
@@ -161,7 +163,7 @@ class RunProgress:
         ]
 
     def describe_offered_adapter(self, adapter_step: int) -> str:
-        """Which step's adapter is offered, and why."""
+        """Say which step's adapter is offered, and by which criterion it was selected."""
         text = f"selected: the adapter of step {adapter_step:,}"
         evaluated = {
             r["step"]: r["val_loss"] for r in self.records if "val_loss" in r and r["step"] > 0
@@ -180,7 +182,7 @@ class RunProgress:
         )
 
     def describe_stages(self) -> Iterator[str]:
-        """What follows training, a line each, with the seconds that it took."""
+        """Yield a line for each stage after training, with the time that it took."""
         stages = list(self.stages)  # another thread adds to them
         for number, (name, began) in enumerate(stages, start=1):
             is_open = number == len(stages) and not self.outcome
@@ -188,7 +190,7 @@ class RunProgress:
             yield f"{name} ..." if is_open else f"{name}: {format_clock(ended - began)}"
 
     def read(self) -> bool:
-        """Take in what is new on disk; return whether training has begun."""
+        """Read what is new on disk; return whether training has begun."""
         if self._began_at is None and self._inode_of_plan() != self._plan_before:
             self.plan = read_plan(self.run.plan)
             self._began_at = time.monotonic()
@@ -199,15 +201,15 @@ class RunProgress:
         return self.has_begun
 
     def read_metrics(self) -> bool:
-        """Take in the whole lines that were appended; return whether there were any.
+        """Read the complete lines that were appended; return whether there were any.
 
-        A file that was cut back is another one, and read from its start: it may have grown beyond
-        the old one since it was looked at.
+        Truncating metrics.jsonl creates a new file, which is read from its start even if it has
+        grown beyond the length of the old file.
         """
         try:
             with open_regular(self.run.metrics) as (file, _):
                 inode, content = os.fstat(file.fileno()).st_ino, file.read()
-        except (DamagedError, OSError):  # training says what is wrong; here is only shown
+        except (DamagedError, OSError):  # the training process reports it; this only displays
             return False
         if inode != self._inode or len(content) < self._offset:
             self._inode = inode
@@ -227,9 +229,10 @@ class RunProgress:
 
 
 def _record_or_none(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of metrics.jsonl; None for a damaged line, which training reports and drops."""
     from nested_core.records.metrics import parse_record
 
     try:
         return parse_record(line)
-    except ValueError:  # a damaged line, which training leaves out and names
+    except ValueError:
         return None

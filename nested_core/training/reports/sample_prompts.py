@@ -1,4 +1,4 @@
-"""The configured `samples`: prompts that the model in training answers at each evaluation."""
+"""The configured `samples`: prompts that the model answers at each evaluation in training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_SHOWN_PROMPTS = 4
 
 @dataclass(frozen=True)
 class SamplePrompts:
-    """Prompts, and how they are answered: greedy, with at most `training.sample_tokens` tokens."""
+    """Prompts to answer greedily, with at most `training.sample_tokens` tokens each."""
 
     prompts: tuple[str, ...]
     tokenizer: Any
@@ -33,16 +33,16 @@ class SamplePrompts:
 
     @classmethod
     def from_config(cls, config: FineTuneConfig, tokenizer: Any) -> SamplePrompts:
-        """The prompts of `samples`."""
+        """Create it for the prompts of `samples`."""
         return cls(config.samples, tokenizer, config.training.sample_tokens)
 
     def answer(
         self, model: nn.Module, refs: ParameterRefs, values: Mapping[str, mx.array]
     ) -> dict[str, Any]:
-        """What a record of metrics.jsonl holds of the answers with these parameters.
+        """Answer the prompts with these parameter values, and return fields for metrics.jsonl.
 
-        `samples`: a prompt and its answer each, the number of tokens, and whether it was cut off;
-        `sample_seconds`: what all of them took. Empty without prompts.
+        `samples` has each prompt with its answer, the number of tokens, and whether it was cut off;
+        `sample_seconds` is the time for all of them. Empty without prompts.
         """
         if not self.prompts:
             return {}
@@ -60,11 +60,12 @@ class SamplePrompts:
 
 @dataclass(frozen=True)
 class SampleTable:
-    """The answers to `samples` as a small table: a row for each evaluation, a column for a prompt.
+    """The answers to `samples` as a small table: a row for each evaluation, a column per prompt.
 
-    evaluations, prompt_count: how many there were; the table has the first, the last and some.
-    rows: the evaluation's step, "(selected)" behind the judged one, and the answer to each of
-    `prompts`; None if it was not asked then: `samples` may change when a run is resumed.
+    evaluations, prompt_count: how many there were; the table shows only some.
+    prompts: the prompts of the shown columns.
+    rows: the evaluation's step, with "(selected)" for the judged one, and the answer to each of
+        `prompts`. None if a prompt was not asked then: `samples` may change when a run is resumed.
     """
 
     evaluations: int
@@ -76,7 +77,10 @@ class SampleTable:
     def from_metrics(
         cls, records: Iterable[Mapping[str, Any]], judged_step: int | None
     ) -> SampleTable | None:
-        """The table of metrics.jsonl; None without answers. `judged_step` is the adapter's."""
+        """Build the table from records of metrics.jsonl; None without answers.
+
+        `judged_step` is the step of the offered adapter.
+        """
         by_step = {
             step: {str(sample["prompt"]): str(sample["answer"]) for sample in samples}
             for step, samples in samples_by_step(records).items()
@@ -104,7 +108,7 @@ class SampleTable:
 
 
 def samples_by_step(records: Iterable[Mapping[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    """The answers in records of metrics.jsonl, by optimizer step, in order.
+    """Return the answers in records of metrics.jsonl, by optimizer step, in order.
 
     Each has `prompt`, `answer`, `tokens` and `is_cut_off`; step 0 is before training.
     """
@@ -114,14 +118,14 @@ def samples_by_step(records: Iterable[Mapping[str, Any]]) -> dict[int, list[dict
 def choose_shown_evaluations(
     steps: Iterable[int], judged_step: int | None, limit: int
 ) -> list[int]:
-    """At most `limit` (3 or more) of the steps: first, last, the judged one, and some between.
+    """Return at most `limit` of the steps (3 or more), evenly spaced.
 
-    Those between are evenly spaced.
+    First, last and judged step are always among them.
     """
     ordered = sorted(set(steps))
     if len(ordered) <= limit:
         return ordered
-    fixed = {step for step in ordered if step in (ordered[0], judged_step, ordered[-1])}
-    count = max(2, limit - len(fixed) + 2)
+    required = {step for step in ordered if step in (ordered[0], judged_step, ordered[-1])}
+    count = max(2, limit - len(required) + 2)
     spaced = {ordered[n * (len(ordered) - 1) // (count - 1)] for n in range(count)}
-    return sorted(fixed | spaced)
+    return sorted(required | spaced)

@@ -1,4 +1,4 @@
-"""What is called with each report of a training, in mlx-lm's protocol."""
+"""The callback that receives each report of a training, in mlx-lm's protocol."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class TrainingCallback(Protocol):
-    """What mlx_lm.tuner.callbacks.TrainingCallback offers."""
+    """The methods of mlx_lm.tuner.callbacks.TrainingCallback."""
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Called with the training loss at every report."""

@@ -1,7 +1,7 @@
-"""What each step trains on and when it is evaluated.
+"""What each step trains on, and when evaluations, reports and checkpoints are due.
 
-A schedule follows from the configuration, the data and the position alone: a checkpoint keeps
-nothing of it.
+A schedule depends only on the configuration, the data and the position in the run, so a checkpoint
+stores nothing of it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ REFERENCE_KEY = "training.reference"
 class StepSchedule(Protocol):
     """What a run trains on and when it is evaluated.
 
-    An iteration is one micro-batch, counted from 0; a step is one update of the optimizer, over
-    the micro-batches [first, last).
+    An iteration is one micro-batch, counted from 0; a step is one update of the optimizer, over the
+    micro-batches [first, last).
 
     Attributes:
         loss: the loss to train with.
         iterations: micro-batches of the whole run.
         steps: optimizer steps of the whole run.
         intervals: iterations between two reports, evaluations and checkpoints.
-        epochs: passes over the training data of the whole run.
+        epochs: the number of passes over the training data, which may be a fraction.
         offers_best: whether the run offers its best checkpoint by validation loss, or its last.
         validation_examples: how many examples an evaluation reads.
     """
@@ -59,39 +59,39 @@ class StepSchedule(Protocol):
     validation_examples: int
 
     def largest_batch(self) -> BatchShape:
-        """The shape of the micro-batches that take most memory."""
+        """Return the shape of the micro-batches that take most memory."""
 
     def position_counts(self) -> Mapping[int, int]:
-        """How many positions' logits are computed in micro-batches of each width; empty: all."""
+        """Return how many positions' logits to compute for each width of a batch; empty: all."""
 
     def micro_batch(self, index: int) -> MicroBatch:
-        """The micro-batch of an iteration."""
+        """Return the micro-batch of an iteration."""
 
     def count_replayed_tokens(self, iterations: int) -> int | None:
-        """Supervised tokens of replayed examples in the first so many; None without replay."""
+        """Count the replayed examples' supervised tokens so far; None without replay."""
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """The batches of an evaluation after so many iterations; None without an evaluation."""
+        """Return the batches of an evaluation after `iteration` iterations; None without data."""
 
     def validation_targets(self) -> tuple[Int32, Int64] | None:
-        """The line and the number of target tokens of each example that an evaluation reads.
+        """Return the line and the number of target tokens of each example of an evaluation.
 
-        The number is 1 for a loss that counts examples. In the order of the rows of
-        `validation_batches`; None if each evaluation reads others.
+        In the order of the rows of `validation_batches`. The number is 1 for a loss that counts
+        examples. None if evaluations read different examples.
         """
 
     def seed_step(self, step: int) -> None:
-        """Prepare the random state of an optimizer step."""
+        """Seed the random state for an optimizer step."""
 
     def is_complete_step(self, first: int, last: int) -> bool:
-        """Whether the gradients of these micro-batches are applied."""
+        """Whether the gradients of the micro-batches [first, last) are applied."""
 
 
 class BucketedSchedule:
-    """Length-bucketed batches, each example once an epoch, the last partial batch included.
+    """Batches of examples of similar length, each example once an epoch, with a partial last batch.
 
-    Evaluations follow the step they are due at, on the same batches every time. All ranks draw the
-    same batches, and each takes its own rows.
+    Evaluations follow the step at which they are due, and always read the same batches. All ranks
+    draw the same batches, and each takes its rows of them.
     """
 
     loss = SUPERVISED_LOSS
@@ -103,6 +103,7 @@ class BucketedSchedule:
         world: World = SINGLE_PROCESS_WORLD,
         mixed: MixedExamples | None = None,
     ) -> None:
+        """Create it; `mixed` has the run's examples together with replayed ones."""
         self._config = config
         self.offers_best = config.training.offer == "best"
         self._world = world
@@ -126,9 +127,9 @@ class BucketedSchedule:
         self.intervals = config.intervals(self.iterations, max(1, len(batches)))
 
     def largest_batch(self) -> BatchShape:
-        """This rank's share of the widest batch, with as many supervised tokens as it can have.
+        """Return this rank's share of the widest batch, with the most supervised tokens possible.
 
-        If many rows are as wide as that, a sample of the longest is looked at.
+        If many rows are as wide, only a sample of the longest is examined.
         """
         batch_size = self._config.batch_size
         rows, width = self._plan.find_widest(max(MAX_WIDEST_ROWS_EXAMINED, batch_size))
@@ -139,30 +140,33 @@ class BucketedSchedule:
         )
 
     def position_counts(self) -> Mapping[int, int]:
-        """For each width, the most supervised positions of this rank in the first epoch.
+        """Return for each width the most supervised positions of this rank in the first epoch.
 
-        Other epochs mix the rows of a width anew; batches with more are rare, and no less right.
+        Other epochs mix the rows of a width anew. A batch with more positions is rare, and still
+        correct: it only costs another compilation.
         """
         return self._plan.largest_sums(self._supervised, self._world.rank, self._world.size)
 
     @cached_property
     def _supervised(self) -> Int64:
-        """Tokens of each example that the loss counts."""
+        """The number of tokens of each example that count in the loss."""
         return self._train.count_supervised()
 
     def micro_batch(self, index: int) -> MicroBatch:
-        """A batch of examples of about one length."""
+        """Return this rank's rows of the batch of an iteration."""
         batch = self._plan.batch(index)
         return self._world.own_rows(make_batch_arrays(self._train, batch, self._config.batch_size))
 
     def count_replayed_tokens(self, iterations: int) -> int | None:
-        """A sum over the rows that were drawn so far: nothing is counted on the way."""
+        """Count the replayed examples' supervised tokens so far; None without replay."""
         if self._mixed is None:
             return None
         return self._mixed.sum_earlier(self._supervised, iterations)
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """`val_batches` of the validation set, the same ones every time."""
+        """Return `val_batches` batches of the validation set, always the same; None without
+        data.
+        """
         config = self._config
         if self._valid is None or len(self._valid) == 0 or config.val_batches == 0:
             return None
@@ -175,7 +179,10 @@ class BucketedSchedule:
         return map(self._world.own_rows, batches)
 
     def validation_targets(self) -> tuple[Int32, Int64] | None:
-        """Those of `val_batches`, longest examples first; None without a validation set."""
+        """Return line and target tokens of each example in `val_batches`, longest examples first.
+
+        None without a validation set.
+        """
         config, valid = self._config, self._valid
         if valid is None or not self.validation_examples:
             return None
@@ -183,22 +190,22 @@ class BucketedSchedule:
             valid, config.batch_size, config.val_batches, max_seq_length=config.max_seq_length
         )
         rows = np.concatenate([batch.rows for batch in batches])
-        counted = config.training.loss is not None  # a room's loss counts examples
-        tokens = [1 if counted else int(valid.example_mask(row)[1:].sum()) for row in rows]
+        by_example = config.training.loss is not None  # the loss of a room counts examples
+        tokens = [1 if by_example else int(valid.example_mask(row)[1:].sum()) for row in rows]
         valid.release_pages()
         return valid.lines[rows], np.array(tokens, np.int64)
 
     def seed_step(self, step: int) -> None:
-        """Seed from the run's seed and the step: on resume there is nothing to restore."""
+        """Seed from the run's seed and the step, so that a resumed run has nothing to restore."""
         mx.random.seed(self._world.seed_of_step(self._config.seed, step))
 
     def is_complete_step(self, first: int, last: int) -> bool:
-        """A partial accumulation at the end is a step too."""
+        """Whether gradients are applied: always, even for fewer micro-batches at the end."""
         return True
 
 
 def make_batch_order(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrder:
-    """The batches that a configuration trains on, epoch after epoch."""
+    """Return the order of batches that a configuration trains on, epoch after epoch."""
     return BatchOrder(
         split.lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
     )
@@ -210,10 +217,10 @@ def make_step_schedule(
     world: World = SINGLE_PROCESS_WORLD,
     mixed: MixedExamples | None = None,
 ) -> StepSchedule:
-    """The length-bucketed schedule, or under `training.reference` that of a room.
+    """Return the length-bucketed schedule, or under `training.reference` that of a room.
 
-    `mixed` has earlier examples beside those of the run. Raises ConfigError where the room of a
-    reference is not installed.
+    `mixed` has the run's examples together with replayed ones. Raises ConfigError if the room is
+    not installed.
     """
     if config.training.reference is None:
         return BucketedSchedule(config, splits, world, mixed)

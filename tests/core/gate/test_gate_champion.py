@@ -16,7 +16,7 @@ import pytest
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import decode_digests, digest_examples, encode_digests
-from nested_core.gate.judge import make_checks_of_run
+from nested_core.gate.judge import run_gate_checks
 from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_nonempty_splits
 from nested_core.pipeline.publishing import register_run
@@ -270,7 +270,7 @@ def test_the_champion_answers_the_suites_too_and_only_once(
 def test_a_candidate_that_answers_worse_than_the_champion_is_refused(challenger) -> None:
     challenger.meet_wider()
     gate = challenger.with_suite().config.gate
-    records = make_checks_of_run(challenger.with_suite().config, challenger.run).answers
+    records = run_gate_checks(challenger.with_suite().config, challenger.run).answers
     assert {record.model for record in records} == {"base", "champion", "candidate"}
     right = {"base": 0.0, "champion": 1.0, "candidate": 0.0}
     planted = [replace(record, score=right[record.model]) for record in records]

@@ -14,7 +14,7 @@ from nested_core.gate.checks.judged import (
     Judged,
     begin_verdict,
     log_stopped_checks,
-    make_checks,
+    run_checks,
 )
 from nested_core.gate.judge import list_checks_with_model
 from nested_core.records.verdict import Reason
@@ -55,10 +55,10 @@ def test_a_check_is_stopped_by_those_that_it_names_and_by_no_other(judged: Judge
     stopped = Check("stopped", first.find, stopped_by=(silent, first))
     going_on = Check("going on", finding("going on").find, stopped_by=(silent, stopped))
     last = Check("last", first.find, needs_all=True)
-    make_checks(judged, (silent, first, stopped, going_on, last))
+    run_checks(judged, (silent, first, stopped, going_on, last))
     assert made == ["silent", "first", "going on"]
     assert codes(judged.verdict) == ["drift"]
-    assert judged.given_by == ["first"]
+    assert judged.failed_checks == ["first"]
     assert judged.stopped == {"stopped": "first", "last": "first"}
 
 
@@ -66,7 +66,7 @@ def test_a_check_that_the_bounds_do_not_ask_for_is_neither_made_nor_stopped(judg
     check: Check[Judged] = Check(
         "unasked", lambda _: [Reason("drift", "")], is_asked=lambda bounds: bounds.check_fused
     )
-    make_checks(judged, (check,))
+    run_checks(judged, (check,))
     assert judged.verdict.has_passed
     assert judged.stopped == {}
     log_stopped_checks(judged)
@@ -115,7 +115,7 @@ def test_tensors_that_cannot_be_compared_leave_nothing_to_say_of_their_values(tm
     after = trained_tensors()
     after[A] = after[A][:, :2]
     judged = begin(tmp_path, trained_tensors(), after)
-    make_checks(judged, CHECKS_OF_ADAPTERS)
+    run_checks(judged, CHECKS_OF_ADAPTERS)
     assert codes(judged.verdict) == ["shape_mismatch"]
     assert set(judged.stopped.values()) == {"tensors"}
 
@@ -124,7 +124,7 @@ def test_the_reason_of_a_cause_stands_first(judged: Judged) -> None:
     found: Check[Judged] = Check("found", lambda _: [Reason("no_effect", "nothing moved")])
     cause: Check[Judged] = Check("cause", lambda _: [Reason("non_finite", "")], is_cause=True)
     last: Check[Judged] = Check("last", lambda _: [Reason("drift", "")], stopped_by=(cause,))
-    make_checks(judged, (found, cause, last))
+    run_checks(judged, (found, cause, last))
     assert codes(judged.verdict) == ["non_finite", "no_effect"]
-    assert judged.given_by == ["cause", "found"]
+    assert judged.failed_checks == ["cause", "found"]
     assert judged.stopped == {"last": "cause"}

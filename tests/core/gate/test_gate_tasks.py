@@ -14,7 +14,7 @@ from flows.flow_runs.allowed_folders import with_trusted_code
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
-from nested_core.gate.judge import make_checks_of_run
+from nested_core.gate.judge import run_gate_checks
 from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.pipeline import steps
 from nested_core.records.answers import AnsweringRole, AnswerRecord
@@ -48,7 +48,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Candidate:
 @pytest.fixture(scope="module")
 def answers_of_broken(broken: Candidate) -> Sequence[AnswerRecord]:
     """What base and candidate answer to its suite."""
-    return make_checks_of_run(broken.config, broken.run).answers
+    return run_gate_checks(broken.config, broken.run).answers
 
 
 @pytest.mark.claim("A significantly worse adapter (loss, answers) passes only within set limits")

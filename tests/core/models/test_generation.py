@@ -165,6 +165,24 @@ def test_a_model_that_takes_a_batch_for_something_else_is_not_batched(monkeypatc
     assert not generation.can_batch(build("gemma2"))
 
 
+@pytest.mark.parametrize(("share", "is_batched"), [(1e-5, True), (1e-3, False)])
+def test_what_layers_round_in_float32_is_no_reason_to_answer_one_by_one(
+    share: float, is_batched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_CAN_BATCH", {})
+    model = build("llama")
+    own_call = type(model).__call__
+
+    def rounds(self, inputs, **arguments):
+        """Of a batch, the first logit of each token is off by ten times `share`."""
+        logits = own_call(self, inputs, **arguments)
+        first = mx.arange(logits.shape[-1]) == 0
+        return logits + (share * 10 * first if inputs.shape[0] > 1 else 0)
+
+    monkeypatch.setattr(type(model), "__call__", rounds)
+    assert generation.can_batch(model) is is_batched
+
+
 @pytest.mark.parametrize(("text", "is_empty"), [("", True), (" \n\u2003", True), (" a", False)])
 def test_an_answer_of_white_space_is_empty(text: str, is_empty: bool) -> None:
     assert Answer(text, 3, is_endless=False, is_repeated=False).is_empty is is_empty

@@ -288,7 +288,7 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("speed", "left", "is_cut"),
-    [(0.1, 145, False), (0.1, 143, True), (0.05, 289, False), (0.05, 287, True)],
+    [(0.1, 136, False), (0.1, 134, True), (0.05, 271, False), (0.05, 269, True)],
 )
 def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
     speed: float, left: float, is_cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -300,7 +300,7 @@ def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
     os.utime(run.metrics, (now, now))
     monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now))
     clock = timed_training._Clock(run, now + left + timed_training.SECONDS_TO_STOP, print, 1)
-    assert clock._must_cut(FIXED) is is_cut  # 1.2 times 10 + 10 + 100 s, at half the speed twice
+    assert clock._must_cut(FIXED) is is_cut  # 10 + 10 + 100 + 15 s, at half the speed twice
     nearly_done = replace(FIXED, steps=6)
     assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
 

@@ -27,6 +27,7 @@ from nested_core.rooms.planning.suggested_config import suggest_config, suggest_
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.atomic import new_directory
 from tests.architectures import HYBRIDS, SIZES
+from tests.builders.data_sets import write_lines
 from tests.example import DATA, MODEL, example_config, example_settings
 
 
@@ -204,6 +205,16 @@ def test_a_suggestion_loads_and_fits_the_data(tmp_path, fields, named) -> None:
     iterations = explain_run(config, measures_speed=False).iterations
     assert f"# 20 passes are {iterations} batches: 3 would be fewer than 200" in path.read_text()
     assert warn_of_learning_rate(config) is None
+
+
+@pytest.mark.parametrize(("answer", "sample_tokens"), [("y", 24), ("yes " * 30, 64)])
+def test_sample_answers_to_labels_are_cut_early(tmp_path, answer, sample_tokens) -> None:
+    for split, count in (("train", 20), ("valid", 4)):
+        rows = [{"prompt": f"Is it {split} {n}?", "completion": answer} for n in range(count)]
+        write_lines(tmp_path / "data" / f"{split}.jsonl", rows)
+    text = suggest_config(str(MODEL), str(tmp_path / "data")).text
+    assert load_config_text(text).training.sample_tokens == sample_tokens
+    assert text.count("sample_tokens") == (sample_tokens == 24)
 
 
 def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_the_first_rate(

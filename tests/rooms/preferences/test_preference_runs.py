@@ -17,7 +17,7 @@ import pytest
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.lines import example_parsing
-from nested_core.errors import DatasetError, TrainingStopped
+from nested_core.errors import DamagedError, DatasetError, TrainingStopped
 from nested_core.gate.judge import judge_run
 from nested_core.pipeline import steps
 from nested_core.records.verdict import Verdict
@@ -26,6 +26,7 @@ from nested_core.records.verdict_table import list_checks
 from nested_core.rooms.preferences import reference_likelihoods
 from nested_core.rooms.preferences.answer_rows import PAIRS, encode_pair
 from nested_core.rooms.preferences.reference_likelihoods import (
+    LIKELIHOODS_FILE,
     find_likelihoods_file,
     read_likelihoods,
 )
@@ -127,6 +128,40 @@ def test_the_reference_is_computed_once_and_kept_with_its_adapter(learnt) -> Non
     assert len(kept.by_conversation) == 2 * 50
     assert all(value < 0 for value in kept.by_conversation.values())
     assert run.is_own_file(find_likelihoods_file(run).relative_to(run.path).as_posix())
+
+
+def test_kept_likelihoods_of_another_adapter_or_reference_are_computed_anew(
+    tmp_path: Path, learnt: Judged
+) -> None:
+    whole = learnt.finished
+    own = find_likelihoods_file(whole.run).read_text()
+    kept = read_likelihoods(find_likelihoods_file(whole.run))
+    assert kept is not None
+    wrong = dict.fromkeys(kept.by_conversation, -1.0)
+    others = [
+        replace(kept, digest="0" * 64, by_conversation=wrong),
+        replace(kept, reference="base", by_conversation=wrong),
+    ]
+    for number, other in enumerate(others):
+        run = prepare(whole.config, tmp_path / str(number))
+        path = find_likelihoods_file(run)
+        path.parent.mkdir(parents=True)
+        LIKELIHOODS_FILE.write(path, other)
+        trained = train(whole.config, run)
+        assert path.read_text() == own
+        assert read_adapter(run.adapter).digest() == read_adapter(whole.run.adapter).digest()
+        assert trained.result.step == 6
+
+
+def test_a_torn_file_of_kept_likelihoods_is_refused(tmp_path: Path, learnt: Judged) -> None:
+    config = learnt.finished.config
+    run = prepare(config, tmp_path / "run")
+    path = find_likelihoods_file(run)
+    path.parent.mkdir(parents=True)
+    whole = find_likelihoods_file(learnt.finished.run).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DamagedError, match=r"reference-likelihoods\.json is not valid JSON"):
+        train(config, run)
 
 
 @pytest.mark.parametrize(

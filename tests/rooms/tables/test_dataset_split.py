@@ -130,5 +130,5 @@ def test_the_longest_label_says_how_many_tokens_an_answer_may_have() -> None:
 
 def test_a_shown_chat_has_its_line_ends_as_lines() -> None:
     line = json.dumps(chat("Hello,\n\nwhere to?", "Oslo")).encode()
-    indent = 8 * " "
+    indent = 3 * " "
     assert describe_chat(line) == [f"user: Hello,\n{indent}\n{indent}where to?", "assistant: Oslo"]

@@ -1,0 +1,62 @@
+"""kill -9 of runs on preferences: `python -m tests.rooms.preferences.kills dpo KILLS FOLDER`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from tests.reliability.soak import run_kills  # first: it prepares the process for mlx
+
+# isort: split
+import yaml
+
+from tests.reliability.kills import NAME, Command, KillSoak, comparable
+from tests.rooms.preferences.pair_data import make_values, write_labelled, write_pairs
+
+LIKELIHOODS = "run/rooms/preferences/reference-likelihoods.json"
+
+
+class PreferenceKillSoak(KillSoak):
+    """One command, a run that computes the likelihoods of its reference and trains on them."""
+
+    loss = "dpo"
+
+    def prepare(self) -> None:
+        """Train without a kill, twice: the first run compiles the kernels, and is not timed."""
+        write = write_labelled if self.loss == "kto" else write_pairs
+        values = make_values(
+            write(self._folder / "data"),
+            self.loss,
+            save_every=3,
+            nested={"frequencies": [1, 2]},
+            registry={"path": "registry", "name": NAME, "promote": "always"},
+            training={"loss": self.loss, "keep_checkpoints": 1000, "sample_tokens": 1},
+        )
+        (self._folder / "run.yaml").write_text(yaml.safe_dump(values))
+        for name in ("first", "undisturbed"):
+            scenario = self._new_scenario(name)
+            began = time.monotonic()
+            self._finish(*self._commands()[0].arguments, cwd=scenario)
+            self._seconds["train"] = time.monotonic() - began
+        self._expected = comparable(scenario)
+        kept = json.loads(self._expected[LIKELIHOODS])
+        assert kept["reference"] == "initial"
+        assert kept["by_conversation"]
+
+    def _commands(self) -> list[Command]:
+        config = str(self._folder / "run.yaml")
+        return [Command("train", ("train", "-c", config, "--run-dir", "run"))]
+
+
+class LabelKillSoak(PreferenceKillSoak):
+    """The same of kto, on answers with a label."""
+
+    loss = "kto"
+
+
+if __name__ == "__main__":
+    name, kills, folder = sys.argv[1:]
+    soak = {"dpo": "PreferenceKillSoak", "kto": "LabelKillSoak"}[name]
+    print(run_kills(f"{__spec__.name}:{soak}", Path(folder) / "kills", int(kills), seed=0))
