@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class RegisteredAdapter:
-    """A version in a registry, which can be asked.
+    """A registered version of an adapter, which can answer prompts.
 
-    registry, name: where it is registered.
-    version: its digest.
+    registry, name: the registry's folder, and the name that the version belongs to.
+    version: digest of the adapter.
     """
 
     registry: Path
@@ -39,20 +39,24 @@ class RegisteredAdapter:
 
     @property
     def folder(self) -> Path:
-        """Its files, which mlx_lm takes as --adapter-path."""
+        """Folder with the version's files; mlx_lm accepts it as --adapter-path."""
         return version_folder(self.registry, self.name, self.version)
 
     @cached_property
     def verdict(self) -> Verdict:
-        """The gate's verdict when it was registered."""
+        """The gate's verdict that the version was registered with."""
         return read_verdict(self.folder / GATE_NAME)
 
     def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
-        """What the version answers to a user's message.
+        """Generate the version's answer to a user's message.
 
-        The base is loaded at the first question and stays in memory with this object; the answer
-        ends after `max_tokens` tokens, and `temperature` 0 takes the likeliest one each time.
-        Raises ConfigError where the model cannot see all of the prompt.
+        Args:
+            prompt: the user's message.
+            max_tokens: the answer ends after this number of tokens at the latest.
+            temperature: sampling temperature; 0 always takes the likeliest token.
+
+        The base model is loaded at the first call and stays in memory with this object. Raises
+        ConfigError if the model cannot see the whole prompt.
         """
         from nested_core.models.generation import Sampling
 
@@ -60,26 +64,26 @@ class RegisteredAdapter:
 
     @cached_property
     def _loaded(self) -> SideBySide:
-        """The base and the version, in memory; every file of the version is hashed before."""
+        """Base model with this adapter, loaded once, after the version's files are verified."""
         from nested_core.models.side_by_side import SideBySide
 
         read_verified_version(self.registry, self.name, self.version)
         return SideBySide({"adapter": self.folder}, model=None, trust_remote_code=False)
 
     def __repr__(self) -> str:
-        place = self.registry / self.name
+        name_folder = self.registry / self.name
         version = shorten_digest(self.version)
-        return f"RegisteredAdapter({place}, version {version}, {self.verdict.summary()})"
+        return f"RegisteredAdapter({name_folder}, version {version}, {self.verdict.summary()})"
 
 
 def champion(name: str | Path, *, registry: str | Path | None = None) -> RegisteredAdapter:
-    """The champion of a name, or the version that is named.
+    """Return the champion of a name, or the version that NAME@VERSION asks for.
 
     Args:
         name: NAME, REGISTRY/NAME or NAME@VERSION.
-        registry: where a NAME is looked for; `registry` by default.
+        registry: folder of the registry in which NAME is looked up; `registry` by default.
 
-    Raises ConfigError for another name, or one without a champion.
+    Raises ConfigError if the name is unknown or has no champion.
     """
     named = find_named_adapter(Path(name), None if registry is None else Path(registry))
     versions = named.folder.parent
@@ -96,7 +100,7 @@ def promote(
     registry: str | Path = DEFAULT_REGISTRY,
     by: str | None = None,
 ) -> RegisteredAdapter:
-    """Register the adapter of a run, if it is not yet, and make it the champion of a name.
+    """Make the adapter of a run the champion of a name, and register it first if necessary.
 
     Args:
         result: what `finetune` returned, or a run directory.
@@ -104,9 +108,10 @@ def promote(
         registry: the folder that the name is in.
         by: who promotes it, as the history says; the user of this process by default.
 
-    It is a person's decision, which counts above the registry's policy: a warning says what that
-    asks for, and whether the champion before had a lower loss. Raises ConfigError where nothing was
-    trained, GateRejected for a verdict that did not pass, DamagedError for damaged files.
+    The promotion counts as a person's decision and overrides the registry's policy. A
+    RuntimeWarning is given if the policy would have refused it, or if the previous champion had a
+    lower loss. Raises ConfigError if nothing was trained, GateRejected if the verdict is not
+    "passed", DamagedError for damaged files.
     """
     run = result.run if isinstance(result, FinetuneResult) else RunDirectory(Path(result))
     registry = Path(registry)

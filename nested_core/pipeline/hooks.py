@@ -23,13 +23,14 @@ from nested_core.text.loss_format import format_loss
 
 
 class Steps:
-    """The steps of `finetune`, and what its caller gets to know: override what is to differ.
+    """The steps of `finetune` and its progress callbacks; override a method to change it.
 
-    `session` holds what a step leaves in memory for the next, such as the base model.
+    The argument `session` keeps objects in memory from one step to the next, such as the base
+    model.
     """
 
     def on_message(self, message: str) -> None:
-        """Called with a line for a person: warnings about the data, what training starts from."""
+        """Called with a message for the user, such as a warning about the data."""
 
     def on_data_progress(self, what: str, done: int, total: int) -> None:
         """Called while the data is read and tokenised: `done` of `total` parts of `what`."""
@@ -41,9 +42,10 @@ class Steps:
         """
 
     def on_step(self, step: int, steps: int) -> None:
-        """Called after each optimizer step, from 1, of `steps`; not where several processes train.
+        """Called after each optimizer step with its number, from 1, and the number of steps.
 
-        What it raises ends the run as an error; a stop is `trainer.stop_training()`.
+        Not called if several processes train. An exception raised here ends the run as an error;
+        call `trainer.stop_training()` to stop the run gracefully.
         """
 
     def on_report(self, figures: Mapping[str, Any]) -> None:
@@ -55,11 +57,11 @@ class Steps:
         """
 
     def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
-        """Write or compare the run's configuration."""
+        """Write the run's configuration, or compare it with the recorded one on resume."""
         steps.write_run_config(config, run, resume=resume)
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
-        """Judge the data set; DatasetError where it has an error."""
+        """Validate the data set and report its warnings; DatasetError if it has an error."""
         report = steps.validate(config, run, self.on_data_progress)
         for stats in report.splits.values():
             if stats.format not in MLX_LM_FORMATS or stats.delimiters:
@@ -70,16 +72,16 @@ class Steps:
             self.on_message(sentence)
 
     def load(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
-        """Write the initial adapter and the tier of each tensor."""
+        """Write the initial adapter, and the tier that each of its tensors belongs to."""
         steps.write_initial_adapter_and_tiers(config, run, self.on_message, session=session)
         if note := describe_starting_adapter(config, run):
             self.on_message(note)
 
     def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
-        """Train to the end; TrainingStopped where somebody asked to stop."""
+        """Train to the last step; TrainingStopped if a stop was requested before."""
 
         def begin(trainer: Any) -> None:
-            """Have the trainer tell of each step."""
+            """Attach this object's callbacks to the trainer before its first step."""
             trainer.on_step = self.on_step
             self.on_training_start(trainer)
 
@@ -87,17 +89,17 @@ class Steps:
         return steps.train(config, run, callback, begin, self.on_message, session=session)
 
     def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
-        """Judge the adapter; GateRejected where it does not pass."""
+        """Run the gate on the trained adapter; GateRejected if it does not pass."""
         return steps.judge(config, run, self.on_message, session=session)
 
     def measure_test(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> float:
-        """The loss of the judged adapter on test.jsonl."""
+        """Return the loss of the judged adapter on test.jsonl, in nats/token."""
         return steps.measure_test(config, run, self.on_message, session=session)
 
     def register(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Decision:
-        """Add the judged adapter to the registry, and promote it as `registry.promote` says.
+        """Register the judged adapter, and promote it if `registry.promote` allows.
 
-        Returns what became of the version.
+        Returns the decision on its promotion.
         """
         judged = find_judged_run(run, session)
         return register_run(config, judged, judged.verdict.rival)
@@ -107,17 +109,17 @@ Hooks = Steps  # its name in programs that were written before
 
 
 class _ReportCallback:
-    """mlx-lm's callback protocol, handed on to `Steps.on_report`."""
+    """Adapter from mlx-lm's training callbacks to `Steps.on_report`."""
 
     def __init__(self, hooks: Steps) -> None:
         self._hooks = hooks
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        """A report."""
+        """Forward the figures of a training report."""
         self._hooks.on_report(train_info)
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
-        """An evaluation."""
+        """Forward the figures of an evaluation."""
         self._hooks.on_report(val_info)
 
 
@@ -131,7 +133,10 @@ def can_show_progress() -> bool:
 
 
 class ShownProgress(Steps):
-    """One line that is rewritten: what is read, then steps, losses and the time that is left."""
+    """Progress on standard error, as one line that is rewritten in place.
+
+    The line shows the reading of the data, then steps, losses and the remaining time.
+    """
 
     def __init__(self) -> None:
         self._losses: dict[str, float | None] = {}
@@ -140,20 +145,20 @@ class ShownProgress(Steps):
         self._has_open_line = False
 
     def on_message(self, message: str) -> None:
-        """A line of its own."""
+        """Write the message on a separate line, which stays."""
         self._write(escape(message), ends=True)
 
     def on_data_progress(self, what: str, done: int, total: int) -> None:
-        """How much of the data is read."""
+        """Show the percentage of the data that has been read."""
         self._rewrite(f"{what}: {done / total:.0%}")
 
     def on_report(self, figures: Mapping[str, Any]) -> None:
-        """Keep the losses for the next line."""
+        """Remember the newest losses; the next `on_step` shows them."""
         names = {"train_loss": "training loss", "val_loss": "validation loss"}
         self._losses |= {text: figures[key] for key, text in names.items() if key in figures}
 
     def on_step(self, step: int, steps: int) -> None:
-        """The position, the last losses, and how long it will take."""
+        """Show the step, the newest losses and an estimate of the remaining time."""
         now = time.monotonic()
         if self._began is None:
             self._began = (step, now)
@@ -161,12 +166,12 @@ class ShownProgress(Steps):
         parts = [f"train {step / steps:4.0%}, step {step:,} of {steps:,}"]
         parts += [f"{name} {format_loss(loss)}" for name, loss in self._losses.items()]
         if step > first:
-            left = (now - began) / (step - first) * (steps - step)
-            parts.append(f"about {format_clock(left)} left")
+            remaining_seconds = (now - began) / (step - first) * (steps - step)
+            parts.append(f"about {format_clock(remaining_seconds)} left")
         self._rewrite(", ".join(parts), is_last=step == steps)
 
     def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
-        """Judge, and show the verdict with what has to be known beside it."""
+        """Run the gate, then show the verdict and its notes."""
         self._rewrite("gate: evaluating the adapter ...", is_last=True)
         verdict = super().judge(config, run, session)
         for line in (verdict.summary(), *verdict.notes()):
@@ -174,13 +179,17 @@ class ShownProgress(Steps):
         return verdict
 
     def _rewrite(self, text: str, *, is_last: bool = False) -> None:
-        """Put the text in place of the open line, now and then."""
+        """Replace the open line by `text`, at most once in SECONDS_BETWEEN_LINES.
+
+        With `is_last` the text is always written.
+        """
         now = time.monotonic()
         if is_last or now - self._shown_at >= SECONDS_BETWEEN_LINES:
             self._shown_at = now
             self._write(escape(text), ends=False)
 
     def _write(self, text: str, *, ends: bool) -> None:
+        """Write `text` over the open line; `ends` finishes the line so that it stays."""
         start = "\r" if self._has_open_line else ""
         padded = text.ljust(LINE_WIDTH) if self._has_open_line or not ends else text
         end = "\n" if ends else ""

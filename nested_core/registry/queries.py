@@ -44,7 +44,7 @@ from nested_core.storage.untrusted_files import read_regular
 
 
 def read_champion(registry: Path, name: str) -> str | None:
-    """The version that the `champion` link points to, or None before the first promotion.
+    """Return the version that the `champion` link points to; None before the first promotion.
 
     Raises ConfigError for an unknown registry or name, DamagedError for a link to anything but a
     version that exists.
@@ -53,15 +53,16 @@ def read_champion(registry: Path, name: str) -> str | None:
     champion = read_link(folder)
     if version_exists(folder, champion):
         return champion
-    with holding_champion(registry, name) as now:  # a gc may have removed what it was just now
-        return now
+    # A concurrent gc may have removed the version since the link was read: read again, locked.
+    with holding_champion(registry, name) as locked_champion:
+        return locked_champion
 
 
 def read_champion_card(registry: Path, name: str) -> str:
-    """The model card of a name's champion, as it was registered.
+    """Return the model card (Markdown) that was registered with the champion of `name`.
 
-    Raises ConfigError for an unknown name or one without a champion, DamagedError if the version
-    is not what was registered.
+    Raises ConfigError if the name is unknown or has no champion, DamagedError if the files of the
+    version have changed since it was registered.
     """
     version = read_champion(registry, name)
     if version is None:
@@ -85,12 +86,17 @@ def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
 
 
 def list_versions(registry: Path, name: str) -> list[str]:
-    """Every registered version, in the order of the digests."""
+    """Return the digest of every registered version, sorted."""
     return registered_versions(find_name_folder(registry, name))
 
 
 def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None:
-    """The registered version that a run was trained from; None if it started fresh."""
+    """Return the registered version whose adapter a run continued from.
+
+    initial_digest: digest of the adapter that training started with.
+
+    None if the run started with a fresh adapter, or from one that is not in its registry.
+    """
     path, name = config.registry.path, config.registry.name
     if config.continual.start is None or path is None or name is None:
         return None
@@ -100,19 +106,22 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
 
 def read_registration_time(registry: Path, name: str, version: str) -> str | None:
-    """When a version was registered, as ISO 8601 (UTC); None if that is not known."""
+    """Return when a version was registered, as ISO 8601 (UTC); None if the time is unknown."""
     with reading(registry, name) as (_, ledger):
         return next((e.time for _, e in ledger.standing.get(version, ())), None)
 
 
 def read_champion_changes(registry: Path, name: str, *, since: int = 0) -> list[Entry]:
-    """Every change of the champion, or those in the lines from number `since`, oldest first."""
+    """Return the history lines that changed the champion, oldest first.
+
+    since: number of the first history line to look at.
+    """
     with reading(registry, name) as (_, ledger):
         return ledger.changes(since)
 
 
 def verify(registry: Path, name: str, version: str) -> None:
-    """Re-hash one version; DamagedError if it is not what was registered."""
+    """Re-hash the files of one version; DamagedError if any has changed since registration."""
     with reading(registry, name) as (folder, ledger):
         recorded = ledger.manifest_hashes(version)
         verify_version(folder / VERSIONS_FOLDER_NAME / version, version, recorded)
@@ -129,11 +138,13 @@ class VerifiedVersion:
 
 
 def read_verified_version(registry: Path, name: str, prefix: str) -> VerifiedVersion:
-    """Re-hash one version and read it into memory; `prefix` is its digest, or its first digits.
+    """Read one version into memory and check it against the hashes of its registration.
 
-    What is returned has been hashed itself: the adapter's digest is the version. Raises ConfigError
-    where `prefix` names no version or several, DamagedError where the version is not what was
-    registered.
+    prefix: the version's digest, or the first digits of the digest.
+
+    The hashes are taken of the bytes that are returned, so a change of the files during the read
+    is noticed. Raises ConfigError if `prefix` matches no version or several, DamagedError if the
+    version has changed since it was registered.
     """
     with reading(registry, name) as (folder, ledger):
         version = resolve_version(folder, prefix, ledger)
@@ -152,16 +163,17 @@ def read_verified_version(registry: Path, name: str, prefix: str) -> VerifiedVer
 
 
 def read_rollback_target(registry: Path, name: str) -> str | None:
-    """The version that a rollback without `to` would go to; None if no version is left."""
+    """Return the version that a rollback without `to` would restore; None without one."""
     with reading(registry, name) as (_, ledger):
         return ledger.rollback_target()
 
 
 def check_champion(registry: Path, name: str) -> str | None:
-    """The champion, after comparing its files, the chain of the history and its end.
+    """Verify the champion's files and the hash chain of the history; return the champion.
 
-    A file that has the device, inode, size and change time that it had when it was hashed is not
-    hashed again until a day later. A link that was moved by hand is recorded. Raises DamagedError.
+    None means that the name has no champion yet. A file whose device, inode, size and change time
+    are unchanged is hashed again only after a day. If a person moved the `champion` link by hand,
+    the move is recorded in the history. Raises DamagedError if anything was changed or lost.
     """
     with writing(registry, name) as held:
         require_sound_champion(held)
@@ -169,10 +181,10 @@ def check_champion(registry: Path, name: str) -> str | None:
 
 
 def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Of each version with a held-out loss: `loss` in nats/token, and its `file`.
+    """Map each version to its held-out loss: `{"loss": nats/token, "file": data file}`.
 
-    They are those of the verdict that it was registered with. A version whose verdict cannot be
-    read has none here; `audit` says what is wrong with it.
+    The loss is taken from the verdict that the version was registered with. Versions without a
+    held-out loss, or with an unreadable verdict, are left out; `audit` reports the latter.
     """
     folder = find_name_folder(registry, name)
     losses = {}
@@ -189,11 +201,11 @@ def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:
-    """What was done to a name: the lines of history.jsonl, oldest first, without a torn last line.
+    """Return the lines of a name's history.jsonl as dictionaries, oldest first.
 
-    Those that say what was registered and judged are left out. A last line that the link does not
-    follow has `"unfinished": true`: a crash came in between, and the next writer finishes, or the
-    link was moved by hand.
+    Lines about registration and judgement are left out, and so is a torn last line. The last
+    dictionary has `"unfinished": True` if the `champion` link does not point to the champion of
+    the history: either a crash came between the two writes, or a person moved the link by hand.
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder):

@@ -61,11 +61,12 @@ REGISTRATION_AUTHOR = "nested-tune (a run with a verdict)"
 
 @dataclass(frozen=True)
 class NewVersion:
-    """The adapter of a judged run on its way into a registry, and what is recorded with it.
+    """The judged adapter of a run, with everything that its registration records.
 
     examples: the rows for the data store; None if no rows are kept.
-    was_judged_now: whether the gate has just given the verdict. On a version that is there already
-        the same words count again then, where policy or champion differ, or anything was changed.
+    was_judged_now: whether the gate has just given the verdict. If so, a verdict equal to an
+        earlier one on the same version is still recorded when the policy or the champion differs,
+        or when the history has changed since.
     """
 
     run: JudgedRun
@@ -99,9 +100,9 @@ def register(
 
 @contextmanager
 def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[NameFolder, str]]:
-    """Add a version and its examples, and hold the folder's lock in the block.
+    """Add a version and its examples to `name`, and keep the name's folder locked in the block.
 
-    Gives the folder, and the hash of the version's manifest.
+    Yields the locked folder and the hash of the version's manifest.
     """
     with writing_folder(create_name_folder(registry, name)) as held:
         if new.examples is not None:
@@ -111,17 +112,20 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
 
 
 def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:
-    """Keep a verdict that rejects a run's adapter, where that is a version of `name` already."""
+    """Record a rejecting verdict on an adapter that is already a version of `name`.
+
+    Nothing is recorded for an adapter that is not registered.
+    """
     with writing(registry, name) as held:
         if held.place_of(rejected.run.version).exists():
             _judge(held, rejected)
 
 
 def require_usable_registry(registry: Path, name: str) -> None:
-    """Raise what `register` and `promote` would for the registry itself, and change nothing.
+    """Check, before a run starts, that a version of `name` can be registered and promoted later.
 
-    ConfigError where it cannot be written, DamagedError for a history or champion that is damaged.
-    Takes the locks of folders that exist, for a moment.
+    Raises ConfigError if the registry cannot be written, DamagedError if the history or the
+    champion is damaged. Changes nothing; an existing folder of the name is locked during the check.
     """
     require_creatable(registry, name)
     folder = registry / name
@@ -133,7 +137,10 @@ def require_usable_registry(registry: Path, name: str) -> None:
 
 
 def require_sound_champion(held: NameFolder) -> None:
-    """Raise DamagedError for a champion whose files are gone, or not those that were hashed."""
+    """Raise DamagedError if the champion's files are missing or differ from their hashes.
+
+    Does nothing before the first promotion.
+    """
     if (champion := held.champion) is None:
         return
     if not version_exists(held.path, champion):
@@ -144,10 +151,10 @@ def require_sound_champion(held: NameFolder) -> None:
 
 
 def _add_version(held: NameFolder, new: NewVersion) -> str:
-    """Copy a run's adapter to `versions/`, or keep its verdict on the version that is there.
+    """Copy a run's adapter to `versions/`, and return the hash of the version's manifest.
 
-    Returns the hash of the version's manifest. A version that was registered and whose files are
-    lost gets a line `restored`.
+    If the version exists already, only the run's verdict is recorded, as a judgement. If the
+    version was registered before and its files were lost, the history gets a line `restored`.
     """
     version, by = new.run.version, new.by
     path = held.place_of(version)
@@ -172,7 +179,7 @@ def _add_version(held: NameFolder, new: NewVersion) -> str:
 
 
 def _judge(held: NameFolder, new: NewVersion) -> None:
-    """Keep a verdict on a version that is registered, where it is new."""
+    """Record the run's verdict on a registered version, unless it repeats an earlier verdict."""
     version, verdict = new.run.version, new.run.verdict
     earlier = read_verdicts(held.path, version, held.ledger)
     facts = JudgementFacts.from_provenance(new.provenance)
@@ -190,15 +197,16 @@ def _judge(held: NameFolder, new: NewVersion) -> None:
 
 
 def _write_judgement(held: NameFolder, new: NewVersion) -> str:
+    """Write the run's verdict beside its version; return the judgement's hash for the history."""
     facts = JudgementFacts.from_provenance(new.provenance)
     version, verdict = new.run.version, new.run.verdict
     return write_judgement(held.path, version, verdict, facts, confirm=held.confirm)
 
 
 def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
-    """Write all files of a version of `name` into its new folder; its manifest's hash.
+    """Write all files of a version of `name` into `folder`; return the hash of its manifest.
 
-    Raises DamagedError unless the copies are of the files that the run's verdict rests on.
+    Raises DamagedError if a copied file differs from the one that the gate judged.
     """
     run, bound = new.run, new.run.bound
     now = datetime.now(UTC).isoformat(timespec="microseconds")
@@ -224,10 +232,10 @@ def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
 
 
 def _make_read_only(folder: Path) -> None:
-    """Take the right to write from a version's files, and to replace them from its folder.
+    """Remove write permission from a version's files and from the version's folder.
 
-    They were made under the umask, which says who reads. The folder stays as it is where `versions`
-    is a group's: each member of it may remove what another registered.
+    Who may read them was decided by the umask and stays. The folder stays writable if a group may
+    write `versions`: members of the group may remove versions that another member registered.
     """
     for path in folder.iterdir():
         path.chmod(path.stat().st_mode & READ_BITS)

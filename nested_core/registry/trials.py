@@ -33,10 +33,11 @@ MAX_REASON_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class Trial:
-    """A run from the champion that made no version.
+    """A finished run that registered no version, as the history of a name records it.
 
-    conditions_digest: of all that decided what became of it; `dataset_digest` and
-        `settings_digest` are parts of that, for a person who asks what differs.
+    conditions_digest: digest of everything that decided the outcome of the run.
+    dataset_digest, settings_digest: digests of two parts of these conditions. They tell a person
+        which part differs between two runs.
     run: the run's folder.
     reason: what the gate found, in a sentence.
     """
@@ -50,9 +51,10 @@ class Trial:
 
 
 def record_trial(registry: Path, name: str, trial: Trial) -> None:
-    """Record a run that made no version; of conditions that have a line nothing is added.
+    """Append a `tried` line for a run that registered no version to the history of `name`.
 
-    The name is made if it is not there: a first run may be rejected.
+    Nothing is appended if the history has a line with the same `conditions_digest` already. The
+    folder of the name is created if it is missing, because even a first run can be rejected.
     """
     with writing_folder(create_name_folder(registry, name)) as held:
         if _find_line(held.path, held.ledger, trial.conditions_digest) is None:
@@ -63,10 +65,11 @@ def record_trial(registry: Path, name: str, trial: Trial) -> None:
 def find_reason_to_skip(
     section: RegistrySection, conditions_digest: str, champion: str | None
 ) -> Skip | None:
-    """Why a run under these conditions would make no champion, by the history; None to train.
+    """Return why a run under these conditions cannot make a champion; None if it should train.
 
-    Of a version that such a run has made already it is decided anew: a person may have said no, or
-    yes, since. Raises DamagedError where a version cannot be read.
+    The history of the name is searched for an earlier run under the same conditions. If that run
+    registered a version, the promotion policy judges the version again, because a person may have
+    approved or declined it since. Raises DamagedError if a version cannot be read.
     """
     registry, name = registry_location(section)
     if not name_exists(registry, name):
@@ -89,7 +92,10 @@ def find_reason_to_skip(
 
 
 def _find_line(folder: Path, ledger: Ledger, conditions_digest: str) -> Entry | None:
-    """The newest line of these conditions that holds: its version is there, or it made none."""
+    """Return the newest history line with `conditions_digest`, or None.
+
+    A line whose version is no longer on disk is passed over.
+    """
     versions = registered_versions(folder)
     for line in reversed(ledger.entries):
         if line.conditions_digest == conditions_digest and line.version in (None, *versions):
@@ -98,6 +104,7 @@ def _find_line(folder: Path, ledger: Ledger, conditions_digest: str) -> Entry | 
 
 
 def _describe_trial(line: Entry) -> Skip:
+    """Return the reason to skip a run whose earlier trial registered no version."""
     words = WORDS_IN_SENTENCE.get(str(line.outcome), str(line.outcome))
     champion = "no champion" if line.previous is None else "this champion"
     details = f"with this data, these settings and {champion} (run {line.run}): {line.reason}"
@@ -105,7 +112,12 @@ def _describe_trial(line: Entry) -> Skip:
 
 
 def _describe_refusal(line: Entry, candidate: Judgement, decision: Decision) -> Skip:
-    """Why the version that the same conditions have made is no champion."""
+    """Return the reason to skip a run whose conditions already produced a refused version.
+
+    line: the history line of the earlier run.
+    candidate: the judgement on its version.
+    decision: the refusal of the promotion policy.
+    """
     version, day = shorten_digest(candidate.version), _day(line)
     if decision.outcome == "waiting":
         reason = f"{version} of {day}, on the same data, waits for approval"
@@ -121,5 +133,5 @@ def _describe_refusal(line: Entry, candidate: Judgement, decision: Decision) -> 
 
 
 def _day(line: Entry) -> str:
-    """Such as 24 Nov 2026."""
+    """Format the date of a history line, such as `24 Nov 2026`."""
     return f"{datetime.fromisoformat(line.time):%d %b %Y}"

@@ -43,7 +43,7 @@ HASHED_AGAIN_AFTER_SECONDS = 24 * 3600
 
 @dataclass(frozen=True)
 class AuditFinding:
-    """A file of the registry that is not as it was written, what is wrong, and how to mend it."""
+    """One damaged file of the registry: what is wrong with it, and advice on how to repair it."""
 
     file: Path
     message: str
@@ -55,7 +55,7 @@ class AuditFinding:
 
 
 def version_manifest_facts(version: str) -> dict[str, Any]:
-    """What a version's manifest says beside the hashes of its files."""
+    """Return the manifest fields of a version other than the hashes of its files."""
     return {"kind": "adapter version", "version": version}
 
 
@@ -65,9 +65,9 @@ def version_folder(registry: Path, name: str, version: str) -> Path:
 
 
 def read_provenance(version_path: Path) -> dict[str, Any]:
-    """Read where the version in `place` comes from; DamagedError if that cannot be read.
+    """Read provenance.json of a version; DamagedError if it is unreadable or no JSON object.
 
-    Whether it is still what was registered is for `verify_version`.
+    Its hash is not compared here; `verify_version` does that.
     """
     path = version_path / PROVENANCE_NAME
     try:
@@ -80,7 +80,7 @@ def read_provenance(version_path: Path) -> dict[str, Any]:
 
 
 def how_to_mend(version_path: Path) -> str:
-    """What to do about a version that is not what was registered."""
+    """Return advice, with commands, on how to repair a damaged version."""
     name, registry = version_path.parent.parent.name, version_path.parent.parent.parent
     return (
         f"Restore {version_path} from a backup; or remove it and give `nested-tune promote "
@@ -91,7 +91,7 @@ def how_to_mend(version_path: Path) -> str:
 
 
 def registered_versions(folder: Path) -> list[str]:
-    """The versions in a NAME's folder, in the order of their digests."""
+    """Return the digests of the versions on disk in the folder of a name, sorted."""
     return sorted(
         name
         for name in os.listdir(folder / VERSIONS_FOLDER_NAME)
@@ -100,7 +100,11 @@ def registered_versions(folder: Path) -> list[str]:
 
 
 def resolve_version(folder: Path, prefix: str, ledger: Ledger) -> str:
-    """The one version whose digest begins with `prefix`; ConfigError for none or several."""
+    """Return the one version whose digest begins with `prefix`.
+
+    Versions that the history knows count even if their files are lost. Raises ConfigError if no
+    version or several match.
+    """
     if VERSION_PREFIX_PATTERN.fullmatch(prefix) is None:
         raise ConfigError(
             f"{prefix!r:.80} is not a version. Expected the name of a folder below "
@@ -121,12 +125,15 @@ def resolve_version(folder: Path, prefix: str, ledger: Ledger) -> str:
 def verify_version(
     folder: Path, version: str, recorded: set[str], *, max_age: float | None = None
 ) -> str:
-    """Re-hash the files of a version; return its manifest's hash.
+    """Re-hash the files of a version; return the hash of its manifest.
 
-    `recorded` holds the manifest hashes that the history knows of it. What has none yet is read as
-    well: its digest and its verdict. A file that was hashed within `max_age` seconds, and is the
-    same by device, inode, size and change time, is not hashed again. Raises DamagedError naming
-    every file that is not as it was registered, GateRejected if the verdict is not "passed".
+    recorded: the manifest hashes that the history has for the version. If it is empty, the
+        adapter's digest and the verdict are checked as well.
+    max_age: seconds for which an earlier hash of a file is trusted, provided that its device,
+        inode, size and change time are unchanged; None hashes every file again.
+
+    Raises DamagedError naming every file that has changed since registration, GateRejected if the
+    verdict is not "passed".
     """
     findings, manifest = inspect_version(folder, version, recorded, max_age=max_age)
     if manifest is None or findings:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def find_outcome(run: Run) -> Outcome | None:
-    """The outcome of a run; None of one that has not ended, and of one that began nothing."""
+    """Return what became of a run, from its files and its registry.
+
+    None if the run has no verdict yet, or never began and no reason for that is recorded.
+    """
     if run.state in ("running", "damaged"):
         return Outcome.RUNNING if run.state == "running" else Outcome.DAMAGED
     if run.verdict is not None:
@@ -35,7 +38,10 @@ def find_outcome(run: Run) -> Outcome | None:
 
 
 def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
-    """What the registry says of the version that a run made; verified without a registry."""
+    """Return the outcome of a run that passed the gate, from the history of its registry name.
+
+    VERIFIED if the run has no registry, or if the registry cannot be read.
+    """
     from nested_core.registry import history, list_versions, read_champion_changes  # brings mlx
     from nested_core.registry.folders import name_exists
 
@@ -61,17 +67,28 @@ def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
 
 
 def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
-    """Whether a version became champion by itself, or by an answer; or was left by a rollback."""
+    """Return how a version that was champion at least once came to be it, or lost it again.
+
+    ROLLED_BACK if a rollback replaced the version last, APPROVED if a person's answer to a flow
+    run promoted it, PROMOTED otherwise.
+
+    changes: all changes of the champion, oldest first.
+    """
     last = [change for change in changes if version in (change.version, change.previous)][-1]
     if last.action == "rollback" and last.previous == version:
         return Outcome.ROLLED_BACK
-    made = [change for change in changes if change.version == version][-1]
-    is_answer = made.action == "promote" and not made.automatic and made.flow_run is not None
+    rise = [change for change in changes if change.version == version][-1]
+    is_answer = rise.action == "promote" and not rise.automatic and rise.flow_run is not None
     return Outcome.APPROVED if is_answer else Outcome.PROMOTED
 
 
 def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
-    """What a version that never was champion waits for, or that it was not better than one."""
+    """Return the outcome of a registered version that never was champion.
+
+    WAITS_FOR_APPROVAL if a person has yet to decide, SUPERSEDED if another version was registered,
+    judged or promoted meanwhile. KEPT_CHAMPION if the policy refused it for not being better than
+    the champion, VERIFIED otherwise.
+    """
     from nested_core.registry.history_views import read_link, reading
     from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
     from nested_core.registry.promotion_policy import (
@@ -98,7 +115,7 @@ def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
 
 
 def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
-    """One line that says why nothing was registered, with both losses."""
+    """Return one line that says why nothing was registered, with the losses before and after."""
     change, validation, compared = "no loss", verdict.validation, verdict.champion
     if validation is not None:
         before, after = validation.loss_before, validation.loss_after
@@ -116,7 +133,10 @@ def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
 
 
 def find_reason_kept(run: Run) -> str | None:
-    """Why a run that passed left the champion as it was, with both losses; None of other runs."""
+    """Return why a run that passed the gate did not replace the champion.
+
+    None for every run whose outcome is not KEPT_CHAMPION.
+    """
     from nested_core.registry import list_versions
     from nested_core.registry.history_views import read_link, reading
     from nested_core.registry.promotion_policy import (
@@ -139,9 +159,10 @@ def find_reason_kept(run: Run) -> str | None:
 
 
 def describe_outcome(run: Run) -> str:
-    """The outcome in a line, with the words of a verdict that passed: `Promoted: passed, better`.
+    """Return the outcome of a run in one line, such as `Promoted: passed, better`.
 
-    Of a run without one its state or why nothing was trained, of a damaged one what is wrong.
+    The text after the colon describes a passed verdict, the first problem of a damaged run, or the
+    reason why training was skipped. A run without an outcome is described by its state.
     """
     outcome = find_outcome(run)
     if outcome is None:
@@ -156,25 +177,25 @@ def describe_outcome(run: Run) -> str:
 
 
 def describe_state(run: Run) -> str:
-    """How far a run has come: where its flow run began, training may not have."""
+    """Return the state of a run in words; a flow run can begin before training does."""
     return "training not started" if run.state == "never began" else run.state
 
 
 def describe_end(run: Run) -> str:
-    """The verdict in a line, or how far a run without one has come."""
+    """Return the verdict of a run as a sentence; without a verdict, the step and last losses."""
     if run.verdict is not None:
         return f"{run.verdict.summary()}."
     if run.state == "never began":
         return f"Nothing was trained{'' if run.skip is None else f': {run.skip.describe()}'}."
     of_all = "" if run.steps is None else f" of {run.steps:,}"
     losses = {"training": run.last_loss("train_loss"), "validation": run.last_loss("val_loss")}
-    told = [f", {name} loss {format_loss(own[1])}" for name, own in losses.items() if own]
+    texts = [f", {name} loss {format_loss(last[1])}" for name, last in losses.items() if last]
     goes_on = "; --resume continues from its last checkpoint" if run.state == "resumable" else ""
-    return f"At step {run.step:,}{of_all}{''.join(told)}{goes_on}."
+    return f"At step {run.step:,}{of_all}{''.join(texts)}{goes_on}."
 
 
 def measure_speed(run: Run) -> dict[str, float | None]:
-    """Tokens a second (the median of the reports), seconds of training, and peak memory."""
+    """Return the median tokens per second, the seconds of training and the peak memory in GB."""
     speeds = [r["tokens_per_second"] for r in run.metrics if r.get("tokens_per_second") is not None]
     return {
         "tokens_per_second": median(speeds) if speeds else None,
@@ -184,7 +205,7 @@ def measure_speed(run: Run) -> dict[str, float | None]:
 
 
 def list_figures(run: Run) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """By name: what a run came to, what its verdict measured, and how it was trained."""
+    """Return three tables of figures by name: the run's result, its gate checks, its training."""
     end = {
         "state": describe_state(run),
         "outcome": describe_outcome(run),
@@ -211,7 +232,7 @@ LIST_NOTE = (
 
 
 def list_row(run: Run) -> tuple[object, ...]:
-    """The row of a run in a list, in the order of LIST_COLUMNS."""
+    """Return the cells of a run in the list of runs, in the order of LIST_COLUMNS."""
     if run.state == "damaged":
         return (run.name, None, describe_outcome(run), None, None, None, None)
     of_all = "" if run.steps is None else f" of {run.steps:,}"
@@ -234,7 +255,7 @@ def list_row(run: Run) -> tuple[object, ...]:
 
 
 def run_to_json(run: Run) -> dict[str, Any]:
-    """What the commands say of a run with `--json`: its figures, and its outcome in words."""
+    """Return the JSON object that commands print for a run with `--json`."""
     skipped = None if run.skip is None else asdict(run.skip)
     outcome = find_outcome(run) or run.state.capitalize()
     return run.to_json() | {"outcome": outcome, "skipped": skipped}

@@ -271,6 +271,8 @@ def play(stack: UnattendedStack, webhook: WebhookServer, nights: int) -> Iterato
     """Play the nights that are left, one after the other, and write a row for each."""
     planned = plan_nights(nights)
     for night in planned[len(stack.seen) :]:
+        if night.away is None and owes_outage(planned, stack.seen):
+            night = replace(night, away=float(SECONDS_AWAY[0]))  # noqa: PLW2901
         seen = _play(stack, webhook, night, planned)
         if night.number % DAYS_BETWEEN_HOUSEKEEPINGS == 0 or night.number == nights:
             # No run is older than today here.
@@ -285,6 +287,12 @@ def play(stack: UnattendedStack, webhook: WebhookServer, nights: int) -> Iterato
         with stack.rows.open("a") as rows:
             rows.write(json.dumps(asdict(seen)) + "\n")
         yield seen
+
+
+def owes_outage(planned: Sequence[PlannedNight], seen: Sequence[SeenNight]) -> bool:
+    """Whether the run of an earlier night had ended before its outage."""
+    came = sum(night.away is not None for night in seen)
+    return came < sum(night.away is not None for night in planned[: len(seen)])
 
 
 def _play(
@@ -334,11 +342,10 @@ def _play(
 
 
 def estimate_seconds(seen: list[SeenNight], night: PlannedNight) -> float:
-    """How long a night is taken to last, from the last one in which nothing was waited for."""
+    """How long a night lasts at least, by the last ones: faults are to come before its end."""
     if night.has_bad_file:
         return FIRST_NIGHT / 4
-    like = [s for s in seen if s.victim == "training" and not s.has_bad_file and s.away is None]
-    return like[-1].seconds if like else FIRST_NIGHT
+    return min([FIRST_NIGHT, *(s.seconds for s in seen[-3:] if not s.has_bad_file)])
 
 
 def write_data(folder: Path, nights: list[PlannedNight], *, is_cut: bool) -> None:
