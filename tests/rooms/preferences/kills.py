@@ -30,6 +30,7 @@ class PreferenceKillSoak(KillSoak):
             write(self._folder / "data"),
             self.loss,
             save_every=3,
+            steps_per_report=1,  # each step is read back, as a process does with its first ones
             nested={"frequencies": [1, 2]},
             registry={"path": "registry", "name": NAME, "promote": "always"},
             training={"loss": self.loss, "keep_checkpoints": 1000, "sample_tokens": 1},

@@ -118,8 +118,12 @@ def test_swapped_and_shared_pairs_are_errors_at_their_lines(tmp_path: Path) -> N
 
 
 def test_labels_that_are_all_the_same_are_an_error(tmp_path: Path) -> None:
-    rows = [row | {"label": True} for row in list_labelled("train")]
-    assert ("train.jsonl", None, "one-label") in findings(tmp_path, "kto", train=rows)
+    twin = list_labelled("train")
+    rows = [row | {"label": True} for row in twin]
+    assert findings(tmp_path / "planted", "kto", train=rows, valid=list_labelled("valid")) == {
+        ("train.jsonl", None, "one-label")
+    }
+    assert findings(tmp_path / "twin", "kto", train=twin, valid=list_labelled("valid")) == set()
 
 
 def test_length_that_tells_the_choice_is_told_with_its_correlation(tmp_path: Path) -> None:
@@ -180,9 +184,12 @@ def test_a_label_is_in_the_tokens_of_its_row() -> None:
 
 def test_a_pair_is_never_cut(tmp_path: Path) -> None:
     data = write_rows(tmp_path, {"train": list_pairs("train")})
-    settings = DataSettings(str(data), loss="dpo", max_seq_length=39)
-    report, _ = load_dataset(settings, TokenizerSource(str(BASE)))
-    assert {one.check for one in report.errors} >= {"too-long-to-be-cut"}
+    checks = {}
+    for most in (39, 256):
+        settings = DataSettings(str(data), loss="dpo", max_seq_length=most)
+        report, _ = load_dataset(settings, TokenizerSource(str(BASE)))
+        checks[most] = {one.check for one in report.findings}
+    assert checks[39] - checks[256] == {"too-long-to-be-cut"}
 
 
 def test_few_widths_are_used() -> None:
@@ -209,3 +216,4 @@ def test_what_a_loss_cannot_have_is_exit_2(tmp_path, loss, changes, said) -> Non
     with pytest.raises(ConfigError) as error:
         parse_config(values | {"training": {"loss": loss, **changes}}, source="test.yaml")
     assert said in str(error.value)
+    parse_config(values | {"training": {"loss": loss}}, source="test.yaml")

@@ -1,7 +1,8 @@
 """Runs on preferences: what they learn, what the gate says, resuming, and six planted failures.
 
-Each failure is planted where nothing else would notice it, and its twin is the run without it.
-Equal answers, equal labels, a beta of 0 and a pair that would be cut are in test_answer_rows.py.
+Each failure is planted where nothing else would notice it, and its twin, which is not complained
+of, is the same without it: `learnt` where no other is named. Labels that are all the same, a chosen
+answer that would be cut and a beta of 0 are in test_answer_rows.py, with their twins.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def test_the_other_losses_learn_too(tmp_path: Path, loss: str) -> None:
         assert block["accuracy_before"] == 0.5 < block["accuracy_after"]
 
 
-def test_planted_pairs_of_train_are_swapped(tmp_path: Path) -> None:
+def test_planted_pairs_of_train_are_swapped(tmp_path: Path, learnt: Judged) -> None:
     swapped = [
         {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
         for pair in list_pairs("train")
@@ -216,7 +217,8 @@ def test_planted_pairs_of_train_are_swapped(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data", {"train": swapped, "valid": list_pairs("valid")})
     judged = run_and_judge(make_config(data, "dpo"), tmp_path / "run")
     assert "preference_not_learnt" in judged.codes
-    assert judged.block["conclusion"] == "worse"
+    assert "preference_not_learnt" not in learnt.codes
+    assert (judged.block["conclusion"], learnt.block["conclusion"]) == ("worse", "better")
     assert judged.verdict.outcome.startswith("Rejected: ")
 
 
@@ -228,7 +230,8 @@ def test_planted_reference_is_the_trained_model(tmp_path, learnt, monkeypatch) -
     assert "preference_not_learnt" in judged.codes
     message = next(r.message for r in judged.verdict.reasons if r.code == "preference_not_learnt")
     assert "was not the initial adapter" in message
-    assert judged.block["reference_error"] > 0.02
+    assert judged.block["reference_error"] > 0.02 > learnt.block["reference_error"]
+    assert "preference_not_learnt" not in learnt.codes
 
 
 def test_planted_mask_counts_the_prompt(tmp_path: Path, monkeypatch) -> None:
@@ -240,10 +243,14 @@ def test_planted_mask_counts_the_prompt(tmp_path: Path, monkeypatch) -> None:
 
     pairs = list_pairs("train")[:9]  # by content of its own, so that no cache has it
     data = write_rows(tmp_path / "data", {"train": pairs})
-    monkeypatch.setitem(PAIRS, "pair", replace(PAIRS["pair"], encode=encode))
-    uncached = example_parsing.formats_of_loss.__wrapped__
-    monkeypatch.setattr(example_parsing, "formats_of_loss", uncached)
     config = make_config(data, "dpo")
-    run = prepare(config, tmp_path / "run")
-    with pytest.raises(DatasetError, match="the loss would count prompts too"):
-        train(config, run)
+    with monkeypatch.context() as planted:
+        planted.setitem(PAIRS, "pair", replace(PAIRS["pair"], encode=encode))
+        uncached = example_parsing.formats_of_loss.__wrapped__
+        planted.setattr(example_parsing, "formats_of_loss", uncached)
+        run = prepare(config, tmp_path / "run")
+        with pytest.raises(DatasetError, match="the loss would count prompts too"):
+            train(config, run)
+    twin = write_rows(tmp_path / "twin", {"train": list_pairs("train")[:10]})
+    config = make_config(twin, "dpo")
+    assert train(config, prepare(config, tmp_path / "twin-run")).result.step == 6
