@@ -29,11 +29,12 @@ INTRODUCTION = """# Silent failures
 
 This page is for anyone who trains adapters, with any tool. A fine-tuning can fail in ways that no
 error and no loss tells of. Here are thirty-five of them, each from a public report: how it
-happens, how to see it, what to do. The table says which of them a tool notices.
+happens, how to see it, what to do. The table says which of them a tool notices. The failures and
+the words that count were chosen by the makers of nested-tune, which is one of the tools.
 
 `python -m benchmarks.silent_failures` plants each failure in a folder beside its healthy twin,
-and runs a tool on both as its own documentation says, with every check that it documents switched
-on. The [list](../benchmarks/silent_failures/failures.toml) was committed before any tool was run
+and runs a tool on both as its own documentation says, with the checks that are named below. The
+[list](../benchmarks/silent_failures/failures.toml) was committed before any tool was run
 on it, and has the plant and the twin of each.
 
 *Noticed* means one of these, before the adapter is used: the command fails or refuses; or it
@@ -49,10 +50,19 @@ has not been run with that tool. mlx-tune has not been run.
 
 Words decide: a line counts if it holds one of the words that the list has for a failure. So a tool
 can be said to notice by a line that meant something else, and be said to miss by words that the
-list has not. The rows keep what it said.
+list has not. The rows keep the last twelve lines of what it said.
 
-The base is the tiny model of `examples/`, on a Linux CPU. The rows, with commands and what was
-printed, are in `benchmarks/silent_failures/results/`.
+A reader from outside checked ten rows on 27 November 2026, and would have written four of them
+otherwise, all of soup-cli. It is better than its column: it learns no user turn where the mask is
+off, and its `apple-adapter --direction mlx-to-hf` with `adapters check`, which need no PyTorch and
+were not run, find updates that were not applied and a layer that was never updated. So it notices
+at least 16 of 26. Five rows count for it because a file changed after it was signed. Its column is
+its MLX backend without PyTorch, whose `ship` and `eval gate` could not run; its documentation says
+that this backend is for Apple silicon. PEFT's runner masks no prompt, so that the failure of the
+mask is not planted there. None of this is in the table yet.
+
+The base is the tiny model of `examples/`, on a Linux CPU. The rows, with commands and the end
+of what was printed, are in `benchmarks/silent_failures/results/`.
 """
 
 
