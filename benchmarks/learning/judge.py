@@ -21,7 +21,7 @@ from mlx_lm import load
 from benchmarks.learning.tasks import Row
 
 ANSWER_TOKENS_AT_ONCE = 2048  # logits of 49,152 words in float32 are 0.4 GB then
-MOST_ROWS = 500
+TOKENS_AT_ONCE = 8192  # of prompts and answers: several workers judge on one GPU at the same time
 WIDTH_MULTIPLE = 8
 
 
@@ -145,7 +145,8 @@ def batches(rows: Sequence[tuple[list[int], int]]) -> Iterator[Batch]:
     longest = max(len(tokens) for tokens, _ in rows)
     width = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     answer_tokens = sum(len(tokens) - start for tokens, start in rows) / len(rows)
-    count = min(MOST_ROWS, max(1, int(ANSWER_TOKENS_AT_ONCE / max(1, answer_tokens))))
+    most = min(TOKENS_AT_ONCE / width, ANSWER_TOKENS_AT_ONCE / max(1, answer_tokens))
+    count = max(1, int(most))
     for first in range(0, len(rows), count):
         some = rows[first : first + count]
         tokens = np.zeros((len(some), width + 1), np.int32)

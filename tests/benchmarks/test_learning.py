@@ -19,7 +19,14 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from benchmarks.learning import bases
 from benchmarks.learning.arms import SWEPT, sweep_request
-from benchmarks.learning.judge import Judge, encode, mean_loss
+from benchmarks.learning.judge import (
+    ANSWER_TOKENS_AT_ONCE,
+    TOKENS_AT_ONCE,
+    Judge,
+    batches,
+    encode,
+    mean_loss,
+)
 from benchmarks.learning.report import Results, mcnemar, over_tasks
 from benchmarks.learning.stream_cells import Plan, plan_nights, rows_of_night
 from benchmarks.learning.stream_report import (
@@ -80,6 +87,19 @@ def test_right_answers_are_those_that_the_model_generates(tmp_path: Path) -> Non
     assert judged.right.tolist() == expected
     assert judged.kl > 0
     assert judged.general_loss is None
+
+
+@pytest.mark.parametrize(("rows", "answer", "at_once"), [(400, 5, 64), (90, 100, 20), (3, 9000, 1)])
+def test_one_batch_of_the_judge_is_bounded_in_tokens_and_in_logits(
+    rows: int, answer: int, at_once: int
+) -> None:
+    encoded = [([7] * (120 + answer), 120)] * rows
+    shapes = [(tokens.shape, len(positions)) for tokens, _, positions in batches(encoded)]
+    assert sum(shape[0] for shape, _ in shapes) == rows
+    assert max(shape[0] for shape, _ in shapes) == at_once
+    for shape, logits in shapes:
+        assert shape[0] == 1 or shape[0] * (shape[1] - 1) <= TOKENS_AT_ONCE
+        assert shape[0] == 1 or logits <= ANSWER_TOKENS_AT_ONCE
 
 
 @pytest.mark.slow("trains a tokenizer and a model")
