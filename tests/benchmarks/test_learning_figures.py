@@ -1,14 +1,19 @@
-"""The figures of RESULTS-2.md and README, computed from the rows without the report's code."""
+"""The figures of three pages of results, from the rows and without the report's code."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from benchmarks.learning.streams import read_stream
 
 ROOT = Path(__file__).resolve().parents[2]
 LEARNING = ROOT / "benchmarks" / "learning"
@@ -111,14 +116,134 @@ def test_readme_names_the_time_to_an_accuracy_of_the_results() -> None:
     assert re.search(rf"banking77 \| \*\*{told.group(1)} \(.*?\| {told.group(2)} \(", page)
 
 
-def test_the_final_averages_of_the_task_nights_are_those_of_the_rows() -> None:
-    page = (LEARNING / "RESULTS-3.md").read_text()
+AGAIN = "stream-rates-again.jsonl"
+ORDERS = ("facts", "facts-reversed", "tasks", "tasks-reversed")
+
+
+def night_rows(arm: str, stream: str) -> dict[int, dict[str, Any]]:
+    """The rows of an arm in a stream of nights, by seed."""
     lines = (LEARNING / "stream-rates.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["seed"] == 1]
-    table = re.findall(r"^\| `([a-z0-9-]+)`[^|]*\|(.*)\|$", page, re.MULTILINE)
-    assert len(table) == 8
-    for arm, line in table:
-        written = [float(cell) for cell in line.split("|")[2:4]]
-        for stream, figure in zip(("tasks", "tasks-reversed"), written, strict=True):
-            (row,) = (r for r in rows if (r["arm"], r["task"]) == (arm, stream))
-            assert figure == pytest.approx(100 * row["right_share"], abs=HALF_A_DIGIT)
+    rows = [row for row in map(json.loads, lines) if (row["arm"], row["task"]) == (arm, stream)]
+    return {row["seed"]: row for row in rows}
+
+
+def final_average(arm: str, stream: str) -> float:
+    """In % of answers, mean over seeds."""
+    return 100 * statistics.fmean(row["right_share"] for row in night_rows(arm, stream).values())
+
+
+def behind_joint(arm: str, stream: str) -> float:
+    """The final average less that of joint training in points, mean over the seeds of both."""
+    rows, joint = night_rows(arm, stream), night_rows("joint", stream)
+    return 100 * statistics.fmean(
+        rows[seed]["right_share"] - joint[seed]["right_share"] for seed in rows.keys() & joint
+    )
+
+
+def backward_transfer(arm: str, stream: str) -> float:
+    """In points: right answers to earlier nights' questions, at the end less after their night."""
+    nights = [[each.row for each in night.questions] for night in read_stream(stream).nights]
+    newest = {row.prompt: row.answer for night in nights for row in night}
+    changes = []
+    for row in night_rows(arm, stream).values():
+        final, learnt = (f"{int('1' + row[key], 16):b}"[1:] for key in ("right", "learnt"))
+        numbers = itertools.count()
+        numbered = [[(next(numbers), question) for question in night] for night in nights]
+        for number, question in itertools.chain(*numbered[:-1]):
+            if newest[question.prompt] == question.answer:
+                changes.append(int(final[number]) - int(learnt[number]))
+    return 100 * statistics.fmean(changes)
+
+
+def table_of_nights(columns: int) -> list[tuple[str, list[str]]]:
+    """The arms of the tables of RESULTS-3.md that have so many columns, with their cells."""
+    page = (LEARNING / "RESULTS-3.md").read_text()
+    lines = re.findall(r"^\| `([a-z0-9-]+)`[^|]*\|(.*)\|$", page, re.MULTILINE)
+    cells = [(arm, [cell.strip() for cell in line.split("|")]) for arm, line in lines]
+    return [(arm, row) for arm, row in cells if len(row) == columns]
+
+
+def test_the_final_averages_of_the_nights_are_those_of_the_rows() -> None:
+    table = table_of_nights(5)
+    assert len(table) == 11
+    for arm, cells in table:
+        for stream, cell in zip(ORDERS, cells[:4], strict=True):
+            figure, seeds = cell.removesuffix(")").split(" (")
+            assert int(seeds) == len(night_rows(arm, stream))
+            assert float(figure) == pytest.approx(final_average(arm, stream), abs=HALF_A_DIGIT)
+        steps = [
+            {sum(row["steps"]) for row in night_rows(arm, stream).values()}
+            for stream in ("facts", "tasks")
+        ]
+        assert [{int(told.replace(",", ""))} for told in cells[4].split(", ")] == steps
+
+
+def test_what_nights_lost_is_that_of_the_rows() -> None:
+    table = table_of_nights(4)
+    assert len(table) == 4
+    for arm, cells in table:
+        for stream, cell in zip(ORDERS, cells, strict=True):
+            lost = [behind_joint(arm, stream), backward_transfer(arm, stream)]
+            assert [float(each) for each in cell.split(", ")] == pytest.approx(
+                lost, abs=HALF_A_DIGIT
+            )
+
+
+def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
+    page = " ".join((LEARNING / "RESULTS-3.md").read_text().split())
+
+    def both(figure: Callable[[str, str], float], arm: str, kind: str) -> float:
+        """Over both orders, each as often as it has current questions."""
+        weights = {}
+        for stream in (kind, f"{kind}-reversed"):
+            asked = [fact.row for fact in read_stream(stream).questions]
+            newest = {row.prompt: row.answer for row in asked}
+            weights[stream] = sum(newest[row.prompt] == row.answer for row in asked)
+        total = sum(weight * figure(arm, stream) for stream, weight in weights.items())
+        return total / sum(weights.values())
+
+    def twice(arm: str) -> list[float]:
+        """What seed 1 gave on both machines, in both orders of the facts."""
+        again = [json.loads(line) for line in (LEARNING / AGAIN).read_text().splitlines()]
+        second = {row["task"]: row["right_share"] for row in again if row["arm"] == arm}
+        shares = [(night_rows(arm, name)[1]["right_share"], second[name]) for name in ORDERS[:2]]
+        return [100 * share for share in itertools.chain(*shares)]
+
+    first, again = twice("auto-go")[2:]
+    told = {
+        r"by up to (\S+) points": [abs(first - again)],
+        r"`auto-go` got (\S+) and (\S+) % of the facts and (\S+) and (\S+) % in": twice("auto-go"),
+        r"`joint` (\S+) and (\S+), and (\S+) and (\S+) %": twice("joint"),
+        r"of the facts (\S+) % against (\S+) and (\S+) %": [
+            both(final_average, f"go-30-{fraction}", "facts") for fraction in (50, 30, 10)
+        ],
+        r"of the tasks (\S+) % against (\S+) %": [
+            both(final_average, f"go-30-{fraction}", "tasks") for fraction in (50, 30)
+        ],
+        r"`go-30-50` is (\S+) and (\S+) points behind": [
+            -behind_joint("go-30-50", stream) for stream in ORDERS[:2]
+        ],
+        r"it holds over both orders \((\S+) and": [both(behind_joint, "go-30-50", "tasks")],
+        r"shown on the facts\*\*: over both orders (\S+) points": [
+            both(behind_joint, "rebuild", "facts")
+        ],
+        r"`auto-go` does not hold\*\*: over both orders (\S+) points on the facts and (\S+) on": [
+            both(behind_joint, "auto-go", kind) for kind in ("facts", "tasks")
+        ],
+        r"loses to `auto-go` by (\S+) and (\S+) points": [
+            final_average("auto-go", stream) - final_average("auto", stream)
+            for stream in ORDERS[:2]
+        ],
+        r"nine at a time, (\S+) against (\S+) on the facts and (\S+) against (\S+) on": [
+            night_rows(arm, stream)[1]["seconds"]
+            for stream in ("facts", "tasks")
+            for arm in ("rebuild", "go-30-50")
+        ],
+        r"of each share: (\S+), (\S+) and (\S+) %": [
+            final_average(f"go-{share}-50", "facts") for share in (10, 30, 100)
+        ],
+    }
+    for pattern, figures in told.items():
+        found = re.search(pattern, page)
+        assert found is not None, pattern
+        assert [float(each) for each in found.groups()] == pytest.approx(figures, abs=HALF_A_DIGIT)
