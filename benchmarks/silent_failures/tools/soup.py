@@ -48,9 +48,9 @@ class Soup(Tool):
         "`doctor --config`, `data validate`, `inspect`, `clean --dry-run` and `doctor`, "
         "`data score` with the held-out rows where these are long enough for it, "
         "`train --dry-run`, `loss_watchdog` (at a loss of 20, for the tiny base begins above 3, "
-        "which it has), `rewind_log`, `why`, `apple-adapter --direction mlx-to-hf` with `adapters check`, "
-        "`adapters sign`, `verify` and `audit`; not `ship` and `eval gate`, which need PyTorch. Its "
-        "documentation says that its MLX backend is for Apple silicon"
+        "which it has), `rewind_log`, `why`, `apple-adapter --direction mlx-to-hf` with "
+        "`adapters check`, `adapters sign`, `verify`, `audit`; not `ship` and `eval gate`, which "
+        "need PyTorch. Its documentation says that its MLX backend is for Apple silicon"
     )
     packages = ("soup-cli", "mlx", "mlx-lm")
 
