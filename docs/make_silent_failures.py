@@ -68,8 +68,8 @@ list has not. The rows keep the last lines of what it said, eighty a command, in
 A reader from outside checked ten rows on 27 November 2026, and would have written four of them
 otherwise, all of soup-cli: checks of it that need no PyTorch had not been run, a training of it
 that did the right thing was not asked what it had learnt, and rows counted for it because a file
-changed after it was signed. Its rows were run again with those checks, with that question, and with
-adapters that are signed after the plant. The programs of PEFT's quick tours mask nothing, so that
+changed after it was signed. The rows that this touches were run again with those checks, with that
+question, and with adapters that are signed after the plant. The programs of PEFT's quick tours mask nothing, so that
 no mask can be off there.
 
 The base is the tiny model of `examples/`. The rows, with commands and the end of what was printed,
