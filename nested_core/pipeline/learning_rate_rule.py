@@ -20,9 +20,10 @@ ADAM_OPTIMIZERS = ("adam", "adamw")
 def describe_learning_rate(config: FineTuneConfig) -> str | None:
     """Where rank x scale x rate lies against what learns best; None without knowledge of it.
 
-    It is known of LoRA with Adam. A rate that a schedule gives is its highest.
+    It is known of LoRA with Adam and the cross-entropy. Of a schedule the highest rate counts.
     """
-    if config.fine_tune_type == "full" or config.optimizer not in ADAM_OPTIMIZERS:
+    is_known = config.fine_tune_type != "full" and config.training.loss is None
+    if not is_known or config.optimizer not in ADAM_OPTIMIZERS:
         return None
     product = _product(config)
     low, high = BEST_PRODUCTS

@@ -14,7 +14,7 @@ from typing import Literal
 Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
 MIN_EXAMPLES = 5  # independent ones; fewer have no interval: nothing can be shown, nor promoted
-MIN_MARGIN = 0.01  # nats/token: a loss near 0 has a margin too
+MIN_MARGIN = 0.01  # nats: a loss near 0 has a margin too
 MAX_RISE_OF_FEW = 0.1  # of the loss before, where there are too few examples for an interval
 MAX_NAMED_EXAMPLES = 100_000
 _Z_ONE_SIDED = 1.6449  # the 95 % end of one side
@@ -115,13 +115,13 @@ def count_examples_needed(
     return math.ceil(needed / unit) * unit
 
 
-def describe_smallest_visible(difference: float) -> str:
+def describe_smallest_visible(difference: float, unit: str) -> str:
     """What examples can show: `reliably detect changes of 0.2 nats/token or more (80 % power)`.
 
     `difference` is told from chance in half of all comparisons; POWER_FACTOR times as much in 80 %.
     """
     detected = POWER_FACTOR * difference
-    return f"reliably detect changes of {detected:.2g} nats/token or more (80 % power)"
+    return f"reliably detect changes of {detected:.2g} {unit} or more (80 % power)"
 
 
 def describe_inconclusive(
@@ -129,6 +129,7 @@ def describe_inconclusive(
     interval: Sequence[float] | None,
     margin: float | None,
     examples_needed: int | None,
+    unit: str,
 ) -> str:
     """What was seen, with its interval and the margin, and how many examples would settle it.
 
@@ -142,7 +143,7 @@ def describe_inconclusive(
     if margin is not None:
         figures.append(f"allowed rise {margin:.2g}")
     seen = f" ({', '.join(figures)})" if figures else ""
-    text = f"inconclusive: {_format_nats(difference)} nats/token{seen}"
+    text = f"inconclusive: {_format_nats(difference)} {unit}{seen}"
     if interval is None:
         return f"{text}; fewer than 5 independent examples decide little"
     if examples_needed is not None:

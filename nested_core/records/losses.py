@@ -1,6 +1,6 @@
 """The loss of every held-out example, as RUN_DIR/gate-losses.jsonl keeps it.
 
-A line an example: file, line, supervised tokens, and mean losses in nats/token with the initial
+A line an example: file, line, supervised tokens, and mean losses with the initial
 adapter, the trained adapter, the champion at the time of the gate and the policy's reference; how
 far the predictions moved, as KL divergence in nats/token from the initial adapter, and from the
 base if that is measured. An example that the candidate or a parent was trained on is marked
@@ -27,6 +27,7 @@ from nested_core.records.paired_difference import (
     has_too_few_clusters,
 )
 from nested_core.storage.untrusted_files import read_regular
+from nested_core.text.loss_format import NATS_PER_TOKEN
 
 OPTIONAL_COLUMNS = ("reference", "drift", "base_drift")
 REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")
@@ -60,7 +61,7 @@ class ExampleLosses:
     file: the name of the data set's file that holds the examples.
     lines: the line of each example in it, int64 (n,).
     tokens: supervised tokens of each example, all above 0, float64 (n,).
-    before, after, champion: mean losses in nats/token, float64 (n,); NaN where not finite.
+    before, after, champion: mean losses in `unit`, float64 (n,); NaN where not finite.
         `champion` is None if no champion was judged, and NaN for an example left out.
     reference: the same of the version that the policy names as the reference; None without one, and
         where the champion is it.
@@ -71,6 +72,7 @@ class ExampleLosses:
     clusters: the number of each example's cluster, int64 (n,); None if each is its own.
     counts_rows: whether each row counts as independent although rows share clusters, decided on all
         rows of the file; None if these are all.
+    unit: of the losses. One that counts examples has 1 in `tokens`.
     """
 
     file: str
@@ -85,6 +87,7 @@ class ExampleLosses:
     left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
     clusters: Indices | None = None
     counts_rows: bool | None = None
+    unit: str = NATS_PER_TOKEN
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -27,6 +27,7 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Details, Document, Table, Text
 from nested_core.text.loss_format import (
+    NATS_PER_TOKEN,
     format_change,
     format_difference,
     format_loss,
@@ -126,17 +127,18 @@ class TierChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedLoss:
-    """What the comparisons of losses share: a paired difference, in nats/token.
+    """What the comparisons of losses share: a paired difference.
 
-    difference, standard_error, interval: of the paired differences after minus before, in nats a
-        token; None with a loss that is not finite, and the last two with fewer than 5 clusters.
+    difference, standard_error, interval: of the paired differences after minus before, in `unit`;
+        None with a loss that is not finite, and the last two with fewer than 5 clusters.
     smallest_visible: the smallest difference that the examples could have told from none.
     conclusion: better, no_worse, inconclusive or worse (records/loss_conclusion.py); None without
         a difference.
-    margin: the rise, in nats/token, within which the loss has to be shown to stay.
+    margin: the rise, in `unit`, within which the loss has to be shown to stay.
     one_sided_high: the upper end of the one-sided 95 % interval, which is held against the margin.
     examples_needed: about how many would settle an inconclusive comparison; None for none, or many.
     clusters: how many of the counted examples are independent: those with one prompt are one.
+    unit: of the losses and of all that is computed from them.
     """
 
     difference: float | None = None
@@ -148,6 +150,7 @@ class ComparedLoss:
     one_sided_high: float | None = None
     examples_needed: int | None = None
     clusters: int | None = None
+    unit: str = NATS_PER_TOKEN
 
     def describe_conclusion(self) -> str | None:
         """`better`, or what an inconclusive comparison saw and would settle it; None without."""
@@ -156,7 +159,7 @@ class ComparedLoss:
         if self.conclusion != "inconclusive":
             return self.conclusion.replace("_", " ")
         return describe_inconclusive(
-            self.difference, self.deciding_interval, self.margin, self.examples_needed
+            self.difference, self.deciding_interval, self.margin, self.examples_needed, self.unit
         )
 
     @property
@@ -244,7 +247,7 @@ class Validation(HeldOutComparison):
             shown = (
                 "can show no difference"
                 if self.smallest_visible is None
-                else describe_smallest_visible(self.smallest_visible)
+                else describe_smallest_visible(self.smallest_visible, self.unit)
             )
             yield f"{self.examples} held-out {noun} {shown}"
         elif self.clusters is not None and self.clusters < min(
@@ -293,7 +296,7 @@ class Drift:
 class ChampionLoss(HeldOutComparison):
     """The champion at the time of the gate, on the held-out examples that neither was trained on.
 
-    loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`, which
+    loss: the champion's mean loss in `unit`; the candidate's is `loss` + `difference`, which
         is candidate minus champion.
     examples: how many examples were compared; left_out: how many were not, because the champion,
         the candidate or an ancestor was trained on them.
@@ -329,7 +332,7 @@ class AncestorLoss(HeldOutComparison):
     """Champion and candidate on the held-out examples of the champion, or of an ancestor of it.
 
     registered: when the ancestor was registered, as ISO 8601; None if that is not known.
-    loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`.
+    loss: the champion's mean loss in `unit`; the candidate's is `loss` + `difference`.
     examples: how many were compared; left_out: how many were not, for a version or the candidate
         was trained on them; superseded: how many newer data answers otherwise; repeated: how many
         newer data holds out too; missing: how many the registry has lost.
@@ -358,7 +361,7 @@ class AncestorLoss(HeldOutComparison):
 
     @property
     def loss_after(self) -> float | None:
-        """The candidate's mean loss in nats/token; None if there is no comparison."""
+        """The candidate's mean loss in `unit`; None if there is no comparison."""
         if self.loss is None or self.difference is None:
             return None
         return self.loss + self.difference

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+NATS_PER_TOKEN = "nats/token"
 
 
 def format_loss(loss: float | None) -> str:
-    """A loss in nats/token with 4 significant digits: "0.0184", "3.142".
+    """A loss with 4 significant digits: "0.0184", "3.142".
 
     "not finite" for None, which stands for such a loss in JSON files, and for NaN and infinity.
     """
@@ -35,3 +37,8 @@ def loss_name_for_file(file: str | None) -> str:
     """The name of a loss by the file that it was measured on; without one, a validation loss."""
     names = {None: "validation loss", "valid.jsonl": "validation loss", "test.jsonl": "test loss"}
     return names.get(file, "held-out loss")
+
+
+def join_units(units: Iterable[str | None]) -> str:
+    """`nats/example and nats/token`: the units of several losses; nats/token without any."""
+    return " and ".join(sorted({unit for unit in units if unit is not None})) or NATS_PER_TOKEN
