@@ -197,7 +197,7 @@ class RunComparison:
     def describe_figures(self) -> list[Block]:
         """The figures and the settings that differ, a column for each run."""
         caption = (
-            f"Losses in {self.loss_units()}, differences with their 95 % interval, and the "
+            f"Losses in {self._loss_units()}, differences with their 95 % interval, and the "
             f"settings that differ"
         )
         table = Table(caption, ("", *self.names), list(self.rows()))
@@ -209,8 +209,8 @@ class RunComparison:
         )
         return [Text(doubt, "warn"), table]
 
-    def loss_units(self) -> str:
-        """The units of the runs' losses: `nats/token`, or `nats/token and nats/example`."""
+    def _loss_units(self) -> str:
+        """The units of the runs' losses: `nats/token`, or `nats/example and nats/token`."""
         return join_units(run.loss_unit for run in self.runs)
 
     def _loss_figures(self) -> Iterator[list[Chart]]:
@@ -220,7 +220,7 @@ class RunComparison:
                     Curve(name, run.points(key, x), has_dots=key == "val_loss")
                     for name, run in zip(self.names, self.runs, strict=True)
                 ]
-                yield [Chart(title, x, self.loss_units(), curves)]
+                yield [Chart(title, x, self._loss_units(), curves)]
 
     def _list_answers(self) -> Block:
         answers: dict[str, list[str | None]] = {}
