@@ -44,7 +44,7 @@ from nested_core.records.result import TrainResult
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
-from nested_core.registry.policy import hold_to_policy
+from nested_core.registry.policy import apply_policy
 from nested_core.registry.promotion_policy import effective_rule, registry_location
 from nested_core.report.outcome import describe_unbeaten_champion
 from nested_core.report.run_report import read_report, writing_report_at_end
@@ -143,7 +143,7 @@ def finetune(
     """
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()
-    config, tightening = hold_to_policy(config)
+    config, tightening = apply_policy(config)
     for sentence in tightening:
         hooks.on_message(sentence)
     if warning := warn_of_learning_rate(config):

@@ -22,7 +22,7 @@ from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.records.dataset import SplitStats
-from nested_core.registry.policy import hold_to_policy
+from nested_core.registry.policy import apply_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
@@ -88,7 +88,7 @@ def explain_run(
     before it trains: ConfigError, and DatasetError for data with errors. Holds the device
     meanwhile; `on_wait` is told who has it.
     """
-    config, tightening = hold_to_policy(config)
+    config, tightening = apply_policy(config)
     measured = None
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
         run = open_run(Path(folder) / "run", resume=False)

@@ -103,7 +103,7 @@ def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
         if candidate.facts.policy is None:
             return Outcome.VERIFIED
         decision = find_refusal_as_recorded(folder, ledger, candidate)
-        later = ledger.entries[candidate.place + 1 :]
+        later = ledger.entries[candidate.line_number + 1 :]
     if decision is None or decision.outcome != "waiting":
         section = recorded_section(registry / name, candidate)
         is_refused = decision is not None and effective_rule(section).must_be_better
