@@ -183,15 +183,15 @@ def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -
     """Return a sentence for each key in which the policy is stricter than a run's configuration."""
     if policy is None:
         return []
-    gate, held = config.gate, tighten(config, policy).gate
+    gate, stricter = config.gate, tighten(config, policy).gate
     sentences = []
-    if held.max_val_loss_increase != gate.max_val_loss_increase:
+    if stricter.max_val_loss_increase != gate.max_val_loss_increase:
         sentences.append(
-            f"gate.max_val_loss_increase is {held.max_val_loss_increase:g}, not "
+            f"gate.max_val_loss_increase is {stricter.max_val_loss_increase:g}, not "
             f"{gate.max_val_loss_increase:g}"
         )
-    if held.noise != gate.noise:
-        sentences.append(f"gate.noise is {held.noise}, not {gate.noise}")
+    if stricter.noise != gate.noise:
+        sentences.append(f"gate.noise is {stricter.noise}, not {gate.noise}")
     asked = {task.name: task for task in gate.tasks}
     for task in policy.tasks:
         if asked.get(task.name) != task:
