@@ -41,7 +41,7 @@ class Checkpoint:
     manifest: dict[str, Any]
 
     def parameters(self) -> dict[str, mx.array]:
-        """The trained parameters by name: the float32 masters of those that have one."""
+        """Read the trained parameters by name, from their float32 master copies if there."""
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
         masters = {
             n.removeprefix(MASTERS_PREFIX): a for n, a in arrays if n.startswith(MASTERS_PREFIX)
