@@ -179,11 +179,9 @@ def _describe_curves(run: Run) -> Iterator[str]:
     plan = run.plan
     if plan is not None and plan.resumed_at:
         noun = "step" if len(plan.resumed_at) == 1 else "steps"
-        resumed_steps = join_first_values(
-            [f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS
-        )
+        steps = join_first_values([f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS)
         yield (
-            f"The run was resumed at {noun} {resumed_steps}: the curves continue from the checkpoint "
+            f"The run was resumed at {noun} {steps}: the curves continue from the checkpoint "
             f"there, and each step and its seconds of training are counted once."
         )
     if plan is not None:

@@ -6,7 +6,7 @@ import math
 
 
 def format_value(value: object) -> str:
-    """Yes or no, four significant digits of a fraction, `-` for None, any other as its text."""
+    """Format a table value: yes or no, 4 significant digits of a float, `-` for None, its text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
