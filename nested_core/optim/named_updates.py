@@ -170,7 +170,7 @@ def _find_leaf(tree: Any, name: str) -> LeafRef | None:
 
 
 def _parse_key(node: Any, word: str) -> str | int | None:
-    """Return the key or index in `node` for one part of a dotted name; None if there is none."""
+    """Return the key or index in `node` for one part of a dotted name; None for an unknown name."""
     if isinstance(node, dict):
         return word if word in node else None
     if isinstance(node, list) and word.isdecimal() and len(word) < 10 and str(int(word)) == word:

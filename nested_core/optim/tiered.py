@@ -59,13 +59,13 @@ class Tiered(Optimizer):
     share one curve. A step with a non-finite gradient in use, or one that would make a sum of
     accumulated gradients non-finite, advances the step count and changes nothing else.
 
-        Args:
-            make_optimizer: returns a new inner optimizer, as `lambda: Muon(1e-3)`; called once a tier.
-            tiers: the tiers, fastest first.
-            slow_gradients: "skip" uses the gradient of the due step alone; "accumulate" sums up the
-                gradients of the whole chunk (the Continuum Memory System, arXiv 2512.24695, eq. 71).
-            accumulate: whether a chunk is applied as the "mean" or the "sum" of its gradients.
-            max_grad_norm: bound on the global L2 norm of the gradients about to be applied; 0 is off.
+    Args:
+        make_optimizer: returns a new inner optimizer, as `lambda: Muon(1e-3)`; called once a tier.
+        tiers: the tiers, fastest first.
+        slow_gradients: "skip" uses the gradient of the due step alone; "accumulate" sums up the
+            gradients of the whole chunk (the Continuum Memory System, arXiv 2512.24695, eq. 71).
+        accumulate: whether a chunk is applied as the "mean" or the "sum" of its gradients.
+        max_grad_norm: bound on the global L2 norm of the gradients about to be applied; 0 is off.
 
     Raises ValueError for invalid tiers or options, for a tier's weight_decay if the inner optimizer
     has no weight decay, and for a learning_rate_scale if it uses no learning rate.
@@ -336,11 +336,11 @@ class Tiered(Optimizer):
 class NestedAdam(Tiered):
     """mlx.optimizers.Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) with tiers.
 
-        Args:
-            learning_rate: a float, an mlx schedule, or any callable step -> rate (step from 0).
-            betas: decay rates of the two moments, each in [0, 1).
-            eps: added to the denominator.
-            bias_correction: whether moments are divided by 1 - beta**updates.
+    Args:
+        learning_rate: a float, an mlx schedule, or any callable step -> rate (step from 0).
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator.
+        bias_correction: whether moments are divided by 1 - beta**updates.
 
     The others are those of `Tiered`.
     """
