@@ -1,4 +1,4 @@
-"""The page of a run's losses: the latest in words, both over the steps as a picture, in numbers."""
+"""A run's losses as a page: the latest in words, a chart over the steps, and a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ CURVE_NAMES = {"loss": "training loss", "val_loss": "validation loss"}
 def describe_curves(
     records: Sequence[Mapping[str, Any]], steps: int, dataset: str, unit: str
 ) -> Document:
-    """A page of the losses that metrics.jsonl holds, of a run of so many steps."""
+    """Build a page on the losses in the records of metrics.jsonl.
+
+    steps: the number of steps of the whole run. dataset: its name, for the text.
+    unit: of the losses.
+    """
     sentence = (
         f"{join_last_losses(records, None)}. In {unit}, of {steps:,} steps; training loss on "
         f"the train split, validation loss on the valid split of {dataset}."
@@ -29,7 +33,7 @@ def describe_curves(
 
 
 def chart_losses(records: Sequence[Mapping[str, Any]], steps: int, unit: str) -> Chart:
-    """Both losses over the steps so far; our own words alone."""
+    """Chart training and validation loss over the steps so far."""
     curves = []
     for key, name in CURVE_NAMES.items():
         points = [Point(record["step"], record[key]) for record in records if key in record]
