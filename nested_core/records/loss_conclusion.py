@@ -24,7 +24,7 @@ POWER_FACTOR = (_Z_TWO_SIDED + _Z_POWER) / _Z_TWO_SIDED  # 80 % power in place o
 
 
 def margin_of_loss(increase: float, loss_before: float, noise: Literal["paired", "none"]) -> float:
-    """Return the rise in loss, in the unit of the loss, that a relative bound allows; at least MIN_MARGIN.
+    """Return the rise of a loss that a relative bound allows; at least MIN_MARGIN.
 
     increase: the bound as a share of `loss_before`; 0.0 allows no rise.
     noise: with `none`, the bound holds as it is, without the minimum.
