@@ -69,8 +69,8 @@ A reader from outside checked ten rows on 27 November 2026, and would have writt
 otherwise, all of soup-cli: checks of it that need no PyTorch had not been run, a training of it
 that did the right thing was not asked what it had learnt, and rows counted for it because a file
 changed after it was signed. The rows that this touches were run again with those checks, with that
-question, and with adapters that are signed after the plant. The programs of PEFT's quick tours mask nothing, so that
-no mask can be off there.
+question, and with adapters that are signed after the plant. The programs of PEFT's quick tours mask
+nothing, so that no mask can be off there.
 
 The base is the tiny model of `examples/`. The rows, with commands and the end of what was printed,
 are in `benchmarks/silent_failures/results/`.
