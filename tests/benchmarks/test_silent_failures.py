@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.silent_failures import __main__ as bench
-from benchmarks.silent_failures.cases import Run
+from benchmarks.silent_failures.cases import ROOT, Run
 from benchmarks.silent_failures.failures import read_failures
 from benchmarks.silent_failures.plants import PLANTS, make_case
 from benchmarks.silent_failures.tables import count, describe, read_all_rows, read_misses
@@ -105,7 +105,7 @@ def test_what_the_rows_say_that_nested_tune_misses_is_explained_and_nothing_else
 
 
 def test_the_readme_has_the_counts_of_the_rows() -> None:
-    readme = (bench.ROOT / "README.md").read_text("utf-8").replace("\n", " ")
+    readme = (ROOT / "README.md").read_text("utf-8").replace("\n", " ")
     for tool, rows in read_all_rows().items():
         counted = count(rows).partition(",")[0]
         if tool == "nested-tune":
