@@ -95,6 +95,7 @@ class FinetuneResult:
         return f"FinetuneResult({self.run.path}, {summary})"
 
     def _repr_html_(self) -> str:
+        """Return the run's page as HTML for a notebook's cell."""
         return read_report(self.run.path)._repr_html_()
 
     def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:

@@ -438,6 +438,7 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
     """
 
     def has_all_iterations(state: Mapping[str, Any]) -> bool:
+        """Return whether a checkpoint's state is the end of a run of the configured length."""
         return bool(state.get("ended")) and state.get("wanted_iterations") == config.iters
 
     if not has_all_iterations(latest_state(run.checkpoints)):

@@ -300,6 +300,7 @@ class DatasetReport:
         return self._findings_of_severity("warning")
 
     def _findings_of_severity(self, severity: Severity) -> tuple[Finding, ...]:
+        """Return the findings of one severity."""
         return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def to_json(self) -> dict[str, Any]:
@@ -398,6 +399,7 @@ def _count_findings(findings: Iterable[Finding]) -> int:
 
 
 def _format_count(number: int, noun: str) -> str:
+    """Format a number with its noun: `1 line`, `1,234 lines`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

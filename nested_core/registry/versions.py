@@ -204,6 +204,7 @@ def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | No
 
 
 def _digest_findings(folder: Path, version: str) -> Iterator[AuditFinding]:
+    """Yield a finding if the adapter or its verdict does not have the version's digest."""
     try:
         if read_adapter(folder).digest() != version:
             message = "is not the adapter whose digest names the folder"

@@ -94,6 +94,7 @@ class RunReport:
         return f"RunReport({self.run.path}, {describe_outcome(self.run)})"
 
     def _repr_html_(self) -> str:
+        """Return the page as HTML for a notebook's cell."""
         return describe_run(self.run, self.error).to_fragment()
 
     def write(self, path: Path) -> None:

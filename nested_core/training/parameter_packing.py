@@ -83,10 +83,12 @@ class PackedArray:
 
 
 def _is_tall(shape: tuple[int, ...]) -> bool:
+    """Return whether a matrix has more rows than columns."""
     return len(shape) == 2 and shape[0] > shape[1]
 
 
 def _transpose_if_tall(array: mx.array) -> mx.array:
+    """Transpose a matrix that has more rows than columns."""
     return array.T if _is_tall(array.shape) else array
 
 

@@ -142,6 +142,8 @@ _Function = Annotated[dict[str, Any], AfterValidator(_require_function_name)]
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _TextMessage(TypedDict):
+    """A message with a text, of any role."""
+
     role: Annotated[Role, WrapValidator(_check_role)]
     content: str
     tool_call_id: NotRequired[str | None]
@@ -149,6 +151,8 @@ class _TextMessage(TypedDict):
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _ToolCallMessage(TypedDict):
+    """An assistant's message that calls tools."""
+
     role: Literal["assistant"]
     content: NotRequired[str | None]
     tool_calls: list[Annotated[_Function, AfterValidator(_require_argument_object)]]
@@ -162,12 +166,16 @@ _Message = Annotated[
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _ChatLine(TypedDict):
+    """The fields of a row in mlx-lm's chat format."""
+
     chat: list[_Message]
     tools: NotRequired[list[_Function] | None]
 
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _CompletionLine(TypedDict):
+    """The fields of a row in mlx-lm's completion format."""
+
     prompt: str
     completion: str
     tools: NotRequired[list[_Function] | None]
@@ -175,11 +183,15 @@ class _CompletionLine(TypedDict):
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _TextLine(TypedDict):
+    """The field of a row of plain text."""
+
     text: str
 
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _ShareGptLine(TypedDict):
+    """The fields of a row in ShareGPT's format."""
+
     conversations: list[_Message]
     system: NotRequired[str | None]
     tools: NotRequired[list[_Function] | None]
@@ -187,6 +199,8 @@ class _ShareGptLine(TypedDict):
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _AlpacaLine(TypedDict):
+    """The fields of a row in Alpaca's format."""
+
     instruction: str
     output: str
     input: NotRequired[str | None]

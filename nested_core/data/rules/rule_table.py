@@ -108,20 +108,29 @@ class Rule:
 # These compute with polars itself, whatever backend the host program or its environment chose for
 # pandera's own classes.
 class _PolarsSchema(pa.DataFrameSchema):
+    """A pandera schema that always uses the polars backend."""
+
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> DataFrameSchemaBackend:
+        """Return the polars backend, whatever backend the host program has chosen."""
         return DataFrameSchemaBackend()
 
 
 class _PolarsColumn(pa.Column):
+    """A pandera column that always uses the polars backend."""
+
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> ColumnBackend:
+        """Return the polars backend, whatever backend the host program has chosen."""
         return ColumnBackend()
 
 
 class _PolarsCheck(pa.Check):
+    """A pandera check that always uses the polars backend."""
+
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> type[PolarsCheckBackend]:
+        """Return the polars backend, whatever backend the host program has chosen."""
         return PolarsCheckBackend
 
 

@@ -121,6 +121,7 @@ def tokenize_splits(
         processes = 1 if size < MIN_BYTES_FOR_WORKERS else parallel_jobs.count_usable_cores()
 
     def report_progress(done: int) -> None:
+        """Report how many ranges of lines have been tokenized."""
         if on_progress is not None:
             on_progress("tokenising", done, len(ranges))
 

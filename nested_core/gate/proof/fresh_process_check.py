@@ -402,6 +402,7 @@ def _dtype_of(request: ProofRequest) -> str | None:
 
 
 def _describe_initial(request: ProofRequest) -> dict[str, Any]:
+    """Describe the base with the initial adapter, for the fresh process to load."""
     return describe_model("initial", request.model, request.initial, dtype=_dtype_of(request))
 
 
@@ -422,6 +423,7 @@ def _describe_models(request: ProofRequest) -> list[dict[str, Any]]:
 
 
 def _describe_request(request: ProofRequest, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Build the JSON request to the fresh process: models to load, prompts and logit columns."""
     return describe_request(
         models,
         request.model,

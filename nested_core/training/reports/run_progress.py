@@ -222,6 +222,10 @@ class RunProgress:
         return bool(records)
 
     def _inode_of_plan(self) -> int | None:
+        """Return the inode of plan.json, which changes when it is rewritten.
+
+        None without the file.
+        """
         try:
             return self.run.plan.stat().st_ino
         except OSError:
