@@ -114,8 +114,8 @@ class DataSettings:
         folder = Path(self.data)
         if self.hf_dataset or not folder.is_dir():
             is_file = folder.is_file() or not {*"*?["}.isdisjoint(self.data)
-            held = "train alone" if is_file and not self.hf_dataset else "no split of that name"
-            return shlex.quote(self.describe_source), held
+            content = "train alone" if is_file and not self.hf_dataset else "no split of that name"
+            return shlex.quote(self.describe_source), content
         names = sorted(escape(path.name) for path in folder.iterdir())
-        held = join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
-        return escape(str(folder.absolute())), held
+        content = join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
+        return escape(str(folder.absolute())), content

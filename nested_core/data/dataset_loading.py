@@ -183,8 +183,8 @@ def load_run_data(
     settings = replace(settings, held_out_before=earlier.find_dropped())
     report, splits = load_dataset(settings, tokenizer, on_progress, cache=cache)
     if earlier.count():
-        own = replay_settings(settings, run.replayed_rows)
-        splits[REPLAY_SPLIT] = load_dataset(own, tokenizer, on_progress, cache=cache)[1]["train"]
+        replay = replay_settings(settings, run.replayed_rows)
+        splits[REPLAY_SPLIT] = load_dataset(replay, tokenizer, on_progress, cache=cache)[1]["train"]
     return report, splits
 
 

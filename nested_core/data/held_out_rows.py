@@ -111,8 +111,8 @@ def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) 
     field = settings.policy.group
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         file = open_splits(settings, Path(spool))[split]
-        wanted = sorted(file.physical_lines_of(set(map(int, lines))))
-        values = _read_field(file.path, wanted, field)
+        numbers = sorted(file.physical_lines_of(set(map(int, lines))))
+        values = _read_field(file.path, numbers, field)
     if not any(value is not None for value in values):
         raise DatasetError(
             f"data_policy.group: no row of {file.name} has a field {field!r}. Give one that rows "
@@ -121,10 +121,10 @@ def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) 
     return values
 
 
-def _read_field(path: Path, wanted: Sequence[int], field: str | None) -> list[str | None]:
+def _read_field(path: Path, numbers: Sequence[int], field: str | None) -> list[str | None]:
     """Read a field of physical lines (numbers from 1, ascending) of a file of JSON lines."""
     values: list[str | None] = []
-    remaining = iter(wanted)
+    remaining = iter(numbers)
     following = next(remaining, None)
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         for number, line in enumerate(file, 1):

@@ -77,7 +77,7 @@ class RegisteredAdapter:
 
 
 def champion(name: str | Path, *, registry: str | Path | None = None) -> RegisteredAdapter:
-    """Return the champion of a name, or the version that NAME@VERSION asks for.
+    """Return the champion of an adapter name, or the version that NAME@VERSION asks for.
 
     Args:
         name: NAME, REGISTRY/NAME or NAME@VERSION.
@@ -100,7 +100,7 @@ def promote(
     registry: str | Path = DEFAULT_REGISTRY,
     by: str | None = None,
 ) -> RegisteredAdapter:
-    """Make the adapter of a run the champion of a name, and register it first if necessary.
+    """Make the adapter of a run the champion under a name; register it first if necessary.
 
     Args:
         result: what `finetune` returned, or a run directory.

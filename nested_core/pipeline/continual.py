@@ -50,7 +50,7 @@ ANCESTORS_KEY = "gate.max_ancestor_loss_increase"
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
-    """Return the champion of a name.
+    """Return the champion of an adapter name: the version in use.
 
     None without a champion, or without such a registry or name.
     """

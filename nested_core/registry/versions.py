@@ -91,7 +91,7 @@ def how_to_mend(version_path: Path) -> str:
 
 
 def registered_versions(folder: Path) -> list[str]:
-    """Return the digests of the versions on disk in the folder of a name, sorted."""
+    """Return the digests of the versions on disk in the folder of an adapter name, sorted."""
     return sorted(
         name
         for name in os.listdir(folder / VERSIONS_FOLDER_NAME)

@@ -151,6 +151,7 @@ class ChunkedCrossEntropy:
 
         @mx.custom_function
         def loss(hidden: mx.array) -> Arrays:
+            """Return the summed loss of the selected rows, and its gradient for backpropagation."""
             selected, mask = gather_rows(hidden, rows), rows >= 0
             return self._sum_chunks(selected, gather_rows(targets, rows), mask)
 
