@@ -143,8 +143,8 @@ def finetune(
     created. The run directory is locked meanwhile.
 
     Raises what the steps raise: ConfigError, DatasetError, TrainingStopped, TrainingDiverged,
-        GateRejected, DamagedError. Each leaves a run directory that can be resumed or is complete,
-        with its report.html.
+    GateRejected, DamagedError. Each leaves a run directory that can be resumed or is complete, with
+    its report.html.
     """
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()

@@ -74,10 +74,9 @@ def collect_garbage(
     """Remove all versions except the champion, those it may be replaced by, and the newest.
 
     Kept are: the champion, the version it replaced, the target of a rollback; the `keep` versions
-        that were registered or champion last; the `keep` newest of the champion and its ancestors,
-        and each ancestor whose examples are stored, since later runs train on them; and a version
-        registered less than an hour ago that was never champion, since its promotion may be going
-        on.
+    that were registered or champion last; the `keep` newest of the champion and its ancestors, and
+    each ancestor whose examples are stored, since later runs train on them; and a version
+    registered less than an hour ago that was never champion, since its promotion may be going on.
     dry_run: report what would be removed, and remove nothing.
     by: who asks, for the history.
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
