@@ -49,6 +49,7 @@ class SectionProblemsError(ValueError):
     """The conflicts between the values of one section."""
 
     def __init__(self, problems: Iterable[str]) -> None:
+        """Create the error with one message for each conflict."""
         self.problems = tuple(problems)
         super().__init__("; ".join(self.problems))
 

@@ -228,6 +228,7 @@ class BatchOrder:
         *,
         max_seq_length: int | None = None,
     ) -> None:
+        """Sort rows of these lengths (in tokens) into buckets; `seed` determines the order."""
         self.batch_size = batch_size
         self.seed = seed
         self.buckets = sort_into_buckets(lengths, batch_size, max_seq_length)

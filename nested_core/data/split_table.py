@@ -147,6 +147,7 @@ class _Reading:
         on_progress: OnProgress | None,
         folder: Path,
     ) -> None:
+        """Cut the files into ranges of lines; workers write their rows to `folder`."""
         self._files = files
         self._field_names = field_names
         self._on_progress = on_progress

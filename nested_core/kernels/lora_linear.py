@@ -118,6 +118,7 @@ class LayersSharingInput:
     """
 
     def __init__(self, layers: Sequence[AdapterLinear]) -> None:
+        """Group layers of one scale; their ranks may differ."""
         self._layers = layers
         ranks = [layer.lora_b.shape[0] for layer in layers]
         self._rank_ranges = list(pairwise([0, *accumulate(ranks)]))

@@ -22,6 +22,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        """Wrap the chat template of a tokenizer."""
         self._tokenizer = tokenizer
 
     def prepare(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

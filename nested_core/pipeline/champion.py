@@ -71,6 +71,7 @@ class RegisteredAdapter:
         return SideBySide({"adapter": self.folder}, model=None, trust_remote_code=False)
 
     def __repr__(self) -> str:
+        """Show registry, name, version and the verdict's summary."""
         name_folder = self.registry / self.name
         version = shorten_digest(self.version)
         return f"RegisteredAdapter({name_folder}, version {version}, {self.verdict.summary()})"

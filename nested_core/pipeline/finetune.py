@@ -89,6 +89,7 @@ class FinetuneResult:
         return self.decision.sentence
 
     def __repr__(self) -> str:
+        """Show the run and its verdict, or why it was skipped."""
         if self.skipped is not None:
             return f"FinetuneResult({self.run.path}, {self.skipped.outcome}: {self.skipped.reason})"
         summary = None if self.verdict is None else self.verdict.summary()

@@ -77,9 +77,11 @@ class Child:
         os.set_blocking(self._input.fileno(), False)
 
     def __enter__(self) -> Self:
+        """Return the running process."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Kill the process."""
         self.end()
 
     def ask(self, request: Any, seconds: float | None = None) -> Any:

@@ -50,6 +50,7 @@ class Finding:
     count: int | None = None
 
     def __str__(self) -> str:
+        """Format the finding as `FILE:LINE: CHECK: MESSAGE`."""
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{place}: {self.check}: {self.message}"
 

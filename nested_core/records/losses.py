@@ -90,6 +90,7 @@ class ExampleLosses:
     counts_rows: bool | None = None
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return len(self.tokens)
 
     def mean(self, losses: Vector) -> float:

@@ -678,6 +678,7 @@ class Verdict:
         return float(value) if isinstance(value, int | float) else None
 
     def __repr__(self) -> str:
+        """Show the one-line summary."""
         return f"Verdict({self.summary()})"
 
     def _repr_html_(self) -> str:

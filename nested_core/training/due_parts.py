@@ -210,6 +210,7 @@ class Reporter:
     """
 
     def __init__(self, setup: TrainingSetup) -> None:
+        """Create it with an empty window of figures."""
         self.setup = setup
         self.window = MetricsWindow(setup.world, is_mean=setup.loss_fn.is_mean)
         self._losses: list[float] = []
@@ -274,6 +275,7 @@ class Validation:
     """
 
     def __init__(self, setup: TrainingSetup, evaluator: Evaluator) -> None:
+        """Create it; `evaluator` computes the losses."""
         self.setup = setup
         self._evaluator = evaluator
         self._targets = setup.step_schedule.validation_targets()

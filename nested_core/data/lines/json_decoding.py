@@ -35,6 +35,7 @@ class LineProblem(Exception):
     """Why a line is not a valid example: the name of the failed check and a sentence."""
 
     def __init__(self, check: str, message: str) -> None:
+        """Create the problem from the name of the failed check and a sentence."""
         super().__init__(message)
         self.check = check
         self.message = message

@@ -52,6 +52,7 @@ class RestOfFileUnreadable(Exception):
     """A file that cannot be read further: from which number on, and why."""
 
     def __init__(self, number: int, message: str) -> None:
+        """Create the error from the first number that cannot be read, and the reason."""
         super().__init__(message)
         self.number = number
         self.message = message

@@ -156,6 +156,7 @@ class _TemplatedExample:
     """
 
     def __init__(self, example: Example, tokenizer: Any) -> None:
+        """Render and tokenize the example with the tokenizer's chat template."""
         self._example = example
         self._tokenizer = tokenizer
         self._template = chat_template_of(tokenizer)

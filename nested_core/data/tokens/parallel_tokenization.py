@@ -163,6 +163,7 @@ class _SplitJoiner:
     """Joins the results of a split's jobs in order, with line numbers of the original file."""
 
     def __init__(self, source: SplitFile, writer: SplitWriter) -> None:
+        """Create it without parts; `writer` receives the tokens."""
         self._source = source
         self._writer = writer
         self._examples = [np.zeros(0, EXAMPLE_FACTS_DTYPE)]

@@ -26,6 +26,10 @@ class TemplateTimeLimit:
     """Limits the time of the blocks of `watching` in the thread that created it."""
 
     def __init__(self, seconds: float = BASE_LIMIT_SECONDS) -> None:
+        """Create it for the current thread.
+
+        `seconds` of process time are allowed plus some per character.
+        """
         self._seconds = seconds
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
@@ -36,10 +40,12 @@ class TemplateTimeLimit:
         )
 
     def __enter__(self) -> TemplateTimeLimit:
+        """Start the watching thread."""
         self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Stop the watching thread."""
         self._closed.set()
         self._watcher.join()
 

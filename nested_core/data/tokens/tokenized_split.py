@@ -61,6 +61,7 @@ class TokenizedSplit:
     maps: tuple[mmap.mmap, ...] = ()
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return len(self.starts) - 1
 
     @property
@@ -103,6 +104,7 @@ class SplitWriter:
     """Concatenates the parts of a split to files with a common prefix, and removes the parts."""
 
     def __init__(self, prefix: Path) -> None:
+        """Open a file for each array, at PREFIX.NAME."""
         self._files = {name: _array_path(prefix, name).open("wb") for name in DTYPE_BY_ARRAY}
         self._total = 0
         self._files[STARTS_ARRAY].write(bytes(DTYPE_BY_ARRAY[STARTS_ARRAY].itemsize))

@@ -310,6 +310,7 @@ class RunningProof:
     """A proof being computed, in a new process or in one that was started earlier."""
 
     def __init__(self, request: ProofRequest, process: Child | None = None) -> None:
+        """Send the request to a process, which is started unless one is given."""
         self.request = request
         self._process = process or start_proof_process()
         self._process.send(_describe_request(request, _describe_models(request)))

@@ -189,6 +189,7 @@ class _Mistake(ValueError):
     """A mistake in a question. The details are shown, but do not distinguish kinds of mistakes."""
 
     def __init__(self, kind: str, details: str = "") -> None:
+        """Create it from the kind of mistake, and details that are only shown."""
         super().__init__(f"{kind}{details}")
         self.kind = kind
 
