@@ -13,6 +13,7 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.rooms import ROOMS, Room, RoomLoss, TrainingFlow
+from nested_core.text.loss_format import NATS_PER_TOKEN
 
 
 def is_there(room: str) -> bool:
@@ -127,3 +128,8 @@ def find_loss(name: str) -> RoomLoss:
             return added.losses[name]
     names = ", ".join(sorted(join_mappings("losses")))
     raise ConfigError(f"training.loss: {name!r} is none of {names or 'the losses here'}.")
+
+
+def unit_of_loss(name: str | None) -> str:
+    """The unit of the loss that `training.loss` names; None is the cross-entropy."""
+    return NATS_PER_TOKEN if name is None else str(join_mappings("losses")[name].unit)

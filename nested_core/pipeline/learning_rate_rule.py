@@ -20,9 +20,10 @@ ADAM_OPTIMIZERS = ("adam", "adamw")
 def describe_learning_rate(config: FineTuneConfig) -> str | None:
     """Compare rank x scale x rate with what was best in a published sweep; None if not comparable.
 
-    It is comparable for LoRA with Adam. A schedule counts with its highest rate.
+    It is comparable for LoRA with Adam and cross-entropy. A schedule counts with its highest rate.
     """
-    if config.fine_tune_type == "full" or config.optimizer not in ADAM_OPTIMIZERS:
+    is_known = config.fine_tune_type != "full" and config.training.loss is None
+    if not is_known or config.optimizer not in ADAM_OPTIMIZERS:
         return None
     product = _product(config)
     low, high = BEST_PRODUCTS

@@ -31,11 +31,7 @@ from nested_core.pipeline.continual import (
     record_trial,
     settings_digest,
 )
-from nested_core.records.dataset import (
-    DatasetReport,
-    SplitStats,
-    held_out_split,
-)
+from nested_core.records.dataset import DatasetReport, SplitStats, held_out_split
 from nested_core.records.judged_run import (
     JudgedRun,
     hash_metrics,

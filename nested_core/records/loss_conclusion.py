@@ -14,7 +14,7 @@ from typing import Literal
 Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
 MIN_EXAMPLES = 5  # independent ones; fewer have no interval: nothing can be shown, nor promoted
-MIN_MARGIN = 0.01  # nats/token: a loss near 0 has a margin too
+MIN_MARGIN = 0.01  # nats: a loss near 0 has a margin too
 MAX_RISE_OF_FEW = 0.1  # of the loss before, where there are too few examples for an interval
 MAX_NAMED_EXAMPLES = 100_000
 _Z_ONE_SIDED = 1.6449  # the 95 % end of one side
@@ -24,7 +24,7 @@ POWER_FACTOR = (_Z_TWO_SIDED + _Z_POWER) / _Z_TWO_SIDED  # 80 % power in place o
 
 
 def margin_of_loss(increase: float, loss_before: float, noise: Literal["paired", "none"]) -> float:
-    """Return the rise in loss, in nats/token, that a relative bound allows; at least MIN_MARGIN.
+    """Return the rise of a loss that a relative bound allows; at least MIN_MARGIN.
 
     increase: the bound as a share of `loss_before`; 0.0 allows no rise.
     noise: with `none`, the bound holds as it is, without the minimum.
@@ -45,7 +45,7 @@ def conclude(
     """Classify a mean paired loss difference as better, no_worse, inconclusive or worse.
 
     Args:
-        difference: the mean of the paired differences, after minus before, in nats/token.
+        difference: the mean of the paired differences, after minus before.
         interval: its 95 % interval; None with too few examples for one.
         one_sided_high: the upper end of its one-sided 95 % interval.
         margin: the rise that is allowed, from `margin_of_loss`.
@@ -81,7 +81,7 @@ def is_better(
         interval: its 95 % interval; None with too few examples for one.
         corrected_interval: the interval corrected for choosing the best of several candidates
             by the same examples; None if the examples chose nothing.
-        min_improvement: nats/token by which the difference itself has to be lower.
+        min_improvement: by how much the difference itself has to be lower.
         noise: `none` ignores both intervals.
     """
     if difference is None or difference >= -min_improvement:
@@ -100,9 +100,9 @@ def count_examples_needed(
     The estimate is the sample size, at 80 % power, that shows an adapter with no true difference to
     be no worse than the margin. If there are that many already, it is the sample size that
     distinguishes the difference that was seen from 0 or from the margin.
-    difference, standard_error: mean and standard error of the paired differences, in nats/token.
+    difference, standard_error: mean and standard error of the paired differences.
     examples: how many independent examples the standard error comes from.
-    margin: the allowed rise in nats/token.
+    margin: the allowed rise.
     Returns the number rounded up to 2 significant digits; None if it exceeds MAX_NAMED_EXAMPLES or
     the standard error is 0 or not finite.
     """
@@ -121,13 +121,13 @@ def count_examples_needed(
     return math.ceil(needed / unit) * unit
 
 
-def describe_smallest_visible(difference: float) -> str:
+def describe_smallest_visible(difference: float, unit: str) -> str:
     """Describe the smallest change that the examples reliably detect, with 80 % power.
 
-    difference: the change in nats/token that is detected in half of all comparisons.
+    difference: the change, in `unit`, that is detected in half of all comparisons.
     """
     detected = POWER_FACTOR * difference
-    return f"reliably detect changes of {detected:.2g} nats/token or more (80 % power)"
+    return f"reliably detect changes of {detected:.2g} {unit} or more (80 % power)"
 
 
 def describe_inconclusive(
@@ -135,6 +135,7 @@ def describe_inconclusive(
     interval: Sequence[float] | None,
     margin: float | None,
     examples_needed: int | None,
+    unit: str,
 ) -> str:
     """Describe an inconclusive comparison of losses and how many examples would settle it.
 
@@ -148,7 +149,7 @@ def describe_inconclusive(
     if margin is not None:
         figures.append(f"allowed rise {margin:.2g}")
     seen = f" ({', '.join(figures)})" if figures else ""
-    text = f"inconclusive: {_format_nats(difference)} nats/token{seen}"
+    text = f"inconclusive: {_format_nats(difference)} {unit}{seen}"
     if interval is None:
         return f"{text}; fewer than 5 independent examples decide little"
     if examples_needed is not None:

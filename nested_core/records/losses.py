@@ -1,6 +1,6 @@
 """gate-losses.jsonl: the loss of every held-out example, one line an example.
 
-A line has file, line, supervised tokens, and mean losses in nats/token with the initial adapter,
+A line has file, line, supervised tokens, and mean losses with the initial adapter,
 the trained adapter, the champion when the gate ran and the policy's reference; the KL divergence in
 nats/token of the predictions from those of the initial adapter, and of the base if that was
 measured. An example that the candidate or a parent was trained on is marked `left_out` and is in no
@@ -27,6 +27,7 @@ from nested_core.records.paired_difference import (
     has_too_few_clusters,
 )
 from nested_core.storage.untrusted_files import read_regular
+from nested_core.text.loss_format import NATS_PER_TOKEN
 
 OPTIONAL_COLUMNS = ("reference", "drift", "base_drift")
 REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")
@@ -60,7 +61,7 @@ class ExampleLosses:
     file: the name of the data set's file that holds the examples.
     lines: the line of each example in it, int64 (n,).
     tokens: supervised tokens of each example, all above 0, float64 (n,).
-    before, after: mean losses in nats/token with the initial and the trained adapter, float64 (n,);
+    before, after: mean losses in `unit` with the initial and the trained adapter, float64 (n,);
         NaN if not finite.
     champion: the champion's losses, float64 (n,), NaN for an example left out; None if no champion
         was judged.
@@ -74,6 +75,7 @@ class ExampleLosses:
         each example is a cluster by itself.
     counts_rows: whether each row counts as independent although rows share clusters, decided on all
         rows of the file; None if these are all rows.
+    unit: of the losses; with one that counts examples, each has 1 in `tokens`.
     """
 
     file: str
@@ -88,6 +90,7 @@ class ExampleLosses:
     left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
     clusters: Indices | None = None
     counts_rows: bool | None = None
+    unit: str = NATS_PER_TOKEN
 
     def __len__(self) -> int:
         """Return the number of examples."""

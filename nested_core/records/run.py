@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from nested_core import seams
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
@@ -282,6 +283,11 @@ class Run:
         reports = ((r.get("step", 0), r[name]) for r in reversed(self.metrics) if name in r)
         return next(reports, None)
 
+    @property
+    def loss_unit(self) -> str:
+        """The unit of its losses; nats/token where its configuration is missing or damaged."""
+        return seams.unit_of_loss(None if self.config is None else self.config.training.loss)
+
     def describe_last_losses(self) -> dict[str, str]:
         """Describe the last training and validation loss with their data and step, by name."""
         return describe_last_losses(self.metrics, self.plan)
@@ -380,12 +386,9 @@ class Run:
         return None if path is None else path.name
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `status`, `runs` and `compare` print with `--json`; losses in nats/token."""
-        config, verdict, lasts = (
-            self.config,
-            self.verdict,
-            {n: self.last_loss(n) for n in _LAST_LOSSES},
-        )
+        """Return what `status`, `runs` and `compare` print with `--json`; losses in `loss_unit`."""
+        config, verdict = self.config, self.verdict
+        lasts = {name: self.last_loss(name) for name in _LAST_LOSSES}
         validation = None if verdict is None else verdict.validation
         has_iterations = config is not None and config.training.epochs is None
         values = {
@@ -403,6 +406,7 @@ class Run:
             "offered_step": self.offered_step,
             "offered_val_loss": self.offered_val_loss,
             "gate_loss": self.gate_loss,
+            "loss_unit": self.loss_unit,
             **{name: None if last is None else last[1] for name, last in lasts.items()},
             "not_finite": [n for n, last in lasts.items() if last is not None and last[1] is None],
             "learning_rate": self.last("learning_rate"),

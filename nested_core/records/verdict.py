@@ -27,6 +27,7 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Details, Document, Table, Text
 from nested_core.text.loss_format import (
+    NATS_PER_TOKEN,
     format_change,
     format_difference,
     format_loss,
@@ -135,7 +136,7 @@ class TierChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedLoss:
-    """A paired comparison of losses, in nats/token; below 0 is better.
+    """A paired comparison of losses; below 0 is better.
 
     difference: the mean of the paired differences; None if a loss is not finite.
     standard_error, interval: of that mean; None with fewer than 5 clusters. The interval is 95 %.
@@ -147,6 +148,7 @@ class ComparedLoss:
     examples_needed: about how many examples would settle an inconclusive comparison; None if too
         many, or if it is conclusive.
     clusters: how many of the examples are independent: those with one prompt count as one.
+    unit: of the losses and of all that is computed from them.
     """
 
     difference: float | None = None
@@ -158,6 +160,7 @@ class ComparedLoss:
     one_sided_high: float | None = None
     examples_needed: int | None = None
     clusters: int | None = None
+    unit: str = NATS_PER_TOKEN
 
     def describe_conclusion(self) -> str | None:
         """Describe the conclusion.
@@ -169,7 +172,7 @@ class ComparedLoss:
         if self.conclusion != "inconclusive":
             return self.conclusion.replace("_", " ")
         return describe_inconclusive(
-            self.difference, self.deciding_interval, self.margin, self.examples_needed
+            self.difference, self.deciding_interval, self.margin, self.examples_needed, self.unit
         )
 
     @property
@@ -218,7 +221,7 @@ class HeldOutComparison(ComparedLoss):
     def is_better(self, min_improvement: float, noise: Noise) -> bool:
         """Return whether the loss is lower by enough, beyond chance, for an automatic promotion.
 
-        min_improvement: in nats/token.
+        min_improvement: in `unit`.
         noise: `none` decides by the mean alone.
         """
         return not self.has_few_prompts and is_better(
@@ -234,7 +237,7 @@ class HeldOutComparison(ComparedLoss):
 class Validation(HeldOutComparison):
     """The held-out loss of the initial and the trained adapter on the same examples.
 
-    loss_before, loss_after: mean losses in nats/token with the initial and the trained adapter.
+    loss_before, loss_after: mean losses in `unit` with the initial and the trained adapter.
     selected_on_same_data: whether the same examples also chose the adapter's step.
     file: the file of the data set that holds the examples.
     examples: how many were counted; gate-losses.jsonl has the losses of each.
@@ -263,7 +266,7 @@ class Validation(HeldOutComparison):
             shown = (
                 "can show no difference"
                 if self.smallest_visible is None
-                else describe_smallest_visible(self.smallest_visible)
+                else describe_smallest_visible(self.smallest_visible, self.unit)
             )
             yield f"{self.examples} held-out {noun} {shown}"
         elif self.clusters is not None and self.clusters < min(
@@ -313,7 +316,7 @@ class ChampionLoss(HeldOutComparison):
     """The loss of the champion, compared with the candidate on the same held-out examples.
 
     version: the champion when the gate ran.
-    loss: the champion's mean loss in nats/token. `difference` is candidate minus champion, so the
+    loss: the champion's mean loss in `unit`. `difference` is candidate minus champion, so the
         candidate's loss is `loss` + `difference`.
     examples: how many were compared.
     left_out: how many were not, because the champion, the candidate or an ancestor was trained on
@@ -352,7 +355,7 @@ class AncestorLoss(HeldOutComparison):
     The earlier version is the champion or one that the champion was trained from.
     version: the earlier version whose examples are used.
     registered: when it was registered, as ISO 8601; None if not known.
-    loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`.
+    loss: the champion's mean loss in `unit`; the candidate's is `loss` + `difference`.
     examples: how many were compared.
     left_out: how many were not, because a version or the candidate was trained on them.
     superseded: how many were not, because newer data has another answer to the same prompt.
@@ -383,7 +386,7 @@ class AncestorLoss(HeldOutComparison):
 
     @property
     def loss_after(self) -> float | None:
-        """The candidate's mean loss in nats/token; None if there is no comparison."""
+        """The candidate's mean loss in `unit`; None if there is no comparison."""
         if self.loss is None or self.difference is None:
             return None
         return self.loss + self.difference

@@ -25,12 +25,17 @@ from nested_core.records.verdict import (
 )
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Cell, Table, Text, Tone
-from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
+from nested_core.text.loss_format import (
+    NATS_PER_TOKEN,
+    format_difference,
+    format_loss,
+    loss_name_for_file,
+)
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
 CHECKED = (
-    "What was checked. Losses are in nats/token: the mean of -ln(probability) of the expected "
-    "tokens, as mlx_lm prints it. Differences have their 95 % interval"
+    "What was checked. Losses are in {unit} (nats/token: the mean of -ln(probability) of the "
+    "expected tokens, as mlx_lm prints it). Differences have their 95 % interval"
 )
 LOST_COLUMNS = ("question", "expected", "before", "after")
 MAX_LOST_PER_SUITE = 3
@@ -100,7 +105,9 @@ def _tone(verdict: Verdict) -> Tone:
 
 def check_table(verdict: Verdict) -> Table:
     """Return a table with one row for each check of a verdict."""
-    return Table(CHECKED, CHECK_COLUMNS, [check.cells for check in list_checks(verdict)])
+    unit = NATS_PER_TOKEN if verdict.validation is None else verdict.validation.unit
+    rows = [check.cells for check in list_checks(verdict)]
+    return Table(CHECKED.format(unit=unit), CHECK_COLUMNS, rows)
 
 
 def tier_table(verdict: Verdict) -> Table:
@@ -186,7 +193,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
             bound = f"at most {share} of them, or {MIN_HARMED - 1} examples"
             harmed = reasons_of(verdict, "examples_harmed")
             after = str(losses.harmed)
-            name = "examples that lost more than 1 nat/token"
+            name = f"examples that lost more than 1.0 {losses.unit}"
             yield make_check(name, harmed, after=after, bound=bound)
     for role, other in (("champion", verdict.champion), ("reference", verdict.reference)):
         if other is not None:

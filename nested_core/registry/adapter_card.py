@@ -84,7 +84,7 @@ def _list_results(
     held_out = (config.get("gate") or {}).get("held_out", "auto")
     is_of_data_set = len(datasets) == 1 and held_out in SPLITS_BY_HELD_OUT_CHOICE
     if is_of_data_set and losses is not None and losses.loss_after is not None:
-        name = f"mean loss in nats/token, {losses.file}"
+        name = f"mean loss in {losses.unit}, {losses.file}"
         yield _result(datasets[0], "loss", name, losses.loss_after)
     for task in verdict.tasks:
         name = f"mean score of {task.questions} answers, 0 to 1"

@@ -413,7 +413,7 @@ def _why_beyond_reference(
     return (
         f"may be worse than {which} by more than the margin: "
         f"{format_difference(record.difference)} from its {format_loss(record.loss)} on "
-        f"{record.examples} examples, one-sided 95 % end {high}, margin {margin} nats/token"
+        f"{record.examples} examples, one-sided 95 % end {high}, margin {margin} {record.unit}"
     )
 
 
@@ -543,5 +543,5 @@ def _describe_comparison(
         )
     return (
         f"{figures} {format_interval(record.interval)}; these examples "
-        f"{describe_smallest_visible(record.smallest_visible)}"
+        f"{describe_smallest_visible(record.smallest_visible, record.unit)}"
     )

@@ -181,7 +181,7 @@ def check_champion(registry: Path, name: str) -> str | None:
 
 
 def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Map each version to its held-out loss: `{"loss": nats/token, "file": data file}`.
+    """Map each version to its held-out loss: `{"loss": 0.1, "unit": "nats/token", "file": ...}`.
 
     The loss is taken from the verdict that the version was registered with. Versions without a
     held-out loss, or with an unreadable verdict, are left out; `audit` reports the latter.
@@ -196,7 +196,8 @@ def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
         validation = verdict.validation
         if validation is not None and validation.loss_after is not None:
             file = validation.file or "held-out examples"
-            losses[version] = {"loss": validation.loss_after, "file": file}
+            unit = validation.unit
+            losses[version] = {"loss": validation.loss_after, "unit": unit, "file": file}
     return losses
 
 

@@ -226,8 +226,9 @@ def list_figures(run: Run) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
 
 LIST_COLUMNS = ("run", "adapter", "outcome", "selected step", "val loss", "gate loss", "minutes")
 LIST_NOTE = (
-    "Losses of the selected checkpoint in nats/token: val loss on the validation set, gate loss on "
-    "the examples of the gate. (last): of the last evaluation, before a checkpoint is selected."
+    "Losses of the selected checkpoint, in nats/token or the unit of training.loss: val loss on "
+    "the validation set, gate loss on the examples of the gate. (last): of the last evaluation, "
+    "before a checkpoint is selected."
 )
 
 

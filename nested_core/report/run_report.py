@@ -205,7 +205,7 @@ def _loss_chart(run: Run, x: str) -> Chart:
         Curve("training", run.points("loss", x)),
         Curve("validation", run.points("val_loss", x), has_dots=True),
     ]
-    return Chart("Loss", x, "nats/token", curves)
+    return Chart("Loss", x, run.loss_unit, curves)
 
 
 def _answer_figures(run: Run) -> Iterator[list[Chart]]:

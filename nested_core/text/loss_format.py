@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+NATS_PER_TOKEN = "nats/token"
 
 
 def format_loss(loss: float | None) -> str:
-    """Format a loss in nats/token with 4 significant digits: "0.0184", "3.142".
+    """Format a loss with 4 significant digits: "0.0184", "3.142".
 
     "not finite" for NaN and infinity, and for None, which stands for them in JSON files.
     """
@@ -35,3 +37,8 @@ def loss_name_for_file(file: str | None) -> str:
     """Return the name of a loss by the file that it was measured on, such as "test loss"."""
     names = {None: "validation loss", "valid.jsonl": "validation loss", "test.jsonl": "test loss"}
     return names.get(file, "held-out loss")
+
+
+def join_units(units: Iterable[str | None]) -> str:
+    """`nats/example and nats/token`: the units of several losses; nats/token without any."""
+    return " and ".join(sorted({unit for unit in units if unit is not None})) or NATS_PER_TOKEN
