@@ -160,6 +160,17 @@ def test_a_mask_is_right_where_the_answer_was_learnt_and_not_the_turn_after_it(
     assert case.went_right(case) == is_right
 
 
+def test_a_tool_whose_model_learnt_neither_row_does_not_do_it_right(tmp_path, monkeypatch) -> None:
+    def learn_nothing(_tool, case, _step, _kept) -> bool:
+        case.answers = [""]
+        return True
+
+    monkeypatch.setattr(bench, "WORK", tmp_path)
+    monkeypatch.setattr(bench, "take", learn_nothing)
+    row = bench.run_failure(NestedTune(), FAILURES["weight-zero-learnt"])
+    assert row["noticed"] == "never"
+
+
 @pytest.mark.slow("runs six planted folders and their twins, a training each")
 @pytest.mark.parametrize(
     ("name", "when"),

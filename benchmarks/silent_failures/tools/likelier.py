@@ -1,6 +1,8 @@
-"""Prints the row that a model with an adapter finds likelier, as its chat template shows it.
+"""Prints the row that a model with an adapter finds likeliest, as its chat template shows it.
 
-python likelier.py BASE ADAPTER ROWS.jsonl: mlx_lm alone, by the mean loss of a row's tokens.
+python likelier.py BASE ADAPTER ROWS.jsonl: mlx_lm alone, by the mean loss of a row's tokens. Nothing
+is printed where the next row is less than MARGIN behind: a model that has learnt neither tells
+nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import load
 
+MARGIN = 0.1  # nats a token
+
 
 def main(base: str, adapter: str, rows: str) -> None:
     """Compare all rows of the file."""
@@ -21,9 +25,11 @@ def main(base: str, adapter: str, rows: str) -> None:
     for line in Path(rows).read_text("utf-8").splitlines():
         text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
         tokens = mx.array(tokenizer.encode(text, add_special_tokens=False))
-        logits = model(tokens[None, :-1])[0]
+        logits = model(tokens[None, :-1])[0].astype(mx.float32)
         losses[text] = float(nn.losses.cross_entropy(logits, tokens[1:], reduction="mean"))
-    print(min(losses, key=losses.__getitem__))
+    likeliest, following = sorted(losses, key=losses.__getitem__)[:2]
+    if losses[following] - losses[likeliest] >= MARGIN:
+        print(likeliest)
 
 
 if __name__ == "__main__":

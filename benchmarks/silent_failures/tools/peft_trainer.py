@@ -20,6 +20,9 @@ from transformers import (
 )
 
 
+MARGIN = 0.1  # nats a token
+
+
 class Steps:
     """What the settings ask for; each method is a step."""
 
@@ -84,7 +87,7 @@ class Steps:
         print("answer:", self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def choose(self):
-        """Print the row of choices.jsonl that the model finds likelier, by its mean loss."""
+        """Print the likeliest row of choices.jsonl by its mean loss, if by MARGIN (likelier.py)."""
         model = self._load()
         losses = {}
         for line in Path("choices.jsonl").read_text("utf-8").splitlines():
@@ -92,7 +95,9 @@ class Steps:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False)
             tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
             losses[text] = float(model(input_ids=tokens, labels=tokens).loss)
-        print(min(losses, key=losses.get))
+        likeliest, following = sorted(losses, key=losses.get)[:2]
+        if losses[following] - losses[likeliest] >= MARGIN:
+            print(likeliest)
 
     def fuse(self):
         """Merge the adapter into the base, and save that as a model."""

@@ -90,9 +90,10 @@ class Tool:
         """Put the adapter where a server takes it from."""
 
     def choose(self, case: Case) -> None:
-        """Append to `case.answers` the row of choices.jsonl that the trained model finds likelier.
+        """Append to `case.answers` the row of choices.jsonl that the trained model finds likeliest.
 
-        By plain mlx_lm: no command of the tool, so that nothing of it is noticed.
+        Empty if none is clearly so (likelier.py). By plain mlx_lm: no command of the tool, so that
+        nothing of it is noticed.
         """
         command = [sys.executable, "-P", str(LIKELIER), case.base, str(case.adapter)]
         case.answers.append(read_output(case, [*command, "choices.jsonl"]))
