@@ -1,7 +1,7 @@
 """Prints the row that a model with an adapter finds likeliest, as its chat template shows it.
 
-python likelier.py BASE ADAPTER ROWS.jsonl: mlx_lm alone, by the mean loss of a row's tokens. Nothing
-is printed where the next row is less than MARGIN behind: a model that has learnt neither tells
+python likelier.py BASE ADAPTER ROWS.jsonl: mlx_lm alone, by the mean loss of a row's tokens. It
+prints nothing where the next row is less than MARGIN behind: a model that has learnt neither tells
 nothing.
 """
 

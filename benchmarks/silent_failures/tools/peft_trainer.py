@@ -19,7 +19,6 @@ from transformers import (
     TrainingArguments,
 )
 
-
 MARGIN = 0.1  # nats a token
 
 
