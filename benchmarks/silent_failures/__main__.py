@@ -80,8 +80,7 @@ def run_failure(tool: Tool, failure: Failure) -> dict[str, Any]:
         verdict = Verdict("not run", "", False, False, str(reason))
     except NotApplicable as reason:
         verdict = Verdict("not applicable", "", False, False, str(reason))
-    answered = bool(planted.answers) and planted.answers[-1] != ""
-    if planted.went_right is not None and answered and planted.went_right(planted):
+    if planted.went_right is not None and planted.answers and planted.went_right(planted):
         said = f"answers: {planted.answers}"
         verdict = replace(verdict, noticed=failure.earliest, how="does it right", said=said)
     row |= asdict(verdict)
