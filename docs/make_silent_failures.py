@@ -71,8 +71,8 @@ otherwise, all of soup-cli: checks of it that need no PyTorch had not been run, 
 that did the right thing was not asked what it had learnt, and rows counted for it because a file
 changed after it was signed. The rows that this touches were run again with those checks, with that
 question, and with adapters that are signed after the plant. Asked in the same way about
-`weight: 0`, soup-cli learns the turn, which an earlier measure of ours had counted for it. The
-programs of PEFT's quick tours mask nothing, so that no mask can be off there.
+`weight: 0`, soup-cli and mlx_lm.lora learn the turn, which an earlier measure of ours had counted
+for them. The programs of PEFT's quick tours mask nothing, so that no mask can be off there.
 
 The base is the tiny model of `examples/`. The rows, with commands and the end of what was printed,
 are in `benchmarks/silent_failures/results/`.
