@@ -23,6 +23,7 @@ class TimePlan:
         the end of the last to the verdict, as they were measured then; the steps follow from them.
     began: when the command began that works on the run, in seconds since 1970.
     spent: seconds that earlier commands worked on the run.
+    blas_threads: of OpenBLAS, in all commands of the run; None without it, and in older plans.
     """
 
     minutes: float
@@ -32,6 +33,7 @@ class TimePlan:
     seconds_to_judge: float
     began: float
     spent: float
+    blas_threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from nested_core.backend import to_float
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
+from nested_core.models.parameters import in_evaluation_mode
 from nested_core.models.session import Session
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.pipeline.device_lock import locking_devices
@@ -31,6 +32,11 @@ from nested_core.records.dataset import read_dataset_record
 from nested_core.records.metrics import read_latest_values
 from nested_core.records.plan import TimePlan, read_plan
 from nested_core.records.result import TrainResult
+from nested_core.rooms.minutes.blas_threads import (
+    THREADS_VARIABLE,
+    choose_blas_threads,
+    using_blas_threads,
+)
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import TrialRun, try_steps
 from nested_core.storage.atomic import write_bytes
@@ -78,21 +84,27 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         end = self._end_at(60 * (minutes + MINUTES_BEYOND))
         self._clock = _Clock(run, end, hooks.on_message, config.grad_accumulation_steps)
 
-        # The iterations of a run that was begun with these minutes are fixed
+        # The iterations of a run that was begun with these minutes are fixed, and in any case the
+        # number of threads
         self.config = config
         plan = read_plan(run.plan)
+        self._earlier = None if plan is None else plan.time
         self._fixed: TimePlan | None = None
         if plan is not None and plan.time is not None and plan.time.minutes == minutes:
             self._fixed = plan.time
             self.config = config.model_copy(update={"iters": plan.iterations})
+        self._threads = ExitStack()
 
     def __enter__(self) -> TimedTraining:
+        if self._earlier is not None:
+            self._threads.enter_context(using_blas_threads(self._earlier.blas_threads))
         if self._fixed is None or not self._run.result.exists():  # else there is only to judge
             self._clock.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._clock.finish()
+        self._threads.close()
 
     def train(self, session: Session) -> TrainResult:
         """Train as many steps as fit, or as are left of them; `config` says how many.
@@ -130,6 +142,9 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     def _fix_steps(self, session: Session) -> TimePlan:
         """Try a few steps, and write how many fit; ConfigError if no step fits."""
         self._hooks.on_message("minutes: trying a few steps, which are thrown away")
+        if session.await_kernels is not None:
+            session.await_kernels(self._run.stop_request.exists)
+        blas_threads = self._choose_threads(session)
         trial, forecast = self._measure(session)
         minutes = self._minutes
         done = int(latest_state(self._run.checkpoints).get("step", 0))
@@ -145,8 +160,9 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         self._write_iterations(steps * self.config.grad_accumulation_steps)
         passes = trial.plan.epochs * steps / trial.plan.steps
         noun = "step fits" if steps == 1 else "steps fit"
+        in_threads = "" if blas_threads is None else f" with {THREADS_VARIABLE}={blas_threads}"
         text = (
-            f"minutes: {steps:,} {noun} in {minutes:g} minutes, {passes:.3g} passes "
+            f"minutes: {steps:,} {noun} in {minutes:g} minutes{in_threads}, {passes:.3g} passes "
             f"over {trial.plan.training_file}: {forecast.step:.2g} s a step, and the verdict about "
             f"{forecast.describe_verdict()}"
         )
@@ -169,12 +185,22 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             seconds_to_judge=forecast.seconds_to_judge,
             began=self._began,
             spent=self._spent,
+            blas_threads=blas_threads,
         )
+
+    def _choose_threads(self, session: Session) -> int | None:
+        """Choose the BLAS threads of the whole run, and use them from now on."""
+        if self._earlier is not None:
+            return self._earlier.blas_threads
+        with locking_devices(self._hooks.on_message, session=session):
+            base = session.load_base(self.config)
+            with in_evaluation_mode(base.model):
+                count = choose_blas_threads(base.model)
+        self._threads.enter_context(using_blas_threads(count))
+        return count
 
     def _measure(self, session: Session) -> tuple[TrialRun, Forecast]:
         config, run = self.config, self._run
-        if session.await_kernels is not None:
-            session.await_kernels(run.stop_request.exists)
         seconds = min(SHARE_TRIED * 60 * self._minutes, MAX_SECONDS_TRIED)
         trial = try_steps(config, run, seconds, session, self._hooks.on_message)
         with locking_devices(self._hooks.on_message, session=session):
