@@ -97,7 +97,8 @@ class Bench:
         self.folder: Path = options.folder.resolve()
         self.config = self.folder / "tickets.yaml"
         self._model = str(Path(options.model).resolve())
-        self._environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        folders = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
+        self._environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
 
     def prepare(self) -> None:
         """Write table and configuration, and compile MLX's kernels in a run of two steps."""
