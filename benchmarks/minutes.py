@@ -235,8 +235,16 @@ def describe_run(run: RunDirectory) -> dict[str, Any]:
         "blas_threads": None if time_plan is None else time_plan.blas_threads,
         "seconds_a_step": None if time_plan is None else round(time_plan.seconds_a_step, 3),
         "seconds_to_judge": None if time_plan is None else round(time_plan.seconds_to_judge, 1),
+        "judged_in": time_between(run.result, run.gate),
         "verdict": None if verdict is None else verdict["verdict"],
     }
+
+
+def time_between(earlier: Path, later: Path) -> float | None:
+    """Seconds between the last changes of two files; None if one is missing."""
+    if not (earlier.exists() and later.exists()):
+        return None
+    return round(later.stat().st_mtime - earlier.stat().st_mtime, 1)
 
 
 def have_equal_adapters(one: Path, other: Path) -> bool:

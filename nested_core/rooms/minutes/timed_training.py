@@ -10,11 +10,13 @@ minute after its time it asks for a stop whatever is done.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
+from statistics import mean
 
 import mlx.core as mx
 
@@ -29,7 +31,7 @@ from nested_core.pipeline.device_lock import locking_devices
 from nested_core.pipeline.hooks import Steps
 from nested_core.process.command_parent import STARTED, has_parent, list_earlier_ends
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.metrics import read_latest_values
+from nested_core.records.metrics import read_latest_values, read_metrics
 from nested_core.records.plan import TimePlan, read_plan
 from nested_core.records.result import TrainResult
 from nested_core.rooms.minutes.blas_threads import (
@@ -46,14 +48,15 @@ from nested_core.text.duration_format import format_clock
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
-SHARE_BEYOND = 0.05  # of the minutes, aimed at beyond them, so that they are not ended before
-MAX_SECONDS_BEYOND = 15.0
+SHARE_BEYOND = 0.1  # of the minutes, aimed at beyond them: forecasts of verdicts are rather long
+MAX_SECONDS_BEYOND = 25.0
 MINUTES_BEYOND = 1.0  # then everything is stopped
 SECONDS_TO_STOP = 7.0  # what a command takes to end after it was asked
 SECONDS_BETWEEN_LOOKS = 0.25
 MOST_PASSES = 20  # over the training data; more hardly help
 MAX_SLOWDOWN = 8.0  # of the machine since the steps were fixed, that is allowed for
 SHARE_RESERVED = 0.2  # of the verdict's time, where training is cut for it
+REPORTS_COUNTED = 4  # the last ones, by which the machine is slower: it may stand still for seconds
 MAX_SECONDS_RESERVED = 15.0  # fewer than lie between what is aimed at and the end
 
 
@@ -239,7 +242,7 @@ def _find_time_spent(run: RunDirectory) -> tuple[float, float, bool]:
     With whether it was killed and began again by itself.
 
     Of a command whose process was killed and begun again it is when the first one began. A command
-    that was killed itself worked until the last that it wrote.
+    that was killed itself worked until its clock's last look.
     """
     plan = read_plan(run.plan)
     planned = None if plan is None else plan.time
@@ -250,9 +253,8 @@ def _find_time_spent(run: RunDirectory) -> tuple[float, float, bool]:
     began = STARTED if has_parent() else time.time()
     if planned is None:
         return began, 0.0, False
-    written = [run.metrics, run.result, run.gate, *run.checkpoints.glob("*/state.json")]
-    ended = max((path.stat().st_mtime for path in written if path.exists()), default=0.0)
-    spent = planned.spent + max(0.0, ended - planned.began)
+    last_seen = run.plan.stat().st_mtime  # the clock's, at each look
+    spent = planned.spent + max(0.0, last_seen - planned.began)
     return began, spent, False
 
 
@@ -297,6 +299,8 @@ class _Clock(threading.Thread):
     def run(self) -> None:
         """Look at the clock until the run is over."""
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
+            with suppress(FileNotFoundError):  # there is no plan yet
+                os.utime(self._run.plan)
             with self._lock:
                 if self.plan is not None and not self.has_cut and self._must_cut(self.plan):
                     self.has_cut = True
@@ -329,8 +333,8 @@ class _Clock(threading.Thread):
     def _must_cut(self, plan: TimePlan) -> bool:
         """Whether there is just time to stop, to open the run again and to judge, with a reserve.
 
-        Not where the steps that are left take no longer than that. Steps count as slow as the last
-        ones were, and with them all else.
+        Not where the steps that are left take no longer than that. Steps count as slow as those of
+        the last REPORTS_COUNTED reports were, and with them all else.
         """
         left = self.end - time.time() - SECONDS_TO_STOP
         stopping = plan.seconds_a_step + plan.seconds_to_begin
@@ -339,16 +343,15 @@ class _Clock(threading.Thread):
         if left > MAX_SLOWDOWN * needed:
             return False
         try:
-            last = read_latest_values(self._run.metrics)
+            reports = [record for record in read_metrics(self._run.metrics) if "loss" in record]
             reported = self._run.metrics.stat().st_mtime
         except (OSError, DamagedError):  # there is none yet
-            last, reported = {}, time.time()
-        speed = last.get("iterations_per_second")
-        step = plan.seconds_a_step
-        if speed:
-            step = max(step, self._iterations_a_step / speed)
+            reports, reported = [], time.time()
+        speeds = [record.get("iterations_per_second") for record in reports[-REPORTS_COUNTED:]]
+        times = [self._iterations_a_step / speed for speed in speeds if speed]
+        step = max([plan.seconds_a_step, *([mean(times)] if times else [])])
         slowdown = min(step / plan.seconds_a_step, MAX_SLOWDOWN)
-        done = last.get("step", 0) + (time.time() - reported) / step
+        done = (reports[-1]["step"] if reports else 0) + (time.time() - reported) / step
         if (plan.steps - done) * step <= slowdown * stopping:
             return False
         return left <= slowdown * needed
