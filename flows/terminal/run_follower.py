@@ -24,6 +24,7 @@ from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
 from nested_core.text.stages import receiving_stages
+from nested_core.text.value_format import format_count
 from nested_core.training.reports.run_progress import RunProgress
 
 LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
@@ -119,7 +120,9 @@ class RunFollower(threading.Thread):
             return
         self._has_offer = True
         parts = (
-            f"trained {self.view.plan.steps:,} steps" if self.view.plan else "trained",
+            f"trained {format_count(self.view.plan.steps, 'step')}"
+            if self.view.plan
+            else "trained",
             format_clock(self.view.training_seconds),
             self.view.describe_memory(),
             self.view.describe_offered_adapter(step),

@@ -11,6 +11,7 @@ from typing import Any
 from nested_core.errors import DamagedError
 from nested_core.storage.json_file import JsonFile
 from nested_core.text.loss_format import format_loss
+from nested_core.text.value_format import format_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +102,7 @@ class TrainingPlan:
 
     def describe_validation(self) -> str:
         """The examples of an evaluation: "valid.jsonl, 10 examples"."""
-        noun = "example" if self.validation_examples == 1 else "examples"
-        return f"{self.validation_file}, {self.validation_examples:,} {noun}"
+        return f"{self.validation_file}, {format_count(self.validation_examples, 'example')}"
 
     def passes_until(self, step: int) -> float:
         """Passes over the training data up to a step."""

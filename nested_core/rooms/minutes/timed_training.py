@@ -45,6 +45,7 @@ from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
+from nested_core.text.value_format import format_count
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
@@ -263,7 +264,8 @@ def _describe_schedule(config: FineTuneConfig, run: RunDirectory, done: int, ste
     last = read_latest_values(run.metrics).get("learning_rate")
     rate = build_learning_rate(config, steps)
     following = to_float(rate(mx.array(done))) if callable(rate) else rate
-    text = f"The run goes on from step {done:,}, on the schedule of {steps:,} steps"
+    schedule = f"the schedule of {format_count(steps, 'step')}"
+    text = f"The run goes on from step {done:,}, on {schedule}"
     if isinstance(last, float):
         text += f": the learning rate was {last:.3g}, and is {following:.3g} at the next step"
     return text
