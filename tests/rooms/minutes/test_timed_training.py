@@ -28,6 +28,7 @@ from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TimePlan, TrainingPlan, read_plan, write_plan
 from nested_core.records.verdict import Verdict
 from nested_core.rooms.minutes import timed_training
+from nested_core.rooms.minutes.blas_threads import using_blas_threads
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import SPEEDS, example_config, prepare, write_config
 from tests.flows.conftest import ended, start
@@ -120,11 +121,13 @@ def metrics_of(run: RunDirectory) -> list[Mapping[str, Any]]:
     ]
 
 
-def train_by_iterations(iterations: int, path: Path) -> RunDirectory:
-    """The same run, whose length is said in iterations."""
-    run = open_run(path)
-    finetune(config_of(None, iters=iterations), run)
-    return run
+def train_by_iterations(run: RunDirectory, path: Path, **changes: Any) -> RunDirectory:
+    """The steps of a run of minutes once more, said in iterations, with its BLAS threads."""
+    fixed = time_plan_of(run)
+    again = open_run(path)
+    with using_blas_threads(fixed.blas_threads):
+        finetune(config_of(None, iters=fixed.steps, **changes), again)
+    return again
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +159,7 @@ def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Pa
     ]
     assert validated == [0, *range(max(5, steps // 4), steps, max(5, steps // 4)), steps]  # scaled
 
-    other = train_by_iterations(steps, tmp_path / "iterations")
+    other = train_by_iterations(run, tmp_path / "iterations")
     assert bytes_of(run) == bytes_of(other)
     assert metrics_of(run) == metrics_of(other)
 
@@ -180,8 +183,7 @@ def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Pat
     assert 0 < after.spent < after.began - before.began
     assert hooks.of_minutes() == []  # nothing is tried again
 
-    plain = open_run(tmp_path / "plain")
-    finetune(config_of(None, iters=before.steps, save_every=2), plain)
+    plain = train_by_iterations(run, tmp_path / "plain", save_every=2)
     assert bytes_of(run) == bytes_of(plain)
 
 
@@ -340,6 +342,5 @@ def test_a_killed_command_of_minutes_ends_with_the_bytes_of_one_that_nobody_kill
     assert killed.code == 0, killed.stderr
     fixed = time_plan_of(run)
     assert (fixed.began, fixed.spent) == (began, 0.0)  # one command, whose clock went on
-    plain = open_run(tmp_path / "plain")
-    finetune(config_of(None, iters=fixed.steps, save_every=3), plain)
+    plain = train_by_iterations(run, tmp_path / "plain", save_every=3)
     assert bytes_of(run) == bytes_of(plain)
