@@ -120,9 +120,7 @@ class RunFollower(threading.Thread):
             return
         self._has_offer = True
         parts = (
-            f"trained {format_count(self.view.plan.steps, 'step')}"
-            if self.view.plan
-            else "trained",
+            f"trained {format_count(self.view.plan.steps, 'step')}" if self.view.plan else "",
             format_clock(self.view.training_seconds),
             self.view.describe_memory(),
             self.view.describe_offered_adapter(step),

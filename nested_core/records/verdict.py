@@ -197,11 +197,8 @@ class HeldOutComparison(ComparedLoss):
         if not self.has_few_prompts:
             return None
         prompts = self.few_prompts or self.clusters
-        noun = "prompt" if prompts == 1 else "different prompts"
-        return (
-            f"they have {prompts} {noun}: on fewer than {MIN_EXAMPLES} nothing is promoted by "
-            f"itself"
-        )
+        few = "1 prompt" if prompts == 1 else f"{prompts} different prompts"
+        return f"they have {few}: on fewer than {MIN_EXAMPLES} nothing is promoted by itself"
 
     def is_better(self, min_improvement: float, noise: Noise) -> bool:
         """Whether an automatic promotion may rest on it."""
