@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -24,7 +23,7 @@ from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.metrics import read_metrics
+from nested_core.records.metrics import append_metrics, read_metrics
 from nested_core.records.plan import TimePlan, TrainingPlan, read_plan, write_plan
 from nested_core.records.verdict import Verdict
 from nested_core.rooms.minutes import timed_training
@@ -289,15 +288,23 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "left", "is_cut"),
-    [(0.1, 136, False), (0.1, 134, True), (0.05, 271, False), (0.05, 269, True)],
+    ("speeds", "left", "is_cut"),
+    [
+        ([0.1], 136, False),
+        ([0.1], 134, True),
+        ([0.05], 271, False),
+        ([0.05], 269, True),
+        ([0.001, 0.1, 0.1, 0.1, 0.05], 170, False),  # the last four steps took 10, 10, 10 and 20 s
+        ([0.001, 0.1, 0.1, 0.1, 0.05], 167, True),
+    ],
 )
 def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
-    speed: float, left: float, is_cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    speeds: list[float], left: float, is_cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = open_run(tmp_path / "run")
     run.path.mkdir()
-    run.metrics.write_text(json.dumps({"step": 5, "loss": 1.0, "iterations_per_second": speed}))
+    for speed in speeds:
+        append_metrics(run.metrics, {"step": 5, "loss": 1.0, "iterations_per_second": speed})
     now = 1_000_000.0
     os.utime(run.metrics, (now, now))
     monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now))
@@ -324,6 +331,20 @@ def test_a_command_that_begins_again_by_itself_keeps_its_clock(
         assert timed._clock.end == began + 60 * (5 + 1)
     else:  # a person's --resume gets the verdict
         assert timed._clock.end >= time.time() + plan.seconds_to_judge
+
+
+def test_the_time_of_a_killed_command_counts_until_its_clock_looked_last(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.path.mkdir()
+    write_plan(run.plan, training_plan(replace(FIXED, began=1_000.0, spent=20.0)))
+    os.utime(run.plan, (1_000.0, 1_000.0))
+    clock = timed_training._Clock(run, time.time() + 600, print, 1)
+    clock.start()
+    wait_until(lambda: run.plan.stat().st_mtime > 1_000)
+    clock.finish()
+    os.utime(run.plan, (1_070.0, 1_070.0))
+    _, spent, is_begun_again = timed_training._find_time_spent(run)
+    assert (spent, is_begun_again) == (90.0, False)
 
 
 @pytest.mark.slow("trains in a process of its own that is killed")
