@@ -20,8 +20,9 @@ class TimePlan:
 
     minutes: as they were asked for.
     steps: optimizer steps of the whole run, as they were fixed before the first one.
-    seconds_a_step, seconds_to_begin, seconds_to_judge: of a step, until the first one, and from
-        the end of the last to the verdict, as they were measured then; the steps follow from them.
+    seconds_a_step, seconds_to_begin, seconds_to_judge: of a step with its share of evaluations and
+        checkpoints, until the first one, and from the end of the last to the verdict, as they were
+        measured then; the steps follow from them.
     began: when the command began that works on the run, in seconds since 1970.
     spent: seconds that earlier commands worked on the run.
     blas_threads: of OpenBLAS, in all commands of the run; None without it, and in older plans.

@@ -56,18 +56,17 @@ class Forecast:
 
     def seconds_of(self, steps: int) -> float:
         """Seconds of training so many steps, with what is due between them, and the verdict."""
+        between = self.seconds_between(steps)
+        return self.opening + self.evaluation + between + self.closing + self.verdict
+
+    def seconds_between(self, steps: int) -> float:
+        """Seconds of so many steps, with the evaluations and checkpoints that follow them."""
         iterations = steps * self.config.grad_accumulation_steps
         due = self.config.intervals(iterations, max(1, self.batches))
         evaluations = ceil(iterations / due.evaluation)
         saves = 0 if due.save is None else iterations // due.save
-        return (
-            self.opening
-            + steps * self.step
-            + (1 + evaluations) * self.evaluation
-            + max(saves, evaluations) * self.checkpoint
-            + self.closing
-            + self.verdict
-        )
+        checkpoints = max(saves, evaluations)
+        return steps * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def count_steps(self, seconds: float) -> int:
         """The most steps that fit into these seconds with their verdict; 0 if no step fits."""

@@ -13,10 +13,10 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
-from statistics import mean
 
 import mlx.core as mx
 
@@ -31,7 +31,7 @@ from nested_core.pipeline.device_lock import locking_devices
 from nested_core.pipeline.hooks import Steps
 from nested_core.process.command_parent import STARTED, has_parent, list_earlier_ends
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.metrics import read_latest_values, read_metrics
+from nested_core.records.metrics import read_latest_values
 from nested_core.records.plan import TimePlan, read_plan
 from nested_core.records.result import TrainResult
 from nested_core.rooms.minutes.blas_threads import (
@@ -86,7 +86,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         self._hooks = hooks
         self._began, self._spent, self._is_begun_again = _find_time_spent(run)
         end = self._end_at(60 * (minutes + MINUTES_BEYOND))
-        self._clock = _Clock(run, end, hooks.on_message, config.grad_accumulation_steps)
+        self._clock = _Clock(run, end, hooks.on_message)
 
         # The iterations of a run that was begun with these minutes are fixed, and in any case the
         # number of threads
@@ -184,7 +184,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         return TimePlan(
             minutes=minutes,
             steps=steps,
-            seconds_a_step=forecast.step,
+            seconds_a_step=forecast.seconds_between(steps) / steps,
             seconds_to_begin=forecast.opening,
             seconds_to_judge=forecast.seconds_to_judge,
             began=self._began,
@@ -285,7 +285,6 @@ class _Clock(threading.Thread):
         run: RunDirectory,
         end: float,
         on_message: Callable[[str], None],
-        iterations_a_step: int,
     ) -> None:
         super().__init__(name="minutes", daemon=True)
         self.end = end
@@ -293,7 +292,8 @@ class _Clock(threading.Thread):
         self.has_cut = False
         self._run = run
         self._on_message = on_message
-        self._iterations_a_step = iterations_a_step
+        self._began_training = math.inf
+        self._reports: deque[tuple[int, float]] = deque(maxlen=REPORTS_COUNTED + 1)
         self._has_asked = False
         self._is_over = threading.Event()
         self._lock = threading.Lock()  # no request is made once training is over
@@ -304,6 +304,7 @@ class _Clock(threading.Thread):
             with suppress(FileNotFoundError):  # there is no plan yet
                 os.utime(self._run.plan)
             with self._lock:
+                self._note_report()
                 if self.plan is not None and not self.has_cut and self._must_cut(self.plan):
                     self.has_cut = True
                     self._run.stop_request.touch()
@@ -315,6 +316,7 @@ class _Clock(threading.Thread):
     @contextmanager
     def watching_training(self, plan: TimePlan) -> Iterator[None]:
         """Within the block, see that there is time for the verdict."""
+        self._began_training = time.time()
         self.plan = plan
         try:
             yield
@@ -332,28 +334,31 @@ class _Clock(threading.Thread):
         if self._has_asked:
             self._run.stop_request.unlink(missing_ok=True)
 
+    def _note_report(self) -> None:
+        """Keep the step of the last report of this training, and when it was written."""
+        with suppress(OSError, DamagedError):  # there is none yet
+            reported = self._run.metrics.stat().st_mtime
+            if reported > (self._reports[-1][1] if self._reports else self._began_training):
+                step = read_latest_values(self._run.metrics).get("step", 0)
+                if not self._reports or step > self._reports[-1][0]:
+                    self._reports.append((step, reported))
+
     def _must_cut(self, plan: TimePlan) -> bool:
         """Whether there is just time to stop, to open the run again and to judge, with a reserve.
 
-        Not where the steps that are left take no longer than that. Steps count as slow as those of
-        the last REPORTS_COUNTED reports were, and with them all else.
+        Not where the steps that are left take no longer than that. Steps, with what is due between
+        them, count as slow as between the last reports, and with them all else.
         """
-        left = self.end - time.time() - SECONDS_TO_STOP
+        step = plan.seconds_a_step
+        left_to_train = plan.steps * step
+        if self._reports:
+            (first, began), (last, reported) = self._reports[0], self._reports[-1]
+            if last > first:
+                step = max(step, (reported - began) / (last - first))
+            left_to_train = (plan.steps - last) * step - (time.time() - reported)
+        slowdown = min(step / plan.seconds_a_step, MAX_SLOWDOWN)
         stopping = plan.seconds_a_step + plan.seconds_to_begin
         reserve = min(SHARE_RESERVED * plan.seconds_to_judge, MAX_SECONDS_RESERVED)
-        needed = stopping + plan.seconds_to_judge + reserve
-        if left > MAX_SLOWDOWN * needed:
-            return False
-        try:
-            reports = [record for record in read_metrics(self._run.metrics) if "loss" in record]
-            reported = self._run.metrics.stat().st_mtime
-        except (OSError, DamagedError):  # there is none yet
-            reports, reported = [], time.time()
-        speeds = [record.get("iterations_per_second") for record in reports[-REPORTS_COUNTED:]]
-        times = [self._iterations_a_step / speed for speed in speeds if speed]
-        step = max([plan.seconds_a_step, *([mean(times)] if times else [])])
-        slowdown = min(step / plan.seconds_a_step, MAX_SLOWDOWN)
-        done = (reports[-1]["step"] if reports else 0) + (time.time() - reported) / step
-        if (plan.steps - done) * step <= slowdown * stopping:
-            return False
-        return left <= slowdown * needed
+        needed = slowdown * (stopping + plan.seconds_to_judge + reserve)
+        left = self.end - time.time() - SECONDS_TO_STOP
+        return left <= needed and left_to_train > slowdown * stopping

@@ -288,30 +288,38 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("speeds", "left", "is_cut"),
+    ("seconds", "left", "is_cut"),
     [
-        ([0.1], 136, False),
-        ([0.1], 134, True),
-        ([0.05], 271, False),
-        ([0.05], 269, True),
-        ([0.001, 0.1, 0.1, 0.1, 0.05], 170, False),  # the last four steps took 10, 10, 10 and 20 s
-        ([0.001, 0.1, 0.1, 0.1, 0.05], 167, True),
+        ([10], 136, False),  # 10 + 10 + 100 + 15 s
+        ([10], 134, True),
+        ([20], 271, False),
+        ([20], 269, True),
+        ([500, 10, 10, 10, 20], 170, False),  # the last four steps took 12.5 s on average
+        ([500, 10, 10, 10, 20], 167, True),
     ],
 )
 def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
-    speeds: list[float], left: float, is_cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: list[float],
+    left: float,
+    is_cut: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = open_run(tmp_path / "run")
     run.path.mkdir()
-    for speed in speeds:
-        append_metrics(run.metrics, {"step": 5, "loss": 1.0, "iterations_per_second": speed})
-    now = 1_000_000.0
-    os.utime(run.metrics, (now, now))
-    monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now))
-    clock = timed_training._Clock(run, now + left + timed_training.SECONDS_TO_STOP, print, 1)
-    assert clock._must_cut(FIXED) is is_cut  # 10 + 10 + 100 + 15 s, at half the speed twice
-    nearly_done = replace(FIXED, steps=6)
-    assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
+    now = [1_000_000.0]
+    monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now[0]))
+    end = now[0] + sum(seconds) + left + timed_training.SECONDS_TO_STOP
+    clock = timed_training._Clock(run, end, print)
+    with clock.watching_training(FIXED):
+        for step, took in enumerate([1, *seconds]):
+            now[0] += took if step else 0
+            append_metrics(run.metrics, {"step": step, "val_loss": 1.0})
+            os.utime(run.metrics, (now[0] + 1e-3, now[0] + 1e-3))
+            clock._note_report()
+        assert clock._must_cut(FIXED) is is_cut
+        nearly_done = replace(FIXED, steps=len(seconds) + 1)
+        assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
 
 
 @pytest.mark.parametrize("ends", [["SIGKILL"], []])
@@ -338,7 +346,7 @@ def test_the_time_of_a_killed_command_counts_until_its_clock_looked_last(tmp_pat
     run.path.mkdir()
     write_plan(run.plan, training_plan(replace(FIXED, began=1_000.0, spent=20.0)))
     os.utime(run.plan, (1_000.0, 1_000.0))
-    clock = timed_training._Clock(run, time.time() + 600, print, 1)
+    clock = timed_training._Clock(run, time.time() + 600, print)
     clock.start()
     wait_until(lambda: run.plan.stat().st_mtime > 1_000)
     clock.finish()
