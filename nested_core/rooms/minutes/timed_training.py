@@ -139,6 +139,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         again by itself keeps its clock.
         """
         if not self._is_begun_again:
+            self._clock.stops_verdict = False
             least = 2 * fixed.seconds_to_begin + fixed.seconds_to_judge + 60 * MINUTES_BEYOND
             self._clock.end = max(self._clock.end, time.time() + least)
         return replace(fixed, began=self._began, spent=self._spent)
@@ -278,6 +279,7 @@ class _Clock(threading.Thread):
         end: when everything is to be over, in seconds since 1970.
         plan: of the training that goes on; None before and after it.
         has_cut: whether training was asked to stop, so that there is time for the verdict.
+        stops_verdict: whether the gate is asked to stop at the end, too.
     """
 
     def __init__(
@@ -290,6 +292,7 @@ class _Clock(threading.Thread):
         self.end = end
         self.plan: TimePlan | None = None
         self.has_cut = False
+        self.stops_verdict = True
         self._run = run
         self._on_message = on_message
         self._began_training = math.inf
@@ -308,7 +311,8 @@ class _Clock(threading.Thread):
                 if self.plan is not None and not self.has_cut and self._must_cut(self.plan):
                     self.has_cut = True
                     self._run.stop_request.touch()
-            if self.end - time.time() <= SECONDS_TO_STOP and not self._has_asked:
+            may_stop = self.stops_verdict or self.plan is not None
+            if may_stop and self.end - time.time() <= SECONDS_TO_STOP and not self._has_asked:
                 self._has_asked = True
                 self._on_message("minutes: the time is over, and a minute more: stopping")
                 self._run.stop_request.touch()

@@ -339,6 +339,11 @@ def test_a_command_that_begins_again_by_itself_keeps_its_clock(
         assert timed._clock.end == began + 60 * (5 + 1)
     else:  # a person's --resume gets the verdict
         assert timed._clock.end >= time.time() + plan.seconds_to_judge
+        timed._clock.end = 0.0
+        timed._clock.start()
+        time.sleep(2 * timed_training.SECONDS_BETWEEN_LOOKS)
+        timed._clock.finish()
+        assert not timed._clock._has_asked
 
 
 def test_the_time_of_a_killed_command_counts_until_its_clock_looked_last(tmp_path: Path) -> None:
