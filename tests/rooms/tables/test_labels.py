@@ -56,8 +56,9 @@ def test_right_answers_stand_by_label_beside_the_majority_and_the_worst_confusio
     assert table.rows == [("billing", 6, 0, 5), ("shipping", 4, 0, 1)]
     assert table.caption == "topics by label; always answering 'billing' gets 6 of 10 (60%)"
     assert warning == Text(
-        "warning: candidate is right for 6 of 10 (60%), no more than that: it has not learnt to "
-        "tell the labels apart, whatever its loss says."
+        "warning: candidate is right for 6 of 10 (60%) of topics, no more than always answering "
+        "'billing': it has not learnt to tell the labels apart, whatever its loss says.",
+        "warn",
     )
     assert confusion == Text(
         "The wrong answer that candidate gives most often is 'billing' where 'shipping' is right: "
