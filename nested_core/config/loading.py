@@ -20,12 +20,7 @@ from pydantic import ValidationError
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
-from nested_core.errors import (
-    ConfigError,
-    DamagedError,
-    MissingFileError,
-    describe_first_problem,
-)
+from nested_core.errors import ConfigError, DamagedError, MissingFileError, describe_first_problem
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024

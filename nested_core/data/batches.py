@@ -20,12 +20,7 @@ import numpy.typing as npt
 from nested_core import backend
 
 if TYPE_CHECKING:  # a loss imports this file, and needs numpy alone
-    from nested_core.data.tokens.tokenized_split import (
-        Bool,
-        Int32,
-        Int64,
-        TokenizedSplit,
-    )
+    from nested_core.data.tokens.tokenized_split import Bool, Int32, Int64, TokenizedSplit
 
 MAX_DISTINCT_WIDTHS = 96
 # What a width costs once, in positions of a batch: its trace, and on CUDA plans and memory as well,

@@ -23,10 +23,7 @@ from nested_core.data.lines.example_parsing import (
 )
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
-from nested_core.data.rules.line_rules import (
-    LINE_RULES,
-    make_held_out_rules,
-)
+from nested_core.data.rules.line_rules import LINE_RULES, make_held_out_rules
 from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
 from nested_core.data.rules.split_statistics import (
     describe_split_stats,
@@ -55,13 +52,7 @@ from nested_core.models.base_model import (
     fingerprint_tokenizer,
     vocabulary_digest,
 )
-from nested_core.records.dataset import (
-    DatasetReport,
-    Findings,
-    Severity,
-    SplitStats,
-    sort_findings,
-)
+from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]

@@ -1,6 +1,6 @@
-"""tiers.json of a run, read strictly.
+"""Strict reader of a run's tiers.json.
 
-Apart from tier_assignment.py, whose importers need no pydantic: the optimizers, the benchmarks.
+Separate from tier_assignment.py, whose importers (optimizers, benchmarks) need no pydantic.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TIERS_FILE = JsonFile(_TiersFile, 2**24)
 
 
 def read_tiers(path: Path) -> TierMap:
-    """Read tiers.json; DamagedError if it is not what `TierMap.to_json` gives."""
+    """Read tiers.json; DamagedError if it is not what `TierMap.to_json` returns."""
     fields = TIERS_FILE.read(path)
     if any(tier >= len(fields["frequencies"]) for tier in fields["tensors"].values()):
         raise DamagedError(f"{path} names a tier that has no frequency.")

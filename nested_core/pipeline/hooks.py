@@ -1,4 +1,4 @@
-"""The steps of `finetune`, and what its caller is told on the way: both can be overridden."""
+"""The steps of `finetune` and its progress callbacks; both can be overridden."""
 
 from __future__ import annotations
 
@@ -105,9 +105,6 @@ class Steps:
         return register_run(config, judged, judged.verdict.rival)
 
 
-Hooks = Steps  # its name in programs that were written before
-
-
 class _ReportCallback:
     """Adapter from mlx-lm's training callbacks to `Steps.on_report`."""
 
@@ -128,7 +125,7 @@ LINE_WIDTH = 100
 
 
 def can_show_progress() -> bool:
-    """Whether standard error is a terminal or a notebook's cell, where a line can be rewritten."""
+    """Return whether standard error can rewrite a line: a terminal, or a notebook's cell."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 

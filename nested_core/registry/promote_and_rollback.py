@@ -1,6 +1,6 @@
-"""What a person or a policy does to a name: promote, rollback; each a line of the history.
+"""Promotion and rollback of a name's champion, each a line of its history.
 
-A version that has changed since it was registered is refused, and automation never brings back a
+A version that has changed since it was registered is refused, and automation never promotes a
 version that a person rolled back.
 """
 
@@ -25,7 +25,7 @@ from nested_core.text.digest_format import shorten_digest
 
 
 class Unset(Enum):
-    """The type of UNSET: no champion is expected, not even that there is none."""
+    """The type of UNSET: any champion is accepted, or no champion at all."""
 
     UNSET = "unset"
 
@@ -43,13 +43,15 @@ def promote(
     automatic: bool = False,
     origin: Origin = NO_ORIGIN,
 ) -> Decision:
-    """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
+    """Make a version the champion, after re-hashing its files.
 
-    With `expected_champion` the outcome is "superseded" if another version is champion; None
-    expects that there is none. An `automatic` promotion of a version that a rollback left is
-    "barred". `origin` and `automatic` stand in the history's line. Raises ConfigError for an
-    unknown registry, name or version, DamagedError for any change on disk, GateRejected for a
-    verdict that is not "passed".
+    version: the digest, or its first 6 digits or more.
+    by, origin: who asks, for the history.
+    expected_champion: if another version is champion, the outcome is "superseded"; None expects
+        that there is no champion.
+    automatic: the promotion is a policy's; a version that a rollback replaced is then "barred".
+    Raises ConfigError for an unknown registry, name or version, DamagedError for any change on
+    disk, GateRejected for a verdict that is not "passed".
     """
     with writing(registry, name) as held:
         version = resolve_version(held.path, version, held.ledger)
@@ -70,11 +72,12 @@ def register_and_promote(
     run: JudgedRun | None = None,
     examples: RunExamples | None = None,
 ) -> Decision:
-    """`register` and `promote` under one lock: no gc comes between the two.
+    """Register a run's adapter and promote it under one lock, so that no gc comes in between.
 
-    `against_policy` stands in the history's line. `run` is the run where it has been read and
-    checked already; else it is read here. `examples` are kept in the data store. Raises what the
-    two raise.
+    against_policy: what the policy requires and the run does not have, for the history.
+    run: the run, if the caller has read and checked it; else it is read from `run_dir`.
+    examples: rows for the data store.
+    Raises what `register` and `promote` raise.
     """
     check_name(name)
     run = run or read_judged_run(run_dir)
@@ -87,10 +90,12 @@ def register_and_promote(
 def promote_in_folder(
     held: NameFolder, version: str, expected: str | None | Unset, fields: dict[str, Any]
 ) -> Decision:
-    """Promote a version that was verified under this lock; `fields` go into the history's line.
+    """Promote a version that was verified under this lock.
 
-    An automatic promotion of a version that a rollback left is "barred". Raises GateRejected where
-    the gate, run again, has rejected the version.
+    expected: as `expected_champion` of `promote`.
+    fields: further fields of the history's line.
+    An automatic promotion of a version that a rollback replaced is "barred". Raises GateRejected if
+    the newest verdict against the present champion rejects the version.
     """
     before = held.champion
     if version != before and fields.get("automatic") and version in held.ledger.barred_versions():
@@ -98,7 +103,7 @@ def promote_in_folder(
     judgement = None
     if read_judgements(held.path, version, held.ledger):
         newest = choose_verdict(read_verdicts(held.path, version, held.ledger), before)
-        require_passed(newest.verdict, held.place_of(version))
+        require_passed(newest.verdict, held.version_path(version))
         judgement = newest.sha256
     if version == before:
         return Decision("already_champion", version, before)
@@ -119,13 +124,15 @@ def rollback(
     origin: Origin = NO_ORIGIN,
     reason: str | None = None,
 ) -> Decision:
-    """Make `to`, or the champion before this one, the champion again, after re-hashing it.
+    """Make an earlier version the champion again, after re-hashing its files.
 
-    Promotions and `to` push a version on a stack, a rollback without it pops one: after A, B, C it
-    goes to B, then to A. With `expected_champion` the outcome is "superseded" if another version is
-    champion, so that a second try does not go back twice. With `only_former_champions` a version
-    that never was champion is refused: going back is no promotion. `reason` stands in the history's
-    line. Raises ConfigError for that and if nothing is left to go back to, DamagedError for any
+    to: the version; None for the champion before the present one. Promotions and `to` push a
+        version on a stack, a rollback without `to` pops one: after A, B, C it goes to B, then to A.
+    expected_champion: if another version is champion, the outcome is "superseded", so a retry does
+        not go back twice.
+    only_former_champions: refuse a version that was never champion.
+    reason: for the history.
+    Raises ConfigError for a refused version and if no earlier version is left, DamagedError for any
     change on disk.
     """
     with writing(registry, name) as held:
@@ -154,7 +161,7 @@ def rollback(
 
 
 def _is_expected_champion(champion: str | None, expected: str | None | Unset) -> bool:
-    """Whether the champion's version begins as expected; None expects that there is none."""
+    """Return whether the champion's digest begins with `expected`; None expects no champion."""
     if isinstance(expected, Unset):
         return True
     if champion is None or expected is None:

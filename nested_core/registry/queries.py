@@ -108,7 +108,7 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 def read_registration_time(registry: Path, name: str, version: str) -> str | None:
     """Return when a version was registered, as ISO 8601 (UTC); None if the time is unknown."""
     with reading(registry, name) as (_, ledger):
-        return next((e.time for _, e in ledger.standing.get(version, ())), None)
+        return next((e.time for _, e in ledger.by_version.get(version, ())), None)
 
 
 def read_champion_changes(registry: Path, name: str, *, since: int = 0) -> list[Entry]:
@@ -181,7 +181,7 @@ def check_champion(registry: Path, name: str) -> str | None:
 
 
 def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Map each version to its held-out loss: `{"loss": nats/token, "file": data file}`.
+    """Map each version to its held-out loss: `{"loss": 0.1, "unit": "nats/token", "file": ...}`.
 
     The loss is taken from the verdict that the version was registered with. Versions without a
     held-out loss, or with an unreadable verdict, are left out; `audit` reports the latter.
@@ -196,7 +196,8 @@ def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
         validation = verdict.validation
         if validation is not None and validation.loss_after is not None:
             file = validation.file or "held-out examples"
-            losses[version] = {"loss": validation.loss_after, "file": file}
+            unit = validation.unit
+            losses[version] = {"loss": validation.loss_after, "unit": unit, "file": file}
     return losses
 
 

@@ -106,7 +106,7 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
     """
     with writing_folder(create_name_folder(registry, name)) as held:
         if new.examples is not None:
-            standing = held.ledger.standing
+            standing = held.ledger.by_version
             store_examples(held.path, new.run.version, new.examples, standing, confirm=held.confirm)
         yield held, _add_version(held, new)
 
@@ -117,7 +117,7 @@ def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:
     Nothing is recorded for an adapter that is not registered.
     """
     with writing(registry, name) as held:
-        if held.place_of(rejected.run.version).exists():
+        if held.version_path(rejected.run.version).exists():
             _judge(held, rejected)
 
 
@@ -146,7 +146,7 @@ def require_sound_champion(held: NameFolder) -> None:
     if not version_exists(held.path, champion):
         raise lost_champion_error(held.path, champion, held.ledger)
     recorded = held.ledger.manifest_hashes(champion)
-    path = held.place_of(champion)
+    path = held.version_path(champion)
     verify_version(path, champion, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS)
 
 
@@ -157,7 +157,7 @@ def _add_version(held: NameFolder, new: NewVersion) -> str:
     version was registered before and its files were lost, the history gets a line `restored`.
     """
     version, by = new.run.version, new.by
-    path = held.place_of(version)
+    path = held.version_path(version)
     if file_type(path) != "missing":
         manifest = held.verify(version)
         if has_all_judgements(held.path, version, held.ledger):
@@ -166,7 +166,7 @@ def _add_version(held: NameFolder, new: NewVersion) -> str:
             judgement = _write_judgement(held, new)
             held.record("restored", version, by, manifest=manifest, judgement=judgement)
         return manifest
-    is_lost = version in held.ledger.standing
+    is_lost = version in held.ledger.by_version
     with new_directory(path, confirm=held.confirm) as unpublished:
         manifest = _fill_version_folder(unpublished, held.path.name, new)
         _make_read_only(unpublished)
@@ -185,7 +185,7 @@ def _judge(held: NameFolder, new: NewVersion) -> None:
     facts = JudgementFacts.from_provenance(new.provenance)
     if new.was_judged_now:
         newest = earlier[-1]
-        later = held.ledger.entries[newest.place + 1 :]
+        later = held.ledger.entries[newest.line_number + 1 :]
         is_same_moment = all(entry.action in (*REGISTRATION_ACTIONS, "tried") for entry in later)
         is_repeated = is_same_moment and (newest.verdict, newest.facts) == (verdict, facts)
     else:

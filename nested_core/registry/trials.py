@@ -19,11 +19,7 @@ from nested_core.registry.history_views import reading, writing_folder
 from nested_core.registry.judgements import Judgement
 from nested_core.registry.ledger import Entry, Ledger, describe_author
 from nested_core.registry.promotion_outcome import Decision
-from nested_core.registry.promotion_policy import (
-    choose_candidate,
-    find_refusal,
-    registry_location,
-)
+from nested_core.registry.promotion_policy import choose_candidate, find_refusal, registry_location
 from nested_core.registry.registration import REGISTRATION_AUTHOR
 from nested_core.registry.versions import registered_versions
 from nested_core.text.digest_format import shorten_digest

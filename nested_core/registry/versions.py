@@ -110,7 +110,7 @@ def resolve_version(folder: Path, prefix: str, ledger: Ledger) -> str:
             f"{prefix!r:.80} is not a version. Expected the name of a folder below "
             f"{folder / VERSIONS_FOLDER_NAME}, or at least its first 6 hexadecimal digits."
         )
-    versions = sorted({*registered_versions(folder), *ledger.standing})
+    versions = sorted({*registered_versions(folder), *ledger.by_version})
     matching = [version for version in versions if version.startswith(prefix)]
     if len(matching) == 1:
         return matching[0]

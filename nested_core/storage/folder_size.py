@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; links count themselves.
+    """Return the size in bytes of a file, or of all files below a folder.
 
-    What is not there, or goes meanwhile, counts 0.
+    Links count with their own size; files that vanish meanwhile count 0.
     """
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     total = 0

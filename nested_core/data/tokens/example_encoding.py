@@ -19,12 +19,7 @@ from nested_core.data.tokens.control_tokens import (
     note_taken_ends,
     note_tokens_in_text,
 )
-from nested_core.data.tokens.shown_texts import (
-    Note,
-    list_texts,
-    note_unshown_texts,
-    shows_all,
-)
+from nested_core.data.tokens.shown_texts import Note, list_texts, note_unshown_texts, shows_all
 from nested_core.models.chat_template import chat_template_of
 
 Span = tuple[int, int]
