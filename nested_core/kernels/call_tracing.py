@@ -128,6 +128,7 @@ def _recording_calls(model: nn.Module, trace: CallTrace) -> Iterator[None]:
         original = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            """Call the module; record a call with exactly one argument."""
             output = original(module, *args, **kwargs)
             if len(args) == 1 and not kwargs:
                 calls.append(ModuleCall(module, args[0], output))

@@ -95,6 +95,7 @@ def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array)
 
     @project.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        """Compute the gradients of the input, the dropped input, lora_a and lora_b."""
         x, dropped, a, b = primals
         g, z = cotangents[0], outputs[1]
         dz = operations.project_to_rank([(b, g)], scale)
@@ -117,6 +118,7 @@ class LayersSharingInput:
     """
 
     def __init__(self, layers: Sequence[AdapterLinear]) -> None:
+        """Group layers of one scale; their ranks may differ."""
         self._layers = layers
         ranks = [layer.lora_b.shape[0] for layer in layers]
         self._rank_ranges = list(pairwise([0, *accumulate(ranks)]))
@@ -152,6 +154,7 @@ class LayersSharingInput:
 
         @project.vjp
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            """Compute the gradients of the input, then of all lora_a, then of all lora_b."""
             x, b = primals[0], primals[1 + count :]
             g = cotangents[:count]
             a, z = outputs[count:]

@@ -57,6 +57,7 @@ def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], m
 
     @multiply.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
+        """Compute the input's gradient: the output's gradient @ weight."""
         return cotangent @ dequantize_weight(module, cotangent)
 
     def product(x: mx.array) -> mx.array:

@@ -35,6 +35,7 @@ class Tier:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a field that is not valid."""
         if not (self.frequency >= 1 and self.frequency % 1 == 0):
             raise ValueError(
                 f"A tier's frequency should be a whole number >= 1, got {self.frequency}."

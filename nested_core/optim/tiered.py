@@ -84,6 +84,7 @@ class Tiered(Optimizer):
         accumulate: Literal["mean", "sum"] = "mean",
         max_grad_norm: float = 0.0,
     ) -> None:
+        """Create the optimizer; see the class for the arguments and the errors."""
         super().__init__()
         tier_counters.check_tiered_options(tiers, slow_gradients, accumulate, max_grad_norm)
         # What was asked for
@@ -357,6 +358,7 @@ class NestedAdam(Tiered):
         accumulate: Literal["mean", "sum"] = "mean",
         max_grad_norm: float = 0.0,
     ) -> None:
+        """Create the optimizer; see the class for the arguments."""
         if any(getattr(tier, "weight_decay", None) is not None for tier in tiers):
             raise ValueError("A tier's weight_decay needs NestedAdamW; NestedAdam has no decay.")
         super().__init__(
@@ -384,6 +386,7 @@ class NestedAdamW(NestedAdam):
         bias_correction: bool = False,
         **nested: Any,
     ) -> None:
+        """Create the optimizer; `nested` are the arguments of `Tiered`."""
         Tiered.__init__(
             self,
             lambda: optimizers.AdamW(

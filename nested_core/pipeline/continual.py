@@ -50,7 +50,7 @@ ANCESTORS_KEY = "gate.max_ancestor_loss_increase"
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
-    """Return the champion of a name.
+    """Return the champion of an adapter name: the version in use.
 
     None without a champion, or without such a registry or name.
     """
@@ -122,8 +122,8 @@ def conditions_digest(
     """Return the SHA-256 of everything that decides the outcome of a run that follows `champion`.
 
     That is: the champion, all splits of the data, base model, tokenizer, settings, the gate's
-        thresholds and files, the ancestors' examples if they judge, the promotion rule and its
-        reference, device and dtype, and the versions of the packages that compute.
+    thresholds and files, the ancestors' examples if they judge, the promotion rule and its
+    reference, device and dtype, and the versions of the packages that compute.
     config: with the registry's policy applied. settings: from `settings_digest`.
     None for a run that does not follow a champion, and if a Python function scores a suite, because
     what that depends on is not known.
@@ -225,7 +225,7 @@ def find_kept_champion(config: FineTuneConfig, run: RunDirectory, verdict: Verdi
     """Return the champion if a new adapter that follows it is not better than it; else None.
 
     Not better means: the mean held-out loss is not lower, and no suite's answers improved beyond
-        chance. (The gate has passed the adapter, so it is not much worse either.)
+    chance. (The gate has passed the adapter, so it is not much worse either.)
     None without a champion, for a run that does not follow one, and without held-out losses.
     """
     if verdict.rival is None or verdict.validation is None:

@@ -89,12 +89,14 @@ class FinetuneResult:
         return self.decision.sentence
 
     def __repr__(self) -> str:
+        """Show the run and its verdict, or why it was skipped."""
         if self.skipped is not None:
             return f"FinetuneResult({self.run.path}, {self.skipped.outcome}: {self.skipped.reason})"
         summary = None if self.verdict is None else self.verdict.summary()
         return f"FinetuneResult({self.run.path}, {summary})"
 
     def _repr_html_(self) -> str:
+        """Return the run's page as HTML for a notebook's cell."""
         return read_report(self.run.path)._repr_html_()
 
     def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
@@ -142,8 +144,8 @@ def finetune(
     created. The run directory is locked meanwhile.
 
     Raises what the steps raise: ConfigError, DatasetError, TrainingStopped, TrainingDiverged,
-        GateRejected, DamagedError. Each leaves a run directory that can be resumed or is complete,
-        with its report.html.
+    GateRejected, DamagedError. Each leaves a run directory that can be resumed or is complete, with
+    its report.html.
     """
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()

@@ -51,6 +51,7 @@ class Finding:
     count: int | None = None
 
     def __str__(self) -> str:
+        """Format the finding as `FILE:LINE: CHECK: MESSAGE`."""
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{place}: {self.check}: {self.message}"
 
@@ -301,6 +302,7 @@ class DatasetReport:
         return self._findings_of_severity("warning")
 
     def _findings_of_severity(self, severity: Severity) -> tuple[Finding, ...]:
+        """Return the findings of one severity."""
         return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def to_json(self) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int
     earlier: the plan of the processes before it. Resumptions after `first_step` are dropped, since
         the steps after it are trained anew.
     """
-    known = () if earlier is None else earlier.resumed_at
-    return tuple(sorted({step for step in (*known, first_step) if 0 < step <= first_step}))
+    resumed = () if earlier is None else earlier.resumed_at
+    return tuple(sorted({step for step in (*resumed, first_step) if 0 < step <= first_step}))
 
 
 def list_rank_counts(
@@ -133,10 +133,10 @@ def list_rank_counts(
     earlier: the plan of the processes before them.
     """
     counts = () if earlier is None else earlier.rank_counts
-    known = [(step, count) for step, count in counts if step < first_step]
-    if known and known[-1][1] == ranks:
-        return tuple(known)
-    return (*known, (first_step, ranks))
+    before = [(step, count) for step, count in counts if step < first_step]
+    if before and before[-1][1] == ranks:
+        return tuple(before)
+    return (*before, (first_step, ranks))
 
 
 PLAN_FILE = JsonFile(TrainingPlan, 2**20)

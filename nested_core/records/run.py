@@ -64,6 +64,7 @@ class Run:
     errors: list[NestedTuneError] = field(default_factory=list)
 
     def __repr__(self) -> str:
+        """Show folder, state and step."""
         return f"Run({self.folder.path}, {self.state}, step {self.step})"
 
     @property

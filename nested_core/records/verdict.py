@@ -677,9 +677,11 @@ class Verdict:
         return float(value) if isinstance(value, int | float) else None
 
     def __repr__(self) -> str:
+        """Show the one-line summary."""
         return f"Verdict({self.summary()})"
 
     def _repr_html_(self) -> str:
+        """Return the verdict as HTML for a notebook's cell."""
         reasons = [(reason.name, reason.message) for reason in self.reasons]
         tiers = [(t.tier, t.frequency, t.expected_updates, t.applied_updates) for t in self.tiers]
         tensors = [(t.name, t.changed, t.relative_delta, t.finite) for t in self.tensors]

@@ -270,9 +270,9 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
             bound=None if bound is None else f"at most +{ancestor.margin or 0:.2g}",
         )
     names_by_problem: dict[str, list[str]] = {}
-    for one in verdict.ancestors:
-        if one.not_compared is not None:
-            names_by_problem.setdefault(one.not_compared, []).append(one.name)
+    for ancestor in verdict.ancestors:
+        if ancestor.not_compared is not None:
+            names_by_problem.setdefault(ancestor.not_compared, []).append(ancestor.name)
     for problem, names in names_by_problem.items():
         name = f"earlier {names[0]}"
         if len(names) > 1:

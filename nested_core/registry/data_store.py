@@ -142,7 +142,7 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
 def keeps_examples(folder: Path, version: str) -> bool:
     """Return whether the data store lists examples of a version.
 
-    folder: the name's folder in the registry.
+    folder: the adapter name's folder in the registry.
     """
     return file_type(_list_path(folder, version)) != "missing"
 
@@ -163,7 +163,7 @@ def render_row(row: Mapping[str, Any]) -> bytes:
 def store_examples(
     folder: Path, version: str, examples: RunExamples, versions: Iterable[str], *, confirm: Confirm
 ) -> None:
-    """Store a run's examples for a version; call under the lock of the name's folder.
+    """Store a run's examples for a version; call under the lock of the adapter name's folder.
 
     versions: all versions of the name, oldest first. If the store grows beyond `max_bytes`, the
         oldest of them lose their examples; if this version alone is too large, a subset of its

@@ -224,7 +224,7 @@ def _refuse_case_clash(registry: Path, name: str) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise DamagedError if the folder of a name, or its versions/, is a symbolic link."""
+    """Raise DamagedError if the folder of an adapter name, or its versions/, is a symbolic link."""
     for path in (folder, folder / VERSIONS_FOLDER_NAME):
         if file_type(path) == "link":
             raise DamagedError(

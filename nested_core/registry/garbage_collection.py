@@ -74,10 +74,9 @@ def collect_garbage(
     """Remove all versions except the champion, those it may be replaced by, and the newest.
 
     Kept are: the champion, the version it replaced, the target of a rollback; the `keep` versions
-        that were registered or champion last; the `keep` newest of the champion and its ancestors,
-        and each ancestor whose examples are stored, since later runs train on them; and a version
-        registered less than an hour ago that was never champion, since its promotion may be going
-        on.
+    that were registered or champion last; the `keep` newest of the champion and its ancestors, and
+    each ancestor whose examples are stored, since later runs train on them; and a version
+    registered less than an hour ago that was never champion, since its promotion may be going on.
     dry_run: report what would be removed, and remove nothing.
     by: who asks, for the history.
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
@@ -89,11 +88,11 @@ def collect_garbage(
         with reading(registry, name) as (folder, ledger):
             return _plan_removals(folder, name, ledger, keep, dry_run=True)
     leftovers = _find_leftovers(find_name_folder(registry, name))
-    with writing(registry, name) as held:
-        plan = _plan_removals(held.path, name, held.ledger, keep, dry_run=False)
+    with writing(registry, name) as locked:
+        plan = _plan_removals(locked.path, name, locked.ledger, keep, dry_run=False)
         for version in plan.collected:
-            held.record("collected", version, by)
-        remove_unneeded_rows(held.path, held.ledger.by_version, confirm=held.confirm)
+            locked.record("collected", version, by)
+        remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
     return replace(plan, leftovers=leftovers)
 
 
@@ -183,10 +182,10 @@ def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> 
     """
     if not by.strip() or not reason.strip():
         raise ConfigError("forget: --by and --reason go into the history, and cannot be empty.")
-    with writing(registry, name) as held:
-        lost = resolve_version(held.path, version, held.ledger)
-        _require_lost(held.path, lost, held.ledger)
-        held.record("forgotten", lost, by, reason=reason)
+    with writing(registry, name) as locked:
+        lost = resolve_version(locked.path, version, locked.ledger)
+        _require_lost(locked.path, lost, locked.ledger)
+        locked.record("forgotten", lost, by, reason=reason)
     return lost
 
 
@@ -216,15 +215,15 @@ def forget_rows(
         with reading(registry, name) as (folder, ledger):
             lost = _find_listed_rows(folder, ledger, is_listed)
     else:
-        with writing(registry, name) as held:
-            lost = _find_listed_rows(held.path, held.ledger, is_listed)
+        with writing(registry, name) as locked:
+            lost = _find_listed_rows(locked.path, locked.ledger, is_listed)
             for version, digests in lost.items():
-                drop_rows(held.path, version, digests, confirm=held.confirm)
-            remove_unneeded_rows(held.path, held.ledger.by_version, confirm=held.confirm)
+                drop_rows(locked.path, version, digests, confirm=locked.confirm)
+            remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
             for version, digests in lost.items():  # after the removal
                 count = f"{len(digests)} {'row' if len(digests) == 1 else 'rows'}"
                 reason = f"{count} taken out of the data store"
-                held.record("rows_forgotten", version, by, reason=reason)
+                locked.record("rows_forgotten", version, by, reason=reason)
     counts = {version: len(digests) for version, digests in lost.items()}
     return ForgottenRows(name, counts, is_dry_run=dry_run)
 

@@ -62,7 +62,7 @@ MOVED_AUTHOR = "nested-tune (the link was found moved by hand)"
 
 @dataclass
 class NameFolder:
-    """The folder of a name while this process holds its exclusive lock.
+    """The folder of an adapter name while this process holds its exclusive lock.
 
     `record` appends a line to the history and updates the files that are derived from it.
     """
@@ -73,7 +73,7 @@ class NameFolder:
 
     @property
     def champion(self) -> str | None:
-        """The champion according to the history; None before the first promotion."""
+        """The champion (the version in use) by the history; None before the first promotion."""
         return self.ledger.champion
 
     def version_path(self, version: str) -> Path:
@@ -162,17 +162,17 @@ class NameFolder:
 
 @contextmanager
 def writing(registry: Path, name: str) -> Iterator[NameFolder]:
-    """Lock the folder of a name for writing and finish interrupted changes.
+    """Lock the folder of an adapter name for writing and finish interrupted changes.
 
     ConfigError if unknown.
     """
-    with writing_folder(find_name_folder(registry, name)) as held:
-        yield held
+    with writing_folder(find_name_folder(registry, name)) as locked:
+        yield locked
 
 
 @contextmanager
 def writing_folder(folder: Path) -> Iterator[NameFolder]:
-    """Lock a name's folder for writing and finish interrupted changes.
+    """Lock an adapter name's folder for writing and finish interrupted changes.
 
     Raises DamagedError for a damaged history, with nothing changed.
     """
@@ -181,15 +181,15 @@ def writing_folder(folder: Path) -> Iterator[NameFolder]:
         # What somebody without the lock has prepared can no longer take effect from here on.
         for place in (folder, folder / VERSIONS_FOLDER_NAME, folder / DATA_FOLDER_NAME):
             remove_leftovers(place)
-        held = NameFolder(folder, lock, read_ledger(folder))
-        require_sound_end(folder, held.ledger)
-        held.finish_interrupted()
-        yield held
+        locked = NameFolder(folder, lock, read_ledger(folder))
+        require_sound_end(folder, locked.ledger)
+        locked.finish_interrupted()
+        yield locked
 
 
 @contextmanager
 def reading(registry: Path, name: str) -> Iterator[tuple[Path, Ledger]]:
-    """Yield the folder of a name and its history, with writers locked out during the block.
+    """Yield the folder and the history of an adapter name, with writers locked out.
 
     Raises DamagedError for a history that was edited, or a link that leads to no version.
     """

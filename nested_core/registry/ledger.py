@@ -155,7 +155,7 @@ NO_LINE_SHA256 = hashlib.sha256().hexdigest()
 
 @dataclass(frozen=True)
 class Ledger:
-    """The history of a name as read from history.jsonl.
+    """The history of an adapter name as read from history.jsonl.
 
     entries: the lines, oldest first.
     whole_bytes: the length of all complete lines.
@@ -171,7 +171,10 @@ class Ledger:
 
     @property
     def champion(self) -> str | None:
-        """The champion after the last line; None before the first promotion."""
+        """The champion (the version in use) after the last line.
+
+        None before the first promotion.
+        """
         return self.entries[-1].champion_after if self.entries else None
 
     def changes(self, since: int = 0) -> list[Entry]:
@@ -271,7 +274,7 @@ class Ledger:
         return [version for version in versions if version in usable]
 
     def policy(self) -> dict[str, Any] | None:
-        """Return the name's policy after its last change; None if it was never set."""
+        """Return the adapter name's policy after its last change; None if it was never set."""
         return next((e.after for e in reversed(self.entries) if e.action == "policy"), None)
 
 
@@ -307,7 +310,7 @@ def _replace_what_is_no_text(typed: str) -> str:
 
 
 def read_ledger(folder: Path) -> Ledger:
-    """Read the history of a name's folder; DamagedError names the first damaged line.
+    """Read the history of an adapter name's folder; DamagedError names the first damaged line.
 
     Without a file the history is empty. A torn last line is not damage.
     """

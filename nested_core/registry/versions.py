@@ -91,7 +91,7 @@ def how_to_mend(version_path: Path) -> str:
 
 
 def registered_versions(folder: Path) -> list[str]:
-    """Return the digests of the versions on disk in the folder of a name, sorted."""
+    """Return the digests of the versions on disk in the folder of an adapter name, sorted."""
     return sorted(
         name
         for name in os.listdir(folder / VERSIONS_FOLDER_NAME)
@@ -204,6 +204,7 @@ def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | No
 
 
 def _digest_findings(folder: Path, version: str) -> Iterator[AuditFinding]:
+    """Yield a finding if the adapter or its verdict does not have the version's digest."""
     try:
         if read_adapter(folder).digest() != version:
             message = "is not the adapter whose digest names the folder"

@@ -91,9 +91,11 @@ class RunReport:
         return describe_run(self.run, self.error).to_html()
 
     def __repr__(self) -> str:
+        """Show the run's folder and outcome."""
         return f"RunReport({self.run.path}, {describe_outcome(self.run)})"
 
     def _repr_html_(self) -> str:
+        """Return the page as HTML for a notebook's cell."""
         return describe_run(self.run, self.error).to_fragment()
 
     def write(self, path: Path) -> None:

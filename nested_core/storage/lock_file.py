@@ -141,6 +141,7 @@ def read_holder(path: Path) -> int | None:
     """
 
     def stop() -> None:
+        """Raise BlockingIOError instead of waiting for the lock."""
         raise BlockingIOError
 
     try:

@@ -199,6 +199,7 @@ def _is_run_directory(folder: Path) -> bool:
     """
 
     def has(name: str) -> bool:
+        """Return whether the folder has a regular file of this name."""
         return _file_type(folder / name) == "file"
 
     is_begun = has(RUN_LOCK_NAME) or (has(RUN_DATASET_NAME) and has(RUN_TIERS_NAME))
