@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.terminal.console import POLL_SECONDS, SECONDS_BETWEEN_LINES, can_redraw, print_progress
+from flows.terminal.stage_lines import SECONDS_BETWEEN_REPEATS
 from nested_core import seams
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.records.metrics import describe_tasks
@@ -57,6 +58,7 @@ class RunFollower(threading.Thread):
         self._printed: dict[str, Any] | None = self.view.last_record if self.view.records else None
         self._printed_at = 0.0
         self._has_offer = False
+        self._stage_printed_at = 0.0
 
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""
@@ -68,6 +70,7 @@ class RunFollower(threading.Thread):
             with self._lock:
                 self.view.read()
                 self._print_line(is_last=False)
+                self._repeat_stage()
 
     def finish(self) -> None:
         """Show the rest and how it ended, and stop."""
@@ -83,6 +86,7 @@ class RunFollower(threading.Thread):
             if not self.view.has_begun or not self._can_redraw:
                 self._print_last_lines()
                 print_progress(name)
+                self._stage_printed_at = time.monotonic()
             if self.view.has_begun:
                 self.view.read()
                 self.view.stages.append((name, self.view.seconds))
@@ -105,6 +109,14 @@ class RunFollower(threading.Thread):
         print_progress(format_line(self.view))
         for line in self.view.describe_samples() if "samples" in self.view.last_record else ():
             print_progress(f"  {line}")
+
+    def _repeat_stage(self) -> None:
+        """Print a stage after training that lasts again, with its seconds."""
+        now = time.monotonic()
+        if self._has_offer and now - self._stage_printed_at >= SECONDS_BETWEEN_REPEATS:
+            name, began = self.view.stages[-1]
+            print_progress(f"{name} ({self.view.seconds - began:.0f} s)")
+            self._stage_printed_at = now
 
     def _print_last_lines(self) -> None:
         """Print the last record, and once training is done which adapter it offers."""
