@@ -62,6 +62,7 @@ def sort_into_buckets(
     """Sort rows into buckets of whole batches; ValueError without any row.
 
     lengths: tokens of each row, [n]; a row has one input token fewer.
+
     Every batch is full except for the one with the shortest rows, where missing rows cost least.
     The padding share is 1 - input tokens / (batch size * width), over one epoch.
     """
@@ -122,6 +123,7 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
     widths: the candidates, ascending; the widest is always chosen.
     counts: how many batches need each width.
     cost_of_width: what each chosen width costs, besides the padded length of all batches.
+
     With k widths, the last of them widths[j], the least padded length of all batches up to j is
     cost[k][j] = min over i < j of cost[k - 1][i] + widths[j] * (batches after i, up to j).
     """

@@ -29,6 +29,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
 
     A kernel may be compiled in variants, such as one for each number of tiles. Callers ask
     `is_usable` first, and call the reference if it is not.
+
     name: what the kernel computes, for the warning.
     launch: the function that launches it.
     reference: the same formula in MLX's operations.

@@ -93,6 +93,7 @@ def apply_flat_updates_to_nested(nested: Tree, flat: Mapping[str, mx.array]) -> 
     nested: nested dicts and lists of arrays, or an MLX module.
     flat: new arrays by dotted name, such as "layers.0.weight"; each has the shape and dtype of the
         array it replaces. Every other leaf and every container stays the same object.
+
     Raises UpdateNotApplied, listing every unknown name and every different shape or dtype; nothing
     is changed then.
     """

@@ -68,6 +68,7 @@ def assign_tiers(
     settings: the configuration's section `nested`.
     importance: each parameter's mean squared gradient norm over a few batches; the strategy
         `parameter_importance` needs it.
+
     Raises ConfigError if a tier would be empty or a pattern matches nothing. Warns, by name, of
     parameters that no rule covers and that go to the slowest tier.
     """

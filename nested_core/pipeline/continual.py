@@ -124,7 +124,9 @@ def conditions_digest(
     That is: the champion, all splits of the data, base model, tokenizer, settings, the gate's
     thresholds and files, the ancestors' examples if they judge, the promotion rule and its
     reference, device and dtype, and the versions of the packages that compute.
+
     config: with the registry's policy applied. settings: from `settings_digest`.
+
     None for a run that does not follow a champion, and if a Python function scores a suite, because
     what that depends on is not known.
     """
@@ -188,6 +190,7 @@ def settings_digest(
     """Return the SHA-256 of every setting that can change the adapter, the base and its tokenizer.
 
     base: the base model's fingerprint.
+
     With replay it covers the replayed examples too. With `training.minutes` it covers the minutes
     instead of the number of iterations.
     """

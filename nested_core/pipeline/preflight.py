@@ -49,8 +49,8 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
             seams.require(room, key)
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
-    count_processes(config)  # refuses a hostfile that cannot be used
-    load_services(config)  # refuses one that is not installed
+    count_processes(config)  # raises for an unusable hostfile
+    load_services(config)  # raises for one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
         if effective_rule(config.registry).asks_person:

@@ -97,6 +97,7 @@ def register_run(
     """Register a run that passed, and promote it if run and registry allow.
 
     champion: the champion that the run was judged against.
+
     Returns the decision on its promotion. Raises ConfigError if no registry is configured.
     """
     registry_location(config.registry)

@@ -100,9 +100,11 @@ def count_examples_needed(
     The estimate is the sample size, at 80 % power, that shows an adapter with no true difference to
     be no worse than the margin. If there are that many already, it is the sample size that
     distinguishes the difference that was seen from 0 or from the margin.
+
     difference, standard_error: mean and standard error of the paired differences.
     examples: how many independent examples the standard error comes from.
     margin: the allowed rise.
+
     Returns the number rounded up to 2 significant digits; None if it exceeds MAX_NAMED_EXAMPLES or
     the standard error is 0 or not finite.
     """

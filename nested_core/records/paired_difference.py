@@ -96,6 +96,7 @@ def compare_pairs(
     clusters: the cluster number of each example, int64 (n,). Examples of one cluster are resampled
         together, as one example of their summed weight (Davison and Hinkley, Bootstrap Methods,
         1997, section 3.8).
+
     The mean is sum(w * (second - first)) / sum(w). The interval is the expanded percentile interval
     of the bootstrap (Hesterberg, "What teachers should know about the bootstrap", The American
     Statistician 69, 2015, section 3.2); the plain one is too narrow by what Student's t adds to a
@@ -170,6 +171,7 @@ def smallest_visible_share(examples: int, chance: float = (1 - CONFIDENCE) / 2) 
     examples: the number of questions, each scored 0 or 1.
     chance: the one-sided significance level. The one-sided mid-p value of k lost and 0 won is 2 **
         -(k + 1), which has to be at most `chance`.
+
     Returns 1.0 if even the loss of all answers would not be significant.
     """
     lost = math.ceil(-math.log2(chance)) - 1

@@ -353,6 +353,7 @@ class AncestorLoss(HeldOutComparison):
     """Champion and candidate compared on the held-out examples of an earlier version.
 
     The earlier version is the champion or one that the champion was trained from.
+
     version: the earlier version whose examples are used.
     registered: when it was registered, as ISO 8601; None if not known.
     loss: the champion's mean loss in `unit`; the candidate's is `loss` + `difference`.

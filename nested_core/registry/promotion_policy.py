@@ -57,6 +57,7 @@ def read_candidate(
     """Read the verdict on a version that decides its promotion: the newest against a champion.
 
     against: the champion; today's by default.
+
     Raises ConfigError for an unknown version, DamagedError for a damaged file.
     """
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
@@ -219,6 +220,7 @@ def describe_promotion(
 
     A version that was judged without held-out data is described as such. Empty if the decision
     promoted nothing, or a file is damaged.
+
     candidate: the verdict on the version; read from the registry if None.
     """
     if done.outcome != "promoted":
@@ -336,6 +338,7 @@ def find_refusal(
     """Return why a version is not promoted automatically; None if it is to be promoted.
 
     The stricter of the run's section and the registry's policy counts.
+
     is_approved: a person has approved; nobody is asked again, and the comparison with the policy's
         reference, which limits automatic promotions alone, is skipped.
     """

@@ -118,7 +118,7 @@ def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:
     """
     with writing(registry, name) as locked:
         if locked.version_path(rejected.run.version).exists():
-            _judge(locked, rejected)
+            _record_verdict(locked, rejected)
 
 
 def require_usable_registry(registry: Path, name: str) -> None:
@@ -161,7 +161,7 @@ def _add_version(locked: NameFolder, new: NewVersion) -> str:
     if file_type(path) != "missing":
         manifest = locked.verify(version)
         if has_all_judgements(locked.path, version, locked.ledger):
-            _judge(locked, new)
+            _record_verdict(locked, new)
         else:
             judgement = _write_judgement(locked, new)
             locked.record("restored", version, by, manifest=manifest, judgement=judgement)
@@ -170,15 +170,15 @@ def _add_version(locked: NameFolder, new: NewVersion) -> str:
     with new_directory(path, confirm=locked.confirm) as unpublished:
         manifest = _fill_version_folder(unpublished, locked.path.name, new)
         _make_read_only(unpublished)
-        if is_lost:  # before the files: cut short in between, the version is as lost as it was
+        if is_lost:  # before the files: after a crash in between, the version is still lost
             locked.record("restored", version, by, manifest=manifest)
-    if not is_lost:  # after them: cut short in between, the next writer adds the line
+    if not is_lost:  # after the files: after a crash in between, the next writer adds the line
         conditions = new.provenance.get("conditions_digest")
         locked.record("registered", version, by, manifest=manifest, conditions_digest=conditions)
     return manifest
 
 
-def _judge(locked: NameFolder, new: NewVersion) -> None:
+def _record_verdict(locked: NameFolder, new: NewVersion) -> None:
     """Record the run's verdict on a registered version, unless it repeats an earlier verdict."""
     version, verdict = new.run.version, new.run.verdict
     earlier = read_verdicts(locked.path, version, locked.ledger)

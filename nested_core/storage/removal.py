@@ -28,6 +28,7 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
         file.
     is_written_by_us: decides about each file, given its path in the folder with `/`, or the name of
         a single file.
+
     Raises OSError for a folder that cannot be read.
     """
     if path.is_symlink():

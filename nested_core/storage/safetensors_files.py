@@ -123,6 +123,7 @@ def save_arrays(
     """Write MLX arrays to a safetensors file; equal arrays give equal bytes.
 
     metadata_format: the `format` in the file's metadata, which transformers reads.
+
     mx.save_safetensors orders tensors by a hash table, so its bytes differ between processes. The
     safetensors library sorts, but makes the file readable for its owner alone and reports a full
     disk as text; both are corrected here.

@@ -46,6 +46,7 @@ def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> A
     """Convert turns to {role, content}, from ShareGPT's {from, value} or lists of text parts.
 
     is_sharegpt: roles may have ShareGPT's names under `role`, too.
+
     Anything that is no list of turns is returned as it is, to be validated later. Parts are joined
     as mlx_lm.server joins them (process_message_content). Raises LineProblem for a part that is no
     text.

@@ -59,6 +59,7 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
         the end of the templated turns before it to the end of the templated turns up to it. A turn
         marked as not to be learnt is in no span; under `last` the caller must check that the last
         one is learnt.
+
     Turns are prepared for the template first (ChatTemplate). Raises what the template raises.
     """
     kind = find_row_format(example.format)

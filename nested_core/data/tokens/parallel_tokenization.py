@@ -100,6 +100,7 @@ def tokenize_splits(
     Every example is cut to `max_seq_length` tokens, as mlx-lm does in a batch. A line is left out
     if the chat template raises for it, if it has too many characters, or if it is too long and
     data_policy drops such lines.
+
     processes: None for one a core, if there is enough to tokenize.
     """
     shared = {
