@@ -90,7 +90,7 @@ class DataSettings:
     def column_flags(self) -> str:
         """The flags of `init` that name a table's columns, with a leading space.
 
-        "" for default names.
+        They are "" if the columns have the default names.
         """
         names = (self.prompt_feature, self.completion_feature)
         if names == ("prompt", "completion"):

@@ -68,7 +68,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
     def describe_disagreement(self, *variant: int) -> str | None:
         """Describe how the kernel differs from its reference on the examples.
 
-        None if they agree.
+        Returns None if they agree.
         """
         for arguments in self.examples(*variant):
             try:

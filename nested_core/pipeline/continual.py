@@ -52,7 +52,7 @@ ANCESTORS_KEY = "gate.max_ancestor_loss_increase"
 def champion_or_none(registry: Path, name: str) -> str | None:
     """Return the champion of an adapter name: the version in use.
 
-    None without a champion, or without such a registry or name.
+    Returns None without a champion, or without such a registry or name.
     """
     return read_champion(registry, name) if name_exists(registry, name) else None
 
@@ -218,7 +218,7 @@ def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | Non
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """Return a line that says what a run with `continual.from` started from.
 
-    None for other runs.
+    Returns None for other runs.
     """
     start = read_start(config, run)
     return None if start is None else start.describe(config.registry.name)

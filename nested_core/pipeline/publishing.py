@@ -269,7 +269,7 @@ def describe_changed_held_out(
 ) -> str | None:
     """Return a sentence if the champion was judged on other held-out examples than this run.
 
-    None if they are the same, without a champion, or if one of the two is not recorded.
+    Returns None if they are the same, without a champion, or if one of the two is not recorded.
     """
     champion, validation = verdict.rival, verdict.validation
     if champion is None or validation is None or config.registry.path is None:

@@ -163,9 +163,9 @@ class ComparedLoss:
     unit: str = NATS_PER_TOKEN
 
     def describe_conclusion(self) -> str | None:
-        """Describe the conclusion.
+        """Describe the conclusion in words; None without a conclusion.
 
-        An inconclusive one with its figures. None without a conclusion.
+        An inconclusive one is described with its figures.
         """
         if self.conclusion is None or self.difference is None:
             return None
@@ -487,7 +487,7 @@ class TaskResult:
     def describe_lost(self) -> str | None:
         """Describe what a passing suite lost: `capitals: 37 of 40 right, lost 3: ...`.
 
-        None if it lost no answer or failed.
+        Returns None if it lost no answer or failed.
         """
         if not self.lost or self.verdict == "failed":
             return None

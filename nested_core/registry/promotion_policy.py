@@ -299,7 +299,7 @@ def recorded_section(folder: Path, candidate: Judgement) -> RegistrySection:
 def registry_location(section: RegistrySection) -> tuple[Path, str]:
     """Return the registry's folder and the adapter's name.
 
-    ConfigError if they are not configured.
+    Raises ConfigError if they are not configured.
     """
     if section.path is None or section.name is None:
         raise ConfigError("registry: path and name are needed to register an adapter.")
@@ -395,7 +395,7 @@ def _why_beyond_reference(
 ) -> str | None:
     """Return why a version may be worse than the policy's reference by more than the margin.
 
-    None if it is shown to be within the margin, or the policy has no reference.
+    Returns None if it is shown to be within the margin, or the policy has no reference.
     """
     version = policy.find_reference(ledger)
     if version in (None, candidate.version):
@@ -423,7 +423,7 @@ def _why_beyond_reference(
 def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     """Return why the verdict does not allow a promotion: failed, or broken answers.
 
-    None if it does.
+    Returns None if it does.
 
     Broken answers do not count if a person is asked, who sees them.
     """
@@ -453,9 +453,9 @@ def _why_losses_promote_nothing(
 
 
 def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:
-    """Return that the compared held-out examples have fewer than 5 prompts.
+    """Say that the compared held-out examples have fewer than 5 different prompts.
 
-    None if they have more.
+    Returns None if they have more.
     """
     record: Validation | ChampionLoss | None = candidate.verdict.champion
     which = " that are compared with the champion's"

@@ -100,7 +100,7 @@ def register(
 
 @contextmanager
 def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[NameFolder, str]]:
-    """Add a version and its examples to `name`, and keep the name's folder locked in the block.
+    """Add a version and its examples, and keep the folder of `name` locked during the block.
 
     Yields the locked folder and the hash of the version's manifest.
     """

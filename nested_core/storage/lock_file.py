@@ -139,7 +139,7 @@ def open_lock_held_by_parent(path: Path) -> LockFile | None:
 def read_holder(path: Path) -> int | None:
     """Return the id of the process that has locked a file; None if it is not locked.
 
-    0 if the file does not say which process.
+    Returns 0 if the file does not say which process.
     """
 
     def stop() -> None:

@@ -113,7 +113,7 @@ def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
 def _require_argument_object(value: dict[str, Any]) -> dict[str, Any]:
     """Return a tool call if its arguments are an object, JSON text of one, or missing.
 
-    Else raise ValueError.
+    Raises ValueError for any other arguments.
     """
     arguments = value.get("function", value).get("arguments")
     if arguments is None or isinstance(arguments, dict):
@@ -458,7 +458,7 @@ def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str
 def find_format(row: Mapping[str, Any], field_names: FieldNames) -> str | None:
     """Return the configured format if the row has its fields, or the first whose fields it has.
 
-    None if no format matches.
+    Returns None if no format matches.
     """
     for name, fields in _formats_to_look_for(field_names).items():
         if all(field_names.key_of(field) in row for field in fields):
@@ -476,7 +476,7 @@ def _formats_to_look_for(field_names: FieldNames) -> Mapping[str, tuple[str, ...
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
     """Return the format of a row.
 
-    LineProblem if the format is unknown or it is a preference pair.
+    Raises LineProblem if the format is unknown or it is a preference pair.
     """
     prompt, completion = field_names.prompt, field_names.completion
     is_for_loss = field_names.loss is not None

@@ -195,10 +195,7 @@ def is_preference_pair(row: Mapping[str, Any]) -> bool:
 
 
 def find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
-    """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL).
-
-    None without one.
-    """
+    """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL), or None."""
     if row.get("kto_tag") is False:
         return "kto_tag"
     return "label" if row.get("label") is False and "completion" in row else None

@@ -113,7 +113,7 @@ def _most_frequent_format(frame: pl.DataFrame) -> str | None:
 def _earlier_line_by_content(file: pl.DataFrame) -> pl.Series:
     """Return for each row the first line of the same file with equal content.
 
-    Null for that line.
+    It is null for that first line itself.
     """
     first = _first_line_by_content(file["content"], file)
     repeated = pl.when(pl.col("line") > pl.col("first")).then("first").cast(pl.Int32)
