@@ -174,11 +174,13 @@ class Tiered(Optimizer):
         check_gradients(flat, values, self._specs)
         # A drop-in's counters begin here, from the step before it is counted.
         self.state.setdefault(COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step))
+        # Advance schedules and the step count
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
         leaves = optimizer_state_by_parameter(gradients, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = schedule(self.step)
         self.state["step"] = self.step + 1
+        # Which tiers are due, and whether the gradients that count are finite
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
         unused = {
             i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)
@@ -205,6 +207,7 @@ class Tiered(Optimizer):
         leaves = optimizer_state_by_parameter(
             tree_unflatten([(name, values[name]) for name in specs]) if specs else {}, self.state
         )
+        # A tier's chunk is open between two of its updates, and may have no finite gradient
         gathered = self._tier_counters["gathered"]
         tiers = {self._tier_of[name] for name in leaves}
         is_open = {i: self.step % self.tiers[i].frequency != 0 for i in tiers}

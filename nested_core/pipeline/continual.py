@@ -235,9 +235,11 @@ def find_kept_champion(config: FineTuneConfig, run: RunDirectory, verdict: Verdi
         return None
     initial, difference = verdict.initial.digest, None
     if verdict.rival in (initial, parent_version_of(config, initial)):
+        # Trained from the champion: the loss before training is the champion's
         before, after = verdict.validation.loss_before, verdict.validation.loss_after
         difference = None if before is None or after is None else after - before
     elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
+        # Trained from the base: the gate compared it with the champion
         difference = None if verdict.champion is None else verdict.champion.difference
     if difference is None or difference < 0 or any(task.is_proven_gain for task in verdict.tasks):
         return None

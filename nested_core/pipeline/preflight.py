@@ -84,6 +84,7 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     iterations = estimate_iterations(config, run)
     every = config.intervals(iterations).save
     saves = config.training.keep_checkpoints if every is None else ceil(iterations / every)
+    # The best checkpoint is kept beside the last ones, twice where a flush may void it
     bests = 2 if config.nested.slow_gradients == "accumulate" else 1
     most = min(saves + 1, config.training.keep_checkpoints + bests + 1)  # and one in writing
     missing = max(0, most - len(list_checkpoints(run.checkpoints)))

@@ -126,6 +126,7 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
             for split in recorded
             if split != "train"
         }
+        # The split that the gate judged by, or a file of its own
         if choice in SPLITS_BY_HELD_OUT_CHOICE:
             held_out = held_out_sets.pop(held_out_split(choice, recorded), [])
         else:

@@ -112,6 +112,7 @@ def compare_pairs(
     pair = np.array([first, second], np.float64)
     if not np.isfinite(pair).all() or not (np.isfinite(counts) & (counts > 0)).all():
         raise ValueError("values must be finite, and weights finite and above 0")
+    # Differences, one for each independent example
     values = pair[1] - pair[0]
     is_weighted = weights is not None
     if clusters is not None and len(np.unique(clusters)) < counts.size:
@@ -121,6 +122,7 @@ def compare_pairs(
     mean = float(counts @ values / counts.sum())
     if examples < MIN_EXAMPLES:
         return PairedDifference(examples, mean, math.inf, -math.inf, math.inf)
+    # Standard error, and the bootstrap's expanded percentile intervals
     residuals = counts * (values - mean)
     variance = float(residuals @ residuals) * examples / (examples - 1)
     means = _resampled_means(values, counts if is_weighted else None)
@@ -128,6 +130,7 @@ def compare_pairs(
     ends = np.quantile(means, [end for tail in tails for end in (tail, 1 - tail)])
     low, high, lower, upper = map(float, ends)
     error = math.sqrt(variance) / float(counts.sum())
+    # One-sided ends: the farther of the bootstrap's and Student's t
     width = student_t_quantile((1 + ONE_SIDED_CONFIDENCE) / 2, examples - 1) * error
     one_sided = (min(lower, mean - width), max(upper, mean + width))
     return PairedDifference(examples, mean, error, low, high, *one_sided)

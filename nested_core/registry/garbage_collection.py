@@ -106,6 +106,7 @@ def _plan_removals(
     by_age = sorted(versions, key=lambda version: _last_use(version, ledger), reverse=True)
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
+    # A promotion of these may be going on
     undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)

@@ -524,6 +524,7 @@ def _describe_comparison(
     loss_name = loss_name_for_file(candidate.file)
     losses = f"{loss_name} {format_loss(loss)} is not better{margin} than {rival}"
     unproven = f"{losses}, or not significantly ({data})"
+    # Too few prompts, no noise bound, or too few examples for an interval
     if (few := record.describe_few_prompts()) is not None:
         return f"{unproven}: {few}"
     if candidate.verdict.noise == "none":
@@ -531,6 +532,7 @@ def _describe_comparison(
     if record.interval is None or record.smallest_visible is None:
         return f"{unproven}: too few to detect a difference"
     figures = f"{unproven}: {format_difference(difference)} with a 95 % interval of"
+    # Significant, but not by enough; significant only without correction; or neither
     chosen = record.corrected_interval
     if record.interval[1] < 0 and (chosen is None or chosen[1] < 0):
         return (

@@ -184,6 +184,7 @@ def _record_verdict(locked: NameFolder, new: NewVersion) -> None:
     earlier = read_verdicts(locked.path, version, locked.ledger)
     facts = JudgementFacts.from_provenance(new.provenance)
     if new.was_judged_now:
+        # Repeated only if nothing that could change a decision came in between
         newest = earlier[-1]
         later = locked.ledger.entries[newest.line_number + 1 :]
         is_same_moment = all(entry.action in (*REGISTRATION_ACTIONS, "tried") for entry in later)

@@ -161,6 +161,7 @@ def inspect_version(
         return [AuditFinding(folder, message)], None
     path, listed, digest = folder / MANIFEST_NAME, dict[str, Any](), None
     findings = []
+    # The manifest itself
     try:
         if file_type(path) == "file":
             manifest = read_manifest(folder)
@@ -173,12 +174,14 @@ def inspect_version(
                 findings.append(AuditFinding(path, message))
     except DamagedError as error:
         findings.append(AuditFinding(path, f"not readable as a manifest ({error})"))
+    # Every file that the manifest lists, and files that it does not
     expected = [*VERSION_FILES, *(name for name in OPTIONAL_FILES if name in listed)]
     for name in expected:
         if (problem := _find_problem(folder / name, listed.get(name), max_age)) is not None:
             findings.append(AuditFinding(folder / name, problem))
     for name in sorted(set(os.listdir(folder)) - {*expected}):
         findings.append(AuditFinding(folder / name, "does not belong to the version"))
+    # Without a recorded hash, only the content can tell
     if not findings and not recorded:
         findings += _digest_findings(folder, version)
     return findings, digest

@@ -45,6 +45,7 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
             if inside in mounts or os.path.ismount(inside):
                 return f"something is mounted at {name} in it"
             *_, last = parts = name.split(os.sep)
+            # Leftovers of killed writers, and folders, do not count
             is_leftover = any(part.startswith(LEFTOVER_BEGINNINGS) for part in parts)
             if (
                 is_leftover

@@ -493,6 +493,7 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
         raise LineProblem("preference-pair", message)
     if found := find_format(row, field_names):
         return found
+    # No format fits: say what is missing, or what was expected
     formats = _formats_to_look_for(field_names)
     is_wanted = formats is not _FIELDS_BY_FORMAT and not is_for_loss
     hint = (
@@ -530,6 +531,7 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         kind.validator.validate_python(fields, context=context)
     except ValidationError as error:
         raise _describe_validation_error(error, keys, row) from None
+    # Keys beyond the format's are marks, known to be ignored, or left out of training
     unknown = set(row.keys() - keys.values() - {field_names.group})
     messages, places, rest = Turns([]) if kind.read is None else kind.read(fields)
     chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
