@@ -164,8 +164,9 @@ class Tiered(Optimizer):
         """Perform one optimizer step; return every parameter with a gradient, updated if it is due.
 
         gradients: a tree of arrays with the shapes and dtypes of `parameters`, which may have more
-            leaves. A tier that is not due may be left out under "skip", but only as a whole. Raises
-            ValueError, naming the parameters, if the trees do not fit.
+            leaves. A tier that is not due may be left out under "skip", but only as a whole.
+
+        Raises ValueError, naming the parameters, if the trees do not fit.
         """
         flat = flatten_gradients(gradients)
         if not self._initialized:
@@ -278,7 +279,8 @@ class Tiered(Optimizer):
         """Clip the gradients, update the tiers that are `ready` if all are finite, and count.
 
         due, ready: flags by tier; a tier that is due and not updated counts a skipped update.
-            Returns every parameter with a gradient.
+
+        Returns every parameter with a gradient.
         """
         groups = group_gradients_by_tier(gradients, self._tier_of)
         norm = norm_of_due_gradients(groups, ready)

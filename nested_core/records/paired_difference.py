@@ -139,7 +139,9 @@ def compare_pairs(
 def sum_clusters(values: Vector, weights: Vector, clusters: Indices) -> tuple[Vector, Vector]:
     """Aggregate values by cluster: return each cluster's weighted means and its summed weight.
 
-    values: (k, n); weights and clusters: (n,). Returns means (k, clusters) and weights (clusters,).
+    values: (k, n); weights and clusters: (n,).
+
+    Returns means (k, clusters) and weights (clusters,).
     """
     _, cluster_index = np.unique(clusters, return_inverse=True)
     totals = np.bincount(cluster_index, weights).astype(np.float64)

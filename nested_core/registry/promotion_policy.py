@@ -82,7 +82,9 @@ def register_by_policy(
     """Register a run's adapter and promote it if run and registry allow it, under one lock.
 
     champion: the champion that the run was judged against; if another version is champion now, the
-        outcome is "superseded". Raises what `register` raises.
+        outcome is "superseded".
+
+    Raises what `register` raises.
     """
     with registering(new, *registry_location(section)) as (folder, manifest):
         version = new.run.version
@@ -191,11 +193,11 @@ def compare_losses(
     champion_loss = None if validation is None else validation.loss_before
     if candidate.verdict.initial.digest != champion:
         verify(registry, name, champion)
-        rival = read_candidate(registry, name, champion)
+        champion_judgement = read_candidate(registry, name, champion)
         digest = candidate.facts.validation_digest
-        if digest is None or rival.facts.validation_digest != digest:
+        if digest is None or champion_judgement.facts.validation_digest != digest:
             return None
-        champion_loss = rival.loss_after
+        champion_loss = champion_judgement.loss_after
     if candidate.loss_after is None or champion_loss is None:
         return None
     return LossComparison(candidate.loss_after, champion_loss)

@@ -60,7 +60,7 @@ def version_manifest_facts(version: str) -> dict[str, Any]:
 
 
 def version_folder(registry: Path, name: str, version: str) -> Path:
-    """The path of a version of `name`, whether or not it exists."""
+    """Return the path of a version of `name`, whether or not it exists."""
     return registry / name / VERSIONS_FOLDER_NAME / version
 
 
@@ -152,9 +152,10 @@ def verify_version(
 def inspect_version(
     folder: Path, version: str, recorded: set[str], *, max_age: float | None = None
 ) -> tuple[list[AuditFinding], str | None]:
-    """What is wrong with the files of a version, a verdict of "failed" aside; its manifest's hash.
+    """Return what is wrong with the files of a version, and the hash of its manifest.
 
-    The hash is None if the manifest cannot be read. The arguments are `verify_version`'s.
+    A verdict of "failed" is not a problem here. The hash is None if the manifest cannot be read.
+    The arguments are those of `verify_version`.
     """
     if file_type(folder) != "directory":
         message = "the folder of the version is missing, or is not a directory"
@@ -188,7 +189,7 @@ def inspect_version(
 
 
 def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | None) -> str | None:
-    """Why a file of a version is not the one that its manifest lists, or None."""
+    """Return why a file of a version is not the one that its manifest lists; None if it is."""
     kind = file_type(path)
     if kind != "file":
         return "missing" if kind == "missing" else "not a regular file"

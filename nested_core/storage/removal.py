@@ -24,8 +24,9 @@ MOUNT_POINT_COLUMN = 4
 def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -> str | None:
     """Return why a folder or file must not be removed; None if it may be removed.
 
-    Reasons: it is a link, something is mounted at it or in it, or it holds a link or a foreign
-        file.
+    It must stay if it is a link, if something is mounted at it or in it, or if it holds a link or a
+    foreign file.
+
     is_written_by_us: decides about each file, given its path in the folder with `/`, or the name of
         a single file.
 

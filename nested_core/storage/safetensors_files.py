@@ -165,8 +165,9 @@ class TensorLocation(NamedTuple):
 def read_header(file: Any, size: int, path: Path) -> dict[str, TensorLocation]:
     """Read and check the header of an open safetensors file, without reading tensors.
 
-    size: the file's size in bytes. Returns the location of each tensor. Raises DamagedError for an
-        unsound file.
+    size: the file's size in bytes.
+
+    Returns the location of each tensor. Raises DamagedError for an unsound file.
     """
     try:
         length = _header_length(read_start(file, min(8, size), path), size)

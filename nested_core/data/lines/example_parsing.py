@@ -406,8 +406,9 @@ def read_examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yield (line, example) for each line that is not blank and not in `skip`.
 
-    byte_range: the part of the file to read, whose first line has the number `first_line`. Raises
-        DatasetError for an invalid line: the file has changed since it was checked.
+    byte_range: the part of the file to read, whose first line has the number `first_line`.
+
+    Raises DatasetError for an invalid line: the file has changed since it was checked.
     """
     byte_range = byte_range or ByteRange(0, path.stat().st_size)
     unread = byte_range.end - byte_range.start

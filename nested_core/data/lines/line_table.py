@@ -88,8 +88,9 @@ def read_line_range(
 ) -> LineRange:
     """Read the rows of a range of lines, independently of other lines.
 
-    asked: n-grams of other texts to look for, of the room near_duplicates. Raises OSError, and
-        DatasetError if the file became shorter.
+    asked: n-grams of other texts to look for, of the room near_duplicates.
+
+    Raises OSError, and DatasetError if the file became shorter.
     """
     size = byte_range.end - byte_range.start
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):

@@ -278,8 +278,9 @@ def _count_fitting_records(lines: list[str], delimiter: str) -> int:
 def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[NumberedLine]:
     """Yield the records of a CSV table as JSON objects; the first record names the columns.
 
-    json_keys: columns whose cells contain JSON. Raises RestOfFileUnreadable at a damaged record,
-        such as one with unbalanced quotes.
+    json_keys: columns whose cells contain JSON.
+
+    Raises RestOfFileUnreadable at a damaged record, such as one with unbalanced quotes.
     """
     with _open_table(path) as file:
         reader = csv.reader(_read_bounded_lines(file), delimiter=delimiter, strict=True)

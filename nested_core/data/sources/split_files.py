@@ -90,8 +90,9 @@ class SplitFile:
 def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
     """Return the existing splits of a data set, converted to JSON lines if necessary.
 
-    spool: a folder for converted files. Raises ConfigError if there is no such data set, or two
-        files for one split; and OSError.
+    spool: a folder for converted files.
+
+    Raises ConfigError if there is no such data set, or two files for one split; and OSError.
     """
     if settings.hf_dataset:
         return _open_hub_tables("hf_dataset", settings, spool)
