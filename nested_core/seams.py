@@ -96,6 +96,7 @@ def load_only(kind: str, wanted: str) -> Any:
 
     kind: the name of the table's field.
     wanted: the key or command that needs it, as a person wrote it.
+
     Raises ConfigError, naming the room, if it is not installed.
     """
     (name,) = (name for name, room in ROOMS.items() if getattr(room, kind))

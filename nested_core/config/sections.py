@@ -276,7 +276,7 @@ class LoraParameters(Section):
     def _convert_alpha(cls, values: Any) -> Any:
         """Replace `alpha` by the scale that it means, alpha / rank.
 
-        ValueError for both or a bad value.
+        Raises ValueError for both or a bad value.
         """
         if not isinstance(values, dict) or "alpha" not in values:
             return values

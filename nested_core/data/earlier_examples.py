@@ -82,7 +82,7 @@ class EarlierExamples(Protocol):
 
 
 def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierExamples | None:
-    """Return the earlier examples of a run; None if it neither replays nor follows by rebuilding.
+    """Return the earlier examples of a run; None if it trains on its own examples alone.
 
     Raises ConfigError if the room replay is not installed.
     """

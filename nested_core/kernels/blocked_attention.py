@@ -61,7 +61,8 @@ def attend_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale:
     """Compute causal attention of queries (batch, heads, length, width) in blocks.
 
     keys, values: (batch, key heads, length, width); each key head serves several query heads.
-        Returns (batch, heads, length, value width).
+
+    Returns (batch, heads, length, value width).
     """
     heads_per_key = queries.shape[1] // keys.shape[1]
     scaled = (queries * scale).reshape(-1, keys.shape[1], heads_per_key, *queries.shape[2:])
@@ -131,8 +132,9 @@ def _query_block_ranges(length: int) -> list[tuple[int, int]]:
 def _sum_key_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
     """Sum the blocks' gradients of keys or values, over blocks and over the heads of a key.
 
-    parts: the gradient of each block, for keys from 0 to the block's end. Returns (batch, key
-        heads, 1, length, width).
+    parts: the gradient of each block, for keys from 0 to the block's end.
+
+    Returns (batch, key heads, 1, length, width).
     """
     columns = []
     for index, (start, end) in enumerate(ranges):

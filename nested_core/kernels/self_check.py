@@ -29,6 +29,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
 
     A kernel may be compiled in variants, such as one for each number of tiles. Callers ask
     `is_usable` first, and call the reference if it is not.
+
     name: what the kernel computes, for the warning.
     launch: the function that launches it.
     reference: the same formula in MLX's operations.
@@ -67,7 +68,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
     def describe_disagreement(self, *variant: int) -> str | None:
         """Describe how the kernel differs from its reference on the examples.
 
-        None if they agree.
+        Returns None if they agree.
         """
         for arguments in self.examples(*variant):
             try:

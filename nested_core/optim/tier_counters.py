@@ -152,9 +152,9 @@ def require_current_layout(layout: mx.array | None) -> None:
 
 
 def flags_to_counts(flags: Mapping[int, mx.array], tiers: int) -> mx.array:
-    """Convert flags of some tiers to a uint64 vector over all tiers.
+    """Convert flags of some tiers to a uint64 vector of 0 and 1 over all tiers.
 
-    0 for a tier without a flag.
+    flags: by tier; a missing tier counts 0.
     """
     absent = mx.array(False)
     return mx.stack([flags.get(i, absent) for i in range(tiers)]).astype(mx.uint64)

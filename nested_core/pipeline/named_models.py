@@ -56,6 +56,7 @@ def find_model(
 
     temporary: a folder for converted files: a PEFT adapter is converted, and a model of a room's
         format unpacked.
+
     Raises ConfigError for an unknown name and what a room's format refuses, DamagedError for
     damaged files.
     """

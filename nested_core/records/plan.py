@@ -81,7 +81,7 @@ class TrainingPlan:
     def describe_ends(self) -> str | None:
         """Describe restarts of killed training processes, and a run cut short for its time limit.
 
-        None if neither happened.
+        Returns None if neither happened.
         """
         sentences = []
         if self.ended_by:

@@ -97,7 +97,7 @@ class Run:
     def read(self, path: Path, reader: Callable[[Path], Content]) -> Content | None:
         """Apply `reader` to a file.
 
-        None if the file is missing or damaged, which adds to `errors`.
+        Returns None if the file is missing or damaged, which adds to `errors`.
         """
         if file_type(path) == "missing":
             return None
@@ -269,7 +269,7 @@ class Run:
     def last(self, key: str) -> Any:
         """Return the last reported value of a metric that is not null.
 
-        None if there is no such value.
+        Returns None if there is no such value.
         """
         return next((r[key] for r in reversed(self.metrics) if r.get(key) is not None), None)
 
@@ -278,7 +278,7 @@ class Run:
 
         The value None is not finite.
 
-        None if the loss was never reported.
+        Returns None if the loss was never reported.
         """
         name = _LAST_LOSSES[key]
         reports = ((r.get("step", 0), r[name]) for r in reversed(self.metrics) if name in r)

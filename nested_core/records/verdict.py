@@ -164,9 +164,9 @@ class ComparedLoss:
     unit: str = NATS_PER_TOKEN
 
     def describe_conclusion(self) -> str | None:
-        """Describe the conclusion.
+        """Describe the conclusion in words; None without a conclusion.
 
-        An inconclusive one with its figures. None without a conclusion.
+        An inconclusive one is described with its figures.
         """
         if self.conclusion is None or self.difference is None:
             return None
@@ -349,6 +349,7 @@ class AncestorLoss(HeldOutComparison):
     """Champion and candidate compared on the held-out examples of an earlier version.
 
     The earlier version is the champion or one that the champion was trained from.
+
     version: the earlier version whose examples are used.
     registered: when it was registered, as ISO 8601; None if not known.
     loss: the champion's mean loss in `unit`; the candidate's is `loss` + `difference`.
@@ -482,7 +483,7 @@ class TaskResult:
     def describe_lost(self) -> str | None:
         """Describe what a passing suite lost: `capitals: 37 of 40 right, lost 3: ...`.
 
-        None if it lost no answer or failed.
+        Returns None if it lost no answer or failed.
         """
         if not self.lost or self.verdict == "failed":
             return None

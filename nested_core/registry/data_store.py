@@ -177,12 +177,14 @@ def store_examples(
         sync_path(folder)
     if keeps_examples(folder, version):
         return
+    # Rows by digest, so that equal rows are stored once
     held_out, kept_out, train = (
         {digest_row(row): render_row(row) for row in rows}
         for rows in (examples.held_out, examples.kept_out, examples.train)
     )
     if examples.max_bytes is not None:
         held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
+    # The rows come first, then the list that names them
     stored = {digest for _, digest, _ in _read_packs(folder)}
     all_rows = held_out | kept_out | train
     new = {digest: line for digest, line in all_rows.items() if digest not in stored}
@@ -190,6 +192,7 @@ def store_examples(
     listed = DigestList(train=[*train], held_out=[*held_out], kept_out=[*kept_out])
     content = listed.model_dump_json().encode()
     write_bytes(_list_path(folder, version), content, confirm=confirm)
+    # Over the limit, the oldest versions lose their examples
     earlier = [old for old in versions if old != version and keeps_examples(folder, old)]
     kept = [*earlier, version]
     while examples.max_bytes is not None and _count_bytes(folder) > examples.max_bytes:
@@ -238,10 +241,12 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     if file_type(store) == "missing":
         return
     needed = _needed_rows(folder, versions)
+    # Lists of other versions
     for path in store.glob(f"[!.]*{LIST_SUFFIX}"):
         if path.stem not in versions:
             confirm()
             path.unlink()
+    # Packs with unneeded rows, each rewritten without them
     replaced: set[Path] = set()
     written: set[Path | None] = set()
     for pack, rows in groupby(_read_packs(folder), key=itemgetter(0)):

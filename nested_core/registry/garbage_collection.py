@@ -77,8 +77,10 @@ def collect_garbage(
     that were registered or champion last; the `keep` newest of the champion and its ancestors, and
     each ancestor whose examples are stored, since later runs train on them; and a version
     registered less than an hour ago that was never champion, since its promotion may be going on.
+
     dry_run: report what would be removed, and remove nothing.
     by: who asks, for the history.
+
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
     verdict or provenance of the champion's lineage, that cannot be read.
     """
@@ -104,6 +106,7 @@ def _plan_removals(
     by_age = sorted(versions, key=lambda version: _last_use(version, ledger), reverse=True)
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
+    # A promotion of these may be going on
     undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
@@ -177,6 +180,7 @@ def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> 
     """Record that a version is lost and remove what is left of its files; return its digest.
 
     version: the digest or its first digits.
+
     Raises ConfigError for the champion, for a version that is complete, and for an unknown one;
     DamagedError for a registry that is damaged elsewhere.
     """

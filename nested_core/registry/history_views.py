@@ -164,7 +164,7 @@ class NameFolder:
 def writing(registry: Path, name: str) -> Iterator[NameFolder]:
     """Lock the folder of an adapter name for writing and finish interrupted changes.
 
-    ConfigError if unknown.
+    Raises ConfigError for an unknown name.
     """
     with writing_folder(find_name_folder(registry, name)) as locked:
         yield locked
@@ -203,7 +203,7 @@ def reading(registry: Path, name: str) -> Iterator[tuple[Path, Ledger]]:
 def make_views(ledger: Ledger) -> dict[str, dict[str, Any] | None]:
     """Return the contents of policy.json and champion.json.
 
-    None for a file that should not exist.
+    Returns None for a file that should not exist.
     """
     record: dict[str, Any] | None = None
     if ledger.entries:
@@ -229,7 +229,7 @@ def read_view(path: Path) -> Any:
 def read_recorded_end(folder: Path) -> str | None:
     """Return the hash of the last history line that champion.json reflects.
 
-    None if champion.json is damaged; the hash of no bytes without the file.
+    Returns None if champion.json is damaged; the hash of no bytes without the file.
     """
     path = folder / RECORD_NAME
     if file_type(path) == "missing":

@@ -234,6 +234,7 @@ class Ledger:
         stack: list[str] = []
         for entry in self.entries:
             if entry.action in REMOVAL_ACTIONS and entry.version in stack:
+                # Equal neighbours become one: a rollback has to change the champion
                 stack = [v for v, _ in groupby(v for v in stack if v != entry.version)]
             elif entry.action not in ("promote", "rollback") or entry.version is None:
                 continue
@@ -245,6 +246,7 @@ class Ledger:
                 stack.pop()
             elif stack[-1:] != [entry.version]:
                 stack.append(entry.version)
+        # The target is below the champion, which is on top unless the link was moved
         if stack[-1:] == [self.champion]:
             stack.pop()
         return stack[-1] if stack else None
@@ -269,6 +271,7 @@ class Ledger:
         removed, or that a rollback replaced, are left out.
         """
         last = [change for change in self.changes() if change.action == "promote"][-promotions:]
+        # The champion before these promotions, then the promoted ones
         versions = [*(change.previous for change in last[:1]), *(change.version for change in last)]
         usable = self.champion_versions() - self.barred_versions()
         return [version for version in versions if version in usable]

@@ -319,6 +319,7 @@ def _map_changes(run: Run) -> Iterator[Block]:
         shown = ", ".join(unchanged[:8]) + (" …" if len(unchanged) > 8 else "")
         yield Text(f"Not changed: {len(unchanged)} tensors, {shown}", "bad")
     located = sorted(((*_place_of(t), t) for t in tensors), key=lambda place: place[:2])
+    # Tensors by layer and module
     modules = {
         key: [tensor for *_, tensor in group]
         for key, group in groupby(located, key=lambda place: place[:2])
@@ -326,6 +327,7 @@ def _map_changes(run: Run) -> Iterator[Block]:
     changes = {key: _mean_change(group) for key, group in modules.items()}
     largest = max((c for c in changes.values() if c is not None), default=0) or 1.0
     columns = sorted({column for _, column in modules})
+    # A row for each layer, a column for each module name
     rows = []
     for layer in sorted({layer for layer, _ in modules}):
         tiers = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}

@@ -108,6 +108,7 @@ def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
     """Read an adapter directory into memory and check its form.
 
     follow_links: allow its files to be symbolic links.
+
     Raises ConfigError if `path` is not a directory, DamagedError if it is not a complete,
     well-formed adapter.
     """

@@ -70,6 +70,7 @@ def exclusive_lock(
 
     on_busy: called each time that another process has the lock; it waits a while, or raises.
         Without it, wait as long as it takes.
+
     Raises DamagedError for anything but a regular file, ConfigError if the file cannot be created
     or its file system has no locks.
     """
@@ -85,6 +86,7 @@ def shared_lock(path: Path, *, on_busy: OnBusy | None = None) -> Iterator[LockFi
     """Hold a shared lock during the block: other readers may too, a writer may not.
 
     Yields None, without a lock, for a file that is missing or that this user may not read.
+
     on_busy: called each time that a writer has the lock; it waits a while, or raises.
     """
     lock = None
@@ -137,7 +139,7 @@ def open_lock_held_by_parent(path: Path) -> LockFile | None:
 def read_holder(path: Path) -> int | None:
     """Return the id of the process that has locked a file; None if it is not locked.
 
-    0 if the file does not say which process.
+    Returns 0 if the file does not say which process.
     """
 
     def stop() -> None:

@@ -161,7 +161,7 @@ def _refuse_owned(
 def _describe_owner(folder: Path, own_run: Path | None, registry: str | Path | None) -> str | None:
     """Describe what a folder is if it is a registry, a run directory or a model's folder.
 
-    None if it is none of them.
+    Returns None if it is none of them.
     """
     if _is_name_folder(folder) or _is_registry(folder):
         return "the registry"

@@ -46,6 +46,7 @@ def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> A
     """Convert turns to {role, content}, from ShareGPT's {from, value} or lists of text parts.
 
     is_sharegpt: roles may have ShareGPT's names under `role`, too.
+
     Anything that is no list of turns is returned as it is, to be validated later. Parts are joined
     as mlx_lm.server joins them (process_message_content). Raises LineProblem for a part that is no
     text.
@@ -194,10 +195,7 @@ def is_preference_pair(row: Mapping[str, Any]) -> bool:
 
 
 def find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
-    """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL).
-
-    None without one.
-    """
+    """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL), or None."""
     if row.get("kto_tag") is False:
         return "kto_tag"
     return "label" if row.get("label") is False and "completion" in row else None

@@ -167,7 +167,7 @@ def _last_line_end(file: Any, begin: int, end: int) -> int | None:
 def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
     """Yield the lines of a .jsonl up to the byte where a too long line begins.
 
-    Then raise for it.
+    At the end RestOfFileUnreadable is raised for that line.
     """
     number = 1
     with open_regular(path, UNBOUNDED, follow_links=True) as (raw, _), BufferedReader(raw) as file:
@@ -227,7 +227,7 @@ def _skip_space(text: str, position: int) -> int:
 def _find_element_end(decoder: json.JSONDecoder, text: str, start: int, number: int) -> int:
     """Return the position after an array's element.
 
-    RestOfFileUnreadable if it is not valid JSON.
+    Raises RestOfFileUnreadable if it is not valid JSON.
     """
     try:
         return decoder.raw_decode(text, start)[1]
@@ -278,8 +278,9 @@ def _count_fitting_records(lines: list[str], delimiter: str) -> int:
 def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[NumberedLine]:
     """Yield the records of a CSV table as JSON objects; the first record names the columns.
 
-    json_keys: columns whose cells contain JSON. Raises RestOfFileUnreadable at a damaged record,
-        such as one with unbalanced quotes.
+    json_keys: columns whose cells contain JSON.
+
+    Raises RestOfFileUnreadable at a damaged record, such as one with unbalanced quotes.
     """
     with _open_table(path) as file:
         reader = csv.reader(_read_bounded_lines(file), delimiter=delimiter, strict=True)

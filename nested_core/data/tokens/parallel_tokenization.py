@@ -100,6 +100,7 @@ def tokenize_splits(
     Every example is cut to `max_seq_length` tokens, as mlx-lm does in a batch. A line is left out
     if the chat template raises for it, if it has too many characters, or if it is too long and
     data_policy drops such lines.
+
     processes: None for one a core, if there is enough to tokenize.
     """
     shared = {
@@ -222,6 +223,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     doubts: dict[tuple[str, str], list[int]] = {}  # the first line, and how many
     all_tokens = array("i")
     target_mask = bytearray()
+    # Each example is a problem, too long, or appended to the arrays
     for line, encoded in _encode_examples(examples, source, request):
         if isinstance(encoded, _EncodingProblem):
             if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
