@@ -596,13 +596,14 @@ LINEAGE = "lineage"
 class ReplaySection(Section):
     """Examples of earlier nights that are mixed into every batch, so that they are not forgotten.
 
-    `fraction` 0 mixes none. `sources` is lineage, for what the champion and its ancestors were
+    `fraction` 0 mixes none; null is 0.5 for a run that follows a champion, unless it is timed or made
+    as by mlx_lm.lora, and else 0. `sources` is lineage, for what the champion and its ancestors were
     trained on, or files and folders as `data` takes them, the newest first.
     """
 
-    fraction: float = key(
-        0.0,
-        "share of each batch that is earlier examples (0 is none)",
+    fraction: float | None = key(
+        None,
+        "share of each batch that is earlier examples (null: 0.5 if the run follows a champion)",
         affects="training",
         ge=0,
         lt=1,

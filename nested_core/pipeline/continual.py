@@ -193,7 +193,8 @@ def settings_digest(
     followed = settings.pop("continual")  # the rate of going on, and replay
     facts = [base, dataset.tokenizer, settings, followed["rate"]]
     if earlier := find_earlier_examples(config, run):
-        facts += [followed["replay"], earlier.content_digest()]
+        replay = followed["replay"] | {"fraction": config.replay_fraction}
+        facts += [replay, earlier.content_digest()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
@@ -231,7 +232,8 @@ def find_unbeaten_champion(
         difference = None if before is None or after is None else after - before
     elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
         difference = None if verdict.champion is None else verdict.champion.difference
-    if difference is None or difference < 0 or any(task.is_proven_gain for task in verdict.tasks):
+    has_proven_gain = any(task.conclusion == "better" for task in verdict.tasks)
+    if difference is None or difference < 0 or has_proven_gain:
         return None
     return verdict.rival
 
