@@ -297,8 +297,8 @@ class FineTuneConfig(_RootSection):
     def replay_fraction(self) -> float:
         """The share of each batch that is earlier examples, where a run goes on from an adapter.
 
-        If none is given it is DEFAULT_REPLAY for a run that follows the champion, and 0 for one
-        that cannot replay: timed, made as by mlx_lm.lora, or without the room.
+        A run that follows the champion and gives no fraction has DEFAULT_REPLAY, unless it cannot
+        replay: it is timed, made as by mlx_lm.lora, or the room is deleted. Any other has 0.
         """
         if (given := self.continual.replay.fraction) is not None:
             return given

@@ -596,9 +596,9 @@ LINEAGE = "lineage"
 class ReplaySection(Section):
     """Examples of earlier nights that are mixed into every batch, so that they are not forgotten.
 
-    `fraction` 0 mixes none; null is 0.5 for a run that follows a champion, unless it is timed or made
-    as by mlx_lm.lora, and else 0. `sources` is lineage, for what the champion and its ancestors were
-    trained on, or files and folders as `data` takes them, the newest first.
+    `fraction` 0 mixes none. FineTuneConfig.replay_fraction says what null is. `sources` is lineage,
+    for what the champion and its ancestors were trained on, or files and folders as `data` takes
+    them, the newest first.
     """
 
     fraction: float | None = key(
