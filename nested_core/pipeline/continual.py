@@ -184,7 +184,8 @@ def settings_digest(
 ) -> str:
     """SHA-256 over every setting that can change the adapter, the base and its tokenizer.
 
-    base: the base model's fingerprint. With replay, over the examples that the run replays as well.
+    base: the base model's fingerprint. With replay, over the examples that the run replays as well;
+    a run that finds none to replay has the digest of one without replay.
     Over `training.minutes` in place of the iterations that they came to.
     """
     settings = settings_that_shape_adapter(config)
@@ -192,7 +193,8 @@ def settings_digest(
         del settings["iters"]
     followed = settings.pop("continual")  # the rate of going on, and replay
     facts = [base, dataset.tokenizer, settings, followed["rate"]]
-    if earlier := find_earlier_examples(config, run):
+    earlier = find_earlier_examples(config, run)
+    if earlier is not None and (earlier.count() or earlier.find_dropped()):
         replay = followed["replay"] | {"fraction": config.replay_fraction}
         facts += [replay, earlier.content_digest()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()

@@ -17,9 +17,11 @@ from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.example_digests import digest_examples
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
+from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
 from nested_core.pipeline.run_explanation import explain_run
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.judged_run import read_judged_run
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay.replay_record import read_replay
@@ -233,6 +235,10 @@ def test_before_the_first_champion_nothing_is_replayed_and_it_is_said(folder: Pa
     config = from_champion(folder, iters=4)
     run = prepare(config, folder / "run")
     assert ReplayOfRun(config, run).describe() == ["replay: there is no earlier data to replay"]
+    plain = from_champion(folder, iters=4, replay={"fraction": 0.0})
+    dataset = read_dataset_record(run.dataset)
+    digests = {settings_digest(each, "base", run, dataset) for each in (config, plain)}
+    assert len(digests) == 1, "a champion made without replay is no reason to train again"
     done = train(config, run)
     assert not any("replayed_tokens" in each for each in done.metrics())
 
