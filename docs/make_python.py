@@ -51,7 +51,7 @@ The names below are public. Anything else may change in any release
 EVERY_SECTION = {
     "A fine-tune": (
         *("prepare", "load_config", "FineTuneConfig", "open_run"),
-        *("finetune", "FinetuneResult", "Steps", "Hooks"),
+        *("finetune", "FinetuneResult", "Steps"),
     ),
     "Looking at runs": ("read_report", "RunReport", "compare_runs", "RunComparison"),
     "The registry": ("promote", "champion", "RegisteredAdapter"),

@@ -18,11 +18,7 @@ from nested_core.config.section_base import Section
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import read_champion
 from nested_core.registry.policy import APPROVE_KEY
-from nested_core.registry.promotion_policy import (
-    effective_rule,
-    read_candidate,
-    recorded_section,
-)
+from nested_core.registry.promotion_policy import effective_rule, read_candidate, recorded_section
 from tasks import promote as promotion_tasks
 
 

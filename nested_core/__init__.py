@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.pipeline.champion import RegisteredAdapter, champion, promote
     from nested_core.pipeline.finetune import FinetuneResult, finetune
-    from nested_core.pipeline.hooks import Hooks, Steps
+    from nested_core.pipeline.hooks import Steps
     from nested_core.report.run_report import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
     from nested_core.storage.run_directory import open_run
@@ -50,7 +50,6 @@ __all__ = [
     "FineTuneConfig",
     "FinetuneResult",
     "GateRejected",
-    "Hooks",
     "NestedAdam",
     "NestedAdamW",
     "NestedTuneError",
@@ -92,7 +91,7 @@ _PUBLIC_NAMES_BY_MODULE = {
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
     "pipeline.champion": ("RegisteredAdapter", "champion", "promote"),
     "pipeline.finetune": ("FinetuneResult", "finetune"),
-    "pipeline.hooks": ("Hooks", "Steps"),
+    "pipeline.hooks": ("Steps",),
     "report.run_report": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),
 }
@@ -102,6 +101,7 @@ _MODULE_OF_PUBLIC_NAME = {
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first used, and cache the value."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = f"{__name__}.{_MODULE_OF_PUBLIC_NAME.get(name, 'errors')}"
@@ -111,4 +111,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """List the module's names, including public names that are not imported yet."""
     return sorted({*globals(), *__all__})

@@ -1,11 +1,12 @@
-"""What a process makes ready before it imports MLX or transformers, and what MLX computes on.
+"""What a process prepares before it imports MLX or transformers, and which device MLX uses.
 
 The mlx wheel for Linux CPUs links the reference BLAS. A library opened with RTLD_GLOBAL before the
-first `import mlx.core` answers in its place, some thirty times faster in float32. MLX returns freed
-arrays to the C library, and that returns them to the system: glibc is asked to keep more of them.
+first `import mlx.core` replaces it, some thirty times faster in float32. MLX returns freed arrays
+to the C library, which returns them to the system; glibc is told to keep more of them.
+
 Nothing here happens on import: the command line, the flows, the tasks and every process that they
-start call `prepare`; a notebook may. transformers is to find no torch in those processes
-(`hide_torch_from_transformers`).
+    start call `prepare`; a notebook may. In those processes transformers does not import torch
+    (`hide_torch_from_transformers`).
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ COMPILED_FUNCTION_TYPE = ("mlx.core", "_gc_func")  # the type of what mx.compile
 class Preparation:
     """What `prepare` did for this process.
 
-    blas: the name of the OpenBLAS library that answers for MLX, or None.
-    came_too_late: whether mlx was imported before, and keeps the BLAS that it had then.
+    blas: the name of the OpenBLAS library that MLX uses; None for MLX's own BLAS.
+    came_too_late: whether mlx was imported before, so that its BLAS could not be replaced.
     """
 
     blas: str | None
@@ -82,19 +83,19 @@ _preparation: Preparation | None = None
 
 
 def prepare() -> Preparation:
-    """Make this process ready for MLX; call it before anything imports mlx. Later calls do nothing.
+    """Prepare this process for MLX; call it before anything imports mlx. Later calls do nothing.
 
-    On Linux kernels are compiled into a folder of this process alone (the room kernel_folder).
-    With the MLX build for CPUs, it also opens OpenBLAS for the whole process, if the system has
-    it. Its idle threads soon sleep, unless OPENBLAS_THREAD_TIMEOUT is set. Freed memory up to 1 GiB
+    On Linux, kernels are compiled into a folder of this process alone (the room kernel_folder).
+    With the MLX build for CPUs, OpenBLAS is opened for the whole process if the system has it, with
+    threads that soon sleep (unless OPENBLAS_THREAD_TIMEOUT is set), and freed memory up to 1 GiB
     stays with the process. With the build for CUDA, kernels are started without graphs, and plans
-    of attention are kept for thousands of shapes, unless MLX_USE_CUDA_GRAPHS and
-    MLX_CUDA_SDPA_CACHE_SIZE are set. On macOS, where MLX uses Metal and Accelerate, none of this is
-    needed. Compiled functions are dropped when the process ends, on every platform
+    of attention are cached for thousands of shapes, unless MLX_USE_CUDA_GRAPHS and
+    MLX_CUDA_SDPA_CACHE_SIZE are set. macOS, where MLX uses Metal and Accelerate, needs none of
+    this. On every platform, compiled functions are dropped when the process ends
     (`_drop_compiled_functions_at_exit`).
 
     NESTED_TUNE_NO_OPENBLAS=1 leaves OpenBLAS out. If mlx was imported before, a RuntimeWarning says
-    what can no longer be done.
+    what cannot be done any more.
     """
     global _preparation
     if _preparation is None:
@@ -104,17 +105,17 @@ def prepare() -> Preparation:
 
 
 def get_process_preparation() -> Preparation | None:
-    """What `prepare` did for this process, or None if it was not called."""
+    """Return what `prepare` did for this process; None if it was not called."""
     return _preparation
 
 
 @contextmanager
 def collecting_no_garbage() -> Iterator[None]:
-    """Look for no garbage in cycles within the block, which is to import modules.
+    """Switch the garbage collector off during a block that imports modules.
 
-    What it imported is left out of later collections too, for it stays: Python looked through all
-    of it several times, and twice more when the process ended, which was a fifth of the processor
-    time of `import mlx_lm` (benchmarks/README.md).
+    The imported objects are then excluded from later collections (gc.freeze), because they stay for
+    the life of the process. Collections were a fifth of the processor time of `import mlx_lm`
+    (benchmarks/README.md).
     """
     was_enabled = gc.isenabled()
     module_count = len(sys.modules)
@@ -129,26 +130,25 @@ def collecting_no_garbage() -> Iterator[None]:
 
 
 def hide_torch_from_transformers() -> None:
-    """Have transformers find no torch when this process first imports it, through mlx_lm or not.
+    """Make transformers believe that torch is not installed, when it is first imported.
 
-    Where transformers finds torch it imports it, with whatever of its own needs torch, and neither
-    is needed for a tokenizer: on a machine with a GPU that was 9 of 11 s (benchmarks/README.md).
-    For the processes of nested-tune alone, not for a notebook: in this one transformers says from
-    then on that there is no torch. Anything else can import it. Where torch or transformers were
-    imported before, that stays.
+    Importing torch took 9 of 11 s on a machine with a GPU, and a tokenizer does not need it
+    (benchmarks/README.md). Use it in nested-tune's own processes only, not in a notebook: the
+    effect on transformers lasts, though other code can import torch. It does nothing if
+    transformers was imported before.
     """
     if "transformers" not in sys.modules and _FinderOfTransformers not in sys.meta_path:
         sys.meta_path.insert(0, _FinderOfTransformers)
 
 
 class _FinderOfTransformers:
-    """Finds transformers where Python would, and has it loaded by `_LoaderWithoutTorch`."""
+    """An import finder that loads transformers by `_LoaderWithoutTorch`."""
 
     @staticmethod
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The place of transformers; None for any other module."""
+        """Return the import spec of transformers with our loader; None for any other module."""
         spec = PathFinder.find_spec(name, path, target) if name == "transformers" else None
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
             spec.loader = _LoaderWithoutTorch(spec.loader.name, spec.loader.path)
@@ -156,10 +156,10 @@ class _FinderOfTransformers:
 
 
 class _LoaderWithoutTorch(SourceFileLoader):
-    """Runs a package's __init__ while torch cannot be found; transformers keeps what it finds."""
+    """Executes a package's __init__ while torch cannot be imported."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run it; torch can be imported again afterwards, whatever came of it."""
+        """Execute the module with torch blocked in sys.modules, and unblock it afterwards."""
         modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
         modules.setdefault("torch", None)  # Python's own mark of a module that is not to be found
         try:
@@ -170,7 +170,7 @@ class _LoaderWithoutTorch(SourceFileLoader):
 
 
 def warn_if_unprepared() -> None:
-    """Warn that training in this process is slow because `prepare` was not called."""
+    """Warn on Linux if `prepare` was not called, so that training is slow."""
     if (
         _preparation is None
         and sys.platform == "linux"
@@ -186,6 +186,7 @@ def warn_if_unprepared() -> None:
 
 
 def _prepare_linux() -> Preparation:
+    """Prepare a Linux process: kernel folder, CUDA variables or memory, and OpenBLAS."""
     came_too_late = "mlx.core" in sys.modules
     for use_private_kernel_folder in seams.load_all("kernel_folder"):
         use_private_kernel_folder()
@@ -213,7 +214,7 @@ def _prepare_linux() -> Preparation:
 
 
 def _open_openblas() -> str | None:
-    """Open OpenBLAS with its symbols for the whole process; None if the system has none."""
+    """Open OpenBLAS with its symbols for the whole process; None if the system does not have it."""
     os.environ.setdefault(OPENBLAS_WAIT_VARIABLE, OPENBLAS_WAIT)  # read when the library is opened
     for name in OPENBLAS_NAMES:
         try:
@@ -225,11 +226,12 @@ def _open_openblas() -> str | None:
 
 
 def set_operations_per_commit(weight_count: int) -> None:
-    """Set how many operations MLX commits to a CUDA device at once, by a model's weights.
+    """Set how many operations MLX commits to a CUDA device at once, by the model's size.
 
-    Few operations cost time where kernels are short; many let the host run ahead of the device and
-    hold memory. MLX reads the variable when a process first computes an array. A variable that is
-    set already stays, and a process that was not prepared is left alone.
+    weight_count: the number of the model's weights. Few operations cost time if kernels are short;
+        many let the host run ahead of the device and hold memory. MLX reads the variable when a
+        process first computes an array. A variable that is set already stays, and nothing is set in
+        a process without `prepare`.
     """
     if _preparation is not None and is_mlx_built_for_cuda():
         limits = OPERATIONS_PER_COMMIT_BY_MODEL_SIZE.items()
@@ -240,11 +242,12 @@ def set_operations_per_commit(weight_count: int) -> None:
 
 
 def is_mlx_built_for_cuda() -> bool:
-    """Whether the MLX that is installed is a build for CUDA."""
+    """Return whether the installed MLX is a build for CUDA."""
     return any(map(_is_installed, CUDA_PACKAGES))
 
 
 def _is_installed(package: str) -> bool:
+    """Return whether a package is installed."""
     try:
         metadata.distribution(package)
     except metadata.PackageNotFoundError:
@@ -253,7 +256,7 @@ def _is_installed(package: str) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc reuse freed memory, by mallopt(3); any other C library is left alone."""
+    """Tell glibc to keep freed memory for reuse (mallopt(3)); do nothing with another C library."""
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
@@ -263,11 +266,11 @@ def keep_freed_memory() -> None:
 def _drop_compiled_functions_at_exit() -> None:
     """Remove compiled functions, such as mlx.nn's activations, from all modules at exit.
 
-    MLX keeps the traces of a compiled function in a cache of the thread, and the main thread's is
-    destroyed after Python has ended. A function that still exists then, because a thread that waits
-    can reach it, leaves Python objects in that cache, and the process dies of SIGSEGV (mlx 0.32.4:
-    CompileCache, and PyCompiledFun in python/src/transforms.cpp). Prefect's threads do that in the
-    runs of a worker.
+    MLX keeps the traces of a compiled function in a cache of the thread, and the main thread's
+    cache is destroyed after Python has ended. A function that still exists then, because a waiting
+    thread can reach it, leaves Python objects in that cache, and the process dies of SIGSEGV (mlx
+    0.32.4: CompileCache, and PyCompiledFun in python/src/transforms.cpp). Prefect's threads cause
+    that in a worker's runs.
     """
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})
@@ -277,28 +280,31 @@ def _drop_compiled_functions_at_exit() -> None:
 
 
 def computes_on_cuda() -> bool:
-    """Whether MLX computes on a CUDA device."""
+    """Return whether MLX computes on a CUDA device."""
     import mlx.core as mx
 
     return device() == "gpu" and mx.cuda.is_available()
 
 
 def device() -> str:
-    """The default device of MLX, "cpu" or "gpu"."""
+    """Return MLX's default device, "cpu" or "gpu"."""
     import mlx.core as mx
 
     return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
 
 
 def device_name() -> str:
-    """The default device's kind, "cpu" or "gpu", and what MLX calls it."""
+    """Return the default device's kind, "cpu" or "gpu", and MLX's name for it."""
     import mlx.core as mx
 
     return " ".join([device(), str(mx.device_info().get("device_name", ""))]).strip()
 
 
 def device_memory_bytes() -> int:
-    """Bytes that the default device can hold: as Metal recommends, CUDA's total, or main memory."""
+    """Return how many bytes the default device can hold.
+
+    On Metal the recommended maximum, on CUDA the device's total, on a CPU main memory.
+    """
     import mlx.core as mx
 
     if device() == "gpu":
@@ -309,15 +315,15 @@ def device_memory_bytes() -> int:
 
 
 def can_compile_kernels() -> bool:
-    """Whether `mx.compile` fuses kernels here; on a Linux CPU it calls g++ at the trace."""
+    """Return whether `mx.compile` can fuse kernels here; on a Linux CPU it needs g++."""
     return device() == "gpu" or sys.platform == "darwin" or shutil.which("g++") is not None
 
 
 def to_float(value: mx.array) -> float:
-    """A scalar array as a Python float, exact up to float32; this waits for the device."""
+    """Convert a scalar array to a Python float, exact up to float32; waits for the device."""
     return float(cast(float, value.item()))
 
 
 def to_int(value: mx.array) -> int:
-    """A scalar array as a Python int; this waits for the device."""
+    """Convert a scalar array to a Python int; waits for the device."""
     return int(cast(int, value.item()))

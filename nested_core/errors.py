@@ -19,35 +19,39 @@ if TYPE_CHECKING:
 
 
 def shorten(value: object, characters: int = 40) -> str:
-    """The value as text on one line of at most so many characters, for use in a message."""
+    """Format a value as one line of at most `characters` characters, for a message."""
     text = " ".join(str(value).split())
     return text if len(text) <= characters else text[: characters - 3] + "..."
 
 
 def join_first_values(values: Sequence[object], count: int) -> str:
-    """The first `count` values separated by commas, then "..." if there are more."""
+    """Join the first `count` values by commas, with "..." if there are more."""
     return ", ".join([*map(str, values[:count]), *(["..."] if len(values) > count else [])])
 
 
 def list_first(texts: Iterable[str], count: int) -> list[str]:
-    """The first `count` texts, and how many more there are."""
+    """Return the first `count` texts, and a text that counts the others."""
     listed = list(texts)
     more = len(listed) - count
     return [*listed[:count], f"and {more:,} more"] if more > 0 else listed
 
 
 def describe_first_problem(error: ValidationError, name_of_whole: str = "the file") -> str:
-    """The first problem that pydantic found: `KEY: problem`, or `name_of_whole` for the key."""
+    """Describe the first problem that pydantic found: `KEY: problem`.
+
+    name_of_whole: stands for the key if the problem is about the whole value.
+    """
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or name_of_whole}: {first['msg']}"
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do about an error, in a sentence for whoever reads it.
+    """What to do about an error, in a sentence for each kind of reader.
 
-    command: at the command line; page: on a page of Prefect, which has buttons; python: in a
-    notebook or a program.
+    command: at the command line.
+    page: on a page of Prefect, which has buttons.
+    python: in a notebook or a program.
     """
 
     command: str
@@ -56,7 +60,7 @@ class Advice:
 
 
 def go_on_with(run_dir: Path | None = None) -> Advice:
-    """The advice to go on with a run; without its folder, in words that name none."""
+    """Return the advice to resume a run; without `run_dir`, it names no folder."""
     folder = "its --run-dir and" if run_dir is None else f"--run-dir {run_dir}"
     path = "PATH" if run_dir is None else repr(str(run_dir))
     return Advice(
@@ -81,21 +85,22 @@ BEGIN_AGAIN = Advice(
 class NestedTuneError(Exception):
     """Base of all errors of this project; `exit_code` is what the command line returns.
 
-    message: names files, keys and tensors that others named: as text it is safe to show.
-    advice: follows the message in the words of the reader's tool; in text, the command line's. In
-        the traceback of a program, Python's stands below that.
+    message: text that is safe to show, even if it quotes names from files.
+    advice: follows the message, in the words of the reader's tool: the command line's by default.
+        In a program's traceback the advice for Python follows as a note.
     """
 
     exit_code = 1
 
     def __init__(self, message: str = "", *, advice: Advice | None = None) -> None:
+        """Create the error; the advice for Python becomes a note of its traceback."""
         super().__init__(message)
         self.advice = advice
         if advice is not None:
             self.add_note(f"In Python: {advice.python}")
 
     def describe_for(self, reader: Literal["command", "page", "python"]) -> str:
-        """The message with the advice for this reader."""
+        """Return the message with the advice for this kind of reader."""
         message = super().__str__()
         if self.advice is not None:
             separator = "" if message.endswith("\n") else " "
@@ -103,10 +108,11 @@ class NestedTuneError(Exception):
         return escape_but_keep_newlines(message)
 
     def __str__(self) -> str:
+        """Return the message with the advice for the command line."""
         return self.describe_for("command")
 
     def _render_traceback_(self) -> list[str]:
-        """The lines that IPython shows of the error, in a notebook too."""
+        """Return the lines that IPython displays for the error."""
         described = traceback.TracebackException.from_exception(self)
         frames = list(described.format())[: -len(list(described.format_exception_only()))]
         return [*frames, f"{type(self).__name__}: {self.describe_for('python')}"]
@@ -119,7 +125,7 @@ class ConfigError(NestedTuneError):
 
 
 class DatasetError(NestedTuneError):
-    """A data set with at least one error; the findings are in its dataset report."""
+    """A data set with at least one error; its dataset report has the findings."""
 
     exit_code = 3
 
@@ -127,9 +133,9 @@ class DatasetError(NestedTuneError):
 class GateRejected(NestedTuneError):
     """An adapter that did not pass the gate; it is never retried and never registered.
 
-    run: the RunDirectory that was judged; None if an adapter of no run was refused.
-    verdict: the gate's Verdict, as in gate.json; None if that gives no reason.
-    reasons: those of the verdict, each with `code`, `message`, `tensors` and `suite`.
+    run: the RunDirectory that was judged; None if the adapter belongs to no run.
+    verdict: the gate's Verdict, as in gate.json; None if there is no readable verdict.
+    reasons: the verdict's reasons, each with `code`, `message`, `tensors` and `suite`.
     """
 
     exit_code = 4
@@ -142,6 +148,7 @@ class GateRejected(NestedTuneError):
         run: Any = None,
         verdict: Any = None,
     ) -> None:
+        """Create the error, with the run and the verdict if they are known."""
         super().__init__(message, advice=advice)
         self.run = run
         self.verdict = verdict
@@ -168,7 +175,10 @@ class MissingFileError(DamagedError):
 def naming_damaged_file(
     file: object, remedy: str = "", advice: Advice | None = None
 ) -> Iterator[None]:
-    """Raise DamagedError, with the file and its first problem, for what pydantic refuses inside."""
+    """Convert a pydantic ValidationError of the block to a DamagedError that names the file.
+
+    remedy, advice: what to do, appended to the message.
+    """
     from pydantic import ValidationError
 
     try:
@@ -179,32 +189,32 @@ def naming_damaged_file(
 
 
 class DirectoryInsteadOfFileError(DamagedError, IsADirectoryError):
-    """A directory where a file has to be written: damage, and an I/O error that may pass."""
+    """A directory where a file has to be written; also an OSError, which a task may retry."""
 
 
 class ChildFailed(NestedTuneError):
-    """A process that was started to answer and gave no answer; it says what it did instead."""
+    """A child process that ended without the answer that it was started for."""
 
 
 class DataWorkerFailed(NestedTuneError):
-    """A process that read or tokenised a part of a data set ended before it was done."""
+    """A process that read or tokenized a part of a data set ended before it was done."""
 
 
 class UpdateNotApplied(NestedTuneError):
-    """A computed update that did not reach the parameter it was computed for."""
+    """A computed update that did not reach its parameter in the model."""
 
 
 class TrainingDiverged(NestedTuneError):
-    """Gradients that stayed non-finite for more steps in a row than the configuration allows."""
+    """Gradients that were not finite for more steps in a row than the configuration allows."""
 
 
 class TrainingProcessesDiffer(NestedTuneError):
-    """Processes that train one adapter together and no longer hold the same numbers."""
+    """Data-parallel processes whose parameters are no longer equal."""
 
 
 class TrainingProcessLost(NestedTuneError):
-    """A process among those that train together that ended before training was done."""
+    """A data-parallel process that ended before training was done."""
 
 
 class SilentUpdateWarning(UserWarning):
-    """A red flag raised while training runs: something that should have moved did not."""
+    """A warning during training that something which should have changed did not."""

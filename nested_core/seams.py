@@ -1,6 +1,7 @@
-"""Where the core meets its rooms: parts of the table in nested_core/rooms/__init__.py, loaded.
+"""Access to the parts that rooms add to the core (the table in nested_core/rooms/__init__.py).
 
-A part is loaded where it is used, and only where its room is there.
+A room is an optional capability in its own folder, which may be deleted. A part is a function or
+class of a room, named `module:name`; it is imported where it is used, and only if its room exists.
 """
 
 from __future__ import annotations
@@ -12,85 +13,91 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.rooms import ROOMS, Room, RoomLoss, TrainingFlow
+from nested_core.text.loss_format import NATS_PER_TOKEN
 
 
 def is_there(room: str) -> bool:
-    """Whether the room was not deleted."""
+    """Return whether a room (an optional component) is installed, that is, was not deleted."""
     return Path(__file__).with_name("rooms").joinpath(room, "ROOM.toml").is_file()
 
 
 def list_rooms() -> dict[str, Room]:
-    """The rooms that are there, by name, in the table's order."""
+    """Return the installed rooms (optional components) by name, in the table's order."""
     return {name: room for name, room in ROOMS.items() if is_there(name)}
 
 
 def load(part: str) -> Any:
-    """Import a part, `module:name`."""
+    """Import a part of a room (an optional component) by its name, `module:name`."""
     module, _, name = part.partition(":")
     return getattr(import_module(module), name)
 
 
 def list_public_names(rooms: Mapping[str, Room]) -> dict[str, str]:
-    """The parts that rooms offer from Python, by their public names."""
+    """Return the parts that rooms offer to Python users, by their public names."""
     parts = [part for room in rooms.values() for part in room.public_names]
     return {part.partition(":")[2]: part for part in parts}
 
 
 def load_all(kind: str) -> Iterator[Any]:
-    """Import the parts that rooms have in this field of the table, one after the other."""
+    """Import the part that each installed room (optional component) has in a field of the table.
+
+    kind: the name of the field.
+    """
     for room in list_rooms().values():
         if (part := getattr(room, kind)) is not None:
             yield load(part)
 
 
 def require(room: str, wanted: str) -> None:
-    """Refuse what a deleted room would do.
+    """Raise ConfigError, naming the room (an optional component), if it is not installed.
 
-    wanted: the command or key that asks for it, as a person wrote it.
-
-    Raises ConfigError, which names the room, where it is not there.
+    wanted: the command or key that needs it, as a person wrote it.
     """
     if not is_there(room):
         raise ConfigError(f"`{wanted}` belongs to the room {room}, which is not installed here.")
 
 
 def list_deleted_keys() -> dict[str, str]:
-    """The keys of the configuration that ask for a deleted room, each with that room."""
+    """Return the configuration keys of rooms that are not installed, each with its room's name."""
     return {key: name for name, room in ROOMS.items() if not is_there(name) for key in room.keys}
 
 
 def require_command(command: str) -> None:
-    """Refuse a command of a deleted room, as `require` does; any other passes."""
+    """Raise ConfigError if a command belongs to a room that is not installed."""
     for name, room in ROOMS.items():
         if command in room.commands:
             require(name, command)
 
 
 def require_flag(command: str, flag: str) -> None:
-    """Refuse a flag that a deleted room adds to a command; any other passes."""
+    """Raise ConfigError if a command's flag belongs to a room that is not installed."""
     for name, room in ROOMS.items():
         if flag in room.flags.get(command, ()):
             require(name, f"{command} {flag}")
 
 
 def room_of(entrypoint: str) -> str | None:
-    """The room that a flow belongs to, by its module and name; None for the core's."""
+    """Return the name of the room (optional component) that a flow belongs to; None for the core.
+
+    entrypoint: the flow's module and name, such as `flows.rooms.NAME...`.
+    """
     words = entrypoint.split(".")
     return words[2] if words[:2] == ["flows", "rooms"] and len(words) > 2 else None
 
 
 def find_training_flow(entrypoint: str) -> TrainingFlow | None:
-    """The room's flow of this entrypoint that trains; None for any other."""
+    """Return a room's flow that trains, by its entrypoint; None for any other."""
     room = ROOMS.get(room_of(entrypoint) or "")
     return None if room is None else room.training_flows.get(entrypoint)
 
 
 def load_only(kind: str, wanted: str) -> Any:
-    """Import the part that one room has in this field of the table.
+    """Import a part that exactly one room has.
 
-    wanted: the key or command that asks for it, as a person wrote it.
+    kind: the name of the table's field.
+    wanted: the key or command that needs it, as a person wrote it.
 
-    Raises ConfigError, which names the room, where it is not there.
+    Raises ConfigError, naming the room, if it is not installed.
     """
     (name,) = (name for name, room in ROOMS.items() if getattr(room, kind))
     require(name, wanted)
@@ -98,19 +105,23 @@ def load_only(kind: str, wanted: str) -> Any:
 
 
 def collect(kind: str, *arguments: object) -> list[Any]:
-    """What the parts of one field of the table give for these arguments, of all rooms."""
+    """Call the part that each installed room has in a field, and join the lists that they return.
+
+    kind: the name of the table's field.
+    arguments: what the parts are called with.
+    """
     return [given for part in load_all(kind) for given in part(*arguments)]
 
 
 def join_mappings(kind: str, rooms: Mapping[str, Room] = ROOMS) -> dict[str, Any]:
-    """The entries of one field of the table, of all rooms."""
+    """Merge a field of the table that is a mapping, over the given rooms; by default over all."""
     return {key: value for room in rooms.values() for key, value in getattr(room, kind).items()}
 
 
 def find_loss(name: str) -> RoomLoss:
-    """The loss that `training.loss` names.
+    """Return the loss that `training.loss` names.
 
-    Raises ConfigError for an unknown name, or if its room is not there.
+    Raises ConfigError for an unknown name, or if its room is not installed.
     """
     for room, added in ROOMS.items():
         if name in added.losses:
@@ -118,3 +129,8 @@ def find_loss(name: str) -> RoomLoss:
             return added.losses[name]
     names = ", ".join(sorted(join_mappings("losses")))
     raise ConfigError(f"training.loss: {name!r} is none of {names or 'the losses here'}.")
+
+
+def unit_of_loss(name: str | None) -> str:
+    """The unit of the loss that `training.loss` names; None is the cross-entropy."""
+    return NATS_PER_TOKEN if name is None else str(join_mappings("losses")[name].unit)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from prefect import get_run_logger
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.records.plan import join_last_losses
 from nested_core.report.curves import describe_curves
@@ -61,7 +62,8 @@ class TrainingPages:
         percent = 100.0 * min(self.progress.last_record["step"] / max(steps, 1), 1.0)
         key = artifact_key(name, "training-progress")
         artifacts.publish_progress(key, percent, self.describe())
-        page = describe_curves(records, steps, str(self.config.data))
+        unit = seams.unit_of_loss(self.config.training.loss)
+        page = describe_curves(records, steps, str(self.config.data), unit)
         description = f"The curves of {join_last_losses(records, None)}"
         artifacts.publish_page(artifact_key(name, "loss-curve"), page, description)
 

@@ -89,10 +89,10 @@ def test_an_undocumented_public_name_is_found() -> None:
     placed = [name for names in run_tool("make_python.py")["SECTIONS"].values() for name in names]
     for name in placed:
         setattr(module, name, getattr(nested_core, name))
-    module.finetune, module.Hooks = function, Silent  # type: ignore[attr-defined]
+    module.finetune, module.Steps = function, Silent  # type: ignore[attr-defined]
     module.__all__ = [*placed, "added"]  # type: ignore[attr-defined]
     assert list(run_tool("make_python.py")["find_undocumented"](module)) == [
-        "Hooks: has no docstring",
+        "Steps: has no docstring",
         "added: is in only one of nested_core.__all__ and make_python.py's SECTIONS",
         "finetune: the docstring does not say what undocumented is",
     ]

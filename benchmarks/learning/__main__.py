@@ -41,6 +41,8 @@ def main() -> None:
     study = STUDIES[options.study]
     if study.tasks and options.command in ("run", "quiet") and options.data is None:
         study = replace(study, tasks=("geography",))
+    if getattr(options, "seeds", None):
+        study = replace(study, stream_seeds=tuple(options.seeds))
     if options.command == "corpus":
         from benchmarks.learning.bases import prepare_corpus
 
@@ -95,6 +97,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--bases", type=Path, required=True, help="folder of the bases")
         command.add_argument("--seconds", type=float, default=1e9)
         command.add_argument("--workers", type=int, default=1, help="trainings at the same time")
+        command.add_argument("--seeds", type=int, nargs="+", help="of streams, alone: one a GPU")
     parser.add_argument("--study", choices=STUDIES, default="full")
     return parser.parse_args()
 

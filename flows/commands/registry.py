@@ -17,6 +17,7 @@ from nested_core.process.current_user import current_user
 from nested_core.seams import is_there
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
+from nested_core.text.loss_format import join_units
 
 if TYPE_CHECKING:
     from nested_core.registry import Decision
@@ -314,7 +315,8 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
         columns = ("time (UTC)", "action", "version", "its loss", "before", "by")
         print_table(columns, rows, title=f"{arguments.name}: champion {shown}")
         files = ", ".join(sorted({own["file"] for own in losses.values()})) or "none"
-        print_line(f"Losses: nats/token, on the data of each one's verdict ({files}).")
+        units = join_units(own["unit"] for own in losses.values())
+        print_line(f"Losses: {units}, on the data of each one's verdict ({files}).")
         if len(lineage) > 1:
             trained_from = " <- ".join(map(shorten_digest, lineage))
             print_line(f"Lineage: {trained_from} (each trained from the one after it)")

@@ -9,12 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flows.terminal.console import (
-    POLL_SECONDS,
-    SECONDS_BETWEEN_LINES,
-    can_redraw,
-    print_progress,
-)
+from flows.terminal.console import POLL_SECONDS, SECONDS_BETWEEN_LINES, can_redraw, print_progress
 from nested_core import seams
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.records.metrics import describe_tasks

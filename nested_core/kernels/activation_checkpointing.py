@@ -1,9 +1,9 @@
-"""Gradient checkpointing: a layer's activations are recomputed in the backward pass, not kept.
+"""Gradient checkpointing: a layer's activations are recomputed in the backward pass, not stored.
 
-The layers' classes are changed only while a block runs; mlx-lm changes them for good, and
-recomputes every layer of a class. A layer with dropout is recomputed with the masks of its forward
-pass: its random key is an argument. In mlx-lm it draws new masks, and its gradient is not the
-loss's.
+mlx-lm changes a layer's class for good and recomputes every layer of the class; here the class is
+changed during a block only, and chosen layers are recomputed. A layer with dropout is recomputed
+with the masks of its forward pass, because its random key is an argument. In mlx-lm it draws new
+masks, so its gradient is not the loss's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ DROPOUT_CLASSES = (nn.Dropout, nn.Dropout2d, nn.Dropout3d)
 def checkpointing_layers(
     layers: Sequence[nn.Module], *, keep_dropout_masks: bool = True
 ) -> Iterator[None]:
-    """In the block, recompute these layers in the backward pass, and no others of their classes.
+    """Recompute the given layers' activations in the backward pass, during the block.
 
     Args:
-        layers: the layers to recompute.
-        keep_dropout_masks: whether dropout has the same masks both times; mlx-lm's has not.
+        layers: the layers to recompute; others of their classes are not affected.
+        keep_dropout_masks: whether dropout uses the same masks both times; mlx-lm's does not.
     """
     classes: set[Any] = {type(layer) for layer in layers}
     originals = {layer_class: layer_class.__call__ for layer_class in classes}
@@ -45,24 +45,29 @@ def checkpointing_layers(
 def _checkpoint_call_of_layers(
     call: Callable[..., Any], chosen: frozenset[int], *, keep_dropout_masks: bool
 ) -> Callable[..., Any]:
+    """Wrap a class's __call__ so that layers with an id in `chosen` are checkpointed."""
+
     def checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own call; of a chosen layer only the inputs are kept."""
+        """Call the layer; for a chosen layer store only the inputs for the backward pass."""
         if id(layer) not in chosen:
             return call(layer, *args, **kwargs)
 
         def with_parameters(parameters: Any, *args: Any, **kwargs: Any) -> Any:
-            """The layer's own call; its parameters are an argument, so that they get gradients."""
+            """Call the layer with its parameters as an argument, so that they get gradients."""
             layer.update(parameters)
             return call(layer, *args, **kwargs)
 
         def with_random_key(key: mx.array, parameters: Any, *args: Any, **kwargs: Any) -> Any:
-            """The same from a random key, and the next key: recomputed, its masks are the same."""
-            before = _read_random_key()
+            """Call the layer from a given random key; return its output and the next key.
+
+            A recomputation from the same key draws the same dropout masks.
+            """
+            outer_key = _read_random_key()
             _set_random_key(key)
             try:
                 return with_parameters(parameters, *args, **kwargs), _read_random_key()
             finally:
-                _set_random_key(before)
+                _set_random_key(outer_key)
 
         parameters = layer.trainable_parameters()
         if not (keep_dropout_masks and _applies_dropout(layer)):
@@ -76,6 +81,7 @@ def _checkpoint_call_of_layers(
 
 
 def _applies_dropout(layer: nn.Module) -> bool:
+    """Return whether any module of the layer applies dropout in its present mode."""
     return any(
         isinstance(module, DROPOUT_CLASSES) and module.training and module._p_1 < 1
         for module in layer.modules()
@@ -83,11 +89,12 @@ def _applies_dropout(layer: nn.Module) -> bool:
 
 
 def _read_random_key() -> mx.array:
-    """The key that MLX draws from next, uint32 [2], which no gradient is taken of."""
+    """Return MLX's next random key, uint32 [2], without gradient."""
     state: Any = mx.random.state
     return mx.stop_gradient(mx.array(state[0]))
 
 
 def _set_random_key(key: mx.array) -> None:
+    """Set MLX's next random key."""
     state: Any = mx.random.state  # cannot be assigned itself
     state[0][:] = mx.stop_gradient(key)

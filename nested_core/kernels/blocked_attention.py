@@ -1,10 +1,8 @@
-"""Causal attention in blocks of queries, each with the keys up to its last query's.
+"""Causal attention in blocks of queries, each with only the keys up to the block's last query.
 
-For CPUs, and on CUDA for heads that no fused kernel takes (the room `cuda`).
-
-MLX computes every score there and masks half of them, at the price of an exponential each, and adds
-up the gradients of each slice over all keys. mlx-lm's own function computes other masks, dtypes,
-caches and devices.
+MLX computes every score and masks half of them, at the price of an exponential each, and adds up
+the gradients of each slice over all keys. Used on CPUs, and on CUDA for heads that no fused kernel
+takes (the room `cuda`). mlx-lm's own function computes other masks, dtypes, caches and devices.
 """
 
 from __future__ import annotations
@@ -41,7 +39,11 @@ def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function'
     mask: Any,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """mlx-lm's scaled_dot_product_attention, within rounding; arguments as there."""
+    """Compute what mlx-lm's scaled_dot_product_attention does, within rounding; same arguments.
+
+    Blocks are used for causal float32 attention of at least MIN_BLOCKED_LENGTH tokens; anything
+    else goes to mlx-lm's function.
+    """
     length = queries.shape[2]
     is_causal = is_plainly_causal(cache, mask, sinks)
     is_float32 = queries.dtype == keys.dtype == values.dtype == mx.float32
@@ -51,12 +53,17 @@ def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function'
 
 
 def is_plainly_causal(cache: Any, mask: Any, sinks: mx.array | None) -> bool:
-    """Whether attention has the causal mask alone: no cache, no attention sinks."""
+    """Return whether attention has only the causal mask: no cache, no attention sinks."""
     return isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
 
 
 def attend_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Causal attention of queries (batch, heads, length, width), whose heads share keys' heads."""
+    """Compute causal attention of queries (batch, heads, length, width) in blocks.
+
+    keys, values: (batch, key heads, length, width); each key head serves several query heads.
+
+    Returns (batch, heads, length, value width).
+    """
     heads_per_key = queries.shape[1] // keys.shape[1]
     scaled = (queries * scale).reshape(-1, keys.shape[1], heads_per_key, *queries.shape[2:])
     keys, values = map(mx.contiguous, (keys, values))  # else each matmul would copy its part
@@ -66,10 +73,10 @@ def attend_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale:
 
 @mx.custom_function
 def _attention_in_blocks(queries: mx.array, keys: mx.array, values: mx.array) -> Any:
-    """The attention's output, and each block's probabilities, which the backward pass needs.
+    """Return the attention's output and each block's probabilities, for the backward pass.
 
-    Queries are scaled, (batch, key heads, query heads a key head, length, width); keys and values
-    are (batch, key heads, 1, length, width).
+    queries: scaled, (batch, key heads, query heads per key head, length, width).
+    keys, values: (batch, key heads, 1, length, width).
     """
     outputs, probabilities = [], []
     for start, end in _query_block_ranges(queries.shape[3]):
@@ -82,6 +89,7 @@ def _attention_in_blocks(queries: mx.array, keys: mx.array, values: mx.array) ->
 
 
 def _softmax(scores: mx.array) -> mx.array:
+    """Softmax over the last axis, computed in float32."""
     if scores.dtype != mx.float32:
         return mx.softmax(scores, axis=-1, precise=True)
     powers = exponential(scores - scores.max(axis=-1, keepdims=True))
@@ -90,9 +98,10 @@ def _softmax(scores: mx.array) -> mx.array:
 
 @_attention_in_blocks.vjp
 def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-    """With P the probabilities, O the output, g its gradient: scores' is P (g V^T - rowsum(g O)).
+    """Compute the gradients of queries, keys and values, block by block.
 
-    Dao et al. 2022, FlashAttention, appendix B.2.
+    With P the probabilities, O the output and g its gradient, the scores' gradient is P (g V^T -
+    rowsum(g O)) (Dao et al. 2022, FlashAttention, appendix B.2).
     """
     queries, keys, values = primals
     output, *probabilities = outputs
@@ -116,12 +125,17 @@ def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any
 
 
 def _query_block_ranges(length: int) -> list[tuple[int, int]]:
-    """Start and end of each block of queries; its keys are those from 0 to the same end."""
+    """Return start and end of each block of queries; its keys are those from 0 to the end."""
     return list(pairwise(length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)))
 
 
 def _sum_key_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
-    """The sum of the blocks' gradients, each from 0 to its block's end, over a key's heads."""
+    """Sum the blocks' gradients of keys or values, over blocks and over the heads of a key.
+
+    parts: the gradient of each block, for keys from 0 to the block's end.
+
+    Returns (batch, key heads, 1, length, width).
+    """
     columns = []
     for index, (start, end) in enumerate(ranges):
         first, *later = (part[..., start:end, :] for part in parts[index:])
@@ -132,7 +146,7 @@ def _sum_key_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> 
 
 @contextmanager
 def using_blocked_attention(model: nn.Module) -> Iterator[None]:
-    """On a CPU, compute a model's causal attention in blocks of queries inside this context."""
+    """On a CPU, compute a model's causal attention in blocks of queries during the block."""
     if backend.device() != "cpu":
         yield
         return

@@ -1,7 +1,7 @@
-"""Which LoRA layers of a model share an input or form a gated MLP, found by tracing a call of it.
+"""Find LoRA layers that share an input, or form a gated MLP, by tracing one call of the model.
 
-Arrays are told apart by identity and not by names, so that the result is what the code does with
-them, and nothing that lies between is missed. Nothing is computed: MLX's arrays are lazy.
+Arrays are identified by object identity, not by names, so the result reflects what the code does
+with them, and operations in between are noticed. Nothing is computed: MLX's arrays are lazy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nested_core.models.parameters import in_evaluation_mode
 
 
 class ModuleCall(NamedTuple):
-    """A call of a module with one array."""
+    """A call of a module with one array: the module, its input and its output."""
 
     module: Any
     x: Any
@@ -30,7 +30,7 @@ class ModuleCall(NamedTuple):
 
 
 class SwigluCall(NamedTuple):
-    """A call of mlx-lm's swiglu."""
+    """A call of mlx-lm's swiglu: its inputs and output."""
 
     gate: Any
     up: Any
@@ -38,25 +38,25 @@ class SwigluCall(NamedTuple):
 
 
 class GatedMLP(NamedTuple):
-    """A module that computes down(swiglu(gate(x), up(x))) of three LoRA layers, and nothing else.
+    """A module that computes down(swiglu(gate(x), up(x))) with three LoRA layers, and nothing else.
 
-    It is traced in evaluation mode; none of mlx-lm's such modules computes otherwise in training.
+    Traced in evaluation mode; none of mlx-lm's such modules computes otherwise in training.
     """
 
     module: nn.Module
     layers: tuple[LoRALinear, LoRALinear, LoRALinear]  # gate, up, down
 
     def gate_proj_matches_up_proj(self) -> bool:
-        """Whether gate and up are of one rank and dtype, as layers that share products are."""
+        """Return whether gate and up have equal rank and dtype, so that they can share products."""
         gate, up, _ = (layer.lora_b for layer in self.layers)
         return bool(gate.shape[0] == up.shape[0] and gate.dtype == up.dtype)
 
 
 @dataclass
 class CallTrace:
-    """The calls of a model's LoRA layers, of modules that own some, and of swiglu, in order.
+    """The calls of a model's LoRA layers, of modules that contain some, and of swiglu, in order.
 
-    It holds on to their arrays, so that each array's id stays its own.
+    It keeps their arrays alive, so that ids of arrays stay unique.
     """
 
     layers: list[ModuleCall] = field(default_factory=list)
@@ -64,7 +64,7 @@ class CallTrace:
     swiglus: list[SwigluCall] = field(default_factory=list)
 
     def calls_of_layers_called_once(self) -> list[ModuleCall]:
-        """The calls of layers that are called once."""
+        """Return the calls of those layers that are called exactly once."""
         called = [id(call.module) for call in self.layers]
         return [call for call in self.layers if called.count(id(call.module)) == 1]
 
@@ -72,9 +72,10 @@ class CallTrace:
 def group_layers_by_input(
     trace: CallTrace, exclude: Iterable[LoRALinear] = ()
 ) -> list[list[LoRALinear]]:
-    """Groups of LoRALinear layers with one input, and of one rank, scale and dtype.
+    """Group LoRALinear layers that have the same input, rank, scale and dtype.
 
-    Layers that are called more than once, or are alone with their input, are in no group.
+    A layer that is called more than once, that is the only one with its input, or that is in
+    `exclude` is in no group.
     """
     groups: dict[tuple[Any, ...], list[LoRALinear]] = {}
     excluded = set(map(id, exclude))
@@ -88,17 +89,19 @@ def group_layers_by_input(
 
 
 def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
-    """The modules that are gated MLPs of LoRA layers, each of which is called once."""
+    """Find the modules that are gated MLPs of LoRA layers, each called exactly once."""
     layers = trace.calls_of_layers_called_once()
     by_output = {id(call.output): call for call in layers}
     by_input = {id(call.x): call for call in layers}
     owners = {(id(call.x), id(call.output)): call.module for call in trace.owners}
     mlps = []
     for swiglu in trace.swiglus:
+        # The layers that made swiglu's inputs, and the one that takes its output
         gate, up = by_output.get(id(swiglu.gate)), by_output.get(id(swiglu.up))
         down = by_input.get(id(swiglu.output))
         if gate is None or up is None or gate is up or down is None or gate.x is not up.x:
             continue
+        # The module whose input and output they share
         owner = owners.get((id(gate.x), id(down.output)))
         if owner is None or gate.module.scale != up.module.scale:
             continue
@@ -111,7 +114,7 @@ def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
 
 
 def trace_calls(model: nn.Module) -> CallTrace:
-    """Call a model with two tokens, in evaluation mode, and record what it calls."""
+    """Call a model with two tokens, in evaluation mode, and record the calls of its layers."""
     trace = CallTrace()
     with in_evaluation_mode(model), _recording_calls(model, trace):
         model(mx.zeros((1, 2), mx.int32))
@@ -120,12 +123,15 @@ def trace_calls(model: nn.Module) -> CallTrace:
 
 @contextmanager
 def _recording_calls(model: nn.Module, trace: CallTrace) -> Iterator[None]:
+    """Record the calls of the model's LoRA layers, their owners and swiglu during the block."""
+
     def recorded(module: nn.Module, calls: list[ModuleCall]) -> Callable[..., Any]:
-        """The module's own call, which is recorded where it has one argument."""
-        own = type(module).__call__
+        """Wrap the module's call; a call with one positional argument is appended to `calls`."""
+        original = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            output = own(module, *args, **kwargs)
+            """Call the module; record a call with exactly one argument."""
+            output = original(module, *args, **kwargs)
             if len(args) == 1 and not kwargs:
                 calls.append(ModuleCall(module, args[0], output))
             return output
@@ -133,6 +139,7 @@ def _recording_calls(model: nn.Module, trace: CallTrace) -> Iterator[None]:
         return call
 
     def recorded_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+        """Compute swiglu and record the call."""
         output: mx.array = plain_swiglu(gate, up)
         trace.swiglus.append(SwigluCall(gate, up, output))
         return output
@@ -149,4 +156,5 @@ def _recording_calls(model: nn.Module, trace: CallTrace) -> Iterator[None]:
 
 
 def _is_lora_layer(module: Any) -> bool:
+    """Return whether a module is one of mlx-lm's LoRA or DoRA linear layers."""
     return type(module) in (LoRALinear, DoRALinear)

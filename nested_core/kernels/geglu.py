@@ -1,6 +1,6 @@
-"""Gemma's gated MLPs, whose gelu(gate) * up is computed again in the backward pass, on CUDA.
+"""Gemma's gated MLPs on CUDA, with gelu(gate) * up recomputed in the backward pass.
 
-MLX keeps three more arrays of the MLP's inner width for it; here gate and up alone are kept.
+MLX stores three more arrays of the MLP's inner width for it; here only gate and up are stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GEGLU_MLP_CLASSES = gemma2.MLP, gemma3_text.MLP
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Gelu(gate) * up, as these models compute it."""
+    """Compute gelu(gate) * up, as Gemma models do."""
     return cast(mx.array, nn.gelu_approx(gate) * up)
 
 
@@ -28,10 +28,10 @@ recomputed_geglu: Any = mx.checkpoint(geglu)
 
 
 def make_geglu_mlp_call(mlp: Any) -> Callable[[mx.array], mx.array]:
-    """A call in place of the module's own, (..., width) to the same."""
+    """Return a replacement for the MLP's __call__, (..., width) to (..., width)."""
 
     def call(x: mx.array) -> mx.array:
-        """Down(gelu(gate) * up)."""
+        """Compute down(gelu(gate(x)) * up(x)), recomputing the product in the backward pass."""
         product = recomputed_geglu(mlp.gate_proj(x), mlp.up_proj(x))
         return cast(mx.array, mlp.down_proj(product))
 
@@ -40,9 +40,9 @@ def make_geglu_mlp_call(mlp: Any) -> Callable[[mx.array], mx.array]:
 
 @contextmanager
 def using_recomputed_geglu(model: nn.Module) -> Iterator[None]:
-    """On CUDA, recompute a model's products of gelu(gate) and up while the block runs.
+    """On CUDA, recompute a model's products gelu(gate) * up in the backward pass, in the block.
 
-    On a CPU the tanh would take longer than it is worth.
+    On a CPU, recomputing tanh would take more time than the memory is worth.
     """
     mlps = [m for _, m in model.named_modules() if type(m) in GEGLU_MLP_CLASSES]
     if not backend.computes_on_cuda():

@@ -1,9 +1,8 @@
-"""LoRA and DoRA layers with a backward pass of their own, in place of mlx-lm's while a block runs.
+"""LoRA and DoRA layers with a backward pass of their own, which replace mlx-lm's during a block.
 
-The base's output and the low-rank product meet in one matmul, or on CUDA in a pass of our own. The
-scale is applied to the narrow activations, and layers with the same input share its products.
-Modules keep their identity, their parameters' names and their place; only their class changes, and
-changes back when the block ends.
+Base output and low-rank product are computed in one matmul, or on CUDA in one kernel. The scale is
+applied to the narrow activations, and layers with the same input share its products. Modules keep
+their identity, parameters and names; only their class changes, until the block ends.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ AdapterLinear = LoRALinear | DoRALinear
 class OptimizedLoRALinear(LoRALinear):
     """mlx_lm.tuner.lora.LoRALinear with the same parameters and, within rounding, the same output.
 
-    A layer computes as mlx-lm does where its factors' dtype is not its input's.
+    If the dtype of the factors is not the input's, mlx-lm's own computation is used.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Base output plus scale * dropout(x) @ lora_a @ lora_b."""
+        """Compute the base output plus scale * dropout(x) @ lora_a @ lora_b."""
         if not x.dtype == self.lora_a.dtype == self.lora_b.dtype:
             return cast(mx.array, super().__call__(x))
         return compute_lora_output(self, x)
@@ -44,11 +43,12 @@ class OptimizedDoRALinear(DoRALinear):
 
     It is a LoRA layer whose outputs are multiplied by m / |W + scale B^T A^T|, the norm of each row
     (Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.3: no gradient goes through the norm). The
-    adapted weight is never made: its squared norm is |W|^2 + 2 scale (W A) B + scale^2 (A B)^T A B.
+    adapted weight is never built: its squared norm is |W|^2 + 2 scale (W A) B + scale^2 (A B)^T A
+    B.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        """m / norm times the LoRA layer's output without its bias, plus that bias."""
+        """Multiply the LoRA layer's output, without its bias, by m / norm, then add the bias."""
         if not x.dtype == self.lora_a.dtype == self.lora_b.dtype:
             return cast(mx.array, super().__call__(x))
         magnitude = (self.m / mx.stop_gradient(self._adapted_norm())).astype(x.dtype)
@@ -56,7 +56,7 @@ class OptimizedDoRALinear(DoRALinear):
         return output + (1 - magnitude) * self.linear.bias if "bias" in self.linear else output
 
     def _adapted_norm(self) -> mx.array:
-        """The norm of each row of the adapted weight, float32 (outputs,)."""
+        """Return the norm of each row of the adapted weight, float32 (outputs,)."""
         products = self.linear(self.lora_a.T).astype(mx.float32)  # (rank, outputs)
         if "bias" in self.linear:
             products = products - self.linear.bias
@@ -72,7 +72,7 @@ OPTIMIZED_CLASSES: dict[type, type] = {
 
 
 def compute_lora_output(layer: AdapterLinear, x: mx.array) -> mx.array:
-    """A layer's base output plus scale * dropout(x) @ lora_a @ lora_b."""
+    """Compute a layer's base output plus scale * dropout(x) @ lora_a @ lora_b."""
     dropped = layer.dropout(x)
     if dropped is not x:
         return compute_dropout_output(layer, x, dropped)
@@ -81,17 +81,21 @@ def compute_lora_output(layer: AdapterLinear, x: mx.array) -> mx.array:
 
 
 def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array) -> mx.array:
-    """The output of a layer whose low-rank path alone sees dropout, as in mlx-lm."""
+    """Compute a layer's output if dropout is active, which only the low-rank path sees.
+
+    x: the input; dropped: the input after dropout.
+    """
     scale, operations = layer.scale, device_operations()
 
     @mx.custom_function
     def project(x: mx.array, dropped: mx.array, a: mx.array, b: mx.array) -> list[mx.array]:
-        """The output, and z, which the backward pass needs."""
+        """Return the output, and z = scale (dropped @ lora_a)^T for the backward pass."""
         z = operations.project_to_rank([(a.T, dropped)], scale)
         return [*add_low_rank_products([layer], x, [z], [b]), z]
 
     @project.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        """Compute the gradients of the input, the dropped input, lora_a and lora_b."""
         x, dropped, a, b = primals
         g, z = cotangents[0], outputs[1]
         dz = operations.project_to_rank([(b, g)], scale)
@@ -106,14 +110,15 @@ def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array)
 
 
 class LayersSharingInput:
-    """Layers with one input: x @ [A1 A2 ...] is one product, and so are its gradients.
+    """LoRA layers with one input: x @ [A1 A2 ...] is one product, and so is its gradient.
 
-    With z = scale (x @ A)^T, narrow and wide as A^T is, an output is x W + z^T B; with g its
-    gradient, dz = scale (g B^T)^T, and the gradients are dz x, z g and g W^T + dz^T A^T. The base
-    layers stay apart, so that no output keeps another's memory.
+    With z = scale (x @ A)^T, an output is x W + z^T B. With g its gradient and dz = scale (g
+    B^T)^T, the gradients are dz x for A^T, z g for B, and g W^T + dz^T A^T for x. The base layers
+    are computed separately, so that no output keeps another's memory alive.
     """
 
     def __init__(self, layers: Sequence[AdapterLinear]) -> None:
+        """Group layers of one scale; their ranks may differ."""
         self._layers = layers
         ranks = [layer.lora_b.shape[0] for layer in layers]
         self._rank_ranges = list(pairwise([0, *accumulate(ranks)]))
@@ -121,9 +126,9 @@ class LayersSharingInput:
         self._outputs: dict[int, mx.array] = {}
 
     def layer_output(self, layer: AdapterLinear, x: mx.array) -> mx.array:
-        """The output of one layer.
+        """Return the output of one layer for the shared input.
 
-        The first call with an input computes all layers' outputs, and the last drops the input.
+        The first call with an input computes all layers' outputs; the last one releases them.
         """
         if self._input is not x or id(layer) not in self._outputs:
             self._input = x
@@ -134,12 +139,13 @@ class LayersSharingInput:
         return output
 
     def _compute_outputs(self, x: mx.array) -> list[mx.array]:
+        """Compute the outputs of all layers for an input, in the order of the layers."""
         layers, rank_ranges = self._layers, self._rank_ranges
         count, scale, operations = len(layers), layers[0].scale, device_operations()
 
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
-            """Each layer's output, and what the backward pass needs: all lora_a^T, and z."""
+            """Return each layer's output, then all lora_a^T and z for the backward pass."""
             transposed = [factor.T for factor in factors[:count]]
             a = operations.concatenate_flattened(transposed).reshape(-1, x.shape[-1])
             z = operations.project_to_rank([(a, x)], scale)
@@ -148,6 +154,7 @@ class LayersSharingInput:
 
         @project.vjp
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            """Compute the gradients of the input, then of all lora_a, then of all lora_b."""
             x, b = primals[0], primals[1 + count :]
             g = cotangents[:count]
             a, z = outputs[count:]
@@ -165,7 +172,7 @@ class LayersSharingInput:
 def add_low_rank_products(
     layers: Sequence[AdapterLinear], x: mx.array, z: Sequence[mx.array], factors: Sequence[mx.array]
 ) -> Sequence[mx.array]:
-    """Each base layer's output plus its z^T @ factor, of (rank, rows) and (rank, width)."""
+    """Return each base layer's output plus z^T @ factor, of (rank, rows) and (rank, width)."""
     operations = device_operations()
     if operations.can_add_low_rank_products(x, factors):
         return operations.add_low_rank_products([layer.linear(x) for layer in layers], z, factors)
@@ -176,11 +183,11 @@ def add_low_rank_products(
 def input_gradient(
     layers: Sequence[AdapterLinear], x: mx.array, g: Sequence[mx.array], dz: mx.array, a: mx.array
 ) -> mx.array:
-    """The gradient with respect to an input that layers share: through their bases, plus dz^T @ a.
+    """Return the gradient of the input that layers share: through their bases, plus dz^T @ a.
 
-    dz is (ranks, rows), a (ranks, width) and g each layer's output gradient. Of x only shape and
-    dtype matter, since bases are linear. The gradient has its dtype: a float32 base in a bfloat16
-    model gives float32, which MLX hands on as it is.
+    dz: (ranks, rows); a: (ranks, width); g: each layer's output gradient.
+    x: the input, for its shape and dtype, since bases are linear. The gradient is cast to x's
+        dtype, because a float32 base in a bfloat16 model gives float32.
     """
     operations = device_operations()
     if operations.can_add_low_rank_products(x, [a]):
@@ -197,7 +204,7 @@ def base_input_gradient(
     g: Sequence[mx.array],
     added: mx.array | None = None,
 ) -> mx.array:
-    """The sum of the gradients through the frozen base layers, and of `added`."""
+    """Sum the input's gradients through the frozen base layers, and `added` if given."""
     total = add_to_base_gradient(layers[0], x, g[0], added)
     for layer, gradient in zip(layers[1:], g[1:], strict=True):
         total = add_to_base_gradient(layer, x, gradient, total)
@@ -205,7 +212,7 @@ def base_input_gradient(
 
 
 def add_to_base_output(layer: AdapterLinear, x: mx.array, added: mx.array) -> mx.array:
-    """The base layer's output plus `added`, in one matmul where the base is one."""
+    """Compute the base layer's output plus `added`, in one matmul if the base is a plain Linear."""
     base = layer.linear
     if type(base) is nn.Linear and "bias" not in base:
         return mx.addmm(added, x, base.weight.T)
@@ -215,7 +222,10 @@ def add_to_base_output(layer: AdapterLinear, x: mx.array, added: mx.array) -> mx
 def add_to_base_gradient(
     layer: AdapterLinear, x: mx.array, g: mx.array, added: mx.array | None
 ) -> mx.array:
-    """The gradient through a base layer of any class, plus `added`."""
+    """Return the input's gradient through a base layer of any class, plus `added` if given.
+
+    g: the gradient of the base layer's output.
+    """
     if type(layer.linear) is nn.Linear:
         weight = layer.linear.weight
         return g @ weight if added is None else mx.addmm(added, g, weight)
@@ -228,7 +238,10 @@ def add_to_base_gradient(
 def using_optimized_lora_layers(
     model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()
 ) -> Iterator[None]:
-    """Compute a model's LoRA and DoRA layers here; the layers of a group share one input."""
+    """Replace a model's LoRA and DoRA layers by the optimized classes during the block.
+
+    groups: layers that share one input, and are computed together.
+    """
     layers: list[Any] = [m for _, m in model.named_modules() if type(m) in OPTIMIZED_CLASSES]
     originals = {id(layer): type(layer) for layer in layers}
     ranks = {id(layer): layer.lora_b.shape[0] for layer in layers}

@@ -1,4 +1,4 @@
-"""Install the optimized layers and kernels in a model, and remove them when a block ends."""
+"""Install the optimized layers and kernels in a model for the duration of a block."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ OPTIMIZATION_CONTEXTS = (
 def using_optimized_layers(
     model: nn.Module, recomputed: Sequence[nn.Module] = (), *, as_mlx_lm: bool = False
 ) -> Iterator[None]:
-    """Compute a model with our layers and kernels while the block runs.
+    """Compute a model with our layers and kernels during the block.
 
-    `recomputed` are the layers under gradient checkpointing; `as_mlx_lm` leaves everything else to
-    mlx-lm.
+    recomputed: the layers under gradient checkpointing.
+    as_mlx_lm: use mlx-lm's own computation for everything else.
     """
     with checkpointing_layers(recomputed, keep_dropout_masks=not as_mlx_lm):
         if as_mlx_lm:
@@ -52,9 +52,9 @@ def using_optimized_layers(
 
 
 def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
-    """Which layers of a model are computed by ours, which by MLX's operations, and why; one line.
+    """Say in one line how many adapter layers use our code and kernels, and why others do not.
 
-    `model` is as mlx-lm made it, outside of `using_optimized_layers`.
+    model: outside of `using_optimized_layers`, with mlx-lm's layers.
     """
     if as_mlx_lm:
         return "layers: mlx-lm's own, as training.reference asks"
@@ -81,9 +81,9 @@ def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
 
 
 def _find_mlps_and_shared_inputs(model: nn.Module) -> tuple[list[GatedMLP], list[list[LoRALinear]]]:
-    """The MLPs to be computed as one function each, and groups of layers that share an input.
+    """Find MLPs to be fused, and groups of LoRA layers that share an input.
 
-    The trace itself is not kept: it holds on to the arrays that the model has now.
+    The trace is not kept, since it keeps the model's present arrays alive.
     """
     trace = trace_calls(model)
     mlps = device_operations().find_fusable_mlps(trace)

@@ -1,4 +1,4 @@
-"""Replace a function of mlx-lm's, or the call of one module, while a block runs."""
+"""Replace a function of mlx-lm, or the call of one module, during a block."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import mlx.nn as nn
 def replacing_function(
     model: nn.Module, name: str, original: Any, function: Callable[..., Any]
 ) -> Iterator[None]:
-    """Have `name` mean `function` in each module of code of the model where it means `original`.
+    """Replace a function in the model's Python modules during the block.
 
-    Code that a model brings along (`model_file`) is in no imported module, and keeps the original.
+    name: the global name that is set to `function` wherever it refers to `original`.
+
+    Code that a model brings along (`model_file`) is in no imported module and is not changed.
     """
     users = _modules_of_code(model, name, original)
     try:
@@ -29,11 +31,12 @@ def replacing_function(
 
 
 def is_used_by(model: nn.Module, name: str, original: Any) -> bool:
-    """Whether `name` means `original` in any module of code of the model."""
+    """Return whether `name` refers to `original` in any Python module of the model."""
     return bool(_modules_of_code(model, name, original))
 
 
 def _modules_of_code(model: nn.Module, name: str, original: Any) -> list[Any]:
+    """Return the Python modules of the model's layers in which `name` refers to `original`."""
     names = {type(module).__module__ for _, module in model.named_modules()}
     users: list[Any] = [sys.modules[each] for each in sorted(names & sys.modules.keys())]
     return [user for user in users if getattr(user, name, None) is original]
@@ -43,7 +46,10 @@ def _modules_of_code(model: nn.Module, name: str, original: Any) -> list[Any]:
 def replacing_call(
     module: nn.Module, call: Callable[..., Any], method: str = "__call__"
 ) -> Iterator[None]:
-    """Have `call` compute what this one module's own call does, or another of its methods."""
+    """Replace the call of one module, or another of its methods, during the block.
+
+    call: called without the module itself. Other modules of the class are not affected.
+    """
     original = type(module)
     members = {
         method: lambda self, *args, **kwargs: call(*args, **kwargs),
@@ -60,7 +66,7 @@ def replacing_call(
 
 @contextmanager
 def replacing_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """`replacing_call` for several modules, each with the call that replaces its own."""
+    """Replace the calls of several modules, each with its own function, during the block."""
     with ExitStack() as stack:
         for module, call in calls:
             stack.enter_context(replacing_call(module, call))

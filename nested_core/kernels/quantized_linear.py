@@ -1,10 +1,10 @@
-"""Quantized layers whose weight is dequantized for each product, and not kept.
+"""Quantized layers that dequantize their weight for each product, without keeping it.
 
-MLX's own product with quantized weights is made for a few rows, as in generation. With as many as a
-batch has, it is faster to dequantize the weight to the dtype of its scales and to multiply by that:
-on CUDA, and far more on a CPU with OpenBLAS (without it there is little in it). MLX's own product
-stays for few rows, for scales that are no floats (mxfp4 and its like), for scales that are trained,
-and on Metal.
+MLX's own product with quantized weights is made for a few rows, as in generation. With as many rows
+as a batch has, it is faster to dequantize the weight to the dtype of its scales and to multiply by
+that: on CUDA, and far more on a CPU with OpenBLAS (without it the difference is small). MLX's own
+product is used for few rows, for scales that are no floats (mxfp4 and the like), for scales that
+are trained, and on Metal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ METHODS: dict[type, str] = {nn.QuantizedLinear: "__call__", nn.QuantizedEmbeddin
 
 @contextmanager
 def multiplying_by_dequantized_weights(model: nn.Module) -> Iterator[None]:
-    """Have a model's quantized layers multiply by dequantized weights while the block runs."""
+    """Let a model's quantized layers multiply by dequantized weights during the block."""
     is_faster = backend.device() == "cpu" or backend.computes_on_cuda()
     with ExitStack() as stack:
         for _, module in model.named_modules() if is_faster else ():
@@ -44,21 +44,26 @@ def multiplying_by_dequantized_weights(model: nn.Module) -> Iterator[None]:
 
 
 def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], mx.array]:
-    """A function in place of the method of a quantized layer that multiplies by its weight."""
-    own: Callable[..., mx.array] = getattr(type(module), method)
+    """Return a replacement for a quantized layer's method that multiplies by its weight.
+
+    method: `__call__` or `as_linear`.
+    """
+    original: Callable[..., mx.array] = getattr(type(module), method)
 
     @mx.custom_function
     def multiply(x: mx.array) -> Any:
+        """Compute x @ weight.T with the dequantized weight."""
         return x @ dequantize_weight(module, x).T
 
     @multiply.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
+        """Compute the input's gradient: the output's gradient @ weight."""
         return cotangent @ dequantize_weight(module, cotangent)
 
     def product(x: mx.array) -> mx.array:
-        """x @ weight.T, plus the bias if the layer has one."""
+        """Compute x @ weight.T, plus the bias if the layer has one."""
         if x.size < MIN_ROWS_TO_DEQUANTIZE * x.shape[-1] or x.dtype != module.scales.dtype:
-            return own(module, x)
+            return original(module, x)
         output = cast(mx.array, multiply(x))
         return output + module.bias if "bias" in module else output
 
@@ -67,10 +72,12 @@ def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], m
 
 @contextmanager
 def sharing_dequantized_weights(computed_after: mx.array) -> Iterator[None]:
-    """Within the block, make each layer's weight once, after the array, for all of its products.
+    """Dequantize each layer's weight once during the block, for all of its products.
 
-    For products that follow each other, such as those of the output layer with chunks of a batch:
-    the weight is kept until the last of them.
+    computed_after: an array that is computed before the weights.
+
+    For products that follow each other, such as those of the output layer with chunks of a batch;
+    the weight stays in memory until the last of them.
     """
     token = _shared_weights.set((computed_after, {}))
     try:
@@ -80,9 +87,10 @@ def sharing_dequantized_weights(computed_after: mx.array) -> Iterator[None]:
 
 
 def dequantize_weight(module: Any, computed_after: mx.array) -> mx.array:
-    """A layer's weight (outputs, inputs) in the dtype of its scales, made after the other array.
+    """Return a layer's weight (outputs, inputs) in the dtype of its scales.
 
-    Without that dependency mx.compile would make it once for both passes, and keep it.
+    computed_after: an array that is computed before the weight. Without this dependency mx.compile
+        would dequantize once for both passes and keep the weight.
     """
     shared = _shared_weights.get()
     if shared is None:
@@ -94,6 +102,7 @@ def dequantize_weight(module: Any, computed_after: mx.array) -> mx.array:
 
 
 def _dequantize_after(module: Any, computed_after: mx.array) -> mx.array:
+    """Dequantize a layer's weight, after `computed_after` is computed."""
     (weight,) = mx.depends([module.weight], [computed_after])
     return mx.dequantize(
         weight,
@@ -106,7 +115,7 @@ def _dequantize_after(module: Any, computed_after: mx.array) -> mx.array:
 
 
 def dequantized_weight_bytes(module: Any) -> int:
-    """Bytes of the dequantized weight of a layer that is computed here; 0 for any other module."""
+    """Return the size in bytes of a quantized layer's dequantized weight; 0 for other modules."""
     is_quantized = isinstance(module, tuple(METHODS))
     if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):
         return 0

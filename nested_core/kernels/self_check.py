@@ -1,7 +1,7 @@
-"""CUDA kernels that are used only where they agree with MLX on this machine.
+"""CUDA kernels that are used only if they agree with MLX on this machine.
 
-Each kernel stands beside its formula in MLX's operations. Before its first use in a process it is
-launched on example inputs; a kernel that disagrees is not used, and a warning says so.
+Each kernel has its formula in MLX's operations beside it. Before its first use in a process it is
+run on example inputs; a kernel that disagrees is not used, and a warning says so.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Examples = Callable[..., Sequence[tuple[Any, ...]]]
 class CheckedKernel(Generic[Inputs, Outputs]):
     """A function that launches a CUDA kernel, its reference, and inputs to compare the two with.
 
-    A kernel may be compiled in variants, such as one for each number of tiles. Whoever calls a
-    kernel asks `is_usable` first, and calls the reference where it is not.
+    A kernel may be compiled in variants, such as one for each number of tiles. Callers ask
+    `is_usable` first, and call the reference if it is not.
 
     name: what the kernel computes, for the warning.
     launch: the function that launches it.
     reference: the same formula in MLX's operations.
-    examples: argument tuples to compare with, for the variant that it is given.
+    examples: returns argument tuples to compare with, for a given variant.
     """
 
     name: str
@@ -47,11 +47,14 @@ class CheckedKernel(Generic[Inputs, Outputs]):
         return self.launch(*args, **kwargs)
 
     def is_usable(self, *variant: int) -> bool:
-        """Whether this device runs CUDA and the kernel agrees with its reference there."""
+        """Return whether MLX computes on CUDA here and the kernel agrees with its reference."""
         return backend.computes_on_cuda() and self.agrees_with_reference(*variant)
 
     def agrees_with_reference(self, *variant: int) -> bool:
-        """Whether the kernel gives what its reference does; checked once a process."""
+        """Return whether the kernel agrees with its reference.
+
+        Checked once per variant and process.
+        """
         if variant not in self._checked:
             trouble = self.describe_disagreement(*variant)
             if trouble is not None:
@@ -63,7 +66,10 @@ class CheckedKernel(Generic[Inputs, Outputs]):
         return self._checked[variant]
 
     def describe_disagreement(self, *variant: int) -> str | None:
-        """How the kernel differs from its reference on the examples, or None if both agree."""
+        """Describe how the kernel differs from its reference on the examples.
+
+        Returns None if they agree.
+        """
         for arguments in self.examples(*variant):
             try:
                 outputs = cast(Any, self.launch)(*arguments)
@@ -79,20 +85,21 @@ class CheckedKernel(Generic[Inputs, Outputs]):
 def checked_kernel(
     name: str, *, reference: Callable[Inputs, Outputs], examples: Examples
 ) -> Callable[[Callable[Inputs, Outputs]], CheckedKernel[Inputs, Outputs]]:
-    """Decorator that makes a `CheckedKernel` of a function that launches one."""
+    """Decorator that turns a function which launches a kernel into a `CheckedKernel`."""
     return lambda launch: CheckedKernel(name, launch, reference, examples)
 
 
 def random_arrays(
     *shapes: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16, seed: int = 0
 ) -> list[mx.array]:
-    """Arrays of normal random numbers for examples, the same every time."""
+    """Return arrays of normal random numbers of these shapes, the same for the same seed."""
     keys = mx.random.split(mx.random.key(seed), len(shapes))
     pairs = zip(shapes, keys, strict=True)
     return [mx.random.normal(shape, key=key).astype(dtype) for shape, key in pairs]
 
 
 def _describe_difference(outputs: Any, expected: Any) -> str | None:
+    """Describe the first difference of shape or value beyond TOLERANCE; None without one."""
     if isinstance(outputs, mx.array):
         outputs, expected = [outputs], [expected]
     for ours, theirs in zip(outputs, expected, strict=True):

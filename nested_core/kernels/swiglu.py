@@ -1,7 +1,7 @@
 """silu(gate) * x on a CPU, with a backward pass that computes no exponential.
 
-It takes most of the time there. On other devices mlx-lm's own function stays, or the kernel of a
-room.
+The exponential takes most of the time there. On other devices mlx-lm's own function, or a room's
+kernel, is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ plain_swiglu: Any = activations.swiglu
 
 
 def swiglu_on_cpu(gate: mx.array, x: mx.array) -> mx.array:
-    """mlx-lm's swiglu within rounding; in float32 the sigmoid is kept for the backward pass."""
+    """Compute mlx-lm's swiglu, within rounding.
+
+    In float32 the sigmoid is stored for the backward pass; other dtypes use mlx-lm's function.
+    """
     if not gate.dtype == x.dtype == mx.float32:
         return cast(mx.array, plain_swiglu(gate, x))
     output, _ = cast(tuple[mx.array, mx.array], _swiglu_and_sigmoid(gate, x))
@@ -31,12 +34,14 @@ def swiglu_on_cpu(gate: mx.array, x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _swiglu_and_sigmoid(gate: mx.array, x: mx.array) -> Any:
+    """Return silu(gate) * x, and sigmoid(gate) for the backward pass."""
     s = 1 / (1 + exponential(-gate))
     return gate * s * x, s
 
 
 @_swiglu_and_sigmoid.vjp
 def _swiglu_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+    """Compute the gradients of gate and x from the stored sigmoid."""
     gate, x = primals
     _, s = outputs
     scaled = cotangents[0] * s
@@ -45,7 +50,7 @@ def _swiglu_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 @contextmanager
 def using_cpu_swiglu(model: nn.Module) -> Iterator[None]:
-    """On a CPU, use this swiglu in the code of a model's modules while the block runs."""
+    """On a CPU, use `swiglu_on_cpu` in the code of a model's modules during the block."""
     if backend.device() != "cpu":
         yield
         return

@@ -1,4 +1,4 @@
-"""Gradients as flat dictionaries of dotted names: checked, finite, and clipped by their norm."""
+"""Gradients as flat dictionaries of dotted names: check, test for finiteness, clip by norm."""
 
 from __future__ import annotations
 
@@ -18,30 +18,36 @@ HAD_GRADIENT = "had_gradient"
 
 
 def shapes_and_dtypes(arrays: Mapping[str, mx.array]) -> dict[str, ArraySpec]:
-    """Shape and dtype of each array."""
+    """Return shape and dtype of each array, by name."""
     return {name: (value.shape, value.dtype) for name, value in arrays.items()}
 
 
 def optimizer_state_by_parameter(tree: Any, state: Any) -> StateByParameter:
-    """The optimizer's state of every leaf of a tree of parameters or gradients, by dotted name."""
+    """Return the optimizer's state of each parameter, by dotted name.
+
+    tree: parameters or gradients, whose leaves select the states.
+    """
     states: StateByParameter = {}
     tree_map_with_path(lambda name, _, leaf: states.setdefault(name, leaf), tree, state)
     return states
 
 
 def find_gradient_mark(state: Mapping[str, Array], name: str) -> Array | None:
-    """The array that stays all zero until an update with a gradient that was not zero; or None.
+    """Return the array that tells whether a parameter ever had a gradient that was not zero.
 
-    `state` is an optimizer's, flattened, in memory or as it was read from a file. It is the mark
-    that `Tiered` keeps, or Adam's second moment.
+    It stays all zero until the first update with such a gradient. It is the mark that `Tiered`
+    stores, or Adam's second moment; None if there is neither.
+
+    state: an optimizer's flattened state, in memory or from a file.
     """
     return state.get(f"{name}.{HAD_GRADIENT}", state.get(f"{name}.v"))
 
 
 def flatten_gradients(gradients: Any) -> Flat:
-    """Gradients by dotted name; refuses the (gradients, norm) pair of mlx's clip_grad_norm.
+    """Flatten a tree of gradients to a dictionary by dotted name.
 
-    Raises ValueError, too, for what is in the tree and is no array.
+    Raises ValueError for the (gradients, norm) pair of mlx's clip_grad_norm, and for leaves that
+    are not arrays.
     """
     if isinstance(gradients, tuple):
         raise ValueError(
@@ -58,9 +64,9 @@ def flatten_gradients(gradients: Any) -> Flat:
 
 
 def check_gradients(gradients: Flat, parameters: Flat, specs: Mapping[str, ArraySpec]) -> None:
-    """Raise ValueError, listing every gradient that fits no parameter.
+    """Raise ValueError, listing every gradient that does not fit its parameter.
 
-    `specs` are the shapes and dtypes that the optimizer was initialised with.
+    specs: shape and dtype of each parameter when the optimizer was initialized.
     """
     misfits = {
         name: _describe_misfit(gradient, parameters.get(name), specs.get(name))
@@ -74,6 +80,7 @@ def check_gradients(gradients: Flat, parameters: Flat, specs: Mapping[str, Array
 def _describe_misfit(
     gradient: mx.array, parameter: mx.array | None, initial: ArraySpec | None
 ) -> str | None:
+    """Describe why a gradient does not fit its parameter; None if it does."""
     if parameter is None:
         return "there is no such parameter"
     if initial is None:
@@ -91,7 +98,7 @@ def _describe_misfit(
 
 
 def check_flushed_parameters(parameters: Flat, specs: Mapping[str, ArraySpec]) -> None:
-    """Raise ValueError, listing every parameter that is not of the shape and dtype in `specs`."""
+    """Raise ValueError, listing every parameter whose shape or dtype is not the one in `specs`."""
     given = shapes_and_dtypes(parameters)
     problems = [
         f"  {name}: {given.get(name, 'missing')}, expected {spec}"
@@ -108,9 +115,12 @@ def check_flushed_parameters(parameters: Flat, specs: Mapping[str, ArraySpec]) -
 def group_gradients_by_tier(
     gradients: Flat, owners: Mapping[str, int], *, every_tier: bool = False
 ) -> dict[int, Flat]:
-    """Gradients by tier, fastest first.
+    """Group gradients by tier, in the order of the tiers.
 
-    Raises ValueError where only some of a tier's came, or, with `every_tier`, not every tier's.
+    owners: the tier of each parameter.
+
+    Raises ValueError if some gradients of a tier are missing; with `every_tier`, also if a whole
+    tier's are.
     """
     given = set(owners.values()) if every_tier and gradients else {owners[n] for n in gradients}
     missing = [name for name, i in owners.items() if i in given and name not in gradients]
@@ -126,14 +136,17 @@ def group_gradients_by_tier(
 
 
 def all_finite(arrays: Iterable[mx.array]) -> mx.array:
-    """Whether every element of every array is finite, as one flag on the device."""
+    """Return a flag on the device: whether every element of every array is finite."""
     return mx.all(mx.stack([mx.array(True), *(mx.all(mx.isfinite(array)) for array in arrays)]))
 
 
 def all_used_gradients_finite(
     groups: Mapping[int, Flat], unused: Mapping[int, mx.array]
 ) -> mx.array:
-    """Whether every gradient is finite, but for those of the tiers whose `unused` flag is set."""
+    """Return a flag on the device: whether all gradients that will be used are finite.
+
+    unused: for some tiers, a flag that the tier's gradients are not used.
+    """
     checks = [mx.array(True)]
     for i, group in groups.items():
         finite = all_finite(group.values())
@@ -142,7 +155,7 @@ def all_used_gradients_finite(
 
 
 def norm_of_due_gradients(groups: Mapping[int, Flat], due: Mapping[int, mx.array]) -> mx.array:
-    """The global L2 norm, float32, over the gradients of the tiers that are due."""
+    """Return the global L2 norm, float32, of the gradients of the tiers that are due."""
     squares = [mx.array(0.0)]
     for i, group in groups.items():
         square = sum(mx.square(g.astype(mx.float32)).sum() for g in group.values())
@@ -151,12 +164,15 @@ def norm_of_due_gradients(groups: Mapping[int, Flat], due: Mapping[int, mx.array
 
 
 def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
-    """min(1, max_norm / (norm + 1e-6)), as in mlx.optimizers.clip_grad_norm."""
+    """Return min(1, max_norm / (norm + 1e-6)), as mlx.optimizers.clip_grad_norm computes it."""
     return mx.minimum(max_norm / (norm + 1e-6), 1.0)
 
 
 def clip_gradients(groups: Mapping[int, Flat], norm: mx.array, max_norm: float) -> dict[int, Flat]:
-    """Every tier's gradients times `clip_factor` of their global norm, in their own dtypes."""
+    """Scale the gradients of all tiers so that their global norm is at most `max_norm`.
+
+    norm: the global norm before clipping. Dtypes are kept.
+    """
     factor = clip_factor(norm, max_norm)
     return {
         tier: {name: gradient * factor.astype(gradient.dtype) for name, gradient in group.items()}

@@ -17,9 +17,12 @@ LOWEST_SHARE = 0.1  # of the learning rate, where a cosine ends
 
 
 def build_learning_rate(config: FineTuneConfig, steps: int, share: float = 1.0) -> float | Schedule:
-    """The optimizer's learning rate in a run of `steps` optimizer steps, times `share`.
+    """Build the optimizer's learning rate from the configuration.
 
-    A schedule is read on optimizer steps, from 0.
+    steps: optimizer steps of the run, for warm-up shares and decay.
+    share: a factor on the whole rate.
+
+    Returns a number, or a schedule that is called with the optimizer step, from 0.
     """
     rate: float | Schedule = config.learning_rate
     if config.lr_schedule is not None:
@@ -38,17 +41,20 @@ def build_learning_rate(config: FineTuneConfig, steps: int, share: float = 1.0) 
 
 
 def _multiply(rate: float | Schedule, share: float) -> float | Schedule:
+    """Multiply a learning rate, or each value of a schedule, by a factor."""
     return (lambda step: share * rate(step)) if callable(rate) else share * rate
 
 
 def cosine(rate: float, first: int, last: int) -> Schedule:
-    """A rate that falls from step `first` to LOWEST_SHARE of it at step `last`, both from 1.
+    """Return a schedule that falls from `rate` at step `first` to a share of it at step `last`.
 
-    Before and after it stays (SGDR, arXiv 1608.03983, equation 5, without restarts); it is given
-    n - 1 for step n, as every schedule of mlx.
+    The share is LOWEST_SHARE. Steps count from 1; the rate is constant before and after (SGDR,
+    arXiv 1608.03983, equation 5, without restarts). Like every mlx schedule it is called with n - 1
+    for step n.
     """
 
     def decayed(step: mx.array) -> mx.array:
+        """Return the rate at optimizer step `step` + 1."""
         passed = ((step + 1).astype(mx.float32) - first) / max(1, last - first)
         falling = 0.5 * (1 + mx.cos(math.pi * mx.clip(passed, 0.0, 1.0)))
         return rate * (LOWEST_SHARE + (1 - LOWEST_SHARE) * falling)
@@ -57,9 +63,10 @@ def cosine(rate: float, first: int, last: int) -> Schedule:
 
 
 def add_warmup(rate: float | Schedule, steps: int) -> Schedule:
-    """rate * min(1, n / steps) at optimizer step n = 1, 2, ...; a schedule is given n - 1."""
+    """Return a schedule that multiplies `rate` by min(1, n / steps) at optimizer step n, from 1."""
 
     def warmed(step: mx.array) -> mx.array:
+        """Return the rate at optimizer step `step` + 1."""
         base = rate(step) if callable(rate) else mx.array(rate)
         return base * mx.minimum(1.0, (step + 1).astype(mx.float32) / steps)
 

@@ -1,4 +1,4 @@
-"""Flat dotted names and nested trees: put updates in by name, and see that they are in.
+"""Put updates into a nested tree by flat dotted names, and verify that they arrived.
 
 Trees are dicts, lists and MLX modules, changed in place; nothing is copied, renamed or cast.
 """
@@ -30,7 +30,7 @@ UNSIGNED_DTYPE_BY_BYTES = {
 
 
 class LeafRef(NamedTuple):
-    """A reference to one leaf of a tree: the dict or list that has it, and its key or index."""
+    """A reference to one leaf of a tree: the dict or list that contains it, and its key."""
 
     container: Any
     key: str | int
@@ -38,11 +38,11 @@ class LeafRef(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What became of a set of updates, by name; a name may be in both lists.
+    """Which updates arrived in a model; a name may be in both lists.
 
     checked: how many parameters were compared.
-    not_applied: those for which the tree does not hold the expected value, bit for bit.
-    unmoved: those for which the tree holds the very bits it held before.
+    not_applied: parameters that do not have the expected value, bit for bit.
+    unmoved: parameters that still have their old value, bit for bit.
     """
 
     checked: int
@@ -50,7 +50,7 @@ class UpdateReport:
     unmoved: tuple[str, ...]
 
     def require_applied(self) -> None:
-        """Raise UpdateNotApplied, naming the parameters, unless every update is in the tree."""
+        """Raise UpdateNotApplied, naming the parameters, unless every update arrived."""
         if self.not_applied:
             count = len(self.not_applied)
             names = ", ".join(list_first(self.not_applied, MAX_LISTED_PROBLEMS))
@@ -62,10 +62,12 @@ class UpdateReport:
 
 
 def flatten(tree: dict[str, Any] | list[Any]) -> dict[str, mx.array]:
-    """The arrays of a tree by dotted name, as in "layers.0.weight"; of a module, its parameters.
+    """Return the arrays of a tree by dotted name, such as "layers.0.weight".
 
-    The arrays are the tree's own: one that is later written to in place (`a[:] = b`) changes here.
-    Two leaves of one name ("a.b" beside "a" with "b" in it) are a ValueError.
+    tree: nested dicts and lists of arrays, or a module, whose parameters are returned. The arrays
+        are not copied, so writing to one in place (`a[:] = b`) changes both.
+
+    Raises ValueError if two leaves have one name ("a.b" beside "a" with "b" in it).
     """
     pairs = _named_arrays(tree)
     flat = dict(pairs)
@@ -77,7 +79,7 @@ def flatten(tree: dict[str, Any] | list[Any]) -> dict[str, mx.array]:
 
 
 def _named_arrays(tree: dict[str, Any] | list[Any]) -> list[tuple[str, mx.array]]:
-    """Name and array of every leaf that is an array."""
+    """Return dotted name and array of every leaf of a tree that is an array."""
     leaves = tree_flatten(tree.parameters() if isinstance(tree, nn.Module) else tree)
     return [
         (name, leaf)
@@ -87,12 +89,14 @@ def _named_arrays(tree: dict[str, Any] | list[Any]) -> list[tuple[str, mx.array]
 
 
 def apply_flat_updates_to_nested(nested: Tree, flat: Mapping[str, mx.array]) -> Tree:
-    """Put each array of `flat` in the place in `nested` that its dotted name says; return `nested`.
+    """Write new arrays into a nested tree in place, by their dotted names; return the tree.
 
-    Each array has the shape and dtype of the one that it replaces. Every other leaf and every
-    container stays the object it is. A name that the tree does not
-    have, a shape or a dtype that differs: all such problems are in one UpdateNotApplied, and then
-    nothing has been changed.
+    nested: nested dicts and lists of arrays, or an MLX module.
+    flat: new arrays by dotted name, such as "layers.0.weight"; each has the shape and dtype of the
+        array it replaces. Every other leaf and every container stays the same object.
+
+    Raises UpdateNotApplied, listing every unknown name and every different shape or dtype; nothing
+    is changed then.
     """
     refs = {name: _find_leaf(nested, name) for name in flat}
     problems = {name: _why_not_assignable(refs[name], new) for name, new in flat.items()}
@@ -109,11 +113,13 @@ def verify_updates(
     expected: Mapping[str, mx.array],
     nested: dict[str, Any] | list[Any],
 ) -> UpdateReport:
-    """Read every name of `expected` back from `nested`; compare it with its old and its new value.
+    """Compare the arrays in a tree with their expected new and their old values, bit for bit.
 
-    `before` and `expected` are arrays by dotted name, of the shapes that `nested` has. Values are
-    compared as bits, so that NaN equals itself and 0.0 differs from -0.0. All of them
-    take one evaluation on the device. Raises ValueError where `before` lacks a name.
+    before, expected: old and new arrays by dotted name, of the shapes in `nested`. Bits are
+        compared, so that NaN equals itself and 0.0 differs from -0.0. It takes one evaluation on
+        the device.
+
+    Raises ValueError if `before` lacks a name.
     """
     if missing := [name for name in expected if name not in before]:
         names = ", ".join(list_first(missing, MAX_LISTED_PROBLEMS))
@@ -132,9 +138,9 @@ def verify_updates(
 def find_not_applied(
     expected: Mapping[str, mx.array], nested: dict[str, Any] | list[Any]
 ) -> tuple[str, ...]:
-    """The names of `expected` whose arrays `nested` does not hold, bit for bit.
+    """Return the names in `expected` whose arrays in the tree differ, bit for bit.
 
-    Where `nested` has the very array objects, the device has nothing to compare.
+    Arrays that are the same object are not compared on the device.
     """
     leaves = [_read_leaf(nested, name) for name in expected]
     equal = _have_equal_bits(leaves, list(expected.values()))
@@ -142,13 +148,16 @@ def find_not_applied(
 
 
 def _read_leaf(tree: Any, name: str) -> Any:
-    """What stands at this name; None if the tree does not have it."""
+    """Return the leaf with this dotted name; None if the tree does not have it."""
     ref = _find_leaf(tree, name)
     return None if ref is None else ref.container[ref.key]
 
 
 def _find_leaf(tree: Any, name: str) -> LeafRef | None:
-    """A reference to the leaf of this name; the keys of a flat dict may have dots in them."""
+    """Find the leaf with this dotted name; None if the tree does not have it.
+
+    Keys of a flat dict may have dots in them.
+    """
     node, rest = tree, name
     while True:
         if isinstance(node, nn.Module) and rest.startswith("_"):
@@ -165,7 +174,7 @@ def _find_leaf(tree: Any, name: str) -> LeafRef | None:
 
 
 def _parse_key(node: Any, word: str) -> str | int | None:
-    """The key or index that one part of a name stands for in a dict or list, or None."""
+    """Return the key or index in `node` for one part of a dotted name; None for an unknown name."""
     if isinstance(node, dict):
         return word if word in node else None
     if isinstance(node, list) and word.isdecimal() and len(word) < 10 and str(int(word)) == word:
@@ -174,7 +183,7 @@ def _parse_key(node: Any, word: str) -> str | int | None:
 
 
 def _why_not_assignable(ref: LeafRef | None, new: Any) -> str | None:
-    """Why an array cannot be put there, or None."""
+    """Return why an array cannot replace the leaf; None if it can."""
     if ref is None:
         return "the tree has no such name"
     old = ref.container[ref.key]
@@ -189,12 +198,12 @@ def _why_not_assignable(ref: LeafRef | None, new: Any) -> str | None:
 
 
 def _describe_dtype_and_shape(array: mx.array) -> str:
-    """Dtype and shape, as in "float32 (8, 64)"."""
+    """Format dtype and shape, such as "float32 (8, 64)"."""
     return f"{str(array.dtype).removeprefix('mlx.core.')} {array.shape}"
 
 
 def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
-    """One message for all problems: the first few written out, unknown names with their nearest."""
+    """Build one message for all problems; an unknown name is shown with the nearest known one."""
     faults = {name: fault for name, fault in problems.items() if fault}
     known = [name for name, _ in _named_arrays(tree)]
     lines = []
@@ -211,7 +220,7 @@ def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
 
 
 def _have_equal_bits(leaves: Sequence[Any], arrays: Sequence[mx.array]) -> list[bool]:
-    """Whether each leaf is an array of the same shape, dtype and bits, in one evaluation."""
+    """Return whether each leaf is an array of the same shape, dtype and bits, in one evaluation."""
     pairs = list(zip(leaves, arrays, strict=True))
     flags = [_has_equal_bits(leaf, array) for leaf, array in pairs if leaf is not array]
     equal = iter(cast("list[bool]", mx.stack(flags).tolist()) if flags else [])
@@ -219,7 +228,7 @@ def _have_equal_bits(leaves: Sequence[Any], arrays: Sequence[mx.array]) -> list[
 
 
 def _has_equal_bits(left: Any, right: mx.array) -> mx.array:
-    """Whether both are arrays of the same shape, dtype and bits, as one flag on the device."""
+    """Return a flag on the device: whether both are arrays of the same shape, dtype and bits."""
     if not isinstance(left, mx.array) or (left.shape, left.dtype) != (right.shape, right.dtype):
         return mx.array(False)
     unsigned = UNSIGNED_DTYPE_BY_BYTES[right.dtype.size]

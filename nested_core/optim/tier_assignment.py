@@ -1,4 +1,4 @@
-"""Which tier each trainable parameter belongs to, and when a tier is due.
+"""Assign each trainable parameter to a tier, and tell when a tier is due.
 
 Tier 0 is the fastest. Whole layers stay together under `layer_depth` and `parameter_importance`.
 """
@@ -24,22 +24,22 @@ class TierMap:
     """The tier of every trainable parameter, and the frequency of every tier.
 
     frequencies: optimizer steps between two updates of each tier, fastest tier first.
-    tensors: the number of its tier for each dotted parameter name.
+    tensors: the tier's number for each dotted parameter name.
     """
 
     frequencies: tuple[int, ...]
     tensors: dict[str, int]
 
     def names(self, tier: int) -> frozenset[str]:
-        """The parameters of one tier."""
+        """Return the names of the parameters in one tier."""
         return frozenset(name for name, owner in self.tensors.items() if owner == tier)
 
     def due(self, step: int) -> tuple[int, ...]:
-        """The tiers with an update at optimizer step `step`, which counts from 1."""
+        """Return the tiers that are updated at optimizer step `step`, counted from 1."""
         return tuple(i for i, every in enumerate(self.frequencies) if step % every == 0)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of tiers.json."""
+        """Return the content of tiers.json."""
         return {
             "frequencies": list(self.frequencies),
             "tensors": dict(sorted(self.tensors.items())),
@@ -47,14 +47,14 @@ class TierMap:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TierMap:
-        """Read what `to_json` wrote."""
+        """Build a TierMap from the content of tiers.json."""
         return cls(tuple(value["frequencies"]), dict(value["tensors"]))
 
 
 def count_expected_updates(step: int, frequency: int, flush_steps: Sequence[int] = ()) -> int:
-    """Updates of a tier after `step` optimizer steps: floor(step / frequency), and each flush.
+    """Return how many updates a tier should have after `step` optimizer steps.
 
-    A flush at a step applies the chunk that was open then; without an open chunk it adds nothing.
+    It is floor(step / frequency), plus one for each flush that applied an open chunk of gradients.
     """
     return step // frequency + sum(1 for at in flush_steps if at <= step and at % frequency)
 
@@ -62,12 +62,15 @@ def count_expected_updates(step: int, frequency: int, flush_steps: Sequence[int]
 def assign_tiers(
     names: Iterable[str], settings: NestedSection, importance: Mapping[str, float] | None = None
 ) -> TierMap:
-    """Give every trainable parameter of `names` a tier, as `settings` says.
+    """Assign every trainable parameter to a tier, by the configured strategy.
 
-    `names` are dotted, as in mlx's trees; `settings` is the section `nested` of a configuration.
-    `importance` maps a parameter to its mean squared gradient norm over a few batches; the strategy
-    `parameter_importance` needs it. Raises ConfigError where a tier would stay empty or a pattern
-    matches nothing; warns, by name, of parameters that only the slowest tier was left for.
+    names: dotted, as in mlx's trees.
+    settings: the configuration's section `nested`.
+    importance: each parameter's mean squared gradient norm over a few batches; the strategy
+        `parameter_importance` needs it.
+
+    Raises ConfigError if a tier would be empty or a pattern matches nothing. Warns, by name, of
+    parameters that no rule covers and that go to the slowest tier.
     """
     ordered = sorted(names, key=_natural_sort_key)
     if not ordered:
@@ -85,7 +88,7 @@ def assign_tiers(
 
 
 def refuse_tiers_never_due(frequencies: Sequence[int], steps: int) -> None:
-    """Raise ConfigError where a tier has no update within `steps` optimizer steps."""
+    """Raise ConfigError if a tier has no update within `steps` optimizer steps."""
     for tier, frequency in enumerate(frequencies):
         if frequency > steps:
             raise ConfigError(
@@ -96,11 +99,13 @@ def refuse_tiers_never_due(frequencies: Sequence[int], steps: int) -> None:
 
 
 def _natural_sort_key(name: str) -> tuple[Any, ...]:
+    """Return a sort key that orders numbers within names by value."""
     parts = re.split(r"(\d+)", name)
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
 
 
 def _layer_number(name: str) -> int | None:
+    """Return the layer number in a parameter's name; None outside of layers."""
     match = LAYER_INDEX_PATTERN.search(name)
     return int(match.group(1)) if match else None
 
@@ -108,7 +113,12 @@ def _layer_number(name: str) -> int | None:
 def _assign_by_depth(
     names: Sequence[str], fast: Literal["shallow", "deep"], tiers: int
 ) -> dict[str, int]:
-    """Contiguous, near-equal groups of the layers that carry trainable parameters."""
+    """Assign layers to tiers by depth, in contiguous groups of nearly equal size.
+
+    fast: the end of the model that gets tier 0.
+
+    Returns the tier of each parameter in a layer.
+    """
     layers = sorted({layer for name in names if (layer := _layer_number(name)) is not None})
     ranked = layers if fast == "shallow" else layers[::-1]
     return _assign_by_layer_ranking(names, ranked, tiers)
@@ -117,7 +127,7 @@ def _assign_by_depth(
 def _assign_by_importance(
     names: Sequence[str], importance: Mapping[str, float], tiers: int
 ) -> dict[str, int]:
-    """Layers ranked by the importance of what they hold, the most important fastest."""
+    """Assign layers to tiers by the importance of their parameters, the highest to tier 0."""
     totals: dict[int, float] = {}
     for name in names:
         layer = _layer_number(name)
@@ -131,9 +141,10 @@ def _assign_by_importance(
 def _assign_by_layer_ranking(
     names: Sequence[str], ranked_layers: Sequence[int], tiers: int
 ) -> dict[str, int]:
-    """Cut a ranking of layers into `tiers` near-equal runs, tier 0 first.
+    """Cut a ranking of layers into `tiers` groups of nearly equal size, tier 0 first.
 
-    One tier needs no layer: what is outside of the layers, such as the embedding, goes to it.
+    Returns the tier of each parameter in a layer. Raises ConfigError if there are fewer layers than
+    tiers, except for one tier.
     """
     if 1 < tiers > len(ranked_layers):
         raise ConfigError(
@@ -147,7 +158,10 @@ def _assign_by_layer_ranking(
 
 
 def _assign_by_name_pattern(names: Sequence[str], rules: Sequence[Assignment]) -> dict[str, int]:
-    """The first rule whose pattern is found in the name decides."""
+    """Assign each parameter by the first rule whose pattern is found in its name.
+
+    Raises ConfigError if a pattern matches no parameter.
+    """
     for rule in rules:
         if not any(re.search(rule.match, name) for name in names):
             raise ConfigError(
@@ -161,6 +175,7 @@ def _assign_by_name_pattern(names: Sequence[str], rules: Sequence[Assignment]) -
 def _assign_parameters_outside_layers(
     names: Sequence[str], tensors: dict[str, int], *, slowest: int
 ) -> None:
+    """Assign parameters without a tier to the slowest tier, in place, with a warning."""
     orphans = [name for name in names if name not in tensors]
     if not orphans:
         return
@@ -174,6 +189,7 @@ def _assign_parameters_outside_layers(
 
 
 def _refuse_empty_tiers(tensors: Mapping[str, int], tiers: int) -> None:
+    """Raise ConfigError if a tier has no parameter."""
     empty = sorted(set(range(tiers)) - set(tensors.values()))
     if empty:
         raise ConfigError(

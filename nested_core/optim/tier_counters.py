@@ -1,4 +1,4 @@
-"""Tiers as an optimizer sees them: a frequency, exact parameter names, and counters."""
+"""Tiers as an optimizer uses them: a frequency, exact parameter names, and counters."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ RESERVED_NAMES = ("step", "learning_rate", COUNTERS_KEY)
 
 @dataclass(frozen=True)
 class Tier:
-    """Parameters that share a clock: updated at the steps n = 1, 2, ... with n % `frequency` == 0.
+    """Parameters that are updated together, at the steps n = 1, 2, ... with n % `frequency` == 0.
 
-    `names` are exact dotted parameter names; None means all that no other tier names.
-    `learning_rate_scale` multiplies the learning rate; `weight_decay` None is the optimizer's.
+    names: exact dotted parameter names; None means all that no other tier names.
+    learning_rate_scale: a factor on the learning rate.
+    weight_decay: None is the optimizer's.
     """
 
     frequency: int = 1
@@ -34,6 +35,7 @@ class Tier:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a field that is not valid."""
         if not (self.frequency >= 1 and self.frequency % 1 == 0):
             raise ValueError(
                 f"A tier's frequency should be a whole number >= 1, got {self.frequency}."
@@ -48,11 +50,13 @@ class Tier:
 
 @dataclass(frozen=True)
 class TierStats:
-    """What one tier holds and has done.
+    """What one tier contains and how often it was updated.
 
-    tier, frequency: its number from 0, and the optimizer steps between two of its updates.
-    tensors, parameters: how many arrays it holds, and how many numbers in them.
-    updates, skipped: updates applied, and those skipped for gradients that were not finite.
+    tier: its number, from 0.
+    frequency: optimizer steps between two of its updates.
+    tensors, parameters: how many arrays it has, and how many elements in them.
+    updates: how many updates were applied.
+    skipped: how many were skipped because a gradient was not finite.
     """
 
     tier: int
@@ -66,7 +70,7 @@ class TierStats:
 def check_tiered_options(
     tiers: Sequence[Tier], slow_gradients: str, accumulate: str, max_grad_norm: float
 ) -> None:
-    """Raise ValueError for options of `Tiered` that mean nothing."""
+    """Raise ValueError for invalid options of `Tiered`."""
     strange = {type(tier).__name__ for tier in tiers} - {Tier.__name__}
     if strange:
         raise ValueError(f"tiers should be Tier(frequency=...) records, got {sorted(strange)}")
@@ -81,17 +85,17 @@ def check_tiered_options(
 
 
 def refuse_reserved_names(names: Iterable[str]) -> None:
-    """Raise ValueError for parameters whose names the optimizer's state needs itself."""
+    """Raise ValueError for parameter names that the optimizer's state uses itself."""
     taken = [name for name in names if name.split(".")[0] in RESERVED_NAMES]
     if taken:
         raise ValueError(f"Parameters may not be named {taken}: the optimizer's state is.")
 
 
 def tier_of_each_parameter(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
-    """The tier of every parameter name.
+    """Return the tier of every parameter name.
 
-    Raises ValueError for a tier that names an unknown parameter and for a parameter in two tiers.
-    A parameter that no tier names goes to the tier with names=None, else, with a warning, to the
+    Raises ValueError for a tier that names an unknown parameter and for a parameter in two tiers. A
+    parameter that no tier names goes to the tier with names=None, else, with a warning, to the
     slowest.
     """
     known = list(names)
@@ -116,11 +120,11 @@ def tier_of_each_parameter(tiers: Sequence[Tier], names: Iterable[str]) -> dict[
 
 
 def new_tier_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:
-    """The counters of an optimizer that has done `step` steps (none, or in another's state).
+    """Return the counters of an optimizer after `step` steps without skipped updates.
 
     uint64 arrays of shape (tiers,): `updates` applied, updates `skipped` for non-finite gradients,
     and gradients `gathered` in the open chunk. Scalars: `nonfinite_in_a_row`, and `grad_norm`, the
-    global L2 norm before clipping of the gradients that were last due.
+    global L2 norm before clipping of the gradients that were due last.
     """
     zeros = mx.zeros(len(tiers), mx.uint64)
     return {
@@ -134,7 +138,10 @@ def new_tier_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.arr
 
 
 def require_current_layout(layout: mx.array | None) -> None:
-    """Raise DamagedError unless a state has the present layout; a state of old says none."""
+    """Raise DamagedError unless an optimizer state has the present layout number.
+
+    layout: None in states of the first layout, which had no number.
+    """
     number = 1 if layout is None else layout.item()
     if number != STATE_LAYOUT_VERSION:
         raise DamagedError(
@@ -145,7 +152,10 @@ def require_current_layout(layout: mx.array | None) -> None:
 
 
 def flags_to_counts(flags: Mapping[int, mx.array], tiers: int) -> mx.array:
-    """Flags of some tiers as a uint64 vector over all of them, 0 for a tier without a flag."""
+    """Convert flags of some tiers to a uint64 vector of 0 and 1 over all tiers.
+
+    flags: by tier; a missing tier counts 0.
+    """
     absent = mx.array(False)
     return mx.stack([flags.get(i, absent) for i in range(tiers)]).astype(mx.uint64)
 
@@ -157,7 +167,10 @@ def update_counters(
     finite: mx.array,
     norm: mx.array,
 ) -> None:
-    """Count one step in place: what was applied, what was due but skipped, and the norm."""
+    """Count one step in place: updates applied, updates due but skipped, and the gradient norm.
+
+    due, applied: flags by tier. finite: whether all gradients in use were finite.
+    """
     tiers = counters["updates"].size
     done = flags_to_counts(applied, tiers)
     left_out = {i: is_due & mx.logical_not(applied[i]) for i, is_due in due.items()}
@@ -176,7 +189,7 @@ def read_tier_stats(
     specs: Mapping[str, ArraySpec],
     counters: Mapping[str, mx.array],
 ) -> list[TierStats]:
-    """What each tier holds and has done; reads the counters from the device."""
+    """Return the size and the counters of each tier; reads the counters from the device."""
     updates: Any = counters["updates"].tolist()
     skipped: Any = counters["skipped"].tolist()
     stats = []

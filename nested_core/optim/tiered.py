@@ -1,8 +1,8 @@
-"""Any optimizer of mlx with tiers: groups of parameters that are updated at different frequencies.
+"""Any mlx optimizer with tiers: groups of parameters that are updated at different frequencies.
 
 `NestedAdam` and `NestedAdamW` are Adam and AdamW with tiers; with one tier of frequency 1 every
-weight and moment is bit for bit what mlx.optimizers gives. Every choice is a `where` on the
-device, so that one compiled step is right at every step count.
+weight and moment is bit for bit that of mlx.optimizers. Every choice is a `where` on the device, so
+that one compiled step is right at every step count.
 """
 
 from __future__ import annotations
@@ -51,28 +51,28 @@ ELEMENTWISE_OPTIMIZERS = (
 
 
 class Tiered(Optimizer):
-    """Any mlx optimizer, one instance a tier; a tier of frequency f is due at steps n % f == 0.
+    """Any mlx optimizer with tiers; a tier of frequency f is updated at the steps n % f == 0.
 
-    Parameters and state of a tier that is not due stay as they are. What an inner optimizer knows
-    as its step (bias correction, Adafactor's decay) is its tier's own update count; a schedule is
-    read on the training step, so that all tiers share one curve. A step with a non-finite gradient
-    in use, or one that would make a sum of gathered gradients so, advances the clock and nothing
-    else.
+    Each tier has its own inner optimizer. Parameters and state of a tier that is not due do not
+    change. The step that an inner optimizer sees (bias correction, Adafactor's decay) is its tier's
+    own update count; a learning rate schedule is evaluated at the training step, so that all tiers
+    share one curve. A step with a non-finite gradient in use, or one that would make a sum of
+    accumulated gradients non-finite, advances the step count and changes nothing else.
 
     Args:
-        make_optimizer: gives a new inner optimizer, as in `lambda: Muon(1e-3)`; called once a tier.
+        make_optimizer: returns a new inner optimizer, as `lambda: Muon(1e-3)`; called once a tier.
         tiers: the tiers, fastest first.
-        slow_gradients: "skip" uses the gradient of the due step alone; "accumulate" gathers the
+        slow_gradients: "skip" uses the gradient of the due step alone; "accumulate" sums up the
             gradients of the whole chunk (the Continuum Memory System, arXiv 2512.24695, eq. 71).
-        accumulate: a chunk is applied as the "mean" or as the "sum" of its gradients.
+        accumulate: whether a chunk is applied as the "mean" or the "sum" of its gradients.
         max_grad_norm: bound on the global L2 norm of the gradients about to be applied; 0 is off.
 
-    Raises ValueError for tiers or options that mean nothing, for a tier's weight_decay where the
-    inner optimizer has none, and for a learning_rate_scale where it uses no learning rate.
+    Raises ValueError for invalid tiers or options, for a tier's weight_decay if the inner optimizer
+    has no weight decay, and for a learning_rate_scale if it uses no learning rate.
 
     State: mlx's tree (`step`, `learning_rate`, and each parameter's moments); `sum` for a parameter
-    whose gradients are gathered; `had_gradient` for one without a second moment to tell whether a
-    gradient came; and the counters of all tiers (`tier_counters.new_tier_counters`).
+        whose gradients are accumulated; `had_gradient` for one without a second moment, to tell
+        whether a gradient came; and the counters of all tiers (`tier_counters.new_tier_counters`).
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Tiered(Optimizer):
         accumulate: Literal["mean", "sum"] = "mean",
         max_grad_norm: float = 0.0,
     ) -> None:
+        """Create the optimizer; see the class for the arguments and the errors."""
         super().__init__()
         tier_counters.check_tiered_options(tiers, slow_gradients, accumulate, max_grad_norm)
         # What was asked for
@@ -110,11 +111,11 @@ class Tiered(Optimizer):
         return all(type(inner) in ELEMENTWISE_OPTIMIZERS for inner in self.optimizers)
 
     def init(self, parameters: dict[str, Any]) -> None:
-        """Make the state for the whole tree of trainable parameters and give each its tier.
+        """Create the state for the whole tree of trainable parameters and assign each to its tier.
 
-        Raises ValueError for a float16 parameter where the inner optimizer divides by its `eps`,
-        for a parameter whose name the state needs itself, and for tiers that do not fit the
-        parameters (`tier_of_each_parameter`); DamagedError for a state of another layout.
+        Raises ValueError for a float16 parameter if the inner optimizer divides by its `eps`, for a
+        parameter whose name the state uses itself, and for tiers that do not fit the parameters
+        (`tier_of_each_parameter`); DamagedError for a state of another layout.
         """
         if COUNTERS_KEY in self.state:
             tier_counters.require_current_layout(self.state[COUNTERS_KEY].get("layout"))
@@ -128,7 +129,10 @@ class Tiered(Optimizer):
         self._init_state(parameters)
 
     def _init_state(self, parameters: Any) -> None:
-        """Reached without `init` from the first gradients, where, as in mlx, float16 passes."""
+        """Create the state and assign each parameter to its tier, without the check for float16.
+
+        `apply_gradients` calls it if `init` was not called; like mlx it then accepts float16.
+        """
         flat = flatten(parameters)
         tier_counters.refuse_reserved_names(flat)
         self._tier_of = tier_counters.tier_of_each_parameter(self.tiers, flat)
@@ -145,20 +149,24 @@ class Tiered(Optimizer):
                 leaf.setdefault("sum", mx.zeros_like(flat[name]))
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
-        """The inner optimizer's state of one parameter."""
+        """Create the inner optimizer's state of one parameter."""
         self.optimizers[0].init_single(parameter, state)
 
     def due_tiers(self, step: int | None = None) -> tuple[int, ...]:
-        """The tiers due at `step` (from 1), or at the next step; not to be asked inside a trace."""
+        """Return the tiers due at `step` (from 1), or at the next step if it is None.
+
+        Do not call it inside a traced function: it reads the step count from the device.
+        """
         n = int(self.step.item()) + 1 if step is None else step
         return tuple(i for i, tier in enumerate(self.tiers) if n % tier.frequency == 0)
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
-        """Advance the clock by one step; return every given parameter, updated where it is due.
+        """Perform one optimizer step; return every parameter with a gradient, updated if it is due.
 
-        `gradients` is a tree of arrays with the shapes and dtypes of `parameters`, which may hold
-        more. A tier that is not due may be left out under "skip", but only whole. Raises
-        ValueError, naming the parameters, where the trees do not fit.
+        gradients: a tree of arrays with the shapes and dtypes of `parameters`, which may have more
+            leaves. A tier that is not due may be left out under "skip", but only as a whole.
+
+        Raises ValueError, naming the parameters, if the trees do not fit.
         """
         flat = flatten_gradients(gradients)
         if not self._initialized:
@@ -167,11 +175,13 @@ class Tiered(Optimizer):
         check_gradients(flat, values, self._specs)
         # A drop-in's counters begin here, from the step before it is counted.
         self.state.setdefault(COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step))
+        # Advance schedules and the step count
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
         leaves = optimizer_state_by_parameter(gradients, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = schedule(self.step)
         self.state["step"] = self.step + 1
+        # Which tiers are due, and whether the gradients that count are finite
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
         unused = {
             i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)
@@ -184,11 +194,11 @@ class Tiered(Optimizer):
         return tree_map_with_path(lambda name, _: updated[name], gradients)
 
     def flush(self, parameters: Any) -> Any:
-        """Apply the chunks of gathered gradients that are still open; the clock stays.
+        """Apply the accumulated gradients of chunks that are still open, without counting a step.
 
-        To be called once, when training ends. A tier whose chunk is open but got no finite gradient
-        counts a skipped update. `parameters` may hold more than the gathering ones. Raises
-        ValueError for one that is not as at `init`.
+        Call it once, when training ends. A tier whose chunk is open but has no finite gradient
+        counts a skipped update. `parameters` may have more leaves than those with accumulated
+        gradients. Raises ValueError for one whose shape or dtype is not that of `init`.
         """
         if not self._initialized:
             self._init_state(parameters)
@@ -198,6 +208,7 @@ class Tiered(Optimizer):
         leaves = optimizer_state_by_parameter(
             tree_unflatten([(name, values[name]) for name in specs]) if specs else {}, self.state
         )
+        # A tier's chunk is open between two of its updates, and may have no finite gradient
         gathered = self._tier_counters["gathered"]
         tiers = {self._tier_of[name] for name in leaves}
         is_open = {i: self.step % self.tiers[i].frequency != 0 for i in tiers}
@@ -209,24 +220,32 @@ class Tiered(Optimizer):
         return tree_map_with_path(lambda name, value: updated.get(name, value), parameters)
 
     def get_tier_stats(self) -> list[TierStats]:
-        """Size of each tier, and its updates so far; reads the counters from the device."""
+        """Return the size of each tier and its updates so far.
+
+        Reads the counters from the device.
+        """
         return tier_counters.read_tier_stats(
             self.tiers, self._tier_of, self._specs, self._tier_counters
         )
 
     @property
     def _tier_counters(self) -> Any:
+        """The counters of all tiers, from the state or new ones."""
         return self.state.get(COUNTERS_KEY) or tier_counters.new_tier_counters(
             self.tiers, self.step
         )
 
     def _accumulates(self, tier: int) -> bool:
+        """Return whether a tier accumulates gradients between its updates."""
         return self.accumulates and self.tiers[tier].frequency > 1
 
     def _accumulate_gradients(
         self, flat: Flat, leaves: StateByParameter, finite: mx.array
     ) -> mx.array:
-        """Add to the open chunks; return whether the gradients, and now the sums, are finite."""
+        """Add gradients to the sums of open chunks; return a flag whether all are finite.
+
+        finite: whether the gradients are finite; if they or the new sums are not, no sum changes.
+        """
         sums = {name: leaf["sum"] + flat[name] for name, leaf in leaves.items() if "sum" in leaf}
         finite = mx.logical_and(finite, all_finite(sums.values()))
         added = tier_counters.flags_to_counts(
@@ -238,7 +257,7 @@ class Tiered(Optimizer):
         return finite
 
     def _new_or_accumulated_gradients(self, flat: Flat, leaves: StateByParameter) -> Flat:
-        """The gradients that would be applied now: as given, or the mean or sum of a chunk."""
+        """Return the gradients to apply: as given, or the mean or sum of an accumulated chunk."""
         combined = {}
         for name, leaf in leaves.items():
             combined[name] = leaf["sum"] if "sum" in leaf else flat[name]
@@ -257,9 +276,11 @@ class Tiered(Optimizer):
         ready: Flags,
         finite: mx.array,
     ) -> Flat:
-        """Clip the gradients, update the tiers that are `ready` if all is finite, and count.
+        """Clip the gradients, update the tiers that are `ready` if all are finite, and count.
 
-        A tier that is due and is not updated counts a skipped update.
+        due, ready: flags by tier; a tier that is due and not updated counts a skipped update.
+
+        Returns every parameter with a gradient.
         """
         groups = group_gradients_by_tier(gradients, self._tier_of)
         norm = norm_of_due_gradients(groups, ready)
@@ -281,7 +302,10 @@ class Tiered(Optimizer):
         leaves: StateByParameter,
         is_applied: mx.array,
     ) -> Flat:
-        """One tier's parameters after an update by its inner optimizer, where it is applied."""
+        """Return one tier's parameters after an update, or unchanged if `is_applied` is false.
+
+        The inner optimizer's new state is written to `leaves` under the same condition.
+        """
         inner = self._copy_inner_optimizer(tier, {name: leaves[name] for name in gradients})
         before = {name: values[name] for name in gradients}
         after = inner.apply_gradients(gradients, before)
@@ -300,9 +324,9 @@ class Tiered(Optimizer):
         return {name: mx.where(is_applied, after[name], before[name]) for name in gradients}
 
     def _copy_inner_optimizer(self, tier: int, leaves: StateByParameter) -> Optimizer:
-        """A copy of a tier's optimizer at the tier's update count, with its own copy of the state.
+        """Return a copy of a tier's inner optimizer with the tier's update count and state.
 
-        Its schedules are taken away: they have been read, on the training step.
+        Its schedules are removed, because they were already evaluated at the training step.
         """
         inner = copy.copy(self.optimizers[tier])
         inner._schedulers = {}
@@ -339,6 +363,7 @@ class NestedAdam(Tiered):
         accumulate: Literal["mean", "sum"] = "mean",
         max_grad_norm: float = 0.0,
     ) -> None:
+        """Create the optimizer; see the class for the arguments."""
         if any(getattr(tier, "weight_decay", None) is not None for tier in tiers):
             raise ValueError("A tier's weight_decay needs NestedAdamW; NestedAdam has no decay.")
         super().__init__(
@@ -353,7 +378,7 @@ class NestedAdam(Tiered):
 class NestedAdamW(NestedAdam):
     """mlx.optimizers.AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) with tiers.
 
-    `weight_decay` is decoupled, acts on due steps only, and holds for every tier that does not give
+    `weight_decay` is decoupled, acts on due steps only, and holds for every tier that does not set
     its own. The other arguments are those of `NestedAdam`.
     """
 
@@ -366,6 +391,7 @@ class NestedAdamW(NestedAdam):
         bias_correction: bool = False,
         **nested: Any,
     ) -> None:
+        """Create the optimizer; `nested` are the arguments of `Tiered`."""
         Tiered.__init__(
             self,
             lambda: optimizers.AdamW(
@@ -376,7 +402,10 @@ class NestedAdamW(NestedAdam):
 
 
 def _make_inner_optimizer(make_optimizer: Callable[[], Optimizer], tier: Tier) -> Optimizer:
-    """An inner optimizer with its tier's weight decay; ValueError where it cannot do as asked."""
+    """Create a tier's inner optimizer with the tier's weight decay.
+
+    Raises ValueError if it has no weight decay or learning rate for the tier to change.
+    """
     inner = make_optimizer()
     name = type(inner).__name__
     if tier.weight_decay is not None:
@@ -393,11 +422,12 @@ def _make_inner_optimizer(make_optimizer: Callable[[], Optimizer], tier: Tier) -
 
 
 def _to_array(value: Any) -> mx.array:
+    """Convert a number to a float32 array; an array is returned as it is."""
     return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
 
 
 def _make_schedule_return_array(
     schedule: Callable[[mx.array], Any],
 ) -> Callable[[mx.array], mx.array]:
-    """A schedule may return a plain number; an optimizer's state holds arrays only."""
+    """Wrap a schedule so that it returns an array, as an optimizer's state needs."""
     return lambda step: _to_array(schedule(step))

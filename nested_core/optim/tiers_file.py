@@ -1,6 +1,6 @@
-"""tiers.json of a run, read strictly.
+"""Strict reader of a run's tiers.json.
 
-Apart from tier_assignment.py, whose importers need no pydantic: the optimizers, the benchmarks.
+Separate from tier_assignment.py, whose importers (optimizers, benchmarks) need no pydantic.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from nested_core.storage.json_file import JsonFile
 
 
 class _TiersFile(TypedDict):
+    """The content of tiers.json."""
+
     frequencies: list[Annotated[int, Field(ge=1, strict=True)]]
     tensors: dict[str, Annotated[int, Field(ge=0, strict=True)]]
 
@@ -25,7 +27,7 @@ TIERS_FILE = JsonFile(_TiersFile, 2**24)
 
 
 def read_tiers(path: Path) -> TierMap:
-    """Read tiers.json; DamagedError if it is not what `TierMap.to_json` gives."""
+    """Read tiers.json; DamagedError if it is not what `TierMap.to_json` returns."""
     fields = TIERS_FILE.read(path)
     if any(tier >= len(fields["frequencies"]) for tier in fields["tensors"].values()):
         raise DamagedError(f"{path} names a tier that has no frequency.")

@@ -1,8 +1,8 @@
-"""Continual training: starts a run from the champion, or skips it if its outcome is known.
+"""Continual training: start a run from the champion, or skip it if its outcome is known.
 
-It is known where data and settings are the champion's, and where the same run was made before under
-all that decides what becomes of it. A champion whose tensors were trained with another rank, scale,
-keys or base model is refused.
+The outcome is known if data and settings are the champion's, or if a run under the same conditions
+ended before. A champion whose tensors were trained with another rank, scale, keys or base model is
+refused.
 """
 
 from __future__ import annotations
@@ -50,14 +50,17 @@ ANCESTORS_KEY = "gate.max_ancestor_loss_increase"
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
-    """The champion's version; None without one, or without such a registry or name."""
+    """Return the champion of an adapter name: the version in use.
+
+    Returns None without a champion, or without such a registry or name.
+    """
     return read_champion(registry, name) if name_exists(registry, name) else None
 
 
 def starting_champion(config: FineTuneConfig) -> Adapter | None:
-    """The champion that the run starts from, verified; None if it does not, or there is none yet.
+    """Read and verify the champion that the run starts from; None if it starts from no champion.
 
-    Raises DamagedError if it is not what was registered.
+    Raises DamagedError if its files have changed since it was registered.
     """
     with _holding_starting_champion(config) as champion:
         if champion is None:
@@ -68,11 +71,11 @@ def starting_champion(config: FineTuneConfig) -> Adapter | None:
 
 
 def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | None:
-    """Why a validated run need not be trained; None for a run to be trained.
+    """Return why a validated run need not be trained; None if it should be.
 
-    None as well if the run does not start from the champion, if `continual.skip_unchanged` is off,
-    and if the run has begun to train. Raises DamagedError if the champion's provenance or a
-    version that the same run has made cannot be read.
+    It is None as well if the run does not follow the champion (`continual.from`), if
+    `continual.skip_unchanged` is off, and if the run has begun to train. Raises DamagedError if the
+    champion's provenance, or a version that an earlier run made, cannot be read.
     """
     continual = config.continual
     if continual.start is None or not continual.skip_unchanged or run.initial.exists():
@@ -92,9 +95,9 @@ def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | Non
 
 
 def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | None:
-    """The champion, if it was made of this run's data with the same settings, else None.
+    """Return the champion if it was made from this run's data with the same settings, else None.
 
-    The data are all rows, those held out as well: they choose the step and judge it.
+    The data are all rows, held-out ones included, since they choose the step and judge it.
     """
     with _holding_starting_champion(config) as champion:
         if champion is None:
@@ -116,14 +119,16 @@ def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | 
 def conditions_digest(
     config: FineTuneConfig, dataset: DatasetReport, settings: str, champion: str | None
 ) -> str | None:
-    """SHA-256 over all that decides what becomes of a run that starts from `champion`.
+    """Return the SHA-256 of everything that decides the outcome of a run that follows `champion`.
 
-    That is the champion, all splits of the data, base, tokenizer, settings, thresholds and other
-    files of the gate, what is kept of the ancestors' examples where they judge, the rule of
-    promotion and its reference, device and dtype, and the versions of the packages that compute.
-    `config` is held to the registry's policy, `settings` is the `settings_digest`. None for a run
-    that does not start from a champion, and with questions that a Python function scores: nobody
-    knows what that depends on.
+    That is: the champion, all splits of the data, base model, tokenizer, settings, the gate's
+    thresholds and files, the ancestors' examples if they judge, the promotion rule and its
+    reference, device and dtype, and the versions of the packages that compute.
+
+    config: with the registry's policy applied. settings: from `settings_digest`.
+
+    None for a run that does not follow a champion, and if a Python function scores a suite, because
+    what that depends on is not known.
     """
     if config.continual.start is None or any(task.function for task in config.gate.tasks):
         return None
@@ -146,7 +151,7 @@ def conditions_digest(
 
 
 def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list[Any]:
-    """What is kept of the examples of champion and ancestors; nothing where they do not judge."""
+    """Return digests of the stored examples of champion and ancestors; [] if they do not judge."""
     if champion is None or config.gate.max_ancestor_loss_increase is None:
         return []
     list_digests = seams.load_only("ancestor_digests", ANCESTORS_KEY)
@@ -155,14 +160,14 @@ def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list
 
 
 def _hash_file(key: str, rule: PathRule, path: str) -> str:
-    """The hash of a file in place of its path."""
+    """Return the SHA-256 of a file that the configuration names, to compare content, not paths."""
     return cached_sha256([Path(path)])[0]
 
 
 def record_trial(config: FineTuneConfig, judged: JudgedRun, outcome: Outcome, reason: str) -> None:
-    """Record in the history that a run from the champion made no version, and why.
+    """Record in the history that a run from the champion registered no version, and why.
 
-    Nothing of a run that could not be told from another by its conditions.
+    Nothing is recorded for a run without a `conditions_digest`.
     """
     settings = settings_digest(config, judged.base_fingerprint, judged.folder, judged.dataset)
     conditions = conditions_digest(config, judged.dataset, settings, judged.verdict.rival)
@@ -182,11 +187,13 @@ def record_trial(config: FineTuneConfig, judged: JudgedRun, outcome: Outcome, re
 def settings_digest(
     config: FineTuneConfig, base: str | None, run: RunDirectory, dataset: DatasetReport
 ) -> str:
-    """SHA-256 over every setting that can change the adapter, the base and its tokenizer.
+    """Return the SHA-256 of every setting that can change the adapter, the base and its tokenizer.
 
-    base: the base model's fingerprint. With replay, over the examples that the run replays as well;
-    a run that finds none to replay has the digest of one without replay.
-    Over `training.minutes` in place of the iterations that they came to.
+    base: the base model's fingerprint.
+
+    With replay it covers the replayed examples too. A run that finds none to replay has the digest
+    of a run without replay. With `training.minutes` it covers the minutes instead of the number of
+    iterations.
     """
     settings = settings_that_shape_adapter(config)
     if config.training.minutes is not None:
@@ -201,9 +208,9 @@ def settings_digest(
 
 
 def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | None:
-    """The digest of the examples that the gate measures losses on; None without any.
+    """Return the digest of the examples that the gate measures losses on; None without any.
 
-    Of a file outside of the data set it is that of the file, None if the file is gone.
+    For a file outside of the data set, the digest of the file; None if the file is gone.
     """
     split = held_out_split(config.gate.held_out, dataset.splits)
     if split is None:
@@ -212,27 +219,30 @@ def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | Non
 
 
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:
-    """One line that says where a run with `continual.from` started; None for other runs."""
+    """Return a line that says what a run with `continual.from` started from.
+
+    Returns None for other runs.
+    """
     start = read_start(config, run)
     return None if start is None else start.describe(config.registry.name)
 
 
-def find_unbeaten_champion(
-    config: FineTuneConfig, run: RunDirectory, verdict: Verdict
-) -> str | None:
-    """The champion, where an adapter that follows it is no better: `better` keeps that out.
+def find_kept_champion(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> str | None:
+    """Return the champion if a new adapter that follows it is not better than it; else None.
 
-    No better is a mean loss on the held-out examples that is not lower, without a suite whose
-    answers got better beyond noise; the gate has passed a rise within its bound, or within noise.
-    None without a champion, for a run that follows none, and without held-out examples.
+    Not better means: the mean held-out loss is not lower, and no suite's answers improved beyond
+    chance. (The gate has passed the adapter, so it is not much worse either.)
+    None without a champion, for a run that does not follow one, and without held-out losses.
     """
     if verdict.rival is None or verdict.validation is None:
         return None
     initial, difference = verdict.initial.digest, None
     if verdict.rival in (initial, parent_version_of(config, initial)):
+        # Trained from the champion: the loss before training is the champion's
         before, after = verdict.validation.loss_before, verdict.validation.loss_after
         difference = None if before is None or after is None else after - before
     elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
+        # Trained from the base: the gate compared it with the champion
         difference = None if verdict.champion is None else verdict.champion.difference
     has_proven_gain = any(task.conclusion == "better" for task in verdict.tasks)
     if difference is None or difference < 0 or has_proven_gain:
@@ -242,7 +252,10 @@ def find_unbeaten_champion(
 
 @contextmanager
 def _holding_starting_champion(config: FineTuneConfig) -> Iterator[str | None]:
-    """The champion that the run starts from; no gc removes it while the block runs."""
+    """Yield the champion that the run starts from; no gc removes it during the block.
+
+    Yields None if the run does not follow a champion, or there is none yet.
+    """
     if config.continual.start is None or not name_exists(*registry_location(config.registry)):
         yield None
         return

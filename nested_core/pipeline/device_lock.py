@@ -1,8 +1,8 @@
-"""One run at a time computes on one GPU, by a lock of the operating system.
+"""One run at a time computes on a GPU, by a lock of the operating system.
 
 A work pool's limit holds only while the server knows what runs: after a crash of the worker or the
 server, a run may go on that nobody counts. The operating system releases the lock when the process
-that holds it ends, in whatever way. A CPU is not locked: the system shares it out itself.
+that holds it ends. A CPU is not locked; the system shares it between processes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ OnWait = Callable[[str], None]
 def locking_devices(
     on_wait: OnWait | None = None, processes: int = 1, session: Session | None = None
 ) -> Iterator[None]:
-    """Hold this process's GPU, or one for each of several processes, while the block runs.
+    """Hold the lock of one GPU for each of `processes` during the block.
 
-    Waits for another process that holds one; `on_wait` is then called, once a device, with a line
-    that names that process, and the session's base is let go. Several devices are always taken in
-    the same order, so that two runs never wait for each other. When the block ends, memory that MLX
-    keeps for reuse is freed.
+    If another process holds a lock, wait; `on_wait` is then called once per device with a line that
+    names that process, and the session releases its base model. Several devices are always locked
+    in the same order, so two runs cannot deadlock. After the block, memory that MLX caches is
+    freed.
     """
     devices = sorted(device_names(processes))
     with ExitStack() as stack:
@@ -53,7 +53,7 @@ def locking_devices(
 
 
 def device_names(processes: int = 1) -> tuple[str, ...]:
-    """The names of the GPUs that so many processes use on this machine; empty on a CPU.
+    """Return the names of the GPUs that `processes` processes use here; empty on a CPU.
 
     On CUDA each process has its own, the first ones of CUDA_VISIBLE_DEVICES; a Mac has one GPU.
     """
@@ -68,7 +68,7 @@ def device_names(processes: int = 1) -> tuple[str, ...]:
 
 
 def lock_path(device: str) -> Path:
-    """The lock file of a device, in this user's runtime folder."""
+    """Return the path of a device's lock file, in this user's runtime folder."""
     folder = private_user_folder(
         f"the lock of device {device}",
         f"Set XDG_RUNTIME_DIR to a folder of your own, or {DEVICE_LOCK_VARIABLE}=off to train "
@@ -81,7 +81,7 @@ def lock_path(device: str) -> Path:
 def _report_once(
     device: str, path: Path, on_wait: OnWait | None, session: Session | None
 ) -> OnBusy:
-    """What calls `on_wait` the first time that the device is found locked, and waits a little."""
+    """Return an `on_busy` that waits, and calls `on_wait` at its first call only."""
     has_reported = False
 
     def on_busy() -> None:

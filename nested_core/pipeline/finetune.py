@@ -1,4 +1,4 @@
-"""A fine-tune from data to champion: the sequence of steps, once for everybody who runs it.
+"""A fine-tune from data to champion: the sequence of steps.
 
 `nested-tune train` calls it with messages for the terminal, the Prefect flow with its tasks in
 place of the steps, and a notebook as it is.
@@ -18,8 +18,8 @@ from nested_core.errors import ConfigError, GateRejected, NestedTuneError
 from nested_core.models.session import Session
 from nested_core.pipeline.continual import (
     champion_or_none,
+    find_kept_champion,
     find_reason_to_skip,
-    find_unbeaten_champion,
     record_trial,
 )
 from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
@@ -44,9 +44,9 @@ from nested_core.records.result import TrainResult
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
-from nested_core.registry.policy import hold_to_policy
+from nested_core.registry.policy import apply_policy
 from nested_core.registry.promotion_policy import effective_rule, registry_location
-from nested_core.report.outcome import describe_unbeaten_champion
+from nested_core.report.outcome import describe_kept_champion
 from nested_core.report.run_report import read_report, writing_report_at_end
 from nested_core.storage.atomic import remove_file
 from nested_core.storage.run_directory import RunDirectory
@@ -57,17 +57,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class FinetuneResult:
-    """What a fine-tune that was not stopped or rejected ended with.
+    """The result of a fine-tune that was neither stopped nor rejected.
 
     run: the run directory; its `adapter` is the folder of the judged adapter.
     skipped: why nothing was trained; then the fields below are None.
-    verdict: the gate's, which passed; it is in gate.json too.
-    training: what training ended with; it is in result.json too.
-    test_loss: mean loss a token of test.jsonl in nats, where `test` asks for it.
-    version: the version in the registry, where one is configured.
-    kept_champion: the champion that the run started from, and is no better than: then nothing was
-        registered.
-    decision: what became of the version; None without a registry.
+    verdict: the gate's verdict, as in gate.json.
+    training: what training ended with, as in result.json.
+    test_loss: the mean loss on test.jsonl in nats/token; None unless `test` is set.
+    version: the version in the registry; None without a registry, or if nothing was registered.
+    kept_champion: the champion that the new adapter follows and is not better than, so that nothing
+        was registered; None otherwise.
+    decision: what was decided about the version; None without a registry.
     must_be_better: whether run or registry promote only what is better than the champion.
     """
 
@@ -83,26 +83,30 @@ class FinetuneResult:
 
     @property
     def promotion(self) -> str | None:
-        """ "promoted", or why the version was not; None for one that is only registered."""
+        """ "promoted", or why the version was not promoted; None if it was only registered."""
         if self.decision is None or self.decision.outcome == "registered":
             return None
         return self.decision.sentence
 
     def __repr__(self) -> str:
+        """Show the run and its verdict, or why it was skipped."""
         if self.skipped is not None:
             return f"FinetuneResult({self.run.path}, {self.skipped.outcome}: {self.skipped.reason})"
         summary = None if self.verdict is None else self.verdict.summary()
         return f"FinetuneResult({self.run.path}, {summary})"
 
     def _repr_html_(self) -> str:
+        """Return the run's page as HTML for a notebook's cell."""
         return read_report(self.run.path)._repr_html_()
 
     def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
-        """What the trained adapter answers to a user's message.
+        """Generate the trained adapter's answer to a user's message.
 
-        The base is loaded at the first question and stays in memory with the result; the answer
-        ends after `max_tokens` tokens, and `temperature` 0 takes the likeliest one each time.
-        Raises ConfigError where nothing was trained or the model cannot see all of the prompt.
+        max_tokens: the answer ends after this number of tokens at the latest.
+        temperature: sampling temperature; 0 always takes the likeliest token.
+
+        The base model is loaded at the first call and stays in memory with this object. Raises
+        ConfigError if nothing was trained, or if the model cannot see the whole prompt.
         """
         from nested_core.models.generation import Sampling
 
@@ -110,7 +114,7 @@ class FinetuneResult:
 
     @cached_property
     def _loaded(self) -> SideBySide:
-        """The base and the adapter, in memory."""
+        """The base model with the adapter, loaded at first use."""
         from nested_core.models.side_by_side import SideBySide
 
         if not self.run.adapter.is_dir():
@@ -129,21 +133,25 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
 ) -> FinetuneResult:
-    """Validate, load, train and judge; register and promote where a registry is configured.
+    """Validate, load, train and judge; register and promote if a registry is configured.
 
-    `config` is what `load_config` gives, `run` what `open_run` gives. `hooks` report what
-    happens, and may replace the steps. What could fail at the end is tried before the run
-    directory is made, and the disk's room before the first step. If the policy of the registry's
-    name is stricter than `config`, it counts, and `hooks` report so before anything else. Holds
-    the run directory's lock. Without `hooks`, and unless `progress` is false, a line in a
-    terminal or a notebook shows how far it is.
-    `resume` goes on with what is there. Raises what the steps raise: ConfigError, DatasetError,
-    TrainingStopped, TrainingDiverged, GateRejected, DamagedError. Each leaves a run directory that
-    can be resumed or is complete, with its report.html.
+    config: from `load_config`.
+    run: from `open_run`.
+    hooks: replaces steps and receives progress. None shows a progress line in a terminal or a
+        notebook, unless `progress` is false.
+    resume: continue a run that was stopped, or judge a finished one again.
+
+    If the policy of the registry's name is stricter than `config`, it counts, and `hooks` get a
+    message about it. What could fail at the end of a run is checked before the run directory is
+    created. The run directory is locked meanwhile.
+
+    Raises what the steps raise: ConfigError, DatasetError, TrainingStopped, TrainingDiverged,
+    GateRejected, DamagedError. Each leaves a run directory that can be resumed or is complete, with
+    its report.html.
     """
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()
-    config, tightening = hold_to_policy(config)
+    config, tightening = apply_policy(config)
     for sentence in tightening:
         hooks.on_message(sentence)
     if warning := warn_of_learning_rate(config):
@@ -172,6 +180,10 @@ def finetune(
 def _finetune_locked(
     config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session, timed: Any
 ) -> FinetuneResult:
+    """Run the steps in a locked run directory, and register the adapter or keep the champion.
+
+    timed: the room minutes' planner for `training.minutes`; None without that key.
+    """
     remove_file(run.skipped)
     hooks.validate(config, run)
     skip = find_reason_to_skip(config, run)
@@ -193,9 +205,9 @@ def _finetune_locked(
     if config.registry.path is not None:
         must_be_better = effective_rule(config.registry).must_be_better
         if must_be_better:
-            kept = find_unbeaten_champion(config, run, verdict)
+            kept = find_kept_champion(config, run, verdict)
         if kept is not None:
-            reason = describe_unbeaten_champion(verdict, kept)
+            reason = describe_kept_champion(verdict, kept)
             decision = Decision("refused", verdict.trained.digest, kept, reason)
             judged = find_judged_run(run, session)
             record_trial(config, judged, Outcome.KEPT_CHAMPION, reason)
@@ -214,9 +226,9 @@ def _finetune_locked(
 
 
 def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session) -> Verdict:
-    """Judge, and once more where another version became champion meanwhile.
+    """Run the gate, and once more if another version became champion meanwhile.
 
-    A verdict that rejects what is registered already is kept beside the version: it counts.
+    A verdict that rejects is recorded in the registry too. Raises GateRejected.
     """
     champion = _current_champion(config)
     try:
@@ -243,14 +255,14 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Ses
 
 
 def _current_champion(config: FineTuneConfig) -> str | None:
-    """The champion of the configured name; None without one or without a registry."""
+    """Return the champion of the configured name; None without a champion or a registry."""
     if config.registry.path is None:
         return None
     return champion_or_none(*registry_location(config.registry))
 
 
 def _publish(config: FineTuneConfig, run: RunDirectory, session: Session, hooks: Steps) -> Decision:
-    """Register, and promote where a policy asks for it; what became of the version."""
+    """Register the adapter, and promote it if the policy allows; return the decision."""
     decision = hooks.register(config, run, session)
     if note := describe_reproduction(config, find_judged_run(run, session)):
         hooks.on_message(note)

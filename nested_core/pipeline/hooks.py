@@ -1,4 +1,4 @@
-"""The steps of `finetune`, and what its caller is told on the way: both can be overridden."""
+"""The steps of `finetune` and its progress callbacks; both can be overridden."""
 
 from __future__ import annotations
 
@@ -105,13 +105,11 @@ class Steps:
         return register_run(config, judged, judged.verdict.rival)
 
 
-Hooks = Steps  # its name in programs that were written before
-
-
 class _ReportCallback:
     """Adapter from mlx-lm's training callbacks to `Steps.on_report`."""
 
     def __init__(self, hooks: Steps) -> None:
+        """Create it for the steps whose `on_report` is to be called."""
         self._hooks = hooks
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
@@ -128,7 +126,7 @@ LINE_WIDTH = 100
 
 
 def can_show_progress() -> bool:
-    """Whether standard error is a terminal or a notebook's cell, where a line can be rewritten."""
+    """Return whether standard error can rewrite a line: a terminal, or a notebook's cell."""
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
@@ -139,6 +137,7 @@ class ShownProgress(Steps):
     """
 
     def __init__(self) -> None:
+        """Create it with nothing shown yet."""
         self._losses: dict[str, float | None] = {}
         self._began: tuple[int, float] | None = None  # the first step that was seen, and when
         self._shown_at = 0.0

@@ -1,9 +1,9 @@
-"""The learning rate that `init` writes, and where a configuration's lies against the best ones.
+"""The learning rate that `init` writes, and how a configured one compares with the best ones.
 
-With Adam, lora_b's first steps move the output in proportion to rank x scale x rate. In a
-published sweep of 35 models (tinker-cookbook, results/sft_sweep.md: Tulu 3, batch 128, alpha 32)
-the best rate of 34 gives a product of 0.01 to 0.03; its lowest rate, 4e-5, gives 0.0013, and 3e-3,
-at which 72 runs diverged, 0.096. mlx_lm.lora's defaults (8 x 20 x 1e-5) give 0.0016.
+With Adam, lora_b's first steps move the output in proportion to rank x scale x rate. In a published
+sweep of 35 models (tinker-cookbook, results/sft_sweep.md: Tulu 3, batch 128, alpha 32) the best
+rate of 34 gives a product of 0.01 to 0.03; its lowest rate, 4e-5, gives 0.0013, and 3e-3, at which
+72 runs diverged, 0.096. mlx_lm.lora's defaults (8 x 20 x 1e-5) give 0.0016.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ ADAM_OPTIMIZERS = ("adam", "adamw")
 
 
 def describe_learning_rate(config: FineTuneConfig) -> str | None:
-    """Where rank x scale x rate lies against what learns best; None without knowledge of it.
+    """Compare rank x scale x rate with what was best in a published sweep; None if not comparable.
 
-    It is known of LoRA with Adam. A rate that a schedule gives is its highest.
+    It is comparable for LoRA with Adam and cross-entropy. A schedule counts with its highest rate.
     """
-    if config.fine_tune_type == "full" or config.optimizer not in ADAM_OPTIMIZERS:
+    is_known = config.fine_tune_type != "full" and config.training.loss is None
+    if not is_known or config.optimizer not in ADAM_OPTIMIZERS:
         return None
     product = _product(config)
     low, high = BEST_PRODUCTS
@@ -37,7 +38,7 @@ def describe_learning_rate(config: FineTuneConfig) -> str | None:
 
 
 def warn_of_learning_rate(config: FineTuneConfig) -> str | None:
-    """The same, where the product is so far away that a run loses by it; else None."""
+    """Return a warning if the learning rate is so far from the best ones that a run suffers."""
     text = describe_learning_rate(config)
     if text is None or USABLE_PRODUCTS[0] <= _product(config) <= USABLE_PRODUCTS[1]:
         return None
@@ -45,9 +46,9 @@ def warn_of_learning_rate(config: FineTuneConfig) -> str | None:
 
 
 def require_usable_rate(config: FineTuneConfig) -> None:
-    """Refuse a run that would go on from the champion at a rate at which adapters diverge.
+    """Raise ConfigError if a run would continue the champion at a rate at which adapters diverge.
 
-    Raises ConfigError, unless `continual.allow_high_rate` is true.
+    `continual.allow_high_rate: true` allows it.
     """
     product = _product(config) * config.continual.rate
     is_known = describe_learning_rate(config) is not None
@@ -61,6 +62,7 @@ def require_usable_rate(config: FineTuneConfig) -> None:
 
 
 def _product(config: FineTuneConfig) -> float:
+    """Return rank x scale x the highest learning rate."""
     rate = config.learning_rate
     if config.lr_schedule is not None:  # the second argument of linear_schedule is its end
         count = 2 if config.lr_schedule.name == "linear_schedule" else 1

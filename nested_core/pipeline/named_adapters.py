@@ -1,6 +1,6 @@
-"""How a person names an adapter: NAME, NAME@VERSION, REGISTRY/NAME, a run, or a folder.
+"""Find the adapter that a person names: NAME, NAME@VERSION, REGISTRY/NAME, a run, or a folder.
 
-The command line imports this before it reads its arguments: what takes long is imported later.
+The command line imports this before it reads its arguments, so slow imports are in the functions.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ MIN_VERSION_DIGITS = 6
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """An adapter's folder; `model` is the base that its run names, None if the adapter does.
+    """An adapter's folder, and what is known about its base model.
 
-    trusts_remote_code: whether that base may bring code, by the run's configuration.
-    run: the run that it is of, None for a folder or a version.
+    model: the base that the adapter's run names; None if adapter_config.json names it.
+    trusts_remote_code: whether the run's configuration lets the base run its own code.
+    run: the run that the adapter belongs to; None for a folder or a version.
     """
 
     folder: Path
@@ -32,33 +33,39 @@ class NamedAdapter:
     run: RunDirectory | None = None
 
     def describe(self) -> str:
-        """The folder, or of a registry's version the name and the version's first digits."""
+        """Return the folder, or for a registry's version its name and first digits."""
         if self.folder.parent.name != VERSIONS:
             return str(self.folder)
         return f"{self.folder.parent.parent}, version {shorten_digest(self.folder.name)}"
 
 
 def name_folder_of(path: Path) -> Path | None:
-    """The folder REGISTRY/NAME of that path or of its link `champion`; None for another path."""
+    """Return the folder REGISTRY/NAME for that path or its link `champion`.
+
+    Returns None for another path.
+    """
     folder = path.parent if path.name == CHAMPION else path
     folder = Path(os.path.normpath(folder))
     return folder if (folder / VERSIONS).is_dir() else None
 
 
 def find_bare_name(given: Path, registry: Path | None) -> Path | None:
-    """The folder of a name without REGISTRY/ before it, in the registry; else None."""
+    """Return the folder of NAME in the registry.
+
+    Returns None for a path with a slash or an unknown name.
+    """
     if len(given.parts) != 1:
         return None
     return name_folder_of((registry or DEFAULT_REGISTRY) / given)
 
 
 def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapter:
-    """The adapter that a person means.
+    """Find the adapter that a person names.
 
-    Of a run it is the one that it offers, or while it trains the newest checkpoint; of a name the
-    champion; of NAME@VERSION that version, by its first digits. With `registry` a name that it
-    holds comes first; without, an adapter at the path comes before a name. Raises ConfigError for
-    what is none.
+    For a run it is the adapter that it offers, or the newest checkpoint while it trains; for a name
+    the champion; for NAME@VERSION the version that begins with these digits. With `registry` a name
+    in it comes first; without, an adapter at the path comes before a name. Raises ConfigError if
+    nothing matches.
     """
     named = find_bare_name(given, registry)
     if named is not None and registry is not None:
@@ -83,19 +90,22 @@ def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapte
 
 
 def _version_folder(given: Path, registry: Path | None) -> Path | None:
-    """The folder of NAME@VERSION or REGISTRY/NAME@VERSION; None for another text."""
+    """Return the folder of NAME@VERSION or REGISTRY/NAME@VERSION; None for another text.
+
+    Raises ConfigError unless exactly one version begins with VERSION.
+    """
     from nested_core.registry import list_versions
 
-    name, at, wanted = given.name.partition("@")
-    if not at:
+    name, sign, prefix = given.name.partition("@")
+    if not sign:
         return None
-    place = given.parent / name
-    folder = name_folder_of(place) or find_bare_name(place, registry)
+    name_path = given.parent / name
+    folder = name_folder_of(name_path) or find_bare_name(name_path, registry)
     if folder is None:
         return None
     versions = list_versions(folder.parent, folder.name)
-    matching = [version for version in versions if version.startswith(wanted)]
-    if len(matching) == 1 and len(wanted) >= MIN_VERSION_DIGITS:
+    matching = [version for version in versions if version.startswith(prefix)]
+    if len(matching) == 1 and len(prefix) >= MIN_VERSION_DIGITS:
         return folder / VERSIONS / matching[0]
     known = ", ".join(map(shorten_digest, versions[:5]))
     raise ConfigError(
@@ -105,20 +115,21 @@ def _version_folder(given: Path, registry: Path | None) -> Path | None:
 
 
 def _describe_unknown(given: Path, registry: Path | None) -> str:
+    """Describe, for an error, what was expected instead of an adapter name that matches nothing."""
     from nested_core.registry import list_names
 
     where = registry or DEFAULT_REGISTRY
     names = ", ".join(list_names(where)[:5])
-    held = f"the registry {where} holds {names or 'no name'}"
+    content = f"the registry {where} holds {names or 'no name'}"
     return (
         f"{given} is neither a run directory (it has no config.yaml) nor a name in a registry (it "
-        f"has no {VERSIONS}/; {held}), nor an adapter's folder (it has no adapter_config.json). "
+        f"has no {VERSIONS}/; {content}), nor an adapter's folder (it has no adapter_config.json). "
         f"Give what `nested-tune train` printed, NAME with --registry DIR, or REGISTRY/NAME."
     )
 
 
 def champion_folder(folder: Path) -> Path:
-    """The version's folder of a name's champion; ConfigError without a champion."""
+    """Return the folder of an adapter name's champion; ConfigError without a champion."""
     from nested_core.registry import read_champion
 
     champion = read_champion(folder.parent, folder.name)
@@ -128,6 +139,7 @@ def champion_folder(folder: Path) -> Path:
 
 
 def _adapter_of_run(run: RunDirectory) -> Path:
+    """Return the folder of a run's adapter or of its newest sound checkpoint; else ConfigError."""
     from nested_core.storage.checkpoint_verification import newest_sound_checkpoint
 
     if run.adapter.is_dir():

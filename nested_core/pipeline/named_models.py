@@ -1,6 +1,6 @@
-"""How a person names a model: a base, an adapter by any of its names, or a file of a room's format.
+"""Find the model that a person names: a base, an adapter by any of its names, or a room's format.
 
-A room's formats are in nested_core/rooms/__init__.py.
+The formats of rooms are in nested_core/rooms/__init__.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nested_core.storage.run_directory import RunDirectory
 
 @dataclass(frozen=True)
 class RecordedBase:
-    """The base that an exported model was made of: folder or name on the hub, and fingerprint."""
+    """The base that an exported model was made from: its folder or hub name, and fingerprint."""
 
     base: str
     fingerprint: str
@@ -34,11 +34,11 @@ class RecordedBase:
 class NamedModel:
     """A model as a person named it: a base, alone or with an adapter.
 
-    name: as a person gave it; "base" for the base that others are compared with.
+    name: as the person gave it; "base" for the base that others are compared with.
     model: the base's folder or its name on the hub.
     adapter: None for the base alone.
-    seen: digests of the examples that it was trained on, as far as they are recorded.
-    made_of: of an exported model, the base that its record names.
+    seen: digests of the examples that it was trained on, as far as recorded.
+    made_of: for an exported model, the base that its record names.
     """
 
     name: str
@@ -52,11 +52,13 @@ class NamedModel:
 def find_model(
     given: str, registry: Path | None, base_model: str | None, temporary: Path
 ) -> tuple[NamedModel, RunDirectory | None]:
-    """The model that a person means, and its run if it is one.
+    """Find the model that a person names, and its run if it is a run's.
 
-    A PEFT adapter is converted into the folder `temporary`, and a model of a room's format unpacked
-    there. Raises ConfigError for a name that is none and what a room's format refuses, DamagedError
-    for damaged files.
+    temporary: a folder for converted files: a PEFT adapter is converted, and a model of a room's
+        format unpacked.
+
+    Raises ConfigError for an unknown name and what a room's format refuses, DamagedError for
+    damaged files.
     """
     path = Path(given)
     for find_model_of_format in seams.load_all("model_format"):
@@ -83,7 +85,7 @@ def find_model(
 
 
 def _read_training_digests(named: NamedAdapter) -> Digests:
-    """What an adapter and its ancestors were trained on, as far as it is recorded."""
+    """Return the digests of the examples that an adapter and its ancestors were trained on."""
     run = named.run
     if run is None:
         return read_training_digests(named.folder)

@@ -1,6 +1,6 @@
-"""What can fail a run at its end, tried before its first step: registry, folders, logger, disk.
+"""Checks before the first step of what would fail a run at its end: registry, folders, disk.
 
-Whatever is refused here is refused before hours of training; until then there is no run folder.
+Everything is refused here before hours of training, and before the run folder exists.
 """
 
 from __future__ import annotations
@@ -36,12 +36,10 @@ DEFAULT_MOMENTS = 2
 
 
 def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Try what a run needs at its end, and leave nothing behind but the folder of adapter_path.
+    """Check everything that a run needs at its end: output paths, rooms, registry, suites, disk.
 
-    First of all where it may write.
-
-    Raises ConfigError for what cannot be used, DamagedError for a registry that is damaged,
-    DatasetError for suites with bad lines.
+    It creates nothing but the folder of adapter_path. Raises ConfigError for what cannot be used,
+    DamagedError for a damaged registry, DatasetError for suites with bad lines.
     """
     refuse_mlx_launch()
     for key, room in seams.list_deleted_keys().items():
@@ -51,8 +49,8 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
             seams.require(room, key)
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
-    count_processes(config)  # refuses a hostfile that cannot be used
-    load_services(config)  # refuses one that is not installed
+    count_processes(config)  # raises for an unusable hostfile
+    load_services(config)  # raises for one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
         if effective_rule(config.registry).asks_person:
@@ -65,7 +63,11 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
 
 
 def require_output_places(config: FineTuneConfig, run: RunDirectory) -> Path | None:
-    """The resolved folder of adapter_path; ConfigError where that or the run would be another's."""
+    """Return the resolved folder of adapter_path; None without that key.
+
+    Raises ConfigError if that folder or the run directory lies in a registry, a run or a model's
+    folder.
+    """
     registry = config.registry.path
     require_free_place(run.path, RUN_DIR_KEY, own_run=run.path, registry=registry)
     if config.adapter_path is None:
@@ -74,19 +76,20 @@ def require_output_places(config: FineTuneConfig, run: RunDirectory) -> Path | N
 
 
 def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Raise ConfigError where the disk has no room for the checkpoints that a run will keep.
+    """Raise ConfigError if the disk has no room for the checkpoints that a run will keep.
 
-    Their size follows from the initial adapter; those that are there already count.
+    Their size is estimated from the initial adapter; existing checkpoints are counted.
     """
-    one = estimate_checkpoint_bytes(config, run)
+    size = estimate_checkpoint_bytes(config, run)
     iterations = estimate_iterations(config, run)
     every = config.intervals(iterations).save
     saves = config.training.keep_checkpoints if every is None else ceil(iterations / every)
+    # The best checkpoint is kept beside the last ones, twice where a flush may void it
     bests = 2 if config.nested.slow_gradients == "accumulate" else 1
     most = min(saves + 1, config.training.keep_checkpoints + bests + 1)  # and one in writing
     missing = max(0, most - len(list_checkpoints(run.checkpoints)))
     weights = (run.initial / WEIGHTS_NAME).stat().st_size
-    needed = missing * one + weights  # the adapter that is offered in the end
+    needed = missing * size + weights  # the adapter that is offered in the end
     if config.adapter_path is not None:
         needed += saves * weights
     free = shutil.disk_usage(run.path).free
@@ -94,14 +97,14 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
         return
     raise ConfigError(
         f"{run.path} has no room for its checkpoints: up to {most} are kept at a time, of about "
-        f"{_format_bytes(one)} each, which with the adapter is {_format_bytes(needed)} more, and "
+        f"{_format_bytes(size)} each, which with the adapter is {_format_bytes(needed)} more, and "
         f"{_format_bytes(free)} are free on its disk. Make room, keep fewer with "
         f"training.keep_checkpoints, or give a run directory on another disk."
     )
 
 
 def estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
-    """How long a validated run is; by the number of its examples where epochs decide."""
+    """Estimate the micro-batches of a validated run; with epochs, from its number of examples."""
     examples = read_dataset_record(run.dataset).splits["train"].rows
     if earlier := find_earlier_examples(config, run):
         return earlier.estimate_iterations(examples)
@@ -111,7 +114,7 @@ def estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
 
 
 def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:
-    """Adapter, float32 masters of narrower tensors, and the optimizer's float32 moments."""
+    """Estimate a checkpoint's size: adapter, float32 master copies and the optimizer's moments."""
     weights = run.initial / WEIGHTS_NAME
     with open_regular(weights) as (file, size):
         tensors = read_header(file, size, weights).values()
@@ -128,4 +131,5 @@ def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:
 
 
 def _format_bytes(size: int) -> str:
+    """Format a size in GB or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

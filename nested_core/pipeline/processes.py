@@ -1,4 +1,4 @@
-"""Rooms that a run asks: who trains in several processes, and for the services of `report_to`."""
+"""What a run asks of rooms: training in several processes, and the services of `report_to`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ LAUNCHED_VARIABLE = "MLX_RANK"  # which mlx.launch sets for each process that it
 
 
 def count_processes(config: FineTuneConfig) -> int:
-    """The number of processes that train.
+    """Return the number of processes that train.
 
-    Raises ConfigError where the room that starts them is not installed, or a hostfile cannot be
-    used.
+    Raises ConfigError if the room that starts them is not installed, or the hostfile is unusable.
     """
     training = config.training
     if (training.processes, training.hostfile) == (1, None):
@@ -38,15 +37,16 @@ def train_in_processes(
 ) -> None:
     """Train in several processes until result.json is written.
 
-    `on_start` is called with what has a trainer's methods. Raises what a trainer raises, and
-    TrainingProcessLost where a process was lost.
+    on_start: called with an object that has a trainer's methods for all processes.
+
+    Raises what a trainer raises, and TrainingProcessLost if a process was lost.
     """
     train = seams.load_only("train_in_processes", "training.processes")
     train(config, run, processes, callback, on_start)
 
 
 def refuse_mlx_launch() -> None:
-    """Raise ConfigError where mlx.launch started this command: each process would train alone."""
+    """Raise ConfigError if mlx.launch started this command: each process would train alone."""
     if LAUNCHED_VARIABLE not in os.environ:
         return
     seams.load_only("train_in_processes", "mlx.launch")
@@ -58,8 +58,8 @@ def refuse_mlx_launch() -> None:
 
 
 def load_services(config: FineTuneConfig) -> Any:
-    """The room's Services for what `report_to` names; None if it names nothing.
+    """Return the Services object for what `report_to` names; None if it names nothing.
 
-    Raises ConfigError for a service that is not known or not installed, and without the room.
+    Raises ConfigError for a service that is unknown or not installed, and without the room.
     """
     return seams.load_only("services", "report_to")(config) if config.report_to else None

@@ -31,11 +31,7 @@ from nested_core.pipeline.continual import (
     record_trial,
     settings_digest,
 )
-from nested_core.records.dataset import (
-    DatasetReport,
-    SplitStats,
-    held_out_split,
-)
+from nested_core.records.dataset import DatasetReport, SplitStats, held_out_split
 from nested_core.records.judged_run import (
     JudgedRun,
     hash_metrics,
@@ -67,10 +63,11 @@ TRAINING_KEY = "metrics_sha256"
 
 
 def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
-    """Read gate.json, which has to say passed, and check that the files of the run bear that out.
+    """Read gate.json, which must say passed, and check that the run's files are those it judged.
 
-    So must the base model, if it is on this machine. Raises ConfigError if nothing was judged,
-    GateRejected if the adapter did not pass, DamagedError if verdict and files do not agree.
+    The base model is checked too if it is on this machine. Raises ConfigError if nothing was
+    judged, GateRejected if the adapter did not pass, DamagedError if verdict and files do not
+    agree.
     """
     judged = recheck_verdict(config, run)
     base = find_model_folder_offline(config.model)
@@ -80,11 +77,12 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> Judge
 
 
 def find_judged_run(run: RunDirectory, session: Session) -> JudgedRun:
-    """The run that passed, as its gate left it in the session; else read from its folder."""
+    """Return the judged run from the session's memory, or else read it from its folder."""
     return _find_in_hand(run, session) or read_judged_run(run.path)
 
 
 def _find_in_hand(run: RunDirectory, session: Session) -> JudgedRun | None:
+    """Return the judged run from the session's memory; None if it is not there."""
     is_in_hand = session.judged is not None and session.judged.folder.path == run.path
     return session.judged if is_in_hand else None
 
@@ -96,10 +94,11 @@ def register_run(
     *,
     origin: Origin = NO_ORIGIN,
 ) -> Decision:
-    """Add a run that passed to the configured registry, and promote it where that is asked for.
+    """Register a run that passed, and promote it if run and registry allow.
 
-    `champion` is the champion when the run was judged. Returns what became of the version. Raises
-    ConfigError where no registry is configured.
+    champion: the champion that the run was judged against.
+
+    Returns the decision on its promotion. Raises ConfigError if no registry is configured.
     """
     registry_location(config.registry)
     recorded = _make_provenance_with_conditions(config, judged, champion)
@@ -108,9 +107,10 @@ def register_run(
 
 
 def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples | None:
-    """The examples of a run for its version to keep; None if they need not be kept, or are kept.
+    """Read the examples of a run that its version stores in the registry.
 
-    None, too, with a warning, where the data has changed since it was validated, or is gone.
+    None if the registry keeps no data, or has this version's already. None with a warning if the
+    data has changed since it was validated, or is gone.
     """
     registry, name = registry_location(config.registry)
     is_kept = keeps_examples(registry / name, judged.version)
@@ -126,6 +126,7 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
             for split in recorded
             if split != "train"
         }
+        # The split that the gate judged by, or a file of its own
         if choice in SPLITS_BY_HELD_OUT_CHOICE:
             held_out = held_out_sets.pop(held_out_split(choice, recorded), [])
         else:
@@ -149,7 +150,7 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
 def _leave_out_dropped(
     config: FineTuneConfig, run: RunDirectory, train: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows without those that an ancestor holds out, and the run did not train on."""
+    """Remove rows that the run did not train on because an ancestor holds them out."""
     if (earlier := find_earlier_examples(config, run)) is None:
         return train
     dropped = {*earlier.find_dropped()}
@@ -159,7 +160,10 @@ def _leave_out_dropped(
 def _read_validated_rows(
     settings: DataSettings, split: str, recorded: Mapping[str, SplitStats]
 ) -> list[dict[str, Any]]:
-    """The rows of a split; DatasetError where they are not those that were validated."""
+    """Read the rows of a split; DatasetError if they have changed since they were validated.
+
+    recorded: the splits in dataset.json.
+    """
     read = read_split_rows(settings, split)
     if read is None or (split in recorded and read.digest != recorded[split].digest):
         raise DatasetError(
@@ -169,9 +173,10 @@ def _read_validated_rows(
 
 
 def record_rejection(config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
-    """Keep a verdict that rejects an adapter which is a version of the registry already.
+    """Record a rejecting verdict in the registry.
 
-    A run from the champion whose adapter is none is recorded as a trial.
+    If the adapter is already a version, the verdict is kept beside it. If not, a run that follows
+    the champion is recorded as a trial.
     """
     if config.registry.path is None:
         return
@@ -186,14 +191,14 @@ def record_rejection(config: FineTuneConfig, run: RunDirectory, session: Session
 
 
 def is_registered_from(config: FineTuneConfig, run: RunDirectory, version: str) -> bool:
-    """Whether a version of the configured registry was registered from this training."""
+    """Return whether a version of the configured registry was registered from this training."""
     provenance = read_provenance(version_folder(*registry_location(config.registry), version))
     recorded = provenance.get(TRAINING_KEY)
     return recorded is not None and recorded == hash_metrics(run)
 
 
 def describe_reproduction(config: FineTuneConfig, judged: JudgedRun) -> str | None:
-    """One line where another training made the same adapter before; None for this run's own."""
+    """Return a line if another training made the same adapter before; None otherwise."""
     registry, name = registry_location(config.registry)
     provenance = read_provenance(version_folder(registry, name, judged.version))
     recorded = provenance.get(TRAINING_KEY)
@@ -207,9 +212,9 @@ def describe_reproduction(config: FineTuneConfig, judged: JudgedRun) -> str | No
 
 
 def read_config_for_registry(run: RunDirectory, registry: Path, name: str) -> FineTuneConfig:
-    """A run's configuration, with the registry and the name that a person promotes it to.
+    """Read a run's configuration and replace its registry and name by those given.
 
-    Raises ConfigError for a name that is none.
+    Raises ConfigError for an invalid name.
     """
     check_name(name)
     config = read_run_config(run)
@@ -224,12 +229,11 @@ def register_and_promote_run(
     by: str,
     expected_champion: str | None | Unset = UNSET,
 ) -> tuple[Decision, Judgement]:
-    """Add the adapter of a run that was judged to the registry, and make it the champion.
+    """Register the adapter of a judged run and make it the champion, as a person's decision.
 
-    For a person, who decides over the policy. Returns what became of it, and the run's verdict.
-    Holds the run for reading, and the registry from the one to the other. Raises what
-    `confirm_recorded_verdict`, `register` and `promote` raise, and ConfigError while another
-    process works on the run.
+    It overrides the registry's policy. Returns the decision, and the run's verdict. The run is
+    locked for reading and the registry for writing. Raises what `confirm_recorded_verdict`,
+    `register` and `promote` raise, and ConfigError while another process works on the run.
     """
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
@@ -252,7 +256,7 @@ def register_and_promote_run(
 
 
 def _note_registry(run: RunDirectory, registry: Path, name: str) -> None:
-    """Note in a run that it is promoted to another registry or name than its config.yaml has."""
+    """Record in the run that it is promoted to another registry or name than config.yaml names."""
     config = Run(run).config
     section = None if config is None else config.registry
     configured = section and section.path and (Path(section.path).resolve(), section.name)
@@ -264,9 +268,9 @@ def _note_registry(run: RunDirectory, registry: Path, name: str) -> None:
 def describe_changed_held_out(
     config: FineTuneConfig, verdict: Verdict, dataset: DatasetReport
 ) -> str | None:
-    """That the gate judged by other examples than it judged the champion by, in a sentence.
+    """Return a sentence if the champion was judged on other held-out examples than this run.
 
-    None if they are the same, without a champion, or where one of the two is not recorded.
+    Returns None if they are the same, without a champion, or if one of the two is not recorded.
     """
     champion, validation = verdict.rival, verdict.validation
     if champion is None or validation is None or config.registry.path is None:
@@ -287,7 +291,7 @@ def describe_changed_held_out(
 def _make_provenance_with_conditions(
     config: FineTuneConfig, judged: JudgedRun, champion: str | None
 ) -> dict[str, Any]:
-    """The provenance of a run about which its policy decides: it has all that decided on it."""
+    """Build the provenance of a run whose promotion a policy decides, with `conditions_digest`."""
     recorded = make_provenance(config, judged, champion)
     settings = recorded["settings_digest"]
     conditions = conditions_digest(config, judged.dataset, settings, champion)
@@ -297,9 +301,9 @@ def _make_provenance_with_conditions(
 def make_provenance(
     config: FineTuneConfig, judged: JudgedRun, champion: str | None
 ) -> dict[str, Any]:
-    """The content of provenance.json: configuration, data, base, gate, parent and tool versions.
+    """Build provenance.json: configuration, data, base, gate, parent version and package versions.
 
-    The parent is the version that it was trained from, otherwise the champion that it follows.
+    The parent is the version that the adapter was trained from, else the champion that it follows.
     """
     run, dataset, training = judged.folder, judged.dataset, judged.training
     initial, base = judged.verdict.initial.digest, judged.base_fingerprint

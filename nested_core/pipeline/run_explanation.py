@@ -1,7 +1,7 @@
 """What a configuration will do: what is trained, on what, for how long and in how much memory.
 
-The data is judged, the adapter is attached and a few steps are trained in a temporary folder, as a
-run would; nothing is kept.
+The data is validated, the adapter is attached and a few steps are trained in a temporary folder, as
+a run would; nothing is kept.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.records.dataset import SplitStats
-from nested_core.registry.policy import hold_to_policy
+from nested_core.registry.policy import apply_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
@@ -34,7 +34,7 @@ from nested_core.training.training_setup import prepare_training
 
 @dataclass(frozen=True)
 class TierForecast:
-    """A tier: its frequency, the parameters in it, and its updates in a run to the end."""
+    """A tier: its frequency, its tensors and parameters, and its updates in the whole run."""
 
     frequency: int
     tensors: int
@@ -47,20 +47,20 @@ class RunExplanation:
     """What a run of a configuration will do and cost.
 
     Attributes:
-        config: the configuration, held to the policy of its registry's name.
-        tightening: a sentence for each key in which that policy is stricter than what was asked.
-        base_parameters: parameters of the base model as it is stored; quantised ones are packed.
+        config: the configuration with the policy of its registry's name applied.
+        tightening: a sentence for each key in which that policy is stricter.
+        base_parameters: the base model's parameters as stored; quantised ones count packed.
         tiers: what is trained, tier by tier.
         splits: what is in each split of the data.
         iterations: micro-batches of the whole run.
         steps: optimizer steps of the whole run.
         epochs: passes over the training data of the whole run.
         validation_examples: examples of an evaluation; 0 without a validation set.
-        memory: the predicted peak and the memory that there is.
+        memory: the predicted peak and the available memory.
         replay: what is replayed, in sentences; empty without replay.
         replayed_tokens: trained tokens of replayed examples in the whole run.
-        measured: how fast it is, as the room minutes has it; None if nothing was measured.
-        has_linear_attention: whether modules of `linear_attn`, as Qwen3.5 has them, are trained.
+        measured: the measured speed, of the room minutes; None if nothing was measured.
+        has_linear_attention: whether modules of `linear_attn`, as in Qwen3.5, are trained.
     """
 
     config: FineTuneConfig
@@ -82,13 +82,14 @@ class RunExplanation:
 def explain_run(
     config: FineTuneConfig, on_wait: OnWait | None = None, *, measures_speed: bool = True
 ) -> RunExplanation:
-    """Find out what a run of this configuration will do.
+    """Find out what a run of this configuration will do, without keeping anything.
 
-    With `measures_speed`, and the room minutes, a few steps are trained. Raises what a run raises
-    before it trains: ConfigError, and DatasetError for data with errors. Holds the device
-    meanwhile; `on_wait` is told who has it.
+    measures_speed: train a few steps, if the room minutes is installed.
+    on_wait: called with a line if another process holds the device.
+
+    Raises what a run raises before it trains: ConfigError, and DatasetError for data with errors.
     """
-    config, tightening = hold_to_policy(config)
+    config, tightening = apply_policy(config)
     measured = None
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
         run = open_run(Path(folder) / "run", resume=False)
@@ -134,7 +135,7 @@ def explain_run(
 
 
 def _make_trainer(config: FineTuneConfig, run: RunDirectory) -> tuple[Trainer, int]:
-    """The trainer of the whole run, which takes no step, and the base model's parameters."""
+    """Build the trainer of the whole run without training; also count the base's parameters."""
     model, tokenizer = load_base_model(config)
     base_parameters = sum(array.size for array in trainable_parameters(model).values())
     _, splits = load_run_data(config, run)

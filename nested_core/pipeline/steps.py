@@ -1,7 +1,7 @@
 """The steps of a fine-tune, each from disk to disk: validate, load, train, judge.
 
 A step reads what it needs of the one before from the run directory. `pipeline.finetune` calls them
-in turn; a Prefect flow calls each as a task. A step that computes with the model holds the device.
+in turn; a Prefect flow calls each as a task. A step that computes with the model locks the device.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     """Write the resolved configuration; on resume, refuse one that differs in a key that matters.
 
-    A run without an initial adapter takes any configuration. Call it once, under the run's lock:
-    a configuration that is there by then without `resume` was written by another process.
+    A run without an initial adapter accepts any configuration. Call it once, under the run's lock:
+    if a configuration exists then without `resume`, another process wrote it. Raises ConfigError.
     """
     suites = read_suites(config.gate)  # a bad line is said before hours of training, not after
     remove_leftovers(run.path)
@@ -138,10 +138,10 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
 def validate(
     config: FineTuneConfig, run: RunDirectory, on_progress: OnProgress | None = None
 ) -> DatasetReport:
-    """Choose earlier examples, judge the data set and write dataset.json.
+    """Validate the data set, write dataset.json and return the report.
 
-    Raises DatasetError where the data has an error, ConfigError for earlier data that is missing
-    under `replay.missing: error`.
+    The earlier examples that the run replays are chosen too. Raises DatasetError if the data has an
+    error, ConfigError for missing earlier data under `replay.missing: error`.
     """
     choose_earlier_examples(config, run)
     report, _ = load_run_data(config, run, on_progress)
@@ -153,9 +153,9 @@ def validate(
 
 
 def choose_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Choose the examples of earlier data that the run is trained on, unless it was set up before.
+    """Choose the examples of earlier versions that the run trains on, unless that was done before.
 
-    Raises ConfigError for earlier data that is missing under `replay.missing: error`.
+    Raises ConfigError for missing earlier data under `replay.missing: error`.
     """
     if run.initial.exists() and run.tiers.exists():
         return
@@ -166,16 +166,16 @@ def choose_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> None:
 
 
 def describe_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> list[str]:
-    """Sentences on the earlier examples that a validated run is trained on; none without any."""
+    """Return sentences on the earlier examples that a validated run trains on; may be empty."""
     earlier = find_earlier_examples(config, run)
     return [] if earlier is None else earlier.describe()
 
 
 def require_askable_suites(config: FineTuneConfig) -> None:
-    """Read the suites of `gate.tasks`; DatasetError for prompts that the model cannot take.
+    """Check that the model can be asked the questions of `gate.tasks` and `samples`.
 
-    Raises ConfigError if a file is missing or a text of `samples` has a token that the model does
-    not know, DatasetError if a file has bad lines.
+    Raises ConfigError if a file is missing or a prompt of `samples` has a token that the model does
+    not know, DatasetError for bad lines or prompts that the model cannot take.
     """
     if not config.gate.tasks and not config.samples:
         return
@@ -190,7 +190,7 @@ def require_askable_suites(config: FineTuneConfig) -> None:
 
 
 def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Read what `gate.held_out` names, and look for what `test` measures, before training.
+    """Check before training that the examples for `gate.held_out` and `test` exist.
 
     Raises ConfigError if the split or the file is missing, DatasetError if the file has an error or
     there is no test set.
@@ -213,10 +213,11 @@ def write_initial_adapter_and_tiers(
     *,
     session: Session | None = None,
 ) -> None:
-    """Write the initial adapter and the tier of each tensor.
+    """Write the initial adapter and the tier of each tensor, unless they exist.
 
-    It is fresh, from resume_adapter_file, or where `continual` says so the champion, which is
-    noted in start.json. Holds the device meanwhile; `on_wait` is told who has it.
+    The adapter is fresh, from resume_adapter_file, or the champion if `continual` says so, which is
+    recorded in start.json. The device is locked meanwhile; `on_wait` is called with a line if
+    another process holds it.
     """
     if run.initial.exists() and run.tiers.exists():
         return
@@ -226,7 +227,10 @@ def write_initial_adapter_and_tiers(
 
 
 def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
-    """Write both, whatever is there; the caller holds the device."""
+    """Write the initial adapter, start.json and tiers.json; the caller holds the device's lock.
+
+    Raises ConfigError if the starting adapter does not fit the configuration or the base model.
+    """
     loaded = _load_base_for_initial_adapter(config, session)
     model, base = loaded.model, loaded.folder
     described = make_adapter_config(config, fingerprint_base_model(base))
@@ -236,27 +240,27 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     if earlier := find_earlier_examples(config, run):
         earlier.require_same_start(version)
         choice = earlier.read_choice()
-    goes_on = champion is not None and choice.policy == "continue"
-    start, what = None, f"continual.from: the champion of {config.registry.name}"
-    if goes_on:
+    continues = champion is not None and choice.policy == "continue"
+    start, source = None, f"continual.from: the champion of {config.registry.name}"
+    if continues:
         require_usable_rate(config)
         start = champion
     if config.resume_adapter_file is not None:
         start = read_adapter_file(Path(config.resume_adapter_file))
-        what = f"resume_adapter_file: {start.path}"
+        source = f"resume_adapter_file: {start.path}"
     if start is not None:
-        require_fit(start, what, described, base, trainable_parameters(model))
+        require_fit(start, source, described, base, trainable_parameters(model))
         load_adapter_tensors(model, start.to_mlx())
         if not start.config:
             warnings.warn(
-                f"{what} has no {CONFIG_NAME} beside it: the scale and the base that it was "
+                f"{source} has no {CONFIG_NAME} beside it: the scale and the base that it was "
                 f"trained with are not known. It is used with scale "
                 f"{config.lora_parameters.scale:g} on {base}.",
                 stacklevel=2,
             )
     if config.continual.start is not None:
-        share = config.continual.rate if goes_on else 1.0
-        START_FILE.write(run.start, Start(version, choice, share))
+        rate_share = config.continual.rate if continues else 1.0
+        START_FILE.write(run.start, Start(version, choice, rate_share))
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
     tiers = _assign_tiers(config, run, model)
@@ -265,10 +269,10 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
 
 
 def _load_base_for_initial_adapter(config: FineTuneConfig, session: Session) -> BaseWithAdapter:
-    """The base that training uses too, where its precision shows in nothing that is written.
+    """Load the base model, in training precision if that does not affect the initial adapter.
 
     Fresh LoRA factors do not depend on the base's values. DoRA's magnitudes, weights under `full`
-    and measured importances do: they are taken from the base as it is stored.
+    and measured importances do, and are computed from the base as it is stored.
     """
     is_as_stored = model_compute_dtype(config) is None
     depends = config.nested.strategy == "parameter_importance" or config.fine_tune_type != "lora"
@@ -278,6 +282,7 @@ def _load_base_for_initial_adapter(config: FineTuneConfig, session: Session) -> 
 
 
 def _assign_tiers(config: FineTuneConfig, run: RunDirectory, model: Any) -> TierMap:
+    """Assign each trainable tensor to a tier, measuring importances if the strategy needs them."""
     importance = None
     if config.nested.strategy == "parameter_importance":
         _, splits = load_run_data(config, run)
@@ -296,9 +301,11 @@ def train(
 ) -> TrainResult:
     """Train from the initial adapter, or from the last sound checkpoint, to the end.
 
-    `on_start` is called with the trainer before its first step, so that a signal can stop it; where
-    the configuration asks for several processes, with what has a trainer's methods for all of them.
-    Holds the device, or one for each process, meanwhile; `on_wait` is told who has it.
+    on_start: called with the trainer before its first step, so that a signal can stop it; with
+        several processes, with an object that has a trainer's methods for all of them.
+    on_wait: called with a line if another process holds a device, which is locked meanwhile.
+
+    A run that is already complete is not trained again. Raises what a trainer raises.
     """
     warn_if_unprepared()
     if run.result.exists() and _is_complete(config, run):
@@ -329,7 +336,7 @@ def train_as_rank(
     callback: TrainingCallback,
     on_start: Callable[[Trainer], None],
 ) -> None:
-    """`train` in one of several processes; the main one reports and writes the result."""
+    """Train in one of several data-parallel processes; the main one writes the result."""
     trainer = train_model(config, run, callback, on_start, world=world)
     if world.is_main:
         _publish_result(run, trainer)
@@ -344,7 +351,10 @@ def train_model(
     session: Session | None = None,
     world: World = SINGLE_PROCESS_WORLD,
 ) -> Trainer:
-    """Train in this process, which holds the device; return the trainer at its end."""
+    """Train in this process, which holds the device's lock; return the trainer after its last step.
+
+    callback: receives reports. on_start: called with the trainer before its first step.
+    """
     base = (session or Session()).load_base(config)
     model = base.model
     report, splits = load_run_data(config, run)
@@ -395,7 +405,10 @@ def train_model(
 def _make_plan(
     trainer: Trainer, report: DatasetReport, earlier: TrainingPlan | None, session: Session | None
 ) -> TrainingPlan:
-    """The plan of the process that trains now; `earlier` is that of the one before it."""
+    """Build the plan of the process that trains now.
+
+    earlier: the plan of the process before it; None in a new run.
+    """
     schedule = trainer.step_schedule
     has_validation = schedule.validation_examples > 0
     needed = trainer.memory.needed
@@ -420,13 +433,13 @@ def _make_plan(
 
 
 def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
-    """Whether the run ended, with the `iters` that the configuration asks for now.
+    """Return whether training ended with the number of iterations that the configuration has now.
 
-    A checkpoint that says so is verified; one that training goes on from is verified when it is
-    read for that.
+    The newest checkpoint is verified only if it says so, since resuming verifies it anyway.
     """
 
     def has_all_iterations(state: Mapping[str, Any]) -> bool:
+        """Return whether a checkpoint's state is the end of a run of the configured length."""
         return bool(state.get("ended")) and state.get("wanted_iterations") == config.iters
 
     if not has_all_iterations(latest_state(run.checkpoints)):
@@ -436,7 +449,7 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
 
 
 def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
-    """Publish the best adapter by validation loss, or the last one; write result.json."""
+    """Publish the best adapter, or the last one if that is offered; write result.json."""
     state = trainer.state
     best = state.best_step if trainer.step_schedule.offers_best else None
     step = state.step if best is None else best
@@ -466,11 +479,10 @@ def judge(
     *,
     session: Session | None = None,
 ) -> Verdict:
-    """Judge the run's adapter and write gate.json; GateRejected where it did not pass.
+    """Judge the run's adapter and write gate.json; GateRejected if it did not pass.
 
-    What the registration needs of the run stays in the session. Holds the device meanwhile: the
-    gate loads the base model, and so does the process of its proof. What fails for the machine is
-    an error to try again, and nothing is written.
+    The device is locked meanwhile. What registration needs of the run stays in the session. If the
+    machine fails (memory, disk, compiler), NestedTuneError is raised and no verdict is written.
     """
     session = session or Session()
     with locking_devices(on_wait, session=session):
@@ -496,7 +508,7 @@ def judge(
 
 
 def _write_verdict(checked: CheckedRun) -> JudgedRun:
-    """Write what was measured, then gate.json and the manifest that binds it to that."""
+    """Write the gate's measurements, then gate.json and the manifest that binds it to them."""
     config, run = checked.config, checked.run
     remove_file(run.manifest)  # no verdict is bound to files that are written anew
     for earlier in run.measured:
@@ -519,7 +531,7 @@ def measure_test(
     *,
     session: Session | None = None,
 ) -> float:
-    """Mean loss of the run's adapter on test.jsonl, in nats a supervised token, for `test`."""
+    """Return the mean loss of the run's adapter on test.jsonl, in nats per supervised token."""
     session = session or Session()
     with locking_devices(on_wait, session=session):
         return test_loss(config, run, session)

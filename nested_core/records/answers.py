@@ -1,6 +1,7 @@
-"""What models answered: answers.jsonl to the questions of `gate.tasks`, a line an answer.
+"""answers.jsonl and sample-answers.jsonl: their types, readers and writers.
 
-sample-answers.jsonl has what base and adapter answered to a few prompts, to read and to judge.
+answers.jsonl has one line for each answer of each model to each question of `gate.tasks`.
+sample-answers.jsonl has what base and adapter answered to a few prompts, for a person to read.
 """
 
 from __future__ import annotations
@@ -31,25 +32,31 @@ BROKEN_WORDS: Mapping[str, str] = {
 
 
 def shown_answer(text: str) -> str:
-    """An answer without the space around it; of one without anything to read, that it is empty."""
+    """Strip the whitespace around an answer for display; an empty answer gives "(empty)"."""
     return text.strip() or "(empty)"
 
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One answer of one model to one question of one suite.
+    """One answer of one model to one question of one suite of `gate.tasks`.
 
-    model: the base alone, the adapter that training went on from, the champion at the time of the
-        gate, or the adapter that is judged.
-    question: its id or line and what it asks, shortened; `line` is counted from 1.
+    task: the name of the suite.
+    model: which model answered: the base alone, the adapter that training started from (parent),
+        the champion when the gate ran, or the adapter being judged (candidate).
+    line: the question's line in the suite's file, counted from 1.
+    question: the question's id or line number, and the start of its text.
     score: how right the answer is, from 0 to 1.
-    tokens: how many were generated; 0 for a choice, which is not generated.
-    empty, endless, repeated: there is nothing to read, it was cut off, it is one token repeated.
-    seconds: the suite's time with this model, divided by its questions.
-    same_prompt_as: the first line of the suite with the same prompt; None for that line itself.
-    expected: the right answers, shortened; None without a right answer, or from an earlier release.
-    chosen_among: of the candidate's: the steps among which this suite's questions chose it; 1 where
-        they chose nothing.
+    tokens: how many tokens were generated; 0 for a multiple-choice question, which needs no
+        generation.
+    empty, endless, repeated: whether the answer has no text, was cut off at the token limit, or is
+        one token over and over.
+    seconds: the time that this model took for the whole suite, divided by the number of questions.
+    same_prompt_as: the first line of the suite with the same prompt; None if this line is the
+        first.
+    expected: the right answers, shortened; None if the question has no fixed right answer, or if an
+        earlier release wrote the file.
+    chosen_among: how many checkpoints were compared by their scores on this suite to choose the
+        candidate; 1 if the suite chose nothing. Set for the candidate's answers alone.
     """
 
     task: str
@@ -72,12 +79,12 @@ _RECORD_VALIDATOR = TypeAdapter(AnswerRecord)
 
 
 def write_answers(path: Path, records: Iterable[AnswerRecord]) -> None:
-    """Write answers.jsonl whole, in place of an earlier one."""
+    """Write all answers to answers.jsonl, replacing the file atomically."""
     write_bytes(path, b"".join(canonical_json(asdict(record)) + b"\n" for record in records))
 
 
 def read_answers(path: Path) -> Sequence[AnswerRecord]:
-    """Read answers.jsonl; DamagedError if it is not what the gate wrote."""
+    """Read answers.jsonl; raise DamagedError for a line that is not an AnswerRecord."""
     lines = BytesIO(read_regular(path))
     with naming_damaged_file(path):
         return [_RECORD_VALIDATOR.validate_json(line, strict=True) for line in lines]
@@ -85,15 +92,16 @@ def read_answers(path: Path) -> Sequence[AnswerRecord]:
 
 @dataclass(frozen=True)
 class SampleAnswers:
-    """A prompt and its answers.
+    """One sample prompt with what the base, the parent and the trained adapter answered.
 
-    expected: the data set's own answer; None for a configured prompt.
-    base, adapter: what the base model and the trained adapter answered.
-    parent: the adapter that training went on from; None for a fresh one, which is the base.
+    expected: the answer in the data set; None for a prompt from the configuration.
+    base, adapter: the answers of the base model and of the trained adapter.
+    parent: the answer of the adapter that training started from; None for a fresh adapter, which
+        answers as the base does.
     place: where the prompt comes from, such as `valid.jsonl:3`.
-    base_broken, adapter_broken: how the answer is broken: empty, no words, one token or pair
-        repeated, without an end where the expected one is a quarter as long, or, of the adapter,
-        the same to every prompt; None for a sound answer.
+    base_broken, adapter_broken: how the answer is broken, as a key of BROKEN_WORDS; None for a
+        sound answer. `endless` needs an expected answer of at most a quarter of the length; `same`
+        is for the adapter alone.
     """
 
     prompt: str
@@ -110,11 +118,11 @@ _SAMPLE_VALIDATOR = TypeAdapter(SampleAnswers)
 
 
 def render_sample_answers(rows: Sequence[SampleAnswers]) -> bytes:
-    """The content of the file."""
+    """Return the bytes of sample-answers.jsonl: one JSON object per prompt and line."""
     return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
 
 
 def read_sample_answers(path: Path) -> list[SampleAnswers]:
-    """The answers in a run's file; DamagedError if it is missing or holds anything else."""
+    """Read sample-answers.jsonl; raise DamagedError if it is missing or a line has another form."""
     with naming_damaged_file(path):
         return [_SAMPLE_VALIDATOR.validate_json(line) for line in BytesIO(read_regular(path))]

@@ -1,8 +1,9 @@
 """dataset.json: the report on a data set, its reader, and which of its splits judges an adapter.
 
-Findings by file and line, counts, and the paragraph that rejects it; nothing is judged here.
-Findings are shown in groups by check and cause, so that a fault of every line is read once. A cause
-is a message without its numbers: two lines may be bad JSON at different columns.
+The report has findings by file and line, counts, and the message that rejects a data set. The
+checks that make findings are in data/rules. Findings are shown in groups of one check and cause, so
+that a fault of every line is read once. A cause is a message without its numbers: two lines may be
+bad JSON at different columns.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ _MAX_SHOWN_CHECKS = 3
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A check that failed: in which file, at which line (from 1; None is the whole file), and why.
+    """A failed check of a data set: in which file, at which line, and why.
 
-    count: for the one finding that stands for those of a check that are not listed, their number.
+    line: counted from 1; None if the finding is about the whole file.
+    count: set on the one finding that stands for all findings of a check beyond those listed: how
+        many they are.
     """
 
     file: str
@@ -47,11 +50,12 @@ class Finding:
     count: int | None = None
 
     def __str__(self) -> str:
+        """Format the finding as `FILE:LINE: CHECK: MESSAGE`."""
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{place}: {self.check}: {self.message}"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values; `count` only if there is one."""
+        """Return the fields as JSON values; `count` is left out if it is None."""
         values = asdict(self)
         if self.count is None:
             del values["count"]
@@ -60,14 +64,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class FilePart:
-    """One of the files of a split: its name, and how many lines those before it are counted as."""
+    """One file of a split that has several files.
+
+    lines_before: how many lines the files before this one have together.
+    """
 
     name: str
     lines_before: int
 
 
 def find_place(parts: Sequence[FilePart], file: str, line: int) -> tuple[str, int]:
-    """The file and the line there of a line of a split, which is counted through its parts."""
+    """Translate a line number counted through all files of a split into a file and its own line.
+
+    file: what is returned with `line` unchanged if the split has no parts.
+    """
     for part in reversed(parts):
         if line > part.lines_before:
             return part.name, line - part.lines_before
@@ -76,10 +86,11 @@ def find_place(parts: Sequence[FilePart], file: str, line: int) -> tuple[str, in
 
 @dataclass(frozen=True)
 class Findings:
-    """The findings while a data set is judged, and every line that has an error, listed or not.
+    """The findings collected while a data set is checked.
 
-    parts: of the splits that have several files, by the split's name. Their lines are counted
-        through in `error_lines`, as in tables; a finding has the file itself and its line there.
+    error_lines: for each file, the numbers of all lines with an error, even those not listed.
+    parts: the files of each split that has several, by the split's file name. `error_lines` counts
+        lines through all of them; a Finding names the single file and the line in it.
     """
 
     listed: list[Finding] = field(default_factory=list)
@@ -87,15 +98,18 @@ class Findings:
     parts: Mapping[str, Sequence[FilePart]] = field(default_factory=dict)
 
     def lines_with_errors(self, file: str) -> frozenset[int]:
-        """The numbers of the lines of a file that have an error."""
+        """Return the numbers of the lines of a file that have an error."""
         return frozenset(self.error_lines.get(file, ()))
 
     def find_place(self, file: str, line: int) -> tuple[str, int]:
-        """The file and the line in it that a person finds a line of a table by."""
+        """Translate a line number of a split into one of its files and the line in it.
+
+        file: the split's name, as in `parts`.
+        """
         return find_place(self.parts.get(file, ()), file, line)
 
     def name_lines(self, file: str, lines: Iterable[int], most: int) -> str:
-        """The first of some lines of a table: numbers, or where there are parts places."""
+        """Name the first `most` of some lines: numbers, or FILE:LINE in a split of many files."""
         places = (self.find_place(file, line) for line in lines)
         return join_first_values(
             [f"{name}:{line}" if file in self.parts else line for name, line in places], most
@@ -103,7 +117,7 @@ class Findings:
 
 
 def guide_sentence(findings: Iterable[Finding]) -> str:
-    """A sentence that names the places in the guide of the first checks that found something."""
+    """Return a sentence that links the data guide's sections on the first failed checks."""
     places = [f"{DATA_GUIDE}#{check}" for check in dict.fromkeys(f.check for f in findings)]
     return f"Explained in the project's {join_first_values(places, _MAX_SHOWN_CHECKS)}"
 
@@ -115,7 +129,12 @@ _NUMBER_PATTERN = re.compile(r"\d[\d,.]*")
 
 @dataclass(frozen=True)
 class FindingGroup:
-    """Findings of one check and cause in one file; `message` is that of the first of them."""
+    """Findings of one check with one cause in one file.
+
+    message: that of the first finding.
+    lines: the first few line numbers; empty if the findings are about the whole file.
+    count: how many findings the group stands for.
+    """
 
     severity: Severity
     file: str
@@ -126,13 +145,13 @@ class FindingGroup:
 
     @property
     def shown_lines(self) -> str | None:
-        """The first lines, separated by commas; None for a finding about the whole file."""
+        """The first line numbers, separated by commas; None for a finding about the whole file."""
         if not self.lines:
             return None
         return join_first_values(self.lines, MAX_SHOWN_LINES)
 
     def __str__(self) -> str:
-        """The first finding, and in how many more lines it is."""
+        """Describe the first finding, and on how many more lines the same cause was found."""
         place = f"{self.file}:{self.lines[0]}" if self.lines else self.file
         text = f"{place}: {self.check}: {self.message}"
         if self.count == 1:
@@ -145,10 +164,11 @@ class FindingGroup:
 
 
 def group_findings(findings: Iterable[Finding]) -> list[FindingGroup]:
-    """The groups in the order of their first findings, at most MAX_SHOWN_CAUSES a check and file.
+    """Group findings by severity, file, check and cause, in the order of their first findings.
 
-    What a check does not list (Finding.count) counts where the check has one cause. Of more causes
-    than are shown, the rest is one group.
+    Each check has at most MAX_SHOWN_CAUSES causes per file; all further causes form one more group.
+    A finding that only counts unlisted ones (`Finding.count`) is added to the check's single cause,
+    or to the group of further causes.
     """
     checks: dict[tuple[Severity, str, str], dict[str, FindingGroup]] = {}
     for finding in findings:
@@ -165,6 +185,10 @@ def group_findings(findings: Iterable[Finding]) -> list[FindingGroup]:
 def _add_finding_to_group(
     group: FindingGroup | None, finding: Finding, *, is_rest: bool
 ) -> FindingGroup:
+    """Return the group with one more finding counted; a new group if `group` is None.
+
+    is_rest: whether the group is the one of all causes beyond MAX_SHOWN_CAUSES.
+    """
     lines = () if finding.line is None else (finding.line,)
     count = 1 if finding.count is None else finding.count
     if group is None:
@@ -181,10 +205,16 @@ _MAX_SHOWN_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Lengths in tokens after truncation, how many tokens are supervised, and what batches pad.
+    """Token counts of a split after truncation.
 
-    context, beyond_context: how many tokens the model can see, where its config.json says so, and
-        how many examples are longer.
+    total, p50, p95, max: tokens of all examples, and the median, 95th percentile and maximum
+        length.
+    supervised: how many tokens the loss is computed on.
+    truncated_rows, lost_tokens: how many examples were cut, and how many tokens were cut off.
+    padding_share: the share of batch positions that are padding.
+    widths: how many different batch widths occur.
+    context: the model's context length in tokens, from its config.json; None if not given there.
+    beyond_context: how many examples are longer than `context`.
     """
 
     total: int
@@ -202,11 +232,15 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class SplitStats:
-    """One split counted: lines = blank + rejected + dropped + rows, and rows are what trains.
+    """Counts of one split of a data set; lines = blank + rejected + dropped + rows.
 
-    in_format: how many lines, rejected and dropped ones too, have the format of most.
-    delimiters: of tables: commas, semicolons ...
-    parts: where there are several files; then `file` names them all.
+    format: the format that most lines have; None if no line has a known one.
+    rows: how many examples are trained on.
+    in_format: how many lines have `format`, rejected and dropped ones included.
+    digest: SHA-256 of the content of the rows.
+    dropped: the numbers of dropped lines by reason.
+    delimiters: the column separators of tables, such as commas.
+    parts: the files of a split that has several; `file` then names them all.
     """
 
     file: str
@@ -225,11 +259,11 @@ class SplitStats:
 
     @property
     def data_format(self) -> str:
-        """The format of most rows, as the key data_format has it."""
+        """The format of most rows, as a value of the key `data_format`."""
         return {"completion": "completions", None: "no format"}.get(self.format, str(self.format))
 
     def describe_format(self) -> str:
-        """Such as `train.csv: alpaca, 207 of 208 rows, separated by semicolons`."""
+        """Describe the format: `train.csv: alpaca, 207 of 208 rows, separated by semicolons`."""
         rows = self.lines - self.blank
         of_all = f"{self.in_format:,} of {_format_count(rows, 'row')}"
         tables = f", separated by {' and '.join(self.delimiters)}" if self.delimiters else ""
@@ -238,12 +272,14 @@ class SplitStats:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """All findings, errors first, then by file and line; and a count of each split that exists.
+    """The report on a data set: findings by severity, file and line, and counts of each split.
 
-    chat_template: SHA-256 of the template that messages were tokenised with; None without one.
-    vocabulary: SHA-256 of the files that cut text into tokens (`vocabulary_digest`).
-    tokenizer: SHA-256 of the files of the tokenizer that was used, the template and the tokens that
-        end an answer among them (`fingerprint_tokenizer`); None if nothing was tokenised.
+    digest: SHA-256 of the content of all splits.
+    chat_template: SHA-256 of the template that formatted chat messages; None if no template was
+        used.
+    vocabulary: SHA-256 of the tokenizer's files that split text into tokens (`vocabulary_digest`).
+    tokenizer: SHA-256 of all tokenizer files with the chat template and the end tokens
+        (`fingerprint_tokenizer`); None if nothing was tokenized.
     """
 
     folder: str
@@ -256,19 +292,20 @@ class DatasetReport:
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """The findings that reject the data set."""
+        """The findings of severity error, which reject the data set."""
         return self._findings_of_severity("error")
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
-        """The findings that a person should look at."""
+        """The findings of severity warning."""
         return self._findings_of_severity("warning")
 
     def _findings_of_severity(self, severity: Severity) -> tuple[Finding, ...]:
+        """Return the findings of one severity."""
         return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as plain JSON values, for dataset.json and `validate --json`."""
+        """Return the report as JSON values, for dataset.json and `validate --json`."""
         return {
             "folder": self.folder,
             "digest": self.digest,
@@ -282,7 +319,7 @@ class DatasetReport:
 
     @property
     def counts(self) -> dict[Severity, int]:
-        """The number of findings of each severity, with those that are not listed."""
+        """The number of findings of each severity, unlisted ones included."""
         return {
             severity: _count_findings(self._findings_of_severity(severity))
             for severity in _SEVERITY_ORDER
@@ -290,11 +327,14 @@ class DatasetReport:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DatasetReport:
-        """The report that `to_json` gave these values of."""
+        """Build the report from the JSON values that `to_json` returned."""
         return _REPORT_VALIDATOR.validate_python(values)
 
     def raise_if_rejected(self) -> None:
-        """Raise DatasetError, at most 14 lines, that names the first errors and counts the rest."""
+        """Raise DatasetError if the report has errors.
+
+        The message names the first errors and counts the rest, in at most 14 lines.
+        """
         errors = self.errors
         if not errors:
             return
@@ -315,9 +355,10 @@ class DatasetReport:
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:
-        """How many warnings there are of each check, on one line; empty without warnings.
+        """Return one line with the number of warnings of each check; "" without warnings.
 
-        In full, what the model cannot see of the data: no other warning may spoil a whole run.
+        A warning that examples exceed the model's context is quoted in full, as it can spoil a
+        whole run.
         """
         if not self.warnings:
             return ""
@@ -335,7 +376,10 @@ _REPORT_VALIDATOR = TypeAdapter(DatasetReport)
 
 
 def sort_findings(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
-    """Errors, warnings, infos; in each by file in this order, then by line, unlisted ones last."""
+    """Sort findings by severity, then file in the order of `files`, then line.
+
+    A finding that only counts unlisted ones comes last of its file and severity.
+    """
     ranks = {file: rank for rank, file in enumerate(files)}
     return tuple(
         sorted(
@@ -351,34 +395,37 @@ def sort_findings(findings: list[Finding], files: list[str]) -> tuple[Finding, .
 
 
 def _count_findings(findings: Iterable[Finding]) -> int:
-    """The number of findings, with those that are not listed."""
+    """Count findings, with the unlisted ones that a finding's `count` stands for."""
     return sum(1 if finding.count is None else finding.count for finding in findings)
 
 
 def _format_count(number: int, noun: str) -> str:
+    """Format a number with its noun: `1 line`, `1,234 lines`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def read_dataset_record(path: Path) -> DatasetReport:
-    """Read dataset.json; DamagedError if it is not the report on a data set."""
+    """Read dataset.json; raise DamagedError if it is not a DatasetReport."""
     values = read_json(path, None)  # as large as the number of findings made it
     with naming_damaged_file(path, "It is written anew where the run goes on.", go_on_with()):
         return _REPORT_VALIDATOR.validate_python(values)
 
 
 def held_out_split(choice: str, splits: Mapping[str, SplitStats]) -> str | None:
-    """The split that losses are measured on: the first one with examples that the choice allows.
+    """Return the split that held-out losses are measured on, for the value of `gate.held_out`.
 
-    None without such a split, and if the choice is a file outside of the data set.
+    It is the first split with examples that the choice allows. None if no such split has examples,
+    or if the choice is a file outside of the data set.
     """
     allowed = SPLITS_BY_HELD_OUT_CHOICE.get(choice, ())
     return next((name for name in allowed if name in splits and splits[name].rows), None)
 
 
 def held_out_file(choice: str, dataset: DatasetReport) -> str | None:
-    """The file that losses are measured on: `test.jsonl`, `valid.jsonl` or the file given.
+    """Return the file that held-out losses are measured on, such as test.jsonl.
 
-    None if `auto` finds neither a test set nor a validation set.
+    choice: the value of `gate.held_out`. None is returned if it is `auto` and the data set has
+        neither a test nor a validation split.
     """
     if choice not in SPLITS_BY_HELD_OUT_CHOICE:
         return choice
@@ -387,8 +434,9 @@ def held_out_file(choice: str, dataset: DatasetReport) -> str | None:
 
 
 def require_held_out(choice: str, max_kl: float | None, dataset: DatasetReport, data: str) -> None:
-    """Raise ConfigError if the chosen split is not there, or a bound has nothing to hold against.
+    """Raise ConfigError if `gate.held_out` or `gate.max_kl` needs held-out examples and has none.
 
+    choice: the value of `gate.held_out`.
     data: where the data set comes from, for the message.
     """
     if held_out_file(choice, dataset) is not None:
@@ -406,7 +454,7 @@ def require_held_out(choice: str, max_kl: float | None, dataset: DatasetReport, 
 
 
 def require_test_set(dataset: DatasetReport, data: str) -> None:
-    """Raise DatasetError if there is no test set, which `test` asks to be measured on."""
+    """Raise DatasetError if the data set has no test examples, which the key `test: true` needs."""
     if "test" not in dataset.splits or not dataset.splits["test"].rows:
         raise DatasetError(
             f"test: {data} has no test.jsonl, or it is empty. Add one, or leave out test: true."

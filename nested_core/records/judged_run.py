@@ -1,7 +1,7 @@
-"""A run that was judged: what the gate had in hand, and the registry and its pages need.
+"""A finished run with its verdict and adapter, as the registry and its pages need it.
 
-`steps.judge` hands it on to the registration; after a restart, and for `nested-tune promote`, the
-same is read from the run's folder.
+`steps.judge` passes it on in memory to the registration; after a restart, and for `nested-tune
+promote`, the same is read from the run's folder.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from nested_core.storage.untrusted_files import file_type, regular_sha256
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """How a run was trained.
+    """How long and on what a run was trained.
 
-    schedule: steps, planned steps, epochs and file, as provenance.json has them; None for a run
-        without a plan.
-    replayed_tokens: how many supervised tokens of earlier data it was trained on.
-    seconds: how long it took, without evaluations and pauses.
+    schedule: steps, planned steps, epochs and training file, for provenance.json; None for a run
+        without plan.json.
+    replayed_tokens: how many supervised tokens of earlier versions' data were trained on.
+    seconds: the time spent in training steps, without evaluations and pauses.
     """
 
     schedule: dict[str, Any] | None
@@ -49,7 +49,7 @@ class TrainingRecord:
 
     @classmethod
     def read(cls, run: RunDirectory) -> TrainingRecord:
-        """What metrics.jsonl and plan.json say, each read once."""
+        """Read the record from the run's metrics.jsonl and plan.json."""
         records = read_metrics(run.metrics)
         latest = latest_values(records)
         steps = int(latest.get("step", 0))
@@ -67,9 +67,9 @@ class TrainingRecord:
 
 @dataclass(eq=False)
 class JudgedRun:
-    """A run, the verdict on it, and the adapter that the verdict was given on, in memory.
+    """A run with its verdict and the adapter that the verdict was given on, in memory.
 
-    What is not in hand yet is read from the folder when it is first asked for, and kept.
+    Its other files are read when first asked for, and cached.
     """
 
     folder: RunDirectory
@@ -78,48 +78,49 @@ class JudgedRun:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict, as gate.json has it."""
+        """The gate's verdict on the run's adapter."""
         return self.bound.verdict
 
     @property
     def version(self) -> str:
-        """The digest of the adapter, which is that of the version."""
+        """The adapter's digest, which is also the name of its version in a registry."""
         return self.verdict.trained.digest
 
     @property
     def base_fingerprint(self) -> str | None:
-        """The fingerprint of its base model, as the adapter has it."""
+        """The base model's fingerprint in adapter_config.json; None if it is not recorded."""
         return self.adapter.config.get("base_fingerprint")
 
     @cached_property
     def dataset(self) -> DatasetReport:
-        """The report on the data that it was trained on."""
+        """The report on the data set that the run was trained on."""
         return read_dataset_record(self.folder.dataset)
 
     @cached_property
     def training(self) -> TrainingRecord:
-        """How it was trained."""
+        """How long and on what the run was trained."""
         return TrainingRecord.read(self.folder)
 
     @cached_property
     def metrics_sha256(self) -> str | None:
-        """What tells its training from others: see `hash_metrics`."""
+        """SHA-256 of metrics.jsonl, which identifies this training; None without the file."""
         return hash_metrics(self.folder)
 
 
 def hash_metrics(run: RunDirectory) -> str | None:
-    """The hash of metrics.jsonl: its times tell a training from another that computed the same.
+    """Return the SHA-256 of metrics.jsonl, which identifies a training; None without the file.
 
-    It is that of the run wherever its folder lies, and after it is judged again.
+    The file has times, so two trainings with equal results have different hashes. Moving the folder
+    or judging the run again leaves the hash unchanged.
     """
     return regular_sha256(run.metrics) if run.metrics.is_file() else None
 
 
 def read_judged_run(run_dir: Path) -> JudgedRun:
-    """A finished run whose verdict passed the adapter that the run offers.
+    """Read a finished run whose adapter passed the gate.
 
-    Raises ConfigError without a verdict, GateRejected for one that is not "passed", DamagedError
-    where adapter and verdict do not agree.
+    Raises ConfigError without a verdict, GateRejected for a verdict that is not "passed", and
+    DamagedError if the verdict is on another adapter or an adapter file is not a regular file.
     """
     run = RunDirectory(run_dir)
     bound = bind_verdict(run_dir, must_pass=True)
@@ -135,7 +136,7 @@ def read_judged_run(run_dir: Path) -> JudgedRun:
 
 
 def read_rejected_run(run_dir: Path) -> JudgedRun:
-    """A run with any verdict; of the adapter, which may be unsound, the configuration alone."""
+    """Read a run with any verdict, and of its adapter the configuration alone, without tensors."""
     run = RunDirectory(run_dir)
     settings = read_adapter_config(run.adapter / CONFIG_NAME)
     return JudgedRun(run, bind_verdict(run_dir), Adapter(run.adapter, settings, {}))

@@ -14,7 +14,7 @@ from typing import Literal
 Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
 MIN_EXAMPLES = 5  # independent ones; fewer have no interval: nothing can be shown, nor promoted
-MIN_MARGIN = 0.01  # nats/token: a loss near 0 has a margin too
+MIN_MARGIN = 0.01  # nats: a loss near 0 has a margin too
 MAX_RISE_OF_FEW = 0.1  # of the loss before, where there are too few examples for an interval
 MAX_NAMED_EXAMPLES = 100_000
 _Z_ONE_SIDED = 1.6449  # the 95 % end of one side
@@ -24,9 +24,10 @@ POWER_FACTOR = (_Z_TWO_SIDED + _Z_POWER) / _Z_TWO_SIDED  # 80 % power in place o
 
 
 def margin_of_loss(increase: float, loss_before: float, noise: Literal["paired", "none"]) -> float:
-    """The rise in nats/token that a relative bound allows, at least MIN_MARGIN.
+    """Return the rise of a loss that a relative bound allows; at least MIN_MARGIN.
 
-    A bound of 0.0 allows none, and under `noise: none` a bound is taken as it stands.
+    increase: the bound as a share of `loss_before`; 0.0 allows no rise.
+    noise: with `none`, the bound holds as it is, without the minimum.
     """
     margin = increase * loss_before
     return margin if increase == 0 or noise == "none" else max(margin, MIN_MARGIN)
@@ -41,15 +42,15 @@ def conclude(
     loss_before: float,
     noise: Literal["paired", "none"],
 ) -> Conclusion:
-    """The word for a mean difference, after minus before, in nats/token.
+    """Classify a mean paired loss difference as better, no_worse, inconclusive or worse.
 
     Args:
-        difference: the mean of the paired differences.
-        interval: its 95 % interval, None with too few examples for one.
+        difference: the mean of the paired differences, after minus before.
+        interval: its 95 % interval; None with too few examples for one.
         one_sided_high: the upper end of its one-sided 95 % interval.
-        margin: what `margin_of_loss` gives.
+        margin: the rise that is allowed, from `margin_of_loss`.
         loss_before: the mean loss that the difference is measured from.
-        noise: paired, or none, where the mean alone counts.
+        noise: `paired` decides by the intervals, `none` by the mean alone.
     """
     if noise == "none":
         if difference < 0:
@@ -73,15 +74,15 @@ def is_better(
     min_improvement: float,
     noise: Literal["paired", "none"],
 ) -> bool:
-    """Whether a loss is lower enough, and surely, for an automatic promotion.
+    """Return whether the loss is lower, by enough and beyond chance, for an automatic promotion.
 
     Args:
-        difference: candidate minus champion, or minus initial adapter where there is no champion.
+        difference: candidate minus champion, or minus the initial adapter without a champion.
         interval: its 95 % interval; None with too few examples for one.
-        corrected_interval: the one that holds for the best of several candidates; None if the
-            examples chose nothing.
-        min_improvement: nats/token by which the difference itself has to be lower.
-        noise: none leaves out both intervals.
+        corrected_interval: the interval corrected for choosing the best of several candidates
+            by the same examples; None if the examples chose nothing.
+        min_improvement: by how much the difference itself has to be lower.
+        noise: `none` ignores both intervals.
     """
     if difference is None or difference >= -min_improvement:
         return False
@@ -94,34 +95,44 @@ def is_better(
 def count_examples_needed(
     difference: float, standard_error: float, examples: int, margin: float
 ) -> int | None:
-    """About how many independent examples would settle an inconclusive comparison; None: too many.
+    """Estimate how many independent examples would settle an inconclusive comparison of losses.
 
-    From the spread seen: so many show an adapter that is as good as before to be no worse in 80 of
-    100 cases. Where there are more than that already, so many as tell the difference that was seen
-    from 0, or from the margin. With 2 significant digits, and none above MAX_NAMED_EXAMPLES.
+    The estimate is the sample size, at 80 % power, that shows an adapter with no true difference to
+    be no worse than the margin. If there are that many already, it is the sample size that
+    distinguishes the difference that was seen from 0 or from the margin.
+
+    difference, standard_error: mean and standard error of the paired differences.
+    examples: how many independent examples the standard error comes from.
+    margin: the allowed rise.
+
+    Returns the number rounded up to 2 significant digits; None if it exceeds MAX_NAMED_EXAMPLES or
+    the standard error is 0 or not finite.
     """
-    spread = standard_error * math.sqrt(examples)
-    if not math.isfinite(spread) or spread == 0:
+    deviation = standard_error * math.sqrt(examples)
+    if not math.isfinite(deviation) or deviation == 0:
         return None
     needed = 0.0
     if margin > 0:
-        needed = ((_Z_ONE_SIDED + _Z_POWER) * spread / margin) ** 2
+        # A one-sided test that a difference of 0 is within the margin
+        needed = ((_Z_ONE_SIDED + _Z_POWER) * deviation / margin) ** 2
     if needed <= examples:
+        # A two-sided test against 0 or the margin, whichever is farther away
         distance = max(abs(difference), margin - difference)
-        needed = ((_Z_TWO_SIDED + _Z_POWER) * spread / distance) ** 2 if distance else math.inf
+        needed = ((_Z_TWO_SIDED + _Z_POWER) * deviation / distance) ** 2 if distance else math.inf
     if needed > MAX_NAMED_EXAMPLES:
         return None
+    # Two significant digits
     unit = int(10 ** max(0, math.floor(math.log10(needed)) - 1))
     return math.ceil(needed / unit) * unit
 
 
-def describe_smallest_visible(difference: float) -> str:
-    """What examples can show: `reliably detect changes of 0.2 nats/token or more (80 % power)`.
+def describe_smallest_visible(difference: float, unit: str) -> str:
+    """Describe the smallest change that the examples reliably detect, with 80 % power.
 
-    `difference` is told from chance in half of all comparisons; POWER_FACTOR times as much in 80 %.
+    difference: the change, in `unit`, that is detected in half of all comparisons.
     """
     detected = POWER_FACTOR * difference
-    return f"reliably detect changes of {detected:.2g} nats/token or more (80 % power)"
+    return f"reliably detect changes of {detected:.2g} {unit} or more (80 % power)"
 
 
 def describe_inconclusive(
@@ -129,11 +140,12 @@ def describe_inconclusive(
     interval: Sequence[float] | None,
     margin: float | None,
     examples_needed: int | None,
+    unit: str,
 ) -> str:
-    """What was seen, with its interval and the margin, and how many examples would settle it.
+    """Describe an inconclusive comparison of losses and how many examples would settle it.
 
-    `inconclusive: +0.03 nats/token (95 % interval -0.05 to +0.11, allowed rise 0.02); some 400
-    examples would settle it`
+    Example: `inconclusive: +0.03 nats/token (95 % interval -0.05 to +0.11, allowed rise 0.02); some
+        400 examples would settle it`.
     """
     figures = []
     if interval is not None:
@@ -142,7 +154,7 @@ def describe_inconclusive(
     if margin is not None:
         figures.append(f"allowed rise {margin:.2g}")
     seen = f" ({', '.join(figures)})" if figures else ""
-    text = f"inconclusive: {_format_nats(difference)} nats/token{seen}"
+    text = f"inconclusive: {_format_nats(difference)} {unit}{seen}"
     if interval is None:
         return f"{text}; fewer than 5 independent examples decide little"
     if examples_needed is not None:
@@ -151,5 +163,5 @@ def describe_inconclusive(
 
 
 def _format_nats(difference: float) -> str:
-    """Two significant digits, and none beyond a ten thousandth of a nat: "+0.03"."""
+    """Format a difference with a sign and 2 significant digits, at most 4 decimals: "+0.03"."""
     return f"{round(difference, 4):+.2g}"

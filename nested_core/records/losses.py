@@ -1,10 +1,10 @@
-"""The loss of every held-out example, as RUN_DIR/gate-losses.jsonl keeps it.
+"""gate-losses.jsonl: the loss of every held-out example, one line an example.
 
-A line an example: file, line, supervised tokens, and mean losses in nats/token with the initial
-adapter, the trained adapter, the champion at the time of the gate and the policy's reference; how
-far the predictions moved, as KL divergence in nats/token from the initial adapter, and from the
-base if that is measured. An example that the candidate or a parent was trained on is marked
-`left_out`, and is in no mean; examples with the same `cluster` are drawn together.
+A line has file, line, supervised tokens, and mean losses with the initial adapter,
+the trained adapter, the champion when the gate ran and the policy's reference; the KL divergence in
+nats/token of the predictions from those of the initial adapter, and of the base if that was
+measured. An example that the candidate or a parent was trained on is marked `left_out` and is in no
+mean. Examples with the same `cluster` are resampled together.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nested_core.records.paired_difference import (
     has_too_few_clusters,
 )
 from nested_core.storage.untrusted_files import read_regular
+from nested_core.text.loss_format import NATS_PER_TOKEN
 
 OPTIONAL_COLUMNS = ("reference", "drift", "base_drift")
 REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")
@@ -34,7 +35,7 @@ Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class _LossLine(BaseModel):
-    """A line of gate-losses.jsonl; a loss that is not finite is null."""
+    """One line of gate-losses.jsonl; a loss that is not finite is null."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
     file: str
@@ -55,22 +56,26 @@ _LINES_VALIDATOR = TypeAdapter(Annotated[list[_LossLine], FailFast()])
 
 @dataclass(frozen=True, eq=False)
 class ExampleLosses:
-    """Losses of the same held-out examples with two adapters, or three.
+    """Losses of the same held-out examples with several adapters, one array element an example.
 
     file: the name of the data set's file that holds the examples.
     lines: the line of each example in it, int64 (n,).
     tokens: supervised tokens of each example, all above 0, float64 (n,).
-    before, after, champion: mean losses in nats/token, float64 (n,); NaN where not finite.
-        `champion` is None if no champion was judged, and NaN for an example left out.
-    reference: the same of the version that the policy names as the reference; None without one, and
-        where the champion is it.
-    drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats/token,
-        float64 (n,); None if not measured.
-    left_out: whether each example is one that the candidate or a parent was trained on, bool (n,);
-        None if no example is.
-    clusters: the number of each example's cluster, int64 (n,); None if each is its own.
+    before, after: mean losses in `unit` with the initial and the trained adapter, float64 (n,);
+        NaN if not finite.
+    champion: the champion's losses, float64 (n,), NaN for an example left out; None if no champion
+        was judged.
+    reference: losses of the version that the policy names as the reference; None without one, and
+        if the champion is that version.
+    drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats/token, float64
+        (n,); None if not measured.
+    left_out: whether the candidate or a parent was trained on the example, bool (n,); None if no
+        example is left out.
+    clusters: the number of each example's cluster, int64 (n,), such as one for each prompt; None if
+        each example is a cluster by itself.
     counts_rows: whether each row counts as independent although rows share clusters, decided on all
-        rows of the file; None if these are all.
+        rows of the file; None if these are all rows.
+    unit: of the losses; with one that counts examples, each has 1 in `tokens`.
     """
 
     file: str
@@ -85,18 +90,26 @@ class ExampleLosses:
     left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
     clusters: Indices | None = None
     counts_rows: bool | None = None
+    unit: str = NATS_PER_TOKEN
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return len(self.tokens)
 
     def mean(self, losses: Vector) -> float:
-        """The mean loss a token over all examples; NaN if one of them is not finite."""
+        """Return the mean loss per token of all examples.
+
+        NaN if one is not finite or there are none.
+
+        losses: one of the columns of this object, float64 (n,).
+        """
         return float(self.tokens @ losses / self.tokens.sum()) if len(self) else float("nan")
 
     def compare_trained_with(self, other: Vector) -> PairedDifference | None:
-        """The trained adapter's losses minus others of the same examples; below 0 is better.
+        """Compare the trained adapter's losses with other losses of the same examples in pairs.
 
-        None if a loss is not finite, or there is no example.
+        The difference is trained minus other; below 0 is better. None without examples, or if a
+        loss is not finite.
         """
         if not len(self) or not np.isfinite([other, self.after]).all():
             return None
@@ -104,44 +117,44 @@ class ExampleLosses:
 
     @property
     def are_rows_drawn(self) -> bool:
-        """Whether rows are the draw because all rows of the file have too few clusters."""
+        """Whether single rows are resampled, because all rows of the file have too few clusters."""
         if self.counts_rows is None:
             return has_too_few_clusters(self.clusters)
         return self.counts_rows
 
     @property
     def drawn_clusters(self) -> Indices | None:
-        """The clusters that are drawn, int64 (n,); None if each row is drawn by itself."""
+        """Clusters that the bootstrap resamples, int64 (n,); None if it resamples single rows."""
         return None if self.are_rows_drawn else self.clusters
 
     @property
     def independent_examples(self) -> int:
-        """How many examples are independent: those of one cluster are one."""
+        """The number of independent examples: each resampled cluster counts once."""
         clusters = self.drawn_clusters
         return len(self) if clusters is None else len(np.unique(clusters))
 
     def few_prompts(self) -> int | None:
-        """How many prompts these rows have, where rows are drawn for lack of prompts; else None."""
+        """Return the number of prompts if it is too small to resample by prompt; else None."""
         if self.clusters is None or not self.are_rows_drawn:
             return None
         return len(np.unique(self.clusters))
 
     def leaving_out(self, is_seen: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
-        """The same, with these examples marked as left out, bool (n,)."""
+        """Return a copy that marks the examples with `is_seen`, bool (n,), as left out."""
         return replace(self, left_out=is_seen) if is_seen.any() else self
 
     def counted(self) -> ExampleLosses:
-        """The examples that neither the candidate nor a parent was trained on."""
+        """Return the examples that neither the candidate nor a parent was trained on."""
         return self if self.left_out is None else self.select(~self.left_out)
 
     def examples_with_champion_loss(self) -> ExampleLosses:
-        """The examples for which there is a loss of the champion."""
+        """Return the examples that have a finite loss with the champion."""
         if self.champion is None:
             return self.select(np.zeros(len(self), np.bool_))
         return self.select(np.isfinite(self.champion))
 
     def select(self, is_kept: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
-        """These examples alone, bool (n,)."""
+        """Return the examples with True in `is_kept`, bool (n,)."""
         names = (*REQUIRED_COLUMNS, "champion", *OPTIONAL_COLUMNS, "clusters")
         columns = {
             name: column[is_kept] for name in names if (column := getattr(self, name)) is not None
@@ -149,14 +162,15 @@ class ExampleLosses:
         return replace(self, **columns, left_out=None, counts_rows=self.are_rows_drawn)
 
     def render(self) -> bytes:
-        """The content of gate-losses.jsonl."""
+        """Return the bytes of gate-losses.jsonl."""
         return "".join(f"{json.dumps(line)}\n" for line in self._lines()).encode()
 
     def sha256(self) -> str:
-        """Of the content of gate-losses.jsonl."""
+        """Return the SHA-256 of the bytes of gate-losses.jsonl."""
         return hashlib.sha256(self.render()).hexdigest()
 
     def _lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the JSON object of each example, in order."""
         champion = self.champion if self.champion is not None else np.full(len(self), np.nan)
         columns = {"before": self.before, "after": self.after, "champion": champion}
         for name in OPTIONAL_COLUMNS:
@@ -178,7 +192,7 @@ class ExampleLosses:
 
 
 def read_example_losses(path: Path) -> ExampleLosses:
-    """Read gate-losses.jsonl; DamagedError if it is missing or holds anything else."""
+    """Read gate-losses.jsonl; raise DamagedError if it is missing or a line has another form."""
     content = read_regular(path)
     with naming_damaged_file(path):
         lines = _LINES_VALIDATOR.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
@@ -205,4 +219,5 @@ def read_example_losses(path: Path) -> ExampleLosses:
 
 
 def _to_vector(losses: list[float | None]) -> Vector:
+    """Convert losses to a float64 array, with NaN for None."""
     return np.array([np.nan if loss is None else loss for loss in losses], np.float64)

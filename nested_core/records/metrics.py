@@ -1,4 +1,7 @@
-"""metrics.jsonl: one JSON object a line, flushed at every report, truncated on resume."""
+"""metrics.jsonl: a run's training metrics, one JSON object a report.
+
+Each report is appended and flushed; on resume the file is cut back to the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,14 @@ SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-149, 2.0**128  # float32's, in which los
 
 
 def _require_float32(value: float) -> float:
+    """Return a number that float32 can represent; raise ValueError for any other."""
     if value and not SMALLEST_NUMBER <= abs(value) < LARGEST_NUMBER:
         raise ValueError("beyond any number that a run reports")
     return value
 
 
 def _require_possible_speed(value: float) -> float:
+    """Return a speed in iterations per second; raise ValueError for one too low for any run."""
     if value and value < SLOWEST:
         raise ValueError("below the speed of any run")
     return value
@@ -46,17 +51,21 @@ _Number = Annotated[float, Field(strict=True), AfterValidator(_require_float32)]
 
 
 class _Sample(TypedDict):
+    """A sample prompt and its answer, in a record."""
+
     prompt: str
     answer: str
 
 
 class _Task(TypedDict):
+    """The score on a suite, in a record: the share of right answers, and how many questions."""
+
     right: Annotated[_Number, Field(ge=0, le=1)]
     questions: _Count
 
 
 class _Record(TypedDict, total=False):
-    """What is checked of a record before anybody computes with it; other keys are let pass."""
+    """The keys of a record that are type-checked before use; other keys are allowed unchecked."""
 
     step: _Count
     iteration: _Count
@@ -80,13 +89,13 @@ _RECORD_VALIDATOR = TypeAdapter(_Record)
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Append one record; a number that is not finite becomes null, as JSON has no word for it."""
+    """Append one record as a line; a number that is not finite is written as null."""
     line = json.dumps(finite_or_none(record), allow_nan=False) + "\n"
     append_regular(path, line.encode())
 
 
 def parse_record(line: bytes) -> dict[str, Any]:
-    """The record of one line; ValueError if it is not one that `append_metrics` writes."""
+    """Parse one line of metrics.jsonl; raise ValueError if it has another form."""
     record = from_json(line, allow_inf_nan=False)
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
@@ -97,7 +106,7 @@ def parse_record(line: bytes) -> dict[str, Any]:
 
 
 def describe_tasks(record: Mapping[str, Any]) -> str:
-    """The answers to suites in a record: `prices 12 of 20 right`; empty without any."""
+    """Describe the scores on suites in a record: `prices 12 of 20 right`; "" without scores."""
     return ", ".join(
         f"{name} {round(task['right'] * task['questions'], 1):g} of {task['questions']} right"
         for name, task in record.get("tasks", {}).items()
@@ -105,21 +114,22 @@ def describe_tasks(record: Mapping[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All sound records; a warning names lines that are damaged.
+    """Read all valid records of metrics.jsonl; warn with the numbers of damaged lines.
 
-    A last line that a killed process left half-written is passed over without one. Raises
-    DamagedError if something else than a file of at most 1 GiB stands there.
+    A last line that a killed process left half-written is skipped without a warning. Without the
+    file the list is empty. Raises DamagedError for anything other than a regular file of at most 1
+    GiB.
     """
     return [record for record in _iterate_records(path) if record is not None]
 
 
 def read_latest_values(path: Path) -> dict[str, Any]:
-    """The last value of each metric that is not null, as `read_metrics` reads them, one by one."""
+    """Read the last value of each metric that is not null, without loading all of metrics.jsonl."""
     return latest_values(record for record in _iterate_records(path) if record is not None)
 
 
 def latest_values(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The last value of each metric that is not null."""
+    """Return the last value of each metric that is not null."""
     latest: dict[str, Any] = {}
     for record in records:
         latest.update((key, value) for key, value in record.items() if value is not None)
@@ -127,9 +137,10 @@ def latest_values(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def cumulative_seconds(records: Sequence[dict[str, Any]]) -> list[float]:
-    """Seconds spent in training steps up to each record, over all sessions, from its speed.
+    """Return the seconds spent in training steps up to each record, over all processes of the run.
 
-    Evaluations, checkpoints and pauses between sessions are left out.
+    Computed from iterations and `iterations_per_second`, so evaluations, checkpoints and pauses
+    between processes are not counted.
     """
     seconds = []
     passed, done = 0.0, 0
@@ -144,9 +155,10 @@ def cumulative_seconds(records: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def truncate_metrics(path: Path, last_step: int, max_records: int) -> int:
-    """Keep the first records, none after `last_step`; return how many there are.
+    """Rewrite metrics.jsonl with its first records up to `last_step`; return how many there are.
 
-    A damaged line among them is left out, with a warning that names it.
+    A damaged line among them is dropped with a warning. max_records: how many lines to keep at
+    most.
     """
     kept = [
         json.dumps(record)
@@ -158,7 +170,7 @@ def truncate_metrics(path: Path, last_step: int, max_records: int) -> int:
 
 
 def _iterate_records(path: Path) -> Iterator[dict[str, Any] | None]:
-    """The record of each line, None for a damaged one; in the end a warning names these."""
+    """Yield the record of each line, None for a damaged line; then warn of the damaged lines."""
     damaged: list[int] = []
     ended = 0
     for line, is_ended in _iterate_lines(path):
@@ -174,7 +186,10 @@ def _iterate_records(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def _iterate_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """The lines of the file as it is now, and whether each is ended; a too long one is empty."""
+    """Yield the lines that the file has now, and whether each ends with a newline.
+
+    A line longer than MAX_RECORD_BYTES is yielded as empty.
+    """
     try:
         with open_regular(path, MAX_METRICS_BYTES) as (file, size):
             while file.tell() < size:
@@ -190,6 +205,7 @@ def _iterate_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
 
 
 def _warn_of_damaged_lines(path: Path, damaged: Sequence[int], lines: int) -> None:
+    """Warn that lines of metrics.jsonl are damaged; `damaged` has their numbers, counted from 1."""
     listed = ", ".join(map(str, damaged[:MAX_LISTED_DAMAGED_LINES]))
     more = (
         f" and {len(damaged) - MAX_LISTED_DAMAGED_LINES} more"

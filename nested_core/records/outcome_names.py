@@ -1,4 +1,4 @@
-"""What becomes of a run, in one spelling for every screen: Prefect's states, lists and pages."""
+"""The names of what became of a run, spelt the same in Prefect's states, lists and pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Outcome(StrEnum):
-    """What became of a run; as a state's name, beside Prefect's own type."""
+    """What became of a run; also the name of its Prefect state."""
 
     RUNNING = "Running"  # a process works on it
     PROMOTED = "Promoted"  # the version of this run is champion

@@ -1,8 +1,8 @@
-"""The mean difference of paired values, and whether it is more than chance.
+"""The mean difference of paired values, with its bootstrap interval.
 
-Two adapters are compared on the same examples: the difference is taken example by example, so that
+Two adapters are compared on the same examples. The difference is taken example by example, so that
 what makes an example hard for both cancels. Its 95 % interval is a bootstrap over independent
-examples: those of one cluster, such as rows with the same prompt, are drawn together.
+examples: those of one cluster, such as rows with the same prompt, are resampled together.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ Values = Sequence[float] | Vector
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A mean difference over paired examples: below 0 where the second value is the smaller.
+    """A mean difference of paired values: below 0 if the second value is smaller on average.
 
-    examples: how many independent pairs there are; those of one cluster are one.
+    examples: how many independent pairs there are; those of one cluster count as one.
     mean: the weighted mean of second minus first, in the unit of the values.
-    standard_error: of that mean, from the spread of the differences.
-    low, high: the ends of its 95 % interval; infinite with fewer than MIN_EXAMPLES.
-    one_sided_low, one_sided_high: the ends beyond which 5 % lie on one side, as a claim about one
-        side only has to hold: that a loss rose by no more than a margin. Of the bootstrap's and
-        Student's t the farther one: with 10 examples and heavy tails either alone is too near.
+    standard_error: the standard error of the mean, from the spread of the differences.
+    low, high: the ends of the 95 % interval; infinite with fewer than MIN_EXAMPLES examples.
+    one_sided_low, one_sided_high: the ends of the one-sided 95 % intervals, for a claim about one
+        side such as "the loss rose by no more than a margin". Each is the farther of the
+        bootstrap's and Student's t, because with 10 examples and heavy tails either alone is too
+        narrow.
     """
 
     examples: int
@@ -62,19 +63,22 @@ class PairedDifference:
 
     @property
     def smallest_visible(self) -> float:
-        """The smallest mean difference that these examples could have told from none."""
+        """The smallest mean difference that would be significant: half the interval's width."""
         return (self.high - self.low) / 2
 
     def is_above(self, bound: float) -> bool:
-        """Whether the difference is greater than `bound`, beyond chance."""
+        """Return whether the whole 95 % interval lies above `bound`."""
         return self.low > bound
 
     def is_below(self, bound: float) -> bool:
-        """Whether the difference is less than `bound`, beyond chance."""
+        """Return whether the whole 95 % interval lies below `bound`."""
         return self.high < bound
 
     def to_json(self) -> dict[str, Any]:
-        """`difference`, `standard_error` and `interval`, which is null of too few examples."""
+        """Return difference, standard error and interval as JSON values.
+
+        The last two are null with too few examples.
+        """
         interval = [self.low, self.high] if self.is_measurable else None
         error = self.standard_error if self.is_measurable else None
         return {"difference": self.mean, "standard_error": error, "interval": interval}
@@ -83,18 +87,21 @@ class PairedDifference:
 def compare_pairs(
     first: Values, second: Values, weights: Values | None = None, clusters: Indices | None = None
 ) -> PairedDifference:
-    """Compare two values of each example: losses before and after, or scores of two adapters.
+    """Compare two values of each example, such as losses before and after, with a 95 % interval.
 
-    The mean is sum(w * (second - first)) / sum(w). With each example's mean loss as the value and
-    its supervised tokens as the weight it is the difference of two mean losses a token; an example
-    is drawn together with its weight. Without weights all examples count alike. `clusters` numbers
-    the cluster of each example, int64 (n,): examples of one are drawn together, as one example of
-    their summed weight (Davison and Hinkley, Bootstrap Methods, 1997, section 3.8).
+    first, second: the two values of each example, (n,).
+    weights: the weight of each example, all above 0, (n,); None weighs all alike. With mean losses
+        as values and supervised tokens as weights, the result is the difference of two mean losses
+        per token.
+    clusters: the cluster number of each example, int64 (n,). Examples of one cluster are resampled
+        together, as one example of their summed weight (Davison and Hinkley, Bootstrap Methods,
+        1997, section 3.8).
 
-    The interval is the expanded percentile interval of the bootstrap (Hesterberg, "What teachers
-    should know about the bootstrap", The American Statistician 69, 2015, section 3.2): the plain
-    one is too narrow by what Student's t adds to a normal distribution, and by sqrt((n - 1) / n).
-    benchmarks/gate.md has its measured coverage beside four others'.
+    The mean is sum(w * (second - first)) / sum(w). The interval is the expanded percentile interval
+    of the bootstrap (Hesterberg, "What teachers should know about the bootstrap", The American
+    Statistician 69, 2015, section 3.2); the plain one is too narrow by what Student's t adds to a
+    normal distribution, and by sqrt((n - 1) / n). benchmarks/gate.md has its measured coverage
+    beside four others'.
 
     Raises ValueError for no examples, vectors of unequal lengths, values that are not finite, and
     weights that are not above 0.
@@ -105,6 +112,7 @@ def compare_pairs(
     pair = np.array([first, second], np.float64)
     if not np.isfinite(pair).all() or not (np.isfinite(counts) & (counts > 0)).all():
         raise ValueError("values must be finite, and weights finite and above 0")
+    # Differences, one for each independent example
     values = pair[1] - pair[0]
     is_weighted = weights is not None
     if clusters is not None and len(np.unique(clusters)) < counts.size:
@@ -114,6 +122,7 @@ def compare_pairs(
     mean = float(counts @ values / counts.sum())
     if examples < MIN_EXAMPLES:
         return PairedDifference(examples, mean, math.inf, -math.inf, math.inf)
+    # Standard error, and the bootstrap's expanded percentile intervals
     residuals = counts * (values - mean)
     variance = float(residuals @ residuals) * examples / (examples - 1)
     means = _resampled_means(values, counts if is_weighted else None)
@@ -121,24 +130,30 @@ def compare_pairs(
     ends = np.quantile(means, [end for tail in tails for end in (tail, 1 - tail)])
     low, high, lower, upper = map(float, ends)
     error = math.sqrt(variance) / float(counts.sum())
+    # One-sided ends: the farther of the bootstrap's and Student's t
     width = student_t_quantile((1 + ONE_SIDED_CONFIDENCE) / 2, examples - 1) * error
     one_sided = (min(lower, mean - width), max(upper, mean + width))
     return PairedDifference(examples, mean, error, low, high, *one_sided)
 
 
 def sum_clusters(values: Vector, weights: Vector, clusters: Indices) -> tuple[Vector, Vector]:
-    """Weighted means (k, clusters) of values (k, n) within each cluster, and their weights."""
-    _, place = np.unique(clusters, return_inverse=True)
-    totals = np.bincount(place, weights).astype(np.float64)
-    sums = np.array([np.bincount(place, weights * row) for row in values], np.float64)
+    """Aggregate values by cluster: return each cluster's weighted means and its summed weight.
+
+    values: (k, n); weights and clusters: (n,).
+
+    Returns means (k, clusters) and weights (clusters,).
+    """
+    _, cluster_index = np.unique(clusters, return_inverse=True)
+    totals = np.bincount(cluster_index, weights).astype(np.float64)
+    sums = np.array([np.bincount(cluster_index, weights * row) for row in values], np.float64)
     return sums / totals, totals
 
 
 def independent_clusters(clusters: Indices | None) -> Indices | None:
-    """The clusters that are drawn, or None if each row is drawn by itself.
+    """Return the clusters that the bootstrap should resample; None to resample single rows.
 
-    So it is where no two rows share a cluster; and where MIN_ROWS_OF_FEW_CLUSTERS rows or more
-    have fewer than MIN_EXAMPLES clusters, as where all rows are one task with one instruction.
+    Single rows are resampled if no two share a cluster, and if MIN_ROWS_OF_FEW_CLUSTERS rows or
+    more have fewer than MIN_EXAMPLES clusters, such as many rows with one instruction.
     """
     if clusters is None:
         return None
@@ -149,24 +164,27 @@ def independent_clusters(clusters: Indices | None) -> Indices | None:
 
 
 def has_too_few_clusters(clusters: Indices | None) -> bool:
-    """Whether rows are the draw because they have too few clusters to draw from."""
+    """Return whether there are many rows but too few clusters to resample by cluster."""
     if clusters is None or len(clusters) < MIN_ROWS_OF_FEW_CLUSTERS:
         return False
     return len(np.unique(clusters)) < MIN_EXAMPLES
 
 
 def smallest_visible_share(examples: int, chance: float = (1 - CONFIDENCE) / 2) -> float:
-    """The smallest share of 0-or-1 scores whose loss, with none won, shows beyond chance.
+    """Return the smallest share of right answers whose loss is significant, without any gain.
 
-    1.0 at most, which says that no loss can show. The one-sided mid-p of k lost and none won is
-    2 ** -(k + 1), which has to be at most `chance`.
+    examples: the number of questions, each scored 0 or 1.
+    chance: the one-sided significance level. The one-sided mid-p value of k lost and 0 won is 2 **
+        -(k + 1), which has to be at most `chance`.
+
+    Returns 1.0 if even the loss of all answers would not be significant.
     """
     lost = math.ceil(-math.log2(chance)) - 1
     return 1.0 if examples < max(MIN_EXAMPLES, lost) else lost / examples
 
 
 def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
-    """The weighted mean of as many examples drawn with replacement, many times; seeded."""
+    """Return the weighted mean of each bootstrap resample of the values, with a fixed seed."""
     examples = values.size
     resamples = count_resamples(examples)
     if weights is None and examples * resamples <= _DRAWS_AT_ONCE and _are_whole(values):
@@ -184,12 +202,15 @@ def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
 
 
 def count_resamples(examples: int) -> int:
-    """How many resamples are drawn of so many examples."""
+    """Return how many bootstrap resamples to draw from this many examples."""
     return min(RESAMPLES, max(1_000, _MAX_DRAWS // examples))
 
 
 def draw_resamples(examples: int, resamples: int) -> Iterator[Indices]:
-    """The indices of each resample, int64 (some of the resamples, examples); always the same."""
+    """Yield the example indices of the resamples in blocks, int64 (resamples of block, examples).
+
+    The seed is fixed, so the same arguments give the same resamples.
+    """
     rows = max(1, _DRAWS_AT_ONCE // examples)
     if resamples <= rows:
         yield _draw_all_resamples(examples, resamples, SEED)
@@ -202,12 +223,13 @@ def draw_resamples(examples: int, resamples: int) -> Iterator[Indices]:
 
 @lru_cache(maxsize=2)  # 16 MB each: suites and steps of as many examples draw the same
 def _draw_all_resamples(examples: int, resamples: int, seed: int) -> Indices:
+    """Return the example indices of all resamples, int64 (resamples, examples)."""
     drawn = np.random.default_rng(seed).integers(0, examples, (resamples, examples), np.int32)
     return drawn.astype(np.int64)  # what numpy looks up by, and would convert to at every use
 
 
 def count_drawn(examples: int, resamples: int) -> Iterator[Counts]:
-    """How often each example is in each resample, float32 (some of the resamples, examples)."""
+    """Yield how often each resample has each example, float32 (resamples of block, examples)."""
     if resamples * examples <= _DRAWS_AT_ONCE:
         yield _count_all_resamples(examples, resamples, SEED)
         return
@@ -216,10 +238,12 @@ def count_drawn(examples: int, resamples: int) -> Iterator[Counts]:
 
 @lru_cache(maxsize=2)  # 8 MB each
 def _count_all_resamples(examples: int, resamples: int, seed: int) -> Counts:
+    """Return how often each resample has each example, float32 (resamples, examples)."""
     return _count_draws(_draw_all_resamples(examples, resamples, seed))
 
 
 def _count_draws(drawn: Indices) -> Counts:
+    """Convert the example indices of resamples into counts of each example, float32, same shape."""
     resamples, examples = drawn.shape
     cells = drawn + np.arange(resamples, dtype=np.int64)[:, None] * examples
     counts = np.bincount(cells.ravel(), minlength=resamples * examples)
@@ -227,19 +251,21 @@ def _count_draws(drawn: Indices) -> Counts:
 
 
 def _are_whole(values: Vector) -> bool:
+    """Return whether all values are integers that float32 adds without rounding."""
     return bool((values == np.round(values)).all() and np.abs(values).max() < 2**20)
 
 
 def _tail_probability(examples: int, confidence: float) -> float:
-    """The share of resampled means that lies beyond either end of the expanded interval."""
+    """Return the share of resampled means beyond either end of the expanded percentile interval."""
     quantile = _expand_normal_quantile(examples - 1, confidence)
     return _NORMAL_DISTRIBUTION.cdf(-quantile * math.sqrt(examples / (examples - 1)))
 
 
 def _expand_normal_quantile(degrees_of_freedom: int, confidence: float) -> float:
-    """The upper quantile of Student's t at `confidence`, both sides; within 0.001 from 4 degrees.
+    """Approximate the two-sided quantile of Student's t from the normal quantile.
 
-    Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    confidence: the probability between the negative and the positive quantile. Within 0.001 from 4
+        degrees of freedom on (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5).
     """
     z = _NORMAL_DISTRIBUTION.inv_cdf((1 + confidence) / 2)
     terms = (
@@ -255,11 +281,10 @@ def _expand_normal_quantile(degrees_of_freedom: int, confidence: float) -> float
 
 @lru_cache(maxsize=64)
 def student_t_quantile(probability: float, degrees_of_freedom: int) -> float:
-    """The quantile of Student's t, above 0, for a probability above one half.
+    """Return the quantile of Student's t for a probability above one half.
 
-    By bisection of its distribution (Abramowitz and Stegun 26.7.3 and 26.7.4), which is exact for
-    whole degrees of freedom; with more than 1,000 the normal quantile is within 0.2 % up to
-    z = 3.3, and 26.7.5 closer still.
+    By bisection of the distribution function, which is exact for whole degrees of freedom
+    (Abramowitz and Stegun 26.7.3 and 26.7.4). Above 1,000 degrees the expansion 26.7.5 is used.
     """
     if degrees_of_freedom > _MAX_SUMMED_DEGREES:
         return _expand_normal_quantile(degrees_of_freedom, 2 * probability - 1)
@@ -276,7 +301,10 @@ def student_t_quantile(probability: float, degrees_of_freedom: int) -> float:
 
 
 def student_t_cdf(value: float, degrees_of_freedom: int) -> float:
-    """P(T <= value) for a value of at least 0 and whole degrees of freedom."""
+    """Return P(T <= value) of Student's t, for a value of at least 0 and whole degrees of freedom.
+
+    Abramowitz and Stegun 26.7.3 and 26.7.4.
+    """
     angle = math.atan(value / math.sqrt(degrees_of_freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     is_odd = degrees_of_freedom % 2 == 1

@@ -1,4 +1,4 @@
-"""plan.json: what a run sets out to do, for those who watch it and for those who read it later."""
+"""plan.json: how long a run will be and what it is evaluated on, for `status` and the pages."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from nested_core.text.loss_format import format_loss
 
 @dataclass(frozen=True, kw_only=True)
 class TimePlan:
-    """What came of `training.minutes`.
+    """How the time of `training.minutes` was turned into a number of steps.
 
-    minutes: as they were asked for.
-    steps: optimizer steps of the whole run, as they were fixed before the first one.
-    seconds_a_step, seconds_to_begin, seconds_to_judge: of a step, until the first one, and from
-        the end of the last to the verdict, as they were measured then; the steps follow from them.
-    began: when the command began that works on the run, in seconds since 1970.
-    spent: seconds that earlier commands worked on the run.
+    minutes: the configured time.
+    steps: optimizer steps of the whole run, fixed before the first one.
+    seconds_a_step: the measured time of a step.
+    seconds_to_begin: from the start of the command to the first step.
+    seconds_to_judge: from the end of the last step to the verdict.
+    began: when the command that trains now began, in seconds since 1970.
+    spent: seconds that earlier commands took for this run.
     """
 
     minutes: float
@@ -36,23 +37,25 @@ class TimePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """How long a run is, what it is evaluated on, and the memory that it should need.
+    """How long a run is, what it is evaluated on, and how much memory it should need.
 
     steps, iterations: optimizer steps and micro-batches of the whole run.
     epochs: passes over the training data of the whole run.
-    first_step: where this process went on from; 0 is the beginning.
-    resumed_at: every step that a process went on from after an earlier one had ended, ascending.
-    rank_counts: from which step on how many processes shared each batch, such as (0, 2), (40, 1).
-    ended_by: what ended processes of the last command that went on by itself: signals, or
+    first_step: the step from which this process started; 0 for a new run.
+    resumed_at: every step from which a process resumed, ascending.
+    rank_counts: pairs (first step, number of processes that share each batch), such as (0, 2), (40,
+        1).
+    ended_by: what killed the training processes that the last command restarted: signal names, or
         `hang_timeout`.
-    frequencies: of each tier, the fastest first.
-    offers_best: whether the adapter of the lowest validation loss is offered, or the last one.
-    select_by: what chooses the best one: `loss`, or the suite whose answers do.
+    frequencies: how often each tier is updated, in steps, fastest tier first.
+    offers_best: whether the run offers the best adapter or the last one.
+    select_by: what chooses the best adapter: `loss`, or the name of a suite.
     training_file: the file that is trained on.
-    validation_file, validation_examples: what each evaluation reads; None and 0 without any.
-    memory_forecast_gb, memory_limit_gb: the predicted peak or None, and what the device or
-        `training.memory_limit_gb` allows, in 10^9 bytes.
-    time: what came of `training.minutes`; None without them.
+    validation_file, validation_examples: what each evaluation reads; None and 0 without
+        evaluations.
+    memory_forecast_gb: the predicted peak in 10^9 bytes; None without a forecast.
+    memory_limit_gb: what the device or `training.memory_limit_gb` allows, in 10^9 bytes.
+    time: how `training.minutes` was planned; None if it is not set.
     """
 
     steps: int
@@ -73,7 +76,10 @@ class TrainingPlan:
     time: TimePlan | None = None
 
     def describe_ends(self) -> str | None:
-        """That its process was killed and went on, and that it was cut; None without either."""
+        """Describe restarts of killed training processes, and a run cut short for its time limit.
+
+        Returns None if neither happened.
+        """
         sentences = []
         if self.ended_by:
             times = "once" if len(self.ended_by) == 1 else f"{len(self.ended_by)} times"
@@ -87,7 +93,7 @@ class TrainingPlan:
         return " ".join(sentences) or None
 
     def describe_rank_counts(self) -> str | None:
-        """That the number of ranks changed on the way; None if it stayed the same."""
+        """Describe a change in the number of data-parallel processes; None if it never changed."""
         if len(self.rank_counts) < 2:
             return None
         counts = ", ".join(f"{ranks} from step {step:,} on" for step, ranks in self.rank_counts)
@@ -98,33 +104,37 @@ class TrainingPlan:
         )
 
     def describe_validation(self) -> str:
-        """The examples of an evaluation: "valid.jsonl, 10 examples"."""
+        """Describe the validation data: "valid.jsonl, 10 examples"."""
         noun = "example" if self.validation_examples == 1 else "examples"
         return f"{self.validation_file}, {self.validation_examples:,} {noun}"
 
     def passes_until(self, step: int) -> float:
-        """Passes over the training data up to a step."""
+        """Return the number of passes over the training data up to a step."""
         return self.epochs * step / self.steps if self.steps else 0.0
 
 
 def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int, ...]:
-    """`resumed_at` of a process that begins at `first_step`, after the processes of `earlier`.
+    """Return `resumed_at` for a process that starts at `first_step`.
 
-    Resumptions beyond that step are left out: what was trained after them was given up.
+    earlier: the plan of the processes before it. Resumptions after `first_step` are dropped, since
+        the steps after it are trained anew.
     """
-    known = () if earlier is None else earlier.resumed_at
-    return tuple(sorted({step for step in (*known, first_step) if 0 < step <= first_step}))
+    resumed = () if earlier is None else earlier.resumed_at
+    return tuple(sorted({step for step in (*resumed, first_step) if 0 < step <= first_step}))
 
 
 def list_rank_counts(
     earlier: TrainingPlan | None, first_step: int, ranks: int
 ) -> tuple[tuple[int, int], ...]:
-    """`rank_counts` of `ranks` processes that begin at `first_step`, after those of `earlier`."""
+    """Return `rank_counts` for `ranks` processes that start at `first_step`.
+
+    earlier: the plan of the processes before them.
+    """
     counts = () if earlier is None else earlier.rank_counts
-    known = [(step, count) for step, count in counts if step < first_step]
-    if known and known[-1][1] == ranks:
-        return tuple(known)
-    return (*known, (first_step, ranks))
+    before = [(step, count) for step, count in counts if step < first_step]
+    if before and before[-1][1] == ranks:
+        return tuple(before)
+    return (*before, (first_step, ranks))
 
 
 PLAN_FILE = JsonFile(TrainingPlan, 2**20)
@@ -132,14 +142,14 @@ write_plan = PLAN_FILE.write
 
 
 def note_ends(path: Path, ends: Sequence[str]) -> None:
-    """Write what ended processes of a command into plan.json, where there is one."""
+    """Record in plan.json what killed the training processes; without the file, do nothing."""
     plan = read_plan(path)
     if plan is not None:
         write_plan(path, replace(plan, ended_by=tuple(ends)))
 
 
 def read_plan(path: Path) -> TrainingPlan | None:
-    """The plan, or None if none can be read: it is shown, and nothing rests on it."""
+    """Read plan.json; None if it is missing or damaged, since the plan is only displayed."""
     try:
         return PLAN_FILE.read(path)
     except (DamagedError, OSError):
@@ -152,7 +162,10 @@ StepLoss = tuple[int, float | None]  # None: not finite
 def describe_last_losses(
     records: Sequence[Mapping[str, Any]], plan: TrainingPlan | None
 ) -> dict[str, str]:
-    """`training loss` and `validation loss` of metrics.jsonl, each as below where there is one."""
+    """Describe the last training and validation loss of metrics.jsonl, by their names.
+
+    Keys are `training loss` and `validation loss`; one that was never reported is left out.
+    """
     described = {}
     report = next((r for r in reversed(records) if "loss" in r), None)
     if report is not None:
@@ -167,13 +180,13 @@ def describe_last_losses(
 
 
 def join_last_losses(records: Sequence[Mapping[str, Any]], plan: TrainingPlan | None) -> str:
-    """Both losses in a line, or that nothing was reported yet."""
+    """Describe the last training and validation loss in one line, or say "no report yet"."""
     losses = describe_last_losses(records, plan)
     return "; ".join(f"{name} {text}" for name, text in losses.items()) or "no report yet"
 
 
 def describe_training_loss(last: StepLoss, plan: TrainingPlan | None) -> str:
-    """`0.1234 (train.jsonl, mean since the last report, step 40)`."""
+    """Describe a training loss: `0.1234 (train.jsonl, mean since the last report, step 40)`."""
     step, loss = last
     data = [] if plan is None else [plan.training_file]
     return _describe_loss(loss, [*data, "mean since the last report", f"step {step:,}"])
@@ -182,7 +195,10 @@ def describe_training_loss(last: StepLoss, plan: TrainingPlan | None) -> str:
 def describe_validation_loss(
     last: StepLoss, lowest: StepLoss | None, plan: TrainingPlan | None
 ) -> str:
-    """`0.2345 (valid.jsonl, 10 examples, step 40), lowest 0.1999 (step 30)`."""
+    """Describe a validation loss, and the lowest one if it is an earlier one.
+
+    Example: `0.2345 (valid.jsonl, 10 examples, step 40), lowest 0.1999 (step 30)`.
+    """
     step, loss = last
     data = []
     if plan is not None and plan.validation_file is not None:
@@ -194,4 +210,5 @@ def describe_validation_loss(
 
 
 def _describe_loss(loss: float | None, details: Sequence[str]) -> str:
+    """Format a loss with details in brackets."""
     return f"{format_loss(loss)} ({', '.join(details)})"

@@ -1,6 +1,6 @@
-"""promoted-to.json: the registries that a person promoted a run to and its config.yaml names not.
+"""promoted-to.json: registries that a run was promoted to by hand and config.yaml does not name.
 
-Without it nothing in the run would tell that such a registry rests on it.
+The file protects the run from being pruned while such a registry depends on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RegistryName: TypeAlias = tuple[str, str]  # the folder as it was given, and the
 
 
 def read_promoted_to(path: Path) -> tuple[RegistryName, ...]:
-    """The registries and names, none without the file; DamagedError where it holds none."""
+    """Read the registries and names; empty without the file, DamagedError for another form."""
     if file_type(path) == "missing":
         return ()
     try:
@@ -27,6 +27,6 @@ def read_promoted_to(path: Path) -> tuple[RegistryName, ...]:
 
 
 def add_promoted_to(path: Path, registry: str, name: str) -> None:
-    """Add a registry and name, once."""
+    """Add a registry folder and a name in it to the file, unless they are listed already."""
     listed = dict.fromkeys([*read_promoted_to(path), (registry, name)])
     write_json(path, [{"registry": one, "name": its_name} for one, its_name in listed])

@@ -11,8 +11,10 @@ from nested_core.storage.json_file import JsonFile
 class TrainResult:
     """What training ended with, as in result.json.
 
-    step, adapter_step: the last optimizer step, and the one whose adapter is selected.
-    evidence: SHA-256 of the files that training wrote; the gate compares the folder with them.
+    step, adapter_step: the last optimizer step, and the step whose adapter is offered.
+    verified_steps: after how many steps the updated parameters were read back and compared.
+    red_flags: warnings about the course of training, such as a flat loss.
+    evidence: SHA-256 of each file that training wrote; the gate compares the folder with them.
     """
 
     run_dir: str

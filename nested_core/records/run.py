@@ -1,7 +1,7 @@
-"""A run as anybody looks at it: each of its files is read once, and only when it is asked for.
+"""A run as status, lists and pages look at it: each file is read once, when first asked for.
 
-What is damaged is gathered, and the rest is read. Whoever needs a file, or else an error, calls its
-own reader in the module beside this one.
+Damage is collected as errors, and the other files are read all the same. Code that must fail on a
+damaged file calls that file's own reader in the module beside this one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from nested_core import seams
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
@@ -50,10 +51,11 @@ _LAST_LOSSES = {"train_loss": "loss", "val_loss": "val_loss"}  # by the names of
 
 @dataclass(eq=False, repr=False)
 class Run:
-    """A run at one moment; what a file would say is None, or empty, where it is missing or damaged.
+    """A run at one moment; each file's content is None or empty if it is missing or damaged.
 
-    has_ended: asked by the process that works on it, when it is done.
-    errors: one for each file that is damaged, of those that were asked for.
+    has_ended: true if the training process itself asks after it has finished, so it is not
+        "running".
+    errors: one error for each damaged file among those that were read so far.
     """
 
     folder: RunDirectory
@@ -61,25 +63,29 @@ class Run:
     errors: list[NestedTuneError] = field(default_factory=list)
 
     def __repr__(self) -> str:
+        """Show folder, state and step."""
         return f"Run({self.folder.path}, {self.state}, step {self.step})"
 
     @property
     def path(self) -> Path:
-        """Its folder, as it was given."""
+        """The run's folder, as it was given."""
         return self.folder.path
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run's folder."""
         return self.path.resolve().name
 
     @property
     def problems(self) -> list[str]:
-        """A sentence for each file that is damaged, of those that were asked for."""
+        """A message for each damaged file among those that were read so far."""
         return [str(error) for error in self.errors]
 
     def read_all(self) -> Run:
-        """Read every file, so that `problems` is complete; also what changed since the verdict."""
+        """Read every file of the run, so that `problems` is complete, and return the run.
+
+        Files that the verdict rests on are also compared with the hashes in the manifest.
+        """
         if self.verdict is not None:
             self._is_as_judged(self.folder.metrics)
         for name in ("config", "metrics", "dataset", "skip", "result", "losses", "answers"):
@@ -88,7 +94,10 @@ class Run:
         return self
 
     def read(self, path: Path, reader: Callable[[Path], Content]) -> Content | None:
-        """What `reader` makes of a file; None if it is missing or damaged."""
+        """Apply `reader` to a file.
+
+        Returns None if the file is missing or damaged, which adds to `errors`.
+        """
         if file_type(path) == "missing":
             return None
         try:
@@ -100,7 +109,10 @@ class Run:
         return None
 
     def _is_as_judged(self, path: Path) -> bool:
-        """Whether a file that a verdict rests on is as it was then."""
+        """Return whether a file is unchanged since the verdict.
+
+        A changed one is added to `errors`.
+        """
         if self.verdict is None:
             return False
         entry = self._judged_files.get(path.name)
@@ -111,47 +123,51 @@ class Run:
 
     @cached_property
     def _judged_files(self) -> Mapping[str, Any]:
+        """Size and hash of each file that the verdict rests on, by name.
+
+        Empty without a manifest.
+        """
         listed = self.read(self.folder.manifest, lambda _: read_manifest(self.path)["files"])
         return listed or {}
 
     @cached_property
     def config(self) -> FineTuneConfig | None:
-        """What it was asked to do."""
+        """The configuration of the run, from config.yaml."""
         return self.read(self.folder.config, lambda _: read_run_config(self.folder))
 
     @cached_property
     def plan(self) -> TrainingPlan | None:
-        """How long it is to train, on what."""
+        """How long the run is and what it is evaluated on, from plan.json."""
         return read_plan(self.folder.plan)
 
     @cached_property
     def dataset(self) -> DatasetReport | None:
-        """What was found in its data."""
+        """The report on the run's data set, from dataset.json."""
         return self.read(self.folder.dataset, read_dataset_record)
 
     @cached_property
     def skip(self) -> Skip | None:
-        """Why nothing was trained."""
+        """Why the run trained nothing, from skipped.json; None if it trained."""
         return self.read(self.folder.skipped, read_skip)
 
     @cached_property
     def metrics(self) -> Sequence[dict[str, Any]]:
-        """Its reports, in order."""
+        """The reports of the run in order, from metrics.jsonl."""
         return self.read(self.folder.metrics, read_metrics) or ()
 
     @cached_property
     def result(self) -> TrainResult | None:
-        """What training ended with."""
+        """What training ended with, from result.json."""
         return self.read(self.folder.result, read_result)
 
     @property
     def verdict(self) -> Verdict | None:
-        """What the gate said; None while it writes, and once the run is made longer."""
+        """The gate's verdict; None before it is complete, and after the run is extended."""
         return self._verdict_or_damage[0]
 
     @cached_property
     def _verdict_or_damage(self) -> tuple[Verdict | None, bool]:
-        """The verdict, and whether there is one that is damaged."""
+        """The gate's verdict or None, and whether gate.json exists and is damaged."""
         if not has_verdict_manifest(self.path):
             return None, False
         known = len(self.errors)
@@ -162,9 +178,9 @@ class Run:
 
     @cached_property
     def version(self) -> str | None:
-        """The digest of the adapter that it offers, by which a registry names it; None without one.
+        """The digest of the offered adapter, its name in a registry; None without an adapter.
 
-        Of a run without a verdict it is computed: one that is made longer offers what it did.
+        It comes from the verdict if there is one, else it is computed from the adapter's files.
         """
         if self.verdict is not None:
             return self.verdict.trained.digest
@@ -174,13 +190,13 @@ class Run:
 
     @cached_property
     def promoted_to(self) -> tuple[RegistryName, ...] | None:
-        """The registries that a person promoted it to and that its configuration does not name."""
+        """Registries that the run was promoted to by hand and its configuration does not name."""
         path = self.folder.promoted_to
         return () if file_type(path) == "missing" else self.read(path, read_promoted_to)
 
     @cached_property
     def losses(self) -> ExampleLosses | None:
-        """The loss of each held-out example, if that is as it was judged."""
+        """The loss of each held-out example; None if the file changed since the verdict."""
         from nested_core.records.losses import read_example_losses  # numpy
 
         path = self.folder.gate_losses
@@ -188,23 +204,23 @@ class Run:
 
     @cached_property
     def answers(self) -> Sequence[AnswerRecord]:
-        """What the models answered to the suites, if that is as it was judged."""
+        """The models' answers to the suites; empty if the file changed since the verdict."""
         path = self.folder.answers
         return (self.read(path, read_answers) if self._is_as_judged(path) else None) or ()
 
     @cached_property
     def sample_answers(self) -> Sequence[SampleAnswers]:
-        """What base and adapter answered to the sample prompts."""
+        """What base and trained adapter answered to the sample prompts."""
         return self.read(self.folder.sample_answers, read_sample_answers) or ()
 
     @cached_property
     def process(self) -> int | None:
-        """The process that works on it."""
+        """The id of the process that trains this run now; None if no process does."""
         return None if self.has_ended else self.folder.holder()
 
     @cached_property
     def state(self) -> State:
-        """Where it stands."""
+        """What the run is doing: running, ended with a verdict, resumable or damaged."""
         if self.process is not None:
             return "running"
         if self.verdict is not None:
@@ -217,7 +233,7 @@ class Run:
 
     @cached_property
     def started(self) -> datetime:
-        """When it began: its name says so, else the oldest of its files."""
+        """When the run began: the time in its name, else that of its oldest file."""
         named = _RUN_NAME_PATTERN.fullmatch(self.name)
         if named is not None:
             with suppress(ValueError):  # digits that are no moment
@@ -231,7 +247,10 @@ class Run:
 
     @property
     def minutes(self) -> float | None:
-        """From its configuration to the last that training or gate wrote; None before that."""
+        """Minutes from writing the configuration to the newest file of training or gate.
+
+        None if the configuration does not exist.
+        """
         folder = self.folder
         written = [folder.gate, folder.result, folder.metrics, folder.dataset]
         try:
@@ -243,40 +262,59 @@ class Run:
 
     @cached_property
     def seconds(self) -> Sequence[float]:
-        """Seconds of training up to each report."""
+        """Seconds spent in training steps up to each report."""
         return cumulative_seconds(self.metrics)
 
     def last(self, key: str) -> Any:
-        """The last reported value of a metric that is not null, or None."""
+        """Return the last reported value of a metric that is not null.
+
+        Returns None if there is no such value.
+        """
         return next((r[key] for r in reversed(self.metrics) if r.get(key) is not None), None)
 
     def last_loss(self, key: str) -> StepLoss | None:
-        """The step and value of the last `train_loss` or `val_loss`; the value None: not finite."""
+        """Return step and value of the last `train_loss` or `val_loss`.
+
+        The value None is not finite.
+
+        Returns None if the loss was never reported.
+        """
         name = _LAST_LOSSES[key]
         reports = ((r.get("step", 0), r[name]) for r in reversed(self.metrics) if name in r)
         return next(reports, None)
 
+    @property
+    def loss_unit(self) -> str:
+        """The unit of its losses; nats/token where its configuration is missing or damaged."""
+        return seams.unit_of_loss(None if self.config is None else self.config.training.loss)
+
     def describe_last_losses(self) -> dict[str, str]:
-        """`training loss` and `validation loss`, each with its data and step."""
+        """Describe the last training and validation loss with their data and step, by name."""
         return describe_last_losses(self.metrics, self.plan)
 
     def points(self, key: str, x: str = "step") -> list[Point]:
-        """The reports of a metric as points of a curve, over steps or seconds of training."""
-        places = [r.get("step", 0) for r in self.metrics] if x == "step" else self.seconds
+        """Return a metric's reports as points of a curve.
+
+        x: `step`, or anything else for seconds of training.
+        """
+        positions = [r.get("step", 0) for r in self.metrics] if x == "step" else self.seconds
         return [
-            Point(float(place), None if metrics[key] is None else float(metrics[key]))
-            for place, metrics in zip(places, self.metrics, strict=True)
+            Point(float(position), None if metrics[key] is None else float(metrics[key]))
+            for position, metrics in zip(positions, self.metrics, strict=True)
             if key in metrics
         ]
 
     @property
     def step(self) -> int:
-        """The last optimizer step that was reported."""
+        """The last optimizer step that was reported; 0 before the first report."""
         return int(self.last("step") or 0)
 
     @cached_property
     def steps(self) -> int | None:
-        """How many it is to take; None if epochs decide, before they are counted."""
+        """The number of optimizer steps of the whole run.
+
+        None if epochs decide it and are not counted yet.
+        """
         if self.plan is not None:
             return self.plan.steps
         config = self.config
@@ -287,7 +325,7 @@ class Run:
         return config.iters // per_step if is_rounded_down else -(-config.iters // per_step)
 
     def describe_length(self) -> str:
-        """What was trained: "200 of 200 steps, 20 passes over train.jsonl"."""
+        """Describe how much was trained: "200 of 200 steps, 20 passes over train.jsonl"."""
         of_all = "" if self.steps is None else f" of {self.steps:,}"
         text = f"{self.step:,}{of_all} steps"
         if self.plan is None:
@@ -298,26 +336,29 @@ class Run:
 
     @property
     def offered_step(self) -> int | None:
-        """The step whose adapter it offers; None before training has ended."""
+        """The step whose adapter the run offers; None before training has ended."""
         if self.verdict is not None:
             return self.verdict.adapter_step
         return None if self.result is None else self.result.adapter_step
 
     @property
     def offered_val_loss(self) -> float | None:
-        """The validation loss of what it offers; None without one, or if it is not finite."""
+        """The validation loss at the offered step; None if not measured or not finite."""
         at_step = (r for r in reversed(self.metrics) if r.get("step") == self.offered_step)
         return next((r["val_loss"] for r in at_step if "val_loss" in r), None)
 
     @property
     def gate_loss(self) -> float | None:
-        """The loss of what it offers, on the examples that the gate judged by."""
+        """The offered adapter's loss on the gate's held-out examples; None if not measured."""
         validation = None if self.verdict is None else self.verdict.validation
         return None if validation is None else validation.loss_after
 
     @property
     def loss_to_champion(self) -> float | None:
-        """That loss less the champion's on the same examples; None if they were not compared."""
+        """The offered adapter's loss minus the champion's on the same examples.
+
+        None if they were not compared.
+        """
         champion = None if self.verdict is None else self.verdict.champion
         return None if champion is None else champion.difference
 
@@ -325,7 +366,7 @@ class Run:
     def held_out_digest(self) -> str | None:
         """The digest of the examples that the gate measures losses on.
 
-        None if it is not known: of damaged files, and of a file outside of the data set.
+        None if dataset.json or config.yaml is damaged, or the examples are outside of the data set.
         """
         if self.dataset is None or self.config is None:
             return None
@@ -333,7 +374,10 @@ class Run:
         return None if split is None else self.dataset.splits[split].digest
 
     def find_checkpoint(self) -> str | None:
-        """The checkpoint that it would go on from: hashed if it is to be, else the newest."""
+        """Return the name of the checkpoint to resume from; None if there is no sound one.
+
+        In a run that is not resumable the newest checkpoint is named, without verifying its hashes.
+        """
         checkpoints = self.folder.checkpoints
         if self.state == "resumable":
             path = newest_sound_checkpoint(checkpoints)
@@ -342,12 +386,9 @@ class Run:
         return None if path is None else path.name
 
     def to_json(self) -> dict[str, Any]:
-        """What `status`, `runs` and `compare` say of it with `--json`; losses in nats/token."""
-        config, verdict, lasts = (
-            self.config,
-            self.verdict,
-            {n: self.last_loss(n) for n in _LAST_LOSSES},
-        )
+        """Return what `status`, `runs` and `compare` print with `--json`; losses in `loss_unit`."""
+        config, verdict = self.config, self.verdict
+        lasts = {name: self.last_loss(name) for name in _LAST_LOSSES}
         validation = None if verdict is None else verdict.validation
         has_iterations = config is not None and config.training.epochs is None
         values = {
@@ -365,6 +406,7 @@ class Run:
             "offered_step": self.offered_step,
             "offered_val_loss": self.offered_val_loss,
             "gate_loss": self.gate_loss,
+            "loss_unit": self.loss_unit,
             **{name: None if last is None else last[1] for name, last in lasts.items()},
             "not_finite": [n for n, last in lasts.items() if last is not None and last[1] is None],
             "learning_rate": self.last("learning_rate"),
@@ -379,15 +421,15 @@ class Run:
 
 
 def read_run(folder: RunDirectory, *, has_ended: bool = False) -> Run:
-    """A run with all of its files read; ConfigError if `folder` is no run directory."""
+    """Read all files of a run; raise ConfigError if `folder` is not a run directory."""
     folder.require_begun()
     return Run(folder, has_ended).read_all()
 
 
 def list_runs(folder: Path) -> list[Run]:
-    """The runs in a folder, and the folder itself where it is one, newest first.
+    """Return the runs in a folder, newest first; the folder itself too if it is a run.
 
-    Folders that no run has begun in are passed over. ConfigError where there is no such folder.
+    Other folders are skipped. Raises ConfigError if `folder` is not a folder.
     """
     if not folder.is_dir():
         raise ConfigError(
@@ -405,9 +447,9 @@ def list_runs(folder: Path) -> list[Run]:
 
 @dataclass(frozen=True)
 class AdapterRuns:
-    """The runs of one adapter, by the registry and name that their configurations have.
+    """Selects the runs whose configuration names one adapter of one registry.
 
-    registry: its folder, resolved.
+    registry: the registry's resolved folder.
     """
 
     registry: Path
@@ -415,16 +457,16 @@ class AdapterRuns:
 
     @classmethod
     def of(cls, registry: Path, name: str) -> AdapterRuns:
-        """Those of a name in a registry."""
+        """Build the selection for a name in a registry, resolving the registry's path."""
         return cls(registry.resolve(), name)
 
     def include(self, run: Run) -> bool:
-        """Whether a run is one of them; one whose configuration cannot be read is nobody's."""
+        """Return whether a run's configuration names this adapter; False if it cannot be read."""
         section = None if run.config is None else run.config.registry
         if section is None or section.path is None or section.name != self.name:
             return False
         return Path(section.path).resolve() == self.registry
 
     def among(self, runs: Sequence[Run]) -> list[Run]:
-        """Those of some runs, in their order."""
+        """Return those of the given runs that are of this adapter, in the given order."""
         return [run for run in runs if self.include(run)]

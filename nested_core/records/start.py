@@ -1,4 +1,4 @@
-"""start.json: what a run of `continual.from` begins from, why, and what else it would have cost."""
+"""start.json: whether a run of `continual.from` started from the champion or the base, and why."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Choice:
-    """How a run follows the champion.
+    """Whether a run that follows the champion starts from it or from the base.
 
     policy: `rebuild` trains from the base, `continue` from the champion.
     reason: why, as a clause.
-    seconds: what a run of each policy is forecast to take; empty where nothing was measured.
+    seconds: the forecast time of a run by policy; empty if nothing was measured.
     """
 
     policy: Literal["rebuild", "continue"]
@@ -28,9 +28,9 @@ class Choice:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def describe_seconds(self) -> str:
-        """The forecasts in brackets; an empty text without any."""
-        told = [f"{policy} {format_duration(cost)}" for policy, cost in self.seconds.items()]
-        return f" (forecast: {', '.join(told)})" if told else ""
+        """Return the forecast times in brackets; "" without forecasts."""
+        forecasts = [f"{policy} {format_duration(cost)}" for policy, cost in self.seconds.items()]
+        return f" (forecast: {', '.join(forecasts)})" if forecasts else ""
 
 
 CONFIGURED = Choice("continue", "continual.policy is continue")
@@ -38,11 +38,11 @@ CONFIGURED = Choice("continue", "continual.policy is continue")
 
 @dataclass(frozen=True)
 class Start:
-    """What a run began from.
+    """What a run started training from.
 
-    champion: the version that it follows; None before the first champion.
-    choice: whether it goes on from that.
-    rate_share: of `learning_rate`, at which it is trained.
+    champion: the version that was champion; None before the first champion.
+    choice: whether training started from the champion or from the base.
+    rate_share: the factor on `learning_rate` that the run is trained with.
     """
 
     champion: str | None
@@ -50,7 +50,7 @@ class Start:
     rate_share: float = 1.0
 
     def describe(self, name: str | None) -> str:
-        """A sentence; `name` is the adapter's."""
+        """Describe in a sentence what training started from; `name` is the adapter's name."""
         if self.champion is None:
             return f"{name} has no champion yet: starting from a fresh adapter"
         version = f"version {shorten_digest(self.champion)} of {name}"
@@ -64,7 +64,7 @@ class Start:
         return f"{what}: {self.choice.reason}{self.choice.describe_seconds()}"
 
     def to_provenance(self) -> dict[str, Any]:
-        """What provenance.json says of it."""
+        """Return the block that provenance.json has about the start."""
         return {
             "champion": self.champion,
             "policy": self.choice.policy,
@@ -78,8 +78,8 @@ START_FILE = JsonFile(Start, MAX_BYTES)
 
 
 def read_start(config: FineTuneConfig, run: RunDirectory) -> Start | None:
-    """What a loaded run began from; None for one that follows no champion.
+    """Read what a run started from; None if its configuration does not follow a champion.
 
-    Raises DamagedError where the file is missing or is no such record.
+    Raises DamagedError if start.json is missing or has another form.
     """
     return None if config.continual.start is None else START_FILE.read(run.start)

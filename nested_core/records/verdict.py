@@ -1,6 +1,6 @@
-"""The verdict, as gate.json holds it: passed, or failed with reasons; and what it says in words.
+"""The verdict in gate.json: passed, or failed with reasons, its figures, and how to word them.
 
-`verdict_file.py` reads and writes the file. Nobody else knows its fields.
+verdict_file.py reads and writes the file. No other module knows its fields.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Details, Document, Table, Text
 from nested_core.text.loss_format import (
+    NATS_PER_TOKEN,
     format_change,
     format_difference,
     format_loss,
@@ -43,6 +44,7 @@ Code = Literal[UnchangedCode, MisshapenCode, UnusableCode, WorseCode, HarmedCode
 
 
 def _require_code_of_room(code: str) -> str:
+    """Return the code of a reason if an installed room defines it; else raise ValueError."""
     if code not in seams.join_mappings("reasons"):
         raise ValueError(f"{code} is no code of a reason")
     return code
@@ -73,9 +75,12 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Reason:
-    """Why an adapter is rejected, and what it is about: tensors, a suite, or an ancestor's data.
+    """A reason to reject an adapter.
 
-    suite: the name of one of `gate.tasks`; ancestor: the version of an ancestor.
+    code: the kind of reason, such as `unchanged`; each is explained in docs/gate.md.
+    tensors: the names of the tensors concerned.
+    suite: the suite of `gate.tasks` concerned.
+    ancestor: the version of the ancestor whose held-out data is concerned.
     """
 
     code: Code | CodeOfRoom
@@ -86,12 +91,12 @@ class Reason:
 
     @property
     def name(self) -> str:
-        """The code, and the suite or version that it is about: `task_below (capitals)`."""
+        """The code, with the suite or version that it is about: `task_below (capitals)`."""
         about = self.suite or (self.ancestor and shorten_digest(self.ancestor))
         return self.code if about is None else f"{self.code} ({about})"
 
     def with_guide(self) -> Reason:
-        """The same, with the place in the guide that explains it."""
+        """Return the reason with a link to the guide's section on its code in the message."""
         return replace(self, message=f"{self.message}; {GATE_GUIDE}#{self.code}")
 
 
@@ -99,8 +104,9 @@ class Reason:
 class TensorChange:
     """How one tensor changed from the initial to the trained adapter.
 
-    `changed` compares bytes; `max_abs_delta` is None if a value is not finite; `relative_delta`
-    is the norm of the difference over the larger of the two norms.
+    changed: whether its bytes differ.
+    max_abs_delta: the largest absolute difference of a value; None if a value is not finite.
+    relative_delta: the norm of the difference over the larger of the two norms.
     """
 
     name: str
@@ -113,7 +119,11 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class TierChange:
-    """One tier: how many of its tensors changed, and its updates against those that were due."""
+    """How many tensors of one tier changed, and how many updates the tier had.
+
+    frequency: the tier is updated every so many steps.
+    expected_updates: how many were due; applied and skipped ones add up to it in a sound run.
+    """
 
     tier: int
     frequency: int
@@ -126,17 +136,19 @@ class TierChange:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedLoss:
-    """What the comparisons of losses share: a paired difference, in nats/token.
+    """A paired comparison of losses; below 0 is better.
 
-    difference, standard_error, interval: of the paired differences after minus before, in nats a
-        token; None with a loss that is not finite, and the last two with fewer than 5 clusters.
-    smallest_visible: the smallest difference that the examples could have told from none.
-    conclusion: better, no_worse, inconclusive or worse (records/loss_conclusion.py); None without
-        a difference.
-    margin: the rise, in nats/token, within which the loss has to be shown to stay.
-    one_sided_high: the upper end of the one-sided 95 % interval, which is held against the margin.
-    examples_needed: about how many would settle an inconclusive comparison; None for none, or many.
-    clusters: how many of the counted examples are independent: those with one prompt are one.
+    difference: the mean of the paired differences; None if a loss is not finite.
+    standard_error, interval: of that mean; None with fewer than 5 clusters. The interval is 95 %.
+    smallest_visible: the smallest difference that would be significant on these examples.
+    conclusion: better, no_worse, inconclusive or worse (records/loss_conclusion.py); None without a
+        difference.
+    margin: the rise within which the loss has to stay to be no worse.
+    one_sided_high: the upper end of the one-sided 95 % interval, which is compared with the margin.
+    examples_needed: about how many examples would settle an inconclusive comparison; None if too
+        many, or if it is conclusive.
+    clusters: how many of the examples are independent: those with one prompt count as one.
+    unit: of the losses and of all that is computed from them.
     """
 
     difference: float | None = None
@@ -148,32 +160,36 @@ class ComparedLoss:
     one_sided_high: float | None = None
     examples_needed: int | None = None
     clusters: int | None = None
+    unit: str = NATS_PER_TOKEN
 
     def describe_conclusion(self) -> str | None:
-        """`better`, or what an inconclusive comparison saw and would settle it; None without."""
+        """Describe the conclusion in words; None without a conclusion.
+
+        An inconclusive one is described with its figures.
+        """
         if self.conclusion is None or self.difference is None:
             return None
         if self.conclusion != "inconclusive":
             return self.conclusion.replace("_", " ")
         return describe_inconclusive(
-            self.difference, self.deciding_interval, self.margin, self.examples_needed
+            self.difference, self.deciding_interval, self.margin, self.examples_needed, self.unit
         )
 
     @property
     def deciding_interval(self) -> Interval | None:
-        """The interval by which the words are chosen."""
+        """The interval that the conclusion is based on."""
         return self.interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutComparison(ComparedLoss):
-    """A comparison on held-out examples, which may have chosen the adapter that they judge.
+    """A comparison on held-out examples, which may also have chosen the adapter that they judge.
 
-    corrected_interval: the interval that holds for the best of so many candidates, or for so many
-        comparisons; None for one alone. `better` and `no_worse` are told by it.
-    left_out: how many examples were not counted, because an adapter was trained on them.
-    few_prompts: how many prompts there are, where they are too few to be what is drawn, so that
-        every example counts as independent; None if they are not too few.
+    corrected_interval: the interval corrected for choosing the best of several candidates, or for
+        several comparisons; None if neither applies. The conclusion is based on it.
+    left_out: how many examples were not counted because an adapter was trained on them.
+    few_prompts: the number of different prompts if it is too small to resample by prompt, so that
+        every example counts as independent; else None.
     """
 
     corrected_interval: Interval | None = None
@@ -182,17 +198,17 @@ class HeldOutComparison(ComparedLoss):
 
     @property
     def deciding_interval(self) -> Interval | None:
-        """The corrected interval where the examples chose, or several comparisons were made."""
+        """The interval that the conclusion is based on: the corrected one if there is one."""
         return self.interval if self.corrected_interval is None else self.corrected_interval
 
     @property
     def has_few_prompts(self) -> bool:
-        """Whether they have fewer than 5 prompts, on which nothing is promoted by itself."""
+        """Whether fewer than 5 different prompts were compared, too few for automatic promotion."""
         is_few = self.clusters is not None and self.clusters < MIN_EXAMPLES
         return is_few or self.few_prompts is not None
 
     def describe_few_prompts(self) -> str | None:
-        """That they have too few prompts for an automatic promotion; None with enough of them."""
+        """Say that there are too few different prompts for an automatic promotion, else None."""
         if not self.has_few_prompts:
             return None
         prompts = self.few_prompts or self.clusters
@@ -203,7 +219,11 @@ class HeldOutComparison(ComparedLoss):
         )
 
     def is_better(self, min_improvement: float, noise: Noise) -> bool:
-        """Whether an automatic promotion may rest on it."""
+        """Return whether the loss is lower by enough, beyond chance, for an automatic promotion.
+
+        min_improvement: in `unit`.
+        noise: `none` decides by the mean alone.
+        """
         return not self.has_few_prompts and is_better(
             self.difference,
             self.interval,
@@ -215,15 +235,17 @@ class HeldOutComparison(ComparedLoss):
 
 @dataclass(frozen=True)
 class Validation(HeldOutComparison):
-    """The loss of the initial and of the trained adapter on one recorded list of examples.
+    """The held-out loss of the initial and the trained adapter on the same examples.
 
+    loss_before, loss_after: mean losses in `unit` with the initial and the trained adapter.
+    selected_on_same_data: whether the same examples also chose the adapter's step.
     file: the file of the data set that holds the examples.
-    examples: how many were counted; RUN_DIR/gate-losses.jsonl has the losses of each.
-    left_out: how many were not, because the candidate or a parent was trained on them.
-    chosen_among: the candidates among which these examples chose; 1 where they chose nothing.
-    harmed, helped: independent examples that lost, or won, far more than a nat a token.
-    losses_sha256: of gate-losses.jsonl.
-    has_one_answer: whether what is learnt of the examples is the same in all of them.
+    examples: how many were counted; gate-losses.jsonl has the losses of each.
+    left_out: how many were not counted because the candidate or a parent was trained on them.
+    chosen_among: how many candidates were compared on these examples to choose this one; 1 if none.
+    harmed, helped: how many independent examples got far more than a nat/token worse, or better.
+    losses_sha256: SHA-256 of gate-losses.jsonl.
+    has_one_answer: whether the expected answer is the same in all examples.
     """
 
     loss_before: float | None
@@ -238,13 +260,13 @@ class Validation(HeldOutComparison):
     helped: int | None = None
 
     def doubts(self) -> Iterator[str]:
-        """What speaks against relying on the figures: few examples, or all with one answer."""
+        """Yield reasons to distrust the losses, such as few examples or one answer in all."""
         if self.examples is not None and self.examples < MIN_EXAMPLES_WITHOUT_DOUBT:
             noun = "example" if self.examples == 1 else "examples"
             shown = (
                 "can show no difference"
                 if self.smallest_visible is None
-                else describe_smallest_visible(self.smallest_visible)
+                else describe_smallest_visible(self.smallest_visible, self.unit)
             )
             yield f"{self.examples} held-out {noun} {shown}"
         elif self.clusters is not None and self.clusters < min(
@@ -266,11 +288,11 @@ class Validation(HeldOutComparison):
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the predictions moved on the held-out examples, in nats a supervised token.
+    """How far the predictions moved on the held-out examples, in nats per supervised token.
 
     kl_initial: mean KL(initial || trained); None if not finite.
-    kl_base: mean KL(base || trained), with `gate.drift`; None without it, or if not finite.
-    tokens: the supervised tokens that they are means over.
+    kl_base: mean KL(base || trained); None without the key `gate.drift`, or if not finite.
+    tokens: the number of supervised tokens that the means are over.
     """
 
     kl_initial: float | None
@@ -278,26 +300,28 @@ class Drift:
     tokens: int
 
     def describe(self) -> str:
-        """`mean KL divergence from the initial adapter 0.42 nats/token`, and on how many tokens."""
+        """Describe the divergences: `KL divergence from the initial adapter 0.42 nats/token`."""
         moved = f"KL divergence from the initial adapter {format_loss(self.kl_initial)} nats/token"
         if self.kl_base is not None:
             moved += f", from the base model {format_loss(self.kl_base)}"
         return f"{moved} ({self.tokens:,} tokens of the held-out examples)"
 
     def is_within(self, bound: float) -> bool:
-        """Whether it is finite and at most the bound, in nats/token."""
+        """Return whether the divergence from the initial adapter is finite and at most `bound`."""
         return self.kl_initial is not None and self.kl_initial <= bound
 
 
 @dataclass(frozen=True)
 class ChampionLoss(HeldOutComparison):
-    """The champion at the time of the gate, on the held-out examples that neither was trained on.
+    """The loss of the champion, compared with the candidate on the same held-out examples.
 
-    loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`, which
-        is candidate minus champion.
-    examples: how many examples were compared; left_out: how many were not, because the champion,
-        the candidate or an ancestor was trained on them.
-    not_compared: why there is no comparison; then there are no figures.
+    version: the champion when the gate ran.
+    loss: the champion's mean loss in `unit`. `difference` is candidate minus champion, so the
+        candidate's loss is `loss` + `difference`.
+    examples: how many were compared.
+    left_out: how many were not, because the champion, the candidate or an ancestor was trained on
+        them.
+    not_compared: why there is no comparison and there are no figures; None if there is one.
     """
 
     version: str
@@ -306,7 +330,7 @@ class ChampionLoss(HeldOutComparison):
     not_compared: str | None = None
 
     def describe(self) -> str:
-        """The champion's loss on the same examples and the candidate's difference, or why not."""
+        """Describe the champion's loss and the candidate's difference, or why there is none."""
         version = f"champion {shorten_digest(self.version)}"
         if self.not_compared is not None:
             return f"{version} not compared: {self.not_compared}"
@@ -326,16 +350,21 @@ JOINED = "joined"  # in place of a version, where several are judged together
 
 @dataclass(frozen=True)
 class AncestorLoss(HeldOutComparison):
-    """Champion and candidate on the held-out examples of the champion, or of an ancestor of it.
+    """Champion and candidate compared on the held-out examples of an earlier version.
 
-    registered: when the ancestor was registered, as ISO 8601; None if that is not known.
-    loss: the champion's mean loss in nats/token; the candidate's is `loss` + `difference`.
-    examples: how many were compared; left_out: how many were not, for a version or the candidate
-        was trained on them; superseded: how many newer data answers otherwise; repeated: how many
-        newer data holds out too; missing: how many the registry has lost.
-    not_compared: why there is no comparison; then there are no figures.
-    joined: the versions whose examples are judged together here, because each has too few to be
-        judged by itself; `version` is then JOINED.
+    The earlier version is the champion or one that the champion was trained from.
+
+    version: the earlier version whose examples are used.
+    registered: when it was registered, as ISO 8601; None if not known.
+    loss: the champion's mean loss in `unit`; the candidate's is `loss` + `difference`.
+    examples: how many were compared.
+    left_out: how many were not, because a version or the candidate was trained on them.
+    superseded: how many were not, because newer data has another answer to the same prompt.
+    repeated: how many were not, because newer data holds them out too.
+    missing: how many are lost from the registry.
+    not_compared: why there is no comparison and there are no figures; None if there is one.
+    joined: versions whose examples are compared together, as each has too few; `version` is then
+        JOINED.
     """
 
     version: str
@@ -350,7 +379,7 @@ class AncestorLoss(HeldOutComparison):
 
     @property
     def name(self) -> str:
-        """`version 1a2b3c4d of 2026-11-24`, or how many versions are joined."""
+        """Name the version, such as `version 1a2b3c4d of 2026-11-24`, or count the joined ones."""
         if self.joined:
             return f"each of {len(self.joined)} joined versions"
         night = "" if self.registered is None else f" of {self.registered[:10]}"
@@ -358,20 +387,20 @@ class AncestorLoss(HeldOutComparison):
 
     @property
     def loss_after(self) -> float | None:
-        """The candidate's mean loss in nats/token; None if there is no comparison."""
+        """The candidate's mean loss in `unit`; None if there is no comparison."""
         if self.loss is None or self.difference is None:
             return None
         return self.loss + self.difference
 
     def is_forgotten(self, noise: Noise) -> bool:
-        """Whether the candidate is worse, beyond what as many ancestors show by chance."""
+        """Return whether the candidate is worse, corrected for the number of ancestors compared."""
         if self.conclusion != "worse" or self.clusters is None or self.clusters < MIN_EXAMPLES:
             return False
         corrected = self.corrected_interval
         return noise == "none" or (corrected is not None and corrected[0] > 0)
 
     def describe_left_out(self) -> str | None:
-        """How many examples are not compared, and why; None if all are compared."""
+        """Count the examples that were not compared, by reason; None if all were compared."""
         counts = {
             "trained on": self.left_out,
             "superseded by newer data": self.superseded,
@@ -383,7 +412,10 @@ class AncestorLoss(HeldOutComparison):
 
 @dataclass(frozen=True)
 class GeneralLoss(ComparedLoss):
-    """The loss of the initial and of the trained adapter on text unrelated to the task."""
+    """The loss of the initial and the trained adapter on text unrelated to the task.
+
+    path, sha256: the file of the text and its hash.
+    """
 
     loss_before: float | None
     loss_after: float | None
@@ -395,19 +427,22 @@ class GeneralLoss(ComparedLoss):
 class TaskResult:
     """How right the answers to one suite of `gate.tasks` are.
 
-    base, parent, champion, candidate: the mean score of each model that answered, from 0 to 1;
-        parent is the adapter that training went on from, None for a fresh one.
-    difference: candidate minus parent, or minus base without a parent, with the ends of its 95 %
-        interval; None with too few questions for one.
-    champion_difference, champion_interval: candidate minus champion; None if no champion
-        answered.
-    conclusion: the worse of the words for the differences from parent or base, and champion.
-    chosen_among: the steps among which these questions chose; the interval is corrected for them.
-    lost: how many questions got a lower score than before; lost_first: the first of them.
-    smallest_visible: the smallest share of lost answers that so many questions can show.
-    seconds: of each model, all questions together.
+    questions: the number of questions of the suite.
+    base, parent, champion, candidate: the mean score of each model, from 0 to 1. parent is the
+        adapter that training started from, None for a fresh one.
+    difference, interval: candidate minus parent, or minus base without a parent, and its 95 %
+        interval; the interval is None with too few questions.
+    champion_difference, champion_interval: candidate minus champion; None without a champion.
+    conclusion: the worse of the conclusions about the two differences.
+    chosen_among: how many candidates were compared on these questions to choose this one; the
+        interval is corrected for it.
+    lost: how many questions got a lower score than before.
+    lost_first: the first of these questions.
+    smallest_visible: the smallest share of lost answers that would be significant.
+    seconds: the time of each model for all questions.
     odd: how many of the candidate's answers are empty, endless or one repeated token.
-    same_answer: the one that the candidate gave to every question, though others expect another.
+    same_answer: the candidate's answer if it is the same to every question although different ones
+        are expected; else None.
     """
 
     name: str
@@ -432,20 +467,23 @@ class TaskResult:
 
     @property
     def before(self) -> float:
-        """The mean score that `difference` is measured from: the parent's, else the base's."""
+        """The mean score that `difference` is measured from: the parent's, or else the base's."""
         return self.base if self.parent is None else self.parent
 
     @property
     def shares(self) -> tuple[float, float]:
-        """The mean scores before and after."""
+        """The mean score before training and the candidate's."""
         return self.before, self.candidate
 
     def count(self, share: float) -> str:
-        """How many right answers a mean score stands for: `14`, or `13.5` of partial ones."""
+        """Convert a mean score to a number of right answers: `14`, or `13.5` with partial ones."""
         return f"{round(share * self.questions, 2):g}"
 
     def describe_lost(self) -> str | None:
-        """What a passing suite lost: `capitals: 37 of 40 right, lost 3: ...; not beyond chance`."""
+        """Describe what a passing suite lost: `capitals: 37 of 40 right, lost 3: ...`.
+
+        Returns None if it lost no answer or failed.
+        """
         if not self.lost or self.verdict == "failed":
             return None
         named = join_first_values(self.lost_first, len(self.lost_first))
@@ -461,7 +499,7 @@ class TaskResult:
         return f"{self.name}: {right}, lost {self.lost}: {named}{others}; {why}"
 
     def describe(self) -> str:
-        """`capitals: 0 of 15 right before, 15 of 15 after`, with the interval and odd answers."""
+        """Describe the scores: `capitals: 0 of 15 right before, 15 of 15 after`, and so on."""
         total = self.questions
         before, after = (self.count(share) for share in self.shares)
         text = f"{self.name}: {before} of {total} right before, {after} of {total} after"
@@ -485,9 +523,11 @@ LEARN_MORE = "train longer, or try a learning rate three times as high, or a thi
 class SampleVerdict:
     """Whether training broke the answers to sample prompts (gate/checks/samples.py).
 
-    asked: the prompts; judged: those to which the base's own answer is sound, 0 for too few.
-    broken: of the judged ones, the answers that the candidate's damage counts in; ways: how.
-    not_asked: why nothing was asked, where the model could not answer.
+    asked: the number of prompts.
+    judged: the number of prompts that the base answers soundly; 0 if these are too few.
+    broken: how many of the judged answers of the candidate are broken.
+    ways: how many broken answers there are by each way of BROKEN_WORDS.
+    not_asked: why no prompt was asked; None if they were.
     """
 
     asked: int
@@ -498,18 +538,18 @@ class SampleVerdict:
 
     @property
     def are_broken(self) -> bool:
-        """Whether most of the judged answers are."""
+        """Whether more than half of the judged answers are broken."""
         return 2 * self.broken > self.judged
 
     def describe(self) -> str:
-        """`3 of 3 sample answers are broken (3 one token or pair repeated)`."""
+        """Describe the count: `3 of 3 sample answers are broken (3 one token or pair repeated)`."""
         ways = ", ".join(
             f"{count} {BROKEN_WORDS.get(way, way)}" for way, count in self.ways.items()
         )
         return f"{self.broken} of {self.judged} sample answers are broken ({ways})"
 
     def suggest(self) -> str:
-        """What to try next: the same answer to every prompt is learnt too little, or too fast."""
+        """Return a sentence on which setting to change for unbroken answers."""
         if self.ways.get("same"):
             return LEARN_MORE
         return "try a lower learning rate, a smaller lora_parameters.scale or fewer passes"
@@ -517,7 +557,7 @@ class SampleVerdict:
 
 @dataclass(frozen=True)
 class JudgedAdapter:
-    """An adapter that was judged: its path, and the digest of its meaning and tensors."""
+    """An adapter that was judged: its path, and the digest of its configuration and tensors."""
 
     path: str
     digest: str
@@ -525,7 +565,12 @@ class JudgedAdapter:
 
 @dataclass(frozen=True)
 class FusedVerdict:
-    """What fusing leaves of the change: its share, and the modules that lose theirs."""
+    """How much of the change remains when the adapter is fused into the base.
+
+    modules: how many modules the adapter changes.
+    carried_share: the share of the change that fusing preserves.
+    erased_modules: the modules whose change is lost by rounding.
+    """
 
     modules: int
     carried_share: float
@@ -533,10 +578,12 @@ class FusedVerdict:
 
 
 class ProofEvidence(TypedDict, total=False):
-    """What the fresh process found; `skipped` if the base model was not there to load.
+    """What a fresh process measured with plain mlx_lm.
 
-    rounding, relative_distance_from_float32: how far the process's logits and the trainer's are
-        from those computed in float32; measured where these two are further apart than `tolerance`.
+    skipped: why it did not run, such as a base model that is not there.
+    relative_distance_from_trainer: how far its logits are from the trainer's, over their norm.
+    rounding, relative_distance_from_float32: how far the process's and the trainer's logits are
+        from those computed in float32; measured only if they differ by more than `tolerance`.
     """
 
     skipped: str | None
@@ -554,11 +601,10 @@ class ProofEvidence(TypedDict, total=False):
 class Verdict:
     """The content of gate.json.
 
-    reference: the same as `champion`, of the version that the registry's policy names as reference.
-    ancestors: champion and candidate on what the champion and its ancestors were judged by, newest
-        first.
-    thresholds: the bounds of `gate` that the verdict was given by, by name; one that is not there
-        was not asked for then.
+    reference: like `champion`, for the version that the registry's policy names as reference.
+    ancestors: champion and candidate on the held-out examples of earlier versions, newest first.
+    thresholds: the values of the section `gate` that applied, by key; a missing key did not exist
+        when the verdict was given.
     blocks: what rooms measured, by their keys in gate.json, as JSON values.
     """
 
@@ -584,23 +630,23 @@ class Verdict:
 
     @property
     def has_passed(self) -> bool:
-        """Whether there is no reason against the adapter."""
+        """Whether there is no reason to reject the adapter."""
         return not self.reasons
 
     def to_json(self) -> dict[str, Any]:
-        """The content of gate.json."""
+        """Return the content of gate.json."""
         document: dict[str, Any] = asdict(self)
         blocks = document.pop("blocks")
         return {"verdict": self.word, **document, **blocks}
 
     @property
     def word(self) -> Literal["passed", "failed"]:
-        """The verdict in a word."""
+        """The verdict in a word: passed or failed."""
         return "passed" if self.has_passed else "failed"
 
     @property
     def outcome(self) -> Outcome:
-        """What becomes of the run by this verdict alone: verified, or rejected for which cause."""
+        """What became of the run by this verdict: verified, or rejected for its first reason."""
         if self.has_passed:
             return Outcome.VERIFIED
         code: Any = self.reasons[0].code
@@ -609,7 +655,7 @@ class Verdict:
         return Outcome[seams.join_mappings("reasons")[code]]
 
     def load_blocks(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """What shows each block of a room that is there, and the block."""
+        """Yield, for each block of an installed room, the module that displays it and the block."""
         parts = seams.join_mappings("verdict_blocks", seams.list_rooms())
         yield from (
             (seams.load(parts[name]), self.blocks[name]) for name in parts if name in self.blocks
@@ -622,18 +668,20 @@ class Verdict:
 
     @property
     def noise(self) -> Noise:
-        """How differences were judged: beyond noise, or by the mean alone."""
+        """How differences were judged: `paired` by their interval, `none` by the mean alone."""
         return "paired" if (self.thresholds or {}).get("noise") == "paired" else "none"
 
     def bound(self, name: str) -> float | None:
-        """A bound by the name of its key; None if it was not asked for."""
+        """Return the threshold of a key of section `gate`; None if it was not set."""
         value = (self.thresholds or {}).get(name)
         return float(value) if isinstance(value, int | float) else None
 
     def __repr__(self) -> str:
+        """Show the one-line summary."""
         return f"Verdict({self.summary()})"
 
     def _repr_html_(self) -> str:
+        """Return the verdict as HTML for a notebook's cell."""
         reasons = [(reason.name, reason.message) for reason in self.reasons]
         tiers = [(t.tier, t.frequency, t.expected_updates, t.applied_updates) for t in self.tiers]
         tensors = [(t.name, t.changed, t.relative_delta, t.finite) for t in self.tensors]
@@ -648,12 +696,12 @@ class Verdict:
 
     @property
     def has_broken_answers(self) -> bool:
-        """Whether training broke the answers: there is nothing to promote."""
+        """Whether training broke the answers, so that the adapter must not be promoted."""
         return bool(self.broken_answers)
 
     @property
     def broken_answers(self) -> str:
-        """How most sample answers are broken, or those to a suite are all the same; else empty."""
+        """Describe broken sample answers and suites with one answer to all questions; else ""."""
         broken = [
             f"{task.name}: all {task.questions} answers are {shorten(task.same_answer)!r}"
             for task in self.tasks
@@ -665,11 +713,11 @@ class Verdict:
 
     @property
     def rival(self) -> str | None:
-        """The champion that the adapter was judged against; None if there was none."""
+        """The champion that the adapter was compared with; None without a champion."""
         return None if self.champion is None else self.champion.version
 
     def notes(self) -> list[str]:
-        """What a person has to know beside a verdict of `passed`, a line each."""
+        """Return warnings that belong beside a verdict of `passed`; empty for a failed one."""
         if not self.has_passed:
             return []
         of_rooms = [
@@ -686,7 +734,7 @@ class Verdict:
         return lost + of_rooms
 
     def summary(self) -> str:
-        """One line: the first reason and the names of the others, or what changed."""
+        """Summarize the verdict in one line: the reasons, or what changed and was measured."""
         if not self.has_passed:
             first, *others = self.reasons
             also = f"; also {', '.join(reason.name for reason in others)}" if others else ""
@@ -705,7 +753,7 @@ class Verdict:
         return f"passed: {tensors}"
 
     def _doubts(self) -> Iterator[str]:
-        """What speaks against relying on the losses, and on their comparison with the champion."""
+        """Yield reasons to distrust the losses and their comparison with the champion."""
         if self.validation is not None:
             yield from self.validation.doubts()
         champion, few = self.champion, None
@@ -716,26 +764,27 @@ class Verdict:
 
     @property
     def is_measured(self) -> bool:
-        """Whether held-out losses or answers to a suite say anything of the adapter's quality."""
+        """Whether held-out losses or answers to a suite measured the adapter's quality."""
         return bool(self.tasks) or (self.validation is not None and self.validation.examples != 0)
 
     @property
     def is_conclusive(self) -> bool:
-        """Whether anything was measured, and the held-out loss, if it was, had a clear result."""
+        """Whether quality was measured and the held-out loss, if any, is not inconclusive."""
         losses = self.validation
         return self.is_measured and (losses is None or losses.conclusion != "inconclusive")
 
     def describe(self) -> str:
-        """The verdict in a few words: `passed, better`, or `failed`."""
+        """Return the verdict in a few words: `passed, better`, or `failed`."""
         conclusion = None if self.validation is None else self.validation.conclusion
         return self._describe(conclusion) if self.has_passed else self.word
 
     def describe_passed(self) -> str:
-        """`passed, better` and the like; an inconclusive comparison with its figures."""
+        """Return `passed, better` and the like; an inconclusive comparison with its figures."""
         losses = self.validation
         return self._describe(None if losses is None else losses.describe_conclusion())
 
     def _describe(self, conclusion: str | None) -> str:
+        """Return `passed` with the conclusion, or with what keeps quality from being known."""
         if self.has_broken_answers:
             return "passed, answers broken"
         if not self.is_measured:
@@ -743,7 +792,10 @@ class Verdict:
         return "passed" if conclusion is None else f"passed, {conclusion.replace('_', ' ')}"
 
     def describe_loss(self) -> str:
-        """`test loss 3.142 -> 0.0213 (test.jsonl, 84 examples, step 150 of 200)`, or none."""
+        """Describe the held-out loss before and after training, and its data.
+
+        Example: `test loss 3.142 -> 0.0213 (test.jsonl, 84 examples, step 150 of 200)`.
+        """
         losses = self.validation
         if losses is None:
             return "no held-out loss"
@@ -754,7 +806,7 @@ class Verdict:
         return f"{name} {change} ({self.describe_data()})"
 
     def describe_losses(self) -> str:
-        """The held-out loss, what it shows, and the champion's on the same examples."""
+        """Describe the held-out loss, its conclusion, and the champion's loss."""
         parts = [self.describe_loss()]
         if self.validation is not None:
             parts.append(self.validation.describe_conclusion() or "")
@@ -764,7 +816,7 @@ class Verdict:
         return "; ".join(filter(None, parts))
 
     def describe_data(self) -> str:
-        """What the losses were measured on: "test.jsonl, 84 examples, step 150 of 200"."""
+        """Describe what the losses were measured on: "test.jsonl, 84 examples, step 150 of 200"."""
         if self.validation is None:
             return "no held-out examples"
         of_all = "" if self.last_step is None else f" of {self.last_step}"
@@ -772,7 +824,7 @@ class Verdict:
 
 
 def describe_examples(validation: Validation) -> str:
-    """The data that losses were measured on: "test.jsonl, 84 examples"."""
+    """Describe the file and number of held-out examples: "test.jsonl, 84 examples"."""
     if validation.examples is None:
         return "held-out examples"
     noun = "example" if validation.examples == 1 else "examples"

@@ -1,7 +1,7 @@
-"""gate.json: the verdict on a run, bound by RUN_DIR/MANIFEST.json to the files that it rests on.
+"""gate.json: the verdict on a run, bound by RUN_DIR/MANIFEST.json to the files it was given on.
 
-The manifest holds the size and SHA-256 of gate.json and of each file that was judged. It finds
-accidents and partial edits; whoever can write the whole folder can make another one that agrees.
+The manifest holds size and SHA-256 of gate.json and of each file that was judged. It detects
+accidents and partial edits, not somebody who rewrites the whole folder consistently.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ _VALIDATOR = TypeAdapter(Verdict)
 
 
 def write_verdict(run_dir: Path, verdict: Verdict, judged: Mapping[str, FileEntry]) -> BoundVerdict:
-    """Write gate.json, and the manifest that binds it to the files that were judged.
+    """Write gate.json and the manifest that binds it to the judged files.
 
-    `judged` has the entries of those files, by their path in the run directory. A crash in between
-    leaves a gate.json without a manifest, which is no verdict yet. Returns what `bind_verdict`
-    would read.
+    judged: size and hash of each judged file, by its path in the run directory.
+
+    A crash between the two writes leaves a gate.json without a manifest, which counts as no
+    verdict. Returns what `bind_verdict` would read.
     """
     path = run_dir / GATE_NAME
     (run_dir / MANIFEST_NAME).unlink(missing_ok=True)
@@ -57,20 +58,21 @@ def write_verdict(run_dir: Path, verdict: Verdict, judged: Mapping[str, FileEntr
 
 
 def _manifest_facts(verdict: Verdict) -> dict[str, Any]:
+    """Return the facts that the manifest records about a verdict."""
     return {"kind": "verdict on a run", "verdict": verdict.word}
 
 
 def has_verdict_manifest(run_dir: Path) -> bool:
-    """Whether there is a manifest beside gate.json; without one it is no verdict yet."""
+    """Return whether the manifest beside gate.json exists; without it there is no verdict yet."""
     return file_type(run_dir / MANIFEST_NAME) != "missing"
 
 
 @dataclass(frozen=True)
 class BoundVerdict:
-    """A run's verdict, read once, and the files that its manifest says it was given on.
+    """A run's verdict and the hashes of the files that it was given on.
 
     content: the bytes of gate.json.
-    files: the entries of the judged files and of gate.json, by their path in the run directory.
+    files: size and hash of gate.json and of each judged file, by its path in the run directory.
     """
 
     run_dir: Path
@@ -80,11 +82,13 @@ class BoundVerdict:
 
 
 def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
-    """Read gate.json and the manifest beside it, once each.
+    """Read gate.json and check it against the manifest beside it.
 
-    Raises ConfigError without a gate.json, DamagedError if the manifest is missing or damaged, or
-    gate.json is not the one that it was written with, or holds no verdict; with `must_pass`
-    GateRejected, before anything is said of the manifest, for a verdict that is not "passed".
+    must_pass: raise GateRejected for a verdict that is not "passed", before the manifest is
+        checked.
+
+    Raises ConfigError without a gate.json. Raises DamagedError if the manifest is missing or
+    damaged, or if gate.json holds no verdict or another one than the manifest.
     """
     path = run_dir / GATE_NAME
     _require_judged(path)
@@ -116,11 +120,12 @@ def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
 
 
 def read_bound_verdict(run_dir: Path) -> Verdict:
-    """The verdict on a run, which its manifest binds to the files that it was given on."""
+    """Read a run's verdict, checked against its manifest; raises as `bind_verdict`."""
     return bind_verdict(run_dir).verdict
 
 
 def _changed_verdict(run_dir: Path) -> DamagedError:
+    """Build the error for a gate.json that differs from the manifest."""
     return DamagedError(
         f"{run_dir / GATE_NAME} has changed since the verdict was given: {MANIFEST_NAME} beside it "
         f"holds another digest of it. Bring back what was there; if it is lost:",
@@ -135,7 +140,7 @@ def read_verdict(path: Path) -> Verdict:
 
 
 def _require_judged(path: Path) -> None:
-    """Raise ConfigError where there is no gate.json."""
+    """Raise ConfigError if gate.json does not exist."""
     if file_type(path, follow_links=True) == "missing":
         raise ConfigError(
             f"{path} is not there: no gate has evaluated this adapter. Expected the directory of a "
@@ -145,9 +150,9 @@ def _require_judged(path: Path) -> None:
 
 
 def parse_verdict(document: Any, path: Path) -> Verdict:
-    """The verdict in the content of a JSON file; DamagedError if it holds none.
+    """Convert the JSON document of gate.json to a Verdict; DamagedError if it is not one.
 
-    Raises GateRejected for one that says failed without a reason, which no gate writes.
+    path: the file, for messages. A document that says failed without a reason raises GateRejected.
     """
     word = document.get("verdict") if isinstance(document, dict) else None
     if word not in ("passed", "failed"):
@@ -177,6 +182,7 @@ def require_passed(verdict: Verdict, path: Path) -> None:
 
 
 def _rejection(reasons: str, path: Path, verdict: Verdict | None) -> GateRejected:
+    """Build the GateRejected error for a verdict that did not pass."""
     return GateRejected(
         f"The gate rejected this adapter: {reasons} (see {path}). Only an adapter that passed "
         "enters a registry; mend what the reasons name and train again.",

@@ -1,7 +1,7 @@
-"""A verdict as a document: what was checked, before, after, the bound, and what came of it.
+"""A verdict as a table: each check with its figures before and after, its bound and result.
 
-`list_checks` has a row for each figure of a verdict. Every page, the card, `compare` and the
-terminal show these rows, so that a new figure is a field of the verdict and a row here.
+`list_checks` returns one row for each check. Every page, the card, `compare` and the terminal show
+these rows, so a new figure is a field of the verdict and a row here.
 """
 
 from __future__ import annotations
@@ -25,12 +25,17 @@ from nested_core.records.verdict import (
 )
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Cell, Table, Text, Tone
-from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
+from nested_core.text.loss_format import (
+    NATS_PER_TOKEN,
+    format_difference,
+    format_loss,
+    loss_name_for_file,
+)
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
 CHECKED = (
-    "What was checked. Losses are in nats/token: the mean of -ln(probability) of the expected "
-    "tokens, as mlx_lm prints it. Differences have their 95 % interval"
+    "What was checked. Losses are in {unit} (nats/token: the mean of -ln(probability) of the "
+    "expected tokens, as mlx_lm prints it). Differences have their 95 % interval"
 )
 LOST_COLUMNS = ("question", "expected", "before", "after")
 MAX_LOST_PER_SUITE = 3
@@ -44,9 +49,10 @@ OWN_ROW_CODES: frozenset[Code] = frozenset(
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One row: what was checked, its figures, the bound, and the verdict.
+    """One row of the table of checks: name, figures, bound and result.
 
-    has_failed: whether a reason against the adapter comes from it.
+    verdict: the result in a word; None for a figure that is not judged.
+    has_failed: whether this check gave a reason to reject the adapter.
     """
 
     name: str
@@ -59,14 +65,17 @@ class CheckRow:
 
     @property
     def figures(self) -> str | None:
-        """`3.142 -> 0.0213`; without a figure before, the one after; else the verdict."""
+        """The figures as `3.142 -> 0.0213`.
+
+        Without a figure before, it is the one after, or the result if there is no figure.
+        """
         if self.before is None or self.after is None:
             return self.after or self.verdict
         return f"{self.before} -> {self.after}"
 
     @property
     def cells(self) -> tuple[object, ...]:
-        """The row, in the order of CHECK_COLUMNS."""
+        """The cells of the row, in the order of CHECK_COLUMNS."""
         word: object = self.verdict
         if self.has_failed:
             word = Cell(f"failed: {self.verdict}", "bad")
@@ -74,7 +83,7 @@ class CheckRow:
 
 
 def describe_verdict(verdict: Verdict, headline: str) -> Iterator[Block]:
-    """All that a verdict says, under a headline that has its outcome."""
+    """Yield the blocks of a document on a verdict: headline, summary, checks, reasons, warnings."""
     yield Text(headline, _tone(verdict), is_headline=True)
     yield Text(f"{verdict.summary()}.")
     yield check_table(verdict)
@@ -86,6 +95,7 @@ def describe_verdict(verdict: Verdict, headline: str) -> Iterator[Block]:
 
 
 def _tone(verdict: Verdict) -> Tone:
+    """Return the colour of a verdict's headline; "" is neutral."""
     if not verdict.has_passed:
         return "bad"
     if verdict.has_broken_answers:
@@ -94,16 +104,18 @@ def _tone(verdict: Verdict) -> Tone:
 
 
 def check_table(verdict: Verdict) -> Table:
-    """Every check of a verdict as a table."""
-    return Table(CHECKED, CHECK_COLUMNS, [check.cells for check in list_checks(verdict)])
+    """Return a table with one row for each check of a verdict."""
+    unit = NATS_PER_TOKEN if verdict.validation is None else verdict.validation.unit
+    rows = [check.cells for check in list_checks(verdict)]
+    return Table(CHECKED.format(unit=unit), CHECK_COLUMNS, rows)
 
 
 def tier_table(verdict: Verdict) -> Table:
-    """Updates that were due and that were applied, and the mean relative change, a row a tier."""
+    """Return a table with one row for each tier: updates due and applied, mean relative change."""
     rows = []
     for tier in verdict.tiers:
-        own = [t.relative_delta for t in verdict.tensors if t.tier == tier.tier]
-        deltas = [delta for delta in own if delta is not None]
+        in_tier = [t.relative_delta for t in verdict.tensors if t.tier == tier.tier]
+        deltas = [delta for delta in in_tier if delta is not None]
         mean = f"{sum(deltas) / len(deltas):.3f}" if deltas else None
         counts = (tier.expected_updates, tier.applied_updates, tier.skipped_updates)
         changed = f"{tier.changed} of {tier.tensors}"
@@ -115,7 +127,7 @@ def tier_table(verdict: Verdict) -> Table:
 
 
 def list_checks(verdict: Verdict) -> list[CheckRow]:
-    """Every check of a verdict, those that passed too."""
+    """Return one row for each check of a verdict, passed ones included."""
     return [
         _tensor_check(verdict),
         *_update_checks(verdict),
@@ -129,13 +141,13 @@ def list_checks(verdict: Verdict) -> list[CheckRow]:
 def make_check(
     name: str, reasons: Sequence[Reason], word: str | None = "passed", **figures: str | None
 ) -> CheckRow:
-    """The row of a check with its reasons against the adapter; `word` without a reason."""
+    """Build a check's row; its result is the codes of `reasons`, or `word` without a reason."""
     codes = ", ".join(dict.fromkeys(reason.code for reason in reasons))
     return CheckRow(name, **figures, verdict=codes or word, has_failed=bool(reasons))
 
 
 def _tensor_check(verdict: Verdict) -> CheckRow:
-    """Tensors, their configuration and effect: all reasons that no other row is about."""
+    """Build the row on the adapter's tensors, with all reasons that no other row shows."""
     elsewhere = UPDATE_CODES | SUITE_CODES | OWN_ROW_CODES | seams.join_mappings("reasons").keys()
     reasons = [reason for reason in verdict.reasons if reason.code not in elsewhere]
     changed = sum(tensor.changed for tensor in verdict.tensors)
@@ -144,7 +156,7 @@ def _tensor_check(verdict: Verdict) -> CheckRow:
 
 
 def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
-    """How many updates were applied; where some left no trace, also how many tensors they moved."""
+    """Yield rows on how many updates were applied, and on updates that changed no tensor."""
     if not verdict.tiers:
         return
     expected = sum(tier.expected_updates for tier in verdict.tiers)
@@ -162,15 +174,16 @@ def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
 
 
 def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:
-    """Whether a reason is about updates that were not applied, not about tensors that stayed."""
-    own = [tensor for tensor in verdict.tensors if tensor.name in reason.tensors]
-    tiers = [tier for tier in verdict.tiers if tier.tier in {tensor.tier for tensor in own}]
+    """Return whether a reason is about updates not applied, not about tensors left unchanged."""
+    tensors = [tensor for tensor in verdict.tensors if tensor.name in reason.tensors]
+    tiers = [tier for tier in verdict.tiers if tier.tier in {tensor.tier for tensor in tensors}]
     if any(t.applied_updates + t.skipped_updates != t.expected_updates for t in tiers):
         return True
-    return any(t.skipped_updates for t in tiers) and any(tensor.changed for tensor in own)
+    return any(t.skipped_updates for t in tiers) and any(tensor.changed for tensor in tensors)
 
 
 def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
+    """Yield the rows on held-out losses, other versions, KL divergence and general text."""
     losses, drift, general = verdict.validation, verdict.drift, verdict.general
     if losses is not None:
         name = f"{loss_name_for_file(losses.file)}, {describe_examples(losses)}"
@@ -180,7 +193,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
             bound = f"at most {share} of them, or {MIN_HARMED - 1} examples"
             harmed = reasons_of(verdict, "examples_harmed")
             after = str(losses.harmed)
-            name = "examples that lost more than 1 nat/token"
+            name = f"examples that lost more than 1.0 {losses.unit}"
             yield make_check(name, harmed, after=after, bound=bound)
     for role, other in (("champion", verdict.champion), ("reference", verdict.reference)):
         if other is not None:
@@ -203,7 +216,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
 
 
 def _loss_check(name: str, losses: Validation | GeneralLoss, reasons: Sequence[Reason]) -> CheckRow:
-    """A loss before and after, their difference, and the margin that it has to stay within."""
+    """Build the row of a loss before and after, with its margin."""
     return make_check(
         name,
         reasons,
@@ -216,7 +229,10 @@ def _loss_check(name: str, losses: Validation | GeneralLoss, reasons: Sequence[R
 
 
 def _rival_check(role: str, rival: ChampionLoss) -> CheckRow:
-    """The candidate beside another version, on the examples that neither was trained on."""
+    """Build the row that compares the candidate with another version on the same examples.
+
+    role: what the other version is, such as champion.
+    """
     name, examples = f"{role} {shorten_digest(rival.version)}", f"{rival.examples} examples"
     if rival.not_compared is not None:
         return CheckRow(f"{name}, {examples}", verdict=f"not compared: {rival.not_compared}")
@@ -233,7 +249,10 @@ def _rival_check(role: str, rival: ChampionLoss) -> CheckRow:
 
 
 def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
-    """Champion and candidate on what each ancestor was judged by; a row for all without figures."""
+    """Yield a row for each earlier version whose held-out examples were compared.
+
+    Versions that were not compared share one row for each cause.
+    """
     bound = verdict.bound("max_ancestor_loss_increase")
     for ancestor in verdict.ancestors:
         if ancestor.not_compared is not None:
@@ -251,9 +270,9 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
             bound=None if bound is None else f"at most +{ancestor.margin or 0:.2g}",
         )
     names_by_problem: dict[str, list[str]] = {}
-    for one in verdict.ancestors:
-        if one.not_compared is not None:
-            names_by_problem.setdefault(one.not_compared, []).append(one.name)
+    for ancestor in verdict.ancestors:
+        if ancestor.not_compared is not None:
+            names_by_problem.setdefault(ancestor.not_compared, []).append(ancestor.name)
     for problem, names in names_by_problem.items():
         name = f"earlier {names[0]}"
         if len(names) > 1:
@@ -262,14 +281,14 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
 
 
 def _difference(compared: ComparedLoss) -> str | None:
-    """Below 0 is better."""
+    """Format the difference of two losses with its interval; None if there is no difference."""
     if compared.difference is None:
         return None
     return format_difference(compared.difference, compared.interval)
 
 
 def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
-    """A suite: right answers, and the bounds that it has."""
+    """Build the row of a suite: right answers before and after, and its configured bounds."""
     reasons = [r for r in reasons_of(verdict, *SUITE_CODES) if r.suite == task.name]
     tasks = (verdict.thresholds or {}).get("tasks")
     suites = tasks if isinstance(tasks, list | tuple) else ()
@@ -299,6 +318,7 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
 
 
 def _sample_checks(verdict: Verdict) -> Iterator[CheckRow]:
+    """Yield the row on broken sample answers, if any were judged."""
     samples = verdict.samples
     if samples is not None and samples.judged:
         reasons = reasons_of(verdict, "answers_broken")
@@ -308,22 +328,22 @@ def _sample_checks(verdict: Verdict) -> Iterator[CheckRow]:
 
 
 def reasons_of(verdict: Verdict, *codes: str) -> list[Reason]:
-    """The reasons of a verdict that have one of these codes."""
+    """Return the reasons of a verdict that have one of these codes."""
     return [reason for reason in verdict.reasons if reason.code in codes]
 
 
 def lost_answers(verdict: Verdict, answers: Sequence[AnswerRecord]) -> Iterator[Table]:
-    """Of each suite that failed, a table of questions answered wrong, with both answers.
+    """Yield a table of wrongly answered questions for each suite that failed.
 
-    Those that were right before come first; at most MAX_LOST_PER_SUITE.
+    Questions that were answered right before training come first, at most MAX_LOST_PER_SUITE.
     """
     for task in verdict.tasks:
         if task.verdict == "passed":
             continue
-        own = [answer for answer in answers if answer.task == task.name]
-        earlier_role = "parent" if any(answer.model == "parent" for answer in own) else "base"
-        before = {answer.line: answer for answer in own if answer.model == earlier_role}
-        wrong = [answer for answer in own if answer.model == "candidate" and answer.score < 1]
+        of_suite = [answer for answer in answers if answer.task == task.name]
+        earlier_role = "parent" if any(answer.model == "parent" for answer in of_suite) else "base"
+        before = {answer.line: answer for answer in of_suite if answer.model == earlier_role}
+        wrong = [answer for answer in of_suite if answer.model == "candidate" and answer.score < 1]
         wrong.sort(key=lambda answer: (answer.score - before[answer.line].score, answer.line))
         rows = [
             (a.question, a.expected, shown_answer(before[a.line].answer), shown_answer(a.answer))

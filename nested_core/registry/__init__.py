@@ -1,18 +1,18 @@
 """The registry: for each name, adapters that passed the gate, one champion, and its history.
 
-A version never changes once it is registered. What is done to a name is a line of its history,
-and the history decides: the link `champion`, champion.json and policy.json are views of it. Every
-writer of these holds the folder's lock, and first finishes what a crash cut short; a reader of
-several files holds it shared, and `read_champion`, `list_versions` and `read_version_losses` take
-none.
+A version never changes once it is registered. Each change of a name is a line of its history, and
+the history decides: the link `champion`, champion.json and policy.json are derived from it. Every
+writer of these holds the folder's lock, and first finishes what a crash interrupted. A reader of
+several files holds the lock shared; `read_champion`, `list_versions` and `read_version_losses` take
+no lock.
 
-ledger.py is the history, history_views.py the folder under its lock with the views, versions.py a
-version, judgements.py its later verdicts, data_store.py its examples. registration.py adds a
-version, promote_and_rollback.py is what is done to a name, garbage_collection.py
-removes, queries.py and audit_report.py read, policy.py is what a name asks for at least.
-adapter_card.py writes the model card of a version.
-promotion_policy.py decides a promotion by policy, and trials.py knows which runs need not be made
-again: these are imported where they are used.
+ledger.py is the history; history_views.py the folder under its lock with the derived files;
+versions.py a version; judgements.py its later verdicts; data_store.py its examples. registration.py
+adds a version; promote_and_rollback.py changes the champion; garbage_collection.py removes
+versions; queries.py and audit_report.py read; policy.py is the minimum that a name requires for
+promotion. adapter_card.py writes the model card of a version. promotion_policy.py decides automatic
+promotion, and trials.py finds runs whose repetition is useless; these two are imported where they
+are used.
 """
 
 from nested_core.registry.audit_report import AuditReport, audit

@@ -1,9 +1,9 @@
-"""A model card for a version, in the form of the Hugging Face hub: README.md in its folder.
+"""The model card of a version (README.md, in the form of the Hugging Face hub).
 
-It is written when the version is registered, and its manifest holds the hash of it. Its front
-matter holds what provenance.json and gate.json prove, and no field that nobody gave: without a
-hub's name for the base or the data there is none, and no licence is ever guessed. Eval sets are
-named in model-index as the run names them.
+It is written when the version is registered, and the version's manifest holds its hash. The front
+matter has only what provenance.json and gate.json prove: base and data set are named only if they
+have a name on the hub, and no licence is guessed. Eval sets are named in model-index as the run
+names them.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ _HUB_CACHE_PATTERN = re.compile(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
 
 def render_card(name: str, version: str, provenance: dict[str, Any], verdict: Verdict) -> str:
-    """The card, markdown with YAML in front, by the content of provenance.json and gate.json."""
+    """Render the card: YAML front matter and Markdown.
+
+    provenance: the content of provenance.json. verdict: the content of gate.json.
+    """
     front = yaml.safe_dump(_front_matter(name, provenance, verdict), sort_keys=False)
     return f"---\n{front}---\n\n{describe_card(name, version, provenance, verdict)}\n"
 
 
 def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
-    """The metadata of the card: fields of the hub, those alone that are known."""
+    """Build the card's metadata: the hub's fields that are known, and no others."""
     config = provenance.get("config") or {}
     fields: dict[str, Any] = {}
     if (base := find_hub_name(config.get("model"))) is not None:
@@ -55,7 +58,10 @@ def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> di
 
 
 def find_hub_name(value: object) -> str | None:
-    """The name on the hub of a model or data set; None for a folder of this machine."""
+    """Return the hub's name of a model or data set; None for a local folder.
+
+    value: a name, or a path such as one in the hub's cache.
+    """
     path = Path(str(value))
     if snapshot := _HUB_CACHE_PATTERN.search(path.absolute().as_posix()):
         return f"{snapshot[1]}/{snapshot[2]}"
@@ -64,6 +70,7 @@ def find_hub_name(value: object) -> str | None:
 
 
 def _hub_datasets(config: dict[str, Any]) -> list[str]:
+    """Return the hub's names of the configured data sets; local ones are left out."""
     entries = [entry.get("path") for entry in config.get("hf_dataset") or []]
     named = [find_hub_name(value) for value in entries or [config.get("data")]]
     return [name for name in named if name is not None]
@@ -72,12 +79,12 @@ def _hub_datasets(config: dict[str, Any]) -> list[str]:
 def _list_results(
     datasets: list[str], config: dict[str, Any], verdict: Verdict
 ) -> Iterator[dict[str, Any]]:
-    """The loss on held-out rows of a data set of the hub, and the score of each eval set."""
+    """Yield model-index entries for the held-out loss on a hub data set and each suite's score."""
     losses = verdict.validation
     held_out = (config.get("gate") or {}).get("held_out", "auto")
     is_of_data_set = len(datasets) == 1 and held_out in SPLITS_BY_HELD_OUT_CHOICE
     if is_of_data_set and losses is not None and losses.loss_after is not None:
-        name = f"mean loss in nats/token, {losses.file}"
+        name = f"mean loss in {losses.unit}, {losses.file}"
         yield _result(datasets[0], "loss", name, losses.loss_after)
     for task in verdict.tasks:
         name = f"mean score of {task.questions} answers, 0 to 1"
@@ -85,6 +92,7 @@ def _list_results(
 
 
 def _result(dataset: str, metric: str, name: str, value: float) -> dict[str, Any]:
+    """Build one entry of model-index for a measurement."""
     return {
         "task": {"type": "text-generation"},
         "dataset": {"type": dataset, "name": dataset},
@@ -95,7 +103,7 @@ def _result(dataset: str, metric: str, name: str, value: float) -> dict[str, Any
 def describe_card(
     name: str, version: str, provenance: dict[str, Any], verdict: Verdict
 ) -> Document:
-    """The text of the card."""
+    """Build the text of the card as a document."""
     config = provenance.get("config") or {}
     model = str(config.get("model", "unknown"))
     at = provenance.get("registered_at")  # a run's card is written before it is registered
@@ -117,7 +125,7 @@ def describe_card(
 
 
 def _describe_evaluation(verdict: Verdict) -> Iterator[Block]:
-    """The outcome, and the gate's measurements with their files and numbers of examples."""
+    """Yield the blocks of the section on evaluation: outcome and the gate's measurements."""
     yield Text(f"{verdict.outcome}: {verdict.describe()}.")
     if not verdict.is_measured:
         yield Text("There was no held-out data and no eval set to measure it by.")
@@ -129,7 +137,7 @@ def _describe_evaluation(verdict: Verdict) -> Iterator[Block]:
 def _list_training(
     config: dict[str, Any], provenance: dict[str, Any], verdict: Verdict
 ) -> Iterator[tuple[object, ...]]:
-    """What was trained, then the settings that it was trained with."""
+    """Yield name and value of how much was trained, then of the training settings."""
     if (trained := provenance.get("trained")) is not None:
         yield "steps", f"{trained['steps']:,} of {trained['planned_steps']:,}"
         yield f"passes over {trained['file']}", f"{trained['epochs']:.3g}"
@@ -150,6 +158,7 @@ def _list_training(
 
 
 def _list_provenance(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+    """Yield name and value of the fingerprints, the parent version and the package versions."""
     for name in ("base_fingerprint", "dataset_digest", "train_digest", "validation_digest"):
         if provenance.get(name) is not None:
             yield name, provenance[name]
@@ -159,4 +168,5 @@ def _list_provenance(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]
 
 
 def _two_columns(rows: Iterator[tuple[object, ...]]) -> Table:
+    """Build a table of names and values."""
     return Table("", ("of", "value"), list(rows))

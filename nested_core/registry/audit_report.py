@@ -1,4 +1,4 @@
-"""The audit of a name: re-hash every version; compare the history with the views of it.
+"""The audit of a name: re-hash every version, and compare the derived files with the history.
 
 It writes and repairs nothing, and every finding names its file.
 """
@@ -20,8 +20,8 @@ from nested_core.registry.folders import (
 )
 from nested_core.registry.history_views import (
     LINK_NAME,
+    are_views_behind,
     find_wrong_end,
-    is_behind,
     lost_champion_error,
     make_views,
     read_link,
@@ -44,10 +44,12 @@ from nested_core.text.digest_format import shorten_digest
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The result of an audit.
+    """The result of an audit of one name.
 
-    `unfinished` is the version that a crash kept from becoming champion; `notes` has what is no
-    damage, and what a person is to know: that the link was once moved by hand.
+    champion: the version that the link `champion` points to; None without a link.
+    findings: each damaged file.
+    unfinished: the version that a crash kept from becoming champion; None without a crash.
+    notes: what is no damage but worth knowing, such as a link that was moved by hand.
     """
 
     name: str
@@ -59,16 +61,16 @@ class AuditReport:
 
     @property
     def is_sound(self) -> bool:
-        """Whether everything is as it was written; an interrupted change is no damage."""
+        """Whether nothing is damaged; an interrupted change is no damage."""
         return not self.findings
 
 
 def audit(registry: Path, name: str) -> AuditReport:
     """Check all files of `name`; ConfigError for an unknown registry or name.
 
-    Raises DamagedError if there are findings and the lock file was removed meanwhile: they may be
-    another process at work. One that goes on writing after its lock file was removed and before the
-    audit began is not noticed: an audit after it says whether its findings were damage.
+    Raises DamagedError if there are findings and the lock file was removed during the audit,
+    because the findings may then be another process at work. A writer that lost its lock file
+    before the audit began is not noticed; repeat the audit to tell its writes from damage.
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder) as lock:
@@ -77,18 +79,19 @@ def audit(registry: Path, name: str) -> AuditReport:
         findings = [*_versions_folder_findings(folder, link, ledger), *broken]
         if not broken:
             findings += [*_view_findings(folder, link, ledger), *judgement_findings(folder, ledger)]
-            findings += data_findings(folder, ledger.standing)
+            findings += data_findings(folder, ledger.by_version)
         if findings:
             require_no_writes_meanwhile(folder, lock)
     for version in reversed(versions):
         findings = [*_audit_version(folder, version, ledger), *findings]
-    is_open = not broken and is_behind(folder, ledger) and link != ledger.champion
+    is_open = not broken and are_views_behind(folder, ledger) and link != ledger.champion
     unfinished = ledger.champion if is_open else None
     notes = tuple(_describe_moves_by_hand(ledger))
     return AuditReport(name, link, versions, tuple(findings), unfinished, notes)
 
 
 def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
+    """Yield a sentence for each time that the champion link was found moved by hand."""
     for number, entry in enumerate(ledger.entries, 1):
         if entry.action == "moved":
             yield (
@@ -99,7 +102,7 @@ def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
 
 
 def _read_link_and_ledger(folder: Path) -> tuple[str | None, Ledger, list[AuditFinding]]:
-    """Link and history, and the problems in reading them."""
+    """Read the champion link and the history; return them with the problems in reading them."""
     findings = []
     link = None
     ledger = Ledger()
@@ -117,10 +120,11 @@ def _read_link_and_ledger(folder: Path) -> tuple[str | None, Ledger, list[AuditF
 
 
 def _audit_version(folder: Path, version: str, ledger: Ledger) -> list[AuditFinding]:
-    """The findings of one version, hashed without the lock, because that may take long.
+    """Return the findings of one version.
 
-    Meanwhile a gc may have removed it, and a registration may have brought it back with another
-    manifest. So a version with findings is checked again under the lock, where nothing changes.
+    Its files are hashed without the lock, because that may take long. Meanwhile a gc may have
+    removed the version, or a registration brought it back with another manifest, so a version with
+    findings is checked again under the lock.
     """
     if not _file_findings(folder, version, ledger):
         return []
@@ -136,6 +140,7 @@ def _audit_version(folder: Path, version: str, ledger: Ledger) -> list[AuditFind
 
 
 def _file_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFinding]:
+    """Return the damaged files of a version, each with advice on its repair."""
     version_path = folder / VERSIONS_FOLDER_NAME / version
     try:
         findings, _ = inspect_version(version_path, version, ledger.manifest_hashes(version))
@@ -147,13 +152,13 @@ def _file_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFind
 def _versions_folder_findings(
     folder: Path, link: str | None, ledger: Ledger
 ) -> Iterator[AuditFinding]:
-    """What is no version, and the versions that are lost."""
+    """Yield what does not belong in versions/, and registered versions whose folder is gone."""
     versions_path = folder / VERSIONS_FOLDER_NAME
     present = set(os.listdir(versions_path))
     for entry in sorted(present):
         if not VERSION_PATTERN.fullmatch(entry) and not entry.startswith(TEMPORARY_PREFIX):
             yield AuditFinding(versions_path / entry, "is not a version", "Remove it.")
-    for version in sorted({*ledger.standing, *([link] if link else [])} - present):
+    for version in sorted({*ledger.by_version, *([link] if link else [])} - present):
         advice = how_to_mend(versions_path / version)
         if version == link:
             advice = str(lost_champion_error(folder, version, ledger))
@@ -163,8 +168,8 @@ def _versions_folder_findings(
 
 
 def _view_findings(folder: Path, link: str | None, ledger: Ledger) -> Iterator[AuditFinding]:
-    """The views that say something else than the history, unless a crash came in between."""
-    if is_behind(folder, ledger) and link in (ledger.champion, ledger.entries[-1].previous):
+    """Yield derived files that contradict the history, unless a crash explains the difference."""
+    if are_views_behind(folder, ledger) and link in (ledger.champion, ledger.entries[-1].previous):
         return
     if link != ledger.champion:
         yield AuditFinding(

@@ -1,10 +1,10 @@
 """The data store of a name: the examples of its versions' training and held-out sets, once each.
 
-REGISTRY/NAME/data/VERSION.json lists the digests of a version's examples, and SHA256.jsonl holds
-rows, a line of JSON each: its name is the hash of its content, and the digest of a row that of its
-line. A row that was altered has another digest, and so is not there any more. Rows are
-written before the list that names them, and a list before its version: a crash leaves at most rows
-that nothing names, which gc collects.
+REGISTRY/NAME/data/VERSION.json lists the digests of a version's examples. SHA256.jsonl (a pack)
+holds rows, one JSON line each; its name is the hash of its content, and the digest of a row is the
+hash of its line. An altered row has another digest, so it counts as missing. Rows are written
+before the list that names them, and a list before its version: a crash leaves at most rows that no
+list names, which gc removes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ OWNER_AND_GROUP = 0o770
 
 @dataclass(frozen=True)
 class StoredRow:
-    """An example as it was kept, which every reader of data sets reads.
+    """An example of the data store.
 
     digest: SHA-256 of its line in the store, as 64 hexadecimal digits.
-    row: `messages` (and `tools`), `prompt` and `completion`, or `text`; and a `loss_mask` where
+    row: `messages` (and `tools`), `prompt` and `completion`, or `text`; and a `loss_mask` if some
         turns are not learnt.
     """
 
@@ -54,10 +54,11 @@ class StoredRow:
 
 @dataclass(frozen=True)
 class StoredData:
-    """The examples of one version, in the order of its data set, each once.
+    """The examples of one version, in the order of its data set, without duplicates.
 
-    held_out: what it was judged by; kept_out: what else was held out, and is not trained on later.
-    missing: how many more its list names that are not in the store: they were altered, or lost.
+    held_out: the examples that the gate judged the version by.
+    kept_out: further held-out examples, which later runs must not train on.
+    missing: how many listed examples are altered or lost.
     """
 
     train: tuple[StoredRow, ...]
@@ -68,10 +69,10 @@ class StoredData:
 
 @dataclass(frozen=True)
 class RunExamples:
-    """The rows of a run's training and held-out sets, to be kept with its version.
+    """The rows of a run's training and held-out sets, to be stored with its version.
 
-    max_bytes: of the whole store; None for no bound.
-    kept_out: the rows of the held-out sets that the gate did not judge by.
+    max_bytes: the limit for the whole store; None for no limit.
+    kept_out: held-out rows that the gate did not judge by.
     """
 
     train: Iterable[Mapping[str, Any]]
@@ -89,16 +90,15 @@ class DigestList(BaseModel):
     kept_out: list[str] = []  # older lists have none
 
     def all(self) -> set[str]:
-        """The digests of all its examples."""
+        """Return the digests of all examples of the version."""
         return {*self.train, *self.held_out, *self.kept_out}
 
 
 def read_lineage(registry: Path, name: str, version: str) -> list[str]:
-    """A version and those that it was trained from or followed, newest first.
+    """Return a version and the versions that it was trained from or followed, newest first.
 
-    They stand in their provenance. A version that was collected ends the list: what it was trained
-    from is not known. Raises
-    DamagedError for a provenance that cannot be read.
+    The lineage is recorded in each version's provenance, so a version that was collected ends the
+    list. Raises DamagedError for a provenance that cannot be read.
     """
     lineage: list[str] = []
     following: str | None = version
@@ -110,7 +110,7 @@ def read_lineage(registry: Path, name: str, version: str) -> list[str]:
 
 
 def _trained_from(version_path: Path) -> str | None:
-    """The version that a run of `continual.from` followed, or that training began with."""
+    """Return the champion that a version's run followed, or the version it was trained from."""
     provenance = read_provenance(version_path)
     if (start := provenance.get("start")) is not None:
         return str(start["champion"]) if start["champion"] else None
@@ -119,9 +119,9 @@ def _trained_from(version_path: Path) -> str | None:
 
 
 def read_stored_data(registry: Path, name: str, version: str) -> StoredData | None:
-    """The examples of a version, each checked by its digest; None if they are not kept.
+    """Read a version's examples, each checked by its digest; None if they are not stored.
 
-    Raises ConfigError for an unknown registry or name, DamagedError for a list that is none.
+    Raises ConfigError for an unknown registry or name, DamagedError for an unreadable list.
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder):
@@ -140,28 +140,35 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
 
 
 def keeps_examples(folder: Path, version: str) -> bool:
-    """Whether the store of a NAME's folder lists examples of a version."""
+    """Return whether the data store lists examples of a version.
+
+    folder: the adapter name's folder in the registry.
+    """
     return file_type(_list_path(folder, version)) != "missing"
 
 
 def digest_row(row: Mapping[str, Any]) -> str:
-    """The digest by which a row is kept."""
+    """Return the SHA-256 of a row's line, which identifies the row in the store."""
     return hashlib.sha256(render_row(row)).hexdigest()
 
 
 def render_row(row: Mapping[str, Any]) -> bytes:
-    """The line of a row, its keys in their order: chat templates show tools as they are written."""
+    """Encode a row as a JSON line, its keys in the given order.
+
+    The order matters because chat templates print tools as they are written.
+    """
     return json.dumps(row, separators=(",", ":"), allow_nan=False).encode()
 
 
 def store_examples(
-    folder: Path, version: str, examples: RunExamples, standing: Iterable[str], *, confirm: Confirm
+    folder: Path, version: str, examples: RunExamples, versions: Iterable[str], *, confirm: Confirm
 ) -> None:
-    """Keep a run's examples for a version; call under the lock of the NAME's folder.
+    """Store a run's examples for a version; call under the lock of the adapter name's folder.
 
-    A version whose examples are kept already keeps those. Where the store would grow beyond its
-    bound, of the `standing` versions, oldest first, the oldest lose theirs; where this one alone is
-    too large, a part of its training examples is kept, chosen by their digests.
+    versions: all versions of the name, oldest first. If the store grows beyond `max_bytes`, the
+        oldest of them lose their examples; if this version alone is too large, a subset of its
+        examples, chosen by their digests, is stored. A version that has stored examples already is
+        left as it is.
     """
     store = folder / DATA_FOLDER_NAME
     if file_type(store) == "missing":
@@ -170,12 +177,14 @@ def store_examples(
         sync_path(folder)
     if keeps_examples(folder, version):
         return
+    # Rows by digest, so that equal rows are stored once
     held_out, kept_out, train = (
         {digest_row(row): render_row(row) for row in rows}
         for rows in (examples.held_out, examples.kept_out, examples.train)
     )
     if examples.max_bytes is not None:
         held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
+    # The rows come first, then the list that names them
     stored = {digest for _, digest, _ in _read_packs(folder)}
     all_rows = held_out | kept_out | train
     new = {digest: line for digest, line in all_rows.items() if digest not in stored}
@@ -183,7 +192,8 @@ def store_examples(
     listed = DigestList(train=[*train], held_out=[*held_out], kept_out=[*kept_out])
     content = listed.model_dump_json().encode()
     write_bytes(_list_path(folder, version), content, confirm=confirm)
-    earlier = [old for old in standing if old != version and keeps_examples(folder, old)]
+    # Over the limit, the oldest versions lose their examples
+    earlier = [old for old in versions if old != version and keeps_examples(folder, old)]
     kept = [*earlier, version]
     while examples.max_bytes is not None and _count_bytes(folder) > examples.max_bytes:
         if not (kept := kept[1:]):
@@ -195,9 +205,10 @@ Lines = dict[str, bytes]
 
 
 def _fit(sets: Sequence[Lines], max_bytes: int) -> list[Lines]:
-    """As many rows as fit into so many bytes, those of the first sets before the others.
+    """Select as many rows as fit into `max_bytes`, from the first sets first.
 
-    Which ones is decided by their digests, which is as good as chance; they keep their order.
+    The rows of a set are selected in the order of their digests, which is as good as random. The
+    selected rows keep their order.
     """
     chosen: set[str] = set()
     for rows in sets:
@@ -209,30 +220,33 @@ def _fit(sets: Sequence[Lines], max_bytes: int) -> list[Lines]:
 
 
 def _count_bytes(folder: Path) -> int:
+    """Return the size of all packs of the store in bytes."""
     return sum(path.stat().st_size for path in _pack_paths(folder))
 
 
 def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:
-    """How many rows of the store none of these versions has."""
+    """Count the rows of the store that none of the given versions lists."""
     needed = _needed_rows(folder, versions)
     return sum(digest not in needed for _, digest, _ in _read_packs(folder))
 
 
 def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Confirm) -> None:
-    """Remove the lists of all but these versions, and the rows that none of these has.
+    """Remove the lists of all other versions, and the rows that none of the given versions lists.
 
-    Call under the lock of the NAME's folder. A file that holds some of them is replaced by one
-    without them: cut short in between, rows are there twice, and the next call removes them. What
-    it writes then may have the content of a file that is there, and so its name.
+    Call under the lock of the name's folder. A pack with unneeded rows is replaced by a new one
+    without them. A crash in between leaves some rows in two packs, and the next call removes the
+    duplicates. A new pack may have the content, and so the name, of an existing one.
     """
     store = folder / DATA_FOLDER_NAME
     if file_type(store) == "missing":
         return
     needed = _needed_rows(folder, versions)
+    # Lists of other versions
     for path in store.glob(f"[!.]*{LIST_SUFFIX}"):
         if path.stem not in versions:
             confirm()
             path.unlink()
+    # Packs with unneeded rows, each rewritten without them
     replaced: set[Path] = set()
     written: set[Path | None] = set()
     for pack, rows in groupby(_read_packs(folder), key=itemgetter(0)):
@@ -249,17 +263,21 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
 
 
 def _needed_rows(folder: Path, versions: Collection[str]) -> set[str]:
+    """Return the digests of all examples of the given versions."""
     lists = [read_digest_list(folder, version) for version in versions]
     return {digest for listed in lists if listed for digest in listed.all()}
 
 
 def find_rows(folder: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> set[str]:
-    """The digests of all rows of the store that `is_wanted` says yes to."""
+    """Return the digests of the stored rows for which `is_wanted` returns True."""
     return {digest for _, digest, line in _read_packs(folder) if is_wanted(json.loads(line))}
 
 
 def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: Confirm) -> None:
-    """Take rows out of a version's list; those that no version has go with the next removal."""
+    """Remove rows from a version's list.
+
+    The rows themselves stay until `remove_unneeded_rows`, if no other version lists them.
+    """
     listed = read_digest_list(folder, version)
     if listed is not None:
         kept = DigestList(
@@ -271,7 +289,7 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
 
 
 def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFinding]:
-    """Each list that cannot be read, or names rows that are not there, and what belongs nowhere."""
+    """Yield findings on unreadable lists, lists with missing rows, and foreign files."""
     store = folder / DATA_FOLDER_NAME
     if file_type(store) == "missing":
         return
@@ -298,13 +316,14 @@ def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFindin
 
 
 def _list_path(folder: Path, version: str) -> Path:
+    """Return the path of a version's list of digests."""
     return folder / DATA_FOLDER_NAME / f"{version}{LIST_SUFFIX}"
 
 
 def read_digest_list(folder: Path, version: str) -> DigestList | None:
-    """The digests of a version's examples; None if they are not kept.
+    """Read the digests of a version's examples; None if they are not stored.
 
-    Raises DamagedError for a file that is no such list.
+    Raises DamagedError for a file of another form.
     """
     path = _list_path(folder, version)
     if file_type(path) == "missing":
@@ -319,18 +338,19 @@ def read_digest_list(folder: Path, version: str) -> DigestList | None:
 
 
 def _read_packs(folder: Path) -> Iterator[tuple[Path, str, bytes]]:
-    """Each row of the store: the file that it is in, its digest, and its line."""
+    """Yield each row of the store: the file that it is in, its digest, and its line."""
     for path in _pack_paths(folder):
         for line in read_regular(path).splitlines():
             yield path, hashlib.sha256(line).hexdigest(), line
 
 
 def _pack_paths(folder: Path) -> list[Path]:
+    """Return the paths of the store's packs, sorted."""
     return sorted((folder / DATA_FOLDER_NAME).glob(f"[!.]*{PACK_SUFFIX}"))
 
 
 def _write_pack(store: Path, lines: Collection[bytes], confirm: Confirm) -> Path | None:
-    """Write rows under the hash of their content; nothing for no rows."""
+    """Write rows to a file named by the hash of its content; return its path, None without rows."""
     if not lines:
         return None
     content = b"".join(line + b"\n" for line in lines)

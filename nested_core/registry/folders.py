@@ -1,7 +1,7 @@
-"""The folder of a name in a registry: found, created, listed, and locked by its file `.lock`.
+"""The folder of a name in a registry: find, create, list and lock it (by its file `.lock`).
 
-Refuses names that are paths or symbolic links, and names that some file system would confuse with
-another (differing only in case, a dot at the end, a device of Windows).
+Names that are paths or symbolic links are refused, and names that some file system would confuse
+with another (differing only in case, a dot at the end, a device of Windows).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ UNUSABLE_PATH_ERRNOS = {
 
 @contextmanager
 def exclusive_folder_lock(folder: Path) -> Iterator[LockFile]:
-    """Hold `folder` alone. ConfigError if it cannot be written, or its disk has no locks.
+    """Hold the exclusive lock of `folder` during the block.
 
-    Damage that the block meets after the lock file was removed is told as that: the next process
-    locks a new file, writes at the same time, and removes what it takes for leftovers. So is a file
-    of the folder that went away: then it was another process whose lock file was removed.
+    Raises ConfigError if the folder cannot be written or its disk has no locks. If the block fails
+    with damage or a missing file of the folder, and the lock file was removed meanwhile, the
+    DamagedError says so instead: another process then locks a new file and writes at the same time.
     """
     with exclusive_lock(folder / LOCK_NAME) as lock:
         _refresh_listing(folder)
@@ -59,22 +59,23 @@ def exclusive_folder_lock(folder: Path) -> Iterator[LockFile]:
 
 
 def _is_below(folder: Path, path: object) -> bool:
+    """Return whether `path` is a path below `folder`; False for anything that is no path."""
     return isinstance(path, str | os.PathLike) and Path(path).is_relative_to(folder)
 
 
 @contextmanager
 def shared_folder_lock(folder: Path) -> Iterator[LockFile | None]:
-    """Keep writers out of `folder` while reading; if it has no lock file, only read."""
+    """Keep writers out of `folder` during the block; without a lock file, yield None."""
     with shared_lock(folder / LOCK_NAME) as lock:
         _refresh_listing(folder)
         yield lock
 
 
 def require_no_writes_meanwhile(folder: Path, lock: LockFile | None) -> None:
-    """Raise DamagedError if somebody may have written while a reader thought `folder` locked.
+    """Raise DamagedError if another process may have written while `folder` was read.
 
-    `lock` is what `shared_folder_lock` yielded: None if there was no lock file, which a writer
-    may have made since. What was read is then no proof of damage.
+    lock: what `shared_folder_lock` yielded: None if there was no lock file, which a writer may have
+        created since. What was read is then no proof of damage.
     """
     if lock is not None:
         lock.require_still_at_path()
@@ -86,9 +87,9 @@ def require_no_writes_meanwhile(folder: Path, lock: LockFile | None) -> None:
 
 
 def _refresh_listing(folder: Path) -> None:
-    """Make changes by other machines visible, if the folder is on the network.
+    """Make changes by other machines visible, if the folder is on a network file system.
 
-    An NFS client may answer from names that it saw up to a minute ago, the link's among them.
+    An NFS client may answer from directory entries up to a minute old, the link's among them.
     Opening a directory makes it ask the server (Linux: fs/nfs/dir.c, nfs_lookup_verify_inode).
     """
     for directory in (folder, folder / "versions"):
@@ -104,7 +105,7 @@ def check_name(name: str) -> None:
 
 
 def require_registry(registry: Path) -> None:
-    """Raise ConfigError where there is no folder."""
+    """Raise ConfigError if the registry is not a directory."""
     if file_type(registry, follow_links=True) != "directory":
         raise ConfigError(
             f"There is no registry at {registry}. Expected a directory into which an adapter has "
@@ -113,7 +114,10 @@ def require_registry(registry: Path) -> None:
 
 
 def find_name_folder(registry: Path, name: str) -> Path:
-    """The folder of `name`; ConfigError if it does not exist, DamagedError if it is a link."""
+    """Return the folder of `name`.
+
+    Raises ConfigError if it does not exist, DamagedError if it is a link.
+    """
     check_name(name)
     require_registry(registry)
     _refuse_case_clash(registry, name)
@@ -129,7 +133,7 @@ def find_name_folder(registry: Path, name: str) -> Path:
 
 
 def list_names(registry: Path) -> list[str]:
-    """The names that a registry holds, in order; none if there is no registry yet."""
+    """Return the names in a registry, sorted; empty if the registry does not exist."""
     if file_type(registry, follow_links=True) != "directory":
         return []
     return sorted(
@@ -138,16 +142,19 @@ def list_names(registry: Path) -> list[str]:
 
 
 def name_exists(registry: Path, name: str) -> bool:
-    """Whether anything was ever kept under `name`.
+    """Return whether the folder of `name` has any content.
 
-    An empty folder does not count: it is being created, or a kill has cut that short.
+    An empty folder is one whose creation is going on or was interrupted.
     """
     folder = registry / name
     return folder.is_dir() and any(folder.iterdir())
 
 
 def create_name_folder(registry: Path, name: str) -> Path:
-    """The folder of `name`; it and the registry are created if they do not exist yet."""
+    """Return the folder of `name`, creating it and the registry if they do not exist.
+
+    Raises ConfigError if they cannot be created.
+    """
     check_name(name)
     require_registry_place(registry)
     _create_folders(registry)
@@ -159,7 +166,7 @@ def create_name_folder(registry: Path, name: str) -> Path:
 
 
 def require_creatable(registry: Path, name: str) -> None:
-    """Raise what `create_name_folder` would, and make nothing."""
+    """Raise ConfigError if `create_name_folder` would fail, without creating anything."""
     check_name(name)
     require_registry_place(registry)
     _require_folder_or_nothing(registry)
@@ -171,7 +178,7 @@ def require_creatable(registry: Path, name: str) -> None:
 
 
 def _require_folder_or_nothing(registry: Path) -> None:
-    """Raise ConfigError where a registry, or a folder above it, would have to replace a file."""
+    """Raise ConfigError if the registry, or a folder above it, exists and is not a directory."""
     for path in (registry, *registry.parents):
         if os.path.lexists(path):
             if path.is_dir():
@@ -184,6 +191,7 @@ def _require_folder_or_nothing(registry: Path) -> None:
 
 
 def _create_folders(folder: Path) -> None:
+    """Create a directory and its parents; ConfigError if the path is not usable."""
     try:
         _create_folders_durably(folder)
     except (OSError, ValueError) as error:
@@ -197,7 +205,7 @@ def _create_folders(folder: Path) -> None:
 
 
 def _create_folders_durably(folder: Path) -> None:
-    """Make a directory and its parents, each synced into the directory above it."""
+    """Create a directory and its parents, each synced to disk in the directory above it."""
     if file_type(folder, follow_links=True) == "directory":
         return
     _create_folders_durably(folder.parent)
@@ -206,6 +214,7 @@ def _create_folders_durably(folder: Path) -> None:
 
 
 def _refuse_case_clash(registry: Path, name: str) -> None:
+    """Raise ConfigError if the registry has a name that differs from `name` only in case."""
     for entry in os.listdir(registry):
         if entry != name and entry.casefold() == name.casefold():
             raise ConfigError(
@@ -215,6 +224,7 @@ def _refuse_case_clash(registry: Path, name: str) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
+    """Raise DamagedError if the folder of an adapter name, or its versions/, is a symbolic link."""
     for path in (folder, folder / VERSIONS_FOLDER_NAME):
         if file_type(path) == "link":
             raise DamagedError(

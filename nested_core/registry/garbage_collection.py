@@ -1,10 +1,10 @@
 """Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
-Garbage collection never removes the champion, what it replaced last, what a rollback would go to,
-the policy's reference and the champions that become it, the ancestors of the champion that are new
-or whose examples are kept, the versions used last, or one that is new and may still be promoted. A
-version whose folder holds what is not of it stays too. A version that a rollback has barred stays
-barred, because the history is never shortened.
+Garbage collection never removes the champion, the version it replaced, the target of a rollback,
+the policy's reference and the champions that become it, recent ancestors of the champion and those
+with stored examples, the versions used last, or a new one that may still be promoted. A version
+whose folder holds a foreign file stays too. A version that a rollback has barred stays barred,
+because the history is never shortened.
 """
 
 from __future__ import annotations
@@ -50,9 +50,12 @@ UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration a
 
 @dataclass(frozen=True)
 class GarbageReport:
-    """The versions that a gc removed, or would remove, and the leftovers of crashes.
+    """What a gc removed, or would remove in a dry run.
 
-    rows: how many examples of the data store no version has any more.
+    collected: the removed versions, oldest first; kept: the others.
+    bytes: the disk space of the removed versions.
+    leftovers: temporary files of killed writers.
+    rows: how many examples of the data store no version lists any more.
     """
 
     name: str
@@ -68,13 +71,16 @@ class GarbageReport:
 def collect_garbage(
     registry: Path, name: str, *, by: str, keep: int = DEFAULT_KEPT_VERSIONS, dry_run: bool = False
 ) -> GarbageReport:
-    """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
+    """Remove all versions except the champion, those it may be replaced by, and the newest.
 
-    The newest are the `keep` versions that were registered, or were champion, last. Kept as well
-    are the `keep` newest of the champion and its ancestors, each older one whose examples the store
-    has, for later nights are trained on them, and a version that was registered less than an hour
-    ago and has not been champion since: its promotion may be under way. A dry run only says what
-    would be removed.
+    Kept are: the champion, the version it replaced, the target of a rollback; the `keep` versions
+    that were registered or champion last; the `keep` newest of the champion and its ancestors, and
+    each ancestor whose examples are stored, since later runs train on them; and a version
+    registered less than an hour ago that was never champion, since its promotion may be going on.
+
+    dry_run: report what would be removed, and remove nothing.
+    by: who asks, for the history.
+
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
     verdict or provenance of the champion's lineage, that cannot be read.
     """
@@ -84,21 +90,23 @@ def collect_garbage(
         with reading(registry, name) as (folder, ledger):
             return _plan_removals(folder, name, ledger, keep, dry_run=True)
     leftovers = _find_leftovers(find_name_folder(registry, name))
-    with writing(registry, name) as held:
-        plan = _plan_removals(held.path, name, held.ledger, keep, dry_run=False)
+    with writing(registry, name) as locked:
+        plan = _plan_removals(locked.path, name, locked.ledger, keep, dry_run=False)
         for version in plan.collected:
-            held.record("collected", version, by)
-        remove_unneeded_rows(held.path, held.ledger.standing, confirm=held.confirm)
+            locked.record("collected", version, by)
+        remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
     return replace(plan, leftovers=leftovers)
 
 
 def _plan_removals(
     folder: Path, name: str, ledger: Ledger, keep: int, *, dry_run: bool
 ) -> GarbageReport:
+    """Decide which versions a gc removes and which it keeps, without removing anything."""
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(version, ledger), reverse=True)
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
+    # A promotion of these may be going on
     undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
@@ -107,7 +115,7 @@ def _plan_removals(
         lineage = read_lineage(folder.parent, name, ledger.champion)
         kept |= {*lineage[:keep]} | {v for v in lineage if keeps_examples(folder, v)}
     paths = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
-    kept |= {version for version, path in paths.items() if not _may_go(path)}
+    kept |= {version for version, path in paths.items() if not _is_removable(path)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return GarbageReport(
         name=name,
@@ -116,22 +124,22 @@ def _plan_removals(
         kept=tuple(version for version in versions if version in kept),
         bytes=sum(size_on_disk(paths[version]) for version in collected),
         leftovers=_find_leftovers(folder),
-        rows=count_unneeded_rows(folder, ledger.standing.keys() - {*collected}),
+        rows=count_unneeded_rows(folder, ledger.by_version.keys() - {*collected}),
         is_dry_run=dry_run,
     )
 
 
-def _may_go(path: Path) -> bool:
-    """Whether a version's folder may be removed; of a link in its place the link is."""
+def _is_removable(path: Path) -> bool:
+    """Return whether a version's folder holds no foreign file; a link in its place may go too."""
     is_file_of_version = {*VERSION_FILES, *OPTIONAL_FILES}.__contains__
     return path.is_symlink() or find_reason_to_keep(path, is_file_of_version) is None
 
 
 def _last_use(version: str, ledger: Ledger) -> tuple[int, bool]:
-    """When a version was registered, judged, became champion or was replaced, whichever came last.
+    """Return a sort key for when a version was last registered, judged, promoted or replaced.
 
-    Told by the number of the line, whatever the clocks were; in one line it becomes champion after
-    another is replaced.
+    The key is the number of the history line, whatever the clocks were, and whether the version is
+    the one that the line makes champion rather than the one it replaces.
     """
     uses = [
         (number, entry.version == version)
@@ -143,11 +151,11 @@ def _last_use(version: str, ledger: Ledger) -> tuple[int, bool]:
 
 
 def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
-    """Whether a version is new and was not champion since it was registered.
+    """Return whether a version was registered recently and was never champion since.
 
-    One that a person is asked about is new for as long as the question stands.
+    A version that waits for a person's approval counts as new for as long as it waits.
     """
-    lines = ledger.standing.get(version, [])
+    lines = ledger.by_version.get(version, [])
     if version in ledger.champion_versions():
         return False
     times = [datetime.fromisoformat(e.time) for _, e in lines if e.action in USES]
@@ -159,7 +167,7 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:
-    """Paths that a killed writer left; every writer clears them away under the lock."""
+    """Return the temporary files of killed writers; every writer removes them under the lock."""
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
     names = ("", VERSIONS_FOLDER_NAME, DATA_FOLDER_NAME)
     folders = [folder / name for name in names if (folder / name).is_dir()]
@@ -169,23 +177,25 @@ def _find_leftovers(folder: Path) -> tuple[str, ...]:
 
 
 def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> str:
-    """Record that a version is lost and remove what is left of its files; return the version.
+    """Record that a version is lost and remove what is left of its files; return its digest.
 
-    Raises ConfigError for the champion, for a version that is whole, and for one that neither the
-    folder nor the history knows; DamagedError for a registry that is damaged elsewhere.
+    version: the digest or its first digits.
+
+    Raises ConfigError for the champion, for a version that is complete, and for an unknown one;
+    DamagedError for a registry that is damaged elsewhere.
     """
     if not by.strip() or not reason.strip():
         raise ConfigError("forget: --by and --reason go into the history, and cannot be empty.")
-    with writing(registry, name) as held:
-        lost = resolve_version(held.path, version, held.ledger)
-        _require_lost(held.path, lost, held.ledger)
-        held.record("forgotten", lost, by, reason=reason)
+    with writing(registry, name) as locked:
+        lost = resolve_version(locked.path, version, locked.ledger)
+        _require_lost(locked.path, lost, locked.ledger)
+        locked.record("forgotten", lost, by, reason=reason)
     return lost
 
 
 @dataclass(frozen=True)
 class ForgottenRows:
-    """How many rows each version lost that had some of those to be forgotten, by version."""
+    """How many rows `forget_rows` removed, or would remove, from each version that had any."""
 
     name: str
     versions: dict[str, int]
@@ -200,24 +210,24 @@ def forget_rows(
     by: str,
     dry_run: bool = False,
 ) -> ForgottenRows:
-    """Take the rows that `is_listed` says yes to out of the data store, and say so in the history.
+    """Remove the rows for which `is_listed` returns True from the data store.
 
-    A line for each version that had some says how many, and no more of them. What a version has
-    learnt of them stays in its tensors. Raises ConfigError for an unknown name.
+    The history gets one line for each version that had such rows, with their number only. What a
+    version has learnt from them stays in its tensors. Raises ConfigError for an unknown name.
     """
     if dry_run:
         with reading(registry, name) as (folder, ledger):
             lost = _find_listed_rows(folder, ledger, is_listed)
     else:
-        with writing(registry, name) as held:
-            lost = _find_listed_rows(held.path, held.ledger, is_listed)
+        with writing(registry, name) as locked:
+            lost = _find_listed_rows(locked.path, locked.ledger, is_listed)
             for version, digests in lost.items():
-                drop_rows(held.path, version, digests, confirm=held.confirm)
-            remove_unneeded_rows(held.path, held.ledger.standing, confirm=held.confirm)
-            for version, digests in lost.items():  # now that it is so
+                drop_rows(locked.path, version, digests, confirm=locked.confirm)
+            remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
+            for version, digests in lost.items():  # after the removal
                 count = f"{len(digests)} {'row' if len(digests) == 1 else 'rows'}"
                 reason = f"{count} taken out of the data store"
-                held.record("rows_forgotten", version, by, reason=reason)
+                locked.record("rows_forgotten", version, by, reason=reason)
     counts = {version: len(digests) for version, digests in lost.items()}
     return ForgottenRows(name, counts, is_dry_run=dry_run)
 
@@ -225,10 +235,10 @@ def forget_rows(
 def _find_listed_rows(
     folder: Path, ledger: Ledger, is_listed: Callable[[dict[str, Any]], bool]
 ) -> dict[str, set[str]]:
-    """The digests of the rows that each version would lose, of versions that would lose any."""
+    """Return, for each version that has any, the digests of the rows that `is_listed` selects."""
     digests = find_rows(folder, is_listed)
     lost = {}
-    for version in ledger.standing:
+    for version in ledger.by_version:
         listed = read_digest_list(folder, version)
         if listed is not None and (lost_digests := digests & listed.all()):
             lost[version] = lost_digests
@@ -236,7 +246,7 @@ def _find_listed_rows(
 
 
 def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:
-    """Raise ConfigError for the champion, and for a version that is as it was registered."""
+    """Raise ConfigError if a version is the champion, or is complete and so not lost."""
     shown = shorten_digest(version)
     if version == ledger.champion:
         raise ConfigError(

@@ -1,9 +1,9 @@
-"""The folder of a name under its lock: its history, and the files that are views of it.
+"""The folder of a name under its lock: its history, and the files that are derived from it (views).
 
 The history decides. `champion` (a relative link, for mlx-lm's --adapter-path), policy.json and
-champion.json are written after the line that says so, in this order; champion.json holds the hash
-of the last line that all of them follow. Where a crash came in between, the next writer finishes.
-A link that differs though nothing was cut short was moved by hand: that becomes a line `moved`.
+champion.json are written after a new line, in this order; champion.json holds the hash of the last
+line that all of them reflect. After a crash in between, the next writer finishes. A link that
+differs without such a crash was moved by hand, which is recorded as a line `moved`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ MOVED_AUTHOR = "nested-tune (the link was found moved by hand)"
 
 @dataclass
 class NameFolder:
-    """A name that this process alone writes to: `record` adds a line and brings the files to it."""
+    """The folder of an adapter name while this process holds its exclusive lock.
+
+    `record` appends a line to the history and updates the files that are derived from it.
+    """
 
     path: Path
     lock: LockFile
@@ -70,53 +73,64 @@ class NameFolder:
 
     @property
     def champion(self) -> str | None:
-        """The champion."""
+        """The champion (the version in use) by the history; None before the first promotion."""
         return self.ledger.champion
 
-    def place_of(self, version: str) -> Path:
-        """The folder of a version."""
+    def version_path(self, version: str) -> Path:
+        """Return the folder of a version, whether or not it exists."""
         return self.path / VERSIONS_FOLDER_NAME / version
 
     def verify(self, version: str) -> str:
-        """Re-hash a version and check its verdict; its manifest's hash."""
+        """Re-hash a version's files and check its verdict; return its manifest's hash.
+
+        Raises DamagedError or GateRejected as `verify_version` does.
+        """
         recorded = self.ledger.manifest_hashes(version)
-        return verify_version(self.place_of(version), version, recorded)
+        return verify_version(self.version_path(version), version, recorded)
 
     def confirm(self) -> None:
-        """Raise DamagedError where another process could be writing by now."""
+        """Raise DamagedError if the lock file was removed: another process may then be writing."""
         self.lock.require_still_at_path()
 
     def record(self, action: Action, version: str | None, by: str, **fields: Any) -> None:
-        """Add a line: what it says is so from here on, whatever happens next."""
+        """Append a line to the history, then update the files that are derived from it.
+
+        The change is made once the line is on disk, whatever happens next.
+        """
         entry = new_entry(action, version, self.champion, by, **fields)
         self.ledger = append(self.path, self.ledger, entry, confirm=self.confirm)
         self._write_views()
 
-    def settle(self) -> None:
-        """Finish what a crash cut short, and record a link that was moved by hand.
+    def finish_interrupted(self) -> None:
+        """Finish what a crash interrupted, and record a champion link that was moved by hand.
 
-        The link is verified first: DamagedError for a version that is not what was registered.
+        A torn line is cut off, derived files are rewritten, and complete versions without a history
+        line are registered. A moved link's version is verified first: DamagedError if it was
+        changed.
         """
         if self.ledger.torn:
             self.confirm()
             self.ledger = cut_torn_line(self.path, self.ledger)
         link = read_link(self.path)
-        if link in _explained_links(self.path, self.ledger):
+        if link in _expected_links(self.path, self.ledger):
             self._write_views()
         else:
             manifest = None if link is None else self.verify(link)
             self._write_views(is_link_kept=True)
             self.record("moved", link, MOVED_AUTHOR, manifest=manifest)
-        for version in sorted({*registered_versions(self.path)} - {*self.ledger.standing}):
+        for version in sorted({*registered_versions(self.path)} - {*self.ledger.by_version}):
             with suppress(DamagedError, GateRejected):  # an audit tells of it
                 manifest = self.verify(version)
                 self.record("registered", version, FINISHING_AUTHOR, manifest=manifest)
         remove_unnamed_judgements(self.path, self.ledger)
 
     def _write_views(self, *, is_link_kept: bool = False) -> None:
-        """Do what the last line says, and write each view that says something else."""
+        """Delete a version that the last line removed, then rewrite outdated derived files.
+
+        is_link_kept: leave the `champion` link as it is.
+        """
         last = self.ledger.entries[-1:]
-        if last and last[0].action in REMOVAL_ACTIONS and is_behind(self.path, self.ledger):
+        if last and last[0].action in REMOVAL_ACTIONS and are_views_behind(self.path, self.ledger):
             self._delete_version(str(last[0].version))
         if not is_link_kept and self.champion is not None:
             self._move_link(self.champion)
@@ -125,7 +139,7 @@ class NameFolder:
                 write_json(self.path / name, content, confirm=self.confirm)
 
     def _move_link(self, champion: str) -> None:
-        """Point the link at the champion by one rename: a reader sees the old one or the new."""
+        """Point the link `champion` at a version by one atomic rename."""
         if read_link(self.path) == champion:
             return
         link = self.path / LINK_NAME
@@ -136,8 +150,8 @@ class NameFolder:
         sync_path(self.path)
 
     def _delete_version(self, version: str) -> None:
-        """Delete the files of a version that the history says is removed, and its judgements."""
-        place = self.place_of(version)
+        """Delete files and judgements of a version that was removed according to the history."""
+        place = self.version_path(version)
         self.confirm()
         if file_type(place) != "missing":
             os.rename(place, temporary_beside(place))
@@ -148,28 +162,34 @@ class NameFolder:
 
 @contextmanager
 def writing(registry: Path, name: str) -> Iterator[NameFolder]:
-    """The folder of a name for this process alone, settled; ConfigError for an unknown name."""
-    with writing_folder(find_name_folder(registry, name)) as held:
-        yield held
+    """Lock the folder of an adapter name for writing and finish interrupted changes.
+
+    Raises ConfigError for an unknown name.
+    """
+    with writing_folder(find_name_folder(registry, name)) as locked:
+        yield locked
 
 
 @contextmanager
 def writing_folder(folder: Path) -> Iterator[NameFolder]:
-    """`writing` for a NAME's folder; DamagedError, with nothing changed, for a damaged history."""
+    """Lock an adapter name's folder for writing and finish interrupted changes.
+
+    Raises DamagedError for a damaged history, with nothing changed.
+    """
     with exclusive_folder_lock(folder) as lock:
         lock.require_still_at_path()
         # What somebody without the lock has prepared can no longer take effect from here on.
         for place in (folder, folder / VERSIONS_FOLDER_NAME, folder / DATA_FOLDER_NAME):
             remove_leftovers(place)
-        held = NameFolder(folder, lock, read_ledger(folder))
-        require_sound_end(folder, held.ledger)
-        held.settle()
-        yield held
+        locked = NameFolder(folder, lock, read_ledger(folder))
+        require_sound_end(folder, locked.ledger)
+        locked.finish_interrupted()
+        yield locked
 
 
 @contextmanager
 def reading(registry: Path, name: str) -> Iterator[tuple[Path, Ledger]]:
-    """The folder of a name and its history, which no writer changes meanwhile.
+    """Yield the folder and the history of an adapter name, with writers locked out.
 
     Raises DamagedError for a history that was edited, or a link that leads to no version.
     """
@@ -181,7 +201,10 @@ def reading(registry: Path, name: str) -> Iterator[tuple[Path, Ledger]]:
 
 
 def make_views(ledger: Ledger) -> dict[str, dict[str, Any] | None]:
-    """The contents of policy.json and champion.json; None for no file."""
+    """Return the contents of policy.json and champion.json.
+
+    Returns None for a file that should not exist.
+    """
     record: dict[str, Any] | None = None
     if ledger.entries:
         change = ledger.changes()[-1:]
@@ -194,7 +217,7 @@ RECORD_FIELDS = ("version", "previous", "time", "by")
 
 
 def read_view(path: Path) -> Any:
-    """What policy.json or champion.json holds; None without it, or where it cannot be read."""
+    """Read policy.json or champion.json; None if it is missing or unreadable."""
     if file_type(path) != "file":
         return None
     try:
@@ -203,8 +226,11 @@ def read_view(path: Path) -> Any:
         return None
 
 
-def read_end(folder: Path) -> str | None:
-    """The hash of the last line that the views follow, by champion.json; None if that lacks it."""
+def read_recorded_end(folder: Path) -> str | None:
+    """Return the hash of the last history line that champion.json reflects.
+
+    Returns None if champion.json is damaged; the hash of no bytes without the file.
+    """
     path = folder / RECORD_NAME
     if file_type(path) == "missing":
         return NO_LINE_SHA256
@@ -213,21 +239,21 @@ def read_end(folder: Path) -> str | None:
     return end if isinstance(end, str) else None
 
 
-def is_behind(folder: Path, ledger: Ledger) -> bool:
-    """Whether the views may not follow the history's last line yet: a crash came in between."""
-    return bool(ledger.entries) and read_end(folder) != ledger.end_sha256
+def are_views_behind(folder: Path, ledger: Ledger) -> bool:
+    """Return whether the derived files do not reflect the last history line, as after a crash."""
+    return bool(ledger.entries) and read_recorded_end(folder) != ledger.end_sha256
 
 
-def _explained_links(folder: Path, ledger: Ledger) -> set[str | None]:
-    """Where the link may lead without having been moved by hand."""
-    before = {ledger.entries[-1].previous} if is_behind(folder, ledger) else set()
+def _expected_links(folder: Path, ledger: Ledger) -> set[str | None]:
+    """Return the versions that the champion link may point to without having been moved by hand."""
+    before = {ledger.entries[-1].previous} if are_views_behind(folder, ledger) else set()
     return {ledger.champion, *before}
 
 
 def read_link(folder: Path) -> str | None:
-    """The version that `champion` points to, or None without a link; it may not exist.
+    """Return the version that the link `champion` points to; None without a link.
 
-    Raises DamagedError if it is no link or points anywhere else.
+    The version may not exist. Raises DamagedError if `champion` is no link or leads elsewhere.
     """
     path = folder / LINK_NAME
     try:
@@ -245,6 +271,7 @@ def read_link(folder: Path) -> str | None:
 
 
 def _describe_wrong_link(path: Path, what: str) -> str:
+    """Describe what is wrong with the champion link and how to repair it."""
     return (
         f"{path} {what}. Expected a relative link to {VERSIONS_FOLDER_NAME}/<digest>. Remove it "
         "and promote a version again; do not copy a registry in a way that follows links."
@@ -252,12 +279,12 @@ def _describe_wrong_link(path: Path, what: str) -> str:
 
 
 def version_exists(folder: Path, version: str | None) -> bool:
-    """Whether there is no version to look for, or its folder is there."""
+    """Return whether a version's folder exists; True for None."""
     return version is None or file_type(folder / VERSIONS_FOLDER_NAME / version) == "directory"
 
 
 def require_sound_end(folder: Path, ledger: Ledger) -> None:
-    """Raise DamagedError where the history does not end as the views say, or the link is wrong."""
+    """Raise DamagedError if champion.json or the link contradicts the end of the history."""
     link = read_link(folder)
     if link is not None and not ledger.entries:
         raise DamagedError(
@@ -269,12 +296,12 @@ def require_sound_end(folder: Path, ledger: Ledger) -> None:
     if (finding := find_wrong_end(folder, ledger)) is not None:
         separator = ", " if finding.message.startswith("line ") else " "
         raise DamagedError(f"{finding.file}{separator}{finding.message}")
-    if link not in _explained_links(folder, ledger) and not version_exists(folder, link):
+    if link not in _expected_links(folder, ledger) and not version_exists(folder, link):
         raise lost_champion_error(folder, str(link), ledger)
 
 
 def require_own_layout(folder: Path, ledger: Ledger) -> None:
-    """Raise DamagedError for versions without a history, from before there was a line for each."""
+    """Raise DamagedError for a name of an earlier release, which recorded no registrations."""
     for version in () if ledger.entries else registered_versions(folder):
         provenance = {}
         with suppress(DamagedError):
@@ -284,9 +311,9 @@ def require_own_layout(folder: Path, ledger: Ledger) -> None:
 
 
 def find_wrong_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
-    """That champion.json holds the hash of another line than the last, or the one before it."""
+    """Return a finding if champion.json holds the hash of neither of the last two history lines."""
     path, history, last = folder / RECORD_NAME, folder / LEDGER_NAME, len(ledger.entries)
-    recorded = read_end(folder)
+    recorded = read_recorded_end(folder)
     before = ledger.entries[-1].previous_line_sha256 if ledger.entries else None
     if recorded in (ledger.end_sha256, before):
         return None
@@ -308,7 +335,7 @@ def find_wrong_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
 
 
 def lost_champion_error(folder: Path, champion: str, ledger: Ledger) -> DamagedError:
-    """The error for a link to a version that is not there, with the ways out of it."""
+    """Build the error for a champion link to a version that is gone, with ways to repair it."""
     link, place = folder / LINK_NAME, folder / VERSIONS_FOLDER_NAME / champion
     if champion in ledger.champion_versions():
         return DamagedError(

@@ -1,9 +1,9 @@
-"""Judgements: each verdict on a registered version after its first, beside the version.
+"""Judgements: each further verdict on a registered version, stored beside the version.
 
 REGISTRY/NAME/judgements/<version>/<sha256>.json has the fields of the run's gate.json, and under
-`judgement` what provenance.json holds of a first verdict. A line `judged` of the history names it,
-and its place there says which is the newest. A version never changes: what a later gate found is
-kept here, and of all verdicts the newest one against today's champion decides.
+`judgement` what provenance.json has for the first verdict. A line `judged` of the history names the
+file; the order of the lines is the order of the verdicts. A version never changes, so what a later
+gate found is kept here. The newest verdict against today's champion decides.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nested_core.records.verdict_file import (
     require_verdict_on_adapter,
 )
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
-from nested_core.registry.ledger import Ledger, holding_end
+from nested_core.registry.ledger import Ledger, opened_for_append
 from nested_core.registry.versions import AuditFinding, how_to_mend, read_provenance
 from nested_core.storage.atomic import Confirm, render_json, sync_path, write_bytes
 from nested_core.storage.untrusted_files import file_type, parse_json, read_regular
@@ -39,7 +39,13 @@ READ_BITS = 0o444
 
 
 class JudgementFacts(BaseModel):
-    """Under which policy a version was judged, against which champion, and of which run."""
+    """Under which policy, against which champion and in which run a version was judged.
+
+    champion_at_gate: the champion when the gate ran; None without one.
+    validation_digest: the digest of the held-out examples.
+    policy: the run's configuration section `registry`.
+    conditions_digest: the digest of everything that decides the outcome of the run.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True)
     champion_at_gate: str | None
@@ -52,7 +58,7 @@ class JudgementFacts(BaseModel):
 
     @classmethod
     def from_provenance(cls, provenance: Mapping[str, Any]) -> JudgementFacts:
-        """The facts that a run's provenance holds; ValueError where it holds others."""
+        """Extract the facts from a run's provenance; ValueError if a field has another type."""
         config = provenance.get("config", {})
         if not isinstance(config, dict):
             raise ValueError("its config is no JSON object")
@@ -62,45 +68,45 @@ class JudgementFacts(BaseModel):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict on a version.
+    """One verdict on a version.
 
-    sha256: the hash of its file; None for the version's first.
-    place: the number of its line in the history, from 0; one beyond the last before it is
-        written.
+    sha256: the hash of the judgement's file; None for the first verdict, which is in the version
+        itself.
+    line_number: the number of the history line of this verdict, from 0.
     """
 
     version: str
     sha256: str | None
     verdict: Verdict
     facts: JudgementFacts
-    place: int
+    line_number: int
 
     @classmethod
     def of_run(cls, verdict: Verdict, provenance: Mapping[str, Any]) -> Judgement:
-        """A run's verdict, with the run's provenance, before it is registered."""
+        """Build the judgement of a run that is not registered yet."""
         facts = JudgementFacts.from_provenance(provenance)
         return cls(verdict.trained.digest, None, verdict, facts, 0)
 
     @property
     def rival(self) -> str | None:
-        """The champion that it was judged against; None without a champion."""
+        """The champion that the version was judged against; None without a champion."""
         return self.verdict.rival
 
     @property
     def loss_after(self) -> float | None:
-        """Its loss on the held-out examples, in nats/token; None if it was not measured."""
+        """The version's mean held-out loss in nats/token; None if it was not measured."""
         return None if self.verdict.validation is None else self.verdict.validation.loss_after
 
     @property
     def file(self) -> str | None:
-        """The file that holds those examples."""
+        """The file of the held-out examples; None if no loss was measured."""
         return None if self.verdict.validation is None else self.verdict.validation.file
 
 
 def read_verdicts(folder: Path, version: str, ledger: Ledger) -> tuple[Judgement, ...]:
-    """Every verdict on a version, oldest first; call under the lock of its NAME's folder.
+    """Read every verdict on a version, oldest first; call under the lock of the name's folder.
 
-    Raises DamagedError for what is missing, or not as it was written.
+    Raises DamagedError for a file that is missing or was changed.
     """
     version_path = folder / VERSIONS_FOLDER_NAME / version
     try:
@@ -112,13 +118,13 @@ def read_verdicts(folder: Path, version: str, ledger: Ledger) -> tuple[Judgement
             f"{version_path}: provenance or verdict cannot be read: {reason}. "
             f"{how_to_mend(version_path)}"
         ) from error
-    lines = ledger.standing.get(version)
+    lines = ledger.by_version.get(version)
     first = Judgement(version, None, verdict, facts, lines[0][0] if lines else len(ledger.entries))
     return (first, *read_judgements(folder, version, ledger))
 
 
 def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgement, ...]:
-    """The verdicts on a version after its first, oldest first."""
+    """Read the verdicts on a version after its first one, oldest first."""
     return tuple(
         _read_judgement(folder, version, digest, number)
         for number, digest in ledger.judgements(version)
@@ -126,7 +132,7 @@ def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgeme
 
 
 def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judgement:
-    """The newest verdict that was given against this champion; without one the newest of all."""
+    """Return the newest verdict against this champion; if there is no such, the newest of all."""
     against = [verdict for verdict in verdicts if verdict.rival == champion]
     return (against or list(verdicts))[-1]
 
@@ -134,7 +140,7 @@ def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judge
 def write_judgement(
     folder: Path, version: str, verdict: Verdict, facts: JudgementFacts, *, confirm: Confirm
 ) -> str:
-    """Write a verdict beside its version; its hash, by which a line of the history names it."""
+    """Write a verdict beside its version; return the file's hash for the history's line."""
     content = render_json(verdict.to_json() | {JUDGEMENT_KEY: facts.model_dump()})
     digest = hashlib.sha256(content).hexdigest()
     target = _path_of(folder, version, digest)
@@ -148,7 +154,7 @@ def write_judgement(
 
 
 def remove_judgements(folder: Path, version: str) -> None:
-    """Remove the judgements of a version that the history says is removed."""
+    """Remove the judgements of a version that was removed according to the history."""
     judgements = folder / JUDGEMENTS_FOLDER_NAME / version
     if file_type(judgements) != "missing":
         shutil.rmtree(judgements)
@@ -156,7 +162,10 @@ def remove_judgements(folder: Path, version: str) -> None:
 
 
 def remove_unnamed_judgements(folder: Path, ledger: Ledger) -> None:
-    """Remove the files that a crash left before their line; call only under the folder's lock."""
+    """Remove judgements that no history line names, as a crash before the line leaves them.
+
+    Call only under the folder's lock.
+    """
     unnamed = [
         Path(subfolder, name)
         for subfolder, _, names in os.walk(folder / JUDGEMENTS_FOLDER_NAME)
@@ -164,14 +173,14 @@ def remove_unnamed_judgements(folder: Path, ledger: Ledger) -> None:
         if Path(name).stem not in {digest for _, digest in ledger.judgements(Path(subfolder).name)}
     ]
     if unnamed:
-        with holding_end(folder, ledger):  # no line about one of them is being written
+        with opened_for_append(folder, ledger):  # no line about one of them is being written
             for path in unnamed:
                 path.unlink()
 
 
 def judgement_findings(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
-    """Every judgement of a NAME that is missing, or not as it was written."""
-    for version in sorted(ledger.standing):
+    """Yield an audit finding for each judgement that is missing or was changed."""
+    for version in sorted(ledger.by_version):
         for number, digest in ledger.judgements(version):
             try:
                 _read_judgement(folder, version, digest, number)
@@ -180,7 +189,7 @@ def judgement_findings(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
 
 
 def has_all_judgements(folder: Path, version: str, ledger: Ledger) -> bool:
-    """Whether each judgement of a version that the history names is there and as it was written."""
+    """Return whether all judgements of a version that the history names are there and unchanged."""
     try:
         read_judgements(folder, version, ledger)
     except DamagedError:
@@ -189,11 +198,12 @@ def has_all_judgements(folder: Path, version: str, ledger: Ledger) -> bool:
 
 
 def _path_of(folder: Path, version: str, digest: str) -> Path:
+    """Return the path of a judgement's file."""
     return folder / JUDGEMENTS_FOLDER_NAME / version / f"{digest}.json"
 
 
-def _read_judgement(folder: Path, version: str, digest: str, number: int) -> Judgement:
-    """Read a judgement; DamagedError for any other content than its line in the history names."""
+def _read_judgement(folder: Path, version: str, digest: str, line_number: int) -> Judgement:
+    """Read a judgement; DamagedError if its content is not what its history line names."""
     path = _path_of(folder, version, digest)
     try:
         content = read_regular(path, MAX_GATE_BYTES)
@@ -212,4 +222,4 @@ def _read_judgement(folder: Path, version: str, digest: str, number: int) -> Jud
             f"{folder.name} --registry {folder.parent}` for the run of version {version}, whose "
             f"verdict counts from then on."
         ) from error
-    return Judgement(version, digest, verdict, facts, number)
+    return Judgement(version, digest, verdict, facts, line_number)

@@ -1,9 +1,9 @@
-"""The ledger, history.jsonl: whatever was done to a name is a line of it, and the lines decide.
+"""The ledger, history.jsonl: every change of a name is a line of it, and the lines decide.
 
-It is only appended to. Each line holds the SHA-256 of the line before it, and champion.json that of
-the last line: an edit anywhere is found by who reads. A last line without its line end was torn by
-a crash: readers ignore it, and the next writer removes it. Any other line that cannot be read or
-does not follow is damage.
+The file is only appended to. Each line holds the SHA-256 of the line before it, and champion.json
+that of the last line, so every reader detects an edit. A last line without its line end was torn by
+a crash: readers ignore it, and the next writer removes it. Any other line that cannot be read, or
+does not follow the one before it, is damage.
 """
 
 from __future__ import annotations
@@ -73,36 +73,40 @@ class Origin:
     deployment: str | None = None
 
     def fields(self) -> dict[str, str | None]:
-        """The two fields of a line."""
+        """Return the two fields of a history line."""
         return {"flow_run": self.flow_run, "deployment": self.deployment}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the history.
+    """One line of the history, history.jsonl: a change of one name in the registry.
 
-    `previous` is the champion before it, and after it too unless the action moved the champion:
-    `promote`, `rollback`, and `moved` (the link was found moved by hand). `registered` says that
-    `version` was added, `judged` that its run was judged again, `collected` and `forgotten` that it
-    was removed, `restored` that a version which was lost was registered again, `declined` that a
-    person did not approve it, `tried` that a run from the champion made no version, `policy` that
-    the registry's policy changed, and `rows_forgotten` that rows of a version were taken out of the
-    data store.
-
-    explicit: a rollback that named its version (`--to`).
-    previous_line_sha256: of the line before, its bytes with the line end; of no bytes for the
-        first line. The writer sets it.
-    judgement: the hash of a judgement's file: what a run was judged, or a promotion rests on.
-    reason: what the server, or the person who asked or declined, gives as the reason; of a run
-        that made no version what the gate found.
-    dataset_digest, settings_digest: of the run whose version was declined: of another version of
-        the same two nobody is asked. Of a run that made no version, to be read by a person.
-    conditions_digest: of all that decided what became of a run from the champion (pipeline/
-        continual.py): where it is the same again, nothing is trained.
-    outcome, run: of a run that made no version: what became of it, and its folder.
-    against_policy: what the registry's policy asks for, and a person's promotion did not have.
-    before, after: the policy.
-    layout: LAYOUT, in the first line.
+    action: what was done. These move the champion: `promote`, `rollback`, and `moved` (somebody
+        moved the link by hand). `registered`: `version` was added; `judged`: its adapter was judged
+        again; `collected`, `forgotten`: it was removed; `restored`: it was lost and registered
+        again; `declined`: a person did not approve it; `tried`: a run registered no version;
+        `policy`: the name's policy changed; `rows_forgotten`: rows of `version` were removed from
+        the data store.
+    version: the version concerned; None for `tried`, and for `policy` before the first champion.
+    previous: the champion before this line.
+    time: UTC, ISO 8601.
+    by: who made the change.
+    manifest: SHA-256 of the version's manifest.
+    automatic: whether a policy promoted, not a person.
+    explicit: whether a rollback named its version (`--to`).
+    previous_line_sha256: hash of the line before with its line end; of no bytes for the first line.
+        `append` sets it.
+    judgement: hash of the judgement's file that the line adds, or that a promotion rests on.
+    reason: why, as the person or server says; of a `tried` run what the gate found.
+    against_policy: what the policy requires and a person's promotion did not have.
+    before, after: the policy before and after a change of it.
+    flow_run, deployment: the Prefect flow run that made the change.
+    dataset_digest, settings_digest: data and settings of the run that was declined or tried. After
+        a decline, nobody is asked about another version of the same two.
+    conditions_digest: digest of everything that decides the outcome of a run
+        (pipeline/continual.py); a run with the same digest is skipped.
+    outcome, run: what became of a `tried` run, and its folder.
+    layout: LAYOUT, in the first line alone.
     """
 
     action: Action
@@ -130,11 +134,11 @@ class Entry:
 
     @property
     def champion_after(self) -> str | None:
-        """The champion that this line leaves behind."""
+        """The champion after this line."""
         return self.version if self.action in CHAMPION_CHANGE_ACTIONS else self.previous
 
     def fields(self) -> dict[str, Any]:
-        """The line's JSON object."""
+        """Return the line's JSON object, without optional fields that are None."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -151,9 +155,13 @@ NO_LINE_SHA256 = hashlib.sha256().hexdigest()
 
 @dataclass(frozen=True)
 class Ledger:
-    """The history as read: its entries, the bytes that they take, and a torn line after them.
+    """The history of an adapter name as read from history.jsonl.
 
-    end_sha256: the hash that the next line has to hold: the last line's, or that of no bytes.
+    entries: the lines, oldest first.
+    whole_bytes: the length of all complete lines.
+    torn: the bytes after the last complete line, which a crash left.
+    end_sha256: the hash of the last line, which the next line has to hold; of no bytes without
+        lines.
     """
 
     entries: tuple[Entry, ...] = ()
@@ -163,18 +171,22 @@ class Ledger:
 
     @property
     def champion(self) -> str | None:
-        """The champion according to the last line."""
+        """The champion (the version in use) after the last line.
+
+        None before the first promotion.
+        """
         return self.entries[-1].champion_after if self.entries else None
 
     def changes(self, since: int = 0) -> list[Entry]:
-        """The changes of the champion, of all lines or of those from number `since` (0 first)."""
+        """Return the lines that moved the champion, from number `since` (the first is 0) on."""
         return [e for e in self.entries[since:] if e.action in CHAMPION_CHANGE_ACTIONS]
 
     @cached_property
-    def standing(self) -> dict[str, list[tuple[int, Entry]]]:
-        """The lines about each version that is there, with their numbers from 0.
+    def by_version(self) -> dict[str, list[tuple[int, Entry]]]:
+        """For each version that still exists, the history lines about it with their numbers from 0.
 
-        Those since it was last restored; nothing of a version that was collected or forgotten.
+        A version that was collected or forgotten is left out. The lines of a version that was
+        restored begin with its restoration.
         """
         lines: dict[str, list[tuple[int, Entry]]] = {}
         for number, entry in enumerate(self.entries):
@@ -189,21 +201,21 @@ class Ledger:
         return lines
 
     def is_removed(self, version: str) -> bool:
-        """Whether a version was collected or forgotten, and not registered since."""
-        return version not in self.standing and any(e.version == version for e in self.entries)
+        """Return whether a version was collected or forgotten, and not registered again since."""
+        return version not in self.by_version and any(e.version == version for e in self.entries)
 
     def manifest_hashes(self, version: str) -> set[str]:
-        """The manifest hashes that were recorded for `version` as it is there now."""
-        return {e.manifest for _, e in self.standing.get(version, ()) if e.manifest is not None}
+        """Return the manifest hashes that the history recorded for a version that still exists."""
+        return {e.manifest for _, e in self.by_version.get(version, ()) if e.manifest is not None}
 
     def judgements(self, version: str) -> list[tuple[int, str]]:
-        """Of each verdict on a version after its first, its line's number and its hash."""
-        lines = self.standing.get(version, ())
+        """Return line number and file hash of each verdict on a version after its first."""
+        lines = self.by_version.get(version, ())
         actions = ("judged", "restored")
         return [(n, e.judgement) for n, e in lines if e.judgement and e.action in actions]
 
     def champion_versions(self) -> set[str]:
-        """Every version that was champion and was not collected or forgotten since."""
+        """Return every version that was champion and was not removed since."""
         champions: set[str] = set()
         for entry in self.entries:
             if entry.version is not None and entry.action in CHAMPION_CHANGE_ACTIONS:
@@ -213,15 +225,16 @@ class Ledger:
         return champions
 
     def rollback_target(self) -> str | None:
-        """The version that a rollback without `--to` goes to, or None if no version is left.
+        """Return the version that a rollback without `--to` restores; None if no version is left.
 
         Promotions and `rollback --to` push a version on a stack, a plain rollback pops one, and a
-        version that was collected or forgotten is taken out. All other lines are passed over: where
-        the link was moved by hand, the target is the champion before somebody moved it.
+        removed version is taken out. Other lines do not change the stack, so after a link was moved
+        by hand the target is the champion before that move.
         """
         stack: list[str] = []
         for entry in self.entries:
             if entry.action in REMOVAL_ACTIONS and entry.version in stack:
+                # Equal neighbours become one: a rollback has to change the champion
                 stack = [v for v, _ in groupby(v for v in stack if v != entry.version)]
             elif entry.action not in ("promote", "rollback") or entry.version is None:
                 continue
@@ -233,12 +246,16 @@ class Ledger:
                 stack.pop()
             elif stack[-1:] != [entry.version]:
                 stack.append(entry.version)
+        # The target is below the champion, which is on top unless the link was moved
         if stack[-1:] == [self.champion]:
             stack.pop()
         return stack[-1] if stack else None
 
     def barred_versions(self) -> set[str]:
-        """Versions that a rollback left and that nobody has promoted by name since."""
+        """Return the versions that a rollback replaced and that no person has promoted since.
+
+        Automatic promotion skips them.
+        """
         barred: set[str] = set()
         for change in self.changes():
             if change.action == "rollback" and change.previous is not None:
@@ -247,30 +264,39 @@ class Ledger:
                 barred.discard(change.version)
         return barred
 
-    def versions_since(self, promotions: int) -> list[str]:
-        """The champions of the last promotions, after the one before them; the oldest first.
+    def recent_champions(self, promotions: int) -> list[str]:
+        """Return the champions of the last `promotions` promotions, oldest first.
 
-        Without those that were collected, forgotten, or left by a rollback.
+        The champion before the first of these promotions comes first of all. Versions that were
+        removed, or that a rollback replaced, are left out.
         """
         last = [change for change in self.changes() if change.action == "promote"][-promotions:]
+        # The champion before these promotions, then the promoted ones
         versions = [*(change.previous for change in last[:1]), *(change.version for change in last)]
         usable = self.champion_versions() - self.barred_versions()
         return [version for version in versions if version in usable]
 
     def policy(self) -> dict[str, Any] | None:
-        """The registry's policy, as its last change left it; None if it was never set."""
+        """Return the adapter name's policy after its last change; None if it was never set."""
         return next((e.after for e in reversed(self.entries) if e.action == "policy"), None)
 
 
 def describe_author(line: Mapping[str, Any]) -> str:
-    """Who made a change, and the reason where one was given, of a line's JSON object."""
+    """Return who made a change, with the reason if one was given.
+
+    line: the JSON object of a history line.
+    """
     return f"{line['by']}: {line['reason']}" if line.get("reason") else str(line["by"])
 
 
 def new_entry(
     action: Action, version: str | None, previous: str | None, by: str, **more: Any
 ) -> Entry:
-    """An entry with the present time (UTC); what is not text in `by` is replaced by '?'."""
+    """Create a history line with the present time (UTC).
+
+    by: who makes the change; characters that are not encodable are replaced by '?'.
+    more: further fields of Entry.
+    """
     return Entry(
         action=action,
         version=version,
@@ -282,11 +308,15 @@ def new_entry(
 
 
 def _replace_what_is_no_text(typed: str) -> str:
+    """Replace characters that UTF-8 cannot encode (lone surrogates) by '?'."""
     return typed.encode(errors="replace").decode()
 
 
 def read_ledger(folder: Path) -> Ledger:
-    """Read the history of `folder`; DamagedError names the first line that is not one."""
+    """Read the history of an adapter name's folder; DamagedError names the first damaged line.
+
+    Without a file the history is empty. A torn last line is not damage.
+    """
     path = folder / LEDGER_NAME
     kind = file_type(path)
     if kind == "link":
@@ -310,7 +340,7 @@ def read_ledger(folder: Path) -> Ledger:
 
 
 def old_layout_error(folder: Path) -> DamagedError:
-    """The error for a name whose history does not say what was registered."""
+    """Build the error for a history of an earlier release, which has no lines for registrations."""
     return DamagedError(
         f"{folder / LEDGER_NAME} is of an earlier nested-tune, and does not say what was "
         f"registered: move the folder {folder.name} away, and give `nested-tune promote RUN_DIR "
@@ -319,11 +349,11 @@ def old_layout_error(folder: Path) -> DamagedError:
 
 
 @contextmanager
-def holding_end(folder: Path, ledger: Ledger) -> Iterator[int]:
-    """The history open for appending, as long as it was read, and locked until the block ends.
+def opened_for_append(folder: Path, ledger: Ledger) -> Iterator[int]:
+    """Open the history for appending, locked until the block ends; yield the file descriptor.
 
-    So a line whose writer has lost the lock of the folder is either there before the block, and
-    raises DamagedError, or is not written after it.
+    Raises DamagedError if the file is longer or shorter than `ledger`: another process then writes
+    without the folder's lock.
     """
     path = folder / LEDGER_NAME
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -341,15 +371,15 @@ def holding_end(folder: Path, ledger: Ledger) -> Iterator[int]:
 
 
 def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
-    """Add a line to the history as it was read, force it onto the disk, and return the new history.
+    """Append a line to the history, force it to disk, and return the new history.
 
-    `confirm` is called just before, and raises where another process could be writing.
+    confirm: called just before the write; it raises if another process could be writing.
     """
     reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
     layout = None if ledger.entries else LAYOUT
     entry = replace(entry, previous_line_sha256=ledger.end_sha256, reason=reason, layout=layout)
     line = json.dumps(entry.fields()).encode() + b"\n"
-    with holding_end(folder, ledger) as descriptor:
+    with opened_for_append(folder, ledger) as descriptor:
         confirm()
         _write_all(descriptor, line)
         sync_descriptor(descriptor)
@@ -360,7 +390,7 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
 
 
 def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
-    """Remove what a crash left after the last whole line; return the history without it."""
+    """Remove what a crash left after the last complete line; return the history without it."""
     descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(descriptor, ledger.whole_bytes)
@@ -371,11 +401,13 @@ def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
+    """Write all bytes to a file descriptor."""
     while content:
         content = content[os.write(descriptor, content) :]
 
 
 def _parse_entry(line: bytes, path: Path, number: int) -> Entry:
+    """Parse a line of the history; DamagedError with its number (from 1) if it has another form."""
     try:
         return ENTRY_VALIDATOR.validate_json(line, strict=True)
     except ValidationError as error:
@@ -388,7 +420,11 @@ def _parse_entry(line: bytes, path: Path, number: int) -> Entry:
 
 
 def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> str:
-    """Check that each line follows the one before; return the hash that the next has to hold."""
+    """Check that each line follows from the one before; return the hash of the last line.
+
+    Each line must hold the hash of the line before it and the champion after it. Raises
+    DamagedError.
+    """
     champion: str | None = None
     end_sha256 = NO_LINE_SHA256
     for number, (line, entry) in enumerate(zip(lines, entries, strict=True), 1):
@@ -407,6 +443,7 @@ def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> 
 
 
 def _broken_chain_error(path: Path, number: int, problem: str) -> DamagedError:
+    """Build the error for a line that does not follow from the one before it."""
     return DamagedError(
         f"{path}, line {number} {problem}: a line was removed, added or edited. Nothing is decided "
         "by this history and nothing written to it; restore the file from a backup."

@@ -1,6 +1,6 @@
-"""The policy of a name: what an automatic promotion needs at least, whatever a run asks for.
+"""The policy of a name: the minimum that an automatic promotion needs, whatever a run asks for.
 
-The history's last line `policy` is what counts; REGISTRY/NAME/policy.json shows it to people. Of
+The last line `policy` of the history counts; REGISTRY/NAME/policy.json shows it to people. Of
 policy and run's sections the stricter counts.
 """
 
@@ -32,13 +32,13 @@ PromotionMode = Literal["never", "approve", "better", "always"]
 
 
 class RegistryPolicy(BaseModel):
-    """What is written into policy.json; null leaves a key to the run.
+    """The content of policy.json; None leaves a key to the run's configuration.
 
     promote: as registry.promote. Of `approve` in one and `better` in the other both count.
     max_val_loss_increase: as gate.max_val_loss_increase.
     tasks: as gate.tasks, with absolute paths.
     reference: the version that no automatic promotion may be worse than by more than one margin:
-        its digest, or `nights:N` for the champion of N promotions ago; null asks for none.
+        its digest, or `nights:N` for the champion of N promotions ago; None requires no comparison.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -50,30 +50,38 @@ class RegistryPolicy(BaseModel):
     )
 
     def reference_versions(self, ledger: Ledger) -> list[str]:
-        """The reference, and the versions that become it by and by; none without a reference."""
+        """Return the reference version, and those that become it after the next promotions."""
         if self.reference is None:
             return []
         if self.reference.startswith(NIGHTS_PREFIX):
-            return ledger.versions_since(int(self.reference.removeprefix(NIGHTS_PREFIX)))
+            return ledger.recent_champions(int(self.reference.removeprefix(NIGHTS_PREFIX)))
         return [self.reference]
 
     def find_reference(self, ledger: Ledger) -> str | None:
-        """The version that `reference` stands for today; None without a reference."""
+        """Return the version that `reference` means today; None without a reference."""
         return next(iter(self.reference_versions(ledger)), None)
 
     @property
-    def bounds_creep(self) -> bool:
-        """Whether a reference, `better` or a person bounds what many promotions may lose."""
+    def bounds_total_loss(self) -> bool:
+        """Whether the policy limits the sum of small losses over many promotions.
+
+        A reference does, and so do the promotion modes other than `always`.
+        """
         return self.reference is not None or self.promote not in (None, "always")
 
     def fields(self) -> dict[str, Any]:
-        """The JSON object."""
+        """Return the policy as a JSON object."""
         return self.model_dump(mode="json")
 
 
 @dataclass(frozen=True)
 class PromotionRule:
-    """What an automatic promotion needs, of a run's `registry.promote` and the policy's."""
+    """What an automatic promotion needs, by a run's `registry.promote` and the name's policy.
+
+    is_never: nothing is promoted automatically.
+    asks_person: a person has to approve.
+    must_be_better: the held-out loss has to be significantly lower.
+    """
 
     is_never: bool
     asks_person: bool
@@ -81,12 +89,12 @@ class PromotionRule:
 
     @classmethod
     def of(cls, *modes: str | None) -> PromotionRule:
-        """All that any of the modes needs: `never`, else `approve` and `better` together."""
+        """Combine promotion modes: `never` wins, `approve` and `better` add up."""
         return cls("never" in modes, "approve" in modes, "better" in modes)
 
 
 def read_policy(registry: Path, name: str) -> RegistryPolicy | None:
-    """The policy of a name; None without one, or without such a name."""
+    """Read the policy of an adapter name; None without a policy or without such a name."""
     check_name(name)
     if not name_exists(registry, name):
         return None
@@ -95,58 +103,65 @@ def read_policy(registry: Path, name: str) -> RegistryPolicy | None:
 
 
 def policy_of(folder: Path, ledger: Ledger) -> RegistryPolicy | None:
-    """The policy that the history of a NAME's folder holds."""
+    """Parse the policy in the history of an adapter name's folder; None without a policy.
+
+    Raises DamagedError for a policy that cannot be read.
+    """
     recorded = ledger.policy()
     return None if recorded is None else _parse_policy(recorded, folder / LEDGER_NAME)
 
 
 def read_reference(registry: Path, name: str) -> str | None:
-    """The version that the policy's `reference` stands for today; None without one."""
+    """Return the version that the policy's `reference` means today; None without a reference."""
     with reading(registry, name) as (folder, ledger):
         policy = policy_of(folder, ledger)
     return None if policy is None else policy.find_reference(ledger)
 
 
 def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]) -> RegistryPolicy:
-    """Change keys of a name's policy and record who did it; the name is made if it is not there.
+    """Change keys of an adapter name's policy and record who did it; return the new policy.
 
-    `changes` holds some fields of RegistryPolicy. Raises ConfigError for a value that is none, or
-    suites that cannot be used, and for `approve` without the room approval.
+    changes: some fields of RegistryPolicy. The name is created if it does not exist.
+
+    Raises ConfigError for an invalid value, for unusable suites, and for `approve` without the room
+    approval.
     """
     if changes.get("promote") == "approve":
         seams.require("approval", APPROVE_KEY)
-    with writing_folder(create_name_folder(registry, name)) as held:
-        before = held.ledger.policy()
+    with writing_folder(create_name_folder(registry, name)) as locked:
+        before = locked.ledger.policy()
         reference = changes.get("reference")
         if isinstance(reference, str) and not reference.startswith(NIGHTS_PREFIX):
-            changes = {**changes, "reference": resolve_version(held.path, reference, held.ledger)}
-        earlier = policy_of(held.path, held.ledger) or RegistryPolicy()
+            resolved = resolve_version(locked.path, reference, locked.ledger)
+            changes = {**changes, "reference": resolved}
+        earlier = policy_of(locked.path, locked.ledger) or RegistryPolicy()
         policy = _check_policy(earlier.fields() | dict(changes))
         if before != policy.fields():
-            held.record("policy", held.champion, by, before=before, after=policy.fields())
+            locked.record("policy", locked.champion, by, before=before, after=policy.fields())
     return policy
 
 
-def hold_to_policy(config: FineTuneConfig) -> tuple[FineTuneConfig, list[str]]:
-    """The configuration that a run goes by, and a sentence for each key that a policy tightened.
+def apply_policy(config: FineTuneConfig) -> tuple[FineTuneConfig, list[str]]:
+    """Apply the policy of a run's registry to its configuration.
 
-    Without a registry, or with a name that has no policy, the configuration as it is.
+    Returns the configuration, and a sentence for each key that the policy made stricter. Without a
+    registry or a policy the configuration is returned unchanged.
     """
     section = config.registry
     if section.path is None or section.name is None:
         return config, []
     policy = read_policy(Path(section.path), section.name)
     sentences = describe_tightening(config, policy)
-    if section.promote == "always" and (policy is None or not policy.bounds_creep):
+    if section.promote == "always" and (policy is None or not policy.bounds_total_loss):
         sentences.append(f"{section.name}: {NO_REFERENCE}")
     return tighten(config, policy), sentences
 
 
 def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneConfig:
-    """A run's configuration with the policy's bounds and suites where those are stricter.
+    """Return a run's configuration with the policy's bounds and suites where they are stricter.
 
-    Under a policy differences are judged beyond noise (`gate.noise: paired`). What a run asks for
-    in `registry.promote` stays as it is: `PromotionRule` joins the two where it is decided.
+    Under a policy differences are judged beyond noise (`gate.noise: paired`). `registry.promote`
+    stays as it is: `PromotionRule` combines it with the policy.
     """
     if policy is None:
         return config
@@ -167,18 +182,18 @@ def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneCo
 
 
 def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -> list[str]:
-    """A sentence for each key in which a run is held to more than it asks for."""
+    """Return a sentence for each key in which the policy is stricter than a run's configuration."""
     if policy is None:
         return []
-    gate, held = config.gate, tighten(config, policy).gate
+    gate, stricter = config.gate, tighten(config, policy).gate
     sentences = []
-    if held.max_val_loss_increase != gate.max_val_loss_increase:
+    if stricter.max_val_loss_increase != gate.max_val_loss_increase:
         sentences.append(
-            f"gate.max_val_loss_increase is {held.max_val_loss_increase:g}, not "
+            f"gate.max_val_loss_increase is {stricter.max_val_loss_increase:g}, not "
             f"{gate.max_val_loss_increase:g}"
         )
-    if held.noise != gate.noise:
-        sentences.append(f"gate.noise is {held.noise}, not {gate.noise}")
+    if stricter.noise != gate.noise:
+        sentences.append(f"gate.noise is {stricter.noise}, not {gate.noise}")
     asked = {task.name: task for task in gate.tasks}
     for task in policy.tasks:
         if asked.get(task.name) != task:
@@ -195,7 +210,10 @@ def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -
 def find_looser_bounds(
     policy: RegistryPolicy | None, thresholds: Mapping[str, Any] | None
 ) -> list[str]:
-    """The bounds that a verdict was given by and that are looser than the policy's."""
+    """Return the names of a verdict's bounds that are less strict than the policy's.
+
+    thresholds: the values of section `gate` in the verdict.
+    """
     if policy is None:
         return []
     judged = thresholds or {}
@@ -213,6 +231,7 @@ def find_looser_bounds(
 
 
 def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:
+    """Parse the policy in a history line; DamagedError if it has another form."""
     kept = {key: value for key, value in fields.items() if key != "canary"}  # 0.2.0 wrote it
     try:
         return RegistryPolicy.model_validate(
@@ -226,11 +245,12 @@ def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:
 
 
 def _parse_task(fields: Any) -> TaskSection:
+    """Validate one suite of a policy."""
     return fields if isinstance(fields, TaskSection) else TaskSection.model_validate(fields)
 
 
 def _check_policy(fields: Mapping[str, Any]) -> RegistryPolicy:
-    """The policy with these fields; ConfigError where a run could not be held to it."""
+    """Validate a policy that a person sets; ConfigError if a run could not follow it."""
     try:
         policy = RegistryPolicy.model_validate(
             {**fields, "tasks": tuple(_parse_task(task) for task in fields["tasks"])}

@@ -1,4 +1,4 @@
-"""What was decided about a version: the outcome as data, and the sentence that people read."""
+"""What was decided about a version, as data and as a sentence."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Outcome = Literal[
 
 @dataclass(frozen=True)
 class Decision:
-    """The outcome for `version`; `previous` was the champion before it.
+    """The decision about `version`.
 
-    reason: why it was not promoted, where the outcome's word does not say it.
-    against_policy: what the registry's policy asks for and a person's promotion did not have.
+    previous: the champion before the decision.
+    reason: why it was not promoted, if the outcome alone does not say it.
+    against_policy: what the policy requires and a person's promotion did not have.
     """
 
     outcome: Outcome
@@ -35,5 +36,5 @@ class Decision:
 
     @property
     def sentence(self) -> str:
-        """What became of the version, as every screen says it."""
+        """The reason, or the outcome if there is no reason."""
         return self.reason or self.outcome

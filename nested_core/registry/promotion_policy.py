@@ -1,9 +1,9 @@
-"""Automatic promotion: whether a registered version becomes the champion by its policy, or why not.
+"""Automatic promotion: whether a registered version becomes champion, and if not, why.
 
-It is decided and done under one lock of the name's folder, as the version is registered. The hourly
-`reconcile` decides in the same way about versions whose run was killed in between, or whose policy
-was loosened since. The decision rests on the version's own files, which are re-hashed before the
-champion moves.
+The decision is made and carried out under one lock of the name's folder, when the version is
+registered. The hourly `reconcile` decides in the same way about versions whose run was killed in
+between, or whose policy became less strict. The decision rests on the version's own files, which
+are re-hashed before the champion changes.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ from nested_core.text.loss_format import (
 def read_candidate(
     registry: Path, name: str, version: str, against: str | None | Unset = UNSET
 ) -> Judgement:
-    """The verdict on a version that decides: the newest `against` a champion, today's if not given.
+    """Read the verdict on a version that decides its promotion: the newest against a champion.
 
-    Raises ConfigError for an unknown version, DamagedError if a file cannot be understood.
+    against: the champion; today's by default.
+
+    Raises ConfigError for an unknown version, DamagedError for a damaged file.
     """
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
     with reading(registry, name) as (folder, ledger):
@@ -65,7 +67,10 @@ def read_candidate(
 
 
 def choose_candidate(folder: Path, ledger: Ledger, version: str, champion: str | None) -> Judgement:
-    """The newest verdict on a version against this champion; call under the lock of `folder`."""
+    """Return the newest verdict on a version against this champion; call under the folder's lock.
+
+    Without a verdict against it, the newest of all. Raises ConfigError for an unknown version.
+    """
     if version not in registered_versions(folder):
         raise ConfigError(f"{folder} has no version {version!r:.80}.")
     return choose_verdict(read_verdicts(folder, version, ledger), champion)
@@ -74,11 +79,12 @@ def choose_candidate(folder: Path, ledger: Ledger, version: str, champion: str |
 def register_by_policy(
     new: NewVersion, section: RegistrySection, champion: str | None, *, origin: Origin = NO_ORIGIN
 ) -> Decision:
-    """Register a run's adapter, and promote it if run and registry ask for it, under one lock.
+    """Register a run's adapter and promote it if run and registry allow it, under one lock.
 
-    champion: the champion that the run was judged against; where another version is champion by
-    now, the promotion is superseded. Returns what became of the version. Raises what `register`
-    raises.
+    champion: the champion that the run was judged against; if another version is champion now, the
+        outcome is "superseded".
+
+    Raises what `register` raises.
     """
     with registering(new, *registry_location(section)) as (folder, manifest):
         version = new.run.version
@@ -88,7 +94,7 @@ def register_by_policy(
 def promote_by_recorded_policy(
     registry: Path, name: str, version: str, *, origin: Origin = NO_ORIGIN
 ) -> Decision:
-    """Promote by the policy, and against the champion, that were recorded with the version.
+    """Decide about a version by the policy, and against the champion, recorded with its verdict.
 
     Returns "superseded" if the champion changed after this version was registered, even if that
     change was later rolled back.
@@ -100,13 +106,14 @@ def promote_by_recorded_policy(
 def promote_missed_versions(
     registry: Path, name: str, *, origin: Origin = NO_ORIGIN
 ) -> dict[str, Decision]:
-    """Decide once more about the versions that never were champion, newest first.
+    """Decide once more about all versions that were never champion, newest first.
 
-    A second call changes nothing. One that is damaged keeps no other version from being promoted.
+    Returns the decision for each version. A second call changes nothing. A damaged version does not
+    prevent the promotion of another.
     """
     with writing(registry, name) as folder:
         was_champion = {change.version for change in folder.ledger.changes()}
-        lines = folder.ledger.standing
+        lines = folder.ledger.by_version
         missed = [v for v in registered_versions(folder.path) if v not in was_champion]
         missed.sort(key=lambda version: lines[version][-1][0] if version in lines else -1)
         decisions = {}
@@ -119,13 +126,14 @@ def promote_missed_versions(
 
 
 def _decide_as_recorded(folder: NameFolder, version: str, origin: Origin) -> Decision:
+    """Decide about a version by the policy and against the champion recorded with its verdict."""
     champion = folder.champion
     if version == champion:
         return Decision("already_champion", version, champion)
     candidate = choose_candidate(folder.path, folder.ledger, version, champion)
     if candidate.facts.policy is None:
         return Decision("refused", version, champion, "its provenance records no policy")
-    if folder.ledger.changes(candidate.place + 1):
+    if folder.ledger.changes(candidate.line_number + 1):
         return Decision("superseded", version, champion)
     section = recorded_section(folder.path, candidate)
     return decide(folder, section, version, candidate.facts.champion_at_gate, origin=origin)
@@ -140,10 +148,12 @@ def decide(
     origin: Origin,
     manifest: str | None = None,
 ) -> Decision:
-    """The one place of automatic promotion: promote the version, or say why not.
+    """Promote a version automatically, or return why it is not promoted.
 
-    Of `section` and the registry's policy the stricter counts. manifest: the hash of the version's
-    manifest where its files were hashed under this lock already.
+    section: the run's section `registry`; of it and the registry's policy the stricter counts.
+    expected_champion: the champion that the verdict compared with.
+    manifest: the hash of the version's manifest, if its files were verified under this lock
+        already.
     """
     champion = folder.champion
     if version == champion:
@@ -159,7 +169,7 @@ def decide(
 
 @dataclass(frozen=True)
 class LossComparison:
-    """Validation losses of a version and of the champion, in nats/token, on the same examples."""
+    """Held-out losses of a version and of the champion, in nats/token, on the same examples."""
 
     loss: float
     champion_loss: float
@@ -168,11 +178,11 @@ class LossComparison:
 def compare_losses(
     registry: Path, name: str, candidate: Judgement, champion: str
 ) -> LossComparison | None:
-    """The losses of a version and of the champion; None if they were not measured on the same data.
+    """Return the losses of a version and of the champion on the same examples.
 
-    The verdict holds the loss of the champion at the time of the gate, and of the adapter that
-    training started from; else both must have been judged on the same examples. Raises DamagedError
-    for a champion that is not what was registered.
+    They come from the verdict if it compared with this champion, or if training started from it;
+    else from the champion's own verdict if that used the same examples. None if there is no such
+    pair. Raises DamagedError for a champion that has changed since it was registered.
     """
     record = candidate.verdict.champion
     if record is not None and record.version == champion:
@@ -183,11 +193,11 @@ def compare_losses(
     champion_loss = None if validation is None else validation.loss_before
     if candidate.verdict.initial.digest != champion:
         verify(registry, name, champion)
-        rival = read_candidate(registry, name, champion)
+        champion_judgement = read_candidate(registry, name, champion)
         digest = candidate.facts.validation_digest
-        if digest is None or rival.facts.validation_digest != digest:
+        if digest is None or champion_judgement.facts.validation_digest != digest:
             return None
-        champion_loss = rival.loss_after
+        champion_loss = champion_judgement.loss_after
     if candidate.loss_after is None or champion_loss is None:
         return None
     return LossComparison(candidate.loss_after, champion_loss)
@@ -195,10 +205,10 @@ def compare_losses(
 
 @dataclass(frozen=True)
 class PromotionNotes:
-    """What is to be said of a version that was promoted; None without a note.
+    """What to tell a person about a promotion.
 
-    losses: its losses, and those of the champion that it replaced.
-    warning: that it has a higher loss than that one on the same data.
+    losses: the losses of the new champion and of the one that it replaced.
+    warning: set if the new one has the higher loss on the same data.
     """
 
     losses: str | None = None
@@ -208,10 +218,12 @@ class PromotionNotes:
 def describe_promotion(
     registry: Path, name: str, done: Decision, candidate: Judgement | None = None
 ) -> PromotionNotes:
-    """The losses of a version that was promoted, and of the champion that it replaced.
+    """Describe the losses of a newly promoted version and of the champion that it replaced.
 
-    That a version was judged without held-out data is said. Nothing where the champion has not
-    changed. `candidate` is the verdict on it; else it is read.
+    A version that was judged without held-out data is described as such. Empty if the decision
+    promoted nothing, or a file is damaged.
+
+    candidate: the verdict on the version; read from the registry if None.
     """
     if done.outcome != "promoted":
         return PromotionNotes()
@@ -246,7 +258,7 @@ def describe_promotion(
 
 
 def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
-    """That nobody knows whether a version is good, and what is known of the one before it."""
+    """Say that a version's quality was not measured, and what the replaced champion's loss was."""
     text = (
         f"{shorten_digest(done.version)}: its quality was not measured, for lack of held-out rows"
     )
@@ -263,15 +275,15 @@ def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
 
 
 def find_refusal_as_recorded(folder: Path, ledger: Ledger, candidate: Judgement) -> Decision | None:
-    """Why its recorded policy did not promote a version against the champion of that moment."""
+    """Return why a version's recorded policy did not promote it; None if it would be promoted."""
     section = recorded_section(folder, candidate)
     return find_refusal(folder, ledger, section, candidate, candidate.facts.champion_at_gate)
 
 
 def recorded_section(folder: Path, candidate: Judgement) -> RegistrySection:
-    """The registry section that was recorded with a verdict on a version of a NAME's folder.
+    """Return the configuration section `registry` that was recorded with a verdict on a version.
 
-    Raises DamagedError where what was recorded is no such section.
+    Raises DamagedError if the record is not such a section.
     """
     location = {"path": str(folder.parent), "name": folder.name}
     recorded = dict(candidate.facts.policy or {})
@@ -287,17 +299,20 @@ def recorded_section(folder: Path, candidate: Judgement) -> RegistrySection:
 
 
 def registry_location(section: RegistrySection) -> tuple[Path, str]:
-    """The registry's folder and the adapter's name; ConfigError if they are not configured."""
+    """Return the registry's folder and the adapter's name.
+
+    Raises ConfigError if they are not configured.
+    """
     if section.path is None or section.name is None:
         raise ConfigError("registry: path and name are needed to register an adapter.")
     return Path(section.path), section.name
 
 
 def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> str | None:
-    """What the registry's policy asks for and a run has not, of which a person decides otherwise.
+    """Return what the registry's policy requires and a run lacks, before a person promotes it.
 
-    `candidate` is the run's verdict, which need not be registered yet. None if the policy is met,
-    and without a policy.
+    candidate: the run's verdict, which need not be registered. None if the policy is met or there
+        is no policy.
     """
     if read_policy(registry, name) is None:
         return None
@@ -308,7 +323,7 @@ def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> 
 
 
 def effective_rule(section: RegistrySection) -> PromotionRule:
-    """What an automatic promotion needs, by a run's section and the registry's policy."""
+    """Return what an automatic promotion needs, by a run's section and the registry's policy."""
     policy = read_policy(*registry_location(section))
     return PromotionRule.of(section.promote, None if policy is None else policy.promote)
 
@@ -322,11 +337,12 @@ def find_refusal(
     *,
     is_approved: bool = False,
 ) -> Decision | None:
-    """Why a version of a NAME's folder is not promoted automatically; None if it is promoted.
+    """Return why a version is not promoted automatically; None if it is to be promoted.
 
-    The stricter of the run's section and the registry's policy counts. With `is_approved` a person
-    has said yes already: nobody is asked again, and the version need not be compared with the
-    policy's reference, which limits automatic promotions alone.
+    The stricter of the run's section and the registry's policy counts.
+
+    is_approved: a person has approved; nobody is asked again, and the comparison with the policy's
+        reference, which limits automatic promotions alone, is skipped.
     """
     policy = policy_of(folder, ledger)
     rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)
@@ -353,7 +369,10 @@ def _why_not_promoted(
     rule: PromotionRule,
     policy: RegistryPolicy | None,
 ) -> str | None:
-    """Why verdict and policy do not promote a version, but for a person and the reference."""
+    """Return why verdict and policy do not allow a promotion; None if they do.
+
+    Approval by a person and the policy's reference are checked elsewhere.
+    """
     if (reason := _why_not_sound(candidate, rule)) is not None:
         return reason
     if looser := find_looser_bounds(policy, candidate.verdict.thresholds):
@@ -376,7 +395,10 @@ def _why_not_promoted(
 def _why_beyond_reference(
     policy: RegistryPolicy, ledger: Ledger, candidate: Judgement
 ) -> str | None:
-    """Why a version is not shown to be within the margin of the policy's reference, or None."""
+    """Return why a version may be worse than the policy's reference by more than the margin.
+
+    Returns None if it is shown to be within the margin, or the policy has no reference.
+    """
     version = policy.find_reference(ledger)
     if version in (None, candidate.version):
         return None
@@ -396,12 +418,17 @@ def _why_beyond_reference(
     return (
         f"may be worse than {which} by more than the margin: "
         f"{format_difference(record.difference)} from its {format_loss(record.loss)} on "
-        f"{record.examples} examples, one-sided 95 % end {high}, margin {margin} nats/token"
+        f"{record.examples} examples, one-sided 95 % end {high}, margin {margin} {record.unit}"
     )
 
 
 def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
-    """What the verdict itself has against a version; a person who is asked sees broken answers."""
+    """Return why the verdict does not allow a promotion: failed, or broken answers.
+
+    Returns None if it does.
+
+    Broken answers do not count if a person is asked, who sees them.
+    """
     verdict = candidate.verdict
     if not verdict.has_passed:
         codes = ", ".join(reason.code for reason in verdict.reasons)
@@ -418,7 +445,7 @@ def _why_losses_promote_nothing(
     rule: PromotionRule,
     noise: Noise,
 ) -> str | None:
-    """Why the held-out losses are not what the rule needs, or None if they are."""
+    """Return why the held-out losses do not meet the promotion rule; None if they do."""
     if not rule.must_be_better:
         needs_enough = section.require_validation and not rule.asks_person
         return _why_too_few_prompts(candidate, champion) if needs_enough else None
@@ -428,7 +455,10 @@ def _why_losses_promote_nothing(
 
 
 def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:
-    """That the held-out examples, or those compared with the champion, have under 5 prompts."""
+    """Say that the compared held-out examples have fewer than 5 different prompts.
+
+    Returns None if they have more.
+    """
     record: Validation | ChampionLoss | None = candidate.verdict.champion
     which = " that are compared with the champion's"
     if record is None or candidate.verdict.rival != champion or record.difference is None:
@@ -445,7 +475,7 @@ def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | No
 def _why_not_better_than_start(
     section: RegistrySection, candidate: Judgement, noise: Noise
 ) -> str | None:
-    """Why a first version is not better than the adapter it began from, or None if it is."""
+    """Return why a first version is not better than the adapter it started from; None if it is."""
     validation = candidate.verdict.validation
     if validation is None or validation.loss_before is None or validation.loss_after is None:
         return "there is no validation loss to compare with that of the adapter it began from"
@@ -458,7 +488,7 @@ def _why_not_better_than_start(
 def _why_not_better(
     section: RegistrySection, candidate: Judgement, champion: str, noise: Noise
 ) -> str | None:
-    """Why a version is not better than the champion on the same examples, or None if it is."""
+    """Return why a version is not better than the champion on the same examples; None if it is."""
     if candidate.loss_after is None:
         return "there is no validation loss to compare with the champion's"
     record = candidate.verdict.champion
@@ -483,7 +513,11 @@ def _describe_comparison(
     loss: float,
     rival: str,
 ) -> str:
-    """The figures of a candidate that is not better, and what the examples could have shown."""
+    """Describe the figures of a candidate that is not better, and what the examples could show.
+
+    record: the comparison. rival: the text for the loss that the candidate's `loss` is compared
+        with.
+    """
     difference = record.difference or 0.0
     data = f"{candidate.file}, {record.examples} examples"
     if record.left_out:
@@ -492,6 +526,7 @@ def _describe_comparison(
     loss_name = loss_name_for_file(candidate.file)
     losses = f"{loss_name} {format_loss(loss)} is not better{margin} than {rival}"
     unproven = f"{losses}, or not significantly ({data})"
+    # Too few prompts, no noise bound, or too few examples for an interval
     if (few := record.describe_few_prompts()) is not None:
         return f"{unproven}: {few}"
     if candidate.verdict.noise == "none":
@@ -499,6 +534,7 @@ def _describe_comparison(
     if record.interval is None or record.smallest_visible is None:
         return f"{unproven}: too few to detect a difference"
     figures = f"{unproven}: {format_difference(difference)} with a 95 % interval of"
+    # Significant, but not by enough; significant only without correction; or neither
     chosen = record.corrected_interval
     if record.interval[1] < 0 and (chosen is None or chosen[1] < 0):
         return (
@@ -514,5 +550,5 @@ def _describe_comparison(
         )
     return (
         f"{figures} {format_interval(record.interval)}; these examples "
-        f"{describe_smallest_visible(record.smallest_visible)}"
+        f"{describe_smallest_visible(record.smallest_visible, record.unit)}"
     )

@@ -95,7 +95,7 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
     initial_digest: digest of the adapter that training started with.
 
-    None if the run started with a fresh adapter, or from one that is not in its registry.
+    Returns None if the run started with a fresh adapter, or from one that is not in its registry.
     """
     path, name = config.registry.path, config.registry.name
     if config.continual.start is None or path is None or name is None:
@@ -108,7 +108,7 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 def read_registration_time(registry: Path, name: str, version: str) -> str | None:
     """Return when a version was registered, as ISO 8601 (UTC); None if the time is unknown."""
     with reading(registry, name) as (_, ledger):
-        return next((e.time for _, e in ledger.standing.get(version, ())), None)
+        return next((e.time for _, e in ledger.by_version.get(version, ())), None)
 
 
 def read_champion_changes(registry: Path, name: str, *, since: int = 0) -> list[Entry]:
@@ -175,13 +175,13 @@ def check_champion(registry: Path, name: str) -> str | None:
     are unchanged is hashed again only after a day. If a person moved the `champion` link by hand,
     the move is recorded in the history. Raises DamagedError if anything was changed or lost.
     """
-    with writing(registry, name) as held:
-        require_sound_champion(held)
-        return held.champion
+    with writing(registry, name) as locked:
+        require_sound_champion(locked)
+        return locked.champion
 
 
 def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Map each version to its held-out loss: `{"loss": nats/token, "file": data file}`.
+    """Map each version to its held-out loss: `{"loss": 0.1, "unit": "nats/token", "file": ...}`.
 
     The loss is taken from the verdict that the version was registered with. Versions without a
     held-out loss, or with an unreadable verdict, are left out; `audit` reports the latter.
@@ -196,12 +196,13 @@ def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
         validation = verdict.validation
         if validation is not None and validation.loss_after is not None:
             file = validation.file or "held-out examples"
-            losses[version] = {"loss": validation.loss_after, "file": file}
+            unit = validation.unit
+            losses[version] = {"loss": validation.loss_after, "unit": unit, "file": file}
     return losses
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:
-    """Return the lines of a name's history.jsonl as dictionaries, oldest first.
+    """Return the lines of an adapter name's history.jsonl as dictionaries, oldest first.
 
     Lines about registration and judgement are left out, and so is a torn last line. The last
     dictionary has `"unfinished": True` if the `champion` link does not point to the champion of

@@ -1,4 +1,4 @@
-"""The page of a run's losses: the latest in words, both over the steps as a picture, in numbers."""
+"""A run's losses as a page: the latest in words, a chart over the steps, and a table."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ MAX_SHOWN_EVALUATIONS = 12
 CURVE_NAMES = {"loss": "training loss", "val_loss": "validation loss"}
 
 
-def describe_curves(records: Sequence[Mapping[str, Any]], steps: int, dataset: str) -> Document:
-    """A page of the losses that metrics.jsonl holds, of a run of so many steps."""
+def describe_curves(
+    records: Sequence[Mapping[str, Any]], steps: int, dataset: str, unit: str
+) -> Document:
+    """Build a page on the losses in the records of metrics.jsonl.
+
+    steps: the number of steps of the whole run. dataset: its name, for the text.
+    unit: of the losses.
+    """
     sentence = (
-        f"{join_last_losses(records, None)}. In nats/token, of {steps:,} steps; training loss on "
+        f"{join_last_losses(records, None)}. In {unit}, of {steps:,} steps; training loss on "
         f"the train split, validation loss on the valid split of {dataset}."
     )
     rows = [(record["step"], record["val_loss"]) for record in records if "val_loss" in record]
     table = Table("", ("step", "validation loss"), rows[-MAX_SHOWN_EVALUATIONS:])
-    figures = Figures([[chart_losses(records, steps)]])
+    figures = Figures([[chart_losses(records, steps, unit)]])
     return Document("Loss while training", [Text(sentence), figures, *([table] if rows else [])])
 
 
-def chart_losses(records: Sequence[Mapping[str, Any]], steps: int) -> Chart:
-    """Both losses over the steps so far; our own words alone."""
+def chart_losses(records: Sequence[Mapping[str, Any]], steps: int, unit: str) -> Chart:
+    """Chart training and validation loss over the steps so far."""
     curves = []
     for key, name in CURVE_NAMES.items():
         points = [Point(record["step"], record[key]) for record in records if key in record]
         last = next((point.y for point in reversed(points) if point.y is not None), None)
         label = f"{name}: none yet" if last is None else f"{name} {format_loss(last)}"
         curves.append(Curve(label, points, has_dots=True))
-    return Chart("Loss", f"step, of {steps:,}", "nats/token", curves)
+    return Chart("Loss", f"step, of {steps:,}", unit, curves)

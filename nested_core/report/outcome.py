@@ -1,4 +1,4 @@
-"""What became of a run, by its files and by what its registry says of its version now."""
+"""What became of a run, from its files and from its registry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def find_outcome(run: Run) -> Outcome | None:
     """Return what became of a run, from its files and its registry.
 
-    None if the run has no verdict yet, or never began and no reason for that is recorded.
+    Returns None if the run has no verdict yet, or never began and no reason for that is recorded.
     """
     if run.state in ("running", "damaged"):
         return Outcome.RUNNING if run.state == "running" else Outcome.DAMAGED
@@ -103,7 +103,7 @@ def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
         if candidate.facts.policy is None:
             return Outcome.VERIFIED
         decision = find_refusal_as_recorded(folder, ledger, candidate)
-        later = ledger.entries[candidate.place + 1 :]
+        later = ledger.entries[candidate.line_number + 1 :]
     if decision is None or decision.outcome != "waiting":
         section = recorded_section(registry / name, candidate)
         is_refused = decision is not None and effective_rule(section).must_be_better
@@ -114,8 +114,8 @@ def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
     return Outcome.SUPERSEDED if is_closed else Outcome.WAITS_FOR_APPROVAL
 
 
-def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
-    """Return one line that says why nothing was registered, with the losses before and after."""
+def describe_kept_champion(verdict: Verdict, champion: str) -> str:
+    """Return a line that says why nothing was registered, with the losses before and after."""
     change, validation, compared = "no loss", verdict.validation, verdict.champion
     if validation is not None:
         before, after = validation.loss_before, validation.loss_after
@@ -135,7 +135,7 @@ def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
 def find_reason_kept(run: Run) -> str | None:
     """Return why a run that passed the gate did not replace the champion.
 
-    None for every run whose outcome is not KEPT_CHAMPION.
+    Returns None for every run whose outcome is not KEPT_CHAMPION.
     """
     from nested_core.registry import list_versions
     from nested_core.registry.history_views import read_link, reading
@@ -151,7 +151,7 @@ def find_reason_kept(run: Run) -> str | None:
     version = run.verdict.trained.digest
     if version not in list_versions(registry, name):
         rival = run.verdict.rival
-        return None if rival is None else describe_unbeaten_champion(run.verdict, rival)
+        return None if rival is None else describe_kept_champion(run.verdict, rival)
     with reading(registry, name) as (folder, ledger):
         candidate = choose_candidate(folder, ledger, version, read_link(folder))
         decision = find_refusal_as_recorded(folder, ledger, candidate)
@@ -226,8 +226,9 @@ def list_figures(run: Run) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
 
 LIST_COLUMNS = ("run", "adapter", "outcome", "selected step", "val loss", "gate loss", "minutes")
 LIST_NOTE = (
-    "Losses of the selected checkpoint in nats/token: val loss on the validation set, gate loss on "
-    "the examples of the gate. (last): of the last evaluation, before a checkpoint is selected."
+    "Losses of the selected checkpoint, in nats/token or the unit of training.loss: val loss on "
+    "the validation set, gate loss on the examples of the gate. (last): of the last evaluation, "
+    "before a checkpoint is selected."
 )
 
 

@@ -1,7 +1,7 @@
-"""report.html: a run as one page, at any of its states.
+"""report.html: a run as one page, at any state of the run.
 
-One file that runs nothing and fetches nothing, light and dark, readable on a phone. It is made of
-the run's other files and no file rests on it: it can be removed and written again.
+One file that runs nothing and fetches nothing, light and dark, readable on a phone. It is derived
+from the run's other files, so it can be removed and written again.
 """
 
 from __future__ import annotations
@@ -77,23 +77,25 @@ _LAYER_NAME_PATTERN = re.compile(r"^(.*?\blayers\.)(\d+)\.(.+)$")
 
 @dataclass(frozen=True, repr=False)
 class RunReport:
-    """The page of a run, and what it was made of; in a notebook it shows itself.
+    """The page of a run; in a notebook it displays itself.
 
-    run: as it was read.
-    error: what ended the run, where this process knows.
+    run: the run's files.
+    error: what ended the run, if this process knows.
     """
 
     run: Run
     error: str | None = None
 
     def to_html(self) -> str:
-        """The whole page."""
+        """Return the whole page."""
         return describe_run(self.run, self.error).to_html()
 
     def __repr__(self) -> str:
+        """Show the run's folder and outcome."""
         return f"RunReport({self.run.path}, {describe_outcome(self.run)})"
 
     def _repr_html_(self) -> str:
+        """Return the page as HTML for a notebook's cell."""
         return describe_run(self.run, self.error).to_fragment()
 
     def write(self, path: Path) -> None:
@@ -102,7 +104,7 @@ class RunReport:
 
 
 def describe_run(run: Run, error: str | None = None) -> Document:
-    """All there is to say of a run; `error` is what ended it."""
+    """Build the page of a run as a document; `error` is what ended the run."""
     now = datetime.now(UTC)
     return Document(
         f"Run {run.name}",
@@ -124,7 +126,7 @@ def describe_run(run: Run, error: str | None = None) -> Document:
 
 
 def _describe_verdict(run: Run, error: str | None) -> Section:
-    """The outcome, why, damaged files, every check, and what training warned of."""
+    """Build the section on the verdict: outcome, damaged files, every check, training warnings."""
     headline = describe_outcome(run)
     blocks: list[Block] = [Text(headline, is_headline=True), Text(describe_end(run))]
     if run.verdict is not None:
@@ -141,7 +143,7 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
 
 
 def _tabulate_generations(run: Run) -> Iterator[Block]:
-    """The losses of champions and candidate on what earlier nights were judged by."""
+    """Yield rooms' tables that compare champion and candidate on earlier versions' examples."""
     verdict, section = run.verdict, None if run.config is None else run.config.registry
     if verdict is None or verdict.rival is None or section is None or section.path is None:
         return
@@ -150,7 +152,7 @@ def _tabulate_generations(run: Run) -> Iterator[Block]:
 
 
 def _describe_training(run: Run) -> Iterator[Block]:
-    """Losses over steps and seconds, rate, gradient norm, speed and memory."""
+    """Yield the section's blocks on training: losses, rate, gradient norm, memory and speed."""
     figures = [
         [_loss_chart(run, "step"), _loss_chart(run, "seconds of training")],
         *_answer_figures(run),
@@ -175,13 +177,13 @@ def _describe_training(run: Run) -> Iterator[Block]:
 
 
 def _describe_curves(run: Run) -> Iterator[str]:
-    """Where it was resumed, the judged step, the losses' data, and the memory that was planned."""
+    """Yield sentences that explain the curves: resumptions, judged step, data, memory forecast."""
     plan = run.plan
     if plan is not None and plan.resumed_at:
         noun = "step" if len(plan.resumed_at) == 1 else "steps"
-        places = join_first_values([f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS)
+        steps = join_first_values([f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS)
         yield (
-            f"The run was resumed at {noun} {places}: the curves continue from the checkpoint "
+            f"The run was resumed at {noun} {steps}: the curves continue from the checkpoint "
             f"there, and each step and its seconds of training are counted once."
         )
     if plan is not None:
@@ -198,15 +200,16 @@ def _describe_curves(run: Run) -> Iterator[str]:
 
 
 def _loss_chart(run: Run, x: str) -> Chart:
+    """Chart training and validation loss over steps or seconds."""
     curves = [
         Curve("training", run.points("loss", x)),
         Curve("validation", run.points("val_loss", x), has_dots=True),
     ]
-    return Chart("Loss", x, "nats/token", curves)
+    return Chart("Loss", x, run.loss_unit, curves)
 
 
 def _answer_figures(run: Run) -> Iterator[list[Chart]]:
-    """The share of right answers to the questions that were asked while it trained."""
+    """Yield a chart of the share of right answers to each suite asked during training."""
     names = dict.fromkeys(name for record in run.metrics for name in record.get("tasks", {}))
     curves = []
     for name in names:
@@ -218,12 +221,13 @@ def _answer_figures(run: Run) -> Iterator[list[Chart]]:
 
 
 def _metric_figure(run: Run, title: str, unit: str, keys: dict[str, str]) -> list[Chart]:
+    """Chart metrics over steps; `keys` maps the curves' names to metrics."""
     curves = [Curve(name, run.points(key)) for name, key in keys.items()]
     return [Chart(title, "step", unit, curves, from_zero=title != "Gradient norm")]
 
 
 def _compare_examples(run: Run) -> Iterator[Block]:
-    """What the comparison rests on, and the examples that the candidate lost most on."""
+    """Yield the blocks on held-out examples, with those that the candidate got worst on."""
     verdict = run.verdict
     if verdict is None or verdict.validation is None:
         why = (
@@ -243,6 +247,7 @@ def _compare_examples(run: Run) -> Iterator[Block]:
 
 
 def _describe_checkpoint_selection(losses: Validation) -> str:
+    """Say whether the held-out file also selected the checkpoint, which biases its loss."""
     if losses.chosen_among <= 1:
         return f"{losses.file} had no part in selecting the checkpoint."
     corrected = ""
@@ -256,7 +261,7 @@ def _describe_checkpoint_selection(losses: Validation) -> str:
 
 
 def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
-    """The examples that the candidate lost most on, with their text as the file has it now."""
+    """Yield a table of the examples whose loss rose most, with their text in the file now."""
     differences = losses.after - losses.before
     comparable = np.isfinite(differences)
     improved = int((differences[comparable] < 0).sum())
@@ -284,7 +289,7 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
 
 
 def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
-    """Lines of a file of the data set by number; none if it is gone, packed, or too large."""
+    """Read lines of a data file by their numbers; empty if it is gone, packed or too large."""
     if run.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
     choice = "auto" if run.config is None else run.config.gate.held_out
@@ -304,7 +309,7 @@ def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str
 
 
 def _map_changes(run: Run) -> Iterator[Block]:
-    """The relative change of each module as a map, layer by module, with the tiers marked."""
+    """Yield a heat map of each module's relative change, layer by module, with the tiers."""
     tensors = () if run.verdict is None else run.verdict.tensors
     if not tensors:
         yield Text("The gate has not compared the adapters yet.")
@@ -313,14 +318,16 @@ def _map_changes(run: Run) -> Iterator[Block]:
     if unchanged:
         shown = ", ".join(unchanged[:8]) + (" …" if len(unchanged) > 8 else "")
         yield Text(f"Not changed: {len(unchanged)} tensors, {shown}", "bad")
-    places = sorted(((*_place_of(t), t) for t in tensors), key=lambda place: place[:2])
+    located = sorted(((*_place_of(t), t) for t in tensors), key=lambda place: place[:2])
+    # Tensors by layer and module
     modules = {
         key: [tensor for *_, tensor in group]
-        for key, group in groupby(places, key=lambda place: place[:2])
+        for key, group in groupby(located, key=lambda place: place[:2])
     }
     changes = {key: _mean_change(group) for key, group in modules.items()}
     largest = max((c for c in changes.values() if c is not None), default=0) or 1.0
     columns = sorted({column for _, column in modules})
+    # A row for each layer, a column for each module name
     rows = []
     for layer in sorted({layer for layer, _ in modules}):
         tiers = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}
@@ -340,19 +347,20 @@ def _map_changes(run: Run) -> Iterator[Block]:
 
 
 def _place_of(tensor: TensorChange) -> tuple[int, str]:
-    """The layer of a tensor's module, -1 outside of layers, and the module's name within it."""
+    """Return the layer of a tensor's module (-1 outside of layers), and the module's name in it."""
     module = tensor.name.rpartition(".")[0] or tensor.name
     matched = _LAYER_NAME_PATTERN.match(module)
     return (int(matched[2]), matched[3]) if matched else (-1, module)
 
 
 def _mean_change(tensors: Sequence[TensorChange]) -> float | None:
+    """Return the mean relative change of tensors; None if no tensor has one."""
     known = [t.relative_delta for t in tensors if t.relative_delta is not None]
     return sum(known) / len(known) if known else None
 
 
 def _heat_cell(tensors: Sequence[TensorChange], largest: float, *, with_tier: bool) -> Cell:
-    """The change of a module, coloured by its share of the largest."""
+    """Build the heat map's cell of a module, coloured by its share of the largest change."""
     if not tensors:
         return Cell("", heat=0.0)
     change = _mean_change(tensors)
@@ -363,7 +371,7 @@ def _heat_cell(tensors: Sequence[TensorChange], largest: float, *, with_tier: bo
 
 
 def _count_updates(run: Run) -> Block:
-    """Updates that were due and that were applied, a row for each tier."""
+    """Build a table of updates due and applied, one row for each tier."""
     if run.verdict is not None and run.verdict.tiers:
         return tier_table(run.verdict)
     applied, skipped = run.last("updates"), run.last("skipped")
@@ -380,7 +388,7 @@ def _count_updates(run: Run) -> Block:
 
 
 def list_answers(run: Run) -> list[Block]:
-    """What base, parent, champion and candidate answered, the lost questions first."""
+    """Build the blocks of base's, parent's, champion's and candidate's answers, lost ones first."""
     blocks: list[Block] = []
     names = list(dict.fromkeys(answer.task for answer in run.answers))
     count = max(2, MAX_SHOWN_QUESTIONS // max(1, len(names)))
@@ -403,7 +411,10 @@ def list_answers(run: Run) -> list[Block]:
 
 
 def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
-    """The questions of a suite: those that the candidate lost first, at most `count`."""
+    """Build a table of a suite's questions and answers, lost questions first.
+
+    count: how many questions to show at most.
+    """
     roles = [
         r for r in ("candidate", "base", "parent", "champion") if any(a.model == r for a in answers)
     ]
@@ -412,7 +423,7 @@ def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
         by_line.setdefault(answer.line, {})[answer.model] = answer
 
     def gain(line: int) -> float:
-        """The candidate's score minus the best of the others."""
+        """Return the candidate's score minus the best of the other models."""
         scores = {role: answer.score for role, answer in by_line[line].items()}
         candidate = scores.pop("candidate", 0.0)
         return candidate - max(scores.values(), default=0.0)
@@ -429,13 +440,14 @@ def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
 
 
 def _answer_cell(answer: AnswerRecord) -> Cell:
+    """Build the cell of an answer, marked right or wrong."""
     score = answer.score
     mark = "✓ right" if score >= 1 else "✗ wrong" if score <= 0 else f"{score:.2g}"
     return Cell(shown_answer(answer.answer), "good" if score >= 1 else "bad", mark)
 
 
 def _sample_answers_table(shown: Sequence[SampleAnswers]) -> Table:
-    """What the candidate answered at the end, beside the data's own answer, base and parent."""
+    """Build a table of the sample prompts with the models' and the data set's answers."""
     has_parent = any(row.parent is not None for row in shown)
     rows = [
         (
@@ -452,13 +464,14 @@ def _sample_answers_table(shown: Sequence[SampleAnswers]) -> Table:
 
 
 def _sample_cell(answer: str, broken: BrokenHow | None) -> Cell:
+    """Build the cell of a sample answer, marked if it is broken."""
     if broken is None:
         return Cell(shown_answer(answer))
     return Cell(shown_answer(answer), "bad", f"✗ broken: {BROKEN_WORDS[broken]}")
 
 
 def _list_findings(run: Run) -> Iterator[Block]:
-    """What the validation of the data said, by file and line."""
+    """Yield the blocks on the findings of data validation, by file and line."""
     if run.dataset is None:
         yield Text("The data was not validated yet.")
         return
@@ -475,7 +488,7 @@ def _list_findings(run: Run) -> Iterator[Block]:
 
 
 def _describe_reproduction(run: Run) -> Iterator[Block]:
-    """Configuration, digests, versions and the command of the run."""
+    """Yield the blocks on how to reproduce the run: command, configuration, digests, versions."""
     command = f"nested-tune train -c {shlex.quote(str(run.folder.config))} --run-dir NEW_FOLDER"
     yield Code("Command", command)
     if run.config is not None:
@@ -491,6 +504,7 @@ def _describe_reproduction(run: Run) -> Iterator[Block]:
 
 
 def _list_digests(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield name and digest of the run's data, adapters and losses."""
     verdict, dataset = run.verdict, run.dataset
     if dataset is not None:
         yield "data set", dataset.digest
@@ -506,15 +520,15 @@ def _list_digests(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def read_report(run_dir: str | Path) -> RunReport:
-    """The report of a run, at any state; ConfigError if `run_dir` is no run directory."""
+    """Read a run's files and return its page; ConfigError if `run_dir` is no run directory."""
     return RunReport(read_run(RunDirectory(Path(run_dir))))
 
 
 @contextmanager
 def writing_report_at_end(run: RunDirectory) -> Iterator[None]:
-    """Write the run's report.html when the block ends, with what ended it; under the run's lock.
+    """Write the run's report.html when the block ends, with the error that ended it, if any.
 
-    A page that cannot be written is a warning: no run fails for want of it.
+    The caller holds the run's lock. A page that cannot be written is only a warning.
     """
     error: str | None = None
     try:
@@ -527,7 +541,7 @@ def writing_report_at_end(run: RunDirectory) -> Iterator[None]:
 
 
 def write_report_of_ended_run(run: RunDirectory, error: str | None) -> None:
-    """Write report.html with what ended the run; where that cannot be done, warn."""
+    """Write report.html with what ended the run; warn if that fails."""
     try:
         report = RunReport(read_run(run, has_ended=True), error)
         run.require_lock()

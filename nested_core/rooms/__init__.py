@@ -28,6 +28,7 @@ class TrainingFlow:
 class RoomLoss:
     """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
 
+    unit: of its values, as pages and messages show it: "nats/example".
     rows: its kinds of rows, a mapping of names to RowFormats (data/lines/example_parsing.py); only
         they are read.
     problems: a function of the configuration that gives what it asks of this loss and cannot have.
@@ -36,6 +37,7 @@ class RoomLoss:
         `compare`, as PredictionComparison (measure/losses/prediction_comparison.py) has it.
     """
 
+    unit: str
     rows: str
     problems: str
     make: str
@@ -286,17 +288,18 @@ ROOMS: Mapping[str, Room] = {
     "preferences": Room(
         losses={
             name: RoomLoss(
+                unit=unit,
                 rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
                 problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
                 make="nested_core.rooms.preferences.training_loss:make_loss",
                 compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
             )
-            for name, rows in {
-                "dpo": "PAIRS",
-                "orpo": "PAIRS",
-                "simpo": "PAIRS",
-                "kto": "LABELS",
-            }.items()
+            for name, rows, unit in (
+                ("dpo", "PAIRS", "nats/example"),
+                ("orpo", "PAIRS", "nats/example"),
+                ("simpo", "PAIRS", "nats/example"),
+                ("kto", "LABELS", "KTO value/example"),
+            )
         },
         suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
         gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",

@@ -32,7 +32,7 @@ Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
 class _LoraParameters(BaseModel):
-    """What `lora_parameters` must look like; other keys are another program's business."""
+    """The checked keys of `lora_parameters` in adapter_config.json; other keys are ignored."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
@@ -42,7 +42,7 @@ class _LoraParameters(BaseModel):
 
 
 class _DigestedConfig(BaseModel):
-    """What changes the model, in adapter_config.json, and the bounds that it must keep to."""
+    """The keys of adapter_config.json that change the model, and their allowed values."""
 
     model_config = ConfigDict(strict=True)
     fine_tune_type: Literal["lora", "dora", "full"] = "lora"
@@ -54,12 +54,12 @@ class _DigestedConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter directory read whole, as mlx-lm writes it.
+    """An adapter directory in memory.
 
-    path: where it was read.
-    config: adapter_config.json.
-    tensors: adapters.safetensors by name, each with its dtype, shape and bytes.
-    files: the bytes of its two files by name, as they were read; the tensors are parts of them.
+    path: the directory it was read from.
+    config: the content of adapter_config.json.
+    tensors: the tensors of adapters.safetensors by name.
+    files: the bytes of the two files by name; the tensors are views of them.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class Adapter:
     _digests: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def meaning(self) -> dict[str, Any]:
-        """What the tensors mean: the part of the configuration that changes the model."""
+        """Return the part of the configuration that changes what the tensors do to the model."""
         lora = self.config.get("lora_parameters") or {}
         return {
             "fine_tune_type": self.config.get("fine_tune_type", "lora"),
@@ -82,16 +82,21 @@ class Adapter:
         }
 
     def to_mlx(self) -> dict[str, mx.array]:
-        """The tensors as MLX arrays, by name."""
+        """Convert the tensors to MLX arrays, by name."""
         return {name: tensor.to_mlx() for name, tensor in self.tensors.items()}
 
     def digest(self) -> str:
-        """SHA-256 over the meaning, then names, dtypes, shapes and bytes in name order; kept."""
+        """Return the SHA-256 over configuration and tensors, which identifies the adapter.
+
+        It covers `meaning()`, then names, dtypes, shapes and bytes in name order, not the file's
+        layout. It is computed once.
+        """
         if not self._digests:
             self._digests.append(self._compute_digest())
         return self._digests[0]
 
     def _compute_digest(self) -> str:
+        """Compute the SHA-256 over configuration and tensors."""
         digest = hashlib.sha256(canonical_json(self.meaning()))
         for name, tensor in sorted(self.tensors.items()):
             digest.update(canonical_json([name, tensor.dtype, list(tensor.shape)]))
@@ -100,9 +105,11 @@ class Adapter:
 
 
 def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
-    """Read the adapter directory at `path`; its files may be links only with `follow_links`.
+    """Read an adapter directory into memory and check its form.
 
-    Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
+    follow_links: allow its files to be symbolic links.
+
+    Raises ConfigError if `path` is not a directory, DamagedError if it is not a complete,
     well-formed adapter.
     """
     require_adapter_directory(path)
@@ -116,7 +123,7 @@ def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
 
 
 def require_adapter_directory(path: Path) -> None:
-    """Raise ConfigError for no directory, DamagedError for a file of an unsafe format."""
+    """Raise ConfigError if `path` is no directory, DamagedError for a file of an unsafe format."""
     if file_type(path, follow_links=True) != "directory":
         refuse_unsafe_format(path)
         raise ConfigError(
@@ -126,22 +133,26 @@ def require_adapter_directory(path: Path) -> None:
 
 
 def files_sha256(folder: Path) -> str:
-    """SHA-256 over the bytes of an adapter directory's two files, whatever they mean."""
+    """Hash an adapter directory's two files as they are, whatever they mean."""
     return combined_sha256({name: regular_sha256(folder / name) for name in ADAPTER_FILES})
 
 
 def combined_sha256(hashes: Mapping[str, str]) -> str:
-    """SHA-256 over the hashes of an adapter directory's two files, by their names."""
+    """Combine the SHA-256 of an adapter directory's files, by name, into one hash."""
     return hashlib.sha256(canonical_json(dict(hashes))).hexdigest()
 
 
 def read_adapter_config(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
-    """Read adapter_config.json: at most 1 MiB of JSON, each key once, numbers in bounds."""
+    """Read and check adapter_config.json; DamagedError if it is not valid.
+
+    It may have at most 1 MiB and no key twice, and its numbers must be within bounds.
+    """
     content = read_regular(path, MAX_CONFIG_BYTES, follow_links=follow_links)
     return _parse_adapter_config(content, path)
 
 
 def _parse_adapter_config(content: bytes, path: Path) -> dict[str, Any]:
+    """Parse and check the bytes of adapter_config.json; DamagedError if they are not valid."""
     try:
         config = parse_json(content)
     except ValueError as error:
@@ -152,15 +163,16 @@ def _parse_adapter_config(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
-    """Write tensors and a configuration into `folder`, which a caller then publishes whole."""
+    """Write tensors and configuration into an existing folder, which the caller then publishes."""
     save_arrays(folder / WEIGHTS_NAME, tensors)
     write_json(folder / CONFIG_NAME, dict(sorted(config.items())))
 
 
 def make_adapter_folder(adapter_path: Path) -> None:
-    """Make the folder, so that what stands in its way is known before there is an adapter.
+    """Create the folder of `adapter_path` before training, so that an unusable path is found early.
 
-    `require_adapter_place` has looked at what it is.
+    Raises OSError if it cannot be created or written. `require_adapter_place` has checked its
+    content.
     """
     adapter_path.mkdir(parents=True, exist_ok=True)
     if not os.access(adapter_path, os.W_OK | os.X_OK):
@@ -168,16 +180,16 @@ def make_adapter_folder(adapter_path: Path) -> None:
 
 
 def export_snapshot(source: Path, adapter_path: str, run_dir: Path, iteration: int) -> None:
-    """Copy an adapter as mlx_lm.lora saves one: as the current one, and under its iteration."""
+    """Copy an adapter as mlx_lm.lora does: as the current one and under its iteration's number."""
     folder = export_adapter(source, adapter_path, run_dir)
     weights = read_regular(source / WEIGHTS_NAME)
     write_bytes(folder / f"{iteration:07d}_{WEIGHTS_NAME}", weights)
 
 
 def export_adapter(source: Path, adapter_path: str, run_dir: Path) -> Path:
-    """Copy a run's adapter to where mlx_lm.generate --adapter-path finds it; the folder, resolved.
+    """Copy a run's adapter to `adapter_path`; return the resolved folder.
 
-    ConfigError where the path leads into a registry, another run or a model by now.
+    Raises ConfigError if the path leads into a registry, another run or a model.
     """
     folder = require_free_place(adapter_path, ADAPTER_PATH_KEY, own_run=run_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Atomic writes: a crash leaves the old content or the new, never something in between.
+"""Atomic writes: a crash leaves the old content or the new, never a mixture.
 
-Nothing is written in place: a temporary name beside the target, fsync, rename, fsync of the parent.
+Every write goes to a temporary name beside the target: write, fsync, rename, fsync the parent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Confirm = Callable[[], None]  # raises where what is being written may no longer
 
 
 def sync_descriptor(descriptor: int) -> None:
-    """Force a file's bytes onto the disk, with `F_FULLFSYNC` where macOS needs it (man fsync)."""
+    """Force a file's bytes to disk, with `F_FULLFSYNC` on macOS (man fsync), else fsync."""
     full_sync = getattr(fcntl, "F_FULLFSYNC", None)
     if full_sync is not None:
         try:
@@ -41,7 +41,7 @@ def sync_descriptor(descriptor: int) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Sync one file or directory."""
+    """Force a file's or directory's content to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync_descriptor(descriptor)
@@ -50,14 +50,14 @@ def sync_path(path: Path) -> None:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A new name in the target's folder, on the same file system, that no reader opens."""
+    """Return a new temporary name in the target's folder; such names are ignored by readers."""
     suffix = f"-{uuid.uuid4().hex[:8]}"
     kept = MAX_NAME_BYTES - len(TEMPORARY_PREFIX) - len(suffix)
     return target.parent / f"{TEMPORARY_PREFIX}{_shorten_name(target.name, kept)}{suffix}"
 
 
 def _shorten_name(name: str, size: int) -> str:
-    """A name's first characters, as many as fit into `size` bytes."""
+    """Cut a file name to at most `size` bytes."""
     while len(os.fsencode(name)) > size:
         name = name[:-1]
     return name
@@ -65,7 +65,7 @@ def _shorten_name(name: str, size: int) -> str:
 
 @contextmanager
 def naming_target_in_errors(target: Path, temporary: Path) -> Iterator[None]:
-    """Name the target in an error about its temporary file or folder, or about what is in that."""
+    """Replace, in an OSError of the block, the temporary file's name by the target's."""
     try:
         yield
     except IsADirectoryError as error:
@@ -79,6 +79,7 @@ def naming_target_in_errors(target: Path, temporary: Path) -> Iterator[None]:
 
 
 def _is_a_directory(path: Path) -> DirectoryInsteadOfFileError:
+    """Build the error for a directory where a file has to be written."""
     return DirectoryInsteadOfFileError(
         f"{path} is a directory, and a file belongs there. Move it away, and give the command "
         f"again."
@@ -86,7 +87,7 @@ def _is_a_directory(path: Path) -> DirectoryInsteadOfFileError:
 
 
 def remove_file(path: Path) -> None:
-    """Remove a file or a link, if there is one; DamagedError for a directory, which stays."""
+    """Remove a file or link if it exists; DamagedError for a directory, which is not removed."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:  # IsADirectoryError on Linux, PermissionError on macOS
@@ -98,9 +99,9 @@ def remove_file(path: Path) -> None:
 def write_bytes(
     target: Path, content: bytes | memoryview, *, confirm: Confirm | None = None
 ) -> None:
-    """Replace `target` with `content`, atomically and durably.
+    """Replace the content of a file atomically and durably.
 
-    `confirm` is called just before the new content takes effect; what it raises leaves the old.
+    confirm: called just before the rename; if it raises, the old file stays.
     """
     temporary = temporary_beside(target)
     with naming_target_in_errors(target, temporary):
@@ -120,17 +121,17 @@ def write_bytes(
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spare space: equal values give equal bytes."""
+    """Encode as JSON with sorted keys and no spaces, so equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def render_json(value: Any) -> bytes:
-    """Readable JSON; NaN and infinity are refused with ValueError."""
+    """Encode as indented JSON; ValueError for NaN and infinity."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def finite_or_none(value: Any) -> Any:
-    """The value with None for every float that is not finite, which JSON cannot hold."""
+    """Replace, in nested lists and dictionaries, every float that is not finite by None."""
     if isinstance(value, dict):
         return {key: finite_or_none(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -139,7 +140,10 @@ def finite_or_none(value: Any) -> Any:
 
 
 def write_json(target: Path, value: Any, *, confirm: Confirm | None = None) -> None:
-    """Replace `target` with readable JSON, as `write_bytes` does."""
+    """Replace a file with indented JSON, atomically and durably.
+
+    confirm: called just before the rename; if it raises, the old file stays.
+    """
     write_bytes(target, render_json(value), confirm=confirm)
 
 
@@ -147,11 +151,13 @@ def write_json(target: Path, value: Any, *, confirm: Confirm | None = None) -> N
 def new_directory(
     target: Path, *, replace: bool = False, confirm: Confirm | None = None
 ) -> Iterator[Path]:
-    """Yield a temporary directory that becomes `target` when the block ends without an error.
+    """Yield a temporary directory that becomes `target` if the block ends without an error.
 
-    Every file written into it is synced first. With `replace`, a directory already at `target` is
-    moved aside and removed once the new one stands; otherwise an existing target is an error.
-    `confirm` is called just before the directory takes its place; what it raises leaves the old.
+    replace: allow an existing `target`, which is moved aside and removed after the rename;
+        otherwise it is a FileExistsError.
+    confirm: called just before the rename; if it raises, the old directory stays.
+
+    All files are forced to disk before the rename.
     """
     temporary = temporary_beside(target)
     with naming_target_in_errors(target, temporary):
@@ -168,6 +174,7 @@ def new_directory(
 def _move_into_place(
     temporary: Path, target: Path, *, replace: bool, confirm: Confirm | None
 ) -> None:
+    """Sync a temporary directory and rename it to `target`, moving an old one aside first."""
     for path in (*temporary.rglob("*"), temporary):
         sync_path(path)
     if confirm is not None:
@@ -188,9 +195,9 @@ def _move_into_place(
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the half-written files of a killed process, and restore directories it moved aside.
+    """Remove temporary files of a killed process, and restore directories that it moved aside.
 
-    A directory that was to be replaced gets its name back. Call only under the folder's lock.
+    Call only under the folder's lock.
     """
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
         _remove_path(leftover)
@@ -199,7 +206,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _restore_retired(retired: Path) -> None:
-    """Give a retired directory its name back; remove it if the new one has the name."""
+    """Rename a directory that was moved aside back to its name, or remove it if it was replaced."""
     target = retired.with_name(retired.name.removeprefix(RETIRED_PREFIX))
     if not retired.exists():
         return
@@ -210,10 +217,7 @@ def _restore_retired(retired: Path) -> None:
 
 
 def _remove_path(path: Path) -> None:
-    """Remove a file or folder, with what another process adds or removes meanwhile.
-
-    One that lost its lock may still write there: it fails at its next file.
-    """
+    """Remove a file or folder, even if another process changes it meanwhile."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
     while path.is_dir() and not path.is_symlink():
@@ -226,7 +230,7 @@ def _remove_path(path: Path) -> None:
 
 
 def _make_removable(folder: Path) -> None:
-    """Let the owner remove what is in a folder that was made read-only, as versions are."""
+    """Give the owner write permission on a read-only folder and those in it."""
     for directory, _, _ in os.walk(folder):
         mode = stat.S_IMODE(os.lstat(directory).st_mode)
         if mode & stat.S_IRWXU != stat.S_IRWXU:
@@ -235,9 +239,9 @@ def _make_removable(folder: Path) -> None:
 
 
 def require_writable_place(path: Path, what: str, key: str) -> None:
-    """Write and remove a file in `path`, or in the nearest folder above it that exists.
+    """Raise ConfigError unless a file can be written at `path` or in its nearest existing parent.
 
-    Raises ConfigError, naming `what` was to be there and by which key, where that cannot be done.
+    what, key: what is to be written there and which key names it, for the message.
     """
     folder = path
     while not folder.is_dir() and folder.parent != folder:

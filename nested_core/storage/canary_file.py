@@ -1,7 +1,7 @@
-"""canary.jsonl: what plain mlx_lm computed with an adapter when it was judged.
+"""canary.jsonl: reference outputs of plain mlx_lm with an adapter, computed when it was judged.
 
-A server that takes the adapter into use compares what it computes itself. The first line has logits
-after fixed prompts, each other line a question with its greedy answer.
+A server that loads the adapter compares its own outputs with them. The first line has logits after
+fixed prompts; each other line has a question with its greedy answer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ MAX_CANARY_TOKENS = 16
 
 @dataclass(frozen=True)
 class CanaryLogits:
-    """Logits after the last token of prompts of token ids, as computed in a process of its own.
+    """Logits after the last token of fixed prompts, computed in a separate process.
 
-    columns: the tokens of the vocabulary whose logits are kept.
-    values: a row a prompt, in the order of the columns; None for one that is not finite.
-    computation: the host, device, BLAS, and versions of mlx and mlx-lm that computed them.
+    prompts: the token ids of each prompt.
+    columns: the token ids whose logits are stored.
+    values: the logits, one row a prompt, in the order of `columns`; None for one that is not
+        finite.
+    computation: host, device, BLAS, and versions of mlx and mlx-lm.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -36,12 +38,12 @@ class CanaryLogits:
 
 @dataclass(frozen=True)
 class CanaryQuestion:
-    """A question of a suite with its greedy answer, computed alone.
+    """A suite's question with its greedy answer, generated without other questions in the batch.
 
-    line: of the suite's file.
-    prompt: token ids.
-    answer: token ids, with the end of the text where the model gave it.
-    text: of the answer, to be read.
+    line: the question's line in the suite's file.
+    prompt: its token ids.
+    answer: the answer's token ids, with the end token if the model gave it.
+    text: the answer as text.
     """
 
     suite: str
@@ -53,20 +55,20 @@ class CanaryQuestion:
 
 @dataclass(frozen=True)
 class Canary:
-    """The content of the file."""
+    """The content of canary.jsonl."""
 
     logits: CanaryLogits
     questions: tuple[CanaryQuestion, ...]
 
 
 def render_canary(canary: Canary) -> bytes:
-    """The bytes of the file."""
+    """Return the bytes of canary.jsonl."""
     rows: Sequence[Any] = (canary.logits, *canary.questions)
     return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
 
 
 def parse_canary(content: bytes, place: object) -> Canary:
-    """What the bytes of a file hold; `place` names it in the DamagedError for anything else."""
+    """Parse the bytes of canary.jsonl; DamagedError, naming `place`, if they have another form."""
     # Here, because the command line reads the file's name before it listens to Ctrl-C.
     from pydantic import TypeAdapter
 

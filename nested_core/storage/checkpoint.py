@@ -1,6 +1,6 @@
-"""Checkpoints: atomic, hashed directories with all that training needs to go on.
+"""Checkpoints: atomically written, hashed directories with all that training needs to resume.
 
-A checkpoint is complete or absent. One that was changed since is named and passed over.
+A checkpoint is complete or absent. One that was changed afterwards is reported and skipped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Checkpoint:
     manifest: dict[str, Any]
 
     def parameters(self) -> dict[str, mx.array]:
-        """The trained parameters by name: the float32 masters of those that have one."""
+        """Read the trained parameters by name, from their float32 master copies if there."""
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
         masters = {
             n.removeprefix(MASTERS_PREFIX): a for n, a in arrays if n.startswith(MASTERS_PREFIX)
@@ -49,7 +49,7 @@ class Checkpoint:
         return load_arrays(self.path / WEIGHTS_NAME) | masters
 
     def optimizer_state(self) -> Any:
-        """The optimizer's state tree."""
+        """Read the optimizer's state as a tree."""
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
         return tree_unflatten(
             [(n, array) for n, array in arrays if not n.startswith(MASTERS_PREFIX)]
@@ -66,11 +66,12 @@ def write_checkpoint(
     masters: Mapping[str, mx.array] | None = None,
     confirm: Confirm | None = None,
 ) -> Path:
-    """Write one checkpoint durably under its step's name and return its path.
+    """Write a checkpoint durably to a folder named by its step; return its path.
 
-    `adapter` holds the tensors as they are published; `masters` the float32 values of those that
-    are trained in a wider dtype than they are published in. `confirm` is called just before the
-    checkpoint takes its name; what it raises leaves no checkpoint.
+    adapter: the tensors in the dtype that they are published in.
+    masters: float32 master copies of tensors that are published in a narrower dtype.
+    state: the content of state.json; `step` names the folder.
+    confirm: called just before the rename; if it raises, there is no checkpoint.
     """
     target = checkpoint_path(folder, state["step"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,14 +86,14 @@ def write_checkpoint(
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Verify every byte of a checkpoint and read its state; DamagedError where it was changed."""
+    """Verify all hashes of a checkpoint and read its state; DamagedError if it was changed."""
     return Checkpoint(path, *verified_state(path))
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest sound checkpoint; a damaged one is warned of, by name, and passed over.
+    """Read the newest checkpoint whose hashes match; None if there are no checkpoints.
 
-    Every byte is hashed. Raises DamagedError if there are checkpoints and none is sound.
+    A damaged one is skipped with a warning. Raises DamagedError if all are damaged.
     """
     paths = list_checkpoints(folder)
     problems = []
@@ -110,7 +111,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def prune_checkpoints(folder: Path, *, keep_last: int, keep_steps: Collection[int]) -> None:
-    """Remove all but the last `keep_last` checkpoints and those of `keep_steps`."""
+    """Remove all checkpoints except the last `keep_last` and those of `keep_steps`."""
     kept = {checkpoint_path(folder, step) for step in keep_steps}
     for path in list_checkpoints(folder)[:-keep_last]:
         if path not in kept:
@@ -118,7 +119,7 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep_steps: Collection[in
 
 
 def publish_adapter(checkpoint: Path, target: Path, *, confirm: Confirm | None = None) -> None:
-    """Copy the adapter of a checkpoint, byte for byte, to an adapter directory."""
+    """Copy a checkpoint's adapter files, byte for byte, to an adapter directory."""
     with new_directory(target, replace=True, confirm=confirm) as temporary:
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             shutil.copyfile(checkpoint / name, temporary / name)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: their names, and whether one is as it was written; nothing here needs MLX."""
+"""Checkpoint folders: their names, and whether their hashes match. Nothing here needs MLX."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ CHECKPOINT_NAME_PATTERN = re.compile(r"^step-(\d{7,})$")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step stands."""
+    """Return the path of the checkpoint of an optimizer step."""
     return folder / f"step-{step:07d}"
 
 
 def checkpoint_step(path: Path) -> int:
-    """The optimizer step of a checkpoint, by its name."""
+    """Return the optimizer step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint directories, oldest first."""
+    """Return the paths of the checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     named = [path for path in folder.iterdir() if CHECKPOINT_NAME_PATTERN.match(path.name)]
@@ -35,9 +35,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def verified_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """The step of a checkpoint, its state.json and its manifest, once every byte is hashed.
+    """Verify all hashes of a checkpoint; return its step, state.json and manifest.
 
-    Raises DamagedError where anything was changed.
+    Raises DamagedError if anything was changed.
     """
     match = CHECKPOINT_NAME_PATTERN.match(path.name)
     if match is None:
@@ -55,7 +55,10 @@ def verified_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
 
 
 def newest_sound_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that training would go on from, or None; damaged ones are passed over."""
+    """Return the newest checkpoint whose hashes match, from which training would resume.
+
+    Returns None if no checkpoint is sound.
+    """
     for path in reversed(list_checkpoints(folder)):
         with suppress(DamagedError):
             verified_state(path)
@@ -64,7 +67,7 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
 
 
 def latest_state(folder: Path) -> dict[str, Any]:
-    """state.json of the newest checkpoint, which is not verified; {} if it cannot be read."""
+    """Read state.json of the newest checkpoint without verifying it; {} if it cannot be read."""
     with suppress(DamagedError, IndexError):
         state = read_json(list_checkpoints(folder)[-1] / STATE_NAME, MAX_STATE_BYTES)
         return state if isinstance(state, dict) else {}

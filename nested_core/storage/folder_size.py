@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; links count themselves.
+    """Return the size in bytes of a file, or of all files below a folder.
 
-    What is not there, or goes meanwhile, counts 0.
+    Links count with their own size; files that vanish meanwhile count 0.
     """
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     total = 0
-    for each in paths or [str(path)]:
+    for file in paths or [str(path)]:
         with suppress(OSError):
-            total += os.lstat(each).st_size
+            total += os.lstat(file).st_size
     return total

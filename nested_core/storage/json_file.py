@@ -20,10 +20,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class JsonFile(Generic[Value]):
-    """How files of one kind are read and written.
+    """Reader and writer of JSON files that hold one type.
 
-    type: what they hold, for pydantic; a dataclass where the file is written by `write`.
-    max_bytes: the largest file that is read; None is what fits into this machine's memory.
+    type: the type of the content; a dataclass if `write` is used.
+    max_bytes: the largest file that is read; None for the size of main memory.
     """
 
     type: type[Value]
@@ -31,19 +31,20 @@ class JsonFile(Generic[Value]):
 
     @cached_property
     def _validator(self) -> TypeAdapter[Value]:
+        """The pydantic validator of the type."""
         from pydantic import TypeAdapter
 
         return TypeAdapter(self.type)
 
     def read(self, path: Path) -> Value:
-        """The value in a file; DamagedError where it is missing, too large or of another form."""
+        """Read a file; DamagedError if it is missing, too large or of another form."""
         values = read_json(path, self.max_bytes)
         with naming_damaged_file(path):
             return self._validator.validate_json(json.dumps(values), strict=True)
 
     def write(self, path: Path, value: Any, *, confirm: Confirm | None = None) -> None:
-        """Replace a file; a number that is not finite becomes null.
+        """Replace a file atomically; a number that is not finite becomes null.
 
-        `confirm` is called just before the file takes its place; what it raises leaves the old one.
+        confirm: called just before the rename; if it raises, the old file stays.
         """
         write_json(path, finite_or_none(asdict(value)), confirm=confirm)

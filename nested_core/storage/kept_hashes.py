@@ -1,9 +1,9 @@
-"""SHA-256 of large files, kept by device, inode, size and change time: the second look is a stat.
+"""A cache of the SHA-256 of large files, keyed by device, inode, size and change time.
 
-The change time (ctime) is set by the kernel at each write and at each change of the times, so that
-a program without root's rights cannot give it back. A hash is kept only if the file had been left
-alone for some seconds, because two writes within one tick of the clock have one change time. What
-changes below the file system, such as a disk that loses bits, is not seen until the entry goes.
+The kernel sets the change time (ctime) at each write and at each change of the times, so a program
+without root's rights cannot reset it. A hash is cached only if the file had been unchanged for some
+seconds, because two writes within one tick of the clock have one change time. Corruption below the
+file system, such as a disk that loses bits, is not noticed while the entry is valid.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ MAX_THREADS = 8
 
 
 def cached_sha256(paths: Sequence[Path], *, max_age: float = math.inf) -> list[str]:
-    """SHA-256 of each file, hashed in threads where it is not known; links are followed.
+    """Return the SHA-256 of each file, from the cache if the file is unchanged; links are followed.
 
-    What was hashed more than `max_age` seconds ago is hashed again. A cache that cannot be read or
-    written, or that others may write to, only costs time. Raises DamagedError for what is no
-    regular file, and OSError.
+    max_age: seconds after which a cached hash is computed again.
+
+    Files that are not cached are hashed in threads. An unusable cache only costs time. Raises
+    DamagedError for anything but a regular file, and OSError.
     """
     cache: UserCache | None = None
     with suppress(ConfigError, OSError, RuntimeError):  # RuntimeError: there is no home
@@ -47,14 +48,23 @@ def cached_sha256(paths: Sequence[Path], *, max_age: float = math.inf) -> list[s
 
 
 def _hash_file(path: Path, cache: UserCache | None, max_age: float) -> str:
-    before = _file_identity(path)
-    entry = None if cache is None else cache.entry(before)
-    known = None if entry is None else _read_entry(entry, max_age)
-    if known is not None:
-        return known
-    is_settled = time.time() - before["ctime_ns"] / 1e9 > MIN_FILE_AGE_TO_KEEP_HASH
+    """Return a file's SHA-256 from the cache, else compute it and cache it.
+
+    The cache key is the file's identity (device, inode, size, times). The hash is cached only if
+    the file was last changed more than MIN_FILE_AGE_TO_KEEP_HASH seconds ago, and has the same
+    identity after it was read.
+
+    cache: None computes the hash.
+    max_age: the age in seconds up to which a cached hash counts.
+    """
+    identity = _file_identity(path)
+    entry = None if cache is None else cache.entry(identity)
+    cached = None if entry is None else _read_entry(entry, max_age)
+    if cached is not None:
+        return cached
+    is_old = time.time() - identity["ctime_ns"] / 1e9 > MIN_FILE_AGE_TO_KEEP_HASH
     digest = regular_sha256(path, follow_links=True)
-    if cache is not None and entry is not None and is_settled and _file_identity(path) == before:
+    if cache is not None and entry is not None and is_old and _file_identity(path) == identity:
         with suppress(OSError):
             cache.remove_unused()
             write_bytes(entry, digest.encode())
@@ -62,7 +72,7 @@ def _hash_file(path: Path, cache: UserCache | None, max_age: float) -> str:
 
 
 def _file_identity(path: Path) -> dict[str, int]:
-    """What tells a file that was changed or replaced from what it was."""
+    """Return what changes whenever a file is changed or replaced: inode, size and times."""
     status = path.stat()
     return {
         "device": status.st_dev,
@@ -74,7 +84,7 @@ def _file_identity(path: Path) -> dict[str, int]:
 
 
 def _read_entry(entry: Path, max_age: float) -> str | None:
-    """The hash in an entry of this user's; None for any other."""
+    """Read a cached hash; None if it is too old, invalid or another user's file."""
     try:
         with open_regular(entry, MAX_ENTRY_BYTES) as (file, size):
             status = os.fstat(file.fileno())

@@ -1,9 +1,9 @@
-"""Lock files: one process at a time works in a folder or on a device, through flock.
+"""Lock files (flock): one process at a time works in a folder or on a device.
 
-The operating system releases a lock when its process ends, so that a killed process blocks nobody.
-A lock belongs to a file, not to its name: if somebody removes the file, the next process makes and
-locks another one. So a process that has locked a file checks that this file is the one at the path,
-and checks it again (`require_still_at_path`) just before each write that takes effect.
+The operating system releases a lock when its process ends, so a killed process blocks nobody. A
+lock belongs to a file, not to its name: if somebody removes the file, the next process creates and
+locks another one. So a process that has locked a file checks that this file is still the one at the
+path, and checks again (`require_still_at_path`) just before each write that takes effect.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ OnBusy = Callable[[], None]
 
 @dataclass(frozen=True)
 class LockFile:
-    """A lock file that this process has locked, by its path and open descriptor."""
+    """A lock file that this process has locked: its path and open descriptor."""
 
     path: Path
     descriptor: int
 
     def is_still_at_path(self) -> bool:
-        """Whether the locked file is the one at the path: nobody has removed or replaced it."""
+        """Return whether nobody has removed or replaced the locked file."""
         try:
             there = os.stat(self.path, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
@@ -48,7 +48,7 @@ class LockFile:
         return os.path.samestat(os.fstat(self.descriptor), there)
 
     def require_still_at_path(self) -> None:
-        """Raise DamagedError if another process could have the lock too by now."""
+        """Raise DamagedError if the locked file was removed: another process may then lock too."""
         if not self.is_still_at_path():
             raise DamagedError(
                 f"{self.path} was removed or replaced while this process had it locked: another "
@@ -57,7 +57,7 @@ class LockFile:
             )
 
     def write_holder(self) -> None:
-        """Write the id of this process's command into the file, for those who find it locked."""
+        """Write this process's id into the lock file, for those who find it locked."""
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, str(command_process()).encode(), 0)
 
@@ -66,11 +66,13 @@ class LockFile:
 def exclusive_lock(
     path: Path, *, mode: int = 0o666, on_busy: OnBusy | None = None
 ) -> Iterator[LockFile]:
-    """Lock the file at `path`, made if it is missing, for this process alone.
+    """Lock a file for this process alone during the block; create the file if it is missing.
 
-    Waits as long as it takes. `on_busy` is called instead whenever another process has the lock: it
-    waits a while, or raises. Raises DamagedError for anything but a regular file, ConfigError where
-    the file cannot be made or its file system has no locks.
+    on_busy: called each time that another process has the lock; it waits a while, or raises.
+        Without it, wait as long as it takes.
+
+    Raises DamagedError for anything but a regular file, ConfigError if the file cannot be created
+    or its file system has no locks.
     """
     lock = _open_and_lock(path, os.O_RDWR | os.O_CREAT, mode, fcntl.LOCK_EX, on_busy)
     try:
@@ -81,9 +83,11 @@ def exclusive_lock(
 
 @contextmanager
 def shared_lock(path: Path, *, on_busy: OnBusy | None = None) -> Iterator[LockFile | None]:
-    """Keep exclusive locks off the file at `path`; readers may share it.
+    """Hold a shared lock during the block: other readers may too, a writer may not.
 
     Yields None, without a lock, for a file that is missing or that this user may not read.
+
+    on_busy: called each time that a writer has the lock; it waits a while, or raises.
     """
     lock = None
     with suppress(FileNotFoundError, PermissionError):
@@ -99,9 +103,9 @@ def shared_lock(path: Path, *, on_busy: OnBusy | None = None) -> Iterator[LockFi
 def exclusive_lock_with_holder_id(
     path: Path, *, mode: int = 0o666, on_busy: OnBusy | None = None
 ) -> Iterator[LockFile]:
-    """`exclusive_lock`, with the id of this process's command in the file.
+    """Lock a file as `exclusive_lock` does, and write this process's id into it.
 
-    A file that has a second name is replaced first: what the other name means is left as it is.
+    If the file has a second hard link, a new file replaces it, so the other link's content stays.
     """
     while True:
         with exclusive_lock(path, mode=mode, on_busy=on_busy) as lock:
@@ -114,17 +118,17 @@ def exclusive_lock_with_holder_id(
 
 
 def lock_open_file(descriptor: int, path: Path) -> None:
-    """Lock a file that is open for writing until it is closed; ConfigError if it has no locks.
+    """Lock an open file until it is closed; ConfigError if its file system has no locks.
 
-    For a file that is never removed, so that the one at `path` stays the same.
+    For a file that is never removed, so the path need not be checked again.
     """
     _try_flock(descriptor, path, fcntl.LOCK_EX)
 
 
 def open_lock_held_by_parent(path: Path) -> LockFile | None:
-    """The lock file at `path` that another process has locked on behalf of this one, opened.
+    """Open, without locking it, a lock file that a parent process has locked for this one.
 
-    None if the file is missing. It stays open, so that no other file can pass for it.
+    None if the file is missing. The descriptor stays open, so its identity can be checked later.
     """
     try:
         return LockFile(path, _open_lock_file(path, os.O_RDONLY, 0))
@@ -133,12 +137,13 @@ def open_lock_held_by_parent(path: Path) -> LockFile | None:
 
 
 def read_holder(path: Path) -> int | None:
-    """The id of the process that has locked the file at `path`, or None if none has.
+    """Return the id of the process that has locked a file; None if it is not locked.
 
-    0 where the file does not say which. Several processes may ask at once.
+    Returns 0 if the file does not say which process.
     """
 
     def stop() -> None:
+        """Raise BlockingIOError instead of waiting for the lock."""
         raise BlockingIOError
 
     try:
@@ -149,6 +154,7 @@ def read_holder(path: Path) -> int | None:
 
 
 def _written_holder(path: Path) -> int:
+    """Read the process id in a lock file; 0 if there is no id in it."""
     descriptor = _open_lock_file(path, os.O_RDONLY, 0)
     try:
         written = os.read(descriptor, HOLDER_BYTES)
@@ -160,7 +166,7 @@ def _written_holder(path: Path) -> int:
 def _open_and_lock(
     path: Path, flags: int, mode: int, operation: int, on_busy: OnBusy | None
 ) -> LockFile:
-    """Open and lock the file at `path`, until the one that is locked is the one at the path."""
+    """Open and lock the file at `path`; repeat if it was replaced in between."""
     while True:
         lock = LockFile(path, _open_lock_file(path, flags, mode))
         try:
@@ -174,6 +180,7 @@ def _open_and_lock(
 
 
 def _open_lock_file(path: Path, flags: int, mode: int) -> int:
+    """Open a lock file and return its descriptor; DamagedError unless it is a regular file."""
     try:
         descriptor = os.open(path, flags | OPEN_SAFELY, mode)
     except OSError as error:
@@ -192,6 +199,7 @@ def _open_lock_file(path: Path, flags: int, mode: int) -> int:
 
 
 def _wait_for_lock(lock: LockFile, operation: int, on_busy: OnBusy | None) -> None:
+    """Lock an open file, calling `on_busy` while another process has the lock."""
     while True:
         try:
             return _try_flock(
@@ -204,6 +212,7 @@ def _wait_for_lock(lock: LockFile, operation: int, on_busy: OnBusy | None) -> No
 
 
 def _try_flock(descriptor: int, path: Path, operation: int) -> None:
+    """Call flock; ConfigError if the file system has no locks."""
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:
@@ -217,6 +226,7 @@ def _try_flock(descriptor: int, path: Path, operation: int) -> None:
 
 
 def _not_regular(path: Path) -> NestedTuneError:
+    """Build the error for a lock file that is not a regular file."""
     names = {"link": "a symbolic link", "directory": "a directory"}
     name = names.get(file_type(path), "no regular file")
     return DamagedError(

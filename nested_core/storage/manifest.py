@@ -1,7 +1,7 @@
-"""A manifest names files of a folder with their sizes and SHA-256, and hashes itself.
+"""MANIFEST.json: names files of a folder with their sizes and SHA-256, and hashes itself.
 
 `verify_manifest` refuses a folder with a file that is missing, extra or changed, the manifest
-included. The manifest of a run directory names what its verdict rests on (`records.verdict_file`).
+included. A run directory's manifest lists only what its verdict rests on (`records.verdict_file`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ FileEntry: TypeAlias = dict[str, Any]  # "bytes" and "sha256" of a file
 def write_manifest(
     folder: Path, facts: dict[str, Any], files: Mapping[str, FileEntry] | None = None
 ) -> str:
-    """Write MANIFEST.json with `facts`, over `files` or all that is in `folder`; return its digest.
+    """Write MANIFEST.json for a folder; return the manifest's own digest.
 
-    `files` has the entries of files by their path in `folder`, as `describe_file` gives them.
+    facts: further JSON values to record.
+    files: size and hash of files by their path in the folder; None for all files of the folder.
     """
     if files is None:
         files = {name: describe_file(folder / name) for name in _list_files(folder)}
@@ -36,7 +37,7 @@ def write_manifest(
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
-    """Re-hash every file of `folder` and return the manifest's facts.
+    """Re-hash every file of a folder and return the manifest's facts.
 
     Raises DamagedError naming the first file that is missing, extra or changed.
     """
@@ -45,13 +46,16 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_verified_manifest(folder: Path) -> dict[str, Any]:
-    """`verify_manifest`, and the whole manifest: `facts`, `files` and its own `digest`."""
+    """Re-hash every file of a folder and return the manifest: `facts`, `files` and `digest`.
+
+    Raises DamagedError naming the first file that is missing, extra or changed.
+    """
     manifest = read_manifest(folder)
     listed: dict[str, Any] = manifest["files"]
-    found = _list_files(folder)
-    for name in sorted(listed.keys() - found):
+    present = _list_files(folder)
+    for name in sorted(listed.keys() - present):
         raise DamagedError(f"{folder / name} is missing: {MANIFEST_NAME} lists it.")
-    for name in sorted(found - listed.keys()):
+    for name in sorted(present - listed.keys()):
         raise DamagedError(f"{folder / name} is not listed in {MANIFEST_NAME}: it does not belong.")
     for name, expected in listed.items():
         if not matches_entry(folder / name, expected):
@@ -62,12 +66,15 @@ def read_verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def describe_manifest(manifest: Mapping[str, Any]) -> FileEntry:
-    """The entry of MANIFEST.json itself, which is written in one way only."""
+    """Return size and hash of MANIFEST.json with this content."""
     return describe_content(render_json(dict(manifest)))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read MANIFEST.json and check the hash it carries of itself; the files are not looked at."""
+    """Read MANIFEST.json and check its hash of itself, without checking the files.
+
+    Raises DamagedError if it is missing, changed or of another form.
+    """
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise DamagedError(f"{path} is missing: the folder was never finished.")
@@ -86,16 +93,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _body_digest(body: dict[str, Any]) -> str:
+    """Return the manifest's digest: SHA-256 of its facts and files as canonical JSON."""
     return hashlib.sha256(canonical_json(body)).hexdigest()
 
 
 def _list_files(folder: Path) -> set[str]:
+    """Return the paths of all files and folders below a folder, without MANIFEST.json."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     return names - {MANIFEST_NAME}
 
 
 def describe_file(path: Path) -> FileEntry:
-    """The size and SHA-256 of a regular file; DamagedError for anything else, such as a link."""
+    """Return size and SHA-256 of a regular file; DamagedError for anything else, such as a link."""
     if not path.exists() and not path.is_symlink():
         raise DamagedError(f"{path} is missing. Bring it back, or make its folder again.")
     if path.is_symlink() or not path.is_file():
@@ -104,14 +113,14 @@ def describe_file(path: Path) -> FileEntry:
 
 
 def describe_content(content: bytes | memoryview) -> FileEntry:
-    """The entry of a file with this content."""
+    """Return size and SHA-256 of a file's content."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def matches_entry(path: Path, entry: Any) -> bool:
-    """Whether a file is the described one; its size is compared first, and then its bytes.
+    """Return whether a file has the size and hash of a manifest's entry.
 
-    DamagedError if it is no regular file.
+    Raises DamagedError if it is not a regular file.
     """
     is_file = path.is_file() and not path.is_symlink()
     if is_file and isinstance(entry, dict) and path.stat().st_size != entry.get("bytes"):

@@ -1,9 +1,9 @@
 """Where a command may write: never in a registry, in another run's folder or in a model's folder.
 
-The one place that knows it for run directories, `adapter_path`, `-o`, `--out` and registries. A
-path is looked at as it will be opened: `~` expanded, links and `..` resolved. Each folder above it
-is told by the files in it, so that no other spelling, mount or link of the same folder passes.
-Reading is free everywhere.
+All writers ask here: run directories, `adapter_path`, `-o`, `--out` and registries. A path is
+    resolved first (`~`, links and `..`). Whether a folder above it is a registry, run or model is
+    decided by the files in it, so no other spelling or mount of the same folder passes. Reading is
+    allowed everywhere.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ MAX_SHOWN_FILES = 3
 
 
 def resolve_path(path: str | Path) -> Path:
-    """The path as it will be opened: `~` expanded, links and `..` resolved; it need not exist.
+    """Resolve `~`, links and `..` in a path, which need not exist.
 
-    A path that no file can have, with a NUL in it, is left for its opening to refuse.
+    A path with a NUL character is returned as it is; opening it will fail.
     """
     try:
         return Path(os.path.realpath(os.path.expanduser(path)))
@@ -47,10 +47,11 @@ def resolve_path(path: str | Path) -> Path:
 def require_free_place(
     path: str | Path, what: str, *, own_run: Path | None = None, registry: str | Path | None = None
 ) -> Path:
-    """The resolved path; ConfigError where it is another's: a registry's, a run's or a model's.
+    """Return the resolved path; ConfigError if it lies in a registry, a run or a model's folder.
 
-    `what` is the key or flag that names it. A place in `own_run` is free. `registry` counts as one
-    before its first file is there.
+    what: the key or flag that named the path.
+    own_run: the run that may be written to.
+    registry: a folder that counts as a registry even if it is still empty.
     """
     place = resolve_path(path)
     _refuse_owned(place, path, what, own_run, registry)
@@ -58,7 +59,7 @@ def require_free_place(
 
 
 def require_registry_place(registry: Path) -> None:
-    """ConfigError where a registry would lie in a version, or elsewhere below another's name."""
+    """Raise ConfigError if a registry would lie inside an adapter's folder of another registry."""
     for folder in (place := resolve_path(registry), *place.parents):
         if _is_name_folder(folder):
             raise ConfigError(
@@ -70,14 +71,15 @@ def require_registry_place(registry: Path) -> None:
 def require_adapter_place(
     path: str | Path, *, own_run: Path | None = None, registry: str | Path | None = None
 ) -> Path:
-    """The resolved folder of `adapter_path`; ConfigError where it is another's or holds others'.
+    """Return the resolved folder of `adapter_path`, checked to be safe to write to.
 
-    Files that mlx_lm.lora or an earlier run left there are written over, as mlx_lm.lora does.
+    Files that mlx_lm.lora or an earlier run left in it may be overwritten. Raises ConfigError if it
+    holds any other file, or lies in a registry, a run or a model's folder.
     """
     place = require_free_place(path, ADAPTER_PATH_KEY, own_run=own_run, registry=registry)
     own_folders = [] if own_run is None else [own_run / name for name in RUNS_OWN_FOLDERS]
-    for own in own_folders:
-        if any(_is_same_folder(folder, own) for folder in (place, *place.parents)):
+    for run_folder in own_folders:
+        if any(_is_same_folder(folder, run_folder) for folder in (place, *place.parents)):
             raise ConfigError(
                 f"adapter_path: {path} is a folder that the run keeps for itself. The run's "
                 f"adapter is in it anyway. Leave adapter_path out, or give another folder."
@@ -100,10 +102,10 @@ def require_adapter_place(
 
 
 def require_output_file(path: Path, what: str, *, own_run: Path | None = None) -> Path:
-    """The resolved path of a file to write; ConfigError where that would replace another's.
+    """Return the resolved path of a file to write; ConfigError if it must not be written.
 
-    A regular file is replaced; a folder, device, pipe, socket or link is not, nor is anything of
-    `own_run` but its report.
+    A regular file may be replaced; a folder, device, pipe, socket or link may not, and in `own_run`
+    only the report may.
     """
     folder = resolve_path(Path(os.path.expanduser(path)).parent)
     place = folder / path.name
@@ -126,9 +128,9 @@ def require_output_file(path: Path, what: str, *, own_run: Path | None = None) -
 
 
 def require_absent_or_empty(out: Path, own_run: Path | None = None, *, flag: str = "--out") -> None:
-    """Raise ConfigError unless `out` does not exist or is an empty folder, and in nobody's place.
+    """Raise ConfigError unless `out` does not exist or is an empty folder, and may be written.
 
-    In `own_run`, the run whose adapter is exported, it may lie.
+    own_run: the run whose adapter is exported; `out` may lie in it.
     """
     require_free_place(out, flag, own_run=own_run)
     if not out.exists() and not out.is_symlink():
@@ -146,6 +148,7 @@ def _refuse_owned(
     own_run: Path | None = None,
     registry: str | Path | None = None,
 ) -> None:
+    """Raise ConfigError if a path lies in a registry, a run directory or a model's folder."""
     for folder in (place, *place.parents):
         owner = _describe_owner(folder, own_run, registry)
         if owner is not None:
@@ -156,7 +159,10 @@ def _refuse_owned(
 
 
 def _describe_owner(folder: Path, own_run: Path | None, registry: str | Path | None) -> str | None:
-    """Whose folder it is, in words; None for nobody's."""
+    """Describe what a folder is if it is a registry, a run directory or a model's folder.
+
+    Returns None if it is none of them.
+    """
     if _is_name_folder(folder) or _is_registry(folder):
         return "the registry"
     if registry is not None and _is_same_folder(folder, resolve_path(registry)):
@@ -170,14 +176,14 @@ def _describe_owner(folder: Path, own_run: Path | None, registry: str | Path | N
 
 
 def _is_name_folder(folder: Path) -> bool:
-    """Whether a registry keeps the versions of an adapter here."""
+    """Return whether a folder holds the versions of an adapter in a registry."""
     return _file_type(folder / "versions") == "directory" and any(
         os.path.lexists(folder / name) for name in NAME_FOLDER_FILES
     )
 
 
 def _is_registry(folder: Path) -> bool:
-    """Whether names of a registry lie here; its lock is the first file that it writes."""
+    """Return whether a folder is a registry: it has a lock file and a name's folder."""
     if _file_type(folder / REGISTRY_LOCK_NAME) != "file":
         return False
     try:
@@ -187,9 +193,13 @@ def _is_registry(folder: Path) -> bool:
 
 
 def _is_run_directory(folder: Path) -> bool:
-    """Whether a run is kept here; a lock, a config.yaml or a dataset.json alone is anybody's."""
+    """Return whether a folder is a run directory.
+
+    A lock file, a config.yaml or a dataset.json alone is not enough.
+    """
 
     def has(name: str) -> bool:
+        """Return whether the folder has a regular file of this name."""
         return _file_type(folder / name) == "file"
 
     is_begun = has(RUN_LOCK_NAME) or (has(RUN_DATASET_NAME) and has(RUN_TIERS_NAME))
@@ -197,7 +207,7 @@ def _is_run_directory(folder: Path) -> bool:
 
 
 def _file_type(path: Path) -> FileType:
-    """What stands at `path`; nothing where this user may not look, and so may not write."""
+    """Return the type of a path; "missing" if this user may not look."""
     try:
         return file_type(path)
     except PermissionError:
@@ -205,6 +215,7 @@ def _file_type(path: Path) -> FileType:
 
 
 def _is_same_folder(first: Path, second: Path) -> bool:
+    """Return whether two paths are the same folder, even if one does not exist yet."""
     try:
         return os.path.samefile(first, second)
     except (OSError, ValueError):  # one of them is not there yet, or cannot be
@@ -212,13 +223,14 @@ def _is_same_folder(first: Path, second: Path) -> bool:
 
 
 def _is_adapter_file(path: Path) -> bool:
+    """Return whether a file is one that mlx_lm.lora leaves in its adapter_path."""
     return file_type(path) == "file" and ADAPTER_FOLDER_FILES.fullmatch(path.name) is not None
 
 
 def require_new_output(output: Path | None) -> Path | None:
-    """The file of `-o`, which is not there yet; None for standard output.
+    """Return the resolved file of the flag `-o`; None for standard output.
 
-    Raises ConfigError for a file that is there, and where none may be written.
+    Raises ConfigError if the file exists or must not be written.
     """
     target = None if output is None else require_output_file(output, "-o")
     if target is not None and os.path.lexists(target):

@@ -1,7 +1,7 @@
-"""Whether a folder may be removed: the one place that decides it, for whatever removes folders.
+"""Whether a folder may be removed; every command that removes folders asks here.
 
-Runs, versions and exports each have a command that knows which of them nobody needs any more. What
-lies in such a folder beside the files of nested-tune is somebody else's, and keeps the folder.
+Runs, versions and exports each have a command that knows which of them nobody needs any more. A
+foreign file beside those of nested-tune keeps the folder.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ MOUNT_POINT_COLUMN = 4
 
 
 def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -> str | None:
-    """Why a folder, or a file, must not be removed, in a sentence about it; None if it may go.
+    """Return why a folder or file must not be removed; None if it may be removed.
 
-    It is a link, something is mounted at it or in it, or it holds a link or a file that nested-tune
-    did not write. `is_written_by_us` is asked about each file, by its path in the folder with `/`;
-    about a single file by its name. Raises OSError for a folder that cannot be read.
+    It must stay if it is a link, if something is mounted at it or in it, or if it holds a link or a
+    foreign file.
+
+    is_written_by_us: decides about each file, given its path in the folder with `/`, or the name of
+        a single file.
+
+    Raises OSError for a folder that cannot be read.
     """
     if path.is_symlink():
         return f"it is a link to {os.readlink(path)}, and no link is followed to remove"
@@ -42,6 +46,7 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
             if inside in mounts or os.path.ismount(inside):
                 return f"something is mounted at {name} in it"
             *_, last = parts = name.split(os.sep)
+            # Leftovers of killed writers, and folders, do not count
             is_leftover = any(part.startswith(LEFTOVER_BEGINNINGS) for part in parts)
             if (
                 is_leftover
@@ -55,11 +60,12 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
 
 
 def _raise(error: OSError) -> NoReturn:
+    """Raise an error that os.walk would otherwise ignore."""
     raise error
 
 
 def _read_mount_points() -> set[str]:
-    """Where file systems, folders and files are mounted; empty where there is no such table."""
+    """Return the paths of all mount points; empty without Linux's table of mounts."""
     try:
         lines = MOUNT_TABLE.read_bytes().splitlines()
     except FileNotFoundError:

@@ -54,11 +54,12 @@ _LOCKS: dict[Path, LockFile] = {}
 
 @dataclass
 class RunDirectory:
-    """One run, one folder: the path of everything that a run keeps, and the lock on it."""
+    """The paths of all files that a run keeps, and the lock on its folder."""
 
     path: Path
 
     def __post_init__(self) -> None:
+        """Set the paths of all files of the run."""
         path = self.path
 
         # What the run was asked to do, and on what.
@@ -98,36 +99,37 @@ class RunDirectory:
 
     @property
     def measured(self) -> tuple[Path, ...]:
-        """What a verdict writes beside gate.json; it is out of date when training goes on."""
+        """The files beside gate.json that a verdict writes; outdated when training continues."""
         answers = (self.answers, self.sample_answers, self.canary)
         return (self.gate_losses, self.training_examples, *answers)
 
     def room_folder(self, room: str) -> Path:
-        """The folder for what a room keeps of the run; its files are the run's own."""
+        """Return the folder in the run for the files of a room."""
         return self.path / "rooms" / room
 
     def is_own_file(self, name: str) -> bool:
-        """Whether a run writes a file of this name, which is its path in the directory."""
+        """Return whether a run writes a file of this name (its path in the directory)."""
         files = {path.name for path in vars(self).values()} - {self.path.name}
         return name in files or FILES_IN_FOLDERS.fullmatch(name) is not None
 
     def is_nonempty(self) -> bool:
-        """Whether anything is in the directory yet."""
+        """Return whether the directory exists and has any content."""
         return self.path.is_dir() and any(self.path.iterdir())
 
     def has_run_files(self) -> bool:
-        """Whether a run has left a file of its own here; a config.yaml alone may be anybody's."""
+        """Return whether a run has begun here; a config.yaml alone is not enough."""
         return any(path.is_file() for path in (self.lock, self.dataset, self.tiers))
 
     def has_begun_training(self) -> bool:
-        """Whether training was set up here, which comes after all that can be refused."""
+        """Return whether training was set up here, after all checks of configuration and data."""
         return self.plan.exists() or self.metrics.exists()
 
     def remove_if_never_began(self, made: Sequence[Path]) -> None:
-        """Remove what a run left that was refused before its first step, and the folders of `made`.
+        """Remove what a run left that was refused before its first step.
 
-        For a folder that was empty before this process worked in it; `made` are the folders that
-        were not there, the innermost first. Another process that works here keeps all of it.
+        made: the folders that were created for the run, innermost first; they are removed too if
+            empty. Nothing is removed if training has begun or another process works here. Call it
+            only for a folder that was empty before.
         """
         if not self.path.is_dir():
             return
@@ -163,7 +165,10 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run's lock; ConfigError names the process that holds it already."""
+        """Hold the run's lock during the block.
+
+        Raises ConfigError, naming the process, if another one holds the lock.
+        """
         _require_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         with exclusive_lock_with_holder_id(self.lock, on_busy=self._refuse_after_retries()) as lock:
@@ -177,40 +182,45 @@ class RunDirectory:
 
     @contextmanager
     def locked_for_reading(self) -> Iterator[None]:
-        """Keep other processes from working on the run; several may read it at once.
+        """Keep other processes from writing to the run during the block.
 
-        Nothing is written, and a run without a lock file is only read. ConfigError names the
-        process that works on it.
+        Other readers may share it.
+
+        Nothing is written; a run without a lock file is read without a lock. Raises ConfigError,
+        naming the process, if one works on the run.
         """
         with shared_lock(self.lock, on_busy=self._refuse_after_retries()):
             yield
 
     def watch_parents_lock(self) -> None:
-        """Have `require_lock` watch the lock that the process which started this one holds."""
+        """Make `require_lock` check the lock that the parent process holds on the run."""
         lock = open_lock_held_by_parent(self.lock)
         if lock is not None:
             _LOCKS[self.path.resolve()] = lock
 
     def require_lock(self) -> None:
-        """Raise DamagedError if this process had the run's lock and its file is gone since.
+        """Raise DamagedError if this process held the run's lock and the lock file is gone.
 
-        Another process may have begun to work here then. To be called before what is written for
-        good: a checkpoint, an adapter, a verdict.
+        Another process may then work here. Call it before each checkpoint, adapter or verdict is
+        written.
         """
         lock = _LOCKS.get(self.path.resolve())
         if lock is not None:
             lock.require_still_at_path()
 
     def is_locked_here(self) -> bool:
-        """Whether this process holds the run's lock by `locked`."""
+        """Return whether this process holds the run's lock."""
         return self.path.resolve() in _LOCKS
 
     def holder(self) -> int | None:
-        """The id of the process that has the lock now, or None; several may ask at once."""
+        """Return the id of the process that holds the run's lock; None if it is free."""
         return read_holder(self.lock)
 
     def _refuse_after_retries(self) -> OnBusy:
-        """What waits for those who only look at the lock (`holder`), and refuses anybody else."""
+        """Return an `on_busy` that retries briefly, then raises ConfigError.
+
+        The retries outlast a `holder` call, which holds the lock for a moment.
+        """
         attempts = iter(range(1, LOCK_ATTEMPTS))
 
         def on_busy() -> None:
@@ -228,30 +238,33 @@ class RunDirectory:
 
 
 def new_run_name(started: datetime | None = None, key: str | None = None) -> str:
-    """<UTC time>-<8 hex digits>; the digits come from `key` for a run that has an id."""
+    """Return a run's folder name: <UTC time>-<8 hex digits>.
+
+    key: an id to take the digits from; random without one.
+    """
     moment = (started or datetime.now(UTC)).astimezone(UTC)
     digits = (key or secrets.token_hex(4)).replace("-", "")[:8]
     return f"{moment:%Y%m%dT%H%M%SZ}-{digits}"
 
 
 def run_key(flow_run: UUID) -> str:
-    """What the folder of a flow run's name ends with.
+    """Return the last 8 hex digits of a flow run's id, which end its folder's name.
 
-    The end of the id: the front of it is the time in some versions of UUID.
+    The first digits are the time in some versions of UUID.
     """
     return flow_run.hex[-8:]
 
 
 def find_run_of(flow_run: UUID) -> RunDirectory | None:
-    """The folder in runs/ that a flow run began; None without one."""
+    """Return the folder in runs/ that a flow run created; None if there is no such folder."""
     begun = sorted(DEFAULT_RUNS_FOLDER.glob(f"*-{run_key(flow_run)}"))
     return RunDirectory(begun[0]) if begun else None
 
 
 def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
-    """The run directory at `path`: a new one, or with `resume` one to go on with.
+    """Return the run directory at `path`, for a new run or to resume one.
 
-    Raises ConfigError where there is a run and `resume` is not given, or the other way round, and
+    Raises ConfigError if a run exists and `resume` is False, or the reverse, and if the path lies
     in a registry, another run's folder or a model's.
     """
     path = Path(path)
@@ -294,7 +307,10 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
 
 
 def _resume_or_choose_other(purpose: str) -> Advice:
-    """The advice for a run directory that is not empty."""
+    """Return the advice for a run directory that is not empty.
+
+    purpose: what resuming does, as a verb phrase.
+    """
     python = f"finetune(config, open_run(PATH, resume=True), resume=True) to {purpose}"
     return Advice(
         command=f"add --resume to {purpose}, or give a --run-dir that does not exist yet.",
@@ -304,6 +320,7 @@ def _resume_or_choose_other(purpose: str) -> Advice:
 
 
 def _require_folder(path: Path) -> None:
+    """Raise ConfigError if the path exists and is not a folder."""
     if os.path.lexists(path) and not path.is_dir():
         what = "a file" if path.exists() else "a link that leads nowhere"
         raise ConfigError(f"{path} is {what}; a run needs a directory: give another --run-dir.")

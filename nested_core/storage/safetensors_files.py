@@ -1,10 +1,10 @@
-"""Safetensors files: read as if their author meant harm; equal arrays are written as equal bytes.
+"""Strict reading of safetensors files from untrusted sources, and deterministic writing.
 
 Reading refuses what the format forbids (by the reference reader, and again here) and what no
-adapter needs: names twice, dtypes that are not read here, headers, shapes or numbers of tensors
-without measure. Tensors are read eagerly as raw bytes, without MLX: what is compared and hashed is
-what is on disk. Formats that can run code, or that nothing checks, are refused by name. The format:
-8 bytes of length, little-endian, then JSON, then the data (safetensors' README).
+adapter needs: duplicate names, unsupported dtypes, oversized headers, shapes or numbers of tensors.
+Tensors are read at once as raw bytes, without MLX, so what is compared and hashed is what is on
+disk. Formats that can run code, or that nothing checks, are refused by name. The format: 8 bytes of
+length, little-endian, then JSON, then the data (safetensors' README).
 """
 
 from __future__ import annotations
@@ -43,27 +43,28 @@ REASONS_BY_UNSAFE_SUFFIX = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as it stands in a safetensors file: dtype ("F32", "BF16" ...), shape and bytes."""
+    """One tensor of a safetensors file: dtype ("F32", "BF16" ...), shape and raw bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes | memoryview
 
     def to_numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The values as a NumPy array; bfloat16 is widened to float32, which is exact."""
+        """Convert to a NumPy array; bfloat16 is widened to float32, which is exact."""
         stored = self._to_numpy_unwidened()
         if self.dtype != "BF16":
             return stored
         return (stored.astype(np.uint32) << 16).view(np.float32)
 
     def to_mlx(self) -> mx.array:
-        """The same bytes as an MLX array of the same dtype."""
+        """Convert to an MLX array of the same dtype and bytes; DamagedError for float64."""
         if self.dtype == "F64":
             raise DamagedError("A tensor has dtype F64, which MLX would narrow to float32.")
         stored = mx.array(self._to_numpy_unwidened())
         return stored.view(mx.bfloat16) if self.dtype == "BF16" else stored
 
     def _to_numpy_unwidened(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Convert to a NumPy array of the stored bytes; bfloat16 as uint16."""
         if self.dtype not in NUMPY_DTYPES:
             raise DamagedError(f"A tensor has dtype {self.dtype}, which is not read here.")
         values = np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
@@ -71,7 +72,7 @@ class StoredTensor:
 
 
 def refuse_unsafe_format(path: Path) -> None:
-    """Raise DamagedError, with the reason, for a file whose suffix says that it is not safe."""
+    """Raise DamagedError for a file whose suffix is that of a format that may run code."""
     reason = REASONS_BY_UNSAFE_SUFFIX.get(path.suffix.lower())
     if reason is not None and file_type(path, follow_links=True) != "directory":
         raise DamagedError(
@@ -81,14 +82,20 @@ def refuse_unsafe_format(path: Path) -> None:
 
 
 def read_tensors(path: Path, *, follow_links: bool = False) -> dict[str, StoredTensor]:
-    """Read every tensor of a safetensors file into memory, once its header has been checked."""
+    """Check a safetensors file and read all of its tensors into memory.
+
+    Raises DamagedError if the file is not sound.
+    """
     return read_tensors_and_bytes(path, follow_links=follow_links)[0]
 
 
 def read_tensors_and_bytes(
     path: Path, *, follow_links: bool = False
 ) -> tuple[dict[str, StoredTensor], memoryview]:
-    """`read_tensors`, and the bytes of the whole file, of which the tensors are parts."""
+    """Read all tensors of a safetensors file, and the file's bytes, of which they are views.
+
+    Raises DamagedError if the file is not sound.
+    """
     refuse_unsafe_format(path)
     with open_regular(path, follow_links=follow_links) as (file, size):
         locations = read_header(file, size, path)
@@ -101,10 +108,10 @@ def read_tensors_and_bytes(
 
 
 def load_arrays(path: Path, *, follow_links: bool = False) -> dict[str, mx.array]:
-    """Every tensor of a safetensors file as an MLX array, read now and through the strict reader.
+    """Check a safetensors file and read all of its tensors as MLX arrays.
 
-    mx.load would be lazy (a file that changes later changes what was "read") and takes files that
-    safetensors refuses.
+    Unlike mx.load, it reads at once, so later changes of the file have no effect, and it refuses
+    files that the safetensors library refuses.
     """
     tensors = read_tensors(path, follow_links=follow_links)
     return {name: tensor.to_mlx() for name, tensor in tensors.items()}
@@ -113,12 +120,13 @@ def load_arrays(path: Path, *, follow_links: bool = False) -> dict[str, mx.array
 def save_arrays(
     path: Path, arrays: Mapping[str, mx.array], *, metadata_format: str = "mlx"
 ) -> None:
-    """Write MLX arrays as a safetensors file; equal arrays give equal bytes.
+    """Write MLX arrays to a safetensors file; equal arrays give equal bytes.
 
-    `metadata_format` is the format named in the file's metadata, which transformers reads.
+    metadata_format: the `format` in the file's metadata, which transformers reads.
 
-    mx.save_safetensors orders tensors by a hash table; safetensors itself sorts, but makes the file
-    readable for its owner alone, and reports a full disk as text.
+    mx.save_safetensors orders tensors by a hash table, so its bytes differ between processes. The
+    safetensors library sorts, but makes the file readable for its owner alone and reports a full
+    disk as text; both are corrected here.
     """
     stored = {  # NumPy has no bfloat16: its bytes go as uint16
         name: np.ascontiguousarray(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
@@ -146,7 +154,7 @@ def save_arrays(
 
 
 class TensorLocation(NamedTuple):
-    """One tensor's dtype and shape, and where its bytes begin and end in the file."""
+    """A tensor's dtype, shape, and the file positions of its first byte and after its last."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -155,9 +163,11 @@ class TensorLocation(NamedTuple):
 
 
 def read_header(file: Any, size: int, path: Path) -> dict[str, TensorLocation]:
-    """The location of each tensor in an open file, by name; no tensor is read.
+    """Read and check the header of an open safetensors file, without reading tensors.
 
-    Raises DamagedError for an unsound file.
+    size: the file's size in bytes.
+
+    Returns the location of each tensor. Raises DamagedError for an unsound file.
     """
     try:
         length = _header_length(read_start(file, min(8, size), path), size)
@@ -178,6 +188,7 @@ def read_header(file: Any, size: int, path: Path) -> dict[str, TensorLocation]:
 
 
 def _header_length(start: bytes, size: int) -> int:
+    """Return the header's length in bytes; ValueError if it is too large for the file or for us."""
     if size < 8:
         raise ValueError(f"it has {size} bytes, too few for a header")
     length: int = struct.unpack("<Q", start)[0]
@@ -189,6 +200,7 @@ def _header_length(start: bytes, size: int) -> int:
 
 
 def _check_with_reference_reader(path: Path) -> None:
+    """Check the file with the safetensors library; ValueError if it has too many tensors."""
     with safe_open(str(path), framework="numpy") as file:
         count = len(file.keys())
     if count > MAX_TENSORS:
@@ -196,7 +208,10 @@ def _check_with_reference_reader(path: Path) -> None:
 
 
 def _parse_location(name: str, entry: dict[str, Any], start: int) -> TensorLocation:
-    """One header entry; the reference reader has seen that its fields are there and typed."""
+    """Check one entry of the header; ValueError if its name, dtype, shape or size is not allowed.
+
+    start: the position of the first data byte in the file.
+    """
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise ValueError(f"{name!r:.80} is not the name of a tensor")
     if len(entry) != 3:
@@ -214,7 +229,10 @@ def _parse_location(name: str, entry: dict[str, Any], start: int) -> TensorLocat
 
 
 def _require_no_gap(locations: dict[str, TensorLocation], begin: int, size: int) -> None:
-    """Each byte after the header belongs to one tensor: no overlap, no hole, nothing left over."""
+    """Raise ValueError unless the tensors fill the file after its header without gap or overlap.
+
+    begin: the position of the first data byte; size: the file's size.
+    """
     for tensor in sorted(locations.values(), key=lambda tensor: (tensor.begin, tensor.end)):
         if tensor.begin != begin:
             raise ValueError(f"its tensors overlap or leave a hole at byte {min(tensor[2], begin)}")

@@ -1,9 +1,9 @@
-"""The one way to open a file that this process did not write: regular, of bounded size, no link.
+"""Safe reading of files that another program may have written: regular, of bounded size, no link.
 
-Refuses what is no regular file (a pipe would wait, a device would never end), what is too large,
-and JSON that means more than one thing: duplicate keys, NaN, infinity, numbers that overflow. A
-symbolic link is refused too, unless `follow_links` is given: for paths that a person names, and for
-models and data, which the hub's cache keeps as links.
+It refuses what is no regular file (a pipe would block, a device would never end), what is too
+large, and ambiguous JSON: duplicate keys, NaN, infinity, numbers that overflow. A symbolic link is
+refused too, unless `follow_links` is given: for paths that a person names, and for models and data,
+which the hub's cache keeps as links.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONB
 
 
 def file_type(path: Path, *, follow_links: bool = False) -> FileType:
-    """What stands at `path`; an I/O error is raised, never taken for absence as by os.path.exists.
+    """Return what a path is; "missing" if nothing is there or the name is not possible.
 
-    A name that no file can have is missing.
+    Unlike os.path.exists, it raises I/O errors instead of reporting absence.
     """
     try:
         mode = os.stat(path, follow_symlinks=follow_links).st_mode
@@ -57,10 +57,12 @@ def file_type(path: Path, *, follow_links: bool = False) -> FileType:
 def open_regular(
     path: Path, limit: int | None = None, *, follow_links: bool = False
 ) -> Iterator[tuple[BufferedReader, int]]:
-    """Open a regular file for reading; yields it and its size, at most `limit` bytes.
+    """Open a regular file for reading; yield the open file and its size in bytes.
 
-    Without a limit that is this machine's memory. Raises MissingFileError if nothing is there, and
-    DamagedError for anything but a regular file.
+    limit: the largest size accepted; None for the size of main memory.
+
+    Raises MissingFileError if nothing is there, DamagedError for anything but a regular file and
+    for one that is too large.
     """
     descriptor = _open_descriptor(path, follow_links=follow_links)
     try:
@@ -75,6 +77,10 @@ def open_regular(
 
 
 def _open_descriptor(path: Path, *, follow_links: bool) -> int:
+    """Open a path for reading without blocking on a pipe; return the descriptor.
+
+    Raises MissingFileError or DamagedError; an I/O error that may pass is raised as it is.
+    """
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for its other end.
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW))
@@ -89,6 +95,10 @@ def _open_descriptor(path: Path, *, follow_links: bool) -> int:
 
 
 def _describe_refusal(error: OSError, path: Path, attempt: str) -> DamagedError:
+    """Build the DamagedError for a path that could not be opened.
+
+    attempt: "read" or "written".
+    """
     is_link = error.errno == errno.ELOOP and file_type(path, follow_links=True) != "missing"
     if is_link or error.errno == errno.EISDIR:
         reason = ": it is a symbolic link" if is_link else ""
@@ -97,7 +107,7 @@ def _describe_refusal(error: OSError, path: Path, attempt: str) -> DamagedError:
 
 
 def _regular_size(descriptor: int, path: Path) -> int:
-    """The size in bytes of an open file; DamagedError if it is not a regular one."""
+    """Return the size in bytes of an open file; DamagedError if it is not a regular one."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise DamagedError(f"{path} is not a file.")
@@ -105,7 +115,7 @@ def _regular_size(descriptor: int, path: Path) -> int:
 
 
 def append_regular(path: Path, content: bytes) -> None:
-    """Append to a regular file, made if it is missing; DamagedError if something else is there."""
+    """Append to a regular file, creating it if missing; DamagedError for anything else."""
     try:
         descriptor = os.open(path, WRITE_FLAGS, 0o666)
     except OSError as error:
@@ -121,7 +131,7 @@ def append_regular(path: Path, content: bytes) -> None:
 
 
 def read_start(file: BufferedReader, size: int, path: Path) -> bytes:
-    """The first `size` bytes of an open file; DamagedError where it has become shorter."""
+    """Read the first `size` bytes of an open file; DamagedError if it became shorter."""
     file.seek(0)
     content = file.read(size)
     if len(content) < size:
@@ -130,15 +140,15 @@ def read_start(file: BufferedReader, size: int, path: Path) -> bytes:
 
 
 def read_regular(path: Path, limit: int | None = None, *, follow_links: bool = False) -> bytes:
-    """All bytes of a regular file, of at most `limit`; DamagedError where it is not one."""
+    """Read all bytes of a regular file; DamagedError if it is none or larger than `limit`."""
     with open_regular(path, limit, follow_links=follow_links) as (file, size):
         return read_start(file, size, path)
 
 
 def read_json(path: Path, limit: int | None, *, follow_links: bool = False) -> Any:
-    """The value of a JSON file; DamagedError if it is missing, too large or not strict JSON.
+    """Read a JSON file; DamagedError if it is missing, too large or not strict JSON.
 
-    `limit` is in bytes; without one, as for a file that we wrote, this machine's memory is it.
+    limit: in bytes; None for the size of main memory.
     """
     try:
         return parse_json(read_regular(path, limit, follow_links=follow_links))
@@ -149,7 +159,7 @@ def read_json(path: Path, limit: int | None, *, follow_links: bool = False) -> A
 def read_json_object(
     path: Path, limit: int | None = None, *, follow_links: bool = False
 ) -> dict[str, Any]:
-    """The fields of a JSON file that holds one object; DamagedError as by `read_json`."""
+    """Read a JSON file that holds one object; DamagedError if it is missing or anything else."""
     value = read_json(path, limit, follow_links=follow_links)
     if not isinstance(value, dict):
         raise DamagedError(f"{path} holds a {type(value).__name__}. Expected a JSON object.")
@@ -157,13 +167,13 @@ def read_json_object(
 
 
 def regular_sha256(path: Path, *, follow_links: bool = False) -> str:
-    """SHA-256 of a regular file's bytes, read in pieces; DamagedError if it is not one."""
+    """Return the SHA-256 of a regular file, read in pieces; DamagedError for anything else."""
     with open_regular(path, UNBOUNDED, follow_links=follow_links) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def parse_json(content: bytes) -> Any:
-    """The value that UTF-8 JSON stands for, or ValueError saying why it has none."""
+    """Parse strict UTF-8 JSON; ValueError for duplicate keys, NaN, infinity and deep nesting."""
     try:
         return json.loads(
             content.decode("utf-8"),
@@ -177,6 +187,7 @@ def parse_json(content: bytes) -> Any:
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a dictionary from key-value pairs; ValueError if a key appears twice."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         seen: set[str] = set()
@@ -188,10 +199,12 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_nan_and_infinity(word: str) -> None:
+    """Raise ValueError for NaN or Infinity."""
     raise ValueError(f"{word} is not a JSON number")
 
 
 def _parse_finite(text: str) -> float:
+    """Parse a number; ValueError if it overflows a float."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text:.20} is beyond any float")
@@ -199,15 +212,18 @@ def _parse_finite(text: str) -> float:
 
 
 def _parse_integer(text: str) -> int:
+    """Parse an integer; ValueError if it is too large for a float, so that dividing it is safe."""
     _parse_finite(text)  # who divides it would meet an OverflowError
     return int(text)
 
 
 def has_repeated_key(raw: bytes, string_count: int) -> bool:
-    """Whether valid JSON has more strings, keys and values, than the `string_count` decoded ones.
+    """Return whether a JSON text has a key twice in an object, by counting its strings.
 
-    The decoder keeps the last of two equal keys and says nothing. Counting quotes finds it at a
-    tenth of the cost of decoding again, for each one delimits a string or follows a backslash.
+    raw: valid JSON.
+    string_count: the number of strings, keys included, in the decoded value. The decoder keeps only
+        the last of two equal keys, so the text then has more strings. Counting quotes costs a tenth
+        of decoding again.
     """
     if raw.count(b'"') == 2 * string_count:
         return False
@@ -216,13 +232,14 @@ def has_repeated_key(raw: bytes, string_count: int) -> bool:
 
 
 def collect_strings(value: Any) -> list[str]:
-    """Every string of a JSON value, keys included."""
+    """Return every string of a JSON value, keys included."""
     texts: list[str] = []
     _append_strings(value, texts)
     return texts
 
 
 def _append_strings(value: Any, texts: list[str]) -> None:
+    """Append every string of a JSON value, keys included, to `texts`."""
     if isinstance(value, str):
         texts.append(value)
     elif isinstance(value, dict):
@@ -235,7 +252,7 @@ def _append_strings(value: Any, texts: list[str]) -> None:
 
 
 def iterate_scalars(value: Any) -> Iterator[Any]:
-    """Every text, number, boolean and null in a JSON value, without the keys."""
+    """Yield every text, number, boolean and null in a JSON value, without keys."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from iterate_scalars(item)
@@ -244,10 +261,13 @@ def iterate_scalars(value: Any) -> Iterator[Any]:
 
 
 def private_user_folder(content: str, advice: str, given: str | None = None) -> Path:
-    """A folder of this user alone: `given`, or one in the temporary folder; made if it is missing.
+    """Return a folder that only this user owns, creating it if it is missing.
 
-    Raises ConfigError, saying that `content` cannot be kept there, and the `advice`, if it is
-    another user's. In the temporary folder, where anybody may write, so is a link.
+    given: the folder; None for nested-tune-UID in the temporary folder.
+    content, advice: what is kept there and what to do otherwise, for the message.
+
+    Raises ConfigError if the folder belongs to another user, or is a link in the temporary folder,
+    where anybody may write.
     """
     folder = Path(given or f"{tempfile.gettempdir()}/nested-tune-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)

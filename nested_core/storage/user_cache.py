@@ -1,7 +1,7 @@
-"""What is kept between runs for this user: hashes, data sets, answers, and MLX's kernels.
+"""This user's cache between runs: hashes, data sets, answers, and MLX's kernels.
 
 Each kind has a folder that nobody else may write to. An entry is a file or a folder, named by a
-digest of all that it depends on; one that nobody used for a month is removed.
+digest of all that it depends on; one that was not used for a month is removed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OTHERS_WRITE_BITS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_folder() -> Path:
-    """$NESTED_TUNE_CACHE, else nested-tune in $XDG_CACHE_HOME or ~/.cache."""
+    """Return $NESTED_TUNE_CACHE, or nested-tune in $XDG_CACHE_HOME or ~/.cache."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given)
@@ -34,9 +34,11 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class UserCache:
-    """The entries of one kind.
+    """The cache of one kind of content.
 
-    contents: what is kept. danger: what who may write there could do. variable: chooses the folder.
+    contents: what is cached, for messages.
+    danger: what somebody who may write there could do, for messages.
+    variable: the environment variable that chooses the folder.
     """
 
     folder: Path
@@ -45,7 +47,7 @@ class UserCache:
     variable: str = CACHE_VARIABLE
 
     def require_usable(self) -> None:
-        """Make the folder if it is missing; ConfigError if others may write or replace it."""
+        """Create the folder if it is missing; ConfigError if others may write to or replace it."""
         try:
             above = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             for missing in reversed(above):
@@ -65,15 +67,17 @@ class UserCache:
             )
 
     def entry(self, depends_on: Any) -> Path:
-        """The place of an entry, in a folder that can be used; `depends_on` is plain JSON values.
+        """Return the path of a cache entry, which need not exist.
 
-        Raises ConfigError.
+        depends_on: the JSON values that the entry is determined by.
+
+        Raises ConfigError if the folder cannot be used.
         """
         self.require_usable()
         return self.folder / sha256(canonical_json(depends_on)).hexdigest()
 
     def list_unused(self) -> list[Path]:
-        """The entries whose time of change, which their use renews, is long ago."""
+        """Return the entries that were not used for a month; use renews their modification time."""
         oldest = time.time() - MAX_UNUSED_SECONDS
         unused = []
         for entry in self.folder.iterdir() if self.folder.is_dir() else ():
@@ -83,14 +87,14 @@ class UserCache:
         return unused
 
     def remove_unused(self) -> None:
-        """Remove those."""
+        """Remove the entries that were not used for a month."""
         for entry in self.list_unused():
             with suppress(OSError):  # another process was faster
                 remove_entry(entry)
 
 
 def remove_entry(entry: Path) -> None:
-    """Rename before removing: nobody finds half an entry in its place."""
+    """Remove a cache entry, renaming it first so that nobody reads half of it."""
     aside = temporary_beside(entry)
     with suppress(FileNotFoundError):  # another process was faster
         entry.rename(aside)
@@ -101,14 +105,14 @@ def remove_entry(entry: Path) -> None:
 
 
 def _folder_that_others_may_write(folder: Path) -> Path | None:
-    """The folder, if it is not this user's own or others may write in it, or one above it.
+    """Return the folder, or one above it, that other users may write to or replace; else None.
 
-    Who owns the folder above, or may write in one above, may put another one in its place, but for
-    a sticky one, as /tmp is. Far above, a user's own group is let pass: many systems let it write
-    in home folders.
+    A folder above it counts if it belongs to another user or is writable by others, unless it is
+    sticky as /tmp is. Above the direct parent, write permission of the user's status group is
+    accepted, since many systems allow it in home folders.
     """
-    own = folder.stat()
-    if own.st_uid != os.getuid() or own.st_mode & OTHERS_WRITE_BITS:
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & OTHERS_WRITE_BITS:
         return folder
     resolved = folder.resolve()
     if resolved.parent.stat().st_uid not in (0, os.getuid()):

@@ -1,4 +1,4 @@
-"""The user's folder for temporary files, where TMPDIR is a folder for MLX's kernels."""
+"""The user's own TMPDIR, for child processes of one whose TMPDIR is a folder of MLX's kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ USER_TMPDIR_VARIABLE = "NESTED_TUNE_TMPDIR"
 
 
 def environment_with_user_tmpdir() -> dict[str, str]:
-    """This process's environment with the TMPDIR that it was started with, if it was prepared.
+    """Return this process's environment with the TMPDIR that it was started with.
 
-    It is for child processes that compute nothing with MLX, or that prepare themselves.
+    For child processes that do not use MLX, or that call `prepare` themselves.
     """
     outer = os.environ.get(USER_TMPDIR_VARIABLE)
     return dict(os.environ) if outer is None else os.environ | {"TMPDIR": outer}

@@ -1,6 +1,6 @@
 """validation-losses.jsonl: the loss of each validation example at every step that could be offered.
 
-The gate needs them where the examples that chose the selected step judge it too.
+The gate needs them if the examples that chose the step also judge it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from nested_core.storage.untrusted_files import append_regular, read_regular
 
 
 class StepLosses(BaseModel):
-    """One evaluation of an adapter that could be offered: every tier had been updated.
+    """The losses of one evaluation, at a step whose adapter the run could offer.
 
-    step: the optimizer step after which it was made.
-    lines, losses: the examples by their line, and the mean loss of each in nats/token, null where
-        not finite; both None if single losses are not known.
+    step: the optimizer step before the evaluation.
+    lines: the line of each example in the validation file.
+    losses: the mean loss of each example in nats/token; null if not finite. Both lists are None if
+        the losses of single examples are not known.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
@@ -31,27 +32,28 @@ class StepLosses(BaseModel):
 
     @model_validator(mode="after")
     def _require_a_loss_for_each_line(self) -> StepLosses:
+        """Check that there are as many losses as lines."""
         if len(self.lines or ()) != len(self.losses or ()):
             raise ValueError("as many losses as lines are expected")
         return self
 
 
 def append_step_losses(path: Path, losses: StepLosses) -> None:
-    """Append one evaluation."""
+    """Append one evaluation to the file."""
     append_regular(path, _render([losses]))
 
 
 def truncate_step_losses(path: Path, last_step: int) -> None:
-    """Keep the evaluations up to a step, from which training goes on; none without the file."""
+    """Remove the evaluations after the step from which training resumes."""
     kept = [losses for losses in read_step_losses(path) if losses.step <= last_step]
     write_bytes(path, _render(kept))
 
 
 def read_step_losses(path: Path) -> list[StepLosses]:
-    """The last evaluation of each step, in order of the steps; none if there is no file.
+    """Read the last evaluation of each step, in order of the steps; empty without the file.
 
-    A last line that a killed process left half-written is passed over. Raises DamagedError for
-    anything else that is no evaluation.
+    A last line that a killed process left half-written is skipped. Raises DamagedError for any
+    other line of another form.
     """
     try:
         content = read_regular(path)
@@ -60,8 +62,9 @@ def read_step_losses(path: Path) -> list[StepLosses]:
     *lines, _ = content.split(b"\n")
     with naming_damaged_file(path):
         read = [StepLosses.model_validate_json(line) for line in lines]
-    return sorted({losses.step: losses for losses in read}.values(), key=lambda own: own.step)
+    return sorted({losses.step: losses for losses in read}.values(), key=lambda one: one.step)
 
 
 def _render(several: Sequence[StepLosses]) -> bytes:
+    """Encode evaluations as JSON lines."""
     return "".join(f"{json.dumps(losses.model_dump())}\n" for losses in several).encode()

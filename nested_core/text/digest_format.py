@@ -6,5 +6,5 @@ SHOWN_DIGITS = 12
 
 
 def shorten_digest(digest: str) -> str:
-    """The start of a digest or a version, enough to find it by."""
+    """Return the first SHOWN_DIGITS digits of a digest or version, enough to identify it."""
     return digest[:SHOWN_DIGITS]

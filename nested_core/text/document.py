@@ -1,6 +1,6 @@
-"""A document: what there is to say, as a small tree, rendered as a page, markdown or a terminal's.
+"""A document as a small tree of blocks, rendered as an HTML page, Markdown, or for a terminal.
 
-Text of others is shown as it stands in each of them, and is markup in none.
+Foreign text is displayed literally in each of them, and is markup in none.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names with what there is to say of each: a value, or a `Cell`."""
+    """Names, each with a value or a `Cell`."""
 
     rows: Sequence[tuple[str, object]]
 
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it would stand in a file or a terminal, to be copied; a terminal leaves it out."""
+    """Text as in a file or a terminal, to be copied; a terminal leaves it out."""
 
     label: str
     text: str
@@ -50,11 +50,12 @@ class Code:
 
 @dataclass(frozen=True)
 class Cell:
-    """A value that is more than itself.
+    """A table value with additional markup.
 
-    mark: a word before the value; tone: of the mark, else of the value.
+    mark: a word before the value.
+    tone: the colour of the mark, or of the value without a mark.
     heat: from 0 to 1, how strongly the cell is coloured.
-    path: where on Prefect's server it leads.
+    path: where the cell links to on Prefect's server.
     """
 
     value: object
@@ -66,9 +67,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, whose first column names its rows; a cell is a value or a `Cell`.
+    """A table whose first column names its rows; a cell is a value or a `Cell`.
 
-    max_width: characters of a cell in markdown; of a longer one the rest is in further rows.
+    max_width: the most characters of a cell in Markdown; a longer text continues in further rows.
     """
 
     caption: str
@@ -79,14 +80,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures beside each other; each is one chart or several of the same numbers."""
+    """Figures side by side; each is one chart, or several charts of the same numbers."""
 
     figures: Sequence[Sequence[Chart]]
 
 
 @dataclass(frozen=True)
 class Details:
-    """What a reader opens on a page; a terminal leaves it out."""
+    """Blocks that a reader of a page can open; a terminal leaves them out."""
 
     summary: str
     blocks: Sequence[Block]
@@ -94,7 +95,7 @@ class Details:
 
 @dataclass(frozen=True)
 class Section:
-    """Blocks under a heading; `name` identifies it on a page."""
+    """Blocks under a heading; `name` is the section's identifier on a page."""
 
     heading: str
     blocks: Sequence[Block]
@@ -114,28 +115,29 @@ class Document:
     below: str = ""
 
     def __str__(self) -> str:
-        """As markdown."""
+        """Render the document as Markdown."""
         lines = [f"# {escape_markdown(self.title)}", "", *self._markdown_lines()]
         return "\n".join(lines).rstrip("\n")
 
     def _markdown_lines(self) -> Iterator[str]:
+        """Yield the lines of Markdown of all blocks."""
         for block in self.blocks:
             yield from to_markdown(block)
 
     def to_html(self) -> str:
-        """A whole page: one file that runs nothing and fetches nothing."""
+        """Render a whole page: one file that runs nothing and fetches nothing."""
         note = h.paragraph(self.above, class_="note")
         header = h.element("header", h.element("h1", self.title), note)
         footer = h.element("footer", h.paragraph(self.below, class_="note"))
         return h.page(self.title, header, h.element("main", *map(to_html, self.blocks)), footer)
 
     def to_fragment(self) -> str:
-        """The blocks for a notebook's cell."""
+        """Render the blocks for a notebook's cell."""
         return h.notebook_fragment(*map(to_html, self.blocks))
 
 
 def to_html(block: Block, *, is_inner: bool = False) -> h.Html:
-    """A block as markup; within a section headings are smaller."""
+    """Render a block as HTML; with `is_inner`, as part of a section, with smaller headings."""
     match block:
         case Text(text, tone, is_headline):
             classes = f"verdict {tone}".strip() if is_headline else tone
@@ -158,11 +160,12 @@ def to_html(block: Block, *, is_inner: bool = False) -> h.Html:
 
 
 def _html_fact(name: str, value: object) -> h.Html:
+    """Render a name and its value."""
     return h.element("div", h.element("dt", name), h.element("dd", _html_value(value)))
 
 
 def _html_table(table: Table) -> h.Html:
-    """End tags that HTML lets one omit are omitted."""
+    """Render a table, leaving out end tags that HTML allows to omit."""
     head = "".join(f"<th scope=col>{h.escaped_html(column)}" for column in table.columns)
     lines = []
     for first, *others in table.rows:
@@ -178,7 +181,7 @@ def _html_table(table: Table) -> h.Html:
 
 
 def _html_cell(cell: object) -> str:
-    """A cell that is not the first of its row."""
+    """Render a table cell that is not the first of its row."""
     if not isinstance(cell, Cell):
         is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
         return f"<td{' class=n' if is_number else ''}>{_html_value(cell)}"
@@ -190,7 +193,7 @@ def _html_cell(cell: object) -> str:
 
 
 def _html_value(value: object) -> h.Html:
-    """A long text, or one of several lines, gets a width of its own and keeps its lines."""
+    """Render a value; a long text, or one of several lines, keeps its lines and gets a width."""
     if isinstance(value, Cell):
         shown = _html_value(value.value)
         if value.mark:
@@ -202,7 +205,7 @@ def _html_value(value: object) -> h.Html:
 
 
 def _html_figure(charts: Sequence[Chart]) -> h.Html:
-    """Charts of the same numbers, a legend, and the numbers; nothing without a finite point."""
+    """Render charts of the same numbers with a legend and a table; "" without a finite point."""
     charts = [_without_empty_curves(chart) for chart in charts]
     curves = charts[0].curves
     if not curves:
@@ -219,14 +222,17 @@ def _html_figure(charts: Sequence[Chart]) -> h.Html:
 
 
 def _without_empty_curves(chart: Chart) -> Chart:
+    """Return the chart without curves that have no finite value."""
     curves = [curve for curve in chart.curves if any(p.y is not None for p in curve.points)]
     return replace(chart, curves=curves)
 
 
 def _tabulate(charts: Sequence[Chart]) -> Table:
-    """A row for each x of the first chart, with the x of the others as further columns.
+    """Build the table of a chart's numbers: one row for each x of the first chart.
 
-    Of more than MAX_NUMBER_ROWS those are shown, evenly spaced, at which all curves have a value.
+    charts: charts of the same curves over different x; the x of the others are further columns. If
+        there are more than MAX_NUMBER_ROWS rows, evenly spaced ones are shown, at which all curves
+        have a value.
     """
     chart, *others = charts
     values = [{point.x: point.y for point in curve.points} for curve in chart.curves]
@@ -238,25 +244,25 @@ def _tabulate(charts: Sequence[Chart]) -> Table:
         }
         for other in others
     ]
-    places = sorted({x for curve in values for x in curve})
-    total = len(places)
+    x_values = sorted({x for curve in values for x in curve})
+    total = len(x_values)
     if total > MAX_NUMBER_ROWS:
-        complete = [x for x in places if all(x in curve for curve in values)]
-        places = complete if len(complete) > 1 else places
-        places = [*places[: -1 : -(-len(places) // MAX_NUMBER_ROWS)], places[-1]]
+        complete = [x for x in x_values if all(x in curve for curve in values)]
+        x_values = complete if len(complete) > 1 else x_values
+        x_values = [*x_values[: -1 : -(-len(x_values) // MAX_NUMBER_ROWS)], x_values[-1]]
     rows = [
         (int(x) if float(x).is_integer() else x, *(c.get(x, "") for c in (*further, *values)))
-        for x in places
+        for x in x_values
     ]
     caption = f"{chart.title}: {chart.y} by {chart.x}"
-    if len(places) < total:
-        caption += f", {len(places)} of {total:,}; all: metrics.jsonl"
+    if len(x_values) < total:
+        caption += f", {len(x_values)} of {total:,}; all: metrics.jsonl"
     names = [chart.x, *(other.x for other in others), *(curve.name for curve in chart.curves)]
     return Table(caption, names, rows)
 
 
 def to_markdown(block: Block, level: int = 2) -> Iterator[str]:
-    """A block as lines of markdown, with an empty one at its end."""
+    """Yield a block's lines of Markdown, with an empty line at its end."""
     match block:
         case Text(text):
             yield from (escape_markdown(text), "")
@@ -277,6 +283,7 @@ def to_markdown(block: Block, level: int = 2) -> Iterator[str]:
 
 
 def _markdown_table(table: Table) -> Iterator[str]:
+    """Yield a table's lines of Markdown."""
     if table.caption:
         yield from (escape_markdown(table.caption), "")
     yield _markdown_row(table.columns)
@@ -288,7 +295,7 @@ def _markdown_table(table: Table) -> Iterator[str]:
 
 
 def _wrap(cell: object, width: int) -> list[object]:
-    """A cell, or its lines, each for a row: one of Prefect's UIs cuts what is too wide for it."""
+    """Split a cell into lines, each for a row of its own, as Prefect's UI cuts wide cells."""
     if isinstance(cell, Cell) and cell.path is not None:
         return [cell]
     text = h.cut(format_value(_plain(cell)), MAX_CELL)
@@ -299,10 +306,12 @@ def _wrap(cell: object, width: int) -> list[object]:
 
 
 def _markdown_row(cells: Iterable[object]) -> str:
+    """Render a table row as a line of Markdown."""
     return f"| {' | '.join(map(_markdown_cell, cells))} |"
 
 
 def _markdown_cell(cell: object) -> str:
+    """Render a cell as Markdown, with its link if it has a path."""
     if not isinstance(cell, Cell):
         return escape_markdown(format_value(cell))
     shown = escape_markdown(format_value(_plain(cell)))
@@ -310,9 +319,9 @@ def _markdown_cell(cell: object) -> str:
 
 
 def _markdown_picture(chart: Chart) -> Iterator[str]:
-    """A drawing within the page: no browser asks the network for it.
+    """Yield the lines of a chart as an image in the page, as a data URI.
 
-    Of Prefect 3.8's two UIs both show it as a data URI; neither shows SVG among the markdown.
+    Both of Prefect 3.8's UIs display a data URI; neither displays SVG within Markdown.
     """
     drawn = draw_chart(chart, STANDALONE)
     if drawn:
@@ -322,7 +331,7 @@ def _markdown_picture(chart: Chart) -> Iterator[str]:
 
 
 def to_terminal(block: Block) -> Iterator[str | Table]:
-    """A block as lines, and tables that a console lays out; whoever prints them escapes them."""
+    """Yield a block's lines, and tables that a console lays out; the printing code escapes them."""
     match block:
         case Text(text):
             yield text
@@ -339,7 +348,7 @@ def to_terminal(block: Block) -> Iterator[str | Table]:
 
 
 def _plain(cell: object) -> object:
-    """A cell as plain text, or its value."""
+    """Return a cell's value, with its mark as text; any other value as it is."""
     if not isinstance(cell, Cell):
         return cell
     return f"{cell.mark} {format_value(cell.value)}" if cell.mark else cell.value

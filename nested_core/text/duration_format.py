@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in its largest two units: "45 s", "12 min", "3 h 20 min"."""
+    """Format a duration in its largest two units: "45 s", "12 min", "3 h 20 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -14,7 +14,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_clock(seconds: float) -> str:
-    """Time on a clock: "0:07", "12:05" or "3:12:05"; below ten seconds with a tenth: "0.4 s"."""
+    """Format a duration like a clock: "0:07", "12:05", "3:12:05"; below ten seconds "0.4 s"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

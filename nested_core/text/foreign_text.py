@@ -1,7 +1,7 @@
-"""Text that others wrote (data, adapters, file names, configurations), made safe to show.
+"""Text from others (data, adapters, file names, configurations), made safe to display.
 
-Nothing in it may move the cursor, clear the screen, set a title, reverse or hide what stands beside
-it, or become markup: what is shown is what is there.
+Nothing in it may move the cursor, clear the screen, set a title, reverse or hide other text, or
+become markup.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _MARKDOWN_SYNTAX = re.compile(
 
 
 def escape(text: str) -> str:
-    """The text on one line, with every character that does not print as its escape, such as \\x1b.
+    """Return the text on one line with every non-printing character escaped, such as \\x1b.
 
-    Those are control characters (C0, C1, line ends), marks of direction and of no width, lone
-    surrogates (of a file name's byte that is not UTF-8, the byte) and unassigned characters.
+    These are control characters (C0, C1, line ends), marks of direction and of no width, lone
+    surrogates (shown as the byte of a file name that is not UTF-8) and unassigned characters.
     """
     if text.isprintable() and _INVISIBLE.search(text) is None:
         return text
@@ -33,18 +33,19 @@ def escape(text: str) -> str:
 
 
 def escape_but_keep_newlines(text: str) -> str:
-    """As `escape`, but the text's own line ends stay."""
+    """Escape every non-printing character except the text's own line ends."""
     if "\n" not in text:
         return escape(text)
     return "\n".join(map(escape, text.split("\n")))
 
 
 def escape_markdown(text: str) -> str:
-    """The text for a page or a table cell of markdown, where it shows as it stands: no markup."""
+    """Escape text for Markdown, so that it is displayed literally in a page or a table cell."""
     return _MARKDOWN_SYNTAX.sub(r"\\\g<0>", escape(text))
 
 
 def _escape_character(character: str) -> str:
+    """Return a character, or its escape such as \\x1b if it does not print."""
     if character.isprintable() and _INVISIBLE.match(character) is None:
         return character
     if character in _SHORT_ESCAPES:

@@ -1,7 +1,7 @@
-"""HTML that text of others cannot change: every string is escaped unless these functions made it.
+"""Builds HTML that foreign text cannot change: every string is escaped unless made here.
 
 A page is one file without scripts and without anything to fetch; its content security policy
-forbids both. What is too wide scrolls by itself.
+forbids both. Content that is too wide scrolls by itself.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-sr
 
 
 class Html(str):
-    """Markup made by this module: put on a page as it stands."""
+    """Markup made by this module, which is not escaped again."""
 
     __slots__ = ()
 
 
 def escaped_html(value: object) -> Html:
-    """The value itself if it is markup, else its text escaped; None is a dash.
+    """Escape a value for HTML; markup is returned as it is, None becomes a dash.
 
-    Of whole numbers thousands are separated. What does not print is shown as an escape, such as
-    \\x1b; line ends stay.
+    Integers get thousands separators. Non-printing characters are shown as escapes, such as \\x1b;
+    line ends stay.
     """
     if isinstance(value, Html):
         return value
@@ -41,7 +41,11 @@ def escaped_html(value: object) -> Html:
 
 
 def element(tag: str, *children: object, **attributes: str) -> Html:
-    """`<tag attributes>children</tag>`; `class_` is class, `_` in a name is `-`; none is ""."""
+    """Build `<tag attributes>children</tag>`, with attributes and children escaped.
+
+    attributes: `class_` stands for class, and `_` within a name for `-`. An empty value leaves the
+        attribute out.
+    """
     pairs = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{escaped_html(value)}"'
         for name, value in attributes.items()
@@ -51,28 +55,28 @@ def element(tag: str, *children: object, **attributes: str) -> Html:
 
 
 def join(parts: Iterable[object]) -> Html:
-    """The parts one after the other."""
+    """Concatenate the parts, each escaped unless it is markup."""
     return Html("".join(map(escaped_html, parts)))
 
 
 def scrolling(label: str, content: Html) -> Html:
-    """Content that scrolls sideways within itself, by keyboard too."""
+    """Wrap content in an element that scrolls sideways, with the keyboard too."""
     return element("div", content, class_="scroll", role="group", tabindex="0", aria_label=label)
 
 
 def preformatted(label: str, text: str) -> Html:
-    """Text as it would stand in a file or a terminal."""
+    """Build a block of preformatted text, as in a file or a terminal."""
     code = element("code", text)
     return element("pre", code, role="group", tabindex="0", aria_label=label)
 
 
 def collapsed(summary: str, content: Html) -> Html:
-    """Content that a reader opens."""
+    """Build content that is hidden until the reader opens it."""
     return element("details", element("summary", summary), content)
 
 
 def section(identifier: str, heading: str, *content: object) -> Html:
-    """A section of a page: a landmark with its heading."""
+    """Build a section of a page with a heading, as a landmark for screen readers."""
     title = f"{identifier}-heading"
     return element(
         "section", element("h2", heading, id=title), *content, id=identifier, aria_labelledby=title
@@ -80,19 +84,19 @@ def section(identifier: str, heading: str, *content: object) -> Html:
 
 
 def paragraph(*content: object, class_: str = "") -> Html:
-    """A paragraph."""
+    """Build a paragraph."""
     return element("p", *content, **({"class_": class_} if class_ else {}))
 
 
 def notebook_fragment(*content: object) -> Html:
-    """Markup with its style for a notebook's cell; no other cell has the same identifiers."""
+    """Build markup with its style for a notebook's cell, with identifiers unique to the cell."""
     style = Html(f"<style>{STYLE}</style>")
     unique = _ID_ATTRIBUTE.sub(rf'\1="\2-{secrets.token_hex(4)}"', join(content))
     return element("div", style, Html(unique), class_="nested-tune")
 
 
 def page(title: str, *content: object) -> str:
-    """A whole page: one file that runs nothing and fetches nothing."""
+    """Build a whole page: one file that runs nothing and fetches nothing."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">\n'
@@ -105,10 +109,10 @@ def page(title: str, *content: object) -> str:
 
 
 def truncated_text(value: str, limit: int = 400) -> Html:
-    """Text of others in its own lines, cut after `limit` characters."""
+    """Build an element of foreign text with its own line breaks, cut after `limit` characters."""
     return element("span", cut(value, limit), class_="text")
 
 
 def cut(value: str, limit: int) -> str:
-    """The text without what follows `limit` characters, which it says by an ellipsis."""
+    """Cut a text after `limit` characters, with an ellipsis if something is left out."""
     return value if len(value) <= limit else f"{value[:limit]} …"

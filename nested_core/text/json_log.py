@@ -1,4 +1,4 @@
-"""A log record as one line of JSON, for programs that collect logs."""
+"""A log formatter that writes each record as one line of JSON."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _FIELDS_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime
 
 
 class JsonFormatter(logging.Formatter):
-    """Time (UTC), level, logger and message, the exception, and what the record has beside them.
+    """Formats a log record as a line of JSON: time (UTC), level, logger, message, exception.
 
-    That is what was given as `extra`, such as the flow run's name, where JSON has a value of its
-    kind; a number that is not finite is null. All characters are ASCII: any stream can write them.
+    Extra fields of the record are kept if they are a string, number, boolean or None; a number that
+    is not finite becomes null. All characters are ASCII, so any stream can write them.
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """Return the record as a line of JSON, without the line end."""
         line: dict[str, str | int | float | None] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,

@@ -1,4 +1,4 @@
-"""What a run begins now, or will train with, logged for whoever shows it: `stages.info("...")`."""
+"""Log messages about what a run begins now, for progress displays: `stages.info("...")`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ stages = logging.getLogger("nested_core.text.stages")
 
 @contextmanager
 def receiving_stages(take: Callable[[str], None]) -> Iterator[None]:
-    """Have `take` told each stage that is logged while the block runs, in place of any handler."""
+    """Pass each stage message to `take` during the block, instead of to log handlers."""
 
     def take_record(record: logging.LogRecord) -> bool:
-        """Prefect's log would show it a second time."""
+        """Pass the message to `take`; False keeps the record from log handlers."""
         take(record.getMessage())
         return False
 

@@ -1,8 +1,8 @@
-"""Line charts as SVG: the one drawing of curves for the report's page and for Prefect's.
+"""Line charts as SVG, for the report's page and for Prefect's pages.
 
-Of many points few are drawn, and every peak is still seen. A page lends its colours as CSS
-variables, with a fallback, so that a chart can be dark with it; a picture that stands alone brings
-its own background and legend.
+Long curves are thinned so that every peak is still visible. On a page, colours are CSS variables
+with a fallback, so that a chart can be dark with the page; a standalone picture has its own
+background and legend.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """A named line of a chart; `has_dots` marks its points where they are few."""
+    """A named line of a chart; `has_dots` marks its points if there are few."""
 
     name: str
     points: Sequence[Point]
@@ -42,7 +42,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """What a chart shows; `x` and `y` name its axes."""
+    """A chart's curves and titles; `x` and `y` name its axes."""
 
     title: str
     x: str
@@ -53,10 +53,10 @@ class Chart:
 
 @dataclass(frozen=True)
 class ChartStyle:
-    """How a chart looks: its size in CSS pixels, and colours as CSS has them.
+    """How a chart looks: its size in CSS pixels, and its colours in CSS.
 
-    background: None if the page around shows through.
-    has_legend: whether the curves' names stand in the chart, and not beside it.
+    background: None if the page is to be seen behind it.
+    has_legend: whether the curves' names are drawn in the chart.
     """
 
     width: int
@@ -68,7 +68,7 @@ class ChartStyle:
     has_legend: bool = False
 
     def curve_colour(self, number: int) -> str:
-        """The colour of a curve by its place in the chart."""
+        """Return the colour of a curve by its index in the chart."""
         return self.curves[number % len(self.curves)]
 
 
@@ -96,11 +96,11 @@ STANDALONE = ChartStyle(
 
 
 def decimate(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` of the points: the first and the last, and of each stretch its extremes.
+    """Thin a curve to at most `limit` points, keeping first, last and every extreme.
 
-    Of each of (limit - 2) / 2 stretches of equal length the lowest and the highest point are kept,
-    in their order, so that a single spike among 10,000 values stays. A stretch without a finite
-    value keeps one point, the gap.
+    The points between are cut into (limit - 2) / 2 stretches of equal length, and of each the
+    lowest and the highest point are kept, so a single spike among 10,000 values stays. A stretch
+    without a finite value keeps one point, as a gap.
     """
     if len(points) <= limit:
         return list(points)
@@ -111,17 +111,17 @@ def decimate(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
         first = number * len(inner) // stretches
         stretch = inner[first : (number + 1) * len(inner) // stretches]
         finite = [(point.y, i) for i, point in enumerate(stretch) if point.y is not None]
-        places = {min(finite)[1], max(finite)[1]} if finite else {0}
-        kept += [stretch[place] for place in sorted(places)]
+        kept_indices = {min(finite)[1], max(finite)[1]} if finite else {0}
+        kept += [stretch[index] for index in sorted(kept_indices)]
     return [*kept, points[-1]]
 
 
 def draw_chart(chart: Chart, style: ChartStyle = ON_PAGE) -> Html:
-    """The chart as an SVG element with a title.
+    """Draw a chart as an SVG element; "" if it has no finite value.
 
-    A vertical axis over more than a factor of LOGARITHMIC_AXIS_RATIO is logarithmic, unless the
-    chart begins at zero. A value that is None or beyond LARGEST_DRAWN_VALUE is a gap, and nothing
-    is drawn where no other is left.
+    The vertical axis is logarithmic if its values span more than a factor of
+    LOGARITHMIC_AXIS_RATIO, unless the chart begins at zero. A value that is None or beyond
+    LARGEST_DRAWN_VALUE is a gap.
     """
     curves = [
         replace(curve, points=decimate([_drawable_point(p) for p in curve.points]))
@@ -160,7 +160,7 @@ class _Axis:
     is_logarithmic: bool = False
 
     def share(self, value: float) -> float:
-        """How far along the axis a value is, from 0 to 1."""
+        """Return a value's position along the axis, from 0 to 1."""
         if self.is_logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -168,7 +168,7 @@ class _Axis:
 
 @dataclass(frozen=True)
 class _Area:
-    """Where the curves are, between the labels."""
+    """The rectangle of the curves within the chart, in CSS pixels."""
 
     left: float
     right: float
@@ -177,7 +177,7 @@ class _Area:
 
     @classmethod
     def within(cls, style: ChartStyle, y_axis: _Axis) -> _Area:
-        """The area that a chart leaves to its curves, beside labels as wide as the y axis has."""
+        """Return the area that is left for the curves beside the labels of the y axis."""
         widest = max((len(_format_tick(tick)) for tick in y_axis.ticks), default=0)
         return cls(
             left=widest * CHARACTER_WIDTH + LINE_HEIGHT,
@@ -187,15 +187,16 @@ class _Area:
         )
 
     def x(self, share: float) -> float:
-        """From the left edge of the chart."""
+        """Convert a position along the x axis (0 to 1) to pixels from the chart's left edge."""
         return self.left + (self.right - self.left) * share
 
     def y(self, share: float) -> float:
-        """From its upper edge."""
+        """Convert a position along the y axis (0 to 1) to pixels from the chart's upper edge."""
         return self.bottom - (self.bottom - self.top) * share
 
 
 def _drawable_point(point: Point) -> Point:
+    """Limit a point to LARGEST_DRAWN_VALUE: a larger y becomes a gap."""
     is_within = point.y is None or abs(point.y) <= LARGEST_DRAWN_VALUE
     if is_within and point.x <= LARGEST_DRAWN_VALUE:
         return point
@@ -203,6 +204,7 @@ def _drawable_point(point: Point) -> Point:
 
 
 def _value_axis(values: Sequence[float], *, from_zero: bool) -> _Axis:
+    """Choose the vertical axis: logarithmic for a wide range of positive values, else linear."""
     low, high = min(values), max(values)
     if not from_zero and low > 0 and high >= LOGARITHMIC_AXIS_RATIO * low:
         return _Axis(low, high, _logarithmic_ticks(low, high), is_logarithmic=True)
@@ -210,7 +212,7 @@ def _value_axis(values: Sequence[float], *, from_zero: bool) -> _Axis:
 
 
 def _linear_axis(values: Sequence[float]) -> _Axis:
-    """An axis over the values; around a single one, it begins or ends at zero."""
+    """Return a linear axis over the values; if all are equal, the axis includes zero."""
     low, high = min(values), max(values)
     if low == high:
         low, high = (-1.0, 1.0) if low == 0 else (min(low, 0.0), max(high, 0.0))
@@ -222,13 +224,13 @@ def _linear_axis(values: Sequence[float]) -> _Axis:
 
 
 def _round_step(step: float) -> float:
-    """The next of 1, 2 and 5 times a power of ten."""
+    """Round a step up to 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
 
 
 def _logarithmic_ticks(low: float, high: float) -> list[float]:
-    """Round numbers within a range: powers of ten, and 2 and 5 between."""
+    """Return the labelled values of a logarithmic axis: powers of ten, and 2 and 5 between."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 4 else (1,)
     ticks = [factor * 10.0**power for power in powers for factor in factors]
@@ -237,13 +239,14 @@ def _logarithmic_ticks(low: float, high: float) -> list[float]:
 
 
 def _format_tick(value: float) -> str:
+    """Format the label of an axis."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _draw_axes(
     area: _Area, x_axis: _Axis, y_axis: _Axis, style: ChartStyle, name: str
 ) -> Iterator[str]:
-    """A line and a label at each round value, and the horizontal axis's name."""
+    """Yield the SVG of axes: a line and a label at each round value, and the x axis's name."""
     for tick in y_axis.ticks:
         y = area.y(y_axis.share(tick))
         yield _line(area.left, y, area.right, y, style.grid)
@@ -257,7 +260,7 @@ def _draw_axes(
 
 
 def _draw_legend(curves: Sequence[Curve], style: ChartStyle, unit: str) -> Iterator[str]:
-    """Each curve's name beside its colour, and the unit of the vertical axis."""
+    """Yield the SVG of the legend: the curves' names and colours, and the y axis's unit."""
     for number, curve in enumerate(curves):
         x = LINE_HEIGHT + number * LEGEND_WIDTH
         yield f'<path d="M{x} 14h18" stroke="{style.curve_colour(number)}" stroke-width="3"/>'
@@ -268,7 +271,7 @@ def _draw_legend(curves: Sequence[Curve], style: ChartStyle, unit: str) -> Itera
 def _draw_curve(
     curve: Curve, area: _Area, x_axis: _Axis, y_axis: _Axis, colour: str
 ) -> Iterator[str]:
-    """A line through the points between two gaps, and dots where they are few or one alone."""
+    """Yield the SVG of a curve: a line between gaps, with dots for few or isolated points."""
     lines = [
         [f"{area.x(x_axis.share(x)):.1f} {area.y(y_axis.share(y)):.1f}" for x, y in points]
         for points in _split_at_gaps(curve.points)
@@ -278,13 +281,13 @@ def _draw_curve(
         yield f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
     is_dotted = curve.has_dots and len(curve.points) <= MAX_POINTS_WITH_DOTS
     for line in lines:
-        for place in line if is_dotted or len(line) == 1 else ():
-            x, y = place.split()
+        for position in line if is_dotted or len(line) == 1 else ():
+            x, y = position.split()
             yield f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>'
 
 
 def _split_at_gaps(points: Iterable[Point]) -> list[list[tuple[float, float]]]:
-    """The points between two gaps, of each stretch that has any."""
+    """Split points into stretches without a gap (a y of None); empty stretches are left out."""
     stretches: list[list[tuple[float, float]]] = [[]]
     for point in points:
         if point.y is None:
@@ -295,10 +298,12 @@ def _split_at_gaps(points: Iterable[Point]) -> list[list[tuple[float, float]]]:
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
+    """Return the SVG of a line."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
 
 
 def _text(x: float, y: float, words: str, colour: str, anchor: str) -> str:
+    """Return the SVG of a text; `anchor` is SVG's text-anchor."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">'
         f"{escaped_html(words)}</text>"

@@ -1,4 +1,4 @@
-"""Values of any type as a person reads them in a table, on a terminal and on a page alike."""
+"""Formatting of table values, the same on a terminal and on a page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def format_value(value: object) -> str:
-    """Yes or no, four significant digits of a fraction, `-` for None, any other as its text."""
+    """Format a table value: yes or no, 4 significant digits of a float, `-` for None, its text."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -15,6 +15,6 @@ def format_value(value: object) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Such as 4.1 GB, 63.2 MB or 8.4 kB."""
+    """Format a size: 4.1 GB, 63.2 MB or 8.4 kB."""
     scale, unit = (1e9, "GB") if count >= 1e8 else (1e6, "MB") if count >= 1e5 else (1e3, "kB")
     return f"{count / scale:.1f} {unit}"

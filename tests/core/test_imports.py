@@ -17,7 +17,7 @@ LINUX = sys.platform == "linux"
 
 @pytest.mark.parametrize("name", nested_core.__all__)
 def test_each_public_name_is_there(name: str) -> None:
-    assert getattr(nested_core, name).__name__ == {"Hooks": "Steps"}.get(name, name)
+    assert getattr(nested_core, name).__name__ == name
 
 
 STATE = """

@@ -217,5 +217,5 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     assert (result.training.adapter_step, result.verdict.adapter_step) == (step, step)
     assert result.training.best_val_loss == told.offered[1]
     assert result.training.val_loss == told.last[1]
-    drawn = str(describe_curves(Run(result.run).metrics, 24, "data"))
+    drawn = str(describe_curves(Run(result.run).metrics, 24, "data", "nats/token"))
     assert f"{format_loss(told.last[1])} (step {told.last[0]})" in drawn.replace("\\", "")

@@ -644,7 +644,7 @@ class Sequence:
                 is_loose=each.verdict.bound("max_val_loss_increase") != BOUND,
                 has_passed=each.verdict.has_passed,
                 lines=sum(
-                    e.action not in REGISTRATION_ACTIONS for e in ledger.entries[: each.place]
+                    e.action not in REGISTRATION_ACTIONS for e in ledger.entries[: each.line_number]
                 ),
             )
             for each in read_verdicts(self.name_folder, version, ledger)

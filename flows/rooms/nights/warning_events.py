@@ -89,15 +89,16 @@ def warn_of_unusual_night(section: RegistrySection, run: RunDirectory) -> None:
         own = AdapterRuns.of(Path(section.path), section.name).among(others)
         differences = (each.loss_to_champion for each in own if each.started <= tonight.started)
         known = (each for each in differences if each is not None)
-        message = describe_unusual_night(difference, list(islice(known, LAST_NIGHTS)))
+        last = list(islice(known, LAST_NIGHTS))
+        message = describe_unusual_night(difference, last, tonight.loss_unit)
         if message is not None:
             emit_adapter_event("unusual", section.name, {"message": message})
 
 
-def describe_unusual_night(difference: float, last: Sequence[float]) -> str | None:
+def describe_unusual_night(difference: float, last: Sequence[float], unit: str) -> str | None:
     """A sentence about a night that is out of line with the last ones; None where it is not.
 
-    difference, last: nats/token, a night's loss less that of the champion before it. The bound is
+    difference, last: in this unit, a night's loss less that of the champion before it. The bound is
     five robust standard deviations about the median, and at least the gate's smallest margin.
     """
     if len(last) < LEAST_NIGHTS:
@@ -108,7 +109,7 @@ def describe_unusual_night(difference: float, last: Sequence[float]) -> str | No
     if abs(difference - median) <= bound:
         return None
     return (
-        f"Tonight's loss less the champion's is {difference:+.3g} nats/token. The median of the "
+        f"Tonight's loss less the champion's is {difference:+.3g} {unit}. The median of the "
         f"last {len(last)} nights is {median:+.3g}, and more than {bound:.3g} from it is unusual. "
         f"Compare tonight's data with that of the nights before."
     )

@@ -100,10 +100,11 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _show(result: SweepResult) -> None:
     """Print the table of the arms, the outcome, and how to go on."""
+    from nested_core.records.run import Run
     from nested_core.rooms.sweep.page import describe_scores, sweep_columns, sweep_rows
 
     record = result.record
-    print_line(f"{describe_scores(record)}:")
+    print_line(f"{describe_scores(record, Run(result.run).loss_unit)}:")
     print_table(sweep_columns(record), sweep_rows(record))
     print_line(result.summary())
     print_line(result.verdict.summary())

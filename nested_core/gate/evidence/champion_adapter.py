@@ -13,12 +13,7 @@ from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprin
 from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.measure.losses.left_out_examples import read_training_digests
 from nested_core.models.adapter_fit import find_differences, require_recorded_settings
-from nested_core.registry import (
-    holding_champion,
-    list_versions,
-    read_champion_changes,
-    verify,
-)
+from nested_core.registry import holding_champion, list_versions, read_champion_changes, verify
 from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
 from nested_core.registry.versions import version_folder

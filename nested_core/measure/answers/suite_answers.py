@@ -29,11 +29,7 @@ from nested_core.measure.answers.suites import (
     fold_prompt,
     read_suite,
 )
-from nested_core.models.base_model import (
-    context_length,
-    describe_token_beyond,
-    vocabulary_size,
-)
+from nested_core.models.base_model import context_length, describe_token_beyond, vocabulary_size
 from nested_core.models.chat_template import chat_template_of
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode

@@ -205,15 +205,16 @@ class HeldOutExamples:
         _, clusters = np.unique(keys, return_inverse=True)
         return None if len(np.unique(clusters)) == len(rows) else clusters.astype(np.int64)
 
-    def make_losses(self, tokens: Vector, **sums: Vector | None) -> ExampleLosses:
+    def make_losses(self, tokens: Vector, loss: str | None, **sums: Vector | None) -> ExampleLosses:
         """Divide sums over tokens by the number of tokens, for the supervised examples.
 
         Args:
             tokens: the number of supervised tokens of each example of the split, float64 (n,).
+            loss: the `training.loss` that was measured.
             sums: the sum over these tokens of an adapter's losses or divergences, float64 (n,), by
                 the name of its column in ExampleLosses; None if it was not measured.
 
-        Returns losses in nats/token.
+        Returns losses in the unit of that loss.
         """
         is_counted = self.is_example_supervised
         counted = tokens[is_counted]
@@ -222,6 +223,7 @@ class HeldOutExamples:
             for name, split_sums in sums.items()
         }
         lines = self.split.lines[is_counted].astype(np.int64)
+        columns["unit"] = seams.unit_of_loss(loss)
         return ExampleLosses(self.file, lines, counted, clusters=self.clusters, **columns)
 
     @cached_property
@@ -319,6 +321,7 @@ def measure_example_losses(
     predictions = base.compare_predictions(adapters, held_out.split)
     return held_out.make_losses(
         predictions.tokens,
+        base.config.training.loss,
         before=predictions.losses[-2],
         after=predictions.losses[-1],
         drift=predictions.divergences[-1],
@@ -352,7 +355,7 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
     plain = base.as_plain()
     (before, tokens), (after, _) = plain.example_loss_sums((run.initial, run.adapter), split)
     examples = HeldOutExamples(split, path.name, selected_on_same_data=False)
-    losses = examples.make_losses(tokens, before=before, after=after)
+    losses = examples.make_losses(tokens, None, before=before, after=after)
     figures = compare_losses(losses, losses.before, base.config.gate, increase)
     figures.pop("corrected_interval", None)  # general text selects no step: nothing to correct
     means = [finite_or_none(float(sums.sum() / tokens.sum())) for sums in (before, after)]

@@ -22,11 +22,7 @@ from nested_core.records.loss_conclusion import (
     margin_of_loss,
 )
 from nested_core.records.losses import ExampleLosses, Vector
-from nested_core.records.paired_difference import (
-    CONFIDENCE,
-    PairedDifference,
-    student_t_quantile,
-)
+from nested_core.records.paired_difference import CONFIDENCE, PairedDifference, student_t_quantile
 from nested_core.records.verdict import (
     MIN_HARMED,
     ChampionLoss,
@@ -41,7 +37,7 @@ from nested_core.storage.atomic import finite_or_none
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
 # An example is harmed or helped if its loss changed by at least both of these.
-MIN_CHANGE = 1.0  # nats/token
+MIN_CHANGE = 1.0  # in the unit of the loss, such as nats/token
 MIN_SPREADS = 6 * 1.48  # median absolute deviations: 6 standard deviations of a normal distribution
 MIN_LOSS_OF_FEWEST = 4.0  # nats/token: the mean rise that three harmed examples need to count
 ENOUGH_FOR_OWN_SPREAD = 20  # with fewer examples, a comparison uses the pooled spread
@@ -80,7 +76,7 @@ def summarise_losses(
         few_prompts=counted.few_prompts(),
         harmed=None if harm is None else harm.harmed,
         helped=None if harm is None else harm.helped,
-        **figures,
+        **({"unit": losses.unit} | figures),
     )
 
 
@@ -228,6 +224,7 @@ def compare_losses(
         "one_sided_high": one_sided_high,
         "examples_needed": examples_needed,
         "clusters": compared.examples,
+        "unit": losses.unit,
         "corrected_interval": corrected,
     }
 
@@ -304,7 +301,7 @@ def harm_reasons(
     share = bounds.max_harmed_share
     if not harm.is_beyond_chance(share):
         return []
-    message = f"{describe_harmed(harm, losses.file)}; gate.max_harmed_share is {share:g}"
+    message = f"{describe_harmed(harm, losses)}; gate.max_harmed_share is {share:g}"
     return [Reason("examples_harmed", message)]
 
 
@@ -444,11 +441,11 @@ def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
     )
 
 
-def describe_harmed(harm: HarmedExamples, file: str, max_lines: int = 3) -> str:
-    """`3 of 30 examples lost more than 1 nat/token, and 0 gained as much: valid.jsonl:4, 9, 17`."""
+def describe_harmed(harm: HarmedExamples, losses: ExampleLosses, max_lines: int = 3) -> str:
+    """`3 of 30 examples lost more than 1.0 nats/token, and 0 gained as much: valid.jsonl:4`."""
     listed = ", ".join(str(line) for line in harm.lines[:max_lines])
     ellipsis = ", ..." if len(harm.lines) > max_lines else ""
     return (
-        f"{harm.harmed} of {harm.examples} examples lost more than 1 nat/token, and "
-        f"{harm.helped} gained as much: {file}:{listed}{ellipsis}"
+        f"{harm.harmed} of {harm.examples} examples lost more than {MIN_CHANGE} {losses.unit}, "
+        f"and {harm.helped} gained as much: {losses.file}:{listed}{ellipsis}"
     )

@@ -25,7 +25,7 @@ from nested_core.report.outcome import (
 )
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Block, Document, Figures, Section, Table, Text
-from nested_core.text.loss_format import format_difference
+from nested_core.text.loss_format import format_difference, join_units
 from nested_core.text.svg_chart import Chart, Curve
 
 MAX_SHOWN_QUESTIONS = 20
@@ -69,7 +69,7 @@ class RunComparison:
         }
 
     def losses(self) -> dict[str, list[Any]]:
-        """The last losses of training and the gate's, in nats/token.
+        """The last losses of training and the gate's, in the runs' units.
 
         Beside each stand the file, the number of examples and the step that it is of.
         """
@@ -197,8 +197,8 @@ class RunComparison:
     def describe_figures(self) -> list[Block]:
         """The figures and the settings that differ, a column for each run."""
         caption = (
-            "Losses in nats/token, differences with their 95 % interval, and the settings that "
-            "differ"
+            f"Losses in {self._loss_units()}, differences with their 95 % interval, and the "
+            f"settings that differ"
         )
         table = Table(caption, ("", *self.names), list(self.rows()))
         if self.has_same_held_out_examples():
@@ -209,6 +209,10 @@ class RunComparison:
         )
         return [Text(doubt, "warn"), table]
 
+    def _loss_units(self) -> str:
+        """The units of the runs' losses: `nats/token`, or `nats/example and nats/token`."""
+        return join_units(run.loss_unit for run in self.runs)
+
     def _loss_figures(self) -> Iterator[list[Chart]]:
         for title, key in (("Validation loss", "val_loss"), ("Training loss", "loss")):
             for x in ("step", "seconds of training"):
@@ -216,7 +220,7 @@ class RunComparison:
                     Curve(name, run.points(key, x), has_dots=key == "val_loss")
                     for name, run in zip(self.names, self.runs, strict=True)
                 ]
-                yield [Chart(title, x, "nats/token", curves)]
+                yield [Chart(title, x, self._loss_units(), curves)]
 
     def _list_answers(self) -> Block:
         answers: dict[str, list[str | None]] = {}

@@ -252,7 +252,8 @@ class _Evaluating:
         _, other, other_tokens = self._losses[reference.name]
         if not np.array_equal(tokens, other_tokens):
             return None  # another tokenizer: nats/token are not comparable
-        losses = held_out.make_losses(tokens, before=other, after=own)
+        loss = self._config.training.loss
+        losses = held_out.make_losses(tokens, loss, before=other, after=own)
         losses = losses.leaving_out(find_left_out(held_out.digests, model.seen, reference.seen))
         return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
 

@@ -51,7 +51,7 @@ class EvaluatedModel:
     """One model's figures.
 
     loss: on the held-out file, `loss_before` being that of the model compared with and `loss_after`
-        its own, in nats a supervised token; None without a file, or with another tokenizer.
+        its own; None without a file, or with another tokenizer.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Evaluation:
     def rows(self) -> list[dict[str, Any]]:
         """A flat row a model and suite or loss, all with the same keys, as a data frame takes them.
 
-        `value` is a share of right answers or a loss in nats a token, `examples` of how many;
+        `value` is a share of right answers or a loss, `examples` of how many;
         `low` and `high` are the ends of the difference's 95 % interval.
         """
         return [row for model in self.models for row in self._rows_of(model)]
@@ -252,7 +252,7 @@ class Evaluation:
                 rows.append((letter, format_loss(loss.loss_after), *compared, verdict))
         losses = [model.loss for model in self.models if model.loss is not None]
         examples = " or ".join(sorted({f"{loss.examples:,}" for loss in losses}))
-        caption = f"Losses in nats/token, compared with {self._letters[self.against]}"
+        caption = f"Losses in {losses[0].unit}, compared with {self._letters[self.against]}"
         blocks: list[Block] = [Table(caption, ("", "loss", *COMPARED), rows)]
         if left_out := max(loss.left_out for loss in losses):
             blocks.append(Text(f"{left_out:,} examples left out that a model was trained on"))

@@ -265,7 +265,7 @@ def _read_names(
         for name in list_names(registry):
             with reading(registry, name) as (folder, ledger):
                 # One whose folder is lost raises: it may be one of these runs that brings it back.
-                standing = {*registered_versions(folder), *ledger.standing}
+                standing = {*registered_versions(folder), *ledger.by_version}
                 if adapter == AdapterRuns(registry, name):
                     standing -= {*ignored_versions}
                 for version in sorted(standing) if are_checked else ():

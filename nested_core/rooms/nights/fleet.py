@@ -13,7 +13,7 @@ from nested_core.registry import list_names
 from nested_core.registry.history_views import reading
 from nested_core.registry.versions import version_folder
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.loss_format import format_loss
+from nested_core.text.loss_format import format_loss, join_units
 
 COLUMNS = ("name", "champion", "since (UTC)", "loss", "last change (UTC)")
 
@@ -23,7 +23,7 @@ class NameStatus:
     """What a registry says of one name.
 
     champion, since: the version, and when it became champion; None before the first promotion.
-    loss, file: of the champion, in nats/token, on what it was judged by when it was registered.
+    loss, unit, file: of the champion, on what it was judged by when it was registered.
     last_action, last_time: of the newest line of the history.
     problem: why the name cannot be read; the rest is empty then.
     """
@@ -32,6 +32,7 @@ class NameStatus:
     champion: str | None = None
     since: str | None = None
     loss: float | None = None
+    unit: str | None = None
     file: str | None = None
     last_action: str | None = None
     last_time: str | None = None
@@ -56,6 +57,7 @@ class NameStatus:
             champion,
             moves[-1] if moves else None,
             None if validation is None else validation.loss_after,
+            None if validation is None else validation.unit,
             None if validation is None else validation.file,
             None if last is None else last.action,
             None if last is None else last.time,
@@ -87,4 +89,5 @@ def read_fleet(registry: Path) -> list[NameStatus]:
 def describe_losses(fleet: Sequence[NameStatus]) -> str:
     """What the losses of the rows are of."""
     files = ", ".join(sorted({each.file for each in fleet if each.file is not None})) or "none"
-    return f"Losses: nats/token, on what each champion was judged by when it was made ({files})."
+    units = join_units(each.unit for each in fleet)
+    return f"Losses: {units}, on what each champion was judged by when it was made ({files})."

@@ -45,7 +45,7 @@ def write_night_metrics(
     put("night_end_timestamp_seconds", "When the last night ended.", time.time())
     put("night_seconds", "How long the last night took.", night.seconds)
     if night.run.gate_loss is not None:
-        meaning = "Nats a token of its adapter, on the gate's examples."
+        meaning = f"{night.run.loss_unit} of its adapter, on the gate's examples."
         put("night_loss", meaning, night.run.gate_loss)
     is_begun = name_exists(adapter.registry, adapter.name)
     changes = read_champion_changes(adapter.registry, adapter.name) if is_begun else []

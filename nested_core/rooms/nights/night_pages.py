@@ -20,6 +20,7 @@ from nested_core.report.run_report import list_answers
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Cell, Code, Document, Facts, Figures, Section, Table, Text
+from nested_core.text.loss_format import join_units
 from nested_core.text.svg_chart import Chart, Curve, Point
 
 CRASHED_RUN_NOTE = (
@@ -31,7 +32,7 @@ PROBLEMS: tuple[Severity, ...] = ("error", "warning")  # findings that are more 
 COLUMNS = ("run", "outcome", "loss", "right", "min", "rows")
 MAX_WIDTH = 28  # of a cell: all columns are to be seen in 710 pixels, which one UI of Prefect has
 HOW_TO_READ = (
-    "Losses (nats/token on the examples of the gate) and right answers (of all eval sets): the "
+    "Losses ({units} on the examples of the gate) and right answers (of all eval sets): the "
     "candidate's, then the champion's. Rows: trained on + held out; * other held-out rows than in "
     "the run before. Min: minutes."
 )
@@ -140,6 +141,7 @@ class _NightFigures:
     outcome: str | None = None
     conclusion: str | None = None
     loss: float | None = None
+    unit: str | None = None
     champion_loss: float | None = None
     answers: str | None = None
     examples: str | None = None
@@ -152,6 +154,7 @@ def describe_nights(
     """The losses over the nights, a table, the latest night first, and links to other pages."""
     figures = [_read_figures(night) for night in nights]
     dates = [f"{night.due:%d %b %H:%M}" for night in nights]
+    units = join_units(each.unit for each in figures)
     rows = []
     judged_on = None
     for night, date, seen in zip(nights[::-1], dates[::-1], figures[::-1], strict=True):
@@ -170,14 +173,14 @@ def describe_nights(
     return Document(
         f"{name}: the last scheduled runs",
         [
-            Figures([[_draw_losses(dates[::-1], figures[::-1])]]),
-            Table(HOW_TO_READ, COLUMNS, rows[::-1], MAX_WIDTH),
+            Figures([[_draw_losses(dates[::-1], figures[::-1], units)]]),
+            Table(HOW_TO_READ.format(units=units), COLUMNS, rows[::-1], MAX_WIDTH),
             Facts([(f"Newest {text} page", Cell("open", path=path)) for text, path in links]),
         ],
     )
 
 
-def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures]) -> Chart:
+def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures], units: str) -> Chart:
     """The losses over the nights, the oldest first."""
     sides = {
         "candidate": [each.loss for each in figures],
@@ -188,7 +191,7 @@ def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures]) -> Char
         for name, losses in sides.items()
     ]
     axis = f"run, 1 is {dates[0]}, {len(dates)} is {dates[-1]}"
-    return Chart("Loss", axis, "nats/token", curves)
+    return Chart("Loss", axis, units, curves)
 
 
 def _read_figures(night: Night) -> _NightFigures:
@@ -216,6 +219,7 @@ def _read_figures(night: Night) -> _NightFigures:
         outcome=f"{night.outcome}, then {Outcome.ROLLED_BACK}" if is_rolled_back else None,
         conclusion=None if conclusion is None else conclusion.replace("_", " "),
         loss=None if losses is None else losses.loss_after,
+        unit=None if losses is None else losses.unit,
         champion_loss=None if champion is None else champion.loss,
         answers=_count_right(verdict),
         examples=trained_on if losses is None else f"{trained_on}+{losses.examples}",

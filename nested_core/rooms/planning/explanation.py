@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nested_core import seams
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.pipeline.learning_rate_rule import describe_learning_rate
 from nested_core.pipeline.run_explanation import RunExplanation
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.loss_conclusion import MIN_MARGIN
+from nested_core.text.loss_format import NATS_PER_TOKEN
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,11 @@ class RunInWords:
     """What a run will do and cost, subject by subject."""
 
     run: RunExplanation
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of the loss that is trained with, and that the gate measures."""
+        return seams.unit_of_loss(self.run.config.training.loss)
 
     def describe(self) -> dict[str, str]:
         """Sentences for each subject, in the order in which a person asks for them."""
@@ -130,10 +137,12 @@ class RunInWords:
         if split is not None or gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
             file = gate.held_out if split is None else self.run.splits[split].file
             yield self._describe_loss_bound(file)
+            rise = f"1.0 {self.loss_unit}"
+            if self.loss_unit == NATS_PER_TOKEN:
+                rise += f" (each expected token {math.e:.1f} times less likely)"
             yield (
                 f"The loss of at most {gate.max_harmed_share:.2%} of these examples may rise by "
-                f"more than 1 nat/token (each expected token {math.e:.1f} times less likely) while "
-                f"few fall by as much."
+                f"more than {rise} while few fall by as much."
             )
             if gate.max_kl is not None:
                 yield (
@@ -145,7 +154,8 @@ class RunInWords:
         if gate.max_general_loss_increase is not None:
             yield (
                 f"Its loss on {gate.general_data} may not rise significantly, unless the rise is "
-                f"certainly within {_describe_margin(gate.max_general_loss_increase)}."
+                f"certainly within "
+                f"{_describe_margin(gate.max_general_loss_increase, NATS_PER_TOKEN)}."
             )
         for task in gate.tasks:
             bounds = ", ".join(self._describe_suite_bounds(task)) or "no threshold"
@@ -176,8 +186,8 @@ class RunInWords:
             return f"{where} may not rise significantly."
         return (
             f"{where} may not rise significantly, unless the rise is certainly within "
-            f"{_describe_margin(increase)}. If the examples are too few to tell, the verdict says "
-            f"so and the adapter passes."
+            f"{_describe_margin(increase, self.loss_unit)}. If the examples are too few to tell, "
+            f"the verdict says so and the adapter passes."
         )
 
     def _describe_registry(self) -> str:
@@ -194,9 +204,9 @@ class RunInWords:
         return " ".join([text, *(f"But {sentence}." for sentence in self.run.tightening)])
 
 
-def _describe_margin(increase: float) -> str:
+def _describe_margin(increase: float, unit: str) -> str:
     """A relative bound of a loss, and the least rise that it allows, as `margin_of_loss` has it."""
-    return f"{increase:.2%} or {MIN_MARGIN:g} nats/token, whichever is more"
+    return f"{increase:.2%} or {MIN_MARGIN:g} {unit}, whichever is more"
 
 
 def _format_batches(count: int) -> str:

@@ -65,7 +65,8 @@ def _measure(
     examples = HeldOutExamples(split, "held-out examples", selected_on_same_data=False)
     ((before, tokens),) = champion.base.example_loss_sums((champion.adapter.path,), split)
     ((after, _),) = judged.base.example_loss_sums((judged.after.path,), split)
-    losses = examples.make_losses(tokens, before=before, after=after)
+    loss = judged.config.training.loss
+    losses = examples.make_losses(tokens, loss, before=before, after=after)
     is_seen = find_left_out(examples.digests, judged.trained_on, champion.training_examples)
     yield from summarise_ancestors(
         chosen, losses.leaving_out(is_seen), ages[losses.lines - 1], judged.bounds

@@ -18,12 +18,10 @@ from nested_core.registry.folders import name_exists
 from nested_core.registry.versions import version_folder
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Table
-from nested_core.text.loss_format import format_loss
+from nested_core.text.loss_format import format_loss, join_units
 
 MAX_GENERATIONS = 10
-CAPTION = (
-    "Loss of each generation, oldest first, on what earlier versions were judged by; nats/token"
-)
+CAPTION = "Loss of each generation, oldest first, on what earlier versions were judged by; "
 
 
 def tabulate_generations(
@@ -36,6 +34,7 @@ def tabulate_generations(
     read: its own commands say what is wrong with it.
     """
     losses: dict[tuple[str, str], float | None] = {}
+    units: set[str] = set()
     generations = []
     with suppress(NestedTuneError, OSError):
         if not name_exists(registry, name):
@@ -46,6 +45,7 @@ def tabulate_generations(
         for verdict in [*verdicts, *([candidate] if candidate else [])]:
             for ancestor in verdict.ancestors:
                 if ancestor.loss is not None:
+                    units.add(ancestor.unit)
                     losses[ancestor.version, str(verdict.rival)] = ancestor.loss
                     losses[ancestor.version, verdict.trained.digest] = ancestor.loss_after
     if candidate is not None:
@@ -61,7 +61,8 @@ def tabulate_generations(
         for version in generations
         if any(judged == version for judged, _ in losses)
     ]
-    return Table(CAPTION, ("", *map(shorten_digest, generations)), rows) if rows else None
+    caption = CAPTION + join_units(units)
+    return Table(caption, ("", *map(shorten_digest, generations)), rows) if rows else None
 
 
 def list_tables(

@@ -84,15 +84,16 @@ def describe_sweep(record: SweepRecord, runs: Sequence[RunDirectory], summary: s
     for number, (arm, run) in enumerate(zip(record.arms, runs, strict=True)):
         points = Run(run).points("val_loss")
         curves.append(Curve(f"{number}: {arm.describe()}", points, has_dots=True))
-    chart = Chart("Validation loss of each setting", "step", "nats/token", curves)
-    table = Table(describe_scores(record), sweep_columns(record), sweep_rows(record))
+    unit = Run(runs[0]).loss_unit
+    chart = Chart("Validation loss of each setting", "step", unit, curves)
+    table = Table(describe_scores(record, unit), sweep_columns(record), sweep_rows(record))
     return Document("Sweep", [Text(summary, is_headline=True), Figures([[chart]]), table])
 
 
-def describe_scores(record: SweepRecord) -> str:
+def describe_scores(record: SweepRecord, unit: str) -> str:
     """What the figures of the table of arms are."""
     if record.select_by == "loss":
-        return "Validation loss in nats/token, the lowest up to each step"
+        return f"Validation loss in {unit}, the lowest up to each step"
     return f"Right answers to {record.select_by}, the most up to each step"
 
 

@@ -19,7 +19,7 @@ class Arm:
     """One setting that is tried.
 
     point: key -> value, where it differs from the configuration; empty for that itself.
-    scores: by the rung's step, the best so far, lower first: the validation loss in nats a token,
+    scores: by the rung's step, the best so far, lower first: the validation loss,
         or the share of wrong answers and the loss; None if it was not finite or training
         diverged.
     """

@@ -44,6 +44,7 @@ from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.answers import read_answers
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
+from nested_core.records.run import Run
 from nested_core.records.verdict import Verdict
 from nested_core.rooms.sweep.choice import SweepChoice
 from nested_core.rooms.sweep.page import describe_sweep
@@ -159,8 +160,9 @@ class SweepResult:
             return f"{text} It could not be compared with the configuration itself."
         low, high = self.choice.corrected_interval or (difference.low, difference.high)
         luck = f", corrected for the choice among {among}" if among > 1 else ""
+        unit = Run(self.run).loss_unit
         return (
-            f"{text} Against the configuration itself {difference.mean:+.3g} nats/token on "
+            f"{text} Against the configuration itself {difference.mean:+.3g} {unit} on "
             f"{difference.examples} examples (95 % interval {low:+.3g} to {high:+.3g}{luck}): "
             f"{told}."
         )

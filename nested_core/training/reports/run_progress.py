@@ -46,6 +46,7 @@ class RunProgress:
     first_report: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
+        """Record the plan.json that exists now, to notice when training replaces it."""
         # Training has begun once plan.json is another file than now.
         self._plan_before = self._inode_of_plan()
         self._began_at: float | None = None
@@ -222,6 +223,10 @@ class RunProgress:
         return bool(records)
 
     def _inode_of_plan(self) -> int | None:
+        """Return the inode of plan.json, which changes when it is rewritten.
+
+        None without the file.
+        """
         try:
             return self.run.plan.stat().st_ino
         except OSError:

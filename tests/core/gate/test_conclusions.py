@@ -125,7 +125,7 @@ def test_a_few_examples_that_lose_much_are_refused(harmed, examples, by, sd) -> 
     losses = losses_of(differences)
     (reason,) = harm_reasons(losses, validation_of(losses), GateSection())
     assert reason.code == "examples_harmed"
-    assert f"{harmed} of {examples} examples lost more than 1 nat/token" in reason.message
+    assert f"{harmed} of {examples} examples lost more than 1.0 nats/token" in reason.message
     assert "valid.jsonl:" in reason.message
 
 

@@ -18,8 +18,8 @@ from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import (
     champion_or_none,
     describe_starting_adapter,
+    find_kept_champion,
     find_reason_to_skip,
-    find_unbeaten_champion,
 )
 from nested_core.pipeline.publishing import read_run_examples, register_run
 from nested_core.records.judged_run import read_judged_run
@@ -379,5 +379,5 @@ def test_a_start_that_is_not_beaten_is_kept_unless_answers_got_better(
         champion=ChampionLoss(champion),
         tasks=(task,),
     )
-    found = find_unbeaten_champion(configure(tmp_path, "x"), RunDirectory(tmp_path), verdict)
+    found = find_kept_champion(configure(tmp_path, "x"), RunDirectory(tmp_path), verdict)
     assert found == (champion if is_kept else None)

@@ -27,9 +27,9 @@ from nested_core.registry.history_views import writing_folder
 from nested_core.registry.policy import (
     PromotionRule,
     RegistryPolicy,
+    apply_policy,
     describe_tightening,
     find_looser_bounds,
-    hold_to_policy,
     read_policy,
     read_reference,
     set_policy,
@@ -122,7 +122,7 @@ def test_a_reference_that_is_none_is_refused(registry: Path, judged: Judged, wan
 def test_always_without_a_reference_is_told(registry: Path) -> None:
     def told(mode: str) -> str:
         own = section(registry, mode).model_dump(mode="json")
-        return " ".join(hold_to_policy(FineTuneConfig.model_validate({"registry": own}))[1])
+        return " ".join(apply_policy(FineTuneConfig.model_validate({"registry": own}))[1])
 
     what = "nothing limits what the small losses of many promotions add up to"
     assert what in told("always")

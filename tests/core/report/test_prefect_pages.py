@@ -32,7 +32,7 @@ def curves_of(count: int) -> list[dict[str, Any]]:
 
 
 def test_the_curves_name_their_latest_values_and_need_no_network() -> None:
-    page = str(describe_curves(curves_of(50), 50, "examples/*bold*"))
+    page = str(describe_curves(curves_of(50), 50, "examples/*bold*", "nats/token"))
     drawn = picture_of(page)
     assert drawn.count('fill="none"') == 1  # a line; the one evaluation is a dot
     assert "training loss 0.08<" in drawn
@@ -47,14 +47,14 @@ def test_the_first_report_is_a_picture_and_nothing_before_it_and_no_loss_that_is
     None
 ):
     records: list[dict[str, Any]] = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]
-    drawn = draw_chart(chart_losses(records, 100), STANDALONE)
+    drawn = draw_chart(chart_losses(records, 100, "nats/token"), STANDALONE)
     assert drawn.count("<circle") == 1
     assert "training loss 2.5<" in drawn
     assert "validation loss: none yet<" in drawn
-    assert "data:image" not in str(describe_curves([], 50, "data"))
+    assert "data:image" not in str(describe_curves([], 50, "data", "nats/token"))
 
 
 def test_a_picture_of_many_steps_is_as_small_as_one_of_few() -> None:
-    drawn = draw_chart(chart_losses(curves_of(100_000), 100_000), STANDALONE)
+    drawn = draw_chart(chart_losses(curves_of(100_000), 100_000, "nats/token"), STANDALONE)
     assert len(drawn) < 12_000
     assert "nats/token (logarithmic)<" in drawn

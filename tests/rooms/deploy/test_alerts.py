@@ -293,7 +293,7 @@ def test_a_night_unlike_the_last_ones_is_told_and_an_ordinary_one_is_not(
 def test_a_night_is_unusual_beyond_five_deviations_and_a_hundredth_of_a_nat(
     difference: float, last: list[float], is_unusual: bool
 ) -> None:
-    said = warning_events.describe_unusual_night(difference, last)
+    said = warning_events.describe_unusual_night(difference, last, "nats/token")
     assert (said is not None) is is_unusual
 
 

@@ -15,15 +15,21 @@ from typing import Any
 
 import pytest
 
+from nested_core import seams
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.lines import example_parsing
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped
 from nested_core.gate.judge import judge_run
 from nested_core.pipeline import steps
+from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
+from nested_core.pipeline.run_explanation import explain_run
+from nested_core.records.run import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import parse_verdict
-from nested_core.records.verdict_table import list_checks
+from nested_core.records.verdict_table import check_table, list_checks
+from nested_core.report.run_report import describe_run
+from nested_core.rooms.planning.explanation import RunInWords
 from nested_core.rooms.preferences import reference_likelihoods
 from nested_core.rooms.preferences.answer_rows import PAIRS, encode_pair
 from nested_core.rooms.preferences.reference_likelihoods import (
@@ -52,7 +58,7 @@ SIZE = {
 
 
 def make_config(data: Path, loss: str, **changes: Any) -> FineTuneConfig:
-    return parse_config(make_values(data, loss, **SIZE, **changes), source="test.yaml")
+    return parse_config(make_values(data, loss, **(SIZE | changes)), source="test.yaml")
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,43 @@ def test_the_block_is_in_gate_json_and_in_the_table_of_checks(learnt) -> None:
     names = [check.name for check in list_checks(read)]
     assert "preference (dpo), 10 examples: margin" in names
     assert "chosen answers likelier than rejected ones" in names
+
+
+def test_losses_are_in_nats_an_example_wherever_they_are_shown(learnt) -> None:
+    run = Run(learnt.finished.run)
+    assert run.loss_unit == "nats/example"
+    assert run.to_json()["loss_unit"] == "nats/example"
+    losses: Any = learnt.verdict.validation
+    assert losses.unit == "nats/example"
+    assert "; 10 held-out examples reliably detect changes of" in learnt.verdict.summary()
+    assert "nats/example or more (80 % power)" in learnt.verdict.summary()
+    shown = check_table(learnt.verdict)
+    assert shown.caption.startswith("What was checked. Losses are in nats/example (nats/token: ")
+    assert "examples that lost more than 1.0 nats/example" in str(shown)
+    assert "nats/example (logarithmic) by step" in describe_run(run).to_html()
+
+
+def test_the_units_are_known_without_the_room_that_computes_the_loss() -> None:
+    assert seams.unit_of_loss(None) == "nats/token"
+    assert {name: seams.unit_of_loss(name) for name in ("dpo", "orpo", "simpo", "kto")} == {
+        "dpo": "nats/example",
+        "orpo": "nats/example",
+        "simpo": "nats/example",
+        "kto": "KTO value/example",
+    }
+
+
+def test_no_rate_is_held_against_those_that_were_best_for_the_cross_entropy(tmp_path: Path) -> None:
+    config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=1e-6)
+    assert warn_of_learning_rate(config) is None
+    explained = explain_run(config, measures_speed=False)
+    said = RunInWords(explained).describe()
+    assert said["learning rate"] == "1e-06."
+    assert "within 2.00% or 0.01 nats/example, whichever is more" in said["gate"]
+    assert "may rise by more than 1.0 nats/example while" in said["gate"]
+    cross_entropy = config.training.model_copy(update={"loss": None})
+    plain = config.model_copy(update={"training": cross_entropy})
+    assert "rank x scale x rate is" in (warn_of_learning_rate(plain) or "")
 
 
 def test_a_fall_of_chosen_answers_is_told(learnt) -> None:

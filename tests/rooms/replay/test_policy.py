@@ -17,7 +17,7 @@ from nested_core.errors import ConfigError, DamagedError, DatasetError, GateReje
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import (
     describe_starting_adapter,
-    find_unbeaten_champion,
+    find_kept_champion,
     settings_digest,
 )
 from nested_core.pipeline.finetune import finetune
@@ -319,7 +319,7 @@ def test_a_rebuilt_run_that_is_worse_than_the_champion_is_refused(nights, tmp_pa
     verdict = read_verdict(run.gate)
     assert [reason.code for reason in verdict.reasons] == ["loss_regressed"]
     assert verdict.rival == champion
-    assert find_unbeaten_champion(weak, run, verdict) == champion
+    assert find_kept_champion(weak, run, verdict) == champion
 
 
 def test_a_start_that_is_lost_is_damage_and_no_other_rate(nights, tmp_path) -> None:

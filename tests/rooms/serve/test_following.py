@@ -226,7 +226,7 @@ def promote_damaged(promote: Promote, registry: Path) -> str:
     move_link = NameFolder._move_link
 
     def damage_and_move(held: NameFolder, champion: str) -> None:
-        weights = held.place_of(champion) / "adapters.safetensors"
+        weights = held.version_path(champion) / "adapters.safetensors"
         weights.chmod(0o644)
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
