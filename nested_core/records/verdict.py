@@ -462,11 +462,6 @@ class TaskResult:
     same_answer: str | None = None
 
     @property
-    def is_proven_gain(self) -> bool:
-        """Whether the answers got better beyond chance, corrected for suites and steps."""
-        return self.conclusion == "better"
-
-    @property
     def before(self) -> float:
         """The mean score that `difference` is measured from: the parent's, or else the base's."""
         return self.base if self.parent is None else self.parent

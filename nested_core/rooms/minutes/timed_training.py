@@ -72,8 +72,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     def __init__(self, config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> None:
         training = config.training
         minutes = training.minutes or 0.0  # with none this is not made
-        continual = config.continual
-        has_earlier = continual.replay.fraction or continual.policy != "continue"
+        has_earlier = config.replay_fraction or config.continual.policy != "continue"
         if has_earlier or (training.processes, training.hostfile) != (1, None):
             raise ConfigError(
                 f"training.minutes: {minutes:g} minutes are counted in steps of one process, "
