@@ -50,7 +50,7 @@ class AuditFinding:
     advice: str | None = None
 
     def __str__(self) -> str:
-        """The finding in one line."""
+        """Format the finding as one line."""
         return f"{self.file}: {self.message}"
 
 
