@@ -101,7 +101,11 @@ def collect_garbage(
 def _plan_removals(
     folder: Path, name: str, ledger: Ledger, keep: int, *, dry_run: bool
 ) -> GarbageReport:
-    """Decide which versions a gc removes and which it keeps, without removing anything."""
+    """Decide which versions a gc removes and which it keeps, without removing anything.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(version, ledger), reverse=True)
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
@@ -154,6 +158,9 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
     """Return whether a version was registered recently and was never champion since.
 
     A version that waits for a person's approval counts as new for as long as it waits.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
     """
     lines = ledger.by_version.get(version, [])
     if version in ledger.champion_versions():
@@ -167,7 +174,10 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:
-    """Return the temporary files of killed writers; every writer removes them under the lock."""
+    """Return the temporary files of killed writers; every writer removes them under the lock.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
     names = ("", VERSIONS_FOLDER_NAME, DATA_FOLDER_NAME)
     folders = [folder / name for name in names if (folder / name).is_dir()]
@@ -235,7 +245,11 @@ def forget_rows(
 def _find_listed_rows(
     folder: Path, ledger: Ledger, is_listed: Callable[[dict[str, Any]], bool]
 ) -> dict[str, set[str]]:
-    """Return, for each version that has any, the digests of the rows that `is_listed` selects."""
+    """Return, for each version that has any, the digests of the rows that `is_listed` selects.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     digests = find_rows(folder, is_listed)
     lost = {}
     for version in ledger.by_version:
@@ -246,7 +260,11 @@ def _find_listed_rows(
 
 
 def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:
-    """Raise ConfigError if a version is the champion, or is complete and so not lost."""
+    """Raise ConfigError if a version is the champion, or is complete and so not lost.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     shown = shorten_digest(version)
     if version == ledger.champion:
         raise ConfigError(

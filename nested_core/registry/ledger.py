@@ -340,7 +340,10 @@ def read_ledger(folder: Path) -> Ledger:
 
 
 def old_layout_error(folder: Path) -> DamagedError:
-    """Build the error for a history of an earlier release, which has no lines for registrations."""
+    """Build the error for a history of an earlier release, which has no lines for registrations.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return DamagedError(
         f"{folder / LEDGER_NAME} is of an earlier nested-tune, and does not say what was "
         f"registered: move the folder {folder.name} away, and give `nested-tune promote RUN_DIR "
@@ -373,6 +376,7 @@ def opened_for_append(folder: Path, ledger: Ledger) -> Iterator[int]:
 def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
     """Append a line to the history, force it to disk, and return the new history.
 
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     confirm: called just before the write; it raises if another process could be writing.
     """
     reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
@@ -390,7 +394,10 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
 
 
 def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
-    """Remove what a crash left after the last complete line; return the history without it."""
+    """Remove what a crash left after the last complete line; return the history without it.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(descriptor, ledger.whole_bytes)
