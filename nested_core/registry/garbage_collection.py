@@ -103,6 +103,7 @@ def _plan_removals(
 ) -> GarbageReport:
     """Decide which versions a gc removes and which it keeps, without removing anything.
 
+    keep: how many of the newest versions stay.
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.
     """
@@ -189,6 +190,7 @@ def _find_leftovers(folder: Path) -> tuple[str, ...]:
 def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> str:
     """Record that a version is lost and remove what is left of its files; return its digest.
 
+    by, reason: who says so and why, for the history.
     version: the digest or its first digits.
 
     Raises ConfigError for the champion, for a version that is complete, and for an unknown one;
@@ -224,6 +226,9 @@ def forget_rows(
 
     The history gets one line for each version that had such rows, with their number only. What a
     version has learnt from them stays in its tensors. Raises ConfigError for an unknown name.
+
+    by: who asks, for the history.
+    dry_run: count the rows without removing them.
     """
     if dry_run:
         with reading(registry, name) as (folder, ledger):

@@ -96,6 +96,8 @@ class NameFolder:
         """Append a line to the history, then update the files that are derived from it.
 
         The change is made once the line is on disk, whatever happens next.
+
+        by: who makes the change. fields: further fields of the line.
         """
         entry = new_entry(action, version, self.champion, by, **fields)
         self.ledger = append(self.path, self.ledger, entry, confirm=self.confirm)

@@ -220,6 +220,7 @@ def has_all_judgements(folder: Path, version: str, ledger: Ledger) -> bool:
 def _path_of(folder: Path, version: str, digest: str) -> Path:
     """Return the path of a judgement's file.
 
+    digest: the SHA-256 that names the file.
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     return folder / JUDGEMENTS_FOLDER_NAME / version / f"{digest}.json"
@@ -228,6 +229,7 @@ def _path_of(folder: Path, version: str, digest: str) -> Path:
 def _read_judgement(folder: Path, version: str, digest: str, line_number: int) -> Judgement:
     """Read a judgement; DamagedError if its content is not what its history line names.
 
+    digest: the file's SHA-256, which names it. line_number: the number of its history line, from 0.
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     path = _path_of(folder, version, digest)

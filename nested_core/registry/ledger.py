@@ -294,6 +294,7 @@ def new_entry(
 ) -> Entry:
     """Create a history line with the present time (UTC).
 
+    version: the version concerned. previous: the champion before the line.
     by: who makes the change; characters that are not encodable are replaced by '?'.
     more: further fields of Entry.
     """
@@ -431,6 +432,8 @@ def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> 
 
     Each line must hold the hash of the line before it and the champion after it. Raises
     DamagedError.
+
+    lines: the bytes of each line. entries: the same lines, parsed.
     """
     champion: str | None = None
     end_sha256 = NO_LINE_SHA256

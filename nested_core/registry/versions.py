@@ -194,7 +194,11 @@ def inspect_version(
 
 
 def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | None) -> str | None:
-    """Return why a file of a version is not the one that its manifest lists; None if it is."""
+    """Return why a file of a version is not the one that its manifest lists; None if it is.
+
+    listed: the file's size and hash in the manifest; None if it is not listed.
+    max_age: as in `verify_version`.
+    """
     kind = file_type(path)
     if kind != "file":
         return "missing" if kind == "missing" else "not a regular file"
