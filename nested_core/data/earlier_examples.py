@@ -86,9 +86,8 @@ def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierE
 
     Raises ConfigError if the room replay is not installed.
     """
-    continual = config.continual
-    if not continual.replay.fraction and continual.policy == "continue":
+    if not config.replay_fraction and config.continual.policy == "continue":
         return None
-    wanted = REPLAY_KEY if continual.replay.fraction else POLICY_KEY
+    wanted = REPLAY_KEY if config.replay_fraction else POLICY_KEY
     earlier: EarlierExamples = seams.load_only("earlier_examples", wanted)(config, run)
     return earlier

@@ -191,16 +191,19 @@ def settings_digest(
 
     base: the base model's fingerprint.
 
-    With replay it covers the replayed examples too. With `training.minutes` it covers the minutes
-    instead of the number of iterations.
+    With replay it covers the replayed examples too. A run that finds none to replay has the digest
+    of a run without replay. With `training.minutes` it covers the minutes instead of the number of
+    iterations.
     """
     settings = settings_that_shape_adapter(config)
     if config.training.minutes is not None:
         del settings["iters"]
     followed = settings.pop("continual")  # the rate of going on, and replay
     facts = [base, dataset.tokenizer, settings, followed["rate"]]
-    if earlier := find_earlier_examples(config, run):
-        facts += [followed["replay"], earlier.content_digest()]
+    earlier = find_earlier_examples(config, run)
+    if earlier is not None and (earlier.count() or earlier.find_dropped()):
+        replay = followed["replay"] | {"fraction": config.replay_fraction}
+        facts += [replay, earlier.content_digest()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
@@ -241,7 +244,8 @@ def find_kept_champion(config: FineTuneConfig, run: RunDirectory, verdict: Verdi
     elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
         # Trained from the base: the gate compared it with the champion
         difference = None if verdict.champion is None else verdict.champion.difference
-    if difference is None or difference < 0 or any(task.is_proven_gain for task in verdict.tasks):
+    has_proven_gain = any(task.conclusion == "better" for task in verdict.tasks)
+    if difference is None or difference < 0 or has_proven_gain:
         return None
     return verdict.rival
 

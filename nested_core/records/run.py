@@ -38,6 +38,7 @@ from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import file_type
 from nested_core.text.svg_chart import Point
+from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.records.losses import ExampleLosses
@@ -326,8 +327,8 @@ class Run:
 
     def describe_length(self) -> str:
         """Describe how much was trained: "200 of 200 steps, 20 passes over train.jsonl"."""
-        of_all = "" if self.steps is None else f" of {self.steps:,}"
-        text = f"{self.step:,}{of_all} steps"
+        text = format_count(self.step if self.steps is None else self.steps, "step")
+        text = text if self.steps is None else f"{self.step:,} of {text}"
         if self.plan is None:
             return text
         passes = f"{self.plan.passes_until(self.step):.3g}"
