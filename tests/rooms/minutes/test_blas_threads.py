@@ -21,7 +21,7 @@ from nested_core.rooms.minutes.blas_threads import (
     _open_library,
     choose_blas_threads,
 )
-from nested_core.rooms.minutes.trial_run import TrialRun
+from nested_core.rooms.minutes.trial_run import TrialRun, try_steps
 from nested_core.storage.run_directory import open_run
 from tests.example import prepare
 from tests.rooms.minutes.test_timed_training import FIXED, Listening, config_of, training_plan
@@ -70,7 +70,6 @@ def test_explain_measures_a_run_of_minutes_with_the_threads_that_it_will_have(
     tmp_path: Path, library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = []
-    try_steps = sizes.try_steps
 
     def noting_threads(*arguments: Any) -> TrialRun:
         threads.append(library.openblas_get_num_threads())
