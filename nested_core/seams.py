@@ -132,5 +132,8 @@ def find_loss(name: str) -> RoomLoss:
 
 
 def unit_of_loss(name: str | None) -> str:
-    """The unit of the loss that `training.loss` names; None is the cross-entropy."""
+    """Return the unit of a loss, such as nats/token.
+
+    name: the value of `training.loss`; None is the cross-entropy.
+    """
     return NATS_PER_TOKEN if name is None else str(join_mappings("losses")[name].unit)

@@ -115,7 +115,7 @@ else:
         """Has `FineTuneConfig(learning_rte=1)` say what a file with that key is told."""
 
         def __call__(cls, *args: Any, **values: Any) -> Any:
-            """The instance; ConfigError with every problem."""
+            """Create an instance; raise ConfigError with every problem of its values."""
             try:
                 return super().__call__(*args, **values)
             except ValidationError as error:

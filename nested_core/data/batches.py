@@ -61,6 +61,7 @@ def sort_into_buckets(
 ) -> LengthBuckets:
     """Sort rows into buckets of whole batches; ValueError without any row.
 
+    max_seq_length: the largest width, in tokens; None for no limit.
     lengths: tokens of each row, [n]; a row has one input token fewer.
 
     Every batch is full except for the one with the shortest rows, where missing rows cost least.
@@ -211,7 +212,11 @@ class BatchPlan(Protocol):
         """Return the batch with this index; it is the same in every process."""
 
     def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
-        """Return for each width the largest sum of the rows' values in a batch of epoch 0."""
+        """Return for each width the largest sum of the rows' values in a batch of epoch 0.
+
+        values: int64 [n], one for each row.
+        rank, ranks: this process's number and the number of processes that share each batch.
+        """
 
 
 class BatchOrder:
@@ -304,6 +309,7 @@ def choose_evaluation_batches(
 ) -> list[BatchRows]:
     """Return the batches of every evaluation, longest examples first.
 
+    max_seq_length: the largest width, in tokens; None for no limit.
     max_batches: -1 for all. Fewer are chosen evenly spaced, without randomness, so that two
         evaluations differ by the weights alone. The last batch may be partial.
     """

@@ -43,6 +43,8 @@ def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function'
 
     Blocks are used for causal float32 attention of at least MIN_BLOCKED_LENGTH tokens; anything
     else goes to mlx-lm's function.
+
+    queries, keys, values: (batch, heads, length, width).
     """
     length = queries.shape[2]
     is_causal = is_plainly_causal(cache, mask, sinks)
@@ -102,6 +104,9 @@ def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any
 
     With P the probabilities, O the output and g its gradient, the scores' gradient is P (g V^T -
     rowsum(g O)) (Dao et al. 2022, FlashAttention, appendix B.2).
+
+    primals: queries, keys and values. cotangents: the gradient of the output first. outputs: what
+        the forward pass returned.
     """
     queries, keys, values = primals
     output, *probabilities = outputs

@@ -99,7 +99,11 @@ def random_arrays(
 
 
 def _describe_difference(outputs: Any, expected: Any) -> str | None:
-    """Describe the first difference of shape or value beyond TOLERANCE; None without one."""
+    """Describe the first difference of shape or value beyond TOLERANCE; None without one.
+
+    outputs: what the kernel returned: an array or a list of arrays. expected: what its reference
+        returned.
+    """
     if isinstance(outputs, mx.array):
         outputs, expected = [outputs], [expected]
     for ours, theirs in zip(outputs, expected, strict=True):

@@ -220,7 +220,10 @@ def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
 
 
 def _have_equal_bits(leaves: Sequence[Any], arrays: Sequence[mx.array]) -> list[bool]:
-    """Return whether each leaf is an array of the same shape, dtype and bits, in one evaluation."""
+    """Return whether each leaf is an array of the same shape, dtype and bits, in one evaluation.
+
+    leaves: values found in a tree; None for a missing one. arrays: what each is compared with.
+    """
     pairs = list(zip(leaves, arrays, strict=True))
     flags = [_has_equal_bits(leaf, array) for leaf, array in pairs if leaf is not array]
     equal = iter(cast("list[bool]", mx.stack(flags).tolist()) if flags else [])

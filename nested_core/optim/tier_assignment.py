@@ -189,7 +189,10 @@ def _assign_parameters_outside_layers(
 
 
 def _refuse_empty_tiers(tensors: Mapping[str, int], tiers: int) -> None:
-    """Raise ConfigError if a tier has no parameter."""
+    """Raise ConfigError if a tier has no parameter.
+
+    tensors: the tier of each parameter. tiers: how many tiers there are.
+    """
     empty = sorted(set(range(tiers)) - set(tensors.values()))
     if empty:
         raise ConfigError(

@@ -234,6 +234,9 @@ def register_and_promote_run(
     It overrides the registry's policy. Returns the decision, and the run's verdict. The run is
     locked for reading and the registry for writing. Raises what `confirm_recorded_verdict`,
     `register` and `promote` raise, and ConfigError while another process works on the run.
+
+    by: who promotes, for the history.
+    expected_champion: as in `promote`.
     """
     path, name = registry_location(config.registry)
     with run.locked_for_reading():

@@ -144,6 +144,9 @@ def describe_inconclusive(
 ) -> str:
     """Describe an inconclusive comparison of losses and how many examples would settle it.
 
+    difference, interval: the mean difference and its 95 % interval, if there is one.
+    margin: the allowed rise; None if no bound is set.
+    examples_needed: from `count_examples_needed`; None if too many.
     Example: `inconclusive: +0.03 nats/token (95 % interval -0.05 to +0.11, allowed rise 0.02); some
         400 examples would settle it`.
     """

@@ -256,7 +256,10 @@ def _are_whole(values: Vector) -> bool:
 
 
 def _tail_probability(examples: int, confidence: float) -> float:
-    """Return the share of resampled means beyond either end of the expanded percentile interval."""
+    """Return the share of resampled means beyond either end of the expanded percentile interval.
+
+    examples: how many were resampled. confidence: the probability within the interval.
+    """
     quantile = _expand_normal_quantile(examples - 1, confidence)
     return _NORMAL_DISTRIBUTION.cdf(-quantile * math.sqrt(examples / (examples - 1)))
 

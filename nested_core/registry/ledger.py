@@ -294,6 +294,7 @@ def new_entry(
 ) -> Entry:
     """Create a history line with the present time (UTC).
 
+    version: the version concerned. previous: the champion before the line.
     by: who makes the change; characters that are not encodable are replaced by '?'.
     more: further fields of Entry.
     """
@@ -340,7 +341,10 @@ def read_ledger(folder: Path) -> Ledger:
 
 
 def old_layout_error(folder: Path) -> DamagedError:
-    """Build the error for a history of an earlier release, which has no lines for registrations."""
+    """Build the error for a history of an earlier release, which has no lines for registrations.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return DamagedError(
         f"{folder / LEDGER_NAME} is of an earlier nested-tune, and does not say what was "
         f"registered: move the folder {folder.name} away, and give `nested-tune promote RUN_DIR "
@@ -373,6 +377,7 @@ def opened_for_append(folder: Path, ledger: Ledger) -> Iterator[int]:
 def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
     """Append a line to the history, force it to disk, and return the new history.
 
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     confirm: called just before the write; it raises if another process could be writing.
     """
     reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
@@ -390,7 +395,10 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
 
 
 def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
-    """Remove what a crash left after the last complete line; return the history without it."""
+    """Remove what a crash left after the last complete line; return the history without it.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(descriptor, ledger.whole_bytes)
@@ -424,6 +432,8 @@ def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> 
 
     Each line must hold the hash of the line before it and the champion after it. Raises
     DamagedError.
+
+    lines: the bytes of each line. entries: the same lines, parsed.
     """
     champion: str | None = None
     end_sha256 = NO_LINE_SHA256

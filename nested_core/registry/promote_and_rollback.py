@@ -75,6 +75,9 @@ def register_and_promote(
 ) -> Decision:
     """Register a run's adapter and promote it under one lock, so that no gc comes in between.
 
+    provenance: the content of provenance.json.
+    by: who promotes, for the history.
+    expected_champion: as in `promote`.
     against_policy: what the policy requires and the run does not have, for the history.
     run: the run, if the caller has read and checked it; else it is read from `run_dir`.
     examples: rows for the data store.

@@ -70,6 +70,8 @@ def choose_candidate(folder: Path, ledger: Ledger, version: str, champion: str |
     """Return the newest verdict on a version against this champion; call under the folder's lock.
 
     Without a verdict against it, the newest of all. Raises ConfigError for an unknown version.
+
+    ledger: the adapter's history.
     """
     if version not in registered_versions(folder):
         raise ConfigError(f"{folder} has no version {version!r:.80}.")
@@ -126,7 +128,10 @@ def promote_missed_versions(
 
 
 def _decide_as_recorded(folder: NameFolder, version: str, origin: Origin) -> Decision:
-    """Decide about a version by the policy and against the champion recorded with its verdict."""
+    """Decide about a version by the policy and against the champion recorded with its verdict.
+
+    folder: the adapter's locked folder in the registry.
+    """
     champion = folder.champion
     if version == champion:
         return Decision("already_champion", version, champion)
@@ -150,6 +155,7 @@ def decide(
 ) -> Decision:
     """Promote a version automatically, or return why it is not promoted.
 
+    folder: the adapter's locked folder in the registry.
     section: the run's section `registry`; of it and the registry's policy the stricter counts.
     expected_champion: the champion that the verdict compared with.
     manifest: the hash of the version's manifest, if its files were verified under this lock
@@ -275,7 +281,11 @@ def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
 
 
 def find_refusal_as_recorded(folder: Path, ledger: Ledger, candidate: Judgement) -> Decision | None:
-    """Return why a version's recorded policy did not promote it; None if it would be promoted."""
+    """Return why a version's recorded policy did not promote it; None if it would be promoted.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     section = recorded_section(folder, candidate)
     return find_refusal(folder, ledger, section, candidate, candidate.facts.champion_at_gate)
 
@@ -284,6 +294,8 @@ def recorded_section(folder: Path, candidate: Judgement) -> RegistrySection:
     """Return the configuration section `registry` that was recorded with a verdict on a version.
 
     Raises DamagedError if the record is not such a section.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     location = {"path": str(folder.parent), "name": folder.name}
     recorded = dict(candidate.facts.policy or {})
@@ -341,6 +353,8 @@ def find_refusal(
 
     The stricter of the run's section and the registry's policy counts.
 
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
     is_approved: a person has approved; nobody is asked again, and the comparison with the policy's
         reference, which limits automatic promotions alone, is skipped.
     """
@@ -398,6 +412,8 @@ def _why_beyond_reference(
     """Return why a version may be worse than the policy's reference by more than the margin.
 
     Returns None if it is shown to be within the margin, or the policy has no reference.
+
+    ledger: the adapter's history.
     """
     version = policy.find_reference(ledger)
     if version in (None, candidate.version):

@@ -50,7 +50,7 @@ class AuditFinding:
     advice: str | None = None
 
     def __str__(self) -> str:
-        """The finding in one line."""
+        """Format the finding as one line."""
         return f"{self.file}: {self.message}"
 
 
@@ -104,6 +104,8 @@ def resolve_version(folder: Path, prefix: str, ledger: Ledger) -> str:
 
     Versions that the history knows count even if their files are lost. Raises ConfigError if no
     version or several match.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     if VERSION_PREFIX_PATTERN.fullmatch(prefix) is None:
         raise ConfigError(
@@ -127,6 +129,7 @@ def verify_version(
 ) -> str:
     """Re-hash the files of a version; return the hash of its manifest.
 
+    folder: the version's folder.
     recorded: the manifest hashes that the history has for the version. If it is empty, the
         adapter's digest and the verdict are checked as well.
     max_age: seconds for which an earlier hash of a file is trusted, provided that its device,
@@ -156,6 +159,8 @@ def inspect_version(
 
     A verdict of "failed" is not a problem here. The hash is None if the manifest cannot be read.
     The arguments are those of `verify_version`.
+
+    folder: the version's folder.
     """
     if file_type(folder) != "directory":
         message = "the folder of the version is missing, or is not a directory"
@@ -189,7 +194,11 @@ def inspect_version(
 
 
 def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | None) -> str | None:
-    """Return why a file of a version is not the one that its manifest lists; None if it is."""
+    """Return why a file of a version is not the one that its manifest lists; None if it is.
+
+    listed: the file's size and hash in the manifest; None if it is not listed.
+    max_age: as in `verify_version`.
+    """
     kind = file_type(path)
     if kind != "file":
         return "missing" if kind == "missing" else "not a regular file"
@@ -208,7 +217,10 @@ def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | No
 
 
 def _digest_findings(folder: Path, version: str) -> Iterator[AuditFinding]:
-    """Yield a finding if the adapter or its verdict does not have the version's digest."""
+    """Yield a finding if the adapter or its verdict does not have the version's digest.
+
+    folder: the version's folder.
+    """
     try:
         if read_adapter(folder).digest() != version:
             message = "is not the adapter whose digest names the folder"

@@ -360,7 +360,11 @@ def _mean_change(tensors: Sequence[TensorChange]) -> float | None:
 
 
 def _heat_cell(tensors: Sequence[TensorChange], largest: float, *, with_tier: bool) -> Cell:
-    """Build the heat map's cell of a module, coloured by its share of the largest change."""
+    """Build the heat map's cell of a module, coloured by its share of the largest change.
+
+    largest: the largest change of a module in the map.
+    with_tier: whether the cell names the tier.
+    """
     if not tensors:
         return Cell("", heat=0.0)
     change = _mean_change(tensors)

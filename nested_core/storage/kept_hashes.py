@@ -84,7 +84,10 @@ def _file_identity(path: Path) -> dict[str, int]:
 
 
 def _read_entry(entry: Path, max_age: float) -> str | None:
-    """Read a cached hash; None if it is too old, invalid or another user's file."""
+    """Read a cached hash; None if it is too old, invalid or another user's file.
+
+    max_age: the age in seconds up to which it counts.
+    """
     try:
         with open_regular(entry, MAX_ENTRY_BYTES) as (file, size):
             status = os.fstat(file.fileno())

@@ -166,7 +166,10 @@ def _written_holder(path: Path) -> int:
 def _open_and_lock(
     path: Path, flags: int, mode: int, operation: int, on_busy: OnBusy | None
 ) -> LockFile:
-    """Open and lock the file at `path`; repeat if it was replaced in between."""
+    """Open and lock the file at `path`; repeat if it was replaced in between.
+
+    flags, mode: as in os.open. operation: as in fcntl.flock.
+    """
     while True:
         lock = LockFile(path, _open_lock_file(path, flags, mode))
         try:
@@ -180,7 +183,10 @@ def _open_and_lock(
 
 
 def _open_lock_file(path: Path, flags: int, mode: int) -> int:
-    """Open a lock file and return its descriptor; DamagedError unless it is a regular file."""
+    """Open a lock file and return its descriptor; DamagedError unless it is a regular file.
+
+    flags, mode: as in os.open.
+    """
     try:
         descriptor = os.open(path, flags | OPEN_SAFELY, mode)
     except OSError as error:
@@ -212,7 +218,10 @@ def _wait_for_lock(lock: LockFile, operation: int, on_busy: OnBusy | None) -> No
 
 
 def _try_flock(descriptor: int, path: Path, operation: int) -> None:
-    """Call flock; ConfigError if the file system has no locks."""
+    """Call flock; ConfigError if the file system has no locks.
+
+    operation: as in fcntl.flock.
+    """
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:

@@ -573,7 +573,10 @@ def _non_null_keys(message: dict[str, Any]) -> set[str]:
 def _describe_validation_error(
     error: ValidationError, keys: dict[str, str], row: dict[str, Any]
 ) -> LineProblem:
-    """Convert pydantic's first error to a LineProblem, with the number of further errors."""
+    """Convert pydantic's first error to a LineProblem, with the number of further errors.
+
+    keys: the row's JSON key for each field.
+    """
     problems = error.errors(include_url=False)
     first = problems[0]
     path = [part for part in first["loc"] if part not in ("speaking", "calling")]

@@ -170,7 +170,11 @@ def _read_asked(path: str) -> Any:
 def _read_rows(
     lines: list[bytes], field_names: FieldNames, *, is_start: bool, may_be_plain: bool
 ) -> dict[str, list[Any]]:
-    """Parse lines to the fields of `LineRow`, as columns."""
+    """Parse lines to the fields of `LineRow`, as columns.
+
+    is_start: whether the first line is the first of the file.
+    may_be_plain: whether the fast parser may be used.
+    """
     columns = {name: [default] * len(lines) for name, default in LineRow._field_defaults.items()}
     formats = formats_of_plain_rows(field_names) if may_be_plain else ()
     plain = [parse_plain_row(raw, field_names) if formats else None for raw in lines]

@@ -165,7 +165,10 @@ def _is_lost(key: str, value: Any, learnt: str) -> bool:
 
 
 def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str:
-    """Say which fields training would leave out, and what to do about it."""
+    """Say which fields training would leave out, and what to do about it.
+
+    keys: the fields, from `list_unread_fields`.
+    """
     listed = " and ".join(map(shorten, keys))
     names = ", ".join(shorten(key.rpartition("[].")[2]) for key in keys)
     alpaca = (
@@ -202,7 +205,10 @@ def find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
 
 
 def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
-    """Say that preference pairs need another loss, and how to train on the chosen answers alone."""
+    """Say that preference pairs need another loss, and how to train on the chosen answers alone.
+
+    prompt: the configured key of the prompt.
+    """
     asked = _first_text_key(row, _PROMPT_KEYS)
     others = [value for key, value in row.items() if key not in ("chosen", "rejected")]
     if _is_list_of_turns(row["chosen"]):

@@ -75,7 +75,10 @@ def _find_first_train_rows(files: list[pl.DataFrame], key: str) -> pl.DataFrame:
 def _relate_to_train(
     rows: pl.DataFrame, first_by_key: dict[str, pl.DataFrame], *, is_train: bool
 ) -> list[pl.Series]:
-    """Return the train lines that each row repeats, resembles or answers otherwise; mostly null."""
+    """Return the train lines that each row repeats, resembles or answers otherwise; mostly null.
+
+    rows: the keys of a file's rows. first_by_key: from `_find_first_train_rows`.
+    """
     has_first = [pl.col(key).is_in(first[key].implode()) for key, first in first_by_key.items()]
     # Only the few rows that have a relation are joined
     related = rows.filter(pl.any_horizontal(has_first))

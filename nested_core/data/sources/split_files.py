@@ -151,7 +151,10 @@ def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str,
 
 
 def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> SplitFile:
-    """Return the files of one split as one file, concatenated in order."""
+    """Return the files of one split as one file, concatenated in order.
+
+    spool: a folder for converted files.
+    """
     if len(paths) == 1:
         return _open_file(paths[0], settings, spool)
     are_told_by_name = len({path.name for path in paths}) == len(paths)

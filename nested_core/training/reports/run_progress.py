@@ -99,7 +99,7 @@ class RunProgress:
         return max(0.0, seconds - (self.seconds - self.reported_at))
 
     def describe_position(self) -> str:
-        """`step 20 of 120`, with the iteration if a step has several."""
+        """Describe the position: `step 20 of 120`, with the iteration if a step has several."""
         step, iteration = self.last_record["step"], self.last_record.get("iteration", 0)
         if self.plan is None:
             return f"step {step:,}"
