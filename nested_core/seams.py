@@ -96,6 +96,7 @@ def load_only(kind: str, wanted: str) -> Any:
 
     kind: the name of the table's field.
     wanted: the key or command that needs it, as a person wrote it.
+
     Raises ConfigError, naming the room, if it is not installed.
     """
     (name,) = (name for name, room in ROOMS.items() if getattr(room, kind))
@@ -131,5 +132,8 @@ def find_loss(name: str) -> RoomLoss:
 
 
 def unit_of_loss(name: str | None) -> str:
-    """The unit of the loss that `training.loss` names; None is the cross-entropy."""
+    """Return the unit of a loss, such as nats/token.
+
+    name: the value of `training.loss`; None is the cross-entropy.
+    """
     return NATS_PER_TOKEN if name is None else str(join_mappings("losses")[name].unit)

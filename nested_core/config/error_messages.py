@@ -68,11 +68,13 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Pr
             return problems
         except ValidationError as error:
             details: list[dict[str, Any]] = [dict(d) for d in error.errors(include_url=False)]
+        # A problem that names a refused key may be about the default in its place
         for problem in (
             found for detail in details for found in _describe_pydantic_error(detail, schema)
         ):
             if refused.isdisjoint(_WORD_PATTERN.findall(f"{problem.key} {problem.message}")):
                 problems.append(problem)
+        # Without the refused values, further checks can run
         paths = {
             _longest_existing_path(values, detail["loc"]): detail["type"] for detail in details
         }

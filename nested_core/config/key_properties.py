@@ -105,7 +105,7 @@ def words(rule: PathRule) -> Collection[str]:
 def section_in_annotation(annotation: Any) -> type[BaseModel] | None:
     """Return the section in a field's type: `Section`, `Section | None` or `tuple[Section, ...]`.
 
-    None for any other type.
+    Returns None for any other type.
     """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation

@@ -200,6 +200,7 @@ def load_config(
     flags: values by dotted name, such as `nested.fast`; None means not given. As in mlx_lm.lora, a
         flag wins over the file and a null in the file means the default. `optimizer` may be a class
         of your own, which takes a learning_rate as mlx's optimizers do.
+
     Relative paths are kept as they are; they start at the working directory. Raises ConfigError
     with every problem, each with its flag or its line.
     """

@@ -70,7 +70,10 @@ def may_differ_on_resume(key: Key) -> bool:
 
 
 def _forbidden_differences(name: str, before: Any, after: Any, allowed: Set[str]) -> Iterator[str]:
-    """Yield a line for each key that differs and is not in `allowed`, also within sections."""
+    """Yield a line for each key that differs and is not in `allowed`, also within sections.
+
+    before, after: the key's value in the run and now.
+    """
     if before == after or name in allowed:
         return
     if isinstance(before, dict) and isinstance(after, dict):

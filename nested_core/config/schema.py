@@ -51,6 +51,8 @@ Optimizer = Annotated[str, BeforeValidator(name_optimizer), AfterValidator(parse
 
 Interval = Annotated[NumberOrShare, Field(gt=0)]
 
+DEFAULT_REPLAY = 0.5  # of 0.1, 0.3 and 0.5 the best: benchmarks/learning/RESULTS-3.md
+
 
 @dataclass(frozen=True)
 class Intervals:
@@ -113,7 +115,7 @@ else:
         """Has `FineTuneConfig(learning_rte=1)` say what a file with that key is told."""
 
         def __call__(cls, *args: Any, **values: Any) -> Any:
-            """The instance; ConfigError with every problem."""
+            """Create an instance; raise ConfigError with every problem of its values."""
             try:
                 return super().__call__(*args, **values)
             except ValidationError as error:
@@ -278,11 +280,6 @@ class FineTuneConfig(_RootSection):
         return offers_best and self.val_batches != 0
 
     @property
-    def chooses_by_loss(self) -> bool:
-        """Whether the validation loss chooses the step that is offered."""
-        return self.offers_best_step and self.training.select_by == "loss"
-
-    @property
     def length(self) -> str:
         """The configured length of the run: `1,000 iterations`, `3 epochs` or `5 minutes`."""
         epochs, minutes = self.training.epochs, self.training.minutes
@@ -299,6 +296,19 @@ class FineTuneConfig(_RootSection):
             return self.length
         steps = ", ".join(map(str, self.nested.frequencies))
         return f"{self.length}, tiers every {steps} steps"
+
+    @property
+    def replay_fraction(self) -> float:
+        """The share of each batch that is earlier examples, where a run goes on from an adapter.
+
+        A run that follows the champion and gives no fraction has DEFAULT_REPLAY, unless it cannot
+        replay: it is timed, made as by mlx_lm.lora, or the room is deleted. Any other has 0.
+        """
+        if (given := self.continual.replay.fraction) is not None:
+            return given
+        is_plain = self.training.reference is None and self.training.minutes is None
+        follows = self.continual.start is not None and seams.is_there("replay")
+        return DEFAULT_REPLAY if follows and is_plain else 0.0
 
     def intervals(self, iterations: int, batches: int = 1) -> Intervals:
         """Return the intervals of a run of this many iterations; shares are rounded down.
@@ -380,18 +390,16 @@ def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
     """Yield keys that `training.reference: mlx_lm` excludes, as mlx_lm.lora does not have them."""
     if config.training.reference is None:
         return
+    formats = ("auto", "chat", "completions", "text", "tools")
+    is_changed = {
+        f"optimizer {config.optimizer}": config.optimizer not in MLX_LM_OPTIMIZERS,
+        "nested": config.nested != NestedSection(),
+        "data_policy": config.data_policy != DataPolicy(),
+        f"data_format {config.data_format}": config.data_format not in formats,
+        "continual.replay": config.replay_fraction > 0,
+        "continual.policy": config.continual.policy != "continue",
+    }
     changed = [f"training.{name}" for name in config.training.changed_keys_unknown_to_mlx_lm()]
-    if config.optimizer not in MLX_LM_OPTIMIZERS:
-        changed.append(f"optimizer {config.optimizer}")
-    if config.nested != NestedSection():
-        changed.append("nested")
-    if config.data_policy != DataPolicy():
-        changed.append("data_policy")
-    if config.data_format not in ("auto", "chat", "completions", "text", "tools"):
-        changed.append(f"data_format {config.data_format}")
-    if config.continual.replay.fraction:
-        changed.append("continual.replay")
-    if config.continual.policy != "continue":
-        changed.append("continual.policy")
+    changed += [name for name, differs in is_changed.items() if differs]
     if changed:
         yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

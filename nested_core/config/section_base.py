@@ -37,6 +37,7 @@ def key(
     path: what kind of path the value is, if it is one.
     in_form: whether Prefect's form shows the key; it can be given everywhere else anyway.
     constraints: further arguments of pydantic's Field.
+
     The flag, the form, docs/configuration.md, the rules on resume, whether a continual run trains
     again, and the paths that a deployment may use are derived from this.
     """

@@ -276,7 +276,7 @@ class LoraParameters(Section):
     def _convert_alpha(cls, values: Any) -> Any:
         """Replace `alpha` by the scale that it means, alpha / rank.
 
-        ValueError for both or a bad value.
+        Raises ValueError for both or a bad value.
         """
         if not isinstance(values, dict) or "alpha" not in values:
             return values
@@ -606,13 +606,14 @@ LINEAGE = "lineage"
 class ReplaySection(Section):
     """Examples of earlier nights that are mixed into every batch, so that they are not forgotten.
 
-    `fraction` 0 mixes none. `sources` is lineage, for what the champion and its ancestors were
-    trained on, or files and folders as `data` takes them, the newest first.
+    `fraction` 0 mixes none. FineTuneConfig.replay_fraction says what null is. `sources` is lineage,
+    for what the champion and its ancestors were trained on, or files and folders as `data` takes
+    them, the newest first.
     """
 
-    fraction: float = key(
-        0.0,
-        "share of each batch that is earlier examples (0 is none)",
+    fraction: float | None = key(
+        None,
+        "share of each batch that is earlier examples (null: 0.5 if the run follows a champion)",
         affects="training",
         ge=0,
         lt=1,

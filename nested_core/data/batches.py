@@ -61,13 +61,16 @@ def sort_into_buckets(
 ) -> LengthBuckets:
     """Sort rows into buckets of whole batches; ValueError without any row.
 
+    max_seq_length: the largest width, in tokens; None for no limit.
     lengths: tokens of each row, [n]; a row has one input token fewer.
+
     Every batch is full except for the one with the shortest rows, where missing rows cost least.
     The padding share is 1 - input tokens / (batch size * width), over one epoch.
     """
     needed = np.maximum(np.asarray(lengths, np.int64) - 1, 0)
     if not len(needed):
         raise ValueError("a batch plan needs at least one example, and there is none")
+    # Each batch's width is that of its first row, the longest
     rows = np.argsort(-needed, kind="stable").astype(np.int32)
     longest = round_up_widths(needed[rows[::batch_size]])
     if max_seq_length is not None:
@@ -77,6 +80,7 @@ def sort_into_buckets(
     widths, counts = np.unique(longest, return_counts=True)
     chosen = choose_padded_widths(widths, counts, cost_of_a_width(batch_size, len(longest)))
     choice = np.searchsorted(chosen, longest)  # of each batch, the narrowest width that holds it
+    # A bucket begins where the width changes
     firsts = np.flatnonzero(np.diff(choice, prepend=-1))
     starts = np.append(firsts * batch_size, len(rows)).astype(np.int64)
     padded = int(chosen[choice].sum()) * batch_size
@@ -122,13 +126,16 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
     widths: the candidates, ascending; the widest is always chosen.
     counts: how many batches need each width.
     cost_of_width: what each chosen width costs, besides the padded length of all batches.
+
     With k widths, the last of them widths[j], the least padded length of all batches up to j is
     cost[k][j] = min over i < j of cost[k - 1][i] + widths[j] * (batches after i, up to j).
     """
+    # One width: all batches are padded to the widest
     done = np.cumsum(counts)
     cost, before = (widths * done).astype(np.float64), list[npt.NDArray[np.int64]]()
     totals = [cost[-1] + cost_of_width]  # by the number of widths
     is_after = np.tri(len(widths), dtype=bool)  # i >= j
+    # One width more in each round, until it costs more than it saves
     while len(totals) < min(len(widths), MAX_DISTINCT_WIDTHS):
         options = np.where(is_after, _IMPOSSIBLE_COST, cost[:, None] - widths * done[:, None])
         before.append(options.argmin(axis=0))
@@ -136,6 +143,7 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
         totals.append(cost[-1] + cost_of_width * (len(totals) + 1))
         if totals[-1] > totals[-2]:  # what one more width saves only falls
             break
+    # Follow the best choices back from the widest width
     last, chosen = len(widths) - 1, [len(widths) - 1]
     for step in reversed(before[: int(np.argmin(totals))]):
         if last == 0:
@@ -204,7 +212,11 @@ class BatchPlan(Protocol):
         """Return the batch with this index; it is the same in every process."""
 
     def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
-        """Return for each width the largest sum of the rows' values in a batch of epoch 0."""
+        """Return for each width the largest sum of the rows' values in a batch of epoch 0.
+
+        values: int64 [n], one for each row.
+        rank, ranks: this process's number and the number of processes that share each batch.
+        """
 
 
 class BatchOrder:
@@ -297,6 +309,7 @@ def choose_evaluation_batches(
 ) -> list[BatchRows]:
     """Return the batches of every evaluation, longest examples first.
 
+    max_seq_length: the largest width, in tokens; None for no limit.
     max_batches: -1 for all. Fewer are chosen evenly spaced, without randomness, so that two
         evaluations differ by the weights alone. The last batch may be partial.
     """

@@ -90,7 +90,7 @@ class DataSettings:
     def column_flags(self) -> str:
         """The flags of `init` that name a table's columns, with a leading space.
 
-        "" for default names.
+        They are "" if the columns have the default names.
         """
         names = (self.prompt_feature, self.completion_feature)
         if names == ("prompt", "completion"):
@@ -106,6 +106,7 @@ class DataSettings:
         """Describe, for the report, where data without train or valid is and what is there instead.
 
         splits: the splits that exist.
+
         Returns the path of the folder and the first names in it, or the name of a file or hub data
         set. Both are "" if train and valid exist.
         """

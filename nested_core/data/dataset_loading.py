@@ -170,8 +170,9 @@ def load_run_data(
     """Load the configured data set with the user's cache; return report and tokens by split.
 
     run: adds the earlier examples that the run replays as split `replay`, and drops new examples
-        that earlier data holds out. Raises DamagedError if replay.json or replay.jsonl is missing
-        or altered.
+        that earlier data holds out.
+
+    Raises DamagedError if replay.json or replay.jsonl is missing or altered.
     """
     settings = DataSettings.from_config(config)
     tokenizer = TokenizerSource.from_config(config)

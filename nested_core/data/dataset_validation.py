@@ -66,7 +66,11 @@ def judge_dataset(
     tokenizer: TokenizerSource | None = None,
     folder: Path | None = None,
 ) -> DatasetReport:
-    """Check every line; with a tokenizer, write the tokens of valid lines to `folder`."""
+    """Check every line of a data set by the rules; return the report, which may have errors.
+
+    tables: each split as a table of lines.
+    tokenizer, folder: if both are given, the tokens of valid lines are written to the folder.
+    """
     has_template = tokenizer is None or has_chat_template(tokenizer.load())
     parts = {
         table.file: table.source.parts

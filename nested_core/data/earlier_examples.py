@@ -82,13 +82,12 @@ class EarlierExamples(Protocol):
 
 
 def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierExamples | None:
-    """Return the earlier examples of a run; None if it neither replays nor follows by rebuilding.
+    """Return the earlier examples of a run; None if it trains on its own examples alone.
 
     Raises ConfigError if the room replay is not installed.
     """
-    continual = config.continual
-    if not continual.replay.fraction and continual.policy == "continue":
+    if not config.replay_fraction and config.continual.policy == "continue":
         return None
-    wanted = REPLAY_KEY if continual.replay.fraction else POLICY_KEY
+    wanted = REPLAY_KEY if config.replay_fraction else POLICY_KEY
     earlier: EarlierExamples = seams.load_only("earlier_examples", wanted)(config, run)
     return earlier

@@ -61,7 +61,7 @@ def read_held_out_prompts(
 def digest_held_out_file(choice: str) -> str | None:
     """Return the SHA-256 of the file that `gate.held_out` names; None if it names a split.
 
-    None as well if the file is gone.
+    Returns None as well if the file is gone.
     """
     path = Path(choice)
     if choice in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():

@@ -75,6 +75,7 @@ def run_jobs(
     """Run the requests in worker processes; yield their answers in the order of the requests.
 
     on_done: called with the number of requests answered so far.
+
     With one process the work is done here. Raises what a job raised if it is a NestedTuneError or
     an OSError, else DataWorkerFailed with the last lines that the process printed. All worker
     processes end with the iterator; close() ends it early.

@@ -84,9 +84,11 @@ def read_tables_with_repeats(
             name: replace(table, frame=table.frame.drop(near.schema, strict=False))
             for name, table in read.items()
         }
+    # Rows of train that an earlier version holds out are dropped
     held_out_before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
     train, *held_out = add_repeat_columns([(t.file, t.frame) for t in tables.values()])
     if near is not None:
+        # The n-grams of train that held-out rows have too
         shared = matches.finish(train["line"])
         held_out = [
             near.relate(frame, read[name].frame, shared, matches.examples)

@@ -104,6 +104,7 @@ class FinetuneResult:
 
         max_tokens: the answer ends after this number of tokens at the latest.
         temperature: sampling temperature; 0 always takes the likeliest token.
+
         The base model is loaded at the first call and stays in memory with this object. Raises
         ConfigError if nothing was trained, or if the model cannot see the whole prompt.
         """
@@ -139,6 +140,7 @@ def finetune(
     hooks: replaces steps and receives progress. None shows a progress line in a terminal or a
         notebook, unless `progress` is false.
     resume: continue a run that was stopped, or judge a finished one again.
+
     If the policy of the registry's name is stricter than `config`, it counts, and `hooks` get a
     message about it. What could fail at the end of a run is checked before the run directory is
     created. The run directory is locked meanwhile.

@@ -42,7 +42,7 @@ class NamedAdapter:
 def name_folder_of(path: Path) -> Path | None:
     """Return the folder REGISTRY/NAME for that path or its link `champion`.
 
-    None for another path.
+    Returns None for another path.
     """
     folder = path.parent if path.name == CHAMPION else path
     folder = Path(os.path.normpath(folder))
@@ -52,7 +52,7 @@ def name_folder_of(path: Path) -> Path | None:
 def find_bare_name(given: Path, registry: Path | None) -> Path | None:
     """Return the folder of NAME in the registry.
 
-    None for a path with a slash or an unknown name.
+    Returns None for a path with a slash or an unknown name.
     """
     if len(given.parts) != 1:
         return None

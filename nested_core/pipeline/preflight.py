@@ -49,8 +49,8 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
             seams.require(room, key)
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
-    count_processes(config)  # refuses a hostfile that cannot be used
-    load_services(config)  # refuses one that is not installed
+    count_processes(config)  # raises for an unusable hostfile
+    load_services(config)  # raises for one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
         if effective_rule(config.registry).asks_person:
@@ -84,6 +84,7 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     iterations = estimate_iterations(config, run)
     every = config.intervals(iterations).save
     saves = config.training.keep_checkpoints if every is None else ceil(iterations / every)
+    # The best checkpoint is kept beside the last ones, twice where a flush may void it
     bests = 2 if config.nested.slow_gradients == "accumulate" else 1
     most = min(saves + 1, config.training.keep_checkpoints + bests + 1)  # and one in writing
     missing = max(0, most - len(list_checkpoints(run.checkpoints)))

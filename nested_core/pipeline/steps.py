@@ -304,6 +304,7 @@ def train(
     on_start: called with the trainer before its first step, so that a signal can stop it; with
         several processes, with an object that has a trainer's methods for all of them.
     on_wait: called with a line if another process holds a device, which is locked meanwhile.
+
     A run that is already complete is not trained again. Raises what a trainer raises.
     """
     warn_if_unprepared()

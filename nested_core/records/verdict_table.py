@@ -67,7 +67,7 @@ class CheckRow:
     def figures(self) -> str | None:
         """The figures as `3.142 -> 0.0213`.
 
-        Without a figure before, the one after or the result.
+        Without a figure before, it is the one after, or the result if there is no figure.
         """
         if self.before is None or self.after is None:
             return self.after or self.verdict
@@ -162,15 +162,15 @@ def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
     expected = sum(tier.expected_updates for tier in verdict.tiers)
     applied = sum(tier.applied_updates for tier in verdict.tiers)
     reasons = reasons_of(verdict, *UPDATE_CODES)
-    counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
-    traces = [reason for reason in reasons if reason not in counts]
+    about_counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
+    about_tensors = [reason for reason in reasons if reason not in about_counts]
     due = f"{expected:,} were due"
-    yield make_check("updates", counts, after=f"{applied:,} applied", bound=due)
-    if traces:
+    yield make_check("updates", about_counts, after=f"{applied:,} applied", bound=due)
+    if about_tensors:
         moved = sum(tensor.changed for tensor in verdict.tensors)
         after = f"{moved} of {len(verdict.tensors)} moved"
         name = "tensors that updates moved"
-        yield make_check(name, traces, after=after, bound="all with a gradient")
+        yield make_check(name, about_tensors, after=after, bound="all with a gradient")
 
 
 def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:
@@ -281,10 +281,7 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
 
 
 def _difference(compared: ComparedLoss) -> str | None:
-    """Format the difference of two losses with its interval.
-
-    None without one. Below 0 is better.
-    """
+    """Format the difference of two losses with its interval; None if there is no difference."""
     if compared.difference is None:
         return None
     return format_difference(compared.difference, compared.interval)

@@ -116,7 +116,7 @@ def require_registry(registry: Path) -> None:
 def find_name_folder(registry: Path, name: str) -> Path:
     """Return the folder of `name`.
 
-    ConfigError if it does not exist, DamagedError if it is a link.
+    Raises ConfigError if it does not exist, DamagedError if it is a link.
     """
     check_name(name)
     require_registry(registry)

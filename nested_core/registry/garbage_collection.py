@@ -77,8 +77,10 @@ def collect_garbage(
     that were registered or champion last; the `keep` newest of the champion and its ancestors, and
     each ancestor whose examples are stored, since later runs train on them; and a version
     registered less than an hour ago that was never champion, since its promotion may be going on.
+
     dry_run: report what would be removed, and remove nothing.
     by: who asks, for the history.
+
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
     verdict or provenance of the champion's lineage, that cannot be read.
     """
@@ -99,11 +101,17 @@ def collect_garbage(
 def _plan_removals(
     folder: Path, name: str, ledger: Ledger, keep: int, *, dry_run: bool
 ) -> GarbageReport:
-    """Decide which versions a gc removes and which it keeps, without removing anything."""
+    """Decide which versions a gc removes and which it keeps, without removing anything.
+
+    keep: how many of the newest versions stay.
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(version, ledger), reverse=True)
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
+    # A promotion of these may be going on
     undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
@@ -151,6 +159,9 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
     """Return whether a version was registered recently and was never champion since.
 
     A version that waits for a person's approval counts as new for as long as it waits.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
     """
     lines = ledger.by_version.get(version, [])
     if version in ledger.champion_versions():
@@ -164,7 +175,10 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:
-    """Return the temporary files of killed writers; every writer removes them under the lock."""
+    """Return the temporary files of killed writers; every writer removes them under the lock.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
     names = ("", VERSIONS_FOLDER_NAME, DATA_FOLDER_NAME)
     folders = [folder / name for name in names if (folder / name).is_dir()]
@@ -176,7 +190,9 @@ def _find_leftovers(folder: Path) -> tuple[str, ...]:
 def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> str:
     """Record that a version is lost and remove what is left of its files; return its digest.
 
+    by, reason: who says so and why, for the history.
     version: the digest or its first digits.
+
     Raises ConfigError for the champion, for a version that is complete, and for an unknown one;
     DamagedError for a registry that is damaged elsewhere.
     """
@@ -210,6 +226,9 @@ def forget_rows(
 
     The history gets one line for each version that had such rows, with their number only. What a
     version has learnt from them stays in its tensors. Raises ConfigError for an unknown name.
+
+    by: who asks, for the history.
+    dry_run: count the rows without removing them.
     """
     if dry_run:
         with reading(registry, name) as (folder, ledger):
@@ -231,7 +250,11 @@ def forget_rows(
 def _find_listed_rows(
     folder: Path, ledger: Ledger, is_listed: Callable[[dict[str, Any]], bool]
 ) -> dict[str, set[str]]:
-    """Return, for each version that has any, the digests of the rows that `is_listed` selects."""
+    """Return, for each version that has any, the digests of the rows that `is_listed` selects.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     digests = find_rows(folder, is_listed)
     lost = {}
     for version in ledger.by_version:
@@ -242,7 +265,11 @@ def _find_listed_rows(
 
 
 def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:
-    """Raise ConfigError if a version is the champion, or is complete and so not lost."""
+    """Raise ConfigError if a version is the champion, or is complete and so not lost.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     shown = shorten_digest(version)
     if version == ledger.champion:
         raise ConfigError(

@@ -234,6 +234,7 @@ class Ledger:
         stack: list[str] = []
         for entry in self.entries:
             if entry.action in REMOVAL_ACTIONS and entry.version in stack:
+                # Equal neighbours become one: a rollback has to change the champion
                 stack = [v for v, _ in groupby(v for v in stack if v != entry.version)]
             elif entry.action not in ("promote", "rollback") or entry.version is None:
                 continue
@@ -245,6 +246,7 @@ class Ledger:
                 stack.pop()
             elif stack[-1:] != [entry.version]:
                 stack.append(entry.version)
+        # The target is below the champion, which is on top unless the link was moved
         if stack[-1:] == [self.champion]:
             stack.pop()
         return stack[-1] if stack else None
@@ -269,6 +271,7 @@ class Ledger:
         removed, or that a rollback replaced, are left out.
         """
         last = [change for change in self.changes() if change.action == "promote"][-promotions:]
+        # The champion before these promotions, then the promoted ones
         versions = [*(change.previous for change in last[:1]), *(change.version for change in last)]
         usable = self.champion_versions() - self.barred_versions()
         return [version for version in versions if version in usable]
@@ -291,6 +294,7 @@ def new_entry(
 ) -> Entry:
     """Create a history line with the present time (UTC).
 
+    version: the version concerned. previous: the champion before the line.
     by: who makes the change; characters that are not encodable are replaced by '?'.
     more: further fields of Entry.
     """
@@ -337,7 +341,10 @@ def read_ledger(folder: Path) -> Ledger:
 
 
 def old_layout_error(folder: Path) -> DamagedError:
-    """Build the error for a history of an earlier release, which has no lines for registrations."""
+    """Build the error for a history of an earlier release, which has no lines for registrations.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return DamagedError(
         f"{folder / LEDGER_NAME} is of an earlier nested-tune, and does not say what was "
         f"registered: move the folder {folder.name} away, and give `nested-tune promote RUN_DIR "
@@ -370,6 +377,7 @@ def opened_for_append(folder: Path, ledger: Ledger) -> Iterator[int]:
 def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
     """Append a line to the history, force it to disk, and return the new history.
 
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     confirm: called just before the write; it raises if another process could be writing.
     """
     reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
@@ -387,7 +395,10 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
 
 
 def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
-    """Remove what a crash left after the last complete line; return the history without it."""
+    """Remove what a crash left after the last complete line; return the history without it.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(descriptor, ledger.whole_bytes)
@@ -421,6 +432,8 @@ def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> 
 
     Each line must hold the hash of the line before it and the champion after it. Raises
     DamagedError.
+
+    lines: the bytes of each line. entries: the same lines, parsed.
     """
     champion: str | None = None
     end_sha256 = NO_LINE_SHA256

@@ -121,9 +121,10 @@ def read_reference(registry: Path, name: str) -> str | None:
 def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]) -> RegistryPolicy:
     """Change keys of an adapter name's policy and record who did it; return the new policy.
 
-    changes: some fields of RegistryPolicy. The name is created if it does not exist. Raises
-        ConfigError for an invalid value, for unusable suites, and for `approve` without the room
-        approval.
+    changes: some fields of RegistryPolicy. The name is created if it does not exist.
+
+    Raises ConfigError for an invalid value, for unusable suites, and for `approve` without the room
+    approval.
     """
     if changes.get("promote") == "approve":
         seams.require("approval", APPROVE_KEY)

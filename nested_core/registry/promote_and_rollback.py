@@ -50,6 +50,7 @@ def promote(
     expected_champion: if another version is champion, the outcome is "superseded"; None expects
         that there is no champion.
     automatic: the promotion is a policy's; a version that a rollback replaced is then "barred".
+
     Raises ConfigError for an unknown registry, name or version, DamagedError for any change on
     disk, GateRejected for a verdict that is not "passed".
     """
@@ -74,9 +75,13 @@ def register_and_promote(
 ) -> Decision:
     """Register a run's adapter and promote it under one lock, so that no gc comes in between.
 
+    provenance: the content of provenance.json.
+    by: who promotes, for the history.
+    expected_champion: as in `promote`.
     against_policy: what the policy requires and the run does not have, for the history.
     run: the run, if the caller has read and checked it; else it is read from `run_dir`.
     examples: rows for the data store.
+
     Raises what `register` and `promote` raise.
     """
     check_name(name)
@@ -94,6 +99,7 @@ def promote_in_folder(
 
     expected: as `expected_champion` of `promote`.
     fields: further fields of the history's line.
+
     An automatic promotion of a version that a rollback replaced is "barred". Raises GateRejected if
     the newest verdict against the present champion rejects the version.
     """
@@ -132,6 +138,7 @@ def rollback(
         not go back twice.
     only_former_champions: refuse a version that was never champion.
     reason: for the history.
+
     Raises ConfigError for a refused version and if no earlier version is left, DamagedError for any
     change on disk.
     """

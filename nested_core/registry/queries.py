@@ -95,7 +95,7 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
     initial_digest: digest of the adapter that training started with.
 
-    None if the run started with a fresh adapter, or from one that is not in its registry.
+    Returns None if the run started with a fresh adapter, or from one that is not in its registry.
     """
     path, name = config.registry.path, config.registry.name
     if config.continual.start is None or path is None or name is None:

@@ -100,7 +100,7 @@ def register(
 
 @contextmanager
 def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[NameFolder, str]]:
-    """Add a version and its examples to `name`, and keep the name's folder locked in the block.
+    """Add a version and its examples, and keep the folder of `name` locked during the block.
 
     Yields the locked folder and the hash of the version's manifest.
     """
@@ -118,7 +118,7 @@ def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:
     """
     with writing(registry, name) as locked:
         if locked.version_path(rejected.run.version).exists():
-            _judge(locked, rejected)
+            _record_verdict(locked, rejected)
 
 
 def require_usable_registry(registry: Path, name: str) -> None:
@@ -161,7 +161,7 @@ def _add_version(locked: NameFolder, new: NewVersion) -> str:
     if file_type(path) != "missing":
         manifest = locked.verify(version)
         if has_all_judgements(locked.path, version, locked.ledger):
-            _judge(locked, new)
+            _record_verdict(locked, new)
         else:
             judgement = _write_judgement(locked, new)
             locked.record("restored", version, by, manifest=manifest, judgement=judgement)
@@ -170,20 +170,21 @@ def _add_version(locked: NameFolder, new: NewVersion) -> str:
     with new_directory(path, confirm=locked.confirm) as unpublished:
         manifest = _fill_version_folder(unpublished, locked.path.name, new)
         _make_read_only(unpublished)
-        if is_lost:  # before the files: cut short in between, the version is as lost as it was
+        if is_lost:  # before the files: after a crash in between, the version is still lost
             locked.record("restored", version, by, manifest=manifest)
-    if not is_lost:  # after them: cut short in between, the next writer adds the line
+    if not is_lost:  # after the files: after a crash in between, the next writer adds the line
         conditions = new.provenance.get("conditions_digest")
         locked.record("registered", version, by, manifest=manifest, conditions_digest=conditions)
     return manifest
 
 
-def _judge(locked: NameFolder, new: NewVersion) -> None:
+def _record_verdict(locked: NameFolder, new: NewVersion) -> None:
     """Record the run's verdict on a registered version, unless it repeats an earlier verdict."""
     version, verdict = new.run.version, new.run.verdict
     earlier = read_verdicts(locked.path, version, locked.ledger)
     facts = JudgementFacts.from_provenance(new.provenance)
     if new.was_judged_now:
+        # Repeated only if nothing that could change a decision came in between
         newest = earlier[-1]
         later = locked.ledger.entries[newest.line_number + 1 :]
         is_same_moment = all(entry.action in (*REGISTRATION_ACTIONS, "tried") for entry in later)

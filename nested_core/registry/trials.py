@@ -91,6 +91,8 @@ def _find_line(folder: Path, ledger: Ledger, conditions_digest: str) -> Entry | 
     """Return the newest history line with `conditions_digest`, or None.
 
     A line whose version is no longer on disk is passed over.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     versions = registered_versions(folder)
     for line in reversed(ledger.entries):

@@ -70,6 +70,7 @@ class UserCache:
         """Return the path of a cache entry, which need not exist.
 
         depends_on: the JSON values that the entry is determined by.
+
         Raises ConfigError if the folder cannot be used.
         """
         self.require_usable()

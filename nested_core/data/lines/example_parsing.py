@@ -113,7 +113,7 @@ def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
 def _require_argument_object(value: dict[str, Any]) -> dict[str, Any]:
     """Return a tool call if its arguments are an object, JSON text of one, or missing.
 
-    Else raise ValueError.
+    Raises ValueError for any other arguments.
     """
     arguments = value.get("function", value).get("arguments")
     if arguments is None or isinstance(arguments, dict):
@@ -406,8 +406,9 @@ def read_examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yield (line, example) for each line that is not blank and not in `skip`.
 
-    byte_range: the part of the file to read, whose first line has the number `first_line`. Raises
-        DatasetError for an invalid line: the file has changed since it was checked.
+    byte_range: the part of the file to read, whose first line has the number `first_line`.
+
+    Raises DatasetError for an invalid line: the file has changed since it was checked.
     """
     byte_range = byte_range or ByteRange(0, path.stat().st_size)
     unread = byte_range.end - byte_range.start
@@ -458,7 +459,7 @@ def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str
 def find_format(row: Mapping[str, Any], field_names: FieldNames) -> str | None:
     """Return the configured format if the row has its fields, or the first whose fields it has.
 
-    None if no format matches.
+    Returns None if no format matches.
     """
     for name, fields in _formats_to_look_for(field_names).items():
         if all(field_names.key_of(field) in row for field in fields):
@@ -476,7 +477,7 @@ def _formats_to_look_for(field_names: FieldNames) -> Mapping[str, tuple[str, ...
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
     """Return the format of a row.
 
-    LineProblem if the format is unknown or it is a preference pair.
+    Raises LineProblem if the format is unknown or it is a preference pair.
     """
     prompt, completion = field_names.prompt, field_names.completion
     is_for_loss = field_names.loss is not None
@@ -493,6 +494,7 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
         raise LineProblem("preference-pair", message)
     if found := find_format(row, field_names):
         return found
+    # No format fits: say what is missing, or what was expected
     formats = _formats_to_look_for(field_names)
     is_wanted = formats is not _FIELDS_BY_FORMAT and not is_for_loss
     hint = (
@@ -530,6 +532,7 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         kind.validator.validate_python(fields, context=context)
     except ValidationError as error:
         raise _describe_validation_error(error, keys, row) from None
+    # Keys beyond the format's are marks, known to be ignored, or left out of training
     unknown = set(row.keys() - keys.values() - {field_names.group})
     messages, places, rest = Turns([]) if kind.read is None else kind.read(fields)
     chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
@@ -570,7 +573,10 @@ def _non_null_keys(message: dict[str, Any]) -> set[str]:
 def _describe_validation_error(
     error: ValidationError, keys: dict[str, str], row: dict[str, Any]
 ) -> LineProblem:
-    """Convert pydantic's first error to a LineProblem, with the number of further errors."""
+    """Convert pydantic's first error to a LineProblem, with the number of further errors.
+
+    keys: the row's JSON key for each field.
+    """
     problems = error.errors(include_url=False)
     first = problems[0]
     path = [part for part in first["loc"] if part not in ("speaking", "calling")]

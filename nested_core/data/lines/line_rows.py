@@ -76,7 +76,7 @@ def _read_plain_fields(
 ) -> tuple[str, str, str] | None:
     """Return what `parse_plain_row` does for a completion or a text.
 
-    TypeError if a value is no text.
+    Raises TypeError if a value is no text.
     """
     if has_repeated_key(raw, 2 * len(row)):
         return None

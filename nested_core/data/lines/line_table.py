@@ -88,8 +88,9 @@ def read_line_range(
 ) -> LineRange:
     """Read the rows of a range of lines, independently of other lines.
 
-    asked: n-grams of other texts to look for, of the room near_duplicates. Raises OSError, and
-        DatasetError if the file became shorter.
+    asked: n-grams of other texts to look for, of the room near_duplicates.
+
+    Raises OSError, and DatasetError if the file became shorter.
     """
     size = byte_range.end - byte_range.start
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
@@ -97,6 +98,7 @@ def read_line_range(
         content = file.read(size)
     if len(content) < size:
         raise DatasetError(f"{path} became shorter while it was read. Start again.")
+    # One row for each line, with the keys that find related rows
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -105,6 +107,7 @@ def read_line_range(
     digests, keys = _digests_and_keys(rows.pop("content"))
     answers = keys.pop("answer").drop_nulls().to_numpy()
     answer_keys = frozenset(map(int, (answers.min(), answers.max()) if len(answers) else ()))
+    # What the rules ask about each line's texts
     raw = pl.Series(lines, dtype=pl.Binary)
     shown: list[str | None] = rows.pop("shown")
     text = pl.Series(shown, dtype=pl.String)
@@ -167,7 +170,11 @@ def _read_asked(path: str) -> Any:
 def _read_rows(
     lines: list[bytes], field_names: FieldNames, *, is_start: bool, may_be_plain: bool
 ) -> dict[str, list[Any]]:
-    """Parse lines to the fields of `LineRow`, as columns."""
+    """Parse lines to the fields of `LineRow`, as columns.
+
+    is_start: whether the first line is the first of the file.
+    may_be_plain: whether the fast parser may be used.
+    """
     columns = {name: [default] * len(lines) for name, default in LineRow._field_defaults.items()}
     formats = formats_of_plain_rows(field_names) if may_be_plain else ()
     plain = [parse_plain_row(raw, field_names) if formats else None for raw in lines]

@@ -46,6 +46,7 @@ def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> A
     """Convert turns to {role, content}, from ShareGPT's {from, value} or lists of text parts.
 
     is_sharegpt: roles may have ShareGPT's names under `role`, too.
+
     Anything that is no list of turns is returned as it is, to be validated later. Parts are joined
     as mlx_lm.server joins them (process_message_content). Raises LineProblem for a part that is no
     text.
@@ -164,7 +165,10 @@ def _is_lost(key: str, value: Any, learnt: str) -> bool:
 
 
 def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str:
-    """Say which fields training would leave out, and what to do about it."""
+    """Say which fields training would leave out, and what to do about it.
+
+    keys: the fields, from `list_unread_fields`.
+    """
     listed = " and ".join(map(shorten, keys))
     names = ", ".join(shorten(key.rpartition("[].")[2]) for key in keys)
     alpaca = (
@@ -194,17 +198,17 @@ def is_preference_pair(row: Mapping[str, Any]) -> bool:
 
 
 def find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
-    """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL).
-
-    None without one.
-    """
+    """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL), or None."""
     if row.get("kto_tag") is False:
         return "kto_tag"
     return "label" if row.get("label") is False and "completion" in row else None
 
 
 def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
-    """Say that preference pairs need another loss, and how to train on the chosen answers alone."""
+    """Say that preference pairs need another loss, and how to train on the chosen answers alone.
+
+    prompt: the configured key of the prompt.
+    """
     asked = _first_text_key(row, _PROMPT_KEYS)
     others = [value for key, value in row.items() if key not in ("chosen", "rejected")]
     if _is_list_of_turns(row["chosen"]):

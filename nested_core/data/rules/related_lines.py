@@ -75,12 +75,17 @@ def _find_first_train_rows(files: list[pl.DataFrame], key: str) -> pl.DataFrame:
 def _relate_to_train(
     rows: pl.DataFrame, first_by_key: dict[str, pl.DataFrame], *, is_train: bool
 ) -> list[pl.Series]:
-    """Return the train lines that each row repeats, resembles or answers otherwise; mostly null."""
+    """Return the train lines that each row repeats, resembles or answers otherwise; mostly null.
+
+    rows: the keys of a file's rows. first_by_key: from `_find_first_train_rows`.
+    """
     has_first = [pl.col(key).is_in(first[key].implode()) for key, first in first_by_key.items()]
+    # Only the few rows that have a relation are joined
     related = rows.filter(pl.any_horizontal(has_first))
     for key, first in first_by_key.items():
         related = related.join(first, on=key, how="left", maintain_order="left")
     related = related.with_columns(**_repeat_column_expressions(is_train=is_train))
+    # Back into columns of all rows
     nothing = pl.repeat(None, rows.height, dtype=pl.Int32, eager=True)
     return [
         nothing.clone().scatter(related["row"], related[name]).alias(name) for name in _RELATIONS
@@ -113,7 +118,7 @@ def _most_frequent_format(frame: pl.DataFrame) -> str | None:
 def _earlier_line_by_content(file: pl.DataFrame) -> pl.Series:
     """Return for each row the first line of the same file with equal content.
 
-    Null for that line.
+    It is null for that first line itself.
     """
     first = _first_line_by_content(file["content"], file)
     repeated = pl.when(pl.col("line") > pl.col("first")).then("first").cast(pl.Int32)
@@ -162,6 +167,7 @@ def separate_dropped_lines(
     dropped: dict[str, frozenset[int]] = {}
     no_line = pl.lit(None, pl.Int32)
     if policy.leakage == "drop":
+        # A repeat of a leaked line is leaked too
         leaked = pl.concat([frame["repeats"] for frame in held_out]).drop_nulls().unique().implode()
         is_leaked = pl.col("line").is_in(leaked) | pl.col("repeats").is_in(leaked)
         dropped["leakage"] = _line_numbers(train.filter(is_leaked))

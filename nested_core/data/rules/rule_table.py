@@ -237,7 +237,8 @@ def _make_findings(rule: Rule, rows: pl.DataFrame, findings: Findings) -> Iterat
 
 def _make_finding(rule: Rule, row: dict[str, Any], findings: Findings) -> Finding:
     """Build the finding of a rule for one failing row."""
-    shown = row | {"turns": _spell_out_roles(row.get("roles") or "")}
+    turns = [_ROLE_NAME_BY_LETTER[letter] for letter in row.get("roles") or ""]
+    shown = row | {"turns": join_first_values(turns, _MAX_SHOWN_TURNS) or "none"}
     if findings.parts:
         shown |= _places_in_parts(row, findings)
     message = rule.message.format_map(shown)
@@ -260,9 +261,3 @@ def _places_in_parts(row: dict[str, Any], findings: Findings) -> dict[str, Any]:
         else:
             shown[column] = line if name == shown["file"] else f"{line} of {name}"
     return shown
-
-
-def _spell_out_roles(roles: str) -> str:
-    """Name the turns of a conversation in words, from their letters."""
-    turns = [_ROLE_NAME_BY_LETTER[letter] for letter in roles]
-    return join_first_values(turns, _MAX_SHOWN_TURNS) or "none"

@@ -31,6 +31,7 @@ def make_split_stats(
 ) -> SplitStats:
     """Count the lines of one split.
 
+    digest: of the split's content.
     rejected: how many lines have an error. dropped: the lines that data_policy drops, by reason.
     """
     blank = int(frame["is_blank"].sum())

@@ -153,7 +153,10 @@ def find_start_of_too_long_line(path: Path) -> int | None:
 
 
 def _last_line_end(file: Any, begin: int, end: int) -> int | None:
-    """Return the position of the last line end in a range of bytes; None without one."""
+    """Return the position of the last line end in a range of bytes; None without one.
+
+    file: an open binary file. begin, end: the range of bytes to search.
+    """
     while end > begin:
         first = max(begin, end - _CHUNK_BYTES)
         file.seek(first)
@@ -167,7 +170,7 @@ def _last_line_end(file: Any, begin: int, end: int) -> int | None:
 def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
     """Yield the lines of a .jsonl up to the byte where a too long line begins.
 
-    Then raise for it.
+    At the end RestOfFileUnreadable is raised for that line.
     """
     number = 1
     with open_regular(path, UNBOUNDED, follow_links=True) as (raw, _), BufferedReader(raw) as file:
@@ -227,7 +230,9 @@ def _skip_space(text: str, position: int) -> int:
 def _find_element_end(decoder: json.JSONDecoder, text: str, start: int, number: int) -> int:
     """Return the position after an array's element.
 
-    RestOfFileUnreadable if it is not valid JSON.
+    start: the position of the element in `text`. number: its number in the array, for the message.
+
+    Raises RestOfFileUnreadable if it is not valid JSON.
     """
     try:
         return decoder.raw_decode(text, start)[1]
@@ -268,7 +273,10 @@ def find_csv_delimiter(path: Path) -> str:
 
 
 def _count_fitting_records(lines: list[str], delimiter: str) -> int:
-    """Count the records with as many cells as the first, which must have several."""
+    """Count the records with as many cells as the first, which must have several.
+
+    lines: the first lines of a table.
+    """
     sizes: list[int] = []
     with suppress(csv.Error):  # such as quotes that do not end where this delimiter ends a cell
         sizes.extend(map(len, csv.reader(lines, delimiter=delimiter, strict=True)))
@@ -278,8 +286,9 @@ def _count_fitting_records(lines: list[str], delimiter: str) -> int:
 def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[NumberedLine]:
     """Yield the records of a CSV table as JSON objects; the first record names the columns.
 
-    json_keys: columns whose cells contain JSON. Raises RestOfFileUnreadable at a damaged record,
-        such as one with unbalanced quotes.
+    json_keys: columns whose cells contain JSON.
+
+    Raises RestOfFileUnreadable at a damaged record, such as one with unbalanced quotes.
     """
     with _open_table(path) as file:
         reader = csv.reader(_read_bounded_lines(file), delimiter=delimiter, strict=True)
@@ -303,7 +312,10 @@ def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[
 def _open_text(
     path: Path, encoding: str, newline: str, errors: str = "strict"
 ) -> Iterator[TextIOWrapper]:
-    """Open a file as text, unpacked if its name ends in .gz."""
+    """Open a file as text, unpacked if its name ends in .gz.
+
+    encoding, newline, errors: as in the built-in `open`.
+    """
     with _open_bytes(path) as raw, TextIOWrapper(raw, encoding, errors, newline) as file:
         yield file
 
@@ -337,7 +349,10 @@ def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
 def _csv_cells_to_json_line(
     columns: list[str], cells: list[str], json_keys: frozenset[str]
 ) -> tuple[bytes, tuple[str, str] | None]:
-    """Convert a record's cells to a JSON line; for an invalid record return check and message."""
+    """Convert a record's cells to a JSON line; for an invalid record return check and message.
+
+    columns: the names of the columns. json_keys: the columns whose cells contain JSON.
+    """
     if not cells or (len(cells) > 1 and not any(map(str.strip, cells))):
         return b"", None  # as spreadsheets write rows that are empty
     if len(cells) != len(columns):

@@ -90,8 +90,9 @@ class SplitFile:
 def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
     """Return the existing splits of a data set, converted to JSON lines if necessary.
 
-    spool: a folder for converted files. Raises ConfigError if there is no such data set, or two
-        files for one split; and OSError.
+    spool: a folder for converted files.
+
+    Raises ConfigError if there is no such data set, or two files for one split; and OSError.
     """
     if settings.hf_dataset:
         return _open_hub_tables("hf_dataset", settings, spool)
@@ -113,7 +114,7 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
 def _find_split_files(data: str) -> dict[str, list[Path]]:
     """Return the files of each split: in a folder by their names.
 
-    A file or a pattern is all train.
+    If `data` is a file or a pattern of files, all of them are train.
     """
     folder = Path(data)
     if not folder.is_dir():
@@ -140,7 +141,7 @@ def _find_split_files(data: str) -> dict[str, list[Path]]:
 def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
     """Return the splits of a hub data set as files.
 
-    ConfigError if the room hub is not installed.
+    Raises ConfigError if the room hub is not installed.
     """
     tables = seams.load_only("hub_tables", key)(settings)
     return {
@@ -150,7 +151,10 @@ def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str,
 
 
 def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> SplitFile:
-    """Return the files of one split as one file, concatenated in order."""
+    """Return the files of one split as one file, concatenated in order.
+
+    spool: a folder for converted files.
+    """
     if len(paths) == 1:
         return _open_file(paths[0], settings, spool)
     are_told_by_name = len({path.name for path in paths}) == len(paths)

@@ -84,7 +84,10 @@ def note_control_tokens(texts: Sequence[RowText], tokenizer: Any) -> list[Note]:
 
 
 def _note_foreign_token(word: str, where: str) -> Note:
-    """Build the warning for a control token of another model."""
+    """Build the warning for a control token of another model.
+
+    word: the token's text. where: the texts that have it, for the message.
+    """
     return Note(
         "warning",
         FOREIGN_CHECK,
@@ -141,7 +144,10 @@ def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Any) -> tup
 
 
 def _ends_in_two_ends(text: str, tokens: Sequence[int], tokenizer: Any) -> bool:
-    """Return whether the text has an end token of its own before the one that is appended."""
+    """Return whether the text has an end token of its own before the one that is appended.
+
+    tokens: the tokens of the text, with the end that is appended.
+    """
     stripped = text.rstrip()
     if not stripped.endswith(list_end_texts(tokenizer)):
         return False

@@ -59,6 +59,7 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
         the end of the templated turns before it to the end of the templated turns up to it. A turn
         marked as not to be learnt is in no span; under `last` the caller must check that the last
         one is learnt.
+
     Turns are prepared for the template first (ChatTemplate). Raises what the template raises.
     """
     kind = find_row_format(example.format)
@@ -201,7 +202,7 @@ class _TemplatedExample:
     def prefix_length(self, turns: int, **more: Any) -> int | None:
         """Return how many tokens the first turns take.
 
-        None if they are not a prefix of the whole.
+        Returns None if they are not a prefix of the whole.
         """
         if (
             self._offsets
@@ -215,7 +216,7 @@ class _TemplatedExample:
     def _count_tokens_of_prefix(self, prefix: str) -> int | None:
         """Return how many tokens a prefix of the text takes, by token offsets.
 
-        None if undecided.
+        Returns None if undecided.
         """
         count = self._counts.get(len(prefix))
         if count is None or not self._text.startswith(prefix):

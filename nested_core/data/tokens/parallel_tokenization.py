@@ -100,6 +100,7 @@ def tokenize_splits(
     Every example is cut to `max_seq_length` tokens, as mlx-lm does in a batch. A line is left out
     if the chat template raises for it, if it has too many characters, or if it is too long and
     data_policy drops such lines.
+
     processes: None for one a core, if there is enough to tokenize.
     """
     shared = {
@@ -222,6 +223,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     doubts: dict[tuple[str, str], list[int]] = {}  # the first line, and how many
     all_tokens = array("i")
     target_mask = bytearray()
+    # Each example is a problem, too long, or appended to the arrays
     for line, encoded in _encode_examples(examples, source, request):
         if isinstance(encoded, _EncodingProblem):
             if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
@@ -264,6 +266,8 @@ def _encode_examples(
 ) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
     """Yield each line with its tokenized example, or why it could not be tokenized.
 
+    examples: line numbers and parsed rows. request: the job's request.
+
     Raises ConfigError if the template exceeds its time limit.
     """
     tokenizer = source.load()
@@ -300,7 +304,10 @@ def _encode_examples(
 def _find_problem(
     encoded: EncodedExample, tokenizer: Any, request: Mapping[str, Any]
 ) -> _EncodingProblem | None:
-    """Return why a tokenized example must not be trained on; None for a sound one."""
+    """Return why a tokenized example must not be trained on; None for a sound one.
+
+    request: the job's request.
+    """
     for note in encoded.notes:
         if note.severity == "error":
             return _EncodingProblem(note.check, note.message)
@@ -318,7 +325,10 @@ def _find_problem(
 
 
 def _row_too_long(characters: int, most: int, max_seq_length: int) -> _EncodingProblem:
-    """Build the problem of a row with too many characters."""
+    """Build the problem of a row with too many characters.
+
+    most: how many characters are allowed.
+    """
     return _EncodingProblem(
         ROW_TOO_LONG_CHECK,
         f"{characters:,} characters, of which {max_seq_length:,} tokens (max_seq_length) would be "

@@ -135,7 +135,11 @@ def note_unshown_texts(
 
 
 def _describe_unshown(where: str, keys: Sequence[str], verb: str) -> str:
-    """Say which text the template does not render, and what to do about it."""
+    """Say which text the template does not render, and what to do about it.
+
+    where: the missing texts' places, for the message. keys: the keys that they are under.
+    verb: what the model would not do with them: see or learn.
+    """
     droppable = [key for key in keys if key in _KEYS_TO_DROP]
     remedy = "write it where the template shows it"
     if droppable == list(keys):

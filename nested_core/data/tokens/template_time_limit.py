@@ -28,7 +28,7 @@ class TemplateTimeLimit:
     def __init__(self, seconds: float = BASE_LIMIT_SECONDS) -> None:
         """Create it for the current thread.
 
-        `seconds` of process time are allowed plus some per character.
+        seconds: the process time that every text may take; longer texts may take more.
         """
         self._seconds = seconds
         self._thread = threading.get_ident()

@@ -40,7 +40,7 @@ class TokenizerSource:
     def from_config(cls, config: FineTuneConfig) -> TokenizerSource:
         """Return the source of the configured model's tokenizer.
 
-        ConfigError without such a model.
+        Raises ConfigError without such a model.
         """
         return cls(str(find_model_folder(config.model)), config.trust_remote_code)
 

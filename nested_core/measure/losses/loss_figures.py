@@ -179,7 +179,8 @@ def compare_losses(
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
-    # The interval is corrected for selection among candidates, or for the number of comparisons.
+    # A second interval, wider than the first: corrected for the choice of the trained adapter
+    # among candidates, or for several comparisons at once. Of few examples its spread is pooled.
     corrected, is_pooled = None, False
     if candidates is not None:
         corrected = candidates.corrected_interval(losses, other, compared)
@@ -442,7 +443,10 @@ def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
 
 
 def describe_harmed(harm: HarmedExamples, losses: ExampleLosses, max_lines: int = 3) -> str:
-    """`3 of 30 examples lost more than 1.0 nats/token, and 0 gained as much: valid.jsonl:4`."""
+    """Describe the harmed examples: their number, and the first of their lines.
+
+    Example: `3 of 30 examples lost more than 1.0 nats/token, and 0 gained as much: valid.jsonl:4`.
+    """
     listed = ", ".join(str(line) for line in harm.lines[:max_lines])
     ellipsis = ", ..." if len(harm.lines) > max_lines else ""
     return (

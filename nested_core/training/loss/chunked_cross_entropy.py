@@ -173,7 +173,7 @@ class ChunkedCrossEntropy:
 
         @mx.custom_function
         def losses(hidden: mx.array) -> Arrays:
-            """The losses, and the gradients that `vjp` takes."""
+            """Return the losses, and the gradients that the backward pass needs."""
             selected, mask = gather_rows(hidden, rows), rows >= 0
             selected_targets = gather_rows(targets, rows)
             chunks = chain_chunks(
