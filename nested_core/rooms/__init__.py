@@ -29,6 +29,7 @@ class RoomLoss:
     """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
 
     unit: of its values, as pages and messages show it: "nats/example".
+    max_kl: what `gate.max_kl` is where the configuration gives none.
     rows: its kinds of rows, a mapping of names to RowFormats (data/lines/example_parsing.py); only
         they are read.
     problems: a function of the configuration that gives what it asks of this loss and cannot have.
@@ -38,6 +39,7 @@ class RoomLoss:
     """
 
     unit: str
+    max_kl: float
     rows: str
     problems: str
     make: str
@@ -289,6 +291,7 @@ ROOMS: Mapping[str, Room] = {
         losses={
             name: RoomLoss(
                 unit=unit,
+                max_kl=2.0,
                 rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
                 problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
                 make="nested_core.rooms.preferences.training_loss:make_loss",
