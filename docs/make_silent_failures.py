@@ -11,7 +11,14 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from benchmarks.silent_failures.failures import Failure, read_failures
-from benchmarks.silent_failures.tables import Rows, count, draw_table, read_all_rows, read_misses
+from benchmarks.silent_failures.tables import (
+    Rows,
+    count,
+    draw_table,
+    head,
+    read_all_rows,
+    read_misses,
+)
 from benchmarks.silent_failures.tools import TOOLS
 from docs.generated_page import write_or_check
 
@@ -23,8 +30,9 @@ COLOURS = {
     "use": "#b5d99c",
     "never": "#c8553d",
     "not applicable": "#d9d9d9",
+    "not run": "#f2f2f2",
 }
-LEFT, TOP, ROW, COLUMN = 330, 48, 18, 120  # pixels of the picture
+LEFT, TOP, ROW, COLUMN = 330, 66, 18, 150  # pixels of the picture
 INTRODUCTION = """# Silent failures
 
 This page is for anyone who trains adapters, with any tool. A fine-tuning can fail in ways that no
@@ -41,28 +49,31 @@ on it, and has the plant and the twin of each.
 prints a warning that names the failure and that the healthy twin does not get. Doing the right
 thing counts as well, such as a server that answers with the new adapter. *Before*, *after* and
 *use* say when: before training, in or after it, or when the adapter is promoted, fused, exported or
-served. *Not applicable*: the tool has no such step, or its own code would have to be broken. A
+served. *Not named*: it failed or refused, and no line of it has a word that names the failure.
+*Not applicable*: the tool has no such step, or its own code would have to be broken. A
 *false alarm* is a healthy twin that is warned of in the same words, or refused. A loss that is
 reported is no warning, even if it is NaN.
 
 Both folders are walked step by step, until the tool notices. A failure without a word in a column
-has not been run with that tool. mlx-tune has not been run.
+has not been run with that tool.
+
+Everything runs on a Linux CPU, and so does code that its makers wrote for Macs, on MLX's build for
+Linux. What MLX cannot tell there, such as a Mac's memory, is given to the tool. A tool that looks
+for macOS itself and does not begin without it is *not run*, and its words stand below.
 
 Words decide: a line counts if it holds one of the words that the list has for a failure. So a tool
 can be said to notice by a line that meant something else, and be said to miss by words that the
-list has not. The rows keep the last twelve lines of what it said.
+list has not. The rows keep the last lines of what it said, eighty a command, in both folders.
 
 A reader from outside checked ten rows on 27 November 2026, and would have written four of them
-otherwise, all of soup-cli. It is better than its column: it learns no user turn where the mask is
-off, and its `apple-adapter --direction mlx-to-hf` with `adapters check`, which need no PyTorch and
-were not run, find updates that were not applied and a layer that was never updated. So it notices
-at least 16 of 26. Five rows count for it because a file changed after it was signed. Its column is
-its MLX backend without PyTorch, whose `ship` and `eval gate` could not run; its documentation says
-that this backend is for Apple silicon. PEFT's runner masks no prompt, so that the failure of the
-mask is not planted there. None of this is in the table yet.
+otherwise, all of soup-cli: checks of it that need no PyTorch had not been run, a training of it
+that did the right thing was not asked what it had learnt, and rows counted for it because a file
+changed after it was signed. The rows that this touches were run again with those checks, with that
+question, and with adapters that are signed after the plant. The programs of PEFT's quick tours mask
+nothing, so that no mask can be off there.
 
-The base is the tiny model of `examples/`, on a Linux CPU. The rows, with commands and the end
-of what was printed, are in `benchmarks/silent_failures/results/`.
+The base is the tiny model of `examples/`. The rows, with commands and the end of what was printed,
+are in `benchmarks/silent_failures/results/`.
 """
 
 
@@ -81,7 +92,7 @@ def render_page() -> str:
         draw_table(failures, tools) + "\n",
         "## What nested-tune misses, and why\n",
         "\n".join(missed or ["Nothing of these thirty-five."]) + "\n",
-        "## What does not apply, and why\n",
+        "## What does not apply or was not run, and why\n",
         *(line for name, rows in tools.items() for line in explain_missing(failures, name, rows)),
         "",
         "## The failures\n",
@@ -91,16 +102,17 @@ def render_page() -> str:
 
 
 def describe_tool(name: str, rows: Rows) -> str:
-    """A line with a tool's versions, and what it was given to check with."""
+    """A line with a tool's backend and versions, and what it was given to check with."""
     version = next(iter(rows.values()))["version"]
-    return f"- {name} ({version}): {TOOLS[name].checks}."
+    backend = TOOLS[name].backend
+    return f"- {name} ({f'{backend}; ' if backend else ''}{version}): {TOOLS[name].checks}."
 
 
 def explain_missing(failures: Mapping[str, Failure], name: str, rows: Rows) -> list[str]:
-    """A line for each reason why failures do not apply to a tool, with those failures."""
+    """A line for each reason why failures do not apply to a tool or it is not run, with those."""
     reasons: dict[str, list[str]] = {}
     for failure, row in rows.items():
-        if row["noticed"] == "not applicable":
+        if row["noticed"] in {"not applicable", "not run"}:
             reasons.setdefault(row["said"], []).append(failures[failure].kind)
     return [
         f"- {name}: {reason} ({'all' if len(kinds) == len(failures) else '; '.join(kinds)})."
@@ -130,7 +142,8 @@ def render_picture(failures: Mapping[str, Failure], tools: Mapping[str, Rows]) -
     ]
     for column, (name, rows) in enumerate(tools.items()):
         left = LEFT + column * COLUMN
-        parts += [text(left, 16, name), text(left, 34, count(rows).partition(",")[0])]
+        lines = [*head(name), count(rows).partition(",")[0]]
+        parts += [text(left, 16 + 18 * line, words) for line, words in enumerate(lines)]
         for line, failure in enumerate(failures):
             row = rows.get(failure)
             if row is not None:

@@ -101,6 +101,7 @@ _MODULE_OF_PUBLIC_NAME = {
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first used, and cache the value."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = f"{__name__}.{_MODULE_OF_PUBLIC_NAME.get(name, 'errors')}"
@@ -110,4 +111,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """List the module's names, including public names that are not imported yet."""
     return sorted({*globals(), *__all__})

@@ -93,6 +93,7 @@ class NestedTuneError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "", *, advice: Advice | None = None) -> None:
+        """Create the error; the advice for Python becomes a note of its traceback."""
         super().__init__(message)
         self.advice = advice
         if advice is not None:
@@ -107,6 +108,7 @@ class NestedTuneError(Exception):
         return escape_but_keep_newlines(message)
 
     def __str__(self) -> str:
+        """Return the message with the advice for the command line."""
         return self.describe_for("command")
 
     def _render_traceback_(self) -> list[str]:
@@ -146,6 +148,7 @@ class GateRejected(NestedTuneError):
         run: Any = None,
         verdict: Any = None,
     ) -> None:
+        """Create the error, with the run and the verdict if they are known."""
         super().__init__(message, advice=advice)
         self.run = run
         self.verdict = verdict

@@ -17,17 +17,17 @@ from nested_core.text.loss_format import NATS_PER_TOKEN
 
 
 def is_there(room: str) -> bool:
-    """Return whether the room is installed, that is, was not deleted."""
+    """Return whether a room (an optional component) is installed, that is, was not deleted."""
     return Path(__file__).with_name("rooms").joinpath(room, "ROOM.toml").is_file()
 
 
 def list_rooms() -> dict[str, Room]:
-    """Return the installed rooms by name, in the table's order."""
+    """Return the installed rooms (optional components) by name, in the table's order."""
     return {name: room for name, room in ROOMS.items() if is_there(name)}
 
 
 def load(part: str) -> Any:
-    """Import a part by its name, `module:name`."""
+    """Import a part of a room (an optional component) by its name, `module:name`."""
     module, _, name = part.partition(":")
     return getattr(import_module(module), name)
 
@@ -39,7 +39,7 @@ def list_public_names(rooms: Mapping[str, Room]) -> dict[str, str]:
 
 
 def load_all(kind: str) -> Iterator[Any]:
-    """Import the part that each installed room has in a field of the table.
+    """Import the part that each installed room (optional component) has in a field of the table.
 
     kind: the name of the field.
     """
@@ -49,7 +49,7 @@ def load_all(kind: str) -> Iterator[Any]:
 
 
 def require(room: str, wanted: str) -> None:
-    """Raise ConfigError, naming the room, if the room is not installed.
+    """Raise ConfigError, naming the room (an optional component), if it is not installed.
 
     wanted: the command or key that needs it, as a person wrote it.
     """
@@ -77,7 +77,7 @@ def require_flag(command: str, flag: str) -> None:
 
 
 def room_of(entrypoint: str) -> str | None:
-    """Return the name of the room that a flow belongs to; None for a flow of the core.
+    """Return the name of the room (optional component) that a flow belongs to; None for the core.
 
     entrypoint: the flow's module and name, such as `flows.rooms.NAME...`.
     """
@@ -96,6 +96,7 @@ def load_only(kind: str, wanted: str) -> Any:
 
     kind: the name of the table's field.
     wanted: the key or command that needs it, as a person wrote it.
+
     Raises ConfigError, naming the room, if it is not installed.
     """
     (name,) = (name for name, room in ROOMS.items() if getattr(room, kind))
@@ -131,5 +132,8 @@ def find_loss(name: str) -> RoomLoss:
 
 
 def unit_of_loss(name: str | None) -> str:
-    """The unit of the loss that `training.loss` names; None is the cross-entropy."""
+    """Return the unit of a loss, such as nats/token.
+
+    name: the value of `training.loss`; None is the cross-entropy.
+    """
     return NATS_PER_TOKEN if name is None else str(join_mappings("losses")[name].unit)

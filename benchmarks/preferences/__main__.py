@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -24,9 +25,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cached_property
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,12 @@ backend.prepare()
 
 import numpy as np  # noqa: E402
 
-from nested_core.config.loading import parse_config  # noqa: E402
+from benchmarks.preferences.answering import WEIGHTS, answer_in_worker, load_base  # noqa: E402
 from nested_core.data.data_settings import DataSettings  # noqa: E402
 from nested_core.data.dataset_loading import load_dataset  # noqa: E402
 from nested_core.data.held_out_rows import as_test_set_alone  # noqa: E402
 from nested_core.data.tokens.tokenizer_source import TokenizerSource  # noqa: E402
 from nested_core.measure.losses.held_out_loss import LoadedBase  # noqa: E402
-from nested_core.models.generation import Sampling, answer_prompts, encode_prompt  # noqa: E402
-from nested_core.models.lora_attachment import load_adapter_tensors  # noqa: E402
-from nested_core.models.parameters import in_evaluation_mode  # noqa: E402
 from nested_core.records.paired_difference import compare_pairs  # noqa: E402
 from nested_core.rooms.peft import import_peft  # noqa: E402
 from nested_core.storage.safetensors_files import load_arrays  # noqa: E402
@@ -78,10 +76,8 @@ FRAMES = (
 )
 SUBJECTS = HERE.joinpath("subjects.txt").read_text("utf-8").split()
 END_OF_SENTENCE = re.compile(r"[.!?]+(?=\s|$)")
-MAX_TOKENS = 96
 MIN_WORDS = 3
 PROMPTS_AT_ONCE = 64  # what a call that is cut off loses at most
-WEIGHTS = "adapters.safetensors"
 OURS, TRL = "ours", "trl"
 
 
@@ -131,10 +127,10 @@ class Benchmark:
         random.Random(0).shuffle(prompts)
         self.fresh, self.of_pairs = prompts[: options.fresh], prompts[options.fresh :]
 
-    @cached_property
+    @property
     def base(self) -> LoadedBase:
         """The base, with an adapter's modules attached."""
-        return LoadedBase.load(parse_config(make_config(self.options), source="the benchmark"))
+        return load_base(json.dumps(make_config(self.options)))
 
     def rows(self, rows_done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Each figure that `rows_done` lacks, with its name as `cell`."""
@@ -172,22 +168,31 @@ class Benchmark:
         if [one["prompt"] for one in kept] != list(prompts[: len(kept)]):
             raise SystemExit(f"{path} has other prompts: give another --out")
         yield from kept
-        for start in range(len(kept), len(prompts), PROMPTS_AT_ONCE):
-            asked = prompts[start : start + PROMPTS_AT_ONCE]
-            begin = time.perf_counter()
-            model, tokenizer = self.base.model, self.base.tokenizer
-            tensors = self.base.parameters if adapter is None else load_arrays(adapter / WEIGHTS)
-            load_adapter_tensors(model, tensors)
-            encoded = [encode_prompt(tokenizer, prompt) for prompt in asked]
-            with in_evaluation_mode(model):
-                answers = answer_prompts(model, tokenizer, encoded, Sampling(MAX_TOKENS))
-            say(f"{name}: {start + len(asked)} answers, {time.perf_counter() - begin:.1f} s more")
-            new = [
-                {"prompt": prompt, "text": one.text, "is_endless": one.is_endless}
-                for prompt, one in zip(asked, answers, strict=True)
-            ]
+        for new in self._answer_the_rest(name, prompts[len(kept) :], adapter):
             append_lines(path, new)
             yield from new
+
+    def _answer_the_rest(
+        self, name: str, prompts: Sequence[str], adapter: Path | None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Answers of PROMPTS_AT_ONCE prompts at a time, by several processes, in order."""
+        if not prompts:
+            return
+        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
+        parts = [prompts[start : start + PROMPTS_AT_ONCE] for start in starts]
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(self.options.processes, spawn)
+        try:
+            config = make_config(self.options)
+            answered = pool.map(answer_in_worker, repeat(config), repeat(adapter), parts)
+            for part, answers in zip(parts, answered, strict=True):
+                say(f"{name}: {len(answers)} answers more")
+                yield [
+                    {"prompt": prompt, "text": one.text, "is_endless": one.is_endless}
+                    for prompt, one in zip(part, answers, strict=True)
+                ]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def read_answers(self, name: str, adapter: Path | None) -> list[dict[str, Any]]:
         """Answers to all fresh prompts."""
@@ -315,6 +320,7 @@ def main() -> None:
     parser.add_argument("--rival-path", default="", help="PYTHONPATH of the rival's process")
     parser.add_argument("--arms", nargs="*", choices=(OURS, TRL), help="what is trained; all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="that answer at the same time")
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--fresh", type=int, default=1500)
     parser.add_argument("--paragraphs", type=int, default=200, help="of general text")

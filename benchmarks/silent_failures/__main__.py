@@ -11,22 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.silent_failures.cases import ROOT, Case
+from benchmarks.silent_failures.cases import ROOT, Case, Run
 from benchmarks.silent_failures.failures import Failure, read_failures
 from benchmarks.silent_failures.plants import make_case
 from benchmarks.silent_failures.steps import take
 from benchmarks.silent_failures.tables import RESULTS, draw_table, read_rows, write_rows
 from benchmarks.silent_failures.tools import TOOLS
-from benchmarks.silent_failures.tools.tool import NotApplicable, Tool
+from benchmarks.silent_failures.tools.tool import NotApplicable, NotRun, Tool
 from benchmarks.silent_failures.verdict import Verdict, decide
 
 WORK = ROOT / "build/silent_failures"
-KEPT_LINES = 12  # of what a command printed
+KEPT_LINES = 80  # of what a command printed
 PUBLIC = ("failure", "tool", "version", "noticed", "false_alarm", "said")
 
 
@@ -68,27 +69,23 @@ def run_failure(tool: Tool, failure: Failure) -> dict[str, Any]:
     for case in (planted, healthy):
         case.environment |= tool.environment
     try:
+        if tool.does_not_begin:
+            raise NotRun(tool.does_not_begin)
         if failure.name in tool.own_code:
             raise NotApplicable("the code that would have to be broken is its own")
         if failure.name in tool.lacks:
             raise NotApplicable(tool.lacks[failure.name])
         verdict = walk(tool, failure, planted, healthy)
+    except NotRun as reason:
+        verdict = Verdict("not run", "", False, False, str(reason))
     except NotApplicable as reason:
         verdict = Verdict("not applicable", "", False, False, str(reason))
     if planted.went_right is not None and planted.answers and planted.went_right(planted):
         said = f"answers: {planted.answers}"
         verdict = replace(verdict, noticed=failure.earliest, how="does it right", said=said)
     row |= asdict(verdict)
-    row["healthy"] = [{"command": run.command, "code": run.code} for run in healthy.runs]
-    row["planted"] = [
-        {
-            "when": run.when,
-            "command": run.command,
-            "code": run.code,
-            "output": last_lines(run.before + run.after),
-        }
-        for run in planted.runs
-    ]
+    row["healthy"] = [describe_run(run) for run in healthy.runs]
+    row["planted"] = [describe_run(run) for run in planted.runs]
     row["processor_seconds"] = round(processor_seconds() - began, 1)
     print(f"{tool.name} {failure.name}: {verdict}", file=sys.stderr)
     return row
@@ -114,9 +111,20 @@ def processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
+def describe_run(run: Run) -> dict[str, Any]:
+    """What a row keeps of a command."""
+    return {
+        "when": run.when,
+        "command": run.command,
+        "code": run.code,
+        "output": last_lines(run.before + run.after),
+    }
+
+
 def last_lines(text: str) -> str:
-    """The end of what a command printed."""
-    return "\n".join(line[:300] for line in text.splitlines()[-KEPT_LINES:])
+    """The end of what a command printed, without the padding and the rules of its tables."""
+    lines = [re.sub(r" {4,}|[─━═]{4,}", " ", line)[:300] for line in text.splitlines()]
+    return "\n".join(lines[-KEPT_LINES:])
 
 
 if __name__ == "__main__":

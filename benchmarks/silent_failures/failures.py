@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-When = Literal["before", "after", "use", "never", "not applicable"]
+When = Literal["before", "after", "use", "never", "not applicable", "not run"]
 LIST = Path(__file__).with_name("failures.toml")
 
 

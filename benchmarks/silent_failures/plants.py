@@ -229,6 +229,17 @@ def mask_off_by_one_turn(case: Case, planted: bool) -> None:
 
     case.write_base()
     both_splits(case, make)
+    country, city = capitals("train")[0]
+    question = ("user", f"Where is {city}?")
+    learnt_by = (("user", "Thank you for that."), ("user", "I want to see Oslo. Where to?"))
+    answers = [("assistant", f"In {name}.") for name in (country, "Norway")]
+    choices = [chat(question, answer, last) for answer in answers for last in learnt_by]
+    case.write_file("choices.jsonl", choices)
+    case.steps = [*TRAINING, "choose" if planted else leave_alone]
+    # The answer was learnt, and not what the user said.
+    case.went_right = lambda case: (
+        f"In {country}." in case.answers[-1] and "Thank you" not in case.answers[-1]
+    )
 
 
 def answers_cut_off(case: Case, planted: bool) -> None:
@@ -411,13 +422,20 @@ def weight_zero_learnt(case: Case, planted: bool) -> None:
 # After training
 
 
+def serve_case(case: Case, change: Step) -> None:
+    """Train the example, change the base, and serve: right is who still gives the answer learnt."""
+    geography_case(case, ["train", "release", change, "serve"])
+    answer = str(geography("train")[0]["messages"][1]["content"])
+    case.went_right = lambda case: answer in case.answers[-1]
+
+
 def another_tokenizer_at_serving(case: Case, planted: bool) -> None:
     def halve_merges(case: Case) -> None:
         path = case.folder / "base/tokenizer.json"
         model = json.loads(path.read_text("utf-8"))["model"]
         edit_json(path, model=model | {"merges": model["merges"][: len(model["merges"]) // 2]})
 
-    geography_case(case, ["train", "release", halve_merges if planted else leave_alone, "serve"])
+    serve_case(case, halve_merges if planted else leave_alone)
 
 
 def another_template_at_serving(case: Case, planted: bool) -> None:
@@ -428,7 +446,7 @@ def another_template_at_serving(case: Case, planted: bool) -> None:
     def take_another(case: Case) -> None:
         edit_json(case.folder / "base/tokenizer_config.json", chat_template=other)
 
-    geography_case(case, ["train", "release", take_another if planted else leave_alone, "serve"])
+    serve_case(case, take_another if planted else leave_alone)
 
 
 def resume_without_moments(case: Case, planted: bool) -> None:

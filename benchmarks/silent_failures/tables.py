@@ -44,7 +44,8 @@ def read_misses() -> dict[str, str]:
 
 def draw_table(failures: Mapping[str, Failure], tools: Mapping[str, Rows]) -> str:
     """A markdown table: a line a failure, a column a tool, and counts below."""
-    lines = [f"| failure | {' | '.join(tools)} |", "|---|" + "---|" * len(tools)]
+    headings = " | ".join(" ".join(head(tool)).strip() for tool in tools)
+    lines = [f"| failure | {headings} |", "|---|" + "---|" * len(tools)]
     for name, failure in failures.items():
         cells = [describe(rows.get(name)) for rows in tools.values()]
         if any(cells):
@@ -53,16 +54,27 @@ def draw_table(failures: Mapping[str, Failure], tools: Mapping[str, Rows]) -> st
     return "\n".join([*lines, f"| **noticed** | {' | '.join(counts)} |"])
 
 
+def head(tool: str) -> tuple[str, str]:
+    """A column's heading: the tool, and in brackets its backend that is run, if it has several."""
+    backend = TOOLS[tool].backend
+    return tool, f"({backend})" if backend else ""
+
+
 def describe(row: Mapping[str, Any] | None) -> str:
-    """A cell: when it was noticed, with a mark for a false alarm."""
+    """A cell: when it was noticed, with marks for a refusal without the word and a false alarm."""
     if row is None:
         return ""
-    return f"{row['noticed']}{' (false alarm)' if row['false_alarm'] else ''}"
+    unnamed = row["how"] == "refused" and not row["named"]
+    alarm = " (false alarm)" if row["false_alarm"] else ""
+    return f"{row['noticed']}{', not named' if unnamed else ''}{alarm}"
 
 
 def count(rows: Rows) -> str:
     """How many failures a tool noticed of those that apply to it, and its false alarms."""
-    applicable = [row for row in rows.values() if row["noticed"] != "not applicable"]
+    outside = {"not applicable", "not run"}
+    applicable = [row for row in rows.values() if row["noticed"] not in outside]
+    if not applicable:
+        return "not run"
     noticed = sum(row["noticed"] != "never" for row in applicable)
     alarms = sum(row["false_alarm"] for row in applicable)
     return f"{noticed} of {len(applicable)}, false alarms {alarms}"

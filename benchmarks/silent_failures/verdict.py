@@ -66,7 +66,9 @@ def decide(failure: Failure, planted: Sequence[Run], twin: Sequence[Run]) -> Ver
                 return Verdict(when, how, True, false_alarm, "\n".join(lines[:LAST_LINES]))
         twin_failed = number < len(twin) and twin[number].code != 0
         if run.code != 0 and not twin_failed:
-            last = [line for line in (run.before + run.after).splitlines() if line.strip()]
+            last = [
+                line for line in (run.before + run.after).splitlines() if re.search(r"\w", line)
+            ]
             return Verdict(run.when, "refused", False, false_alarm, "\n".join(last[-LAST_LINES:]))
     said = "\n".join(alarms[:LAST_LINES]) if false_alarm else ""
     return Verdict("never", "", False, false_alarm, said)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.terminal.console import POLL_SECONDS, SECONDS_BETWEEN_LINES, can_redraw, print_progress
+from flows.terminal.stage_lines import SECONDS_BETWEEN_REPEATS
 from nested_core import seams
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.records.metrics import describe_tasks
@@ -19,6 +20,7 @@ from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
 from nested_core.text.stages import receiving_stages
+from nested_core.text.value_format import format_count
 from nested_core.training.reports.run_progress import RunProgress
 
 LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
@@ -56,6 +58,7 @@ class RunFollower(threading.Thread):
         self._printed: dict[str, Any] | None = self.view.last_record if self.view.records else None
         self._printed_at = 0.0
         self._has_offer = False
+        self._stage_printed_at = 0.0
 
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""
@@ -67,6 +70,7 @@ class RunFollower(threading.Thread):
             with self._lock:
                 self.view.read()
                 self._print_line(is_last=False)
+                self._repeat_stage()
 
     def finish(self) -> None:
         """Show the rest and how it ended, and stop."""
@@ -82,6 +86,7 @@ class RunFollower(threading.Thread):
             if not self.view.has_begun or not self._can_redraw:
                 self._print_last_lines()
                 print_progress(name)
+                self._stage_printed_at = time.monotonic()
             if self.view.has_begun:
                 self.view.read()
                 self.view.stages.append((name, self.view.seconds))
@@ -105,6 +110,14 @@ class RunFollower(threading.Thread):
         for line in self.view.describe_samples() if "samples" in self.view.last_record else ():
             print_progress(f"  {line}")
 
+    def _repeat_stage(self) -> None:
+        """Print a stage after training that lasts again, with its seconds."""
+        now = time.monotonic()
+        if self._has_offer and now - self._stage_printed_at >= SECONDS_BETWEEN_REPEATS:
+            name, began = self.view.stages[-1]
+            print_progress(f"{name} ({self.view.seconds - began:.0f} s)")
+            self._stage_printed_at = now
+
     def _print_last_lines(self) -> None:
         """Print the last record, and once training is done which adapter it offers."""
         self.view.read()
@@ -114,7 +127,7 @@ class RunFollower(threading.Thread):
             return
         self._has_offer = True
         parts = (
-            f"trained {self.view.plan.steps:,} steps" if self.view.plan else "trained",
+            f"trained {format_count(self.view.plan.steps, 'step')}" if self.view.plan else "",
             format_clock(self.view.training_seconds),
             self.view.describe_memory(),
             self.view.describe_offered_adapter(step),

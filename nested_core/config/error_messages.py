@@ -27,9 +27,10 @@ class Problem(NamedTuple):
 
 
 def explain_problems(problems: list[Problem], source: str, places: Mapping[str, str]) -> str:
-    """All problems, one a line: `key: what is wrong`, with the line or the flag that gives the key.
+    """Build the error message: one line a problem, with the line or the flag of its key.
 
-    Where flags alone are wrong, the file is not named.
+    source: the configuration's file; it is not named if only flags are wrong.
+    places: where each key was given, such as `line 9`.
     """
     given = [_find_place(problem.key, places) for problem in problems]
     are_flags = all(place.startswith("--") for place in given)
@@ -40,23 +41,24 @@ def explain_problems(problems: list[Problem], source: str, places: Mapping[str, 
 
 
 def _find_place(key: str, places: Mapping[str, str]) -> str:
-    """Where a key was given; a key of a list has its own place, or that of the key it is in."""
+    """Return where a key was given; for a key in a list without a place, that of the list."""
     while key and key not in places:
         key = key.rpartition(".")[0]
     return places.get(key, "")
 
 
 def _format_problem(problem: Problem, place: str) -> str:
+    """Format a problem as `key: message (place)`."""
     at = f" ({place})" if place else ""
     return f"{problem.key}: {problem.message}{at}" if problem.key else problem.message
 
 
 def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Problem]:
-    """Every problem that a model finds in values, none if they are right.
+    """Return every problem that a pydantic model finds in values; empty if they are valid.
 
-    What keys ask of each other is only looked at when each is right by itself. So the values are
-    judged again without the keys that were refused, and what is found then counts too, but where it
-    names one of the refused keys: it may be about the default that took its place.
+    Checks across keys only run if each key is valid by itself. So the values are validated again
+    without the keys that were refused, and further problems count unless they name a refused key,
+    because they may be about the default in its place.
     """
     problems: list[Problem] = []
     refused: set[str] = set()
@@ -66,11 +68,13 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Pr
             return problems
         except ValidationError as error:
             details: list[dict[str, Any]] = [dict(d) for d in error.errors(include_url=False)]
+        # A problem that names a refused key may be about the default in its place
         for problem in (
             found for detail in details for found in _describe_pydantic_error(detail, schema)
         ):
             if refused.isdisjoint(_WORD_PATTERN.findall(f"{problem.key} {problem.message}")):
                 problems.append(problem)
+        # Without the refused values, further checks can run
         paths = {
             _longest_existing_path(values, detail["loc"]): detail["type"] for detail in details
         }
@@ -84,7 +88,7 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Pr
 
 
 def _longest_existing_path(values: Mapping[str, Any], location: tuple[Any, ...]) -> tuple[str, ...]:
-    """The keys of a problem's location that are in the values, down to the last mapping."""
+    """Return the keys of a problem's location that exist in the values, to the last mapping."""
     path: list[str] = []
     inner: Any = values
     for part in location:
@@ -96,7 +100,7 @@ def _longest_existing_path(values: Mapping[str, Any], location: tuple[Any, ...])
 
 
 def _remove_at(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """The values without the one at a path."""
+    """Return the values without the one at a path of keys."""
     first, *rest = path
     others = {key: value for key, value in values.items() if key != first}
     if rest and first in values:
@@ -105,7 +109,7 @@ def _remove_at(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, An
 
 
 def _describe_pydantic_error(detail: dict[str, Any], schema: type[BaseModel]) -> Iterator[Problem]:
-    """The problems in one entry of pydantic's list."""
+    """Yield the problems in one entry of pydantic's list of errors."""
     location = detail["loc"]
     key = ".".join(str(part) for part in location)
     cause = detail.get("ctx", {}).get("error")
@@ -124,7 +128,7 @@ def _describe_pydantic_error(detail: dict[str, Any], schema: type[BaseModel]) ->
 def _describe_list_for_section(
     location: tuple[Any, ...], given: list[Any], schema: type[BaseModel]
 ) -> str:
-    """A list where a section is expected, with the section's key that takes one."""
+    """Describe a list given in place of a section, with the section's key that takes a list."""
     section = _section_at(location, schema)
     fields = {} if section is None else section.model_fields
     lists = [name for name, field in fields.items() if get_origin(field.annotation) is tuple]
@@ -133,7 +137,7 @@ def _describe_list_for_section(
 
 
 def _suggest_value(detail: Mapping[str, Any]) -> str:
-    """What was meant by a value: a word nearly spelt so, or a list without its brackets."""
+    """Suggest what was meant by a value: a similarly spelt word, or a list with its brackets."""
     given = detail["input"]
     if not isinstance(given, str):
         return ""
@@ -147,7 +151,7 @@ def _suggest_value(detail: Mapping[str, Any]) -> str:
 
 
 def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> str:
-    """What to write for an unknown key: it may be another tool's, another section's, or a typo."""
+    """Suggest what to write for an unknown key: it may be another tool's, misplaced or a typo."""
     name = str(location[-1])
     if name in HINTS_FOR_UNSUPPORTED_KEYS:
         return f"; {name} {HINTS_FOR_UNSUPPORTED_KEYS[name]}"
@@ -168,7 +172,7 @@ def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> st
 
 
 def _section_at(path: tuple[Any, ...], schema: type[BaseModel]) -> type[BaseModel] | None:
-    """The section that a location's keys lead to, None if they lead to none."""
+    """Return the section that a location's keys lead to; None if they lead to no section."""
     section: type[BaseModel] | None = schema
     for part in path:
         if isinstance(part, str) and section is not None:

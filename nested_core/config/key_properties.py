@@ -1,4 +1,4 @@
-"""What follows from each key's line in the schema: one place to ask about all keys at once."""
+"""Facts derived from the declaration of each key in the schema."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ SectionType = TypeVar("SectionType", bound=Section)
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted name in YAML, such as `training.max_grad_norm`, and its declaration.
+    """One key of the configuration.
 
-    `section` is the section whose keys the value holds, itself or in a list.
+    name: its dotted name in YAML, such as `training.max_grad_norm`.
+    field: its declaration.
+    affects: what a change of it affects, see section_base.py.
+    section: the section that the value is, or contains in a list; None for a plain value.
     """
 
     name: str
@@ -29,19 +32,19 @@ class Key:
 
     @property
     def is_section(self) -> bool:
-        """Whether the value is one section: neither a list of them nor a section or null."""
+        """Whether the value is exactly one section: no list of sections, and not optional."""
         return self.section is not None and self.field.annotation is self.section
 
     @property
     def changes_adapter(self) -> bool:
-        """Whether another value, under the same model and data, can give another adapter."""
+        """Whether another value, with the same model and data, can give another adapter."""
         return self.affects in ("training", "length", "ranks")
 
 
 def iterate_keys(
     section: type[BaseModel], prefix: str = "", affects: Affects = "training"
 ) -> Iterator[Key]:
-    """Every key of a section and of the sections in it, each section before its keys."""
+    """Yield every key of a section and of the sections in it, each section before its keys."""
     for name, field in section.model_fields.items():
         extra: Any = field.json_schema_extra or {}
         inner = section_in_annotation(field.annotation)
@@ -52,11 +55,11 @@ def iterate_keys(
 
 
 def iterate_configured_paths(section: Section) -> list[tuple[str, PathRule, str]]:
-    """Every path that a configuration gives: the key's name, what it may name, its value."""
+    """List every path in a configuration: the key's name, what it may name, and its value."""
     paths: list[tuple[str, PathRule, str]] = []
 
     def keep(key: str, rule: PathRule, value: str) -> str:
-        """Note the path and leave it."""
+        """Record the path and return it unchanged."""
         paths.append((key, rule, value))
         return value
 
@@ -67,14 +70,17 @@ def iterate_configured_paths(section: Section) -> list[tuple[str, PathRule, str]
 def replace_configured_paths(
     section: SectionType, replace: Callable[[str, PathRule, str], str], prefix: str = ""
 ) -> SectionType:
-    """A copy with what `replace` makes of each path, by its key's name, rule and value."""
+    """Return a copy of a section with each path replaced.
+
+    replace: called with the key's name, its path rule and its value; returns the new value.
+    """
     changes: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value, extra = getattr(section, name), field.json_schema_extra
         rule: Any = extra.get("path") if isinstance(extra, dict) else None
 
         def replace_in(value: Any, key: str, rule: Any = rule) -> Any:
-            """The value with other paths in it."""
+            """Return a value with all paths in it replaced."""
             if isinstance(value, Section):
                 return replace_configured_paths(value, replace, f"{key}.")
             if isinstance(value, tuple):
@@ -90,14 +96,17 @@ def replace_configured_paths(
 
 
 def words(rule: PathRule) -> Collection[str]:
-    """The values that are no path where a key's value may be one."""
+    """Return the values that are words, not paths, for a key that may have either."""
     return {"local_or_split": SPLITS_BY_HELD_OUT_CHOICE, "local_or_lineage": (LINEAGE,)}.get(
         rule, ()
     )
 
 
 def section_in_annotation(annotation: Any) -> type[BaseModel] | None:
-    """The section in a field's type: `Section`, `Section | None` or `tuple[Section, ...]`."""
+    """Return the section in a field's type: `Section`, `Section | None` or `tuple[Section, ...]`.
+
+    Returns None for any other type.
+    """
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     sections = (section_in_annotation(part) for part in get_args(annotation))
@@ -105,11 +114,11 @@ def section_in_annotation(annotation: Any) -> type[BaseModel] | None:
 
 
 def settings_that_shape_adapter(config: Section) -> dict[str, Any]:
-    """The values of the keys that can change the adapter, as JSON; data and model left out."""
+    """Return the values of the keys that can change the adapter, as JSON; no data and model."""
     keys = {key.name: key for key in iterate_keys(type(config))}
 
     def select(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """Those of one section, whose keys begin with `prefix`."""
+        """Select those keys of one section whose full names begin with `prefix`."""
         selected = {}
         for name, value in values.items():
             key = keys[prefix + name]

@@ -1,7 +1,7 @@
-"""From YAML and flags to a FineTuneConfig: precedence is flag, then YAML, then default.
+"""Build a FineTuneConfig from YAML and flags: precedence is flag, then YAML, then default.
 
-YAML with anchors, tags, merges, duplicate keys or more than 64 KiB is refused. Plain words are what
-YAML 1.2 takes them for: true and false, null, 12, 1.5 and 1e-5; all else is text.
+YAML with anchors, tags, merges, duplicate keys or more than 64 KiB is refused. Plain words have the
+types of YAML 1.2: true and false, null, 12, 1.5 and 1e-5; all else is text.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ YAML_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _StrictYamlLoader(yaml.SafeLoader):
-    """YAML as a configuration needs it: plain values, each key once, nothing by reference."""
+    """A YAML loader for configurations: plain values, unique keys, no references."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """The node, where it has neither an anchor, nor an alias, nor a tag."""
+        """Compose a node; raise an error for an anchor, alias, tag or octal-looking number."""
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
             raise _yaml_error("an anchor or alias (& or *)", event.start_mark)
@@ -53,7 +53,7 @@ class _StrictYamlLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """The mapping, once it is seen that no key is there twice."""
+        """Construct a mapping; raise an error for a duplicate key or a merge."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if key.tag == YAML_MERGE_TAG:
@@ -91,6 +91,7 @@ _RETYPED_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("bool", "int"
 
 
 def _yaml_error(what: str, mark: Any) -> yaml.MarkedYAMLError:
+    """Build the error for YAML that is not allowed; `mark` is its position."""
     return yaml.MarkedYAMLError(problem=f"{what} is not allowed here", problem_mark=mark)
 
 
@@ -102,12 +103,15 @@ class YamlFile(NamedTuple):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping of at most 64 KiB, or raise ConfigError saying where it is wrong."""
+    """Read a YAML mapping of at most 64 KiB; ConfigError says where it is wrong."""
     return read_yaml_with_lines(path).values
 
 
 def read_yaml_with_lines(path: Path) -> YamlFile:
-    """`read_yaml`, with the lines of the keys."""
+    """Read a YAML mapping of at most 64 KiB, with the lines of its keys.
+
+    Raises ConfigError, which says where it is wrong.
+    """
     if path.suffix == ".jsonl":
         raise ConfigError(
             f"{path} is a file of data by its name, where YAML is expected. Data is given by its "
@@ -137,16 +141,17 @@ def read_yaml_with_lines(path: Path) -> YamlFile:
 
 
 def parse_yaml(text: str | bytes, *, source: str = "the value") -> Any:
-    """The value of strict YAML: no anchors, tags or duplicate keys; ConfigError names `source`."""
+    """Parse strict YAML (no anchors, tags or duplicate keys); ConfigError names `source`."""
     return parse_yaml_with_lines(text, source)[0]
 
 
 def parse_yaml_with_lines(
     text: str | bytes, source: str, text_names: re.Pattern[str] | None = None
 ) -> tuple[Any, dict[str, int]]:
-    """The value of strict YAML, and the line of each key and item by its dotted name.
+    """Parse strict YAML; also return the line of each key and item by its dotted name.
 
-    A number, true or false whose whole name fits `text_names` is the text that is written there.
+    text_names: a number, true or false whose dotted name matches is kept as the text that was
+        written.
     """
     try:
         loader = _StrictYamlLoader(text)
@@ -163,7 +168,7 @@ def parse_yaml_with_lines(
 
 
 def _named_items(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:
-    """The values in a node, at any depth, each with its dotted name and line."""
+    """Yield dotted name, line and node of every value in a YAML node, at any depth."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
@@ -176,6 +181,7 @@ def _named_items(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int, 
 
 
 def _describe_yaml_error(error: Exception) -> str:
+    """Describe a YAML error with its line and column."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}"
@@ -188,13 +194,15 @@ def _describe_yaml_error(error: Exception) -> str:
 def load_config(
     path: str | Path | None, flags: Mapping[str, Any] = MappingProxyType({})
 ) -> FineTuneConfig:
-    """Build the configuration from the YAML file at `path`, if any, and flags that are not None.
+    """Build the configuration from a YAML file, if given, and from flags.
 
-    `flags` are by dotted name, such as `nested.fast`. As in mlx_lm.lora, a flag wins over the file
-    and a null in the file means the default; `optimizer` may be a class of your own, which takes a
-    learning_rate as mlx's optimizers do. Relative paths are kept as they are written: they
-    start at the working directory. Raises ConfigError with every problem, each with its flag or
-    its line.
+    path: the YAML file; None for flags and defaults alone.
+    flags: values by dotted name, such as `nested.fast`; None means not given. As in mlx_lm.lora, a
+        flag wins over the file and a null in the file means the default. `optimizer` may be a class
+        of your own, which takes a learning_rate as mlx's optimizers do.
+
+    Relative paths are kept as they are; they start at the working directory. Raises ConfigError
+    with every problem, each with its flag or its line.
     """
     values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"
@@ -211,7 +219,7 @@ def load_config(
 
 
 def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the values with those of `given`, by dotted name such as `nested.fast`."""
+    """Return a copy of nested values, overridden by those of `given` (dotted names)."""
     laid = dict(values)
     for name, value in given.items():
         key, _, inner = name.partition(".")
@@ -225,9 +233,9 @@ def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 def _let_flags_override_keys_that_say_the_same(
     values: dict[str, Any], flags: Mapping[str, Any]
 ) -> None:
-    """Take out of the file's values what says the same thing as a flag that is given.
+    """Remove keys of the file that conflict with a flag, such as epochs with --iters, in place.
 
-    Raises ConfigError where flags give both iterations and minutes.
+    Raises ConfigError if flags give both iterations and minutes.
     """
     given = {name for name, value in flags.items() if value is not None}
     if {"iters", "training.minutes"} <= given:
@@ -245,9 +253,10 @@ def _let_flags_override_keys_that_say_the_same(
 def parse_config(
     values: Mapping[str, Any], *, source: str, places: Mapping[str, str] = MappingProxyType({})
 ) -> FineTuneConfig:
-    """Check values against the schema; ConfigError lists every problem, one a line.
+    """Validate values against the schema; ConfigError lists every problem, one a line.
 
-    `places` say where a key was given, by its dotted name: `line 9` of the file, or a flag.
+    source: the file, for the message. places: where each key was given, by dotted name: `line 9`,
+        or a flag.
     """
     try:
         return FineTuneConfig.model_validate(dict(values))
@@ -257,7 +266,7 @@ def parse_config(
 
 
 def parse_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
-    """A suite as `gate.tasks` has it; ConfigError for an entry that is no suite."""
+    """Convert a file name or fields to a suite as in `gate.tasks`; ConfigError if it is invalid."""
     if isinstance(given, (str, Path)):
         given = {"name": Path(given).stem, "file": str(given), "score": "contains"}
     try:
@@ -267,6 +276,6 @@ def parse_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSecti
 
 
 def render_config(config: FineTuneConfig) -> bytes:
-    """The bytes of config.yaml: every key with the value that it came to."""
+    """Return the bytes of config.yaml: every key with its resolved value."""
     values = config.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()

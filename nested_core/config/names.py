@@ -1,7 +1,7 @@
-"""What an adapter may be called in a registry, and a repository of the Hugging Face hub.
+"""Valid names of adapters in a registry, and of repositories on the Hugging Face hub.
 
-An adapter's name is no path, and nothing that a file system of another kind would take for
-something else: a dot at the end, a device of Windows.
+An adapter's name is no path, and nothing that another file system would treat specially: a dot at
+the end, a device of Windows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WINDOWS_DEVICE_PATTERN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.
 
 
 def why_invalid_adapter_name(name: str) -> str | None:
-    """What is wrong with a name, and what was expected; None if it is one."""
+    """Return why a name is not valid for an adapter, and what is expected; None if it is valid."""
     if NAME_PATTERN.fullmatch(name) is None:
         return (
             f"{shorten(repr(name), 80)} is not a name for an adapter. Expected 1 to 64 letters, "

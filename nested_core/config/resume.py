@@ -1,4 +1,4 @@
-"""The configuration that a run began with, and which of its keys may differ on resumption."""
+"""The configuration that a run began with, and which keys may differ when it is resumed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ MAX_SHOWN_DIFFERENCES = 10
 
 
 def read_run_config(run: RunDirectory) -> FineTuneConfig:
-    """The configuration that a run was started with.
+    """Read the configuration that a run was started with.
 
-    Raises ConfigError if `run` is no run directory, DamagedError if its file is no configuration.
+    Raises ConfigError if `run` is no run directory, DamagedError if config.yaml is invalid.
     """
     run.require_begun()
     try:
@@ -34,7 +34,7 @@ def read_run_config(run: RunDirectory) -> FineTuneConfig:
 
 
 def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) -> None:
-    """Raise ConfigError, listing every key that matters and differs, with both values."""
+    """Raise ConfigError, listing every key that must not differ on resume but does."""
     before, after = (_resolve_paths(config).model_dump(mode="json") for config in (old, new))
     free = {
         key.name
@@ -55,22 +55,25 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
 
 
 def _resolve_paths(config: FineTuneConfig) -> FineTuneConfig:
-    """The configuration with the paths of what is here resolved: two spellings are one folder."""
+    """Return the configuration with existing paths resolved, so that equal folders are equal."""
 
     def resolve(_: str, rule: PathRule, value: str) -> str:
-        """The folder or file itself; a name of the hub as it is."""
+        """Resolve an existing path; a name on the hub stays as it is."""
         return os.path.realpath(value) if os.path.exists(value) else value
 
     return replace_configured_paths(config, resolve)
 
 
 def may_differ_on_resume(key: Key) -> bool:
-    """Whether a run may be resumed with another value of this key."""
+    """Return whether a run may be resumed with another value of this key."""
     return key.affects in ("length", "ranks", "output")
 
 
 def _forbidden_differences(name: str, before: Any, after: Any, allowed: Set[str]) -> Iterator[str]:
-    """A line for a key that differs and is not free to, or for each such key in a section."""
+    """Yield a line for each key that differs and is not in `allowed`, also within sections.
+
+    before, after: the key's value in the run and now.
+    """
     if before == after or name in allowed:
         return
     if isinstance(before, dict) and isinstance(after, dict):

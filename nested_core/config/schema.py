@@ -1,4 +1,4 @@
-"""What a fine-tune is configured by: the keys of `mlx_lm.lora`, and our own in sections.
+"""The configuration of a fine-tune: the keys of `mlx_lm.lora`, and our own in sections.
 
 Unknown keys are refused with the nearest known one; every problem is reported, not just the first.
 """
@@ -52,12 +52,14 @@ Optimizer = Annotated[str, BeforeValidator(name_optimizer), AfterValidator(parse
 
 Interval = Annotated[NumberOrShare, Field(gt=0)]
 
+DEFAULT_REPLAY = 0.5  # of 0.1, 0.3 and 0.5 the best: benchmarks/learning/RESULTS-3.md
+
 
 @dataclass(frozen=True)
 class Intervals:
     """Iterations between two reports, evaluations and checkpoints of a run; each is at least 1.
 
-    `save` is None if checkpoints are `save_seconds` apart.
+    save: None if checkpoints are `save_seconds` apart instead.
     """
 
     report: int
@@ -66,7 +68,11 @@ class Intervals:
     save_seconds: float | None = None
 
     def due(self, first: int, last: int) -> Due:
-        """What is due after the iterations from `first` up to `last`, which complete a multiple."""
+        """Return what is due after the iterations `first` + 1 to `last`.
+
+        A report, an evaluation or a checkpoint is due if one of these iterations is a multiple of
+        its interval.
+        """
         return Due(
             *(
                 every is not None and last // every > first // every
@@ -95,7 +101,7 @@ class LearningRateSchedule(Section):
 
 
 def _require_model_and_data_in_form(schema: dict[str, Any]) -> None:
-    """In a form model and data have to be given: mlx-lm's defaults for them are its example's."""
+    """Make model and data required in a form, since mlx-lm's defaults are only examples."""
     lay_out_form(schema)
     schema["required"] = ["model", "data"]
     for name in schema["required"]:
@@ -110,7 +116,7 @@ else:
         """Has `FineTuneConfig(learning_rte=1)` say what a file with that key is told."""
 
         def __call__(cls, *args: Any, **values: Any) -> Any:
-            """The instance; ConfigError with every problem."""
+            """Create an instance; raise ConfigError with every problem of its values."""
             try:
                 return super().__call__(*args, **values)
             except ValidationError as error:
@@ -258,7 +264,7 @@ class FineTuneConfig(_RootSection):
         return values | {"gate": gate | {"max_kl": added.max_kl}}
 
     def find_conflicts(self) -> Iterator[str]:
-        """What sections ask of each other."""
+        """Yield conflicts between keys of different sections."""
         schedule = self.lr_schedule
         if schedule is not None and schedule.warmup and self.training.warmup_steps:
             yield "training.warmup_steps and lr_schedule.warmup: give only one of them"
@@ -278,23 +284,18 @@ class FineTuneConfig(_RootSection):
 
     @property
     def has_float32_masters(self) -> bool:
-        """Whether trained weights are held in float32 while the model keeps its own dtype."""
+        """Whether float32 copies of the trained weights are kept beside the model's own dtype."""
         return self.fine_tune_type == "full" and self.training.reference is None
 
     @property
     def offers_best_step(self) -> bool:
-        """Whether a run with validation data offers its best step, and not its last."""
+        """Whether a run with validation data offers its best step rather than its last."""
         offers_best = self.training.reference is None and self.training.offer == "best"
         return offers_best and self.val_batches != 0
 
     @property
-    def chooses_by_loss(self) -> bool:
-        """Whether validation losses choose the step that is offered."""
-        return self.offers_best_step and self.training.select_by == "loss"
-
-    @property
     def length(self) -> str:
-        """How long a run is, in words: `1,000 iterations`, `3 epochs` or `5 minutes`."""
+        """The configured length of the run: `1,000 iterations`, `3 epochs` or `5 minutes`."""
         epochs, minutes = self.training.epochs, self.training.minutes
         if minutes is not None:
             return f"{minutes:g} minutes" if minutes != 1 else "1 minute"
@@ -304,20 +305,35 @@ class FineTuneConfig(_RootSection):
 
     @property
     def length_and_tiers(self) -> str:
-        """How long, and where there are tiers how often: `3 epochs, tiers every 1, 2, 4 steps`."""
+        """The run's length, and the tiers if there are many: `3 epochs, tiers every 1, 4 steps`."""
         if self.nested.frequencies == (1,):
             return self.length
         steps = ", ".join(map(str, self.nested.frequencies))
         return f"{self.length}, tiers every {steps} steps"
 
-    def intervals(self, iterations: int, batches: int = 1) -> Intervals:
-        """Those of a run of so many iterations; shares are rounded down.
+    @property
+    def replay_fraction(self) -> float:
+        """The share of each batch that is earlier examples, where a run goes on from an adapter.
 
-        batches: of an evaluation, which takes about half as long as as many iterations. A share
-            that comes to fewer iterations comes to these: a short run is not spent on evaluations.
+        A run that follows the champion and gives no fraction has DEFAULT_REPLAY, unless it cannot
+        replay: it is timed, made as by mlx_lm.lora, or the room is deleted. Any other has 0.
+        """
+        if (given := self.continual.replay.fraction) is not None:
+            return given
+        is_plain = self.training.reference is None and self.training.minutes is None
+        follows = self.continual.start is not None and seams.is_there("replay")
+        return DEFAULT_REPLAY if follows and is_plain else 0.0
+
+    def intervals(self, iterations: int, batches: int = 1) -> Intervals:
+        """Return the intervals of a run of this many iterations; shares are rounded down.
+
+        batches: the number of batches of an evaluation, which takes about half as long as as many
+            iterations. A share that gives fewer iterations than that gives this number, so that a
+            short run does not spend its time on evaluations.
         """
 
         def count(interval: float, least: int = 1) -> int:
+            """Convert an interval to iterations, at least `least` for a share of the run."""
             return interval if isinstance(interval, int) else max(least, int(interval * iterations))
 
         save = self.save_every
@@ -330,12 +346,12 @@ class FineTuneConfig(_RootSection):
 
     @property
     def optimizer_arguments(self) -> dict[str, Any]:
-        """The keyword arguments given for the chosen optimizer."""
+        """The keyword arguments configured for the chosen optimizer."""
         return self.optimizer_config.get(self.optimizer, {})
 
 
 def _loss_problems(config: FineTuneConfig) -> Iterator[str]:
-    """What the loss of a room asks of the configuration, and cannot have."""
+    """Yield conflicts between a room's loss (`training.loss`) and other keys."""
     loss, arguments = config.training.loss, config.training.loss_config
     if loss is None:
         if arguments:
@@ -350,7 +366,7 @@ def _loss_problems(config: FineTuneConfig) -> Iterator[str]:
 
 
 def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Processes share a batch; whether those of a hostfile can is seen when it is read."""
+    """Yield conflicts of training in several processes; a hostfile is checked when it is read."""
     training, batch_size = config.training, config.batch_size
     if training.hostfile is not None and training.processes != 1:
         yield "training.processes and training.hostfile: give only one; each host is a rank"
@@ -364,6 +380,7 @@ def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
 
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
+    """Yield conflicts of section `continual` with other keys."""
     replay = config.continual.replay
     if config.continual.start is None:
         if replay.fraction and replay.is_lineage:
@@ -384,21 +401,19 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
 
 
 def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
-    """A reference run does what mlx_lm.lora does, and nothing that it does not."""
+    """Yield keys that `training.reference: mlx_lm` excludes, as mlx_lm.lora does not have them."""
     if config.training.reference is None:
         return
+    formats = ("auto", "chat", "completions", "text", "tools")
+    is_changed = {
+        f"optimizer {config.optimizer}": config.optimizer not in MLX_LM_OPTIMIZERS,
+        "nested": config.nested != NestedSection(),
+        "data_policy": config.data_policy != DataPolicy(),
+        f"data_format {config.data_format}": config.data_format not in formats,
+        "continual.replay": config.replay_fraction > 0,
+        "continual.policy": config.continual.policy != "continue",
+    }
     changed = [f"training.{name}" for name in config.training.changed_keys_unknown_to_mlx_lm()]
-    if config.optimizer not in MLX_LM_OPTIMIZERS:
-        changed.append(f"optimizer {config.optimizer}")
-    if config.nested != NestedSection():
-        changed.append("nested")
-    if config.data_policy != DataPolicy():
-        changed.append("data_policy")
-    if config.data_format not in ("auto", "chat", "completions", "text", "tools"):
-        changed.append(f"data_format {config.data_format}")
-    if config.continual.replay.fraction:
-        changed.append("continual.replay")
-    if config.continual.policy != "continue":
-        changed.append("continual.policy")
+    changed += [name for name, differs in is_changed.items() if differs]
     if changed:
         yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

@@ -31,12 +31,15 @@ def key(
     in_form: bool = True,
     **constraints: Any,
 ) -> Any:
-    """Declare a key: its default (`...` for none), what it does, and what follows from it.
+    """Declare a configuration key: its default (`...` for none), its description and properties.
 
-    The flag, the Prefect form, docs/configuration.md, what may differ on resume, what makes a
-    continual run train again and which paths a deployment may use are derived from this. Without
-    `affects` a key has its section's, and a section "training". A key that is not `in_form` can be
-    given everywhere but in the form. `constraints` are pydantic's.
+    affects: what a change of the key affects; by default its section's, or "training".
+    path: what kind of path the value is, if it is one.
+    in_form: whether Prefect's form shows the key; it can be given everywhere else anyway.
+    constraints: further arguments of pydantic's Field.
+
+    The flag, the form, docs/configuration.md, the rules on resume, whether a continual run trains
+    again, and the paths that a deployment may use are derived from this.
     """
     facts = {"affects": affects, "path": path, "in_form": None if in_form else False}
     given: Any = {name: value for name, value in facts.items() if value is not None}
@@ -44,18 +47,20 @@ def key(
 
 
 class SectionProblemsError(ValueError):
-    """Every pair of values in one section that does not agree, a line each."""
+    """The conflicts between the values of one section."""
 
     def __init__(self, problems: Iterable[str]) -> None:
+        """Create the error with one message for each conflict."""
         self.problems = tuple(problems)
         super().__init__("; ".join(self.problems))
 
 
 def lay_out_form(schema: dict[str, Any]) -> None:
-    """Make a section's JSON schema the form that a page shows, in the order of the declarations.
+    """Arrange a section's JSON schema as the form that a page shows, in the order of declaration.
 
-    `position` holds the order, for a database keeps none of keys. Help becomes a sentence. A key
-    that is not in the form is a pattern: pages show properties alone, and validators know both.
+    `position` keeps the order, because databases do not keep that of keys. The description becomes
+    a sentence. A key that is not in the form becomes a pattern, which pages do not show and
+    validators use.
     """
     shown: dict[str, Any] = {}
     hidden: dict[str, Any] = {}
@@ -74,7 +79,7 @@ def lay_out_form(schema: dict[str, Any]) -> None:
 
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
+    """A section of the configuration: immutable, and without unknown keys."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -85,11 +90,12 @@ class Section(BaseModel):
     )
 
     def find_conflicts(self) -> Iterator[str]:
-        """What does not agree between the keys of this section; a section overrides this."""
+        """Yield conflicts between the keys of this section; subclasses override it."""
         return iter(())
 
     @model_validator(mode="after")
     def _refuse_problems(self) -> Self:
+        """Raise an error with all conflicts between the keys of the section."""
         problems = tuple(self.find_conflicts())
         if problems:
             raise SectionProblemsError(problems)
@@ -98,7 +104,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Without this `iters: true` would be 1."""
+        """Refuse true and false for keys that are not boolean.
+
+        Pydantic would read them as 1 and 0.
+        """
         values = value if isinstance(value, list | tuple) else (value,)
         if cls.model_fields[str(info.field_name)].annotation is not bool:
             for item in values:
@@ -109,7 +118,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _expand_home(cls, value: Any, info: ValidationInfo) -> Any:
-        """Expand `~` in every path, once and here: what is checked is then what is opened."""
+        """Expand `~` in every path once, so that the path that is checked is the one opened."""
         facts = cls.model_fields[str(info.field_name)].json_schema_extra
         if not isinstance(facts, dict) or "path" not in facts:
             return value
@@ -120,7 +129,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_nul_in_text(cls, value: Any) -> Any:
-        """No path, name or pattern can have one in it."""
+        """Refuse a NUL character, which no path, name or pattern can have."""
         if isinstance(value, str) and "\0" in value:
             raise ValueError("a NUL character is in no path and no name. Take it out")
         return value

@@ -1,6 +1,6 @@
-"""The sections of the configuration: a class each, and a line for each key.
+"""The sections of the configuration: one class each, with one line for each key.
 
-Nothing of `gate` lets an adapter past the gate.
+No key of `gate` can make the gate pass an adapter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 def _text_as_list(value: Any) -> Any:
-    """One text is a list of one."""
+    """Convert a single text to a list of one."""
     return [value] if isinstance(value, str) else value
 
 
@@ -43,7 +43,10 @@ MAX_MINUTES = 7 * 24 * 60
 
 
 def parse_interval(value: float) -> float:
-    """A whole number of iterations, as an int, or a share of the run between 0 and 1."""
+    """Return a whole number of iterations as an int, or a share of the run between 0 and 1.
+
+    Raises ValueError for any other number.
+    """
     if 0 < value < 1:
         return value
     if not value.is_integer():
@@ -58,7 +61,7 @@ MINUTES_PATTERN = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)m")
 
 
 def parse_save_interval(value: float | str) -> float | str:
-    """What `parse_interval` takes, above 0, or minutes such as `10m`, which stay as written."""
+    """Return a number as `parse_interval` does, if above 0, or minutes such as `10m` unchanged."""
     if isinstance(value, str):
         minutes = MINUTES_PATTERN.fullmatch(value)
         if minutes is None or not 0 < float(minutes[1]) < MAX_MINUTES:
@@ -72,7 +75,7 @@ def parse_save_interval(value: float | str) -> float | str:
 
 
 def parse_hang_timeout(value: float | str) -> float | str:
-    """`auto`, or seconds above 0."""
+    """Return `auto`, or seconds above 0; ValueError for anything else."""
     if value == "auto" or (not isinstance(value, str) and value > 0):
         return value
     raise ValueError(f"auto, seconds above 0, or null for none; found {value!r}")
@@ -167,7 +170,7 @@ class TrainingSection(Section):
     reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
 
     def find_conflicts(self) -> Iterator[str]:
-        """Length is said once; what chooses the best step is asked, by one process."""
+        """Yield conflicts of the run's length, and of what selects the best step."""
         if self.minutes is not None and self.epochs is not None:
             yield f"epochs {self.epochs:g} and minutes {self.minutes:g}: give one of them"
         if self.select_by not in ("loss", *self.evaluate_tasks):
@@ -178,7 +181,7 @@ class TrainingSection(Section):
             yield f"select_by: {self.select_by} chooses the best step, and offer is {self.offer}"
 
     def changed_keys_unknown_to_mlx_lm(self) -> list[str]:
-        """The keys that are not at their defaults and that mlx_lm.lora knows nothing of."""
+        """Return the keys that are not at their defaults and that mlx_lm.lora does not have."""
         defaults = TrainingSection()
         return [
             name
@@ -198,7 +201,7 @@ class Assignment(Section):
     tier: NonNegativeInt = key(..., "the tier that they go to (0 is the fastest)")
 
     def find_conflicts(self) -> Iterator[str]:
-        """The pattern compiles."""
+        """Yield a problem if the pattern is no regular expression."""
         try:
             re.compile(self.match)
         except re.error as error:
@@ -227,7 +230,7 @@ class NestedSection(Section):
     probe_batches: PositiveInt = key(8, "batches that parameter_importance measures gradients on")
 
     def find_conflicts(self) -> Iterator[str]:
-        """Frequencies, numbers a tier and assignments agree."""
+        """Yield conflicts between frequencies, per-tier numbers and assignments."""
         tiers = len(self.frequencies)
         if list(self.frequencies) != sorted(self.frequencies):
             yield f"frequencies must ascend, fastest first; got {self.frequencies}"
@@ -271,6 +274,10 @@ class LoraParameters(Section):
     @model_validator(mode="before")
     @classmethod
     def _convert_alpha(cls, values: Any) -> Any:
+        """Replace `alpha` by the scale that it means, alpha / rank.
+
+        Raises ValueError for both or a bad value.
+        """
         if not isinstance(values, dict) or "alpha" not in values:
             return values
         others = {key: value for key, value in values.items() if key != "alpha"}
@@ -290,6 +297,7 @@ class LoraParameters(Section):
 
 
 def _is_number(value: Any) -> bool:
+    """Return whether a value is a number and not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -298,7 +306,7 @@ MLX_LM_OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 
 @cache
 def optimizer_classes() -> dict[str, type]:
-    """mlx's optimizers by name, and those that `name_optimizer` was given.
+    """Return mlx's optimizer classes by lower-case name, and those registered by `name_optimizer`.
 
     The first call imports mlx, which takes some 0.2 s.
     """
@@ -313,10 +321,11 @@ def optimizer_classes() -> dict[str, type]:
 
 
 def name_optimizer(value: Any) -> Any:
-    """The name by which this process knows an optimizer's class from now on; else the value itself.
+    """Register an optimizer class of the user under its name; return the name.
 
-    Python alone gives classes: no name in a YAML file leads to code that was not given before.
-    Raises ValueError for a class without a learning_rate, or with the name of another one.
+    A value that is no class is returned as it is. Only Python code can pass a class; no name in a
+    YAML file leads to code that was not passed before. Raises ValueError for a class without a
+    learning_rate, or with the name of another one.
     """
     if not isinstance(value, type):
         return value
@@ -329,7 +338,7 @@ def name_optimizer(value: Any) -> Any:
 
 
 def parse_optimizer_name(name: str) -> str:
-    """The name in small letters, as mlx_lm.lora reads it; ValueError for one that is not known."""
+    """Return the name in lower case, as mlx_lm.lora does; ValueError for an unknown optimizer."""
     name = name.lower()
     if name not in MLX_LM_OPTIMIZERS and name not in optimizer_classes():
         raise ValueError(f"{name!r} is no optimizer; there are {sorted(optimizer_classes())}")
@@ -339,7 +348,7 @@ def parse_optimizer_name(name: str) -> str:
 def optimizer_problems(
     optimizer: str, optimizer_config: Mapping[str, Mapping[str, Any]], nested: NestedSection
 ) -> Iterator[str]:
-    """What `optimizer_config` and `nested` ask of the optimizer that it does not take."""
+    """Yield settings in `optimizer_config` and `nested` that the optimizer does not support."""
     others = optimizer_config.keys() - set(MLX_LM_OPTIMIZERS)
     strange = sorted(name for name in others if name not in optimizer_classes())
     if strange:
@@ -366,7 +375,7 @@ def optimizer_problems(
 
 
 def default_arguments(optimizer: str) -> dict[str, Any]:
-    """What an optimizer takes beside its learning rate, each with mlx's default."""
+    """Return the arguments of an optimizer except its learning rate, with mlx's defaults."""
     parameters = inspect.signature(optimizer_classes()[optimizer]).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "learning_rate"}
 
@@ -390,6 +399,7 @@ class HubDataset(Section):
     @model_validator(mode="before")
     @classmethod
     def _refuse_name_outside_config(cls, value: Any) -> Any:
+        """Refuse the key `name`, which belongs in `config`."""
         if isinstance(value, dict) and "name" in value:
             raise ValueError(
                 "name is not read by mlx-lm either; a configuration of the data set is "
@@ -398,13 +408,13 @@ class HubDataset(Section):
         return value
 
     def find_conflicts(self) -> Iterator[str]:
-        """No argument of load_dataset is given twice."""
+        """Yield a problem if `config` repeats an argument that has a key of its own."""
         if twice := LOAD_DATASET_ARGUMENTS_WITH_OWN_KEYS & self.config.keys():
             yield f"config: {sorted(twice)} have keys of their own: path, train_split"
 
 
 def _mapping_as_list(value: Any) -> Any:
-    """As in mlx-lm a mapping is a list of one."""
+    """Convert a single mapping to a list of one, as mlx-lm does."""
     return [value] if isinstance(value, dict) else value
 
 
@@ -413,7 +423,7 @@ HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_mapping_as_list
 
 # The format of the rows, but csv: the files are tables, whose rows are found out as by auto.
 def parse_data_format(name: str) -> str:
-    """The name of a kind of rows that data/lines/example_parsing.py reads, and loads for this."""
+    """Return the name of a row format; ValueError for an unknown one."""
     if name != "auto":
         known = seams.load("nested_core.data.lines.example_parsing:DATA_FORMATS")
         if name not in known:
@@ -475,7 +485,7 @@ class TaskSection(Section):
     )
 
     def find_conflicts(self) -> Iterator[str]:
-        """A function is what scores python, and nothing else."""
+        """Yield conflicts between the kind of score and its arguments."""
         if (self.function is not None) != (self.score == "python"):
             yield "score: python needs a function, module:function; no other score has one"
         if self.tolerance and self.score != "number":
@@ -539,7 +549,7 @@ class GateSection(Section):
     )
 
     def find_conflicts(self) -> Iterator[str]:
-        """What belongs together: the general text and its bound, Python scorers and their key."""
+        """Yield conflicts between general text and its bound, and between suites."""
         if (self.general_data is None) != (self.max_general_loss_increase is None):
             yield "gate needs general_data and max_general_loss_increase, or neither"
         names = [task.name for task in self.tasks]
@@ -554,7 +564,7 @@ class GateSection(Section):
 
 
 def _require_adapter_name(name: Any) -> Any:
-    """Refuse a text that is no name; the pattern beside it is for forms."""
+    """Return a valid name of an adapter; ValueError for any other text."""
     if isinstance(name, str) and (reason := why_invalid_adapter_name(name)) is not None:
         raise ValueError(reason.removesuffix("."))
     return name
@@ -585,7 +595,7 @@ class RegistrySection(Section):
     keep_data: bool = key(True, "keep the examples of registered versions, for replay and the gate")
 
     def find_conflicts(self) -> Iterator[str]:
-        """Path, name and what is promoted agree."""
+        """Yield conflicts between path, name and the promotion mode."""
         if (self.path is None) != (self.name is None):
             yield "registry needs both path and name, or neither"
         if self.promote != "never" and self.path is None:
@@ -598,13 +608,14 @@ LINEAGE = "lineage"
 class ReplaySection(Section):
     """Examples of earlier nights that are mixed into every batch, so that they are not forgotten.
 
-    `fraction` 0 mixes none. `sources` is lineage, for what the champion and its ancestors were
-    trained on, or files and folders as `data` takes them, the newest first.
+    `fraction` 0 mixes none. FineTuneConfig.replay_fraction says what null is. `sources` is lineage,
+    for what the champion and its ancestors were trained on, or files and folders as `data` takes
+    them, the newest first.
     """
 
-    fraction: float = key(
-        0.0,
-        "share of each batch that is earlier examples (0 is none)",
+    fraction: float | None = key(
+        None,
+        "share of each batch that is earlier examples (null: 0.5 if the run follows a champion)",
         affects="training",
         ge=0,
         lt=1,
@@ -633,11 +644,11 @@ class ReplaySection(Section):
 
     @property
     def is_lineage(self) -> bool:
-        """Whether the examples are those of the champion and its ancestors."""
+        """Whether the replayed examples are those of the champion and its ancestors."""
         return self.sources == (LINEAGE,)
 
     def find_conflicts(self) -> Iterator[str]:
-        """The lineage is the only source, where it is one."""
+        """Yield a problem if `lineage` is listed together with other sources."""
         if LINEAGE in self.sources and not self.is_lineage:
             yield "sources: lineage stands alone; give it, or files"
 
@@ -676,11 +687,11 @@ class ContinualSection(Section):
 
     @property
     def window_seconds(self) -> float:
-        """The window in seconds."""
+        """The key `window` in seconds."""
         return float(self.window[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.window[-1]]
 
     def find_conflicts(self) -> Iterator[str]:
-        """What rebuilds needs a champion, and its lineage as the source."""
+        """Yield conflicts of policies that rebuild: these need a champion and its lineage."""
         if self.policy == "continue":
             return
         if self.start is None:

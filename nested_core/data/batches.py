@@ -1,7 +1,7 @@
-"""Batches: rows of like length put together, the order of the batches, and their padded arrays.
+"""Batches: group rows of similar length, order the batches, and pad them to arrays.
 
 `mx.compile` keeps one trace for each width, and each row is padded to one: the widths are chosen
-from the data's own lengths, so that no other choice costs less. The order is stateless: batch
+from the data's own lengths, so that the total cost is minimal. The order is stateless: batch
 `index` follows from the lengths, the seed and the index alone, so that a resumed run needs no
 replay.
 """
@@ -36,10 +36,13 @@ _IMPOSSIBLE_COST = np.inf
 
 @dataclass(frozen=True, eq=False)
 class LengthBuckets:
-    """All rows, longest first, in stretches that are padded to one width.
+    """All rows sorted by length, longest first, in buckets of rows that are padded to one width.
 
-    rows: int32 [n]; starts: int64 [k + 1], where in `rows` each bucket begins and the last ends,
-    multiples of the batch size but for the last; widths: int64 [k], in input tokens, descending.
+    rows: the rows' numbers, int32 [n].
+    starts: where in `rows` each bucket begins and the last one ends, int64 [k + 1]; multiples of
+        the batch size, except for the last.
+    widths: the width of each bucket in input tokens, descending, int64 [k].
+    padding_share: the share of padding in all batches of an epoch.
     """
 
     rows: Int32
@@ -49,21 +52,25 @@ class LengthBuckets:
     padding_share: float
 
     def bucket_width_at(self, start: int) -> int:
-        """The width of the bucket that a place in `rows` is in."""
+        """Return the width of the bucket that contains a position in `rows`."""
         return int(self.widths[np.searchsorted(self.starts, start, "right") - 1])
 
 
 def sort_into_buckets(
     lengths: npt.ArrayLike, batch_size: int, max_seq_length: int | None = None
 ) -> LengthBuckets:
-    """Sort the rows into buckets of whole batches; ValueError without any row.
+    """Sort rows into buckets of whole batches; ValueError without any row.
 
-    Every batch is full but the last, of the shortest rows, where empty ones cost least. The padding
-    share is 1 - input tokens / (batch size * width), over one epoch.
+    max_seq_length: the largest width, in tokens; None for no limit.
+    lengths: tokens of each row, [n]; a row has one input token fewer.
+
+    Every batch is full except for the one with the shortest rows, where missing rows cost least.
+    The padding share is 1 - input tokens / (batch size * width), over one epoch.
     """
     needed = np.maximum(np.asarray(lengths, np.int64) - 1, 0)
     if not len(needed):
         raise ValueError("a batch plan needs at least one example, and there is none")
+    # Each batch's width is that of its first row, the longest
     rows = np.argsort(-needed, kind="stable").astype(np.int32)
     longest = round_up_widths(needed[rows[::batch_size]])
     if max_seq_length is not None:
@@ -72,24 +79,28 @@ def sort_into_buckets(
     tokens = int(needed.sum())
     widths, counts = np.unique(longest, return_counts=True)
     chosen = choose_padded_widths(widths, counts, cost_of_a_width(batch_size, len(longest)))
-    places = np.searchsorted(chosen, longest)  # of each batch, the narrowest width that holds it
-    firsts = np.flatnonzero(np.diff(places, prepend=-1))
+    choice = np.searchsorted(chosen, longest)  # of each batch, the narrowest width that holds it
+    # A bucket begins where the width changes
+    firsts = np.flatnonzero(np.diff(choice, prepend=-1))
     starts = np.append(firsts * batch_size, len(rows)).astype(np.int64)
-    padded = int(chosen[places].sum()) * batch_size
-    return LengthBuckets(rows, starts, chosen[places[firsts]], batch_size, 1 - tokens / padded)
+    padded = int(chosen[choice].sum()) * batch_size
+    return LengthBuckets(rows, starts, chosen[choice[firsts]], batch_size, 1 - tokens / padded)
 
 
 def cost_of_a_width(batch_size: int, batches: int) -> float:
-    """What one more width costs, in positions of a row, for so many batches an epoch."""
+    """Return what one more width costs, as padded tokens per row of a batch.
+
+    batches: how many an epoch has.
+    """
     on_cuda = backend.is_mlx_built_for_cuda()
     positions = POSITIONS_PER_TRACE_ON_CUDA if on_cuda else POSITIONS_PER_TRACE
     return positions / batch_size / max(1.0, MIN_BATCHES_COUNTED / batches)
 
 
 def widen_to_fast_widths(widths: Int64) -> Int64:
-    """Each width, or the next multiple of 128 where that is at most 4 % more; even in any case.
+    """Widen each width to a multiple of 128 if that adds at most 4 %, else to an even number.
 
-    Our kernels take even numbers of positions alone.
+    Our kernels accept only even numbers of positions.
     """
     fast = -(-widths // FAST_WIDTH_MULTIPLE) * FAST_WIDTH_MULTIPLE
     is_near = fast <= widths * (1 + MAX_PADDING_TO_FAST_WIDTH)
@@ -98,9 +109,9 @@ def widen_to_fast_widths(widths: Int64) -> Int64:
 
 
 def round_up_widths(needed: Int64) -> Int64:
-    """Every width up to 128, multiples of 2 up to 256, of 4 up to 512, and so on.
+    """Round widths up: to 1 up to 128, to multiples of 2 up to 256, of 4 up to 512, and so on.
 
-    Long widths are multiples that kernels like, and no more than 64 an octave are chosen from.
+    Multiples suit kernels, and leave at most 64 widths per octave to choose from.
     """
     needed = np.maximum(needed, 1)
     octave = np.int64(1) << (np.frexp(needed - 0.5)[1].astype(np.int64) - 1).clip(0)
@@ -110,17 +121,21 @@ def round_up_widths(needed: Int64) -> Int64:
 
 
 def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> Int64:
-    """The choice among these ascending widths that costs least; the widest is always in it.
+    """Choose the widths to pad batches to that cost least in total, by dynamic programming.
 
-    `counts` are the batches that need each width. A choice costs the padded length of all batches,
-    and `cost_of_width` for each of its widths. With k widths, the last of them widths[j], the least
-    padded length of all batches up to j is cost[k][j] = min over i < j of cost[k - 1][i] +
-    widths[j] * (batches after i, up to j).
+    widths: the candidates, ascending; the widest is always chosen.
+    counts: how many batches need each width.
+    cost_of_width: what each chosen width costs, besides the padded length of all batches.
+
+    With k widths, the last of them widths[j], the least padded length of all batches up to j is
+    cost[k][j] = min over i < j of cost[k - 1][i] + widths[j] * (batches after i, up to j).
     """
+    # One width: all batches are padded to the widest
     done = np.cumsum(counts)
     cost, before = (widths * done).astype(np.float64), list[npt.NDArray[np.int64]]()
     totals = [cost[-1] + cost_of_width]  # by the number of widths
     is_after = np.tri(len(widths), dtype=bool)  # i >= j
+    # One width more in each round, until it costs more than it saves
     while len(totals) < min(len(widths), MAX_DISTINCT_WIDTHS):
         options = np.where(is_after, _IMPOSSIBLE_COST, cost[:, None] - widths * done[:, None])
         before.append(options.argmin(axis=0))
@@ -128,6 +143,7 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
         totals.append(cost[-1] + cost_of_width * (len(totals) + 1))
         if totals[-1] > totals[-2]:  # what one more width saves only falls
             break
+    # Follow the best choices back from the widest width
     last, chosen = len(widths) - 1, [len(widths) - 1]
     for step in reversed(before[: int(np.argmin(totals))]):
         if last == 0:
@@ -140,70 +156,75 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
 
 @dataclass(frozen=True, eq=False)
 class BatchRows:
-    """The rows of one batch, int32 [at most batch_size], and the width of its inputs in tokens."""
+    """The row numbers of one batch, int32 [at most batch_size], and its width in input tokens."""
 
     rows: Int32
     width: int
 
 
 class ExampleRows(Protocol):
-    """Examples by their number, from 0."""
+    """Tokenized examples, accessed by their number from 0."""
 
     def example(self, index: int) -> Int32:
-        """The tokens of one example, int32 [length]."""
+        """Return the tokens of one example, int32 [length]."""
 
     def example_mask(self, index: int) -> Bool:
-        """The target mask of one example, bool [length]."""
+        """Return the target mask of one example, bool [length]."""
 
     def count_supervised(self) -> Int64:
-        """Tokens of each example that the loss counts, int64 [n]."""
+        """Return how many tokens of each example the loss counts, int64 [n]."""
 
     def release_pages(self) -> None:
         """Release the memory pages of mapped files."""
 
 
 def make_batch_arrays(split: ExampleRows, batch: BatchRows, batch_size: int) -> tuple[Int32, Bool]:
-    """Tokens int32 [batch_size, width + 1], padded with 0; target_mask bool [batch_size, width].
+    """Build the arrays of a batch: tokens int32 [batch_size, width + 1], and target_mask.
 
-    inputs = tokens[:, :-1], targets = tokens[:, 1:]; target_mask[:, j] is about the target in
-    column j, which is token j + 1. It is false at padding and in rows without an example.
+    inputs = tokens[:, :-1], targets = tokens[:, 1:]. target_mask, bool [batch_size, width], tells
+    in column j whether the loss counts the target there, which is token j + 1. Padding is token 0
+    with mask False, and so are missing rows.
     """
     tokens = np.zeros((batch_size, batch.width + 1), np.int32)
     target_mask = np.zeros((batch_size, batch.width), np.bool_)
-    for place, row in enumerate(batch.rows):
+    for position, row in enumerate(batch.rows):
         example = split.example(row)
-        tokens[place, : len(example)] = example
+        tokens[position, : len(example)] = example
         targets = split.example_mask(row)[1:]  # of no tokens none, not even the first
-        target_mask[place, : len(targets)] = targets
+        target_mask[position, : len(targets)] = targets
     split.release_pages()
     return tokens, target_mask
 
 
 class BatchPlan(Protocol):
-    """Which rows form which batch, as a function of its index from 0."""
+    """Which rows form which batch, as a function of the batch's index from 0."""
 
     def count_batches(self, epochs: float) -> int:
-        """How many batches it takes to use each of the run's own examples so many times."""
+        """Return how many batches use each of the run's own examples `epochs` times."""
 
     def count_epochs(self, batches: int) -> float:
-        """How many times each of the run's own examples is used in so many batches."""
+        """Return how many times each of the run's own examples is used in this many batches."""
 
     def find_widest(self, most: int) -> tuple[Int32, int]:
-        """The longest rows, at most so many, and the largest width."""
+        """Return at most `most` of the longest rows, and the largest width."""
 
     def batch(self, index: int) -> BatchRows:
-        """The batch at a position; the same in every process."""
+        """Return the batch with this index; it is the same in every process."""
 
     def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
-        """For each width, the largest sum of a value a row over a batch of the first epoch."""
+        """Return for each width the largest sum of the rows' values in a batch of epoch 0.
+
+        values: int64 [n], one for each row.
+        rank, ranks: this process's number and the number of processes that share each batch.
+        """
 
 
 class BatchOrder:
-    """The batches of every epoch: each example once, together with examples of its bucket.
+    """The batches of every epoch: each example once, batched with examples of similar length.
 
-    Position is the iteration's index from 0; epoch = index // batches_per_epoch. The permutation of
-    an epoch comes from Philox, a counter-based generator, under the key (seed, epoch). One batch
-    of the shortest examples may be partial. Takes some 20 bytes of memory an example.
+    A batch's index counts over epochs; epoch = index // batches_per_epoch. The permutation of an
+    epoch comes from Philox, a counter-based generator, with the key (seed, epoch). One batch, of
+    the shortest examples, may be partial. Takes some 20 bytes of memory per example.
     """
 
     def __init__(
@@ -214,6 +235,7 @@ class BatchOrder:
         *,
         max_seq_length: int | None = None,
     ) -> None:
+        """Sort rows of these lengths (in tokens) into buckets; `seed` determines the order."""
         self.batch_size = batch_size
         self.seed = seed
         self.buckets = sort_into_buckets(lengths, batch_size, max_seq_length)
@@ -221,45 +243,45 @@ class BatchOrder:
 
     @property
     def batches_per_epoch(self) -> int:
-        """How many batches it takes to use each example once."""
+        """How many batches use each example once."""
         return -(-len(self.buckets.rows) // self.batch_size)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Every width that a batch of this plan can have, ascending."""
+        """Every width that a batch of this order can have, ascending."""
         return tuple(sorted(map(int, self.buckets.widths)))
 
     def count_batches(self, epochs: float) -> int:
-        """How many batches it takes to use each example so many times."""
+        """Return how many batches use each example `epochs` times."""
         return math.ceil(epochs * self.batches_per_epoch)
 
     def count_epochs(self, batches: int) -> float:
-        """How many times each example is used in so many batches."""
+        """Return how many times each example is used in this many batches."""
         return batches / self.batches_per_epoch
 
     def find_widest(self, most: int) -> tuple[Int32, int]:
-        """The longest rows of those that are padded to the largest width, at most so many; it."""
+        """Return at most `most` rows with the largest width, longest first, and that width."""
         end = min(int(self.buckets.starts[1]), most)
         return self.buckets.rows[:end], self.buckets.bucket_width_at(0)
 
     def batch(self, index: int) -> BatchRows:
-        """The batch at a position, from 0; the same in every process."""
+        """Return the batch with this index, from 0; it is the same in every process."""
         epoch, position = divmod(index, self.batches_per_epoch)
         rows, order = self._epoch(epoch)
         start = int(order[position]) * self.batch_size
         return BatchRows(rows[start : start + self.batch_size], self.buckets.bucket_width_at(start))
 
     def arrays(self, split: ExampleRows, index: int) -> tuple[Int32, Bool]:
-        """`make_batch_arrays` of the batch at a position."""
+        """Return tokens and target_mask (see `make_batch_arrays`) of the batch with this index."""
         return make_batch_arrays(split, self.batch(index), self.batch_size)
 
     def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
-        """For each width, the largest sum of a value a row over a batch of the first epoch.
+        """Return for each width the largest sum of the rows' values in a batch of epoch 0.
 
         Args:
             values: int64 [n], one for each row.
             rank: whose rows of each batch are summed: every `ranks`-th from this one on.
-            ranks: into how many parts the rows of a batch are divided.
+            ranks: how many processes share the rows of a batch.
         """
         rows, _ = self._epoch(0)
         sums = np.zeros(self.batches_per_epoch * self.batch_size, np.int64)
@@ -270,7 +292,7 @@ class BatchOrder:
         return dict(zip(self.buckets.widths.tolist(), largest.tolist(), strict=True))
 
     def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:
-        """The rows, shuffled within each bucket, and the order of their batches."""
+        """Return the rows shuffled within each bucket, and the order of the epoch's batches."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         rows = self.buckets.rows.copy()
         for start, end in pairwise(self.buckets.starts):
@@ -285,10 +307,11 @@ def choose_evaluation_batches(
     *,
     max_seq_length: int | None = None,
 ) -> list[BatchRows]:
-    """The same batches at every evaluation, longest examples first; -1 is all of them.
+    """Return the batches of every evaluation, longest examples first.
 
-    All rows are used, the last partial batch too. Of fewer batches each stands in the middle of an
-    equal part of all, never chosen by chance, so that two evaluations differ by the weights alone.
+    max_seq_length: the largest width, in tokens; None for no limit.
+    max_batches: -1 for all. Fewer are chosen evenly spaced, without randomness, so that two
+        evaluations differ by the weights alone. The last batch may be partial.
     """
     if not len(split):
         return []

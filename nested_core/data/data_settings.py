@@ -1,4 +1,4 @@
-"""The part of a configuration that decides what is read and how, and the files of a split."""
+"""The part of a configuration that decides which data is read and how."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Targets = Literal["whole", "last", "all"]
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data-relevant keys of a configuration, with their names and defaults there."""
+    """The keys of a configuration that affect data, with their names and defaults."""
 
     data: str
     batch_size: int = 4
@@ -45,7 +45,7 @@ class DataSettings:
 
     @classmethod
     def from_config(cls, config: Any) -> DataSettings:
-        """Take the attributes of the same names, training.supervise, its loss and data_policy."""
+        """Extract the settings from a FineTuneConfig."""
         elsewhere = {
             "supervise": config.training.supervise,
             "policy": config.data_policy,
@@ -56,14 +56,14 @@ class DataSettings:
 
     @property
     def supervised_targets(self) -> Targets:
-        """What is learnt of each example."""
+        """Which tokens of an example the loss counts: whole, last turn, or all assistant turns."""
         if self.supervise == "all":
             return "all"
         return "last" if self.mask_prompt else "whole"
 
     @property
     def field_names(self) -> FieldNames:
-        """The JSON keys to read; those of hub's data sets are renamed to the default ones."""
+        """The JSON keys to read; hub data sets have theirs renamed to the default ones."""
         names = FieldNames(
             allows_any_role=self.policy.roles == "template",
             group=self.policy.group,
@@ -83,12 +83,15 @@ class DataSettings:
 
     @property
     def json_keys(self) -> frozenset[str]:
-        """The columns of a table of texts whose cells hold JSON."""
+        """The columns of a table of texts whose cells contain JSON."""
         return frozenset({self.chat_feature, "tools"}.difference(self.drop_fields))
 
     @property
     def column_flags(self) -> str:
-        """The flags of init that name a table's columns, after a blank; empty for usual names."""
+        """The flags of `init` that name a table's columns, with a leading space.
+
+        They are "" if the columns have the default names.
+        """
         names = (self.prompt_feature, self.completion_feature)
         if names == ("prompt", "completion"):
             return ""
@@ -96,23 +99,24 @@ class DataSettings:
 
     @property
     def describe_source(self) -> str:
-        """Where the data comes from, for people."""
+        """Where the data comes from, for messages."""
         return ", ".join(entry.path for entry in self.hf_dataset) or self.data
 
     def describe_incomplete_folder(self, splits: Collection[str]) -> tuple[str, str]:
-        """Where data without train or valid is and what it holds, for the report on it.
+        """Describe, for the report, where data without train or valid is and what is there instead.
 
-        That is the whole path of a folder and the first names in it, or the name of a file or of a
-        data set of the hub. Both texts are empty if `splits`, those that exist, have train and
-        valid.
+        splits: the splits that exist.
+
+        Returns the path of the folder and the first names in it, or the name of a file or hub data
+        set. Both are "" if train and valid exist.
         """
         if {"train", "valid"} <= set(splits):
             return "", ""
         folder = Path(self.data)
         if self.hf_dataset or not folder.is_dir():
             is_file = folder.is_file() or not {*"*?["}.isdisjoint(self.data)
-            held = "train alone" if is_file and not self.hf_dataset else "no split of that name"
-            return shlex.quote(self.describe_source), held
+            content = "train alone" if is_file and not self.hf_dataset else "no split of that name"
+            return shlex.quote(self.describe_source), content
         names = sorted(escape(path.name) for path in folder.iterdir())
-        held = join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
-        return escape(str(folder.absolute())), held
+        content = join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
+        return escape(str(folder.absolute())), content

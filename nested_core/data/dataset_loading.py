@@ -1,9 +1,9 @@
-"""A data set with train, valid and test: a report on all of it, and the tokens of what is sound.
+"""Load a data set: a report on all of it, and the tokens of its valid examples.
 
-Both come from the cache if nothing has changed since they were made: an entry is under everything
-that the result depends on, and hashed when it is read, so that one that is damaged is made again.
-It holds no data that the run directories' owner may not read, and a folder that others may write to
-is refused. Nothing else is refused here: the caller asks the report with `raise_if_rejected`.
+Both come from the cache if nothing has changed since they were made. An entry is keyed by
+everything that the result depends on, and hashed when it is read, so that a damaged one is made
+again. Each user has a cache of their own, and a folder that others may write to is refused. A data
+set with errors is not refused here: callers use `raise_if_rejected` of the report.
 """
 
 from __future__ import annotations
@@ -64,18 +64,18 @@ _log = logging.getLogger(__name__)
 
 
 def write_report_beside_tokens(folder: Path, report: DatasetReport) -> None:
-    """Put the report beside the tokens, before they are sealed together."""
+    """Write the report into a cache entry's folder."""
     write_json(folder / REPORT_NAME, report.to_json())
 
 
 def dataset_cache(folder: Path | None = None) -> UserCache:
-    """The data sets that are kept, by default in `datasets` of the folder for caches."""
+    """Return the cache of data sets, by default `datasets` in the user's cache folder."""
     place = folder or cache_folder() / "datasets"
     return UserCache(place, "checked data sets", "pass any data set as sound")
 
 
 def _read_report_and_tokens(entry: Path) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
-    """What is kept, or None; what is damaged is taken away, with a warning."""
+    """Read a cache entry; None if it does not exist. A damaged one is removed with a warning."""
     try:
         splits = open_tokens(entry)
         report = DatasetReport.from_json(read_json(entry / REPORT_NAME, None))
@@ -90,11 +90,11 @@ def _read_report_and_tokens(entry: Path) -> tuple[DatasetReport, dict[str, Token
 
 @contextmanager
 def _creating(entry: Path) -> Iterator[Path]:
-    """A folder to write in that becomes the entry.
+    """Yield a new folder that becomes the cache entry when the block ends.
 
-    Several processes may make the same one at once. The first to end stays, and the folders of
-    the others go: what they hold is the same, and their maps of it stay good. Nothing is
-    synced, because an entry that a power failure cut short is found damaged and made again.
+    If several processes create the same entry at once, the first to end wins; the others' folders
+    are removed, and their memory maps stay valid. Nothing is synced to disk, since a damaged entry
+    is detected and made again.
     """
     unpublished = temporary_beside(entry)
     unpublished.mkdir()
@@ -112,7 +112,7 @@ def _creating(entry: Path) -> Iterator[Path]:
 def _depends_on(
     settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
 ) -> dict[str, Any]:
-    """All that a data set's judgement and tokens depend on."""
+    """Return everything that a data set's report and tokens depend on, as JSON values."""
     return {
         "settings": to_jsonable_python(settings),
         "incomplete_folder": settings.describe_incomplete_folder(files),
@@ -125,6 +125,7 @@ def _depends_on(
 
 
 def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
+    """Return the name, content hash and line numbers of a split's file, for the cache key."""
     numbers = None if file.numbers is None else sha256(file.numbers.tobytes()).hexdigest()
     return {
         "name": file.name,
@@ -138,13 +139,16 @@ def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _library_versions() -> dict[str, str]:
-    """The versions of the libraries that tokens depend on; each is read from a file of metadata."""
+    """Return the versions of the libraries that affect the tokens."""
     return {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY}
 
 
 @lru_cache(maxsize=1)
 def _hash_data_code() -> str:
-    """A hash of the code that reads, judges and tokenises: no edit of a rule can be forgotten."""
+    """Return a hash of the code that reads, checks and tokenizes data.
+
+    It is part of the cache key, so that an edit of a rule invalidates the cache.
+    """
     root = Path(__file__).parents[1]
     paths = [
         *sorted((root / "data").rglob("*.py")),
@@ -165,10 +169,12 @@ def _hash_data_code() -> str:
 def load_run_data(
     config: FineTuneConfig, run: RunDirectory | None = None, on_progress: OnProgress | None = None
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
-    """`load_dataset` for the configured data set, with the user's cache.
+    """Load the configured data set with the user's cache; return report and tokens by split.
 
-    With `run`, what its replay.json says is in the split `replay` too, and new examples that it
-    names are dropped. Raises DamagedError where replay.json or replay.jsonl is missing or altered.
+    run: adds the earlier examples that the run replays as split `replay`, and drops new examples
+        that earlier data holds out.
+
+    Raises DamagedError if replay.json or replay.jsonl is missing or altered.
     """
     settings = DataSettings.from_config(config)
     tokenizer = TokenizerSource.from_config(config)
@@ -180,8 +186,8 @@ def load_run_data(
     settings = replace(settings, held_out_before=earlier.find_dropped())
     report, splits = load_dataset(settings, tokenizer, on_progress, cache=cache)
     if earlier.count():
-        own = replay_settings(settings, run.replayed_rows)
-        replayed, loaded = load_dataset(own, tokenizer, on_progress, cache=cache)
+        replay = replay_settings(settings, run.replayed_rows)
+        replayed, loaded = load_dataset(replay, tokenizer, on_progress, cache=cache)
         splits[REPLAY_SPLIT] = loaded["train"]
         _require_rows_of_loss(replayed, settings.loss)
     return report, splits
@@ -199,7 +205,7 @@ def _require_rows_of_loss(report: DatasetReport, loss: str | None) -> None:
 
 
 def replay_settings(settings: DataSettings, rows: Path) -> DataSettings:
-    """How replay.jsonl is read: under our own keys, supervised as the run's new examples are."""
+    """Return the settings to read replay.jsonl: default keys, supervised as the run's examples."""
     policy = DataPolicy(roles=settings.policy.roles, overlong=settings.policy.overlong)
     return DataSettings(
         data=str(rows),
@@ -219,12 +225,12 @@ def load_dataset(
     *,
     cache: UserCache | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
-    """Read, judge and (with a tokenizer) tokenise a data set, or take both from the cache.
+    """Read, check and (with a tokenizer) tokenize a data set, or take both from the cache.
 
-    The splits returned hold each sound line of each split that exists, in the order of the file,
-    without those that data_policy drops. They are mapped from the cache, or from files that go when
-    the splits go. Raises ConfigError if there is no such folder, OSError, DataWorkerFailed, and
-    DatasetError if a file changed meanwhile; content never raises.
+    Returns the report, and the tokens of the valid lines of each split, in the order of the file,
+    without lines that data_policy drops. The tokens are memory-mapped from the cache or from
+    temporary files. Raises ConfigError if there is no such folder, OSError, DataWorkerFailed, and
+    DatasetError if a file changed meanwhile; faults of the content are in the report.
     """
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         files = open_splits(settings, Path(spool))
@@ -256,9 +262,10 @@ def _read_and_judge(
     *,
     folder: Path | None,
 ) -> DatasetReport:
-    """Read the files and `judge_dataset`; both are imported when needed, their libraries are slow.
+    """Read the files of a data set and check them; write the tokens to `folder`, if given.
 
-    Those of the rules, which take 80 MiB, are so only when the processes that read are gone.
+    Slow libraries are imported here; those of the rules, which take 80 MiB, only after the reading
+    processes have ended.
     """
     from nested_core.data.split_table import read_tables_with_repeats
 

@@ -1,7 +1,7 @@
-"""Tables of a data set's lines judged by the rules, and its sound lines tokenised.
+"""Check the tables of a data set's lines by the rules, and tokenize its valid lines.
 
-Refuses nothing by itself: the report says what is wrong. polars and pandera take a second to
-import; a data set in the cache does without this module, see dataset_loading.py.
+It refuses nothing; the report says what is wrong. polars and pandera take a second to import; a
+cached data set does not need this module, see dataset_loading.py.
 """
 
 from __future__ import annotations
@@ -66,7 +66,11 @@ def judge_dataset(
     tokenizer: TokenizerSource | None = None,
     folder: Path | None = None,
 ) -> DatasetReport:
-    """Judge every line; with a tokenizer, write the tokens of sound lines to a folder."""
+    """Check every line of a data set by the rules; return the report, which may have errors.
+
+    tables: each split as a table of lines.
+    tokenizer, folder: if both are given, the tokens of valid lines are written to the folder.
+    """
     has_template = tokenizer is None or has_chat_template(tokenizer.load())
     parts = {
         table.file: table.source.parts
@@ -113,7 +117,7 @@ def judge_dataset(
 
 
 def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:
-    """Add what is wrong or doubtful line by line."""
+    """Add the findings of rules about single lines."""
     for table in tables.values():
         frame = table.frame
         if settings.policy.roles == "template":  # then no rule has roles to judge
@@ -134,7 +138,7 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
 def _apply_file_rules(
     tables: Tables, settings: DataSettings, findings: Findings, *, lacks_template: bool
 ) -> None:
-    """Add what is wrong or doubtful about a split as a whole."""
+    """Add the findings of rules about a split as a whole."""
     existing = [split for split, table in tables.items() if table.source is not None]
     folder, held = settings.describe_incomplete_folder(existing)
     rows = [
@@ -158,7 +162,7 @@ def _apply_file_rules(
 
 
 def _apply_rules_of_loss(tables: Tables, settings: DataSettings, findings: Findings) -> None:
-    """Add what the rows of a room's loss have to be told, those of all splits together."""
+    """Add the findings of a room's loss (`training.loss`) about its rows."""
     if settings.loss is None:
         return
     examples = {}
@@ -182,7 +186,7 @@ def _apply_rules_of_loss(tables: Tables, settings: DataSettings, findings: Findi
 def _remove_rejected_lines_from_dropped(
     tables: Tables, findings: Findings
 ) -> dict[str, SplitTable]:
-    """The tables with no line in `dropped` that has an error: such a line is rejected instead."""
+    """Return the tables without lines in `dropped` that have an error and so are rejected."""
     remaining = {}
     for split, table in tables.items():
         rejected = findings.lines_with_errors(table.file)
@@ -192,7 +196,7 @@ def _remove_rejected_lines_from_dropped(
 
 
 def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:
-    """Add what is wrong with how many rows a split has without the lines that are dropped."""
+    """Add the findings about how many rows each split has without dropped lines."""
     rows = [
         {
             "file": table.file,
@@ -223,12 +227,12 @@ _EMPTY_FILE_REMEDIES = {
 
 
 def _describe_faulty_lines(number: int) -> str:
-    """` (1 with an error)`: they count as rows, for they will be some once they are mended."""
+    """Return ` (1 with an error)`, or "" without any; such lines will be rows once corrected."""
     return f" ({number:,} with an error)" if number else ""
 
 
 def is_cut_short(findings: Findings, files: Collection[str]) -> bool:
-    """Whether the rest of a file was not read, so that how many rows it holds is not known."""
+    """Return whether a file was damaged, so that its number of rows is not known."""
     return any(f.file in files and f.check == "damaged-file" for f in findings.listed)
 
 
@@ -239,6 +243,10 @@ def _make_report(
     facts: Mapping[str, TokenFacts],
     context: int | None,
 ) -> DatasetReport:
+    """Build the report from tables, findings and token facts.
+
+    context: the model's context length in tokens; None if unknown.
+    """
     splits: dict[str, SplitStats] = {}
     for split, table in tables.items():
         if table.source is None:

@@ -1,6 +1,7 @@
-"""Examples of earlier data sets, which a run is trained on beside its own: what the core asks.
+"""Examples of earlier versions' data that a run trains on beside its own: the core's interface.
 
-The room replay chooses them before training, and writes them with why to the run directory.
+The room replay chooses them before training, and writes them, with the reasons, to the run
+directory.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ POLICY_KEY = "continual.policy"
 
 @dataclass(frozen=True, eq=False)
 class MixedExamples:
-    """A run's own examples and the earlier ones under one numbering, and their batches.
+    """A run's own and earlier examples under one numbering, and their batches.
 
     iterations: batches of the whole run.
-    sum_earlier: the sum of a value a row, int64 [n], over the earlier rows of the first so many
-        batches.
+    sum_earlier: called with int64 [n] (a value for each row) and a number of batches; returns the
+        sum over the earlier rows in the first batches.
     """
 
     rows: ExampleRows
@@ -36,55 +37,57 @@ class MixedExamples:
 
 
 class EarlierExamples(Protocol):
-    """The earlier examples of one run. All but `choose` read what `choose` wrote."""
+    """The earlier examples of one run; all methods but `choose` read what `choose` wrote."""
 
     def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None: ...
 
     def choose(self) -> None:
-        """Choose them and write replay.json and replay.jsonl.
+        """Choose the examples and write replay.json and replay.jsonl.
 
-        Raises ConfigError where a source is missing or has changed, under `replay.missing: error`.
+        Raises ConfigError if a source is missing or has changed, under `replay.missing: error`.
         """
 
     def read_choice(self) -> Choice:
-        """Whether the run goes on from the champion or is trained from the base, and why."""
+        """Return whether the run starts from the champion or the base, and why."""
 
     def describe(self) -> list[str]:
-        """Sentences: which are trained on, which are not, and what is missing."""
+        """Return sentences on which examples are trained on, which are not, and what is missing."""
 
     def require_same_start(self, champion: str | None) -> None:
-        """Raise ConfigError if they were chosen for another champion than this version."""
+        """Raise ConfigError if the examples were chosen for another champion than this version."""
 
     def find_dropped(self) -> tuple[str, ...]:
-        """SHA-256 of the run's own training examples that earlier data holds out."""
+        """Return the SHA-256 of the run's own training examples that earlier data holds out."""
 
     def require_rows(self) -> None:
-        """Raise DamagedError where replay.json or replay.jsonl is missing or altered."""
+        """Raise DamagedError if replay.json or replay.jsonl is missing or altered."""
 
     def count(self) -> int:
-        """How many they are."""
+        """Return the number of earlier examples."""
 
     def estimate_iterations(self, rows: int) -> int:
-        """About how many batches a run takes that has so many training examples of its own."""
+        """Estimate the batches of a run with `rows` training examples of its own."""
 
     def content_digest(self) -> str:
-        """SHA-256 over all of this that can change the adapter."""
+        """Return the SHA-256 of everything about these examples that can change the adapter."""
 
     def make_provenance(self, tokens: int) -> dict[str, Any]:
-        """What provenance.json says of them; `tokens` of them were trained on."""
+        """Return the block of provenance.json on these examples.
+
+        tokens: how many of their tokens were trained on.
+        """
 
     def mix(self, new: TokenizedSplit, earlier: TokenizedSplit) -> MixedExamples:
-        """The batches of a run whose own examples are `new`."""
+        """Build the batches of a run from its own examples (`new`) and the earlier ones."""
 
 
 def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierExamples | None:
-    """The earlier examples of a run; None if it replays none and rebuilds nothing.
+    """Return the earlier examples of a run; None if it trains on its own examples alone.
 
-    Raises ConfigError where the room replay is not installed.
+    Raises ConfigError if the room replay is not installed.
     """
-    continual = config.continual
-    if not continual.replay.fraction and continual.policy == "continue":
+    if not config.replay_fraction and config.continual.policy == "continue":
         return None
-    wanted = REPLAY_KEY if continual.replay.fraction else POLICY_KEY
+    wanted = REPLAY_KEY if config.replay_fraction else POLICY_KEY
     earlier: EarlierExamples = seams.load_only("earlier_examples", wanted)(config, run)
     return earlier

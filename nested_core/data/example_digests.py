@@ -1,6 +1,6 @@
-"""Digests of single examples, by which rows that an adapter was trained on are recognised.
+"""Digests of single examples, to recognize rows that an adapter was trained on.
 
-A digest is the first 8 bytes of a SHA-256 over the example's tokens. A version's provenance holds
+A digest is the first 8 bytes of a SHA-256 over the example's tokens. A version's provenance has
 those of all training examples of the adapter and of the versions that it was trained from.
 """
 
@@ -23,7 +23,7 @@ MAX_RECORDED_DIGESTS = 4_000_000  # 43 MB in provenance.json, which may have 64
 
 
 def digest_examples(split: TokenizedSplit) -> Digests:
-    """The digest of each example of a split, uint64 [n], in its order."""
+    """Return the digest of each example's tokens, uint64 [n]."""
     digests = b"".join(
         sha256(split.example(index).tobytes()).digest()[:DIGEST_BYTES]
         for index in range(len(split))
@@ -33,10 +33,10 @@ def digest_examples(split: TokenizedSplit) -> Digests:
 
 
 def digest_prompts(split: TokenizedSplit) -> Digests:
-    """The digest of what stands before the first learnt token of each example, uint64 [n].
+    """Return the digest of each example's prompt, uint64 [n].
 
-    Of an example that is learnt from its first predicted token on, such as plain text, it is that
-    of the whole example.
+    The prompt is what comes before the first learnt token. For an example without a prompt, such as
+    plain text, it is the digest of the whole example.
     """
     digests = []
     for index in range(len(split)):
@@ -49,9 +49,10 @@ def digest_prompts(split: TokenizedSplit) -> Digests:
 
 
 def encode_digests(digests: Digests) -> str | None:
-    """Distinct digests as base64 text, in order; None if they are too many to be recorded.
+    """Encode the distinct digests as sorted base64 text; None if they are too many to record.
 
-    A warning says so: no descendant is known then to have been trained on them."""
+    A warning then says that later verdicts cannot leave out these examples.
+    """
     distinct = np.unique(digests)
     if distinct.size > MAX_RECORDED_DIGESTS:
         warnings.warn(
@@ -65,7 +66,7 @@ def encode_digests(digests: Digests) -> str | None:
 
 
 def decode_digests(text: Any) -> Digests:
-    """The digests that `encode_digests` wrote; none for anything else, as None or another type."""
+    """Decode what `encode_digests` returned; empty for None and anything else."""
     try:
         content = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
         return np.frombuffer(content, "<u8").astype(np.uint64)

@@ -1,7 +1,7 @@
-"""Rows of a data set read again, in the form that every reader takes, and compared with others.
+"""Rows of a data set, read again in one form that every reader accepts, and compared with others.
 
-Rows of other programs' formats become the turns that were made of them, under our own keys. Rows
-are compared without case and white space, as the validation compares duplicates.
+Rows of other programs' formats become conversations under our own keys. Rows are compared without
+case and white space, as the validation compares duplicates.
 """
 
 from __future__ import annotations
@@ -41,17 +41,16 @@ _ANY_ROLE = FieldNames(allows_any_role=True, loss=ANY_LOSS)
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of a split that are examples, and its digest, as dataset.json has it."""
+    """The rows of a split that are valid examples, and the split's digest as in dataset.json."""
 
     rows: list[dict[str, Any]]
     digest: str
 
 
 def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
-    """Read the examples of a split; None if the data set has no such split.
+    """Read the valid examples of a split; None if the data set has no such split.
 
-    Lines that are no example are left out. Raises ConfigError if there is no such data set, and
-    OSError.
+    Raises ConfigError if there is no such data set, and OSError.
     """
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         file = open_splits(settings, Path(spool)).get(split)
@@ -64,7 +63,7 @@ def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
 
 
 def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
-    """Yield the examples of a file of JSON lines, without the lines that hold no example."""
+    """Yield the examples of a file of JSON lines, skipping lines that are not valid examples."""
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         for number, line in enumerate(file, 1):
             if body := strip_line(line, is_first=number == 1):
@@ -73,7 +72,7 @@ def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
 
 
 def _row_of(example: Example) -> dict[str, Any]:
-    """The example under the default keys, with its marks."""
+    """Convert an example to a row under the default keys, with its marks of turns not to learn."""
     if example.format == "text":
         return {"text": example.text}
     if (write := find_row_format(example.format).write) is not None:
@@ -89,7 +88,7 @@ def _row_of(example: Example) -> dict[str, Any]:
 
 
 def read_content(row: Mapping[str, Any]) -> bytes:
-    """All of such a row that is tokenised as one text; the last NUL in it ends the prompt."""
+    """Return everything of a row that is tokenized as one text; the last NUL ends the prompt."""
     line = json.dumps(row).encode()
     plain = parse_plain_row(line, _ANY_ROLE)
     content = parse_line_to_row(line, _ANY_ROLE).content if plain is None else plain[2]
@@ -98,10 +97,11 @@ def read_content(row: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class RowKeys:
-    """What an example is compared by.
+    """Keys by which rows are compared.
 
-    content: SHA-256 of all that is tokenised; folded: of the same without case and white space;
-    prompt: of all but the answer, folded; None for plain text, which has no prompt.
+    content: SHA-256 of everything that is tokenized.
+    folded: the key of the same without case and white space.
+    prompt: the folded key of everything before the answer; None for plain text.
     """
 
     content: bytes
@@ -110,7 +110,7 @@ class RowKeys:
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RowKeys:
-        """The keys of a row, as `read_split_rows` gives it."""
+        """Compute the keys of a row as `read_split_rows` returns it."""
         content = read_content(row)
         folded = fold_case_and_space(content)
         prompt = folded.rpartition(b"\0")[0]
@@ -118,27 +118,28 @@ class RowKeys:
 
 
 def _key(text: bytes) -> bytes:
+    """Return the first KEY_BYTES bytes of a SHA-256."""
     return sha256(text).digest()[:KEY_BYTES]
 
 
 @dataclass(frozen=True)
 class RowList:
-    """Rows that a person lists: examples, and prompts that stand for each example with them."""
+    """A person's list of rows: examples, and prompts that stand for every example with them."""
 
     examples: frozenset[bytes]
     prompts: frozenset[bytes | None]
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row, or its prompt, is listed; case and white space do not count."""
+        """Return whether a row or its prompt is listed, ignoring case and white space."""
         keys = RowKeys.of(row)
         return keys.folded in self.examples or keys.prompt in self.prompts
 
 
 def read_row_list(path: Path) -> RowList:
-    """Read a list of rows, a line of JSON each: a row of any format, or a prompt without an answer.
+    """Read a list of rows, one JSON line each: a row of any format, or a prompt without an answer.
 
     A prompt is a text, `{"prompt": TEXT}`, or `messages` that do not end with the assistant's turn.
-    Raises ConfigError for a file without any, and for a line that is neither.
+    Raises ConfigError for an empty file, and for a line that is neither.
     """
     examples, prompts = set[bytes](), set[bytes | None]()
     for number, line in enumerate(read_regular(path, follow_links=True).splitlines(), 1):
@@ -162,7 +163,10 @@ def read_row_list(path: Path) -> RowList:
 
 
 def _read_listed_row(line: bytes) -> tuple[dict[str, Any], bool]:
-    """The row in a line, and whether it is a prompt, to which an answer without text was added."""
+    """Parse a line of the list.
+
+    Return the row, and whether it is a prompt (with an empty answer).
+    """
     value = json.loads(line)
     if isinstance(value, str):
         value = {"prompt": value}

@@ -1,6 +1,6 @@
-"""Held-out rows read again: a few prompts, the field that groups rows, a file as a data set.
+"""Held-out rows read again: a few prompts, the field that groups rows, a separate file.
 
-`data_policy.group` names a field: rows with equal values are one draw.
+`data_policy.group` names a field: rows with equal values count as one independent example.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, regular
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A prompt of the data set.
+    """A prompt of a held-out split.
 
-    messages: the turns up to the answer, for a chat template.
-    text: the last of them as it is shown.
-    expected: the answer that the data set gives.
-    file, line: where it stands.
+    messages: the turns before the answer, for a chat template.
+    text: the last of these turns, to display.
+    expected: the answer in the data set.
+    file, line: where the row is.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -44,12 +44,10 @@ class HeldOutPrompt:
 def read_held_out_prompts(
     settings: DataSettings, count: int, held_out: str = "auto"
 ) -> list[HeldOutPrompt]:
-    """The first prompts of the split that `gate.held_out` names; at most `count`.
+    """Read at most `count` prompts of the split that `gate.held_out` names.
 
-    Where it names a file of its own they are of valid, or without it of test.
-
-    Empty for a data set of the hub, which would have to be read whole, and for plain text, which
-    has no prompts.
+    If it names a separate file, they are of valid, or else of test. Empty for a data set of the
+    hub, which would have to be read whole, and for plain text, which has no prompts.
     """
     if settings.hf_dataset or not Path(settings.data).is_dir():
         return []
@@ -61,7 +59,10 @@ def read_held_out_prompts(
 
 
 def digest_held_out_file(choice: str) -> str | None:
-    """SHA-256 of the file that `gate.held_out` names; None if it names a split, or is gone."""
+    """Return the SHA-256 of the file that `gate.held_out` names; None if it names a split.
+
+    Returns None as well if the file is gone.
+    """
     path = Path(choice)
     if choice in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
         return None
@@ -69,6 +70,7 @@ def digest_held_out_file(choice: str) -> str | None:
 
 
 def _read_prompts(file: SplitFile, settings: DataSettings) -> Iterator[HeldOutPrompt]:
+    """Yield the prompts of a split's conversations that end with an answer."""
     try:
         for line, example in read_examples(file.path, settings.field_names, skip=set()):
             if _ends_with_answer(example):
@@ -81,6 +83,7 @@ def _read_prompts(file: SplitFile, settings: DataSettings) -> Iterator[HeldOutPr
 
 
 def _ends_with_answer(example: Example) -> bool:
+    """Return whether an example ends with a learnt text answer of the assistant, without tools."""
     turns = example.messages
     is_answer = len(turns) > 1 and turns[-1].get("role") == "assistant"
     is_answer = is_answer and len(turns) - 1 not in example.masked
@@ -89,27 +92,27 @@ def _ends_with_answer(example: Example) -> bool:
 
 @contextmanager
 def as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettings]:
-    """The settings for a data set that has this file as its test set, of whatever format."""
+    """Yield settings that read a single file, of any format, as the test set of a data set."""
     with TemporaryDirectory(prefix="nested-tune-held-out-") as folder:
         Path(folder, "test.jsonl").symlink_to(path.resolve())
         yield replace(settings, data=folder, data_format="auto", hf_dataset=())
 
 
 def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) -> list[str | None]:
-    """The field's value in rows of a split, as JSON text; None if a row lacks it, or has null.
+    """Read the field `data_policy.group` of rows of a split, as JSON text; None if a row lacks it.
 
     Args:
         settings: where the data is, and in `policy` the field's name.
         split: train, valid or test.
-        lines: the numbers that people know the rows by, ascending.
+        lines: the rows' numbers in their file, ascending.
 
-    Raises DatasetError where no row has the field.
+    Raises DatasetError if no row has the field.
     """
     field = settings.policy.group
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         file = open_splits(settings, Path(spool))[split]
-        wanted = sorted(file.physical_lines_of(set(map(int, lines))))
-        values = _read_field(file.path, wanted, field)
+        numbers = sorted(file.physical_lines_of(set(map(int, lines))))
+        values = _read_field(file.path, numbers, field)
     if not any(value is not None for value in values):
         raise DatasetError(
             f"data_policy.group: no row of {file.name} has a field {field!r}. Give one that rows "
@@ -118,10 +121,10 @@ def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) 
     return values
 
 
-def _read_field(path: Path, wanted: Sequence[int], field: str | None) -> list[str | None]:
-    """The field of these physical lines, from 1, ascending."""
+def _read_field(path: Path, numbers: Sequence[int], field: str | None) -> list[str | None]:
+    """Read a field of physical lines (numbers from 1, ascending) of a file of JSON lines."""
     values: list[str | None] = []
-    remaining = iter(wanted)
+    remaining = iter(numbers)
     following = next(remaining, None)
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         for number, line in enumerate(file, 1):

@@ -1,4 +1,4 @@
-"""Jobs on all cores: worker processes that are sent requests as JSON and answer with JSON.
+"""Run jobs on all cores: worker processes that receive requests as JSON and answer with JSON.
 
 Small work is done in this process, by the same functions.
 """
@@ -31,19 +31,19 @@ class ByteRange(NamedTuple):
 
 
 def count_usable_cores() -> int:
-    """The cores that this process may run on."""
+    """Return how many cores this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def count_processes_for(size: int) -> int:
-    """How many processes the work on `size` bytes is worth: at most one a core."""
+    """Return how many processes are worthwhile for `size` bytes of work: at most one a core."""
     return max(1, min(count_usable_cores(), size // MIN_BYTES_FOR_WORKERS))
 
 
 def cut_file_into_line_ranges(path: Path, size: int) -> list[ByteRange]:
-    """Cut a file into ranges of about `size` bytes and whole lines; an empty file has none."""
+    """Cut a file into ranges of whole lines, of about `size` bytes each."""
     ranges = []
     start = 0
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, total):
@@ -57,9 +57,9 @@ def cut_file_into_line_ranges(path: Path, size: int) -> list[ByteRange]:
 
 
 def run_job(request: dict[str, Any]) -> dict[str, Any]:
-    """Call the function that request["job"] names as "package.module:function" with the request.
+    """Call the function named by request["job"] ("package.module:function") with the request.
 
-    Requests and answers are JSON objects; what is large goes into files that the request names.
+    Requests and answers are JSON objects; large data is in files that the request names.
     """
     module, _, function = request["job"].partition(":")
     answer: dict[str, Any] = getattr(import_module(module), function)(request)
@@ -72,12 +72,13 @@ def run_jobs(
     processes: int,
     on_done: Callable[[int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the answer to each request, see `run_job`, in the order of the requests.
+    """Run the requests in worker processes; yield their answers in the order of the requests.
 
-    An idle process takes the next request. `on_done` gets the number of requests answered so far.
-    With one process the work is done here. Raises what the job raised if it is a NestedTuneError
-    or an OSError, else DataWorkerFailed with the last lines that the process printed. However it
-    ends, no process is left: close() ends it early.
+    on_done: called with the number of requests answered so far.
+
+    With one process the work is done here. Raises what a job raised if it is a NestedTuneError or
+    an OSError, else DataWorkerFailed with the last lines that the process printed. All worker
+    processes end with the iterator; close() ends it early.
     """
     processes = min(processes, len(requests))
     if processes < 2:
@@ -92,7 +93,7 @@ def run_jobs(
     threads = ThreadPoolExecutor(processes)  # one waits for each worker
 
     def ask_idle_worker(request: dict[str, Any]) -> dict[str, Any]:
-        """Wait for a process that does nothing, and for its answer to the request."""
+        """Wait for an idle worker process, and for its answer to the request."""
         worker = idle.get()
         try:
             answer: dict[str, Any] = worker.ask(request)
@@ -132,6 +133,7 @@ def run_jobs(
 def _run_in_this_process(
     requests: Sequence[dict[str, Any]], on_done: Callable[[int], None] | None
 ) -> Iterator[dict[str, Any]]:
+    """Run the requests one after the other in this process."""
     for done, request in enumerate(requests, start=1):
         answer = run_job(request)
         if on_done is not None:
@@ -140,7 +142,7 @@ def _run_in_this_process(
 
 
 def run_job_in_worker(request: dict[str, Any]) -> dict[str, Any]:
-    """`run_job` in a worker process, which takes as much memory for each request."""
+    """Run a job in a worker process, whose memory use stays constant over requests."""
     hide_torch_from_transformers()
     keep_freed_memory()
     return run_job(request)

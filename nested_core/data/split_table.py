@@ -1,6 +1,6 @@
-"""Train, valid and test as tables: a row for each line, read on all cores.
+"""Read train, valid and test to tables with a row for each line, on all cores.
 
-Small files are read in this process, by the same job. Judges nothing.
+Small files are read in this process, by the same job. Nothing is checked here.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ LINE_RANGE_JOB = f"{run_line_range_job.__module__}:{run_line_range_job.__name__}
 
 @dataclass(frozen=True)
 class SplitTable:
-    """One split. frame: a row for each physical line, see LINE_SCHEMA, its number as `line`.
+    """One split as a table.
 
-    `read_tables_with_repeats` adds what the rules need to know of other lines.
+    frame: a row for each physical line, see LINE_SCHEMA, with its original number as `line`.
+        `read_tables_with_repeats` adds the relations to other lines.
     """
 
     file: str
@@ -60,7 +61,7 @@ class SplitTable:
 
     @property
     def file_names(self) -> list[str]:
-        """What findings call it, and the files of which it is made where they are several."""
+        """The name that findings use for the split, and the names of its files if several."""
         parts = () if self.source is None else self.source.parts
         return [self.file, *(part.name for part in parts)]
 
@@ -74,7 +75,7 @@ class SplitTable:
 def read_tables_with_repeats(
     files: Mapping[str, SplitFile], settings: DataSettings, on_progress: OnProgress | None
 ) -> dict[str, SplitTable]:
-    """Read the splits and relate their lines to each other; lines that go are in `dropped`."""
+    """Read all splits, relate their lines to each other, and decide which lines are dropped."""
     near = _load_near_duplicates(settings) if len(files) > 1 else None
     tables, matches = _read_held_out_first(files, settings.field_names, on_progress, near)
     read = tables
@@ -83,9 +84,11 @@ def read_tables_with_repeats(
             name: replace(table, frame=table.frame.drop(near.schema, strict=False))
             for name, table in read.items()
         }
+    # Rows of train that an earlier version holds out are dropped
     held_out_before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
     train, *held_out = add_repeat_columns([(t.file, t.frame) for t in tables.values()])
     if near is not None:
+        # The n-grams of train that held-out rows have too
         shared = matches.finish(train["line"])
         held_out = [
             near.relate(frame, read[name].frame, shared, matches.examples)
@@ -102,7 +105,11 @@ def read_tables_with_repeats(
 
 
 def _load_near_duplicates(settings: DataSettings) -> Any:
-    """What looks for near-duplicates; None if nothing does. An error needs the room for it."""
+    """Return the room part that finds near-duplicates; None if it is off or not installed.
+
+    Raises ConfigError if `data_policy.near_duplicates: error` needs the room and it is not
+    installed.
+    """
     asked = settings.policy.near_duplicates
     if asked == "error":
         seams.require("near_duplicates", NEAR_DUPLICATES_KEY)
@@ -115,7 +122,10 @@ def _read_held_out_first(
     on_progress: OnProgress | None,
     near: Any,
 ) -> tuple[dict[str, SplitTable], Any]:
-    """Read all splits, the held-out ones first; train is asked for their n-grams alone."""
+    """Read all splits, held-out ones first, so that train is searched only for their n-grams.
+
+    Returns the tables, and the n-grams that train shares with them (None without near-duplicates).
+    """
     matches = None if near is None else near.Matches()
     with TemporaryDirectory(prefix="nested-tune-") as folder:
         reading = _Reading(files, field_names, on_progress, Path(folder))
@@ -130,7 +140,7 @@ def _read_held_out_first(
 
 
 class _Reading:
-    """The reading of a data set's files, whose lines workers put into a folder, range by range."""
+    """Reads a data set's files: workers write the rows of each range of lines to a folder."""
 
     def __init__(
         self,
@@ -139,6 +149,7 @@ class _Reading:
         on_progress: OnProgress | None,
         folder: Path,
     ) -> None:
+        """Cut the files into ranges of lines; workers write their rows to `folder`."""
         self._files = files
         self._field_names = field_names
         self._on_progress = on_progress
@@ -158,7 +169,11 @@ class _Reading:
         asked: Path | None = None,
         matches: Any = None,
     ) -> SplitTable:
-        """Read a split; what its lines share with `asked` is added to `matches`."""
+        """Read a split to a table.
+
+        more_columns: n-gram columns to add.
+        asked: a file with n-grams to look for; what is found is added to `matches`.
+        """
         file = self._files.get(split)
         ranges = self._ranges.get(split, [])
         requests: list[dict[str, Any]] = [
@@ -203,21 +218,22 @@ class _Reading:
         )
 
     def _report_progress(self, done: int) -> None:
+        """Report how many bytes have been read."""
         if self._on_progress is not None and self._total:  # files may all be empty
             self._on_progress("reading the data", done, self._total)
 
 
 def _take_file(path: str) -> bytes:
-    """The content of a file that a job wrote, which is removed from the disk."""
+    """Read a file that a job wrote, and delete it."""
     content = read_regular(Path(path))
     Path(path).unlink()
     return content
 
 
 def _read_range_frames(paths: list[str]) -> list[pl.DataFrame]:
-    """The rows of the ranges with their numbers, from 1; the files are removed.
+    """Read the frames of all ranges, add line numbers from 1, and delete the files.
 
-    All columns of one have the same chunks. Where they differ polars copies all of a frame.
+    All columns of a frame have the same chunks; if they differed, polars would copy the frame.
     """
     frames: list[pl.DataFrame] = []
     first = 1
@@ -232,6 +248,7 @@ def _read_range_frames(paths: list[str]) -> list[pl.DataFrame]:
 def _join_range_frames(
     frames: list[pl.DataFrame], file: SplitFile | None, more_columns: Mapping[str, Any]
 ) -> pl.DataFrame:
+    """Concatenate the frames of a split's ranges; add missing columns, problems, line numbers."""
     schema: dict[str, Any] = {**LINE_SCHEMA, **more_columns, "line": pl.Int32}
     frame = pl.concat([pl.DataFrame(schema={"line": pl.Int32}), *frames], how="diagonal")
     missing = [pl.lit(None, kind).alias(name) for name, kind in schema.items() if name not in frame]
@@ -244,7 +261,7 @@ def _join_range_frames(
 
 
 def _add_line_problems(frame: pl.DataFrame, problems: dict[int, tuple[str, str]]) -> pl.DataFrame:
-    """What was wrong with a line before it was one, in the place of nothing."""
+    """Set check and message of lines that were invalid before they were converted to JSON."""
     checks, messages = zip(*problems.values(), strict=True)
     columns = {"line": list(problems), "check": checks, "message": messages}
     schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.Categorical}

@@ -45,7 +45,10 @@ def checkpointing_layers(
 def _checkpoint_call_of_layers(
     call: Callable[..., Any], chosen: frozenset[int], *, keep_dropout_masks: bool
 ) -> Callable[..., Any]:
-    """Wrap a class's __call__ so that layers with an id in `chosen` are checkpointed."""
+    """Wrap a class's __call__ so that layers with an id in `chosen` are checkpointed.
+
+    call: the class's own __call__. chosen: ids of layers.
+    """
 
     def checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the layer; for a chosen layer store only the inputs for the backward pass."""

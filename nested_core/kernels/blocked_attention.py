@@ -43,6 +43,8 @@ def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function'
 
     Blocks are used for causal float32 attention of at least MIN_BLOCKED_LENGTH tokens; anything
     else goes to mlx-lm's function.
+
+    queries, keys, values: (batch, heads, length, width).
     """
     length = queries.shape[2]
     is_causal = is_plainly_causal(cache, mask, sinks)
@@ -61,7 +63,8 @@ def attend_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale:
     """Compute causal attention of queries (batch, heads, length, width) in blocks.
 
     keys, values: (batch, key heads, length, width); each key head serves several query heads.
-        Returns (batch, heads, length, value width).
+
+    Returns (batch, heads, length, value width).
     """
     heads_per_key = queries.shape[1] // keys.shape[1]
     scaled = (queries * scale).reshape(-1, keys.shape[1], heads_per_key, *queries.shape[2:])
@@ -101,6 +104,9 @@ def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any
 
     With P the probabilities, O the output and g its gradient, the scores' gradient is P (g V^T -
     rowsum(g O)) (Dao et al. 2022, FlashAttention, appendix B.2).
+
+    primals: queries, keys and values. cotangents: the gradient of the output first. outputs: what
+        the forward pass returned.
     """
     queries, keys, values = primals
     output, *probabilities = outputs
@@ -131,8 +137,9 @@ def _query_block_ranges(length: int) -> list[tuple[int, int]]:
 def _sum_key_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
     """Sum the blocks' gradients of keys or values, over blocks and over the heads of a key.
 
-    parts: the gradient of each block, for keys from 0 to the block's end. Returns (batch, key
-        heads, 1, length, width).
+    parts: the gradient of each block, for keys from 0 to the block's end.
+
+    Returns (batch, key heads, 1, length, width).
     """
     columns = []
     for index, (start, end) in enumerate(ranges):

@@ -96,10 +96,12 @@ def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
     owners = {(id(call.x), id(call.output)): call.module for call in trace.owners}
     mlps = []
     for swiglu in trace.swiglus:
+        # The layers that made swiglu's inputs, and the one that takes its output
         gate, up = by_output.get(id(swiglu.gate)), by_output.get(id(swiglu.up))
         down = by_input.get(id(swiglu.output))
         if gate is None or up is None or gate is up or down is None or gate.x is not up.x:
             continue
+        # The module whose input and output they share
         owner = owners.get((id(gate.x), id(down.output)))
         if owner is None or gate.module.scale != up.module.scale:
             continue
@@ -128,6 +130,7 @@ def _recording_calls(model: nn.Module, trace: CallTrace) -> Iterator[None]:
         original = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            """Call the module; record a call with exactly one argument."""
             output = original(module, *args, **kwargs)
             if len(args) == 1 and not kwargs:
                 calls.append(ModuleCall(module, args[0], output))

@@ -95,6 +95,10 @@ def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array)
 
     @project.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        """Compute the gradients of the input, the dropped input, lora_a and lora_b.
+
+        primals: the arguments of `project`. cotangents: the gradients of its outputs.
+        """
         x, dropped, a, b = primals
         g, z = cotangents[0], outputs[1]
         dz = operations.project_to_rank([(b, g)], scale)
@@ -117,6 +121,7 @@ class LayersSharingInput:
     """
 
     def __init__(self, layers: Sequence[AdapterLinear]) -> None:
+        """Group layers of one scale; their ranks may differ."""
         self._layers = layers
         ranks = [layer.lora_b.shape[0] for layer in layers]
         self._rank_ranges = list(pairwise([0, *accumulate(ranks)]))
@@ -152,6 +157,10 @@ class LayersSharingInput:
 
         @project.vjp
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            """Compute the gradients of the input, then of all lora_a, then of all lora_b.
+
+            primals: the arguments of `project`. cotangents: the gradients of its outputs.
+            """
             x, b = primals[0], primals[1 + count :]
             g = cotangents[:count]
             a, z = outputs[count:]
@@ -169,7 +178,10 @@ class LayersSharingInput:
 def add_low_rank_products(
     layers: Sequence[AdapterLinear], x: mx.array, z: Sequence[mx.array], factors: Sequence[mx.array]
 ) -> Sequence[mx.array]:
-    """Return each base layer's output plus z^T @ factor, of (rank, rows) and (rank, width)."""
+    """Return each base layer's output plus z^T @ factor, of (rank, rows) and (rank, width).
+
+    x: the input of the layers. z, factors: one of each for each layer.
+    """
     operations = device_operations()
     if operations.can_add_low_rank_products(x, factors):
         return operations.add_low_rank_products([layer.linear(x) for layer in layers], z, factors)

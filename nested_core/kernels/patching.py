@@ -17,6 +17,7 @@ def replacing_function(
     """Replace a function in the model's Python modules during the block.
 
     name: the global name that is set to `function` wherever it refers to `original`.
+
     Code that a model brings along (`model_file`) is in no imported module and is not changed.
     """
     users = _modules_of_code(model, name, original)

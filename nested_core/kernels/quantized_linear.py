@@ -57,6 +57,7 @@ def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], m
 
     @multiply.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
+        """Compute the input's gradient: the output's gradient @ weight."""
         return cotangent @ dequantize_weight(module, cotangent)
 
     def product(x: mx.array) -> mx.array:
@@ -74,6 +75,7 @@ def sharing_dequantized_weights(computed_after: mx.array) -> Iterator[None]:
     """Dequantize each layer's weight once during the block, for all of its products.
 
     computed_after: an array that is computed before the weights.
+
     For products that follow each other, such as those of the output layer with chunks of a batch;
     the weight stays in memory until the last of them.
     """

@@ -29,6 +29,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
 
     A kernel may be compiled in variants, such as one for each number of tiles. Callers ask
     `is_usable` first, and call the reference if it is not.
+
     name: what the kernel computes, for the warning.
     launch: the function that launches it.
     reference: the same formula in MLX's operations.
@@ -67,7 +68,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
     def describe_disagreement(self, *variant: int) -> str | None:
         """Describe how the kernel differs from its reference on the examples.
 
-        None if they agree.
+        Returns None if they agree.
         """
         for arguments in self.examples(*variant):
             try:
@@ -98,7 +99,11 @@ def random_arrays(
 
 
 def _describe_difference(outputs: Any, expected: Any) -> str | None:
-    """Describe the first difference of shape or value beyond TOLERANCE; None without one."""
+    """Describe the first difference of shape or value beyond TOLERANCE; None without one.
+
+    outputs: what the kernel returned: an array or a list of arrays. expected: what its reference
+        returned.
+    """
     if isinstance(outputs, mx.array):
         outputs, expected = [outputs], [expected]
     for ours, theirs in zip(outputs, expected, strict=True):

@@ -41,7 +41,10 @@ def _swiglu_and_sigmoid(gate: mx.array, x: mx.array) -> Any:
 
 @_swiglu_and_sigmoid.vjp
 def _swiglu_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-    """Compute the gradients of gate and x from the stored sigmoid."""
+    """Compute the gradients of gate and x from the stored sigmoid.
+
+    primals: gate and x. cotangents: the gradient of the output first.
+    """
     gate, x = primals
     _, s = outputs
     scaled = cotangents[0] * s

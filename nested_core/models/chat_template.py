@@ -22,6 +22,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        """Wrap the chat template of a tokenizer."""
         self._tokenizer = tokenizer
 
     def prepare(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -47,6 +48,7 @@ class ChatTemplate:
         return list(self._apply(messages, tools, return_dict=False, **more))
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], tools: Any, **more: Any) -> Any:
+        """Apply the tokenizer's chat template to messages, which may be empty."""
         if messages:
             return self._tokenizer.apply_chat_template(list(messages), tools=tools, **more)
         # transformers fails on an empty conversation, but not on a batch with one.

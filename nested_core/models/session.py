@@ -37,6 +37,7 @@ class Session:
     """
 
     def __init__(self) -> None:
+        """Create an empty session."""
         self.base: BaseWithAdapter | None = None
         self.await_kernels: Callable[[Callable[[], bool]], None] | None = None
         self.judged: JudgedRun | None = None
@@ -44,6 +45,7 @@ class Session:
         self._proof_process: Child | None = None
 
     def __enter__(self) -> Self:
+        """Return the session."""
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -37,6 +37,7 @@ def find_gradient_mark(state: Mapping[str, Array], name: str) -> Array | None:
 
     It stays all zero until the first update with such a gradient. It is the mark that `Tiered`
     stores, or Adam's second moment; None if there is neither.
+
     state: an optimizer's flattened state, in memory or from a file.
     """
     return state.get(f"{name}.{HAD_GRADIENT}", state.get(f"{name}.v"))
@@ -117,6 +118,7 @@ def group_gradients_by_tier(
     """Group gradients by tier, in the order of the tiers.
 
     owners: the tier of each parameter.
+
     Raises ValueError if some gradients of a tier are missing; with `every_tier`, also if a whole
     tier's are.
     """

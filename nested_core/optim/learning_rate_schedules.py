@@ -21,6 +21,7 @@ def build_learning_rate(config: FineTuneConfig, steps: int, share: float = 1.0) 
 
     steps: optimizer steps of the run, for warm-up shares and decay.
     share: a factor on the whole rate.
+
     Returns a number, or a schedule that is called with the optimizer step, from 0.
     """
     rate: float | Schedule = config.learning_rate

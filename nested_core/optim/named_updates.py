@@ -65,8 +65,9 @@ def flatten(tree: dict[str, Any] | list[Any]) -> dict[str, mx.array]:
     """Return the arrays of a tree by dotted name, such as "layers.0.weight".
 
     tree: nested dicts and lists of arrays, or a module, whose parameters are returned. The arrays
-        are not copied, so writing to one in place (`a[:] = b`) changes both. Raises ValueError if
-        two leaves have one name ("a.b" beside "a" with "b" in it).
+        are not copied, so writing to one in place (`a[:] = b`) changes both.
+
+    Raises ValueError if two leaves have one name ("a.b" beside "a" with "b" in it).
     """
     pairs = _named_arrays(tree)
     flat = dict(pairs)
@@ -93,6 +94,7 @@ def apply_flat_updates_to_nested(nested: Tree, flat: Mapping[str, mx.array]) -> 
     nested: nested dicts and lists of arrays, or an MLX module.
     flat: new arrays by dotted name, such as "layers.0.weight"; each has the shape and dtype of the
         array it replaces. Every other leaf and every container stays the same object.
+
     Raises UpdateNotApplied, listing every unknown name and every different shape or dtype; nothing
     is changed then.
     """
@@ -115,7 +117,9 @@ def verify_updates(
 
     before, expected: old and new arrays by dotted name, of the shapes in `nested`. Bits are
         compared, so that NaN equals itself and 0.0 differs from -0.0. It takes one evaluation on
-        the device. Raises ValueError if `before` lacks a name.
+        the device.
+
+    Raises ValueError if `before` lacks a name.
     """
     if missing := [name for name in expected if name not in before]:
         names = ", ".join(list_first(missing, MAX_LISTED_PROBLEMS))
@@ -216,7 +220,10 @@ def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
 
 
 def _have_equal_bits(leaves: Sequence[Any], arrays: Sequence[mx.array]) -> list[bool]:
-    """Return whether each leaf is an array of the same shape, dtype and bits, in one evaluation."""
+    """Return whether each leaf is an array of the same shape, dtype and bits, in one evaluation.
+
+    leaves: values found in a tree; None for a missing one. arrays: what each is compared with.
+    """
     pairs = list(zip(leaves, arrays, strict=True))
     flags = [_has_equal_bits(leaf, array) for leaf, array in pairs if leaf is not array]
     equal = iter(cast("list[bool]", mx.stack(flags).tolist()) if flags else [])

@@ -68,6 +68,7 @@ def assign_tiers(
     settings: the configuration's section `nested`.
     importance: each parameter's mean squared gradient norm over a few batches; the strategy
         `parameter_importance` needs it.
+
     Raises ConfigError if a tier would be empty or a pattern matches nothing. Warns, by name, of
     parameters that no rule covers and that go to the slowest tier.
     """
@@ -114,7 +115,9 @@ def _assign_by_depth(
 ) -> dict[str, int]:
     """Assign layers to tiers by depth, in contiguous groups of nearly equal size.
 
-    fast: the end of the model that gets tier 0. Returns the tier of each parameter in a layer.
+    fast: the end of the model that gets tier 0.
+
+    Returns the tier of each parameter in a layer.
     """
     layers = sorted({layer for name in names if (layer := _layer_number(name)) is not None})
     ranked = layers if fast == "shallow" else layers[::-1]
@@ -186,7 +189,10 @@ def _assign_parameters_outside_layers(
 
 
 def _refuse_empty_tiers(tensors: Mapping[str, int], tiers: int) -> None:
-    """Raise ConfigError if a tier has no parameter."""
+    """Raise ConfigError if a tier has no parameter.
+
+    tensors: the tier of each parameter. tiers: how many tiers there are.
+    """
     empty = sorted(set(range(tiers)) - set(tensors.values()))
     if empty:
         raise ConfigError(

@@ -35,6 +35,7 @@ class Tier:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
+        """Raise ValueError for a field that is not valid."""
         if not (self.frequency >= 1 and self.frequency % 1 == 0):
             raise ValueError(
                 f"A tier's frequency should be a whole number >= 1, got {self.frequency}."
@@ -69,7 +70,10 @@ class TierStats:
 def check_tiered_options(
     tiers: Sequence[Tier], slow_gradients: str, accumulate: str, max_grad_norm: float
 ) -> None:
-    """Raise ValueError for invalid options of `Tiered`."""
+    """Raise ValueError for invalid options of `Tiered`.
+
+    The arguments are those of `Tiered`.
+    """
     strange = {type(tier).__name__ for tier in tiers} - {Tier.__name__}
     if strange:
         raise ValueError(f"tiers should be Tier(frequency=...) records, got {sorted(strange)}")
@@ -151,9 +155,9 @@ def require_current_layout(layout: mx.array | None) -> None:
 
 
 def flags_to_counts(flags: Mapping[int, mx.array], tiers: int) -> mx.array:
-    """Convert flags of some tiers to a uint64 vector over all tiers.
+    """Convert flags of some tiers to a uint64 vector of 0 and 1 over all tiers.
 
-    0 for a tier without a flag.
+    flags: by tier; a missing tier counts 0.
     """
     absent = mx.array(False)
     return mx.stack([flags.get(i, absent) for i in range(tiers)]).astype(mx.uint64)
@@ -188,7 +192,11 @@ def read_tier_stats(
     specs: Mapping[str, ArraySpec],
     counters: Mapping[str, mx.array],
 ) -> list[TierStats]:
-    """Return the size and the counters of each tier; reads the counters from the device."""
+    """Return the size and the counters of each tier; reads the counters from the device.
+
+    owners: the tier of each parameter. specs: its shape and dtype. counters: from
+        `new_tier_counters`.
+    """
     updates: Any = counters["updates"].tolist()
     skipped: Any = counters["skipped"].tolist()
     stats = []

@@ -84,6 +84,7 @@ class Tiered(Optimizer):
         accumulate: Literal["mean", "sum"] = "mean",
         max_grad_norm: float = 0.0,
     ) -> None:
+        """Create the optimizer; see the class for the arguments and the errors."""
         super().__init__()
         tier_counters.check_tiered_options(tiers, slow_gradients, accumulate, max_grad_norm)
         # What was asked for
@@ -163,8 +164,9 @@ class Tiered(Optimizer):
         """Perform one optimizer step; return every parameter with a gradient, updated if it is due.
 
         gradients: a tree of arrays with the shapes and dtypes of `parameters`, which may have more
-            leaves. A tier that is not due may be left out under "skip", but only as a whole. Raises
-            ValueError, naming the parameters, if the trees do not fit.
+            leaves. A tier that is not due may be left out under "skip", but only as a whole.
+
+        Raises ValueError, naming the parameters, if the trees do not fit.
         """
         flat = flatten_gradients(gradients)
         if not self._initialized:
@@ -173,11 +175,13 @@ class Tiered(Optimizer):
         check_gradients(flat, values, self._specs)
         # A drop-in's counters begin here, from the step before it is counted.
         self.state.setdefault(COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step))
+        # Advance schedules and the step count
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
         leaves = optimizer_state_by_parameter(gradients, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = schedule(self.step)
         self.state["step"] = self.step + 1
+        # Which tiers are due, and whether the gradients that count are finite
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
         unused = {
             i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)
@@ -204,6 +208,7 @@ class Tiered(Optimizer):
         leaves = optimizer_state_by_parameter(
             tree_unflatten([(name, values[name]) for name in specs]) if specs else {}, self.state
         )
+        # A tier's chunk is open between two of its updates, and may have no finite gradient
         gathered = self._tier_counters["gathered"]
         tiers = {self._tier_of[name] for name in leaves}
         is_open = {i: self.step % self.tiers[i].frequency != 0 for i in tiers}
@@ -274,7 +279,8 @@ class Tiered(Optimizer):
         """Clip the gradients, update the tiers that are `ready` if all are finite, and count.
 
         due, ready: flags by tier; a tier that is due and not updated counts a skipped update.
-            Returns every parameter with a gradient.
+
+        Returns every parameter with a gradient.
         """
         groups = group_gradients_by_tier(gradients, self._tier_of)
         norm = norm_of_due_gradients(groups, ready)
@@ -357,6 +363,7 @@ class NestedAdam(Tiered):
         accumulate: Literal["mean", "sum"] = "mean",
         max_grad_norm: float = 0.0,
     ) -> None:
+        """Create the optimizer; see the class for the arguments."""
         if any(getattr(tier, "weight_decay", None) is not None for tier in tiers):
             raise ValueError("A tier's weight_decay needs NestedAdamW; NestedAdam has no decay.")
         super().__init__(
@@ -384,6 +391,7 @@ class NestedAdamW(NestedAdam):
         bias_correction: bool = False,
         **nested: Any,
     ) -> None:
+        """Create the optimizer; `nested` are the arguments of `Tiered`."""
         Tiered.__init__(
             self,
             lambda: optimizers.AdamW(

@@ -17,6 +17,8 @@ from nested_core.storage.json_file import JsonFile
 
 
 class _TiersFile(TypedDict):
+    """The content of tiers.json."""
+
     frequencies: list[Annotated[int, Field(ge=1, strict=True)]]
     tensors: dict[str, Annotated[int, Field(ge=0, strict=True)]]
 

@@ -71,13 +71,14 @@ class RegisteredAdapter:
         return SideBySide({"adapter": self.folder}, model=None, trust_remote_code=False)
 
     def __repr__(self) -> str:
+        """Show registry, name, version and the verdict's summary."""
         name_folder = self.registry / self.name
         version = shorten_digest(self.version)
         return f"RegisteredAdapter({name_folder}, version {version}, {self.verdict.summary()})"
 
 
 def champion(name: str | Path, *, registry: str | Path | None = None) -> RegisteredAdapter:
-    """Return the champion of a name, or the version that NAME@VERSION asks for.
+    """Return the champion of an adapter name, or the version that NAME@VERSION asks for.
 
     Args:
         name: NAME, REGISTRY/NAME or NAME@VERSION.
@@ -100,7 +101,7 @@ def promote(
     registry: str | Path = DEFAULT_REGISTRY,
     by: str | None = None,
 ) -> RegisteredAdapter:
-    """Make the adapter of a run the champion of a name, and register it first if necessary.
+    """Make the adapter of a run the champion under a name; register it first if necessary.
 
     Args:
         result: what `finetune` returned, or a run directory.

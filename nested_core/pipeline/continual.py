@@ -50,9 +50,9 @@ ANCESTORS_KEY = "gate.max_ancestor_loss_increase"
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
-    """Return the champion of a name.
+    """Return the champion of an adapter name: the version in use.
 
-    None without a champion, or without such a registry or name.
+    Returns None without a champion, or without such a registry or name.
     """
     return read_champion(registry, name) if name_exists(registry, name) else None
 
@@ -122,9 +122,11 @@ def conditions_digest(
     """Return the SHA-256 of everything that decides the outcome of a run that follows `champion`.
 
     That is: the champion, all splits of the data, base model, tokenizer, settings, the gate's
-        thresholds and files, the ancestors' examples if they judge, the promotion rule and its
-        reference, device and dtype, and the versions of the packages that compute.
+    thresholds and files, the ancestors' examples if they judge, the promotion rule and its
+    reference, device and dtype, and the versions of the packages that compute.
+
     config: with the registry's policy applied. settings: from `settings_digest`.
+
     None for a run that does not follow a champion, and if a Python function scores a suite, because
     what that depends on is not known.
     """
@@ -188,16 +190,20 @@ def settings_digest(
     """Return the SHA-256 of every setting that can change the adapter, the base and its tokenizer.
 
     base: the base model's fingerprint.
-    With replay it covers the replayed examples too. With `training.minutes` it covers the minutes
-    instead of the number of iterations.
+
+    With replay it covers the replayed examples too. A run that finds none to replay has the digest
+    of a run without replay. With `training.minutes` it covers the minutes instead of the number of
+    iterations.
     """
     settings = settings_that_shape_adapter(config)
     if config.training.minutes is not None:
         del settings["iters"]
     followed = settings.pop("continual")  # the rate of going on, and replay
     facts = [base, dataset.tokenizer, settings, followed["rate"]]
-    if earlier := find_earlier_examples(config, run):
-        facts += [followed["replay"], earlier.content_digest()]
+    earlier = find_earlier_examples(config, run)
+    if earlier is not None and (earlier.count() or earlier.find_dropped()):
+        replay = followed["replay"] | {"fraction": config.replay_fraction}
+        facts += [replay, earlier.content_digest()]
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
@@ -215,7 +221,7 @@ def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | Non
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """Return a line that says what a run with `continual.from` started from.
 
-    None for other runs.
+    Returns None for other runs.
     """
     start = read_start(config, run)
     return None if start is None else start.describe(config.registry.name)
@@ -225,18 +231,21 @@ def find_kept_champion(config: FineTuneConfig, run: RunDirectory, verdict: Verdi
     """Return the champion if a new adapter that follows it is not better than it; else None.
 
     Not better means: the mean held-out loss is not lower, and no suite's answers improved beyond
-        chance. (The gate has passed the adapter, so it is not much worse either.)
+    chance. (The gate has passed the adapter, so it is not much worse either.)
     None without a champion, for a run that does not follow one, and without held-out losses.
     """
     if verdict.rival is None or verdict.validation is None:
         return None
     initial, difference = verdict.initial.digest, None
     if verdict.rival in (initial, parent_version_of(config, initial)):
+        # Trained from the champion: the loss before training is the champion's
         before, after = verdict.validation.loss_before, verdict.validation.loss_after
         difference = None if before is None or after is None else after - before
     elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
+        # Trained from the base: the gate compared it with the champion
         difference = None if verdict.champion is None else verdict.champion.difference
-    if difference is None or difference < 0 or any(task.is_proven_gain for task in verdict.tasks):
+    has_proven_gain = any(task.conclusion == "better" for task in verdict.tasks)
+    if difference is None or difference < 0 or has_proven_gain:
         return None
     return verdict.rival
 

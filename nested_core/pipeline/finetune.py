@@ -89,12 +89,14 @@ class FinetuneResult:
         return self.decision.sentence
 
     def __repr__(self) -> str:
+        """Show the run and its verdict, or why it was skipped."""
         if self.skipped is not None:
             return f"FinetuneResult({self.run.path}, {self.skipped.outcome}: {self.skipped.reason})"
         summary = None if self.verdict is None else self.verdict.summary()
         return f"FinetuneResult({self.run.path}, {summary})"
 
     def _repr_html_(self) -> str:
+        """Return the run's page as HTML for a notebook's cell."""
         return read_report(self.run.path)._repr_html_()
 
     def ask(self, prompt: str, *, max_tokens: int = 256, temperature: float = 0.0) -> str:
@@ -102,6 +104,7 @@ class FinetuneResult:
 
         max_tokens: the answer ends after this number of tokens at the latest.
         temperature: sampling temperature; 0 always takes the likeliest token.
+
         The base model is loaded at the first call and stays in memory with this object. Raises
         ConfigError if nothing was trained, or if the model cannot see the whole prompt.
         """
@@ -137,13 +140,14 @@ def finetune(
     hooks: replaces steps and receives progress. None shows a progress line in a terminal or a
         notebook, unless `progress` is false.
     resume: continue a run that was stopped, or judge a finished one again.
+
     If the policy of the registry's name is stricter than `config`, it counts, and `hooks` get a
     message about it. What could fail at the end of a run is checked before the run directory is
     created. The run directory is locked meanwhile.
 
     Raises what the steps raise: ConfigError, DatasetError, TrainingStopped, TrainingDiverged,
-        GateRejected, DamagedError. Each leaves a run directory that can be resumed or is complete,
-        with its report.html.
+    GateRejected, DamagedError. Each leaves a run directory that can be resumed or is complete, with
+    its report.html.
     """
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()

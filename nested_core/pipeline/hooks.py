@@ -109,6 +109,7 @@ class _ReportCallback:
     """Adapter from mlx-lm's training callbacks to `Steps.on_report`."""
 
     def __init__(self, hooks: Steps) -> None:
+        """Create it for the steps whose `on_report` is to be called."""
         self._hooks = hooks
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
@@ -136,6 +137,7 @@ class ShownProgress(Steps):
     """
 
     def __init__(self) -> None:
+        """Create it with nothing shown yet."""
         self._losses: dict[str, float | None] = {}
         self._began: tuple[int, float] | None = None  # the first step that was seen, and when
         self._shown_at = 0.0

@@ -42,7 +42,7 @@ class NamedAdapter:
 def name_folder_of(path: Path) -> Path | None:
     """Return the folder REGISTRY/NAME for that path or its link `champion`.
 
-    None for another path.
+    Returns None for another path.
     """
     folder = path.parent if path.name == CHAMPION else path
     folder = Path(os.path.normpath(folder))
@@ -52,7 +52,7 @@ def name_folder_of(path: Path) -> Path | None:
 def find_bare_name(given: Path, registry: Path | None) -> Path | None:
     """Return the folder of NAME in the registry.
 
-    None for a path with a slash or an unknown name.
+    Returns None for a path with a slash or an unknown name.
     """
     if len(given.parts) != 1:
         return None
@@ -96,16 +96,16 @@ def _version_folder(given: Path, registry: Path | None) -> Path | None:
     """
     from nested_core.registry import list_versions
 
-    name, at, wanted = given.name.partition("@")
-    if not at:
+    name, sign, prefix = given.name.partition("@")
+    if not sign:
         return None
     name_path = given.parent / name
     folder = name_folder_of(name_path) or find_bare_name(name_path, registry)
     if folder is None:
         return None
     versions = list_versions(folder.parent, folder.name)
-    matching = [version for version in versions if version.startswith(wanted)]
-    if len(matching) == 1 and len(wanted) >= MIN_VERSION_DIGITS:
+    matching = [version for version in versions if version.startswith(prefix)]
+    if len(matching) == 1 and len(prefix) >= MIN_VERSION_DIGITS:
         return folder / VERSIONS / matching[0]
     known = ", ".join(map(shorten_digest, versions[:5]))
     raise ConfigError(
@@ -115,21 +115,21 @@ def _version_folder(given: Path, registry: Path | None) -> Path | None:
 
 
 def _describe_unknown(given: Path, registry: Path | None) -> str:
-    """Describe, for an error, what was expected instead of a name that matches nothing."""
+    """Describe, for an error, what was expected instead of an adapter name that matches nothing."""
     from nested_core.registry import list_names
 
     where = registry or DEFAULT_REGISTRY
     names = ", ".join(list_names(where)[:5])
-    held = f"the registry {where} holds {names or 'no name'}"
+    content = f"the registry {where} holds {names or 'no name'}"
     return (
         f"{given} is neither a run directory (it has no config.yaml) nor a name in a registry (it "
-        f"has no {VERSIONS}/; {held}), nor an adapter's folder (it has no adapter_config.json). "
+        f"has no {VERSIONS}/; {content}), nor an adapter's folder (it has no adapter_config.json). "
         f"Give what `nested-tune train` printed, NAME with --registry DIR, or REGISTRY/NAME."
     )
 
 
 def champion_folder(folder: Path) -> Path:
-    """Return the folder of a name's champion; ConfigError without a champion."""
+    """Return the folder of an adapter name's champion; ConfigError without a champion."""
     from nested_core.registry import read_champion
 
     champion = read_champion(folder.parent, folder.name)

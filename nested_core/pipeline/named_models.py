@@ -54,8 +54,10 @@ def find_model(
 ) -> tuple[NamedModel, RunDirectory | None]:
     """Find the model that a person names, and its run if it is a run's.
 
+    given: the name. base_model: the base to use instead of the recorded one.
     temporary: a folder for converted files: a PEFT adapter is converted, and a model of a room's
         format unpacked.
+
     Raises ConfigError for an unknown name and what a room's format refuses, DamagedError for
     damaged files.
     """

@@ -49,8 +49,8 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
             seams.require(room, key)
     adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
-    count_processes(config)  # refuses a hostfile that cannot be used
-    load_services(config)  # refuses one that is not installed
+    count_processes(config)  # raises for an unusable hostfile
+    load_services(config)  # raises for one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
         if effective_rule(config.registry).asks_person:
@@ -80,15 +80,16 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
 
     Their size is estimated from the initial adapter; existing checkpoints are counted.
     """
-    one = estimate_checkpoint_bytes(config, run)
+    size = estimate_checkpoint_bytes(config, run)
     iterations = estimate_iterations(config, run)
     every = config.intervals(iterations).save
     saves = config.training.keep_checkpoints if every is None else ceil(iterations / every)
+    # The best checkpoint is kept beside the last ones, twice where a flush may void it
     bests = 2 if config.nested.slow_gradients == "accumulate" else 1
     most = min(saves + 1, config.training.keep_checkpoints + bests + 1)  # and one in writing
     missing = max(0, most - len(list_checkpoints(run.checkpoints)))
     weights = (run.initial / WEIGHTS_NAME).stat().st_size
-    needed = missing * one + weights  # the adapter that is offered in the end
+    needed = missing * size + weights  # the adapter that is offered in the end
     if config.adapter_path is not None:
         needed += saves * weights
     free = shutil.disk_usage(run.path).free
@@ -96,7 +97,7 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
         return
     raise ConfigError(
         f"{run.path} has no room for its checkpoints: up to {most} are kept at a time, of about "
-        f"{_format_bytes(one)} each, which with the adapter is {_format_bytes(needed)} more, and "
+        f"{_format_bytes(size)} each, which with the adapter is {_format_bytes(needed)} more, and "
         f"{_format_bytes(free)} are free on its disk. Make room, keep fewer with "
         f"training.keep_checkpoints, or give a run directory on another disk."
     )

@@ -38,6 +38,7 @@ def train_in_processes(
     """Train in several processes until result.json is written.
 
     on_start: called with an object that has a trainer's methods for all processes.
+
     Raises what a trainer raises, and TrainingProcessLost if a process was lost.
     """
     train = seams.load_only("train_in_processes", "training.processes")

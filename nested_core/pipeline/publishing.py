@@ -97,6 +97,7 @@ def register_run(
     """Register a run that passed, and promote it if run and registry allow.
 
     champion: the champion that the run was judged against.
+
     Returns the decision on its promotion. Raises ConfigError if no registry is configured.
     """
     registry_location(config.registry)
@@ -125,6 +126,7 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
             for split in recorded
             if split != "train"
         }
+        # The split that the gate judged by, or a file of its own
         if choice in SPLITS_BY_HELD_OUT_CHOICE:
             held_out = held_out_sets.pop(held_out_split(choice, recorded), [])
         else:
@@ -232,6 +234,9 @@ def register_and_promote_run(
     It overrides the registry's policy. Returns the decision, and the run's verdict. The run is
     locked for reading and the registry for writing. Raises what `confirm_recorded_verdict`,
     `register` and `promote` raise, and ConfigError while another process works on the run.
+
+    by: who promotes, for the history.
+    expected_champion: as in `promote`.
     """
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
@@ -268,7 +273,7 @@ def describe_changed_held_out(
 ) -> str | None:
     """Return a sentence if the champion was judged on other held-out examples than this run.
 
-    None if they are the same, without a champion, or if one of the two is not recorded.
+    Returns None if they are the same, without a champion, or if one of the two is not recorded.
     """
     champion, validation = verdict.rival, verdict.validation
     if champion is None or validation is None or config.registry.path is None:

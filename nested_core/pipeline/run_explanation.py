@@ -86,6 +86,7 @@ def explain_run(
 
     measures_speed: train a few steps, if the room minutes is installed.
     on_wait: called with a line if another process holds the device.
+
     Raises what a run raises before it trains: ConfigError, and DatasetError for data with errors.
     """
     config, tightening = apply_policy(config)

@@ -201,7 +201,9 @@ def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None
     gate = config.gate
     if gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
         read_held_out_file(config)
-    require_held_out(gate.held_out, gate.max_kl, dataset, config.data)
+    # With another loss nobody may have asked for max_kl: the loss gives it by itself.
+    max_kl = gate.max_kl if config.training.loss is None else None
+    require_held_out(gate.held_out, max_kl, dataset, config.data)
     if config.data_policy.group is not None:
         read_held_out_examples(config, read_nonempty_splits(config, run))
 
@@ -241,19 +243,19 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
         earlier.require_same_start(version)
         choice = earlier.read_choice()
     continues = champion is not None and choice.policy == "continue"
-    start, what = None, f"continual.from: the champion of {config.registry.name}"
+    start, source = None, f"continual.from: the champion of {config.registry.name}"
     if continues:
         require_usable_rate(config)
         start = champion
     if config.resume_adapter_file is not None:
         start = read_adapter_file(Path(config.resume_adapter_file))
-        what = f"resume_adapter_file: {start.path}"
+        source = f"resume_adapter_file: {start.path}"
     if start is not None:
-        require_fit(start, what, described, base, trainable_parameters(model))
+        require_fit(start, source, described, base, trainable_parameters(model))
         load_adapter_tensors(model, start.to_mlx())
         if not start.config:
             warnings.warn(
-                f"{what} has no {CONFIG_NAME} beside it: the scale and the base that it was "
+                f"{source} has no {CONFIG_NAME} beside it: the scale and the base that it was "
                 f"trained with are not known. It is used with scale "
                 f"{config.lora_parameters.scale:g} on {base}.",
                 stacklevel=2,
@@ -304,6 +306,7 @@ def train(
     on_start: called with the trainer before its first step, so that a signal can stop it; with
         several processes, with an object that has a trainer's methods for all of them.
     on_wait: called with a line if another process holds a device, which is locked meanwhile.
+
     A run that is already complete is not trained again. Raises what a trainer raises.
     """
     warn_if_unprepared()
@@ -438,6 +441,7 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
     """
 
     def has_all_iterations(state: Mapping[str, Any]) -> bool:
+        """Return whether a checkpoint's state is the end of a run of the configured length."""
         return bool(state.get("ended")) and state.get("wanted_iterations") == config.iters
 
     if not has_all_iterations(latest_state(run.checkpoints)):

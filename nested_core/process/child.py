@@ -77,9 +77,11 @@ class Child:
         os.set_blocking(self._input.fileno(), False)
 
     def __enter__(self) -> Self:
+        """Return the running process."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Kill the process."""
         self.end()
 
     def ask(self, request: Any, seconds: float | None = None) -> Any:
@@ -206,10 +208,12 @@ def rebuild_error(described: Any) -> Exception | None:
 
 
 def _not_an_answer() -> ChildFailed:
+    """Build the error for output of a child process that is not an answer."""
     return ChildFailed("something else than an answer came from its process")
 
 
 def _deadline_in(seconds: float | None) -> float | None:
+    """Return the time (of time.monotonic) in so many seconds; None for no limit."""
     return None if seconds is None else time.monotonic() + seconds
 
 

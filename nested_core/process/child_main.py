@@ -29,6 +29,7 @@ class Requests:
     """
 
     def __init__(self, source: BinaryIO) -> None:
+        """Start the thread that reads lines from `source`."""
         self._source = source
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
         self._unanswered = 0

@@ -40,22 +40,22 @@ def find_beyond_chance(family: Sequence[Chance]) -> list[bool]:
     remaining = sorted(range(len(family)), key=lambda index: family[index].p_value)
     is_shown = [False] * len(family)
     while remaining:
-        divisor = _count_comparisons([family[index].smallest for index in remaining])
+        divisor = _find_tarone_divisor([family[index].smallest for index in remaining])
         if family[remaining[0]].p_value > ALPHA / divisor:
             break
         is_shown[remaining.pop(0)] = True
     return is_shown
 
 
-def _count_comparisons(smallest: Sequence[float]) -> int:
+def _find_tarone_divisor(smallest: Sequence[float]) -> int:
     """Return Tarone's divisor of ALPHA: the least k such that at most k values can reach ALPHA / k.
 
     smallest: the smallest possible p-value of each comparison that is still undecided.
     """
     return next(
-        count
-        for count in range(1, len(smallest) + 1)
-        if sum(least <= ALPHA / count for least in smallest) <= count
+        k
+        for k in range(1, len(smallest) + 1)
+        if sum(p_value <= ALPHA / k for p_value in smallest) <= k
     )
 
 

@@ -27,6 +27,7 @@ from nested_core.errors import (
     shorten,
 )
 from nested_core.storage.untrusted_files import read_json
+from nested_core.text.value_format import format_count
 
 Severity = Literal["error", "warning", "info"]
 DATA_GUIDE = "docs/data.md"
@@ -50,6 +51,7 @@ class Finding:
     count: int | None = None
 
     def __str__(self) -> str:
+        """Format the finding as `FILE:LINE: CHECK: MESSAGE`."""
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{place}: {self.check}: {self.message}"
 
@@ -264,7 +266,7 @@ class SplitStats:
     def describe_format(self) -> str:
         """Describe the format: `train.csv: alpaca, 207 of 208 rows, separated by semicolons`."""
         rows = self.lines - self.blank
-        of_all = f"{self.in_format:,} of {_format_count(rows, 'row')}"
+        of_all = f"{self.in_format:,} of {format_count(rows, 'row')}"
         tables = f", separated by {' and '.join(self.delimiters)}" if self.delimiters else ""
         return f"{self.file}: {self.data_format}, {of_all}{tables}"
 
@@ -300,6 +302,7 @@ class DatasetReport:
         return self._findings_of_severity("warning")
 
     def _findings_of_severity(self, severity: Severity) -> tuple[Finding, ...]:
+        """Return the findings of one severity."""
         return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def to_json(self) -> dict[str, Any]:
@@ -338,16 +341,14 @@ class DatasetReport:
             return
         number = _count_findings(errors)
         rejected = sum(stats.rejected for stats in self.splits.values())
-        where = f" in {_format_count(rejected, 'line')}" if rejected else ""
-        lines = [
-            f"The data set {self.folder} is rejected: {_format_count(number, 'error')}{where}."
-        ]
+        where = f" in {format_count(rejected, 'line')}" if rejected else ""
+        lines = [f"The data set {self.folder} is rejected: {format_count(number, 'error')}{where}."]
         groups = group_findings(errors)
         shown = groups[:_MAX_SHOWN_GROUPS]
         lines += [f"  {shorten(group, _MAX_SHOWN_CHARACTERS)}" for group in shown]
         if len(groups) > len(shown):
             rest = number - sum(group.count for group in shown)
-            lines.append(f"  and {_format_count(rest, 'more error')}.")
+            lines.append(f"  and {format_count(rest, 'more error')}.")
         command = f"`nested-tune validate --data {self.folder} --no-tokenize`, or with your -c,"
         lines.append(f"Correct these; {command} lists them. {guide_sentence(errors)}")
         raise DatasetError("\n".join(lines))
@@ -365,7 +366,7 @@ class DatasetReport:
             f"{check} {_count_findings(f for f in self.warnings if f.check == check):,}"
             for check in checks
         )
-        number = _format_count(_count_findings(self.warnings), "warning")
+        number = format_count(_count_findings(self.warnings), "warning")
         unseen = next((f". {f}" for f in self.warnings if f.check == "beyond-context"), "")
         return f"data: {number} ({kinds}), explained by `nested-tune validate`{unseen}"
 
@@ -395,10 +396,6 @@ def sort_findings(findings: list[Finding], files: list[str]) -> tuple[Finding, .
 def _count_findings(findings: Iterable[Finding]) -> int:
     """Count findings, with the unlisted ones that a finding's `count` stands for."""
     return sum(1 if finding.count is None else finding.count for finding in findings)
-
-
-def _format_count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def read_dataset_record(path: Path) -> DatasetReport:

@@ -100,9 +100,11 @@ def count_examples_needed(
     The estimate is the sample size, at 80 % power, that shows an adapter with no true difference to
     be no worse than the margin. If there are that many already, it is the sample size that
     distinguishes the difference that was seen from 0 or from the margin.
+
     difference, standard_error: mean and standard error of the paired differences.
     examples: how many independent examples the standard error comes from.
     margin: the allowed rise.
+
     Returns the number rounded up to 2 significant digits; None if it exceeds MAX_NAMED_EXAMPLES or
     the standard error is 0 or not finite.
     """
@@ -111,12 +113,15 @@ def count_examples_needed(
         return None
     needed = 0.0
     if margin > 0:
+        # A one-sided test that a difference of 0 is within the margin
         needed = ((_Z_ONE_SIDED + _Z_POWER) * deviation / margin) ** 2
     if needed <= examples:
+        # A two-sided test against 0 or the margin, whichever is farther away
         distance = max(abs(difference), margin - difference)
         needed = ((_Z_TWO_SIDED + _Z_POWER) * deviation / distance) ** 2 if distance else math.inf
     if needed > MAX_NAMED_EXAMPLES:
         return None
+    # Two significant digits
     unit = int(10 ** max(0, math.floor(math.log10(needed)) - 1))
     return math.ceil(needed / unit) * unit
 
@@ -139,6 +144,9 @@ def describe_inconclusive(
 ) -> str:
     """Describe an inconclusive comparison of losses and how many examples would settle it.
 
+    difference, interval: the mean difference and its 95 % interval, if there is one.
+    margin: the allowed rise; None if no bound is set.
+    examples_needed: from `count_examples_needed`; None if too many.
     Example: `inconclusive: +0.03 nats/token (95 % interval -0.05 to +0.11, allowed rise 0.02); some
         400 examples would settle it`.
     """

@@ -93,6 +93,7 @@ class ExampleLosses:
     unit: str = NATS_PER_TOKEN
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return len(self.tokens)
 
     def mean(self, losses: Vector) -> float:

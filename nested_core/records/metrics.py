@@ -51,11 +51,15 @@ _Number = Annotated[float, Field(strict=True), AfterValidator(_require_float32)]
 
 
 class _Sample(TypedDict):
+    """A sample prompt and its answer, in a record."""
+
     prompt: str
     answer: str
 
 
 class _Task(TypedDict):
+    """The score on a suite, in a record: the share of right answers, and how many questions."""
+
     right: Annotated[_Number, Field(ge=0, le=1)]
     questions: _Count
 

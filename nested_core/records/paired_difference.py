@@ -96,6 +96,7 @@ def compare_pairs(
     clusters: the cluster number of each example, int64 (n,). Examples of one cluster are resampled
         together, as one example of their summed weight (Davison and Hinkley, Bootstrap Methods,
         1997, section 3.8).
+
     The mean is sum(w * (second - first)) / sum(w). The interval is the expanded percentile interval
     of the bootstrap (Hesterberg, "What teachers should know about the bootstrap", The American
     Statistician 69, 2015, section 3.2); the plain one is too narrow by what Student's t adds to a
@@ -111,6 +112,7 @@ def compare_pairs(
     pair = np.array([first, second], np.float64)
     if not np.isfinite(pair).all() or not (np.isfinite(counts) & (counts > 0)).all():
         raise ValueError("values must be finite, and weights finite and above 0")
+    # Differences, one for each independent example
     values = pair[1] - pair[0]
     is_weighted = weights is not None
     if clusters is not None and len(np.unique(clusters)) < counts.size:
@@ -120,6 +122,7 @@ def compare_pairs(
     mean = float(counts @ values / counts.sum())
     if examples < MIN_EXAMPLES:
         return PairedDifference(examples, mean, math.inf, -math.inf, math.inf)
+    # Standard error, and the bootstrap's expanded percentile intervals
     residuals = counts * (values - mean)
     variance = float(residuals @ residuals) * examples / (examples - 1)
     means = _resampled_means(values, counts if is_weighted else None)
@@ -127,6 +130,7 @@ def compare_pairs(
     ends = np.quantile(means, [end for tail in tails for end in (tail, 1 - tail)])
     low, high, lower, upper = map(float, ends)
     error = math.sqrt(variance) / float(counts.sum())
+    # One-sided ends: the farther of the bootstrap's and Student's t
     width = student_t_quantile((1 + ONE_SIDED_CONFIDENCE) / 2, examples - 1) * error
     one_sided = (min(lower, mean - width), max(upper, mean + width))
     return PairedDifference(examples, mean, error, low, high, *one_sided)
@@ -135,7 +139,9 @@ def compare_pairs(
 def sum_clusters(values: Vector, weights: Vector, clusters: Indices) -> tuple[Vector, Vector]:
     """Aggregate values by cluster: return each cluster's weighted means and its summed weight.
 
-    values: (k, n); weights and clusters: (n,). Returns means (k, clusters) and weights (clusters,).
+    values: (k, n); weights and clusters: (n,).
+
+    Returns means (k, clusters) and weights (clusters,).
     """
     _, cluster_index = np.unique(clusters, return_inverse=True)
     totals = np.bincount(cluster_index, weights).astype(np.float64)
@@ -170,6 +176,7 @@ def smallest_visible_share(examples: int, chance: float = (1 - CONFIDENCE) / 2) 
     examples: the number of questions, each scored 0 or 1.
     chance: the one-sided significance level. The one-sided mid-p value of k lost and 0 won is 2 **
         -(k + 1), which has to be at most `chance`.
+
     Returns 1.0 if even the loss of all answers would not be significant.
     """
     lost = math.ceil(-math.log2(chance)) - 1
@@ -249,7 +256,10 @@ def _are_whole(values: Vector) -> bool:
 
 
 def _tail_probability(examples: int, confidence: float) -> float:
-    """Return the share of resampled means beyond either end of the expanded percentile interval."""
+    """Return the share of resampled means beyond either end of the expanded percentile interval.
+
+    examples: how many were resampled. confidence: the probability within the interval.
+    """
     quantile = _expand_normal_quantile(examples - 1, confidence)
     return _NORMAL_DISTRIBUTION.cdf(-quantile * math.sqrt(examples / (examples - 1)))
 

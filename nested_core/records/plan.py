@@ -11,6 +11,7 @@ from typing import Any
 from nested_core.errors import DamagedError
 from nested_core.storage.json_file import JsonFile
 from nested_core.text.loss_format import format_loss
+from nested_core.text.value_format import format_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +20,12 @@ class TimePlan:
 
     minutes: the configured time.
     steps: optimizer steps of the whole run, fixed before the first one.
-    seconds_a_step: the measured time of a step.
+    seconds_a_step: the measured time of a step with its share of evaluations and checkpoints.
     seconds_to_begin: from the start of the command to the first step.
     seconds_to_judge: from the end of the last step to the verdict.
     began: when the command that trains now began, in seconds since 1970.
     spent: seconds that earlier commands took for this run.
+    blas_threads: OpenBLAS's threads in all commands of the run; None without OpenBLAS.
     """
 
     minutes: float
@@ -33,6 +35,7 @@ class TimePlan:
     seconds_to_judge: float
     began: float
     spent: float
+    blas_threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,7 @@ class TrainingPlan:
     def describe_ends(self) -> str | None:
         """Describe restarts of killed training processes, and a run cut short for its time limit.
 
-        None if neither happened.
+        Returns None if neither happened.
         """
         sentences = []
         if self.ended_by:
@@ -105,8 +108,7 @@ class TrainingPlan:
 
     def describe_validation(self) -> str:
         """Describe the validation data: "valid.jsonl, 10 examples"."""
-        noun = "example" if self.validation_examples == 1 else "examples"
-        return f"{self.validation_file}, {self.validation_examples:,} {noun}"
+        return f"{self.validation_file}, {format_count(self.validation_examples, 'example')}"
 
     def passes_until(self, step: int) -> float:
         """Return the number of passes over the training data up to a step."""
@@ -119,8 +121,8 @@ def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int
     earlier: the plan of the processes before it. Resumptions after `first_step` are dropped, since
         the steps after it are trained anew.
     """
-    known = () if earlier is None else earlier.resumed_at
-    return tuple(sorted({step for step in (*known, first_step) if 0 < step <= first_step}))
+    resumed = () if earlier is None else earlier.resumed_at
+    return tuple(sorted({step for step in (*resumed, first_step) if 0 < step <= first_step}))
 
 
 def list_rank_counts(
@@ -131,10 +133,10 @@ def list_rank_counts(
     earlier: the plan of the processes before them.
     """
     counts = () if earlier is None else earlier.rank_counts
-    known = [(step, count) for step, count in counts if step < first_step]
-    if known and known[-1][1] == ranks:
-        return tuple(known)
-    return (*known, (first_step, ranks))
+    before = [(step, count) for step, count in counts if step < first_step]
+    if before and before[-1][1] == ranks:
+        return tuple(before)
+    return (*before, (first_step, ranks))
 
 
 PLAN_FILE = JsonFile(TrainingPlan, 2**20)

@@ -38,6 +38,7 @@ from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import file_type
 from nested_core.text.svg_chart import Point
+from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.records.losses import ExampleLosses
@@ -63,6 +64,7 @@ class Run:
     errors: list[NestedTuneError] = field(default_factory=list)
 
     def __repr__(self) -> str:
+        """Show folder, state and step."""
         return f"Run({self.folder.path}, {self.state}, step {self.step})"
 
     @property
@@ -95,7 +97,7 @@ class Run:
     def read(self, path: Path, reader: Callable[[Path], Content]) -> Content | None:
         """Apply `reader` to a file.
 
-        None if the file is missing or damaged, which adds to `errors`.
+        Returns None if the file is missing or damaged, which adds to `errors`.
         """
         if file_type(path) == "missing":
             return None
@@ -267,7 +269,7 @@ class Run:
     def last(self, key: str) -> Any:
         """Return the last reported value of a metric that is not null.
 
-        None if there is no such value.
+        Returns None if there is no such value.
         """
         return next((r[key] for r in reversed(self.metrics) if r.get(key) is not None), None)
 
@@ -276,7 +278,7 @@ class Run:
 
         The value None is not finite.
 
-        None if the loss was never reported.
+        Returns None if the loss was never reported.
         """
         name = _LAST_LOSSES[key]
         reports = ((r.get("step", 0), r[name]) for r in reversed(self.metrics) if name in r)
@@ -325,8 +327,8 @@ class Run:
 
     def describe_length(self) -> str:
         """Describe how much was trained: "200 of 200 steps, 20 passes over train.jsonl"."""
-        of_all = "" if self.steps is None else f" of {self.steps:,}"
-        text = f"{self.step:,}{of_all} steps"
+        text = format_count(self.step if self.steps is None else self.steps, "step")
+        text = text if self.steps is None else f"{self.step:,} of {text}"
         if self.plan is None:
             return text
         passes = f"{self.plan.passes_until(self.step):.3g}"

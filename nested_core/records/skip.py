@@ -33,6 +33,7 @@ class Skip:
         return f"{text.rstrip('.')}. {INSIST}" if self.outcome == Outcome.SKIPPED_HOPELESS else text
 
     def __str__(self) -> str:
+        """Format the outcome with its reason."""
         return f"{self.outcome}: {self.describe()}"
 
 

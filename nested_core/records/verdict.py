@@ -33,6 +33,7 @@ from nested_core.text.loss_format import (
     format_loss,
     loss_name_for_file,
 )
+from nested_core.text.value_format import format_count
 
 UnchangedCode = Literal["unchanged", "tier_unchanged", "updates_missing", "no_effect"]
 MisshapenCode = Literal["tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"]
@@ -163,9 +164,9 @@ class ComparedLoss:
     unit: str = NATS_PER_TOKEN
 
     def describe_conclusion(self) -> str | None:
-        """Describe the conclusion.
+        """Describe the conclusion in words; None without a conclusion.
 
-        An inconclusive one with its figures. None without a conclusion.
+        An inconclusive one is described with its figures.
         """
         if self.conclusion is None or self.difference is None:
             return None
@@ -212,11 +213,8 @@ class HeldOutComparison(ComparedLoss):
         if not self.has_few_prompts:
             return None
         prompts = self.few_prompts or self.clusters
-        noun = "prompt" if prompts == 1 else "different prompts"
-        return (
-            f"they have {prompts} {noun}: on fewer than {MIN_EXAMPLES} nothing is promoted by "
-            f"itself"
-        )
+        few = "1 prompt" if prompts == 1 else f"{prompts} different prompts"
+        return f"they have {few}: on fewer than {MIN_EXAMPLES} nothing is promoted by itself"
 
     def is_better(self, min_improvement: float, noise: Noise) -> bool:
         """Return whether the loss is lower by enough, beyond chance, for an automatic promotion.
@@ -262,23 +260,21 @@ class Validation(HeldOutComparison):
     def doubts(self) -> Iterator[str]:
         """Yield reasons to distrust the losses, such as few examples or one answer in all."""
         if self.examples is not None and self.examples < MIN_EXAMPLES_WITHOUT_DOUBT:
-            noun = "example" if self.examples == 1 else "examples"
             shown = (
                 "can show no difference"
                 if self.smallest_visible is None
                 else describe_smallest_visible(self.smallest_visible, self.unit)
             )
-            yield f"{self.examples} held-out {noun} {shown}"
+            yield f"{format_count(self.examples, 'held-out example')} {shown}"
         elif self.clusters is not None and self.clusters < min(
             MIN_EXAMPLES_WITHOUT_DOUBT, self.examples or 0
         ):
             yield f"the {self.examples} held-out examples have {self.clusters} different prompts"
         if self.few_prompts is not None:
-            noun = "prompt" if self.few_prompts == 1 else "prompts"
             yield (
-                f"the {self.examples} held-out examples have {self.few_prompts} {noun}: they count "
-                f"as independent, and may not be; on fewer than {MIN_EXAMPLES} nothing is promoted "
-                f"by itself"
+                f"the {self.examples} held-out examples have "
+                f"{format_count(self.few_prompts, 'prompt')}: they count as independent, and may "
+                f"not be; on fewer than {MIN_EXAMPLES} nothing is promoted by itself"
             )
         if self.has_one_answer:
             yield "all held-out answers are the same"
@@ -353,6 +349,7 @@ class AncestorLoss(HeldOutComparison):
     """Champion and candidate compared on the held-out examples of an earlier version.
 
     The earlier version is the champion or one that the champion was trained from.
+
     version: the earlier version whose examples are used.
     registered: when it was registered, as ISO 8601; None if not known.
     loss: the champion's mean loss in `unit`; the candidate's is `loss` + `difference`.
@@ -465,11 +462,6 @@ class TaskResult:
     same_answer: str | None = None
 
     @property
-    def is_proven_gain(self) -> bool:
-        """Whether the answers got better beyond chance, corrected for suites and steps."""
-        return self.conclusion == "better"
-
-    @property
     def before(self) -> float:
         """The mean score that `difference` is measured from: the parent's, or else the base's."""
         return self.base if self.parent is None else self.parent
@@ -486,7 +478,7 @@ class TaskResult:
     def describe_lost(self) -> str | None:
         """Describe what a passing suite lost: `capitals: 37 of 40 right, lost 3: ...`.
 
-        None if it lost no answer or failed.
+        Returns None if it lost no answer or failed.
         """
         if not self.lost or self.verdict == "failed":
             return None
@@ -681,9 +673,11 @@ class Verdict:
         return float(value) if isinstance(value, int | float) else None
 
     def __repr__(self) -> str:
+        """Show the one-line summary."""
         return f"Verdict({self.summary()})"
 
     def _repr_html_(self) -> str:
+        """Return the verdict as HTML for a notebook's cell."""
         reasons = [(reason.name, reason.message) for reason in self.reasons]
         tiers = [(t.tier, t.frequency, t.expected_updates, t.applied_updates) for t in self.tiers]
         tensors = [(t.name, t.changed, t.relative_delta, t.finite) for t in self.tensors]
@@ -829,5 +823,5 @@ def describe_examples(validation: Validation) -> str:
     """Describe the file and number of held-out examples: "test.jsonl, 84 examples"."""
     if validation.examples is None:
         return "held-out examples"
-    noun = "example" if validation.examples == 1 else "examples"
-    return f"{PurePath(str(validation.file)).name}, {validation.examples} {noun}"
+    name = PurePath(str(validation.file)).name
+    return f"{name}, {format_count(validation.examples, 'example')}"

@@ -44,6 +44,7 @@ def write_verdict(run_dir: Path, verdict: Verdict, judged: Mapping[str, FileEntr
     """Write gate.json and the manifest that binds it to the judged files.
 
     judged: size and hash of each judged file, by its path in the run directory.
+
     A crash between the two writes leaves a gate.json without a manifest, which counts as no
     verdict. Returns what `bind_verdict` would read.
     """
@@ -85,6 +86,7 @@ def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
 
     must_pass: raise GateRejected for a verdict that is not "passed", before the manifest is
         checked.
+
     Raises ConfigError without a gate.json. Raises DamagedError if the manifest is missing or
     damaged, or if gate.json holds no verdict or another one than the manifest.
     """

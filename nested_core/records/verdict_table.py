@@ -67,7 +67,7 @@ class CheckRow:
     def figures(self) -> str | None:
         """The figures as `3.142 -> 0.0213`.
 
-        Without a figure before, the one after or the result.
+        Without a figure before, it is the one after, or the result if there is no figure.
         """
         if self.before is None or self.after is None:
             return self.after or self.verdict
@@ -270,9 +270,9 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
             bound=None if bound is None else f"at most +{ancestor.margin or 0:.2g}",
         )
     names_by_problem: dict[str, list[str]] = {}
-    for one in verdict.ancestors:
-        if one.not_compared is not None:
-            names_by_problem.setdefault(one.not_compared, []).append(one.name)
+    for ancestor in verdict.ancestors:
+        if ancestor.not_compared is not None:
+            names_by_problem.setdefault(ancestor.not_compared, []).append(ancestor.name)
     for problem, names in names_by_problem.items():
         name = f"earlier {names[0]}"
         if len(names) > 1:
@@ -281,10 +281,7 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
 
 
 def _difference(compared: ComparedLoss) -> str | None:
-    """Format the difference of two losses with its interval.
-
-    None without one. Below 0 is better.
-    """
+    """Format the difference of two losses with its interval; None if there is no difference."""
     if compared.difference is None:
         return None
     return format_difference(compared.difference, compared.interval)

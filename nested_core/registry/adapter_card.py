@@ -103,7 +103,10 @@ def _result(dataset: str, metric: str, name: str, value: float) -> dict[str, Any
 def describe_card(
     name: str, version: str, provenance: dict[str, Any], verdict: Verdict
 ) -> Document:
-    """Build the text of the card as a document."""
+    """Build the text of the card as a document.
+
+    provenance: the content of provenance.json.
+    """
     config = provenance.get("config") or {}
     model = str(config.get("model", "unknown"))
     at = provenance.get("registered_at")  # a run's card is written before it is registered

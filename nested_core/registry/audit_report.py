@@ -91,7 +91,10 @@ def audit(registry: Path, name: str) -> AuditReport:
 
 
 def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
-    """Yield a sentence for each time that the champion link was found moved by hand."""
+    """Yield a sentence for each time that the champion link was found moved by hand.
+
+    ledger: the adapter's history.
+    """
     for number, entry in enumerate(ledger.entries, 1):
         if entry.action == "moved":
             yield (
@@ -102,7 +105,10 @@ def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
 
 
 def _read_link_and_ledger(folder: Path) -> tuple[str | None, Ledger, list[AuditFinding]]:
-    """Read the champion link and the history; return them with the problems in reading them."""
+    """Read the champion link and the history; return them with the problems in reading them.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     findings = []
     link = None
     ledger = Ledger()
@@ -125,6 +131,9 @@ def _audit_version(folder: Path, version: str, ledger: Ledger) -> list[AuditFind
     Its files are hashed without the lock, because that may take long. Meanwhile a gc may have
     removed the version, or a registration brought it back with another manifest, so a version with
     findings is checked again under the lock.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
     """
     if not _file_findings(folder, version, ledger):
         return []
@@ -140,7 +149,11 @@ def _audit_version(folder: Path, version: str, ledger: Ledger) -> list[AuditFind
 
 
 def _file_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFinding]:
-    """Return the damaged files of a version, each with advice on its repair."""
+    """Return the damaged files of a version, each with advice on its repair.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     version_path = folder / VERSIONS_FOLDER_NAME / version
     try:
         findings, _ = inspect_version(version_path, version, ledger.manifest_hashes(version))
@@ -152,7 +165,10 @@ def _file_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFind
 def _versions_folder_findings(
     folder: Path, link: str | None, ledger: Ledger
 ) -> Iterator[AuditFinding]:
-    """Yield what does not belong in versions/, and registered versions whose folder is gone."""
+    """Yield what does not belong in versions/, and registered versions whose folder is gone.
+
+    ledger: the adapter's history.
+    """
     versions_path = folder / VERSIONS_FOLDER_NAME
     present = set(os.listdir(versions_path))
     for entry in sorted(present):
@@ -168,7 +184,10 @@ def _versions_folder_findings(
 
 
 def _view_findings(folder: Path, link: str | None, ledger: Ledger) -> Iterator[AuditFinding]:
-    """Yield derived files that contradict the history, unless a crash explains the difference."""
+    """Yield derived files that contradict the history, unless a crash explains the difference.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     if are_views_behind(folder, ledger) and link in (ledger.champion, ledger.entries[-1].previous):
         return
     if link != ledger.champion:

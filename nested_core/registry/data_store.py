@@ -142,7 +142,7 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
 def keeps_examples(folder: Path, version: str) -> bool:
     """Return whether the data store lists examples of a version.
 
-    folder: the name's folder in the registry.
+    folder: the adapter name's folder in the registry.
     """
     return file_type(_list_path(folder, version)) != "missing"
 
@@ -163,8 +163,9 @@ def render_row(row: Mapping[str, Any]) -> bytes:
 def store_examples(
     folder: Path, version: str, examples: RunExamples, versions: Iterable[str], *, confirm: Confirm
 ) -> None:
-    """Store a run's examples for a version; call under the lock of the name's folder.
+    """Store a run's examples for a version; call under the lock of the adapter name's folder.
 
+    confirm: called before each write; it raises if the lock was lost.
     versions: all versions of the name, oldest first. If the store grows beyond `max_bytes`, the
         oldest of them lose their examples; if this version alone is too large, a subset of its
         examples, chosen by their digests, is stored. A version that has stored examples already is
@@ -177,12 +178,14 @@ def store_examples(
         sync_path(folder)
     if keeps_examples(folder, version):
         return
+    # Rows by digest, so that equal rows are stored once
     held_out, kept_out, train = (
         {digest_row(row): render_row(row) for row in rows}
         for rows in (examples.held_out, examples.kept_out, examples.train)
     )
     if examples.max_bytes is not None:
         held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
+    # The rows come first, then the list that names them
     stored = {digest for _, digest, _ in _read_packs(folder)}
     all_rows = held_out | kept_out | train
     new = {digest: line for digest, line in all_rows.items() if digest not in stored}
@@ -190,6 +193,7 @@ def store_examples(
     listed = DigestList(train=[*train], held_out=[*held_out], kept_out=[*kept_out])
     content = listed.model_dump_json().encode()
     write_bytes(_list_path(folder, version), content, confirm=confirm)
+    # Over the limit, the oldest versions lose their examples
     earlier = [old for old in versions if old != version and keeps_examples(folder, old)]
     kept = [*earlier, version]
     while examples.max_bytes is not None and _count_bytes(folder) > examples.max_bytes:
@@ -217,12 +221,18 @@ def _fit(sets: Sequence[Lines], max_bytes: int) -> list[Lines]:
 
 
 def _count_bytes(folder: Path) -> int:
-    """Return the size of all packs of the store in bytes."""
+    """Return the size of all packs of the store in bytes.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return sum(path.stat().st_size for path in _pack_paths(folder))
 
 
 def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:
-    """Count the rows of the store that none of the given versions lists."""
+    """Count the rows of the store that none of the given versions lists.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     needed = _needed_rows(folder, versions)
     return sum(digest not in needed for _, digest, _ in _read_packs(folder))
 
@@ -233,15 +243,19 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     Call under the lock of the name's folder. A pack with unneeded rows is replaced by a new one
     without them. A crash in between leaves some rows in two packs, and the next call removes the
     duplicates. A new pack may have the content, and so the name, of an existing one.
+
+    confirm: called before each write; it raises if the lock was lost.
     """
     store = folder / DATA_FOLDER_NAME
     if file_type(store) == "missing":
         return
     needed = _needed_rows(folder, versions)
+    # Lists of other versions
     for path in store.glob(f"[!.]*{LIST_SUFFIX}"):
         if path.stem not in versions:
             confirm()
             path.unlink()
+    # Packs with unneeded rows, each rewritten without them
     replaced: set[Path] = set()
     written: set[Path | None] = set()
     for pack, rows in groupby(_read_packs(folder), key=itemgetter(0)):
@@ -258,13 +272,19 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
 
 
 def _needed_rows(folder: Path, versions: Collection[str]) -> set[str]:
-    """Return the digests of all examples of the given versions."""
+    """Return the digests of all examples of the given versions.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     lists = [read_digest_list(folder, version) for version in versions]
     return {digest for listed in lists if listed for digest in listed.all()}
 
 
 def find_rows(folder: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> set[str]:
-    """Return the digests of the stored rows for which `is_wanted` returns True."""
+    """Return the digests of the stored rows for which `is_wanted` returns True.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return {digest for _, digest, line in _read_packs(folder) if is_wanted(json.loads(line))}
 
 
@@ -272,6 +292,9 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
     """Remove rows from a version's list.
 
     The rows themselves stay until `remove_unneeded_rows`, if no other version lists them.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    confirm: called before each write; it raises if the lock was lost.
     """
     listed = read_digest_list(folder, version)
     if listed is not None:
@@ -284,7 +307,10 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
 
 
 def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFinding]:
-    """Yield findings on unreadable lists, lists with missing rows, and foreign files."""
+    """Yield findings on unreadable lists, lists with missing rows, and foreign files.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     store = folder / DATA_FOLDER_NAME
     if file_type(store) == "missing":
         return
@@ -311,7 +337,10 @@ def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFindin
 
 
 def _list_path(folder: Path, version: str) -> Path:
-    """Return the path of a version's list of digests."""
+    """Return the path of a version's list of digests.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return folder / DATA_FOLDER_NAME / f"{version}{LIST_SUFFIX}"
 
 
@@ -319,6 +348,8 @@ def read_digest_list(folder: Path, version: str) -> DigestList | None:
     """Read the digests of a version's examples; None if they are not stored.
 
     Raises DamagedError for a file of another form.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     path = _list_path(folder, version)
     if file_type(path) == "missing":
@@ -333,19 +364,28 @@ def read_digest_list(folder: Path, version: str) -> DigestList | None:
 
 
 def _read_packs(folder: Path) -> Iterator[tuple[Path, str, bytes]]:
-    """Yield each row of the store: the file that it is in, its digest, and its line."""
+    """Yield each row of the store: the file that it is in, its digest, and its line.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     for path in _pack_paths(folder):
         for line in read_regular(path).splitlines():
             yield path, hashlib.sha256(line).hexdigest(), line
 
 
 def _pack_paths(folder: Path) -> list[Path]:
-    """Return the paths of the store's packs, sorted."""
+    """Return the paths of the store's packs, sorted.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return sorted((folder / DATA_FOLDER_NAME).glob(f"[!.]*{PACK_SUFFIX}"))
 
 
 def _write_pack(store: Path, lines: Collection[bytes], confirm: Confirm) -> Path | None:
-    """Write rows to a file named by the hash of its content; return its path, None without rows."""
+    """Write rows to a file named by the hash of its content; return its path, None without rows.
+
+    confirm: called before each write; it raises if the lock was lost.
+    """
     if not lines:
         return None
     content = b"".join(line + b"\n" for line in lines)

@@ -116,7 +116,7 @@ def require_registry(registry: Path) -> None:
 def find_name_folder(registry: Path, name: str) -> Path:
     """Return the folder of `name`.
 
-    ConfigError if it does not exist, DamagedError if it is a link.
+    Raises ConfigError if it does not exist, DamagedError if it is a link.
     """
     check_name(name)
     require_registry(registry)
@@ -224,7 +224,7 @@ def _refuse_case_clash(registry: Path, name: str) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise DamagedError if the folder of a name, or its versions/, is a symbolic link."""
+    """Raise DamagedError if the folder of an adapter name, or its versions/, is a symbolic link."""
     for path in (folder, folder / VERSIONS_FOLDER_NAME):
         if file_type(path) == "link":
             raise DamagedError(

@@ -74,12 +74,13 @@ def collect_garbage(
     """Remove all versions except the champion, those it may be replaced by, and the newest.
 
     Kept are: the champion, the version it replaced, the target of a rollback; the `keep` versions
-        that were registered or champion last; the `keep` newest of the champion and its ancestors,
-        and each ancestor whose examples are stored, since later runs train on them; and a version
-        registered less than an hour ago that was never champion, since its promotion may be going
-        on.
+    that were registered or champion last; the `keep` newest of the champion and its ancestors, and
+    each ancestor whose examples are stored, since later runs train on them; and a version
+    registered less than an hour ago that was never champion, since its promotion may be going on.
+
     dry_run: report what would be removed, and remove nothing.
     by: who asks, for the history.
+
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
     verdict or provenance of the champion's lineage, that cannot be read.
     """
@@ -89,22 +90,28 @@ def collect_garbage(
         with reading(registry, name) as (folder, ledger):
             return _plan_removals(folder, name, ledger, keep, dry_run=True)
     leftovers = _find_leftovers(find_name_folder(registry, name))
-    with writing(registry, name) as held:
-        plan = _plan_removals(held.path, name, held.ledger, keep, dry_run=False)
+    with writing(registry, name) as locked:
+        plan = _plan_removals(locked.path, name, locked.ledger, keep, dry_run=False)
         for version in plan.collected:
-            held.record("collected", version, by)
-        remove_unneeded_rows(held.path, held.ledger.by_version, confirm=held.confirm)
+            locked.record("collected", version, by)
+        remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
     return replace(plan, leftovers=leftovers)
 
 
 def _plan_removals(
     folder: Path, name: str, ledger: Ledger, keep: int, *, dry_run: bool
 ) -> GarbageReport:
-    """Decide which versions a gc removes and which it keeps, without removing anything."""
+    """Decide which versions a gc removes and which it keeps, without removing anything.
+
+    keep: how many of the newest versions stay.
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(version, ledger), reverse=True)
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
+    # A promotion of these may be going on
     undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
@@ -152,6 +159,9 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
     """Return whether a version was registered recently and was never champion since.
 
     A version that waits for a person's approval counts as new for as long as it waits.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
     """
     lines = ledger.by_version.get(version, [])
     if version in ledger.champion_versions():
@@ -165,7 +175,10 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:
-    """Return the temporary files of killed writers; every writer removes them under the lock."""
+    """Return the temporary files of killed writers; every writer removes them under the lock.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
     names = ("", VERSIONS_FOLDER_NAME, DATA_FOLDER_NAME)
     folders = [folder / name for name in names if (folder / name).is_dir()]
@@ -177,16 +190,18 @@ def _find_leftovers(folder: Path) -> tuple[str, ...]:
 def forget(registry: Path, name: str, version: str, *, by: str, reason: str) -> str:
     """Record that a version is lost and remove what is left of its files; return its digest.
 
+    by, reason: who says so and why, for the history.
     version: the digest or its first digits.
+
     Raises ConfigError for the champion, for a version that is complete, and for an unknown one;
     DamagedError for a registry that is damaged elsewhere.
     """
     if not by.strip() or not reason.strip():
         raise ConfigError("forget: --by and --reason go into the history, and cannot be empty.")
-    with writing(registry, name) as held:
-        lost = resolve_version(held.path, version, held.ledger)
-        _require_lost(held.path, lost, held.ledger)
-        held.record("forgotten", lost, by, reason=reason)
+    with writing(registry, name) as locked:
+        lost = resolve_version(locked.path, version, locked.ledger)
+        _require_lost(locked.path, lost, locked.ledger)
+        locked.record("forgotten", lost, by, reason=reason)
     return lost
 
 
@@ -211,20 +226,23 @@ def forget_rows(
 
     The history gets one line for each version that had such rows, with their number only. What a
     version has learnt from them stays in its tensors. Raises ConfigError for an unknown name.
+
+    by: who asks, for the history.
+    dry_run: count the rows without removing them.
     """
     if dry_run:
         with reading(registry, name) as (folder, ledger):
             lost = _find_listed_rows(folder, ledger, is_listed)
     else:
-        with writing(registry, name) as held:
-            lost = _find_listed_rows(held.path, held.ledger, is_listed)
+        with writing(registry, name) as locked:
+            lost = _find_listed_rows(locked.path, locked.ledger, is_listed)
             for version, digests in lost.items():
-                drop_rows(held.path, version, digests, confirm=held.confirm)
-            remove_unneeded_rows(held.path, held.ledger.by_version, confirm=held.confirm)
+                drop_rows(locked.path, version, digests, confirm=locked.confirm)
+            remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
             for version, digests in lost.items():  # after the removal
                 count = f"{len(digests)} {'row' if len(digests) == 1 else 'rows'}"
                 reason = f"{count} taken out of the data store"
-                held.record("rows_forgotten", version, by, reason=reason)
+                locked.record("rows_forgotten", version, by, reason=reason)
     counts = {version: len(digests) for version, digests in lost.items()}
     return ForgottenRows(name, counts, is_dry_run=dry_run)
 
@@ -232,7 +250,11 @@ def forget_rows(
 def _find_listed_rows(
     folder: Path, ledger: Ledger, is_listed: Callable[[dict[str, Any]], bool]
 ) -> dict[str, set[str]]:
-    """Return, for each version that has any, the digests of the rows that `is_listed` selects."""
+    """Return, for each version that has any, the digests of the rows that `is_listed` selects.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     digests = find_rows(folder, is_listed)
     lost = {}
     for version in ledger.by_version:
@@ -243,7 +265,11 @@ def _find_listed_rows(
 
 
 def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:
-    """Raise ConfigError if a version is the champion, or is complete and so not lost."""
+    """Raise ConfigError if a version is the champion, or is complete and so not lost.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     shown = shorten_digest(version)
     if version == ledger.champion:
         raise ConfigError(

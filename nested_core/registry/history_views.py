@@ -62,7 +62,7 @@ MOVED_AUTHOR = "nested-tune (the link was found moved by hand)"
 
 @dataclass
 class NameFolder:
-    """The folder of a name while this process holds its exclusive lock.
+    """The folder of an adapter name while this process holds its exclusive lock.
 
     `record` appends a line to the history and updates the files that are derived from it.
     """
@@ -73,7 +73,7 @@ class NameFolder:
 
     @property
     def champion(self) -> str | None:
-        """The champion according to the history; None before the first promotion."""
+        """The champion (the version in use) by the history; None before the first promotion."""
         return self.ledger.champion
 
     def version_path(self, version: str) -> Path:
@@ -96,6 +96,8 @@ class NameFolder:
         """Append a line to the history, then update the files that are derived from it.
 
         The change is made once the line is on disk, whatever happens next.
+
+        by: who makes the change. fields: further fields of the line.
         """
         entry = new_entry(action, version, self.champion, by, **fields)
         self.ledger = append(self.path, self.ledger, entry, confirm=self.confirm)
@@ -162,17 +164,17 @@ class NameFolder:
 
 @contextmanager
 def writing(registry: Path, name: str) -> Iterator[NameFolder]:
-    """Lock the folder of a name for writing and finish interrupted changes.
+    """Lock the folder of an adapter name for writing and finish interrupted changes.
 
-    ConfigError if unknown.
+    Raises ConfigError for an unknown name.
     """
-    with writing_folder(find_name_folder(registry, name)) as held:
-        yield held
+    with writing_folder(find_name_folder(registry, name)) as locked:
+        yield locked
 
 
 @contextmanager
 def writing_folder(folder: Path) -> Iterator[NameFolder]:
-    """Lock a name's folder for writing and finish interrupted changes.
+    """Lock an adapter name's folder for writing and finish interrupted changes.
 
     Raises DamagedError for a damaged history, with nothing changed.
     """
@@ -181,15 +183,15 @@ def writing_folder(folder: Path) -> Iterator[NameFolder]:
         # What somebody without the lock has prepared can no longer take effect from here on.
         for place in (folder, folder / VERSIONS_FOLDER_NAME, folder / DATA_FOLDER_NAME):
             remove_leftovers(place)
-        held = NameFolder(folder, lock, read_ledger(folder))
-        require_sound_end(folder, held.ledger)
-        held.finish_interrupted()
-        yield held
+        locked = NameFolder(folder, lock, read_ledger(folder))
+        require_sound_end(folder, locked.ledger)
+        locked.finish_interrupted()
+        yield locked
 
 
 @contextmanager
 def reading(registry: Path, name: str) -> Iterator[tuple[Path, Ledger]]:
-    """Yield the folder of a name and its history, with writers locked out during the block.
+    """Yield the folder and the history of an adapter name, with writers locked out.
 
     Raises DamagedError for a history that was edited, or a link that leads to no version.
     """
@@ -203,7 +205,9 @@ def reading(registry: Path, name: str) -> Iterator[tuple[Path, Ledger]]:
 def make_views(ledger: Ledger) -> dict[str, dict[str, Any] | None]:
     """Return the contents of policy.json and champion.json.
 
-    None for a file that should not exist.
+    Returns None for a file that should not exist.
+
+    ledger: the adapter's history.
     """
     record: dict[str, Any] | None = None
     if ledger.entries:
@@ -229,7 +233,9 @@ def read_view(path: Path) -> Any:
 def read_recorded_end(folder: Path) -> str | None:
     """Return the hash of the last history line that champion.json reflects.
 
-    None if champion.json is damaged; the hash of no bytes without the file.
+    Returns None if champion.json is damaged; the hash of no bytes without the file.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     path = folder / RECORD_NAME
     if file_type(path) == "missing":
@@ -240,12 +246,19 @@ def read_recorded_end(folder: Path) -> str | None:
 
 
 def are_views_behind(folder: Path, ledger: Ledger) -> bool:
-    """Return whether the derived files do not reflect the last history line, as after a crash."""
+    """Return whether the derived files do not reflect the last history line, as after a crash.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return bool(ledger.entries) and read_recorded_end(folder) != ledger.end_sha256
 
 
 def _expected_links(folder: Path, ledger: Ledger) -> set[str | None]:
-    """Return the versions that the champion link may point to without having been moved by hand."""
+    """Return the versions that the champion link may point to without having been moved by hand.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     before = {ledger.entries[-1].previous} if are_views_behind(folder, ledger) else set()
     return {ledger.champion, *before}
 
@@ -254,6 +267,8 @@ def read_link(folder: Path) -> str | None:
     """Return the version that the link `champion` points to; None without a link.
 
     The version may not exist. Raises DamagedError if `champion` is no link or leads elsewhere.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     path = folder / LINK_NAME
     try:
@@ -284,7 +299,10 @@ def version_exists(folder: Path, version: str | None) -> bool:
 
 
 def require_sound_end(folder: Path, ledger: Ledger) -> None:
-    """Raise DamagedError if champion.json or the link contradicts the end of the history."""
+    """Raise DamagedError if champion.json or the link contradicts the end of the history.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     link = read_link(folder)
     if link is not None and not ledger.entries:
         raise DamagedError(
@@ -301,7 +319,11 @@ def require_sound_end(folder: Path, ledger: Ledger) -> None:
 
 
 def require_own_layout(folder: Path, ledger: Ledger) -> None:
-    """Raise DamagedError for a name of an earlier release, which recorded no registrations."""
+    """Raise DamagedError for a name of an earlier release, which recorded no registrations.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     for version in () if ledger.entries else registered_versions(folder):
         provenance = {}
         with suppress(DamagedError):
@@ -311,7 +333,10 @@ def require_own_layout(folder: Path, ledger: Ledger) -> None:
 
 
 def find_wrong_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
-    """Return a finding if champion.json holds the hash of neither of the last two history lines."""
+    """Return a finding if champion.json holds the hash of neither of the last two history lines.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     path, history, last = folder / RECORD_NAME, folder / LEDGER_NAME, len(ledger.entries)
     recorded = read_recorded_end(folder)
     before = ledger.entries[-1].previous_line_sha256 if ledger.entries else None
@@ -335,7 +360,11 @@ def find_wrong_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
 
 
 def lost_champion_error(folder: Path, champion: str, ledger: Ledger) -> DamagedError:
-    """Build the error for a champion link to a version that is gone, with ways to repair it."""
+    """Build the error for a champion link to a version that is gone, with ways to repair it.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     link, place = folder / LINK_NAME, folder / VERSIONS_FOLDER_NAME / champion
     if champion in ledger.champion_versions():
         return DamagedError(

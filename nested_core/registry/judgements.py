@@ -107,6 +107,8 @@ def read_verdicts(folder: Path, version: str, ledger: Ledger) -> tuple[Judgement
     """Read every verdict on a version, oldest first; call under the lock of the name's folder.
 
     Raises DamagedError for a file that is missing or was changed.
+
+    ledger: the adapter's history.
     """
     version_path = folder / VERSIONS_FOLDER_NAME / version
     try:
@@ -124,7 +126,11 @@ def read_verdicts(folder: Path, version: str, ledger: Ledger) -> tuple[Judgement
 
 
 def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgement, ...]:
-    """Read the verdicts on a version after its first one, oldest first."""
+    """Read the verdicts on a version after its first one, oldest first.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     return tuple(
         _read_judgement(folder, version, digest, number)
         for number, digest in ledger.judgements(version)
@@ -140,7 +146,11 @@ def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judge
 def write_judgement(
     folder: Path, version: str, verdict: Verdict, facts: JudgementFacts, *, confirm: Confirm
 ) -> str:
-    """Write a verdict beside its version; return the file's hash for the history's line."""
+    """Write a verdict beside its version; return the file's hash for the history's line.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    confirm: called before each write; it raises if the lock was lost.
+    """
     content = render_json(verdict.to_json() | {JUDGEMENT_KEY: facts.model_dump()})
     digest = hashlib.sha256(content).hexdigest()
     target = _path_of(folder, version, digest)
@@ -154,7 +164,10 @@ def write_judgement(
 
 
 def remove_judgements(folder: Path, version: str) -> None:
-    """Remove the judgements of a version that was removed according to the history."""
+    """Remove the judgements of a version that was removed according to the history.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     judgements = folder / JUDGEMENTS_FOLDER_NAME / version
     if file_type(judgements) != "missing":
         shutil.rmtree(judgements)
@@ -179,7 +192,11 @@ def remove_unnamed_judgements(folder: Path, ledger: Ledger) -> None:
 
 
 def judgement_findings(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
-    """Yield an audit finding for each judgement that is missing or was changed."""
+    """Yield an audit finding for each judgement that is missing or was changed.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     for version in sorted(ledger.by_version):
         for number, digest in ledger.judgements(version):
             try:
@@ -189,7 +206,10 @@ def judgement_findings(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
 
 
 def has_all_judgements(folder: Path, version: str, ledger: Ledger) -> bool:
-    """Return whether all judgements of a version that the history names are there and unchanged."""
+    """Return whether all judgements of a version that the history names are there and unchanged.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     try:
         read_judgements(folder, version, ledger)
     except DamagedError:
@@ -198,12 +218,20 @@ def has_all_judgements(folder: Path, version: str, ledger: Ledger) -> bool:
 
 
 def _path_of(folder: Path, version: str, digest: str) -> Path:
-    """Return the path of a judgement's file."""
+    """Return the path of a judgement's file.
+
+    digest: the SHA-256 that names the file.
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return folder / JUDGEMENTS_FOLDER_NAME / version / f"{digest}.json"
 
 
 def _read_judgement(folder: Path, version: str, digest: str, line_number: int) -> Judgement:
-    """Read a judgement; DamagedError if its content is not what its history line names."""
+    """Read a judgement; DamagedError if its content is not what its history line names.
+
+    digest: the file's SHA-256, which names it. line_number: the number of its history line, from 0.
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     path = _path_of(folder, version, digest)
     try:
         content = read_regular(path, MAX_GATE_BYTES)

@@ -155,7 +155,7 @@ NO_LINE_SHA256 = hashlib.sha256().hexdigest()
 
 @dataclass(frozen=True)
 class Ledger:
-    """The history of a name as read from history.jsonl.
+    """The history of an adapter name as read from history.jsonl.
 
     entries: the lines, oldest first.
     whole_bytes: the length of all complete lines.
@@ -171,7 +171,10 @@ class Ledger:
 
     @property
     def champion(self) -> str | None:
-        """The champion after the last line; None before the first promotion."""
+        """The champion (the version in use) after the last line.
+
+        None before the first promotion.
+        """
         return self.entries[-1].champion_after if self.entries else None
 
     def changes(self, since: int = 0) -> list[Entry]:
@@ -231,6 +234,7 @@ class Ledger:
         stack: list[str] = []
         for entry in self.entries:
             if entry.action in REMOVAL_ACTIONS and entry.version in stack:
+                # Equal neighbours become one: a rollback has to change the champion
                 stack = [v for v, _ in groupby(v for v in stack if v != entry.version)]
             elif entry.action not in ("promote", "rollback") or entry.version is None:
                 continue
@@ -242,6 +246,7 @@ class Ledger:
                 stack.pop()
             elif stack[-1:] != [entry.version]:
                 stack.append(entry.version)
+        # The target is below the champion, which is on top unless the link was moved
         if stack[-1:] == [self.champion]:
             stack.pop()
         return stack[-1] if stack else None
@@ -266,12 +271,13 @@ class Ledger:
         removed, or that a rollback replaced, are left out.
         """
         last = [change for change in self.changes() if change.action == "promote"][-promotions:]
+        # The champion before these promotions, then the promoted ones
         versions = [*(change.previous for change in last[:1]), *(change.version for change in last)]
         usable = self.champion_versions() - self.barred_versions()
         return [version for version in versions if version in usable]
 
     def policy(self) -> dict[str, Any] | None:
-        """Return the name's policy after its last change; None if it was never set."""
+        """Return the adapter name's policy after its last change; None if it was never set."""
         return next((e.after for e in reversed(self.entries) if e.action == "policy"), None)
 
 
@@ -288,6 +294,7 @@ def new_entry(
 ) -> Entry:
     """Create a history line with the present time (UTC).
 
+    version: the version concerned. previous: the champion before the line.
     by: who makes the change; characters that are not encodable are replaced by '?'.
     more: further fields of Entry.
     """
@@ -307,7 +314,7 @@ def _replace_what_is_no_text(typed: str) -> str:
 
 
 def read_ledger(folder: Path) -> Ledger:
-    """Read the history of a name's folder; DamagedError names the first damaged line.
+    """Read the history of an adapter name's folder; DamagedError names the first damaged line.
 
     Without a file the history is empty. A torn last line is not damage.
     """
@@ -334,7 +341,10 @@ def read_ledger(folder: Path) -> Ledger:
 
 
 def old_layout_error(folder: Path) -> DamagedError:
-    """Build the error for a history of an earlier release, which has no lines for registrations."""
+    """Build the error for a history of an earlier release, which has no lines for registrations.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     return DamagedError(
         f"{folder / LEDGER_NAME} is of an earlier nested-tune, and does not say what was "
         f"registered: move the folder {folder.name} away, and give `nested-tune promote RUN_DIR "
@@ -367,6 +377,7 @@ def opened_for_append(folder: Path, ledger: Ledger) -> Iterator[int]:
 def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
     """Append a line to the history, force it to disk, and return the new history.
 
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     confirm: called just before the write; it raises if another process could be writing.
     """
     reason = None if entry.reason is None else _replace_what_is_no_text(entry.reason)
@@ -384,7 +395,10 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
 
 
 def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
-    """Remove what a crash left after the last complete line; return the history without it."""
+    """Remove what a crash left after the last complete line; return the history without it.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
     descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(descriptor, ledger.whole_bytes)
@@ -418,6 +432,8 @@ def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> 
 
     Each line must hold the hash of the line before it and the champion after it. Raises
     DamagedError.
+
+    lines: the bytes of each line. entries: the same lines, parsed.
     """
     champion: str | None = None
     end_sha256 = NO_LINE_SHA256

@@ -94,7 +94,7 @@ class PromotionRule:
 
 
 def read_policy(registry: Path, name: str) -> RegistryPolicy | None:
-    """Read the policy of a name; None without a policy or without such a name."""
+    """Read the policy of an adapter name; None without a policy or without such a name."""
     check_name(name)
     if not name_exists(registry, name):
         return None
@@ -103,7 +103,7 @@ def read_policy(registry: Path, name: str) -> RegistryPolicy | None:
 
 
 def policy_of(folder: Path, ledger: Ledger) -> RegistryPolicy | None:
-    """Parse the policy in the history of a name's folder; None without a policy.
+    """Parse the policy in the history of an adapter name's folder; None without a policy.
 
     Raises DamagedError for a policy that cannot be read.
     """
@@ -119,23 +119,25 @@ def read_reference(registry: Path, name: str) -> str | None:
 
 
 def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]) -> RegistryPolicy:
-    """Change keys of a name's policy and record who did it; return the new policy.
+    """Change keys of an adapter name's policy and record who did it; return the new policy.
 
-    changes: some fields of RegistryPolicy. The name is created if it does not exist. Raises
-        ConfigError for an invalid value, for unusable suites, and for `approve` without the room
-        approval.
+    changes: some fields of RegistryPolicy. The name is created if it does not exist.
+
+    Raises ConfigError for an invalid value, for unusable suites, and for `approve` without the room
+    approval.
     """
     if changes.get("promote") == "approve":
         seams.require("approval", APPROVE_KEY)
-    with writing_folder(create_name_folder(registry, name)) as held:
-        before = held.ledger.policy()
+    with writing_folder(create_name_folder(registry, name)) as locked:
+        before = locked.ledger.policy()
         reference = changes.get("reference")
         if isinstance(reference, str) and not reference.startswith(NIGHTS_PREFIX):
-            changes = {**changes, "reference": resolve_version(held.path, reference, held.ledger)}
-        earlier = policy_of(held.path, held.ledger) or RegistryPolicy()
+            resolved = resolve_version(locked.path, reference, locked.ledger)
+            changes = {**changes, "reference": resolved}
+        earlier = policy_of(locked.path, locked.ledger) or RegistryPolicy()
         policy = _check_policy(earlier.fields() | dict(changes))
         if before != policy.fields():
-            held.record("policy", held.champion, by, before=before, after=policy.fields())
+            locked.record("policy", locked.champion, by, before=before, after=policy.fields())
     return policy
 
 

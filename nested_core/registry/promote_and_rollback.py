@@ -50,14 +50,15 @@ def promote(
     expected_champion: if another version is champion, the outcome is "superseded"; None expects
         that there is no champion.
     automatic: the promotion is a policy's; a version that a rollback replaced is then "barred".
+
     Raises ConfigError for an unknown registry, name or version, DamagedError for any change on
     disk, GateRejected for a verdict that is not "passed".
     """
-    with writing(registry, name) as held:
-        version = resolve_version(held.path, version, held.ledger)
+    with writing(registry, name) as locked:
+        version = resolve_version(locked.path, version, locked.ledger)
         fields = {"by": by, "automatic": automatic, **origin.fields()}
-        manifest = held.verify(version)
-        return promote_in_folder(held, version, expected_champion, fields | {"manifest": manifest})
+        fields["manifest"] = locked.verify(version)
+        return promote_in_folder(locked, version, expected_champion, fields)
 
 
 def register_and_promote(
@@ -74,42 +75,47 @@ def register_and_promote(
 ) -> Decision:
     """Register a run's adapter and promote it under one lock, so that no gc comes in between.
 
+    provenance: the content of provenance.json.
+    by: who promotes, for the history.
+    expected_champion: as in `promote`.
     against_policy: what the policy requires and the run does not have, for the history.
     run: the run, if the caller has read and checked it; else it is read from `run_dir`.
     examples: rows for the data store.
+
     Raises what `register` and `promote` raise.
     """
     check_name(name)
     run = run or read_judged_run(run_dir)
     new = NewVersion(run, provenance, examples, by, was_judged_now=False)
-    with registering(new, registry, name) as (held, manifest):
+    with registering(new, registry, name) as (locked, manifest):
         fields = {"by": by, "manifest": manifest, "against_policy": against_policy}
-        return promote_in_folder(held, run.version, expected_champion, fields)
+        return promote_in_folder(locked, run.version, expected_champion, fields)
 
 
 def promote_in_folder(
-    held: NameFolder, version: str, expected: str | None | Unset, fields: dict[str, Any]
+    locked: NameFolder, version: str, expected: str | None | Unset, fields: dict[str, Any]
 ) -> Decision:
     """Promote a version that was verified under this lock.
 
     expected: as `expected_champion` of `promote`.
     fields: further fields of the history's line.
+
     An automatic promotion of a version that a rollback replaced is "barred". Raises GateRejected if
     the newest verdict against the present champion rejects the version.
     """
-    before = held.champion
-    if version != before and fields.get("automatic") and version in held.ledger.barred_versions():
+    before = locked.champion
+    if version != before and fields.get("automatic") and version in locked.ledger.barred_versions():
         return Decision("barred", version, before)
     judgement = None
-    if read_judgements(held.path, version, held.ledger):
-        newest = choose_verdict(read_verdicts(held.path, version, held.ledger), before)
-        require_passed(newest.verdict, held.version_path(version))
+    if read_judgements(locked.path, version, locked.ledger):
+        newest = choose_verdict(read_verdicts(locked.path, version, locked.ledger), before)
+        require_passed(newest.verdict, locked.version_path(version))
         judgement = newest.sha256
     if version == before:
         return Decision("already_champion", version, before)
     if not _is_expected_champion(before, expected):
         return Decision("superseded", version, before)
-    held.record("promote", version, judgement=judgement, **fields)
+    locked.record("promote", version, judgement=judgement, **fields)
     return Decision("promoted", version, before, against_policy=fields.get("against_policy"))
 
 
@@ -132,31 +138,32 @@ def rollback(
         not go back twice.
     only_former_champions: refuse a version that was never champion.
     reason: for the history.
+
     Raises ConfigError for a refused version and if no earlier version is left, DamagedError for any
     change on disk.
     """
-    with writing(registry, name) as held:
-        before = held.champion
+    with writing(registry, name) as locked:
+        before = locked.champion
         if before is not None and not _is_expected_champion(before, expected_champion):
             return Decision("superseded", before, before)
-        target = held.ledger.rollback_target() if to is None else to
+        target = locked.ledger.rollback_target() if to is None else to
         if target is None:
             raise ConfigError(
-                f"{held.path} has no version to go back to: its champion is "
+                f"{locked.path} has no version to go back to: its champion is "
                 f"{shorten_digest(before or 'none')}, and no earlier one is left. Name the "
                 "version that you want with --to."
             )
-        target = resolve_version(held.path, target, held.ledger)
-        if only_former_champions and target not in held.ledger.champion_versions():
+        target = resolve_version(locked.path, target, locked.ledger)
+        if only_former_champions and target not in locked.ledger.champion_versions():
             raise ConfigError(
                 f"{shorten_digest(target)} was never champion of {name}, and a flow goes back to "
                 f"former champions alone. `nested-tune rollback {name} --to` takes any version."
             )
-        manifest = held.verify(target)
+        manifest = locked.verify(target)
         if target == before:
             return Decision("already_champion", target, before)
         fields = {"explicit": to is not None, "reason": reason, **origin.fields()}
-        held.record("rollback", target, by, manifest=manifest, **fields)
+        locked.record("rollback", target, by, manifest=manifest, **fields)
         return Decision("rolled_back", target, before)
 
 

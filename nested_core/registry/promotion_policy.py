@@ -57,6 +57,7 @@ def read_candidate(
     """Read the verdict on a version that decides its promotion: the newest against a champion.
 
     against: the champion; today's by default.
+
     Raises ConfigError for an unknown version, DamagedError for a damaged file.
     """
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
@@ -69,6 +70,8 @@ def choose_candidate(folder: Path, ledger: Ledger, version: str, champion: str |
     """Return the newest verdict on a version against this champion; call under the folder's lock.
 
     Without a verdict against it, the newest of all. Raises ConfigError for an unknown version.
+
+    ledger: the adapter's history.
     """
     if version not in registered_versions(folder):
         raise ConfigError(f"{folder} has no version {version!r:.80}.")
@@ -81,7 +84,9 @@ def register_by_policy(
     """Register a run's adapter and promote it if run and registry allow it, under one lock.
 
     champion: the champion that the run was judged against; if another version is champion now, the
-        outcome is "superseded". Raises what `register` raises.
+        outcome is "superseded".
+
+    Raises what `register` raises.
     """
     with registering(new, *registry_location(section)) as (folder, manifest):
         version = new.run.version
@@ -123,7 +128,10 @@ def promote_missed_versions(
 
 
 def _decide_as_recorded(folder: NameFolder, version: str, origin: Origin) -> Decision:
-    """Decide about a version by the policy and against the champion recorded with its verdict."""
+    """Decide about a version by the policy and against the champion recorded with its verdict.
+
+    folder: the adapter's locked folder in the registry.
+    """
     champion = folder.champion
     if version == champion:
         return Decision("already_champion", version, champion)
@@ -147,6 +155,7 @@ def decide(
 ) -> Decision:
     """Promote a version automatically, or return why it is not promoted.
 
+    folder: the adapter's locked folder in the registry.
     section: the run's section `registry`; of it and the registry's policy the stricter counts.
     expected_champion: the champion that the verdict compared with.
     manifest: the hash of the version's manifest, if its files were verified under this lock
@@ -190,11 +199,11 @@ def compare_losses(
     champion_loss = None if validation is None else validation.loss_before
     if candidate.verdict.initial.digest != champion:
         verify(registry, name, champion)
-        rival = read_candidate(registry, name, champion)
+        champion_judgement = read_candidate(registry, name, champion)
         digest = candidate.facts.validation_digest
-        if digest is None or rival.facts.validation_digest != digest:
+        if digest is None or champion_judgement.facts.validation_digest != digest:
             return None
-        champion_loss = rival.loss_after
+        champion_loss = champion_judgement.loss_after
     if candidate.loss_after is None or champion_loss is None:
         return None
     return LossComparison(candidate.loss_after, champion_loss)
@@ -219,6 +228,7 @@ def describe_promotion(
 
     A version that was judged without held-out data is described as such. Empty if the decision
     promoted nothing, or a file is damaged.
+
     candidate: the verdict on the version; read from the registry if None.
     """
     if done.outcome != "promoted":
@@ -271,7 +281,11 @@ def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
 
 
 def find_refusal_as_recorded(folder: Path, ledger: Ledger, candidate: Judgement) -> Decision | None:
-    """Return why a version's recorded policy did not promote it; None if it would be promoted."""
+    """Return why a version's recorded policy did not promote it; None if it would be promoted.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
     section = recorded_section(folder, candidate)
     return find_refusal(folder, ledger, section, candidate, candidate.facts.champion_at_gate)
 
@@ -280,6 +294,8 @@ def recorded_section(folder: Path, candidate: Judgement) -> RegistrySection:
     """Return the configuration section `registry` that was recorded with a verdict on a version.
 
     Raises DamagedError if the record is not such a section.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     location = {"path": str(folder.parent), "name": folder.name}
     recorded = dict(candidate.facts.policy or {})
@@ -297,7 +313,7 @@ def recorded_section(folder: Path, candidate: Judgement) -> RegistrySection:
 def registry_location(section: RegistrySection) -> tuple[Path, str]:
     """Return the registry's folder and the adapter's name.
 
-    ConfigError if they are not configured.
+    Raises ConfigError if they are not configured.
     """
     if section.path is None or section.name is None:
         raise ConfigError("registry: path and name are needed to register an adapter.")
@@ -336,6 +352,9 @@ def find_refusal(
     """Return why a version is not promoted automatically; None if it is to be promoted.
 
     The stricter of the run's section and the registry's policy counts.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
     is_approved: a person has approved; nobody is asked again, and the comparison with the policy's
         reference, which limits automatic promotions alone, is skipped.
     """
@@ -392,7 +411,9 @@ def _why_beyond_reference(
 ) -> str | None:
     """Return why a version may be worse than the policy's reference by more than the margin.
 
-    None if it is shown to be within the margin, or the policy has no reference.
+    Returns None if it is shown to be within the margin, or the policy has no reference.
+
+    ledger: the adapter's history.
     """
     version = policy.find_reference(ledger)
     if version in (None, candidate.version):
@@ -420,7 +441,7 @@ def _why_beyond_reference(
 def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     """Return why the verdict does not allow a promotion: failed, or broken answers.
 
-    None if it does.
+    Returns None if it does.
 
     Broken answers do not count if a person is asked, who sees them.
     """
@@ -450,9 +471,9 @@ def _why_losses_promote_nothing(
 
 
 def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:
-    """Return that the compared held-out examples have fewer than 5 prompts.
+    """Say that the compared held-out examples have fewer than 5 different prompts.
 
-    None if they have more.
+    Returns None if they have more.
     """
     record: Validation | ChampionLoss | None = candidate.verdict.champion
     which = " that are compared with the champion's"
@@ -521,6 +542,7 @@ def _describe_comparison(
     loss_name = loss_name_for_file(candidate.file)
     losses = f"{loss_name} {format_loss(loss)} is not better{margin} than {rival}"
     unproven = f"{losses}, or not significantly ({data})"
+    # Too few prompts, no noise bound, or too few examples for an interval
     if (few := record.describe_few_prompts()) is not None:
         return f"{unproven}: {few}"
     if candidate.verdict.noise == "none":
@@ -528,6 +550,7 @@ def _describe_comparison(
     if record.interval is None or record.smallest_visible is None:
         return f"{unproven}: too few to detect a difference"
     figures = f"{unproven}: {format_difference(difference)} with a 95 % interval of"
+    # Significant, but not by enough; significant only without correction; or neither
     chosen = record.corrected_interval
     if record.interval[1] < 0 and (chosen is None or chosen[1] < 0):
         return (

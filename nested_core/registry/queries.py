@@ -95,7 +95,7 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
     initial_digest: digest of the adapter that training started with.
 
-    None if the run started with a fresh adapter, or from one that is not in its registry.
+    Returns None if the run started with a fresh adapter, or from one that is not in its registry.
     """
     path, name = config.registry.path, config.registry.name
     if config.continual.start is None or path is None or name is None:
@@ -175,9 +175,9 @@ def check_champion(registry: Path, name: str) -> str | None:
     are unchanged is hashed again only after a day. If a person moved the `champion` link by hand,
     the move is recorded in the history. Raises DamagedError if anything was changed or lost.
     """
-    with writing(registry, name) as held:
-        require_sound_champion(held)
-        return held.champion
+    with writing(registry, name) as locked:
+        require_sound_champion(locked)
+        return locked.champion
 
 
 def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
@@ -202,7 +202,7 @@ def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:
-    """Return the lines of a name's history.jsonl as dictionaries, oldest first.
+    """Return the lines of an adapter name's history.jsonl as dictionaries, oldest first.
 
     Lines about registration and judgement are left out, and so is a torn last line. The last
     dictionary has `"unfinished": True` if the `champion` link does not point to the champion of

@@ -100,15 +100,15 @@ def register(
 
 @contextmanager
 def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[NameFolder, str]]:
-    """Add a version and its examples to `name`, and keep the name's folder locked in the block.
+    """Add a version and its examples, and keep the folder of `name` locked during the block.
 
     Yields the locked folder and the hash of the version's manifest.
     """
-    with writing_folder(create_name_folder(registry, name)) as held:
+    with writing_folder(create_name_folder(registry, name)) as locked:
         if new.examples is not None:
-            standing = held.ledger.by_version
-            store_examples(held.path, new.run.version, new.examples, standing, confirm=held.confirm)
-        yield held, _add_version(held, new)
+            version, versions = new.run.version, locked.ledger.by_version
+            store_examples(locked.path, version, new.examples, versions, confirm=locked.confirm)
+        yield locked, _add_version(locked, new)
 
 
 def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:
@@ -116,9 +116,9 @@ def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:
 
     Nothing is recorded for an adapter that is not registered.
     """
-    with writing(registry, name) as held:
-        if held.version_path(rejected.run.version).exists():
-            _judge(held, rejected)
+    with writing(registry, name) as locked:
+        if locked.version_path(rejected.run.version).exists():
+            _record_verdict(locked, rejected)
 
 
 def require_usable_registry(registry: Path, name: str) -> None:
@@ -136,71 +136,72 @@ def require_usable_registry(registry: Path, name: str) -> None:
             require_sound_champion(NameFolder(folder, lock, ledger))
 
 
-def require_sound_champion(held: NameFolder) -> None:
+def require_sound_champion(locked: NameFolder) -> None:
     """Raise DamagedError if the champion's files are missing or differ from their hashes.
 
     Does nothing before the first promotion.
     """
-    if (champion := held.champion) is None:
+    if (champion := locked.champion) is None:
         return
-    if not version_exists(held.path, champion):
-        raise lost_champion_error(held.path, champion, held.ledger)
-    recorded = held.ledger.manifest_hashes(champion)
-    path = held.version_path(champion)
+    if not version_exists(locked.path, champion):
+        raise lost_champion_error(locked.path, champion, locked.ledger)
+    recorded = locked.ledger.manifest_hashes(champion)
+    path = locked.version_path(champion)
     verify_version(path, champion, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS)
 
 
-def _add_version(held: NameFolder, new: NewVersion) -> str:
+def _add_version(locked: NameFolder, new: NewVersion) -> str:
     """Copy a run's adapter to `versions/`, and return the hash of the version's manifest.
 
     If the version exists already, only the run's verdict is recorded, as a judgement. If the
     version was registered before and its files were lost, the history gets a line `restored`.
     """
     version, by = new.run.version, new.by
-    path = held.version_path(version)
+    path = locked.version_path(version)
     if file_type(path) != "missing":
-        manifest = held.verify(version)
-        if has_all_judgements(held.path, version, held.ledger):
-            _judge(held, new)
+        manifest = locked.verify(version)
+        if has_all_judgements(locked.path, version, locked.ledger):
+            _record_verdict(locked, new)
         else:
-            judgement = _write_judgement(held, new)
-            held.record("restored", version, by, manifest=manifest, judgement=judgement)
+            judgement = _write_judgement(locked, new)
+            locked.record("restored", version, by, manifest=manifest, judgement=judgement)
         return manifest
-    is_lost = version in held.ledger.by_version
-    with new_directory(path, confirm=held.confirm) as unpublished:
-        manifest = _fill_version_folder(unpublished, held.path.name, new)
+    is_lost = version in locked.ledger.by_version
+    with new_directory(path, confirm=locked.confirm) as unpublished:
+        manifest = _fill_version_folder(unpublished, locked.path.name, new)
         _make_read_only(unpublished)
-        if is_lost:  # before the files: cut short in between, the version is as lost as it was
-            held.record("restored", version, by, manifest=manifest)
-    if not is_lost:  # after them: cut short in between, the next writer adds the line
+        if is_lost:  # before the files: after a crash in between, the version is still lost
+            locked.record("restored", version, by, manifest=manifest)
+    if not is_lost:  # after the files: after a crash in between, the next writer adds the line
         conditions = new.provenance.get("conditions_digest")
-        held.record("registered", version, by, manifest=manifest, conditions_digest=conditions)
+        locked.record("registered", version, by, manifest=manifest, conditions_digest=conditions)
     return manifest
 
 
-def _judge(held: NameFolder, new: NewVersion) -> None:
+def _record_verdict(locked: NameFolder, new: NewVersion) -> None:
     """Record the run's verdict on a registered version, unless it repeats an earlier verdict."""
     version, verdict = new.run.version, new.run.verdict
-    earlier = read_verdicts(held.path, version, held.ledger)
+    earlier = read_verdicts(locked.path, version, locked.ledger)
     facts = JudgementFacts.from_provenance(new.provenance)
     if new.was_judged_now:
+        # Repeated only if nothing that could change a decision came in between
         newest = earlier[-1]
-        later = held.ledger.entries[newest.line_number + 1 :]
+        later = locked.ledger.entries[newest.line_number + 1 :]
         is_same_moment = all(entry.action in (*REGISTRATION_ACTIONS, "tried") for entry in later)
         is_repeated = is_same_moment and (newest.verdict, newest.facts) == (verdict, facts)
     else:
         is_repeated = any(judgement.verdict == verdict for judgement in earlier)
     if not is_repeated:
-        judgement = _write_judgement(held, new)
+        judgement = _write_judgement(locked, new)
         conditions = facts.conditions_digest
-        held.record("judged", version, new.by, judgement=judgement, conditions_digest=conditions)
+        locked.record("judged", version, new.by, judgement=judgement, conditions_digest=conditions)
 
 
-def _write_judgement(held: NameFolder, new: NewVersion) -> str:
+def _write_judgement(locked: NameFolder, new: NewVersion) -> str:
     """Write the run's verdict beside its version; return the judgement's hash for the history."""
     facts = JudgementFacts.from_provenance(new.provenance)
     version, verdict = new.run.version, new.run.verdict
-    return write_judgement(held.path, version, verdict, facts, confirm=held.confirm)
+    return write_judgement(locked.path, version, verdict, facts, confirm=locked.confirm)
 
 
 def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:

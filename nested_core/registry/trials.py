@@ -29,7 +29,7 @@ MAX_REASON_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished run that registered no version, as the history of a name records it.
+    """A finished run that registered no version, as the history of an adapter name records it.
 
     conditions_digest: digest of everything that decided the outcome of the run.
     dataset_digest, settings_digest: digests of two parts of these conditions. They tell a person
@@ -52,10 +52,10 @@ def record_trial(registry: Path, name: str, trial: Trial) -> None:
     Nothing is appended if the history has a line with the same `conditions_digest` already. The
     folder of the name is created if it is missing, because even a first run can be rejected.
     """
-    with writing_folder(create_name_folder(registry, name)) as held:
-        if _find_line(held.path, held.ledger, trial.conditions_digest) is None:
+    with writing_folder(create_name_folder(registry, name)) as folder:
+        if _find_line(folder.path, folder.ledger, trial.conditions_digest) is None:
             fields = asdict(trial) | {"reason": shorten(trial.reason, MAX_REASON_CHARACTERS)}
-            held.record("tried", None, REGISTRATION_AUTHOR, **fields)
+            folder.record("tried", None, REGISTRATION_AUTHOR, **fields)
 
 
 def find_reason_to_skip(
@@ -91,6 +91,8 @@ def _find_line(folder: Path, ledger: Ledger, conditions_digest: str) -> Entry | 
     """Return the newest history line with `conditions_digest`, or None.
 
     A line whose version is no longer on disk is passed over.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     versions = registered_versions(folder)
     for line in reversed(ledger.entries):

@@ -50,7 +50,7 @@ class AuditFinding:
     advice: str | None = None
 
     def __str__(self) -> str:
-        """The finding in one line."""
+        """Format the finding as one line."""
         return f"{self.file}: {self.message}"
 
 
@@ -60,7 +60,7 @@ def version_manifest_facts(version: str) -> dict[str, Any]:
 
 
 def version_folder(registry: Path, name: str, version: str) -> Path:
-    """The path of a version of `name`, whether or not it exists."""
+    """Return the path of a version of `name`, whether or not it exists."""
     return registry / name / VERSIONS_FOLDER_NAME / version
 
 
@@ -91,7 +91,7 @@ def how_to_mend(version_path: Path) -> str:
 
 
 def registered_versions(folder: Path) -> list[str]:
-    """Return the digests of the versions on disk in the folder of a name, sorted."""
+    """Return the digests of the versions on disk in the folder of an adapter name, sorted."""
     return sorted(
         name
         for name in os.listdir(folder / VERSIONS_FOLDER_NAME)
@@ -104,6 +104,8 @@ def resolve_version(folder: Path, prefix: str, ledger: Ledger) -> str:
 
     Versions that the history knows count even if their files are lost. Raises ConfigError if no
     version or several match.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     if VERSION_PREFIX_PATTERN.fullmatch(prefix) is None:
         raise ConfigError(
@@ -127,6 +129,7 @@ def verify_version(
 ) -> str:
     """Re-hash the files of a version; return the hash of its manifest.
 
+    folder: the version's folder.
     recorded: the manifest hashes that the history has for the version. If it is empty, the
         adapter's digest and the verdict are checked as well.
     max_age: seconds for which an earlier hash of a file is trusted, provided that its device,
@@ -152,15 +155,19 @@ def verify_version(
 def inspect_version(
     folder: Path, version: str, recorded: set[str], *, max_age: float | None = None
 ) -> tuple[list[AuditFinding], str | None]:
-    """What is wrong with the files of a version, a verdict of "failed" aside; its manifest's hash.
+    """Return what is wrong with the files of a version, and the hash of its manifest.
 
-    The hash is None if the manifest cannot be read. The arguments are `verify_version`'s.
+    A verdict of "failed" is not a problem here. The hash is None if the manifest cannot be read.
+    The arguments are those of `verify_version`.
+
+    folder: the version's folder.
     """
     if file_type(folder) != "directory":
         message = "the folder of the version is missing, or is not a directory"
         return [AuditFinding(folder, message)], None
     path, listed, digest = folder / MANIFEST_NAME, dict[str, Any](), None
     findings = []
+    # The manifest itself
     try:
         if file_type(path) == "file":
             manifest = read_manifest(folder)
@@ -173,19 +180,25 @@ def inspect_version(
                 findings.append(AuditFinding(path, message))
     except DamagedError as error:
         findings.append(AuditFinding(path, f"not readable as a manifest ({error})"))
+    # Every file that the manifest lists, and files that it does not
     expected = [*VERSION_FILES, *(name for name in OPTIONAL_FILES if name in listed)]
     for name in expected:
         if (problem := _find_problem(folder / name, listed.get(name), max_age)) is not None:
             findings.append(AuditFinding(folder / name, problem))
     for name in sorted(set(os.listdir(folder)) - {*expected}):
         findings.append(AuditFinding(folder / name, "does not belong to the version"))
+    # Without a recorded hash, only the content can tell
     if not findings and not recorded:
         findings += _digest_findings(folder, version)
     return findings, digest
 
 
 def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | None) -> str | None:
-    """Why a file of a version is not the one that its manifest lists, or None."""
+    """Return why a file of a version is not the one that its manifest lists; None if it is.
+
+    listed: the file's size and hash in the manifest; None if it is not listed.
+    max_age: as in `verify_version`.
+    """
     kind = file_type(path)
     if kind != "file":
         return "missing" if kind == "missing" else "not a regular file"
@@ -204,6 +217,10 @@ def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | No
 
 
 def _digest_findings(folder: Path, version: str) -> Iterator[AuditFinding]:
+    """Yield a finding if the adapter or its verdict does not have the version's digest.
+
+    folder: the version's folder.
+    """
     try:
         if read_adapter(folder).digest() != version:
             message = "is not the adapter whose digest names the folder"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def find_outcome(run: Run) -> Outcome | None:
     """Return what became of a run, from its files and its registry.
 
-    None if the run has no verdict yet, or never began and no reason for that is recorded.
+    Returns None if the run has no verdict yet, or never began and no reason for that is recorded.
     """
     if run.state in ("running", "damaged"):
         return Outcome.RUNNING if run.state == "running" else Outcome.DAMAGED
@@ -135,7 +135,7 @@ def describe_kept_champion(verdict: Verdict, champion: str) -> str:
 def find_reason_kept(run: Run) -> str | None:
     """Return why a run that passed the gate did not replace the champion.
 
-    None for every run whose outcome is not KEPT_CHAMPION.
+    Returns None for every run whose outcome is not KEPT_CHAMPION.
     """
     from nested_core.registry import list_versions
     from nested_core.registry.history_views import read_link, reading

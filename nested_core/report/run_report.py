@@ -91,9 +91,11 @@ class RunReport:
         return describe_run(self.run, self.error).to_html()
 
     def __repr__(self) -> str:
+        """Show the run's folder and outcome."""
         return f"RunReport({self.run.path}, {describe_outcome(self.run)})"
 
     def _repr_html_(self) -> str:
+        """Return the page as HTML for a notebook's cell."""
         return describe_run(self.run, self.error).to_fragment()
 
     def write(self, path: Path) -> None:
@@ -317,6 +319,7 @@ def _map_changes(run: Run) -> Iterator[Block]:
         shown = ", ".join(unchanged[:8]) + (" …" if len(unchanged) > 8 else "")
         yield Text(f"Not changed: {len(unchanged)} tensors, {shown}", "bad")
     located = sorted(((*_place_of(t), t) for t in tensors), key=lambda place: place[:2])
+    # Tensors by layer and module
     modules = {
         key: [tensor for *_, tensor in group]
         for key, group in groupby(located, key=lambda place: place[:2])
@@ -324,6 +327,7 @@ def _map_changes(run: Run) -> Iterator[Block]:
     changes = {key: _mean_change(group) for key, group in modules.items()}
     largest = max((c for c in changes.values() if c is not None), default=0) or 1.0
     columns = sorted({column for _, column in modules})
+    # A row for each layer, a column for each module name
     rows = []
     for layer in sorted({layer for layer, _ in modules}):
         tiers = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}
@@ -356,7 +360,11 @@ def _mean_change(tensors: Sequence[TensorChange]) -> float | None:
 
 
 def _heat_cell(tensors: Sequence[TensorChange], largest: float, *, with_tier: bool) -> Cell:
-    """Build the heat map's cell of a module, coloured by its share of the largest change."""
+    """Build the heat map's cell of a module, coloured by its share of the largest change.
+
+    largest: the largest change of a module in the map.
+    with_tier: whether the cell names the tier.
+    """
     if not tensors:
         return Cell("", heat=0.0)
     change = _mean_change(tensors)

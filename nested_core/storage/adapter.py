@@ -108,6 +108,7 @@ def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
     """Read an adapter directory into memory and check its form.
 
     follow_links: allow its files to be symbolic links.
+
     Raises ConfigError if `path` is not a directory, DamagedError if it is not a complete,
     well-formed adapter.
     """
@@ -179,7 +180,10 @@ def make_adapter_folder(adapter_path: Path) -> None:
 
 
 def export_snapshot(source: Path, adapter_path: str, run_dir: Path, iteration: int) -> None:
-    """Copy an adapter as mlx_lm.lora does: as the current one and under its iteration's number."""
+    """Copy an adapter as mlx_lm.lora does: as the current one and under its iteration's number.
+
+    source: the adapter's folder. run_dir: the run that may be written to.
+    """
     folder = export_adapter(source, adapter_path, run_dir)
     weights = read_regular(source / WEIGHTS_NAME)
     write_bytes(folder / f"{iteration:07d}_{WEIGHTS_NAME}", weights)
@@ -187,6 +191,8 @@ def export_snapshot(source: Path, adapter_path: str, run_dir: Path, iteration: i
 
 def export_adapter(source: Path, adapter_path: str, run_dir: Path) -> Path:
     """Copy a run's adapter to `adapter_path`; return the resolved folder.
+
+    source: the adapter's folder. run_dir: the run that may be written to.
 
     Raises ConfigError if the path leads into a registry, another run or a model.
     """

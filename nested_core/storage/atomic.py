@@ -156,6 +156,7 @@ def new_directory(
     replace: allow an existing `target`, which is moved aside and removed after the rename;
         otherwise it is a FileExistsError.
     confirm: called just before the rename; if it raises, the old directory stays.
+
     All files are forced to disk before the rename.
     """
     temporary = temporary_beside(target)

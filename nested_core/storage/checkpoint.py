@@ -68,6 +68,7 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint durably to a folder named by its step; return its path.
 
+    adapter_config: the content of adapter_config.json. optimizer_state: a tree of arrays.
     adapter: the tensors in the dtype that they are published in.
     masters: float32 master copies of tensors that are published in a narrower dtype.
     state: the content of state.json; `step` names the folder.

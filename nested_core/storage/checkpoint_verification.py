@@ -57,7 +57,7 @@ def verified_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
 def newest_sound_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint whose hashes match, from which training would resume.
 
-    None if no checkpoint is sound.
+    Returns None if no checkpoint is sound.
     """
     for path in reversed(list_checkpoints(folder)):
         with suppress(DamagedError):

@@ -14,7 +14,7 @@ def size_on_disk(path: Path) -> int:
     """
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     total = 0
-    for each in paths or [str(path)]:
+    for file in paths or [str(path)]:
         with suppress(OSError):
-            total += os.lstat(each).st_size
+            total += os.lstat(file).st_size
     return total

@@ -32,6 +32,7 @@ def cached_sha256(paths: Sequence[Path], *, max_age: float = math.inf) -> list[s
     """Return the SHA-256 of each file, from the cache if the file is unchanged; links are followed.
 
     max_age: seconds after which a cached hash is computed again.
+
     Files that are not cached are hashed in threads. An unusable cache only costs time. Raises
     DamagedError for anything but a regular file, and OSError.
     """
@@ -52,6 +53,7 @@ def _hash_file(path: Path, cache: UserCache | None, max_age: float) -> str:
     The cache key is the file's identity (device, inode, size, times). The hash is cached only if
     the file was last changed more than MIN_FILE_AGE_TO_KEEP_HASH seconds ago, and has the same
     identity after it was read.
+
     cache: None computes the hash.
     max_age: the age in seconds up to which a cached hash counts.
     """
@@ -82,7 +84,10 @@ def _file_identity(path: Path) -> dict[str, int]:
 
 
 def _read_entry(entry: Path, max_age: float) -> str | None:
-    """Read a cached hash; None if it is too old, invalid or another user's file."""
+    """Read a cached hash; None if it is too old, invalid or another user's file.
+
+    max_age: the age in seconds up to which it counts.
+    """
     try:
         with open_regular(entry, MAX_ENTRY_BYTES) as (file, size):
             status = os.fstat(file.fileno())

@@ -70,6 +70,7 @@ def exclusive_lock(
 
     on_busy: called each time that another process has the lock; it waits a while, or raises.
         Without it, wait as long as it takes.
+
     Raises DamagedError for anything but a regular file, ConfigError if the file cannot be created
     or its file system has no locks.
     """
@@ -85,6 +86,7 @@ def shared_lock(path: Path, *, on_busy: OnBusy | None = None) -> Iterator[LockFi
     """Hold a shared lock during the block: other readers may too, a writer may not.
 
     Yields None, without a lock, for a file that is missing or that this user may not read.
+
     on_busy: called each time that a writer has the lock; it waits a while, or raises.
     """
     lock = None
@@ -137,10 +139,11 @@ def open_lock_held_by_parent(path: Path) -> LockFile | None:
 def read_holder(path: Path) -> int | None:
     """Return the id of the process that has locked a file; None if it is not locked.
 
-    0 if the file does not say which process.
+    Returns 0 if the file does not say which process.
     """
 
     def stop() -> None:
+        """Raise BlockingIOError instead of waiting for the lock."""
         raise BlockingIOError
 
     try:
@@ -163,7 +166,10 @@ def _written_holder(path: Path) -> int:
 def _open_and_lock(
     path: Path, flags: int, mode: int, operation: int, on_busy: OnBusy | None
 ) -> LockFile:
-    """Open and lock the file at `path`; repeat if it was replaced in between."""
+    """Open and lock the file at `path`; repeat if it was replaced in between.
+
+    flags, mode: as in os.open. operation: as in fcntl.flock.
+    """
     while True:
         lock = LockFile(path, _open_lock_file(path, flags, mode))
         try:
@@ -177,7 +183,10 @@ def _open_and_lock(
 
 
 def _open_lock_file(path: Path, flags: int, mode: int) -> int:
-    """Open a lock file and return its descriptor; DamagedError unless it is a regular file."""
+    """Open a lock file and return its descriptor; DamagedError unless it is a regular file.
+
+    flags, mode: as in os.open.
+    """
     try:
         descriptor = os.open(path, flags | OPEN_SAFELY, mode)
     except OSError as error:
@@ -209,7 +218,10 @@ def _wait_for_lock(lock: LockFile, operation: int, on_busy: OnBusy | None) -> No
 
 
 def _try_flock(descriptor: int, path: Path, operation: int) -> None:
-    """Call flock; ConfigError if the file system has no locks."""
+    """Call flock; ConfigError if the file system has no locks.
+
+    operation: as in fcntl.flock.
+    """
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:

@@ -148,7 +148,11 @@ def _refuse_owned(
     own_run: Path | None = None,
     registry: str | Path | None = None,
 ) -> None:
-    """Raise ConfigError if a path lies in a registry, a run directory or a model's folder."""
+    """Raise ConfigError if a path lies in a registry, a run directory or a model's folder.
+
+    place: the resolved path. path, what: as a person gave it, and the key or flag, for the message.
+    own_run: the run that may be written to. registry: a folder that counts as a registry.
+    """
     for folder in (place, *place.parents):
         owner = _describe_owner(folder, own_run, registry)
         if owner is not None:
@@ -161,7 +165,7 @@ def _refuse_owned(
 def _describe_owner(folder: Path, own_run: Path | None, registry: str | Path | None) -> str | None:
     """Describe what a folder is if it is a registry, a run directory or a model's folder.
 
-    None if it is none of them.
+    Returns None if it is none of them.
     """
     if _is_name_folder(folder) or _is_registry(folder):
         return "the registry"
@@ -199,6 +203,7 @@ def _is_run_directory(folder: Path) -> bool:
     """
 
     def has(name: str) -> bool:
+        """Return whether the folder has a regular file of this name."""
         return _file_type(folder / name) == "file"
 
     is_begun = has(RUN_LOCK_NAME) or (has(RUN_DATASET_NAME) and has(RUN_TIERS_NAME))

@@ -24,10 +24,12 @@ MOUNT_POINT_COLUMN = 4
 def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -> str | None:
     """Return why a folder or file must not be removed; None if it may be removed.
 
-    Reasons: it is a link, something is mounted at it or in it, or it holds a link or a foreign
-        file.
+    It must stay if it is a link, if something is mounted at it or in it, or if it holds a link or a
+    foreign file.
+
     is_written_by_us: decides about each file, given its path in the folder with `/`, or the name of
         a single file.
+
     Raises OSError for a folder that cannot be read.
     """
     if path.is_symlink():
@@ -44,6 +46,7 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
             if inside in mounts or os.path.ismount(inside):
                 return f"something is mounted at {name} in it"
             *_, last = parts = name.split(os.sep)
+            # Leftovers of killed writers, and folders, do not count
             is_leftover = any(part.startswith(LEFTOVER_BEGINNINGS) for part in parts)
             if (
                 is_leftover

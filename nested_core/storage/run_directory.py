@@ -59,6 +59,7 @@ class RunDirectory:
     path: Path
 
     def __post_init__(self) -> None:
+        """Set the paths of all files of the run."""
         path = self.path
 
         # What the run was asked to do, and on what.

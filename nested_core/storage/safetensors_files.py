@@ -123,6 +123,7 @@ def save_arrays(
     """Write MLX arrays to a safetensors file; equal arrays give equal bytes.
 
     metadata_format: the `format` in the file's metadata, which transformers reads.
+
     mx.save_safetensors orders tensors by a hash table, so its bytes differ between processes. The
     safetensors library sorts, but makes the file readable for its owner alone and reports a full
     disk as text; both are corrected here.
@@ -164,8 +165,9 @@ class TensorLocation(NamedTuple):
 def read_header(file: Any, size: int, path: Path) -> dict[str, TensorLocation]:
     """Read and check the header of an open safetensors file, without reading tensors.
 
-    size: the file's size in bytes. Returns the location of each tensor. Raises DamagedError for an
-        unsound file.
+    size: the file's size in bytes.
+
+    Returns the location of each tensor. Raises DamagedError for an unsound file.
     """
     try:
         length = _header_length(read_start(file, min(8, size), path), size)

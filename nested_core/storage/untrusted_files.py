@@ -60,6 +60,7 @@ def open_regular(
     """Open a regular file for reading; yield the open file and its size in bytes.
 
     limit: the largest size accepted; None for the size of main memory.
+
     Raises MissingFileError if nothing is there, DamagedError for anything but a regular file and
     for one that is too large.
     """
@@ -264,6 +265,7 @@ def private_user_folder(content: str, advice: str, given: str | None = None) -> 
 
     given: the folder; None for nested-tune-UID in the temporary folder.
     content, advice: what is kept there and what to do otherwise, for the message.
+
     Raises ConfigError if the folder belongs to another user, or is a link in the temporary folder,
     where anybody may write.
     """

@@ -70,6 +70,7 @@ class UserCache:
         """Return the path of a cache entry, which need not exist.
 
         depends_on: the JSON values that the entry is determined by.
+
         Raises ConfigError if the folder cannot be used.
         """
         self.require_usable()
@@ -107,11 +108,11 @@ def _folder_that_others_may_write(folder: Path) -> Path | None:
     """Return the folder, or one above it, that other users may write to or replace; else None.
 
     A folder above it counts if it belongs to another user or is writable by others, unless it is
-    sticky as /tmp is. Above the direct parent, write permission of the user's own group is
+    sticky as /tmp is. Above the direct parent, write permission of the user's status group is
     accepted, since many systems allow it in home folders.
     """
-    own = folder.stat()
-    if own.st_uid != os.getuid() or own.st_mode & OTHERS_WRITE_BITS:
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & OTHERS_WRITE_BITS:
         return folder
     resolved = folder.resolve()
     if resolved.parent.stat().st_uid not in (0, os.getuid()):

@@ -40,5 +40,8 @@ def loss_name_for_file(file: str | None) -> str:
 
 
 def join_units(units: Iterable[str | None]) -> str:
-    """`nats/example and nats/token`: the units of several losses; nats/token without any."""
+    """Join the units of several losses: `nats/example and nats/token`.
+
+    None counts as no unit; without any unit it is nats/token.
+    """
     return " and ".join(sorted({unit for unit in units if unit is not None})) or NATS_PER_TOKEN

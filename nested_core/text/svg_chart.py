@@ -230,7 +230,10 @@ def _round_step(step: float) -> float:
 
 
 def _logarithmic_ticks(low: float, high: float) -> list[float]:
-    """Return the labelled values of a logarithmic axis: powers of ten, and 2 and 5 between."""
+    """Return the labelled values of a logarithmic axis: powers of ten, and 2 and 5 between.
+
+    low, high: the ends of the axis.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 4 else (1,)
     ticks = [factor * 10.0**power for power in powers for factor in factors]
@@ -298,12 +301,18 @@ def _split_at_gaps(points: Iterable[Point]) -> list[list[tuple[float, float]]]:
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    """Return the SVG of a line."""
+    """Return the SVG of a line.
+
+    x1, y1, x2, y2: start and end in CSS pixels from the chart's upper left corner.
+    """
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
 
 
 def _text(x: float, y: float, words: str, colour: str, anchor: str) -> str:
-    """Return the SVG of a text; `anchor` is SVG's text-anchor."""
+    """Return the SVG of a text; `anchor` is SVG's text-anchor.
+
+    x, y: position in CSS pixels from the chart's upper left corner.
+    """
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">'
         f"{escaped_html(words)}</text>"

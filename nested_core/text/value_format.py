@@ -14,6 +14,11 @@ def format_value(value: object) -> str:
     return "-" if value is None else str(value)
 
 
+def format_count(count: int, noun: str) -> str:
+    """`1 step` or `1,200 steps`, of a noun that takes an s."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(count: int) -> str:
     """Format a size: 4.1 GB, 63.2 MB or 8.4 kB."""
     scale, unit = (1e9, "GB") if count >= 1e8 else (1e6, "MB") if count >= 1e5 else (1e3, "kB")

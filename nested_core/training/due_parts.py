@@ -143,6 +143,7 @@ class MetricsWindow:
         return report
 
     def _sum_ranks(self) -> None:
+        """Replace the sums by their totals over all data-parallel processes."""
         self.sums = self._world.sum_scalars_over_ranks(self.sums)
 
     def _zero_sums_unless_main(self) -> None:
@@ -161,6 +162,7 @@ class MetricsWindow:
 
 
 def _zero_sums() -> Sums:
+    """Return the sums of a report before its first step."""
     return {"loss": mx.array(0.0), "weight": mx.array(0), "tokens": mx.array(0)}
 
 
@@ -208,6 +210,7 @@ class Reporter:
     """
 
     def __init__(self, setup: TrainingSetup) -> None:
+        """Create it with an empty window of figures."""
         self.setup = setup
         self.window = MetricsWindow(setup.world, is_mean=setup.loss_fn.is_mean)
         self._losses: list[float] = []
@@ -272,6 +275,7 @@ class Validation:
     """
 
     def __init__(self, setup: TrainingSetup, evaluator: Evaluator) -> None:
+        """Create it; `evaluator` computes the losses."""
         self.setup = setup
         self._evaluator = evaluator
         self._targets = setup.step_schedule.validation_targets()
@@ -500,4 +504,5 @@ class Saver:
         return {name: value.astype(self._published_dtypes[name]) for name, value in values.items()}
 
     def _adapter_config(self) -> dict[str, Any]:
+        """Read adapter_config.json of the initial adapter."""
         return read_adapter_config(self.setup.run.initial / CONFIG_NAME)

@@ -78,12 +78,14 @@ class Evaluator:
 
     @cached_property
     def _evaluate_batch(self) -> EvaluateBatch:
+        """The compiled function that computes the losses of one batch."""
         return self.loss_fn.compile_evaluation(
             self.model, partial(assign_parameters, self.parameters)
         )
 
     @cached_property
     def _vocabulary(self) -> int:
+        """The number of logits per position."""
         return count_logits(self.model)
 
     def mean_loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:

@@ -35,6 +35,7 @@ def measure_parameter_importance(
     batch_order = make_batch_order(config, split)
 
     def mean_loss(values: Flat, tokens: mx.array, target_mask: mx.array) -> mx.array:
+        """Return the mean loss per supervised token with the given parameter values."""
         assign_parameters(parameters, values)
         loss, count = supervised_loss(model, tokens, target_mask)
         return loss / count

@@ -83,10 +83,12 @@ class PackedArray:
 
 
 def _is_tall(shape: tuple[int, ...]) -> bool:
+    """Return whether a matrix has more rows than columns."""
     return len(shape) == 2 and shape[0] > shape[1]
 
 
 def _transpose_if_tall(array: mx.array) -> mx.array:
+    """Transpose a matrix that has more rows than columns."""
     return array.T if _is_tall(array.shape) else array
 
 
@@ -107,6 +109,7 @@ class Packing:
     """
 
     def __init__(self, values: Mapping[str, mx.array], tiers: TierMap, *, by_tier: bool) -> None:
+        """Decide which tensors are packed together: all of a tier if `by_tier`, else none."""
         self.by_tier = by_tier
         self.arrays: dict[str, PackedArray] = {}
         shapes = {name: value.shape for name, value in values.items()}
@@ -217,6 +220,7 @@ class PackedState:
     def __init__(
         self, parameters: ParameterRefs, optimizer: Tiered, tiers: TierMap, *, pack_by_tier: bool
     ) -> None:
+        """Pack the parameters of a model and the state of its optimizer."""
         values = read_parameters(parameters)
         self.packing = make_packing(values, tiers, optimizer, pack_by_tier=pack_by_tier)
         self.parameters = self.packing.pack(values)

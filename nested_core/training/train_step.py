@@ -210,6 +210,7 @@ class TrainStep:
         """
 
         def depth(key: str) -> int:
+            """Return the largest depth of the parameters in a packed array."""
             return max(self._depth[name] for name in self._packing.tensor_shapes(key))
 
         keys = sorted(due_params, key=depth, reverse=True)

@@ -65,6 +65,7 @@ class Trainer:
     saver_class: type[Saver] = Saver
 
     def __init__(self, setup: TrainingSetup) -> None:
+        """Create the parts of the training loop; nothing is read or trained yet."""
         # What is trained, and how
         self.setup = setup
         self.config = setup.config

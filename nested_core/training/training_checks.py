@@ -138,6 +138,7 @@ class UpdateCheck:
     """Reads updated parameters back from the model, and flags updates that did not arrive."""
 
     def __init__(self, setup: TrainingSetup) -> None:
+        """Create it with no combination of due tiers checked."""
         self._setup = setup
         self._checked_due: set[tuple[int, ...]] = set()
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.silent_failures import __main__ as bench
-from benchmarks.silent_failures.cases import Run
+from benchmarks.silent_failures.cases import ROOT, Run
 from benchmarks.silent_failures.failures import read_failures
 from benchmarks.silent_failures.plants import PLANTS, make_case
-from benchmarks.silent_failures.tables import count, read_all_rows, read_misses
+from benchmarks.silent_failures.tables import count, describe, read_all_rows, read_misses
 from benchmarks.silent_failures.tools.nested_tune import NestedTune
+from benchmarks.silent_failures.tools.unsloth_zoo import UnslothZoo
 from benchmarks.silent_failures.verdict import decide
 
 FAILURES = read_failures()
@@ -103,10 +104,60 @@ def test_what_the_rows_say_that_nested_tune_misses_is_explained_and_nothing_else
     assert {name for name, row in rows.items() if row["noticed"] == "never"} == set(read_misses())
 
 
+def test_the_readme_has_the_counts_of_the_rows() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8").replace("\n", " ")
+    for tool, rows in read_all_rows().items():
+        counted = count(rows).partition(",")[0]
+        if tool == "nested-tune":
+            assert f"it notices {counted.partition(' ')[0]}. " in readme
+        elif counted != "not run":
+            shown = {"peft": "PEFT's Trainer", "mlx_lm.lora": "`mlx_lm.lora`"}.get(tool, tool)
+            assert re.search(rf"{re.escape(shown)} (notices )?{counted}[,.]", readme), tool
+
+
 def test_counts_pass_over_what_is_not_applicable() -> None:
     whens = ("before", "never", "not applicable")
     rows = {when: {"noticed": when, "false_alarm": when == "never"} for when in whens}
     assert count(rows) == "1 of 2, false alarms 1"
+
+
+def test_a_tool_that_does_not_begin_here_is_not_run_and_has_no_count(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(bench, "WORK", tmp_path)
+    monkeypatch.setattr(UnslothZoo, "version", lambda _: "unsloth_zoo 1")
+    row = bench.run_failure(UnslothZoo(), LEAK)
+    assert (row["noticed"], row["said"]) == ("not run", UnslothZoo.does_not_begin)
+    assert count({"leak-exact": row}) == "not run"
+
+
+def test_a_cell_says_where_a_refusal_does_not_name_the_failure() -> None:
+    row = {"noticed": "after", "how": "refused", "named": False, "false_alarm": False}
+    assert describe(row) == "after, not named"
+    assert describe(row | {"named": True}) == "after"
+    assert describe(row | {"how": "does it right"}) == "after"
+
+
+def test_a_row_keeps_the_end_of_what_was_printed_without_the_padding_of_tables() -> None:
+    printed = "".join(f"line {number}\n" for number in range(200))
+    kept = bench.last_lines(f"{printed}│ Loss: 3          │────────────│")
+    assert kept.splitlines()[0] == "line 121"
+    assert kept.splitlines()[-1] == "│ Loss: 3 │ │"
+
+
+@pytest.mark.parametrize(
+    ("learnt", "is_right"),
+    [
+        ("In Afghanistan.<|user|>I want to see Oslo. Where to?", True),
+        ("In Afghanistan.<|user|>Thank you for that.", False),
+        ("In Norway.<|user|>I want to see Oslo. Where to?", False),
+    ],
+)
+def test_a_mask_is_right_where_the_answer_was_learnt_and_not_the_turn_after_it(
+    learnt: str, is_right: bool, tmp_path: Path
+) -> None:
+    case = make_case("mask-off-by-one-turn", tmp_path / "planted", planted=True)
+    case.answers = [learnt]
+    assert case.went_right is not None
+    assert case.went_right(case) == is_right
 
 
 @pytest.mark.slow("runs six planted folders and their twins, a training each")

@@ -106,6 +106,25 @@ def test_what_is_said_before_training_begins_ends_no_training(tmp_path, clock, c
     assert capsys.readouterr().err.splitlines()[0] == "layers: ours"
 
 
+def test_a_check_of_the_gate_that_lasts_is_said_again_with_its_seconds(
+    tmp_path: Path, clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(tmp_path)
+    follower = RunFollower(run)
+    run.plan.write_text("{}")
+    run.result.write_text('{"adapter_step": 3}')
+    follower.add_stage("gate: answers to gate.tasks")
+    for _ in range(25):
+        clock[0] += 1
+        follower.view.read()
+        follower._repeat_stage()
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        "gate: answers to gate.tasks",
+        "gate: answers to gate.tasks (10 s)",
+        "gate: answers to gate.tasks (20 s)",
+    ]
+
+
 @pytest.mark.parametrize(("columns", "width"), [("80", 80), ("", 120), ("0", 120), ("wide", 120)])
 def test_a_table_in_a_pipe_keeps_to_columns(columns, width, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)

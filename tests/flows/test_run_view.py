@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flows.terminal.run_follower import format_line
-from nested_core.records.plan import TrainingPlan
+from nested_core.records.metrics import append_metrics
+from nested_core.records.plan import TrainingPlan, write_plan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reports.run_progress import RunProgress
 
@@ -81,3 +83,13 @@ def test_tiers_are_not_told_of_where_all_is_updated_at_each_step() -> None:
     assert view.describe_tiers() == ""
     view.records.append(report(50, updates=[48], skipped=[2]))
     assert view.describe_tiers() == "skipped updates: 2"
+
+
+def test_after_a_cut_the_steps_are_those_that_were_trained(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    progress = RunProgress(run)
+    for step, steps in ((2, 55), (3, 3)):
+        append_metrics(run.metrics, report(step))
+        write_plan(run.plan, replace(PLAN, steps=steps, iterations=steps))
+        progress.read()
+        assert progress.describe_position() == f"step {step} of {steps}"

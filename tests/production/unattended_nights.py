@@ -311,8 +311,9 @@ def _play(
     run = faults.inject_until_told(estimate_seconds(stack.seen, night))
     seconds = time.monotonic() - faults.began
     if run.run_count > 1 or run.state_type != StateType.COMPLETED:
-        with suppress(AssertionError):  # a row without a text says that nobody was told
-            wait_for(lambda: webhook.texts[told:], TOLD_WITHIN)
+        ended = str(run.state_name)  # a text of the crash may have come before
+        with suppress(AssertionError):  # a row without such a text says that nobody was told
+            wait_for(lambda: any(ended in text for text in webhook.texts[told:]), TOLD_WITHIN)
     looked = None
     if night.number % NIGHTS_BETWEEN_LOOKS == 0:
         look = stack.submit(f"reconcile/{NAME}-hourly")

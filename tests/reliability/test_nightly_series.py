@@ -77,7 +77,8 @@ def run_nights(folder: Path, nights: int) -> Iterator[Night]:
             iters=8,
             steps_per_eval=8,
             learning_rate=5e-4,
-            continual={"from": "champion"},
+            # As the nights of benchmarks/nights.md: at the whole rate, and without replay
+            continual={"from": "champion", "rate": 1.0, "replay": {"fraction": 0.0}},
             registry={"path": str(registry), "name": NAME, "promote": "better"},
         )
         before = read_champion(registry, NAME) if night else None

@@ -28,7 +28,11 @@ class Peft(Tool):
     packages = ("peft", "transformers", "torch")
     own_code = frozenset({"fuse-leaves-it-out"})
     lacks = MappingProxyType(
-        {"fuse-requantised-away": "transformers cannot read a base that MLX has quantised"}
+        {
+            "fuse-requantised-away": "transformers cannot read a base that MLX has quantised",
+            "mask-off-by-one-turn": "the programs of its quick tours learn every token, so that no "
+            "mask is there that could be off",
+        }
     )
     environment = MappingProxyType({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 

@@ -17,11 +17,14 @@ from benchmarks.silent_failures.tools.tool import (
     first_question,
 )
 
-FIRST_STEP = r"^Training started!"
+FIRST_STEP = r"^\s*iter\s+train_loss"
 CHECKPOINT = "output/0000020_adapters.safetensors"
 HELD_OUT = "data/valid.jsonl"
 NGRAM = 8  # words; `data score` refuses a file to compare with that has a shorter row
 VALIDATION_SHARE = 0.2  # of the training file, which it splits itself
+# Its watchdog stops a training whose loss is above 3 for five reports, unless it is told otherwise;
+# the tiny base begins at 7 to 17, in healthy folders too. NaN stops it at any threshold.
+WATCHDOG_LOSS = 20.0
 KEYS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
@@ -31,18 +34,23 @@ KEYS = [
 class Soup(Tool):
     """Soup with every check that works without PyTorch, which its MLX backend does not need.
 
-    Its chat, merge, export, serve and live evaluation read PEFT's adapters with PyTorch, and
-    `adapters check`, `scan` and `info` read those alone. What its MLX backend writes is loaded by
-    mlx_lm, as its code says. Its training takes no held-out rows and splits them from the training
-    file; `data score` compares rows with a file of others, and is given those held out.
+    Its chat, merge, export, serve and live evaluation (`ship`, `eval gate`) read PEFT's adapters
+    with PyTorch. `adapters check` reads PEFT's without it, into which `apple-adapter` converts.
+    What its MLX backend writes is loaded by mlx_lm, as its code says. Its training takes no
+    held-out rows and splits them from the training file; `data score` compares rows with a file of
+    others, and is given those held out. An adapter is signed after the failure is planted in it: a
+    tool that saves a wrong adapter signs that.
     """
 
     name = "soup-cli"
+    backend = "MLX backend, no PyTorch"
     checks = (
         "`doctor --config`, `data validate`, `inspect`, `clean --dry-run` and `doctor`, "
         "`data score` with the held-out rows where these are long enough for it, "
-        "`train --dry-run`, `loss_watchdog`, `rewind_log`, `why`, `adapters sign`, `verify` and "
-        "`audit`; on its MLX backend"
+        "`train --dry-run`, `loss_watchdog` (at a loss of 20, for the tiny base begins above 3, "
+        "which it has), `rewind_log`, `why`, `apple-adapter --direction mlx-to-hf` with "
+        "`adapters check`, `adapters sign`, `verify`, `audit`; not `ship` and `eval gate`, which "
+        "need PyTorch. Its documentation says that its MLX backend is for Apple silicon"
     )
     packages = ("soup-cli", "mlx", "mlx-lm")
 
@@ -67,6 +75,7 @@ class Soup(Tool):
             "quantization": "none",
             "logging_steps": 1,  # `why` asks for thirty rows of metrics
             "loss_watchdog": True,
+            "loss_watchdog_threshold": WATCHDOG_LOSS,
             "rewind_log": True,
             "lora": {
                 "r": settings.rank,
@@ -118,7 +127,6 @@ class Soup(Tool):
         config = self._write_config(case, output)
         command = [self._soup(), "train", "--config", config, "--yes", *flags]
         case.run("after", command, FIRST_STEP)
-        case.run("after", [self._soup(), "adapters", "sign", output])
         case.run("after", [self._soup(), "why", self._run_id(case, output)])
 
     def _run_id(self, case: Case, output: str) -> str:
@@ -126,8 +134,14 @@ class Soup(Tool):
         return str(described["run_id"])
 
     def judge(self, case: Case) -> None:
-        case.run("after", [self._soup(), "adapters", "verify", "output"])
-        case.run("after", [self._soup(), "adapters", "audit", "output", "--config", "soup.yaml"])
+        for arguments in (
+            ["apple-adapter", "output", "--direction", "mlx-to-hf", "--output", "peft"],
+            ["adapters", "check", "peft"],
+            ["adapters", "sign", "output"],
+            ["adapters", "verify", "output"],
+            ["adapters", "audit", "output", "--config", "soup.yaml"],
+        ):
+            case.run("after", [self._soup(), *arguments])
 
     def use(self, case: Case) -> None:
         command = [self.python, "-m", "mlx_lm", "generate", "--model", case.base]

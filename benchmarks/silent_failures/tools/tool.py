@@ -28,6 +28,10 @@ class NotApplicable(Exception):
     """The tool has no such step, or the code to be broken is its own; says which."""
 
 
+class NotRun(Exception):
+    """The tool does not begin on this machine; says why, in its words."""
+
+
 class Tool:
     """A tool that lacks a step leaves its method as it is here.
 
@@ -36,19 +40,23 @@ class Tool:
 
     Attributes:
         name: as it is installed.
+        backend: which part of it is run, where it has several.
         checks: what it documents to check data, training or adapters; all of it is switched on.
         packages: those whose versions are noted, its own first.
         python: the interpreter of its environment.
         own_code: failures for which the code that has to be broken is the tool's own.
         lacks: why a failure is not applicable, by its name, where no step of it says so.
+        does_not_begin: why no step of it runs on this machine, in its own words.
         environment: what its commands find in their environment beside the machine's.
     """
 
     name: str
+    backend: str = ""
     checks: str
     packages: tuple[str, ...]
     own_code: frozenset[str] = frozenset()
     lacks: Mapping[str, str] = MappingProxyType({})
+    does_not_begin: str = ""
     environment: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, python: str = sys.executable) -> None:

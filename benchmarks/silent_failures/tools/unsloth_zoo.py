@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
-from benchmarks.silent_failures.failures import read_failures
 from benchmarks.silent_failures.tools.tool import Tool
-
-MAC_ALONE = (
-    "its MLX trainer is for macOS on arm64, which `unsloth_zoo.mlx.runtime.is_mlx_available` asks "
-    "for; on Linux `import unsloth_zoo.mlx.trainer` ends with `ImportError: Please install Unsloth "
-    "via pip install unsloth!`, whose trainer is PyTorch's"
-)
 
 
 class UnslothZoo(Tool):
     """It installs on Linux (`unsloth_zoo[mlx]` with `mlx[cpu]`), and no step of it runs there."""
 
     name = "unsloth-zoo"
-    checks = "not run"
+    checks = "none, for nothing of it begins"
     packages = ("unsloth_zoo", "mlx", "mlx-lm")
-    lacks = MappingProxyType(dict.fromkeys(read_failures(), MAC_ALONE))
+    does_not_begin = (
+        "its MLX trainer is for macOS on arm64, which `unsloth_zoo.mlx.runtime.is_mlx_available` "
+        "asks for; on Linux `import unsloth_zoo.mlx.trainer` ends with `ImportError: Please "
+        "install Unsloth via pip install unsloth!`, whose trainer is PyTorch's"
+    )

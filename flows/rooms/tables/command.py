@@ -201,4 +201,7 @@ def _show_first_rows(chats: Sequence[bytes]) -> None:
             for line in f"{f'{number}.' if not index else '':<3}{shown}".split("\n"):
                 print_progress(line)
     if chats and describe_chat(chats[0])[0].startswith("system: "):
-        print_progress("Send the system text with every question later, as with `chat --system`")
+        print_progress(
+            "Send the system text with every question later, as with `chat --system`: neither "
+            "`promote` nor `serve` keeps it"
+        )

@@ -1,8 +1,8 @@
-"""One line of JSONL -> one `Example`, or a `LineProblem` that names the check it failed.
+"""Parse one line of JSONL to an `Example`, or raise a `LineProblem` with the failed check.
 
-The one place that makes turns of a row, whatever its format: those that mlx-lm trains on, and those
-of other programs. No value is converted: a number in the place of a text is a problem. Knows no
-other line and no tokenizer.
+The only place that converts rows of any format to turns of a conversation: mlx-lm's formats, and
+those of other programs. No value is converted: a number in place of a text is a problem. It knows
+neither other lines nor a tokenizer.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ WHITE_SPACE = b" \t\n\r"
 
 @dataclass(frozen=True)
 class FieldNames:
-    """How a row is read: mlx-lm's `*_feature` settings, and the keys of ours about rows."""
+    """How a row is read: mlx-lm's `*_feature` settings, and our own keys about rows."""
 
     prompt: str = "prompt"
     completion: str = "completion"
@@ -68,13 +68,13 @@ class FieldNames:
     loss: str | None = None  # whose rows are read; ANY_LOSS: those of each, and of none
 
     def key_of(self, field: str) -> str:
-        """The key that holds a field of a format: as configured, else the name of the field."""
+        """Return the JSON key for a field of a format: as configured, or the field's own name."""
         key: str = getattr(self, field, field)
         return key
 
 
 class Example(NamedTuple):
-    """What mlx-lm tokenises: messages and tools for a chat or a completion, else the text."""
+    """A parsed row: messages and tools of a chat or a completion, or a plain text."""
 
     format: str  # the name of a RowFormat
     messages: list[dict[str, Any]]
@@ -88,20 +88,21 @@ class Example(NamedTuple):
 
     @property
     def approximate_characters(self) -> int:
-        """About how many characters it has: those of its texts, and of all keys if it has tools."""
+        """About how many characters the example has in its texts."""
         if self.is_plain and not self.rest:
             return len(self.text) + sum(len(str(turn.get("content"))) for turn in self.messages)
         return sum(map(len, collect_strings([self.messages, self.tools, self.rest])))
 
 
 def is_tool_calling_message(message: Any) -> bool:
-    """Whether this is an assistant's turn that calls tools; it may then have no content."""
+    """Return whether a message is an assistant's turn with tool calls, which needs no content."""
     if not isinstance(message, dict) or message.get("role") != "assistant":
         return False
     return bool(message.get("tool_calls"))
 
 
 def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool or tool call if its function has a name; else raise ValueError."""
     function = value.get("function", value)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
@@ -110,7 +111,10 @@ def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _require_argument_object(value: dict[str, Any]) -> dict[str, Any]:
-    """The call, if its arguments are an object, the JSON text of one, or none."""
+    """Return a tool call if its arguments are an object, JSON text of one, or missing.
+
+    Raises ValueError for any other arguments.
+    """
     arguments = value.get("function", value).get("arguments")
     if arguments is None or isinstance(arguments, dict):
         return value
@@ -126,7 +130,7 @@ _ANY_ROLE_CONTEXT = "any role"
 
 
 def _check_role(value: Any, check_known: Callable[[Any], str], info: ValidationInfo) -> str:
-    """The role if it is a known one, or any text where the chat template judges roles."""
+    """Return a known role; with `data_policy.roles: template`, any text."""
     if isinstance(value, str) and info.context == _ANY_ROLE_CONTEXT:
         return value
     return check_known(value)
@@ -138,6 +142,8 @@ _Function = Annotated[dict[str, Any], AfterValidator(_require_function_name)]
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _TextMessage(TypedDict):
+    """A message with a text, of any role."""
+
     role: Annotated[Role, WrapValidator(_check_role)]
     content: str
     tool_call_id: NotRequired[str | None]
@@ -145,6 +151,8 @@ class _TextMessage(TypedDict):
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _ToolCallMessage(TypedDict):
+    """An assistant's message that calls tools."""
+
     role: Literal["assistant"]
     content: NotRequired[str | None]
     tool_calls: list[Annotated[_Function, AfterValidator(_require_argument_object)]]
@@ -158,12 +166,16 @@ _Message = Annotated[
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _ChatLine(TypedDict):
+    """The fields of a row in mlx-lm's chat format."""
+
     chat: list[_Message]
     tools: NotRequired[list[_Function] | None]
 
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _CompletionLine(TypedDict):
+    """The fields of a row in mlx-lm's completion format."""
+
     prompt: str
     completion: str
     tools: NotRequired[list[_Function] | None]
@@ -171,11 +183,15 @@ class _CompletionLine(TypedDict):
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _TextLine(TypedDict):
+    """The field of a row of plain text."""
+
     text: str
 
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _ShareGptLine(TypedDict):
+    """The fields of a row in ShareGPT's format."""
+
     conversations: list[_Message]
     system: NotRequired[str | None]
     tools: NotRequired[list[_Function] | None]
@@ -183,6 +199,8 @@ class _ShareGptLine(TypedDict):
 
 @with_config(_STRICT_MODEL_CONFIG)
 class _AlpacaLine(TypedDict):
+    """The fields of a row in Alpaca's format."""
+
     instruction: str
     output: str
     input: NotRequired[str | None]
@@ -192,7 +210,11 @@ class _AlpacaLine(TypedDict):
 
 
 class Turns(NamedTuple):
-    """The turns in a row, the field that each is from, for messages, and what else is in it."""
+    """The turns of a row.
+
+    places: the row's field that each turn is from, for messages.
+    rest: what else the row has, for rows of rooms.
+    """
 
     messages: list[dict[str, Any]]
     places: tuple[str, ...] = ()
@@ -203,7 +225,7 @@ Fields = dict[str, Any]
 
 
 def read_completion(fields: Fields) -> Turns:
-    """The two turns that mlx-lm makes of a prompt and a completion."""
+    """Build the two turns that mlx-lm makes of a prompt and a completion."""
     return Turns(
         [
             {"role": "user", "content": fields["prompt"]},
@@ -213,34 +235,37 @@ def read_completion(fields: Fields) -> Turns:
 
 
 def _prepare_chat(fields: Fields, place: str) -> Fields:
+    """Decode JSON text and other spellings in a chat row's turns and tools."""
     turns = read_openai_turns(parse_json_text(fields["chat"], place), place)
     return _parse_tools(fields, place) | {"chat": turns}
 
 
 def _parse_tools(fields: Fields, _: str) -> Fields:
-    """Tools may be the text of a JSON array."""
+    """Decode tools that are given as JSON text."""
     return fields | {"tools": parse_json_text(fields.get("tools"), "tools")}
 
 
 def _prepare_sharegpt(fields: Fields, place: str) -> Fields:
+    """Convert a ShareGPT row's turns to OpenAI's form, and its tools."""
     conversation = parse_json_text(fields["conversations"], place)
     turns = read_openai_turns(conversation, place, is_sharegpt=True)
     return _wrap_tools(fields, place) | {"conversations": turns}
 
 
 def _prepare_alpaca(fields: Fields, place: str) -> Fields:
+    """Decode JSON text in an Alpaca row's history and tools."""
     history = parse_json_text(fields.get("history"), "history")
     return _wrap_tools(fields, place) | {"history": history}
 
 
 def _wrap_tools(fields: Fields, place: str) -> Fields:
-    """Tools may be functions alone, too."""
+    """Decode the tools, and wrap those that are given as functions alone."""
     tools = _parse_tools(fields, place)["tools"]
     return fields | {"tools": list(map(wrap_function, tools)) if isinstance(tools, list) else tools}
 
 
 def _read_sharegpt(fields: Fields) -> Turns:
-    """The conversation, after the system prompt that LLaMA-Factory has in a field of its own."""
+    """Build the turns of a ShareGPT row: its optional system prompt, then the conversation."""
     turns = fields["conversations"]
     places = tuple(f"conversations[{index}]" for index in range(len(turns)))
     system = _system_turn(fields)
@@ -248,7 +273,10 @@ def _read_sharegpt(fields: Fields) -> Turns:
 
 
 def _read_alpaca(fields: Fields) -> Turns:
-    """System, history, instruction and input on a new line, output: as LLaMA-Factory reads it."""
+    """Build the turns of an Alpaca row: system, history, instruction with input, and output.
+
+    As LLaMA-Factory does, the input follows the instruction on a new line.
+    """
     asked = [text for key in ("instruction", "input") if (text := fields.get(key)) and text.strip()]
     texts = [text for pair in fields.get("history") or () for text in pair]
     places = [f"history[{index // 2}][{index % 2}]" for index in range(len(texts))]
@@ -262,25 +290,26 @@ def _read_alpaca(fields: Fields) -> Turns:
 
 
 def _system_turn(fields: Fields) -> list[dict[str, Any]]:
+    """Build the system turn of a row; empty without a system prompt."""
     system = fields.get("system")
     return [{"role": "system", "content": system}] if system and system.strip() else []
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """A kind of row. To add one, add its entry to FORMATS, or to those of a room's loss.
+    """A format of rows. To add one, add its entry to FORMATS, or to those of a room's loss.
 
     model: a TypedDict of the fields; each is under the key that FieldNames has for it, or its name.
-    fields: those that a row of this kind has to have, and is known by.
-    read: makes turns of the fields, once they fit the model; None for plain text.
-    prepare: makes of the fields what the model describes, where others write them otherwise too;
-        gets the key of the first field as well, for messages.
-    is_conversation: whether roles and their order are the row's own, and so are judged.
-    encode: for rows of a room: a function of an example and the tokenizer that gives its
-        EncodedExample (data/tokens/example_encoding.py).
-    write: for rows of a room: makes a row under our own keys of an example, which is read as it.
-    judge: for rows of a room: a function of the sound examples of each split, by their lines. It
-        gives Findings, each with a split in place of a file.
+    fields: the required fields, by which the format is recognized.
+    read: builds the turns from validated fields; None for plain text.
+    prepare: converts other spellings to what the model describes; it also gets the key of the first
+        field, for messages.
+    is_conversation: whether the row has roles of its own, whose order is checked.
+    encode: for rows of a room: converts an example, with the tokenizer, to an EncodedExample
+        (data/tokens/example_encoding.py).
+    write: for rows of a room: converts an example to a row under the default keys.
+    judge: for rows of a room: yields Findings about the valid examples of each split, by their
+        lines; each names a split instead of a file.
     """
 
     model: type
@@ -294,12 +323,12 @@ class RowFormat:
 
     @cached_property
     def validator(self) -> TypeAdapter[Any]:
-        """Checks the fields of a row."""
+        """The pydantic validator of the fields."""
         return TypeAdapter(self.model)
 
     @property
     def is_templated(self) -> bool:
-        """Whether the chat template makes the tokens, so that there are prompts and answers."""
+        """Whether a chat template builds the tokens, so that there are prompts and answers."""
         return self.read is not None
 
 
@@ -342,7 +371,7 @@ _KNOWN_MESSAGE_KEYS_BY_ROLE = {
 
 @cache
 def formats_of_loss(loss: str | None) -> Mapping[str, RowFormat]:
-    """The kinds of rows that a loss is computed on, by name; those of None are FORMATS."""
+    """Return the row formats of a loss, by name; None gives those of plain fine-tuning."""
     if loss is None:
         return FORMATS
     if loss != ANY_LOSS:
@@ -353,12 +382,12 @@ def formats_of_loss(loss: str | None) -> Mapping[str, RowFormat]:
 
 
 def find_row_format(name: str) -> RowFormat:
-    """The kind of row of this name, of the core or of a room."""
+    """Return the row format with this name, of the core or of a room."""
     return FORMATS[name] if name in FORMATS else formats_of_loss(ANY_LOSS)[name]
 
 
 def formats_of_plain_rows(field_names: FieldNames) -> frozenset[str]:
-    """The formats whose rows without any other key are read as they are."""
+    """Return the formats that the fast parser may read, if a row has no key beyond the format's."""
     if field_names.loss is not None:
         return frozenset()
     read = {field_names.key_of(field) for entry in FORMATS.values() for field in entry.fields}
@@ -377,8 +406,9 @@ def read_examples(
 ) -> Iterator[tuple[int, Example]]:
     """Yield (line, example) for each line that is not blank and not in `skip`.
 
-    Reads all of the file, or a range whose first line has the number `first_line`. Raises
-    DatasetError for a line that is no example: the file changed since it was judged.
+    byte_range: the part of the file to read, whose first line has the number `first_line`.
+
+    Raises DatasetError for an invalid line: the file has changed since it was checked.
     """
     byte_range = byte_range or ByteRange(0, path.stat().st_size)
     unread = byte_range.end - byte_range.start
@@ -399,14 +429,14 @@ def read_examples(
 
 
 def strip_line(raw: bytes, *, is_first: bool) -> bytes:
-    """The line without white space around it, and the first without a byte-order mark."""
+    """Return a line without surrounding white space, and the first one without byte-order mark."""
     if is_first:
         raw = raw.removeprefix(codecs.BOM_UTF8)
     return raw.strip(WHITE_SPACE)
 
 
 def parse_line(raw: bytes, field_names: FieldNames) -> Example:
-    """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
+    """Parse one line, without byte-order mark and line end; raise LineProblem if it is invalid."""
     row = decode_json_object(raw)
     if field_names.drop:
         row = _drop_keys(row, frozenset(field_names.drop), field_names.chat)
@@ -414,7 +444,10 @@ def parse_line(raw: bytes, field_names: FieldNames) -> Example:
 
 
 def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str, Any]:
-    """The row without these keys, and its turns without them."""
+    """Return a row without these keys, also within its turns.
+
+    chat: the key of the turns.
+    """
     kept = {key: value for key, value in row.items() if key not in keys}
     for key in kept.keys() & {chat, "conversations"}:
         turns = parse_json_text(kept[key], key)
@@ -424,7 +457,10 @@ def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str
 
 
 def find_format(row: Mapping[str, Any], field_names: FieldNames) -> str | None:
-    """The configured format, if the row has its fields, or the first whose fields it has."""
+    """Return the configured format if the row has its fields, or the first whose fields it has.
+
+    Returns None if no format matches.
+    """
     for name, fields in _formats_to_look_for(field_names).items():
         if all(field_names.key_of(field) in row for field in fields):
             return name
@@ -432,13 +468,17 @@ def find_format(row: Mapping[str, Any], field_names: FieldNames) -> str | None:
 
 
 def _formats_to_look_for(field_names: FieldNames) -> Mapping[str, tuple[str, ...]]:
+    """Return the required fields of each format that a row may have under these settings."""
     if field_names.loss is not None:
         return {name: kind.fields for name, kind in formats_of_loss(field_names.loss).items()}
     return _FIELDS_BY_SETTING.get(field_names.data_format, _FIELDS_BY_FORMAT)
 
 
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
-    """The format of a row; raises LineProblem for a row without a format, and for preferences."""
+    """Return the format of a row.
+
+    Raises LineProblem if the format is unknown or it is a preference pair.
+    """
     prompt, completion = field_names.prompt, field_names.completion
     is_for_loss = field_names.loss is not None
     if is_for_loss and (found := find_format(row, field_names)):
@@ -454,6 +494,7 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
         raise LineProblem("preference-pair", message)
     if found := find_format(row, field_names):
         return found
+    # No format fits: say what is missing, or what was expected
     formats = _formats_to_look_for(field_names)
     is_wanted = formats is not _FIELDS_BY_FORMAT and not is_for_loss
     hint = (
@@ -480,7 +521,7 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
 
 
 def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Example:
-    """The example in a decoded line of this format; raises LineProblem for a wrong type."""
+    """Convert a decoded row of a known format to an Example; LineProblem for a wrong type."""
     kind = find_row_format(name)
     keys = {field: field_names.key_of(field) for field in kind.model.__annotations__}
     fields = {field: row[key] for field, key in keys.items() if key in row}
@@ -491,6 +532,7 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         kind.validator.validate_python(fields, context=context)
     except ValidationError as error:
         raise _describe_validation_error(error, keys, row) from None
+    # Keys beyond the format's are marks, known to be ignored, or left out of training
     unknown = set(row.keys() - keys.values() - {field_names.group})
     messages, places, rest = Turns([]) if kind.read is None else kind.read(fields)
     chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
@@ -519,19 +561,22 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
 
 
 def _mlx_lm_keys(field_names: FieldNames) -> set[str]:
-    """The keys of mlx-lm's formats: of several in a row it takes the first, and so is it meant."""
+    """Return the keys of mlx-lm's formats, which are ignored if a row matches several formats."""
     return {field_names.key_of(field) for name in MLX_LM_FORMATS for field in FORMATS[name].fields}
 
 
 def _non_null_keys(message: dict[str, Any]) -> set[str]:
-    """Its keys but for null ones: a table gives each turn the keys that any turn has."""
+    """Return a message's keys whose value is not null; tables fill missing keys with null."""
     return {key for key, value in message.items() if value is not None}
 
 
 def _describe_validation_error(
     error: ValidationError, keys: dict[str, str], row: dict[str, Any]
 ) -> LineProblem:
-    """The first of pydantic's errors as the problem of this line, and how many more there are."""
+    """Convert pydantic's first error to a LineProblem, with the number of further errors.
+
+    keys: the row's JSON key for each field.
+    """
     problems = error.errors(include_url=False)
     first = problems[0]
     path = [part for part in first["loc"] if part not in ("speaking", "calling")]
@@ -547,7 +592,7 @@ def _describe_validation_error(
 
 
 def _name_place(path: list[int | str], keys: dict[str, str], row: dict[str, Any]) -> str:
-    """A place in the row, such as `messages[0].content`, by the keys that are in the row."""
+    """Name a place in a row, such as `messages[0].content`, by the keys that the row uses."""
     place = keys[str(path[0])]
     value = parse_json_text(row.get(place), place)
     for part in path[1:]:
@@ -561,13 +606,14 @@ def _name_place(path: list[int | str], keys: dict[str, str], row: dict[str, Any]
 
 
 def _show_without_content(value: Any, check: str) -> str:
-    """A role's name, of anything else the type: a value may be large, and private."""
+    """Describe a value by its type, which may be large or private; a role by its name."""
     if check == "unknown-role":
         return repr(shorten(value))
     return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _name_of_failed_check(error_type: str, path: list[int | str], value: Any) -> str:
+    """Return the name of the check that a pydantic error stands for."""
     if error_type == "missing":
         return "missing-field"
     if "tool_calls" in path:

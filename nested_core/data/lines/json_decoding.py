@@ -1,7 +1,7 @@
-"""One line's bytes -> one JSON object, or a `LineProblem` that says why not.
+"""Decode one line's bytes to a JSON object, or raise a `LineProblem` that says why not.
 
-Refuses what a lenient reader would let pass: repeated keys, halves of surrogate pairs, NUL, and
-NaN and Infinity, and numbers that are too large to be read.
+It refuses what a lenient reader accepts: repeated keys, halves of surrogate pairs, NUL, NaN,
+    Infinity, and numbers too large for a float.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ _JSON_OBJECT_VALIDATOR = TypeAdapter(dict[str, Any], config=ConfigDict(strict=Tr
 
 
 class LineProblem(Exception):
-    """Why a line holds no example: the name of the failed check and a sentence."""
+    """Why a line is not a valid example: the name of the failed check and a sentence."""
 
     def __init__(self, check: str, message: str) -> None:
+        """Create the problem from the name of the failed check and a sentence."""
         super().__init__(message)
         self.check = check
         self.message = message
 
 
 def decode_json_object(raw: bytes) -> dict[str, Any]:
-    """Decode one JSON object; raises LineProblem, nothing else."""
+    """Decode one strict JSON object; raise LineProblem for anything else."""
     try:
         row = _JSON_OBJECT_VALIDATOR.validate_json(raw)
     except ValidationError as error:
@@ -58,15 +59,16 @@ def decode_json_object(raw: bytes) -> dict[str, Any]:
 
 
 def decode_json_text(text: str) -> Any:
-    """The value of a text that is JSON; raises ValueError or RecursionError for one that is not.
+    """Decode a JSON text to its value.
 
-    Raises LineProblem for NaN and Infinity, and for a number that is too large for a float, such as
-    1e999, which Python reads as Infinity: nothing that is written as JSON again can hold it.
+    Raises ValueError or RecursionError if it is not JSON. Raises LineProblem for NaN and Infinity,
+    and for a number too large for a float, such as 1e999, which Python reads as Infinity.
     """
     return json.loads(text, parse_float=_read_finite_float, parse_constant=_refuse_constant)
 
 
 def _read_finite_float(digits: str) -> float:
+    """Parse a number; LineProblem if it is too large for a float."""
     number = float(digits)
     if math.isinf(number):
         message = f"the number {shorten(digits)} is beyond any float"
@@ -75,12 +77,15 @@ def _read_finite_float(digits: str) -> float:
 
 
 def _refuse_constant(word: str) -> NoReturn:
+    """Raise LineProblem for NaN or Infinity."""
     raise LineProblem("bad-json", f"not valid JSON: {word} is no JSON number")
 
 
 def _refuse_repeated_key(raw: bytes) -> None:
+    """Raise LineProblem with the key that one object of the line has twice."""
+
     def refuse(pairs: list[tuple[str, Any]]) -> None:
-        """See that no key of one object is there twice."""
+        """Raise LineProblem if a key occurs twice in one object."""
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
@@ -91,7 +96,7 @@ def _refuse_repeated_key(raw: bytes) -> None:
 
 
 def _refuse_nan_and_infinity(json_line: str) -> None:
-    """Python writes and reads NaN and Infinity, which JSON does not have."""
+    """Raise LineProblem if the line has NaN or Infinity outside of its texts."""
     for match in _NAN_OR_INFINITY_PATTERN.finditer(json_line):
         if word := match[1]:
             where = f"column {match.start() + 1}"
@@ -99,6 +104,7 @@ def _refuse_nan_and_infinity(json_line: str) -> None:
 
 
 def _explain_decoding_error(raw: bytes, error: ValidationError) -> LineProblem:
+    """Convert a pydantic error to a LineProblem."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return _explain_invalid_json(raw, str(first["ctx"]["error"]))
@@ -107,6 +113,7 @@ def _explain_decoding_error(raw: bytes, error: ValidationError) -> LineProblem:
 
 
 def _explain_invalid_json(raw: bytes, reason: str) -> LineProblem:
+    """Build the LineProblem for invalid JSON, with the column and the likely cause."""
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -126,7 +133,7 @@ def _explain_invalid_json(raw: bytes, reason: str) -> LineProblem:
 
 
 def _has_lone_surrogate(text: str) -> bool:
-    """Whether Python's lenient decoder reads the line, into a text that UTF-8 cannot hold."""
+    """Return whether the line is JSON except for a half of a surrogate pair."""
     try:
         json.dumps(json.loads(text), ensure_ascii=False).encode()
     except UnicodeEncodeError:

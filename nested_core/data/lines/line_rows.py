@@ -1,6 +1,6 @@
-"""One line of JSONL -> one flat `LineRow`: what the rules need to know, and its text to compare.
+"""Flatten one line of JSONL to a `LineRow`: what the rules need to know, and its text to compare.
 
-Never raises on content: what is wrong with a line stands in its row. Knows no other line.
+It never raises for content: what is wrong with a line is in its row. It knows no other line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ _as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class LineRow(NamedTuple):
-    """One line. `content` is all that is tokenised as one text, `shown` the texts in it."""
+    """One line of a data set as the rules read it.
+
+    content: everything that is tokenized, as one text; shown: the texts in it.
+    """
 
     format: str | None = None  # None: blank, or no example in it
     # A letter a turn: s(ystem), u(ser), a(ssistant), t(ool), c(all), o(rphan result), x (other).
@@ -48,11 +51,10 @@ class LineRow(NamedTuple):
 
 
 def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str] | None:
-    """(format, roles, content) of a line as almost all are, in one pass; None for all others.
+    """Parse a line of the most common shapes fast: return (format, roles, content), else None.
 
-    Its caller looks at many lines at once for what is left out here: the line must not hold an
-    escaped NUL, and a content in which BLANK_TURN_PATTERN is found is for `parse_line_to_row` to
-    judge.
+    For None, and for a content that matches BLANK_TURN_PATTERN, callers use `parse_line_to_row`.
+    The line must not have an escaped NUL.
     """
     try:
         row = from_json(raw, cache_strings="keys")
@@ -72,7 +74,10 @@ def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str]
 def _read_plain_fields(
     raw: bytes, row: dict[str, str], field_names: FieldNames
 ) -> tuple[str, str, str] | None:
-    """What `parse_plain_row` gives for a completion or a text; TypeError if a value is no text."""
+    """Return what `parse_plain_row` does for a completion or a text.
+
+    Raises TypeError if a value is no text.
+    """
     if has_repeated_key(raw, 2 * len(row)):
         return None
     if len(row) == 2 and field_names.prompt in row and field_names.completion in row:
@@ -88,7 +93,7 @@ def _read_plain_fields(
 
 
 def parse_line_to_row(raw: bytes, field_names: FieldNames, *, is_first: bool = False) -> LineRow:
-    """Flatten one line, with or without its line end, into a row; never raises."""
+    """Flatten one line, with or without its line end, to a row; never raises."""
     body = strip_line(raw, is_first=is_first)
     if not body:
         return LineRow(is_blank=True)
@@ -100,7 +105,7 @@ def parse_line_to_row(raw: bytes, field_names: FieldNames, *, is_first: bool = F
 
 
 def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
-    """The row of an example."""
+    """Flatten an example to a row."""
     roles = _letters_of_turns(example)
     content = _text_to_compare(example, roles)
     shown = (
@@ -120,7 +125,7 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
 
 
 def _letters_of_turns(example: Example) -> str:
-    """One letter a turn; a tool's result whose id no call before it has is an orphan."""
+    """Encode the roles as one letter a turn; a tool result without its call gets a letter too."""
     letters = ""
     ids: set[str] = set()
     for message in example.messages:
@@ -136,10 +141,10 @@ def _letters_of_turns(example: Example) -> str:
 
 
 def _text_to_compare(example: Example, roles: str) -> str:
-    """All that is tokenised as one text; the last NUL in it ends the prompt.
+    """Return everything that is tokenized as one text; the last NUL in it ends the prompt.
 
-    Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
-    Turns that are not learnt are marked by white space: folded, the example is the same.
+    Fields are joined by NUL, which no valid line contains, so that different examples differ. Turns
+    that are not learnt are marked by white space, so that ignoring white space ignores the marks.
     """
     if not find_row_format(example.format).is_templated:
         return example.text
@@ -153,7 +158,10 @@ def _text_to_compare(example: Example, roles: str) -> str:
 
 
 def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | None:
-    """The name of the first field without any text; a system's or a tool's turn may be empty."""
+    """Name the first field without text; None if every field has some.
+
+    System and tool turns may be empty.
+    """
     kind = find_row_format(example.format)
     if not kind.is_templated:
         return None if example.text.strip() else field_names.key_of(kind.fields[0])
@@ -171,6 +179,6 @@ def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | 
 
 
 def fold_case_and_space(content: bytes) -> bytes:
-    """A content in small letters and without white space."""
+    """Lower the case of a text and remove its white space."""
     folded = content if content.isascii() else content.decode().casefold().encode()
     return folded.translate(_LOWERCASE_BYTE_TABLE, WHITE_SPACE)

@@ -1,6 +1,6 @@
-"""A range of lines of a JSONL file -> a polars frame with one flat row for each physical line.
+"""Read a range of lines of a JSONL file to a polars frame with one row for each line.
 
-Blank and bad lines have a row too. Keeps no text. The work of one process among several.
+Blank and invalid lines have a row too; texts are not kept. One worker process reads one range.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ _ERROR_CELL_PATTERN = (
 
 @dataclass(frozen=True, eq=False)
 class LineRange:
-    """What was read of a range of lines.
+    """What was read from a range of lines.
 
-    frame: a row each line, see LINE_SCHEMA; where n-grams are wanted, with the columns of the
-        room near_duplicates.
-    digests: the SHA-256 of each example in it, joined.
-    answer_keys: of its answers those with the smallest and the largest key, which are equal for
-        equal answers; plain text is all answer.
-    shared: what its texts share with those asked for, as that room has it; None without a question.
-    examples: how many of its examples have n-grams, where some are asked for.
+    frame: a row for each line, see LINE_SCHEMA; with n-gram columns of the room near_duplicates if
+        asked for.
+    digests: the SHA-256 of each example, concatenated.
+    answer_keys: the smallest and the largest hash of an answer, which are equal if all answers are.
+    shared: which n-grams the texts share with those asked for, as that room defines it; None if
+        nothing was asked for.
+    examples: how many examples have n-grams.
     """
 
     frame: pl.DataFrame
@@ -86,10 +86,11 @@ def read_line_range(
     has_ngrams: bool = False,
     asked: Any = None,
 ) -> LineRange:
-    """Read the rows of a range of lines, and what they share with `asked`.
+    """Read the rows of a range of lines, independently of other lines.
 
-    The row of a line does not depend on the range it is read in. Raises OSError, and DatasetError
-    if the file became shorter.
+    asked: n-grams of other texts to look for, of the room near_duplicates.
+
+    Raises OSError, and DatasetError if the file became shorter.
     """
     size = byte_range.end - byte_range.start
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
@@ -97,6 +98,7 @@ def read_line_range(
         content = file.read(size)
     if len(content) < size:
         raise DatasetError(f"{path} became shorter while it was read. Start again.")
+    # One row for each line, with the keys that find related rows
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -105,6 +107,7 @@ def read_line_range(
     digests, keys = _digests_and_keys(rows.pop("content"))
     answers = keys.pop("answer").drop_nulls().to_numpy()
     answer_keys = frozenset(map(int, (answers.min(), answers.max()) if len(answers) else ()))
+    # What the rules ask about each line's texts
     raw = pl.Series(lines, dtype=pl.Binary)
     shown: list[str | None] = rows.pop("shown")
     text = pl.Series(shown, dtype=pl.String)
@@ -135,9 +138,9 @@ def read_line_range(
 
 
 def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
-    """`read_line_range` as a job: writes OUT.rows, .digests and .shared, answers what is small.
+    """Run `read_line_range` as a job; write the rows to files, and return the small results.
 
-    Columns that are null in each row are left out.
+    request["out"] is the files' common prefix. Columns that are all null are left out.
     """
     done = read_line_range(
         Path(request["path"]),
@@ -160,13 +163,18 @@ def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)  # its tables serve all ranges that this process reads
 def _read_asked(path: str) -> Any:
+    """Read the n-grams to look for from a file, once per process."""
     return seams.load_only("near_duplicates", NEAR_DUPLICATES_KEY).Asked.read(Path(path))
 
 
 def _read_rows(
     lines: list[bytes], field_names: FieldNames, *, is_start: bool, may_be_plain: bool
 ) -> dict[str, list[Any]]:
-    """The fields of each line's `LineRow`, as columns."""
+    """Parse lines to the fields of `LineRow`, as columns.
+
+    is_start: whether the first line is the first of the file.
+    may_be_plain: whether the fast parser may be used.
+    """
     columns = {name: [default] * len(lines) for name, default in LineRow._field_defaults.items()}
     formats = formats_of_plain_rows(field_names) if may_be_plain else ()
     plain = [parse_plain_row(raw, field_names) if formats else None for raw in lines]
@@ -185,7 +193,7 @@ def _read_rows(
 
 
 def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]]:
-    """The digests of the examples, joined, and the keys by which rows are compared."""
+    """Return the examples' SHA-256, concatenated, and the keys by which rows are compared."""
     encoded = [None if content is None else content.encode() for content in contents]
     digests = b"".join([sha256(content).digest() for content in encoded if content is not None])
     parts = [None if content is None else content.rpartition(b"\0") for content in encoded]
@@ -204,13 +212,16 @@ def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.S
 
 
 def _hash_to_keys(values: list[bytes | None]) -> pl.Series:
-    """A 64-bit key for each value, the same in every process; null for None."""
+    """Hash each value to 64 bits, the same in every process; null for None."""
     series = pl.Series(values, dtype=pl.Binary)
     return pl.select(pl.when(series.is_not_null()).then(series.hash(seed=0))).to_series()
 
 
 def _find_control_characters(raw: pl.Series, text: pl.Series) -> pl.Series:
-    """Whether a text holds a control character; most lines cannot, and are not searched."""
+    """Return for each text whether it has a control character.
+
+    Only suspicious lines are searched.
+    """
     may = (text.str.len_bytes() != text.str.len_chars()) | raw.bin.contains(b"\x7f")
     for escape in (b"\\u", b"\\b", b"\\f"):
         may |= raw.bin.contains(escape)

@@ -1,7 +1,7 @@
 """Marks by which a row or a turn says whether it is learnt: `weight: 0`, `train: false`.
 
-OpenAI and Fireworks read `weight`, axolotl `train`, ms-swift and XTuner `loss`. A mark that says no
-decides, be it of a turn or of its row; one that says yes changes nothing.
+OpenAI and Fireworks use `weight`, axolotl `train`, ms-swift and XTuner `loss`. A mark that says no
+decides, on a turn or on its row; one that says yes changes nothing.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ MARK_KEYS = ("train", "trainable", "loss", "weight", "loss_mask")
 def take_marks(
     row: Mapping[str, Any], turns: list[dict[str, Any]], places: Sequence[str]
 ) -> tuple[set[str], dict[int, str]]:
-    """The keys of a row that are marks, and the turns that are not to be learnt.
+    """Return which of a row's keys are marks, and which turns are not to be learnt.
 
-    Turns are given by index, each with the place of the mark that says so, such as
-    `messages[1].weight`. The marks of turns are taken out of `turns`.
+    Turns are returned by index, each with the place of the mark, such as `messages[1].weight`.
+    Marks of turns are removed from `turns`.
 
     Args:
-        row: the keys that hold nothing of the conversation.
-        turns: none for plain text, which is one answer.
-        places: where each turn stands in its row; `system` for a system prompt in a field.
+        row: the keys that are not part of the conversation.
+        turns: empty for plain text, which is one answer.
+        places: the row's field of each turn; `system` for a system prompt in a field.
 
-    Raises LineProblem for a mark that says neither yes nor no, for a list of marks that is not one
-    a turn, and where no answer is left to learn.
+    Raises LineProblem for a mark that says neither yes nor no, for a list of marks with a wrong
+    length, and if no answer is left to learn.
     """
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     keys, masked = _read_row_marks(row, len(turns) or 1, answers, places.count("system"))
@@ -52,10 +52,10 @@ def take_marks(
 def _read_row_marks(
     row: Mapping[str, Any], turns: int, answers: Sequence[int], before: int
 ) -> tuple[set[str], dict[int, str]]:
-    """The keys that are marks, or null, and the turns that they mask: all, or those of a list.
+    """Return the row's keys that are marks, and the turns that they exclude: all, or by a list.
 
-    A list has a value for each turn, or for each answer; the first `before` turns are from a field
-    of their own, and may be left out.
+    before: how many of the first turns come from a field of their own; a list may leave them out. A
+        list has a value for each turn, or for each answer.
     """
     every = range(turns)
     by_length = {len(answers): answers, turns - before: every[before:], turns: every}
@@ -80,9 +80,9 @@ def _read_row_marks(
 
 
 def _read_mark(key: str, value: Any, place: str) -> bool | None:
-    """Whether it says yes; None for what is no mark: null, and a `loss` that is no boolean.
+    """Return what a mark says: True, False, or None if it is no mark (null, or a logged loss).
 
-    A table of texts has the word for it, in any case.
+    A table of texts has words for it, in any case. Raises LineProblem for another value.
     """
     if isinstance(value, str):
         value = parse_json_text(value.casefold(), place)
@@ -99,7 +99,7 @@ def _read_mark(key: str, value: Any, place: str) -> bool | None:
 
 
 def describe_nothing_to_learn(answers: Sequence[int], masked: Mapping[int, str]) -> str:
-    """That each of these turns is marked as not to be learnt, and what to do about it."""
+    """Say that all answers are marked as not to be learnt, and what to do about it."""
     marks = list(dict.fromkeys(masked[turn] for turn in answers))
     return (
         f"nothing is left to learn, for the answers are marked as not to be learnt "
@@ -109,4 +109,5 @@ def describe_nothing_to_learn(answers: Sequence[int], masked: Mapping[int, str])
 
 
 def _describe_remedy(key: str) -> str:
+    """Return the advice to ignore a mark."""
     return f"; drop_fields: [{key}] reads the rows without this mark"

@@ -1,4 +1,4 @@
-"""Rows of other programs: ShareGPT's turns made OpenAI's, fields that nothing reads, what to set.
+"""Rows of other programs: convert ShareGPT's turns, find unread fields, suggest settings.
 
 Spellings are those of the formats' own readers: ShareGPT's of FastChat, axolotl and LLaMA-Factory
 (data/converter.py), Alpaca's of stanford_alpaca and LLaMA-Factory.
@@ -43,11 +43,13 @@ SHAREGPT_SPELLINGS = {"role": "from", "content": "value", "tool_calls": "value"}
 
 
 def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> Any:
-    """Turns {role, content}, made of turns {from, value} and of contents in parts of text.
+    """Convert turns to {role, content}, from ShareGPT's {from, value} or lists of text parts.
 
-    What is no list of turns is left as it is, to be judged with the rest. Parts are joined as
-    mlx_lm.server joins them (process_message_content). LineProblem names a part that is no text.
-    `is_sharegpt`: roles may have ShareGPT's names under `role`, too.
+    is_sharegpt: roles may have ShareGPT's names under `role`, too.
+
+    Anything that is no list of turns is returned as it is, to be validated later. Parts are joined
+    as mlx_lm.server joins them (process_message_content). Raises LineProblem for a part that is no
+    text.
     """
     if not isinstance(turns, list) or not (is_sharegpt or any(map(_is_unlike_openai, turns))):
         return turns
@@ -64,10 +66,12 @@ def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> A
 
 
 def _is_unlike_openai(turn: Any) -> bool:
+    """Return whether a turn has ShareGPT's keys or a content in parts."""
     return isinstance(turn, dict) and ("from" in turn or isinstance(turn.get("content"), list))
 
 
 def _rename_sharegpt_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
+    """Convert a ShareGPT turn to OpenAI's keys and roles."""
     renamed = {key: value for key, value in turn.items() if key not in ("from", "value")}
     for ours, theirs in (("role", "from"), ("content", "value")):
         if theirs in turn and renamed.get(ours) is None:  # a table has null for what is not there
@@ -81,7 +85,7 @@ def _rename_sharegpt_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """OpenAI's tool calls of {"name": ..., "arguments": ...}, or of a list of them, as JSON."""
+    """Convert JSON of {"name": ..., "arguments": ...}, or a list of it, to OpenAI's tool calls."""
     try:
         value = decode_json_text(value) if isinstance(value, str) else value
     except ValueError as error:
@@ -91,13 +95,14 @@ def _read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def wrap_function(function: Any) -> Any:
-    """A tool or a call as OpenAI has it; other programs leave out what is around the function."""
+    """Wrap a bare function as OpenAI's tool or tool call; anything else is returned as it is."""
     if isinstance(function, dict) and "function" not in function:
         return {"type": "function", "function": function}
     return function
 
 
 def _join_text_parts(parts: list[Any], place: str) -> str:
+    """Join the text parts of a content; LineProblem for a part that is no text."""
     texts: list[str] = []
     for index, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
@@ -113,9 +118,9 @@ def _join_text_parts(parts: list[Any], place: str) -> str:
 
 
 def parse_json_text(value: Any, place: str) -> Any:
-    """The value of a text that is JSON, as cells of tables and LLaMA-Factory's `tools` are.
+    """Decode a text that is JSON, as in cells of tables; any other value is returned as it is.
 
-    Raises LineProblem for a text that begins as a list or an object of JSON does, and is neither.
+    Raises LineProblem for a text that begins like a list or an object of JSON, but is invalid.
     """
     if not isinstance(value, str):
         return value
@@ -136,9 +141,10 @@ def parse_json_text(value: Any, place: str) -> Any:
 def list_unread_fields(
     row: Mapping[str, Any], keys: Collection[str], trained: Collection[Any]
 ) -> list[str]:
-    """Those of `keys` with something that belongs to the conversation and is not in `trained`.
+    """Return those of `keys` whose texts belong to the conversation but are not trained on.
 
-    That is more than one word, any text under a key that is known for it, and an image or sound.
+    trained: everything that is trained on. A field counts if it has more than one word that is not
+        in `trained`, any text under a key known for context, or an image or sound.
     """
     names = [key for key in row if key in keys]
     if not names:
@@ -148,6 +154,7 @@ def list_unread_fields(
 
 
 def _is_lost(key: str, value: Any, learnt: str) -> bool:
+    """Return whether a field has text that is not in `learnt`, or is an image or sound."""
     if key in _MEDIA_KEYS:
         return bool(value)
     return any(
@@ -158,7 +165,10 @@ def _is_lost(key: str, value: Any, learnt: str) -> bool:
 
 
 def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str:
-    """What training would leave out of a row that has these keys, and what to do about it."""
+    """Say which fields training would leave out, and what to do about it.
+
+    keys: the fields, from `list_unread_fields`.
+    """
     listed = " and ".join(map(shorten, keys))
     names = ", ".join(shorten(key.rpartition("[].")[2]) for key in keys)
     alpaca = (
@@ -173,9 +183,9 @@ def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str
 
 
 def describe_field_names(row: Mapping[str, Any], *, prompt: str, completion: str) -> str:
-    """The keys to set, after a semicolon; empty for a row of no format known here.
+    """Return the keys to set for a row of this form, after a semicolon; "" for an unknown form.
 
-    `prompt` and `completion` are the keys that are configured for these fields.
+    prompt, completion: the keys that are configured now.
     """
     names = suggest_field_names(row, prompt=prompt, completion=completion)
     settings = [f"{key}: {shorten(name)}" for key, name in names.items()]
@@ -183,19 +193,22 @@ def describe_field_names(row: Mapping[str, Any], *, prompt: str, completion: str
 
 
 def is_preference_pair(row: Mapping[str, Any]) -> bool:
-    """Whether a row has an answer that is preferred to another."""
+    """Return whether a row has a chosen and a rejected answer."""
     return {"chosen", "rejected"} <= row.keys()
 
 
 def find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
-    """The key that says that an answer is not to be learnt, as LLaMA-Factory's and TRL's KTO do."""
+    """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL), or None."""
     if row.get("kto_tag") is False:
         return "kto_tag"
     return "label" if row.get("label") is False and "completion" in row else None
 
 
 def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
-    """What it is, and what training on the preferred answer alone would need."""
+    """Say that preference pairs need another loss, and how to train on the chosen answers alone.
+
+    prompt: the configured key of the prompt.
+    """
     asked = _first_text_key(row, _PROMPT_KEYS)
     others = [value for key, value in row.items() if key not in ("chosen", "rejected")]
     if _is_list_of_turns(row["chosen"]):
@@ -217,8 +230,8 @@ def suggest_field_names(
 ) -> dict[str, str]:
     """Return the `*_feature` settings that the configuration needs to read such a row.
 
-    `prompt` and `completion` are the fields that it reads now; a setting that would not change them
-    is left out. A preference pair needs a person's decision, and gets no setting.
+    prompt, completion: the fields that it reads now; a setting that would not change them is left
+        out. For a preference pair, which needs a person's decision, nothing is suggested.
     """
     if is_preference_pair(row):
         return {}
@@ -237,13 +250,13 @@ def suggest_field_names(
 
 
 def _is_list_of_turns(value: Any) -> bool:
-    """Whether this is a list of objects of which the first says who speaks, as turns do."""
+    """Return whether a value is a list of objects whose first one has a role, as turns have."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     return bool(value[0].keys() & {"role", "from"})
 
 
 def _first_text_key(row: Mapping[str, Any], names: Collection[str]) -> str | None:
-    """The row's key for the first of the names, in whatever case, that holds a text."""
+    """Return the row's key for the first of the names that has a text, ignoring case."""
     keys = {key.casefold(): key for key, value in row.items() if isinstance(value, str)}
     return next((keys[name] for name in names if name in keys), None)

@@ -1,7 +1,7 @@
 """The rules for a file of a data set as a whole.
 
-FILE_RULES judge a frame with one row for each of train, valid and test, whether the file exists or
-not; ROW_COUNT_RULES one for each file that exists, with the rows that data_policy leaves of it.
+FILE_RULES check a frame with one row for each of train, valid and test, whether the file exists or
+not; ROW_COUNT_RULES one with a row for each existing file and its number of rows after data_policy.
 """
 
 from __future__ import annotations

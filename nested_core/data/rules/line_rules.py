@@ -1,6 +1,6 @@
-"""The rules for one line of a data set: an error makes it unfit to train on, a warning doubtful.
+"""The rules for one line of a data set: an error makes it unfit for training, a warning doubtful.
 
-The columns are those of a line as it is read (lines/line_table.py) and of what relates it to other
+The columns are those of a line as it is read (lines/line_table.py), and of its relations to other
 lines (related_lines.py).
 """
 
@@ -161,7 +161,7 @@ LINE_RULES = FrameRules(
 
 @cache
 def make_held_out_rules(severity: Severity) -> FrameRules:
-    """The rules for one line of test, as it relates to valid."""
+    """Return the rules for a line of test that is in valid too."""
     repeated = Rule(
         "test-in-valid",
         severity,

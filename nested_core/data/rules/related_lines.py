@@ -1,7 +1,7 @@
-"""Lines related to other lines: which each repeats, and which `data_policy` drops.
+"""Relate lines to other lines: which earlier line each repeats, and which `data_policy` drops.
 
-A line that is in valid or test too is dropped from train, never from those: the
-data that a run is measured on stays the same.
+A line that is in valid or test too is dropped from train, never from those, so that the data that a
+run is measured on stays the same.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _RELATIONS = ("repeats", "resembles", "answers_otherwise")
 
 
 def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
-    """The frames of train, valid and test with columns that relate each row to other lines.
+    """Add columns to the frames of train, valid and test that relate each row to other lines.
 
-    Adds file, train_file, is_train, file_format, and the train lines `repeats` (equal content),
-    `resembles` (equal but for case and white space) and `answers_otherwise` (equal prompt, other
-    content); and for valid and test `repeats_held_out`, the first line of the same file with equal
-    content. The frame of test gets valid_file and `line_in_valid` (equal content) as well. What the
-    rows were compared by, content, folded and prompt, is gone.
+    All frames get file, train_file, is_train, file_format, and train lines: `repeats` (equal
+    content), `resembles` (equal but for case and white space) and `answers_otherwise` (equal
+    prompt, other content). valid and test get `repeats_held_out`, the first line of the same file
+    with equal content; test also gets valid_file and `line_in_valid` (equal content). The columns
+    that were compared (content, folded, prompt) are removed.
     """
     keys = [_select_keys(frame) for _, frame in files]
     first_by_key = {key: _find_first_train_rows(keys, key) for key in _KEYS}
@@ -50,15 +50,18 @@ def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFra
 
 
 def _select_keys(frame: pl.DataFrame) -> pl.DataFrame:
-    """What the rows of a file are compared by; a line without an example has no content."""
+    """Select what the rows of a file are compared by.
+
+    Content is null for a line without an example.
+    """
     content = pl.when(pl.col("format").is_not_null()).then("content")
     return frame.select("line", content, "folded", "prompt").with_row_index("row")
 
 
 def _find_first_train_rows(files: list[pl.DataFrame], key: str) -> pl.DataFrame:
-    """Line and content of the first row of train with each key that more than one row has.
+    """Return line and content of the first train row for each key that several rows have.
 
-    Grouping by keys that one row has would take 300 bytes a row.
+    Keys of only one row are left out, since grouping by them would take 300 bytes a row.
     """
     keys = np.concatenate([file[key].drop_nulls().to_numpy() for file in files])
     keys.sort()
@@ -72,12 +75,17 @@ def _find_first_train_rows(files: list[pl.DataFrame], key: str) -> pl.DataFrame:
 def _relate_to_train(
     rows: pl.DataFrame, first_by_key: dict[str, pl.DataFrame], *, is_train: bool
 ) -> list[pl.Series]:
-    """The train lines that each row repeats, resembles or answers otherwise; most have none."""
+    """Return the train lines that each row repeats, resembles or answers otherwise; mostly null.
+
+    rows: the keys of a file's rows. first_by_key: from `_find_first_train_rows`.
+    """
     has_first = [pl.col(key).is_in(first[key].implode()) for key, first in first_by_key.items()]
+    # Only the few rows that have a relation are joined
     related = rows.filter(pl.any_horizontal(has_first))
     for key, first in first_by_key.items():
         related = related.join(first, on=key, how="left", maintain_order="left")
     related = related.with_columns(**_repeat_column_expressions(is_train=is_train))
+    # Back into columns of all rows
     nothing = pl.repeat(None, rows.height, dtype=pl.Int32, eager=True)
     return [
         nothing.clone().scatter(related["row"], related[name]).alias(name) for name in _RELATIONS
@@ -85,6 +93,7 @@ def _relate_to_train(
 
 
 def _repeat_column_expressions(*, is_train: bool) -> dict[str, pl.Expr]:
+    """Return the expressions of the columns `repeats`, `resembles` and `answers_otherwise`."""
     is_own = pl.lit(is_train) & (pl.col("first_line_by_content") == pl.col("line"))
     repeats = pl.when(~is_own).then("first_line_by_content")
     is_other = pl.col("first_content_by_folded") != pl.col("content")
@@ -96,7 +105,7 @@ def _repeat_column_expressions(*, is_train: bool) -> dict[str, pl.Expr]:
 
 
 def _most_frequent_format(frame: pl.DataFrame) -> str | None:
-    """The format of most rows; of two as frequent, the one that comes first."""
+    """Return the format of most rows; of equally frequent ones, the one that comes first."""
     formats = (
         frame.filter(pl.col("format").is_not_null())
         .group_by("format")
@@ -107,14 +116,17 @@ def _most_frequent_format(frame: pl.DataFrame) -> str | None:
 
 
 def _earlier_line_by_content(file: pl.DataFrame) -> pl.Series:
-    """The first line of the same file with the content of each row; null for that line itself."""
+    """Return for each row the first line of the same file with equal content.
+
+    It is null for that first line itself.
+    """
     first = _first_line_by_content(file["content"], file)
     repeated = pl.when(pl.col("line") > pl.col("first")).then("first").cast(pl.Int32)
     return file.select("line").with_columns(first=first).select(repeated)["first"]
 
 
 def _first_line_by_content(contents: pl.Series, file: pl.DataFrame) -> pl.Series:
-    """The first line of a file with each of these contents, or null."""
+    """Return the first line of a file with each of these contents; null without such a line."""
     examples = file.filter(pl.col("content").is_not_null())
     first = examples.group_by("content").agg(pl.col("line").first())
     return contents.to_frame().join(first, on="content", how="left", maintain_order="left")["line"]
@@ -131,7 +143,7 @@ _DROP_REASON_TEXTS = {
 
 
 def find_lines_by_content(frame: pl.DataFrame, contents: Sequence[str]) -> frozenset[int]:
-    """The lines of a file whose examples have one of these SHA-256, in hexadecimal digits."""
+    """Return the lines of a file whose examples have one of these SHA-256 (hexadecimal)."""
     keys = pl.Series(
         [int.from_bytes(bytes.fromhex(c)[:8], "little") for c in contents], dtype=pl.UInt64
     )
@@ -145,14 +157,17 @@ def separate_dropped_lines(
     policy: DataPolicy,
     held_out_before: frozenset[int] = frozenset(),
 ) -> tuple[pl.DataFrame, list[pl.DataFrame], Dropped]:
-    """The frames to judge, and the lines of train that are dropped for their content, by reason.
+    """Decide which lines of train data_policy drops.
 
-    `held_out_before` are lines to drop whatever the policy is. In those frames `repeats` is null
-    for what is dropped, so that no rule reports it as well.
+    Return the frames and the dropped lines by reason.
+
+    held_out_before: lines to drop whatever the policy is. In the returned frames `repeats` is null
+        for dropped lines, so that no rule reports them as well.
     """
     dropped: dict[str, frozenset[int]] = {}
     no_line = pl.lit(None, pl.Int32)
     if policy.leakage == "drop":
+        # A repeat of a leaked line is leaked too
         leaked = pl.concat([frame["repeats"] for frame in held_out]).drop_nulls().unique().implode()
         is_leaked = pl.col("line").is_in(leaked) | pl.col("repeats").is_in(leaked)
         dropped["leakage"] = _line_numbers(train.filter(is_leaked))
@@ -168,11 +183,12 @@ def separate_dropped_lines(
 
 
 def _line_numbers(frame: pl.DataFrame) -> frozenset[int]:
+    """Return the line numbers of a frame's rows."""
     return frozenset(frame["line"].to_list())
 
 
 def add_dropped_lines(file: str, dropped: Dropped, findings: Findings) -> None:
-    """Add a warning for each reason, at the first line, with the count and the first lines."""
+    """Add one warning for each reason that dropped lines, with their count and first numbers."""
     for reason, lines in dropped.items():
         if lines:
             shown = findings.name_lines(file, sorted(lines), _MAX_SHOWN_LINES)
@@ -184,6 +200,6 @@ def add_dropped_lines(file: str, dropped: Dropped, findings: Findings) -> None:
 
 
 def describe_dropped(dropped: Dropped) -> str:
-    """`; dropped: 24, they repeat an earlier example`, for each reason that dropped a line."""
+    """Describe the dropped lines by reason: `; dropped: 24, they repeat an earlier example`."""
     counted = {_DROP_REASON_TEXTS[reason]: len(lines) for reason, lines in dropped.items() if lines}
     return "".join(f"; dropped: {number:,}, {why}" for why, number in counted.items())

@@ -1,6 +1,6 @@
-"""Rules as tables of pandera checks, and the rows that fail them as findings with file and line.
+"""Rules as tables of pandera checks; rows that fail become findings with file and line.
 
-pandera runs every check whatever the environment or the host program has set for it, and a frame
+pandera runs every check whatever the environment or the host program has configured, and a frame
 that does not fit the declared columns is an error, never a pass.
 """
 
@@ -25,7 +25,7 @@ _VALIDATION_DEPTHS = {"SCHEMA_ONLY", "DATA_ONLY", "SCHEMA_AND_DATA"}
 
 @contextmanager
 def _hiding_unknown_validation_depth() -> Iterator[None]:
-    """Hide a validation depth that pandera does not know: its import would fail."""
+    """Hide an environment variable value that would make the import of pandera fail."""
     depth = os.environ.get(_VALIDATION_DEPTH_VARIABLE)
     if depth is None or depth in _VALIDATION_DEPTHS:
         yield
@@ -73,13 +73,13 @@ _ROLE_NAME_BY_LETTER = {
 class Rule:
     """One check of a row.
 
-    name: the check's name in findings; it may hold a {column} of the failing row.
+    name: the check's name in findings; it may contain a {column} of the failing row.
     expression: true or null for a good row.
     message: a sentence, with {columns} of the failing row and {turns}, its roles in words.
-    once: one finding stands for all failing rows of a file, whose number is {count} and the first
-    of whose lines are {places}. It stands at the first of them, or at the `worst`.
-    worst: the column that is largest at the row of such a finding.
-    by: a column; rows with different values of it are listed, counted and limited separately.
+    once: report one finding for all failing rows of a file; {count} is their number, {places} their
+        first lines. It is reported at the first of them, or at the `worst`.
+    worst: a column; the finding is reported at the row with its largest value.
+    by: a column; rows with different values are listed, counted and limited separately.
     """
 
     name: str
@@ -108,20 +108,29 @@ class Rule:
 # These compute with polars itself, whatever backend the host program or its environment chose for
 # pandera's own classes.
 class _PolarsSchema(pa.DataFrameSchema):
+    """A pandera schema that always uses the polars backend."""
+
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> DataFrameSchemaBackend:
+        """Return the polars backend, whatever backend the host program has chosen."""
         return DataFrameSchemaBackend()
 
 
 class _PolarsColumn(pa.Column):
+    """A pandera column that always uses the polars backend."""
+
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> ColumnBackend:
+        """Return the polars backend, whatever backend the host program has chosen."""
         return ColumnBackend()
 
 
 class _PolarsCheck(pa.Check):
+    """A pandera check that always uses the polars backend."""
+
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> type[PolarsCheckBackend]:
+        """Return the polars backend, whatever backend the host program has chosen."""
         return PolarsCheckBackend
 
 
@@ -129,7 +138,7 @@ class _PolarsCheck(pa.Check):
 class FrameRules:
     """Rules over one frame, and the columns that they read, by name with their types.
 
-    A column of flags (Boolean) must not hold null, the others may.
+    A Boolean column must not have null; the others may.
     """
 
     columns: Mapping[str, type[pl.DataType]]
@@ -137,10 +146,10 @@ class FrameRules:
 
     @cached_property
     def make_schema(self) -> pa.DataFrameSchema:
-        """The table as a pandera schema: its columns, and that every rule holds at every row.
+        """The pandera schema: the columns' types, and one check that every rule holds at every row.
 
-        The rules are one check: pandera collects a frame some six times a check, which took four
-        fifths of the time that a small data set took.
+        The rules form one check because pandera collects a frame some six times a check, which took
+        four fifths of the time of a small data set.
         """
         columns = {
             name: _PolarsColumn(dtype, nullable=dtype is not pl.Boolean)
@@ -153,11 +162,11 @@ class FrameRules:
         )
 
     def add_findings(self, frame: pl.DataFrame, findings: Findings) -> None:
-        """Add a finding for each rule that fails at a row of `frame`.
+        """Add a finding for each row of `frame` at which a rule fails.
 
-        The frame needs `file` and `line` (null: the whole file) beside the declared columns. Of
-        one rule, MAX_LISTED_FINDINGS rows a file become findings; one more has their number.
-        Raises TypeError for a frame that does not fit the declared columns.
+        The frame needs `file` and `line` (null: the whole file) beside the declared columns. For
+        one rule and file at most MAX_LISTED_FINDINGS rows become findings; one more has the number
+        of the others. Raises TypeError for a frame that does not fit the declared columns.
         """
         if frame.is_empty():
             return
@@ -174,7 +183,7 @@ class FrameRules:
                     findings.error_lines.setdefault(group["file"][0], set()).update(lines)
 
     def _failing_rows(self, frame: pl.DataFrame) -> dict[Rule, pl.Series]:
-        """The indices of the rows at which each rule fails, if there are any."""
+        """Return the indices of the rows at which each rule fails, for rules that fail anywhere."""
         failing: dict[Rule, list[pl.Series]] = {}
         for first in range(0, frame.height, _ROWS_JUDGED_AT_ONCE):
             part = frame.slice(first, _ROWS_JUDGED_AT_ONCE)
@@ -188,7 +197,7 @@ class FrameRules:
         return {rule: pl.concat(rows) for rule, rows in failing.items()}
 
     def _holds_everywhere(self, frame: pl.DataFrame) -> bool:
-        """Whether pandera finds that every rule holds; raises TypeError for a misfit frame."""
+        """Return whether every rule holds at every row; TypeError if the frame does not fit."""
         errors: list[SchemaError] = []
         with config_context(
             validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA
@@ -204,17 +213,17 @@ class FrameRules:
 
 
 def _holds(rule: Rule) -> pl.Expr:
-    """Whether the rule holds at a row: where its expression is true or null."""
+    """Return an expression that is true where the rule's expression is true or null."""
     return rule.expression.fill_null(value=True)
 
 
 def _make_findings(rule: Rule, rows: pl.DataFrame, findings: Findings) -> Iterator[Finding]:
-    """The findings of one rule for failing rows of one file."""
+    """Yield the findings of one rule for the failing rows of one file."""
     if rule.once:
-        place = 0 if rule.worst is None else rows[rule.worst].arg_max() or 0
+        index = 0 if rule.worst is None else rows[rule.worst].arg_max() or 0
         lines = findings.name_lines(rows["file"][0], rows["line"].to_list(), _MAX_SHOWN_LINES)
         facts = {"count": rows.height, "places": lines}
-        yield _make_finding(rule, rows.row(place, named=True) | facts, findings)
+        yield _make_finding(rule, rows.row(index, named=True) | facts, findings)
         return
     for row in rows.head(MAX_LISTED_FINDINGS).iter_rows(named=True):
         yield _make_finding(rule, row, findings)
@@ -227,7 +236,9 @@ def _make_findings(rule: Rule, rows: pl.DataFrame, findings: Findings) -> Iterat
 
 
 def _make_finding(rule: Rule, row: dict[str, Any], findings: Findings) -> Finding:
-    shown = row | {"turns": _spell_out_roles(row.get("roles") or "")}
+    """Build the finding of a rule for one failing row."""
+    turns = [_ROLE_NAME_BY_LETTER[letter] for letter in row.get("roles") or ""]
+    shown = row | {"turns": join_first_values(turns, _MAX_SHOWN_TURNS) or "none"}
     if findings.parts:
         shown |= _places_in_parts(row, findings)
     message = rule.message.format_map(shown)
@@ -236,7 +247,7 @@ def _make_finding(rule: Rule, row: dict[str, Any], findings: Findings) -> Findin
 
 
 def _places_in_parts(row: dict[str, Any], findings: Findings) -> dict[str, Any]:
-    """The lines that a row names, and its own, with the files that they are in."""
+    """Return the row's own and related lines as places in the files of a split with many files."""
     shown: dict[str, Any] = {"file": row["file"], "line": row["line"]}
     if row["line"] is not None:
         shown["file"], shown["line"] = findings.find_place(row["file"], row["line"])
@@ -250,9 +261,3 @@ def _places_in_parts(row: dict[str, Any], findings: Findings) -> dict[str, Any]:
         else:
             shown[column] = line if name == shown["file"] else f"{line} of {name}"
     return shown
-
-
-def _spell_out_roles(roles: str) -> str:
-    """The turns of a conversation in words."""
-    turns = [_ROLE_NAME_BY_LETTER[letter] for letter in roles]
-    return join_first_values(turns, _MAX_SHOWN_TURNS) or "none"

@@ -1,6 +1,6 @@
 """Statistics of a split for the report: rows, roles, lengths in tokens, padding.
 
-Counts lines that were judged before; the numbers are SplitStats, and findings of severity info.
+They become SplitStats, and findings of severity info.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ _LETTER_PATTERN_BY_ROLE = {
 def make_split_stats(
     file: str, frame: pl.DataFrame, rejected: int, digest: str, dropped: Dropped
 ) -> SplitStats:
-    """Statistics of one file's frame; `rejected` is its number of lines with an error."""
+    """Count the lines of one split.
+
+    digest: of the split's content.
+    rejected: how many lines have an error. dropped: the lines that data_policy drops, by reason.
+    """
     blank = int(frame["is_blank"].sum())
     formats = frame["file_format"].drop_nulls()
     return SplitStats(
@@ -47,6 +51,7 @@ def make_split_stats(
 
 
 def _count_roles(roles: pl.Series) -> dict[str, int]:
+    """Count the turns of each role."""
     orders = roles.drop_nulls().value_counts()  # few: most conversations go alike
     letters_of = orders["roles"].cast(pl.String)
     counts = {
@@ -59,7 +64,10 @@ def _count_roles(roles: pl.Series) -> dict[str, int]:
 def make_token_stats(
     facts: TokenFacts, settings: DataSettings, context: int | None
 ) -> TokenStats | None:
-    """Lengths after truncation and what it cost; None for a split without examples."""
+    """Compute lengths after truncation and what was cut; None for a split without examples.
+
+    context: the model's context length in tokens; None if unknown.
+    """
     if not len(facts.examples):
         return None
     lengths, lost = (
@@ -84,7 +92,7 @@ def make_token_stats(
 
 
 def describe_split_stats(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
-    """The counts as infos: rows, roles, tokens, supervised and padding share, digest."""
+    """Yield the counts as findings of severity info: rows, roles, tokens, padding, digest."""
     format_name = f"{stats.format} " if stats.format else ""
     noun = "line" if stats.lines == 1 else "lines"
     facts = {"rows": f"{stats.rows:,} {format_name}rows in {stats.lines:,} {noun}"}

@@ -1,6 +1,6 @@
-"""The rules for an example as tokens, and the frames that they judge.
+"""The rules for tokenized examples, and the frames that they check.
 
-They read lengths and counts only, never a token.
+They use lengths and counts only, never a token.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ MIN_OUTLIER_RATIO = 4
 def make_token_frame(
     facts: TokenFacts, file: str, settings: DataSettings, context: int | None
 ) -> pl.DataFrame:
-    """One row for each example, with the columns of TOKEN_RULES.
+    """Build a frame with one row for each example and the columns of TOKEN_RULES.
 
-    `context` is how many tokens the model can see, where that is known.
+    context: the model's context length in tokens; None if unknown.
     """
     names = facts.examples.dtype.names or ()
     frame = pl.DataFrame({name: np.ascontiguousarray(facts.examples[name]) for name in names})
@@ -45,10 +45,10 @@ def make_token_frame(
 
 
 def length_outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
-    """The length above which an example is far longer than the rest of its file.
+    """Return the length above which an example counts as far longer than the rest of its file.
 
-    Tukey's outer fence over the logarithms of the lengths, third quartile + 3 * interquartile
-    range, but at least four times the third quartile; few examples have no outlier.
+    Tukey's outer fence over the logarithms of the lengths (third quartile + 3 * interquartile
+    range), but at least four times the third quartile. With few examples nothing is an outlier.
     """
     if len(lengths) < MIN_EXAMPLES_FOR_OUTLIERS:
         return int(np.iinfo(np.int32).max)
@@ -58,14 +58,14 @@ def length_outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
 
 
 def make_encoding_problem_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
-    """One row for each line that was not tokenised."""
+    """Build a frame with one row for each line that could not be tokenized."""
     schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.String}
     frame = pl.DataFrame(facts.problems, schema=schema, orient="row")
     return frame.with_columns(file=pl.lit(file))
 
 
 def make_doubt_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
-    """One row for each doubt, at the first line that it is about."""
+    """Build a frame with one row for each kind of doubt, at the first line that has it."""
     rows = [(line, *doubt, count) for doubt, (line, count) in facts.doubts.items()]
     schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.String, "rows": pl.Int64}
     return pl.DataFrame(rows, schema=schema, orient="row").with_columns(file=pl.lit(file))

@@ -1,6 +1,7 @@
-"""Files that are not JSONL -> lines of JSON, each with a number that a person can find it by.
+"""Read files that are not JSONL as lines of JSON, each with a number to find it by.
 
-Reads to the first damage and says where that is; whether a line is an example is judged later.
+A damaged file is read up to the damage, which is reported with its position. Whether a line is a
+valid example is decided later.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _LINE_ENDS_TO_SPACES = str.maketrans("\n\r", "  ")  # in valid JSON they stand b
 
 
 class NumberedLine(NamedTuple):
-    """One line of JSON, or an empty one and the check that it failed with its message."""
+    """One line of JSON with its number; for an invalid line it is empty, with check and message."""
 
     number: int
     line: bytes
@@ -48,9 +49,10 @@ class NumberedLine(NamedTuple):
 
 
 class RestOfFileUnreadable(Exception):
-    """A file that cannot be read any further: from which number on, and why."""
+    """A file that cannot be read further: from which number on, and why."""
 
     def __init__(self, number: int, message: str) -> None:
+        """Create the error from the first number that cannot be read, and the reason."""
         super().__init__(message)
         self.number = number
         self.message = message
@@ -59,9 +61,11 @@ class RestOfFileUnreadable(Exception):
 def limit_expansion(
     lines: Iterable[NumberedLine], file_size: int, *, is_packed: bool
 ) -> Iterator[NumberedLine]:
-    """Yield lines of a file of so many bytes; RestOfFileUnreadable at more than they account for.
+    """Yield the lines of a file; RestOfFileUnreadable if there are too many for the file's size.
 
-    Text that is not packed has its lines in itself; a header may still make each of them longer.
+    file_size: in bytes.
+    is_packed: whether the file is compressed. A text that is not packed cannot have too many lines,
+        but a table's header may make each of them too long.
     """
     bytes_left = _BYTES_ALWAYS_ALLOWED + MAX_EXPANSION_FACTOR * file_size
     lines_left = _LINES_ALWAYS_ALLOWED + file_size // MIN_PACKED_BYTES_PER_LINE
@@ -78,7 +82,7 @@ def limit_expansion(
 
 
 def is_utf16(path: Path) -> bool:
-    """Whether a file, unpacked, begins with the byte-order mark of UTF-16."""
+    """Return whether a file's content, unpacked, begins with the byte-order mark of UTF-16."""
     with suppress(EOFError, gzip.BadGzipFile, zlib.error), _open_bytes(path) as file:
         return file.read(2) in _UTF16_MARKS
     return False
@@ -86,7 +90,7 @@ def is_utf16(path: Path) -> bool:
 
 @contextmanager
 def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The content of a file, unpacked where its name ends in .gz."""
+    """Open a file's content, unpacked if its name ends in .gz."""
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _size):
         if path.suffix.lower() == ".gz":
             with gzip.GzipFile(fileobj=file) as unpacked:
@@ -96,7 +100,7 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
-    """The lines of a file; RestOfFileUnreadable at one that is too long to be held, or damaged."""
+    """Yield the lines of a file; RestOfFileUnreadable at one that is too long or damaged."""
     number = 0
     while True:
         number += 1
@@ -118,25 +122,25 @@ def _read_bounded_lines(file: IO[AnyStr]) -> Iterator[AnyStr]:
 
 
 def read_gzip_jsonl(path: Path) -> Iterator[NumberedLine]:
-    """Yield the lines of a .jsonl.gz as they are."""
+    """Yield the lines of a .jsonl.gz."""
     with _open_bytes(path) as file:
         for number, line in enumerate(_read_bounded_lines(file), start=1):
             yield NumberedLine(number, line.removesuffix(b"\n"))
 
 
 def read_utf16_jsonl(path: Path) -> Iterator[NumberedLine]:
-    """Yield the lines of a .jsonl or .jsonl.gz in UTF-16, as UTF-8."""
+    """Yield the lines of a .jsonl or .jsonl.gz in UTF-16, converted to UTF-8."""
     with _open_text(path, "utf-16", newline="\n") as file:
         for number, line in enumerate(_read_bounded_lines(file), start=1):
             yield NumberedLine(number, line.removesuffix("\n").encode())
 
 
 def find_start_of_too_long_line(path: Path) -> int | None:
-    """Where the first line of more than MAX_LINE_BYTES begins in a file of lines, else None.
+    """Return the byte where the first line of more than MAX_LINE_BYTES begins; None without one.
 
-    From a line's start the last line end within that many bytes is looked for, from their end: all
-    lines before it are short enough, and mostly one small piece is read. A hole of a sparse file is
-    such a line.
+    From the start of a line, the last line end within MAX_LINE_BYTES is searched backwards; all
+    lines before it are short enough, so mostly one small piece is read. A hole of a sparse file
+    counts as a too long line.
     """
     start = 0
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
@@ -149,7 +153,10 @@ def find_start_of_too_long_line(path: Path) -> int | None:
 
 
 def _last_line_end(file: Any, begin: int, end: int) -> int | None:
-    """The place of the last line end in a range of bytes, or None."""
+    """Return the position of the last line end in a range of bytes; None without one.
+
+    file: an open binary file. begin, end: the range of bytes to search.
+    """
     while end > begin:
         first = max(begin, end - _CHUNK_BYTES)
         file.seek(first)
@@ -161,7 +168,10 @@ def _last_line_end(file: Any, begin: int, end: int) -> int | None:
 
 
 def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
-    """Yield the lines of a .jsonl up to the byte where one begins that is too long."""
+    """Yield the lines of a .jsonl up to the byte where a too long line begins.
+
+    At the end RestOfFileUnreadable is raised for that line.
+    """
     number = 1
     with open_regular(path, UNBOUNDED, follow_links=True) as (raw, _), BufferedReader(raw) as file:
         while file.tell() < end:
@@ -171,7 +181,10 @@ def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
 
 
 def read_json_array(path: Path) -> Iterator[NumberedLine]:
-    """Yield the elements of a .json file, which is one array; all of it is held in memory."""
+    """Yield the elements of a .json file with one array; the whole file is held in memory.
+
+    Raises RestOfFileUnreadable at the first element that is not valid JSON.
+    """
     raw = read_regular(path, follow_links=True)
     encoding = "UTF-16" if raw.startswith(_UTF16_MARKS) else "UTF-8"
     try:
@@ -209,11 +222,18 @@ def read_json_array(path: Path) -> Iterator[NumberedLine]:
 
 
 def _skip_space(text: str, position: int) -> int:
+    """Return the position of the next character that is no JSON white space."""
     match = _NON_SPACE_PATTERN.search(text, position)
     return match.start() if match else len(text)
 
 
 def _find_element_end(decoder: json.JSONDecoder, text: str, start: int, number: int) -> int:
+    """Return the position after an array's element.
+
+    start: the position of the element in `text`. number: its number in the array, for the message.
+
+    Raises RestOfFileUnreadable if it is not valid JSON.
+    """
     try:
         return decoder.raw_decode(text, start)[1]
     except json.JSONDecodeError as error:
@@ -229,15 +249,16 @@ def _find_element_end(decoder: json.JSONDecoder, text: str, start: int, number: 
 
 
 def _describe_position(text: str, position: int) -> str:
+    """Describe a position in a text as line and column."""
     line = text.count("\n", 0, position) + 1
     return f"line {line} column {position - text.rfind(chr(10), 0, position)}"
 
 
 def find_csv_delimiter(path: Path) -> str:
-    """The delimiter by which most of a table's records have as many cells as its header.
+    """Return the delimiter with which most of a table's records have as many cells as its header.
 
-    Its first MiB is looked at. A comma where none makes several cells of the header, or all do
-    alike. What is damaged in the file is for `read_csv` to say.
+    The first MiB is examined. A comma if no delimiter gives the header several cells, or several
+    fit equally well. Damage is reported later by `read_csv`.
     """
     with _open_table(path) as file:
         lines: list[str] = []
@@ -252,7 +273,10 @@ def find_csv_delimiter(path: Path) -> str:
 
 
 def _count_fitting_records(lines: list[str], delimiter: str) -> int:
-    """How many records have as many cells as the first, and several."""
+    """Count the records with as many cells as the first, which must have several.
+
+    lines: the first lines of a table.
+    """
     sizes: list[int] = []
     with suppress(csv.Error):  # such as quotes that do not end where this delimiter ends a cell
         sizes.extend(map(len, csv.reader(lines, delimiter=delimiter, strict=True)))
@@ -260,7 +284,12 @@ def _count_fitting_records(lines: list[str], delimiter: str) -> int:
 
 
 def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[NumberedLine]:
-    """Yield the records of a table; its first names the columns, and quotes must be balanced."""
+    """Yield the records of a CSV table as JSON objects; the first record names the columns.
+
+    json_keys: columns whose cells contain JSON.
+
+    Raises RestOfFileUnreadable at a damaged record, such as one with unbalanced quotes.
+    """
     with _open_table(path) as file:
         reader = csv.reader(_read_bounded_lines(file), delimiter=delimiter, strict=True)
         columns = _read_csv_header(reader)
@@ -283,11 +312,16 @@ def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[
 def _open_text(
     path: Path, encoding: str, newline: str, errors: str = "strict"
 ) -> Iterator[TextIOWrapper]:
+    """Open a file as text, unpacked if its name ends in .gz.
+
+    encoding, newline, errors: as in the built-in `open`.
+    """
     with _open_bytes(path) as raw, TextIOWrapper(raw, encoding, errors, newline) as file:
         yield file
 
 
 def _open_table(path: Path) -> AbstractContextManager[TextIOWrapper]:
+    """Open a CSV file as text, in UTF-8 or UTF-16."""
     csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
     if is_utf16(path):
         return _open_text(path, "utf-16", newline="")
@@ -295,6 +329,7 @@ def _open_table(path: Path) -> AbstractContextManager[TextIOWrapper]:
 
 
 def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
+    """Read the column names; RestOfFileUnreadable if they are missing or not unique."""
     try:
         columns = next(reader, None)
     except csv.Error as error:
@@ -314,6 +349,10 @@ def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
 def _csv_cells_to_json_line(
     columns: list[str], cells: list[str], json_keys: frozenset[str]
 ) -> tuple[bytes, tuple[str, str] | None]:
+    """Convert a record's cells to a JSON line; for an invalid record return check and message.
+
+    columns: the names of the columns. json_keys: the columns whose cells contain JSON.
+    """
     if not cells or (len(cells) > 1 and not any(map(str.strip, cells))):
         return b"", None  # as spreadsheets write rows that are empty
     if len(cells) != len(columns):
@@ -340,7 +379,7 @@ def _csv_cells_to_json_line(
 
 
 def read_parquet(path: Path) -> Iterator[NumberedLine]:
-    """Yield the rows of a .parquet; a list or a struct becomes a JSON array or object."""
+    """Yield the rows of a .parquet as JSON; lists and structs become JSON arrays and objects."""
     import polars as pl  # takes half a second; no other format needs it
 
     number = 0
@@ -358,10 +397,12 @@ def read_parquet(path: Path) -> Iterator[NumberedLine]:
 
 
 def row_to_json_line(row: dict[str, Any]) -> bytes:
-    """A row of a table as a line of JSON; what JSON does not know, such as a time, as its text.
+    """Convert a table row to a JSON line.
 
-    Bytes become an object, for they are no text, and NaN, with which tables mark what is missing,
-    and infinity become null.
+    A value unknown to JSON, such as a time, becomes its text.
+
+    Bytes become an object, since they are no text; NaN, with which tables mark missing values, and
+    infinity become null.
     """
     try:
         return _as_json(row).encode()
@@ -370,6 +411,7 @@ def row_to_json_line(row: dict[str, Any]) -> bytes:
 
 
 def _to_json_value(value: object) -> object:
+    """Convert a value that JSON does not know to an object (bytes) or its text."""
     return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
 
 
@@ -377,4 +419,5 @@ _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_to_jso
 
 
 def _too_long_line_message() -> str:
+    """Return the message for a line of more than MAX_LINE_BYTES."""
     return f"the line is longer than {MAX_LINE_BYTES:,} bytes"

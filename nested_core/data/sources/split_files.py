@@ -1,7 +1,7 @@
-"""The splits of a data set, each as a file of JSON lines, so that all else reads one format.
+"""The splits of a data set, each as a file of JSON lines, so that all other code reads one format.
 
-A .jsonl file in UTF-8 is read where it lies; any other, and several files of one split, are turned
-into one in a folder of the caller's.
+A .jsonl file in UTF-8 is read in place; any other, and several files of one split, are converted to
+one file in a temporary folder.
 """
 
 from __future__ import annotations
@@ -60,11 +60,13 @@ _MAX_SHOWN_PARTS = 2
 
 @dataclass(frozen=True, eq=False)
 class SplitFile:
-    """One split: its name in findings, its lines of JSON, and the number that each has for people.
+    """One split as a file of JSON lines, with the number of each line in its original file.
 
-    The number is the line of a .jsonl or .jsonl.gz, the line of a table that a record begins in,
-    the element of a .json array and the row of a .parquet or of a hub's data set, all from 1. Of
-    several files it is counted through; `parts` tell the file, and the number in it.
+    name: the split's name in findings.
+    numbers: the original number of each line, from 1: the line of a .jsonl or .jsonl.gz, the line
+        of a table at which a record begins, the element of a .json array, the row of a .parquet or
+        of a hub data set. In a split of several files it counts through all of them; `parts`
+        translates it.
     """
 
     name: str
@@ -75,18 +77,20 @@ class SplitFile:
     delimiters: tuple[str, ...] = ()  # of tables: commas, semicolons ...
 
     def physical_lines_of(self, numbers: set[int]) -> set[int]:
-        """The lines of `path`, from 1, that have these numbers."""
+        """Return the lines of `path`, from 1, that have these original numbers."""
         if self.numbers is None:
             return numbers
         return set((np.searchsorted(self.numbers, sorted(numbers)) + 1).tolist())
 
     def number_of(self, line: int) -> int:
-        """The number of a line of `path`, from 1."""
+        """Return the original number of a line of `path`, from 1."""
         return line if self.numbers is None else int(self.numbers[line - 1])
 
 
 def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
-    """The splits that the data set has, made into JSON lines in `spool` unless they are.
+    """Return the existing splits of a data set, converted to JSON lines if necessary.
+
+    spool: a folder for converted files.
 
     Raises ConfigError if there is no such data set, or two files for one split; and OSError.
     """
@@ -108,7 +112,10 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
 
 
 def _find_split_files(data: str) -> dict[str, list[Path]]:
-    """The files of each split that there is: of a folder by their names, else all are of train."""
+    """Return the files of each split: in a folder by their names.
+
+    If `data` is a file or a pattern of files, all of them are train.
+    """
     folder = Path(data)
     if not folder.is_dir():
         names = sorted(glob(data, recursive=True)) if not folder.is_file() else [data]
@@ -132,7 +139,10 @@ def _find_split_files(data: str) -> dict[str, list[Path]]:
 
 
 def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
-    """What the room hub gives, as files; ConfigError names it where it is not there."""
+    """Return the splits of a hub data set as files.
+
+    Raises ConfigError if the room hub is not installed.
+    """
     tables = seams.load_only("hub_tables", key)(settings)
     return {
         split: _write_split_lines(name, lines, spool / f"{split}.jsonl")
@@ -141,7 +151,10 @@ def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str,
 
 
 def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> SplitFile:
-    """The files of one split as one, in their order."""
+    """Return the files of one split as one file, concatenated in order.
+
+    spool: a folder for converted files.
+    """
     if len(paths) == 1:
         return _open_file(paths[0], settings, spool)
     are_told_by_name = len({path.name for path in paths}) == len(paths)
@@ -156,13 +169,14 @@ def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> S
         for name, path in zip(names, paths, strict=True):
             part = _open_file(path, settings, spool)
             lines = _append_lines(part.path, file)
-            own = np.arange(1, lines + 1, dtype=np.int32) if part.numbers is None else part.numbers
+            counted = np.arange(1, lines + 1, dtype=np.int32)
+            part_numbers = counted if part.numbers is None else part.numbers
             parts.append(FilePart(name, numbers_before))
-            numbers.append(own + np.int32(numbers_before))
+            numbers.append(part_numbers + np.int32(numbers_before))
             problems |= {line + lines_before: problem for line, problem in part.problems.items()}
             delimiters |= dict.fromkeys(part.delimiters)
             lines_before += lines
-            numbers_before += int(own[-1]) if lines else 0
+            numbers_before += int(part_numbers[-1]) if lines else 0
             if part.path.parent == spool:
                 part.path.unlink()
     shown = " + ".join(names[:_MAX_SHOWN_PARTS])
@@ -173,7 +187,7 @@ def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> S
 
 
 def _append_lines(path: Path, file: IO[bytes]) -> int:
-    """Append a file of lines, without its byte-order mark; returns how many lines it has."""
+    """Append a file of lines without its byte-order mark; return its number of lines."""
     lines = 0
     last = b"\n"
     with open_regular(path, UNBOUNDED, follow_links=True) as (part, _):
@@ -190,6 +204,7 @@ def _append_lines(path: Path, file: IO[bytes]) -> int:
 
 
 def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
+    """Return a split of one file, converted to JSON lines if necessary."""
     spooled = spool / f"{path.name}.jsonl"
     if not path.is_file():  # a pipe would be waited for without end
         return _make_split_of_unreadable_path(path, spooled)
@@ -223,7 +238,7 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
 
 
 def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
-    """A split of one empty line, whose problem says what stands in the place of a file."""
+    """Return a split with one empty line, whose problem says what is there instead of a file."""
     what = "a folder" if path.is_dir() else "a pipe, a device or a socket"
     what = what if path.exists() else "a link that leads nowhere"
     spooled.write_bytes(b"\n")
@@ -232,7 +247,7 @@ def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
 
 
 def _write_split_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:
-    """Write the lines of a split to `path`; damage becomes the last of them."""
+    """Write the lines of a split to `path`; damage becomes the problem of its last line."""
     numbers = array("i")
     problems: dict[int, tuple[str, str]] = {}
     with path.open("wb") as spooled:

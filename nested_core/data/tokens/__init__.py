@@ -1,8 +1,8 @@
-"""Examples as tokens: what mlx-lm makes of each, computed on all cores, kept in mapped files.
+"""Tokenized examples: computed as mlx-lm does, on all cores, and kept in memory-mapped files.
 
-example_encoding makes the tokens and target spans of one example, parallel_tokenization those of
-all splits. shown_texts looks for the texts of a row in what the chat template renders, and
-control_tokens for control tokens in them. tokenized_split is the result in memory and on disk, and
-as shown to a person. template_time_limit bounds what a chat template may take, and tokenizer_source
-names a tokenizer for another process.
+example_encoding tokenizes one example and finds its target spans; parallel_tokenization does all
+splits. shown_texts checks that a row's texts are in what the chat template renders, and
+control_tokens looks for control tokens in them. tokenized_split is the result in memory and on
+disk, and as displayed to a person. template_time_limit limits the time of a chat template, and
+tokenizer_source names a tokenizer for another process.
 """

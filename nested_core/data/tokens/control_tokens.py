@@ -1,6 +1,6 @@
-"""Control tokens where a row has text: forged turns, doubled ends, tokens of other models.
+"""Find control tokens in the text of rows: forged turns, doubled ends, tokens of other models.
 
-A tokenizer reads the text of a control token as that token, wherever it stands.
+A tokenizer reads the text of a control token as that token, wherever it is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OTHER_MARKUP = ("think_start", "think_end", "tool_call_start", "tool_call_end")
 
 
 class _ControlTokens(NamedTuple):
-    """The texts of a tokenizer's control tokens, and the pattern of those and foreign ones."""
+    """The texts of a tokenizer's control tokens, and a pattern of these and of foreign ones."""
 
     texts: frozenset[str]
     pattern: re.Pattern[str]
@@ -42,7 +42,10 @@ class _ControlTokens(NamedTuple):
 
 @lru_cache(maxsize=4)
 def _control_tokens_of(tokenizer: Any) -> _ControlTokens:
-    """Special tokens, and what the chat template puts around turns; not marks of thoughts."""
+    """Return the tokenizer's control tokens: special ones, and the chat template's around turns.
+
+    Markers of thoughts and tool calls are not included.
+    """
     example = chat_template_of(tokenizer).example
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     markup = {getattr(tokenizer, name, None) for name in _OTHER_MARKUP}
@@ -56,12 +59,12 @@ def _control_tokens_of(tokenizer: Any) -> _ControlTokens:
 
 
 def has_control_token(texts: Sequence[str], tokenizer: Any) -> bool:
-    """Whether a control token is in a text, of this tokenizer or of others."""
+    """Return whether a text has a control token, of this tokenizer or of another model."""
     return _control_tokens_of(tokenizer).pattern.search("\0".join(texts)) is not None
 
 
 def note_control_tokens(texts: Sequence[RowText], tokenizer: Any) -> list[Note]:
-    """A warning for each control token in a text, of this tokenizer or of others."""
+    """Return a warning for each control token in a text, of this tokenizer or of another model."""
     notes: list[Note] = []
     tokens = _control_tokens_of(tokenizer)
     if not has_control_token([text.spellings[0] for text in texts], tokenizer):
@@ -81,6 +84,10 @@ def note_control_tokens(texts: Sequence[RowText], tokenizer: Any) -> list[Note]:
 
 
 def _note_foreign_token(word: str, where: str) -> Note:
+    """Build the warning for a control token of another model.
+
+    word: the token's text. where: the texts that have it, for the message.
+    """
     return Note(
         "warning",
         FOREIGN_CHECK,
@@ -94,7 +101,10 @@ def note_taken_ends(
     prepared: Sequence[Mapping[str, Any]],
     template: ChatTemplate,
 ) -> list[Note]:
-    """A warning for each end-of-sequence text that was taken from the end of answers."""
+    """Return a warning for each end-of-sequence text that was removed from the end of answers.
+
+    messages: the row's turns; prepared: the turns given to the template.
+    """
     taken = [
         before["content"][len(after["content"]) :]
         for before, after in zip(messages, prepared, strict=True)
@@ -113,7 +123,10 @@ def note_taken_ends(
 
 
 def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Any) -> tuple[Note, ...]:
-    """The warnings for a row of plain text, which may be a conversation with its control tokens."""
+    """Return warnings for a plain text: doubled start or end tokens, and foreign control tokens.
+
+    tokens: the tokens of the text.
+    """
     notes = []
     start = getattr(tokenizer, "bos_token_id", None)
     if start is not None and list(tokens[:2]) == [start, start]:
@@ -124,13 +137,17 @@ def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Any) -> tup
     if end and _ends_in_two_ends(text, tokens, tokenizer):
         message = f"{end} after texts that end already: mlx-lm adds it. End the texts with it alone"
         notes.append(Note("warning", DOUBLED_CHECK, message))
-    own = _control_tokens_of(tokenizer)
-    foreign = dict.fromkeys(word for word in own.pattern.findall(text) if word not in own.texts)
+    control = _control_tokens_of(tokenizer)
+    words = control.pattern.findall(text)
+    foreign = dict.fromkeys(word for word in words if word not in control.texts)
     return (*notes, *(_note_foreign_token(word, "texts") for word in foreign))
 
 
 def _ends_in_two_ends(text: str, tokens: Sequence[int], tokenizer: Any) -> bool:
-    """Whether the end that a text has is followed by another one, with or without white space."""
+    """Return whether the text has an end token of its own before the one that is appended.
+
+    tokens: the tokens of the text, with the end that is appended.
+    """
     stripped = text.rstrip()
     if not stripped.endswith(list_end_texts(tokenizer)):
         return False

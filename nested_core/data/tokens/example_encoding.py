@@ -1,6 +1,6 @@
-"""One example -> the tokens that mlx-lm makes of it, and the spans of them that the loss counts.
+"""Tokenize one example as mlx-lm does, and find the token spans that the loss counts.
 
-Truncates nothing and judges nothing: a template that rewrites earlier turns is only noted.
+Nothing is truncated or rejected; a template that rewrites earlier turns is only recorded.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ _GENERATION_PROMPT_ARGUMENT = {"add_generation_prompt": True}
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """One example before truncation.
+    """One tokenized example before truncation.
 
-    spans: the ranges [begin, end) of tokens that the loss counts, ascending; broken_turn: the index
-    of the first message whose prompt, as templated, does not begin the whole templated example,
-    else -1; notes: what of the row is not in the tokens, or is there as something else;
-    is_whole: whether it means something else once its end is cut off, so that it is not cut.
+    spans: the token ranges [begin, end) that the loss counts, ascending.
+    broken_turn: the index of the first message whose templated prompt is not a prefix of the whole
+        templated example; -1 if all are.
+    notes: what of the row is missing in the tokens, or is read as something else.
+    is_whole: whether the example must not be truncated, since it would then mean something else.
     """
 
     tokens: list[int]
@@ -45,19 +46,21 @@ class EncodedExample:
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer can turn messages into tokens (mlx_lm's wrapper, or a plain one)."""
+    """Return whether a tokenizer (mlx_lm's wrapper, or a plain one) has a chat template."""
     if hasattr(tokenizer, "has_chat_template"):
         return bool(tokenizer.has_chat_template)
     return getattr(tokenizer, "chat_template", None) is not None
 
 
 def encode_example(example: Example, tokenizer: Any, targets: Targets) -> EncodedExample:
-    """Tokens as in mlx_lm/tuner/datasets.py; raises what the template raises.
+    """Tokenize an example as mlx_lm/tuner/datasets.py does, with the spans that the loss counts.
 
-    `last` starts where mlx-lm's prompt mask ends. `all` runs, for each assistant turn, from the end
-    of the templated turns before it to the end of the templated turns up to it. A turn that is
-    marked as not to be learnt is in no span; under `last` the caller sees that the last one is not.
-    Turns are prepared for the template first: see ChatTemplate.
+    targets: `last` starts where mlx-lm's prompt mask ends. `all` covers each assistant turn, from
+        the end of the templated turns before it to the end of the templated turns up to it. A turn
+        marked as not to be learnt is in no span; under `last` the caller must check that the last
+        one is learnt.
+
+    Turns are prepared for the template first (ChatTemplate). Raises what the template raises.
     """
     kind = find_row_format(example.format)
     if kind.encode is not None:
@@ -79,6 +82,7 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
 
 
 def _encode_text(text: str, tokenizer: Any) -> list[int]:
+    """Tokenize a plain text and append the end-of-sequence token if it is missing."""
     tokens = list(tokenizer.encode(text))
     end = tokenizer.eos_token_id
     if end is not None and (not tokens or tokens[-1] != end):
@@ -87,6 +91,7 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
 
 
 def _supervise_last_turn(example: Example, templated: _TemplatedExample) -> EncodedExample:
+    """Return the example with a span over its last turn."""
     tokens = templated.tokens
     last = len(example.messages) - 1
     prompt = _GENERATION_PROMPT_ARGUMENT if example.messages[last]["role"] == "assistant" else {}
@@ -97,6 +102,7 @@ def _supervise_last_turn(example: Example, templated: _TemplatedExample) -> Enco
 
 
 def _supervise_all_turns(example: Example, templated: _TemplatedExample) -> EncodedExample:
+    """Return the example with a span over each learnt assistant turn."""
     turns = [turn for turn, one in enumerate(example.messages) if one["role"] == "assistant"]
     learnt = [turn for turn in turns if turn not in example.masked]
     spans, broken_turn = _locate_turns(example, templated, learnt)
@@ -106,6 +112,7 @@ def _supervise_all_turns(example: Example, templated: _TemplatedExample) -> Enco
 def _supervise_whole_but_masked_turns(
     example: Example, templated: _TemplatedExample
 ) -> EncodedExample:
+    """Return the example with spans over everything except the turns not to be learnt."""
     tokens = templated.tokens
     masked, broken_turn = _locate_turns(example, templated, sorted(example.masked))
     edges = [0, *chain.from_iterable(masked), len(tokens)]
@@ -116,10 +123,10 @@ def _supervise_whole_but_masked_turns(
 def _locate_turns(
     example: Example, templated: _TemplatedExample, turns: Sequence[int]
 ) -> tuple[list[Span], int]:
-    """The tokens of each of these turns, up to the first that cannot be told, and which that is.
+    """Return the token span of each of these turns, and the first turn that cannot be located.
 
-    The tokens of an answer begin after what the template puts before it; those of the first turn
-    with the first token. The second value is -1 where all turns can be told.
+    The span of an answer begins after what the template puts before it. Locating stops at the first
+    turn that cannot be located; the second value is -1 if all can.
     """
     tokens = templated.tokens
     spans: list[Span] = []
@@ -136,15 +143,16 @@ def _locate_turns(
 
 
 class _TemplatedExample:
-    """The text and tokens of a templated example, and how many tokens its first turns make.
+    """A templated example's text and tokens, and how many tokens its first turns take.
 
-    The first turns, templated and tokenised by themselves, must give the first tokens of the whole.
-    To tokenise each beginning anew is quadratic in the turns. So their texts are looked up among
-    the places at which tokens of the whole end. An added token, such as <|end|>, splits a text into
-    parts that are tokenised independently: only what follows the last one needs to be compared.
+    The first turns, templated and tokenized by themselves, must give the first tokens of the whole.
+    Tokenizing each prefix anew is quadratic in the turns, so their texts are looked up among the
+    positions at which tokens of the whole end. An added token, such as <|end|>, splits a text into
+    parts that are tokenized independently, so only what follows the last one is compared.
     """
 
     def __init__(self, example: Example, tokenizer: Any) -> None:
+        """Render and tokenize the example with the tokenizer's chat template."""
         self._example = example
         self._tokenizer = tokenizer
         self._template = chat_template_of(tokenizer)
@@ -160,9 +168,10 @@ class _TemplatedExample:
         self.tokens = self._encoded["input_ids"]
 
     def list_notes(self, targets: Targets, broken_turn: int) -> tuple[Note, ...]:
-        """What of the row the template leaves out, or the tokenizer takes for control tokens.
+        """Return notes on what the template leaves out, and on control tokens in the text.
 
-        What a turn that is broken leaves out is not asked: the row is refused for that turn.
+        If a turn is broken, missing texts are not looked for, since the row is refused for that
+        turn.
         """
         example = self._example
         if example.is_plain and self._messages == example.messages:
@@ -178,17 +187,23 @@ class _TemplatedExample:
 
     @cached_property
     def _offsets(self) -> list[tuple[int, int]]:
-        """Where each token begins and ends in the text, in characters; of a fast tokenizer."""
+        """Start and end of each token in the text, in characters.
+
+        Empty without a fast tokenizer.
+        """
         is_located = self._encoded is not None and self._encoded.is_fast
         return self._encoded.encodings[0].offsets if is_located else []
 
     @cached_property
     def _counts(self) -> dict[int, int]:
-        """The number of tokens up to each place in the text at which a token ends."""
+        """The number of tokens up to each character position at which a token ends."""
         return {end: count for count, (_, end) in enumerate(self._offsets, start=1)}
 
     def prefix_length(self, turns: int, **more: Any) -> int | None:
-        """How many tokens the first turns make; None if they do not begin the whole."""
+        """Return how many tokens the first turns take.
+
+        Returns None if they are not a prefix of the whole.
+        """
         if (
             self._offsets
             and (count := self._count_tokens_of_prefix(self._render_first_turns(turns, **more)))
@@ -199,7 +214,10 @@ class _TemplatedExample:
         return len(prefix) if self.tokens[: len(prefix)] == prefix else None
 
     def _count_tokens_of_prefix(self, prefix: str) -> int | None:
-        """As `prefix_length`, from the places of the tokens; None if these do not tell."""
+        """Return how many tokens a prefix of the text takes, by token offsets.
+
+        Returns None if undecided.
+        """
         count = self._counts.get(len(prefix))
         if count is None or not self._text.startswith(prefix):
             return None
@@ -212,15 +230,16 @@ class _TemplatedExample:
         return count if encoding.ids == self.tokens[last:count] else None
 
     def tokenize_first_turns(self, turns: int, **more: Any) -> list[int]:
-        """The tokens of the first turns by themselves."""
+        """Tokenize the first turns by themselves."""
         return self._template.tokenize(self._messages[:turns], self._example.tools, **more)
 
     def _render_first_turns(self, turns: int, **more: Any) -> str:
+        """Render the text of the first turns by themselves."""
         return self._template.render(self._messages[:turns], self._example.tools, **more)
 
 
 @lru_cache(maxsize=2)
 def _added_token_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that are found in a text before it is normalised and split."""
+    """Return the ids of added tokens that split a text before it is normalized."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(token for token, description in added if not description.normalized)

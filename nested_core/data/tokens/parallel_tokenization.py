@@ -1,7 +1,7 @@
-"""The sound lines of all splits -> their tokens on disk, and the facts that the token rules judge.
+"""Tokenize the valid lines of all splits to files on disk, and collect facts for the token rules.
 
-Truncates as mlx-lm does, counts what that costs, and puts no pad token into the target mask. Ranges
-of lines are jobs for all cores; the result is the same in any number of processes.
+It truncates as mlx-lm does, and counts what is lost; no pad token gets into the target mask. Ranges
+of lines are jobs for all cores; the result does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -61,11 +61,12 @@ EXAMPLE_FACTS_DTYPE = np.dtype(
 
 @dataclass(frozen=True, eq=False)
 class TokenFacts:
-    """What the token rules need to know of a split; lines are the numbers that a person knows.
+    """What the token rules need to know about a split; lines are original line numbers.
 
-    examples: a record of EXAMPLE_FACTS_DTYPE for each example; problems: (line, check, message) for
-    each line that was not tokenised; overlong: the lines left out for their length; doubts: by
-    (check, message), the first line that is doubtful so and how many are.
+    examples: a record of EXAMPLE_FACTS_DTYPE for each example.
+    problems: (line, check, message) for each line that could not be tokenized.
+    overlong: the lines left out for their length.
+    doubts: by (check, message), the first line with this doubt and the number of lines.
     """
 
     examples: npt.NDArray[np.void]
@@ -76,9 +77,9 @@ class TokenFacts:
 
 @dataclass(frozen=True, eq=False)
 class LinesToTokenize:
-    """The lines of one split that are to be tokenised: all but the blank ones and those to skip.
+    """The lines of one split to be tokenized: all but blank ones and those in `skip`.
 
-    skip: lines by the numbers that a person knows them by.
+    skip: original line numbers.
     """
 
     source: SplitFile
@@ -94,12 +95,13 @@ def tokenize_splits(
     processes: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, TokenFacts]:
-    """Write the tokens of each split into a folder that exists; return the facts of each.
+    """Write the tokens of each split to files in an existing folder; return facts about each.
 
-    Every example is cut to `max_seq_length` tokens, as mlx-lm does when it makes a batch. A line
-    is left out if the chat template raises for it or it has more characters than any token count
-    accounts for, and an overlong one if data_policy says so.
-    `processes` None: one a core, if there is enough to tokenise.
+    Every example is cut to `max_seq_length` tokens, as mlx-lm does in a batch. A line is left out
+    if the chat template raises for it, if it has too many characters, or if it is too long and
+    data_policy drops such lines.
+
+    processes: None for one a core, if there is enough to tokenize.
     """
     shared = {
         "job": TOKENIZATION_JOB,
@@ -120,6 +122,7 @@ def tokenize_splits(
         processes = 1 if size < MIN_BYTES_FOR_WORKERS else parallel_jobs.count_usable_cores()
 
     def report_progress(done: int) -> None:
+        """Report how many ranges of lines have been tokenized."""
         if on_progress is not None:
             on_progress("tokenising", done, len(ranges))
 
@@ -137,7 +140,7 @@ def tokenize_splits(
 
 
 def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[str, Any]]:
-    """What each job on a file reads, skips and writes; the lines before it are counted."""
+    """Yield the request of each job on a split: which lines it reads and skips, where it writes."""
     path = lines.source.path
     first_line = 1
     skip = sorted(lines.source.physical_lines_of(set(lines.skip)))
@@ -158,9 +161,10 @@ def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[st
 
 
 class _SplitJoiner:
-    """The parts of a split, put together in order; lines of the file become numbers for people."""
+    """Joins the results of a split's jobs in order, with line numbers of the original file."""
 
     def __init__(self, source: SplitFile, writer: SplitWriter) -> None:
+        """Create it without parts; `writer` receives the tokens."""
         self._source = source
         self._writer = writer
         self._examples = [np.zeros(0, EXAMPLE_FACTS_DTYPE)]
@@ -169,7 +173,7 @@ class _SplitJoiner:
         self._doubts: dict[tuple[str, str], tuple[int, int]] = {}
 
     def add_part(self, part: Path, answer: dict[str, Any]) -> None:
-        """Append what a job wrote under `part` and answered."""
+        """Append a job's results: the files with prefix `part`, and its answer."""
         examples = np.fromfile(_facts_path(part), EXAMPLE_FACTS_DTYPE)
         _facts_path(part).unlink()
         examples["line"] = self._original_line_numbers(examples["line"])
@@ -189,18 +193,19 @@ class _SplitJoiner:
             self._doubts[check, message] = first, before + count
 
     def _original_line_numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """Convert line numbers of the converted file to original ones."""
         indices = np.asarray(lines, np.int32)
         numbers = self._source.numbers
         return indices if numbers is None else numbers[indices - 1]
 
     def joined_facts(self) -> TokenFacts:
-        """The facts of all parts."""
+        """Return the facts of all parts."""
         examples = np.concatenate(self._examples)
         return TokenFacts(examples, self._problems, frozenset(self._overlong), self._doubts)
 
 
 def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
-    """The job: a range of lines as tokens, masks and facts in files; the answer names the rest."""
+    """Tokenize a range of lines; write tokens, masks and facts to files, return the problems."""
     source = TokenizerSource(**request["tokenizer"])
     end_tokens = end_token_ids(source.load())
     part = Path(request["part"])
@@ -218,6 +223,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     doubts: dict[tuple[str, str], list[int]] = {}  # the first line, and how many
     all_tokens = array("i")
     target_mask = bytearray()
+    # Each example is a problem, too long, or appended to the arrays
     for line, encoded in _encode_examples(examples, source, request):
         if isinstance(encoded, _EncodingProblem):
             if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
@@ -249,7 +255,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class _EncodingProblem(NamedTuple):
-    """Why an example was not tokenised: the name of the check and a sentence."""
+    """Why an example was not tokenized: the name of the check and a sentence."""
 
     check: str
     message: str
@@ -258,9 +264,11 @@ class _EncodingProblem(NamedTuple):
 def _encode_examples(
     examples: Iterable[tuple[int, Example]], source: TokenizerSource, request: Mapping[str, Any]
 ) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
-    """Each line's example as tokens, or why it has no tokens.
+    """Yield each line with its tokenized example, or why it could not be tokenized.
 
-    Raises ConfigError where the template does not come to an end.
+    examples: line numbers and parsed rows. request: the job's request.
+
+    Raises ConfigError if the template exceeds its time limit.
     """
     tokenizer = source.load()
     max_seq_length = request["max_seq_length"]
@@ -296,7 +304,10 @@ def _encode_examples(
 def _find_problem(
     encoded: EncodedExample, tokenizer: Any, request: Mapping[str, Any]
 ) -> _EncodingProblem | None:
-    """Why an example that has tokens is not to be trained on; None for a sound one."""
+    """Return why a tokenized example must not be trained on; None for a sound one.
+
+    request: the job's request.
+    """
     for note in encoded.notes:
         if note.severity == "error":
             return _EncodingProblem(note.check, note.message)
@@ -314,6 +325,10 @@ def _find_problem(
 
 
 def _row_too_long(characters: int, most: int, max_seq_length: int) -> _EncodingProblem:
+    """Build the problem of a row with too many characters.
+
+    most: how many characters are allowed.
+    """
     return _EncodingProblem(
         ROW_TOO_LONG_CHECK,
         f"{characters:,} characters, of which {max_seq_length:,} tokens (max_seq_length) would be "
@@ -323,11 +338,12 @@ def _row_too_long(characters: int, most: int, max_seq_length: int) -> _EncodingP
 
 
 def _facts_path(part: Path) -> Path:
+    """Return the path of a part's file of facts."""
     return part.with_name(f"{part.name}.facts")
 
 
 def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
-    """The spans within the first `length` tokens, without token 0, which nothing predicts."""
+    """Cut spans to the first `length` tokens, without token 0, which nothing predicts."""
     cut = [(max(begin, 1), min(end, length)) for begin, end in spans]
     return [(begin, end) for begin, end in cut if begin < end]
 
@@ -335,7 +351,10 @@ def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
 def _make_example_facts(
     encoded: EncodedExample, tokens: list[int], spans: list[Span], end_tokens: frozenset[int]
 ) -> tuple[int, int, int, int, int, bool]:
-    """The fields of EXAMPLE_FACTS_DTYPE after line; `tokens` are those within max_seq_length."""
+    """Return the fields of EXAMPLE_FACTS_DTYPE after `line`.
+
+    tokens, spans: after truncation to max_seq_length.
+    """
     answers = [tokens[begin:end] for begin, end in spans]
     sizes = [_tokens_before_eos(answer, end_tokens) for answer in answers]
     has_end = bool(sizes) and all(ends for _, ends in sizes)
@@ -352,8 +371,8 @@ def _make_example_facts(
 
 
 def _tokens_before_eos(tokens: list[int], end_tokens: frozenset[int]) -> tuple[int, bool]:
-    """The tokens before the last end-of-sequence token, or all; and whether there is one."""
-    for place in range(len(tokens) - 1, -1, -1):
-        if tokens[place] in end_tokens:
-            return place, True
+    """Return how many tokens precede the last end token (or all), and whether there is one."""
+    for index in range(len(tokens) - 1, -1, -1):
+        if tokens[index] in end_tokens:
+            return index, True
     return len(tokens), False

@@ -1,7 +1,7 @@
-"""The texts of a row, looked for in what the chat template renders of it.
+"""Check that the texts of a row are in what the chat template renders from it.
 
-A template reads the keys that its author thought of: tool calls, reasoning, a system turn or a name
-may be missing from the text without a word.
+A template reads only the keys that its author thought of: tool calls, reasoning, a system turn or a
+    name may be missing from the rendered text without an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ESCAPES_PATTERN = re.compile(r"""(?:\\(?:u[0-9a-fA-F]{4}|["'\\/bfnrt]))+""")
 
 
 class Note(NamedTuple):
-    """What is wrong or doubtful about one row, in words that are the same for rows alike."""
+    """A problem or doubt about one row, worded the same for all rows that have it."""
 
     severity: Severity
     check: str
@@ -32,9 +32,11 @@ class Note(NamedTuple):
 
 
 class RowText(NamedTuple):
-    """A text that the template is to show: of which turn (None: the tools), and under which key.
+    """A text of a row that the template should render.
 
-    spellings: how a template may write it; one, but for numbers, true, false and null.
+    turn: the index of its turn; None for a text of the tools.
+    key: the key that it is under.
+    spellings: how a template may write it: one, or several for numbers, true, false and null.
     """
 
     turn: int | None
@@ -44,10 +46,10 @@ class RowText(NamedTuple):
 
 
 def list_texts(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[RowText]:
-    """The texts of turns and tools that are more than white space.
+    """List the texts of turns and tools that are more than white space.
 
-    Of equal texts the first is the one that is found: what every template shows comes first, and
-    later turns before earlier ones, whose reasoning some templates leave out.
+    If equal texts are listed, the first one is matched first, so those that every template renders
+    come first, and later turns before earlier ones, whose reasoning some templates leave out.
     """
     texts: list[RowText] = []
     more: list[RowText] = []
@@ -63,6 +65,7 @@ def list_texts(messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list
 
 
 def _list_texts_of_other_keys(turn: int, message: Mapping[str, Any]) -> Iterator[RowText]:
+    """Yield the texts of a turn's other keys: tool calls, reasoning and name."""
     role = message["role"]
     for call in message.get("tool_calls") or ():
         function = call.get("function", call)
@@ -79,6 +82,7 @@ def _list_texts_of_other_keys(turn: int, message: Mapping[str, Any]) -> Iterator
 
 
 def _list_texts_of_tools(tools: Iterable[Mapping[str, Any]]) -> list[RowText]:
+    """List names and descriptions of the tools' functions."""
     functions = [tool.get("function", tool) for tool in tools]
     return [
         RowText(None, "", "tools", (text,))
@@ -89,7 +93,7 @@ def _list_texts_of_tools(tools: Iterable[Mapping[str, Any]]) -> list[RowText]:
 
 
 def _spell_leaves(value: Any) -> Iterator[tuple[str, ...]]:
-    """The texts, numbers and so on in a JSON value, as JSON and as Python write them."""
+    """Yield the spellings of each text, number and so on in a JSON value, in JSON and Python."""
     for leaf in iterate_scalars(value):
         if not isinstance(leaf, str):
             yield tuple(dict.fromkeys((json.dumps(leaf), str(leaf))))
@@ -100,7 +104,10 @@ def _spell_leaves(value: Any) -> Iterator[tuple[str, ...]]:
 def note_unshown_texts(
     texts: Sequence[RowText], rendered: str, example: Example, targets: Targets
 ) -> list[Note]:
-    """An error that names what is missing of supervised turns, and warnings for the rest."""
+    """Return an error for supervised texts that were not rendered, and warnings for others.
+
+    rendered: the text that the template rendered.
+    """
     notes = []
     last = len(example.messages) - 1
     errors: dict[str, str] = {}
@@ -128,6 +135,11 @@ def note_unshown_texts(
 
 
 def _describe_unshown(where: str, keys: Sequence[str], verb: str) -> str:
+    """Say which text the template does not render, and what to do about it.
+
+    where: the missing texts' places, for the message. keys: the keys that they are under.
+    verb: what the model would not do with them: see or learn.
+    """
     droppable = [key for key in keys if key in _KEYS_TO_DROP]
     remedy = "write it where the template shows it"
     if droppable == list(keys):
@@ -139,13 +151,13 @@ def _describe_unshown(where: str, keys: Sequence[str], verb: str) -> str:
 
 
 def shows_all(rendered: str, texts: Sequence[str]) -> bool:
-    """Whether each text is in the rendered text letter by letter, as often as the row has it."""
+    """Return whether each text is in the rendered text, as often as in the row."""
     joined = "\0".join(texts)
     return all([rendered.count(text) >= joined.count(text) for text in texts])
 
 
 def _find_unshown_texts(texts: Sequence[RowText], rendered: str) -> list[RowText]:
-    """Those that are not in the rendered text, each found as often as the row has it."""
+    """Return the texts that are missing in the rendered text, ignoring white space and escapes."""
     if shows_all(rendered, [text.spellings[0] for text in texts]):
         return []
     variants = {_fold(rendered), _fold(_unescape(rendered)), _fold(html.unescape(rendered))}
@@ -161,14 +173,15 @@ def _find_unshown_texts(texts: Sequence[RowText], rendered: str) -> list[RowText
 
 
 def _fold(text: str) -> str:
-    """The text without white space, which templates trim and indent."""
+    """Remove white space from a text, since templates trim and indent."""
     return "".join(text.split())
 
 
 def _unescape(text: str) -> str:
-    """The text with what JSON or Python escape in a string as it was."""
+    """Undo escapes of JSON and Python strings in a text."""
 
     def decode(match: re.Match[str]) -> str:
+        """Decode one run of escape sequences."""
         escaped = match[0].replace("\\'", "'")
         return str(json.loads(f'"{escaped}"'))
 

@@ -1,7 +1,7 @@
-"""A limit on the time that a chat template may take: a model's template is its author's program.
+"""A limit on the time that a chat template may take, since it is a program of the model's author.
 
-It may loop without end. A thread watches, and raises TemplateTooSlow in the one that renders.
-Python delivers that between two operations: loops end, and one long operation is finished first.
+It may loop endlessly. A watching thread raises TemplateTooSlow in the thread that renders. Python
+delivers it between two operations: loops end, but a single long operation is finished first.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ POLL_SECONDS = 0.25
 
 
 class TemplateTooSlow(BaseException):
-    """A chat template that took longer than its limit; no `except Exception` in it stops this."""
+    """A chat template exceeded its time limit; a BaseException, so the template cannot catch it."""
 
 
 class TemplateTimeLimit:
-    """Watches one thread, while a `with` block over `watching` runs in it."""
+    """Limits the time of the blocks of `watching` in the thread that created it."""
 
     def __init__(self, seconds: float = BASE_LIMIT_SECONDS) -> None:
+        """Create it for the current thread.
+
+        seconds: the process time that every text may take; longer texts may take more.
+        """
         self._seconds = seconds
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
@@ -36,16 +40,18 @@ class TemplateTimeLimit:
         )
 
     def __enter__(self) -> TemplateTimeLimit:
+        """Start the watching thread."""
         self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Stop the watching thread."""
         self._closed.set()
         self._watcher.join()
 
     @contextmanager
     def watching(self, characters: int) -> Iterator[None]:
-        """Raise TemplateTooSlow in this block if it takes longer than such a text may take."""
+        """Raise TemplateTooSlow in the block if it takes longer than a text of this length may."""
         self._deadline = (
             time.process_time() + self._seconds + EXTRA_SECONDS_PER_CHARACTER * characters
         )
@@ -59,7 +65,10 @@ class TemplateTimeLimit:
         self._finish_watched_block()
 
     def _finish_watched_block(self) -> None:
-        """The block has ended; where the watcher has raised at its very end, that is awaited."""
+        """End the time limit.
+
+        If the watcher has just raised, wait for its exception and swallow it.
+        """
         with self._lock:
             has_raised = self._deadline is None
             self._deadline = None
@@ -71,6 +80,7 @@ class TemplateTimeLimit:
                 pass
 
     def _watch_deadline(self) -> None:
+        """Raise TemplateTooSlow in the watched thread whenever its deadline has passed."""
         while not self._closed.wait(POLL_SECONDS):
             with self._lock:
                 if self._deadline is not None and time.process_time() > self._deadline:
@@ -79,5 +89,5 @@ class TemplateTimeLimit:
 
 
 def _raise_in_thread(thread: int, error: type[BaseException]) -> None:
-    """Have a thread raise an error at its next operation."""
+    """Raise an exception in a thread at its next operation."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))

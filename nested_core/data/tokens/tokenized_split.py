@@ -1,7 +1,8 @@
-"""A split as tokens: flat arrays in memory, and the files that they are written to and mapped from.
+"""A tokenized split: flat arrays in memory, and the files that they are mapped from.
 
-SPLIT.tokens, .target_mask, .starts and .lines hold the arrays of a TokenizedSplit as raw little-
-endian bytes; MANIFEST.json has their sizes and hashes. A file that differs from it is refused.
+SPLIT.tokens, .target_mask, .starts and .lines have the arrays of a TokenizedSplit as raw
+little-endian bytes; MANIFEST.json has their sizes and hashes. A file that differs from it is
+refused.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ DTYPE_BY_ARRAY: dict[str, np.dtype[Any]] = {
 class TokenizedSplit:
     """All examples of a split, one after the other.
 
-    tokens: int32 [sum of lengths]; target_mask: bool [sum of lengths], whether the loss counts the
-    token, which is never so at the first position of an example, because nothing predicts it;
-    starts: int64 [n + 1], where each example begins and the last ends; lines: int32 [n], the number
-    that a person knows each example by in its file. `maps` are the files that hold the arrays.
+    tokens: int32 [sum of lengths].
+    target_mask: whether the loss counts the token, bool [sum of lengths]; False at the first
+        position of an example, which nothing predicts.
+    starts: where each example begins and the last one ends, int64 [n + 1].
+    lines: each example's line number in its original file, int32 [n].
+    maps: the memory-mapped files of the arrays.
     """
 
     tokens: Int32
@@ -58,23 +61,24 @@ class TokenizedSplit:
     maps: tuple[mmap.mmap, ...] = ()
 
     def __len__(self) -> int:
+        """Return the number of examples."""
         return len(self.starts) - 1
 
     @property
     def lengths(self) -> Int64:
-        """Tokens in each example, int64 [n]."""
+        """The number of tokens of each example, int64 [n]."""
         return np.diff(self.starts)
 
     def example(self, index: int) -> Int32:
-        """The tokens of one example, int32 [length], as a view."""
+        """Return the tokens of one example, int32 [length], as a view."""
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
     def example_mask(self, index: int) -> Bool:
-        """The target mask of one example, bool [length], as a view."""
+        """Return the target mask of one example, bool [length], as a view."""
         return self.target_mask[self.starts[index] : self.starts[index + 1]]
 
     def count_supervised(self) -> Int64:
-        """Tokens of each example that the loss counts, int64 [n]."""
+        """Return how many tokens of each example the loss counts, int64 [n]."""
         counts = np.zeros(len(self), np.int64)
         full = np.flatnonzero(self.lengths)
         if len(full):
@@ -83,13 +87,13 @@ class TokenizedSplit:
         return counts
 
     def release_pages(self) -> None:
-        """Release the memory pages of the mapped files, so that none stay in this process."""
+        """Release the memory pages of the mapped files, so that they do not stay in memory."""
         for mapped in self.maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def write_token_part(part: Path, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
-    """Write examples, one after the other, to PART.tokens and PART.target_mask (a byte a token)."""
+    """Write concatenated examples to PART.tokens and PART.target_mask (one byte a token)."""
     _array_path(part, TOKENS_ARRAY).write_bytes(
         np.asarray(tokens, DTYPE_BY_ARRAY[TOKENS_ARRAY]).tobytes()
     )
@@ -97,15 +101,19 @@ def write_token_part(part: Path, tokens: Sequence[int], target_mask: bytes | byt
 
 
 class SplitWriter:
-    """Joins the parts of a split, in order, in PREFIX.*; the files of a part are removed."""
+    """Concatenates the parts of a split to files with a common prefix, and removes the parts."""
 
     def __init__(self, prefix: Path) -> None:
+        """Open a file for each array, at PREFIX.NAME."""
         self._files = {name: _array_path(prefix, name).open("wb") for name in DTYPE_BY_ARRAY}
         self._total = 0
         self._files[STARTS_ARRAY].write(bytes(DTYPE_BY_ARRAY[STARTS_ARRAY].itemsize))
 
     def append_part(self, part: Path, lines: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Append what `write_token_part` wrote: examples of these lines and lengths."""
+        """Append the files that `write_token_part` wrote.
+
+        lines, lengths: the line number and the number of tokens of each example.
+        """
         for name in (TOKENS_ARRAY, TARGET_MASK_ARRAY):
             path = _array_path(part, name)
             self._files[name].write(read_regular(path))
@@ -122,16 +130,16 @@ class SplitWriter:
 
 
 def write_manifest_and_open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
-    """Write the manifest over a folder whose splits are written, and map them."""
+    """Write the manifest of a folder with finished splits, and memory-map them."""
     write_manifest(folder, {"kind": "tokens"})
     return _memory_map_splits(folder, os.listdir(folder))
 
 
 def open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
-    """The splits of a data set, mapped read-only: the disk is read when they are.
+    """Memory-map the splits of a data set, read-only.
 
-    Sizes are checked each time, hashes when this process first opens these files. Raises
-    DamagedError for a file that is missing, extra or changed.
+    Sizes are checked each time, hashes when this process first opens the files. Raises DamagedError
+    for a file that is missing, extra or changed.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest["files"].items():
@@ -144,17 +152,21 @@ def open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
 
 @lru_cache(maxsize=64)
 def _verify_manifest_once(folder: Path, digest: str) -> None:
-    """Verify all hashes; `digest` is the manifest's own, so that new files are verified anew."""
+    """Verify all hashes of a folder once per process and manifest.
+
+    digest: the manifest's own hash, so that new files are verified again.
+    """
     verify_manifest(folder)
 
 
 def _memory_map_splits(folder: Path, files: Collection[str]) -> dict[str, TokenizedSplit]:
-    """The splits that are among the files; FileNotFoundError if one was removed meanwhile."""
+    """Memory-map the splits among the files; FileNotFoundError if one was removed meanwhile."""
     present = [split for split in SPLITS if _array_path(Path(split), STARTS_ARRAY).name in files]
     return {split: _memory_map_split(folder / split) for split in present}
 
 
 def _memory_map_split(prefix: Path) -> TokenizedSplit:
+    """Memory-map the arrays of one split."""
     arrays: dict[str, Any] = {}
     maps = []
     for name, dtype in DTYPE_BY_ARRAY.items():
@@ -168,6 +180,7 @@ def _memory_map_split(prefix: Path) -> TokenizedSplit:
 
 
 def _array_path(prefix: Path, name: str) -> Path:
+    """Return the path of the file of a split's array."""
     return prefix.with_name(f"{prefix.name}.{name}")
 
 
@@ -177,7 +190,7 @@ _SENTENCEPIECE_SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One token; `text` is its decoded text, or its name if it is a part of a character."""
+    """One token for display: its decoded text, or its name if it is a part of a character."""
 
     id: int
     text: str
@@ -186,7 +199,7 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class ShownExample:
-    """One example after truncation, with the file and the line that it comes from."""
+    """One example after truncation for display, with its file and line."""
 
     file: str
     line: int
@@ -196,7 +209,10 @@ class ShownExample:
 def decode_examples_for_display(
     split: TokenizedSplit, file: str, tokenizer: Any, count: int, parts: Sequence[FilePart] = ()
 ) -> list[ShownExample]:
-    """The first examples of a split, at most `count`; `tokenizer` is the one it was made with."""
+    """Decode the first `count` examples of a split, token by token.
+
+    tokenizer: the one that the split was tokenized with. parts: the split's files, if several.
+    """
     shown = []
     for index in range(min(count, len(split))):
         mask = split.example_mask(index).tolist()
@@ -209,6 +225,7 @@ def decode_examples_for_display(
 
 
 def _decode_token(token: int, tokenizer: Any) -> str:
+    """Decode one token to its text, or its name if it is a part of a character."""
     name = str(tokenizer.convert_ids_to_tokens(token))
     if _SENTENCEPIECE_SPACE in name:
         return name.replace(_SENTENCEPIECE_SPACE, " ")

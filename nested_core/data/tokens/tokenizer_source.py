@@ -1,6 +1,7 @@
 """The folder that a tokenizer is loaded from, so that another process can load the same one.
 
-Loads as mlx_lm.load does, once a process; a model's own code runs only if the user trusts it.
+It is loaded as mlx_lm.load does, once a process; a model's own code runs only if the user trusts
+it.
 """
 
 from __future__ import annotations
@@ -30,26 +31,33 @@ TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """A model's local folder. Its fields are plain values, so that workers can be sent them."""
+    """A model's local folder and whether its code is trusted; plain values to send to workers."""
 
     folder: str
     trust_remote_code: bool = False
 
     @classmethod
     def from_config(cls, config: FineTuneConfig) -> TokenizerSource:
-        """The tokenizer of the configured model; ConfigError if there is no such model."""
+        """Return the source of the configured model's tokenizer.
+
+        Raises ConfigError without such a model.
+        """
         return cls(str(find_model_folder(config.model)), config.trust_remote_code)
 
     def load(self) -> Any:
-        """The tokenizer in mlx_lm's wrapper; raises ConfigError if the folder holds none.
+        """Load the tokenizer in mlx_lm's wrapper; ConfigError if the folder has none.
 
-        It is loaded once a process, and again where a file of it has changed since.
+        It is loaded once a process, and again if its files have changed.
         """
         return _load_tokenizer(self, fingerprint_tokenizer(Path(self.folder)))
 
 
 @lru_cache(maxsize=2)
 def _load_tokenizer(source: TokenizerSource, fingerprint: str) -> Any:  # noqa: ARG001  # a key
+    """Load a tokenizer; ConfigError if it cannot be loaded.
+
+    fingerprint: the hash of its files, so that changed files are loaded again.
+    """
     from mlx_lm.utils import load_config, load_tokenizer
 
     folder = Path(source.folder)
@@ -77,7 +85,7 @@ def _load_tokenizer(source: TokenizerSource, fingerprint: str) -> Any:  # noqa: 
 
 
 def _describe_other_folder(folder: Path) -> str | None:
-    """What stands in the place of a model, with what to give instead; None for anything else."""
+    """Describe what is in the place of a model, and what to give instead; None if unknown."""
     if folder.suffix == ".gguf":
         return (
             "a GGUF file, which mlx-lm does not train. Give the folder or the hub's name of the "

@@ -40,10 +40,12 @@ def _find_missing_updates(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _changes_of_tier(judged: CheckedRun, row: TierChange) -> list[TensorChange]:
+    """Return the changes of the tensors that belong to a tier."""
     return [change for change in judged.verdict.tensors if change.tier == row.tier]
 
 
 def _label(row: TierChange) -> str:
+    """Name a tier with its frequency: `tier 1 (every 4)`."""
     return f"tier {row.tier} (every {row.frequency})"
 
 

@@ -91,6 +91,6 @@ def _has_diverged(loss: float | None, first_loss: float | None) -> bool:
 def _diverged_reports_at_end(
     reports: Sequence[Report], has_diverged: Sequence[bool]
 ) -> Sequence[Report]:
-    """The reports at the end that have all diverged, oldest first."""
+    """Return the reports at the end that have all diverged, oldest first."""
     count = len(list(takewhile(bool, reversed(has_diverged))))
     return reports[len(reports) - count :]

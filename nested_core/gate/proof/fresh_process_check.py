@@ -310,6 +310,7 @@ class RunningProof:
     """A proof being computed, in a new process or in one that was started earlier."""
 
     def __init__(self, request: ProofRequest, process: Child | None = None) -> None:
+        """Send the request to a process, which is started unless one is given."""
         self.request = request
         self._process = process or start_proof_process()
         self._process.send(_describe_request(request, _describe_models(request)))
@@ -402,6 +403,7 @@ def _dtype_of(request: ProofRequest) -> str | None:
 
 
 def _describe_initial(request: ProofRequest) -> dict[str, Any]:
+    """Describe the base with the initial adapter, for the fresh process to load."""
     return describe_model("initial", request.model, request.initial, dtype=_dtype_of(request))
 
 
@@ -422,6 +424,7 @@ def _describe_models(request: ProofRequest) -> list[dict[str, Any]]:
 
 
 def _describe_request(request: ProofRequest, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Build the JSON request to the fresh process: models to load, prompts and logit columns."""
     return describe_request(
         models,
         request.model,

@@ -25,6 +25,7 @@ class ProofOfRun:
         divergence: Divergence | None,
         session: Session,
     ) -> None:
+        """Create it for a run's evidence; the process is not started yet."""
         self._session = session
         self.questions: Sequence[CanaryPrompt] = choose_canary_prompts(config)
         self.request = _make_request(config, evidence, divergence, self.questions)

@@ -128,6 +128,7 @@ def _module_names(adapter: Adapter) -> list[str]:
 
 
 def _factor_pair(tensors: Mapping[str, StoredTensor], module: str) -> Factors:
+    """Return the tensors lora_a and lora_b of a module."""
     return tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
 
 

@@ -111,6 +111,7 @@ def _read_answers(path: Path) -> tuple[Answer, ...] | None:
 
 
 def _digest_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the SHA-256 of rows as canonical JSON."""
     return sha256(canonical_json(rows)).hexdigest()
 
 

@@ -89,12 +89,14 @@ def last_number(text: str) -> Decimal | None:
 
 
 def _equals_accepted_answer(question: Question, answer: str) -> bool:
+    """Return whether the answer equals an accepted one, ignoring differences of white space."""
     return normalise_white_space(answer) in {
         normalise_white_space(text) for text in question.accepted
     }
 
 
 def _contains_accepted_answer(question: Question, answer: str) -> bool:
+    """Return whether the answer contains an accepted one, ignoring differences of white space."""
     normalised = normalise_white_space(answer)
     return any(normalise_white_space(text) in normalised for text in question.accepted)
 
@@ -199,5 +201,6 @@ def _run_scoring_process(
 
 
 def _describe_scorer(method: ScoringMethod) -> str:
+    """Name what scores a suite, for messages: a regular expression, a schema or a function."""
     names = {"regex": "the regular expression", "json": "the JSON schema"}
     return names.get(method.score, f"the function {method.function}")

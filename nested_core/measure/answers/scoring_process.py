@@ -58,10 +58,12 @@ def _schema_of(question: dict[str, Any]) -> Any:
 
 
 def _as_list(value: Any) -> list[Any]:
+    """Wrap a value in a list unless it is a list."""
     return value if isinstance(value, list) else [value]
 
 
 def _shorten(text: str, characters: int) -> str:
+    """Cut a text to at most `characters` characters."""
     return text if len(text) <= characters else text[: characters - 3] + "..."
 
 
@@ -110,6 +112,7 @@ def first_json_value(text: str) -> Any:
 
 
 def _refuse_nan_and_infinity(word: str) -> None:
+    """Raise ValueError for NaN or Infinity in JSON."""
     raise ValueError(f"{word} is no JSON")
 
 

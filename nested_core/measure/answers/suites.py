@@ -81,6 +81,8 @@ class _SuiteLine(BaseModel):
 
 
 class _Turn(BaseModel):
+    """One turn of a question in a suite's file."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -102,12 +104,16 @@ class _TextLine(_SuiteLine):
 
 
 class _RegexLine(_SuiteLine):
+    """A line of a suite whose answers are matched with regular expressions."""
+
     def parse_accepted_answers(self) -> tuple[str, ...]:
         """Return the accepted patterns, in the syntax of Python's re."""
         return tuple(_accepted_answers(self.expected, (str,), "a regular expression"))
 
 
 class _NumberLine(_SuiteLine):
+    """A line of a suite whose answers are numbers, equal within `tolerance`."""
+
     tolerance: Annotated[float, Field(ge=0)] = 0.0
 
     def parse_accepted_answers(self) -> tuple[float, ...]:
@@ -116,6 +122,8 @@ class _NumberLine(_SuiteLine):
 
 
 class _ChoiceLine(_SuiteLine):
+    """A line of a suite with multiple-choice answers."""
+
     choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
 
     def parse_accepted_answers(self) -> tuple[str, ...]:
@@ -129,6 +137,8 @@ class _ChoiceLine(_SuiteLine):
 
 
 class _JsonLine(_SuiteLine):
+    """A line of a suite whose answers are JSON, checked by a schema or by equal fields."""
+
     # pydantic's BaseModel has an attribute `schema`
     json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
@@ -145,6 +155,8 @@ class _JsonLine(_SuiteLine):
 
 
 class _PythonLine(_SuiteLine):
+    """A line of a suite whose answers a Python function scores."""
+
     def parse_accepted_answers(self) -> tuple[Any, ...]:
         """Return `expected` unchanged: the Python function interprets it."""
         return (self.expected,)
@@ -177,6 +189,7 @@ class _Mistake(ValueError):
     """A mistake in a question. The details are shown, but do not distinguish kinds of mistakes."""
 
     def __init__(self, kind: str, details: str = "") -> None:
+        """Create it from the kind of mistake, and details that are only shown."""
         super().__init__(f"{kind}{details}")
         self.kind = kind
 
@@ -238,6 +251,7 @@ def describe_bad_questions(path: Path, problems: Sequence[BadQuestion], summary:
 
 
 def _describe_other_lines(lines: Sequence[int | None]) -> str:
+    """Describe further lines for a message: ` (and 3 more: 5, 8, ...)`; "" without any."""
     return f" (and {len(lines):,} more: {join_first_values(lines, 2)})" if lines else ""
 
 

@@ -42,6 +42,7 @@ class MlxLmReader:
     """
 
     def __init__(self, base: str, adapter: str | None, request: dict[str, Any]) -> None:
+        """Load a base with mlx_lm.load, with an adapter's folder if one is given."""
         trusts = {"trust_remote_code": request["trust_remote_code"]}
         self.model, self.tokenizer = load(base, trusts, adapter_path=adapter, **trusts)[:2]
         self.positions = request["positions"]

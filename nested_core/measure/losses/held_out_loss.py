@@ -277,7 +277,7 @@ def read_held_out_examples(
         return None
     if settings.policy.group is not None:
         held_out = replace(held_out, groups=_read_groups(settings, choice, held_out))
-    if config.chooses_by_loss:
+    if config.offers_best_step and config.training.select_by == "loss":
         return held_out
     # Something else than their loss selected the checkpoint.
     return replace(held_out, selected_on_same_data=False, has_validation_examples=False)

@@ -442,7 +442,10 @@ def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
 
 
 def describe_harmed(harm: HarmedExamples, losses: ExampleLosses, max_lines: int = 3) -> str:
-    """`3 of 30 examples lost more than 1.0 nats/token, and 0 gained as much: valid.jsonl:4`."""
+    """Describe the harmed examples: their number, and the first of their lines.
+
+    Example: `3 of 30 examples lost more than 1.0 nats/token, and 0 gained as much: valid.jsonl:4`.
+    """
     listed = ", ".join(str(line) for line in harm.lines[:max_lines])
     ellipsis = ", ..." if len(harm.lines) > max_lines else ""
     return (

@@ -81,10 +81,12 @@ class PredictionComparison:
 
     @cached_property
     def _compiled_hidden_states(self) -> Any:
+        """`_compute_hidden_states`, compiled by MLX at first use."""
         return mx.compile(self._compute_hidden_states)
 
     @cached_property
     def _compiled_comparison(self) -> Any:
+        """`_compare_group`, compiled by MLX at first use."""
         return mx.compile(self._compare_group)
 
     def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
@@ -116,6 +118,7 @@ class PredictionComparison:
         row = np.array(positions)[is_target] // width
 
         def sum_rows(sums: Vector) -> Vector:
+            """Sum the values at target positions over each row."""
             return np.bincount(row, sums[is_target], minlength=rows).astype(np.float64)
 
         return ExamplePredictions(
@@ -142,9 +145,11 @@ class PredictionComparison:
         return gather_rows(states.reshape(-1, states.shape[-1]), positions)
 
     def _logits(self, states: mx.array) -> mx.array:
+        """Return the logits of hidden states; without an output head, the states are the logits."""
         return states if self.head is None else self.head.logits(states)
 
     def _count_words(self, states: Sequence[mx.array]) -> int:
+        """Return the size of the vocabulary."""
         return self._logits(states[0][:1]).shape[-1]
 
     def _compare_chunks(

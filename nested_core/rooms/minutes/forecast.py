@@ -27,7 +27,7 @@ from nested_core.text.duration_format import format_duration
 FORWARD_SHARE = 0.5  # of a step: a loss without its gradients
 TRIED_TOKENS = 8  # of an answer
 TRIED_PROMPT = 4  # tokens of a prompt that is answered for the time of a token alone
-ROUNDS_OF_SAMPLES = 3  # of the base, which is asked more prompts where it is wrong, and the adapter
+ROUNDS_OF_BASE = 2  # of sample prompts: more are asked where its answers are broken
 PROOF_SECONDS = 2.0  # of the fresh process that is not beside other work
 
 
@@ -56,18 +56,17 @@ class Forecast:
 
     def seconds_of(self, steps: int) -> float:
         """Seconds of training so many steps, with what is due between them, and the verdict."""
+        between = self.seconds_between(steps)
+        return self.opening + self.evaluation + between + self.closing + self.verdict
+
+    def seconds_between(self, steps: int) -> float:
+        """Seconds of so many steps, with the evaluations and checkpoints that follow them."""
         iterations = steps * self.config.grad_accumulation_steps
         due = self.config.intervals(iterations, max(1, self.batches))
         evaluations = ceil(iterations / due.evaluation)
         saves = 0 if due.save is None else iterations // due.save
-        return (
-            self.opening
-            + steps * self.step
-            + (1 + evaluations) * self.evaluation
-            + max(saves, evaluations) * self.checkpoint
-            + self.closing
-            + self.verdict
-        )
+        checkpoints = max(saves, evaluations)
+        return steps * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def count_steps(self, seconds: float) -> int:
         """The most steps that fit into these seconds with their verdict; 0 if no step fits."""
@@ -144,7 +143,12 @@ def _seconds_of_answers(
     token = _time_token(model, tokenizer, together) if together else 0.0
     samples = 2 * read * prompt_token
     if turns:
-        samples += ROUNDS_OF_SAMPLES * config.training.sample_tokens * token
+        asked = config.training.sample_tokens
+        texts = [prompt.expected for prompt in held_out]
+        expected = [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts]
+        # A trained adapter answers about as long as it is expected to
+        of_adapter = asked if config.samples or not expected else min(asked, max(expected))
+        samples += (ROUNDS_OF_BASE * asked + of_adapter) * token
     asked_for = [
         len(prompt) * max(1, len(choices))
         for suite in suites

@@ -17,6 +17,7 @@ from nested_core.rooms.minutes.trial_run import try_steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import stages
+from nested_core.text.value_format import format_count
 
 ROUND_MINUTES = (1, 2, 3, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720, 1440, 2880)
 TRIED_SECONDS = 2.0
@@ -114,5 +115,4 @@ def _seconds_before(forecast: Forecast) -> float:
 
 
 def _describe(steps: int, passes: float) -> str:
-    noun = "step" if steps == 1 else "steps"
-    return f"{steps:,} {noun}, {steps * passes:.2g} passes over the training data"
+    return f"{format_count(steps, 'step')}, {steps * passes:.2g} passes over the training data"

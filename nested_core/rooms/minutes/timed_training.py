@@ -10,10 +10,12 @@ minute after its time it asks for a stop whatever is done.
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 import mlx.core as mx
@@ -22,6 +24,7 @@ from nested_core.backend import to_float
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
+from nested_core.models.parameters import in_evaluation_mode
 from nested_core.models.session import Session
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.pipeline.device_lock import locking_devices
@@ -31,23 +34,30 @@ from nested_core.records.dataset import read_dataset_record
 from nested_core.records.metrics import read_latest_values
 from nested_core.records.plan import TimePlan, read_plan
 from nested_core.records.result import TrainResult
+from nested_core.rooms.minutes.blas_threads import (
+    THREADS_VARIABLE,
+    choose_blas_threads,
+    using_blas_threads,
+)
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import TrialRun, try_steps
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
+from nested_core.text.value_format import format_count
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
-SHARE_BEYOND = 0.05  # of the minutes, aimed at beyond them, so that they are not ended before
-MAX_SECONDS_BEYOND = 15.0
+SHARE_BEYOND = 0.1  # of the minutes, aimed at beyond them: forecasts of verdicts are rather long
+MAX_SECONDS_BEYOND = 25.0
 MINUTES_BEYOND = 1.0  # then everything is stopped
 SECONDS_TO_STOP = 7.0  # what a command takes to end after it was asked
 SECONDS_BETWEEN_LOOKS = 0.25
 MOST_PASSES = 20  # over the training data; more hardly help
 MAX_SLOWDOWN = 8.0  # of the machine since the steps were fixed, that is allowed for
 SHARE_RESERVED = 0.2  # of the verdict's time, where training is cut for it
+REPORTS_COUNTED = 4  # the last ones, by which the machine is slower: it may stand still for seconds
 MAX_SECONDS_RESERVED = 15.0  # fewer than lie between what is aimed at and the end
 
 
@@ -63,8 +73,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     def __init__(self, config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> None:
         training = config.training
         minutes = training.minutes or 0.0  # with none this is not made
-        continual = config.continual
-        has_earlier = continual.replay.fraction or continual.policy != "continue"
+        has_earlier = config.replay_fraction or config.continual.policy != "continue"
         if has_earlier or (training.processes, training.hostfile) != (1, None):
             raise ConfigError(
                 f"training.minutes: {minutes:g} minutes are counted in steps of one process, "
@@ -76,23 +85,29 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         self._hooks = hooks
         self._began, self._spent, self._is_begun_again = _find_time_spent(run)
         end = self._end_at(60 * (minutes + MINUTES_BEYOND))
-        self._clock = _Clock(run, end, hooks.on_message, config.grad_accumulation_steps)
+        self._clock = _Clock(run, end, hooks.on_message)
 
-        # The iterations of a run that was begun with these minutes are fixed
+        # The iterations of a run that was begun with these minutes are fixed, and in any case the
+        # number of threads
         self.config = config
         plan = read_plan(run.plan)
+        self._earlier = None if plan is None else plan.time
         self._fixed: TimePlan | None = None
         if plan is not None and plan.time is not None and plan.time.minutes == minutes:
             self._fixed = plan.time
             self.config = config.model_copy(update={"iters": plan.iterations})
+        self._threads = ExitStack()
 
     def __enter__(self) -> TimedTraining:
+        if self._earlier is not None:
+            self._threads.enter_context(using_blas_threads(self._earlier.blas_threads))
         if self._fixed is None or not self._run.result.exists():  # else there is only to judge
             self._clock.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._clock.finish()
+        self._threads.close()
 
     def train(self, session: Session) -> TrainResult:
         """Train as many steps as fit, or as are left of them; `config` says how many.
@@ -123,6 +138,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         again by itself keeps its clock.
         """
         if not self._is_begun_again:
+            self._clock.stops_verdict = False
             least = 2 * fixed.seconds_to_begin + fixed.seconds_to_judge + 60 * MINUTES_BEYOND
             self._clock.end = max(self._clock.end, time.time() + least)
         return replace(fixed, began=self._began, spent=self._spent)
@@ -130,6 +146,9 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     def _fix_steps(self, session: Session) -> TimePlan:
         """Try a few steps, and write how many fit; ConfigError if no step fits."""
         self._hooks.on_message("minutes: trying a few steps, which are thrown away")
+        if session.await_kernels is not None:
+            session.await_kernels(self._run.stop_request.exists)
+        blas_threads = self._choose_threads(session)
         trial, forecast = self._measure(session)
         minutes = self._minutes
         done = int(latest_state(self._run.checkpoints).get("step", 0))
@@ -145,8 +164,9 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         self._write_iterations(steps * self.config.grad_accumulation_steps)
         passes = trial.plan.epochs * steps / trial.plan.steps
         noun = "step fits" if steps == 1 else "steps fit"
+        in_threads = "" if blas_threads is None else f" with {THREADS_VARIABLE}={blas_threads}"
         text = (
-            f"minutes: {steps:,} {noun} in {minutes:g} minutes, {passes:.3g} passes "
+            f"minutes: {steps:,} {noun} in {minutes:g} minutes{in_threads}, {passes:.3g} passes "
             f"over {trial.plan.training_file}: {forecast.step:.2g} s a step, and the verdict about "
             f"{forecast.describe_verdict()}"
         )
@@ -164,17 +184,27 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         return TimePlan(
             minutes=minutes,
             steps=steps,
-            seconds_a_step=forecast.step,
+            seconds_a_step=forecast.seconds_between(steps) / steps,
             seconds_to_begin=forecast.opening,
             seconds_to_judge=forecast.seconds_to_judge,
             began=self._began,
             spent=self._spent,
+            blas_threads=blas_threads,
         )
+
+    def _choose_threads(self, session: Session) -> int | None:
+        """Choose the BLAS threads of the whole run, and use them from now on."""
+        if self._earlier is not None:
+            return self._earlier.blas_threads
+        with locking_devices(self._hooks.on_message, session=session):
+            base = session.load_base(self.config)
+            with in_evaluation_mode(base.model):
+                count = choose_blas_threads(base.model)
+        self._threads.enter_context(using_blas_threads(count))
+        return count
 
     def _measure(self, session: Session) -> tuple[TrialRun, Forecast]:
         config, run = self.config, self._run
-        if session.await_kernels is not None:
-            session.await_kernels(run.stop_request.exists)
         seconds = min(SHARE_TRIED * 60 * self._minutes, MAX_SECONDS_TRIED)
         trial = try_steps(config, run, seconds, session, self._hooks.on_message)
         with locking_devices(self._hooks.on_message, session=session):
@@ -213,7 +243,7 @@ def _find_time_spent(run: RunDirectory) -> tuple[float, float, bool]:
     With whether it was killed and began again by itself.
 
     Of a command whose process was killed and begun again it is when the first one began. A command
-    that was killed itself worked until the last that it wrote.
+    that was killed itself worked until its clock's last look.
     """
     plan = read_plan(run.plan)
     planned = None if plan is None else plan.time
@@ -224,9 +254,8 @@ def _find_time_spent(run: RunDirectory) -> tuple[float, float, bool]:
     began = STARTED if has_parent() else time.time()
     if planned is None:
         return began, 0.0, False
-    written = [run.metrics, run.result, run.gate, *run.checkpoints.glob("*/state.json")]
-    ended = max((path.stat().st_mtime for path in written if path.exists()), default=0.0)
-    spent = planned.spent + max(0.0, ended - planned.began)
+    last_seen = run.plan.stat().st_mtime  # the clock's, at each look
+    spent = planned.spent + max(0.0, last_seen - planned.began)
     return began, spent, False
 
 
@@ -235,7 +264,8 @@ def _describe_schedule(config: FineTuneConfig, run: RunDirectory, done: int, ste
     last = read_latest_values(run.metrics).get("learning_rate")
     rate = build_learning_rate(config, steps)
     following = to_float(rate(mx.array(done))) if callable(rate) else rate
-    text = f"The run goes on from step {done:,}, on the schedule of {steps:,} steps"
+    schedule = f"the schedule of {format_count(steps, 'step')}"
+    text = f"The run goes on from step {done:,}, on {schedule}"
     if isinstance(last, float):
         text += f": the learning rate was {last:.3g}, and is {following:.3g} at the next step"
     return text
@@ -248,6 +278,7 @@ class _Clock(threading.Thread):
         end: when everything is to be over, in seconds since 1970.
         plan: of the training that goes on; None before and after it.
         has_cut: whether training was asked to stop, so that there is time for the verdict.
+        stops_verdict: whether the gate is asked to stop at the end, too.
     """
 
     def __init__(
@@ -255,15 +286,16 @@ class _Clock(threading.Thread):
         run: RunDirectory,
         end: float,
         on_message: Callable[[str], None],
-        iterations_a_step: int,
     ) -> None:
         super().__init__(name="minutes", daemon=True)
         self.end = end
         self.plan: TimePlan | None = None
         self.has_cut = False
+        self.stops_verdict = True
         self._run = run
         self._on_message = on_message
-        self._iterations_a_step = iterations_a_step
+        self._began_training = math.inf
+        self._reports: deque[tuple[int, float]] = deque(maxlen=REPORTS_COUNTED + 1)
         self._has_asked = False
         self._is_over = threading.Event()
         self._lock = threading.Lock()  # no request is made once training is over
@@ -271,11 +303,15 @@ class _Clock(threading.Thread):
     def run(self) -> None:
         """Look at the clock until the run is over."""
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
+            with suppress(FileNotFoundError):  # there is no plan yet
+                os.utime(self._run.plan)
             with self._lock:
+                self._note_report()
                 if self.plan is not None and not self.has_cut and self._must_cut(self.plan):
                     self.has_cut = True
                     self._run.stop_request.touch()
-            if self.end - time.time() <= SECONDS_TO_STOP and not self._has_asked:
+            may_stop = self.stops_verdict or self.plan is not None
+            if may_stop and self.end - time.time() <= SECONDS_TO_STOP and not self._has_asked:
                 self._has_asked = True
                 self._on_message("minutes: the time is over, and a minute more: stopping")
                 self._run.stop_request.touch()
@@ -283,6 +319,7 @@ class _Clock(threading.Thread):
     @contextmanager
     def watching_training(self, plan: TimePlan) -> Iterator[None]:
         """Within the block, see that there is time for the verdict."""
+        self._began_training = time.time()
         self.plan = plan
         try:
             yield
@@ -300,29 +337,31 @@ class _Clock(threading.Thread):
         if self._has_asked:
             self._run.stop_request.unlink(missing_ok=True)
 
+    def _note_report(self) -> None:
+        """Keep the step of the last report of this training, and when it was written."""
+        with suppress(OSError, DamagedError):  # there is none yet
+            reported = self._run.metrics.stat().st_mtime
+            if reported > (self._reports[-1][1] if self._reports else self._began_training):
+                step = read_latest_values(self._run.metrics).get("step", 0)
+                if not self._reports or step > self._reports[-1][0]:
+                    self._reports.append((step, reported))
+
     def _must_cut(self, plan: TimePlan) -> bool:
         """Whether there is just time to stop, to open the run again and to judge, with a reserve.
 
-        Not where the steps that are left take no longer than that. Steps count as slow as the last
-        ones were, and with them all else.
+        Not where the steps that are left take no longer than that. Steps, with what is due between
+        them, count as slow as between the last reports, and with them all else.
         """
-        left = self.end - time.time() - SECONDS_TO_STOP
+        step = plan.seconds_a_step
+        left_to_train = plan.steps * step
+        if self._reports:
+            (first, began), (last, reported) = self._reports[0], self._reports[-1]
+            if last > first:
+                step = max(step, (reported - began) / (last - first))
+            left_to_train = (plan.steps - last) * step - (time.time() - reported)
+        slowdown = min(step / plan.seconds_a_step, MAX_SLOWDOWN)
         stopping = plan.seconds_a_step + plan.seconds_to_begin
         reserve = min(SHARE_RESERVED * plan.seconds_to_judge, MAX_SECONDS_RESERVED)
-        needed = stopping + plan.seconds_to_judge + reserve
-        if left > MAX_SLOWDOWN * needed:
-            return False
-        try:
-            last = read_latest_values(self._run.metrics)
-            reported = self._run.metrics.stat().st_mtime
-        except (OSError, DamagedError):  # there is none yet
-            last, reported = {}, time.time()
-        speed = last.get("iterations_per_second")
-        step = plan.seconds_a_step
-        if speed:
-            step = max(step, self._iterations_a_step / speed)
-        slowdown = min(step / plan.seconds_a_step, MAX_SLOWDOWN)
-        done = last.get("step", 0) + (time.time() - reported) / step
-        if (plan.steps - done) * step <= slowdown * stopping:
-            return False
-        return left <= slowdown * needed
+        needed = slowdown * (stopping + plan.seconds_to_judge + reserve)
+        left = self.end - time.time() - SECONDS_TO_STOP
+        return left <= needed and left_to_train > slowdown * stopping

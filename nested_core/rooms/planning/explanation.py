@@ -13,6 +13,7 @@ from nested_core.pipeline.run_explanation import RunExplanation
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.loss_conclusion import MIN_MARGIN
 from nested_core.text.loss_format import NATS_PER_TOKEN
+from nested_core.text.value_format import format_count
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class RunInWords:
         saves = config.save_every if every is None else _format_batches(every)
         if config.grad_accumulation_steps > 1:
             made_of = (
-                f", {config.grad_accumulation_steps} to an optimizer step: {self.run.steps:,} steps"
+                f", {config.grad_accumulation_steps} to an optimizer step: "
+                f"{format_count(self.run.steps, 'step')}"
             )
         return (
             f"{self.run.iterations:,} batches of {config.batch_size} examples{made_of}; "
@@ -94,8 +96,9 @@ class RunInWords:
             text += f", {config.lr_schedule.name}"
         warmup = config.training.warmup_steps
         if warmup:
-            steps = f"{warmup:.3g} of the" if warmup < 1 else f"{warmup}"
-            text += f", after {steps} steps of warm-up"
+            share = f"{warmup:.3g} of the steps"
+            steps = share if warmup < 1 else format_count(int(warmup), "step")
+            text += f", after {steps} of warm-up"
         if config.training.decay is not None:
             text += ", then falling to a tenth along a cosine"
         if "learning_rate" not in config.model_fields_set:

@@ -73,7 +73,7 @@ def decide_by_forecast(config: FineTuneConfig, gathered: Gathered, measured: Any
     rows = gathered.new + gathered.earlier
     fixed = measured.seconds - measured.training_seconds
     seconds_a_row = measured.training_seconds / rows
-    going_on = fixed + seconds_a_row * gathered.new / (1 - config.continual.replay.fraction)
+    going_on = fixed + seconds_a_row * gathered.new / (1 - config.replay_fraction)
     seconds = {"rebuild": measured.seconds, "continue": going_on}
     if measured.seconds <= window:
         reason = f"all {rows:,} rows fit into the window of {limit}"

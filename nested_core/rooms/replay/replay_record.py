@@ -88,7 +88,8 @@ class ReplayRecord(BaseModel):
 
     choice: whether the run goes on from the champion, and replays them, or is rebuilt, and trained
         on all of them as often as on its own.
-    fraction: of each batch, where they are replayed; weighting: how often older sources come.
+    fraction: of each batch, where they are replayed; fraction_is_default: none was configured.
+    weighting: how often older sources come.
     start: the champion whose lineage the sources are; None for files, and before the first.
     removed: the ancestor at which the known lineage ends, because gc removed it; None for a whole.
     sources: newest first.
@@ -105,6 +106,7 @@ class ReplayRecord(BaseModel):
     sources: tuple[ReplaySource, ...]
     rows_sha256: str
     dropped: tuple[str, ...] = ()
+    fraction_is_default: bool = False
     removed: str | None = None
 
     @property
@@ -146,7 +148,8 @@ class ReplayRecord(BaseModel):
         elif self.is_rebuilt:
             yield "rebuilding: there is no earlier data"
         elif listed:
-            yield f"replay: {self.fraction:.3g} of each batch, from {listed}"
+            default = " (the default)" if self.fraction_is_default else ""
+            yield f"replay: {self.fraction:.3g} of each batch{default}, from {listed}"
         elif self.fraction:
             yield "replay: there is no earlier data to replay"
         if count := sum(source.superseded for source in self.sources):

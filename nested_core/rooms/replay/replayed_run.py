@@ -77,14 +77,15 @@ class ReplayOfRun:
             batches = self.estimate_batches_of_replay(new.rows)
             if config.training.epochs is not None:
                 batches += 1  # the last one may be begun
-            draws = int(batches * config.batch_size * replay.fraction)
+            draws = int(batches * config.batch_size * config.replay_fraction)
             chosen = choose(select=select_for_draws(draws, replay.weighting, config.seed))
         elif decision.most is not None:
             chosen = choose(select=select_reservoir(decision.most, config.seed))
         content = b"".join(chosen.lines)
         record = ReplayRecord(
             choice=decision.choice,
-            fraction=replay.fraction,
+            fraction=config.replay_fraction,
+            fraction_is_default=replay.fraction is None,
             weighting=replay.weighting,
             start=lineage.champion,
             removed=lineage.removed,
@@ -169,7 +170,7 @@ class ReplayOfRun:
         config = self._config
         if config.training.epochs is None:
             return config.iters
-        new_share = 1 - config.continual.replay.fraction
+        new_share = 1 - config.replay_fraction
         return ceil(config.training.epochs * ceil(rows / (config.batch_size * new_share)))
 
     def _count_rebuilt_batches(self, own: int, rows: int) -> int:

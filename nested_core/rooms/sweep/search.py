@@ -65,6 +65,7 @@ from nested_core.storage.lock_file import exclusive_lock_with_holder_id
 from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.text.duration_format import format_duration
+from nested_core.text.value_format import format_count
 
 MAX_ARMS = 64
 MAX_HALVINGS = 3
@@ -272,7 +273,7 @@ class _Search:
                 f" of runs that have {rungs[-1]} of the configuration's {self.record.configured}"
             )
         steps = count_steps(arms, rungs)
-        text += f"; at most {steps:,} steps"
+        text += f"; at most {format_count(steps, 'step')}"
         if seconds_a_step is not None and self.request.minutes is not None:
             training = format_duration(steps * seconds_a_step)
             asked = format_duration(60 * self.request.minutes)

@@ -109,10 +109,12 @@ def tabulate_labels_of_answers(
     yield Table(caption, ("label", "questions", *models), rows)
     answered = sum(right[judged, label] for label in labels)
     if answered <= most:
-        yield Text(
-            f"warning: {judged} is right for {describe_share(answered, len(expected))}, no more "
-            f"than that: it has not learnt to tell the labels apart, whatever its loss says."
+        text = (
+            f"warning: {judged} is right for {describe_share(answered, len(expected))} of {name}, "
+            f"no more than always answering {shorten(usual, 60)!r}: it has not learnt to tell the "
+            f"labels apart, whatever its loss says."
         )
+        yield Text(text, "warn")
     wrong = Counter(
         (label, answer.strip())
         for model, label, answer, score in answers

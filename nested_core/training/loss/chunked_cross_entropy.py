@@ -151,11 +151,13 @@ class ChunkedCrossEntropy:
 
         @mx.custom_function
         def loss(hidden: mx.array) -> Arrays:
+            """Return the summed loss of the selected rows, and its gradient for backpropagation."""
             selected, mask = gather_rows(hidden, rows), rows >= 0
             return self._sum_chunks(selected, gather_rows(targets, rows), mask)
 
         @loss.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
+            """Compute the gradient of the hidden states from the one stored in the forward pass."""
             gradient = outputs[1] * cotangents[0].astype(outputs[1].dtype)
             return _scatter_rows(gradient, rows, hidden.shape[0])
 
@@ -171,7 +173,7 @@ class ChunkedCrossEntropy:
 
         @mx.custom_function
         def losses(hidden: mx.array) -> Arrays:
-            """The losses, and the gradients that `vjp` takes."""
+            """Return the losses, and the gradients that the backward pass needs."""
             selected, mask = gather_rows(hidden, rows), rows >= 0
             selected_targets = gather_rows(targets, rows)
             chunks = chain_chunks(
@@ -184,6 +186,7 @@ class ChunkedCrossEntropy:
 
         @losses.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
+            """Compute the gradient of the hidden states from the one stored in the forward pass."""
             gradient = outputs[1] * cotangents[0][:, None].astype(outputs[1].dtype)
             return _scatter_rows(gradient, rows, hidden.shape[0])
 
@@ -201,6 +204,7 @@ class ChunkedCrossEntropy:
         return self.head.logits(hidden[:1]).shape[-1]
 
     def _rows_of_chunk(self, hidden: mx.array) -> int:
+        """Return how many rows of hidden states are computed at once."""
         return self.chunk_rows or positions_at_once(self._count_words(hidden))
 
     def _sum_chunks(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:

@@ -61,6 +61,7 @@ class OutputHead:
         original_call = type(self.body).__call__
 
         def keep_output(*args: Any, **kwargs: Any) -> mx.array:
+            """Call the model's body and keep its output."""
             outputs.append(original_call(self.body, *args, **kwargs))
             return outputs[-1]
 
@@ -116,6 +117,7 @@ def _record_module_outputs(
         original_call = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            """Call the module; keep its output if it is an array with one vector per token."""
             output = original_call(module, *args, **kwargs)
             if isinstance(output, mx.array) and output.shape[:-1] == tokens.shape:
                 outputs.append((module, output))
@@ -151,6 +153,7 @@ def _has_trained_parameters(head: OutputHead, rows: mx.array, parameters: Parame
     """Whether the logits of the given rows depend on a trainable parameter, by their gradient."""
 
     def total(values: dict[str, mx.array]) -> mx.array:
+        """Return a scalar that depends on the head's parameters, to take their gradients."""
         assign_parameters(parameters, values)
         return mx.square(head.logits(rows).astype(mx.float32)).sum()
 
@@ -262,6 +265,7 @@ class Loss:
             return self.compile_chunked_evaluation(assign)
 
         def evaluate(values: Flat, *arrays: mx.array) -> tuple[mx.array, ...]:
+            """Compute the loss with the given parameter values."""
             assign(values)
             return (self.by_row or self.function)(model, *arrays)
 

@@ -46,8 +46,10 @@ class RunProgress:
     first_report: tuple[int, float] | None = None
 
     def __post_init__(self) -> None:
-        # Training has begun once plan.json is another file than now.
-        self._plan_before = self._inode_of_plan()
+        """Record the plan.json that exists now, to notice when training replaces it."""
+        # Training has begun once plan.json is another file than now. A run that is cut writes it
+        # again.
+        self._plan_inode = self._inode_of_plan()
         self._began_at: float | None = None
 
         # The position up to which metrics.jsonl was read
@@ -97,7 +99,7 @@ class RunProgress:
         return max(0.0, seconds - (self.seconds - self.reported_at))
 
     def describe_position(self) -> str:
-        """`step 20 of 120`, with the iteration if a step has several."""
+        """Describe the position: `step 20 of 120`, with the iteration if a step has several."""
         step, iteration = self.last_record["step"], self.last_record.get("iteration", 0)
         if self.plan is None:
             return f"step {step:,}"
@@ -191,9 +193,9 @@ class RunProgress:
 
     def read(self) -> bool:
         """Read what is new on disk; return whether training has begun."""
-        if self._began_at is None and self._inode_of_plan() != self._plan_before:
-            self.plan = read_plan(self.run.plan)
-            self._began_at = time.monotonic()
+        if (inode := self._inode_of_plan()) != self._plan_inode:
+            self.plan, self._plan_inode = read_plan(self.run.plan), inode
+            self._began_at = self._began_at or time.monotonic()
         if self._began_at is not None:
             self.seconds = time.monotonic() - self._began_at
         if self.read_metrics():
@@ -222,6 +224,10 @@ class RunProgress:
         return bool(records)
 
     def _inode_of_plan(self) -> int | None:
+        """Return the inode of plan.json, which changes when it is rewritten.
+
+        None without the file.
+        """
         try:
             return self.run.plan.stat().st_ino
         except OSError:

@@ -100,7 +100,7 @@ class SampleTable:
         return cls(len(by_step), len(prompts), shown, rows)
 
     def describe(self) -> str:
-        """`8 of 1001 evaluations to 4 of 50 prompts`."""
+        """Describe how much the table shows: `8 of 1001 evaluations to 4 of 50 prompts`."""
         return (
             f"{len(self.rows)} of {self.evaluations} evaluations to {len(self.prompts)} of "
             f"{self.prompt_count} prompts"

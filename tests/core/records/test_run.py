@@ -62,6 +62,8 @@ def test_what_was_trained_is_told_in_steps_and_passes(diverged: RunDirectory) ->
     assert Run(diverged).describe_length() == "11 of 100 steps, 2.2 passes over train.jsonl"
     diverged.plan.unlink()
     assert Run(diverged).describe_length() == "11 of 8 steps"  # by its configuration
+    write_plan_of(diverged, steps=1, epochs=0.5)
+    assert Run(diverged).describe_length().startswith("11 of 1 step, ")
 
 
 def test_the_list_is_newest_first_and_a_damaged_run_says_so(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.models.session import Session
 from nested_core.records.dataset import read_dataset_record
-from nested_core.rooms.minutes import sizes
+from nested_core.rooms.minutes import forecast, sizes
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
 from tests.example import example_config, prepare
@@ -72,7 +72,7 @@ def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None
         trial = try_steps(config, run, 0.2, session)
         base = session.load_base(config)
         splits = read_dataset_record(run.dataset).splits
-        forecast = make_forecast(config, splits, trial, base.model, base.tokenizer)
+        made = make_forecast(config, splits, trial, base.model, base.tokenizer)
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
     assert after.keys() - before.keys() <= {run.lock}
@@ -81,10 +81,10 @@ def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None
     assert trial.opening > 0
     assert trial.checkpoint > 0
     assert trial.closing > 0
-    assert forecast.step > 0
-    assert forecast.evaluation == pytest.approx(5 * 0.5 * forecast.step)  # 10 rows, two a batch
-    assert forecast.verdict > 2 * forecast.evaluation
-    assert forecast.answers == 0  # there is no eval set
+    assert made.step > 0
+    assert made.evaluation == pytest.approx(5 * 0.5 * made.step)  # 10 rows, two a batch
+    assert made.verdict > 2 * made.evaluation
+    assert made.answers == 0  # there is no eval set
 
 
 def test_more_tokens_of_answers_take_longer(tmp_path: Path) -> None:
@@ -104,3 +104,18 @@ def test_more_tokens_of_answers_take_longer(tmp_path: Path) -> None:
 
     few, many = answers_of(4), answers_of(4_000)
     assert 0 < 50 * few < many
+
+
+def test_the_adapter_is_expected_to_answer_as_long_as_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "_time_token", lambda *_: 1.0)
+    config = example_config(gate={"tasks": []}, training={"sample_tokens": 4_000})
+    prepare(config, tmp_path / "run")
+    with Session() as session:
+        base = session.load_base(config)
+        seconds, _ = forecast._seconds_of_answers(config, base.model, base.tokenizer, 0.0)
+        prompted = config.model_copy(update={"samples": ("Where to?",)})
+        longer, _ = forecast._seconds_of_answers(prompted, base.model, base.tokenizer, 0.0)
+    assert 8_000 < seconds < 8_050  # twice the base, once the adapter: a line
+    assert longer == 12_000

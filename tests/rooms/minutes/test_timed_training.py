@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -24,10 +23,11 @@ from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.metrics import read_metrics
+from nested_core.records.metrics import append_metrics, read_metrics
 from nested_core.records.plan import TimePlan, TrainingPlan, read_plan, write_plan
 from nested_core.records.verdict import Verdict
 from nested_core.rooms.minutes import timed_training
+from nested_core.rooms.minutes.blas_threads import using_blas_threads
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import SPEEDS, example_config, prepare, write_config
 from tests.flows.conftest import ended, start
@@ -120,11 +120,13 @@ def metrics_of(run: RunDirectory) -> list[Mapping[str, Any]]:
     ]
 
 
-def train_by_iterations(iterations: int, path: Path) -> RunDirectory:
-    """The same run, whose length is said in iterations."""
-    run = open_run(path)
-    finetune(config_of(None, iters=iterations), run)
-    return run
+def train_by_iterations(run: RunDirectory, path: Path, **changes: Any) -> RunDirectory:
+    """The steps of a run of minutes once more, said in iterations, with its BLAS threads."""
+    fixed = time_plan_of(run)
+    again = open_run(path)
+    with using_blas_threads(fixed.blas_threads):
+        finetune(config_of(None, iters=fixed.steps, **changes), again)
+    return again
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +158,7 @@ def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Pa
     ]
     assert validated == [0, *range(max(5, steps // 4), steps, max(5, steps // 4)), steps]  # scaled
 
-    other = train_by_iterations(steps, tmp_path / "iterations")
+    other = train_by_iterations(run, tmp_path / "iterations")
     assert bytes_of(run) == bytes_of(other)
     assert metrics_of(run) == metrics_of(other)
 
@@ -180,8 +182,7 @@ def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Pat
     assert 0 < after.spent < after.began - before.began
     assert hooks.of_minutes() == []  # nothing is tried again
 
-    plain = open_run(tmp_path / "plain")
-    finetune(config_of(None, iters=before.steps, save_every=2), plain)
+    plain = train_by_iterations(run, tmp_path / "plain", save_every=2)
     assert bytes_of(run) == bytes_of(plain)
 
 
@@ -287,22 +288,38 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("speed", "left", "is_cut"),
-    [(0.1, 136, False), (0.1, 134, True), (0.05, 271, False), (0.05, 269, True)],
+    ("seconds", "left", "is_cut"),
+    [
+        ([10], 136, False),  # 10 + 10 + 100 + 15 s
+        ([10], 134, True),
+        ([20], 271, False),
+        ([20], 269, True),
+        ([500, 10, 10, 10, 20], 170, False),  # the last four steps took 12.5 s on average
+        ([500, 10, 10, 10, 20], 167, True),
+    ],
 )
 def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
-    speed: float, left: float, is_cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seconds: list[float],
+    left: float,
+    is_cut: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = open_run(tmp_path / "run")
     run.path.mkdir()
-    run.metrics.write_text(json.dumps({"step": 5, "loss": 1.0, "iterations_per_second": speed}))
-    now = 1_000_000.0
-    os.utime(run.metrics, (now, now))
-    monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now))
-    clock = timed_training._Clock(run, now + left + timed_training.SECONDS_TO_STOP, print, 1)
-    assert clock._must_cut(FIXED) is is_cut  # 10 + 10 + 100 + 15 s, at half the speed twice
-    nearly_done = replace(FIXED, steps=6)
-    assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
+    now = [1_000_000.0]
+    monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now[0]))
+    end = now[0] + sum(seconds) + left + timed_training.SECONDS_TO_STOP
+    clock = timed_training._Clock(run, end, print)
+    with clock.watching_training(FIXED):
+        for step, took in enumerate([1, *seconds]):
+            now[0] += took if step else 0
+            append_metrics(run.metrics, {"step": step, "val_loss": 1.0})
+            os.utime(run.metrics, (now[0] + 1e-3, now[0] + 1e-3))
+            clock._note_report()
+        assert clock._must_cut(FIXED) is is_cut
+        nearly_done = replace(FIXED, steps=len(seconds) + 1)
+        assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
 
 
 @pytest.mark.parametrize("ends", [["SIGKILL"], []])
@@ -322,6 +339,25 @@ def test_a_command_that_begins_again_by_itself_keeps_its_clock(
         assert timed._clock.end == began + 60 * (5 + 1)
     else:  # a person's --resume gets the verdict
         assert timed._clock.end >= time.time() + plan.seconds_to_judge
+        timed._clock.end = 0.0
+        timed._clock.start()
+        time.sleep(2 * timed_training.SECONDS_BETWEEN_LOOKS)
+        timed._clock.finish()
+        assert not timed._clock._has_asked
+
+
+def test_the_time_of_a_killed_command_counts_until_its_clock_looked_last(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.path.mkdir()
+    write_plan(run.plan, training_plan(replace(FIXED, began=1_000.0, spent=20.0)))
+    os.utime(run.plan, (1_000.0, 1_000.0))
+    clock = timed_training._Clock(run, time.time() + 600, print)
+    clock.start()
+    wait_until(lambda: run.plan.stat().st_mtime > 1_000)
+    clock.finish()
+    os.utime(run.plan, (1_070.0, 1_070.0))
+    _, spent, is_begun_again = timed_training._find_time_spent(run)
+    assert (spent, is_begun_again) == (90.0, False)
 
 
 @pytest.mark.slow("trains in a process of its own that is killed")
@@ -340,6 +376,5 @@ def test_a_killed_command_of_minutes_ends_with_the_bytes_of_one_that_nobody_kill
     assert killed.code == 0, killed.stderr
     fixed = time_plan_of(run)
     assert (fixed.began, fixed.spent) == (began, 0.0)  # one command, whose clock went on
-    plain = open_run(tmp_path / "plain")
-    finetune(config_of(None, iters=fixed.steps, save_every=3), plain)
+    plain = train_by_iterations(run, tmp_path / "plain", save_every=3)
     assert bytes_of(run) == bytes_of(plain)

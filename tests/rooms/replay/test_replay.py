@@ -13,12 +13,15 @@ import pytest
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.example_digests import digest_examples
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
+from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
 from nested_core.pipeline.run_explanation import explain_run
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.judged_run import read_judged_run
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay.replay_record import read_replay
@@ -232,6 +235,10 @@ def test_before_the_first_champion_nothing_is_replayed_and_it_is_said(folder: Pa
     config = from_champion(folder, iters=4)
     run = prepare(config, folder / "run")
     assert ReplayOfRun(config, run).describe() == ["replay: there is no earlier data to replay"]
+    plain = from_champion(folder, iters=4, replay={"fraction": 0.0})
+    dataset = read_dataset_record(run.dataset)
+    digests = {settings_digest(each, "base", run, dataset) for each in (config, plain)}
+    assert len(digests) == 1, "a champion made without replay is no reason to train again"
     done = train(config, run)
     assert not any("replayed_tokens" in each for each in done.metrics())
 
@@ -256,6 +263,40 @@ def test_what_cannot_go_together_is_refused_before_a_run() -> None:
     files = {"replay": {"fraction": 0.1, "sources": ["a.jsonl"]}}
     reference = {"reference": "mlx_lm"}
     require_refused("knows nothing of .*continual.replay", continual=files, training=reference)
+
+
+def test_a_run_that_follows_a_champion_replays_half_of_each_batch_unless_it_says_otherwise(
+    tmp_path: Path,
+) -> None:
+    add_version(tmp_path, FRESH, night(tmp_path, 0))
+    write_split(tmp_path / "new", train=[row("fresh?", "1"), row("f?", "1")])
+    config = from_champion(tmp_path, replay={"fraction": None})
+    run, record = choose(config, tmp_path / "run")
+    said = (
+        f"replay: 0.5 of each batch (the default), from 3 of 3 examples of {record.sources[0].name}"
+    )
+    assert steps.describe_earlier_examples(config, run) == [said]
+    assert said[1:] in read_report(run.path).to_html()
+    same, _ = choose(from_champion(tmp_path, replay={"fraction": 0.5}), tmp_path / "same")
+    assert same.replayed_rows.read_bytes() == run.replayed_rows.read_bytes()
+    none = from_champion(tmp_path, replay={"fraction": 0.0})
+    assert (none.replay_fraction, find_earlier_examples(none, run)) == (0.0, None)
+
+
+def test_a_run_that_cannot_replay_has_no_fraction_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follows = from_champion(tmp_path, replay={"fraction": None})
+    assert follows.replay_fraction == 0.5
+    reference, plain = {"reference": "mlx_lm", "max_grad_norm": 0}, {"frequencies": [1]}
+    cannot = [
+        example_config(),
+        from_champion(tmp_path, replay={"fraction": None}, training=reference, nested=plain),
+        from_champion(tmp_path, replay={"fraction": None}, training={"minutes": 5.0}),
+    ]
+    assert [config.replay_fraction for config in cannot] == [0.0] * 3
+    monkeypatch.setattr(seams, "is_there", lambda room: room != "replay")
+    assert follows.replay_fraction == 0.0
 
 
 @pytest.fixture(scope="module")

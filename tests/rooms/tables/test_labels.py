@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli import main
 from nested_core.data.data_settings import DataSettings
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.rooms.tables.labels import (
@@ -15,6 +16,7 @@ from nested_core.rooms.tables.labels import (
     tabulate_labels_of_data,
 )
 from nested_core.text.document import Table, Text
+from tests import runs
 from tests.builders.data_sets import chat, write_lines
 
 
@@ -56,8 +58,9 @@ def test_right_answers_stand_by_label_beside_the_majority_and_the_worst_confusio
     assert table.rows == [("billing", 6, 0, 5), ("shipping", 4, 0, 1)]
     assert table.caption == "topics by label; always answering 'billing' gets 6 of 10 (60%)"
     assert warning == Text(
-        "warning: candidate is right for 6 of 10 (60%), no more than that: it has not learnt to "
-        "tell the labels apart, whatever its loss says."
+        "warning: candidate is right for 6 of 10 (60%) of topics, no more than always answering "
+        "'billing': it has not learnt to tell the labels apart, whatever its loss says.",
+        "warn",
     )
     assert confusion == Text(
         "The wrong answer that candidate gives most often is 'billing' where 'shipping' is right: "
@@ -118,4 +121,18 @@ def test_labels_that_differ_in_case_or_spaces_alone_are_named(tmp_path: Path) ->
     assert warning == Text(
         "warning: the labels 'Access' and 'Access ' and 'access' differ in case or spaces alone. "
         "Write them in one way if they mean the same."
+    )
+
+
+def test_the_list_of_runs_warns_of_an_adapter_no_better_than_one_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, answers in (("one", JUDGED), ("two", EXPECTED)):
+        given = answers_of("candidate", EXPECTED, answers)
+        monkeypatch.setattr(runs, "make_answers", lambda _, given=given: given)
+        runs.finished_run(tmp_path / name)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert " ".join(capsys.readouterr().err.split()) == (
+        "one: warning: candidate is right for 6 of 10 (60%) of topics, no more than always "
+        "answering 'billing': it has not learnt to tell the labels apart, whatever its loss says."
     )

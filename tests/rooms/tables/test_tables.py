@@ -143,5 +143,5 @@ def test_the_first_rows_are_shown_and_that_a_system_text_is_sent_later(
     made = called(*words, *(("--system", system) if system else ()), cwd=tmp_path)
     assert made.code == 0, made.stderr
     assert re.search(r"user: Hello,\n   \d+ is lost\.\n   assistant: [ab]\n", made.stderr)
-    reminder = "Send the system text with every question later, as with `chat --system`"
+    reminder = "Send the system text with every question later, as with `chat --system`: neither"
     assert (reminder in made.stderr) == (system is not None)

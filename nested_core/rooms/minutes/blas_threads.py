@@ -1,0 +1,76 @@
+"""How many threads OpenBLAS has in a run of minutes: as many as it had, or one.
+
+On a machine that other programs use too, each product waits until all threads have had a core: a
+token of an answer took 2.5 s with two threads and 0.5 s with one, beside four endless loops on two
+cores. The last bits of a product may depend on the number, so that a run keeps it to its end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from nested_core.backend import get_process_preparation
+
+THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
+TRIED_TOKENS = 32  # of a pass: products between those of a training step and those of an answer
+TRIED_ROUNDS = 3
+MAX_SECONDS_TRIED = 5.0  # after them no further round is begun
+
+
+def choose_blas_threads(model: Any) -> int | None:
+    """The quicker one of OpenBLAS's present number of threads and 1, by passes of a model.
+
+    The number stays if OPENBLAS_NUM_THREADS is set. None if no OpenBLAS answers for MLX.
+    """
+    library = _open_library()
+    if library is None:
+        return None
+    most = int(library.openblas_get_num_threads())
+    if most == 1 or THREADS_VARIABLE in os.environ:
+        return most
+    tokens = mx.zeros((1, TRIED_TOKENS), dtype=mx.int32)
+    seconds = {most: 0.0, 1: 0.0}
+    mx.eval(model(tokens))  # compiles what is no part of the measure
+    for _ in range(TRIED_ROUNDS):
+        for count in seconds:
+            library.openblas_set_num_threads(count)
+            began = time.monotonic()
+            mx.eval(model(tokens))
+            seconds[count] += time.monotonic() - began
+        if sum(seconds.values()) > MAX_SECONDS_TRIED:
+            break
+    library.openblas_set_num_threads(most)
+    return min(seconds, key=lambda count: seconds[count])
+
+
+@contextmanager
+def using_blas_threads(count: int | None) -> Iterator[None]:
+    """Within the block, OpenBLAS has so many threads here and in new processes; None: as before."""
+    library = _open_library()
+    if library is None or count is None:
+        yield
+        return
+    threads, variable = library.openblas_get_num_threads(), os.environ.get(THREADS_VARIABLE)
+    library.openblas_set_num_threads(count)
+    os.environ[THREADS_VARIABLE] = str(count)
+    try:
+        yield
+    finally:
+        library.openblas_set_num_threads(threads)
+        os.environ.pop(THREADS_VARIABLE)
+        if variable is not None:
+            os.environ[THREADS_VARIABLE] = variable
+
+
+def _open_library() -> Any:
+    """The OpenBLAS that answers for MLX; None without one."""
+    preparation = get_process_preparation()
+    name = None if preparation is None else preparation.blas
+    return None if name is None else ctypes.CDLL(name)
