@@ -254,9 +254,8 @@ class FineTuneConfig(_RootSection):
     @classmethod
     def _bound_divergence(cls, values: Any) -> Any:
         """Give `gate.max_kl` the default of the loss that `training.loss` names, if it is null."""
-        if not isinstance(values, dict):
-            return values
-        training, gate = values.get("training"), values.get("gate") or {}
+        sections = values if isinstance(values, dict) else {}
+        training, gate = sections.get("training"), sections.get("gate") or {}
         loss = training.get("loss") if isinstance(training, dict) else None
         added = seams.join_mappings("losses").get(str(loss))
         if added is None or not isinstance(gate, dict) or gate.get("max_kl") is not None:

@@ -195,8 +195,7 @@ def load_run_data(
 
 def _require_rows_of_loss(report: DatasetReport, loss: str | None) -> None:
     """Raise ConfigError if replayed rows of earlier nights are of another `training.loss`."""
-    wrong = [one for one in report.findings if one.check in CHECKS_OF_ANOTHER_LOSS]
-    if wrong:
+    if wrong := [one for one in report.findings if one.check in CHECKS_OF_ANOTHER_LOSS]:
         raise ConfigError(
             f"continual.replay: examples of earlier nights are no rows of training.loss: "
             f"{loss or 'null'} ({wrong[0].message}). Set continual.replay.fraction: 0, or train an "

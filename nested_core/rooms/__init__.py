@@ -251,9 +251,7 @@ ROOMS: Mapping[str, Room] = {
         layer_context="nested_core.rooms.delta_nets.layers:using_delta_nets",
         plain_delta_rule="nested_core.rooms.delta_nets.gated_delta:PlainDeltaRule",
     ),
-    "cuda": Room(
-        cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
-    ),
+    "cuda": Room(cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS"),
     "reference": Room(
         keys=("training.reference",),
         flags={"train": ("--log",)},
