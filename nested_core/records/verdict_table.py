@@ -157,15 +157,15 @@ def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
     expected = sum(tier.expected_updates for tier in verdict.tiers)
     applied = sum(tier.applied_updates for tier in verdict.tiers)
     reasons = reasons_of(verdict, *UPDATE_CODES)
-    counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
-    traces = [reason for reason in reasons if reason not in counts]
+    about_counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
+    about_tensors = [reason for reason in reasons if reason not in about_counts]
     due = f"{expected:,} were due"
-    yield make_check("updates", counts, after=f"{applied:,} applied", bound=due)
-    if traces:
+    yield make_check("updates", about_counts, after=f"{applied:,} applied", bound=due)
+    if about_tensors:
         moved = sum(tensor.changed for tensor in verdict.tensors)
         after = f"{moved} of {len(verdict.tensors)} moved"
         name = "tensors that updates moved"
-        yield make_check(name, traces, after=after, bound="all with a gradient")
+        yield make_check(name, about_tensors, after=after, bound="all with a gradient")
 
 
 def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:

@@ -3,6 +3,8 @@
 Each run of ours sends a heartbeat every 30 seconds. One of which nothing was heard for 300 is
 looked at for another 300 before it is ended: a run that lives is heard in that time, however long
 the server or its network was away before, and whatever the clocks of the two machines say.
+
+A server that stops within seconds of a run's crash forgets to resume it: such runs are resumed too.
 """
 
 from __future__ import annotations
@@ -15,17 +17,27 @@ from uuid import UUID
 
 from prefect import get_run_logger, runtime
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.objects import FlowRun, StateType
-from prefect.states import Cancelled, Crashed, State
+from prefect.states import Cancelled, Crashed, Scheduled, State
 
 from tasks.prefect_server import TAG, asking_server, flow_runs_in, read_events, set_run_state
 
 SECONDS_OF_SILENCE = 300.0  # as in automations.yaml
 SECONDS_BETWEEN_LOOKS = 30.0
+RESUME_AUTOMATION = "nested-tune: resume what crashed"  # it comes 20 seconds after a crash
+SECONDS_FOR_THE_AUTOMATION = 300.0
+OLDEST_CRASH = timedelta(hours=12)  # the next night trains what an older run left
 ACTIVE_TYPES = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
 DEAD_MESSAGE = (
     "No heartbeat for {minutes:.0f} minutes: its process is gone. Retry the run to go on from its "
     "last checkpoint."
+)
+
+
+RESUME_MESSAGE = (
+    "Crashed, and goes on from its last checkpoint: the server had forgotten to resume it. After a "
+    "second crash press Retry."
 )
 
 
@@ -60,6 +72,29 @@ def end_dead_runs(silence: float = SECONDS_OF_SILENCE) -> list[str]:
             suspects = [s for s in suspects if s.run.id in now and s.is_same(now[s.run.id])]
         ended += [sign.run.name for sign in suspects if _end_run(client, sign)]
     return ended
+
+
+def resume_forgotten_runs(after: float = SECONDS_FOR_THE_AUTOMATION) -> list[str]:
+    """Resume fine-tunes that crashed once and that the automation did not resume; their names.
+
+    Only crashes from `after` seconds to OLDEST_CRASH ago count. Nothing is resumed while the
+    automation is paused or not deployed.
+    """
+    resumed: list[str] = []
+    with asking_server("crashed runs are not resumed") as client:
+        if not any(each.enabled for each in client.read_automations_by_name(RESUME_AUTOMATION)):
+            return []
+        fine_tunes = FlowFilter(name=FlowFilterName(any_=["finetune"]))
+        crashed = flow_runs_in((StateType.CRASHED,), tags={"all_": [TAG]})
+        newest = datetime.now(UTC) - timedelta(seconds=after)
+        for run in client.read_flow_runs(flow_filter=fine_tunes, flow_run_filter=crashed):
+            if run.state is None or run.run_count != 1 or run.deployment_id is None:
+                continue
+            is_forgotten = newest - OLDEST_CRASH < run.state.timestamp <= newest
+            if is_forgotten and set_run_state(client, run, Scheduled(message=RESUME_MESSAGE)):
+                get_run_logger().warning("%s: %s", run.name, RESUME_MESSAGE)
+                resumed.append(run.name)
+    return resumed
 
 
 def _read_life_signs(client: SyncPrefectClient) -> list[LifeSign]:

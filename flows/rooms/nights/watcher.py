@@ -20,7 +20,7 @@ from flows.rooms.nights.artifacts import (
     publish_nights,
     tell_week,
 )
-from flows.rooms.nights.dead_runs import end_dead_runs
+from flows.rooms.nights.dead_runs import end_dead_runs, resume_forgotten_runs
 from flows.rooms.nights.metrics_file import write_metrics
 from flows.rooms.nights.run_list import tidy_run_list
 from flows.rooms.nights.warning_events import (
@@ -67,7 +67,7 @@ class NightWatcher(Watcher):
         sound: Sequence[str],
         old_after_days: float | None,
     ) -> Iterator[Sighting]:
-        """Warn, end dead runs, and bring Prefect's list and the adapters' pages up to date."""
+        """Warn, end dead runs, resume forgotten ones, and bring lists and pages up to date."""
         if old_after_days is not None:
             warn_of_old_champions(registry, names, old_after_days)
         warn_of_full_disks([registry, Path.cwd()])
@@ -77,6 +77,7 @@ class NightWatcher(Watcher):
         if dead := ", ".join(end_dead_runs()):
             sentence = f"ended, for their processes are gone: {dead}"
             yield Sighting(Outcome.ENDED_DEAD_RUNS, sentence)
+        resume_forgotten_runs()
         tidy_run_list()
         for name in sound:
             publish_nights(name)

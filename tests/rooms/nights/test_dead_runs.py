@@ -12,12 +12,18 @@ from uuid import UUID, uuid4
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import State
-from prefect.states import Cancelling, Completed, Paused, Pending, Running, Scheduled
+from prefect.client.schemas.objects import State, StateType
+from prefect.events.actions import DoNothing
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.states import Cancelling, Completed, Crashed, Paused, Pending, Running, Scheduled
 
 from flows.finetune import finetune
 from flows.rooms.nights import dead_runs
-from flows.rooms.nights.dead_runs import end_dead_runs
+from flows.rooms.nights.dead_runs import (
+    RESUME_AUTOMATION,
+    end_dead_runs,
+    resume_forgotten_runs,
+)
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 SILENCE = 20.0  # seconds, in place of 300
@@ -113,3 +119,54 @@ def test_where_all_were_heard_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> N
                 client.set_flow_run_state(run.id, Completed(), force=True)
     monkeypatch.setattr(dead_runs, "time", clock_with(refuse))
     assert end_them() == []
+
+
+def resume_them(after: float = 0.0) -> list[str]:
+    @flow(name="looks for forgotten runs")
+    def look() -> list[str]:
+        return resume_forgotten_runs(after)
+
+    return look()
+
+
+def test_a_first_crash_that_the_server_forgot_is_resumed_once_unless_the_automation_is_paused() -> (
+    None
+):
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(
+            client.create_flow(finetune),
+            name=str(uuid4()),
+            tags=["nested-tune"],
+            enforce_parameter_schema=False,
+        )
+        runs = {
+            name: client.create_flow_run_from_deployment(deployment, name=name).id
+            for name in ("crashed", "never began", "ended")
+        }
+        runs["by hand"] = client.create_flow_run(finetune, name="by hand", tags=["nested-tune"]).id
+        begun: list[State[Any]] = [Pending(), Running()]
+        for name, run in runs.items():
+            end: State[Any] = Completed() if name == "ended" else Crashed()
+            for state in [*(begun if name != "never began" else []), end]:
+                client.set_flow_run_state(run, state)
+        trigger = EventTrigger(
+            expect={"nothing.of.this.name"}, posture=Posture.Reactive, threshold=1
+        )
+        made = client.create_automation(
+            AutomationCore(name=RESUME_AUTOMATION, trigger=trigger, actions=[DoNothing()])
+        )
+        try:
+            client.pause_automation(made)
+            assert resume_them() == []
+            client.resume_automation(made)
+            assert resume_them(after=3600.0) == [], "the automation has its time first"
+            assert resume_them() == ["crashed"]
+            resumed = client.read_flow_run(runs["crashed"])
+            assert (resumed.state_name, resumed.state_type) == ("Scheduled", StateType.SCHEDULED)
+            for then in [*begun, Crashed()]:
+                client.set_flow_run_state(runs["crashed"], then)
+            assert resume_them() == [], "the second time"
+        finally:
+            client.delete_automation(made)
+            for run in runs.values():
+                client.set_flow_run_state(run, Completed(), force=True)
