@@ -123,9 +123,11 @@ class Bench:
             return row | self._repeat(task.compared, run)
         with burning(row["burners"]):
             began = time.monotonic()
+            length = ("--minutes", f"{self.minutes:g}")
             if task.mode == "killed":
-                row["killed_after"] = self._kill(run, task.number)
-            row["exit_code"] = self._train(run, "--minutes", f"{self.minutes:g}", resume=True)
+                row["killed_after"], row["exit_code"] = self._kill(run, length, task.number)
+            if row.get("killed_after") is not None or task.mode != "killed":
+                row["exit_code"] = self._train(run, *length, resume=True)
             row["seconds"] = round(time.monotonic() - began, 1)
         return row | describe_run(run)
 
@@ -159,20 +161,21 @@ class Bench:
                 kill_all(process)
                 return None
 
-    def _kill(self, run: RunDirectory, number: int) -> float | None:
-        """Start a `train`, and kill it at a moment drawn by its number; seconds until then.
+    def _kill(
+        self, run: RunDirectory, length: Sequence[str], number: int
+    ) -> tuple[float | None, int | None]:
+        """Start a `train`, and kill it at a moment drawn by its number.
 
-        None where it had ended before.
+        Returns the seconds until then, and None; or None and its exit code if it ended before.
         """
         share = random.Random(number).uniform(EARLIEST_KILL, LATEST_KILL)  # noqa: S311
-        words = self._words(run, "--minutes", f"{self.minutes:g}", resume=False)
+        words = self._words(run, *length, resume=False)
         with self._start(words, run, {}) as process:
             try:
-                process.wait(60 * self.minutes * share)
+                return None, process.wait(60 * self.minutes * share)
             except subprocess.TimeoutExpired:
                 kill_all(process)
-                return round(60 * self.minutes * share, 1)
-        return None
+                return round(60 * self.minutes * share, 1), None
 
     def _words(self, run: RunDirectory, *length: str, resume: bool) -> list[str]:
         words = ["train", "-c", str(self.config), "--run-dir", str(run.path), *length]

@@ -54,7 +54,8 @@ def using_optimized_layers(
 def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
     """Say in one line how many adapter layers use our code and kernels, and why others do not.
 
-    model: outside of `using_optimized_layers`, with mlx-lm's layers.
+    model: with mlx-lm's layers, which `using_optimized_layers` has not replaced.
+    as_mlx_lm: whether the configuration asks for mlx-lm's own layers.
     """
     if as_mlx_lm:
         return "layers: mlx-lm's own, as training.reference asks"
@@ -67,10 +68,10 @@ def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
     if others:
         parts.append(f"{', '.join(sorted({type(m).__name__ for m in others}))} is mlx-lm's")
     if not backend.computes_on_cuda():
-        where = "a CPU" if backend.device() == "cpu" else "Metal, where none of it was ever tried"
+        where = "a CPU" if backend.device() == "cpu" else "Metal, on which they were never run"
         return f"layers: {'; '.join(parts)}; no CUDA kernels on {where}"
     if not seams.is_there("cuda"):
-        return f"layers: {'; '.join(parts)}; no CUDA kernels without the room cuda"
+        return f"layers: {'; '.join(parts)}; no CUDA kernels without nested_core/rooms/cuda"
     mlps, _ = _find_mlps_and_shared_inputs(model)
     parts.append(f"{len(mlps)} gated MLPs are one function each")
     ranks = sorted({module.lora_b.shape[0] for module in ours})

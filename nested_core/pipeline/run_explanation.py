@@ -82,14 +82,16 @@ class RunExplanation:
 def explain_run(
     config: FineTuneConfig, on_wait: OnWait | None = None, *, measures_speed: bool = True
 ) -> RunExplanation:
-    """Find out what a run of this configuration will do, without keeping anything.
+    """Find out what a run of this configuration will do: its data, tiers, steps and memory.
 
-    measures_speed: train a few steps, if the room minutes is installed.
+    Validates the data and attaches the adapter as a run does, in a folder that is then removed.
+
+    measures_speed: whether to train a few steps, to forecast the time; needs rooms/minutes.
     on_wait: called with a line if another process holds the device.
 
     Raises what a run raises before it trains: ConfigError, and DatasetError for data with errors.
     """
-    config, tightening = apply_policy(config)
+    config, policy_sentences = apply_policy(config)
     measured = None
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
         run = open_run(Path(folder) / "run", resume=False)
@@ -118,7 +120,7 @@ def explain_run(
     ]
     return RunExplanation(
         config=config,
-        tightening=tuple(tightening),
+        tightening=tuple(policy_sentences),
         base_parameters=base_parameters,
         tiers=tuple(tiers),
         splits=report.splits,

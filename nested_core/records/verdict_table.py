@@ -25,12 +25,7 @@ from nested_core.records.verdict import (
 )
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Cell, Table, Text, Tone
-from nested_core.text.loss_format import (
-    NATS_PER_TOKEN,
-    format_difference,
-    format_loss,
-    loss_name_for_file,
-)
+from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
 CHECKED = (
@@ -105,7 +100,7 @@ def _tone(verdict: Verdict) -> Tone:
 
 def check_table(verdict: Verdict) -> Table:
     """Return a table with one row for each check of a verdict."""
-    unit = NATS_PER_TOKEN if verdict.validation is None else verdict.validation.unit
+    unit = verdict.validation.unit if verdict.validation else seams.unit_of_loss(None)
     rows = [check.cells for check in list_checks(verdict)]
     return Table(CHECKED.format(unit=unit), CHECK_COLUMNS, rows)
 
@@ -162,15 +157,15 @@ def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
     expected = sum(tier.expected_updates for tier in verdict.tiers)
     applied = sum(tier.applied_updates for tier in verdict.tiers)
     reasons = reasons_of(verdict, *UPDATE_CODES)
-    counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
-    traces = [reason for reason in reasons if reason not in counts]
+    about_counts = [reason for reason in reasons if _is_about_counts(verdict, reason)]
+    about_tensors = [reason for reason in reasons if reason not in about_counts]
     due = f"{expected:,} were due"
-    yield make_check("updates", counts, after=f"{applied:,} applied", bound=due)
-    if traces:
+    yield make_check("updates", about_counts, after=f"{applied:,} applied", bound=due)
+    if about_tensors:
         moved = sum(tensor.changed for tensor in verdict.tensors)
         after = f"{moved} of {len(verdict.tensors)} moved"
         name = "tensors that updates moved"
-        yield make_check(name, traces, after=after, bound="all with a gradient")
+        yield make_check(name, about_tensors, after=after, bound="all with a gradient")
 
 
 def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:

@@ -60,7 +60,7 @@ def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
         if "declined" in actions:
             return Outcome.DECLINED
         if version in list_versions(registry, name):
-            return _find_waiting(registry, name, version)
+            return _outcome_of_unpromoted(registry, name, version)
     except (NestedTuneError, OSError):  # `audit` says what is wrong with a registry
         return Outcome.VERIFIED
     return Outcome.VERIFIED if actions else Outcome.KEPT_CHAMPION
@@ -82,7 +82,7 @@ def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
     return Outcome.APPROVED if is_answer else Outcome.PROMOTED
 
 
-def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
+def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
     """Return the outcome of a registered version that never was champion.
 
     WAITS_FOR_APPROVAL if a person has yet to decide, SUPERSEDED if another version was registered,
@@ -106,12 +106,13 @@ def _find_waiting(registry: Path, name: str, version: str) -> Outcome:
         later = ledger.entries[candidate.line_number + 1 :]
     if decision is None or decision.outcome != "waiting":
         section = recorded_section(registry / name, candidate)
-        is_refused = decision is not None and effective_rule(section).must_be_better
-        has_rival = candidate.facts.champion_at_gate is not None
-        return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
-    closing = (*REGISTRATION_ACTIONS, *CHAMPION_CHANGE_ACTIONS)
-    is_closed = any(line.action in closing and line.version != version for line in later)
-    return Outcome.SUPERSEDED if is_closed else Outcome.WAITS_FOR_APPROVAL
+        was_refused = decision is not None and effective_rule(section).must_be_better
+        was_compared = candidate.facts.champion_at_gate is not None
+        return Outcome.KEPT_CHAMPION if was_refused and was_compared else Outcome.VERIFIED
+    superseding_actions = (*REGISTRATION_ACTIONS, *CHAMPION_CHANGE_ACTIONS)
+    of_others = [line.action for line in later if line.version != version]
+    is_superseded = any(action in superseding_actions for action in of_others)
+    return Outcome.SUPERSEDED if is_superseded else Outcome.WAITS_FOR_APPROVAL
 
 
 def describe_kept_champion(verdict: Verdict, champion: str) -> str:

@@ -103,13 +103,17 @@ class TrainStep:
         is_complete: bool = True,
         requests: mx.array | None = None,
     ) -> StepResult:
-        """Take one optimizer step without waiting for the device.
+        """Compute losses and gradients of the micro-batches, and update the tiers that are due.
+
+        Does not wait for the device: the result holds arrays that are still computed.
 
         Args:
             batches: the micro-batches, whose gradients are added up.
-            due: the tiers to take gradients of.
-            is_complete: whether the gradients are applied; otherwise only losses are computed.
-            requests: the result of `World.requests_to_send`.
+            due: the tiers to take gradients of and to update.
+            is_complete: whether these are all micro-batches of a step. If not, nothing is updated
+                and only the losses are of use.
+            requests: this process's requests to stop or to save, from `World.requests_to_send`,
+                which the step adds up over all processes.
         """
         if due not in self.compiled:
             self.compiled[due] = self._compile(due)
@@ -118,23 +122,23 @@ class TrainStep:
         micro_batches: list[Sums] = []
         accumulated: dict[str, Any] | None = None
         updates: Flat = {}
-        counts: mx.array | None = None
+        summed_requests: mx.array | None = None
         with restoring_parameters(self.parameters):
             for index, batch in enumerate(batches):
                 is_last = is_complete and index == len(batches) - 1
                 arrays = self.loss_fn.prepare_batch(batch)
-                sums, accumulated, updates, counts = compiled_step(
+                sums, accumulated, updates, summed_requests = compiled_step(
                     params, accumulated, requests, is_last, *arrays
                 )
                 micro_batches.append(sums)
-        mx.async_eval(updates, self.packed.optimizer.state, micro_batches, counts)
+        mx.async_eval(updates, self.packed.optimizer.state, micro_batches, summed_requests)
         self.packed.update(updates)
         return StepResult(
             due=due,
             micro_batches=micro_batches,
             before={key: params[key] for key in updates},
             updates=updates,
-            requests=counts,
+            requests=summed_requests,
             gradient_bytes=self._gradient_bytes.get(due, 0),
         )
 

@@ -35,10 +35,11 @@ from nested_core.records.verdict import Reason, describe_examples
 
 
 def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
-    """Measure the loss of each held-out example with both adapters, and summarise it.
+    """Measure the loss of each held-out example with the initial and the trained adapter.
 
-    Also stores the digests of the training examples. Held-out examples that this run or an
-    ancestor was trained on are left out. Gives a reason only for losses that are not finite.
+    Examples that this run or an ancestor was trained on are left out. Stores in `judged`: the
+    losses, their summary in the verdict, the digests of the training examples, the candidates that
+    the step was chosen from, and the files to write. Yields a reason if a mean loss is not finite.
     """
     config, run = judged.config, judged.run
     splits = read_nonempty_splits(config, run)

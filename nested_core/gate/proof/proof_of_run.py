@@ -60,9 +60,13 @@ def _make_request(
     config: FineTuneConfig,
     evidence: RunEvidence,
     divergence: Divergence | None,
-    questions: Sequence[CanaryPrompt],
+    canary_prompts: Sequence[CanaryPrompt],
 ) -> ProofRequest:
-    """Ask for the logits of both adapters on the prompts of which the trainer recorded logits."""
+    """Make the request to the fresh process that reads both adapters from disk.
+
+    It computes their logits on the prompts whose logits the trainer recorded, so that the two can
+    be compared, and their answers to the canary prompts.
+    """
     logits, dtype = evidence.record.logits, model_compute_dtype(config)
     return ProofRequest(
         model=find_model_folder(config.model),
@@ -73,6 +77,6 @@ def _make_request(
         expected=logits.values,
         is_float32=dtype is not None and dtype == mx.float32,
         trusts_remote_code=config.trust_remote_code,
-        questions=[question.tokens for question in questions],
+        questions=[prompt.tokens for prompt in canary_prompts],
         has_diverged=divergence is not None and divergence.has_risen,
     )

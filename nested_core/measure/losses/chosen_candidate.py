@@ -93,9 +93,11 @@ def read_candidates(validation_losses: Path) -> Candidates:
 
 
 def max_t_quantile(differences: Vector, weights: Vector) -> float:
-    """Return the 97.5 % point, under chance alone, of the largest fall among several candidates.
+    """Return how many standard errors the best of several equal candidates falls by chance.
 
-    The fall is in standard errors (studentised).
+    The 97.5 % point of the largest t statistic, by a bootstrap over the examples (max-t): where
+    no candidate is better than the other adapter, the best of them looks better by more than this
+    in 2.5 % of cases.
 
     Args:
         differences: candidate minus other adapter, of each candidate and example, (k, n).
@@ -111,7 +113,8 @@ def max_t_quantile(differences: Vector, weights: Vector) -> float:
     centred = centred[np.abs(centred).max(axis=1) > 0]
     if not len(centred):
         return 0.0
-    # Sums that each resample's mean and standard error are computed from, as one matrix product.
+    # The terms of each resample's mean and standard error. Multiplied by how often an example was
+    # drawn, they give the sums of all resamples in one matrix product.
     examples = weights.size
     columns = np.concatenate([weights * centred, (weights * centred) ** 2, weights**2 * centred])
     count = len(centred)

@@ -179,7 +179,8 @@ def compare_losses(
     figures = compared.to_json()
     interval = None if figures["interval"] is None else (compared.low, compared.high)
     one_sided_high = compared.one_sided_high if compared.is_measurable else None
-    # The interval is corrected for selection among candidates, or for the number of comparisons.
+    # A second interval, wider than the first: corrected for the choice of the trained adapter
+    # among candidates, or for several comparisons at once. Of few examples its spread is pooled.
     corrected, is_pooled = None, False
     if candidates is not None:
         corrected = candidates.corrected_interval(losses, other, compared)

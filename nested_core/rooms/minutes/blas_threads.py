@@ -17,11 +17,25 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.backend import get_process_preparation
+from nested_core.config.schema import FineTuneConfig
+from nested_core.models.parameters import in_evaluation_mode
+from nested_core.models.session import Session
+from nested_core.pipeline.device_lock import OnWait, locking_devices
 
 THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 TRIED_TOKENS = 32  # of a pass: products between those of a training step and those of an answer
 TRIED_ROUNDS = 3
 MAX_SECONDS_TRIED = 5.0  # after them no further round is begun
+
+
+def choose_blas_threads_of_run(
+    config: FineTuneConfig, session: Session, on_wait: OnWait | None
+) -> int | None:
+    """What `choose_blas_threads` chooses with the base of a run, while no other run computes."""
+    with locking_devices(on_wait, session=session):
+        model = session.load_base(config).model
+        with in_evaluation_mode(model):
+            return choose_blas_threads(model)
 
 
 def choose_blas_threads(model: Any) -> int | None:

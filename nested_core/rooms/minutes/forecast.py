@@ -27,7 +27,7 @@ from nested_core.text.duration_format import format_duration
 FORWARD_SHARE = 0.5  # of a step: a loss without its gradients
 TRIED_TOKENS = 8  # of an answer
 TRIED_PROMPT = 4  # tokens of a prompt that is answered for the time of a token alone
-ROUNDS_OF_BASE = 2  # of sample prompts: more are asked where its answers are broken
+SECONDS_TO_SPARE = 15.0  # of the time that lies between what is aimed at and the end
 PROOF_SECONDS = 2.0  # of the fresh process that is not beside other work
 
 
@@ -143,12 +143,14 @@ def _seconds_of_answers(
     token = _time_token(model, tokenizer, together) if together else 0.0
     samples = 2 * read * prompt_token
     if turns:
-        asked = config.training.sample_tokens
+        most = config.training.sample_tokens
         texts = [prompt.expected for prompt in held_out]
         expected = [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts]
         # A trained adapter answers about as long as it is expected to
-        of_adapter = asked if config.samples or not expected else min(asked, max(expected))
-        samples += (ROUNDS_OF_BASE * asked + of_adapter) * token
+        of_adapter = most if config.samples or not expected else min(most, max(expected))
+        samples += (most + of_adapter) * token
+        # The base is asked more prompts where its answers are broken, which is seldom
+        samples += max(0.0, most * token - SECONDS_TO_SPARE)
     asked_for = [
         len(prompt) * max(1, len(choices))
         for suite in suites

@@ -12,6 +12,10 @@ from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.preflight import estimate_iterations
 from nested_core.records.dataset import read_dataset_record
+from nested_core.rooms.minutes.blas_threads import (
+    choose_blas_threads_of_run,
+    using_blas_threads,
+)
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
 from nested_core.storage.run_directory import RunDirectory
@@ -62,11 +66,15 @@ def measure_run(
     With how fast it is, the configuration, with the iterations that its minutes come to.
     """
     stages.info("explain: trying a few steps")
-    trial = try_steps(config, run, TRIED_SECONDS, session, on_wait)
-    splits = read_dataset_record(run.dataset).splits
-    with locking_devices(on_wait, session=session):
-        base = session.load_base(config)
-        forecast = make_forecast(config, splits, trial, base.model, base.tokenizer)
+    threads = None  # as many as there are, as in a run that is not held to minutes
+    if config.training.minutes is not None:
+        threads = choose_blas_threads_of_run(config, session, on_wait)
+    with using_blas_threads(threads):
+        trial = try_steps(config, run, TRIED_SECONDS, session, on_wait)
+        splits = read_dataset_record(run.dataset).splits
+        with locking_devices(on_wait, session=session):
+            base = session.load_base(config)
+            forecast = make_forecast(config, splits, trial, base.model, base.tokenizer)
     every = config.grad_accumulation_steps
     passes = trial.plan.epochs / trial.plan.steps  # of a step
     if config.training.minutes is not None:

@@ -24,7 +24,6 @@ from nested_core.backend import to_float
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
-from nested_core.models.parameters import in_evaluation_mode
 from nested_core.models.session import Session
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.pipeline.device_lock import locking_devices
@@ -36,7 +35,7 @@ from nested_core.records.plan import TimePlan, read_plan
 from nested_core.records.result import TrainResult
 from nested_core.rooms.minutes.blas_threads import (
     THREADS_VARIABLE,
-    choose_blas_threads,
+    choose_blas_threads_of_run,
     using_blas_threads,
 )
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
@@ -196,10 +195,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         """Choose the BLAS threads of the whole run, and use them from now on."""
         if self._earlier is not None:
             return self._earlier.blas_threads
-        with locking_devices(self._hooks.on_message, session=session):
-            base = session.load_base(self.config)
-            with in_evaluation_mode(base.model):
-                count = choose_blas_threads(base.model)
+        count = choose_blas_threads_of_run(self.config, session, self._hooks.on_message)
         self._threads.enter_context(using_blas_threads(count))
         return count
 

@@ -296,4 +296,4 @@ def test_a_line_says_which_layers_are_ours_and_why_others_are_not(monkeypatch) -
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(seams, "is_there", lambda room: room != "cuda")
     said = describe_layers(build("llama"))
-    assert said == f"layers: {ours}; no CUDA kernels without the room cuda"
+    assert said == f"layers: {ours}; no CUDA kernels without nested_core/rooms/cuda"

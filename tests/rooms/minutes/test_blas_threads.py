@@ -13,14 +13,17 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
+from nested_core.models.session import Session
 from nested_core.records.plan import write_plan
-from nested_core.rooms.minutes import timed_training
+from nested_core.rooms.minutes import sizes, timed_training
 from nested_core.rooms.minutes.blas_threads import (
     THREADS_VARIABLE,
     _open_library,
     choose_blas_threads,
 )
+from nested_core.rooms.minutes.trial_run import TrialRun, try_steps
 from nested_core.storage.run_directory import open_run
+from tests.example import prepare
 from tests.rooms.minutes.test_timed_training import FIXED, Listening, config_of, training_plan
 
 pytestmark = pytest.mark.skipif(
@@ -61,6 +64,26 @@ def test_a_number_that_the_environment_gives_stays(
 ) -> None:
     monkeypatch.setenv(THREADS_VARIABLE, "2")
     assert choose_blas_threads(model_that_takes({1: 0.0, 2: 0.05}, library)) == 2
+
+
+def test_explain_measures_a_run_of_minutes_with_the_threads_that_it_will_have(
+    tmp_path: Path, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+
+    def noting_threads(*arguments: Any) -> TrialRun:
+        threads.append(library.openblas_get_num_threads())
+        return try_steps(*arguments)
+
+    monkeypatch.setattr(sizes, "choose_blas_threads_of_run", lambda *_: 1)
+    monkeypatch.setattr(sizes, "try_steps", noting_threads)
+    monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.1)
+    for minutes in (5, None):
+        config = config_of(minutes)
+        run = prepare(config, tmp_path / f"{minutes}")
+        with run.locked(), Session() as session:
+            sizes.measure_run(config, run, session, None)
+    assert threads == [1, 2]
 
 
 def test_a_run_that_goes_on_has_the_threads_of_its_plan_until_it_ends(
