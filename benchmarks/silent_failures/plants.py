@@ -111,7 +111,7 @@ def nan_behind_clipping(case: Case, planted: bool) -> None:
     weights: Any = mx.load(str(base / "model.safetensors"))
     head = weights["model.embed_tokens.weight"]
     is_reserved = mx.arange(head.shape[0])[:, None] == RESERVED
-    unset = mx.where(is_reserved, mx.array(float("nan"), head.dtype), head)
+    unset = mx.where(is_reserved & planted, mx.array(float("nan"), head.dtype), head)
     weights |= {"lm_head.weight": head, "model.embed_tokens.weight": unset}
     mx.eval(weights)
     mx.save_safetensors(str(base / "model.safetensors"), weights, {"format": "mlx"})

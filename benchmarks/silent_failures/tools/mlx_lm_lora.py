@@ -22,6 +22,10 @@ class MlxLmLora(MlxLm):
     # Without it no training begins on Linux; see broken/sitecustomize.py.
     environment = MappingProxyType({"PYTHONPATH": str(BROKEN), "MAC_MEMORY": "1"})
 
+    def judge(self, case: Case) -> None:
+        self.use(case)  # first: `--test` writes adapter_config.json anew, from its defaults
+        self.evaluate(case)
+
     def fuse(self, case: Case) -> None:
         if case.base != "base":
             raise NotApplicable("it fuses at the end of a training alone")

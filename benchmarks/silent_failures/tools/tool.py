@@ -176,7 +176,8 @@ def name_fine_tune_type(case: Case) -> str:
 def first_question(case: Case) -> str:
     """The user's text in the first training row."""
     with (case.folder / "data/train.jsonl").open(encoding="utf-8") as rows:
-        return str(json.loads(next(rows))["messages"][0]["content"])
+        turns = json.loads(next(rows))["messages"]
+    return next(str(turn["content"]) for turn in turns if turn["role"] == "user")
 
 
 def read_output(case: Case, command: Sequence[str]) -> str:
