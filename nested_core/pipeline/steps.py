@@ -311,7 +311,7 @@ def train(
 
     A run that is already complete is not trained again. Raises what a trainer raises.
     """
-    warn_if_unprepared()
+    warn_if_unprepared()  # of a process in which training would be slow
     if run.result.exists() and _is_complete(config, run):
         try:
             result = read_result(run.result)
