@@ -316,7 +316,8 @@ def _replace_what_is_no_text(typed: str) -> str:
 def read_ledger(folder: Path) -> Ledger:
     """Read the history of an adapter name's folder; DamagedError names the first damaged line.
 
-    Without a file the history is empty. A torn last line is not damage.
+    Without a file the history is empty. A last line without its end, which a crash leaves, is not
+    damage: it is returned apart, as `torn`.
     """
     path = folder / LEDGER_NAME
     kind = file_type(path)
@@ -331,7 +332,7 @@ def read_ledger(folder: Path) -> Ledger:
         content = read_regular(path)
     except MissingFileError:
         return Ledger()
-    *lines, torn = content.split(b"\n")
+    *lines, torn = content.split(b"\n")  # torn is empty if the last line is complete
     entries = tuple(_parse_entry(line, path, number) for number, line in enumerate(lines, 1))
     whole_bytes = len(content) - len(torn)
     if entries and entries[0].layout is None and entries[0].previous_line_sha256 == NO_LINE_SHA256:

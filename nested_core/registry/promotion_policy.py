@@ -157,6 +157,8 @@ def decide(
 ) -> Decision:
     """Promote a version automatically, or return why it is not promoted.
 
+    Automatically is without a person who asks for it. The champion is the version in use.
+
     folder: the adapter's locked folder in the registry.
     section: the run's section `registry`; of it and the registry's policy the stricter counts.
     expected_champion: the champion that the verdict compared with.
