@@ -109,9 +109,10 @@ def digests_for_result(
 
 
 def collect_evidence(run: RunDirectory) -> RunEvidence:
-    """Read and verify a finished run's files.
+    """Read a finished run's files for the gate, and verify that they belong together.
 
-    Raises DamagedError if any of them changed since training wrote it.
+    The digests in result.json and in the offered checkpoint say what training read and wrote.
+    Raises DamagedError if any of the files changed since.
     """
     result = read_result(run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
