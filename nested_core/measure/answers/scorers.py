@@ -193,7 +193,7 @@ def _run_scoring_process(
         "score": method.score,
         "function": method.function,
         "folder": os.getcwd(),
-        "most_seconds": int(2 * START_TIMEOUT_SECONDS),  # of computing; beside our own limits
+        "most_seconds": int(2 * START_TIMEOUT_SECONDS),  # then it ends itself, if we are gone
     }
     try:
         with Child(SCORING_PROGRAM, max_answer_bytes=MAX_ANSWER_BYTES) as child:
