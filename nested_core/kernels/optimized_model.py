@@ -62,6 +62,7 @@ def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
         return "layers: mlx-lm's own, as training.reference asks"
     adapters = [module for _, module in model.named_modules() if "lora_a" in module]
     ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
+    # Layers of mixtures of experts, which the device's own code replaces
     experts = set(map(id, device_operations().find_expert_layers(model)))
     others = [m for m in adapters if type(m) not in OPTIMIZED_CLASSES and id(m) not in experts]
     count = len(adapters) - len(others)

@@ -185,7 +185,7 @@ class Tiered(Optimizer):
             self._init_state(gradients)
         values = flatten(parameters)
         check_gradients(flat, values, self._specs)
-        # A drop-in's counters begin here, from the step before it is counted.
+        # With one tier of everything the state is mlx's own until here; its counters begin now.
         self.state.setdefault(COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step))
         # Advance schedules and the step count
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)

@@ -99,7 +99,8 @@ def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | Non
 def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """Return the champion if it was made from this run's data with the same settings, else None.
 
-    The data are all rows, held-out ones included, since they choose the step and judge it.
+    The data are all rows, held-out ones included, since they choose the step and judge it. What the
+    champion was made from is recorded in its provenance.json.
     """
     with _holding_starting_champion(config) as champion:
         if champion is None:

@@ -185,7 +185,10 @@ def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneCo
 
 
 def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -> list[str]:
-    """Return a sentence for each key in which the policy is stricter than a run's configuration."""
+    """Return a sentence for each key in which the policy is stricter than a run's configuration.
+
+    The policy of a name in the registry holds for all runs that register there; None gives none.
+    """
     if policy is None:
         return []
     gate, stricter = config.gate, tighten(config, policy).gate

@@ -190,9 +190,11 @@ def compare_losses(
 ) -> LossComparison | None:
     """Return the losses of a version and of the champion on the same examples.
 
-    They come from the verdict if it compared with this champion, or if training started from it;
-    else from the champion's own verdict if that used the same examples. None if there is no such
-    pair. Raises DamagedError for a champion that has changed since it was registered.
+    candidate: the verdict on the version. champion: the other version.
+
+    The losses come from the verdict if it compared with this champion, or if training started from
+    it; else from the champion's own verdict if that used the same examples. None if there is no
+    such pair. Raises DamagedError for a champion that has changed since it was registered.
     """
     record = candidate.verdict.champion
     if record is not None and record.version == champion:

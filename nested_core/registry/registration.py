@@ -153,6 +153,7 @@ def require_sound_champion(locked: NameFolder) -> None:
 def _add_version(locked: NameFolder, new: NewVersion) -> str:
     """Copy a run's adapter to `versions/`, and return the hash of the version's manifest.
 
+    Versions are named by the digest of their adapter, so two runs with equal adapters are one.
     If the version exists already, only the run's verdict is recorded, as a judgement. If the
     version was registered before and its files were lost, the history gets a line `restored`.
     """

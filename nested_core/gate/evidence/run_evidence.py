@@ -171,7 +171,10 @@ def _require_unchanged_inputs(
 ) -> None:
     """Raise DamagedError if an input of training differs from its digest in the checkpoint.
 
-    The inputs are the initial adapter, tiers, replay, start and the report on the data.
+    The inputs are the initial adapter, tiers, replayed examples, start and the report on the data.
+
+    digests: those in the checkpoint that the run offers, by the input's name.
+    files: size and hash of the run's files as they are now, by path in the run directory.
     """
     hashes = {name: files[f"{run.initial.name}/{name}"]["sha256"] for name in ADAPTER_FILES}
     if combined_sha256(hashes) != digests.get("initial_files"):

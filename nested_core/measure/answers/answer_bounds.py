@@ -149,6 +149,12 @@ class ScoreChange:
     ) -> ScoreChange:
         """Compare two models' answers to the same questions, in the same order.
 
+        The result has the mean difference of the scores with its interval, the questions that got a
+        lower score (`lost`), and for a fall and a rise the probability of seeing one by chance.
+
+        max_drop: the fall that is allowed; None allows any. The answers `after` may be those of the
+            best of several training steps (`chosen_among`); the interval is then widened.
+
         If all answers are right or wrong, and no questions share a prompt, the probabilities are
         McNemar's exact mid-p. Otherwise they come from Student's t if the interval leaves out 0,
         and are one half if it does not. A rise is also multiplied by the number of steps, and needs
@@ -164,6 +170,7 @@ class ScoreChange:
         pairs = zip(before, after, strict=True)
         lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
         fall, rise = _t_test_chances(difference)
+        # Answers that are right or wrong, and independent, allow an exact test.
         if clusters is None and np.isin(scores, (0.0, 1.0)).all():
             won = int((scores[1] > scores[0]).sum())
             fall, rise = _exact_chances(len(lost), won)

@@ -439,7 +439,10 @@ def exchange_mid_p(lost: int, won: int) -> float:
 
 
 def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
-    """Return P(X >= successes) for a binomial distribution with success probability `chance`."""
+    """Return P(X >= successes) for a binomial distribution with success probability `chance`.
+
+    The sum of the probabilities of each number of successes, in logarithms against overflow.
+    """
     if successes <= 0 or chance >= 1:
         return 1.0
     if chance <= 0:
