@@ -366,7 +366,7 @@ def find_refusal(
     ledger: the adapter's history.
     section: the run's configuration of the registry.
     candidate: the verdict on the version.
-    champion: the version in use; None if there is none.
+    champion: the version in use; None before the first promotion.
     is_approved: a person has approved; nobody is asked again, and the comparison with the policy's
         reference (a fixed version), which limits automatic promotions alone, is skipped.
     """
