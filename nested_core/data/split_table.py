@@ -210,7 +210,7 @@ class _Reading:
         hasher = sha256()  # of the hashes of all examples
         answer_keys: set[int] = set()
         rows = 0
-        with closing(answers):  # ends the workers  # type: ignore[type-var]
+        with closing(answers):  # type: ignore[type-var]  # ends the workers
             for request, answer in zip(requests, answers, strict=True):
                 out = request["out"]
                 hasher.update(_take_file(f"{out}.digests"))

@@ -261,7 +261,11 @@ def _describe_checkpoint_selection(losses: Validation) -> str:
 
 
 def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
-    """Yield a table of the examples whose loss rose most, with their text in the file now."""
+    """Yield a table of the examples whose loss rose most, with their text in the file now.
+
+    losses: of each held-out example before and after training, and with the registry's champion if
+        there is one. An example whose loss is not finite counts as one that rose most.
+    """
     differences = losses.after - losses.before
     comparable = np.isfinite(differences)
     improved = int((differences[comparable] < 0).sum())
@@ -309,7 +313,11 @@ def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str
 
 
 def _map_changes(run: Run) -> Iterator[Block]:
-    """Yield a heat map of each module's relative change, layer by module, with the tiers."""
+    """Yield the section with a heat map of how much training changed each module.
+
+    A row is a layer with the tiers of its tensors (a tier is a group of tensors that are updated
+    equally often), a column a kind of module, a cell the mean relative change of its tensors.
+    """
     tensors = () if run.verdict is None else run.verdict.tensors
     if not tensors:
         yield Text("The gate has not compared the adapters yet.")
@@ -325,6 +333,7 @@ def _map_changes(run: Run) -> Iterator[Block]:
         for key, group in groupby(located, key=lambda place: place[:2])
     }
     changes = {key: _mean_change(group) for key, group in modules.items()}
+    # The darkest colour; 1 where nothing changed or could be measured, as it is divided by
     largest = max((c for c in changes.values() if c is not None), default=0) or 1.0
     columns = sorted({column for _, column in modules})
     # A row for each layer, a column for each module name
@@ -332,6 +341,7 @@ def _map_changes(run: Run) -> Iterator[Block]:
     for layer in sorted({layer for layer, _ in modules}):
         tiers = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}
         marks = f" · tier {', '.join(map(str, sorted(tiers)))}" if tiers else ""
+        # Tensors of no layer, such as embeddings, are placed in layer -1
         name = "outside layers" if layer < 0 else f"layer {layer}"
         cells = [
             _heat_cell(modules.get((layer, c), ()), largest, with_tier=len(tiers) > 1)

@@ -118,7 +118,7 @@ def read_line_range(
     has_mark = np.zeros(len(lines), bool)  # a byte order mark, which only the first line can have
     has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
     sensitive = np.zeros(len(lines), np.uint32)
-    for part in seams.load_all("sensitive_data"):  # an optional detector of secrets; at most one
+    for part in seams.load_all("sensitive_data"):  # an optional detector of secrets
         sensitive = part.find(text)
     columns: dict[str, Any] = {
         **rows,
@@ -203,7 +203,7 @@ def _read_rows(
 def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]]:
     """Return the examples' SHA-256, concatenated, and the keys by which rows are compared.
 
-    contents: each line's texts joined by NUL, the answer last; None for a line without an example.
+    contents: each line's roles and texts joined by NUL, the answer last; None for a line without an example.
 
     A key is a 64-bit hash, one for each line: `content` (0 for no example), `prompt` (all before
     the answer), `answer`, and `folded` (the content without case and white space).
