@@ -51,6 +51,9 @@ def conclude(
         margin: the rise that is allowed, from `margin_of_loss`.
         loss_before: the mean loss that the difference is measured from.
         noise: `paired` decides by the intervals, `none` by the mean alone.
+
+    Below zero is better. Without an interval nothing is better or no worse: a large rise is worse
+    (beyond the margin, or the share of the loss that few examples are allowed), else inconclusive.
     """
     if noise == "none":
         if difference < 0:

@@ -106,6 +106,7 @@ def compare_pairs(
     Raises ValueError for no examples, vectors of unequal lengths, values that are not finite, and
     weights that are not above 0.
     """
+    # From here on: `counts` is the weight of each example, (n,)
     counts = np.ones(len(first)) if weights is None else np.asarray(weights, np.float64)
     if not len(first) == len(second) == counts.size > 0:
         raise ValueError(f"expected as many of each: {len(first)}, {len(second)} and {counts.size}")
@@ -127,6 +128,7 @@ def compare_pairs(
     variance = float(residuals @ residuals) * examples / (examples - 1)
     means = _resampled_means(values, counts if is_weighted else None)
     tails = [_tail_probability(examples, share) for share in (CONFIDENCE, ONE_SIDED_CONFIDENCE)]
+    # Low and high end of the two-sided interval, then of the one-sided ones
     ends = np.quantile(means, [end for tail in tails for end in (tail, 1 - tail)])
     low, high, lower, upper = map(float, ends)
     error = math.sqrt(variance) / float(counts.sum())

@@ -203,7 +203,8 @@ def _read_rows(
 def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]]:
     """Return the examples' SHA-256, concatenated, and the keys by which rows are compared.
 
-    contents: each line's roles and texts joined by NUL, the answer last; None for a line without an example.
+    contents: each line's roles and texts joined by NUL, the answer last; None for a line without an
+        example.
 
     A key is a 64-bit hash, one for each line: `content` (0 for no example), `prompt` (all before
     the answer), `answer`, and `folded` (the content without case and white space).
