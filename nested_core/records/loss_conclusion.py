@@ -52,8 +52,9 @@ def conclude(
         loss_before: the mean loss that the difference is measured from.
         noise: `paired` decides by the intervals, `none` by the mean alone.
 
-    Below zero is better. Without an interval nothing is better or no worse: a large rise is worse
-    (beyond the margin, or the share of the loss that few examples are allowed), else inconclusive.
+    With an interval: better if all of it is below 0, no_worse if the rise is surely within the
+    margin, worse if all of it is above 0. Without one, which is with few examples: only a large
+    rise is worse (any rise if the margin is 0), all else is inconclusive.
     """
     if noise == "none":
         if difference < 0:

@@ -301,8 +301,8 @@ def _difference(compared: ComparedLoss) -> str | None:
 def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     """Build the row of a suite of questions: right answers before and after, and its bounds.
 
-    task: the suite's result. Its bounds are read from the thresholds that the verdict recorded; they
-        are JSON of any age, so that what has another form counts as no bound.
+    task: the suite's result. Its bounds are read from the thresholds that the verdict recorded;
+        they are JSON of any age, so that what has another form counts as no bound.
     """
     reasons = [r for r in reasons_of(verdict, *SUITE_CODES) if r.suite == task.name]
     tasks = (verdict.thresholds or {}).get("tasks")

@@ -104,7 +104,7 @@ class RunReport:
 
 
 def describe_run(run: Run, error: str | None = None) -> Document:
-    """Build the page of a run as a document; `error` is what ended the run."""
+    """Build the page of a run as a document; `error` is what ended the run, if one did."""
     now = datetime.now(UTC)
     return Document(
         f"Run {run.name}",
@@ -152,7 +152,12 @@ def _tabulate_generations(run: Run) -> Iterator[Block]:
 
 
 def _describe_training(run: Run) -> Iterator[Block]:
-    """Yield the section's blocks on training: losses, rate, gradient norm, memory and speed."""
+    """Yield the blocks of the page's section on training.
+
+    These are sentences that explain the curves, and charts of losses, answers, learning rate,
+    gradient norm, memory and speed; each inner list is one figure, with the same curves over
+    different x.
+    """
     figures = [
         [_loss_chart(run, "step"), _loss_chart(run, "seconds of training")],
         *_answer_figures(run),
@@ -227,7 +232,11 @@ def _metric_figure(run: Run, title: str, unit: str, keys: dict[str, str]) -> lis
 
 
 def _compare_examples(run: Run) -> Iterator[Block]:
-    """Yield the blocks on held-out examples, with those that the candidate got worst on."""
+    """Yield the blocks of the section that compares losses of the same held-out examples.
+
+    The candidate (the trained adapter) is compared with the adapter that training started from, and
+    with the registry's champion if there was one; the examples that rose most are listed.
+    """
     verdict = run.verdict
     if verdict is None or verdict.validation is None:
         why = (
@@ -293,7 +302,10 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
 
 
 def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
-    """Read lines of a data file by their numbers; empty if it is gone, packed or too large."""
+    """Read lines of a data file by their numbers; empty if it is gone, packed or too large.
+
+    file: a file of the run's data set, or the path that gate.held_out names in place of one.
+    """
     if run.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
     choice = "auto" if run.config is None else run.config.gate.held_out
@@ -402,13 +414,19 @@ def _count_updates(run: Run) -> Block:
 
 
 def list_answers(run: Run) -> list[Block]:
-    """Build the blocks of base's, parent's, champion's and candidate's answers, lost ones first."""
+    """Build the blocks of the page's section on answers.
+
+    These are for each suite of questions a table of what base, parent (the adapter that training
+    started from), champion and candidate (the trained adapter) answered, lost questions first; then
+    sample answers that are not scored, and answers given during training.
+    """
     blocks: list[Block] = []
     names = list(dict.fromkeys(answer.task for answer in run.answers))
     count = max(2, MAX_SHOWN_QUESTIONS // max(1, len(names)))
     for name in names[:MAX_SHOWN_QUESTIONS]:
         answers = [answer for answer in run.answers if answer.task == name]
         given = [(answer.model, answer.expected, answer.answer, answer.score) for answer in answers]
+        # Tables of optional packages, such as one that sorts answers by label
         tables = seams.collect("answer_tables", name, given)
         blocks.append(Section(name, [*tables, _answers_table(answers, count)]))
     if run.sample_answers:
@@ -426,6 +444,8 @@ def list_answers(run: Run) -> list[Block]:
 
 def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
     """Build a table of a suite's questions and answers, lost questions first.
+
+    A question is lost if another model answered it better than the candidate (the trained adapter).
 
     count: how many questions to show at most.
     """

@@ -101,7 +101,8 @@ def write_bytes(
 ) -> None:
     """Replace the content of a file atomically and durably: written beside it, synced and renamed.
 
-    confirm: a last check by the caller, such as that it still holds a lock; called just before the rename; if it raises, the old file stays.
+    confirm: a last check by the caller, such as that it still holds a lock, called just before the
+        rename; if it raises, the old file stays.
     """
     temporary = temporary_beside(target)
     with naming_target_in_errors(target, temporary):
@@ -177,7 +178,8 @@ def _move_into_place(
     """Sync a temporary directory and rename it to `target`, moving an old one aside first.
 
     replace: whether `target` may exist; FileExistsError otherwise.
-    confirm: called before anything is moved; if it raises, everything stays as it was.
+    confirm: a last check by the caller, such as that it still holds a lock, called before anything
+        is moved; if it raises, everything stays as it was.
 
     A folder cannot be renamed over another one. So the old one is moved aside, and moved back if
     the rename fails, or by the next call if the process is killed in between.

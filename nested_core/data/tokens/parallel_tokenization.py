@@ -288,7 +288,10 @@ def _encode_examples(
 ) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
     """Yield each line with its tokenized example, or why it could not be tokenized.
 
-    examples: line numbers and parsed rows. request: the job's request.
+    examples: line numbers and parsed rows. request: the job's settings, such as max_seq_length.
+
+    A row with too many characters is not tried, as it would take very long. With `targets: last`
+    nothing is left to learn of a row whose last turn is marked as not to be learnt (`masked`).
 
     Raises ConfigError if the template exceeds its time limit.
     """
@@ -328,7 +331,10 @@ def _find_problem(
 ) -> _EncodingProblem | None:
     """Return why a tokenized example must not be trained on; None for a sound one.
 
-    request: the job's request.
+    These are errors found while it was encoded, a row too long that cannot be cut, and a token for
+    which the model has no embedding.
+
+    request: the job's settings, such as max_seq_length.
     """
     for note in encoded.notes:
         if note.severity == "error":
