@@ -72,8 +72,9 @@ def replace_configured_paths(
 ) -> SectionType:
     """Return a copy of a section of the configuration in which each path is replaced.
 
-    A key is a path if its declaration has a path rule, which also lists words that the key takes in
-    place of a path, such as `auto`; these stay. Inner sections and lists are gone through as well.
+    A key is a path if its declaration has a path rule. By some rules the key also takes words in
+    place of a path, such as the name of a split; these stay. Inner sections and lists are gone
+    through as well.
 
     replace: called with the key's dotted name, its path rule and its value; returns the new value.
     prefix: what the names of this section's keys begin with, such as `gate.`.

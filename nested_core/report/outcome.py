@@ -106,7 +106,7 @@ def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
         candidate = choose_candidate(folder, ledger, version, read_link(folder))
         if candidate.facts.policy is None:
             return Outcome.VERIFIED
-        # What the policy that was recorded with the version says against promoting it; None: nothing
+        # What the policy recorded with the version says against promoting it; None for nothing
         decision = find_refusal_as_recorded(folder, ledger, candidate)
         later = ledger.entries[candidate.line_number + 1 :]
     if decision is None or decision.outcome != "waiting":
