@@ -166,14 +166,14 @@ def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> st
     section = _section_at(location[:-1], schema)
     if section is None:
         return ""
-    names = [field.alias or name for name, field in section.model_fields.items()]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    known_names = [field.alias or name for name, field in section.model_fields.items()]
+    typo_of = difflib.get_close_matches(name, known_names, n=1, cutoff=0.8)
     elsewhere = [key.name for key in iterate_keys(schema) if key.name.endswith(f".{name}")]
     if name in schema.model_fields:
         elsewhere = [f"{name} at the top level", *elsewhere]
-    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    similar = difflib.get_close_matches(name, known_names, n=1, cutoff=0.5)
     # The best first: a name that differs by a letter, the same name elsewhere, a name that is alike
-    suggestions = [*close, *elsewhere, *similar]
+    suggestions = [*typo_of, *elsewhere, *similar]
     return f"; did you mean {suggestions[0]}?" if suggestions else ""
 
 

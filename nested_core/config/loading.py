@@ -214,7 +214,7 @@ def load_config(
     source = str(path) if path is not None else "the command line"
     values = lay_over(values, flags)
     _let_flags_override_keys_that_say_the_same(values, flags)
-    known = {key: value for key, value in values.items() if value is not None}
+    given_values = {key: value for key, value in values.items() if value is not None}
     given_by_flag = [name for name, value in flags.items() if value is not None]
     # Where each value was given, for messages: its line in the file, unless a flag replaced it
     replaced = tuple(f"{name}." for name in given_by_flag)
@@ -222,7 +222,7 @@ def load_config(
         key: f"line {line}" for key, line in lines.items() if not f"{key}.".startswith(replaced)
     }
     places |= {name: f"--{name.replace('_', '-')}" for name in given_by_flag}
-    return parse_config(known, source=source, places=places)
+    return parse_config(given_values, source=source, places=places)
 
 
 def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

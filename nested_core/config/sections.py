@@ -363,10 +363,10 @@ def optimizer_problems(
     """
     # Names of mlx-lm's optimizers are known without importing mlx
     others = optimizer_config.keys() - set(MLX_LM_OPTIMIZERS)
-    strange = sorted(name for name in others if name not in optimizer_classes())
-    if strange:
+    unknown_names = sorted(name for name in others if name not in optimizer_classes())
+    if unknown_names:
         known = sorted(optimizer_classes())
-        yield f"optimizer_config: {strange} are no optimizers; there are {known}"
+        yield f"optimizer_config: {unknown_names} are no optimizers; there are {known}"
     arguments = optimizer_config.get(optimizer, {})
     if not arguments and nested.weight_decay is None and nested.learning_rate_scale is None:
         return  # nothing to ask mlx for

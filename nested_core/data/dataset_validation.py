@@ -75,12 +75,12 @@ def judge_dataset(
     """
     has_template = tokenizer is None or has_chat_template(tokenizer.load())
     # Splits that were joined of several files: findings name the original file
-    parts = {
+    parts_by_file = {
         table.file: table.source.parts
         for table in tables.values()
         if table.source is not None and table.source.parts
     }
-    findings = Findings(parts=parts)
+    findings = Findings(parts=parts_by_file)
     _apply_line_rules(tables, settings, findings)
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
     _apply_rules_of_loss(tables, settings, findings)
@@ -89,22 +89,22 @@ def judge_dataset(
     facts: dict[str, TokenFacts] = {}
     context = None if tokenizer is None else context_length(Path(tokenizer.folder))
     if tokenizer is not None and folder is not None:
-        sound = {  # lines that are neither rejected nor dropped, of splits that can be tokenised
+        usable = {  # lines that are neither rejected nor dropped, of splits that can be tokenised
             split: LinesToTokenize(
                 table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
             )
             for split, table in tables.items()
             if table.source is not None and (table.format in UNTEMPLATED_FORMATS or has_template)
         }
-        facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
+        facts = tokenize_splits(folder, usable, settings, tokenizer, on_progress=on_progress)
     # The rules about tokens; lines with too many are dropped only here, where tokens are counted
-    for split, counted in facts.items():
+    for split, split_facts in facts.items():
         file = tables[split].file
-        ENCODING_RULES.add_findings(make_encoding_problem_frame(counted, file), findings)
-        DOUBT_RULES.add_findings(make_doubt_frame(counted, file), findings)
-        TOKEN_RULES.add_findings(make_token_frame(counted, file, settings, context), findings)
-        if counted.overlong:
-            dropped = {**tables[split].dropped, "overlong": counted.overlong}
+        ENCODING_RULES.add_findings(make_encoding_problem_frame(split_facts, file), findings)
+        DOUBT_RULES.add_findings(make_doubt_frame(split_facts, file), findings)
+        TOKEN_RULES.add_findings(make_token_frame(split_facts, file, settings, context), findings)
+        if split_facts.overlong:
+            dropped = {**tables[split].dropped, "overlong": split_facts.overlong}
             tables[split] = replace(tables[split], dropped=dropped)
     _apply_row_count_rules(tables, settings, findings)
     for table in tables.values():
@@ -183,11 +183,11 @@ def _apply_rules_of_loss(tables: Tables, settings: DataSettings, findings: Findi
         if (source := table.source) is None:
             continue
         # Lines are counted in the converted file to read it, and in the original file to report
-        wrong = source.physical_lines_of(set(findings.lines_with_errors(table.file)))
-        read = read_examples(source.path, settings.field_names, wrong)
+        rejected = source.physical_lines_of(set(findings.lines_with_errors(table.file)))
+        read = read_examples(source.path, settings.field_names, rejected)
         examples[split] = {source.number_of(line): example for line, example in read}
-    kinds = formats_of_loss(settings.loss).values()
-    judges = {kind.judge for kind in kinds if kind.judge is not None}
+    row_formats = formats_of_loss(settings.loss).values()
+    judges = {kind.judge for kind in row_formats if kind.judge is not None}
     for found in (finding for judge in judges for finding in judge(examples)):
         file, line = tables[found.file].file, found.line
         if line is not None and found.severity == "error":
@@ -280,8 +280,8 @@ def _make_report(
         splits[split] = stats
         findings.listed.extend(describe_split_stats(stats, settings.batch_size))
     digests = {split: stats.digest for split, stats in splits.items()}
-    digest = sha256(canonical_json(digests)).hexdigest()
+    dataset_digest = sha256(canonical_json(digests)).hexdigest()
     files = [name for table in tables.values() for name in table.file_names]
     return DatasetReport(
-        settings.describe_source, digest, splits, sort_findings(findings.listed, files)
+        settings.describe_source, dataset_digest, splits, sort_findings(findings.listed, files)
     )

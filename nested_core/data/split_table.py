@@ -82,12 +82,12 @@ def read_tables_with_repeats(
     """
     near = _load_near_duplicates(settings) if len(files) > 1 else None
     tables, matches = _read_held_out_first(files, settings.field_names, on_progress, near)
-    read = tables
+    tables_as_read = tables
     if near is not None:
-        # The n-gram columns of `read` serve only for near.relate below
+        # The n-gram columns of `tables_as_read` serve only for near.relate below
         tables = {
             name: replace(table, frame=table.frame.drop(near.schema, strict=False))
-            for name, table in read.items()
+            for name, table in tables_as_read.items()
         }
     # Rows of train that an earlier version holds out are dropped
     held_out_before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
@@ -96,7 +96,7 @@ def read_tables_with_repeats(
         # The n-grams of train that held-out rows have too
         shared = matches.finish(train["line"])
         held_out = [
-            near.relate(frame, read[name].frame, shared, matches.examples)
+            near.relate(frame, tables_as_read[name].frame, shared, matches.examples)
             for name, frame in zip(HELD_OUT_SPLITS, held_out, strict=True)
         ]
     train, held_out, dropped = separate_dropped_lines(

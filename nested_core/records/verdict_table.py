@@ -308,14 +308,14 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     tasks = (verdict.thresholds or {}).get("tasks")
     suites = tasks if isinstance(tasks, list | tuple) else ()
     section = next((t for t in suites if isinstance(t, dict) and t.get("name") == task.name), {})
-    words = {
+    text_by_bound = {
         "min": "at least {}",
         "min_gain": "gain {} beyond chance",
         "max_drop": "lose at most {}",
     }
     bounds = [
         text.format(f"{section[key]:.0%}")
-        for key, text in words.items()
+        for key, text in text_by_bound.items()
         if isinstance(section.get(key), int | float)
     ]
     before, after = (f"{task.count(share)} of {task.questions}" for share in task.shares)

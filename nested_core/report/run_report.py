@@ -278,20 +278,20 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
     differences = losses.after - losses.before
     comparable = np.isfinite(differences)
     improved = int((differences[comparable] < 0).sum())
-    worst = np.argsort(-np.where(comparable, differences, np.inf), kind="stable")
-    order = worst[:MAX_WORST_EXAMPLES]
-    texts = _example_texts(run, losses.file, [int(losses.lines[place]) for place in order])
+    all_rows = np.argsort(-np.where(comparable, differences, np.inf), kind="stable")
+    worst_rows = all_rows[:MAX_WORST_EXAMPLES]
+    texts = _example_texts(run, losses.file, [int(losses.lines[row]) for row in worst_rows])
     columns = {"difference": differences, "before": losses.before, "after": losses.after}
     if losses.champion is not None:
         columns["champion"] = losses.champion
     rows = [
         (
-            f"{losses.file}:{losses.lines[place]}",
-            texts.get(int(losses.lines[place]), "–")[:MAX_SHOWN_CHARACTERS],
-            *(finite_or_none(float(column[place])) for column in columns.values()),
-            int(losses.tokens[place]),
+            f"{losses.file}:{losses.lines[row]}",
+            texts.get(int(losses.lines[row]), "–")[:MAX_SHOWN_CHARACTERS],
+            *(finite_or_none(float(column[row])) for column in columns.values()),
+            int(losses.tokens[row]),
         )
-        for place in order
+        for row in worst_rows
     ]
     yield Text(f"{improved} of {len(losses)} examples have a lower loss than before.")
     caption = (
@@ -344,22 +344,22 @@ def _map_changes(run: Run) -> Iterator[Block]:
         key: [tensor for *_, tensor in group]
         for key, group in groupby(located, key=lambda place: place[:2])
     }
-    changes = {key: _mean_change(group) for key, group in modules.items()}
+    change_of = {key: _mean_change(group) for key, group in modules.items()}
     # The darkest colour; 1 where nothing changed or could be measured, as it is divided by
-    largest = max((c for c in changes.values() if c is not None), default=0) or 1.0
+    largest = max((c for c in change_of.values() if c is not None), default=0) or 1.0
     columns = sorted({column for _, column in modules})
     # A row for each layer, a column for each module name
     rows = []
     for layer in sorted({layer for layer, _ in modules}):
         tiers = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}
-        marks = f" · tier {', '.join(map(str, sorted(tiers)))}" if tiers else ""
+        tier_note = f" · tier {', '.join(map(str, sorted(tiers)))}" if tiers else ""
         # Tensors of no layer, such as embeddings, are placed in layer -1
-        name = "outside layers" if layer < 0 else f"layer {layer}"
+        label = "outside layers" if layer < 0 else f"layer {layer}"
         cells = [
             _heat_cell(modules.get((layer, c), ()), largest, with_tier=len(tiers) > 1)
             for c in columns
         ]
-        rows.append((f"{name}{marks}", *cells))
+        rows.append((f"{label}{tier_note}", *cells))
     yield Table(
         "Mean relative change of a module's tensors, from initial to trained adapter. A fresh "
         "lora_b starts at zero, which counts as a change of 1.",

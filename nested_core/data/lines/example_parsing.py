@@ -562,12 +562,12 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
     )
     prefix = f"{field_names.key_of(kind.fields[0])}[]."
     for turn in odd:
-        strange = _non_null_keys(turn)
-        strange -= _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
-        if strange:
-            read = [{**turn, **dict.fromkeys(strange)}]  # the turn with the strange keys emptied
-            unread += [prefix + key for key in list_unread_fields(turn, strange, read)]
-            unknown |= {prefix + key for key in strange}
+        unexpected = _non_null_keys(turn)
+        unexpected -= _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
+        if unexpected:
+            read = [{**turn, **dict.fromkeys(unexpected)}]  # the turn without their content
+            unread += [prefix + key for key in list_unread_fields(turn, unexpected, read)]
+            unknown |= {prefix + key for key in unexpected}
     if unread:
         raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
     is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)

@@ -36,12 +36,12 @@ def take_marks(
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     keys, masked = _read_row_marks(row, len(turns) or 1, answers, places.count("system"))
     for index, (turn, place) in enumerate(zip(turns, places, strict=True)):
-        said = {k: _read_mark(k, turn[k], f"{place}.{k}") for k in MARK_KEYS if k in turn}
-        marks = [key for key, is_learnt in said.items() if is_learnt is not None]
+        mark_values = {k: _read_mark(k, turn[k], f"{place}.{k}") for k in MARK_KEYS if k in turn}
+        marks = [key for key, is_learnt in mark_values.items() if is_learnt is not None]
         if marks:
             turns[index] = {key: value for key, value in turn.items() if key not in marks}
         for key in marks:
-            if not said[key]:
+            if not mark_values[key]:
                 masked[index] = f"{place}.{key}"
     # Of a row without answers the last turn is learnt
     learnt = answers or [max(len(turns) - 1, 0)]

@@ -110,7 +110,7 @@ def note_taken_ends(
     messages: the row's turns; prepared: the turns given to the template, of which such texts were
         removed. template: its `ends` are the end-of-sequence texts that it adds itself.
     """
-    taken = [
+    removed = [
         before["content"][len(after["content"]) :]
         for before, after in zip(messages, prepared, strict=True)
         if before.get("content") not in (None, after["content"])
@@ -123,7 +123,7 @@ def note_taken_ends(
             f"text. Take it out of the rows",
         )
         for end in template.ends
-        if any(end in text for text in taken)
+        if any(end in text for text in removed)
     ]
 
 

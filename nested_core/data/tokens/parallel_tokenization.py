@@ -203,8 +203,8 @@ class _SplitJoiner:
             first_lines.tolist(), answer["doubts"], strict=True
         ):
             # Another range may have had this doubt before: its first line stays, counts add up
-            first, before = self._doubts.get((check, message), (line, 0))
-            self._doubts[check, message] = first, before + count
+            first_line, earlier_count = self._doubts.get((check, message), (line, 0))
+            self._doubts[check, message] = first_line, earlier_count + count
 
     def _original_line_numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """Convert line numbers of the converted file to original ones."""
@@ -272,7 +272,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         "problem_lines": list(problems),
         "problems": list(problems.values()),
         "overlong": overlong,
-        "doubts": [(*doubt, *place) for doubt, place in doubts.items()],
+        "doubts": [(*doubt, *line_and_count) for doubt, line_and_count in doubts.items()],
     }
 
 
