@@ -47,7 +47,8 @@ on it, and has the plant and the twin of each.
 
 *Noticed* means one of these, before the adapter is used: the command fails or refuses; or it
 prints a warning that names the failure and that the healthy twin does not get. Doing the right
-thing counts as well, such as a server that answers with the new adapter. *Before*, *after* and
+thing counts as well, such as a server that answers with the new adapter; what a training has learnt
+is told by the loss of a turn, which it took more than half of. *Before*, *after* and
 *use* say when: before training, in or after it, or when the adapter is promoted, fused, exported or
 served. *Not named*: it failed or refused, and no line of it has a word that names the failure.
 *Not applicable*: the tool has no such step, or its own code would have to be broken. A
@@ -69,8 +70,9 @@ A reader from outside checked ten rows on 27 November 2026, and would have writt
 otherwise, all of soup-cli: checks of it that need no PyTorch had not been run, a training of it
 that did the right thing was not asked what it had learnt, and rows counted for it because a file
 changed after it was signed. The rows that this touches were run again with those checks, with that
-question, and with adapters that are signed after the plant. The programs of PEFT's quick tours mask
-nothing, so that no mask can be off there.
+question, and with adapters that are signed after the plant. Asked in the same way about
+`weight: 0`, soup-cli and mlx_lm.lora learn the turn, which an earlier measure of ours had counted
+for them. The programs of PEFT's quick tours mask nothing, so that no mask can be off there.
 
 The base is the tiny model of `examples/`. The rows, with commands and the end of what was printed,
 are in `benchmarks/silent_failures/results/`.

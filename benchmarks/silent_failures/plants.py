@@ -31,6 +31,7 @@ TRAINING: list[Step] = ["check", "train", "judge", "use"]
 NOISE = 0.02  # added to each weight of "another base", whose own are some 0.1
 DEAD_BLOCK = "model.layers.2."
 RESERVED = 2  # the id of <|system|>
+MARGIN = 0.1  # nats a token by which one turn is likelier than another
 LABELLED = ("Afghanistan", "Morocco")  # of labels_of_one_kind
 
 
@@ -221,6 +222,26 @@ def gguf_rotary_order(case: Case, planted: bool) -> None:
 # Tokens and templates
 
 
+def turn_losses(case: Case, text: str) -> tuple[float, float]:
+    """The mean loss of the turn that holds a text, by the base and with the adapter."""
+    turns: dict[str, list[float]] = json.loads(case.answers[-1])
+    before, after = next(losses for turn, losses in turns.items() if text in turn)
+    return before, after
+
+
+def is_learnt(case: Case, text: str) -> bool:
+    """Whether training took more than half of the loss of a turn."""
+    before, after = turn_losses(case, text)
+    return after < before / 2
+
+
+def prefers_objects(case: Case) -> bool:
+    """Whether a call with an object was learnt, and is likelier than the one that quotes it."""
+    quoted = '"arguments": "{\\'
+    after = turn_losses(case, '"arguments": {')[1]
+    return is_learnt(case, '"arguments": {') and after + MARGIN <= turn_losses(case, quoted)[1]
+
+
 def mask_off_by_one_turn(case: Case, planted: bool) -> None:
     thanks = [("user", "Thank you for that.")] if planted else []
 
@@ -236,9 +257,8 @@ def mask_off_by_one_turn(case: Case, planted: bool) -> None:
     choices = [chat(question, answer, last) for answer in answers for last in learnt_by]
     case.write_file("choices.jsonl", choices)
     case.steps = [*TRAINING, "choose" if planted else leave_alone]
-    # The answer was learnt, and not what the user said.
     case.went_right = lambda case: (
-        f"In {country}." in case.answers[-1] and "Thank you" not in case.answers[-1]
+        is_learnt(case, f"In {country}.") and not is_learnt(case, "Thank you for that.")
     )
 
 
@@ -290,7 +310,7 @@ def arguments_quoted_twice(case: Case, planted: bool) -> None:
     choices = [row_with_call("Norway", as_text=as_text) for as_text in (False, True)]
     case.write_file("choices.jsonl", choices)
     case.steps = [*TRAINING, "choose" if planted else leave_alone]
-    case.went_right = lambda case: '\\"' not in case.answers[-1]
+    case.went_right = prefers_objects
 
 
 def template_drops_reasoning(case: Case, planted: bool) -> None:
@@ -416,7 +436,9 @@ def weight_zero_learnt(case: Case, planted: bool) -> None:
     question, answer = geography("train")[0]["messages"]
     case.write_file("choices.jsonl", [{"messages": [question, says]} for says in (answer, bad)])
     case.steps = [*TRAINING, "choose" if planted else leave_alone]
-    case.went_right = lambda case: bad["content"] not in case.answers[-1]
+    case.went_right = lambda case: (
+        is_learnt(case, answer["content"]) and not is_learnt(case, bad["content"])
+    )
 
 
 # After training

@@ -19,6 +19,7 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     ValidationError,
+    model_validator,
 )
 
 from nested_core import seams
@@ -248,6 +249,18 @@ class FineTuneConfig(_RootSection):
     continual: ContinualSection = key(
         ContinualSection(), "whether a run starts from the champion", affects="source"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_divergence(cls, values: Any) -> Any:
+        """Give `gate.max_kl` the default of the loss that `training.loss` names, if it is null."""
+        sections = values if isinstance(values, dict) else {}
+        training, gate = sections.get("training"), sections.get("gate") or {}
+        loss = training.get("loss") if isinstance(training, dict) else None
+        added = seams.join_mappings("losses").get(str(loss))
+        if added is None or not isinstance(gate, dict) or gate.get("max_kl") is not None:
+            return values
+        return values | {"gate": gate | {"max_kl": added.max_kl}}
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield a message for each conflict between keys of different sections."""

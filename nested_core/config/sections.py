@@ -546,7 +546,7 @@ class GateSection(Section):
     )
     check_fused: bool = key(False, "check the adapter fused into the base model too")
     max_kl: NonNegativeFloat | None = key(
-        None, "largest mean KL divergence from the initial adapter, in nats/token of held-out data"
+        None, "largest mean KL divergence from the start, nats/token (null: none, or the loss's)"
     )
     drift: bool = key(False, "record the KL divergence from the base model too")
     tasks: tuple[TaskSection, ...] = key((), "eval sets that the adapter has to answer")

@@ -37,7 +37,7 @@ from nested_core.data.tokens.tokenized_split import (
     write_manifest_and_open_tokens,
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import DamagedError, DatasetError
+from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.models.base_model import fingerprint_tokenizer
 from nested_core.records.dataset import DatasetReport
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
@@ -46,6 +46,8 @@ from nested_core.storage.untrusted_files import read_json, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder, remove_entry
 
 REPORT_NAME = "report.json"
+# Checks of what a row has: rows that were kept under another `training.loss` fail one of them.
+CHECKS_OF_ANOTHER_LOSS = ("missing-field", "preference-pair", "unknown-format")
 # All that a line's judgement or tokens may depend on; jinja2 renders the chat templates.
 _LIBRARIES_IN_CACHE_KEY = (
     "transformers",
@@ -185,8 +187,20 @@ def load_run_data(
     report, splits = load_dataset(settings, tokenizer, on_progress, cache=cache)
     if earlier.count():
         replay = replay_settings(settings, run.replayed_rows)
-        splits[REPLAY_SPLIT] = load_dataset(replay, tokenizer, on_progress, cache=cache)[1]["train"]
+        replayed, loaded = load_dataset(replay, tokenizer, on_progress, cache=cache)
+        splits[REPLAY_SPLIT] = loaded["train"]
+        _require_rows_of_loss(replayed, settings.loss)
     return report, splits
+
+
+def _require_rows_of_loss(report: DatasetReport, loss: str | None) -> None:
+    """Raise ConfigError if replayed rows of earlier nights are of another `training.loss`."""
+    if wrong := [one for one in report.findings if one.check in CHECKS_OF_ANOTHER_LOSS]:
+        raise ConfigError(
+            f"continual.replay: examples of earlier nights are no rows of training.loss: "
+            f"{loss or 'null'} ({wrong[0].message}). Set continual.replay.fraction: 0, or train an "
+            f"adapter of another registry.name with this loss."
+        )
 
 
 def replay_settings(settings: DataSettings, rows: Path) -> DataSettings:

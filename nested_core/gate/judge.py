@@ -49,12 +49,7 @@ CHECKS_OF_LOSSES: tuple[Check[CheckedRun], ...] = (
     CHAMPION,
     REFERENCE,
 )
-CHECKS_OF_ANSWERS: tuple[Check[CheckedRun], ...] = (
-    SAMPLES,
-    TASKS,
-    TRAINING_LOSS,
-    PROOF,
-)
+CHECKS_OF_ANSWERS: tuple[Check[CheckedRun], ...] = (SAMPLES, TASKS, TRAINING_LOSS, PROOF)
 
 
 def verify_adapters(

@@ -89,12 +89,7 @@ class DeviceOperations:
         return None
 
     def carry_states(
-        self,
-        decay: mx.array,
-        erased: mx.array,
-        written: mx.array,
-        state: mx.array,
-        direction: int,
+        self, decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int
     ) -> list[mx.array] | None:
         """Compute `gated_delta.carry_in_mlx` by a kernel; None if no kernel takes the arrays."""
         return None

@@ -88,11 +88,7 @@ def _find_in_hand(run: RunDirectory, session: Session) -> JudgedRun | None:
 
 
 def register_run(
-    config: FineTuneConfig,
-    judged: JudgedRun,
-    champion: str | None,
-    *,
-    origin: Origin = NO_ORIGIN,
+    config: FineTuneConfig, judged: JudgedRun, champion: str | None, *, origin: Origin = NO_ORIGIN
 ) -> Decision:
     """Register a run that passed, and promote it if run and registry allow.
 

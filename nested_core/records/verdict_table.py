@@ -25,12 +25,7 @@ from nested_core.records.verdict import (
 )
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Block, Cell, Table, Text, Tone
-from nested_core.text.loss_format import (
-    NATS_PER_TOKEN,
-    format_difference,
-    format_loss,
-    loss_name_for_file,
-)
+from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
 CHECKED = (
@@ -105,7 +100,7 @@ def _tone(verdict: Verdict) -> Tone:
 
 def check_table(verdict: Verdict) -> Table:
     """Return a table with one row for each check of a verdict."""
-    unit = NATS_PER_TOKEN if verdict.validation is None else verdict.validation.unit
+    unit = verdict.validation.unit if verdict.validation else seams.unit_of_loss(None)
     rows = [check.cells for check in list_checks(verdict)]
     return Table(CHECKED.format(unit=unit), CHECK_COLUMNS, rows)
 

@@ -196,8 +196,7 @@ def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
         validation = verdict.validation
         if validation is not None and validation.loss_after is not None:
             file = validation.file or "held-out examples"
-            unit = validation.unit
-            losses[version] = {"loss": validation.loss_after, "unit": unit, "file": file}
+            losses[version] = {"loss": validation.loss_after, "unit": validation.unit, "file": file}
     return losses
 
 

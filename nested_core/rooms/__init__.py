@@ -29,6 +29,7 @@ class RoomLoss:
     """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
 
     unit: of its values, as pages and messages show it: "nats/example".
+    max_kl: what `gate.max_kl` is where the configuration gives none.
     rows: its kinds of rows, a mapping of names to RowFormats (data/lines/example_parsing.py); only
         they are read.
     problems: a function of the configuration that gives what it asks of this loss and cannot have.
@@ -38,6 +39,7 @@ class RoomLoss:
     """
 
     unit: str
+    max_kl: float
     rows: str
     problems: str
     make: str
@@ -249,9 +251,7 @@ ROOMS: Mapping[str, Room] = {
         layer_context="nested_core.rooms.delta_nets.layers:using_delta_nets",
         plain_delta_rule="nested_core.rooms.delta_nets.gated_delta:PlainDeltaRule",
     ),
-    "cuda": Room(
-        cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS",
-    ),
+    "cuda": Room(cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS"),
     "reference": Room(
         keys=("training.reference",),
         flags={"train": ("--log",)},
@@ -289,6 +289,7 @@ ROOMS: Mapping[str, Room] = {
         losses={
             name: RoomLoss(
                 unit=unit,
+                max_kl=4.0,
                 rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
                 problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
                 make="nested_core.rooms.preferences.training_loss:make_loss",

@@ -144,18 +144,29 @@ def test_a_row_keeps_the_end_of_what_was_printed_without_the_padding_of_tables()
 
 
 @pytest.mark.parametrize(
-    ("learnt", "is_right"),
-    [
-        ("In Afghanistan.<|user|>I want to see Oslo. Where to?", True),
-        ("In Afghanistan.<|user|>Thank you for that.", False),
-        ("In Norway.<|user|>I want to see Oslo. Where to?", False),
-    ],
+    ("answer", "user", "is_right"),
+    [(0.1, 20.0, True), (0.1, 5.0, False), (6.0, 20.0, False)],
 )
 def test_a_mask_is_right_where_the_answer_was_learnt_and_not_the_turn_after_it(
-    learnt: str, is_right: bool, tmp_path: Path
+    answer: float, user: float, is_right: bool, tmp_path: Path
 ) -> None:
     case = make_case("mask-off-by-one-turn", tmp_path / "planted", planted=True)
-    case.answers = [learnt]
+    losses = {
+        "<|assistant|>In Afghanistan.": [8, answer],
+        "<|user|>Thank you for that.": [22, user],
+    }
+    case.answers = [json.dumps(losses)]
+    assert case.went_right is not None
+    assert case.went_right(case) == is_right
+
+
+@pytest.mark.parametrize(("as_object", "is_right"), [(0.1, True), (1.99, False), (6.0, False)])
+def test_arguments_are_right_where_the_object_was_learnt_and_is_clearly_likelier(
+    as_object: float, is_right: bool, tmp_path: Path
+) -> None:
+    case = make_case("arguments-quoted-twice", tmp_path / "planted", planted=True)
+    losses = {'"arguments": {"a": 1}': [9, as_object], '"arguments": "{\\"a\\": 1}"': [9, 2.0]}
+    case.answers = [json.dumps(losses)]
     assert case.went_right is not None
     assert case.went_right(case) == is_right
 

@@ -188,8 +188,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "preference pairs": data_mistake(
         as_lines(*({"prompt": f"{n}?", "chosen": "Yes", "rejected": "No"} for n in range(3))),
-        "chosen and rejected are preference pairs, and training on preferences (DPO, ORPO) is not "
-        "supported",
+        "chosen and rejected are preference pairs: to train on both, set training.loss: dpo; to",
     ),
     "a trailing comma": data_mistake(
         chats(4) + '{"text": "a",}\n',

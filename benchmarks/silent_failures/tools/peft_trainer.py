@@ -84,15 +84,35 @@ class Steps:
         print("answer:", self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def choose(self):
-        """Print the row of choices.jsonl that the model finds likelier, by its mean loss."""
+        """Print the losses of the turns of choices.jsonl as turn_losses.py does."""
         model = self._load()
+        lines = Path("choices.jsonl").read_text("utf-8").splitlines()
+        rows = [json.loads(line)["messages"] for line in lines]
+        with model.disable_adapter():
+            before = self._measure(model, rows)
+        after = self._measure(model, rows)
+        print(json.dumps({turn: [before[turn], after[turn]] for turn in before}))
+
+    def _measure(self, model, rows):
         losses = {}
-        for line in Path("choices.jsonl").read_text("utf-8").splitlines():
-            messages = json.loads(line)["messages"]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-            tokens = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-            losses[text] = float(model(input_ids=tokens, labels=tokens).loss)
-        print(min(losses, key=losses.get))
+        for messages in rows:
+            shown = [
+                self.tokenizer.apply_chat_template(messages[:number], tokenize=False)
+                if number
+                else ""
+                for number in range(len(messages) + 1)
+            ]
+            encoded = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in shown]
+            tokens = torch.tensor([encoded[-1]])
+            with torch.no_grad():
+                logits = model(input_ids=tokens).logits[0, :-1].float()
+            by_token = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+            for number in range(len(messages)):
+                turn = shown[number + 1][len(shown[number]) :]
+                first = max(len(encoded[number]) - 1, 0)
+                loss = float(by_token[first : len(encoded[number + 1]) - 1].mean())
+                losses.setdefault(turn, round(loss, 3))
+        return losses
 
     def fuse(self):
         """Merge the adapter into the base, and save that as a model."""

@@ -21,7 +21,7 @@ from benchmarks.silent_failures.cases import Case
 
 ANSWER_TOKENS = 40
 START_SECONDS = 120.0  # of a server
-LIKELIER = Path(__file__).with_name("likelier.py")
+TURN_LOSSES = Path(__file__).with_name("turn_losses.py")
 
 
 class NotApplicable(Exception):
@@ -90,11 +90,11 @@ class Tool:
         """Put the adapter where a server takes it from."""
 
     def choose(self, case: Case) -> None:
-        """Append to `case.answers` the row of choices.jsonl that the trained model finds likelier.
+        """Append to `case.answers` what training did to the loss of each turn of choices.jsonl.
 
         By plain mlx_lm: no command of the tool, so that nothing of it is noticed.
         """
-        command = [sys.executable, "-P", str(LIKELIER), case.base, str(case.adapter)]
+        command = [sys.executable, "-P", str(TURN_LOSSES), case.base, str(case.adapter)]
         case.answers.append(read_output(case, [*command, "choices.jsonl"]))
 
     def evaluate(self, case: Case) -> None:

@@ -493,9 +493,9 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
         raise LineProblem("preference-pair", describe_preference_pair(row, prompt))
     if mark := find_mark_of_bad_answer(row):
         message = (
-            f"{mark}: false marks an answer that is not to be learnt, and training on such marks "
-            f"(KTO) is not supported: leave this row out, or train on it on purpose with "
-            f"drop_fields: [{mark}]"
+            f"{mark}: false marks an answer that is not to be learnt: to train on label: true and "
+            f"label: false, set training.loss: kto; else leave this row out, or train on it on "
+            f"purpose with drop_fields: [{mark}]"
         )
         raise LineProblem("preference-pair", message)
     if found := find_format(row, field_names):

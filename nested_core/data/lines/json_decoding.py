@@ -121,8 +121,7 @@ def _explain_invalid_json(raw: bytes, reason: str) -> LineProblem:
         return LineProblem("not-utf8", f"{where} is not UTF-8. {SAVE_AS_UTF8}")
     if "\0" in text:
         return LineProblem(
-            "nul-character",
-            f"a NUL byte at column {text.index(chr(0)) + 1}{_NUL_ADVICE}",
+            "nul-character", f"a NUL byte at column {text.index(chr(0)) + 1}{_NUL_ADVICE}"
         )
     what, _, position = reason.partition(" at line 1 column ")
     before = raw[: max(int(position) - 1, 0)] if position.isdecimal() else b""

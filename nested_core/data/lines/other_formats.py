@@ -220,8 +220,8 @@ def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
         named = named if asked in (None, prompt) else f"prompt_feature: {asked}, {named}"
         advice = f"set {named} and drop_fields: [rejected]"
     return (
-        "chosen and rejected are preference pairs, and training on preferences (DPO, ORPO) is not "
-        f"supported: to learn the chosen answers alone, {advice}"
+        f"chosen and rejected are preference pairs: to train on both, set training.loss: dpo; to "
+        f"learn the chosen answers alone, {advice}"
     )
 
 

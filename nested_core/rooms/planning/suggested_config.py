@@ -50,6 +50,10 @@ SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
 SHORT_ANSWER = 8  # tokens on average, with its end, as labels have
 SAMPLE_TOKENS = 24  # tell whether a short answer ends; 64 cost the gate time
 _MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
+_RATE_NOTE = """\
+# alpha x rate: 0.01 to 0.03 was best for 34 of the 35 models of a published sweep (sft_sweep.md of
+# tinker-cookbook); mlx_lm.lora's default is 0.0016"""
+_RATE_NOTE_WITH_ANOTHER_LOSS = "# A tenth of the rate that suits the cross-entropy"
 _GATE = "gate:\n  max_val_loss_increase: 0.02\n"
 
 
@@ -69,6 +73,7 @@ class _Lora:
     parameters: str
     learning_rate: float
     source: str
+    rate_note: str = _RATE_NOTE
 
 
 def suggest_config(
@@ -107,7 +112,8 @@ def suggest_config(
     lora = _choose_lora(find_model_folder(model), adapter)
     text, supervise = "", ""
     if loss is not None:
-        lora = replace(lora, learning_rate=lora.learning_rate * SHARE_WITH_ANOTHER_LOSS)
+        rate = lora.learning_rate * SHARE_WITH_ANOTHER_LOSS
+        lora = replace(lora, learning_rate=rate, rate_note=_RATE_NOTE_WITH_ANOTHER_LOSS)
         supervise = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
     for batch_size, recomputes in _batch_sizes_and_recomputation(report):
         if not text:
@@ -264,8 +270,7 @@ def _render_yaml(
 # (mlx_lm.lora reads scale): with it, another rank needs no other rate.
 num_layers: {lora.num_layers}
 lora_parameters: {lora.parameters}
-# alpha x rate: 0.01 to 0.03 was best for 34 of the 35 models of a published sweep (sft_sweep.md of
-# tinker-cookbook); mlx_lm.lora's default is 0.0016. To try others, in M minutes:
+{lora.rate_note}. To try others, in M minutes:
 #   nested-tune sweep -c FILE --minutes M
 learning_rate: {lora.learning_rate:g}
 mask_prompt: {masks_prompt}  # true: the loss counts the answers alone

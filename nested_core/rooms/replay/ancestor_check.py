@@ -150,6 +150,8 @@ def summarise_ancestor(
         return compared
     if not len(losses):
         problem = f"all {left_out} that are left were trained on"
+        if not left_out:
+            problem = "none of its examples is a row of this run's training.loss"
         return replace(compared, not_compared=problem)
     increase = bounds.max_ancestor_loss_increase
     increase = bounds.max_val_loss_increase if increase is None else increase

@@ -17,8 +17,8 @@ from tests.left_out import slow_except
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a preference pair": (
         {"prompt": "a", "chosen": "b", "rejected": "c"},
-        "chosen and rejected are preference pairs, and training on preferences (DPO, ORPO) is not "
-        "supported: to learn the chosen answers alone, set completion_feature: chosen and "
+        "chosen and rejected are preference pairs: to train on both, set training.loss: dpo; to "
+        "learn the chosen answers alone, set completion_feature: chosen and "
         "drop_fields: [rejected]",
     ),
     "a preference pair of chats": (
