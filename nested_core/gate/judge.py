@@ -96,8 +96,9 @@ def run_gate_checks(
     """Run every check of the gate on a run: files, tiers, losses, answers and the fresh process.
 
     The returned object holds the verdict and the contents of the files to write beside gate.json.
-    `session` may hold a base model that training already loaded. Raises DamagedError if the run's
-    files changed since training wrote them.
+    The fresh process starts early, while other checks compute, if there is memory for it. `session`
+    may hold a base model that training already loaded. Raises DamagedError if the run's files
+    changed since training wrote them.
     """
     stages.info("gate: changes of the tensors, updates of the tiers")
     evidence = collect_evidence(run)

@@ -28,11 +28,12 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
 
     The file digests must equal those in the manifest. The checks that need no model run again, and
     must reproduce the tensors, tiers and thresholds of gate.json. Losses and answers are not
-    computed again. A check is skipped if gate.json does not record its thresholds. Raises
+    computed again: their files only have to be unchanged. A check is skipped if gate.json does
+    not record its thresholds, as one of an older version may. Raises
     ConfigError if the run was never judged, GateRejected if the adapter did not pass, DamagedError
     if verdict and files do not agree.
     """
-    bound = bind_verdict(run.path, must_pass=True)
+    bound = bind_verdict(run.path, must_pass=True)  # with the digests of the files it was given on
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
     recorded = bound.verdict
@@ -46,6 +47,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
         )
     files = evidence.files | {run.gate.name: bound.files[run.gate.name]}
     measured = {path.name for path in (*run.measured, run.suites) if path.exists()}
+    # Files that the checks above did not read are hashed here.
     unread = {run.config.name, run.training_examples.name, *measured, *bound.files} - files.keys()
     if recorded.validation is not None:
         unread.add(run.gate_losses.name)

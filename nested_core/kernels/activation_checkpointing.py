@@ -24,6 +24,8 @@ def checkpointing_layers(
 ) -> Iterator[None]:
     """Recompute the given layers' activations in the backward pass, during the block.
 
+    Python looks up __call__ on the class, so the classes' method is replaced and then restored.
+
     Args:
         layers: the layers to recompute; others of their classes are not affected.
         keep_dropout_masks: whether dropout uses the same masks both times; mlx-lm's does not.
@@ -47,11 +49,18 @@ def _checkpoint_call_of_layers(
 ) -> Callable[..., Any]:
     """Wrap a class's __call__ so that layers with an id in `chosen` are checkpointed.
 
-    call: the class's own __call__. chosen: ids of layers.
+    A checkpointed layer keeps no activations; the backward pass computes them again.
+
+    call: the class's own __call__. chosen: ids of layers; others of the class are called as before.
+    keep_dropout_masks: whether the second computation draws the same dropout masks as the first.
     """
 
     def checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer; for a chosen layer store only the inputs for the backward pass."""
+        """Call the layer; for a chosen layer store only the inputs for the backward pass.
+
+        mx.checkpoint gives gradients to a function's arguments alone, so the parameters are passed
+        as one. With dropout the random key is an argument and a result, too.
+        """
         if id(layer) not in chosen:
             return call(layer, *args, **kwargs)
 

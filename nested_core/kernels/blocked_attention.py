@@ -103,10 +103,11 @@ def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any
     """Compute the gradients of queries, keys and values, block by block.
 
     With P the probabilities, O the output and g its gradient, the scores' gradient is P (g V^T -
-    rowsum(g O)) (Dao et al. 2022, FlashAttention, appendix B.2).
+    rowsum(g O)) (Dao et al. 2022, FlashAttention, appendix B.2). Attention is causal: the queries
+    of a block, from `start` to `end`, see the keys up to `end`.
 
-    primals: queries, keys and values. cotangents: the gradient of the output first. outputs: what
-        the forward pass returned.
+    primals: queries, keys and values, (..., length, width). cotangents: the gradient of the output
+        first. outputs: the forward pass's output, then the probabilities of each block.
     """
     queries, keys, values = primals
     output, *probabilities = outputs
@@ -117,8 +118,8 @@ def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any
         g = gradient[..., start:end, :]
         d_probabilities = g @ values[..., :end, :].swapaxes(-1, -2)
         products = g.astype(mx.float32) * output[..., start:end, :]
-        mean = products.sum(axis=-1, keepdims=True)
-        d_scores = (p * (d_probabilities - mean)).astype(p.dtype)
+        row_sums = products.sum(axis=-1, keepdims=True)
+        d_scores = (p * (d_probabilities - row_sums)).astype(p.dtype)
         dq.append(d_scores @ keys[..., :end, :])
         dk.append(d_scores.swapaxes(-1, -2) @ queries[..., start:end, :])
         dv.append(p.swapaxes(-1, -2) @ g)

@@ -89,7 +89,11 @@ def group_layers_by_input(
 
 
 def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
-    """Find the modules that are gated MLPs of LoRA layers, each called exactly once."""
+    """Find the modules that are gated MLPs of LoRA layers, each called exactly once.
+
+    Such a module computes down(swiglu(gate(x), up(x))) and nothing else. It is found by the arrays
+    that its layers passed on in a traced call, whatever the names of its parts.
+    """
     layers = trace.calls_of_layers_called_once()
     by_output = {id(call.output): call for call in layers}
     by_input = {id(call.x): call for call in layers}
@@ -123,7 +127,10 @@ def trace_calls(model: nn.Module) -> CallTrace:
 
 @contextmanager
 def _recording_calls(model: nn.Module, trace: CallTrace) -> Iterator[None]:
-    """Record the calls of the model's LoRA layers, their owners and swiglu during the block."""
+    """Record the calls of the model's LoRA layers, their owners and swiglu during the block.
+
+    An owner is a module that has a LoRA layer as a direct part. The calls go to `trace`.
+    """
 
     def recorded(module: nn.Module, calls: list[ModuleCall]) -> Callable[..., Any]:
         """Wrap the module's call; a call with one positional argument is appended to `calls`."""

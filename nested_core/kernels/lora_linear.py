@@ -81,9 +81,10 @@ def compute_lora_output(layer: AdapterLinear, x: mx.array) -> mx.array:
 
 
 def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array) -> mx.array:
-    """Compute a layer's output if dropout is active, which only the low-rank path sees.
+    """Compute the output of a LoRA layer with active dropout, with a backward pass of its own.
 
-    x: the input; dropped: the input after dropout.
+    The output is the base layer's for `x` plus scale * (dropped @ lora_a) @ lora_b: only the
+    low-rank part sees the dropout. x: the input; dropped: the input after dropout.
     """
     scale, operations = layer.scale, device_operations()
 
@@ -142,7 +143,14 @@ class LayersSharingInput:
         return output
 
     def _compute_outputs(self, x: mx.array) -> list[mx.array]:
-        """Compute the outputs of all layers for an input, in the order of the layers."""
+        """Compute the outputs of all layers for an input, in the order of the layers.
+
+        Each output is the base layer's plus scale * (x @ lora_a) @ lora_b. The products with all
+        lora_a are computed as one, of the concatenated factors; `z` is that product, transposed and
+        scaled (summed ranks, positions).
+
+        x: (..., width).
+        """
         layers, rank_ranges = self._layers, self._rank_ranges
         count, scale, operations = len(layers), layers[0].scale, device_operations()
 
@@ -249,12 +257,17 @@ def using_optimized_lora_layers(
 ) -> Iterator[None]:
     """Replace a model's LoRA and DoRA layers by the optimized classes during the block.
 
+    A layer keeps its parameters: only its class is exchanged, and what the optimized class needs
+    beside them is attached. Attributes are set with `object.__setattr__` because mlx would take
+    them for parameters of the module.
+
     groups: layers that share one input, and are computed together.
     """
     layers: list[Any] = [m for _, m in model.named_modules() if type(m) in OPTIMIZED_CLASSES]
     originals = {id(layer): type(layer) for layer in layers}
     ranks = {id(layer): layer.lora_b.shape[0] for layer in layers}
     group_ranks = (sum(ranks.get(id(layer), 0) for layer in group) for group in groups)
+    # Kernels are made for certain ranks; a group is computed like one layer of their summed rank.
     device_operations().check_kernels([*ranks.values(), *group_ranks])
     try:
         for layer in layers:

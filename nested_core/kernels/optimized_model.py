@@ -33,7 +33,8 @@ def using_optimized_layers(
 ) -> Iterator[None]:
     """Compute a model with our layers and kernels during the block.
 
-    recomputed: the layers under gradient checkpointing.
+    recomputed: the layers under gradient checkpointing, whose activations are computed again in the
+        backward pass.
     as_mlx_lm: use mlx-lm's own computation for everything else.
     """
     with checkpointing_layers(recomputed, keep_dropout_masks=not as_mlx_lm):
@@ -43,7 +44,7 @@ def using_optimized_layers(
         operations = device_operations()
         mlps, groups = _find_mlps_and_shared_inputs(model)
         with ExitStack() as stack:
-            of_rooms = seams.load_all("layer_context")
+            of_rooms = seams.load_all("layer_context")  # what optional parts of the program add
             for optimization in (*operations.layer_contexts, *OPTIMIZATION_CONTEXTS, *of_rooms):
                 stack.enter_context(optimization(model))
             stack.enter_context(using_optimized_lora_layers(model, groups))
@@ -61,6 +62,7 @@ def describe_layers(model: nn.Module, *, as_mlx_lm: bool = False) -> str:
         return "layers: mlx-lm's own, as training.reference asks"
     adapters = [module for _, module in model.named_modules() if "lora_a" in module]
     ours = [module for module in adapters if type(module) in OPTIMIZED_CLASSES]
+    # Layers of mixtures of experts, which the device's own code replaces
     experts = set(map(id, device_operations().find_expert_layers(model)))
     others = [m for m in adapters if type(m) not in OPTIMIZED_CLASSES and id(m) not in experts]
     count = len(adapters) - len(others)

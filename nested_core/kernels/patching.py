@@ -48,7 +48,10 @@ def replacing_call(
 ) -> Iterator[None]:
     """Replace the call of one module, or another of its methods, during the block.
 
-    call: called without the module itself. Other modules of the class are not affected.
+    Python looks up __call__ on the class. So the module gets a subclass of its own for that time,
+    and other modules of the class are not affected.
+
+    call: called without the module itself.
     """
     original = type(module)
     members = {

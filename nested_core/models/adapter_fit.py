@@ -65,6 +65,8 @@ def require_fit(
 ) -> None:
     """Raise ConfigError if an adapter's tensors would have another meaning than in its training.
 
+    That is the case on another base, at another scale, or where names or shapes differ.
+
     Args:
         adapter: the adapter; settings that its adapter_config.json does not record are not
             compared.

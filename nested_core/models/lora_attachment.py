@@ -86,8 +86,9 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
                 f"{quantised[0]} among them. Use lora or dora, or a base that is not quantised."
             )
         return weights
+    # Before the injection, after which the names of the linear modules are others
     linear_names = _linear_module_names(model)
-    unmatched = _unmatched_keys(model, config)
+    unmatched = _unmatched_keys(model, config)  # configured keys that name no module
     linear_to_lora_layers(
         model,
         config.num_layers,
@@ -166,7 +167,9 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> N
 def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> None:
     """Attach an adapter that was read from disk to a base model, as mlx_lm.load does.
 
-    Raises ConfigError if a name or a shape does not fit the base.
+    LoRA layers are injected by the adapter's configuration, then its tensors are loaded into them;
+    under `full` the tensors replace those of the base. Raises ConfigError if a name or a shape does
+    not fit the base.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -178,6 +181,7 @@ def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> None:
         lora, layers = config["lora_parameters"], int(config["num_layers"])
         linear_to_lora_layers(model, layers, lora, use_dora=fine_tune_type == "dora")
     fresh: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    # Parameters that the adapter must give, and those of the base that it gives as well
     added = set(filter(is_adapter_parameter, fresh.keys() - before.keys()))
     replaced = {name: fresh[name] for name in added | (adapter.tensors.keys() & fresh.keys())}
     require_tensors_fit(

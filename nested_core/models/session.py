@@ -59,8 +59,9 @@ class Session:
 
         The kept base is reused if it was loaded from the same files in the same way, and its frozen
         tensors still have the same checksums. Under `full`, where training changes the base, it is
-        always loaded anew. With `shares_layers` it is only good for compiling kernels (see
-        `base_model.share_layers`), and so is a base that is reused after it.
+        always loaded anew. With `shares_layers` all layers share one layer's weights, which saves
+        memory: the model is only good for compiling kernels, and so is a base that is reused after
+        it.
         """
         if config.fine_tune_type == "full":
             return load_base_with_adapter(config)
@@ -76,7 +77,7 @@ class Session:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        self.release_base()
+        self.release_base()  # before the next is loaded: two may not fit into memory
         loaded = load_base_with_adapter(config, shares_layers=shares_layers)
         loaded.description = description
         loaded.checksums = checksum_frozen_tensors(loaded.model)

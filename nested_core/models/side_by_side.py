@@ -53,7 +53,7 @@ class SideBySide:
                 tokenizer_config=options,
                 **options,  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
             )[:2]
-            for name in loaded:
+            for name in loaded:  # lazily: its weights are never read, but replaced by the base's
                 self._models[name] = load_model(
                     base, lazy=True, trust_remote_code=trust_remote_code
                 )[0]
@@ -87,6 +87,10 @@ class SideBySide:
         self, conversations: Mapping[str, Messages], sampling: Sampling
     ) -> Iterator[tuple[str, str]]:
         """Yield side and text of the answers to one conversation per side, in turns, as they come.
+
+        A side is the base or an adapter, by name; each gives the next piece of its answer in turn.
+
+        sampling: how to generate; an answer may be cut off at its number of tokens.
 
         An answer ends at the end of the model's context. Raises ConfigError for a conversation that
         leaves no room for an answer.

@@ -64,6 +64,9 @@ def assign_tiers(
 ) -> TierMap:
     """Assign every trainable parameter to a tier, by the configured strategy.
 
+    A tier is a group of parameters with its own frequency of updates. Strategies are patterns of
+    names, the importance of each parameter, or the depth of its layer.
+
     names: dotted, as in mlx's trees.
     settings: the configuration's section `nested`.
     importance: each parameter's mean squared gradient norm over a few batches; the strategy

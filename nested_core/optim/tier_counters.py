@@ -95,11 +95,11 @@ def refuse_reserved_names(names: Iterable[str]) -> None:
 
 
 def tier_of_each_parameter(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
-    """Return the tier of every parameter name.
+    """Return the index of the tier that every parameter name belongs to.
 
-    Raises ValueError for a tier that names an unknown parameter and for a parameter in two tiers. A
-    parameter that no tier names goes to the tier with names=None, else, with a warning, to the
-    slowest.
+    A tier is a group of parameters that are updated together. Raises ValueError for a tier that
+    names an unknown parameter and for a parameter in two tiers. A parameter that no tier names goes
+    to the tier with names=None, else, with a warning, to the slowest.
     """
     known = list(names)
     owners: dict[str, int] = {}
@@ -172,6 +172,10 @@ def update_counters(
 ) -> None:
     """Count one step in place: updates applied, updates due but skipped, and the gradient norm.
 
+    All are arrays, known when the step is computed.
+
+    counters: `updates`, `skipped` and `gathered` (gradients accumulated since the last update) by
+        tier; `nonfinite_in_a_row` steps and `grad_norm` of the last step.
     due, applied: flags by tier. finite: whether all gradients in use were finite.
     """
     tiers = counters["updates"].size

@@ -84,7 +84,16 @@ class Tiered(Optimizer):
         accumulate: Literal["mean", "sum"] = "mean",
         max_grad_norm: float = 0.0,
     ) -> None:
-        """Create the optimizer; see the class for the arguments and the errors."""
+        """Create the optimizer, with an inner optimizer of mlx for each tier.
+
+        make_optimizer: returns a new inner optimizer. tiers: each one's parameters and how many
+            steps apart they are updated.
+        slow_gradients: whether the gradients between two updates of a tier are skipped, or
+            accumulated as their mean or sum (`accumulate`).
+        max_grad_norm: gradients are clipped to this norm; 0 clips nothing.
+
+        Raises ValueError for unusable arguments.
+        """
         super().__init__()
         tier_counters.check_tiered_options(tiers, slow_gradients, accumulate, max_grad_norm)
         # What was asked for
@@ -92,9 +101,10 @@ class Tiered(Optimizer):
         self.accumulates = slow_gradients == "accumulate"
         self.accumulate = accumulate
         self.max_grad_norm = max_grad_norm
-        # The inner optimizers: formulas and constants; their state is part of this one's
+        # The inner optimizers are used for their formulas and constants; the state of all is here
         self.optimizers = tuple(_make_inner_optimizer(make_optimizer, tier) for tier in tiers)
         first = self.optimizers[0]
+        # Settings that mlx keeps as arrays in the state, such as the learning rate
         self._scalars = [name for name in first.state if name != "step"]
         self._schedulers = {
             name: _make_schedule_return_array(schedule)
@@ -131,7 +141,9 @@ class Tiered(Optimizer):
     def _init_state(self, parameters: Any) -> None:
         """Create the state and assign each parameter to its tier, without the check for float16.
 
-        `apply_gradients` calls it if `init` was not called; like mlx it then accepts float16.
+        Beside mlx's own state a parameter gets, where it is needed, the sum of its accumulated
+        gradients, and a mark whether it ever had a gradient. `apply_gradients` calls it if `init`
+        was not called; like mlx it then accepts float16.
         """
         flat = flatten(parameters)
         tier_counters.refuse_reserved_names(flat)
@@ -173,7 +185,7 @@ class Tiered(Optimizer):
             self._init_state(gradients)
         values = flatten(parameters)
         check_gradients(flat, values, self._specs)
-        # A drop-in's counters begin here, from the step before it is counted.
+        # With one tier of everything the state is mlx's own until here; its counters begin now.
         self.state.setdefault(COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step))
         # Advance schedules and the step count
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
@@ -196,6 +208,7 @@ class Tiered(Optimizer):
     def flush(self, parameters: Any) -> Any:
         """Apply the accumulated gradients of chunks that are still open, without counting a step.
 
+        A chunk is the steps from one update of a tier to the next, whose gradients it accumulates.
         Call it once, when training ends. A tier whose chunk is open but has no finite gradient
         counts a skipped update. `parameters` may have more leaves than those with accumulated
         gradients. Raises ValueError for one whose shape or dtype is not that of `init`.
@@ -278,9 +291,12 @@ class Tiered(Optimizer):
     ) -> Flat:
         """Clip the gradients, update the tiers that are `ready` if all are finite, and count.
 
-        due, ready: flags by tier; a tier that is due and not updated counts a skipped update.
+        due, ready: flags by tier, arrays. Due is a tier whose update is scheduled now, ready one
+            that has a gradient to be updated with. Due and not updated counts a skipped update.
+        finite: whether the gradients in use are finite; else nothing is updated.
+        leaves: the optimizer's state by parameter, which is changed.
 
-        Returns every parameter with a gradient.
+        Returns every parameter with a gradient, updated or not.
         """
         groups = group_gradients_by_tier(gradients, self._tier_of)
         norm = norm_of_due_gradients(groups, ready)
@@ -304,14 +320,19 @@ class Tiered(Optimizer):
     ) -> Flat:
         """Return one tier's parameters after an update, or unchanged if `is_applied` is false.
 
-        The inner optimizer's new state is written to `leaves` under the same condition.
+        `is_applied` is an array, known only when the step is computed. So the update is always
+        computed, and the old or the new value is chosen by it.
+
+        tier: its index. gradients: of its parameters alone. values: of all parameters.
+        leaves: the optimizer's state by parameter; the new state is written into it under the same
+            condition.
         """
         inner = self._copy_inner_optimizer(tier, {name: leaves[name] for name in gradients})
         before = {name: values[name] for name in gradients}
         after = inner.apply_gradients(gradients, before)
         for name, gradient in gradients.items():
             leaf, new = leaves[name], inner.state[name]
-            if "sum" in leaf:
+            if "sum" in leaf:  # the accumulated gradient, which is used up by an update
                 new["sum"] = mx.zeros_like(gradient)
             if HAD_GRADIENT in leaf:
                 mark, is_nonzero = leaf[HAD_GRADIENT], gradient != 0
@@ -363,7 +384,11 @@ class NestedAdam(Tiered):
         accumulate: Literal["mean", "sum"] = "mean",
         max_grad_norm: float = 0.0,
     ) -> None:
-        """Create the optimizer; see the class for the arguments."""
+        """Create Adam with tiers: the arguments of mlx's Adam, then those of `Tiered`.
+
+        tiers: each one's parameters and how many steps apart they are updated; the default is one
+            tier of all parameters, updated at every step.
+        """
         if any(getattr(tier, "weight_decay", None) is not None for tier in tiers):
             raise ValueError("A tier's weight_decay needs NestedAdamW; NestedAdam has no decay.")
         super().__init__(
@@ -391,7 +416,11 @@ class NestedAdamW(NestedAdam):
         bias_correction: bool = False,
         **nested: Any,
     ) -> None:
-        """Create the optimizer; `nested` are the arguments of `Tiered`."""
+        """Create AdamW with tiers: the arguments of mlx's AdamW, and in `nested` those of `Tiered`.
+
+        These are tiers, slow_gradients, accumulate and max_grad_norm. `Tiered.__init__` is called
+        by name to pass over the class in between, which would make an Adam.
+        """
         Tiered.__init__(
             self,
             lambda: optimizers.AdamW(

@@ -73,9 +73,11 @@ def starting_champion(config: FineTuneConfig) -> Adapter | None:
 def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | None:
     """Return why a validated run need not be trained; None if it should be.
 
-    It is None as well if the run does not follow the champion (`continual.from`), if
-    `continual.skip_unchanged` is off, and if the run has begun to train. Raises DamagedError if the
-    champion's provenance, or a version that an earlier run made, cannot be read.
+    It need not if the champion was trained on the same data with the same settings, or if an
+    earlier run under the same conditions could not replace the champion. It is None as well if the
+    run does not follow the champion (`continual.from`), if `continual.skip_unchanged` is off, and
+    if the run has begun to train. Raises DamagedError if the champion's provenance, or a version
+    that an earlier run made, cannot be read.
     """
     continual = config.continual
     if continual.start is None or not continual.skip_unchanged or run.initial.exists():
@@ -97,7 +99,8 @@ def find_reason_to_skip(config: FineTuneConfig, run: RunDirectory) -> Skip | Non
 def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """Return the champion if it was made from this run's data with the same settings, else None.
 
-    The data are all rows, held-out ones included, since they choose the step and judge it.
+    The data are all rows, held-out ones included, since they choose the step and judge it. What the
+    champion was made from is recorded in its provenance.json.
     """
     with _holding_starting_champion(config) as champion:
         if champion is None:
@@ -125,7 +128,7 @@ def conditions_digest(
     thresholds and files, the ancestors' examples if they judge, the promotion rule and its
     reference, device and dtype, and the versions of the packages that compute.
 
-    config: with the registry's policy applied. settings: from `settings_digest`.
+    config: with the registry's policy applied. settings: the digest of the training settings.
 
     None for a run that does not follow a champion, and if a Python function scores a suite, because
     what that depends on is not known.

@@ -165,6 +165,7 @@ def finetune(
     with run.locked(), timing as timed:
         config = config if timed is None else timed.config
         hooks.begin(config, run, resume=resume)
+        # The command's parent process restarts this one if it crashes; it then tells how it ended.
         tell_parent(RunInHand(run.path, config.training.restarts))
         if ends := list_earlier_ends():
             note_ends(run.plan, ends)
@@ -182,7 +183,13 @@ def _finetune_locked(
 ) -> FinetuneResult:
     """Run the steps in a locked run directory, and register the adapter or keep the champion.
 
-    timed: the room minutes' planner for `training.minutes`; None without that key.
+    The champion is the version that the registry has in use. Without a registry the run ends with
+    the gate's verdict. A run that cannot make a champion, because nothing has changed since an
+    earlier one, is skipped before it trains.
+
+    hooks: the steps of a run, which a caller may replace.
+    session: what this process keeps loaded between the steps.
+    timed: trains for `training.minutes` and chooses the number of steps; None without that key.
     """
     remove_file(run.skipped)
     hooks.validate(config, run)
@@ -191,7 +198,7 @@ def _finetune_locked(
         write_skip(run.skipped, skip)
         return FinetuneResult(run, skipped=skip)
     with ExitStack() as around:
-        for entering in seams.load_all("around_training"):
+        for entering in seams.load_all("around_training"):  # what optional parts add
             around.enter_context(entering(config, run, hooks.on_message, session))
         hooks.load(config, run, session)
         require_room_for_checkpoints(config, run)
@@ -204,7 +211,7 @@ def _finetune_locked(
     must_be_better = False
     if config.registry.path is not None:
         must_be_better = effective_rule(config.registry).must_be_better
-        if must_be_better:
+        if must_be_better:  # an adapter that is not is recorded as a trial, and not registered
             kept = find_kept_champion(config, run, verdict)
         if kept is not None:
             reason = describe_kept_champion(verdict, kept)
@@ -228,7 +235,8 @@ def _finetune_locked(
 def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Session) -> Verdict:
     """Run the gate, and once more if another version became champion meanwhile.
 
-    A verdict that rejects is recorded in the registry too. Raises GateRejected.
+    The gate compares the adapter with the champion, so the verdict must be about the present one.
+    Raises GateRejected for an adapter that did not pass, after recording that in the registry.
     """
     champion = _current_champion(config)
     try:

@@ -60,16 +60,18 @@ def find_bare_name(given: Path, registry: Path | None) -> Path | None:
 
 
 def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapter:
-    """Find the adapter that a person names.
+    """Find the adapter that a person names by `given`; raises ConfigError if nothing matches.
 
-    For a run it is the adapter that it offers, or the newest checkpoint while it trains; for a name
-    the champion; for NAME@VERSION the version that begins with these digits. With `registry` a name
-    in it comes first; without, an adapter at the path comes before a name. Raises ConfigError if
-    nothing matches.
+    `given` may be, in the order in which they are tried:
+    1. with `registry`: a name in it, which stands for its champion (the version in use);
+    2. a run directory: the adapter that the run offers, or its newest checkpoint while it trains;
+    3. a folder with an adapter;
+    4. REGISTRY/NAME, or without `registry` a name in the default registry: the champion;
+    5. NAME@VERSION: the version whose digest begins with these digits.
     """
-    named = find_bare_name(given, registry)
-    if named is not None and registry is not None:
-        return NamedAdapter(champion_folder(named))
+    name_folder = find_bare_name(given, registry)
+    if name_folder is not None and registry is not None:
+        return NamedAdapter(champion_folder(name_folder))
     run = RunDirectory(given)
     if run.config.is_file() and run.has_run_files():
         from nested_core.config.resume import read_run_config
@@ -77,12 +79,12 @@ def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapte
         run.require_begun()
         config = read_run_config(run)
         return NamedAdapter(_adapter_of_run(run), config.model, config.trust_remote_code, run)
-    folder = name_folder_of(given)
-    if folder is None and (given / "adapter_config.json").is_file():
+    path_folder = name_folder_of(given)  # if the path leads to REGISTRY/NAME or its champion
+    if path_folder is None and (given / "adapter_config.json").is_file():
         return NamedAdapter(given)
-    folder = folder or named
-    if folder is not None:
-        return NamedAdapter(champion_folder(folder))
+    name_folder = path_folder or name_folder
+    if name_folder is not None:
+        return NamedAdapter(champion_folder(name_folder))
     version = _version_folder(given, registry)
     if version is not None:
         return NamedAdapter(version)
@@ -92,7 +94,8 @@ def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapte
 def _version_folder(given: Path, registry: Path | None) -> Path | None:
     """Return the folder of NAME@VERSION or REGISTRY/NAME@VERSION; None for another text.
 
-    Raises ConfigError unless exactly one version begins with VERSION.
+    VERSION: the first digits of a version's digest. Raises ConfigError if they are too few, or do
+    not belong to exactly one version. None as well if there is no such NAME.
     """
     from nested_core.registry import list_versions
 

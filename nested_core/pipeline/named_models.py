@@ -54,7 +54,8 @@ def find_model(
 ) -> tuple[NamedModel, RunDirectory | None]:
     """Find the model that a person names, and its run if it is a run's.
 
-    given: the name. base_model: the base to use instead of the recorded one.
+    given: a base or an exported model by its folder, an adapter, a run, or a name in the registry.
+    base_model: the base to use instead of the recorded one.
     temporary: a folder for converted files: a PEFT adapter is converted, and a model of a room's
         format unpacked.
 

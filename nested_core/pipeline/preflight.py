@@ -38,6 +38,9 @@ DEFAULT_MOMENTS = 2
 def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     """Check everything that a run needs at its end: output paths, rooms, registry, suites, disk.
 
+    Rooms are optional parts of the program, which an installation may have deleted; a key of the
+    configuration that needs a missing one must have its default value.
+
     It creates nothing but the folder of adapter_path. Raises ConfigError for what cannot be used,
     DamagedError for a damaged registry, DatasetError for suites with bad lines.
     """
@@ -78,6 +81,7 @@ def require_output_places(config: FineTuneConfig, run: RunDirectory) -> Path | N
 def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> None:
     """Raise ConfigError if the disk has no room for the checkpoints that a run will keep.
 
+    The adapter that is offered in the end, and its copies for `adapter_path`, need room as well.
     Their size is estimated from the initial adapter; existing checkpoints are counted.
     """
     size = estimate_checkpoint_bytes(config, run)

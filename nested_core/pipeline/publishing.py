@@ -105,12 +105,14 @@ def register_run(
 def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples | None:
     """Read the examples of a run that its version stores in the registry.
 
-    None if the registry keeps no data, or has this version's already. None with a warning if the
-    data has changed since it was validated, or is gone.
+    Later runs train on them again and are judged by them. They are the training examples, those
+    that the gate judged by, and all others that were held out (`kept_out`). None if the registry
+    keeps no data, or has this version's already. None with a warning if the data has changed since
+    it was validated, or is gone.
     """
     registry, name = registry_location(config.registry)
-    is_kept = keeps_examples(registry / name, judged.version)
-    if not config.registry.keep_data or is_kept:
+    are_stored = keeps_examples(registry / name, judged.version)
+    if not config.registry.keep_data or are_stored:
         return None
     recorded = judged.dataset.splits
     choice = config.gate.held_out
@@ -227,12 +229,16 @@ def register_and_promote_run(
 ) -> tuple[Decision, Judgement]:
     """Register the adapter of a judged run and make it the champion, as a person's decision.
 
-    It overrides the registry's policy. Returns the decision, and the run's verdict. The run is
-    locked for reading and the registry for writing. Raises what `confirm_recorded_verdict`,
-    `register` and `promote` raise, and ConfigError while another process works on the run.
+    It overrides the registry's policy; what the policy would have refused is recorded in the
+    history. Returns the decision, and the run's verdict. The run is locked for reading and the
+    registry for writing.
 
     by: who promotes, for the history.
-    expected_champion: as in `promote`.
+    expected_champion: if another version is champion, the outcome is "superseded"; UNSET expects
+        none in particular.
+
+    Raises ConfigError for a run that was not judged or that another process works on, GateRejected
+    for a verdict that is not "passed", DamagedError for files that changed since.
     """
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
@@ -269,6 +275,8 @@ def describe_changed_held_out(
 ) -> str | None:
     """Return a sentence if the champion was judged on other held-out examples than this run.
 
+    Their losses are then not comparable with those that the champion's own verdict records.
+
     Returns None if they are the same, without a champion, or if one of the two is not recorded.
     """
     champion, validation = verdict.rival, verdict.validation
@@ -303,6 +311,8 @@ def make_provenance(
     """Build provenance.json: configuration, data, base, gate, parent version and package versions.
 
     The parent is the version that the adapter was trained from, else the champion that it follows.
+
+    champion: the version that the gate compared it with; None if there was none.
     """
     run, dataset, training = judged.folder, judged.dataset, judged.training
     initial, base = judged.verdict.initial.digest, judged.base_fingerprint
@@ -313,7 +323,7 @@ def make_provenance(
         TRAINING_KEY: judged.metrics_sha256,
         "config": config.model_dump(mode="json"),
         "settings_digest": settings_digest(config, base, run, dataset),
-        "conditions_digest": None,  # where a person decides
+        "conditions_digest": None,  # the caller sets it, except where a person decides
         "base_fingerprint": base,
         "chat_template": dataset.chat_template,
         "vocabulary": dataset.vocabulary,

@@ -84,9 +84,11 @@ def explain_run(
 ) -> RunExplanation:
     """Find out what a run of this configuration will do: its data, tiers, steps and memory.
 
-    Validates the data and attaches the adapter as a run does, in a folder that is then removed.
+    Validates the data and attaches the adapter as a run does, in a temporary run directory. Where
+    the registry's policy is stricter than `config`, the policy counts.
 
-    measures_speed: whether to train a few steps, to forecast the time; needs rooms/minutes.
+    measures_speed: whether to train a few steps, to forecast the time; without the optional part
+        nested_core/rooms/minutes nothing is measured.
     on_wait: called with a line if another process holds the device.
 
     Raises what a run raises before it trains: ConfigError, and DatasetError for data with errors.
@@ -105,7 +107,7 @@ def explain_run(
             if measures_speed and seams.is_there("minutes"):
                 measure = seams.load_only("run_measurement", "explain")
                 config, measured = measure(config, run, session, on_wait)
-            session.release_base()
+            session.release_base()  # the trainer loads it again: two may not fit into memory
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)
     schedule = trainer.step_schedule

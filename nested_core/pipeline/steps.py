@@ -231,11 +231,15 @@ def write_initial_adapter_and_tiers(
 def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
     """Write the initial adapter, start.json and tiers.json; the caller holds the device's lock.
 
+    The initial adapter has the tensors of, in this order: `resume_adapter_file`; the champion, if
+    `continual.from` asks for it and the earlier examples were not chosen to be trained on from
+    scratch; else fresh ones. start.json records the champion and that choice.
+
     Raises ConfigError if the starting adapter does not fit the configuration or the base model.
     """
     loaded = _load_base_for_initial_adapter(config, session)
     model, base = loaded.model, loaded.folder
-    described = make_adapter_config(config, fingerprint_base_model(base))
+    described = make_adapter_config(config, fingerprint_base_model(base))  # adapter_config.json
     champion = starting_champion(config)
     version = None if champion is None else champion.digest()
     choice = CONFIGURED
@@ -309,7 +313,7 @@ def train(
 
     A run that is already complete is not trained again. Raises what a trainer raises.
     """
-    warn_if_unprepared()
+    warn_if_unprepared()  # of a process in which training would be slow
     if run.result.exists() and _is_complete(config, run):
         try:
             result = read_result(run.result)
@@ -355,7 +359,12 @@ def train_model(
 ) -> Trainer:
     """Train in this process, which holds the device's lock; return the trainer after its last step.
 
+    A run that was interrupted is resumed from its last checkpoint. The main process also removes
+    the results of an earlier end of the run, and writes the plan that progress displays read.
+
     callback: receives reports. on_start: called with the trainer before its first step.
+    session: what this process keeps loaded between the steps of a run.
+    world: the processes that train together.
     """
     base = (session or Session()).load_base(config)
     model = base.model
@@ -382,7 +391,7 @@ def train_model(
     if world.is_main:
         stages.info("%s", describe_layers(model, as_mlx_lm=config.training.reference is not None))
     trainer = make_trainer(setup)
-    if session is not None:
+    if session is not None:  # the gate's process starts while the last steps are computed
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
     trainer.resume()
     if world.is_main:
@@ -396,6 +405,7 @@ def train_model(
             stages.info("%s", sentence)
     if on_start is not None:
         on_start(trainer)
+    # Kernels are compiled in the background; the wait for them ends at a request to stop.
     if session is not None and session.await_kernels is not None:
         session.await_kernels(lambda: trainer.stop_requested or run.stop_request.exists())
     trainer.train()
@@ -407,8 +417,9 @@ def train_model(
 def _make_plan(
     trainer: Trainer, report: DatasetReport, earlier: TrainingPlan | None, session: Session | None
 ) -> TrainingPlan:
-    """Build the plan of the process that trains now.
+    """Build the plan of the process that trains now: what progress displays and reports read.
 
+    report: of the validated data.
     earlier: the plan of the process before it; None in a new run.
     """
     schedule = trainer.step_schedule
@@ -451,7 +462,11 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
 
 
 def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
-    """Publish the best adapter, or the last one if that is offered; write result.json."""
+    """Publish the best adapter, or the last one if that is offered; write result.json.
+
+    To publish is to copy the adapter from its checkpoint to the run's folder `adapter`, and to
+    `adapter_path` if that is configured. The best is the one with the best evaluation.
+    """
     state = trainer.state
     best = state.best_step if trainer.step_schedule.offers_best else None
     step = state.step if best is None else best
@@ -483,8 +498,10 @@ def judge(
 ) -> Verdict:
     """Judge the run's adapter and write gate.json; GateRejected if it did not pass.
 
-    The device is locked meanwhile. What registration needs of the run stays in the session. If the
-    machine fails (memory, disk, compiler), NestedTuneError is raised and no verdict is written.
+    The device is locked meanwhile. If the machine fails (memory, disk, compiler), NestedTuneError
+    is raised and no verdict is written: that is not the adapter's fault.
+
+    session: what this process keeps loaded; it gets what the registration needs of the run.
     """
     session = session or Session()
     with locking_devices(on_wait, session=session):

@@ -44,7 +44,9 @@ class Child:
         environment: Mapping[str, str] | None = None,
         max_answer_bytes: int | None = None,
     ) -> None:
-        """Start the process.
+        """Start a process that answers requests with a function.
+
+        Requests and answers are lines of JSON on its standard input and output.
 
         Args:
             function: what answers: "package.module:function", importable like in this process, or
@@ -74,7 +76,7 @@ class Child:
         assert self.process.stdin is not None and self.process.stdout is not None  # noqa: S101, PT018
         self._input = self.process.stdin
         self._output = self.process.stdout
-        os.set_blocking(self._input.fileno(), False)
+        os.set_blocking(self._input.fileno(), False)  # a full pipe must not outlast a time limit
 
     def __enter__(self) -> Self:
         """Return the running process."""
@@ -108,7 +110,9 @@ class Child:
                 return
 
     def receive(self, seconds: float | None = None) -> Any:
-        """Return the next answer.
+        """Wait for the next answer, a line of JSON, and return it.
+
+        seconds: how long to wait; None is without a limit.
 
         If the function raised a NestedTuneError, an OSError or a MemoryError, raises the same
         error. For any other error, and if no answer comes within `seconds`, raises ChildFailed,

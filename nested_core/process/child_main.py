@@ -58,7 +58,8 @@ class Requests:
 def main(name: str) -> None:
     """Load the function, and answer requests with it until standard input ends.
 
-    Standard input and output are replaced, so that the function cannot read requests or write
+    name: "package.module:function", or the path of a Python file. Requests and answers are lines of
+    JSON. Standard input and output are replaced, so that the function cannot read requests or write
     answers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -66,7 +67,7 @@ def main(name: str) -> None:
         null_device = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null_device, 0)
         os.close(null_device)
-        os.dup2(2, 1)
+        os.dup2(2, 1)  # what the function prints goes to standard error
         requests = Requests(file)
         function: Callable[[Any], Any] | None = None
         failure: dict[str, Any] = {}

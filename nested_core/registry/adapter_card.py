@@ -39,7 +39,10 @@ def render_card(name: str, version: str, provenance: dict[str, Any], verdict: Ve
 
 
 def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
-    """Build the card's metadata: the hub's fields that are known, and no others."""
+    """Build the card's metadata: the fields of the Hugging Face hub that are known, and no others.
+
+    name: the adapter's. provenance: the content of provenance.json.
+    """
     config = provenance.get("config") or {}
     fields: dict[str, Any] = {}
     if (base := find_hub_name(config.get("model"))) is not None:
@@ -103,9 +106,9 @@ def _result(dataset: str, metric: str, name: str, value: float) -> dict[str, Any
 def describe_card(
     name: str, version: str, provenance: dict[str, Any], verdict: Verdict
 ) -> Document:
-    """Build the text of the card as a document.
+    """Build the text of an adapter's card, the README that is published with it.
 
-    provenance: the content of provenance.json.
+    name: the adapter's. provenance: the content of provenance.json.
     """
     config = provenance.get("config") or {}
     model = str(config.get("model", "unknown"))
@@ -140,7 +143,11 @@ def _describe_evaluation(verdict: Verdict) -> Iterator[Block]:
 def _list_training(
     config: dict[str, Any], provenance: dict[str, Any], verdict: Verdict
 ) -> Iterator[tuple[object, ...]]:
-    """Yield name and value of how much was trained, then of the training settings."""
+    """Yield name and value of how much was trained, then of the training settings.
+
+    config: the run's configuration. provenance: the content of provenance.json. What an older
+    version did not record is left out.
+    """
     if (trained := provenance.get("trained")) is not None:
         yield "steps", f"{trained['steps']:,} of {trained['planned_steps']:,}"
         yield f"passes over {trained['file']}", f"{trained['epochs']:.3g}"

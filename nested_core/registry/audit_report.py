@@ -21,7 +21,7 @@ from nested_core.registry.folders import (
 from nested_core.registry.history_views import (
     LINK_NAME,
     are_views_behind,
-    find_wrong_end,
+    find_wrong_recorded_end,
     lost_champion_error,
     make_views,
     read_link,
@@ -66,11 +66,12 @@ class AuditReport:
 
 
 def audit(registry: Path, name: str) -> AuditReport:
-    """Check all files of `name`; ConfigError for an unknown registry or name.
+    """Check all files of the adapter `name`, and return everything that is wrong with them.
 
-    Raises DamagedError if there are findings and the lock file was removed during the audit,
-    because the findings may then be another process at work. A writer that lost its lock file
-    before the audit began is not noticed; repeat the audit to tell its writes from damage.
+    Raises ConfigError for an unknown registry or name, DamagedError if there are findings and the
+    lock file was removed during the audit, because the findings may then be another process at
+    work. A writer that lost its lock file before the audit began is not noticed; repeat the audit
+    to tell its writes from damage.
     """
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder) as lock:
@@ -84,6 +85,7 @@ def audit(registry: Path, name: str) -> AuditReport:
             require_no_writes_meanwhile(folder, lock)
     for version in reversed(versions):
         findings = [*_audit_version(folder, version, ledger), *findings]
+    # A crash came between the history's line and the change of the link: the next writer ends it.
     is_open = not broken and are_views_behind(folder, ledger) and link != ledger.champion
     unfinished = ledger.champion if is_open else None
     notes = tuple(_describe_moves_by_hand(ledger))
@@ -107,6 +109,9 @@ def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
 def _read_link_and_ledger(folder: Path) -> tuple[str | None, Ledger, list[AuditFinding]]:
     """Read the champion link and the history; return them with the problems in reading them.
 
+    What could not be read is None or an empty history in the result. A history that is shorter or
+    longer than champion.json records is a problem too.
+
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     findings = []
@@ -121,7 +126,7 @@ def _read_link_and_ledger(folder: Path) -> tuple[str | None, Ledger, list[AuditF
         require_own_layout(folder, ledger)
     except (NestedTuneError, OSError) as error:
         findings.append(AuditFinding(folder / LEDGER_NAME, str(error)))
-    wrong_end = None if findings else find_wrong_end(folder, ledger)
+    wrong_end = None if findings else find_wrong_recorded_end(folder, ledger)
     return link, ledger, findings if wrong_end is None else [wrong_end]
 
 
@@ -185,6 +190,9 @@ def _versions_folder_findings(
 
 def _view_findings(folder: Path, link: str | None, ledger: Ledger) -> Iterator[AuditFinding]:
     """Yield derived files that contradict the history, unless a crash explains the difference.
+
+    Derived are the champion link and the files that `record` rewrites after each line of the
+    history. After a crash in between they still show the state before the last line.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """

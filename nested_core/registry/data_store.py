@@ -121,6 +121,8 @@ def _trained_from(version_path: Path) -> str | None:
 def read_stored_data(registry: Path, name: str, version: str) -> StoredData | None:
     """Read a version's examples, each checked by its digest; None if they are not stored.
 
+    Examples that are listed and whose rows are gone are counted as `missing`.
+
     Raises ConfigError for an unknown registry or name, DamagedError for an unreadable list.
     """
     folder = find_name_folder(registry, name)
@@ -165,6 +167,10 @@ def store_examples(
 ) -> None:
     """Store a run's examples for a version; call under the lock of the adapter name's folder.
 
+    A version has a list of the digests of its rows; the rows themselves are in packs, files that
+    all versions of the name share.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
     confirm: called before each write; it raises if the lock was lost.
     versions: all versions of the name, oldest first. If the store grows beyond `max_bytes`, the
         oldest of them lose their examples; if this version alone is too large, a subset of its
@@ -185,7 +191,7 @@ def store_examples(
     )
     if examples.max_bytes is not None:
         held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
-    # The rows come first, then the list that names them
+    # The rows come first: a crash in between leaves no list that names missing rows
     stored = {digest for _, digest, _ in _read_packs(folder)}
     all_rows = held_out | kept_out | train
     new = {digest: line for digest, line in all_rows.items() if digest not in stored}
@@ -238,9 +244,11 @@ def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:
 
 
 def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Confirm) -> None:
-    """Remove the lists of all other versions, and the rows that none of the given versions lists.
+    """Keep the examples of the given versions, and remove all others from the data store.
 
-    Call under the lock of the name's folder. A pack with unneeded rows is replaced by a new one
+    The store has a list of digests for each version, and the rows in packs, files that the versions
+    share. The lists of other versions are removed, and rows that none of the given ones lists. Call
+    under the lock of the name's folder. A pack with unneeded rows is replaced by a new one
     without them. A crash in between leaves some rows in two packs, and the next call removes the
     duplicates. A new pack may have the content, and so the name, of an existing one.
 
@@ -261,7 +269,7 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     for pack, rows in groupby(_read_packs(folder), key=itemgetter(0)):
         lines = [(digest, line) for _, digest, line in rows]
         kept = {digest: line for digest, line in lines if digest in needed}
-        needed -= kept.keys()
+        needed -= kept.keys()  # so that a later pack drops the same rows
         if len(kept) < len(lines):
             written.add(_write_pack(store, kept.values(), confirm))
             replaced.add(pack)
@@ -307,7 +315,10 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
 
 
 def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFinding]:
-    """Yield findings on unreadable lists, lists with missing rows, and foreign files.
+    """Yield what an audit finds wrong in the store of a name's training and held-out examples.
+
+    That is: unreadable lists of a version's examples, lists that name missing rows, and files that
+    do not belong to the store.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """

@@ -89,6 +89,7 @@ def collect_garbage(
     if dry_run:
         with reading(registry, name) as (folder, ledger):
             return _plan_removals(folder, name, ledger, keep, dry_run=True)
+    # Taken first: opening the folder for writing removes what interrupted writers left
     leftovers = _find_leftovers(find_name_folder(registry, name))
     with writing(registry, name) as locked:
         plan = _plan_removals(locked.path, name, locked.ledger, keep, dry_run=False)
@@ -101,7 +102,11 @@ def collect_garbage(
 def _plan_removals(
     folder: Path, name: str, ledger: Ledger, keep: int, *, dry_run: bool
 ) -> GarbageReport:
-    """Decide which versions a gc removes and which it keeps, without removing anything.
+    """Decide which versions a garbage collection removes and keeps, without removing anything.
+
+    Kept are the newest; the champion, what it replaced and what a rollback returns to; the
+    policy's reference versions; the champion's ancestors with stored examples; versions whose
+    promotion may be going on; and folders that cannot be removed.
 
     keep: how many of the newest versions stay.
     folder: the adapter's folder in the registry, REGISTRY/NAME.
@@ -116,7 +121,7 @@ def _plan_removals(
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
-    if ledger.champion is not None:  # what its gate compares with, and later nights train on
+    if ledger.champion is not None:  # its ancestors, whose examples later runs train on and avoid
         lineage = read_lineage(folder.parent, name, ledger.champion)
         kept |= {*lineage[:keep]} | {v for v in lineage if keeps_examples(folder, v)}
     paths = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
@@ -224,6 +229,8 @@ def forget_rows(
 ) -> ForgottenRows:
     """Remove the rows for which `is_listed` returns True from the data store.
 
+    The data store holds the examples of an adapter's versions, for later runs.
+
     The history gets one line for each version that had such rows, with their number only. What a
     version has learnt from them stays in its tensors. Raises ConfigError for an unknown name.
 
@@ -232,18 +239,18 @@ def forget_rows(
     """
     if dry_run:
         with reading(registry, name) as (folder, ledger):
-            lost = _find_listed_rows(folder, ledger, is_listed)
+            forgotten = _find_listed_rows(folder, ledger, is_listed)
     else:
         with writing(registry, name) as locked:
-            lost = _find_listed_rows(locked.path, locked.ledger, is_listed)
-            for version, digests in lost.items():
+            forgotten = _find_listed_rows(locked.path, locked.ledger, is_listed)
+            for version, digests in forgotten.items():
                 drop_rows(locked.path, version, digests, confirm=locked.confirm)
             remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
-            for version, digests in lost.items():  # after the removal
+            for version, digests in forgotten.items():  # after the removal, which may fail
                 count = f"{len(digests)} {'row' if len(digests) == 1 else 'rows'}"
                 reason = f"{count} taken out of the data store"
                 locked.record("rows_forgotten", version, by, reason=reason)
-    counts = {version: len(digests) for version, digests in lost.items()}
+    counts = {version: len(digests) for version, digests in forgotten.items()}
     return ForgottenRows(name, counts, is_dry_run=dry_run)
 
 
@@ -265,7 +272,9 @@ def _find_listed_rows(
 
 
 def _require_lost(folder: Path, version: str, ledger: Ledger) -> None:
-    """Raise ConfigError if a version is the champion, or is complete and so not lost.
+    """Raise ConfigError unless a version may be forgotten, because its files are lost or damaged.
+
+    The champion may not be forgotten, nor a version that is complete.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.

@@ -104,24 +104,25 @@ class NameFolder:
         self._write_views()
 
     def finish_interrupted(self) -> None:
-        """Finish what a crash interrupted, and record a champion link that was moved by hand.
+        """Bring the folder into a state that the history describes, before anything else is done.
 
-        A torn line is cut off, derived files are rewritten, and complete versions without a history
-        line are registered. A moved link's version is verified first: DamagedError if it was
-        changed.
+        Finishes what a crash interrupted: a half-written last line of the history is cut off, the
+        files that are derived from the history are rewritten, and complete versions without a
+        history line are registered. If a person moved the link `champion` to another version, this
+        is recorded in the history; DamagedError if that version's files were changed.
         """
         if self.ledger.torn:
-            self.confirm()
+            self.confirm()  # that this process still holds the lock, before it writes
             self.ledger = cut_torn_line(self.path, self.ledger)
         link = read_link(self.path)
         if link in _expected_links(self.path, self.ledger):
             self._write_views()
-        else:
+        else:  # moved by hand
             manifest = None if link is None else self.verify(link)
             self._write_views(is_link_kept=True)
             self.record("moved", link, MOVED_AUTHOR, manifest=manifest)
         for version in sorted({*registered_versions(self.path)} - {*self.ledger.by_version}):
-            with suppress(DamagedError, GateRejected):  # an audit tells of it
+            with suppress(DamagedError, GateRejected):  # not registered; an audit reports it
                 manifest = self.verify(version)
                 self.record("registered", version, FINISHING_AUTHOR, manifest=manifest)
         remove_unnamed_judgements(self.path, self.ledger)
@@ -311,7 +312,7 @@ def require_sound_end(folder: Path, ledger: Ledger) -> None:
             "remove the link and champion.json and promote the version again."
         )
     require_own_layout(folder, ledger)
-    if (finding := find_wrong_end(folder, ledger)) is not None:
+    if (finding := find_wrong_recorded_end(folder, ledger)) is not None:
         separator = ", " if finding.message.startswith("line ") else " "
         raise DamagedError(f"{finding.file}{separator}{finding.message}")
     if link not in _expected_links(folder, ledger) and not version_exists(folder, link):
@@ -332,15 +333,19 @@ def require_own_layout(folder: Path, ledger: Ledger) -> None:
             raise old_layout_error(folder)
 
 
-def find_wrong_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
-    """Return a finding if champion.json holds the hash of neither of the last two history lines.
+def find_wrong_recorded_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
+    """Return a finding if champion.json records another end of the history than it has.
+
+    champion.json holds the hash of the last history line, which shows whether lines were removed or
+    edited. A writer adds the line first. So the hash of the line before the last is accepted too: a
+    crash came between the two writes.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     path, history, last = folder / RECORD_NAME, folder / LEDGER_NAME, len(ledger.entries)
     recorded = read_recorded_end(folder)
-    before = ledger.entries[-1].previous_line_sha256 if ledger.entries else None
-    if recorded in (ledger.end_sha256, before):
+    before_last = ledger.entries[-1].previous_line_sha256 if ledger.entries else None
+    if recorded in (ledger.end_sha256, before_last):
         return None
     if not ledger.entries:
         message = (
@@ -348,28 +353,31 @@ def find_wrong_end(folder: Path, ledger: Ledger) -> AuditFinding | None:
             " Restore the file from a backup; to begin anew, remove the link and champion.json."
         )
         return AuditFinding(history, message)
-    accept = (
+    how_to_repair = (
         "Restore the folder from a backup; or, if the history is right, remove "
         f'{RECORD_NAME} and write {{"{END_FIELD}": "{ledger.end_sha256}"}} into {RECORD_NAME}.'
     )
     if recorded in (None, NO_LINE_SHA256):
         missing = f"does not hold the hash of the last line of {LEDGER_NAME}, line {last}"
-        return AuditFinding(path, f"{missing}. {accept}")
-    what = f"line {last} was edited, or lines were removed or added"
-    return AuditFinding(history, f"{what}: {RECORD_NAME} holds the hash of another line. {accept}")
+        return AuditFinding(path, f"{missing}. {how_to_repair}")
+    what = f"line {last} was edited, or lines were removed or added: {RECORD_NAME} holds the hash"
+    return AuditFinding(history, f"{what} of another line. {how_to_repair}")
 
 
 def lost_champion_error(folder: Path, champion: str, ledger: Ledger) -> DamagedError:
     """Build the error for a champion link to a version that is gone, with ways to repair it.
 
+    The ways differ: a version that was champion by the history has lost its folder; any other means
+    that the link was moved by hand.
+
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.
     """
-    link, place = folder / LINK_NAME, folder / VERSIONS_FOLDER_NAME / champion
+    link, version_path = folder / LINK_NAME, folder / VERSIONS_FOLDER_NAME / champion
     if champion in ledger.champion_versions():
         return DamagedError(
             f"{link} points to {shorten_digest(champion)}, whose folder is gone. "
-            f"{how_to_mend(place)} Before a version that is champion can be forgotten, make "
+            f"{how_to_mend(version_path)} Before a version that is champion can be forgotten, make "
             f"another one champion: `nested-tune rollback {folder.name} --registry {folder.parent} "
             f"--to VERSION`, or promote another run."
         )

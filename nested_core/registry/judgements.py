@@ -227,7 +227,9 @@ def _path_of(folder: Path, version: str, digest: str) -> Path:
 
 
 def _read_judgement(folder: Path, version: str, digest: str, line_number: int) -> Judgement:
-    """Read a judgement; DamagedError if its content is not what its history line names.
+    """Read a judgement, the file of a later verdict on a version that was registered already.
+
+    Raises DamagedError if its content is not what its history line names.
 
     digest: the file's SHA-256, which names it. line_number: the number of its history line, from 0.
     folder: the adapter's folder in the registry, REGISTRY/NAME.

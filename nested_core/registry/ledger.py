@@ -227,6 +227,7 @@ class Ledger:
     def rollback_target(self) -> str | None:
         """Return the version that a rollback without `--to` restores; None if no version is left.
 
+        It is found by going through the history's lines, oldest first, with a stack of champions.
         Promotions and `rollback --to` push a version on a stack, a plain rollback pops one, and a
         removed version is taken out. Other lines do not change the stack, so after a link was moved
         by hand the target is the champion before that move.
@@ -238,7 +239,7 @@ class Ledger:
                 stack = [v for v, _ in groupby(v for v in stack if v != entry.version)]
             elif entry.action not in ("promote", "rollback") or entry.version is None:
                 continue
-            elif (
+            elif (  # a plain rollback, to the version below the top
                 entry.action == "rollback"
                 and not entry.explicit
                 and stack[-2:-1] == [entry.version]
@@ -316,7 +317,8 @@ def _replace_what_is_no_text(typed: str) -> str:
 def read_ledger(folder: Path) -> Ledger:
     """Read the history of an adapter name's folder; DamagedError names the first damaged line.
 
-    Without a file the history is empty. A torn last line is not damage.
+    Without a file the history is empty. A last line without its end, which a crash leaves, is not
+    damage: it is returned apart, as `torn`.
     """
     path = folder / LEDGER_NAME
     kind = file_type(path)
@@ -331,7 +333,7 @@ def read_ledger(folder: Path) -> Ledger:
         content = read_regular(path)
     except MissingFileError:
         return Ledger()
-    *lines, torn = content.split(b"\n")
+    *lines, torn = content.split(b"\n")  # torn is empty if the last line is complete
     entries = tuple(_parse_entry(line, path, number) for number, line in enumerate(lines, 1))
     whole_bytes = len(content) - len(torn)
     if entries and entries[0].layout is None and entries[0].previous_line_sha256 == NO_LINE_SHA256:
@@ -428,7 +430,7 @@ def _parse_entry(line: bytes, path: Path, number: int) -> Entry:
 
 
 def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> str:
-    """Check that each line follows from the one before; return the hash of the last line.
+    """Check that no history line was edited, removed or added; return the hash of the last line.
 
     Each line must hold the hash of the line before it and the champion after it. Raises
     DamagedError.

@@ -160,6 +160,9 @@ def apply_policy(config: FineTuneConfig) -> tuple[FineTuneConfig, list[str]]:
 def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneConfig:
     """Return a run's configuration with the policy's bounds and suites where they are stricter.
 
+    The policy of a name in the registry holds for all runs that register there; None changes
+    nothing. A suite is a file of questions; one of the policy replaces the run's of the same name.
+
     Under a policy differences are judged beyond noise (`gate.noise: paired`). `registry.promote`
     stays as it is: `PromotionRule` combines it with the policy.
     """
@@ -182,7 +185,10 @@ def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneCo
 
 
 def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -> list[str]:
-    """Return a sentence for each key in which the policy is stricter than a run's configuration."""
+    """Return a sentence for each key in which the policy is stricter than a run's configuration.
+
+    The policy of a name in the registry holds for all runs that register there; None gives none.
+    """
     if policy is None:
         return []
     gate, stricter = config.gate, tighten(config, policy).gate
@@ -211,6 +217,8 @@ def find_looser_bounds(
     policy: RegistryPolicy | None, thresholds: Mapping[str, Any] | None
 ) -> list[str]:
     """Return the names of a verdict's bounds that are less strict than the policy's.
+
+    A suite of the policy must have been asked exactly as the policy gives it.
 
     thresholds: the values of section `gate` in the verdict.
     """

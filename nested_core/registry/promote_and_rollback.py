@@ -48,7 +48,7 @@ def promote(
     version: the digest, or its first 6 digits or more.
     by, origin: who asks, for the history.
     expected_champion: if another version is champion, the outcome is "superseded"; None expects
-        that there is no champion.
+        that there is no champion, UNSET expects nothing.
     automatic: the promotion is a policy's; a version that a rollback replaced is then "barred".
 
     Raises ConfigError for an unknown registry, name or version, DamagedError for any change on
@@ -73,11 +73,14 @@ def register_and_promote(
     run: JudgedRun | None = None,
     examples: RunExamples | None = None,
 ) -> Decision:
-    """Register a run's adapter and promote it under one lock, so that no gc comes in between.
+    """Register a run's adapter and make it the champion, the version in use.
+
+    Both happen under one lock, so that no garbage collection removes the version in between.
 
     provenance: the content of provenance.json.
     by: who promotes, for the history.
-    expected_champion: as in `promote`.
+    expected_champion: if another version is champion, the outcome is "superseded"; UNSET expects
+        none in particular.
     against_policy: what the policy requires and the run does not have, for the history.
     run: the run, if the caller has read and checked it; else it is read from `run_dir`.
     examples: rows for the data store.
@@ -95,13 +98,15 @@ def register_and_promote(
 def promote_in_folder(
     locked: NameFolder, version: str, expected: str | None | Unset, fields: dict[str, Any]
 ) -> Decision:
-    """Promote a version that was verified under this lock.
+    """Promote a version whose files were verified under the lock that `locked` holds.
 
-    expected: as `expected_champion` of `promote`.
-    fields: further fields of the history's line.
+    expected: the champion that the caller knows of; if another is champion, the outcome is
+        "superseded". UNSET expects none in particular.
+    fields: further fields of the history's line. With `automatic`, a version that a rollback
+        replaced is not promoted: the outcome is "barred".
 
-    An automatic promotion of a version that a rollback replaced is "barred". Raises GateRejected if
-    the newest verdict against the present champion rejects the version.
+    Raises GateRejected if the version's verdict is "failed"; of several, the newest that compared
+    it with the present champion counts.
     """
     before = locked.champion
     if version != before and fields.get("automatic") and version in locked.ledger.barred_versions():
@@ -132,10 +137,13 @@ def rollback(
 ) -> Decision:
     """Make an earlier version the champion again, after re-hashing its files.
 
+    The champion is the version in use.
+
     to: the version; None for the champion before the present one. Promotions and `to` push a
         version on a stack, a rollback without `to` pops one: after A, B, C it goes to B, then to A.
+    by: who asks, for the history. origin: the flow that asks, for the history.
     expected_champion: if another version is champion, the outcome is "superseded", so a retry does
-        not go back twice.
+        not go back twice. UNSET expects none in particular.
     only_former_champions: refuse a version that was never champion.
     reason: for the history.
 

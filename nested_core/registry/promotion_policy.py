@@ -108,16 +108,18 @@ def promote_by_recorded_policy(
 def promote_missed_versions(
     registry: Path, name: str, *, origin: Origin = NO_ORIGIN
 ) -> dict[str, Decision]:
-    """Decide once more about all versions that were never champion, newest first.
+    """Promote what missed its promotion: decide again about each version that was never champion.
 
-    Returns the decision for each version. A second call changes nothing. A damaged version does not
-    prevent the promotion of another.
+    A version misses it if its process ends between registration and promotion, say. The newest
+    version comes first. Returns the decision for each version. A second call changes nothing. A
+    damaged version gets the outcome "damaged" and does not prevent the promotion of another.
     """
     with writing(registry, name) as folder:
         was_champion = {change.version for change in folder.ledger.changes()}
-        lines = folder.ledger.by_version
         missed = [v for v in registered_versions(folder.path) if v not in was_champion]
-        missed.sort(key=lambda version: lines[version][-1][0] if version in lines else -1)
+        # By the number of the last history line on the version, -1 without a line: oldest first
+        last_line = {v: lines[-1][0] for v, lines in folder.ledger.by_version.items()}
+        missed.sort(key=lambda version: last_line.get(version, -1))
         decisions = {}
         for version in reversed(missed):
             try:
@@ -155,6 +157,8 @@ def decide(
 ) -> Decision:
     """Promote a version automatically, or return why it is not promoted.
 
+    Automatically is without a person who asks for it. The champion is the version in use.
+
     folder: the adapter's locked folder in the registry.
     section: the run's section `registry`; of it and the registry's policy the stricter counts.
     expected_champion: the champion that the verdict compared with.
@@ -186,9 +190,11 @@ def compare_losses(
 ) -> LossComparison | None:
     """Return the losses of a version and of the champion on the same examples.
 
-    They come from the verdict if it compared with this champion, or if training started from it;
-    else from the champion's own verdict if that used the same examples. None if there is no such
-    pair. Raises DamagedError for a champion that has changed since it was registered.
+    candidate: the verdict on the version. champion: the other version.
+
+    The losses come from the verdict if it compared with this champion, or if training started from
+    it; else from the champion's own verdict if that used the same examples. None if there is no
+    such pair. Raises DamagedError for a champion that has changed since it was registered.
     """
     record = candidate.verdict.champion
     if record is not None and record.version == champion:
@@ -226,10 +232,11 @@ def describe_promotion(
 ) -> PromotionNotes:
     """Describe the losses of a newly promoted version and of the champion that it replaced.
 
-    A version that was judged without held-out data is described as such. Empty if the decision
-    promoted nothing, or a file is damaged.
+    The notes have a text, and a warning if the champion before had the lower loss. A version that
+    was judged without held-out data is described as such. Empty if the decision promoted nothing,
+    or a file is damaged.
 
-    candidate: the verdict on the version; read from the registry if None.
+    done: the decision. candidate: the verdict on the version; read from the registry if None.
     """
     if done.outcome != "promoted":
         return PromotionNotes()
@@ -351,12 +358,17 @@ def find_refusal(
 ) -> Decision | None:
     """Return why a version is not promoted automatically; None if it is to be promoted.
 
-    The stricter of the run's section and the registry's policy counts.
+    Of the run's setting `registry.promote` and that of the registry's policy the stricter counts.
+    If they ask for a person's approval, the decision is that the version waits, or what the person
+    decided.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     ledger: the adapter's history.
+    section: the run's configuration of the registry.
+    candidate: the verdict on the version.
+    champion: the version in use; None before the first promotion.
     is_approved: a person has approved; nobody is asked again, and the comparison with the policy's
-        reference, which limits automatic promotions alone, is skipped.
+        reference (a fixed version), which limits automatic promotions alone, is skipped.
     """
     policy = policy_of(folder, ledger)
     rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)
@@ -385,7 +397,9 @@ def _why_not_promoted(
 ) -> str | None:
     """Return why verdict and policy do not allow a promotion; None if they do.
 
-    Approval by a person and the policy's reference are checked elsewhere.
+    In turn: the verdict must be sound, with bounds that are no looser than the policy's, and with
+    held-out examples if they are required; then the losses must allow a promotion. Approval by a
+    person and the policy's reference (a fixed version to compare with) are checked elsewhere.
     """
     if (reason := _why_not_sound(candidate, rule)) is not None:
         return reason
@@ -411,7 +425,9 @@ def _why_beyond_reference(
 ) -> str | None:
     """Return why a version may be worse than the policy's reference by more than the margin.
 
-    Returns None if it is shown to be within the margin, or the policy has no reference.
+    The reference is a fixed version: compared with champions alone, many small losses in a row
+    could add up. Returns None if the version is shown to be within the margin, is the reference
+    itself, or if the policy has none.
 
     ledger: the adapter's history.
     """
@@ -504,7 +520,11 @@ def _why_not_better_than_start(
 def _why_not_better(
     section: RegistrySection, candidate: Judgement, champion: str, noise: Noise
 ) -> str | None:
-    """Return why a version is not better than the champion on the same examples; None if it is."""
+    """Return why a version is not better than the champion on the same examples; None if it is.
+
+    Better is a loss that is lower by more than `registry.min_improvement`, and beyond `noise`: with
+    "paired" the whole confidence interval of the difference must be, with "none" only the mean.
+    """
     if candidate.loss_after is None:
         return "there is no validation loss to compare with the champion's"
     record = candidate.verdict.champion
@@ -529,10 +549,13 @@ def _describe_comparison(
     loss: float,
     rival: str,
 ) -> str:
-    """Describe the figures of a candidate that is not better, and what the examples could show.
+    """Say why a candidate does not count as better than another adapter, with the figures.
 
-    record: the comparison. rival: the text for the loss that the candidate's `loss` is compared
-        with.
+    It may not be lower at all, not significantly lower, lower by less than the configured margin,
+    or there may be too few examples to tell.
+
+    record: the comparison with the other adapter. loss: the candidate's.
+    rival: names the other adapter and its loss in the text.
     """
     difference = record.difference or 0.0
     data = f"{candidate.file}, {record.examples} examples"
@@ -541,7 +564,7 @@ def _describe_comparison(
     margin = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     loss_name = loss_name_for_file(candidate.file)
     losses = f"{loss_name} {format_loss(loss)} is not better{margin} than {rival}"
-    unproven = f"{losses}, or not significantly ({data})"
+    unproven = f"{losses}, or not significantly ({data})"  # the beginning of most answers
     # Too few prompts, no noise bound, or too few examples for an interval
     if (few := record.describe_few_prompts()) is not None:
         return f"{unproven}: {few}"
@@ -551,17 +574,17 @@ def _describe_comparison(
         return f"{unproven}: too few to detect a difference"
     figures = f"{unproven}: {format_difference(difference)} with a 95 % interval of"
     # Significant, but not by enough; significant only without correction; or neither
-    chosen = record.corrected_interval
-    if record.interval[1] < 0 and (chosen is None or chosen[1] < 0):
+    corrected = record.corrected_interval  # for the choice of the step by the same examples
+    if record.interval[1] < 0 and (corrected is None or corrected[1] < 0):
         return (
             f"{losses} ({data}): it is significantly lower, by {-difference:.2g}, and "
             f"registry.min_improvement asks for more than {section.min_improvement:g}"
         )
-    if chosen is not None and record.interval[1] < 0:
+    if corrected is not None and record.interval[1] < 0:
         validation = candidate.verdict.validation
         among = 1 if validation is None else validation.chosen_among
         return (
-            f"{figures} {format_interval(chosen)}, corrected for {among} steps "
+            f"{figures} {format_interval(corrected)}, corrected for {among} steps "
             f"that these examples chose among; a test.jsonl needs no correction"
         )
     return (

@@ -153,6 +153,7 @@ def require_sound_champion(locked: NameFolder) -> None:
 def _add_version(locked: NameFolder, new: NewVersion) -> str:
     """Copy a run's adapter to `versions/`, and return the hash of the version's manifest.
 
+    Versions are named by the digest of their adapter, so two runs with equal adapters are one.
     If the version exists already, only the run's verdict is recorded, as a judgement. If the
     version was registered before and its files were lost, the history gets a line `restored`.
     """
@@ -179,7 +180,12 @@ def _add_version(locked: NameFolder, new: NewVersion) -> str:
 
 
 def _record_verdict(locked: NameFolder, new: NewVersion) -> None:
-    """Record the run's verdict on a registered version, unless it repeats an earlier verdict."""
+    """Record the run's verdict on a registered version, unless it repeats an earlier verdict.
+
+    After the gate has just run, a verdict that equals the newest one is recorded too if a line of
+    the history came in between, such as a promotion: the version is then decided on once more. A
+    verdict that is read from an older run is left out if it equals any earlier one.
+    """
     version, verdict = new.run.version, new.run.verdict
     earlier = read_verdicts(locked.path, version, locked.ledger)
     facts = JudgementFacts.from_provenance(new.provenance)
@@ -207,7 +213,8 @@ def _write_judgement(locked: NameFolder, new: NewVersion) -> str:
 def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
     """Write all files of a version of `name` into `folder`; return the hash of its manifest.
 
-    Raises DamagedError if a copied file differs from the one that the gate judged.
+    Some are made here: the verdict as it was read, provenance.json and the card. The others are
+    copied from the run. Raises DamagedError if a copy differs from what the gate judged.
     """
     run, bound = new.run, new.run.bound
     now = datetime.now(UTC).isoformat(timespec="microseconds")

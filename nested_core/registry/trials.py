@@ -63,6 +63,9 @@ def find_reason_to_skip(
 ) -> Skip | None:
     """Return why a run under these conditions cannot make a champion; None if it should train.
 
+    conditions_digest: the hash of everything that decides the outcome of a run.
+    champion: the version in use that the run would have to beat.
+
     The history of the name is searched for an earlier run under the same conditions. If that run
     registered a version, the promotion policy judges the version again, because a person may have
     approved or declined it since. Raises DamagedError if a version cannot be read.
@@ -74,9 +77,9 @@ def find_reason_to_skip(
         line = _find_line(folder, ledger, conditions_digest)
         if line is None:
             return None
-        if line.version is None:
+        if line.version is None:  # the earlier run was rejected, and registered nothing
             return _describe_trial(line)
-        if line.version in ledger.barred_versions():
+        if line.version in ledger.barred_versions():  # a person went back from it
             rollback = next(
                 change for change in reversed(ledger.changes()) if change.previous == line.version
             )

@@ -116,6 +116,7 @@ def resolve_version(folder: Path, prefix: str, ledger: Ledger) -> str:
     matching = [version for version in versions if version.startswith(prefix)]
     if len(matching) == 1:
         return matching[0]
+    # Several that match differ only after the prefix: show digits beyond it.
     digits = max(SHOWN_DIGITS, len(prefix) + 6) if matching else SHOWN_DIGITS
     examples = ", ".join(version[:digits] for version in (matching or versions)[:5])
     raise ConfigError(
@@ -158,13 +159,17 @@ def inspect_version(
     """Return what is wrong with the files of a version, and the hash of its manifest.
 
     A verdict of "failed" is not a problem here. The hash is None if the manifest cannot be read.
-    The arguments are those of `verify_version`.
 
     folder: the version's folder.
+    recorded: the manifest hashes that the history has for the version. If it is empty, the
+        adapter's digest and the verdict are checked as well.
+    max_age: seconds for which an earlier hash of an unchanged file is trusted; None hashes every
+        file again.
     """
     if file_type(folder) != "directory":
         message = "the folder of the version is missing, or is not a directory"
         return [AuditFinding(folder, message)], None
+    # `listed`: size and hash of each file by name; `digest`: the manifest's own hash
     path, listed, digest = folder / MANIFEST_NAME, dict[str, Any](), None
     findings = []
     # The manifest itself
@@ -197,7 +202,7 @@ def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | No
     """Return why a file of a version is not the one that its manifest lists; None if it is.
 
     listed: the file's size and hash in the manifest; None if it is not listed.
-    max_age: as in `verify_version`.
+    max_age: seconds for which an earlier hash of the unchanged file is trusted; None hashes again.
     """
     kind = file_type(path)
     if kind != "file":

@@ -126,7 +126,11 @@ class MetricsWindow:
         return sums
 
     def close_and_report(self) -> dict[str, Any]:
-        """Return the report of this window, and start the next window."""
+        """Return the report of this window, and start the next window.
+
+        A window is the steps since the last report. Its speed counts only tokens that this process
+        trained on since it began or resumed, and leaves out pauses, such as for evaluations.
+        """
         self._sum_ranks()
         mx.eval(self.sums)
         seconds = time.perf_counter() - self._started - self._paused_seconds
@@ -303,8 +307,11 @@ class Validation:
     ) -> dict[str, Any]:
         """Measure the validation loss, ask the questions, and record both in the state.
 
-        A step is a candidate for the offered adapter once every tier was updated. `wrong` ranks
-        candidates before the loss does if a suite selects the step.
+        The run offers the adapter of its best step. A step is a candidate for that once every tier
+        was updated. Candidates are ranked by their share of wrong answers if `training.select_by`
+        names a suite of questions (`wrong`, else 0 for all), then by their loss.
+
+        Returns fields for metrics.jsonl.
         """
         started = time.perf_counter()
         values = read_parameters(self.setup.parameters)
@@ -328,7 +335,15 @@ class Validation:
         return {"val_loss": val_loss} | asked
 
     def _ask_questions(self, state: TrainingState, values: Flat) -> dict[str, Any]:
-        """Ask the questions of `training.evaluate_tasks` on the main rank; empty if not due."""
+        """Ask the questions of `training.evaluate_tasks` in the main process; empty if not due.
+
+        Answering is slow, so the questions are not asked at every evaluation, but at least
+        STEPS_BETWEEN_QUESTIONS steps apart (less in a short run), and at the last. If the first
+        time takes longer than SLOW_SECONDS, only a share of the questions is asked from then on.
+        If right answers select the step, all are asked each time.
+
+        values: the parameter values to answer with. Returns fields for metrics.jsonl.
+        """
         questions, world, schedule = (
             self.setup.questions,
             self.setup.world,
@@ -427,9 +442,17 @@ class Saver:
         return True
 
     def save(self, state: TrainingState, *, is_time: bool = False) -> None:
-        """Write a checkpoint, check that it changed, and remove old checkpoints."""
+        """Write a checkpoint, check that it changed, and remove old checkpoints.
+
+        The adapter is written in the dtypes in which it is published; tensors that are trained in
+        float32 and published in fewer bits are written in float32 too (`masters`), to resume from.
+
+        state: the progress to store. is_time: whether a time interval made it due, not a step.
+        """
         self._saved_at = time.monotonic()
-        state.open_report = self._window.sums_for_checkpoint()
+        state.open_report = (
+            self._window.sums_for_checkpoint()
+        )  # on all processes: it sums over them
         setup = self.setup
         if not setup.world.is_main:
             return
@@ -452,6 +475,7 @@ class Saver:
             state=record.to_json(),
             confirm=setup.run.require_lock,
         )
+        # Before each tier was updated, an unchanged tensor is no reason to warn.
         if state.step >= max(2, *(tier.frequency for tier in setup.optimizer.tiers)):
             warn_of_unchanged_checkpoint(state, path, setup.run.initial)
         if state.ended and masters:

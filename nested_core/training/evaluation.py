@@ -93,7 +93,13 @@ class Evaluator:
         return self.evaluate(values, batches).mean_loss
 
     def evaluate(self, values: Flat, batches: Iterable[MicroBatch]) -> Evaluation:
-        """Return the mean loss, with the loss of each row if the loss function computes it."""
+        """Return the mean loss, with the loss of each row if the loss function computes it.
+
+        The mean is over the target tokens of all batches, and of all processes that train together.
+        Dropout is off. Raises EvaluationInterrupted if a stop is requested.
+
+        values: the parameter values to evaluate.
+        """
         rows: list[mx.array] = []
         total = mx.array(0.0)
         count = mx.array(0)

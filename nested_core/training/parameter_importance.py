@@ -28,7 +28,8 @@ def measure_parameter_importance(
 ) -> dict[str, float]:
     """Return each parameter's squared L2 gradient norm, averaged over batches.
 
-    `nested.probe_batches` is the number of batches.
+    The gradient is that of the mean loss of a batch; `nested.probe_batches` is the number of
+    batches. Nothing is trained. Parameters with larger gradients get a faster tier.
     """
     parameters = reference_trainable_parameters(model)
     values = read_parameters(parameters)

@@ -155,7 +155,9 @@ class Packing:
     def pack_optimizer(self, optimizer: Tiered, values: Flat) -> Tiered:
         """Return an optimizer with the same state, in which each packed array is one parameter.
 
-        If nothing is packed, the optimizer itself is returned. `values` are the tensors by name.
+        A packed array holds many small tensors of one tier, so that one update serves them all. The
+        state of each is packed in the same order. If nothing is packed, the optimizer itself is
+        returned. `values` are the tensors by name.
         """
         if not self.by_tier:
             return optimizer

@@ -105,7 +105,9 @@ class TrainStep:
     ) -> StepResult:
         """Compute losses and gradients of the micro-batches, and update the tiers that are due.
 
-        Does not wait for the device: the result holds arrays that are still computed.
+        A tier is a group of parameters that is updated every so many steps. The update is computed
+        together with the last micro-batch. Does not wait for the device: the result holds arrays
+        that are still being computed.
 
         Args:
             batches: the micro-batches, whose gradients are added up.
@@ -123,6 +125,7 @@ class TrainStep:
         accumulated: dict[str, Any] | None = None
         updates: Flat = {}
         summed_requests: mx.array | None = None
+        # Tracing puts symbolic arrays into the model, which must not stay there.
         with restoring_parameters(self.parameters):
             for index, batch in enumerate(batches):
                 is_last = is_complete and index == len(batches) - 1
@@ -143,7 +146,10 @@ class TrainStep:
         )
 
     def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
-        """Compile the function that processes a micro-batch, and updates after the last one."""
+        """Compile the function that processes a micro-batch, and updates after the last one.
+
+        due: the tiers to update. MLX compiles it once for each `is_last` and each batch shape.
+        """
         due_keys = self._packing.keys_of_tiers(due)
 
         def train_step(
@@ -153,9 +159,14 @@ class TrainStep:
             is_last: bool,
             *batch: mx.array,
         ) -> tuple[Sums, dict[str, Any] | None, Flat, mx.array | None]:
-            """Process one micro-batch, and apply the update after the last one.
+            """Process one micro-batch of a step, and compute the update after the last one.
 
-            Returns its sums, the accumulated gradients, the updates and the request counts.
+            accumulated: the gradients and weight of the step's earlier micro-batches; None for the
+                first one.
+            requests: this process's requests to stop or save, summed over the processes.
+
+            Returns the micro-batch's sums (loss, weight, tokens); what is accumulated, None after
+            the last one; the updated parameters and the request counts, none before the last one.
             """
             due_params = {key: value for key, value in params.items() if key in due_keys}
             micro_batch, gradients = self.forward_backward(params, due_params, *batch)
@@ -175,7 +186,13 @@ class TrainStep:
     def forward_backward(
         self, params: Flat, due_params: Flat, *batch: mx.array
     ) -> tuple[Sums, Flat]:
-        """Return the sums of a prepared micro-batch, and the due parameters' packed gradients."""
+        """Return the sums of a prepared micro-batch, and the due parameters' packed gradients.
+
+        Packed means that small tensors are joined into one array, of which `params` holds one value
+        by key. Only the tensors of due parameters are differentiated.
+
+        The sums are the loss, the weight that it is divided by, and the number of tokens.
+        """
         tensors = self._unpack_in_compute_dtype(params)
         assign_parameters(self.parameters, tensors)  # `_loss_of_micro_batch` replaces the due ones
         due_tensors = {

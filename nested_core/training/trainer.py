@@ -65,7 +65,10 @@ class Trainer:
     saver_class: type[Saver] = Saver
 
     def __init__(self, setup: TrainingSetup) -> None:
-        """Create the parts of the training loop; nothing is read or trained yet."""
+        """Create the parts of the training loop; nothing is read or trained yet.
+
+        Subclasses replace the classes of the reporter, the validation and the saver.
+        """
         # What is trained, and how
         self.setup = setup
         self.config = setup.config
@@ -80,10 +83,10 @@ class Trainer:
         self.evaluation_peak = 0
 
         # Callbacks and requests
-        self.on_step: Callable[[int, int], None] | None = None
-        self.on_near_end: Callable[[], None] | None = None
+        self.on_step: Callable[[int, int], None] | None = None  # (step, steps), after each step
+        self.on_near_end: Callable[[], None] | None = None  # once, shortly before the last step
         self.stop_after_step: int | None = None
-        self.stop_requested = False
+        self.stop_requested = False  # set from outside, such as by a signal
 
         # Evaluation, reports and checks
         evaluator = Evaluator(
@@ -168,7 +171,7 @@ class Trainer:
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
         try:
-            self.world.allow_longer()
+            self.world.allow_longer()  # the first step compiles: that is no hanging process
             with self.using_training_layers():
                 self.world.require_equal_on_ranks(
                     read_parameters(self.setup.parameters), self.state.step
@@ -177,9 +180,9 @@ class Trainer:
                 self._train_steps()
                 if not self.state.ended:
                     self._apply_remaining_gradients()
-                    self.state.ended = True
+                    self.state.ended = True  # before the last checkpoint, which records it
                     self._observe(Due())
-        except EvaluationInterrupted:
+        except EvaluationInterrupted:  # by a stop request: a resumed run evaluates again
             self.state.ended = False
             self._save_and_raise_stopped()
         finally:
@@ -208,7 +211,11 @@ class Trainer:
             yield
 
     def _train_steps(self) -> None:
-        """Take the run's remaining steps, each with what is due before and after it."""
+        """Take the run's remaining steps, each with what is due before and after it.
+
+        Due are checks, reports, evaluations and checkpoints, by their intervals. Saves a checkpoint
+        and raises TrainingStopped if a stop was requested.
+        """
         micro_batches = self.config.grad_accumulation_steps
         train_step = self.make_train_step()
         must_stop = self._any_rank_requests_stop() or self._is_at_last_step()
@@ -256,14 +263,19 @@ class Trainer:
         )
 
     def _take_step(self, train_step: TrainStep, first: int, last: int) -> StepResult:
-        """Take one optimizer step over the micro-batches [first, last), and advance the state."""
+        """Take one optimizer step over the micro-batches [first, last), and advance the state.
+
+        Returns arrays that the device may still be computing. If the run's last micro-batches do
+        not fill a step, their gradients are dropped and the step is not counted.
+        """
         step = self.state.step + 1
         batches = [self.step_schedule.micro_batch(index) for index in range(first, last)]
         is_complete = self.step_schedule.is_complete_step(first, last)
         self.step_schedule.seed_step(step)
         due = train_step.needed_tiers(step)
-        if due not in train_step.compiled:
+        if due not in train_step.compiled:  # compiling takes long: that is no hanging process
             self.world.allow_longer()
+        # Requests to stop or save travel with the gradients, so that all processes see the same.
         requests = self.world.requests_to_send(self._own_requests)
         result = train_step.run(batches, due, is_complete=is_complete, requests=requests)
         if not train_step.packed.packing.by_tier:  # or large tensors would be in memory twice
@@ -271,7 +283,7 @@ class Trainer:
         if is_complete:
             self.state.step = step
         self.state.iteration = last
-        self.state.observed = False
+        self.state.observed = False  # the evaluation after this step is still to be done
         self._reporter.add_step(self.state, first, result)
         return result
 

@@ -45,6 +45,8 @@ def warn_once(state: TrainingState, code: str, message: str) -> None:
 def warn_of_lost_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]) -> None:
     """Flag updates that did not arrive in the model, and due parameters that did not move.
 
+    A flag is a warning, given once in a run, that is also recorded in `state`.
+
     `idle` names the parameters that could not move, such as lora_a while lora_b is still zero.
     """
     if report.not_applied:
@@ -87,6 +89,9 @@ def warn_of_rounded_updates(
     initial: Path,
 ) -> None:
     """Flag trained float32 weights whose change is mostly lost in the narrower saved dtype.
+
+    That is: more than ROUNDED_SHARE of the weights that moved are saved with their initial value.
+    The flag is a warning that is also recorded in `state`.
 
     adapter: the tensors as they are saved.
     masters: the float32 weights of tensors that are saved in fewer bits.
@@ -151,6 +156,10 @@ class UpdateCheck:
     ) -> None:
         """Check that the parameters updated by a step are in the model.
 
+        Warns of those that are not, and of updates that changed nothing. The step is then recorded
+        as verified.
+
+        step: its packed parameters (small ones are joined into one array), old and new.
         `written` are all parameters by name, as they were written into the model.
         """
         self._checked_due.add(step.due)
@@ -168,6 +177,8 @@ class UpdateCheck:
 
     def _parameters_that_cannot_move(self, step: int, names: Sequence[str]) -> list[str]:
         """Return which of the parameters could not have moved at this step.
+
+        The optimizer's state has a mark for each parameter that ever had a gradient.
 
         All of them after a skipped step or with a learning rate of 0; else those whose tier was not
         due or that had no gradient yet.

@@ -122,7 +122,9 @@ def prepare_training(
     make_questions: Callable[[int], Questions] | None = None,
     world: World = SINGLE_PROCESS_WORLD,
 ) -> TrainingSetup:
-    """Build the setup of a run that was validated and loaded.
+    """Build everything that a trainer needs: schedule, optimizer, loss and parameters.
+
+    The run was validated before, and its initial adapter and tiers were written.
 
     Args:
         config: the resolved configuration; its memory limit is set for this process.
@@ -141,6 +143,7 @@ def prepare_training(
     tiers = read_tiers(run.tiers)
     step_schedule = make_step_schedule(config, splits, world, _mix_examples(config, run, splits))
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
+    # A run that continues a champion may train at a share of the configured learning rate.
     start = read_start(config, run)
     share = 1.0 if start is None else start.rate_share
     optimizer = build_optimizer(config, tiers, step_schedule.steps, rate_share=share)
@@ -149,7 +152,7 @@ def prepare_training(
     parameters = reference_trainable_parameters(
         model, masters=config.has_float32_masters, dtype=dtype
     )
-    if config.training.loss is None:
+    if config.training.loss is None:  # cross-entropy; other losses are modules of their own
         loss_fn = step_schedule.loss.for_model(model, parameters)
     else:
         inputs = LossInputs(
@@ -204,9 +207,12 @@ def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str
 def build_optimizer(
     config: FineTuneConfig, tiers: TierMap, steps: int, *, rate_share: float = 1.0
 ) -> Tiered:
-    """Return the configured optimizer of mlx.optimizers, with a clock for each tier.
+    """Return the configured optimizer of mlx.optimizers, updating each tier at its own frequency.
 
     Args:
+        config: names the optimizer, its arguments and the learning rate schedule.
+        tiers: the names of each tier's parameters, and its frequency: how many steps apart its
+            updates are.
         steps: the optimizer steps of the run, for the learning rate schedule.
         rate_share: the factor on the configured learning rates.
 
@@ -215,7 +221,7 @@ def build_optimizer(
     section = config.nested
     scales = section.learning_rate_scale or (1.0,) * len(tiers.frequencies)
     decays = section.weight_decay or (None,) * len(tiers.frequencies)
-    clocks = [
+    tier_options = [
         Tier(frequency, tiers.names(i), scales[i], decays[i])
         for i, frequency in enumerate(tiers.frequencies)
     ]
@@ -229,7 +235,7 @@ def build_optimizer(
         make_optimizer().apply_gradients(sample, sample)  # some bad arguments only fail at a step
         return Tiered(
             make_optimizer,
-            clocks,
+            tier_options,
             slow_gradients=section.slow_gradients,
             accumulate=section.accumulate,
             max_grad_norm=config.training.max_grad_norm,

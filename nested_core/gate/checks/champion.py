@@ -67,7 +67,11 @@ def _compare_losses(
     """Return the comparison for gate.json, and the rival's mean loss of each held-out example.
 
     Left-out examples have the loss NaN. None instead of losses means that the rival could not be
-    compared; `ChampionLoss.not_compared` says why.
+    compared; `not_compared` of the comparison says why.
+
+    judged: the run that is judged, with the losses of its adapter, the candidate.
+    rival: the champion of the registry, or another version to compare with.
+    role: what the rival is called in messages.
     """
     version, losses, held_out = rival.version, judged.losses, judged.held_out
     if held_out is None or losses is None or judged.verdict.validation is None:
@@ -87,6 +91,7 @@ def _compare_losses(
         return ChampionLoss(version, left_out=len(losses), not_compared=problem), None
     measured: Vector = losses.before  # valid if the rival is the adapter that training began from
     if rival.adapter.digest() != judged.before.digest():
+        # One adapter's pair of loss sums and token counts
         ((sums, _),) = rival.base.example_loss_sums((rival.adapter.path,), held_out.split)
         measured = sums[held_out.is_example_supervised] / losses.tokens
     if not np.isfinite(measured).all():

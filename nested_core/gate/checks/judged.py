@@ -113,9 +113,13 @@ def begin_verdict(
     step: int | None = None,
     tiers: Mapping[str, int] | None = None,
 ) -> Verdict:
-    """Return a verdict without reasons: both adapters' digests and the change of each tensor.
+    """Return a verdict without reasons, to which the gate's checks then add.
 
-    `tiers` maps tensor names to tiers; None if the adapters do not come from a run.
+    It has both adapters' digests and the change of each tensor.
+
+    before, after: the adapter before and after training. bounds: the gate's configuration.
+    step: the training step that `after` comes from.
+    tiers: the tier of each tensor, by name; None if the adapters do not come from a run.
     """
     return Verdict(
         reasons=(),

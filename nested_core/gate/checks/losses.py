@@ -45,8 +45,8 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     splits = read_nonempty_splits(config, run)
     trained_on = [splits[name] for name in ("train", REPLAY_SPLIT) if name in splits]
     training_examples = np.concatenate(list(map(digest_examples, trained_on)))
-    content = np.unique(training_examples).astype("<u8").tobytes()
-    judged.written_files[run.training_examples.name] = content
+    stored = np.unique(training_examples).astype("<u8").tobytes()  # little-endian on any machine
+    judged.written_files[run.training_examples.name] = stored
     ancestors = read_ancestor_training_digests(config, judged.before.digest())
     judged.trained_on = np.concatenate([training_examples, ancestors])
     judged.candidates = Candidates()

@@ -36,6 +36,8 @@ def _find_unproven_effect(judged: CheckedRun) -> tuple[Reason, ...]:
 def _find_unproven_effect_without_run(judged: Judged) -> Sequence[Reason]:
     """Compare the logits of any two adapters in a fresh process, without a trainer's record.
 
+    Returns reasons to reject the second: it belongs to another base, or its logits are not finite
+    or the same as the first one's.
     Skipped, with a note in the verdict, if their base model is not a folder on this machine.
     """
     model = judged.after.config.get("model")

@@ -51,8 +51,9 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
     """Answer the sample prompts with the base, the parent adapter (if any) and the candidate.
 
     Decoding is greedy, with at most `training.sample_tokens` tokens an answer. If some of the
-    base's answers are broken, more held-out prompts are asked, up to MAX_HELD_OUT_PROMPTS, to get
-    MIN_PROMPTS sound answers to compare with. Returns a row for each prompt; empty without prompts.
+    base's answers are broken (empty or repeated, say), more held-out prompts are asked, up to
+    MAX_HELD_OUT_PROMPTS, to get MIN_PROMPTS sound answers to compare with. Returns a row for each
+    prompt that was asked; empty without prompts.
     """
     config = base.config
     remaining = list(_list_prompts(config))
@@ -163,13 +164,17 @@ def mark_same_answers(
 ) -> list[SampleAnswers]:
     """Return the rows, marked as broken ("same") if the adapter answers every prompt alike.
 
-    Nothing is marked with fewer than MIN_SAME_ANSWERS different prompts, or if all answers are too
-    short to judge. One answer may also be right for all prompts. So nothing is marked if the
-    expected answers (the base's answers, for prompts of `samples`) are all the same up to the
-    length of a cut-off answer, or if the adapter's answer is expected for one of the prompts.
+    Nothing is marked with fewer than MIN_SAME_ANSWERS different prompts, or if every answer was cut
+    off so early that it is only begun. One answer may also be right for all prompts. So nothing is
+    marked if all prompts should get the same answer, or if the adapter's answer is the expected
+    one for some prompt. What a prompt should get is the expected answer of its example; for a
+    configured prompt, which has none, it is the base's answer.
+
+    rows: a row for each prompt, with the adapter's answer as text.
+    candidate_answers: the same answers, with what is known of how each ended.
     """
-    answers = {row.adapter for row in rows}
-    if len({row.prompt for row in rows}) < MIN_SAME_ANSWERS or len(answers) > 1:
+    adapter_texts = {row.adapter for row in rows}
+    if len({row.prompt for row in rows}) < MIN_SAME_ANSWERS or len(adapter_texts) > 1:
         return list(rows)
     if all(map(_is_only_begun, candidate_answers)):
         return list(rows)
@@ -177,14 +182,18 @@ def mark_same_answers(
     are_cut_off = any(answer.is_endless for answer in candidate_answers)
     end = len(rows[0].adapter) if are_cut_off else None
     expected = {row.expected.strip()[:end] for row in rows if row.expected is not None}
-    references = expected | {row.base[:end] for row in rows if row.expected is None}
-    if len(references) == 1 or answers <= expected:
+    right_answers = expected | {row.base[:end] for row in rows if row.expected is None}
+    if len(right_answers) == 1 or adapter_texts <= expected:
         return list(rows)
+    # A row that is broken in another way keeps that mark.
     return [replace(row, adapter_broken=row.adapter_broken or "same") for row in rows]
 
 
 def _find_broken_answers(judged: CheckedRun) -> Iterator[Reason]:
     """Ask base and adapter the sample prompts; give a reason for too many broken answers.
+
+    An answer is broken if it is empty, never ends or repeats itself, say. Stores the result in the
+    verdict, and the answers as a file to write.
 
     Only `gate.samples: fail` rejects. Under `warn` the answers are recorded, and an error while
     asking is logged and recorded instead of raised.

@@ -123,7 +123,7 @@ def _select_judging_answers(
     if selecting is None:
         yield from records
         return
-    asked_lines = lines_that_chose(selecting.without_copies)
+    asked_lines = lines_that_chose(selecting.without_copies)  # empty for a small suite
     steps = 1 if asked_lines else read_candidates(run.validation_losses).count
     for record in records:
         if record.task != selecting.name:
@@ -158,10 +158,13 @@ def ask_model(asked: AskedModel, encoded: Sequence[EncodedSuite]) -> list[Answer
 def _score_answers(
     encoded: EncodedSuite, role: AnsweringRole, answers: Sequence[Answer], seconds: float
 ) -> list[AnswerRecord]:
-    """Score a model's answers to a suite; `seconds` is the mean time of an answer.
+    """Score a model's answers to a suite; return a record for each question.
 
     A question whose prompt was asked earlier in the suite names the line of the first one in
-    `same_prompt_as`.
+    `same_prompt_as`: the two answers are not independent.
+
+    encoded: the suite's questions, in token ids. role: which model answered.
+    seconds: the mean time of an answer.
     """
     scored = encoded.score(answers)
     suite = encoded.suite

@@ -52,7 +52,10 @@ def _label(row: TierChange) -> str:
 def _tier_reasons(
     config: FineTuneConfig, evidence: TierEvidence, row: TierChange, changes: Sequence[TensorChange]
 ) -> list[Reason]:
-    """Return the reasons to reject one tier; `changes` are its tensors.
+    """Return the reasons to reject what training did to one tier, a group of parameters.
+
+    evidence: the counters of the last step. row: the tier's updates and changed tensors.
+    changes: how each of its tensors changed.
 
     `updates_missing` if applied and skipped updates do not add up to the expected ones, or if a
     tensor had gradients and a positive learning rate but did not change. `tier_unchanged` if no

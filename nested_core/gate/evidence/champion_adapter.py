@@ -47,8 +47,9 @@ class UnusableChampion:
 def find_rival(
     role: Literal["champion", "reference"], base: LoadedBase, candidate: Adapter
 ) -> Champion | UnusableChampion | None:
-    """Read the registry's champion or reference version, verify it, and find a base that fits it.
+    """Read the version that the candidate is compared with, verify it, and find its base.
 
+    base: the run's loaded base, which is used if the version fits it. candidate: the run's adapter.
     role: "champion" is the champion of `registry.name`; "reference" the version that its policy
         names.
 
@@ -72,7 +73,7 @@ def find_rival(
         folder = version_folder(registry, name, version)
         verify(registry, name, version)
         adapter = read_adapter(folder)
-        adapter.digest()
+        adapter.digest()  # reads the tensors now, while nobody can remove the version
         training_examples = read_training_digests(folder)
     try:
         rival_base = _find_base_for_champion(adapter, base, candidate)

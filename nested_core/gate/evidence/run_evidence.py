@@ -109,9 +109,10 @@ def digests_for_result(
 
 
 def collect_evidence(run: RunDirectory) -> RunEvidence:
-    """Read and verify a finished run's files.
+    """Read a finished run's files for the gate, and verify that they belong together.
 
-    Raises DamagedError if any of them changed since training wrote it.
+    The digests in result.json and in the offered checkpoint say what training read and wrote.
+    Raises DamagedError if any of the files changed since.
     """
     result = read_result(run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
@@ -170,7 +171,10 @@ def _require_unchanged_inputs(
 ) -> None:
     """Raise DamagedError if an input of training differs from its digest in the checkpoint.
 
-    The inputs are the initial adapter, tiers, replay, start and the report on the data.
+    The inputs are the initial adapter, tiers, replayed examples, start and the report on the data.
+
+    digests: those in the checkpoint that the run offers, by the input's name.
+    files: size and hash of the run's files as they are now, by path in the run directory.
     """
     hashes = {name: files[f"{run.initial.name}/{name}"]["sha256"] for name in ADAPTER_FILES}
     if combined_sha256(hashes) != digests.get("initial_files"):

@@ -57,6 +57,11 @@ def find_divergence(
 ) -> Divergence | None:
     """Return the divergence that lasted until `adapter_step`, the step that the adapter comes from.
 
+    Training diverges if a loss rises far above its first value or is not finite (None in a record),
+    or if the gradients are not finite or all zero.
+
+    records: the lines of metrics.jsonl.
+
     Validation losses are looked at first, then training losses, then gradient norms.
     `learning_rate` is the configured one, for reports without a rate. None if training never
     diverged, or recovered.

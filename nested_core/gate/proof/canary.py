@@ -38,6 +38,9 @@ class CanaryPrompt:
 def choose_canary_prompts(config: FineTuneConfig) -> list[CanaryPrompt]:
     """Return up to MAX_CANARY_QUESTIONS questions from the suites marked as canary, in token ids.
 
+    Their answers are stored with the adapter, so that it can be checked later that a server
+    computes the same. A suite is a file of questions.
+
     They are taken in turns: the first question of every suite, then the second of every suite.
     Raises ConfigError or DatasetError if a suite cannot be read or encoded.
     """
@@ -62,7 +65,12 @@ def choose_canary_prompts(config: FineTuneConfig) -> list[CanaryPrompt]:
 def make_canary(
     prompts: Sequence[CanaryPrompt], request: ProofRequest, answers: StoredTypesAnswers
 ) -> Canary:
-    """Build the content of canary.jsonl from what the fresh process answered to `prompts`."""
+    """Build the content of canary.jsonl: what the adapter must answer wherever it is loaded.
+
+    prompts: the questions that were asked. request: has the prompts whose logits were computed, and
+        which `columns` of the vocabulary are kept.
+    answers: what the fresh process computed, with the adapter in its stored dtypes.
+    """
     rows = tuple(tuple(finite_or_none(row.tolist())) for row in answers.logits)
     logits = CanaryLogits(
         prompts=tuple(tuple(prompt) for prompt in request.prompts),

@@ -140,19 +140,22 @@ def _judge_answers(request: ProofRequest, answers: FreshProcessLogits | Reason) 
 def _judge_logits(
     request: ProofRequest, answers: FreshProcessLogits
 ) -> tuple[ProofEvidence, list[Reason]]:
-    """Compare the trained adapter's logits with the initial adapter's and the trainer's.
+    """Compare the logits that a fresh process computed with what they should be.
 
-    Returns the evidence for gate.json and at most one reason. They must be finite, differ from the
-    initial adapter's, and be close to the trainer's, if the trainer recorded any.
+    The trained adapter's must be finite, differ from the initial adapter's, and be close to those
+    that the trainer computed, if it recorded any. Returns the evidence for gate.json and at most
+    one reason to reject the adapter.
+
+    request: what the process was asked. answers: its logits with either adapter.
     """
     evidence: ProofEvidence = {"model": str(request.model)}
     answers, expected = keep_prompts_with_finite_base(answers, request.expected)
     evidence["prompts"] = len(answers.initial)
     tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
-    empty = sorted(answers.factors - tensors.keys())
-    if empty:
-        message = f"mlx_lm.load makes {len(empty)} factors that the adapter has no tensors for"
-        return evidence, [Reason("tensor_missing", message, tuple(empty))]
+    untrained = sorted(answers.factors - tensors.keys())  # new factors, at their random start
+    if untrained:
+        message = f"mlx_lm.load makes {len(untrained)} factors that the adapter has no tensors for"
+        return evidence, [Reason("tensor_missing", message, tuple(untrained))]
     moved = largest_difference(answers.trained, answers.initial)
     evidence["max_abs_difference_from_initial"] = finite_or_none(moved)
     if reason := non_finite_reason(answers):
@@ -210,6 +213,10 @@ def keep_prompts_with_finite_base(
     A base whose embedding of one token is broken, say, fails on every prompt with this token,
     whatever the adapter. If all prompts fail, all are kept. Returns the logits and the rows of
     `expected` for the kept prompts.
+
+    answers: `base` in it is None if the base alone was not asked, because it was not needed.
+    expected: the trainer's logits, a row for each prompt; None in a row is a value that is not
+        finite.
     """
     rows = None if expected is None else np.array(expected, np.float64)  # None becomes NaN
     if answers.base is None:
@@ -238,6 +245,7 @@ def non_finite_reason(answers: FreshProcessLogits) -> Reason | None:
     if broken := _count_nonfinite(answers.initial):
         message = f"{broken} logits with the initial adapter are not finite already"
         return Reason("non_finite", f"in a new process, {message}; training is not to blame")
+    # Finite before training, not finite after it
     lost = ~np.isfinite(answers.trained) & np.isfinite(answers.initial)
     broken = max(_count_nonfinite(answers.trained), int(lost.sum()))
     if broken:
@@ -316,7 +324,10 @@ class RunningProof:
         self._process.send(_describe_request(request, _describe_models(request)))
 
     def wait_for_logits(self) -> FreshProcessLogits | Reason:
-        """Wait for the process's logits; a reason instead if mlx_lm.load refuses an adapter.
+        """Wait for the process's logits; return a reason instead if mlx_lm.load refuses an adapter.
+
+        If the process refuses the trained adapter, it is asked about the initial one alone; if the
+        logits with that one are not finite, about the base alone. This tells which is to blame.
 
         Raises ConfigError if it refuses the base alone, NestedTuneError if the process gave no
         answer, which is never the adapter's fault.

@@ -65,7 +65,8 @@ def _make_request(
     """Make the request to the fresh process that reads both adapters from disk.
 
     It computes their logits on the prompts whose logits the trainer recorded, so that the two can
-    be compared, and their answers to the canary prompts.
+    be compared, and their answers to the canary prompts: questions whose answers are stored with
+    the adapter, so that a server can check later that it computes the same.
     """
     logits, dtype = evidence.record.logits, model_compute_dtype(config)
     return ProofRequest(

@@ -30,11 +30,12 @@ def config_reasons(adapter: Adapter) -> list[Reason]:
     The tensor names must suit `fine_tune_type`, every module must have all its factors (lora_a and
     lora_b), and the factors must have the configured rank.
     """
-    meaning = adapter.meaning()
+    meaning = adapter.meaning()  # what the configuration says about the tensors
     fine_tune_type, rank = str(meaning["fine_tune_type"]), meaning["rank"]
     parts = TENSOR_NAMES_BY_FINE_TUNE_TYPE.get(fine_tune_type, set())  # empty for "full"
     lora_names = {name for name in adapter.tensors if leaf_name(name) in (parts or LORA_FACTORS)}
     reasons = []
+    # Under lora and dora any other name is foreign; under "full" the names of factors are.
     if foreign := sorted(adapter.tensors.keys() - lora_names if parts else lora_names):
         message = f"fine_tune_type {fine_tune_type} has no tensors like {foreign[0]}"
         reasons.append(Reason("config_mismatch", message, tuple(foreign)))
@@ -82,6 +83,9 @@ def require_same_base(adapter: Adapter, base: Path) -> None:
 
 def base_reasons(adapter: Adapter, expected: Mapping[str, mx.array], base: Path) -> list[Reason]:
     """Return a reason if the adapter names another base, or its tensors do not fit this one.
+
+    A tensor does not fit if the base has no such parameter, if its shape is another, or if its
+    dtype is not floating point. A parameter without a tensor is wrong too.
 
     expected: the trainable parameters of the base with a fresh adapter of this configuration.
     base: the folder of the base model.

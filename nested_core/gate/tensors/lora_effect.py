@@ -137,6 +137,11 @@ def _has_module_changed(
 ) -> bool:
     """Whether a module's product, or its DoRA magnitude, changed by more than rounding explains.
 
+    The product is lora_a @ lora_b, which is all that the module adds to the base: factors can
+    change and the product stay the same.
+
+    before, after: the adapter's tensors by name.
+
     A sample of the product's rows and columns is compared first, because that is cheap and usually
     enough.
     """

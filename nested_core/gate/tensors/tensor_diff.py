@@ -92,7 +92,11 @@ def frobenius_norm(tensor: StoredTensor) -> float:
 
 
 def _compute_norms(before: StoredTensor, after: StoredTensor) -> TensorPairNorms:
-    """Compute the norms of two tensors of the same shape and of their difference, by pieces."""
+    """Compute the norms of two tensors of the same shape and of their difference, by pieces.
+
+    By pieces, so that no wider copy of a whole tensor is made. Values that are not finite give
+    norms that are not.
+    """
     old, new = (tensor.to_numpy().reshape(-1) for tensor in (before, after))
     dtype = np.float64 if np.float64 in (old.dtype, new.dtype) else np.float32
     old_squared = new_squared = difference_squared = largest_difference = 0.0

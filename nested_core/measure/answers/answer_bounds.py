@@ -47,7 +47,11 @@ def judge_answers(
 ) -> tuple[tuple[TaskResult, ...], list[Reason]]:
     """Return the result of each suite, and the reasons `task_below` and `task_regressed`.
 
-    Raises DamagedError if the records do not belong to the configured suites.
+    A suite fails if the candidate has too few right answers, gains too little by training, or is
+    worse than the model before training or than the champion.
+
+    records: all models' answers. Raises DamagedError if they do not belong to the configured
+        suites.
     """
     answers_by_task = _group_answers(gate, records)
     comparisons = {
@@ -55,31 +59,30 @@ def judge_answers(
     }
     # All comparisons are tested together: among many, some look significant by chance alone.
     family = [change for changes in comparisons.values() for change in changes.values()]
-    words = dict(zip(map(id, family), conclude_answers(family), strict=True))
+    conclusion_of = dict(zip(map(id, family), conclude_answers(family), strict=True))
     results = []
     reasons: list[Reason] = []
     for task in gate.tasks:
         answers = answers_by_task[task.name]
         changes = comparisons[task.name]
-        change = changes[None]
+        change = changes[None]  # from before training to after; the others are with a rival
         result = _summarise_task(task, answers, change)
         failures = _task_below_reasons(task, result, change, is_paired=gate.noise == "paired")
         conclusions: list[Conclusion] = []
         for rival, rival_change in changes.items():
-            word = words[id(rival_change)]
+            conclusion = conclusion_of[id(rival_change)]
             if gate.noise == "none" or not rival_change.is_tested:  # the bound alone counts
                 is_worse = rival_change.is_below_bound
-                word = rival_change.conclude(is_worse=is_worse, is_better=word == "better")
-            conclusions.append(word)
-            if word == "worse":
+                is_better = conclusion == "better"
+                conclusion = rival_change.conclude(is_worse=is_worse, is_better=is_better)
+            conclusions.append(conclusion)
+            if conclusion == "worse":
                 failures.append(_task_regressed_reason(task, result, rival_change, rival))
         if "champion" in answers:
-            rivalry = changes.get(CHAMPION, change)
-            result = replace(
-                result,
-                champion_difference=rivalry.difference.mean,
-                champion_interval=rivalry.interval,
-            )
+            # Without a comparison of its own the champion is the model before training.
+            versus = changes.get(CHAMPION, change)
+            mean, interval = versus.difference.mean, versus.interval
+            result = replace(result, champion_difference=mean, champion_interval=interval)
         verdict: Literal["passed", "failed"] = "failed" if failures else "passed"
         results.append(
             replace(result, verdict=verdict, conclusion=max(conclusions, key=BADNESS.index))
@@ -146,6 +149,12 @@ class ScoreChange:
     ) -> ScoreChange:
         """Compare two models' answers to the same questions, in the same order.
 
+        The result has the mean difference of the scores with its interval, the questions that got a
+        lower score (`lost`), and for a fall and a rise the probability of seeing one by chance.
+
+        max_drop: the fall that is allowed; None allows any. The answers `after` may be those of the
+            best of several training steps (`chosen_among`); the interval is then widened.
+
         If all answers are right or wrong, and no questions share a prompt, the probabilities are
         McNemar's exact mid-p. Otherwise they come from Student's t if the interval leaves out 0,
         and are one half if it does not. A rise is also multiplied by the number of steps, and needs
@@ -161,6 +170,7 @@ class ScoreChange:
         pairs = zip(before, after, strict=True)
         lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
         fall, rise = _t_test_chances(difference)
+        # Answers that are right or wrong, and independent, allow an exact test.
         if clusters is None and np.isin(scores, (0.0, 1.0)).all():
             won = int((scores[1] > scores[0]).sum())
             fall, rise = _exact_chances(len(lost), won)
@@ -274,7 +284,13 @@ def _group_answers(
 def _summarise_task(
     task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]], change: ScoreChange
 ) -> TaskResult:
-    """Return the result of a suite: shares of right answers, difference, and odd answers."""
+    """Return the result of a suite: shares of right answers, difference, and odd answers.
+
+    The verdict in it is "passed" until the caller has compared it with the bounds.
+
+    answers: each model's answers, by its role (base, parent, champion, candidate).
+    change: the comparison of the candidate's answers with those before training.
+    """
     difference = change.difference
     shares = {
         model: sum(record.score for record in model_answers) / len(model_answers)
@@ -366,8 +382,9 @@ def is_sound(damage: BrokenHow | None) -> bool:
 def judge_samples(rows: Sequence[SampleAnswers]) -> SampleVerdict:
     """Count the answers that training broke, over the prompts that the base answers soundly.
 
-    An endless answer counts only if the base's answer is not endless. With fewer than MIN_PROMPTS
-    sound answers of the base nothing is judged.
+    A sound answer is one without damage: not empty, say, and not repeating itself. The base may be
+    endless and count as sound; then an endless answer of the adapter is no damage by training. With
+    fewer than MIN_PROMPTS sound answers of the base nothing is judged.
     """
     judged = [row for row in rows if is_sound(row.base_broken)]
     if len(judged) < MIN_PROMPTS:

@@ -181,6 +181,11 @@ def _run_scoring_process(
 ) -> Iterator[Any]:
     """Yield the scoring process's result for each item; without items only load the scorer.
 
+    Scorers run in a process of their own, because a pattern, a schema or a person's function may
+    take forever or all memory.
+
+    method: how answers are scored. work: whether items are questions to check or answers to score.
+
     Raises _ScoringFailed if an item raises an error or takes too long, or if the process fails.
     """
     request = {
@@ -188,11 +193,11 @@ def _run_scoring_process(
         "score": method.score,
         "function": method.function,
         "folder": os.getcwd(),
-        "most_seconds": int(2 * START_TIMEOUT_SECONDS),
+        "most_seconds": int(2 * START_TIMEOUT_SECONDS),  # then it ends itself, if we are gone
     }
     try:
         with Child(SCORING_PROGRAM, max_answer_bytes=MAX_ANSWER_BYTES) as child:
-            child.ask(request | {"item": None}, START_TIMEOUT_SECONDS)
+            child.ask(request | {"item": None}, START_TIMEOUT_SECONDS)  # only loads the scorer
             for item in items:
                 yield child.ask(request | {"item": item}, QUESTION_TIMEOUT_SECONDS)
     except (NestedTuneError, OSError) as error:  # a scorer's own error may be of these classes

@@ -73,7 +73,10 @@ def score_regex(answer: str, question: dict[str, Any]) -> float:
 
 
 def score_json(answer: str, question: dict[str, Any]) -> float:
-    """Return 1 if the answer's first JSON value fits the schema and has the expected fields."""
+    """Return 1 if the answer's first JSON value fits the schema and has the expected fields.
+
+    Otherwise, and without a JSON value, it is 0. Both conditions are checked as JSON schemas.
+    """
     from jsonschema import Draft202012Validator
     from jsonschema.validators import validator_for
     from referencing import Registry
@@ -151,6 +154,9 @@ def prepare(
     work: str, score: str, function: str | None, folder: str
 ) -> Callable[[dict[str, Any]], Any]:
     """Return the function that checks or scores an item.
+
+    work: "check" for questions, "score" for answers. score: the configured way of scoring.
+    function: a person's own scorer, importable from `folder`; None for a built-in one.
 
     Also silences the process's output, and limits its memory unless a Python function scores.
     """

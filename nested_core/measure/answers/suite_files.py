@@ -69,7 +69,7 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
 
 
 def _read_yaml_questions(path: Path, content: bytes, score: Score) -> Iterator[NumberedLine]:
-    """Yield the items of a YAML list as JSON.
+    """Yield the questions of a suite in YAML as JSON, each with the line where it begins.
 
     For scores that compare text, an expected answer keeps its spelling: `expected: 1.50` is the
     text "1.50", not a number.

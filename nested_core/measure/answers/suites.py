@@ -213,7 +213,11 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
 
 
 def _find_problems(path: Path, score: Score, questions: list[Question]) -> Iterator[BadQuestion]:
-    """Read a suite's file: append good questions to `questions` and yield each bad line."""
+    """Read a suite's file: append good questions to `questions` and yield each bad line.
+
+    Ends early after MAX_QUESTIONS questions, and where the rest of a damaged file is unreadable.
+    Questions with the same name are reported at the end.
+    """
     is_table = path.suffix.lower() in TABLE_SUFFIXES
     try:
         for line, body, problem in read_question_lines(path, score):
@@ -256,7 +260,14 @@ def _describe_other_lines(lines: Sequence[int | None]) -> str:
 
 
 def _read_question(body: bytes, line: int, score: Score, *, is_table: bool) -> Question:
-    """Parse one question from a line of JSON; raises LineProblem or _Mistake."""
+    """Parse and check one question of a suite, a file of questions with expected answers.
+
+    body: its JSON. line: its line in the file, which names it if it has no `id`.
+    score: how answers are scored, which decides what fields a question needs.
+    is_table: whether the file is a table, where an empty cell is a missing field.
+
+    Raises LineProblem for what is not JSON, _Mistake for a question that cannot be used.
+    """
     if len(body) > MAX_QUESTION_BYTES:
         raise _Mistake(f"the line is longer than {MAX_QUESTION_BYTES:,} bytes")
     fields = decode_json_object(body)

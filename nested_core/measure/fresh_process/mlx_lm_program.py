@@ -127,14 +127,17 @@ def read_config(adapter: str) -> dict[str, Any]:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Return what each model of the request computes, by the model's name.
 
-    Consecutive models with the same base, whose adapters have the same tensors, share one loaded
-    base. If a model cannot be loaded or computed, its name and the error are returned in place of
-    all results. OSError, MemoryError and RuntimeError (which MLX raises for memory, files and
-    compilers) are not caught.
+    A model is a base and an adapter. If its base is that of the model before, and its adapter has
+    tensors of the same names and shapes, only the adapter's tensors are exchanged, and the base is
+    not loaded again. If a model cannot be loaded or computed, its name and the error are returned
+    in place of all results. OSError, MemoryError and RuntimeError (which MLX raises for memory,
+    files and compilers) are not caught.
+
+    request: `models`, each with the questions for it alone (`asked`), and the questions for all.
     """
     answers: dict[str, Any] = {}
-    reader: Any = None
-    loaded: dict[str, Any] = {}
+    reader: Any = None  # holds the loaded model
+    loaded: dict[str, Any] = {}  # the entry of `models` that the reader holds
     for model in request["models"]:
         try:
             if not try_exchange(reader, loaded, model):
@@ -144,7 +147,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             reader.compute_in(model["dtype"])
             answers[model["name"]] = answer_questions(reader, request | model["asked"])
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            reader = None
+            reader = None  # frees the memory: the description may load the base alone
             return describe_refusal(request, model, error)
     return answers
 

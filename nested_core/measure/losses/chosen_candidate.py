@@ -63,7 +63,14 @@ class Candidates:
     def quantile(self, judged: ExampleLosses, other: Vector, examples: int) -> float:
         """Return how many standard errors the corrected interval extends to either side.
 
-        At least the quantile for a single candidate, and at most that for `count` independent ones.
+        The best of several training steps looks better than it is on the examples that selected it,
+        so its interval must be wider.
+
+        judged: the trained adapter's losses. other: those of the adapter compared with.
+        examples: the number of independent examples.
+
+        Returns at least the quantile for a single candidate, and at most that for `count`
+        independent ones.
         """
         lower_bound = student_t_quantile(1 - _TAIL, examples - 1)
         upper_bound = student_t_quantile(1 - _TAIL / self.count, examples - 1)

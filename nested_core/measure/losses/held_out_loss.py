@@ -100,7 +100,11 @@ class LoadedBase:
     ) -> ExamplePredictions:
         """Compute the losses of several adapters on a split, and how far their predictions differ.
 
-        adapters: tensors by name; divergences are from each adapter to the last one.
+        Returns sums over each example's tokens: losses (adapters, examples), divergences (adapters
+        - 1, examples) and the number of tokens (examples,).
+
+        adapters: each one's tensors by name; a divergence (Kullback-Leibler) is between the
+            predictions of an adapter and those of the last one.
         max_batches: -1 is all batches. Examples in none of the batches get 0 everywhere.
         """
         refs = reference_trainable_parameters(
@@ -131,7 +135,7 @@ class LoadedBase:
             for batch in batches:
                 arrays = make_batch_arrays(split, batch, batch_size)
                 compared = comparison.compare(values, arrays)
-                count = len(batch.rows)
+                count = len(batch.rows)  # a short batch is filled up with rows to ignore
                 predictions.losses[:, batch.rows] = compared.losses[:, :count]
                 predictions.divergences[:, batch.rows] = compared.divergences[:, :count]
                 predictions.tokens[batch.rows] = compared.tokens[:count]
@@ -263,6 +267,9 @@ def read_held_out_examples(
 ) -> HeldOutExamples | None:
     """Return the examples chosen by `gate.held_out`; None if `auto` finds no held-out split.
 
+    `gate.held_out` is the name of a split, "auto", or the path of a file. The result also says
+    whether the same examples selected the training step, which flatters the adapter.
+
     Raises ConfigError if `gate.held_out` names a file that does not exist, DatasetError if the file
     has errors.
     """
@@ -279,7 +286,7 @@ def read_held_out_examples(
         held_out = replace(held_out, groups=_read_groups(settings, choice, held_out))
     if config.offers_best_step and config.training.select_by == "loss":
         return held_out
-    # Something else than their loss selected the checkpoint.
+    # The last checkpoint is offered, or right answers selected it: not the loss of these examples.
     return replace(held_out, selected_on_same_data=False, has_validation_examples=False)
 
 
@@ -343,6 +350,9 @@ def measure_test_loss(config: FineTuneConfig, run: RunDirectory, session: Sessio
 def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
     """Measure both adapters' mean loss on `gate.general_data`; None if it is not configured.
 
+    That is a file of general text, which shows whether training spoiled what it was not about. All
+    of its tokens count, by the plain cross-entropy, whatever the run was trained with.
+
     Raises ConfigError if there is no such file, DatasetError if it has errors.
     """
     increase = base.config.gate.max_general_loss_increase
@@ -392,6 +402,8 @@ def _read_and_validate_file(
     key: str, path: Path, config: FineTuneConfig, settings: DataSettings
 ) -> TokenizedSplit:
     """Validate and tokenize a file as a test set of its own; `key` names it in messages.
+
+    The run's rules for the data (`policy`) do not apply to it.
 
     Raises ConfigError if there is no such file, DatasetError if it has errors.
     """

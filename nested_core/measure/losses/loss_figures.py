@@ -55,10 +55,16 @@ def summarise_losses(
 ) -> Validation:
     """Return the verdict's figures of the held-out losses, without the left-out examples.
 
+    They compare the trained adapter with the initial one. Left out are examples that an adapter was
+    trained on.
+
+    selected_on_same_data: whether these examples also selected the training step.
+    has_one_answer: whether all examples have the same answer.
+    bounds: the gate's configuration; None is the default one.
     candidates: the steps among which these examples selected the adapter; None for no selection.
     """
     bounds = bounds or GateSection()
-    counted = losses.counted()
+    counted = losses.counted()  # without those left out
     figures = compare_losses(
         counted, counted.before, bounds, bounds.max_val_loss_increase, candidates=candidates
     )
@@ -104,7 +110,11 @@ def summarise_champion(
 ) -> ChampionLoss:
     """Return the figures of the comparison with the champion.
 
-    The champion's losses are a column of `losses`, NaN for the examples that are left out.
+    The trained adapter's losses are compared with the champion's on the same examples. The
+    champion's are a column of `losses`, NaN for examples that are left out because one of the two
+    was trained on them.
+
+    version: the champion. candidates: as in `summarise_losses`, the steps selected from.
     """
     bounds = bounds or GateSection()
     shared = losses.examples_with_champion_loss()
@@ -159,8 +169,9 @@ def compare_losses(
 ) -> dict[str, Any]:
     """Compare the trained adapter's losses with another adapter's, paired by example.
 
-    Returns the fields of a ComparedLoss by name; empty if there are no examples or a loss is not
-    finite.
+    Returns, by name, the fields with which gate.json records a comparison: the mean difference with
+    its interval, the margin, and the conclusion "better", "no_worse", "worse" or "inconclusive".
+    Empty if there are no examples or a loss is not finite.
 
     Args:
         losses: of the examples that are compared.
@@ -369,6 +380,9 @@ class HarmedExamples:
     def find(cls, losses: ExampleLosses, margin: float = 0.0) -> HarmedExamples | None:
         """Find the harmed and helped examples; None without examples, or if a loss is not finite.
 
+        An example is harmed if its loss rose clearly by training, helped if it fell clearly.
+        Examples of a cluster, which are not independent, count once, by their majority.
+
         `margin` is the allowed rise of the mean loss, in nats/token: a smaller rise of a single
         example is no harm.
         """
@@ -425,7 +439,10 @@ def exchange_mid_p(lost: int, won: int) -> float:
 
 
 def binomial_upper_tail(successes: int, trials: int, chance: float) -> float:
-    """Return P(X >= successes) for a binomial distribution with success probability `chance`."""
+    """Return P(X >= successes) for a binomial distribution with success probability `chance`.
+
+    The sum of the probabilities of each number of successes, in logarithms against overflow.
+    """
     if successes <= 0 or chance >= 1:
         return 1.0
     if chance <= 0:

@@ -105,7 +105,13 @@ class PredictionComparison:
         )
 
     def _compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
-        """Compare all adapters on one batch and sum the results over each example's positions."""
+        """Compare all adapters on one batch and sum the results over each example's positions.
+
+        Returns losses (adapters, rows), divergences from the last adapter (adapters - 1, rows) and
+        numbers of tokens (rows,); a row is an example of the batch.
+
+        values: each adapter's parameter values.
+        """
         tokens, positions = find_supervised_positions(batch)
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             states = []
@@ -115,17 +121,17 @@ class PredictionComparison:
             losses, divergences = self._compare_chunks(states, tokens, positions)
         rows, width = batch[1].shape
         is_target = np.array(positions) >= 0  # negative positions are padding
-        row = np.array(positions)[is_target] // width
+        row_of_target = np.array(positions)[is_target] // width
 
         def sum_rows(sums: Vector) -> Vector:
             """Sum the values at target positions over each row."""
-            return np.bincount(row, sums[is_target], minlength=rows).astype(np.float64)
+            return np.bincount(row_of_target, sums[is_target], minlength=rows).astype(np.float64)
 
         return ExamplePredictions(
             losses=np.array([sum_rows(of_adapter) for of_adapter in losses]),
             # reshaped because a single adapter has no divergences: the shape is then (0, rows)
             divergences=np.array([sum_rows(kl) for kl in divergences]).reshape(-1, rows),
-            tokens=np.bincount(row, minlength=rows).astype(np.float64),
+            tokens=np.bincount(row_of_target, minlength=rows).astype(np.float64),
         )
 
     def _compute_hidden_states(

@@ -58,12 +58,13 @@ def find_supervised_positions(
 ) -> Arrays:
     """Return a batch's tokens, and its supervised positions in the flattened batch, padded with -1.
 
-    The number of positions, int32, is a part of the shape and thus of the compiled step.
-    `position_counts` fixes it by the width of a batch, so that there is one compilation for each
-    width. A batch of another width, or with more supervised positions, gets
-    `round_up_position_count` of them. If nearly all positions are supervised, all are returned.
+    A position is supervised if its target token counts for the loss. The positions are int32, and
+    their number is a part of the shape, so that another number means another compilation.
+    `position_counts` has a fixed number for each width of a batch. A batch of another width, or
+    with more supervised positions, gets its number rounded up to a few possible values. If nearly
+    all positions are supervised, all are returned: choosing among them would save nothing.
     """
-    tokens, target_mask = batch
+    tokens, target_mask = batch  # (batch, width) and (batch, width - 1)
     flat_mask = target_mask.reshape(-1)
     positions = np.flatnonzero(flat_mask)
     count = min((position_counts or {}).get(target_mask.shape[1], 0), flat_mask.size)
@@ -103,15 +104,19 @@ class ChunkedCrossEntropy:
     def compile_evaluation(self, assign: Callable[[Flat], None]) -> EvaluateBatch:
         """Return a function that computes the loss without gradient, one chunk of logits at a time.
 
-        It equals `differentiable_loss` bit for bit if the output layer gives a position the same
-        logits in a chunk of any size, as on a CPU. `assign` puts parameter values into the model.
+        The function takes parameter values, tokens (batch, width) and the positions whose loss
+        counts: indices (n,) into the flattened batch of batch * (width - 1) target tokens, where -1
+        is padding. Its loss equals that of `differentiable_loss` bit for bit if the output layer
+        gives a position the same logits in a chunk of any size, as on a CPU.
+
+        assign: puts parameter values into the model.
         """
 
-        def find_states(values: Flat, tokens: mx.array, rows: mx.array) -> Arrays:
-            """Return the body's output and the target token at each position."""
+        def find_states(values: Flat, tokens: mx.array, positions: mx.array) -> Arrays:
+            """Return the body's output (n, dimensions) and target token (n,) of each position."""
             assign(values)
             hidden, targets = self._flatten_batch(tokens)
-            return gather_rows(hidden, rows), gather_rows(targets, rows)
+            return gather_rows(hidden, positions), gather_rows(targets, positions)
 
         def compute_losses(hidden: mx.array, targets: mx.array, mask: mx.array) -> mx.array:
             """Return the loss of each position, float32 (positions,), 0 where the mask is false."""
@@ -123,25 +128,29 @@ class ChunkedCrossEntropy:
             )
             return mx.concatenate([losses for (losses,) in chunks])
 
+        # Compiled apart, so that `evaluate` can wait for each chunk before it begins the next
         compiled_states = mx.compile(find_states)
         compiled_losses = mx.compile(compute_losses)
 
         def evaluate(
-            values: Flat, tokens: mx.array, rows: mx.array
+            values: Flat, tokens: mx.array, positions: mx.array
         ) -> tuple[mx.array, mx.array, mx.array]:
-            """Return the summed loss, the number of positions, and the summed loss of each row."""
-            hidden, targets = compiled_states(values, tokens, rows)
-            mask, size = rows >= 0, self._rows_of_chunk(hidden)
+            """Return the summed loss, the number of positions without padding, and row sums.
+
+            A row sum is the summed loss of one row of the batch, (batch,).
+            """
+            hidden, targets = compiled_states(values, tokens, positions)
+            mask, size = positions >= 0, self._rows_of_chunk(hidden)
             losses = []
-            for start in range(0, rows.size, size):
+            for start in range(0, positions.size, size):
                 chunk = slice(start, start + size)
                 losses.append(compiled_losses(hidden[chunk], targets[chunk], mask[chunk]))
                 mx.eval(losses[-1])  # or many chunks' logits would exist at once
             batch, width = tokens.shape
             row_of_position = mx.repeat(mx.arange(batch), width - 1)
-            row = row_of_position[mx.maximum(rows, 0)]  # padding adds 0 to the first row
-            by_row = mx.zeros((batch,)).at[row].add(mx.concatenate(losses))
-            return _sum_in_order(losses), mask.sum(), by_row
+            batch_rows = row_of_position[mx.maximum(positions, 0)]  # padding adds 0 to row 0
+            row_sums = mx.zeros((batch,)).at[batch_rows].add(mx.concatenate(losses))
+            return _sum_in_order(losses), mask.sum(), row_sums
 
         return evaluate
 
@@ -167,7 +176,10 @@ class ChunkedCrossEntropy:
     def position_losses(self, tokens: mx.array, rows: mx.array) -> mx.array:
         """Return the loss of each of these positions, float32 (rows,), 0 for padding.
 
-        Differentiable like `differentiable_loss`, for a loss that weights positions individually.
+        The gradient is computed in the forward pass already, chunk by chunk, so that the logits of
+        all positions never exist at once. For a loss that weights positions individually.
+
+        tokens: (batch, width). rows: positions in the flattened batch; -1 is padding.
         """
         hidden, targets = self._flatten_batch(tokens)
 

@@ -82,13 +82,16 @@ class OutputHead:
 def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
     """Find the model's frozen output head; without one, log the reason and return None.
 
+    The head is the output layer and what follows the body. With it the logits can be computed in
+    chunks, or only where the loss counts. It must be frozen, and not depend on other positions.
+
     Tries the outputs of the model's outer modules, the last first, as input of the remaining
     layers. The first one that reproduces the model's logits is the output of its body.
     """
     with in_evaluation_mode(model):
         logits, outputs = _record_module_outputs(model, mx.array(PROBE_TOKENS))
         for module, hidden in reversed(outputs):
-            if hidden.shape[-1] == logits.shape[-1]:
+            if hidden.shape[-1] == logits.shape[-1]:  # logits themselves, not a body's output
                 continue
             head = OutputHead(model, module)
             rows = hidden.reshape(-1, hidden.shape[-1])[mx.array(PROBE_ROWS)]
@@ -109,7 +112,12 @@ def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead 
 def _record_module_outputs(
     model: nn.Module, tokens: mx.array
 ) -> tuple[mx.array, list[tuple[nn.Module, mx.array]]]:
-    """Return the model's logits, and each outer module's output (batch, length, width)."""
+    """Return the model's logits, and each outer module's output (batch, length, width).
+
+    Outer are modules of the first MAX_DEPTH levels; their calls are replaced during one pass.
+
+    tokens: (batch, length).
+    """
     outputs: list[tuple[nn.Module, mx.array]] = []
 
     def keeping_output(module: nn.Module) -> Callable[..., Any]:

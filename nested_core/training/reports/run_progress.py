@@ -165,7 +165,11 @@ class RunProgress:
         ]
 
     def describe_offered_adapter(self, adapter_step: int) -> str:
-        """Say which step's adapter is offered, and by which criterion it was selected."""
+        """Say which step's adapter is offered, and by which criterion it was selected.
+
+        It may be the last step, the one with the lowest validation loss, or the one with the most
+        right answers. Without a plan of the run no criterion is known.
+        """
         text = f"selected: the adapter of step {adapter_step:,}"
         evaluated = {
             r["step"]: r["val_loss"] for r in self.records if "val_loss" in r and r["step"] > 0

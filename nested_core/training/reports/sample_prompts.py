@@ -77,9 +77,11 @@ class SampleTable:
     def from_metrics(
         cls, records: Iterable[Mapping[str, Any]], judged_step: int | None
     ) -> SampleTable | None:
-        """Build the table from records of metrics.jsonl; None without answers.
+        """Build the table of answers from records of metrics.jsonl; None without answers.
 
-        `judged_step` is the step of the offered adapter.
+        A row is an evaluation during training, a column a prompt of `samples`. Of many only some
+        are shown; the prompts of the latest evaluation come first. A prompt that was not asked at
+        an evaluation has None. `judged_step` is the step of the offered adapter.
         """
         by_step = {
             step: {str(sample["prompt"]): str(sample["answer"]) for sample in samples}

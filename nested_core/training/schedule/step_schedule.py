@@ -103,7 +103,14 @@ class BucketedSchedule:
         world: World = SINGLE_PROCESS_WORLD,
         mixed: MixedExamples | None = None,
     ) -> None:
-        """Create it; `mixed` has the run's examples together with replayed ones."""
+        """Plan which examples each micro-batch has, how many there are, and when to evaluate.
+
+        An iteration is one micro-batch; `grad_accumulation_steps` of them make an optimizer step.
+
+        splits: the tokenised data; "valid" may be missing.
+        world: the processes that train together, each on its rows of a batch.
+        mixed: the run's examples together with replayed ones of earlier runs; None without replay.
+        """
         self._config = config
         self.offers_best = config.training.offer == "best"
         self._world = world
