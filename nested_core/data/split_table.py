@@ -129,7 +129,7 @@ def _read_held_out_first(
 ) -> tuple[dict[str, SplitTable], Any]:
     """Read all splits, held-out ones first, so that train is searched only for their n-grams.
 
-    near: the module that finds near-duplicates; None to look for no such rows. Its `Asked` writes the
+    near: the module that finds near-duplicates; None leaves this out. Its `Asked` writes the
         held-out rows' n-grams to a file that the processes which read train look up.
 
     Returns the tables, and the n-grams that train shares with them (None without `near`).
