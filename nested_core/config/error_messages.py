@@ -68,7 +68,7 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Pr
             return problems
         except ValidationError as error:
             details: list[dict[str, Any]] = [dict(d) for d in error.errors(include_url=False)]
-        # A problem that names a refused key may be about the default in its place
+        # `refused` holds the keys of earlier rounds, in whose place a default was checked now
         for problem in (
             found for detail in details for found in _describe_pydantic_error(detail, schema)
         ):
@@ -78,12 +78,12 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Pr
         paths = {
             _longest_existing_path(values, detail["loc"]): detail["type"] for detail in details
         }
-        paths.pop((), None)
+        paths.pop((), None)  # a problem of the whole, which cannot be left out
         if not paths:
             return problems
         for path, cause in paths.items():
             values = _remove_at(values, path)
-            if cause != "extra_forbidden":
+            if cause != "extra_forbidden":  # an unknown key has no default
                 refused.add(path[-1])
 
 
@@ -151,7 +151,12 @@ def _suggest_value(detail: Mapping[str, Any]) -> str:
 
 
 def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> str:
-    """Suggest what to write for an unknown key: it may be another tool's, misplaced or a typo."""
+    """Suggest what to write for an unknown key: it may be another tool's, misplaced or a typo.
+
+    location: the names and indices that lead to the key, itself last.
+
+    Returns the end of a message, such as `; did you mean ITERS?`; empty if nothing is like it.
+    """
     name = str(location[-1])
     if name in HINTS_FOR_UNSUPPORTED_KEYS:
         return f"; {name} {HINTS_FOR_UNSUPPORTED_KEYS[name]}"
@@ -161,13 +166,14 @@ def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> st
     section = _section_at(location[:-1], schema)
     if section is None:
         return ""
-    names = [field.alias or name for name, field in section.model_fields.items()]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    known_names = [field.alias or name for name, field in section.model_fields.items()]
+    typo_of = difflib.get_close_matches(name, known_names, n=1, cutoff=0.8)
     elsewhere = [key.name for key in iterate_keys(schema) if key.name.endswith(f".{name}")]
     if name in schema.model_fields:
         elsewhere = [f"{name} at the top level", *elsewhere]
-    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    suggestions = [*close, *elsewhere, *similar]
+    similar = difflib.get_close_matches(name, known_names, n=1, cutoff=0.5)
+    # The best first: a name that differs by a letter, the same name elsewhere, a name that is alike
+    suggestions = [*typo_of, *elsewhere, *similar]
     return f"; did you mean {suggestions[0]}?" if suggestions else ""
 
 

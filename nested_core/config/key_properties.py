@@ -70,15 +70,21 @@ def iterate_configured_paths(section: Section) -> list[tuple[str, PathRule, str]
 def replace_configured_paths(
     section: SectionType, replace: Callable[[str, PathRule, str], str], prefix: str = ""
 ) -> SectionType:
-    """Return a copy of a section with each path replaced.
+    """Return a copy of a section of the configuration in which each path is replaced.
 
-    replace: called with the key's name, its path rule and its value; returns the new value.
+    A key is a path if its declaration has a path rule. By some rules the key also takes words in
+    place of a path, such as the name of a split; these stay. Inner sections and lists are gone
+    through as well.
+
+    replace: called with the key's dotted name, its path rule and its value; returns the new value.
+    prefix: what the names of this section's keys begin with, such as `gate.`.
     """
     changes: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value, extra = getattr(section, name), field.json_schema_extra
         rule: Any = extra.get("path") if isinstance(extra, dict) else None
 
+        # `rule` is a default argument so that each function keeps the rule of its own key
         def replace_in(value: Any, key: str, rule: Any = rule) -> Any:
             """Return a value with all paths in it replaced."""
             if isinstance(value, Section):
@@ -89,6 +95,7 @@ def replace_configured_paths(
             return replace(key, rule, value) if is_path and value not in words(rule) else value
 
         changes[name] = replace_in(value, prefix + (field.alias or name))
+    # model_copy counts each updated key as given; only those that were given before should be
     given = set(section.model_fields_set)
     copy = section.model_copy(update=changes)
     copy.model_fields_set.intersection_update(given)

@@ -108,9 +108,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_yaml_with_lines(path: Path) -> YamlFile:
-    """Read a YAML mapping of at most 64 KiB, with the lines of its keys.
+    """Read a YAML mapping of at most 64 KiB, with the lines of its keys; an empty file has none.
 
-    Raises ConfigError, which says where it is wrong.
+    Raises ConfigError if the file cannot be read, is too large, or is not YAML with a mapping; it
+    says where the file is wrong.
     """
     if path.suffix == ".jsonl":
         raise ConfigError(
@@ -150,8 +151,12 @@ def parse_yaml_with_lines(
 ) -> tuple[Any, dict[str, int]]:
     """Parse strict YAML; also return the line of each key and item by its dotted name.
 
+    source: the file, for messages.
     text_names: a number, true or false whose dotted name matches is kept as the text that was
         written.
+
+    Raises ConfigError for text that is not YAML or that the strict loader refuses, such as a key
+    that is given twice.
     """
     try:
         loader = _StrictYamlLoader(text)
@@ -161,6 +166,7 @@ def parse_yaml_with_lines(
         items = list(_named_items(node))
         for name, _, item in items:
             if text_names is not None and item.tag in _RETYPED_TAGS and text_names.fullmatch(name):
+                # The tag is the type that YAML read the value as
                 item.tag = "tag:yaml.org,2002:str"
         return loader.construct_document(node), {name: line for name, line, _ in items}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -208,14 +214,15 @@ def load_config(
     source = str(path) if path is not None else "the command line"
     values = lay_over(values, flags)
     _let_flags_override_keys_that_say_the_same(values, flags)
-    known = {key: value for key, value in values.items() if value is not None}
+    given_values = {key: value for key, value in values.items() if value is not None}
     given_by_flag = [name for name, value in flags.items() if value is not None]
+    # Where each value was given, for messages: its line in the file, unless a flag replaced it
     replaced = tuple(f"{name}." for name in given_by_flag)
     places = {
         key: f"line {line}" for key, line in lines.items() if not f"{key}.".startswith(replaced)
     }
     places |= {name: f"--{name.replace('_', '-')}" for name in given_by_flag}
-    return parse_config(known, source=source, places=places)
+    return parse_config(given_values, source=source, places=places)
 
 
 def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

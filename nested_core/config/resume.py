@@ -34,7 +34,11 @@ def read_run_config(run: RunDirectory) -> FineTuneConfig:
 
 
 def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) -> None:
-    """Raise ConfigError, listing every key that must not differ on resume but does."""
+    """Raise ConfigError, listing every key that must not differ on resume but does.
+
+    old: the configuration that the run began with; new: the one that it would go on with. Each
+    key's declaration says whether it may differ on resume. Paths are compared as absolute ones.
+    """
     before, after = (_resolve_paths(config).model_dump(mode="json") for config in (old, new))
     free = {
         key.name

@@ -263,7 +263,7 @@ class FineTuneConfig(_RootSection):
         return values | {"gate": gate | {"max_kl": added.max_kl}}
 
     def find_conflicts(self) -> Iterator[str]:
-        """Yield conflicts between keys of different sections."""
+        """Yield a message for each conflict between keys of different sections."""
         schedule = self.lr_schedule
         if schedule is not None and schedule.warmup and self.training.warmup_steps:
             yield "training.warmup_steps and lr_schedule.warmup: give only one of them"
@@ -379,7 +379,11 @@ def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
 
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield conflicts of section `continual` with other keys."""
+    """Yield conflicts of section `continual` with other keys.
+
+    The section is about a run that goes on from the registry's champion (`continual.from`, here
+    `start`), and about replay: training on examples of earlier runs again.
+    """
     replay = config.continual.replay
     if config.continual.start is None:
         if replay.fraction and replay.is_lineage:
@@ -400,7 +404,10 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
 
 
 def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield keys that `training.reference: mlx_lm` excludes, as mlx_lm.lora does not have them."""
+    """Yield a message that names the keys which `training.reference: mlx_lm` excludes, if given.
+
+    Such a run trains as mlx_lm.lora does, which does not have these keys.
+    """
     if config.training.reference is None:
         return
     formats = ("auto", "chat", "completions", "text", "tools")

@@ -58,9 +58,11 @@ class SectionProblemsError(ValueError):
 def lay_out_form(schema: dict[str, Any]) -> None:
     """Arrange a section's JSON schema as the form that a page shows, in the order of declaration.
 
+    schema: changed in place.
+
     `position` keeps the order, because databases do not keep that of keys. The description becomes
-    a sentence. A key that is not in the form becomes a pattern, which pages do not show and
-    validators use.
+    a sentence. A key that is not in the form (`in_form` is false) becomes a pattern that matches
+    its name alone: pages do not show patterns, and validators use them.
     """
     shown: dict[str, Any] = {}
     hidden: dict[str, Any] = {}

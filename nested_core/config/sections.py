@@ -230,7 +230,11 @@ class NestedSection(Section):
     probe_batches: PositiveInt = key(8, "batches that parameter_importance measures gradients on")
 
     def find_conflicts(self) -> Iterator[str]:
-        """Yield conflicts between frequencies, per-tier numbers and assignments."""
+        """Yield conflicts between the keys of section `nested`.
+
+        A tier is a group of parameters; tier i is updated every frequencies[i] steps. Assignments
+        put parameters into tiers by their names.
+        """
         tiers = len(self.frequencies)
         if list(self.frequencies) != sorted(self.frequencies):
             yield f"frequencies must ascend, fastest first; got {self.frequencies}"
@@ -276,7 +280,10 @@ class LoraParameters(Section):
     def _convert_alpha(cls, values: Any) -> Any:
         """Replace `alpha` by the scale that it means, alpha / rank.
 
-        Raises ValueError for both or a bad value.
+        values: the section as it was given, before it is validated; returned as it is if it is no
+            mapping or has no `alpha`. A null `alpha` is left out.
+
+        Raises ValueError if both `alpha` and `scale` are given, and for a bad value.
         """
         if not isinstance(values, dict) or "alpha" not in values:
             return values
@@ -348,12 +355,18 @@ def parse_optimizer_name(name: str) -> str:
 def optimizer_problems(
     optimizer: str, optimizer_config: Mapping[str, Mapping[str, Any]], nested: NestedSection
 ) -> Iterator[str]:
-    """Yield settings in `optimizer_config` and `nested` that the optimizer does not support."""
+    """Yield settings in `optimizer_config` and `nested` that the optimizer does not support.
+
+    optimizer: the chosen optimizer's name.
+    optimizer_config: arguments by optimizer, also of optimizers that are not chosen.
+    nested: the section on tiers, which can set weight decay and scale the learning rate by tier.
+    """
+    # Names of mlx-lm's optimizers are known without importing mlx
     others = optimizer_config.keys() - set(MLX_LM_OPTIMIZERS)
-    strange = sorted(name for name in others if name not in optimizer_classes())
-    if strange:
+    unknown_names = sorted(name for name in others if name not in optimizer_classes())
+    if unknown_names:
         known = sorted(optimizer_classes())
-        yield f"optimizer_config: {strange} are no optimizers; there are {known}"
+        yield f"optimizer_config: {unknown_names} are no optimizers; there are {known}"
     arguments = optimizer_config.get(optimizer, {})
     if not arguments and nested.weight_decay is None and nested.learning_rate_scale is None:
         return  # nothing to ask mlx for

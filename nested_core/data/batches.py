@@ -59,13 +59,14 @@ class LengthBuckets:
 def sort_into_buckets(
     lengths: npt.ArrayLike, batch_size: int, max_seq_length: int | None = None
 ) -> LengthBuckets:
-    """Sort rows into buckets of whole batches; ValueError without any row.
+    """Sort rows by length into buckets: batches that are padded to one width.
 
     max_seq_length: the largest width, in tokens; None for no limit.
     lengths: tokens of each row, [n]; a row has one input token fewer.
 
     Every batch is full except for the one with the shortest rows, where missing rows cost least.
-    The padding share is 1 - input tokens / (batch size * width), over one epoch.
+    The padding share is 1 - input tokens / (batch size * width), over one epoch. Raises ValueError
+    without any row.
     """
     needed = np.maximum(np.asarray(lengths, np.int64) - 1, 0)
     if not len(needed):
@@ -77,6 +78,7 @@ def sort_into_buckets(
         longest = longest.clip(max=max_seq_length)
     longest = widen_to_fast_widths(longest)
     tokens = int(needed.sum())
+    # From the widths that batches need, few are chosen, as each costs a compiled step
     widths, counts = np.unique(longest, return_counts=True)
     chosen = choose_padded_widths(widths, counts, cost_of_a_width(batch_size, len(longest)))
     choice = np.searchsorted(chosen, longest)  # of each batch, the narrowest width that holds it
@@ -123,6 +125,8 @@ def round_up_widths(needed: Int64) -> Int64:
 def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> Int64:
     """Choose the widths to pad batches to that cost least in total, by dynamic programming.
 
+    Few widths need few compiled steps, many widths need little padding.
+
     widths: the candidates, ascending; the widest is always chosen.
     counts: how many batches need each width.
     cost_of_width: what each chosen width costs, besides the padded length of all batches.
@@ -131,7 +135,7 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
     cost[k][j] = min over i < j of cost[k - 1][i] + widths[j] * (batches after i, up to j).
     """
     # One width: all batches are padded to the widest
-    done = np.cumsum(counts)
+    done = np.cumsum(counts)  # [j]: how many batches need width j or a narrower one
     cost, before = (widths * done).astype(np.float64), list[npt.NDArray[np.int64]]()
     totals = [cost[-1] + cost_of_width]  # by the number of widths
     is_after = np.tri(len(widths), dtype=bool)  # i >= j

@@ -68,38 +68,43 @@ def judge_dataset(
 ) -> DatasetReport:
     """Check every line of a data set by the rules; return the report, which may have errors.
 
-    tables: each split as a table of lines.
-    tokenizer, folder: if both are given, the tokens of valid lines are written to the folder.
+    tables: each split (train, valid, test) as a table with one row for each line of its file.
+    tokenizer, folder: if both are given, the tokens of valid lines are written to the folder, and
+        the rules about tokens are checked too. With a tokenizer the report also names the hashes of
+        what the tokens depend on.
     """
     has_template = tokenizer is None or has_chat_template(tokenizer.load())
-    parts = {
+    # Splits that were joined of several files: findings name the original file
+    parts_by_file = {
         table.file: table.source.parts
         for table in tables.values()
         if table.source is not None and table.source.parts
     }
-    findings = Findings(parts=parts)
+    findings = Findings(parts=parts_by_file)
     _apply_line_rules(tables, settings, findings)
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
     _apply_rules_of_loss(tables, settings, findings)
+    # A line that is rejected anyway is not counted as dropped by data_policy as well
     tables = _remove_rejected_lines_from_dropped(tables, findings)
     facts: dict[str, TokenFacts] = {}
     context = None if tokenizer is None else context_length(Path(tokenizer.folder))
     if tokenizer is not None and folder is not None:
-        sound = {  # lines that are neither rejected nor dropped, of splits that can be tokenised
+        usable = {  # lines that are neither rejected nor dropped, of splits that can be tokenised
             split: LinesToTokenize(
                 table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
             )
             for split, table in tables.items()
             if table.source is not None and (table.format in UNTEMPLATED_FORMATS or has_template)
         }
-        facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
-    for split, counted in facts.items():
+        facts = tokenize_splits(folder, usable, settings, tokenizer, on_progress=on_progress)
+    # The rules about tokens; lines with too many are dropped only here, where tokens are counted
+    for split, split_facts in facts.items():
         file = tables[split].file
-        ENCODING_RULES.add_findings(make_encoding_problem_frame(counted, file), findings)
-        DOUBT_RULES.add_findings(make_doubt_frame(counted, file), findings)
-        TOKEN_RULES.add_findings(make_token_frame(counted, file, settings, context), findings)
-        if counted.overlong:
-            dropped = {**tables[split].dropped, "overlong": counted.overlong}
+        ENCODING_RULES.add_findings(make_encoding_problem_frame(split_facts, file), findings)
+        DOUBT_RULES.add_findings(make_doubt_frame(split_facts, file), findings)
+        TOKEN_RULES.add_findings(make_token_frame(split_facts, file, settings, context), findings)
+        if split_facts.overlong:
+            dropped = {**tables[split].dropped, "overlong": split_facts.overlong}
             tables[split] = replace(tables[split], dropped=dropped)
     _apply_row_count_rules(tables, settings, findings)
     for table in tables.values():
@@ -138,13 +143,17 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
 def _apply_file_rules(
     tables: Tables, settings: DataSettings, findings: Findings, *, lacks_template: bool
 ) -> None:
-    """Add the findings of rules about a split as a whole."""
+    """Add the findings of rules about a split as a whole, such as a missing file.
+
+    lacks_template: the model's tokenizer has no chat template, which formats of turns need.
+    """
     existing = [split for split, table in tables.items() if table.source is not None]
     folder, held = settings.describe_incomplete_folder(existing)
+    # One row for each split; the columns are those that the rules name
     rows = [
         {
             "file": table.file,
-            "line": None,
+            "line": None,  # the finding is about no single line
             "split": split,
             "folder": folder,
             "held": held,
@@ -162,18 +171,23 @@ def _apply_file_rules(
 
 
 def _apply_rules_of_loss(tables: Tables, settings: DataSettings, findings: Findings) -> None:
-    """Add the findings of a room's loss (`training.loss`) about its rows."""
+    """Add the findings of a plugged-in loss (`training.loss`) about the rows it trains on.
+
+    Such a loss may bring formats of rows with a `judge`: a function that takes all valid examples
+    by split and line number, and yields findings.
+    """
     if settings.loss is None:
         return
     examples = {}
     for split, table in tables.items():
         if (source := table.source) is None:
             continue
-        wrong = source.physical_lines_of(set(findings.lines_with_errors(table.file)))
-        read = read_examples(source.path, settings.field_names, wrong)
+        # Lines are counted in the converted file to read it, and in the original file to report
+        rejected = source.physical_lines_of(set(findings.lines_with_errors(table.file)))
+        read = read_examples(source.path, settings.field_names, rejected)
         examples[split] = {source.number_of(line): example for line, example in read}
-    kinds = formats_of_loss(settings.loss).values()
-    judges = {kind.judge for kind in kinds if kind.judge is not None}
+    row_formats = formats_of_loss(settings.loss).values()
+    judges = {kind.judge for kind in row_formats if kind.judge is not None}
     for found in (finding for judge in judges for finding in judge(examples)):
         file, line = tables[found.file].file, found.line
         if line is not None and found.severity == "error":
@@ -196,7 +210,10 @@ def _remove_rejected_lines_from_dropped(
 
 
 def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:
-    """Add the findings about how many rows each split has without dropped lines."""
+    """Add the findings about how many rows each split has left to use, such as none.
+
+    Blank lines and lines that data_policy drops are not counted.
+    """
     rows = [
         {
             "file": table.file,
@@ -245,7 +262,10 @@ def _make_report(
 ) -> DatasetReport:
     """Build the report from tables, findings and token facts.
 
+    facts: what tokenizing found out, by split; empty if nothing was tokenized.
     context: the model's context length in tokens; None if unknown.
+
+    The counts of each split are added to the findings, as findings of severity info.
     """
     splits: dict[str, SplitStats] = {}
     for split, table in tables.items():
@@ -260,8 +280,8 @@ def _make_report(
         splits[split] = stats
         findings.listed.extend(describe_split_stats(stats, settings.batch_size))
     digests = {split: stats.digest for split, stats in splits.items()}
-    digest = sha256(canonical_json(digests)).hexdigest()
+    dataset_digest = sha256(canonical_json(digests)).hexdigest()
     files = [name for table in tables.values() for name in table.file_names]
     return DatasetReport(
-        settings.describe_source, digest, splits, sort_findings(findings.listed, files)
+        settings.describe_source, dataset_digest, splits, sort_findings(findings.listed, files)
     )

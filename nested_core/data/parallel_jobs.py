@@ -94,7 +94,7 @@ def run_jobs(
 
     def ask_idle_worker(request: dict[str, Any]) -> dict[str, Any]:
         """Wait for an idle worker process, and for its answer to the request."""
-        worker = idle.get()
+        worker = idle.get()  # each of the threads gets one, as there are as many workers
         try:
             answer: dict[str, Any] = worker.ask(request)
             return answer
@@ -112,6 +112,7 @@ def run_jobs(
         futures = {
             threads.submit(ask_idle_worker, item): index for index, item in enumerate(requests)
         }
+        # Answers arrive in any order, and wait here until all before them are yielded
         answers: dict[int, dict[str, Any]] = {}
         yielded = 0
         for done, future in enumerate(as_completed(futures), start=1):
@@ -122,6 +123,7 @@ def run_jobs(
                 yield answers.pop(yielded)
                 yielded += 1
     finally:
+        # Killing the workers first frees threads that wait for an answer, so that shutdown() ends
         threads.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
             worker.kill()

@@ -75,14 +75,19 @@ class SplitTable:
 def read_tables_with_repeats(
     files: Mapping[str, SplitFile], settings: DataSettings, on_progress: OnProgress | None
 ) -> dict[str, SplitTable]:
-    """Read all splits, relate their lines to each other, and decide which lines are dropped."""
+    """Read all splits, mark lines that repeat others, and decide which lines of train are dropped.
+
+    With more than one split, held-out rows that nearly are a row of train are marked too, if the
+    optional package for near-duplicates is there and the settings ask for it (`near`).
+    """
     near = _load_near_duplicates(settings) if len(files) > 1 else None
     tables, matches = _read_held_out_first(files, settings.field_names, on_progress, near)
-    read = tables
+    tables_as_read = tables
     if near is not None:
+        # The n-gram columns of `tables_as_read` serve only for near.relate below
         tables = {
             name: replace(table, frame=table.frame.drop(near.schema, strict=False))
-            for name, table in read.items()
+            for name, table in tables_as_read.items()
         }
     # Rows of train that an earlier version holds out are dropped
     held_out_before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
@@ -91,7 +96,7 @@ def read_tables_with_repeats(
         # The n-grams of train that held-out rows have too
         shared = matches.finish(train["line"])
         held_out = [
-            near.relate(frame, read[name].frame, shared, matches.examples)
+            near.relate(frame, tables_as_read[name].frame, shared, matches.examples)
             for name, frame in zip(HELD_OUT_SPLITS, held_out, strict=True)
         ]
     train, held_out, dropped = separate_dropped_lines(
@@ -124,7 +129,10 @@ def _read_held_out_first(
 ) -> tuple[dict[str, SplitTable], Any]:
     """Read all splits, held-out ones first, so that train is searched only for their n-grams.
 
-    Returns the tables, and the n-grams that train shares with them (None without near-duplicates).
+    near: the module that finds near-duplicates; None leaves this out. Its `Asked` writes the
+        held-out rows' n-grams to a file that the processes which read train look up.
+
+    Returns the tables, and the n-grams that train shares with them (None without `near`).
     """
     matches = None if near is None else near.Matches()
     with TemporaryDirectory(prefix="nested-tune-") as folder:
@@ -149,7 +157,10 @@ class _Reading:
         on_progress: OnProgress | None,
         folder: Path,
     ) -> None:
-        """Cut the files into ranges of lines; workers write their rows to `folder`."""
+        """Cut the files into ranges of lines; workers write their rows to `folder`.
+
+        files: by split. on_progress: is told how many bytes of all files have been read.
+        """
         self._files = files
         self._field_names = field_names
         self._on_progress = on_progress
@@ -169,10 +180,11 @@ class _Reading:
         asked: Path | None = None,
         matches: Any = None,
     ) -> SplitTable:
-        """Read a split to a table.
+        """Read all lines of a split to a table, by worker processes that read a range each.
 
-        more_columns: n-gram columns to add.
-        asked: a file with n-grams to look for; what is found is added to `matches`.
+        split: a split without a file gives a table without rows.
+        more_columns: n-gram columns to add, for finding near-duplicates: name and type of each.
+        asked: a file with n-grams to look for in the lines; what is found is added to `matches`.
         """
         file = self._files.get(split)
         ranges = self._ranges.get(split, [])
@@ -194,10 +206,11 @@ class _Reading:
             processes=count_processes_for(sum(sizes)),
             on_done=lambda done: self._report_progress(self._bytes_done + sum(sizes[:done])),
         )
-        hasher = sha256()
+        # Join the answers in the order of the file
+        hasher = sha256()  # of the hashes of all examples
         answer_keys: set[int] = set()
         rows = 0
-        with closing(answers):  # type: ignore[type-var]
+        with closing(answers):  # type: ignore[type-var]  # ends the workers
             for request, answer in zip(requests, answers, strict=True):
                 out = request["out"]
                 hasher.update(_take_file(f"{out}.digests"))

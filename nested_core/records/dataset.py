@@ -334,7 +334,8 @@ class DatasetReport:
     def raise_if_rejected(self) -> None:
         """Raise DatasetError if the report has errors.
 
-        The message names the first errors and counts the rest, in at most 14 lines.
+        The message names the first errors and counts the rest, in at most 14 lines, and says which
+        command lists them all. Equal errors of several lines are shown as one group.
         """
         errors = self.errors
         if not errors:

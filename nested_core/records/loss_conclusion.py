@@ -51,6 +51,10 @@ def conclude(
         margin: the rise that is allowed, from `margin_of_loss`.
         loss_before: the mean loss that the difference is measured from.
         noise: `paired` decides by the intervals, `none` by the mean alone.
+
+    With an interval: better if all of it is below 0, no_worse if the rise is surely within the
+    margin, worse if all of it is above 0. Without one, which is with few examples: only a large
+    rise is worse (any rise if the margin is 0), all else is inconclusive.
     """
     if noise == "none":
         if difference < 0:

@@ -170,12 +170,16 @@ class ExampleLosses:
         return hashlib.sha256(self.render()).hexdigest()
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the JSON object of each example, in order."""
+        """Yield the JSON object of each example, in order, as gate-losses.jsonl holds it.
+
+        A loss that is not finite, or that was not measured, is null.
+        """
         champion = self.champion if self.champion is not None else np.full(len(self), np.nan)
         columns = {"before": self.before, "after": self.after, "champion": champion}
         for name in OPTIONAL_COLUMNS:
             if (column := getattr(self, name)) is not None:
                 columns[name] = column
+        # `lines`, `tokens` and the columns are vectors with a value for each example
         for row in range(len(self)):
             line: dict[str, Any] = {
                 "file": self.file,
@@ -192,13 +196,18 @@ class ExampleLosses:
 
 
 def read_example_losses(path: Path) -> ExampleLosses:
-    """Read gate-losses.jsonl; raise DamagedError if it is missing or a line has another form."""
+    """Read gate-losses.jsonl, a held-out example a line, to a vector for each field.
+
+    Fields that no line has are None. Raises DamagedError if the file is missing or a line has
+    another form.
+    """
     content = read_regular(path)
     with naming_damaged_file(path):
         lines = _LINES_VALIDATOR.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
     left_out = [line.left_out is True for line in lines]
     clusters = [line.cluster for line in lines]
     has_champion = any(line.champion is not None for line in lines)
+    # Every line has the same fields; which of the optional ones, the first line tells
     written = lines[0].model_fields_set if lines else set()
     optional: dict[str, Any] = {
         name: _to_vector([getattr(line, name) for line in lines])

@@ -106,27 +106,29 @@ def compare_pairs(
     Raises ValueError for no examples, vectors of unequal lengths, values that are not finite, and
     weights that are not above 0.
     """
+    # From here on: `counts` is the weight of each example, (n,)
     counts = np.ones(len(first)) if weights is None else np.asarray(weights, np.float64)
     if not len(first) == len(second) == counts.size > 0:
         raise ValueError(f"expected as many of each: {len(first)}, {len(second)} and {counts.size}")
-    pair = np.array([first, second], np.float64)
-    if not np.isfinite(pair).all() or not (np.isfinite(counts) & (counts > 0)).all():
+    pairs = np.array([first, second], np.float64)
+    if not np.isfinite(pairs).all() or not (np.isfinite(counts) & (counts > 0)).all():
         raise ValueError("values must be finite, and weights finite and above 0")
     # Differences, one for each independent example
-    values = pair[1] - pair[0]
+    differences = pairs[1] - pairs[0]
     is_weighted = weights is not None
     if clusters is not None and len(np.unique(clusters)) < counts.size:
-        values, counts = sum_clusters(values[None], counts, clusters)
-        values, is_weighted = values[0], True
+        differences, counts = sum_clusters(differences[None], counts, clusters)
+        differences, is_weighted = differences[0], True
     examples = counts.size
-    mean = float(counts @ values / counts.sum())
+    mean = float(counts @ differences / counts.sum())
     if examples < MIN_EXAMPLES:
         return PairedDifference(examples, mean, math.inf, -math.inf, math.inf)
     # Standard error, and the bootstrap's expanded percentile intervals
-    residuals = counts * (values - mean)
+    residuals = counts * (differences - mean)
     variance = float(residuals @ residuals) * examples / (examples - 1)
-    means = _resampled_means(values, counts if is_weighted else None)
+    means = _resampled_means(differences, counts if is_weighted else None)
     tails = [_tail_probability(examples, share) for share in (CONFIDENCE, ONE_SIDED_CONFIDENCE)]
+    # Low and high end of the two-sided interval, then of the one-sided ones
     ends = np.quantile(means, [end for tail in tails for end in (tail, 1 - tail)])
     low, high, lower, upper = map(float, ends)
     error = math.sqrt(variance) / float(counts.sum())

@@ -387,8 +387,14 @@ class Run:
         return None if path is None else path.name
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `status`, `runs` and `compare` print with `--json`; losses in `loss_unit`."""
+        """Return what `status`, `runs` and `compare` print with `--json`; losses in `loss_unit`.
+
+        A figure that the run does not have (yet) is None. A last loss that was not finite is None
+        too, and named in `not_finite`. "offered" is the step whose adapter the run offers as its
+        result, which need not be the last one.
+        """
         config, verdict = self.config, self.verdict
+        # By name the step and value of the last report; None if there is none
         lasts = {name: self.last_loss(name) for name in _LAST_LOSSES}
         validation = None if verdict is None else verdict.validation
         has_iterations = config is not None and config.training.epochs is None

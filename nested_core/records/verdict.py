@@ -716,7 +716,7 @@ class Verdict:
         """Return warnings that belong beside a verdict of `passed`; empty for a failed one."""
         if not self.has_passed:
             return []
-        of_rooms = [
+        of_rooms = [  # from optional packages, each with its block of the verdict
             note for shown, block in self.load_blocks() for note in shown.notes(block, self)
         ]
         lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
@@ -735,6 +735,7 @@ class Verdict:
             first, *others = self.reasons
             also = f"; also {', '.join(reason.name for reason in others)}" if others else ""
             rival = "" if self.champion is None else f"; {self.champion.describe()}"
+            # The outcome may end with the reason's name, which is then not said again
             is_named = str(self.outcome).endswith(f": {first.name}")
             why = first.message if is_named else f"{first.name}: {first.message}"
             return f"{self.outcome} ({why}){also}{rival}"
@@ -744,7 +745,7 @@ class Verdict:
             further = [*self._doubts(), *(task.describe() for task in self.tasks)]
             measured = "; ".join([self.describe_loss(), *further])
             return f"{self.describe_passed()}: {tensors}, {measured}"
-        if self.tiers:  # a run, not any two adapters
+        if self.tiers:  # a run was judged, and not just any two adapters, which have no tiers
             return f"{self.describe_passed()}: changed and sound ({tensors})"
         return f"passed: {tensors}"
 

@@ -82,7 +82,10 @@ class BoundVerdict:
 
 
 def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
-    """Read gate.json and check it against the manifest beside it.
+    """Read the verdict in gate.json, and check that the manifest beside it was written for it.
+
+    The manifest holds the hash of gate.json and of the files that the verdict is about, and some
+    facts of the verdict.
 
     must_pass: raise GateRejected for a verdict that is not "passed", before the manifest is
         checked.
@@ -93,6 +96,8 @@ def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
     path = run_dir / GATE_NAME
     _require_judged(path)
     content = read_regular(path, MAX_GATE_BYTES)
+    # What is wrong with gate.json itself is raised only if the manifest agrees with its bytes: else
+    # it was changed after it was written, which says more
     unreadable: DamagedError | None = None
     verdict = None
     try:
@@ -111,7 +116,7 @@ def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
         )
     manifest = read_manifest(run_dir)
     if manifest["files"].get(GATE_NAME) != describe_content(content):
-        raise _changed_verdict(run_dir)  # says more than what is wrong with it
+        raise _changed_verdict(run_dir)
     if verdict is None:
         raise unreadable or _changed_verdict(run_dir)
     if manifest["facts"] != _manifest_facts(verdict):
@@ -161,6 +166,7 @@ def parse_verdict(document: Any, path: Path) -> Verdict:
     try:
         parse_json(content)  # refuses numbers that no float holds
         verdict = _VALIDATOR.validate_json(content, strict=True)
+        # Blocks of optional packages, of which the validator does not know
         names = seams.join_mappings("verdict_blocks")
         verdict.blocks.update({name: document[name] for name in names if name in document})
     except ValidationError as error:

@@ -151,7 +151,11 @@ def _tensor_check(verdict: Verdict) -> CheckRow:
 
 
 def _update_checks(verdict: Verdict) -> Iterator[CheckRow]:
-    """Yield rows on how many updates were applied, and on updates that changed no tensor."""
+    """Yield rows on how many updates were applied, and on updates that changed no tensor.
+
+    Nothing for a verdict without tiers (groups of tensors that are updated equally often): it
+    compares any two adapters, and knows of no training. The second row is only there for a fault.
+    """
     if not verdict.tiers:
         return
     expected = sum(tier.expected_updates for tier in verdict.tiers)
@@ -178,7 +182,12 @@ def _is_about_counts(verdict: Verdict, reason: Reason) -> bool:
 
 
 def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
-    """Yield the rows on held-out losses, other versions, KL divergence and general text."""
+    """Yield the rows of the table of checks that are about losses.
+
+    These are: held-out losses before and after training, examples that got much worse, the
+    champion and a reference that the adapter was compared with, earlier versions, the KL divergence
+    of the predictions, and the loss on general text. A check that was not made has no row.
+    """
     losses, drift, general = verdict.validation, verdict.drift, verdict.general
     if losses is not None:
         name = f"{loss_name_for_file(losses.file)}, {describe_examples(losses)}"
@@ -187,6 +196,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
             share = f"{verdict.bound('max_harmed_share') or 0:.2%}"
             bound = f"at most {share} of them, or {MIN_HARMED - 1} examples"
             harmed = reasons_of(verdict, "examples_harmed")
+            # How many examples are beyond 1.0, the rise that counts as harm
             after = str(losses.harmed)
             name = f"examples that lost more than 1.0 {losses.unit}"
             yield make_check(name, harmed, after=after, bound=bound)
@@ -199,7 +209,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
         bound = "none set (0: no prediction moved)" if max_kl is None else f"at most {max_kl:g}"
         reasons = reasons_of(verdict, "drift")
         after = format_loss(drift.kl_initial)
-        word = None if max_kl is None else "passed"
+        word = None if max_kl is None else "passed"  # where no reason against it was given
         name = "KL divergence from the initial adapter"
         yield make_check(name, reasons, word, after=after, bound=bound)
         if drift.kl_base is not None:
@@ -244,9 +254,10 @@ def _rival_check(role: str, rival: ChampionLoss) -> CheckRow:
 
 
 def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
-    """Yield a row for each earlier version whose held-out examples were compared.
+    """Yield a row for each earlier version whose held-out examples this run was judged by too.
 
-    Versions that were not compared share one row for each cause.
+    The row compares the losses of the champion and of this run on these examples. Versions that
+    were not compared share one row for each cause.
     """
     bound = verdict.bound("max_ancestor_loss_increase")
     for ancestor in verdict.ancestors:
@@ -283,19 +294,23 @@ def _difference(compared: ComparedLoss) -> str | None:
 
 
 def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
-    """Build the row of a suite: right answers before and after, and its configured bounds."""
+    """Build the row of a suite of questions: right answers before and after, and its bounds.
+
+    task: the suite's result. Its bounds are read from the thresholds that the verdict recorded;
+        they are JSON of any age, so that what has another form counts as no bound.
+    """
     reasons = [r for r in reasons_of(verdict, *SUITE_CODES) if r.suite == task.name]
     tasks = (verdict.thresholds or {}).get("tasks")
     suites = tasks if isinstance(tasks, list | tuple) else ()
     section = next((t for t in suites if isinstance(t, dict) and t.get("name") == task.name), {})
-    words = {
+    text_by_bound = {
         "min": "at least {}",
         "min_gain": "gain {} beyond chance",
         "max_drop": "lose at most {}",
     }
     bounds = [
         text.format(f"{section[key]:.0%}")
-        for key, text in words.items()
+        for key, text in text_by_bound.items()
         if isinstance(section.get(key), int | float)
     ]
     before, after = (f"{task.count(share)} of {task.questions}" for share in task.shares)

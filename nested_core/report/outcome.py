@@ -40,7 +40,8 @@ def find_outcome(run: Run) -> Outcome | None:
 def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
     """Return the outcome of a run that passed the gate, from the history of its registry name.
 
-    VERIFIED if the run has no registry, or if the registry cannot be read.
+    VERIFIED if the run has no registry, or if the registry cannot be read. KEPT_CHAMPION if the
+    registry has never heard of the run's adapter: an adapter that is not better is not registered.
     """
     from nested_core.registry import history, list_versions, read_champion_changes  # brings mlx
     from nested_core.registry.folders import name_exists
@@ -85,10 +86,13 @@ def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
 def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
     """Return the outcome of a registered version that never was champion.
 
+    registry, name, version: the registry's folder, the adapter's name in it, the version's digest.
+
     WAITS_FOR_APPROVAL if a person has yet to decide, SUPERSEDED if another version was registered,
     judged or promoted meanwhile. KEPT_CHAMPION if the policy refused it for not being better than
     the champion, VERIFIED otherwise.
     """
+    # Imported here because the registry imports mlx, which takes long
     from nested_core.registry.history_views import read_link, reading
     from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
     from nested_core.registry.promotion_policy import (
@@ -102,6 +106,7 @@ def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
         candidate = choose_candidate(folder, ledger, version, read_link(folder))
         if candidate.facts.policy is None:
             return Outcome.VERIFIED
+        # What the policy recorded with the version says against promoting it; None for nothing
         decision = find_refusal_as_recorded(folder, ledger, candidate)
         later = ledger.entries[candidate.line_number + 1 :]
     if decision is None or decision.outcome != "waiting":
@@ -116,7 +121,11 @@ def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
 
 
 def describe_kept_champion(verdict: Verdict, champion: str) -> str:
-    """Return a line that says why nothing was registered, with the losses before and after."""
+    """Return a line that says why nothing was registered, with the losses before and after.
+
+    champion: the digest of the champion that stays. The loss before is the champion's if it was
+        measured and training did not start from it; else that of the adapter training started from.
+    """
     change, validation, compared = "no loss", verdict.validation, verdict.champion
     if validation is not None:
         before, after = validation.loss_before, validation.loss_after
@@ -134,9 +143,11 @@ def describe_kept_champion(verdict: Verdict, champion: str) -> str:
 
 
 def find_reason_kept(run: Run) -> str | None:
-    """Return why a run that passed the gate did not replace the champion.
+    """Return why a run that passed the gate did not replace the champion, as a sentence.
 
-    Returns None for every run whose outcome is not KEPT_CHAMPION.
+    Returns None for every run whose outcome is not KEPT_CHAMPION, and where no reason is recorded.
+    An adapter that was not even registered is explained by its losses, a registered one by what the
+    promotion policy says.
     """
     from nested_core.registry import list_versions
     from nested_core.registry.history_views import read_link, reading
@@ -206,7 +217,10 @@ def measure_speed(run: Run) -> dict[str, float | None]:
 
 
 def list_figures(run: Run) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return three tables of figures by name: the run's result, its gate checks, its training."""
+    """Return three tables of figures by name: the run's result, its gate checks, its training.
+
+    A figure that there is not (yet) is None.
+    """
     end = {
         "state": describe_state(run),
         "outcome": describe_outcome(run),
@@ -234,7 +248,11 @@ LIST_NOTE = (
 
 
 def list_row(run: Run) -> tuple[object, ...]:
-    """Return the cells of a run in the list of runs, in the order of LIST_COLUMNS."""
+    """Return the cells of a run in the list of runs: its row.
+
+    These are name, adapter, outcome, step, validation loss, loss in the gate and minutes. A run
+    that offers no adapter yet shows the step that it is at, and its last validation loss.
+    """
     if run.state == "damaged":
         return (run.name, None, describe_outcome(run), None, None, None, None)
     of_all = "" if run.steps is None else f" of {run.steps:,}"

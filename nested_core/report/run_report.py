@@ -104,7 +104,7 @@ class RunReport:
 
 
 def describe_run(run: Run, error: str | None = None) -> Document:
-    """Build the page of a run as a document; `error` is what ended the run."""
+    """Build the page of a run as a document; `error` is what ended the run, if one did."""
     now = datetime.now(UTC)
     return Document(
         f"Run {run.name}",
@@ -152,7 +152,12 @@ def _tabulate_generations(run: Run) -> Iterator[Block]:
 
 
 def _describe_training(run: Run) -> Iterator[Block]:
-    """Yield the section's blocks on training: losses, rate, gradient norm, memory and speed."""
+    """Yield the blocks of the page's section on training.
+
+    These are sentences that explain the curves, and charts of losses, answers, learning rate,
+    gradient norm, memory and speed; each inner list is one figure, with the same curves over
+    different x.
+    """
     figures = [
         [_loss_chart(run, "step"), _loss_chart(run, "seconds of training")],
         *_answer_figures(run),
@@ -227,7 +232,11 @@ def _metric_figure(run: Run, title: str, unit: str, keys: dict[str, str]) -> lis
 
 
 def _compare_examples(run: Run) -> Iterator[Block]:
-    """Yield the blocks on held-out examples, with those that the candidate got worst on."""
+    """Yield the blocks of the section that compares losses of the same held-out examples.
+
+    The candidate (the trained adapter) is compared with the adapter that training started from, and
+    with the registry's champion if there was one; the examples that rose most are listed.
+    """
     verdict = run.verdict
     if verdict is None or verdict.validation is None:
         why = (
@@ -261,24 +270,28 @@ def _describe_checkpoint_selection(losses: Validation) -> str:
 
 
 def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
-    """Yield a table of the examples whose loss rose most, with their text in the file now."""
+    """Yield a table of the examples whose loss rose most, with their text in the file now.
+
+    losses: of each held-out example before and after training, and with the registry's champion if
+        there is one. An example whose loss is not finite counts as one that rose most.
+    """
     differences = losses.after - losses.before
     comparable = np.isfinite(differences)
     improved = int((differences[comparable] < 0).sum())
-    worst = np.argsort(-np.where(comparable, differences, np.inf), kind="stable")
-    order = worst[:MAX_WORST_EXAMPLES]
-    texts = _example_texts(run, losses.file, [int(losses.lines[place]) for place in order])
+    all_rows = np.argsort(-np.where(comparable, differences, np.inf), kind="stable")
+    worst_rows = all_rows[:MAX_WORST_EXAMPLES]
+    texts = _example_texts(run, losses.file, [int(losses.lines[row]) for row in worst_rows])
     columns = {"difference": differences, "before": losses.before, "after": losses.after}
     if losses.champion is not None:
         columns["champion"] = losses.champion
     rows = [
         (
-            f"{losses.file}:{losses.lines[place]}",
-            texts.get(int(losses.lines[place]), "–")[:MAX_SHOWN_CHARACTERS],
-            *(finite_or_none(float(column[place])) for column in columns.values()),
-            int(losses.tokens[place]),
+            f"{losses.file}:{losses.lines[row]}",
+            texts.get(int(losses.lines[row]), "–")[:MAX_SHOWN_CHARACTERS],
+            *(finite_or_none(float(column[row])) for column in columns.values()),
+            int(losses.tokens[row]),
         )
-        for place in order
+        for row in worst_rows
     ]
     yield Text(f"{improved} of {len(losses)} examples have a lower loss than before.")
     caption = (
@@ -289,7 +302,10 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
 
 
 def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
-    """Read lines of a data file by their numbers; empty if it is gone, packed or too large."""
+    """Read lines of a data file by their numbers; empty if it is gone, packed or too large.
+
+    file: a file of the run's data set, or the path that gate.held_out names in place of one.
+    """
     if run.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
     choice = "auto" if run.config is None else run.config.gate.held_out
@@ -309,7 +325,11 @@ def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str
 
 
 def _map_changes(run: Run) -> Iterator[Block]:
-    """Yield a heat map of each module's relative change, layer by module, with the tiers."""
+    """Yield the section with a heat map of how much training changed each module.
+
+    A row is a layer with the tiers of its tensors (a tier is a group of tensors that are updated
+    equally often), a column a kind of module, a cell the mean relative change of its tensors.
+    """
     tensors = () if run.verdict is None else run.verdict.tensors
     if not tensors:
         yield Text("The gate has not compared the adapters yet.")
@@ -324,20 +344,22 @@ def _map_changes(run: Run) -> Iterator[Block]:
         key: [tensor for *_, tensor in group]
         for key, group in groupby(located, key=lambda place: place[:2])
     }
-    changes = {key: _mean_change(group) for key, group in modules.items()}
-    largest = max((c for c in changes.values() if c is not None), default=0) or 1.0
+    change_of = {key: _mean_change(group) for key, group in modules.items()}
+    # The darkest colour; 1 where nothing changed or could be measured, as it is divided by
+    largest = max((c for c in change_of.values() if c is not None), default=0) or 1.0
     columns = sorted({column for _, column in modules})
     # A row for each layer, a column for each module name
     rows = []
     for layer in sorted({layer for layer, _ in modules}):
         tiers = {t.tier for c in columns for t in modules.get((layer, c), ()) if t.tier is not None}
-        marks = f" · tier {', '.join(map(str, sorted(tiers)))}" if tiers else ""
-        name = "outside layers" if layer < 0 else f"layer {layer}"
+        tier_note = f" · tier {', '.join(map(str, sorted(tiers)))}" if tiers else ""
+        # Tensors of no layer, such as embeddings, are placed in layer -1
+        label = "outside layers" if layer < 0 else f"layer {layer}"
         cells = [
             _heat_cell(modules.get((layer, c), ()), largest, with_tier=len(tiers) > 1)
             for c in columns
         ]
-        rows.append((f"{name}{marks}", *cells))
+        rows.append((f"{label}{tier_note}", *cells))
     yield Table(
         "Mean relative change of a module's tensors, from initial to trained adapter. A fresh "
         "lora_b starts at zero, which counts as a change of 1.",
@@ -392,13 +414,19 @@ def _count_updates(run: Run) -> Block:
 
 
 def list_answers(run: Run) -> list[Block]:
-    """Build the blocks of base's, parent's, champion's and candidate's answers, lost ones first."""
+    """Build the blocks of the page's section on answers.
+
+    These are for each suite of questions a table of what base, parent (the adapter that training
+    started from), champion and candidate (the trained adapter) answered, lost questions first; then
+    sample answers that are not scored, and answers given during training.
+    """
     blocks: list[Block] = []
     names = list(dict.fromkeys(answer.task for answer in run.answers))
     count = max(2, MAX_SHOWN_QUESTIONS // max(1, len(names)))
     for name in names[:MAX_SHOWN_QUESTIONS]:
         answers = [answer for answer in run.answers if answer.task == name]
         given = [(answer.model, answer.expected, answer.answer, answer.score) for answer in answers]
+        # Tables of optional packages, such as one that sorts answers by label
         tables = seams.collect("answer_tables", name, given)
         blocks.append(Section(name, [*tables, _answers_table(answers, count)]))
     if run.sample_answers:
@@ -416,6 +444,8 @@ def list_answers(run: Run) -> list[Block]:
 
 def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
     """Build a table of a suite's questions and answers, lost questions first.
+
+    A question is lost if another model answered it better than the candidate (the trained adapter).
 
     count: how many questions to show at most.
     """

@@ -99,9 +99,10 @@ def remove_file(path: Path) -> None:
 def write_bytes(
     target: Path, content: bytes | memoryview, *, confirm: Confirm | None = None
 ) -> None:
-    """Replace the content of a file atomically and durably.
+    """Replace the content of a file atomically and durably: written beside it, synced and renamed.
 
-    confirm: called just before the rename; if it raises, the old file stays.
+    confirm: a last check by the caller, such as that it still holds a lock, called just before the
+        rename; if it raises, the old file stays.
     """
     temporary = temporary_beside(target)
     with naming_target_in_errors(target, temporary):
@@ -174,7 +175,15 @@ def new_directory(
 def _move_into_place(
     temporary: Path, target: Path, *, replace: bool, confirm: Confirm | None
 ) -> None:
-    """Sync a temporary directory and rename it to `target`, moving an old one aside first."""
+    """Sync a temporary directory and rename it to `target`, moving an old one aside first.
+
+    replace: whether `target` may exist; FileExistsError otherwise.
+    confirm: a last check by the caller, such as that it still holds a lock, called before anything
+        is moved; if it raises, everything stays as it was.
+
+    A folder cannot be renamed over another one. So the old one is moved aside, and moved back if
+    the rename fails, or by the next call if the process is killed in between.
+    """
     for path in (*temporary.rglob("*"), temporary):
         sync_path(path)
     if confirm is not None:

@@ -70,9 +70,11 @@ def write_checkpoint(
 
     adapter_config: the content of adapter_config.json. optimizer_state: a tree of arrays.
     adapter: the tensors in the dtype that they are published in.
-    masters: float32 master copies of tensors that are published in a narrower dtype.
+    masters: float32 master copies of tensors that are published in a narrower dtype; they are
+        stored with the optimizer's arrays.
     state: the content of state.json; `step` names the folder.
-    confirm: called just before the rename; if it raises, there is no checkpoint.
+    confirm: a last check by the caller, such as that it still holds the run's lock, called just
+        before the rename; if it raises, there is no checkpoint.
     """
     target = checkpoint_path(folder, state["step"])
     folder.mkdir(parents=True, exist_ok=True)

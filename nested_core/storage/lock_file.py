@@ -183,9 +183,12 @@ def _open_and_lock(
 
 
 def _open_lock_file(path: Path, flags: int, mode: int) -> int:
-    """Open a lock file and return its descriptor; DamagedError unless it is a regular file.
+    """Open a lock file and return its descriptor.
 
     flags, mode: as in os.open.
+
+    Raises DamagedError if it is a link, a folder or another special file, ConfigError if it cannot
+    be created for lack of permission, and any other OSError as it is.
     """
     try:
         descriptor = os.open(path, flags | OPEN_SAFELY, mode)
@@ -198,6 +201,7 @@ def _open_lock_file(path: Path, flags: int, mode: int) -> int:
                 f"you may create files: check its owner, its permissions and how it is mounted."
             ) from error
         raise
+    # Some special files can be opened, and are only known now
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise _not_regular(path)

@@ -73,6 +73,10 @@ def require_adapter_place(
 ) -> Path:
     """Return the resolved folder of `adapter_path`, checked to be safe to write to.
 
+    own_run: the folder of the run that writes the adapter; the adapter may be written to it, but
+        not into the folders that the run keeps for itself.
+    registry: the configured registry, into which no adapter may be written either.
+
     Files that mlx_lm.lora or an earlier run left in it may be overwritten. Raises ConfigError if it
     holds any other file, or lies in a registry, a run or a model's folder.
     """
@@ -85,6 +89,7 @@ def require_adapter_place(
                 f"adapter is in it anyway. Leave adapter_path out, or give another folder."
             )
     kind = file_type(place)
+    # The run's own folder holds files of the run, which are not to be refused below
     if kind == "missing" or (own_run is not None and _is_same_folder(place, own_run)):
         return place
     if kind != "directory":
@@ -103,6 +108,9 @@ def require_adapter_place(
 
 def require_output_file(path: Path, what: str, *, own_run: Path | None = None) -> Path:
     """Return the resolved path of a file to write; ConfigError if it must not be written.
+
+    what: the flag or key that names the file, for messages.
+    own_run: the folder of the run that writes the file.
 
     A regular file may be replaced; a folder, device, pipe, socket or link may not, and in `own_run`
     only the report may.

@@ -28,7 +28,7 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
     foreign file.
 
     is_written_by_us: decides about each file, given its path in the folder with `/`, or the name of
-        a single file.
+        a single file; a foreign file is one that it denies.
 
     Raises OSError for a folder that cannot be read.
     """
@@ -46,7 +46,7 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
             if inside in mounts or os.path.ismount(inside):
                 return f"something is mounted at {name} in it"
             *_, last = parts = name.split(os.sep)
-            # Leftovers of killed writers, and folders, do not count
+            # Leftovers of killed writers, files that a desktop makes, and folders do not count
             is_leftover = any(part.startswith(LEFTOVER_BEGINNINGS) for part in parts)
             if (
                 is_leftover

@@ -146,7 +146,11 @@ class RunDirectory:
                 folder.rmdir()
 
     def require_begun(self) -> None:
-        """Raise ConfigError if no run began here, DamagedError if its config.yaml is no file."""
+        """Raise ConfigError if no run began here, DamagedError if its config.yaml is no file.
+
+        A run that began has left config.yaml, and one or more of run.lock, dataset.json and
+        tiers.json.
+        """
         has_config, has_run_files = self.config.is_file(), self.has_run_files()
         if has_config and has_run_files:
             return
@@ -264,8 +268,11 @@ def find_run_of(flow_run: UUID) -> RunDirectory | None:
 def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     """Return the run directory at `path`, for a new run or to resume one.
 
-    Raises ConfigError if a run exists and `resume` is False, or the reverse, and if the path lies
-    in a registry, another run's folder or a model's.
+    resume: go on with the run that is there; otherwise the folder must be new or empty.
+
+    Raises ConfigError if a run exists and `resume` is False (with what to do, by whether it still
+    trains, ended before it could train, or trained), or the reverse, and if the path lies in a
+    registry, another run's folder or a model's.
     """
     path = Path(path)
     require_free_place(path, RUN_DIR_KEY, own_run=path)
@@ -276,6 +283,8 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
             f"with `nested-tune stop`, or give another --run-dir."
         )
     if run.is_nonempty() and not resume:
+        # tiers.json is written as training begins; holder() is the process that works there, and
+        # is asked again because one may have begun meanwhile
         if run.config.is_file() and not run.tiers.exists() and run.holder() is None:
             raise ConfigError(
                 f"{path} is not empty: a run began there, and ended before it could train:",

@@ -141,11 +141,12 @@ def save_arrays(
         )
         for name, values in stored.items()
     }
-    path.touch()
+    path.touch()  # a new file, to see which permissions it gets
     mode = path.stat().st_mode  # as of any other new file
     try:
         serialize_file(specs, str(path), metadata={"format": metadata_format})
     except SafetensorError as error:
+        # An error of the system, such as a full disk, is in the message alone
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
             raise
@@ -165,7 +166,10 @@ class TensorLocation(NamedTuple):
 def read_header(file: Any, size: int, path: Path) -> dict[str, TensorLocation]:
     """Read and check the header of an open safetensors file, without reading tensors.
 
-    size: the file's size in bytes.
+    size: the file's size in bytes. path: the file's, to check it also with the safetensors library
+        and for messages.
+
+    The file begins with the header's length (8 bytes), then the header as JSON, then the tensors.
 
     Returns the location of each tensor. Raises DamagedError for an unsound file.
     """
@@ -214,7 +218,7 @@ def _parse_location(name: str, entry: dict[str, Any], start: int) -> TensorLocat
     """
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise ValueError(f"{name!r:.80} is not the name of a tensor")
-    if len(entry) != 3:
+    if len(entry) != 3:  # beside dtype, shape and data_offsets, which are read below
         raise ValueError(f"{name:.80} has keys that the format does not know")
     dtype = str(entry["dtype"])
     shape = tuple(entry["shape"])

@@ -49,6 +49,7 @@ class UserCache:
     def require_usable(self) -> None:
         """Create the folder if it is missing; ConfigError if others may write to or replace it."""
         try:
+            # Missing folders above are made one by one, also for this user alone
             above = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
             for missing in reversed(above):
                 missing.mkdir(mode=0o700, exist_ok=True)  # else parents go by the umask

@@ -235,8 +235,8 @@ def _tabulate(charts: Sequence[Chart]) -> Table:
         have a value.
     """
     chart, *others = charts
-    values = [{point.x: point.y for point in curve.points} for curve in chart.curves]
-    further: list[dict[float, float | None]] = [
+    y_by_x = [{point.x: point.y for point in curve.points} for curve in chart.curves]
+    other_x: list[dict[float, float | None]] = [
         {
             p.x: q.x
             for one, two in zip(chart.curves, other.curves, strict=True)
@@ -244,14 +244,14 @@ def _tabulate(charts: Sequence[Chart]) -> Table:
         }
         for other in others
     ]
-    x_values = sorted({x for curve in values for x in curve})
+    x_values = sorted({x for curve in y_by_x for x in curve})
     total = len(x_values)
     if total > MAX_NUMBER_ROWS:
-        complete = [x for x in x_values if all(x in curve for curve in values)]
+        complete = [x for x in x_values if all(x in curve for curve in y_by_x)]
         x_values = complete if len(complete) > 1 else x_values
         x_values = [*x_values[: -1 : -(-len(x_values) // MAX_NUMBER_ROWS)], x_values[-1]]
     rows = [
-        (int(x) if float(x).is_integer() else x, *(c.get(x, "") for c in (*further, *values)))
+        (int(x) if float(x).is_integer() else x, *(c.get(x, "") for c in (*other_x, *y_by_x)))
         for x in x_values
     ]
     caption = f"{chart.title}: {chart.y} by {chart.x}"

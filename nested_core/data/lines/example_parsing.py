@@ -404,9 +404,11 @@ def read_examples(
     byte_range: ByteRange | None = None,
     first_line: int = 1,
 ) -> Iterator[tuple[int, Example]]:
-    """Yield (line, example) for each line that is not blank and not in `skip`.
+    """Yield (line number, example) for each line that is not blank and not in `skip`.
 
-    byte_range: the part of the file to read, whose first line has the number `first_line`.
+    skip: numbers of lines, such as those found invalid before.
+    byte_range: the part of the file to read, whose first line has the number `first_line`; None for
+        all of it.
 
     Raises DatasetError for an invalid line: the file has changed since it was checked.
     """
@@ -475,12 +477,16 @@ def _formats_to_look_for(field_names: FieldNames) -> Mapping[str, tuple[str, ...
 
 
 def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
-    """Return the format of a row.
+    """Return the name of the format that a row is in, known by its fields.
 
-    Raises LineProblem if the format is unknown or it is a preference pair.
+    field_names: the keys that are configured for each field, and `data_format` or a loss with
+        formats of its own, either of which limits the formats to look for.
+
+    Raises LineProblem for a row without a known format, a preference pair (`chosen` and `rejected`)
+    and a row with a mark of bad answers, such as `label: false`.
     """
     prompt, completion = field_names.prompt, field_names.completion
-    is_for_loss = field_names.loss is not None
+    is_for_loss = field_names.loss is not None  # it may take pairs and marks that others refuse
     if is_for_loss and (found := find_format(row, field_names)):
         return found
     if is_preference_pair(row) and "chosen" not in (completion, field_names.text, field_names.chat):
@@ -521,7 +527,13 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
 
 
 def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Example:
-    """Convert a decoded row of a known format to an Example; LineProblem for a wrong type."""
+    """Convert a decoded row of a known format to an Example.
+
+    name: the format, such as `chat`.
+
+    Raises LineProblem for a value of a wrong type, and for keys that would be passed over in
+    silence although they hold content, in the row or in one of its turns.
+    """
     kind = find_row_format(name)
     keys = {field: field_names.key_of(field) for field in kind.model.__annotations__}
     fields = {field: row[key] for field, key in keys.items() if key in row}
@@ -540,20 +552,22 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
     unknown -= marks
     if kind.read is None:
         return Example(name, [], None, fields[kind.fields[0]], frozenset(unknown))
+    # Turns with more than role and content
     odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
     tools = fields.get("tools")
+    # In a format of mlx-lm, keys of its other formats are passed over, as mlx-lm does
     passed_over = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
     unread = (
         list_unread_fields(row, unknown - passed_over, [messages, tools, rest]) if unknown else []
     )
     prefix = f"{field_names.key_of(kind.fields[0])}[]."
     for turn in odd:
-        strange = _non_null_keys(turn)
-        strange -= _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
-        if strange:
-            read = [{**turn, **dict.fromkeys(strange)}]
-            unread += [prefix + key for key in list_unread_fields(turn, strange, read)]
-            unknown |= {prefix + key for key in strange}
+        unexpected = _non_null_keys(turn)
+        unexpected -= _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
+        if unexpected:
+            read = [{**turn, **dict.fromkeys(unexpected)}]  # the turn without their content
+            unread += [prefix + key for key in list_unread_fields(turn, unexpected, read)]
+            unknown |= {prefix + key for key in unexpected}
     if unread:
         raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
     is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)
@@ -579,6 +593,7 @@ def _describe_validation_error(
     """
     problems = error.errors(include_url=False)
     first = problems[0]
+    # Without pydantic's tags for the two kinds of turns, which are no keys of the row
     path = [part for part in first["loc"] if part not in ("speaking", "calling")]
     check = _name_of_failed_check(first["type"], path, first["input"])
     place = _name_place(path, keys, row)

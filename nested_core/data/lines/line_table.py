@@ -86,9 +86,12 @@ def read_line_range(
     has_ngrams: bool = False,
     asked: Any = None,
 ) -> LineRange:
-    """Read the rows of a range of lines, independently of other lines.
+    """Read a range of a file's lines to a table with one row a line, independently of other ranges.
 
-    asked: n-grams of other texts to look for, of the room near_duplicates.
+    Parsing, hashing and searching happen here, so that ranges can be read in several processes.
+
+    has_ngrams: add columns with hashes of each text's n-grams, for finding near-duplicates.
+    asked: n-grams of other texts (of held-out rows) to look for in these lines; None for none.
 
     Raises OSError, and DatasetError if the file became shorter.
     """
@@ -105,16 +108,17 @@ def read_line_range(
     is_start = byte_range.start == 0
     rows = _read_rows(lines, field_names, is_start=is_start, may_be_plain=b"\\u0000" not in content)
     digests, keys = _digests_and_keys(rows.pop("content"))
+    # Smallest and largest hash of an answer suffice to tell whether all answers are the same
     answers = keys.pop("answer").drop_nulls().to_numpy()
     answer_keys = frozenset(map(int, (answers.min(), answers.max()) if len(answers) else ()))
     # What the rules ask about each line's texts
     raw = pl.Series(lines, dtype=pl.Binary)
     shown: list[str | None] = rows.pop("shown")
     text = pl.Series(shown, dtype=pl.String)
-    has_mark = np.zeros(len(lines), bool)
+    has_mark = np.zeros(len(lines), bool)  # a byte order mark, which only the first line can have
     has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
     sensitive = np.zeros(len(lines), np.uint32)
-    for part in seams.load_all("sensitive_data"):
+    for part in seams.load_all("sensitive_data"):  # an optional detector of secrets
         sensitive = part.find(text)
     columns: dict[str, Any] = {
         **rows,
@@ -138,9 +142,11 @@ def read_line_range(
 
 
 def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
-    """Run `read_line_range` as a job; write the rows to files, and return the small results.
+    """Read a range of lines in a worker process; write the table to files, return small results.
 
-    request["out"] is the files' common prefix. Columns that are all null are left out.
+    request: the arguments of `read_line_range` as JSON values; request["out"] is the beginning of
+        the files' names: OUT.rows (the table), OUT.digests (a SHA-256 for each example) and
+        OUT.shared (n-grams that were looked for and found). Columns that are all null are left out.
     """
     done = read_line_range(
         Path(request["path"]),
@@ -170,20 +176,22 @@ def _read_asked(path: str) -> Any:
 def _read_rows(
     lines: list[bytes], field_names: FieldNames, *, is_start: bool, may_be_plain: bool
 ) -> dict[str, list[Any]]:
-    """Parse lines to the fields of `LineRow`, as columns.
+    """Parse lines to columns: by field of `LineRow`, the values of all lines.
 
     is_start: whether the first line is the first of the file.
-    may_be_plain: whether the fast parser may be used.
+    may_be_plain: whether the fast parser may be used. It knows plain rows alone; each line that it
+        does not take, or whose turns may be blank, is parsed by the complete parser.
     """
     columns = {name: [default] * len(lines) for name, default in LineRow._field_defaults.items()}
     formats = formats_of_plain_rows(field_names) if may_be_plain else ()
     plain = [parse_plain_row(raw, field_names) if formats else None for raw in lines]
-    if len(formats) == 1:
+    if len(formats) == 1:  # data_format asks for one format: the complete parser refuses others
         plain = [row if row and row[0] in formats else None for row in plain]
     columns["format"] = [row and row[0] for row in plain]
     columns["roles"] = [row and row[1] for row in plain]
     columns["content"] = [row and row[2] for row in plain]
     columns["shown"] = list(columns["content"])
+    # A line without content is one that the fast parser did not take
     is_doubtful = pl.Series(columns["content"], dtype=pl.String).str.contains(BLANK_TURN_PATTERN)
     for index in is_doubtful.fill_null(value=True).arg_true().to_list():
         row = parse_line_to_row(lines[index], field_names, is_first=is_start and index == 0)
@@ -193,13 +201,21 @@ def _read_rows(
 
 
 def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]]:
-    """Return the examples' SHA-256, concatenated, and the keys by which rows are compared."""
+    """Return the examples' SHA-256, concatenated, and the keys by which rows are compared.
+
+    contents: each line's roles and texts joined by NUL, the answer last; None for a line without an
+        example.
+
+    A key is a 64-bit hash, one for each line: `content` (0 for no example), `prompt` (all before
+    the answer), `answer`, and `folded` (the content without case and white space).
+    """
     encoded = [None if content is None else content.encode() for content in contents]
     digests = b"".join([sha256(content).digest() for content in encoded if content is not None])
     parts = [None if content is None else content.rpartition(b"\0") for content in encoded]
     prompts = [(part[0] or None) if part else None for part in parts]  # plain text has none
     answers = [part[2] if part else None for part in parts]
     is_example = pl.Series(encoded, dtype=pl.Binary).is_not_null()
+    # The first 8 of the 32 bytes of each SHA-256
     content = np.zeros(len(contents), np.uint64)
     content[is_example.to_numpy()] = np.frombuffer(digests, "<u8")[::4]
     keys = {

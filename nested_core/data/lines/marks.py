@@ -36,13 +36,14 @@ def take_marks(
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     keys, masked = _read_row_marks(row, len(turns) or 1, answers, places.count("system"))
     for index, (turn, place) in enumerate(zip(turns, places, strict=True)):
-        said = {k: _read_mark(k, turn[k], f"{place}.{k}") for k in MARK_KEYS if k in turn}
-        marks = [key for key, is_learnt in said.items() if is_learnt is not None]
+        mark_values = {k: _read_mark(k, turn[k], f"{place}.{k}") for k in MARK_KEYS if k in turn}
+        marks = [key for key, is_learnt in mark_values.items() if is_learnt is not None]
         if marks:
             turns[index] = {key: value for key, value in turn.items() if key not in marks}
         for key in marks:
-            if not said[key]:
+            if not mark_values[key]:
                 masked[index] = f"{place}.{key}"
+    # Of a row without answers the last turn is learnt
     learnt = answers or [max(len(turns) - 1, 0)]
     if masked.keys() >= set(learnt):
         raise LineProblem("nothing-to-learn", describe_nothing_to_learn(learnt, masked))
@@ -52,12 +53,18 @@ def take_marks(
 def _read_row_marks(
     row: Mapping[str, Any], turns: int, answers: Sequence[int], before: int
 ) -> tuple[set[str], dict[int, str]]:
-    """Return the row's keys that are marks, and the turns that they exclude: all, or by a list.
+    """Read the marks that stand in the row itself: which parts of it are not to be learnt.
 
-    before: how many of the first turns come from a field of their own; a list may leave them out. A
-        list has a value for each turn, or for each answer.
+    A mark is a key of MARK_KEYS, such as `weight: 0`. It is one value for all turns, or a list with
+    a value for each turn or for each answer.
+
+    turns: how many turns the row has. answers: the indices of those that are the assistant's.
+    before: how many of the first turns come from a field of their own; a list may leave them out.
+
+    Returns the keys that are marks, and by turn that is not to be learnt, the key that says so.
     """
     every = range(turns)
+    # Which turns a list is about is known by its length; where lengths agree, the later entry holds
     by_length = {len(answers): answers, turns - before: every[before:], turns: every}
     keys: set[str] = set()
     masked: dict[int, str] = {}

@@ -61,7 +61,9 @@ class RestOfFileUnreadable(Exception):
 def limit_expansion(
     lines: Iterable[NumberedLine], file_size: int, *, is_packed: bool
 ) -> Iterator[NumberedLine]:
-    """Yield the lines of a file; RestOfFileUnreadable if there are too many for the file's size.
+    """Yield the lines of a file; RestOfFileUnreadable if they are far larger than the file.
+
+    So a small compressed file cannot fill the disk.
 
     file_size: in bytes.
     is_packed: whether the file is compressed. A text that is not packed cannot have too many lines,
@@ -72,6 +74,7 @@ def limit_expansion(
     for count, line in enumerate(lines, start=1):
         bytes_left -= len(line.line) + 1
         limit = f"than {MAX_EXPANSION_FACTOR} times its size"
+        # Too many bytes (the limit above), too many lines, or neither
         if is_packed and count > lines_left and bytes_left >= 0:
             limit = f"lines than one for {MIN_PACKED_BYTES_PER_LINE} of its bytes"
         elif bytes_left >= 0:
@@ -183,7 +186,8 @@ def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
 def read_json_array(path: Path) -> Iterator[NumberedLine]:
     """Yield the elements of a .json file with one array; the whole file is held in memory.
 
-    Raises RestOfFileUnreadable at the first element that is not valid JSON.
+    Raises RestOfFileUnreadable at the first element that is not valid JSON, with its number in the
+    array (for bytes that are no text, 1); the elements before it have been yielded.
     """
     raw = read_regular(path, follow_links=True)
     encoding = "UTF-16" if raw.startswith(_UTF16_MARKS) else "UTF-8"
@@ -193,7 +197,7 @@ def read_json_array(path: Path) -> Iterator[NumberedLine]:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{raw[error.start]:02x} in line {line}"
         raise RestOfFileUnreadable(1, f"{byte} is not {encoding}. {SAVE_AS_UTF8}") from None
-    del raw
+    del raw  # frees its memory: the text is as large
     position = _skip_space(text, 0)
     if not text.startswith("[", position):
         first = repr(text[position]) if position < len(text) else "nothing"
@@ -202,9 +206,11 @@ def read_json_array(path: Path) -> Iterator[NumberedLine]:
     decoder = json.JSONDecoder()
     number = 0
     position = _skip_space(text, position + 1)
+    # An array may end at once, but not after a comma; the loop leaves at the ] after an element
     while number or not text.startswith("]", position):
         number += 1
         start, position = position, _find_element_end(decoder, text, position, number)
+        # Line ends, which JSON has only between values, would break a line of JSON lines
         yield NumberedLine(number, text[start:position].translate(_LINE_ENDS_TO_SPACES).encode())
         position = _skip_space(text, position)
         if text.startswith("]", position):
@@ -293,7 +299,7 @@ def read_csv(path: Path, json_keys: frozenset[str], delimiter: str) -> Iterator[
     with _open_table(path) as file:
         reader = csv.reader(_read_bounded_lines(file), delimiter=delimiter, strict=True)
         columns = _read_csv_header(reader)
-        line = reader.line_num + 1
+        line = reader.line_num + 1  # where the next record begins; one may have several lines
         while True:
             try:
                 cells = next(reader, None)
@@ -349,9 +355,13 @@ def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
 def _csv_cells_to_json_line(
     columns: list[str], cells: list[str], json_keys: frozenset[str]
 ) -> tuple[bytes, tuple[str, str] | None]:
-    """Convert a record's cells to a JSON line; for an invalid record return check and message.
+    """Convert a table's record to a JSON line; return it and what is wrong with the record.
 
-    columns: the names of the columns. json_keys: the columns whose cells contain JSON.
+    columns: the names of the columns. json_keys: the columns whose cells contain JSON, which is
+        taken as it is; an empty cell there leaves the key out.
+
+    Returns the line and None; for an invalid record an empty line, and the name of the check with a
+    message.
     """
     if not cells or (len(cells) > 1 and not any(map(str.strip, cells))):
         return b"", None  # as spreadsheets write rows that are empty

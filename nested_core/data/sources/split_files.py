@@ -112,9 +112,13 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
 
 
 def _find_split_files(data: str) -> dict[str, list[Path]]:
-    """Return the files of each split: in a folder by their names.
+    """Return the files of each split (train, valid, test) that there is.
 
-    If `data` is a file or a pattern of files, all of them are train.
+    data: a folder, whose files are known by their names: train.jsonl, or numbered train-1.jsonl,
+        train-2.jsonl; or a file or a pattern such as rows/*.csv, of which all files are train.
+
+    Raises ConfigError for two files that would both be one split, such as train.jsonl and
+    train.csv.
     """
     folder = Path(data)
     if not folder.is_dir():
@@ -154,6 +158,9 @@ def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> S
     """Return the files of one split as one file, concatenated in order.
 
     spool: a folder for converted files.
+
+    The result knows at which line number each file begins, so that findings name the original file;
+    numbers and problems of the files are shifted by the lines before them.
     """
     if len(paths) == 1:
         return _open_file(paths[0], settings, spool)
@@ -164,6 +171,8 @@ def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> S
     problems: dict[int, tuple[str, str]] = {}
     parts: list[FilePart] = []
     delimiters: dict[str, None] = {}
+    # Lines of the joined file, and numbers of lines in the original files, which may be more: a
+    # record of a table can have several lines
     lines_before = numbers_before = 0
     with joined.open("wb") as file:
         for name, path in zip(names, paths, strict=True):
@@ -177,7 +186,7 @@ def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> S
             delimiters |= dict.fromkeys(part.delimiters)
             lines_before += lines
             numbers_before += int(part_numbers[-1]) if lines else 0
-            if part.path.parent == spool:
+            if part.path.parent == spool:  # a converted copy, and no file of the user's
                 part.path.unlink()
     shown = " + ".join(names[:_MAX_SHOWN_PARTS])
     more = f" + {len(names) - _MAX_SHOWN_PARTS} more" if len(names) > _MAX_SHOWN_PARTS else ""
@@ -204,7 +213,13 @@ def _append_lines(path: Path, file: IO[bytes]) -> int:
 
 
 def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
-    """Return a split of one file, converted to JSON lines if necessary."""
+    """Return a split of one file, converted to JSON lines if necessary.
+
+    spool: a folder for the converted file. A file that is JSON lines already is used where it lies.
+
+    What is wrong with the content, such as a damaged file, is a problem in the returned split.
+    Raises ConfigError if `data_format: csv` is set and the file is no table.
+    """
     spooled = spool / f"{path.name}.jsonl"
     if not path.is_file():  # a pipe would be waited for without end
         return _make_split_of_unreadable_path(path, spooled)
@@ -217,13 +232,14 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         )
     is_utf16_jsonl = suffix.startswith(".jsonl") and is_utf16(path)
     if suffix == ".jsonl" and not is_utf16_jsonl:
+        # A line that is too long for memory ends the split; the lines before it are copied
         end = find_start_of_too_long_line(path) if size > MAX_LINE_BYTES else None
         if end is None:
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
     is_packed = suffix.endswith((".gz", ".parquet", *_ROOM_READER_BY_SUFFIX))
     delimiters: tuple[str, ...] = ()
-    if suffix in _ROOM_READER_BY_SUFFIX:
+    if suffix in _ROOM_READER_BY_SUFFIX:  # a reader of an optional package, as for workbooks
         lines = seams.load(_ROOM_READER_BY_SUFFIX[suffix])(path)
     elif suffix in _TABLE_SUFFIXES:
         delimiter = find_csv_delimiter(path)
@@ -247,7 +263,12 @@ def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
 
 
 def _write_split_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:
-    """Write the lines of a split to `path`; damage becomes the problem of its last line."""
+    """Write the lines of a split to `path` as JSON lines.
+
+    name: the original file, for messages.
+    lines: lines with their numbers in the original file. Where reading them fails because the file
+        is damaged, an empty last line is written, which has the damage as its problem.
+    """
     numbers = array("i")
     problems: dict[int, tuple[str, str]] = {}
     with path.open("wb") as spooled:

@@ -64,7 +64,11 @@ def has_control_token(texts: Sequence[str], tokenizer: Any) -> bool:
 
 
 def note_control_tokens(texts: Sequence[RowText], tokenizer: Any) -> list[Note]:
-    """Return a warning for each control token in a text, of this tokenizer or of another model."""
+    """Return a warning for each control token in a text, of this tokenizer or of another model.
+
+    A control token, such as <|im_end|>, has a meaning in the chat template that the text of a row
+    should not have.
+    """
     notes: list[Note] = []
     tokens = _control_tokens_of(tokenizer)
     if not has_control_token([text.spellings[0] for text in texts], tokenizer):
@@ -103,9 +107,10 @@ def note_taken_ends(
 ) -> list[Note]:
     """Return a warning for each end-of-sequence text that was removed from the end of answers.
 
-    messages: the row's turns; prepared: the turns given to the template.
+    messages: the row's turns; prepared: the turns given to the template, of which such texts were
+        removed. template: its `ends` are the end-of-sequence texts that it adds itself.
     """
-    taken = [
+    removed = [
         before["content"][len(after["content"]) :]
         for before, after in zip(messages, prepared, strict=True)
         if before.get("content") not in (None, after["content"])
@@ -118,14 +123,14 @@ def note_taken_ends(
             f"text. Take it out of the rows",
         )
         for end in template.ends
-        if any(end in text for text in taken)
+        if any(end in text for text in removed)
     ]
 
 
 def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Any) -> tuple[Note, ...]:
     """Return warnings for a plain text: doubled start or end tokens, and foreign control tokens.
 
-    tokens: the tokens of the text.
+    tokens: the tokens of the text, with those that the tokenizer and mlx-lm add at its ends.
     """
     notes = []
     start = getattr(tokenizer, "bos_token_id", None)

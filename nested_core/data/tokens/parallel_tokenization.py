@@ -97,6 +97,9 @@ def tokenize_splits(
 ) -> dict[str, TokenFacts]:
     """Write the tokens of each split to files in an existing folder; return facts about each.
 
+    The lines are cut into ranges, worker processes tokenize a range each, and their files are
+    joined in order.
+
     Every example is cut to `max_seq_length` tokens, as mlx-lm does in a batch. A line is left out
     if the chat template raises for it, if it has too many characters, or if it is too long and
     data_policy drops such lines.
@@ -140,7 +143,12 @@ def tokenize_splits(
 
 
 def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[str, Any]]:
-    """Yield the request of each job on a split: which lines it reads and skips, where it writes."""
+    """Yield the request of each job on a split: which lines it reads and skips, where it writes.
+
+    prefix: the beginning of the paths that the jobs write to; the job's number is added.
+
+    The file is read here only to know the number of each range's first line.
+    """
     path = lines.source.path
     first_line = 1
     skip = sorted(lines.source.physical_lines_of(set(lines.skip)))
@@ -173,7 +181,12 @@ class _SplitJoiner:
         self._doubts: dict[tuple[str, str], tuple[int, int]] = {}
 
     def add_part(self, part: Path, answer: dict[str, Any]) -> None:
-        """Append a job's results: the files with prefix `part`, and its answer."""
+        """Append a job's results to those of the split: its files, and the answer it returned.
+
+        part: the beginning of the names of the job's files.
+
+        Jobs count lines in the converted file; all lines are renumbered as in the original file.
+        """
         examples = np.fromfile(_facts_path(part), EXAMPLE_FACTS_DTYPE)
         _facts_path(part).unlink()
         examples["line"] = self._original_line_numbers(examples["line"])
@@ -189,8 +202,9 @@ class _SplitJoiner:
         for line, (check, message, _, count) in zip(
             first_lines.tolist(), answer["doubts"], strict=True
         ):
-            first, before = self._doubts.get((check, message), (line, 0))
-            self._doubts[check, message] = first, before + count
+            # Another range may have had this doubt before: its first line stays, counts add up
+            first_line, earlier_count = self._doubts.get((check, message), (line, 0))
+            self._doubts[check, message] = first_line, earlier_count + count
 
     def _original_line_numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """Convert line numbers of the converted file to original ones."""
@@ -205,7 +219,14 @@ class _SplitJoiner:
 
 
 def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
-    """Tokenize a range of lines; write tokens, masks and facts to files, return the problems."""
+    """Tokenize a range of lines; write tokens, masks and facts to files, return the problems.
+
+    request: the settings of `tokenize_splits` that a worker process needs, and what is this job's
+        own: the lines to read and to skip, and `part`, the beginning of the names of its files.
+
+    Returns by line: examples that cannot be tokenized, those that are dropped for their length, and
+    doubts (each warning with its first line and how many lines have it).
+    """
     source = TokenizerSource(**request["tokenizer"])
     end_tokens = end_token_ids(source.load())
     part = Path(request["part"])
@@ -225,6 +246,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     target_mask = bytearray()
     # Each example is a problem, too long, or appended to the arrays
     for line, encoded in _encode_examples(examples, source, request):
+        # A row of too many characters is not even tokenized; under `drop` it is dropped as well
         if isinstance(encoded, _EncodingProblem):
             if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
                 overlong.append(line)
@@ -243,14 +265,14 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
             target_mask[start + begin : start + end] = b"\1" * (end - begin)
         facts.append((line, *_make_example_facts(encoded, tokens, spans, end_tokens)))
         for doubt in {(note.check, note.message) for note in encoded.notes}:
-            doubts.setdefault(doubt, [line, 0])[1] += 1
+            doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
     write_token_part(part, all_tokens, target_mask)
     np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(_facts_path(part))
     return {
         "problem_lines": list(problems),
         "problems": list(problems.values()),
         "overlong": overlong,
-        "doubts": [(*doubt, *place) for doubt, place in doubts.items()],
+        "doubts": [(*doubt, *line_and_count) for doubt, line_and_count in doubts.items()],
     }
 
 
@@ -266,7 +288,10 @@ def _encode_examples(
 ) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
     """Yield each line with its tokenized example, or why it could not be tokenized.
 
-    examples: line numbers and parsed rows. request: the job's request.
+    examples: line numbers and parsed rows. request: the job's settings, such as max_seq_length.
+
+    A row with too many characters is not tried, as it would take very long. With `targets: last`
+    nothing is left to learn of a row whose last turn is marked as not to be learnt (`masked`).
 
     Raises ConfigError if the template exceeds its time limit.
     """
@@ -306,7 +331,10 @@ def _find_problem(
 ) -> _EncodingProblem | None:
     """Return why a tokenized example must not be trained on; None for a sound one.
 
-    request: the job's request.
+    These are errors found while it was encoded, a row too long that cannot be cut, and a token for
+    which the model has no embedding.
+
+    request: the job's settings, such as max_seq_length.
     """
     for note in encoded.notes:
         if note.severity == "error":
@@ -351,9 +379,14 @@ def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
 def _make_example_facts(
     encoded: EncodedExample, tokens: list[int], spans: list[Span], end_tokens: frozenset[int]
 ) -> tuple[int, int, int, int, int, bool]:
-    """Return the fields of EXAMPLE_FACTS_DTYPE after `line`.
+    """Return what is recorded of a tokenized example, in the order of EXAMPLE_FACTS_DTYPE.
 
-    tokens, spans: after truncation to max_seq_length.
+    tokens, spans: tokens, and the ranges of them that the loss counts, after truncation to
+        max_seq_length.
+
+    Returns its tokens before and after truncation, how many the loss counts, the fewest of them in
+    one answer (without end-of-sequence tokens), the first turn that could not be located (-1 for
+    none), and whether each answer ends in an end-of-sequence token.
     """
     answers = [tokens[begin:end] for begin, end in spans]
     sizes = [_tokens_before_eos(answer, end_tokens) for answer in answers]
