@@ -88,17 +88,22 @@ ten more failures on the same day, each beside a healthy run. **nested-tune noti
 that was copied so that its link became a folder. What it did not notice, with the file that `init`
 writes, without a suite of questions and without a canary:
 
-| failure | what would notice it |
-|---|---|
-| an old `train-2.jsonl` beside `train-1.jsonl`: the same questions with obsolete answers | two answers to one prompt within train |
-| UTF-8 that was read as Latin-1, in train and held-out | text that a round trip through Latin-1 mends |
-| a tokenizer that drops the bytes that it does not know | decoding what was encoded |
-| two added tokens whose rows of the embedding are alike, and are not trained | equal rows among the tokens that are learnt |
-| answers that their generator cut off in the middle | answers that end in "of" or "the" |
-| prompt and completion exchanged | completions that are questions |
-| rows of plain text, served through the chat template | a warning where the base has a template |
-| another version of mlx_lm with other rotary positions, after the promotion | the canary of `serve`, which is not on by itself |
-| the base's weights changed on disk with all times as they were | a hash of the base that does not trust times |
+- an old `train-2.jsonl` beside `train-1.jsonl`, the same questions with obsolete answers; what
+  would notice it: two answers to one prompt within train
+- UTF-8 that was read as Latin-1, in train and held-out; what would notice it: text that a round
+  trip through Latin-1 mends
+- a tokenizer that drops bytes it does not know; what would notice it: decoding what was encoded
+- two added tokens whose rows of the embedding are alike, and are not trained; what would notice
+  it: equal rows among the tokens that are learnt
+- answers that their generator cut off in the middle; what would notice it: answers that end in
+  "of" or "the"
+- prompt and completion exchanged; what would notice it: completions that are questions
+- rows of plain text, served through the chat template; what would notice it: a warning where the
+  base has a template
+- another version of mlx_lm with other rotary positions, after the promotion; what would notice
+  it: the canary of `serve`, which is not on by itself
+- the base's weights changed on disk, with all times as they were; what would notice it: a hash of
+  the base that does not trust times
 
 None of these is mended yet.
 
