@@ -83,10 +83,10 @@ undid three plants: `generate` comes first now.
 
 ### Ten more, planted by somebody who did not know the gate
 
-After all this, somebody who had read these pages, but neither the gate's code nor its tests, planted
-ten more failures on the same day, each beside a healthy run. **nested-tune noticed one**: a registry
-that was copied so that its link became a folder. What it did not notice, with the file that `init`
-writes, without a suite of questions and without a canary:
+After all this, somebody who had read these pages, but neither the gate's code nor its tests,
+planted ten more failures on the same day, each beside a healthy run. **nested-tune noticed one**: a
+registry that was copied so that its link became a folder. What it did not notice, with the file
+that `init` writes, without a suite of questions and without a canary:
 
 - an old `train-2.jsonl` beside `train-1.jsonl`, the same questions with obsolete answers; what
   would notice it: two answers to one prompt within train
