@@ -215,7 +215,8 @@ def decide_night(stream: Stream, number: int, seen: int) -> tuple[str, int | Non
         {"from": "champion", "policy": "auto", "window": f"{count(0, AUTO_NIGHTS)}s"}
     )
     measured = SimpleNamespace(seconds=float(rows), training_seconds=float(rows))
-    config = cast("Any", SimpleNamespace(continual=section))
+    fraction = replay_fraction(GOING_ON)
+    config = cast("Any", SimpleNamespace(continual=section, replay_fraction=fraction))
     decision = decide_by_forecast(config, gathered, measured)
     return decision.choice.policy, decision.most
 

@@ -58,7 +58,7 @@ def test_gate_json_has_the_keys_of_design(judged: Candidate) -> None:
     paired = {"difference", "standard_error", "interval", "smallest_visible", "losses_sha256"}
     paired |= {"has_one_answer", "conclusion", "margin", "one_sided_high", "examples_needed"}
     paired |= {"chosen_among", "corrected_interval", "left_out", "clusters", "few_prompts"}
-    paired |= {"harmed", "helped"}
+    paired |= {"harmed", "helped", "unit"}
     assert set(document["validation"]) == losses | paired
 
 

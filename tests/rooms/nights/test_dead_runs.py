@@ -20,7 +20,6 @@ from prefect.states import Cancelling, Completed, Crashed, Paused, Pending, Runn
 from flows.finetune import finetune
 from flows.rooms.nights import dead_runs
 from flows.rooms.nights.dead_runs import (
-    RESUME_AUTOMATION,
     end_dead_runs,
     resume_forgotten_runs,
 )
@@ -129,9 +128,11 @@ def resume_them(after: float = 0.0) -> list[str]:
     return look()
 
 
-def test_a_first_crash_that_the_server_forgot_is_resumed_once_unless_the_automation_is_paused() -> (
-    None
-):
+def test_a_first_crash_that_the_server_forgot_is_resumed_once_unless_the_automation_is_paused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own_name = str(uuid4())  # other tests leave the deployed one on the server
+    monkeypatch.setattr(dead_runs, "RESUME_AUTOMATION", own_name)
     with get_client(sync_client=True) as client:
         deployment = client.create_deployment(
             client.create_flow(finetune),
@@ -153,7 +154,7 @@ def test_a_first_crash_that_the_server_forgot_is_resumed_once_unless_the_automat
             expect={"nothing.of.this.name"}, posture=Posture.Reactive, threshold=1
         )
         made = client.create_automation(
-            AutomationCore(name=RESUME_AUTOMATION, trigger=trigger, actions=[DoNothing()])
+            AutomationCore(name=own_name, trigger=trigger, actions=[DoNothing()])
         )
         try:
             client.pause_automation(made)
