@@ -117,7 +117,6 @@ VARIABLES = {
         "MLX_CUDA_SDPA_CACHE_SIZE": ("8192", "on CUDA: plans of attention that MLX keeps"),
         "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": ("256", "the same, of the backward pass"),
         "MLX_MAX_OPS_PER_BUFFER": ("8 to 100", "on CUDA: operations a commit, by model size"),
-        "OPENBLAS_NUM_THREADS": ("every core", "OpenBLAS's threads; `--minutes` chooses 1 or all"),
         "OPENBLAS_THREAD_TIMEOUT": ("18", "OpenBLAS's threads sleep after 0.1 ms"),
     },
     "Between processes of the program: do not set": {
