@@ -129,9 +129,7 @@ def add_commands(commands: Any) -> None:
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
-    from flows.terminal.run_results import print_answer_warnings
     from nested_core.pipeline.publishing import read_config_for_registry, register_and_promote_run
-    from nested_core.records.run import Run
     from nested_core.registry import UNSET
     from nested_core.registry.promotion_policy import describe_promotion
 
@@ -152,7 +150,6 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         print_progress(notes.losses)
     if notes.warning is not None:
         print_progress(f"warning: {notes.warning}")
-    print_answer_warnings(Run(run))
     if done.outcome == "promoted" and candidate.verdict.has_broken_answers:
         print_progress(
             f"warning: training broke the answers of this adapter: look at {run.report}. To go "
