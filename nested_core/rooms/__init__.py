@@ -289,7 +289,7 @@ ROOMS: Mapping[str, Room] = {
         losses={
             name: RoomLoss(
                 unit=unit,
-                max_kl=8.0,
+                max_kl=4.0,
                 rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
                 problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
                 make="nested_core.rooms.preferences.training_loss:make_loss",

@@ -32,6 +32,7 @@ class PreferenceKillSoak(KillSoak):
             save_every=3,
             steps_per_report=1,  # each step is read back, as a process does with its first ones
             nested={"frequencies": [1, 2]},
+            gate={"max_kl": 100.0},  # bytes are compared: it moves by 4.1, and the default is 4
             registry={"path": "registry", "name": NAME, "promote": "always"},
             training={"loss": self.loss, "keep_checkpoints": 1000, "sample_tokens": 1},
         )

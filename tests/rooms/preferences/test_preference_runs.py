@@ -254,20 +254,20 @@ def test_the_other_losses_learn_too(tmp_path: Path, loss: str) -> None:
 
 def test_a_margin_that_grew_while_answers_turned_to_nonsense_is_refused(tmp_path, learnt) -> None:
     config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=3e-3)
-    assert config.gate.max_kl == learnt.finished.config.gate.max_kl == 8.0
+    assert config.gate.max_kl == learnt.finished.config.gate.max_kl == 4.0
     judged = run_and_judge(config, tmp_path / "run")
     assert judged.block["conclusion"] == "better"
     assert judged.block["kl_initial"] > 4 > learnt.block["kl_initial"]
     assert "drift" in judged.codes
     message = next(reason.message for reason in judged.verdict.reasons if reason.code == "drift")
-    assert "gate.max_kl is 8" in message
+    assert "gate.max_kl is 4" in message
     assert "drift" not in learnt.codes
 
 
 def test_the_bound_of_the_divergence_is_that_of_the_file_where_it_has_one(tmp_path) -> None:
     data = write_pairs(tmp_path / "data")
     assert make_config(data, "dpo", gate={"max_kl": 9.0}).gate.max_kl == 9.0
-    assert make_config(data, "dpo", gate={"max_kl": None, "drift": True}).gate.max_kl == 8.0
+    assert make_config(data, "dpo", gate={"max_kl": None, "drift": True}).gate.max_kl == 4.0
     assert make_config(data, "dpo", training={}).gate.max_kl is None
 
 
