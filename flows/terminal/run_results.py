@@ -9,6 +9,7 @@ from flows.terminal.console import print_blocks, print_line, print_progress
 from nested_core import seams
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
+from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.records.answers import BrokenHow, SampleAnswers
@@ -23,8 +24,7 @@ def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
     """A title, and for each prompt the prompt, the answers, and the data's own; all is escaped."""
     if not answers:
         return
-    noun = "prompt" if len(answers) == 1 else "prompts"
-    yield TITLE.format(count=f"{len(answers)} {noun}")
+    yield TITLE.format(count=format_count(len(answers), "prompt"))
     for row in answers:
         yield f"  {_escape_and_shorten(row.prompt)} ({row.place})"
         yield f"    base:     {_escape_and_shorten(row.base)}{_describe_damage(row.base_broken)}"

@@ -15,6 +15,7 @@ Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
 MIN_EXAMPLES = 5  # independent ones; fewer have no interval: nothing can be shown, nor promoted
 MIN_MARGIN = 0.01  # nats: a loss near 0 has a margin too
+MIN_CHANGE = 1.0  # in the unit of the loss: of an example that counts as harmed or helped
 MAX_RISE_OF_FEW = 0.1  # of the loss before, where there are too few examples for an interval
 MAX_NAMED_EXAMPLES = 100_000
 _Z_ONE_SIDED = 1.6449  # the 95 % end of one side

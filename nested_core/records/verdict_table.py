@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from nested_core import seams
 from nested_core.records.answers import AnswerRecord, shown_answer
+from nested_core.records.loss_conclusion import MIN_CHANGE
 from nested_core.records.verdict import (
     MIN_HARMED,
     ChampionLoss,
@@ -198,7 +199,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
             harmed = reasons_of(verdict, "examples_harmed")
             # How many examples are beyond 1.0, the rise that counts as harm
             after = str(losses.harmed)
-            name = f"examples that lost more than 1.0 {losses.unit}"
+            name = f"examples that lost more than {MIN_CHANGE} {losses.unit}"
             yield make_check(name, harmed, after=after, bound=bound)
     for role, other in (("champion", verdict.champion), ("reference", verdict.reference)):
         if other is not None:

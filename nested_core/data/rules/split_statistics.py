@@ -16,6 +16,7 @@ from nested_core.data.lines.example_parsing import CONVERSATION_FORMATS
 from nested_core.data.rules.related_lines import Dropped
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
 from nested_core.records.dataset import Finding, SplitStats, TokenStats
+from nested_core.text.value_format import format_count
 
 _LETTER_PATTERN_BY_ROLE = {
     "system": "s",
@@ -94,8 +95,7 @@ def make_token_stats(
 def describe_split_stats(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
     """Yield the counts as findings of severity info: rows, roles, tokens, padding, digest."""
     format_name = f"{stats.format} " if stats.format else ""
-    noun = "line" if stats.lines == 1 else "lines"
-    facts = {"rows": f"{stats.rows:,} {format_name}rows in {stats.lines:,} {noun}"}
+    facts = {"rows": f"{stats.rows:,} {format_name}rows in {format_count(stats.lines, 'line')}"}
     if stats.rejected:
         facts["rows"] += f", {stats.rejected:,} rejected"
     if gone := sum(map(len, stats.dropped.values())):

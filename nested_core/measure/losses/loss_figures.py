@@ -16,6 +16,7 @@ from nested_core.config.sections import GateSection
 from nested_core.measure.losses.chosen_candidate import Candidates
 from nested_core.records.comparison_family import NOT_TESTED, Chance, chance_of_mean
 from nested_core.records.loss_conclusion import (
+    MIN_CHANGE,
     Conclusion,
     conclude,
     count_examples_needed,
@@ -36,8 +37,7 @@ from nested_core.records.verdict import (
 from nested_core.storage.atomic import finite_or_none
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
-# An example is harmed or helped if its loss changed by at least both of these.
-MIN_CHANGE = 1.0  # in the unit of the loss, such as nats/token
+# An example is harmed or helped if its loss changed by at least MIN_CHANGE and MIN_SPREADS.
 MIN_SPREADS = 6 * 1.48  # median absolute deviations: 6 standard deviations of a normal distribution
 MIN_LOSS_OF_FEWEST = 4.0  # nats/token: the mean rise that three harmed examples need to count
 ENOUGH_FOR_OWN_SPREAD = 20  # with fewer examples, a comparison uses the pooled spread

@@ -11,7 +11,7 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
 from nested_core.pipeline.learning_rate_rule import describe_learning_rate
 from nested_core.pipeline.run_explanation import RunExplanation
 from nested_core.records.dataset import SplitStats, held_out_split
-from nested_core.records.loss_conclusion import MIN_MARGIN
+from nested_core.records.loss_conclusion import MIN_CHANGE, MIN_MARGIN
 from nested_core.text.loss_format import NATS_PER_TOKEN
 from nested_core.text.value_format import format_count
 
@@ -140,7 +140,7 @@ class RunInWords:
         if split is not None or gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
             file = gate.held_out if split is None else self.run.splits[split].file
             yield self._describe_loss_bound(file)
-            rise = f"1.0 {self.loss_unit}"
+            rise = f"{MIN_CHANGE} {self.loss_unit}"
             if self.loss_unit == NATS_PER_TOKEN:
                 rise += f" (each expected token {math.e:.1f} times less likely)"
             yield (

@@ -18,6 +18,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.states import Cancelling, Completed, Crashed, Paused, Pending, Running, Scheduled
 
 from flows.finetune import finetune
+from flows.process.environment import packaged_folder
 from flows.rooms.nights import dead_runs
 from flows.rooms.nights.dead_runs import (
     end_dead_runs,
@@ -118,6 +119,11 @@ def test_where_all_were_heard_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> N
                 client.set_flow_run_state(run.id, Completed(), force=True)
     monkeypatch.setattr(dead_runs, "time", clock_with(refuse))
     assert end_them() == []
+
+
+def test_the_automation_that_it_waits_for_is_the_one_that_deploy_puts_on_the_server() -> None:
+    text = (packaged_folder("deployments") / "automations.yaml").read_text()
+    assert f'- name: "{dead_runs.RESUME_AUTOMATION}"' in text
 
 
 def resume_them(after: float = 0.0) -> list[str]:
