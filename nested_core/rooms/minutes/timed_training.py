@@ -44,6 +44,7 @@ from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
+from nested_core.text.stages import receiving_stages
 from nested_core.text.value_format import format_count
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
@@ -128,7 +129,8 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             f"minutes: cut after step {state['step']:,} of {plan.steps:,}, so that there is time "
             f"for the verdict"
         )
-        return self._hooks.train(self.config, self._run, session)
+        with receiving_stages(lambda _: None):  # what began is said already
+            return self._hooks.train(self.config, self._run, session)
 
     def _go_on(self, fixed: TimePlan) -> TimePlan:
         """The plan of a run that goes on.
