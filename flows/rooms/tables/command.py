@@ -176,9 +176,11 @@ def _show_data_set(made: DataSet, folder: Path) -> None:
     from nested_core.rooms.tables.labels import tabulate_labels_of_data
     from nested_core.text.document import Text
 
-    for column, places in made.left_out.items():
-        listed = join_first_values(places, MAX_SHOWN_PLACES)
-        print_progress(f"left out, without a text in {column}: {len(places):,} rows ({listed})")
+    kinds = {"left out, without a text": made.left_out, "kept, with nothing": made.blanks}
+    for kind, places_by_column in kinds.items():
+        for column, places in places_by_column.items():
+            listed = join_first_values(places, MAX_SHOWN_PLACES)
+            print_progress(f"{kind} in {column}: {len(places):,} rows ({listed})")
     for column, count in made.nulls.items():
         print_progress(f"null in the answer, for {column} is empty there: {count:,} rows")
     if made.unused:
