@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.terminal.console import print_progress
+from flows.terminal.console import errors, print_progress
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.untrusted_files import read_regular
+from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
     from nested_core.rooms.tables.chats import Columns
@@ -223,7 +224,7 @@ def _ask(flags: ColumnFlags, facts: FileFacts, system: str | None) -> tuple[Colu
     for number, name in enumerate(names, 1):
         print_progress(f"{number:>4}  {name:<{width}}  {facts.columns[name].describe()}")
     try:
-        asked = "Which column is the question? Several, with commas, become lines of it"
+        asked = "Which is the question? Several, with commas, become lines of it"
         question = _ask_for_names(asked, names, guessed[0])
         asked = "Which is the answer? Several, with commas, become a JSON object"
         answer = _ask_for_names(asked, names, guessed[1])
@@ -241,7 +242,9 @@ def _ask(flags: ColumnFlags, facts: FileFacts, system: str | None) -> tuple[Colu
     else:
         given["template"] = r"\n".join(f"{name}: {{{name}}}" for name in question)
         template = Template.parse(given["template"])
-    print_progress(f"The same without questions: {flags.command(system=system or None, **given)}")
+    print_progress("The same without questions:")
+    command = flags.command(system=system or None, **given)
+    errors.print(escape(command), soft_wrap=True)  # to be copied: no line is broken in it
     return Columns(template, answer, is_object), system
 
 

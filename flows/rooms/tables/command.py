@@ -18,6 +18,7 @@ from flows.rooms.tables.column_flags import TABLE_FLAGS, ColumnFlags, ask_or_ref
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, DatasetError, join_first_values
 from nested_core.storage.output_places import require_free_place, require_new_output
+from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.rooms.tables.data_set import DataSet
@@ -180,7 +181,7 @@ def _show_data_set(made: DataSet, folder: Path) -> None:
     for kind, places_by_column in kinds.items():
         for column, places in places_by_column.items():
             listed = join_first_values(places, MAX_SHOWN_PLACES)
-            print_progress(f"{kind} in {column}: {len(places):,} rows ({listed})")
+            print_progress(f"{kind} in {column}: {format_count(len(places), 'row')} ({listed})")
     for column, count in made.nulls.items():
         print_progress(f"null in the answer, for {column} is empty there: {count:,} rows")
     if made.unused:

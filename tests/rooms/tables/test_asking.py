@@ -58,7 +58,7 @@ def test_several_columns_of_a_question_become_lines_and_the_command_has_their_te
     assert '"role": "user", "content": "Id: ' in first
     assert "\\nDescription: My parcel " in first
     assert "no column is named; expected numbers from 1 to 5, or names." in shown
-    words = shlex.split(shown.partition("The same without questions: ")[2].splitlines()[0])
+    words = shlex.split(shown.partition("The same without questions:")[2].split("\n")[1])
     assert words[words.index("--template") + 1] == r"Id: {Id}\nDescription: {Description}"
     assert words[words.index("--minutes") + 1] == "5"
 
