@@ -66,7 +66,7 @@ def mask_on_the_prompt(case: Case, planted: bool) -> None:
     pairs_case(case, "simpo")
     case.settings.beta = 2.0
     # A cache of its own: tokens are cached by the rows, and both folders have the same rows.
-    case.environment["XDG_CACHE_HOME"] = str(case.folder / "cache")
+    case.environment["NESTED_TUNE_CACHE"] = str(case.folder / "cache")
     if planted:
         case.break_library("mask-on-the-prompt")
 
