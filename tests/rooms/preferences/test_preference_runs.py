@@ -20,7 +20,7 @@ from nested_core import seams
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.lines import example_parsing
-from nested_core.errors import DamagedError, DatasetError, TrainingStopped
+from nested_core.errors import ConfigError, DamagedError, DatasetError, TrainingStopped
 from nested_core.gate.judge import judge_run
 from nested_core.pipeline import steps
 from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
@@ -256,7 +256,7 @@ def test_the_other_losses_learn_too(tmp_path: Path, loss: str) -> None:
 
 def test_a_margin_that_grew_while_answers_turned_to_nonsense_is_refused(tmp_path, learnt) -> None:
     config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=3e-3)
-    assert config.gate.max_kl == learnt.finished.config.gate.max_kl == 4.0
+    assert config.gate_bounds.max_kl == learnt.finished.config.gate_bounds.max_kl == 4.0
     judged = run_and_judge(config, tmp_path / "run")
     assert judged.block["conclusion"] == "better"
     assert judged.block["kl_initial"] > 4 > learnt.block["kl_initial"]
@@ -268,9 +268,22 @@ def test_a_margin_that_grew_while_answers_turned_to_nonsense_is_refused(tmp_path
 
 def test_the_bound_of_the_divergence_is_that_of_the_file_where_it_has_one(tmp_path) -> None:
     data = write_pairs(tmp_path / "data")
-    assert make_config(data, "dpo", gate={"max_kl": 9.0}).gate.max_kl == 9.0
-    assert make_config(data, "dpo", gate={"max_kl": None, "drift": True}).gate.max_kl == 4.0
-    assert make_config(data, "dpo", training={}).gate.max_kl is None
+    assert make_config(data, "dpo", gate={"max_kl": 9.0}).gate_bounds.max_kl == 9.0
+    without = make_config(data, "dpo", gate={"max_kl": None, "drift": True})
+    assert (without.gate.max_kl, without.gate_bounds.max_kl) == (None, 4.0)
+    assert make_config(data, "dpo", training={}).gate_bounds.max_kl is None
+
+
+def test_held_out_pairs_are_required_by_the_bound_of_the_file_and_not_by_that_of_the_loss(
+    tmp_path,
+) -> None:
+    data = write_rows(tmp_path / "data", {"train": list_pairs("train")})
+    config = make_config(data, "dpo")
+    run = prepare(config, tmp_path / "run")
+    steps.require_held_out_examples(config, run)
+    asked = make_config(data, "dpo", gate={"max_kl": 4.0})
+    with pytest.raises(ConfigError, match=r"gate\.max_kl: .* neither test\.jsonl nor valid"):
+        steps.require_held_out_examples(asked, run)
 
 
 def test_planted_pairs_of_train_are_swapped(tmp_path: Path, learnt: Judged) -> None:
