@@ -48,7 +48,6 @@ class MlxLmLora(MlxLm):
         super()._train(case, out, *fused, *flags, data=data)
 
     def judge(self, case: Case) -> None:
-        self.use(case)
         if not case.settings.full:
             self.evaluate(case)
 
