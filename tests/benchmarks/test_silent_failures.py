@@ -66,6 +66,15 @@ def test_a_loss_that_is_reported_is_no_warning() -> None:
     assert decide(nan, printed(reports), printed("")).noticed == "never"
 
 
+def test_what_the_model_answers_is_no_warning() -> None:
+    tokens = FAILURES["control-tokens-in-text"]
+    frame = "=" * 10
+    for answered in (f"{frame}\nOslo.<|assistant|>\n{frame}\nPrompt: 8 tokens", "answer: <|user|>"):
+        assert decide(tokens, printed(answered), printed("")).noticed == "never"
+    warned = f"{frame}\nOslo.\n{frame}\nwarning: <|user|> is a control token"
+    assert decide(tokens, printed(warned), printed("")).noticed == "after"
+
+
 def test_a_row_of_a_table_counts_with_a_verdict_or_a_count_that_the_twin_does_not_have() -> None:
     rows = FAILURES["duplicated-rows"]
     inspected = decide(rows, printed("│ Duplicates │ 36 │"), printed("│ Duplicates │ 0 │"))
