@@ -124,6 +124,31 @@ def test_the_readme_has_the_counts_of_the_rows() -> None:
             assert re.search(rf"{re.escape(shown)} (notices )?{counted}[,.]", readme), tool
 
 
+def test_each_tool_has_a_row_for_each_failure_and_all_are_of_one_version() -> None:
+    for tool, rows in read_all_rows().items():
+        assert list(rows) == list(FAILURES), tool
+        assert len({row["version"] for row in rows.values()}) == 1, tool
+        assert {row["tool"] for row in rows.values()} == {tool}
+        runs = [run for row in rows.values() for run in row["healthy"] + row["planted"]]
+        assert all(len(run["output"].splitlines()) <= bench.KEPT_LINES for run in runs)
+
+
+def test_the_page_has_a_cell_for_each_row_and_counts_what_its_cells_say() -> None:
+    page = (ROOT / "docs/silent-failures.md").read_text("utf-8")
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    cells = {line[0]: line[1:] for line in table}
+    counts = cells["**noticed**"]
+    for column, (tool, rows) in enumerate(read_all_rows().items()):
+        assert cells["failure"][column].startswith(tool)
+        words = [cells[failure.kind][column] for failure in FAILURES.values()]
+        assert words == [describe(rows[name]) for name in FAILURES]
+        outside = words.count("not applicable") + words.count("not run")
+        noticed = len(words) - outside - sum(word.startswith("never") for word in words)
+        alarms = sum("false alarm" in word for word in words)
+        counted = f"{noticed} of {len(words) - outside}, false alarms {alarms}"
+        assert counts[column] == ("not run" if outside == len(words) else counted)
+
+
 def test_counts_pass_over_what_is_not_applicable() -> None:
     whens = ("before", "never", "not applicable")
     rows = {when: {"noticed": when, "false_alarm": when == "never"} for when in whens}
