@@ -1,8 +1,8 @@
 """What a tool noticed of a failure, by the bench's rule.
 
 Noticed is what ends with an error or a refusal, or is told by a line whose words name the failure
-and which the healthy twin's output does not have. Reports of a loss are no warnings, nor is what the
-model answers. Of a table, rows count that give a verdict or end with a number.
+and which the healthy twin's output does not have. Reports of a loss are no warnings, nor is what
+the model answers. Of a table, rows count that give a verdict or end with a number.
 """
 
 from __future__ import annotations

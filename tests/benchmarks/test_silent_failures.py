@@ -129,8 +129,6 @@ def test_each_tool_has_a_row_for_each_failure_and_all_are_of_one_version() -> No
         assert list(rows) == list(FAILURES), tool
         assert len({row["version"] for row in rows.values()}) == 1, tool
         assert {row["tool"] for row in rows.values()} == {tool}
-        runs = [run for row in rows.values() for run in row["healthy"] + row["planted"]]
-        assert all(len(run["output"].splitlines()) <= bench.KEPT_LINES for run in runs)
 
 
 def test_the_page_has_a_cell_for_each_row_and_counts_what_its_cells_say() -> None:
