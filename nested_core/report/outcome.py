@@ -243,7 +243,7 @@ LIST_COLUMNS = ("run", "adapter", "outcome", "selected step", "val loss", "gate 
 LIST_NOTE = (
     "Losses of the selected checkpoint, in nats/token or the unit of training.loss: val loss on "
     "the validation set, gate loss on the examples of the gate. (last): of the last evaluation, "
-    "before a checkpoint is selected. minutes: of training alone."
+    "before a checkpoint is selected."
 )
 
 

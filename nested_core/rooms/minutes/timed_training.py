@@ -225,10 +225,12 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         )
 
     def _write_iterations(self, iterations: int) -> None:
-        """Have the configuration, and config.yaml, say so many."""
+        """Have the configuration, and config.yaml, say so many; its time stays the run's begin."""
         training = self.config.training.model_copy(update={"epochs": None})
         self.config = self.config.model_copy(update={"iters": iterations, "training": training})
+        begun = self._run.config.stat()
         write_bytes(self._run.config, render_config(self.config))
+        os.utime(self._run.config, ns=(begun.st_atime_ns, begun.st_mtime_ns))
 
     def _end_at(self, seconds: float) -> float:
         """When these seconds of work on the run are over, in seconds since 1970."""
