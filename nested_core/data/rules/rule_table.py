@@ -51,12 +51,7 @@ _MAX_SHOWN_LINES = 5
 _MAX_SHOWN_TURNS = 12
 # Those that hold a line: of the file in train_file or valid_file, or else of the row's own.
 _LINE_COLUMNS = {
-    "repeats",
-    "resembles",
-    "answers_otherwise",
-    "near",
-    "repeats_held_out",
-    "line_in_valid",
+    *("repeats", "resembles", "answers_otherwise", "near", "repeats_held_out", "line_in_valid")
 }
 _ROLE_NAME_BY_LETTER = {
     "s": "system",
