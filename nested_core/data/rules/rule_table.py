@@ -162,7 +162,7 @@ class FrameRules:
                     findings.error_lines.setdefault(group["file"][0], set()).update(lines)
 
     def _require_fit(self, frame: pl.DataFrame) -> None:
-        """Raise TypeError if a declared column is missing, of another type, or Boolean with null."""
+        """Raise TypeError if a declared column is missing, of another type, or Boolean and null."""
         found = frame.schema
         misfits = [
             f"{name} is {found.get(name)}"
