@@ -9,9 +9,10 @@ adapter in float32, and each question where the answers part. Needs mlx-lm, and 
 or torch, transformers and peft.
 
 Two programs add in another order, so their logits differ by rounding. How much is measured at each
-token of the answers that are equal: the margin of the likeliest token over the second is computed
-by both programs, and the difference is what rounding does. Answers that part where mlx_lm's margin
-is smaller than the largest difference are a tie; any other is a fault of the export or the reader.
+token that both answers have, up to where they part: the margin of the likeliest token over the
+second is computed by both programs, and the difference is what rounding does. Answers that part
+where mlx_lm's margin is at most the largest difference are a tie; any other is a fault of the
+export or the reader.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -36,7 +37,7 @@ backend.prepare()  # before anything imports mlx
 import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_map  # noqa: E402
 from mlx_lm import load  # noqa: E402
-from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+from mlx_lm.generate import generate_step  # noqa: E402
 
 from benchmarks.real_model.make_model import REFERENCE  # noqa: E402
 from nested_core.rooms.export.llama_cpp_program import LlamaCppReader  # noqa: E402
@@ -84,6 +85,23 @@ class Parting:
     is_tie: bool
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The tokens of two programs' answers to one question."""
+
+    question: str
+    prompt: list[int]
+    ours: list[int]
+    theirs: list[int]
+
+    @property
+    def agreed(self) -> int:
+        """How many tokens both answers begin with."""
+        pairs = zip(self.ours, self.theirs, strict=False)
+        differing = (token for token, (one, other) in enumerate(pairs) if one != other)
+        return next(differing, len(self.ours))
+
+
 def main() -> None:
     """Append the row of one export, and end with an error if anything but a tie differs."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -117,21 +135,21 @@ def compare(ours: MlxLm, theirs: Program, questions: Sequence[dict[str, Any]]) -
     reference = json.loads(REFERENCE.read_text(encoding="utf-8"))["texts"]
     unequal = [text["text"] for text in reference if theirs.encode(text["text"]) != text["ids"]]
     rounding: list[float] = []
-    parted: list[tuple[str, list[int], list[int], list[int]]] = []
+    answered: list[Answers] = []
     right = {"ours": 0, "theirs": 0}
     for question in questions:
-        asked = question["messages"][-1]["content"]
         rendered = ours.render(question["messages"])
         prompt = ours.encode(rendered)
         if theirs.encode(rendered) != prompt:
             unequal.append(rendered)
-        our_answer, their_answer = ours.answer(prompt), theirs.answer(prompt)
-        right["ours"] += ours.decode(our_answer) == question["expected"]
-        right["theirs"] += ours.decode(their_answer) == question["expected"]
-        if our_answer == their_answer:
-            rounding += differences_of_margins(ours, theirs, prompt, our_answer)
-        else:
-            parted.append((asked, prompt, our_answer, their_answer))
+        asked = question["messages"][-1]["content"]
+        answers = Answers(asked, prompt, ours.answer(prompt), theirs.answer(prompt))
+        right["ours"] += ours.decode(answers.ours) == question["expected"]
+        right["theirs"] += ours.decode(answers.theirs) == question["expected"]
+        if answers.agreed:
+            rounding += differences_of_margins(ours, theirs, answers)
+        answered.append(answers)
+    parted = [answers for answers in answered if answers.ours != answers.theirs]
     largest = max(rounding, default=0.0)
     return {
         "program": theirs.name,
@@ -143,59 +161,39 @@ def compare(ours: MlxLm, theirs: Program, questions: Sequence[dict[str, Any]]) -
         "right": right["ours"],
         "right_of_export": right["theirs"],
         "answer_tokens": len(rounding),
-        "median_rounding": float(f"{np.median(rounding):.3g}"),
+        "median_rounding": float(f"{np.median(rounding or [0.0]):.3g}"),
         "largest_rounding": float(f"{largest:.3g}"),
-        "partings": [asdict(describe(ours, theirs, *words, largest)) for words in parted],
+        "partings": [asdict(describe(ours, theirs, answers, largest)) for answers in parted],
     }
 
 
-def differences_of_margins(
-    ours: Program, theirs: Program, prompt: list[int], answer: list[int]
-) -> list[float]:
-    """How far apart two programs' margins are of the likeliest token over the second, by token."""
-    tokens = prompt + answer[:-1]
-    rows = [program.logits(tokens, len(prompt) - 1) for program in (ours, theirs)]
+def differences_of_margins(ours: Program, theirs: Program, answers: Answers) -> list[float]:
+    """How far apart the programs' margins of the likeliest token are, by token that both answer."""
+    tokens = answers.prompt + answers.ours[: answers.agreed - 1]
+    start = len(answers.prompt) - 1
+    rows = [program.logits(tokens, start) for program in (ours, theirs)]
     second, first = np.argsort(rows[0], axis=-1)[:, -2:].T
-    places = np.arange(len(answer))
+    places = np.arange(answers.agreed)
     our_margins, their_margins = (row[places, first] - row[places, second] for row in rows)
     return [float(difference) for difference in np.abs(our_margins - their_margins)]
 
 
-def describe(
-    ours: MlxLm,
-    theirs: Program,
-    question: str,
-    prompt: list[int],
-    our_answer: list[int],
-    their_answer: list[int],
-    rounding: float,
-) -> Parting:
+def describe(ours: MlxLm, theirs: Program, answers: Answers, rounding: float) -> Parting:
     """The first token of two answers that differs, and how close it was in both programs."""
-    pairs = zip(our_answer, their_answer, strict=False)
-    token = next(place for place, (one, other) in enumerate(pairs) if one != other)
-    one, other = our_answer[token], their_answer[token]
-    before = prompt + our_answer[:token]
+    token = answers.agreed
+    one, other = answers.ours[token], answers.theirs[token]
+    before = answers.prompt + answers.ours[:token]
     our_row, their_row = (program.logits(before, len(before) - 1)[0] for program in (ours, theirs))
     our_margin = float(our_row[one] - our_row[other])
     return Parting(
-        question,
+        answers.question,
         token,
-        ours.decode(our_answer),
-        ours.decode(their_answer),
+        ours.decode(answers.ours),
+        ours.decode(answers.theirs),
         round(our_margin, 6),
         round(float(their_row[other] - their_row[one]), 6),
         our_margin <= rounding,
     )
-
-
-def answer_greedily(
-    advance: Callable[[list[int]], int], prompt: list[int], ends: set[int]
-) -> list[int]:
-    """The tokens that `advance` gives, up to an end; it takes tokens and gives the next one."""
-    said = [advance(prompt)]
-    while said[-1] not in ends and len(said) < MOST_TOKENS:
-        said.append(advance(said[-1:]))
-    return said
 
 
 class MlxLm:
@@ -224,13 +222,13 @@ class MlxLm:
         return str(self._tokenizer.decode([token for token in tokens if token not in ends]))
 
     def answer(self, prompt: list[int]) -> list[int]:
-        """As Program says."""
-        cache = make_prompt_cache(self._model)
-
-        def advance(tokens: list[int]) -> int:
-            return int(self._model(mx.array([tokens]), cache=cache)[0, -1].argmax().item())
-
-        return answer_greedily(advance, prompt, self._tokenizer.eos_token_ids)
+        """As Program says; by mlx_lm's own generation."""
+        said: list[int] = []
+        for token, _ in generate_step(mx.array(prompt), self._model, max_tokens=MOST_TOKENS):
+            said.append(int(token))
+            if said[-1] in self._tokenizer.eos_token_ids:
+                break
+        return said
 
     def logits(self, tokens: list[int], start: int) -> Logits:
         """As Program says."""
@@ -257,18 +255,16 @@ class Peft:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def answer(self, prompt: list[int]) -> list[int]:
-        """As Program says."""
-        cache = None
-
-        def advance(tokens: list[int]) -> int:
-            nonlocal cache
-            with self._torch.no_grad():
-                given = self._torch.tensor([tokens])
-                output = self._model(given, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            return int(output.logits[0, -1].argmax())
-
-        return answer_greedily(advance, prompt, {self._tokenizer.eos_token_id})
+        """As Program says; by transformers' own generation."""
+        given = self._torch.tensor([prompt])
+        whole = self._model.generate(
+            input_ids=given,
+            attention_mask=self._torch.ones_like(given),
+            do_sample=False,
+            max_new_tokens=MOST_TOKENS,
+        )
+        said: list[int] = whole[0, len(prompt) :].tolist()
+        return said
 
     def logits(self, tokens: list[int], start: int) -> Logits:
         """As Program says."""
