@@ -17,6 +17,7 @@ from tests.example import DATA, MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "benchmarks" / "real_model" / "other_readers.jsonl"
+EXPORTS = [row["export"] for row in read_rows(ROWS)]
 QUESTIONS = [json.loads(line) for line in (DATA / "held_out.jsonl").read_text().splitlines()[:4]]
 TEXTS = ["Oslo is the capital of Norway.", "x  y\n"]
 
@@ -81,7 +82,7 @@ def measured(export: str) -> dict[str, Any]:
     return row
 
 
-@pytest.mark.parametrize("export", ["gguf", "peft"])
+@pytest.mark.parametrize("export", EXPORTS)
 def test_nothing_but_ties_differed_on_the_real_model(export: str) -> None:
     row = measured(export)
     assert (row["texts"], row["unequal_texts"], row["questions"]) == (300, [], 100)
@@ -89,7 +90,7 @@ def test_nothing_but_ties_differed_on_the_real_model(export: str) -> None:
     assert all(parting["is_tie"] for parting in row["partings"])
 
 
-@pytest.mark.parametrize("export", ["gguf", "peft"])
+@pytest.mark.parametrize("export", EXPORTS)
 def test_the_table_of_other_readers_is_that_of_the_rows(export: str) -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     row = measured(export)
@@ -104,13 +105,15 @@ def test_the_table_of_other_readers_is_that_of_the_rows(export: str) -> None:
         str(row["median_rounding"]),
         str(row["largest_rounding"]),
     ]
-    assert f"the adapter in mlx_lm {row['right']} of {row['questions']}" in " ".join(page.split())
+    assert f"the adapter in mlx_lm answers {row['right']} of {row['questions']}" in " ".join(
+        page.split()
+    )
 
 
 def test_the_page_on_exports_names_the_equal_answers_of_the_rows() -> None:
     page = " ".join((ROOT / "docs" / "export.md").read_text().split())
-    gguf, peft = measured("gguf"), measured("peft")
+    gguf = measured("gguf")
     assert (
         f"llama.cpp answered {gguf['equal']} of {gguf['questions']} questions with the same tokens "
-        f"as mlx_lm with the adapter, transformers and PEFT {peft['equal']}"
+        f"as mlx_lm with the adapter, and made the same tokens of {gguf['texts']} texts"
     ) in page
