@@ -77,7 +77,6 @@ FRAMES = (
 SUBJECTS = HERE.joinpath("subjects.txt").read_text("utf-8").split()
 END_OF_SENTENCE = re.compile(r"[.!?]+(?=\s|$)")
 MIN_WORDS = 3
-PROMPTS_AT_ONCE = 64  # what a call that is cut off loses at most
 OURS, TRL = "ours", "trl"
 
 
@@ -175,11 +174,11 @@ class Benchmark:
     def _answer_the_rest(
         self, name: str, prompts: Sequence[str], adapter: Path | None
     ) -> Iterator[list[dict[str, Any]]]:
-        """Answers of PROMPTS_AT_ONCE prompts at a time, by several processes, in order."""
+        """Answers of `--at-once` prompts at a time, by several processes, in order."""
         if not prompts:
             return
-        starts = range(0, len(prompts), PROMPTS_AT_ONCE)
-        parts = [prompts[start : start + PROMPTS_AT_ONCE] for start in starts]
+        at_once = self.options.at_once
+        parts = [prompts[start : start + at_once] for start in range(0, len(prompts), at_once)]
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(self.options.processes, spawn)
         try:
@@ -321,6 +320,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=(OURS, TRL), help="what is trained; all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="that answer at the same time")
+    parser.add_argument("--at-once", type=int, default=64, help="prompts of a process at a time")
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--fresh", type=int, default=1500)
     parser.add_argument("--paragraphs", type=int, default=200, help="of general text")

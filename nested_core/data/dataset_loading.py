@@ -63,11 +63,6 @@ _OTHER_CODE_IN_CACHE_KEY = ("errors.py", "storage/untrusted_files.py", "storage/
 _log = logging.getLogger(__name__)
 
 
-def write_report_beside_tokens(folder: Path, report: DatasetReport) -> None:
-    """Write the report into a cache entry's folder."""
-    write_json(folder / REPORT_NAME, report.to_json())
-
-
 def dataset_cache(folder: Path | None = None) -> UserCache:
     """Return the cache of data sets, by default `datasets` in the user's cache folder."""
     place = folder or cache_folder() / "datasets"
@@ -156,7 +151,7 @@ def _hash_data_code() -> str:
         *(
             path
             for name, room in seams.list_rooms().items()
-            if room.losses
+            if room.losses or room.text_checks or room.near_duplicates
             for path in sorted((root / "rooms" / name).glob("*.py"))
         ),
     ]
@@ -197,9 +192,9 @@ def _require_rows_of_loss(report: DatasetReport, loss: str | None) -> None:
     """Raise ConfigError if replayed rows of earlier nights are of another `training.loss`."""
     if wrong := [one for one in report.findings if one.check in CHECKS_OF_ANOTHER_LOSS]:
         raise ConfigError(
-            f"continual.replay: examples of earlier nights are no rows of training.loss: "
-            f"{loss or 'null'} ({wrong[0].message}). Set continual.replay.fraction: 0, or train an "
-            f"adapter of another registry.name with this loss."
+            f"continual.replay: earlier nights had another training.loss than {loss or 'null'}, so "
+            f"that their examples cannot be replayed ({wrong[0].message}). Set "
+            f"continual.replay.fraction: 0, or train under another registry.name with this loss."
         )
 
 
@@ -241,13 +236,12 @@ def load_dataset(
                 report = judge(folder=Path(private))
                 return report, write_manifest_and_open_tokens(Path(private))
         entry = cache.entry(_depends_on(settings, files, tokenizer))
-        cached = _read_report_and_tokens(entry)
-        if cached is not None:
+        if (cached := _read_report_and_tokens(entry)) is not None:
             return cached
         cache.remove_unused()
         with _creating(entry) as folder:
             report = judge(folder=folder)
-            write_report_beside_tokens(folder, report)
+            write_json(folder / REPORT_NAME, report.to_json())
             if cache.entry(_depends_on(settings, files, tokenizer)) != entry:
                 raise DatasetError(f"{settings.data} changed while it was checked. Start again.")
             return report, write_manifest_and_open_tokens(folder)

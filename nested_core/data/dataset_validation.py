@@ -128,8 +128,8 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
         if settings.policy.roles == "template":  # then no rule has roles to judge
             frame = frame.with_columns(roles=pl.lit(None, frame.schema["roles"]))
         LINE_RULES.add_findings(frame, findings)
-        for part in seams.load_all("sensitive_data"):
-            part.rules.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
+        for part in seams.load_all("text_checks"):
+            part.add_findings(frame, findings)
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
     make_held_out_rules(severity).add_findings(tables["test"].frame, findings)

@@ -265,7 +265,7 @@ def _join_range_frames(
     schema: dict[str, Any] = {**LINE_SCHEMA, **more_columns, "line": pl.Int32}
     frame = pl.concat([pl.DataFrame(schema={"line": pl.Int32}), *frames], how="diagonal")
     missing = [pl.lit(None, kind).alias(name) for name, kind in schema.items() if name not in frame]
-    frame = frame.with_columns(missing).select(list(schema))
+    frame = frame.with_columns(missing).select(*schema, pl.exclude(*schema))
     if file is not None and file.problems:
         frame = _add_line_problems(frame, file.problems)
     if file is not None and file.numbers is not None:

@@ -96,7 +96,11 @@ class Room:
     readers: functions that give the lines of JSON in a data file, by the end of its name.
     hub_tables: a function of DataSettings that gives name and lines of each split of a data set of
         the Hugging Face hub.
-    sensitive_data: a class that finds what a text may hold, and has the rules that report it.
+    text_checks: a class of checks of single lines: `find`, a function of their texts (the turns
+        joined by NUL) that gives columns, none of them null, and `add_findings`, a function of a
+        file's lines with these columns and of the Findings.
+    tokenizer_checks: a class, made of a TokenizerSource, that is called with an Example and its
+        tokens, and gives Notes.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,
         and of the rules that report them.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives blocks.
@@ -152,7 +156,8 @@ class Room:
     run_measurement: str | None = None
     readers: Mapping[str, str] = field(default_factory=dict)
     hub_tables: str | None = None
-    sensitive_data: str | None = None
+    text_checks: str | None = None
+    tokenizer_checks: str | None = None
     near_duplicates: str | None = None
     data_tables: str | None = None
     gate_checks: str | None = None
@@ -228,7 +233,11 @@ ROOMS: Mapping[str, Room] = {
     "near_duplicates": Room(
         near_duplicates="nested_core.rooms.near_duplicates.related_rows:NearDuplicates"
     ),
-    "secrets": Room(sensitive_data="nested_core.rooms.secrets.rules:SensitiveData"),
+    "secrets": Room(text_checks="nested_core.rooms.secrets.rules:SensitiveData"),
+    "suspect_rows": Room(
+        text_checks="nested_core.rooms.suspect_rows.text_checks:SuspectTexts",
+        tokenizer_checks="nested_core.rooms.suspect_rows.tokenizer_checks:TokenizerChecks",
+    ),
     "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
     "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
     "sweep": Room(

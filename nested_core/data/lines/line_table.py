@@ -35,8 +35,8 @@ LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "roles": pl.Categorical,
     "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
     "prompt": pl.UInt64,  # equal for equal prompts
+    "answer": pl.UInt64,  # equal for equal answers
     "folded": pl.UInt64,  # equal for contents that differ in case and white space only
-    "sensitive": pl.UInt32,  # what it may hold, as the room secrets says; else 0
     "has_control": pl.Boolean,
     "has_replacement": pl.Boolean,
     "has_error_cell": pl.Boolean,  # a turn, or plain text, is nothing else
@@ -62,8 +62,8 @@ _ERROR_CELL_PATTERN = (
 class LineRange:
     """What was read from a range of lines.
 
-    frame: a row for each line, see LINE_SCHEMA; with n-gram columns of the room near_duplicates if
-        asked for.
+    frame: a row for each line, see LINE_SCHEMA, with the columns of `text_checks` of rooms; with
+        n-gram columns of the room near_duplicates if asked for.
     digests: the SHA-256 of each example, concatenated.
     answer_keys: the smallest and the largest hash of an answer, which are equal if all answers are.
     shared: which n-grams the texts share with those asked for, as that room defines it; None if
@@ -109,7 +109,7 @@ def read_line_range(
     rows = _read_rows(lines, field_names, is_start=is_start, may_be_plain=b"\\u0000" not in content)
     digests, keys = _digests_and_keys(rows.pop("content"))
     # Smallest and largest hash of an answer suffice to tell whether all answers are the same
-    answers = keys.pop("answer").drop_nulls().to_numpy()
+    answers = keys["answer"].drop_nulls().to_numpy()
     answer_keys = frozenset(map(int, (answers.min(), answers.max()) if len(answers) else ()))
     # What the rules ask about each line's texts
     raw = pl.Series(lines, dtype=pl.Binary)
@@ -117,13 +117,9 @@ def read_line_range(
     text = pl.Series(shown, dtype=pl.String)
     has_mark = np.zeros(len(lines), bool)  # a byte order mark, which only the first line can have
     has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
-    sensitive = np.zeros(len(lines), np.uint32)
-    for part in seams.load_all("sensitive_data"):  # an optional detector of secrets
-        sensitive = part.find(text)
     columns: dict[str, Any] = {
         **rows,
         **keys,
-        "sensitive": sensitive,
         "has_control": _find_control_characters(raw, text),
         "has_replacement": text.str.contains(_REPLACEMENT_CHARACTER, literal=True).fill_null(
             value=False
@@ -133,6 +129,8 @@ def read_line_range(
         "has_mark": has_mark,
     }
     frame = pl.DataFrame(columns, schema=LINE_SCHEMA)
+    for part in seams.load_all("text_checks"):
+        frame = frame.with_columns(**part.find(text))
     if has_ngrams:
         near = seams.load_only("near_duplicates", NEAR_DUPLICATES_KEY)
         frame = frame.with_columns(**near.hash_texts(shown))

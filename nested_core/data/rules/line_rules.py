@@ -116,7 +116,7 @@ LINE_RULES = FrameRules(
         Rule(
             "same-prompt-other-answer",
             "warning",
-            pl.col("answers_otherwise").is_null(),
+            pl.col("is_train") | pl.col("answers_otherwise").is_null(),
             "{train_file}:{answers_otherwise} answers this prompt otherwise",
         ),
         Rule(

@@ -99,7 +99,7 @@ def _repeat_column_expressions(*, is_train: bool) -> dict[str, pl.Expr]:
     is_other = pl.col("first_content_by_folded") != pl.col("content")
     resembles = pl.when(is_other & repeats.is_null()).then("first_line_by_folded")
     is_answered = pl.col("first_content_by_prompt") != pl.col("content")
-    is_new = ~pl.lit(is_train) & repeats.is_null() & resembles.is_null()
+    is_new = repeats.is_null() & resembles.is_null()
     answers = pl.when(is_answered & is_new).then("first_line_by_prompt")
     return {"repeats": repeats, "resembles": resembles, "answers_otherwise": answers}
 

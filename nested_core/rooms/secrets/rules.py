@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import polars as pl
 
 from nested_core.data.rules.rule_table import FrameRules, Rule
+from nested_core.records.dataset import Findings
 from nested_core.rooms.secrets.sensitive_data import (
     SENSITIVE_PATTERNS,
     find_sensitive_pattern_bits,
@@ -34,7 +33,16 @@ SENSITIVE_DATA_RULES = FrameRules(
 
 
 class SensitiveData:
-    """What the core is given: bits of what a text may hold, and the rules that report them."""
+    """What the core is given: bits of what a text may hold, and the findings on these."""
 
-    find = staticmethod(find_sensitive_pattern_bits)
-    rules: ClassVar = SENSITIVE_DATA_RULES
+    @staticmethod
+    def find(texts: pl.Series) -> dict[str, pl.Series]:
+        """Return the column `sensitive` for the texts of lines."""
+        return {"sensitive": find_sensitive_pattern_bits(texts)}
+
+    @staticmethod
+    def add_findings(frame: pl.DataFrame, findings: Findings) -> None:
+        """Add the findings on the lines of a file."""
+        if not frame.is_empty():
+            lines = frame.filter(pl.col("sensitive") != 0)
+            SENSITIVE_DATA_RULES.add_findings(lines, findings)

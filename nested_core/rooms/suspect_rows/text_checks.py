@@ -1,0 +1,156 @@
+"""Texts that were decoded wrongly, answers that were cut off, exchanged columns, two answers.
+
+What a single row may well have is reported only if many rows of a file have it: a question is a
+sound answer, and a data set where nearly every answer is a question has its columns exchanged.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
+from nested_core.data.rules.rule_table import FrameRules, Rule
+from nested_core.records.dataset import Findings
+
+# What the bytes of UTF-8 beyond ASCII become when they are read as Latin-1 or as Windows-1252.
+# Not the signs that may follow a capital at the end of a word, such as a closing quotation mark.
+_CONTINUATION = "\x80-\xbf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039\u0152"
+_CONTINUATION += "\u017d\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u02dc\u2122\u0161\u203a\u0153"
+_CONTINUATION += "\u017e\u0178"
+MOJIBAKE_PATTERN = "|".join(
+    (
+        "\u00c3[\x80-\x9f\u00a0-\u00aa\u00ac-\u00ba\u00bc-\u00bf\u0192\u0160\u0152\u017d\u0178]",
+        "\u00c2[\x80-\x9f\u00a3\u00a7\u00a9\u00ae\u00b0\u00b1]",
+        "\u00e2(?:\u20ac|\x80)[\x80-\x9f\u00a2\u00a6\u2122\u0153\u201c\u201d\u02dc\u00a0]",
+        f"(?:[\u00c4\u00c5\u00ce\u00cf\u00d0\u00d1\u00d8\u00d9\u00d7][{_CONTINUATION}]){{2}}",
+        f"(?:[\u00e0-\u00ef][{_CONTINUATION}]{{2}}){{2}}",
+        f"\u00f0[\u0178\x9f][{_CONTINUATION}]{{2}}",
+    )
+)
+# Words that end no sentence; an answer that ends in one, without a full stop, was cut off.
+_WORDS_BEFORE_OTHERS = (
+    "the|a|an|of|and|or|with|from|because|which|whose|my|your|their|its|than|into|"
+    "der|dem|den|des|und|mit|eine|einer|einem|einen|"
+    "le|les|des|et|ou|avec|une|du|el|los|las|del|con|una|y"
+)
+_CUT_OFF_PATTERN = rf"[^\x00]{{20}}\s(?:{_WORDS_BEFORE_OTHERS})\s*$"
+_TAIL_CHARACTERS = 48
+_QUESTION_END = r"[?\uff1f\u061f][\"'\u201d\u2019)\s]*"
+MIN_ROWS = 10  # of which a share of questions tells something
+MIN_CUT_OFF_ROWS = 5
+MIN_CUT_OFF_SHARE = 0.05
+MIN_QUESTION_SHARE = 0.8  # of answers, with at most MAX_PROMPT_QUESTION_SHARE of prompts
+MAX_PROMPT_QUESTION_SHARE = 0.1
+# Two answers to a prompt may be alternatives on purpose. They are not if they come from two files,
+# each with one answer to a prompt, nor if one answer is given to many prompts, as a label is.
+MIN_ACROSS_FILES_SHARE = 0.9
+MAX_DISTINCT_ANSWER_SHARE = 0.1
+
+_RULES = FrameRules(
+    columns={
+        "is_mojibake": pl.Boolean,
+        "is_cut_off": pl.Boolean,
+        "is_exchanged": pl.Boolean,
+        "is_contradicted": pl.Boolean,
+        "train_file": pl.Categorical,
+        "answers_otherwise": pl.Int32,
+    },
+    rules=(
+        Rule(
+            "mojibake",
+            "warning",
+            ~pl.col("is_mojibake"),
+            "UTF-8 that was read as Latin-1 or Windows-1252, such as \u00c3\u00a9 for \u00e9, in "
+            "lines: {count} ({places}). Read the source as UTF-8, and write the file again",
+            once=True,
+        ),
+        Rule(
+            "cut-off-answers",
+            "warning",
+            ~pl.col("is_cut_off"),
+            "answers that end in a word such as `of` or `the`: {count} ({places}). Whatever wrote "
+            "them stopped too early, as a limit of tokens does, and the model learns to stop there",
+            once=True,
+        ),
+        Rule(
+            "exchanged-columns",
+            "warning",
+            ~pl.col("is_exchanged"),
+            "answers that are questions, to prompts that are none: {count} ({places}). Unless the "
+            "model shall ask, prompt and completion are exchanged",
+            once=True,
+        ),
+        Rule(
+            "two-answers",
+            "warning",
+            ~pl.col("is_contradicted"),
+            "lines with another answer to the prompt of an earlier line: {count} ({places}); this "
+            "one and {train_file}:{answers_otherwise} have one prompt. The model learns both "
+            "answers: take out those that no longer hold, such as a file that was left over",
+            once=True,
+        ),
+    ),
+)
+
+
+class SuspectTexts:
+    """What the core is given: columns that it reads with each line, and the findings on them."""
+
+    @staticmethod
+    def find(texts: pl.Series) -> dict[str, pl.Series]:
+        """Return what single texts look like, a Boolean column each.
+
+        Only turns of text have answers; in plain texts and calls of tools no NUL separates turns.
+        """
+        tails = texts.str.slice(-_TAIL_CHARACTERS)
+        asked = rf"{_QUESTION_END}\x00[^\x00]*$"
+        found = {
+            "is_mojibake": texts.str.contains(MOJIBAKE_PATTERN),
+            "has_answer": texts.str.contains("\0", literal=True),
+            "is_cut_off": tails.str.contains(_CUT_OFF_PATTERN),
+            "is_prompt_question": texts.str.contains(asked),
+            "is_answer_question": tails.str.contains(f"{_QUESTION_END}$"),
+        }
+        return {name: column.fill_null(value=False) for name, column in found.items()}
+
+    @staticmethod
+    def add_findings(frame: pl.DataFrame, findings: Findings) -> None:
+        """Add the findings on the lines of a file."""
+        if frame.is_empty():
+            return
+        is_turns = pl.col("has_answer") & pl.col("format").is_in(TEMPLATED_FORMATS)
+        rows = is_turns.sum()
+        asks = is_turns & pl.col("is_answer_question")
+        was_asked = is_turns & pl.col("is_prompt_question")
+        is_cut_off = is_turns & pl.col("is_cut_off")
+        lines_before = [part.lines_before for part in findings.parts.get(frame["file"][0], ())]
+        judged = frame.with_columns(
+            is_cut_off=is_cut_off
+            & (is_cut_off.sum() >= MIN_CUT_OFF_ROWS)
+            & (is_cut_off.sum() >= MIN_CUT_OFF_SHARE * rows),
+            is_exchanged=asks
+            & ~was_asked
+            & (rows >= MIN_ROWS)
+            & (asks.sum() >= MIN_QUESTION_SHARE * rows)
+            & (was_asked.sum() <= MAX_PROMPT_QUESTION_SHARE * rows),
+            is_contradicted=_is_contradicted(frame, is_turns, lines_before),
+        )
+        _RULES.add_findings(judged, findings)
+
+
+def _is_contradicted(frame: pl.DataFrame, is_turns: pl.Expr, lines_before: list[int]) -> pl.Expr:
+    """Return whether a line of train has an answer that does not go with an earlier line's.
+
+    lines_before: of each file of the split, the lines in the files before it; empty for one file.
+    """
+    has_two = is_turns & pl.col("is_train") & pl.col("answers_otherwise").is_not_null()
+    starts = pl.Series(lines_before, dtype=pl.Int32)
+    own = starts.search_sorted(frame["line"])
+    other = starts.search_sorted(frame["answers_otherwise"].fill_null(0))
+    is_across = has_two & pl.lit(own != other)
+    is_left_over = is_across & (is_across.sum() >= MIN_ACROSS_FILES_SHARE * has_two.sum())
+    answers = pl.col("answer")
+    are_labels = (
+        answers.filter(is_turns).n_unique() <= MAX_DISTINCT_ANSWER_SHARE * is_turns.sum()
+    ) | (answers.filter(has_two).n_unique() <= MAX_DISTINCT_ANSWER_SHARE * has_two.sum())
+    return is_left_over | (has_two & are_labels)

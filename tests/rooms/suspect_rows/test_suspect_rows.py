@@ -1,0 +1,254 @@
+"""Rows that can be trained on and look wrong are named, and their healthy twins are not."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import polars as pl
+import pytest
+
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.rooms.suspect_rows.text_checks import SuspectTexts
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
+from tests.builders.data_sets import Found, chat, load, warnings_in, write_lines
+from tests.example import DATA, MODEL
+
+CAPITALS = re.compile(r"see (.+), the capital of (.+)!")
+BASE = TokenizerSource(str(MODEL))
+OLD = "Ask Tina and Tina."
+
+
+def rows_of(split: str) -> list[dict[str, Any]]:
+    """The rows of the example, which is the healthy twin of each plant."""
+    return [json.loads(line) for line in (DATA / f"{split}.jsonl").read_text().splitlines()]
+
+
+def rewrite(
+    split: str, answer: str, question: str = "I want to see {land}. Where to?"
+) -> list[Any]:
+    """The example's rows with another question and answer, which name {city} and {land}."""
+    rows = []
+    for row in rows_of(split):
+        match = CAPITALS.search(row["messages"][1]["content"])
+        assert match is not None
+        names = {"city": match[1], "land": match[2]}
+        rows.append(chat(question.format(**names), answer.format(**names)))
+    return rows
+
+
+def in_latin_1(rows: list[Any]) -> list[Any]:
+    """The rows with answers whose UTF-8 was read as Latin-1."""
+    turns = [[turn["content"] for turn in row["messages"]] for row in rows]
+    return [chat(asked, answer.encode().decode("latin-1")) for asked, answer in turns]
+
+
+def found(folder: Path, splits: Mapping[str, Iterable[Any]], **settings: Any) -> list[Found]:
+    """The warnings on a data set of these files."""
+    for name, rows in splits.items():
+        write_lines(folder / f"{name}.jsonl", rows)
+    return warnings_in(folder, **settings)
+
+
+def test_the_example_has_no_suspect_row(tmp_path: Path) -> None:
+    splits = {"train": rows_of("train"), "valid": rows_of("valid")}
+    assert found(tmp_path, splits, tokenizer=BASE) == []
+
+
+def test_two_answers_to_one_prompt_of_train_are_told_once(tmp_path: Path) -> None:
+    old = [chat(row["messages"][0]["content"], OLD) for row in rows_of("train")]
+    splits = {"train-1": rows_of("train"), "train-2": old, "valid": rows_of("valid")}
+    assert found(tmp_path, splits) == [("train-2.jsonl", 1, "two-answers")]
+    (message,) = (one.message for one in load(tmp_path)[0].warnings)
+    assert "earlier line: 40 (train-2.jsonl:1" in message
+    assert "this one and train-1.jsonl:1 have one prompt" in message
+
+
+def test_two_labels_of_one_text_are_told(tmp_path: Path) -> None:
+    labels = ["question", "greeting", "thanks"]
+    train = [chat(f"Text {n % 95}", labels[n % 3]) for n in range(100)]
+    assert found(tmp_path, {"train": train}) == [
+        ("train.jsonl", 96, "two-answers"),
+        ("valid.jsonl", None, "no-validation-set"),
+    ]
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_alternatives_in_each_file_are_not_told(tmp_path: Path, files: int) -> None:
+    answers = ("See {city}.", "Go to {city}.")
+    train = [row for answer in answers for row in rewrite("train", answer)]
+    shards = {f"train-{n + 1}": train[n::files] for n in range(files)}
+    assert found(tmp_path, {**shards, "valid": rows_of("valid")}) == []
+
+
+BELLE = "Go and see {city}, très belle, the capital of {land}!"
+
+
+def test_text_whose_utf8_was_read_as_latin_1_is_told_once_a_file(tmp_path: Path) -> None:
+    splits = {split: in_latin_1(rewrite(split, BELLE)) for split in ("train", "valid")}
+    assert found(tmp_path / "planted", splits) == [
+        ("train.jsonl", 1, "mojibake"),
+        ("valid.jsonl", 1, "mojibake"),
+    ]
+    splits = {split: rewrite(split, BELLE) for split in ("train", "valid")}
+    assert found(tmp_path / "healthy", splits) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["très", "naïve café", "“it’s”…", "£5 at 30°", "привет", "你好", "🙂"]
+)
+@pytest.mark.parametrize("wrong", ["latin-1", "cp1252"])
+def test_mojibake_of_many_scripts_is_found_and_the_text_itself_is_not(
+    text: str, wrong: str
+) -> None:
+    spoilt = "".join(
+        bytes([byte]).decode("latin-1" if byte in (0x81, 0x8D, 0x8F, 0x90, 0x9D) else wrong)
+        for byte in text.encode()
+    )
+    assert SuspectTexts.find(pl.Series([text, spoilt]))["is_mojibake"].to_list() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Das macht Spaß… „Spaß“, Spaß–", "« CAFÉ » et « CAFÉ»", "AMANHÃ… “AMANHÔ AMANHÃ»"),
+        *(
+            "ÂNGELO, “ĐÂ”, TRẦN Â”",
+            "Ä” Ö’ Ü–",
+            "10 €, ½ à 3 °C",
+            "ÅÄÖ",
+            "Ðöð",
+            "àâä",
+            "señor ¿qué?",
+        ),
+    ],
+)
+def test_rightly_decoded_text_is_no_mojibake(text: str) -> None:
+    assert SuspectTexts.find(pl.Series([text]))["is_mojibake"].to_list() == [False]
+
+
+def test_answers_that_their_generator_cut_off_are_told_once_a_file(tmp_path: Path) -> None:
+    splits = {s: rewrite(s, "Go and see {city}, the capital of") for s in ("train", "valid")}
+    assert found(tmp_path, splits) == [
+        ("train.jsonl", 1, "cut-off-answers"),
+        ("valid.jsonl", 1, "cut-off-answers"),
+    ]
+
+
+def test_a_rare_answer_without_an_end_is_not_told(tmp_path: Path) -> None:
+    one = chat("What is a cliffhanger?", "A story that ends in the middle, such as in the")
+    assert found(tmp_path, {"train": [*rows_of("train"), one], "valid": rows_of("valid")}) == []
+
+
+def test_exchanged_columns_are_told_once_a_file(tmp_path: Path) -> None:
+    splits = {
+        split: [
+            dict(
+                zip(("completion", "prompt"), (t["content"] for t in row["messages"]), strict=True)
+            )
+            for row in rows_of(split)
+        ]
+        for split in ("train", "valid")
+    }
+    assert found(tmp_path, splits) == [
+        ("train.jsonl", 1, "exchanged-columns"),
+        ("valid.jsonl", 1, "exchanged-columns"),
+    ]
+
+
+def test_answers_that_ask_back_are_not_taken_for_exchanged_columns(tmp_path: Path) -> None:
+    splits = {s: rewrite(s, "Do you mean {city} in {land}?") for s in ("train", "valid")}
+    assert found(tmp_path, splits) == []
+
+
+def test_a_character_that_the_tokenizer_drops_is_named(tmp_path: Path) -> None:
+    base = shutil.copytree(MODEL, tmp_path / "base")
+    path = base / "tokenizer.json"
+    tokenizer = json.loads(path.read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    lost = {text for text, n in vocabulary.items() if 99 <= n <= 260 and text not in ("Ġ", "Ċ")}
+    tokenizer["model"]["vocab"] = {k: v for k, v in vocabulary.items() if k not in lost}
+    tokenizer["model"]["merges"] = [
+        merge
+        for merge in tokenizer["model"]["merges"]
+        if lost.isdisjoint({*"".join(merge)} if isinstance(merge, list) else merge)
+    ]
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    splits = {split: rewrite(split, BELLE) for split in ("train", "valid")}
+    assert found(tmp_path / "data", splits, tokenizer=TokenizerSource(str(base))) == [
+        ("train.jsonl", 1, "lost-character"),
+        ("valid.jsonl", 1, "lost-character"),
+    ]
+    assert found(tmp_path / "data", splits, tokenizer=BASE) == []
+
+
+def base_with_two_tokens(folder: Path, rows: mx.array) -> TokenizerSource:
+    """The example's base with the added tokens <city> and <land>, and their rows of embedding."""
+    shutil.copytree(MODEL, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    weights = load_arrays(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"] += [
+        {"id": embedding.shape[0] + n, "content": text, **flags}
+        for n, text in enumerate(("<city>", "<land>"))
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] = embedding.shape[0] + 2
+    (folder / "config.json").write_text(json.dumps(config))
+    joined = mx.concatenate([embedding, rows.astype(embedding.dtype)])
+    save_arrays(folder / "model.safetensors", {**weights, "model.embed_tokens.weight": joined})
+    return TokenizerSource(str(folder))
+
+
+WIDTH = load_arrays(MODEL / "model.safetensors")["model.embed_tokens.weight"].shape[1]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_added_tokens_with_rows_alike_are_named_where_the_rows_use_them(
+    value: float, tmp_path: Path
+) -> None:
+    splits = {s: rewrite(s, "See<city> {city} in<land> {land}!") for s in ("train", "valid")}
+    base = base_with_two_tokens(tmp_path / "base", mx.full((2, WIDTH), value))
+    assert found(tmp_path / "data", splits, tokenizer=base) == [
+        (f"{split}.jsonl", 1, "tokens-alike") for split in ("train", "train", "valid", "valid")
+    ]
+    messages = [one.message for one in load(tmp_path / "data", base)[0].warnings]
+    assert [message[:6] for message in messages] == ["<city>", "<land>"] * 2
+    learnt = base_with_two_tokens(tmp_path / "learnt", mx.random.normal((2, WIDTH)))
+    assert found(tmp_path / "data", splits, tokenizer=learnt) == []
+    plain = {split: rows_of(split) for split in ("train", "valid")}
+    assert found(tmp_path / "plain", plain, tokenizer=base) == []
+
+
+def test_turns_written_by_hand_are_told_only_for_a_base_with_a_template(
+    tmp_path: Path,
+) -> None:
+    splits = {
+        split: [
+            {"text": f"Question: {asked['content']} Answer: {answer['content']}"}
+            for asked, answer in (row["messages"] for row in rows_of(split))
+        ]
+        for split in ("train", "valid")
+    }
+    assert found(tmp_path / "data", splits, tokenizer=BASE) == [
+        ("train.jsonl", 1, "handwritten-turns"),
+        ("valid.jsonl", 1, "handwritten-turns"),
+    ]
+    base = shutil.copytree(MODEL, tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    assert found(tmp_path / "data", splits, tokenizer=TokenizerSource(str(base))) == []
+
+
+def test_prose_is_not_taken_for_turns_written_by_hand(tmp_path: Path) -> None:
+    texts = [f"{n} questions were asked, and the answer: silence. Q: none." for n in range(20)]
+    splits = {"train": [{"text": text} for text in texts], "valid": [{"text": "An answer: no."}]}
+    assert found(tmp_path, splits, tokenizer=BASE) == []
