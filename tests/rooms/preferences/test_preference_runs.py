@@ -25,7 +25,7 @@ from nested_core.gate.judge import judge_run
 from nested_core.pipeline import steps
 from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.pipeline.run_explanation import explain_run
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import parse_verdict
 from nested_core.records.verdict_table import check_table, list_checks
