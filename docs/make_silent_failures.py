@@ -64,7 +64,8 @@ for macOS itself and does not begin without it is *not run*, and its words stand
 Words decide: a line counts if it holds one of the words that the list has for a failure, and is not
 what the model answered. So a tool can be said to notice by a line that meant something else, and be
 said to miss by words that the list has not. The rows keep the last lines of what it said, eighty a
-command, in both folders.
+command, in both folders. Older rows of mlx_lm.lora, soup-cli and peft keep twelve a command, of the
+planted folder alone.
 
 A reader from outside checked ten rows on 27 November 2026, and would have written four of them
 otherwise, all of soup-cli: checks of it that need no PyTorch had not been run, a training of it
