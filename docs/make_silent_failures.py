@@ -97,25 +97,28 @@ nine, with the file that `init` writes, without an eval set and so without a can
 
 Eight of the nine were mended later that day, so that **nested-tune notices nine of the ten now**.
 That was done after they had been seen: only the first number says something of failures that
-nobody has thought of yet. What it says of each now:
+nobody has thought of yet. What notices each of them now:
 
-| what was planted | noticed now by |
-|---|---|
-| an old `train-2.jsonl` beside `train-1.jsonl`, the same questions with obsolete answers | `validate`, before training: [`two-answers`](data.md#two-answers) |
-| UTF-8 that was read as Latin-1, in train and held-out | the same: [`mojibake`](data.md#mojibake) |
-| a tokenizer that drops bytes it does not know | the same: [`lost-character`](data.md#lost-character) |
-| two added tokens whose rows of the embedding are alike | the same: [`tokens-alike`](data.md#tokens-alike) |
-| answers that their generator cut off in the middle | the same: [`cut-off-answers`](data.md#cut-off-answers) |
-| prompt and completion exchanged | the same: [`exchanged-columns`](data.md#exchanged-columns) |
-| rows of plain text, `Question: ... Answer: ...`, served through the chat template | the same: [`handwritten-turns`](data.md#handwritten-turns) |
-| the base's weights changed on disk, with all times as they were | `serve`, `export` and `verify`, which read all bytes of the base again |
-| a registry that was copied so that its link became a folder | `serve` and all commands of the registry, as before |
-| another version of mlx_lm with other rotary positions, after the promotion | **nothing**, unless an eval set has `canary: true`: then `serve` [refuses](serving.md#canary) |
+- an old `train-2.jsonl` beside `train-1.jsonl`, the same questions with obsolete answers:
+  `validate`, and what `init` and `train` say of the data, [`two-answers`](data.md#two-answers)
+- UTF-8 that was read as Latin-1, in train and held-out: [`mojibake`](data.md#mojibake)
+- a tokenizer that drops bytes it does not know: [`lost-character`](data.md#lost-character)
+- two added tokens whose rows of the embedding are alike, and are not trained:
+  [`tokens-alike`](data.md#tokens-alike)
+- answers that their generator cut off in the middle: [`cut-off-answers`](data.md#cut-off-answers)
+- prompt and completion exchanged: [`exchanged-columns`](data.md#exchanged-columns)
+- rows of plain text (`Question: ... Answer: ...`), served through the chat template:
+  [`handwritten-turns`](data.md#handwritten-turns)
+- the base's weights changed on disk, with all times as they were: `serve`, `export` and `verify`,
+  which read all bytes of the base again
+- a registry that was copied so that its link became a folder: `serve` and the registry's commands
+- another version of mlx_lm with other rotary positions, after the promotion: **nothing**, unless
+  an eval set has `canary: true`, with which `serve` [refuses it](serving.md#canary)
 
-The warnings are cautious. Of eight real data sets, of which the six largest have 79,468 rows (banking77,
-CLINC150, restaurant8k, SNIPS, NL2Bash, E2E), none gets one, nor does an example of ours. So a plant
-that is made otherwise can pass them: a leftover answer in the file of the others, or a cut in a
-language whose words are not listed.
+The warnings are cautious. Of eight real data sets, the largest of which (banking77, CLINC150,
+restaurant8k, SNIPS, NL2Bash and E2E) have 79,468 rows, none gets one, nor do our example and the
+twins of the thirty-five. So a plant that is made otherwise can pass them: an old answer in the same
+file, or a cut in a language whose words are not listed.
 
 The base is the tiny model of `examples/`. The rows, with commands and the end of what was printed,
 are in `benchmarks/silent_failures/results/`.
