@@ -231,8 +231,6 @@ def test_the_nights_of_the_real_model_are_those_of_the_rows_and_of_the_report() 
 
 
 def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
-    page = " ".join((LEARNING / "RESULTS-3.md").read_text().split())
-
     def twice(arm: str) -> list[float]:
         """What seed 1 gave on both machines, in both orders of the facts."""
         again = [json.loads(line) for line in (LEARNING / AGAIN).read_text().splitlines()]
@@ -254,7 +252,7 @@ def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
         return (both(final_average, arm, "facts") + final_average(arm, "intents")) / 2
 
     first, again = twice("auto-go")[2:]
-    told = {
+    expected = {
         r"by up to (\S+) points": [abs(first - again)],
         r"`auto-go` got (\S+) and (\S+) % of the facts and (\S+) and (\S+) % in": twice("auto-go"),
         r"`joint` (\S+) and (\S+), and (\S+) and (\S+) %": twice("joint"),
@@ -301,7 +299,74 @@ def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
             for arm in ("rebuild", "go-30-50")
         ],
     }
-    for pattern, figures in told.items():
-        found = re.search(pattern, page)
-        assert found is not None, pattern
-        assert [float(each) for each in found.groups()] == pytest.approx(figures, abs=HALF_A_DIGIT)
+    require_told("benchmarks/learning/RESULTS-3.md", expected)
+
+
+def require_told(page: str, expected: dict[str, list[float]]) -> None:
+    """Fail unless each pattern is on the page, and the figures that it finds are those."""
+    text = " ".join((ROOT / page).read_text().split())
+    for pattern, figures in expected.items():
+        told = re.search(pattern, text)
+        assert told is not None, pattern
+        assert [float(each) for each in told.groups()] == pytest.approx(figures, abs=HALF_A_DIGIT)
+
+
+def test_what_other_pages_say_of_nights_is_that_of_the_rows() -> None:
+    def intents(*arms: str) -> list[float]:
+        return [final_average(arm, "intents") for arm in arms]
+
+    def facts(*arms: str) -> list[float]:
+        return [both(final_average, arm, "facts") for arm in arms]
+
+    def over_kinds(arm: str) -> float:
+        return statistics.fmean(both(final_average, arm, kind) for kind in ("facts", "tasks"))
+
+    arms = ("joint", "rebuild", "auto-go", "go-30-50")
+    steps = {
+        stream: [sum(night_rows(arm, stream)[1]["steps"]) for arm in arms]
+        for stream in ("facts", "intents")
+    }
+    four_shares = r"\| (\S+) % " * 4
+    require_told(
+        "docs/replay.md",
+        {
+            r"six nights of facts, [^|]* " + four_shares: facts(*arms),
+            r"six nights of intents, [^|]* " + four_shares: intents(*arms),
+            r"So `auto` is (\S+) points": [-both(behind_joint, "auto-go", "facts")],
+            r"and (\S+) points \(3.4 to 10.2\)": [-behind_joint("auto-go", "intents")],
+            r"and `rebuild` (\S+) and (\S+) points": [
+                -both(behind_joint, "rebuild", "facts"),
+                -behind_joint("rebuild", "intents"),
+            ],
+            r"left (\S+) % right without it, and (\S+) %": facts("go-30-0", "go-30-50"),
+            r"base: (\S+) % right over .*? against (\S+) % at 0.1 and (\S+) % at the whole": [
+                over_kinds(f"go-{share}-50") for share in (30, 10, 100)
+            ],
+            r"on the intents \((\S+) and (\S+) %\)": intents("go-100-50", "go-30-50"),
+            r"in a row \((\S+) and (\S+) %\)": [
+                final_average(arm, "four") for arm in ("go-100-50", "go-30-50")
+            ],
+        },
+    )
+    told = [
+        [int(each.replace(",", "")) for each in re.findall(r"[0-9,]+", line)]
+        for line in re.findall(
+            r"steps over the six nights \|(.*)", (ROOT / "docs/replay.md").read_text()
+        )
+    ]
+    assert told == [steps["facts"], steps["intents"]]
+    require_told(
+        "docs/nested-learning.md",
+        {
+            r"end at (\S+) % on SmolLM2-135M-Instruct, and joint training at (\S+) %": intents(
+                "go-30-50", "joint"
+            ),
+            r"on either: (\S+) and (\S+) %": [*facts("rebuild"), *intents("rebuild")],
+            r"It costs (\S+) and (\S+) times the steps": [
+                steps[stream][1] / steps[stream][3] for stream in ("facts", "intents")
+            ],
+        },
+    )
+    told_first = r"had (\S+) % right, trained each night .*? and (\S+) % trained on all at once"
+    require_told("README.md", {told_first: intents("rebuild", "joint")})
+    require_told("README.md", {r"half the steps, left (\S+) %": intents("go-30-50")})
