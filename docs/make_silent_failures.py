@@ -55,16 +55,16 @@ served. *Not named*: it failed or refused, and no line of it has a word that nam
 *false alarm* is a healthy twin that is warned of in the same words, or refused. A loss that is
 reported is no warning, even if it is NaN.
 
-Both folders are walked step by step, until the tool notices. A failure without a word in a column
-has not been run with that tool.
+Both folders are walked step by step, until the tool notices.
 
 Everything runs on a Linux CPU, and so does code that its makers wrote for Macs, on MLX's build for
 Linux. What MLX cannot tell there, such as a Mac's memory, is given to the tool. A tool that looks
 for macOS itself and does not begin without it is *not run*, and its words stand below.
 
-Words decide: a line counts if it holds one of the words that the list has for a failure. So a tool
-can be said to notice by a line that meant something else, and be said to miss by words that the
-list has not. The rows keep the last lines of what it said, eighty a command, in both folders.
+Words decide: a line counts if it holds one of the words that the list has for a failure, and is not
+what the model answered. So a tool can be said to notice by a line that meant something else, and be
+said to miss by words that the list has not. The rows keep the last lines of what it said, eighty a
+command, in both folders.
 
 A reader from outside checked ten rows on 27 November 2026, and would have written four of them
 otherwise, all of soup-cli: checks of it that need no PyTorch had not been run, a training of it
@@ -76,10 +76,17 @@ for them. The programs of PEFT's quick tours mask nothing, so that no mask can b
 
 A second one checked ten other rows of that day: seven as they stand, three otherwise. The healthy
 twin of the NaN had it too, where nothing reads it, and PEFT's check of weights rightly stopped both
-folders: the twin is sound now, and the row was run again for nested-tune and PEFT. The report about
-a fuse that is applied twice is one that PEFT has mended since; what is planted is a fused folder as
-base. And mlx-lm-lora's `--test` writes an adapter's configuration anew before it loads it, which
-undid three plants: `generate` comes first now.
+folders: the twin is sound now, and the row was run again for every tool. The report about a fuse
+that is applied twice is one that PEFT has mended since; what is planted is a fused folder as base.
+And mlx-lm-lora's `--test` writes an adapter's configuration anew before it loads it, which undid
+three plants: it is given a copy of the adapter now.
+
+When the last rows were run on the same day, mlx-lm-lora's were read against its code, and all of
+them were run again. Its MCP server has three checks, which had not been called. Its `--test` had
+been run without the settings of training, so that its losses meant nothing, and a training of all
+weights had been loaded as an adapter, which counted as a false alarm. It puts LoRA on every
+projection, so that the layer that is never updated does not apply to it. And a text that the model
+wrote, with a control token in it, had counted as a warning; no other row rested on such a text.
 
 ### Ten more, planted by somebody who did not know the gate
 
@@ -111,9 +118,20 @@ The base is the tiny model of `examples/`. The rows, with commands and the end o
 are in `benchmarks/silent_failures/results/`.
 """
 
+PREFERENCES = """## Six more of training on preferences
+
+`python -m benchmarks.silent_failures --list preferences` plants six failures of training on
+[preferences](preferences.md) in the same way. Their kinds were chosen before that training was
+written, and its own tests plant the same: this shows that they are noticed still, and compares no
+tools. Only nested-tune was run. Two plants break its own code, for there is no shared library that
+computes a reference or a mask. Sample answers do not decide here (`samples: warn`): the tiny base
+says one sentence to every prompt, before training too.
+"""
+
 
 def render_page() -> str:
     """The whole page."""
+    of_preferences = read_failures("preferences")
     failures, tools = read_failures(), read_all_rows()
     misses = read_misses()
     missed = [f"- {failures[name].kind}: {why}" for name, why in misses.items()]
@@ -132,6 +150,9 @@ def render_page() -> str:
         "",
         "## The failures\n",
         *(describe(failure) for failure in failures.values()),
+        PREFERENCES,
+        draw_table(of_preferences, read_all_rows("preferences")) + "\n",
+        *(describe(failure) for failure in of_preferences.values()),
     ]
     return "\n".join(parts)
 

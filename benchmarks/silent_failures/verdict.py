@@ -1,8 +1,8 @@
 """What a tool noticed of a failure, by the bench's rule.
 
 Noticed is what ends with an error or a refusal, or is told by a line whose words name the failure
-and which the healthy twin's output does not have. Reports of a loss are no warnings. Of a table,
-rows count that give a verdict or end with a number.
+and which the healthy twin's output does not have. Reports of a loss are no warnings, nor is what
+the model answers. Of a table, rows count that give a verdict or end with a number.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ REPORTS = re.compile(
 NUMBERS = re.compile(
     r"^\s*([\d.,]+[kms%]*|val|nan|inf|[▲▼])(\s+([\d.,]+[kms%]*|val|nan|inf|[▲▼]))*\s*$"
 )
+# As mlx_lm's `generate` frames it, and as the programs of tools/ do that ask a model.
+ANSWER = re.compile(r"^={10}$.*?^={10}$|^answer:.*?$", re.MULTILINE | re.DOTALL)
 WARNING = re.compile(r"warn|error|refus|reject|damag|fail", re.IGNORECASE)
 LAST_LINES = 3  # of a command that failed without a word that names the failure
 
@@ -75,10 +77,10 @@ def decide(failure: Failure, planted: Sequence[Run], twin: Sequence[Run]) -> Ver
 
 
 def naming(failure: Failure, text: str) -> list[str]:
-    """The lines that hold one of the failure's words, and do not report a loss."""
+    """The lines of the tool that hold one of the failure's words, and do not report a loss."""
     return [
         line.strip()
-        for line in text.splitlines()
+        for line in ANSWER.sub("", text).splitlines()
         if failure.words.search(line) and not (REPORTS.search(line) or NUMBERS.search(line))
     ]
 

@@ -66,6 +66,15 @@ def test_a_loss_that_is_reported_is_no_warning() -> None:
     assert decide(nan, printed(reports), printed("")).noticed == "never"
 
 
+def test_what_the_model_answers_is_no_warning() -> None:
+    tokens = FAILURES["control-tokens-in-text"]
+    frame = "=" * 10
+    for answered in (f"{frame}\nOslo.<|assistant|>\n{frame}\nPrompt: 8 tokens", "answer: <|user|>"):
+        assert decide(tokens, printed(answered), printed("")).noticed == "never"
+    warned = f"{frame}\nOslo.\n{frame}\nwarning: <|user|> is a control token"
+    assert decide(tokens, printed(warned), printed("")).noticed == "after"
+
+
 def test_a_row_of_a_table_counts_with_a_verdict_or_a_count_that_the_twin_does_not_have() -> None:
     rows = FAILURES["duplicated-rows"]
     inspected = decide(rows, printed("│ Duplicates │ 36 │"), printed("│ Duplicates │ 0 │"))
@@ -113,6 +122,29 @@ def test_the_readme_has_the_counts_of_the_rows() -> None:
         elif counted != "not run":
             shown = {"peft": "PEFT's Trainer", "mlx_lm.lora": "`mlx_lm.lora`"}.get(tool, tool)
             assert re.search(rf"{re.escape(shown)} (notices )?{counted}[,.]", readme), tool
+
+
+def test_each_tool_has_a_row_for_each_failure_and_all_are_of_one_version() -> None:
+    for tool, rows in read_all_rows().items():
+        assert list(rows) == list(FAILURES), tool
+        assert len({row["version"] for row in rows.values()}) == 1, tool
+        assert {row["tool"] for row in rows.values()} == {tool}
+
+
+def test_the_page_has_a_cell_for_each_row_and_counts_what_its_cells_say() -> None:
+    page = (ROOT / "docs/silent-failures.md").read_text("utf-8")
+    table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    cells = {line[0]: line[1:] for line in table}
+    counts = cells["**noticed**"]
+    for column, (tool, rows) in enumerate(read_all_rows().items()):
+        assert cells["failure"][column].startswith(tool)
+        words = [cells[failure.kind][column] for failure in FAILURES.values()]
+        assert words == [describe(rows[name]) for name in FAILURES]
+        outside = words.count("not applicable") + words.count("not run")
+        noticed = len(words) - outside - sum(word.startswith("never") for word in words)
+        alarms = sum("false alarm" in word for word in words)
+        counted = f"{noticed} of {len(words) - outside}, false alarms {alarms}"
+        assert counts[column] == ("not run" if outside == len(words) else counted)
 
 
 def test_counts_pass_over_what_is_not_applicable() -> None:

@@ -67,11 +67,12 @@ class MlxLm(Tool):
         case.run("after", [self.python, "-m", *self.program, "--model", case.base, *flags])
 
     def use(self, case: Case) -> None:
-        flags = ["--adapter-path", "adapters", "--max-tokens", str(ANSWER_TOKENS)]
-        prompt = ["--prompt", first_question(case)]
-        case.run(
-            "use", [self.python, "-m", "mlx_lm", "generate", "--model", case.base, *flags, *prompt]
-        )
+        self._ask(case, case.base, "--adapter-path", "adapters")
+
+    def _ask(self, case: Case, model: str, *flags: str) -> None:
+        command = [self.python, "-m", "mlx_lm", "generate", "--model", model, *flags]
+        asked = ["--max-tokens", str(ANSWER_TOKENS), "--prompt", first_question(case)]
+        case.run("use", [*command, *asked])
 
     def fuse(self, case: Case) -> None:
         out = "fused-2" if (case.folder / "fused").exists() else "fused"
