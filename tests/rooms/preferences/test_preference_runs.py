@@ -176,6 +176,12 @@ def test_the_reference_is_computed_once_and_kept_with_its_adapter(learnt) -> Non
     assert run.is_own_file(find_likelihoods_file(run).relative_to(run.path).as_posix())
 
 
+def test_who_asks_what_a_run_would_need_computes_no_reference(learnt, monkeypatch) -> None:
+    monkeypatch.delattr(reference_likelihoods, "_compute_likelihoods")
+    explained = explain_run(learnt.finished.config, measures_speed=False)
+    assert explained.steps == learnt.finished.result.step
+
+
 def test_kept_likelihoods_of_another_adapter_or_reference_are_computed_anew(
     tmp_path: Path, learnt: Judged
 ) -> None:
