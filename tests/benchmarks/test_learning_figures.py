@@ -244,7 +244,8 @@ def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
 
     def at_best(arm: str, stream: str) -> float:
         """The final average if cells of three seeds that are missing had everything right."""
-        shares = [row["right_share"] for row in night_rows(arm, stream).values()]
+        rows = night_rows(arm, stream).values()
+        shares: list[float] = [row["right_share"] for row in rows]
         return 100 * (sum(shares) + 3 - len(shares)) / 3
 
     def over_facts_and_intents(arm: str) -> float:
