@@ -118,9 +118,20 @@ The base is the tiny model of `examples/`. The rows, with commands and the end o
 are in `benchmarks/silent_failures/results/`.
 """
 
+PREFERENCES = """## Six more of training on preferences
+
+`python -m benchmarks.silent_failures --list preferences` plants six failures of training on
+[preferences](preferences.md) in the same way. Their kinds were chosen before that training was
+written, and its own tests plant the same: this shows that they are noticed still, and compares no
+tools. Only nested-tune was run. Two plants break its own code, for there is no shared library that
+computes a reference or a mask. Sample answers do not decide here (`samples: warn`): the tiny base
+says one sentence to every prompt, before training too.
+"""
+
 
 def render_page() -> str:
     """The whole page."""
+    of_preferences = read_failures("preferences")
     failures, tools = read_failures(), read_all_rows()
     misses = read_misses()
     missed = [f"- {failures[name].kind}: {why}" for name, why in misses.items()]
@@ -139,6 +150,9 @@ def render_page() -> str:
         "",
         "## The failures\n",
         *(describe(failure) for failure in failures.values()),
+        PREFERENCES,
+        draw_table(of_preferences, read_all_rows("preferences")) + "\n",
+        *(describe(failure) for failure in of_preferences.values()),
     ]
     return "\n".join(parts)
 

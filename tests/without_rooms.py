@@ -83,6 +83,7 @@ def check_without(
     failed = []
     with tempfile.TemporaryDirectory(prefix="without-rooms-") as folder:
         copy = Path(folder)
+        copy.chmod(0o755)  # tests that root runs as another user read it too
         copy_without(rooms, root, copy)
         environment = os.environ | {"PYTHONPATH": str(copy)}
         steps = list(STEPS)

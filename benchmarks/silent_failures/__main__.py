@@ -1,9 +1,10 @@
 """Run what has no row yet, and print the table.
 
-    python -m benchmarks.silent_failures [--tool T] [--only NAME...] [--json]
+    python -m benchmarks.silent_failures [--tool T] [--list preferences] [--only NAME...] [--json]
 
-Rows are kept in results/, one file a tool; `--only` runs its failures again. Planted and healthy
-folders are left in build/silent_failures to look at; remove it after a change of the tool's code.
+Rows are kept in results/, one file a tool, of the second list in results/preferences/; `--only`
+runs its failures again. Planted and healthy folders are left in build/silent_failures to look at;
+remove it after a change of the tool's code.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.silent_failures.cases import ROOT, Case, Run
-from benchmarks.silent_failures.failures import Failure, read_failures
+from benchmarks.silent_failures.failures import LISTS, Failure, read_failures
 from benchmarks.silent_failures.plants import make_case
 from benchmarks.silent_failures.steps import take
-from benchmarks.silent_failures.tables import RESULTS, draw_table, read_rows, write_rows
+from benchmarks.silent_failures.tables import draw_table, find_results, read_rows, write_rows
 from benchmarks.silent_failures.tools import TOOLS
 from benchmarks.silent_failures.tools.tool import NotApplicable, NotRun, Tool
 from benchmarks.silent_failures.verdict import Verdict, decide
@@ -33,18 +34,24 @@ PUBLIC = ("failure", "tool", "version", "noticed", "false_alarm", "said")
 
 def main() -> int:
     """Run, keep and print rows."""
-    failures = read_failures()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.silent_failures", description=__doc__
     )
     parser.add_argument("--tool", choices=TOOLS, default="nested-tune")
     parser.add_argument("--python", default=sys.executable, help="of the tool's environment")
-    parser.add_argument("--only", nargs="+", choices=failures, metavar="NAME")
+    parser.add_argument("--list", choices=LISTS, default=LISTS[0], dest="listed")
+    parser.add_argument("--only", nargs="+", metavar="NAME")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="folder in place of results/")
     options = parser.parse_args()
+    failures = read_failures(options.listed)
+    if unknown := set(options.only or ()) - set(failures):
+        parser.error(f"{', '.join(sorted(unknown))}: no failure of {options.listed}.toml")
     tool = TOOLS[options.tool](options.python)
-    path: Path = options.results / f"{tool.name}.jsonl"
+    if options.listed not in tool.lists:
+        parser.error(f"tools/ has no commands of {tool.name} for {options.listed}.toml")
+    folder: Path = options.results or find_results(options.listed)
+    path = folder / f"{tool.name}.jsonl"
     rows = read_rows(path)
     for failure in (failures[name] for name in options.only or failures):
         row = rows.get(failure.name)

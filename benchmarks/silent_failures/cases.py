@@ -49,6 +49,8 @@ class Settings:
     all_answers: bool = False
     clip: float = 1.0
     dequantize: bool = False
+    loss: str | None = None  # of preferences, as `training.loss` names it
+    beta: float = 0.1  # of that loss
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The list of failures, as failures.toml has it."""
+"""The lists of failures, as failures.toml and preferences.toml have them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 When = Literal["before", "after", "use", "never", "not applicable", "not run"]
-LIST = Path(__file__).with_name("failures.toml")
+LISTS = ("failures", "preferences")  # each a .toml file in this folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Failure:
     broken: str = ""
 
 
-def read_failures() -> dict[str, Failure]:
-    """All failures by name, in the order of the list."""
-    tables = tomllib.loads(LIST.read_text("utf-8"))
+def read_failures(listed: str = "failures") -> dict[str, Failure]:
+    """The failures of one of LISTS by name, in their order there."""
+    tables = tomllib.loads(Path(__file__).with_name(f"{listed}.toml").read_text("utf-8"))
     return {
         name: Failure(
             name=name,

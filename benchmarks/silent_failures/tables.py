@@ -8,12 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.silent_failures.failures import Failure
+from benchmarks.silent_failures.failures import LISTS, Failure
 from benchmarks.silent_failures.tools import TOOLS
 
 Rows = Mapping[str, dict[str, Any]]  # of a tool, by failure
 RESULTS = Path(__file__).with_name("results")
 MISSES = Path(__file__).with_name("misses.toml")
+
+
+def find_results(listed: str) -> Path:
+    """The folder with the rows of one of the lists."""
+    return RESULTS if listed == LISTS[0] else RESULTS / listed
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -31,9 +36,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def read_all_rows() -> dict[str, Rows]:
-    """The rows of each tool that has any."""
-    kept = {name: read_rows(RESULTS / f"{name}.jsonl") for name in TOOLS}
+def read_all_rows(listed: str = LISTS[0]) -> dict[str, Rows]:
+    """The rows of each tool that has any of this list."""
+    kept = {name: read_rows(find_results(listed) / f"{name}.jsonl") for name in TOOLS}
     return {name: rows for name, rows in kept.items() if rows}
 
 

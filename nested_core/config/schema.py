@@ -19,7 +19,6 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     ValidationError,
-    model_validator,
 )
 
 from nested_core import seams
@@ -250,18 +249,6 @@ class FineTuneConfig(_RootSection):
         ContinualSection(), "whether a run starts from the champion", affects="source"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _bound_divergence(cls, values: Any) -> Any:
-        """Give `gate.max_kl` the default of the loss that `training.loss` names, if it is null."""
-        sections = values if isinstance(values, dict) else {}
-        training, gate = sections.get("training"), sections.get("gate") or {}
-        loss = training.get("loss") if isinstance(training, dict) else None
-        added = seams.join_mappings("losses").get(str(loss))
-        if added is None or not isinstance(gate, dict) or gate.get("max_kl") is not None:
-            return values
-        return values | {"gate": gate | {"max_kl": added.max_kl}}
-
     def find_conflicts(self) -> Iterator[str]:
         """Yield a message for each conflict between keys of different sections."""
         schedule = self.lr_schedule
@@ -322,6 +309,14 @@ class FineTuneConfig(_RootSection):
         is_plain = self.training.reference is None and self.training.minutes is None
         follows = self.continual.start is not None and seams.is_there("replay")
         return DEFAULT_REPLAY if follows and is_plain else 0.0
+
+    @property
+    def gate_bounds(self) -> GateSection:
+        """The section `gate` that judges: a `max_kl` of null is that of the loss, if it has one."""
+        loss = seams.join_mappings("losses").get(str(self.training.loss))
+        if loss is None or self.gate.max_kl is not None:
+            return self.gate
+        return self.gate.model_copy(update={"max_kl": loss.max_kl})
 
     def intervals(self, iterations: int, batches: int = 1) -> Intervals:
         """Return the intervals of a run of this many iterations; shares are rounded down.

@@ -192,9 +192,9 @@ def _require_rows_of_loss(report: DatasetReport, loss: str | None) -> None:
     """Raise ConfigError if replayed rows of earlier nights are of another `training.loss`."""
     if wrong := [one for one in report.findings if one.check in CHECKS_OF_ANOTHER_LOSS]:
         raise ConfigError(
-            f"continual.replay: examples of earlier nights are no rows of training.loss: "
-            f"{loss or 'null'} ({wrong[0].message}). Set continual.replay.fraction: 0, or train an "
-            f"adapter of another registry.name with this loss."
+            f"continual.replay: earlier nights had another training.loss than {loss or 'null'}, so "
+            f"that their examples cannot be replayed ({wrong[0].message}). Set "
+            f"continual.replay.fraction: 0, or train under another registry.name with this loss."
         )
 
 

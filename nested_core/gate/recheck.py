@@ -59,7 +59,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
             f"lost:",
             advice=JUDGE_AGAIN,
         )
-    if wrong := list(_differing_fields(config.gate, verdict, recorded)):
+    if wrong := list(_differing_fields(config.gate_bounds, verdict, recorded)):
         raise DamagedError(
             f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} differ.",
             advice=JUDGE_AGAIN,

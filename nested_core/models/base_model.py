@@ -6,6 +6,7 @@ MLX is only imported to load a model: workers and the registry's commands need f
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -88,14 +89,18 @@ def estimate_weight_count(folder: Path) -> int:
     return sum(path.stat().st_size for path in files) * 8 // bits
 
 
-def fingerprint_base_model(folder: Path) -> str:
+def fingerprint_base_model(folder: Path, *, max_age: float = math.inf) -> str:
     """Return the fingerprint of a base model: "sha256:" and a SHA-256 over its files.
 
     The files are config.json, the model's own code, if any, and its weights, each with its name.
-    Hashes of unchanged files are cached (`kept_hashes`).
+    Hashes of files whose change time is unchanged are cached (`kept_hashes`). Corruption below the
+    file system leaves the change time as it is. What serves or ships a base first reads all of its
+    bytes again with `max_age=0`, which renews the cache for the comparisons that follow.
+
+    max_age: seconds after which a cached hash is computed again.
     """
     paths = sorted([folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")])
-    hashes = cached_sha256(paths)
+    hashes = cached_sha256(paths, max_age=max_age)
     named = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
     return FINGERPRINT_PREFIX + hashlib.sha256(canonical_json(named)).hexdigest()
 

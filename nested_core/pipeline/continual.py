@@ -141,7 +141,7 @@ def conditions_digest(
         "champion": champion,
         "data": dataset.digest,
         "settings": settings,
-        "gate": replace_configured_paths(config.gate, _hash_file).model_dump(mode="json"),
+        "gate": replace_configured_paths(config.gate_bounds, _hash_file).model_dump(mode="json"),
         "ancestors": _list_ancestor_digests(config, champion),
         "rule": asdict(effective_rule(section)),
         "min_improvement": section.min_improvement,

@@ -201,9 +201,7 @@ def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None
     gate = config.gate
     if gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
         read_held_out_file(config)
-    # With another loss nobody may have asked for max_kl: the loss gives it by itself.
-    max_kl = None if config.training.loss else gate.max_kl
-    require_held_out(gate.held_out, max_kl, dataset, config.data)
+    require_held_out(gate.held_out, gate.max_kl, dataset, config.data)
     if config.data_policy.group is not None:
         read_held_out_examples(config, read_nonempty_splits(config, run))
 

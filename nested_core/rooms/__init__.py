@@ -99,7 +99,8 @@ class Room:
     text_checks: a class of checks of single lines: `find`, a function of their texts (the turns
         joined by NUL) that gives columns, none of them null, and `add_findings`, a function of a
         file's lines with these columns and of the Findings.
-    tokenizer_checks: a class, made of a tokenizer, that is called with an Example and gives Notes.
+    tokenizer_checks: a class, made of a TokenizerSource, that is called with an Example and its
+        tokens, and gives Notes.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,
         and of the rules that report them.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives blocks.

@@ -12,6 +12,8 @@ import importlib.util
 import os
 import sys
 
+import broken_preferences
+
 
 def keep_parameters(module):
     """An optimizer that advances its moments, and gives the parameters back as they were."""
@@ -117,6 +119,12 @@ PATCHES = {
     "updates-not-applied": {
         "mlx.optimizers.optimizers": keep_parameters,
         "torch.optim.adamw": keep_torch_parameters,
+    },
+    "reference-is-the-trained-model": {
+        "nested_core.rooms.preferences.reference_likelihoods": broken_preferences.read_trained,
+    },
+    "mask-on-the-prompt": {
+        "nested_core.rooms.preferences.answer_rows": broken_preferences.count_prompts,
     },
     "fuse-leaves-it-out": {"mlx_lm.tuner.lora": fuse_nothing},
     "gguf-rotary-order": {

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks.silent_failures.cases import Case
+from benchmarks.silent_failures.failures import LISTS
 from benchmarks.silent_failures.tools.tool import (
     Tool,
     cut_in_half,
@@ -40,6 +41,9 @@ def write_config(case: Case, name: str = "lora.yaml", **values: Any) -> str:
     if (case.folder / "questions.jsonl").exists():
         task = {"name": "held-out", "file": "questions.jsonl", "score": "contains", "min": 0.5}
         config["gate"]["tasks"] = [task]
+    if settings.loss is not None:
+        config["training"] |= {"loss": settings.loss, "loss_config": {"beta": settings.beta}}
+        config["gate"]["samples"] = "warn"  # the tiny base says one sentence to all, trained or not
     if settings.all_answers:
         config["training"]["supervise"] = "all"
     (case.folder / name).write_text(
@@ -53,6 +57,7 @@ class NestedTune(Tool):
 
     name = "nested-tune"
     checks = "`validate`; the gate, with `samples: fail` and `check_fused`; `verify` twice"
+    lists = LISTS
     packages = ("nested-tune", "mlx", "mlx-lm")
 
     def check(self, case: Case) -> None:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.silent_failures.cases import Case
+from benchmarks.silent_failures.failures import LISTS
 
 ANSWER_TOKENS = 40
 START_SECONDS = 120.0  # of a server
@@ -42,6 +43,7 @@ class Tool:
         name: as it is installed.
         backend: which part of it is run, where it has several.
         checks: what it documents to check data, training or adapters; all of it is switched on.
+        lists: the lists of failures that its steps have commands for.
         packages: those whose versions are noted, its own first.
         python: the interpreter of its environment.
         own_code: failures for which the code that has to be broken is the tool's own.
@@ -53,6 +55,7 @@ class Tool:
     name: str
     backend: str = ""
     checks: str
+    lists: tuple[str, ...] = LISTS[:1]
     packages: tuple[str, ...]
     own_code: frozenset[str] = frozenset()
     lacks: Mapping[str, str] = MappingProxyType({})

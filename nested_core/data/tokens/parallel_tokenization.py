@@ -265,7 +265,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         for begin, end in spans:
             target_mask[start + begin : start + end] = b"\1" * (end - begin)
         facts.append((line, *_make_example_facts(encoded, tokens, spans, end_tokens)))
-        for doubt in {(note.check, note.message) for note in encoded.notes}:
+        for doubt in dict.fromkeys((note.check, note.message) for note in encoded.notes):
             doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
     write_token_part(part, all_tokens, target_mask)
     np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(_facts_path(part))
@@ -297,7 +297,7 @@ def _encode_examples(
     Raises ConfigError if the template exceeds its time limit.
     """
     tokenizer = source.load()
-    checks = [part(tokenizer) for part in seams.load_all("tokenizer_checks")]
+    checks = [part(source) for part in seams.load_all("tokenizer_checks")]
     max_seq_length = request["max_seq_length"]
     most = max(MAX_ROW_CHARACTERS, MAX_ROW_CHARACTERS_PER_TOKEN * max_seq_length)
     with TemplateTimeLimit() as limit:
@@ -325,7 +325,7 @@ def _encode_examples(
                 message = f"the chat template does not take these turns: {problem}"
                 yield line, _EncodingProblem("chat-template-raised", message)
             else:
-                more = [note for check in checks for note in check(example)]
+                more = [note for check in checks for note in check(example, encoded.tokens)]
                 encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
                 yield line, _find_problem(encoded, tokenizer, request) or encoded
 

@@ -137,10 +137,12 @@ def begin_judging_run(
     """Return the state of a run before its first check, with the update counts of each tier."""
     tiers = TierEvidence.collect(config, run, evidence)
     before, after, step = evidence.before, evidence.after, evidence.checkpoint.step
-    verdict = begin_verdict(before, after, config.gate, step, tiers.tiers.tensors)
+    verdict = begin_verdict(before, after, config.gate_bounds, step, tiers.tiers.tensors)
     rows = tuple(tier_changes(tiers, verdict.tensors))
     verdict = replace(verdict, tiers=rows, last_step=evidence.last_step)
-    return CheckedRun(before, after, verdict, config, run, evidence, tiers, bounds=config.gate)
+    return CheckedRun(
+        before, after, verdict, config, run, evidence, tiers, bounds=config.gate_bounds
+    )
 
 
 J = TypeVar("J", bound=Checked)

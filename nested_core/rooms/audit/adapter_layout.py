@@ -78,6 +78,7 @@ class BaseModelForAudit:
         parameters: Any = tree_flatten(self._opened.network.parameters())
         dtypes = Counter(v.dtype for _, v in parameters if mx.issubdtype(v.dtype, mx.floating))
         self.folder = self._opened.folder
+        fingerprint_base_model(self.folder, max_age=0)
         self.modules = dict(self._opened.network.named_modules())
         self.shapes = {name: tuple(value.shape) for name, value in parameters}
         self.dtype = dtypes.most_common(1)[0][0]

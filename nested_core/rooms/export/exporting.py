@@ -291,6 +291,7 @@ class _Exporting:
 
     def run(self, quantization: Quantization | None, *, dequantize: bool) -> Export:
         """Write a folder, or with a quantization a GGUF, judge it and put it in its place."""
+        fingerprint_base_model(self._folder, max_age=0)
         if reasons := fingerprint_reasons(self._source.adapter.config, self._folder):
             raise ConfigError(f"{self._source.model.name}: {reasons[0].message}.")
         self._begin("measuring the base and the adapter")

@@ -124,7 +124,7 @@ class RunInWords:
         )
 
     def _describe_gate(self) -> Iterator[str]:
-        gate = self.run.config.gate
+        gate = self.run.config.gate_bounds
         yield (
             "rejects an adapter that equals the one it started from, has a tensor that did not "
             "move, is not finite, or changes nothing that the model says. At most "

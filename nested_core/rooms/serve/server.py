@@ -17,7 +17,7 @@ from typing import Any
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import find_model_folder
+from nested_core.models.base_model import find_model_folder, fingerprint_base_model
 from nested_core.registry import VerifiedVersion, read_champion, read_verified_version
 from nested_core.rooms.serve.engine import (
     PartialPromptCache,
@@ -107,6 +107,7 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     champions = {name: _read_champion(settings.registry, name) for name in settings.names}
     first = next(iter(champions.values())).adapter
     base = find_model_folder(str(settings.options.model or first.config.get("model")))
+    fingerprint_base_model(base, max_age=0)
     for champion in champions.values():
         require_same_base(champion, base)
     of_the_registry = {"model": str(base), "adapter_path": None, "pipeline": False}

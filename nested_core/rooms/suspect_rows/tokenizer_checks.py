@@ -1,15 +1,24 @@
-"""Characters that a tokenizer loses, and turns written by hand for a base with a chat template."""
+"""What the base reads otherwise than the text of a row: lost characters, tokens that are alike.
+
+And turns that were written by hand for a base with a chat template.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from nested_core.data.lines.example_parsing import Example, find_row_format
 from nested_core.data.tokens.example_encoding import has_chat_template
 from nested_core.data.tokens.shown_texts import Note
-from nested_core.storage.untrusted_files import collect_strings
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.errors import DamagedError
+from nested_core.storage.safetensors_files import read_header
+from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
 
 # A question's mark at the beginning of a text, or with hashes anywhere, and an answer's after it.
 _HANDWRITTEN_TURNS_PATTERN = re.compile(
@@ -18,20 +27,25 @@ _HANDWRITTEN_TURNS_PATTERN = re.compile(
 )
 _JUDGED_CATEGORIES = "LNPS"  # letters, numbers, punctuation, symbols (unicodedata)
 MAX_LOST_PER_ROW = 3
+_EMBEDDING_PATTERN = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings)\.(?:weight|scales|biases)$"
+)
 
 
 class TokenizerChecks:
-    """Notes on an example's texts that need the base's tokenizer."""
+    """Notes on an example's texts that need the base's tokenizer, or its embedding."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Remember the tokenizer, and each character's fate once it was asked."""
-        self._tokenizer = tokenizer
-        self._has_template = has_chat_template(tokenizer)
+    def __init__(self, source: TokenizerSource) -> None:
+        """Load the tokenizer, and read which of its added tokens have rows alike."""
+        self._tokenizer = source.load()
+        self._has_template = has_chat_template(self._tokenizer)
+        added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
+        self._alike = find_tokens_alike(Path(source.folder), added)
         self._known: set[str] = set()
         self._lost: set[str] = set()
 
-    def __call__(self, example: Example) -> list[Note]:
-        """Return a note for each of the first lost characters, and one for handwritten turns."""
+    def __call__(self, example: Example, tokens: Sequence[int]) -> list[Note]:
+        """Return a note for each lost character, for each token alike, for handwritten turns."""
         texts = [example.text, *collect_strings(example.messages)]
         characters = set().union(*texts)
         for character in characters - self._known:
@@ -41,6 +55,10 @@ class TokenizerChecks:
         notes = [
             Note("warning", "lost-character", _describe_lost(character))
             for character in sorted(characters & self._lost)[:MAX_LOST_PER_ROW]
+        ]
+        notes += [
+            Note("warning", "tokens-alike", self._describe_alike(token))
+            for token in sorted(self._alike.intersection(tokens))
         ]
         is_plain_text = not find_row_format(example.format).is_templated
         if is_plain_text and self._has_template and _HANDWRITTEN_TURNS_PATTERN.search(example.text):
@@ -54,6 +72,39 @@ class TokenizerChecks:
         tokens = self._tokenizer.encode(character, add_special_tokens=False)
         decoded = _fold(self._tokenizer.decode(tokens))
         return _fold(character).strip() not in decoded
+
+    def _describe_alike(self, token: int) -> str:
+        """Say what is wrong with a token's row of the embedding."""
+        return (
+            f"{self._tokenizer.convert_ids_to_tokens(token)} (token {token}) is nothing that the "
+            f"base knows: its row of the embedding is zero, or equal to that of another added "
+            f"token. LoRA on linear layers leaves that as it is. Give it a row of its own in the "
+            f"base, train model.embed_tokens too (lora_parameters.keys), or write it in letters"
+        )
+
+
+def find_tokens_alike(folder: Path, tokens: Sequence[int]) -> frozenset[int]:
+    """Return the tokens whose rows of a base's embedding are zero, or equal to another one's.
+
+    tokens: ids. Of a quantised embedding the rows of all its arrays are compared. Weights that
+    cannot be read are judged where they are loaded.
+    """
+    rows = dict.fromkeys(tokens, b"")
+    with suppress(OSError, DamagedError):
+        for path in sorted(folder.glob("*.safetensors")) if tokens else ():
+            with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
+                for name, tensor in read_header(file, size, path).items():
+                    if _EMBEDDING_PATTERN.search(name) is None:
+                        continue
+                    width = (tensor.end - tensor.begin) // tensor.shape[0]
+                    for token in tokens:
+                        if token < tensor.shape[0]:
+                            file.seek(tensor.begin + token * width)
+                            rows[token] += file.read(width)
+    counts = Counter(rows.values())
+    return frozenset(
+        token for token, row in rows.items() if row and (counts[row] > 1 or not any(row))
+    )
 
 
 def _fold(text: str) -> str:

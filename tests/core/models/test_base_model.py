@@ -25,6 +25,7 @@ from nested_core.models.base_model import (
     vocabulary_digest,
 )
 from tests.builders.adapter_folders import base_copy
+from tests.builders.rotten_files import rot
 from tests.example import example_config
 
 FILES = {
@@ -67,6 +68,17 @@ def test_another_byte_is_another_base(folder: Path, name: str, at: int) -> None:
     assert fingerprint_base_model(folder) != before
     change(folder / name, at)
     assert fingerprint_base_model(folder) == before
+
+
+def test_rotten_bytes_are_another_base_once_all_bytes_are_read_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+    before = fingerprint_base_model(folder)
+    rot(folder / "model.safetensors", 5_000, monkeypatch)
+    assert fingerprint_base_model(folder) == before  # a cached hash is believed
+    assert fingerprint_base_model(folder, max_age=0) != before
+    assert fingerprint_base_model(folder) != before
 
 
 def test_code_or_weights_that_come_or_go_are_another_base(folder: Path) -> None:

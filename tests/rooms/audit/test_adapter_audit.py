@@ -18,6 +18,7 @@ import pytest
 
 from flows import cli
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.models.base_model import fingerprint_base_model
 from nested_core.rooms.audit.adapter_audit import audit_adapter, find_adapters
 from nested_core.rooms.audit.adapter_layout import BaseModelForAudit
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
@@ -27,6 +28,7 @@ from tests.builders.adapter_folders import (
     change_tensors,
     random_adapter,
 )
+from tests.builders.rotten_files import rot
 from tests.example import MODEL, train_example
 from tests.left_out import slow_except
 from tests.reliability.adapter_edits import REMOVED, VALUES
@@ -354,6 +356,19 @@ def test_a_base_of_the_same_shapes_is_told_apart_where_the_named_one_is_here(
     (copied / "config.json").write_text((copied / "config.json").read_text() + "\n")
     assert audit_adapter(random_adapter(tmp_path / "b", model=str(copied)), base).has_passed
     assert audit_adapter(random_adapter(tmp_path / "c", model="org/elsewhere"), base).has_passed
+
+
+def test_a_base_that_rotted_since_its_hash_was_cached_is_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+    folder = Path(shutil.copytree(MODEL, tmp_path / "base"))
+    recorded = fingerprint_base_model(folder)
+    adapter = random_adapter(tmp_path / "a", base_fingerprint=recorded)
+    assert audit_adapter(adapter, BaseModelForAudit(str(folder))).has_passed
+    rot(folder / "model.safetensors", -1, monkeypatch)
+    audit = audit_adapter(adapter, BaseModelForAudit(str(folder)))
+    assert [reason.code for reason in audit.reasons] == ["base_mismatch"]
 
 
 @pytest.mark.parametrize(("broken_rows", "prompts"), [([1], 3), ([1, 9, 17, 25], None)])

@@ -20,6 +20,7 @@ from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.gate.evidence.champion_adapter import shape_like_adapter
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_examples
+from nested_core.models.base_model import fingerprint_base_model
 from nested_core.pipeline import steps
 from nested_core.rooms.export.export_record import (
     ExportRecord,
@@ -37,7 +38,8 @@ from nested_core.rooms.export.judgement import Findings, judge_reading
 from nested_core.rooms.export.reference import Reference, choose_rows, measure_reference
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
-from tests.builders.adapter_folders import change_tensors
+from tests.builders.adapter_folders import base_copy, change_tensors, random_adapter
+from tests.builders.rotten_files import rot
 from tests.example import DATA, example_config, prepare, train
 from tests.left_out import slow_except
 from tests.rooms.export.small_bases import (
@@ -199,6 +201,18 @@ def test_another_family_is_refused_by_name(trained: Callable[..., Trained], tmp_
     with pytest.raises(ConfigError, match="family olmo2, and GGUF is written for llama, qwen2"):
         write_gguf(tmp_path / "model.gguf", model, tokenizer, "f16", "name")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_a_base_that_rotted_since_its_hash_was_cached_is_not_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+    base = base_copy(tmp_path / "base")
+    recorded = fingerprint_base_model(base)
+    adapter = random_adapter(tmp_path / "a", model=str(base), base_fingerprint=recorded)
+    rot(base / "model.safetensors", -1, monkeypatch)
+    with pytest.raises(ConfigError, match="made for the base sha256:"):
+        export(adapter, fused=tmp_path / "fused")
 
 
 def test_a_place_that_is_taken_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -30,6 +30,14 @@ def list_pairs(split: str) -> list[dict[str, Any]]:
     return pairs
 
 
+def list_swapped_pairs(split: str) -> list[dict[str, Any]]:
+    """The same pairs the wrong way round."""
+    return [
+        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+        for pair in list_pairs(split)
+    ]
+
+
 def list_labelled(split: str) -> list[dict[str, Any]]:
     """Every second answer is a chosen one, and the others are rejected ones."""
     rows = []
@@ -38,6 +46,11 @@ def list_labelled(split: str) -> list[dict[str, Any]]:
         row = {"prompt": pair["prompt"], "completion": answer, "label": bool(number % 2)}
         rows.append(row)
     return rows
+
+
+def list_labelled_alike(split: str) -> list[dict[str, Any]]:
+    """The same answers, all labelled as wanted."""
+    return [row | {"label": True} for row in list_labelled(split)]
 
 
 def write_rows(folder: Path, splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> Path:

@@ -27,6 +27,7 @@ from nested_core.rooms.preferences.side_by_side import (
 from tests.rooms.preferences.pair_data import (
     BASE,
     list_labelled,
+    list_labelled_alike,
     list_pairs,
     make_values,
     write_rows,
@@ -119,7 +120,7 @@ def test_swapped_and_shared_pairs_are_errors_at_their_lines(tmp_path: Path) -> N
 
 def test_labels_that_are_all_the_same_are_an_error(tmp_path: Path) -> None:
     twin = list_labelled("train")
-    rows = [row | {"label": True} for row in twin]
+    rows = list_labelled_alike("train")
     assert findings(tmp_path / "planted", "kto", train=rows, valid=list_labelled("valid")) == {
         ("train.jsonl", None, "one-label")
     }

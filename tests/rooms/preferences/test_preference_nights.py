@@ -150,7 +150,7 @@ def test_rows_of_a_night_with_another_loss_are_refused_not_left_out(
     with pytest.raises(ConfigError) as refused:
         run_night(tmp_path, "answers", config)
     said = str(refused.value)
-    assert said.startswith("continual.replay: examples of earlier nights are no rows of training.")
-    assert "training.loss: null (chosen and rejected are preference pairs: " in said
+    assert said.startswith("continual.replay: earlier nights had another training.loss than null")
+    assert "cannot be replayed (chosen and rejected are preference pairs: " in said
     assert "Set continual.replay.fraction: 0" in said
     assert refused.value.exit_code == 2

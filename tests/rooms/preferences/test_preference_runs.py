@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.silent_failures.broken.broken_preferences import count_prompts, read_trained
 from nested_core import seams
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.lines import example_parsing
-from nested_core.errors import DamagedError, DatasetError, TrainingStopped
+from nested_core.errors import ConfigError, DamagedError, DatasetError, TrainingStopped
 from nested_core.gate.judge import judge_run
 from nested_core.pipeline import steps
 from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
@@ -30,8 +31,8 @@ from nested_core.records.verdict_file import parse_verdict
 from nested_core.records.verdict_table import check_table, list_checks
 from nested_core.report.run_report import describe_run
 from nested_core.rooms.planning.explanation import RunInWords
-from nested_core.rooms.preferences import reference_likelihoods
-from nested_core.rooms.preferences.answer_rows import PAIRS, encode_pair
+from nested_core.rooms.preferences import answer_rows, reference_likelihoods
+from nested_core.rooms.preferences.answer_rows import PAIRS
 from nested_core.rooms.preferences.reference_likelihoods import (
     LIKELIHOODS_FILE,
     find_likelihoods_file,
@@ -42,6 +43,7 @@ from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import Finished, prepare, stop_after, train
 from tests.rooms.preferences.pair_data import (
     list_pairs,
+    list_swapped_pairs,
     make_values,
     write_labelled,
     write_pairs,
@@ -254,7 +256,7 @@ def test_the_other_losses_learn_too(tmp_path: Path, loss: str) -> None:
 
 def test_a_margin_that_grew_while_answers_turned_to_nonsense_is_refused(tmp_path, learnt) -> None:
     config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=3e-3)
-    assert config.gate.max_kl == learnt.finished.config.gate.max_kl == 4.0
+    assert config.gate_bounds.max_kl == learnt.finished.config.gate_bounds.max_kl == 4.0
     judged = run_and_judge(config, tmp_path / "run")
     assert judged.block["conclusion"] == "better"
     assert judged.block["kl_initial"] > 4 > learnt.block["kl_initial"]
@@ -266,17 +268,27 @@ def test_a_margin_that_grew_while_answers_turned_to_nonsense_is_refused(tmp_path
 
 def test_the_bound_of_the_divergence_is_that_of_the_file_where_it_has_one(tmp_path) -> None:
     data = write_pairs(tmp_path / "data")
-    assert make_config(data, "dpo", gate={"max_kl": 9.0}).gate.max_kl == 9.0
-    assert make_config(data, "dpo", gate={"max_kl": None, "drift": True}).gate.max_kl == 4.0
-    assert make_config(data, "dpo", training={}).gate.max_kl is None
+    assert make_config(data, "dpo", gate={"max_kl": 9.0}).gate_bounds.max_kl == 9.0
+    without = make_config(data, "dpo", gate={"max_kl": None, "drift": True})
+    assert (without.gate.max_kl, without.gate_bounds.max_kl) == (None, 4.0)
+    assert make_config(data, "dpo", training={}).gate_bounds.max_kl is None
+
+
+def test_held_out_pairs_are_required_by_the_bound_of_the_file_and_not_by_that_of_the_loss(
+    tmp_path,
+) -> None:
+    data = write_rows(tmp_path / "data", {"train": list_pairs("train")})
+    config = make_config(data, "dpo")
+    run = prepare(config, tmp_path / "run")
+    steps.require_held_out_examples(config, run)
+    asked = make_config(data, "dpo", gate={"max_kl": 4.0})
+    with pytest.raises(ConfigError, match=r"gate\.max_kl: .* neither test\.jsonl nor valid"):
+        steps.require_held_out_examples(asked, run)
 
 
 def test_planted_pairs_of_train_are_swapped(tmp_path: Path, learnt: Judged) -> None:
-    swapped = [
-        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
-        for pair in list_pairs("train")
-    ]
-    data = write_rows(tmp_path / "data", {"train": swapped, "valid": list_pairs("valid")})
+    splits = {"train": list_swapped_pairs("train"), "valid": list_pairs("valid")}
+    data = write_rows(tmp_path / "data", splits)
     judged = run_and_judge(make_config(data, "dpo"), tmp_path / "run")
     assert "preference_not_learnt" in judged.codes
     assert "preference_not_learnt" not in learnt.codes
@@ -285,8 +297,9 @@ def test_planted_pairs_of_train_are_swapped(tmp_path: Path, learnt: Judged) -> N
 
 
 def test_planted_reference_is_the_trained_model(tmp_path, learnt, monkeypatch) -> None:
-    trained = read_adapter(learnt.finished.run.adapter)
-    monkeypatch.setattr(reference_likelihoods, "read_adapter", lambda _: trained)
+    monkeypatch.setenv("TRAINED_ADAPTER", str(learnt.finished.run.adapter))
+    monkeypatch.setattr(reference_likelihoods, "read_adapter", read_adapter)  # put back afterwards
+    read_trained(reference_likelihoods)
     config = learnt.finished.config
     judged = run_and_judge(config, tmp_path / "run")
     assert "preference_not_learnt" in judged.codes
@@ -297,17 +310,12 @@ def test_planted_reference_is_the_trained_model(tmp_path, learnt, monkeypatch) -
 
 
 def test_planted_mask_counts_the_prompt(tmp_path: Path, monkeypatch) -> None:
-    def encode(example: Any, tokenizer: Any) -> Any:
-        encoded = encode_pair(example, tokenizer)
-        (_, end), (second, last) = encoded.spans
-        prompt = encoded.spans[0][0]
-        return replace(encoded, spans=((1, end), (second - prompt + 1, last)))
-
     pairs = list_pairs("train")[:9]  # by content of its own, so that no cache has it
     data = write_rows(tmp_path / "data", {"train": pairs})
     config = make_config(data, "dpo")
     with monkeypatch.context() as planted:
-        planted.setitem(PAIRS, "pair", replace(PAIRS["pair"], encode=encode))
+        planted.setitem(PAIRS, "pair", PAIRS["pair"])  # put back afterwards
+        count_prompts(answer_rows)
         uncached = example_parsing.formats_of_loss.__wrapped__
         planted.setattr(example_parsing, "formats_of_loss", uncached)
         run = prepare(config, tmp_path / "run")

@@ -19,6 +19,8 @@ from nested_core.models.base_model import chat_template_digest, vocabulary_diges
 from nested_core.registry import read_verified_version, register_and_promote, rollback
 from nested_core.registry.history_views import NameFolder
 from nested_core.rooms.serve import follower
+from tests.builders.adapter_folders import base_copy
+from tests.builders.rotten_files import rot
 from tests.example import MODEL
 from tests.rooms.serve.versions import (
     NAME,
@@ -219,6 +221,20 @@ def test_a_champion_of_another_base_is_not_served(promote, registry, tmp_path) -
             "was made for the base sha256:"
             in client.chat(f"{NAME}@{second}").json()["error"]["message"]
         )
+
+
+def test_a_base_that_rotted_after_the_promotion_is_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+    base = base_copy(tmp_path / "base")
+    promote_run(write_version_run(tmp_path / "run", base, seed=1), tmp_path / "registry")
+    wanted = settings(tmp_path / "registry", "--name", NAME)
+    with serving(wanted) as client:
+        assert client.chat().status == 200
+    rot(base / "model.safetensors", -1, monkeypatch)
+    with pytest.raises(ConfigError, match="was made for the base sha256:"), serving(wanted):
+        pass
 
 
 def promote_damaged(promote: Promote, registry: Path) -> str:

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import polars as pl
 import pytest
 
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.rooms.suspect_rows.text_checks import SuspectTexts
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.builders.data_sets import Found, chat, load, warnings_in, write_lines
 from tests.example import DATA, MODEL
 
@@ -183,6 +185,46 @@ def test_a_character_that_the_tokenizer_drops_is_named(tmp_path: Path) -> None:
         ("valid.jsonl", 1, "lost-character"),
     ]
     assert found(tmp_path / "data", splits, tokenizer=BASE) == []
+
+
+def base_with_two_tokens(folder: Path, rows: mx.array) -> TokenizerSource:
+    """The example's base with the added tokens <city> and <land>, and their rows of embedding."""
+    shutil.copytree(MODEL, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    weights = load_arrays(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"] += [
+        {"id": embedding.shape[0] + n, "content": text, **flags}
+        for n, text in enumerate(("<city>", "<land>"))
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] = embedding.shape[0] + 2
+    (folder / "config.json").write_text(json.dumps(config))
+    joined = mx.concatenate([embedding, rows.astype(embedding.dtype)])
+    save_arrays(folder / "model.safetensors", {**weights, "model.embed_tokens.weight": joined})
+    return TokenizerSource(str(folder))
+
+
+WIDTH = load_arrays(MODEL / "model.safetensors")["model.embed_tokens.weight"].shape[1]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_added_tokens_with_rows_alike_are_named_where_the_rows_use_them(
+    value: float, tmp_path: Path
+) -> None:
+    splits = {s: rewrite(s, "See<city> {city} in<land> {land}!") for s in ("train", "valid")}
+    base = base_with_two_tokens(tmp_path / "base", mx.full((2, WIDTH), value))
+    assert found(tmp_path / "data", splits, tokenizer=base) == [
+        (f"{split}.jsonl", 1, "tokens-alike") for split in ("train", "train", "valid", "valid")
+    ]
+    messages = [one.message for one in load(tmp_path / "data", base)[0].warnings]
+    assert [message[:6] for message in messages] == ["<city>", "<land>"] * 2
+    learnt = base_with_two_tokens(tmp_path / "learnt", mx.random.normal((2, WIDTH)))
+    assert found(tmp_path / "data", splits, tokenizer=learnt) == []
+    plain = {split: rows_of(split) for split in ("train", "valid")}
+    assert found(tmp_path / "plain", plain, tokenizer=base) == []
 
 
 def test_turns_written_by_hand_are_told_only_for_a_base_with_a_template(
