@@ -29,7 +29,7 @@ ROWS = {
     ],
 )
 def test_the_page_has_the_figures_of_the_rows(said: str) -> None:
-    names = ("share base, ours 0", "share base, trl 0", "general loss ours 0")
-    names += ("general loss trl 0", "training ours 0", "training trl 0")
+    cells = ("share base,", "general loss", "training")
+    names = [f"{cell} {arm} 0" for cell in cells for arm in ("ours", "trl")]
     figures = said.format(*(ROWS[name] for name in names)).replace("%", " %")
     assert figures in " ".join((ROOT / "docs/preferences.md").read_text("utf-8").split())
