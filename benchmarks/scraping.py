@@ -37,7 +37,7 @@ from nested_core import backend
 backend.prepare()  # before anything imports mlx
 
 from benchmarks.timing import keep  # noqa: E402
-from nested_core.records.run import AdapterRuns, Run  # noqa: E402
+from nested_core.records.run_status import AdapterRuns, Run  # noqa: E402
 from nested_core.rooms.nights.night_metrics import EndedNight, write_night_metrics  # noqa: E402
 from nested_core.storage.run_directory import RunDirectory  # noqa: E402
 from tests.example import MODEL  # noqa: E402

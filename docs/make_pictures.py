@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.records.paired_difference import student_t_quantile
-from nested_core.records.run import read_run
+from nested_core.records.run_status import read_run
 from nested_core.report.run_report import describe_run
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Cell, Section, Table, Text

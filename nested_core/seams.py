@@ -7,6 +7,7 @@ class of a room, named `module:name`; it is imported where it is used, and only 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from nested_core.rooms import ROOMS, Room, RoomLoss, TrainingFlow
 from nested_core.text.loss_format import NATS_PER_TOKEN
 
 
+@cache  # every data set that is read asks for all rooms, seven times
 def is_there(room: str) -> bool:
     """Return whether a room (an optional component) is installed, that is, was not deleted."""
     return Path(__file__).with_name("rooms").joinpath(room, "ROOM.toml").is_file()

@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the flow on the example, then show what the model could not answer before."""
-    from nested_core.registry.history_views import LINK_NAME
+    from nested_core.registry.link_and_views import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
     require_free_place(out, "--out")

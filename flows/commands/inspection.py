@@ -17,7 +17,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
-    from nested_core.records.run import Run
+    from nested_core.records.run_status import Run
     from nested_core.records.verdict import TensorChange
 
 MODULE_COLUMNS = ("module", "tensors changed", "least change", "most (relative)", "finite")
@@ -116,7 +116,7 @@ def summarise_by_module(tensors: Iterable[TensorChange]) -> Iterator[tuple[objec
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     """Say where a run stands, from its folder; DamagedError for its configuration or verdict."""
-    from nested_core.records.run import Run
+    from nested_core.records.run_status import Run
     from nested_core.report.outcome import run_to_json
 
     run = Run(RunDirectory(arguments.run_dir))

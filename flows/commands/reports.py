@@ -67,7 +67,7 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
     """List the runs of a folder, newest first."""
     from flows.terminal.run_results import print_answer_warnings
-    from nested_core.records.run import list_runs
+    from nested_core.records.run_status import list_runs
     from nested_core.report.outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
 
     runs = list_runs(arguments.folder)

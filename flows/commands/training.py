@@ -245,7 +245,7 @@ def print_result(
 
 def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: Verdict) -> None:
     """What became of the adapter in the registry, where the page is, and how to go on."""
-    from nested_core.records.run import Run
+    from nested_core.records.run_status import Run
     from nested_core.report.outcome import describe_outcome
 
     if result.version is not None or result.kept_champion is not None:

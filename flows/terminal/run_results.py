@@ -13,7 +13,7 @@ from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.records.answers import BrokenHow, SampleAnswers
-    from nested_core.records.run import Run
+    from nested_core.records.run_status import Run
     from nested_core.records.verdict import Verdict
 
 LONGEST_TEXT = 300
@@ -49,7 +49,7 @@ def _escape_and_shorten(text: str) -> str:
 
 def print_rejection(run: RunDirectory) -> None:
     """The outcome, every check as a table, then wrong answers of each suite that failed."""
-    from nested_core.records.run import Run
+    from nested_core.records.run_status import Run
     from nested_core.records.verdict_table import check_table, lost_answers
 
     read = Run(run)
@@ -61,7 +61,7 @@ def print_rejection(run: RunDirectory) -> None:
 
 def print_answer_tables(run: RunDirectory) -> None:
     """What rooms show of the answers to each suite."""
-    from nested_core.records.run import Run
+    from nested_core.records.run_status import Run
 
     print_blocks(*_list_answer_tables(Run(run)))
 

@@ -39,7 +39,7 @@ from nested_core.records.judged_run import (
     read_rejected_run,
 )
 from nested_core.records.promoted_to import add_promoted_to
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict

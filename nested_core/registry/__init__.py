@@ -6,7 +6,7 @@ writer of these holds the folder's lock, and first finishes what a crash interru
 several files holds the lock shared; `read_champion`, `list_versions` and `read_version_losses` take
 no lock.
 
-ledger.py is the history; history_views.py the folder under its lock with the derived files;
+ledger.py is the history; link_and_views.py the folder under its lock with the derived files;
 versions.py a version; judgements.py its later verdicts; data_store.py its examples. registration.py
 adds a version; promote_and_rollback.py changes the champion; garbage_collection.py removes
 versions; queries.py and audit_report.py read; policy.py is the minimum that a name requires for

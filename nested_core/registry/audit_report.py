@@ -18,7 +18,9 @@ from nested_core.registry.folders import (
     require_no_writes_meanwhile,
     shared_folder_lock,
 )
-from nested_core.registry.history_views import (
+from nested_core.registry.judgements import judgement_findings
+from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
+from nested_core.registry.link_and_views import (
     LINK_NAME,
     are_views_behind,
     find_wrong_recorded_end,
@@ -28,8 +30,6 @@ from nested_core.registry.history_views import (
     read_view,
     require_own_layout,
 )
-from nested_core.registry.judgements import judgement_findings
-from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.versions import (
     VERSION_PATTERN,
     AuditFinding,

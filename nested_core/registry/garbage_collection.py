@@ -27,9 +27,9 @@ from nested_core.registry.data_store import (
     remove_unneeded_rows,
 )
 from nested_core.registry.folders import DATA_FOLDER_NAME, VERSIONS_FOLDER_NAME, find_name_folder
-from nested_core.registry.history_views import read_link, reading, writing
 from nested_core.registry.judgements import has_all_judgements
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
+from nested_core.registry.link_and_views import read_link, reading, writing
 from nested_core.registry.policy import policy_of
 from nested_core.registry.versions import (
     OPTIONAL_FILES,

@@ -18,8 +18,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, describe_first_problem
 from nested_core.registry.folders import check_name, create_name_folder, name_exists
-from nested_core.registry.history_views import reading, writing_folder
 from nested_core.registry.ledger import LEDGER_NAME, Ledger
+from nested_core.registry.link_and_views import reading, writing_folder
 from nested_core.registry.versions import resolve_version
 
 NIGHTS_PREFIX = "nights:"

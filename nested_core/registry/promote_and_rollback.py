@@ -15,9 +15,9 @@ from nested_core.records.judged_run import JudgedRun, read_judged_run
 from nested_core.records.verdict_file import require_passed
 from nested_core.registry.data_store import RunExamples
 from nested_core.registry.folders import check_name
-from nested_core.registry.history_views import NameFolder, writing
 from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Origin
+from nested_core.registry.link_and_views import NameFolder, writing
 from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.registration import NewVersion, registering
 from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version

@@ -25,9 +25,9 @@ from nested_core.errors import (
 from nested_core.records.loss_conclusion import describe_smallest_visible
 from nested_core.records.verdict import ChampionLoss, Noise, Validation
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
-from nested_core.registry.history_views import NameFolder, read_link, reading, writing
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Ledger, Origin
+from nested_core.registry.link_and_views import NameFolder, read_link, reading, writing
 from nested_core.registry.policy import (
     APPROVE_KEY,
     PromotionRule,

@@ -20,14 +20,14 @@ from nested_core.registry.folders import (
     name_exists,
     shared_folder_lock,
 )
-from nested_core.registry.history_views import (
+from nested_core.registry.ledger import REGISTRATION_ACTIONS, Entry, read_ledger
+from nested_core.registry.link_and_views import (
     lost_champion_error,
     read_link,
     reading,
     version_exists,
     writing,
 )
-from nested_core.registry.ledger import REGISTRATION_ACTIONS, Entry, read_ledger
 from nested_core.registry.registration import require_sound_champion
 from nested_core.registry.versions import (
     how_to_mend,

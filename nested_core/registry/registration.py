@@ -25,14 +25,6 @@ from nested_core.registry.folders import (
     exclusive_folder_lock,
     require_creatable,
 )
-from nested_core.registry.history_views import (
-    NameFolder,
-    lost_champion_error,
-    require_sound_end,
-    version_exists,
-    writing,
-    writing_folder,
-)
 from nested_core.registry.judgements import (
     JudgementFacts,
     has_all_judgements,
@@ -40,6 +32,14 @@ from nested_core.registry.judgements import (
     write_judgement,
 )
 from nested_core.registry.ledger import REGISTRATION_ACTIONS, read_ledger
+from nested_core.registry.link_and_views import (
+    NameFolder,
+    lost_champion_error,
+    require_sound_end,
+    version_exists,
+    writing,
+    writing_folder,
+)
 from nested_core.registry.versions import (
     HASHED_AGAIN_AFTER_SECONDS,
     OPTIONAL_FILES,

@@ -15,9 +15,9 @@ from nested_core.errors import shorten
 from nested_core.records.outcome_names import WORDS_IN_SENTENCE, Outcome
 from nested_core.records.skip import Skip
 from nested_core.registry.folders import create_name_folder, name_exists
-from nested_core.registry.history_views import reading, writing_folder
 from nested_core.registry.judgements import Judgement
 from nested_core.registry.ledger import Entry, Ledger, describe_author
+from nested_core.registry.link_and_views import reading, writing_folder
 from nested_core.registry.promotion_outcome import Decision
 from nested_core.registry.promotion_policy import choose_candidate, find_refusal, registry_location
 from nested_core.registry.registration import REGISTRATION_AUTHOR

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import NestedTuneError
 from nested_core.records.outcome_names import Outcome
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict, describe_examples
 from nested_core.records.verdict_table import list_checks
 from nested_core.text.digest_format import shorten_digest
@@ -93,8 +93,8 @@ def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
     the champion, VERIFIED otherwise.
     """
     # Imported here because the registry imports mlx, which takes long
-    from nested_core.registry.history_views import read_link, reading
     from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
+    from nested_core.registry.link_and_views import read_link, reading
     from nested_core.registry.promotion_policy import (
         choose_candidate,
         effective_rule,
@@ -150,7 +150,7 @@ def find_reason_kept(run: Run) -> str | None:
     promotion policy says.
     """
     from nested_core.registry import list_versions
-    from nested_core.registry.history_views import read_link, reading
+    from nested_core.registry.link_and_views import read_link, reading
     from nested_core.registry.promotion_policy import (
         choose_candidate,
         find_refusal_as_recorded,

@@ -34,7 +34,7 @@ from nested_core.records.answers import (
 )
 from nested_core.records.dataset import group_findings
 from nested_core.records.losses import ExampleLosses
-from nested_core.records.run import Run, read_run
+from nested_core.records.run_status import Run, read_run
 from nested_core.records.verdict import TensorChange, Validation
 from nested_core.records.verdict_table import describe_verdict, tier_table
 from nested_core.registry.promotion_policy import registry_location

@@ -170,6 +170,7 @@ class Trainer:
         Raises TrainingStopped if a stop is requested before the end, TrainingDiverged after
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
+        self.setup.loss_fn.begin()
         try:
             self.world.allow_longer()  # the first step compiles: that is no hanging process
             with self.using_training_layers():

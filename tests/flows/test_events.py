@@ -25,7 +25,7 @@ from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
 from nested_core.process.current_user import current_user
 from nested_core.registry import ledger
-from nested_core.registry.history_views import writing
+from nested_core.registry.link_and_views import writing
 from nested_core.registry.policy import set_policy
 from tasks.events import MAX_EVENTS, send_missing_events
 from tasks.prefect_server import read_events

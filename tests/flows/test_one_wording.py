@@ -20,12 +20,12 @@ from nested_core import registry as core
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.dataset import Finding
 from nested_core.records.outcome_names import Outcome
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
 from nested_core.registry.adapter_card import render_card
-from nested_core.registry.history_views import writing
 from nested_core.registry.ledger import Origin
+from nested_core.registry.link_and_views import writing
 from nested_core.report.outcome import find_outcome, find_reason_kept
 from nested_core.report.run_report import read_report
 from nested_core.seams import is_there, load

@@ -20,7 +20,7 @@ from flows.promote import promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
-from nested_core.registry.history_views import NameFolder
+from nested_core.registry.link_and_views import NameFolder
 from tasks import promote as promotion_tasks
 from tasks.artifact_client import artifact_key
 from tests.flows.conftest import task_runs

@@ -11,7 +11,7 @@ from nested_core.config.sections import GateSection
 from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.records import verdict_file
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.verdict import JudgedAdapter, Verdict
 from nested_core.records.verdict_file import write_verdict
 from nested_core.storage import untrusted_files

@@ -16,7 +16,7 @@ from nested_core import registry as core
 from nested_core.errors import DamagedError
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
-from nested_core.registry.history_views import NameFolder
+from nested_core.registry.link_and_views import NameFolder
 from nested_core.storage.run_directory import RunDirectory
 from tasks.finetune import gate, load, register, train, validate
 from tasks.promote import promote

@@ -15,7 +15,7 @@ import pytest
 from nested_core import finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.metrics import read_metrics
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.verdict_table import describe_verdict
 from nested_core.registry import promote
 from nested_core.report.curves import describe_curves

@@ -37,7 +37,7 @@ from flows.finetune import FinetuneParameters, finetune
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rooms.housekeeping.flow import HousekeepingParameters, housekeeping
 from nested_core import registry as core
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.registry import garbage_collection
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import RunDirectory, new_run_name

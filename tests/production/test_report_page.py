@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nested_core.pipeline import steps
-from nested_core.records.run import read_run
+from nested_core.records.run_status import read_run
 from nested_core.records.verdict import Reason
 from nested_core.report.run_report import RunReport
 from nested_core.rooms.compare.comparison import compare_runs

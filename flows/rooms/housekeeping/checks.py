@@ -13,10 +13,10 @@ def iterate_housekeeping_checks(registry: Path) -> Iterator[Check]:
     """For each name of the registry, how much its weekly housekeeping would remove now."""
     if not registry.is_dir():
         return
-    from nested_core.records.run import list_runs
+    from nested_core.records.run_status import list_runs
     from nested_core.registry import list_names
     from nested_core.rooms.housekeeping.housekeeping import tidy_up
-    from nested_core.rooms.housekeeping.pruning import KeptAmounts
+    from nested_core.rooms.housekeeping.run_removal import KeptAmounts
     from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 
     runs = list_runs(DEFAULT_RUNS_FOLDER) if DEFAULT_RUNS_FOLDER.is_dir() else None

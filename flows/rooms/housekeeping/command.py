@@ -42,8 +42,8 @@ def run_listing_or_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_pruning(arguments: argparse.Namespace) -> Callable[[], int]:
     """Remove old runs that nothing needs, and the spare checkpoints of those that stay."""
-    from nested_core.records.run import list_runs
-    from nested_core.rooms.housekeeping.pruning import prune_runs
+    from nested_core.records.run_status import list_runs
+    from nested_core.rooms.housekeeping.run_removal import prune_runs
 
     if arguments.keep is None:
         raise ConfigError("runs --prune needs --keep N: how many of the newest runs stay.")

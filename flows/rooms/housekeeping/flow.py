@@ -14,8 +14,8 @@ from flows.flow_runs.watchers import list_watchers
 from flows.promote import AdapterParameters
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
-from nested_core.records.run import list_runs
-from nested_core.rooms.housekeeping.pruning import KeptAmounts
+from nested_core.records.run_status import list_runs
+from nested_core.rooms.housekeeping.run_removal import KeptAmounts
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 
 KEPT = KeptAmounts()

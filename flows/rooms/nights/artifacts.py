@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.rooms.nights.fleet import NameStatus
 from nested_core.rooms.nights.night_pages import Night, describe_night, describe_nights, join_lines
 from nested_core.storage.run_directory import RunDirectory

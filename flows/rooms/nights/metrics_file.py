@@ -25,7 +25,7 @@ def write_metrics(section: RegistrySection, run: RunDirectory, outcome: str) -> 
     folder, context = os.environ.get(METRICS_FOLDER_VARIABLE), FlowRunContext.get()
     if not folder or context is None or section.path is None or section.name is None:
         return
-    from nested_core.records.run import AdapterRuns, Run, list_runs
+    from nested_core.records.run_status import AdapterRuns, Run, list_runs
     from nested_core.rooms.nights.night_metrics import EndedNight, write_night_metrics
 
     seconds = (datetime.now(UTC) - context.start_time).total_seconds()

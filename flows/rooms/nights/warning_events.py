@@ -27,7 +27,7 @@ from nested_core.config.sections import RegistrySection
 from nested_core.errors import NestedTuneError
 from nested_core.records.loss_conclusion import MIN_MARGIN
 from nested_core.records.outcome_names import ENDED_BEFORE_TRAINING
-from nested_core.records.run import AdapterRuns, Run, list_runs
+from nested_core.records.run_status import AdapterRuns, Run, list_runs
 from nested_core.registry import history
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory

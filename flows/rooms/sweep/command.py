@@ -100,7 +100,7 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _show(result: SweepResult) -> None:
     """Print the table of the arms, the outcome, and how to go on."""
-    from nested_core.records.run import Run
+    from nested_core.records.run_status import Run
     from nested_core.rooms.sweep.page import describe_scores, sweep_columns, sweep_rows
 
     record = result.record

@@ -40,7 +40,6 @@ def _hiding_unknown_validation_depth() -> Iterator[None]:
 with _hiding_unknown_validation_depth():
     import pandera.polars as pa
     from pandera.backends.polars.checks import PolarsCheckBackend
-    from pandera.backends.polars.components import ColumnBackend
     from pandera.backends.polars.container import DataFrameSchemaBackend
     from pandera.config import ValidationDepth, config_context
     from pandera.errors import SchemaError, SchemaErrorReason, SchemaErrors
@@ -111,15 +110,6 @@ class _PolarsSchema(pa.DataFrameSchema):
         return DataFrameSchemaBackend()
 
 
-class _PolarsColumn(pa.Column):
-    """A pandera column that always uses the polars backend."""
-
-    @classmethod
-    def get_backend(cls, *_: object, **__: object) -> ColumnBackend:
-        """Return the polars backend, whatever backend the host program has chosen."""
-        return ColumnBackend()
-
-
 class _PolarsCheck(pa.Check):
     """A pandera check that always uses the polars backend."""
 
@@ -141,19 +131,15 @@ class FrameRules:
 
     @cached_property
     def make_schema(self) -> pa.DataFrameSchema:
-        """The pandera schema: the columns' types, and one check that every rule holds at every row.
+        """The pandera schema: one check that every rule holds at every row.
 
         The rules form one check because pandera collects a frame some six times a check, which took
-        four fifths of the time of a small data set.
+        four fifths of the time of a small data set. `_require_fit` compares the columns: in the
+        schema they took a third of what was left.
         """
-        columns = {
-            name: _PolarsColumn(dtype, nullable=dtype is not pl.Boolean)
-            for name, dtype in self.columns.items()
-        }
         every_rule = pl.all_horizontal(_holds(rule) for rule in self.rules)
         return _PolarsSchema(
-            columns,
-            checks=_PolarsCheck(lambda data: data.lazyframe.select(every_rule), n_failure_cases=1),
+            checks=_PolarsCheck(lambda data: data.lazyframe.select(every_rule), n_failure_cases=1)
         )
 
     def add_findings(self, frame: pl.DataFrame, findings: Findings) -> None:
@@ -165,17 +151,26 @@ class FrameRules:
         """
         if frame.is_empty():
             return
-        failing = self._failing_rows(frame)
-        for rule in self.rules:
-            if rule not in failing:
-                continue
-            rows = frame.select({"file", "line", *rule.columns})[failing[rule]]
+        self._require_fit(frame)
+        for rule, indices in self._failing_rows(frame).items():
+            rows = frame.select({"file", "line", *rule.columns})[indices]
             groups = ["file"] if rule.by is None else ["file", rule.by]
             for group in rows.partition_by(groups, maintain_order=True):
                 findings.listed.extend(_make_findings(rule, group, findings))
                 if rule.severity == "error":
                     lines = group["line"].drop_nulls().to_list()
                     findings.error_lines.setdefault(group["file"][0], set()).update(lines)
+
+    def _require_fit(self, frame: pl.DataFrame) -> None:
+        """Raise TypeError if a declared column is missing, of another type, or Boolean and null."""
+        found = frame.schema
+        misfits = [
+            f"{name} is {found.get(name)}"
+            for name, dtype in self.columns.items()
+            if found.get(name) != dtype or (dtype is pl.Boolean and frame[name].has_nulls())
+        ]
+        if misfits:
+            raise TypeError(f"The rules do not fit their frame: {join_first_values(misfits, 3)}")
 
     def _failing_rows(self, frame: pl.DataFrame) -> dict[Rule, pl.Series]:
         """Return the indices of the rows at which each rule fails, for rules that fail anywhere."""
@@ -189,10 +184,10 @@ class FrameRules:
                 rows = pl.arg_where(~column, eager=True)
                 if len(rows):
                     failing.setdefault(rule, []).append(rows + first)
-        return {rule: pl.concat(rows) for rule, rows in failing.items()}
+        return {rule: pl.concat(failing[rule]) for rule in self.rules if rule in failing}
 
     def _holds_everywhere(self, frame: pl.DataFrame) -> bool:
-        """Return whether every rule holds at every row; TypeError if the frame does not fit."""
+        """Return whether every rule holds at every row; TypeError if a rule cannot be computed."""
         errors: list[SchemaError] = []
         with config_context(
             validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
-from nested_core.registry.history_views import read_link, reading, writing
 from nested_core.registry.judgements import Judgement, read_verdicts
 from nested_core.registry.ledger import (
     CHAMPION_CHANGE_ACTIONS,
@@ -20,6 +19,7 @@ from nested_core.registry.ledger import (
     Origin,
     describe_author,
 )
+from nested_core.registry.link_and_views import read_link, reading, writing
 from nested_core.registry.policy import policy_of
 from nested_core.registry.promote_and_rollback import promote_in_folder
 from nested_core.registry.promotion_outcome import Decision

@@ -15,7 +15,7 @@ from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
 from nested_core.records.answers import shown_answer
 from nested_core.records.paired_difference import PairedDifference, compare_pairs
-from nested_core.records.run import Run, read_run
+from nested_core.records.run_status import Run, read_run
 from nested_core.report.outcome import (
     describe_end,
     describe_outcome,

@@ -1,1 +1,1 @@
-"""Old runs and spare checkpoints go (pruning.py), and all of one adapter (housekeeping.py)."""
+"""Old runs and spare checkpoints go (run_removal.py), and all of one adapter (housekeeping.py)."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 from nested_core.errors import DamagedError
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import list_names
-from nested_core.registry.history_views import reading
+from nested_core.registry.link_and_views import reading
 from nested_core.registry.versions import version_folder
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_loss, join_units

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
 
-from nested_core.records.run import AdapterRuns, Run
+from nested_core.records.run_status import AdapterRuns, Run
 from nested_core.registry import read_champion_changes
 from nested_core.registry.folders import name_exists
 from nested_core.storage.folder_size import size_on_disk

@@ -11,7 +11,7 @@ from uuid import UUID
 from nested_core.config.schema import FineTuneConfig
 from nested_core.records.dataset import DatasetReport, Severity
 from nested_core.records.outcome_names import Outcome
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.verdict import TaskResult, Verdict
 from nested_core.records.verdict_table import check_table
 from nested_core.registry.queries import parent_version_of

@@ -110,7 +110,8 @@ def _compute_likelihoods(
     inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
 ) -> list[float]:
     """Of each conversation; each rank computes every so many batches, and all get all."""
-    stages.info("reference: likelihoods of %d answers by the %s", len(conversations), reference)
+    adapter = "base" if reference == "base" else "initial adapter"
+    stages.info("reference: likelihoods of %d answers by the %s", len(conversations), adapter)
     refs, world = inputs.parameters, inputs.world
     with restoring_parameters(refs):
         load_adapter_tensors(inputs.model, read_adapter(inputs.run.initial).to_mlx())

@@ -156,8 +156,15 @@ class AnswerLikelihoods:
         return -mx.zeros((count,)).at[mx.maximum(rows, 0) // width].add(losses)
 
 
+@dataclass
+class _Reference:
+    """The likelihoods of a run's reference; None before the run begins, and without a reference."""
+
+    likelihoods: ReferenceLikelihoods | None = None
+
+
 def make_loss(inputs: LossInputs) -> Loss:
-    """The loss of a run, with the likelihoods of its reference where it has one.
+    """The loss of a run, with the likelihoods of its reference, where it has one, once it begins.
 
     Raises DatasetError where the data that is trained on has no prompts.
     """
@@ -165,12 +172,16 @@ def make_loss(inputs: LossInputs) -> Loss:
     examples = {name: _read_examples(loss, split) for name, split in inputs.splits.items()}
     _require_prompts(examples["train"])
     mismatched = _mismatch_all(examples.values()) if loss.has_labels else {}
-    kept = None
-    if (name := find_reference(inputs.config)) is not None:
-        answers = [one for split in examples.values() for one in split]
-        conversations = [one for answer in answers for one in answer.conversations]
-        kept = prepare_reference(inputs, name, [*conversations, *mismatched.values()])
-    prepare = partial(_prepare_batch, loss, mismatched, kept)
+    reference = _Reference()
+
+    def begin() -> None:
+        """Compute the reference's likelihoods, or read those that the run keeps."""
+        if (name := find_reference(inputs.config)) is not None:
+            answers = [one for split in examples.values() for one in split]
+            conversations = [one for answer in answers for one in answer.conversations]
+            asked = [*conversations, *mismatched.values()]
+            reference.likelihoods = prepare_reference(inputs, name, asked)
+
     likelihoods = AnswerLikelihoods.of_model(inputs.model, inputs.parameters)
 
     def by_row(model: Any, *arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -192,10 +203,11 @@ def make_loss(inputs: LossInputs) -> Loss:
 
     return Loss(
         lambda model, *arrays: by_row(model, *arrays)[:2],
-        prepare_batch=prepare,
+        prepare_batch=partial(_prepare_batch, loss, mismatched, reference),
         count_tokens=lambda tokens, mask, *_: mask.sum(),
         by_row=by_row,
         compile_chunked_evaluation=None if likelihoods.chunked is None else compile_evaluation,
+        begin=begin,
     )
 
 
@@ -235,7 +247,7 @@ def mismatch(own: Answers, other: Answers) -> Conversation:
 def _prepare_batch(
     loss: PreferenceLoss,
     mismatched: Mapping[str, Conversation],
-    reference: ReferenceLikelihoods | None,
+    reference: _Reference,
     batch: MicroBatch,
     position_counts: Mapping[int, int] | None = None,  # noqa: ARG001  # rows have widths of their own
 ) -> PreparedBatch:
@@ -249,8 +261,8 @@ def _prepare_batch(
         others = [None if one is None else one.conversations[1] for one in examples]
     conversations = [None if one is None else one.conversations[0] for one in examples] + others
     likelihoods = np.zeros(len(conversations))
-    if reference is not None:
-        likelihoods = reference.of(conversations)
+    if reference.likelihoods is not None:
+        likelihoods = reference.likelihoods.of(conversations)
     tokens, mask = widen_for_device(lay_out(conversations))
     _, rows = find_supervised_positions((tokens, mask))
     is_wanted = np.array([one is None or one.is_wanted for one in examples])

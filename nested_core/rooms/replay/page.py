@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.rooms.replay.replay_record import read_replay
 from nested_core.text.document import Block, Details, Table, Text
 

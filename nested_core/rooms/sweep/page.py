@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.rooms.sweep.record import Arm, SweepRecord

@@ -44,7 +44,7 @@ from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.answers import read_answers
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.rooms.sweep.choice import SweepChoice
 from nested_core.rooms.sweep.page import describe_sweep

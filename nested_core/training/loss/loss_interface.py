@@ -231,6 +231,8 @@ class Loss:
             only; None if the loss needs the model's whole output.
         compile_chunked_evaluation: returns the `EvaluateBatch` of a loss that keeps the logits of
             few positions in memory at a time; None if it keeps those of a whole batch.
+        begin: called by every rank before a run is trained or goes on, for what takes long; who
+            only asks what a run would need builds the loss without it.
     """
 
     function: LossFunction
@@ -240,6 +242,7 @@ class Loss:
     by_row: RowLossFunction | None = None
     with_output_head: Callable[[OutputHead], Loss] | None = None
     compile_chunked_evaluation: Callable[[Callable[[Flat], None]], EvaluateBatch] | None = None
+    begin: Callable[[], None] = lambda: None
 
     def for_model(self, model: nn.Module, parameters: ParameterRefs) -> Loss:
         """Return the form of this loss for a model, which uses its output head if it has one."""

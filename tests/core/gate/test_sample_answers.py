@@ -19,7 +19,7 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import BrokenHow, SampleAnswers
 from nested_core.records.judged_run import read_judged_run
-from nested_core.records.run import list_runs
+from nested_core.records.run_status import list_runs
 from nested_core.report.outcome import describe_outcome
 from nested_core.report.run_report import read_report
 from nested_core.seams import is_there

@@ -18,7 +18,7 @@ from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import Steps
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.outcome_names import Outcome
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import (

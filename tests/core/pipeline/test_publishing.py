@@ -27,7 +27,7 @@ from nested_core.pipeline.publishing import (
 )
 from nested_core.records.dataset import DatasetReport, SplitStats
 from nested_core.records.judged_run import read_judged_run
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.registry import (
     Decision,
     collect_garbage,

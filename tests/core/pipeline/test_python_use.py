@@ -24,7 +24,7 @@ from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import ShownProgress, Steps
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.judged_run import read_judged_run
-from nested_core.records.run import read_run
+from nested_core.records.run_status import read_run
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import history
 from nested_core.registry.policy import set_policy

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.records.run import Run, list_runs, read_run
+from nested_core.records.run_status import Run, list_runs, read_run
 from nested_core.records.verdict import Reason
 from nested_core.report.outcome import describe_end, describe_outcome, list_row
 from nested_core.storage.run_directory import RunDirectory

@@ -12,8 +12,8 @@ from typing import Any
 
 from nested_core.config.sections import RegistrySection
 from nested_core.registry import Decision, audit, collect_garbage, read_champion
-from nested_core.registry.history_views import make_views, read_view, writing
 from nested_core.registry.ledger import NO_ORIGIN, read_ledger
+from nested_core.registry.link_and_views import make_views, read_view, writing
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import decide, promote_missed_versions
 

@@ -23,7 +23,7 @@ from nested_core.registry import (
     register_and_promote,
     rollback,
 )
-from nested_core.registry.history_views import writing_folder
+from nested_core.registry.link_and_views import writing_folder
 from nested_core.registry.policy import (
     PromotionRule,
     RegistryPolicy,

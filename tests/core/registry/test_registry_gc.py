@@ -16,8 +16,8 @@ from nested_core.registry import (
     collect_garbage,
     garbage_collection,
     history,
-    history_views,
     ledger,
+    link_and_views,
     list_versions,
     promote,
     queries,
@@ -239,7 +239,7 @@ def test_reader_meanwhile_is_given_the_new_champion(five, registry, monkeypatch)
 
     def between(folder: Path) -> str | None:
         monkeypatch.undo()
-        old = history_views.read_link(folder)
+        old = link_and_views.read_link(folder)
         for version in five[3:]:
             promote(registry, NAME, version, by="ann")
         assert old in collected(registry, 0)
@@ -290,7 +290,7 @@ class TestTimeToDecide:
             raise OSError("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(history_views.NameFolder, "_delete_version", fail)
+            patch.setattr(link_and_views.NameFolder, "_delete_version", fail)
             with pytest.raises(OSError, match="killed"):
                 collect_garbage(registry, NAME, by="ann", keep=0)
         assert history(registry, NAME)[-1]["action"] == "collected"

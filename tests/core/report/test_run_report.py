@@ -11,7 +11,7 @@ import pytest
 
 from nested_core.errors import GateRejected
 from nested_core.records.dataset import Finding
-from nested_core.records.run import Run, read_run
+from nested_core.records.run_status import Run, read_run
 from nested_core.records.verdict import Reason
 from nested_core.report.run_report import (
     RunReport,

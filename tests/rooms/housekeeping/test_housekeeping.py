@@ -12,9 +12,9 @@ import pytest
 
 from nested_core import registry as core
 from nested_core.errors import DamagedError
-from nested_core.records.run import list_runs
+from nested_core.records.run_status import list_runs
 from nested_core.rooms.housekeeping.housekeeping import tidy_up
-from nested_core.rooms.housekeeping.pruning import KeptAmounts
+from nested_core.rooms.housekeeping.run_removal import KeptAmounts
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import new_run_name
 from nested_core.storage.user_cache import CACHE_VARIABLE

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from nested_core import registry as core
 from nested_core.records.promoted_to import add_promoted_to
-from nested_core.records.run import list_runs
+from nested_core.records.run_status import list_runs
 from nested_core.records.verdict import Reason
 from nested_core.registry.data_store import read_lineage
 from nested_core.rooms.housekeeping.housekeeping import tidy_up
-from nested_core.rooms.housekeeping.pruning import KeptAmounts, prune_runs
+from nested_core.rooms.housekeeping.run_removal import KeptAmounts, prune_runs
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.user_cache import CACHE_VARIABLE
 from tests.core.registry.conftest import no_time_to_decide, write_run

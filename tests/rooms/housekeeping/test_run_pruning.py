@@ -18,11 +18,11 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.records.dataset import Finding
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.promoted_to import add_promoted_to
-from nested_core.records.run import AdapterRuns, Run, list_runs
+from nested_core.records.run_status import AdapterRuns, Run, list_runs
 from nested_core.records.verdict import Reason
 from nested_core.registry.trials import Trial, record_trial
 from nested_core.report.outcome import list_row
-from nested_core.rooms.housekeeping.pruning import PruneReport, prune_runs
+from nested_core.rooms.housekeeping.run_removal import PruneReport, prune_runs
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import RunDirectory

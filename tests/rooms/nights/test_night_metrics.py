@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from nested_core.records.run import AdapterRuns, Run, list_runs
+from nested_core.records.run_status import AdapterRuns, Run, list_runs
 from nested_core.registry import register_and_promote
 from nested_core.rooms.nights.night_metrics import EndedNight, write_night_metrics
 from nested_core.storage.folder_size import size_on_disk

@@ -14,7 +14,7 @@ from nested_core.records.answers import write_answers
 from nested_core.records.dataset import Finding
 from nested_core.records.metrics import append_metrics
 from nested_core.records.outcome_names import Outcome
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict_file import write_verdict
 from nested_core.rooms.nights.night_pages import Night, describe_night, describe_nights

@@ -25,7 +25,7 @@ from nested_core.gate.judge import judge_run
 from nested_core.pipeline import steps
 from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.pipeline.run_explanation import explain_run
-from nested_core.records.run import Run
+from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import parse_verdict
 from nested_core.records.verdict_table import check_table, list_checks
@@ -174,6 +174,12 @@ def test_the_reference_is_computed_once_and_kept_with_its_adapter(learnt) -> Non
     assert len(kept.by_conversation) == 2 * 50
     assert all(value < 0 for value in kept.by_conversation.values())
     assert run.is_own_file(find_likelihoods_file(run).relative_to(run.path).as_posix())
+
+
+def test_who_asks_what_a_run_would_need_computes_no_reference(learnt, monkeypatch) -> None:
+    monkeypatch.delattr(reference_likelihoods, "_compute_likelihoods")
+    explained = explain_run(learnt.finished.config, measures_speed=False)
+    assert explained.steps == learnt.finished.result.step
 
 
 def test_kept_likelihoods_of_another_adapter_or_reference_are_computed_anew(

@@ -23,7 +23,7 @@ from nested_core.pipeline.continual import (
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.preflight import estimate_iterations
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.run import read_run
+from nested_core.records.run_status import read_run
 from nested_core.records.start import START_FILE
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.records.promoted_to import RegistryName
-from nested_core.records.run import AdapterRuns, Run
+from nested_core.records.run_status import AdapterRuns, Run
 from nested_core.registry import list_names
 from nested_core.registry.garbage_collection import DEFAULT_KEPT_VERSIONS
-from nested_core.registry.history_views import reading
 from nested_core.registry.judgements import read_verdicts
+from nested_core.registry.link_and_views import reading
 from nested_core.registry.versions import registered_versions
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.folder_size import size_on_disk
