@@ -130,11 +130,13 @@ def add_commands(commands: Any) -> None:
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
     from nested_core.pipeline.publishing import read_config_for_registry, register_and_promote_run
+    from nested_core.records.dataset import read_dataset_record
     from nested_core.registry import UNSET
     from nested_core.registry.promotion_policy import describe_promotion
 
     run = RunDirectory(arguments.run_dir)
     config = read_config_for_registry(run, arguments.registry, arguments.name)
+    trained = read_dataset_record(run.dataset).splits["train"]
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done, candidate = register_and_promote_run(
         config, run, by=current_user(), expected_champion=expected
@@ -146,10 +148,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
             f"({done.against_policy}); a person's word counts above it, and the history says so"
         )
     notes = describe_promotion(arguments.registry, arguments.name, done, candidate)
-    if notes.losses is not None:
-        print_progress(notes.losses)
-    if notes.warning is not None:
-        print_progress(f"warning: {notes.warning}")
+    for note in filter(None, (notes.losses, notes.warning and f"warning: {notes.warning}")):
+        print_progress(note)
     if done.outcome == "promoted" and candidate.verdict.has_broken_answers:
         print_progress(
             f"warning: training broke the answers of this adapter: look at {run.report}. To go "
@@ -161,7 +161,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         """Print the change, then how to ask the champion, if it is this run's adapter."""
         code = print_change()
         if done.outcome in ("promoted", "already_champion") and is_there("chat"):
-            print_progress(f"next: nested-tune chat {arguments.registry / arguments.name}")
+            said = " --system TEXT" if "system" in trained.roles else ""
+            print_progress(f"next: nested-tune chat {arguments.registry / arguments.name}{said}")
         return code
 
     return finish

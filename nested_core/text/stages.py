@@ -11,7 +11,7 @@ stages = logging.getLogger("nested_core.text.stages")
 
 @contextmanager
 def receiving_stages(take: Callable[[str], None]) -> Iterator[None]:
-    """Pass each stage message to `take` during the block, instead of to log handlers."""
+    """Pass each stage message to `take` during the block, instead of to a block around it."""
 
     def take_record(record: logging.LogRecord) -> bool:
         """Pass the message to `take`; False keeps the record from log handlers."""
@@ -20,7 +20,7 @@ def receiving_stages(take: Callable[[str], None]) -> Iterator[None]:
 
     level = stages.level
     stages.setLevel(logging.INFO)
-    stages.addFilter(take_record)
+    stages.filters.insert(0, take_record)  # the innermost block is asked first
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flows.terminal import stage_lines
 from flows.terminal.stage_lines import showing_stages
-from nested_core.text.stages import stages
+from nested_core.text.stages import receiving_stages, stages
 from tests.waiting import wait_until
 
 
@@ -26,3 +26,14 @@ def test_a_stage_is_shown_while_it_lasts_and_again_with_the_time(capsys, monkeyp
     assert shown.index("loading") < shown.index("1 of 2 answered\n")
     stages.info("not of this command")
     assert "not of this" not in capsys.readouterr().err
+
+
+def test_the_innermost_block_alone_is_told_of_a_stage() -> None:
+    outer: list[str] = []
+    inner: list[str] = []
+    with receiving_stages(outer.append):
+        stages.info("before")
+        with receiving_stages(inner.append):
+            stages.info("within")
+        stages.info("after")
+    assert (outer, inner) == (["before", "after"], ["within"])

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
 from flows.commands.command_output import result_printer, show_conversion
 from flows.terminal.console import print_line, print_page, print_progress
+from flows.terminal.stage_lines import showing_stages
 from nested_core.errors import ConfigError
+from nested_core.text.stages import stages
 
 if TYPE_CHECKING:
     from typing import Any
@@ -91,18 +93,19 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.peft is not None:
         source = (arguments.folder, arguments.peft, arguments.registry, arguments.model)
         return show_conversion(arguments, convert_for_peft(*source))
-    done = export(
-        arguments.folder,
-        fused=arguments.fused,
-        gguf=arguments.gguf,
-        quantize=arguments.quantize,
-        dequantize=arguments.dequantize,
-        suites=arguments.suite,
-        data=arguments.data,
-        registry=arguments.registry,
-        base_model=arguments.model,
-        on_stage=print_progress,
-    )
+    with showing_stages("export: reading the adapter"):
+        done = export(
+            arguments.folder,
+            fused=arguments.fused,
+            gguf=arguments.gguf,
+            quantize=arguments.quantize,
+            dequantize=arguments.dequantize,
+            suites=arguments.suite,
+            data=arguments.data,
+            registry=arguments.registry,
+            base_model=arguments.model,
+            on_stage=stages.info,
+        )
     return result_printer(arguments, done.to_json, lambda: _print_export(done))
 
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.terminal.console import print_progress
+from flows.terminal.console import errors, print_progress
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.untrusted_files import read_regular
+from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
     from nested_core.rooms.tables.chats import Columns
@@ -50,9 +51,10 @@ def _command(arguments: argparse.Namespace, **changes: Any) -> str:
     """The command line with other flags; a value of None leaves a flag out."""
     values = {**vars(arguments), **changes}
     words = ["nested-tune", "init", "--data", values["data"], "--model", values["model"]]
-    for name in (*TABLE_FLAGS, "split"):
-        if values[name] is not None:
-            words += [f"--{name.replace('_', '-')}", str(values[name])]
+    for name in (*TABLE_FLAGS, "split", "minutes", "resume_adapter_file"):
+        if (value := values[name]) is not None:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
     if values["drop_fields"]:
         words += ["--drop-fields", *values["drop_fields"]]
     return shlex.join([*words, "-o", str(values["output"] or "lora.yaml")])
@@ -222,10 +224,10 @@ def _ask(flags: ColumnFlags, facts: FileFacts, system: str | None) -> tuple[Colu
     for number, name in enumerate(names, 1):
         print_progress(f"{number:>4}  {name:<{width}}  {facts.columns[name].describe()}")
     try:
-        asked = "Which column is the question? Its number or name"
-        (question,) = _ask_for_names(asked, names, guessed[0], most=1)
+        asked = "Which is the question? Several, with commas, become lines of it"
+        question = _ask_for_names(asked, names, guessed[0])
         asked = "Which is the answer? Several, with commas, become a JSON object"
-        answer = _ask_for_names(asked, names, guessed[1], most=len(names))
+        answer = _ask_for_names(asked, names, guessed[1])
         if system is None:
             system = input("System text, which says what the model is for [none]: ").strip()
     except EOFError:
@@ -234,12 +236,19 @@ def _ask(flags: ColumnFlags, facts: FileFacts, system: str | None) -> tuple[Colu
         ) from None
     is_object = len(answer) > 1
     given = {"completion_features" if is_object else "completion_feature": ",".join(answer)}
-    command = flags.command(prompt_feature=question, system=system or None, **given)
-    print_progress(f"The same without questions: {command}")
-    return Columns(Template(("", question, "")), answer, is_object), system
+    template = Template(("", question[0], ""))
+    if len(question) == 1:
+        given["prompt_feature"] = question[0]
+    else:
+        given["template"] = r"\n".join(f"{name}: {{{name}}}" for name in question)
+        template = Template.parse(given["template"])
+    print_progress("The same without questions:")
+    command = flags.command(system=system or None, **given)
+    errors.print(escape(command), soft_wrap=True)  # to be copied: no line is broken in it
+    return Columns(template, answer, is_object), system
 
 
-def _ask_for_names(asked: str, names: Sequence[str], default: str, most: int) -> tuple[str, ...]:
+def _ask_for_names(asked: str, names: Sequence[str], default: str) -> tuple[str, ...]:
     """Ask until the answer is one or more columns."""
     while True:
         typed = input(f"{asked} [{default}]: ").strip()
@@ -251,10 +260,10 @@ def _ask_for_names(asked: str, names: Sequence[str], default: str, most: int) ->
             for word in given
         ]
         strange = [word for word in found if word not in names]
-        if not strange and 0 < len(found) <= most:
+        if found and not strange:
             return tuple(dict.fromkeys(found))
-        problem = f"there is no column {strange[0]}" if strange else f"at most {most} is taken"
-        print_progress(f"{problem}; expected a number from 1 to {len(names)}, or a name.")
+        problem = f"there is no column {strange[0]}" if strange else "no column is named"
+        print_progress(f"{problem}; expected numbers from 1 to {len(names)}, or names.")
 
 
 def _split_names(text: str) -> tuple[str, ...]:

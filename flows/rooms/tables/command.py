@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from flows.rooms.tables.column_flags import TABLE_FLAGS, ColumnFlags, ask_or_ref
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, DatasetError, join_first_values
 from nested_core.storage.output_places import require_free_place, require_new_output
+from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.rooms.tables.data_set import DataSet
@@ -80,7 +82,7 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in prepared.rows.items())
     print_progress(f"Written: {folder} ({counts} rows, drawn with seed {SPLIT_SEED})")
     if made is not None:
-        _show_data_set(made)
+        _show_data_set(made, folder)
     _show_first_rows(prepared.first)
     return finish
 
@@ -146,8 +148,8 @@ def _split_place(data: str) -> Path:
     folder = Path(f"{name}-split")
     if os.path.lexists(require_free_place(folder, "--split")):
         raise ConfigError(
-            f"{folder} exists, and is not written over. If it is the split that you want, give "
-            f"--data {folder} without --split; else remove it."
+            f"{folder} exists, and is not written over. To draw it anew, remove it. To take it as "
+            f"it is, give --data {shlex.quote(str(folder))}, without --split and flags of tables."
         )
     return folder
 
@@ -169,15 +171,24 @@ def _task_lines(made: DataSet | None, folder: Path) -> str:
     )
 
 
-def _show_data_set(made: DataSet) -> None:
-    """What was left out, and the eval set."""
-    for column, places in made.left_out.items():
-        listed = join_first_values(places, MAX_SHOWN_PLACES)
-        print_progress(f"left out, without a text in {column}: {len(places):,} rows ({listed})")
+def _show_data_set(made: DataSet, folder: Path) -> None:
+    """What was left out, labels that may be one, and the eval set."""
+    from nested_core.data.data_settings import DataSettings
+    from nested_core.rooms.tables.labels import tabulate_labels_of_data
+    from nested_core.text.document import Text
+
+    kinds = {"left out, without a text": made.left_out, "kept, with nothing": made.blanks}
+    for kind, places_by_column in kinds.items():
+        for column, places in places_by_column.items():
+            listed = join_first_values(places, MAX_SHOWN_PLACES)
+            print_progress(f"{kind} in {column}: {format_count(len(places), 'row')} ({listed})")
     for column, count in made.nulls.items():
         print_progress(f"null in the answer, for {column} is empty there: {count:,} rows")
     if made.unused:
         print_progress(f"not trained on: {', '.join(made.unused)}")
+    for block in tabulate_labels_of_data(DataSettings(str(folder))):
+        if isinstance(block, Text):
+            print_progress(block.text)
     if made.eval_set is not None:
         drawn = made.eval_set
         split = "test" if made.rows.get("test") else "valid"

@@ -155,7 +155,7 @@ TOKEN_RULES = FrameRules(
             "warning",
             (pl.col("supervised") == 0) | (pl.col("shortest") >= 2),
             "examples with an answer of less than two tokens before its end: {count}, "
-            "from this one on",
+            "from this one on; right where answers are labels",
             once=True,
         ),
         Rule(

@@ -145,7 +145,7 @@ class ExportRecord:
         else:
             parts.append(f"logits within {self.logits.distance:.2g} of the adapter's")
         parts += [
-            f"{suite.exported:.4g} of {suite.questions} questions ({suite.adapter:.4g})"
+            f"{suite.exported:.4g} of {suite.questions} questions (adapter {suite.adapter:.4g})"
             for suite in self.suites
         ]
         return ", ".join(parts)

@@ -97,18 +97,18 @@ def _describe_sizes(forecast: Forecast, steps: int, passes: float) -> str:
     """The whole run of so many steps, and two others; `passes` over the data is a step."""
     seconds = _seconds_before(forecast) + forecast.seconds_of(steps)
     whole = f"as configured {_describe(steps, passes)}, {format_duration(seconds)}"
-    chosen = {minutes: _count_steps(forecast, minutes) for minutes in _choose(forecast, seconds)}
+    chosen = {m: _count_steps(forecast, m) for m in _choose(forecast, seconds, steps)}
     parts = [(60.0 * m, f"--minutes {m}: {_describe(n, passes)}") for m, n in chosen.items()]
     told = [text for _, text in sorted([*parts, (seconds, whole)])]
     return f"{'; '.join(told)}; each with its verdict, as busy as this machine is now."
 
 
-def _choose(forecast: Forecast, seconds: float) -> list[int]:
-    """Minutes of two sizes beside a whole run of so many seconds: shorter ones, or else longer."""
+def _choose(forecast: Forecast, seconds: float, steps: int) -> list[int]:
+    """Minutes of two sizes beside a whole run of so many seconds: shorter, or with more steps."""
     possible = [minutes for minutes in ROUND_MINUTES if _count_steps(forecast, minutes)]
     shorter = [minutes for minutes in possible if 60 * minutes <= HALF_SHARE * seconds]
     short = [minutes for minutes in shorter if 60 * minutes <= SHORT_SHARE * seconds]
-    longer = [minutes for minutes in possible if 60 * minutes > seconds]
+    longer = [minutes for minutes in possible if _count_steps(forecast, minutes) > steps]
     chosen = dict.fromkeys([*short[-1:], *shorter[-1:], *shorter[:1], *longer])
     return list(chosen)[:2]
 

@@ -44,6 +44,7 @@ from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
+from nested_core.text.stages import receiving_stages
 from nested_core.text.value_format import format_count
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
@@ -129,7 +130,8 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             f"minutes: cut after step {state['step']:,} of {plan.steps:,}, so that there is time "
             f"for the verdict"
         )
-        return self._hooks.train(self.config, self._run, session)
+        with receiving_stages(lambda _: None):  # what began is said already
+            return self._hooks.train(self.config, self._run, session)
 
     def _go_on(self, fixed: TimePlan) -> TimePlan:
         """The plan of a run that goes on.
@@ -225,10 +227,12 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         )
 
     def _write_iterations(self, iterations: int) -> None:
-        """Have the configuration, and config.yaml, say so many."""
+        """Have the configuration, and config.yaml, say so many; its time stays the run's begin."""
         training = self.config.training.model_copy(update={"epochs": None})
         self.config = self.config.model_copy(update={"iters": iterations, "training": training})
+        begun = self._run.config.stat()
         write_bytes(self._run.config, render_config(self.config))
+        os.utime(self._run.config, ns=(begun.st_atime_ns, begun.st_mtime_ns))
 
     def _end_at(self, seconds: float) -> float:
         """When these seconds of work on the run are over, in seconds since 1970."""

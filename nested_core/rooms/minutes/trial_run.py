@@ -23,6 +23,7 @@ from nested_core.pipeline.device_lock import OnWait
 from nested_core.pipeline.processes import count_processes
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.stages import receiving_stages
 
 MOST_STEPS = 5_000
 MOST_STEPS_IN_RANKS = 12  # which do not tell how long they take; or until the slowest tier is due
@@ -98,7 +99,12 @@ def try_steps(
         shutil.copytree(run.initial, trial.initial)
         trial.config.write_bytes(render_config(short))
         clock = _Clock(every, seconds)
-        with trial.locked(), warnings.catch_warnings(action="ignore"), suppress(TrainingStopped):
+        with (
+            trial.locked(),
+            warnings.catch_warnings(action="ignore"),
+            receiving_stages(lambda _: None),  # which the run itself says
+            suppress(TrainingStopped),
+        ):
             steps.train(short, trial, clock, clock.watch, on_wait, session=session)
         ended = time.monotonic()
         plan = read_plan(trial.plan)

@@ -181,6 +181,7 @@ class ChatMaker:
     names: where other rows hold their fields.
     system: for rows that have no system text of their own; an empty one for none.
     left_out: the places of rows without a text in one of their columns, by that column.
+    blanks: the places of rows whose question has no text of one of its columns, by that column.
     nulls: how many answers have null for an empty cell, by its column.
     """
 
@@ -188,6 +189,7 @@ class ChatMaker:
     names: FieldNames
     system: str
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    blanks: dict[str, list[str]] = field(default_factory=dict)
     nulls: Counter[str] = field(default_factory=Counter)
 
     @cached_property
@@ -227,6 +229,9 @@ class ChatMaker:
             )
             self.left_out.setdefault(empty, []).append(row.place)
             return None
+        for name in self.columns.question.columns:
+            if not to_text(row.fields.get(name)).strip():
+                self.blanks.setdefault(name, []).append(row.place)
         if self.columns.is_object:
             cells = {name: to_text(row.fields.get(name)) for name in self.columns.answer}
             self.nulls.update(name for name, text in cells.items() if not text.strip())

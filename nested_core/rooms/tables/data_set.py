@@ -127,6 +127,7 @@ class DataSet:
     """What was made: the rows of each split, the first chats of train, and rows left out.
 
     left_out: the places of rows without a text in one of their columns, by that column.
+    blanks: the places of rows whose question has no text of one of its columns, by that column.
     nulls: how many answers have null for an empty cell, by its column.
     unused: columns that are no part of any chat.
     """
@@ -134,6 +135,7 @@ class DataSet:
     rows: Mapping[str, int]
     first: Sequence[bytes]
     left_out: Mapping[str, Sequence[str]]
+    blanks: Mapping[str, Sequence[str]]
     nulls: Mapping[str, int]
     unused: Sequence[str]
     eval_set: EvalSet | None
@@ -168,6 +170,7 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         rows={name: len(lines) for name, lines in parts.items()},
         first=parts["train"][:3],
         left_out=maker.left_out,
+        blanks=maker.blanks,
         nulls=maker.nulls,
         unused=_list_unused(source, request.columns),
         eval_set=eval_set,

@@ -47,7 +47,8 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
                 if not 0 < len(answer) <= MAX_LABEL_CHARACTERS or len(own) > MAX_LABELS:
                     return
     labels = find_labels(sum(counts.values(), Counter[str]()))
-    rows = [(label, *(_share(own, label) for own in counts.values())) for label in labels]
+    shown = {label: label if label == label.strip() else repr(label) for label in labels}
+    rows = [(shown[label], *(_share(own, label) for own in counts.values())) for label in labels]
     if rows:
         yield Table("How often each answer is given", ("answer", *counts), rows)
     alike: dict[str, list[str]] = {}

@@ -38,7 +38,10 @@ def test_an_answer_of_one_token_is_counted_from_the_first_such_line(
     folder = write_data(train=train, valid=HELD_OUT)
     report = load(folder, tokenizer, **targets)[0]
     assert found_in(report, "warning") == [("train.jsonl", 5, "short-answer")]
-    expected = "examples with an answer of less than two tokens before its end: 2, from this one on"
+    expected = (
+        "examples with an answer of less than two tokens before its end: 2, from this one on; "
+        "right where answers are labels"
+    )
     assert report.warnings[0].message == expected
 
 

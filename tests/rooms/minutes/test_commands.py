@@ -110,3 +110,5 @@ def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, mo
     assert not minutes["steps"].startswith("40 batches")
     steps = minutes["steps"].partition(" ")[0]
     assert f"as configured {steps} steps" in minutes["sizes"]
+    assert "--minutes 1:" not in minutes["sizes"]  # what is configured
+    assert "layers:" not in whole.stderr  # of the steps that are tried

@@ -64,7 +64,14 @@ def test_the_share_of_an_eval_set_in_the_verdict_is_said() -> None:
     [(36 * 60, [5, 15]), (24 * 3600, [240, 720]), (200, [5, 10]), (40, [2, 3])],
 )
 def test_two_sizes_stand_beside_the_whole_run(seconds: float, chosen: list[int]) -> None:
-    assert sizes._choose(forecast_of(), seconds) == chosen
+    forecast = forecast_of()
+    assert sizes._choose(forecast, seconds, forecast.count_steps(seconds)) == chosen
+
+
+def test_the_minutes_that_are_configured_are_no_other_size() -> None:
+    forecast = forecast_of()
+    steps = sizes._count_steps(forecast, 5)
+    assert sizes._choose(forecast, 299, steps) == [2, 10]
 
 
 def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from nested_core.records.verdict import Verdict
 from nested_core.rooms.minutes import timed_training
 from nested_core.rooms.minutes.blas_threads import using_blas_threads
 from nested_core.storage.run_directory import RunDirectory, open_run
+from nested_core.text.stages import receiving_stages
 from tests.example import SPEEDS, example_config, prepare, write_config
 from tests.flows.conftest import ended, start
 from tests.waiting import wait_until
@@ -203,13 +204,19 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(tmp_path, m
         def on_message(self, message: str) -> None:
             """Give the verdict all the time that it takes on a busy machine."""
             super().on_message(message)
+            begun.append(run.config.stat().st_mtime_ns)  # what `runs` counts minutes from
             if message.startswith("minutes: cut"):
                 set_end(600)
 
+    begun: list[int] = []
+    stages_said: list[str] = []
     hooks = Hurried()
-    result = finetune(config_of(5), run, hooks)
+    with receiving_stages(stages_said.append):
+        result = finetune(config_of(5), run, hooks)
     assert result.verdict is not None
     assert result.training is not None
+    assert {*begun} == {run.config.stat().st_mtime_ns}
+    assert len([stage for stage in stages_said if stage.startswith("layers: ")]) == 1
     plan, fixed = plan_of(run), time_plan_of(run)
     assert 3 <= plan.steps == result.training.step < fixed.steps
     assert hooks.of_minutes()[-1] == (

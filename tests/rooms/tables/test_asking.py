@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,13 @@ from nested_core.errors import ConfigError
 from tests.rooms.tables.test_table_mistakes import TICKETS
 
 
-def ask(folder: Path, typed: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Prepare the tickets with standard input and standard error on a terminal."""
+def ask(
+    folder: Path, typed: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, int], str]:
+    """Prepare the tickets with standard input and standard error on a terminal.
+
+    Returns the rows of each split, and what stands on the terminal then.
+    """
     monkeypatch.chdir(folder)
     (folder / "tickets.csv").write_text(TICKETS)
     outer, inner = pty.openpty()
@@ -26,20 +32,35 @@ def ask(folder: Path, typed: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> 
         with os.fdopen(os.dup(inner)) as stdin, os.fdopen(os.dup(inner), "w") as stderr:
             monkeypatch.setattr(sys, "stdin", stdin)
             monkeypatch.setattr(sys, "stderr", stderr)
-            words = ("init", "--data", "tickets.csv", "--model", "MODEL")
-            return dict(prepare(build_parser("init").parse_args(words)).rows)
+            words = ("init", "--data", "tickets.csv", "--model", "MODEL", "--minutes", "5")
+            rows = dict(prepare(build_parser("init").parse_args(words)).rows)
+            stderr.flush()
+            return rows, os.read(outer, 65_536).decode()
     finally:
         os.close(outer)
         os.close(inner)
 
 
 def test_the_columns_are_asked_for_by_number_and_by_name(tmp_path, monkeypatch) -> None:
-    rows = ask(tmp_path, ["9", "3", "Triage, 5", "Sort tickets."], monkeypatch)
+    rows, _ = ask(tmp_path, ["9", "3", "Triage, 5", "Sort tickets."], monkeypatch)
     assert rows == {"train": 24, "valid": 3, "test": 3}
     first = (tmp_path / "tickets-split" / "train.jsonl").read_text().splitlines()[0]
     assert '{"role": "system", "content": "Sort tickets."}' in first
     assert '"content": "{\\"Triage\\": \\"' in first
     assert '\\"Priority\\": \\"' in first
+
+
+def test_several_columns_of_a_question_become_lines_and_the_command_has_their_template(
+    tmp_path, monkeypatch
+) -> None:
+    _, shown = ask(tmp_path, [",", "1, Description", "Triage", ""], monkeypatch)
+    first = (tmp_path / "tickets-split" / "train.jsonl").read_text().splitlines()[0]
+    assert '"role": "user", "content": "Id: ' in first
+    assert "\\nDescription: My parcel " in first
+    assert "no column is named; expected numbers from 1 to 5, or names." in shown
+    words = shlex.split(shown.partition("The same without questions:")[2].split("\n")[1])
+    assert words[words.index("--template") + 1] == r"Id: {Id}\nDescription: {Description}"
+    assert words[words.index("--minutes") + 1] == "5"
 
 
 def test_enter_takes_the_columns_that_look_like_it(tmp_path, monkeypatch) -> None:

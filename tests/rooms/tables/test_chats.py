@@ -109,7 +109,11 @@ def test_rows_without_an_answer_are_left_out_and_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("Note,Topic\n" + "n,\n,t\n" + "m,t\nk,t\nl,t\no,t\n")
     made, lines = make(str(tmp_path / "a.csv"), tmp_path, Request(COLUMNS))
     assert made.left_out == {"Topic": ["a.csv:2"], "Note": ["a.csv:3"]}
-    assert len(lines) == 4
+    assert (len(lines), made.blanks) == (4, {})
+    both = Columns(Template.parse("{Note}: {Topic}"), ("Topic",))
+    (tmp_path / "both").mkdir()
+    made, lines = make(str(tmp_path / "a.csv"), tmp_path / "both", Request(both))
+    assert (len(lines), made.blanks) == (5, {"Note": ["a.csv:3"]})
 
 
 def test_an_eval_set_has_questions_of_held_out_rows_and_the_share_of_the_majority(tmp_path) -> None:

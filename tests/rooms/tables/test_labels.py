@@ -117,7 +117,9 @@ def test_labels_of_a_data_set_are_counted_in_each_split(tmp_path: Path) -> None:
 def test_labels_that_differ_in_case_or_spaces_alone_are_named(tmp_path: Path) -> None:
     labels = ["Access", "access", "Access ", "Network"]
     write_lines(tmp_path / "train.jsonl", [chat(f"Q{n}?", labels[n % 4]) for n in range(12)])
-    _, warning = tabulate_labels_of_data(DataSettings(str(tmp_path)))
+    table, warning = tabulate_labels_of_data(DataSettings(str(tmp_path)))
+    assert isinstance(table, Table)
+    assert [label for label, _ in table.rows] == ["Access", "'Access '", "Network", "access"]
     assert warning == Text(
         "warning: the labels 'Access' and 'Access ' and 'access' differ in case or spaces alone. "
         "Write them in one way if they mean the same."

@@ -136,12 +136,13 @@ def test_from_a_table_to_a_judged_adapter_in_three_commands(name, tmp_path, mode
 def test_the_first_rows_are_shown_and_that_a_system_text_is_sent_later(
     system: str | None, tmp_path: Path, model: Path
 ) -> None:
-    rows = "".join(f'"Hello,\n{n} is lost.",{"ab"[n % 2]}\n' for n in range(12))
+    rows = "".join(f'"Hello,\n{n} is lost.",{"abA"[n % 3]}\n' for n in range(12))
     (tmp_path / "export.csv").write_text(f"Body,Category\n{rows}")
     flags = ("--prompt-feature", "Body", "--completion-feature", "Category")
     words = ("init", "--data", "export.csv", "--model", str(model), "-o", "lora.yaml", *flags)
     made = called(*words, *(("--system", system) if system else ()), cwd=tmp_path)
     assert made.code == 0, made.stderr
-    assert re.search(r"user: Hello,\n   \d+ is lost\.\n   assistant: [ab]\n", made.stderr)
+    assert re.search(r"user: Hello,\n   \d+ is lost\.\n   assistant: [abA]\n", made.stderr)
+    assert "warning: the labels 'A' and 'a' differ in case or spaces alone." in made.stderr
     reminder = "Send the system text with every question later, as with `chat --system`: neither"
     assert (reminder in made.stderr) == (system is not None)
