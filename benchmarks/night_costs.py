@@ -37,7 +37,7 @@ from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_cha
 
 NIGHTS, TRAIN, HELD_OUT = 30, 24, 6
 POLICIES = ("rebuild", "continue", "auto")
-WINDOW = "60s"
+WINDOW = "5m"
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "geography-base"
 SETTINGS: dict[str, Any] = {
     "model": str(MODEL),

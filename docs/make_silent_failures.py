@@ -64,7 +64,8 @@ for macOS itself and does not begin without it is *not run*, and its words stand
 Words decide: a line counts if it holds one of the words that the list has for a failure, and is not
 what the model answered. So a tool can be said to notice by a line that meant something else, and be
 said to miss by words that the list has not. The rows keep the last lines of what it said, eighty a
-command, in both folders.
+command, in both folders. Older rows of mlx_lm.lora, soup-cli and peft keep twelve a command, of the
+planted folder alone.
 
 A reader from outside checked ten rows on 27 November 2026, and would have written four of them
 otherwise, all of soup-cli: checks of it that need no PyTorch had not been run, a training of it
@@ -91,28 +92,34 @@ wrote, with a control token in it, had counted as a warning; no other row rested
 ### Ten more, planted by somebody who did not know the gate
 
 After all this, somebody who had read these pages, but neither the gate's code nor its tests,
-planted ten more failures on the same day, each beside a healthy run. **nested-tune noticed one**: a
-registry that was copied so that its link became a folder. What it did not notice, with the file
-that `init` writes, without a suite of questions and without a canary:
+planted ten more failures on the same day, each beside a healthy run. **nested-tune noticed one of
+the ten**: a registry that was copied so that its link became a folder. It did not notice the other
+nine, with the file that `init` writes, without an eval set and so without a canary.
 
-- an old `train-2.jsonl` beside `train-1.jsonl`, the same questions with obsolete answers; what
-  would notice it: two answers to one prompt within train
-- UTF-8 that was read as Latin-1, in train and held-out; what would notice it: text that a round
-  trip through Latin-1 mends
-- a tokenizer that drops bytes it does not know; what would notice it: decoding what was encoded
-- two added tokens whose rows of the embedding are alike, and are not trained; what would notice
-  it: equal rows among the tokens that are learnt
-- answers that their generator cut off in the middle; what would notice it: answers that end in
-  "of" or "the"
-- prompt and completion exchanged; what would notice it: completions that are questions
-- rows of plain text, served through the chat template; what would notice it: a warning where the
-  base has a template
-- another version of mlx_lm with other rotary positions, after the promotion; what would notice
-  it: the canary of `serve`, which is not on by itself
-- the base's weights changed on disk, with all times as they were; what would notice it: a hash of
-  the base that does not trust times
+Eight of the nine were mended later that day, so that **nested-tune notices nine of the ten now**.
+That was done after they had been seen: only the first number says something of failures that
+nobody has thought of yet. What notices each of them now:
 
-None of these is mended yet.
+- an old `train-2.jsonl` beside `train-1.jsonl`, the same questions with obsolete answers:
+  `validate`, and what `init` and `train` say of the data, [`two-answers`](data.md#two-answers)
+- UTF-8 that was read as Latin-1, in train and held-out: [`mojibake`](data.md#mojibake)
+- a tokenizer that drops bytes it does not know: [`lost-character`](data.md#lost-character)
+- two added tokens whose rows of the embedding are alike, and are not trained:
+  [`tokens-alike`](data.md#tokens-alike)
+- answers that their generator cut off in the middle: [`cut-off-answers`](data.md#cut-off-answers)
+- prompt and completion exchanged: [`exchanged-columns`](data.md#exchanged-columns)
+- rows of plain text (`Question: ... Answer: ...`), served through the chat template:
+  [`handwritten-turns`](data.md#handwritten-turns)
+- the base's weights changed on disk, with all times as they were: `serve`, `export` and `verify`,
+  which read all bytes of the base again
+- a registry that was copied so that its link became a folder: `serve` and the registry's commands
+- another version of mlx_lm with other rotary positions, after the promotion: **nothing**, unless
+  an eval set has `canary: true`, with which `serve` [refuses it](serving.md#canary)
+
+The warnings are cautious. Of eight real data sets, the largest of which (banking77, CLINC150,
+restaurant8k, SNIPS, NL2Bash and E2E) have 79,468 rows, none gets one, nor do our example and the
+twins of the thirty-five. So a plant that is made otherwise can pass them: an old answer in the same
+file, or a cut in a language whose words are not listed.
 
 The base is the tiny model of `examples/`. The rows, with commands and the end of what was printed,
 are in `benchmarks/silent_failures/results/`.

@@ -1,8 +1,7 @@
 """The trainings of a stream: night after night with some replay, each night alone, or all at once.
 
-A night that is rebuilt is trained from the base on earlier nights too. What `auto` does follows
-from the rule of the room replay. Of the example's base the third night crashes in its middle and is
-resumed.
+A night that is rebuilt is trained from the base on earlier nights too. Of the example's base the
+third night crashes in its middle and is resumed.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -33,7 +31,6 @@ from benchmarks.learning.study import (
 from benchmarks.learning.tasks import Row, Splits
 from nested_core.backend import device
 from nested_core.config.loading import parse_config
-from nested_core.config.sections import ContinualSection
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
 from nested_core.storage.adapter import WEIGHTS_NAME
@@ -61,13 +58,13 @@ class Plan:
 
     share: of the first rate, at which it goes on from the night before; None begins anew.
     fraction: how much of each batch is replayed.
-    earlier: how many rows of the nights before it has beside its own; None for all.
+    has_earlier: whether it has the rows of the nights before beside its own.
     nights: how many nights' steps it has, where they are counted.
     """
 
     share: float | None = None
     fraction: float = 0.0
-    earlier: int | None = 0
+    has_earlier: bool = False
     nights: int = 1
 
 
@@ -131,7 +128,8 @@ def _train_nights(
 ) -> Iterator[tuple[Night, RunDirectory, float]]:
     """Each night with its finished run and the seconds of its training."""
     clock = time.process_time if device() == "cpu" else time.perf_counter
-    plans, length = plan_nights(cell.arm, stream), LENGTHS.get(kind_of(cell.task))
+    length = LENGTHS.get(kind_of(cell.task))
+    plans = [plan_night(cell.arm, number) for number in range(len(stream.nights))]
     if cell.arm == "joint":
         plans = [Plan(nights=len(stream.nights))]
         facts = tuple(Fact(row, "") for row in stream.joined())
@@ -146,7 +144,7 @@ def _train_nights(
             choose = tuple(fact.row for fact in night.choose)
             own = folder / "own"
             Splits(tuple(fact.row for fact in night.train), choose, ()).write(own / "data")
-            rows = rows_of_night(stream, number, plan, cell.seed)
+            rows = rows_of_night(stream, number, plan)
             Splits(rows, choose, ()).write(folder / "data")
             if length is not None:
                 values = _write_config(base, Length(length.steps * plan.nights, length.rows))
@@ -170,72 +168,31 @@ def _train_nights(
             earlier = [str(own / "data" / "train.jsonl"), *earlier]
 
 
-def plan_nights(arm: str, stream: Stream) -> list[Plan]:
-    """What an arm does in each night."""
-    plans, seen = list[Plan](), 0  # nights that the last rebuilt one was trained on
-    for number in range(len(stream.nights)):
-        if not arm.startswith("auto"):
-            plans.append(plan_night(arm, number))
-            continue
-        choice, most = decide_night(stream, number, seen)
-        if choice == "continue" or (arm == "auto-go" and most is not None):
-            plans.append(plan_night(GOING_ON, number))
-            continue
-        plans.append(Plan(earlier=most, nights=min(number + 1, AUTO_NIGHTS)))
-        seen = number + 1
-    return plans
-
-
 def plan_night(arm: str, number: int) -> Plan:
-    """What an arm that needs no decision does in a night, from 0."""
+    """What an arm does in a night, from 0."""
+    if arm == "auto-go":
+        arm = "rebuild" if number < AUTO_NIGHTS else GOING_ON
     if arm.startswith("rebuild"):
-        return Plan(earlier=None, nights=number + 1 if arm == "rebuild" else 1)
+        return Plan(has_earlier=True, nights=number + 1 if arm == "rebuild" else 1)
     if arm.startswith("all-") and number:
-        return Plan(share=rate_share(arm), earlier=None)
+        return Plan(share=rate_share(arm), has_earlier=True)
     fraction = replay_fraction(arm)
     if fraction is None or not number:
         return Plan()
     return Plan(share=rate_share(arm), fraction=fraction)
 
 
-def decide_night(stream: Stream, number: int, seen: int) -> tuple[str, int | None]:
-    """What the room replay decides in a night, and on how many earlier rows it is rebuilt.
-
-    A row takes a second there, and the window is what the first AUTO_NIGHTS nights take together.
-    seen: how many nights the last rebuilt one was trained on.
-    """
-    from nested_core.rooms.replay.policy import Gathered, decide_by_forecast
-
-    def count(first: int, end: int) -> int:
-        return len(Stream(stream.nights[first:end]).joined())
-
-    rows, new = count(0, number + 1), len(stream.nights[number].train)
-    gathered = Gathered(new, rows - new, count(seen, number + 1) if seen else None)
-    section = ContinualSection.model_validate(
-        {"from": "champion", "policy": "auto", "window": f"{count(0, AUTO_NIGHTS)}s"}
-    )
-    measured = SimpleNamespace(seconds=float(rows), training_seconds=float(rows))
-    fraction = replay_fraction(GOING_ON)
-    config = cast("Any", SimpleNamespace(continual=section, replay_fraction=fraction))
-    decision = decide_by_forecast(config, gathered, measured)
-    return decision.choice.policy, decision.most
-
-
-def rows_of_night(stream: Stream, number: int, plan: Plan, seed: int) -> tuple[Row, ...]:
-    """A night's own rows, and those of the nights before that its plan has, chosen as by the room.
+def rows_of_night(stream: Stream, number: int, plan: Plan) -> tuple[Row, ...]:
+    """A night's own rows, and where its plan has them those of the nights before.
 
     Of a prompt the newest answer alone is there.
     """
-    from nested_core.data.example_rows import RowKeys
-    from nested_core.rooms.replay.replayed_examples import select_reservoir
-
     own = tuple(fact.row for fact in stream.nights[number].train)
+    if not plan.has_earlier:
+        return own
     prompts = {row.prompt for row in own}
     before = Stream(stream.nights[:number]).joined()
-    rows = [row for row in before if row.prompt not in prompts]
-    contents = [RowKeys.of({"prompt": r.prompt, "completion": r.answer}).content for r in rows]
-    places = select_reservoir(plan.earlier, seed)(contents, np.zeros(len(rows), np.int64), [])
-    return (*own, *(rows[place] for place in places))
+    return (*own, *(row for row in before if row.prompt not in prompts))
 
 
 def _write_config(base: Path, length: Length) -> dict[str, Any]:

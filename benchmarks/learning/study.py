@@ -48,12 +48,13 @@ STREAM_ARMS = {
 SHARES = (10, 30, 100)  # % of the first night's rate, at which later nights go on
 FRACTIONS = (0, 10, 30, 50, 80)  # % of a batch that is replayed
 GOING_ON = "go-30-50"  # what `auto` does in a night that it does not rebuild
-AUTO_NIGHTS = 3  # that fit into the window of `auto`
+AUTO_NIGHTS = 3  # that fit into the window of `auto` and of `auto-go`
 POLICY_ARMS = {
     "rebuild": "each night from the base on all nights so far, with as many steps as all of them",
-    "auto": "as the room replay decides, with a window that holds AUTO_NIGHTS nights",
+    "auto": "rebuilt while that fits into the window, then also on a sample of earlier rows",
     "auto-go": "rebuilt while that fits into the window, then going on for good",
 }
+ENDED_ARMS = ("auto",)  # the room replay has the sample no more: in the rows, and not run again
 RATE_ARMS = {
     "joint": STREAM_ARMS["joint"],
     "alone": STREAM_ARMS["alone"],
@@ -126,7 +127,8 @@ class Study:
         for seed, size, stream, arm in product(
             self.stream_seeds, self.sizes, self.streams, self.stream_arms
         ):
-            yield Cell(stream, size, arm, seed)
+            if arm not in ENDED_ARMS:
+                yield Cell(stream, size, arm, seed)
 
     def _judged(
         self, rows: Sequence[Row], size: str, arms: Sequence[str], seed: int

@@ -38,7 +38,7 @@ from nested_core.data.tokens.tokenized_split import (
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError, DatasetError
-from nested_core.models.base_model import fingerprint_tokenizer
+from nested_core.models.base_model import fingerprint_base_model, fingerprint_tokenizer
 from nested_core.records.dataset import DatasetReport
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
 from nested_core.storage.run_directory import RunDirectory
@@ -108,12 +108,13 @@ def _depends_on(
     settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
 ) -> dict[str, Any]:
     """Return everything that a data set's report and tokens depend on, as JSON values."""
+    base = Path(tokenizer.folder)
     return {
         "settings": to_jsonable_python(settings),
         "incomplete_folder": settings.describe_incomplete_folder(files),
         "files": {split: _describe_file_for_key(file) for split, file in files.items()},
         "tokenizer": asdict(tokenizer),
-        "tokenizer_files": fingerprint_tokenizer(Path(tokenizer.folder)),
+        "base_files": [fingerprint_tokenizer(base), fingerprint_base_model(base)],
         "rules": _hash_data_code(),
         "libraries": _library_versions(),
     }
@@ -121,11 +122,10 @@ def _depends_on(
 
 def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
     """Return the name, content hash and line numbers of a split's file, for the cache key."""
-    numbers = None if file.numbers is None else sha256(file.numbers.tobytes()).hexdigest()
     return {
         "name": file.name,
         "content": regular_sha256(file.path, follow_links=True),
-        "numbers": numbers,
+        "numbers": file.numbers is not None and sha256(file.numbers.tobytes()).hexdigest(),
         "problems": sorted(file.problems.items()),
         "parts": to_jsonable_python(file.parts),
         "delimiters": file.delimiters,

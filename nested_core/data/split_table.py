@@ -262,10 +262,11 @@ def _join_range_frames(
     frames: list[pl.DataFrame], file: SplitFile | None, more_columns: Mapping[str, Any]
 ) -> pl.DataFrame:
     """Concatenate the frames of a split's ranges; add missing columns, problems, line numbers."""
-    schema: dict[str, Any] = {**LINE_SCHEMA, **more_columns, "line": pl.Int32}
+    checks = {k: v for part in seams.load_all("text_checks") for k, v in part.schema.items()}
+    schema: dict[str, Any] = {**LINE_SCHEMA, **checks, **more_columns, "line": pl.Int32}
     frame = pl.concat([pl.DataFrame(schema={"line": pl.Int32}), *frames], how="diagonal")
     missing = [pl.lit(None, kind).alias(name) for name, kind in schema.items() if name not in frame]
-    frame = frame.with_columns(missing).select(*schema, pl.exclude(*schema))
+    frame = frame.with_columns(missing).select(list(schema))
     if file is not None and file.problems:
         frame = _add_line_problems(frame, file.problems)
     if file is not None and file.numbers is not None:

@@ -96,9 +96,9 @@ class Room:
     readers: functions that give the lines of JSON in a data file, by the end of its name.
     hub_tables: a function of DataSettings that gives name and lines of each split of a data set of
         the Hugging Face hub.
-    text_checks: a class of checks of single lines: `find`, a function of their texts (the turns
-        joined by NUL) that gives columns, none of them null, and `add_findings`, a function of a
-        file's lines with these columns and of the Findings.
+    text_checks: a class of checks of lines: `schema`, its columns; `find`, a function of the lines'
+        texts (turns are joined by NUL) that gives them; and `add_findings`, a function of a file's
+        lines and of the Findings.
     tokenizer_checks: a class, made of a TokenizerSource, that is called with an Example and its
         tokens, and gives Notes.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,

@@ -28,14 +28,14 @@ from benchmarks.learning.judge import (
     mean_loss,
 )
 from benchmarks.learning.report import Results, mcnemar, over_tasks
-from benchmarks.learning.stream_cells import Plan, plan_nights, rows_of_night
+from benchmarks.learning.stream_cells import Plan, plan_night, rows_of_night
 from benchmarks.learning.stream_report import (
     StreamResults,
     choose_setting,
     describe_settings,
     write_stream_report,
 )
-from benchmarks.learning.streams import Fact, Night, Stream, read_stream
+from benchmarks.learning.streams import read_stream
 from benchmarks.learning.study import (
     FRACTIONS,
     FULL,
@@ -252,41 +252,32 @@ def test_an_arm_of_a_stream_says_its_rate_and_what_it_replays() -> None:
     assert said["go-30-10"] == (0.3, 0.1)
     assert said["all-30"] == (0.3, None)
     assert said["rebuild"] == said["joint"] == said["alone"] == (1.0, None)
-    tasks = read_stream("tasks")
-    assert plan_nights("alone", tasks) == [Plan()] * 4
-    assert plan_nights("go-10-80", tasks) == [Plan(), *[Plan(share=0.1, fraction=0.8)] * 3]
-    assert plan_nights("all-30", tasks) == [Plan(), *[Plan(share=0.3, earlier=None)] * 3]
-    assert plan_nights("rebuild", tasks) == [Plan(earlier=None, nights=n) for n in (1, 2, 3, 4)]
-    assert plan_nights("rebuild-short", tasks) == [Plan(earlier=None)] * 4
+    assert all(cell.arm != "auto" for cell in STREAM_RATES.cells([]))
 
 
-@needs_rooms("replay")
-def test_auto_does_what_the_room_decides_where_three_nights_fit_into_the_window() -> None:
-    rebuilt = [Plan(earlier=None, nights=nights) for nights in (1, 2, 3)]
-    going_on, sampled = Plan(share=0.3, fraction=0.5), Plan(earlier=1068, nights=3)
-    facts = tuple(Fact(Row(str(n), "a"), str(n)) for n in range(6 * 534))
-    nights = [Night(facts[n * 534 :][:534], ()) for n in range(6)]
-    equal = Stream(tuple(nights))
-    assert plan_nights("auto", equal) == [*rebuilt, going_on, sampled, going_on]
-    assert plan_nights("auto-go", equal) == [*rebuilt, *[going_on] * 3]
-    changing = [*rebuilt, *[Plan(earlier=100, nights=3)] * 3]
-    assert plan_nights("auto", read_stream("facts")) == changing
+def test_each_night_is_trained_as_its_arm_says() -> None:
+    def plan_nights(arm: str) -> list[Plan]:
+        return [plan_night(arm, number) for number in range(4)]
+
+    going_on = Plan(share=0.3, fraction=0.5)
+    rebuilt = [Plan(has_earlier=True, nights=nights) for nights in (1, 2, 3, 4)]
+    assert plan_nights("alone") == [Plan()] * 4
+    assert plan_nights("go-10-80") == [Plan(), *[Plan(share=0.1, fraction=0.8)] * 3]
+    assert plan_nights("go-30-50") == [Plan(), *[going_on] * 3]
+    assert plan_nights("all-30") == [Plan(), *[Plan(share=0.3, has_earlier=True)] * 3]
+    assert plan_nights("rebuild") == rebuilt
+    assert plan_nights("auto-go") == [*rebuilt[:3], going_on]
+    assert plan_nights("rebuild-short") == [Plan(has_earlier=True)] * 4
 
 
-@needs_rooms("replay")
 def test_a_rebuilt_night_has_its_own_rows_and_the_newest_answers_of_before() -> None:
     stream = read_stream("facts")
     everything = {row.prompt: row.answer for row in stream.joined()}
-    rows = rows_of_night(stream, 5, Plan(earlier=None), 1)
+    rows = rows_of_night(stream, 5, Plan(has_earlier=True))
     assert {row.prompt: row.answer for row in rows} == everything
     assert len(rows) == len(everything) == 350
     own = tuple(fact.row for fact in stream.nights[5].train)
-    assert rows_of_night(stream, 5, Plan(), 1) == own
-    some = rows_of_night(stream, 5, Plan(earlier=100), 1)
-    assert some[:100] == own
-    assert len(set(some)) == 200
-    assert set(some) < set(rows)
-    assert some != rows_of_night(stream, 5, Plan(earlier=100), 2)
+    assert rows[:100] == rows_of_night(stream, 5, Plan()) == own
 
 
 def test_of_level_shares_the_greatest_is_chosen_and_of_level_fractions_the_smallest() -> None:

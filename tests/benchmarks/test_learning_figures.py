@@ -122,14 +122,25 @@ ORDERS = ("facts", "facts-reversed", "tasks", "tasks-reversed")
 
 def night_rows(arm: str, stream: str) -> dict[int, dict[str, Any]]:
     """The rows of an arm in a stream of nights, by seed."""
-    lines = (LEARNING / "stream-rates.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if (row["arm"], row["task"]) == (arm, stream)]
-    return {row["seed"]: row for row in rows}
+    file = LEARNING / ("stream-rates.jsonl" if stream in ORDERS else "stream-real.jsonl")
+    rows = map(json.loads, file.read_text().splitlines())
+    return {row["seed"]: row for row in rows if (row["arm"], row["task"]) == (arm, stream)}
 
 
 def final_average(arm: str, stream: str) -> float:
     """In % of answers, mean over seeds."""
     return 100 * statistics.fmean(row["right_share"] for row in night_rows(arm, stream).values())
+
+
+def both(figure: Callable[[str, str], float], arm: str, kind: str) -> float:
+    """Over both orders, each as often as it has current questions."""
+    weights = {}
+    for stream in (kind, f"{kind}-reversed"):
+        asked = [fact.row for fact in read_stream(stream).questions]
+        newest = {row.prompt: row.answer for row in asked}
+        weights[stream] = sum(newest[row.prompt] == row.answer for row in asked)
+    total = sum(weight * figure(arm, stream) for stream, weight in weights.items())
+    return total / sum(weights.values())
 
 
 def behind_joint(arm: str, stream: str) -> float:
@@ -165,7 +176,7 @@ def table_of_nights(columns: int) -> list[tuple[str, list[str]]]:
 
 def test_the_final_averages_of_the_nights_are_those_of_the_rows() -> None:
     table = table_of_nights(5)
-    assert len(table) == 11
+    assert len(table) == 12
     for arm, cells in table:
         for stream, cell in zip(ORDERS, cells[:4], strict=True):
             figure, seeds = cell.removesuffix(")").split(" (")
@@ -189,19 +200,37 @@ def test_what_nights_lost_is_that_of_the_rows() -> None:
             )
 
 
+def real_transfer(arm: str, stream: str) -> float:
+    """As `backward_transfer`, of real text: its nights are equal, and no answer changes."""
+    changes = []
+    for row in night_rows(arm, stream).values():
+        final, learnt = (f"{int('1' + row[key], 16):b}"[1:] for key in ("right", "learnt"))
+        before = row["rows"] - row["rows"] // len(row["steps"])
+        changes += [int(final[number]) - int(learnt[number]) for number in range(before)]
+    return 100 * statistics.fmean(changes)
+
+
+def test_the_nights_of_the_real_model_are_those_of_the_rows_and_of_the_report() -> None:
+    report = (LEARNING / "rates-real.md").read_text()
+    table = table_of_nights(7)
+    assert len(table) == 6
+    for arm, cells in table:
+        streams = ("intents",) if arm == "auto-go" else ("intents", "four")
+        steps = [{sum(r["steps"]) for r in night_rows(arm, name).values()} for name in streams]
+        assert [{int(told.replace(",", ""))} for told in cells[6].split(" and ")] == steps
+        for place, stream in enumerate(streams):
+            assert night_rows(arm, stream).keys() == {1, 2, 3}
+            told = [cell for cell in cells[3 * place : 3 * place + 3] if cell]
+            figures = [figure(arm, stream) for figure in (final_average, behind_joint)]
+            figures = figures[:1] if arm == "joint" else [*figures, real_transfer(arm, stream)]
+            assert [float(cell.split()[0]) for cell in told] == pytest.approx(
+                figures, abs=HALF_A_DIGIT
+            )
+            (line,) = re.findall(rf"^\| \S+ \| {stream} \| {arm} \|.*$", report, re.MULTILINE)
+            assert all(f"| {cell} |" in line for cell in told)
+
+
 def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
-    page = " ".join((LEARNING / "RESULTS-3.md").read_text().split())
-
-    def both(figure: Callable[[str, str], float], arm: str, kind: str) -> float:
-        """Over both orders, each as often as it has current questions."""
-        weights = {}
-        for stream in (kind, f"{kind}-reversed"):
-            asked = [fact.row for fact in read_stream(stream).questions]
-            newest = {row.prompt: row.answer for row in asked}
-            weights[stream] = sum(newest[row.prompt] == row.answer for row in asked)
-        total = sum(weight * figure(arm, stream) for stream, weight in weights.items())
-        return total / sum(weights.values())
-
     def twice(arm: str) -> list[float]:
         """What seed 1 gave on both machines, in both orders of the facts."""
         again = [json.loads(line) for line in (LEARNING / AGAIN).read_text().splitlines()]
@@ -209,41 +238,136 @@ def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
         shares = [(night_rows(arm, name)[1]["right_share"], second[name]) for name in ORDERS[:2]]
         return [100 * share for share in itertools.chain(*shares)]
 
+    def over_kinds(arm: str, average: Callable[[str, str], float] = final_average) -> float:
+        """Mean of facts and tasks over both orders."""
+        return statistics.fmean(both(average, arm, kind) for kind in ("facts", "tasks"))
+
+    def at_best(arm: str, stream: str) -> float:
+        """The final average if cells of three seeds that are missing had everything right."""
+        rows = night_rows(arm, stream).values()
+        shares: list[float] = [row["right_share"] for row in rows]
+        return 100 * (sum(shares) + 3 - len(shares)) / 3
+
+    def over_facts_and_intents(arm: str) -> float:
+        """What decides on the rebuilt night on a sample."""
+        return (both(final_average, arm, "facts") + final_average(arm, "intents")) / 2
+
     first, again = twice("auto-go")[2:]
-    told = {
+    expected = {
         r"by up to (\S+) points": [abs(first - again)],
         r"`auto-go` got (\S+) and (\S+) % of the facts and (\S+) and (\S+) % in": twice("auto-go"),
         r"`joint` (\S+) and (\S+), and (\S+) and (\S+) %": twice("joint"),
-        r"of the facts (\S+) % against (\S+) and (\S+) %": [
-            both(final_average, f"go-30-{fraction}", "facts") for fraction in (50, 30, 10)
+        r"with half replayed, against (\S+) % at a share of 10 and (\S+) % at 100": [
+            over_kinds(f"go-{share}-50") for share in (10, 100)
         ],
-        r"of the tasks (\S+) % against (\S+) %": [
-            both(final_average, f"go-30-{fraction}", "tasks") for fraction in (50, 30)
+        r"50 %\*\*: (\S+) % against (\S+) % with 30": [
+            over_kinds(f"go-30-{fraction}") for fraction in (50, 30)
         ],
-        r"`go-30-50` is (\S+) and (\S+) points behind": [
-            -behind_joint("go-30-50", stream) for stream in ORDERS[:2]
+        r"best of them would be at (\S+) %": [
+            max(over_kinds(f"go-{at}", at_best) for at in ("10-10", "10-30", "30-10", "100-30"))
         ],
-        r"it holds over both orders \((\S+) and": [both(behind_joint, "go-30-50", "tasks")],
-        r"shown on the facts\*\*: over both orders (\S+) points": [
+        r"Over facts and intents `auto-go` has (\S+) % and `auto` (\S+) %": [
+            over_facts_and_intents(arm) for arm in ("auto-go", "auto")
+        ],
+        r"`auto-go` wins by (\S+) points": [
+            over_facts_and_intents("auto-go") - over_facts_and_intents("auto")
+        ],
+        r"sample was better, by (\S+) points": [
+            final_average("auto", "intents") - final_average("auto-go", "intents")
+        ],
+        r"level on the intents \((\S+) and (\S+) %\) and better on `four` \((\S+) and (\S+) %\)": [
+            final_average(f"go-{share}-50", stream)
+            for stream in ("intents", "four")
+            for share in (100, 30)
+        ],
+        r"better on the other by (\S+) points": [
+            final_average("go-100-50", "four") - final_average("go-30-50", "four")
+        ],
+        r"is at most (\S+) points behind": [-both(behind_joint, "rebuild", "tasks")],
+        r"it ends (\S+) points behind joint training on the facts, (\S+) on": [
+            -both(behind_joint, "auto-go", kind) for kind in ("facts", "tasks")
+        ],
+        r"\*\*`rebuild` is shown\*\* on the facts \((\S+) points": [
             both(behind_joint, "rebuild", "facts")
         ],
-        r"`auto-go` does not hold\*\*: over both orders (\S+) points on the facts and (\S+) on": [
-            both(behind_joint, "auto-go", kind) for kind in ("facts", "tasks")
+        r"`auto-go` does not hold\*\*: over both orders (\S+) points on the facts": [
+            both(behind_joint, "auto-go", "facts")
         ],
-        r"loses to `auto-go` by (\S+) and (\S+) points": [
-            final_average("auto-go", stream) - final_average("auto", stream)
-            for stream in ORDERS[:2]
-        ],
+        r"and (\S+) on the tasks \(-15": [both(behind_joint, "auto-go", "tasks")],
         r"nine at a time, (\S+) against (\S+) on the facts and (\S+) against (\S+) on": [
             night_rows(arm, stream)[1]["seconds"]
             for stream in ("facts", "tasks")
             for arm in ("rebuild", "go-30-50")
         ],
-        r"of each share: (\S+), (\S+) and (\S+) %": [
-            final_average(f"go-{share}-50", "facts") for share in (10, 30, 100)
-        ],
     }
-    for pattern, figures in told.items():
-        found = re.search(pattern, page)
-        assert found is not None, pattern
-        assert [float(each) for each in found.groups()] == pytest.approx(figures, abs=HALF_A_DIGIT)
+    require_told("benchmarks/learning/RESULTS-3.md", expected)
+
+
+def require_told(page: str, expected: dict[str, list[float]]) -> None:
+    """Fail unless each pattern is on the page, and the figures that it finds are those."""
+    text = " ".join((ROOT / page).read_text().split())
+    for pattern, figures in expected.items():
+        told = re.search(pattern, text)
+        assert told is not None, pattern
+        assert [float(each) for each in told.groups()] == pytest.approx(figures, abs=HALF_A_DIGIT)
+
+
+def test_what_other_pages_say_of_nights_is_that_of_the_rows() -> None:
+    def intents(*arms: str) -> list[float]:
+        return [final_average(arm, "intents") for arm in arms]
+
+    def facts(*arms: str) -> list[float]:
+        return [both(final_average, arm, "facts") for arm in arms]
+
+    def over_kinds(arm: str) -> float:
+        return statistics.fmean(both(final_average, arm, kind) for kind in ("facts", "tasks"))
+
+    arms = ("joint", "rebuild", "auto-go", "go-30-50")
+    steps = {
+        stream: [sum(night_rows(arm, stream)[1]["steps"]) for arm in arms]
+        for stream in ("facts", "intents")
+    }
+    four_shares = r"\| (\S+) % " * 4
+    require_told(
+        "docs/replay.md",
+        {
+            r"six nights of facts, [^|]* " + four_shares: facts(*arms),
+            r"six nights of intents, [^|]* " + four_shares: intents(*arms),
+            r"So `auto` is (\S+) points": [-both(behind_joint, "auto-go", "facts")],
+            r"and (\S+) points \(3.4 to 10.2\)": [-behind_joint("auto-go", "intents")],
+            r"and `rebuild` (\S+) and (\S+) points": [
+                -both(behind_joint, "rebuild", "facts"),
+                -behind_joint("rebuild", "intents"),
+            ],
+            r"left (\S+) % right without it, and (\S+) %": facts("go-30-0", "go-30-50"),
+            r"base: (\S+) % right over .*? against (\S+) % at 0.1 and (\S+) % at the whole": [
+                over_kinds(f"go-{share}-50") for share in (30, 10, 100)
+            ],
+            r"on the intents \((\S+) and (\S+) %\)": intents("go-100-50", "go-30-50"),
+            r"in a row \((\S+) and (\S+) %\)": [
+                final_average(arm, "four") for arm in ("go-100-50", "go-30-50")
+            ],
+        },
+    )
+    told = [
+        [int(each.replace(",", "")) for each in re.findall(r"[0-9,]+", line)]
+        for line in re.findall(
+            r"steps over the six nights \|(.*)", (ROOT / "docs/replay.md").read_text()
+        )
+    ]
+    assert told == [steps["facts"], steps["intents"]]
+    require_told(
+        "docs/nested-learning.md",
+        {
+            r"end at (\S+) % on SmolLM2-135M-Instruct, and joint training at (\S+) %": intents(
+                "go-30-50", "joint"
+            ),
+            r"on either: (\S+) and (\S+) %": [*facts("rebuild"), *intents("rebuild")],
+            r"It costs (\S+) and (\S+) times the steps": [
+                steps[stream][1] / steps[stream][3] for stream in ("facts", "intents")
+            ],
+        },
+    )
+    told_first = r"had (\S+) % right, trained each night .*? and (\S+) % trained on all at once"
+    require_told("README.md", {told_first: intents("rebuild", "joint")})
+    require_told("README.md", {r"half the steps, left (\S+) %": intents("go-30-50")})

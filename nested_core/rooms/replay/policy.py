@@ -1,14 +1,12 @@
 """How a run follows the champion: rebuilt from the base, or going on; `auto` decides by the clock.
 
 `auto` rebuilds while a run on all that the lineage was trained on is forecast to fit into
-`continual.window`. Then it goes on from the champion, until the rows that came since the last
-rebuilt version are GATHERED_SHARE of those that fit: then it rebuilds on as many as fit.
+`continual.window`, and goes on from the champion when it does not.
 """
 
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +17,49 @@ from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.records.start import Choice
 from nested_core.storage.run_directory import open_run
-from nested_core.text.duration_format import format_duration
 
-GATHERED_SHARE = 0.5
 POLICY_KEY = "continual.policy: auto"
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """How many rows a run could be trained on.
+def decide(config: FineTuneConfig, champion: str | None, new: int, earlier: int) -> Choice:
+    """Return what `rebuild` or `auto` does in a run.
 
-    new: its own; earlier: those of the lineage that may be trained on beside them.
-    since_rebuild: of both together, those that no rebuilt version of the lineage has seen; None
-        for a lineage without a rebuilt version.
-    """
+    `auto` trains a few steps to measure, unless there is nothing but the run's own data.
 
-    new: int
-    earlier: int
-    since_rebuild: int | None
+    Args:
+        config: the run's configuration.
+        champion: the version that the run follows; None before the first.
+        new: how many rows of its own the run has.
+        earlier: how many rows of the lineage it could be trained on beside them.
 
-
-@dataclass(frozen=True)
-class Decision:
-    """What a run does; most: how many earlier rows it is rebuilt on, None for all."""
-
-    choice: Choice
-    most: int | None = None
-
-
-def decide(config: FineTuneConfig, champion: str | None, gathered: Gathered) -> Decision:
-    """What `rebuild` or `auto` says.
-
-    `auto` trains a few steps to measure, unless there is nothing but the run's own data. Raises
-    ConfigError for `auto` where the room minutes is not installed.
+    Raises:
+        ConfigError: for `auto` where the room minutes is not installed.
     """
     if config.continual.policy == "rebuild":
-        return Decision(Choice("rebuild", "continual.policy is rebuild"))
-    if champion is None or not gathered.earlier:
-        return Decision(Choice("rebuild", "there are no earlier rows beside tonight's"))
+        return Choice("rebuild", "continual.policy is rebuild")
+    if champion is None or not earlier:
+        return Choice("rebuild", "there are no earlier rows beside tonight's")
     try:
         measured = measure_rebuilding(config)
     except DatasetError:  # the run's own check finds the same, and writes the report on it
-        return Decision(Choice("rebuild", "the data has errors"))
-    return decide_by_forecast(config, gathered, measured)
+        return Choice("rebuild", "the data has errors")
+    return decide_by_forecast(config, new, earlier, measured)
 
 
-def decide_by_forecast(config: FineTuneConfig, gathered: Gathered, measured: Any) -> Decision:
-    """What `auto` does, by what a run on all rows is forecast to take.
+def decide_by_forecast(config: FineTuneConfig, new: int, earlier: int, measured: Any) -> Choice:
+    """Return what `auto` does, by how long a run on all rows is forecast to take.
 
     measured: the MeasuredRun of the room minutes for such a run.
     """
     window, limit = config.continual.window_seconds, config.continual.window
-    rows = gathered.new + gathered.earlier
+    rows = new + earlier
     fixed = measured.seconds - measured.training_seconds
     seconds_a_row = measured.training_seconds / rows
-    going_on = fixed + seconds_a_row * gathered.new / (1 - config.replay_fraction)
+    going_on = fixed + seconds_a_row * new / (1 - config.replay_fraction)
     seconds = {"rebuild": measured.seconds, "continue": going_on}
     if measured.seconds <= window:
-        reason = f"all {rows:,} rows fit into the window of {limit}"
-        return Decision(Choice("rebuild", reason, seconds))
-    fitting = max(0, int((window - fixed) / seconds_a_row))
-    most = fitting - gathered.new
-    since = rows if gathered.since_rebuild is None else gathered.since_rebuild
-    needed = GATHERED_SHARE * fitting
-    if most > 0 and since >= needed:
-        took = fixed + seconds_a_row * fitting
-        reason = (
-            f"all {rows:,} rows do not fit into the window of {limit}, and {since:,} came since "
-            f"the last rebuilt version: on a sample of {most:,} earlier rows, about "
-            f"{format_duration(took)}"
-        )
-        return Decision(Choice("rebuild", reason, seconds), most)
-    if most <= 0:
-        reason = f"tonight's {gathered.new:,} rows fill the window of {limit} alone"
-    else:
-        reason = (
-            f"all {rows:,} rows do not fit into the window of {limit}, and {since:,} rows since "
-            f"the last rebuilt version are fewer than {int(needed):,}, half of those that fit"
-        )
-    return Decision(Choice("continue", reason, seconds))
+        return Choice("rebuild", f"all {rows:,} rows fit into the window of {limit}", seconds)
+    return Choice("continue", f"all {rows:,} rows do not fit into the window of {limit}", seconds)
 
 
 def measure_rebuilding(config: FineTuneConfig) -> Any:

@@ -6,7 +6,7 @@ version was trained on do, if they are still what they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -68,13 +68,11 @@ class Lineage:
     """A champion and its ancestors: what they were trained on, newest first.
 
     removed: the ancestor at which the known lineage ends, because gc removed it.
-    rebuilt: the place in `data` of the newest version that was trained from the base.
     """
 
     champion: str | None = None
     data: Sequence[EarlierData] = ()
     removed: str | None = None
-    rebuilt: int | None = None
 
 
 def read_champions_lineage(config: FineTuneConfig) -> Lineage:
@@ -90,17 +88,7 @@ def read_champions_lineage(config: FineTuneConfig) -> Lineage:
         known = [version for version, there in zip(versions, is_there, strict=True) if there]
         removed = versions[-1] if known != versions else None
         data = [_read_version(registry, name, version) for version in known]
-        starts = [
-            read_provenance(version_folder(registry, name, version)).get("start") or {}
-            for version in known
-        ]
-    rebuilt = [place for place, start in enumerate(starts) if _is_from_base(start)]
-    return Lineage(champion, data, removed, rebuilt[0] if rebuilt else None)
-
-
-def _is_from_base(start: Mapping[str, Any]) -> bool:
-    """Whether a version was trained from the base, by what its provenance says of its start."""
-    return bool(start) and (start["policy"] == "rebuild" or start["champion"] is None)
+    return Lineage(champion, data, removed)
 
 
 def _read_version(registry: Path, name: str, version: str) -> EarlierData:

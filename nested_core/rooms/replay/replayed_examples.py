@@ -124,21 +124,9 @@ def select_for_draws(draws: int, weighting: Weighting, seed: int) -> Select:
     return select
 
 
-def select_reservoir(most: int | None, seed: int) -> Select:
-    """All rows, or where they are more than `most`, a sample of so many by seed and content.
-
-    Each row has one place in an order, by the SHA-256 of seed and content, and the first ones are
-    taken: a row that is there stays in the sample from night to night until better ones come.
-    """
-
-    def select(contents: Sequence[bytes], ages: Int64, sizes: Sequence[int]) -> Int64:
-        """By the order."""
-        order = sorted(
-            range(len(contents)), key=lambda row: sha256(b"%d\0" % seed + contents[row]).digest()
-        )
-        return np.sort(np.array(order[:most], np.int64))
-
-    return select
+def select_all(contents: Sequence[bytes], ages: Int64, sizes: Sequence[int]) -> Int64:
+    """All rows: what a rebuilt run is trained on."""
+    return np.arange(len(contents), dtype=np.int64)
 
 
 def choose_replayed_examples(

@@ -20,24 +20,23 @@ from nested_core.data.earlier_examples import MixedExamples
 from nested_core.data.tokens.tokenized_split import Int64, TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.records.start import CONFIGURED, Choice
-from nested_core.rooms.replay.policy import Decision, Gathered, decide
+from nested_core.rooms.replay.policy import decide
 from nested_core.rooms.replay.replay_record import (
     ReplayRecord,
     read_replay,
     require_replayed_rows,
 )
-from nested_core.rooms.replay.replay_sources import Lineage, read_champions_lineage, read_files
+from nested_core.rooms.replay.replay_sources import read_champions_lineage, read_files
 from nested_core.rooms.replay.replayed_batches import (
     JoinedSplits,
     ReplayedBatchOrder,
     ReplayedRows,
 )
 from nested_core.rooms.replay.replayed_examples import (
-    ChosenExamples,
     choose_replayed_examples,
     read_new_data,
+    select_all,
     select_for_draws,
-    select_reservoir,
 )
 from nested_core.storage.atomic import write_bytes, write_json
 from nested_core.storage.run_directory import RunDirectory
@@ -68,22 +67,20 @@ class ReplayOfRun:
         choose = partial(
             choose_replayed_examples, new, earlier, max_generations=replay.max_generations
         )
-        decision = Decision(CONFIGURED)
+        choice = CONFIGURED
         if config.continual.policy != "continue":
-            chosen = choose(select=select_reservoir(None, config.seed))
-            gathered = _count_gathered(new.rows, chosen, lineage)
-            decision = decide(config, lineage.champion, gathered)
-        if decision.choice.policy == "continue":
+            chosen = choose(select=select_all)
+            count = sum(source.examples for source in chosen.sources)
+            choice = decide(config, lineage.champion, new.rows, count)
+        if choice.policy == "continue":
             batches = self.estimate_batches_of_replay(new.rows)
             if config.training.epochs is not None:
                 batches += 1  # the last one may be begun
             draws = int(batches * config.batch_size * config.replay_fraction)
             chosen = choose(select=select_for_draws(draws, replay.weighting, config.seed))
-        elif decision.most is not None:
-            chosen = choose(select=select_reservoir(decision.most, config.seed))
         content = b"".join(chosen.lines)
         record = ReplayRecord(
-            choice=decision.choice,
+            choice=choice,
             fraction=config.replay_fraction,
             fraction_is_default=replay.fraction is None,
             weighting=replay.weighting,
@@ -100,8 +97,8 @@ class ReplayOfRun:
                 + "\nBring it back, name other sources, or let missing be warn: the run goes on "
                 "with the rest then."
             )
-        reason = f"{record.choice.reason}{record.name_what_is_missing()}"
-        told = record.model_copy(update={"choice": replace(record.choice, reason=reason)})
+        reason = f"{choice.reason}{record.name_what_is_missing()}"
+        told = record.model_copy(update={"choice": replace(choice, reason=reason)})
         write_bytes(run.replayed_rows, content)
         write_json(run.replay, told.model_dump(mode="json"))
 
@@ -217,12 +214,3 @@ def _sum_of_later_rows(order: BatchOrder, first: int, values: Int64, batches: in
     rows = [order.batch(index).rows for index in range(batches)]
     used = np.concatenate([np.zeros(0, np.int32), *rows])
     return int(values[used[used >= first]].sum())
-
-
-def _count_gathered(new: int, everything: ChosenExamples, lineage: Lineage) -> Gathered:
-    """How many rows the run could be trained on, and how many no rebuilt version has seen."""
-    counts = [source.examples for source in everything.sources]
-    since = None
-    if lineage.rebuilt is not None:
-        since = new + sum(counts[: lineage.rebuilt])
-    return Gathered(new, sum(counts), since)

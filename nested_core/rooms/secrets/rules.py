@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import polars as pl
 
 from nested_core.data.rules.rule_table import FrameRules, Rule
@@ -35,6 +37,8 @@ SENSITIVE_DATA_RULES = FrameRules(
 class SensitiveData:
     """What the core is given: bits of what a text may hold, and the findings on these."""
 
+    schema: ClassVar = SENSITIVE_DATA_RULES.columns
+
     @staticmethod
     def find(texts: pl.Series) -> dict[str, pl.Series]:
         """Return the column `sensitive` for the texts of lines."""
@@ -43,6 +47,4 @@ class SensitiveData:
     @staticmethod
     def add_findings(frame: pl.DataFrame, findings: Findings) -> None:
         """Add the findings on the lines of a file."""
-        if not frame.is_empty():
-            lines = frame.filter(pl.col("sensitive") != 0)
-            SENSITIVE_DATA_RULES.add_findings(lines, findings)
+        SENSITIVE_DATA_RULES.add_findings(frame.filter(pl.col("sensitive") != 0), findings)

@@ -6,6 +6,8 @@ sound answer, and a data set where nearly every answer is a question has its col
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import polars as pl
 
 from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
@@ -95,6 +97,11 @@ _RULES = FrameRules(
 
 class SuspectTexts:
     """What the core is given: columns that it reads with each line, and the findings on them."""
+
+    schema: ClassVar = dict.fromkeys(
+        ("is_mojibake", "has_answer", "is_cut_off", "is_prompt_question", "is_answer_question"),
+        pl.Boolean,
+    )
 
     @staticmethod
     def find(texts: pl.Series) -> dict[str, pl.Series]:

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from flows.finetune import _describe_choice
@@ -32,8 +31,7 @@ from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.rooms.minutes.sizes import MeasuredRun
 from nested_core.rooms.replay import policy
 from nested_core.rooms.replay.page import describe_replay
-from nested_core.rooms.replay.policy import Gathered, decide_by_forecast
-from nested_core.rooms.replay.replayed_examples import select_reservoir
+from nested_core.rooms.replay.policy import decide_by_forecast
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Text
@@ -64,42 +62,23 @@ def measured(seconds: float, training: float) -> MeasuredRun:
 
 
 @pytest.mark.parametrize(
-    ("window", "gathered", "expected", "most", "said"),
+    ("window", "expected", "said"),
     [
         # 1,000 rows take 1,000 s, and evaluations and verdict 100 s.
-        ("20m", Gathered(100, 900, 100), "rebuild", None, "all 1,000 rows fit into the window"),
-        ("600s", Gathered(100, 900, 249), "continue", None, "249 rows since the last rebuilt"),
-        ("600s", Gathered(100, 900, 250), "rebuild", 400, "on a sample of 400 earlier rows"),
-        ("600s", Gathered(100, 900, None), "rebuild", 400, "and 1,000 came since the last rebuilt"),
-        ("150s", Gathered(100, 900, 900), "continue", None, "tonight's 100 rows fill the window"),
+        ("1100s", "rebuild", "all 1,000 rows fit into the window of 1100s"),
+        ("1099s", "continue", "all 1,000 rows do not fit into the window of 1099s"),
+        ("150s", "continue", "all 1,000 rows do not fit into the window of 150s"),
     ],
 )
-def test_auto_rebuilds_what_fits_then_goes_on_then_rebuilds_on_a_sample(
-    window: str, gathered: Gathered, expected: str, most: int | None, said: str
+def test_auto_rebuilds_while_all_rows_fit_into_the_window_and_goes_on_when_they_do_not(
+    window: str, expected: str, said: str
 ) -> None:
     continual = {"from": "champion", "policy": "auto", "window": window}
     registry = {"path": "registry", "name": NAME}
     config = example_config(registry=registry, continual=continual | {"replay": {"fraction": 0.5}})
-    decision = decide_by_forecast(config, gathered, measured(1100, 1000))
-    assert (decision.choice.policy, decision.most) == (expected, most)
-    assert said in decision.choice.reason
-    assert decision.choice.seconds == {"rebuild": 1100, "continue": 300}  # 200 rows, and 100 s
-
-
-def test_a_row_stays_in_the_sample_until_others_come_before_it() -> None:
-    contents = [bytes([n]) * 32 for n in range(50)]
-
-    def sample(most: int | None, of: list[bytes], seed: int = 1) -> set[bytes]:
-        ages = np.zeros(len(of), np.int64)
-        return {of[n] for n in select_reservoir(most, seed)(of, ages, [len(of)])}
-
-    assert sample(None, contents) == sample(80, contents) == set(contents)
-    ten = sample(10, contents)
-    assert len(ten) == 10
-    assert ten == sample(10, contents[::-1])
-    assert ten < sample(11, contents)
-    assert ten & set(contents[:30]) <= sample(10, contents[:30])
-    assert ten != sample(10, contents, seed=2)
+    choice = decide_by_forecast(config, 100, 900, measured(1100, 1000))
+    assert (choice.policy, choice.reason) == (expected, said)
+    assert choice.seconds == {"rebuild": 1100, "continue": 300}  # 200 rows, and 100 s
 
 
 def test_a_rebuilt_run_has_the_newest_answer_of_each_prompt_and_no_held_out_row(tmp_path) -> None:
@@ -280,8 +259,7 @@ def test_a_night_changes_from_rebuilding_to_going_on_and_back(nights: dict[str, 
     config, run, _ = nights["run-2"]
     assert describe_starting_adapter(config, run) == (
         f"starting from version {versions[1][:12]} of capitals at 0.3 of the learning rate: "
-        "tonight's 8 rows fill the window of 1s alone (forecast: rebuild 2 min, "
-        "continue 70 s)"
+        "all 24 rows do not fit into the window of 1s (forecast: rebuild 2 min, continue 70 s)"
     )
 
 

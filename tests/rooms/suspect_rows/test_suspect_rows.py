@@ -13,6 +13,7 @@ import mlx.core as mx
 import polars as pl
 import pytest
 
+from nested_core.data.dataset_loading import dataset_cache
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.rooms.suspect_rows.text_checks import SuspectTexts
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
@@ -225,6 +226,20 @@ def test_added_tokens_with_rows_alike_are_named_where_the_rows_use_them(
     assert found(tmp_path / "data", splits, tokenizer=learnt) == []
     plain = {split: rows_of(split) for split in ("train", "valid")}
     assert found(tmp_path / "plain", plain, tokenizer=base) == []
+
+
+def test_a_cached_warning_of_tokens_alike_goes_when_the_base_is_mended(tmp_path: Path) -> None:
+    write_lines(
+        tmp_path / "data/train.jsonl", rewrite("train", "See<city> {city} in<land> {land}!")
+    )
+    cache = dataset_cache(tmp_path / "cache")
+    checks = []
+    for rows in (mx.zeros((2, WIDTH)), mx.random.normal((2, WIDTH))):
+        shutil.rmtree(tmp_path / "base", ignore_errors=True)
+        base = base_with_two_tokens(tmp_path / "base", rows)
+        report, _ = load(tmp_path / "data", base, cache=cache)
+        checks.append("tokens-alike" in {warning.check for warning in report.warnings})
+    assert checks == [True, False]
 
 
 def test_turns_written_by_hand_are_told_only_for_a_base_with_a_template(
