@@ -49,8 +49,9 @@ from nested_core.text.value_format import format_count
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
-SHARE_BEYOND = 0.1  # of the minutes, aimed at beyond them: forecasts of verdicts are rather long
-MAX_SECONDS_BEYOND = 25.0
+SHARE_BEYOND = 0.12  # of the minutes, aimed at beyond them: forecasts of verdicts are rather long
+MAX_SECONDS_BEYOND = 36.0
+VERDICT_SPARED = 0.4  # of its forecast, where a run is refused: it took 0.5 to 0.9 of it
 MINUTES_BEYOND = 1.0  # then everything is stopped
 SECONDS_TO_STOP = 7.0  # what a command takes to end after it was asked
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -159,7 +160,8 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         least = max(done + 1, self.config.nested.frequencies[-1])
         if steps < least:  # as few as can be, if they end in time
             steps = least
-            missing = now + forecast.seconds_of(steps - done) + SECONDS_TO_STOP - self._clock.end
+            needed = forecast.seconds_of(steps - done) - VERDICT_SPARED * forecast.verdict
+            missing = now + needed + SECONDS_TO_STOP - self._clock.end
             if missing > 0:
                 self._refuse(forecast, missing)
         self._write_iterations(steps * self.config.grad_accumulation_steps)

@@ -94,20 +94,20 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
 @needs_rooms("planning")
 def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.3)
-    write_config(tmp_path / "config.yaml", iters=40)
+    write_config(tmp_path / "config.yaml", iters=4)
     whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)
     said = json.loads(whole.stdout)
     assert "trained-on tokens a second" in said["time"]
     offered = said["sizes"].split("; ")
-    assert [size.partition(":")[0].partition(" 40")[0] for size in offered[:3]] == [
+    assert [size.partition(":")[0].partition(" 4")[0] for size in offered[:3]] == [
         "as configured",
         "--minutes 1",
         "--minutes 2",
     ]
-    assert said["steps"].startswith("40 batches of 2 examples")
+    assert said["steps"].startswith("4 batches of 2 examples")
     words = ("explain", "-c", "config.yaml", "--training.minutes", "1", "--json")
     minutes = json.loads(called(*words, cwd=tmp_path).stdout)
-    assert not minutes["steps"].startswith("40 batches")
+    assert not minutes["steps"].startswith("4 batches")
     steps = minutes["steps"].partition(" ")[0]
     assert f"as configured {steps} steps" in minutes["sizes"]
     assert "--minutes 1:" not in minutes["sizes"]  # what is configured

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nested_core.backend import device
 from nested_core.models.session import Session
 from nested_core.records.dataset import read_dataset_record
-from nested_core.rooms.minutes import forecast, sizes
+from nested_core.rooms.minutes import forecast, sizes, trial_run
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
 from tests.example import example_config, prepare
@@ -92,6 +95,22 @@ def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None
     assert made.evaluation == pytest.approx(5 * 0.5 * made.step)  # 10 rows, two a batch
     assert made.verdict > 2 * made.evaluation
     assert made.answers == 0  # there is no eval set
+
+
+@pytest.mark.skipif(device() != "cpu", reason="a GPU compiles within its first step")
+def test_a_slow_first_step_tells_alone_unless_a_compiler_ran_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = example_config()
+    run = prepare(config, tmp_path / "run")
+
+    def steps_tried(compiling: Iterator[int]) -> int:
+        monkeypatch.setattr(trial_run, "_compiling_seconds", compiling.__next__)
+        with run.locked(), Session() as session:
+            return len(try_steps(config, run, 0.0, session).tried)
+
+    assert steps_tried(repeat(0)) == 1
+    assert steps_tried(count()) == 2
 
 
 def test_more_tokens_of_answers_take_longer(tmp_path: Path) -> None:
