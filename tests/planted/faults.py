@@ -127,18 +127,6 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/rooms/suspect_rows/text_checks.py",
-        "    return is_left_over | (has_two & are_labels)",
-        "    return has_two & are_labels",
-        "a forgotten case",
-    ),
-    Fault(
-        "nested_core/rooms/suspect_rows/tokenizer_checks.py",
-        "if row and (counts[row] > 1",
-        "if row and (counts[row] > 2",
-        "off by one",
-    ),
-    Fault(
         "nested_core/rooms/secrets/sensitive_data.py",
         "    return 8 <= len(digits) <= 15 and",
         "    return 8 < len(digits) <= 15 and",
