@@ -238,15 +238,9 @@ def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
         shares = [(night_rows(arm, name)[1]["right_share"], second[name]) for name in ORDERS[:2]]
         return [100 * share for share in itertools.chain(*shares)]
 
-    def over_kinds(arm: str, average: Callable[[str, str], float] = final_average) -> float:
+    def over_kinds(arm: str) -> float:
         """Mean of facts and tasks over both orders."""
-        return statistics.fmean(both(average, arm, kind) for kind in ("facts", "tasks"))
-
-    def at_best(arm: str, stream: str) -> float:
-        """The final average if cells of three seeds that are missing had everything right."""
-        rows = night_rows(arm, stream).values()
-        shares: list[float] = [row["right_share"] for row in rows]
-        return 100 * (sum(shares) + 3 - len(shares)) / 3
+        return statistics.fmean(both(final_average, arm, kind) for kind in ("facts", "tasks"))
 
     def over_facts_and_intents(arm: str) -> float:
         """What decides on the rebuilt night on a sample."""
@@ -262,9 +256,6 @@ def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
         ],
         r"50 %\*\*: (\S+) % against (\S+) % with 30": [
             over_kinds(f"go-30-{fraction}") for fraction in (50, 30)
-        ],
-        r"best of them would be at (\S+) %": [
-            max(over_kinds(f"go-{at}", at_best) for at in ("10-10", "10-30", "30-10", "100-30"))
         ],
         r"Over facts and intents `auto-go` has (\S+) % and `auto` (\S+) %": [
             over_facts_and_intents(arm) for arm in ("auto-go", "auto")
