@@ -136,11 +136,11 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
 
     run = RunDirectory(arguments.run_dir)
     config = read_config_for_registry(run, arguments.registry, arguments.name)
-    trained = read_dataset_record(run.dataset).splits["train"]
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done, candidate = register_and_promote_run(
         config, run, by=current_user(), expected_champion=expected
     )
+    trained = read_dataset_record(run.dataset).splits["train"]
     tell_server(arguments.registry, arguments.name)
     if done.against_policy is not None:
         print_progress(

@@ -109,12 +109,13 @@ def _depends_on(
 ) -> dict[str, Any]:
     """Return everything that a data set's report and tokens depend on, as JSON values."""
     base = Path(tokenizer.folder)
+    weights = fingerprint_base_model(base) if (base / "config.json").is_file() else None
     return {
         "settings": to_jsonable_python(settings),
         "incomplete_folder": settings.describe_incomplete_folder(files),
         "files": {split: _describe_file_for_key(file) for split, file in files.items()},
         "tokenizer": asdict(tokenizer),
-        "base_files": [fingerprint_tokenizer(base), fingerprint_base_model(base)],
+        "base_files": [fingerprint_tokenizer(base), weights],
         "rules": _hash_data_code(),
         "libraries": _library_versions(),
     }
