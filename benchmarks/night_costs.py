@@ -144,7 +144,7 @@ def draw(costs: list[NightCost]) -> str:
         for policy in POLICIES
     ]
     title = "What a night costs, by policy"
-    chart = Chart(title, "night", "processor seconds of a whole night", curves, from_zero=True)
+    chart = Chart(title, "night", "processor seconds", curves, from_zero=True)
     return f"{draw_chart(chart, STANDALONE)}\n"
 
 
