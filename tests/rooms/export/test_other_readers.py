@@ -15,7 +15,7 @@ from benchmarks.real_model.other_readers import Answers, MlxLm, compare, describ
 from tests.builders.adapter_folders import random_adapter
 from tests.example import DATA, MODEL
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = ROOT / "benchmarks" / "real_model" / "other_readers.jsonl"
 EXPORTS = [row["export"] for row in read_rows(ROWS)]
 QUESTIONS = [json.loads(line) for line in (DATA / "held_out.jsonl").read_text().splitlines()[:4]]
