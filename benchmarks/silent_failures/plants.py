@@ -27,6 +27,7 @@ from benchmarks.silent_failures.cases import (
     geography,
 )
 
+Plant = Callable[[Case, bool], None]  # plants in a folder, or leaves it healthy
 TRAINING: list[Step] = ["check", "train", "judge", "use"]
 NOISE = 0.02  # added to each weight of "another base", whose own are some 0.1
 DEAD_BLOCK = "model.layers.2."
@@ -505,46 +506,48 @@ def server_keeps_the_old_adapter(case: Case, planted: bool) -> None:
         )
 
 
-PLANTS: dict[str, Callable[[Case, bool], None]] = {
-    plant.__name__.replace("_", "-"): plant
-    for plant in (
-        updates_not_applied,
-        adapter_as_it_began,
-        layer_never_updated,
-        rate_rounded_away,
-        nan_behind_clipping,
-        adapter_of_another_base,
-        adapter_of_another_rank,
-        adapter_of_another_scale,
-        adapter_of_another_prefix,
-        adapter_not_used,
-        fuse_leaves_it_out,
-        fuse_applied_twice,
-        fuse_requantised_away,
-        mask_off_by_one_turn,
-        answers_cut_off,
-        eos_not_learnt,
-        template_drops_calls,
-        template_drops_reasoning,
-        template_drops_system,
-        arguments_quoted_twice,
-        control_tokens_in_text,
-        leak_exact,
-        leak_near,
-        duplicated_rows,
-        shuffled_answers,
-        labels_of_one_kind,
-        weight_zero_learnt,
-        another_tokenizer_at_serving,
-        another_template_at_serving,
-        gguf_rotary_order,
-        resume_without_moments,
-        resume_from_a_torn_checkpoint,
-        evaluation_on_training_rows,
-        champion_overwritten,
-        server_keeps_the_old_adapter,
-    )
-}
+def by_name(*plants: Plant) -> dict[str, Plant]:
+    """Plants by the names of their failures, which their functions have."""
+    return {plant.__name__.replace("_", "-"): plant for plant in plants}
+
+
+PLANTS = by_name(
+    updates_not_applied,
+    adapter_as_it_began,
+    layer_never_updated,
+    rate_rounded_away,
+    nan_behind_clipping,
+    adapter_of_another_base,
+    adapter_of_another_rank,
+    adapter_of_another_scale,
+    adapter_of_another_prefix,
+    adapter_not_used,
+    fuse_leaves_it_out,
+    fuse_applied_twice,
+    fuse_requantised_away,
+    mask_off_by_one_turn,
+    answers_cut_off,
+    eos_not_learnt,
+    template_drops_calls,
+    template_drops_reasoning,
+    template_drops_system,
+    arguments_quoted_twice,
+    control_tokens_in_text,
+    leak_exact,
+    leak_near,
+    duplicated_rows,
+    shuffled_answers,
+    labels_of_one_kind,
+    weight_zero_learnt,
+    another_tokenizer_at_serving,
+    another_template_at_serving,
+    gguf_rotary_order,
+    resume_without_moments,
+    resume_from_a_torn_checkpoint,
+    evaluation_on_training_rows,
+    champion_overwritten,
+    server_keeps_the_old_adapter,
+)
 
 
 def make_case(name: str, folder: Path, planted: bool) -> Case:
@@ -556,7 +559,7 @@ def make_case(name: str, folder: Path, planted: bool) -> Case:
     return case
 
 
-def find_plant(name: str) -> Callable[[Case, bool], None]:
+def find_plant(name: str) -> Plant:
     """The function that plants a failure of either list."""
     if name in PLANTS:
         return PLANTS[name]

@@ -6,10 +6,8 @@ same in one process.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from benchmarks.silent_failures.cases import Case
-from benchmarks.silent_failures.plants import TRAINING
+from benchmarks.silent_failures.plants import TRAINING, by_name
 from tests.rooms.preferences.pair_data import (
     list_labelled,
     list_labelled_alike,
@@ -77,14 +75,11 @@ def beta_zero(case: Case, planted: bool) -> None:
         case.settings.beta = 0.0
 
 
-PLANTS: dict[str, Callable[[Case, bool], None]] = {
-    plant.__name__.replace("_", "-"): plant
-    for plant in (
-        pairs_swapped,
-        reference_is_the_trained_model,
-        labels_constant,
-        chosen_cut_off,
-        mask_on_the_prompt,
-        beta_zero,
-    )
-}
+PLANTS = by_name(
+    pairs_swapped,
+    reference_is_the_trained_model,
+    labels_constant,
+    chosen_cut_off,
+    mask_on_the_prompt,
+    beta_zero,
+)

@@ -140,7 +140,6 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     done, candidate = register_and_promote_run(
         config, run, by=current_user(), expected_champion=expected
     )
-    trained = read_dataset_record(run.dataset).splits["train"]
     tell_server(arguments.registry, arguments.name)
     if done.against_policy is not None:
         print_progress(
@@ -148,8 +147,10 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
             f"({done.against_policy}); a person's word counts above it, and the history says so"
         )
     notes = describe_promotion(arguments.registry, arguments.name, done, candidate)
-    for note in filter(None, (notes.losses, notes.warning and f"warning: {notes.warning}")):
-        print_progress(note)
+    if notes.losses is not None:
+        print_progress(notes.losses)
+    if notes.warning is not None:
+        print_progress(f"warning: {notes.warning}")
     if done.outcome == "promoted" and candidate.verdict.has_broken_answers:
         print_progress(
             f"warning: training broke the answers of this adapter: look at {run.report}. To go "
@@ -161,7 +162,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         """Print the change, then how to ask the champion, if it is this run's adapter."""
         code = print_change()
         if done.outcome in ("promoted", "already_champion") and is_there("chat"):
-            said = " --system TEXT" if "system" in trained.roles else ""
+            roles = read_dataset_record(run.dataset).splits["train"].roles
+            said = " --system TEXT" if "system" in roles else ""
             print_progress(f"next: nested-tune chat {arguments.registry / arguments.name}{said}")
         return code
 

@@ -38,7 +38,7 @@ from nested_core.data.tokens.tokenized_split import (
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError, DatasetError
-from nested_core.models.base_model import fingerprint_base_model, fingerprint_tokenizer
+from nested_core.models.base_model import fingerprint_tokenizer
 from nested_core.records.dataset import DatasetReport
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
 from nested_core.storage.run_directory import RunDirectory
@@ -108,14 +108,13 @@ def _depends_on(
     settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
 ) -> dict[str, Any]:
     """Return everything that a data set's report and tokens depend on, as JSON values."""
-    base = Path(tokenizer.folder)
-    weights = fingerprint_base_model(base) if (base / "config.json").is_file() else None
     return {
         "settings": to_jsonable_python(settings),
         "incomplete_folder": settings.describe_incomplete_folder(files),
         "files": {split: _describe_file_for_key(file) for split, file in files.items()},
         "tokenizer": asdict(tokenizer),
-        "base_files": [fingerprint_tokenizer(base), weights],
+        "tokenizer_files": fingerprint_tokenizer(Path(tokenizer.folder)),
+        "checks": [part.depends_on(tokenizer) for part in seams.load_all("tokenizer_checks")],
         "rules": _hash_data_code(),
         "libraries": _library_versions(),
     }

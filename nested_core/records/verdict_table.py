@@ -197,7 +197,7 @@ def _loss_checks(verdict: Verdict) -> Iterator[CheckRow]:
             share = f"{verdict.bound('max_harmed_share') or 0:.2%}"
             bound = f"at most {share} of them, or {MIN_HARMED - 1} examples"
             harmed = reasons_of(verdict, "examples_harmed")
-            # How many examples are beyond 1.0, the rise that counts as harm
+            # How many examples are beyond the rise that counts as harm
             after = str(losses.harmed)
             name = f"examples that lost more than {MIN_CHANGE} {losses.unit}"
             yield make_check(name, harmed, after=after, bound=bound)

@@ -100,7 +100,8 @@ class Room:
         texts (turns are joined by NUL) that gives them; and `add_findings`, a function of a file's
         lines and of the Findings.
     tokenizer_checks: a class, made of a TokenizerSource, that is called with an Example and its
-        tokens, and gives Notes.
+        tokens, and gives Notes; `depends_on`, a function of the TokenizerSource, gives what these
+        depend on beside the tokenizer's files.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,
         and of the rules that report them.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives blocks.

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
+from benchmarks.commands import read_rows
+
 ROOT = Path(__file__).parents[2]
-ROWS = {
-    row["cell"]: row
-    for row in map(
-        json.loads, (ROOT / "benchmarks/preferences/rows.jsonl").read_text("utf-8").splitlines()
-    )
-}
+ROWS = {row["cell"]: row for row in read_rows(ROOT / "benchmarks/preferences/rows.jsonl")}
 
 
 @pytest.mark.parametrize(

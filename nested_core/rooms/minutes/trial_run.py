@@ -145,6 +145,7 @@ class _Clock:
 
     def _after_step(self, step: int, _: int) -> None:
         taken = time.monotonic() - self._first_step
+        # The first step tells how long a step takes if nothing was compiled in it
         tells = step > 1 or (device() == "cpu" and _compiling_seconds() == self._compiling)
         if tells and taken > (self._seconds if step > 1 else 2 * self._seconds):
             self._trainer.stop_training()

@@ -17,6 +17,7 @@ from nested_core.data.tokens.example_encoding import has_chat_template
 from nested_core.data.tokens.shown_texts import Note
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
+from nested_core.models.base_model import fingerprint_base_model
 from nested_core.storage.safetensors_files import read_header
 from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
 
@@ -43,6 +44,15 @@ class TokenizerChecks:
         self._alike = find_tokens_alike(Path(source.folder), added)
         self._known: set[str] = set()
         self._lost: set[str] = set()
+
+    @staticmethod
+    def depends_on(source: TokenizerSource) -> str | None:
+        """Return what the notes depend on beside the tokenizer: the fingerprint of the base.
+
+        None where the tokenizer lies in a folder without a model.
+        """
+        folder = Path(source.folder)
+        return fingerprint_base_model(folder) if (folder / "config.json").is_file() else None
 
     def __call__(self, example: Example, tokens: Sequence[int]) -> list[Note]:
         """Return a note for each lost character, for each token alike, for handwritten turns."""
