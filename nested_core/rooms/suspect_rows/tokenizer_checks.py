@@ -49,7 +49,7 @@ class TokenizerChecks:
     def depends_on(source: TokenizerSource) -> str | None:
         """Return what the notes depend on beside the tokenizer: the fingerprint of the base.
 
-        None where the tokenizer lies in a folder without a model.
+        None if the tokenizer lies in a folder without a model.
         """
         folder = Path(source.folder)
         return fingerprint_base_model(folder) if (folder / "config.json").is_file() else None
