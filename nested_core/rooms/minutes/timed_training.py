@@ -45,7 +45,7 @@ from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 from nested_core.text.stages import receiving_stages
-from nested_core.text.value_format import format_count
+from nested_core.text.value_format import format_count, format_passes
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
@@ -169,8 +169,9 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         noun = "step fits" if steps == 1 else "steps fit"
         in_threads = "" if blas_threads is None else f" with {THREADS_VARIABLE}={blas_threads}"
         text = (
-            f"minutes: {steps:,} {noun} in {minutes:g} minutes{in_threads}, {passes:.3g} passes "
-            f"over {trial.plan.training_file}: {forecast.step:.2g} s a step, and the verdict about "
+            f"minutes: {steps:,} {noun} in {minutes:g} minutes{in_threads}, "
+            f"{format_passes(passes)} over {trial.plan.training_file}: {forecast.step:.2g} s a "
+            f"step, and the verdict about "
             f"{forecast.describe_verdict()}"
         )
         if steps == least:
