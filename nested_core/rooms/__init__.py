@@ -105,7 +105,8 @@ class Room:
         tokens, and gives Notes; `depends_on`, a function of the TokenizerSource, gives what these
         depend on beside the tokenizer's files.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,
-        and of the rules that report them.
+        of the rules that report them, and of `group`, a function of texts that gives the indices of
+        those that nearly are one another in lists.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives blocks.
     gate_checks: Checks of the gate (nested_core/gate/checks/judged.py) of a run, with its base.
     earlier_examples: the class of the EarlierExamples (nested_core/data/earlier_examples.py).

@@ -84,7 +84,9 @@ def measure_run(
     else:
         steps = ceil(estimate_iterations(config, run) / every)
     sizes = _describe_sizes(forecast, steps, passes)
-    if quickest == 1 and not (has_quickest or THREADS_VARIABLE in os.environ or os.cpu_count() == 1):
+    if quickest == 1 and not (
+        has_quickest or THREADS_VARIABLE in os.environ or os.cpu_count() == 1
+    ):
         sizes += f" Here and now, {THREADS_VARIABLE}=1 in the environment makes it quicker."
     measured = MeasuredRun(
         seconds_a_step=forecast.step,
