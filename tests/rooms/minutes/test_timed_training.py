@@ -364,6 +364,19 @@ def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
         assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
 
 
+def test_nothing_is_cut_before_there_is_a_step_to_judge(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.path.mkdir()
+    clock = timed_training._Clock(run, time.time() + 1, print)
+    with clock.watching_training(FIXED):
+        clock._note_report()
+        assert not clock._must_cut(FIXED)
+        append_metrics(run.metrics, {"step": 0, "val_loss": 1.0})  # the first step is under way
+        os.utime(run.metrics, (time.time() + 1, time.time() + 1))
+        clock._note_report()
+        assert clock._must_cut(FIXED)
+
+
 @pytest.mark.parametrize("ends", [["SIGKILL"], []])
 def test_a_command_that_begins_again_by_itself_keeps_its_clock(
     ends: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
