@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -607,6 +608,11 @@ class RegistrySection(Section):
     )
     require_validation: bool = key(True, "promote nothing that was not validated")
     keep_data: bool = key(True, "keep the examples of registered versions, for replay and the gate")
+
+    @property
+    def location(self) -> tuple[Path, str] | None:
+        """The registry's folder and the adapter's name in it; None without a registry."""
+        return None if self.path is None or self.name is None else (Path(self.path), self.name)
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield conflicts between path, name and the promotion mode."""

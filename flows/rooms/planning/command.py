@@ -88,11 +88,11 @@ def write_configuration(
     else:
         print_progress(
             f"note: there is no data to evaluate the adapter on. To take rows out of train for it: "
-            f"{split_command(arguments.model, data)}"
+            f"`{split_command(arguments.model, data)}`"
         )
     if target is not None:
         output = arguments.output
-        return text_printer(f"Written: {output}. Next: nested-tune explain -c {output}")
+        return text_printer(f"Written: {output}. Next: `nested-tune explain -c {output}`")
     return printer(lambda: print_page(suggested.text))
 
 

@@ -42,12 +42,14 @@ def require_file(arguments: argparse.Namespace) -> None:
     there = [name.name for name in path.parent.glob("*") if name.name.lower().endswith(SUFFIXES)]
     near = difflib.get_close_matches(path.name, there, n=1)
     meant = (
-        f" Did you mean: {_command(arguments, data=str(path.with_name(near[0])))}" if near else ""
+        f" Did you mean: `{write_command(arguments, data=str(path.with_name(near[0])))}`"
+        if near
+        else ""
     )
     raise ConfigError(f"--data: there is no file {path}.{meant}")
 
 
-def _command(arguments: argparse.Namespace, **changes: Any) -> str:
+def write_command(arguments: argparse.Namespace, **changes: Any) -> str:
     """The command line with other flags; a value of None leaves a flag out."""
     values = {**vars(arguments), **changes}
     words = ["nested-tune", "init", "--data", values["data"], "--model", values["model"]]
@@ -73,7 +75,7 @@ class ColumnFlags:
 
     def command(self, **changes: Any) -> str:
         """The command line with other flags; a value of None leaves a flag out."""
-        return _command(self._arguments, **changes)
+        return write_command(self._arguments, **changes)
 
     def command_by_guess(self) -> str:
         """The command line with the columns that look most like a question and an answer."""
@@ -95,7 +97,7 @@ class ColumnFlags:
             needs = "--completion-feature" if has_question else "--prompt-feature or --template"
             raise ConfigError(
                 f"A row is learnt as a question and its answer, so {needs} is needed too. For "
-                f"example: {self.command_by_guess()}"
+                f"example: `{self.command_by_guess()}`"
             )
         try:
             question = (
@@ -104,19 +106,19 @@ class ColumnFlags:
                 else Template.parse(given.template)
             )
         except ConfigError as error:
-            raise ConfigError(f"{error} For example: {self.command_by_guess()}") from None
+            raise ConfigError(f"{error} For example: `{self.command_by_guess()}`") from None
         is_object = given.completion_feature is None
         answers = _split_names(answer) if is_object else (answer,)
         if repeated := [name for name in answers if answers.count(name) > 1]:
             once = ",".join(dict.fromkeys(answers))
             raise ConfigError(
                 f"--completion-features: {repeated[0]!r} is named twice. Name each column once: "
-                f"{self.command(completion_features=once)}"
+                f"`{self.command(completion_features=once)}`"
             )
         if answers == question.columns:
             raise ConfigError(
                 f"The question and the answer are both the column {answers[0]!r}, so there is "
-                f"nothing to learn. Name two columns, for example: {self.command_by_guess()}"
+                f"nothing to learn. Name two columns, for example: `{self.command_by_guess()}`"
             )
         return Columns(question, answers, is_object)
 
@@ -126,7 +128,7 @@ class ColumnFlags:
             flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
             raise ConfigError(
                 f"{flags[0]} and {flags[1]} say the same thing twice. Give one of them: "
-                f"{self.command(**{one: None})}"
+                f"`{self.command(**{one: None})}`"
             )
 
     def read_system(self) -> str | None:
@@ -140,17 +142,17 @@ class ColumnFlags:
             text = read_regular(file, MAX_SYSTEM_BYTES, follow_links=True).decode("utf-8-sig")
         except (DamagedError, OSError) as error:
             raise ConfigError(
-                f"--system-file: {error} Give a text file, or the text itself: {command}"
+                f"--system-file: {error} Give a text file, or the text itself: `{command}`"
             ) from error
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"--system-file: {file} is not UTF-8: {error.reason}. Save it as UTF-8, or give "
-                f"the text itself: {command}"
+                f"the text itself: `{command}`"
             ) from error
         if not text.strip():
             raise ConfigError(
                 f"--system-file: {file} has no text in it. Write the text into it, or give the "
-                f"text itself: {command}"
+                f"text itself: `{command}`"
             )
         return text.rstrip("\r\n")
 
@@ -168,7 +170,7 @@ class ColumnFlags:
             raise ConfigError(
                 f"{told}, as {name} has. {_list_columns(facts)}. The files of a data set need the "
                 f"same columns: rename them there, or train on one file: "
-                f"{self.command(data=_find_path(self._arguments.data, name))}"
+                f"`{self.command(data=_find_path(self._arguments.data, name))}`"
             )
         changes: dict[str, Any] = {}
         for name in missing:
@@ -176,7 +178,9 @@ class ColumnFlags:
             told += f"; did you mean {near!r}?" if near else ""
             changes |= self._rename(name, near, columns)
         told += "" if told.endswith("?") else "."
-        raise ConfigError(f"{told} {_list_columns(facts)}. For example: {self.command(**changes)}")
+        raise ConfigError(
+            f"{told} {_list_columns(facts)}. For example: `{self.command(**changes)}`"
+        )
 
     def _rename(self, name: str, near: str | None, columns: Columns) -> dict[str, Any]:
         """The flags with a column that is there in the place of one that is not."""
@@ -207,8 +211,8 @@ def ask_or_refuse(
     others = [other for other in more if other.columns.keys() != facts.columns.keys()]
     raise ConfigError(
         f"{'. '.join(map(_list_columns, [facts, *others]))}; their names do not say which is the "
-        f"question and which the answer. Name them, for example: {flags.command_by_guess()}. In a "
-        f"terminal, init asks for them."
+        f"question and which the answer. Name them, for example: `{flags.command_by_guess()}`. In "
+        f"a terminal, init asks for them."
     )
 
 
@@ -232,7 +236,7 @@ def _ask(flags: ColumnFlags, facts: FileFacts, system: str | None) -> tuple[Colu
             system = input("System text, which says what the model is for [none]: ").strip()
     except EOFError:
         raise ConfigError(
-            f"Nothing was answered. Name the columns instead: {flags.command_by_guess()}"
+            f"Nothing was answered. Name the columns instead: `{flags.command_by_guess()}`"
         ) from None
     is_object = len(answer) > 1
     given = {"completion_features" if is_object else "completion_feature": ",".join(answer)}

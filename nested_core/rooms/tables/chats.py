@@ -30,6 +30,8 @@ from nested_core.records.dataset import find_place
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+# What a spreadsheet shows, and writes into a CSV, in the place of a formula's value
+FORMULA_ERRORS = frozenset(("#N/A", "#VALUE!", "#REF!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"))
 _WRITTEN_CONTROLS = {r"\n": "\n", r"\t": "\t"}  # as a shell passes them on
 
 
@@ -117,9 +119,9 @@ class Columns:
 
 
 def to_text(value: Any) -> str:
-    """A value as a text: nothing for null, what JSON writes for anything that is no text."""
+    """A value as a text: nothing for null and for a formula's error, else what JSON writes."""
     if isinstance(value, str):
-        return value
+        return "" if value.strip() in FORMULA_ERRORS else value
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 

@@ -22,11 +22,7 @@ from nested_core.rooms.tables.chats import (
     require_readable,
     share_system_text,
 )
-from nested_core.rooms.tables.dataset_split import (
-    draw_splits,
-    require_train_alone,
-    write_splits,
-)
+from nested_core.rooms.tables.dataset_split import draw_splits, require_train_alone, write_splits
 from nested_core.rooms.tables.eval_set import EvalSet, TooManyQuestions, draw_eval_set
 from nested_core.rooms.tables.survey import LOOKED_AT_ROWS, FileFacts, look_at
 

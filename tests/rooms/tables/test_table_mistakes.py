@@ -246,7 +246,7 @@ def test_a_mistake_is_one_paragraph_with_the_command_that_works(
     assert not any(path.name.endswith("-split") for path in tmp_path.iterdir())
     if mistake.works:
         monkeypatch.chdir(tmp_path)
-        command = message.rpartition("nested-tune init ")[2].partition(". In a terminal")[0]
+        command = message.rpartition("`nested-tune init ")[2].partition("`")[0]
         rows = prepare(build_parser("init").parse_args(["init", *shlex.split(command)])).rows
         assert rows["train"] > 0
 
