@@ -549,6 +549,9 @@ class GateSection(Section):
     max_kl: NonNegativeFloat | None = key(
         None, "largest mean KL divergence from the start, nats/token (null: none, or the loss's)"
     )
+    max_chosen_fall: NonNegativeFloat | None = key(
+        1.0, "how far chosen answers may become less likely, nats/token (null: without bound)"
+    )
     drift: bool = key(False, "record the KL divergence from the base model too")
     tasks: tuple[TaskSection, ...] = key((), "eval sets that the adapter has to answer")
     allow_python_scorers: bool = key(

@@ -301,6 +301,7 @@ ROOMS: Mapping[str, Room] = {
         answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
     ),
     "preferences": Room(
+        keys=("gate.max_chosen_fall",),
         losses={
             name: RoomLoss(
                 unit=unit,
