@@ -43,6 +43,8 @@ def main() -> None:
         study = replace(study, tasks=("geography",))
     if getattr(options, "seeds", None):
         study = replace(study, stream_seeds=tuple(options.seeds))
+    if getattr(options, "tasks", None):
+        study = replace(study, tasks=tuple(options.tasks))
     if options.command == "corpus":
         from benchmarks.learning.bases import prepare_corpus
 
@@ -98,6 +100,7 @@ def parse() -> argparse.Namespace:
         command.add_argument("--seconds", type=float, default=1e9)
         command.add_argument("--workers", type=int, default=1, help="trainings at the same time")
         command.add_argument("--seeds", type=int, nargs="+", help="of streams, alone: one a GPU")
+        command.add_argument("--tasks", nargs="+", help="of a study, alone: some a GPU")
     parser.add_argument("--study", choices=STUDIES, default="full")
     return parser.parse_args()
 
