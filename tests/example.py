@@ -52,17 +52,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def example_settings(**changes: Any) -> dict[str, Any]:
-    """The values of a configuration file; a section given replaces some keys of that section.
-
-    Of another model all layers are trained, unless told: it may have fewer than three.
-    """
+    """The values of a configuration file; a section given replaces some keys of that section."""
     sections = {
         key: SETTINGS[key] | value
         for key, value in changes.items()
         if isinstance(SETTINGS.get(key), dict)
     }
-    layers = {"num_layers": -1} if "model" in changes else {}
-    return SETTINGS | layers | changes | sections
+    return SETTINGS | changes | sections
 
 
 def example_config(**changes: Any) -> FineTuneConfig:

@@ -317,7 +317,7 @@ def other_keys_in_the_configuration(scene: Scene) -> None:
 
 @case("config_mismatch")
 def fewer_layers_in_the_configuration(scene: Scene) -> None:
-    scene.rewrite(change_config=lambda meaning: meaning.update(num_layers=3))
+    scene.rewrite(change_config=lambda meaning: meaning.update(num_layers=2))
 
 
 @case("config_mismatch")
