@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.commands import SPECIAL_TOKENS, read_rows, write_model
 from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, Shape
-from nested_core.backend import hide_torch_from_transformers, prepare, set_operations_per_commit
+from nested_core.backend import hide_torch_from_transformers, prepare, prepare_for_model_size
 
 REPORT, WARM, WINDOWS = 10, 4, 12  # steps a window, windows not counted, windows counted
 ROWS = 64
@@ -88,7 +88,7 @@ def run_part(what: str, shape: Shape, folder: Path) -> dict[str, Any]:
     """Write the inputs, or measure one of the two; this process's first use of MLX."""
     prepare()
     hide_torch_from_transformers()
-    set_operations_per_commit(shape.weights)
+    prepare_for_model_size(shape.weights)
     if what == INPUTS:
         write_inputs(shape, folder)
         return {}

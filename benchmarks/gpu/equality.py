@@ -40,10 +40,10 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS))
     options = parser.parse_args()
     shape = replace(SHAPES[options.size], batch=4)
-    from nested_core.backend import prepare, set_operations_per_commit
+    from nested_core.backend import prepare, prepare_for_model_size
 
     prepare()
-    set_operations_per_commit(shape.weights)
+    prepare_for_model_size(shape.weights)
     batches = draw(shape, options.widths)
     ours = list(our_losses(shape, batches, options.steps))
 

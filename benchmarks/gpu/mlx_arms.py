@@ -72,10 +72,10 @@ def main(size: str, arm: str) -> None:
         )
     set_variables(options)
     if name in ("ours", FLOOR):
-        from nested_core.backend import prepare, set_operations_per_commit
+        from nested_core.backend import prepare, prepare_for_model_size
 
         prepare()
-        set_operations_per_commit(shape.weights)
+        prepare_for_model_size(shape.weights)
     import mlx.core as mx
 
     if "limit" in options:

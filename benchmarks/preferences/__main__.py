@@ -36,6 +36,7 @@ from nested_core import backend
 backend.prepare()
 
 import numpy as np  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
 
 from benchmarks.preferences.answering import WEIGHTS, answer_in_worker, load_base  # noqa: E402
 from nested_core.data.data_settings import DataSettings  # noqa: E402
@@ -274,11 +275,7 @@ def compare(before: Sequence[Any], after: Sequence[Any]) -> dict[str, Any]:
 
     Also the mean length of an answer in words, and the share without an end.
     """
-    styles = [
-        [is_one_sentence(one["text"], is_endless=one["is_endless"]) for one in answers]
-        for answers in (before, after)
-    ]
-    first, second = (np.array(own, np.float64) for own in styles)
+    first, second = score(before), score(after)
     difference = compare_pairs(first, second)
     return {
         "before": float(first.mean()),
@@ -291,6 +288,42 @@ def compare(before: Sequence[Any], after: Sequence[Any]) -> dict[str, Any]:
         ],
         "endless": [float(np.mean([one["is_endless"] for one in own])) for own in (before, after)],
     }
+
+
+def compare_all_seeds(out: Path) -> dict[str, Any] | None:
+    """The difference of both arms over all seeds that both have answers of; None below two seeds.
+
+    Of each prompt the mean of its differences is taken, so that the interval is of prompts, for
+    these seeds; `by_seed` shows how far trainings with other seeds lie apart.
+    """
+    seeds = sorted(int(path.stem.split("-")[2]) for path in out.glob(f"answers-{OURS}-*.jsonl"))
+    found = {
+        seed: [read_lines(out / f"answers-{arm}-{seed}.jsonl") for arm in (TRL, OURS)]
+        for seed in seeds
+    }
+    whole = {seed: both for seed, both in found.items() if len(both[0]) == len(both[1])}
+    if len(whole) < 2:
+        return None
+    scores = np.array([[score(one) for one in both] for both in whole.values()])
+    before, after = scores.mean(axis=0)
+    difference = compare_pairs(before, after)
+    return {
+        "cell": f"share {TRL}, {OURS}, all seeds",
+        "seeds": list(whole),
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "difference": difference.mean,
+        "interval": [difference.low, difference.high],
+        "by_seed": (scores[:, 1] - scores[:, 0]).mean(axis=1).tolist(),
+        "prompts": len(before),
+    }
+
+
+def score(answers: Sequence[Any]) -> NDArray[np.float64]:
+    """1 for each answer that is one sentence, else 0; float64 (answers,)."""
+    return np.array(
+        [is_one_sentence(one["text"], is_endless=one["is_endless"]) for one in answers], np.float64
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -334,6 +367,9 @@ def main() -> None:
     path = options.out.parent / f"{options.out.name}-rows.jsonl"
     done = {row["cell"]: row for row in read_lines(path)}
     for row in Benchmark(options).rows(done):
+        print(json.dumps(row), flush=True)
+        append_lines(path, [row])
+    if (row := compare_all_seeds(options.out)) is not None:
         print(json.dumps(row), flush=True)
         append_lines(path, [row])
 

@@ -28,11 +28,11 @@ def main(models: str, size: str, rows: str, *runs: str) -> None:
     """Do what the arguments say."""
     folder, todo = Path(models) / size, [Run(*json.loads(run)) for run in runs]
     if all(run.arm != RIVAL for run in todo):
-        from nested_core.backend import prepare, set_operations_per_commit
+        from nested_core.backend import prepare, prepare_for_model_size
         from nested_core.models.base_model import estimate_weight_count
 
         prepare()
-        set_operations_per_commit(estimate_weight_count(folder))
+        prepare_for_model_size(estimate_weight_count(folder))
     if not todo:
         pretrain(folder, SIZES[size])
         return

@@ -154,7 +154,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     if done.outcome == "promoted" and candidate.verdict.has_broken_answers:
         print_progress(
             f"warning: training broke the answers of this adapter: look at {run.report}. To go "
-            f"back: nested-tune rollback {arguments.name} --registry {arguments.registry}"
+            f"back: `nested-tune rollback {arguments.name} --registry {arguments.registry}`"
         )
     print_change = _print_change(arguments, done)
 
@@ -164,7 +164,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         if done.outcome in ("promoted", "already_champion") and is_there("chat"):
             roles = read_dataset_record(run.dataset).splits["train"].roles
             said = " --system TEXT" if "system" in roles else ""
-            print_progress(f"next: nested-tune chat {arguments.registry / arguments.name}{said}")
+            print_progress(f"next: `nested-tune chat {arguments.registry / arguments.name}{said}`")
         return code
 
     return finish

@@ -26,6 +26,7 @@ class TerminalSteps(Steps):
         self._stopper = stopper
         self._log = log
         self._progress = ProgressLine()
+        self._has_described = False
         self.sample_answers: Sequence[SampleAnswers] = ()
 
     def on_message(self, message: str) -> None:
@@ -41,8 +42,10 @@ class TerminalSteps(Steps):
         self._stopper.direct_signals_to(trainer)
         if self._log is not None:
             self._log.start(trainer)
-        print_progress(describe_tiers(trainer.tier_stats()))
-        print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
+        if not self._has_described:  # a run of minutes that is cut begins training once more
+            print_progress(describe_tiers(trainer.tier_stats()))
+            print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
+        self._has_described = True
 
     def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """Train; then signals end the process where it is."""

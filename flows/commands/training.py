@@ -259,7 +259,7 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
     for note in verdict.notes():
         print_line(note)
     if registry.path is None and not verdict.has_broken_answers:
-        print_progress(f"next: nested-tune promote {result.run.path} --name NAME")
+        print_progress(f"next: `nested-tune promote {result.run.path} --name NAME`")
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:

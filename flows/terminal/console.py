@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import textwrap
 import time
@@ -33,6 +34,8 @@ SECONDS_BEFORE_PROGRESS = 2.0
 MIN_SHARE_FOR_FORECAST = 0.05  # of the work: less says little of how long the rest takes
 SHOW_CURSOR = b"\x1b[?25h"
 WIDTH_WITHOUT_TERMINAL = 120
+_COMMAND = re.compile("`[^`]+`")
+_COMMAND_ALONE = re.compile(r"^(\s*)`([^`]+)`[.,;:]?$")
 CELL_BORDER = 3  # columns of a terminal: a line and a space on both sides
 
 errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -186,11 +189,14 @@ def print_progress(*lines: str) -> None:
 def _wrap(line: str, columns: int | None) -> list[str]:
     """The line in parts of so many columns; a longer word, such as a path, stays whole.
 
-    What follows the first part is indented below it. None: the line as it is.
+    A command between backquotes stays whole too, so that it can be copied: alone in a part it
+    stands without them. What follows the first part is indented below it. None: the line as it is.
     """
     if columns is None or len(line) <= columns:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(
-        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    kept = _COMMAND.sub(lambda found: found[0].replace(" ", "\0"), line)
+    parts = textwrap.wrap(
+        kept, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+    return [_COMMAND_ALONE.sub(r"\1\2", part).replace("\0", " ") for part in parts]

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -548,6 +549,9 @@ class GateSection(Section):
     max_kl: NonNegativeFloat | None = key(
         None, "largest mean KL divergence from the start, nats/token (null: none, or the loss's)"
     )
+    max_chosen_fall: NonNegativeFloat | None = key(
+        1.0, "how far chosen answers may become less likely, nats/token (null: without bound)"
+    )
     drift: bool = key(False, "record the KL divergence from the base model too")
     tasks: tuple[TaskSection, ...] = key((), "eval sets that the adapter has to answer")
     allow_python_scorers: bool = key(
@@ -604,6 +608,11 @@ class RegistrySection(Section):
     )
     require_validation: bool = key(True, "promote nothing that was not validated")
     keep_data: bool = key(True, "keep the examples of registered versions, for replay and the gate")
+
+    @property
+    def location(self) -> tuple[Path, str] | None:
+        """The registry's folder and the adapter's name in it; None without a registry."""
+        return None if self.path is None or self.name is None else (Path(self.path), self.name)
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield conflicts between path, name and the promotion mode."""

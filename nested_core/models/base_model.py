@@ -260,7 +260,7 @@ class TrainedTokenizer:
 def prepare_for_base_model(config: FineTuneConfig) -> Path:
     """Find the configured base model's folder, and set up the backend for a model of its size."""
     folder = find_model_folder(config.model)
-    backend.set_operations_per_commit(estimate_weight_count(folder))
+    backend.prepare_for_model_size(estimate_weight_count(folder))
     return folder
 
 

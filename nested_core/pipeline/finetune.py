@@ -45,7 +45,7 @@ from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Verdict
 from nested_core.registry import Decision
 from nested_core.registry.policy import apply_policy
-from nested_core.registry.promotion_policy import effective_rule, registry_location
+from nested_core.registry.promotion_policy import effective_rule
 from nested_core.report.outcome import describe_kept_champion
 from nested_core.report.run_report import read_report, writing_report_at_end
 from nested_core.storage.atomic import remove_file
@@ -211,8 +211,8 @@ def _finetune_locked(
     must_be_better = False
     if config.registry.path is not None:
         must_be_better = effective_rule(config.registry).must_be_better
-        if must_be_better:  # an adapter that is not is recorded as a trial, and not registered
-            kept = find_kept_champion(config, run, verdict)
+        # An adapter that is not better is recorded as a trial, and not registered
+        kept = find_kept_champion(config, run, verdict) if must_be_better else None
         if kept is not None:
             reason = describe_kept_champion(verdict, kept)
             decision = Decision("refused", verdict.trained.digest, kept, reason)
@@ -264,9 +264,8 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Steps, session: Ses
 
 def _current_champion(config: FineTuneConfig) -> str | None:
     """Return the champion of the configured name; None without a champion or a registry."""
-    if config.registry.path is None:
-        return None
-    return champion_or_none(*registry_location(config.registry))
+    location = config.registry.location
+    return None if location is None else champion_or_none(*location)
 
 
 def _publish(config: FineTuneConfig, run: RunDirectory, session: Session, hooks: Steps) -> Decision:

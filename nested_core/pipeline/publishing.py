@@ -39,7 +39,7 @@ from nested_core.records.judged_run import (
     read_rejected_run,
 )
 from nested_core.records.promoted_to import add_promoted_to
-from nested_core.records.run_status import Run
+from nested_core.records.run_status import AdapterRuns, Run
 from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
@@ -243,7 +243,9 @@ def register_and_promote_run(
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
         judged = confirm_recorded_verdict(config, run)
-        _note_registry(run, path, name)
+        if not AdapterRuns.of(path, name).include(Run(run)):  # its own is another one, or none
+            with suppress(OSError):  # a run that nobody can write to is not removed either
+                add_promoted_to(run.promoted_to, str(path), name)
         recorded = make_provenance(config, judged, judged.verdict.rival)
         candidate = Judgement.of_run(judged.verdict, recorded)
         done = register_and_promote(
@@ -258,16 +260,6 @@ def register_and_promote_run(
             examples=read_run_examples(config, judged),
         )
     return done, candidate
-
-
-def _note_registry(run: RunDirectory, registry: Path, name: str) -> None:
-    """Record in the run that it is promoted to another registry or name than config.yaml names."""
-    config = Run(run).config
-    section = None if config is None else config.registry
-    configured = section and section.path and (Path(section.path).resolve(), section.name)
-    if configured != (registry.resolve(), name):
-        with suppress(OSError):  # a run that nobody can write to is not removed either
-            add_promoted_to(run.promoted_to, str(registry), name)
 
 
 def describe_changed_held_out(

@@ -6,18 +6,19 @@ The file protects the run from being pruned while such a registry depends on it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import file_type, read_json
 
 MAX_BYTES = 2**20
-RegistryName: TypeAlias = tuple[str, str]  # the folder as it was given, and the name in it
 
 
-def read_promoted_to(path: Path) -> tuple[RegistryName, ...]:
-    """Read the registries and names; empty without the file, DamagedError for another form."""
+def read_promoted_to(path: Path) -> tuple[tuple[str, str], ...]:
+    """Read the registries, each with the name in it; empty without the file.
+
+    A registry is the folder as it was given. Raises DamagedError for a file of another form.
+    """
     if file_type(path) == "missing":
         return ()
     try:

@@ -28,7 +28,7 @@ from nested_core.records.answers import (
 from nested_core.records.dataset import DatasetReport, held_out_split, read_dataset_record
 from nested_core.records.metrics import cumulative_seconds, read_metrics
 from nested_core.records.plan import StepLoss, TrainingPlan, describe_last_losses, read_plan
-from nested_core.records.promoted_to import RegistryName, read_promoted_to
+from nested_core.records.promoted_to import read_promoted_to
 from nested_core.records.result import TrainResult, read_result
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict import Verdict
@@ -38,7 +38,7 @@ from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import file_type
 from nested_core.text.svg_chart import Point
-from nested_core.text.value_format import format_count
+from nested_core.text.value_format import format_count, format_passes
 
 if TYPE_CHECKING:
     from nested_core.records.losses import ExampleLosses
@@ -190,10 +190,20 @@ class Run:
         return self.read(self.folder.adapter, lambda path: read_adapter(path).digest())
 
     @cached_property
-    def promoted_to(self) -> tuple[RegistryName, ...] | None:
+    def promoted_to(self) -> tuple[tuple[str, str], ...] | None:
         """Registries that the run was promoted to by hand and its configuration does not name."""
         path = self.folder.promoted_to
         return () if file_type(path) == "missing" else self.read(path, read_promoted_to)
+
+    @property
+    def registered_as(self) -> tuple[Path, str] | None:
+        """The registry and the name in it that config.yaml names, else the last one promoted to.
+
+        Returns None if the run has neither.
+        """
+        configured = None if self.config is None else self.config.registry.location
+        by_hand = [(Path(registry), name) for registry, name in self.promoted_to or ()]
+        return configured or next(reversed(by_hand), None)
 
     @cached_property
     def losses(self) -> ExampleLosses | None:
@@ -331,9 +341,8 @@ class Run:
         text = text if self.steps is None else f"{self.step:,} of {text}"
         if self.plan is None:
             return text
-        passes = f"{self.plan.passes_until(self.step):.3g}"
-        noun = "pass" if passes == "1" else "passes"
-        return f"{text}, {passes} {noun} over {self.plan.training_file}"
+        passes = format_passes(self.plan.passes_until(self.step))
+        return f"{text}, {passes} over {self.plan.training_file}"
 
     @property
     def offered_step(self) -> int | None:
@@ -404,7 +413,7 @@ class Run:
             "process": self.process,
             "started": self.started.isoformat(timespec="seconds"),
             "minutes": self.minutes,
-            "adapter": None if config is None else config.registry.name,
+            "adapter": None if self.registered_as is None else self.registered_as[1],
             "step": self.step,
             "steps": self.steps,
             "epochs": None if self.plan is None else self.plan.passes_until(self.step),
@@ -469,10 +478,8 @@ class AdapterRuns:
 
     def include(self, run: Run) -> bool:
         """Return whether a run's configuration names this adapter; False if it cannot be read."""
-        section = None if run.config is None else run.config.registry
-        if section is None or section.path is None or section.name != self.name:
-            return False
-        return Path(section.path).resolve() == self.registry
+        configured = None if run.config is None else run.config.registry.location
+        return configured is not None and AdapterRuns.of(*configured) == self
 
     def among(self, runs: Sequence[Run]) -> list[Run]:
         """Return those of the given runs that are of this adapter, in the given order."""

@@ -264,8 +264,8 @@ def describe_promotion(
     warning = (
         f"version {shorten_digest(done.version)} has a higher "
         f"{loss_name_for_file(candidate.file)} on the same data, {format_loss(losses.loss)}, than "
-        f"the champion that it replaced, {previous}, {rival}. To go back: nested-tune rollback "
-        f"{name} --registry {registry}"
+        f"the champion that it replaced, {previous}, {rival}. To go back: `nested-tune rollback "
+        f"{name} --registry {registry}`"
     )
     return PromotionNotes(text, warning)
 
@@ -283,7 +283,7 @@ def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
     return (
         f"{text}; the champion before, {shorten_digest(done.previous)}, has a "
         f"{loss_name_for_file(before.file)} of {format_loss(before.loss_after)}. To go back: "
-        f"nested-tune rollback {name} --registry {registry}"
+        f"`nested-tune rollback {name} --registry {registry}`"
     )
 
 
@@ -322,9 +322,9 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
 
     Raises ConfigError if they are not configured.
     """
-    if section.path is None or section.name is None:
+    if section.location is None:
         raise ConfigError("registry: path and name are needed to register an adapter.")
-    return Path(section.path), section.name
+    return section.location
 
 
 def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> str | None:

@@ -68,7 +68,7 @@ def read_champion_card(registry: Path, name: str) -> str:
     if version is None:
         raise ConfigError(
             f"{registry / name} has no champion yet, and a card is about the champion. Promote a "
-            f"run first: nested-tune promote RUN_DIR --registry {registry} --name {name}"
+            f"run first: `nested-tune promote RUN_DIR --registry {registry} --name {name}`"
         )
     verify(registry, name, version)
     return read_regular(version_folder(registry, name, version) / CARD_NAME).decode()
@@ -97,12 +97,10 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
 
     Returns None if the run started with a fresh adapter, or from one that is not in its registry.
     """
-    path, name = config.registry.path, config.registry.name
-    if config.continual.start is None or path is None or name is None:
+    location = config.registry.location
+    if config.continual.start is None or location is None or not name_exists(*location):
         return None
-    if not name_exists(Path(path), name):
-        return None
-    return initial_digest if initial_digest in list_versions(Path(path), name) else None
+    return initial_digest if initial_digest in list_versions(*location) else None
 
 
 def read_registration_time(registry: Path, name: str, version: str) -> str | None:

@@ -46,10 +46,9 @@ def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
     from nested_core.registry import history, list_versions, read_champion_changes  # brings mlx
     from nested_core.registry.folders import name_exists
 
-    section = None if run.config is None else run.config.registry
-    if section is None or section.path is None or section.name is None:
+    if run.registered_as is None:
         return Outcome.VERIFIED
-    registry, name = Path(section.path), section.name
+    registry, name = run.registered_as
     version = verdict.trained.digest
     try:
         if not name_exists(registry, name):
@@ -151,15 +150,12 @@ def find_reason_kept(run: Run) -> str | None:
     """
     from nested_core.registry import list_versions
     from nested_core.registry.link_and_views import read_link, reading
-    from nested_core.registry.promotion_policy import (
-        choose_candidate,
-        find_refusal_as_recorded,
-        registry_location,
-    )
+    from nested_core.registry.promotion_policy import choose_candidate, find_refusal_as_recorded
 
-    if run.verdict is None or run.config is None or find_outcome(run) != Outcome.KEPT_CHAMPION:
+    is_kept = find_outcome(run) == Outcome.KEPT_CHAMPION
+    if run.verdict is None or run.registered_as is None or not is_kept:
         return None
-    registry, name = registry_location(run.config.registry)
+    registry, name = run.registered_as
     version = run.verdict.trained.digest
     if version not in list_versions(registry, name):
         rival = run.verdict.rival
@@ -265,7 +261,7 @@ def list_row(run: Run) -> tuple[object, ...]:
         val_loss = None if last is None else f"{format_loss(last[1])} (last)"
     return (
         run.name,
-        None if run.config is None else run.config.registry.name,
+        None if run.registered_as is None else run.registered_as[1],
         describe_outcome(run),
         step,
         val_loss,

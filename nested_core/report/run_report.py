@@ -37,7 +37,6 @@ from nested_core.records.losses import ExampleLosses
 from nested_core.records.run_status import Run, read_run
 from nested_core.records.verdict import TensorChange, Validation
 from nested_core.records.verdict_table import describe_verdict, tier_table
-from nested_core.registry.promotion_policy import registry_location
 from nested_core.report.outcome import (
     describe_end,
     describe_outcome,
@@ -144,11 +143,10 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
 
 def _tabulate_generations(run: Run) -> Iterator[Block]:
     """Yield rooms' tables that compare champion and candidate on earlier versions' examples."""
-    verdict, section = run.verdict, None if run.config is None else run.config.registry
-    if verdict is None or verdict.rival is None or section is None or section.path is None:
+    verdict, location = run.verdict, None if run.config is None else run.config.registry.location
+    if verdict is None or verdict.rival is None or location is None:
         return
-    registry, name = registry_location(section)
-    yield from seams.collect("generation_tables", registry, name, verdict.rival, verdict)
+    yield from seams.collect("generation_tables", *location, verdict.rival, verdict)
 
 
 def _describe_training(run: Run) -> Iterator[Block]:

@@ -93,6 +93,8 @@ class Room:
     timed_training: a context that holds a run to `training.minutes`, of configuration, run
         directory and hooks.
     run_measurement: a function that measures how fast a run is, for `explain`.
+    blas_threads: a context of a loaded model in which its products have the quicker number of BLAS
+        threads, on a machine that other programs use too.
     readers: functions that give the lines of JSON in a data file, by the end of its name.
     hub_tables: a function of DataSettings that gives name and lines of each split of a data set of
         the Hugging Face hub.
@@ -103,7 +105,8 @@ class Room:
         tokens, and gives Notes; `depends_on`, a function of the TokenizerSource, gives what these
         depend on beside the tokenizer's files.
     near_duplicates: a class of what is read with each line to find rows that nearly are another,
-        and of the rules that report them.
+        of the rules that report them, and of `group`, a function of texts that gives the indices of
+        those that nearly are one another in lists.
     data_tables: what `validate` shows of a data set: a function of DataSettings that gives blocks.
     gate_checks: Checks of the gate (nested_core/gate/checks/judged.py) of a run, with its base.
     earlier_examples: the class of the EarlierExamples (nested_core/data/earlier_examples.py).
@@ -155,6 +158,7 @@ class Room:
     around_training: str | None = None
     timed_training: str | None = None
     run_measurement: str | None = None
+    blas_threads: str | None = None
     readers: Mapping[str, str] = field(default_factory=dict)
     hub_tables: str | None = None
     text_checks: str | None = None
@@ -272,6 +276,7 @@ ROOMS: Mapping[str, Room] = {
     "minutes": Room(
         timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
         run_measurement="nested_core.rooms.minutes.sizes:measure_run",
+        blas_threads="nested_core.rooms.minutes.blas_threads:using_quicker_blas_threads",
     ),
     "replay": Room(
         keys=(
@@ -296,6 +301,7 @@ ROOMS: Mapping[str, Room] = {
         answer_tables="nested_core.rooms.tables.labels:tabulate_labels_of_answers",
     ),
     "preferences": Room(
+        keys=("gate.max_chosen_fall",),
         losses={
             name: RoomLoss(
                 unit=unit,

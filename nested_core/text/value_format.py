@@ -15,8 +15,14 @@ def format_value(value: object) -> str:
 
 
 def format_count(count: int, noun: str) -> str:
-    """`1 step` or `1,200 steps`, of a noun that takes an s."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """`1 step` or `1,200 steps`, of a noun that takes an s, or es after ch."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def format_passes(passes: float) -> str:
+    """Format how often data is read, such as `1 pass` or `2.5 passes`."""
+    number = f"{passes:.3g}"
+    return f"{number} {'pass' if number == '1' else 'passes'}"
 
 
 def format_bytes(count: int) -> str:

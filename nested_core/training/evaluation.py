@@ -36,6 +36,7 @@ from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS = 4
 MAX_PROMPT_TOKENS = 16
+MAX_READ_EXAMPLES = 64  # among which prompts are chosen
 MAX_LOGIT_COLUMNS = 256
 
 
@@ -88,10 +89,6 @@ class Evaluator:
         """The number of logits per position."""
         return count_logits(self.model)
 
-    def mean_loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:
-        """Return the mean loss per target token (for cross-entropy in nats), without dropout."""
-        return self.evaluate(values, batches).mean_loss
-
     def evaluate(self, values: Flat, batches: Iterable[MicroBatch]) -> Evaluation:
         """Return the mean loss, with the loss of each row if the loss function computes it.
 
@@ -136,32 +133,27 @@ class Evaluator:
         """
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             assign_parameters(self.parameters, values)
-            rows = [
-                _logits_of_last_token(self.model(mx.array([prompt]))) for prompt in self.prompts
-            ]
+            last = (extract_logits(self.model(mx.array([p])))[0, -1] for p in self.prompts)
+            rows = [np.array(logits.astype(mx.float32)) for logits in last]
         vocabulary = len(rows[0]) if rows else 0
-        count = min(vocabulary, MAX_LOGIT_COLUMNS)
-        columns = np.linspace(0, vocabulary - 1, count).astype(int).tolist()
+        columns = np.linspace(0, vocabulary - 1, min(vocabulary, MAX_LOGIT_COLUMNS)).astype(int)
         return {
             "prompts": [list(map(int, prompt)) for prompt in self.prompts],
-            "columns": columns,
+            "columns": columns.tolist(),
             "values": [row[columns].tolist() for row in rows],
         }
 
 
-def _logits_of_last_token(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the logits of a model's output at the last position, float32 (vocabulary,)."""
-    return np.array(extract_logits(output)[0, -1].astype(mx.float32))
-
-
 def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
-    """Return the first tokens of the first few validation examples, or training examples.
+    """Return the first and the last tokens of a few validation examples, or training examples.
 
-    Training examples are used if there is no validation set.
+    Training examples are used if there is no validation set. No two prompts are equal: the first
+    tokens of all examples may be one system prompt, after which a narrow dtype rounds alike.
     """
     split = splits["valid"] if len(splits.get("valid", ())) else splits["train"]
-    examples = [split.example(row) for row in range(min(len(split), MAX_PROMPTS))]
-    return [example[:MAX_PROMPT_TOKENS].tolist() for example in examples if len(example)]
+    examples = (split.example(row).tolist() for row in range(min(len(split), MAX_READ_EXAMPLES)))
+    cut = ((*tokens[:1], *tokens[1:][1 - MAX_PROMPT_TOKENS :]) for tokens in examples if tokens)
+    return list(dict.fromkeys(cut))[:MAX_PROMPTS]
 
 
 def load_evaluation_batches(

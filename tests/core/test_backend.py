@@ -52,11 +52,14 @@ def with_cuda_package(tmp_path: Path) -> str:
 
 ASK = """
 import sys, os
-from nested_core.backend import set_operations_per_commit, prepare
+from nested_core.backend import prepare_for_model_size, prepare
 prepare()
-set_operations_per_commit(int(sys.argv[1]))
+import mlx.core as mx
+limits = []
+mx.set_cache_limit = limits.append
+prepare_for_model_size(int(sys.argv[1]))
 names = ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER", "MLX_CUDA_SDPA_CACHE_SIZE")
-print(*(os.environ.get(name) for name in (*names, "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE")))
+print(*(os.environ.get(name) for name in (*names, "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE")), *limits)
 """
 
 
@@ -65,7 +68,7 @@ def test_with_mlx_for_cuda_a_model_chooses_how_kernels_are_started_unless_somebo
     tmp_path: Path,
 ) -> None:
     path = with_cuda_package(tmp_path)
-    assert run(ASK, "199999999", PYTHONPATH=path) == "0 100 8192 256"
+    assert run(ASK, "199999999", PYTHONPATH=path) == f"0 100 8192 256 {512 * 2**20}"
     assert run(ASK, "200000000", PYTHONPATH=path) == "0 25 8192 256"
     assert run(ASK, "899999999", PYTHONPATH=path) == "0 25 8192 256"
     assert run(ASK, "1000000000", PYTHONPATH=path) == "0 8 8192 256"

@@ -70,7 +70,7 @@ def test_the_champion_changes_by_each_command_as_it_says(story, versions, folder
     assert story["first"].stdout == f"promoted: {short} (before: none)\n"
     assert story["second"].stdout == f"promoted: {other} (before: {short})\n"
     assert "superseded" in story["late"].stdout
-    assert ("next: nested-tune chat" in story["first"].stderr) == is_there("chat")
+    assert ("next: `nested-tune chat" in story["first"].stderr) == is_there("chat")
     assert "--system TEXT" not in story["first"].stderr  # rows that have none
     assert "next:" not in story["late"].stderr  # the champion is not that run's adapter
     document = {"outcome": "rolled_back", "version": first, "previous": second}
@@ -93,7 +93,7 @@ def test_a_promotion_tells_the_losses_and_warns_of_a_higher_one_on_the_same_data
     assert after > before  # it was trained for half as long
     said = " ".join(story["second"].stderr.split())
     assert f"a higher validation loss on the same data, {after:.4g}, than the champion" in said
-    assert f"{before:.4g}. To go back: nested-tune rollback {NAME} --registry registry" in said
+    assert f"{before:.4g}. To go back: `nested-tune rollback {NAME} --registry registry" in said
     rival = f"the champion before, {versions[0][:12]}: {before:.4g}"
     assert f"by training; {rival} on the same examples" in said
     said = " ".join(story["first"].stderr.split())
@@ -172,7 +172,7 @@ def test_a_person_who_promotes_broken_answers_is_warned(tmp_path: Path) -> None:
     assert promoted.code == 0
     told = " ".join(promoted.stderr.split())
     assert "warning: training broke the answers of this adapter: look at" in told
-    assert "To go back: nested-tune rollback x --registry registry" in told
+    assert "To go back: `nested-tune rollback x --registry registry" in told
 
 
 @needs_rooms("chat")
@@ -185,4 +185,4 @@ def test_what_is_next_tells_of_the_system_text_that_the_rows_have(command_run, t
     judged |= {"dataset.json": describe_file(run / "dataset.json")}
     write_gate(run, read_gate(run / "gate.json"), judged)
     done = called("promote", "run", "--name", NAME, cwd=tmp_path)
-    assert f"next: nested-tune chat registry/{NAME} --system TEXT\n" in done.stderr
+    assert f"next: `nested-tune chat registry/{NAME} --system TEXT`\n" in done.stderr

@@ -151,7 +151,7 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("broken", "last"),
     [
-        (SampleVerdict(3, 3), "next: nested-tune promote runs/one --name NAME"),
+        (SampleVerdict(3, 3), "next: `nested-tune promote runs/one --name NAME`"),
         (
             SampleVerdict(3, 3, 3, {"same": 3}),
             "3 of 3 sample answers are broken (3 the same to every prompt): do not promote it, but "

@@ -69,6 +69,19 @@ def test_a_line_is_broken_between_words_and_a_path_stays_whole() -> None:
     assert _wrap(f"{path} {path}", None) == [f"{path} {path}"]
 
 
+def test_a_command_between_backquotes_is_in_one_line_and_can_be_copied() -> None:
+    command = "nested-tune init --data tickets.csv --prompt-feature 'What is it' -o lora.yaml"
+    assert _wrap(f"There are no columns. For example: `{command}`. In a terminal, ask.", 40) == [
+        "There are no columns. For example:",
+        f"  {command}",
+        "  In a terminal, ask.",
+    ]
+    assert _wrap("Look at it with `nested-tune doctor`, which knows more of the machine.", 40) == [
+        "Look at it with `nested-tune doctor`,",
+        "  which knows more of the machine.",
+    ]
+
+
 def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_start(
     tmp_path: Path,
 ) -> None:

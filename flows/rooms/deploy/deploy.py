@@ -42,7 +42,7 @@ from tasks.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployme
 
 NO_ALERTS_WARNING = (
     "alerts: NOBODY IS NOTIFIED of a run that failed, crashed or is late. Make a notification "
-    "block in the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or "
+    "block in the UI under Blocks, and give it: `nested-tune deploy --notify TYPE/NAME`, or "
     "--notify @FILE with a webhook's URL in the file"
 )
 LIST_OF_RUNS = AdapterPage("of all runs", "/runs")

@@ -112,7 +112,7 @@ def _show(result: SweepResult) -> None:
     print_line(f"configuration: {result.folder / 'best.yaml'}")
     advice = "nothing to promote: no setting is shown to be better than the configuration itself"
     if result.is_better:
-        advice = f"nested-tune promote {result.run.path} --name NAME"
+        advice = f"`nested-tune promote {result.run.path} --name NAME`"
     print_progress(f"next: {advice}")
 
 

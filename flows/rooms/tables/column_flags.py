@@ -12,6 +12,7 @@ import glob
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +38,46 @@ def require_file(arguments: argparse.Namespace) -> None:
     from nested_core.data.sources.split_files import SUFFIXES
 
     path = Path(arguments.data)
+    if not arguments.data:
+        raise ConfigError("--data is empty. Give a file, a folder or a hub's name: --data faq.csv")
+    if "://" in arguments.data:
+        raise ConfigError(
+            f"--data: {arguments.data} is an address, and files are read here. To fetch it: "
+            f"`curl -LO {shlex.quote(arguments.data)}`"
+        )
     if not path.name.lower().endswith(SUFFIXES) or path.exists() or glob.glob(arguments.data):
         return
     there = [name.name for name in path.parent.glob("*") if name.name.lower().endswith(SUFFIXES)]
     near = difflib.get_close_matches(path.name, there, n=1)
     meant = (
-        f" Did you mean: {_command(arguments, data=str(path.with_name(near[0])))}" if near else ""
+        f" Did you mean: `{write_command(arguments, data=str(path.with_name(near[0])))}`"
+        if near
+        else ""
     )
     raise ConfigError(f"--data: there is no file {path}.{meant}")
 
 
-def _command(arguments: argparse.Namespace, **changes: Any) -> str:
+def read_numbers(arguments: argparse.Namespace) -> None:
+    """Read the numbers of --split and --suite in place; ConfigError with a command that works."""
+    expected = "a share of the rows above 0 and below 0.5, such as 0.1, which is taken for valid "
+    expected += "and as much again for test"
+    numbers = (
+        ("split", float, expected, 0.1),
+        ("suite", int, "a number of questions", 5),
+    )
+    for name, kind, what, example in numbers:
+        given = getattr(arguments, name)
+        try:
+            number = None if given is None else kind(given)
+        except ValueError:
+            number = nan
+        if number is not None and (isnan(number) or (name == "split" and not 0 < number < 0.5)):
+            command = write_command(arguments, **{name: example})
+            raise ConfigError(f"--{name} {given}: expected {what}. For example: `{command}`")
+        setattr(arguments, name, number)
+
+
+def write_command(arguments: argparse.Namespace, **changes: Any) -> str:
     """The command line with other flags; a value of None leaves a flag out."""
     values = {**vars(arguments), **changes}
     words = ["nested-tune", "init", "--data", values["data"], "--model", values["model"]]
@@ -73,7 +103,7 @@ class ColumnFlags:
 
     def command(self, **changes: Any) -> str:
         """The command line with other flags; a value of None leaves a flag out."""
-        return _command(self._arguments, **changes)
+        return write_command(self._arguments, **changes)
 
     def command_by_guess(self) -> str:
         """The command line with the columns that look most like a question and an answer."""
@@ -95,7 +125,7 @@ class ColumnFlags:
             needs = "--completion-feature" if has_question else "--prompt-feature or --template"
             raise ConfigError(
                 f"A row is learnt as a question and its answer, so {needs} is needed too. For "
-                f"example: {self.command_by_guess()}"
+                f"example: `{self.command_by_guess()}`"
             )
         try:
             question = (
@@ -104,19 +134,29 @@ class ColumnFlags:
                 else Template.parse(given.template)
             )
         except ConfigError as error:
-            raise ConfigError(f"{error} For example: {self.command_by_guess()}") from None
+            raise ConfigError(f"{error} For example: `{self.command_by_guess()}`") from None
         is_object = given.completion_feature is None
         answers = _split_names(answer) if is_object else (answer,)
+        if not answers:
+            raise ConfigError(
+                f"--completion-features: {answer!r} names no column. For example: "
+                f"`{self.command_by_guess()}`"
+            )
+        if dropped := [name for name in answers if name in given.drop_fields]:
+            raise ConfigError(
+                f"--drop-fields leaves out {dropped[0]!r}, which is the answer. Leave that flag "
+                f"out: `{self.command(drop_fields=())}`"
+            )
         if repeated := [name for name in answers if answers.count(name) > 1]:
             once = ",".join(dict.fromkeys(answers))
             raise ConfigError(
                 f"--completion-features: {repeated[0]!r} is named twice. Name each column once: "
-                f"{self.command(completion_features=once)}"
+                f"`{self.command(completion_features=once)}`"
             )
         if answers == question.columns:
             raise ConfigError(
                 f"The question and the answer are both the column {answers[0]!r}, so there is "
-                f"nothing to learn. Name two columns, for example: {self.command_by_guess()}"
+                f"nothing to learn. Name two columns, for example: `{self.command_by_guess()}`"
             )
         return Columns(question, answers, is_object)
 
@@ -126,7 +166,7 @@ class ColumnFlags:
             flags = [f"--{name.replace('_', '-')}" for name in (one, other)]
             raise ConfigError(
                 f"{flags[0]} and {flags[1]} say the same thing twice. Give one of them: "
-                f"{self.command(**{one: None})}"
+                f"`{self.command(**{one: None})}`"
             )
 
     def read_system(self) -> str | None:
@@ -140,17 +180,17 @@ class ColumnFlags:
             text = read_regular(file, MAX_SYSTEM_BYTES, follow_links=True).decode("utf-8-sig")
         except (DamagedError, OSError) as error:
             raise ConfigError(
-                f"--system-file: {error} Give a text file, or the text itself: {command}"
+                f"--system-file: {error} Give a text file, or the text itself: `{command}`"
             ) from error
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"--system-file: {file} is not UTF-8: {error.reason}. Save it as UTF-8, or give "
-                f"the text itself: {command}"
+                f"the text itself: `{command}`"
             ) from error
         if not text.strip():
             raise ConfigError(
                 f"--system-file: {file} has no text in it. Write the text into it, or give the "
-                f"text itself: {command}"
+                f"text itself: `{command}`"
             )
         return text.rstrip("\r\n")
 
@@ -168,15 +208,27 @@ class ColumnFlags:
             raise ConfigError(
                 f"{told}, as {name} has. {_list_columns(facts)}. The files of a data set need the "
                 f"same columns: rename them there, or train on one file: "
-                f"{self.command(data=_find_path(self._arguments.data, name))}"
+                f"`{self.command(data=_find_path(self._arguments.data, name))}`"
             )
         changes: dict[str, Any] = {}
-        for name in missing:
-            near = _find_near(name, facts.columns)
-            told += f"; did you mean {near!r}?" if near else ""
+        nearest = [_find_near(name, facts.columns) for name in missing]
+        for name, near in zip(missing, nearest, strict=True):
             changes |= self._rename(name, near, columns)
-        told += "" if told.endswith("?") else "."
-        raise ConfigError(f"{told} {_list_columns(facts)}. For example: {self.command(**changes)}")
+        meant = " and ".join(map(repr, filter(None, nearest)))
+        told += f"; did you mean {meant}?" if meant else "."
+        if all(any(name in about.values for about in facts.columns.values()) for name in missing):
+            raise ConfigError(
+                f"{told} A row below the first one has these names: delete the rows above it."
+            )
+        if len(facts.columns) == 1:
+            raise ConfigError(
+                f"{told} Its one column is {next(iter(facts.columns))}. If that is several, they "
+                f"are not separated by commas, semicolons, tabs or bars: save the table as CSV "
+                f"UTF-8, and give that file to --data."
+            )
+        raise ConfigError(
+            f"{told} {_list_columns(facts)}. For example: `{self.command(**changes)}`"
+        )
 
     def _rename(self, name: str, near: str | None, columns: Columns) -> dict[str, Any]:
         """The flags with a column that is there in the place of one that is not."""
@@ -207,8 +259,8 @@ def ask_or_refuse(
     others = [other for other in more if other.columns.keys() != facts.columns.keys()]
     raise ConfigError(
         f"{'. '.join(map(_list_columns, [facts, *others]))}; their names do not say which is the "
-        f"question and which the answer. Name them, for example: {flags.command_by_guess()}. In a "
-        f"terminal, init asks for them."
+        f"question and which the answer. Name them, for example: `{flags.command_by_guess()}`. In "
+        f"a terminal, init asks for them."
     )
 
 
@@ -232,7 +284,7 @@ def _ask(flags: ColumnFlags, facts: FileFacts, system: str | None) -> tuple[Colu
             system = input("System text, which says what the model is for [none]: ").strip()
     except EOFError:
         raise ConfigError(
-            f"Nothing was answered. Name the columns instead: {flags.command_by_guess()}"
+            f"Nothing was answered. Name the columns instead: `{flags.command_by_guess()}`"
         ) from None
     is_object = len(answer) > 1
     given = {"completion_features" if is_object else "completion_feature": ",".join(answer)}

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flows.rooms.tables.column_flags import TABLE_FLAGS, ColumnFlags, ask_or_refuse, require_file
+from flows.rooms.tables.column_flags import (
+    TABLE_FLAGS,
+    ColumnFlags,
+    ask_or_refuse,
+    read_numbers,
+    require_file,
+    write_command,
+)
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, DatasetError, join_first_values
 from nested_core.storage.output_places import require_free_place, require_new_output
@@ -32,7 +39,6 @@ def add_flags(init: argparse.ArgumentParser) -> None:
     init.set_defaults(run=run_init)
     init.add_argument(
         "--split",
-        type=float,
         metavar="SHARE",
         help="take this share of train's rows for valid and as much for test, in a new folder "
         "here; DATA is left as it is (default for tables: 0.1)",
@@ -54,7 +60,6 @@ def add_flags(init: argparse.ArgumentParser) -> None:
     group.add_argument("--system-file", type=Path, metavar="FILE", help="the same from a file")
     group.add_argument(
         "--suite",
-        type=int,
         metavar="N",
         help="draw N held-out rows as an eval set for gate.tasks, with the score that fits",
     )
@@ -64,7 +69,8 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Make a data set of the rows where that is asked for or needed, and write a configuration."""
     from nested_core.rooms.tables.dataset_split import SPLIT_SEED
 
-    target = require_new_output(arguments.output)
+    is_asked = any(getattr(arguments, name) is not None for name in ("split", *TABLE_FLAGS))
+    target = _require_new_places(arguments, _split_folder(arguments.data) if is_asked else None)
     write: Callable[..., Callable[[], int]] = arguments.write_configuration
     prepared = prepare(arguments)
     folder, made = prepared.folder, prepared.made
@@ -106,12 +112,11 @@ class Prepared:
 def prepare(arguments: argparse.Namespace) -> Prepared:
     """Look at the rows; make a data set of them where a flag asks for one, or their columns do."""
     from nested_core.rooms.tables.data_set import Request, Source, first_chats, make_data_set
-    from nested_core.rooms.tables.dataset_split import require_share, split_dataset
+    from nested_core.rooms.tables.dataset_split import split_dataset
     from nested_core.rooms.tables.eval_set import TooManyQuestions
 
+    read_numbers(arguments)
     data, share = arguments.data, arguments.split
-    if share is not None:
-        require_share(share)
     is_asked = any(getattr(arguments, name) is not None for name in TABLE_FLAGS)
     require_file(arguments)
     with TemporaryDirectory(prefix="nested-tune-") as spool:
@@ -121,37 +126,57 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         if columns is not None:
             flags.require_columns(columns)
         elif source.unknown_files:
+            _require_new_places(arguments, _split_folder(data))  # before a person is asked
             columns, system = ask_or_refuse(flags, source, system)
             is_asked = True
         if is_asked:
-            folder = _split_place(data)
+            folder = _split_folder(data)
             drop = tuple(arguments.drop_fields)
             request = Request(columns, system, share, arguments.suite, drop)
             try:
                 made = make_data_set(source, request, folder)
             except TooManyQuestions as error:
                 fewer = flags.command(suite=error.most)
-                raise ConfigError(f"{error} With the most that there can be: {fewer}") from error
+                raise ConfigError(f"{error} With the most that there can be: `{fewer}`") from error
             return Prepared(folder, made.rows, made.first, made)
         first = first_chats(source)
     if share is None:
         return Prepared(None, {}, first)
-    folder = _split_place(data)
+    folder = _split_folder(data)
     return Prepared(folder, split_dataset(data, share, folder), first)
 
 
-def _split_place(data: str) -> Path:
-    """The folder for the splits of a data set, which is not there yet."""
+def _split_folder(data: str) -> Path:
+    """The folder for the splits of a data set."""
     name = Path(data).resolve().name
     if not Path(data).is_dir():  # a file, or a pattern
         name = re.split(r"[.*?\[]", name)[0].strip("-_") or Path(data).resolve().parent.name
-    folder = Path(f"{name}-split")
-    if os.path.lexists(require_free_place(folder, "--split")):
-        raise ConfigError(
-            f"{folder} exists, and is not written over. To draw it anew, remove it. To take it as "
-            f"it is, give --data {shlex.quote(str(folder))}, without --split and flags of tables."
+    return Path(f"{name}-split")
+
+
+def _require_new_places(arguments: argparse.Namespace, folder: Path | None) -> Path | None:
+    """The file of -o, which is not there yet; ConfigError names all that is, and the command.
+
+    folder: where the splits would be written; None if none are.
+    """
+    target, taken = None, []
+    changes: dict[str, Any] = {}
+    try:
+        target = require_new_output(arguments.output)
+    except ConfigError as error:
+        taken.append(str(error))
+        names = (f"lora-{number}.yaml" for number in itertools.count(2))
+        changes["output"] = next(name for name in names if not os.path.lexists(name))
+    if folder is not None and os.path.lexists(require_free_place(folder, "--split")):
+        taken.append(
+            f"{folder} exists, and is not written over. Remove it to draw it anew, or take it as "
+            f"it is, without --split and flags of tables."
         )
-    return folder
+        changes |= {"data": str(folder), **dict.fromkeys(("split", *TABLE_FLAGS))}
+    if taken:
+        command = write_command(arguments, **changes)
+        raise ConfigError(f"{' '.join(taken)} For example: `{command}`")
+    return target
 
 
 def _task_lines(made: DataSet | None, folder: Path) -> str:
@@ -183,7 +208,9 @@ def _show_data_set(made: DataSet, folder: Path) -> None:
             listed = join_first_values(places, MAX_SHOWN_PLACES)
             print_progress(f"{kind} in {column}: {format_count(len(places), 'row')} ({listed})")
     for column, count in made.nulls.items():
-        print_progress(f"null in the answer, for {column} is empty there: {count:,} rows")
+        print_progress(
+            f"null in the answer, for {column} is empty there: {format_count(count, 'row')}"
+        )
     if made.unused:
         print_progress(f"not trained on: {', '.join(made.unused)}")
     for block in tabulate_labels_of_data(DataSettings(str(folder))):

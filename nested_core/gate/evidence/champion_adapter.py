@@ -58,10 +58,9 @@ def find_rival(
     version, or if the candidate is the reference. Raises DamagedError if the version's files
     changed since it was registered.
     """
-    path, name = base.config.registry.path, base.config.registry.name
-    if path is None or name is None or not name_exists(Path(path), name):
+    if (location := base.config.registry.location) is None or not name_exists(*location):
         return None
-    registry = Path(path)
+    registry, name = location
     with holding_champion(registry, name) as champion:
         version = champion if role == "champion" else read_reference(registry, name)
         if role == "champion" and version == candidate.digest():

@@ -31,10 +31,9 @@ def read_ancestor_training_digests(config: FineTuneConfig, initial_digest: str) 
 
     Empty if the run did not start from a registered version.
     """
-    path, name = config.registry.path, config.registry.name
-    if path is None or name is None:
+    if (location := config.registry.location) is None:
         return decode_digests(None)
-    folder = version_folder(Path(path), name, initial_digest)
+    folder = version_folder(*location, initial_digest)
     is_registered = (folder / PROVENANCE_NAME).is_file()
     return read_training_digests(folder) if is_registered else decode_digests(None)
 

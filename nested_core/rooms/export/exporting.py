@@ -13,6 +13,7 @@ import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from nested_core import seams
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import parse_config, parse_task
 from nested_core.config.resume import read_run_config
@@ -189,7 +191,8 @@ def export(
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary:
         source = _read_source(str(what), registry, base_model, Path(temporary), suites)
         exporting = _Exporting(source, target, data, on_stage)
-        return exporting.run(None if gguf is None else quantize, dequantize=dequantize)
+        with exporting.blas_threads:
+            return exporting.run(None if gguf is None else quantize, dequantize=dequantize)
 
 
 def convert_for_peft(
@@ -277,7 +280,11 @@ def _read_training(
 
 
 class _Exporting:
-    """One export, from measuring its reference to putting it in its place."""
+    """One export, from measuring its reference to putting it in its place.
+
+    Attributes:
+        blas_threads: from the moment that the base is loaded, the quicker number of them.
+    """
 
     def __init__(
         self, source: _Source, target: Path, data: str | Path | None, on_stage: OnStage | None
@@ -288,6 +295,7 @@ class _Exporting:
         self._on_stage = on_stage
         self._notes = [] if source.note is None else [source.note]
         self._folder = find_model_folder(source.model.model)
+        self.blas_threads = ExitStack()
 
     def run(self, quantization: Quantization | None, *, dequantize: bool) -> Export:
         """Write a folder, or with a quantization a GGUF, judge it and put it in its place."""
@@ -339,6 +347,8 @@ class _Exporting:
         adapter = self._source.adapter
         if reasons := base_reasons(adapter, base.parameters, base.folder):
             raise ConfigError(f"{self._source.model.name} does not fit: {reasons[0].message}.")
+        for using_threads in seams.load_all("blas_threads"):
+            self.blas_threads.enter_context(using_threads(base.model))
         return measure_reference(
             config, base, adapter, self._find_rows(config), self._source.canary
         )

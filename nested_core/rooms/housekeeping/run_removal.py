@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.records.promoted_to import RegistryName
 from nested_core.records.run_status import AdapterRuns, Run
 from nested_core.registry import list_names
 from nested_core.registry.garbage_collection import DEFAULT_KEPT_VERSIONS
@@ -236,7 +235,7 @@ class _Name:
         return run.version in self.versions or run.name in self.runs
 
 
-def _list_own_registries(run: Run) -> list[RegistryName]:
+def _list_own_registries(run: Run) -> list[tuple[str, str]]:
     """The registries that a run was registered in as far as it knows: configured, or by hand."""
     section = None if run.config is None else run.config.registry
     configured = [] if section is None or section.path is None else [(section.path, section.name)]

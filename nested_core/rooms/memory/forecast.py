@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 SHORTEST_SUGGESTED_LENGTH = 32  # tokens
-SMALL_MODEL = 2 * 10**8  # weights, below
-KEPT_BUFFERS_OF_SMALL_MODELS = 2**29  # bytes; at 135M 1.8 GB were held in place of 3.8, no slower
 KEPT_BUFFERS_OF_A_STEP = 1.1  # freed buffers kept, of a step's need: a forecast may be a tenth low
 
 
@@ -135,18 +133,14 @@ def plan_memory_for_device(
 def limit_kept_buffers(footprint: ModelFootprint, needed: int) -> None:
     """Bound the freed buffers that MLX keeps on CUDA, which it never gives back by itself.
 
-    Models below 0.2e9 weights keep KEPT_BUFFERS_OF_SMALL_MODELS. Those from 0.9e9 weights on keep
-    what their widest step needs: `needed`, the forecast of the run's peak in bytes, without the
-    `footprint.resident` that stay from step to step. Between the two MLX keeps all, for a bound
-    made a model of 0.5e9 weights slower.
+    Models from 0.9e9 weights on keep what their widest step needs: `needed`, the forecast of the
+    run's peak in bytes, without the `footprint.resident` that stay from step to step. Below that
+    MLX keeps all, for a bound made a model of 0.5e9 weights slower; small models have theirs since
+    they were loaded (`backend.prepare_for_model_size`).
     """
-    if not backend.computes_on_cuda():
-        return
     operations = os.environ.get(backend.OPERATIONS_PER_COMMIT_VARIABLE)
-    if operations == backend.OPERATIONS_PER_COMMIT_OF_LARGE_MODELS:
+    if backend.computes_on_cuda() and operations == backend.OPERATIONS_PER_COMMIT_OF_LARGE_MODELS:
         mx.set_cache_limit(int(KEPT_BUFFERS_OF_A_STEP * (needed - footprint.resident)))
-    elif operations == backend.OPERATIONS_PER_COMMIT_BY_MODEL_SIZE[SMALL_MODEL]:
-        mx.set_cache_limit(KEPT_BUFFERS_OF_SMALL_MODELS)
 
 
 def _batches_of_fewer_rows(batch: BatchShape) -> Iterator[BatchShape]:

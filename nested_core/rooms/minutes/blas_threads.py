@@ -1,4 +1,4 @@
-"""How many threads OpenBLAS has in a run of minutes: as many as it had, or one.
+"""How many threads OpenBLAS has in a run of minutes, and in an export: as many as it had, or one.
 
 On a machine that other programs use too, each product waits until all threads have had a core: a
 token of an answer took 2.5 s with two threads and 0.5 s with one, beside four endless loops on two
@@ -81,6 +81,15 @@ def using_blas_threads(count: int | None) -> Iterator[None]:
         os.environ.pop(THREADS_VARIABLE)
         if variable is not None:
             os.environ[THREADS_VARIABLE] = variable
+
+
+@contextmanager
+def using_quicker_blas_threads(model: Any) -> Iterator[None]:
+    """Within the block, OpenBLAS has the number of threads that `choose_blas_threads` chooses."""
+    with in_evaluation_mode(model):
+        count = choose_blas_threads(model)
+    with using_blas_threads(count):
+        yield
 
 
 def _open_library() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import ceil
 from statistics import median
@@ -13,6 +14,7 @@ from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.preflight import estimate_iterations
 from nested_core.records.dataset import read_dataset_record
 from nested_core.rooms.minutes.blas_threads import (
+    THREADS_VARIABLE,
     choose_blas_threads_of_run,
     using_blas_threads,
 )
@@ -21,7 +23,7 @@ from nested_core.rooms.minutes.trial_run import try_steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import stages
-from nested_core.text.value_format import format_count
+from nested_core.text.value_format import format_count, format_passes
 
 ROUND_MINUTES = (1, 2, 3, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720, 1440, 2880)
 TRIED_SECONDS = 2.0
@@ -66,10 +68,9 @@ def measure_run(
     With how fast it is, the configuration, with the iterations that its minutes come to.
     """
     stages.info("explain: trying a few steps")
-    threads = None  # as many as there are, as in a run that is not held to minutes
-    if config.training.minutes is not None:
-        threads = choose_blas_threads_of_run(config, session, on_wait)
-    with using_blas_threads(threads):
+    quickest = choose_blas_threads_of_run(config, session, on_wait)
+    has_quickest = config.training.minutes is not None  # any other run has as many as there are
+    with using_blas_threads(quickest if has_quickest else None):
         trial = try_steps(config, run, TRIED_SECONDS, session, on_wait)
         splits = read_dataset_record(run.dataset).splits
         with locking_devices(on_wait, session=session):
@@ -82,13 +83,18 @@ def measure_run(
         config = config.model_copy(update={"iters": steps * every})
     else:
         steps = ceil(estimate_iterations(config, run) / every)
+    sizes = _describe_sizes(forecast, steps, passes)
+    if quickest == 1 and not (
+        has_quickest or THREADS_VARIABLE in os.environ or os.cpu_count() == 1
+    ):
+        sizes += f" Here and now, {THREADS_VARIABLE}=1 in the environment makes it quicker."
     measured = MeasuredRun(
         seconds_a_step=forecast.step,
         training_seconds=steps * forecast.step,
         seconds=_seconds_before(forecast) + forecast.seconds_of(steps),
         tokens_per_second=median(step.tokens / step.seconds for step in trial.measured),
         device=backend.device(),
-        sizes=_describe_sizes(forecast, steps, passes),
+        sizes=sizes,
     )
     return config, measured
 
@@ -123,4 +129,5 @@ def _seconds_before(forecast: Forecast) -> float:
 
 
 def _describe(steps: int, passes: float) -> str:
-    return f"{format_count(steps, 'step')}, {steps * passes:.2g} passes over the training data"
+    passed = format_passes(steps * passes)
+    return f"{format_count(steps, 'step')}, {passed} over the training data"

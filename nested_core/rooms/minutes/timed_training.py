@@ -45,7 +45,7 @@ from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock
 from nested_core.text.stages import receiving_stages
-from nested_core.text.value_format import format_count
+from nested_core.text.value_format import format_count, format_passes
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
@@ -163,14 +163,15 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             needed = forecast.seconds_of(steps - done) - VERDICT_SPARED * forecast.verdict
             missing = now + needed + SECONDS_TO_STOP - self._clock.end
             if missing > 0:
-                self._refuse(forecast, missing)
+                self._refuse(forecast, minutes + missing / 60)
         self._write_iterations(steps * self.config.grad_accumulation_steps)
         passes = trial.plan.epochs * steps / trial.plan.steps
         noun = "step fits" if steps == 1 else "steps fit"
         in_threads = "" if blas_threads is None else f" with {THREADS_VARIABLE}={blas_threads}"
         text = (
-            f"minutes: {steps:,} {noun} in {minutes:g} minutes{in_threads}, {passes:.3g} passes "
-            f"over {trial.plan.training_file}: {forecast.step:.2g} s a step, and the verdict about "
+            f"minutes: {steps:,} {noun} in {minutes:g} minutes{in_threads}, "
+            f"{format_passes(passes)} over {trial.plan.training_file}: {forecast.step:.2g} s a "
+            f"step, and the verdict about "
             f"{forecast.describe_verdict()}"
         )
         if steps == least:
@@ -214,16 +215,15 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         mx.reset_peak_memory()  # what the run reports is its own
         return trial, forecast
 
-    def _refuse(self, forecast: Forecast, missing: float) -> None:
-        """Raise ConfigError: the steps that have to be do not fit, by so many seconds."""
-        needed = self._minutes + math.ceil(missing / 6) / 10
+    def _refuse(self, forecast: Forecast, minutes: float) -> None:
+        """Raise ConfigError: the steps that have to be fit into so many minutes, which is more."""
         raise ConfigError(
             f"training.minutes: {self._minutes:g} minutes hold no step and its verdict on this "
             f"machine, as busy as it is: {format_clock(time.time() - self._began)} are over, a "
             f"step takes {format_clock(forecast.step)}, an evaluation "
             f"{format_clock(forecast.evaluation)} and the verdict about "
-            f"{forecast.describe_verdict()}. Give --minutes {math.ceil(needed)} or more, or a "
-            f"smaller batch_size, val_batches or training.sample_tokens."
+            f"{forecast.describe_verdict()}. Give --minutes {math.ceil(minutes)} or more, or "
+            f"a smaller batch_size, val_batches or training.sample_tokens."
         )
 
     def _write_iterations(self, iterations: int) -> None:
@@ -296,7 +296,7 @@ class _Clock(threading.Thread):
         self.stops_verdict = True
         self._run = run
         self._on_message = on_message
-        self._began_training = math.inf
+        self._began = math.inf
         self._reports: deque[tuple[int, float]] = deque(maxlen=REPORTS_COUNTED + 1)
         self._has_asked = False
         self._is_over = threading.Event()
@@ -321,7 +321,8 @@ class _Clock(threading.Thread):
     @contextmanager
     def watching_training(self, plan: TimePlan) -> Iterator[None]:
         """Within the block, see that there is time for the verdict."""
-        self._began_training = time.time()
+        self._began = time.time()
+        self._done = latest_state(self._run.checkpoints).get("step", 0)  # by earlier commands
         self.plan = plan
         try:
             yield
@@ -343,7 +344,7 @@ class _Clock(threading.Thread):
         """Keep the step of the last report of this training, and when it was written."""
         with suppress(OSError, DamagedError):  # there is none yet
             reported = self._run.metrics.stat().st_mtime
-            if reported > (self._reports[-1][1] if self._reports else self._began_training):
+            if reported > (self._reports[-1][1] if self._reports else self._began):
                 step = read_latest_values(self._run.metrics).get("step", 0)
                 if not self._reports or step > self._reports[-1][0]:
                     self._reports.append((step, reported))
@@ -351,13 +352,15 @@ class _Clock(threading.Thread):
     def _must_cut(self, plan: TimePlan) -> bool:
         """Whether there is just time to stop, to open the run again and to judge, with a reserve.
 
-        Not where the steps that are left take no longer than that. Steps, with what is due between
-        them, count as slow as between the last reports, and with them all else.
+        Not where the steps that are left take no longer than that, nor before there is a step to
+        judge or one under way. Steps, with what is due between them, count as slow as between the
+        last reports, and with them all else; not the first one, in which functions are compiled.
         """
         step = plan.seconds_a_step
         left_to_train = plan.steps * step
-        if self._reports:
-            (first, began), (last, reported) = self._reports[0], self._reports[-1]
+        reports = [report for report in self._reports if report[0] > self._done]
+        if reports:
+            (first, began), (last, reported) = reports[0], reports[-1]
             if last > first:
                 step = max(step, (reported - began) / (last - first))
             left_to_train = (plan.steps - last) * step - (time.time() - reported)
@@ -366,4 +369,5 @@ class _Clock(threading.Thread):
         reserve = min(SHARE_RESERVED * plan.seconds_to_judge, MAX_SECONDS_RESERVED)
         needed = slowdown * (stopping + plan.seconds_to_judge + reserve)
         left = self.end - time.time() - SECONDS_TO_STOP
-        return left <= needed and left_to_train > slowdown * stopping
+        is_late = left <= needed and left_to_train > slowdown * stopping
+        return is_late and bool(self._reports or self._done)

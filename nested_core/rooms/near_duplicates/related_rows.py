@@ -7,7 +7,7 @@ examples, or none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import ClassVar
 
@@ -29,6 +29,10 @@ MIN_SHARED_NGRAMS = 2
 # An n-gram in more than RARE_NGRAM_MAX_EXAMPLES is common; in a small training set at fewer.
 RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET = 2
 RARE_NGRAM_TRAIN_SIZE_DIVISOR = 50
+# Before a split an n-gram has more examples than train will have: of 1 to 3, this left the fewest
+# near-duplicates of a held-out row in train.
+RARE_NGRAM_FACTOR_IN_ALL_ROWS = 1.5
+_TEXTS_AT_ONCE = 20_000
 
 
 def find_near_duplicates(
@@ -54,6 +58,51 @@ def find_near_duplicates(
     )
 
 
+def group_near_duplicates(texts: Sequence[str]) -> list[list[int]]:
+    """The indices of the texts in groups: of two that nearly are one another, both are in one.
+
+    A text that nearly is a text of two groups makes one of them. Groups are in the order of their
+    first texts.
+    """
+    roots = list(range(len(texts)))
+
+    def find_root(index: int) -> int:
+        """The text that stands for a group, by way of texts that stand for parts of it."""
+        while roots[index] != index:
+            roots[index] = roots[roots[index]]
+            index = roots[index]
+        return index
+
+    for row, near in _iterate_pairs(texts) if texts else ():
+        roots[find_root(row)] = find_root(near)
+    groups: dict[int, list[int]] = {}
+    for index in range(len(texts)):
+        groups.setdefault(find_root(index), []).append(index)
+    return list(groups.values())
+
+
+def _iterate_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield pairs of texts that are the same words, or share enough n-grams that are not common."""
+    hasher = WordHasher()
+    parts: list[pl.DataFrame] = []
+    for first in range(0, len(texts), _TEXTS_AT_ONCE):
+        part = texts[first : first + _TEXTS_AT_ONCE]
+        columns = pl.DataFrame(hash_word_ngrams(part, hasher).to_columns(part))
+        parts.append(columns.drop("bag").with_row_index("row", offset=first))
+    rows = pl.concat(parts)
+    equal = rows.drop_nulls("words").select("row", near=pl.col("row").first().over("words"))
+    yield from equal.filter(pl.col("row") != pl.col("near")).iter_rows()
+    most = int(RARE_NGRAM_FACTOR_IN_ALL_ROWS * _count_examples_of_rare_ngram(len(texts)))
+    once = pl.col("ngrams").list.unique()
+    ngrams = rows.select("row", "halvings", ngram=once).explode("ngram").drop_nulls()
+    owners = ngrams.group_by("ngram").len("owners").filter(pl.col("owners") > most)
+    asked = ngrams.join(owners, on="ngram", how="anti")
+    hits = asked.filter(asked["ngram"].is_duplicated()).rename({"row": "line"})
+    for first in range(0, len(texts), _TEXTS_AT_ONCE):
+        is_in_part = pl.col("row").is_between(first, first + _TEXTS_AT_ONCE - 1)
+        yield from _pair_by_rare_ngrams(asked.filter(is_in_part), hits)["row", "near"].iter_rows()
+
+
 def add_near_duplicate_columns(held_out: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
     """Add near and shared to related rows, but where the row equals a training example."""
     return held_out.with_columns(found).with_columns(
@@ -65,16 +114,22 @@ def _pair_rows_by_shared_ngrams(
     hits: pl.DataFrame, examples: int, rows: pl.DataFrame
 ) -> pl.DataFrame:
     """Row, near and shared for the pairs of a held-out row and a train line that share enough."""
+    most = _count_examples_of_rare_ngram(examples)
     asked = rows.select("row", "halvings", ngram="ngrams").explode("ngram").drop_nulls("ngram")
-    asked = asked.unique()
-    most = min(
-        RARE_NGRAM_MAX_EXAMPLES,
-        max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples // RARE_NGRAM_TRAIN_SIZE_DIVISOR),
-    )
     common = (
         hits.group_by("ngram").agg(pl.col("content").n_unique()).filter(pl.col("content") > most)
     )
-    asked = asked.join(common, on="ngram", how="anti")
+    return _pair_by_rare_ngrams(asked.unique().join(common, on="ngram", how="anti"), hits)
+
+
+def _count_examples_of_rare_ngram(examples: int) -> int:
+    """Of so many examples, in how many an n-gram may be that is not common."""
+    least = max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples // RARE_NGRAM_TRAIN_SIZE_DIVISOR)
+    return min(RARE_NGRAM_MAX_EXAMPLES, least)
+
+
+def _pair_by_rare_ngrams(asked: pl.DataFrame, hits: pl.DataFrame) -> pl.DataFrame:
+    """Row, near and shared for what shares enough n-grams; both frames have a row an n-gram."""
     sizes = asked.group_by("row").agg(size=pl.len())
     pairs = asked.join(hits, on="ngram", suffix="_in_train")
     counts = pairs.group_by("row", "line").agg(
@@ -115,6 +170,7 @@ def make_near_duplicate_rules(severity: Severity) -> FrameRules:
 class NearDuplicates:
     """What the core is given: columns to read with each line, and what becomes of them.
 
+    `group` gives the indices of texts in groups of near-duplicates, for a split of whole groups.
     Asked holds the n-grams of held-out rows, Matches what train shares with them.
     """
 
@@ -122,6 +178,7 @@ class NearDuplicates:
     Asked = AskedNgrams
     Matches = TrainMatches
     make_rules = staticmethod(make_near_duplicate_rules)
+    group = staticmethod(group_near_duplicates)
 
     @staticmethod
     def hash_texts(texts: Sequence[str | None]) -> dict[str, pl.Series]:

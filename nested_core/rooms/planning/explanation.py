@@ -13,7 +13,7 @@ from nested_core.pipeline.run_explanation import RunExplanation
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.loss_conclusion import MIN_CHANGE, MIN_MARGIN
 from nested_core.text.loss_format import NATS_PER_TOKEN
-from nested_core.text.value_format import format_count
+from nested_core.text.value_format import format_count, format_passes
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class RunInWords:
         what = f"{config.fine_tune_type} of rank {lora.rank} and scale {lora.scale:g}"
         if config.fine_tune_type == "full":
             what = "every weight"
-        layers = "all layers" if config.num_layers == -1 else f"the last {config.num_layers} layers"
+        count = format_count(config.num_layers, "layer")
+        layers = "all layers" if config.num_layers == -1 else f"the last {count}"
         text = (
             f"{what} in {layers} of {config.model}: {trained:,} parameters in {tensors} tensors, "
             f"beside {self.run.base_parameters:,} that stay as they are."
@@ -84,8 +85,9 @@ class RunInWords:
                 f"{format_count(self.run.steps, 'step')}"
             )
         return (
-            f"{self.run.iterations:,} batches of {config.batch_size} examples{made_of}; "
-            f"{self.run.epochs:.2g} passes over the training data. A checkpoint every "
+            f"{format_count(self.run.iterations, 'batch')} of "
+            f"{format_count(config.batch_size, 'example')}{made_of}; "
+            f"{format_passes(self.run.epochs)} over the training data. A checkpoint every "
             f"{saves}."
         )
 
@@ -119,8 +121,9 @@ class RunInWords:
         if (suite := self.run.config.training.select_by) != "loss":
             offered = f"the checkpoint with the most right answers to {suite}"
         return (
-            f"every {_format_batches(interval)} on {self.run.validation_examples} "
-            f"examples of {self.run.splits['valid'].file}; {offered} is selected."
+            f"every {_format_batches(interval)} on "
+            f"{format_count(self.run.validation_examples, 'example')} of "
+            f"{self.run.splits['valid'].file}; {offered} is selected."
         )
 
     def _describe_gate(self) -> Iterator[str]:
@@ -213,11 +216,11 @@ def _describe_margin(increase: float, unit: str) -> str:
 
 
 def _format_batches(count: int) -> str:
-    return "batch" if count == 1 else f"{count} batches"
+    return "batch" if count == 1 else format_count(count, "batch")
 
 
 def _describe_split(stats: SplitStats) -> str:
-    text = f"{stats.file} {stats.rows:,} examples"
+    text = f"{stats.file} {format_count(stats.rows, 'example')}"
     if stats.tokens is not None:
         text += f", {stats.tokens.total:,} tokens, {stats.tokens.supervised:,} of them trained on"
         if stats.tokens.truncated_rows:

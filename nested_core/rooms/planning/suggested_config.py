@@ -33,6 +33,7 @@ from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.dataset import DatasetReport
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.text.value_format import format_count
 
 # tinker-cookbook, hyperparam_utils.py: the rate falls with (2000 / hidden size) to this power.
 REFERENCE_WIDTH = 2000
@@ -320,5 +321,5 @@ def _describe_held_out(base: dict[str, Any], report: DatasetReport) -> str:
             "# There is no valid and no test split, so the quality of what was trained is not "
             f"measured.\n# To take some rows out of train for both:\n#   {command}\n"
         )
-    listed = ", ".join(f"{stats.file} {stats.rows:,} examples" for stats in held_out)
+    listed = ", ".join(f"{stats.file} {format_count(stats.rows, 'example')}" for stats in held_out)
     return f"# They are: {listed}.\n"

@@ -4,6 +4,9 @@ The margin of a pair is the log-likelihood of its chosen answer less that of its
 simpo and orpo, which divide by it, a token. Its growth from the initial adapter to the trained one
 is what is judged: for dpo from the initial adapter it is the implicit reward's margin. Of answers
 with labels it is the mean growth of wanted ones less that of the others.
+
+A margin grows as well where chosen answers become unlikely and rejected ones more so. How far the
+chosen ones themselves may fall is bounded.
 """
 
 from __future__ import annotations
@@ -68,8 +71,11 @@ class PreferenceVerdict:
     margin_before, margin_after: mean margins; None for labels. margin_growth with its 95 %
         interval, None for fewer than 5 clusters.
     conclusion: better, worse or inconclusive.
+    chosen_change: how much likelier chosen answers became, in nats/token, with its 95 % interval,
+        None for fewer than 5 clusters; chosen_fell: whether the interval is below 0.
     kl_initial: mean KL(initial || trained) in nats/token of the answers.
-    answer_tokens_before, answer_tokens_after: of answers to held-out prompts, on average.
+    answer_tokens_before, answer_tokens_after: of answers to held-out prompts, on average;
+        answer_tokens_expected: of the data's own answers to them.
     reference_error: the mean difference of a kept likelihood of the reference from what the gate
         computed anew, in nats/token; None for a loss without a reference.
     """
@@ -91,10 +97,13 @@ class PreferenceVerdict:
     chosen_after: float
     rejected_before: float
     rejected_after: float
+    chosen_change: float
+    chosen_change_interval: tuple[float, float] | None
     chosen_fell: bool
     kl_initial: float
     answer_tokens_before: float | None
     answer_tokens_after: float | None
+    answer_tokens_expected: float | None
     asked: int
     reference_error: float | None
 
@@ -142,16 +151,18 @@ def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
     verdict = _summarise(loss, figures, counted, find_reference(judged.config))
     asked = _ask(judged)
     if asked:
-        before, after = (float(np.mean(own)) for own in zip(*asked, strict=True))
+        expected, before, after = (float(np.mean(own)) for own in zip(*asked, strict=True))
         verdict = replace(
             verdict,
             answer_tokens_before=before,
             answer_tokens_after=after,
+            answer_tokens_expected=expected,
             asked=len(asked),
         )
     blocks = judged.verdict.blocks | {BLOCK: asdict(verdict)}
     judged.verdict = replace(judged.verdict, blocks=blocks)
     yield from _find_reasons(verdict)
+    yield from find_fall(verdict, judged.bounds.max_chosen_fall)
 
 
 def _measure(judged: CheckedRun, split: TokenizedSplit, loss: PreferenceLoss) -> _HeldOutFigures:
@@ -223,7 +234,6 @@ def _summarise(
         accuracy_before, accuracy_after = 0.5, accuracy
         accuracy_difference, accuracy_interval = accuracy - 0.5, None
         margins: tuple[float | None, float | None] = (None, None)
-        fall = compare_pairs(*first[:, figures.is_wanted])
     else:
         scores = figures.likelihoods
         if loss.name in ("simpo", "orpo"):
@@ -237,8 +247,8 @@ def _summarise(
         accuracy_difference = change.mean
         accuracy_interval = (change.low, change.high) if change.is_measurable else None
         margins = (float(margin[0].mean()), float(margin[1].mean()))
-        fall = compare_pairs(first[0], first[1], None, clusters)
     interval = (growth.low, growth.high) if growth.is_measurable else None
+    change = _compare_chosen(figures, clusters)
     return PreferenceVerdict(
         loss=loss.name,
         reference=reference,
@@ -257,10 +267,13 @@ def _summarise(
         chosen_after=float(chosen[1]),
         rejected_before=float(rejected[0]),
         rejected_after=float(rejected[1]),
-        chosen_fell=fall.is_measurable and fall.high < 0,
+        chosen_change=change.mean,
+        chosen_change_interval=(change.low, change.high) if change.is_measurable else None,
+        chosen_fell=change.is_below(0),
         kl_initial=float(figures.divergences.mean()),
         answer_tokens_before=None,
         answer_tokens_after=None,
+        answer_tokens_expected=None,
         asked=0,
         reference_error=figures.reference_error,
     )
@@ -288,6 +301,15 @@ def _compare_labels(
     return paired, float(above + equal / 2)
 
 
+def _compare_chosen(figures: _HeldOutFigures, clusters: Indices | None) -> PairedDifference:
+    """How much likelier chosen answers became, in nats/token of all of them."""
+    rows = np.flatnonzero(figures.is_wanted)
+    chosen = figures.select(rows)
+    tokens = chosen.tokens[0]
+    before, after = chosen.likelihoods[:, 0] / tokens
+    return compare_pairs(before, after, tokens, None if clusters is None else clusters[rows])
+
+
 def _conclude(growth: PairedDifference) -> str:
     """better where the interval of the growth is above 0, worse where it is below."""
     if not growth.is_measurable:
@@ -297,8 +319,8 @@ def _conclude(growth: PairedDifference) -> str:
     return "worse" if growth.high < 0 else "inconclusive"
 
 
-def _ask(judged: CheckedRun) -> list[tuple[int, int]]:
-    """The tokens of answers to held-out prompts with the initial and the trained adapter."""
+def _ask(judged: CheckedRun) -> list[tuple[int, int, int]]:
+    """The tokens of the data's answer to a prompt, and of the initial and the trained adapter's."""
     config, base = judged.config, judged.base
     settings = DataSettings.from_config(config)
     prompts = read_held_out_prompts(settings, MAX_ASKED_PROMPTS, config.gate.held_out)
@@ -306,7 +328,10 @@ def _ask(judged: CheckedRun) -> list[tuple[int, int]]:
     if not encoded:
         return []
     sampling = Sampling(config.training.sample_tokens)
-    lengths = []
+    expected = [
+        len(base.tokenizer.encode(prompt.expected, add_special_tokens=False)) for prompt in prompts
+    ]
+    lengths = [expected]
     for adapter in (judged.evidence.before, judged.evidence.after):
         load_adapter_tensors(base.model, adapter.to_mlx())
         with in_evaluation_mode(base.model):
@@ -340,6 +365,27 @@ def _find_reasons(verdict: PreferenceVerdict) -> Iterator[Reason]:
         f"changed by {verdict.margin_growth:+.3g} nats{shown}, which is not above 0. Look whether "
         f"chosen and rejected are the right way round, train longer, or give more examples than "
         f"{MIN_EXAMPLES} to judge by",
+    )
+
+
+def find_fall(verdict: PreferenceVerdict, bound: float | None) -> Iterator[Reason]:
+    """Yield a reason if chosen answers fell further than `gate.max_chosen_fall`, beyond chance."""
+    interval = verdict.chosen_change_interval
+    if bound is None or (verdict.chosen_change if interval is None else interval[1]) >= -bound:
+        return
+    shown = "" if interval is None else " (95 % interval {:.3g} to {:.3g})".format(*interval)
+    lengths = ""
+    if verdict.asked:
+        lengths = (
+            f" Answers to {verdict.asked} held-out prompts had {verdict.answer_tokens_before:.3g} "
+            f"tokens on average before, and now have {verdict.answer_tokens_after:.3g}."
+        )
+    yield Reason(
+        NOT_LEARNT,
+        f"chosen answers became less likely themselves, by {-verdict.chosen_change:.3g} "
+        f"nats/token{shown}; gate.max_chosen_fall is {bound:g}. The adapter has learnt to avoid "
+        f"answers, and not to give the chosen ones.{lengths} Train with a lower rate, fewer "
+        f"passes or a larger beta",
     )
 
 

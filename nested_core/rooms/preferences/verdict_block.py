@@ -8,6 +8,8 @@ from typing import Any
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import CheckRow, make_check, reasons_of
 
+MIN_SHARE_OF_LENGTH = 0.5  # of what answers were and of what the data's are; below, it is told
+
 
 class _ShownPreferences:
     """What the pages of a run show of the block."""
@@ -32,12 +34,20 @@ class _ShownPreferences:
             after=f"{block['accuracy_after']:.1%}",
             difference=_format_difference(block["accuracy_difference"], block["accuracy_interval"]),
         )
+        bound = verdict.bound("max_chosen_fall")
+        yield make_check(
+            "likelihood of chosen answers, nats/token",
+            reasons,
+            "fell" if block["chosen_fell"] else None,
+            difference=_format_difference(block["chosen_change"], block["chosen_change_interval"]),
+            bound=None if bound is None else f"falls by at most {bound:g}",
+        )
         for name in ("chosen", "rejected"):
             before, after = block[f"{name}_before"], block[f"{name}_after"]
             yield make_check(
                 f"log-likelihood of {name} answers, nats an answer",
                 [],
-                "fell" if name == "chosen" and block["chosen_fell"] else None,
+                None,
                 before=_format(before),
                 after=_format(after),
                 difference=f"{after - before:+.3g}",
@@ -58,13 +68,21 @@ class _ShownPreferences:
             )
 
     def notes(self, block: Mapping[str, Any], verdict: Verdict) -> Iterator[str]:  # noqa: ARG002
-        """Chosen answers that became less likely, though the margin grew; or too few examples."""
+        """Chosen answers that became less likely, answers that shrank, or too few examples."""
         if block["chosen_fell"]:
             yield (
                 f"the margin of chosen over rejected answers grew, and chosen answers became less "
                 f"likely themselves: {block['chosen_before']:.4g} -> {block['chosen_after']:.4g} "
                 f"nats an answer. A larger beta, orpo, or fewer passes keep them "
-                f"(docs/preferences.md#chosen-answers-became-less-likely)"
+                f"(docs/preferences.md#answers-that-collapse)"
+            )
+        before, after = block["answer_tokens_before"], block["answer_tokens_after"]
+        expected = block["answer_tokens_expected"]
+        if block["asked"] and after < MIN_SHARE_OF_LENGTH * min(before, expected):
+            yield (
+                f"answers have shrunk to {after:.3g} tokens, from {before:.3g} before, where the "
+                f"data's have {expected:.3g}: read the sample answers before you use it "
+                f"(docs/preferences.md#answers-that-collapse)"
             )
         if block["margin_interval"] is None:
             yield (

@@ -158,8 +158,9 @@ class RegistryHandler(APIHandler):
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for. Raises RequestRefused without one."""
         names = self._follower.names
+        if self.requested_model == DEFAULT_MODEL:
+            self.requested_model = next(iter(names))  # the answer says which model gave it
         name, _, wanted = self.requested_model.partition("@")
-        name = next(iter(names)) if self.requested_model == DEFAULT_MODEL else name
         if name not in names:
             raise _no_model(
                 f"No model {self.requested_model!r:.80} here; served: {', '.join(names)}."

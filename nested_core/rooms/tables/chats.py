@@ -30,6 +30,8 @@ from nested_core.records.dataset import find_place
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+# What a spreadsheet shows, and writes into a CSV, in the place of a formula's value
+FORMULA_ERRORS = frozenset(("#N/A", "#VALUE!", "#REF!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"))
 _WRITTEN_CONTROLS = {r"\n": "\n", r"\t": "\t"}  # as a shell passes them on
 
 
@@ -117,9 +119,9 @@ class Columns:
 
 
 def to_text(value: Any) -> str:
-    """A value as a text: nothing for null, what JSON writes for anything that is no text."""
+    """A value as a text: nothing for null and for a formula's error, else what JSON writes."""
     if isinstance(value, str):
-        return value
+        return "" if value.strip() in FORMULA_ERRORS else value
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
@@ -183,6 +185,7 @@ class ChatMaker:
     left_out: the places of rows without a text in one of their columns, by that column.
     blanks: the places of rows whose question has no text of one of its columns, by that column.
     nulls: how many answers have null for an empty cell, by its column.
+    repeats: how many answers are the text of their question.
     """
 
     columns: Columns | None
@@ -191,6 +194,7 @@ class ChatMaker:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     blanks: dict[str, list[str]] = field(default_factory=dict)
     nulls: Counter[str] = field(default_factory=Counter)
+    repeats: int = 0
 
     @cached_property
     def _question_columns(self) -> str:
@@ -229,6 +233,7 @@ class ChatMaker:
             )
             self.left_out.setdefault(empty, []).append(row.place)
             return None
+        self.repeats += question.strip() == answer.strip()
         for name in self.columns.question.columns:
             if not to_text(row.fields.get(name)).strip():
                 self.blanks.setdefault(name, []).append(row.place)

@@ -1,8 +1,8 @@
 """A random split of a data set that has only train: rows for valid and for test are taken out.
 
-Rows that are equal but for case and white space go to one split together, for a held-out row that
-is in train too measures nothing. Where answers are a few labels, each split has each of them about
-as often as all rows have.
+Rows that are equal but for case and white space go to one split together, and so do rows that
+nearly are one another: a held-out row that is in train too measures nothing. Where answers are a
+few labels, each split has each of them about as often as all rows have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from collections.abc import Iterable, Mapping
 from glob import glob
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from nested_core import seams
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.errors import ConfigError
@@ -22,9 +24,9 @@ from nested_core.rooms.tables.chats import require_readable
 from nested_core.rooms.tables.labels import find_labels
 from nested_core.storage.atomic import canonical_json, new_directory
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.text.value_format import format_count
 
 SPLIT_SEED = 0
-HELD_OUT_SPLITS = ("valid", "test")
 
 
 def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
@@ -84,25 +86,65 @@ def draw_splits(
         data: where they are from, for messages.
         least_test: rows of test, where the share is fewer.
 
-    Raises ConfigError where too few rows would be left for train.
+    Near-duplicates are kept together unless too few of them would be left to hold out. Raises
+    ConfigError where too few rows would be left for train.
     """
-    groups = _group_equal_rows(rows)
-    random.Random(SPLIT_SEED).shuffle(groups)
-    groups = _spread_labels(groups)
-    number = sum(map(len, groups))
+    equal = _group_equal_rows(rows)
+    number = sum(map(len, equal))
     wanted = max(1, round(share * number))
     sizes = {"valid": wanted, "test": max(wanted, least_test)}
-    parts: dict[str, list[bytes]] = {"train": [], "valid": [], "test": []}
-    for split in HELD_OUT_SPLITS:
-        while groups and len(parts[split]) < sizes[split]:
-            parts[split] += groups.pop()
-    parts["train"] = [line for group in groups for line in group]
+    parts = _draw_groups(_join_near_duplicates(equal), sizes)
+    if any(not size <= len(parts[split]) <= 2 * size for split, size in sizes.items()):
+        parts = _draw_groups(equal, sizes)
     if not all(parts.values()):
         raise ConfigError(
-            f"--split {share:g}: {data} has {number} rows, {len(groups)} of them left for train; "
-            f"that is too few to take any out. Rows that are equal count as one."
+            f"--split {share:g}: {data} has {format_count(number, 'row')}, {len(parts['train'])} "
+            f"of them left for train; that is too few to take any out. Rows that are equal count "
+            f"as one."
         )
     return parts
+
+
+def _draw_groups(groups: list[list[bytes]], sizes: Mapping[str, int]) -> dict[str, list[bytes]]:
+    """The lines of train, valid and test, each group in one of them.
+
+    sizes: how many rows valid and test are to have. They have more where no group is small enough.
+    """
+    shuffled = groups.copy()
+    random.Random(SPLIT_SEED).shuffle(shuffled)
+    left = _spread_labels(shuffled)
+    parts: dict[str, list[bytes]] = {"train": []}
+    for split, size in sizes.items():
+        taken: list[bytes] = []
+        too_large = []
+        for group in reversed(left):
+            if len(taken) + len(group) > size:
+                too_large.append(group)
+            else:
+                taken += group
+        left = too_large[::-1]
+        while left and len(taken) < size:
+            taken += left.pop(min(range(len(left)), key=lambda index: len(left[index])))
+        parts[split] = taken
+    parts["train"] = [line for group in left for line in group]
+    return parts
+
+
+def _join_near_duplicates(groups: list[list[bytes]]) -> list[list[bytes]]:
+    """The groups, those whose rows nearly are one another as one."""
+    texts = ["\n".join(_list_texts(_parse(group[0]))) for group in groups]
+    for near in seams.load_all("near_duplicates"):
+        return [[line for index in same for line in groups[index]] for same in near.group(texts)]
+    return groups
+
+
+def _list_texts(value: Any) -> list[str]:
+    """The texts in a row, without keys and the roles of turns."""
+    if isinstance(value, dict):
+        value = [inner for key, inner in value.items() if key != "role"]
+    if isinstance(value, list):
+        return [text for inner in value for text in _list_texts(inner)]
+    return [value] if isinstance(value, str) else []
 
 
 def _spread_labels(groups: list[list[bytes]]) -> list[list[bytes]]:
@@ -111,7 +153,7 @@ def _spread_labels(groups: list[list[bytes]]) -> list[list[bytes]]:
     As they come where the answers of their chats are no labels. One that is rare stands in the
     middle, and so is trained on.
     """
-    answers = [answer_of(group[0]) for group in groups]
+    answers = [_answer_of(group[0]) for group in groups]
     counts = Counter(answers)
     if "" in counts or not find_labels(counts):
         return groups
@@ -124,12 +166,20 @@ def _spread_labels(groups: list[list[bytes]]) -> list[list[bytes]]:
     return [groups[number] for number in order]
 
 
-def answer_of(row: bytes) -> str:
+def _answer_of(row: bytes) -> str:
     """The last turn of a chat; empty for any other row."""
     try:
         return str(json.loads(row)["messages"][-1]["content"])
     except (ValueError, KeyError, TypeError, IndexError):
         return ""
+
+
+def _parse(row: bytes) -> Any:
+    """A row's JSON; its text where it is none, of which the report on the new folder says more."""
+    try:
+        return json.loads(row)
+    except ValueError:
+        return row.decode(errors="replace")
 
 
 def write_splits(parts: Mapping[str, Iterable[bytes]], target: Path) -> None:
@@ -143,9 +193,6 @@ def _group_equal_rows(rows: Iterable[bytes]) -> list[list[bytes]]:
     """The rows, those that are equal but for the order of keys, case and white space together."""
     groups: dict[str, list[bytes]] = {}
     for row in rows:
-        try:
-            text = canonical_json(json.loads(row)).decode()
-        except ValueError:
-            text = row.decode(errors="replace")  # the report on the new folder says what is wrong
+        text = canonical_json(_parse(row)).decode()
         groups.setdefault(" ".join(text.casefold().split()), []).append(row)
     return list(groups.values())

@@ -22,7 +22,7 @@ from tests.architectures import batch, build
 
 def evaluated(model: nn.Module) -> None:
     refs = reference_trainable_parameters(model)
-    Evaluator(model, refs).mean_loss(read_parameters(refs), [batch()])
+    Evaluator(model, refs).evaluate(read_parameters(refs), [batch()])
 
 
 def asked(model: nn.Module) -> None:

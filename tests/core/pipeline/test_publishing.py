@@ -41,6 +41,7 @@ from nested_core.registry.promotion_policy import (
     describe_promotion,
     read_candidate,
 )
+from nested_core.report.outcome import list_row
 from nested_core.seams import is_there
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.atomic import write_json
@@ -347,7 +348,7 @@ class TestPromotionByAPerson:
         assert (said is not None) == is_warned
         if said is not None:
             assert f"a higher validation loss on the same data, {after:.4g}, than the" in said
-            assert f"{first.version[:12]}, {before:.4g}. To go back: nested-tune roll" in said
+            assert f"{first.version[:12]}, {before:.4g}. To go back: `nested-tune roll" in said
         assert warning(registry, by_hand(make_run(3.0, loss=0.5))) is None
 
     def test_losses_on_other_data_or_none_are_no_reason_to_warn(
@@ -411,6 +412,16 @@ class TestPromotionByAPerson:
         run.config.write_text("model: m\n")
         by_hand(run)
         assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
+
+    def test_a_run_without_a_registry_is_listed_under_the_name_that_it_was_promoted_to(
+        self, make_run: MakeRun, by_hand: Any
+    ) -> None:
+        run = make_run(1.0)
+        run.config.write_text("model: m\n")
+        assert list_row(Run(run))[1:3] == (None, "Verified: passed, better")
+        by_hand(run)
+        assert list_row(Run(run))[1:3] == (NAME, "Promoted: passed, better")
+        assert Run(run).to_json()["adapter"] == NAME
 
     def test_a_run_that_another_process_works_on_is_refused(
         self, make_run: MakeRun, by_hand: Any, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from nested_core.gate.evidence.champion_adapter import shape_like_adapter
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_examples
 from nested_core.models.base_model import fingerprint_base_model
 from nested_core.pipeline import steps
+from nested_core.rooms.export import exporting
 from nested_core.rooms.export.export_record import (
     ExportRecord,
     LogitComparison,
@@ -41,7 +43,7 @@ from nested_core.storage.atomic import TEMPORARY_PREFIX
 from tests.builders.adapter_folders import base_copy, change_tensors, random_adapter
 from tests.builders.rotten_files import rot
 from tests.example import DATA, example_config, prepare, train
-from tests.left_out import slow_except
+from tests.left_out import needs_rooms, slow_except
 from tests.rooms.export.small_bases import (
     FAMILIES,
     TEMPLATE,
@@ -100,6 +102,26 @@ def test_a_folder_keeps_the_gain(family, trained, tmp_path) -> None:
     assert done.upload_command == f"hf upload USER/NAME {tmp_path / 'fused'}"
     assert "# fused" in (done.path / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]
+
+
+@needs_rooms("minutes")
+def test_its_products_have_the_quicker_number_of_blas_threads(
+    trained: Callable[..., Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable, seen = "OPENBLAS_NUM_THREADS", []
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(
+        "nested_core.rooms.minutes.blas_threads.choose_blas_threads", lambda model: 1
+    )
+
+    def noting_threads(*arguments: Any, **options: Any) -> Any:
+        seen.append(os.environ.get(variable))
+        return read_in_fresh_process(*arguments, **options)
+
+    monkeypatch.setattr(exporting, "read_in_fresh_process", noting_threads)
+    export(trained().adapter, fused=tmp_path / "fused", data=HELD_OUT)
+    assert seen == ["1"]
+    assert variable not in os.environ
 
 
 @pytest.mark.parametrize(

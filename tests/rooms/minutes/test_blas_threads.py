@@ -78,11 +78,13 @@ def test_explain_measures_a_run_of_minutes_with_the_threads_that_it_will_have(
     monkeypatch.setattr(sizes, "choose_blas_threads_of_run", lambda *_: 1)
     monkeypatch.setattr(sizes, "try_steps", noting_threads)
     monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.1)
+    advice = "Here and now, OPENBLAS_NUM_THREADS=1 in the environment makes it quicker."
     for minutes in (5, None):
         config = config_of(minutes)
         run = prepare(config, tmp_path / f"{minutes}")
         with run.locked(), Session() as session:
-            sizes.measure_run(config, run, session, None)
+            _, measured = sizes.measure_run(config, run, session, None)
+        assert measured.sizes.endswith(advice) == (minutes is None)
     assert threads == [1, 2]
 
 

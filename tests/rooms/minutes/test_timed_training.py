@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 
+from flows.commands.terminal_hooks import TerminalSteps
 from flows.process.stop_signals import Stopper
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
@@ -142,6 +143,13 @@ def set_end(seconds: float) -> None:
     cast(Any, clock).end = time.time() + seconds
 
 
+def leave_too_little_time(run: RunDirectory) -> None:
+    """Have the run be over before it could stop and be judged."""
+    fixed = time_plan_of(run)
+    needed = fixed.seconds_a_step + fixed.seconds_to_begin + fixed.seconds_to_judge
+    set_end(timed_training.SECONDS_TO_STOP + 0.9 * needed)
+
+
 def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Path) -> None:
     hooks = Listening()
     run = open_run(tmp_path / "minutes")
@@ -197,9 +205,7 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(tmp_path, m
         def on_step(self, step: int, steps: int) -> None:
             """Leave too little time for the stop and the verdict after it."""
             if step == 3:
-                fixed = time_plan_of(run)
-                needed = fixed.seconds_a_step + fixed.seconds_to_begin + fixed.seconds_to_judge
-                set_end(timed_training.SECONDS_TO_STOP + 0.9 * needed)
+                leave_too_little_time(run)
 
         def on_message(self, message: str) -> None:
             """Give the verdict all the time that it takes on a busy machine."""
@@ -232,6 +238,35 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(tmp_path, m
     finetune(config_of(5), run, again, resume=True)  # it is trained: there is only to judge
     assert again.of_minutes() == []
     assert plan_of(run).steps == plan.steps
+
+
+def test_a_run_that_is_cut_says_once_what_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
+    run = open_run(tmp_path / "run")
+    stopper = Stopper()
+
+    class HurriedTerminal(TerminalSteps):
+        """What `train` shows, where the time is over soon."""
+
+        def on_training_start(self, trainer: Any) -> None:
+            """Leave too little time from the third step on."""
+            super().on_training_start(trainer)
+            trainer.on_step = lambda step, steps: leave_too_little_time(run) if step == 3 else None
+
+        def on_message(self, message: str) -> None:
+            """Give the verdict all the time that it takes on a busy machine."""
+            super().on_message(message)
+            if message.startswith("minutes: cut"):
+                set_end(600)
+
+    with stopper.handling_signals(run):
+        finetune(config_of(5), run, HurriedTerminal(stopper))
+    said = capsys.readouterr().err
+    assert "minutes: cut after step" in said
+    assert said.count(" tensors, ") == 3  # a line for the three tiers
+    assert said.count("memory: ") == 1
 
 
 def test_a_verdict_that_takes_too_long_is_stopped_and_given_when_the_run_goes_on(tmp_path) -> None:
@@ -316,17 +351,30 @@ def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
     run.path.mkdir()
     now = [1_000_000.0]
     monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now[0]))
-    end = now[0] + sum(seconds) + left + timed_training.SECONDS_TO_STOP
+    end = now[0] + sum([90, *seconds]) + left + timed_training.SECONDS_TO_STOP
     clock = timed_training._Clock(run, end, print)
     with clock.watching_training(FIXED):
-        for step, took in enumerate([1, *seconds]):
-            now[0] += took if step else 0
+        for step, took in enumerate([0, 90, *seconds]):  # functions are compiled in the first one
+            now[0] += took
             append_metrics(run.metrics, {"step": step, "val_loss": 1.0})
             os.utime(run.metrics, (now[0] + 1e-3, now[0] + 1e-3))
             clock._note_report()
         assert clock._must_cut(FIXED) is is_cut
-        nearly_done = replace(FIXED, steps=len(seconds) + 1)
+        nearly_done = replace(FIXED, steps=len(seconds) + 2)
         assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
+
+
+def test_nothing_is_cut_before_there_is_a_step_to_judge(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    run.path.mkdir()
+    clock = timed_training._Clock(run, time.time() + 1, print)
+    with clock.watching_training(FIXED):
+        clock._note_report()
+        assert not clock._must_cut(FIXED)
+        append_metrics(run.metrics, {"step": 0, "val_loss": 1.0})  # the first step is under way
+        os.utime(run.metrics, (time.time() + 1, time.time() + 1))
+        clock._note_report()
+        assert clock._must_cut(FIXED)
 
 
 @pytest.mark.parametrize("ends", [["SIGKILL"], []])

@@ -16,7 +16,7 @@ def test_init_writes_a_configuration_that_explain_takes(tmp_path: Path) -> None:
     done = called(*INIT, "-o", "lora.yaml", cwd=tmp_path)
     assert (done.code, done.stdout) == (
         0,
-        "Written: lora.yaml. Next: nested-tune explain -c lora.yaml\n",
+        "Written: lora.yaml. Next: `nested-tune explain -c lora.yaml`\n",
     )
     assert load_config(tmp_path / "lora.yaml").data == str(DATA)
     explained = called("explain", "-c", "lora.yaml", "--json", cwd=tmp_path)

@@ -246,6 +246,17 @@ def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> 
     assert RunInWords(longer).describe()["evaluation"].startswith("every 18 batches on 6 examples")
 
 
+def test_one_batch_one_layer_and_one_pass_are_said_as_one(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    config = example_config(
+        data=str(tmp_path), iters=1, batch_size=1, num_layers=1, nested={"frequencies": [1]}
+    )
+    words = RunInWords(explain_run(config, measures_speed=False)).describe()
+    assert "in the last 1 layer of" in words["trained"]
+    assert words["data"].startswith("train.jsonl 1 example, ")
+    assert words["steps"].startswith("1 batch of 1 example; 1 pass over the training data.")
+
+
 @pytest.mark.parametrize(
     ("context", "length", "overlong"), [(256, 128, "truncate"), (64, 64, "drop")]
 )

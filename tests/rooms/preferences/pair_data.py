@@ -11,6 +11,7 @@ from typing import Any
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BASE = EXAMPLES / "geography-base"
 ROWS = {"train": 40, "valid": 10}
+NAMES = ("Oscar", "Leo", "Clara", "Jack", "Tina")
 
 
 def list_pairs(split: str) -> list[dict[str, Any]]:
@@ -36,6 +37,17 @@ def list_swapped_pairs(split: str) -> list[dict[str, Any]]:
         {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
         for pair in list_pairs(split)
     ]
+
+
+def list_pairs_of_own_answers(split: str) -> list[dict[str, Any]]:
+    """Pairs of two answers that the base itself could give: the chosen one is a bit shorter."""
+    rows = []
+    for number, pair in enumerate(list_pairs(split)):
+        first, second = NAMES[number % 5], NAMES[(number + 1) % 5]
+        answer = f"Ask {first} and {second}"
+        answers = {"chosen": f"{answer}.", "rejected": f"{answer} and {first}."}
+        rows.append({"prompt": pair["prompt"], **answers})
+    return rows
 
 
 def list_labelled(split: str) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from nested_core.report.run_report import describe_run
 from nested_core.rooms.planning.explanation import RunInWords
 from nested_core.rooms.preferences import answer_rows, reference_likelihoods
 from nested_core.rooms.preferences.answer_rows import PAIRS
+from nested_core.rooms.preferences.gate_check import PreferenceVerdict, find_fall
 from nested_core.rooms.preferences.reference_likelihoods import (
     LIKELIHOODS_FILE,
     find_likelihoods_file,
@@ -44,6 +45,7 @@ from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import Finished, prepare, stop_after, train
 from tests.rooms.preferences.pair_data import (
     list_pairs,
+    list_pairs_of_own_answers,
     list_swapped_pairs,
     make_values,
     write_labelled,
@@ -271,6 +273,74 @@ def test_a_margin_that_grew_while_answers_turned_to_nonsense_is_refused(tmp_path
     message = next(reason.message for reason in judged.verdict.reasons if reason.code == "drift")
     assert "gate.max_kl is 4" in message
     assert "drift" not in learnt.codes
+
+
+def judge_own_answers(path: Path, learning_rate: float) -> Judged:
+    """A run on pairs of two answers of which the base gives either: both can only fall."""
+    splits = {split: list_pairs_of_own_answers(split) for split in ("train", "valid")}
+    data = write_rows(path / "data", splits)
+    values = make_values(data, "dpo", learning_rate=learning_rate)
+    return run_and_judge(parse_config(values, source="test.yaml"), path / "run")
+
+
+@pytest.fixture(scope="module")
+def collapsed(tmp_path_factory: pytest.TempPathFactory) -> Judged:
+    """A run that answers "Ask Tina." to nearly everything, with a divergence below its bound."""
+    return judge_own_answers(tmp_path_factory.mktemp("collapsed"), 3e-4)
+
+
+def test_a_margin_that_grew_while_chosen_answers_became_unlikely_is_refused(
+    tmp_path: Path, collapsed: Judged
+) -> None:
+    assert collapsed.codes == ["preference_not_learnt"]
+    (reason,) = collapsed.verdict.reasons
+    assert "chosen answers became less likely themselves, by 3.1" in reason.message
+    assert "gate.max_chosen_fall is 1" in reason.message
+    assert "had 5 tokens on average before, and now have 3" in reason.message
+    block = collapsed.block
+    assert block["conclusion"] == "better"
+    assert block["kl_initial"] < 4
+    assert block["chosen_change"] < block["chosen_change_interval"][1] < -1
+    (row,) = (row for row in list_checks(collapsed.verdict) if row.bound == "falls by at most 1")
+    assert row.has_failed
+    sound = judge_own_answers(tmp_path, 3e-5)
+    assert sound.codes == []
+    assert sound.block["conclusion"] == "better"
+    assert -0.1 < sound.block["chosen_change"] <= 0
+
+
+def test_how_far_chosen_answers_may_fall_is_a_key_of_the_gate(collapsed: Judged) -> None:
+    config, run = collapsed.finished.config, collapsed.finished.run
+    gate = config.gate.model_copy(update={"max_chosen_fall": None})
+    verdict = judge_run(config.model_copy(update={"gate": gate}), run)
+    assert verdict.reasons == ()
+    assert any("chosen answers became less likely themselves" in note for note in verdict.notes())
+
+
+def test_a_fall_that_chance_explains_is_no_reason(learnt: Judged) -> None:
+    def find(change: float, interval: tuple[float, float] | None, bound: float | None) -> int:
+        fields = {"chosen_change": change, "chosen_change_interval": interval}
+        verdict = PreferenceVerdict(**learnt.block | fields)
+        return len(list(find_fall(verdict, bound)))
+
+    assert find(-1.5, (-2.0, -1.1), 1.0) == 1
+    assert find(-1.5, (-2.0, -0.9), 1.0) == 0
+    assert find(-1.5, (-2.0, -1.1), 2.0) == 0
+    assert find(-1.5, (-2.0, -1.1), None) == 0
+    # The mean decides where too few pairs give an interval
+    assert find(-1.5, None, 1.0) == 1
+    assert find(-0.5, None, 1.0) == 0
+
+
+def test_answers_that_shrank_are_told(learnt: Judged) -> None:
+    def tell(**lengths: float) -> int:
+        block = learnt.block | {f"answer_tokens_{when}": n for when, n in lengths.items()}
+        verdict = replace(learnt.verdict, blocks={"preferences": block})
+        return sum("have shrunk to" in note for note in verdict.notes())
+
+    assert tell(before=61.0, after=6.0, expected=20.0) == 1
+    assert tell(before=61.0, after=12.0, expected=20.0) == 0
+    assert tell(before=5.0, after=5.0, expected=300.0) == 0  # as short as before
 
 
 def test_the_bound_of_the_divergence_is_that_of_the_file_where_it_has_one(tmp_path) -> None:

@@ -161,13 +161,15 @@ def test_a_version_and_the_base_are_asked_by_name(promote, runs, base, registry)
             reply = client.chat(model)
             assert (reply.version, reply.text.strip()) == (version, expected(base, run)), model
             assert reply.json()["model"] == model
+        reply = client.send("POST", "/v1/completions", {"prompt": "1", "max_tokens": 1})
+        assert reply.json()["model"] == NAME
         for unknown in ("someone/a-model", f"{NAME}@{'0' * 64}", "/etc", f"{NAME}@champion"):
             reply = client.chat(unknown)
             assert reply.status == 404
             assert "error" in reply.json()
         names = client.health()["names"]
         assert {name: status["requests"] for name, status in names.items()} == {
-            NAME: 3,
+            NAME: 4,
             "rivers": 2,
         }
 

@@ -50,6 +50,18 @@ def count_systems(lines: list[dict[str, Any]]) -> Counter[str | None]:
     return Counter(turn["content"] if turn["role"] == "system" else None for turn in first)
 
 
+def test_a_formulas_error_in_a_cell_counts_as_an_empty_cell(tmp_path: Path) -> None:
+    lines = [f"note {n},good,{n}" for n in range(20)]
+    lines[3], lines[5], lines[7] = "note 3,#N/A,3", "#REF!,bad,5", "note 7,good,#DIV/0!"
+    (tmp_path / "notes.csv").write_text("\n".join(["Note,Topic,Size", *lines, ""]))
+    columns = Columns(Template.parse("{Note} ({Size})"), ("Topic",))
+    made, rows = make(str(tmp_path / "notes.csv"), tmp_path, Request(columns))
+    assert made.left_out == {"Topic": ["notes.csv:5"]}
+    assert made.blanks == {"Note": ["notes.csv:7"], "Size": ["notes.csv:9"]}
+    assert len(rows) == 19
+    assert "#" not in json.dumps(rows)
+
+
 @pytest.mark.parametrize(
     ("systems", "given", "counts"),
     [

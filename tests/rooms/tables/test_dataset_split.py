@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from nested_core import ConfigError, DatasetError
 from nested_core.rooms.tables.data_set import describe_chat
 from nested_core.rooms.tables.dataset_split import split_dataset
 from nested_core.rooms.tables.eval_set import draw_eval_set
+from nested_core.seams import load_all
 from tests.builders.data_sets import chat, write_lines
+from tests.flows.conftest import called
+from tests.left_out import needs_rooms
+
+WORDS = [
+    a + b
+    for a in ("ba", "do", "ki", "lu", "me", "no")
+    for b in ("ra", "se", "ti", "vo", "wu", "xa", "ya")
+]
 
 
 def write_train(folder: Path, rows: int, *, file: str = "train.jsonl") -> Path:
@@ -55,6 +65,38 @@ def test_equal_rows_stay_together(tmp_path: Path) -> None:
     assert counts == {"train": 30, "valid": 10, "test": 10}
     assert not set.intersection(*prompts)
     assert sum(map(len, prompts)) == 5
+
+
+@needs_rooms("near_duplicates")
+def test_rows_that_nearly_are_one_another_stay_together(tmp_path: Path) -> None:
+    draw = random.Random(1)
+    texts = [" ".join(draw.choices(WORDS, k=14)) for _ in range(60)]
+    rows = [chat(f"{text} {tail}", "yes") for text in texts[:20] for tail in ("please", "now!", "")]
+    rows += [chat(text, "no") for text in texts[20:]]
+    write_lines(tmp_path / "data" / "train.jsonl", rows)
+    counts = split_dataset(str(tmp_path / "data"), 0.2, tmp_path / "split")
+    assert counts == {"train": 60, "valid": 20, "test": 20}
+    split_of = {
+        json.loads(row)["messages"][0]["content"]: split
+        for split in counts
+        for row in read_split(tmp_path / "split", split)
+    }
+    assert len(split_of) == 100
+    for text in texts[:20]:
+        assert len({split_of[f"{text} {tail}"] for tail in ("please", "now!", "")}) == 1
+    assert {split_of[f"{text} now!"] for text in texts[:20]} == {*counts}
+    warned = called("validate", "--data", "split", "--no-tokenize", cwd=tmp_path)
+    assert "near-duplicate" not in warned.stdout + warned.stderr
+
+
+@needs_rooms("near_duplicates")
+def test_where_all_rows_nearly_are_one_another_the_asked_share_is_held_out(tmp_path: Path) -> None:
+    words = [f"{WORDS[n % 40]}{WORDS[n // 40]}" for n in range(412)]
+    texts = [" ".join(words[4 * n : 4 * n + 12]) for n in range(100)]  # each and the next
+    assert [len(near.group(texts)) for near in load_all("near_duplicates")] == [1]
+    write_lines(tmp_path / "data" / "train.jsonl", (chat(text, "yes") for text in texts))
+    counts = split_dataset(str(tmp_path / "data"), 0.1, tmp_path / "split")
+    assert counts == {"train": 80, "valid": 10, "test": 10}
 
 
 def test_rows_of_another_format_become_json_lines(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) ->
     bare = called("init", "--data", "data", "--model", str(MODEL), "-o", "bare.yaml", cwd=tmp_path)
     (note,) = [line for line in bare.stderr.splitlines() if line.startswith("note: ")]
     assert "note: there is no data to evaluate the adapter on." in note
-    pasted = shlex.split(note.partition(" for it: ")[2])  # as a person would
+    pasted = shlex.split(note.partition(" for it: ")[2].strip("`"))  # as a person would
     assert f"#   {shlex.join(pasted)}" in (tmp_path / "bare.yaml").read_text()
     assert pasted[0] == "nested-tune"
     command = pasted[1:]
@@ -30,10 +30,14 @@ def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) ->
     assert done.code == 0
     assert "data-split (train.jsonl 16, valid.jsonl 2, test.jsonl 2 rows" in done.stderr
     assert load_config(tmp_path / "lora-split.yaml").data == "data-split"
-    (tmp_path / "lora-split.yaml").unlink()
-    again = called(*command, cwd=tmp_path)
+    again = called(*command, cwd=tmp_path)  # the file and the folder are said together
     assert again.code == 2
-    assert "data-split exists, and is not written over." in again.message()
+    assert "lora-split.yaml exists, and is not written over. Give another name" in again.message()
+    assert "data-split exists, and is not written over. Remove it to draw it" in again.message()
+    offered = shlex.split(again.message().partition(" For example: ")[2].strip("`\n"))
+    assert offered[1:4] == ["init", "--data", "data-split"]
+    assert called(*offered[1:], cwd=tmp_path).code == 0
+    assert load_config(tmp_path / "lora-2.yaml").data == "data-split"
 
 
 def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> None:

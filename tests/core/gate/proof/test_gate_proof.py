@@ -100,6 +100,25 @@ def test_every_kind_of_fine_tune_is_proven(tmp_path, changes, tolerance) -> None
     assert verdict.proof["tolerance"] == tolerance
 
 
+@pytest.mark.slow("trains and judges a run of its own in bfloat16")
+def test_an_adapter_that_moved_far_in_bfloat16_is_proven_and_with_another_scale_refused(
+    tmp_path: Path,
+) -> None:
+    changes: dict[str, Any] = {"training": {"precision": "bfloat16"}, "learning_rate": 6e-3}
+    candidate = train_candidate(tmp_path / "run", **changes)
+    verdict = candidate.verdict()
+    assert "config_mismatch" not in codes(verdict)
+    assert proven_figure(verdict, "max_abs_difference_from_initial") > 10
+
+    def enlarge(tensors: Arrays) -> None:
+        tensors.update({n: 1.25 * v for n, v in tensors.items() if n.endswith("lora_b")})
+
+    candidate.rewrite(change_adapter=enlarge, keeps_logits=True)
+    verdict = candidate.verdict()
+    assert "config_mismatch" in codes(verdict)
+    assert proven_figure(verdict, "relative_distance_from_trainer") > 0.05
+
+
 def halved(state: dict[str, Any]) -> None:
     """As if the trainer had computed with half the scale that the configuration says."""
     rows = np.array(state["logits"]["values"])
