@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.stage_lines import showing_stages
+from nested_core.config.sections import MAX_MINUTES
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.output_places import require_new_output
 
@@ -39,7 +41,7 @@ def add_commands(commands: Any) -> None:
         help="fields of the rows that are left out on purpose, though they hold text",
     )
     how_long = "minutes that a run is to take with its verdict, in place of passes over the data"
-    init.add_argument("--minutes", type=float, metavar="M", help=how_long)
+    init.add_argument("--minutes", type=_parse_minutes, metavar="M", help=how_long)
     init.add_argument(
         "--resume-adapter-file",
         metavar="FILE",
@@ -58,6 +60,16 @@ def add_commands(commands: Any) -> None:
         example="nested-tune explain -c lora.yaml",
     )
     add_config_flags(explain)
+
+
+def _parse_minutes(text: str) -> float:
+    """The value of --minutes, as `training.minutes` takes it."""
+    with suppress(ValueError):
+        if 0 < (minutes := float(text)) < MAX_MINUTES:
+            return minutes
+    raise argparse.ArgumentTypeError(
+        f"expected minutes above 0 and below {MAX_MINUTES:,}, such as 5, found {text!r}"
+    )
 
 
 def run_init(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -12,6 +12,7 @@ import glob
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,13 @@ def require_file(arguments: argparse.Namespace) -> None:
     from nested_core.data.sources.split_files import SUFFIXES
 
     path = Path(arguments.data)
+    if not arguments.data:
+        raise ConfigError("--data is empty. Give a file, a folder or a hub's name: --data faq.csv")
+    if "://" in arguments.data:
+        raise ConfigError(
+            f"--data: {arguments.data} is an address, and files are read here. To fetch it: "
+            f"`curl -LO {shlex.quote(arguments.data)}`"
+        )
     if not path.name.lower().endswith(SUFFIXES) or path.exists() or glob.glob(arguments.data):
         return
     there = [name.name for name in path.parent.glob("*") if name.name.lower().endswith(SUFFIXES)]
@@ -47,6 +55,26 @@ def require_file(arguments: argparse.Namespace) -> None:
         else ""
     )
     raise ConfigError(f"--data: there is no file {path}.{meant}")
+
+
+def read_numbers(arguments: argparse.Namespace) -> None:
+    """Read the numbers of --split and --suite in place; ConfigError with a command that works."""
+    expected = "a share of the rows above 0 and below 0.5, such as 0.1, which is taken for valid "
+    expected += "and as much again for test"
+    numbers = (
+        ("split", float, expected, 0.1),
+        ("suite", int, "a number of questions", 5),
+    )
+    for name, kind, what, example in numbers:
+        given = getattr(arguments, name)
+        try:
+            number = None if given is None else kind(given)
+        except ValueError:
+            number = nan
+        if number is not None and (isnan(number) or (name == "split" and not 0 < number < 0.5)):
+            command = write_command(arguments, **{name: example})
+            raise ConfigError(f"--{name} {given}: expected {what}. For example: `{command}`")
+        setattr(arguments, name, number)
 
 
 def write_command(arguments: argparse.Namespace, **changes: Any) -> str:
@@ -109,6 +137,16 @@ class ColumnFlags:
             raise ConfigError(f"{error} For example: `{self.command_by_guess()}`") from None
         is_object = given.completion_feature is None
         answers = _split_names(answer) if is_object else (answer,)
+        if not answers:
+            raise ConfigError(
+                f"--completion-features: {answer!r} names no column. For example: "
+                f"`{self.command_by_guess()}`"
+            )
+        if dropped := [name for name in answers if name in given.drop_fields]:
+            raise ConfigError(
+                f"--drop-fields leaves out {dropped[0]!r}, which is the answer. Leave that flag "
+                f"out: `{self.command(drop_fields=())}`"
+            )
         if repeated := [name for name in answers if answers.count(name) > 1]:
             once = ",".join(dict.fromkeys(answers))
             raise ConfigError(
@@ -173,11 +211,21 @@ class ColumnFlags:
                 f"`{self.command(data=_find_path(self._arguments.data, name))}`"
             )
         changes: dict[str, Any] = {}
-        for name in missing:
-            near = _find_near(name, facts.columns)
-            told += f"; did you mean {near!r}?" if near else ""
+        nearest = [_find_near(name, facts.columns) for name in missing]
+        for name, near in zip(missing, nearest, strict=True):
             changes |= self._rename(name, near, columns)
-        told += "" if told.endswith("?") else "."
+        meant = " and ".join(map(repr, filter(None, nearest)))
+        told += f"; did you mean {meant}?" if meant else "."
+        if all(any(name in about.values for about in facts.columns.values()) for name in missing):
+            raise ConfigError(
+                f"{told} A row below the first one has these names: delete the rows above it."
+            )
+        if len(facts.columns) == 1:
+            raise ConfigError(
+                f"{told} Its one column is {next(iter(facts.columns))}. If that is several, they "
+                f"are not separated by commas, semicolons, tabs or bars: save the table as CSV "
+                f"UTF-8, and give that file to --data."
+            )
         raise ConfigError(
             f"{told} {_list_columns(facts)}. For example: `{self.command(**changes)}`"
         )

@@ -18,6 +18,7 @@ from flows.rooms.tables.column_flags import (
     TABLE_FLAGS,
     ColumnFlags,
     ask_or_refuse,
+    read_numbers,
     require_file,
     write_command,
 )
@@ -38,7 +39,6 @@ def add_flags(init: argparse.ArgumentParser) -> None:
     init.set_defaults(run=run_init)
     init.add_argument(
         "--split",
-        type=float,
         metavar="SHARE",
         help="take this share of train's rows for valid and as much for test, in a new folder "
         "here; DATA is left as it is (default for tables: 0.1)",
@@ -60,7 +60,6 @@ def add_flags(init: argparse.ArgumentParser) -> None:
     group.add_argument("--system-file", type=Path, metavar="FILE", help="the same from a file")
     group.add_argument(
         "--suite",
-        type=int,
         metavar="N",
         help="draw N held-out rows as an eval set for gate.tasks, with the score that fits",
     )
@@ -113,12 +112,11 @@ class Prepared:
 def prepare(arguments: argparse.Namespace) -> Prepared:
     """Look at the rows; make a data set of them where a flag asks for one, or their columns do."""
     from nested_core.rooms.tables.data_set import Request, Source, first_chats, make_data_set
-    from nested_core.rooms.tables.dataset_split import require_share, split_dataset
+    from nested_core.rooms.tables.dataset_split import split_dataset
     from nested_core.rooms.tables.eval_set import TooManyQuestions
 
+    read_numbers(arguments)
     data, share = arguments.data, arguments.split
-    if share is not None:
-        require_share(share)
     is_asked = any(getattr(arguments, name) is not None for name in TABLE_FLAGS)
     require_file(arguments)
     with TemporaryDirectory(prefix="nested-tune-") as spool:

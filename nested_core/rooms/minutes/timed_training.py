@@ -296,7 +296,7 @@ class _Clock(threading.Thread):
         self.stops_verdict = True
         self._run = run
         self._on_message = on_message
-        self._began_training = math.inf
+        self._began = math.inf
         self._reports: deque[tuple[int, float]] = deque(maxlen=REPORTS_COUNTED + 1)
         self._has_asked = False
         self._is_over = threading.Event()
@@ -321,7 +321,8 @@ class _Clock(threading.Thread):
     @contextmanager
     def watching_training(self, plan: TimePlan) -> Iterator[None]:
         """Within the block, see that there is time for the verdict."""
-        self._began_training = time.time()
+        self._began = time.time()
+        self._done = latest_state(self._run.checkpoints).get("step", 0)  # by earlier commands
         self.plan = plan
         try:
             yield
@@ -343,7 +344,7 @@ class _Clock(threading.Thread):
         """Keep the step of the last report of this training, and when it was written."""
         with suppress(OSError, DamagedError):  # there is none yet
             reported = self._run.metrics.stat().st_mtime
-            if reported > (self._reports[-1][1] if self._reports else self._began_training):
+            if reported > (self._reports[-1][1] if self._reports else self._began):
                 step = read_latest_values(self._run.metrics).get("step", 0)
                 if not self._reports or step > self._reports[-1][0]:
                     self._reports.append((step, reported))
@@ -353,12 +354,13 @@ class _Clock(threading.Thread):
 
         Not where the steps that are left take no longer than that, nor before there is a step to
         judge or one under way. Steps, with what is due between them, count as slow as between the
-        last reports, and with them all else.
+        last reports, and with them all else; not the first one, in which functions are compiled.
         """
         step = plan.seconds_a_step
         left_to_train = plan.steps * step
-        if self._reports:
-            (first, began), (last, reported) = self._reports[0], self._reports[-1]
+        reports = [report for report in self._reports if report[0] > self._done]
+        if reports:
+            (first, began), (last, reported) = reports[0], reports[-1]
             if last > first:
                 step = max(step, (reported - began) / (last - first))
             left_to_train = (plan.steps - last) * step - (time.time() - reported)
@@ -368,4 +370,4 @@ class _Clock(threading.Thread):
         needed = slowdown * (stopping + plan.seconds_to_judge + reserve)
         left = self.end - time.time() - SECONDS_TO_STOP
         is_late = left <= needed and left_to_train > slowdown * stopping
-        return is_late and bool(self._reports or latest_state(self._run.checkpoints))
+        return is_late and bool(self._reports or self._done)

@@ -185,6 +185,7 @@ class ChatMaker:
     left_out: the places of rows without a text in one of their columns, by that column.
     blanks: the places of rows whose question has no text of one of its columns, by that column.
     nulls: how many answers have null for an empty cell, by its column.
+    repeats: how many answers are the text of their question.
     """
 
     columns: Columns | None
@@ -193,6 +194,7 @@ class ChatMaker:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     blanks: dict[str, list[str]] = field(default_factory=dict)
     nulls: Counter[str] = field(default_factory=Counter)
+    repeats: int = 0
 
     @cached_property
     def _question_columns(self) -> str:
@@ -231,6 +233,7 @@ class ChatMaker:
             )
             self.left_out.setdefault(empty, []).append(row.place)
             return None
+        self.repeats += question.strip() == answer.strip()
         for name in self.columns.question.columns:
             if not to_text(row.fields.get(name)).strip():
                 self.blanks.setdefault(name, []).append(row.place)

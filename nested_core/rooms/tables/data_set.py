@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from nested_core.rooms.tables.chats import (
 from nested_core.rooms.tables.dataset_split import draw_splits, require_train_alone, write_splits
 from nested_core.rooms.tables.eval_set import EvalSet, TooManyQuestions, draw_eval_set
 from nested_core.rooms.tables.survey import LOOKED_AT_ROWS, FileFacts, look_at
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 DEFAULT_SHARE = 0.1  # of the rows, for valid and as much for test
 MAX_TEST_SHARE = 0.3  # that an eval set may ask for
 EVAL_SET_NAME = "suite.jsonl"
 _INDENTED = str.maketrans({"\n": "\n" + 3 * " ", "\r": "\\r", "\t": "\\t"})
+_BEGINNINGS = {b"PK\3\4": "a workbook", b"\xd0\xcf\x11\xe0": "an old workbook", b"<": "HTML or XML"}
 UNREAD_SUFFIXES = (".xls", ".xlsb", ".ods", ".numbers", ".doc", ".docx", ".pdf")
 
 
@@ -52,6 +55,8 @@ class Source:
 
         looks_at_all: whether every row is looked at. Else what cannot be read is passed over.
         """
+        for path in [Path(data)] if Path(data).is_file() else ():
+            _require_text_in_text_file(path)
         if data.lower().endswith(UNREAD_SUFFIXES):
             raise ConfigError(
                 f"{data} is not read here. Open it in the program that it is of and save the table "
@@ -69,6 +74,11 @@ class Source:
                 facts |= look_at(read_rows(split))
             else:
                 facts |= _look_at_beginning(split)
+        if looks_at_all and not facts:
+            raise ConfigError(
+                f"{data} has no row to train on. Give a table with names of columns in its first "
+                f"row and rows below it, or a folder with such files: {', '.join(SUFFIXES)}."
+            )
         return cls(data, splits, facts)
 
     @property
@@ -85,6 +95,22 @@ class Source:
         """Where the rows hold the fields of an example, if they do not under the core's names."""
         names = [facts.field_names for facts in self.facts.values() if facts.is_table]
         return next(filter(None, names), FieldNames())
+
+
+def _require_text_in_text_file(path: Path) -> None:
+    """Refuse a table of another kind under the name of a text file, which would be read as one."""
+    if not path.name.lower().endswith((".csv", ".tsv", ".json", ".jsonl")):
+        return
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _size):
+        beginning = file.read(200)
+    found = next((kind for mark, kind in _BEGINNINGS.items() if beginning.startswith(mark)), None)
+    if found is None and b"\0" in beginning and beginning[:2] not in (BOM_UTF16_LE, BOM_UTF16_BE):
+        found = "in UTF-16 without its mark, or no text"
+    if found is not None:
+        raise ConfigError(
+            f"{path} is {found}, whatever its name says. Open it in a spreadsheet, save it as CSV "
+            f"UTF-8, and give that file to --data."
+        )
 
 
 def _look_at_beginning(split: SplitFile) -> dict[str, FileFacts]:
@@ -149,10 +175,14 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         maker.system = share_system_text(every, maker)
     parts = {name: list(_make_lines(split, maker)) for name, split in source.splits.items()}
     if not parts.get("train"):
-        columns = " and ".join(request.columns.names) if request.columns else "them"
-        raise DatasetError(
-            f"{source.data}: no row has a text in {columns}, so there is nothing to train on. Name "
-            f"columns that are filled."
+        raise ConfigError(
+            f"{source.data}: no row has a text in {' and '.join(maker.left_out) or 'it'}, so there "
+            f"is nothing to train on. Name columns that are filled."
+        )
+    if maker.repeats == sum(map(len, parts.values())):
+        raise ConfigError(
+            f"{source.data}: every answer is the text of its question, so there is nothing to "
+            f"learn. Name another column for the answer."
         )
     if parts.keys() == {"train"} or request.share is not None:
         require_train_alone(source.data, source.splits)

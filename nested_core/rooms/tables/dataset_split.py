@@ -24,6 +24,7 @@ from nested_core.rooms.tables.chats import require_readable
 from nested_core.rooms.tables.labels import find_labels
 from nested_core.storage.atomic import canonical_json, new_directory
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.text.value_format import format_count
 
 SPLIT_SEED = 0
 
@@ -97,8 +98,9 @@ def draw_splits(
         parts = _draw_groups(equal, sizes)
     if not all(parts.values()):
         raise ConfigError(
-            f"--split {share:g}: {data} has {number} rows, {len(parts['train'])} of them left for "
-            f"train; that is too few to take any out. Rows that are equal count as one."
+            f"--split {share:g}: {data} has {format_count(number, 'row')}, {len(parts['train'])} "
+            f"of them left for train; that is too few to take any out. Rows that are equal count "
+            f"as one."
         )
     return parts
 

@@ -58,7 +58,9 @@ def _find_header(rows: Sequence[Sequence[str]]) -> int:
     """The index of the row that names the columns."""
     filled = [sum(bool(cell.strip()) for cell in row) for row in rows[:HEADER_ROWS]]
     if not any(filled):
-        raise RestOfFileUnreadable(1, "expected a row with the names of the columns, found nothing")
+        raise RestOfFileUnreadable(
+            1, "expected names of columns in a sheet that is not hidden, found none"
+        )
     return next(index for index, count in enumerate(filled) if count >= HEADER_SHARE * max(filled))
 
 

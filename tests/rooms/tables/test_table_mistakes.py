@@ -189,11 +189,10 @@ MISTAKES: dict[str, Mistake] = {
         works=False,
     ),
     "a column without any text": Mistake(
-        ("empty.csv: no row has a text in Note and Answer", "Name columns that are filled"),
+        ("empty.csv: no row has a text in Answer, so there is", "Name columns that are filled"),
         named("Note", "Answer"),
         data="empty.csv",
         files={"empty.csv": "Note,Answer\n" + "a,\n" * 20},
-        code=3,
         works=False,
     ),
     "too few rows": Mistake(
@@ -219,6 +218,108 @@ MISTAKES: dict[str, Mistake] = {
             "export.csv": "Id,Body,Category\n"
             + "".join(f"{n},My mail {n} is lost.,{'ab'[n % 2]}\n" for n in range(12))
         },
+    ),
+    "carets between the cells": Mistake(
+        (
+            "Its one column is Id^Created^Description^Triage",
+            "separated by commas, semicolons, tabs or bars",
+        ),
+        files={"tickets.csv": TICKETS.replace(",", "^")},
+        works=False,
+    ),
+    "UTF-16 without its mark": Mistake(
+        ("tickets.csv is in UTF-16 without its mark, or no text", "save it as CSV UTF-8"),
+        files={"tickets.csv": TICKETS.encode("utf-16-le")},
+        works=False,
+    ),
+    "a workbook named .csv": Mistake(
+        ("tickets.csv is a workbook, whatever its name says",),
+        files={"tickets.csv": b"PK\3\4 and more"},
+        works=False,
+    ),
+    "an old workbook named .csv": Mistake(
+        ("tickets.csv is an old workbook, whatever its name says",),
+        files={"tickets.csv": b"\xd0\xcf\x11\xe0 and more"},
+        works=False,
+    ),
+    "a page of HTML named .csv": Mistake(
+        ("tickets.csv is HTML or XML, whatever its name says",),
+        files={"tickets.csv": "<html><table><tr><td>a</td></tr></table></html>"},
+        works=False,
+    ),
+    "a page of HTML named .xls": Mistake(
+        ("tickets.xls is not read here. Open it in the program", "save the table as .xlsx"),
+        data="tickets.xls",
+        files={"tickets.xls": "<html></html>"},
+        works=False,
+    ),
+    "a header without rows": Mistake(
+        ("tickets.csv has no row to train on. Give a table with names of columns",),
+        files={"tickets.csv": "Description,Triage\n"},
+        works=False,
+    ),
+    "a folder without a table": Mistake(
+        ("notes has no row to train on", "a folder with such files: .jsonl"),
+        data="notes",
+        files={"notes/read.txt": "hello"},
+        works=False,
+    ),
+    "two columns of one name": Mistake(
+        ("two columns of the header have one name: Description, Description, Triage",),
+        files={"tickets.csv": "Description,Description,Triage\na,b,c\n"},
+        code=3,
+        works=False,
+    ),
+    "names in the second row": Mistake(
+        ("'Body' and no column 'Team'. A row below the first one has these names: delete",),
+        named("Body", "Team"),
+        files={"tickets.csv": "Ticket,,Answer\nSubject,Body,Team\n" + "a,b,c\n" * 9},
+        works=False,
+    ),
+    "an answer that is the question again": Mistake(
+        ("every answer is the text of its question, so there is nothing to learn",),
+        named("Q", "A"),
+        files={"tickets.csv": "Q,A\n" + "".join(f"q{n},q{n}\n" for n in range(20))},
+        works=False,
+    ),
+    "an answer that is left out": Mistake(
+        ("--drop-fields leaves out 'Triage', which is the answer",),
+        (*GOOD, "--drop-fields", "Triage"),
+    ),
+    "no name of an answer": Mistake(
+        ("--completion-features: ',' names no column",),
+        ("--prompt-feature", "Description", "--completion-features", ","),
+    ),
+    "a share of a hundred": Mistake(
+        ("--split 10: expected a share of the rows above 0 and below 0.5",),
+        (*GOOD, "--split", "10"),
+    ),
+    "a share in per cent": Mistake(
+        ("--split 10%: expected a share of the rows above 0",), (*GOOD, "--split", "10%")
+    ),
+    "a word for the number of questions": Mistake(
+        ("--suite five: expected a number of questions",), (*GOOD, "--suite", "five")
+    ),
+    "fewer than no questions": Mistake(
+        ("--suite -3: expected from 1 to 9 questions",), (*GOOD, "--suite", "-3")
+    ),
+    **{
+        f"{minutes} minutes": Mistake(
+            (f"expected minutes above 0 and below 10,080, such as 5, found '{minutes}'", "--help"),
+            (*GOOD, f"--minutes={minutes}"),
+            works=False,
+        )
+        for minutes in ("0", "-1", "five", "nan", "1e9")
+    },
+    "an address": Mistake(
+        ("https://example.com/t.csv is an address", "`curl -LO https://example.com/t.csv`"),
+        data="https://example.com/t.csv",
+        works=False,
+    ),
+    "an empty name of a file": Mistake(("--data is empty",), data="", works=False),
+    "two names that are nearly right": Mistake(
+        ("and no column 'triage'; did you mean 'Description' and 'Triage'?",),
+        named("DESCRIPTION", "triage"),
     ),
     "no such file": Mistake(
         ("--data: there is no file ticket.csv. Did you mean",), data="ticket.csv"
@@ -249,6 +350,24 @@ def test_a_mistake_is_one_paragraph_with_the_command_that_works(
         command = message.rpartition("`nested-tune init ")[2].partition("`")[0]
         rows = prepare(build_parser("init").parse_args(["init", *shlex.split(command)])).rows
         assert rows["train"] > 0
+
+
+@pytest.mark.parametrize("write", [{"hidden": (("Q", "A"), ("q", "a"))}, {}])
+def test_a_workbook_without_a_visible_row_is_refused(tmp_path: Path, write: dict) -> None:
+    write_workbook(tmp_path / "a.xlsx", (), **write)
+    done = called("init", "--data", "a.xlsx", "--model", str(MODEL), *GOOD, cwd=tmp_path)
+    assert "expected names of columns in a sheet that is not hidden, found none" in done.message()
+    assert done.code == 3
+
+
+def test_a_semicolon_is_found_where_prices_have_a_comma_in_every_row(tmp_path: Path) -> None:
+    rows = "".join(f"{n};Rechnung {n};{n},50\n" for n in range(30))
+    (tmp_path / "a.csv").write_text(f"Id;Text, lang;Preis\n{rows}")
+    flags = named("Text, lang", "Preis")
+    done = called("init", "--data", "a.csv", "--model", str(MODEL), *flags, cwd=tmp_path)
+    assert done.code == 0, done.message()
+    rows = (tmp_path / "a-split" / "train.jsonl").read_text()
+    assert '"content": "Rechnung 3"}, {"role": "assistant", "content": "3,50"}' in rows
 
 
 def test_a_workbook_is_mapped_as_a_table_is(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def with_false_sizes(path: Path) -> None:
     ("rows", "files", "change", "said"),
     [
         ((("A", "A"), ("x", "y")), {}, None, "two columns of the header have one name: A, A"),
-        ((), {}, None, "expected a row with the names of the columns"),
+        ((), {}, None, "expected names of columns in a sheet that is not hidden"),
         ((), {"xl/workbook.xml": "<?xml?><nothing"}, None, "the workbook cannot be read"),
         (LARGE, {}, None, "it unpacks to more than 100,000 bytes"),
         (LARGE, {}, with_false_sizes, "not an .xlsx workbook"),
