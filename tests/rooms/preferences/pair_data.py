@@ -89,7 +89,7 @@ def make_values(data: Path, loss: str, **changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model": str(BASE),
         "data": str(data),
-        "num_layers": 3,
+        "num_layers": -1,
         "batch_size": 8,
         "iters": 15,
         "learning_rate": 1e-3,
