@@ -44,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
     summaries: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}. See: {self.prog} --help")
+        raise ConfigError(f"{message}. See: `{self.prog} --help`")
 
 
 class _Commands:
@@ -257,7 +257,7 @@ def _describe_unknown_arguments(
         elif "--data" in flags and os.path.isdir(word):
             hints.append(f"Did you mean --data {word}?")
     told = " ".join([f"unrecognized arguments: {' '.join(unknown)}.", *hints])
-    return f"{told} See: nested-tune {parsed.command} --help"
+    return f"{told} See: `nested-tune {parsed.command} --help`"
 
 
 def _refuse_undecodable(arguments: Sequence[str]) -> None:

@@ -174,6 +174,22 @@ def prefect_server(prefect_home: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def command_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One run of the example by `train --json`, that tests look at and do not change."""
+    from tests.flows.conftest import make_command_run
+
+    return make_command_run(tmp_path_factory.mktemp("command"))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run that tests have judged and copy: eight steps of tiers [1, 2, 4]."""
+    from tests.builders.candidates import train_finished
+
+    return train_finished(tmp_path_factory.mktemp("gate"))
+
+
 @pytest.fixture(scope="module")
 def forked_ranks() -> Iterator[None]:
     """Fork the ranks that a test of this module starts, but not what starts and watches them."""

@@ -34,12 +34,13 @@ SMALL_RUN: dict[str, Any] = {"iters": 8, "val_batches": 1, "lora_parameters": SM
 ANSWERS = {"sample_tokens": 12}  # of the section `training`: enough to say one word for ever
 SPEEDS = ("tokens_per_second", "iterations_per_second", "peak_memory_gb")
 
-# As in examples/geography.yaml, but with small batches, few of them, and sample answers of one
+# As in examples/geography.yaml, but with small batches, few of them, the last three of six layers,
+# a tier each (all of them take a run and its verdict half as long again), and sample answers of one
 # token: longer ones take a judging as long as the losses. Tests that read answers ask for more.
 SETTINGS: dict[str, Any] = {
     "model": str(MODEL),
     "data": str(DATA),
-    "num_layers": -1,
+    "num_layers": 3,
     "batch_size": 2,
     "iters": 8,
     "learning_rate": 2e-3,

@@ -43,6 +43,7 @@ from tests.example import DATA, example_config, prepare, train
 from tests.gate_files import read_gate, write_gate
 
 Arrays = dict[str, mx.array]
+STEPS = 8  # of the run that most tests judge
 
 
 def example_data(folder: Path, *splits: str) -> Path:
@@ -59,13 +60,24 @@ def train_candidate(path: Path, config: FineTuneConfig | None = None, **changes:
     return Candidate(config, train(config, prepare(config, path)).run)
 
 
+def train_finished(folder: Path) -> Candidate:
+    """The run of the fixture `finished`, with a data set of its own."""
+    data = example_data(folder / "data")
+    return train_candidate(folder / "run", iters=STEPS, data=str(data))
+
+
 def nothing(value: Any) -> None:
     """Leave it as it is."""
 
 
 def shifted(by: float) -> Callable[[Arrays], None]:
-    """Every value of every tensor moved by so much; by 0.5 the adapter becomes worse."""
+    """Every value of every tensor moved by so much."""
     return lambda tensors: tensors.update({name: value + by for name, value in tensors.items()})
+
+
+def turned_around(tensors: Arrays) -> None:
+    """What the adapter learned with its sign changed, thirty times: it becomes worse."""
+    tensors.update({n: -30 * value for n, value in tensors.items() if n.endswith("lora_b")})
 
 
 @dataclass(frozen=True)

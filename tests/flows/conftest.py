@@ -230,10 +230,8 @@ class CommandRun:
         return self.folder / "config.yaml"
 
 
-@pytest.fixture(scope="session")
-def command_run(tmp_path_factory: pytest.TempPathFactory) -> CommandRun:
-    """One run of the example by `train --json`, that other tests look at and do not change."""
-    folder = tmp_path_factory.mktemp("command")
-    write_config(folder / "config.yaml", iters=8)
+def make_command_run(folder: Path) -> CommandRun:
+    """The run of the fixture `command_run`: all layers of the example, eight steps."""
+    write_config(folder / "config.yaml", num_layers=-1, iters=8)
     words = ("train", "-c", "config.yaml", "--run-dir", "run", "--json")
     return CommandRun(folder, completed(*words, cwd=folder))

@@ -124,4 +124,4 @@ def test_the_resumed_run_ends_and_passes_the_gate(story: Story) -> None:
         for line in (story.run_dir / "metrics.jsonl").read_text().splitlines()
     ]
     assert steps == sorted(set(steps))
-    assert len(read_adapter(story.run_dir / "adapter").tensors) == 84
+    assert len(read_adapter(story.run_dir / "adapter").tensors) == 42

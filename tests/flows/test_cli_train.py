@@ -140,9 +140,9 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -
     assert "    expected: Go and see Quito, the capital of Ecuador!" in printed
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed if "│" in line]
     assert [row[:6] for row in rows] == [
-        ["tier 0", "every 1", "28 of 28", "4", "4", "0"],
-        ["tier 1", "every 2", "28 of 28", "2", "2", "0"],
-        ["tier 2", "every 4", "14 of 28", "1", "1", "0"],  # lora_a moves with the second update
+        ["tier 0", "every 1", "14 of 14", "4", "4", "0"],
+        ["tier 1", "every 2", "14 of 14", "2", "2", "0"],
+        ["tier 2", "every 4", "7 of 14", "1", "1", "0"],  # lora_a moves with the second update
     ]
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert f"adapter: runs/{run_dir.name}/adapter" in printed

@@ -46,11 +46,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a path into no registry": (["history", "a/b"], "a/b is no name in a registry"),
     "unknown flag": (
         ["train", "--quickly"],
-        "unrecognized arguments: --quickly. See: nested-tune train --help",
+        "unrecognized arguments: --quickly. See: `nested-tune train --help`",
     ),
     "a flag like none": (
         ["train", "--fused"],
-        "unrecognized arguments: --fused. See: nested-tune train --help",
+        "unrecognized arguments: --fused. See: `nested-tune train --help`",
     ),
     "a key without its section": (
         ["train", "--epochs", "3"],

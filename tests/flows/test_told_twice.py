@@ -82,6 +82,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     config = example_config(
         data=str(data),
         lr_schedule=RISING_RATE,
+        num_layers=-1,
         iters=1000,
         steps_per_eval=4,
         steps_per_report=4,

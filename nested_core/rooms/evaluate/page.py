@@ -193,7 +193,7 @@ class Evaluation:
         rows = []
         for model in self.models:
             own = model.suites[number]
-            verdict = str(own.conclusion or "")
+            verdict = (own.conclusion or "").replace("_", " ")
             if own.is_below_minimum:
                 verdict = f"{verdict}, below {own.minimum:g}".removeprefix(", ")
             right = f"{own.score * own.questions:.4g} of {own.questions}"
@@ -248,7 +248,7 @@ class Evaluation:
                 rows.append((letter, format_loss(loss.loss_after), "", "", ""))
             else:
                 compared = _compared(loss.difference, loss.interval)
-                verdict = loss.conclusion or ""
+                verdict = (loss.conclusion or "").replace("_", " ")
                 rows.append((letter, format_loss(loss.loss_after), *compared, verdict))
         losses = [model.loss for model in self.models if model.loss is not None]
         examples = " or ".join(sorted({f"{loss.examples:,}" for loss in losses}))

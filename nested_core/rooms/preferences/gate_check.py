@@ -394,5 +394,6 @@ CHECKS = (
         "preference",
         _judge_preference,
         stopped_by=(*WITHOUT_MODEL, LOSSES),
+        bounds=("max_chosen_fall",),
     ),
 )

@@ -42,7 +42,7 @@ def test_a_class_of_ones_own_trains_and_is_known_by_its_name_from_then_on(path: 
     config = load_config(path, {"optimizer": SignOfGradient, "nested.frequencies": [1]})
     assert config.optimizer == "signofgradient"
     done = train(config, prepare(config, path.parent / "run"))
-    trained = dict(done.trainer.model.trainable_parameters()["model"]["layers"][0]["self_attn"])
+    trained = dict(done.trainer.model.trainable_parameters()["model"]["layers"][5]["self_attn"])
     moved = trained["q_proj"]["lora_b"] / RATE  # it began at 0, and took two steps
     values = set(moved.flatten().tolist())
     assert values <= {-2.0, -1.0, 0.0, 1.0, 2.0}

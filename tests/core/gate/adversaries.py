@@ -23,7 +23,7 @@ from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from tests.builders.adapter_folders import Arrays, base_copy, change_config
-from tests.builders.candidates import Candidate, shifted
+from tests.builders.candidates import Candidate, shifted, turned_around
 from tests.builders.data_sets import write_lines
 from tests.builders.suites import task, write_suite
 
@@ -317,7 +317,7 @@ def other_keys_in_the_configuration(scene: Scene) -> None:
 
 @case("config_mismatch")
 def fewer_layers_in_the_configuration(scene: Scene) -> None:
-    scene.rewrite(change_config=lambda meaning: meaning.update(num_layers=3))
+    scene.rewrite(change_config=lambda meaning: meaning.update(num_layers=2))
 
 
 @case("config_mismatch")
@@ -379,7 +379,7 @@ def an_adapter_with_one_module_of_noise(scene: Scene) -> None:
 
 @case("loss_regressed")
 def a_worse_adapter(scene: Scene) -> None:
-    scene.rewrite(change_adapter=shifted(0.5))
+    scene.rewrite(change_adapter=turned_around)
 
 
 @case("non_finite")

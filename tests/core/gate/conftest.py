@@ -6,17 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders.candidates import Candidate, example_data, train_candidate
-
-STEPS = 8
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Candidate:
-    """Eight steps of tiers [1, 2, 4], with a data set of its own."""
-    folder = tmp_path_factory.mktemp("gate")
-    data = example_data(folder / "data")
-    return train_candidate(folder / "run", iters=STEPS, data=str(data))
+from tests.builders.candidates import Candidate
 
 
 @pytest.fixture

@@ -59,6 +59,6 @@ def test_the_verdict_is_the_one_of_the_table(scene: Scene, case: Case) -> None:
 
 def test_a_rejected_run_ends_with_the_reason_in_the_message(scene: Scene) -> None:
     next(case for case in CASES if case.expected == ("unchanged",)).build(scene)
-    with pytest.raises(GateRejected, match=r"Rejected: unchanged \(all 84") as error:
+    with pytest.raises(GateRejected, match=r"Rejected: unchanged \(all 42") as error:
         scene.judge()
     assert error.value.exit_code == 4

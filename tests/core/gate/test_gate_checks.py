@@ -103,7 +103,7 @@ def test_every_check_has_a_name_of_its_own_and_stands_after_those_that_stop_it()
     )
 
 
-@needs_rooms("fused", "replay")
+@needs_rooms("fused", "preferences", "replay")
 def test_every_bound_of_the_gate_belongs_to_one_check_that_judges_by_it() -> None:
     bounds = [
         key for check in (*CHECKS_OF_FILES, *list_checks_with_model()) for key in check.bounds

@@ -20,8 +20,7 @@ from nested_core.pipeline import steps
 from nested_core.registry import register
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from tests.builders.candidates import Candidate
-from tests.core.gate.conftest import STEPS
+from tests.builders.candidates import STEPS, Candidate
 
 CHECKPOINT = f"checkpoints/step-{STEPS:07d}"
 ADAPTER = ("adapters.safetensors", "adapter_config.json")

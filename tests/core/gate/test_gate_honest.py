@@ -125,7 +125,7 @@ def test_a_run_that_reports_a_loss_at_every_step_and_never_changes_is_rejected(
     assert len(set(losses)) > 10  # the batches differ, so the loss seems to move
     assert len([r for r in records if "val_loss" in r]) == STEPS + 1
     assert len({r["val_loss"] for r in records if "val_loss" in r}) == 1
-    with pytest.raises(GateRejected, match=r"Rejected: unchanged \(all 84"):
+    with pytest.raises(GateRejected, match=r"Rejected: unchanged \(all 42"):
         steps.judge(done.config, done.run)
     verdict = json.loads(done.run.gate.read_bytes())
     assert verdict["adapter_step"] == 4  # the first that every tier had an update by
@@ -135,10 +135,10 @@ def test_a_run_that_reports_a_loss_at_every_step_and_never_changes_is_rejected(
 
 def test_a_run_that_loses_the_updates_of_one_tier_is_rejected_for_that_tier(tmp_path) -> None:
     def shallow_only(model: Any, updates: dict[str, Any]) -> None:
-        kept = {n: v for n, v in updates.items() if ".layers.0." in n or ".layers.1." in n}
+        kept = {n: v for n, v in updates.items() if ".layers.3." in n}
         apply_flat_updates_to_nested(model, kept)
 
     done = run_losing(tmp_path, shallow_only)
     verdict = judge_run(done.config, done.run)
     assert set(codes(verdict)) == {"no_effect", "tier_unchanged"}
-    assert [tier.changed for tier in verdict.tiers] == [28, 0, 0]
+    assert [tier.changed for tier in verdict.tiers] == [14, 0, 0]

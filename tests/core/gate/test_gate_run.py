@@ -12,8 +12,7 @@ from nested_core.gate.checks.judged import begin_judging_run, run_checks
 from nested_core.gate.evidence.run_evidence import collect_evidence
 from nested_core.measure.losses.held_out_loss import read_held_out_examples, read_nonempty_splits
 from nested_core.records.verdict_table import list_checks
-from tests.builders.candidates import Candidate, shifted
-from tests.core.gate.conftest import STEPS
+from tests.builders.candidates import STEPS, Candidate, turned_around
 from tests.core.gate.pairs import codes
 from tests.example import example_config
 
@@ -36,7 +35,7 @@ def test_an_honest_run_passes_with_every_number_in_place(candidate: Candidate) -
     assert verdict.has_passed
     assert verdict.adapter_step == STEPS
     rows = [(t.tier, t.frequency, t.tensors, t.changed, t.skipped_updates) for t in verdict.tiers]
-    assert rows == [(0, 1, 28, 28, 0), (1, 2, 28, 28, 0), (2, 4, 28, 28, 0)]
+    assert rows == [(0, 1, 14, 14, 0), (1, 2, 14, 14, 0), (2, 4, 14, 14, 0)]
     assert [t.expected_updates for t in verdict.tiers] == [8, 4, 2]
     assert [t.applied_updates for t in verdict.tiers] == [8, 4, 2]
     assert verdict.validation is not None
@@ -80,7 +79,7 @@ def test_one_tensor_of_a_tier_left_as_it_was_is_named(candidate: Candidate, leaf
     checks = {check.name: check for check in list_checks(verdict)}
     assert checks["updates"].verdict == "passed"  # all were applied: another row says what failed
     moved = checks["tensors that updates moved"]
-    assert (moved.after, moved.verdict) == ("83 of 84 moved", "updates_missing")
+    assert (moved.after, moved.verdict) == ("41 of 42 moved", "updates_missing")
     slow = judge_files(candidate.configured(learning_rate=1e-12))
     (reason,) = [r for r in slow.reasons if r.code == "updates_missing"]
     assert "a learning rate of 1e-12 is too small to move a float32 weight: raise" in reason.message
@@ -99,7 +98,7 @@ def test_skipped_updates_are_bounded_by_their_share(candidate: Candidate) -> Non
 
 
 def test_a_loss_that_rose_is_rejected_with_both_numbers(candidate: Candidate) -> None:
-    candidate.rewrite(change_adapter=shifted(0.5))
+    candidate.rewrite(change_adapter=turned_around)
     candidate.require_rejected("loss_regressed")
     document = candidate.gate
     (reason,) = document["reasons"]
@@ -110,7 +109,7 @@ def test_a_loss_that_rose_is_rejected_with_both_numbers(candidate: Candidate) ->
 
 @pytest.mark.slow("judges a run three times")
 def test_a_loss_may_rise_by_the_share_that_is_configured(candidate: Candidate) -> None:
-    candidate.rewrite(change_adapter=shifted(0.5))
+    candidate.rewrite(change_adapter=turned_around)
     verdict = candidate.bounded(max_val_loss_increase=1e9).verdict()
     assert verdict.has_passed
     losses = verdict.validation

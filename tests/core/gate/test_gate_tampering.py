@@ -10,9 +10,8 @@ import pytest
 
 from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate.evidence.run_evidence import collect_evidence
-from tests.builders.candidates import Candidate, example_data, train_candidate
+from tests.builders.candidates import STEPS, Candidate, example_data, train_candidate
 from tests.builders.data_sets import write_lines
-from tests.core.gate.conftest import STEPS
 
 
 def test_the_report_on_a_large_data_set_is_read_whatever_its_size(candidate: Candidate) -> None:

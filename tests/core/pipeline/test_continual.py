@@ -230,7 +230,7 @@ def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(folder, tuesd
         ({"lora_parameters": {"rank": 4}}, "rank: 8, now 4"),
         ({"lora_parameters": {"scale": 3.0}}, "scale: 2.0, now 3.0"),
         ({"lora_parameters": {"keys": ["self_attn.q_proj"]}}, "keys: None, now"),
-        ({"num_layers": 2}, "num_layers: -1, now 2"),
+        ({"num_layers": 2}, "num_layers: 3, now 2"),
         ({"fine_tune_type": "dora"}, "fine_tune_type: lora, now dora"),
     ],
 )

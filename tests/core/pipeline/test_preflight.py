@@ -135,7 +135,7 @@ def test_a_registry_that_can_be_used_is_left_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_size_of_a_checkpoint_is_estimated_to_a_tenth(optimizer: str, tmp_path: Path) -> None:
-    config = example_config(optimizer=optimizer, iters=4, val_batches=0)
+    config = example_config(optimizer=optimizer, num_layers=-1, iters=4, val_batches=0)
     finished = train(config, prepare(config, tmp_path / "run"))
     (folder,) = finished.run.checkpoints.iterdir()
     size = sum(file.stat().st_size for file in folder.iterdir())

@@ -78,7 +78,7 @@ def test_the_adapter_offered_is_the_best_checkpoints_and_passes_the_gate(long_ru
         assert (best / name).read_bytes() == (long_run.run.adapter / name).read_bytes()
     assert verdict.validation is not None
     assert verdict.validation.loss_after == pytest.approx(long_run.result.best_val_loss, rel=1e-4)
-    assert [row.changed for row in verdict.tiers] == [28, 28, 28]
+    assert [row.changed for row in verdict.tiers] == [14, 14, 14]
 
 
 def test_mlx_lm_answers_with_the_adapter_what_it_could_not_without(long_run: Finished) -> None:

@@ -25,7 +25,7 @@ from nested_core.storage.run_directory import RunDirectory
 from tests.example import MODEL, Finished, example_config, prepare, train_example
 from tests.left_out import slow_except
 
-LAYERS, MODULES = 6, 7  # of the base: q, k, v, o, gate, up and down in each layer
+LAYERS, MODULES = 3, 7  # that are trained: q, k, v, o, gate, up and down in each layer
 
 
 def test_the_base_holds_the_bytes_it_was_loaded_with_after_training(every_step: Finished) -> None:
@@ -78,14 +78,14 @@ def test_an_adapter_parameter_is_known_by_its_name_in_any_case(name: str, expect
 
 
 LORA: dict[str, tuple[dict[str, Any], int]] = {
-    "rank 1": ({"lora_parameters": {"rank": 1}}, 84),
-    "rank 16, scale 0.5": ({"lora_parameters": {"rank": 16, "scale": 0.5}}, 84),
+    "rank 1": ({"lora_parameters": {"rank": 1}}, 42),
+    "rank 16, scale 0.5": ({"lora_parameters": {"rank": 16, "scale": 0.5}}, 42),
     "last layer": ({"num_layers": 1, "nested": {"frequencies": [1]}}, 14),
     "last 2 layers": ({"num_layers": 2}, 28),
     "0 layers are all": ({"num_layers": 0}, 84),
-    "keys": ({"lora_parameters": {"keys": ["self_attn.q_proj", "mlp.up_proj"]}}, 24),
-    "dropout": ({"lora_parameters": {"dropout": 0.2}}, 84),
-    "dora": ({"fine_tune_type": "dora", "lora_parameters": {"scale": 1.0}}, 126),
+    "keys": ({"lora_parameters": {"keys": ["self_attn.q_proj", "mlp.up_proj"]}}, 12),
+    "dropout": ({"lora_parameters": {"dropout": 0.2}}, 42),
+    "dora": ({"fine_tune_type": "dora", "lora_parameters": {"scale": 1.0}}, 63),
 }
 
 
@@ -141,7 +141,7 @@ def _damaged(every_step: Finished, path: Path) -> Path:
     tensors = read_adapter(every_step.run.adapter).tensors
     arrays = {name: tensor.to_numpy() for name, tensor in tensors.items()}
     names = sorted(arrays)
-    arrays["model.layers.0.stray.lora_a"] = arrays.pop(names[0])
+    arrays["model.layers.3.stray.lora_a"] = arrays.pop(names[0])
     arrays[names[1]] = arrays[names[1]].T.copy()
     save_file(arrays, path)
     return path
@@ -154,9 +154,9 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_problem_at_once(
     with pytest.raises(ConfigError) as caught:
         prepare(example_config(resume_adapter_file=str(file)), tmp_path / "run")
     message = str(caught.value)
-    assert "model.layers.0.mlp.down_proj.lora_a: missing" in message
-    assert "model.layers.0.mlp.down_proj.lora_b: shape (64, 8), expected (8, 64)" in message
-    assert "model.layers.0.stray.lora_a: nothing that these settings train" in message
+    assert "model.layers.3.mlp.down_proj.lora_a: missing" in message
+    assert "model.layers.3.mlp.down_proj.lora_b: shape (64, 8), expected (8, 64)" in message
+    assert "model.layers.3.stray.lora_a: nothing that these settings train" in message
     assert not (tmp_path / "run" / "initial").exists()
 
 
@@ -166,7 +166,7 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(every_step, tmp_
     with pytest.raises(ConfigError, match=r"shape \(192, 8\), expected \(192, 4\)") as caught:
         prepare(config, tmp_path / "run")
     assert str(caught.value).splitlines()[-2:] == [
-        "  and 74 more",
+        "  and 32 more",
         "Keep the settings and the base that it was made with, or train a new adapter.",
     ]
 
@@ -219,7 +219,7 @@ def copy_adapter(source: Path, place: Path, **changes: Any) -> str:
         ),
         ({}, {"lora_parameters": {"scale": 8.0}}, r"scale: 2\.0, now 8\.0"),
         ({}, {"lora_parameters": {"rank": 4}}, "rank: 8, now 4"),
-        ({}, {"num_layers": 2}, "num_layers: -1, now 2"),
+        ({}, {"num_layers": 2}, "num_layers: 3, now 2"),
     ],
     ids=str,
 )

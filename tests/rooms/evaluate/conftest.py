@@ -48,6 +48,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Judged:
     """Twenty steps, judged by two suites and valid.jsonl."""
     folder = tmp_path_factory.mktemp("evaluation")
     config = example_config(
+        num_layers=-1,
         iters=20,
         gate={"tasks": [suite.model_dump() for suite in SUITES]},
         registry={"path": str(folder / "registry"), "name": "capitals", "promote": "always"},

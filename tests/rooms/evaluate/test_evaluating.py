@@ -173,6 +173,9 @@ def test_the_headline_says_better_where_all_are(words: list[str], headline: str)
     base = EvaluatedModel("base", (score_of(None),), None)
     found = Evaluation("base", (base, *others), ())
     assert next(to_terminal(found.describe().blocks[0])) == headline
+    shown = [part for block in found.describe().blocks for part in to_terminal(block)]
+    verdicts = {row[-1] for part in shown if not isinstance(part, str) for row in part.rows}
+    assert {word.replace("_", " ") for word in words} <= verdicts
 
 
 def test_what_only_the_reference_got_wrong_is_not_listed_and_an_expected_answer_is_whole(

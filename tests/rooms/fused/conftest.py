@@ -1,7 +1,7 @@
-"""The finished run of tests/core/gate, and copies of it."""
+"""Copies of the finished run."""
 
 from __future__ import annotations
 
-from tests.core.gate.conftest import candidate, finished
+from tests.core.gate.conftest import candidate
 
-__all__ = ["candidate", "finished"]
+__all__ = ["candidate"]

@@ -44,7 +44,7 @@ def test_a_change_that_fusing_into_a_quantised_base_erases_is_no_effect(
     verdict = done.verdict()
     assert codes(verdict) == expected
     assert verdict.fused is not None
-    assert verdict.fused.modules == 42
+    assert verdict.fused.modules == 21
     assert (verdict.fused.carried_share > 0.5) is (not expected)
     if expected:
         assert "fused into the base" in verdict.reasons[0].message

@@ -1,7 +1,7 @@
-"""Commands as a person gives them, in a folder with a run."""
+"""Commands as a person gives them."""
 
 from __future__ import annotations
 
-from tests.flows.conftest import command_run, nested_tune
+from tests.flows.conftest import nested_tune
 
-__all__ = ["command_run", "nested_tune"]
+__all__ = ["nested_tune"]

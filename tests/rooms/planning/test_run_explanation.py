@@ -304,7 +304,7 @@ def test_adapters_of_linear_attention_are_said_to_fail_in_some_apps(explanation,
     shutil.copytree(MODEL, base)
     save_model(base, module.Model(module.ModelArgs.from_dict(sizes)))
     save_config(sizes, base / "config.json")
-    config = example_config(model=str(base), nested={"frequencies": [1]})
+    config = example_config(model=str(base), num_layers=-1, nested={"frequencies": [1]})
     said = RunInWords(explain_run(config, measures_speed=False)).describe()["trained"]
     assert "With linear_attn, apps of mlx-swift-lm may fail: docs/troubleshooting.md." in said
     assert "linear_attn" not in RunInWords(explanation).describe()["trained"]

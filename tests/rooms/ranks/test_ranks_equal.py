@@ -25,7 +25,7 @@ from tests.rooms.ranks.astray_ranks import go_astray
 pytestmark = [pytest.mark.usefixtures("forked_ranks")]
 
 STEPS = 10
-TIER_BYTES = 4 * 20_480  # parameters of each tier, float32
+TIER_BYTES = 4 * 10_240  # parameters of each tier, float32
 ENDS = 12  # the weight, and the requests to stop and to save
 
 

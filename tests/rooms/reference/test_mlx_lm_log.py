@@ -61,5 +61,5 @@ def test_the_lines_are_those_of_mlx_lm(tmp_path: Path, settings: dict[str, Any])
     assert own == expected
     assert "iter   train_loss     tok/s     tokens" in own
     assert "mlx_lm.lora" in header
-    assert "lora · -1 layers · rank 8" in header
+    assert "lora · 3 layers · rank 8" in header
     assert "0000020_adapters.safetensors" in own

@@ -4,8 +4,8 @@
 """
 
 from nested_core.seams import is_there
-from tests.core.gate.conftest import candidate, finished
+from tests.core.gate.conftest import candidate
 
-__all__ = ["candidate", "finished"]
+__all__ = ["candidate"]
 
 collect_ignore = [] if is_there("minutes") else ["test_policy.py"]

@@ -104,7 +104,8 @@ def test_every_kind_of_fine_tune_is_proven(tmp_path, changes, tolerance) -> None
 def test_an_adapter_that_moved_far_in_bfloat16_is_proven_and_with_another_scale_refused(
     tmp_path: Path,
 ) -> None:
-    changes: dict[str, Any] = {"training": {"precision": "bfloat16"}, "learning_rate": 6e-3}
+    changes: dict[str, Any] = {"training": {"precision": "bfloat16"}, "num_layers": -1}
+    changes["learning_rate"] = 6e-3
     candidate = train_candidate(tmp_path / "run", **changes)
     verdict = candidate.verdict()
     assert "config_mismatch" not in codes(verdict)

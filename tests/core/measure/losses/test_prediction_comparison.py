@@ -84,7 +84,7 @@ def test_equal_predictions_have_not_moved_and_an_impossible_token_adds_nothing()
 def test_a_model_compared_in_chunks_gives_the_figures_of_its_whole_logits(
     keeps_head: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = example_config()
+    config = example_config(num_layers=-1)
     base = LoadedBase.load(config)
     refs = reference_trainable_parameters(base.model)
     split = load_run_data(config)[1]["valid"]

@@ -21,6 +21,7 @@ from nested_core.training.loss import logit_budget
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import build
+from tests.left_out import slow_except
 
 WORDS = 50_000
 ROWS, WIDTH = 24, 100  # 458 MiB of logits, of which a loss makes several arrays
@@ -95,13 +96,20 @@ def peak_bytes(measure: Measure, batch: MicroBatch) -> int:
 
 
 @pytest.mark.skipif(backend.device() != "cpu", reason="is bounded by a CPU's caches")
-@pytest.mark.parametrize("name", WITH_HEAD)
+@pytest.mark.parametrize(
+    "name", slow_except(WITH_HEAD, "the gate's losses", reason="computes 458 MiB of logits")
+)
 def test_an_output_layer_apart_takes_less_than_the_budget_on_a_cpu(name: str) -> None:
     peak = peak_bytes(WITH_HEAD[name], make_batch(ROWS, WIDTH))
     assert peak < logit_budget.LOGIT_BYTES
 
 
-@pytest.mark.parametrize("name", OF_WHOLE_OUTPUT)
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        OF_WHOLE_OUTPUT, "an evaluation", "choices", reason="computes 458 MiB of logits twice"
+    ),
+)
 def test_a_model_that_computes_all_logits_gets_as_many_rows_as_the_budget_allows(name: str) -> None:
     peak = peak_bytes(OF_WHOLE_OUTPUT[name], make_batch(ROWS, WIDTH))
     assert peak < 2 * logit_budget.LOGIT_BYTES

@@ -1,0 +1,64 @@
+"""How many held-out rows nearly are a row of train after `init --split`, by how it groups rows.
+
+    python -m benchmarks.near_duplicates ROWS.jsonl [ROWS.jsonl ...]
+
+Of each file: split row by row, only equal rows together, and in groups of near-duplicates for
+several values of RARE_NGRAM_FACTOR_IN_ALL_ROWS. A tenth is held out for valid and a tenth for test.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+import polars as pl
+
+from nested_core.rooms.near_duplicates import related_rows
+from nested_core.rooms.near_duplicates.related_rows import NearDuplicates, find_near_duplicates
+from nested_core.rooms.tables import dataset_split
+
+FACTORS = (None, 1.0, 1.25, 1.5, 2.0, 3.0)  # None: no group of near-duplicates
+SHARE = 0.1
+
+
+def list_texts(rows: list[bytes]) -> list[str]:
+    """What is compared of each row."""
+    return ["\n".join(dataset_split._list_texts(dataset_split._parse(row))) for row in rows]
+
+
+def count_near_duplicates(parts: dict[str, list[bytes]]) -> int:
+    """How many rows of valid and test `validate` would call nearly a row of train."""
+    train, held_out = list_texts(parts["train"]), list_texts([*parts["valid"], *parts["test"]])
+    asked = pl.DataFrame(NearDuplicates.hash_texts(held_out))
+    keys = pl.Series(range(len(train)), dtype=pl.UInt64)
+    matches = NearDuplicates.Matches()
+    shared, examples = NearDuplicates.Asked.of_frames([asked]).find_in(train, keys)
+    matches.add_range(shared, examples, 0)
+    lines = pl.Series(range(1, len(train) + 1), dtype=pl.Int32)
+    found = find_near_duplicates(matches.finish(lines), examples, asked)
+    return int(found["near"].is_not_null().sum())
+
+
+def split(rows: list[bytes], factor: float | None) -> dict[str, list[bytes]]:
+    """The rows of train, valid and test."""
+    if factor is None:
+        with mock.patch.object(dataset_split, "_join_near_duplicates", list):
+            return dataset_split.draw_splits(rows, SHARE, "the rows")
+    with mock.patch.object(related_rows, "RARE_NGRAM_FACTOR_IN_ALL_ROWS", factor):
+        return dataset_split.draw_splits(rows, SHARE, "the rows")
+
+
+def main() -> None:
+    """Print a line for each file and factor."""
+    for path in map(Path, sys.argv[1:]):
+        rows = [row for line in path.read_bytes().split(b"\n") if (row := line.strip())]
+        for factor in FACTORS:
+            parts = split(rows, factor)
+            sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
+            how = "equal rows" if factor is None else f"factor {factor:g}"
+            print(f"{path} ({sizes}), {how}: {count_near_duplicates(parts):,}")
+
+
+if __name__ == "__main__":
+    main()
