@@ -88,7 +88,7 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     (tmp_path / "lora.yaml").unlink()
     refused = called(*words, "-1", cwd=tmp_path)
     assert refused.code == ConfigError.exit_code
-    assert "greater than 0" in refused.message()
+    assert "--minutes: expected minutes above 0" in refused.message()
 
 
 @needs_rooms("planning")
