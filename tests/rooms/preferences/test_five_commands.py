@@ -10,7 +10,7 @@ import pytest
 from nested_core.registry import read_champion
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms
-from tests.rooms.preferences.pair_data import BASE, write_pairs
+from tests.rooms.preferences.pair_data import BASE, list_pairs, write_pairs, write_rows
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "preferences.md"
 QUESTION = "I want to see Italy. Where to?"
@@ -22,6 +22,20 @@ def list_commands() -> list[list[str]]:
     lines = [line.partition("#")[0].split() for line in block.splitlines()]
     assert {line[0] for line in lines} == {"nested-tune"}
     return [line[1:] for line in lines]
+
+
+@needs_rooms("planning")
+@pytest.mark.parametrize(("times", "epochs"), [(1, 3), (12, 1)])
+def test_init_writes_few_passes_over_pairs_and_one_over_many(times, epochs, tmp_path) -> None:
+    pairs = [
+        row | {"prompt": f"{number}. {row['prompt']}"}
+        for number in range(times)
+        for row in list_pairs("train")
+    ]
+    write_rows(tmp_path / "pairs", {"train": pairs, "valid": list_pairs("valid")})
+    words = ("init", "--data", "pairs", "--model", str(BASE), "-o", "dpo.yaml")
+    assert called(*words, cwd=tmp_path).code == 0
+    assert f"  epochs: {epochs}\n" in (tmp_path / "dpo.yaml").read_text()
 
 
 @needs_rooms("planning", "serve")
