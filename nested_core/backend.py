@@ -251,8 +251,7 @@ def prepare_for_model_size(weight_count: int) -> None:
 
 def is_mlx_built_for_cuda() -> bool:
     """Return whether the installed MLX is a build for CUDA."""
-    found = (metadata.distributions(name=package) for package in CUDA_PACKAGES)
-    return any(True for distributions in found for _ in distributions)
+    return any(any(metadata.distributions(name=package)) for package in CUDA_PACKAGES)
 
 
 def keep_freed_memory() -> None:

@@ -196,14 +196,18 @@ class Run:
         return () if file_type(path) == "missing" else self.read(path, read_promoted_to)
 
     @property
+    def configured_registry(self) -> tuple[Path, str] | None:
+        """The registry and the name in it that config.yaml names; None if it names none."""
+        return None if self.config is None else self.config.registry.location
+
+    @property
     def registered_as(self) -> tuple[Path, str] | None:
         """The registry and the name in it that config.yaml names, else the last one promoted to.
 
         Returns None if the run has neither.
         """
-        configured = None if self.config is None else self.config.registry.location
         by_hand = [(Path(registry), name) for registry, name in self.promoted_to or ()]
-        return configured or next(reversed(by_hand), None)
+        return self.configured_registry or next(reversed(by_hand), None)
 
     @cached_property
     def losses(self) -> ExampleLosses | None:
@@ -478,8 +482,7 @@ class AdapterRuns:
 
     def include(self, run: Run) -> bool:
         """Return whether a run's configuration names this adapter; False if it cannot be read."""
-        configured = None if run.config is None else run.config.registry.location
-        return configured is not None and AdapterRuns.of(*configured) == self
+        return (named := run.configured_registry) is not None and AdapterRuns.of(*named) == self
 
     def among(self, runs: Sequence[Run]) -> list[Run]:
         """Return those of the given runs that are of this adapter, in the given order."""

@@ -143,7 +143,7 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
 
 def _tabulate_generations(run: Run) -> Iterator[Block]:
     """Yield rooms' tables that compare champion and candidate on earlier versions' examples."""
-    verdict, location = run.verdict, None if run.config is None else run.config.registry.location
+    verdict, location = run.verdict, run.configured_registry
     if verdict is None or verdict.rival is None or location is None:
         return
     yield from seams.collect("generation_tables", *location, verdict.rival, verdict)

@@ -183,10 +183,10 @@ def _ask_registries(run: Run, names: Sequence[_Name]) -> _Decision | None:
     """Why a run that passed stays; None if each registry of it has a line that lets it go."""
     own = _list_own_registries(run)
     for registry, _ in own:
-        if not Path(registry).is_dir():
+        if not registry.is_dir():
             return _Decision(f"its registry {registry} is not found from this folder")
     told = {(name.registry, name.name) for name in names if name.tells_of(run)}
-    if told and told >= {(Path(registry).resolve(), name) for registry, name in own}:
+    if told and told >= {(registry.resolve(), name) for registry, name in own}:
         return None
     return _Decision("it passed the gate, and no known registry names it", is_unregistered=True)
 
@@ -235,16 +235,15 @@ class _Name:
         return run.version in self.versions or run.name in self.runs
 
 
-def _list_own_registries(run: Run) -> list[tuple[str, str]]:
+def _list_own_registries(run: Run) -> list[tuple[Path, str]]:
     """The registries that a run was registered in as far as it knows: configured, or by hand."""
-    section = None if run.config is None else run.config.registry
-    configured = [] if section is None or section.path is None else [(section.path, section.name)]
-    return [*((path, str(name)) for path, name in configured), *(run.promoted_to or ())]
+    by_hand = [(Path(registry), name) for registry, name in run.promoted_to or ()]
+    return [*filter(None, [run.configured_registry]), *by_hand]
 
 
 def _list_registries(runs: Sequence[Run], adapter: AdapterRuns | None) -> list[Path]:
     """The registries that are known here: of all runs, of the adapter, and the default one."""
-    paths = [Path(path) for run in runs for path, _ in _list_own_registries(run)]
+    paths = [path for run in runs for path, _ in _list_own_registries(run)]
     paths += [DEFAULT_REGISTRY, *([] if adapter is None else [adapter.registry])]
     return sorted({path.resolve() for path in paths})
 
