@@ -12,7 +12,6 @@ import glob
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,22 +58,22 @@ def require_file(arguments: argparse.Namespace) -> None:
 
 def read_numbers(arguments: argparse.Namespace) -> None:
     """Read the numbers of --split and --suite in place; ConfigError with a command that works."""
-    expected = "a share of the rows above 0 and below 0.5, such as 0.1, which is taken for valid "
-    expected += "and as much again for test"
-    numbers = (
-        ("split", float, expected, 0.1),
-        ("suite", int, "a number of questions", 5),
-    )
-    for name, kind, what, example in numbers:
-        given = getattr(arguments, name)
-        try:
-            number = None if given is None else kind(given)
-        except ValueError:
-            number = nan
-        if number is not None and (isnan(number) or (name == "split" and not 0 < number < 0.5)):
-            command = write_command(arguments, **{name: example})
-            raise ConfigError(f"--{name} {given}: expected {what}. For example: `{command}`")
-        setattr(arguments, name, number)
+    from nested_core.rooms.tables.dataset_split import read_share
+
+    for name, read, example in (("split", read_share, 0.1), ("suite", _read_count, 5)):
+        if (given := getattr(arguments, name)) is not None:
+            try:
+                setattr(arguments, name, read(given))
+            except ConfigError as error:
+                command = write_command(arguments, **{name: example})
+                raise ConfigError(f"{error} For example: `{command}`") from None
+
+
+def _read_count(given: str) -> int:
+    try:
+        return int(given)
+    except ValueError:
+        raise ConfigError(f"--suite {given}: expected a number of questions.") from None
 
 
 def write_command(arguments: argparse.Namespace, **changes: Any) -> str:

@@ -155,7 +155,7 @@ def _split_folder(data: str) -> Path:
 
 
 def _require_new_places(arguments: argparse.Namespace, folder: Path | None) -> Path | None:
-    """The file of -o, which is not there yet; ConfigError names all that is, and the command.
+    """Return the file of -o; ConfigError if it or the folder is there, with a command that works.
 
     folder: where the splits would be written; None if none are.
     """

@@ -55,8 +55,8 @@ class Source:
 
         looks_at_all: whether every row is looked at. Else what cannot be read is passed over.
         """
-        for path in [Path(data)] if Path(data).is_file() else ():
-            _require_text_in_text_file(path)
+        if Path(data).is_file():
+            _require_text_in_text_file(Path(data))
         if data.lower().endswith(UNREAD_SUFFIXES):
             raise ConfigError(
                 f"{data} is not read here. Open it in the program that it is of and save the table "

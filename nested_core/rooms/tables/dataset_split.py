@@ -11,6 +11,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,7 +42,7 @@ def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
     data that cannot be split so, DatasetError where rows cannot be read, and FileExistsError where
     `target` is there.
     """
-    require_share(share)
+    read_share(share)
     if not (Path(data).exists() or glob(data, recursive=True)):
         raise ConfigError(f"--split takes a folder with train.jsonl, or files; {data} is neither.")
     with TemporaryDirectory(prefix="nested-tune-") as spool:
@@ -54,13 +55,15 @@ def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
     return {split: len(lines) for split, lines in parts.items()}
 
 
-def require_share(share: float) -> None:
-    """Refuse a share that leaves nothing to train on, or takes nothing out."""
-    if not 0 < share < 0.5:
-        raise ConfigError(
-            f"--split {share:g}: expected a share of the rows above 0 and below 0.5, such as 0.1, "
-            f"which is taken for valid and as much again for test."
-        )
+def read_share(given: str | float) -> float:
+    """Return the share; ConfigError if it leaves nothing to train on, or takes nothing out."""
+    with suppress(ValueError):
+        if 0 < (share := float(given)) < 0.5:
+            return share
+    raise ConfigError(
+        f"--split {given}: expected a share of the rows above 0 and below 0.5, such as 0.1, which "
+        f"is taken for valid and as much again for test."
+    )
 
 
 def require_train_alone(data: str, splits: Mapping[str, SplitFile]) -> SplitFile:
@@ -175,7 +178,7 @@ def _answer_of(row: bytes) -> str:
 
 
 def _parse(row: bytes) -> Any:
-    """A row's JSON; its text where it is none, of which the report on the new folder says more."""
+    """Return a row's JSON; its text if it is none, which the report on the new folder tells."""
     try:
         return json.loads(row)
     except ValueError:
