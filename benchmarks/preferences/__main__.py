@@ -369,7 +369,8 @@ def main() -> None:
     for row in Benchmark(options).rows(done):
         print(json.dumps(row), flush=True)
         append_lines(path, [row])
-    if (row := compare_all_seeds(options.out)) is not None:
+    row = compare_all_seeds(options.out)
+    if row is not None and row != done.get(row["cell"]):
         print(json.dumps(row), flush=True)
         append_lines(path, [row])
 

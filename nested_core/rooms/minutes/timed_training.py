@@ -171,8 +171,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         text = (
             f"minutes: {steps:,} {noun} in {minutes:g} minutes{in_threads}, "
             f"{format_passes(passes)} over {trial.plan.training_file}: {forecast.step:.2g} s a "
-            f"step, and the verdict about "
-            f"{forecast.describe_verdict()}"
+            f"step, and the verdict about {forecast.describe_verdict()}"
         )
         if steps == least:
             text += ". That is tight: if the time ends before the verdict, --resume gives it"
@@ -216,7 +215,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         return trial, forecast
 
     def _refuse(self, forecast: Forecast, minutes: float) -> None:
-        """Raise ConfigError: the steps that have to be fit into so many minutes, which is more."""
+        """Raise ConfigError: the fewest steps and their verdict would take so many minutes."""
         raise ConfigError(
             f"training.minutes: {self._minutes:g} minutes hold no step and its verdict on this "
             f"machine, as busy as it is: {format_clock(time.time() - self._began)} are over, a "

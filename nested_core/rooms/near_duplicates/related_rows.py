@@ -29,8 +29,8 @@ MIN_SHARED_NGRAMS = 2
 # An n-gram in more than RARE_NGRAM_MAX_EXAMPLES is common; in a small training set at fewer.
 RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET = 2
 RARE_NGRAM_TRAIN_SIZE_DIVISOR = 50
-# Before a split an n-gram has more examples than train will have: of 1 to 3, this left the fewest
-# near-duplicates of a held-out row in train.
+# Before a split an n-gram is in more examples than it will be in train. Of the factors from 1 to 3,
+# this one left the fewest near-duplicates of a held-out row in train.
 RARE_NGRAM_FACTOR_IN_ALL_ROWS = 1.5
 _TEXTS_AT_ONCE = 20_000
 
@@ -59,10 +59,10 @@ def find_near_duplicates(
 
 
 def group_near_duplicates(texts: Sequence[str]) -> list[list[int]]:
-    """The indices of the texts in groups: of two that nearly are one another, both are in one.
+    """Group texts so that near-duplicates are together; return the texts' indices in each group.
 
-    A text that nearly is a text of two groups makes one of them. Groups are in the order of their
-    first texts.
+    A near-duplicate of texts in two groups joins these. Groups are in the order of their first
+    texts.
     """
     roots = list(range(len(texts)))
 

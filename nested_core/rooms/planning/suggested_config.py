@@ -252,7 +252,7 @@ def _render_yaml(
     why_so_many = "more hardly helps"
     if has_another_loss:
         epochs = min(EPOCHS, math.ceil(STEPS_WITH_ANOTHER_LOSS / batches))
-        why_so_many = "more may make chosen answers unlikely, too"
+        why_so_many = "more can make chosen answers unlikely as well"
     elif epochs > EPOCHS:
         why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
     how_long = f"epochs: {epochs}"
