@@ -27,7 +27,7 @@ ARMS = {
     "k": "mlx_lm.lora with what `init` writes: rate, mask, batch, steps, warm-up and cosine",
     "c-256MB": "c, which keeps 256 MiB of freed buffers at most; timed alone",
     "c-512MB": "c, which keeps 512 MiB; timed alone",
-    "c-long": "c with 4 epochs in place of 3",
+    "c-long": "c with 5 epochs in place of 3",
     "c-long-answers": "c-long, the step chosen by answers",
     "c-long-32": "c-long with rank 32",
 }
@@ -187,7 +187,7 @@ REAL = Study(
     ),
     counts=Counts(train=1336, choose=200, judge=1000),
     iterations=dict.fromkeys(REAL_TASKS, 1000),
-    sweep_runs=1.45,  # fill the seconds of arm k, by quiet-2.jsonl
+    sweep_runs=1.75,  # fill the seconds of arm k, by quiet-3.jsonl
     sweeps_by_answers=True,
     quiet=(
         *quiet_cells(REAL_TASKS[:1], ("c", "k"), (0,)),
