@@ -10,10 +10,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from multiprocessing.pool import AsyncResult
+from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +23,37 @@ MOST_FAILURES = 8  # in a row: then the device is lost, and every further cell w
 
 
 def run(study: Study, options: argparse.Namespace) -> None:
-    """Run what is missing, `--workers` cells at the same time, and append each row as it ends."""
+    """Run what is missing, `--workers` cells at the same time, and append each row as it ends.
+
+    A worker in which a cell failed is replaced: once CUDA has failed in a process, it fails always.
+    """
     end = time.monotonic() + options.seconds
     failed: set[Cell] = set()
     in_a_row = 0
-    running: dict[Cell, AsyncResult[dict[str, Any]]] = {}
-    with worker_pool(options.workers, end, prepares=True) as pool:
-        while time.monotonic() < end:
-            rows = read_rows(options.rows)
-            known = {cell_of(row) for row in rows} | failed | running.keys()
-            waiting = [cell for cell in study.cells(rows) if cell not in known]
-            for cell in waiting[: options.workers - len(running)]:
-                running[cell] = pool.apply_async(run_in_worker, (cell, study, options))
-            if not running:
-                break
-            time.sleep(POLL_SECONDS)
-            for cell in [cell for cell, result in running.items() if result.ready()]:
-                if append(options.rows, cell, running.pop(cell), options.workers):
-                    in_a_row = 0
-                    continue
+    running: dict[Cell, tuple[Pool, AsyncResult[dict[str, Any]]]] = {}
+    idle = [start_worker(prepares=True, shares=options.workers > 1) for _ in range(options.workers)]
+    while time.monotonic() < end and in_a_row < MOST_FAILURES:
+        rows = read_rows(options.rows)
+        known = {cell_of(row) for row in rows} | failed | running.keys()
+        waiting = [cell for cell in study.cells(rows) if cell not in known]
+        for cell in waiting[: len(idle)]:
+            worker = idle.pop()
+            running[cell] = worker, worker.apply_async(run_in_worker, (cell, study, options))
+        if not running:
+            break
+        time.sleep(POLL_SECONDS)
+        for cell in [cell for cell, (_, result) in running.items() if result.ready()]:
+            worker, result = running.pop(cell)
+            if append(options.rows, cell, result, options.workers):
+                in_a_row = 0
+            else:
                 failed.add(cell)
                 in_a_row += 1
-            if in_a_row >= MOST_FAILURES:
-                pool.terminate()
-                break
+                worker.terminate()
+                worker = start_worker(prepares=True, shares=options.workers > 1)
+            idle.append(worker)
+    for worker in [*idle, *(worker for worker, _ in running.values())]:
+        end_worker(worker, waits=not running)
     done = len(read_rows(options.rows))
     print(f"{options.rows}: {done} rows, {len(failed)} failed", file=sys.stderr)
 
@@ -60,26 +65,31 @@ def run_quietly(study: Study, options: argparse.Namespace) -> None:
     """
     end = time.monotonic() + options.seconds
     known = {cell_of(row) for row in read_rows(options.rows)}
-    with worker_pool(1, end, prepares=False) as theirs, worker_pool(1, end, prepares=True) as ours:
-        for cell in (cell for cell in study.quiet if cell not in known):
-            if time.monotonic() > end:
-                break
-            pool = theirs if cell.arm in OF_MLX_LM else ours
-            result = pool.apply_async(run_in_worker, (cell, study, options))
-            result.wait(max(0.0, end - time.monotonic()))
-            if result.ready():
-                append(options.rows, cell, result, 1)
+    theirs, ours = (start_worker(prepares=mine, shares=False) for mine in (False, True))
+    for cell in (cell for cell in study.quiet if cell not in known):
+        if time.monotonic() > end:
+            break
+        worker = theirs if cell.arm in OF_MLX_LM else ours
+        result = worker.apply_async(run_in_worker, (cell, study, options))
+        result.wait(max(0.0, end - time.monotonic()))
+        if result.ready():
+            append(options.rows, cell, result, 1)
+    for worker in (theirs, ours):
+        end_worker(worker, waits=time.monotonic() < end)
 
 
-@contextmanager
-def worker_pool(workers: int, end: float, *, prepares: bool) -> Iterator[Any]:
-    """Processes that run cells; they end by themselves, or at `end` whatever they do then."""
-    start = (prepares, workers > 1)
-    with multiprocessing.get_context("spawn").Pool(workers, prepare_worker, start) as pool:
-        yield pool
-        if time.monotonic() < end:
-            pool.close()  # what they compiled is kept for the next call
-            pool.join()
+def start_worker(*, prepares: bool, shares: bool) -> Pool:
+    """A process that runs cells, one after the other."""
+    return multiprocessing.get_context("spawn").Pool(1, prepare_worker, (prepares, shares))
+
+
+def end_worker(worker: Pool, *, waits: bool) -> None:
+    """End a worker: by itself, so that what it compiled is kept for the next call, or at once."""
+    if waits:
+        worker.close()
+        worker.join()
+    else:
+        worker.terminate()
 
 
 def prepare_worker(prepares: bool, shares: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import re
@@ -17,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from benchmarks.learning import bases
+from benchmarks.learning import bases, driver
 from benchmarks.learning.arms import SWEPT, sweep_request
 from benchmarks.learning.judge import (
     ANSWER_TOKENS_AT_ONCE,
@@ -44,8 +45,10 @@ from benchmarks.learning.study import (
     SMALL,
     STREAM_RATES,
     Cell,
+    Stage,
     cell_of,
     rate_share,
+    read_rows,
     replay_fraction,
 )
 from benchmarks.learning.tasks import GEOGRAPHY, Counts, Row, read_task
@@ -145,6 +148,52 @@ def test_rates_are_chosen_before_their_arms_are_judged_and_each_cell_runs_once()
     everything = [*first, *later]
     assert len(everything) == len(set(everything)) == 240
     assert {cell_of(row) for row in rows} == first
+
+
+def test_a_worker_that_a_cell_has_broken_runs_no_other_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = replace(FULL, tasks=("clinc150",), sizes=("10M",), stages=(Stage(("a",), (1, 2, 3)),))
+    tried: list[tuple[int, int]] = []
+
+    class Worker:
+        """Runs a cell at once; fails from seed 1 on, as a process that CUDA has failed in."""
+
+        broken = False
+
+        def apply_async(self, _: object, arguments: tuple[Cell, object, object]) -> Worker:
+            self.cell = arguments[0]
+            self.broken = self.broken or self.cell.seed == 1
+            tried.append((id(self), self.cell.seed))
+            return self
+
+        def ready(self) -> bool:
+            return True
+
+        def get(self) -> dict[str, Any]:
+            if self.broken:
+                raise RuntimeError("unspecified launch failure")
+            return result(self.cell, [1]) | {"seconds": 1.0}
+
+        def terminate(self) -> None:
+            workers.remove(self)
+
+        def close(self) -> None: ...
+
+        def join(self) -> None: ...
+
+    workers: list[Worker] = []
+
+    def start_worker(**_: bool) -> Worker:
+        workers.append(Worker())
+        return workers[-1]
+
+    monkeypatch.setattr(driver, "start_worker", start_worker)
+    rows = tmp_path / "rows.jsonl"
+    driver.run(study, argparse.Namespace(rows=rows, workers=1, seconds=60.0))
+    assert [seed for _, seed in tried] == [1, 2, 3]
+    assert tried[0][0] != tried[1][0] == tried[2][0]
+    assert [row["seed"] for row in read_rows(rows)] == [2, 3]
 
 
 @needs_rooms("sweep")

@@ -88,24 +88,60 @@ def test_the_time_to_an_accuracy_is_that_of_the_rows(task: str, goal: int) -> No
             assert cell == f"never: {100 * share:.1f} % after {seconds:.1f} s"
 
 
-def test_the_seconds_of_the_fourth_lease_are_those_of_the_rows() -> None:
-    page = " ".join((LEARNING / "RESULTS-2.md").read_text().split())
-    told = re.search(
-        r"b6b88583\), banking77: c (\S+), (\S+); k (\S+), (\S+) \((\S+); joules (\S+)\)", page
-    )
+@pytest.mark.parametrize(
+    ("file", "cell"),
+    [
+        ("quiet-2.jsonl", r"third lease, one GPU \| (\S+) \((\S+)\), 3 and 2 \|"),
+        ("quiet-3.jsonl", r"b6b88583 \| (\S+) \((\S+)\), 2 \| (\S+) \((\S+)\), 1;"),
+        ("quiet-4.jsonl", r"9c210666 \| (\S+) \((\S+)\), 4 \| (\S+) \((\S+)\), 4 \|"),
+    ],
+)
+def test_the_share_of_seconds_and_joules_is_that_of_the_turns(file: str, cell: str) -> None:
+    told = re.search(cell, (LEARNING / "RESULTS-2.md").read_text())
     assert told is not None
-    rows = [json.loads(line) for line in (LEARNING / "quiet-3.jsonl").read_text().splitlines()]
-    turns = {
-        arm: [r for r in rows if (r["task"], r["arm"]) == ("banking77", arm) and r["seed"] > 100]
-        for arm in "ck"
+    rows = [json.loads(line) for line in (LEARNING / file).read_text().splitlines()]
+    shares = []
+    for task, key in itertools.product(("banking77", "restaurant8k"), ("seconds", "joules")):
+        turns = [row for row in rows if row["task"] == task and row["seed"] > 100]
+        c, k = ([row[key] for row in turns if row["arm"] == arm] for arm in "ck")
+        if c:
+            shares.append(statistics.median(c) / statistics.median(k))
+    assert [float(figure) for figure in told.groups()] == pytest.approx(shares, abs=0.0051)
+
+
+DIFFERENCES = ("c-long - c", "c-long-answers - c", "c-long-32 - c", "c-long - k", "c-long-32 - k")
+OF_TWO_TASKS = ("g-deep - d", "g-shallow - d", "d - b", "d - c", "h - b")
+T_BY_COUNT = {3: 4.302653, 4: 3.182446, 6: T_OF_FIVE}  # Student's t, 97.5 %, of so many tasks
+
+
+@pytest.mark.parametrize("name", [*DIFFERENCES, *OF_TWO_TASKS])
+def test_a_difference_of_two_arms_is_that_of_their_common_seeds(name: str) -> None:
+    page = (LEARNING / "RESULTS-2.md").read_text()
+    (line,) = re.findall(rf"^ *\| {name} \|(.*)\|$", page, re.MULTILINE)
+    cells = [cell.strip() for cell in line.split("|")]
+    tasks = TASKS if name in DIFFERENCES else ("banking77", "clinc150")
+    shares = {
+        (row["task"], row["arm"], row["seed"]): row["right_share"]
+        for row in map(json.loads, (LEARNING / "rows-2.jsonl").read_text().splitlines())
+        if row["seed"]
     }
-    seconds = [row["seconds"] for arm in "ck" for row in turns[arm]]
-    assert [float(figure.strip(";")) for figure in told.groups()[:4]] == pytest.approx(
-        seconds, abs=HALF_A_DIGIT
-    )
-    for key, figure in (("seconds", told.group(5)), ("joules", told.group(6))):
-        c, k = (statistics.median(row[key] for row in turns[arm]) for arm in "ck")
-        assert float(figure) == pytest.approx(c / k, abs=0.0051)
+    one, other = name.split(" - ")
+    means = []
+    for task, cell in zip(tasks, cells, strict=False):
+        seeds = [s for s in range(1, 6) if {(task, one, s), (task, other, s)} <= shares.keys()]
+        if not seeds:
+            assert cell == ""
+            continue
+        means.append(statistics.fmean(shares[task, one, s] - shares[task, other, s] for s in seeds))
+        difference, count = cell.strip(")").split(" (")
+        assert float(difference) == pytest.approx(100 * means[-1], abs=HALF_A_DIGIT)
+        assert int(count) == len(seeds)
+    if name in DIFFERENCES:
+        half = T_BY_COUNT[len(means)] * statistics.stdev(means) / math.sqrt(len(means))
+        written = [float(figure) for figure in re.findall(r"[+-][\d.]+", cells[-1])]
+        mean = statistics.fmean(means)
+        expected = [100 * value for value in (mean, mean - half, mean + half)]
+        assert written == pytest.approx(expected, abs=HALF_A_DIGIT)
 
 
 def test_readme_names_the_time_to_an_accuracy_of_the_results() -> None:
