@@ -76,3 +76,24 @@ def test_the_page_has_words_loss_seconds_and_memory_of_both_programs() -> None:
         assert text.format(mine, theirs) in PAGE
     cold = rows["training ours 0"]["process_seconds"]
     assert f"our process took {cold:.0f} s in place of {mine['process_seconds']:.0f}" in PAGE
+
+
+def test_the_page_has_the_figures_of_the_run_on_a_cpu() -> None:
+    rows = rows_of("rows-cpu.jsonl")
+    names = ("share trl, ours", "share base, ours", "general loss ours", "general loss trl")
+    names = (*names, "training ours", "training trl")
+    apart, share, general, of_trl, ours, trl = (rows[f"{name} 0"] for name in names)
+    percent = {key: 100 * apart[key] for key in ("before", "after", "difference")}
+    low, high = (100 * end for end in apart["interval"])
+    for text in (
+        f"{share['prompts']} fresh prompts",
+        f"base {100 * share['before']:.1f} %, ours {percent['after']:.1f} %, TRL"
+        f" {percent['before']:.1f} %, ours less TRL {percent['difference']:+.1f} points"
+        f" ({low:+.1f} to {high:+.1f})",
+        f"Words an answer: {share['words'][0]:.1f}, ours {apart['words'][1]:.1f}"
+        f", TRL {apart['words'][0]:.1f}",
+        f"{general['before']:.3f}, ours {general['after']:.3f}, TRL {of_trl['after']:.3f}",
+        f"took us **{ours['training_seconds']:.0f} s, TRL {trl['training_seconds']:.0f}**",
+        f"held {ours['resident_memory_gb']:.1f} GB, TRL's {trl['resident_memory_gb']:.1f}",
+    ):
+        assert text in PAGE
