@@ -117,6 +117,7 @@ def test_version_from_a_foreign_folder(command: Path, foreign: Path) -> None:
     assert PROJECT["version"] in done.stdout
 
 
+@pytest.mark.slow("a process that imports Prefect")
 def test_validate_from_a_foreign_folder_rejects_the_one_bad_line(command, foreign) -> None:
     chats = [chat(f"What is the capital of {name}?", f"{capital}.") for name, capital in CAPITALS]
     write_lines(foreign / "data" / "train.jsonl", [*chats, b'{"messages": ['])

@@ -32,6 +32,7 @@ def test_the_floor_goes_back_as_far_as_the_thirds_that_are_due(layers: int) -> N
     assert floor.lowest_layers(layers, deep=False) == [0] * shapes.WINDOW
 
 
+@pytest.mark.slow("trains for its windows")
 @pytest.mark.parametrize("deep", [False, True])
 def test_the_floor_is_measured_in_as_many_windows_as_a_training(deep: bool) -> None:
     found = floor.floor_of(shapes.SHAPES["tiny"], deep=deep)

@@ -18,6 +18,7 @@ from nested_core.storage.run_directory import RunDirectory
 SHAPE = SHAPES["tiny"]
 
 
+@pytest.mark.slow("trains for its windows")
 @pytest.mark.usefixtures("own_random_state")
 def test_the_trainer_is_measured_in_windows_of_full_batches_as_wide_as_those_of_the_step_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

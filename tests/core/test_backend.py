@@ -63,6 +63,7 @@ print(*(os.environ.get(name) for name in (*names, "MLX_CUDA_SDPA_BACKWARD_CACHE_
 """
 
 
+@pytest.mark.slow("a process that imports MLX")
 @pytest.mark.skipif(not LINUX, reason="CUDA is on Linux")
 def test_with_mlx_for_cuda_a_model_chooses_how_kernels_are_started_unless_somebody_did(
     tmp_path: Path,
@@ -190,6 +191,7 @@ print(os.environ["MLX_MAX_OPS_PER_BUFFER"])
 """
 
 
+@pytest.mark.slow("a process that imports MLX")
 @pytest.mark.skipif(not LINUX, reason="CUDA is on Linux")
 def test_a_run_chooses_by_its_base_model(tmp_path: Path) -> None:
     path = with_cuda_package(tmp_path)

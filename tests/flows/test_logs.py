@@ -39,6 +39,7 @@ Path(held).write_text("went on")
 """
 
 
+@pytest.mark.slow("processes that import Prefect")
 @pytest.mark.parametrize(
     "deployment",
     slow_except(["a deployment's run", ""], "a deployment's run", reason="another flow's process"),

@@ -52,6 +52,7 @@ def test_the_same_command_works_once_the_mistake_is_corrected(tmp_path: Path) ->
     assert (tmp_path / "mine" / "one" / "result.json").is_file()
 
 
+@pytest.mark.slow("trains")
 def test_a_resume_that_is_refused_leaves_a_run_that_began_as_it_is(tmp_path: Path) -> None:
     write_config(tmp_path / "lora.yaml", iters=8)
     arguments = ("train", "-c", "lora.yaml", "--run-dir", "one")

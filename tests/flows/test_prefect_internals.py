@@ -120,6 +120,7 @@ def test_what_the_deployments_files_name_is_there(setting: str, expected: str) -
         assert hasattr(import_module(setting), expected)
 
 
+@pytest.mark.slow("a run with Prefect's server")
 def test_the_events_that_an_automation_counts_have_the_labels_that_it_matches() -> None:
     import prefect.server.models.events as events
 

@@ -124,6 +124,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.slow("a template loops until it is stopped")
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_chat_template_that_loops_is_refused_in_one_message(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(parallel_tokenization, "TemplateTimeLimit", lambda: TemplateTimeLimit(0.5))
@@ -139,6 +140,7 @@ def test_a_chat_template_that_loops_is_refused_in_one_message(name, tmp_path, mo
     assert time.process_time() - began < 20
 
 
+@pytest.mark.slow("a template runs until it is stopped")
 def test_a_template_in_time_is_left_alone_and_one_out_of_time_is_ended() -> None:
     with TemplateTimeLimit(0.3) as limit:
         for _ in range(3):

@@ -152,6 +152,7 @@ def problem_of(raw: bytes) -> LineProblem | None:
     return None
 
 
+@pytest.mark.slow("reads hundreds of rows that hypothesis makes")
 @given(json_values)
 def test_any_json_is_an_example_or_a_problem(value: object) -> None:
     raw = json.dumps(value).encode()

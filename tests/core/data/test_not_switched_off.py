@@ -27,6 +27,7 @@ assert "pandera" not in sys.modules  # which reads the variables when it is impo
 COMMAND = f"{NEW_PROCESS}from flows.cli import main; sys.exit(main())"
 AFTER_PANDERA = f"{NEW_PROCESS}import pandera.polars; from flows.cli import main; sys.exit(main())"
 ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.slow("processes that import pandera")
 
 
 def validate(
@@ -82,7 +83,6 @@ def test_no_variable_of_pandera_changes_a_finding(environment, bad_data, expecte
     assert validate(bad_data, environment) == expected
 
 
-@pytest.mark.slow("a process that imports pandera for each variable")
 @pytest.mark.parametrize("environment", OFF, ids=lambda variables: next(iter(variables)))
 def test_nor_where_another_has_imported_pandera_under_it_before(
     environment: dict[str, str], bad_data: Path, expected: tuple[int, list[dict[str, Any]]]

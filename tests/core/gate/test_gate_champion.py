@@ -220,6 +220,7 @@ def test_a_champion_that_training_began_with_has_the_losses_from_before(
     challenger.confirm()
 
 
+@pytest.mark.slow("trains and judges")
 def test_the_champion_costs_one_pass(challenger, monkeypatch) -> None:
     passes: list[int] = []
     compare = LoadedBase.compare_predictions

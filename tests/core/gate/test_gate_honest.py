@@ -64,6 +64,7 @@ def test_an_honest_run_passes(tmp_path: Path, name: str) -> None:
     assert (verdict.adapter_step == done.result.step) is ("earlier" not in name)
 
 
+@pytest.mark.slow("trains twice and judges")
 def test_a_run_that_was_stopped_and_resumed_passes(tmp_path: Path) -> None:
     config = example_config()
     run = prepare(config, tmp_path / "run")

@@ -58,6 +58,7 @@ def encode(*texts: str) -> list[list[int]]:
     ]
 
 
+@pytest.mark.slow("answers one by one and in batches")
 @pytest.mark.parametrize(
     "name",
     slow_except(

@@ -75,6 +75,7 @@ def assert_equal_runs(pair: str, options: dict[str, Any], *arguments: Any, **how
         assert {name.split(".")[0] for name in state.keys() - mlx_state.keys()} == {"nested"}
 
 
+@pytest.mark.slow("hundreds of steps of MLX's optimizers")
 @pytest.mark.parametrize(
     "schedule", slow_except(SCHEDULES, "constant", "cosine", reason="compares 200 steps, twice")
 )

@@ -32,6 +32,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL, example_config, prepare, train
+from tests.left_out import slow_except
 from tests.runs import not_registered
 
 NAME = "capitals"
@@ -188,25 +189,26 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(
-    ("file", "changes"),
-    [
-        ("tokenizer_config.json", {"chat_template": TEMPLATE + " "}),
-        ("tokenizer_config.json", {"bos_token": None}),
-        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
-        ("generation_config.json", {"eos_token_id": [0, 5]}),
-    ],
-    ids=str,
-)
+OTHER_BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "template": ("tokenizer_config.json", {"chat_template": TEMPLATE + " "}),
+    "first token": ("tokenizer_config.json", {"bos_token": None}),
+    "normalizer": ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}),
+    "ends": ("generation_config.json", {"eos_token_id": [0, 5]}),
+}
+
+
+@pytest.mark.parametrize("other", slow_except(OTHER_BASES, "template", reason="prepares two runs"))
 def test_another_tokenizer_or_end_of_answers_is_a_reason_to_train(
-    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path, file: str, changes: Any
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path, other: str
 ) -> None:
+    file, changes = OTHER_BASES[other]
     base = shutil.copytree(MODEL, tmp_path / "base")
     assert unchanged(folder, tmp_path / "same", "tuesday", model=str(base)) == tuesday[1]
     edit_json(base / file, **changes)
     assert unchanged(folder, tmp_path / "run", "tuesday", model=str(base)) is None
 
 
+@pytest.mark.slow("prepares five runs")
 def test_other_held_out_rows_are_a_reason_to_train(folder, tuesday, tmp_path) -> None:
     data = shutil.copytree(folder / "tuesday", tmp_path / "data")
     rows = (data / "valid.jsonl").read_text().splitlines(keepends=True)

@@ -85,6 +85,7 @@ def test_four_processes_promoting_many_versions_at_once_lose_none(
         print(f"\n{count} versions registered and promoted by 4 processes in {seconds:.1f} s")
 
 
+@pytest.mark.slow("threads that promote and read")
 @pytest.mark.usefixtures("no_time_to_decide")
 def test_gc_beside_promoters_and_readers_leaves_a_sound_registry_at_every_moment(
     make_run, registry

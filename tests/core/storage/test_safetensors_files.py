@@ -21,6 +21,7 @@ from tests.core.gate.pairs import CONFIG, trained_tensors, write
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow("reads hostile files in processes")
 def test_hostile_headers_are_refused_within_a_second_and_100_mb_each(tmp_path: Path) -> None:
     names = hostile.write_all(tmp_path)
     command = [sys.executable, "-m", "tests.core.hostile", str(tmp_path)]

@@ -98,6 +98,7 @@ def test_what_is_published_has_the_models_dtype_and_is_the_rounded_master(whole:
     assert len(wider) == len(published)
 
 
+@pytest.mark.slow("trains the whole model three times")
 @pytest.mark.parametrize("step", slow_except([1, 5], 5, reason="trains, stops and resumes a run"))
 def test_a_stopped_and_resumed_run_is_bit_identical(whole, tmp_path, step) -> None:
     run = prepare(whole.config, tmp_path / "run")

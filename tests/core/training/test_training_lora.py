@@ -89,6 +89,7 @@ LORA: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
+@pytest.mark.slow("trains and judges")
 @pytest.mark.parametrize(
     "case", slow_except(LORA, "last layer", "keys", reason="trains and judges a run")
 )

@@ -119,6 +119,7 @@ class Killed(BaseException):
     """The process ends here: nothing catches it, and nothing is written any more."""
 
 
+@pytest.mark.slow("trains three times")
 @pytest.mark.parametrize(
     "ends_by", slow_except([TrainingStopped, Killed], Killed, reason="trains a run of its own")
 )

@@ -85,6 +85,7 @@ def test_training_stops_early_after_evaluations_without_enough_improvement(tmp_p
     assert steps.train(done.config, done.run) == done.result
 
 
+@pytest.mark.slow("trains and evaluates")
 def test_the_adapter_of_an_early_stop_has_the_loss_that_is_recorded_for_it(tmp_path: Path) -> None:
     done = train_example(
         tmp_path / "run",

@@ -28,6 +28,7 @@ from nested_core.errors import ConfigError
 from nested_core.seams import is_there
 
 
+@pytest.mark.slow("a process that imports Prefect")
 def test_without_a_server_deploy_exits_2_and_says_what_to_set(nested_tune) -> None:
     refused = nested_tune("deploy", COLUMNS="80")  # a process of its own, which has no server
     assert refused.code == 2

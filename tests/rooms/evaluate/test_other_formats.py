@@ -84,6 +84,7 @@ def test_a_gguf_that_is_not_understood_is_refused_by_name(gguf: Path, tmp_path: 
         evaluate([other], suites=[CAPITALS])
 
 
+@pytest.mark.slow("exports and evaluates")
 def test_peft_and_exported_folders_have_the_figures_of_the_verdict(
     judged: Judged, exported: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +103,7 @@ def test_peft_and_exported_folders_have_the_figures_of_the_verdict(
     assert fused.loss.loss_after == pytest.approx(validation.loss_after, rel=5e-3)  # bfloat16
 
 
+@pytest.mark.slow("exports and evaluates")
 def test_what_an_export_was_trained_on_is_left_out_or_said_to_be_unknown(
     exported: Path, tmp_path: Path
 ) -> None:

@@ -124,6 +124,7 @@ def test_its_products_have_the_quicker_number_of_blas_threads(
     assert variable not in os.environ
 
 
+@pytest.mark.slow("trains, exports and answers")
 @pytest.mark.parametrize(
     "quantize", slow_except(["f16", "q8_0"], "q8_0", reason="exports a whole model")
 )
@@ -477,6 +478,7 @@ def test_a_gguf_at_which_mlxs_reader_crashes_is_damaged(trained, tmp_path) -> No
         unpack_gguf(file, tmp_path / "unpacked")
 
 
+@pytest.mark.slow("exports")
 @pytest.mark.parametrize(
     "is_judged", slow_except([True, False], False, reason="judges and exports a run")
 )

@@ -48,6 +48,7 @@ def test_the_same_model_has_the_same_tokens_and_answers(ours: MlxLm) -> None:
     assert row["largest_rounding"] < 1e-4  # one token at a time, and all at once
 
 
+@pytest.mark.slow("answers with two readers")
 def test_another_adapter_parts_the_answers_and_is_no_tie(ours: MlxLm, tmp_path: Path) -> None:
     other = MlxLm(str(MODEL), str(random_adapter(tmp_path / "other", scale=40.0)))
     row = compare(ours, other, QUESTIONS)

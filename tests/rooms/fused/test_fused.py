@@ -27,6 +27,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow("trains and fuses")
 @pytest.mark.parametrize(
     ("rate", "kind", "expected"),
     [

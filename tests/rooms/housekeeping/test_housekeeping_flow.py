@@ -20,6 +20,7 @@ from tests.left_out import needs_rooms
 NAME = "capitals"
 
 
+@pytest.mark.slow("trains, and judges twice")
 @needs_rooms("doctor")
 @pytest.mark.usefixtures("prefect_server")
 def test_a_pruned_run_restores_its_version_and_is_judged_again_and_the_state_has_the_bytes(

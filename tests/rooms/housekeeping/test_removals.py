@@ -314,6 +314,7 @@ def do_all(
             world.do(step)
 
 
+@pytest.mark.slow("trains and registers several runs")
 @pytest.mark.usefixtures("no_time_to_decide")
 @given(PLANS, st.lists(STEPS, min_size=3, max_size=5))
 @settings(max_examples=10)

@@ -66,6 +66,7 @@ def compute(tmp_path: Path, *words: str, code: int = 0, **environment: str) -> s
     return done.stdout.strip()
 
 
+@pytest.mark.slow("a process that compiles a kernel")
 @needs_compiler
 def test_a_library_that_another_user_planted_is_not_loaded(tmp_path: Path) -> None:
     library = Path(compute(tmp_path))
@@ -85,6 +86,7 @@ def test_a_library_that_another_user_planted_is_not_loaded(tmp_path: Path) -> No
     assert trace.read_text() == "ran"
 
 
+@pytest.mark.slow("processes that compile a kernel")
 @needs_compiler
 def test_a_kernel_is_compiled_once_and_not_loaded_where_a_kill_left_it_torn(tmp_path: Path) -> None:
     torn = Path(compute(tmp_path, "prepared", "torn", code=-signal.SIGKILL))

@@ -161,6 +161,7 @@ class Told(Steps):
         self.messages.append(message)
 
 
+@pytest.mark.slow("a process that compiles kernels")
 def test_a_process_that_fails_is_told_of_and_the_run_goes_on(tmp_path, monkeypatch, caplog) -> None:
     fake_worker(tmp_path, monkeypatch, "raise RuntimeError(request['part'] + ': no room')")
     hooks = Told()

@@ -66,6 +66,7 @@ def test_a_number_that_the_environment_gives_stays(
     assert choose_blas_threads(model_that_takes({1: 0.0, 2: 0.05}, library)) == 2
 
 
+@pytest.mark.slow("measures the speed of steps")
 def test_explain_measures_a_run_of_minutes_with_the_threads_that_it_will_have(
     tmp_path: Path, library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     assert "--minutes: expected minutes above 0" in refused.message()
 
 
+@pytest.mark.slow("measures the speed of steps and of answers")
 @needs_rooms("planning")
 def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.3)

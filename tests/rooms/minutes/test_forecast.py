@@ -113,6 +113,7 @@ def test_a_slow_first_step_tells_alone_unless_a_compiler_ran_in_it(
     assert steps_tried(count()) == 2
 
 
+@pytest.mark.slow("answers for its forecast, twice")
 def test_more_tokens_of_answers_take_longer(tmp_path: Path) -> None:
     suite = tmp_path / "suite.jsonl"
     question = {"messages": [{"role": "user", "content": "Where to?"}], "expected": "Oslo"}

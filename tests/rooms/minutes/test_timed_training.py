@@ -150,6 +150,7 @@ def leave_too_little_time(run: RunDirectory) -> None:
     set_end(timed_training.SECONDS_TO_STOP + 0.9 * needed)
 
 
+@pytest.mark.slow("trains twice")
 def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Path) -> None:
     hooks = Listening()
     run = open_run(tmp_path / "minutes")
@@ -269,6 +270,7 @@ def test_a_run_that_is_cut_says_once_what_it_trains(
     assert said.count("memory: ") == 1
 
 
+@pytest.mark.slow("trains, and judges twice")
 def test_a_verdict_that_takes_too_long_is_stopped_and_given_when_the_run_goes_on(tmp_path) -> None:
     class SlowVerdict(Listening):
         """A gate that takes longer than there is time."""
@@ -321,6 +323,7 @@ def test_settings_are_the_same_whatever_iterations_the_minutes_came_to(tmp_path:
     assert len(digests) == 3
 
 
+@pytest.mark.slow("trains")
 def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     with pytest.raises(TrainingStopped):

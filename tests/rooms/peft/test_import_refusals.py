@@ -273,6 +273,7 @@ def test_no_value_of_any_key_makes_a_crash(odd: Any, tmp_path: Path) -> None:
             shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.slow("imports a hundred damaged adapters")
 @given(
     place=st.integers(0, 27_600), flips=st.binary(min_size=1, max_size=6), is_config=st.booleans()
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from nested_core import load_config
 from tests.example import DATA, MODEL
 from tests.flows.conftest import called
@@ -25,6 +27,7 @@ def test_init_writes_a_configuration_that_explain_takes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
 
 
+@pytest.mark.slow("writes and explains a configuration")
 def test_init_cuts_at_what_the_model_can_see_and_explain_counts_what_is_longer(tmp_path) -> None:
     (tmp_path / "data").mkdir()
     rows = [{"prompt": f"Where is {n}?", "completion": "Near. " * (n * 4)} for n in range(1, 11)]

@@ -177,6 +177,7 @@ def write_rows(folder: Path, fields: tuple[str, str]) -> None:
         (folder / f"{split}.jsonl").write_text(lines)
 
 
+@pytest.mark.slow("takes steps")
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -207,6 +208,7 @@ def test_a_suggestion_loads_and_fits_the_data(tmp_path, fields, named) -> None:
     assert warn_of_learning_rate(config) is None
 
 
+@pytest.mark.slow("answers for its forecast")
 @pytest.mark.parametrize(("answer", "sample_tokens"), [("y", 24), ("yes " * 30, 64)])
 def test_sample_answers_to_labels_are_cut_early(tmp_path, answer, sample_tokens) -> None:
     for split, count in (("train", 20), ("valid", 4)):
@@ -257,6 +259,7 @@ def test_one_batch_one_layer_and_one_pass_are_said_as_one(tmp_path: Path) -> Non
     assert words["steps"].startswith("1 batch of 1 example; 1 pass over the training data.")
 
 
+@pytest.mark.slow("takes steps")
 @pytest.mark.parametrize(
     ("context", "length", "overlong"), [(256, 128, "truncate"), (64, 64, "drop")]
 )
@@ -288,6 +291,7 @@ def test_a_suggestion_learns_every_answer_where_last_answers_are_marked(tmp_path
     assert load_config_text(text).training.supervise == "all"
 
 
+@pytest.mark.slow("takes a step for each batch size")
 def test_a_batch_that_does_not_fit_is_made_smaller(tmp_path, monkeypatch) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
     text = suggest_config(str(MODEL), str(tmp_path / "data")).text

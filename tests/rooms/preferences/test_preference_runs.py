@@ -184,6 +184,7 @@ def test_who_asks_what_a_run_would_need_computes_no_reference(learnt, monkeypatc
     assert explained.steps == learnt.finished.result.step
 
 
+@pytest.mark.slow("trains three times")
 def test_kept_likelihoods_of_another_adapter_or_reference_are_computed_anew(
     tmp_path: Path, learnt: Judged
 ) -> None:
@@ -372,6 +373,7 @@ def test_planted_pairs_of_train_are_swapped(tmp_path: Path, learnt: Judged) -> N
     assert judged.verdict.outcome.startswith("Rejected: ")
 
 
+@pytest.mark.slow("trains and judges")
 def test_planted_reference_is_the_trained_model(tmp_path, learnt, monkeypatch) -> None:
     monkeypatch.setenv("TRAINED_ADAPTER", str(learnt.finished.run.adapter))
     monkeypatch.setattr(reference_likelihoods, "read_adapter", read_adapter)  # put back afterwards
@@ -385,6 +387,7 @@ def test_planted_reference_is_the_trained_model(tmp_path, learnt, monkeypatch) -
     assert "preference_not_learnt" not in learnt.codes
 
 
+@pytest.mark.slow("trains and judges")
 def test_planted_mask_counts_the_prompt(tmp_path: Path, monkeypatch) -> None:
     pairs = list_pairs("train")[:9]  # by content of its own, so that no cache has it
     data = write_rows(tmp_path / "data", {"train": pairs})

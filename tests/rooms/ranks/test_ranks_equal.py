@@ -22,7 +22,10 @@ from tests.example import example_config, prepare, stop_after
 from tests.left_out import slow_except
 from tests.rooms.ranks.astray_ranks import go_astray
 
-pytestmark = [pytest.mark.usefixtures("forked_ranks")]
+pytestmark = [
+    pytest.mark.usefixtures("forked_ranks"),
+    pytest.mark.slow("trains in two ranks and in one process"),
+]
 
 STEPS = 10
 TIER_BYTES = 4 * 10_240  # parameters of each tier, float32

@@ -149,6 +149,7 @@ def test_without_the_bound_it_is_measured_and_no_reason(night: Night) -> None:
     assert only_ancestor(verdict).conclusion == "worse"
 
 
+@pytest.mark.slow("judges a run with its ancestors")
 def test_a_candidate_that_is_as_good_as_its_champion_passes(night: Night) -> None:
     night.meet(ATLANTIS, scale=0.999)
     verdict = night.judge()

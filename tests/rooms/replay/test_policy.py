@@ -279,6 +279,7 @@ def test_each_row_of_a_rebuilt_run_is_used_as_often_as_tonight_s_alone(nights) -
     assert 0 < replayed["replayed_tokens"] < replayed["trained_tokens"]
 
 
+@pytest.mark.slow("trains a night and judges it")
 def test_a_rebuilt_run_that_is_worse_than_the_champion_is_refused(nights, tmp_path) -> None:
     folder = shutil.copytree(nights["folder"], tmp_path / "nights", symlinks=True)
     champion = nights["run-3"][2]

@@ -319,6 +319,7 @@ def test_replayed_tokens_are_counted_apart(whole: Finished) -> None:
     assert reports[-1]["trained_tokens"] > reports[-1]["replayed_tokens"]
 
 
+@pytest.mark.slow("trains twice")
 def test_a_resumed_run_equals_the_whole_one_without_its_sources(whole, tmp_path) -> None:
     data = Path(whole.config.data).parent
     shutil.copytree(data / "new", tmp_path / "new")

@@ -168,6 +168,7 @@ def longest_search(characters: int) -> dict[str, float]:
     return worst
 
 
+@pytest.mark.slow("reads megabytes of hostile text")
 def test_no_pattern_takes_quadratic_time_over_hostile_text() -> None:
     # A linear search of so many characters takes 0.005 s; the quadratic one of before took 0.2 s.
     for name, seconds in longest_search(40_000).items():

@@ -167,6 +167,7 @@ def one_bit_off(array: mx.array) -> mx.array:
     return words.view(mx.float32)
 
 
+@pytest.mark.slow("answers with several adapters")
 def test_one_answer_may_differ_and_two_may_not_in_one_pass_and_token_by_token(
     runs: dict[int, Path], base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

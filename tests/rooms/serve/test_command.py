@@ -255,6 +255,7 @@ def test_the_options_are_those_of_mlx_lm_with_its_defaults(monkeypatch: pytest.M
     }
 
 
+@pytest.mark.slow("a process that loads a model")
 def test_serving_imports_no_prefect() -> None:
     code = (
         "import sys, flows.cli, flows.rooms.serve.command, nested_core.rooms.serve.server\n"

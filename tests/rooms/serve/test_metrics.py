@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.rooms.serve.versions import NAME, Client, serving, settings
@@ -24,6 +25,7 @@ def read_metrics(client: Client) -> dict[tuple[str, ...], float]:
     }
 
 
+@pytest.mark.slow("a server that swaps versions")
 def test_requests_tokens_seconds_swaps_and_the_version_are_counted(promote, registry) -> None:
     first = promote(1)
     with serving(settings(registry, "--name", NAME)) as client:

@@ -211,6 +211,7 @@ def base_with_two_tokens(folder: Path, rows: mx.array) -> TokenizerSource:
 WIDTH = load_arrays(MODEL / "model.safetensors")["model.embed_tokens.weight"].shape[1]
 
 
+@pytest.mark.slow("writes and reads a base")
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_added_tokens_with_rows_alike_are_named_where_the_rows_use_them(
     value: float, tmp_path: Path

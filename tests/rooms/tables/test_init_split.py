@@ -6,6 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
+import pytest
+
 from flows.rooms.tables.command import add_flags
 from nested_core import load_config
 from nested_core.rooms import ROOMS
@@ -15,6 +17,7 @@ from tests.example import DATA, MODEL
 from tests.flows.conftest import called
 
 
+@pytest.mark.slow("a command and its data")
 def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     train = (DATA / "train.jsonl").read_text().splitlines(keepends=True)

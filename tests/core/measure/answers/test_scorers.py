@@ -236,6 +236,7 @@ def test_patterns_and_schemas_are_compiled_before_anything_is_asked(
     assert problem in str(error.value)
 
 
+@pytest.mark.slow("starts processes")
 @pytest.mark.parametrize(
     ("method", "fields", "problem"),
     [
