@@ -129,16 +129,15 @@ def add_commands(commands: Any) -> None:
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
-    from nested_core.pipeline.publishing import read_config_for_registry, register_and_promote_run
+    from nested_core.pipeline.publishing import register_and_promote_run
     from nested_core.records.dataset import read_dataset_record
     from nested_core.registry import UNSET
     from nested_core.registry.promotion_policy import describe_promotion
 
     run = RunDirectory(arguments.run_dir)
-    config = read_config_for_registry(run, arguments.registry, arguments.name)
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done, candidate = register_and_promote_run(
-        config, run, by=current_user(), expected_champion=expected
+        run, arguments.registry, arguments.name, by=current_user(), expected_champion=expected
     )
     tell_server(arguments.registry, arguments.name)
     if done.against_policy is not None:

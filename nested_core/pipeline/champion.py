@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.pipeline.named_adapters import VERSIONS, find_named_adapter
-from nested_core.pipeline.publishing import read_config_for_registry, register_and_promote_run
+from nested_core.pipeline.publishing import register_and_promote_run
 from nested_core.process.current_user import current_user
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
@@ -116,8 +116,7 @@ def promote(
     """
     run = result.run if isinstance(result, FinetuneResult) else RunDirectory(Path(result))
     registry = Path(registry)
-    config = read_config_for_registry(run, registry, name)
-    done, candidate = register_and_promote_run(config, run, by=by or current_user())
+    done, candidate = register_and_promote_run(run, registry, name, by=by or current_user())
     notes = describe_promotion(registry, name, done, candidate)
     for warning in filter(None, (done.against_policy, notes.warning)):
         warnings.warn(f"{name}: {warning}", RuntimeWarning, stacklevel=2)

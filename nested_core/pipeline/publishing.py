@@ -39,7 +39,7 @@ from nested_core.records.judged_run import (
     read_rejected_run,
 )
 from nested_core.records.promoted_to import add_promoted_to
-from nested_core.records.run_status import AdapterRuns, Run
+from nested_core.records.run_status import AdapterRuns
 from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
@@ -209,20 +209,10 @@ def describe_reproduction(config: FineTuneConfig, judged: JudgedRun) -> str | No
     )
 
 
-def read_config_for_registry(run: RunDirectory, registry: Path, name: str) -> FineTuneConfig:
-    """Read a run's configuration and replace its registry and name by those given.
-
-    Raises ConfigError for an invalid name.
-    """
-    check_name(name)
-    config = read_run_config(run)
-    location = {"path": str(registry), "name": name}
-    return config.model_copy(update={"registry": config.registry.model_copy(update=location)})
-
-
 def register_and_promote_run(
-    config: FineTuneConfig,
     run: RunDirectory,
+    registry: Path,
+    name: str,
     *,
     by: str,
     expected_champion: str | None | Unset = UNSET,
@@ -237,13 +227,19 @@ def register_and_promote_run(
     expected_champion: if another version is champion, the outcome is "superseded"; UNSET expects
         none in particular.
 
-    Raises ConfigError for a run that was not judged or that another process works on, GateRejected
-    for a verdict that is not "passed", DamagedError for files that changed since.
+    Raises ConfigError for an invalid name and for a run that was not judged or that another process
+    works on, GateRejected for a verdict that is not "passed", DamagedError for files that changed
+    since.
     """
+    check_name(name)
+    own = read_run_config(run)
+    location = {"path": str(registry), "name": name}
+    config = own.model_copy(update={"registry": own.registry.model_copy(update=location)})
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
         judged = confirm_recorded_verdict(config, run)
-        if not AdapterRuns.of(path, name).include(Run(run)):  # its own is another one, or none
+        named = own.registry.location
+        if named is None or AdapterRuns.of(*named) != AdapterRuns.of(path, name):
             with suppress(OSError):  # a run that nobody can write to is not removed either
                 add_promoted_to(run.promoted_to, str(path), name)
         recorded = make_provenance(config, judged, judged.verdict.rival)

@@ -108,6 +108,7 @@ def make_run(tmp_path: Path) -> MakeRun:
             for name in ("train", "valid")
         }
         write_json(run.dataset, DatasetReport("data", data, splits, ()).to_json())
+        run.config.write_text("model: m\nregistry: {keep_data: false}\n")
         return run
 
     return make
@@ -325,12 +326,13 @@ class TestPromotionByAPerson:
     """`nested-tune promote RUN_DIR`: one lock from register to promote, and a warning if worse."""
 
     @pytest.fixture
-    def by_hand(self, configure, monkeypatch) -> Callable[[RunDirectory], Decision]:
+    def by_hand(self, tmp_path, monkeypatch) -> Callable[[RunDirectory], Decision]:
         """Promote a run whose files were written by hand: they hold no evidence to confirm."""
         monkeypatch.setattr(
             publishing, "confirm_recorded_verdict", lambda config, run: read_judged_run(run.path)
         )
-        return lambda run: register_and_promote_run(configure(), run, by="ann")[0]
+        registry = tmp_path / "registry"
+        return lambda run: register_and_promote_run(run, registry, NAME, by="ann")[0]
 
     @pytest.mark.parametrize(
         ("before", "after", "is_warned"),
@@ -404,12 +406,12 @@ class TestPromotionByAPerson:
     def test_a_run_notes_another_registry_than_its_own(self, make_run, by_hand, tmp_path) -> None:
         for value, path in ((1.0, tmp_path / "registry"), (2.0, tmp_path / "own")):
             run = make_run(value)
-            run.config.write_text(f"model: m\nregistry: {{path: {path}, name: {NAME}}}\n")
+            named = f"{{path: {path}, name: {NAME}, keep_data: false}}"
+            run.config.write_text(f"model: m\nregistry: {named}\n")
             assert by_hand(run).outcome == "promoted"
         assert not (tmp_path / "run-1.0" / "promoted-to.json").exists()
         assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
         run = make_run(3.0)
-        run.config.write_text("model: m\n")
         by_hand(run)
         assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
 
@@ -417,7 +419,6 @@ class TestPromotionByAPerson:
         self, make_run: MakeRun, by_hand: Any
     ) -> None:
         run = make_run(1.0)
-        run.config.write_text("model: m\n")
         assert list_row(Run(run))[1:3] == (None, "Verified: passed, better")
         by_hand(run)
         assert list_row(Run(run))[1:3] == (NAME, "Promoted: passed, better")
