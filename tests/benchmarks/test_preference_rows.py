@@ -80,8 +80,8 @@ def test_the_page_has_words_loss_seconds_and_memory_of_both_programs() -> None:
 
 def test_the_page_has_the_figures_of_the_run_on_a_cpu() -> None:
     rows = rows_of("rows-cpu.jsonl")
-    names = ("share trl, ours", "share base, ours", "general loss ours", "general loss trl")
-    names = (*names, "training ours", "training trl")
+    names = [f"{cell} ours" for cell in ("share trl,", "share base,", "general loss")]
+    names += ["general loss trl", "training ours", "training trl"]
     apart, share, general, of_trl, ours, trl = (rows[f"{name} 0"] for name in names)
     percent = {key: 100 * apart[key] for key in ("before", "after", "difference")}
     low, high = (100 * end for end in apart["interval"])
