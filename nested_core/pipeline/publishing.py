@@ -8,7 +8,7 @@ from contextlib import suppress
 from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.resume import read_run_config
@@ -24,7 +24,6 @@ from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.measure.losses.left_out_examples import read_run_training_digests
 from nested_core.models.base_model import find_model_folder_offline
-from nested_core.models.session import Session
 from nested_core.pipeline.continual import (
     conditions_digest,
     digest_held_out,
@@ -58,6 +57,9 @@ from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
+
+if TYPE_CHECKING:  # loads what trains, which promoting needs not
+    from nested_core.models.session import Session
 
 TRAINING_KEY = "metrics_sha256"
 
