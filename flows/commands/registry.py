@@ -162,8 +162,9 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         code = print_change()
         if done.outcome in ("promoted", "already_champion") and is_there("chat"):
             roles = read_dataset_record(run.dataset).splits["train"].roles
-            said = " --system TEXT" if "system" in roles else ""
-            print_progress(f"next: `nested-tune chat {arguments.registry / arguments.name}{said}`")
+            command = f"nested-tune chat {arguments.registry / arguments.name}"
+            said = ", with --system and the system text of your rows" if "system" in roles else ""
+            print_progress(f"next: `{command}`{said}")
         return code
 
     return finish

@@ -71,7 +71,7 @@ def test_the_champion_changes_by_each_command_as_it_says(story, versions, folder
     assert story["second"].stdout == f"promoted: {other} (before: {short})\n"
     assert "superseded" in story["late"].stdout
     assert ("next: `nested-tune chat" in story["first"].stderr) == is_there("chat")
-    assert "--system TEXT" not in story["first"].stderr  # rows that have none
+    assert "--system" not in story["first"].stderr  # rows that have none
     assert "next:" not in story["late"].stderr  # the champion is not that run's adapter
     document = {"outcome": "rolled_back", "version": first, "previous": second}
     assert story["rollback"].document == document  # with all digits, for programs
@@ -185,4 +185,5 @@ def test_what_is_next_tells_of_the_system_text_that_the_rows_have(command_run, t
     judged |= {"dataset.json": describe_file(run / "dataset.json")}
     write_gate(run, read_gate(run / "gate.json"), judged)
     done = called("promote", "run", "--name", NAME, cwd=tmp_path)
-    assert f"next: `nested-tune chat registry/{NAME} --system TEXT`\n" in done.stderr
+    said = "with --system and the system text of your rows"
+    assert f"next: `nested-tune chat registry/{NAME}`, {said}\n" in done.stderr

@@ -30,7 +30,7 @@ def add_commands(commands: Any) -> None:
         json=True,
         usage="%(prog)s WHAT --fused|--gguf|--peft|--push TARGET [options]",
         group="Exchange",
-        example="nested-tune export runs/first --gguf model.gguf --quantize q8_0",
+        example="nested-tune export runs/first --gguf model.gguf",
     )
     parser.add_argument(
         "folder",
