@@ -23,7 +23,7 @@ HEAD = """\
 
 Written by `make docs` from the parser of `nested-tune`; do not edit it by hand.
 
-`nested-tune COMMAND --help` prints what is below. Of `train` it shows the fifteen flags that people
+`nested-tune COMMAND --help` prints what is below. Of `train` it shows the sixteen flags that people
 use, and `--help-all` every one. Results go to standard output, progress and errors to standard
 error. [Exit codes](exit-codes.md) and [environment variables](environment.md) have their own pages.
 

@@ -21,6 +21,7 @@ COMMON_FLAGS = (
     "--json",
     "--learning-rate",
     "--training.epochs",
+    "--minutes",
     "--iters",
     "--batch-size",
     "--max-seq-length",

@@ -18,6 +18,7 @@ from nested_core.seams import is_there
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import join_units
+from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.registry import Decision
@@ -44,9 +45,7 @@ def add_commands(commands: Any) -> None:
         example="nested-tune rollback support-bot --reason 'wrong answers'",
     )
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
-    rollback.add_argument(
-        "--by", metavar="WHO", help="recorded in the history (default: this user)"
-    )
+    rollback.add_argument("--by", metavar="WHO", help="recorded in history (default: this user)")
     rollback.add_argument("--reason", metavar="TEXT", help="recorded in history and alert")
     history = commands.add(
         "history",
@@ -345,7 +344,8 @@ def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
             for advice in dict.fromkeys(f.advice for f in report.findings if f.advice is not None):
                 print_line(advice)
         else:
-            print_line(f"{len(report.versions)} versions, the champion and the history are sound")
+            versions = format_count(len(report.versions), "version")
+            print_line(f"{versions}, the champion and the history are sound")
         for note in report.notes:
             print_line(f"note: {note}")
 

@@ -83,9 +83,6 @@ def add_commands(commands: Any) -> None:
     for parser in (train, run):
         add_config_flags(parser)
         add_run_flags(parser)
-        how_long = "minutes that the command takes: as many steps as fit, and the verdict"
-        key = "config.training.minutes"
-        parser.add_argument("--minutes", dest=key, type=float, metavar="M", help=how_long)
     add_log_format(run)
 
 

@@ -41,13 +41,16 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--score",
         choices=get_args(Score),
-        default="contains",
         metavar="SCORE",
-        help=f"of --suite, one of {', '.join(get_args(Score))} (default: contains)",
+        help=f"of --suite, one of {', '.join(get_args(Score))} (default: that of the same file in "
+        "gate.tasks of the first run, else contains)",
     )
     parser.add_argument("--min", type=float, metavar="SHARE", help="least share of right answers")
     parser.add_argument(
-        "--max-tokens", type=int, default=64, metavar="N", help="of an answer (default: 64)"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="of an answer (default: as in gate.tasks where --score is not given, else 64)",
     )
     parser.add_argument("--data", type=Path, metavar="FILE", help="held-out examples, for losses")
     parser.add_argument("--against", metavar="WHAT", help="default: the base of the first")
@@ -74,7 +77,8 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
     """Ask and measure; exit 4 where a model is significantly worse, or below --min."""
     output: Path | None = arguments.output
     target = None if output is None else require_output_file(output, "-o")
-    settings = {key: getattr(arguments, key) for key in ("score", "min", "max_tokens")}
+    given = {key: getattr(arguments, key) for key in ("score", "min", "max_tokens")}
+    settings = {key: value for key, value in given.items() if value is not None}
     suites = [{"name": path.stem, "file": str(path)} | settings for path in arguments.suite]
     config = None if arguments.config is None else load_config(arguments.config, {})
     with showing_stages("evaluate: loading the libraries"):

@@ -69,11 +69,9 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Make a data set of the rows where that is asked for or needed, and write a configuration."""
     from nested_core.rooms.tables.dataset_split import SPLIT_SEED
 
-    is_asked = any(getattr(arguments, name) is not None for name in ("split", *TABLE_FLAGS))
-    target = _require_new_places(arguments, _split_folder(arguments.data) if is_asked else None)
     write: Callable[..., Callable[[], int]] = arguments.write_configuration
     prepared = prepare(arguments)
-    folder, made = prepared.folder, prepared.made
+    target, folder, made = prepared.target, prepared.folder, prepared.made
     if folder is None:
         finish = write(arguments, target, arguments.data)
         _show_first_rows(prepared.first)
@@ -97,12 +95,14 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
 class Prepared:
     """What the configuration is for.
 
+    target: its file; None for standard output.
     folder: the new folder with the splits; None where the data is used as it lies.
     rows: of each split in the folder.
     first: the first chats of train, where they were made of a table.
     made: more of the data set, where its rows were made chats.
     """
 
+    target: Path | None
     folder: Path | None
     rows: Mapping[str, int]
     first: Sequence[bytes]
@@ -125,12 +125,13 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         columns, system = flags.read_columns(), flags.read_system()
         if columns is not None:
             flags.require_columns(columns)
-        elif source.unknown_files:
-            _require_new_places(arguments, _split_folder(data))  # before a person is asked
+        asks = columns is None and bool(source.unknown_files)
+        is_asked = is_asked or asks
+        folder = _split_folder(data) if is_asked or share is not None else None
+        target = _require_new_places(arguments, folder)  # before a person is asked
+        if asks:
             columns, system = ask_or_refuse(flags, source, system)
-            is_asked = True
-        if is_asked:
-            folder = _split_folder(data)
+        if folder is not None and is_asked:
             drop = tuple(arguments.drop_fields)
             request = Request(columns, system, share, arguments.suite, drop)
             try:
@@ -138,12 +139,11 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
             except TooManyQuestions as error:
                 fewer = flags.command(suite=error.most)
                 raise ConfigError(f"{error} With the most that there can be: `{fewer}`") from error
-            return Prepared(folder, made.rows, made.first, made)
+            return Prepared(target, folder, made.rows, made.first, made)
         first = first_chats(source)
-    if share is None:
-        return Prepared(None, {}, first)
-    folder = _split_folder(data)
-    return Prepared(folder, split_dataset(data, share, folder), first)
+    if folder is None or share is None:
+        return Prepared(target, None, {}, first)
+    return Prepared(target, folder, split_dataset(data, share, folder), first)
 
 
 def _split_folder(data: str) -> Path:

@@ -54,6 +54,7 @@ from nested_core.rooms.evaluate.page import (
 from nested_core.text.stages import stages
 
 BASE = "base"
+HOW_ASKED = {"score", "function", "tolerance", "max_tokens", "stop", "temperature", "seed"}
 
 
 def evaluate(
@@ -71,8 +72,9 @@ def evaluate(
     Args:
         models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
             exported folders or GGUFs.
-        suites: files whose answers have to contain what is expected, or entries of `gate.tasks`;
-            without suites those of `config`.
+        suites: files, or entries of `gate.tasks`; without suites those of `config`. One without a
+            score is asked and scored as `config` does it with the same file. Where `config` has
+            no such file, its answers have to contain what is expected.
         data: a JSON Lines file; the losses on it are compared example by example.
         against: the model that the others are compared with; by default the base of the first one,
             of an exported model the one that it was made of.
@@ -100,7 +102,8 @@ def evaluate(
         if config is None:
             runs = [run for _, run in read if run is not None]
             config = read_run_config(runs[0]) if runs else _plain_config(found[0].model)
-        tasks = tuple(map(parse_task, suites)) or config.gate.tasks
+        configured = config.gate.tasks
+        tasks = tuple(_parse_suite(suite, configured) for suite in suites) or configured
         gate = config.gate.model_copy(update={"tasks": tasks})
         if data is not None:
             gate = gate.model_copy(update={"held_out": str(data)})
@@ -114,6 +117,20 @@ def evaluate(
 
 def _plain_config(model: str) -> FineTuneConfig:
     return parse_config({"model": model, "num_layers": -1}, source="the model")
+
+
+def _parse_suite(
+    given: str | Path | Mapping[str, Any] | TaskSection, configured: Sequence[TaskSection]
+) -> TaskSection:
+    """A suite; without a score it is asked and scored as the same file in `configured`."""
+    if isinstance(given, (str, Path)):
+        given = {"name": Path(given).stem, "file": str(given)}
+    if isinstance(given, TaskSection) or "score" in given:
+        return parse_task(given)
+    file = Path(str(given.get("file"))).resolve()
+    same = [task for task in configured if Path(task.file).resolve() == file]
+    how = same[0].model_dump(include=HOW_ASKED) if same else {"score": "contains"}
+    return parse_task({**how, **given})
 
 
 def _base_of(model: NamedModel, base_model: str | None, names: Collection[str]) -> NamedModel:
@@ -231,6 +248,7 @@ class _Evaluating:
         return [
             SuiteScore(
                 suite=task.name,
+                scored_by=task.score,
                 questions=len(answers[task.name]),
                 score=sum(record.score for record in answers[task.name]) / len(answers[task.name]),
             )

@@ -12,6 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from nested_core import seams
+from nested_core.config.sections import Score
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import Validation
 from nested_core.text.document import Block, Cell, Details, Document, Section, Table, Text
@@ -27,12 +28,14 @@ COMPARED = ("difference", "95 % interval", "verdict")
 class SuiteScore:
     """How one model answered one suite; the difference is from the model compared with.
 
+    scored_by: how an answer is compared with the expected one.
     score: the share of right answers, from 0 to 1.
     difference, interval, conclusion: None for the model compared with.
     minimum: the least share that was asked for; None without such a bound.
     """
 
     suite: str
+    scored_by: Score
     questions: int
     score: float
     difference: float | None = None
@@ -189,7 +192,8 @@ class Evaluation:
 
     def _describe_suite(self, number: int, shown: int) -> Section:
         """The shares of right answers to a suite, wrong ones, and on a page all of them."""
-        name = self.models[0].suites[number].suite
+        first = self.models[0].suites[number]
+        name = first.suite
         rows = []
         for model in self.models:
             own = model.suites[number]
@@ -204,7 +208,8 @@ class Evaluation:
         judged = judged or [self.against]
         wrong = [question for question in asked if min(question.scores[n] for n in judged) < 1]
         wrong = wrong[:shown]
-        caption = f"Right answers, compared with {self._letters[self.against]}"
+        letter = self._letters[self.against]
+        caption = f"Right answers (score: {first.scored_by}), compared with {letter}"
         blocks: list[Block] = [Table(caption, ("", "right", *COMPARED), rows)]
         given = [
             (self._letters[model.name], q.expected, q.answers[model.name], q.scores[model.name])

@@ -98,9 +98,9 @@ class RunInWords:
             text += f", {config.lr_schedule.name}"
         warmup = config.training.warmup_steps
         if warmup:
-            share = f"{warmup:.3g} of the steps"
+            share = f"the first {100 * warmup:.3g} % of the steps"
             steps = share if warmup < 1 else format_count(int(warmup), "step")
-            text += f", after {steps} of warm-up"
+            text += f", after a warm-up over {steps}"
         if config.training.decay is not None:
             text += ", then falling to a tenth along a cosine"
         if "learning_rate" not in config.model_fields_set:

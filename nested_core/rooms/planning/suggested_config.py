@@ -249,14 +249,16 @@ def _render_yaml(
     beyond_context = sum(split.beyond_context for split in counted)
     batches = math.ceil(train.rows / batch_size)
     epochs = max(EPOCHS, min(MAX_EPOCHS, math.ceil(MIN_STEPS / batches)))
-    why_so_many = "more hardly helps"
+    why_so_many = ": more hardly helps"
     if has_another_loss:
         epochs = min(EPOCHS, math.ceil(STEPS_WITH_ANOTHER_LOSS / batches))
-        why_so_many = "more can make chosen answers unlikely as well"
+        why_so_many = ": more can make chosen answers unlikely as well"
     elif epochs > EPOCHS:
-        why_so_many = f"{EPOCHS} would be fewer than {MIN_STEPS} steps, which is too few"
+        usual = f"The usual {EPOCHS} passes would be {EPOCHS * batches:,}"
+        wanted = f"{MIN_STEPS} or more are wanted, in {MAX_EPOCHS} passes at most"
+        why_so_many = f". {usual}, too few: {wanted}"
     how_long = f"epochs: {epochs}"
-    passes = f"{epochs} passes are {epochs * batches:,} batches: {why_so_many}. "
+    passes = f"# {epochs} passes are {epochs * batches:,} steps of training{why_so_many}.\n"
     if minutes is not None:
         passes = ""
         how_long = f"minutes: {minutes:g}  # as many steps as fit with their verdict"
@@ -291,7 +293,7 @@ max_seq_length: {length}
 batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
 grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 
-# {passes}The {kept} is offered.
+{passes}# The {kept} is offered.
 # What is below 1 is a share of the run, however long.
 training:
 {supervise}  {how_long}
@@ -324,12 +326,16 @@ def split_command(model: str, data: str) -> str:
 
 
 def _describe_held_out(base: dict[str, Any], report: DatasetReport) -> str:
-    held_out = [stats for split, stats in report.splits.items() if split != "train"]
+    held_out = {split: stats for split, stats in report.splits.items() if split != "train"}
     if not held_out:
         command = " ".join(split_command(base["model"], base["data"]).split())
         return (
             "# There is no valid and no test split, so the quality of what was trained is not "
             f"measured.\n# To take some rows out of train for both:\n#   {command}\n"
         )
-    listed = ", ".join(f"{stats.file} {format_count(stats.rows, 'example')}" for stats in held_out)
-    return f"# They are: {listed}.\n"
+    does = {"valid": "chooses the step", "test": "judges the adapter"}
+    if "test" not in held_out:  # gate.held_out is auto
+        does["valid"] += " and judges the adapter"
+    counts = {split: format_count(stats.rows, "example") for split, stats in held_out.items()}
+    listed = (f"{held_out[split].file} ({counts[split]}) {does[split]}" for split in held_out)
+    return f"# {', '.join(listed)}.\n"

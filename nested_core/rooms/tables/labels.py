@@ -88,8 +88,8 @@ def tabulate_labels_of_answers(
         name: of the eval set.
         answers: model, expected answer, answer and score, from 0 to 1, of each model in turn.
 
-    Beside them stand the share that the most frequent label alone would get, and the wrong answer
-    that the last model gives most often.
+    Beside them stand the share that the most frequent label alone would get, the labels that the
+    last model was never right for, and the wrong answer that it gives most often.
     """
     if not answers:
         return
@@ -116,6 +116,13 @@ def tabulate_labels_of_answers(
             f"labels apart, whatever its loss says."
         )
         yield Text(text, "warn")
+    never = [
+        f"{shorten(label, 60)!r} (0 of {count})"
+        for label, count in labels.items()
+        if not right[judged, label]
+    ]
+    if never and answered:
+        yield Text(f"{judged} was never right for {', '.join(never)}")
     wrong = Counter(
         (label, answer.strip())
         for model, label, answer, score in answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError
+from nested_core.measure.answers.suite_answers import Suite, read_suites
 from nested_core.measure.answers.suites import expected_label, read_suite
 from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.rooms.evaluate import evaluating
 from nested_core.rooms.evaluate.evaluating import evaluate
 from nested_core.rooms.evaluate.page import (
     AnsweredQuestion,
@@ -122,6 +127,9 @@ def test_its_page_and_its_lines_have_every_figure_and_answer(judged, evaluation)
     lines = [part for block in evaluation.describe(2).blocks for part in to_terminal(block)]
     assert lines[0] == f"none worse than {judged.run.initial}"  # losses are better, answers not
     tables = {part.caption: part for part in lines if not isinstance(part, str)}
+    scored = "Right answers (score: contains), compared with A"
+    assert scored in tables
+    assert scored in page
     assert [row[0] for row in tables["Losses in nats/token, compared with A"].rows] == [*"ABCDEF"]
     wrong = [name for name in tables if name.startswith("The first")]
     assert wrong == ["The first 2 that B or C or D or E or F answered wrong"]
@@ -153,7 +161,7 @@ def test_what_is_significantly_worse_is_told_so(judged: Judged) -> None:
 
 
 def score_of(conclusion: str | None) -> SuiteScore:
-    return SuiteScore("labels", 10, 0.5, conclusion=conclusion)  # type: ignore[arg-type]
+    return SuiteScore("labels", "exact", 10, 0.5, conclusion=conclusion)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -254,6 +262,36 @@ def test_an_adapter_of_another_base_is_refused(judged: Judged, tmp_path: Path) -
     (other / "config.json").write_text(json.dumps(config | {"note": "another"}))
     with pytest.raises(ConfigError, match="does not fit"):
         evaluate([judged.run.adapter], base_model=str(other), data=DATA / "valid.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "score", "most_tokens"),
+    [
+        ((), "exact", 1),
+        (("--max-tokens", 2), "exact", 2),
+        (("--score", "contains"), "contains", 64),
+        (("--score", "exact"), "exact", 64),
+    ],
+)
+def test_the_runs_own_suite_is_asked_and_scored_as_the_gate_did(
+    judged: Judged, tmp_path: Path, monkeypatch, words, score, most_tokens
+) -> None:
+    asked: list[TaskSection] = []
+
+    def read(gate: GateSection) -> tuple[Suite, ...]:
+        asked.extend(gate.tasks)
+        return read_suites(gate)
+
+    monkeypatch.setattr(evaluating, "read_suites", read)
+    run = Path(shutil.copytree(judged.run.path, tmp_path / "run"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["gate"]["tasks"][0] |= {"score": "exact", "max_tokens": 1, "min": 1.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    file = os.path.relpath(DATA / "held_out.jsonl", tmp_path)
+    done = called("evaluate", run, "--suite", file, *words, "--json", cwd=tmp_path)
+    assert done.code == 0, done.stderr  # the bound is that of the command, which has none
+    assert {s["scored_by"] for m in done.document["models"] for s in m["suites"]} == {score}
+    assert {(task.score, task.max_tokens) for task in asked} == {(score, most_tokens)}
 
 
 def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(judged, evaluation) -> None:

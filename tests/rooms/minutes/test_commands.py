@@ -77,6 +77,13 @@ def test_a_reference_run_knows_nothing_of_minutes() -> None:
     require_refused(said, training=training, nested={"frequencies": [1]})
 
 
+@pytest.mark.parametrize(
+    "command", ["train", "run", pytest.param("explain", marks=needs_rooms("planning"))]
+)
+def test_the_short_help_lists_minutes(command: str, tmp_path: Path) -> None:
+    assert "\n  --minutes M " in called(command, "--help", cwd=tmp_path).stdout
+
+
 @needs_rooms("planning")
 def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     words = ("init", "--data", DATA, "--model", MODEL, "-o", "lora.yaml", "--minutes")
@@ -106,7 +113,7 @@ def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, mo
         "--minutes 2",
     ]
     assert said["steps"].startswith("4 batches of 2 examples")
-    words = ("explain", "-c", "config.yaml", "--training.minutes", "1", "--json")
+    words = ("explain", "-c", "config.yaml", "--minutes", "1", "--json")
     minutes = json.loads(called(*words, cwd=tmp_path).stdout)
     assert not minutes["steps"].startswith("4 batches")
     steps = minutes["steps"].partition(" ")[0]

@@ -98,6 +98,16 @@ def test_what_the_registrys_policy_tightens_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("warmup", "said"),
+    [(0.05, "the first 5 % of the steps"), (1, "1 step"), (7, "7 steps")],
+)
+def test_a_warm_up_is_said_in_words(explanation: RunExplanation, warmup: float, said: str) -> None:
+    config = example_config(training={"warmup_steps": warmup, "decay": "cosine"})
+    words = RunInWords(replace(explanation, config=config)).describe()["learning rate"]
+    assert f", after a warm-up over {said}, then falling to a tenth along a cosine" in words
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({}, "the checkpoint with the lowest loss is selected"),
@@ -204,8 +214,31 @@ def test_a_suggestion_loads_and_fits_the_data(tmp_path, fields, named) -> None:
     assert config.max_seq_length == 64
     assert "memory: needs about" in path.read_text()
     iterations = explain_run(config, measures_speed=False).iterations
-    assert f"# 20 passes are {iterations} batches: 3 would be fewer than 200" in path.read_text()
+    assert (
+        f"# 20 passes are {iterations} steps of training. The usual 3 passes would be 9, too few: "
+        "200 or more are wanted, in 20 passes at most.\n"
+        "# The best step by the loss on valid is offered.\n"
+    ) in path.read_text()
     assert warn_of_learning_rate(config) is None
+
+
+@pytest.mark.slow("answers for its forecast")
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        (
+            {"valid": 4, "test": 5},
+            "valid.jsonl (4 examples) chooses the step, test.jsonl (5 examples) judges the adapter",
+        ),
+        ({"valid": 4}, "valid.jsonl (4 examples) chooses the step and judges the adapter"),
+        ({"test": 5}, "test.jsonl (5 examples) judges the adapter"),
+    ],
+)
+def test_a_suggestion_says_which_file_chooses_and_which_judges(tmp_path, counts, said) -> None:
+    for split, count in ({"train": 20} | counts).items():
+        rows = [{"prompt": f"Is it {split} {n}?", "completion": "y"} for n in range(count)]
+        write_lines(tmp_path / "data" / f"{split}.jsonl", rows)
+    assert f"\n# {said}.\n" in suggest_config(str(MODEL), str(tmp_path / "data")).text
 
 
 @pytest.mark.slow("answers for its forecast")

@@ -75,6 +75,20 @@ def test_an_adapter_above_the_majority_has_no_warning() -> None:
     assert "warning" not in str(confusion)
 
 
+def test_labels_that_are_never_right_are_named_unless_all_are() -> None:
+    expected = [*EXPECTED, "returns", "returns", "access"]
+    given = [*EXPECTED, "billing", "billing", "?"]
+    judged = in_rows(answers_of("base", expected, expected))
+    judged += in_rows(answers_of("candidate", expected, given))
+    _, never, _ = tabulate_labels_of_answers("topics", judged)
+    assert never == Text("candidate was never right for 'returns' (0 of 2), 'access' (0 of 1)")
+    none = in_rows(answers_of("candidate", EXPECTED, ["?"] * 10))
+    told = [b.text for b in tabulate_labels_of_answers("topics", none) if isinstance(b, Text)]
+    assert len(told) == 2
+    assert "is right for 0 of 10 (0%)" in told[0]
+    assert "gives most often" in told[1]
+
+
 def test_answers_that_are_no_labels_have_no_table() -> None:
     texts = [f"In town {n}." for n in range(10)]
     assert not list(tabulate_labels_of_answers("topics", in_rows(answers_of("base", texts, texts))))

@@ -352,6 +352,24 @@ def test_a_mistake_is_one_paragraph_with_the_command_that_works(
         assert rows["train"] > 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (named("Descr", "Triage"), "tickets.csv has no column 'Descr'"),
+        (("--template", "{Subjekt}", "--completion-feature", "Triage"), "no column 'Subjekt'"),
+        (GOOD, "tickets-split exists, and is not written over"),
+    ],
+)
+def test_a_column_that_is_not_there_is_told_before_a_folder_that_is(
+    flags: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tickets.csv").write_text(TICKETS)
+    (tmp_path / "tickets-split").mkdir()
+    done = called("init", "--data", "tickets.csv", "--model", str(MODEL), *flags, cwd=tmp_path)
+    assert done.code == 2
+    assert says in done.message()
+
+
 @pytest.mark.parametrize("write", [{"hidden": (("Q", "A"), ("q", "a"))}, {}])
 def test_a_workbook_without_a_visible_row_is_refused(tmp_path: Path, write: dict) -> None:
     write_workbook(tmp_path / "a.xlsx", (), **write)

@@ -1,0 +1,1 @@
+"""What the room minutes adds to the commands `train`, `run` and `explain`."""
