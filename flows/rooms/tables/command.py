@@ -69,6 +69,8 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Make a data set of the rows where that is asked for or needed, and write a configuration."""
     from nested_core.rooms.tables.dataset_split import SPLIT_SEED
 
+    if arguments.output is not None:
+        require_free_place(arguments.output, "-o")  # refused before data is looked at
     write: Callable[..., Callable[[], int]] = arguments.write_configuration
     prepared = prepare(arguments)
     target, folder, made = prepared.target, prepared.folder, prepared.made
