@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
-from functools import cache
+from functools import cache, partial
 from multiprocessing.pool import AsyncResult, Pool
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ def run(study: Study, options: argparse.Namespace) -> None:
     failed: set[Cell] = set()
     in_a_row = 0
     running: dict[Cell, tuple[Pool, AsyncResult[dict[str, Any]]]] = {}
-    idle = [start_worker(prepares=True, shares=options.workers > 1) for _ in range(options.workers)]
+    start = partial(start_worker, prepares=True, shares=options.workers > 1)
+    idle = [start() for _ in range(options.workers)]
     while time.monotonic() < end and in_a_row < MOST_FAILURES:
         rows = read_rows(options.rows)
         known = {cell_of(row) for row in rows} | failed | running.keys()
@@ -50,7 +51,7 @@ def run(study: Study, options: argparse.Namespace) -> None:
                 failed.add(cell)
                 in_a_row += 1
                 worker.terminate()
-                worker = start_worker(prepares=True, shares=options.workers > 1)
+                worker = start()
             idle.append(worker)
     for worker in [*idle, *(worker for worker, _ in running.values())]:
         end_worker(worker, waits=not running)
