@@ -58,7 +58,7 @@ from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, ve
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
-if TYPE_CHECKING:  # loads what trains, which promoting needs not
+if TYPE_CHECKING:  # it loads what trains, and promoting needs none of that
     from nested_core.models.session import Session
 
 TRAINING_KEY = "metrics_sha256"
@@ -225,6 +225,7 @@ def register_and_promote_run(
     history. Returns the decision, and the run's verdict. The run is locked for reading and the
     registry for writing.
 
+    registry, name: where it is registered, whatever registry the run's configuration names.
     by: who promotes, for the history.
     expected_champion: if another version is champion, the outcome is "superseded"; UNSET expects
         none in particular.
@@ -237,23 +238,21 @@ def register_and_promote_run(
     own = read_run_config(run)
     location = {"path": str(registry), "name": name}
     config = own.model_copy(update={"registry": own.registry.model_copy(update=location)})
-    path, name = registry_location(config.registry)
     with run.locked_for_reading():
         judged = confirm_recorded_verdict(config, run)
-        named = own.registry.location
-        if named is None or AdapterRuns.of(*named) != AdapterRuns.of(path, name):
+        if not AdapterRuns.of(registry, name).are_named_by(own.registry.location):
             with suppress(OSError):  # a run that nobody can write to is not removed either
-                add_promoted_to(run.promoted_to, str(path), name)
+                add_promoted_to(run.promoted_to, str(registry), name)
         recorded = make_provenance(config, judged, judged.verdict.rival)
         candidate = Judgement.of_run(judged.verdict, recorded)
         done = register_and_promote(
             run.path,
-            path,
+            registry,
             name,
             recorded,
             by=by,
             expected_champion=expected_champion,
-            against_policy=describe_policy_refusal(path, name, candidate),
+            against_policy=describe_policy_refusal(registry, name, candidate),
             run=judged,
             examples=read_run_examples(config, judged),
         )

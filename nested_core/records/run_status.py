@@ -480,10 +480,13 @@ class AdapterRuns:
         """Build the selection for a name in a registry, resolving the registry's path."""
         return cls(registry.resolve(), name)
 
-    def include(self, run: Run) -> bool:
-        """Return whether a run's configuration names this adapter; False if it cannot be read."""
-        return (named := run.configured_registry) is not None and AdapterRuns.of(*named) == self
+    def are_named_by(self, location: tuple[Path, str] | None) -> bool:
+        """Return whether a configured registry and name are this adapter's; None names none."""
+        return location is not None and AdapterRuns.of(*location) == self
 
     def among(self, runs: Sequence[Run]) -> list[Run]:
-        """Return those of the given runs that are of this adapter, in the given order."""
-        return [run for run in runs if self.include(run)]
+        """Return those of the given runs that are of this adapter, in the given order.
+
+        A run whose configuration cannot be read is of none.
+        """
+        return [run for run in runs if self.are_named_by(run.configured_registry)]

@@ -169,9 +169,11 @@ def _list_training(
 
 def _list_provenance(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
     """Yield name and value of the fingerprints, the parent version and the package versions."""
-    for name in ("base_fingerprint", "dataset_digest", "train_digest", "validation_digest"):
-        if provenance.get(name) is not None:  # the digest of whichever held-out set judged
-            yield name.replace("validation", "held_out"), provenance[name]
+    for name in ("base_fingerprint", "dataset_digest", "train_digest"):
+        if provenance.get(name) is not None:
+            yield name, provenance[name]
+    if provenance.get("validation_digest") is not None:
+        yield "held_out_digest", provenance["validation_digest"]  # of whichever set judged
     if provenance.get("parent") is not None:
         yield "parent", provenance["parent"]
     yield from sorted((provenance.get("packages") or {}).items())

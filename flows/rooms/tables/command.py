@@ -133,7 +133,9 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         target = _require_new_places(arguments, folder)  # before a person is asked
         if asks:
             columns, system = ask_or_refuse(flags, source, system)
-        if folder is not None and is_asked:
+        if folder is None:
+            return Prepared(target, None, {}, first_chats(source))
+        if is_asked:
             drop = tuple(arguments.drop_fields)
             request = Request(columns, system, share, arguments.suite, drop)
             try:
@@ -143,8 +145,6 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
                 raise ConfigError(f"{error} With the most that there can be: `{fewer}`") from error
             return Prepared(target, folder, made.rows, made.first, made)
         first = first_chats(source)
-    if folder is None or share is None:
-        return Prepared(target, None, {}, first)
     return Prepared(target, folder, split_dataset(data, share, folder), first)
 
 
