@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from nested_core.errors import ConfigError, DamagedError, MissingFileError, desc
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
+HOW_ASKED = {"score", "function", "tolerance", "max_tokens", "stop", "temperature", "seed"}
 # Keys of which a flag for one wins over the others in the file.
 SAYING_THE_SAME = (
     {"iters", "training.epochs", "training.minutes"},
@@ -272,10 +273,20 @@ def parse_config(
         raise ConfigError(explain_problems(problems, source, places)) from error
 
 
-def parse_task(given: str | Path | Mapping[str, Any] | TaskSection) -> TaskSection:
-    """Convert a file name or fields to a suite as in `gate.tasks`; ConfigError if it is invalid."""
+def parse_task(
+    given: str | Path | Mapping[str, Any] | TaskSection, configured: Sequence[TaskSection]
+) -> TaskSection:
+    """Convert a file name or fields to a suite as in `gate.tasks`; ConfigError if it is invalid.
+
+    Without a score it is asked and scored as the same file in `configured`; else by `contains`.
+    """
     if isinstance(given, (str, Path)):
-        given = {"name": Path(given).stem, "file": str(given), "score": "contains"}
+        given = {"name": Path(given).stem, "file": str(given)}
+    if not isinstance(given, TaskSection) and "score" not in given:
+        file = Path(str(given.get("file"))).resolve()
+        same = [task for task in configured if Path(task.file).resolve() == file]
+        how = same[0].model_dump(include=HOW_ASKED) if same else {"score": "contains"}
+        given = {**how, **given}
     try:
         return TaskSection.model_validate(given)
     except ValidationError as error:

@@ -73,7 +73,7 @@ def add_commands(commands: Any) -> None:
         type=Path,
         default=(),
         metavar="FILE",
-        help="questions, whose answers contain what is expected; default: the run's gate.tasks",
+        help="questions, scored as in the run's gate.tasks, else by contains; default: gate.tasks",
     )
     add_registry_flag(parser)
     parser.add_argument("--model", metavar="BASE", help="of an adapter that names none")

@@ -54,7 +54,6 @@ from nested_core.rooms.evaluate.page import (
 from nested_core.text.stages import stages
 
 BASE = "base"
-HOW_ASKED = {"score", "function", "tolerance", "max_tokens", "stop", "temperature", "seed"}
 
 
 def evaluate(
@@ -103,7 +102,7 @@ def evaluate(
             runs = [run for _, run in read if run is not None]
             config = read_run_config(runs[0]) if runs else _plain_config(found[0].model)
         configured = config.gate.tasks
-        tasks = tuple(_parse_suite(suite, configured) for suite in suites) or configured
+        tasks = tuple(parse_task(suite, configured) for suite in suites) or configured
         gate = config.gate.model_copy(update={"tasks": tasks})
         if data is not None:
             gate = gate.model_copy(update={"held_out": str(data)})
@@ -117,20 +116,6 @@ def evaluate(
 
 def _plain_config(model: str) -> FineTuneConfig:
     return parse_config({"model": model, "num_layers": -1}, source="the model")
-
-
-def _parse_suite(
-    given: str | Path | Mapping[str, Any] | TaskSection, configured: Sequence[TaskSection]
-) -> TaskSection:
-    """A suite; without a score it is asked and scored as the same file in `configured`."""
-    if isinstance(given, (str, Path)):
-        given = {"name": Path(given).stem, "file": str(given)}
-    if isinstance(given, TaskSection) or "score" in given:
-        return parse_task(given)
-    file = Path(str(given.get("file"))).resolve()
-    same = [task for task in configured if Path(task.file).resolve() == file]
-    how = same[0].model_dump(include=HOW_ASKED) if same else {"score": "contains"}
-    return parse_task({**how, **given})
 
 
 def _base_of(model: NamedModel, base_model: str | None, names: Collection[str]) -> NamedModel:

@@ -166,7 +166,8 @@ def export(
         quantize: the format of a GGUF's matrices, f16 or q8_0.
         dequantize: whether a quantized base is not quantized again in a folder; in a GGUF it never
             is.
-        suites: questions that both are asked; by default those of the run's gate.tasks.
+        suites: questions that both are asked; by default those of the run's gate.tasks, by which
+            one without a score is asked and scored, or by `contains` where it is not among them.
         data: held-out examples by which the kept gain is measured; the run's own by default.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
@@ -227,7 +228,7 @@ def _read_source(
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
-    tasks = tuple(map(parse_task, suites)) or config.gate.tasks
+    tasks = tuple(parse_task(suite, config.gate.tasks) for suite in suites) or config.gate.tasks
     changes = {"model": model.model, "gate": config.gate.model_copy(update={"tasks": tasks})}
     config = config.model_copy(update=changes)
     canary = (folder if run is None else run.path) / CANARY_NAME

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from mlx_lm.lora import CONFIG_DEFAULTS
 
 from nested_core import ConfigError, FineTuneConfig
-from nested_core.config.loading import parse_config
+from nested_core.config.loading import parse_config, parse_task
 from nested_core.config.resume import refuse_differences_on_resume
 
 DIFFERS = {"adapter_path", "train", "config"}  # said in FineTuneConfig, and done by flags
@@ -363,3 +364,18 @@ def test_a_folder_by_another_spelling_is_the_same_on_resume(tmp_path, monkeypatc
         refuse_differences_on_resume(began, FineTuneConfig(data=same), tmp_path)
     with pytest.raises(ConfigError, match="  data: .*data in the run, .*other now"):
         refuse_differences_on_resume(began, FineTuneConfig(data="other"), tmp_path)
+
+
+def test_an_eval_set_without_a_score_is_asked_and_scored_as_the_same_file_in_gate_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields = {"name": "labels", "file": "sub/../labels.jsonl", "score": "exact", "min": 0.9}
+    task = parse_task({**fields, "max_tokens": 5, "stop": ["."]}, ())
+    same = parse_task(tmp_path / "labels.jsonl", [task])
+    assert (same.score, same.max_tokens, same.stop) == ("exact", 5, (".",))
+    assert (same.name, same.min) == ("labels", None)
+    other = parse_task({"name": "more", "file": "other.jsonl"}, [task])
+    assert (other.score, other.max_tokens) == ("contains", 64)
+    given = parse_task({"name": "labels", "file": "labels.jsonl", "score": "regex"}, [task])
+    assert (given.score, given.max_tokens) == ("regex", 64)
