@@ -4,12 +4,13 @@
         --rival-python ENVIRONMENT/bin/python
 
 The base answers 500 prompts. An answer of several sentences gives a pair: its first sentence is
-chosen, all of it is rejected. Both trainers get the same pairs, DPO, adapter, optimizer, rate,
-batches and steps. Then the base and both adapters answer fresh prompts, which combine questions
-and subjects as no pair does. The share of answers that are one sentence is compared by prompt; the
-loss on general text, seconds and memory stand beside it. Each figure is a line of JSON, appended to
-OUT-rows.jsonl. What is in OUT and in that file already is not computed again, so that a call that
-was cut off goes on.
+chosen, all of it is rejected. Both trainers get the same pairs, DPO, initial adapter, optimizer,
+rate and batches in the same order. Then the base and both adapters answer fresh prompts, which
+combine questions and subjects as no pair does. The share of answers that are one sentence is
+compared by prompt; the loss on general text, seconds and memory stand beside it. Each figure is a
+line of JSON, appended to OUT-rows.jsonl. What is in OUT and in that file already is not computed
+again, so that a call that was cut off goes on; a call with a larger `--fresh` asks what no pair was
+made of.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from benchmarks.preferences.answering import WEIGHTS, answer_in_worker, load_base  # noqa: E402
+from nested_core.config.loading import parse_config  # noqa: E402
 from nested_core.data.data_settings import DataSettings  # noqa: E402
 from nested_core.data.dataset_loading import load_dataset  # noqa: E402
 from nested_core.data.held_out_rows import as_test_set_alone  # noqa: E402
 from nested_core.data.tokens.tokenizer_source import TokenizerSource  # noqa: E402
 from nested_core.measure.losses.held_out_loss import LoadedBase  # noqa: E402
 from nested_core.records.paired_difference import compare_pairs  # noqa: E402
-from nested_core.rooms.peft import import_peft  # noqa: E402
+from nested_core.rooms.peft import export_peft, import_peft  # noqa: E402
 from nested_core.storage.safetensors_files import load_arrays  # noqa: E402
+from nested_core.training.schedule.step_schedule import make_batch_order  # noqa: E402
 
 HERE = Path(__file__).parent
 FRAMES = (
@@ -138,7 +141,7 @@ class Benchmark:
         write_general_text(self.out / "general.jsonl", self.options.paragraphs)
         self.make_pairs()
         seed = self.options.seed
-        before = self.read_answers("base", None)
+        before = list(self.answer("base", self.fresh[: self.options.fresh_of_base], None))
         after = {}
         for arm in (OURS, TRL):
             cell = f"training {arm} {seed}"
@@ -146,9 +149,10 @@ class Benchmark:
                 yield {"cell": cell, **self.train(arm)}
             if not (self.adapter_of(arm) / WEIGHTS).is_file():
                 continue
-            after[arm] = self.read_answers(f"{arm}-{seed}", self.adapter_of(arm))
+            answers = self.answer(f"{arm}-{seed}", self.fresh, self.adapter_of(arm))
+            after[arm] = list(answers)
             if (cell := f"share base, {arm} {seed}") not in rows_done:
-                yield {"cell": cell, **compare(before, after[arm])}
+                yield {"cell": cell, **compare(before, after[arm][: len(before)])}
             if (cell := f"general loss {arm} {seed}") not in rows_done:
                 yield {"cell": cell, **self.compare_general_loss(self.adapter_of(arm))}
         if len(after) == 2 and (cell := f"share {TRL}, {OURS} {seed}") not in rows_done:
@@ -194,10 +198,6 @@ class Benchmark:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def read_answers(self, name: str, adapter: Path | None) -> list[dict[str, Any]]:
-        """Answers to all fresh prompts."""
-        return list(self.answer(name, self.fresh, adapter))
-
     def make_pairs(self) -> None:
         """Write train, valid and test of pairs: as many as asked for, and a fifth more of each."""
         folder = self.out / "pairs"
@@ -225,7 +225,10 @@ class Benchmark:
         folder = self.out / f"{arm}-{self.options.seed}"
         settings, figures = folder.with_suffix(".json"), folder.with_suffix(".figures.json")
         shutil.rmtree(folder, ignore_errors=True)
-        settings.write_text(json.dumps(make_config(self.options)), "utf-8")
+        config = make_config(self.options)
+        settings.write_text(
+            json.dumps(config | ({} if arm == OURS else self.start(config))), "utf-8"
+        )
         environment = dict(os.environ)
         if arm == OURS:
             command = [sys.executable, "-m", "benchmarks.preferences.our_training"]
@@ -244,6 +247,22 @@ class Benchmark:
         told = {name: getattr(self.options, name) for name in shown}
         measured = json.loads(figures.read_text("utf-8"))
         return {**told, "process_seconds": seconds, **measured}
+
+    def start(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What our training began with, for TRL: its initial adapter, and the pairs of each batch.
+
+        Pairs are counted from 0, in the order of train.jsonl.
+        """
+        ours = self.out / f"{OURS}-{self.options.seed}"
+        initial = self.out / f"initial-{self.options.seed}"
+        shutil.rmtree(initial, ignore_errors=True)
+        export_peft(ours / "initial", initial, self.options.model)
+        parsed = parse_config(config, source="the benchmark")
+        tokenizer = TokenizerSource.from_config(parsed)
+        split = load_dataset(DataSettings.from_config(parsed), tokenizer)[1]["train"]
+        order = make_batch_order(parsed, split)
+        batches = [split.lines[order.batch(index).rows] - 1 for index in range(parsed.iters)]
+        return {"initial": str(initial), "batches": [pairs.tolist() for pairs in batches]}
 
     def compare_general_loss(self, adapter: Path) -> dict[str, float]:
         """The mean loss on general text of the base and of an adapter, in nats/token."""
@@ -356,6 +375,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=64, help="prompts of a process at a time")
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--fresh", type=int, default=1500)
+    parser.add_argument("--fresh-of-base", type=int, help="the base answers the first so many")
     parser.add_argument("--paragraphs", type=int, default=200, help="of general text")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)

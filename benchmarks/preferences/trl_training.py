@@ -1,11 +1,11 @@
 """Train with TRL's DPO trainer and PEFT: `python trl_training.py SETTINGS.json OUT FIGURES.json`.
 
 Run by the Python of an environment with trl, transformers and peft, which the project does not
-need. SETTINGS.json is the configuration that our own training gets (`make_config`). Optimizer,
-rate, batches, steps and adapter are the same: Adam with bias correction and a constant rate, no
-clipping, LoRA on every linear layer with scale as alpha / rank, the base in its own dtype and the
-factors in float32, under autocast where the base is bfloat16. The reference is the model with the
-adapter switched off, as TRL has it by default.
+need. SETTINGS.json is the configuration that our own training gets (`make_config`), its initial
+adapter in PEFT's format and the pairs of each batch. Optimizer and rate are the same: Adam with
+bias correction and a constant rate, no clipping. The base has its own dtype and the factors
+float32, under autocast where the base is bfloat16. The reference is a copy of the initial adapter,
+as TRL has it for a model that comes with one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
+
+
+class _TrainerInOrder(DPOTrainer):  # type: ignore[misc]
+    """Takes the pairs of each batch from a list in place of its own sampler."""
+
+    batches: list[list[int]]
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The batches, once."""
+        loader = DataLoader(
+            self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
 
 def main(settings: dict[str, Any], out: Path, figures: Path) -> None:
@@ -30,10 +45,9 @@ def main(settings: dict[str, Any], out: Path, figures: Path) -> None:
     has_gpu = torch.cuda.is_available()
     lines = Path(settings["data"], "train.jsonl").read_text("utf-8").splitlines()
     rows = [_as_conversations(json.loads(line)) for line in lines]
-    lora = settings["lora_parameters"]
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto")
-    trainer = DPOTrainer(
-        model,
+    trainer = _TrainerInOrder(
+        PeftModel.from_pretrained(model, settings["initial"], is_trainable=True),
         args=DPOConfig(
             output_dir=str(out / "trainer"),
             beta=settings["training"]["loss_config"]["beta"],
@@ -55,14 +69,10 @@ def main(settings: dict[str, Any], out: Path, figures: Path) -> None:
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(settings["model"]),
-        peft_config=LoraConfig(
-            r=lora["rank"],
-            lora_alpha=lora["rank"] * lora["scale"],
-            lora_dropout=lora["dropout"],
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
     )
+    trainer.batches = settings["batches"]
+    if len(trainer.train_dataset) != len(rows):
+        raise SystemExit("TRL left out pairs, so that batches would hold others")
     first = trainer.train_dataset[0]
     if has_gpu:
         torch.cuda.reset_peak_memory_stats()
