@@ -3,9 +3,10 @@
 Run by the Python of an environment with trl, transformers and peft, which the project does not
 need. SETTINGS.json is the configuration that our own training gets (`make_config`), its initial
 adapter in PEFT's format and the pairs of each batch. Optimizer and rate are the same: Adam with
-bias correction and a constant rate, no clipping. The base has its own dtype and the factors
-float32, under autocast where the base is bfloat16. The reference is a copy of the initial adapter,
-as TRL has it for a model that comes with one.
+bias correction and a constant rate, no clipping. The reference is a copy of the initial adapter, as
+TRL has it for a model that comes with one. On a CPU all is float32, for that is what our training
+computes in there. On a GPU the base has its own dtype and the factors float32, under autocast where
+the base is bfloat16.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main(settings: dict[str, Any], out: Path, figures: Path) -> None:
     has_gpu = torch.cuda.is_available()
     lines = Path(settings["data"], "train.jsonl").read_text("utf-8").splitlines()
     rows = [_as_conversations(json.loads(line)) for line in lines]
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype="auto")
+    dtype = "auto" if has_gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=dtype)
     trainer = _TrainerInOrder(
         PeftModel.from_pretrained(model, settings["initial"], is_trainable=True),
         args=DPOConfig(
