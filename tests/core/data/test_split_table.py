@@ -44,7 +44,7 @@ STARTS = pytest.mark.slow("starts processes that import polars, a line each")
     ("size", "processes"),
     [
         pytest.param(1, 2, marks=STARTS),
-        (1, 1),
+        pytest.param(1, 1, marks=pytest.mark.slow("a range for each byte")),
         pytest.param(300, 2, marks=STARTS),
         (5000, 1),
         (10**9, 1),
