@@ -22,6 +22,7 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradients import Flat
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from nested_core.training.loss.logit_budget import split_batch
 from nested_core.training.loss.loss_interface import (
     EvaluateBatch,
@@ -30,7 +31,6 @@ from nested_core.training.loss.loss_interface import (
     count_logits,
     extract_logits,
 )
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 Prompts = Sequence[Sequence[int]]

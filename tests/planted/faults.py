@@ -187,7 +187,7 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/training/loss/chunked_cross_entropy.py",
+        "nested_core/training/loss/cross_entropy.py",
         "        return summed[0], (rows >= 0).sum()",
         "        return summed[0], (rows > 0).sum()",
         "a comparison turned",

@@ -26,8 +26,8 @@ from nested_core.data.batches import (
 from nested_core.data.earlier_examples import MixedExamples
 from nested_core.data.tokens.tokenized_split import Int32, Int64, TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from nested_core.training.loss.loss_interface import BatchShape, Loss, MicroBatch
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 MAX_WIDEST_ROWS_EXAMINED = 256
