@@ -121,7 +121,7 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
-        "nested_core/data/tokens/parallel_tokenization.py",
+        "nested_core/data/tokens/example_encoding.py",
         '        if request["drops_overlong"] and len(encoded.tokens) > max_seq_length:',
         '        if request["drops_overlong"] and len(encoded.tokens) >= max_seq_length:',
         "a comparison turned",

@@ -19,7 +19,7 @@ from nested_core.data.lines.example_parsing import Example, Fields, RowFormat, T
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.other_formats import parse_json_text, read_openai_turns
 from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
-from nested_core.data.tokens.shown_texts import Note
+from nested_core.data.tokens.text_notes import Note
 from nested_core.rooms.preferences.row_rules import judge_labels, judge_pairs
 
 _STRICT = ConfigDict(strict=True, extra="ignore")
