@@ -29,9 +29,14 @@ from pydantic import (
 )
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
+from nested_core.data.lines.json_decoding import (
+    LineProblem,
+    decode_json_object,
+    parse_json_text,
+)
 from nested_core.data.lines.marks import take_marks
 from nested_core.data.lines.other_formats import (
+    RATING_KEYS,
     SHAREGPT_SPELLINGS,
     describe_field_names,
     describe_preference_pair,
@@ -39,7 +44,6 @@ from nested_core.data.lines.other_formats import (
     find_mark_of_bad_answer,
     is_preference_pair,
     list_unread_fields,
-    parse_json_text,
     read_openai_turns,
     wrap_function,
 )
@@ -236,8 +240,16 @@ def read_completion(fields: Fields) -> Turns:
 
 def _prepare_chat(fields: Fields, place: str) -> Fields:
     """Decode JSON text and other spellings in a chat row's turns and tools."""
-    turns = read_openai_turns(parse_json_text(fields["chat"], place), place)
+    turns = parse_json_text(fields["chat"], place)
+    if not (isinstance(turns, list) and all(map(_is_plain_turn, turns))):
+        turns = read_openai_turns(turns, place)
     return _parse_tools(fields, place) | {"chat": turns}
+
+
+def _is_plain_turn(turn: Any) -> bool:
+    """Return whether a turn is a role and a text, and nothing else."""
+    is_plain = isinstance(turn, dict) and turn.keys() == _PLAIN_MESSAGE_KEYS
+    return is_plain and isinstance(turn["content"], str)
 
 
 def _parse_tools(fields: Fields, _: str) -> Fields:
@@ -485,19 +497,11 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
     Raises LineProblem for a row without a known format, a preference pair (`chosen` and `rejected`)
     and a row with a mark of bad answers, such as `label: false`.
     """
-    prompt, completion = field_names.prompt, field_names.completion
     is_for_loss = field_names.loss is not None  # it may take pairs and marks that others refuse
     if is_for_loss and (found := find_format(row, field_names)):
         return found
-    if is_preference_pair(row) and "chosen" not in (completion, field_names.text, field_names.chat):
-        raise LineProblem("preference-pair", describe_preference_pair(row, prompt))
-    if mark := find_mark_of_bad_answer(row):
-        message = (
-            f"{mark}: false marks an answer that is not to be learnt: to train on label: true and "
-            f"label: false, set training.loss: kto; else leave this row out, or train on it on "
-            f"purpose with drop_fields: [{mark}]"
-        )
-        raise LineProblem("preference-pair", message)
+    if not RATING_KEYS.isdisjoint(row):
+        _refuse_rated_answer(row, field_names)
     if found := find_format(row, field_names):
         return found
     # No format fits: say what is missing, or what was expected
@@ -506,7 +510,7 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
     hint = (
         ""
         if is_wanted or is_for_loss
-        else describe_field_names(row, prompt=prompt, completion=completion)
+        else describe_field_names(row, prompt=field_names.prompt, completion=field_names.completion)
     )
     keys = [list(map(field_names.key_of, fields)) for fields in formats.values()]
     for expected in keys:
@@ -524,6 +528,20 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
     advice = hint or (takes_names if is_there("tables") else "")
     message = f"expected {expected_keys}; found {present}{advice}"
     raise LineProblem("unknown-format", message)
+
+
+def _refuse_rated_answer(row: dict[str, Any], field_names: FieldNames) -> None:
+    """Raise LineProblem for a preference pair, and for an answer that is marked as a bad one."""
+    chosen_is_read = "chosen" in (field_names.completion, field_names.text, field_names.chat)
+    if is_preference_pair(row) and not chosen_is_read:
+        raise LineProblem("preference-pair", describe_preference_pair(row, field_names.prompt))
+    if mark := find_mark_of_bad_answer(row):
+        message = (
+            f"{mark}: false marks an answer that is not to be learnt: to train on label: true and "
+            f"label: false, set training.loss: kto; else leave this row out, or train on it on "
+            f"purpose with drop_fields: [{mark}]"
+        )
+        raise LineProblem("preference-pair", message)
 
 
 def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Example:
@@ -547,9 +565,12 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
     # Keys beyond the format's are marks, known to be ignored, or left out of training
     unknown = set(row.keys() - keys.values() - {field_names.group})
     messages, places, rest = Turns([]) if kind.read is None else kind.read(fields)
-    chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
-    marks, masked = take_marks({key: row[key] for key in unknown}, messages, places or chat_places)
-    unknown -= marks
+    masked: dict[int, str] = {}
+    if unknown or any(turn.keys() != _PLAIN_MESSAGE_KEYS for turn in messages):
+        chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
+        more = {key: row[key] for key in unknown}
+        marks, masked = take_marks(more, messages, places or chat_places)
+        unknown -= marks
     if kind.read is None:
         return Example(name, [], None, fields[kind.fields[0]], frozenset(unknown))
     # Turns with more than role and content
