@@ -173,14 +173,31 @@ def is_preference_pair(row: Mapping[str, Any]) -> bool:
     return {"chosen", "rejected"} <= row.keys()
 
 
-def find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
+def refuse_rated_answer(row: Mapping[str, Any], prompt: str, *, is_chosen_read: bool) -> None:
+    """Raise LineProblem for a preference pair, and for an answer that is marked as a bad one.
+
+    prompt: the configured key of the prompt.
+    is_chosen_read: whether the chosen answer of a pair is trained on alone, on purpose.
+    """
+    if is_preference_pair(row) and not is_chosen_read:
+        raise LineProblem("preference-pair", _describe_preference_pair(row, prompt))
+    if mark := _find_mark_of_bad_answer(row):
+        message = (
+            f"{mark}: false marks an answer that is not to be learnt: to train on label: true and "
+            f"label: false, set training.loss: kto; else leave this row out, or train on it on "
+            f"purpose with drop_fields: [{mark}]"
+        )
+        raise LineProblem("preference-pair", message)
+
+
+def _find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
     """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL), or None."""
     if row.get("kto_tag") is False:
         return "kto_tag"
     return "label" if row.get("label") is False and "completion" in row else None
 
 
-def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
+def _describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
     """Say that preference pairs need another loss, and how to train on the chosen answers alone.
 
     prompt: the configured key of the prompt.
