@@ -20,7 +20,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
-from nested_core.training.loss.supervised_loss import supervised_loss
+from nested_core.training.loss.cross_entropy import supervised_loss
 from tests.example import Finished, example_config, train_example
 
 RATE = 2e-3

@@ -18,8 +18,8 @@ from nested_core.measure.losses.prediction_comparison import PredictionCompariso
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.loss import logit_budget
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from nested_core.training.loss.loss_interface import MicroBatch
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import build
 from tests.left_out import slow_except
 
