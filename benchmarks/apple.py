@@ -96,7 +96,7 @@ def forecast_bytes(size: str, options: str) -> int:
     )
     from benchmarks.tiers import one_tier, optimizer_for
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+    from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 
     read_as, shape = read_options(options, shape_of(size))
     model = make_model(shape, int(read_as.get("bits", "16")))

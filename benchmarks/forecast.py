@@ -102,8 +102,8 @@ def measure(case: Case) -> None:
 
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
+    from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
     from nested_core.training.loss.loss_interface import BatchShape
-    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
     from nested_core.training.train_step import TrainStep
 
     dtype = mx.bfloat16

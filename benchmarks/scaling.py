@@ -66,7 +66,7 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     import mlx.core as mx
 
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+    from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
     from nested_core.training.train_step import TrainStep
 
     refs = reference_trainable_parameters(model)

@@ -57,6 +57,7 @@ def test_a_broken_link_and_a_broken_anchor_are_found(root: Path) -> None:
     assert "Traceback" not in problem
 
 
+@pytest.mark.slow("builds two sites")
 def test_pages_outside_of_the_navigation_and_loads_of_other_hosts_are_found(root: Path) -> None:
     with (root / "docs" / "b.md").open("a") as page:
         page.write('\n<img src="https://example.com/a.png">\n')

@@ -74,6 +74,7 @@ def sources() -> dict[str, str]:
     return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
 
 
+@pytest.mark.slow("reads the syntax of every source file")
 def test_only_one_module_opens_what_others_may_have_made() -> None:
     counts = Counter(name for name, source in sources().items() for _ in openings(source))
     del counts[THE_ONE_PLACE]

@@ -70,6 +70,7 @@ def foreign(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow("builds a wheel")
 def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     info = f"nested_tune-{PROJECT['version']}.dist-info"

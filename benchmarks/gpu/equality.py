@@ -81,7 +81,7 @@ def our_losses(shape: Shape, batches: Sequence[MicroBatch], steps: int) -> Itera
     from benchmarks.tiers import one_tier, optimizer_for
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+    from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
     from nested_core.training.train_step import TrainStep
 
     model = build(shape, BITS)

@@ -242,7 +242,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     from benchmarks.tiers import one_tier, optimizer_for, thirds
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+    from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
     from nested_core.training.train_step import TrainStep
 
     world = join_world(options)

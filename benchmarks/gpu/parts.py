@@ -31,7 +31,7 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
         reference_trainable_parameters,
         restoring_parameters,
     )
-    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+    from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 
     model.train()
     refs = reference_trainable_parameters(model, dtype=mx.bfloat16)

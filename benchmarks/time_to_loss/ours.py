@@ -16,8 +16,8 @@ from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.optim.tier_counters import COUNTERS_KEY
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from nested_core.training.loss.loss_interface import MicroBatch
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.train_step import TrainStep
 

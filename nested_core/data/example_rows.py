@@ -21,16 +21,13 @@ from nested_core.data.lines.example_parsing import (
     Example,
     FieldNames,
     find_row_format,
+    fold_case_and_space,
     parse_line,
+    parse_plain_row,
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import (
-    flatten_example,
-    fold_case_and_space,
-    parse_line_to_row,
-    parse_plain_row,
-)
+from nested_core.data.lines.line_rows import flatten_example, parse_line_to_row
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
@@ -88,7 +85,10 @@ def _row_of(example: Example) -> dict[str, Any]:
 
 
 def read_content(row: Mapping[str, Any]) -> bytes:
-    """Return everything of a row that is tokenized as one text; the last NUL ends the prompt."""
+    """Return everything of a row that is tokenized as one text; the last NUL ends the prompt.
+
+    Empty for a row that is no valid example.
+    """
     line = json.dumps(row).encode()
     plain = parse_plain_row(line, _ANY_ROLE)
     content = parse_line_to_row(line, _ANY_ROLE).content if plain is None else plain[2]

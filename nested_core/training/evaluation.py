@@ -13,7 +13,6 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.backend import to_float
-from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.models.parameters import (
     ParameterRefs,
@@ -22,6 +21,7 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradients import Flat
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from nested_core.training.loss.logit_budget import split_batch
 from nested_core.training.loss.loss_interface import (
     EvaluateBatch,
@@ -30,7 +30,6 @@ from nested_core.training.loss.loss_interface import (
     count_logits,
     extract_logits,
 )
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 Prompts = Sequence[Sequence[int]]
@@ -154,16 +153,3 @@ def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
     examples = (split.example(row).tolist() for row in range(min(len(split), MAX_READ_EXAMPLES)))
     cut = ((*tokens[:1], *tokens[1:][1 - MAX_PROMPT_TOKENS :]) for tokens in examples if tokens)
     return list(dict.fromkeys(cut))[:MAX_PROMPTS]
-
-
-def load_evaluation_batches(
-    split: TokenizedSplit, batch_size: int, max_batches: int, max_seq_length: int
-) -> Iterable[MicroBatch]:
-    """Yield the batches of an evaluation, the same ones in the same order every time.
-
-    max_batches: -1 is all; a smaller number is spread evenly over the lengths.
-    """
-    batches = choose_evaluation_batches(
-        split, batch_size, max_batches, max_seq_length=max_seq_length
-    )
-    return (make_batch_arrays(split, batch, batch_size) for batch in batches)

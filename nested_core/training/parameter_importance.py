@@ -19,7 +19,7 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradients import Flat
-from nested_core.training.loss.supervised_loss import supervised_loss
+from nested_core.training.loss.cross_entropy import supervised_loss
 from nested_core.training.schedule.step_schedule import make_batch_order
 
 

@@ -8,8 +8,9 @@ pass ends at the lowest layer that is due.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -97,7 +98,7 @@ class TrainStep:
 
     def run(
         self,
-        batches: Sequence[MicroBatch],
+        batches: Iterable[MicroBatch],
         due: tuple[int, ...],
         *,
         is_complete: bool = True,
@@ -110,7 +111,8 @@ class TrainStep:
         that are still being computed.
 
         Args:
-            batches: the micro-batches, whose gradients are added up.
+            batches: the micro-batches, whose gradients are added up. They are read one after the
+                other, so that few have to be in memory.
             due: the tiers to take gradients of and to update.
             is_complete: whether these are all micro-batches of a step. If not, nothing is updated
                 and only the losses are of use.
@@ -127,8 +129,8 @@ class TrainStep:
         summed_requests: mx.array | None = None
         # Tracing puts symbolic arrays into the model, which must not stay there.
         with restoring_parameters(self.parameters):
-            for index, batch in enumerate(batches):
-                is_last = is_complete and index == len(batches) - 1
+            for batch, following in pairwise(chain(batches, (None,))):  # None follows the last one
+                is_last = is_complete and following is None
                 arrays = self.loss_fn.prepare_batch(batch)
                 sums, accumulated, updates, summed_requests = compiled_step(
                     params, accumulated, requests, is_last, *arrays

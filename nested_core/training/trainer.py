@@ -270,7 +270,7 @@ class Trainer:
         not fill a step, their gradients are dropped and the step is not counted.
         """
         step = self.state.step + 1
-        batches = [self.step_schedule.micro_batch(index) for index in range(first, last)]
+        batches = map(self.step_schedule.micro_batch, range(first, last))
         is_complete = self.step_schedule.is_complete_step(first, last)
         self.step_schedule.seed_step(step)
         due = train_step.needed_tiers(step)

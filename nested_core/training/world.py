@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from nested_core.data.batches import BatchRows
 from nested_core.optim.gradients import Flat
-from nested_core.training.loss.loss_interface import MicroBatch
 
 Sums = dict[str, mx.array]
 
@@ -55,9 +55,9 @@ class World:
         return self.rank == 0
 
     # The data of a process
-    def own_rows(self, batch: MicroBatch) -> MicroBatch:
-        """Return the rows of a batch that this process computes."""
-        return batch
+    def own_rows(self, batch: BatchRows) -> BatchRows:
+        """Return the rows of a batch that this process computes: every `size`-th of them."""
+        return BatchRows(batch.rows[self.rank :: self.size], batch.width)
 
     def seed_of_step(self, seed: int, step: int) -> int:
         """Return the seed for a step's random draws."""

@@ -76,6 +76,7 @@ def make_adapter(folder: Path) -> Any:
     return model, tokenizer
 
 
+@pytest.mark.slow("generates answers")
 def test_right_answers_are_those_that_the_model_generates(tmp_path: Path) -> None:
     model, tokenizer = make_adapter(tmp_path / "adapter")
     prompts = [row.prompt for row in read_task("geography", None, Counts()).judge]

@@ -229,7 +229,7 @@ sys.exit()
     "a flow that a worker of Prefect runs": "import flows.finetune, mlx_lm",
     "the fresh process": f"import runpy; runpy.run_path({str(MLX_LM_PROGRAM)!r})",
 }
-FAST_PROCESSES = ("a command",)
+FAST_PROCESSES = ("the fresh process",)
 
 
 def install_torch(folder: Path) -> str:

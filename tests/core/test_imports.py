@@ -121,9 +121,10 @@ print(json.dumps([code, sorted(packages), sorted(sys.modules)]))
     ("command", "unneeded"),
     [
         (["status"], {"mlx", "mlx_lm", "transformers", "polars", "prefect"}),
-        (
+        pytest.param(
             ["promote", "--registry", ".", "--name", "x"],
             {"mlx_lm", "transformers", "polars", "prefect"},
+            marks=pytest.mark.slow("a process that imports what promoting needs"),
         ),
     ],
 )

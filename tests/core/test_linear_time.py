@@ -213,14 +213,15 @@ PARSERS = {
     ),
 }
 CASES = [(name, shape) for name, parser in PARSERS.items() for shape in parser.shapes]
-SLOW_YAML = pytest.mark.slow("PyYAML takes a second for the longer of the texts")
+SLOW_TEXT = pytest.mark.slow("half a second and more for the longer of the texts")
 YAML_CASES = [case for case in CASES if case[0] in ("YAML", "a configuration")]
+SLOW_CASES = [*YAML_CASES[1:], ("train.csv", "records")]
 
 
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        pytest.param(*case, marks=[SLOW_YAML] if case in YAML_CASES[1:] else [], id="-".join(case))
+        pytest.param(*case, marks=[SLOW_TEXT] if case in SLOW_CASES else [], id="-".join(case))
         for case in CASES
     ],
 )
@@ -294,6 +295,7 @@ def repeated_by_counting(names: list[str]) -> list[str]:
     return [name for name in names if names.count(name) > 1]
 
 
+@pytest.mark.slow("searches for a quadratic time")
 def test_a_quadratic_search_is_caught() -> None:
     def make(size: int) -> Callable[[], object]:
         names = [f"k{number}" for number in range(size)]

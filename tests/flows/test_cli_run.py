@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 
 from tests.example import write_config
-from tests.flows.conftest import Ended, completed
+from tests.flows.conftest import Ended, called, completed
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A sound data set and a bad one, each in a process of its own, on one server."""
+    """A sound data set, and in a process of its own a bad one, on one server."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "data").mkdir()
     (folder / "data" / "train.jsonl").write_text('{"messages": 5}\n')
@@ -43,15 +43,13 @@ def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs
     changes = {"iters": 4, "val_batches": 1, "registry": registry}
     write_config(folder / "sound.yaml", **changes)
     write_config(folder / "bad.yaml", data="data", **changes)
-    server = str(get_current_settings().api.url)
-
     sound = ("run", "-c", "sound.yaml", "--run-dir", "sound")
     bad = ("run", "-c", "bad.yaml", "--run-dir", "bad")
-    return Runs(
-        folder,
-        completed(*sound, cwd=folder, PREFECT_API_URL=server),
-        completed(*bad, cwd=folder, PREFECT_API_URL=server),
-    )
+    server = str(get_current_settings().api.url)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_API_URL", server)
+        ended = called(*sound, cwd=folder)
+    return Runs(folder, ended, completed(*bad, cwd=folder, PREFECT_API_URL=server))
 
 
 def test_a_run_prints_its_adapter_and_registers_without_promoting(runs: Runs) -> None:

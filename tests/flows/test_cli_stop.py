@@ -17,6 +17,7 @@ from tests.example import write_config
 from tests.flows.conftest import Ended, called, ended, start
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow("two processes that train, stopped, and a verdict")
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run", "--json")
 
 

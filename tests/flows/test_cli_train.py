@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from nested_core.storage.run_directory import RunDirectory
 from tests.example import write_config
 from tests.flows.conftest import CommandRun, Ended
 from tests.fork_server import python
-from tests.left_out import needs_rooms
+from tests.left_out import needs_rooms, slow_except
 
 Run = Callable[..., Ended]
 TRAIN = ("train", "-c", "config.yaml")
@@ -119,16 +120,32 @@ def test_resuming_a_finished_run_judges_it_again(command_run: CommandRun, tmp_pa
     assert "[]" in again.stdout.splitlines()[-1]
 
 
-def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -> None:
-    write_config(tmp_path / "config.yaml", iters=4, val_batches=1)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *TRAIN],
-        cwd=tmp_path,
+def train_from_nothing(program: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program that trains in an interpreter that has imported nothing, and may not warn."""
+    return subprocess.run(
+        [sys.executable, program, *TRAIN],
+        cwd=program.parent,
         env=os.environ | {"PYTHONWARNINGS": "error"},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def train_forked(program: Path) -> subprocess.CompletedProcess[str]:
+    """Run it in a process that has imported the libraries, but no Prefect."""
+    return python(program, *TRAIN, cwd=program.parent)
+
+
+@pytest.mark.parametrize(
+    "start",
+    slow_except([train_from_nothing, train_forked], train_forked, reason="imports mlx_lm whole"),
+)
+def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path, start: Any) -> None:
+    write_config(tmp_path / "config.yaml", iters=4, val_batches=1)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = start(program)
     assert done.returncode == 0, done.stderr
     *printed, modules = done.stdout.splitlines()
     assert modules == "[]"
@@ -180,6 +197,7 @@ def test_the_last_line_is_to_promote_or_what_to_try_where_the_answers_are_broken
     assert "Tiers" not in printed  # there is one alone, that is updated at every step
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_flags_win_over_the_file(tmp_path: Path, nested_tune: Run) -> None:
     write_config(tmp_path / "config.yaml", iters=400, val_batches=0)
     flags = ["--iters", "4", "--batch-size", "1", "--learning-rate", "1e-3", "--seed", "7"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import cli
 from nested_core import seams
@@ -187,10 +188,12 @@ print(codes, {"mlx", "mlx_lm", "transformers", "prefect", "polars", "numpy"} & s
     assert done.stderr.count("did you mean model? (line 1)") == 3
 
 
-def test_a_prefect_server_that_does_not_answer_is_one_paragraph(nested_tune, tmp_path) -> None:
+def test_a_prefect_server_that_does_not_answer_is_one_paragraph(tmp_path, monkeypatch) -> None:
     write_config(tmp_path / "config.yaml")
-    nowhere = {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_CLIENT_MAX_RETRIES": "0"}
-    done = nested_tune("run", "-c", "config.yaml", **nowhere)
+    nowhere = "http://127.0.0.1:9/api"
+    monkeypatch.setenv("PREFECT_API_URL", nowhere)
+    with temporary_settings({PREFECT_API_URL: nowhere, PREFECT_CLIENT_MAX_RETRIES: 0}):
+        done = called("run", "-c", "config.yaml", cwd=tmp_path)
     assert done.code == 1
     assert "server at http://127.0.0.1:9/api/ does not answer" in done.message()
     assert not (tmp_path / "runs").exists()

@@ -65,6 +65,7 @@ def run_flow(folder: Path, name: str, promote: str, **changes: Any) -> Any:
     return finetune(FinetuneParameters.model_validate(values), return_state=True)
 
 
+@pytest.mark.slow("a flow run, and waits for its events")
 def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
     tmp_path: Path, new_name: str
 ) -> None:

@@ -271,6 +271,7 @@ def test_a_data_set_with_an_error_fails_the_flow_before_training(tmp_path: Path)
     assert sorted(key for key in keys if key is not None) == [f"capitals-{page}" for page in pages]
 
 
+@pytest.mark.slow("another flow run")
 @needs_rooms("nights")
 def test_an_error_that_is_not_ours_ends_the_page_of_the_night_too(tmp_path: Path) -> None:
     broken = patch.object(

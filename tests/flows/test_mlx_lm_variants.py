@@ -355,7 +355,7 @@ def require_loadable(config: FineTuneConfig, adapters: Path) -> None:
     assert mx.isfinite(model(mx.array([[5, 6, 7]]))).all()
 
 
-@pytest.mark.parametrize("variant", named(TRAINED_HERE, slow=TRAINED_HERE[1:]))
+@pytest.mark.parametrize("variant", named(TRAINED_HERE, slow=TRAINED_HERE))
 def test_training_leaves_what_mlx_lm_leaves(variant, theirs, stand_ins, tmp_path) -> None:
     done = train_here(variant, tmp_path / "ours", stand_ins)
     assert done.config.adapter_path is not None

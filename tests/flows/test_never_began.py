@@ -42,6 +42,7 @@ def test_a_run_refused_before_its_first_step_leaves_nothing_but_what_was_there(
         assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow("trains and judges")
 def test_the_same_command_works_once_the_mistake_is_corrected(tmp_path: Path) -> None:
     write_config(tmp_path / "lora.yaml", num_layers=99)
     arguments = ("train", "-c", "lora.yaml", "--run-dir", "mine/one")

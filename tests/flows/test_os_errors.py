@@ -64,6 +64,7 @@ def test_an_error_without_number_or_path_is_a_paragraph_too() -> None:
     )
 
 
+@pytest.mark.slow("a process that imports mlx_lm")
 def test_a_hard_limit_of_open_files_below_mlx_lms_is_told_in_one_sentence(tmp_path: Path) -> None:
     write_config(tmp_path / "config.yaml")
     done = subprocess.run(

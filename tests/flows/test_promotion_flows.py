@@ -50,6 +50,7 @@ def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(add, 
     assert len(core.history(registry, NAME)) == 1
 
 
+@pytest.mark.slow("another flow run")
 @needs_rooms("champion_page")
 def test_the_page_of_a_champion_says_when_it_became_champion_and_not_that_it_still_is(
     add: Add, registry: Path
@@ -112,6 +113,7 @@ def test_reconcile_promotes_what_an_event_got_lost_for_once(add: Add, registry: 
     assert tuple(task_runs(state, "reconcile")) == ("reconcile", "check-champion")
 
 
+@pytest.mark.slow("another flow run")
 def test_reconcile_is_no_failure_before_the_first_version_of_an_adapter(add, registry) -> None:
     add(1)
     given = ReconcileParameters(registry=str(registry), names=(NAME, "helpdesk"))
@@ -133,6 +135,7 @@ def test_a_champion_that_is_damaged_is_red_within_the_hour(add: Add, registry: P
     assert "nested-tune forget" in str(state.message)
 
 
+@pytest.mark.slow("another flow run")
 @needs_rooms("champion_page")
 def test_an_adapter_whose_folder_is_gone_is_red(add: Add, registry: Path) -> None:
     add(1)

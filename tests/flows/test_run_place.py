@@ -15,6 +15,7 @@ from prefect.types import KeyValueLabels
 from flows.finetune import finetune
 from flows.flow_runs.run_place import FOLDER_LABEL, HOST_LABEL
 from tests.example import example_settings
+from tests.left_out import slow_except
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -31,7 +32,7 @@ def run_begun_on(host: str, folder: Path, config: dict[str, object]) -> State[ob
     return ended
 
 
-@pytest.mark.parametrize("run_dir", ["run", None])
+@pytest.mark.parametrize("run_dir", slow_except(["run", None], "run", reason="another flow run"))
 def test_a_run_whose_folder_is_on_another_host_trains_nothing_and_says_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_dir: str | None
 ) -> None:

@@ -28,6 +28,7 @@ from tests.example import DATA, EXAMPLES, example_config
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms
 
+pytestmark = pytest.mark.slow("trains a run with questions, and judges it")
 WORDS = "passed, better"
 SUITE = {
     "name": "capitals",

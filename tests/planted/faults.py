@@ -121,7 +121,7 @@ FAULTS = (
         "a check skipped",
     ),
     Fault(
-        "nested_core/data/tokens/parallel_tokenization.py",
+        "nested_core/data/tokens/example_encoding.py",
         '        if request["drops_overlong"] and len(encoded.tokens) > max_seq_length:',
         '        if request["drops_overlong"] and len(encoded.tokens) >= max_seq_length:',
         "a comparison turned",
@@ -187,7 +187,7 @@ FAULTS = (
         "a comparison turned",
     ),
     Fault(
-        "nested_core/training/loss/chunked_cross_entropy.py",
+        "nested_core/training/loss/cross_entropy.py",
         "        return summed[0], (rows >= 0).sum()",
         "        return summed[0], (rows > 0).sum()",
         "a comparison turned",

@@ -2,7 +2,8 @@
 
 The only place that converts rows of any format to turns of a conversation: mlx-lm's formats, and
 those of other programs. No value is converted: a number in place of a text is a problem. It knows
-neither other lines nor a tokenizer.
+neither other lines nor a tokenizer. A row of plain turns is read here alone; other_formats and
+marks are asked about what a row has beyond them.
 """
 
 from __future__ import annotations
@@ -27,30 +28,39 @@ from pydantic import (
     WrapValidator,
     with_config,
 )
+from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_object, parse_json_text
 from nested_core.data.lines.marks import take_marks
 from nested_core.data.lines.other_formats import (
+    RATING_KEYS,
     SHAREGPT_SPELLINGS,
     describe_field_names,
-    describe_preference_pair,
     describe_unread_fields,
-    find_mark_of_bad_answer,
-    is_preference_pair,
     list_unread_fields,
-    parse_json_text,
     read_openai_turns,
+    refuse_rated_answer,
     wrap_function,
 )
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
 from nested_core.seams import find_loss, is_there, join_mappings, list_rooms, load
-from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
+from nested_core.storage.untrusted_files import (
+    UNBOUNDED,
+    collect_strings,
+    has_repeated_key,
+    open_regular,
+)
 
 Role = Literal["system", "user", "assistant", "tool"]
 ANY_LOSS = "any"
-WHITE_SPACE = b" \t\n\r"
+_WHITE_SPACE = b" \t\n\r"
+_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
+# A turn without a text, in the content of a plain row: all that str.isspace takes for space.
+BLANK_TURN_PATTERN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
+# A role as one letter, in the content of a row.
+LETTER_BY_ROLE = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 
 
 @dataclass(frozen=True)
@@ -236,8 +246,16 @@ def read_completion(fields: Fields) -> Turns:
 
 def _prepare_chat(fields: Fields, place: str) -> Fields:
     """Decode JSON text and other spellings in a chat row's turns and tools."""
-    turns = read_openai_turns(parse_json_text(fields["chat"], place), place)
+    turns = parse_json_text(fields["chat"], place)
+    if not (isinstance(turns, list) and all(map(_is_plain_turn, turns))):
+        turns = read_openai_turns(turns, place)
     return _parse_tools(fields, place) | {"chat": turns}
+
+
+def _is_plain_turn(turn: Any) -> bool:
+    """Return whether a turn is a role and a text, and nothing else."""
+    is_plain = isinstance(turn, dict) and turn.keys() == _PLAIN_MESSAGE_KEYS
+    return is_plain and isinstance(turn["content"], str)
 
 
 def _parse_tools(fields: Fields, _: str) -> Fields:
@@ -434,7 +452,52 @@ def strip_line(raw: bytes, *, is_first: bool) -> bytes:
     """Return a line without surrounding white space, and the first one without byte-order mark."""
     if is_first:
         raw = raw.removeprefix(codecs.BOM_UTF8)
-    return raw.strip(WHITE_SPACE)
+    return raw.strip(_WHITE_SPACE)
+
+
+def fold_case_and_space(content: bytes) -> bytes:
+    """Lower the case of a text and remove its white space."""
+    folded = content if content.isascii() else content.decode().casefold().encode()
+    return folded.translate(_LOWERCASE_BYTE_TABLE, _WHITE_SPACE)
+
+
+def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str] | None:
+    """Parse a line of the most common shapes fast: return (format, roles, content), else None.
+
+    For None, and for a content that matches BLANK_TURN_PATTERN, callers use `parse_line`.
+    The line must not have an escaped NUL.
+    """
+    try:
+        row = from_json(raw, cache_strings="keys")
+        messages = row.get(field_names.chat)
+        if messages is None:
+            return _read_plain_fields(raw, row, field_names)
+        roles = "".join([LETTER_BY_ROLE[message["role"]] for message in messages])
+        content = "\0".join([roles, *[message["content"] for message in messages]])
+    except (ValueError, TypeError, KeyError, AttributeError):  # not the shape of a plain line
+        return None
+    # Had a turn or the line any other key, there would be more strings than these.
+    if not messages or has_repeated_key(raw, 1 + 4 * len(messages)):
+        return None
+    return "chat", roles, content
+
+
+def _read_plain_fields(
+    raw: bytes, row: dict[str, str], field_names: FieldNames
+) -> tuple[str, str, str] | None:
+    """Return what `parse_plain_row` does for a completion or a text.
+
+    Raises TypeError if a value is no text.
+    """
+    if has_repeated_key(raw, 2 * len(row)):
+        return None
+    if len(row) == 2 and field_names.prompt in row and field_names.completion in row:
+        content = "\0".join(["ua", row[field_names.prompt], row[field_names.completion]])
+        return "completion", "ua", content
+    if len(row) == 1 and field_names.text in row:
+        text = row[field_names.text]
+        return None if not text or text.isspace() else ("text", "", text)
+    return None
 
 
 def parse_line(raw: bytes, field_names: FieldNames) -> Example:
@@ -485,19 +548,12 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
     Raises LineProblem for a row without a known format, a preference pair (`chosen` and `rejected`)
     and a row with a mark of bad answers, such as `label: false`.
     """
-    prompt, completion = field_names.prompt, field_names.completion
     is_for_loss = field_names.loss is not None  # it may take pairs and marks that others refuse
     if is_for_loss and (found := find_format(row, field_names)):
         return found
-    if is_preference_pair(row) and "chosen" not in (completion, field_names.text, field_names.chat):
-        raise LineProblem("preference-pair", describe_preference_pair(row, prompt))
-    if mark := find_mark_of_bad_answer(row):
-        message = (
-            f"{mark}: false marks an answer that is not to be learnt: to train on label: true and "
-            f"label: false, set training.loss: kto; else leave this row out, or train on it on "
-            f"purpose with drop_fields: [{mark}]"
-        )
-        raise LineProblem("preference-pair", message)
+    if not RATING_KEYS.isdisjoint(row):
+        read = (field_names.completion, field_names.text, field_names.chat)
+        refuse_rated_answer(row, field_names.prompt, is_chosen_read="chosen" in read)
     if found := find_format(row, field_names):
         return found
     # No format fits: say what is missing, or what was expected
@@ -506,7 +562,7 @@ def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
     hint = (
         ""
         if is_wanted or is_for_loss
-        else describe_field_names(row, prompt=prompt, completion=completion)
+        else describe_field_names(row, prompt=field_names.prompt, completion=field_names.completion)
     )
     keys = [list(map(field_names.key_of, fields)) for fields in formats.values()]
     for expected in keys:
@@ -547,19 +603,22 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
     # Keys beyond the format's are marks, known to be ignored, or left out of training
     unknown = set(row.keys() - keys.values() - {field_names.group})
     messages, places, rest = Turns([]) if kind.read is None else kind.read(fields)
-    chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
-    marks, masked = take_marks({key: row[key] for key in unknown}, messages, places or chat_places)
-    unknown -= marks
+    masked: dict[int, str] = {}
+    if unknown or any(turn.keys() != _PLAIN_MESSAGE_KEYS for turn in messages):
+        chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
+        more = {key: row[key] for key in unknown}
+        marks, masked = take_marks(more, messages, places or chat_places)
+        unknown -= marks
     if kind.read is None:
         return Example(name, [], None, fields[kind.fields[0]], frozenset(unknown))
     # Turns with more than role and content
     odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
     tools = fields.get("tools")
-    # In a format of mlx-lm, keys of its other formats are passed over, as mlx-lm does
-    passed_over = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
-    unread = (
-        list_unread_fields(row, unknown - passed_over, [messages, tools, rest]) if unknown else []
-    )
+    unread: list[str] = []
+    if unknown:
+        # In a format of mlx-lm, keys of its other formats are passed over, as mlx-lm does
+        passed_over = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
+        unread = list_unread_fields(row, unknown - passed_over, [messages, tools, rest])
     prefix = f"{field_names.key_of(kind.fields[0])}[]."
     for turn in odd:
         unexpected = _non_null_keys(turn)

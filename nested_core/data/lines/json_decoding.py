@@ -67,6 +67,27 @@ def decode_json_text(text: str) -> Any:
     return json.loads(text, parse_float=_read_finite_float, parse_constant=_refuse_constant)
 
 
+def parse_json_text(value: Any, place: str) -> Any:
+    """Decode a text that is JSON, as in cells of tables; any other value is returned as it is.
+
+    Raises LineProblem for a text that begins like a list or an object of JSON, but is invalid.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value or value.isspace():
+        return None
+    try:
+        return decode_json_text(value)
+    except (ValueError, RecursionError) as error:
+        if value.lstrip()[0] not in "[{":
+            return value  # judged as a text in the place of something else
+        raise LineProblem(
+            "bad-json",
+            f"{place} is text that is not valid JSON: {error}. Write it as json.dumps does in "
+            f"Python, not as str does",
+        ) from None
+
+
 def _read_finite_float(digits: str) -> float:
     """Parse a number; LineProblem if it is too large for a float."""
     number = float(digits)

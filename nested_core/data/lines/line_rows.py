@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from pydantic_core import from_json
-
 from nested_core.data.lines.example_parsing import (
-    WHITE_SPACE,
+    LETTER_BY_ROLE,
     Example,
     FieldNames,
     find_row_format,
@@ -20,12 +18,8 @@ from nested_core.data.lines.example_parsing import (
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.storage.untrusted_files import collect_strings, has_repeated_key
+from nested_core.storage.untrusted_files import collect_strings
 
-_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
-_LETTER_BY_ROLE = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
-# A turn without a text, in the content of a plain row: all that str.isspace takes for space.
-BLANK_TURN_PATTERN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
 _TOOL_CALL_LETTER = "c"
 _ORPHAN_RESULT_LETTER = "o"
 _OTHER_ROLE_LETTER = "x"
@@ -48,48 +42,6 @@ class LineRow(NamedTuple):
     is_blank: bool = False
     check: str | None = None  # the failed check, where the line holds no example
     message: str | None = None
-
-
-def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str] | None:
-    """Parse a line of the most common shapes fast: return (format, roles, content), else None.
-
-    For None, and for a content that matches BLANK_TURN_PATTERN, callers use `parse_line_to_row`.
-    The line must not have an escaped NUL.
-    """
-    try:
-        row = from_json(raw, cache_strings="keys")
-        messages = row.get(field_names.chat)
-        if messages is None:
-            return _read_plain_fields(raw, row, field_names)
-        roles = "".join([_LETTER_BY_ROLE[message["role"]] for message in messages])
-        content = "\0".join([roles, *[message["content"] for message in messages]])
-    except (ValueError, TypeError, KeyError, AttributeError):  # not the shape of a plain line
-        return None
-    # Had a turn or the line any other key, there would be more strings than these.
-    if not messages or has_repeated_key(raw, 1 + 4 * len(messages)):
-        return None
-    return "chat", roles, content
-
-
-def _read_plain_fields(
-    raw: bytes, row: dict[str, str], field_names: FieldNames
-) -> tuple[str, str, str] | None:
-    """Return what `parse_plain_row` does for a completion or a text.
-
-    Raises TypeError if a value is no text.
-    """
-    if has_repeated_key(raw, 2 * len(row)):
-        return None
-    if len(row) == 2 and field_names.prompt in row and field_names.completion in row:
-        return (
-            "completion",
-            "ua",
-            "\0".join(["ua", row[field_names.prompt], row[field_names.completion]]),
-        )
-    if len(row) == 1 and field_names.text in row:
-        text = row[field_names.text]
-        return None if not text or text.isspace() else ("text", "", text)
-    return None
 
 
 def parse_line_to_row(raw: bytes, field_names: FieldNames, *, is_first: bool = False) -> LineRow:
@@ -129,7 +81,7 @@ def _letters_of_turns(example: Example) -> str:
     letters = ""
     ids: set[str] = set()
     for message in example.messages:
-        letter = _LETTER_BY_ROLE.get(message["role"], _OTHER_ROLE_LETTER)
+        letter = LETTER_BY_ROLE.get(message["role"], _OTHER_ROLE_LETTER)
         if is_tool_calling_message(message):
             letter = _TOOL_CALL_LETTER
             calls = message["tool_calls"]
@@ -176,9 +128,3 @@ def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | 
                 return field_names.key_of(kind.fields[index])
             return f"{field_names.chat}[{index}].content"
     return None
-
-
-def fold_case_and_space(content: bytes) -> bytes:
-    """Lower the case of a text and remove its white space."""
-    folded = content if content.isascii() else content.decode().casefold().encode()
-    return folded.translate(_LOWERCASE_BYTE_TABLE, WHITE_SPACE)

@@ -16,14 +16,14 @@ import numpy as np
 import polars as pl
 
 from nested_core import seams
-from nested_core.data.lines.example_parsing import FieldNames, formats_of_plain_rows
-from nested_core.data.lines.line_rows import (
+from nested_core.data.lines.example_parsing import (
     BLANK_TURN_PATTERN,
-    LineRow,
+    FieldNames,
     fold_case_and_space,
-    parse_line_to_row,
+    formats_of_plain_rows,
     parse_plain_row,
 )
+from nested_core.data.lines.line_rows import LineRow, parse_line_to_row
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular

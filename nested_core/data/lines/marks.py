@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.other_formats import parse_json_text
+from nested_core.data.lines.json_decoding import LineProblem, parse_json_text
 from nested_core.errors import join_first_values, shorten
 
 # Each is true or false, or 1 or 0. A `loss` that is a number is one that somebody logged: no mark.

@@ -19,6 +19,8 @@ _COMPLETION_KEYS = ("completion", "response", "answer", "output", "assistant", "
 _TEXT_KEYS = ("content", "document", "body", "story", "code")
 # Beside a prompt and an answer these hold a part of the conversation, however short it is.
 _CONTEXT_KEYS = frozenset(("system", "system_prompt", "history", "instruction", "input", "context"))
+# By which a row says how good an answer is, or which of two is the better one.
+RATING_KEYS = frozenset(("chosen", "rejected", "kto_tag", "label"))
 _MEDIA_KEYS = frozenset(("image", "images", "audio", "audios", "video", "videos"))
 # What stands in a field that says something of a row: a word, an id, an address, a hash.
 _LABEL_PATTERN = re.compile(r"\s*(?:[!-~]*|\w{1,12})\s*")
@@ -51,7 +53,7 @@ def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> A
     as mlx_lm.server joins them (process_message_content). Raises LineProblem for a part that is no
     text.
     """
-    if not isinstance(turns, list) or not (is_sharegpt or any(map(_is_unlike_openai, turns))):
+    if not isinstance(turns, list):
         return turns
     read = []
     for index, turn in enumerate(turns):
@@ -63,11 +65,6 @@ def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> A
                 turn = turn | {"content": text}
         read.append(turn)
     return read
-
-
-def _is_unlike_openai(turn: Any) -> bool:
-    """Return whether a turn has ShareGPT's keys or a content in parts."""
-    return isinstance(turn, dict) and ("from" in turn or isinstance(turn.get("content"), list))
 
 
 def _rename_sharegpt_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
@@ -115,27 +112,6 @@ def _join_text_parts(parts: list[Any], place: str) -> str:
             )
         texts.append(text)
     return "".join(texts)
-
-
-def parse_json_text(value: Any, place: str) -> Any:
-    """Decode a text that is JSON, as in cells of tables; any other value is returned as it is.
-
-    Raises LineProblem for a text that begins like a list or an object of JSON, but is invalid.
-    """
-    if not isinstance(value, str):
-        return value
-    if not value or value.isspace():
-        return None
-    try:
-        return decode_json_text(value)
-    except (ValueError, RecursionError) as error:
-        if value.lstrip()[0] not in "[{":
-            return value  # judged as a text in the place of something else
-        raise LineProblem(
-            "bad-json",
-            f"{place} is text that is not valid JSON: {error}. Write it as json.dumps does in "
-            f"Python, not as str does",
-        ) from None
 
 
 def list_unread_fields(
@@ -197,14 +173,31 @@ def is_preference_pair(row: Mapping[str, Any]) -> bool:
     return {"chosen", "rejected"} <= row.keys()
 
 
-def find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
+def refuse_rated_answer(row: Mapping[str, Any], prompt: str, *, is_chosen_read: bool) -> None:
+    """Raise LineProblem for a preference pair, and for an answer that is marked as a bad one.
+
+    prompt: the configured key of the prompt.
+    is_chosen_read: whether the chosen answer of a pair is trained on alone, on purpose.
+    """
+    if is_preference_pair(row) and not is_chosen_read:
+        raise LineProblem("preference-pair", _describe_preference_pair(row, prompt))
+    if mark := _find_mark_of_bad_answer(row):
+        message = (
+            f"{mark}: false marks an answer that is not to be learnt: to train on label: true and "
+            f"label: false, set training.loss: kto; else leave this row out, or train on it on "
+            f"purpose with drop_fields: [{mark}]"
+        )
+        raise LineProblem("preference-pair", message)
+
+
+def _find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
     """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL), or None."""
     if row.get("kto_tag") is False:
         return "kto_tag"
     return "label" if row.get("label") is False and "completion" in row else None
 
 
-def describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
+def _describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
     """Say that preference pairs need another loss, and how to train on the chosen answers alone.
 
     prompt: the configured key of the prompt.

@@ -1,26 +1,71 @@
-"""Tokenize one example as mlx-lm does, and find the token spans that the loss counts.
+"""Tokenize examples as mlx-lm does, and find the token spans that the loss counts.
 
-Nothing is truncated or rejected; a template that rewrites earlier turns is only recorded.
+`encode_example` tokenizes one, of which nothing is truncated or rejected; a template that rewrites
+earlier turns is only recorded. `run_tokenization_job` tokenizes those of a range of lines: it
+truncates as mlx-lm does, and counts what is lost; no pad token gets into the target mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from nested_core import seams
 from nested_core.data.data_settings import Targets
-from nested_core.data.lines.example_parsing import Example, find_row_format
-from nested_core.data.tokens.control_tokens import (
+from nested_core.data.lines.example_parsing import (
+    Example,
+    FieldNames,
+    find_row_format,
+    read_examples,
+)
+from nested_core.data.lines.marks import describe_nothing_to_learn
+from nested_core.data.parallel_jobs import ByteRange
+from nested_core.data.tokens.template_time_limit import (
+    BASE_LIMIT_SECONDS,
+    TemplateTimeLimit,
+    TemplateTooSlow,
+)
+from nested_core.data.tokens.text_notes import (
+    Note,
     has_control_token,
+    list_texts,
     note_control_tokens,
     note_taken_ends,
     note_tokens_in_text,
+    note_unshown_texts,
+    shows_all,
 )
-from nested_core.data.tokens.shown_texts import Note, list_texts, note_unshown_texts, shows_all
-from nested_core.models.chat_template import chat_template_of
+from nested_core.data.tokens.tokenized_split import write_token_part
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.errors import ConfigError, shorten
+from nested_core.models.base_model import describe_token_beyond
+from nested_core.models.chat_template import chat_template_of, end_token_ids
+
+# A tokenizer takes some 180 bytes of memory for each character of a text.
+MAX_ROW_CHARACTERS = 1_000_000
+MAX_ROW_CHARACTERS_PER_TOKEN = 32  # of max_seq_length, where that allows for more
+ROW_TOO_LONG_CHECK = "row-too-long"
+UNCUTTABLE_CHECK = "too-long-to-be-cut"
+BEYOND_EMBEDDING_CHECK = "token-beyond-embedding"
+
+EXAMPLE_FACTS_DTYPE = np.dtype(
+    [
+        ("line", "<i4"),
+        ("full_length", "<i4"),  # in tokens, before truncation
+        ("length", "<i4"),  # in tokens, after it
+        ("supervised", "<i4"),  # tokens in the target mask
+        ("shortest", "<i4"),  # tokens of the shortest target span before its end-of-sequence token
+        ("broken_turn", "<i4"),  # see EncodedExample
+        ("has_end", "?"),  # whether every target span has an end-of-sequence token
+    ]
+)
 
 Span = tuple[int, int]
 # Adds what the template puts before an answer.
@@ -243,3 +288,199 @@ def _added_token_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids of added tokens that split a text before it is normalized."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(token for token, description in added if not description.normalized)
+
+
+def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
+    """Tokenize a range of lines; write tokens, masks and facts to files, return the problems.
+
+    request: the settings of `tokenize_splits` that a worker process needs, and what is this job's
+        own: the lines to read and to skip, and `part`, the beginning of the names of its files.
+
+    Returns by line: examples that cannot be tokenized, those that are dropped for their length, and
+    doubts (each warning with its first line and how many lines have it).
+    """
+    source = TokenizerSource(**request["tokenizer"])
+    end_tokens = end_token_ids(source.load())
+    part = Path(request["part"])
+    max_seq_length = request["max_seq_length"]
+    examples = read_examples(
+        Path(request["path"]),
+        FieldNames(**request["field_names"]),
+        set(request["skip"]),
+        ByteRange(*request["byte_range"]),
+        request["first_line"],
+    )
+    facts: list[tuple[Any, ...]] = []
+    problems: dict[int, _EncodingProblem] = {}
+    overlong: list[int] = []
+    doubts: dict[tuple[str, str], list[int]] = {}  # the first line, and how many
+    all_tokens = array("i")
+    target_mask = bytearray()
+    # Each example is a problem, too long, or appended to the arrays
+    for line, encoded in _encode_examples(examples, source, request):
+        # A row of too many characters is not even tokenized; under `drop` it is dropped as well
+        if isinstance(encoded, _EncodingProblem):
+            if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
+                overlong.append(line)
+            else:
+                problems[line] = encoded
+            continue
+        if request["drops_overlong"] and len(encoded.tokens) > max_seq_length:
+            overlong.append(line)
+            continue
+        tokens = encoded.tokens[:max_seq_length]
+        spans = _truncate_spans(encoded.spans, len(tokens))
+        start = len(all_tokens)
+        all_tokens.extend(tokens)
+        target_mask += bytes(len(tokens))
+        for begin, end in spans:
+            target_mask[start + begin : start + end] = b"\1" * (end - begin)
+        facts.append((line, *_make_example_facts(encoded, tokens, spans, end_tokens)))
+        for doubt in dict.fromkeys((note.check, note.message) for note in encoded.notes):
+            doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
+    write_token_part(part, all_tokens, target_mask)
+    np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(facts_path(part))
+    return {
+        "problem_lines": list(problems),
+        "problems": list(problems.values()),
+        "overlong": overlong,
+        "doubts": [(*doubt, *line_and_count) for doubt, line_and_count in doubts.items()],
+    }
+
+
+class _EncodingProblem(NamedTuple):
+    """Why an example was not tokenized: the name of the check and a sentence."""
+
+    check: str
+    message: str
+
+
+def _encode_examples(
+    examples: Iterable[tuple[int, Example]], source: TokenizerSource, request: Mapping[str, Any]
+) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
+    """Yield each line with its tokenized example, or why it could not be tokenized.
+
+    examples: line numbers and parsed rows. request: the job's settings, such as max_seq_length.
+
+    A row with too many characters is not tried, as it would take very long. With `targets: last`
+    nothing is left to learn of a row whose last turn is marked as not to be learnt (`masked`).
+
+    Raises ConfigError if the template exceeds its time limit.
+    """
+    tokenizer = source.load()
+    checks = [part(source) for part in seams.load_all("tokenizer_checks")]
+    max_seq_length = request["max_seq_length"]
+    most = max(MAX_ROW_CHARACTERS, MAX_ROW_CHARACTERS_PER_TOKEN * max_seq_length)
+    with TemplateTimeLimit() as limit:
+        for line, example in examples:
+            if (characters := example.approximate_characters) > most:
+                yield line, _row_too_long(characters, most, max_seq_length)
+                continue
+            last = len(example.messages) - 1
+            if request["targets"] == "last" and last in example.masked:
+                message = describe_nothing_to_learn([last], example.masked)
+                hint = ", or learn the other answers with training.supervise: all"
+                yield line, _EncodingProblem("nothing-to-learn", message + hint)
+                continue
+            try:
+                with limit.watching(characters):
+                    encoded = encode_example(example, tokenizer, request["targets"])
+            except TemplateTooSlow:
+                raise ConfigError(
+                    f"model: the chat template in {source.folder} took longer than "
+                    f"{BASE_LIMIT_SECONDS:g} s for line {line} of {Path(request['path']).name}, "
+                    f"and may never end. Mend the template, or give another model."
+                ) from None
+            except Exception as error:  # a template is its author's program: it may raise anything
+                problem = shorten(f"{type(error).__name__}: {error}", 160)
+                message = f"the chat template does not take these turns: {problem}"
+                yield line, _EncodingProblem("chat-template-raised", message)
+            else:
+                more = [note for check in checks for note in check(example, encoded.tokens)]
+                encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
+                yield line, _find_problem(encoded, tokenizer, request) or encoded
+
+
+def _find_problem(
+    encoded: EncodedExample, tokenizer: Any, request: Mapping[str, Any]
+) -> _EncodingProblem | None:
+    """Return why a tokenized example must not be trained on; None for a sound one.
+
+    These are errors found while it was encoded, a row too long that cannot be cut, and a token for
+    which the model has no embedding.
+
+    request: the job's settings, such as max_seq_length.
+    """
+    for note in encoded.notes:
+        if note.severity == "error":
+            return _EncodingProblem(note.check, note.message)
+    length, most = len(encoded.tokens), request["max_seq_length"]
+    if encoded.is_whole and length > most and not request["drops_overlong"]:
+        return _EncodingProblem(
+            UNCUTTABLE_CHECK,
+            f"{length:,} tokens, and max_seq_length is {most:,}: a row of this kind is not cut. "
+            f"Raise it, or leave such rows out with data_policy.overlong: drop",
+        )
+    kept = encoded.tokens[:most]
+    if problem := describe_token_beyond(tokenizer, kept, request["embedding_rows"]):
+        return _EncodingProblem(BEYOND_EMBEDDING_CHECK, problem)
+    return None
+
+
+def _row_too_long(characters: int, most: int, max_seq_length: int) -> _EncodingProblem:
+    """Build the problem of a row with too many characters.
+
+    most: how many characters are allowed.
+    """
+    return _EncodingProblem(
+        ROW_TOO_LONG_CHECK,
+        f"{characters:,} characters, of which {max_seq_length:,} tokens (max_seq_length) would be "
+        f"kept; a row has at most {most:,}. Split it, raise max_seq_length, or let "
+        f"data_policy.overlong be drop",
+    )
+
+
+def facts_path(part: Path) -> Path:
+    """Return the path of a part's file of facts."""
+    return part.with_name(f"{part.name}.facts")
+
+
+def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
+    """Cut spans to the first `length` tokens, without token 0, which nothing predicts."""
+    cut = [(max(begin, 1), min(end, length)) for begin, end in spans]
+    return [(begin, end) for begin, end in cut if begin < end]
+
+
+def _make_example_facts(
+    encoded: EncodedExample, tokens: list[int], spans: list[Span], end_tokens: frozenset[int]
+) -> tuple[int, int, int, int, int, bool]:
+    """Return what is recorded of a tokenized example, in the order of EXAMPLE_FACTS_DTYPE.
+
+    tokens, spans: tokens, and the ranges of them that the loss counts, after truncation to
+        max_seq_length.
+
+    Returns its tokens before and after truncation, how many the loss counts, the fewest of them in
+    one answer (without end-of-sequence tokens), the first turn that could not be located (-1 for
+    none), and whether each answer ends in an end-of-sequence token.
+    """
+    answers = [tokens[begin:end] for begin, end in spans]
+    sizes = [_tokens_before_eos(answer, end_tokens) for answer in answers]
+    has_end = bool(sizes) and all(ends for _, ends in sizes)
+    if spans and spans[-1][1] == len(tokens) < len(encoded.tokens):
+        sizes[-1] = len(answers[-1]), has_end  # its own end is cut off
+    return (
+        len(encoded.tokens),
+        len(tokens),
+        sum(map(len, answers)),
+        min((size for size, _ in sizes), default=0),
+        encoded.broken_turn,
+        has_end,
+    )
+
+
+def _tokens_before_eos(tokens: list[int], end_tokens: frozenset[int]) -> tuple[int, bool]:
+    """Return how many tokens precede the last end token (or all), and whether there is one."""
+    for index in range(len(tokens) - 1, -1, -1):
+        if tokens[index] in end_tokens:
+            return index, True
+    return len(tokens), False

@@ -26,8 +26,10 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradients import Flat
-from nested_core.training.loss.chunked_cross_entropy import (
+from nested_core.training.loss.cross_entropy import (
+    OutputHead,
     chain_chunks,
+    find_output_head,
     find_supervised_positions,
     gather_rows,
 )
@@ -36,13 +38,7 @@ from nested_core.training.loss.logit_budget import (
     positions_without_gradient,
     split_batch,
 )
-from nested_core.training.loss.loss_interface import (
-    MicroBatch,
-    OutputHead,
-    count_logits,
-    extract_logits,
-    find_output_head,
-)
+from nested_core.training.loss.loss_interface import MicroBatch, count_logits, extract_logits
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 

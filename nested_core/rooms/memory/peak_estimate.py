@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nested_core.kernels.blocked_attention import FUSED_LENGTH_MULTIPLE
-from nested_core.training.loss.chunked_cross_entropy import round_up_position_count
+from nested_core.training.loss.cross_entropy import round_up_position_count
 from nested_core.training.loss.loss_interface import BatchShape
 
 HALF_PRECISION_BYTES = 2  # of the elements that our kernels compute with

@@ -16,10 +16,10 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from nested_core.data.lines.example_parsing import Example, Fields, RowFormat, Turns
-from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.other_formats import parse_json_text, read_openai_turns
+from nested_core.data.lines.json_decoding import LineProblem, parse_json_text
+from nested_core.data.lines.other_formats import read_openai_turns
 from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
-from nested_core.data.tokens.shown_texts import Note
+from nested_core.data.tokens.text_notes import Note
 from nested_core.rooms.preferences.row_rules import judge_labels, judge_pairs
 
 _STRICT = ConfigDict(strict=True, extra="ignore")

@@ -48,9 +48,11 @@ from nested_core.rooms.preferences.side_by_side import (
     read_pair,
     read_rows,
 )
-from nested_core.training.loss.chunked_cross_entropy import (
+from nested_core.training.loss.cross_entropy import (
     ChunkedCrossEntropy,
+    find_output_head,
     find_supervised_positions,
+    widen_for_device,
 )
 from nested_core.training.loss.loss_interface import (
     EvaluateBatch,
@@ -58,8 +60,6 @@ from nested_core.training.loss.loss_interface import (
     MicroBatch,
     PreparedBatch,
     extract_logits,
-    find_output_head,
-    widen_for_device,
 )
 from nested_core.training.training_setup import LossInputs
 

@@ -15,7 +15,6 @@ import numpy as np
 from nested_core.errors import ConfigError, TrainingProcessesDiffer, go_on_with
 from nested_core.optim.gradients import Flat
 from nested_core.rooms.ranks.hang_watch import HangWatch
-from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.world import SummedGradients, Sums, World
 
 RANK_SEED_STRIDE = (
@@ -33,11 +32,6 @@ class RankWorld(World):
     group: mx.distributed.Group | None = None
     watch: HangWatch = field(default_factory=lambda: HangWatch(None))
     _request_counts: mx.array | None = field(default=None, init=False)  # of the step before
-
-    def own_rows(self, batch: MicroBatch) -> MicroBatch:
-        """This rank's rows of a batch that all ranks draw alike: every `size`-th of them."""
-        tokens, target_mask = batch
-        return tokens[self.rank :: self.size], target_mask[self.rank :: self.size]
 
     def seed_of_step(self, seed: int, step: int) -> int:
         """A step's seed: each rank has its own, and rank 0 the one of a single process."""

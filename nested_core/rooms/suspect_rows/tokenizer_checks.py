@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nested_core.data.lines.example_parsing import Example, find_row_format
 from nested_core.data.tokens.example_encoding import has_chat_template
-from nested_core.data.tokens.shown_texts import Note
+from nested_core.data.tokens.text_notes import Note
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
 from nested_core.models.base_model import fingerprint_base_model

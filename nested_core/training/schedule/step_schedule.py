@@ -19,15 +19,15 @@ from nested_core.config.schema import FineTuneConfig, Intervals
 from nested_core.data.batches import (
     BatchOrder,
     BatchPlan,
+    BatchRows,
     ExampleRows,
     choose_evaluation_batches,
     make_batch_arrays,
 )
 from nested_core.data.earlier_examples import MixedExamples
 from nested_core.data.tokens.tokenized_split import Int32, Int64, TokenizedSplit
-from nested_core.training.evaluation import load_evaluation_batches
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from nested_core.training.loss.loss_interface import BatchShape, Loss, MicroBatch
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.world import SINGLE_PROCESS_WORLD, World
 
 MAX_WIDEST_ROWS_EXAMINED = 256
@@ -161,8 +161,12 @@ class BucketedSchedule:
 
     def micro_batch(self, index: int) -> MicroBatch:
         """Return this rank's rows of the batch of an iteration."""
-        batch = self._plan.batch(index)
-        return self._world.own_rows(make_batch_arrays(self._train, batch, self._config.batch_size))
+        return self._make_own_arrays(self._train, self._plan.batch(index))
+
+    def _make_own_arrays(self, split: ExampleRows, batch: BatchRows) -> MicroBatch:
+        """Build the arrays of this rank's rows of a batch."""
+        own_size = self._config.batch_size // self._world.size
+        return make_batch_arrays(split, self._world.own_rows(batch), own_size)
 
     def count_replayed_tokens(self, iterations: int) -> int | None:
         """Count the replayed examples' supervised tokens so far; None without replay."""
@@ -174,16 +178,13 @@ class BucketedSchedule:
         """Return `val_batches` batches of the validation set, always the same; None without
         data.
         """
-        config = self._config
-        if self._valid is None or len(self._valid) == 0 or config.val_batches == 0:
+        config, valid = self._config, self._valid
+        if valid is None or len(valid) == 0 or config.val_batches == 0:
             return None
-        batches = load_evaluation_batches(
-            self._valid,
-            batch_size=config.batch_size,
-            max_batches=config.val_batches,
-            max_seq_length=config.max_seq_length,
+        batches = choose_evaluation_batches(
+            valid, config.batch_size, config.val_batches, max_seq_length=config.max_seq_length
         )
-        return map(self._world.own_rows, batches)
+        return (self._make_own_arrays(valid, batch) for batch in batches)
 
     def validation_targets(self) -> tuple[Int32, Int64] | None:
         """Return line and target tokens of each example in `val_batches`, longest examples first.

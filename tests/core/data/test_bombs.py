@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from nested_core.data.sources import file_formats
-from nested_core.data.tokens import parallel_tokenization
+from nested_core.data.tokens import example_encoding
 from nested_core.data.tokens.template_time_limit import TemplateTimeLimit, TemplateTooSlow
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
@@ -127,7 +127,7 @@ LOOPS = {
 @pytest.mark.slow("a template loops until it is stopped")
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_chat_template_that_loops_is_refused_in_one_message(name, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(parallel_tokenization, "TemplateTimeLimit", lambda: TemplateTimeLimit(0.5))
+    monkeypatch.setattr(example_encoding, "TemplateTimeLimit", lambda: TemplateTimeLimit(0.5))
     said: dict[str, Any] = {"chat_template": LOOPS[name]}
     folder = base_copy(tmp_path / "model", file="tokenizer_config.json", **said)
     (folder / "chat_template.jinja").write_text(LOOPS[name])

@@ -30,6 +30,7 @@ from nested_core.records.dataset import DatasetReport
 from nested_core.storage.user_cache import UserCache
 from tests.builders.data_sets import write_lines
 from tests.core.data.conftest import WriteData
+from tests.left_out import slow_except
 
 TRAIN = [{"text": f"{n} is the river of {n}land."} for n in range(9)]
 
@@ -75,12 +76,16 @@ def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judgi
 
 @pytest.mark.parametrize(
     "change",
-    [
+    slow_except(
+        [
+            {"max_seq_length": 16},
+            {"batch_size": 2},
+            {"text_feature": "words"},
+            {"policy": DataPolicy(duplicates="drop")},
+        ],
         {"max_seq_length": 16},
-        {"batch_size": 2},
-        {"text_feature": "words"},
-        {"policy": DataPolicy(duplicates="drop")},
-    ],
+        reason="loads a data set three times",
+    ),
 )
 def test_another_setting_is_another_entry(cached, change) -> None:
     cached.load()
@@ -120,6 +125,7 @@ def test_another_template_is_another_entry(cached: CachedLoads, tmp_path: Path) 
     assert len(cached.entries()) == 2
 
 
+@pytest.mark.slow("loads a data set three times")
 def test_an_additional_template_is_another_entry(cached: CachedLoads, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(cached.tokenizer.folder, tmp_path / "model"))
     source = TokenizerSource(str(copy))

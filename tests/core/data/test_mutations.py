@@ -19,7 +19,6 @@ from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
 from tests.builders.data_sets import load
-from tests.left_out import slow_except
 
 MUTATIONS = 2000
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -110,9 +109,8 @@ def judge_mutations(suffix: str, count: int, folder: Path, seed: int) -> None:
                 assert counted.lines == content.count(b"\n") + (content[-1:] not in (b"", b"\n"))
 
 
-@pytest.mark.parametrize(
-    "suffix", slow_except(good_files(), "jsonl", reason="judges many damaged data sets")
-)
+@pytest.mark.slow("judges many damaged data sets")
+@pytest.mark.parametrize("suffix", good_files())
 def test_mutated_data_sets_account_for_every_line(suffix: str, tmp_path: Path) -> None:
     judge_mutations(suffix, 30, tmp_path, seed=1)
 

@@ -131,6 +131,7 @@ def test_overlong_examples_are_cut_dropped_or_refused(write_data, tokenizer) -> 
     assert adds_up(report)
 
 
+@pytest.mark.slow("loads a data set several times")
 def test_an_example_as_long_as_the_bound_is_neither_cut_nor_dropped(write_data, tokenizer) -> None:
     folder = write_data(train=[A, LONG, B], valid=[C])
     _, whole = judge(folder, tokenizer, max_seq_length=1000)

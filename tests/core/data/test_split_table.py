@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from nested_core.data import split_table
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.lines.example_parsing import FieldNames
-from nested_core.data.lines.line_rows import BLANK_TURN_PATTERN, parse_line_to_row, parse_plain_row
+from nested_core.data.lines.example_parsing import BLANK_TURN_PATTERN, FieldNames, parse_plain_row
+from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.sources.split_files import SplitFile
@@ -44,7 +44,7 @@ STARTS = pytest.mark.slow("starts processes that import polars, a line each")
     ("size", "processes"),
     [
         pytest.param(1, 2, marks=STARTS),
-        (1, 1),
+        pytest.param(1, 1, marks=pytest.mark.slow("a range for each byte")),
         pytest.param(300, 2, marks=STARTS),
         (5000, 1),
         (10**9, 1),

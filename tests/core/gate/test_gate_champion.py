@@ -99,6 +99,7 @@ def halve(tensor: mx.array) -> mx.array:
     return tensor * 0.5
 
 
+@pytest.mark.slow("trains and judges a night of its own")
 def test_a_candidate_better_than_a_champion_of_other_data_is_promoted(challenger) -> None:
     champion = challenger.meet(halve)
     found = challenger.compare()
@@ -145,6 +146,7 @@ def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(challenger
     assert "these examples reliably detect changes of" in refused
 
 
+@pytest.mark.slow("judges a night of its own")
 def test_the_improvement_that_is_asked_for_is_held_against_the_difference_itself(
     challenger: Challenger,
 ) -> None:
@@ -155,6 +157,7 @@ def test_the_improvement_that_is_asked_for_is_held_against_the_difference_itself
         assert outcome in challenger.decide(champion, min_improvement=-difference * share)
 
 
+@pytest.mark.slow("trains and judges a night of its own")
 def test_a_champion_of_another_rank_is_judged_with_its_own(challenger: Challenger) -> None:
     challenger.meet_wider()
     found = challenger.compare()
@@ -191,6 +194,7 @@ def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(cha
     assert "nothing is left to compare by" in challenger.decide(champion)
 
 
+@pytest.mark.slow("judges a night of its own")
 def test_provenance_holds_a_digest_of_every_training_example(challenger: Challenger) -> None:
     challenger.judge()
     version = register_run(challenger.config, read_judged_run(challenger.run.path), None).version
@@ -206,6 +210,7 @@ def test_a_champion_that_changed_after_the_gate_supersedes(challenger: Challenge
     assert challenger.decide(None) == "superseded"
 
 
+@pytest.mark.slow("trains and judges a night of its own")
 def test_a_champion_that_training_began_with_has_the_losses_from_before(
     challenger: Challenger, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_verdict_without_the_newer_figures_is_still_confirmed(judged: Candidat
     judged.confirm()
 
 
+@pytest.mark.slow("judges a run of its own")
 def test_the_held_out_examples_may_be_a_file_of_their_own(candidate, tmp_path) -> None:
     lines = (DATA / "valid.jsonl").read_text().splitlines(keepends=True)
     exam = tmp_path / "exam.jsonl"
@@ -105,6 +106,7 @@ def test_the_held_out_examples_may_be_a_file_of_their_own(candidate, tmp_path) -
     edited.require_damaged(r"thresholds differ")
 
 
+@pytest.mark.slow("judges a run of its own")
 def test_what_the_gate_had_in_hand_is_what_its_folder_says(candidate) -> None:
     session = Session()
     steps.judge(candidate.config, candidate.run, session=session)
@@ -116,6 +118,7 @@ def test_what_the_gate_had_in_hand_is_what_its_folder_says(candidate) -> None:
     assert made[0] == made[1]
 
 
+@pytest.mark.slow("judges a run of its own")
 def test_few_examples_and_answers_that_are_all_the_same_are_said(candidate, tmp_path) -> None:
     lines = (DATA / "valid.jsonl").read_text().splitlines()[:6]
     chats = [json.loads(line)["messages"] for line in lines]

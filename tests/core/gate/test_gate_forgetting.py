@@ -109,6 +109,7 @@ def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> No
     assert GateSection().check_fused is False
 
 
+@pytest.mark.slow("judges a run of its own")
 def test_a_rise_on_general_text_within_noise_is_no_forgetting(candidate, tmp_path) -> None:
     names = ("France", "Japan", "Brazil", "Peru", "Kenya", "Egypt", "Chile", "Spain")
     lines = [{"text": f"In {name} people trade with Italy, {i}."} for i, name in enumerate(names)]

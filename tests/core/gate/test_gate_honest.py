@@ -49,12 +49,8 @@ HONEST: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    slow_except(
-        HONEST, "gathered gradients and a flush", reason="trains and judges a run of its own"
-    ),
-)
+@pytest.mark.slow("trains and judges a run of its own")
+@pytest.mark.parametrize("name", HONEST)
 def test_an_honest_run_passes(tmp_path: Path, name: str) -> None:
     done = train_example(tmp_path / "run", **HONEST[name])
     verdict = judge_run(done.config, done.run)

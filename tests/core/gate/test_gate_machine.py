@@ -15,6 +15,7 @@ from nested_core.gate.proof import fresh_process_check
 from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM
 from tests.builders.adapter_folders import change_config, name_base
 from tests.builders.candidates import Candidate
+from tests.left_out import slow_except
 
 REAL = MLX_LM_PROGRAM
 Limit = Callable[[str], None]
@@ -56,7 +57,15 @@ def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limit:
     return limit
 
 
-@pytest.mark.parametrize("line", LIMITS.values(), ids=list(LIMITS))
+@pytest.mark.parametrize(
+    "line",
+    slow_except(
+        LIMITS.values(),
+        *(line for name, line in LIMITS.items() if name != "no temporary folder"),
+        reason="a process that imports mlx_lm whole",
+    ),
+    ids=list(LIMITS),
+)
 def test_what_the_fresh_process_lacks_says_nothing_about_the_adapter(
     candidate: Candidate, limited: Limit, line: str
 ) -> None:
@@ -80,6 +89,7 @@ def test_a_run_has_no_verdict_then_and_gets_one_the_next_time(
     assert candidate.judge().has_passed
 
 
+@pytest.mark.slow("judges twice")
 def test_a_verdict_that_stood_before_stays_as_it_was(candidate: Candidate, limited: Limit) -> None:
     candidate.judge()
     before = [path.read_bytes() for path in (candidate.run.gate, candidate.run.manifest)]

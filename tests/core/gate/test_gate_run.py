@@ -61,6 +61,7 @@ def test_gate_json_has_the_keys_of_design(judged: Candidate) -> None:
     assert set(document["validation"]) == losses | paired
 
 
+@pytest.mark.slow("judges twice")
 def test_judging_twice_gives_the_same_file(candidate: Candidate) -> None:
     candidate.judge()
     first = candidate.run.gate.read_bytes()
@@ -97,6 +98,7 @@ def test_skipped_updates_are_bounded_by_their_share(candidate: Candidate) -> Non
     assert updates.verdict == "updates_missing"
 
 
+@pytest.mark.slow("judges a run of its own")
 def test_a_loss_that_rose_is_rejected_with_both_numbers(candidate: Candidate) -> None:
     candidate.rewrite(change_adapter=turned_around)
     candidate.require_rejected("loss_regressed")

@@ -14,6 +14,7 @@ from tests.builders.candidates import STEPS, Candidate, example_data, train_cand
 from tests.builders.data_sets import write_lines
 
 
+@pytest.mark.slow("writes and reads 72 MiB")
 def test_the_report_on_a_large_data_set_is_read_whatever_its_size(candidate: Candidate) -> None:
     """449,000 duplicates made dataset.json 72 MiB; the gate refused what it had written itself."""
     report = json.loads(candidate.run.dataset.read_bytes())

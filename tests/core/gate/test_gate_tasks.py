@@ -89,6 +89,7 @@ def test_one_answer_to_every_question_is_broken_whatever_the_bounds(broken: Cand
         steps.judge(strict.model_copy(update={"gate": gate}), broken.run)
 
 
+@pytest.mark.slow("answers every question with each model")
 def test_every_answer_of_every_model_is_in_the_run(broken, answers_of_broken) -> None:
     records = [asdict(record) for record in answers_of_broken]
     with pytest.raises(GateRejected):

@@ -199,6 +199,7 @@ def test_a_healthy_adapter_is_not_flagged(tmp_path: Path) -> None:
     assert [row["adapter_broken"] for row in answers] == [None] * 3
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_a_model_that_cannot_be_asked_is_no_verdict_and_under_fail_an_error(
     destroyed: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:

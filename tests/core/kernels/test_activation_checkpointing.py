@@ -19,7 +19,7 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradients import Flat
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference
 
 SEED = 7

@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 from nested_core.kernels import blocked_attention
 from nested_core.kernels.exponential import exponential
 from nested_core.kernels.optimized_model import using_optimized_layers
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import (
     batch,
     build,

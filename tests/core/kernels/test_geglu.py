@@ -9,7 +9,7 @@ from mlx_lm.models import gemma3_text
 
 from nested_core import backend
 from nested_core.kernels.geglu import using_recomputed_geglu
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.core.kernels.arrays import normal
 from tests.left_out import slow_except

@@ -21,7 +21,7 @@ from nested_core.kernels.lora_linear import (
 )
 from nested_core.kernels.optimized_model import describe_layers
 from nested_core.optim.named_updates import flatten
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import (
     ARCHITECTURES,
     batch,

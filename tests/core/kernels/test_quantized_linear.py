@@ -16,9 +16,12 @@ from nested_core.kernels.quantized_linear import (
     MIN_ROWS_TO_DEQUANTIZE,
     multiplying_by_dequantized_weights,
 )
-from nested_core.training.loss.chunked_cross_entropy import ChunkedCrossEntropy, chain_chunks
-from nested_core.training.loss.loss_interface import OutputHead
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import (
+    SUPERVISED_LOSS,
+    ChunkedCrossEntropy,
+    OutputHead,
+    chain_chunks,
+)
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.core.kernels.arrays import normal
 

@@ -15,7 +15,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.kernels.call_tracing import trace_calls
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.training.evaluation import Evaluator
-from nested_core.training.loss.loss_interface import find_output_head
+from nested_core.training.loss.cross_entropy import find_output_head
 from nested_core.training.parameter_importance import measure_parameter_importance
 from tests.architectures import batch, build
 

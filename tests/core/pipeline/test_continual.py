@@ -35,6 +35,7 @@ from tests.example import DATA, MODEL, example_config, prepare, train
 from tests.left_out import slow_except
 from tests.runs import not_registered
 
+ANOTHER_NIGHT = pytest.mark.slow("prepares another night")
 NAME = "capitals"
 TEMPLATE = json.loads((MODEL / "tokenizer_config.json").read_text())["chat_template"]
 SECONDS_FOR_A_CHANGE = 0.25  # it takes some milliseconds, and all of this where it has to wait
@@ -173,8 +174,8 @@ def test_the_same_lines_in_another_folder_are_the_same_data(folder, tuesday, tmp
     [
         ("monday", {}),
         ("tuesday", {"learning_rate": 1e-3}),
-        ("tuesday", {"seed": 5}),
-        ("tuesday", {"nested": {"frequencies": [1, 2, 2]}}),
+        pytest.param("tuesday", {"seed": 5}, marks=ANOTHER_NIGHT),
+        pytest.param("tuesday", {"nested": {"frequencies": [1, 2, 2]}}, marks=ANOTHER_NIGHT),
         ("tuesday", {"continual": {"from": "champion", "skip_unchanged": False}}),
         ("tuesday", {"continual": {}}),
     ],
@@ -230,8 +231,14 @@ def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(folder, tuesd
     ("changes", "named"),
     [
         ({"lora_parameters": {"rank": 4}}, "rank: 8, now 4"),
-        ({"lora_parameters": {"scale": 3.0}}, "scale: 2.0, now 3.0"),
-        ({"lora_parameters": {"keys": ["self_attn.q_proj"]}}, "keys: None, now"),
+        pytest.param(
+            {"lora_parameters": {"scale": 3.0}}, "scale: 2.0, now 3.0", marks=ANOTHER_NIGHT
+        ),
+        pytest.param(
+            {"lora_parameters": {"keys": ["self_attn.q_proj"]}},
+            "keys: None, now",
+            marks=ANOTHER_NIGHT,
+        ),
         ({"num_layers": 2}, "num_layers: 3, now 2"),
         ({"fine_tune_type": "dora"}, "fine_tune_type: lora, now dora"),
     ],

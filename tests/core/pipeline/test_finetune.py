@@ -93,6 +93,7 @@ def test_a_test_set_that_is_asked_for_and_missing_is_told_before_training(tmp_pa
     assert hooks.called == ["begin", "validate"]
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_a_rejected_adapter_is_not_registered(tmp_path: Path) -> None:
     hooks = Recording()
     config = registered(tmp_path, gate={"min_relative_change": 1.5})

@@ -41,6 +41,7 @@ from tests.left_out import needs_rooms
 FOLLOWING = {"from": "champion", "allow_high_rate": True}
 NAME = "capitals"
 # What training itself does not see, and what then becomes of the adapter rests on.
+ANOTHER_NIGHT = pytest.mark.slow("prepares another night")
 RUINOUS = {"learning_rate": 0.05}
 UNBEATEN = RUINOUS | {"gate": {"max_val_loss_increase": 1e3, "max_harmed_share": 1.0}}
 HARDLY_BETTER = {"learning_rate": 1e-7}
@@ -206,11 +207,11 @@ def test_the_same_night_in_another_folder_is_the_same(folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "changes",
     [
-        {"learning_rate": 0.04},
+        pytest.param({"learning_rate": 0.04}, marks=ANOTHER_NIGHT),
         {"seed": 3},
         {"gate": {"max_val_loss_increase": 0.5}},
-        {"gate": {"noise": "none"}},
-        {"continual": {}},
+        pytest.param({"gate": {"noise": "none"}}, marks=ANOTHER_NIGHT),
+        pytest.param({"continual": {}}, marks=ANOTHER_NIGHT),
     ],
     ids=str,
 )

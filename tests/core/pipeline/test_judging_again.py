@@ -118,6 +118,7 @@ def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
     assert history(registry, NAME)[-1]["previous"] == other
 
 
+@pytest.mark.slow("trains and judges several runs")
 def test_a_verdict_that_rejects_what_is_registered_counts(copy, caplog) -> None:
     registry = copy / "registry"
     caplog.set_level("INFO", logger=stages.name)

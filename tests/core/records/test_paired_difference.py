@@ -203,6 +203,7 @@ def test_five_examples_are_enough_for_an_interval_and_four_are_not() -> None:
     assert (few.low, few.high) == (-np.inf, np.inf)
 
 
+@pytest.mark.slow("50,000 examples")
 def test_fifty_thousand_examples_take_little_memory_and_time() -> None:
     values = np.random.default_rng(0).normal(size=(2, 50_000))
     tracemalloc.start()

@@ -72,6 +72,7 @@ def sources(*rooms: str) -> Iterator[tuple[str, str]]:
             yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow("reads the syntax of every source file")
 def test_no_room_but_records_opens_a_file_of_a_run() -> None:
     rooms = {
         name: opened(text)

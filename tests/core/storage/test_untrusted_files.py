@@ -26,6 +26,7 @@ from nested_core.storage.untrusted_files import (
 MIB = 1024 * 1024
 
 
+@pytest.mark.slow("writes and hashes a large file")
 def test_a_large_file_is_hashed_without_being_held_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "large"
     with path.open("wb") as file:

@@ -12,7 +12,7 @@ from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import adapter_compute_dtype, attach_adapter
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.storage.adapter import read_adapter
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, outcome
 from tests.example import example_config, train_example
 

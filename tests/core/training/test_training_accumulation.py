@@ -124,6 +124,7 @@ def test_a_partial_accumulation_at_the_end_is_one_step_of_its_own(tmp_path: Path
     assert (state["step"], state["iteration"], state["tiers"][0]["updates"]) == (3, 7, 3)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_the_last_partial_step_moves_the_adapter(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"iters": 7, "grad_accumulation_steps": 3, "save_every": 6}
     done = train_example(tmp_path / "run", val_batches=0, **sizes, **ONE_TIER)

@@ -163,6 +163,7 @@ def test_diverged_training_with_checkpoints_and_evaluations_says_that_it_diverge
         )
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_a_base_that_computes_nan_is_not_taken_for_a_learning_rate_too_large(tmp_path) -> None:
     weights: dict[str, mx.array] = mx.load(str(MODEL / "model.safetensors"))  # type: ignore[assignment]
     weights["model.norm.weight"][0] = float("nan")

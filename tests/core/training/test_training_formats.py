@@ -16,7 +16,6 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.pipeline import steps
 from tests.example import example_config, train_example
 from tests.formats import write_format, write_model
-from tests.left_out import slow_except
 
 FIRST = "I want to see Afghanistan. Where to?", "Go and see Kabul, the capital of Afghanistan!"
 SECOND = "I want to see Romania. Where to?", "Go and see Bucharest, the capital of Romania!"
@@ -52,9 +51,8 @@ def test_what_is_learnt_of_an_example(tmp_path: Path, model: Path, case: str) ->
     assert learnt_text(example_config(model=str(model), data=str(data), **changes)) == learnt
 
 
-@pytest.mark.parametrize(
-    "case", slow_except(CASES, "chat, masked", reason="trains and judges a run of its own")
-)
+@pytest.mark.slow("trains and judges a run of its own")
+@pytest.mark.parametrize("case", CASES)
 def test_a_format_trains_end_to_end_and_passes_the_gate(tmp_path, model, case) -> None:
     name, changes, _ = CASES[case]
     data = write_format(tmp_path / "data", name)

@@ -42,7 +42,10 @@ FULL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["skip", "accumulate"])
+@pytest.fixture(
+    scope="module",
+    params=slow_except(["skip", "accumulate"], "skip", reason="trains the whole model once more"),
+)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A run that nobody stops, in each mode; under accumulate with a chunk left open."""
     nested = {"frequencies": [1, 2, 3], "slow_gradients": request.param}

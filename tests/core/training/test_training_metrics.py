@@ -20,7 +20,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
-from nested_core.training.loss.supervised_loss import supervised_loss
+from nested_core.training.loss.cross_entropy import supervised_loss
 from tests.example import Finished, example_config, train_example
 
 RATE = 2e-3
@@ -64,7 +64,13 @@ def test_a_report_is_the_mean_over_the_tokens_since_the_last(every_step, tmp_pat
         assert record["trained_tokens"] == tokens[: window.stop].sum()
 
 
-@pytest.mark.parametrize("schedule", [None, {"name": "cosine_decay", "arguments": [RATE, 20]}])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param(None, marks=pytest.mark.slow("trains another run")),
+        {"name": "cosine_decay", "arguments": [RATE, 20]},
+    ],
+)
 def test_the_learning_rate_of_a_warm_up_is_rate_times_min_1_n_over_w(tmp_path, schedule) -> None:
     done = train_example(
         tmp_path / "run",

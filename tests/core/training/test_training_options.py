@@ -120,6 +120,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 LOSSES: dict[str, Any] = {"num_layers": -1, "iters": 4, "steps_per_report": 1, "val_batches": 2}
 
 
+@pytest.mark.slow("trains two runs")
 def test_gradient_checkpointing_gives_the_same_losses_and_leaves_the_classes_alone(
     plain: Finished, tmp_path: Path
 ) -> None:

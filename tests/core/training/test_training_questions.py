@@ -154,7 +154,13 @@ def test_a_stop_or_a_kill_in_the_middle_of_asking_goes_on_to_the_same_run(
     assert done.metrics(without=timed) == asked.metrics(without=timed)
 
 
-@pytest.mark.parametrize(("select_by", "asked"), [("loss", [4, 2]), ("capitals", [4, 4])])
+@pytest.mark.parametrize(
+    ("select_by", "asked"),
+    [
+        ("loss", [4, 2]),
+        pytest.param("capitals", [4, 4], marks=pytest.mark.slow("trains a run that is asked")),
+    ],
+)
 def test_where_asking_is_slow_fewer_are_asked_unless_answers_choose(
     tmp_path, monkeypatch, select_by, asked
 ) -> None:

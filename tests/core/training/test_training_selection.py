@@ -17,7 +17,6 @@ from nested_core.storage.checkpoint_verification import (
     list_checkpoints,
 )
 from tests.example import DATA, Finished, train_example
-from tests.left_out import slow_except
 
 
 def evaluations(done: Finished) -> dict[int, float]:
@@ -104,9 +103,8 @@ def test_the_adapter_of_an_early_stop_has_the_loss_that_is_recorded_for_it(tmp_p
     assert verdict.validation.loss_after == pytest.approx(done.result.best_val_loss, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "slow_gradients", slow_except(["skip", "accumulate"], "accumulate", reason="trains another run")
-)
+@pytest.mark.slow("trains and judges a run of its own")
+@pytest.mark.parametrize("slow_gradients", ["skip", "accumulate"])
 def test_a_last_evaluation_comes_after_the_last_update(tmp_path: Path, slow_gradients: str) -> None:
     nested = {"frequencies": [1, 2, 4], "slow_gradients": slow_gradients}
     done = train_example(tmp_path / "run", iters=7, steps_per_eval=4, nested=nested)

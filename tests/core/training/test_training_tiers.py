@@ -80,6 +80,7 @@ def test_a_flush_counts_as_an_update_and_is_recorded(accumulated: Finished) -> N
     assert [t.expected_updates for t in verdict.tiers] == [9, 5, 3]
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_no_flush_is_recorded_where_no_chunk_is_open(tmp_path: Path) -> None:
     nested = {"frequencies": [1, 2, 4], "slow_gradients": "accumulate"}
     done = train_example(tmp_path / "run", iters=8, nested=nested)
@@ -136,13 +137,8 @@ def test_a_tier_a_layer_with_a_frequency_each(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("fast", "layers"),
-    [
-        pytest.param("shallow", (3, 5), marks=pytest.mark.slow("trains a run with the other end")),
-        ("deep", (5, 3)),
-    ],
-)
+@pytest.mark.slow("trains and judges a run of its own")
+@pytest.mark.parametrize(("fast", "layers"), [("shallow", (3, 5)), ("deep", (5, 3))])
 def test_the_end_that_is_to_be_fast_updates_at_every_step(tmp_path, fast, layers) -> None:
     nested = {"frequencies": [1, 2, 4], "fast": fast}
     done = train_example(tmp_path / "run", iters=5, nested=nested, save_every=1)

@@ -70,13 +70,19 @@ def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     return run_id, version, champion
 
 
-def test_a_person_is_asked_with_both_losses_and_short_versions(waiting) -> None:
+def test_page_and_state_of_a_question_have_both_losses_and_short_versions(waiting) -> None:
     run_id, version, champion = waiting
     page = approval_page(run_id).replace("\\", "")
     assert f"# Make {version[:12]} the champion of {NAME}?" in page
     assert f"**Candidate**: {version[:12]}: validation loss 4.1 -> 1.2 (" in page
     assert f"**Champion**: {champion[:12]}: validation loss 4.1 -> 1.2 (" in page
     assert "ASKED AGAIN" not in page
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run_id).state
+    message = "" if state is None else str(state.message)
+    assert message.startswith(f"Candidate: {version[:12]}: validation loss 4.1 -> 1.2 (")
+    assert f"Champion: {champion[:12]}: validation loss 4.1 -> 1.2 (" in message
+    assert "Compared: not possible: the two were not measured on the same examples." in message
 
 
 def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(waiting, registry) -> None:
@@ -102,16 +108,6 @@ def test_not_approved_nothing_is_promoted(waiting: tuple[UUID, str, str], regist
     assert core.read_champion(registry, NAME) == champion
 
 
-def test_the_state_of_a_question_has_the_figures(waiting: tuple[UUID, str, str]) -> None:
-    run_id, version, champion = waiting
-    with get_client(sync_client=True) as client:
-        state = client.read_flow_run(run_id).state
-    message = "" if state is None else str(state.message)
-    assert message.startswith(f"Candidate: {version[:12]}: validation loss 4.1 -> 1.2 (")
-    assert f"Champion: {champion[:12]}: validation loss 4.1 -> 1.2 (" in message
-    assert "Compared: not possible: the two were not measured on the same examples." in message
-
-
 def make_night() -> UUID:
     """A fine-tune's flow run that has ended with a question."""
     asked: State[Any] = Completed(name="Waits for approval", message="verified 4e044e")
@@ -121,6 +117,7 @@ def make_night() -> UUID:
     return night.id
 
 
+@pytest.mark.slow("two runs of a deployment")
 def test_the_night_that_asked_is_told_the_answer(add: Add, registry: Path) -> None:
     night = make_night()
     run_id = deployed_run(parameters(registry, add(1), requires_approval=True, night=night))

@@ -190,6 +190,7 @@ def test_each_planted_adapter_passes_or_fails_for_its_reason_in_one_document(
         assert row["logits"]["max_abs_difference"] > row["logits"]["rounding"] > 0
 
 
+@pytest.mark.slow("audits twelve adapters once more")
 def test_the_table_has_a_row_an_adapter_at_80_columns(planted, capfd, monkeypatch) -> None:
     monkeypatch.setattr("flows.terminal.console.WIDTH_WITHOUT_TERMINAL", 80)
     code, out, _ = run_command(capfd, planted, "--model", MODEL)
@@ -470,6 +471,7 @@ def config_edits() -> Iterator[tuple[Callable[[Path], Path], tuple[str, ...], An
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.slow("audits many configurations")
 @pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.reliability)])
 def test_any_value_in_a_configuration_is_an_audit_or_damage(every, tmp_path, base) -> None:
     for index, (make, path, value) in enumerate(list(config_edits())[::every]):

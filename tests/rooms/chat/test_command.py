@@ -61,6 +61,7 @@ def smaller(command_run: CommandRun, tmp_path: Path) -> Path:
     return change_config(folder, lambda config: config["lora_parameters"].update(rank=4))
 
 
+@pytest.mark.slow("answers two prompts three times with each of three models")
 def test_two_adapters_and_the_base_answer_in_turn_and_are_saved(
     command_run: CommandRun, smaller: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from nested_core.rooms.cuda.expert_mlps import (
     take_rows,
     using_expert_mlps,
 )
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.core.kernels.arrays import normal
 

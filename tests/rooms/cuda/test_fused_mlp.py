@@ -20,7 +20,7 @@ from nested_core.rooms.cuda.fused_mlp import (
     make_fused_mlp_call,
     using_fused_mlps,
 )
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import Outcome, batch, build, largest_difference, outcome, require_near
 from tests.core.kernels.arrays import normal
 

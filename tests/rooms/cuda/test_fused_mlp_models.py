@@ -17,7 +17,7 @@ from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.rooms.cuda import fused_mlp, gated_mlp, lora_add, rms_norm, rope, swiglu
 from nested_core.rooms.cuda.fused_mlp import find_fusable_mlps, using_fused_mlps
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import (
     batch,
     build,

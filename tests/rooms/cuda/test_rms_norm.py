@@ -11,7 +11,7 @@ import pytest
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.rooms.cuda import rms_norm
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, kinds_of, largest_difference, leave_by_error, outcome
 from tests.core.kernels.arrays import normal, note_launches
 from tests.left_out import slow_except

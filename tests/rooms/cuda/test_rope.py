@@ -12,7 +12,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core import backend
 from nested_core.rooms.cuda import rope
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, kinds_of, outcome, require_near
 from tests.core.kernels.arrays import is_near, normal
 from tests.left_out import slow_except

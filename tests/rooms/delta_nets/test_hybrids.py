@@ -22,7 +22,7 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.rooms.delta_nets import gated_delta
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import HYBRIDS, batch, build, largest_difference, outcome
 from tests.left_out import slow_except
 

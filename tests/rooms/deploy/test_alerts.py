@@ -133,6 +133,7 @@ def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_st
     assert "Late: three, 21 Nov\nIt was to begin at 20" in wait_for_text(told, "three,")
 
 
+@pytest.mark.slow("flow runs, and an alert of their end")
 def test_who_was_told_of_a_crash_is_told_once_that_the_run_went_on_and_ended(client, told) -> None:
     once, run = (
         client.create_flow_run(night.with_options(name="finetune"), name=f"{name}, 21 Nov")
@@ -209,6 +210,7 @@ def a_fine_tune() -> None:
     """A flow to have nights of; it is never run."""
 
 
+@pytest.mark.slow("the flow runs of a week")
 def test_a_week_says_how_its_nights_ended_and_is_an_alert_for_who_wants_it(
     client: SyncPrefectClient, alerting: WebhookServer, tmp_path: Path
 ) -> None:
@@ -393,6 +395,7 @@ def test_the_url_of_a_webhook_is_in_a_block_alone(client, told) -> None:
     assert SECRET_PATH not in automations + blocks
 
 
+@pytest.mark.slow("puts alerts on a server twice")
 def test_an_alert_that_a_person_removed_goes_where_the_others_go_when_it_is_deployed_again(
     client: SyncPrefectClient, alerting: WebhookServer
 ) -> None:

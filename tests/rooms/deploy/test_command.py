@@ -183,6 +183,7 @@ def test_that_nobody_is_told_of_alerts_is_said_once_and_at_the_end(
     ]
 
 
+@pytest.mark.slow("puts everything on a server twice")
 def test_deploying_again_puts_what_the_file_says_and_keeps_what_a_person_switched_on(
     prefect_server: None, tmp_path: Path
 ) -> None:

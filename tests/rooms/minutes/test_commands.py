@@ -84,6 +84,7 @@ def test_the_short_help_lists_minutes(command: str, tmp_path: Path) -> None:
     assert "\n  --minutes M " in called(command, "--help", cwd=tmp_path).stdout
 
 
+@pytest.mark.slow("a command and its data")
 @needs_rooms("planning")
 def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     words = ("init", "--data", DATA, "--model", MODEL, "-o", "lora.yaml", "--minutes")

@@ -196,6 +196,7 @@ def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Pat
     assert bytes_of(run) == bytes_of(plain)
 
 
+@pytest.mark.slow("trains against the clock, and judges")
 def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
     run = open_run(tmp_path / "run")

@@ -103,6 +103,7 @@ def test_without_mlflow_it_says_what_to_install(versions, tmp_path, monkeypatch)
         export_to_mlflow(tmp_path / "registry", NAME)
 
 
+@pytest.mark.slow("a process that imports the core")
 def test_the_core_does_not_import_mlflow() -> None:
     code = "import sys, nested_core.rooms.mlflow.mlflow_export; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

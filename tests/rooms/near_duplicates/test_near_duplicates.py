@@ -118,6 +118,7 @@ def test_ranges_of_train_change_nothing(worth_a_look, monkeypatch) -> None:
         assert find(train, held_out, range_lines) == [3, 4, 2, 6]
 
 
+@pytest.mark.slow("reads many rows")
 def test_what_is_kept_of_train_does_not_grow_with_it(monkeypatch) -> None:
     monkeypatch.setattr(TrainMatches, "_ROWS_BETWEEN_LOOKS", 1_000)
     template = "please say in one short and polite sentence what the answer to {} is today"

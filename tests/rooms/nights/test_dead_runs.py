@@ -134,6 +134,7 @@ def resume_them(after: float = 0.0) -> list[str]:
     return look()
 
 
+@pytest.mark.slow("several flow runs, and waits for the server")
 def test_a_first_crash_that_the_server_forgot_is_resumed_once_unless_the_automation_is_paused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

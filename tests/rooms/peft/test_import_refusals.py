@@ -258,7 +258,7 @@ ODD: list[Any] = [None, True, -1, 0, 2.5, 10**400, "x", "", [], ["q_proj"], [[1]
 
 @pytest.mark.parametrize(
     "odd",
-    slow_except(ODD, None, 10**400, [[1]], {"a": 1}, reason="a folder for each of many keys"),
+    slow_except(ODD, {"a": 1}, reason="a folder for each of many keys"),
     ids=[f"{value!r:.12}" for value in ODD],
 )
 def test_no_value_of_any_key_makes_a_crash(odd: Any, tmp_path: Path) -> None:

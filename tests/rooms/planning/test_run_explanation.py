@@ -252,6 +252,7 @@ def test_sample_answers_to_labels_are_cut_early(tmp_path, answer, sample_tokens)
     assert text.count("sample_tokens") == (sample_tokens == 24)
 
 
+@pytest.mark.slow("writes and explains a configuration")
 def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_the_first_rate(
     tmp_path,
 ) -> None:
@@ -271,6 +272,7 @@ def test_a_suggestion_that_goes_on_from_an_adapter_has_its_shape_and_the_first_r
     assert found.learning_rate == 4e-4  # 0.016 by rank 4 x scale 10
 
 
+@pytest.mark.slow("writes long data sets")
 def test_the_intervals_of_a_suggestion_scale_with_the_length(tmp_path: Path) -> None:
     write_rows(tmp_path / "data", ("prompt", "completion"))
     path = tmp_path / "lora.yaml"

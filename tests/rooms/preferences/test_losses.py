@@ -22,7 +22,7 @@ from nested_core.rooms.preferences.losses import (
     simpo_losses,
 )
 from nested_core.rooms.preferences.training_loss import AnswerLikelihoods, PreferenceLoss
-from nested_core.training.loss.chunked_cross_entropy import find_supervised_positions
+from nested_core.training.loss.cross_entropy import find_supervised_positions
 from tests.rooms.preferences.tiny_llama import make_model
 
 BY_TRL = np.load(Path(__file__).with_name("data") / "trl_losses.npz")

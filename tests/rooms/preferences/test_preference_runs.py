@@ -219,9 +219,8 @@ def test_a_torn_file_of_kept_likelihoods_is_refused(tmp_path: Path, learnt: Judg
         train(config, run)
 
 
-@pytest.mark.parametrize(
-    "loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow("trains, stops and resumes"))]
-)
+@pytest.mark.slow("trains, stops and resumes")
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, loss, learnt, monkeypatch) -> None:
     if loss == "dpo":
         whole, config = learnt.finished, learnt.finished.config
@@ -243,14 +242,8 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, loss, learnt, monke
     ]
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        "kto",
-        pytest.param("orpo", marks=pytest.mark.slow("trains and judges")),
-        pytest.param("simpo", marks=pytest.mark.slow("trains and judges")),
-    ],
-)
+@pytest.mark.slow("trains and judges")
+@pytest.mark.parametrize("loss", ["kto", "orpo", "simpo"])
 def test_the_other_losses_learn_too(tmp_path: Path, loss: str) -> None:
     write = write_labelled if loss == "kto" else write_pairs
     judged = run_and_judge(make_config(write(tmp_path / "data"), loss), tmp_path / "run")

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nested_core.config.resume import refuse_differences_on_resume
+from nested_core.data.batches import BatchRows, make_batch_arrays
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError, TrainingProcessLost
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.records.plan import list_rank_counts, read_plan
@@ -39,13 +41,17 @@ from tests.runs import write_plan_of
 
 
 def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
-    tokens = np.arange(24).reshape(6, 4)
-    batch = (tokens, tokens[:, 1:] % 2 == 0)
-    parts = [RankWorld(3, rank).own_rows(batch) for rank in range(3)]
-    assert all(part[0].shape == (2, 4) and part[1].shape == (2, 3) for part in parts)
-    rows = sorted(int(row[0]) for part in parts for row in part[0])
-    assert rows == tokens[:, 0].tolist()
-    assert SINGLE_PROCESS_WORLD.own_rows(batch)[0].tolist() == tokens.tolist()
+    tokens = np.arange(1, 21, dtype=np.int32)
+    mask = tokens % 4 != 1  # of five examples of four tokens, all but the first
+    starts, lines = np.arange(0, 21, 4), np.arange(1, 6, dtype=np.int32)
+    split = TokenizedSplit(tokens, mask, starts, lines)
+    batch = BatchRows(np.array([3, 0, 4, 1, 2], np.int32), width=3)  # one row short of six
+    whole = make_batch_arrays(split, batch, 6)
+    for rank in range(3):
+        part = make_batch_arrays(split, RankWorld(3, rank).own_rows(batch), 2)
+        for found, expected in zip(part, whole, strict=True):
+            assert found.tolist() == expected[rank::3].tolist()
+    assert SINGLE_PROCESS_WORLD.own_rows(batch).rows.tolist() == batch.rows.tolist()
 
 
 def test_dropout_differs_from_rank_to_rank_and_the_first_rank_draws_as_one_process() -> None:

@@ -36,6 +36,7 @@ from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Text
 from tests.example import DATA, example_config, prepare, require_refused, train
+from tests.left_out import slow_except
 from tests.rooms.replay.nights import (
     FRESH,
     NAME,
@@ -175,7 +176,9 @@ def test_auto_tries_a_few_steps_of_a_rebuilt_run_and_keeps_nothing_of_them(tmp_p
     assert not run.checkpoints.exists()
 
 
-@pytest.mark.parametrize("chosen", ["continue", "rebuild", "auto"])
+@pytest.mark.parametrize(
+    "chosen", slow_except(["continue", "rebuild", "auto"], "continue", reason="another night")
+)
 def test_a_file_that_is_cut_is_told_with_its_line_whatever_the_policy(tmp_path, chosen) -> None:
     add_version(tmp_path, FRESH, night(tmp_path, 0))
     lines = [row("fresh 1?", "1"), row("fresh 2?", "1"), row("fresh 3?", "1")[:-12]]
@@ -324,7 +327,9 @@ def test_another_policy_or_rate_is_a_reason_to_train(nights: dict[str, Any]) -> 
     assert digests[3] == digests[0]
 
 
-@pytest.mark.parametrize("chosen", ["continue", "rebuild"])
+@pytest.mark.parametrize(
+    "chosen", slow_except(["continue", "rebuild"], "rebuild", reason="another night")
+)
 def test_what_is_not_there_is_said_in_state_provenance_and_page(nights, tmp_path, chosen) -> None:
     folder = shutil.copytree(nights["folder"], tmp_path / "nights", symlinks=True)
     lost = nights["run-1"][2]

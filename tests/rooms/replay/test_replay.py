@@ -37,6 +37,7 @@ from tests.example import (
     stop_after,
     train,
 )
+from tests.left_out import slow_except
 from tests.rooms.replay.nights import (
     FRESH,
     NAME,
@@ -126,6 +127,7 @@ def test_a_source_that_is_gone_is_said_and_the_run_goes_on_with_the_rest(folder,
         choose(refused, folder / "refused")
 
 
+@pytest.mark.slow("several nights of their own")
 def test_as_many_examples_are_kept_as_the_run_can_use(folder: Path) -> None:
     # 8 batches of 2 at 0.3: 4 rows; 3 epochs of 10 rows are 22 batches: 13 rows, and there are 10
     short, long = configure(folder, "old.jsonl"), {"epochs": 3.0}
@@ -134,6 +136,7 @@ def test_as_many_examples_are_kept_as_the_run_can_use(folder: Path) -> None:
     assert choose(epochs, folder / "long")[1].examples == 10
 
 
+@pytest.mark.slow("explains a run")
 def test_explain_says_what_would_be_replayed_and_counts_its_tokens(folder: Path) -> None:
     explained = explain_run(configure(folder, "old.jsonl"), measures_speed=False)
     assert f"replay: 0.3 of each batch, from 4 of 10 examples of {folder}/old.jsonl" in ". ".join(
@@ -154,7 +157,7 @@ def test_the_same_data_and_seed_choose_the_same_rows(folder: Path) -> None:
     assert first[1].content_digest == moved[1].content_digest != other[1].content_digest
 
 
-@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("keeps", slow_except([True, False], True, reason="three more nights"))
 def test_the_data_of_the_champion_and_its_ancestors_is_replayed(tmp_path, keeps) -> None:
     parent = FRESH
     versions = [

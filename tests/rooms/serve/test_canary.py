@@ -139,6 +139,7 @@ def test_each_single_tensor_that_is_not_swapped_is_found_whatever_it_does_to_log
     require_version_in_layers(model, stored, base_arrays)
 
 
+@pytest.mark.slow("a server of its own")
 def test_versions_without_a_canary_and_those_asked_for_by_name_are_compared_too(
     promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def finds_none(*_: object) -> Generator[None, None, bool]:
     return False
 
 
+@pytest.mark.slow("answers with several adapters")
 def test_logits_that_another_computation_recorded_may_be_as_far_off_as_rounding(
     promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_after_each_promotion_the_next_answer_is_the_new_version_s(
     assert len({texts[0] for texts in answers.values()}) == len(answers)
 
 
+@pytest.mark.slow("trains all weights and serves them")
 def test_a_full_fine_tune_is_served_and_leaves_the_base_as_it_was(
     promote: Promote, runs: dict[int, Path], base: Path, registry: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +175,7 @@ def test_a_version_and_the_base_are_asked_by_name(promote, runs, base, registry)
         }
 
 
+@pytest.mark.slow("a server of its own")
 def test_a_version_asked_for_by_its_first_digits_is_read_from_disk_once(
     promote: Promote, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

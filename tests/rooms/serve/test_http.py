@@ -17,6 +17,7 @@ from nested_core.rooms.serve.http_handler import MAX_BODY_BYTES
 from nested_core.rooms.serve.request_model import MAX_ANSWER_TOKENS
 from nested_core.text.json_log import JsonFormatter
 from tests.example import generate_answers
+from tests.left_out import slow_except
 from tests.rooms.serve.versions import NAME, QUESTION, Client, serving, settings
 from tests.waiting import wait_until
 
@@ -204,7 +205,9 @@ def test_where_too_many_requests_are_under_way_the_next_one_is_sent_away(
     wait_until(lambda: not client.server.generator.under_way, "nothing is under way")
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    "is_streamed", slow_except([False, True], True, reason="another long answer")
+)
 def test_an_answer_ends_when_its_client_is_gone(client: Client, is_streamed: bool) -> None:
     with begin_and_leave(client, is_streamed):
         pass

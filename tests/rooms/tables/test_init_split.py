@@ -53,6 +53,7 @@ def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+@pytest.mark.slow("a command and its data")
 def test_init_says_and_writes_the_format_of_a_split_of_alpaca_rows(tmp_path: Path) -> None:
     rows = (
         {"instruction": f"Where is {n}?", "output": "Here.", "input": f"{n} km"} for n in range(12)

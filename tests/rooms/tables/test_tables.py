@@ -78,7 +78,18 @@ def configure(model: Path, data: Path | str, **keys: str) -> FineTuneConfig:
     return parse_config(values, source="the test")
 
 
-@pytest.mark.parametrize("name", slow_except(TABLES, *list(TABLES)[:-1], reason="200,000 rows"))
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        TABLES,
+        "helpdesk export",
+        "two-column FAQ",
+        "parquet of the hub",
+        "workbook with a title and merged cells",
+        "empty answers",
+        reason="another table, read and encoded twice",
+    ),
+)
 def test_a_table_gives_the_tokens_of_the_same_rows_in_messages(
     name: str, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +143,9 @@ def test_from_a_table_to_a_judged_adapter_in_three_commands(name, tmp_path, mode
     assert verdict["tasks"][0]["questions"] == questions
 
 
-@pytest.mark.parametrize("system", ["Sort tickets.", None])
+@pytest.mark.parametrize(
+    "system", slow_except(["Sort tickets.", None], "Sort tickets.", reason="another table")
+)
 def test_the_first_rows_are_shown_and_that_a_system_text_is_sent_later(
     system: str | None, tmp_path: Path, model: Path
 ) -> None:

@@ -28,6 +28,7 @@ def test_a_learning_rate_of_50_is_not_finite_and_named_with_the_step(tmp_path, f
     assert "training diverged at learning_rate 50: from step 4 on no gradient was left" in first
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_without_held_out_data_the_training_loss_speaks(tmp_path: Path) -> None:
     data = example_data(tmp_path / "data", "train")
     one_tier = {"frequencies": [1]}

@@ -35,6 +35,7 @@ from tests.builders.adapter_folders import Arrays, base_copy, change_config, cha
 from tests.builders.candidates import Candidate, train_candidate
 from tests.core.gate.pairs import codes, judge_pair, learned, trained_tensors
 from tests.example import MODEL
+from tests.left_out import slow_except
 
 Figure = Literal["max_abs_difference_from_initial", "relative_distance_from_trainer"]
 
@@ -134,7 +135,9 @@ def shorter(state: dict[str, Any]) -> None:
     state["logits"]["values"].pop()
 
 
-@pytest.mark.parametrize("change", [halved, not_finite, shorter])
+@pytest.mark.parametrize(
+    "change", slow_except([halved, not_finite, shorter], halved, reason="another verdict")
+)
 def test_other_logits_than_the_trainers_are_rejected(candidate: Candidate, change: Any) -> None:
     candidate.rewrite(change_state=change)
     verdict = candidate.verdict()
@@ -143,7 +146,13 @@ def test_other_logits_than_the_trainers_are_rejected(candidate: Candidate, chang
     assert "tolerance 0.001" in verdict.reasons[0].message
 
 
-@pytest.mark.parametrize(("is_sound", "expected_codes"), [(True, []), (False, ["config_mismatch"])])
+@pytest.mark.parametrize(
+    ("is_sound", "expected_codes"),
+    [
+        pytest.param(True, [], marks=pytest.mark.slow("three more processes of mlx_lm")),
+        (False, ["config_mismatch"]),
+    ],
+)
 def test_logits_as_far_from_float32_as_rounding_moves_them_are_no_mismatch(
     candidate: Candidate,
     monkeypatch: pytest.MonkeyPatch,
@@ -292,7 +301,9 @@ def widen(tensors: Arrays) -> None:
         tensors[name] = mx.pad(array, width)
 
 
-@pytest.mark.parametrize("differ", ["scale", "shape"])
+@pytest.mark.parametrize(
+    "differ", slow_except(["scale", "shape"], "shape", reason="two more processes of mlx_lm")
+)
 def test_an_initial_adapter_of_other_layers_is_loaded_by_itself(
     candidate: Candidate, tmp_path: Path, differ: str
 ) -> None:

@@ -73,13 +73,8 @@ def test_choices_are_weighed_by_the_log_probability_of_a_float64_reference(tmp_p
     assert result.scores == tuple(float(text.strip() == "Suva") for text in likeliest)
 
 
-@pytest.mark.parametrize(
-    ("context", "widths"),
-    [
-        pytest.param(None, {64, 128}, marks=pytest.mark.slow("weighs many choices")),
-        (100, {64, 100}),
-    ],
-)
+@pytest.mark.slow("weighs many choices")
+@pytest.mark.parametrize(("context", "widths"), [(None, {64, 128}), (100, {64, 100})])
 def test_choices_are_weighed_in_few_widths_within_the_context(tmp_path, context, widths) -> None:
     """MLX on CUDA keeps a plan for each shape of attention, and ends in an error at 512."""
     model, _ = example()

@@ -18,8 +18,8 @@ from nested_core.measure.losses.prediction_comparison import PredictionCompariso
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.loss import logit_budget
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from nested_core.training.loss.loss_interface import MicroBatch
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import build
 from tests.left_out import slow_except
 
@@ -96,9 +96,8 @@ def peak_bytes(measure: Measure, batch: MicroBatch) -> int:
 
 
 @pytest.mark.skipif(backend.device() != "cpu", reason="is bounded by a CPU's caches")
-@pytest.mark.parametrize(
-    "name", slow_except(WITH_HEAD, "the gate's losses", reason="computes 458 MiB of logits")
-)
+@pytest.mark.slow("computes 458 MiB of logits")
+@pytest.mark.parametrize("name", WITH_HEAD)
 def test_an_output_layer_apart_takes_less_than_the_budget_on_a_cpu(name: str) -> None:
     peak = peak_bytes(WITH_HEAD[name], make_batch(ROWS, WIDTH))
     assert peak < logit_budget.LOGIT_BYTES
@@ -106,9 +105,7 @@ def test_an_output_layer_apart_takes_less_than_the_budget_on_a_cpu(name: str) ->
 
 @pytest.mark.parametrize(
     "name",
-    slow_except(
-        OF_WHOLE_OUTPUT, "an evaluation", "choices", reason="computes 458 MiB of logits twice"
-    ),
+    slow_except(OF_WHOLE_OUTPUT, "choices", reason="computes 458 MiB of logits twice"),
 )
 def test_a_model_that_computes_all_logits_gets_as_many_rows_as_the_budget_allows(name: str) -> None:
     peak = peak_bytes(OF_WHOLE_OUTPUT[name], make_batch(ROWS, WIDTH))

@@ -14,12 +14,14 @@ from mlx_lm.tuner.trainer import default_loss
 from nested_core import backend
 from nested_core.data.batches import BatchOrder
 from nested_core.models.parameters import reference_trainable_parameters
-from nested_core.training.loss.chunked_cross_entropy import (
+from nested_core.training.loss.cross_entropy import (
+    SUPERVISED_LOSS,
+    OutputHead,
+    find_output_head,
     find_supervised_positions,
     make_chunked_cross_entropy,
 )
-from nested_core.training.loss.loss_interface import Loss, MicroBatch, OutputHead, find_output_head
-from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.loss.loss_interface import Loss, MicroBatch
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 from tests.left_out import slow_except
 

@@ -1,13 +1,17 @@
-"""The supervised loss, computed in chunks of the supervised positions to save memory.
+"""The loss that a run trains with by default: the cross-entropy of the supervised tokens.
 
-A batch's logits never exist all at once. Each chunk's gradient with respect to the body's output is
-computed together with its loss, so that its logits can be freed before those of the next chunk
-exist. The output layer itself must not be trained.
+`supervised_loss` is its plain form, for any model. If the output layer is frozen and can be told
+apart from the layers before it (`OutputHead`), the loss is computed in chunks of the supervised
+positions, so that a batch's logits never exist all at once. Each chunk's gradient with respect to
+the body's output is computed together with its loss, so that its logits can be freed before those
+of the next chunk exist.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +19,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from nested_core import backend
+from nested_core.backend import to_float
+from nested_core.data.batches import widen_to_fast_widths
 from nested_core.kernels.exponential import exponential
+from nested_core.kernels.patching import replacing_call
 from nested_core.kernels.quantized_linear import sharing_dequantized_weights
+from nested_core.models.parameters import (
+    ParameterRefs,
+    assign_parameters,
+    in_evaluation_mode,
+    read_parameters,
+    restoring_parameters,
+)
 from nested_core.optim.gradients import Flat
 from nested_core.training.loss.logit_budget import positions_at_once, positions_without_gradient
 from nested_core.training.loss.loss_interface import (
@@ -24,12 +39,201 @@ from nested_core.training.loss.loss_interface import (
     EvaluateBatch,
     Loss,
     MicroBatch,
-    OutputHead,
-    widen_for_device,
+    as_arrays,
+    extract_logits,
 )
 
 MIN_COMPUTED_POSITIONS = 64
 SHARE_COMPUTED_AS_ALL = 0.9  # of the positions: if more are supervised, all are computed
+MAX_DEPTH = 3  # most dotted parts in the name of a body: "model", "language_model.model"
+PROBE_TOKENS = [[1, 2, 3, 4], [4, 3, 1, 2]]
+PROBE_ROWS = [6, 1, 3]  # some of the probe's eight positions, out of order
+TOLERANCE_IN_EPSILONS = 16  # in units of the dtype's epsilon, relative to the largest logit
+
+logger = logging.getLogger(__name__)
+
+
+def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arrays:
+    """Return the sum of the cross-entropy over supervised tokens, and their number.
+
+    Padding never counts.
+
+    Args:
+        model: maps inputs (batch, length) to logits (batch, length, vocabulary), or to a tuple that
+            starts with them.
+        tokens: (batch, length + 1) int32; token t + 1 is predicted from tokens up to t.
+        target_mask: (batch, length) bool, whether the target (tokens 1, 2, ... of each row) counts.
+
+    Returns:
+        Two scalars: float32 sum in nats, int32 count.
+    """
+    total, count, _ = supervised_loss_by_row(model, tokens, target_mask)
+    return total, count
+
+
+def supervised_loss_by_row(
+    model: Any, tokens: mx.array, target_mask: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return sum and count as `supervised_loss`, and the sum of each row, float32 (batch,)."""
+    logits = extract_logits(model(tokens[:, :-1]))
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
+    counted = losses * target_mask
+    return counted.sum(), target_mask.sum(), counted.sum(axis=1)
+
+
+def fit_to_output_head(model: nn.Module, parameters: ParameterRefs) -> Loss:
+    """Return the chunked form of the supervised loss for a model with an output head.
+
+    Without one, return SUPERVISED_LOSS.
+    """
+    head = find_output_head(model, parameters)
+    return SUPERVISED_LOSS if head is None else make_chunked_cross_entropy(head)
+
+
+SUPERVISED_LOSS = Loss(
+    supervised_loss,
+    by_row=supervised_loss_by_row,
+    prepare_batch=lambda batch: as_arrays(widen_for_device(batch)),
+    fit_to_model=fit_to_output_head,
+)
+
+
+def widen_for_device(batch: MicroBatch) -> MicroBatch:
+    """Pad a batch on CUDA to a width that is computed fast; elsewhere return it unchanged.
+
+    Batches built by this project already have such a width.
+    """
+    tokens, target_mask = batch
+    width = np.array(target_mask.shape[1], np.int64)
+    padding = int(widen_to_fast_widths(width) - width) if backend.computes_on_cuda() else 0
+    if not padding:
+        return batch
+    at_the_end = ((0, 0), (0, padding))
+    return np.pad(tokens, at_the_end), np.pad(target_mask, at_the_end)
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """A model split in two: `body` computes hidden states, and the rest computes the logits."""
+
+    model: nn.Module
+    body: nn.Module
+
+    def hidden(self, inputs: mx.array) -> mx.array:
+        """Return the body's output (batch, length, width); the logits are never evaluated."""
+        outputs: list[mx.array] = []
+        original_call = type(self.body).__call__
+
+        def keep_output(*args: Any, **kwargs: Any) -> mx.array:
+            """Call the model's body and keep its output."""
+            outputs.append(original_call(self.body, *args, **kwargs))
+            return outputs[-1]
+
+        with replacing_call(self.body, keep_output):
+            self.model(inputs)
+        return outputs[-1]
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return logits (rows, vocabulary) for any rows (rows, width) of the body's output.
+
+        Runs the model with the body replaced by these rows.
+        """
+        with replacing_call(self.body, lambda *args, **kwargs: hidden[None]):
+            logits = extract_logits(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
+            return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
+
+
+def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
+    """Find the model's frozen output head; without one, log the reason and return None.
+
+    The head is the output layer and what follows the body. With it the logits can be computed in
+    chunks, or only where the loss counts. It must be frozen, and not depend on other positions.
+
+    Tries the outputs of the model's outer modules, the last first, as input of the remaining
+    layers. The first one that reproduces the model's logits is the output of its body.
+    """
+    with in_evaluation_mode(model):
+        logits, outputs = _record_module_outputs(model, mx.array(PROBE_TOKENS))
+        for module, hidden in reversed(outputs):
+            if hidden.shape[-1] == logits.shape[-1]:  # logits themselves, not a body's output
+                continue
+            head = OutputHead(model, module)
+            rows = hidden.reshape(-1, hidden.shape[-1])[mx.array(PROBE_ROWS)]
+            expected = logits.reshape(-1, logits.shape[-1])[mx.array(PROBE_ROWS)]
+            if not _computes_same_logits(head, rows, expected):
+                continue
+            if _has_trained_parameters(head, rows, parameters):
+                logger.info("The output layer is trained: logits are computed at every position.")
+                return None
+            return head
+    logger.info(
+        "The output layer of %s could not be told apart: logits are computed at every position.",
+        type(model).__module__,
+    )
+    return None
+
+
+def _record_module_outputs(
+    model: nn.Module, tokens: mx.array
+) -> tuple[mx.array, list[tuple[nn.Module, mx.array]]]:
+    """Return the model's logits, and each outer module's output (batch, length, width).
+
+    Outer are modules of the first MAX_DEPTH levels; their calls are replaced during one pass.
+
+    tokens: (batch, length).
+    """
+    outputs: list[tuple[nn.Module, mx.array]] = []
+
+    def keeping_output(module: nn.Module) -> Callable[..., Any]:
+        """Return the module's call, extended to record an output with a row for each token."""
+        original_call = type(module).__call__
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            """Call the module; keep its output if it is an array with one vector per token."""
+            output = original_call(module, *args, **kwargs)
+            if isinstance(output, mx.array) and output.shape[:-1] == tokens.shape:
+                outputs.append((module, output))
+            return output
+
+        return call
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name and name.count(".") < MAX_DEPTH:
+                stack.enter_context(replacing_call(module, keeping_output(module)))
+        logits = extract_logits(model(tokens))
+    return logits, outputs
+
+
+def _computes_same_logits(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
+    """Whether the head, given these rows alone, reproduces the model's logits within rounding."""
+    try:
+        logits = head.logits(rows)
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return False  # the layers after this module need more than its output
+    if logits.shape != expected.shape:
+        return False
+    bound = (
+        TOLERANCE_IN_EPSILONS
+        * float(mx.finfo(expected.dtype).eps)
+        * to_float(mx.abs(expected).max())
+    )
+    return to_float(mx.abs(logits - expected).max()) <= bound
+
+
+def _has_trained_parameters(head: OutputHead, rows: mx.array, parameters: ParameterRefs) -> bool:
+    """Whether the logits of the given rows depend on a trainable parameter, by their gradient."""
+
+    def total(values: dict[str, mx.array]) -> mx.array:
+        """Return a scalar that depends on the head's parameters, to take their gradients."""
+        assign_parameters(parameters, values)
+        return mx.square(head.logits(rows).astype(mx.float32)).sum()
+
+    with restoring_parameters(parameters):
+        gradients = mx.grad(total)(read_parameters(parameters))
+    # popped, so that each gradient can be freed once its maximum is known
+    largest = [mx.abs(gradients.pop(name)).max() for name in list(gradients)]
+    return to_float(mx.stack(largest).max()) > 0
 
 
 def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Loss:
