@@ -243,7 +243,7 @@ def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:
     kept = {key: value for key, value in fields.items() if key != "canary"}  # 0.2.0 wrote it
     try:
         return RegistryPolicy.model_validate(
-            {**kept, "tasks": tuple(_parse_task(task) for task in fields.get("tasks", ()))}
+            {**kept, "tasks": tuple(map(TaskSection.model_validate, fields.get("tasks", ())))}
         )
     except (ValidationError, TypeError) as error:
         problem = describe_first_problem(error) if isinstance(error, ValidationError) else error
@@ -252,16 +252,11 @@ def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:
         ) from error
 
 
-def _parse_task(fields: Any) -> TaskSection:
-    """Validate one suite of a policy."""
-    return fields if isinstance(fields, TaskSection) else TaskSection.model_validate(fields)
-
-
 def _check_policy(fields: Mapping[str, Any]) -> RegistryPolicy:
     """Validate a policy that a person sets; ConfigError if a run could not follow it."""
     try:
         policy = RegistryPolicy.model_validate(
-            {**fields, "tasks": tuple(_parse_task(task) for task in fields["tasks"])}
+            {**fields, "tasks": tuple(map(TaskSection.model_validate, fields["tasks"]))}
         )
         GateSection.model_validate({"tasks": policy.fields()["tasks"]})
     except ValidationError as error:
