@@ -309,8 +309,8 @@ def compare(before: Sequence[Any], after: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def compare_all_seeds(out: Path) -> dict[str, Any] | None:
-    """The difference of both arms over all seeds that both have answers of; None below two seeds.
+def compare_all_seeds(out: Path, fresh: int) -> dict[str, Any] | None:
+    """The difference of both arms over all seeds with `fresh` answers of both; None below two.
 
     Of each prompt the mean of its differences is taken, so that the interval is of prompts, for
     these seeds; `by_seed` shows how far trainings with other seeds lie apart.
@@ -320,7 +320,7 @@ def compare_all_seeds(out: Path) -> dict[str, Any] | None:
         seed: [read_lines(out / f"answers-{arm}-{seed}.jsonl") for arm in (TRL, OURS)]
         for seed in seeds
     }
-    whole = {seed: both for seed, both in found.items() if len(both[0]) == len(both[1])}
+    whole = {seed: both for seed, both in found.items() if set(map(len, both)) == {fresh}}
     if len(whole) < 2:
         return None
     scores = np.array([[score(one) for one in both] for both in whole.values()])
@@ -389,7 +389,7 @@ def main() -> None:
     for row in Benchmark(options).rows(done):
         print(json.dumps(row), flush=True)
         append_lines(path, [row])
-    row = compare_all_seeds(options.out)
+    row = compare_all_seeds(options.out, options.fresh)
     if row is not None and row != done.get(row["cell"]):
         print(json.dumps(row), flush=True)
         append_lines(path, [row])
