@@ -17,6 +17,12 @@ def rows_of(name: str) -> dict[str, dict[str, Any]]:
     return {row["cell"]: row for row in read_rows(ROOT / "benchmarks/preferences" / name)}
 
 
+CELLS_ON_A_CPU = (
+    *("training ours", "training trl", "share base, ours", "share trl, ours"),
+    *("general loss ours", "general loss trl"),
+)
+
+
 def said(text: str, *rows: dict[str, Any]) -> str:
     return text.format(*rows).replace("%", " %")
 
@@ -78,22 +84,37 @@ def test_the_page_has_words_loss_seconds_and_memory_of_both_programs() -> None:
     assert f"our process took {cold:.0f} s in place of {mine['process_seconds']:.0f}" in PAGE
 
 
-def test_the_page_has_the_figures_of_the_run_on_a_cpu() -> None:
+def test_the_page_has_the_figures_of_the_runs_on_a_cpu() -> None:
     rows = rows_of("rows-cpu.jsonl")
-    names = [f"{cell} ours" for cell in ("share trl,", "share base,", "general loss")]
-    names += ["general loss trl", "training ours", "training trl"]
-    apart, share, general, of_trl, ours, trl = (rows[f"{name} 0"] for name in names)
-    percent = {key: 100 * apart[key] for key in ("before", "after", "difference")}
-    low, high = (100 * end for end in apart["interval"])
-    for text in (
-        f"{share['prompts']} fresh prompts",
-        f"base {100 * share['before']:.1f} %, ours {percent['after']:.1f} %, TRL"
-        f" {percent['before']:.1f} %, ours less TRL {percent['difference']:+.1f} points"
-        f" ({low:+.1f} to {high:+.1f})",
-        f"Words an answer: {share['words'][0]:.1f}, ours {apart['words'][1]:.1f}"
-        f", TRL {apart['words'][0]:.1f}",
-        f"{general['before']:.3f}, ours {general['after']:.3f}, TRL {of_trl['after']:.3f}",
-        f"took us **{ours['training_seconds']:.0f} s, TRL {trl['training_seconds']:.0f}**",
-        f"held {ours['resident_memory_gb']:.1f} GB, TRL's {trl['resident_memory_gb']:.1f}",
-    ):
+    first, second = ({name: rows[f"{name} {seed}"] for name in CELLS_ON_A_CPU} for seed in (0, 1))
+    both = rows["share trl, ours, all seeds"]
+    assert both["seeds"] == [0, 1]
+    low, high = (100 * end for end in both["interval"])
+    in_bfloat16 = rows_of("rows-cpu-bfloat16.jsonl")
+    slow, alone = in_bfloat16["training trl 0"], in_bfloat16["training ours 0"]
+    ours, trl = first["training ours"], first["training trl"]
+    texts = [
+        f"{both['prompts']} fresh prompts",
+        f"ours less TRL {100 * both['difference']:+.1f} points ({low:+.1f} to {high:+.1f})",
+        f"base {100 * first['share base, ours']['before']:.1f} % of the first"
+        f" {first['share base, ours']['prompts']}",
+        f"mean loss of its first ten steps was {slow['log'][0]['loss']:.3f} there, and"
+        f" {trl['log'][0]['loss']:.3f} in float32",
+        f"{100 * in_bfloat16['share trl, ours 0']['before']:.1f} % of its answers were one",
+        f"took us **{alone['training_seconds']:.0f} s, TRL in bfloat16"
+        f" {slow['training_seconds']:.0f}**",
+        f"held {ours['resident_memory_gb']:.1f} GB, TRL's {slow['resident_memory_gb']:.1f} in"
+        f" bfloat16 and {trl['resident_memory_gb']:.1f} in float32",
+    ]
+    for seed, cells in enumerate((first, second)):
+        apart = cells["share trl, ours"]
+        shares = f"{100 * apart['after']:.1f} % ours and {100 * apart['before']:.1f} % TRL"
+        texts.append(f"{shares} with seed {seed}")
+    apart, general = first["share trl, ours"], first["general loss ours"]
+    texts += [
+        f"ours {apart['words'][1]:.2f}, TRL {apart['words'][0]:.2f}",
+        f"{general['before']:.4f} before, {general['after']:.4f} ours,"
+        f" {first['general loss trl']['after']:.4f} TRL",
+    ]
+    for text in texts:
         assert text in PAGE
