@@ -15,6 +15,7 @@ import nested_core
 LINUX = sys.platform == "linux"
 
 
+@pytest.mark.usefixtures("own_random_state")  # importing a library for the first time may draw
 @pytest.mark.parametrize("name", nested_core.__all__)
 def test_each_public_name_is_there(name: str) -> None:
     assert getattr(nested_core, name).__name__ == name
