@@ -40,7 +40,6 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 
 from benchmarks.preferences.answering import WEIGHTS, answer_in_worker, load_base  # noqa: E402
-from nested_core.config.loading import parse_config  # noqa: E402
 from nested_core.data.data_settings import DataSettings  # noqa: E402
 from nested_core.data.dataset_loading import load_dataset  # noqa: E402
 from nested_core.data.held_out_rows import as_test_set_alone  # noqa: E402
@@ -226,15 +225,14 @@ class Benchmark:
         settings, figures = folder.with_suffix(".json"), folder.with_suffix(".figures.json")
         shutil.rmtree(folder, ignore_errors=True)
         config = make_config(self.options)
-        settings.write_text(
-            json.dumps(config | ({} if arm == OURS else self.start(config))), "utf-8"
-        )
         environment = dict(os.environ)
         if arm == OURS:
             command = [sys.executable, "-m", "benchmarks.preferences.our_training"]
         else:
+            config |= self.start()
             command = [self.options.rival_python, str(HERE / "trl_training.py")]
             environment["PYTHONPATH"] = self.options.rival_path
+        settings.write_text(json.dumps(config), "utf-8")
         command += [str(settings), str(folder), str(figures)]
         say(" ".join(command))
         begin = time.perf_counter()
@@ -248,7 +246,7 @@ class Benchmark:
         measured = json.loads(figures.read_text("utf-8"))
         return {**told, "process_seconds": seconds, **measured}
 
-    def start(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def start(self) -> dict[str, Any]:
         """What our training began with, for TRL: its initial adapter, and the pairs of each batch.
 
         Pairs are counted from 0, in the order of train.jsonl.
@@ -257,11 +255,11 @@ class Benchmark:
         initial = self.out / f"initial-{self.options.seed}"
         shutil.rmtree(initial, ignore_errors=True)
         export_peft(ours / "initial", initial, self.options.model)
-        parsed = parse_config(config, source="the benchmark")
-        tokenizer = TokenizerSource.from_config(parsed)
-        split = load_dataset(DataSettings.from_config(parsed), tokenizer)[1]["train"]
-        order = make_batch_order(parsed, split)
-        batches = [split.lines[order.batch(index).rows] - 1 for index in range(parsed.iters)]
+        config = self.base.config
+        tokenizer = TokenizerSource.from_config(config)
+        split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
+        order = make_batch_order(config, split)
+        batches = [split.lines[order.batch(index).rows] - 1 for index in range(config.iters)]
         return {"initial": str(initial), "batches": [pairs.tolist() for pairs in batches]}
 
     def compare_general_loss(self, adapter: Path) -> dict[str, float]:

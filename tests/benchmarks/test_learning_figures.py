@@ -43,6 +43,11 @@ def test_the_table_of_answers_is_that_of_the_rows(arm: str) -> None:
     assert written == pytest.approx([*of_tasks, statistics.fmean(of_tasks)], abs=HALF_A_DIGIT)
 
 
+def test_the_bold_arm_has_the_most_right_answers_of_each_task() -> None:
+    c, k = right_percent("c"), right_percent("k")
+    assert min(c[task] - k[task] for task in TASKS) > 0
+
+
 def test_readme_names_the_arms_means_of_the_rows() -> None:
     readme = " ".join((ROOT / "README.md").read_text().split())
     told = re.search(
