@@ -1,7 +1,8 @@
 """A nightly series whose training and held-out data are new every night.
 
 Each candidate goes on from the champion, is compared with it on the candidate's own held-out
-examples, and takes its place if it is better beyond noise; else the message has the figures.
+examples, and takes its place if it is better beyond noise; else the message has the figures. A
+candidate whose loss did not fall is not registered.
 """
 
 from __future__ import annotations
@@ -123,6 +124,27 @@ def require_right_comparison(night: Night, compared: ChampionLoss) -> None:
         )
 
 
+def is_lower(night: Night) -> bool:
+    """Whether the mean held-out loss fell over the night; only then is its adapter registered."""
+    losses = night.losses
+    return bool(np.average(losses.after - losses.before, weights=losses.tokens) < 0)
+
+
+def require_kept_champion(night: Night) -> None:
+    """Nothing is registered where the loss did not fall; the sentence has it before and after."""
+    assert night.result.version is None
+    assert night.after == night.before is not None
+    found = re.fullmatch(
+        rf"kept the champion {night.before[:12]}: loss ({FIGURE}) -> ({FIGURE}) on test.jsonl, "
+        rf"{HELD_OUT} examples, not better, and within the threshold",
+        str(night.result.promotion),
+    )
+    assert found is not None, night.result.promotion
+    losses = night.losses
+    expected = [np.average(of, weights=losses.tokens) for of in (losses.before, losses.after)]
+    assert [float(figure) for figure in found.groups()] == pytest.approx(expected, abs=0.001)
+
+
 def require_right_decision(night: Night, compared: ChampionLoss) -> None:
     """Promoted if shown to be better, and by 0.005; else the champion stays, with the figures."""
     decision = night.result.promotion
@@ -175,29 +197,33 @@ def test_each_night_is_compared_with_the_champion_on_its_own_examples(
     tmp_path: Path, nights: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registry = tmp_path / "registry"
-    promoted, validation_digests, decisions = [], set(), []
+    promoted, registered, validation_digests = [], [], set()
     for number, night in enumerate(run_nights(tmp_path, nights)):
         with capsys.disabled():
             print_night(number, night)
         version, compared = night.result.version, night.compared
-        assert version is not None
-        recorded = read_provenance(version_folder(registry, NAME, version))
-        assert recorded["champion_at_gate"] == night.before
-        assert recorded["parent"] == night.before
-        validation_digests.add(recorded["validation_digest"])
         if compared is None:
             assert number == 0
             assert (night.before, night.result.promotion) == (None, "promoted")
         else:
             require_right_comparison(night, compared)
-            require_right_decision(night, compared)
             assert compared.left_out == (REPEATED if number == REPEATED_NIGHT else 0)
+            if is_lower(night):
+                require_right_decision(night, compared)
+            else:
+                require_kept_champion(night)
+        assert (version is not None) == is_lower(night)
+        if version is not None:
+            recorded = read_provenance(version_folder(registry, NAME, version))
+            assert recorded["champion_at_gate"] == night.before
+            assert recorded["parent"] == night.before
+            registered.append(version)
+            validation_digests.add(recorded["validation_digest"])
         gate = json.loads(night.result.run.gate.read_bytes())
         assert (gate["champion"] or {}).get("version") == night.before
         if night.result.promotion == "promoted":
             promoted.append(version)
-        decisions.append(night.result.promotion)
-    assert len(validation_digests) == nights
+    assert len(validation_digests) == len(registered)
     assert [change.version for change in read_champion_changes(registry, NAME)] == promoted
     assert read_champion(registry, NAME) == promoted[-1]
     if nights == NIGHTS:
