@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nested_core import seams
 from nested_core.seams import is_there
 
 # A marker, and the command that runs what it leaves out. A test with two belongs to the last.
@@ -65,6 +66,11 @@ def needs_rooms(*rooms: str) -> pytest.MarkDecorator:
     """
     deleted = [room for room in rooms if not is_there(room)]
     return pytest.mark.skipif(bool(deleted), reason=f"no room {', '.join(deleted)} here")
+
+
+def leave_out_room(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the program find one room fewer than there are, until the test ends."""
+    monkeypatch.setattr(seams, "is_there", lambda name: name != room and is_there(name))
 
 
 def marker_of(item: pytest.Item) -> str | None:

@@ -122,7 +122,7 @@ def test_a_variable_that_is_not_listed_is_found(tmp_path: Path) -> None:
     assert any(line.startswith("NESTED_TUNE_DEVICE_LOCK has a line") for line in problems)
 
 
-@needs_rooms("cuda")
+@needs_rooms("cuda", "delta_nets")
 def test_the_table_of_families_is_what_is_found_in_their_models() -> None:
     page = run_tool("make_support.py")["render_page"]()
     assert page == (DOCS / "support.md").read_text(), "run `make docs`"

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core import backend, seams
+from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
@@ -34,7 +34,7 @@ from tests.architectures import (
     uncompiled,
 )
 from tests.core.kernels.arrays import normal
-from tests.left_out import slow_except
+from tests.left_out import leave_out_room, slow_except
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -294,6 +294,6 @@ def test_a_line_says_which_layers_are_ours_and_why_others_are_not(monkeypatch) -
     monkeypatch.setattr(backend, "device", lambda: "gpu")
     assert "Metal" in describe_layers(build("llama"))
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
-    monkeypatch.setattr(seams, "is_there", lambda room: room != "cuda")
+    leave_out_room("cuda", monkeypatch)
     said = describe_layers(build("llama"))
     assert said == f"layers: {ours}; no CUDA kernels without nested_core/rooms/cuda"

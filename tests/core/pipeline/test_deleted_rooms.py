@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from nested_core import seams
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import finetune
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
+from tests.left_out import leave_out_room
 
 KEYS: dict[str, tuple[str, dict[str, Any]]] = {
     "gate.check_fused": ("fused", {"gate": {"check_fused": True}}),
@@ -26,7 +26,7 @@ def test_a_key_of_a_deleted_room_is_refused_with_the_name_of_the_room(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room, settings = KEYS[key]
-    monkeypatch.setattr(seams, "is_there", lambda name: name != room)
+    leave_out_room(room, monkeypatch)
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ConfigError, match=f"`{key}` belongs to the room {room}"):
         finetune(example_config(**settings), run)
@@ -46,6 +46,6 @@ KEYS_OF_DATA: dict[str, tuple[str, dict[str, Any]]] = {
 def test_a_key_of_the_data_is_refused_where_the_data_is_read(key, monkeypatch) -> None:
     room, settings = KEYS_OF_DATA[key]
     config = example_config(**settings)
-    monkeypatch.setattr(seams, "is_there", lambda name: name != room)
+    leave_out_room(room, monkeypatch)
     with pytest.raises(ConfigError, match=f"`{key}` belongs to the room {room}"):
         load_dataset(DataSettings.from_config(config), None)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from nested_core import seams
 from nested_core.errors import ConfigError
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.processes import count_processes
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
+from tests.left_out import leave_out_room
 
 
 @pytest.fixture(autouse=True)
 def without_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The room is deleted."""
-    monkeypatch.setattr(seams, "is_there", lambda room: room != "ranks")
+    leave_out_room("ranks", monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.registry import (
@@ -41,7 +40,7 @@ from nested_core.registry.promotion_policy import (
 )
 from tests.core.registry.conftest import Judged
 from tests.core.registry.states import NAME, promote_by_policy, section, set_keys
-from tests.left_out import needs_rooms
+from tests.left_out import leave_out_room, needs_rooms
 
 MODES = (
     *("never", "better", "always"),
@@ -302,7 +301,7 @@ def test_what_is_no_policy_is_refused_and_nothing_is_written(judged, registry, c
 
 
 def test_a_policy_that_asks_a_person_needs_the_room(registry, monkeypatch) -> None:
-    monkeypatch.setattr(seams, "is_there", lambda room: room != "approval")
+    leave_out_room("approval", monkeypatch)
     with pytest.raises(ConfigError, match="belongs to the room approval, which is not installed"):
         set_keys(registry, promote="approve")
     assert not registry.exists()

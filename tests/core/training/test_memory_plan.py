@@ -7,9 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from nested_core import seams
 from nested_core.training.trainer import Trainer
 from tests.example import example_config, prepare, train
+from tests.left_out import leave_out_room
 
 
 @pytest.mark.parametrize(("recomputes", "recomputed"), [(False, 0), (True, 6)])
@@ -24,7 +24,7 @@ def test_without_the_room_no_peak_is_forecast_and_all_layers_are_recomputed_or_n
         assert len(trainer.memory.layers_to_recompute(trainer.model)) == recomputed
 
     monkeypatch.setattr(mx, "set_cache_limit", limits.append)
-    monkeypatch.setattr(seams, "is_there", lambda room: room != "memory")
+    leave_out_room("memory", monkeypatch)
     config = example_config(
         grad_checkpoint=recomputes, clear_cache_threshold=10**9, iters=4, val_batches=0
     )

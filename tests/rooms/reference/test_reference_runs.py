@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from nested_core import seams
 from nested_core.errors import ConfigError
 from nested_core.gate import judge_run
 from nested_core.pipeline import steps
@@ -17,6 +16,7 @@ from nested_core.training.reports.sample_prompts import samples_by_step
 from tests.core.gate.pairs import codes
 from tests.core.training.test_training_stop import stop_at
 from tests.example import SPEEDS, example_config, prepare, train, train_example
+from tests.left_out import leave_out_room
 
 PROMPTS = ("I want to see Italy. Where to?", "The capital of Peru is Lima.")
 REFERENCE: dict[str, Any] = {
@@ -74,7 +74,7 @@ def test_an_honest_reference_run_passes_the_gate(tmp_path: Path) -> None:
 def test_without_the_room_the_key_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seams, "is_there", lambda room: room != "reference")
+    leave_out_room("reference", monkeypatch)
     run = RunDirectory(tmp_path / "run")
     refusal = "`training.reference` belongs to the room reference, which is not installed here"
     with pytest.raises(ConfigError, match=refusal):

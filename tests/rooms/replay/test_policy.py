@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from flows.finetune import _describe_choice
-from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.pipeline import steps
@@ -36,7 +35,7 @@ from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Text
 from tests.example import DATA, example_config, prepare, require_refused, train
-from tests.left_out import slow_except
+from tests.left_out import leave_out_room, slow_except
 from tests.rooms.replay.nights import (
     FRESH,
     NAME,
@@ -196,7 +195,7 @@ def test_auto_without_the_room_that_measures_is_refused(tmp_path, monkeypatch) -
         tmp_path / "new", train=[row("fresh 1?", "1"), row("fresh 2?", "1")], valid=[row("v?", "1")]
     )
     config = from_champion(tmp_path, continual={"policy": "auto"})
-    monkeypatch.setattr(seams, "is_there", lambda room: room != "minutes")
+    leave_out_room("minutes", monkeypatch)
     with pytest.raises(ConfigError, match="`continual.policy: auto` belongs to the room minutes"):
         choose(config, tmp_path / "run")
 

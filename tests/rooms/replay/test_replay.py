@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.earlier_examples import find_earlier_examples
@@ -37,7 +36,7 @@ from tests.example import (
     stop_after,
     train,
 )
-from tests.left_out import slow_except
+from tests.left_out import leave_out_room, slow_except
 from tests.rooms.replay.nights import (
     FRESH,
     NAME,
@@ -298,7 +297,7 @@ def test_a_run_that_cannot_replay_has_no_fraction_by_default(
         from_champion(tmp_path, replay={"fraction": None}, training={"minutes": 5.0}),
     ]
     assert [config.replay_fraction for config in cannot] == [0.0] * 3
-    monkeypatch.setattr(seams, "is_there", lambda room: room != "replay")
+    leave_out_room("replay", monkeypatch)
     assert follows.replay_fraction == 0.0
 
 
@@ -390,7 +389,7 @@ def test_without_replay_nothing_of_it_is_in_a_run(folder: Path) -> None:
 def test_without_the_room_a_key_of_it_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(seams, "is_there", lambda room: room != "replay")
+    leave_out_room("replay", monkeypatch)
     run = RunDirectory(tmp_path / "run")
     refusal = f"`{key}` belongs to the room replay, which is not installed here"
     with pytest.raises(ConfigError, match=refusal):
