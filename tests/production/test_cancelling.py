@@ -123,7 +123,7 @@ def test_cancelled_in_promote(stack: Stack, faults: FaultTable) -> None:
             "version": version,
         }
         run_id = stack.submit("promote/auto", **section)
-        wait_for(lambda: stack.is_running(run_id, "promote-recorded"), 90)
+        wait_for(lambda: stack.is_running(run_id, "promote"), 90)
         began = time.monotonic()
         stack.cancel(run_id)
         ended = stack.wait(run_id)
