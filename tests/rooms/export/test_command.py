@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.flows.conftest import CommandRun, Ended
+from tests.left_out import needs_rooms
 
 Run = Callable[..., Ended]
 
@@ -29,6 +30,7 @@ def test_a_run_becomes_a_folder_with_its_record(command_run, nested_tune, tmp_pa
     assert document["packages"]["mlx-lm"] == "0.32.2"
 
 
+@needs_rooms("peft")
 def test_peft_is_what_export_peft_writes(command_run, nested_tune, tmp_path) -> None:
     first = nested_tune("export", command_run.run_dir, "--peft", "one")
     second = nested_tune("export-peft", command_run.run_dir, "--out", "two")

@@ -33,6 +33,7 @@ from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE
 from nested_core.training.train_step import TrainStep
 from tests.example import example_config, prepare
+from tests.left_out import needs_rooms
 
 TIERS = {"frequencies": [1, 2, 4]}
 DUE_SETS = {(0,), (0, 1), (0, 1, 2)}
@@ -279,7 +280,7 @@ def test_a_run_goes_on_where_the_processes_cannot_be_started(tmp_path, monkeypat
         ({"fine_tune_type": "dora", "training": {"precision": "float32"}}, False),
         ({"training": {"memory_limit_gb": 8}}, False),
         ({"nested": {"strategy": "parameter_importance", "frequencies": [1, 2]}}, False),
-        ({"training": {"processes": 2}}, False),
+        pytest.param({"training": {"processes": 2}}, False, marks=needs_rooms("ranks")),
         ({"kernels": True}, False),
         ({"cuda": False}, False),
         ({"cores": len(PARTS)}, False),

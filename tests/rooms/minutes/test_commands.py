@@ -30,7 +30,10 @@ FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
             *(("--minutes", "5", "--continual.replay.fraction", "0.5", *FILES), "without replay"),
             marks=needs_rooms("replay"),
         ),
-        (("--minutes", "5", "--training.processes", "2"), "steps of one process, without replay"),
+        pytest.param(
+            *(("--minutes", "5", "--training.processes", "2"), "of one process, without replay"),
+            marks=needs_rooms("ranks"),
+        ),
     ],
 )
 def test_minutes_that_mean_nothing_are_refused(tmp_path, flags, said) -> None:

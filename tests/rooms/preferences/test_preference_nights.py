@@ -25,10 +25,9 @@ from nested_core.rooms.preferences.reference_likelihoods import (
 from nested_core.rooms.replay.replay_record import read_replay
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import open_run
-from tests.left_out import needs_rooms
 from tests.rooms.preferences.pair_data import list_pairs, make_values, write_rows
 
-pytestmark = [needs_rooms("replay"), pytest.mark.slow("trains and judges three nights")]
+pytestmark = pytest.mark.slow("trains and judges three nights")
 TONIGHT = 24  # rows of the first night; the second has 16 others
 REPLAYED = 16  # of 8 batches of 8 a quarter
 

@@ -30,7 +30,6 @@ from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import parse_verdict
 from nested_core.records.verdict_table import check_table, list_checks
 from nested_core.report.run_report import describe_run
-from nested_core.rooms.planning.explanation import RunInWords
 from nested_core.rooms.preferences import answer_rows, reference_likelihoods
 from nested_core.rooms.preferences.answer_rows import PAIRS
 from nested_core.rooms.preferences.gate_check import PreferenceVerdict, find_fall
@@ -42,6 +41,7 @@ from nested_core.rooms.preferences.reference_likelihoods import (
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import Finished, prepare, stop_after, train
+from tests.left_out import needs_rooms
 from tests.rooms.preferences.pair_data import (
     list_pairs,
     list_pairs_of_own_answers,
@@ -147,7 +147,10 @@ def test_the_units_are_known_without_the_room_that_computes_the_loss() -> None:
     }
 
 
+@needs_rooms("planning")
 def test_no_rate_is_held_against_those_that_were_best_for_the_cross_entropy(tmp_path: Path) -> None:
+    from nested_core.rooms.planning.explanation import RunInWords
+
     config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=1e-6)
     assert warn_of_learning_rate(config) is None
     explained = explain_run(config, measures_speed=False)
