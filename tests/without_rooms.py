@@ -25,7 +25,10 @@ PLACES = ("nested_core/rooms", "flows/rooms", "tests/rooms")
 PAGES = ("make_configuration", "make_python", "make_command_line", "make_environment")
 MARKED = "not slow and not reliability and not production and not real"
 # What asks rooms for something: the rest of the core's tests reach none of them.
-CORE_IN_CI = ("config", "data", "gate", "pipeline", "records", "report")
+CORE_IN_CI = (
+    *("config", "data", "gate", "pipeline", "records", "report"),
+    *("kernels/test_lora_linear.py", "registry/test_policy.py", "training/test_memory_plan.py"),
+)
 FLOWS_IN_CI = ("cli_*", "mistakes", "told_twice", "help_pages", "flags", "form", "one_wording")
 TESTS_IN_CI = (
     *(f"tests/core/{name}" for name in CORE_IN_CI),
