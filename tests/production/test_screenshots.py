@@ -102,6 +102,7 @@ def deployed(stack: Stack) -> Nights:
     suite = {"name": "capitals", "file": f"examples/{ADAPTER}/held_out.jsonl", "score": "contains"}
     settings |= {"data": f"examples/{ADAPTER}", "gate": {"tasks": [suite]}}
     settings["registry"] = {"path": "registry", "name": ADAPTER}
+    settings["continual"] = {"policy": "continue"}
     (stack.home / f"{ADAPTER}.yaml").write_text(yaml.safe_dump(settings))
     done = stack.nested_tune("deploy", "-c", f"{ADAPTER}.yaml")
     assert done.returncode == 0, done.stderr
@@ -147,7 +148,8 @@ def nights(deployed: Nights, training: UUID) -> Nights:
     back = stack.submit(f"rollback/{ADAPTER}-rollback", by="ann")
     deployed.end("rolled back", back)
     approved = {"path": "registry", "name": ADAPTER, "promote": "approve"}
-    deployed.end("to approve", deployed.begin(10, registry=approved, seed=4, **anew))
+    last = deployed.begin(10, registry=approved, seed=4, learning_rate=1e-3, **anew)
+    deployed.end("to approve", last)
     (deployed.runs["approval"],) = wait_for(
         lambda: [
             run for run in stack.runs_of("promote/auto") if run.state_name == "Waits for approval"
