@@ -21,7 +21,8 @@ collect_ignore_glob = [] if is_there("deploy") else ["test_*.py"]
 collect_ignore_glob += [] if is_there("housekeeping") else ["test_replayed_nights.py"]
 collect_ignore_glob += [] if is_there("compare") else ["test_report_page.py"]
 collect_ignore_glob += [] if is_there("live") else ["test_live_view.py"]
-collect_ignore_glob += [] if is_there("nights") else ["test_unattended_nights.py"]
+UNATTENDED = is_there("nights") and is_there("housekeeping")
+collect_ignore_glob += [] if UNATTENDED else ["test_unattended_nights.py"]
 
 
 @pytest.fixture(scope="session")
