@@ -120,7 +120,7 @@ def test_a_rank_killed_on_the_other_host_ends_all_and_the_run_goes_on_to_the_bit
     whole = ranks.end(ranks.start("two.yaml", "whole"))
     assert whole[0] in (0, 4), whole[1]  # whether it was a good run is not asked
     process = ranks.start("two.yaml", "run")
-    ranks.until("run", 8)
+    wait_for(lambda: ranks.checkpoint("run") >= 8, SECONDS)  # it comes after the step's report
     os.kill(ranks_of(ranks.folder)[1], signal.SIGKILL)
     code, printed = ranks.end(process)
     assert code == 1
