@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from nested_core import seams
-from nested_core.seams import is_there
 
 # A marker, and the command that runs what it leaves out. A test with two belongs to the last.
 COMMANDS = {
@@ -64,12 +63,13 @@ def needs_rooms(*rooms: str) -> pytest.MarkDecorator:
 
     A test of one room's alone lies in tests/rooms/ROOM.
     """
-    deleted = [room for room in rooms if not is_there(room)]
+    deleted = [room for room in rooms if not seams.is_there(room)]
     return pytest.mark.skipif(bool(deleted), reason=f"no room {', '.join(deleted)} here")
 
 
 def leave_out_room(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the program find one room fewer than there are, until the test ends."""
+    is_there = seams.is_there
     monkeypatch.setattr(seams, "is_there", lambda name: name != room and is_there(name))
 
 

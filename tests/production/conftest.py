@@ -17,12 +17,16 @@ from tests.production.postgresql import Cluster, find_binaries
 from tests.production.stack import Stack
 from tests.webhook_server import WebhookServer, serving_webhook
 
-collect_ignore_glob = [] if is_there("deploy") else ["test_*.py"]
-collect_ignore_glob += [] if is_there("housekeeping") else ["test_replayed_nights.py"]
-collect_ignore_glob += [] if is_there("compare") else ["test_report_page.py"]
-collect_ignore_glob += [] if is_there("live") else ["test_live_view.py"]
-UNATTENDED = is_there("nights") and is_there("housekeeping")
-collect_ignore_glob += [] if UNATTENDED else ["test_unattended_nights.py"]
+ROOMS_OF_TESTS = {
+    "test_*.py": ("deploy",),
+    "test_live_view.py": ("live",),
+    "test_replayed_nights.py": ("housekeeping",),
+    "test_report_page.py": ("compare",),
+    "test_unattended_nights.py": ("housekeeping", "nights"),
+}
+collect_ignore_glob = [
+    pattern for pattern, rooms in ROOMS_OF_TESTS.items() if not all(map(is_there, rooms))
+]
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,9 @@ from nested_core.measure.losses.held_out_loss import (
     choose_held_out_examples,
     read_nonempty_splits,
 )
+from nested_core.pipeline.continual import digest_held_out
 from nested_core.pipeline.finetune import FinetuneResult, finetune
+from nested_core.records.dataset import read_dataset_record
 from nested_core.records.losses import ExampleLosses, read_example_losses
 from nested_core.records.verdict import ChampionLoss
 from nested_core.registry import read_champion, read_champion_changes
@@ -197,7 +199,7 @@ def test_each_night_is_compared_with_the_champion_on_its_own_examples(
     tmp_path: Path, nights: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registry = tmp_path / "registry"
-    promoted, registered, validation_digests = [], [], set()
+    promoted, validation_digests = [], set()
     for number, night in enumerate(run_nights(tmp_path, nights)):
         with capsys.disabled():
             print_night(number, night)
@@ -212,18 +214,19 @@ def test_each_night_is_compared_with_the_champion_on_its_own_examples(
                 require_right_decision(night, compared)
             else:
                 require_kept_champion(night)
+        digest = digest_held_out(night.config, read_dataset_record(night.result.run.dataset))
+        validation_digests.add(digest)
         assert (version is not None) == is_lower(night)
         if version is not None:
             recorded = read_provenance(version_folder(registry, NAME, version))
             assert recorded["champion_at_gate"] == night.before
             assert recorded["parent"] == night.before
-            registered.append(version)
-            validation_digests.add(recorded["validation_digest"])
+            assert recorded["validation_digest"] == digest
         gate = json.loads(night.result.run.gate.read_bytes())
         assert (gate["champion"] or {}).get("version") == night.before
         if night.result.promotion == "promoted":
             promoted.append(version)
-    assert len(validation_digests) == len(registered)
+    assert len(validation_digests) == nights
     assert [change.version for change in read_champion_changes(registry, NAME)] == promoted
     assert read_champion(registry, NAME) == promoted[-1]
     if nights == NIGHTS:

@@ -12,9 +12,9 @@ from flows.rooms.deploy.deploy import deploy
 from flows.rooms.deploy.planned_deployments import (
     DeploymentPlan,
     make_plan,
+    read_deployments_file,
 )
 from flows.rooms.deploy.pool_sizes import route_by_forecast
-from nested_core import seams
 from nested_core.errors import ConfigError
 from tests.example import write_config
 from tests.left_out import needs_rooms
@@ -29,8 +29,8 @@ def planned(folder: Path, pools: dict[str, float]) -> DeploymentPlan:
     )
     shipped = packaged_folder("deployments") / "prefect.yaml"
     content = yaml.safe_load(shipped.read_text()) | {"pools": pools}
-    rooms = [(each, seams.room_of(each["entrypoint"])) for each in content["deployments"]]
-    content["deployments"] = [each for each, room in rooms if not room or seams.is_there(room)]
+    names = {deployment.name for deployment in read_deployments_file().deployments}
+    content["deployments"] = [each for each in content["deployments"] if each["name"] in names]
     (folder / "mine.yaml").write_text(yaml.safe_dump(content))
     return make_plan(folder / "mine.yaml", config)
 

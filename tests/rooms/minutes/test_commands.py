@@ -31,7 +31,8 @@ FILES = ("--continual.replay.sources", f"[{DATA / 'train.jsonl'}]")
             marks=needs_rooms("replay"),
         ),
         pytest.param(
-            *(("--minutes", "5", "--training.processes", "2"), "of one process, without replay"),
+            ("--minutes", "5", "--training.processes", "2"),
+            "steps of one process, without replay",
             marks=needs_rooms("ranks"),
         ),
     ],
