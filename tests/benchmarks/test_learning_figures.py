@@ -85,6 +85,7 @@ def test_the_time_to_an_accuracy_is_that_of_the_rows(task: str, goal: int) -> No
         ("quiet-2.jsonl", r"third lease, one GPU \| (\S+) \((\S+)\), 3 and 2 \|"),
         ("quiet-3.jsonl", r"b6b88583 \| (\S+) \((\S+)\), 2 \| (\S+) \((\S+)\), 1;"),
         ("quiet-4.jsonl", r"9c210666 \| (\S+) \((\S+)\), 4 \| (\S+) \((\S+)\), 4 \|"),
+        ("quiet-5.jsonl", r"955b4587 \| (\S+) \((\S+)\), 4 and 3 \| (\S+) \((\S+)\), 4 \|"),
     ],
 )
 def test_the_share_of_seconds_and_joules_is_that_of_the_turns(file: str, cell: str) -> None:
