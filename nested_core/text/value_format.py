@@ -20,8 +20,8 @@ def format_count(count: int, noun: str) -> str:
 
 
 def format_passes(passes: float) -> str:
-    """Format how often data is read, such as `1 pass` or `2.5 passes`."""
-    number = f"{passes:.3g}"
+    """Format how often data is read, such as `1 pass`, `2.5 passes` or `1,630 passes`."""
+    number = f"{passes:,.0f}" if passes >= 100 else f"{passes:.3g}"
     return f"{number} {'pass' if number == '1' else 'passes'}"
 
 

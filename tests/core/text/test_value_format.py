@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nested_core.text.value_format import format_value
+from nested_core.text.value_format import format_passes, format_value
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,11 @@ from nested_core.text.value_format import format_value
 )
 def test_a_cell_has_four_digits_of_a_number_and_says_what_is_not_finite(value, shown) -> None:
     assert format_value(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("passes", "shown"),
+    [(1, "1 pass"), (0.125, "0.125 passes"), (2.5, "2.5 passes"), (1633.4, "1,633 passes")],
+)
+def test_passes_have_three_digits_and_no_exponent(passes, shown) -> None:
+    assert format_passes(passes) == shown
