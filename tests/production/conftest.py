@@ -17,6 +17,7 @@ from tests.production.postgresql import Cluster, find_binaries
 from tests.production.stack import Stack
 from tests.webhook_server import WebhookServer, serving_webhook
 
+# Files of tests in this folder, and the rooms without which they are left out.
 ROOMS_OF_TESTS = {
     "test_*.py": ("deploy",),
     "test_live_view.py": ("live",),
