@@ -25,7 +25,6 @@ from nested_core import seams
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.section_base import Section, key, lay_out_form
 from nested_core.config.sections import (
-    MLX_LM_OPTIMIZERS,
     ContinualSection,
     DataFormat,
     DataPolicy,
@@ -265,8 +264,8 @@ class FineTuneConfig(_RootSection):
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
         yield from _loss_problems(self)
         yield from _multi_process_problems(self)
-        yield from _mlx_lm_reference_problems(self)
         yield from _continual_problems(self)
+        yield from seams.collect("problems", self)
 
     @property
     def has_float32_masters(self) -> bool:
@@ -369,8 +368,6 @@ def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
             f"batch_size {batch_size} is the batch of all ranks together: training.processes "
             f"{training.processes} does not divide it"
         )
-    if training.reference is not None and (training.processes, training.hostfile) != (1, None):
-        yield "training.reference: one process; leave training.processes and hostfile out"
 
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
@@ -396,25 +393,3 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
             f"continual.policy: {config.continual.policy} trains on what the registry keeps, and "
             f"registry.keep_data is false: let it be true, or give policy: continue"
         )
-
-
-def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield a message that names the keys which `training.reference: mlx_lm` excludes, if given.
-
-    Such a run trains as mlx_lm.lora does, which does not have these keys.
-    """
-    if config.training.reference is None:
-        return
-    formats = ("auto", "chat", "completions", "text", "tools")
-    is_changed = {
-        f"optimizer {config.optimizer}": config.optimizer not in MLX_LM_OPTIMIZERS,
-        "nested": config.nested != NestedSection(),
-        "data_policy": config.data_policy != DataPolicy(),
-        f"data_format {config.data_format}": config.data_format not in formats,
-        "continual.replay": config.replay_fraction > 0,
-        "continual.policy": config.continual.policy != "continue",
-    }
-    changed = [f"training.{name}" for name in config.training.changed_keys_unknown_to_mlx_lm()]
-    changed += [name for name, differs in is_changed.items() if differs]
-    if changed:
-        yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

@@ -55,6 +55,7 @@ class Room:
         flows/rooms/ROOM/command.py adds them to its parser.
     public_names: what `nested_core` offers from Python, each under its own name.
     keys: keys of the configuration that ask for it where they are not at their default.
+    problems: a function of a configuration that gives what its keys cannot be given with.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
     registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
@@ -133,6 +134,7 @@ class Room:
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    problems: str | None = None
     server_checks: str | None = None
     registry_checks: str | None = None
     watcher: str | None = None
@@ -270,6 +272,7 @@ ROOMS: Mapping[str, Room] = {
         keys=("training.reference",),
         flags={"train": ("--log",)},
         training_log="flows.rooms.reference.command:find_log",
+        problems="nested_core.rooms.reference.refused_keys:iterate_problems",
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
