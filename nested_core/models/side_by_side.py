@@ -14,7 +14,11 @@ from mlx_lm.utils import load_model
 
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
-from nested_core.models.base_model import context_length, find_model_folder
+from nested_core.models.base_model import (
+    context_length,
+    find_model_folder,
+    naming_unloadable_model,
+)
 from nested_core.models.generation import Sampling, encode_messages, stream_answer
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import read_adapter
@@ -53,7 +57,7 @@ class SideBySide:
         base = find_model_folder(str(model or first.base_model))
         options = {"trust_remote_code": trust_remote_code}
         self._models: dict[str, nn.Module] = {}
-        try:
+        with naming_unloadable_model(base):
             self._models[BASE], self._tokenizer = load(
                 str(base),
                 tokenizer_config=options,
@@ -63,8 +67,6 @@ class SideBySide:
                 self._models[name] = load_model(
                     base, lazy=True, trust_remote_code=trust_remote_code
                 )[0]
-        except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-            raise ConfigError(f"model: {base} could not be loaded: {error}") from error
         weights: Any = tree_flatten(self._models[BASE].parameters())
         for name, adapter in loaded.items():
             if other_base := describe_other_base(adapter.config, base):
