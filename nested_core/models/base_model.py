@@ -41,8 +41,8 @@ VOCABULARY_FILES = ("*.model", "*.tiktoken", "vocab.*", "merges.txt")
 
 
 GGUF_ADVICE = (
-    "is a GGUF, which is served and not trained. Give the model that it was made of: its name on "
-    "the hub, or its folder with safetensors."
+    "is a GGUF file, which mlx-lm does not train. Give the folder or the hub's name of the model "
+    "that it was made from."
 )
 TORCH_SUFFIXES = (".bin", ".pt", ".pth")
 TORCH_ADVICE = (

@@ -231,7 +231,7 @@ def test_a_config_of_a_model_that_is_no_object_is_damaged(tmp_path: Path) -> Non
     ("files", "kind", "advice"),
     [
         (("pytorch_model.bin",), "llama", "weights of PyTorch alone. .* `mlx_lm.convert --hf-path"),
-        (("model-Q8_0.gguf",), "llama", "It is a GGUF, which is served and not trained"),
+        (("model-Q8_0.gguf",), "llama", "It is a GGUF file, which mlx-lm does not train"),
         (
             ("model.safetensors",),
             "bert",
@@ -251,5 +251,5 @@ def test_a_model_of_another_form_is_refused_with_what_to_do(
 
 def test_a_gguf_as_the_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ConfigError, match=r"a\.gguf is a GGUF, which is served and not trained"):
+    with pytest.raises(ConfigError, match=r"a\.gguf is a GGUF file, which mlx-lm does not train"):
         find_model_folder(str(tmp_path / "a.gguf"))
