@@ -118,8 +118,8 @@ nobody has thought of yet. What notices each of them now:
 
 ### Fourteen more, planted by a second stranger
 
-On 28 November somebody else who had read README, these pages and `--help` planted fourteen more from
-public reports. **nested-tune noticed one of the fourteen**: turns that end with a token which
+On 28 November somebody else, who had read README, these pages and `--help`, planted fourteen more
+from public reports. **nested-tune noticed one of the fourteen**: turns that end with a token which
 `generation_config.json` alone names, which exports do right. It missed answers that were shifted by
 one row everywhere, wrong labels, groups of rows in train and held-out alike, numbers that a
 spreadsheet had rounded, a warm-up longer than the run, a template that writes the date, and others:
