@@ -130,9 +130,27 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
                 f"written over: give a --run-dir of its own."
             )
         if run.tiers.exists():
-            refuse_differences_on_resume(read_run_config(run), config, run.path)
+            began_with = read_run_config(run)
+            refuse_differences_on_resume(began_with, config, run.path)
+            _refuse_fewer_iterations(began_with, config, run)
     record_or_compare_suites(run, suites)
     write_bytes(run.config, render_config(config))
+
+
+def _refuse_fewer_iterations(
+    began_with: FineTuneConfig, config: FineTuneConfig, run: RunDirectory
+) -> None:
+    """Raise ConfigError if `iters` is lowered below what the newest checkpoint has done already.
+
+    Epochs cannot differ on resume, and `training.minutes` counts anew.
+    """
+    done = latest_state(run.checkpoints).get("iteration", 0)
+    is_counted = config.training.epochs is None and config.training.minutes is None
+    if is_counted and config.iters < min(done, began_with.iters):
+        raise ConfigError(
+            f"{run.path} cannot be resumed with iters: {config.iters:,}, since its newest "
+            f"checkpoint has {done:,} already. Give as many or more, or another --run-dir."
+        )
 
 
 def validate(
@@ -481,6 +499,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
         best_val_loss=state.best_val_loss,
         verified_steps=len(state.verified_steps),
         red_flags=tuple(state.red_flags),
+        ended=state.ended or "",
         evidence=digests_for_result(run, offered),
     )
     write_result(run.result, result, confirm=run.require_lock)
