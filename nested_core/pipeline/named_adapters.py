@@ -8,10 +8,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import DEFAULT_REGISTRY, RunDirectory
 from nested_core.text.digest_format import shorten_digest
+
+if TYPE_CHECKING:
+    from nested_core.records.dataset import PromptFormat
 
 CHAMPION = "champion"
 VERSIONS = "versions"
@@ -31,6 +35,13 @@ class NamedAdapter:
     model: str | None = None
     trusts_remote_code: bool = False
     run: RunDirectory | None = None
+
+    def read_prompt_format(self) -> PromptFormat | None:
+        """Read how the rows that it was trained on begin; None if that is not recorded."""
+        from nested_core.records.dataset import PromptFormat
+
+        recorded = self.folder / "provenance.json" if self.run is None else self.run.dataset
+        return PromptFormat.read(recorded)
 
     def describe(self) -> str:
         """Return the folder, or for a registry's version its name and first digits."""

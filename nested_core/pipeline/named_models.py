@@ -18,6 +18,7 @@ from nested_core.measure.losses.left_out_examples import (
 )
 from nested_core.models.adapter_formats import load_peft_format
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
 from nested_core.storage.run_directory import RunDirectory
 
@@ -39,6 +40,7 @@ class NamedModel:
     adapter: None for the base alone.
     seen: digests of the examples that it was trained on, as far as recorded.
     made_of: for an exported model, the base that its record names.
+    prompt_format: how the rows that it was trained on begin; None if not recorded.
     """
 
     name: str
@@ -47,6 +49,7 @@ class NamedModel:
     trust_remote_code: bool = False
     seen: Digests = field(default_factory=lambda: decode_digests(None))
     made_of: RecordedBase | None = None
+    prompt_format: PromptFormat | None = None
 
 
 def find_model(
@@ -82,8 +85,9 @@ def find_model(
         named = NamedAdapter(temporary, base)
     adapter = read_adapter(named.folder, follow_links=True)
     base = base_model or named.model or str(adapter.config.get("model"))
-    seen = _read_training_digests(named)
-    return NamedModel(given, base, adapter, named.trusts_remote_code, seen), named.run
+    seen, prompt_format = _read_training_digests(named), named.read_prompt_format()
+    trusts = named.trusts_remote_code
+    return NamedModel(given, base, adapter, trusts, seen, prompt_format=prompt_format), named.run
 
 
 def _read_training_digests(named: NamedAdapter) -> Digests:

@@ -78,6 +78,7 @@ from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
     DatasetReport,
+    PromptFormat,
     read_dataset_record,
     require_held_out,
     require_test_set,
@@ -165,7 +166,7 @@ def validate(
     report, _ = load_run_data(config, run, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
-    require_askable_suites(config)
+    require_askable_suites(config, report.prompt_format)
     require_held_out_examples(config, run)
     return report
 
@@ -189,8 +190,10 @@ def describe_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> list
     return [] if earlier is None else earlier.describe()
 
 
-def require_askable_suites(config: FineTuneConfig) -> None:
+def require_askable_suites(config: FineTuneConfig, prompt_format: PromptFormat | None) -> None:
     """Check that the model can be asked the questions of `gate.tasks` and `samples`.
+
+    prompt_format: of the training rows, as which a question's `prompt` is asked.
 
     Raises ConfigError if a file is missing or a prompt of `samples` has a token that the model does
     not know, DatasetError for bad lines or prompts that the model cannot take.
@@ -199,7 +202,7 @@ def require_askable_suites(config: FineTuneConfig) -> None:
         return
     tokenizer = TokenizerSource.from_config(config).load()
     base = find_model_folder(config.model)
-    encode_suites(read_suites(config.gate), tokenizer, base)
+    encode_suites(read_suites(config.gate), tokenizer, base, prompt_format)
     rows = vocabulary_size(base)
     for sample in config.samples:
         tokens = encode_prompt(tokenizer, sample)
@@ -395,7 +398,11 @@ def train_model(
         tokenizer=base.tokenizer,
         callback=callback,
         make_questions=partial(
-            QuestionsInTraining.from_config, config, base.tokenizer, base.folder
+            QuestionsInTraining.from_config,
+            config,
+            base.tokenizer,
+            base.folder,
+            prompt_format=report.prompt_format,
         ),
         world=world,
     )

@@ -183,10 +183,14 @@ class _Evaluating:
         base = LoadedBase.load(config if shaped is None else shape_like_adapter(shaped, config))
         for model in models:
             _require_fit(model, base)
-        suites = encode_suites(read_suites(config.gate), base.tokenizer, base.folder)
+        suites = read_suites(config.gate)
+        formats = [other.prompt_format for other in self._models if other.prompt_format]
         for model in models:
+            # One without rows of its own, such as the base, is asked as the first that has some
+            rows = model.prompt_format or next(iter(formats), None)
+            encoded = encode_suites(suites, base.tokenizer, base.folder, rows)
             self._records[model.name] = [
-                record for suite in suites for record in _ask(model, base, suite)
+                record for suite in encoded for record in _ask(model, base, suite)
             ]
         if self._data is None:
             return

@@ -350,8 +350,9 @@ class _Exporting:
             raise ConfigError(f"{self._source.model.name} does not fit: {reasons[0].message}.")
         for using_threads in seams.load_all("blas_threads"):
             self.blas_threads.enter_context(using_threads(base.model))
+        rows, source = self._find_rows(config), self._source
         return measure_reference(
-            config, base, adapter, self._find_rows(config), self._source.canary
+            config, base, adapter, rows, source.canary, prompt_format=source.model.prompt_format
         )
 
     def _leave_out_sampled_suites(self) -> FineTuneConfig:
@@ -469,6 +470,7 @@ class _Exporting:
             problems=findings.problems,
             step=self._source.step,
             training_examples=encode_digests(seen) if seen.size else None,
+            prompt_format=self._source.model.prompt_format,
             packages={name: installed_version(name) for name in RECORDED_PACKAGES},
         )
 
