@@ -146,9 +146,7 @@ def test_both_answers_stand_behind_their_prompt_and_are_all_that_is_supervised(t
     assert decode(chosen.tokens[chosen.prompt :]).startswith(row["chosen"])
     assert decode(rejected.tokens[rejected.prompt :]).startswith(row["rejected"])
     tokens, mask = lay_out([chosen, rejected, None])
-    assert mask.sum(axis=1).tolist() == [
-        len(one.tokens) - one.prompt for one in pair
-    ] + [0]
+    assert mask.sum(axis=1).tolist() == [len(one.tokens) - one.prompt for one in pair] + [0]
     assert tokens[1][1:][mask[1]].tolist() == rejected.tokens[rejected.prompt :].tolist()
 
 
