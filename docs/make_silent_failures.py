@@ -136,14 +136,15 @@ The base is the tiny model of `examples/`. The rows, with commands and the end o
 are in `benchmarks/silent_failures/results/`.
 """
 
-PREFERENCES = """## Six more of training on preferences
+PREFERENCES = """## Five more of training on preferences
 
-`python -m benchmarks.silent_failures --list preferences` plants six failures of training on
+`python -m benchmarks.silent_failures --list preferences` plants five failures of training on
 [preferences](preferences.md) in the same way. Their kinds were chosen before that training was
 written, and its own tests plant the same: this shows that they are noticed still, and compares no
 tools. Only nested-tune was run. Two plants break its own code, for there is no shared library that
 computes a reference or a mask. Sample answers do not decide here (`samples: warn`): the tiny base
-says one sentence to every prompt, before training too.
+says one sentence to every prompt, before training too. A sixth, labels that are all the same, was
+noticed as well; it went with the loss that took labels.
 """
 
 

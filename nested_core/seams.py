@@ -130,7 +130,10 @@ def find_loss(name: str) -> RoomLoss:
             require(room, f"training.loss: {name}")
             return added.losses[name]
     names = ", ".join(sorted(join_mappings("losses")))
-    raise ConfigError(f"training.loss: {name!r} is none of {names or 'the losses here'}.")
+    raise ConfigError(
+        f"training.loss: {name!r} is none of {names or 'the losses here'}. What to do with answers "
+        f"that have a label says docs/preferences.md#answers-with-a-label."
+    )
 
 
 def unit_of_loss(name: str | None) -> str:

@@ -305,19 +305,14 @@ ROOMS: Mapping[str, Room] = {
         keys=("gate.max_chosen_fall",),
         losses={
             name: RoomLoss(
-                unit=unit,
+                unit="nats/example",
                 max_kl=4.0,
-                rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
+                rows="nested_core.rooms.preferences.answer_rows:PAIRS",
                 problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
                 make="nested_core.rooms.preferences.training_loss:make_loss",
                 compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
             )
-            for name, rows, unit in (
-                ("dpo", "PAIRS", "nats/example"),
-                ("orpo", "PAIRS", "nats/example"),
-                ("simpo", "PAIRS", "nats/example"),
-                ("kto", "LABELS", "KTO value/example"),
-            )
+            for name in ("dpo", "orpo", "simpo")
         },
         suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
         gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
