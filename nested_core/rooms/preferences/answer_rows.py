@@ -262,17 +262,29 @@ def _write(answer: str, example: Example) -> dict[str, Any]:
     return {"prompt": prompt, answer: last["content"], **example.rest, **tools}
 
 
+def _swap_answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair that prefers the rejected answer of a row that `_write` has written."""
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+
+
+def _negate_label(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same answer with the other label."""
+    return {**row, "label": not row["label"]}
+
+
 _PAIR_PARTS: Any = {
     "is_conversation": False,
     "encode": encode_pair,
     "write": partial(_write, "chosen"),
     "judge": judge_pairs,
+    "contradict": _swap_answers,
 }
 _LABELLED_PARTS: Any = {
     "is_conversation": False,
     "encode": encode_labelled,
     "write": partial(_write, "completion"),
     "judge": judge_labels,
+    "contradict": _negate_label,
 }
 PAIRS: Mapping[str, RowFormat] = {
     "pair": RowFormat(

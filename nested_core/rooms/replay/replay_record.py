@@ -159,8 +159,7 @@ class ReplayRecord(BaseModel):
             )
             noun = "example is" if count == 1 else "examples are"
             yield (
-                f"replay: {count:,} {noun} superseded, for newer data answers the same prompt "
-                f"otherwise: {shown}"
+                f"replay: {count:,} {noun} superseded, for newer data says otherwise: {shown}"
             )
         if self.removed is not None:
             yield (
