@@ -215,7 +215,7 @@ def configure(folder: Path, number: int, **continual: Any) -> FineTuneConfig:
     return example_config(
         data=str(data_of(folder, number)),
         registry=registry,
-        continual={"from": "champion"} | continual,
+        continual={"from": "champion", "rate": 0.3} | continual,
         iters=4,
         steps_per_report=1,
         samples=[],
