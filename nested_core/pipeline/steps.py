@@ -38,7 +38,6 @@ from nested_core.gate.evidence.run_evidence import config_file_entry
 from nested_core.gate.judge import run_gate_checks
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import from_evidence, task_file_entries
-from nested_core.kernels.optimized_model import describe_layers
 from nested_core.measure.answers.questions_in_training import QuestionsInTraining
 from nested_core.measure.answers.suite_answers import (
     encode_suites,
@@ -411,9 +410,9 @@ def train_model(
             "training.evaluate_tasks: questions are asked at evaluations, and there are none. Give "
             "a valid split (`nested-tune init --split`) and val_batches above 0 or -1."
         )
-    if world.is_main:
-        stages.info("%s", describe_layers(model, as_mlx_lm=config.training.reference is not None))
     trainer = make_trainer(setup)
+    if world.is_main:
+        stages.info("%s", trainer.describe_layers())
     if session is not None:  # the gate's process starts while the last steps are computed
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
     trainer.resume()
