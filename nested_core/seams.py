@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
-from nested_core.rooms import ROOMS, Room, RoomLoss, TrainingFlow
+from nested_core.rooms import ROOMS, Room, RoomLoss
 from nested_core.text.loss_format import NATS_PER_TOKEN
 
 
@@ -85,12 +85,6 @@ def room_of(entrypoint: str) -> str | None:
     """
     words = entrypoint.split(".")
     return words[2] if words[:2] == ["flows", "rooms"] and len(words) > 2 else None
-
-
-def find_training_flow(entrypoint: str) -> TrainingFlow | None:
-    """Return a room's flow that trains, by its entrypoint; None for any other."""
-    room = ROOMS.get(room_of(entrypoint) or "")
-    return None if room is None else room.training_flows.get(entrypoint)
 
 
 def load_only(kind: str, wanted: str) -> Any:
