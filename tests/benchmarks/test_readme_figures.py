@@ -53,9 +53,9 @@ def pair_ratios(*, first: bool) -> list[float]:
         rows = read_jsonl(LEARNING / lease)
         seconds = {(row["task"], row["seed"], row["arm"]): row["seconds"] for row in rows}
         for task, seed in sorted({(row["task"], row["seed"]) for row in rows}):
-            pair = [seconds.get((task, seed, arm)) for arm in "ck"]
-            if None not in pair and ((task, seed) == WARM_UP) == first:
-                ratios.append(pair[0] / pair[1])
+            c, k = ((task, seed, arm) for arm in "ck")
+            if {c, k} <= seconds.keys() and ((task, seed) == WARM_UP) == first:
+                ratios.append(seconds[c] / seconds[k])
     return ratios
 
 
