@@ -251,7 +251,7 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
     run = Run(result.run)
     print_line(f"outcome: {describe_outcome(run)}")
-    if run.plan is not None and (ends := run.plan.describe_ends()):
+    if run.plan is not None and (ends := run.plan.describe_ends(run.result)):
         print_line(ends)
     print_line(f"report: {result.run.report}")
     for note in verdict.notes():

@@ -38,7 +38,6 @@ from nested_core.gate.evidence.run_evidence import config_file_entry
 from nested_core.gate.judge import run_gate_checks
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import from_evidence, task_file_entries
-from nested_core.kernels.optimized_model import describe_layers
 from nested_core.measure.answers.questions_in_training import QuestionsInTraining
 from nested_core.measure.answers.suite_answers import (
     encode_suites,
@@ -131,9 +130,27 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
                 f"written over: give a --run-dir of its own."
             )
         if run.tiers.exists():
-            refuse_differences_on_resume(read_run_config(run), config, run.path)
+            began_with = read_run_config(run)
+            refuse_differences_on_resume(began_with, config, run.path)
+            _refuse_fewer_iterations(began_with, config, run)
     record_or_compare_suites(run, suites)
     write_bytes(run.config, render_config(config))
+
+
+def _refuse_fewer_iterations(
+    began_with: FineTuneConfig, config: FineTuneConfig, run: RunDirectory
+) -> None:
+    """Raise ConfigError if `iters` is lowered below what the newest checkpoint has done already.
+
+    Epochs cannot differ on resume, and `training.minutes` counts anew.
+    """
+    done = latest_state(run.checkpoints).get("iteration", 0)
+    is_counted = config.training.epochs is None and config.training.minutes is None
+    if is_counted and config.iters < min(done, began_with.iters):
+        raise ConfigError(
+            f"{run.path} cannot be resumed with iters: {config.iters:,}, since its newest "
+            f"checkpoint has {done:,} already. Give as many or more, or another --run-dir."
+        )
 
 
 def validate(
@@ -393,9 +410,9 @@ def train_model(
             "training.evaluate_tasks: questions are asked at evaluations, and there are none. Give "
             "a valid split (`nested-tune init --split`) and val_batches above 0 or -1."
         )
-    if world.is_main:
-        stages.info("%s", describe_layers(model, as_mlx_lm=config.training.reference is not None))
     trainer = make_trainer(setup)
+    if world.is_main:
+        stages.info("%s", trainer.describe_layers())
     if session is not None:  # the gate's process starts while the last steps are computed
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
     trainer.resume()
@@ -488,6 +505,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
         best_val_loss=state.best_val_loss,
         verified_steps=len(state.verified_steps),
         red_flags=tuple(state.red_flags),
+        ended=state.ended or "",
         evidence=digests_for_result(run, offered),
     )
     write_result(run.result, result, confirm=run.require_lock)

@@ -448,12 +448,19 @@ def _why_beyond_reference(
 
     The reference is a fixed version: compared with champions alone, many small losses in a row
     could add up. Returns None if the version is shown to be within the margin, is the reference
-    itself, or if the policy has none.
+    itself, if the policy has none, and before the first champion.
 
     ledger: the adapter's history.
     """
+    if policy.reference is None or ledger.champion is None:
+        return None
     version = policy.find_reference(ledger)
-    if version in (None, candidate.version):
+    if version is None:
+        return (
+            f"the reference is not there (policy reference: {policy.reference}): no champion of "
+            f"its promotions is left that was not rolled back"
+        )
+    if version == candidate.version:
         return None
     which = f"the reference {shorten_digest(version)} (policy reference: {policy.reference})"
     record = candidate.verdict.reference
