@@ -11,7 +11,6 @@ import pytest
 from flows.rooms.tables.command import add_flags
 from nested_core import load_config
 from nested_core.rooms import ROOMS
-from nested_core.rooms.tables.dataset_split import split_dataset
 from tests.builders.data_sets import write_lines
 from tests.example import DATA, MODEL
 from tests.flows.conftest import called
@@ -36,11 +35,9 @@ def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) ->
     again = called(*command, cwd=tmp_path)  # the file and the folder are said together
     assert again.code == 2
     assert "lora-split.yaml exists, and is not written over. Give another name" in again.message()
-    assert "data-split exists, and is not written over. Remove it to draw it" in again.message()
-    offered = shlex.split(again.message().partition(" For example: ")[2].strip("`\n"))
-    assert offered[1:4] == ["init", "--data", "data-split"]
-    assert called(*offered[1:], cwd=tmp_path).code == 0
-    assert load_config(tmp_path / "lora-2.yaml").data == "data-split"
+    assert "data-split exists, and is not written over. Take it as it is by" in again.message()
+    assert called(*command, "--overwrite", cwd=tmp_path).code == 0
+    assert load_config(tmp_path / "lora-split.yaml").data == "data-split"
 
 
 def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> None:
@@ -65,13 +62,6 @@ def test_init_says_and_writes_the_format_of_a_split_of_alpaca_rows(tmp_path: Pat
     assert "train.jsonl: alpaca, 8 of 8 rows" in done.stderr.splitlines()
     config = load_config(tmp_path / "lora.yaml")
     assert (config.data, config.data_format, config.mask_prompt) == ("rows-split", "alpaca", True)
-
-
-def test_no_row_of_a_table_is_lost_in_a_split(tmp_path: Path) -> None:
-    rows = "".join(f"Where, {n}?;Here.\n" for n in range(40))
-    (tmp_path / "rows.csv").write_text(f"prompt;completion\n{rows}")
-    counts = split_dataset(str(tmp_path / "*.csv"), 0.1, tmp_path / "split")
-    assert counts == {"train": 32, "valid": 4, "test": 4}
 
 
 def test_the_static_table_names_the_flags_that_the_room_adds() -> None:
