@@ -87,7 +87,7 @@ class DrawnSplits:
 def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | None:
     """The lines of train, valid and test, drawn with a fixed seed: the same rows, the same splits.
 
-    Where all rows but too few ask what is known, all are trained on. Returns None where too few
+    Where all rows but too few ask what is known, all are trained on. Returns None if too few
     would be left for train. Raises TooManyQuestions where test would need more than MAX_TEST_SHARE
     of the questions.
     """
