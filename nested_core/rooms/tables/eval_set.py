@@ -36,22 +36,20 @@ class EvalSet:
 
     lines: a question of JSON each.
     max_tokens: of an answer: more than the longest expected one has.
-    usual: the most frequent answer of train, and for how many of the questions it is right.
-    most: the answer that is right for most of the questions, and for how many.
+    fixed: the answer that is right for most of the questions, and for how many.
     left_out: which held-out rows were not asked, and why.
     """
 
     lines: tuple[bytes, ...]
     score: Literal["exact", "json", "number"]
     max_tokens: int
-    usual: tuple[str, int]
-    most: tuple[str, int]
+    fixed: tuple[str, int]
     left_out: str = ""
 
     @property
     def least_share(self) -> float:
         """The smallest share of right answers that no fixed answer reaches; at most 1."""
-        share = (self.most[1] + 1) / len(self.lines)
+        share = (self.fixed[1] + 1) / len(self.lines)
         return min(1.0, math.floor(share * 1e4) / 1e4)
 
     def describe(self) -> str:
@@ -61,18 +59,10 @@ class EvalSet:
         return f"eval set: {questions}; {score}; {self.describe_baseline()}{self.left_out}"
 
     def describe_baseline(self) -> str:
-        """What answering the same to every question would score."""
-        questions = len(self.lines)
-        answer, right = self.usual
-        text = (
-            f"always answering {shorten(answer, 60)!r}, the most frequent answer of train, would "
-            f"be right for {describe_share(right, questions)}"
-        )
-        answer, right = self.most
-        if right > self.usual[1]:
-            share = describe_share(right, questions)
-            text += f"; {shorten(answer, 60)!r}, the most frequent here, for {share}"
-        return text
+        """What answering the same to every question would score at best."""
+        answer, right = self.fixed
+        share = describe_share(right, len(self.lines))
+        return f"one answer to all, {shorten(answer, 60)!r}, would be right for {share}"
 
 
 @dataclass
@@ -111,11 +101,8 @@ def draw_eval_set(
 
     Raises TooManyQuestions where the held-out rows have fewer.
     """
-    trained, of_train = set[str](), Counter[str]()
-    for line in train:
-        one = RowTexts.of(line, FieldNames())
-        trained.update(one.asked)
-        of_train[one.answer] += 1
+    texts = [RowTexts.of(line, FieldNames()) for line in train]
+    trained = {question for one in texts for question in one.asked}
     questions: dict[str, _Question] = {}
     for line in held_out:
         turns = json.loads(line)["messages"]
@@ -131,13 +118,12 @@ def draw_eval_set(
     short = [asked for asked in new if longest[id(asked)] <= USUAL_ANSWER_TOKENS]
     pool = short if len(short) >= count else new
     drawn = random.Random(SPLIT_SEED).sample(pool, count)
-    every = of_train + Counter(answer for asked in new for answer in asked.answers)
+    every = Counter([one.answer for one in texts])
+    every += Counter(answer for asked in new for answer in asked.answers)
     score = choose_score(every)
-    usual = of_train.most_common(1)[0][0]
     accepted = [asked.accepted(score) for asked in drawn]
-    right = Counter(key for keys in accepted for key in keys)
-    most = right.most_common(1)[0]
-    written = {key: answer for keys in accepted for key, answer in keys.items()}
+    ((key, right),) = Counter(key for keys in accepted for key in keys).most_common(1)
+    fixed = next(keys[key] for keys in accepted if key in keys)
     told = {"that train asks too": len(questions) - len(new)}
     told[f"with an answer of more than {USUAL_ANSWER_TOKENS} tokens"] = len(new) - len(pool)
     extra = EXTRA_TOKENS_OF_A_LABEL if score == "exact" and find_labels(every) else EXTRA_TOKENS
@@ -145,8 +131,7 @@ def draw_eval_set(
         tuple(asked.write(score) for asked in drawn),
         score,
         max(longest[id(asked)] for asked in drawn) + extra,
-        (usual, right[_compared(usual, score)]),
-        (written[most[0]], most[1]),
+        (fixed, right),
         "".join(f"; not asked: {n:,} {what}" for what, n in told.items() if n),
     )
 
