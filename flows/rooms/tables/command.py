@@ -257,7 +257,7 @@ def _registry_lines(champion: str) -> str:
     path = json.dumps(str(registry), ensure_ascii=False)
     return (
         f"registry: {{path: {path}, name: {json.dumps(name)}, promote: better}}\n"
-        f"continual: {{from: champion}}  # at 0.3 of the learning_rate above\n"
+        f"continual: {{from: champion}}  # the run goes on from it, at the learning_rate above\n"
     )
 
 

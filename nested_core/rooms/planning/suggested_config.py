@@ -63,7 +63,7 @@ _RATE_NOTE = """\
 _RATE_NOTE_WITH_ANOTHER_LOSS = "# A tenth of the rate that suits the cross-entropy"
 _REGISTRY = """\
 # registry: {path: registry, name: my-adapter, promote: better}
-# continual: {from: champion}  # every run goes on from it, at 0.3 of the learning_rate above
+# continual: {from: champion}  # every run goes on from it, at the learning_rate above
 """
 _GATE = "gate:\n  max_val_loss_increase: 0.02\n"
 
