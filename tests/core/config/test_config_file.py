@@ -359,6 +359,9 @@ def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
         ("max_steps", "did you mean iters? (it counts micro-batches, theirs counts optimizer"),
         ("sample_packing", "sample_packing is not needed: "),
         ("base", "did you mean model?"),
+        ("assistant_only_loss", "did you mean training.supervise? (all trains on every answer"),
+        ("train_on_inputs", "did you mean training.supervise? (all trains on every answer of a"),
+        ("mask_history", "did you mean mask_prompt? (both train on the last answer of a chat"),
         ("quantization", "quantization is not a key here: give a base model that is quantised"),
     ],
 )
