@@ -9,13 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nested_core import seams
-from nested_core.config.resume import read_run_config
-from nested_core.data.example_digests import Digests, decode_digests
+from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import ConfigError
-from nested_core.measure.losses.left_out_examples import (
-    read_run_training_digests,
-    read_training_digests,
-)
+from nested_core.measure.losses.left_out_examples import find_trained_rows
 from nested_core.models.adapter_formats import load_peft_format
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
@@ -37,7 +33,7 @@ class NamedModel:
     name: as the person gave it; "base" for the base that others are compared with.
     model: the base's folder or its name on the hub.
     adapter: None for the base alone.
-    seen: digests of the examples that it was trained on, as far as recorded.
+    seen: the rows that it was trained on.
     made_of: for an exported model, the base that its record names.
     """
 
@@ -45,7 +41,7 @@ class NamedModel:
     model: str
     adapter: Adapter | None = None
     trust_remote_code: bool = False
-    seen: Digests = field(default_factory=lambda: decode_digests(None))
+    seen: TrainedRows = field(default_factory=TrainedRows)
     made_of: RecordedBase | None = None
 
 
@@ -82,15 +78,14 @@ def find_model(
         named = NamedAdapter(temporary, base)
     adapter = read_adapter(named.folder, follow_links=True)
     base = base_model or named.model or str(adapter.config.get("model"))
-    seen = _read_training_digests(named)
+    seen = find_trained_rows(adapter, registry)
     return NamedModel(given, base, adapter, named.trusts_remote_code, seen), named.run
 
 
-def _read_training_digests(named: NamedAdapter) -> Digests:
-    """Return the digests of the examples that an adapter and its ancestors were trained on."""
-    run = named.run
-    if run is None:
-        return read_training_digests(named.folder)
-    initial = read_adapter(run.initial).digest()
-    seen = read_run_training_digests(read_run_config(run), run, initial)
-    return decode_digests(None) if seen is None else seen
+def find_rows_of_base(base: Path) -> TrainedRows:
+    """Return the rows of the adapter that a base was exported with; none for any other base."""
+    for find_model_of_format in seams.load_all("model_format"):
+        model: NamedModel | None = find_model_of_format(str(base), base)
+        if model is not None:
+            return model.seen
+    return TrainedRows()

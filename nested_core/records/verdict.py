@@ -188,13 +188,14 @@ class HeldOutComparison(ComparedLoss):
 
     corrected_interval: the interval corrected for choosing the best of several candidates, or for
         several comparisons; None if neither applies. The conclusion is based on it.
-    left_out: how many examples were not counted because an adapter was trained on them.
+    left_out: how many examples were not counted because an adapter was trained on them; None if
+        what an adapter was trained on is not known.
     few_prompts: the number of different prompts if it is too small to resample by prompt, so that
         every example counts as independent; else None.
     """
 
     corrected_interval: Interval | None = None
-    left_out: int = 0
+    left_out: int | None = 0
     few_prompts: int | None = None
 
     @property
@@ -280,6 +281,8 @@ class Validation(HeldOutComparison):
             yield "all held-out answers are the same"
         if self.left_out:
             yield f"{self.left_out} left out: they were trained on, by the adapter or one before it"
+        if self.left_out is None:
+            yield "what an adapter before it was trained on is not known, and may be among them"
 
 
 @dataclass(frozen=True)

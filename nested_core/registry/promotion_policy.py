@@ -416,6 +416,12 @@ def _why_not_promoted(
                 f"held-out examples, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
+    compared = (candidate.verdict.validation, candidate.verdict.champion)
+    if any(one and one.left_out is None for one in compared) and not rule.asks_person:
+        return (
+            "what it or the champion was trained on is not known, so that rows they learnt may "
+            "judge them: a person decides"
+        )
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
     return _why_losses_promote_nothing(section, candidate, champion, rule, noise)
 

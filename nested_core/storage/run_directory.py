@@ -86,7 +86,7 @@ class RunDirectory:
         self.canary = path / CANARY_NAME  # what a server has to compute with the adapter
         self.gate = path / "gate.json"  # the verdict
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
-        self.training_examples = path / "training-examples.bin"  # digests, uint64, ascending
+        self.training_examples = path / "training-examples.json"  # of it and its ancestors
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
         self.report = path / RUN_REPORT_NAME  # the page to look at, made of all of these
 
@@ -101,7 +101,7 @@ class RunDirectory:
     def measured(self) -> tuple[Path, ...]:
         """The files beside gate.json that a verdict writes; outdated when training continues."""
         answers = (self.answers, self.sample_answers, self.canary)
-        return (self.gate_losses, self.training_examples, *answers)
+        return (self.gate_losses, *answers)
 
     def room_folder(self, room: str) -> Path:
         """Return the folder in the run for the files of a room."""

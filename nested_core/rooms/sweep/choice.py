@@ -18,18 +18,18 @@ from nested_core.text.loss_format import format_interval
 def join_candidates(several: Sequence[Candidates]) -> Candidates:
     """The candidates of all runs of a sweep as one family, on the examples that all have read."""
     count = sum(own.count for own in several)
-    read = [(own.lines, own.losses) for own in several]
-    if any(lines is None or losses is None for lines, losses in read):
+    read = [(own.contents, own.losses) for own in several]
+    if any(contents is None or losses is None for contents, losses in read):
         return Candidates(count)
-    known = [(lines, losses) for lines, losses in read if lines is not None and losses is not None]
-    lines = known[0][0]
+    known = [(c, losses) for c, losses in read if c is not None and losses is not None]
+    shared = known[0][0]
     for others, _ in known[1:]:
-        lines = np.intersect1d(lines, others)
+        shared = np.intersect1d(shared, others)
     parts = []
     for own, losses in known:
-        _, place, _ = np.intersect1d(own, lines, return_indices=True)
+        _, place, _ = np.intersect1d(own, shared, return_indices=True)
         parts.append(losses[:, place])
-    return Candidates(count, np.unique(lines), np.concatenate(parts))
+    return Candidates(count, np.unique(shared), np.concatenate(parts))
 
 
 @dataclass(frozen=True)
@@ -106,4 +106,4 @@ def _read_candidates_of_run(run: RunDirectory) -> Candidates:
     if candidates.losses is not None or candidates.count > 1 or not run.gate_losses.is_file():
         return candidates
     losses = read_example_losses(run.gate_losses)
-    return Candidates(1, losses.lines, losses.after[None])
+    return Candidates(1, losses.contents, losses.after[None])

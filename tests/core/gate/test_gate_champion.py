@@ -15,7 +15,7 @@ import pytest
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.example_digests import decode_digests, digest_examples, encode_digests
+from nested_core.data.example_digests import TrainedRows, decode_digests
 from nested_core.gate.judge import run_gate_checks
 from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_nonempty_splits
@@ -175,7 +175,7 @@ def test_a_champion_of_another_base_is_not_compared_and_not_replaced_by_itself(c
 
 def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(challenger) -> None:
     held_out = challenger.held_out()
-    champion = challenger.meet(halve, training_examples=encode_digests(held_out.digests[:3]))
+    champion = challenger.meet(halve, **TrainedRows(held_out.digests[:3]).to_json())
     found = challenger.compare()
     assert (found.left_out, found.examples) == (3, len(held_out.split) - 3)
     losses = read_example_losses(challenger.run.gate_losses)
@@ -187,8 +187,7 @@ def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(chal
 
 
 def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(challenger) -> None:
-    digests = encode_digests(challenger.held_out().digests)
-    champion = challenger.meet(halve, training_examples=digests)
+    champion = challenger.meet(halve, **TrainedRows(challenger.held_out().digests).to_json())
     challenger.judge()
     challenger.confirm()
     assert "nothing is left to compare by" in challenger.decide(champion)
@@ -200,7 +199,7 @@ def test_provenance_holds_a_digest_of_every_training_example(challenger: Challen
     version = register_run(challenger.config, read_judged_run(challenger.run.path), None).version
     path = challenger.registry / NAME / "versions" / version / "provenance.json"
     recorded = decode_digests(json.loads(path.read_text())["training_examples"])
-    own = digest_examples(read_nonempty_splits(challenger.config, challenger.run)["train"])
+    own = read_nonempty_splits(challenger.config, challenger.run)["train"].contents
     np.testing.assert_array_equal(recorded, np.unique(own))
 
 
