@@ -66,6 +66,7 @@ class Room:
         adapters of another program are read and written.
     training_flows: by the entrypoint that deployments name. The class of parameters has
         `deployment`, the deployment that trains, and `configurations()`, what that trains.
+    run_files: patterns of the files that it, or a service, writes in a run: their paths there.
     services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
         service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
         around training and around a whole run.
@@ -139,6 +140,7 @@ class Room:
     model_format: str | None = None
     adapter_format: str | None = None
     training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
+    run_files: tuple[str, ...] = ()
     services: str | None = None
     restart: str | None = None
     memory_forecast: str | None = None
@@ -244,7 +246,15 @@ ROOMS: Mapping[str, Room] = {
         tokenizer_checks="nested_core.rooms.suspect_rows.tokenizer_checks:TokenizerChecks",
     ),
     "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
-    "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
+    "services": Room(
+        services="nested_core.rooms.services.reporting_services:Services",
+        run_files=(  # of wandb and swanlab; one that is missing here keeps a run from removal
+            r"wandb/(offline-)?run-\d{8}_\d{6}-[\w-]+/(run-[\w-]+\.wandb|logs/debug[\w-]*\.log"
+            r"|files/(config\.yaml|output\.log|requirements\.txt|wandb-(metadata|summary)\.json))",
+            r"swanlog/run-\d{8}_\d{6}-\w+/(backup\.swanlog|logs/console\.log"
+            r"|files/(config\.yaml|requirements\.txt|swanlog-metadata\.json))",
+        ),
+    ),
     "sweep": Room(
         commands=("sweep",),
         training_flows={
@@ -320,6 +330,7 @@ ROOMS: Mapping[str, Room] = {
             )
         },
         suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
+        run_files=(r"rooms/preferences/reference-likelihoods\.json",),
         gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
         verdict_blocks={"preferences": "nested_core.rooms.preferences.verdict_block:SHOWN"},
         reasons={"preference_not_learnt": "ANSWERS"},

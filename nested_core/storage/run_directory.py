@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
+from nested_core import seams
 from nested_core.errors import Advice, ConfigError, DamagedError, go_on_with
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.lock_file import (
@@ -39,12 +40,10 @@ DEFAULT_REGISTRY = Path("registry")  # where a name is looked for without --regi
 LOCK_ATTEMPTS = 10
 LOCK_PAUSE_SECONDS = 0.02
 
-# Below the folders of a run: an adapter, a checkpoint, and what services of `report_to` keep.
+# In the folders of a run, besides what rooms write: an adapter and a checkpoint.
 FILES_IN_FOLDERS = re.compile(
-    r"(adapter|initial|checkpoints/step-\d{7})/(adapters\.safetensors|adapter_config\.json)"
+    r"(adapter|initial|checkpoints/step-\d{7,})/(adapters\.safetensors|adapter_config\.json)"
     r"|checkpoints/step-\d{7,}/(optimizer\.safetensors|state\.json|MANIFEST\.json)"
-    r"|(wandb|swanlog)/.*"
-    r"|rooms/[a-z]+/[^/]+"
 )
 
 # The locks that this process works under, by run directory. A lock belongs to a process: whichever
@@ -108,9 +107,10 @@ class RunDirectory:
         return self.path / "rooms" / room
 
     def is_own_file(self, name: str) -> bool:
-        """Return whether a run writes a file of this name (its path in the directory)."""
+        """Return whether a run or a room of it writes a file of this name (its path in the run)."""
         files = {path.name for path in vars(self).values()} - {self.path.name}
-        return name in files or FILES_IN_FOLDERS.fullmatch(name) is not None
+        is_in_folder = FILES_IN_FOLDERS.fullmatch(name) is not None
+        return name in files or is_in_folder or seams.is_file_of_room(name)
 
     def is_nonempty(self) -> bool:
         """Return whether the directory exists and has any content."""
