@@ -391,6 +391,11 @@ class AncestorLoss(HeldOutComparison):
             return None
         return self.loss + self.difference
 
+    @property
+    def is_unmeasured(self) -> bool:
+        """Whether nothing was compared, on these examples or on newer data that has them too."""
+        return self.not_compared is not None and not (self.repeated or self.superseded)
+
     def is_forgotten(self, noise: Noise) -> bool:
         """Return whether the candidate is worse, corrected for the number of ancestors compared."""
         if self.conclusion != "worse" or self.clusters is None or self.clusters < MIN_EXAMPLES:

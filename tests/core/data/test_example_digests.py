@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
+import pytest
 
 from nested_core.data import example_digests
 from nested_core.data.example_digests import TrainedRows, decode_digests, encode_digests
+from nested_core.data.lines.example_parsing import FieldNames, parse_line
+from nested_core.data.lines.line_rows import digest_example
+
+TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 
 
 def test_digests_are_kept_once_and_in_order() -> None:
@@ -26,3 +34,19 @@ def test_digests_of_tokens_as_earlier_versions_recorded_them_are_not_known() -> 
         0,
         "no record says by its content which rows version 0123 was trained on",
     )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Who?", "completion": "Me."},
+        {"prompt": " who? ", "completion": "ME."},
+        {"messages": [*TURNS[:1], TURNS[1] | {"weight": 1}]},
+        {"messages": TURNS, "loss_mask": [1, 1]},
+    ],
+)
+def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str, Any]) -> None:
+    own = digest_example(parse_line(json.dumps({"messages": TURNS}).encode(), FieldNames()))
+    assert digest_example(parse_line(json.dumps(row).encode(), FieldNames())) == own
+    other = {"prompt": "Who?", "completion": "You."}
+    assert digest_example(parse_line(json.dumps(other).encode(), FieldNames())) != own

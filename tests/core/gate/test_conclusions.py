@@ -266,6 +266,16 @@ def quantile_of(steps: np.ndarray[Any, Any]) -> float:
     return Candidates(len(steps), judged.contents, steps).quantile(judged, champion, len(champion))
 
 
+def test_candidates_are_paired_by_what_the_examples_are_in_any_order_of_the_file() -> None:
+    steps = steps_of(200, 24, 0, drift=0.9)
+    judged = losses_of(steps[0] - 1, champion=np.ones(200))
+    order = np.random.default_rng(1).permutation(200)
+    shuffled = losses_of(steps[0][order] - 1, contents=np.arange(1, 201, dtype=np.uint64)[order])
+    family = Candidates(24, judged.contents, steps)
+    both = [family.quantile(each, np.ones(200), 200) for each in (judged, shuffled)]
+    assert both[0] == both[1]
+
+
 def test_steps_that_differ_little_cost_less_than_steps_of_their_own() -> None:
     independent = student_t_quantile(1 - 0.025 / 24, 199)
     alone = student_t_quantile(0.975, 199)

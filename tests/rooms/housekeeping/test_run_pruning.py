@@ -21,6 +21,7 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run_status import AdapterRuns, Run, list_runs
 from nested_core.records.verdict import Reason
+from nested_core.registry.link_and_views import reading
 from nested_core.registry.trials import Trial, record_trial
 from nested_core.report.outcome import list_row
 from nested_core.rooms.housekeeping import run_removal
@@ -296,7 +297,8 @@ def test_a_run_that_is_promoted_just_before_it_is_removed_stays(tmp_path, monkey
 def test_a_run_that_made_no_version_goes_by_its_adapters_line_in_its_own_registry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_registry: bool, is_its_adapter: bool
 ) -> None:
-    run = make_run(tmp_path, 1, reasons=(), **({} if has_registry else {"registry": {}}))
+    own = tmp_path / "runs" / "own"
+    run = make_run(tmp_path, 1, reasons=()) if has_registry else finished_run(own)
     adapter = str(Run(run).version) if is_its_adapter else "a" * 64
     trial = Trial(
         Outcome.KEPT_CHAMPION, "c" * 64, "d" * 64, "e" * 64, run.path.name, adapter, "not better"
@@ -340,7 +342,7 @@ def test_registries_are_read_again_only_where_they_have_changed(tmp_path, monkey
     make_registered(tmp_path, 9)
     for seed in range(4):
         make_run(tmp_path, seed)
-    read = Mock(side_effect=run_removal.reading)
+    read = Mock(side_effect=reading)
     monkeypatch.setattr(run_removal, "reading", read)
     assert len(prune(tmp_path).removed) == 4
     assert read.call_count == 1
