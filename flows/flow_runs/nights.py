@@ -30,7 +30,6 @@ from nested_core.storage.run_directory import find_run_of
 from nested_core.text.foreign_text import escape
 from tasks.prefect_server import asking_server, flow_runs_in
 
-SWEEP_TAG = "sweep"  # the tag of the runs that a sweep starts
 RESUMED_TAG = "resumed"  # of a run that went on after a crash, or by the Retry button
 
 
@@ -43,7 +42,7 @@ def name_flow_run() -> str:
 
 
 def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
-    """The adapter and the time (UTC) that a run was due; of a sweep, its point too.
+    """The adapter and the time (UTC) that a run was due.
 
     A run that is tried again keeps the name that it has.
     """
@@ -51,8 +50,7 @@ def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, Any]) -> st
     if flow_run.name.startswith(f"{adapter}, "):
         return flow_run.name
     due = (flow_run.expected_start_time or flow_run.created or datetime.now(UTC)).astimezone(UTC)
-    night = f"{adapter}, {due.day} {due:%b %H:%M}"
-    return f"{night}: {flow_run.name}" if SWEEP_TAG in flow_run.tags else night
+    return f"{adapter}, {due.day} {due:%b %H:%M}"
 
 
 def read_adapter_name(parameters: Mapping[str, Any]) -> str:
@@ -64,11 +62,9 @@ def read_adapter_name(parameters: Mapping[str, Any]) -> str:
 
 
 def find_trigger(flow_run: FlowRun) -> str:
-    """What started a run: "schedule", "sweep", "manual", or the "command" `nested-tune run`."""
+    """What started a run: "schedule", "manual", or the "command" `nested-tune run`."""
     if flow_run.deployment_id is None:
         return "command"
-    if SWEEP_TAG in flow_run.tags:
-        return SWEEP_TAG
     return "schedule" if flow_run.auto_scheduled else "manual"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import DamagedError
-from nested_core.registry.folders import list_names
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME, list_names
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.run_directory import RunDirectory
@@ -33,12 +33,15 @@ def read_run_rows(run: RunDirectory) -> TrainedRows:
     return TrainedRows.from_json(read_json_object(path) if path.is_file() else {}, str(run.path))
 
 
-def find_trained_rows(adapter: Adapter, registry: Path | None) -> TrainedRows:
+def find_trained_rows(
+    adapter: Adapter, registry: Path | None, place: Path | None = None
+) -> TrainedRows:
     """Return what an adapter was trained on, by what it is: a run's, a version, or a copy of one.
 
     registry: where a version with the same tensors is looked for, under any name.
+    place: the folder that the adapter was read from, if it was converted.
     """
-    place = adapter.path.resolve()
+    place = (place or adapter.path).resolve()
     folder = place.parent if place.is_file() else place
     for run in (RunDirectory(folder.parent), RunDirectory(folder.parent.parent)):
         is_of_run = folder in (run.adapter, run.initial) or folder.parent == run.checkpoints
@@ -48,6 +51,7 @@ def find_trained_rows(adapter: Adapter, registry: Path | None) -> TrainedRows:
     if registry is not None:
         copies = [version_folder(registry, name, digest) for name in list_names(registry)]
     for version in (folder, *copies):
-        if version.name == digest and (version / PROVENANCE_NAME).is_file():
+        is_altered = version.parent.name == VERSIONS_FOLDER_NAME and version.name != digest
+        if (version / PROVENANCE_NAME).is_file() and not is_altered:
             return read_version_rows(version)
     return TrainedRows(unknown=f"{place} is neither a run's adapter nor a registered version")

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.untrusted_files import file_type
@@ -99,6 +100,7 @@ class ExportRecord:
     source: the adapter as it was named; `version` is its digest, the version's of a registry.
     step: the optimizer step of the adapter; None if it is not recorded.
     trained_on: what it and its ancestors were trained on, as provenance.json has it.
+    prompt_format: how the rows that it was trained on begin, as dataset.json has it.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
     problems: why it does not stand; empty where it does.
@@ -124,6 +126,7 @@ class ExportRecord:
     packages: dict[str, str]
     step: int | None = None
     trained_on: dict[str, str | None] = field(default_factory=dict)
+    prompt_format: PromptFormat | None = None
 
     @property
     def stands(self) -> bool:

@@ -50,7 +50,7 @@ SUITE = {"name": "capitals", "file": "/suites/capitals.jsonl", "score": "contain
 
 
 ROUTES: dict[str, Callable[[Path, str, str | None, str], Decision]] = {
-    "fine-tune, sweep": lambda registry, version, champion, mode: promote_by_policy(
+    "fine-tune": lambda registry, version, champion, mode: promote_by_policy(
         section(registry, mode), version, champion
     ),
     "event": lambda registry, version, champion, mode: promote_by_recorded_policy(

@@ -55,5 +55,7 @@ def test_a_copy_is_known_where_a_registry_has_it_and_else_said_to_be_unknown(pla
 def test_another_adapter_in_the_folder_of_a_version_is_not_taken_for_it(places) -> None:
     version, copy = places["a version"], places["a copy"]
     shutil.copy(version / "provenance.json", copy / "provenance.json")
-    moved = copy.rename(copy.with_name("0" * 64))
+    assert find_trained_rows(read_adapter(copy), None).digests.tolist() == [3, 5]
+    moved = copy.parent / "versions" / ("0" * 64)
+    shutil.copytree(copy, moved)
     assert find_trained_rows(read_adapter(moved), None).unknown is not None
