@@ -85,6 +85,7 @@ def tag_flow_run() -> None:
 
 
 MAX_NIGHTS_READ = 20
+AT_WORK = (StateType.RUNNING, StateType.PAUSED)
 
 
 def find_other_night() -> str | None:
@@ -99,7 +100,7 @@ def find_other_night() -> str | None:
         return None
     if (runtime.flow_run.run_count or 1) > 1:
         return None
-    running = flow_runs_in([StateType.RUNNING], deployment_id={"any_": [own.deployment_id]})
+    running = flow_runs_in(AT_WORK, deployment_id={"any_": [own.deployment_id]})
     nights: list[FlowRun] = []
     with asking_server("other runs of this adapter are not checked") as client:
         nights = client.read_flow_runs(
@@ -112,13 +113,15 @@ def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
     """The sentence about the first of `nights` in whose favour `own` is skipped, if there is one.
 
     Of two nights that are at work the one due first trains; of two due at once the lower id. One
-    that waits is no reason: it would skip for this one, should both begin at the same time.
+    that waits is no reason: it would skip for this one, should both begin at the same time. One
+    that is suspended after it began is at work: Resume goes on with it.
     """
     for other in nights:
         if other.id == own.id or other.expected_start_time is None:
             continue
         is_later = (other.expected_start_time, other.id) > (own.expected_start_time, own.id)
-        if other.state_type == StateType.RUNNING and not is_later:
+        is_suspended = other.state_type == StateType.PAUSED and find_run_of(other.id) is not None
+        if is_suspended or (other.state_type == StateType.RUNNING and not is_later):
             return f"another run of this adapter is active, flow run {other.name!r} ({other.id})"
     return None
 
