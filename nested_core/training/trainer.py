@@ -15,6 +15,7 @@ import mlx.core as mx
 from nested_core import seams
 from nested_core.config.schema import Due
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
+from nested_core.kernels.device_operations import device_operations
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import read_parameters
 from nested_core.optim.gradients import Flat
@@ -50,6 +51,7 @@ class Trainer:
     """Trains the adapter that is attached to a model, in a run directory.
 
     Attributes:
+        packs_adapters: whether an adapter's tensors are packed by tier; a subclass may say no.
         state: the progress so far.
         memory: the forecast of peak memory, and the layers that are recomputed to save memory.
         on_step: called after each step with the step and the steps of the whole run.
@@ -63,6 +65,7 @@ class Trainer:
     reporter_class: type[Reporter] = Reporter
     validation_class: type[Validation] = Validation
     saver_class: type[Saver] = Saver
+    packs_adapters = True
 
     def __init__(self, setup: TrainingSetup) -> None:
         """Create the parts of the training loop; nothing is read or trained yet.
@@ -209,9 +212,12 @@ class Trainer:
         """
         self.model.train()
         recomputed = self.memory.layers_to_recompute(self.model)
-        is_reference = self.config.training.reference is not None
-        with using_optimized_layers(self.model, recomputed, as_mlx_lm=is_reference):
+        with using_optimized_layers(self.model, recomputed):
             yield
+
+    def describe_layers(self) -> str:
+        """Say in one line which of the model's layers are ours, and why others are not."""
+        return device_operations().describe_layers(self.model)
 
     def _train_steps(self) -> None:
         """Take the run's remaining steps, each with what is due before and after it.
@@ -252,15 +258,13 @@ class Trainer:
 
     def make_train_step(self) -> TrainStep:
         """Create the TrainStep, which starts from the model's current parameters."""
-        # A packed lora_a is stored transposed: BLAS may round its products unlike mlx_lm's.
-        is_packed = self.config.fine_tune_type != "full" and self.config.training.reference is None
         return TrainStep(
             model=self.model,
             parameters=self.setup.parameters,
             optimizer=self.optimizer,
             tiers=self.setup.tiers,
             loss_fn=self.setup.loss_fn,
-            pack_by_tier=is_packed,
+            pack_by_tier=self.packs_adapters and self.config.fine_tune_type != "full",
             uses_dropout=self.config.lora_parameters.dropout > 0,
             world=self.world,
         )

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,12 @@ def test_a_suspended_training_ends_with_a_checkpoint_and_goes_on_once_it_is_resu
         suspended_at = latest_checkpoint(run.checkpoints)
         assert suspended_at is not None
         assert suspended_at.step < 600
-        assert client.read_flow_run(flow_run.id).state_name == "Suspended"
+        suspended = client.read_flow_run(flow_run.id)
+        assert suspended.state_name == "Suspended"
         night = client.create_flow_run_from_deployment(deployment)
-        assert str(flow_run.id) in str(
-            describe_other_night(night, [client.read_flow_run(flow_run.id)])
+        night = night.model_copy(update={"start_time": datetime.now(UTC)})
+        assert f"suspended, flow run {suspended.name!r}" in str(
+            describe_other_night(night, [suspended])
         )
         client.resume_flow_run(flow_run.id)
         assert run_as_a_worker_does().is_completed()
