@@ -274,7 +274,7 @@ def add_checkpoints(run: RunDirectory, *steps: int, offered: int) -> None:
         path = checkpoint_path(run.checkpoints, step)
         path.mkdir(parents=True)
         (path / "optimizer.safetensors").write_bytes(bytes(10_000))
-    result = TrainResult(str(run.path), steps[-1], offered, 1.0, 1.0, 1.0, 0, (), {})
+    result = TrainResult(str(run.path), steps[-1], offered, 1.0, 1.0, 1.0, 0, (), "iterations", {})
     write_result(run.result, result, confirm=lambda: None)
 
 

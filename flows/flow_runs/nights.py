@@ -99,21 +99,22 @@ def find_other_night() -> str | None:
     nights: list[FlowRun] = []
     with asking_server("other runs of this adapter are not checked") as client:
         nights = client.read_flow_runs(
-            flow_run_filter=running, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=MAX_NIGHTS_READ
+            flow_run_filter=running, sort=FlowRunSort.START_TIME_ASC, limit=MAX_NIGHTS_READ
         )
+    own = next((night for night in nights if night.id == own.id), own)  # it has a start there
     return describe_other_night(own, nights)
 
 
 def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
     """The sentence about the first of `nights` in whose favour `own` is skipped, if there is one.
 
-    Of two nights that are at work the one due first trains; of two due at once the lower id. One
-    that waits is no reason: it would skip for this one, should both begin at the same time.
+    Of two nights that are at work the one that began first trains, whenever it was due; of two that
+    began at once the lower id. One that waits is no reason: it will see this one at work.
     """
     for other in nights:
-        if other.id == own.id or other.expected_start_time is None:
+        if other.id == own.id or other.start_time is None or own.start_time is None:
             continue
-        is_later = (other.expected_start_time, other.id) > (own.expected_start_time, own.id)
+        is_later = (other.start_time, other.id) > (own.start_time, own.id)
         if other.state_type == StateType.RUNNING and not is_later:
             return f"another run of this adapter is active, flow run {other.name!r} ({other.id})"
     return None

@@ -286,6 +286,7 @@ class FineTuneConfig(_RootSection):
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
         yield from _loss_problems(self)
         yield from _multi_process_problems(self)
+        yield from _minutes_problems(self)
         yield from _mlx_lm_reference_problems(self)
         yield from _continual_problems(self)
 
@@ -392,6 +393,24 @@ def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
         )
     if training.reference is not None and (training.processes, training.hostfile) != (1, None):
         yield "training.reference: one process; leave training.processes and hostfile out"
+
+
+def _minutes_problems(config: FineTuneConfig) -> Iterator[str]:
+    """Yield a message that names the keys with which no steps can be counted for minutes."""
+    training, continual = config.training, config.continual
+    if training.minutes is None:
+        return
+    is_given = {
+        "continual.replay.fraction": config.replay_fraction > 0,
+        f"continual.policy: {continual.policy}": continual.policy != "continue",
+        "training.processes": training.processes != 1,
+        "training.hostfile": training.hostfile is not None,
+    }
+    if given := [name for name, is_there in is_given.items() if is_there]:
+        yield (
+            f"training.minutes: {training.minutes:g} minutes are counted in steps of one process, "
+            f"without replay. Give iters, or leave {', '.join(given)} out"
+        )
 
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:

@@ -705,8 +705,9 @@ class ContinualSection(Section):
         "2h", "for auto: how long a rebuilt run may take, as 90m, 2h or 45s"
     )
     rate: float = key(
-        0.3,
-        "share of learning_rate at which a run goes on from the champion",
+        1.0,
+        "share of learning_rate at which a run goes on from the champion (0.3 was better on a base "
+        "of 0.4M parameters at 4e-4, 1 on SmolLM2-135M-Instruct at 1e-4)",
         affects="training",
         gt=0,
         le=1,

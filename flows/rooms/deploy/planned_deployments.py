@@ -273,8 +273,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
 
-    What a run follows the champion by is shipped to runs that do, and not to those that mlx_lm.lora
-    makes; `policy: auto` where the registry keeps rows and their speed can be measured. No key of a
+    What a run follows the champion by is shipped to runs that do, and not to those of
+    `training.reference` and `training.minutes`; `policy: auto` where the registry keeps rows and their speed can be measured. No key of a
     deleted room is shipped.
     """
     merged = dict(given)
@@ -301,8 +301,8 @@ def _list_keys_left_out(config: dict[str, Any]) -> set[str]:
         values = config.get(section)
         return values.get(name) if isinstance(values, dict) else None
 
-    is_reference = read("training", "reference") is not None
-    if is_reference or not read("continual", "from"):
+    cannot_replay = any(read("training", name) is not None for name in ("reference", "minutes"))
+    if cannot_replay or not read("continual", "from"):
         return {"policy", "window", "replay"}
     keeps_no_rows = read("registry", "keep_data") is False
     names_sources = "sources" in (read("continual", "replay") or {})

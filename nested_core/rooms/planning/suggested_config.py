@@ -315,7 +315,7 @@ nested: {{frequencies: [1]}}
 {_describe_held_out(base, report)}{_GATE}
 # Where a verified adapter is registered, and when it becomes the champion by itself.
 # registry: {{path: registry, name: my-adapter, promote: better}}
-# continual: {{from: champion}}  # every run goes on from it, at 0.3 of the learning_rate above
+# continual: {{from: champion}}  # every run goes on from it, at the learning_rate above
 """
 
 

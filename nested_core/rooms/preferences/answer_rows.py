@@ -160,6 +160,11 @@ def _write(example: Example) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": last["content"], **example.rest, **tools}
 
 
+def _swap_answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair that prefers the rejected answer of a row that `_write` has written."""
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+
+
 PAIRS: Mapping[str, RowFormat] = {
     name: RowFormat(
         model,
@@ -170,6 +175,7 @@ PAIRS: Mapping[str, RowFormat] = {
         encode=encode_pair,
         write=_write,
         judge=judge_pairs,
+        contradict=_swap_answers,
     )
     for name, model, fields in (
         ("pair", _PairLine, ("prompt", "chosen", "rejected")),

@@ -142,7 +142,7 @@ def test_the_next_run_starts_from_the_champion_and_is_judged_against_it(
     assert (recorded["parent"], recorded["champion_at_gate"]) == (parent, parent)
     assert champion_or_none(folder / "registry", NAME) == version
     note = describe_starting_adapter(configure(folder, "tuesday"), run)
-    assert note == f"starting from version {parent[:12]} of capitals at 0.3 of the learning rate"
+    assert note == f"starting from version {parent[:12]} of capitals"
 
 
 def unchanged(folder: Path, path: Path, data: str, **changes: Any) -> str | None:
