@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from nested_core.backend import warn_if_unprepared
 from nested_core.config.loading import render_config
 from nested_core.config.resume import read_run_config, refuse_differences_on_resume
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.data.data_settings import REPLAY_SPLIT
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.earlier_examples import find_earlier_examples
+from nested_core.data.example_digests import TrainedRows
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import (
@@ -51,8 +54,10 @@ from nested_core.measure.losses.held_out_loss import (
     read_nonempty_splits,
     require_validated_data,
 )
+from nested_core.measure.losses.left_out_examples import find_trained_rows
 from nested_core.models.adapter_fit import require_fit
 from nested_core.models.base_model import (
+    TrainedTokenizer,
     describe_token_beyond,
     find_model_folder,
     fingerprint_base_model,
@@ -72,11 +77,13 @@ from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.learning_rate_rule import require_usable_rate
+from nested_core.pipeline.named_models import find_rows_of_base
 from nested_core.pipeline.processes import count_processes, load_services, train_in_processes
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
     DatasetReport,
+    PromptFormat,
     read_dataset_record,
     require_held_out,
     require_test_set,
@@ -92,7 +99,14 @@ from nested_core.records.plan import (
 from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.start import CONFIGURED, START_FILE, Start
 from nested_core.records.verdict_file import write_verdict
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, export_adapter, write_adapter
+from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
+from nested_core.storage.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    export_adapter,
+    write_adapter,
+)
 from nested_core.storage.atomic import (
     new_directory,
     remove_file,
@@ -129,9 +143,27 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
                 f"written over: give a --run-dir of its own."
             )
         if run.tiers.exists():
-            refuse_differences_on_resume(read_run_config(run), config, run.path)
+            began_with = read_run_config(run)
+            refuse_differences_on_resume(began_with, config, run.path)
+            _refuse_fewer_iterations(began_with, config, run)
     record_or_compare_suites(run, suites)
     write_bytes(run.config, render_config(config))
+
+
+def _refuse_fewer_iterations(
+    began_with: FineTuneConfig, config: FineTuneConfig, run: RunDirectory
+) -> None:
+    """Raise ConfigError if `iters` is lowered below what the newest checkpoint has done already.
+
+    Epochs cannot differ on resume, and `training.minutes` counts anew.
+    """
+    done = latest_state(run.checkpoints).get("iteration", 0)
+    is_counted = config.training.epochs is None and config.training.minutes is None
+    if is_counted and config.iters < min(done, began_with.iters):
+        raise ConfigError(
+            f"{run.path} cannot be resumed with iters: {config.iters:,}, since its newest "
+            f"checkpoint has {done:,} already. Give as many or more, or another --run-dir."
+        )
 
 
 def validate(
@@ -146,7 +178,7 @@ def validate(
     report, _ = load_run_data(config, run, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
-    require_askable_suites(config)
+    require_askable_suites(config, report.prompt_format)
     require_held_out_examples(config, run)
     return report
 
@@ -170,8 +202,10 @@ def describe_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> list
     return [] if earlier is None else earlier.describe()
 
 
-def require_askable_suites(config: FineTuneConfig) -> None:
+def require_askable_suites(config: FineTuneConfig, prompt_format: PromptFormat | None) -> None:
     """Check that the model can be asked the questions of `gate.tasks` and `samples`.
+
+    prompt_format: of the training rows, as which a question's `prompt` is asked.
 
     Raises ConfigError if a file is missing or a prompt of `samples` has a token that the model does
     not know, DatasetError for bad lines or prompts that the model cannot take.
@@ -180,7 +214,7 @@ def require_askable_suites(config: FineTuneConfig) -> None:
         return
     tokenizer = TokenizerSource.from_config(config).load()
     base = find_model_folder(config.model)
-    encode_suites(read_suites(config.gate), tokenizer, base)
+    encode_suites(read_suites(config.gate), tokenizer, base, prompt_format)
     rows = vocabulary_size(base)
     for sample in config.samples:
         tokens = encode_prompt(tokenizer, sample)
@@ -252,6 +286,7 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
         start = read_adapter_file(Path(config.resume_adapter_file))
         source = f"resume_adapter_file: {start.path}"
     if start is not None:
+        _warn_of_other_tokenizer(start, source, base)
         require_fit(start, source, described, base, trainable_parameters(model))
         load_adapter_tensors(model, start.to_mlx())
         if not start.config:
@@ -266,9 +301,41 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
         START_FILE.write(run.start, Start(version, choice, rate_share))
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
+    _record_training_rows(config, run, start, base)
     tiers = _assign_tiers(config, run, model)
     build_optimizer(config, tiers, steps=1)  # refuses unusable arguments before training begins
     write_json(run.tiers, tiers.to_json())
+
+
+def _warn_of_other_tokenizer(start: Adapter, source: str, base: Path) -> None:
+    """Warn if a version was trained with another chat template or vocabulary than the base has."""
+    recorded: dict[str, Any] = {}
+    if (start.path / PROVENANCE_NAME).is_file():
+        recorded = read_provenance(start.path)
+    tokenizer = TrainedTokenizer(recorded.get("chat_template"), recorded.get("vocabulary"))
+    try:
+        tokenizer.require_in(base, source)
+    except ConfigError as problem:
+        warnings.warn(f"{problem} It goes on from there.", stacklevel=2)
+
+
+def _record_training_rows(
+    config: FineTuneConfig, run: RunDirectory, start: Adapter | None, base: Path
+) -> None:
+    """Write which rows the run trains on, and which its base and its initial adapter learnt.
+
+    start: the adapter that the run goes on from, wherever it is; None for a fresh one.
+    """
+    _, splits = load_run_data(config, run)
+    own = [splits[name].contents for name in ("train", REPLAY_SPLIT) if name in splits]
+    rows = find_rows_of_base(base) | TrainedRows(np.concatenate(own))
+    if start is not None:
+        location = config.registry.location
+        rows |= find_trained_rows(start, None if location is None else location[0])
+    if rows.unknown is not None:
+        stages.info("what the run goes on from was trained on rows that are not known:")
+        stages.info("%s", rows.unknown)
+    write_json(run.training_examples, rows.to_json())
 
 
 def _load_base_for_initial_adapter(config: FineTuneConfig, session: Session) -> BaseWithAdapter:
@@ -376,7 +443,11 @@ def train_model(
         tokenizer=base.tokenizer,
         callback=callback,
         make_questions=partial(
-            QuestionsInTraining.from_config, config, base.tokenizer, base.folder
+            QuestionsInTraining.from_config,
+            config,
+            base.tokenizer,
+            base.folder,
+            prompt_format=report.prompt_format,
         ),
         world=world,
     )
@@ -480,6 +551,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
         best_val_loss=state.best_val_loss,
         verified_steps=len(state.verified_steps),
         red_flags=tuple(state.red_flags),
+        ended=state.ended or "",
         evidence=digests_for_result(run, offered),
     )
     write_result(run.result, result, confirm=run.require_lock)

@@ -157,15 +157,16 @@ class Trainer:
     def _restore_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Load adapter, optimizer and training state from a checkpoint.
 
-        A run that had ended goes on if more iterations are configured now.
+        A run that ended after all its iterations goes on if more are configured now.
         """
         apply_flat_updates_to_nested(self.model, checkpoint.parameters())
         self.optimizer.state = checkpoint.optimizer_state()
         self.optimizer.init(self.model.trainable_parameters())
         self.state = TrainingState.from_json(checkpoint.state)
-        is_over = self._is_over()
-        self.state.ended = self.state.ended and is_over
-        self.state.flushed = self.state.flushed and is_over
+        if self.state.ended == "iterations":
+            self.state.ended = None
+            self.state.ended = self._find_end()
+            self.state.flushed = self.state.flushed and self._is_over()
 
     def train(self) -> TrainingState:
         """Train to the end of the run and return the final state.
@@ -182,12 +183,13 @@ class Trainer:
                 )
                 self._begin()
                 self._train_steps()
-                if not self.state.ended:
+                if self.state.ended is None:
+                    self.state.ended = self._find_end()  # a flush changes what it follows from
                     self._apply_remaining_gradients()
-                    self.state.ended = True  # before the last checkpoint, which records it
+                    self.state.observed = False
+                if not self.state.observed:
                     self._observe(Due())
         except EvaluationInterrupted:  # by a stop request: a resumed run evaluates again
-            self.state.ended = False
             self._save_and_raise_stopped()
         finally:
             self.world.end_watch()
@@ -341,11 +343,18 @@ class Trainer:
             if self._saver.after_step(self.state, is_due=due.save, is_time=must_save):
                 self.world.allow_longer()
 
-    def _is_over(self) -> bool:
-        """Whether all iterations are done or early stopping has run out of patience."""
-        has_all_iterations = self.state.iteration >= self.step_schedule.iterations
+    def _find_end(self) -> str | None:
+        """Return why training is over: `iterations` or `patience`; None while it is not."""
+        if self.state.ended is not None:
+            return self.state.ended
+        if self.state.iteration >= self.step_schedule.iterations:
+            return "iterations"
         patience = self.config.training.early_stop_patience
-        return has_all_iterations or is_out_of_patience(self.state, patience)
+        return "patience" if is_out_of_patience(self.state, patience) else None
+
+    def _is_over(self) -> bool:
+        """Whether training is over."""
+        return self._find_end() is not None
 
     def _apply_remaining_gradients(self) -> None:
         """Apply gradients that slow tiers have accumulated since they were last due (a flush)."""

@@ -259,9 +259,9 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "flows/rooms/sweep/flow.py",
-        "    if len(points) > MOST_RUNS:",
-        "    if len(points) >= MOST_RUNS:",
+        "nested_core/rooms/sweep/search.py",
+        "    if difference is None or difference.mean > -least:",
+        "    if difference is None or difference.mean < -least:",
         "a comparison turned",
     ),
     Fault(

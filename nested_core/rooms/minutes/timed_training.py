@@ -67,20 +67,11 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
 
     Attributes:
         config: the configuration, with the iterations of the run as soon as they are fixed.
-
-    Raises ConfigError where something else asks for the number of steps before they are counted.
     """
 
     def __init__(self, config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> None:
         training = config.training
         minutes = training.minutes or 0.0  # with none this is not made
-        has_earlier = config.replay_fraction or config.continual.policy != "continue"
-        if has_earlier or (training.processes, training.hostfile) != (1, None):
-            raise ConfigError(
-                f"training.minutes: {minutes:g} minutes are counted in steps of one process, "
-                f"without replay. Give --iters, or leave continual.replay, training.processes and "
-                f"training.hostfile out."
-            )
         self._minutes = minutes
         self._run = run
         self._hooks = hooks

@@ -232,7 +232,7 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(tmp_path, m
         f"verdict"
     )
     said = f"Training was cut after step {plan.steps:,} of {fixed.steps:,}"
-    assert said in str(plan.describe_ends())
+    assert said in str(plan.describe_ends(None))
     assert said in run.report.read_text()
     assert not run.stop_request.exists()
 
