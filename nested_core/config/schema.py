@@ -284,8 +284,6 @@ class FineTuneConfig(_RootSection):
         if self.gate.check_fused and self.fine_tune_type == "full":
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
         yield from _loss_problems(self)
-        yield from _multi_process_problems(self)
-        yield from _minutes_problems(self)
         yield from _continual_problems(self)
         yield from seams.collect("problems", self)
 
@@ -378,36 +376,6 @@ def _loss_problems(config: FineTuneConfig) -> Iterator[str]:
         yield str(error).removesuffix(".")
         return
     yield from seams.load(added.problems)(config)
-
-
-def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield conflicts of training in several processes; a hostfile is checked when it is read."""
-    training, batch_size = config.training, config.batch_size
-    if training.hostfile is not None and training.processes != 1:
-        yield "training.processes and training.hostfile: give only one; each host is a rank"
-    if batch_size % training.processes:
-        yield (
-            f"batch_size {batch_size} is the batch of all ranks together: training.processes "
-            f"{training.processes} does not divide it"
-        )
-
-
-def _minutes_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield a message that names the keys with which no steps can be counted for minutes."""
-    training, continual = config.training, config.continual
-    if training.minutes is None:
-        return
-    is_given = {
-        "continual.replay.fraction": config.replay_fraction > 0,
-        f"continual.policy: {continual.policy}": continual.policy != "continue",
-        "training.processes": training.processes != 1,
-        "training.hostfile": training.hostfile is not None,
-    }
-    if given := [name for name, is_there in is_given.items() if is_there]:
-        yield (
-            f"training.minutes: {training.minutes:g} minutes are counted in steps of one process, "
-            f"without replay. Give iters, or leave {', '.join(given)} out"
-        )
 
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:

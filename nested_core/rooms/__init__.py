@@ -243,6 +243,7 @@ ROOMS: Mapping[str, Room] = {
     ),
     "sweep": Room(commands=("sweep",)),
     "ranks": Room(
+        problems="nested_core.rooms.ranks.refused_keys:iterate_problems",
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
         train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
     ),
@@ -265,6 +266,7 @@ ROOMS: Mapping[str, Room] = {
     ),
     "minutes": Room(
         flags={command: ("--minutes",) for command in ("train", "run", "explain")},
+        problems="nested_core.rooms.minutes.refused_keys:iterate_problems",
         timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
         run_measurement="nested_core.rooms.minutes.sizes:measure_run",
         blas_threads="nested_core.rooms.minutes.blas_threads:using_quicker_blas_threads",
