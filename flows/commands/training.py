@@ -278,7 +278,7 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
         print_line(note)
     if registry.path is None and verdict.tone != "warn":
         print_progress(f"next: `nested-tune promote {result.run.path} --name NAME`")
-    elif verdict.doubtful_answers:
+    elif verdict.doubtful_answers and not verdict.has_broken_answers:
         print_progress(f"next: {LEARN_MORE}")
 
 

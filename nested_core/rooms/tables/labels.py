@@ -58,7 +58,7 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
         yield Table("How often each answer is given", ("answer", *counts), rows)
     trained = next(iter(counts), "")
     for label in labels:
-        if not counts[trained][label]:
+        if not counts[trained][label] and labels[label] > 1:  # one given once is no label
             yield Text(
                 f"warning: no row of {trained} has the label {shorten(label)!r}, which other "
                 f"splits have: it will not be learnt. Shuffle the rows before they are split."

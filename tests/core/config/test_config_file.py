@@ -310,7 +310,7 @@ def test_every_problem_is_told_at_once_with_its_line(write: Write) -> None:
     found = {line.split(":")[0].strip(): line for line in refused_lines(write(REFUSED))}
     assert found["learning_rte"].endswith("did you mean learning_rate? (line 2)")
     assert found["nested"].endswith(
-        "learning_rate_scale needs one number a tier (2), got 1 (line 3)"
+        "learning_rate_scale needs one number a tier (2), got 1 (line 5)"
     )
     assert found["hf_dataset.1.trian_split"].endswith("did you mean train_split? (line 10)")
     assert found["training.supervise"].endswith("found 'some' (line 13)")

@@ -99,6 +99,7 @@ def test_labels_of_a_data_set_are_counted_in_each_split(tmp_path: Path) -> None:
     assert isinstance(table, Table)
     assert table.columns == ("answer", "train.jsonl", "valid.jsonl")
     assert table.rows == [("yes", "8 (67%)", "1 (50%)"), ("no", "4 (33%)", "1 (50%)")]
+    write_lines(tmp_path / "valid.jsonl", rows[:4])
     write_lines(tmp_path / "train.jsonl", [row for row in rows if "yes" in str(row)])
     _, warning = tabulate_labels_of_data(DataSettings(str(tmp_path)))
     assert warning == Text(
@@ -121,3 +122,15 @@ def test_the_list_of_runs_warns_of_an_adapter_no_better_than_one_label(
         "one: warning: candidate is right for 6 of 10 (60%) of topics, no more than always "
         "answering 'billing': it has not learnt to tell the labels apart, whatever its loss says."
     )
+
+
+def test_an_answer_that_is_given_once_is_no_label_that_train_lacks(tmp_path: Path) -> None:
+    labelled = [chat(f"{n}?", f"topic {n % 5}") for n in range(100)]
+    write_lines(tmp_path / "train.jsonl", labelled)
+    rows = [*[chat(f"of {n}?", f"Go and see town {n}") for n in range(20)], chat("x?", "rare")]
+    write_lines(tmp_path / "valid.jsonl", [*rows, chat("y?", "rare")])
+    blocks = tabulate_labels_of_data(DataSettings(str(tmp_path)))
+    warnings = [block.text for block in blocks if isinstance(block, Text)]
+    assert [text.partition(",")[0] for text in warnings] == [
+        "warning: no row of train.jsonl has the label 'rare'"
+    ]
