@@ -1,33 +1,30 @@
-"""What fits in how many minutes, as `explain` says it: a short trial, half of a run, all of it."""
+"""How fast a run is, and what fits in how many minutes, as `explain` says it."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from math import ceil
-from statistics import median
 
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
-from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.device_lock import OnWait
 from nested_core.pipeline.preflight import estimate_iterations
-from nested_core.records.dataset import read_dataset_record
 from nested_core.rooms.minutes.blas_threads import (
     THREADS_VARIABLE,
     choose_blas_threads_of_run,
     using_blas_threads,
 )
-from nested_core.rooms.minutes.forecast import Forecast, make_forecast
-from nested_core.rooms.minutes.trial_run import try_steps
+from nested_core.rooms.minutes.forecast import Forecast
+from nested_core.rooms.minutes.timed_training import measure
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import stages
 from nested_core.text.value_format import format_count, format_passes
 
-ROUND_MINUTES = (1, 2, 3, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 240, 360, 480, 720, 1440, 2880)
+OFFERED_MINUTES = (1, 2, 5, 10, 20, 30, 60, 120, 240, 480, 1440, 2880)
 TRIED_SECONDS = 2.0
-SHORT_SHARE, HALF_SHARE = 1 / 6, 1 / 2  # of the whole run's time, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +34,9 @@ class MeasuredRun:
     seconds_a_step: of training alone.
     training_seconds: of all steps.
     seconds: of the whole run with its evaluations and its verdict.
-    tokens_per_second: trained-on tokens, the median of the tried steps.
+    tokens_per_second: trained-on tokens.
     device: what they were tried on.
-    sizes: three sizes of the run with their minutes, in words.
+    sizes: the run, and shorter and longer ones, with their minutes, in words.
     """
 
     seconds_a_step: float
@@ -68,55 +65,52 @@ def measure_run(
     With how fast it is, the configuration, with the iterations that its minutes come to.
     """
     stages.info("explain: trying a few steps")
+    minutes, every = config.training.minutes, config.grad_accumulation_steps
     quickest = choose_blas_threads_of_run(config, session, on_wait)
-    has_quickest = config.training.minutes is not None  # any other run has as many as there are
-    with using_blas_threads(quickest if has_quickest else None):
-        trial = try_steps(config, run, TRIED_SECONDS, session, on_wait)
-        splits = read_dataset_record(run.dataset).splits
-        with locking_devices(on_wait, session=session):
-            base = session.load_base(config)
-            forecast = make_forecast(config, splits, trial, base.model, base.tokenizer)
-    every = config.grad_accumulation_steps
-    passes = trial.plan.epochs / trial.plan.steps  # of a step
-    if config.training.minutes is not None:
-        steps = max(1, _count_steps(forecast, config.training.minutes))
+    with using_blas_threads(None if minutes is None else quickest):  # else as many as there are
+        forecast = measure(config, run, TRIED_SECONDS, session, on_wait)
+    if minutes is not None:
+        steps = max(1, _count_steps(forecast, minutes))
         config = config.model_copy(update={"iters": steps * every})
     else:
         steps = ceil(estimate_iterations(config, run) / every)
-    sizes = _describe_sizes(forecast, steps, passes)
-    if quickest == 1 and not (
-        has_quickest or THREADS_VARIABLE in os.environ or os.cpu_count() == 1
-    ):
+    sizes = _describe_sizes(forecast, steps)
+    has_all = minutes is None and THREADS_VARIABLE not in os.environ and os.cpu_count() != 1
+    if quickest == 1 and has_all:
         sizes += f" Here and now, {THREADS_VARIABLE}=1 in the environment makes it quicker."
-    measured = MeasuredRun(
+    return config, MeasuredRun(
         seconds_a_step=forecast.step,
         training_seconds=steps * forecast.step,
         seconds=_seconds_before(forecast) + forecast.seconds_of(steps),
-        tokens_per_second=median(step.tokens / step.seconds for step in trial.measured),
+        tokens_per_second=forecast.trial.tokens_per_second,
         device=backend.device(),
         sizes=sizes,
     )
-    return config, measured
 
 
-def _describe_sizes(forecast: Forecast, steps: int, passes: float) -> str:
-    """The whole run of so many steps, and two others; `passes` over the data is a step."""
+def _describe_sizes(forecast: Forecast, steps: int) -> str:
+    """The run of so many steps, the longest offer of at most its half, and the next longer one.
+
+    No minutes are offered to a run that cannot have them, such as one with replay.
+    """
+    passes = forecast.trial.plan.epochs / forecast.trial.plan.steps  # of a step
+
+    def describe(count: int) -> str:
+        return f"{format_count(count, 'step')}, {format_passes(count * passes)} over the data"
+
     seconds = _seconds_before(forecast) + forecast.seconds_of(steps)
-    whole = f"as configured {_describe(steps, passes)}, {format_duration(seconds)}"
-    chosen = {m: _count_steps(forecast, m) for m in _choose(forecast, seconds, steps)}
-    parts = [(60.0 * m, f"--minutes {m}: {_describe(n, passes)}") for m, n in chosen.items()]
-    told = [text for _, text in sorted([*parts, (seconds, whole)])]
+    told = [f"as configured {describe(steps)}, {format_duration(seconds)}"]
+    if _can_be_timed(forecast.config):
+        counts = {minutes: _count_steps(forecast, minutes) for minutes in OFFERED_MINUTES}
+        shorter = [m for m, count in counts.items() if count and 120 * m <= seconds][-1:]
+        longer = [m for m, count in counts.items() if count > steps][:1]
+        told += [f"--minutes {m}: {describe(counts[m])}" for m in (*shorter, *longer)]
     return f"{'; '.join(told)}; each with its verdict, as busy as this machine is now."
 
 
-def _choose(forecast: Forecast, seconds: float, steps: int) -> list[int]:
-    """Minutes of two sizes beside a whole run of so many seconds: shorter, or with more steps."""
-    possible = [minutes for minutes in ROUND_MINUTES if _count_steps(forecast, minutes)]
-    shorter = [minutes for minutes in possible if 60 * minutes <= HALF_SHARE * seconds]
-    short = [minutes for minutes in shorter if 60 * minutes <= SHORT_SHARE * seconds]
-    longer = [minutes for minutes in possible if _count_steps(forecast, minutes) > steps]
-    chosen = dict.fromkeys([*short[-1:], *shorter[-1:], *shorter[:1], *longer])
-    return list(chosen)[:2]
+def _can_be_timed(config: FineTuneConfig) -> bool:
+    training = config.training.model_copy(update={"epochs": None, "minutes": 1.0})
+    return not list(config.model_copy(update={"training": training}).find_conflicts())
 
 
 def _count_steps(forecast: Forecast, minutes: float) -> int:
@@ -124,10 +118,5 @@ def _count_steps(forecast: Forecast, minutes: float) -> int:
 
 
 def _seconds_before(forecast: Forecast) -> float:
-    """Seconds of a command until its steps are fixed, about: it reads the data, and tries two."""
-    return 2 * forecast.opening + 2 * forecast.step + forecast.closing
-
-
-def _describe(steps: int, passes: float) -> str:
-    passed = format_passes(steps * passes)
-    return f"{format_count(steps, 'step')}, {passed} over the training data"
+    """Seconds of a command until its steps are counted, about: it reads the data, and tries two."""
+    return 2 * forecast.opening + 2 * forecast.step + forecast.checkpoint

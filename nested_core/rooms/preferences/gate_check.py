@@ -23,6 +23,7 @@ from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.measure.losses.prediction_comparison import PredictionComparison, Vector
 from nested_core.models.generation import Sampling, answer_prompts, encode_messages
@@ -340,6 +341,14 @@ def _ask(judged: CheckedRun) -> list[tuple[int, int, int]]:
     return list(zip(*lengths, strict=True))
 
 
+def _plan_work(run: RunToJudge) -> GateWork:
+    """The reference and both adapters on all held-out pairs, and the answers to a few prompts."""
+    if run.config.training.loss not in SETTINGS_BY_LOSS:
+        return GateWork()
+    tokens = 2 * run.config.training.sample_tokens
+    return GateWork(rows=3 * run.held_out_rows, tokens=tokens, answers=MAX_ASKED_PROMPTS)
+
+
 def _find_reasons(verdict: PreferenceVerdict) -> Iterator[Reason]:
     if verdict.reference_error is not None and verdict.reference_error > MAX_REFERENCE_ERROR:
         yield Reason(
@@ -395,5 +404,6 @@ CHECKS = (
         _judge_preference,
         stopped_by=(*WITHOUT_MODEL, LOSSES),
         bounds=("max_chosen_fall",),
+        plan_work=_plan_work,
     ),
 )
