@@ -50,6 +50,7 @@ SHARE_BEYOND = 0.1  # of the minutes: a run that ends so much later is not cut f
 MAX_SECONDS_BEYOND = 30.0
 MORE_STEPS = 1.25  # times as many have to fit before a run is made longer
 MAX_PACE = 2.0  # times as slow as forecast, that is allowed for the verdict: nothing stops that
+VERDICT_SPARED = 0.4  # of its forecast, where a run is refused: answers may be shorter, or known
 STEPS_MEASURED = (3, 20)  # the fewest, and the last ones, by which a machine is slower or quicker
 SECONDS_BETWEEN_NOTES = 5.0
 
@@ -143,7 +144,8 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         left = self._end - time.time()
         least = max(1, self.config.nested.frequencies[-1] - done)
         steps = max(least, forecast.count_steps(left))
-        missing = forecast.seconds_of(steps) - left - _seconds_beyond(self._minutes)
+        needed = forecast.seconds_of(steps) - VERDICT_SPARED * forecast.verdict
+        missing = needed - left - _seconds_beyond(self._minutes)
         if steps == least and missing > 0:
             raise ConfigError(
                 f"training.minutes: {self._minutes:g} minutes hold no step and its verdict on this "
@@ -250,10 +252,12 @@ def count_anew(
     left -= min(pace, MAX_PACE) * plan.seconds_to_judge
     fitting = done + max(0, int((left - pace * plan.seconds_to_begin) / step))
     is_late = (steps - done) * step - left > _seconds_beyond(plan.minutes) and fitting < steps
-    is_over = is_late and left <= 0
-    return (
-        fitting if is_over or not only_cut and (is_late or fitting >= MORE_STEPS * steps) else None
-    )
+    if only_cut:
+        return fitting if is_late and left <= 0 else None
+    if is_late:
+        return fitting
+    more = fitting - steps  # half of them: a machine that turned quicker may turn back
+    return steps + more // 2 if fitting >= MORE_STEPS * steps else None
 
 
 def _seconds_beyond(minutes: float) -> float:

@@ -77,7 +77,7 @@ def test_explain_measures_a_run_of_minutes_with_the_threads_that_it_will_have(
         return try_steps(*arguments)
 
     monkeypatch.setattr(sizes, "choose_blas_threads_of_run", lambda *_: 1)
-    monkeypatch.setattr(sizes, "try_steps", noting_threads)
+    monkeypatch.setattr(timed_training, "try_steps", noting_threads)
     monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.1)
     advice = "Here and now, OPENBLAS_NUM_THREADS=1 in the environment makes it quicker."
     for minutes in (5, None):

@@ -105,17 +105,16 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
 
 @pytest.mark.slow("measures the speed of steps and of answers")
 @needs_rooms("planning")
-def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, monkeypatch) -> None:
+def test_explain_offers_minutes_and_counts_the_steps_of_minutes(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.3)
     write_config(tmp_path / "config.yaml", iters=4)
     whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)
     said = json.loads(whole.stdout)
     assert "trained-on tokens a second" in said["time"]
     offered = said["sizes"].split("; ")
-    assert [size.partition(":")[0].partition(" 4")[0] for size in offered[:3]] == [
+    assert [size.partition(":")[0].partition(" 4")[0] for size in offered[:2]] == [
         "as configured",
         "--minutes 1",
-        "--minutes 2",
     ]
     assert said["steps"].startswith("4 batches of 2 examples")
     words = ("explain", "-c", "config.yaml", "--minutes", "1", "--json")

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
+from nested_core.gate.judge import list_checks_with_model
 from nested_core.models.session import Session
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
 from tests.example import example_config, prepare
+from tests.left_out import needs_rooms
 
 
 def forecast_of(**changes: Any) -> Forecast:
@@ -70,20 +75,57 @@ def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None
     assert made.verdict > 2 * made.evaluation
 
 
-@pytest.mark.slow("answers for its forecast, twice")
-def test_more_tokens_of_answers_take_longer(tmp_path: Path) -> None:
-    suite = tmp_path / "suite.jsonl"
+def works_of(config: FineTuneConfig, path: Path) -> dict[str, GateWork]:
+    """What each check of the gate that computes something declares of a run."""
+    tokenizer = TokenizerSource.from_config(config).load()
+    run = RunToJudge(config, prepare(config, path), tokenizer)
+    checks = [one for one in list_checks_with_model() if one.is_asked(config.gate_bounds)]
+    works = {one.name: one.plan_work(run) for one in checks if one.plan_work is not None}
+    return {name: work for name, work in works.items() if work != GateWork()}
+
+
+def test_each_check_of_the_gate_declares_what_it_computes(tmp_path: Path) -> None:
+    suite, general = tmp_path / "suite.jsonl", tmp_path / "general.jsonl"
     question = {"messages": [{"role": "user", "content": "Where to?"}], "expected": "Oslo"}
-    suite.write_text(json.dumps(question) + "\n")
+    suite.write_text((json.dumps(question) + "\n") * 9)
+    general.write_text('{"text": "It rains."}\n' * 7)
+    task = {"name": "where", "file": str(suite), "score": "exact", "max_tokens": 40}
+    gate = {"tasks": [task], "general_data": str(general), "max_general_loss_increase": 0.1}
+    config = example_config(gate=gate, training={"sample_tokens": 50})
+    works = works_of(config, tmp_path / "run")
+    rows = {name: work.rows for name, work in works.items() if work.rows}
+    assert rows == {"losses": 2 * 10, "general text": 2 * 7}
+    assert (works["answers"].tokens, works["answers"].answers) == (2 * 40, 9)
+    assert 50 < works["sample answers"].tokens < 70  # the adapter's are as long as the data's
+    prompted = config.model_copy(update={"samples": ("Where to?",)})
+    assert works_of(prompted, tmp_path / "other")["sample answers"].tokens == 2 * 50
 
-    def answers_of(max_tokens: int) -> float:
-        task = {"name": "where", "file": str(suite), "score": "exact", "max_tokens": max_tokens}
-        config = example_config(gate={"tasks": [task]})
-        run = prepare(config, tmp_path / f"run-{max_tokens}")
-        with run.locked(), Session() as session:
-            trial = try_steps(config, run, 0.2, session)
-            base = session.load_base(config)
-            return make_forecast(config, run, trial, base.model, base.tokenizer).verdict
 
-    few, many = answers_of(4), answers_of(4_000)
-    assert 0 < 50 * few < many
+def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
+    """Nine pairs in each split, and a run on them."""
+    for split in splits:
+        pairs = [{"prompt": f"{split} {n}?", "chosen": "yes", "rejected": "no"} for n in range(9)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return example_config(data=str(folder), training={"loss": "dpo"})
+
+
+@needs_rooms("preferences")
+def test_the_gate_of_pairs_computes_them_six_times(tmp_path: Path) -> None:
+    config = write_pairs(tmp_path, "train", "valid")
+    works = works_of(config, tmp_path / "run")
+    assert works["losses"].rows == 3 * 9  # with the reference
+    assert works["preference"].rows == 3 * 9
+    assert works["preference"].tokens == 2 * config.training.sample_tokens
+
+
+@needs_rooms("preferences")
+def test_a_trial_computes_no_reference_and_forecasts_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_pairs(tmp_path, "train")
+    run = prepare(config, tmp_path / "run")
+    path = "nested_core.rooms.preferences.reference_likelihoods._compute_likelihoods"
+    monkeypatch.setattr(path, lambda *_: pytest.fail("computed the reference"))
+    with run.locked(), Session() as session:
+        trial = try_steps(config, run, 0.1, session)
+    assert trial.rows_to_begin == 9

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,7 @@ from nested_core.records.plan import TimePlan, TrainingPlan, read_plan, write_pl
 from nested_core.rooms.minutes import timed_training
 from nested_core.rooms.minutes.blas_threads import using_blas_threads
 from nested_core.storage.run_directory import RunDirectory, open_run
-from tests.example import SPEEDS, example_config, prepare, write_config
-from tests.flows.conftest import ended, start
-from tests.waiting import wait_until
+from tests.example import SPEEDS, example_config, prepare
 
 # A run of some seconds, with warm-up, cosine and evaluations by shares of the run.
 SETTINGS: dict[str, Any] = {
@@ -201,7 +198,7 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
-    count_anew_after(monkeypatch, 3, lambda done: done)
+    count_anew_after(monkeypatch, 5, lambda done: done)
     run = open_run(tmp_path / "run")
     stopper = Stopper()
     with stopper.handling_signals(run):
@@ -209,8 +206,8 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
     assert result.verdict is not None
     assert result.training is not None
     plan, fixed = plan_of(run), time_plan_of(run)
-    assert plan.steps == result.training.step == 3 < fixed.steps
-    cut = f"after step 3 of {fixed.steps:,}"
+    assert plan.steps == result.training.step == 5 < fixed.steps
+    cut = f"after step 5 of {fixed.steps:,}"
     assert f"Training was cut {cut}" in str(plan.describe_ends())
     report = run.report.read_text()
     assert f"Training was cut {cut}" in report
@@ -283,7 +280,7 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
         ([90, 10, 10, 10], 99, True, 4),
         ([90, 20, 20, 20], 199, True, 4),  # the verdict is as slow
         ([90, 80, 80, 80], 210, True, None),  # but allowed twice its time alone
-        ([90, 5, 5, 5], 200, False, 33),  # and as quick
+        ([90, 5, 5, 5], 200, False, 26),  # and as quick; of 33 half of those beyond 20
         ([90], 50, True, None),  # there is no speed before a second step
     ],
 )
@@ -324,23 +321,3 @@ def test_a_run_notes_how_long_it_worked_and_a_copy_of_it_has_worked_no_longer(
     for folder in (run, copy):
         _, spent, _ = timed_training._find_time_spent(folder)
         assert spent == pytest.approx(90.0, abs=5.0)
-
-
-@pytest.mark.slow("trains in a process of its own that is killed")
-def test_a_killed_command_of_minutes_ends_with_the_bytes_of_one_that_nobody_killed(
-    tmp_path: Path,
-) -> None:
-    training = {**SETTINGS["training"], "minutes": 1}
-    write_config(tmp_path / "config.yaml", **{**SETTINGS, "training": training, "save_every": 3})
-    process = start("train", "-c", "config.yaml", "--run-dir", "killed", cwd=tmp_path)
-    run = RunDirectory(tmp_path / "killed")
-    wait_until(lambda: any(run.checkpoints.glob("step-*/MANIFEST.json")), process=process)
-    began = time_plan_of(run).began
-    (trains,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(trains), signal.SIGKILL)
-    killed = ended(process)
-    assert killed.code == 0, killed.stderr
-    fixed = time_plan_of(run)
-    assert (fixed.began, fixed.spent) == (began, 0.0)  # one command, whose clock went on
-    plain = train_by_iterations(run, tmp_path / "plain", save_every=3)
-    assert bytes_of(run) == bytes_of(plain)
