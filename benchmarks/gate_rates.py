@@ -57,7 +57,6 @@ from nested_core.rooms.export.reference import HeldOutRows, Reference
 from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
 from nested_core.rooms.replay.ancestor_examples import MAX_ANCESTORS, AncestorExamples
 from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
-from nested_core.rooms.sweep.page import SweepRunResult, choose_best_run
 from nested_core.rooms.sweep.search import better_half, is_shown_better, plan_rungs
 from nested_core.training.training_state import TrainingState
 
@@ -217,34 +216,6 @@ def fixed_step_before_and_now(random: np.random.Generator, **planted: Any) -> tu
 def best_step_before_and_now(random: np.random.Generator, **planted: Any) -> tuple[bool, bool]:
     """Whether the best of 24 evaluations was promoted at 95bc16c, and is now."""
     return _is_promoted_before_and_now(*plant_best_step(random, **planted))
-
-
-def best_of_sweep(
-    random: np.random.Generator,
-    *,
-    points: int,
-    examples: int,
-    distribution: str,
-    sd: float,
-    has_test: bool = False,
-) -> bool:
-    """The point that a sweep chooses, of adapters that differ by chance alone."""
-    before, tokens = draw_before(random, examples)
-    losses = before + draw_noise(random, (points, examples), distribution, sd)
-    means = losses @ tokens / tokens.sum()
-    outcomes = [
-        SweepRunResult(str(point), {}, "Verified", "", True, None, val_loss=float(mean))
-        for point, mean in enumerate(means)
-    ]
-    best = choose_best_run(outcomes)
-    chosen = losses[0 if best is None else int(best.run_dir)]
-    judged = make_losses(before, chosen, tokens, "valid.jsonl")
-    if has_test:
-        fresh, tokens = draw_before(random, examples)
-        after = fresh + draw_noise(random, examples, distribution, sd)
-        return is_promoted(make_losses(fresh, after, tokens), Candidates())
-    family = [Candidates(1, judged.lines, point[None]) for point in losses]
-    return is_promoted(judged, join_candidates(family))
 
 
 def best_of_halving(
@@ -729,13 +700,6 @@ def _list_cases_of_noise(distribution: str, sd: float) -> Iterator[Case]:
         yield case("promoted", name, trial, 0.04, is_cheap=examples == 30)
         name = f"equal, the best of {STEPS} evaluations, {examples} examples"
         yield case("promoted", name, partial(best_step, examples=examples), 0.04)
-    for points in (1, 4, 16, 64):
-        name = f"equal, a sweep of {points}, 60 examples"
-        sweep = partial(best_of_sweep, points=points, examples=60)
-        yield case("promoted", name, sweep, 0.04)
-    name = "equal, a sweep of 16 judged on test.jsonl, 60 examples"
-    sweep = partial(best_of_sweep, points=16, examples=60, has_test=True)
-    yield case("promoted", name, sweep, 0.04)
     for points, examples in ((4, 60), (16, 60), (4, 200)):
         name = f"equal, a sweep of {points} with halving, {examples} examples"
         sweep = partial(best_of_halving, points=points, examples=examples)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
-from nested_core.rooms import ROOMS, Room, RoomLoss, TrainingFlow
+from nested_core.rooms import ROOMS, Room, RoomLoss
 from nested_core.text.loss_format import NATS_PER_TOKEN
 
 
@@ -87,12 +87,6 @@ def room_of(entrypoint: str) -> str | None:
     return words[2] if words[:2] == ["flows", "rooms"] and len(words) > 2 else None
 
 
-def find_training_flow(entrypoint: str) -> TrainingFlow | None:
-    """Return a room's flow that trains, by its entrypoint; None for any other."""
-    room = ROOMS.get(room_of(entrypoint) or "")
-    return None if room is None else room.training_flows.get(entrypoint)
-
-
 def load_only(kind: str, wanted: str) -> Any:
     """Import a part that exactly one room has.
 
@@ -130,7 +124,10 @@ def find_loss(name: str) -> RoomLoss:
             require(room, f"training.loss: {name}")
             return added.losses[name]
     names = ", ".join(sorted(join_mappings("losses")))
-    raise ConfigError(f"training.loss: {name!r} is none of {names or 'the losses here'}.")
+    raise ConfigError(
+        f"training.loss: {name!r} is none of {names or 'the losses here'}. What to do with answers "
+        f"that have a label says docs/preferences.md#answers-with-a-label."
+    )
 
 
 def unit_of_loss(name: str | None) -> str:

@@ -106,7 +106,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     if tokenizer is not None and config.gate.tasks:
         from nested_core.pipeline.steps import require_askable_suites  # mlx takes a second
 
-        require_askable_suites(config)
+        require_askable_suites(config, report.prompt_format)
     examples = []
     if tokenizer is not None and "train" in splits:
         train, count = report.splits["train"], arguments.show or 0
@@ -243,6 +243,7 @@ def print_result(
 def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: Verdict) -> None:
     """What became of the adapter in the registry, where the page is, and how to go on."""
     from nested_core.records.run_status import Run
+    from nested_core.records.verdict import LEARN_MORE
     from nested_core.report.outcome import describe_outcome
 
     if result.version is not None or result.kept_champion is not None:
@@ -250,13 +251,15 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
     run = Run(result.run)
     print_line(f"outcome: {describe_outcome(run)}")
-    if run.plan is not None and (ends := run.plan.describe_ends()):
+    if run.plan is not None and (ends := run.plan.describe_ends(run.result)):
         print_line(ends)
     print_line(f"report: {result.run.report}")
     for note in verdict.notes():
         print_line(note)
-    if registry.path is None and not verdict.has_broken_answers:
+    if registry.path is None and verdict.tone != "warn":
         print_progress(f"next: `nested-tune promote {result.run.path} --name NAME`")
+    elif verdict.doubtful_answers:
+        print_progress(f"next: {LEARN_MORE}")
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:

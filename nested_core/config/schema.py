@@ -140,6 +140,7 @@ class FineTuneConfig(_RootSection):
         "the base model: a folder, or its name on the hub",
         affects="source",
         path="local_or_hub",
+        in_loss="value",
     )
     data: str = key(
         "mlx-community/WikiSQL",
@@ -147,6 +148,7 @@ class FineTuneConfig(_RootSection):
         "data set of the hub",
         affects="source",
         path="local_or_hub",
+        in_loss="rows",
     )
     train: bool = key(True, "implied: these commands always train", affects="output", in_form=False)
     fine_tune_type: Literal["lora", "dora", "full"] = key(
@@ -164,7 +166,9 @@ class FineTuneConfig(_RootSection):
     num_layers: CountOrAll = key(16, "how many of the last layers are trained (-1 is all)")
     batch_size: PositiveInt = key(4, "examples in a micro-batch", lt=2**31)
     iters: PositiveInt = key(1000, "micro-batches to train on", affects="length")
-    val_batches: CountOrAll = key(25, "batches of an evaluation (-1 is all, 0 is none)")
+    val_batches: CountOrAll = key(
+        25, "batches of an evaluation (-1 is all, 0 is none)", in_loss="rows"
+    )
     learning_rate: PositiveFloat = key(
         1e-5, "step size of the optimizer, before schedule and warm-up"
     )
@@ -192,7 +196,9 @@ class FineTuneConfig(_RootSection):
     test_batches: CountOrAll = key(
         500, "batches of that loss (-1 is all)", affects="output", in_form=False
     )
-    max_seq_length: int = key(2048, "tokens after which an example is overlong", ge=2, lt=2**31)
+    max_seq_length: int = key(
+        2048, "tokens after which an example is overlong", ge=2, lt=2**31, in_loss="value"
+    )
     grad_checkpoint: bool = key(
         False, "compute layers again in the backward pass: less memory, more time"
     )
@@ -206,7 +212,7 @@ class FineTuneConfig(_RootSection):
     )
     lr_schedule: LearningRateSchedule | None = key(None, "schedule of the learning rate")
     lora_parameters: LoraParameters = key(LoraParameters(), "rank, scale and modules of LoRA")
-    mask_prompt: bool = key(False, "train on the answers alone")
+    mask_prompt: bool = key(False, "train on the answers alone", in_loss="value")
     report_to: str | None = key(
         None,
         "report metrics to wandb or another service (docs/watching.md), or several: wandb,mlflow",
@@ -221,20 +227,35 @@ class FineTuneConfig(_RootSection):
         "run code that comes with the model: only if you trust it",
         affects="source",
         in_form=False,
+        in_loss="value",
     )
-    prompt_feature: str = key("prompt", "the key of the prompt in a row", in_form=False)
-    completion_feature: str = key("completion", "the key of the completion in a row", in_form=False)
-    text_feature: str = key("text", "the key of plain text in a row", in_form=False)
-    chat_feature: str = key("messages", "the key of the messages in a row", in_form=False)
+    prompt_feature: str = key(
+        "prompt", "the key of the prompt in a row", in_form=False, in_loss="value"
+    )
+    completion_feature: str = key(
+        "completion", "the key of the completion in a row", in_form=False, in_loss="value"
+    )
+    text_feature: str = key(
+        "text", "the key of plain text in a row", in_form=False, in_loss="value"
+    )
+    chat_feature: str = key(
+        "messages", "the key of the messages in a row", in_form=False, in_loss="value"
+    )
     data_format: DataFormat = key(
         "auto",
         "the format of the rows, of docs/data.md (auto finds it, csv takes tables alone)",
         in_form=False,
+        in_loss="value",
     )
     drop_fields: Names = key(
-        (), "fields of the rows that are left out on purpose, though they hold text", in_form=False
+        (),
+        "fields of the rows that are left out on purpose, though they hold text",
+        in_form=False,
+        in_loss="value",
     )
-    hf_dataset: HubDatasets = key((), "data sets of the hub with their splits", in_form=False)
+    hf_dataset: HubDatasets = key(
+        (), "data sets of the hub with their splits", in_form=False, in_loss="rows"
+    )
     nested: NestedSection = key(NestedSection(), "tiers of parameters, each with its own frequency")
     training: TrainingSection = key(TrainingSection(), "clipping, warm-up, early stop, precision")
     data_policy: DataPolicy = key(DataPolicy(), "what becomes of overlong or repeated examples")

@@ -126,11 +126,15 @@ class TrainingSection(Section):
     minutes: Annotated[PositiveFloat, Field(lt=MAX_MINUTES)] | None = key(
         None, "minutes of a command with its verdict, in place of iters", affects="length"
     )
-    supervise: Literal["last", "all"] = key("last", "assistant turns to train on, in a chat")
-    loss: NonEmpty | None = key(
-        None, "a loss on other rows than answers to learn (null: cross-entropy)"
+    supervise: Literal["last", "all"] = key(
+        "last", "assistant turns to train on, in a chat", in_loss="value"
     )
-    loss_config: dict[str, Any] = key({}, "keyword arguments of that loss", in_form=False)
+    loss: NonEmpty | None = key(
+        None, "a loss on other rows than answers to learn (null: cross-entropy)", in_loss="value"
+    )
+    loss_config: dict[str, Any] = key(
+        {}, "keyword arguments of that loss", in_form=False, in_loss="value"
+    )
     early_stop_patience: PositiveInt | None = key(
         None, "stop after so many evaluations without improvement"
     )
@@ -140,6 +144,7 @@ class TrainingSection(Section):
         "auto",
         "dtype of the forward and backward pass; auto: float32 on a CPU, which multiplies bfloat16 "
         "matrices several times slower, and on a GPU the dtype that the model is stored in",
+        in_loss="value",
     )
     memory_limit_gb: PositiveFloat | None = key(None, "GB of the device's memory to stay within")
     max_nonfinite_steps: PositiveInt = key(5, "steps in a row until the run ends as diverged")
@@ -168,7 +173,9 @@ class TrainingSection(Section):
     select_by: str = key(
         "loss", "what chooses the best step: loss, or the answers to one of evaluate_tasks"
     )
-    reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
+    reference: Literal["mlx_lm"] | None = key(
+        None, "do what mlx_lm.lora does, bit for bit", in_loss="value"
+    )
 
     def find_conflicts(self) -> Iterator[str]:
         """Yield conflicts of the run's length, and of what selects the best step."""
@@ -452,7 +459,7 @@ class DataPolicy(Section):
     """What happens to examples that are too long, repeated, or in a held-out set as well."""
 
     overlong: Literal["truncate", "drop", "error"] = key(
-        "truncate", "examples above max_seq_length"
+        "truncate", "examples above max_seq_length", in_loss="value"
     )
     duplicates: Literal["keep", "drop"] = key("keep", "training examples that come twice")
     leakage: Literal["error", "drop"] = key("error", "training examples in a held-out set as well")
@@ -460,10 +467,14 @@ class DataPolicy(Section):
         "warn", "held-out examples that nearly are a training example"
     )
     roles: Literal["strict", "template"] = key(
-        "strict", "roles and order of a chat: by our rules, or whatever the chat template takes"
+        "strict",
+        "roles and order of a chat: by our rules, or whatever the chat template takes",
+        in_loss="value",
     )
     group: NonEmpty | None = key(
-        None, "a field of the rows, such as a document: held-out rows with one value count as one"
+        None,
+        "a field of the rows, such as a document: held-out rows with one value count as one",
+        in_loss="rows",
     )
 
 
@@ -514,6 +525,7 @@ class GateSection(Section):
         "examples that the gate uses: valid, test, a JSON Lines file, or auto (test before valid)",
         path="local_or_split",
         min_length=1,
+        in_loss="rows",
     )
     max_val_loss_increase: NonNegativeFloat = key(
         0.02,

@@ -44,7 +44,7 @@ class SideBySide:
         """
         loaded = {name: read_adapter(path, follow_links=True) for name, path in adapters.items()}
         first = next(iter(loaded.values()))
-        base = find_model_folder(str(model or first.config.get("model")))
+        base = find_model_folder(str(model or first.base_model))
         options = {"trust_remote_code": trust_remote_code}
         self._models: dict[str, nn.Module] = {}
         try:

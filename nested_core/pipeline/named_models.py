@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from nested_core import seams
+from nested_core.config.loading import parse_config
 from nested_core.config.resume import read_run_config
-from nested_core.data.example_digests import Digests, decode_digests
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.example_digests import Digests, decode_digests, encode_digests
 from nested_core.errors import ConfigError
 from nested_core.measure.losses.left_out_examples import (
     read_run_training_digests,
@@ -18,7 +23,10 @@ from nested_core.measure.losses.left_out_examples import (
 )
 from nested_core.models.adapter_formats import load_peft_format
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
+from nested_core.records.dataset import PromptFormat
+from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
+from nested_core.storage.output_places import find_recorded_path
 from nested_core.storage.run_directory import RunDirectory
 
 
@@ -39,6 +47,7 @@ class NamedModel:
     adapter: None for the base alone.
     seen: digests of the examples that it was trained on, as far as recorded.
     made_of: for an exported model, the base that its record names.
+    prompt_format: how the rows that it was trained on begin; None if not recorded.
     """
 
     name: str
@@ -47,6 +56,7 @@ class NamedModel:
     trust_remote_code: bool = False
     seen: Digests = field(default_factory=lambda: decode_digests(None))
     made_of: RecordedBase | None = None
+    prompt_format: PromptFormat | None = None
 
 
 def find_model(
@@ -76,14 +86,52 @@ def find_model(
             f"{error} A base or an exported model is given by its folder or its GGUF."
         ) from error
     stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
+    folder, base = named.folder, base_model or named.model
     if "peft_type" in stored:
-        base = base_model or str(stored.get("base_model_name_or_path"))
+        recorded = str(stored.get("base_model_name_or_path"))
+        base = base or find_recorded_path(recorded, named.folder)
         load_peft_format(given).import_adapter(named.folder, temporary, base)
-        named = NamedAdapter(temporary, base)
-    adapter = read_adapter(named.folder, follow_links=True)
-    base = base_model or named.model or str(adapter.config.get("model"))
+        folder = temporary
+    adapter = read_adapter(folder, follow_links=True)
+    base = base or adapter.base_model
+    seen, prompt_format = _read_training_digests(named), named.read_prompt_format()
+    trusts = named.trusts_remote_code
+    return NamedModel(given, base, adapter, trusts, seen, prompt_format=prompt_format), named.run
+
+
+def read_training_config(folder: Path, run: RunDirectory | None) -> FineTuneConfig | None:
+    """Read what an adapter was trained with, from its run or provenance; None if not recorded.
+
+    The files of `gate.tasks` are found as `find_recorded_path` does.
+    """
+    if run is not None:
+        config = read_run_config(run)
+    elif (folder / PROVENANCE_NAME).is_file() and (
+        recorded := read_provenance(folder).get("config")
+    ):
+        values = {key: value for key, value in recorded.items() if value is not None}
+        config = parse_config(values, source=str(folder / PROVENANCE_NAME))
+    else:
+        return None
+    tasks = tuple(
+        task.model_copy(update={"file": find_recorded_path(task.file, folder)})
+        for task in config.gate.tasks
+    )
+    return config.model_copy(update={"gate": config.gate.model_copy(update={"tasks": tasks})})
+
+
+def record_training(folder: Path) -> dict[str, Any]:
+    """Return what provenance.json beside an exported adapter says of its training.
+
+    folder: of a version, or in a run; values are None for any other.
+    """
+    runs = (RunDirectory(path) for path in folder.resolve().parents[:2])
+    named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
     seen = _read_training_digests(named)
-    return NamedModel(given, base, adapter, named.trusts_remote_code, seen), named.run
+    return {
+        "training_examples": encode_digests(seen) if seen.size else None,
+        "prompt_format": to_jsonable_python(named.read_prompt_format()),
+    }
 
 
 def _read_training_digests(named: NamedAdapter) -> Digests:

@@ -10,6 +10,8 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_jsonable_python
+
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
@@ -316,6 +318,7 @@ def make_provenance(
         "base_fingerprint": base,
         "chat_template": dataset.chat_template,
         "vocabulary": dataset.vocabulary,
+        "prompt_format": to_jsonable_python(dataset.prompt_format),
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": digest_held_out(config, dataset),

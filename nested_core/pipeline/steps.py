@@ -38,7 +38,6 @@ from nested_core.gate.evidence.run_evidence import config_file_entry
 from nested_core.gate.judge import run_gate_checks
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import from_evidence, task_file_entries
-from nested_core.kernels.optimized_model import describe_layers
 from nested_core.measure.answers.questions_in_training import QuestionsInTraining
 from nested_core.measure.answers.suite_answers import (
     encode_suites,
@@ -78,6 +77,7 @@ from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
     DatasetReport,
+    PromptFormat,
     read_dataset_record,
     require_held_out,
     require_test_set,
@@ -130,9 +130,27 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
                 f"written over: give a --run-dir of its own."
             )
         if run.tiers.exists():
-            refuse_differences_on_resume(read_run_config(run), config, run.path)
+            began_with = read_run_config(run)
+            refuse_differences_on_resume(began_with, config, run.path)
+            _refuse_fewer_iterations(began_with, config, run)
     record_or_compare_suites(run, suites)
     write_bytes(run.config, render_config(config))
+
+
+def _refuse_fewer_iterations(
+    began_with: FineTuneConfig, config: FineTuneConfig, run: RunDirectory
+) -> None:
+    """Raise ConfigError if `iters` is lowered below what the newest checkpoint has done already.
+
+    Epochs cannot differ on resume, and `training.minutes` counts anew.
+    """
+    done = latest_state(run.checkpoints).get("iteration", 0)
+    is_counted = config.training.epochs is None and config.training.minutes is None
+    if is_counted and config.iters < min(done, began_with.iters):
+        raise ConfigError(
+            f"{run.path} cannot be resumed with iters: {config.iters:,}, since its newest "
+            f"checkpoint has {done:,} already. Give as many or more, or another --run-dir."
+        )
 
 
 def validate(
@@ -147,7 +165,7 @@ def validate(
     report, _ = load_run_data(config, run, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
-    require_askable_suites(config)
+    require_askable_suites(config, report.prompt_format)
     require_held_out_examples(config, run)
     return report
 
@@ -171,8 +189,10 @@ def describe_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> list
     return [] if earlier is None else earlier.describe()
 
 
-def require_askable_suites(config: FineTuneConfig) -> None:
+def require_askable_suites(config: FineTuneConfig, prompt_format: PromptFormat | None) -> None:
     """Check that the model can be asked the questions of `gate.tasks` and `samples`.
+
+    prompt_format: of the training rows, as which a question's `prompt` is asked.
 
     Raises ConfigError if a file is missing or a prompt of `samples` has a token that the model does
     not know, DatasetError for bad lines or prompts that the model cannot take.
@@ -181,7 +201,7 @@ def require_askable_suites(config: FineTuneConfig) -> None:
         return
     tokenizer = TokenizerSource.from_config(config).load()
     base = find_model_folder(config.model)
-    encode_suites(read_suites(config.gate), tokenizer, base)
+    encode_suites(read_suites(config.gate), tokenizer, base, prompt_format)
     rows = vocabulary_size(base)
     for sample in config.samples:
         tokens = encode_prompt(tokenizer, sample)
@@ -377,7 +397,11 @@ def train_model(
         tokenizer=base.tokenizer,
         callback=callback,
         make_questions=partial(
-            QuestionsInTraining.from_config, config, base.tokenizer, base.folder
+            QuestionsInTraining.from_config,
+            config,
+            base.tokenizer,
+            base.folder,
+            prompt_format=report.prompt_format,
         ),
         world=world,
     )
@@ -386,9 +410,9 @@ def train_model(
             "training.evaluate_tasks: questions are asked at evaluations, and there are none. Give "
             "a valid split (`nested-tune init --split`) and val_batches above 0 or -1."
         )
-    if world.is_main:
-        stages.info("%s", describe_layers(model, as_mlx_lm=config.training.reference is not None))
     trainer = make_trainer(setup)
+    if world.is_main:
+        stages.info("%s", trainer.describe_layers())
     if session is not None:  # the gate's process starts while the last steps are computed
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
         trainer.after_step = session.after_step
@@ -484,6 +508,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
         best_val_loss=state.best_val_loss,
         verified_steps=len(state.verified_steps),
         red_flags=tuple(state.red_flags),
+        ended=state.ended or "",
         evidence=digests_for_result(run, offered),
     )
     write_result(run.result, result, confirm=run.require_lock)

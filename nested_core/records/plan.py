@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
+from nested_core.records.result import TrainResult
 from nested_core.storage.json_file import JsonFile
 from nested_core.text.loss_format import format_loss
 from nested_core.text.value_format import format_count
@@ -83,10 +84,10 @@ class TrainingPlan:
     ended_by: tuple[str, ...] = ()
     time: TimePlan | None = None
 
-    def describe_ends(self) -> str | None:
-        """Describe restarts of killed training processes, and a run cut short for its time limit.
+    def describe_ends(self, result: TrainResult | None) -> str | None:
+        """Describe restarts of killed training processes, early stopping, and a cut for the time.
 
-        Returns None if neither happened.
+        Returns None if none of them happened. result: what training ended with, if it has ended.
         """
         sentences = []
         if self.ended_by:
@@ -98,6 +99,11 @@ class TrainingPlan:
         if self.time is not None and self.steps < self.time.steps:
             cut = f"after step {self.steps:,} of {self.time.steps:,}"
             sentences.append(f"Training was cut {cut}, in time for the verdict.")
+        if result is not None and result.ended == "patience":
+            sentences.append(
+                f"Early stopping ended training after step {result.step:,} of {self.steps:,}: "
+                f"evaluations brought no improvement any more (training.early_stop_patience)."
+            )
         return " ".join(sentences) or None
 
     def describe_rank_counts(self) -> str | None:

@@ -252,17 +252,20 @@ class Ledger:
             stack.pop()
         return stack[-1] if stack else None
 
-    def barred_versions(self) -> set[str]:
-        """Return the versions that a rollback replaced and that no person has promoted since.
+    def barred_versions(self) -> dict[str, Entry]:
+        """Return each version that automatic promotion skips, with the rollback that barred it.
 
-        Automatic promotion skips them.
+        A rollback bars the version that it replaced, until a person promotes that version or goes
+        back to it. To go back to a barred version undoes a rollback, and bars nothing.
         """
-        barred: set[str] = set()
+        barred: dict[str, Entry] = {}
         for change in self.changes():
-            if change.action == "rollback" and change.previous is not None:
-                barred.add(change.previous)
-            elif change.action == "promote" and not change.automatic and change.version:
-                barred.discard(change.version)
+            is_by_person = change.action == "rollback" or not change.automatic
+            if change.action == "moved" or change.version is None or not is_by_person:
+                continue
+            was_barred = barred.pop(change.version, None) is not None
+            if change.action == "rollback" and change.previous is not None and not was_barred:
+                barred[change.previous] = change
         return barred
 
     def recent_champions(self, promotions: int) -> list[str]:
@@ -274,7 +277,7 @@ class Ledger:
         last = [change for change in self.changes() if change.action == "promote"][-promotions:]
         # The champion before these promotions, then the promoted ones
         versions = [*(change.previous for change in last[:1]), *(change.version for change in last)]
-        usable = self.champion_versions() - self.barred_versions()
+        usable = self.champion_versions() - self.barred_versions().keys()
         return [version for version in versions if version in usable]
 
     def policy(self) -> dict[str, Any] | None:

@@ -79,10 +79,7 @@ def find_reason_to_skip(
             return None
         if line.version is None:  # the earlier run was rejected, and registered nothing
             return _describe_trial(line)
-        if line.version in ledger.barred_versions():  # a person went back from it
-            rollback = next(
-                change for change in reversed(ledger.changes()) if change.previous == line.version
-            )
+        if rollback := ledger.barred_versions().get(line.version):
             reason = f"rolled back on {_day(rollback)} by {describe_author(rollback.fields())}"
             return Skip(Outcome.SKIPPED_HOPELESS, reason, version=line.version)
         candidate = choose_candidate(folder, ledger, line.version, champion)

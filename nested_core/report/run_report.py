@@ -190,7 +190,7 @@ def _describe_curves(run: Run) -> Iterator[str]:
             f"there, and each step and its seconds of training are counted once."
         )
     if plan is not None:
-        yield from filter(None, (plan.describe_rank_counts(), plan.describe_ends()))
+        yield from filter(None, (plan.describe_rank_counts(), plan.describe_ends(run.result)))
     if run.verdict is not None and run.verdict.adapter_step is not None:
         yield f"The adapter of step {run.verdict.adapter_step:,} is the one that was evaluated."
     if plan is not None and plan.validation_file is not None:

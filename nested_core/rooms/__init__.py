@@ -12,19 +12,6 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingFlow:
-    """A flow of deployments that trains, or has others train.
-
-    parameters: the class of its parameters.
-    key: the key of its parameters under which the configuration of a fine-tune stands; None if
-        the parameters are that configuration.
-    """
-
-    parameters: str
-    key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class RoomLoss:
     """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
 
@@ -64,8 +51,6 @@ class Room:
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
     adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
         adapters of another program are read and written.
-    training_flows: by the entrypoint that deployments name. The class of parameters has
-        `deployment`, the deployment that trains, and `configurations()`, what that trains.
     services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
         service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
         around training and around a whole run.
@@ -138,7 +123,6 @@ class Room:
     watcher: str | None = None
     model_format: str | None = None
     adapter_format: str | None = None
-    training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
     services: str | None = None
     restart: str | None = None
     memory_forecast: str | None = None
@@ -245,14 +229,7 @@ ROOMS: Mapping[str, Room] = {
     ),
     "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
     "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
-    "sweep": Room(
-        commands=("sweep",),
-        training_flows={
-            "flows.rooms.sweep.flow.sweep": TrainingFlow(
-                "flows.rooms.sweep.flow:SweepParameters", "base"
-            )
-        },
-    ),
+    "sweep": Room(commands=("sweep",)),
     "ranks": Room(
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
         train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
@@ -305,19 +282,14 @@ ROOMS: Mapping[str, Room] = {
         keys=("gate.max_chosen_fall",),
         losses={
             name: RoomLoss(
-                unit=unit,
+                unit="nats/example",
                 max_kl=4.0,
-                rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
+                rows="nested_core.rooms.preferences.answer_rows:PAIRS",
                 problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
                 make="nested_core.rooms.preferences.training_loss:make_loss",
                 compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
             )
-            for name, rows, unit in (
-                ("dpo", "PAIRS", "nats/example"),
-                ("orpo", "PAIRS", "nats/example"),
-                ("simpo", "PAIRS", "nats/example"),
-                ("kto", "LABELS", "KTO value/example"),
-            )
+            for name in ("dpo", "orpo", "simpo")
         },
         suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
         gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",

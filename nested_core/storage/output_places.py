@@ -248,3 +248,15 @@ def require_new_output(output: Path | None) -> Path | None:
     if target is not None and os.path.lexists(target):
         raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
     return target
+
+
+def find_recorded_path(recorded: str, beside: Path) -> str:
+    """Find a path that a run recorded relative to the folder that it was started in.
+
+    It is looked for from the working directory, then from each folder above `beside`, the run or
+    version that recorded it. Returns it unchanged if it is in none, as the name of a hub is.
+    """
+    if Path(recorded).exists():
+        return recorded
+    places = (folder / recorded for folder in beside.resolve().parents)
+    return next((str(place) for place in places if place.exists()), recorded)

@@ -99,7 +99,12 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
         trust_remote_code=found[0].trusts_remote_code,
     )
     sampling = Sampling(arguments.max_tokens, temperature=arguments.temperature)
-    chat = _Chat(models, sampling, arguments.system, save)
+    rows = found[0].read_prompt_format()
+    system = arguments.system
+    if system is None and rows is not None and rows.system is not None:
+        system = rows.system
+        print_progress(f"system text of its training rows (--system '' is none): {escape(system)}")
+    chat = _Chat(models, sampling, system or None, rows and rows.tools, save)
     return printer(lambda: chat.answer_each(prompts))
 
 

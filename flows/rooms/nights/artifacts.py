@@ -114,9 +114,9 @@ def tell_week(registry: Path, name: str) -> None:
 
 
 def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
-    """The last fine-tunes of an adapter that were due, the latest first; those of sweeps apart."""
+    """The last fine-tunes of an adapter that were due, the latest first."""
     due = {"before_": datetime.now(UTC)}
-    runs = client.read_flow_runs(
+    return client.read_flow_runs(
         flow_filter=FlowFilter.model_validate({"name": {"any_": ["finetune"]}}),
         flow_run_filter=FlowRunFilter.model_validate(
             {"tags": {"all_": [name]}, "expected_start_time": due}
@@ -124,7 +124,6 @@ def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=MAX_NIGHTS,
     )
-    return [run for run in runs if "sweep" not in run.tags]
 
 
 def night_of(run: FlowRun, outcome: str | None) -> Night:

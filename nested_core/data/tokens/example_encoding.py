@@ -7,6 +7,7 @@ truncates as mlx-lm does, and counts what is lost; no pad token gets into the ta
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,13 +89,6 @@ class EncodedExample:
     broken_turn: int = -1
     notes: tuple[Note, ...] = ()
     is_whole: bool = False
-
-
-def has_chat_template(tokenizer: Any) -> bool:
-    """Return whether a tokenizer (mlx_lm's wrapper, or a plain one) has a chat template."""
-    if hasattr(tokenizer, "has_chat_template"):
-        return bool(tokenizer.has_chat_template)
-    return getattr(tokenizer, "chat_template", None) is not None
 
 
 def encode_example(example: Example, tokenizer: Any, targets: Targets) -> EncodedExample:
@@ -317,7 +311,9 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     all_tokens = array("i")
     target_mask = bytearray()
     # Each example is a problem, too long, or appended to the arrays
-    for line, encoded in _encode_examples(examples, source, request):
+    openings: dict[str, set[str]] = {"system": set(), "tools": set()}
+    watched = _watch_openings(examples, openings)
+    for line, encoded in _encode_examples(watched, source, request):
         # A row of too many characters is not even tokenized; under `drop` it is dropped as well
         if isinstance(encoded, _EncodingProblem):
             if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
@@ -345,7 +341,20 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         "problems": list(problems.values()),
         "overlong": overlong,
         "doubts": [(*doubt, *line_and_count) for doubt, line_and_count in doubts.items()],
+        "openings": {key: sorted(values)[:2] for key, values in openings.items()},
     }
+
+
+def _watch_openings(
+    examples: Iterable[tuple[int, Example]], openings: Mapping[str, set[str]]
+) -> Iterator[tuple[int, Example]]:
+    """Yield the examples, and add the system text and tools of each as JSON to `openings`."""
+    for line, example in examples:
+        first = next(iter(example.messages), {})
+        system = first.get("content") if first.get("role") == "system" else None
+        openings["system"].add(json.dumps(system))
+        openings["tools"].add(json.dumps(example.tools))
+        yield line, example
 
 
 class _EncodingProblem(NamedTuple):

@@ -40,7 +40,7 @@ from nested_core.models.base_model import (
 from nested_core.models.generation import BATCH_SIZE, Answer, OnAnswered
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.records.answers import AnsweringRole, AnswerRecord
-from nested_core.records.verdict import Reason
+from nested_core.records.verdict import Reason, TaskResult
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.run_directory import RunDirectory
 
@@ -87,17 +87,20 @@ class AskedModel:
 
 
 def answer_tasks(
-    base: LoadedBase, run: RunDirectory, evidence: RunEvidence, champion: Champion | None
+    base: LoadedBase,
+    run: RunDirectory,
+    evidence: RunEvidence,
+    champion: Champion | None,
+    suites: Sequence[Suite],
 ) -> tuple[AnswerRecord, ...]:
     """Ask base, parent (unless the initial adapter is fresh), champion and candidate every suite.
 
     Records the suites in the run, and returns the scored answers that count for the verdict. Raises
-    ConfigError or DatasetError if a suite is missing, has bad lines, changed since the run
-    began or does not fit the model, or if its scorer fails.
+    ConfigError or DatasetError if a suite changed since the run began or does not fit the model, or
+    if its scorer fails.
     """
-    suites = read_suites(base.config.gate)
     record_or_compare_suites(run, suites)
-    encoded = encode_suites(suites, base.tokenizer, base.folder)
+    encoded = encode_suites(suites, base.tokenizer, base.folder, evidence.dataset.prompt_format)
     records = [
         record
         for asked in _asked_models(base, evidence, champion)
@@ -195,16 +198,29 @@ def _score_answers(
     ]
 
 
+def _add_constants(
+    results: Sequence[TaskResult], suites: Sequence[Suite], answers: Sequence[AnswerRecord]
+) -> Iterator[TaskResult]:
+    """Yield each suite's result with the score of the best constant answer to its questions.
+
+    answers: those that count for the verdict, to the same questions.
+    """
+    for result, suite in zip(results, suites, strict=True):
+        lines = {answer.line for answer in answers if answer.task == suite.name}
+        yield replace(result, constant=suite.score_best_constant(lines))
+
+
 def _find_worse_answers(judged: CheckedRun) -> list[Reason]:
     """Ask the suites, and return a reason for each on which the candidate is worse than allowed.
 
     Under `gate.samples: fail` the same answer to every question of a suite is a reason too.
     """
     rival = None if isinstance(judged.champion, UnusableChampion) else judged.champion
-    answers = answer_tasks(judged.base, judged.run, judged.evidence, rival)
+    suites = read_suites(judged.base.config.gate)
+    answers = answer_tasks(judged.base, judged.run, judged.evidence, rival, suites)
     results, reasons = judge_answers(judged.bounds, answers)
     judged.answers = answers
-    judged.verdict = replace(judged.verdict, tasks=results)
+    judged.verdict = replace(judged.verdict, tasks=tuple(_add_constants(results, suites, answers)))
     if judged.bounds.samples == "fail":
         reasons += [
             Reason("answers_broken", f"{result.describe()}, all of them the same")

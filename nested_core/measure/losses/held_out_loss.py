@@ -129,9 +129,7 @@ class LoadedBase:
             comparison = PredictionComparison.of_model(self.model, refs)
         else:
             comparison = seams.load(seams.find_loss(loss).compare)(self, refs)
-        with using_optimized_layers(
-            self.model, as_mlx_lm=self.config.training.reference is not None
-        ):
+        with using_optimized_layers(self.model):
             for batch in batches:
                 arrays = make_batch_arrays(split, batch, batch_size)
                 compared = comparison.compare(values, arrays)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.untrusted_files import file_type
@@ -100,6 +101,7 @@ class ExportRecord:
     step: the optimizer step of the adapter; None if it is not recorded.
     training_examples: digests of what it and its ancestors were trained on, as provenance.json has
         them; None if they are not known.
+    prompt_format: how the rows that it was trained on begin, as dataset.json has it.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
     problems: why it does not stand; empty where it does.
@@ -125,6 +127,7 @@ class ExportRecord:
     packages: dict[str, str]
     step: int | None = None
     training_examples: str | None = None
+    prompt_format: PromptFormat | None = None
 
     @property
     def stands(self) -> bool:

@@ -25,4 +25,5 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
         return None if model == path else NamedModel(given, str(model))
     made_of = RecordedBase(record.base, record.base_fingerprint)
     seen = decode_digests(record.training_examples)
-    return NamedModel(given, str(model), seen=seen, made_of=made_of)
+    rows = record.prompt_format
+    return NamedModel(given, str(model), seen=seen, made_of=made_of, prompt_format=rows)

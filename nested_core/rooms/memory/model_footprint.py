@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
+from mlx_lm.models import gemma2, gemma3_text
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.device_operations import has_kernel_for_rank
-from nested_core.kernels.geglu import GEGLU_MLP_CLASSES
 from nested_core.kernels.quantized_linear import dequantized_weight_bytes
 from nested_core.models.base_model import count_embedding_rows
 from nested_core.models.parameters import ParameterRefs, read_parameters
@@ -43,6 +43,7 @@ EXPERTS_PER_TOKEN_ATTRIBUTES = ("top_k", "num_experts_per_tok")
 # queries and keys their norms, and of values the rule's output and its norm are kept.
 DELTA_NET_WIDTH_ATTRIBUTES = ("conv_dim", "key_dim", "value_dim")
 ARRAYS_KEPT_OF_A_DELTA_NET_WIDTH = 2
+GEGLU_MLP_CLASSES = gemma2.MLP, gemma3_text.MLP
 # Of the MLP's inner width. On CUDA gelu(gate) up is recomputed, but a Gemma's peak is as if not.
 ARRAYS_KEPT_OF_A_GELU = 3
 

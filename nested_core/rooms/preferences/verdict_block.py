@@ -8,14 +8,12 @@ from typing import Any
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import CheckRow, make_check, reasons_of
 
-MIN_SHARE_OF_LENGTH = 0.5  # of what answers were and of what the data's are; below, it is told
-
 
 class _ShownPreferences:
     """What the pages of a run show of the block."""
 
     def rows(self, block: Mapping[str, Any], verdict: Verdict) -> Iterator[CheckRow]:
-        """Margin, accuracy, likelihoods, divergence and lengths, each with what it was before."""
+        """Margin, accuracy, likelihoods and divergence, each with what it was before."""
         reasons = reasons_of(verdict, "preference_not_learnt")
         yield make_check(
             f"preference ({block['loss']}), {block['examples']} examples: margin",
@@ -58,30 +56,14 @@ class _ShownPreferences:
             None,
             after=_format(block["kl_initial"]),
         )
-        if block["asked"]:
-            yield make_check(
-                f"tokens of {block['asked']} sample answers, on average",
-                [],
-                None,
-                before=_format(block["answer_tokens_before"]),
-                after=_format(block["answer_tokens_after"]),
-            )
 
     def notes(self, block: Mapping[str, Any], verdict: Verdict) -> Iterator[str]:  # noqa: ARG002
-        """Chosen answers that became less likely, answers that shrank, or too few examples."""
+        """Chosen answers that became less likely, or too few examples."""
         if block["chosen_fell"]:
             yield (
                 f"the margin of chosen over rejected answers grew, and chosen answers became less "
                 f"likely themselves: {block['chosen_before']:.4g} -> {block['chosen_after']:.4g} "
                 f"nats an answer. A larger beta, orpo, or fewer passes keep them "
-                f"(docs/preferences.md#answers-that-collapse)"
-            )
-        before, after = block["answer_tokens_before"], block["answer_tokens_after"]
-        expected = block["answer_tokens_expected"]
-        if block["asked"] and after < MIN_SHARE_OF_LENGTH * min(before, expected):
-            yield (
-                f"answers have shrunk to {after:.3g} tokens, from {before:.3g} before, where the "
-                f"data's have {expected:.3g}: read the sample answers before you use it "
                 f"(docs/preferences.md#answers-that-collapse)"
             )
         if block["margin_interval"] is None:
@@ -94,8 +76,8 @@ class _ShownPreferences:
 SHOWN = _ShownPreferences()
 
 
-def _format(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4g}"
+def _format(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def _format_difference(value: float, interval: Any) -> str:

@@ -12,7 +12,6 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.kernels.call_tracing import trace_calls
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.loss.cross_entropy import find_output_head
@@ -38,7 +37,6 @@ def probed(model: nn.Module) -> None:
 
 
 USES: dict[str, Callable[[nn.Module], Any]] = {
-    "watching": trace_calls,
     "head": lambda model: find_output_head(model, reference_trainable_parameters(model)),
     "loss": evaluated,
     "logits": asked,

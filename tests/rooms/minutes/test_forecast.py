@@ -15,6 +15,7 @@ from nested_core.gate.judge import list_checks_with_model
 from nested_core.models.session import Session
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
+from nested_core.rooms.preferences.gate_check import MAX_REFERENCE_PAIRS
 from tests.example import example_config, prepare
 from tests.left_out import needs_rooms
 
@@ -110,12 +111,11 @@ def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
 
 
 @needs_rooms("preferences")
-def test_the_gate_of_pairs_computes_them_six_times(tmp_path: Path) -> None:
+def test_the_gate_of_pairs_computes_them_five_times_and_the_reference(tmp_path: Path) -> None:
     config = write_pairs(tmp_path, "train", "valid")
     works = works_of(config, tmp_path / "run")
     assert works["losses"].rows == 3 * 9  # with the reference
-    assert works["preference"].rows == 3 * 9
-    assert works["preference"].tokens == 2 * config.training.sample_tokens
+    assert works["preference"].rows == 2 * 9 + MAX_REFERENCE_PAIRS
 
 
 @needs_rooms("preferences")

@@ -208,7 +208,7 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
     plan, fixed = plan_of(run), time_plan_of(run)
     assert plan.steps == result.training.step == 5 < fixed.steps
     cut = f"after step 5 of {fixed.steps:,}"
-    assert f"Training was cut {cut}" in str(plan.describe_ends())
+    assert f"Training was cut {cut}" in str(plan.describe_ends(None))
     report = run.report.read_text()
     assert f"Training was cut {cut}" in report
     assert "The run was resumed" not in report  # nobody did
