@@ -20,7 +20,8 @@ ADAM_OPTIMIZERS = ("adam", "adamw")
 def describe_learning_rate(config: FineTuneConfig, share: float = 1.0) -> str | None:
     """Compare rank x scale x rate with what was best in a published sweep; None if not comparable.
 
-    share: of the configured rate, that the run is trained with. It is comparable for LoRA with Adam and cross-entropy. A schedule counts with its highest rate.
+    It is comparable for LoRA with Adam and cross-entropy. A schedule counts with its highest rate.
+    share: of the configured rate, that the run is trained with.
     """
     is_known = config.fine_tune_type != "full" and config.training.loss is None
     if not is_known or config.optimizer not in ADAM_OPTIMIZERS:

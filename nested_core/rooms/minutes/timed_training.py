@@ -233,7 +233,7 @@ def count_anew(
     *,
     only_cut: bool,
 ) -> int | None:
-    """How many steps a run is to have that was planned for `steps`; None where it keeps these.
+    """How many steps a run is to have that was planned for `steps`; None if it keeps them.
 
     The verdict, and opening the run again, count as slow or quick as the steps that were seen.
 
