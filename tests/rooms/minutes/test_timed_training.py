@@ -23,6 +23,8 @@ from nested_core.pipeline.hooks import Steps
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TimePlan, TrainingPlan, read_plan, write_plan
+from nested_core.records.run_status import Run
+from nested_core.report.outcome import describe_end, list_figures
 from nested_core.rooms.minutes import timed_training
 from nested_core.rooms.minutes.blas_threads import using_blas_threads
 from nested_core.storage.run_directory import RunDirectory, open_run
@@ -209,6 +211,8 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
     assert plan.steps == result.training.step == 5 < fixed.steps
     cut = f"after step 5 of {fixed.steps:,}"
     assert f"Training was cut {cut}" in str(plan.describe_ends(None))
+    assert f"Training was cut {cut}" in describe_end(Run(run))  # as compare says it
+    assert f"Training was cut {cut}" in list_figures(Run(run))[2]["how it ended"]
     report = run.report.read_text()
     assert f"Training was cut {cut}" in report
     assert "The run was resumed" not in report  # nobody did
