@@ -253,7 +253,7 @@ ROOMS: Mapping[str, Room] = {
     "minutes": Room(
         flags={command: ("--minutes",) for command in ("train", "run", "explain")},
         timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
-        run_measurement="nested_core.rooms.minutes.sizes:measure_run",
+        run_measurement="nested_core.rooms.minutes.measured_run:measure_run",
         blas_threads="nested_core.rooms.minutes.blas_threads:using_quicker_blas_threads",
     ),
     "replay": Room(

@@ -41,7 +41,7 @@ from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock, format_duration
 from nested_core.text.stages import receiving_stages
-from nested_core.text.value_format import format_passes
+from nested_core.text.value_format import format_count, format_passes
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
@@ -150,22 +150,19 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             raise ConfigError(
                 f"training.minutes: {self._minutes:g} minutes hold no step and its verdict on this "
                 f"machine, as busy as it is: {format_clock(time.time() - self._began)} are over, a "
-                f"step takes {format_clock(forecast.step)}, an evaluation "
-                f"{format_clock(forecast.evaluation)} and the verdict about "
+                f"step takes {format_clock(forecast.step)}, and the verdict about "
                 f"{format_duration(forecast.verdict)}. Give --minutes "
                 f"{math.ceil(self._minutes + missing / 60)} or more, or a smaller batch_size, "
-                f"val_batches or training.sample_tokens, or fewer questions of gate.tasks."
+                f"training.sample_tokens or fewer questions of gate.tasks."
             )
         self._write_steps(done + steps)
-        trial = forecast.trial.plan
-        goes_on = f" from step {done:,} on, on the schedule of {done + steps:,}" if done else ""
-        noun = "step fits" if steps == 1 else "steps fit"
+        passes = format_passes(forecast.trial.passes_of_a_step * (done + steps))
         in_threads = "" if threads is None else f" with {THREADS_VARIABLE}={threads}"
+        goes_on = f" from step {done:,} on, on the schedule of {done + steps:,}" if done else ""
         self._hooks.on_message(
-            f"minutes: {steps:,} {noun} in {self._minutes:g} minutes{in_threads}{goes_on}, "
-            f"{format_passes(trial.epochs * (done + steps) / trial.steps)} over "
-            f"{trial.training_file}: {forecast.step:.2g} s a step, and the verdict about "
-            f"{format_duration(forecast.verdict)}"
+            f"minutes: {format_count(steps, 'step')} in {self._minutes:g} minutes{in_threads}"
+            f"{goes_on}, {passes} over the training data: {forecast.step:.2g} s a step, and the "
+            f"verdict about {format_duration(forecast.verdict)}"
         )
         return TimePlan(
             minutes=self._minutes,

@@ -19,7 +19,7 @@ from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait
 from nested_core.pipeline.processes import count_processes
-from nested_core.records.plan import TrainingPlan, read_plan
+from nested_core.records.plan import read_plan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import receiving_stages
 
@@ -37,7 +37,7 @@ class TrialRun:
     tokens_per_second: trained-on tokens.
     checkpoint: seconds after the last step: a checkpoint is written, and the adapter selected.
     rows_to_begin: rows that the loss of the run computes before its first step.
-    plan: what the run set out to do.
+    passes_of_a_step: over the training data.
     """
 
     opening: float
@@ -45,7 +45,7 @@ class TrialRun:
     tokens_per_second: float
     checkpoint: float
     rows_to_begin: int
-    plan: TrainingPlan
+    passes_of_a_step: float
 
 
 def try_steps(
@@ -106,7 +106,7 @@ def try_steps(
         tokens_per_second=clock.tokens / sum(clock.seconds),
         checkpoint=ended - clock.last_report,
         rows_to_begin=clock.rows_to_begin,
-        plan=plan,
+        passes_of_a_step=plan.epochs / plan.steps,
     )
 
 

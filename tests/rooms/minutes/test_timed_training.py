@@ -159,7 +159,7 @@ def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Pa
     assert result.training is not None
     assert result.training.step == steps == plan_of(run).steps >= 4
     assert read_run_config(run).iters == steps
-    assert f"{steps:,} steps fit in 0.1 minutes" in hooks.of_minutes()[-1]
+    assert f"{steps:,} steps in 0.1 minutes" in hooks.of_minutes()[-1]
     validated = [
         step
         for record in read_metrics(run.metrics)

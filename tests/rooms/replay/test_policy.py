@@ -27,7 +27,7 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage
 from nested_core.registry.garbage_collection import forget_rows
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.rooms.minutes.sizes import MeasuredRun
+from nested_core.rooms.minutes.measured_run import MeasuredRun
 from nested_core.rooms.replay import policy
 from nested_core.rooms.replay.page import describe_replay
 from nested_core.rooms.replay.policy import decide_by_forecast
@@ -57,7 +57,6 @@ def measured(seconds: float, training: float) -> MeasuredRun:
         seconds=seconds,
         tokens_per_second=1.0,
         device="cpu",
-        sizes="",
     )
 
 
