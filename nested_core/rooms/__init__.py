@@ -68,8 +68,6 @@ class Room:
     training_log: a function of the arguments of `train`, configuration and run directory, which
         gives the callback that prints lines in place of ours, or None.
     champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
-    generation_tables: what each version of an adapter kept of earlier nights: a function of
-        registry, name, champion and the verdict on a candidate, which gives Tables.
     live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
         RunDirectory, the event that ends it and the lock of the view.
     kernel_folder: a function that has MLX compile its kernels into a folder of this process.
@@ -136,7 +134,6 @@ class Room:
     loss_curve: str | None = None
     training_log: str | None = None
     champion_page: str | None = None
-    generation_tables: str | None = None
     live_view: str | None = None
     kernel_folder: str | None = None
     around_training: str | None = None
@@ -265,7 +262,6 @@ ROOMS: Mapping[str, Room] = {
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
         data_blocks="nested_core.rooms.replay.page:describe_replay",
-        generation_tables="nested_core.rooms.replay.generations:list_tables",
     ),
     "tables": Room(
         flags={
