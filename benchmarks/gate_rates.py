@@ -137,7 +137,7 @@ def plant_texts(prompts: int, copies: int = 1) -> HeldOutExamples:
     is_learnt = np.tile(np.arange(length) >= PROMPT_TOKENS, len(rows))
     lines = np.arange(1, len(rows) + 1, dtype=np.int32)
     starts = np.arange(0, rows.size + 1, length, dtype=np.int64)
-    split = TokenizedSplit(rows.ravel(), is_learnt, starts, lines)
+    split = TokenizedSplit(rows.ravel(), is_learnt, starts, lines, lines.astype(np.uint64))
     return HeldOutExamples(split, "test.jsonl", selected_on_same_data=False)
 
 
@@ -146,7 +146,8 @@ def make_losses(
 ) -> ExampleLosses:
     """Both losses, the champion's being those before."""
     lines = np.arange(1, len(tokens) + 1)
-    return ExampleLosses(file, lines, tokens, before, after, champion=before)
+    contents = lines.astype(np.uint64)
+    return ExampleLosses(file, lines, tokens, before, after, champion=before, contents=contents)
 
 
 def is_promoted(losses: ExampleLosses, candidates: Candidates) -> bool:
@@ -195,7 +196,7 @@ def plant_best_step(
         state.record_evaluation(float(tokens @ losses / tokens.sum()), is_candidate=True)
     chosen = steps[(state.best_step or 1) - 1]
     judged = make_losses(before, chosen, tokens, "valid.jsonl")
-    return judged, Candidates(STEPS, judged.lines, steps)
+    return judged, Candidates(STEPS, judged.contents, steps)
 
 
 def fixed_step(random: np.random.Generator, **planted: Any) -> bool:
@@ -237,7 +238,7 @@ def best_of_halving(
     winner = better_half({arm: (float(means[arm].min()),) for arm in {0, *alive}})[0]
     after, other = (losses[arm, means[arm].argmin()] for arm in (winner, 0))
     judged = make_losses(other, after, tokens, "valid.jsonl")
-    family = [Candidates(n, judged.lines, losses[arm, :n]) for arm, n in seen.items()]
+    family = [Candidates(n, judged.contents, losses[arm, :n]) for arm, n in seen.items()]
     together = join_candidates(family)
     found = judged.compare_trained_with(other)
     interval = None if found is None else together.corrected_interval(judged, other, found)

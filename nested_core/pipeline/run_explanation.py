@@ -21,6 +21,7 @@ from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.processes import load_services
 from nested_core.records.dataset import SplitStats
 from nested_core.records.start import read_start
 from nested_core.registry.policy import apply_policy
@@ -96,6 +97,7 @@ def explain_run(
 
     Raises what a run raises before it trains: ConfigError, and DatasetError for data with errors.
     """
+    load_services(config)
     config, policy_sentences = apply_policy(config)
     measured = None
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:

@@ -51,6 +51,7 @@ class Room:
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
     adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
         adapters of another program are read and written.
+    run_files: patterns of the files that it, or a service, writes in a run: their paths there.
     services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
         service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
         around training and around a whole run.
@@ -121,6 +122,7 @@ class Room:
     watcher: str | None = None
     model_format: str | None = None
     adapter_format: str | None = None
+    run_files: tuple[str, ...] = ()
     services: str | None = None
     restart: str | None = None
     memory_forecast: str | None = None
@@ -225,7 +227,15 @@ ROOMS: Mapping[str, Room] = {
         tokenizer_checks="nested_core.rooms.suspect_rows.tokenizer_checks:TokenizerChecks",
     ),
     "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
-    "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
+    "services": Room(
+        services="nested_core.rooms.services.reporting_services:Services",
+        run_files=(  # of wandb and swanlab; one that is missing here keeps a run from removal
+            r"wandb/(offline-)?run-\d{8}_\d{6}-[\w-]+/(run-[\w-]+\.wandb|logs/debug[\w-]*\.log"
+            r"|files/(config\.yaml|output\.log|requirements\.txt|wandb-(metadata|summary)\.json))",
+            r"swanlog/run-\d{8}_\d{6}-\w+/(backup\.swanlog|logs/console\.log"
+            r"|files/(config\.yaml|requirements\.txt|swanlog-metadata\.json))",
+        ),
+    ),
     "sweep": Room(commands=("sweep",)),
     "ranks": Room(
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
@@ -268,6 +278,7 @@ ROOMS: Mapping[str, Room] = {
             "init": (
                 *("--split", "--suite", "--prompt-feature", "--completion-feature"),
                 *("--completion-features", "--template", "--system", "--system-file"),
+                *("--overwrite", "--champion"),
             )
         },
         readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
@@ -288,6 +299,7 @@ ROOMS: Mapping[str, Room] = {
             for name in ("dpo", "orpo", "simpo")
         },
         suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
+        run_files=(r"rooms/preferences/reference-likelihoods\.json",),
         gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
         verdict_blocks={"preferences": "nested_core.rooms.preferences.verdict_block:SHOWN"},
         reasons={"preference_not_learnt": "ANSWERS"},

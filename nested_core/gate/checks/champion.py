@@ -15,7 +15,6 @@ from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion, find_rival
-from nested_core.measure.losses.left_out_examples import find_left_out
 from nested_core.measure.losses.loss_figures import summarise_champion
 from nested_core.records.losses import Vector
 from nested_core.records.verdict import ChampionLoss, Reason
@@ -81,9 +80,10 @@ def _compare_losses(
         return ChampionLoss(version, not_compared=rival.problem), None
     if not np.isfinite(losses.after).all():
         return ChampionLoss(version, not_compared="the candidate's loss is not finite"), None
-    is_seen = find_left_out(held_out.digests, rival.training_examples)
-    if losses.left_out is not None:
-        is_seen |= losses.left_out
+    trained_on = judged.trained_on | rival.trained_on
+    if trained_on.unknown is not None:
+        return ChampionLoss(version, left_out=None, not_compared=trained_on.unknown), None
+    is_seen = trained_on.find_in(held_out.digests)
     if is_seen.all():
         problem = (
             f"each of the {len(losses)} held-out examples of {losses.file} is one that the "

@@ -24,7 +24,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
-    from nested_core.data.example_digests import Digests
+    from nested_core.data.example_digests import TrainedRows
     from nested_core.gate.checks.planned_work import GateWork, RunToJudge
     from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
     from nested_core.gate.proof.proof_of_run import ProofOfRun
@@ -99,7 +99,7 @@ class CheckedRun(Judged):
     held_out: HeldOutExamples | None = field(default=None, init=False)
     losses: ExampleLosses | None = field(default=None, init=False)
     candidates: Candidates = field(init=False)
-    trained_on: Digests = field(init=False)
+    trained_on: TrainedRows = field(init=False)
     champion: Champion | UnusableChampion | None = field(default=None, init=False)
 
     # To be written beside gate.json: file contents by name, and the answers to `gate.tasks`.

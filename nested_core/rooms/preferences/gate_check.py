@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,9 +43,6 @@ from nested_core.rooms.preferences.side_by_side import Conversation
 from nested_core.rooms.preferences.training_loss import read_pairs_of_split
 from nested_core.text.stages import stages
 from nested_core.training.world import World
-
-if TYPE_CHECKING:
-    from nested_core.config.schema import FineTuneConfig
 
 BLOCK = "preferences"
 NOT_LEARNT = "preference_not_learnt"
@@ -111,7 +107,7 @@ def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
         rows = rows[~losses.left_out]
     pairs = read_pairs_of_split(held_out.split, rows.tolist())
     answers = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-    compared = _compare(judged.config, comparison, values, answers)
+    compared = _compare(judged, comparison, values, answers)
     verdict = _summarise(str(judged.config.training.loss), compared, losses.counted())
     if reference is not None:
         error = _compare_reference(judged, comparison, values[0], reference)
@@ -134,13 +130,14 @@ def _load_adapters(judged: CheckedRun) -> tuple[PredictionComparison, list[Flat]
 
 
 def _compare(
-    config: FineTuneConfig,
+    judged: CheckedRun,
     comparison: PredictionComparison,
     values: Sequence[Flat],
     answers: Sequence[Conversation],
 ) -> ExamplePredictions:
     with using_optimized_layers(comparison.model):
-        return compare_answers(comparison, values, answers, 2 * config.batch_size, World())
+        rows = 2 * judged.config.batch_size
+        return compare_answers(comparison, values, answers, rows, World())
 
 
 def _compare_reference(
@@ -158,7 +155,7 @@ def _compare_reference(
     if kept is None or not kept.has(answers):
         return None
     values = leave_adapter_out(initial) if reference == "base" else initial
-    now = _compare(judged.config, comparison, [values], answers)
+    now = _compare(judged, comparison, [values], answers)
     return float(np.mean(np.abs(kept.of(answers) + now.losses[0]) / now.tokens))
 
 

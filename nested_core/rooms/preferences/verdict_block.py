@@ -24,13 +24,12 @@ class _ShownPreferences:
             difference=_format_difference(block["margin_growth"], block["margin_interval"]),
             bound="grows, beyond chance",
         )
-        yield make_check(
+        yield CheckRow(
             "chosen answers likelier than rejected ones",
-            [],
-            None,
             before=f"{block['accuracy_before']:.1%}",
             after=f"{block['accuracy_after']:.1%}",
             difference=_format_difference(block["accuracy_difference"], block["accuracy_interval"]),
+            verdict=None,
         )
         bound = verdict.bound("max_chosen_fall")
         yield make_check(
@@ -42,20 +41,15 @@ class _ShownPreferences:
         )
         for name in ("chosen", "rejected"):
             before, after = block[f"{name}_before"], block[f"{name}_after"]
-            yield make_check(
+            yield CheckRow(
                 f"log-likelihood of {name} answers, nats an answer",
-                [],
-                None,
                 before=_format(before),
                 after=_format(after),
                 difference=f"{after - before:+.3g}",
+                verdict=None,
             )
-        yield make_check(
-            "divergence from the start, answers, nats/token",
-            [],
-            None,
-            after=_format(block["kl_initial"]),
-        )
+        kl = _format(block["kl_initial"])
+        yield CheckRow("divergence from the start, answers, nats/token", after=kl, verdict=None)
 
     def notes(self, block: Mapping[str, Any], verdict: Verdict) -> Iterator[str]:  # noqa: ARG002
         """Chosen answers that became less likely, or too few examples."""

@@ -23,7 +23,6 @@ from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
-from nested_core.measure.losses.left_out_examples import find_left_out
 from nested_core.measure.losses.loss_figures import Spread, compare_losses, describe_noise
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses
@@ -68,7 +67,7 @@ def _measure(
     ((after, _),) = judged.base.example_loss_sums((judged.after.path,), split)
     loss = judged.config.training.loss
     losses = examples.make_losses(tokens, loss, before=before, after=after)
-    is_seen = find_left_out(examples.digests, judged.trained_on, champion.training_examples)
+    is_seen = (judged.trained_on | champion.trained_on).find_in(examples.digests)
     yield from summarise_ancestors(
         chosen, losses.leaving_out(is_seen), ages[losses.lines - 1], judged.bounds
     )

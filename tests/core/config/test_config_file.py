@@ -310,7 +310,7 @@ def test_every_problem_is_told_at_once_with_its_line(write: Write) -> None:
     found = {line.split(":")[0].strip(): line for line in refused_lines(write(REFUSED))}
     assert found["learning_rte"].endswith("did you mean learning_rate? (line 2)")
     assert found["nested"].endswith(
-        "learning_rate_scale needs one number a tier (2), got 1 (line 3)"
+        "learning_rate_scale needs one number a tier (2), got 1 (line 5)"
     )
     assert found["hf_dataset.1.trian_split"].endswith("did you mean train_split? (line 10)")
     assert found["training.supervise"].endswith("found 'some' (line 13)")
@@ -359,6 +359,9 @@ def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
         ("max_steps", "did you mean iters? (it counts micro-batches, theirs counts optimizer"),
         ("sample_packing", "sample_packing is not needed: "),
         ("base", "did you mean model?"),
+        ("assistant_only_loss", "did you mean training.supervise? (all trains on every answer"),
+        ("train_on_inputs", "did you mean training.supervise? (all trains on every answer of a"),
+        ("mask_history", "did you mean mask_prompt? (both train on the last answer of a chat"),
         ("quantization", "quantization is not a key here: give a base model that is quantised"),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mlx_lm.utils import save_config, save_model
 
-from nested_core import DatasetError, FineTuneConfig, load_config
+from nested_core import ConfigError, DatasetError, FineTuneConfig, load_config
 from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.config.sections import LoraParameters
 from nested_core.models.base_model import fingerprint_base_model, load_base_model
@@ -379,3 +379,9 @@ def test_the_rate_follows_alpha_and_the_models_width(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(model))
     assert suggest_learning_rate(alpha, tmp_path) == rate
+
+
+def test_explain_refuses_a_service_that_no_run_could_report_to() -> None:
+    pytest.importorskip("nested_core.rooms.services", reason="the room services is not there")
+    with pytest.raises(ConfigError, match="report_to: nowhere is not known. Choose from"):
+        explain_run(example_config(report_to="nowhere"))
