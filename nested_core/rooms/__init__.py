@@ -70,8 +70,6 @@ class Room:
     training_log: a function of the arguments of `train`, configuration and run directory, which
         gives the callback that prints lines in place of ours, or None.
     champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
-    generation_tables: what each version of an adapter kept of earlier nights: a function of
-        registry, name, champion and the verdict on a candidate, which gives Tables.
     live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
         RunDirectory, the event that ends it and the lock of the view.
     kernel_folder: a function that has MLX compile its kernels into a folder of this process.
@@ -140,7 +138,6 @@ class Room:
     loss_curve: str | None = None
     training_log: str | None = None
     champion_page: str | None = None
-    generation_tables: str | None = None
     live_view: str | None = None
     kernel_folder: str | None = None
     around_training: str | None = None
@@ -268,7 +265,7 @@ ROOMS: Mapping[str, Room] = {
         flags={command: ("--minutes",) for command in ("train", "run", "explain")},
         problems="nested_core.rooms.minutes.refused_keys:iterate_problems",
         timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
-        run_measurement="nested_core.rooms.minutes.sizes:measure_run",
+        run_measurement="nested_core.rooms.minutes.measured_run:measure_run",
         blas_threads="nested_core.rooms.minutes.blas_threads:using_quicker_blas_threads",
     ),
     "replay": Room(
@@ -280,7 +277,6 @@ ROOMS: Mapping[str, Room] = {
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
         data_blocks="nested_core.rooms.replay.page:describe_replay",
-        generation_tables="nested_core.rooms.replay.generations:list_tables",
     ),
     "tables": Room(
         flags={
