@@ -5,6 +5,5 @@ disk; preflight.py the checks before the first one; publishing.py the registrati
 start from the champion. device_lock.py keeps a GPU to one run at a time; processes.py asks rooms
 for training in several processes, and for `report_to`.
 
-Beside it: named_adapters.py and named_models.py find what a person names; run_explanation.py finds
-    out what a run will do.
+Beside it: named_adapters.py and named_models.py find what a person names.
 """

@@ -77,6 +77,7 @@ class Room:
         function that takes a line for the person, and session.
     timed_training: a context that holds a run to `training.minutes`, of configuration, run
         directory and hooks.
+    explain_run: a function that says what a run of a configuration will do and cost, for rooms.
     run_measurement: a function that measures how fast a run is, for `explain`.
     blas_threads: a context of a loaded model in which its products have the quicker number of BLAS
         threads, on a machine that other programs use too.
@@ -142,6 +143,7 @@ class Room:
     kernel_folder: str | None = None
     around_training: str | None = None
     timed_training: str | None = None
+    explain_run: str | None = None
     run_measurement: str | None = None
     blas_threads: str | None = None
     readers: Mapping[str, str] = field(default_factory=dict)
@@ -214,7 +216,10 @@ ROOMS: Mapping[str, Room] = {
     ),
     "mlflow": Room(commands=("export-mlflow",)),
     "nights": Room(commands=("registry",), watcher="flows.rooms.nights.watcher:NightWatcher"),
-    "planning": Room(commands=("init", "explain")),
+    "planning": Room(
+        commands=("init", "explain"),
+        explain_run="nested_core.rooms.planning.run_explanation:explain_run",
+    ),
     "peft": Room(
         commands=("import-peft", "export-peft"),
         adapter_format="nested_core.rooms.peft.adapter_format:PeftFormat",

@@ -70,9 +70,8 @@ def route_by_forecast(
 
 def _forecast_gigabytes(config: FineTuneConfig, on_wait: Callable[[str], None]) -> float:
     """The peak of memory; where a run starts and where it is registered does not change it."""
-    from nested_core.pipeline.run_explanation import explain_run
-
     seams.require("memory", "pools")
+    explain_run = seams.load_only("explain_run", "pools")
     without_registry = {"registry": RegistrySection(), "continual": ContinualSection()}
     config = config.model_copy(update=without_registry)
     with chdir(runs_home()):  # where relative paths begin

@@ -158,8 +158,8 @@ def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge the data, try a few steps in a temporary folder, and say what the run would do."""
     config = load_config_from_flags(arguments)
     with showing_stages("explain: loading the libraries"):
-        from nested_core.pipeline.run_explanation import explain_run  # loads mlx
         from nested_core.rooms.planning.explanation import RunInWords
+        from nested_core.rooms.planning.run_explanation import explain_run  # loads mlx
 
         subjects = RunInWords(explain_run(config, print_progress)).describe()
 

@@ -1,1 +1,5 @@
-"""Before a run: suggested_config.py writes a configuration, explanation.py words what it does."""
+"""Before a run: a first configuration, and what one will do.
+
+suggested_config.py writes one; run_explanation.py finds out what a run does and costs, and
+explanation.py words it.
+"""

@@ -38,7 +38,6 @@ from nested_core.models.base_model import find_model_folder, fingerprint_base_mo
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
 from nested_core.pipeline.preflight import check_before_start
-from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.answers import read_answers
 from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
@@ -227,6 +226,7 @@ class _Search:
         """The steps of a whole run, and those of all arms that there is time for."""
         minutes, budget = self.request.minutes, self.request.steps
         measures = minutes is not None
+        explain_run = seams.load_only("explain_run", "sweep")
         explained = explain_run(self.config, self.hooks.on_message, measures_speed=measures)
         if not explained.validation_examples or self.config.training.reference is not None:
             raise ConfigError(

@@ -55,7 +55,7 @@ def test_what_trains_goes_to_the_smallest_pool_that_holds_it_and_the_rest_stays(
     )
 
 
-@needs_rooms("memory")
+@needs_rooms("memory", "planning")
 def test_a_fine_tune_that_no_pool_holds_is_refused_with_its_forecast(tmp_path: Path) -> None:
     plan = planned(tmp_path, {"mlx-tiny": 0.001, "mlx-less": 0.0001})
     with pytest.raises(ConfigError, match=r"needs about 0\.0\d+ GB, and no pool holds that much"):

@@ -25,7 +25,6 @@ from nested_core.errors import ConfigError, DamagedError, DatasetError, Training
 from nested_core.gate.judge import judge_run
 from nested_core.pipeline import steps
 from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
-from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import parse_verdict
@@ -150,6 +149,7 @@ def test_the_units_are_known_without_the_room_that_computes_the_loss() -> None:
 @needs_rooms("planning")
 def test_no_rate_is_held_against_those_that_were_best_for_the_cross_entropy(tmp_path: Path) -> None:
     from nested_core.rooms.planning.explanation import RunInWords
+    from nested_core.rooms.planning.run_explanation import explain_run
 
     config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=1e-6)
     assert warn_of_learning_rate(config) is None
@@ -181,7 +181,10 @@ def test_the_reference_is_computed_once_and_kept_with_its_adapter(learnt) -> Non
     assert run.is_own_file(find_likelihoods_file(run).relative_to(run.path).as_posix())
 
 
+@needs_rooms("planning")
 def test_who_asks_what_a_run_would_need_computes_no_reference(learnt, monkeypatch) -> None:
+    from nested_core.rooms.planning.run_explanation import explain_run
+
     monkeypatch.delattr(reference_likelihoods, "_compute_likelihoods")
     explained = explain_run(learnt.finished.config, measures_speed=False)
     assert explained.steps == learnt.finished.result.step

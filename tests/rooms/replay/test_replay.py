@@ -19,7 +19,6 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
-from nested_core.pipeline.run_explanation import explain_run
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.judged_run import read_judged_run
 from nested_core.report.run_report import read_report
@@ -153,8 +152,11 @@ def test_as_many_examples_are_kept_as_the_run_can_use(folder: Path) -> None:
     assert choose(epochs, folder / "long")[1].examples == 10
 
 
+@needs_rooms("planning")
 @pytest.mark.slow("explains a run")
 def test_explain_says_what_would_be_replayed_and_counts_its_tokens(folder: Path) -> None:
+    from nested_core.rooms.planning.run_explanation import explain_run
+
     explained = explain_run(configure(folder, "old.jsonl"), measures_speed=False)
     assert f"replay: 0.3 of each batch, from 4 of 10 examples of {folder}/old.jsonl" in ". ".join(
         explained.replay

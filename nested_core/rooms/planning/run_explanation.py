@@ -7,7 +7,7 @@ a run would; nothing is kept.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from nested_core.models.lora_attachment import attach_adapter, load_adapter_tens
 from nested_core.models.parameters import trainable_parameters
 from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import count_expected_updates
+from nested_core.optim.tier_counters import TierStats
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.processes import load_services
@@ -35,16 +36,6 @@ from nested_core.training.training_setup import prepare_training
 
 
 @dataclass(frozen=True)
-class TierForecast:
-    """A tier: its frequency, its tensors and parameters, and its updates in the whole run."""
-
-    frequency: int
-    tensors: int
-    parameters: int
-    updates: int
-
-
-@dataclass(frozen=True)
 class RunExplanation:
     """What a run of a configuration will do and cost.
 
@@ -52,7 +43,7 @@ class RunExplanation:
         config: the configuration with the policy of its registry's name applied.
         tightening: a sentence for each key in which that policy is stricter.
         base_parameters: the base model's parameters as stored; quantised ones count packed.
-        tiers: what is trained, tier by tier.
+        tiers: what is trained, tier by tier, with its updates in the whole run.
         splits: what is in each split of the data.
         iterations: micro-batches of the whole run.
         steps: optimizer steps of the whole run.
@@ -69,7 +60,7 @@ class RunExplanation:
     config: FineTuneConfig
     tightening: tuple[str, ...]
     base_parameters: int
-    tiers: tuple[TierForecast, ...]
+    tiers: tuple[TierStats, ...]
     splits: dict[str, SplitStats]
     iterations: int
     steps: int
@@ -119,12 +110,7 @@ def explain_run(
                 trainer, base_parameters = _make_trainer(config, run)
     schedule = trainer.step_schedule
     tiers = [
-        TierForecast(
-            tier.frequency,
-            tier.tensors,
-            tier.parameters,
-            count_expected_updates(schedule.steps, tier.frequency),
-        )
+        replace(tier, updates=count_expected_updates(schedule.steps, tier.frequency))
         for tier in trainer.tier_stats()
     ]
     return RunExplanation(
