@@ -5,6 +5,5 @@ lora_attachment.py makes an adapter trainable. adapter_fit.py checks that an ada
 settings and base. parameters.py refers to trainable parameters by name, lora_tensors.py names the
 tensors of an adapter, and adapter_formats.py is the interface of rooms that know other programs'
 adapters. generation.py generates answers and chat_template.py renders chats. kept_base.py attaches
-adapters to a base that stays loaded, session.py keeps it from step to step of a run, and
-side_by_side.py answers as the base and as adapters of it.
+adapters to a base that stays loaded, and session.py keeps it from step to step of a run.
 """

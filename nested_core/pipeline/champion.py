@@ -6,8 +6,9 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from nested_core import seams
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.pipeline.named_adapters import VERSIONS, find_named_adapter
@@ -20,9 +21,6 @@ from nested_core.registry.promotion_policy import describe_promotion
 from nested_core.registry.versions import version_folder
 from nested_core.storage.run_directory import DEFAULT_REGISTRY, RunDirectory
 from nested_core.text.digest_format import shorten_digest
-
-if TYPE_CHECKING:
-    from nested_core.models.side_by_side import SideBySide
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,19 +54,17 @@ class RegisteredAdapter:
             temperature: sampling temperature; 0 always takes the likeliest token.
 
         The base model is loaded at the first call and stays in memory with this object. Raises
-        ConfigError if the model cannot see the whole prompt.
+        ConfigError if the model cannot see the whole prompt, or if the room chat is not installed.
         """
-        from nested_core.models.generation import Sampling
-
-        return self._loaded.ask("adapter", prompt, Sampling(max_tokens, temperature=temperature))
+        ask = self._loaded.ask
+        return str(ask("adapter", prompt, max_tokens=max_tokens, temperature=temperature))
 
     @cached_property
-    def _loaded(self) -> SideBySide:
+    def _loaded(self) -> Any:
         """Base model with this adapter, loaded once, after the version's files are verified."""
-        from nested_core.models.side_by_side import SideBySide
-
         read_verified_version(self.registry, self.name, self.version)
-        return SideBySide({"adapter": self.folder}, model=None, trust_remote_code=False)
+        side_by_side = seams.load_only("side_by_side", "ask")
+        return side_by_side({"adapter": self.folder}, model=None, trust_remote_code=False)
 
     def __repr__(self) -> str:
         """Show registry, name, version and the verdict's summary."""

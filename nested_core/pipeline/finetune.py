@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nested_core import seams
 from nested_core.config.resume import read_run_config
@@ -50,9 +50,6 @@ from nested_core.report.outcome import describe_kept_champion
 from nested_core.report.run_report import read_report, writing_report_at_end
 from nested_core.storage.atomic import remove_file
 from nested_core.storage.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from nested_core.models.side_by_side import SideBySide
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,23 +103,22 @@ class FinetuneResult:
         temperature: sampling temperature; 0 always takes the likeliest token.
 
         The base model is loaded at the first call and stays in memory with this object. Raises
-        ConfigError if nothing was trained, or if the model cannot see the whole prompt.
+        ConfigError if nothing was trained, if the model cannot see the whole prompt, or if the room
+        chat is not installed.
         """
-        from nested_core.models.generation import Sampling
-
-        return self._loaded.ask("adapter", prompt, Sampling(max_tokens, temperature=temperature))
+        ask = self._loaded.ask
+        return str(ask("adapter", prompt, max_tokens=max_tokens, temperature=temperature))
 
     @cached_property
-    def _loaded(self) -> SideBySide:
+    def _loaded(self) -> Any:
         """The base model with the adapter, loaded at first use."""
-        from nested_core.models.side_by_side import SideBySide
-
         if not self.run.adapter.is_dir():
             raise ConfigError(f"{self.run.path} has no adapter to ask: nothing was trained.")
         config = read_run_config(self.run)
         trusts = config.trust_remote_code
         adapters = {"adapter": self.run.adapter}
-        return SideBySide(adapters, model=config.model, trust_remote_code=trusts)
+        side_by_side = seams.load_only("side_by_side", "ask")
+        return side_by_side(adapters, model=config.model, trust_remote_code=trusts)
 
 
 def finetune(

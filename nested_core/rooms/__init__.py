@@ -77,6 +77,7 @@ class Room:
         function that takes a line for the person, and session.
     timed_training: a context that holds a run to `training.minutes`, of configuration, run
         directory and hooks.
+    side_by_side: a class that loads a base and adapters of it, whose `ask` answers a prompt.
     explain_run: a function that says what a run of a configuration will do and cost, for rooms.
     run_measurement: a function that measures how fast a run is, for `explain`.
     blas_threads: a context of a loaded model in which its products have the quicker number of BLAS
@@ -143,6 +144,7 @@ class Room:
     kernel_folder: str | None = None
     around_training: str | None = None
     timed_training: str | None = None
+    side_by_side: str | None = None
     explain_run: str | None = None
     run_measurement: str | None = None
     blas_threads: str | None = None
@@ -178,7 +180,7 @@ ROOMS: Mapping[str, Room] = {
     "deploy": Room(
         commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
     ),
-    "chat": Room(commands=("chat",)),
+    "chat": Room(commands=("chat",), side_by_side="nested_core.rooms.chat.side_by_side:SideBySide"),
     "champion_page": Room(champion_page="flows.rooms.champion_page.page:ChampionPage"),
     "compare": Room(
         commands=("compare",),

@@ -94,7 +94,7 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     save = None if arguments.save is None else require_output_file(arguments.save, "--save")
     found = [find_named_adapter(path, arguments.registry) for path in given]
     from nested_core.models.generation import Sampling
-    from nested_core.models.side_by_side import SideBySide  # loads mlx_lm, which takes seconds
+    from nested_core.rooms.chat.side_by_side import SideBySide  # loads mlx_lm, which takes seconds
 
     names = ["adapter"] if len(given) == 1 else [str(path) for path in given]
     for name, adapter in zip(names, found, strict=True):

@@ -1,1 +1,1 @@
-"""Chat: its code is flows/rooms/chat; models/side_by_side.py of the core answers."""
+"""Chat: side_by_side.py answers as a base and adapters of it; flows/rooms/chat is the command."""

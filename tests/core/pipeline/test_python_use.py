@@ -30,6 +30,7 @@ from nested_core.registry import history
 from nested_core.registry.policy import set_policy
 from nested_core.storage.run_directory import open_run
 from tests.example import MODEL, example_config, generate_answers
+from tests.left_out import needs_rooms
 
 
 class Recorder(ShownProgress):
@@ -120,12 +121,14 @@ def test_everything_prints_as_one_line(session: Session) -> None:
         assert type(value).__name__ in text
 
 
+@needs_rooms("chat")
 def test_the_result_answers_as_plain_mlx_lm_does(session: Session) -> None:
     prompt = "I want to see Slovakia. Where to?"
     (expected,) = generate_answers(str(MODEL), [prompt], adapter=session.result.run.adapter)
     assert session.result.ask(prompt, max_tokens=32) == expected
 
 
+@needs_rooms("chat")
 def test_a_result_is_promoted_and_the_champion_answers_as_plain_mlx_lm_does(
     session: Session, tmp_path: Path
 ) -> None:

@@ -13,8 +13,8 @@ import pytest
 from flows.rooms.chat import command
 from flows.rooms.chat.command import lay_out, show_answers
 from nested_core.models.generation import Sampling
-from nested_core.models.side_by_side import SideBySide
 from nested_core.registry import register_and_promote
+from nested_core.rooms.chat.side_by_side import SideBySide
 from tests.builders.adapter_folders import Arrays, change_config, change_tensors
 from tests.example import MODEL, generate_answers
 from tests.flows.conftest import CommandRun, Ended, called
@@ -111,7 +111,7 @@ def test_the_base_is_in_memory_once(command_run: CommandRun, smaller: Path) -> N
     adapters = {"a": command_run.run_dir / "adapter", "b": smaller}
     models = SideBySide(adapters, model=str(MODEL), trust_remote_code=False)
     for side in models.sides:
-        models.ask(side, QUESTION, Sampling(2))
+        models.ask(side, QUESTION, max_tokens=2)
     base = (MODEL / "model.safetensors").stat().st_size
     adapter_bytes = sum((f / "adapters.safetensors").stat().st_size for f in adapters.values())
     assert mx.get_active_memory() - before < 1.2 * base + adapter_bytes

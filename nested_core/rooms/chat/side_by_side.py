@@ -121,7 +121,8 @@ class SideBySide:
             for piece in stream_answer(self._models[side], self._tokenizer, prompt, limited):
                 yield side, piece
 
-    def ask(self, side: str, prompt: str, sampling: Sampling) -> str:
-        """Return the whole answer of one side to a user's message."""
+    def ask(self, side: str, prompt: str, *, max_tokens: int, temperature: float = 0.0) -> str:
+        """Return the whole answer of one side to a user's message, of `max_tokens` at most."""
+        sampling = Sampling(max_tokens, temperature=temperature)
         conversations = {side: [{"role": "user", "content": prompt}]}
         return "".join(piece for _, piece in self.stream_answers(conversations, sampling)).strip()
