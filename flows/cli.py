@@ -103,7 +103,7 @@ COMMANDS = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
     "inspection": ("verify", "status", "stop"),
-    "reports": ("report", "runs", "card"),
+    "reports": ("report", "runs"),
     "registry": ("promote", "rollback", "history", "audit", "gc", "policy", "forget"),
 }
 

@@ -1,4 +1,4 @@
-"""report, runs and card: runs and registered adapters as a person reads them."""
+"""report and runs: runs as a person reads them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.commands.adapter_places import add_registry_arguments
-from flows.commands.command_output import printer, result_printer, text_printer
-from flows.terminal.console import print_line, print_page, print_progress, print_table
+from flows.commands.command_output import printer, result_printer
+from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import DamagedError
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
@@ -37,15 +36,6 @@ def add_commands(commands: Any) -> None:
         example="nested-tune runs",
     )
     runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
-    card = commands.add(
-        "card",
-        run_card,
-        "write a model card for the champion",
-        group="Registry",
-        example="nested-tune card registry/support-bot",
-    )
-    card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
-    add_registry_arguments(card)
 
 
 def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -83,18 +73,3 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
             print_answer_warnings(run)
 
     return result_printer(arguments, lambda: {"runs": [run_to_json(run) for run in runs]}, show)
-
-
-def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Write the model card of a champion."""
-    from nested_core.registry import read_champion_card
-    from nested_core.storage.atomic import write_bytes
-
-    target = None if arguments.output is None else require_output_file(arguments.output, "-o")
-    card = read_champion_card(arguments.registry, arguments.name)
-    if target is not None:
-        write_bytes(target, card.encode())
-
-    if arguments.output is None:
-        return printer(lambda: print_page(card))
-    return text_printer(f"card: {arguments.output}")

@@ -10,7 +10,7 @@ ledger.py is the history; link_and_views.py the folder under its lock with the d
 versions.py a version; judgements.py its later verdicts; data_store.py its examples. registration.py
 adds a version; promote_and_rollback.py changes the champion; garbage_collection.py removes
 versions; queries.py and audit_report.py read; policy.py is the minimum that a name requires for
-promotion. adapter_card.py writes the model card of a version. promotion_policy.py decides automatic
+promotion. promotion_policy.py decides automatic
 promotion, and trials.py finds runs whose repetition is useless; these two are imported where they
 are used.
 """
@@ -38,7 +38,6 @@ from nested_core.registry.queries import (
     holding_champion,
     list_versions,
     read_champion,
-    read_champion_card,
     read_champion_changes,
     read_rollback_target,
     read_verified_version,
@@ -68,7 +67,6 @@ __all__ = [
     "promote",
     "read_champion_changes",
     "read_champion",
-    "read_champion_card",
     "read_rollback_target",
     "read_verified_version",
     "read_version_losses",

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.errors import DamagedError, NestedTuneError
 from nested_core.models.base_model import TrainedTokenizer
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
-from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.folders import (
     VERSIONS_FOLDER_NAME,
     find_name_folder,
@@ -56,22 +55,6 @@ def read_champion(registry: Path, name: str) -> str | None:
     # A concurrent gc may have removed the version since the link was read: read again, locked.
     with holding_champion(registry, name) as locked_champion:
         return locked_champion
-
-
-def read_champion_card(registry: Path, name: str) -> str:
-    """Return the model card (Markdown) that was registered with the champion of `name`.
-
-    Raises ConfigError if the name is unknown or has no champion, DamagedError if the files of the
-    version have changed since it was registered.
-    """
-    version = read_champion(registry, name)
-    if version is None:
-        raise ConfigError(
-            f"{registry / name} has no champion yet, and a card is about the champion. Promote a "
-            f"run first: `nested-tune promote RUN_DIR --registry {registry} --name {name}`"
-        )
-    verify(registry, name, version)
-    return read_regular(version_folder(registry, name, version) / CARD_NAME).decode()
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nested_core import seams
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.records.judged_run import JudgedRun, read_judged_run
 from nested_core.records.verdict_file import GATE_NAME
-from nested_core.registry.adapter_card import CARD_NAME, render_card
 from nested_core.registry.data_store import RunExamples, bound_store, store_examples
 from nested_core.registry.folders import (
     check_name,
@@ -41,6 +41,7 @@ from nested_core.registry.link_and_views import (
     writing_folder,
 )
 from nested_core.registry.versions import (
+    CARD_NAME,
     HASHED_AGAIN_AFTER_SECONDS,
     OPTIONAL_FILES,
     PROVENANCE_NAME,
@@ -224,8 +225,10 @@ def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
     run, bound = new.run, new.run.bound
     now = datetime.now(UTC).isoformat(timespec="microseconds")
     recorded = new.provenance | {REGISTERED_AT_KEY: now}
-    card = render_card(name, run.version, recorded, bound.verdict).encode("utf-8", "replace")
-    made_here = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded), CARD_NAME: card}
+    made_here = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded)}
+    for render_card in seams.load_all("model_card"):
+        card: str = render_card(name, run.version, recorded, bound.verdict)
+        made_here[CARD_NAME] = card.encode("utf-8", "replace")
     for written, content in {**made_here, **run.adapter.files}.items():
         write_bytes(folder / written, content)
     for file in (file for file in OPTIONAL_FILES if file in bound.files):

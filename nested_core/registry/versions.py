@@ -19,7 +19,6 @@ from nested_core.records.verdict_file import (
     require_passed,
     require_verdict_on_adapter,
 )
-from nested_core.registry.adapter_card import CARD_NAME
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.ledger import Ledger
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
@@ -32,9 +31,10 @@ from nested_core.text.digest_format import SHOWN_DIGITS, shorten_digest
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT_KEY = "registered_at"
 MAX_PROVENANCE_BYTES = 64 * 1024 * 1024
-CONTENT_FILES = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME, CARD_NAME)
+CARD_NAME = "README.md"
+CONTENT_FILES = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
 VERSION_FILES = (*CONTENT_FILES, MANIFEST_NAME)
-OPTIONAL_FILES = (CANARY_NAME,)  # a file of the version where its manifest has it
+OPTIONAL_FILES = (CANARY_NAME, CARD_NAME)  # each a file of the version where its manifest has it
 VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")
 VERSION_PREFIX_PATTERN = re.compile(r"[0-9a-f]{6,64}")
 MAX_LISTED_FINDINGS = 5

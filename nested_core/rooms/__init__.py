@@ -50,6 +50,8 @@ class Room:
     watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).
     model_format: a function of a path as a person gave it and of a temporary folder. It returns the
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
+    model_card: a function that renders README.md of a version, of the name, the version, its
+        provenance and its verdict.
     adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
         adapters of another program are read and written.
     run_files: patterns of the files that it, or a service, writes in a run: their paths there.
@@ -125,6 +127,7 @@ class Room:
     registry_checks: str | None = None
     watcher: str | None = None
     model_format: str | None = None
+    model_card: str | None = None
     adapter_format: str | None = None
     run_files: tuple[str, ...] = ()
     services: str | None = None
@@ -198,12 +201,13 @@ ROOMS: Mapping[str, Room] = {
         ),
     ),
     "export": Room(
-        commands=("export",),
+        commands=("export", "card"),
         public_names=(
             "nested_core.rooms.export.exporting:Export",
             "nested_core.rooms.export.exporting:export",
         ),
         model_format="nested_core.rooms.export.named_artefact:find_artefact",
+        model_card="nested_core.rooms.export.adapter_card:render_card",
     ),
     "memory": Room(memory_forecast="nested_core.rooms.memory.forecast:forecast_memory"),
     "fused": Room(keys=("gate.check_fused",), gate_checks="nested_core.rooms.fused.fused:CHECKS"),

@@ -66,7 +66,7 @@ def test_what_is_none_of_them_is_told_the_names_that_there_are(place: Path) -> N
 
 
 @pytest.mark.parametrize("given", ["bot", "registry/bot", "registry/bot/champion"])
-@pytest.mark.parametrize("command", ["history", "audit", "policy", "card", "gc"])
+@pytest.mark.parametrize("command", ["history", "audit", "policy", "gc"])
 def test_commands_of_the_registry_take_every_form(place: Path, command: str, given: str) -> None:
     assert called(command, given, cwd=place).code == 0
     assert called(command, "--name", given, cwd=place).code == 0

@@ -23,7 +23,6 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
-from nested_core.registry.adapter_card import render_card
 from nested_core.registry.ledger import Origin
 from nested_core.registry.link_and_views import writing
 from nested_core.report.outcome import find_outcome, find_reason_kept
@@ -204,7 +203,10 @@ def test_an_outcome_has_the_same_words_on_every_screen(outcome, tmp_path, capsys
     assert not {other for other in others if any(other in line for line in beside)}
 
 
+@needs_rooms("export")
 def test_the_card_of_a_version_has_the_words_of_what_was_verified() -> None:
+    from nested_core.rooms.export.adapter_card import render_card
+
     card = render_card(NAME, "ab" * 32, {}, make_verdict(make_losses()))
     assert f"{Outcome.VERIFIED}: passed, better." in card
 

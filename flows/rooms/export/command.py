@@ -1,4 +1,4 @@
-"""export: a base with its adapter as one model, kept only where it does as the adapter."""
+"""export and card: an adapter with its base as one checked model; the model card of a champion."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
-from flows.commands.command_output import result_printer, show_conversion
+from flows.commands.adapter_places import (
+    ADAPTER_FORMS,
+    add_registry_arguments,
+    add_registry_flag,
+)
+from flows.commands.command_output import (
+    printer,
+    result_printer,
+    show_conversion,
+    text_printer,
+)
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.stage_lines import showing_stages
 from nested_core.errors import ConfigError
+from nested_core.storage.output_places import require_output_file
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:
@@ -22,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Any) -> None:
-    """Add the command."""
+    """Add the commands."""
     parser = commands.add(
         "export",
         run_export,
@@ -77,6 +87,16 @@ def add_commands(commands: Any) -> None:
     )
     add_registry_flag(parser)
     parser.add_argument("--model", metavar="BASE", help="of an adapter that names none")
+
+    card = commands.add(
+        "card",
+        run_card,
+        "write a model card for the champion",
+        group="Registry",
+        example="nested-tune card registry/support-bot",
+    )
+    card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
+    add_registry_arguments(card)
 
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -133,3 +153,16 @@ def _print_export(done: Export) -> None:
     for note in done.notes:
         print_line(note)
     print_line(f"to publish it: {done.upload_command}")
+
+
+def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Write the model card of a champion."""
+    from nested_core.rooms.export.adapter_card import read_champion_card
+    from nested_core.storage.atomic import write_bytes
+
+    target = None if arguments.output is None else require_output_file(arguments.output, "-o")
+    card = read_champion_card(arguments.registry, arguments.name)
+    if target is None:
+        return printer(lambda: print_page(card))
+    write_bytes(target, card.encode())
+    return text_printer(f"card: {arguments.output}")

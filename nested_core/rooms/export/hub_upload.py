@@ -18,8 +18,8 @@ from nested_core.errors import ConfigError, shorten
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.pipeline.publishing import confirm_recorded_verdict, make_provenance
 from nested_core.records.verdict_file import GATE_NAME
-from nested_core.registry.adapter_card import CARD_NAME, find_hub_name, render_card
-from nested_core.registry.versions import PROVENANCE_NAME
+from nested_core.registry.versions import CARD_NAME, PROVENANCE_NAME
+from nested_core.rooms.export.adapter_card import find_hub_name, render_card
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.manifest import verify_manifest
 from nested_core.storage.run_directory import RunDirectory

@@ -14,6 +14,7 @@ import pytest
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.registry import audit, promote, read_champion, register, rollback
 from nested_core.registry.ledger import read_ledger
+from nested_core.seams import is_there
 from nested_core.storage.manifest import write_manifest
 from nested_core.text.foreign_text import escape_but_keep_newlines
 from tests.builders.file_damage import (
@@ -32,8 +33,8 @@ from tests.left_out import slow_except
 
 NAME = "capitals"
 FILES = [
-    *("adapters.safetensors", "adapter_config.json", "gate.json", "provenance.json", "README.md"),
-    "MANIFEST.json",
+    *("adapters.safetensors", "adapter_config.json", "gate.json", "provenance.json"),
+    *("MANIFEST.json", *(["README.md"] if is_there("export") else [])),
 ]
 
 

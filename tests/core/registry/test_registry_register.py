@@ -12,6 +12,7 @@ import pytest
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.registry import history, list_versions, promote, register
+from nested_core.seams import is_there
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import verify_manifest
 from tests.core.registry.states import last_line
@@ -21,8 +22,8 @@ FILES = {
     "adapter_config.json",
     "gate.json",
     "provenance.json",
-    "README.md",
     "MANIFEST.json",
+    *(["README.md"] if is_there("export") else []),
 }
 
 

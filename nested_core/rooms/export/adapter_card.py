@@ -17,11 +17,14 @@ import yaml
 
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.errors import ConfigError
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import check_table
+from nested_core.registry import read_champion, verify
+from nested_core.registry.versions import CARD_NAME, version_folder
+from nested_core.storage.untrusted_files import read_regular
 from nested_core.text.document import Block, Document, Section, Table, Text
 
-CARD_NAME = "README.md"
 HOW_TO_USE = (
     "The folder of this file is an adapter folder of mlx-lm: give it to mlx_lm.generate as "
     "--adapter-path, with the base model above as --model."
@@ -36,6 +39,22 @@ def render_card(name: str, version: str, provenance: dict[str, Any], verdict: Ve
     """
     front = yaml.safe_dump(_front_matter(name, provenance, verdict), sort_keys=False)
     return f"---\n{front}---\n\n{describe_card(name, version, provenance, verdict)}\n"
+
+
+def read_champion_card(registry: Path, name: str) -> str:
+    """Return the model card (Markdown) that was registered with the champion of `name`.
+
+    Raises ConfigError if the name is unknown or has no champion, DamagedError if the files of the
+    version have changed since it was registered.
+    """
+    version = read_champion(registry, name)
+    if version is None:
+        raise ConfigError(
+            f"{registry / name} has no champion yet, and a card is about the champion. Promote a "
+            f"run first: `nested-tune promote RUN_DIR --registry {registry} --name {name}`"
+        )
+    verify(registry, name, version)
+    return read_regular(version_folder(registry, name, version) / CARD_NAME).decode()
 
 
 def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
