@@ -23,7 +23,6 @@ from nested_core.pipeline.continual import (
     record_trial,
 )
 from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
-from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.processes import load_services
 from nested_core.pipeline.publishing import (
@@ -150,8 +149,9 @@ def finetune(
     config, tightening = apply_policy(config)
     for sentence in tightening:
         hooks.on_message(sentence)
-    if warning := warn_of_learning_rate(config):
-        hooks.on_message(warning)
+    for warn_of_learning_rate in seams.load_all("rate_warning"):
+        if warning := warn_of_learning_rate(config):
+            hooks.on_message(warning)
     check_before_start(config, run)
     timing: Any = nullcontext()
     services = load_services(config)

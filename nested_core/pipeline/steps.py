@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from nested_core import seams
 from nested_core.backend import warn_if_unprepared
 from nested_core.config.loading import render_config
 from nested_core.config.resume import read_run_config, refuse_differences_on_resume
@@ -80,7 +81,6 @@ from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.pipeline.learning_rate_rule import require_usable_rate
 from nested_core.pipeline.named_models import find_rows_of_base
 from nested_core.pipeline.processes import count_processes, load_services, train_in_processes
 from nested_core.process.command_parent import list_earlier_ends
@@ -286,7 +286,8 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     continues = champion is not None and choice.policy == "continue"
     start, source = None, f"continual.from: the champion of {config.registry.name}"
     if continues:
-        require_usable_rate(config)
+        for require_usable_rate in seams.load_all("rate_refusal"):
+            require_usable_rate(config)
         start = champion
     if config.resume_adapter_file is not None:
         start = read_adapter_file(Path(config.resume_adapter_file))

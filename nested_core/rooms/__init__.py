@@ -80,6 +80,9 @@ class Room:
     timed_training: a context that holds a run to `training.minutes`, of configuration, run
         directory and hooks.
     side_by_side: a class that loads a base and adapters of it, whose `ask` answers a prompt.
+    rate_warning: a function of a configuration that warns of its learning rate, or gives None.
+    rate_refusal: a function of a configuration that raises ConfigError if a run would go on from
+        the champion at too high a learning rate.
     explain_run: a function that says what a run of a configuration will do and cost, for rooms.
     run_measurement: a function that measures how fast a run is, for `explain`.
     blas_threads: a context of a loaded model in which its products have the quicker number of BLAS
@@ -148,6 +151,8 @@ class Room:
     around_training: str | None = None
     timed_training: str | None = None
     side_by_side: str | None = None
+    rate_warning: str | None = None
+    rate_refusal: str | None = None
     explain_run: str | None = None
     run_measurement: str | None = None
     blas_threads: str | None = None
@@ -181,7 +186,8 @@ ROOMS: Mapping[str, Room] = {
         ask_person="flows.rooms.approval.asking:ask_person",
     ),
     "deploy": Room(
-        commands=("deploy",), server_checks="flows.rooms.deploy.server_checks:iterate_server_checks"
+        commands=("deploy",),
+        server_checks="flows.rooms.deploy.server_checks:iterate_server_checks",
     ),
     "chat": Room(commands=("chat",), side_by_side="nested_core.rooms.chat.side_by_side:SideBySide"),
     "champion_page": Room(champion_page="flows.rooms.champion_page.page:ChampionPage"),
@@ -225,6 +231,8 @@ ROOMS: Mapping[str, Room] = {
     "planning": Room(
         commands=("init", "explain"),
         explain_run="nested_core.rooms.planning.run_explanation:explain_run",
+        rate_warning="nested_core.rooms.planning.learning_rate_rule:warn_of_learning_rate",
+        rate_refusal="nested_core.rooms.planning.learning_rate_rule:require_usable_rate",
     ),
     "peft": Room(
         commands=("import-peft", "export-peft"),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from nested_core import seams
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, TaskSection
-from nested_core.pipeline.learning_rate_rule import describe_learning_rate
 from nested_core.records.dataset import SplitStats, held_out_split
 from nested_core.records.loss_conclusion import MIN_CHANGE, MIN_MARGIN
+from nested_core.rooms.planning.learning_rate_rule import describe_learning_rate
 from nested_core.rooms.planning.run_explanation import RunExplanation
 from nested_core.text.loss_format import NATS_PER_TOKEN
 from nested_core.text.value_format import format_count, format_passes

@@ -29,8 +29,8 @@ from nested_core.data.lines.example_parsing import UNTEMPLATED_FORMATS, find_for
 from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.sources.split_files import open_splits
 from nested_core.models.base_model import find_model_folder, read_model_config
-from nested_core.pipeline.learning_rate_rule import BEST_PRODUCTS, USUAL_PRODUCT
 from nested_core.records.dataset import DatasetReport
+from nested_core.rooms.planning.learning_rate_rule import BEST_PRODUCTS, USUAL_PRODUCT
 from nested_core.rooms.planning.run_explanation import explain_run
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular

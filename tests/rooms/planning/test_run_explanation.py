@@ -19,9 +19,9 @@ from nested_core.config.sections import LoraParameters
 from nested_core.models.base_model import fingerprint_base_model, load_base_model
 from nested_core.models.lora_attachment import attach_adapter, make_adapter_config
 from nested_core.models.parameters import trainable_parameters
-from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.registry.policy import set_policy
 from nested_core.rooms.planning.explanation import RunInWords
+from nested_core.rooms.planning.learning_rate_rule import warn_of_learning_rate
 from nested_core.rooms.planning.run_explanation import RunExplanation, explain_run
 from nested_core.rooms.planning.suggested_config import suggest_config, suggest_learning_rate
 from nested_core.storage.adapter import write_adapter

@@ -24,7 +24,6 @@ from nested_core.data.lines import example_parsing
 from nested_core.errors import ConfigError, DamagedError, DatasetError, TrainingStopped
 from nested_core.gate.judge import judge_run
 from nested_core.pipeline import steps
-from nested_core.pipeline.learning_rate_rule import warn_of_learning_rate
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import parse_verdict
@@ -149,6 +148,7 @@ def test_the_units_are_known_without_the_room_that_computes_the_loss() -> None:
 @needs_rooms("planning")
 def test_no_rate_is_held_against_those_that_were_best_for_the_cross_entropy(tmp_path: Path) -> None:
     from nested_core.rooms.planning.explanation import RunInWords
+    from nested_core.rooms.planning.learning_rate_rule import warn_of_learning_rate
     from nested_core.rooms.planning.run_explanation import explain_run
 
     config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=1e-6)

@@ -35,7 +35,7 @@ from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Text
 from tests.example import DATA, example_config, prepare, require_refused, train
-from tests.left_out import leave_out_room, slow_except
+from tests.left_out import leave_out_room, needs_rooms, slow_except
 from tests.rooms.replay.nights import (
     FRESH,
     NAME,
@@ -386,6 +386,7 @@ def test_what_is_not_there_is_said_in_state_provenance_and_page(nights, tmp_path
     assert f"version {lost[:12]}: the registry keeps no data of it" in page
 
 
+@needs_rooms("planning")
 def test_going_on_above_the_usable_rates_is_refused_unless_it_is_allowed(nights, tmp_path) -> None:
     folder = shutil.copytree(nights["folder"], tmp_path / "nights", symlinks=True)
     fast = configure(folder, 3, rate=1.0).model_copy(update={"learning_rate": 0.1})

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nested_core import FineTuneConfig
-from nested_core.pipeline.learning_rate_rule import (
+from nested_core.rooms.planning.learning_rate_rule import (
     describe_learning_rate,
     warn_of_learning_rate,
 )
