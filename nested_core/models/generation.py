@@ -86,7 +86,7 @@ def answer_prompts(
     A prompt must have at least one token. Raises ConfigError for a token beyond the model's
     embedding. Restores mlx's random state.
     """
-    _require_rows_for(prompts, model, tokenizer)
+    require_rows_for(prompts, model, tokenizer)
     limit = sampling.max_tokens
     unfinished = [
         _UnfinishedAnswer(
@@ -99,7 +99,7 @@ def answer_prompts(
     ]
     answer = _answer_in_batches if can_batch(model) else _answer_one_by_one
     with _using_seed(sampling.seed):
-        finished = answer(model, tokenizer.eos_token_ids, unfinished, _make_sampler(sampling))
+        finished = answer(model, tokenizer.eos_token_ids, unfinished, make_sampler_of(sampling))
         for count, _ in enumerate(finished, start=1):
             if on_answered is not None:
                 on_answered(count)
@@ -136,35 +136,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
 
 
-def stream_answer(
-    model: nn.Module, tokenizer: Any, prompt: Sequence[int], sampling: Sampling
-) -> Iterator[str]:
-    """Yield the answer to one prompt in pieces of text, as they are generated.
-
-    Each piece is computed when it is requested. Stop texts are not applied. Raises ConfigError for
-    a token beyond the model's embedding.
-    """
-    import mlx.core as mx
-    from mlx_lm.generate import generate_step
-
-    _require_rows_for([prompt], model, tokenizer)
-    detokenizer = tokenizer.detokenizer
-    steps = generate_step(
-        mx.array(list(prompt)),
-        model,
-        max_tokens=sampling.max_tokens,
-        sampler=_make_sampler(sampling),
-    )
-    for token, _ in steps:
-        if int(token) in tokenizer.eos_token_ids:
-            break
-        detokenizer.add_token(int(token))
-        yield detokenizer.last_segment
-    detokenizer.finalize()
-    yield detokenizer.last_segment
-
-
-def _require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Any) -> None:
+def require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Any) -> None:
     """Raise ConfigError for a token beyond the model's embedding, if the embedding is known."""
     largest = [max(prompt, default=0) for prompt in prompts]
     if problem := describe_token_beyond(tokenizer, largest, count_embedding_rows(model)):
@@ -370,7 +342,8 @@ def _test_prompt_logprobs_in_a_batch(model: nn.Module) -> list[list[mx.array]]:
     return [rows[uid] for uid in uids]
 
 
-def _make_sampler(sampling: Sampling) -> Sampler:
+def make_sampler_of(sampling: Sampling) -> Sampler:
+    """Return mlx-lm's sampler for a temperature; None is greedy."""
     from mlx_lm.sample_utils import make_sampler
 
     return make_sampler(temp=sampling.temperature) if sampling.temperature else None

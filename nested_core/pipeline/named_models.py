@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from pydantic_core import to_jsonable_python
 
 from nested_core import seams
 from nested_core.config.loading import parse_config
@@ -19,7 +16,7 @@ from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import ConfigError
 from nested_core.measure.losses.left_out_examples import find_trained_rows
 from nested_core.models.adapter_formats import load_peft_format
-from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
+from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.records.dataset import PromptFormat
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
@@ -115,19 +112,6 @@ def read_training_config(folder: Path, run: RunDirectory | None) -> FineTuneConf
         for task in config.gate.tasks
     )
     return config.model_copy(update={"gate": config.gate.model_copy(update={"tasks": tasks})})
-
-
-def record_training(folder: Path) -> dict[str, Any]:
-    """Return what provenance.json beside an exported adapter says of its training.
-
-    folder: of a version, or in a run; values are None for any other.
-    """
-    runs = (RunDirectory(path) for path in folder.resolve().parents[:2])
-    named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
-    return {
-        **find_trained_rows(read_adapter(folder, follow_links=True), None).to_json(),
-        "prompt_format": to_jsonable_python(named.read_prompt_format()),
-    }
 
 
 def find_rows_of_base(base: Path) -> TrainedRows:

@@ -123,11 +123,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for record in _iterate_records(path) if record is not None]
 
 
-def read_latest_values(path: Path) -> dict[str, Any]:
-    """Read the last value of each metric that is not null, without loading all of metrics.jsonl."""
-    return latest_values(record for record in _iterate_records(path) if record is not None)
-
-
 def latest_values(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the last value of each metric that is not null."""
     latest: dict[str, Any] = {}

@@ -14,10 +14,8 @@ import numpy as np
 
 from nested_core.config.sections import GateSection
 from nested_core.measure.losses.chosen_candidate import Candidates
-from nested_core.records.comparison_family import NOT_TESTED, Chance, chance_of_mean
 from nested_core.records.loss_conclusion import (
     MIN_CHANGE,
-    Conclusion,
     conclude,
     count_examples_needed,
     margin_of_loss,
@@ -241,36 +239,6 @@ def compare_losses(
         "unit": losses.unit,
         "corrected_interval": corrected,
     }
-
-
-def chances_of_loss(losses: ComparedLoss) -> tuple[Chance, Chance]:
-    """Return the probabilities of a loss this much worse, and this much better, if nothing changed.
-
-    By Student's t if the interval leaves out 0, else one half. Without an interval nothing is
-    tested.
-    """
-    if losses.interval is None or losses.standard_error is None or losses.difference is None:
-        return NOT_TESTED, NOT_TESTED
-    examples = losses.clusters or 0
-    chance = Chance(chance_of_mean(abs(losses.difference), losses.standard_error, examples))
-    low, high = losses.interval
-    return chance if low > 0 else Chance(0.5), chance if high < 0 else Chance(0.5)
-
-
-def conclude_among_others(
-    losses: ComparedLoss, *, is_worse: bool, is_better: bool
-) -> Conclusion | None:
-    """Return the conclusion for one of several comparisons, corrected for their number.
-
-    `worse` and `better` need `is_worse` or `is_better`, the result of the test among all
-    comparisons; otherwise they become `no_worse` or `inconclusive`.
-    """
-    conclusion, margin, high = losses.conclusion, losses.margin, losses.one_sided_high
-    is_confirmed = is_worse if conclusion == "worse" else is_better
-    if conclusion not in ("worse", "better") or is_confirmed:
-        return conclusion
-    is_within = high is not None and margin is not None and high <= margin
-    return "no_worse" if is_within else "inconclusive"
 
 
 def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:

@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm import load
+from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 from nested_core.errors import ConfigError
@@ -19,7 +21,12 @@ from nested_core.models.base_model import (
     find_model_folder,
     naming_unloadable_model,
 )
-from nested_core.models.generation import Sampling, encode_messages, stream_answer
+from nested_core.models.generation import (
+    Sampling,
+    encode_messages,
+    make_sampler_of,
+    require_rows_for,
+)
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import read_adapter
 
@@ -126,3 +133,28 @@ class SideBySide:
         sampling = Sampling(max_tokens, temperature=temperature)
         conversations = {side: [{"role": "user", "content": prompt}]}
         return "".join(piece for _, piece in self.stream_answers(conversations, sampling)).strip()
+
+
+def stream_answer(
+    model: nn.Module, tokenizer: Any, prompt: Sequence[int], sampling: Sampling
+) -> Iterator[str]:
+    """Yield the answer to one prompt in pieces of text, as they are generated.
+
+    Each piece is computed when it is requested. Stop texts are not applied. Raises ConfigError for
+    a token beyond the model's embedding.
+    """
+    require_rows_for([prompt], model, tokenizer)
+    detokenizer = tokenizer.detokenizer
+    steps = generate_step(
+        mx.array(list(prompt)),
+        model,
+        max_tokens=sampling.max_tokens,
+        sampler=make_sampler_of(sampling),
+    )
+    for token, _ in steps:
+        if int(token) in tokenizer.eos_token_ids:
+            break
+        detokenizer.add_token(int(token))
+        yield detokenizer.last_segment
+    detokenizer.finalize()
+    yield detokenizer.last_segment

@@ -30,18 +30,19 @@ from nested_core.measure.losses.held_out_loss import (
     LoadedBase,
     read_held_out_examples,
 )
-from nested_core.measure.losses.loss_figures import (
-    chances_of_loss,
-    conclude_among_others,
-    summarise_losses,
-)
+from nested_core.measure.losses.loss_figures import summarise_losses
 from nested_core.models.base_model import find_model_folder
 from nested_core.pipeline.named_models import NamedModel, find_model, read_training_config
 from nested_core.records.answers import AnswerRecord
-from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
+from nested_core.records.comparison_family import (
+    NOT_TESTED,
+    Chance,
+    chance_of_mean,
+    find_beyond_chance,
+)
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.losses import Vector
-from nested_core.records.verdict import Validation
+from nested_core.records.verdict import ComparedLoss, Validation
 from nested_core.rooms.evaluate.page import (
     MAX_MODELS,
     AnsweredQuestion,
@@ -293,7 +294,7 @@ def conclude_models(
     chances = []
     for own, loss in zip(changes, losses, strict=True):
         chances += [(change.fall, change.rise) for change in own]
-        chances.append((NOT_TESTED, NOT_TESTED) if loss is None else chances_of_loss(loss))
+        chances.append((NOT_TESTED, NOT_TESTED) if loss is None else _chances_of_loss(loss))
     is_worse = iter(find_beyond_chance([worse for worse, _ in chances]))
     is_better = iter(find_beyond_chance([better for _, better in chances]))
     for own, loss in zip(changes, losses, strict=True):
@@ -302,7 +303,37 @@ def conclude_models(
         if loss is None or noise == "none":
             yield words, None if loss is None else loss.conclusion
         else:
-            yield words, conclude_among_others(loss, **shown)
+            yield words, _conclude_among_others(loss, **shown)
+
+
+def _chances_of_loss(losses: ComparedLoss) -> tuple[Chance, Chance]:
+    """Return the probabilities of a loss this much worse, and this much better, if nothing changed.
+
+    By Student's t if the interval leaves out 0, else one half. Without an interval nothing is
+    tested.
+    """
+    if losses.interval is None or losses.standard_error is None or losses.difference is None:
+        return NOT_TESTED, NOT_TESTED
+    examples = losses.clusters or 0
+    chance = Chance(chance_of_mean(abs(losses.difference), losses.standard_error, examples))
+    low, high = losses.interval
+    return chance if low > 0 else Chance(0.5), chance if high < 0 else Chance(0.5)
+
+
+def _conclude_among_others(
+    losses: ComparedLoss, *, is_worse: bool, is_better: bool
+) -> Conclusion | None:
+    """Return the conclusion for one of several comparisons, corrected for their number.
+
+    `worse` and `better` need `is_worse` or `is_better`, the result of the test among all
+    comparisons; otherwise they become `no_worse` or `inconclusive`.
+    """
+    conclusion, margin, high = losses.conclusion, losses.margin, losses.one_sided_high
+    is_confirmed = is_worse if conclusion == "worse" else is_better
+    if conclusion not in ("worse", "better") or is_confirmed:
+        return conclusion
+    is_within = high is not None and margin is not None and high <= margin
+    return "no_worse" if is_within else "inconclusive"
 
 
 def _form(model: NamedModel, models: Sequence[NamedModel]) -> tuple[Any, ...]:

@@ -9,11 +9,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.measure.losses.left_out_examples import find_trained_rows
 from nested_core.models.adapter_formats import Conversion
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.models.lora_tensors import module_name
-from nested_core.pipeline.named_models import record_training
+from nested_core.pipeline.named_adapters import NamedAdapter
 from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.rooms.peft.importing import PEFT_WEIGHTS
 from nested_core.rooms.peft.lora_factors import (
@@ -36,6 +39,7 @@ from nested_core.storage.adapter import (
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_absent_or_empty
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import read_header, save_arrays
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -57,7 +61,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     require_adapter_directory(folder)  # as it was given, before links are followed
     # Once: the champion's link may be swapped meanwhile.
     adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
-    trained = record_training(adapter.path)
+    trained = _record_training(adapter.path)
     modules = _read_factors(adapter)
     written = _make_peft_config(adapter, modules, model)
     notes = _compare_with_base(modules, written["base_model_name_or_path"])
@@ -205,3 +209,16 @@ def _make_target_modules(modules: Collection[str]) -> dict[str, Any]:
         pattern = stacks.pop().rpartition(".")[2]
         return {"target_modules": keys, "layers_to_transform": layers, "layers_pattern": pattern}
     return {"target_modules": sorted(modules), "layers_to_transform": None, "layers_pattern": None}
+
+
+def _record_training(folder: Path) -> dict[str, Any]:
+    """Return what provenance.json beside an exported adapter says of its training.
+
+    folder: of a version, or in a run; values are None for any other.
+    """
+    runs = (RunDirectory(path) for path in folder.resolve().parents[:2])
+    named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
+    return {
+        **find_trained_rows(read_adapter(folder, follow_links=True), None).to_json(),
+        "prompt_format": to_jsonable_python(named.read_prompt_format()),
+    }

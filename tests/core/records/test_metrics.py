@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nested_core.records import metrics as metrics_file
 from nested_core.records.metrics import (
     append_metrics,
-    read_latest_values,
+    latest_values,
     read_metrics,
     truncate_metrics,
 )
@@ -143,8 +143,8 @@ def test_any_number_that_a_run_may_report_is_read(tmp_path: Path, loss: float) -
 
 def test_the_latest_values_are_those_of_the_last_records_that_have_them(path: Path) -> None:
     append_metrics(path, {"step": 5, "loss": None, "val_loss": 0.25})
-    assert read_latest_values(path) == {"step": 5, "loss": 4 / 3, "val_loss": 0.25}
-    assert read_latest_values(path.with_name("none")) == {}
+    assert latest_values(read_metrics(path)) == {"step": 5, "loss": 4 / 3, "val_loss": 0.25}
+    assert latest_values([]) == {}
 
 
 def test_a_line_without_an_end_is_read_in_bounded_memory(path, monkeypatch) -> None:

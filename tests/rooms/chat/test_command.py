@@ -9,12 +9,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx_lm import load
 
 from flows.rooms.chat import command
 from flows.rooms.chat.command import lay_out, show_answers
+from nested_core.errors import ConfigError
 from nested_core.models.generation import Sampling
 from nested_core.registry import register_and_promote
-from nested_core.rooms.chat.side_by_side import SideBySide
+from nested_core.rooms.chat.side_by_side import SideBySide, stream_answer
 from tests.builders.adapter_folders import Arrays, change_config, change_tensors
 from tests.example import MODEL, generate_answers
 from tests.flows.conftest import CommandRun, Ended, called
@@ -240,3 +242,11 @@ def test_the_adapters_line_is_whole_before_the_base_begins_which_is_cut_off_soon
     before_base = "".join(out for side, out in seen[: [side for side, _ in seen].index("base") + 1])
     trained = "".join(piece for side, piece in pieces if side == "adapter").strip()
     assert before_base == f"adapter: {trained}"
+
+
+def test_a_token_beyond_the_embedding_is_refused_before_an_answer_begins() -> None:
+    model, tokenizer = load(str(MODEL))[:2]
+    tokenizer.add_tokens(["<|order|>"])
+    asked = tokenizer.encode("<|order|>Where to?")
+    with pytest.raises(ConfigError, match="the model has"):
+        next(stream_answer(model, tokenizer, asked, Sampling(2)))
