@@ -4,7 +4,7 @@ An event is a hint that can get lost or come twice: nothing is decided by one. T
 have an id of their line, which holds the hash of the line before, and so of the first: no other
 registry has the same line but a copy, whose old lines are told already. So whoever looks can send
 what the server has not heard of: the run or the command that made the change, and the hourly
-reconcile. New lines of a copy are not told (tasks.deployed_registries).
+reconcile. New lines of a copy are not told (flows/rooms/deploy/deployed_registries.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from prefect import get_run_logger
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, emit_event
 
-from nested_core import registry
+from nested_core import registry, seams
 from nested_core.registry.ledger import Action
-from tasks.deployed_registries import why_silent
 from tasks.prefect_server import asking_server, named_resource, read_events, related_resource
 
 Happening = Literal["verified", "rejected", "unusual", "week"]
@@ -80,8 +79,9 @@ def send_missing_events(client: SyncPrefectClient, path: Path, name: str) -> str
     missing = [event.model_dump(mode="json") for event in events if event.id not in known]
     if not missing:
         return None
-    if (reason := why_silent(client, path, name)) is not None:
-        return reason
+    for why_silent in seams.load_all("why_silent"):
+        if (reason := why_silent(client, path, name)) is not None:
+            return str(reason)
     client.request("POST", "/events", json=missing).raise_for_status()
     return None
 

@@ -45,6 +45,8 @@ class Room:
     problems: a function of a configuration that gives what its keys cannot be given with.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
+    why_silent: of a Prefect client, registry and name: why the server gets none of its events, as a
+        sentence; None where it does.
     registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
         as Check.
     watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).
@@ -127,6 +129,7 @@ class Room:
     keys: tuple[str, ...] = ()
     problems: str | None = None
     server_checks: str | None = None
+    why_silent: str | None = None
     registry_checks: str | None = None
     watcher: str | None = None
     model_format: str | None = None
@@ -188,6 +191,7 @@ ROOMS: Mapping[str, Room] = {
     "deploy": Room(
         commands=("deploy",),
         server_checks="flows.rooms.deploy.server_checks:iterate_server_checks",
+        why_silent="flows.rooms.deploy.deployed_registries:why_silent",
     ),
     "chat": Room(commands=("chat",), side_by_side="nested_core.rooms.chat.side_by_side:SideBySide"),
     "champion_page": Room(champion_page="flows.rooms.champion_page.page:ChampionPage"),

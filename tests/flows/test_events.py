@@ -186,6 +186,7 @@ def test_reconcile_tells_once_what_no_server_was_told(changed, new_name, monkeyp
     assert [event for event, _ in events_of(new_name, 3)] == told
 
 
+@needs_rooms("deploy")
 @pytest.mark.slow("five changes, each waited for on the server")
 def test_a_copy_of_a_registry_is_silent_until_a_deployment_names_it(
     changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch

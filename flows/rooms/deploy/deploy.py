@@ -30,6 +30,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.flow_runs.watchers import AdapterPage, list_watchers
 from flows.rooms.deploy.alerts import alert_action, alert_block, find_or_make_block
+from flows.rooms.deploy.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployments
 from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     RECONCILE_ENTRYPOINT,
@@ -38,7 +39,6 @@ from flows.rooms.deploy.planned_deployments import (
     replace_placeholders,
 )
 from nested_core.errors import ConfigError
-from tasks.deployed_registries import READ_PAGE_SIZE, adapters_in, read_deployments
 
 NO_ALERTS_WARNING = (
     "alerts: NOBODY IS NOTIFIED of a run that failed, crashed or is late. Make a notification "

@@ -18,6 +18,7 @@ from flows.commands.check import Check
 from flows.flow_runs.allowed_folders import allowed_roots
 from flows.rooms.deploy.alerts import alert_block
 from flows.rooms.deploy.deploy import read_automations, read_server_deployments
+from flows.rooms.deploy.deployed_registries import adapters_in
 from flows.rooms.deploy.planned_deployments import (
     FINETUNE_ENTRYPOINT,
     read_automations_yaml,
@@ -25,7 +26,6 @@ from flows.rooms.deploy.planned_deployments import (
     read_work_pools,
 )
 from flows.rooms.deploy.retention import check_retention
-from tasks.deployed_registries import adapters_in
 
 MAX_HEARTBEAT_AGE_SECONDS = 90
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
