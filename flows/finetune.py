@@ -20,7 +20,7 @@ from flows.flow_runs.allowed_folders import (
     with_trusted_code,
 )
 from flows.flow_runs.cancel_watch import stopping_where_cancelled
-from flows.flow_runs.nights import find_other_night, name_flow_run, tag_flow_run
+from flows.flow_runs.nights import name_flow_run, tag_flow_run
 from flows.flow_runs.prefect_logs import prepare_logs, tolerate_closed_output
 from flows.flow_runs.run_place import require_begun_here
 from flows.flow_runs.watchers import list_watchers
@@ -82,8 +82,9 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     tolerate_closed_output()
     prepare_logs()
     tag_flow_run()
-    if other := find_other_night():
-        return Completed(name=Outcome.SKIPPED_ANOTHER_NIGHT, message=other)
+    for watcher in list_watchers():
+        if other := watcher.find_other_run():
+            return Completed(name=Outcome.SKIPPED_ANOTHER_NIGHT, message=other)
     try:
         settings = with_trusted_code(with_allowed_paths(config.configuration()))
         require_known_name(settings.registry)

@@ -39,6 +39,10 @@ class Watcher:
     A flow does not fail for what a watcher cannot do: its methods log that, and return.
     """
 
+    def find_other_run(self) -> str | None:
+        """Why this fine-tune's flow run is not to train, in a sentence; None where it is."""
+        return None
+
     def begin(self, config: FineTuneConfig, run: RunDirectory, message: str) -> None:
         """A fine-tune begins or goes on; `message` says which."""
 

@@ -18,9 +18,9 @@ from prefect.flow_engine import run_flow
 from prefect.states import Cancelled, Cancelling, State, Suspended
 
 from flows.finetune import FinetuneParameters, finetune
-from flows.flow_runs.nights import describe_other_night
 from nested_core.records.plan import read_plan
 from nested_core.records.result import read_result
+from nested_core.seams import is_there, load
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory, find_run_of
 from tests.example import example_settings
@@ -127,11 +127,12 @@ def test_a_suspended_training_ends_with_a_checkpoint_and_goes_on_once_it_is_resu
         assert suspended_at.step < 600
         suspended = client.read_flow_run(flow_run.id)
         assert suspended.state_name == "Suspended"
-        night = client.create_flow_run_from_deployment(deployment)
-        night = night.model_copy(update={"start_time": datetime.now(UTC)})
-        assert f"suspended, flow run {suspended.name!r}" in str(
-            describe_other_night(night, [suspended])
-        )
+        if is_there("nights"):
+            describe_other_night = load("flows.rooms.nights.other_night:describe_other_night")
+            night = client.create_flow_run_from_deployment(deployment)
+            night = night.model_copy(update={"start_time": datetime.now(UTC)})
+            said = describe_other_night(night, [suspended])
+            assert f"suspended, flow run {suspended.name!r}" in str(said)
         client.resume_flow_run(flow_run.id)
         assert run_as_a_worker_does().is_completed()
     plan = read_plan(run.plan)

@@ -15,7 +15,6 @@ from prefect.input import RunInput
 from prefect.states import Completed, State
 from pydantic import Field
 
-from flows.flow_runs.nights import tell_night
 from flows.promote import PromoteParameters
 from flows.rooms.approval.answer_tasks import decline, promote_approved
 from flows.rooms.approval.questions import (
@@ -23,6 +22,7 @@ from flows.rooms.approval.questions import (
     approval_pause_key,
     close_older_questions,
     publish_approval,
+    tell_night,
 )
 from nested_core.records.outcome_names import Outcome
 from nested_core.rooms.approval.answers import find_refusal_of_question

@@ -17,14 +17,21 @@ from prefect.client.schemas.filters import FlowFilter
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Scheduled, State
+from prefect.states import Cancelled, Completed, Scheduled, State
 
-from flows.flow_runs.nights import tell_night
+from flows.flow_runs.watchers import list_watchers
+from nested_core.config.resume import read_run_config
 from nested_core.records.outcome_names import Outcome
 from nested_core.rooms.approval.page import Approval
+from nested_core.storage.run_directory import find_run_of
 from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import publish_page
-from tasks.prefect_server import flow_runs_in, set_run_state, tolerating_server_outage
+from tasks.prefect_server import (
+    asking_server,
+    flow_runs_in,
+    set_run_state,
+    tolerating_server_outage,
+)
 
 PROMOTION = "promote/auto"
 PAUSE_KEY_PREFIX = "approval-"  # of a pause; the champion that was shown follows
@@ -129,3 +136,22 @@ def _read_champions_asked_about(flow_run: UUID) -> list[str]:
     states.sort(key=lambda state: state.timestamp)
     keys = [state.state_details.pause_key or "" for state in states if state.is_paused()]
     return [key.removeprefix(PAUSE_KEY_PREFIX) for key in keys if key.startswith(PAUSE_KEY_PREFIX)]
+
+
+def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
+    """Say what became of the question that a night asked: in its state's name, and to the watchers.
+
+    `night` is the fine-tune's flow run. Its state stays of the type Completed, and when it ended
+    stays as it was. Watchers are told where the run's folder is on this machine.
+    """
+    with asking_server("the run does not show the answer to its question") as client:
+        state = client.read_flow_run(night).state
+        if state is None or state.type != StateType.COMPLETED or state.name == outcome:
+            return
+        told: State[None] = Completed(name=outcome, message=f"{state.message}; {message}")
+        client.set_flow_run_state(night, told, force=True)
+        run = find_run_of(night)
+        if run is not None:
+            config = read_run_config(run)
+            for watcher in list_watchers():
+                watcher.answer(config, run, night, told)

@@ -22,6 +22,7 @@ from flows.rooms.nights.artifacts import (
 )
 from flows.rooms.nights.dead_runs import end_dead_runs, resume_forgotten_runs
 from flows.rooms.nights.metrics_file import write_metrics
+from flows.rooms.nights.other_night import find_other_night
 from flows.rooms.nights.run_list import tidy_run_list
 from flows.rooms.nights.warning_events import (
     warn_of_full_disks,
@@ -37,6 +38,10 @@ from tasks.artifact_client import artifact_key, artifact_path
 
 class NightWatcher(Watcher):
     """Pages, warnings, figures for Prometheus, and the end of runs whose process is gone."""
+
+    def find_other_run(self) -> str | None:
+        """Another night of this adapter that is at work, or suspended."""
+        return find_other_night()
 
     def begin(self, config: FineTuneConfig, run: RunDirectory, message: str) -> None:
         """Publish the page of this night, which is replaced when it is over."""

@@ -13,7 +13,7 @@ from prefect.flow_engine import run_flow
 from prefect.states import Completed, Pending, Running, Scheduled
 
 from flows.finetune import finetune
-from flows.flow_runs.nights import describe_other_night
+from flows.rooms.nights.other_night import describe_other_night
 from tests.example import example_settings
 
 NOW = datetime(2026, 11, 22, 2, 0, tzinfo=UTC)
