@@ -35,7 +35,6 @@ backend.prepare()
 import numpy as np
 
 from nested_core.config.sections import GateSection, RegistrySection
-from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.measure.answers.answer_bounds import ScoreChange, judge_answers
 from nested_core.measure.losses.chosen_candidate import Candidates
@@ -295,7 +294,7 @@ def refused_by_loss(
     after = before + draw_noise(random, examples, distribution, sd)
     before[:seen] -= 0.2  # what was learnt by heart is lost again, and says nothing
     digests = plant_texts(examples).digests
-    trained_on = digest_examples(plant_texts(examples).split)[:seen]
+    trained_on = plant_texts(examples).split.contents[:seen]
     judged = make_losses(before, after, tokens).leaving_out(np.isin(digests, trained_on))
     return "loss_regressed" in judge_losses(judged)[1]
 

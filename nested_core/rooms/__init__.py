@@ -42,6 +42,7 @@ class Room:
         flows/rooms/ROOM/command.py adds them to its parser.
     public_names: what `nested_core` offers from Python, each under its own name.
     keys: keys of the configuration that ask for it where they are not at their default.
+    problems: a function of a configuration that gives what its keys cannot be given with.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
     registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
@@ -117,6 +118,7 @@ class Room:
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    problems: str | None = None
     server_checks: str | None = None
     registry_checks: str | None = None
     watcher: str | None = None
@@ -238,6 +240,7 @@ ROOMS: Mapping[str, Room] = {
     ),
     "sweep": Room(commands=("sweep",)),
     "ranks": Room(
+        problems="nested_core.rooms.ranks.refused_keys:iterate_problems",
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
         train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
     ),
@@ -254,11 +257,13 @@ ROOMS: Mapping[str, Room] = {
         keys=("training.reference",),
         flags={"train": ("--log",)},
         training_log="flows.rooms.reference.command:find_log",
+        problems="nested_core.rooms.reference.refused_keys:iterate_problems",
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
     "minutes": Room(
         flags={command: ("--minutes",) for command in ("train", "run", "explain")},
+        problems="nested_core.rooms.minutes.refused_keys:iterate_problems",
         timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
         run_measurement="nested_core.rooms.minutes.measured_run:measure_run",
         blas_threads="nested_core.rooms.minutes.blas_threads:using_quicker_blas_threads",

@@ -31,6 +31,7 @@ from nested_core.storage.output_places import (
     RUN_LOCK_NAME,
     RUN_REPORT_NAME,
     RUN_TIERS_NAME,
+    TRAINING_EXAMPLES_NAME,
     require_free_place,
 )
 
@@ -86,7 +87,7 @@ class RunDirectory:
         self.canary = path / CANARY_NAME  # what a server has to compute with the adapter
         self.gate = path / "gate.json"  # the verdict
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
-        self.training_examples = path / "training-examples.json"  # of it and its ancestors
+        self.training_examples = path / TRAINING_EXAMPLES_NAME  # of it and its ancestors
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
         self.report = path / RUN_REPORT_NAME  # the page to look at, made of all of these
 

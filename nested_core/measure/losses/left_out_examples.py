@@ -13,10 +13,13 @@ from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import DamagedError
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME, list_names
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
-from nested_core.storage.adapter import Adapter
+from nested_core.storage.adapter import Adapter, files_sha256
+from nested_core.storage.output_places import TRAINING_EXAMPLES_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
+
+ADAPTER_KEY = "adapter"  # beside an exported adapter: the SHA-256 of the files that it is about
 
 
 def read_version_rows(version: Path) -> TrainedRows:
@@ -47,6 +50,10 @@ def find_trained_rows(
         is_of_run = folder in (run.adapter, run.initial) or folder.parent == run.checkpoints
         if is_of_run and run.config.is_file():
             return read_run_rows(run)
+    if (exported := folder / TRAINING_EXAMPLES_NAME).is_file():  # in `adapter_path`
+        recorded = read_json_object(exported)
+        if recorded.get(ADAPTER_KEY) == files_sha256(folder):
+            return TrainedRows.from_json(recorded, str(folder))
     digest, copies = adapter.digest(), []
     if registry is not None:
         copies = [version_folder(registry, name, digest) for name in list_names(registry)]

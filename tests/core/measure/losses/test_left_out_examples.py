@@ -11,7 +11,7 @@ import pytest
 from nested_core.data.example_digests import TrainedRows
 from nested_core.measure.losses.left_out_examples import find_trained_rows
 from nested_core.registry import promote, register
-from nested_core.storage.adapter import read_adapter
+from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
@@ -50,6 +50,14 @@ def test_a_copy_is_known_where_a_registry_has_it_and_else_said_to_be_unknown(pla
     assert find_trained_rows(copy, places["a version"].parents[2]).digests.tolist() == [3, 5]
     found = find_trained_rows(copy, places["a copy"].parent / "nowhere")
     assert str(found.unknown).endswith("copy is neither a run's adapter nor a registered version")
+
+
+def test_a_copy_in_adapter_path_is_known_until_another_adapter_lies_there(places) -> None:
+    copy = places["a copy"]
+    write_json(copy / "training-examples.json", ROWS.to_json() | {"adapter": files_sha256(copy)})
+    assert find_trained_rows(read_adapter(copy), None).digests.tolist() == [3, 5]
+    shutil.copytree(write_run(copy.parent / "new", 2) / "adapter", copy, dirs_exist_ok=True)
+    assert find_trained_rows(read_adapter(copy), None).unknown is not None
 
 
 def test_another_adapter_in_the_folder_of_a_version_is_not_taken_for_it(places) -> None:
