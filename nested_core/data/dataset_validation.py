@@ -303,7 +303,7 @@ def _make_report(
 
 
 def _read_prompt_format(name: str | None, train: TokenFacts | None) -> PromptFormat | None:
-    """Return how the rows of train begin; None where they were not tokenized.
+    """Return how the rows of train begin; None if they were not tokenized.
 
     name: the name of their format.
     """

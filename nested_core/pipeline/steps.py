@@ -467,6 +467,7 @@ def train_model(
         stages.info("%s", trainer.describe_layers())
     if session is not None:  # the gate's process starts while the last steps are computed
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
+        trainer.after_step = session.after_step
     trainer.resume()
     if world.is_main:
         run.require_lock()
@@ -498,6 +499,8 @@ def _make_plan(
     """
     schedule = trainer.step_schedule
     has_validation = schedule.validation_examples > 0
+    time = None if session is None else session.time_plan
+    counted_at = () if time is None else time.counted_at  # where the same command goes on
     needed = trainer.memory.needed
     return TrainingPlan(
         steps=schedule.steps,
@@ -511,11 +514,11 @@ def _make_plan(
         validation_examples=schedule.validation_examples,
         memory_forecast_gb=None if needed is None else needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
-        resumed_at=list_resumptions(earlier, trainer.current_step),
+        resumed_at=list_resumptions(earlier, trainer.current_step, counted_at),
         rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),
         select_by=trainer.config.training.select_by,
         ended_by=list_earlier_ends() or (() if earlier is None else earlier.ended_by),
-        time=None if session is None else session.time_plan,
+        time=time,
     )
 
 

@@ -742,7 +742,7 @@ class Verdict:
 
     @property
     def doubtful_answers(self) -> str:
-        """Describe each suite whose answers show no learning; "" if there is none.
+        """Describe each suite whose answers show no learning; "" if all show some.
 
         These are no better than one constant answer. If no suite has a higher score than the base,
         those that are no better than the base count too.

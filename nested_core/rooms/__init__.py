@@ -42,6 +42,7 @@ class Room:
         flows/rooms/ROOM/command.py adds them to its parser.
     public_names: what `nested_core` offers from Python, each under its own name.
     keys: keys of the configuration that ask for it where they are not at their default.
+    problems: a function of a configuration that gives what its keys cannot be given with.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
     registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
@@ -69,8 +70,6 @@ class Room:
     training_log: a function of the arguments of `train`, configuration and run directory, which
         gives the callback that prints lines in place of ours, or None.
     champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
-    generation_tables: what each version of an adapter kept of earlier nights: a function of
-        registry, name, champion and the verdict on a candidate, which gives Tables.
     live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
         RunDirectory, the event that ends it and the lock of the view.
     kernel_folder: a function that has MLX compile its kernels into a folder of this process.
@@ -119,6 +118,7 @@ class Room:
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    problems: str | None = None
     server_checks: str | None = None
     registry_checks: str | None = None
     watcher: str | None = None
@@ -138,7 +138,6 @@ class Room:
     loss_curve: str | None = None
     training_log: str | None = None
     champion_page: str | None = None
-    generation_tables: str | None = None
     live_view: str | None = None
     kernel_folder: str | None = None
     around_training: str | None = None
@@ -241,6 +240,7 @@ ROOMS: Mapping[str, Room] = {
     ),
     "sweep": Room(commands=("sweep",)),
     "ranks": Room(
+        problems="nested_core.rooms.ranks.refused_keys:iterate_problems",
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
         train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
     ),
@@ -257,13 +257,15 @@ ROOMS: Mapping[str, Room] = {
         keys=("training.reference",),
         flags={"train": ("--log",)},
         training_log="flows.rooms.reference.command:find_log",
+        problems="nested_core.rooms.reference.refused_keys:iterate_problems",
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
     "minutes": Room(
         flags={command: ("--minutes",) for command in ("train", "run", "explain")},
+        problems="nested_core.rooms.minutes.refused_keys:iterate_problems",
         timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
-        run_measurement="nested_core.rooms.minutes.sizes:measure_run",
+        run_measurement="nested_core.rooms.minutes.measured_run:measure_run",
         blas_threads="nested_core.rooms.minutes.blas_threads:using_quicker_blas_threads",
     ),
     "replay": Room(
@@ -275,7 +277,6 @@ ROOMS: Mapping[str, Room] = {
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
         data_blocks="nested_core.rooms.replay.page:describe_replay",
-        generation_tables="nested_core.rooms.replay.generations:list_tables",
     ),
     "tables": Room(
         flags={

@@ -38,6 +38,7 @@ from nested_core.storage.output_places import (
 RUN_DIR_KEY = "--run-dir or run_dir"
 DEFAULT_RUNS_FOLDER = Path("runs")  # where runs are kept without --run-dir
 DEFAULT_REGISTRY = Path("registry")  # where a name is looked for without --registry
+TRIAL_MARK = "trial"
 LOCK_ATTEMPTS = 10
 LOCK_PAUSE_SECONDS = 0.02
 
@@ -102,6 +103,15 @@ class RunDirectory:
         """The files beside gate.json that a verdict writes; outdated when training continues."""
         answers = (self.answers, self.sample_answers, self.canary)
         return (self.gate_losses, *answers)
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether steps are tried here for the time that they take, and are thrown away."""
+        return (self.path / TRIAL_MARK).exists()
+
+    def mark_as_trial(self) -> None:
+        """Have every process that trains here leave out what only a run that is kept needs."""
+        (self.path / TRIAL_MARK).touch()
 
     def room_folder(self, room: str) -> Path:
         """Return the folder in the run for the files of a room."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion, find_rival
 from nested_core.measure.losses.loss_figures import summarise_champion
 from nested_core.records.losses import Vector
@@ -103,5 +104,13 @@ def _compare_losses(
     return summarise_champion(version, compared, bounds, judged.candidates), measured
 
 
-CHAMPION = Check("champion", _compare_with_champion, stopped_by=WITHOUT_MODEL)
+def _plan_rivals(run: RunToJudge) -> GateWork:
+    """The work of both checks: a pass for each rival that is not the adapter of the start."""
+    rivals = sum(rival is not None for rival in run.rivals)
+    return GateWork(rows=rivals * run.count_rows(run.held_out_rows, 1))
+
+
+CHAMPION = Check(
+    "champion", _compare_with_champion, stopped_by=WITHOUT_MODEL, plan_work=_plan_rivals
+)
 REFERENCE = Check("reference", _compare_with_reference, stopped_by=WITHOUT_MODEL)

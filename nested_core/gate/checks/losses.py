@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge, count_lines
 from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.measure.losses.held_out_loss import (
     measure_example_losses,
@@ -94,11 +96,23 @@ def _find_drift(judged: CheckedRun) -> Iterator[Reason]:
         yield from drift_reasons(judged.verdict.drift, data, judged.bounds)
 
 
+def _plan_losses(run: RunToJudge) -> GateWork:
+    return GateWork(rows=run.count_rows(run.held_out_rows, 2))
+
+
+def _plan_general_text(run: RunToJudge) -> GateWork:
+    gate = run.config.gate
+    if gate.general_data is None or gate.max_general_loss_increase is None:
+        return GateWork()
+    return GateWork(rows=2 * count_lines(Path(gate.general_data)))
+
+
 LOSSES = Check(
     "losses",
     _measure_losses,
     stopped_by=WITHOUT_MODEL,
     stage="losses on held-out examples, before and after",
+    plan_work=_plan_losses,
 )
 WORSE_LOSS = Check(
     "worse loss",
@@ -111,6 +125,7 @@ GENERAL_TEXT = Check(
     _find_forgetting,
     stopped_by=WITHOUT_MODEL,
     bounds=("max_general_loss_increase",),
+    plan_work=_plan_general_text,
 )
 HARMED_EXAMPLES = Check(
     "harmed examples", _find_harmed_examples, stopped_by=WITHOUT_MODEL, bounds=("max_harmed_share",)

@@ -316,7 +316,7 @@ def test_a_margin_that_grew_while_chosen_answers_became_unlikely_is_refused(
 ) -> None:
     assert collapsed.codes == ["preference_not_learnt"]
     (reason,) = collapsed.verdict.reasons
-    assert "chosen answers became less likely themselves, by 3.1" in reason.message
+    assert "chosen answers became less likely themselves, -3.1" in reason.message
     assert "gate.max_chosen_fall is 1" in reason.message
     block = collapsed.block
     assert block["conclusion"] == "better"
@@ -328,6 +328,15 @@ def test_a_margin_that_grew_while_chosen_answers_became_unlikely_is_refused(
     assert sound.codes == []
     assert sound.block["conclusion"] == "better"
     assert -0.1 < sound.block["chosen_change"] <= 0
+
+
+def test_without_a_held_out_pair_the_verdict_says_that_nothing_was_measured(tmp_path) -> None:
+    data = write_rows(tmp_path / "data", {"train": list_pairs("train")[:16]})
+    judged = run_and_judge(make_config(data, "dpo"), tmp_path / "run")
+    assert judged.block == {"loss": "dpo", "examples": 0}
+    said = "whether the preference was learnt was not measured: there is no held-out pair"
+    assert any(said in note for note in judged.verdict.notes())
+    assert not any("preference" in check.name for check in list_checks(judged.verdict))
 
 
 def test_how_far_chosen_answers_may_fall_is_a_key_of_the_gate(collapsed: Judged) -> None:
