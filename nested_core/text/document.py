@@ -168,7 +168,7 @@ def _html_fact(name: str, value: object) -> h.Html:
 
 def _html_table(table: Table) -> h.Html:
     """Render a table, leaving out end tags that HTML allows to omit."""
-    head = "".join(f"<th scope=col>{h.escaped_html(column)}" for column in table.columns)
+    heads = (f"<th scope=col>{h.escaped_html(name)}" if name else "<td>" for name in table.columns)
     lines = []
     for first, *others in table.rows:
         cells = "".join(map(_html_cell, others))
@@ -178,7 +178,7 @@ def _html_table(table: Table) -> h.Html:
         getattr(cell, "heat", None) is not None for row in table.rows[:1] for cell in row
     )
     start = '<table class="heat">' if has_heat else "<table>"
-    body = h.Html(f"{start}{caption}<thead><tr>{head}<tbody>{''.join(lines)}</table>")
+    body = h.Html(f"{start}{caption}<thead><tr>{''.join(heads)}<tbody>{''.join(lines)}</table>")
     return h.scrolling(table.caption, body)
 
 
