@@ -94,7 +94,7 @@ def find_model(
         folder = temporary
     adapter = read_adapter(folder, follow_links=True)
     base = base or adapter.base_model
-    seen, prompt_format = _read_training_digests(named), named.read_prompt_format()
+    seen, prompt_format = _read_training_digests(named), PromptFormat.read(named.training_record)
     trusts = named.trusts_remote_code
     return NamedModel(given, base, adapter, trusts, seen, prompt_format=prompt_format), named.run
 
@@ -130,7 +130,7 @@ def record_training(folder: Path) -> dict[str, Any]:
     seen = _read_training_digests(named)
     return {
         "training_examples": encode_digests(seen) if seen.size else None,
-        "prompt_format": to_jsonable_python(named.read_prompt_format()),
+        "prompt_format": to_jsonable_python(PromptFormat.read(named.training_record)),
     }
 
 
