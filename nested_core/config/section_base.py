@@ -47,8 +47,8 @@ def key(
     The flag, the form, docs/configuration.md, the rules on resume, whether a continual run trains
     again, which losses are compared, and the paths that a deployment may use are derived from this.
     """
-    facts = {"affects": affects, "in_loss": in_loss, "path": path}
-    facts["in_form"] = None if in_form else False
+    shown = None if in_form else False
+    facts = {"affects": affects, "in_loss": in_loss, "path": path, "in_form": shown}
     given: Any = {name: value for name, value in facts.items() if value is not None}
     return Field(default, description=description, json_schema_extra=given or None, **constraints)
 

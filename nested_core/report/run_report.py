@@ -132,7 +132,7 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
     headline = describe_outcome(run)
     blocks: list[Block] = [Text(headline, is_headline=True), Text(describe_end(run))]
     if run.verdict is not None:
-        blocks = [*describe_verdict(run.verdict, headline), *_tabulate_generations(run)]
+        blocks = [*describe_verdict(run.verdict, headline)]
     if (reason := find_reason_kept(run)) is not None:
         blocks.insert(1, Text(f"The champion was kept: {reason}.", "note"))
     if error is not None and (run.verdict is None or run.verdict.has_passed):
@@ -142,14 +142,6 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
     flags = () if run.result is None else run.result.red_flags[:MAX_SHOWN_FLAGS]
     blocks += [Text(f"Red flag while it trained: {flag}", "warn") for flag in flags]
     return Section("Verdict", blocks, "verdict")
-
-
-def _tabulate_generations(run: Run) -> Iterator[Block]:
-    """Yield rooms' tables that compare champion and candidate on earlier versions' examples."""
-    verdict, location = run.verdict, run.configured_registry
-    if verdict is None or verdict.rival is None or location is None:
-        return
-    yield from seams.collect("generation_tables", *location, verdict.rival, verdict)
 
 
 def _describe_training(run: Run) -> Iterator[Block]:

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.kernels.optimized_model import using_optimized_layers
-from nested_core.measure.losses.held_out_loss import read_nonempty_splits
+from nested_core.measure.losses.held_out_loss import HeldOutExamples, read_nonempty_splits
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
     PredictionComparison,
@@ -41,11 +42,9 @@ from nested_core.rooms.preferences.reference_likelihoods import (
 )
 from nested_core.rooms.preferences.side_by_side import Conversation
 from nested_core.rooms.preferences.training_loss import read_pairs_of_split
+from nested_core.text.loss_format import format_difference
 from nested_core.text.stages import stages
 from nested_core.training.world import World
-
-if TYPE_CHECKING:
-    from nested_core.config.schema import FineTuneConfig
 
 BLOCK = "preferences"
 NOT_LEARNT = "preference_not_learnt"
@@ -99,26 +98,34 @@ def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
     """Measure the margins, and give a reason where they did not grow beyond chance."""
     if judged.config.training.loss not in SETTINGS_BY_LOSS:
         return
+    block: dict[str, Any] = {"loss": judged.config.training.loss, "examples": 0}
     held_out, losses = judged.held_out, judged.losses
-    if held_out is None or losses is None or not len(losses.counted()):
-        return
+    if held_out is not None and losses is not None and len(losses.counted()):
+        verdict = _measure(judged, held_out, losses)
+        block = asdict(verdict)
+        yield from _find_reasons(verdict)
+        yield from find_fall(verdict, judged.bounds.max_chosen_fall)
+    judged.verdict = replace(judged.verdict, blocks=judged.verdict.blocks | {BLOCK: block})
+
+
+def _measure(
+    judged: CheckedRun, held_out: HeldOutExamples, losses: ExampleLosses
+) -> PreferenceVerdict:
+    """The figures of the held-out pairs that were not trained on, and of the reference."""
     stages.info("gate: likelihoods of chosen and rejected answers, before and after")
-    reference = find_reference(judged.config)
     comparison, values = _load_adapters(judged)
     rows = np.flatnonzero(held_out.is_example_supervised)
     if losses.left_out is not None:
         rows = rows[~losses.left_out]
     pairs = read_pairs_of_split(held_out.split, rows.tolist())
     answers = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-    compared = _compare(judged.config, comparison, values, answers)
+    compared = _compare(judged, comparison, values, answers)
     verdict = _summarise(str(judged.config.training.loss), compared, losses.counted())
-    if reference is not None:
-        error = _compare_reference(judged, comparison, values[0], reference)
-        verdict = replace(verdict, reference=reference, reference_error=error)
-    blocks = judged.verdict.blocks | {BLOCK: asdict(verdict)}
-    judged.verdict = replace(judged.verdict, blocks=blocks)
-    yield from _find_reasons(verdict)
-    yield from find_fall(verdict, judged.bounds.max_chosen_fall)
+    reference = find_reference(judged.config)
+    if reference is None:
+        return verdict
+    error = _compare_reference(judged, comparison, values[0], reference)
+    return replace(verdict, reference=reference, reference_error=error)
 
 
 def _load_adapters(judged: CheckedRun) -> tuple[PredictionComparison, list[Flat]]:
@@ -133,13 +140,14 @@ def _load_adapters(judged: CheckedRun) -> tuple[PredictionComparison, list[Flat]
 
 
 def _compare(
-    config: FineTuneConfig,
+    judged: CheckedRun,
     comparison: PredictionComparison,
     values: Sequence[Flat],
     answers: Sequence[Conversation],
 ) -> ExamplePredictions:
     with using_optimized_layers(comparison.model):
-        return compare_answers(comparison, values, answers, 2 * config.batch_size, World())
+        rows = 2 * judged.config.batch_size
+        return compare_answers(comparison, values, answers, rows, World())
 
 
 def _compare_reference(
@@ -157,7 +165,7 @@ def _compare_reference(
     if kept is None or not kept.has(answers):
         return None
     values = leave_adapter_out(initial) if reference == "base" else initial
-    now = _compare(judged.config, comparison, [values], answers)
+    now = _compare(judged, comparison, [values], answers)
     return float(np.mean(np.abs(kept.of(answers) + now.losses[0]) / now.tokens))
 
 
@@ -232,19 +240,14 @@ def _find_reasons(verdict: PreferenceVerdict) -> Iterator[Reason]:
             f"run directory and train again",
         )
         return
-    if verdict.conclusion == "better":
+    has_grown = verdict.margin_interval is None and verdict.conclusion == "inconclusive"
+    if verdict.conclusion == "better" or has_grown:  # the mean, of fewer than MIN_EXAMPLES
         return
-    if verdict.margin_interval is None and verdict.conclusion == "inconclusive":
-        return  # fewer than MIN_EXAMPLES independent examples, of which the mean grew
-    shown = (
-        ""
-        if verdict.margin_interval is None
-        else " (95 % interval {:+.3g} to {:+.3g})".format(*verdict.margin_interval)
-    )
+    change = format_difference(verdict.margin_growth, verdict.margin_interval)
     yield Reason(
         NOT_LEARNT,
         f"on {verdict.examples} held-out examples the margin of chosen over rejected answers "
-        f"changed by {verdict.margin_growth:+.3g} nats{shown}, which is not above 0. Look whether "
+        f"changed by {change} nats, which is not above 0. Look whether "
         f"chosen and rejected are the right way round, train longer, or give more examples than "
         f"{MIN_EXAMPLES} to judge by",
     )
@@ -255,14 +258,21 @@ def find_fall(verdict: PreferenceVerdict, bound: float | None) -> Iterator[Reaso
     interval = verdict.chosen_change_interval
     if bound is None or (verdict.chosen_change if interval is None else interval[1]) >= -bound:
         return
-    shown = "" if interval is None else " (95 % interval {:.3g} to {:.3g})".format(*interval)
+    change = format_difference(verdict.chosen_change, interval)
     yield Reason(
         NOT_LEARNT,
-        f"chosen answers became less likely themselves, by {-verdict.chosen_change:.3g} "
-        f"nats/token{shown}; gate.max_chosen_fall is {bound:g}. The adapter has learnt to avoid "
-        f"answers, and not to give the chosen ones. Train with a lower rate, fewer "
-        f"passes or a larger beta",
+        f"chosen answers became less likely themselves, {change} nats/token; gate.max_chosen_fall "
+        f"is {bound:g}. The adapter has learnt to avoid answers, and not to give the chosen ones. "
+        f"Train with a lower rate, fewer passes or a larger beta",
     )
+
+
+def _plan_work(run: RunToJudge) -> GateWork:
+    """Both adapters on all held-out pairs, and the reference on some that were trained on."""
+    if run.config.training.loss not in SETTINGS_BY_LOSS:
+        return GateWork()
+    has_reference = find_reference(run.config) is not None
+    return GateWork(rows=2 * run.held_out_rows + has_reference * MAX_REFERENCE_PAIRS)
 
 
 CHECKS = (
@@ -271,5 +281,6 @@ CHECKS = (
         _judge_preference,
         stopped_by=(*WITHOUT_MODEL, LOSSES),
         bounds=("max_chosen_fall",),
+        plan_work=_plan_work,
     ),
 )

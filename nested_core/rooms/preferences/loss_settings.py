@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -91,8 +91,3 @@ def _problems_of_other_keys(config: FineTuneConfig, loss: str) -> Iterator[str]:
         ),
     ]
     yield from (f"{message} (training.loss: {loss})" for is_taken, message in taken if is_taken)
-
-
-def as_arguments(settings: LossSettings) -> dict[str, Any]:
-    """The arguments that a function of losses.py takes."""
-    return settings.model_dump(exclude={"reference"})

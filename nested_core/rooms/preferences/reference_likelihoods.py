@@ -34,14 +34,13 @@ from nested_core.text.stages import stages
 from nested_core.training.training_setup import LossInputs
 from nested_core.training.world import World
 
-ROOM = "preferences"
 FILE_NAME = "reference-likelihoods.json"
 MAX_BYTES = 2**30
 
 
 def find_likelihoods_file(run: RunDirectory) -> Path:
     """Where a run keeps the likelihoods of the reference."""
-    return run.room_folder(ROOM) / FILE_NAME
+    return run.room_folder("preferences") / FILE_NAME
 
 
 def digest_tokens(tokens: Int32) -> str:

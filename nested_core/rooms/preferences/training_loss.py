@@ -21,7 +21,6 @@ from nested_core.models.parameters import ParameterRefs, read_parameters, restor
 from nested_core.optim.gradients import Flat
 from nested_core.rooms.preferences.loss_settings import (
     LossSettings,
-    as_arguments,
     find_reference,
     read_settings,
 )
@@ -89,7 +88,7 @@ class PreferenceLoss:
         # A row without an answer is given a likely one, so that no gradient is NaN.
         bounded = functions.where(tokens > 0, likelihoods, -1.0)
         chosen, rejected = functions.split(bounded, 2)
-        arguments = as_arguments(self.settings)
+        arguments = self.settings.model_dump(exclude={"reference"})
         if self.name == "dpo":
             losses = dpo_losses(chosen, rejected, *functions.split(reference, 2), **arguments)
         else:
@@ -192,6 +191,7 @@ def make_loss(inputs: LossInputs) -> Loss:
         by_row=by_row,
         compile_chunked_evaluation=None if likelihoods.chunked is None else compile_evaluation,
         begin=begin,
+        rows_to_begin=sum(map(len, pairs.values())) if find_reference(inputs.config) else 0,
     )
 
 

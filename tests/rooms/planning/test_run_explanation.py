@@ -107,6 +107,15 @@ def test_a_warm_up_is_said_in_words(explanation: RunExplanation, warmup: float, 
     assert f", after a warm-up over {said}, then falling to a tenth along a cosine" in words
 
 
+def test_the_rate_of_a_night_that_goes_on_is_the_one_that_it_is_trained_with(explanation) -> None:
+    config = explanation.config.model_copy(update={"learning_rate": 1e-3})
+    explained = replace(explanation, config=config, rate_share=0.3)
+    words = RunInWords(explained).describe()["learning rate"]
+    assert words.startswith("0.0003 (0.3 of 0.001, for it goes on from the champion)")
+    product = 3e-4 * config.lora_parameters.rank * config.lora_parameters.scale
+    assert f"Rank x scale x rate is {product:.2g};" in words
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -11,6 +11,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -38,7 +39,9 @@ from nested_core.rooms.preferences.reference_likelihoods import (
     find_likelihoods_file,
     read_likelihoods,
 )
-from nested_core.storage.adapter import read_adapter
+from nested_core.storage.adapter import WEIGHTS_NAME, read_adapter, write_adapter
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import Finished, prepare, stop_after, train
 from tests.left_out import needs_rooms
@@ -184,6 +187,41 @@ def test_who_asks_what_a_run_would_need_computes_no_reference(learnt, monkeypatc
     assert explained.steps == learnt.finished.result.step
 
 
+@pytest.mark.slow("judges twice")
+def test_the_reference_is_checked_on_pairs_that_were_trained_on(tmp_path, learnt: Judged) -> None:
+    run = RunDirectory(copytree(learnt.finished.run.path, tmp_path / "run"))
+    other = write_rows(tmp_path / "other", {"held": list_pairs("valid")})
+    config = learnt.finished.config
+    gate = config.gate.model_copy(update={"held_out": str(other / "held.jsonl")})
+    config = config.model_copy(update={"gate": gate})
+    path = find_likelihoods_file(run)
+    kept = LIKELIHOODS_FILE.read(path)
+    values = {digest: value - 3.0 for digest, value in kept.by_conversation.items()}
+    LIKELIHOODS_FILE.write(path, replace(kept, by_conversation=values))
+    (wrong,) = judge_run(config, run).reasons
+    assert "was not the initial adapter: its kept log-likelihoods differ by" in wrong.message
+    path.unlink()
+    verdict = judge_run(config, run)
+    (unknown,) = verdict.reasons
+    assert unknown.code == "preference_not_learnt"
+    assert "the reference that training compared with cannot be told" in unknown.message
+    assert verdict.blocks["preferences"]["reference_error"] is None
+
+
+def test_a_reference_without_finite_likelihoods_is_refused_and_not_kept(
+    tmp_path: Path,
+) -> None:
+    data = write_rows(tmp_path / "data", {"train": list_pairs("train")[:8]})
+    config = make_config(data, "dpo")
+    run = prepare(config, tmp_path / "run")
+    values = load_arrays(run.initial / WEIGHTS_NAME)
+    config_of_adapter = read_adapter(run.initial).config
+    write_adapter(run.initial, {n: v * float("nan") for n, v in values.items()}, config_of_adapter)
+    with pytest.raises(ConfigError, match="gives answers no finite likelihood"):
+        train(config, run)
+    assert not find_likelihoods_file(run).exists()
+
+
 @pytest.mark.slow("trains three times")
 def test_kept_likelihoods_of_another_adapter_or_reference_are_computed_anew(
     tmp_path: Path, learnt: Judged
@@ -278,7 +316,7 @@ def test_a_margin_that_grew_while_chosen_answers_became_unlikely_is_refused(
 ) -> None:
     assert collapsed.codes == ["preference_not_learnt"]
     (reason,) = collapsed.verdict.reasons
-    assert "chosen answers became less likely themselves, by 3.1" in reason.message
+    assert "chosen answers became less likely themselves, -3.1" in reason.message
     assert "gate.max_chosen_fall is 1" in reason.message
     block = collapsed.block
     assert block["conclusion"] == "better"
@@ -290,6 +328,15 @@ def test_a_margin_that_grew_while_chosen_answers_became_unlikely_is_refused(
     assert sound.codes == []
     assert sound.block["conclusion"] == "better"
     assert -0.1 < sound.block["chosen_change"] <= 0
+
+
+def test_without_a_held_out_pair_the_verdict_says_that_nothing_was_measured(tmp_path) -> None:
+    data = write_rows(tmp_path / "data", {"train": list_pairs("train")[:16]})
+    judged = run_and_judge(make_config(data, "dpo"), tmp_path / "run")
+    assert judged.block == {"loss": "dpo", "examples": 0}
+    said = "whether the preference was learnt was not measured: there is no held-out pair"
+    assert any(said in note for note in judged.verdict.notes())
+    assert not any("preference" in check.name for check in list_checks(judged.verdict))
 
 
 def test_how_far_chosen_answers_may_fall_is_a_key_of_the_gate(collapsed: Judged) -> None:
