@@ -23,13 +23,7 @@ from nested_core.errors import (
     describe_first_problem,
 )
 from nested_core.records.loss_conclusion import describe_smallest_visible
-from nested_core.records.verdict import (
-    SCORE_ROUNDING,
-    ChampionLoss,
-    Noise,
-    Validation,
-    Verdict,
-)
+from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Ledger, Origin
@@ -551,15 +545,8 @@ def _why_answers_promote_nothing(verdict: Verdict) -> str | None:
     """
     if doubtful := verdict.doubtful_answers:
         return f"its answers are not above the base's and those of one fixed answer: {doubtful}"
-    for task in verdict.tasks:
-        has_fallen = (task.champion_difference or 0.0) < -SCORE_ROUNDING
-        if has_fallen and task.conclusion not in ("better", "no_worse"):
-            right, of_champion = task.count(task.candidate), task.count(task.champion or 0.0)
-            return (
-                f"its answers may be worse than the champion's: {task.name}: {right} of "
-                f"{task.questions} right, the champion's {of_champion}"
-            )
-    return None
+    behind = [task.describe() for task in verdict.tasks if task.may_be_behind_champion]
+    return f"its answers may be worse than the champion's: {behind[0]}" if behind else None
 
 
 def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:
