@@ -35,7 +35,6 @@ backend.prepare()
 import numpy as np
 
 from nested_core.config.sections import GateSection, RegistrySection
-from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.measure.answers.answer_bounds import ScoreChange, judge_answers
 from nested_core.measure.losses.chosen_candidate import Candidates
@@ -137,7 +136,7 @@ def plant_texts(prompts: int, copies: int = 1) -> HeldOutExamples:
     is_learnt = np.tile(np.arange(length) >= PROMPT_TOKENS, len(rows))
     lines = np.arange(1, len(rows) + 1, dtype=np.int32)
     starts = np.arange(0, rows.size + 1, length, dtype=np.int64)
-    split = TokenizedSplit(rows.ravel(), is_learnt, starts, lines)
+    split = TokenizedSplit(rows.ravel(), is_learnt, starts, lines, lines.astype(np.uint64))
     return HeldOutExamples(split, "test.jsonl", selected_on_same_data=False)
 
 
@@ -146,7 +145,8 @@ def make_losses(
 ) -> ExampleLosses:
     """Both losses, the champion's being those before."""
     lines = np.arange(1, len(tokens) + 1)
-    return ExampleLosses(file, lines, tokens, before, after, champion=before)
+    contents = lines.astype(np.uint64)
+    return ExampleLosses(file, lines, tokens, before, after, champion=before, contents=contents)
 
 
 def is_promoted(losses: ExampleLosses, candidates: Candidates) -> bool:
@@ -195,7 +195,7 @@ def plant_best_step(
         state.record_evaluation(float(tokens @ losses / tokens.sum()), is_candidate=True)
     chosen = steps[(state.best_step or 1) - 1]
     judged = make_losses(before, chosen, tokens, "valid.jsonl")
-    return judged, Candidates(STEPS, judged.lines, steps)
+    return judged, Candidates(STEPS, judged.contents, steps)
 
 
 def fixed_step(random: np.random.Generator, **planted: Any) -> bool:
@@ -237,7 +237,7 @@ def best_of_halving(
     winner = better_half({arm: (float(means[arm].min()),) for arm in {0, *alive}})[0]
     after, other = (losses[arm, means[arm].argmin()] for arm in (winner, 0))
     judged = make_losses(other, after, tokens, "valid.jsonl")
-    family = [Candidates(n, judged.lines, losses[arm, :n]) for arm, n in seen.items()]
+    family = [Candidates(n, judged.contents, losses[arm, :n]) for arm, n in seen.items()]
     together = join_candidates(family)
     found = judged.compare_trained_with(other)
     interval = None if found is None else together.corrected_interval(judged, other, found)
@@ -294,7 +294,7 @@ def refused_by_loss(
     after = before + draw_noise(random, examples, distribution, sd)
     before[:seen] -= 0.2  # what was learnt by heart is lost again, and says nothing
     digests = plant_texts(examples).digests
-    trained_on = digest_examples(plant_texts(examples).split)[:seen]
+    trained_on = plant_texts(examples).split.contents[:seen]
     judged = make_losses(before, after, tokens).leaving_out(np.isin(digests, trained_on))
     return "loss_regressed" in judge_losses(judged)[1]
 

@@ -6,6 +6,7 @@ class of a room, named `module:name`; it is imported where it is used, and only 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -76,6 +77,12 @@ def require_flag(command: str, flag: str) -> None:
     for name, room in ROOMS.items():
         if flag in room.flags.get(command, ()):
             require(name, f"{command} {flag}")
+
+
+def is_file_of_room(name: str) -> bool:
+    """Return whether an installed room writes a file of this name (its path in the run)."""
+    patterns = [pattern for room in list_rooms().values() for pattern in room.run_files]
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def room_of(entrypoint: str) -> str | None:

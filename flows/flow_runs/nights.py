@@ -81,6 +81,7 @@ def tag_flow_run() -> None:
 
 
 MAX_NIGHTS_READ = 20
+AT_WORK = (StateType.RUNNING, StateType.PAUSED)
 
 
 def find_other_night() -> str | None:
@@ -95,7 +96,7 @@ def find_other_night() -> str | None:
         return None
     if (runtime.flow_run.run_count or 1) > 1:
         return None
-    running = flow_runs_in([StateType.RUNNING], deployment_id={"any_": [own.deployment_id]})
+    running = flow_runs_in(AT_WORK, deployment_id={"any_": [own.deployment_id]})
     nights: list[FlowRun] = []
     with asking_server("other runs of this adapter are not checked") as client:
         nights = client.read_flow_runs(
@@ -109,14 +110,19 @@ def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
     """The sentence about the first of `nights` in whose favour `own` is skipped, if there is one.
 
     Of two nights that are at work the one that began first trains, whenever it was due; of two that
-    began at once the lower id. One that waits is no reason: it will see this one at work.
+    began at once the lower id. One that waits is no reason: it will see this one at work. One that
+    was suspended after it began is at work: Resume goes on with it.
     """
     for other in nights:
         if other.id == own.id or other.start_time is None or own.start_time is None:
             continue
-        is_later = (other.start_time, other.id) > (own.start_time, own.id)
-        if other.state_type == StateType.RUNNING and not is_later:
-            return f"another run of this adapter is active, flow run {other.name!r} ({other.id})"
+        if (other.start_time, other.id) > (own.start_time, own.id):
+            continue
+        named = f"flow run {other.name!r} ({other.id})"
+        if other.state_type == StateType.RUNNING:
+            return f"another run of this adapter is active, {named}"
+        if other.state_type == StateType.PAUSED and find_run_of(other.id) is not None:
+            return f"another run of this adapter is suspended, {named}: resume or cancel it"
     return None
 
 

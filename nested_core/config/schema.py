@@ -25,7 +25,6 @@ from nested_core import seams
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.section_base import Section, key, lay_out_form
 from nested_core.config.sections import (
-    MLX_LM_OPTIMIZERS,
     ContinualSection,
     DataFormat,
     DataPolicy,
@@ -285,10 +284,8 @@ class FineTuneConfig(_RootSection):
         if self.gate.check_fused and self.fine_tune_type == "full":
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
         yield from _loss_problems(self)
-        yield from _multi_process_problems(self)
-        yield from _minutes_problems(self)
-        yield from _mlx_lm_reference_problems(self)
         yield from _continual_problems(self)
+        yield from seams.collect("problems", self)
 
     @property
     def has_float32_masters(self) -> bool:
@@ -381,38 +378,6 @@ def _loss_problems(config: FineTuneConfig) -> Iterator[str]:
     yield from seams.load(added.problems)(config)
 
 
-def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield conflicts of training in several processes; a hostfile is checked when it is read."""
-    training, batch_size = config.training, config.batch_size
-    if training.hostfile is not None and training.processes != 1:
-        yield "training.processes and training.hostfile: give only one; each host is a rank"
-    if batch_size % training.processes:
-        yield (
-            f"batch_size {batch_size} is the batch of all ranks together: training.processes "
-            f"{training.processes} does not divide it"
-        )
-    if training.reference is not None and (training.processes, training.hostfile) != (1, None):
-        yield "training.reference: one process; leave training.processes and hostfile out"
-
-
-def _minutes_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield a message that names the keys with which no steps can be counted for minutes."""
-    training, continual = config.training, config.continual
-    if training.minutes is None:
-        return
-    is_given = {
-        "continual.replay.fraction": config.replay_fraction > 0,
-        f"continual.policy: {continual.policy}": continual.policy != "continue",
-        "training.processes": training.processes != 1,
-        "training.hostfile": training.hostfile is not None,
-    }
-    if given := [name for name, is_there in is_given.items() if is_there]:
-        yield (
-            f"training.minutes: {training.minutes:g} minutes are counted in steps of one process, "
-            f"without replay. Give iters, or leave {', '.join(given)} out"
-        )
-
-
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
     """Yield conflicts of section `continual` with other keys.
 
@@ -436,25 +401,3 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
             f"continual.policy: {config.continual.policy} trains on what the registry keeps, and "
             f"registry.keep_data is false: let it be true, or give policy: continue"
         )
-
-
-def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield a message that names the keys which `training.reference: mlx_lm` excludes, if given.
-
-    Such a run trains as mlx_lm.lora does, which does not have these keys.
-    """
-    if config.training.reference is None:
-        return
-    formats = ("auto", "chat", "completions", "text", "tools")
-    is_changed = {
-        f"optimizer {config.optimizer}": config.optimizer not in MLX_LM_OPTIMIZERS,
-        "nested": config.nested != NestedSection(),
-        "data_policy": config.data_policy != DataPolicy(),
-        f"data_format {config.data_format}": config.data_format not in formats,
-        "continual.replay": config.replay_fraction > 0,
-        "continual.policy": config.continual.policy != "continue",
-    }
-    changed = [f"training.{name}" for name in config.training.changed_keys_unknown_to_mlx_lm()]
-    changed += [name for name, differs in is_changed.items() if differs]
-    if changed:
-        yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

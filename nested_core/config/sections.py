@@ -92,23 +92,6 @@ SaveInterval = Annotated[
 ]
 HangTimeout = Annotated[float | str, AfterValidator(parse_hang_timeout)]
 
-# What a reference run may set here: none of it changes what mlx_lm.lora computes.
-KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
-    {
-        "reference",
-        "keep_checkpoints",
-        "memory_limit_gb",
-        "flat_loss_reports",
-        "max_nonfinite_steps",
-        "min_delta",
-        "sample_tokens",
-        "restarts",
-        "hang_timeout",
-        "processes",  # refused with a message of its own
-        "hostfile",  # likewise
-    }
-)
-
 
 class TrainingSection(Section):
     """How the training loop runs, beyond what mlx-lm knows."""
@@ -187,16 +170,6 @@ class TrainingSection(Section):
             yield f"select_by: {self.select_by} chooses in one process; leave processes out"
         if self.select_by != "loss" and self.offer != "best":
             yield f"select_by: {self.select_by} chooses the best step, and offer is {self.offer}"
-
-    def changed_keys_unknown_to_mlx_lm(self) -> list[str]:
-        """Return the keys that are not at their defaults and that mlx_lm.lora does not have."""
-        defaults = TrainingSection()
-        return [
-            name
-            for name in TrainingSection.model_fields
-            if name not in KEYS_ALLOWED_IN_REFERENCE_RUN
-            and getattr(self, name) != getattr(defaults, name)
-        ]
 
 
 Frequencies = Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]

@@ -28,6 +28,7 @@ from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import LINE_RULES, make_held_out_rules
 from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
 from nested_core.data.rules.split_statistics import (
+    describe_earlier_answers,
     describe_split_stats,
     make_split_stats,
     make_token_stats,
@@ -288,6 +289,7 @@ def _make_report(
             stats = replace(stats, tokens=make_token_stats(facts[split], settings, context))
         splits[split] = stats
         findings.listed.extend(describe_split_stats(stats, settings.batch_size))
+        findings.listed.extend(describe_earlier_answers(stats, table.frame["roles"], settings))
     digests = {split: stats.digest for split, stats in splits.items()}
     dataset_digest = sha256(canonical_json(digests)).hexdigest()
     files = [name for table in tables.values() for name in table.file_names]
@@ -301,7 +303,7 @@ def _make_report(
 
 
 def _read_prompt_format(name: str | None, train: TokenFacts | None) -> PromptFormat | None:
-    """Return how the rows of train begin; None where they were not tokenized.
+    """Return how the rows of train begin; None if they were not tokenized.
 
     name: the name of their format.
     """

@@ -15,12 +15,9 @@ from nested_core import seams
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.example_digests import Digests, decode_digests, encode_digests
+from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import ConfigError
-from nested_core.measure.losses.left_out_examples import (
-    read_run_training_digests,
-    read_training_digests,
-)
+from nested_core.measure.losses.left_out_examples import find_trained_rows
 from nested_core.models.adapter_formats import load_peft_format
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
 from nested_core.records.dataset import PromptFormat
@@ -45,7 +42,7 @@ class NamedModel:
     name: as the person gave it; "base" for the base that others are compared with.
     model: the base's folder or its name on the hub.
     adapter: None for the base alone.
-    seen: digests of the examples that it was trained on, as far as recorded.
+    seen: the rows that it was trained on.
     made_of: for an exported model, the base that its record names.
     prompt_format: how the rows that it was trained on begin; None if not recorded.
     """
@@ -54,7 +51,7 @@ class NamedModel:
     model: str
     adapter: Adapter | None = None
     trust_remote_code: bool = False
-    seen: Digests = field(default_factory=lambda: decode_digests(None))
+    seen: TrainedRows = field(default_factory=TrainedRows)
     made_of: RecordedBase | None = None
     prompt_format: PromptFormat | None = None
 
@@ -94,8 +91,8 @@ def find_model(
         folder = temporary
     adapter = read_adapter(folder, follow_links=True)
     base = base or adapter.base_model
-    seen, prompt_format = _read_training_digests(named), named.read_prompt_format()
-    trusts = named.trusts_remote_code
+    seen = find_trained_rows(adapter, registry, named.folder)
+    prompt_format, trusts = named.read_prompt_format(), named.trusts_remote_code
     return NamedModel(given, base, adapter, trusts, seen, prompt_format=prompt_format), named.run
 
 
@@ -127,18 +124,16 @@ def record_training(folder: Path) -> dict[str, Any]:
     """
     runs = (RunDirectory(path) for path in folder.resolve().parents[:2])
     named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
-    seen = _read_training_digests(named)
     return {
-        "training_examples": encode_digests(seen) if seen.size else None,
+        **find_trained_rows(read_adapter(folder, follow_links=True), None).to_json(),
         "prompt_format": to_jsonable_python(named.read_prompt_format()),
     }
 
 
-def _read_training_digests(named: NamedAdapter) -> Digests:
-    """Return the digests of the examples that an adapter and its ancestors were trained on."""
-    run = named.run
-    if run is None:
-        return read_training_digests(named.folder)
-    initial = read_adapter(run.initial).digest()
-    seen = read_run_training_digests(read_run_config(run), run, initial)
-    return decode_digests(None) if seen is None else seen
+def find_rows_of_base(base: Path) -> TrainedRows:
+    """Return the rows of the adapter that a base was exported with; none for any other base."""
+    for find_model_of_format in seams.load_all("model_format"):
+        model: NamedModel | None = find_model_of_format(str(base), base)
+        if model is not None:
+            return model.seen
+    return TrainedRows()

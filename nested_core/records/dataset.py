@@ -263,6 +263,11 @@ class SplitStats:
         """The format of most rows, as a value of the key `data_format`."""
         return {"completion": "completions", None: "no format"}.get(self.format, str(self.format))
 
+    @property
+    def has_several_answers(self) -> bool:
+        """Whether some row has answers before its last one."""
+        return self.roles.get("assistant", 0) > self.rows + self.rejected
+
     def describe_format(self) -> str:
         """Describe the format: `train.csv: alpaca, 207 of 208 rows, separated by semicolons`."""
         rows = self.lines - self.blank

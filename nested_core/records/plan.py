@@ -20,12 +20,15 @@ class TimePlan:
     """How the time of `training.minutes` was turned into a number of steps.
 
     minutes: the configured time.
-    steps: optimizer steps of the whole run, fixed before the first one.
+    steps: optimizer steps of the whole run, as they were counted last; of a run that was cut, as
+        they were counted before.
     seconds_a_step: the measured time of a step with its share of evaluations and checkpoints.
-    seconds_to_begin: from the start of the command to the first step.
+    seconds_to_begin: of opening the run, until the first step.
     seconds_to_judge: from the end of the last step to the verdict.
     began: when the command that trains now began, in seconds since 1970.
-    spent: seconds that earlier commands took for this run.
+    spent: seconds that earlier commands worked on this run.
+    worked: seconds that the command that trains now has worked on it, as it noted last.
+    counted_at: the steps after which the number of steps was counted anew.
     blas_threads: OpenBLAS's threads in all commands of the run; None without OpenBLAS.
     """
 
@@ -36,6 +39,8 @@ class TimePlan:
     seconds_to_judge: float
     began: float
     spent: float
+    worked: float = 0.0
+    counted_at: tuple[int, ...] = ()
     blas_threads: int | None = None
 
 
@@ -121,14 +126,17 @@ class TrainingPlan:
         return self.epochs * step / self.steps if self.steps else 0.0
 
 
-def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int, ...]:
+def list_resumptions(
+    earlier: TrainingPlan | None, first_step: int, counted_at: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Return `resumed_at` for a process that starts at `first_step`.
 
     earlier: the plan of the processes before it. Resumptions after `first_step` are dropped, since
         the steps after it are trained anew.
+    counted_at: steps from which a run of minutes went on by itself.
     """
-    resumed = () if earlier is None else earlier.resumed_at
-    return tuple(sorted({step for step in (*resumed, first_step) if 0 < step <= first_step}))
+    resumed = {*(() if earlier is None else earlier.resumed_at), first_step} - {*counted_at}
+    return tuple(sorted(step for step in resumed if 0 < step <= first_step))
 
 
 def list_rank_counts(

@@ -190,13 +190,14 @@ class HeldOutComparison(ComparedLoss):
 
     corrected_interval: the interval corrected for choosing the best of several candidates, or for
         several comparisons; None if neither applies. The conclusion is based on it.
-    left_out: how many examples were not counted because an adapter was trained on them.
+    left_out: how many examples were not counted because an adapter was trained on them; None if
+        what an adapter was trained on is not known.
     few_prompts: the number of different prompts if it is too small to resample by prompt, so that
         every example counts as independent; else None.
     """
 
     corrected_interval: Interval | None = None
-    left_out: int = 0
+    left_out: int | None = 0
     few_prompts: int | None = None
 
     @property
@@ -282,6 +283,8 @@ class Validation(HeldOutComparison):
             yield "all held-out answers are the same"
         if self.left_out:
             yield f"{self.left_out} left out: they were trained on, by the adapter or one before it"
+        if self.left_out is None:
+            yield "what an adapter before it was trained on is not known, and may be among them"
 
 
 @dataclass(frozen=True)
@@ -389,6 +392,11 @@ class AncestorLoss(HeldOutComparison):
         if self.loss is None or self.difference is None:
             return None
         return self.loss + self.difference
+
+    @property
+    def is_unmeasured(self) -> bool:
+        """Whether nothing was compared, on these examples or on newer data that has them too."""
+        return self.not_compared is not None and not (self.repeated or self.superseded)
 
     def is_forgotten(self, noise: Noise) -> bool:
         """Return whether the candidate is worse, corrected for the number of ancestors compared."""
@@ -734,7 +742,7 @@ class Verdict:
 
     @property
     def doubtful_answers(self) -> str:
-        """Describe each suite whose answers show no learning; "" if there is none.
+        """Describe each suite whose answers show no learning; "" if all show some.
 
         These are no better than one constant answer. If no suite has a higher score than the base,
         those that are no better than the base count too.

@@ -61,6 +61,7 @@ OPTIONAL_FIELDS = (
     "conditions_digest",
     "outcome",
     "run",
+    "adapter",
     "layout",
 )
 
@@ -105,7 +106,8 @@ class Entry:
         a decline, nobody is asked about another version of the same two.
     conditions_digest: digest of everything that decides the outcome of a run
         (pipeline/continual.py); a run with the same digest is skipped.
-    outcome, run: what became of a `tried` run, and its folder.
+    outcome, run, adapter: what became of a `tried` run, its folder's name, for people, and the
+        digest of its adapter, by which it is known.
     layout: LAYOUT, in the first line alone.
     """
 
@@ -130,6 +132,7 @@ class Entry:
     conditions_digest: str | None = None
     outcome: str | None = None
     run: str | None = None
+    adapter: str | None = None
     layout: int | None = None
 
     @property

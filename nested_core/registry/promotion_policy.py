@@ -437,8 +437,35 @@ def _why_not_promoted(
                 f"held-out examples, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
+    if not rule.asks_person and (reason := _why_not_judged(candidate, champion)) is not None:
+        return reason
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
     return _why_losses_promote_nothing(section, candidate, champion, rule, noise)
+
+
+def _why_not_judged(candidate: Judgement, champion: str | None) -> str | None:
+    """Return what the verdict could not measure, though a bound rests on it; None if nothing.
+
+    champion: the version in use; None before the first promotion.
+    """
+    verdict = candidate.verdict
+    compared = (verdict.validation, verdict.champion)
+    if any(one is not None and one.left_out is None for one in compared):
+        return (
+            "what it or the champion was trained on is not known, so that rows they learnt may "
+            "judge them: a person decides"
+        )
+    increase = verdict.bound("max_ancestor_loss_increase")
+    if increase is None or champion is None:
+        return None
+    if not all(ancestor.is_unmeasured for ancestor in verdict.ancestors):
+        return None
+    reasons = dict.fromkeys(ancestor.not_compared for ancestor in verdict.ancestors)
+    why = "; ".join(filter(None, reasons)) or "there is no comparison with the champion"
+    return (
+        f"gate.max_ancestor_loss_increase is {increase:g}, and on no earlier version's examples "
+        f"could the losses be compared ({why}): a person decides"
+    )
 
 
 def _why_beyond_reference(

@@ -34,7 +34,8 @@ class Trial:
     conditions_digest: digest of everything that decided the outcome of the run.
     dataset_digest, settings_digest: digests of two parts of these conditions. They tell a person
         which part differs between two runs.
-    run: the run's folder.
+    run: the name of the run's folder.
+    adapter: the digest of its adapter.
     reason: what the gate found, in a sentence.
     """
 
@@ -43,6 +44,7 @@ class Trial:
     dataset_digest: str
     settings_digest: str
     run: str
+    adapter: str
     reason: str
 
 

@@ -402,14 +402,14 @@ class Validation:
         Without per-example losses only the step is recorded, which the gate counts.
         """
         self.setup.run.require_lock()
-        losses = StepLosses(step=state.step, lines=None, losses=None)
+        losses = StepLosses(step=state.step, contents=None, losses=None)
         if evaluation.row_sums is not None and self._targets is not None:
-            lines, tokens = self._targets
+            contents, tokens = self._targets
             is_counted = tokens > 0
             means = evaluation.row_sums[: len(tokens)][is_counted] / tokens[is_counted]
             losses = StepLosses(
                 step=state.step,
-                lines=lines[is_counted].tolist(),
+                contents=contents[is_counted].tolist(),
                 losses=finite_or_none(means.tolist()),
             )
         append_step_losses(self.setup.run.validation_losses, losses)

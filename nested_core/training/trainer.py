@@ -87,6 +87,7 @@ class Trainer:
 
         # Callbacks and requests
         self.on_step: Callable[[int, int], None] | None = None  # (step, steps), after each step
+        self.after_step: Callable[[Trainer], None] | None = None  # may call stop_training
         self.on_near_end: Callable[[], None] | None = None  # once, shortly before the last step
         self.stop_after_step: int | None = None
         self.stop_requested = False  # set from outside, such as by a signal
@@ -174,7 +175,8 @@ class Trainer:
         Raises TrainingStopped if a stop is requested before the end, TrainingDiverged after
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
-        self.setup.loss_fn.begin()
+        if not self.setup.run.is_trial:  # its steps are thrown away: they only tell the time
+            self.setup.loss_fn.begin()
         try:
             self.world.allow_longer()  # the first step compiles: that is no hanging process
             with self.using_training_layers():
@@ -241,6 +243,8 @@ class Trainer:
             result = self._take_step(train_step, first, last)
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
+            if self.after_step is not None:
+                self.after_step(self)
             near_end.after_step(self.state.step)
             # All ranks must act on a request after the same step: the requests were summed in it.
             must_stop, must_save = self.world.requests_after_step(

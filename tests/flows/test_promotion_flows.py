@@ -179,13 +179,12 @@ def test_a_flow_run_that_died_after_its_change_and_is_retried_has_done_it(
     config |= {"by": "ann"} if flow is rollback else {"version": versions[0]}
     for version in versions if flow is rollback else ():
         core.promote(registry, NAME, version, by="ann")
-    announce = promotion_tasks.announce_changes
-    monkeypatch.setattr(promotion_tasks, "announce_changes", lambda *_: sys.exit(1))
     with get_client(sync_client=True) as client:
         run = client.create_flow_run(flow, parameters={"config": config})
-        with pytest.raises(SystemExit):
-            run_flow(flow, flow_run=run, parameters={"config": config}, return_type="state")
-        monkeypatch.setattr(promotion_tasks, "announce_changes", announce)
+        with monkeypatch.context() as patched:
+            patched.setattr(promotion_tasks, "announce_changes", lambda *_: sys.exit(1))
+            with pytest.raises(SystemExit):
+                run_flow(flow, flow_run=run, parameters={"config": config}, return_type="state")
         client.set_flow_run_state(run.id, Scheduled(name="AwaitingRetry"), force=True)
         run = client.read_flow_run(run.id)
     state: Any = run_flow(flow, flow_run=run, parameters={"config": config}, return_type="state")

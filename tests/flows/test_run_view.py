@@ -92,7 +92,7 @@ def test_an_early_stop_and_the_candidates_that_the_offered_step_was_lowest_of_ar
     view = replace(view_of(*RECORDS), run=RunDirectory(tmp_path))
     assert view.describe_offered_adapter(100) == "selected: the adapter of step 100, the last one"
     for step in (50, 100):
-        losses = StepLosses(step=step, lines=None, losses=None)
+        losses = StepLosses(step=step, contents=None, losses=None)
         append_step_losses(view.run.validation_losses, losses)
         told = "at which all tiers had been updated" if step == 50 else "(0.5; valid.jsonl"
         assert told in view.describe_offered_adapter(50)

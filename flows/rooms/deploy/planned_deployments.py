@@ -274,8 +274,8 @@ def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, A
     """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
 
     What a run follows the champion by is shipped to runs that do, and not to those of
-    `training.reference` and `training.minutes`; `policy: auto` where the registry keeps rows and their speed can be measured. No key of a
-    deleted room is shipped.
+    `training.reference` and `training.minutes`; `policy: auto` where the registry keeps rows and
+    their speed can be measured. No key of a deleted room is shipped.
     """
     merged = dict(given)
     deleted = seams.list_deleted_keys()

@@ -71,8 +71,8 @@ def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
     created = ArtifactCreate(
         key=artifact_key(name, NIGHTS_PAGE),
         type="markdown",
-        description=f"Scheduled runs of {escape_markdown(name)}",
-        data=str(Document(f"{name}: no scheduled run yet", [])),
+        description=f"Runs of {escape_markdown(name)}",
+        data=str(Document(f"{name}: no run yet", [])),
     )
     return client.create_artifact(created).id
 
@@ -84,7 +84,7 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
     """
     if name is None:
         return
-    with asking_server(f"the page of {name}'s scheduled runs is not up to date") as client:
+    with asking_server(f"the page of {name}'s runs is not up to date") as client:
         outcomes = dict([] if ended is None else [ended])
         nights = [night_of(run, outcomes.get(run.id)) for run in _read_runs(client, name)]
         if nights:

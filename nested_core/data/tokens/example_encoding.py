@@ -26,6 +26,7 @@ from nested_core.data.lines.example_parsing import (
     find_row_format,
     read_examples,
 )
+from nested_core.data.lines.line_rows import digest_example
 from nested_core.data.lines.marks import describe_nothing_to_learn
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.tokens.template_time_limit import (
@@ -59,6 +60,7 @@ BEYOND_EMBEDDING_CHECK = "token-beyond-embedding"
 EXAMPLE_FACTS_DTYPE = np.dtype(
     [
         ("line", "<i4"),
+        ("content", "<u8"),  # see digest_example
         ("full_length", "<i4"),  # in tokens, before truncation
         ("length", "<i4"),  # in tokens, after it
         ("supervised", "<i4"),  # tokens in the target mask
@@ -313,7 +315,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     # Each example is a problem, too long, or appended to the arrays
     openings: dict[str, set[str]] = {"system": set(), "tools": set()}
     watched = _watch_openings(examples, openings)
-    for line, encoded in _encode_examples(watched, source, request):
+    for line, content, encoded in _encode_examples(watched, source, request):
         # A row of too many characters is not even tokenized; under `drop` it is dropped as well
         if isinstance(encoded, _EncodingProblem):
             if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
@@ -331,7 +333,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         target_mask += bytes(len(tokens))
         for begin, end in spans:
             target_mask[start + begin : start + end] = b"\1" * (end - begin)
-        facts.append((line, *_make_example_facts(encoded, tokens, spans, end_tokens)))
+        facts.append((line, content, *_make_example_facts(encoded, tokens, spans, end_tokens)))
         for doubt in dict.fromkeys((note.check, note.message) for note in encoded.notes):
             doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
     write_token_part(part, all_tokens, target_mask)
@@ -366,8 +368,8 @@ class _EncodingProblem(NamedTuple):
 
 def _encode_examples(
     examples: Iterable[tuple[int, Example]], source: TokenizerSource, request: Mapping[str, Any]
-) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
-    """Yield each line with its tokenized example, or why it could not be tokenized.
+) -> Iterator[tuple[int, int, EncodedExample | _EncodingProblem]]:
+    """Yield each line with its digest and tokenized example, or why it could not be tokenized.
 
     examples: line numbers and parsed rows. request: the job's settings, such as max_seq_length.
 
@@ -383,13 +385,13 @@ def _encode_examples(
     with TemplateTimeLimit() as limit:
         for line, example in examples:
             if (characters := example.approximate_characters) > most:
-                yield line, _row_too_long(characters, most, max_seq_length)
+                yield line, 0, _row_too_long(characters, most, max_seq_length)
                 continue
             last = len(example.messages) - 1
             if request["targets"] == "last" and last in example.masked:
                 message = describe_nothing_to_learn([last], example.masked)
                 hint = ", or learn the other answers with training.supervise: all"
-                yield line, _EncodingProblem("nothing-to-learn", message + hint)
+                yield line, 0, _EncodingProblem("nothing-to-learn", message + hint)
                 continue
             try:
                 with limit.watching(characters):
@@ -403,11 +405,12 @@ def _encode_examples(
             except Exception as error:  # a template is its author's program: it may raise anything
                 problem = shorten(f"{type(error).__name__}: {error}", 160)
                 message = f"the chat template does not take these turns: {problem}"
-                yield line, _EncodingProblem("chat-template-raised", message)
+                yield line, 0, _EncodingProblem("chat-template-raised", message)
             else:
                 more = [note for check in checks for note in check(example, encoded.tokens)]
                 encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
-                yield line, _find_problem(encoded, tokenizer, request) or encoded
+                checked = _find_problem(encoded, tokenizer, request) or encoded
+                yield line, digest_example(example), checked
 
 
 def _find_problem(
@@ -463,7 +466,7 @@ def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
 def _make_example_facts(
     encoded: EncodedExample, tokens: list[int], spans: list[Span], end_tokens: frozenset[int]
 ) -> tuple[int, int, int, int, int, bool]:
-    """Return what is recorded of a tokenized example, in the order of EXAMPLE_FACTS_DTYPE.
+    """Return what is recorded of a tokenized example: the last fields of EXAMPLE_FACTS_DTYPE.
 
     tokens, spans: tokens, and the ranges of them that the loss counts, after truncation to
         max_seq_length.

@@ -170,7 +170,7 @@ class _SplitJoiner:
         examples = np.fromfile(facts_path(part), EXAMPLE_FACTS_DTYPE)
         facts_path(part).unlink()
         examples["line"] = self._original_line_numbers(examples["line"])
-        self._writer.append_part(part, examples["line"], examples["length"])
+        self._writer.append_part(part, examples)
         self._examples.append(examples)
         lines = self._original_line_numbers(answer["problem_lines"])
         self._problems += [

@@ -10,6 +10,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.checks.tensors import CHANGE, EFFECT
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.evidence.run_evidence import RunEvidence
@@ -36,7 +37,7 @@ from nested_core.models.base_model import (
     fingerprint_base_model,
     fingerprint_tokenizer,
 )
-from nested_core.models.generation import Answer, OnAnswered
+from nested_core.models.generation import BATCH_SIZE, Answer, OnAnswered
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict import Reason, TaskResult
@@ -229,6 +230,20 @@ def _find_worse_answers(judged: CheckedRun) -> list[Reason]:
     return reasons
 
 
+def _plan_tasks(run: RunToJudge) -> GateWork:
+    """The work of all suites, each answer as long as it may be; choices are read alone."""
+    models = 2 + run.goes_on + (run.rivals[0] is not None)
+    suites = [EncodedSuite.encode(one, run.tokenizer, None) for one in read_suites(run.config.gate)]
+    read = tokens = most = 0
+    for suite in suites:
+        for prompt, choices in zip(suite.prompts, suite.choices, strict=True):
+            read += len(prompt) * max(1, len(choices))
+        if not any(suite.choices):
+            tokens += -(-len(suite.prompts) // BATCH_SIZE) * suite.suite.sampling.max_tokens
+            most = max(most, min(len(suite.prompts), BATCH_SIZE))
+    return GateWork(prompt_tokens=models * read, tokens=models * tokens, answers=most)
+
+
 TASKS = Check(
     "answers",
     _find_worse_answers,
@@ -236,4 +251,5 @@ TASKS = Check(
     is_asked=lambda bounds: bool(bounds.tasks),
     bounds=("tasks",),
     stage="answers to gate.tasks",
+    plan_work=_plan_tasks,
 )

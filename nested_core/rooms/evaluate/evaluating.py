@@ -30,7 +30,6 @@ from nested_core.measure.losses.held_out_loss import (
     LoadedBase,
     read_held_out_examples,
 )
-from nested_core.measure.losses.left_out_examples import find_left_out
 from nested_core.measure.losses.loss_figures import (
     chances_of_loss,
     conclude_among_others,
@@ -173,7 +172,7 @@ class _Evaluating:
         if self._data is None:
             return ()
         trained = (model for model in self._models if model.adapter or model.made_of)
-        return tuple(model.name for model in trained if not model.seen.size)
+        return tuple(model.name for model in trained if model.seen.unknown is not None)
 
     def _measure(self, models: Sequence[NamedModel]) -> None:
         """Answers and losses of models that fit into one base."""
@@ -264,7 +263,7 @@ class _Evaluating:
             return None  # another tokenizer: nats/token are not comparable
         loss = self._config.training.loss
         losses = held_out.make_losses(tokens, loss, before=other, after=own)
-        losses = losses.leaving_out(find_left_out(held_out.digests, model.seen, reference.seen))
+        losses = losses.leaving_out((model.seen | reference.seen).find_in(held_out.digests))
         return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
 
     def _answered_questions(self) -> Iterator[AnsweredQuestion]:

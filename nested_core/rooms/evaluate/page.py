@@ -269,7 +269,7 @@ class Evaluation:
         examples = " or ".join(sorted({f"{loss.examples:,}" for loss in losses}))
         caption = f"Losses in {losses[0].unit}, compared with {self._letters[self.against]}"
         blocks: list[Block] = [Table(caption, ("", "loss", *COMPARED), rows)]
-        if left_out := max(loss.left_out for loss in losses):
+        if left_out := max(loss.left_out or 0 for loss in losses):
             blocks.append(Text(f"{left_out:,} examples left out that a model was trained on"))
         if self.unknown:
             names = ", ".join(self.unknown)

@@ -6,7 +6,7 @@ It lies in an exported folder, and beside a GGUF under the file's name.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,8 +99,7 @@ class ExportRecord:
     quantized_base: what became of a quantized base; None for a base that is not quantized.
     source: the adapter as it was named; `version` is its digest, the version's of a registry.
     step: the optimizer step of the adapter; None if it is not recorded.
-    training_examples: digests of what it and its ancestors were trained on, as provenance.json has
-        them; None if they are not known.
+    trained_on: what it and its ancestors were trained on, as provenance.json has it.
     prompt_format: how the rows that it was trained on begin, as dataset.json has it.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
@@ -126,7 +125,7 @@ class ExportRecord:
     problems: tuple[str, ...]
     packages: dict[str, str]
     step: int | None = None
-    training_examples: str | None = None
+    trained_on: dict[str, str | None] = field(default_factory=dict)
     prompt_format: PromptFormat | None = None
 
     @property
@@ -157,7 +156,7 @@ class ExportRecord:
         """Plain values, as the file and `export --json` have them; digests in the file alone."""
         verdict = "stands" if self.stands else "refused"
         values = asdict(self)
-        del values["training_examples"]
+        del values["trained_on"]
         return {"verdict": verdict, "summary": self.describe()} | values
 
 
@@ -183,7 +182,7 @@ def card_place(artefact: Path) -> Path:
 
 def write_export_record(place: Path, record: ExportRecord) -> None:
     """Write the record to a new file."""
-    write_json(place, record.to_json() | {"training_examples": record.training_examples})
+    write_json(place, record.to_json() | {"trained_on": record.trained_on})
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:

@@ -28,7 +28,6 @@ from nested_core.config.loading import parse_config, parse_task
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.data.example_digests import encode_digests
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected, shorten
 from nested_core.gate.evidence.champion_adapter import shape_like_adapter
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
@@ -422,7 +421,6 @@ class _Exporting:
         self, draft: Path, written: _Written, reference: Reference, reading: Reading
     ) -> ExportRecord:
         template = read_chat_template(reference.tokenizer)
-        seen = self._source.model.seen
         findings = judge_reading(
             reference,
             reading,
@@ -456,7 +454,7 @@ class _Exporting:
             notes=tuple(self._notes),
             problems=findings.problems,
             step=self._source.step,
-            training_examples=encode_digests(seen) if seen.size else None,
+            trained_on=self._source.model.seen.to_json(),
             prompt_format=self._source.model.prompt_format,
             packages={name: installed_version(name) for name in RECORDED_PACKAGES},
         )

@@ -17,7 +17,7 @@ from mlx_lm.models import gemma2, gemma3_text
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.device_operations import has_kernel_for_rank
-from nested_core.kernels.quantized_linear import dequantized_weight_bytes
+from nested_core.kernels.quantized_linear import METHODS
 from nested_core.models.base_model import count_embedding_rows
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.named_updates import flatten
@@ -247,3 +247,13 @@ def _first_attribute(modules: Modules, names: tuple[str, ...], default: int) -> 
             if isinstance(value, int):
                 return value
     return default
+
+
+def dequantized_weight_bytes(module: Any) -> int:
+    """Return the size in bytes of a quantized layer's dequantized weight; 0 for other modules."""
+    is_quantized = isinstance(module, tuple(METHODS))
+    if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):
+        return 0
+    output, packed = module.weight.shape
+    size: int = output * packed * 32 // module.bits * module.scales.dtype.size
+    return size

@@ -173,7 +173,7 @@ def describe_nights(
             )
         )
     return Document(
-        f"{name}: the last scheduled runs",
+        f"{name}: the last runs",
         [
             Figures([[_draw_losses(dates[::-1], figures[::-1], units)]]),
             Table(HOW_TO_READ.format(units=units), COLUMNS, rows[::-1], MAX_WIDTH),
@@ -194,7 +194,8 @@ def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures], units: 
             points = [Point(n + 1, losses[n]) for n in range(nights[0], nights[-1] + 1)]
             until = "" if nights is alike[-1] else f", another loss until {dates[nights[-1]]}"
             curves.append(Curve(f"{name}{until}", points, has_dots=True))
-    axis = f"run, 1 is {dates[0]}, {len(dates)} is {dates[-1]}"
+    last = "" if len(dates) == 1 else f", {len(dates)} is {dates[-1]}"
+    axis = f"run, 1 is {dates[0]}{last}"
     return Chart("Loss", axis, units, curves)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.measure.losses.held_out_loss import HeldOutExamples, read_nonempty_splits
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
@@ -253,11 +254,20 @@ def find_fall(verdict: PreferenceVerdict, bound: float | None) -> Iterator[Reaso
     )
 
 
+def _plan_work(run: RunToJudge) -> GateWork:
+    """Both adapters on all held-out pairs, and the reference on some that were trained on."""
+    if run.config.training.loss not in SETTINGS_BY_LOSS:
+        return GateWork()
+    has_reference = find_reference(run.config) is not None
+    return GateWork(rows=2 * run.held_out_rows + has_reference * MAX_REFERENCE_PAIRS)
+
+
 CHECKS = (
     Check(
         "preference",
         _judge_preference,
         stopped_by=(*WITHOUT_MODEL, LOSSES),
         bounds=("max_chosen_fall",),
+        plan_work=_plan_work,
     ),
 )

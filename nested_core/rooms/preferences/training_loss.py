@@ -191,6 +191,7 @@ def make_loss(inputs: LossInputs) -> Loss:
         by_row=by_row,
         compile_chunked_evaluation=None if likelihoods.chunked is None else compile_evaluation,
         begin=begin,
+        rows_to_begin=sum(map(len, pairs.values())) if find_reference(inputs.config) else 0,
     )
 
 

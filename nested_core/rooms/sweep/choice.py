@@ -20,11 +20,11 @@ def join_candidates(several: Sequence[Candidates]) -> Candidates:
     losses = [
         own.losses
         for own in several
-        if own.losses is not None and np.array_equal(own.lines, first.lines)  # type: ignore[arg-type]
+        if own.losses is not None and np.array_equal(own.contents, first.contents)  # type: ignore[arg-type]
     ]
     if len(losses) < len(several):
         return Candidates(count)
-    return Candidates(count, first.lines, np.concatenate(losses))
+    return Candidates(count, first.contents, np.concatenate(losses))
 
 
 @dataclass(frozen=True)
@@ -72,4 +72,4 @@ def _read_candidates_of_run(run: RunDirectory) -> Candidates:
     if candidates.losses is not None or candidates.count > 1 or not run.gate_losses.is_file():
         return candidates
     losses = read_example_losses(run.gate_losses)
-    return Candidates(1, losses.lines, losses.after[None])
+    return Candidates(1, losses.contents, losses.after[None])

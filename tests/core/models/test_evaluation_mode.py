@@ -33,7 +33,9 @@ def probed(model: nn.Module) -> None:
     starts, lines = np.arange(0, 45, 9), np.arange(1, 5, dtype=np.int32)
     tokens, learnt = np.arange(36, dtype=np.int32), np.arange(36) % 9 > 0
     config = FineTuneConfig.model_validate({"nested": {"probe_batches": 1}})
-    measure_parameter_importance(config, model, TokenizedSplit(tokens, learnt, starts, lines))
+    measure_parameter_importance(
+        config, model, TokenizedSplit(tokens, learnt, starts, lines, lines.astype(np.uint64))
+    )
 
 
 USES: dict[str, Callable[[nn.Module], Any]] = {

@@ -117,7 +117,7 @@ def test_what_an_export_was_trained_on_is_left_out_or_said_to_be_unknown(
     assert (loss.examples, loss.left_out) == (10, 3)
     forgetful = shutil.copytree(exported, tmp_path / "forgetful")
     record = json.loads((forgetful / "export.json").read_text())
-    (forgetful / "export.json").write_text(json.dumps(record | {"training_examples": None}))
+    (forgetful / "export.json").write_text(json.dumps(record | {"trained_on": {}}))
     assert evaluate([forgetful], data=data).unknown == (str(forgetful),)
 
 

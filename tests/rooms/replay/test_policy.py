@@ -27,7 +27,7 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage
 from nested_core.registry.garbage_collection import forget_rows
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.rooms.minutes.sizes import MeasuredRun
+from nested_core.rooms.minutes.measured_run import MeasuredRun
 from nested_core.rooms.replay import policy
 from nested_core.rooms.replay.page import describe_replay
 from nested_core.rooms.replay.policy import decide_by_forecast
@@ -57,7 +57,6 @@ def measured(seconds: float, training: float) -> MeasuredRun:
         seconds=seconds,
         tokens_per_second=1.0,
         device="cpu",
-        sizes="",
     )
 
 
@@ -75,10 +74,14 @@ def test_auto_rebuilds_while_all_rows_fit_into_the_window_and_goes_on_when_they_
 ) -> None:
     continual = {"from": "champion", "policy": "auto", "window": window}
     registry = {"path": "registry", "name": NAME}
-    config = example_config(registry=registry, continual=continual | {"replay": {"fraction": 0.5}})
-    choice = decide_by_forecast(config, 100, 900, measured(1100, 1000))
+    given: dict[str, Any] = {"registry": registry, "training": {"epochs": 1}}
+    given["continual"] = continual | {"replay": {"fraction": 0.5}}
+    choice = decide_by_forecast(example_config(**given), 100, 900, measured(1100, 1000))
     assert (choice.policy, choice.reason) == (expected, said)
     assert choice.seconds == {"rebuild": 1100, "continue": 300}  # 200 rows, and 100 s
+    by_iterations = example_config(**given | {"training": {}}, iters=40)
+    choice = decide_by_forecast(by_iterations, 100, 900, measured(1100, 1000))
+    assert choice.seconds == {"rebuild": 1100, "continue": 140}  # 40 steps, and 100 s
 
 
 def test_a_rebuilt_run_has_the_newest_answer_of_each_prompt_and_no_held_out_row(tmp_path) -> None:
@@ -295,7 +298,7 @@ def test_a_night_changes_from_rebuilding_to_going_on_and_back(nights: dict[str, 
     config, run, _ = nights["run-2"]
     assert describe_starting_adapter(config, run) == (
         f"starting from version {versions[1][:12]} of capitals at 0.3 of the learning rate: "
-        "all 24 rows do not fit into the window of 1s (forecast: rebuild 2 min, continue 70 s)"
+        "all 24 rows do not fit into the window of 1s (forecast: rebuild 2 min, continue 14 s)"
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.earlier_examples import find_earlier_examples
-from nested_core.data.example_digests import digest_examples
+from nested_core.data.example_digests import decode_digests
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import settings_digest
@@ -202,9 +202,9 @@ def test_the_data_of_the_champion_and_its_ancestors_is_replayed(tmp_path, keeps)
     held_out = [row(f"held {number}?", "1") for number in range(3)] + [row("own 1 0?", "1")]
     write_split(tmp_path / "held", train=held_out)
     names = ("train", "replay")
-    trained_on = np.concatenate([digest_examples(splits[name]) for name in names])
+    trained_on = np.concatenate([splits[name].contents for name in names])
     others = load_run_data(example_config(data=str(tmp_path / "held")))[1]["train"]
-    assert not np.isin(digest_examples(others), trained_on).any()
+    assert not np.isin(others.contents, trained_on).any()
 
 
 def test_files_of_ancestors_without_stored_data_are_used_if_they_are_what_they_were(
@@ -360,9 +360,9 @@ def test_a_resumed_run_equals_the_whole_one_without_its_sources(whole, tmp_path)
 @pytest.mark.slow("judges a run")
 def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> None:
     steps.judge(whole.config, whole.run)
-    trained_on = np.fromfile(whole.run.training_examples, "<u8")
+    recorded = json.loads(whole.run.training_examples.read_bytes())["training_examples"]
     replayed = load_run_data(whole.config, whole.run)[1]["replay"]
-    assert np.isin(digest_examples(replayed), trained_on).all()
+    assert np.isin(replayed.contents, decode_digests(recorded)).all()
     listed = json.loads(whole.run.manifest.read_bytes())["files"]
     assert {"replay.json", "replay.jsonl"} <= listed.keys()
     recorded = make_provenance(whole.config, read_judged_run(whole.run.path), None)

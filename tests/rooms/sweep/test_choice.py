@@ -25,9 +25,9 @@ def write_run(path: Path, losses: ExampleLosses, steps: Any, *, is_selected: boo
     run = RunDirectory(path)
     path.mkdir()
     for step, own in enumerate(steps, 1):
-        lines = losses.lines.tolist()
+        contents = losses.lines.tolist()
         append_step_losses(
-            run.validation_losses, StepLosses(step=step, lines=lines, losses=own.tolist())
+            run.validation_losses, StepLosses(step=step, contents=contents, losses=own.tolist())
         )
     run.gate_losses.write_bytes(losses.render())
     validation = summarise_losses(losses, selected_on_same_data=is_selected)
@@ -53,6 +53,7 @@ def sweep_of(folder: Path, gain: float, *, is_selected: bool = True) -> list[Run
             champion + 1,
             after,
             champion=champion,
+            contents=np.arange(1, EXAMPLES + 1, dtype=np.uint64),
         )
         runs.append(write_run(folder / str(number), losses, after[None], is_selected=is_selected))
     return runs
@@ -93,13 +94,14 @@ def test_runs_without_the_losses_of_their_steps_count_by_the_gates(tmp_path: Pat
 
 
 def test_the_runs_of_a_sweep_are_one_family_where_all_read_the_same_examples() -> None:
-    first = Candidates(2, np.array([1, 2, 5]), np.array([[1.0, 2, 5], [10, 20, 50]]))
-    second = Candidates(1, np.array([1, 2, 5]), np.array([[0.1, 0.2, 0.5]]))
+    known, unlike = np.array([1, 2, 5], np.uint64), np.array([5, 1, 7], np.uint64)
+    first = Candidates(2, known, np.array([[1.0, 2, 5], [10, 20, 50]]))
+    second = Candidates(1, known, np.array([[0.1, 0.2, 0.5]]))
     joined = join_candidates([first, second])
     assert joined.count == 3
-    assert joined.lines is not None
+    assert joined.contents is not None
     assert joined.losses is not None
-    assert joined.lines.tolist() == [1, 2, 5]
+    assert joined.contents.tolist() == [1, 2, 5]
     assert joined.losses.tolist() == [[1, 2, 5], [10, 20, 50], [0.1, 0.2, 0.5]]
-    others = Candidates(1, np.array([5, 1, 7]), np.array([[0.5, 0.1, 0.7]]))
+    others = Candidates(1, unlike, np.array([[0.5, 0.1, 0.7]]))
     assert [join_candidates([first, one]).losses for one in (others, Candidates(3))] == [None, None]

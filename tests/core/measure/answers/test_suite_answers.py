@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -274,12 +275,12 @@ def test_the_best_constant_answer_is_scored_as_the_suite_scores(
 
 
 def test_a_choice_has_a_best_constant_answer_and_a_schema_alone_has_none(tmp_path: Path) -> None:
-    choices = {"choices": ["yes", "no"]}
+    choices: dict[str, Any] = {"choices": ["yes", "no"]}
     lines = [{"prompt": f"{i}?", "expected": "yes" if i else "no"} | choices for i in range(4)]
     suite = Suite.read("each", ScoringMethod(write(tmp_path / "a.jsonl", *lines), "choice"))
     assert suite.score_best_constant(range(1, 5)) == 0.75
-    lines = [{"prompt": "1?", "schema": {"type": "object"}}]
-    suite = Suite.read("each", ScoringMethod(write(tmp_path / "b.jsonl", *lines), "json"))
+    line = {"prompt": "1?", "schema": {"type": "object"}}
+    suite = Suite.read("each", ScoringMethod(write(tmp_path / "b.jsonl", line), "json"))
     assert suite.score_best_constant([1]) is None
 
 
