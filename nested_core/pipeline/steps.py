@@ -322,7 +322,7 @@ def _warn_of_other_tokenizer(start: Adapter, source: str, base: Path) -> None:
     try:
         tokenizer.require_in(base, source)
     except ConfigError as problem:
-        warnings.warn(f"{problem} It goes on from there.", stacklevel=2)
+        warnings.warn(f"{problem} The run goes on from there.", stacklevel=2)
 
 
 def _record_training_rows(

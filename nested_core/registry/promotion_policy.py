@@ -423,6 +423,8 @@ def _why_not_promoted(
             f"its gate had looser thresholds than the policy of {section.name} "
             f"({', '.join(looser)}): run the gate again with --resume"
         )
+    if not rule.asks_person and (reason := _why_not_judged(candidate, champion)) is not None:
+        return reason
     if candidate.loss_after is None and section.require_validation:
         validation = candidate.verdict.validation
         if validation is not None and validation.left_out:
@@ -431,8 +433,6 @@ def _why_not_promoted(
                 f"held-out examples, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
-    if not rule.asks_person and (reason := _why_not_judged(candidate, champion)) is not None:
-        return reason
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
     return _why_losses_promote_nothing(section, candidate, champion, rule, noise)
 
