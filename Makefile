@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help install demo test test-all check format rooms bench bench-learning production-test soak reliability docs pictures example-model real-model real-test real-test-llama lock clean
+.PHONY: help install demo test test-all test-kernels check format rooms bench bench-learning production-test soak reliability docs pictures example-model real-model real-test real-test-llama lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -37,11 +37,25 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 
 # A worker that has nothing left to do takes tests from one that has.
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
+CLAIMS := "not slow and not reliability and not production and not real"
 test: $(VENV)/dev.stamp ## the tests to run between two edits: every claim
-	$(PYTEST) -m "not slow and not reliability and not production and not real"
+	$(PYTEST) -m $(CLAIMS)
 
 test-all: test ## make test, and the slow tests that it leaves out
 	$(PYTEST) -m "slow and not reliability and not production"
+
+# Each setting of the environment has its own log: NAME.log.
+test-kernels: $(VENV)/dev.stamp ## make test under OpenBLAS's kernels for other processors, and without OpenBLAS; logs in build/test-kernels
+	@mkdir -p build/test-kernels; failed=0; \
+	for name in Haswell Zen SkylakeX own-kernels no-openblas; do \
+		case $$name in \
+			own-kernels) setting="-u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE";; \
+			no-openblas) setting="NESTED_TUNE_NO_OPENBLAS=1";; \
+			*) setting="OPENBLAS_CORETYPE=$$name";; \
+		esac; \
+		if env $$setting $(PYTEST) -m $(CLAIMS) >build/test-kernels/$$name.log 2>&1; then end=passed; else end=FAILED failed=1; fi; \
+		echo "$$name: $$end, build/test-kernels/$$name.log"; \
+	done; exit $$failed
 
 check: $(VENV)/dev.stamp ## format, lint and complexity, types, import directions, documents, budgets of lines
 	$(BIN)/ruff format --check .

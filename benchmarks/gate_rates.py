@@ -35,7 +35,6 @@ backend.prepare()
 import numpy as np
 
 from nested_core.config.sections import GateSection, RegistrySection
-from nested_core.data.example_digests import digest_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.measure.answers.answer_bounds import ScoreChange, judge_answers
 from nested_core.measure.losses.chosen_candidate import Candidates
@@ -57,7 +56,6 @@ from nested_core.rooms.export.reference import HeldOutRows, Reference
 from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
 from nested_core.rooms.replay.ancestor_examples import MAX_ANCESTORS, AncestorExamples
 from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
-from nested_core.rooms.sweep.page import SweepRunResult, choose_best_run
 from nested_core.rooms.sweep.search import better_half, is_shown_better, plan_rungs
 from nested_core.training.training_state import TrainingState
 
@@ -138,7 +136,7 @@ def plant_texts(prompts: int, copies: int = 1) -> HeldOutExamples:
     is_learnt = np.tile(np.arange(length) >= PROMPT_TOKENS, len(rows))
     lines = np.arange(1, len(rows) + 1, dtype=np.int32)
     starts = np.arange(0, rows.size + 1, length, dtype=np.int64)
-    split = TokenizedSplit(rows.ravel(), is_learnt, starts, lines)
+    split = TokenizedSplit(rows.ravel(), is_learnt, starts, lines, lines.astype(np.uint64))
     return HeldOutExamples(split, "test.jsonl", selected_on_same_data=False)
 
 
@@ -147,7 +145,8 @@ def make_losses(
 ) -> ExampleLosses:
     """Both losses, the champion's being those before."""
     lines = np.arange(1, len(tokens) + 1)
-    return ExampleLosses(file, lines, tokens, before, after, champion=before)
+    contents = lines.astype(np.uint64)
+    return ExampleLosses(file, lines, tokens, before, after, champion=before, contents=contents)
 
 
 def is_promoted(losses: ExampleLosses, candidates: Candidates) -> bool:
@@ -196,7 +195,7 @@ def plant_best_step(
         state.record_evaluation(float(tokens @ losses / tokens.sum()), is_candidate=True)
     chosen = steps[(state.best_step or 1) - 1]
     judged = make_losses(before, chosen, tokens, "valid.jsonl")
-    return judged, Candidates(STEPS, judged.lines, steps)
+    return judged, Candidates(STEPS, judged.contents, steps)
 
 
 def fixed_step(random: np.random.Generator, **planted: Any) -> bool:
@@ -219,34 +218,6 @@ def best_step_before_and_now(random: np.random.Generator, **planted: Any) -> tup
     return _is_promoted_before_and_now(*plant_best_step(random, **planted))
 
 
-def best_of_sweep(
-    random: np.random.Generator,
-    *,
-    points: int,
-    examples: int,
-    distribution: str,
-    sd: float,
-    has_test: bool = False,
-) -> bool:
-    """The point that a sweep chooses, of adapters that differ by chance alone."""
-    before, tokens = draw_before(random, examples)
-    losses = before + draw_noise(random, (points, examples), distribution, sd)
-    means = losses @ tokens / tokens.sum()
-    outcomes = [
-        SweepRunResult(str(point), {}, "Verified", "", True, None, val_loss=float(mean))
-        for point, mean in enumerate(means)
-    ]
-    best = choose_best_run(outcomes)
-    chosen = losses[0 if best is None else int(best.run_dir)]
-    judged = make_losses(before, chosen, tokens, "valid.jsonl")
-    if has_test:
-        fresh, tokens = draw_before(random, examples)
-        after = fresh + draw_noise(random, examples, distribution, sd)
-        return is_promoted(make_losses(fresh, after, tokens), Candidates())
-    family = [Candidates(1, judged.lines, point[None]) for point in losses]
-    return is_promoted(judged, join_candidates(family))
-
-
 def best_of_halving(
     random: np.random.Generator, *, points: int, examples: int, distribution: str, sd: float
 ) -> bool:
@@ -266,7 +237,7 @@ def best_of_halving(
     winner = better_half({arm: (float(means[arm].min()),) for arm in {0, *alive}})[0]
     after, other = (losses[arm, means[arm].argmin()] for arm in (winner, 0))
     judged = make_losses(other, after, tokens, "valid.jsonl")
-    family = [Candidates(n, judged.lines, losses[arm, :n]) for arm, n in seen.items()]
+    family = [Candidates(n, judged.contents, losses[arm, :n]) for arm, n in seen.items()]
     together = join_candidates(family)
     found = judged.compare_trained_with(other)
     interval = None if found is None else together.corrected_interval(judged, other, found)
@@ -323,7 +294,7 @@ def refused_by_loss(
     after = before + draw_noise(random, examples, distribution, sd)
     before[:seen] -= 0.2  # what was learnt by heart is lost again, and says nothing
     digests = plant_texts(examples).digests
-    trained_on = digest_examples(plant_texts(examples).split)[:seen]
+    trained_on = plant_texts(examples).split.contents[:seen]
     judged = make_losses(before, after, tokens).leaving_out(np.isin(digests, trained_on))
     return "loss_regressed" in judge_losses(judged)[1]
 
@@ -729,13 +700,6 @@ def _list_cases_of_noise(distribution: str, sd: float) -> Iterator[Case]:
         yield case("promoted", name, trial, 0.04, is_cheap=examples == 30)
         name = f"equal, the best of {STEPS} evaluations, {examples} examples"
         yield case("promoted", name, partial(best_step, examples=examples), 0.04)
-    for points in (1, 4, 16, 64):
-        name = f"equal, a sweep of {points}, 60 examples"
-        sweep = partial(best_of_sweep, points=points, examples=60)
-        yield case("promoted", name, sweep, 0.04)
-    name = "equal, a sweep of 16 judged on test.jsonl, 60 examples"
-    sweep = partial(best_of_sweep, points=16, examples=60, has_test=True)
-    yield case("promoted", name, sweep, 0.04)
     for points, examples in ((4, 60), (16, 60), (4, 200)):
         name = f"equal, a sweep of {points} with halving, {examples} examples"
         sweep = partial(best_of_halving, points=points, examples=examples)

@@ -39,9 +39,7 @@ SECOND = (
     *("--training.epochs", "18", "--learning-rate", "1e-3", "--lora-parameters.scale", "2"),
     *("--steps-per-eval", "10", "--steps-per-report", "10", "--save-every", "10"),
 )
-SWEEP = [
-    (rate, fast) for rate in ("1e-3", "3e-4") for fast in ("shallow", "deep")
-]  # the grid of deployments/prefect.yaml
+SWEEP = [(rate, fast) for rate in ("1e-3", "3e-4") for fast in ("shallow", "deep")]
 FROM_CHAMPION = ("--continual.from", "champion")
 PLANTED = {
     "4 examples, all by +0.01": [0.01] * 4,

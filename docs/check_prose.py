@@ -45,6 +45,7 @@ HELD = (
     "docs/minutes.md",
     "docs/nested-optimizer.md",
     "docs/nested-learning.md",
+    "docs/new-rows.md",
     "docs/noise.md",
     "docs/operations.md",
     "docs/peft.md",

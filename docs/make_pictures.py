@@ -31,10 +31,10 @@ BENCHMARKS = ROOT / "benchmarks" / "README.md"
 # An <img> follows the reader's colour scheme, light or dark, by this.
 STYLE = """\
 svg{--label:#57606a;--line:#d5d9de;--back:#ffffff;--words:#1f2328;--panel:#f3f5f8;--good:#1a7f37;\
---bad:#c22b2b;--ours:#3b7de0;--theirs:#9aa4af;--first:#b8500b;--second:#2f6fd0;--third:#2f8f4e}
+--bad:#c22b2b;--ours:#3b7de0;--theirs:#9aa4af;--first:#2f6fd0;--second:#b8500b;--third:#2f8f4e}
 @media (prefers-color-scheme:dark){
 svg{--label:#9198a1;--line:#3d444d;--back:#0d1117;--words:#f0f6fc;--panel:#1b222b;--good:#3fb950;\
---bad:#f47067;--ours:#5b9bff;--theirs:#6b7680;--first:#ffa564;--second:#6ea8ff;--third:#66d394}}
+--bad:#f47067;--ours:#5b9bff;--theirs:#6b7680;--first:#6ea8ff;--second:#ffa564;--third:#66d394}}
 """
 WIDTH = 560  # legible at a phone's width
 LINE = 18

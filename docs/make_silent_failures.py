@@ -116,6 +116,17 @@ nobody has thought of yet. What notices each of them now:
 - another version of mlx_lm with other rotary positions, after the promotion: **nothing**, unless
   an eval set has `canary: true`, with which `serve` [refuses it](serving.md#canary)
 
+### Fourteen more, planted by a second stranger
+
+On 28 November somebody else, who had read README, these pages and `--help`, planted fourteen more
+from public reports. **nested-tune noticed one of the fourteen**: turns that end with a token which
+`generation_config.json` alone names, which exports do right. It missed answers that were shifted by
+one row everywhere, wrong labels, groups of rows in train and held-out alike, numbers that a
+spreadsheet had rounded, a warm-up longer than the run, a template that writes the date, and others:
+most of them show only where two things are compared. The cases of both strangers, one a line, are
+in `benchmarks/silent_failures/blind.jsonl`. The first rows of the list above, 23 of 25 noticed, are
+in `first-count.jsonl` beside it.
+
 The warnings are cautious. Of eight real data sets, the largest of which (banking77, CLINC150,
 restaurant8k, SNIPS, NL2Bash and E2E) have 79,468 rows, none gets one, nor do our example and the
 twins of the thirty-five. So a plant that is made otherwise can pass them: an old answer in the same
@@ -125,14 +136,15 @@ The base is the tiny model of `examples/`. The rows, with commands and the end o
 are in `benchmarks/silent_failures/results/`.
 """
 
-PREFERENCES = """## Six more of training on preferences
+PREFERENCES = """## Five more of training on preferences
 
-`python -m benchmarks.silent_failures --list preferences` plants six failures of training on
+`python -m benchmarks.silent_failures --list preferences` plants five failures of training on
 [preferences](preferences.md) in the same way. Their kinds were chosen before that training was
 written, and its own tests plant the same: this shows that they are noticed still, and compares no
 tools. Only nested-tune was run. Two plants break its own code, for there is no shared library that
 computes a reference or a mask. Sample answers do not decide here (`samples: warn`): the tiny base
-says one sentence to every prompt, before training too.
+says one sentence to every prompt, before training too. A sixth, labels that are all the same, was
+noticed as well; it went with the loss that took labels.
 """
 
 

@@ -13,10 +13,14 @@ from typing import Any
 
 from mlx import nn
 
-from nested_core.kernels.blocked_attention import PATCHED_FUNCTION_NAME as ATTENTION
-from nested_core.kernels.blocked_attention import plain_attention
-from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
-from nested_core.kernels.swiglu import plain_swiglu
+from nested_core.rooms.cuda.call_tracing import (
+    find_gated_mlps,
+    group_layers_by_input,
+    plain_swiglu,
+    trace_calls,
+)
+from nested_core.rooms.cuda.padded_attention import PATCHED_FUNCTION_NAME as ATTENTION
+from nested_core.rooms.cuda.padded_attention import plain_attention
 from nested_core.rooms.cuda.rope import rotates_halves
 from nested_core.rooms.delta_nets.gated_delta import PATCHED_FUNCTION_NAME as GATED_DELTA_RULE
 from nested_core.rooms.delta_nets.gated_delta import plain_gated_delta_update

@@ -9,8 +9,22 @@ as it is.
 """
 
 import os
+import signal
+import sys
 
-from nested_core import backend
+
+def _is_program() -> bool:
+    """Whether this process runs `nested-tune`, and no program of others that imports it."""
+    by_module = sys.argv[0] == "-m" and "flows.cli" in sys.orig_argv
+    return by_module or os.path.basename(sys.argv[0]) == "nested-tune"
+
+
+# Until `cli.main` takes it for an error, an interrupt ends the process at once: imports take long
+# enough for a person to press Ctrl-C, and a traceback of them tells nothing.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _is_program():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from nested_core import backend  # noqa: E402
 
 _ENVIRONMENT_DEFAULTS = {
     "DO_NOT_TRACK": "1",

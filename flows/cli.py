@@ -6,10 +6,11 @@ import argparse
 import contextlib
 import difflib
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
 from types import MappingProxyType
@@ -167,24 +168,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     warnings.showwarning = _show_warning
     try:
-        if argv is None and _needs_parent(arguments):
-            return _run_under_parent()
-        _refuse_undecodable(arguments)
-        given = next(iter(arguments), "-")
-        _refuse_unknown_command(given)
-        parser = build_parser(given)
-        parsed, unknown = parser.parse_known_args(arguments)
-        if parsed.command is None:
-            parser.print_help(sys.stderr)
-            return ConfigError.exit_code
-        if unknown:
-            raise ConfigError(
-                _describe_unknown_arguments(parsed, unknown, parser.commands[parsed.command])
-            )
-        # Libraries print as they like; standard output is for the result alone.
-        with contextlib.redirect_stdout(sys.stderr):
-            finish = parsed.run(parsed)
-        return int(finish() if callable(finish) else finish)
+        with _hearing_signals(is_program=argv is None):
+            if argv is None and _needs_parent(arguments):
+                return _run_under_parent()
+            _refuse_undecodable(arguments)
+            given = next(iter(arguments), "-")
+            _refuse_unknown_command(given)
+            parser = build_parser(given)
+            parsed, unknown = parser.parse_known_args(arguments)
+            if parsed.command is None:
+                parser.print_help(sys.stderr)
+                return ConfigError.exit_code
+            if unknown:
+                raise ConfigError(
+                    _describe_unknown_arguments(parsed, unknown, parser.commands[parsed.command])
+                )
+            # Libraries print as they like; standard output is for the result alone.
+            with contextlib.redirect_stdout(sys.stderr):
+                finish = parsed.run(parsed)
+            return int(finish() if callable(finish) else finish)
     except NestedTuneError as error:
         return _print_error(error, error.exit_code, arguments)
     except KeyboardInterrupt as error:
@@ -203,6 +205,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except Exception as error:  # the last line of defence: a person gets a paragraph
         return _print_error(error, 1, arguments, _describe_unexpected_error(error))
+
+
+@contextlib.contextmanager
+def _hearing_signals(*, is_program: bool) -> Iterator[None]:
+    """Have SIGINT and SIGTERM end the block by an exception, if they would end the process at once.
+
+    So temporary files are removed on the way out.
+    """
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _end_in_order}
+    unheard = [one for one in handlers if is_program and signal.getsignal(one) is signal.SIG_DFL]
+    for number in unheard:
+        signal.signal(number, handlers[number])
+    try:
+        yield
+    finally:
+        for number in unheard:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _end_in_order(number: int, frame: Any) -> NoReturn:
+    """End the process as a shell words it; a second signal ends it at once."""
+    signal.signal(number, signal.SIG_DFL)
+    sys.exit(128 + number)
 
 
 def _needs_parent(arguments: Sequence[str]) -> bool:

@@ -74,10 +74,10 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     """Fine-tune an adapter, judge it, and register and promote what passed.
 
     The name of the state is the outcome (see `Outcome`), and its message has the figures. Failed
-    where a step fails, and `Rejected: ...`, of the same type, by the gate. Cancelled, the run keeps
-    a checkpoint. A retry of the flow run (the button, or the automation after a crash) finds its
-    run directory by its id and goes on from the last checkpoint; the flow never retries by itself,
-    for that would train again.
+    where a step fails, and `Rejected: ...`, of the same type, by the gate. Cancelled or suspended,
+    the run keeps a checkpoint. A retry of the flow run (the button, or the automation after a
+    crash), or Resume, finds its run directory by its id and goes on from the last checkpoint; the
+    flow never retries by itself, for that would train again.
     """
     tolerate_closed_output()
     prepare_logs()
@@ -112,10 +112,11 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     resumed = _describe_resumption(run)
     stopper = Stopper()
     try:
-        with stopper.handling_signals(run), stopping_where_cancelled():
+        with stopper.handling_signals(run), stopping_where_cancelled() as watch:
             steps = StepsAsTasks(stopper)
             result = run_finetune(config, run, steps, resume=run.is_nonempty())
     except TrainingStopped as error:
+        watch.raise_if_suspended()
         message = error.describe_for("page")
         return Cancelled(message=f"resumable by a retry of this flow run: {message}")
     except GateRejected as error:

@@ -56,9 +56,8 @@ def promote(config: PromoteParameters) -> State[Any]:
     prepare_logs()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
-    if config.version == champion:
-        return Completed(message="already_champion")
-    if config.requires_approval or _asks_person(registry, config):
+    is_champion = config.version == champion  # a retried run may have made it so
+    if not is_champion and (config.requires_approval or _asks_person(registry, config)):
         state: State[Any] = seams.load_only("ask_person", APPROVE_KEY)(config, registry, champion)
         return state
     decision = promotion_tasks.promote(registry, config.name, config.version)

@@ -12,7 +12,6 @@ from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.prefect_logs import prepare_logs
 from flows.promote import AdapterParameters
 from nested_core.records.outcome_names import Outcome
-from nested_core.registry import read_champion
 from nested_core.registry.ledger import describe_author
 from nested_core.text.digest_format import shorten_digest
 from tasks.promote import roll_back
@@ -33,10 +32,7 @@ def rollback(config: RollbackParameters) -> State[Any]:
     """Move the champion back; the message says what became of it."""
     prepare_logs()
     registry = require_allowed(config.registry, "registry")
-    champion = read_champion(registry, config.name)
-    decision = roll_back(
-        registry, config.name, config.to, config.by, champion, reason=config.reason
-    )
+    decision = roll_back(registry, config.name, config.to, config.by, reason=config.reason)
     if decision.outcome != "rolled_back":
         return Completed(message=decision.sentence)
     before = shorten_digest(decision.previous or "none")

@@ -6,6 +6,7 @@ class of a room, named `module:name`; it is imported where it is used, and only 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError
-from nested_core.rooms import ROOMS, Room, RoomLoss, TrainingFlow
+from nested_core.rooms import ROOMS, Room, RoomLoss
 from nested_core.text.loss_format import NATS_PER_TOKEN
 
 
@@ -78,6 +79,12 @@ def require_flag(command: str, flag: str) -> None:
             require(name, f"{command} {flag}")
 
 
+def is_file_of_room(name: str) -> bool:
+    """Return whether an installed room writes a file of this name (its path in the run)."""
+    patterns = [pattern for room in list_rooms().values() for pattern in room.run_files]
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def room_of(entrypoint: str) -> str | None:
     """Return the name of the room (optional component) that a flow belongs to; None for the core.
 
@@ -85,12 +92,6 @@ def room_of(entrypoint: str) -> str | None:
     """
     words = entrypoint.split(".")
     return words[2] if words[:2] == ["flows", "rooms"] and len(words) > 2 else None
-
-
-def find_training_flow(entrypoint: str) -> TrainingFlow | None:
-    """Return a room's flow that trains, by its entrypoint; None for any other."""
-    room = ROOMS.get(room_of(entrypoint) or "")
-    return None if room is None else room.training_flows.get(entrypoint)
 
 
 def load_only(kind: str, wanted: str) -> Any:
@@ -130,7 +131,10 @@ def find_loss(name: str) -> RoomLoss:
             require(room, f"training.loss: {name}")
             return added.losses[name]
     names = ", ".join(sorted(join_mappings("losses")))
-    raise ConfigError(f"training.loss: {name!r} is none of {names or 'the losses here'}.")
+    raise ConfigError(
+        f"training.loss: {name!r} is none of {names or 'the losses here'}. What to do with answers "
+        f"that have a label says docs/preferences.md#answers-with-a-label."
+    )
 
 
 def unit_of_loss(name: str | None) -> str:

@@ -29,21 +29,21 @@ def roll_back(
     name: str,
     to: str | None,
     by: str,
-    champion: str | None,
     *,
     reason: str | None = None,
 ) -> Decision:
     """Make `to`, or the champion before this one, the champion again; `by` and `reason` are noted.
 
-    `champion` is the one to leave: a try after one that failed late does not go back twice. `to`
-    has to be a former champion: no parameter of a flow promotes what its policy does not.
+    A flow run goes back once, however often it is tried. `to` has to be a former champion: no
+    parameter of a flow promotes what its policy does not.
     """
+    if (change := _find_own_change(path, name)) is not None:
+        return announce_promotion(path, name, _decision_of(change))
     done = registry.rollback(
         path,
         name,
         to=to,
         by=by,
-        expected_champion=champion,
         only_former_champions=True,
         reason=reason,
         origin=read_origin(),
@@ -58,8 +58,8 @@ def promote_missed(path: Path, name: str) -> dict[str, Decision]:
     The server is told of what was changed at the command line, too.
     """
     outcomes = promotion_policy.promote_missed_versions(path, name, origin=read_origin())
-    if (late := _find_change_of_this_try(path, name)) is not None and late.version is not None:
-        outcomes[late.version] = Decision("promoted", late.version, late.previous)
+    if (change := _find_own_change(path, name)) is not None:
+        outcomes[str(change.version)] = _decision_of(change)
     for version, decision in outcomes.items():
         get_run_logger().info("%s %s: %s", name, shorten_digest(version), decision.sentence)
         if decision.outcome == "promoted":
@@ -89,24 +89,32 @@ def read_origin() -> Origin:
     )
 
 
-def _find_change_of_this_try(path: Path, name: str) -> Entry | None:
-    """The champion's last change, where an earlier try of this task made it and then failed.
+def _find_own_change(path: Path, name: str) -> Entry | None:
+    """Return the last change of the champion that this flow run made; None if it made none.
 
-    An I/O error can come after the change, when it is forced onto the disk: the next try finds its
-    own work done.
+    A process can die after the change, or an I/O error come as it is forced onto the disk: the next
+    try of the task, or the flow run that a person retries, finds its own work done.
     """
-    if (runtime.task_run.run_count or 1) < 2:
-        return None
-    last = registry.read_champion_changes(path, name)[-1:]
-    return last[0] if last and last[0].flow_run == read_origin().flow_run else None
+    own = runtime.flow_run.id
+    changes = [] if own is None else registry.read_champion_changes(path, name)
+    return next((change for change in reversed(changes) if change.flow_run == str(own)), None)
+
+
+def _decision_of(change: Entry) -> Decision:
+    """Return a line of the history as the decision that it records."""
+    outcome: Outcome = "rolled_back" if change.action == "rollback" else "promoted"
+    return Decision(outcome, str(change.version), change.previous)
 
 
 def announce_promotion(path: Path, name: str, done: Decision) -> Decision:
-    """Log what became of it; where the champion has moved, tell the server and publish its page."""
-    if (late := _find_change_of_this_try(path, name)) is not None:
-        registry.check_champion(path, name)  # a writer, which finishes what that try began
-        outcome: Outcome = "rolled_back" if late.action == "rollback" else "promoted"
-        done = Decision(outcome, str(late.version), late.previous)
+    """Log what became of it; where the champion has moved, tell the server and publish its page.
+
+    A version that this flow run made champion, and that still is, was promoted, not found there.
+    """
+    change = _find_own_change(path, name)
+    if change is not None and change == registry.read_champion_changes(path, name)[-1]:
+        registry.check_champion(path, name)  # a writer, which finishes what an earlier try began
+        done = _decision_of(change)
     get_run_logger().info("%s %s: %s", name, shorten_digest(done.version), done.sentence)
     if done.outcome in ("promoted", "rolled_back"):
         announce_changes(path, name)

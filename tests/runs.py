@@ -67,6 +67,8 @@ def begin_run(
     run.config.write_bytes(render_config(config))
     write_json(run.tiers, {"frequencies": [1, 2, 4], "tensors": {}})
     write_dataset(run, findings, folder=str(data), train=40, valid=12)
+    run.initial.mkdir()
+    write_json(run.initial / "adapter_config.json", {"base_fingerprint": "f" * 64})
     return run
 
 
@@ -210,7 +212,7 @@ def write_dataset(
         split: SplitStats(f"{split}.jsonl", "chat", count, 0, 0, count, {}, f"{split}-digest")
         for split, count in rows.items()
     }
-    report = DatasetReport(folder, "da7a" * 16, splits, tuple(findings))
+    report = DatasetReport(folder, "da7a" * 16, splits, tuple(findings), tokenizer="70" * 32)
     write_json(run.dataset, report.to_json())
 
 
@@ -272,7 +274,7 @@ def add_checkpoints(run: RunDirectory, *steps: int, offered: int) -> None:
         path = checkpoint_path(run.checkpoints, step)
         path.mkdir(parents=True)
         (path / "optimizer.safetensors").write_bytes(bytes(10_000))
-    result = TrainResult(str(run.path), steps[-1], offered, 1.0, 1.0, 1.0, 0, (), {})
+    result = TrainResult(str(run.path), steps[-1], offered, 1.0, 1.0, 1.0, 0, (), "iterations", {})
     write_result(run.result, result, confirm=lambda: None)
 
 

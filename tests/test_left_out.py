@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +72,28 @@ def test_every_command_that_the_line_names_is_in_the_makefile(request) -> None:
     makefile = (request.config.rootpath / "Makefile").read_text(encoding="utf-8")
     for command in COMMANDS.values():
         assert re.search(rf"^{command.removeprefix('make ')}:", makefile, re.M), command
+
+
+@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("Zen", 2)])
+def test_the_kernels_target_runs_each_setting_to_its_end_and_fails_with_any(
+    failing: str, code: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    shutil.copy(request.config.rootpath / "Makefile", tmp_path)
+    kernels = "os.environ.get('OPENBLAS_CORETYPE')"
+    program = f"import os, sys; print(dict(os.environ)); sys.exit({kernels} == '{failing}')"
+    (tmp_path / "suite.py").write_text(program)
+    command = ["make", "-o", ".venv/dev.stamp", "test-kernels", f"PYTEST={sys.executable} suite.py"]
+    environment = os.environ | {"OPENBLAS_CORETYPE": "Prescott", "OPENBLAS_L2_SIZE": "1"}
+    environment.pop("MAKEFLAGS", None)  # of the make that runs this test
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    logs = {path.stem: path.read_text() for path in (tmp_path / "build/test-kernels").iterdir()}
+    assert logs.keys() == {"Haswell", "Zen", "SkylakeX", "own-kernels", "no-openblas"}
+    assert done.stdout.count("passed") + done.stdout.count("FAILED") == len(logs)
+    assert ("Zen: FAILED" in done.stdout) is (failing == "Zen")
+    assert "'OPENBLAS_CORETYPE': 'Haswell'" in logs["Haswell"]
+    assert "OPENBLAS_L2_SIZE" not in logs["own-kernels"]
+    assert "OPENBLAS_CORETYPE" not in logs["own-kernels"]
+    assert "NESTED_TUNE_NO_OPENBLAS" in logs["no-openblas"]

@@ -29,7 +29,7 @@ CORE_IN_CI = (
     "config",
     "data",
     "gate",
-    "kernels/test_lora_linear.py",
+    "kernels/test_optimized_model.py",
     "pipeline",
     "records",
     "registry/test_policy.py",

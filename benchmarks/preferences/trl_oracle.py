@@ -1,7 +1,7 @@
 """Losses and gradients by TRL itself, as a fixture for tests: `python trl_oracle.py FIXTURE.npz`.
 
 Run in an environment with trl, torch and transformers (trl 1.16.0, torch 2.14.1, transformers
-5.24.0 made the committed one), which the project does not need. DPO and KTO are the trainers' own
+5.24.0 made the committed one), which the project does not need. DPO is the trainer's own
 `_compute_loss` on a batch that TRL made; of ORPO and CPO (SimPO) the trainers' loss functions on
 the log-likelihoods that TRL's `get_batch_logps` gives. ORPO's first term is that of the paper, on
 the answer alone; TRL's trainer takes it over prompt and answer.
@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -112,32 +112,6 @@ def main(path: str) -> None:
     policy.eval()
     loss = trainer._compute_loss(policy, batch, False)
     keep("dpo", loss, policy, tokens=batch["input_ids"], mask=batch["completion_mask"])
-
-    policy = make_model(1)
-    labelled = [
-        {"prompt": f"{p} ", "completion": c, "label": bool(n % 2)}
-        for n, (p, c) in enumerate(zip(PROMPTS, CHOSEN, strict=True))
-    ]
-    trainer = KTOTrainer(
-        policy,
-        ref_model=make_model(2),
-        args=KTOConfig(**common, beta=0.3, desirable_weight=1.5, undesirable_weight=0.7),
-        train_dataset=Dataset.from_list(labelled),
-        processing_class=tokenizer,
-    )
-    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(4)])
-    policy.eval()
-    loss = trainer._compute_loss(policy, batch, False)
-    keep(
-        "kto",
-        loss,
-        policy,
-        tokens=batch["input_ids"],
-        mask=batch["completion_mask"],
-        kl_tokens=batch["KL_input_ids"],
-        kl_mask=batch["KL_completion_mask"],
-        label=batch["label"],
-    )
 
     tokens = torch.from_numpy(kept["dpo/tokens"])
     labels = tokens.masked_fill(torch.from_numpy(kept["dpo/mask"]) == 0, -100)

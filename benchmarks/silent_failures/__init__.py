@@ -2,5 +2,5 @@
 
 `python -m benchmarks.silent_failures` plants each failure of failures.toml in a folder beside its
 healthy twin, runs a tool on both as its own documentation says, and writes down what the tool
-noticed, and when. A second list, preferences.toml, has six failures of training on preferences.
+noticed, and when. A second list, preferences.toml, has five failures of training on preferences.
 """

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from benchmarks.silent_failures.cases import Case
 from benchmarks.silent_failures.plants import TRAINING, by_name
-from tests.rooms.preferences.pair_data import (
-    list_labelled,
-    list_labelled_alike,
-    list_pairs,
-    list_swapped_pairs,
-)
+from tests.rooms.preferences.pair_data import list_pairs, list_swapped_pairs
 
 TOO_SHORT = 39  # tokens: each of these pairs has more
 
@@ -48,12 +43,6 @@ def reference_is_the_trained_model(case: Case, planted: bool) -> None:
     case.steps = ["train", take_it_for_the_reference if planted else set_aside, *TRAINING]
 
 
-def labels_constant(case: Case, planted: bool) -> None:
-    pairs_case(case, "kto")
-    train = list_labelled_alike("train") if planted else list_labelled("train")
-    case.write_rows(train, list_labelled("valid"))
-
-
 def chosen_cut_off(case: Case, planted: bool) -> None:
     pairs_case(case)
     if planted:
@@ -78,7 +67,6 @@ def beta_zero(case: Case, planted: bool) -> None:
 PLANTS = by_name(
     pairs_swapped,
     reference_is_the_trained_model,
-    labels_constant,
     chosen_cut_off,
     mask_on_the_prompt,
     beta_zero,

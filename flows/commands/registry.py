@@ -129,7 +129,6 @@ def add_commands(commands: Any) -> None:
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
     from nested_core.pipeline.publishing import register_and_promote_run
-    from nested_core.records.dataset import read_dataset_record
     from nested_core.registry import UNSET
     from nested_core.registry.promotion_policy import describe_promotion
 
@@ -160,10 +159,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         """Print the change, then how to ask the champion, if it is this run's adapter."""
         code = print_change()
         if done.outcome in ("promoted", "already_champion") and is_there("chat"):
-            roles = read_dataset_record(run.dataset).splits["train"].roles
-            command = f"nested-tune chat {arguments.registry / arguments.name}"
-            said = ", with --system and the system text of your rows" if "system" in roles else ""
-            print_progress(f"next: `{command}`{said}")
+            print_progress(f"next: `nested-tune chat {arguments.registry / arguments.name}`")
         return code
 
     return finish

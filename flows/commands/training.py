@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
     from nested_core.config.schema import FineTuneConfig
     from nested_core.config.sections import RegistrySection
+    from nested_core.data.data_settings import DataSettings
+    from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.pipeline.finetune import FinetuneResult
     from nested_core.records.answers import SampleAnswers
     from nested_core.records.dataset import DatasetReport, Finding
@@ -106,7 +108,8 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     if tokenizer is not None and config.gate.tasks:
         from nested_core.pipeline.steps import require_askable_suites  # mlx takes a second
 
-        require_askable_suites(config)
+        require_askable_suites(config, report.prompt_format)
+    learnt = _compare_answer_tokens(report, settings, tokenizer)
     examples = []
     if tokenizer is not None and "train" in splits:
         train, count = report.splits["train"], arguments.show or 0
@@ -135,12 +138,29 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         checks = dict.fromkeys(check for own in facts.values() for check in own)
         counts = [[check, *(_cell(own.get(check)) for own in facts.values())] for check in checks]
         print_table(("", *facts), counts)
+        if learnt is not None:
+            print_line(learnt)
         print_blocks(*seams.collect("data_tables", settings))
         if explained := (*report.errors, *report.warnings):
             print_line(guide_sentence(explained))
         print_examples(examples, _describe_learnt_prompts(config, report))
 
     return result_printer(arguments, document, show, DatasetError.exit_code if report.errors else 0)
+
+
+def _compare_answer_tokens(
+    report: DatasetReport, settings: DataSettings, tokenizer: TokenizerSource | None
+) -> str | None:
+    """How many answer tokens of train are trained on, of how many; None where all are."""
+    from nested_core.data.dataset_loading import load_dataset
+
+    if tokenizer is None or all(one.check != "earlier-answers" for one in report.findings):
+        return None
+    everything, _ = load_dataset(replace(settings, supervise="all"), tokenizer)
+    train, every = report.splits["train"].tokens, everything.splits["train"].tokens
+    if train is None or every is None or everything.errors:
+        return None
+    return f"warning: {train.supervised:,} of {every.supervised:,} answer tokens are trained on"
 
 
 def _cell(fact: Finding | None) -> str | None:
@@ -243,6 +263,7 @@ def print_result(
 def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: Verdict) -> None:
     """What became of the adapter in the registry, where the page is, and how to go on."""
     from nested_core.records.run_status import Run
+    from nested_core.records.verdict import LEARN_MORE
     from nested_core.report.outcome import describe_outcome
 
     if result.version is not None or result.kept_champion is not None:
@@ -250,13 +271,15 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
         print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
     run = Run(result.run)
     print_line(f"outcome: {describe_outcome(run)}")
-    if run.plan is not None and (ends := run.plan.describe_ends()):
+    if run.plan is not None and (ends := run.plan.describe_ends(run.result)):
         print_line(ends)
     print_line(f"report: {result.run.report}")
     for note in verdict.notes():
         print_line(note)
-    if registry.path is None and not verdict.has_broken_answers:
+    if registry.path is None and verdict.tone != "warn":
         print_progress(f"next: `nested-tune promote {result.run.path} --name NAME`")
+    elif verdict.doubtful_answers and not verdict.has_broken_answers:
+        print_progress(f"next: {LEARN_MORE}")
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:

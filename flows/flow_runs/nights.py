@@ -30,7 +30,6 @@ from nested_core.storage.run_directory import find_run_of
 from nested_core.text.foreign_text import escape
 from tasks.prefect_server import asking_server, flow_runs_in
 
-SWEEP_TAG = "sweep"  # the tag of the runs that a sweep starts
 RESUMED_TAG = "resumed"  # of a run that went on after a crash, or by the Retry button
 
 
@@ -43,7 +42,7 @@ def name_flow_run() -> str:
 
 
 def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
-    """The adapter and the time (UTC) that a run was due; of a sweep, its point too.
+    """The adapter and the time (UTC) that a run was due.
 
     A run that is tried again keeps the name that it has.
     """
@@ -51,8 +50,7 @@ def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, Any]) -> st
     if flow_run.name.startswith(f"{adapter}, "):
         return flow_run.name
     due = (flow_run.expected_start_time or flow_run.created or datetime.now(UTC)).astimezone(UTC)
-    night = f"{adapter}, {due.day} {due:%b %H:%M}"
-    return f"{night}: {flow_run.name}" if SWEEP_TAG in flow_run.tags else night
+    return f"{adapter}, {due.day} {due:%b %H:%M}"
 
 
 def read_adapter_name(parameters: Mapping[str, Any]) -> str:
@@ -64,11 +62,9 @@ def read_adapter_name(parameters: Mapping[str, Any]) -> str:
 
 
 def find_trigger(flow_run: FlowRun) -> str:
-    """What started a run: "schedule", "sweep", "manual", or the "command" `nested-tune run`."""
+    """What started a run: "schedule", "manual", or the "command" `nested-tune run`."""
     if flow_run.deployment_id is None:
         return "command"
-    if SWEEP_TAG in flow_run.tags:
-        return SWEEP_TAG
     return "schedule" if flow_run.auto_scheduled else "manual"
 
 
@@ -85,6 +81,7 @@ def tag_flow_run() -> None:
 
 
 MAX_NIGHTS_READ = 20
+AT_WORK = (StateType.RUNNING, StateType.PAUSED)
 
 
 def find_other_night() -> str | None:
@@ -99,27 +96,33 @@ def find_other_night() -> str | None:
         return None
     if (runtime.flow_run.run_count or 1) > 1:
         return None
-    running = flow_runs_in([StateType.RUNNING], deployment_id={"any_": [own.deployment_id]})
+    running = flow_runs_in(AT_WORK, deployment_id={"any_": [own.deployment_id]})
     nights: list[FlowRun] = []
     with asking_server("other runs of this adapter are not checked") as client:
         nights = client.read_flow_runs(
-            flow_run_filter=running, sort=FlowRunSort.EXPECTED_START_TIME_ASC, limit=MAX_NIGHTS_READ
+            flow_run_filter=running, sort=FlowRunSort.START_TIME_ASC, limit=MAX_NIGHTS_READ
         )
+    own = next((night for night in nights if night.id == own.id), own)  # it has a start there
     return describe_other_night(own, nights)
 
 
 def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
     """The sentence about the first of `nights` in whose favour `own` is skipped, if there is one.
 
-    Of two nights that are at work the one due first trains; of two due at once the lower id. One
-    that waits is no reason: it would skip for this one, should both begin at the same time.
+    Of two nights that are at work the one that began first trains, whenever it was due; of two that
+    began at once the lower id. One that waits is no reason: it will see this one at work. One that
+    was suspended after it began is at work: Resume goes on with it.
     """
     for other in nights:
-        if other.id == own.id or other.expected_start_time is None:
+        if other.id == own.id or other.start_time is None or own.start_time is None:
             continue
-        is_later = (other.expected_start_time, other.id) > (own.expected_start_time, own.id)
-        if other.state_type == StateType.RUNNING and not is_later:
-            return f"another run of this adapter is active, flow run {other.name!r} ({other.id})"
+        if (other.start_time, other.id) > (own.start_time, own.id):
+            continue
+        named = f"flow run {other.name!r} ({other.id})"
+        if other.state_type == StateType.RUNNING:
+            return f"another run of this adapter is active, {named}"
+        if other.state_type == StateType.PAUSED and find_run_of(other.id) is not None:
+            return f"another run of this adapter is suspended, {named}: resume or cancel it"
     return None
 
 

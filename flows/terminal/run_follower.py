@@ -20,7 +20,6 @@ from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
 from nested_core.text.stages import receiving_stages
-from nested_core.text.value_format import format_count
 from nested_core.training.reports.run_progress import RunProgress
 
 LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
@@ -122,15 +121,15 @@ class RunFollower(threading.Thread):
         """Print the last record, and once training is done which adapter it offers."""
         self.view.read()
         self._print_line(is_last=True)
-        step = read_object_or_empty(self._run.result).get("adapter_step")
-        if not self.view.has_begun or step is None or self._has_offer:
+        result = read_object_or_empty(self._run.result)
+        if not self.view.has_begun or not result or self._has_offer:
             return
         self._has_offer = True
         parts = (
-            f"trained {format_count(self.view.plan.steps, 'step')}" if self.view.plan else "",
+            self.view.describe_length(result),
             format_clock(self.view.training_seconds),
             self.view.describe_memory(),
-            self.view.describe_offered_adapter(step),
+            self.view.describe_offered_adapter(result["adapter_step"]),
         )
         print_progress(", ".join(filter(None, parts)))
 

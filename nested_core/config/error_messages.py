@@ -32,7 +32,7 @@ def explain_problems(problems: list[Problem], source: str, places: Mapping[str, 
     source: the configuration's file; it is not named if only flags are wrong.
     places: where each key was given, such as `line 9`.
     """
-    given = [_find_place(problem.key, places) for problem in problems]
+    given = [_find_place(problem, places) for problem in problems]
     are_flags = all(place.startswith("--") for place in given)
     what = "The command line" if are_flags else f"The configuration in {escape(source)}"
     lines = [escape(_format_problem(*pair)) for pair in zip(problems, given, strict=True)]
@@ -40,8 +40,14 @@ def explain_problems(problems: list[Problem], source: str, places: Mapping[str, 
     return f"{what} cannot be used:{''.join(shown)}"
 
 
-def _find_place(key: str, places: Mapping[str, str]) -> str:
-    """Return where a key was given; for a key in a list without a place, that of the list."""
+def _find_place(problem: Problem, places: Mapping[str, str]) -> str:
+    """Return where a key was given; for a key in a list without a place, that of the list.
+
+    For a section's keys together it is that of the first key of it that the message names.
+    """
+    key = problem.key
+    named = (f"{key}.{word}" for word in _WORD_PATTERN.findall(problem.message))
+    key = next((name for name in named if key and name in places), key)
     while key and key not in places:
         key = key.rpartition(".")[0]
     return places.get(key, "")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nested_core.config.section_base import Affects, PathRule, Section
+from nested_core.config.section_base import Affects, InLoss, PathRule, Section
 from nested_core.config.sections import LINEAGE, SPLITS_BY_HELD_OUT_CHOICE
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -22,12 +23,14 @@ class Key:
     name: its dotted name in YAML, such as `training.max_grad_norm`.
     field: its declaration.
     affects: what a change of it affects, see section_base.py.
+    in_loss: what it makes of a loss, see there; None for nothing.
     section: the section that the value is, or contains in a list; None for a plain value.
     """
 
     name: str
     field: FieldInfo
     affects: Affects
+    in_loss: InLoss | None
     section: type[BaseModel] | None
 
     @property
@@ -42,16 +45,20 @@ class Key:
 
 
 def iterate_keys(
-    section: type[BaseModel], prefix: str = "", affects: Affects = "training"
+    section: type[BaseModel],
+    prefix: str = "",
+    affects: Affects = "training",
+    in_loss: InLoss | None = None,
 ) -> Iterator[Key]:
     """Yield every key of a section and of the sections in it, each section before its keys."""
     for name, field in section.model_fields.items():
         extra: Any = field.json_schema_extra or {}
         inner = section_in_annotation(field.annotation)
-        key = Key(prefix + (field.alias or name), field, extra.get("affects", affects), inner)
+        facts = (extra.get("affects", affects), extra.get("in_loss", in_loss))
+        key = Key(prefix + (field.alias or name), field, *facts, inner)
         yield key
         if inner is not None:
-            yield from iterate_keys(inner, f"{key.name}.", key.affects)
+            yield from iterate_keys(inner, f"{key.name}.", *facts)
 
 
 def iterate_configured_paths(section: Section) -> list[tuple[str, PathRule, str]]:
@@ -137,3 +144,15 @@ def settings_that_shape_adapter(config: Section) -> dict[str, Any]:
         return selected
 
     return select(config.model_dump(mode="json"), "")
+
+
+def settings_that_make_loss(config: Section) -> dict[str, Any]:
+    """Return the values of the keys that make the loss of a row what it is, by dotted names.
+
+    Without data and model, whose content decides and not their names.
+    """
+    values, settings = config.model_dump(mode="json"), {}
+    for key in iterate_keys(type(config)):
+        if key.in_loss == "value" and key.affects != "source":
+            settings[key.name] = reduce(lambda at, name: at[name], key.name.split("."), values)
+    return settings

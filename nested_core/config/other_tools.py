@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 _SCALE_HINT = "; scale is alpha / rank, and alpha can be given in its place"
 _ITERS_HINT = "; it counts micro-batches, theirs counts optimizer steps"
+_EVERY_ANSWER_HINT = "; all trains on every answer of a chat"
 _PACKING_HINT = "is not needed: batches of examples of similar length waste little (docs/data.md)"
 _QUANTISED_BASE_HINT = "is not a key here: give a base model that is quantised (mlx_lm.convert -q)"
 _ALL_LINEAR_LAYERS_HINT = (
@@ -79,10 +80,12 @@ OUR_KEYS_BY_OTHER_TOOLS_KEYS = MappingProxyType(
         "save_steps": "save_every",
         "save_total_limit": "training.keep_checkpoints",
         "random_state": "seed",
-        "train_on_inputs": "mask_prompt; it is the opposite",
-        "train_on_responses_only": "mask_prompt",
-        "completion_only_loss": "mask_prompt",
-        "assistant_only_loss": "mask_prompt",
+        "train_on_inputs": f"training.supervise{_EVERY_ANSWER_HINT}, where theirs is false",
+        "train_on_responses_only": f"training.supervise{_EVERY_ANSWER_HINT}",
+        "assistant_only_loss": f"training.supervise{_EVERY_ANSWER_HINT}",
+        "roles_to_train": f"training.supervise{_EVERY_ANSWER_HINT}",
+        "mask_history": "mask_prompt; both train on the last answer of a chat alone",
+        "completion_only_loss": "mask_prompt; of chats, which have several answers, the last one",
         "dataset_text_field": "text_feature",
         "wandb_project": "project_name",
     }

@@ -25,7 +25,6 @@ from nested_core import seams
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.section_base import Section, key, lay_out_form
 from nested_core.config.sections import (
-    MLX_LM_OPTIMIZERS,
     ContinualSection,
     DataFormat,
     DataPolicy,
@@ -140,6 +139,7 @@ class FineTuneConfig(_RootSection):
         "the base model: a folder, or its name on the hub",
         affects="source",
         path="local_or_hub",
+        in_loss="value",
     )
     data: str = key(
         "mlx-community/WikiSQL",
@@ -147,6 +147,7 @@ class FineTuneConfig(_RootSection):
         "data set of the hub",
         affects="source",
         path="local_or_hub",
+        in_loss="rows",
     )
     train: bool = key(True, "implied: these commands always train", affects="output", in_form=False)
     fine_tune_type: Literal["lora", "dora", "full"] = key(
@@ -164,7 +165,9 @@ class FineTuneConfig(_RootSection):
     num_layers: CountOrAll = key(16, "how many of the last layers are trained (-1 is all)")
     batch_size: PositiveInt = key(4, "examples in a micro-batch", lt=2**31)
     iters: PositiveInt = key(1000, "micro-batches to train on", affects="length")
-    val_batches: CountOrAll = key(25, "batches of an evaluation (-1 is all, 0 is none)")
+    val_batches: CountOrAll = key(
+        25, "batches of an evaluation (-1 is all, 0 is none)", in_loss="rows"
+    )
     learning_rate: PositiveFloat = key(
         1e-5, "step size of the optimizer, before schedule and warm-up"
     )
@@ -192,7 +195,9 @@ class FineTuneConfig(_RootSection):
     test_batches: CountOrAll = key(
         500, "batches of that loss (-1 is all)", affects="output", in_form=False
     )
-    max_seq_length: int = key(2048, "tokens after which an example is overlong", ge=2, lt=2**31)
+    max_seq_length: int = key(
+        2048, "tokens after which an example is overlong", ge=2, lt=2**31, in_loss="value"
+    )
     grad_checkpoint: bool = key(
         False, "compute layers again in the backward pass: less memory, more time"
     )
@@ -206,7 +211,7 @@ class FineTuneConfig(_RootSection):
     )
     lr_schedule: LearningRateSchedule | None = key(None, "schedule of the learning rate")
     lora_parameters: LoraParameters = key(LoraParameters(), "rank, scale and modules of LoRA")
-    mask_prompt: bool = key(False, "train on the answers alone")
+    mask_prompt: bool = key(False, "train on the answers alone", in_loss="value")
     report_to: str | None = key(
         None,
         "report metrics to wandb or another service (docs/watching.md), or several: wandb,mlflow",
@@ -221,20 +226,35 @@ class FineTuneConfig(_RootSection):
         "run code that comes with the model: only if you trust it",
         affects="source",
         in_form=False,
+        in_loss="value",
     )
-    prompt_feature: str = key("prompt", "the key of the prompt in a row", in_form=False)
-    completion_feature: str = key("completion", "the key of the completion in a row", in_form=False)
-    text_feature: str = key("text", "the key of plain text in a row", in_form=False)
-    chat_feature: str = key("messages", "the key of the messages in a row", in_form=False)
+    prompt_feature: str = key(
+        "prompt", "the key of the prompt in a row", in_form=False, in_loss="value"
+    )
+    completion_feature: str = key(
+        "completion", "the key of the completion in a row", in_form=False, in_loss="value"
+    )
+    text_feature: str = key(
+        "text", "the key of plain text in a row", in_form=False, in_loss="value"
+    )
+    chat_feature: str = key(
+        "messages", "the key of the messages in a row", in_form=False, in_loss="value"
+    )
     data_format: DataFormat = key(
         "auto",
         "the format of the rows, of docs/data.md (auto finds it, csv takes tables alone)",
         in_form=False,
+        in_loss="value",
     )
     drop_fields: Names = key(
-        (), "fields of the rows that are left out on purpose, though they hold text", in_form=False
+        (),
+        "fields of the rows that are left out on purpose, though they hold text",
+        in_form=False,
+        in_loss="value",
     )
-    hf_dataset: HubDatasets = key((), "data sets of the hub with their splits", in_form=False)
+    hf_dataset: HubDatasets = key(
+        (), "data sets of the hub with their splits", in_form=False, in_loss="rows"
+    )
     nested: NestedSection = key(NestedSection(), "tiers of parameters, each with its own frequency")
     training: TrainingSection = key(TrainingSection(), "clipping, warm-up, early stop, precision")
     data_policy: DataPolicy = key(DataPolicy(), "what becomes of overlong or repeated examples")
@@ -264,9 +284,8 @@ class FineTuneConfig(_RootSection):
         if self.gate.check_fused and self.fine_tune_type == "full":
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
         yield from _loss_problems(self)
-        yield from _multi_process_problems(self)
-        yield from _mlx_lm_reference_problems(self)
         yield from _continual_problems(self)
+        yield from seams.collect("problems", self)
 
     @property
     def has_float32_masters(self) -> bool:
@@ -359,20 +378,6 @@ def _loss_problems(config: FineTuneConfig) -> Iterator[str]:
     yield from seams.load(added.problems)(config)
 
 
-def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield conflicts of training in several processes; a hostfile is checked when it is read."""
-    training, batch_size = config.training, config.batch_size
-    if training.hostfile is not None and training.processes != 1:
-        yield "training.processes and training.hostfile: give only one; each host is a rank"
-    if batch_size % training.processes:
-        yield (
-            f"batch_size {batch_size} is the batch of all ranks together: training.processes "
-            f"{training.processes} does not divide it"
-        )
-    if training.reference is not None and (training.processes, training.hostfile) != (1, None):
-        yield "training.reference: one process; leave training.processes and hostfile out"
-
-
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
     """Yield conflicts of section `continual` with other keys.
 
@@ -396,25 +401,3 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
             f"continual.policy: {config.continual.policy} trains on what the registry keeps, and "
             f"registry.keep_data is false: let it be true, or give policy: continue"
         )
-
-
-def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield a message that names the keys which `training.reference: mlx_lm` excludes, if given.
-
-    Such a run trains as mlx_lm.lora does, which does not have these keys.
-    """
-    if config.training.reference is None:
-        return
-    formats = ("auto", "chat", "completions", "text", "tools")
-    is_changed = {
-        f"optimizer {config.optimizer}": config.optimizer not in MLX_LM_OPTIMIZERS,
-        "nested": config.nested != NestedSection(),
-        "data_policy": config.data_policy != DataPolicy(),
-        f"data_format {config.data_format}": config.data_format not in formats,
-        "continual.replay": config.replay_fraction > 0,
-        "continual.policy": config.continual.policy != "continue",
-    }
-    changed = [f"training.{name}" for name in config.training.changed_keys_unknown_to_mlx_lm()]
-    changed += [name for name, differs in is_changed.items() if differs]
-    if changed:
-        yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

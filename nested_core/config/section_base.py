@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 #   source    where something is read from: fixed on resume; its content decides, not its name
 #   output    what is reported, kept and judged: may differ on resume; the adapter is the same
 Affects = Literal["training", "length", "ranks", "source", "output"]
+# What a key makes of a loss, so that losses under two values of it are no comparison:
+#   rows   which rows it is of
+#   value  what the loss of a row is: its tokens, which of them count, and the function
+InLoss = Literal["rows", "value"]
 # What a key's value names: a file or folder here, or that or else a repository of the hub, or that
 # or else the data set's splits, or that or else the word lineage.
 PathRule = Literal["local", "local_or_hub", "local_or_split", "local_or_lineage"]
@@ -27,6 +31,7 @@ def key(
     description: str,
     *,
     affects: Affects | None = None,
+    in_loss: InLoss | None = None,
     path: PathRule | None = None,
     in_form: bool = True,
     **constraints: Any,
@@ -34,14 +39,16 @@ def key(
     """Declare a configuration key: its default (`...` for none), its description and properties.
 
     affects: what a change of the key affects; by default its section's, or "training".
+    in_loss: what the key makes of a loss; by default its section's, or nothing.
     path: what kind of path the value is, if it is one.
     in_form: whether Prefect's form shows the key; it can be given everywhere else anyway.
     constraints: further arguments of pydantic's Field.
 
     The flag, the form, docs/configuration.md, the rules on resume, whether a continual run trains
-    again, and the paths that a deployment may use are derived from this.
+    again, which losses are compared, and the paths that a deployment may use are derived from this.
     """
-    facts = {"affects": affects, "path": path, "in_form": None if in_form else False}
+    shown = None if in_form else False
+    facts = {"affects": affects, "in_loss": in_loss, "path": path, "in_form": shown}
     given: Any = {name: value for name, value in facts.items() if value is not None}
     return Field(default, description=description, json_schema_extra=given or None, **constraints)
 

@@ -6,6 +6,7 @@ cached data set does not need this module, see dataset_loading.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -18,6 +19,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import (
     TEMPLATED_FORMATS,
     UNTEMPLATED_FORMATS,
+    find_row_format,
     formats_of_loss,
     read_examples,
 )
@@ -26,6 +28,7 @@ from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import LINE_RULES, make_held_out_rules
 from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
 from nested_core.data.rules.split_statistics import (
+    describe_earlier_answers,
     describe_split_stats,
     make_split_stats,
     make_token_stats,
@@ -39,7 +42,6 @@ from nested_core.data.rules.token_rules import (
     make_token_frame,
 )
 from nested_core.data.split_table import SplitTable
-from nested_core.data.tokens.example_encoding import has_chat_template
 from nested_core.data.tokens.parallel_tokenization import (
     LinesToTokenize,
     TokenFacts,
@@ -52,7 +54,15 @@ from nested_core.models.base_model import (
     fingerprint_tokenizer,
     vocabulary_digest,
 )
-from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
+from nested_core.models.chat_template import has_chat_template
+from nested_core.records.dataset import (
+    DatasetReport,
+    Findings,
+    PromptFormat,
+    Severity,
+    SplitStats,
+    sort_findings,
+)
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]
@@ -279,9 +289,29 @@ def _make_report(
             stats = replace(stats, tokens=make_token_stats(facts[split], settings, context))
         splits[split] = stats
         findings.listed.extend(describe_split_stats(stats, settings.batch_size))
+        findings.listed.extend(describe_earlier_answers(stats, table.frame["roles"], settings))
     digests = {split: stats.digest for split, stats in splits.items()}
     dataset_digest = sha256(canonical_json(digests)).hexdigest()
     files = [name for table in tables.values() for name in table.file_names]
     return DatasetReport(
-        settings.describe_source, dataset_digest, splits, sort_findings(findings.listed, files)
+        settings.describe_source,
+        dataset_digest,
+        splits,
+        sort_findings(findings.listed, files),
+        _read_prompt_format(tables["train"].format, facts.get("train")),
     )
+
+
+def _read_prompt_format(name: str | None, train: TokenFacts | None) -> PromptFormat | None:
+    """Return how the rows of train begin; None if they were not tokenized.
+
+    name: the name of their format.
+    """
+    if name is None or train is None:
+        return None
+    shared = {
+        key: json.loads(next(iter(values)))
+        for key, values in train.openings.items()
+        if len(values) == 1
+    }
+    return PromptFormat(is_chat=find_row_format(name).is_templated, **shared)

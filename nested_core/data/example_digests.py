@@ -1,35 +1,27 @@
 """Digests of single examples, to recognize rows that an adapter was trained on.
 
-A digest is the first 8 bytes of a SHA-256 over the example's tokens. A version's provenance has
-those of all training examples of the adapter and of the versions that it was trained from.
+A row is known by its content, whatever template, vocabulary or length it is tokenized with. A run,
+a version's provenance and an export record the digests of all rows that the adapter and those that
+it was trained from were trained on.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit, UInt64
 
-Digests = npt.NDArray[np.uint64]
+Digests = UInt64
 DIGEST_BYTES = 8
+IDENTITY = "content"  # earlier versions recorded digests of the tokens, under no such name
 MAX_RECORDED_DIGESTS = 4_000_000  # 43 MB in provenance.json, which may have 64
-
-
-def digest_examples(split: TokenizedSplit) -> Digests:
-    """Return the digest of each example's tokens, uint64 [n]."""
-    digests = b"".join(
-        sha256(split.example(index).tobytes()).digest()[:DIGEST_BYTES]
-        for index in range(len(split))
-    )
-    split.release_pages()
-    return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
 def digest_prompts(split: TokenizedSplit) -> Digests:
@@ -48,19 +40,49 @@ def digest_prompts(split: TokenizedSplit) -> Digests:
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
-def encode_digests(digests: Digests) -> str | None:
-    """Encode the distinct digests as sorted base64 text; None if they are too many to record.
+@dataclass(frozen=True, eq=False)
+class TrainedRows:
+    """The rows that an adapter and its ancestors were trained on, as far as they are known.
 
-    A warning then says that later verdicts cannot leave out these examples.
+    digests: see `TokenizedSplit.contents`, uint64 [n].
+    unknown: why not all of the rows are known; None if they are.
     """
+
+    digests: Digests = field(default_factory=lambda: np.zeros(0, np.uint64))
+    unknown: str | None = None
+
+    def __or__(self, other: TrainedRows) -> TrainedRows:
+        """Return the rows of both."""
+        return TrainedRows(np.union1d(self.digests, other.digests), self.unknown or other.unknown)
+
+    def find_in(self, held_out: Digests) -> Bool:
+        """Return for each held-out example whether it is one of these rows, bool (n,)."""
+        return np.isin(held_out, self.digests)
+
+    def to_json(self) -> dict[str, str | None]:
+        """Return the fields in which the run, provenance.json and an export's record keep them."""
+        encoded, unknown = encode_digests(self.digests), self.unknown
+        if encoded is None:
+            unknown = f"they are more than {MAX_RECORDED_DIGESTS:,}, which are not recorded"
+        identity = {"example_identity": IDENTITY, "unknown_examples": unknown}
+        return {"training_examples": encoded, **identity}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], whose: str) -> TrainedRows:
+        """Read what `to_json` returned.
+
+        whose: names the adapter, where its rows are not recorded by their content.
+        """
+        if values.get("example_identity") != IDENTITY:
+            return cls(unknown=f"no record says by its content which rows {whose} was trained on")
+        unknown = values.get("unknown_examples")
+        return cls(decode_digests(values.get("training_examples")), unknown and str(unknown))
+
+
+def encode_digests(digests: Digests) -> str | None:
+    """Encode the distinct digests as sorted base64 text; None if they are too many to record."""
     distinct = np.unique(digests)
     if distinct.size > MAX_RECORDED_DIGESTS:
-        warnings.warn(
-            f"The registry does not record the {distinct.size:,} examples that this adapter and "
-            f"its ancestors were trained on, for they are more than {MAX_RECORDED_DIGESTS:,}: "
-            f"later verdicts cannot leave them out of their held-out examples.",
-            stacklevel=3,
-        )
         return None
     return base64.b64encode(distinct.astype("<u8").tobytes()).decode()
 

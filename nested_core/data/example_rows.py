@@ -20,6 +20,7 @@ from nested_core.data.lines.example_parsing import (
     ANY_LOSS,
     Example,
     FieldNames,
+    find_format,
     find_row_format,
     fold_case_and_space,
     parse_line,
@@ -93,6 +94,16 @@ def read_content(row: Mapping[str, Any]) -> bytes:
     plain = parse_plain_row(line, _ANY_ROLE)
     content = parse_line_to_row(line, _ANY_ROLE).content if plain is None else plain[2]
     return (content or "").encode()
+
+
+def find_opposite_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the one row that contradicts a row of `read_split_rows`: of a pair the swapped pair.
+
+    None for rows of answers to learn, which any other answer to their prompt contradicts.
+    """
+    name = find_format(row, _ANY_ROLE)
+    contradict = None if name is None else find_row_format(name).contradict
+    return None if contradict is None else contradict(row)
 
 
 @dataclass(frozen=True)

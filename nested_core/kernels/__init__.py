@@ -1,7 +1,7 @@
-"""Layers and operations that compute the same as mlx-lm's, faster, on CUDA and on CPUs.
+"""What is computed otherwise than by mlx-lm's layers, on any device.
 
-optimized_model.using_optimized_layers installs all of them in a model during a block. Each file is
-one layer or operation, such as lora_linear.py and geglu.py. call_tracing.py finds LoRA layers that
-can be computed together; patching.py replaces calls. device_operations.py loads the kernels of the
-room `cuda`, and self_check.py compares a kernel with its formula.
+optimized_model.using_optimized_layers installs it in a model during a block: quantized layers that
+multiply by dequantized weights, and what rooms have for a device or a kind of layer.
+device_operations.py loads the kernels of the room `cuda`, self_check.py compares a kernel with its
+formula, and patching.py replaces calls.
 """

@@ -1,4 +1,4 @@
-"""The operations that our layers compute with: MLX's, or kernels that a room has for the device.
+"""What is computed by kernels that a room has for the device; here by MLX's operations.
 
 The functions that end in `in_mlx` are the formulas, which kernels are compared with
 (self_check.py).
@@ -6,20 +6,19 @@ The functions that end in `in_mlx` are the formulas, which kernels are compared 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core import backend, seams
-from nested_core.kernels.call_tracing import CallTrace, GatedMLP
 
-Pairs = Sequence[tuple[mx.array, mx.array]]
-LayerContext = Callable[[nn.Module], AbstractContextManager[None]]
-
+# What the room cuda's kernels take, which forecasts of memory ask on every device
 RANKS_PER_TILE = 8  # rows of a factor in one fragment of a matrix instruction
 MAX_TILES = 8  # of a factor that a kernel is compiled for
+# Lengths that MLX's fused backward pass takes (ScaledDotProductAttentionVJP::use_fallback)
+FUSED_LENGTH_MULTIPLE = 128
 
 
 def has_kernel_for_rank(rank: int) -> bool:
@@ -33,56 +32,22 @@ def concatenate_in_mlx(arrays: Sequence[mx.array]) -> mx.array:
     return vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
 
 
-def project_to_rank_in_mlx(pairs: Pairs, scale: float) -> mx.array:
-    """Return scale * m @ x.T of each pair (m, x), stacked to (sum of ranks, rows).
-
-    m: (rank, width); x: (rows, width). Widths may differ between pairs.
-    """
-    products = [m @ x.T for m, x in pairs]
-    return scale * (products[0] if len(products) == 1 else mx.concatenate(products))
-
-
-def factor_gradients_in_mlx(pairs: Pairs) -> Sequence[mx.array]:
-    """Return z @ x of each pair (z, x), where z is (rank, rows) and x (rows, width)."""
-    return [z @ x for z, x in pairs]
-
-
 class DeviceOperations:
-    """The operations of our layers, in MLX's operations; a room's subclass has kernels for some."""
+    """mlx-lm's layers and MLX's operations; a room's subclass has its own for a device."""
 
-    # What changes how a model computes while it trains, beside the layers of the core
-    layer_contexts: Sequence[LayerContext] = ()
+    def using_layers(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Compute a model with the layers for the device during the block."""
+        return nullcontext()
+
+    def describe_layers(self, model: nn.Module) -> str:
+        """Say in one line which of the model's layers are ours, and why others are not."""
+        is_missing = backend.computes_on_cuda()
+        why = "ours are not installed" if is_missing else "ours are for CUDA"
+        return f"layers: mlx-lm's own; {why} (nested_core/rooms/cuda)"
 
     def concatenate_flattened(self, arrays: Sequence[mx.array]) -> mx.array:
         """Concatenate the flattened arrays, of one dtype, into one vector."""
         return concatenate_in_mlx(arrays)
-
-    def project_to_rank(self, pairs: Pairs, scale: float) -> mx.array:
-        """Return scale * m @ x.T of each pair (m, x), stacked to (sum of ranks, rows).
-
-        m: (rank, width); x: (rows, width).
-        """
-        return project_to_rank_in_mlx(pairs, scale)
-
-    def factor_gradients(self, pairs: Pairs) -> Sequence[mx.array]:
-        """Return z @ x of each pair (z, x), where z is (rank, rows) and x (rows, width)."""
-        return factor_gradients_in_mlx(pairs)
-
-    def can_add_low_rank_products(self, x: mx.array, factors: Sequence[mx.array]) -> bool:
-        """Return whether `add_low_rank_products` can take x and these (rank, width) factors."""
-        return False
-
-    def add_low_rank_products(
-        self, bases: Sequence[mx.array], z: Sequence[mx.array], factors: Sequence[mx.array]
-    ) -> Sequence[mx.array]:
-        """Return each base + z.T @ factor.
-
-        bases: (rows, width) each; z: (rank, rows) each; factors: (rank, width) each.
-        """
-        raise NotImplementedError
-
-    def check_kernels(self, ranks: Collection[int]) -> None:
-        """Compile and check the kernels for layers of these ranks, before a step is traced."""
 
     def invert_unit_lower(self, a: mx.array) -> mx.array | None:
         """Compute `gated_delta.invert_in_mlx` by a kernel; None if no kernel takes the array."""
@@ -93,18 +58,6 @@ class DeviceOperations:
     ) -> list[mx.array] | None:
         """Compute `gated_delta.carry_in_mlx` by a kernel; None if no kernel takes the arrays."""
         return None
-
-    def find_expert_layers(self, model: nn.Module) -> Sequence[nn.Module]:
-        """Return the layers with LoRA on experts that a context of `layer_contexts` computes."""
-        return []
-
-    def find_fusable_mlps(self, trace: CallTrace) -> list[GatedMLP]:
-        """Return the gated MLPs that `using_fused_mlps` can compute."""
-        return []
-
-    def using_fused_mlps(self, mlps: Sequence[GatedMLP]) -> AbstractContextManager[None]:
-        """Compute each of these MLPs as one fused function during the block."""
-        return nullcontext()
 
 
 MLX_OPERATIONS = DeviceOperations()

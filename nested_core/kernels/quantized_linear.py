@@ -112,13 +112,3 @@ def _dequantize_after(module: Any, computed_after: mx.array) -> mx.array:
         bits=module.bits,
         mode=module.mode,
     )
-
-
-def dequantized_weight_bytes(module: Any) -> int:
-    """Return the size in bytes of a quantized layer's dequantized weight; 0 for other modules."""
-    is_quantized = isinstance(module, tuple(METHODS))
-    if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):
-        return 0
-    output, packed = module.weight.shape
-    size: int = output * packed * 32 // module.bits * module.scales.dtype.size
-    return size

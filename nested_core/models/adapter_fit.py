@@ -17,7 +17,7 @@ from nested_core.models.base_model import fingerprint_base_model, is_same_base, 
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
 
-MAX_SHOWN_PROBLEMS = 10
+MAX_SHOWN_PROBLEMS = 7  # with what is around them 14 lines of a terminal
 # Two adapters must agree in these settings to be loaded into the same modules.
 ADAPTER_STRUCTURE_KEYS = ("fine_tune_type", "rank", "scale", "keys", "num_layers")
 Shaped = Mapping[str, StoredTensor] | Mapping[str, mx.array]
@@ -83,7 +83,7 @@ def require_fit(
         differing.append(f"base_fingerprint: {other_base}")
     if not differing and not misfits:
         return
-    lines = [*differing, *list_first(misfits, MAX_SHOWN_PROBLEMS)]
+    lines = list_first([*differing, *misfits], MAX_SHOWN_PROBLEMS)
     raise ConfigError(
         f"{what} was trained with other settings, and its tensors would mean something else under "
         f"these:\n" + "\n".join(f"  {line}" for line in lines) + "\nKeep the settings and the base "

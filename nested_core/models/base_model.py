@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,6 +40,17 @@ TOKENIZER_FILES = (
 VOCABULARY_FILES = ("*.model", "*.tiktoken", "vocab.*", "merges.txt")
 
 
+GGUF_ADVICE = (
+    "is a GGUF file, which mlx-lm does not train. Give the folder or the hub's name of the model "
+    "that it was made from."
+)
+TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+TORCH_ADVICE = (
+    " It holds weights of PyTorch alone. transformers writes safetensors (`save_pretrained(NEW)`), "
+    "of which `mlx_lm.convert --hf-path NEW --mlx-path OUT` makes a model of mlx."
+)
+
+
 def find_model_folder(model: str, revision: str | None = None) -> Path:
     """Return the local folder of a model, which may be a path or a hub repository's name.
 
@@ -63,6 +75,8 @@ def find_model_folder(model: str, revision: str | None = None) -> Path:
 
 def require_folder_or_hub_name(model: str) -> None:
     """Raise ConfigError unless `model` is a folder or could be the name of a hub repository."""
+    if model.lower().endswith(".gguf") and not Path(model).is_dir():
+        raise ConfigError(f"model: {model} {GGUF_ADVICE}")
     if Path(model).is_dir() or HUB_NAME_PATTERN.fullmatch(model):
         return
     raise ConfigError(
@@ -292,7 +306,7 @@ def load_lazily(folder: Path, *, trust_remote_code: bool) -> tuple[nn.Module, An
     """
     from mlx_lm import load
 
-    try:
+    with naming_unloadable_model(folder):
         loaded: Any = load(
             str(folder),
             tokenizer_config={"trust_remote_code": trust_remote_code},
@@ -300,10 +314,37 @@ def load_lazily(folder: Path, *, trust_remote_code: bool) -> tuple[nn.Module, An
             lazy=True,
             return_config=True,
         )
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
     model, tokenizer, config = loaded
     return model, tokenizer, config
+
+
+@contextmanager
+def naming_unloadable_model(folder: Path) -> Iterator[None]:
+    """Turn the errors of mlx_lm when it loads a model into a ConfigError with a next step."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+        said = f"model: {folder} could not be loaded: {str(error).rstrip('.')}."
+        raise ConfigError(f"{said}{_advise_on_model(folder)}") from error
+
+
+def _advise_on_model(folder: Path) -> str:
+    """Return a sentence on what to do about a model in another form than is trained, or ""."""
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.gguf")):
+            return f" It {GGUF_ADVICE}"
+        if any(file.suffix in TORCH_SUFFIXES for file in folder.iterdir()):
+            return TORCH_ADVICE
+    has_config = (folder / "config.json").is_file()
+    kind = read_model_config(folder).get("model_type") if has_config else None
+    if kind and find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}") is None:
+        return (
+            f" mlx_lm has no language model of the type {kind}. Give one that it has, such as "
+            f"llama, mistral, qwen3 or gemma3; docs/support.md says which were tried."
+        )
+    return ""
 
 
 def share_layers(model: nn.Module) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from nested_core.errors import ConfigError
-from nested_core.models.base_model import find_model_folder
+from nested_core.models.base_model import find_model_folder, naming_unloadable_model
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,8 @@ class BaseModules:
         from mlx_lm.utils import load_model
 
         folder = find_model_folder(model)
-        try:
+        with naming_unloadable_model(folder):
             network, _ = load_model(folder, lazy=True)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
         return cls(folder, network)
 
     def linear_modules(self) -> set[str]:

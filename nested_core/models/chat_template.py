@@ -141,6 +141,13 @@ def list_end_texts(tokenizer: Any) -> tuple[str, ...]:
     return tuple(tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer))
 
 
+def has_chat_template(tokenizer: Any) -> bool:
+    """Return whether a tokenizer (mlx_lm's wrapper, or a plain one) has a chat template."""
+    if hasattr(tokenizer, "has_chat_template"):
+        return bool(tokenizer.has_chat_template)
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
 @lru_cache(maxsize=4)
 def chat_template_of(tokenizer: Any) -> ChatTemplate:
     """Return the (cached) chat template of a tokenizer that has one."""

@@ -118,14 +118,16 @@ def read_answer(tokenizer: Any, tokens: Sequence[int], sampling: Sampling) -> An
     return answer.finish()
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def encode_messages(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any = None
+) -> list[int]:
     """Encode a chat up to where the answer begins, as mlx_lm.generate encodes a prompt.
 
     Without a chat template, the contents of the messages are joined by newlines.
     """
     if tokenizer.has_chat_template:
         template = chat_template_of(tokenizer)
-        return template.tokenize(template.prepare(messages), add_generation_prompt=True)
+        return template.tokenize(template.prepare(messages), tools, add_generation_prompt=True)
     return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
 
 

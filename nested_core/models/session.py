@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
 
@@ -34,6 +34,7 @@ class Session:
             that a stop is requested; None if no kernels are compiled.
         judged: the run that was judged last, for its registration; None before.
         time_plan: how the run's minutes were planned; None if no minutes are configured.
+        after_step: called with the trainer after each step, by which these minutes are kept.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,7 @@ class Session:
         self.await_kernels: Callable[[Callable[[], bool]], None] | None = None
         self.judged: JudgedRun | None = None
         self.time_plan: TimePlan | None = None
+        self.after_step: Callable[[Any], None] | None = None
         self._proof_process: Child | None = None
 
     def __enter__(self) -> Self:

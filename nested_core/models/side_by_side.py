@@ -14,7 +14,11 @@ from mlx_lm.utils import load_model
 
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
-from nested_core.models.base_model import context_length, find_model_folder
+from nested_core.models.base_model import (
+    context_length,
+    find_model_folder,
+    naming_unloadable_model,
+)
 from nested_core.models.generation import Sampling, encode_messages, stream_answer
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.storage.adapter import read_adapter
@@ -28,26 +32,32 @@ class SideBySide:
     """A base and adapters of it, which compute in their stored types, as mlx_lm would serve them.
 
     Attributes:
-        sides: the names by which they are asked: "base", then the names of the adapters.
+        sides: the names by which they are asked: the names of the adapters, then "base".
     """
 
     def __init__(
-        self, adapters: Mapping[str, Path], *, model: str | None, trust_remote_code: bool
+        self,
+        adapters: Mapping[str, Path],
+        *,
+        model: str | None,
+        trust_remote_code: bool,
+        tools: Any = None,
     ) -> None:
         """Load the base, and each adapter into a model that shares the base's weights.
 
         adapters: the folder of each adapter, by the name of its side.
         model: the base; None is the one named in the first adapter's configuration.
+        tools: that the chat template shows in every conversation.
 
         Raises ConfigError if the base cannot be loaded or an adapter belongs to another base,
         DamagedError for a damaged adapter.
         """
         loaded = {name: read_adapter(path, follow_links=True) for name, path in adapters.items()}
         first = next(iter(loaded.values()))
-        base = find_model_folder(str(model or first.config.get("model")))
+        base = find_model_folder(str(model or first.base_model))
         options = {"trust_remote_code": trust_remote_code}
         self._models: dict[str, nn.Module] = {}
-        try:
+        with naming_unloadable_model(base):
             self._models[BASE], self._tokenizer = load(
                 str(base),
                 tokenizer_config=options,
@@ -57,8 +67,6 @@ class SideBySide:
                 self._models[name] = load_model(
                     base, lazy=True, trust_remote_code=trust_remote_code
                 )[0]
-        except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-            raise ConfigError(f"model: {base} could not be loaded: {error}") from error
         weights: Any = tree_flatten(self._models[BASE].parameters())
         for name, adapter in loaded.items():
             if other_base := describe_other_base(adapter.config, base):
@@ -68,12 +76,14 @@ class SideBySide:
         for side in self._models.values():
             side.eval()
         self._context = context_length(base)
-        self.sides = tuple(self._models)
+        self._tools = tools
+        self.sides = (*loaded, BASE)
 
     def _encode(self, messages: Messages) -> list[int]:
         """Encode a conversation; ConfigError if it leaves no room for an answer in the context."""
         characters = sum(len(str(message["content"])) for message in messages)
-        tokens = [] if characters > MAX_CHARACTERS else encode_messages(self._tokenizer, messages)
+        is_long = characters > MAX_CHARACTERS
+        tokens = [] if is_long else encode_messages(self._tokenizer, messages, self._tools)
         if tokens and (self._context is None or len(tokens) < self._context):
             return tokens
         size = f"{len(tokens):,} tokens" if tokens else f"{characters:,} characters"
@@ -84,30 +94,32 @@ class SideBySide:
         )
 
     def stream_answers(
-        self, conversations: Mapping[str, Messages], sampling: Sampling
+        self,
+        conversations: Mapping[str, Messages],
+        sampling: Sampling,
+        base_tokens: int | None = None,
     ) -> Iterator[tuple[str, str]]:
-        """Yield side and text of the answers to one conversation per side, in turns, as they come.
+        """Yield side and text of the answers to one conversation per side, as they come.
 
-        A side is the base or an adapter, by name; each gives the next piece of its answer in turn.
+        A text may be empty; each side has one at least.
+
+        A side is the base or an adapter, by name; one answers after the other.
 
         sampling: how to generate; an answer may be cut off at its number of tokens.
+        base_tokens: that number for the base, which may go on and on; None for the same.
 
         An answer ends at the end of the model's context. Raises ConfigError for a conversation that
         leaves no room for an answer.
         """
         prompts = {side: self._encode(messages) for side, messages in conversations.items()}
-        answers = {}
         for side, prompt in prompts.items():
-            room = sampling.max_tokens if self._context is None else self._context - len(prompt)
-            limited = replace(sampling, max_tokens=min(sampling.max_tokens, room))
-            answers[side] = stream_answer(self._models[side], self._tokenizer, prompt, limited)
-        while answers:
-            for side, pieces in list(answers.items()):
-                piece = next(pieces, None)
-                if piece is None:
-                    del answers[side]
-                elif piece:
-                    yield side, piece
+            most = sampling.max_tokens
+            if side == BASE and base_tokens is not None:
+                most = base_tokens
+            room = most if self._context is None else self._context - len(prompt)
+            limited = replace(sampling, max_tokens=min(most, room))
+            for piece in stream_answer(self._models[side], self._tokenizer, prompt, limited):
+                yield side, piece
 
     def ask(self, side: str, prompt: str, sampling: Sampling) -> str:
         """Return the whole answer of one side to a user's message."""

@@ -182,6 +182,7 @@ def record_trial(config: FineTuneConfig, judged: JudgedRun, outcome: Outcome, re
         dataset_digest=judged.dataset.digest,
         settings_digest=settings,
         run=judged.folder.path.resolve().name,
+        adapter=judged.version,
         reason=reason,
     )
     trials.record_trial(*registry_location(config.registry), trial)

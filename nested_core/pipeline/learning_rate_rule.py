@@ -17,15 +17,16 @@ USUAL_PRODUCT = 0.016  # best for models of 2M, 22M and 85M parameters (benchmar
 ADAM_OPTIMIZERS = ("adam", "adamw")
 
 
-def describe_learning_rate(config: FineTuneConfig) -> str | None:
+def describe_learning_rate(config: FineTuneConfig, share: float = 1.0) -> str | None:
     """Compare rank x scale x rate with what was best in a published sweep; None if not comparable.
 
     It is comparable for LoRA with Adam and cross-entropy. A schedule counts with its highest rate.
+    share: of the configured rate, that the run is trained with.
     """
     is_known = config.fine_tune_type != "full" and config.training.loss is None
     if not is_known or config.optimizer not in ADAM_OPTIMIZERS:
         return None
-    product = _product(config)
+    product = _product(config) * share
     low, high = BEST_PRODUCTS
     text = (
         f"rank x scale x rate is {product:.2g}; {low:g} to {high:g} was best for 34 of the 35 "

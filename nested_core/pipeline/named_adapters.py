@@ -8,10 +8,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nested_core.errors import ConfigError
+from nested_core.storage.output_places import find_recorded_path
 from nested_core.storage.run_directory import DEFAULT_REGISTRY, RunDirectory
 from nested_core.text.digest_format import shorten_digest
+
+if TYPE_CHECKING:
+    from nested_core.records.dataset import PromptFormat
 
 CHAMPION = "champion"
 VERSIONS = "versions"
@@ -31,6 +36,13 @@ class NamedAdapter:
     model: str | None = None
     trusts_remote_code: bool = False
     run: RunDirectory | None = None
+
+    def read_prompt_format(self) -> PromptFormat | None:
+        """Read how the rows that it was trained on begin; None if that is not recorded."""
+        from nested_core.records.dataset import PromptFormat
+
+        recorded = self.folder / "provenance.json" if self.run is None else self.run.dataset
+        return PromptFormat.read(recorded)
 
     def describe(self) -> str:
         """Return the folder, or for a registry's version its name and first digits."""
@@ -78,7 +90,8 @@ def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapte
 
         run.require_begun()
         config = read_run_config(run)
-        return NamedAdapter(_adapter_of_run(run), config.model, config.trust_remote_code, run)
+        model = find_recorded_path(config.model, run.path)
+        return NamedAdapter(_adapter_of_run(run), model, config.trust_remote_code, run)
     path_folder = name_folder_of(given)  # if the path leads to REGISTRY/NAME or its champion
     if path_folder is None and (given / "adapter_config.json").is_file():
         return NamedAdapter(given)

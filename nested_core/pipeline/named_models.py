@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from nested_core import seams
+from nested_core.config.loading import parse_config
 from nested_core.config.resume import read_run_config
-from nested_core.data.example_digests import Digests, decode_digests
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import ConfigError
-from nested_core.measure.losses.left_out_examples import (
-    read_run_training_digests,
-    read_training_digests,
-)
+from nested_core.measure.losses.left_out_examples import find_trained_rows
 from nested_core.models.adapter_formats import load_peft_format
 from nested_core.pipeline.named_adapters import NamedAdapter, find_named_adapter
+from nested_core.records.dataset import PromptFormat
+from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter, read_adapter_config
+from nested_core.storage.output_places import find_recorded_path
 from nested_core.storage.run_directory import RunDirectory
 
 
@@ -37,16 +42,18 @@ class NamedModel:
     name: as the person gave it; "base" for the base that others are compared with.
     model: the base's folder or its name on the hub.
     adapter: None for the base alone.
-    seen: digests of the examples that it was trained on, as far as recorded.
+    seen: the rows that it was trained on.
     made_of: for an exported model, the base that its record names.
+    prompt_format: how the rows that it was trained on begin; None if not recorded.
     """
 
     name: str
     model: str
     adapter: Adapter | None = None
     trust_remote_code: bool = False
-    seen: Digests = field(default_factory=lambda: decode_digests(None))
+    seen: TrainedRows = field(default_factory=TrainedRows)
     made_of: RecordedBase | None = None
+    prompt_format: PromptFormat | None = None
 
 
 def find_model(
@@ -76,21 +83,57 @@ def find_model(
             f"{error} A base or an exported model is given by its folder or its GGUF."
         ) from error
     stored = read_adapter_config(named.folder / CONFIG_NAME, follow_links=True)
+    folder, base = named.folder, base_model or named.model
     if "peft_type" in stored:
-        base = base_model or str(stored.get("base_model_name_or_path"))
+        recorded = str(stored.get("base_model_name_or_path"))
+        base = base or find_recorded_path(recorded, named.folder)
         load_peft_format(given).import_adapter(named.folder, temporary, base)
-        named = NamedAdapter(temporary, base)
-    adapter = read_adapter(named.folder, follow_links=True)
-    base = base_model or named.model or str(adapter.config.get("model"))
-    seen = _read_training_digests(named)
-    return NamedModel(given, base, adapter, named.trusts_remote_code, seen), named.run
+        folder = temporary
+    adapter = read_adapter(folder, follow_links=True)
+    base = base or adapter.base_model
+    seen = find_trained_rows(adapter, registry, named.folder)
+    prompt_format, trusts = named.read_prompt_format(), named.trusts_remote_code
+    return NamedModel(given, base, adapter, trusts, seen, prompt_format=prompt_format), named.run
 
 
-def _read_training_digests(named: NamedAdapter) -> Digests:
-    """Return the digests of the examples that an adapter and its ancestors were trained on."""
-    run = named.run
-    if run is None:
-        return read_training_digests(named.folder)
-    initial = read_adapter(run.initial).digest()
-    seen = read_run_training_digests(read_run_config(run), run, initial)
-    return decode_digests(None) if seen is None else seen
+def read_training_config(folder: Path, run: RunDirectory | None) -> FineTuneConfig | None:
+    """Read what an adapter was trained with, from its run or provenance; None if not recorded.
+
+    The files of `gate.tasks` are found as `find_recorded_path` does.
+    """
+    if run is not None:
+        config = read_run_config(run)
+    elif (folder / PROVENANCE_NAME).is_file() and (
+        recorded := read_provenance(folder).get("config")
+    ):
+        values = {key: value for key, value in recorded.items() if value is not None}
+        config = parse_config(values, source=str(folder / PROVENANCE_NAME))
+    else:
+        return None
+    tasks = tuple(
+        task.model_copy(update={"file": find_recorded_path(task.file, folder)})
+        for task in config.gate.tasks
+    )
+    return config.model_copy(update={"gate": config.gate.model_copy(update={"tasks": tasks})})
+
+
+def record_training(folder: Path) -> dict[str, Any]:
+    """Return what provenance.json beside an exported adapter says of its training.
+
+    folder: of a version, or in a run; values are None for any other.
+    """
+    runs = (RunDirectory(path) for path in folder.resolve().parents[:2])
+    named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
+    return {
+        **find_trained_rows(read_adapter(folder, follow_links=True), None).to_json(),
+        "prompt_format": to_jsonable_python(named.read_prompt_format()),
+    }
+
+
+def find_rows_of_base(base: Path) -> TrainedRows:
+    """Return the rows of the adapter that a base was exported with; none for any other base."""
+    for find_model_of_format in seams.load_all("model_format"):
+        model: NamedModel | None = find_model_of_format(str(base), base)
+        if model is not None:
+            return model.seen
+    return TrainedRows()

@@ -10,19 +10,20 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import to_jsonable_python
+
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.earlier_examples import find_earlier_examples
-from nested_core.data.example_digests import encode_digests
 from nested_core.data.example_rows import read_content, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
-from nested_core.measure.losses.left_out_examples import read_run_training_digests
+from nested_core.measure.losses.left_out_examples import read_run_rows
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import (
     conditions_digest,
@@ -240,10 +241,12 @@ def register_and_promote_run(
     config = own.model_copy(update={"registry": own.registry.model_copy(update=location)})
     with run.locked_for_reading():
         judged = confirm_recorded_verdict(config, run)
-        if not AdapterRuns.of(registry, name).are_named_by(own.registry.location):
+        is_own = AdapterRuns.of(registry, name).are_named_by(own.registry.location)
+        if not is_own:
             with suppress(OSError):  # a run that nobody can write to is not removed either
                 add_promoted_to(run.promoted_to, str(registry), name)
-        recorded = make_provenance(config, judged, judged.verdict.rival)
+        champion = judged.verdict.rival if is_own else None  # it is a version of the run's registry
+        recorded = make_provenance(config, judged, champion)
         candidate = Judgement.of_run(judged.verdict, recorded)
         done = register_and_promote(
             run.path,
@@ -305,7 +308,6 @@ def make_provenance(
     """
     run, dataset, training = judged.folder, judged.dataset, judged.training
     initial, base = judged.verdict.initial.digest, judged.base_fingerprint
-    trained_on = read_run_training_digests(config, run, initial)
     earlier = find_earlier_examples(config, run)
     return {
         "run_dir": str(run.path.resolve()),  # for people: folders move
@@ -316,13 +318,14 @@ def make_provenance(
         "base_fingerprint": base,
         "chat_template": dataset.chat_template,
         "vocabulary": dataset.vocabulary,
+        "prompt_format": to_jsonable_python(dataset.prompt_format),
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": digest_held_out(config, dataset),
         "gate_sha256": judged.bound.files[GATE_NAME]["sha256"],
         "parent": parent_version_of(config, initial) or champion,
         "champion_at_gate": champion,
-        "training_examples": None if trained_on is None else encode_digests(trained_on),
+        **read_run_rows(run).to_json(),
         "trained": training.schedule,
         "start": None if (start := read_start(config, run)) is None else start.to_provenance(),
         "replay": None if earlier is None else earlier.make_provenance(training.replayed_tokens),

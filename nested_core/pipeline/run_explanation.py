@@ -21,7 +21,9 @@ from nested_core.models.session import Session
 from nested_core.optim.tier_assignment import count_expected_updates
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.processes import load_services
 from nested_core.records.dataset import SplitStats
+from nested_core.records.start import read_start
 from nested_core.registry.policy import apply_policy
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
@@ -60,6 +62,7 @@ class RunExplanation:
         replay: what is replayed, in sentences; empty without replay.
         replayed_tokens: trained tokens of replayed examples in the whole run.
         measured: the measured speed, of the room minutes; None if nothing was measured.
+        rate_share: the share of `learning_rate` that it is trained with.
         has_linear_attention: whether modules of `linear_attn`, as in Qwen3.5, are trained.
     """
 
@@ -76,6 +79,7 @@ class RunExplanation:
     replay: tuple[str, ...] = ()
     replayed_tokens: int = 0
     measured: Any = None
+    rate_share: float = 1.0
     has_linear_attention: bool = False
 
 
@@ -93,6 +97,7 @@ def explain_run(
 
     Raises what a run raises before it trains: ConfigError, and DatasetError for data with errors.
     """
+    load_services(config)
     config, policy_sentences = apply_policy(config)
     measured = None
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
@@ -104,6 +109,8 @@ def explain_run(
             replay = tuple(steps.describe_earlier_examples(config, run))
             stages.info("explain: attaching the adapter")
             steps.write_initial_adapter_and_tiers(config, run, on_wait, session=session)
+            start = read_start(config, run)
+            rate_share = 1.0 if start is None else start.rate_share
             if measures_speed and seams.is_there("minutes"):
                 measure = seams.load_only("run_measurement", "explain")
                 config, measured = measure(config, run, session, on_wait)
@@ -134,6 +141,7 @@ def explain_run(
         replay=replay,
         replayed_tokens=schedule.count_replayed_tokens(schedule.iterations) or 0,
         measured=measured,
+        rate_share=rate_share,
         has_linear_attention=any("linear_attn" in name for name in trainer.setup.parameters),
     )
 

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from nested_core.backend import warn_if_unprepared
 from nested_core.config.loading import render_config
 from nested_core.config.resume import read_run_config, refuse_differences_on_resume
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.data.data_settings import REPLAY_SPLIT
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.earlier_examples import find_earlier_examples
+from nested_core.data.example_digests import TrainedRows
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import (
@@ -38,7 +41,6 @@ from nested_core.gate.evidence.run_evidence import config_file_entry
 from nested_core.gate.judge import run_gate_checks
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import from_evidence, task_file_entries
-from nested_core.kernels.optimized_model import describe_layers
 from nested_core.measure.answers.questions_in_training import QuestionsInTraining
 from nested_core.measure.answers.suite_answers import (
     encode_suites,
@@ -52,8 +54,14 @@ from nested_core.measure.losses.held_out_loss import (
     read_nonempty_splits,
     require_validated_data,
 )
+from nested_core.measure.losses.left_out_examples import (
+    ADAPTER_KEY,
+    find_trained_rows,
+    read_run_rows,
+)
 from nested_core.models.adapter_fit import require_fit
 from nested_core.models.base_model import (
+    TrainedTokenizer,
     describe_token_beyond,
     find_model_folder,
     fingerprint_base_model,
@@ -73,11 +81,13 @@ from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.learning_rate_rule import require_usable_rate
+from nested_core.pipeline.named_models import find_rows_of_base
 from nested_core.pipeline.processes import count_processes, load_services, train_in_processes
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
     DatasetReport,
+    PromptFormat,
     read_dataset_record,
     require_held_out,
     require_test_set,
@@ -93,7 +103,15 @@ from nested_core.records.plan import (
 from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.start import CONFIGURED, START_FILE, Start
 from nested_core.records.verdict_file import write_verdict
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, export_adapter, write_adapter
+from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
+from nested_core.storage.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    export_adapter,
+    files_sha256,
+    write_adapter,
+)
 from nested_core.storage.atomic import (
     new_directory,
     remove_file,
@@ -104,6 +122,7 @@ from nested_core.storage.atomic import (
 from nested_core.storage.checkpoint import latest_checkpoint, publish_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path, latest_state
 from nested_core.storage.manifest import describe_file
+from nested_core.storage.output_places import TRAINING_EXAMPLES_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
@@ -130,9 +149,27 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
                 f"written over: give a --run-dir of its own."
             )
         if run.tiers.exists():
-            refuse_differences_on_resume(read_run_config(run), config, run.path)
+            began_with = read_run_config(run)
+            refuse_differences_on_resume(began_with, config, run.path)
+            _refuse_fewer_iterations(began_with, config, run)
     record_or_compare_suites(run, suites)
     write_bytes(run.config, render_config(config))
+
+
+def _refuse_fewer_iterations(
+    began_with: FineTuneConfig, config: FineTuneConfig, run: RunDirectory
+) -> None:
+    """Raise ConfigError if `iters` is lowered below what the newest checkpoint has done already.
+
+    Epochs cannot differ on resume, and `training.minutes` counts anew.
+    """
+    done = latest_state(run.checkpoints).get("iteration", 0)
+    is_counted = config.training.epochs is None and config.training.minutes is None
+    if is_counted and config.iters < min(done, began_with.iters):
+        raise ConfigError(
+            f"{run.path} cannot be resumed with iters: {config.iters:,}, since its newest "
+            f"checkpoint has {done:,} already. Give as many or more, or another --run-dir."
+        )
 
 
 def validate(
@@ -147,7 +184,7 @@ def validate(
     report, _ = load_run_data(config, run, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
-    require_askable_suites(config)
+    require_askable_suites(config, report.prompt_format)
     require_held_out_examples(config, run)
     return report
 
@@ -171,8 +208,10 @@ def describe_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> list
     return [] if earlier is None else earlier.describe()
 
 
-def require_askable_suites(config: FineTuneConfig) -> None:
+def require_askable_suites(config: FineTuneConfig, prompt_format: PromptFormat | None) -> None:
     """Check that the model can be asked the questions of `gate.tasks` and `samples`.
+
+    prompt_format: of the training rows, as which a question's `prompt` is asked.
 
     Raises ConfigError if a file is missing or a prompt of `samples` has a token that the model does
     not know, DatasetError for bad lines or prompts that the model cannot take.
@@ -181,7 +220,7 @@ def require_askable_suites(config: FineTuneConfig) -> None:
         return
     tokenizer = TokenizerSource.from_config(config).load()
     base = find_model_folder(config.model)
-    encode_suites(read_suites(config.gate), tokenizer, base)
+    encode_suites(read_suites(config.gate), tokenizer, base, prompt_format)
     rows = vocabulary_size(base)
     for sample in config.samples:
         tokens = encode_prompt(tokenizer, sample)
@@ -253,6 +292,7 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
         start = read_adapter_file(Path(config.resume_adapter_file))
         source = f"resume_adapter_file: {start.path}"
     if start is not None:
+        _warn_of_other_tokenizer(start, source, base)
         require_fit(start, source, described, base, trainable_parameters(model))
         load_adapter_tensors(model, start.to_mlx())
         if not start.config:
@@ -267,9 +307,41 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
         START_FILE.write(run.start, Start(version, choice, rate_share))
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
+    _record_training_rows(config, run, start, base)
     tiers = _assign_tiers(config, run, model)
     build_optimizer(config, tiers, steps=1)  # refuses unusable arguments before training begins
     write_json(run.tiers, tiers.to_json())
+
+
+def _warn_of_other_tokenizer(start: Adapter, source: str, base: Path) -> None:
+    """Warn if a version was trained with another chat template or vocabulary than the base has."""
+    recorded: dict[str, Any] = {}
+    if (start.path / PROVENANCE_NAME).is_file():
+        recorded = read_provenance(start.path)
+    tokenizer = TrainedTokenizer(recorded.get("chat_template"), recorded.get("vocabulary"))
+    try:
+        tokenizer.require_in(base, source)
+    except ConfigError as problem:
+        warnings.warn(f"{problem} It goes on from there.", stacklevel=2)
+
+
+def _record_training_rows(
+    config: FineTuneConfig, run: RunDirectory, start: Adapter | None, base: Path
+) -> None:
+    """Write which rows the run trains on, and which its base and its initial adapter learnt.
+
+    start: the adapter that the run goes on from, wherever it is; None for a fresh one.
+    """
+    _, splits = load_run_data(config, run)
+    own = [splits[name].contents for name in ("train", REPLAY_SPLIT) if name in splits]
+    rows = find_rows_of_base(base) | TrainedRows(np.concatenate(own))
+    if start is not None:
+        location = config.registry.location
+        rows |= find_trained_rows(start, None if location is None else location[0])
+    if rows.unknown is not None:
+        stages.info("what the run goes on from was trained on rows that are not known:")
+        stages.info("%s", rows.unknown)
+    write_json(run.training_examples, rows.to_json())
 
 
 def _load_base_for_initial_adapter(config: FineTuneConfig, session: Session) -> BaseWithAdapter:
@@ -377,7 +449,11 @@ def train_model(
         tokenizer=base.tokenizer,
         callback=callback,
         make_questions=partial(
-            QuestionsInTraining.from_config, config, base.tokenizer, base.folder
+            QuestionsInTraining.from_config,
+            config,
+            base.tokenizer,
+            base.folder,
+            prompt_format=report.prompt_format,
         ),
         world=world,
     )
@@ -386,11 +462,12 @@ def train_model(
             "training.evaluate_tasks: questions are asked at evaluations, and there are none. Give "
             "a valid split (`nested-tune init --split`) and val_batches above 0 or -1."
         )
-    if world.is_main:
-        stages.info("%s", describe_layers(model, as_mlx_lm=config.training.reference is not None))
     trainer = make_trainer(setup)
+    if world.is_main:
+        stages.info("%s", trainer.describe_layers())
     if session is not None:  # the gate's process starts while the last steps are computed
         trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
+        trainer.after_step = session.after_step
     trainer.resume()
     if world.is_main:
         run.require_lock()
@@ -422,6 +499,8 @@ def _make_plan(
     """
     schedule = trainer.step_schedule
     has_validation = schedule.validation_examples > 0
+    time = None if session is None else session.time_plan
+    counted_at = () if time is None else time.counted_at  # where the same command goes on
     needed = trainer.memory.needed
     return TrainingPlan(
         steps=schedule.steps,
@@ -435,11 +514,11 @@ def _make_plan(
         validation_examples=schedule.validation_examples,
         memory_forecast_gb=None if needed is None else needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
-        resumed_at=list_resumptions(earlier, trainer.current_step),
+        resumed_at=list_resumptions(earlier, trainer.current_step, counted_at),
         rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),
         select_by=trainer.config.training.select_by,
         ended_by=list_earlier_ends() or (() if earlier is None else earlier.ended_by),
-        time=None if session is None else session.time_plan,
+        time=time,
     )
 
 
@@ -471,7 +550,9 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
     offered = checkpoint_path(run.checkpoints, step)
     publish_adapter(offered, run.adapter, confirm=run.require_lock)
     if trainer.config.adapter_path is not None:
-        export_adapter(run.adapter, trainer.config.adapter_path, run.path)
+        folder = export_adapter(run.adapter, trainer.config.adapter_path, run.path)
+        rows = read_run_rows(run).to_json() | {ADAPTER_KEY: files_sha256(folder)}
+        write_json(folder / TRAINING_EXAMPLES_NAME, rows)
     result = TrainResult(
         run_dir=str(run.path),
         step=state.step,
@@ -481,6 +562,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
         best_val_loss=state.best_val_loss,
         verified_steps=len(state.verified_steps),
         red_flags=tuple(state.red_flags),
+        ended=state.ended or "",
         evidence=digests_for_result(run, offered),
     )
     write_result(run.result, result, confirm=run.require_lock)

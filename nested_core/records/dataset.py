@@ -263,6 +263,11 @@ class SplitStats:
         """The format of most rows, as a value of the key `data_format`."""
         return {"completion": "completions", None: "no format"}.get(self.format, str(self.format))
 
+    @property
+    def has_several_answers(self) -> bool:
+        """Whether some row has answers before its last one."""
+        return self.roles.get("assistant", 0) > self.rows + self.rejected
+
     def describe_format(self) -> str:
         """Describe the format: `train.csv: alpaca, 207 of 208 rows, separated by semicolons`."""
         rows = self.lines - self.blank
@@ -272,10 +277,41 @@ class SplitStats:
 
 
 @dataclass(frozen=True)
+class PromptFormat:
+    """How training rows begin, and so how a question's `prompt` is asked of what they trained.
+
+    is_chat: whether the chat template formats the rows; else a prompt is asked as it stands.
+    system: the system text of all rows; None if they have none, or different ones.
+    tools: the tools of all rows, likewise.
+    """
+
+    is_chat: bool = True
+    system: str | None = None
+    tools: list[dict[str, Any]] | None = None
+
+    def begin_chat(self) -> list[dict[str, str]]:
+        """Return the first messages of a conversation: the system text, if all rows share one."""
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    @classmethod
+    def read(cls, dataset_or_provenance: Path) -> PromptFormat | None:
+        """Read it from dataset.json or provenance.json; None if there is no file or it has none."""
+        if not dataset_or_provenance.is_file():
+            return None
+        recorded = read_json(dataset_or_provenance, None).get("prompt_format")
+        with naming_damaged_file(dataset_or_provenance):
+            return _PROMPT_FORMAT_VALIDATOR.validate_python(recorded)
+
+
+_PROMPT_FORMAT_VALIDATOR = TypeAdapter[PromptFormat | None](PromptFormat | None)
+
+
+@dataclass(frozen=True)
 class DatasetReport:
     """The report on a data set: findings by severity, file and line, and counts of each split.
 
     digest: SHA-256 of the content of all splits.
+    prompt_format: how the rows of train begin; None without rows.
     chat_template: SHA-256 of the template that formatted chat messages; None if no template was
         used.
     vocabulary: SHA-256 of the tokenizer's files that split text into tokens (`vocabulary_digest`).
@@ -287,6 +323,7 @@ class DatasetReport:
     digest: str
     splits: dict[str, SplitStats]
     findings: tuple[Finding, ...]
+    prompt_format: PromptFormat | None = None
     chat_template: str | None = None
     vocabulary: str | None = None
     tokenizer: str | None = None
@@ -310,6 +347,7 @@ class DatasetReport:
         return {
             "folder": self.folder,
             "digest": self.digest,
+            "prompt_format": to_jsonable_python(self.prompt_format),
             "chat_template": self.chat_template,
             "vocabulary": self.vocabulary,
             "tokenizer": self.tokenizer,

@@ -4,7 +4,7 @@ A line has file, line, supervised tokens, and mean losses with the initial adapt
 the trained adapter, the champion when the gate ran and the policy's reference; the KL divergence in
 nats/token of the predictions from those of the initial adapter, and of the base if that was
 measured. An example that the candidate or a parent was trained on is marked `left_out` and is in no
-mean. Examples with the same `cluster` are resampled together.
+mean. Examples with the same `cluster` are resampled together. `content` is a digest of the example.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from nested_core.text.loss_format import NATS_PER_TOKEN
 OPTIONAL_COLUMNS = ("reference", "drift", "base_drift")
 REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")
 Vector = np.ndarray[Any, np.dtype[np.float64]]
+Contents = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class _LossLine(BaseModel):
@@ -49,6 +50,7 @@ class _LossLine(BaseModel):
     base_drift: float | None = None
     left_out: Literal[True] | None = None
     cluster: int | None = Field(default=None, ge=0)
+    content: int | None = Field(default=None, ge=0)
 
 
 _LINES_VALIDATOR = TypeAdapter(Annotated[list[_LossLine], FailFast()])
@@ -75,6 +77,8 @@ class ExampleLosses:
         each example is a cluster by itself.
     counts_rows: whether each row counts as independent although rows share clusters, decided on all
         rows of the file; None if these are all rows.
+    contents: the digest of each example's content, by which losses of other files are found,
+        uint64 (n,); None if it was not recorded.
     unit: of the losses; with one that counts examples, each has 1 in `tokens`.
     """
 
@@ -90,6 +94,7 @@ class ExampleLosses:
     left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
     clusters: Indices | None = None
     counts_rows: bool | None = None
+    contents: Contents | None = None
     unit: str = NATS_PER_TOKEN
 
     def __len__(self) -> int:
@@ -155,7 +160,7 @@ class ExampleLosses:
 
     def select(self, is_kept: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
         """Return the examples with True in `is_kept`, bool (n,)."""
-        names = (*REQUIRED_COLUMNS, "champion", *OPTIONAL_COLUMNS, "clusters")
+        names = (*REQUIRED_COLUMNS, "champion", *OPTIONAL_COLUMNS, "clusters", "contents")
         columns = {
             name: column[is_kept] for name in names if (column := getattr(self, name)) is not None
         }
@@ -192,6 +197,8 @@ class ExampleLosses:
                 line["left_out"] = True
             if self.clusters is not None:
                 line["cluster"] = int(self.clusters[row])
+            if self.contents is not None:
+                line["content"] = int(self.contents[row])
             yield line
 
 
@@ -206,6 +213,7 @@ def read_example_losses(path: Path) -> ExampleLosses:
         lines = _LINES_VALIDATOR.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
     left_out = [line.left_out is True for line in lines]
     clusters = [line.cluster for line in lines]
+    contents = [line.content for line in lines]
     has_champion = any(line.champion is not None for line in lines)
     # Every line has the same fields; which of the optional ones, the first line tells
     written = lines[0].model_fields_set if lines else set()
@@ -223,6 +231,7 @@ def read_example_losses(path: Path) -> ExampleLosses:
         champion=_to_vector([line.champion for line in lines]) if has_champion else None,
         left_out=np.array(left_out, np.bool_) if any(left_out) else None,
         clusters=np.array(clusters, np.int64) if None not in clusters and clusters else None,
+        contents=np.array(contents, np.uint64) if None not in contents and contents else None,
         **optional,
     )
 

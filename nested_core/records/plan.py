@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
+from nested_core.records.result import TrainResult
 from nested_core.storage.json_file import JsonFile
 from nested_core.text.loss_format import format_loss
 from nested_core.text.value_format import format_count
@@ -19,12 +20,15 @@ class TimePlan:
     """How the time of `training.minutes` was turned into a number of steps.
 
     minutes: the configured time.
-    steps: optimizer steps of the whole run, fixed before the first one.
+    steps: optimizer steps of the whole run, as they were counted last; of a run that was cut, as
+        they were counted before.
     seconds_a_step: the measured time of a step with its share of evaluations and checkpoints.
-    seconds_to_begin: from the start of the command to the first step.
+    seconds_to_begin: of opening the run, until the first step.
     seconds_to_judge: from the end of the last step to the verdict.
     began: when the command that trains now began, in seconds since 1970.
-    spent: seconds that earlier commands took for this run.
+    spent: seconds that earlier commands worked on this run.
+    worked: seconds that the command that trains now has worked on it, as it noted last.
+    counted_at: the steps after which the number of steps was counted anew.
     blas_threads: OpenBLAS's threads in all commands of the run; None without OpenBLAS.
     """
 
@@ -35,6 +39,8 @@ class TimePlan:
     seconds_to_judge: float
     began: float
     spent: float
+    worked: float = 0.0
+    counted_at: tuple[int, ...] = ()
     blas_threads: int | None = None
 
 
@@ -78,10 +84,10 @@ class TrainingPlan:
     ended_by: tuple[str, ...] = ()
     time: TimePlan | None = None
 
-    def describe_ends(self) -> str | None:
-        """Describe restarts of killed training processes, and a run cut short for its time limit.
+    def describe_ends(self, result: TrainResult | None) -> str | None:
+        """Describe restarts of killed training processes, early stopping, and a cut for the time.
 
-        Returns None if neither happened.
+        Returns None if none of them happened. result: what training ended with, if it has ended.
         """
         sentences = []
         if self.ended_by:
@@ -93,6 +99,11 @@ class TrainingPlan:
         if self.time is not None and self.steps < self.time.steps:
             cut = f"after step {self.steps:,} of {self.time.steps:,}"
             sentences.append(f"Training was cut {cut}, in time for the verdict.")
+        if result is not None and result.ended == "patience":
+            sentences.append(
+                f"Early stopping ended training after step {result.step:,} of {self.steps:,}: "
+                f"evaluations brought no improvement any more (training.early_stop_patience)."
+            )
         return " ".join(sentences) or None
 
     def describe_rank_counts(self) -> str | None:
@@ -115,14 +126,17 @@ class TrainingPlan:
         return self.epochs * step / self.steps if self.steps else 0.0
 
 
-def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int, ...]:
+def list_resumptions(
+    earlier: TrainingPlan | None, first_step: int, counted_at: Sequence[int] = ()
+) -> tuple[int, ...]:
     """Return `resumed_at` for a process that starts at `first_step`.
 
     earlier: the plan of the processes before it. Resumptions after `first_step` are dropped, since
         the steps after it are trained anew.
+    counted_at: steps from which a run of minutes went on by itself.
     """
-    resumed = () if earlier is None else earlier.resumed_at
-    return tuple(sorted({step for step in (*resumed, first_step) if 0 < step <= first_step}))
+    resumed = {*(() if earlier is None else earlier.resumed_at), first_step} - {*counted_at}
+    return tuple(sorted(step for step in resumed if 0 < step <= first_step))
 
 
 def list_rank_counts(

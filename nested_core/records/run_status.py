@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from nested_core import seams
+from nested_core.config.key_properties import settings_that_make_loss
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
@@ -33,6 +34,7 @@ from nested_core.records.result import TrainResult, read_result
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import has_verdict_manifest, read_bound_verdict
+from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
@@ -386,6 +388,19 @@ class Run:
             return None
         split = held_out_split(self.config.gate.held_out, self.dataset.splits)
         return None if split is None else self.dataset.splits[split].digest
+
+    @cached_property
+    def loss_made_of(self) -> dict[str, Any] | None:
+        """What makes the loss of a row what it is: settings, tokenizer and base model, by name.
+
+        None if config.yaml, dataset.json or the initial adapter's configuration is not there.
+        """
+        adapter = self.read(self.folder.initial / CONFIG_NAME, read_adapter_config)
+        if self.dataset is None or self.config is None or adapter is None:
+            return None
+        base = adapter.get("base_fingerprint")
+        made_of = {"tokenizer": self.dataset.tokenizer, "base model": base}
+        return settings_that_make_loss(self.config) | made_of
 
     def find_checkpoint(self) -> str | None:
         """Return the name of the checkpoint to resume from; None if there is no sound one.

@@ -5,6 +5,7 @@ verdict_file.py reads and writes the file. No other module knows its fields.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
@@ -25,7 +26,7 @@ from nested_core.records.loss_conclusion import (
 )
 from nested_core.records.outcome_names import Outcome
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.document import Block, Details, Document, Table, Text
+from nested_core.text.document import Block, Details, Document, Table, Text, Tone
 from nested_core.text.loss_format import (
     NATS_PER_TOKEN,
     format_change,
@@ -70,6 +71,7 @@ GATE_GUIDE = "docs/gate.md"
 MIN_HARMED = 3  # fewer per-example regressions are no reason against an adapter
 MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
 MIN_CHANGE_LEFT_BY_FUSING = 0.5  # of the whole change, that fusing must leave
+SCORE_ROUNDING = 1e-9  # a mean of scores may be off by this much
 Noise = Literal["paired", "none"]
 Interval = tuple[float, float]
 
@@ -188,13 +190,14 @@ class HeldOutComparison(ComparedLoss):
 
     corrected_interval: the interval corrected for choosing the best of several candidates, or for
         several comparisons; None if neither applies. The conclusion is based on it.
-    left_out: how many examples were not counted because an adapter was trained on them.
+    left_out: how many examples were not counted because an adapter was trained on them; None if
+        what an adapter was trained on is not known.
     few_prompts: the number of different prompts if it is too small to resample by prompt, so that
         every example counts as independent; else None.
     """
 
     corrected_interval: Interval | None = None
-    left_out: int = 0
+    left_out: int | None = 0
     few_prompts: int | None = None
 
     @property
@@ -280,6 +283,8 @@ class Validation(HeldOutComparison):
             yield "all held-out answers are the same"
         if self.left_out:
             yield f"{self.left_out} left out: they were trained on, by the adapter or one before it"
+        if self.left_out is None:
+            yield "what an adapter before it was trained on is not known, and may be among them"
 
 
 @dataclass(frozen=True)
@@ -388,6 +393,11 @@ class AncestorLoss(HeldOutComparison):
             return None
         return self.loss + self.difference
 
+    @property
+    def is_unmeasured(self) -> bool:
+        """Whether nothing was compared, on these examples or on newer data that has them too."""
+        return self.not_compared is not None and not (self.repeated or self.superseded)
+
     def is_forgotten(self, noise: Noise) -> bool:
         """Return whether the candidate is worse, corrected for the number of ancestors compared."""
         if self.conclusion != "worse" or self.clusters is None or self.clusters < MIN_EXAMPLES:
@@ -439,6 +449,8 @@ class TaskResult:
     odd: how many of the candidate's answers are empty, endless or one repeated token.
     same_answer: the candidate's answer if it is the same to every question although different ones
         are expected; else None.
+    constant: the mean score of the best constant answer, which is the one expected answer that is
+        right for the most questions; None if the questions expect no answer.
     """
 
     name: str
@@ -460,6 +472,17 @@ class TaskResult:
     lost_first: tuple[str, ...] = ()
     chosen_among: int = 1
     same_answer: str | None = None
+    constant: float | None = None
+
+    @property
+    def is_no_better_than_constant(self) -> bool:
+        """Whether always giving the best constant answer would score at least as well."""
+        return self.constant is not None and self.candidate <= self.constant + SCORE_ROUNDING
+
+    @property
+    def is_above_base(self) -> bool:
+        """Whether the candidate scores above the base, or is all right as the base is."""
+        return self.candidate > min(self.base, 1 - 2 * SCORE_ROUNDING) + SCORE_ROUNDING
 
     @property
     def before(self) -> float:
@@ -474,6 +497,16 @@ class TaskResult:
     def count(self, share: float) -> str:
         """Convert a mean score to a number of right answers: `14`, or `13.5` with partial ones."""
         return f"{round(share * self.questions, 2):g}"
+
+    def describe_doubt(self) -> str:
+        """Describe a score that shows no learning: `0 of 20 right (one fixed answer: 3)`."""
+        rivals = []
+        if not self.is_no_better_than_constant or self.base > self.candidate:
+            rivals.append(f"base: {self.count(self.base)}")
+        if self.is_no_better_than_constant:
+            rivals.append(f"one fixed answer: {self.count(self.constant or 0.0)}")
+        right = f"{self.count(self.candidate)} of {self.questions} right"
+        return f"{right} ({', '.join(rivals)})"
 
     def describe_lost(self) -> str | None:
         """Describe what a passing suite lost: `capitals: 37 of 40 right, lost 3: ...`.
@@ -683,7 +716,7 @@ class Verdict:
         tensors = [(t.name, t.changed, t.relative_delta, t.finite) for t in self.tensors]
         change = Table("Change", ("tensor", "changed", "relative", "finite"), tensors)
         blocks: list[Block] = [
-            Text(self.summary(), "good" if self.has_passed else "bad", is_headline=True),
+            Text(self.summary(), self.tone, is_headline=True),
             Table("Reasons", ("code", "message"), reasons),
             Table("Updates", ("tier", "every", "expected", "applied"), tiers),
             Details("Tensors", [change]),
@@ -706,6 +739,35 @@ class Verdict:
         if self.samples is not None and self.samples.are_broken:
             broken.append(self.samples.describe())
         return "; ".join(broken)
+
+    @property
+    def doubtful_answers(self) -> str:
+        """Describe each suite whose answers show no learning; "" if all show some.
+
+        These are no better than one constant answer. If no suite has a higher score than the base,
+        those that are no better than the base count too.
+        """
+        has_gain = any(
+            task.is_above_base and not task.is_no_better_than_constant for task in self.tasks
+        )
+        doubtful = [
+            task
+            for task in self.tasks
+            if task.is_no_better_than_constant or not (has_gain or task.is_above_base)
+        ]
+        names = [f"{task.name}: " if len(self.tasks) > 1 else "" for task in doubtful]
+        return ", ".join(
+            f"{name}{task.describe_doubt()}" for name, task in zip(names, doubtful, strict=True)
+        )
+
+    @property
+    def tone(self) -> Tone:
+        """The colour of the verdict wherever it is shown; "" is neutral."""
+        if not self.has_passed:
+            return "bad"
+        if self.has_broken_answers or self.doubtful_answers:
+            return "warn"
+        return "good" if self.is_conclusive else ""
 
     @property
     def rival(self) -> str | None:
@@ -786,7 +848,12 @@ class Verdict:
             return "passed, answers broken"
         if not self.is_measured:
             return "passed, quality not measured"
-        return "passed" if conclusion is None else f"passed, {conclusion.replace('_', ' ')}"
+        words = "passed" if conclusion is None else f"passed, {conclusion.replace('_', ' ')}"
+        if not self.doubtful_answers:
+            return words
+        if conclusion is not None:  # which may go on with the figures of the loss
+            words = re.sub(r"^passed, [a-z ]+", r"\g<0> loss", words)
+        return f"{words}; {self.doubtful_answers}"
 
     def describe_loss(self) -> str:
         """Describe the held-out loss before and after training, and its data.
@@ -807,7 +874,7 @@ class Verdict:
         parts = [self.describe_loss()]
         if self.validation is not None:
             parts.append(self.validation.describe_conclusion() or "")
-        parts.append(self.broken_answers)
+        parts.append(self.broken_answers or self.doubtful_answers)
         if self.champion is not None:
             parts.append(self.champion.describe())
         return "; ".join(filter(None, parts))

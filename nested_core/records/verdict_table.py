@@ -25,7 +25,7 @@ from nested_core.records.verdict import (
     describe_examples,
 )
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.document import Block, Cell, Table, Text, Tone
+from nested_core.text.document import Block, Cell, Table, Text
 from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
@@ -80,7 +80,7 @@ class CheckRow:
 
 def describe_verdict(verdict: Verdict, headline: str) -> Iterator[Block]:
     """Yield the blocks of a document on a verdict: headline, summary, checks, reasons, warnings."""
-    yield Text(headline, _tone(verdict), is_headline=True)
+    yield Text(headline, verdict.tone, is_headline=True)
     yield Text(f"{verdict.summary()}.")
     yield check_table(verdict)
     if len(verdict.reasons) > 1:
@@ -88,15 +88,6 @@ def describe_verdict(verdict: Verdict, headline: str) -> Iterator[Block]:
         columns = ("code", "message", "tensors")
         yield Table("Every reason against the adapter", columns, rows)
     yield from (Text(f"{note}.", "warn") for note in verdict.notes())
-
-
-def _tone(verdict: Verdict) -> Tone:
-    """Return the colour of a verdict's headline; "" is neutral."""
-    if not verdict.has_passed:
-        return "bad"
-    if verdict.has_broken_answers:
-        return "warn"
-    return "good" if verdict.is_conclusive else ""
 
 
 def check_table(verdict: Verdict) -> Table:
@@ -316,11 +307,14 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     ]
     before, after = (f"{task.count(share)} of {task.questions}" for share in task.shares)
     champion = "" if task.champion is None else f" (champion {task.count(task.champion)})"
+    word: str = task.verdict
+    if word == "passed" and task.is_no_better_than_constant:
+        word = f"no better than one fixed answer ({task.count(task.constant or 0.0)})"
     interval = "" if task.interval is None else " ({:+.3f} to {:+.3f})".format(*task.interval)
     return make_check(
         f"answers, {task.name}{champion}",
         reasons,
-        task.verdict,
+        word,
         before=before,
         after=after,
         difference=f"{task.difference:+.3f}{interval}",

@@ -58,7 +58,7 @@ class StoredData:
 
     held_out: the examples that the gate judged the version by.
     kept_out: further held-out examples, which later runs must not train on.
-    missing: how many listed examples are altered or lost.
+    missing: how many examples are altered, lost, or dropped for want of room.
     """
 
     train: tuple[StoredRow, ...]
@@ -82,12 +82,16 @@ class RunExamples:
 
 
 class DigestList(BaseModel):
-    """The digests of a version's examples, as VERSION.json has them."""
+    """The digests of a version's examples, as VERSION.json has them.
+
+    dropped: how many examples were left out, since the store may have so many bytes and no more.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid")
     train: list[str]
     held_out: list[str]
     kept_out: list[str] = []  # older lists have none
+    dropped: int = 0
 
     def all(self) -> set[str]:
         """Return the digests of all examples of the version."""
@@ -137,7 +141,7 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
         train=tuple(rows[digest] for digest in listed.train if digest in rows),
         held_out=tuple(rows[digest] for digest in listed.held_out if digest in rows),
         kept_out=tuple(rows[digest] for digest in listed.kept_out if digest in rows),
-        missing=len(digests) - len(rows),
+        missing=len(digests) - len(rows) + listed.dropped,
     )
 
 
@@ -162,9 +166,7 @@ def render_row(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, separators=(",", ":"), allow_nan=False).encode()
 
 
-def store_examples(
-    folder: Path, version: str, examples: RunExamples, versions: Iterable[str], *, confirm: Confirm
-) -> None:
+def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm: Confirm) -> None:
     """Store a run's examples for a version; call under the lock of the adapter name's folder.
 
     A version has a list of the digests of its rows; the rows themselves are in packs, files that
@@ -172,10 +174,9 @@ def store_examples(
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     confirm: called before each write; it raises if the lock was lost.
-    versions: all versions of the name, oldest first. If the store grows beyond `max_bytes`, the
-        oldest of them lose their examples; if this version alone is too large, a subset of its
-        examples, chosen by their digests, is stored. A version that has stored examples already is
-        left as it is.
+
+    Of a version that is larger than `max_bytes` alone, a subset of the examples is stored, chosen
+    by their digests. A version that has stored examples already is left as it is.
     """
     store = folder / DATA_FOLDER_NAME
     if file_type(store) == "missing":
@@ -189,6 +190,7 @@ def store_examples(
         {digest_row(row): render_row(row) for row in rows}
         for rows in (examples.held_out, examples.kept_out, examples.train)
     )
+    given = len(held_out | kept_out | train)
     if examples.max_bytes is not None:
         held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
     # The rows come first: a crash in between leaves no list that names missing rows
@@ -196,15 +198,46 @@ def store_examples(
     all_rows = held_out | kept_out | train
     new = {digest: line for digest, line in all_rows.items() if digest not in stored}
     _write_pack(store, new.values(), confirm)
-    listed = DigestList(train=[*train], held_out=[*held_out], kept_out=[*kept_out])
+    listed = DigestList(
+        train=[*train],
+        held_out=[*held_out],
+        kept_out=[*kept_out],
+        dropped=given - len(all_rows),
+    )
     content = listed.model_dump_json().encode()
     write_bytes(_list_path(folder, version), content, confirm=confirm)
-    # Over the limit, the oldest versions lose their examples
-    earlier = [old for old in versions if old != version and keeps_examples(folder, old)]
-    kept = [*earlier, version]
-    while examples.max_bytes is not None and _count_bytes(folder) > examples.max_bytes:
-        if not (kept := kept[1:]):
-            break
+
+
+def bound_store(
+    folder: Path, max_bytes: int, versions: Iterable[str], champion: str | None, *, confirm: Confirm
+) -> None:
+    """Remove examples until the store has `max_bytes` at most; call under the name's lock.
+
+    Versions outside of the champion's lineage, which no run will follow, lose their examples first,
+    the oldest first of all. Then those of the lineage lose the examples that they were trained on,
+    and last the held-out ones.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    versions: all versions of the name, oldest first.
+    confirm: called before each write; it raises if the lock was lost.
+    """
+    lineage = [] if champion is None else read_lineage(folder.parent, folder.name, champion)
+    lineage = [version for version in reversed(lineage) if keeps_examples(folder, version)]
+    others = [old for old in versions if old not in lineage and keeps_examples(folder, old)]
+    kept = [*others, *lineage]
+    steps = [(version, True) for version in others]
+    steps += [(version, drops_all) for drops_all in (False, True) for version in lineage]
+    for version, drops_all in steps:
+        if _count_bytes(folder) <= max_bytes:
+            return
+        listed = read_digest_list(folder, version)
+        if drops_all or listed is None:
+            kept.remove(version)
+        else:
+            dropped = listed.dropped + len(listed.train)
+            content = listed.model_copy(update={"train": [], "dropped": dropped})
+            path = _list_path(folder, version)
+            write_bytes(path, content.model_dump_json().encode(), confirm=confirm)
         remove_unneeded_rows(folder, kept, confirm=confirm)
 
 

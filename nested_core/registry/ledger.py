@@ -61,6 +61,7 @@ OPTIONAL_FIELDS = (
     "conditions_digest",
     "outcome",
     "run",
+    "adapter",
     "layout",
 )
 
@@ -105,7 +106,8 @@ class Entry:
         a decline, nobody is asked about another version of the same two.
     conditions_digest: digest of everything that decides the outcome of a run
         (pipeline/continual.py); a run with the same digest is skipped.
-    outcome, run: what became of a `tried` run, and its folder.
+    outcome, run, adapter: what became of a `tried` run, its folder's name, for people, and the
+        digest of its adapter, by which it is known.
     layout: LAYOUT, in the first line alone.
     """
 
@@ -130,6 +132,7 @@ class Entry:
     conditions_digest: str | None = None
     outcome: str | None = None
     run: str | None = None
+    adapter: str | None = None
     layout: int | None = None
 
     @property
@@ -252,17 +255,20 @@ class Ledger:
             stack.pop()
         return stack[-1] if stack else None
 
-    def barred_versions(self) -> set[str]:
-        """Return the versions that a rollback replaced and that no person has promoted since.
+    def barred_versions(self) -> dict[str, Entry]:
+        """Return each version that automatic promotion skips, with the rollback that barred it.
 
-        Automatic promotion skips them.
+        A rollback bars the version that it replaced, until a person promotes that version or goes
+        back to it. To go back to a barred version undoes a rollback, and bars nothing.
         """
-        barred: set[str] = set()
+        barred: dict[str, Entry] = {}
         for change in self.changes():
-            if change.action == "rollback" and change.previous is not None:
-                barred.add(change.previous)
-            elif change.action == "promote" and not change.automatic and change.version:
-                barred.discard(change.version)
+            is_by_person = change.action == "rollback" or not change.automatic
+            if change.action == "moved" or change.version is None or not is_by_person:
+                continue
+            was_barred = barred.pop(change.version, None) is not None
+            if change.action == "rollback" and change.previous is not None and not was_barred:
+                barred[change.previous] = change
         return barred
 
     def recent_champions(self, promotions: int) -> list[str]:
@@ -274,7 +280,7 @@ class Ledger:
         last = [change for change in self.changes() if change.action == "promote"][-promotions:]
         # The champion before these promotions, then the promoted ones
         versions = [*(change.previous for change in last[:1]), *(change.version for change in last)]
-        usable = self.champion_versions() - self.barred_versions()
+        usable = self.champion_versions() - self.barred_versions().keys()
         return [version for version in versions if version in usable]
 
     def policy(self) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ are re-hashed before the champion changes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -23,7 +23,13 @@ from nested_core.errors import (
     describe_first_problem,
 )
 from nested_core.records.loss_conclusion import describe_smallest_visible
-from nested_core.records.verdict import ChampionLoss, Noise, Validation
+from nested_core.records.verdict import (
+    SCORE_ROUNDING,
+    ChampionLoss,
+    Noise,
+    Validation,
+    Verdict,
+)
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Ledger, Origin
@@ -220,7 +226,8 @@ class PromotionNotes:
     """What to tell a person about a promotion.
 
     losses: the losses of the new champion and of the one that it replaced.
-    warning: set if the new one has the higher loss on the same data.
+    warning: set if the new one has the higher loss on the same data, or answers that show no
+        learning.
     """
 
     losses: str | None = None
@@ -230,11 +237,11 @@ class PromotionNotes:
 def describe_promotion(
     registry: Path, name: str, done: Decision, candidate: Judgement | None = None
 ) -> PromotionNotes:
-    """Describe the losses of a newly promoted version and of the champion that it replaced.
+    """Describe a newly promoted version and the champion that it replaced.
 
-    The notes have a text, and a warning if the champion before had the lower loss. A version that
-    was judged without held-out data is described as such. Empty if the decision promoted nothing,
-    or a file is damaged.
+    The notes have a text on the losses, and a warning if the champion before had the lower loss, or
+    if the version's answers show no learning. Empty if the decision promoted nothing, or a file is
+    damaged.
 
     done: the decision. candidate: the verdict on the version; read from the registry if None.
     """
@@ -243,16 +250,30 @@ def describe_promotion(
     try:
         if candidate is None:
             candidate = read_candidate(registry, name, done.version, against=done.previous)
-        validation = candidate.verdict.validation
-        if validation is None or validation.loss_after is None:
-            return PromotionNotes(_describe_unmeasured(registry, name, done))
-        change = format_change(validation.loss_before, validation.loss_after)
-        text = f"{shorten_digest(done.version)}: loss on {validation.file} {change} by training"
-        if done.previous is None:
-            return PromotionNotes(f"{text}; there was no champion before it")
-        losses = compare_losses(registry, name, candidate, done.previous)
+        notes = _describe_losses(registry, name, done, candidate)
     except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
         return PromotionNotes()
+    if doubtful := candidate.verdict.doubtful_answers:
+        warning = f"its answers are not above the base's and those of one fixed answer: {doubtful}"
+        return replace(notes, warning="; ".join(filter(None, (warning, notes.warning))))
+    return notes
+
+
+def _describe_losses(
+    registry: Path, name: str, done: Decision, candidate: Judgement
+) -> PromotionNotes:
+    """Describe the losses of a newly promoted version and of the champion that it replaced.
+
+    A version that was judged without held-out data is described as such.
+    """
+    validation = candidate.verdict.validation
+    if validation is None or validation.loss_after is None:
+        return PromotionNotes(_describe_unmeasured(registry, name, done))
+    change = format_change(validation.loss_before, validation.loss_after)
+    text = f"{shorten_digest(done.version)}: loss on {validation.file} {change} by training"
+    if done.previous is None:
+        return PromotionNotes(f"{text}; there was no champion before it")
+    losses = compare_losses(registry, name, candidate, done.previous)
     previous = shorten_digest(done.previous)
     if losses is None:
         text += f"; {previous}, the champion before, was not measured on that data"
@@ -416,8 +437,35 @@ def _why_not_promoted(
                 f"held-out examples, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
+    if not rule.asks_person and (reason := _why_not_judged(candidate, champion)) is not None:
+        return reason
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
     return _why_losses_promote_nothing(section, candidate, champion, rule, noise)
+
+
+def _why_not_judged(candidate: Judgement, champion: str | None) -> str | None:
+    """Return what the verdict could not measure, though a bound rests on it; None if nothing.
+
+    champion: the version in use; None before the first promotion.
+    """
+    verdict = candidate.verdict
+    compared = (verdict.validation, verdict.champion)
+    if any(one is not None and one.left_out is None for one in compared):
+        return (
+            "what it or the champion was trained on is not known, so that rows they learnt may "
+            "judge them: a person decides"
+        )
+    increase = verdict.bound("max_ancestor_loss_increase")
+    if increase is None or champion is None:
+        return None
+    if not all(ancestor.is_unmeasured for ancestor in verdict.ancestors):
+        return None
+    reasons = dict.fromkeys(ancestor.not_compared for ancestor in verdict.ancestors)
+    why = "; ".join(filter(None, reasons)) or "there is no comparison with the champion"
+    return (
+        f"gate.max_ancestor_loss_increase is {increase:g}, and on no earlier version's examples "
+        f"could the losses be compared ({why}): a person decides"
+    )
 
 
 def _why_beyond_reference(
@@ -427,12 +475,19 @@ def _why_beyond_reference(
 
     The reference is a fixed version: compared with champions alone, many small losses in a row
     could add up. Returns None if the version is shown to be within the margin, is the reference
-    itself, or if the policy has none.
+    itself, if the policy has none, and before the first champion.
 
     ledger: the adapter's history.
     """
+    if policy.reference is None or ledger.champion is None:
+        return None
     version = policy.find_reference(ledger)
-    if version in (None, candidate.version):
+    if version is None:
+        return (
+            f"the reference is not there (policy reference: {policy.reference}): no champion of "
+            f"its promotions is left that was not rolled back"
+        )
+    if version == candidate.version:
         return None
     which = f"the reference {shorten_digest(version)} (policy reference: {policy.reference})"
     record = candidate.verdict.reference
@@ -482,8 +537,29 @@ def _why_losses_promote_nothing(
         needs_enough = section.require_validation and not rule.asks_person
         return _why_too_few_prompts(candidate, champion) if needs_enough else None
     if champion is None:
-        return _why_not_better_than_start(section, candidate, noise)
-    return _why_not_better(section, candidate, champion, noise)
+        reason = _why_not_better_than_start(section, candidate, noise)
+    else:
+        reason = _why_not_better(section, candidate, champion, noise)
+    return reason or _why_answers_promote_nothing(candidate.verdict)
+
+
+def _why_answers_promote_nothing(verdict: Verdict) -> str | None:
+    """Return why the answers to `gate.tasks` are not better; None if they are, or none are asked.
+
+    They have to be no worse than the champion's, and to show more than the base's and than one
+    constant answer.
+    """
+    if doubtful := verdict.doubtful_answers:
+        return f"its answers are not above the base's and those of one fixed answer: {doubtful}"
+    for task in verdict.tasks:
+        has_fallen = (task.champion_difference or 0.0) < -SCORE_ROUNDING
+        if has_fallen and task.conclusion not in ("better", "no_worse"):
+            right, of_champion = task.count(task.candidate), task.count(task.champion or 0.0)
+            return (
+                f"its answers may be worse than the champion's: {task.name}: {right} of "
+                f"{task.questions} right, the champion's {of_champion}"
+            )
+    return None
 
 
 def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.records.judged_run import JudgedRun, read_judged_run
 from nested_core.records.verdict_file import GATE_NAME
 from nested_core.registry.adapter_card import CARD_NAME, render_card
-from nested_core.registry.data_store import RunExamples, store_examples
+from nested_core.registry.data_store import RunExamples, bound_store, store_examples
 from nested_core.registry.folders import (
     check_name,
     create_name_folder,
@@ -106,9 +106,14 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
     """
     with writing_folder(create_name_folder(registry, name)) as locked:
         if new.examples is not None:
-            version, versions = new.run.version, locked.ledger.by_version
-            store_examples(locked.path, version, new.examples, versions, confirm=locked.confirm)
+            store_examples(locked.path, new.run.version, new.examples, confirm=locked.confirm)
         yield locked, _add_version(locked, new)
+        # After the decision: the version's examples stay before others' only if it is champion
+        max_bytes = None if new.examples is None else new.examples.max_bytes
+        if max_bytes is not None:
+            versions, champion = locked.ledger.by_version, locked.champion
+            with suppress(DamagedError):  # `audit` tells of it
+                bound_store(locked.path, max_bytes, versions, champion, confirm=locked.confirm)
 
 
 def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:

@@ -34,7 +34,8 @@ class Trial:
     conditions_digest: digest of everything that decided the outcome of the run.
     dataset_digest, settings_digest: digests of two parts of these conditions. They tell a person
         which part differs between two runs.
-    run: the run's folder.
+    run: the name of the run's folder.
+    adapter: the digest of its adapter.
     reason: what the gate found, in a sentence.
     """
 
@@ -43,6 +44,7 @@ class Trial:
     dataset_digest: str
     settings_digest: str
     run: str
+    adapter: str
     reason: str
 
 
@@ -79,10 +81,7 @@ def find_reason_to_skip(
             return None
         if line.version is None:  # the earlier run was rejected, and registered nothing
             return _describe_trial(line)
-        if line.version in ledger.barred_versions():  # a person went back from it
-            rollback = next(
-                change for change in reversed(ledger.changes()) if change.previous == line.version
-            )
+        if rollback := ledger.barred_versions().get(line.version):
             reason = f"rolled back on {_day(rollback)} by {describe_author(rollback.fields())}"
             return Skip(Outcome.SKIPPED_HOPELESS, reason, version=line.version)
         candidate = choose_candidate(folder, ledger, line.version, champion)

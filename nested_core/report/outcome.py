@@ -192,7 +192,7 @@ def describe_state(run: Run) -> str:
 def describe_end(run: Run) -> str:
     """Return the verdict of a run as a sentence; without a verdict, the step and last losses."""
     if run.verdict is not None:
-        return f"{run.verdict.summary()}."
+        return " ".join(filter(None, [f"{run.verdict.summary()}.", _describe_ends(run)]))
     if run.state == "never began":
         return f"Nothing was trained{'' if run.skip is None else f': {run.skip.describe()}'}."
     of_all = "" if run.steps is None else f" of {run.steps:,}"
@@ -200,6 +200,10 @@ def describe_end(run: Run) -> str:
     texts = [f", {name} loss {format_loss(last[1])}" for name, last in losses.items() if last]
     goes_on = "; --resume continues from its last checkpoint" if run.state == "resumable" else ""
     return f"At step {run.step:,}{of_all}{''.join(texts)}{goes_on}."
+
+
+def _describe_ends(run: Run) -> str | None:
+    return None if run.plan is None else run.plan.describe_ends(run.result)
 
 
 def measure_speed(run: Run) -> dict[str, float | None]:
@@ -228,6 +232,7 @@ def list_figures(run: Run) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
     losses = run.describe_last_losses()
     training = {
         "trained": run.describe_length(),
+        "how it ended": _describe_ends(run),
         "training loss, last report": losses.get("training loss"),
         "validation loss, last report": losses.get("validation loss"),
         **{name.replace("_", " "): value for name, value in measure_speed(run).items()},

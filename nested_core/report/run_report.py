@@ -24,7 +24,10 @@ from nested_core import seams
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import render_config
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.errors import DamagedError, join_first_values
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.lines.example_parsing import FieldNames, parse_line, strip_line
+from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.errors import DamagedError, join_first_values, shorten
 from nested_core.records.answers import (
     BROKEN_WORDS,
     AnswerRecord,
@@ -129,7 +132,7 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
     headline = describe_outcome(run)
     blocks: list[Block] = [Text(headline, is_headline=True), Text(describe_end(run))]
     if run.verdict is not None:
-        blocks = [*describe_verdict(run.verdict, headline), *_tabulate_generations(run)]
+        blocks = [*describe_verdict(run.verdict, headline)]
     if (reason := find_reason_kept(run)) is not None:
         blocks.insert(1, Text(f"The champion was kept: {reason}.", "note"))
     if error is not None and (run.verdict is None or run.verdict.has_passed):
@@ -139,14 +142,6 @@ def _describe_verdict(run: Run, error: str | None) -> Section:
     flags = () if run.result is None else run.result.red_flags[:MAX_SHOWN_FLAGS]
     blocks += [Text(f"Red flag while it trained: {flag}", "warn") for flag in flags]
     return Section("Verdict", blocks, "verdict")
-
-
-def _tabulate_generations(run: Run) -> Iterator[Block]:
-    """Yield rooms' tables that compare champion and candidate on earlier versions' examples."""
-    verdict, location = run.verdict, run.configured_registry
-    if verdict is None or verdict.rival is None or location is None:
-        return
-    yield from seams.collect("generation_tables", *location, verdict.rival, verdict)
 
 
 def _describe_training(run: Run) -> Iterator[Block]:
@@ -190,7 +185,7 @@ def _describe_curves(run: Run) -> Iterator[str]:
             f"there, and each step and its seconds of training are counted once."
         )
     if plan is not None:
-        yield from filter(None, (plan.describe_rank_counts(), plan.describe_ends()))
+        yield from filter(None, (plan.describe_rank_counts(), plan.describe_ends(run.result)))
     if run.verdict is not None and run.verdict.adapter_step is not None:
         yield f"The adapter of step {run.verdict.adapter_step:,} is the one that was evaluated."
     if plan is not None and plan.validation_file is not None:
@@ -285,7 +280,7 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
     rows = [
         (
             f"{losses.file}:{losses.lines[row]}",
-            texts.get(int(losses.lines[row]), "–")[:MAX_SHOWN_CHARACTERS],
+            texts.get(int(losses.lines[row]), "–"),
             *(finite_or_none(float(column[row])) for column in columns.values()),
             int(losses.tokens[row]),
         )
@@ -300,7 +295,9 @@ def _list_worst_examples(run: Run, losses: ExampleLosses) -> Iterator[Block]:
 
 
 def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str]:
-    """Read lines of a data file by their numbers; empty if it is gone, packed or too large.
+    """Read the last two turns, or the text, of examples by their lines in a data file.
+
+    Empty if the file is gone, packed or too large.
 
     file: a file of the run's data set, or the path that gate.held_out names in place of one.
     """
@@ -314,12 +311,24 @@ def _example_texts(run: Run, file: str, numbers: Sequence[int]) -> dict[int, str
         with open_regular(path, MAX_DATA_BYTES, follow_links=True) as (lines, _):
             for number, line in enumerate(lines, 1):
                 if number in numbers:
-                    texts[number] = line[:MAX_LINE_BYTES].decode(errors="replace").strip()
+                    texts[number] = _describe_example(line[:MAX_LINE_BYTES], run)
                 if number >= max(numbers):
                     break
     except (DamagedError, OSError):
         return {}
     return texts
+
+
+def _describe_example(line: bytes, run: Run) -> str:
+    """Return the last two turns of an example, or its text, shortened; a bad line as it is."""
+    try:
+        config = run.config
+        names = FieldNames() if config is None else DataSettings.from_config(config).field_names
+        example = parse_line(strip_line(line, is_first=False), names)
+    except LineProblem:
+        return shorten(line.decode(errors="replace"), MAX_SHOWN_CHARACTERS)
+    turns = [f"{turn['role']}: {turn.get('content')}" for turn in example.messages[-2:]]
+    return "\n".join(shorten(text, MAX_SHOWN_CHARACTERS) for text in turns or [example.text])
 
 
 def _map_changes(run: Run) -> Iterator[Block]:
@@ -466,16 +475,19 @@ def _answers_table(answers: Sequence[AnswerRecord], count: int) -> Table:
         by_role = by_line[line]
         asked = next(iter(by_role.values()))
         cells = [_answer_cell(by_role[role]) if role in by_role else None for role in roles]
-        rows.append((asked.question[:MAX_SHOWN_CHARACTERS], asked.expected, *cells))
+        rows.append(
+            (shorten(asked.question, MAX_SHOWN_CHARACTERS), cells[0], asked.expected, *cells[1:])
+        )
     caption = f"{len(rows)} of {len(lines)} questions, lost ones first; all: answers.jsonl"
-    return Table(caption, ("question", "expected", *roles), rows)
+    return Table(caption, ("question", roles[0], "expected", *roles[1:]), rows)
 
 
 def _answer_cell(answer: AnswerRecord) -> Cell:
     """Build the cell of an answer, marked right or wrong."""
     score = answer.score
     mark = "✓ right" if score >= 1 else "✗ wrong" if score <= 0 else f"{score:.2g}"
-    return Cell(shown_answer(answer.answer), "good" if score >= 1 else "bad", mark)
+    text = shorten(shown_answer(answer.answer), MAX_SHOWN_CHARACTERS)
+    return Cell(text, "good" if score >= 1 else "bad", mark)
 
 
 def _sample_answers_table(shown: Sequence[SampleAnswers]) -> Table:
@@ -497,9 +509,8 @@ def _sample_answers_table(shown: Sequence[SampleAnswers]) -> Table:
 
 def _sample_cell(answer: str, broken: BrokenHow | None) -> Cell:
     """Build the cell of a sample answer, marked if it is broken."""
-    if broken is None:
-        return Cell(shown_answer(answer))
-    return Cell(shown_answer(answer), "bad", f"✗ broken: {BROKEN_WORDS[broken]}")
+    text = shorten(shown_answer(answer), MAX_SHOWN_CHARACTERS)
+    return Cell(text) if broken is None else Cell(text, "bad", f"✗ broken: {BROKEN_WORDS[broken]}")
 
 
 def _list_findings(run: Run) -> Iterator[Block]:

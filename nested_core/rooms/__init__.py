@@ -12,19 +12,6 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingFlow:
-    """A flow of deployments that trains, or has others train.
-
-    parameters: the class of its parameters.
-    key: the key of its parameters under which the configuration of a fine-tune stands; None if
-        the parameters are that configuration.
-    """
-
-    parameters: str
-    key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class RoomLoss:
     """A value of `training.loss`: the rows that it is computed on, and how. It counts examples.
 
@@ -55,6 +42,7 @@ class Room:
         flows/rooms/ROOM/command.py adds them to its parser.
     public_names: what `nested_core` offers from Python, each under its own name.
     keys: keys of the configuration that ask for it where they are not at their default.
+    problems: a function of a configuration that gives what its keys cannot be given with.
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
     registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
@@ -64,8 +52,7 @@ class Room:
         NamedModel (nested_core/pipeline/named_models.py) there, None for a path of another format.
     adapter_format: a class of AdapterFormat (nested_core/models/adapter_formats.py), by which
         adapters of another program are read and written.
-    training_flows: by the entrypoint that deployments name. The class of parameters has
-        `deployment`, the deployment that trains, and `configurations()`, what that trains.
+    run_files: patterns of the files that it, or a service, writes in a run: their paths there.
     services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
         service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
         around training and around a whole run.
@@ -83,8 +70,6 @@ class Room:
     training_log: a function of the arguments of `train`, configuration and run directory, which
         gives the callback that prints lines in place of ours, or None.
     champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
-    generation_tables: what each version of an adapter kept of earlier nights: a function of
-        registry, name, champion and the verdict on a candidate, which gives Tables.
     live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
         RunDirectory, the event that ends it and the lock of the view.
     kernel_folder: a function that has MLX compile its kernels into a folder of this process.
@@ -133,12 +118,13 @@ class Room:
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     public_names: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    problems: str | None = None
     server_checks: str | None = None
     registry_checks: str | None = None
     watcher: str | None = None
     model_format: str | None = None
     adapter_format: str | None = None
-    training_flows: Mapping[str, TrainingFlow] = field(default_factory=dict)
+    run_files: tuple[str, ...] = ()
     services: str | None = None
     restart: str | None = None
     memory_forecast: str | None = None
@@ -152,7 +138,6 @@ class Room:
     loss_curve: str | None = None
     training_log: str | None = None
     champion_page: str | None = None
-    generation_tables: str | None = None
     live_view: str | None = None
     kernel_folder: str | None = None
     around_training: str | None = None
@@ -244,16 +229,18 @@ ROOMS: Mapping[str, Room] = {
         tokenizer_checks="nested_core.rooms.suspect_rows.tokenizer_checks:TokenizerChecks",
     ),
     "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
-    "services": Room(services="nested_core.rooms.services.reporting_services:Services"),
-    "sweep": Room(
-        commands=("sweep",),
-        training_flows={
-            "flows.rooms.sweep.flow.sweep": TrainingFlow(
-                "flows.rooms.sweep.flow:SweepParameters", "base"
-            )
-        },
+    "services": Room(
+        services="nested_core.rooms.services.reporting_services:Services",
+        run_files=(  # of wandb and swanlab; one that is missing here keeps a run from removal
+            r"wandb/(offline-)?run-\d{8}_\d{6}-[\w-]+/(run-[\w-]+\.wandb|logs/debug[\w-]*\.log"
+            r"|files/(config\.yaml|output\.log|requirements\.txt|wandb-(metadata|summary)\.json))",
+            r"swanlog/run-\d{8}_\d{6}-\w+/(backup\.swanlog|logs/console\.log"
+            r"|files/(config\.yaml|requirements\.txt|swanlog-metadata\.json))",
+        ),
     ),
+    "sweep": Room(commands=("sweep",)),
     "ranks": Room(
+        problems="nested_core.rooms.ranks.refused_keys:iterate_problems",
         count_processes="nested_core.rooms.ranks.mlx_launch:count_ranks",
         train_in_processes="nested_core.rooms.ranks.rank_group:train_in_ranks",
     ),
@@ -270,13 +257,15 @@ ROOMS: Mapping[str, Room] = {
         keys=("training.reference",),
         flags={"train": ("--log",)},
         training_log="flows.rooms.reference.command:find_log",
+        problems="nested_core.rooms.reference.refused_keys:iterate_problems",
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
     "minutes": Room(
         flags={command: ("--minutes",) for command in ("train", "run", "explain")},
+        problems="nested_core.rooms.minutes.refused_keys:iterate_problems",
         timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
-        run_measurement="nested_core.rooms.minutes.sizes:measure_run",
+        run_measurement="nested_core.rooms.minutes.measured_run:measure_run",
         blas_threads="nested_core.rooms.minutes.blas_threads:using_quicker_blas_threads",
     ),
     "replay": Room(
@@ -288,13 +277,13 @@ ROOMS: Mapping[str, Room] = {
         earlier_examples="nested_core.rooms.replay.replayed_run:ReplayOfRun",
         ancestor_digests="nested_core.rooms.replay.ancestor_examples:list_ancestor_digests",
         data_blocks="nested_core.rooms.replay.page:describe_replay",
-        generation_tables="nested_core.rooms.replay.generations:list_tables",
     ),
     "tables": Room(
         flags={
             "init": (
                 *("--split", "--suite", "--prompt-feature", "--completion-feature"),
                 *("--completion-features", "--template", "--system", "--system-file"),
+                *("--overwrite", "--champion"),
             )
         },
         readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},
@@ -305,21 +294,17 @@ ROOMS: Mapping[str, Room] = {
         keys=("gate.max_chosen_fall",),
         losses={
             name: RoomLoss(
-                unit=unit,
+                unit="nats/example",
                 max_kl=4.0,
-                rows=f"nested_core.rooms.preferences.answer_rows:{rows}",
+                rows="nested_core.rooms.preferences.answer_rows:PAIRS",
                 problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
                 make="nested_core.rooms.preferences.training_loss:make_loss",
                 compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
             )
-            for name, rows, unit in (
-                ("dpo", "PAIRS", "nats/example"),
-                ("orpo", "PAIRS", "nats/example"),
-                ("simpo", "PAIRS", "nats/example"),
-                ("kto", "LABELS", "KTO value/example"),
-            )
+            for name in ("dpo", "orpo", "simpo")
         },
         suggested_loss="nested_core.rooms.preferences.answer_rows:suggest_loss",
+        run_files=(r"rooms/preferences/reference-likelihoods\.json",),
         gate_checks="nested_core.rooms.preferences.gate_check:CHECKS",
         verdict_blocks={"preferences": "nested_core.rooms.preferences.verdict_block:SHOWN"},
         reasons={"preference_not_learnt": "ANSWERS"},

@@ -15,7 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nested_core.errors import ConfigError, DamagedError, naming_damaged_file
 from nested_core.storage.atomic import canonical_json, write_bytes, write_json
-from nested_core.storage.output_places import ADAPTER_PATH_KEY, require_free_place
+from nested_core.storage.output_places import (
+    ADAPTER_PATH_KEY,
+    find_recorded_path,
+    require_free_place,
+)
 from nested_core.storage.safetensors_files import (
     StoredTensor,
     read_tensors_and_bytes,
@@ -80,6 +84,11 @@ class Adapter:
             "num_layers": self.config.get("num_layers"),
             "base_fingerprint": self.config.get("base_fingerprint"),
         }
+
+    @property
+    def base_model(self) -> str:
+        """The base that the configuration names, found as `find_recorded_path` does."""
+        return find_recorded_path(str(self.config.get("model")), self.path)
 
     def to_mlx(self) -> dict[str, mx.array]:
         """Convert the tensors to MLX arrays, by name."""

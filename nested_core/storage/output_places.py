@@ -21,12 +21,14 @@ RUN_LOCK_NAME = "run.lock"
 RUN_DATASET_NAME = "dataset.json"
 RUN_TIERS_NAME = "tiers.json"
 RUN_REPORT_NAME = "report.html"
+TRAINING_EXAMPLES_NAME = "training-examples.json"  # of a run, and beside an exported adapter
 REGISTRY_LOCK_NAME = ".lock"
 NAME_FOLDER_FILES = (REGISTRY_LOCK_NAME, "history.jsonl", "champion.json", "champion")
 
-# What mlx_lm.lora leaves in its adapter_path; the last is a desktop's, in any folder looked at.
+# What mlx_lm.lora or a run leaves in adapter_path, and a desktop in any folder that it shows
 ADAPTER_FOLDER_FILES = re.compile(
-    r"(\d{7}_)?adapters\.safetensors|adapter_config\.json|\.tmp-.*|\.DS_Store"
+    r"(\d{7}_)?adapters\.safetensors|adapter_config\.json|training-examples\.json"
+    r"|\.tmp-.*|\.DS_Store"
 )
 RUNS_OWN_FOLDERS = ("initial", "checkpoints", "adapter")
 ADAPTER_PATH_KEY = "adapter_path"
@@ -235,7 +237,7 @@ def _is_same_folder(first: Path, second: Path) -> bool:
 
 
 def _is_adapter_file(path: Path) -> bool:
-    """Return whether a file is one that mlx_lm.lora leaves in its adapter_path."""
+    """Return whether a file is one that mlx_lm.lora or a run leaves in its adapter_path."""
     return file_type(path) == "file" and ADAPTER_FOLDER_FILES.fullmatch(path.name) is not None
 
 
@@ -248,3 +250,15 @@ def require_new_output(output: Path | None) -> Path | None:
     if target is not None and os.path.lexists(target):
         raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
     return target
+
+
+def find_recorded_path(recorded: str, beside: Path) -> str:
+    """Find a path that a run recorded relative to the folder that it was started in.
+
+    It is looked for from the working directory, then from each folder above `beside`, the run or
+    version that recorded it. Returns it unchanged if it is in none, as the name of a hub is.
+    """
+    if Path(recorded).exists():
+        return recorded
+    places = (folder / recorded for folder in beside.resolve().parents)
+    return next((str(place) for place in places if place.exists()), recorded)

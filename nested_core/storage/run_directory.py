@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
+from nested_core import seams
 from nested_core.errors import Advice, ConfigError, DamagedError, go_on_with
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.lock_file import (
@@ -30,21 +31,21 @@ from nested_core.storage.output_places import (
     RUN_LOCK_NAME,
     RUN_REPORT_NAME,
     RUN_TIERS_NAME,
+    TRAINING_EXAMPLES_NAME,
     require_free_place,
 )
 
 RUN_DIR_KEY = "--run-dir or run_dir"
 DEFAULT_RUNS_FOLDER = Path("runs")  # where runs are kept without --run-dir
 DEFAULT_REGISTRY = Path("registry")  # where a name is looked for without --registry
+TRIAL_MARK = "trial"
 LOCK_ATTEMPTS = 10
 LOCK_PAUSE_SECONDS = 0.02
 
-# Below the folders of a run: an adapter, a checkpoint, and what services of `report_to` keep.
+# In the folders of a run, besides what rooms write: an adapter and a checkpoint.
 FILES_IN_FOLDERS = re.compile(
-    r"(adapter|initial|checkpoints/step-\d{7})/(adapters\.safetensors|adapter_config\.json)"
+    r"(adapter|initial|checkpoints/step-\d{7,})/(adapters\.safetensors|adapter_config\.json)"
     r"|checkpoints/step-\d{7,}/(optimizer\.safetensors|state\.json|MANIFEST\.json)"
-    r"|(wandb|swanlog)/.*"
-    r"|rooms/[a-z]+/[^/]+"
 )
 
 # The locks that this process works under, by run directory. A lock belongs to a process: whichever
@@ -86,7 +87,7 @@ class RunDirectory:
         self.canary = path / CANARY_NAME  # what a server has to compute with the adapter
         self.gate = path / "gate.json"  # the verdict
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
-        self.training_examples = path / "training-examples.bin"  # digests, uint64, ascending
+        self.training_examples = path / TRAINING_EXAMPLES_NAME  # of it and its ancestors
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
         self.report = path / RUN_REPORT_NAME  # the page to look at, made of all of these
 
@@ -101,16 +102,26 @@ class RunDirectory:
     def measured(self) -> tuple[Path, ...]:
         """The files beside gate.json that a verdict writes; outdated when training continues."""
         answers = (self.answers, self.sample_answers, self.canary)
-        return (self.gate_losses, self.training_examples, *answers)
+        return (self.gate_losses, *answers)
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether steps are tried here for the time that they take, and are thrown away."""
+        return (self.path / TRIAL_MARK).exists()
+
+    def mark_as_trial(self) -> None:
+        """Have every process that trains here leave out what only a run that is kept needs."""
+        (self.path / TRIAL_MARK).touch()
 
     def room_folder(self, room: str) -> Path:
         """Return the folder in the run for the files of a room."""
         return self.path / "rooms" / room
 
     def is_own_file(self, name: str) -> bool:
-        """Return whether a run writes a file of this name (its path in the directory)."""
+        """Return whether a run or a room of it writes a file of this name (its path in the run)."""
         files = {path.name for path in vars(self).values()} - {self.path.name}
-        return name in files or FILES_IN_FOLDERS.fullmatch(name) is not None
+        is_in_folder = FILES_IN_FOLDERS.fullmatch(name) is not None
+        return name in files or is_in_folder or seams.is_file_of_room(name)
 
     def is_nonempty(self) -> bool:
         """Return whether the directory exists and has any content."""

@@ -20,21 +20,21 @@ class StepLosses(BaseModel):
     """The losses of one evaluation, at a step whose adapter the run could offer.
 
     step: the optimizer step before the evaluation.
-    lines: the line of each example in the validation file.
+    contents: the digest of each example's content.
     losses: the mean loss of each example in nats/token; null if not finite. Both lists are None if
         the losses of single examples are not known.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
     step: int
-    lines: list[int] | None
+    contents: list[int] | None
     losses: list[float | None] | None
 
     @model_validator(mode="after")
-    def _require_a_loss_for_each_line(self) -> StepLosses:
-        """Check that there are as many losses as lines."""
-        if len(self.lines or ()) != len(self.losses or ()):
-            raise ValueError("as many losses as lines are expected")
+    def _require_a_loss_for_each_example(self) -> StepLosses:
+        """Check that there are as many losses as digests."""
+        if len(self.contents or ()) != len(self.losses or ()):
+            raise ValueError("as many losses as digests are expected")
         return self
 
 

@@ -22,6 +22,7 @@ MAX_PARAGRAPH, MAX_CELL = 2_000, 400  # characters of a page; a longer text is c
 MIN_WRAPPED = 60  # characters of a cell that gets a width of its own
 MAX_HEAT_OPACITY = 0.55  # share of the colour behind the largest value: text on it stays legible
 MAX_NUMBER_ROWS = 200  # of the table of a curve's numbers
+CONTINUED = "…"  # begins a row of Markdown that continues the one above it
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Cell:
 class Table:
     """A table whose first column names its rows; a cell is a value or a `Cell`.
 
-    max_width: the most characters of a cell in Markdown; a longer text continues in further rows.
+    max_width: the most characters of a cell in Markdown; a longer text continues in further rows,
+        which begin with CONTINUED.
     """
 
     caption: str
@@ -166,7 +168,7 @@ def _html_fact(name: str, value: object) -> h.Html:
 
 def _html_table(table: Table) -> h.Html:
     """Render a table, leaving out end tags that HTML allows to omit."""
-    head = "".join(f"<th scope=col>{h.escaped_html(column)}" for column in table.columns)
+    heads = (f"<th scope=col>{h.escaped_html(name)}" if name else "<td>" for name in table.columns)
     lines = []
     for first, *others in table.rows:
         cells = "".join(map(_html_cell, others))
@@ -176,7 +178,7 @@ def _html_table(table: Table) -> h.Html:
         getattr(cell, "heat", None) is not None for row in table.rows[:1] for cell in row
     )
     start = '<table class="heat">' if has_heat else "<table>"
-    body = h.Html(f"{start}{caption}<thead><tr>{head}<tbody>{''.join(lines)}</table>")
+    body = h.Html(f"{start}{caption}<thead><tr>{''.join(heads)}<tbody>{''.join(lines)}</table>")
     return h.scrolling(table.caption, body)
 
 
@@ -290,6 +292,7 @@ def _markdown_table(table: Table) -> Iterator[str]:
     yield "|" + "---|" * len(table.columns)
     for row in table.rows:
         lines = [_wrap(cell, table.max_width) for cell in row]
+        lines[0] += [CONTINUED] * (max(map(len, lines)) - len(lines[0]))
         yield from map(_markdown_row, zip_longest(*lines, fillvalue=""))
     yield ""
 

@@ -61,7 +61,7 @@ font-size:.9em}
 @media(max-width:480px){body.nested-tune{padding:12px;font-size:14px}
 .nested-tune table{font-size:.75rem}
 .nested-tune .scroll th,.nested-tune .scroll td{padding-right:.3rem}
-.nested-tune .text{max-width:17rem}
+.nested-tune .text{min-width:5.5rem;max-width:17rem}
 .nested-tune .verdict{font-size:1.1rem}
 .nested-tune .scroll .heat thead th{writing-mode:vertical-rl;text-align:right}}
 @media print{.nested-tune .scroll{overflow:visible}}

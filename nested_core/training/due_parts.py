@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +38,10 @@ from nested_core.storage.validation_losses import (
     append_step_losses,
     truncate_step_losses,
 )
-from nested_core.training.early_stopping import count_evaluations_without_improvement
+from nested_core.training.early_stopping import (
+    count_evaluations_without_improvement,
+    is_out_of_patience,
+)
 from nested_core.training.evaluation import Evaluation, EvaluationInterrupted, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.train_step import StepResult
@@ -317,24 +321,39 @@ class Validation:
         values = read_parameters(self.setup.parameters)
         evaluation = self._evaluator.evaluate(values, batches)
         val_loss = evaluation.mean_loss
-        asked = self._ask_questions(state, values)
         is_candidate = all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats())
-        name = self.setup.config.training.select_by
-        wrong = 0.0
-        if name != "loss":
-            wrong = 1.0 - asked["tasks"][name]["right"]
-        state.record_evaluation(val_loss, is_candidate=is_candidate, wrong=wrong)
+        training = self.setup.config.training
+
+        def record(state: TrainingState, wrong: float) -> None:
+            """Record the evaluation in a state, for the choice of the step and for patience."""
+            state.record_evaluation(val_loss, is_candidate=is_candidate, wrong=wrong)
+            count_evaluations_without_improvement(
+                state,
+                val_loss,
+                min_delta=training.min_delta,
+                flushes=self.setup.optimizer.accumulates,
+            )
+
+        # In a copy, since a stop may interrupt the questions; if answers select, all are asked.
+        after = replace(state)
+        record(after, wrong=0.0)
+        is_last = state.iteration >= self.setup.step_schedule.iterations or is_out_of_patience(
+            after, training.early_stop_patience
+        )
+        asked = self._ask_questions(state, values, is_last=is_last)
+        name = training.select_by
+        record(state, wrong=0.0 if name == "loss" else 1.0 - asked["tasks"][name]["right"])
         if is_candidate and self.setup.step_schedule.offers_best and self.setup.world.is_main:
             self._keep_example_losses(state, evaluation)
-        min_delta = self.setup.config.training.min_delta
-        count_evaluations_without_improvement(state, val_loss, min_delta=min_delta)
         seconds = time.perf_counter() - started
         if self.setup.callback is not None:
             info = {"iteration": iteration, "val_loss": val_loss, "val_time": seconds}
             self.setup.callback.on_val_loss_report(info)
         return {"val_loss": val_loss} | asked
 
-    def _ask_questions(self, state: TrainingState, values: Flat) -> dict[str, Any]:
+    def _ask_questions(
+        self, state: TrainingState, values: Flat, *, is_last: bool
+    ) -> dict[str, Any]:
         """Ask the questions of `training.evaluate_tasks` in the main process; empty if not due.
 
         Answering is slow, so the questions are not asked at every evaluation, but at least
@@ -342,7 +361,8 @@ class Validation:
         time takes longer than SLOW_SECONDS, only a share of the questions is asked from then on.
         If right answers select the step, all are asked each time.
 
-        values: the parameter values to answer with. Returns fields for metrics.jsonl.
+        values: the parameter values to answer with. is_last: whether training ends with this
+        evaluation. Returns fields for metrics.jsonl.
         """
         questions, world, schedule = (
             self.setup.questions,
@@ -357,7 +377,6 @@ class Validation:
         answers_select = self.setup.config.training.select_by != "loss"
         if answers_select:
             min_steps = 0  # every evaluation needs answers to be compared
-        is_last = state.iteration >= schedule.iterations
         if 0 < state.step < state.asked_step + min_steps and not is_last:
             return {}
 
@@ -383,14 +402,14 @@ class Validation:
         Without per-example losses only the step is recorded, which the gate counts.
         """
         self.setup.run.require_lock()
-        losses = StepLosses(step=state.step, lines=None, losses=None)
+        losses = StepLosses(step=state.step, contents=None, losses=None)
         if evaluation.row_sums is not None and self._targets is not None:
-            lines, tokens = self._targets
+            contents, tokens = self._targets
             is_counted = tokens > 0
             means = evaluation.row_sums[: len(tokens)][is_counted] / tokens[is_counted]
             losses = StepLosses(
                 step=state.step,
-                lines=lines[is_counted].tolist(),
+                contents=contents[is_counted].tolist(),
                 losses=finite_or_none(means.tolist()),
             )
         append_step_losses(self.setup.run.validation_losses, losses)

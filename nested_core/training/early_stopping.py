@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 from nested_core.training.training_state import TrainingState
 
 
 def count_evaluations_without_improvement(
-    state: TrainingState, val_loss: float, *, min_delta: float
+    state: TrainingState, val_loss: float, *, min_delta: float, flushes: bool = False
 ) -> None:
-    """Update the state's count after an evaluation.
+    """Update the state's count after an evaluation that the state has recorded.
 
-    A loss below the lowest so far by more than `min_delta` resets the count. A loss that is not
-    finite is no improvement.
+    Counted are only evaluations at which training could end with an adapter to offer: those of
+    candidates, and after step 0 all if the end applies what slow tiers have accumulated
+    (`flushes`). A better one resets the count, by what selects the step (`improves_on`).
     """
-    lowest = math.inf if state.lowest_val_loss is None else state.lowest_val_loss
-    if val_loss < lowest - min_delta:
+    if not (state.is_candidate or (flushes and state.step > 0)):
+        return
+    if state.improves_on(state.lowest_wrong, state.lowest_val_loss, min_delta=min_delta):
         state.lowest_val_loss = val_loss
+        state.lowest_wrong = state.wrong
         state.evaluations_without_improvement = 0
     else:
         state.evaluations_without_improvement += 1

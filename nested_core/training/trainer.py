@@ -15,6 +15,7 @@ import mlx.core as mx
 from nested_core import seams
 from nested_core.config.schema import Due
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped, go_on_with
+from nested_core.kernels.device_operations import device_operations
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import read_parameters
 from nested_core.optim.gradients import Flat
@@ -50,6 +51,7 @@ class Trainer:
     """Trains the adapter that is attached to a model, in a run directory.
 
     Attributes:
+        packs_adapters: whether an adapter's tensors are packed by tier; a subclass may say no.
         state: the progress so far.
         memory: the forecast of peak memory, and the layers that are recomputed to save memory.
         on_step: called after each step with the step and the steps of the whole run.
@@ -63,6 +65,7 @@ class Trainer:
     reporter_class: type[Reporter] = Reporter
     validation_class: type[Validation] = Validation
     saver_class: type[Saver] = Saver
+    packs_adapters = True
 
     def __init__(self, setup: TrainingSetup) -> None:
         """Create the parts of the training loop; nothing is read or trained yet.
@@ -84,6 +87,7 @@ class Trainer:
 
         # Callbacks and requests
         self.on_step: Callable[[int, int], None] | None = None  # (step, steps), after each step
+        self.after_step: Callable[[Trainer], None] | None = None  # may call stop_training
         self.on_near_end: Callable[[], None] | None = None  # once, shortly before the last step
         self.stop_after_step: int | None = None
         self.stop_requested = False  # set from outside, such as by a signal
@@ -154,15 +158,16 @@ class Trainer:
     def _restore_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Load adapter, optimizer and training state from a checkpoint.
 
-        A run that had ended goes on if more iterations are configured now.
+        A run that ended after all its iterations goes on if more are configured now.
         """
         apply_flat_updates_to_nested(self.model, checkpoint.parameters())
         self.optimizer.state = checkpoint.optimizer_state()
         self.optimizer.init(self.model.trainable_parameters())
         self.state = TrainingState.from_json(checkpoint.state)
-        is_over = self._is_over()
-        self.state.ended = self.state.ended and is_over
-        self.state.flushed = self.state.flushed and is_over
+        if self.state.ended == "iterations":
+            self.state.ended = None
+            self.state.ended = self._find_end()
+            self.state.flushed = self.state.flushed and self._is_over()
 
     def train(self) -> TrainingState:
         """Train to the end of the run and return the final state.
@@ -170,7 +175,8 @@ class Trainer:
         Raises TrainingStopped if a stop is requested before the end, TrainingDiverged after
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
-        self.setup.loss_fn.begin()
+        if not self.setup.run.is_trial:  # its steps are thrown away: they only tell the time
+            self.setup.loss_fn.begin()
         try:
             self.world.allow_longer()  # the first step compiles: that is no hanging process
             with self.using_training_layers():
@@ -179,12 +185,13 @@ class Trainer:
                 )
                 self._begin()
                 self._train_steps()
-                if not self.state.ended:
+                if self.state.ended is None:
+                    self.state.ended = self._find_end()  # a flush changes what it follows from
                     self._apply_remaining_gradients()
-                    self.state.ended = True  # before the last checkpoint, which records it
+                    self.state.observed = False
+                if not self.state.observed:
                     self._observe(Due())
         except EvaluationInterrupted:  # by a stop request: a resumed run evaluates again
-            self.state.ended = False
             self._save_and_raise_stopped()
         finally:
             self.world.end_watch()
@@ -207,9 +214,12 @@ class Trainer:
         """
         self.model.train()
         recomputed = self.memory.layers_to_recompute(self.model)
-        is_reference = self.config.training.reference is not None
-        with using_optimized_layers(self.model, recomputed, as_mlx_lm=is_reference):
+        with using_optimized_layers(self.model, recomputed):
             yield
+
+    def describe_layers(self) -> str:
+        """Say in one line which of the model's layers are ours, and why others are not."""
+        return device_operations().describe_layers(self.model)
 
     def _train_steps(self) -> None:
         """Take the run's remaining steps, each with what is due before and after it.
@@ -233,6 +243,8 @@ class Trainer:
             result = self._take_step(train_step, first, last)
             if self.on_step is not None:
                 self.on_step(self.state.step, self.steps)
+            if self.after_step is not None:
+                self.after_step(self)
             near_end.after_step(self.state.step)
             # All ranks must act on a request after the same step: the requests were summed in it.
             must_stop, must_save = self.world.requests_after_step(
@@ -250,15 +262,13 @@ class Trainer:
 
     def make_train_step(self) -> TrainStep:
         """Create the TrainStep, which starts from the model's current parameters."""
-        # A packed lora_a is stored transposed: BLAS may round its products unlike mlx_lm's.
-        is_packed = self.config.fine_tune_type != "full" and self.config.training.reference is None
         return TrainStep(
             model=self.model,
             parameters=self.setup.parameters,
             optimizer=self.optimizer,
             tiers=self.setup.tiers,
             loss_fn=self.setup.loss_fn,
-            pack_by_tier=is_packed,
+            pack_by_tier=self.packs_adapters and self.config.fine_tune_type != "full",
             uses_dropout=self.config.lora_parameters.dropout > 0,
             world=self.world,
         )
@@ -337,11 +347,18 @@ class Trainer:
             if self._saver.after_step(self.state, is_due=due.save, is_time=must_save):
                 self.world.allow_longer()
 
-    def _is_over(self) -> bool:
-        """Whether all iterations are done or early stopping has run out of patience."""
-        has_all_iterations = self.state.iteration >= self.step_schedule.iterations
+    def _find_end(self) -> str | None:
+        """Return why training is over: `iterations` or `patience`; None while it is not."""
+        if self.state.ended is not None:
+            return self.state.ended
+        if self.state.iteration >= self.step_schedule.iterations:
+            return "iterations"
         patience = self.config.training.early_stop_patience
-        return has_all_iterations or is_out_of_patience(self.state, patience)
+        return "patience" if is_out_of_patience(self.state, patience) else None
+
+    def _is_over(self) -> bool:
+        """Whether training is over."""
+        return self._find_end() is not None
 
     def _apply_remaining_gradients(self) -> None:
         """Apply gradients that slow tiers have accumulated since they were last due (a flush)."""

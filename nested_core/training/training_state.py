@@ -30,11 +30,13 @@ class TrainingState:
             the random state of a step follows from the seed and the step.
         flushed: whether accumulated gradients were applied at the end of training; `flush_steps`
             has the steps of all such flushes.
-        ended: whether training is over, so that only a larger `iters` can continue it.
-        best_wrong: the share of wrong answers at the best step, to the suite that selects the step;
-            0 if the loss selects it.
-        best_before, best_val_loss_before, best_wrong_before: the best step without this step's
-            evaluation, which a flush of accumulated gradients makes invalid.
+        ended: why training is over, `iterations` or `patience`; None while it is not. More
+            iterations continue only a run that ended after all of them.
+        wrong, is_candidate: the share of wrong answers at the last evaluation, to the suite that
+            selects the step (0 if the loss does), and whether the run may offer its step.
+        lowest_val_loss, lowest_wrong: what the next evaluation has to improve on for patience.
+        before_evaluation: the values of BEST_KEYS before the last evaluation, which a flush of
+            accumulated gradients makes invalid.
         question_share: the share of the questions to ask from now on.
         asked_step: the step at which questions were last asked.
     """
@@ -51,22 +53,23 @@ class TrainingState:
     # The end
     flushed: bool = False
     flush_steps: list[int] = field(default_factory=list)
-    ended: bool = False
+    ended: str | None = None
 
     # Losses
     train_loss: float | None = None
     val_loss: float | None = None
+    wrong: float = 0.0
+    is_candidate: bool = False
     evaluated_step: int | None = None
     best_step: int | None = None
     best_val_loss: float | None = None
     best_wrong: float = 0.0
-    best_before: int | None = None
-    best_val_loss_before: float | None = None
-    best_wrong_before: float = 0.0
+    lowest_val_loss: float | None = None
+    lowest_wrong: float = 0.0
+    evaluations_without_improvement: int = 0
+    before_evaluation: dict[str, Any] = field(default_factory=dict)
     question_share: float = 1.0
     asked_step: int = 0
-    lowest_val_loss: float | None = None
-    evaluations_without_improvement: int = 0
 
     # Checks
     verified_steps: list[int] = field(default_factory=list)
@@ -85,14 +88,12 @@ class TrainingState:
     def record_gradient_flush(self) -> None:
         """Record a flush at this step, which makes an evaluation of this step invalid.
 
-        If this step was the best, the best step before it is restored.
+        The best step and the count of patience are again what they were before it.
         """
         self.flushed = True
         self.flush_steps.append(self.step)
-        if self.best_step == self.step:
-            self.best_step = self.best_before
-            self.best_val_loss = self.best_val_loss_before
-            self.best_wrong = self.best_wrong_before
+        if self.evaluated_step == self.step:
+            vars(self).update(self.before_evaluation)
 
     def steps_to_keep(self, *, may_flush: bool) -> list[int]:
         """Return the steps whose checkpoints may still be offered.
@@ -101,30 +102,46 @@ class TrainingState:
         """
         steps = [self.best_step]
         if may_flush and self.best_step == self.step:
-            steps.append(self.best_before)
+            steps.append(self.before_evaluation["best_step"])
         return [step for step in steps if step is not None]
 
     def record_evaluation(self, val_loss: float, *, is_candidate: bool, wrong: float = 0.0) -> bool:
         """Record a validation loss; return whether it is the best among the candidates.
 
-        `wrong` is the share of wrong answers to the suite that selects the step. It is compared
-        first, and the loss only breaks ties. A loss that is not finite is never the best.
+        `wrong` is the share of wrong answers to the suite that selects the step.
         """
+        self.before_evaluation = {name: getattr(self, name) for name in BEST_KEYS}
         self.val_loss = val_loss
+        self.wrong = wrong
+        self.is_candidate = is_candidate
         self.evaluated_step = self.step
-        best = math.inf if self.best_val_loss is None else self.best_val_loss
-        best_so_far = (math.inf if self.best_val_loss is None else self.best_wrong, best)
-        is_best = is_candidate and math.isfinite(val_loss) and (wrong, val_loss) < best_so_far
+        is_best = is_candidate and self.improves_on(self.best_wrong, self.best_val_loss)
         if is_best:
-            self.best_before = self.best_step
-            self.best_val_loss_before = self.best_val_loss
-            self.best_wrong_before = self.best_wrong
             self.best_step = self.step
             self.best_val_loss = val_loss
             self.best_wrong = wrong
         return is_best
 
+    def improves_on(self, wrong: float, val_loss: float | None, *, min_delta: float = 0.0) -> bool:
+        """Whether the last evaluation is better than one with these values.
 
+        Wrong answers are compared first, and the loss only breaks ties: it has to be lower by more
+        than `min_delta`. A loss that is not finite is no improvement; any other one is, on None.
+        """
+        loss = math.nan if self.val_loss is None else self.val_loss
+        if val_loss is None or not math.isfinite(loss):
+            return math.isfinite(loss)
+        return self.wrong < wrong or (self.wrong == wrong and loss < val_loss - min_delta)
+
+
+BEST_KEYS = (
+    "best_step",
+    "best_val_loss",
+    "best_wrong",
+    "lowest_val_loss",
+    "lowest_wrong",
+    "evaluations_without_improvement",
+)
 EVIDENCE_KEYS = {"wanted_iterations", "found", "tiers", "logits"}
 
 

@@ -113,17 +113,6 @@ def test_what_the_rows_say_that_nested_tune_misses_is_explained_and_nothing_else
     assert {name for name, row in rows.items() if row["noticed"] == "never"} == set(read_misses())
 
 
-def test_the_readme_has_the_counts_of_the_rows() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8").replace("\n", " ")
-    for tool, rows in read_all_rows().items():
-        counted = count(rows).partition(",")[0]
-        if tool == "nested-tune":
-            assert f"it notices {counted.partition(' ')[0]}. " in readme
-        elif counted != "not run":
-            shown = {"peft": "PEFT's Trainer", "mlx_lm.lora": "`mlx_lm.lora`"}.get(tool, tool)
-            assert re.search(rf"{re.escape(shown)} (notices )?{counted}[,.]", readme), tool
-
-
 def test_each_tool_has_a_row_for_each_failure_and_all_are_of_one_version() -> None:
     for tool, rows in read_all_rows().items():
         assert list(rows) == list(FAILURES), tool

@@ -17,6 +17,7 @@ def losses_of(differences: Any, before: float = 1.0, **columns: Any) -> ExampleL
     after = before + np.asarray(differences, np.float64)
     lines, tokens = np.arange(1, len(after) + 1), np.full(len(after), 10.0)
     losses_before = np.full(len(after), before)
+    columns.setdefault("contents", lines.astype(np.uint64))
     return ExampleLosses("valid.jsonl", lines, tokens, losses_before, after, **columns)
 
 

@@ -1,23 +1,32 @@
-"""A cancel of which no worker hears: the run asks by itself, and keeps what it has done."""
+"""A cancel or suspension of which no worker hears: the run asks, and keeps what it has done."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
-from prefect.states import Cancelled, Cancelling, State
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow
+from prefect.states import Cancelled, Cancelling, State, Suspended
 
 from flows.finetune import FinetuneParameters, finetune
+from flows.flow_runs.nights import describe_other_night
+from nested_core.records.plan import read_plan
+from nested_core.records.result import read_result
 from nested_core.storage.checkpoint import latest_checkpoint
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory, find_run_of
 from tests.example import example_settings
 from tests.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 STEPS = 1000
@@ -71,6 +80,64 @@ def test_a_training_that_is_cancelled_on_the_server_alone_ends_with_a_checkpoint
     assert checkpoint is not None
     assert checkpoint.step < STEPS
     assert not run.result.exists()
+
+
+@pytest.mark.slow("trains a run, twice")
+def test_a_suspended_training_ends_with_a_checkpoint_and_goes_on_once_it_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", os.pathsep.join((str(tmp_path), str(ROOT))))
+    monkeypatch.setenv("NESTED_TUNE_REGISTRIES", "registry")
+    monkeypatch.setattr("flows.flow_runs.cancel_watch.SECONDS_BETWEEN_LOOKS", 0.2)
+    settings = example_settings(
+        iters=600,
+        save_every=2,
+        steps_per_eval=600,
+        registry={"path": "registry", "name": new_name, "promote": "never"},
+    )
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(
+            client.create_flow(finetune),
+            name=new_name,
+            parameters={"config": settings},
+            enforce_parameter_schema=False,
+        )
+        flow_run = client.create_flow_run_from_deployment(deployment)
+
+        def run_as_a_worker_does() -> Any:
+            begun = client.read_flow_run(flow_run.id)
+            given = begun.parameters
+            return run_flow(finetune, flow_run=begun, parameters=given, return_type="state")
+
+        def has_checkpoint() -> bool:
+            run = find_run_of(flow_run.id)
+            return run is not None and latest_checkpoint(run.checkpoints) is not None
+
+        suspending: tuple[Any, ...] = (has_checkpoint, new_name, Suspended())
+        person = threading.Thread(target=copy_context().run, args=(cancel_once, *suspending))
+        person.start()
+        with pytest.raises(Pause):
+            run_as_a_worker_does()
+        person.join()
+        run = find_run_of(flow_run.id)
+        assert run is not None
+        suspended_at = latest_checkpoint(run.checkpoints)
+        assert suspended_at is not None
+        assert suspended_at.step < 600
+        suspended = client.read_flow_run(flow_run.id)
+        assert suspended.state_name == "Suspended"
+        night = client.create_flow_run_from_deployment(deployment)
+        night = night.model_copy(update={"start_time": datetime.now(UTC)})
+        assert f"suspended, flow run {suspended.name!r}" in str(
+            describe_other_night(night, [suspended])
+        )
+        client.resume_flow_run(flow_run.id)
+        assert run_as_a_worker_does().is_completed()
+    plan = read_plan(run.plan)
+    assert plan is not None
+    assert plan.resumed_at == (suspended_at.step,)
+    assert read_result(run.result).step == 600
 
 
 @pytest.mark.slow("another flow run")

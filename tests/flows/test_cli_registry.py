@@ -13,12 +13,9 @@ import pytest
 from nested_core.pipeline import steps
 from nested_core.seams import is_there
 from nested_core.storage.adapter import read_adapter
-from nested_core.storage.manifest import describe_file
 from nested_core.text.loss_format import format_loss
 from tests.example import train_example, train_until_answers_are_broken
 from tests.flows.conftest import CommandRun, Ended, called
-from tests.gate_files import judged_files, read_gate, write_gate
-from tests.left_out import needs_rooms
 
 NAME = "capitals"
 Registry = Callable[..., Ended]
@@ -173,17 +170,3 @@ def test_a_person_who_promotes_broken_answers_is_warned(tmp_path: Path) -> None:
     told = " ".join(promoted.stderr.split())
     assert "warning: training broke the answers of this adapter: look at" in told
     assert "To go back: `nested-tune rollback x --registry registry" in told
-
-
-@needs_rooms("chat")
-def test_what_is_next_tells_of_the_system_text_that_the_rows_have(command_run, tmp_path) -> None:
-    run = shutil.copytree(command_run.run_dir, tmp_path / "run")
-    record = json.loads((run / "dataset.json").read_bytes())
-    record["splits"]["train"]["roles"] = {"system": 40, "user": 40, "assistant": 40}
-    judged = judged_files(run)
-    (run / "dataset.json").write_text(json.dumps(record))
-    judged |= {"dataset.json": describe_file(run / "dataset.json")}
-    write_gate(run, read_gate(run / "gate.json"), judged)
-    done = called("promote", "run", "--name", NAME, cwd=tmp_path)
-    said = "with --system and the system text of your rows"
-    assert f"next: `nested-tune chat registry/{NAME}`, {said}\n" in done.stderr

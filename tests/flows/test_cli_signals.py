@@ -1,20 +1,23 @@
-"""SIGINT: the first ends a run with a checkpoint, the second at once, outside of training too."""
+"""SIGINT and SIGTERM: a run ends with a checkpoint, a second SIGINT ends it at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
+from flows import cli
 from flows.process.stop_signals import STOPPING
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from tests.example import write_config
-from tests.flows.conftest import completed, ended, start
+from tests.flows.conftest import PROGRAM, completed, ended, start
 from tests.waiting import wait_until
 
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run")
@@ -74,3 +77,26 @@ def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(tm
     resumed = completed(*TRAIN, "--resume", cwd=tmp_path)
     assert resumed.code in (0, 4), resumed.stderr
     assert (tmp_path / "run" / "gate.json").exists()
+
+
+def test_an_interrupt_while_the_program_imports_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    """A module that it imports first presses Ctrl-C."""
+    (tmp_path / "difflib.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = subprocess.run([PROGRAM, "runs"], env=environment, capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (-signal.SIGINT, "")
+
+
+def test_sigterm_leaves_a_command_by_an_exception_so_that_its_temporary_files_go(
+    tmp_path: Path,
+) -> None:
+    def work() -> None:
+        with cli._hearing_signals(is_program=True), TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(SystemExit) as ended_by:
+        work()
+    assert ended_by.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -20,11 +20,13 @@ NOW = datetime(2026, 11, 22, 2, 0, tzinfo=UTC)
 AT_WORK = "another run of this adapter is active"
 
 
-def night(state: State[Any], hours: float, *, by_schedule: bool = True) -> FlowRun:
-    """A run that was due some hours after the night that is asked about."""
+def night(state: State[Any], hours: float, *, late: float = 0, by_schedule: bool = True) -> FlowRun:
+    """A run that was due some hours after the night that is asked about, and began `late` hours."""
     due = NOW + timedelta(hours=hours)
     values = {"id": uuid4(), "flow_id": uuid4(), "state": state, "state_type": state.type}
     values |= {"expected_start_time": due, "auto_scheduled": by_schedule}
+    if state.type == Running().type:
+        values["start_time"] = due + timedelta(hours=late)
     return FlowRun.model_validate(values)
 
 
@@ -39,7 +41,7 @@ def night(state: State[Any], hours: float, *, by_schedule: bool = True) -> FlowR
         (night(Scheduled(), -24), None),
     ],
 )
-def test_of_two_nights_at_work_the_one_that_was_due_first_trains(other, expected) -> None:
+def test_of_two_nights_at_work_the_one_that_began_first_trains(other, expected) -> None:
     own = night(Running(), 0)
     said = describe_other_night(own, [own, other])
     assert (said is None) if expected is None else str(said).startswith(expected)
@@ -52,10 +54,10 @@ def test_of_two_nights_due_at_once_one_trains() -> None:
     assert sum(each is None for each in said) == 1
 
 
-def test_of_two_late_nights_that_begin_together_one_trains_whoever_looks_first() -> None:
-    first, second = night(Running(), -26), night(Pending(), -2)
-    begun = second.model_copy(update={"state_type": Running().type})
-    said = [describe_other_night(first, [first, second]), describe_other_night(begun, [first])]
+@pytest.mark.parametrize("due", [-26, -2])
+def test_of_two_late_nights_the_one_that_begins_second_gives_way_whichever_was_due_first(due):
+    first, second = night(Running(), due, late=-due), night(Running(), -14, late=14.01)
+    said = [describe_other_night(first, [first]), describe_other_night(second, [first, second])]
     assert (said[0], str(said[1]).startswith(AT_WORK)) == (None, True)
 
 

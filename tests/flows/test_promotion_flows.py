@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from prefect.client.schemas.filters import (
     ArtifactFilterKey,
 )
 from prefect.client.schemas.sorting import ArtifactSort
+from prefect.flow_engine import run_flow
+from prefect.states import Scheduled
 
 from flows.promote import promote
 from flows.reconcile import ReconcileParameters, reconcile
@@ -163,6 +166,29 @@ def test_a_line_of_the_history_has_the_flow_run(add: Add, registry: Path) -> Non
     state = promote(parameters(registry, version), return_state=True)
     line = core.history(registry, NAME)[-1]
     assert line["flow_run"] == str(state.state_details.flow_run_id)
+
+
+@pytest.mark.parametrize(
+    ("flow", "expected"), [(rollback, ("Rolled back", 1)), (promote, ("Promoted", 0))]
+)
+def test_a_flow_run_that_died_after_its_change_and_is_retried_has_done_it(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, flow: Any, expected: tuple[str, int]
+) -> None:
+    versions = [add(seed) for seed in range(3 if flow is rollback else 1)]
+    config = {"registry": str(registry), "name": NAME}
+    config |= {"by": "ann"} if flow is rollback else {"version": versions[0]}
+    for version in versions if flow is rollback else ():
+        core.promote(registry, NAME, version, by="ann")
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(flow, parameters={"config": config})
+        with monkeypatch.context() as patched:
+            patched.setattr(promotion_tasks, "announce_changes", lambda *_: sys.exit(1))
+            with pytest.raises(SystemExit):
+                run_flow(flow, flow_run=run, parameters={"config": config}, return_type="state")
+        client.set_flow_run_state(run.id, Scheduled(name="AwaitingRetry"), force=True)
+        run = client.read_flow_run(run.id)
+    state: Any = run_flow(flow, flow_run=run, parameters={"config": config}, return_type="state")
+    assert (state.name, versions.index(str(core.read_champion(registry, NAME)))) == expected
 
 
 @pytest.mark.slow("a flow run that tries twice")

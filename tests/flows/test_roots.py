@@ -314,7 +314,7 @@ def test_a_flow_goes_back_to_no_version_that_was_never_champion(tmp_path: Path) 
         promote(registry, "capitals", version, by="ann")
     for version in (waiting, waiting[:12], ""):
         with pytest.raises(ConfigError, match=r"was never champion of capitals|is not a version"):
-            roll_back.fn(registry, "capitals", version, "ann", champion)
+            roll_back.fn(registry, "capitals", version, "ann")
     assert read_champion(registry, "capitals") == champion
 
 

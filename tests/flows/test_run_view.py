@@ -10,6 +10,7 @@ from flows.terminal.run_follower import format_line
 from nested_core.records.metrics import append_metrics
 from nested_core.records.plan import TrainingPlan, write_plan
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.validation_losses import StepLosses, append_step_losses
 from nested_core.training.reports.run_progress import RunProgress
 
 PLAN = TrainingPlan(
@@ -83,6 +84,21 @@ def test_tiers_are_not_told_of_where_all_is_updated_at_each_step() -> None:
     assert view.describe_tiers() == ""
     view.records.append(report(50, updates=[48], skipped=[2]))
     assert view.describe_tiers() == "skipped updates: 2"
+
+
+def test_an_early_stop_and_the_candidates_that_the_offered_step_was_lowest_of_are_told(
+    tmp_path: Path,
+) -> None:
+    view = replace(view_of(*RECORDS), run=RunDirectory(tmp_path))
+    assert view.describe_offered_adapter(100) == "selected: the adapter of step 100, the last one"
+    for step in (50, 100):
+        losses = StepLosses(step=step, contents=None, losses=None)
+        append_step_losses(view.run.validation_losses, losses)
+        told = "at which all tiers had been updated" if step == 50 else "(0.5; valid.jsonl"
+        assert told in view.describe_offered_adapter(50)
+    result = {"step": 100, "ended": "patience"}
+    assert view.describe_length(result) == "trained 100 of 200 steps (early stopping)"
+    assert view.describe_length({"step": 200, "ended": "iterations"}) == "trained 200 steps"
 
 
 def test_after_a_cut_the_steps_are_those_that_were_trained(tmp_path: Path) -> None:

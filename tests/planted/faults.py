@@ -163,15 +163,15 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "nested_core/kernels/blocked_attention.py",
+        "nested_core/rooms/cuda/blocked_attention.py",
         "    return mx.concatenate(columns, axis=3)",
         "    return mx.concatenate(columns[::-1], axis=3)",
         "a wrong order",
     ),
     Fault(
-        "nested_core/kernels/swiglu.py",
-        "return scaled * x * (1 + gate * (1 - s)), scaled * gate",
-        "return scaled * x * (1 - gate * (1 - s)), scaled * gate",
+        "nested_core/rooms/cuda/swiglu.py",
+        "(c * b * (s + a * s * (1 - s)))",
+        "(c * b * (s - a * s * (1 - s)))",
         "a sign changed",
     ),
     Fault(
@@ -259,9 +259,9 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
-        "flows/rooms/sweep/flow.py",
-        "    if len(points) > MOST_RUNS:",
-        "    if len(points) >= MOST_RUNS:",
+        "nested_core/rooms/sweep/search.py",
+        "    if difference is None or difference.mean > -least:",
+        "    if difference is None or difference.mean < -least:",
         "a comparison turned",
     ),
     Fault(

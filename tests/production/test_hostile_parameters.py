@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.production, pytest.mark.timeout(1800)]
 SECRET = "the-words-that-nobody-may-read"
 LONGEST = 900.0  # seconds until an attempt ends: all wait in one line of a pool of one
 MANUAL, PROMOTE = f"finetune/{NAME}-manual", f"promote/{NAME}-approved"
-ROLLBACK, SWEEP = f"rollback/{NAME}-rollback", f"sweep/{NAME}-sweep"
+ROLLBACK = f"rollback/{NAME}-rollback"
 RECONCILE = f"reconcile/{NAME}-hourly"
 SUITE = {"name": "mine", "score": "contains"}
 
@@ -229,9 +229,6 @@ def attempts(place: Place) -> dict[str, tuple[str, dict[str, Any]]]:
         "roll back outside": (ROLLBACK, {"registry": outside, "by": "eve"}),
         "reconcile outside": (RECONCILE, {"registry": "/etc"}),
         "reconcile a path": (RECONCILE, {"names": ["../../etc"]}),
-        "sweep over a place": (SWEEP, {"grid": {"adapter_path": [f"registry/{NAME}/champion"]}}),
-        "sweep over code": (SWEEP, {"grid": {"gate.allow_python_scorers": [True]}}),
-        "sweep over promotions": (SWEEP, {"grid": {"x": [1]}, "deployment": PROMOTE}),
     }
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.flow_runs import resume_flow_run
 
@@ -120,32 +118,6 @@ def test_rollback_goes_back_and_says_who(stack: Stack) -> None:
     assert str(ended.state.message).endswith(f" to {str(previous)[:12]} by bob")
     assert champion(stack) == previous
     assert core.history(stack.registry, NAME)[-1]["by"] == "bob"
-
-
-def test_a_sweep_of_four_promotes_the_best_that_the_gate_verified(stack: Stack) -> None:
-    with stack.connected() as client:
-        base = client.read_deployment_by_name(f"sweep/{NAME}-sweep").parameters["config"]["base"]
-    base |= {"registry": {"path": "registry", "name": NAME, "promote": "always"}}
-    grid: dict[str, list[Any]] = {"learning_rate": [2e-3, 1e-3], "nested.fast": ["shallow", "deep"]}
-    run_id = stack.submit(f"sweep/{NAME}-sweep", base=base | {"iters": 6}, grid=grid)
-    ended = stack.wait(run_id, seconds=420)
-    assert ended.state is not None
-    assert ended.state.name == "Promoted", ended.state.message
-    with stack.connected() as client:
-        wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
-        artifacts = client.read_artifacts(artifact_filter=wanted)
-    (table,) = [artifact for artifact in artifacts if artifact.key == "sweep-results"]
-    rows = json.loads(str(table.data))
-    assert [(float(row["learning_rate"]), row["nested.fast"]) for row in rows] == [
-        (rate, fast) for rate in grid["learning_rate"] for fast in grid["nested.fast"]
-    ]
-    best = min(
-        (row for row in rows if row["state"] == "Verified"), key=lambda r: float(r["val_loss"])
-    )
-    version = champion(stack)
-    assert version is not None
-    assert best["result"].startswith(f"verified {version[:12]}: ")
-    assert str(ended.state.message).endswith("; promoted")
 
 
 def test_a_path_outside_of_the_allowed_roots_is_refused(stack: Stack) -> None:

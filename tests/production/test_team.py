@@ -15,7 +15,7 @@ from tests.production.stack import NAME, Stack
 pytestmark = [pytest.mark.production, pytest.mark.timeout(900)]
 ADAPTER = "team-bot"
 SET = (
-    *("finetune/%s-nightly", "finetune/%s-manual", "sweep/%s-sweep", "promote/%s-approved"),
+    *("finetune/%s-nightly", "finetune/%s-manual", "promote/%s-approved"),
     *("reconcile/%s-hourly", "rollback/%s-rollback", "housekeeping/%s-housekeeping"),
 )
 

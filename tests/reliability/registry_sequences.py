@@ -133,12 +133,18 @@ class Model:
             return self.stack[-1]
         return self.stack[-2] if len(self.stack) > 1 else None
 
+    def leave_for(self, target: str) -> None:
+        """Bar the champion that a rollback leaves, unless it goes back to one that is barred."""
+        if target in self.barred:
+            self.barred.discard(target)
+        elif self.champion is not None:
+            self.barred.add(self.champion)
+
     def back(self, line: int) -> str | None:
         target = self.target()
         if target is None:
             return None
-        if self.champion is not None:
-            self.barred.add(self.champion)
+        self.leave_for(target)
         if self.stack[-1] != target:
             self.stack.pop()
         self.change(target, line)
@@ -432,8 +438,7 @@ class Sequence:
         def expect(model: Model) -> str:
             if version == model.champion:
                 return "already_champion"
-            if model.champion is not None:
-                model.barred.add(model.champion)
+            model.leave_for(version)
             model.push(version, line)
             return "rolled_back"
 
@@ -619,7 +624,7 @@ class Sequence:
             if others:
                 line = self.lines()
                 assert self.command("rollback", NAME, "--to", others[0]) == "rolled_back"
-                self.model.barred.add(version)
+                self.model.leave_for(others[0])
                 self.model.push(others[0], line)
             else:
                 (self.name_folder / "champion").unlink()

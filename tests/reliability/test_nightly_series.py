@@ -101,7 +101,7 @@ def require_right_comparison(night: Night, compared: ChampionLoss) -> None:
     assert held_out is not None
     assert (held_out.file, len(held_out.split)) == ("test.jsonl", HELD_OUT)
     assert night.losses.lines.tolist() == held_out.split.lines.tolist()
-    assert compared.examples + compared.left_out == HELD_OUT
+    assert compared.examples + (compared.left_out or 0) == HELD_OUT
 
     path, name = str(config.registry.path), str(config.registry.name)
     champion = version_folder(Path(path), name, compared.version)

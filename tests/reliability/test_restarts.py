@@ -144,7 +144,7 @@ class Restarted:
             kills.pop()
         assert plan.ended_by == tuple(name for name, _ in kills)
         if kills:
-            assert (plan.describe_ends() or "none") in run.report.read_text()
+            assert (plan.describe_ends(None) or "none") in run.report.read_text()
         assert bytes_of(run.path) == expected
         self.kills.update(kills)
         self.runs += 1

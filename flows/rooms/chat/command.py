@@ -6,8 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.live import Live
 from rich.table import Table
@@ -18,7 +21,6 @@ from flows.commands.command_output import printer
 from flows.terminal.console import (
     WIDTH_WITHOUT_TERMINAL,
     output_console,
-    print_line,
     print_progress,
 )
 from nested_core.errors import ConfigError, DamagedError
@@ -27,15 +29,15 @@ from nested_core.storage.output_places import require_output_file
 from nested_core.storage.untrusted_files import append_regular, read_regular
 from nested_core.text.foreign_text import escape, escape_but_keep_newlines
 
-if TYPE_CHECKING:
-    from nested_core.models.generation import Sampling
-    from nested_core.models.side_by_side import SideBySide
-
+StreamAnswers = Callable[[Mapping[str, Any]], Iterator[tuple[str, str]]]
 NEW_CONVERSATION = "/new"
 HELP = "/help"
 INPUT_PROMPT = "> "
 HELP_TEXT = f"Ctrl-D ends, {NEW_CONVERSATION} begins a new conversation."
+SYSTEM_HELP = "the system message of each conversation (default: that of the training rows)"
 MAX_ADAPTERS = 2
+ADAPTER_TOKENS = 256
+BASE_TOKENS = 64  # a base that was not trained to end goes on and on
 MAX_PROMPTS_BYTES = 16 * 2**20
 
 
@@ -57,7 +59,7 @@ def add_commands(commands: Any) -> None:
         help="the champion of a name in a registry, a run, or an adapter's folder; one or two",
     )
     add_registry_flag(chat)
-    chat.add_argument("--system", metavar="TEXT", help="the system message of each conversation")
+    chat.add_argument("--system", metavar="TEXT", help=SYSTEM_HELP)
     asked = chat.add_mutually_exclusive_group()
     asked.add_argument("--prompt", metavar="TEXT", help="ask this alone, then end")
     asked.add_argument(
@@ -70,7 +72,10 @@ def add_commands(commands: Any) -> None:
         "--save", type=Path, metavar="FILE", help="add prompts and answers to it, as JSON Lines"
     )
     chat.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="of an answer (default: 256)"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help=f"of an answer (default: {ADAPTER_TOKENS} of an adapter, {BASE_TOKENS} of the base)",
     )
     chat.add_argument(
         "--temperature", type=float, default=0.0, metavar="NUMBER", help="default: 0, greedy"
@@ -79,7 +84,8 @@ def add_commands(commands: Any) -> None:
 
 def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     """Load the base with the adapters, then answer what is asked until there is no more."""
-    if arguments.max_tokens < 1 or arguments.temperature < 0:
+    most = arguments.max_tokens
+    if (most is not None and most < 1) or arguments.temperature < 0:
         raise ConfigError("chat: --max-tokens is 1 or more, and --temperature 0 or more.")
     given: list[Path] = arguments.adapters
     if len(given) > MAX_ADAPTERS or len(set(given)) < len(given):
@@ -93,13 +99,19 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     names = ["adapter"] if len(given) == 1 else [str(path) for path in given]
     for name, adapter in zip(names, found, strict=True):
         print_progress(f"{name}: {adapter.describe()}")
+    rows, system = found[0].read_prompt_format(), arguments.system
+    if system is None and rows is not None and rows.system is not None:
+        system = rows.system
+        print_progress(f"system text of its training rows (--system '' for none): {escape(system)}")
     models = SideBySide(
         {name: adapter.folder for name, adapter in zip(names, found, strict=True)},
         model=found[0].model,
         trust_remote_code=found[0].trusts_remote_code,
+        tools=None if rows is None else rows.tools,
     )
-    sampling = Sampling(arguments.max_tokens, temperature=arguments.temperature)
-    chat = _Chat(models, sampling, arguments.system, save)
+    sampling = Sampling(most or ADAPTER_TOKENS, temperature=arguments.temperature)
+    stream = partial(models.stream_answers, sampling=sampling, base_tokens=most or BASE_TOKENS)
+    chat = _Chat(models.sides, stream, system or None, save)
     return printer(lambda: chat.answer_each(prompts))
 
 
@@ -139,10 +151,10 @@ class _Chat:
     """A conversation with each side, which remembers its own answers."""
 
     def __init__(
-        self, models: SideBySide, sampling: Sampling, system: str | None, save: Path | None
+        self, sides: Sequence[str], stream: StreamAnswers, system: str | None, save: Path | None
     ) -> None:
-        self._models = models
-        self._sampling = sampling
+        self._sides = sides
+        self._stream = stream
         self._system = system
         self._save = save
         self._conversations = self._begin()
@@ -150,7 +162,7 @@ class _Chat:
     def _begin(self) -> dict[str, list[dict[str, str]]]:
         """A conversation a side that holds the system message alone, if there is one."""
         first = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return {side: list(first) for side in self._models.sides}
+        return {side: list(first) for side in self._sides}
 
     def answer_each(self, prompts: Iterator[str]) -> None:
         """Answer each prompt by each side; a command of a slash is obeyed."""
@@ -165,8 +177,7 @@ class _Chat:
     def _answer(self, prompt: str) -> None:
         for messages in self._conversations.values():
             messages.append({"role": "user", "content": prompt})
-        pieces = self._models.stream_answers(self._conversations, self._sampling)
-        answers = show_answers(pieces, self._models.sides)
+        answers = show_answers(self._stream(self._conversations), self._sides)
         for side, messages in self._conversations.items():
             messages.append({"role": "assistant", "content": answers[side]})
         if self._save is not None:
@@ -178,22 +189,32 @@ class _Chat:
 def show_answers(pieces: Iterable[tuple[str, str]], sides: Sequence[str]) -> dict[str, str]:
     """Show the pieces of each side's text as they come; return the whole texts.
 
-    Beside each other in a terminal, else one line each at their end.
+    Beside each other in a terminal, else one line each.
     """
     texts = dict.fromkeys(sides, "")
-    width = max(map(len, sides)) + 2
     console = output_console(WIDTH_WITHOUT_TERMINAL)
     if not sys.stdout.isatty() or console.is_dumb_terminal:
-        for column, piece in pieces:
-            texts[column] += piece
-        for column, text in texts.items():
-            print_line(f"{f'{column}:':<{width}}{text.strip()}")
+        _print_lines(pieces, texts)
         return texts
     with Live(lay_out(texts), console=console, auto_refresh=False) as live:
         for column, piece in pieces:
             texts[column] += piece
             live.update(lay_out(texts), refresh=True)
     return texts
+
+
+def _print_lines(pieces: Iterable[tuple[str, str]], texts: dict[str, str]) -> None:
+    """Print a line for each side's text, piece by piece, without the white space around it."""
+    width = max(map(len, texts)) + 2
+    for side, of_side in groupby(pieces, itemgetter(0)):
+        print(f"{escape(f'{side}:'):<{width}}", end="")  # noqa: T201
+        shown = 0
+        for _, piece in of_side:
+            texts[side] += piece
+            text = texts[side].strip()
+            print(escape(text[shown:]), end="", flush=True)  # noqa: T201
+            shown = len(text)
+        print(flush=True)  # noqa: T201
 
 
 def lay_out(texts: Mapping[str, str]) -> Table:

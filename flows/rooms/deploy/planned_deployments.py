@@ -24,7 +24,6 @@ from nested_core.config.loading import read_yaml as read_config
 from nested_core.config.section_base import Section
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.registry.folders import create_name_folder, name_exists
-from nested_core.rooms import TrainingFlow
 from nested_core.storage.untrusted_files import read_regular
 
 RESTARTING = " -m nested_core.rooms.restart.restarting"  # of the command of a run
@@ -37,7 +36,6 @@ ENTER_HOME = [  # the pull step of a file that has none
     {"prefect.deployments.steps.set_working_directory": {"directory": f"{{{{ ${HOME} }}}}"}}
 ]
 MAX_FILE_BYTES = 1024 * 1024
-FINETUNE = TrainingFlow("flows.finetune:FinetuneParameters")
 
 
 class DeploymentPool(Section):
@@ -66,27 +64,16 @@ class PlannedDeployment(Section):
         return f"{self.entrypoint.rpartition('.')[2]}/{self.name}"
 
     @property
-    def training_flow(self) -> TrainingFlow | None:
-        """Its flow, if that trains or has others train."""
-        if self.entrypoint == FINETUNE_ENTRYPOINT:
-            return FINETUNE
-        return seams.find_training_flow(self.entrypoint)
-
-    @property
     def configuration(self) -> dict[str, Any] | None:
         """The configuration of a fine-tune in its parameters; None where nothing is trained."""
-        flow, config = self.training_flow, self.parameters.get("config") or {}
-        if flow is None:
+        if self.entrypoint != FINETUNE_ENTRYPOINT:
             return None
-        configuration: dict[str, Any] | None = config if flow.key is None else config.get(flow.key)
+        configuration: dict[str, Any] = self.parameters.get("config") or {}
         return configuration
 
     def with_configuration(self, configuration: dict[str, Any]) -> Self:
         """The same deployment, training by this configuration."""
-        flow, config = self.training_flow, configuration
-        if flow is not None and flow.key is not None:
-            config = self.parameters["config"] | {flow.key: configuration}
-        return self.model_copy(update={"parameters": self.parameters | {"config": config}})
+        return self.model_copy(update={"parameters": self.parameters | {"config": configuration}})
 
     def in_pool(self, name: str) -> Self:
         """The same deployment in this work pool; a queue belongs to the pool that it left."""
@@ -99,13 +86,9 @@ class PlannedDeployment(Section):
         """A schedule without a time, and a flow that trains without a configuration."""
         if any((each.cron or each.interval or each.rrule) is None for each in self.schedules):
             yield "a schedule has one of cron, interval, rrule"
-        flow = self.training_flow
-        if flow is None:
-            return
-        if not isinstance(self.parameters.get("config"), dict):
+        trains = self.entrypoint == FINETUNE_ENTRYPOINT
+        if trains and not isinstance(self.parameters.get("config"), dict):
             yield "what trains has its configuration in parameters.config"
-        elif not isinstance(self.configuration, dict):
-            yield f"{self.entrypoint} has its configuration in parameters.config.{flow.key}"
 
     def describe(self) -> dict[str, Any]:
         """What Prefect's client is given of it. ValueError for a schedule that Prefect refuses."""
@@ -290,9 +273,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
 
-    What a run follows the champion by is shipped to runs that do, and not to those that mlx_lm.lora
-    makes; `policy: auto` where the registry keeps rows and their speed can be measured. No key of a
-    deleted room is shipped.
+    What a run follows the champion by is shipped to runs that do, and not to those of
+    `training.reference` and `training.minutes`; `policy: auto` where the registry keeps rows and
+    their speed can be measured. No key of a deleted room is shipped.
     """
     merged = dict(given)
     deleted = seams.list_deleted_keys()
@@ -318,8 +301,8 @@ def _list_keys_left_out(config: dict[str, Any]) -> set[str]:
         values = config.get(section)
         return values.get(name) if isinstance(values, dict) else None
 
-    is_reference = read("training", "reference") is not None
-    if is_reference or not read("continual", "from"):
+    cannot_replay = any(read("training", name) is not None for name in ("reference", "minutes"))
+    if cannot_replay or not read("continual", "from"):
         return {"policy", "window", "replay"}
     keeps_no_rows = read("registry", "keep_data") is False
     names_sources = "sources" in (read("continual", "replay") or {})
@@ -358,13 +341,14 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
 
 def _require_valid_parameters(deployment: PlannedDeployment) -> None:
     """ConfigError where the flow of a deployment that trains would refuse its configuration."""
+    from flows.finetune import FinetuneParameters
     from flows.flow_runs.allowed_folders import PYTHON_SCORERS_REFUSAL
 
-    flow, configuration = deployment.training_flow, deployment.configuration
-    if flow is None or configuration is None:
+    configuration = deployment.configuration
+    if configuration is None:
         return
     source = f"deployment {deployment.full_name}"
     if (configuration.get("gate") or {}).get("allow_python_scorers"):
         raise ConfigError(f"{source}: {PYTHON_SCORERS_REFUSAL}")
-    if problems := find_problems(seams.load(flow.parameters), deployment.parameters["config"]):
+    if problems := find_problems(FinetuneParameters, configuration):
         raise ConfigError(explain_problems(problems, source, places={}))

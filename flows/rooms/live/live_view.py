@@ -53,10 +53,10 @@ def draw_until_done(
 
 def describe_conclusion(view: RunProgress, run: RunDirectory) -> list[str]:
     """How it ended: which adapter is offered, or where training stopped; the verdict."""
-    step = read_object_or_empty(run.result).get("adapter_step")
-    if step is None:
+    result = read_object_or_empty(run.result)
+    if not result:
         return [f"ended before training was done, at {_describe_end(view, run)}"]
-    said = [view.describe_offered_adapter(step)]
+    said = [view.describe_length(result), view.describe_offered_adapter(result["adapter_step"])]
     with suppress(NestedTuneError, OSError):  # no verdict, or one that is being written
         verdict = read_verdict(run.gate)
         codes = ", ".join(verdict.reason_names[:MAX_SHOWN_REASONS])

@@ -31,5 +31,6 @@ def run_mlflow_export(arguments: argparse.Namespace) -> Callable[[], int]:
     number = done.numbers.get(done.champion) if done.champion else None
     champion = f"champion: version {number}" if number else "no champion"
     return text_printer(
-        f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}; {champion}"
+        f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}; {champion}. "
+        f"MLflow's store is {done.store}"
     )

@@ -71,8 +71,8 @@ def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
     created = ArtifactCreate(
         key=artifact_key(name, NIGHTS_PAGE),
         type="markdown",
-        description=f"Scheduled runs of {escape_markdown(name)}",
-        data=str(Document(f"{name}: no scheduled run yet", [])),
+        description=f"Runs of {escape_markdown(name)}",
+        data=str(Document(f"{name}: no run yet", [])),
     )
     return client.create_artifact(created).id
 
@@ -84,7 +84,7 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
     """
     if name is None:
         return
-    with asking_server(f"the page of {name}'s scheduled runs is not up to date") as client:
+    with asking_server(f"the page of {name}'s runs is not up to date") as client:
         outcomes = dict([] if ended is None else [ended])
         nights = [night_of(run, outcomes.get(run.id)) for run in _read_runs(client, name)]
         if nights:
@@ -114,9 +114,9 @@ def tell_week(registry: Path, name: str) -> None:
 
 
 def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
-    """The last fine-tunes of an adapter that were due, the latest first; those of sweeps apart."""
+    """The last fine-tunes of an adapter that were due, the latest first."""
     due = {"before_": datetime.now(UTC)}
-    runs = client.read_flow_runs(
+    return client.read_flow_runs(
         flow_filter=FlowFilter.model_validate({"name": {"any_": ["finetune"]}}),
         flow_run_filter=FlowRunFilter.model_validate(
             {"tags": {"all_": [name]}, "expected_start_time": due}
@@ -124,7 +124,6 @@ def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
         limit=MAX_NIGHTS,
     )
-    return [run for run in runs if "sweep" not in run.tags]
 
 
 def night_of(run: FlowRun, outcome: str | None) -> Night:

@@ -164,7 +164,7 @@ def measure_newest_checkpoint(runs: Path) -> int | None:
 
 def _iterate_checkpoints(runs: Path) -> Iterator[tuple[float, Path]]:
     """When each checkpoint was written, and its folder."""
-    for pattern in ("*/checkpoints/step-*", "*/*/checkpoints/step-*"):  # a sweep's lie deeper
+    for pattern in ("*/checkpoints/step-*", "*/arms/*/checkpoints/step-*"):  # the latter of sweeps
         for folder in runs.glob(pattern):
             with suppress(OSError):
                 yield folder.stat().st_mtime, folder

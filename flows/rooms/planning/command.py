@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import printer, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.stage_lines import showing_stages
 from nested_core.config.sections import MAX_MINUTES
+from nested_core.records.dataset import held_out_split
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.output_places import require_new_output
+from nested_core.text.value_format import format_count
+
+if TYPE_CHECKING:
+    from nested_core.rooms.planning.suggested_config import SuggestedConfig
+
+TWO_SIDED = 1.96  # standard errors at each side of a 95 % interval
+USUAL_SPREAD = 0.2  # nats/token, of the change of a row in a first run (docs/noise.md)
 
 
 def add_commands(commands: Any) -> None:
@@ -78,9 +87,17 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def write_configuration(
-    arguments: argparse.Namespace, target: Path | None, data: str, tasks: str = ""
+    arguments: argparse.Namespace,
+    target: Path | None,
+    data: str,
+    *,
+    tasks: str = "",
+    registry: str = "",
 ) -> Callable[[], int]:
-    """Suggest a configuration for this data, and write it; `tasks` are lines of `gate`."""
+    """Suggest a configuration for this data, and write it.
+
+    tasks, registry: its lines of `gate`, and its sections `registry` and `continual`.
+    """
     from nested_core.rooms.planning.suggested_config import split_command, suggest_config
 
     suggested = suggest_config(
@@ -89,6 +106,7 @@ def write_configuration(
         arguments.drop_fields,
         arguments.resume_adapter_file,
         tasks=tasks,
+        registry=registry,
         minutes=arguments.minutes,
     )
     if target is not None:
@@ -102,10 +120,38 @@ def write_configuration(
             f"note: there is no data to evaluate the adapter on. To take rows out of train for it: "
             f"`{split_command(arguments.model, data)}`"
         )
+    print_progress(*_describe_rows(suggested))
     if target is not None:
         output = arguments.output
         return text_printer(f"Written: {output}. Next: `nested-tune explain -c {output}`")
     return printer(lambda: print_page(suggested.text))
+
+
+def _describe_rows(suggested: SuggestedConfig) -> Iterator[str]:
+    """Yield what is trained on of the answers, and what the held-out rows can show."""
+    from nested_core.data.rules.file_rules import MIN_HELD_OUT_ROWS
+    from nested_core.records.loss_conclusion import describe_smallest_visible
+
+    splits = suggested.report.splits
+    train = splits["train"]
+    earlier = [one for one in suggested.report.warnings if one.check == "earlier-answers"]
+    if earlier:
+        yield f"warning: {earlier[0]}"
+    elif train.tokens is not None and suggested.learns_answers:
+        tokens = f"{train.tokens.supervised:,}"
+        yield f"{train.file}: {tokens} of {tokens} answer tokens are trained on"
+    name = held_out_split("auto", splits)
+    if name is None or suggested.has_another_loss:
+        return
+    judge = f"{format_count(splits[name].rows, 'row')} of {splits[name].file} judge the run"
+    if splits[name].rows < MIN_HELD_OUT_ROWS:
+        yield (
+            f"{judge}: fewer than {MIN_HELD_OUT_ROWS} have no interval, so none is better by them, "
+            f"and `promote: better` promotes none"
+        )
+    else:
+        half = TWO_SIDED * USUAL_SPREAD / math.sqrt(splits[name].rows)
+        yield f"{judge}; they {describe_smallest_visible(half, 'nats/token')}"
 
 
 def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:

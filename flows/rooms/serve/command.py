@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from flows.commands.config_flags import add_log_format, parse_size
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, shorten
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.json_log import JsonFormatter
 
@@ -119,6 +119,8 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
         settings = ServeSettings(arguments.registry, names, api_key, arguments)
         with starting_server(settings) as server:
             tell(f"serving {_describe_names(server)} at {server.address}")
+            for line in _list_system_texts(arguments.registry, server):
+                tell(line)
             with suppress(KeyboardInterrupt):
                 server.serve()
             tell("ending: answers under way are finished; Ctrl-C ends them")
@@ -130,6 +132,19 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
         tell("ended by force: an answer under way did not come to its end")
         os._exit(1)  # the thread of the answer would keep the process
     return lambda: code
+
+
+def _list_system_texts(registry: Path, server: Any) -> Iterator[str]:
+    """A line for each name whose training rows all have one system text, which clients send."""
+    from nested_core.records.dataset import PromptFormat
+    from nested_core.registry.versions import PROVENANCE_NAME, version_folder
+
+    for name, status in server.follower.names.items():
+        recorded = version_folder(registry, name, status.current.version) / PROVENANCE_NAME
+        rows = PromptFormat.read(recorded)
+        if rows is not None and rows.system is not None:
+            text = shorten(rows.system, 300)
+            yield f"{name}: its training rows begin with a system text; send it too: {text}"
 
 
 def _describe_names(server: Any) -> str:

@@ -46,7 +46,7 @@ def add_commands(commands: Any) -> None:
         default=[],
         metavar="KEY=V,V",
         help="values to try of a key; several keys give every combination. Without it learning "
-        "rates are tried, then ranks and scales where time is left",
+        "rates are tried",
     )
     sweep.add_argument(
         "--select-by",
@@ -70,21 +70,13 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
     config = load_config_from_flags(arguments)
     folder = _choose_folder(arguments)
     with backend.collecting_no_garbage():
-        from nested_core.pipeline.hooks import Steps  # loads mlx, which takes seconds
+        from flows.commands.terminal_hooks import TerminalSteps  # loads mlx, which takes seconds
         from nested_core.rooms.sweep.search import SweepRequest, sweep
 
     stopper = Stopper(ends_process=True)
 
-    class SweepSteps(Steps):
-        """Messages on standard error; signals go to the trainer of the arm that is trained."""
-
-        def on_message(self, message: str) -> None:
-            """Show a line."""
-            print_progress(message)
-
-        def on_training_start(self, trainer: Any) -> None:
-            """Let signals stop it."""
-            stopper.direct_signals_to(trainer)
+    class SweepSteps(TerminalSteps):
+        """As those of `train`; signals go to the trainer of the arm that is trained."""
 
         def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
             """Judge; signals end it where it is, for no trainer is left to stop."""
@@ -94,21 +86,18 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
     request = SweepRequest(over, arguments.select_by, arguments.minutes, arguments.steps)
     print_progress(f"sweep: {folder}")
     with stopper.handling_signals(RunDirectory(folder)):
-        result = sweep(config, folder, request, SweepSteps())
+        result = sweep(config, folder, request, SweepSteps(stopper))
     return result_printer(arguments, result.to_json, lambda: _show(result))
 
 
 def _show(result: SweepResult) -> None:
-    """Print the table of the arms, the outcome, and how to go on."""
-    from nested_core.records.run_status import Run
-    from nested_core.rooms.sweep.page import describe_scores, sweep_columns, sweep_rows
-
+    """Print the arms, the outcome, and how to go on."""
     record = result.record
-    print_line(f"{describe_scores(record, Run(result.run).loss_unit)}:")
-    print_table(sweep_columns(record), sweep_rows(record))
+    rows = [(number, arm.describe(), *arm.last_score()) for number, arm in enumerate(record.arms)]
+    print_table(("arm", "setting", "step", f"best {record.select_by}"), rows)
     print_line(result.summary())
     print_line(result.verdict.summary())
-    print_line(f"page: {result.folder / 'sweep.html'}")
+    print_line(f"side by side: nested-tune compare {result.folder}/arms/*")
     print_line(f"configuration: {result.folder / 'best.yaml'}")
     advice = "nothing to promote: no setting is shown to be better than the configuration itself"
     if result.is_better:

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flows.rooms.tables.column_flags import (
-    TABLE_FLAGS,
-    ColumnFlags,
-    ask_or_refuse,
-    read_numbers,
-    require_file,
-    write_command,
-)
+from flows.commands.adapter_places import split_name
+from flows.rooms.tables.column_flags import TABLE_FLAGS, ColumnFlags, require_file
 from flows.terminal.console import print_progress
-from nested_core.errors import ConfigError, DatasetError, join_first_values
+from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten
+from nested_core.storage.manifest import verify_manifest
 from nested_core.storage.output_places import require_free_place, require_new_output
-from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.rooms.tables.data_set import DataSet
 
-MAX_SHOWN_PLACES = 3
 MAX_SHOWN_CHARACTERS = 160  # of a turn of the rows that are shown
+WRITTEN_BY_INIT = b"# Written by `nested-tune init`"  # the beginning of a configuration
 
 
 def add_flags(init: argparse.ArgumentParser) -> None:
@@ -43,23 +38,38 @@ def add_flags(init: argparse.ArgumentParser) -> None:
         help="take this share of train's rows for valid and as much for test, in a new folder "
         "here; DATA is left as it is (default for tables: 0.1)",
     )
-    group = init.add_argument_group("tables: CSV, TSV, .xlsx, parquet, JSON or the hub")
-    group.add_argument("--prompt-feature", metavar="COLUMN", help="the column of the question")
-    group.add_argument("--completion-feature", metavar="COLUMN", help="the column of the answer")
-    group.add_argument(
-        "--completion-features",
-        metavar="A,B",
-        help="several columns: the answer is a JSON object of them",
+    init.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="draw that folder anew and write FILE again; the old FILE becomes FILE.old",
     )
-    group.add_argument(
+    init.add_argument(
+        "--champion",
+        metavar="REGISTRY/NAME",
+        help="the rows are new ones for this champion: the run goes on from it, and is trained on "
+        "every row whose question the champion's data has",
+    )
+    group = init.add_argument_group("tables: CSV, TSV, .xlsx, parquet, JSON or the hub")
+    question = group.add_mutually_exclusive_group()
+    question.add_argument("--prompt-feature", metavar="COLUMN", help="the column of the question")
+    question.add_argument(
         "--template",
         metavar="TEXT",
         help="the question made of columns, such as 'Subject: {Subject}\\n{Body}'",
     )
-    group.add_argument("--system", metavar="TEXT", help="for rows that have no system text")
-    group.add_argument("--system-file", type=Path, metavar="FILE", help="the same from a file")
+    answer = group.add_mutually_exclusive_group()
+    answer.add_argument("--completion-feature", metavar="COLUMN", help="the column of the answer")
+    answer.add_argument(
+        "--completion-features",
+        metavar="A,B",
+        help="several columns: the answer is a JSON object of them",
+    )
+    system = group.add_mutually_exclusive_group()
+    system.add_argument("--system", metavar="TEXT", help="for rows that have no system text")
+    system.add_argument("--system-file", type=Path, metavar="FILE", help="the same from a file")
     group.add_argument(
         "--suite",
+        type=int,
         metavar="N",
         help="draw N held-out rows as an eval set for gate.tasks, with the score that fits",
     )
@@ -67,85 +77,132 @@ def add_flags(init: argparse.ArgumentParser) -> None:
 
 def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Make a data set of the rows where that is asked for or needed, and write a configuration."""
-    from nested_core.rooms.tables.dataset_split import SPLIT_SEED
-
     if arguments.output is not None:
         require_free_place(arguments.output, "-o")  # refused before data is looked at
-    write: Callable[..., Callable[[], int]] = arguments.write_configuration
-    prepared = prepare(arguments)
-    target, folder, made = prepared.target, prepared.folder, prepared.made
-    if folder is None:
-        finish = write(arguments, target, arguments.data)
-        _show_first_rows(prepared.first)
-        return finish
-    try:
-        finish = write(arguments, target, str(folder), _task_lines(made, folder))
-    except BaseException as error:
-        shutil.rmtree(folder)
-        if isinstance(error, DatasetError) and made is None:  # name lines of the files that stay
-            write(arguments, target, arguments.data)
-        raise
-    counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in prepared.rows.items())
-    print_progress(f"Written: {folder} ({counts} rows, drawn with seed {SPLIT_SEED})")
-    if made is not None:
-        _show_data_set(made, folder)
-    _show_first_rows(prepared.first)
+    with _setting_aside(arguments):
+        prepared = prepare(arguments)
+        folder, made = prepared.folder, prepared.made
+        print_progress(*prepared.told)
+        write: Callable[..., Callable[[], int]] = arguments.write_configuration
+        registry = "" if arguments.champion is None else _registry_lines(arguments.champion)
+        if folder is None or made is None:
+            return write(arguments, prepared.target, arguments.data, registry=registry)
+        try:
+            tasks = _task_lines(made, folder)
+            finish = write(arguments, prepared.target, str(folder), tasks=tasks, registry=registry)
+        except BaseException as error:
+            shutil.rmtree(folder)
+            if isinstance(error, DatasetError) and not made.first:  # name lines of what stays
+                write(arguments, prepared.target, arguments.data)
+            raise
+    counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in made.rows.items())
+    print_progress(f"Written: {folder} ({counts} rows)")
+    _show_first_rows(made)
     return finish
 
 
-@dataclass(frozen=True)
-class Prepared:
+@contextmanager
+def _setting_aside(arguments: argparse.Namespace) -> Iterator[None]:
+    """With --overwrite, rename what is made anew to NAME.old, and back where it is not made.
+
+    Raises ConfigError for a folder or file that is not as init wrote it.
+    """
+    paths = [_split_folder(arguments.data), arguments.output] if arguments.overwrite else []
+    aside = {path: path.with_name(f"{path.name}.old") for path in paths if path and path.exists()}
+    for path in aside:
+        try:
+            if path.is_dir():
+                verify_manifest(require_free_place(path, "--split"))
+            elif not path.read_bytes().startswith(WRITTEN_BY_INIT):
+                raise DamagedError("it is no configuration of init.")
+        except DamagedError as error:
+            raise ConfigError(
+                f"--overwrite: {path} is not as init wrote it, and stays: {error} Move it away."
+            ) from None
+    for path, old in aside.items():
+        path.rename(old)
+    try:
+        yield
+    finally:
+        for path, old in aside.items():
+            if not path.exists():
+                old.rename(path)
+            elif old.is_dir():
+                shutil.rmtree(old)
+
+
+class Prepared(NamedTuple):
     """What the configuration is for.
 
     target: its file; None for standard output.
-    folder: the new folder with the splits; None where the data is used as it lies.
-    rows: of each split in the folder.
-    first: the first chats of train, where they were made of a table.
-    made: more of the data set, where its rows were made chats.
+    folder, made: the new folder with the splits; None where the data is used as it lies.
+    told: what a person should know of the files and the split.
     """
 
     target: Path | None
     folder: Path | None
-    rows: Mapping[str, int]
-    first: Sequence[bytes]
-    made: DataSet | None = None
+    made: DataSet | None
+    told: list[str]
 
 
 def prepare(arguments: argparse.Namespace) -> Prepared:
     """Look at the rows; make a data set of them where a flag asks for one, or their columns do."""
-    from nested_core.rooms.tables.data_set import Request, Source, first_chats, make_data_set
-    from nested_core.rooms.tables.dataset_split import split_dataset
-    from nested_core.rooms.tables.eval_set import TooManyQuestions
+    from nested_core.rooms.tables.data_set import Request, make_data_set, read_known_questions
+    from nested_core.rooms.tables.dataset_split import (
+        DEFAULT_SHARE,
+        SplitRequest,
+        TooManyQuestions,
+        read_share,
+    )
+    from nested_core.rooms.tables.source import Source
 
-    read_numbers(arguments)
-    data, share = arguments.data, arguments.split
-    is_asked = any(getattr(arguments, name) is not None for name in TABLE_FLAGS)
-    require_file(arguments)
+    data = arguments.data
+    require_file(data)
+    makes_chats = any(getattr(arguments, name) is not None for name in TABLE_FLAGS)
     with TemporaryDirectory(prefix="nested-tune-") as spool:
-        source = Source.find(data, Path(spool), looks_at_all=is_asked)
+        source = Source.find(data, Path(spool))
         flags = ColumnFlags(arguments, source)
-        columns, system = flags.read_columns(), flags.read_system()
-        if columns is not None:
-            flags.require_columns(columns)
-        asks = columns is None and bool(source.unknown_files)
-        is_asked = is_asked or asks
-        folder = _split_folder(data) if is_asked or share is not None else None
+        if makes_chats:
+            source.require_rows()
+        with flags.giving_example():
+            columns = flags.read_columns()
+            share = None if arguments.split is None else read_share(arguments.split)
+            system = flags.read_system()
+        is_unknown = columns is None and bool(source.unknown_files)
+        makes_chats = makes_chats or is_unknown
+        is_drawn = makes_chats or share is not None or arguments.champion is not None
+        folder = _split_folder(data) if is_drawn else None
         target = _require_new_places(arguments, folder)  # before a person is asked
-        if asks:
-            columns, system = ask_or_refuse(flags, source, system)
+        told = source.describe() if Path(data).is_dir() else []
         if folder is None:
-            return Prepared(target, None, {}, first_chats(source))
-        if is_asked:
-            drop = tuple(arguments.drop_fields)
-            request = Request(columns, system, share, arguments.suite, drop)
-            try:
-                made = make_data_set(source, request, folder)
-            except TooManyQuestions as error:
-                fewer = flags.command(suite=error.most)
-                raise ConfigError(f"{error} With the most that there can be: `{fewer}`") from error
-            return Prepared(target, folder, made.rows, made.first, made)
-        first = first_chats(source)
-    return Prepared(target, folder, split_dataset(data, share, folder), first)
+            return Prepared(target, None, None, told)
+        source.require_rows()
+        if is_unknown:
+            with flags.giving_example():
+                columns, system = flags.ask_or_refuse(source.unknown_files), flags.read_system()
+        known = frozenset[str]()
+        if arguments.champion is not None:
+            known = read_known_questions(*split_name(arguments.champion, None))
+        names = replace(source.field_names, drop=tuple(arguments.drop_fields))
+        split = SplitRequest(share or DEFAULT_SHARE, arguments.suite, known, names)
+        count_tokens = _make_token_counter(arguments.model)
+        request = Request(makes_chats, columns, system, share is not None, split, count_tokens)
+        with flags.giving_example(TooManyQuestions):
+            made = make_data_set(source, request, folder)
+    return Prepared(target, folder, made, [*told, *made.told])
+
+
+def _make_token_counter(model: str) -> Callable[[str], int]:
+    """A function that counts the tokens of a text; the tokenizer is loaded as it is first asked."""
+
+    @cache
+    def load() -> Any:
+        from nested_core.data.tokens.tokenizer_source import TokenizerSource
+        from nested_core.models.base_model import find_model_folder
+
+        return TokenizerSource(str(find_model_folder(model))).load()
+
+    return lambda text: len(load().encode(text, add_special_tokens=False))
 
 
 def _split_folder(data: str) -> Path:
@@ -157,90 +214,62 @@ def _split_folder(data: str) -> Path:
 
 
 def _require_new_places(arguments: argparse.Namespace, folder: Path | None) -> Path | None:
-    """Return the file of -o; ConfigError if it or the folder is there, with a command that works.
+    """Return the file of -o; ConfigError if it or the folder is there.
 
     folder: where the splits would be written; None if none are.
     """
     target, taken = None, []
-    changes: dict[str, Any] = {}
     try:
         target = require_new_output(arguments.output)
     except ConfigError as error:
         taken.append(str(error))
-        names = (f"lora-{number}.yaml" for number in itertools.count(2))
-        changes["output"] = next(name for name in names if not os.path.lexists(name))
     if folder is not None and os.path.lexists(require_free_place(folder, "--split")):
         taken.append(
-            f"{folder} exists, and is not written over. Remove it to draw it anew, or take it as "
-            f"it is, without --split and flags of tables."
+            f"{folder} exists, and is not written over. Take it as it is by `--data {folder}`, "
+            f"without --split and flags of tables."
         )
-        changes |= {"data": str(folder), **dict.fromkeys(("split", *TABLE_FLAGS))}
     if taken:
-        command = write_command(arguments, **changes)
-        raise ConfigError(f"{' '.join(taken)} For example: `{command}`")
+        raise ConfigError(f"{' '.join(taken)} Or add --overwrite, which draws and writes anew.")
     return target
 
 
-def _task_lines(made: DataSet | None, folder: Path) -> str:
+def _task_lines(made: DataSet, folder: Path) -> str:
     """The lines of `gate` that name the eval set; empty without one."""
     from nested_core.rooms.tables.data_set import EVAL_SET_NAME
 
-    if made is None or made.eval_set is None:
+    if made.eval_set is None:
         return ""
     drawn = made.eval_set
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.name.removesuffix("-split")).strip("-") or "rows"
     file = json.dumps(str(folder / EVAL_SET_NAME), ensure_ascii=False)
     return (
         f"  # {len(drawn.lines)} held-out questions: {drawn.describe_baseline()}.\n"
+        f"  # min is above what any one answer to all of them gets.\n"
         f"  tasks:\n"
         f"  - {{name: {name[:64]}, file: {file}, score: {drawn.score}, "
-        f"max_tokens: {drawn.max_tokens}}}\n"
+        f"max_tokens: {drawn.max_tokens}, min: {drawn.least_share:g}}}\n"
     )
 
 
-def _show_data_set(made: DataSet, folder: Path) -> None:
-    """What was left out, labels that may be one, and the eval set."""
-    from nested_core.data.data_settings import DataSettings
-    from nested_core.rooms.tables.labels import tabulate_labels_of_data
-    from nested_core.text.document import Text
-
-    kinds = {"left out, without a text": made.left_out, "kept, with nothing": made.blanks}
-    for kind, places_by_column in kinds.items():
-        for column, places in places_by_column.items():
-            listed = join_first_values(places, MAX_SHOWN_PLACES)
-            print_progress(f"{kind} in {column}: {format_count(len(places), 'row')} ({listed})")
-    for column, count in made.nulls.items():
-        print_progress(
-            f"null in the answer, for {column} is empty there: {format_count(count, 'row')}"
-        )
-    if made.unused:
-        print_progress(f"not trained on: {', '.join(made.unused)}")
-    for block in tabulate_labels_of_data(DataSettings(str(folder))):
-        if isinstance(block, Text):
-            print_progress(block.text)
-    if made.eval_set is not None:
-        drawn = made.eval_set
-        split = "test" if made.rows.get("test") else "valid"
-        print_progress(
-            f"eval set: {len(drawn.lines)} of the {made.rows[split]} rows of {split}.jsonl, which "
-            f"are not trained on, as questions; score {drawn.score}; "
-            f"{drawn.describe_baseline()}"
-        )
+def _registry_lines(champion: str) -> str:
+    """The sections by which a run goes on from the champion and may follow it."""
+    registry, name = split_name(champion, None)
+    path = json.dumps(str(registry), ensure_ascii=False)
+    return (
+        f"registry: {{path: {path}, name: {json.dumps(name)}, promote: better}}\n"
+        f"continual: {{from: champion}}  # the run goes on from it, at the learning_rate above\n"
+    )
 
 
-def _show_first_rows(chats: Sequence[bytes]) -> None:
-    from nested_core.rooms.tables.data_set import describe_chat
-
-    if chats:
+def _show_first_rows(made: DataSet) -> None:
+    """Show the turns of the first chats, each on a line."""
+    if made.first:
         print_progress("The first rows as they will be trained:")
-    for number, chat in enumerate(chats, 1):
-        for index, turn in enumerate(describe_chat(chat)):
-            shown = (
-                turn if len(turn) <= MAX_SHOWN_CHARACTERS else f"{turn[:MAX_SHOWN_CHARACTERS]}..."
-            )
-            for line in f"{f'{number}.' if not index else '':<3}{shown}".split("\n"):
-                print_progress(line)
-    if chats and describe_chat(chats[0])[0].startswith("system: "):
+    for number, chat in enumerate(made.first, 1):
+        for index, turn in enumerate(json.loads(chat)["messages"]):
+            text = shorten(str(turn.get("content")), MAX_SHOWN_CHARACTERS)
+            print_progress(f"{'' if index else f'{number}.':<3}{turn['role']}: {text}")
+    if any(b'"role": "system"' in chat for chat in made.first):
         print_progress(
             "Send the system text with every question later, as with `chat --system`: neither "
             "`promote` nor `serve` keeps it"

@@ -328,6 +328,8 @@ class RowFormat:
     write: for rows of a room: converts an example to a row under the default keys.
     judge: for rows of a room: yields Findings about the valid examples of each split, by their
         lines; each names a split instead of a file.
+    contradict: for rows of a room: the one row that says the opposite of a row under the default
+        keys. None: any other answer to the same prompt contradicts it.
     """
 
     model: type
@@ -338,6 +340,7 @@ class RowFormat:
     encode: Callable[[Example, Any], Any] | None = None
     write: Callable[[Example], dict[str, Any]] | None = None
     judge: Callable[[Mapping[str, Mapping[int, Example]]], Iterator[Any]] | None = None
+    contradict: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     @cached_property
     def validator(self) -> TypeAdapter[Any]:

@@ -6,6 +6,7 @@ It never raises for content: what is wrong with a line is in its row. It knows n
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from typing import NamedTuple
 
 from nested_core.data.lines.example_parsing import (
@@ -13,6 +14,7 @@ from nested_core.data.lines.example_parsing import (
     Example,
     FieldNames,
     find_row_format,
+    fold_case_and_space,
     is_tool_calling_message,
     parse_line,
     strip_line,
@@ -74,6 +76,15 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
         _name_first_blank_field(example, field_names),
         unknown,
     )
+
+
+def digest_example(example: Example) -> int:
+    """Return 64 bits of the SHA-256 of an example's content: what identifies it in any data set.
+
+    Case, white space and the marks of turns that are not learnt do not count, nor do settings.
+    """
+    content = _text_to_compare(example, _letters_of_turns(example))
+    return int.from_bytes(sha256(fold_case_and_space(content.encode())).digest()[:8], "little")
 
 
 def _letters_of_turns(example: Example) -> str:

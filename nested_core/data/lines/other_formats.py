@@ -183,9 +183,9 @@ def refuse_rated_answer(row: Mapping[str, Any], prompt: str, *, is_chosen_read: 
         raise LineProblem("preference-pair", _describe_preference_pair(row, prompt))
     if mark := _find_mark_of_bad_answer(row):
         message = (
-            f"{mark}: false marks an answer that is not to be learnt: to train on label: true and "
-            f"label: false, set training.loss: kto; else leave this row out, or train on it on "
-            f"purpose with drop_fields: [{mark}]"
+            f"{mark}: false marks an answer that is not to be learnt. Leave this row out; or, "
+            f"where its prompt has a good answer too, make one row of both (prompt, chosen, "
+            f"rejected) and set training.loss: dpo. drop_fields: [{mark}] trains on it on purpose"
         )
         raise LineProblem("preference-pair", message)
 
@@ -194,7 +194,8 @@ def _find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
     """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL), or None."""
     if row.get("kto_tag") is False:
         return "kto_tag"
-    return "label" if row.get("label") is False and "completion" in row else None
+    is_answer = not row.keys().isdisjoint(("completion", "messages", "conversations"))
+    return "label" if row.get("label") is False and is_answer else None
 
 
 def _describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:

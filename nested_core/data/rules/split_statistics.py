@@ -113,3 +113,25 @@ def describe_split_stats(stats: SplitStats, batch_size: int) -> Iterator[Finding
     facts["digest"] = stats.digest
     for check, message in facts.items():
         yield Finding(stats.file, None, "info", check, message)
+
+
+def describe_earlier_answers(
+    stats: SplitStats, turns: pl.Series, settings: DataSettings
+) -> Iterator[Finding]:
+    """Yield a warning if the loss counts the last answer of chats that have several.
+
+    turns: the roles of each line, a letter a turn.
+    """
+    answers = (
+        turns.drop_nulls().cast(pl.String).str.count_matches(_LETTER_PATTERN_BY_ROLE["assistant"])
+    )
+    earlier = int((answers.cast(pl.Int64) - 1).clip(0).sum())
+    if settings.supervised_targets == "last" and settings.loss is None and earlier:
+        yield Finding(
+            stats.file,
+            None,
+            "warning",
+            "earlier-answers",
+            f"{earlier:,} of {int(answers.sum()):,} answers are not trained on: those before the "
+            "last one of their row. With training.supervise: all they are",
+        )

@@ -13,7 +13,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
-from os.path import lexists
 from pathlib import Path
 from typing import IO
 
@@ -54,6 +53,14 @@ _ROOM_READER_BY_SUFFIX = {
 _TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 SUFFIXES = (".jsonl", *_READER_BY_SUFFIX, *_TABLE_SUFFIXES, *_ROOM_READER_BY_SUFFIX)
 _SUFFIX_PATTERN = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
+_SPLIT_BY_WORD = {
+    **{split: split for split in SPLITS},
+    **{"training": "train", "testing": "test"},
+    **dict.fromkeys(("validation", "val", "dev", "eval"), "valid"),
+}
+_SPLIT_WORDS = "|".join(_SPLIT_BY_WORD)
+_ALONE = (0, 2)  # ranks of `_rank_split_name` of which a split has one file
+_IN_A_LONGER_NAME = 4
 _COPIED_BYTES = 2**20  # at a time
 _MAX_SHOWN_PARTS = 2
 
@@ -114,32 +121,58 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
 def _find_split_files(data: str) -> dict[str, list[Path]]:
     """Return the files of each split (train, valid, test) that there is.
 
-    data: a folder, whose files are known by their names: train.jsonl, or numbered train-1.jsonl,
-        train-2.jsonl; or a file or a pattern such as rows/*.csv, of which all files are train.
+    data: a folder, whose files are known by their names (`_rank_split_name`); or a file or a
+        pattern such as rows/*.csv, of which all files are train.
 
     Raises ConfigError for two files that would both be one split, such as train.jsonl and
-    train.csv.
+    train.csv, and for a pattern that matches files named after different splits.
     """
     folder = Path(data)
     if not folder.is_dir():
         names = sorted(glob(data, recursive=True)) if not folder.is_file() else [data]
         files = [Path(name) for name in names if _SUFFIX_PATTERN.search(name)]
+        named = {next(_rank_split_name(path), (0, ""))[1]: path.name for path in files}
+        if len(named) > 1 and not named.keys().isdisjoint({"valid", "test"}):
+            listed = " and ".join(named.values())
+            raise ConfigError(
+                f"data: {data} matches {listed}, which are named after different splits, and all "
+                f"that a pattern matches is trained on. Give the folder, or another pattern."
+            )
         return {"train": files} if files else {}
-    found = {}
+    found: dict[str, dict[int, list[Path]]] = {}
+    for path in sorted(folder.iterdir()):
+        if _SUFFIX_PATTERN.search(path.name):
+            for rank, split in _rank_split_name(path):
+                found.setdefault(split, {}).setdefault(rank, []).append(path)
+    has_plain_train = min(found.get("train", {_IN_A_LONGER_NAME: []})) < _IN_A_LONGER_NAME
+    files_of = {}
     for split in SPLITS:
-        paths = [path for suffix in SUFFIXES if lexists(path := folder / f"{split}{suffix}")]
-        if len(paths) > 1:
+        rank = min(found.get(split, {_IN_A_LONGER_NAME: []}))
+        if split not in found or (has_plain_train and rank == _IN_A_LONGER_NAME):
+            continue
+        paths = files_of[split] = found[split][rank]
+        if rank in _ALONE and len(paths) > 1:
             listed = " and ".join(path.name for path in paths)
             raise ConfigError(
                 f"data: {folder} holds {listed}; each would be the {split} split. Keep one of them."
             )
-        if not paths:
-            numbered = re.compile(rf"{split}[-_.]?\d.*")
-            paths = [p for p in folder.iterdir() if numbered.fullmatch(p.name)]
-            paths = sorted(path for path in paths if _SUFFIX_PATTERN.search(path.name))
-        if paths:
-            found[split] = paths
-    return found
+    return files_of
+
+
+def _rank_split_name(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the split that a file is named after, if any, and how plainly: 0 is its very name.
+
+    1 is a number behind it (train-2), 2 and 3 are the same of another word for it (validation), 4
+    is such a word at an end of a longer name (tickets_test). The plainest files of a folder count.
+    """
+    stem = _SUFFIX_PATTERN.sub("", path.name).lower()
+    if (plain := re.fullmatch(rf"({_SPLIT_WORDS})([-_.]?\d.*)?", stem)) is not None:
+        split = _SPLIT_BY_WORD[plain[1]]
+        yield 2 * (plain[1] != split) + (plain[2] is not None), split
+    elif longer := re.fullmatch(
+        rf"({_SPLIT_WORDS})[-_. ].*|.*[-_. ]({_SPLIT_WORDS})([-_.]?\d+)?", stem
+    ):
+        yield _IN_A_LONGER_NAME, _SPLIT_BY_WORD[longer[1] or longer[2]]
 
 
 def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str, SplitFile]:

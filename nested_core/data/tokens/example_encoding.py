@@ -7,6 +7,7 @@ truncates as mlx-lm does, and counts what is lost; no pad token gets into the ta
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from nested_core.data.lines.example_parsing import (
     find_row_format,
     read_examples,
 )
+from nested_core.data.lines.line_rows import digest_example
 from nested_core.data.lines.marks import describe_nothing_to_learn
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.tokens.template_time_limit import (
@@ -58,6 +60,7 @@ BEYOND_EMBEDDING_CHECK = "token-beyond-embedding"
 EXAMPLE_FACTS_DTYPE = np.dtype(
     [
         ("line", "<i4"),
+        ("content", "<u8"),  # see digest_example
         ("full_length", "<i4"),  # in tokens, before truncation
         ("length", "<i4"),  # in tokens, after it
         ("supervised", "<i4"),  # tokens in the target mask
@@ -88,13 +91,6 @@ class EncodedExample:
     broken_turn: int = -1
     notes: tuple[Note, ...] = ()
     is_whole: bool = False
-
-
-def has_chat_template(tokenizer: Any) -> bool:
-    """Return whether a tokenizer (mlx_lm's wrapper, or a plain one) has a chat template."""
-    if hasattr(tokenizer, "has_chat_template"):
-        return bool(tokenizer.has_chat_template)
-    return getattr(tokenizer, "chat_template", None) is not None
 
 
 def encode_example(example: Example, tokenizer: Any, targets: Targets) -> EncodedExample:
@@ -317,7 +313,9 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     all_tokens = array("i")
     target_mask = bytearray()
     # Each example is a problem, too long, or appended to the arrays
-    for line, encoded in _encode_examples(examples, source, request):
+    openings: dict[str, set[str]] = {"system": set(), "tools": set()}
+    watched = _watch_openings(examples, openings)
+    for line, content, encoded in _encode_examples(watched, source, request):
         # A row of too many characters is not even tokenized; under `drop` it is dropped as well
         if isinstance(encoded, _EncodingProblem):
             if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
@@ -335,7 +333,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         target_mask += bytes(len(tokens))
         for begin, end in spans:
             target_mask[start + begin : start + end] = b"\1" * (end - begin)
-        facts.append((line, *_make_example_facts(encoded, tokens, spans, end_tokens)))
+        facts.append((line, content, *_make_example_facts(encoded, tokens, spans, end_tokens)))
         for doubt in dict.fromkeys((note.check, note.message) for note in encoded.notes):
             doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
     write_token_part(part, all_tokens, target_mask)
@@ -345,7 +343,20 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         "problems": list(problems.values()),
         "overlong": overlong,
         "doubts": [(*doubt, *line_and_count) for doubt, line_and_count in doubts.items()],
+        "openings": {key: sorted(values)[:2] for key, values in openings.items()},
     }
+
+
+def _watch_openings(
+    examples: Iterable[tuple[int, Example]], openings: Mapping[str, set[str]]
+) -> Iterator[tuple[int, Example]]:
+    """Yield the examples, and add the system text and tools of each as JSON to `openings`."""
+    for line, example in examples:
+        first = next(iter(example.messages), {})
+        system = first.get("content") if first.get("role") == "system" else None
+        openings["system"].add(json.dumps(system))
+        openings["tools"].add(json.dumps(example.tools))
+        yield line, example
 
 
 class _EncodingProblem(NamedTuple):
@@ -357,8 +368,8 @@ class _EncodingProblem(NamedTuple):
 
 def _encode_examples(
     examples: Iterable[tuple[int, Example]], source: TokenizerSource, request: Mapping[str, Any]
-) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
-    """Yield each line with its tokenized example, or why it could not be tokenized.
+) -> Iterator[tuple[int, int, EncodedExample | _EncodingProblem]]:
+    """Yield each line with its digest and tokenized example, or why it could not be tokenized.
 
     examples: line numbers and parsed rows. request: the job's settings, such as max_seq_length.
 
@@ -374,13 +385,13 @@ def _encode_examples(
     with TemplateTimeLimit() as limit:
         for line, example in examples:
             if (characters := example.approximate_characters) > most:
-                yield line, _row_too_long(characters, most, max_seq_length)
+                yield line, 0, _row_too_long(characters, most, max_seq_length)
                 continue
             last = len(example.messages) - 1
             if request["targets"] == "last" and last in example.masked:
                 message = describe_nothing_to_learn([last], example.masked)
                 hint = ", or learn the other answers with training.supervise: all"
-                yield line, _EncodingProblem("nothing-to-learn", message + hint)
+                yield line, 0, _EncodingProblem("nothing-to-learn", message + hint)
                 continue
             try:
                 with limit.watching(characters):
@@ -394,11 +405,12 @@ def _encode_examples(
             except Exception as error:  # a template is its author's program: it may raise anything
                 problem = shorten(f"{type(error).__name__}: {error}", 160)
                 message = f"the chat template does not take these turns: {problem}"
-                yield line, _EncodingProblem("chat-template-raised", message)
+                yield line, 0, _EncodingProblem("chat-template-raised", message)
             else:
                 more = [note for check in checks for note in check(example, encoded.tokens)]
                 encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
-                yield line, _find_problem(encoded, tokenizer, request) or encoded
+                checked = _find_problem(encoded, tokenizer, request) or encoded
+                yield line, digest_example(example), checked
 
 
 def _find_problem(
@@ -454,7 +466,7 @@ def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
 def _make_example_facts(
     encoded: EncodedExample, tokens: list[int], spans: list[Span], end_tokens: frozenset[int]
 ) -> tuple[int, int, int, int, int, bool]:
-    """Return what is recorded of a tokenized example, in the order of EXAMPLE_FACTS_DTYPE.
+    """Return what is recorded of a tokenized example: the last fields of EXAMPLE_FACTS_DTYPE.
 
     tokens, spans: tokens, and the ranges of them that the loss counts, after truncation to
         max_seq_length.

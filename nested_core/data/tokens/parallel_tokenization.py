@@ -43,12 +43,15 @@ class TokenFacts:
     problems: (line, check, message) for each line that could not be tokenized.
     overlong: the lines left out for their length.
     doubts: by (check, message), the first line with this doubt and the number of lines.
+    openings: by "system" and "tools", different values of the examples as JSON: one, if all have
+        the same.
     """
 
     examples: npt.NDArray[np.void]
     problems: list[tuple[int, str, str]]
     overlong: frozenset[int] = frozenset()
     doubts: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    openings: Mapping[str, set[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +158,7 @@ class _SplitJoiner:
         self._problems: list[tuple[int, str, str]] = []
         self._overlong: set[int] = set()
         self._doubts: dict[tuple[str, str], tuple[int, int]] = {}
+        self._openings: dict[str, set[str]] = {}
 
     def add_part(self, part: Path, answer: dict[str, Any]) -> None:
         """Append a job's results to those of the split: its files, and the answer it returned.
@@ -166,7 +170,7 @@ class _SplitJoiner:
         examples = np.fromfile(facts_path(part), EXAMPLE_FACTS_DTYPE)
         facts_path(part).unlink()
         examples["line"] = self._original_line_numbers(examples["line"])
-        self._writer.append_part(part, examples["line"], examples["length"])
+        self._writer.append_part(part, examples)
         self._examples.append(examples)
         lines = self._original_line_numbers(answer["problem_lines"])
         self._problems += [
@@ -181,6 +185,8 @@ class _SplitJoiner:
             # Another range may have had this doubt before: its first line stays, counts add up
             first_line, earlier_count = self._doubts.get((check, message), (line, 0))
             self._doubts[check, message] = first_line, earlier_count + count
+        for key, values in answer["openings"].items():
+            self._openings.setdefault(key, set()).update(values)
 
     def _original_line_numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """Convert line numbers of the converted file to original ones."""
@@ -191,4 +197,5 @@ class _SplitJoiner:
     def joined_facts(self) -> TokenFacts:
         """Return the facts of all parts."""
         examples = np.concatenate(self._examples)
-        return TokenFacts(examples, self._problems, frozenset(self._overlong), self._doubts)
+        overlong = frozenset(self._overlong)
+        return TokenFacts(examples, self._problems, overlong, self._doubts, self._openings)

@@ -1,6 +1,6 @@
 """A tokenized split: flat arrays in memory, and the files that they are mapped from.
 
-SPLIT.tokens, .target_mask, .starts and .lines have the arrays of a TokenizedSplit as raw
+SPLIT.tokens, .target_mask, .starts, .lines and .contents have the arrays of a TokenizedSplit as raw
 little-endian bytes; MANIFEST.json has their sizes and hashes. A file that differs from it is
 refused.
 """
@@ -26,6 +26,7 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_re
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
 
 
@@ -34,11 +35,13 @@ TOKENS_ARRAY = "tokens"
 TARGET_MASK_ARRAY = "target_mask"
 STARTS_ARRAY = "starts"
 LINES_ARRAY = "lines"
+CONTENTS_ARRAY = "contents"
 DTYPE_BY_ARRAY: dict[str, np.dtype[Any]] = {
     TOKENS_ARRAY: np.dtype("<i4"),
     TARGET_MASK_ARRAY: np.dtype(np.bool_),
     STARTS_ARRAY: np.dtype("<i8"),
     LINES_ARRAY: np.dtype("<i4"),
+    CONTENTS_ARRAY: np.dtype("<u8"),
 }
 
 
@@ -51,6 +54,7 @@ class TokenizedSplit:
         position of an example, which nothing predicts.
     starts: where each example begins and the last one ends, int64 [n + 1].
     lines: each example's line number in its original file, int32 [n].
+    contents: the digest of each example's content, see `digest_example`, uint64 [n].
     maps: the memory-mapped files of the arrays.
     """
 
@@ -58,6 +62,7 @@ class TokenizedSplit:
     target_mask: Bool
     starts: Int64
     lines: Int32
+    contents: UInt64
     maps: tuple[mmap.mmap, ...] = ()
 
     def __len__(self) -> int:
@@ -109,19 +114,20 @@ class SplitWriter:
         self._total = 0
         self._files[STARTS_ARRAY].write(bytes(DTYPE_BY_ARRAY[STARTS_ARRAY].itemsize))
 
-    def append_part(self, part: Path, lines: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+    def append_part(self, part: Path, examples: npt.NDArray[np.void]) -> None:
         """Append the files that `write_token_part` wrote.
 
-        lines, lengths: the line number and the number of tokens of each example.
+        examples: a record with `line`, `length` (in tokens) and `content` of each example.
         """
         for name in (TOKENS_ARRAY, TARGET_MASK_ARRAY):
             path = _array_path(part, name)
             self._files[name].write(read_regular(path))
             path.unlink()
-        ends = self._total + np.cumsum(lengths, dtype=DTYPE_BY_ARRAY[STARTS_ARRAY])
+        ends = self._total + np.cumsum(examples["length"], dtype=DTYPE_BY_ARRAY[STARTS_ARRAY])
         self._files[STARTS_ARRAY].write(ends.tobytes())
-        self._files[LINES_ARRAY].write(lines.astype(DTYPE_BY_ARRAY[LINES_ARRAY]).tobytes())
-        self._total += int(lengths.sum())
+        for name, field in ((LINES_ARRAY, "line"), (CONTENTS_ARRAY, "content")):
+            self._files[name].write(examples[field].astype(DTYPE_BY_ARRAY[name]).tobytes())
+        self._total += int(examples["length"].sum())
 
     def close(self) -> None:
         """Close the files."""

@@ -86,11 +86,6 @@ def _load_tokenizer(source: TokenizerSource, fingerprint: str) -> Any:  # noqa: 
 
 def _describe_other_folder(folder: Path) -> str | None:
     """Describe what is in the place of a model, and what to give instead; None if unknown."""
-    if folder.suffix == ".gguf":
-        return (
-            "a GGUF file, which mlx-lm does not train. Give the folder or the hub's name of the "
-            "model that it was made from."
-        )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return (
             "an adapter, not a model. Give its base as model; to continue from the adapter itself, "

@@ -13,8 +13,8 @@ import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion, find_rival
-from nested_core.measure.losses.left_out_examples import find_left_out
 from nested_core.measure.losses.loss_figures import summarise_champion
 from nested_core.records.losses import Vector
 from nested_core.records.verdict import ChampionLoss, Reason
@@ -80,9 +80,10 @@ def _compare_losses(
         return ChampionLoss(version, not_compared=rival.problem), None
     if not np.isfinite(losses.after).all():
         return ChampionLoss(version, not_compared="the candidate's loss is not finite"), None
-    is_seen = find_left_out(held_out.digests, rival.training_examples)
-    if losses.left_out is not None:
-        is_seen |= losses.left_out
+    trained_on = judged.trained_on | rival.trained_on
+    if trained_on.unknown is not None:
+        return ChampionLoss(version, left_out=None, not_compared=trained_on.unknown), None
+    is_seen = trained_on.find_in(held_out.digests)
     if is_seen.all():
         problem = (
             f"each of the {len(losses)} held-out examples of {losses.file} is one that the "
@@ -103,5 +104,13 @@ def _compare_losses(
     return summarise_champion(version, compared, bounds, judged.candidates), measured
 
 
-CHAMPION = Check("champion", _compare_with_champion, stopped_by=WITHOUT_MODEL)
+def _plan_rivals(run: RunToJudge) -> GateWork:
+    """The work of both checks: a pass for each rival that is not the adapter of the start."""
+    rivals = sum(rival is not None for rival in run.rivals)
+    return GateWork(rows=rivals * run.count_rows(run.held_out_rows, 1))
+
+
+CHAMPION = Check(
+    "champion", _compare_with_champion, stopped_by=WITHOUT_MODEL, plan_work=_plan_rivals
+)
 REFERENCE = Check("reference", _compare_with_reference, stopped_by=WITHOUT_MODEL)

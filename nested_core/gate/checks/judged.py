@@ -24,7 +24,8 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no model for that
-    from nested_core.data.example_digests import Digests
+    from nested_core.data.example_digests import TrainedRows
+    from nested_core.gate.checks.planned_work import GateWork, RunToJudge
     from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
     from nested_core.gate.proof.proof_of_run import ProofOfRun
     from nested_core.measure.losses.chosen_candidate import Candidates
@@ -98,7 +99,7 @@ class CheckedRun(Judged):
     held_out: HeldOutExamples | None = field(default=None, init=False)
     losses: ExampleLosses | None = field(default=None, init=False)
     candidates: Candidates = field(init=False)
-    trained_on: Digests = field(init=False)
+    trained_on: TrainedRows = field(init=False)
     champion: Champion | UnusableChampion | None = field(default=None, init=False)
 
     # To be written beside gate.json: file contents by name, and the answers to `gate.tasks`.
@@ -161,6 +162,7 @@ class Check(Generic[J_contra]):
     bounds: the keys of `gate` that it judges by. If gate.json lacks them, the run was judged
         without this check, and `promote` skips it too.
     stage: the progress message shown while it runs; None for a check that takes no time.
+    plan_work: returns what it computes with the model; None for a check that computes nothing.
     """
 
     name: str
@@ -171,6 +173,7 @@ class Check(Generic[J_contra]):
     is_asked: Callable[[GateSection], bool] = lambda _: True
     bounds: tuple[str, ...] = ()
     stage: str | None = None
+    plan_work: Callable[[RunToJudge], GateWork] | None = None
 
     def find_stopping_check(self, judged: J_contra) -> str | None:
         """Return the name of the first failed check that prevents this one; None if it can run."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
-
-from nested_core.data.data_settings import REPLAY_SPLIT
-from nested_core.data.example_digests import digest_examples
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge, count_lines
 from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.measure.losses.held_out_loss import (
     measure_example_losses,
@@ -18,10 +16,7 @@ from nested_core.measure.losses.held_out_loss import (
     read_held_out_examples,
     read_nonempty_splits,
 )
-from nested_core.measure.losses.left_out_examples import (
-    find_left_out,
-    read_ancestor_training_digests,
-)
+from nested_core.measure.losses.left_out_examples import read_run_rows
 from nested_core.measure.losses.loss_figures import (
     drift_reasons,
     general_loss_reasons,
@@ -32,23 +27,21 @@ from nested_core.measure.losses.loss_figures import (
     summarise_losses,
 )
 from nested_core.records.verdict import Reason, describe_examples
+from nested_core.storage.atomic import render_json
 
 
 def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     """Measure the loss of each held-out example with the initial and the trained adapter.
 
     Examples that this run or an ancestor was trained on are left out. Stores in `judged`: the
-    losses, their summary in the verdict, the digests of the training examples, the candidates that
+    losses, their summary in the verdict, the rows that were trained on, the candidates that
     the step was chosen from, and the files to write. Yields a reason if a mean loss is not finite.
     """
     config, run = judged.config, judged.run
     splits = read_nonempty_splits(config, run)
-    trained_on = [splits[name] for name in ("train", REPLAY_SPLIT) if name in splits]
-    training_examples = np.concatenate(list(map(digest_examples, trained_on)))
-    stored = np.unique(training_examples).astype("<u8").tobytes()  # little-endian on any machine
-    judged.written_files[run.training_examples.name] = stored
-    ancestors = read_ancestor_training_digests(config, judged.before.digest())
-    judged.trained_on = np.concatenate([training_examples, ancestors])
+    judged.trained_on = read_run_rows(run)
+    recorded = render_json(judged.trained_on.to_json())
+    judged.written_files[run.training_examples.name] = recorded
     judged.candidates = Candidates()
     judged.held_out = held_out = read_held_out_examples(config, splits)
     if held_out is None:
@@ -56,8 +49,7 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     losses = measure_example_losses(
         judged.base, judged.evidence.before, judged.evidence.after, held_out
     )
-    left_out = find_left_out(held_out.digests, judged.trained_on)
-    judged.losses = losses = losses.leaving_out(left_out)
+    judged.losses = losses = losses.leaving_out(judged.trained_on.find_in(held_out.digests))
     judged.written_files[run.gate_losses.name] = losses.render()
     if held_out.has_validation_examples:
         judged.candidates = read_candidates(run.validation_losses)
@@ -67,6 +59,7 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
         has_one_answer=held_out.are_all_answers_equal,
         bounds=judged.bounds,
         candidates=judged.candidates,
+        are_rows_known=judged.trained_on.unknown is None,
     )
     drift = summarise_drift(losses)
     judged.verdict = replace(judged.verdict, validation=validation, drift=drift)
@@ -103,11 +96,23 @@ def _find_drift(judged: CheckedRun) -> Iterator[Reason]:
         yield from drift_reasons(judged.verdict.drift, data, judged.bounds)
 
 
+def _plan_losses(run: RunToJudge) -> GateWork:
+    return GateWork(rows=run.count_rows(run.held_out_rows, 2))
+
+
+def _plan_general_text(run: RunToJudge) -> GateWork:
+    gate = run.config.gate
+    if gate.general_data is None or gate.max_general_loss_increase is None:
+        return GateWork()
+    return GateWork(rows=2 * count_lines(Path(gate.general_data)))
+
+
 LOSSES = Check(
     "losses",
     _measure_losses,
     stopped_by=WITHOUT_MODEL,
     stage="losses on held-out examples, before and after",
+    plan_work=_plan_losses,
 )
 WORSE_LOSS = Check(
     "worse loss",
@@ -120,6 +125,7 @@ GENERAL_TEXT = Check(
     _find_forgetting,
     stopped_by=WITHOUT_MODEL,
     bounds=("max_general_loss_increase",),
+    plan_work=_plan_general_text,
 )
 HARMED_EXAMPLES = Check(
     "harmed examples", _find_harmed_examples, stopped_by=WITHOUT_MODEL, bounds=("max_harmed_share",)

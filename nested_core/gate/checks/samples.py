@@ -16,6 +16,7 @@ from nested_core.data.held_out_rows import read_held_out_prompts
 from nested_core.errors import NestedTuneError
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.run_evidence import RunEvidence
 from nested_core.measure.answers.answer_bounds import MIN_PROMPTS, is_sound, judge_samples
 from nested_core.measure.losses.held_out_loss import LoadedBase
@@ -216,10 +217,28 @@ def _find_broken_answers(judged: CheckedRun) -> Iterator[Reason]:
         yield Reason("answers_broken", f"{samples.describe()}; gate.samples is fail")
 
 
+def _plan_samples(run: RunToJudge) -> GateWork:
+    """The work of base, parent and candidate, of which the last two answer as long as expected.
+
+    The base is asked as many prompts as there may be, since some of its answers may be broken.
+    """
+    config, tokenizer = run.config, run.tokenizer
+    prompts = list(_list_prompts(config))
+    if not prompts:
+        return GateWork()
+    most = config.training.sample_tokens
+    texts = [prompt.expected for prompt in prompts if prompt.expected is not None]
+    expected = [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts]
+    trained = most if config.samples or not expected else min(most, max(expected))
+    encoded = [encode_messages(tokenizer, prompt.messages) for prompt in prompts]
+    return run.ask(encoded, [most, *([trained] * (1 + run.goes_on))])
+
+
 SAMPLES = Check(
     "sample answers",
     _find_broken_answers,
     stopped_by=WITHOUT_MODEL,
     bounds=("samples",),
     stage="answers of base and adapter to sample prompts",
+    plan_work=_plan_samples,
 )

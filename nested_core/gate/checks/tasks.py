@@ -10,6 +10,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.checks.tensors import CHANGE, EFFECT
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.evidence.run_evidence import RunEvidence
@@ -36,10 +37,10 @@ from nested_core.models.base_model import (
     fingerprint_base_model,
     fingerprint_tokenizer,
 )
-from nested_core.models.generation import Answer, OnAnswered
+from nested_core.models.generation import BATCH_SIZE, Answer, OnAnswered
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.records.answers import AnsweringRole, AnswerRecord
-from nested_core.records.verdict import Reason
+from nested_core.records.verdict import Reason, TaskResult
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.run_directory import RunDirectory
 
@@ -86,17 +87,20 @@ class AskedModel:
 
 
 def answer_tasks(
-    base: LoadedBase, run: RunDirectory, evidence: RunEvidence, champion: Champion | None
+    base: LoadedBase,
+    run: RunDirectory,
+    evidence: RunEvidence,
+    champion: Champion | None,
+    suites: Sequence[Suite],
 ) -> tuple[AnswerRecord, ...]:
     """Ask base, parent (unless the initial adapter is fresh), champion and candidate every suite.
 
     Records the suites in the run, and returns the scored answers that count for the verdict. Raises
-    ConfigError or DatasetError if a suite is missing, has bad lines, changed since the run
-    began or does not fit the model, or if its scorer fails.
+    ConfigError or DatasetError if a suite changed since the run began or does not fit the model, or
+    if its scorer fails.
     """
-    suites = read_suites(base.config.gate)
     record_or_compare_suites(run, suites)
-    encoded = encode_suites(suites, base.tokenizer, base.folder)
+    encoded = encode_suites(suites, base.tokenizer, base.folder, evidence.dataset.prompt_format)
     records = [
         record
         for asked in _asked_models(base, evidence, champion)
@@ -194,16 +198,29 @@ def _score_answers(
     ]
 
 
+def _add_constants(
+    results: Sequence[TaskResult], suites: Sequence[Suite], answers: Sequence[AnswerRecord]
+) -> Iterator[TaskResult]:
+    """Yield each suite's result with the score of the best constant answer to its questions.
+
+    answers: those that count for the verdict, to the same questions.
+    """
+    for result, suite in zip(results, suites, strict=True):
+        lines = {answer.line for answer in answers if answer.task == suite.name}
+        yield replace(result, constant=suite.score_best_constant(lines))
+
+
 def _find_worse_answers(judged: CheckedRun) -> list[Reason]:
     """Ask the suites, and return a reason for each on which the candidate is worse than allowed.
 
     Under `gate.samples: fail` the same answer to every question of a suite is a reason too.
     """
     rival = None if isinstance(judged.champion, UnusableChampion) else judged.champion
-    answers = answer_tasks(judged.base, judged.run, judged.evidence, rival)
+    suites = read_suites(judged.base.config.gate)
+    answers = answer_tasks(judged.base, judged.run, judged.evidence, rival, suites)
     results, reasons = judge_answers(judged.bounds, answers)
     judged.answers = answers
-    judged.verdict = replace(judged.verdict, tasks=results)
+    judged.verdict = replace(judged.verdict, tasks=tuple(_add_constants(results, suites, answers)))
     if judged.bounds.samples == "fail":
         reasons += [
             Reason("answers_broken", f"{result.describe()}, all of them the same")
@@ -213,6 +230,20 @@ def _find_worse_answers(judged: CheckedRun) -> list[Reason]:
     return reasons
 
 
+def _plan_tasks(run: RunToJudge) -> GateWork:
+    """The work of all suites, each answer as long as it may be; choices are read alone."""
+    models = 2 + run.goes_on + (run.rivals[0] is not None)
+    suites = [EncodedSuite.encode(one, run.tokenizer, None) for one in read_suites(run.config.gate)]
+    read = tokens = most = 0
+    for suite in suites:
+        for prompt, choices in zip(suite.prompts, suite.choices, strict=True):
+            read += len(prompt) * max(1, len(choices))
+        if not any(suite.choices):
+            tokens += -(-len(suite.prompts) // BATCH_SIZE) * suite.suite.sampling.max_tokens
+            most = max(most, min(len(suite.prompts), BATCH_SIZE))
+    return GateWork(prompt_tokens=models * read, tokens=models * tokens, answers=most)
+
+
 TASKS = Check(
     "answers",
     _find_worse_answers,
@@ -220,4 +251,5 @@ TASKS = Check(
     is_asked=lambda bounds: bool(bounds.tasks),
     bounds=("tasks",),
     stage="answers to gate.tasks",
+    plan_work=_plan_tasks,
 )

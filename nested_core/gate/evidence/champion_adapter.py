@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.example_digests import Digests
+from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import ConfigError
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.measure.losses.held_out_loss import LoadedBase
-from nested_core.measure.losses.left_out_examples import read_training_digests
+from nested_core.measure.losses.left_out_examples import read_version_rows
 from nested_core.models.adapter_fit import find_differences, require_recorded_settings
 from nested_core.registry import holding_champion, list_versions, read_champion_changes, verify
 from nested_core.registry.folders import name_exists
@@ -27,13 +27,13 @@ class Champion:
 
     base: the base model to load its adapter into: the candidate's, or a second one with LoRA
         modules of the champion's rank, scale and keys.
-    training_examples: digests of what it and its ancestors were trained on, as far as recorded.
+    trained_on: what it and its ancestors were trained on.
     """
 
     version: str
     adapter: Adapter
     base: LoadedBase
-    training_examples: Digests
+    trained_on: TrainedRows
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def find_rival(
         verify(registry, name, version)
         adapter = read_adapter(folder)
         adapter.digest()  # reads the tensors now, while nobody can remove the version
-        training_examples = read_training_digests(folder)
+        trained_on = read_version_rows(folder)
     try:
         rival_base = _find_base_for_champion(adapter, base, candidate)
     except ConfigError as error:
@@ -81,7 +81,7 @@ def find_rival(
             f"the {role} {shorten_digest(version)} does not fit: {' '.join(str(error).split())}"
         )
         return UnusableChampion(version, problem)
-    return Champion(version, adapter, rival_base, training_examples)
+    return Champion(version, adapter, rival_base, trained_on)
 
 
 def _find_replaced_champion(registry: Path, name: str, champion: str) -> str | None:

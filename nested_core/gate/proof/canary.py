@@ -17,6 +17,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.gate.proof.fresh_process_check import ProofRequest, StoredTypesAnswers
 from nested_core.measure.answers.suite_answers import encode_suites, read_suites
 from nested_core.models.base_model import find_model_folder
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.canary_file import (
     MAX_CANARY_QUESTIONS,
@@ -35,11 +36,15 @@ class CanaryPrompt:
     tokens: tuple[int, ...]
 
 
-def choose_canary_prompts(config: FineTuneConfig) -> list[CanaryPrompt]:
+def choose_canary_prompts(
+    config: FineTuneConfig, prompt_format: PromptFormat | None
+) -> list[CanaryPrompt]:
     """Return up to MAX_CANARY_QUESTIONS questions from the suites marked as canary, in token ids.
 
     Their answers are stored with the adapter, so that it can be checked later that a server
     computes the same. A suite is a file of questions.
+
+    prompt_format: of the training rows, as which a question's `prompt` is asked.
 
     They are taken in turns: the first question of every suite, then the second of every suite.
     Raises ConfigError or DatasetError if a suite cannot be read or encoded.
@@ -50,7 +55,7 @@ def choose_canary_prompts(config: FineTuneConfig) -> list[CanaryPrompt]:
         return []
     tokenizer = TokenizerSource.from_config(config).load()
     suites = read_suites(gate.model_copy(update={"tasks": tasks}))
-    encoded = encode_suites(suites, tokenizer, find_model_folder(config.model))
+    encoded = encode_suites(suites, tokenizer, find_model_folder(config.model), prompt_format)
     prompts = [
         (position, CanaryPrompt(suite.suite.name, question.line, tokens))
         for suite in encoded

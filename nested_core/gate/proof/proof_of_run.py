@@ -27,7 +27,8 @@ class ProofOfRun:
     ) -> None:
         """Create it for a run's evidence; the process is not started yet."""
         self._session = session
-        self.questions: Sequence[CanaryPrompt] = choose_canary_prompts(config)
+        prompt_format = evidence.dataset.prompt_format
+        self.questions: Sequence[CanaryPrompt] = choose_canary_prompts(config, prompt_format)
         self.request = _make_request(config, evidence, divergence, self.questions)
         self._running: RunningProof | None = None
 

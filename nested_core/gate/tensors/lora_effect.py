@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from nested_core.errors import DamagedError
-from nested_core.gate.tensors.tensor_diff import frobenius_norm, tensors_differ
+from nested_core.gate.tensors.tensor_diff import frobenius_norm
 from nested_core.models.lora_tensors import LORA_FACTORS
 from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import Adapter
@@ -146,7 +146,7 @@ def _has_module_changed(
     enough.
     """
     magnitude = f"{module}.m"  # DoRA's
-    if magnitude in after and tensors_differ(before[magnitude], after[magnitude]):
+    if magnitude in after and _moves_beyond_rounding(before[magnitude], after[magnitude]):
         return True
     old, new = _factor_pair(before, module), _factor_pair(after, module)
     # What rounding alone may move the product by is `roundoff` times a norm of the product.
@@ -166,6 +166,14 @@ def _has_module_changed(
         )
     )
     return _norm_of_difference(new, old, None) > roundoff * bound
+
+
+def _moves_beyond_rounding(before: StoredTensor, after: StoredTensor) -> bool:
+    """Whether the norm of a tensor's change is more than rounding in its dtype explains."""
+    roundoff = ROUNDING_FACTOR * max(PRECISION_BY_DTYPE[t.dtype][0] for t in (before, after))
+    old, new = (tensor.to_numpy().astype(np.float64) for tensor in (before, after))
+    bound = math.hypot(np.linalg.norm(old), np.linalg.norm(new))
+    return float(np.linalg.norm(new - old)) > roundoff * bound
 
 
 def _independent_rounding_squared(pair: Factors) -> float:

@@ -31,9 +31,8 @@ from nested_core.records.paired_difference import (
     smallest_visible_share,
     student_t_quantile,
 )
-from nested_core.records.verdict import Reason, SampleVerdict, TaskResult
+from nested_core.records.verdict import SCORE_ROUNDING, Reason, SampleVerdict, TaskResult
 
-SCORE_ROUNDING = 1e-9  # a mean of scores may be off by this much
 MAX_NAMED_QUESTIONS = 3
 CHAMPION = "the champion"  # how messages name the rival
 BADNESS: tuple[Conclusion, ...] = ("better", "no_worse", "inconclusive", "worse")

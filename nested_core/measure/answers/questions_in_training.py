@@ -26,6 +26,7 @@ from nested_core.measure.answers.suite_answers import (
 )
 from nested_core.models.generation import BATCH_SIZE
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
+from nested_core.records.dataset import PromptFormat
 from nested_core.text.stages import stages
 
 MOST_QUESTIONS = BATCH_SIZE  # of each suite, so that one batch answers them
@@ -70,11 +71,17 @@ class QuestionsInTraining:
 
     @classmethod
     def from_config(
-        cls, config: FineTuneConfig, tokenizer: Any, base: Path, steps: int
+        cls,
+        config: FineTuneConfig,
+        tokenizer: Any,
+        base: Path,
+        steps: int,
+        *,
+        prompt_format: PromptFormat | None,
     ) -> QuestionsInTraining:
         """Choose and encode the questions for a run of `steps` optimizer steps, and log how many.
 
-        `base` is the folder of the base model.
+        base: the folder of the base model. prompt_format: of the training rows.
         """
         named = config.training.evaluate_tasks
         chosen = []
@@ -87,7 +94,7 @@ class QuestionsInTraining:
             asked = ", ".join(f"{len(suite.questions)} of {suite.name}" for suite in chosen)
             few = f" (few, for the run has {steps} steps)" if steps < STEPS_FOR_ALL else ""
             stages.info("questions while it trains: %s%s", asked, few)
-        return cls(encode_suites(chosen, tokenizer, base), tokenizer)
+        return cls(encode_suites(chosen, tokenizer, base, prompt_format), tokenizer)
 
     def ask(
         self,

@@ -29,8 +29,9 @@ SUITE_CHECK_TIMEOUT_SECONDS = 120.0  # to compile all patterns or schemas
 MAX_ANSWER_BYTES = 4096
 MAX_PROBLEM_CHARACTERS = 300
 _SIGN_PATTERN = r"(?:(?<![\d.])[-+\u2212])?"  # the "-" in "3-4" is no sign
+_GROUP_PATTERN = "[,\u00a0\u2009\u202f]"  # comma, and the spaces that do not break a number
 _NUMBER_PATTERN = re.compile(
-    rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?"
+    rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:{_GROUP_PATTERN}\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?"
     rf"|{_SIGN_PATTERN}\.\d+"
 )
 _DECIMAL_PRECISION = 50
@@ -79,13 +80,14 @@ def normalise_white_space(text: str) -> str:
 def last_number(text: str) -> Decimal | None:
     """Return the last number in a text, or None: "about 1,234.5 km." gives 1234.5.
 
-    Commas between groups of three digits and the Unicode minus sign are understood. A point that
+    Commas or no-break spaces between groups of three digits and the Unicode minus sign are
+    understood; at a plain space a number ends. A point that
     ends the sentence, a unit or a currency is not part of the number.
     """
     matches = _NUMBER_PATTERN.findall(text)
     if not matches:
         return None
-    return Decimal(matches[-1].replace(",", "").replace("\u2212", "-"))
+    return Decimal(re.sub(_GROUP_PATTERN, "", matches[-1]).replace("\u2212", "-"))
 
 
 def _equals_accepted_answer(question: Question, answer: str) -> bool:

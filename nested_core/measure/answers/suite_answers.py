@@ -7,7 +7,8 @@ training begins, and must be unchanged when the gate asks them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -27,12 +28,15 @@ from nested_core.measure.answers.suites import (
     Question,
     describe_bad_questions,
     fold_prompt,
+    list_expected_texts,
     read_suite,
+    strip_pattern,
 )
 from nested_core.models.base_model import context_length, describe_token_beyond, vocabulary_size
-from nested_core.models.chat_template import chat_template_of
+from nested_core.models.chat_template import chat_template_of, has_chat_template
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.run_directory import RunDirectory
@@ -40,6 +44,7 @@ from nested_core.storage.untrusted_files import file_type, regular_sha256
 from nested_core.training.loss.logit_budget import positions_at_once
 from nested_core.training.loss.loss_interface import count_logits, extract_logits
 
+MAX_CONSTANT_ANSWERS = 8  # expected answers that are tried as the answer to all questions
 _MAX_ROWS = 64  # of one batch of choices
 # On CUDA, MLX keeps an attention plan for each shape, and fails after many. Widths are rounded up.
 _WIDTH_MULTIPLE = 64
@@ -64,6 +69,34 @@ class Suite:
         questions = read_suite(method.place, method.score)
         require_usable_scorer(method, questions)
         return cls(name, method, questions, sampling or Sampling())
+
+    def score(self, answers: Sequence[str]) -> list[float]:
+        """Score an answer to each question; DatasetError if the suite's own scorer fails."""
+        if self.method.score != "choice":
+            return score_answers(self.method, self.questions, answers)
+        pairs = zip(self.questions, answers, strict=True)
+        return [float(answer in question.accepted) for question, answer in pairs]
+
+    def score_best_constant(self, lines: Collection[int]) -> float | None:
+        """Return the mean score of the best constant answer to the questions on these lines.
+
+        It is the one expected answer with the highest score if it is given to every question. The
+        most frequent ones are tried. None if no answer is expected.
+        """
+        questions = tuple(question for question in self.questions if question.line in lines)
+        is_pattern = self.method.score == "regex"
+        expected = Counter[str]()
+        for question in questions:
+            accepted = list(dict.fromkeys(list_expected_texts(question)))
+            expected.update(map(strip_pattern, accepted) if is_pattern else accepted)
+        most = 1 if self.method.score == "python" else MAX_CONSTANT_ANSWERS
+        texts = [text for text, _ in expected.most_common(most)]
+        if not texts:
+            return None
+        asked = replace(self, questions=questions * len(texts))
+        scores = asked.score([text for text in texts for _ in questions])
+        means = np.reshape(scores, (len(texts), len(questions))).mean(axis=1)
+        return float(means.max())
 
     @cached_property
     def digest(self) -> str:
@@ -112,12 +145,20 @@ class EncodedSuite:
 
     @classmethod
     def encode(
-        cls, suite: Suite, tokenizer: Any, context: int | None, rows: int | None = None
+        cls,
+        suite: Suite,
+        tokenizer: Any,
+        context: int | None,
+        rows: int | None = None,
+        prompt_format: PromptFormat | None = None,
     ) -> Self:
         """Encode every question of a suite.
 
+        A question's `prompt` is asked as the prompts of training rows are formatted.
+
         context: the most tokens that the model can see; None if unknown.
         rows: the number of rows of its embedding; None if unknown.
+        prompt_format: of the rows; None if unknown, which is a chat without a system text.
 
         Raises a DatasetError that lists the questions that are too long, have tokens beyond the
         embedding, or are refused by the chat template.
@@ -125,9 +166,10 @@ class EncodedSuite:
         prompts: list[tuple[int, ...]] = []
         choices: list[tuple[tuple[int, ...], ...]] = []
         problems = []
-        for question in suite.questions:
+        prompt_format = prompt_format or PromptFormat()
+        for question in (_as_asked(one, prompt_format, tokenizer) for one in suite.questions):
             try:
-                prompt = _encode_prompt(question, tokenizer)
+                prompt = _encode_prompt(question, tokenizer, prompt_format.tools)
             except Exception as error:  # a template may raise anything
                 reason = f"{type(error).__name__}: {error}"
                 problem = f"the chat template does not take it: {reason}"[:300]
@@ -219,23 +261,29 @@ class EncodedSuite:
 
     def score(self, answers: Sequence[Answer]) -> SuiteAnswers:
         """Score answers to this suite; DatasetError if the suite's own scorer fails."""
-        questions = self.suite.questions
-        if self.suite.method.score == "choice":
-            scores = [
-                float(answer.text in question.accepted)
-                for question, answer in zip(questions, answers, strict=True)
-            ]
-        else:
-            texts = [answer.text for answer in answers]
-            scores = score_answers(self.suite.method, questions, texts)
+        scores = self.suite.score([answer.text for answer in answers])
         return SuiteAnswers(tuple(answers), tuple(scores))
 
 
-def _encode_prompt(question: Question, tokenizer: Any) -> tuple[int, ...]:
+def _as_asked(question: Question, prompt_format: PromptFormat, tokenizer: Any) -> Question:
+    """Return a question whose `prompt` is a conversation, if the training rows are chats.
+
+    A tokenizer without a chat template is asked the prompt as it stands.
+    """
+    is_text = isinstance(question.prompt, str)
+    if not is_text or not prompt_format.is_chat or not has_chat_template(tokenizer):
+        return question
+    turn = {"role": "user", "content": str(question.prompt)}
+    return replace(question, prompt=(*prompt_format.begin_chat(), turn), has_own_messages=False)
+
+
+def _encode_prompt(question: Question, tokenizer: Any, tools: Any = None) -> tuple[int, ...]:
     """Return the token ids of a question's prompt.
 
     A plain text gets the tokenizer's start token unless it begins with it. Chat messages go through
     the chat template.
+
+    tools: of the training rows, for a question that gives no messages of its own.
     """
     if isinstance(question.prompt, str):
         text = question.prompt
@@ -243,7 +291,10 @@ def _encode_prompt(question: Question, tokenizer: Any) -> tuple[int, ...]:
         is_started = bos_token is not None and text.startswith(bos_token)
     else:
         template = chat_template_of(tokenizer)
-        text = template.render(template.prepare(question.prompt), add_generation_prompt=True)
+        turns = template.prepare(question.prompt)
+        text = template.render(
+            turns, None if question.has_own_messages else tools, add_generation_prompt=True
+        )
         is_started = True
     # verbose=False: transformers would warn of a long text, which `encode` reports with its line
     return tuple(tokenizer.encode(text, add_special_tokens=not is_started, verbose=False))
@@ -394,11 +445,17 @@ def record_or_compare_suites(run: RunDirectory, suites: Sequence[Suite]) -> None
     write_json(run.suites, {name: asdict(record) for name, record in records.items()})
 
 
-def encode_suites(suites: Sequence[Suite], tokenizer: Any, base: Path) -> tuple[EncodedSuite, ...]:
+def encode_suites(
+    suites: Sequence[Suite], tokenizer: Any, base: Path, prompt_format: PromptFormat | None
+) -> tuple[EncodedSuite, ...]:
     """Encode each suite for the base model in the folder `base`.
+
+    prompt_format: of the training rows, as which a question's `prompt` is asked; None if unknown.
 
     Raises a DatasetError that lists the questions that are longer than the model's context or that
     its chat template refuses.
     """
     context, rows = context_length(base), vocabulary_size(base)
-    return tuple(EncodedSuite.encode(suite, tokenizer, context, rows) for suite in suites)
+    return tuple(
+        EncodedSuite.encode(suite, tokenizer, context, rows, prompt_format) for suite in suites
+    )

@@ -8,6 +8,7 @@ scorers.py does that in another process.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Question:
     tolerance: how far the answer to a `number` question may be off.
     choices: the answers to choose from, for `choice`.
     fields: the line as it was read, which a Python scorer receives.
+    has_own_messages: whether the line gives the whole conversation, and not a `prompt` alone.
     """
 
     line: int
@@ -54,6 +56,7 @@ class Question:
     tolerance: float
     choices: tuple[str, ...]
     fields: dict[str, Any]
+    has_own_messages: bool = True
 
 
 class _SuiteLine(BaseModel):
@@ -360,6 +363,20 @@ def question_label(question: Question) -> str:
 
 def expected_label(question: Question) -> str | None:
     """Return the accepted answers on one line, joined by "or"; None if no answer is expected."""
-    answers = [answer for answer in question.accepted if answer is not None]
-    texts = [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
+    texts = list_expected_texts(question)
     return shorten(" or ".join(texts), MAX_EXPECTED_CHARACTERS) if texts else None
+
+
+def list_expected_texts(question: Question) -> list[str]:
+    """Return the accepted answers as texts; empty if no answer is expected."""
+    answers = [answer for answer in question.accepted if answer is not None]
+    return [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
+
+
+def strip_pattern(pattern: str) -> str:
+    """Return a regular expression without anchors, flags and groups: often a text that it matches.
+
+    `(?i)^(Oslo|Bergen)$` gives `Oslo|Bergen`.
+    """
+    bare = re.sub(r"\(\?[a-zA-Z]+\)|\(\?:|\\[bBAZ]|(?:\\[sW.]|\.)[*+?]|(?<!\\)[\^$()]", "", pattern)
+    return re.sub(r"\\(\W)", r"\1", bare)

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
-from nested_core.records.losses import ExampleLosses, Vector
+from nested_core.records.losses import Contents, ExampleLosses, Vector
 from nested_core.records.paired_difference import (
     CONFIDENCE,
-    Indices,
     PairedDifference,
     count_drawn,
     student_t_quantile,
@@ -36,13 +35,13 @@ class Candidates:
     """The candidates from which the held-out examples selected the one that is judged.
 
     count: their number: evaluated steps that could be offered, times the points of a sweep.
-    lines: the line of each example in the held-out file, int64 (n,); None without losses.
+    contents: the digest of each example's content, uint64 (n,); None without losses.
     losses: the mean loss of each example with each candidate, in nats/token, float64 (k, n); None
         if the losses of some candidate were not recorded.
     """
 
     count: int = 1
-    lines: Indices | None = None
+    contents: Contents | None = None
     losses: Vector | None = None
 
     def corrected_interval(
@@ -74,10 +73,10 @@ class Candidates:
         """
         lower_bound = student_t_quantile(1 - _TAIL, examples - 1)
         upper_bound = student_t_quantile(1 - _TAIL / self.count, examples - 1)
-        if self.lines is None or self.losses is None:
+        if self.contents is None or self.losses is None or judged.contents is None:
             return upper_bound
         # Only examples that both selected the step and judge it now can correct for the selection.
-        _, columns, rows = np.intersect1d(self.lines, judged.lines, return_indices=True)
+        _, columns, rows = np.intersect1d(self.contents, judged.contents, return_indices=True)
         differences = self.losses[:, columns] - other[rows]
         differences = differences[np.isfinite(differences).all(axis=1)]
         weights = judged.tokens[rows]
@@ -92,11 +91,11 @@ class Candidates:
 def read_candidates(validation_losses: Path) -> Candidates:
     """Read the evaluated steps that a run could offer, with their losses if all were recorded."""
     steps = read_step_losses(validation_losses)
-    lines = steps[0].lines if steps else None
-    if lines is None or any(step.lines != lines for step in steps):
+    contents = steps[0].contents if steps else None
+    if contents is None or any(step.contents != contents for step in steps):
         return Candidates(max(1, len(steps)))
     losses = [[np.nan if loss is None else loss for loss in step.losses or ()] for step in steps]
-    return Candidates(len(steps), np.array(lines, np.int64), np.array(losses, np.float64))
+    return Candidates(len(steps), np.array(contents, np.uint64), np.array(losses, np.float64))
 
 
 def max_t_quantile(differences: Vector, weights: Vector) -> float:

@@ -18,7 +18,7 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, DataPolicy
 from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
-from nested_core.data.example_digests import Digests, digest_examples, digest_prompts
+from nested_core.data.example_digests import Digests, digest_prompts
 from nested_core.data.held_out_rows import as_test_set_alone, read_group_values
 from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -129,9 +129,7 @@ class LoadedBase:
             comparison = PredictionComparison.of_model(self.model, refs)
         else:
             comparison = seams.load(seams.find_loss(loss).compare)(self, refs)
-        with using_optimized_layers(
-            self.model, as_mlx_lm=self.config.training.reference is not None
-        ):
+        with using_optimized_layers(self.model):
             for batch in batches:
                 arrays = make_batch_arrays(split, batch, batch_size)
                 compared = comparison.compare(values, arrays)
@@ -228,12 +226,13 @@ class HeldOutExamples:
         }
         lines = self.split.lines[is_counted].astype(np.int64)
         columns["unit"] = seams.unit_of_loss(loss)
+        columns["contents"] = self.digests
         return ExampleLosses(self.file, lines, counted, clusters=self.clusters, **columns)
 
     @cached_property
     def digests(self) -> Digests:
-        """The digests of the supervised examples, uint64."""
-        return digest_examples(self.split)[self.is_example_supervised]
+        """The digests of the supervised examples' content, uint64."""
+        return self.split.contents[self.is_example_supervised]
 
 
 def choose_held_out_examples(
@@ -252,8 +251,7 @@ def _make_held_out_examples(
 ) -> HeldOutExamples:
     """Build the held-out examples, and find out which of them are in the validation set."""
     valid = splits.get("valid")
-    valid_digests = np.zeros(0, np.uint64) if valid is None else digest_examples(valid)
-    is_in_valid = np.isin(digest_examples(split), valid_digests)
+    is_in_valid = np.isin(split.contents, () if valid is None else valid.contents)
     return HeldOutExamples(
         split,
         file,

@@ -1,6 +1,7 @@
-"""Find held-out examples that an adapter or an ancestor was trained on, to leave them out.
+"""Find what an adapter was trained on, to leave such rows out of the examples that judge it.
 
-The provenance of a registered version records digests of its training examples.
+A run records it at its beginning, for itself and all adapters that it comes from; a version's
+provenance has it from the run.
 """
 
 from __future__ import annotations
@@ -8,47 +9,56 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
-from nested_core.config.schema import FineTuneConfig
-from nested_core.data.example_digests import Digests, decode_digests
-from nested_core.data.tokens.tokenized_split import Bool
+from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import DamagedError
+from nested_core.registry.folders import VERSIONS_FOLDER_NAME, list_names
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
+from nested_core.storage.adapter import Adapter, files_sha256
+from nested_core.storage.output_places import TRAINING_EXAMPLES_NAME
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_regular
+from nested_core.storage.untrusted_files import read_json_object
+from nested_core.text.digest_format import shorten_digest
+
+ADAPTER_KEY = "adapter"  # beside an exported adapter: the SHA-256 of the files that it is about
 
 
-def read_training_digests(version: Path) -> Digests:
-    """Return digests of what a version and its ancestors were trained on; empty if not recorded."""
+def read_version_rows(version: Path) -> TrainedRows:
+    """Return what a version and its ancestors were trained on, as its provenance records it."""
+    recorded = {}
     with suppress(DamagedError):  # `audit` and `promote` report the damage
-        return decode_digests(read_provenance(version).get("training_examples"))
-    return decode_digests(None)
+        recorded = read_provenance(version)
+    return TrainedRows.from_json(recorded, f"version {shorten_digest(version.name)}")
 
 
-def read_ancestor_training_digests(config: FineTuneConfig, initial_digest: str) -> Digests:
-    """Return digests of what the version that a run started from was trained on.
+def read_run_rows(run: RunDirectory) -> TrainedRows:
+    """Return what a run and its ancestors were trained on, as the run recorded it."""
+    path = run.training_examples
+    return TrainedRows.from_json(read_json_object(path) if path.is_file() else {}, str(run.path))
 
-    Empty if the run did not start from a registered version.
+
+def find_trained_rows(
+    adapter: Adapter, registry: Path | None, place: Path | None = None
+) -> TrainedRows:
+    """Return what an adapter was trained on, by what it is: a run's, a version, or a copy of one.
+
+    registry: where a version with the same tensors is looked for, under any name.
+    place: the folder that the adapter was read from, if it was converted.
     """
-    if (location := config.registry.location) is None:
-        return decode_digests(None)
-    folder = version_folder(*location, initial_digest)
-    is_registered = (folder / PROVENANCE_NAME).is_file()
-    return read_training_digests(folder) if is_registered else decode_digests(None)
-
-
-def read_run_training_digests(
-    config: FineTuneConfig, run: RunDirectory, initial_digest: str
-) -> Digests | None:
-    """Return digests of what a run and its ancestors were trained on; None if not recorded."""
-    if not run.training_examples.is_file():
-        return None
-    run_digests = np.frombuffer(read_regular(run.training_examples), "<u8")
-    ancestors = read_ancestor_training_digests(config, initial_digest)
-    return np.concatenate([run_digests, ancestors], dtype=np.uint64)
-
-
-def find_left_out(held_out: Digests, *trained_on: Digests) -> Bool:
-    """Return for each held-out example, by digest, whether it was trained on, bool (n,)."""
-    return np.isin(held_out, np.concatenate([*trained_on], dtype=np.uint64))
+    place = (place or adapter.path).resolve()
+    folder = place.parent if place.is_file() else place
+    for run in (RunDirectory(folder.parent), RunDirectory(folder.parent.parent)):
+        is_of_run = folder in (run.adapter, run.initial) or folder.parent == run.checkpoints
+        if is_of_run and run.config.is_file():
+            return read_run_rows(run)
+    if (exported := folder / TRAINING_EXAMPLES_NAME).is_file():  # in `adapter_path`
+        recorded = read_json_object(exported)
+        if recorded.get(ADAPTER_KEY) == files_sha256(folder):
+            return TrainedRows.from_json(recorded, str(folder))
+    digest, copies = adapter.digest(), []
+    if registry is not None:
+        copies = [version_folder(registry, name, digest) for name in list_names(registry)]
+    for version in (folder, *copies):
+        is_altered = version.parent.name == VERSIONS_FOLDER_NAME and version.name != digest
+        if (version / PROVENANCE_NAME).is_file() and not is_altered:
+            return read_version_rows(version)
+    return TrainedRows(unknown=f"{place} is neither a run's adapter nor a registered version")

@@ -52,6 +52,7 @@ def summarise_losses(
     has_one_answer: bool = False,
     bounds: GateSection | None = None,
     candidates: Candidates | None = None,
+    are_rows_known: bool = True,
 ) -> Validation:
     """Return the verdict's figures of the held-out losses, without the left-out examples.
 
@@ -62,6 +63,7 @@ def summarise_losses(
     has_one_answer: whether all examples have the same answer.
     bounds: the gate's configuration; None is the default one.
     candidates: the steps among which these examples selected the adapter; None for no selection.
+    are_rows_known: whether all rows are known that either adapter was trained on.
     """
     bounds = bounds or GateSection()
     counted = losses.counted()  # without those left out
@@ -75,7 +77,7 @@ def summarise_losses(
         selected_on_same_data=selected_on_same_data,
         file=losses.file,
         examples=len(counted),
-        left_out=len(losses) - len(counted),
+        left_out=len(losses) - len(counted) if are_rows_known else None,
         losses_sha256=losses.sha256(),
         has_one_answer=has_one_answer,
         chosen_among=1 if candidates is None else candidates.count,

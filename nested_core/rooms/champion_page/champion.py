@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Self
 
-from nested_core import seams
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.records.verdict_table import check_table
@@ -69,13 +68,11 @@ def describe_champion(champion: ChampionRecord) -> Document:
         ("Registry", champion.place),
     ]
     changes = _list_changes(champion.registry, champion.name)
-    of_champion = (champion.registry, champion.name, champion.version)
     return Document(
         f"{champion.name}: champion {shorten_digest(champion.version)}",
         [
             Facts(facts),
             check_table(champion.verdict),
-            *seams.collect("generation_tables", *of_champion),
             Section("Champions so far", [Table("", CHANGE_COLUMNS, changes)]),
         ],
     )

@@ -14,7 +14,7 @@ from nested_core.config.key_properties import iterate_configured_paths
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
 from nested_core.records.answers import shown_answer
-from nested_core.records.paired_difference import PairedDifference, compare_pairs
+from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.run_status import Run, read_run
 from nested_core.report.outcome import (
     describe_end,
@@ -97,32 +97,25 @@ class RunComparison:
             "gate_before": [gate and gate.loss_before for gate in gates],
             "gate_after": [gate and gate.loss_after for gate in gates],
             "difference_to_first": [pair and pair.to_json() for pair in paired],
+            "no_difference_because": self.reasons_not_paired(),
         }
+
+    def reasons_not_paired(self) -> list[str | None]:
+        """Why each run's losses are no comparison with the first one's; None where they are one."""
+        return [None, *(_why_not_comparable(self.runs[0], run) for run in self.runs[1:])]
 
     def paired_with_first(self) -> list[PairedDifference | None]:
         """Each run's losses minus the first one's, example by example; below 0 is better.
 
-        None for the first, and where the two are not known to be judged on the same examples.
+        By the examples that neither run was trained on, with the interval of the gate. None for the
+        first, and where the losses are no comparison.
         """
-        first = self.runs[0].losses
-        digest = self.runs[0].held_out_digest
-        differences: list[PairedDifference | None] = [None]
-        for run in self.runs[1:]:
-            own = run.losses
-            is_same = (
-                own is not None
-                and first is not None
-                and digest is not None
-                and run.held_out_digest == digest
-                and np.array_equal(own.lines, first.lines)
-                and np.array_equal(own.tokens, first.tokens)
-                and np.isfinite([own.after, first.after]).all()
+        return [
+            None if number == 0 or reason is not None else _pair(self.runs[0], run)
+            for number, (run, reason) in enumerate(
+                zip(self.runs, self.reasons_not_paired(), strict=True)
             )
-            if is_same and own is not None and first is not None and len(own):
-                differences.append(compare_pairs(first.after, own.after, own.tokens))
-            else:
-                differences.append(None)
-        return differences
+        ]
 
     def tasks(self) -> dict[str, list[float | None]]:
         """The share of right answers of each run's adapter, by suite."""
@@ -149,7 +142,7 @@ class RunComparison:
         }
 
     def has_same_held_out_examples(self) -> bool:
-        """Whether the losses are known to be of the same examples, and so may be compared."""
+        """Whether the losses are known to be of the same examples."""
         digests = {run.held_out_digest for run in self.runs}
         return len(digests) == 1 and None not in digests
 
@@ -200,14 +193,14 @@ class RunComparison:
             f"Losses in {self._loss_units()}, differences with their 95 % interval, and the "
             f"settings that differ"
         )
-        table = Table(caption, ("", *self.names), list(self.rows()))
-        if self.has_same_held_out_examples():
-            return [table]
-        doubt = (
-            "These runs may have been measured on different held-out examples: their losses need "
-            "not be comparable."
-        )
-        return [Text(doubt, "warn"), table]
+        doubts = [
+            Text(
+                f"The loss of {name} is no comparison with that of {self.names[0]}: {why}.", "warn"
+            )
+            for name, why in zip(self.names, self.reasons_not_paired(), strict=True)
+            if why is not None
+        ]
+        return [*doubts, Table(caption, ("", *self.names), list(self.rows()))]
 
     def _loss_units(self) -> str:
         """The units of the runs' losses: `nats/token`, or `nats/example and nats/token`."""
@@ -281,6 +274,34 @@ def _join(figures: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """By name, the figure of each run; None for a run that has none of the name."""
     names = dict.fromkeys(name for own in figures for name in own)
     return {name: [own.get(name) for own in figures] for name in names}
+
+
+def _why_not_comparable(first: Run, other: Run) -> str | None:
+    """Why the losses that the gate measured of two runs are no comparison; None if they are."""
+    one, two = first.loss_made_of, other.loss_made_of
+    if one is None or two is None or None in (one["base model"], one["tokenizer"]):
+        return "what it is made of is not known"
+    if differing := [name for name, value in one.items() if two[name] != value]:
+        return f"it has another {', '.join(differing)}"
+    if first.held_out_digest is None or other.held_out_digest != first.held_out_digest:
+        return "it may have been measured on different held-out examples"
+    return None if _pair(first, other) is not None else "no finite losses of the same examples"
+
+
+def _pair(first: Run, other: Run) -> PairedDifference | None:
+    """The losses of the second less those of the first; None without some to compare.
+
+    Of the examples that neither was trained on, with the interval that the gate has for them.
+    """
+    one, two = first.losses, other.losses
+    if one is None or two is None or not np.array_equal(one.lines, two.lines):
+        return None
+    masks = [losses.left_out for losses in (one, two) if losses.left_out is not None]
+    is_left_out = np.any([np.zeros(len(one), np.bool_), *masks], axis=0)
+    counted = [losses.leaving_out(is_left_out).counted() for losses in (one, two)]
+    if not np.array_equal(counted[0].tokens, counted[1].tokens):
+        return None
+    return counted[1].compare_trained_with(counted[0].after)
 
 
 def _describe_difference(difference: PairedDifference | None) -> str | None:

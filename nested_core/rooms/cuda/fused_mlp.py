@@ -14,11 +14,11 @@ import mlx.core as mx
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core import backend
-from nested_core.kernels import lora_linear
-from nested_core.kernels.call_tracing import CallTrace, GatedMLP, find_gated_mlps
 from nested_core.kernels.device_operations import has_kernel_for_rank
 from nested_core.kernels.patching import replacing_calls
 from nested_core.rooms.cuda import gated_mlp as mlp_kernels
+from nested_core.rooms.cuda import lora_linear
+from nested_core.rooms.cuda.call_tracing import CallTrace, GatedMLP, find_gated_mlps
 from nested_core.rooms.cuda.concatenate import concatenate_flattened
 from nested_core.rooms.cuda.gated_mlp import gated_gradients_on_cuda, gated_product_on_cuda
 from nested_core.rooms.cuda.kernel_launch import tiles_of_smallest_kernel

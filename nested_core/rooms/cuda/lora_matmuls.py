@@ -13,13 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core.kernels.device_operations import (
-    RANKS_PER_TILE,
-    Pairs,
-    factor_gradients_in_mlx,
-    has_kernel_for_rank,
-    project_to_rank_in_mlx,
-)
+from nested_core.kernels.device_operations import RANKS_PER_TILE, has_kernel_for_rank
 from nested_core.kernels.self_check import CheckedKernel, checked_kernel, random_arrays
 from nested_core.rooms.cuda import lora_add
 from nested_core.rooms.cuda.kernel_launch import (
@@ -30,11 +24,27 @@ from nested_core.rooms.cuda.kernel_launch import (
     tiles_of_smallest_kernel,
 )
 
+Pairs = Sequence[tuple[mx.array, mx.array]]
+
 PAIRS_PER_LAUNCH = 4
 BLOCK_ROWS = 16  # rows of a wide array that a block reads at once
 WARP_COLUMNS_READ = 32  # columns that a warp reads at once where columns are summed over
 BLOCK_COLUMNS = 64  # columns of a block where rows are summed over
 BLOCKS_PER_MULTIPROCESSOR = 3  # that a multiprocessor computes at once, where they are small
+
+
+def project_to_rank_in_mlx(pairs: Pairs, scale: float) -> mx.array:
+    """Return scale * m @ x.T of each pair (m, x), stacked to (sum of ranks, rows).
+
+    m: (rank, width); x: (rows, width). Widths may differ between pairs.
+    """
+    products = [m @ x.T for m, x in pairs]
+    return scale * (products[0] if len(products) == 1 else mx.concatenate(products))
+
+
+def factor_gradients_in_mlx(pairs: Pairs) -> Sequence[mx.array]:
+    """Return z @ x of each pair (z, x), where z is (rank, rows) and x (rows, width)."""
+    return [z @ x for z, x in pairs]
 
 
 def project_to_rank(pairs: Pairs, scale: float) -> mx.array:

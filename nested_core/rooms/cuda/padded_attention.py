@@ -15,22 +15,21 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import base
 
-from nested_core.kernels.blocked_attention import (
-    FUSED_LENGTH_MULTIPLE,
-    PATCHED_FUNCTION_NAME,
-    attend_in_blocks,
-    is_plainly_causal,
-    plain_attention,
-)
+from nested_core.kernels.device_operations import FUSED_LENGTH_MULTIPLE
 from nested_core.kernels.patching import replacing_function
 from nested_core.kernels.self_check import checked_kernel, random_arrays
+from nested_core.rooms.cuda.blocked_attention import attend_in_blocks
 from nested_core.rooms.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
 
+PATCHED_FUNCTION_NAME = "scaled_dot_product_attention"
 FUSED_DTYPES = (mx.bfloat16, mx.float16)
 LARGEST_FUSED_HEAD = 128
 LOAD_BYTES = 16
 ARRAYS_PER_LAUNCH = 3
+
+plain_attention: Any = base.scaled_dot_product_attention
 
 Arrays = Sequence[mx.array]
 ChangeLength = Callable[[Arrays, int], Arrays]
@@ -99,7 +98,7 @@ def make_padded_attention(
     ) -> mx.array:
         """Arguments as in mlx-lm."""
         length = queries.shape[2]
-        is_causal = is_plainly_causal(cache, mask, sinks)
+        is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
         if is_causal and is_training() and _is_too_wide_to_be_fused(queries, keys, values):
             attend = mx.checkpoint(lambda q, k, v: attend_in_blocks(q, k, v, scale))
             return attend(queries, keys, values)

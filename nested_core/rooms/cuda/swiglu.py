@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from nested_core.kernels.patching import replacing_function
 from nested_core.kernels.self_check import checked_kernel, random_arrays
-from nested_core.kernels.swiglu import plain_swiglu
+from nested_core.rooms.cuda.call_tracing import plain_swiglu
 from nested_core.rooms.cuda.kernel_launch import (
     ELEMENTS_PER_LOAD,
     KERNEL_DTYPE,

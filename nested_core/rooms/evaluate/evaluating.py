@@ -17,7 +17,6 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.config.loading import parse_config, parse_task
-from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
@@ -31,14 +30,13 @@ from nested_core.measure.losses.held_out_loss import (
     LoadedBase,
     read_held_out_examples,
 )
-from nested_core.measure.losses.left_out_examples import find_left_out
 from nested_core.measure.losses.loss_figures import (
     chances_of_loss,
     conclude_among_others,
     summarise_losses,
 )
 from nested_core.models.base_model import find_model_folder
-from nested_core.pipeline.named_models import NamedModel, find_model
+from nested_core.pipeline.named_models import NamedModel, find_model, read_training_config
 from nested_core.records.answers import AnswerRecord
 from nested_core.records.comparison_family import NOT_TESTED, find_beyond_chance
 from nested_core.records.loss_conclusion import Conclusion
@@ -71,9 +69,9 @@ def evaluate(
     Args:
         models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
             exported folders or GGUFs.
-        suites: files, or entries of `gate.tasks`; without suites those of `config`. One without a
-            score is asked and scored as `config` does it with the same file. Where `config` has
-            no such file, its answers have to contain what is expected.
+        suites: files, or entries of `gate.tasks`. Without suites those of `config` are asked; with
+            `data` only where `config` is given. One without a score is asked and scored as `config`
+            does it with the same file, or else by `contains`.
         data: a JSON Lines file; the losses on it are compared example by example.
         against: the model that the others are compared with; by default the base of the first one,
             of an exported model the one that it was made of.
@@ -98,11 +96,14 @@ def evaluate(
         names = [model.name for model in found]
         if len(set(names)) < len(names):
             raise ConfigError(f"evaluate: a model is named twice: {', '.join(names)}.")
+        asks_configured = config is not None or data is None
         if config is None:
-            runs = [run for _, run in read if run is not None]
-            config = read_run_config(runs[0]) if runs else _plain_config(found[0].model)
+            adapters = ((model.adapter.path, run) for model, run in read if model.adapter)
+            trained = (read_training_config(folder, run) for folder, run in adapters)
+            config = next(filter(None, trained), None) or _plain_config(found[0].model)
         configured = config.gate.tasks
-        tasks = tuple(parse_task(suite, configured) for suite in suites) or configured
+        tasks = tuple(parse_task(suite, configured) for suite in suites)
+        tasks = tasks or (configured if asks_configured else ())
         gate = config.gate.model_copy(update={"tasks": tasks})
         if data is not None:
             gate = gate.model_copy(update={"held_out": str(data)})
@@ -147,6 +148,9 @@ class _Evaluating:
         self._data = data
         self._records: dict[str, list[AnswerRecord]] = {}
         self._losses: dict[str, tuple[HeldOutExamples, Vector, Vector]] = {}
+        self._suites = read_suites(config.gate)
+        asked = [(suite, [one.line for one in suite.questions]) for suite in self._suites]
+        self._constants = [suite.score_best_constant(lines) for suite, lines in asked]
 
     def run(self) -> Evaluation:
         """Load each base once, ask and measure all models of it, then compare."""
@@ -155,9 +159,8 @@ class _Evaluating:
             groups.setdefault(_form(model, self._models), []).append(model)
         for models in groups.values():
             self._measure(models)
-        reference, *_ = self._models
         return Evaluation(
-            against=reference.name,
+            against=self._models[0].name,
             models=tuple(self._compare_models()),
             answers=tuple(self._answered_questions()),
             data=self._data,
@@ -168,9 +171,8 @@ class _Evaluating:
         """The models with an adapter of which nobody recorded what they were trained on."""
         if self._data is None:
             return ()
-        models = self._models
-        trained = [model for model in models if model.adapter is not None or model.made_of]
-        return tuple(model.name for model in trained if not model.seen.size)
+        trained = (model for model in self._models if model.adapter or model.made_of)
+        return tuple(model.name for model in trained if model.seen.unknown is not None)
 
     def _measure(self, models: Sequence[NamedModel]) -> None:
         """Answers and losses of models that fit into one base."""
@@ -183,10 +185,13 @@ class _Evaluating:
         base = LoadedBase.load(config if shaped is None else shape_like_adapter(shaped, config))
         for model in models:
             _require_fit(model, base)
-        suites = encode_suites(read_suites(config.gate), base.tokenizer, base.folder)
+        formats = [other.prompt_format for other in self._models if other.prompt_format]
         for model in models:
+            # One without rows of its own, such as the base, is asked as the first that has some
+            rows = model.prompt_format or next(iter(formats), None)
+            encoded = encode_suites(self._suites, base.tokenizer, base.folder, rows)
             self._records[model.name] = [
-                record for suite in suites for record in _ask(model, base, suite)
+                record for suite in encoded for record in _ask(model, base, suite)
             ]
         if self._data is None:
             return
@@ -236,8 +241,9 @@ class _Evaluating:
                 scored_by=task.score,
                 questions=len(answers[task.name]),
                 score=sum(record.score for record in answers[task.name]) / len(answers[task.name]),
+                constant=constant,
             )
-            for task in self._config.gate.tasks
+            for task, constant in zip(self._config.gate.tasks, self._constants, strict=True)
         ]
 
     def _compare_answers(self, model: NamedModel, reference: NamedModel) -> list[ScoreChange]:
@@ -257,7 +263,7 @@ class _Evaluating:
             return None  # another tokenizer: nats/token are not comparable
         loss = self._config.training.loss
         losses = held_out.make_losses(tokens, loss, before=other, after=own)
-        losses = losses.leaving_out(find_left_out(held_out.digests, model.seen, reference.seen))
+        losses = losses.leaving_out((model.seen | reference.seen).find_in(held_out.digests))
         return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
 
     def _answered_questions(self) -> Iterator[AnsweredQuestion]:
@@ -312,9 +318,8 @@ def _form(model: NamedModel, models: Sequence[NamedModel]) -> tuple[Any, ...]:
 
 
 def _require_fit(model: NamedModel, base: LoadedBase) -> None:
-    if model.adapter is None:
-        return
-    if reasons := base_reasons(model.adapter, base.parameters, base.folder):
+    adapter = model.adapter
+    if adapter and (reasons := base_reasons(adapter, base.parameters, base.folder)):
         raise ConfigError(f"{model.name} does not fit {model.model}: {reasons[0].message}.")
 
 

@@ -32,6 +32,7 @@ class SuiteScore:
     score: the share of right answers, from 0 to 1.
     difference, interval, conclusion: None for the model compared with.
     minimum: the least share that was asked for; None without such a bound.
+    constant: the score of the best constant answer; None if no answer is expected.
     """
 
     suite: str
@@ -42,6 +43,7 @@ class SuiteScore:
     interval: tuple[float, float] | None = None
     conclusion: Conclusion | None = None
     minimum: float | None = None
+    constant: float | None = None
 
     @property
     def is_below_minimum(self) -> bool:
@@ -68,6 +70,11 @@ class EvaluatedModel:
         return has_worse_loss or any(
             suite.conclusion == "worse" or suite.is_below_minimum for suite in self.suites
         )
+
+    @property
+    def is_guessing(self) -> bool:
+        """Whether one constant answer would be right for as many questions of a suite."""
+        return any(s.constant is not None and s.score <= s.constant for s in self.suites)
 
     @property
     def is_better(self) -> bool:
@@ -159,7 +166,7 @@ class Evaluation:
         models = [(letter, name) for name, letter in self._letters.items()]
         suites = [suite.suite for suite in self.models[0].suites]
         blocks: list[Block] = [
-            Text(self._conclude(), "bad" if self.is_worse else "good", is_headline=True),
+            self._conclude(),
             Table("Models", ("", "name"), models),
             *(self._describe_suite(number, shown) for number in range(len(suites))),
         ]
@@ -178,17 +185,21 @@ class Evaluation:
     def _letters(self) -> dict[str, str]:
         return dict(zip((model.name for model in self.models), ascii_uppercase, strict=False))
 
-    def _conclude(self) -> str:
+    def _conclude(self) -> Text:
         worse = [model.name for model in self.models if model.is_worse]
         if worse:
-            return f"worse than {self.against}, or below a minimum: {', '.join(worse)}"
+            text = f"worse than {self.against}, or below a minimum: {', '.join(worse)}"
+            return Text(text, "bad", is_headline=True)
         others = [model for model in self.models if model.name != self.against]
         better = [model.name for model in others if model.is_better]
-        if not better:
-            return f"none worse than {self.against}"
-        if len(better) == len(others):
-            return f"better than {self.against}: {', '.join(better)}"
-        return f"none worse than {self.against}, better: {', '.join(better)}"
+        text = f"none worse than {self.against}"
+        if better:
+            text = f"better than {self.against}: {', '.join(better)}"
+            if len(better) < len(others):
+                text = f"none worse than {self.against}, better: {', '.join(better)}"
+        if guessing := [model.name for model in others if model.is_guessing]:
+            text += f"; no better than one fixed answer: {', '.join(guessing)}"
+        return Text(text, "warn" if guessing else "good", is_headline=True)
 
     def _describe_suite(self, number: int, shown: int) -> Section:
         """The shares of right answers to a suite, wrong ones, and on a page all of them."""
@@ -204,12 +215,11 @@ class Evaluation:
             compared = _compared(own.difference, own.interval)
             rows.append((self._letters[model.name], right, *compared, verdict))
         asked = [question for question in self.answers if question.suite == name]
-        judged = [model.name for model in self.models if model.name != self.against]
-        judged = judged or [self.against]
-        wrong = [question for question in asked if min(question.scores[n] for n in judged) < 1]
-        wrong = wrong[:shown]
+        judged = [one.name for one in self.models if one.name != self.against] or [self.against]
+        wrong = [one for one in asked if min(one.scores[n] for n in judged) < 1][:shown]
         letter = self._letters[self.against]
-        caption = f"Right answers (score: {first.scored_by}), compared with {letter}"
+        constant = "" if first.constant is None else f"; one fixed answer: {first.constant:.2g}"
+        caption = f"Right answers (score: {first.scored_by}), compared with {letter}{constant}"
         blocks: list[Block] = [Table(caption, ("", "right", *COMPARED), rows)]
         given = [
             (self._letters[model.name], q.expected, q.answers[model.name], q.scores[model.name])
@@ -259,7 +269,7 @@ class Evaluation:
         examples = " or ".join(sorted({f"{loss.examples:,}" for loss in losses}))
         caption = f"Losses in {losses[0].unit}, compared with {self._letters[self.against]}"
         blocks: list[Block] = [Table(caption, ("", "loss", *COMPARED), rows)]
-        if left_out := max(loss.left_out for loss in losses):
+        if left_out := max(loss.left_out or 0 for loss in losses):
             blocks.append(Text(f"{left_out:,} examples left out that a model was trained on"))
         if self.unknown:
             names = ", ".join(self.unknown)

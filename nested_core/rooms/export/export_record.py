@@ -6,10 +6,11 @@ It lies in an exported folder, and beside a GGUF under the file's name.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.untrusted_files import file_type
@@ -98,8 +99,8 @@ class ExportRecord:
     quantized_base: what became of a quantized base; None for a base that is not quantized.
     source: the adapter as it was named; `version` is its digest, the version's of a registry.
     step: the optimizer step of the adapter; None if it is not recorded.
-    training_examples: digests of what it and its ancestors were trained on, as provenance.json has
-        them; None if they are not known.
+    trained_on: what it and its ancestors were trained on, as provenance.json has it.
+    prompt_format: how the rows that it was trained on begin, as dataset.json has it.
     tokenizer, chat_template: SHA-256 of either; None without a template.
     reader: what read the artefact; `notes` is what to know, such as that llama.cpp did not.
     problems: why it does not stand; empty where it does.
@@ -124,7 +125,8 @@ class ExportRecord:
     problems: tuple[str, ...]
     packages: dict[str, str]
     step: int | None = None
-    training_examples: str | None = None
+    trained_on: dict[str, str | None] = field(default_factory=dict)
+    prompt_format: PromptFormat | None = None
 
     @property
     def stands(self) -> bool:
@@ -154,7 +156,7 @@ class ExportRecord:
         """Plain values, as the file and `export --json` have them; digests in the file alone."""
         verdict = "stands" if self.stands else "refused"
         values = asdict(self)
-        del values["training_examples"]
+        del values["trained_on"]
         return {"verdict": verdict, "summary": self.describe()} | values
 
 
@@ -180,7 +182,7 @@ def card_place(artefact: Path) -> Path:
 
 def write_export_record(place: Path, record: ExportRecord) -> None:
     """Write the record to a new file."""
-    write_json(place, record.to_json() | {"training_examples": record.training_examples})
+    write_json(place, record.to_json() | {"trained_on": record.trained_on})
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:

@@ -25,11 +25,9 @@ from mlx.utils import tree_flatten
 from nested_core import seams
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import parse_config, parse_task
-from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.data.example_digests import encode_digests
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected, shorten
 from nested_core.gate.evidence.champion_adapter import shape_like_adapter
 from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
@@ -43,7 +41,7 @@ from nested_core.models.base_model import (
     read_model_config,
 )
 from nested_core.pipeline.named_adapters import find_named_adapter
-from nested_core.pipeline.named_models import NamedModel, find_model
+from nested_core.pipeline.named_models import NamedModel, find_model, read_training_config
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
@@ -223,8 +221,8 @@ def _read_source(
     folder = Path(os.path.realpath(adapter.path))
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
-    config, tokenizer = _read_training(folder, run)
-    tokenizer.require_in(find_model_folder(model.model), what)
+    config = read_training_config(folder, run)
+    _read_trained_tokenizer(folder, run).require_in(find_model_folder(model.model), what)
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
@@ -257,27 +255,15 @@ def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None
     return step, f"step {step} of a run, which {passed}"
 
 
-def _read_training(
-    folder: Path, run: RunDirectory | None
-) -> tuple[FineTuneConfig | None, TrainedTokenizer]:
-    """What an adapter was trained with, as its run or its provenance has it.
-
-    The configuration, or None, and what is recorded of the tokenizer.
-    """
-    if run is not None:
-        if not run.dataset.is_file():
-            return read_run_config(run), TrainedTokenizer()
+def _read_trained_tokenizer(folder: Path, run: RunDirectory | None) -> TrainedTokenizer:
+    """What is recorded of the tokenizer that an adapter was trained with."""
+    if run is not None and run.dataset.is_file():
         recorded = read_dataset_record(run.dataset)
-        tokenizer = TrainedTokenizer(recorded.chat_template, recorded.vocabulary)
-        return read_run_config(run), tokenizer
-    if not (folder / PROVENANCE_NAME).is_file():
-        return None, TrainedTokenizer()
+        return TrainedTokenizer(recorded.chat_template, recorded.vocabulary)
+    if run is not None or not (folder / PROVENANCE_NAME).is_file():
+        return TrainedTokenizer()
     provenance = read_provenance(folder)
-    values = provenance.get("config") or {}
-    known = {key: value for key, value in values.items() if value is not None}
-    config = parse_config(known, source=str(folder / PROVENANCE_NAME))
-    tokenizer = TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
-    return config, tokenizer
+    return TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
 
 
 class _Exporting:
@@ -350,8 +336,9 @@ class _Exporting:
             raise ConfigError(f"{self._source.model.name} does not fit: {reasons[0].message}.")
         for using_threads in seams.load_all("blas_threads"):
             self.blas_threads.enter_context(using_threads(base.model))
+        rows, source = self._find_rows(config), self._source
         return measure_reference(
-            config, base, adapter, self._find_rows(config), self._source.canary
+            config, base, adapter, rows, source.canary, prompt_format=source.model.prompt_format
         )
 
     def _leave_out_sampled_suites(self) -> FineTuneConfig:
@@ -434,7 +421,6 @@ class _Exporting:
         self, draft: Path, written: _Written, reference: Reference, reading: Reading
     ) -> ExportRecord:
         template = read_chat_template(reference.tokenizer)
-        seen = self._source.model.seen
         findings = judge_reading(
             reference,
             reading,
@@ -468,7 +454,8 @@ class _Exporting:
             notes=tuple(self._notes),
             problems=findings.problems,
             step=self._source.step,
-            training_examples=encode_digests(seen) if seen.size else None,
+            trained_on=self._source.model.seen.to_json(),
+            prompt_format=self._source.model.prompt_format,
             packages={name: installed_version(name) for name in RECORDED_PACKAGES},
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nested_core.data.example_digests import decode_digests
+from nested_core.data.example_digests import TrainedRows
 from nested_core.pipeline.named_models import NamedModel, RecordedBase
 from nested_core.rooms.export.export_record import read_export_record
 from nested_core.rooms.export.gguf import is_gguf, unpack_gguf
@@ -24,5 +24,6 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
     if record is None:
         return None if model == path else NamedModel(given, str(model))
     made_of = RecordedBase(record.base, record.base_fingerprint)
-    seen = decode_digests(record.training_examples)
-    return NamedModel(given, str(model), seen=seen, made_of=made_of)
+    seen = TrainedRows.from_json(record.trained_on, str(path))
+    rows = record.prompt_format
+    return NamedModel(given, str(model), seen=seen, made_of=made_of, prompt_format=rows)

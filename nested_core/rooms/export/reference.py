@@ -24,6 +24,7 @@ from nested_core.measure.losses.held_out_loss import HeldOutExamples, LoadedBase
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.records.answers import AnswerRecord
+from nested_core.records.dataset import PromptFormat
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.storage.adapter import Adapter
@@ -142,6 +143,8 @@ def measure_reference(
     adapter: Adapter,
     rows: HeldOutRows | None,
     canary: Canary | None,
+    *,
+    prompt_format: PromptFormat | None = None,
 ) -> Reference:
     """Measure base and adapter with the suites of `gate.tasks` and these rows.
 
@@ -151,7 +154,7 @@ def measure_reference(
     prompts = _choose_prompts(rows, canary)
     size = len(tokenizer)
     columns = tuple(range(0, size, max(1, size // MAX_COLUMNS)))[:MAX_COLUMNS]
-    suites = encode_suites(read_suites(config.gate), tokenizer, base.folder)
+    suites = encode_suites(read_suites(config.gate), tokenizer, base.folder, prompt_format)
     records = ask_model(AskedModel("candidate", base, adapter), suites)
     answers: dict[str, list[AnswerRecord]] = {}
     for record in records:

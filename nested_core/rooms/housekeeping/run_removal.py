@@ -1,7 +1,7 @@
 """Removes old runs that nothing rests on, and the spare checkpoints of those that something does.
 
 `nested-tune runs --prune` does, and housekeeping for one adapter. A run is known by the digest of
-its adapter, or by its line in a history; folders move, and paths are for people.
+its adapter; folders move, names of folders repeat, and paths are for people.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from nested_core.registry.garbage_collection import DEFAULT_KEPT_VERSIONS
 from nested_core.registry.judgements import read_verdicts
 from nested_core.registry.link_and_views import reading
 from nested_core.registry.versions import registered_versions
+from nested_core.storage.adapter import read_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.removal import find_reason_to_keep
 from nested_core.storage.run_directory import DEFAULT_REGISTRY
-from nested_core.text.value_format import format_bytes
+from nested_core.text.value_format import format_bytes, format_count
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class PruneReport:
         count = len(self.unregistered)
         if not count:
             return None
-        runs = "1 run" if count == 1 else f"{count} runs"
+        size = format_bytes(self.unregistered_bytes)
         return (
-            f"{runs} ({format_bytes(self.unregistered_bytes)}) passed the gate, and no known "
+            f"{format_count(count, 'run')} ({size}) passed the gate, and no known "
             f"registry names {'it' if count == 1 else 'them'}: kept. `nested-tune runs --prune "
             f"--keep N --unregistered` removes {'it' if count == 1 else 'them'}"
         )
@@ -97,7 +98,8 @@ def prune_runs(
         raise ConfigError(f"--keep {keep}: expected the number of runs to keep, 0 or more.")
     registries = _list_registries(runs, adapter)
     links = {run.path.resolve(): run.path for run in runs if run.path.is_symlink()}
-    names = [*_read_names(registries, adapter, ignored_versions, are_checked=True)]
+    state = _read_state(registries)
+    names = [*_read_names(registries, adapter, ignored_versions)]
     runs = runs if adapter is None else adapter.among(runs)
     newest = [run for run in runs if not run.path.is_symlink()][:keep]
     before = datetime.now(UTC) - min_age
@@ -108,8 +110,9 @@ def prune_runs(
             if decision.paths and not dry_run:
                 with run.folder.locked():  # nobody works on it or promotes it from here on
                     locked = Run(run.folder, has_ended=True)
-                    names_now = [*_read_names(registries, adapter, ignored_versions)]
-                    decision = _decide(locked, names_now, links, removes_unregistered=unregistered)
+                    if (now := _read_state(registries)) != state:
+                        state, names = now, [*_read_names(registries, adapter, ignored_versions)]
+                    decision = _decide(locked, names, links, removes_unregistered=unregistered)
                     _remove(locked, decision.paths)
         except (NestedTuneError, OSError) as error:
             decision = _Decision(f"it cannot be removed: {error}")
@@ -173,6 +176,9 @@ def _decide(
             return _Decision.to_remove([] if obstacle else _spare_checkpoints(run), said)
     if obstacle is not None:
         return _Decision(obstacle)
+    adapter = run.folder.adapter
+    if run.verdict and adapter.exists() and read_adapter(adapter).digest() != run.version:
+        return _Decision("its adapter is not the one that was judged")
     kept = _ask_registries(run, names) if run.state == "verified" else None
     if kept is not None and not (kept.is_unregistered and removes_unregistered):
         return kept
@@ -185,7 +191,11 @@ def _ask_registries(run: Run, names: Sequence[_Name]) -> _Decision | None:
     for registry, _ in own:
         if not registry.is_dir():
             return _Decision(f"its registry {registry} is not found from this folder")
-    told = {(name.registry, name.name) for name in names if name.tells_of(run)}
+    told = {
+        (name.registry, name.name)
+        for name in names
+        if run.version in name.versions or (own and run.version in name.trials)
+    }
     if told and told >= {(registry.resolve(), name) for registry, name in own}:
         return None
     return _Decision("it passed the gate, and no known registry names it", is_unregistered=True)
@@ -221,18 +231,14 @@ class _Name:
     """What the history of a name says of runs.
 
     standing: the versions that are there, or were lost and may come back from a run.
-    versions, runs: every version, and every run that made none, that has a line.
+    versions, trials: every version, and the adapter of every run that made none, that has a line.
     """
 
     registry: Path
     name: str
     standing: frozenset[str]
     versions: frozenset[str]
-    runs: frozenset[str]
-
-    def tells_of(self, run: Run) -> bool:
-        """Whether the history has a line about a run, or the version that it made."""
-        return run.version in self.versions or run.name in self.runs
+    trials: frozenset[str]
 
 
 def _list_own_registries(run: Run) -> list[tuple[Path, str]]:
@@ -248,14 +254,18 @@ def _list_registries(runs: Sequence[Run], adapter: AdapterRuns | None) -> list[P
     return sorted({path.resolve() for path in paths})
 
 
+def _read_state(registries: Sequence[Path]) -> list[tuple[Path, int, int]]:
+    """What changes with any line or version of some registries: times and sizes of their files."""
+    paths = [path for registry in registries for path in sorted(registry.glob("*/*"))]
+    return [(path, path.lstat().st_mtime_ns, path.lstat().st_size) for path in paths]
+
+
 def _read_names(
     registries: Sequence[Path],
     adapter: AdapterRuns | None,
     ignored_versions: Collection[str],
-    *,
-    are_checked: bool = False,
 ) -> Iterator[_Name]:
-    """The names of some registries; `are_checked` raises DamagedError for an unreadable version.
+    """The names of some registries; DamagedError for an unreadable version.
 
     Versions of the adapter that are ignored do not count; another name may have the same.
     """
@@ -266,13 +276,8 @@ def _read_names(
                 standing = {*registered_versions(folder), *ledger.by_version}
                 if adapter == AdapterRuns(registry, name):
                     standing -= {*ignored_versions}
-                for version in sorted(standing) if are_checked else ():
+                for version in sorted(standing):
                     read_verdicts(folder, version, ledger)
-            lines = ledger.entries
-            yield _Name(
-                registry,
-                name,
-                frozenset(standing),
-                frozenset(line.version for line in lines if line.version is not None),
-                frozenset(line.run for line in lines if line.run is not None),
-            )
+            versions = frozenset(line.version for line in ledger.entries if line.version)
+            trials = frozenset(line.adapter for line in ledger.entries if line.adapter)
+            yield _Name(registry, name, frozenset(standing), versions, trials)

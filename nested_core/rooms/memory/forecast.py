@@ -167,7 +167,8 @@ def device_profile_for(config: FineTuneConfig) -> DeviceProfile:
         )
         if is_plain or not seams.is_there("cuda"):
             device = replace(device, recomputes_mlp_product=False, attention_multiple=1)
-        return replace(device, dequantized_weights=0) if is_plain else device
-    device = peak_estimate.CPU_PROFILE if backend.device() == "cpu" else peak_estimate.METAL_PROFILE
-    plain = replace(device, score_share=1, mlp_arrays=2, dequantized_weights=0)
-    return plain if is_plain else device
+    elif backend.device() == "cpu":
+        device = peak_estimate.CPU_PROFILE
+    else:
+        device = peak_estimate.METAL_PROFILE
+    return replace(device, dequantized_weights=0) if is_plain else device

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
+from mlx_lm.models import gemma2, gemma3_text
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.device_operations import has_kernel_for_rank
-from nested_core.kernels.geglu import GEGLU_MLP_CLASSES
-from nested_core.kernels.quantized_linear import dequantized_weight_bytes
+from nested_core.kernels.quantized_linear import METHODS
 from nested_core.models.base_model import count_embedding_rows
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.named_updates import flatten
@@ -43,6 +43,7 @@ EXPERTS_PER_TOKEN_ATTRIBUTES = ("top_k", "num_experts_per_tok")
 # queries and keys their norms, and of values the rule's output and its norm are kept.
 DELTA_NET_WIDTH_ATTRIBUTES = ("conv_dim", "key_dim", "value_dim")
 ARRAYS_KEPT_OF_A_DELTA_NET_WIDTH = 2
+GEGLU_MLP_CLASSES = gemma2.MLP, gemma3_text.MLP
 # Of the MLP's inner width. On CUDA gelu(gate) up is recomputed, but a Gemma's peak is as if not.
 ARRAYS_KEPT_OF_A_GELU = 3
 
@@ -246,3 +247,13 @@ def _first_attribute(modules: Modules, names: tuple[str, ...], default: int) -> 
             if isinstance(value, int):
                 return value
     return default
+
+
+def dequantized_weight_bytes(module: Any) -> int:
+    """Return the size in bytes of a quantized layer's dequantized weight; 0 for other modules."""
+    is_quantized = isinstance(module, tuple(METHODS))
+    if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):
+        return 0
+    output, packed = module.weight.shape
+    size: int = output * packed * 32 // module.bits * module.scales.dtype.size
+    return size

@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nested_core.kernels.blocked_attention import FUSED_LENGTH_MULTIPLE
+from nested_core.kernels.device_operations import FUSED_LENGTH_MULTIPLE
 from nested_core.training.loss.cross_entropy import round_up_position_count
 from nested_core.training.loss.loss_interface import BatchShape
 
@@ -90,7 +90,7 @@ class DeviceProfile:
     dequantized_weights: int = DEQUANTIZED_WEIGHT_COPIES
 
 
-CPU_PROFILE = DeviceProfile(score_share=5 / 8, mlp_arrays=1, layers_in_flight=1.5)
+CPU_PROFILE = DeviceProfile(score_share=1, mlp_arrays=2, layers_in_flight=1.5)
 METAL_PROFILE = DeviceProfile(
     score_share=1, mlp_arrays=2, layers_in_flight=2, dequantized_weights=0
 )

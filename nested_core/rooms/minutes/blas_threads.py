@@ -24,8 +24,7 @@ from nested_core.pipeline.device_lock import OnWait, locking_devices
 
 THREADS_VARIABLE = "OPENBLAS_NUM_THREADS"
 TRIED_TOKENS = 32  # of a pass: products between those of a training step and those of an answer
-TRIED_ROUNDS = 3
-MAX_SECONDS_TRIED = 5.0  # after them no further round is begun
+TRIED_PASSES = 3
 
 
 def choose_blas_threads_of_run(
@@ -50,18 +49,18 @@ def choose_blas_threads(model: Any) -> int | None:
     if most == 1 or THREADS_VARIABLE in os.environ:
         return most
     tokens = mx.zeros((1, TRIED_TOKENS), dtype=mx.int32)
-    seconds = {most: 0.0, 1: 0.0}
     mx.eval(model(tokens))  # compiles what is no part of the measure
-    for _ in range(TRIED_ROUNDS):
-        for count in seconds:
-            library.openblas_set_num_threads(count)
-            began = time.monotonic()
+
+    def seconds_with(count: int) -> float:
+        library.openblas_set_num_threads(count)
+        began = time.monotonic()
+        for _ in range(TRIED_PASSES):
             mx.eval(model(tokens))
-            seconds[count] += time.monotonic() - began
-        if sum(seconds.values()) > MAX_SECONDS_TRIED:
-            break
+        return time.monotonic() - began
+
+    quickest = min((most, 1), key=seconds_with)
     library.openblas_set_num_threads(most)
-    return min(seconds, key=lambda count: seconds[count])
+    return quickest
 
 
 @contextmanager

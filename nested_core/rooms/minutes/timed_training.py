@@ -1,37 +1,33 @@
-"""A run of `training.minutes`: its steps are fixed once, and it ends when its time is over.
+"""A run of `training.minutes`: steps are counted once, and again where the machine's speed turns.
 
-A few steps are tried and thrown away before the first one. What fits is written into config.yaml,
-as iterations, before the first step, and with it into plan.json: the run is that of `--iters`, to
-the bit, and is resumed as any other. A thread looks at the clock. Where the machine has become
-slower, it asks for a stop in time for the verdict, and the run ends with the steps that it has; a
-minute after its time it asks for a stop whatever is done.
+A few steps are tried and thrown away before the first one. What fits with the verdict is written
+into config.yaml, as iterations, and with it into plan.json: the run is that of `--iters`, to the
+bit, and is resumed as any other. After its steps it looks at the clock. Where clearly more or fewer
+steps fit than were counted, training is stopped in the ordinary way, and goes on by itself with the
+new number. Nothing ends a verdict: if it takes longer than forecast, the command does.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
-from nested_core.backend import to_float
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError, TrainingStopped
+from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.models.session import Session
-from nested_core.optim.learning_rate_schedules import build_learning_rate
-from nested_core.pipeline.device_lock import locking_devices
+from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.hooks import Steps
 from nested_core.process.command_parent import STARTED, has_parent, list_earlier_ends
-from nested_core.records.dataset import read_dataset_record
-from nested_core.records.metrics import read_latest_values
-from nested_core.records.plan import TimePlan, read_plan
+from nested_core.records.plan import TimePlan, read_plan, write_plan
 from nested_core.records.result import TrainResult
 from nested_core.rooms.minutes.blas_threads import (
     THREADS_VARIABLE,
@@ -39,334 +35,243 @@ from nested_core.rooms.minutes.blas_threads import (
     using_blas_threads,
 )
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
-from nested_core.rooms.minutes.trial_run import TrialRun, try_steps
+from nested_core.rooms.minutes.trial_run import try_steps
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.duration_format import format_clock
+from nested_core.text.duration_format import format_clock, format_duration
 from nested_core.text.stages import receiving_stages
 from nested_core.text.value_format import format_count, format_passes
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
-SHARE_BEYOND = 0.12  # of the minutes, aimed at beyond them: forecasts of verdicts are rather long
-MAX_SECONDS_BEYOND = 36.0
-VERDICT_SPARED = 0.4  # of its forecast, where a run is refused: it took 0.5 to 0.9 of it
-MINUTES_BEYOND = 1.0  # then everything is stopped
-SECONDS_TO_STOP = 7.0  # what a command takes to end after it was asked
-SECONDS_BETWEEN_LOOKS = 0.25
-MOST_PASSES = 20  # over the training data; more hardly help
-MAX_SLOWDOWN = 8.0  # of the machine since the steps were fixed, that is allowed for
-SHARE_RESERVED = 0.2  # of the verdict's time, where training is cut for it
-REPORTS_COUNTED = 4  # the last ones, by which the machine is slower: it may stand still for seconds
-MAX_SECONDS_RESERVED = 15.0  # fewer than lie between what is aimed at and the end
+SHARE_UNTIL_LOOK = 0.1  # of the minutes, until steps are counted anew; then twice that, and so on
+SHARE_BEYOND = 0.1  # of the minutes: a run that ends so much later is not cut for it
+MAX_SECONDS_BEYOND = 30.0
+MORE_STEPS = 1.25  # times as many have to fit before a run is made longer
+MAX_PACE = 2.0  # times as slow as forecast, that is allowed for the verdict: nothing stops that
+VERDICT_SPARED = 0.4  # of its forecast, where a run is refused: answers may be shorter, or known
+STEPS_MEASURED = (3, 20)  # the fewest, and the last ones, by which a machine is slower or quicker
+SECONDS_BETWEEN_NOTES = 5.0
+
+
+def measure(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    seconds: float,
+    session: Session,
+    on_wait: OnWait | None,
+) -> Forecast:
+    """Try steps of a run that is validated and loaded, and forecast the whole run by them."""
+    trial = try_steps(config, run, seconds, session, on_wait)
+    with locking_devices(on_wait, session=session):
+        base = session.load_base(config)
+        forecast = make_forecast(config, run, trial, base.model, base.tokenizer)
+    mx.reset_peak_memory()  # what the run reports is its own
+    return forecast
 
 
 class TimedTraining(AbstractContextManager["TimedTraining"]):
-    """Holds one command to the minutes of its run, from begin to end of the block.
+    """Trains one command of a run of minutes.
 
     Attributes:
-        config: the configuration, with the iterations of the run as soon as they are fixed.
-
-    Raises ConfigError where something else asks for the number of steps before they are counted.
+        config: the configuration, with the iterations of the run as soon as they are counted.
     """
 
     def __init__(self, config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> None:
-        training = config.training
-        minutes = training.minutes or 0.0  # with none this is not made
-        has_earlier = config.replay_fraction or config.continual.policy != "continue"
-        if has_earlier or (training.processes, training.hostfile) != (1, None):
-            raise ConfigError(
-                f"training.minutes: {minutes:g} minutes are counted in steps of one process, "
-                f"without replay. Give --iters, or leave continual.replay, training.processes and "
-                f"training.hostfile out."
-            )
-        self._minutes = minutes
+        self.config = config
+        self._minutes = config.training.minutes or 0.0  # with none this is not made
         self._run = run
         self._hooks = hooks
-        self._began, self._spent, self._is_begun_again = _find_time_spent(run)
-        end = self._end_at(60 * (minutes + MINUTES_BEYOND))
-        self._clock = _Clock(run, end, hooks.on_message)
-
-        # The iterations of a run that was begun with these minutes are fixed, and in any case the
-        # number of threads
-        self.config = config
+        self._began, self._spent, self._plan = _find_time_spent(run)
         plan = read_plan(run.plan)
-        self._earlier = None if plan is None else plan.time
-        self._fixed: TimePlan | None = None
-        if plan is not None and plan.time is not None and plan.time.minutes == minutes:
-            self._fixed = plan.time
+        if plan is not None and self._plan is not None and self._plan.minutes == self._minutes:
             self.config = config.model_copy(update={"iters": plan.iterations})
         self._threads = ExitStack()
+        self._seen: deque[tuple[int, float]] = deque(maxlen=STEPS_MEASURED[1])
+        self._next_look = self._noted = 0.0
+        self._between_looks = SHARE_UNTIL_LOOK * 60 * self._minutes
 
     def __enter__(self) -> TimedTraining:
-        if self._earlier is not None:
-            self._threads.enter_context(using_blas_threads(self._earlier.blas_threads))
-        if self._fixed is None or not self._run.result.exists():  # else there is only to judge
-            self._clock.start()
+        if self._plan is not None:
+            self._threads.enter_context(using_blas_threads(self._plan.blas_threads))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clock.finish()
         self._threads.close()
 
     def train(self, session: Session) -> TrainResult:
-        """Train as many steps as fit, or as are left of them; `config` says how many.
+        """Train as many steps as fit; `config` says how many.
 
         Raises ConfigError where there is no time for a step and the verdict, and TrainingStopped
-        where somebody else asked for a stop, or time was over before the first step.
+        where somebody else asked for a stop.
         """
-        plan = self._fix_steps(session) if self._fixed is None else self._go_on(self._fixed)
-        session.time_plan = plan
-        try:
-            with self._clock.watching_training(plan):
-                return self._hooks.train(self.config, self._run, session)
-        except TrainingStopped:
-            state = latest_state(self._run.checkpoints)
-            if not self._clock.has_cut or not state:
-                raise
-        self._write_iterations(state["iteration"])
-        self._hooks.on_message(
-            f"minutes: cut after step {state['step']:,} of {plan.steps:,}, so that there is time "
-            f"for the verdict"
-        )
-        with receiving_stages(lambda _: None):  # what began is said already
-            return self._hooks.train(self.config, self._run, session)
+        plan = self._plan
+        if plan is None or plan.minutes != self._minutes:
+            plan = self._count_steps(session)
+        self._plan = replace(plan, began=self._began, spent=self._spent, worked=0.0)
+        session.after_step = self._look
+        quietly: AbstractContextManager[Any] = nullcontext()
+        while True:
+            session.time_plan = self._plan
+            self._seen.clear()
+            self._next_look = time.time() + self._between_looks
+            try:
+                with quietly:
+                    return self._hooks.train(self.config, self._run, session)
+            except TrainingStopped:
+                if self._plan is session.time_plan:  # it was not stopped here
+                    raise
+            quietly = receiving_stages(lambda _: None)  # what began is said already
 
-    def _go_on(self, fixed: TimePlan) -> TimePlan:
-        """The plan of a run that goes on.
+    @property
+    def _end(self) -> float:
+        """When the minutes are over, in seconds since 1970."""
+        return self._began + 60 * self._minutes - self._spent
 
-        A person who resumes it gets the verdict in any case. A command that was killed and begins
-        again by itself keeps its clock.
-        """
-        if not self._is_begun_again:
-            self._clock.stops_verdict = False
-            least = 2 * fixed.seconds_to_begin + fixed.seconds_to_judge + 60 * MINUTES_BEYOND
-            self._clock.end = max(self._clock.end, time.time() + least)
-        return replace(fixed, began=self._began, spent=self._spent)
-
-    def _fix_steps(self, session: Session) -> TimePlan:
+    def _count_steps(self, session: Session) -> TimePlan:
         """Try a few steps, and write how many fit; ConfigError if no step fits."""
         self._hooks.on_message("minutes: trying a few steps, which are thrown away")
         if session.await_kernels is not None:
             session.await_kernels(self._run.stop_request.exists)
-        blas_threads = self._choose_threads(session)
-        trial, forecast = self._measure(session)
-        minutes = self._minutes
+        threads = None if self._plan is None else self._plan.blas_threads
+        if self._plan is None:
+            threads = choose_blas_threads_of_run(self.config, session, self._hooks.on_message)
+            self._threads.enter_context(using_blas_threads(threads))
+        tried = min(SHARE_TRIED * 60 * self._minutes, MAX_SECONDS_TRIED)
+        forecast = measure(self.config, self._run, tried, session, self._hooks.on_message)
         done = int(latest_state(self._run.checkpoints).get("step", 0))
-        beyond = min(SHARE_BEYOND * 60 * minutes, MAX_SECONDS_BEYOND)
-        now = time.time()
-        steps = done + forecast.count_steps(self._end_at(60 * minutes + beyond) - now)
-        least = max(done + 1, self.config.nested.frequencies[-1])
-        if steps < least:  # as few as can be, if they end in time
-            steps = least
-            needed = forecast.seconds_of(steps - done) - VERDICT_SPARED * forecast.verdict
-            missing = now + needed + SECONDS_TO_STOP - self._clock.end
-            if missing > 0:
-                self._refuse(forecast, minutes + missing / 60)
-        self._write_iterations(steps * self.config.grad_accumulation_steps)
-        passes = trial.plan.epochs * steps / trial.plan.steps
-        noun = "step fits" if steps == 1 else "steps fit"
-        in_threads = "" if blas_threads is None else f" with {THREADS_VARIABLE}={blas_threads}"
-        text = (
-            f"minutes: {steps:,} {noun} in {minutes:g} minutes{in_threads}, "
-            f"{format_passes(passes)} over {trial.plan.training_file}: {forecast.step:.2g} s a "
-            f"step, and the verdict about {forecast.describe_verdict()}"
+        left = self._end - time.time()
+        least = max(1, self.config.nested.frequencies[-1] - done)
+        steps = max(least, forecast.count_steps(left))
+        needed = forecast.seconds_of(steps) - VERDICT_SPARED * forecast.verdict
+        missing = needed - left - _seconds_beyond(self._minutes)
+        if steps == least and missing > 0:
+            raise ConfigError(
+                f"training.minutes: {self._minutes:g} minutes hold no step and its verdict on this "
+                f"machine, as busy as it is: {format_clock(time.time() - self._began)} are over, a "
+                f"step takes {format_clock(forecast.step)}, and the verdict about "
+                f"{format_duration(forecast.verdict)}. Give --minutes "
+                f"{math.ceil(self._minutes + missing / 60)} or more, or a smaller batch_size, "
+                f"training.sample_tokens or fewer questions of gate.tasks."
+            )
+        self._write_steps(done + steps)
+        passes = format_passes(forecast.trial.passes_of_a_step * (done + steps))
+        in_threads = "" if threads is None else f" with {THREADS_VARIABLE}={threads}"
+        goes_on = f" from step {done:,} on, on the schedule of {done + steps:,}" if done else ""
+        self._hooks.on_message(
+            f"minutes: {format_count(steps, 'step')} in {self._minutes:g} minutes{in_threads}"
+            f"{goes_on}, {passes} over the training data: {forecast.step:.2g} s a step, and the "
+            f"verdict about {format_duration(forecast.verdict)}"
         )
-        if steps == least:
-            text += ". That is tight: if the time ends before the verdict, --resume gives it"
-        if done:
-            text += f". {_describe_schedule(self.config, self._run, done, steps)}"
-        if passes < 1:
-            one_pass = forecast.seconds_of(round(steps / passes) - done)
-            needed = math.ceil(minutes + (one_pass - forecast.seconds_of(steps - done)) / 60)
-            text += f". That is little to learn from: one pass would take --minutes {needed}"
-        if passes > MOST_PASSES:
-            text += f". More than {MOST_PASSES} passes hardly help"
-        self._hooks.on_message(text)
         return TimePlan(
-            minutes=minutes,
-            steps=steps,
+            minutes=self._minutes,
+            steps=done + steps,
             seconds_a_step=forecast.seconds_between(steps) / steps,
             seconds_to_begin=forecast.opening,
-            seconds_to_judge=forecast.seconds_to_judge,
+            seconds_to_judge=forecast.evaluation + forecast.checkpoint + forecast.verdict,
             began=self._began,
             spent=self._spent,
-            blas_threads=blas_threads,
+            blas_threads=threads,
         )
 
-    def _choose_threads(self, session: Session) -> int | None:
-        """Choose the BLAS threads of the whole run, and use them from now on."""
-        if self._earlier is not None:
-            return self._earlier.blas_threads
-        count = choose_blas_threads_of_run(self.config, session, self._hooks.on_message)
-        self._threads.enter_context(using_blas_threads(count))
-        return count
+    def _look(self, trainer: Any) -> None:
+        """After a step: stop training where clearly more or fewer steps fit than were counted."""
+        plan, now, done = self._plan, time.time(), trainer.current_step
+        if plan is None or done >= trainer.steps:
+            return
+        self._note_time(now)
+        self._seen.append((done, now))
+        is_time = now >= self._next_look and len(self._seen) > STEPS_MEASURED[0]
+        if is_time:
+            self._between_looks *= 2
+            self._next_look = now + self._between_looks
+        steps = count_anew(plan, self._seen, trainer.steps, self._end - now, only_cut=not is_time)
+        if steps is None:
+            return
+        steps = max(steps, self.config.nested.frequencies[-1])
+        self._plan = replace(plan, counted_at=(*plan.counted_at, done))
+        if steps > done:
+            self._plan = replace(self._plan, steps=steps)
+            text = f"{steps:,} steps fit, not {trainer.steps:,}: the schedule is theirs from now on"
+        else:
+            text = (
+                f"cut after step {done:,} of {plan.steps:,}, so that there is time for the verdict"
+            )
+        self._hooks.on_message(f"minutes: {text}")
+        self._write_steps(steps)
+        trainer.stop_training()
 
-    def _measure(self, session: Session) -> tuple[TrialRun, Forecast]:
-        config, run = self.config, self._run
-        seconds = min(SHARE_TRIED * 60 * self._minutes, MAX_SECONDS_TRIED)
-        trial = try_steps(config, run, seconds, session, self._hooks.on_message)
-        with locking_devices(self._hooks.on_message, session=session):
-            base = session.load_base(config)
-            splits = read_dataset_record(run.dataset).splits
-            forecast = make_forecast(config, splits, trial, base.model, base.tokenizer)
-        mx.reset_peak_memory()  # what the run reports is its own
-        return trial, forecast
+    def _note_time(self, now: float) -> None:
+        """Have plan.json say how long this command has worked, every few seconds."""
+        if now - self._noted < SECONDS_BETWEEN_NOTES:
+            return
+        self._noted = now
+        plan = read_plan(self._run.plan)
+        if plan is not None and plan.time is not None:
+            noted = replace(plan.time, worked=now - self._began)
+            write_plan(self._run.plan, replace(plan, time=noted))
 
-    def _refuse(self, forecast: Forecast, minutes: float) -> None:
-        """Raise ConfigError: the fewest steps and their verdict would take so many minutes."""
-        raise ConfigError(
-            f"training.minutes: {self._minutes:g} minutes hold no step and its verdict on this "
-            f"machine, as busy as it is: {format_clock(time.time() - self._began)} are over, a "
-            f"step takes {format_clock(forecast.step)}, an evaluation "
-            f"{format_clock(forecast.evaluation)} and the verdict about "
-            f"{forecast.describe_verdict()}. Give --minutes {math.ceil(minutes)} or more, or "
-            f"a smaller batch_size, val_batches or training.sample_tokens."
-        )
-
-    def _write_iterations(self, iterations: int) -> None:
+    def _write_steps(self, steps: int) -> None:
         """Have the configuration, and config.yaml, say so many; its time stays the run's begin."""
+        iterations = steps * self.config.grad_accumulation_steps
         training = self.config.training.model_copy(update={"epochs": None})
         self.config = self.config.model_copy(update={"iters": iterations, "training": training})
         begun = self._run.config.stat()
         write_bytes(self._run.config, render_config(self.config))
         os.utime(self._run.config, ns=(begun.st_atime_ns, begun.st_mtime_ns))
 
-    def _end_at(self, seconds: float) -> float:
-        """When these seconds of work on the run are over, in seconds since 1970."""
-        return self._began + seconds - self._spent
+
+def count_anew(
+    plan: TimePlan,
+    seen: Sequence[tuple[int, float]],
+    steps: int,
+    left: float,
+    *,
+    only_cut: bool,
+) -> int | None:
+    """How many steps a run is to have that was planned for `steps`; None if it keeps them.
+
+    The verdict, and opening the run again, count as slow or quick as the steps that were seen.
+
+    Args:
+        plan: by what the steps were counted.
+        seen: the last steps, and the time after each.
+        steps: of the whole run, as training has them now.
+        left: seconds until the minutes are over.
+        only_cut: a run is cut where there is no time for another step, and kept else.
+    """
+    (first, began), (done, now) = seen[0], seen[-1]
+    if done == first:  # in the first one functions are compiled
+        return None
+    step = (now - began) / (done - first)
+    pace = step / plan.seconds_a_step
+    left -= min(pace, MAX_PACE) * plan.seconds_to_judge
+    fitting = done + max(0, int((left - pace * plan.seconds_to_begin) / step))
+    is_late = (steps - done) * step - left > _seconds_beyond(plan.minutes) and fitting < steps
+    if only_cut:
+        return fitting if is_late and left <= 0 else None
+    if is_late:
+        return fitting
+    more = fitting - steps  # half of them: a machine that turned quicker may turn back
+    return steps + more // 2 if fitting >= MORE_STEPS * steps else None
 
 
-def _find_time_spent(run: RunDirectory) -> tuple[float, float, bool]:
-    """When this command began, and the seconds that earlier commands worked on its run.
+def _seconds_beyond(minutes: float) -> float:
+    """The seconds after its minutes in which a run may end without being cut."""
+    return min(SHARE_BEYOND * 60 * minutes, MAX_SECONDS_BEYOND)
 
-    With whether it was killed and began again by itself.
 
-    Of a command whose process was killed and begun again it is when the first one began. A command
-    that was killed itself worked until its clock's last look.
+def _find_time_spent(run: RunDirectory) -> tuple[float, float, TimePlan | None]:
+    """When this command began, the seconds that earlier ones worked on its run, and their plan.
+
+    Of a command whose process was killed and begun again it is when the first one began.
     """
     plan = read_plan(run.plan)
     planned = None if plan is None else plan.time
-    if planned is not None and list_earlier_ends():
-        longest = 60 * (planned.minutes + MINUTES_BEYOND)
-        if time.time() - planned.began <= longest:  # else it is another command's
-            return planned.began, planned.spent, True
     began = STARTED if has_parent() else time.time()
     if planned is None:
-        return began, 0.0, False
-    last_seen = run.plan.stat().st_mtime  # the clock's, at each look
-    spent = planned.spent + max(0.0, last_seen - planned.began)
-    return began, spent, False
-
-
-def _describe_schedule(config: FineTuneConfig, run: RunDirectory, done: int, steps: int) -> str:
-    """How the learning rate of a run that is made longer goes on."""
-    last = read_latest_values(run.metrics).get("learning_rate")
-    rate = build_learning_rate(config, steps)
-    following = to_float(rate(mx.array(done))) if callable(rate) else rate
-    schedule = f"the schedule of {format_count(steps, 'step')}"
-    text = f"The run goes on from step {done:,}, on {schedule}"
-    if isinstance(last, float):
-        text += f": the learning rate was {last:.3g}, and is {following:.3g} at the next step"
-    return text
-
-
-class _Clock(threading.Thread):
-    """Asks a run to stop, as `nested-tune stop` does: in time for the verdict, and at the end.
-
-    Attributes:
-        end: when everything is to be over, in seconds since 1970.
-        plan: of the training that goes on; None before and after it.
-        has_cut: whether training was asked to stop, so that there is time for the verdict.
-        stops_verdict: whether the gate is asked to stop at the end, too.
-    """
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        end: float,
-        on_message: Callable[[str], None],
-    ) -> None:
-        super().__init__(name="minutes", daemon=True)
-        self.end = end
-        self.plan: TimePlan | None = None
-        self.has_cut = False
-        self.stops_verdict = True
-        self._run = run
-        self._on_message = on_message
-        self._began = math.inf
-        self._reports: deque[tuple[int, float]] = deque(maxlen=REPORTS_COUNTED + 1)
-        self._has_asked = False
-        self._is_over = threading.Event()
-        self._lock = threading.Lock()  # no request is made once training is over
-
-    def run(self) -> None:
-        """Look at the clock until the run is over."""
-        while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
-            with suppress(FileNotFoundError):  # there is no plan yet
-                os.utime(self._run.plan)
-            with self._lock:
-                self._note_report()
-                if self.plan is not None and not self.has_cut and self._must_cut(self.plan):
-                    self.has_cut = True
-                    self._run.stop_request.touch()
-            may_stop = self.stops_verdict or self.plan is not None
-            if may_stop and self.end - time.time() <= SECONDS_TO_STOP and not self._has_asked:
-                self._has_asked = True
-                self._on_message("minutes: the time is over, and a minute more: stopping")
-                self._run.stop_request.touch()
-
-    @contextmanager
-    def watching_training(self, plan: TimePlan) -> Iterator[None]:
-        """Within the block, see that there is time for the verdict."""
-        self._began = time.time()
-        self._done = latest_state(self._run.checkpoints).get("step", 0)  # by earlier commands
-        self.plan = plan
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.plan = None
-                if self.has_cut:  # training may have ended before it heard of the request
-                    self._run.stop_request.unlink(missing_ok=True)
-
-    def finish(self) -> None:
-        """End the thread, and a request that nobody has heard of."""
-        self._is_over.set()
-        if self.is_alive():
-            self.join()
-        if self._has_asked:
-            self._run.stop_request.unlink(missing_ok=True)
-
-    def _note_report(self) -> None:
-        """Keep the step of the last report of this training, and when it was written."""
-        with suppress(OSError, DamagedError):  # there is none yet
-            reported = self._run.metrics.stat().st_mtime
-            if reported > (self._reports[-1][1] if self._reports else self._began):
-                step = read_latest_values(self._run.metrics).get("step", 0)
-                if not self._reports or step > self._reports[-1][0]:
-                    self._reports.append((step, reported))
-
-    def _must_cut(self, plan: TimePlan) -> bool:
-        """Whether there is just time to stop, to open the run again and to judge, with a reserve.
-
-        Not where the steps that are left take no longer than that, nor before there is a step to
-        judge or one under way. Steps, with what is due between them, count as slow as between the
-        last reports, and with them all else; not the first one, in which functions are compiled.
-        """
-        step = plan.seconds_a_step
-        left_to_train = plan.steps * step
-        reports = [report for report in self._reports if report[0] > self._done]
-        if reports:
-            (first, began), (last, reported) = reports[0], reports[-1]
-            if last > first:
-                step = max(step, (reported - began) / (last - first))
-            left_to_train = (plan.steps - last) * step - (time.time() - reported)
-        slowdown = min(step / plan.seconds_a_step, MAX_SLOWDOWN)
-        stopping = plan.seconds_a_step + plan.seconds_to_begin
-        reserve = min(SHARE_RESERVED * plan.seconds_to_judge, MAX_SECONDS_RESERVED)
-        needed = slowdown * (stopping + plan.seconds_to_judge + reserve)
-        left = self.end - time.time() - SECONDS_TO_STOP
-        is_late = left <= needed and left_to_train > slowdown * stopping
-        return is_late and bool(self._reports or self._done)
+        return began, 0.0, None
+    if list_earlier_ends():
+        return planned.began, planned.spent, planned
+    return began, planned.spent + planned.worked, planned

@@ -14,7 +14,7 @@ from typing import Any
 from nested_core.errors import ConfigError
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import list_versions, read_champion, verify
-from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.text.digest_format import shorten_digest
 
 CHAMPION_ALIAS = "champion"
@@ -25,22 +25,27 @@ PROVENANCE_KEYS_AS_TAGS = (
     "dataset_digest",
     "train_digest",
     "base_fingerprint",
-    "registered_at",
+    REGISTERED_AT_KEY,
 )
 
 
 @dataclass(frozen=True)
 class MlflowExport:
-    """The result of an export: MLflow's number of each version, and the versions it added."""
+    """The result of an export: MLflow's number of each version, and the versions it added.
+
+    store: the address that MLflow writes to; without one configured, a database that MLflow makes
+        in the current folder, with `mlruns` beside it.
+    """
 
     name: str
+    store: str
     champion: str | None
     numbers: dict[str, str]
     added: tuple[str, ...]
 
 
 def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None) -> MlflowExport:
-    """Add every version of `name` that MLflow lacks, and point its alias at the champion.
+    """Add the versions of `name` that MLflow lacks, oldest first; point its alias at the champion.
 
     Without `tracking_uri` MLflow's own settings apply. Each version is re-hashed first:
     DamagedError if it is not what was registered. ConfigError if mlflow is not installed.
@@ -51,7 +56,12 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name, description="Adapters that passed nested-tune's gate.")
     numbers = _read_exported_versions(client, name)
-    added = tuple(version for version in versions if version not in numbers)
+    dates = {
+        version: read_provenance(version_folder(registry, name, version))[REGISTERED_AT_KEY]
+        for version in versions
+        if version not in numbers
+    }
+    added = tuple(sorted(dates, key=dates.__getitem__))
     for version in added:
         verify(registry, name, version)
         numbers[version] = _export_version(
@@ -61,7 +71,7 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
         client.set_registered_model_alias(name, CHAMPION_ALIAS, numbers[champion])
     elif champion is None:  # and not where a gc took it meanwhile
         client.delete_registered_model_alias(name, CHAMPION_ALIAS)
-    return MlflowExport(name, champion, numbers, added)
+    return MlflowExport(name, client.tracking_uri, champion, numbers, added)
 
 
 def _make_client(tracking_uri: str | None) -> Any:

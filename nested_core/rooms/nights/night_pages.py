@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 from uuid import UUID
 
 from nested_core.config.schema import FineTuneConfig
@@ -33,8 +35,8 @@ COLUMNS = ("run", "outcome", "loss", "right", "min", "rows")
 MAX_WIDTH = 28  # of a cell: all columns are to be seen in 710 pixels, which one UI of Prefect has
 HOW_TO_READ = (
     "Losses ({units} on the examples of the gate) and right answers (of all eval sets): the "
-    "candidate's, then the champion's. Rows: trained on + held out; * other held-out rows than in "
-    "the run before. Min: minutes."
+    "candidate's, then the champion's. Rows: trained on + held out; * other held-out rows, or "
+    "another loss, than in the run before. Min: minutes."
 )
 
 
@@ -145,7 +147,7 @@ class _NightFigures:
     champion_loss: float | None = None
     answers: str | None = None
     examples: str | None = None
-    judged_on: str | None = None  # digest of the examples
+    judged_on: tuple[str, object] | None = None  # the rows, and what their loss is made of
 
 
 def describe_nights(
@@ -171,7 +173,7 @@ def describe_nights(
             )
         )
     return Document(
-        f"{name}: the last scheduled runs",
+        f"{name}: the last runs",
         [
             Figures([[_draw_losses(dates[::-1], figures[::-1], units)]]),
             Table(HOW_TO_READ.format(units=units), COLUMNS, rows[::-1], MAX_WIDTH),
@@ -181,16 +183,19 @@ def describe_nights(
 
 
 def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures], units: str) -> Chart:
-    """The losses over the nights, the oldest first."""
-    sides = {
-        "candidate": [each.loss for each in figures],
-        "champion": [each.champion_loss for each in figures],
-    }
-    curves = [
-        Curve(name, [Point(night, loss) for night, loss in enumerate(losses, 1)], has_dots=True)
-        for name, losses in sides.items()
-    ]
-    axis = f"run, 1 is {dates[0]}, {len(dates)} is {dates[-1]}"
+    """The losses over the nights, the oldest first: a curve for each loss that is made alike."""
+    measured = [(n, seen.judged_on[1]) for n, seen in enumerate(figures) if seen.judged_on]
+    alike = [[night for night, _ in nights] for _, nights in groupby(measured, itemgetter(1))]
+    candidate = [each.loss for each in figures]
+    champion = [each.champion_loss for each in figures]
+    curves = []
+    for name, losses in (("candidate", candidate), ("champion", champion)):
+        for nights in alike:
+            points = [Point(n + 1, losses[n]) for n in range(nights[0], nights[-1] + 1)]
+            until = "" if nights is alike[-1] else f", another loss until {dates[nights[-1]]}"
+            curves.append(Curve(f"{name}{until}", points, has_dots=True))
+    last = "" if len(dates) == 1 else f", {len(dates)} is {dates[-1]}"
+    axis = f"run, 1 is {dates[0]}{last}"
     return Chart("Loss", axis, units, curves)
 
 
@@ -214,7 +219,7 @@ def _read_figures(night: Night) -> _NightFigures:
         conclusion = f"better, by less than {least:g}"
     was_champion = night.outcome in (Outcome.PROMOTED, Outcome.APPROVED)
     is_rolled_back = was_champion and find_outcome(run) == Outcome.ROLLED_BACK
-    held_out = splits.get("test") or splits.get("valid")
+    rows = splits.get("test") or splits.get("valid")
     return _NightFigures(
         outcome=f"{night.outcome}, then {Outcome.ROLLED_BACK}" if is_rolled_back else None,
         conclusion=None if conclusion is None else conclusion.replace("_", " "),
@@ -223,7 +228,7 @@ def _read_figures(night: Night) -> _NightFigures:
         champion_loss=None if champion is None else champion.loss,
         answers=_count_right(verdict),
         examples=trained_on if losses is None else f"{trained_on}+{losses.examples}",
-        judged_on=None if losses is None or held_out is None else held_out.digest,
+        judged_on=None if losses is None or rows is None else (rows.digest, run.loss_made_of),
     )
 
 

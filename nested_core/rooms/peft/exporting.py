@@ -13,6 +13,8 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.adapter_formats import Conversion
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.models.lora_tensors import module_name
+from nested_core.pipeline.named_models import record_training
+from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.rooms.peft.importing import PEFT_WEIGHTS
 from nested_core.rooms.peft.lora_factors import (
     MLX_LM_NAMING,
@@ -55,6 +57,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     require_adapter_directory(folder)  # as it was given, before links are followed
     # Once: the champion's link may be swapped meanwhile.
     adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
+    trained = record_training(adapter.path)
     modules = _read_factors(adapter)
     written = _make_peft_config(adapter, modules, model)
     notes = _compare_with_base(modules, written["base_model_name_or_path"])
@@ -63,6 +66,8 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
+        if any(trained.values()):
+            write_json(temporary / PROVENANCE_NAME, trained)
     strength = f"r {written['r']}, alpha {written['lora_alpha']:g}"
     return Conversion(out, written, len(modules), len(tensors), strength, tuple(notes))
 

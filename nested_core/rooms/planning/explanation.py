@@ -92,8 +92,10 @@ class RunInWords:
         )
 
     def _describe_learning_rate(self) -> str:
-        config = self.run.config
-        text = f"{config.learning_rate:g}"
+        config, of_rate = self.run.config, self.run.rate_share
+        text = f"{config.learning_rate * of_rate:g}"
+        if of_rate != 1:
+            text += f" ({of_rate:g} of {config.learning_rate:g}, for it goes on from the champion)"
         if config.lr_schedule is not None:
             text += f", {config.lr_schedule.name}"
         warmup = config.training.warmup_steps
@@ -105,7 +107,7 @@ class RunInWords:
             text += ", then falling to a tenth along a cosine"
         if "learning_rate" not in config.model_fields_set:
             text += ", mlx_lm.lora's default, for none is given"
-        place = describe_learning_rate(config)
+        place = describe_learning_rate(config, of_rate)
         return f"{text}." if place is None else f"{text}. {place[0].upper()}{place[1:]}."
 
     def _describe_evaluation(self) -> str:

@@ -11,7 +11,7 @@ import math
 import shlex
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,19 +56,29 @@ SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
 SHORT_ANSWER = 8  # tokens on average, with its end, as labels have
 SAMPLE_TOKENS = 24  # tell whether a short answer ends; 64 cost the gate time
 _MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
+_SUPERVISE_ALL = "  supervise: all  # every answer of a chat but those that its row masks\n"
 _RATE_NOTE = """\
 # alpha x rate: 0.01 to 0.03 was best for 34 of the 35 models of a published sweep (sft_sweep.md of
 # tinker-cookbook); mlx_lm.lora's default is 0.0016"""
 _RATE_NOTE_WITH_ANOTHER_LOSS = "# A tenth of the rate that suits the cross-entropy"
+_REGISTRY = """\
+# registry: {path: registry, name: my-adapter, promote: better}
+# continual: {from: champion}  # every run goes on from it, at the learning_rate above
+"""
 _GATE = "gate:\n  max_val_loss_increase: 0.02\n"
 
 
 @dataclass(frozen=True)
 class SuggestedConfig:
-    """A configuration as YAML with comments, and the report on the data that it is for."""
+    """A configuration as YAML with comments, and the report on the data that it is for.
+
+    learns_answers: whether the loss counts answers alone. has_another_loss: than the cross-entropy.
+    """
 
     text: str
     report: DatasetReport
+    learns_answers: bool
+    has_another_loss: bool
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ def suggest_config(
     adapter: str | None = None,
     *,
     tasks: str = "",
+    registry: str = "",
     minutes: float | None = None,
 ) -> SuggestedConfig:
     """A configuration that loads and whose first step fits in memory.
@@ -98,6 +109,7 @@ def suggest_config(
         drop_fields: fields of the rows to leave out on purpose.
         adapter: the adapters.safetensors to go on from; None begins with a fresh adapter.
         tasks: more lines of the section `gate`, such as its `tasks`.
+        registry: the sections `registry` and `continual`; empty leaves both to a person.
         minutes: how long a run is to take; None counts passes over the data.
 
     Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
@@ -107,8 +119,8 @@ def suggest_config(
         base["drop_fields"] = list(drop_fields)
     base |= _find_field_names(DataSettings(data, drop_fields=tuple(drop_fields)))
     loss = _find_loss(DataSettings(data, drop_fields=tuple(drop_fields)))
-    training = {} if loss is None else {"training": {"loss": loss}}
-    report, _ = load_run_data(parse_config(base | training, source="the suggestion"))
+    begun = base | {"batch_size": 1} | ({} if loss is None else {"training": {"loss": loss}})
+    report, _ = load_run_data(parse_config(begun, source="the suggestion"))
     report.raise_if_rejected()
     formats = {stats.data_format for stats in report.splits.values()}
     is_of_core = loss is None and len(formats) == 1
@@ -116,36 +128,73 @@ def suggest_config(
     if adapter is not None:
         base["resume_adapter_file"] = adapter
     lora = _choose_lora(find_model_folder(model), adapter)
-    text, supervise = "", ""
+    line_of_loss = ""
     if loss is not None:
         rate = lora.learning_rate * SHARE_WITH_ANOTHER_LOSS
         lora = replace(lora, learning_rate=rate, rate_note=_RATE_NOTE_WITH_ANOTHER_LOSS)
-        supervise = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
+        line_of_loss = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
     render = partial(_render_yaml, has_another_loss=loss is not None)
+
+    def judge(supervise: str) -> DatasetReport:
+        """The report on the data with the lengths and the targets of the suggestion."""
+        text = render(base, report, lora, 1, line_of_loss + supervise, recomputes=False)
+        return load_run_data(parse_config(parse_yaml(text), source="the suggestion"))[0]
+
+    masked, supervise = _choose_targets(judge, is_of_core=is_of_core)
+    if "no-supervised-token" in _list_checks(masked):  # cut, some rows have a prompt alone
+        base["data_policy"] = {"overlong": "drop"}
+    train = masked.splits["train"]
+    if train.tokens and train.tokens.supervised <= SHORT_ANSWER * train.rows:
+        supervise += (
+            f"  sample_tokens: {SAMPLE_TOKENS}  # of an answer to a sample prompt in the gate: "
+            f"yours are short\n"
+        )
     for batch_size, recomputes in _batch_sizes_and_recomputation(report):
-        if not text:
-            text = render(base, report, lora, batch_size, supervise, recomputes=recomputes)
-            masked, _ = load_run_data(parse_config(parse_yaml(text), source="the suggestion"))
-            checks = {error.check for error in masked.errors}
-            if "no-supervised-token" in checks:  # cut, some rows have a prompt alone
-                base["data_policy"] = {"overlong": "drop"}
-            if "nothing-to-learn" in checks:  # the last answer of some rows is marked
-                supervise = "  supervise: all  # every answer but those that their rows mask\n"
-            train = masked.splits["train"]
-            if train.tokens and train.tokens.supervised <= SHORT_ANSWER * train.rows:
-                supervise += (
-                    f"  sample_tokens: {SAMPLE_TOKENS}  # of an answer to a sample prompt in the "
-                    f"gate: yours are short\n"
-                )
         text = render(
-            base, report, lora, batch_size, supervise, minutes=minutes, recomputes=recomputes
+            base,
+            report,
+            lora,
+            batch_size,
+            line_of_loss + supervise,
+            minutes=minutes,
+            recomputes=recomputes,
         )
         config = parse_config(parse_yaml(text), source="the suggestion")
         memory = explain_run(config, measures_speed=False).memory
         text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
         if memory.fits:
             break
-    return SuggestedConfig(text.replace(_GATE, _GATE + tasks), report)
+    text = text.replace(_GATE, _GATE + tasks)
+    text = text.replace(_REGISTRY, registry or _REGISTRY)
+    return SuggestedConfig(
+        text,
+        report if masked.errors else masked,
+        learns_answers=config.mask_prompt,
+        has_another_loss=loss is not None,
+    )
+
+
+def _choose_targets(
+    judge: Callable[[str], DatasetReport], *, is_of_core: bool
+) -> tuple[DatasetReport, str]:
+    """The report on the data as it will be trained on, and the line that chooses the answers.
+
+    judge: gives the report for such a line. is_of_core: whether rows are answers to learn.
+
+    All answers are learnt where rows have several, or where their last one is marked, unless the
+    chat template rewrites earlier turns.
+    """
+    last = judge("")
+    has_several = is_of_core and any(one.has_several_answers for one in last.splits.values())
+    if has_several or "nothing-to-learn" in _list_checks(last):
+        every = judge(_SUPERVISE_ALL)
+        if "prompt-not-a-prefix" not in _list_checks(every):
+            return every, _SUPERVISE_ALL
+    return last, ""
+
+
+def _list_checks(report: DatasetReport) -> set[str]:
+    return {error.check for error in report.errors}
 
 
 def suggest_learning_rate(alpha: float, base: Path) -> float:
@@ -314,9 +363,7 @@ nested: {{frequencies: [1]}}
 # The adapter may not leave held-out examples worse than it found them.
 {_describe_held_out(base, report)}{_GATE}
 # Where a verified adapter is registered, and when it becomes the champion by itself.
-# registry: {{path: registry, name: my-adapter, promote: better}}
-# continual: {{from: champion}}  # every run goes on from it, at 0.3 of the learning_rate above
-"""
+{_REGISTRY}"""
 
 
 def split_command(model: str, data: str) -> str:

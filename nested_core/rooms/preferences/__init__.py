@@ -1,4 +1,4 @@
-"""Training on preferences: DPO, ORPO, SimPO on pairs of answers, KTO on answers with a label.
+"""Training on preferences: DPO, ORPO and SimPO on pairs of a chosen and a rejected answer.
 
 answer_rows.py reads the rows and makes tokens of them, row_rules.py says what is wrong with a data
 set of them, side_by_side.py lays their answers out for the model, losses.py has the formulas with

@@ -1,18 +1,14 @@
-"""Rows of preferences: a prompt with a chosen and a rejected answer, or an answer with a label.
+"""Rows of preferences: a prompt with a chosen and a rejected answer.
 
 A pair becomes one example of tokens: the chosen conversation, then the rejected one, each begun
-with the same prompt; of each the answer is supervised. An answer with a label becomes its
-conversation, and where it is not wanted one more token behind it, which nothing supervises.
-side_by_side.py takes them apart again.
+with the same prompt; of each the answer is supervised. side_by_side.py takes them apart again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NotRequired
 
-from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from nested_core.data.lines.example_parsing import Example, Fields, RowFormat, Turns
@@ -20,106 +16,58 @@ from nested_core.data.lines.json_decoding import LineProblem, parse_json_text
 from nested_core.data.lines.other_formats import read_openai_turns
 from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
 from nested_core.data.tokens.text_notes import Note
-from nested_core.rooms.preferences.row_rules import judge_labels, judge_pairs
+from nested_core.rooms.preferences.row_rules import judge_pairs
 
-_STRICT = ConfigDict(strict=True, extra="ignore")
 EMPTY_ANSWER_CHECK = "empty-answer"
 _ROLES = ("system", "user", "assistant", "tool")
-UNWANTED_MARK = 1  # the token behind an answer that is not wanted: not 0, which is padding
 
 
-class _Line(TypedDict):
+class _PairLine(TypedDict):
+    """A pair by its keys; `_prepare` checks the values, but those of tools."""
+
+    prompt: NotRequired[Any]
+    chosen: NotRequired[Any]
+    rejected: Any
     tools: NotRequired[list[dict[str, Any]] | None]
 
 
-@with_config(_STRICT)
-class _PairLine(_Line):
-    prompt: list[dict[str, Any]]
-    chosen: str
-    rejected: str
+class _ChatPairLine(TypedDict):
+    """A pair whose chosen answer ends a chat."""
+
+    chat: NotRequired[Any]
+    rejected: Any
+    tools: NotRequired[list[dict[str, Any]] | None]
 
 
-@with_config(_STRICT)
-class _ChatPairLine(_Line):
-    chat: list[dict[str, Any]]
-    rejected: str
+def _prepare(fields: Fields, place: str) -> Fields:
+    """The prompt's turns, the chosen answer as a turn and the rejected one as a text.
 
-
-@with_config(_STRICT)
-class _ConversationPairLine(_Line):
-    chosen: list[dict[str, Any]]
-    rejected: list[dict[str, Any]]
-
-
-@with_config(_STRICT)
-class _LabelledLine(_Line):
-    prompt: list[dict[str, Any]]
-    completion: str
-    label: bool
-
-
-@with_config(_STRICT)
-class _LabelledChatLine(_Line):
-    chat: list[dict[str, Any]]
-    label: bool
-
-
-def _prepare_pair(fields: Fields, place: str) -> Fields:
-    """Prompt as turns and answers as texts, however they are written.
-
-    An answer may be a text, a turn of the assistant, or the whole conversation that ends with it.
+    An answer may be a text, a turn of the assistant, or the whole conversation that ends with it;
+    all conversations of a row have the same prompt, which may also be the last turn of them alone.
     """
-    prompt = _read_turns(fields["prompt"], place)
-    answers = {}
-    for name in ("chosen", "rejected"):
-        before, answers[name] = _read_answer(fields[name], name)
-        if before and _is_same_conversation(before, prompt):
-            prompt = before
-        elif before:
-            raise LineProblem(
-                "other-prompt",
-                f"{name} begins with other turns than {place}: a pair has one prompt. Give the "
-                f"answers alone, or leave {place} out",
-            )
-    return _with_tools(fields) | {"prompt": prompt, **answers}
-
-
-def _is_same_conversation(before: list[dict[str, Any]], prompt: list[dict[str, Any]]) -> bool:
-    """Whether the turns before an answer are the prompt, which may be the last of them alone."""
-    return before in (prompt, [*before[: -len(prompt)], *prompt])
-
-
-def _prepare_chat_pair(fields: Fields, place: str) -> Fields:
-    turns = _read_turns(fields["chat"], place)
-    before, rejected = _read_answer(fields["rejected"], "rejected")
-    if before and before != turns[:-1]:
-        raise LineProblem("other-prompt", f"rejected begins with other turns than {place}")
-    return _with_tools(fields) | {"chat": turns, "rejected": rejected}
-
-
-def _prepare_conversation_pair(fields: Fields, place: str) -> Fields:
-    turns = {name: _read_turns(fields[name], name) for name in ("chosen", "rejected")}
-    if turns["chosen"][:-1] != turns["rejected"][:-1]:
+    is_chat = "chat" in fields
+    before, chosen = _read_answer(fields["chat" if is_chat else "chosen"], "chosen")
+    of_rejected, rejected = _read_answer(fields["rejected"], "rejected")
+    whole = before or of_rejected
+    prompt = _read_turns(fields["prompt"], place) if "prompt" in fields else whole
+    is_one = of_rejected in ([], whole)
+    if not is_one or whole not in ([], prompt, [*whole[: -len(prompt)], *prompt]):
         raise LineProblem(
             "other-prompt",
-            f"{place} and rejected differ before their last turns: a pair has one prompt, and two "
-            f"answers to it",
+            f"chosen and rejected begin with other turns than {place}, or than one another: a pair "
+            f"has one prompt, and two answers to it",
         )
-    return _with_tools(fields) | turns
-
-
-def _prepare_labelled(fields: Fields, place: str) -> Fields:
-    prompt = _read_turns(fields["prompt"], place)
-    _, answer = _read_answer(fields["completion"], "completion")
-    return _with_tools(fields) | {"prompt": prompt, "completion": answer}
-
-
-def _prepare_labelled_chat(fields: Fields, place: str) -> Fields:
-    return _with_tools(fields) | {"chat": _read_turns(fields["chat"], place)}
-
-
-def _with_tools(fields: Fields) -> Fields:
-    return fields | {"tools": parse_json_text(fields.get("tools"), "tools")}
+    prompt = whole or prompt
+    if not prompt:
+        raise LineProblem("no-answer", f"{place} has no turn before the answer: give the prompt")
+    if chosen["content"].split() == rejected["content"].split():
+        raise LineProblem(
+            "equal-answers",
+            "chosen and rejected are equal, so that the row prefers nothing: leave it out",
+        )
+    places = () if is_chat or "prompt" not in fields else ("prompt",) * len(prompt) + ("chosen",)
+    answers = {"chosen": chosen, "rejected": rejected["content"], "places": places}
+    return {"tools": parse_json_text(fields.get("tools"), "tools"), "prompt": prompt, **answers}
 
 
 def _parse_turns(value: Any, place: str) -> Any:
@@ -146,62 +94,22 @@ def _read_turns(value: Any, place: str) -> list[dict[str, Any]]:
     return turns
 
 
-def _read_answer(value: Any, place: str) -> tuple[list[dict[str, Any]], str]:
-    """The turns before an answer, if there are any, and its text."""
+def _read_answer(value: Any, place: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The turns before an answer, if there are any, and the assistant's turn."""
     value = _parse_turns(value, place)
     if isinstance(value, str):
-        if not value.strip():
-            raise LineProblem(EMPTY_ANSWER_CHECK, f"{place} has no text")
-        return [], value
-    turns = _read_turns([value] if isinstance(value, dict) else value, place)
-    return turns[:-1], _text_of_answer(turns, place)
-
-
-def _text_of_answer(turns: list[dict[str, Any]], place: str) -> str:
-    """The text of the last turn; LineProblem where it is not the assistant's, or calls tools."""
-    last = turns[-1]
+        value = {"role": "assistant", "content": value}
+    *before, last = _read_turns([value] if isinstance(value, dict) else value, place)
     if last["role"] != "assistant" or not isinstance(last.get("content"), str):
         raise LineProblem("no-answer", f"{place}: expected the assistant's text as its last turn")
-    return str(last["content"])
+    if not last["content"].strip():
+        raise LineProblem(EMPTY_ANSWER_CHECK, f"{place} has no text")
+    return before, last
 
 
-def _require_different(chosen: str, rejected: str) -> None:
-    if chosen.split() == rejected.split():
-        raise LineProblem(
-            "equal-answers",
-            "chosen and rejected are equal, so that the row prefers nothing: leave it out",
-        )
-
-
-def _read_pair(fields: Fields) -> Turns:
-    _require_different(fields["chosen"], fields["rejected"])
-    turns = [*fields["prompt"], {"role": "assistant", "content": fields["chosen"]}]
-    places = (*("prompt",) * len(fields["prompt"]), "chosen")
-    return Turns(turns, places, {"rejected": fields["rejected"]})
-
-
-def _read_chat_pair(fields: Fields) -> Turns:
-    chosen = _text_of_answer(fields["chat"], "the last turn")
-    _require_different(chosen, fields["rejected"])
-    return Turns(fields["chat"], (), {"rejected": fields["rejected"]})
-
-
-def _read_conversation_pair(fields: Fields) -> Turns:
-    chosen = _text_of_answer(fields["chosen"], "chosen")
-    rejected = _text_of_answer(fields["rejected"], "rejected")
-    _require_different(chosen, rejected)
-    return Turns(fields["chosen"], (), {"rejected": rejected})
-
-
-def _read_labelled(fields: Fields) -> Turns:
-    turns = [*fields["prompt"], {"role": "assistant", "content": fields["completion"]}]
-    places = (*("prompt",) * len(fields["prompt"]), "completion")
-    return Turns(turns, places, {"label": fields["label"]})
-
-
-def _read_labelled_chat(fields: Fields) -> Turns:
-    _text_of_answer(fields["chat"], "the last turn")
-    return Turns(fields["chat"], (), {"label": fields["label"]})
+def _read(fields: Fields) -> Turns:
+    turns = [*fields["prompt"], fields["chosen"]]
+    return Turns(turns, fields["places"], {"rejected": fields["rejected"]})
 
 
 def rejected_turns(example: Example) -> list[dict[str, Any]]:
@@ -232,16 +140,6 @@ def encode_pair(example: Example, tokenizer: Any) -> EncodedExample:
     )
 
 
-def encode_labelled(example: Example, tokenizer: Any) -> EncodedExample:
-    """The conversation with its answer supervised, and UNWANTED_MARK where the label says no."""
-    encoded = _encode_answer(example, example.messages, tokenizer)
-    if encoded.broken_turn >= 0:
-        return encoded
-    mark = [] if example.rest["label"] else [UNWANTED_MARK]
-    notes = (*encoded.notes, *_note_empty_answer("completion", encoded))
-    return EncodedExample([*encoded.tokens, *mark], encoded.spans, notes=notes, is_whole=True)
-
-
 def _encode_answer(example: Example, turns: list[dict[str, Any]], tokenizer: Any) -> EncodedExample:
     """A conversation as any chat, its last turn supervised."""
     return encode_example(example._replace(format="chat", messages=turns), tokenizer, "last")
@@ -255,61 +153,39 @@ def _note_empty_answer(name: str, encoded: EncodedExample) -> list[Note]:
     return [Note("error", EMPTY_ANSWER_CHECK, f"{name} has no tokens after its prompt")]
 
 
-def _write(answer: str, example: Example) -> dict[str, Any]:
-    """The fields of a row as they are kept, with the answer under the key `answer`."""
+def _write(example: Example) -> dict[str, Any]:
+    """The fields of a row as they are kept."""
     tools = {} if example.tools is None else {"tools": example.tools}
     prompt, last = example.messages[:-1], example.messages[-1]
-    return {"prompt": prompt, answer: last["content"], **example.rest, **tools}
+    return {"prompt": prompt, "chosen": last["content"], **example.rest, **tools}
 
 
-_PAIR_PARTS: Any = {
-    "is_conversation": False,
-    "encode": encode_pair,
-    "write": partial(_write, "chosen"),
-    "judge": judge_pairs,
-}
-_LABELLED_PARTS: Any = {
-    "is_conversation": False,
-    "encode": encode_labelled,
-    "write": partial(_write, "completion"),
-    "judge": judge_labels,
-}
+def _swap_answers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The pair that prefers the rejected answer of a row that `_write` has written."""
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+
+
 PAIRS: Mapping[str, RowFormat] = {
-    "pair": RowFormat(
-        _PairLine, ("prompt", "chosen", "rejected"), _read_pair, _prepare_pair, **_PAIR_PARTS
-    ),
-    "chat_pair": RowFormat(
-        _ChatPairLine, ("chat", "rejected"), _read_chat_pair, _prepare_chat_pair, **_PAIR_PARTS
-    ),
-    "conversation_pair": RowFormat(
-        _ConversationPairLine,
-        ("chosen", "rejected"),
-        _read_conversation_pair,
-        _prepare_conversation_pair,
-        **_PAIR_PARTS,
-    ),
-}
-LABELS: Mapping[str, RowFormat] = {
-    "labelled": RowFormat(
-        _LabelledLine,
-        ("prompt", "completion", "label"),
-        _read_labelled,
-        _prepare_labelled,
-        **_LABELLED_PARTS,
-    ),
-    "labelled_chat": RowFormat(
-        _LabelledChatLine,
-        ("chat", "label"),
-        _read_labelled_chat,
-        _prepare_labelled_chat,
-        **_LABELLED_PARTS,
-    ),
+    name: RowFormat(
+        model,
+        fields,
+        _read,
+        _prepare,
+        is_conversation=False,
+        encode=encode_pair,
+        write=_write,
+        judge=judge_pairs,
+        contradict=_swap_answers,
+    )
+    for name, model, fields in (
+        ("pair", _PairLine, ("prompt", "chosen", "rejected")),
+        ("chat_pair", _ChatPairLine, ("chat", "rejected")),
+        ("conversation_pair", _PairLine, ("chosen", "rejected")),
+    )
 }
 
 
 def suggest_loss(row: Mapping[str, Any]) -> str | None:
-    """The loss that `init` begins with: dpo for a pair, kto for a label that says no; else None."""
-    if "rejected" in row and ("chosen" in row or "messages" in row):
-        return "dpo"
-    is_unwanted = row.get("label") is False and ("completion" in row or "messages" in row)
-    return "kto" if is_unwanted else None
+    """The loss that `init` begins with: dpo for a pair; else None."""
+    is_pair = "rejected" in row and ("chosen" in row or "messages" in row)
+    return "dpo" if is_pair else None

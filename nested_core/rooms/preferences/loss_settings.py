@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
@@ -38,19 +38,10 @@ class SimpoSettings(LossSettings):
     label_smoothing: Smoothing = key(0.0, "share of pairs expected to be the wrong way round")
 
 
-class KtoSettings(LossSettings):
-    """Those of kto."""
-
-    reference: Reference = key("initial", "what likelihoods are compared with")
-    desirable_weight: PositiveFloat = key(1.0, "weight of answers whose label says yes")
-    undesirable_weight: PositiveFloat = key(1.0, "weight of answers whose label says no")
-
-
 SETTINGS_BY_LOSS: dict[str, type[LossSettings]] = {
     "dpo": DpoSettings,
     "orpo": LossSettings,
     "simpo": SimpoSettings,
-    "kto": KtoSettings,
 }
 
 
@@ -77,17 +68,13 @@ def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
     for problem in problems:
         at = f".{problem.key}" if problem.key else ""
         yield f"training.loss_config{at}: {problem.message}"
-    if not problems and getattr(settings(**arguments), "reference", None) == "base":
-        yield from _problems_of_base(config)
-    yield from _problems_of_other_keys(config, loss)
-
-
-def _problems_of_base(config: FineTuneConfig) -> Iterator[str]:
-    if config.fine_tune_type != "lora":
+    is_base = not problems and getattr(settings(**arguments), "reference", None) == "base"
+    if is_base and config.fine_tune_type != "lora":
         yield (
             f"training.loss_config.reference: base needs fine_tune_type: lora, whose adapter can "
             f"be left out; with {config.fine_tune_type} give initial"
         )
+    yield from _problems_of_other_keys(config, loss)
 
 
 def _problems_of_other_keys(config: FineTuneConfig, loss: str) -> Iterator[str]:
@@ -102,14 +89,5 @@ def _problems_of_other_keys(config: FineTuneConfig, loss: str) -> Iterator[str]:
             config.nested.strategy == "parameter_importance",
             "nested.strategy: parameter_importance measures the cross-entropy",
         ),
-        (
-            loss == "kto" and config.batch_size // config.training.processes < 2,
-            "batch_size: kto estimates a divergence from a batch; give at least 2 a process",
-        ),
     ]
     yield from (f"{message} (training.loss: {loss})" for is_taken, message in taken if is_taken)
-
-
-def as_arguments(settings: LossSettings) -> dict[str, Any]:
-    """The arguments that a function of losses.py takes."""
-    return settings.model_dump(exclude={"reference"})

@@ -82,51 +82,6 @@ def orpo_losses(
     return -mean_chosen - beta * _log_sigmoid(ratio)
 
 
-def kto_losses(
-    answers: Array,
-    reference: Array,
-    is_wanted: Array,
-    divergence: Array,
-    *,
-    beta: float,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Array:
-    """w (1 - sigma(beta (r - z))) of a wanted answer, w (1 - sigma(beta (z - r))) of another one.
-
-    Kahneman-Tversky optimization: Ethayarajh et al., arXiv 2402.01306, equation 8 and the value
-    function above it, less the constant that the paper leaves out too. r = log pi(y)/pi_ref(y); z
-    is the divergence from the reference, through which no gradient goes (`kto_divergence`).
-
-    Args:
-        answers, reference: log-likelihoods of each answer, (rows,).
-        is_wanted: whether its label says yes, bool (rows,).
-        divergence: z, a scalar.
-        beta: above 0.
-        desirable_weight, undesirable_weight: w of wanted and other answers.
-    """
-    distance = beta * ((answers - reference) - divergence)
-    sigmoid = _functions(distance).exp
-    wanted = desirable_weight * sigmoid(_log_sigmoid(-distance))  # 1 - sigma(d) is sigma(-d)
-    unwanted = undesirable_weight * sigmoid(_log_sigmoid(distance))
-    return _functions(distance).where(is_wanted, wanted, unwanted)
-
-
-def kto_divergence(mismatched: Array, reference: Array, is_counted: Array) -> Array:
-    """z of `kto_losses`: the mean log-ratio of answers to other prompts, at least 0; no gradient.
-
-    arXiv 2402.01306, section 4.1: KL(pi || pi_ref) is estimated by answers y' behind prompts that
-    they do not belong to.
-    """
-    functions = _functions(mismatched)
-    # Of one place, and with weights: mx.compile fails on a choice summed to a scalar here.
-    weights = is_counted.astype(mismatched.dtype)
-    total = (weights * (mismatched - reference)).sum(keepdims=True)
-    counted = functions.maximum(weights.sum(keepdims=True), 1)
-    divergence = functions.maximum(total / counted, 0)
-    return mx.stop_gradient(divergence) if functions is mx else divergence
-
-
 def _smoothed_log_loss(margin: Array, label_smoothing: float) -> Array:
     loss = -_log_sigmoid(margin)
     if label_smoothing:

@@ -7,7 +7,7 @@ with the digest of the adapter that it was computed with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,12 +16,15 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.data.tokens.tokenized_split import Int32
-from nested_core.errors import DamagedError
-from nested_core.measure.losses.prediction_comparison import PredictionComparison, Vector
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.measure.losses.prediction_comparison import (
+    ExamplePredictions,
+    PredictionComparison,
+    Vector,
+)
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.parameters import read_parameters, restoring_parameters
 from nested_core.optim.gradients import Flat
-from nested_core.records.paired_difference import Indices
 from nested_core.rooms.preferences.loss_settings import Reference
 from nested_core.rooms.preferences.side_by_side import Conversation, lay_out
 from nested_core.storage.adapter import read_adapter
@@ -31,14 +34,13 @@ from nested_core.text.stages import stages
 from nested_core.training.training_setup import LossInputs
 from nested_core.training.world import World
 
-ROOM = "preferences"
 FILE_NAME = "reference-likelihoods.json"
 MAX_BYTES = 2**30
 
 
 def find_likelihoods_file(run: RunDirectory) -> Path:
     """Where a run keeps the likelihoods of the reference."""
-    return run.room_folder(ROOM) / FILE_NAME
+    return run.room_folder("preferences") / FILE_NAME
 
 
 def digest_tokens(tokens: Int32) -> str:
@@ -56,6 +58,10 @@ class ReferenceLikelihoods:
     reference: Reference
     digest: str
     by_conversation: Mapping[str, float]
+
+    def has(self, conversations: Iterable[Conversation]) -> bool:
+        """Whether the reference was asked about all of these."""
+        return all(digest_tokens(one.tokens) in self.by_conversation for one in conversations)
 
     def of(self, conversations: Sequence[Conversation | None]) -> Vector:
         """Of these conversations, float64 (n,); 0 for None.
@@ -89,11 +95,17 @@ def prepare_reference(
     has_all = (
         kept is not None
         and (kept.reference, kept.digest) == (reference, digest)
-        and by_digest.keys() <= kept.by_conversation.keys()
+        and kept.has(conversations)
     )
     if not inputs.world.any_rank(not has_all) and kept is not None:
         return kept
     values = _compute_likelihoods(inputs, reference, list(by_digest.values()))
+    if not np.isfinite(values).all():
+        raise ConfigError(
+            f"The reference (training.loss_config.reference: {reference}) gives answers no finite "
+            f"likelihood, so that nothing can be compared with it. Begin from another adapter, or "
+            f"set training.precision: float32."
+        )
     computed = ReferenceLikelihoods(reference, digest, dict(zip(by_digest, values, strict=True)))
     if inputs.world.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +121,7 @@ def read_likelihoods(path: Path) -> ReferenceLikelihoods | None:
 def _compute_likelihoods(
     inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
 ) -> list[float]:
-    """Of each conversation; each rank computes every so many batches, and all get all."""
+    """The likelihood of each conversation's answer, in nats."""
     adapter = "base" if reference == "base" else "initial adapter"
     stages.info("reference: likelihoods of %d answers by the %s", len(conversations), adapter)
     refs, world = inputs.parameters, inputs.world
@@ -119,9 +131,9 @@ def _compute_likelihoods(
     if reference == "base":
         values = leave_adapter_out(values)
     comparison = PredictionComparison.of_model(inputs.model, refs)
-    return compute_answer_likelihoods(
-        comparison, values, conversations, 2 * inputs.config.batch_size, world
-    )
+    rows = 2 * inputs.config.batch_size
+    losses = compare_answers(comparison, [values], conversations, rows, world).losses[0]
+    return [-float(loss) for loss in losses]
 
 
 def leave_adapter_out(values: Flat) -> Flat:
@@ -132,29 +144,28 @@ def leave_adapter_out(values: Flat) -> Flat:
     }
 
 
-def compute_answer_likelihoods(
+def compare_answers(
     comparison: PredictionComparison,
-    values: Flat,
+    values: Sequence[Flat],
     conversations: Sequence[Conversation],
     rows: int,
     world: World,
-) -> list[float]:
-    """The log-likelihood of each answer with these values of the parameters, in nats.
+) -> ExamplePredictions:
+    """Losses and divergences of answers with these values of the parameters, as `comparison` gives.
 
-    Conversations of like length are computed together, so many rows at a time.
+    Conversations of like length are computed together, so many rows at a time; each rank computes
+    every so many batches, and all get all.
     """
     order = np.argsort([-len(one.tokens) for one in conversations], kind="stable")
-    sums = np.zeros(len(conversations), np.float32)
-    for number, chosen in enumerate(_cut(order, rows)):
-        if number % world.size != world.rank:
-            continue
+    sums = np.zeros((2 * len(values) - 1, len(conversations)), np.float32)
+    starts = range(0, len(order), rows)
+    for start in starts[world.rank :: world.size]:
+        chosen = order[start : start + rows]
         padded = [*(conversations[row] for row in chosen), *[None] * (rows - len(chosen))]
-        losses = comparison.compare([values], lay_out(padded)).losses[0]
-        sums[chosen] = -losses[: len(chosen)]
-    summed = world.sum_scalars_over_ranks({"sums": mx.array(sums)})["sums"]  # takes vectors too
-    return [float(value) for value in np.array(summed)]
-
-
-def _cut(order: Indices, size: int) -> Iterator[Indices]:
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+        compared = comparison.compare(values, lay_out(padded))
+        columns = np.concatenate([compared.losses, compared.divergences])
+        sums[:, chosen] = columns[:, : len(chosen)]
+    # It takes arrays too
+    summed = np.array(world.sum_scalars_over_ranks({"sums": mx.array(sums)})["sums"], np.float64)
+    tokens = np.array([len(one.tokens) - one.prompt for one in conversations], np.float64)
+    return ExamplePredictions(summed[: len(values)], summed[len(values) :], tokens)

@@ -1,14 +1,12 @@
 """What is wrong or doubtful with a data set of preferences, beyond what single lines say.
 
-Pairs that contradict each other, labels that are all the same, and answers whose length alone tells
-which one is chosen. A pair that is trained on and held out is the check `leakage` of every row.
+Pairs that contradict each other, and answers whose length alone tells which one is chosen. A pair
+that is trained on and held out is the check `leakage` of every row.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -19,56 +17,24 @@ from nested_core.storage.atomic import canonical_json
 Splits = Mapping[str, Mapping[int, Example]]
 MIN_EXAMPLES_FOR_LENGTH = 20
 MAX_LENGTH_CORRELATION = 0.3  # of length and choice; below it, length is no strong hint
-MIN_SHARE_OF_A_LABEL = 0.05
 
 
 def judge_pairs(splits: Splits) -> Iterator[Finding]:
     """Findings on pairs, each with a split in place of a file."""
-    first: dict[tuple[bytes, bytes], tuple[str, int]] = {}
-    for split, line, example in _iterate(splits):
-        prompt, chosen, rejected = _keys_of_pair(example)
-        swapped = first.get((prompt, rejected + b"\0" + chosen))
-        if swapped is not None:
-            yield Finding(
-                split,
-                line,
-                "error",
-                "swapped-pair",
-                f"the same two answers to the same prompt stand in {_name(swapped)} the other way "
-                f"round: leave out the wrong one of both rows",
-            )
-        first.setdefault((prompt, chosen + b"\0" + rejected), (split, line))
-    for split, examples in splits.items():
-        yield from _judge_lengths(split, list(examples.values()))
-
-
-def judge_labels(splits: Splits) -> Iterator[Finding]:
-    """Findings on answers with a label, each with a split in place of a file."""
-    first: dict[bytes, tuple[str, int, bool]] = {}
-    for split, line, example in _iterate(splits):
-        key = _key([example.messages, example.tools])
-        label = bool(example.rest["label"])
-        other = first.setdefault(key, (split, line, label))
-        if other[2] != label:
-            message = (
-                f"{_name(other[:2])} has the same answer with the other label: leave out the wrong "
-                f"one of both rows"
-            )
-            yield Finding(split, line, "error", "swapped-label", message)
-    for split, examples in splits.items():
-        counts = Counter(bool(example.rest["label"]) for example in examples.values())
-        rarer, total = min(counts[True], counts[False]), sum(counts.values())
-        if not rarer and total:
-            word = "true" if counts[True] else "false"
-            message = f"every label is {word}: without the other one there is nothing to prefer"
-            yield Finding(split, None, "error", "one-label", message)
-        elif total and rarer < MIN_SHARE_OF_A_LABEL * total:
-            message = (
-                f"only {rarer:,} of {total:,} answers have the label "
-                f"{str(counts[True] < counts[False]).lower()}: raise desirable_weight or "
-                f"undesirable_weight in training.loss_config for them"
-            )
-            yield Finding(split, None, "warning", "few-of-a-label", message)
+    first: dict[tuple[bytes, ...], str] = {}
+    for split, pairs in splits.items():
+        for line, pair in pairs.items():
+            *prompt, chosen = pair.messages
+            parts = ([prompt, pair.tools], chosen["content"], pair.rest["rejected"])
+            asked, one, other = map(canonical_json, parts)
+            first.setdefault((asked, one, other), f"{split}, line {line},")
+            if (swapped := first.get((asked, other, one))) is not None:
+                message = (
+                    f"the same two answers to the same prompt stand in {swapped} the other way "
+                    f"round: leave out the wrong one of both rows"
+                )
+                yield Finding(split, line, "error", "swapped-pair", message)
+        yield from _judge_lengths(split, list(pairs.values()))
 
 
 def correlate_length_and_choice(chosen: Iterable[int], rejected: Iterable[int]) -> float:
@@ -105,23 +71,3 @@ def _judge_lengths(split: str, pairs: list[Example]) -> Iterator[Finding]:
         f"and length and choice correlate by {correlation:+.2f}. A model may learn the length "
         f"alone: simpo and orpo divide by it, and more pairs of like length help",
     )
-
-
-def _iterate(splits: Splits) -> Iterator[tuple[str, int, Example]]:
-    for split, examples in splits.items():
-        for line, example in examples.items():
-            yield split, line, example
-
-
-def _keys_of_pair(example: Example) -> tuple[bytes, bytes, bytes]:
-    """Prompt, chosen and rejected answer, each as bytes to compare by."""
-    *prompt, chosen = example.messages
-    return _key([prompt, example.tools]), _key(chosen["content"]), _key(example.rest["rejected"])
-
-
-def _key(value: Any) -> bytes:
-    return canonical_json(value)
-
-
-def _name(place: tuple[str, int]) -> str:
-    return f"{place[0]}, line {place[1]},"

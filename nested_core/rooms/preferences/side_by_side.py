@@ -7,8 +7,7 @@ own, padded to one width, of which few are used, for each is traced by `mx.compi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,25 +24,19 @@ class Conversation(NamedTuple):
     prompt: int
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a row of a batch holds: one conversation, or of a pair the chosen and the rejected one.
+class Pair(NamedTuple):
+    """The two answers to a prompt, each behind it."""
 
-    tokens: int32 [n], the whole example; its digest names it.
-    is_wanted: of an answer with a label, whether that says yes; true for a pair.
-    """
-
-    tokens: Int32
-    conversations: tuple[Conversation, ...]
-    is_wanted: bool = True
-
-    @property
-    def answer_tokens(self) -> int:
-        """The tokens of all answers."""
-        return sum(len(one.tokens) - one.prompt for one in self.conversations)
+    chosen: Conversation
+    rejected: Conversation
 
 
-def read_pair(tokens: Int32, target_mask: Bool) -> Answers | None:
+def read_pairs(batch: MicroBatch) -> list[Pair | None]:
+    """The pair in each row of a batch; None for a row without an example."""
+    return [read_pair(tokens, target_mask) for tokens, target_mask in zip(*batch, strict=True)]
+
+
+def read_pair(tokens: Int32, target_mask: Bool) -> Pair | None:
     """The two conversations of a pair; None for a row without an example.
 
     Args:
@@ -59,19 +52,15 @@ def read_pair(tokens: Int32, target_mask: Bool) -> Answers | None:
         raise ValueError(f"a pair has two answers, and this row has {len(edges)}")
     (first, behind), (second, end) = edges
     chosen = Conversation(tokens[:behind], first)
-    rejected = Conversation(tokens[behind:end], second - behind)
-    return Answers(tokens[:end], (chosen, rejected))
+    return Pair(chosen, Conversation(tokens[behind:end], second - behind))
 
 
-def read_labelled(tokens: Int32, target_mask: Bool) -> Answers | None:
-    """The conversation of an answer with a label; None for a row without an example."""
-    edges = _find_runs(target_mask)
-    if not edges:
-        return None
-    ((first, end),) = edges
-    is_marked = end < len(tokens) and tokens[end] != 0
-    whole = tokens[: end + 1] if is_marked else tokens[:end]
-    return Answers(whole, (Conversation(tokens[:end], first),), is_wanted=not is_marked)
+def lay_out_pairs(pairs: Sequence[Pair | None]) -> tuple[list[Conversation | None], MicroBatch]:
+    """All chosen conversations, then all rejected ones, and their rows; None stays None."""
+    chosen = [None if pair is None else pair.chosen for pair in pairs]
+    rejected = [None if pair is None else pair.rejected for pair in pairs]
+    conversations = [*chosen, *rejected]
+    return conversations, lay_out(conversations)
 
 
 def _find_runs(target_mask: Bool) -> list[tuple[int, int]]:
@@ -100,8 +89,3 @@ def round_up_width(width: int) -> int:
     """A multiple of 8, above 128 of 16, above 256 of 32 and so on: eight widths an octave."""
     step = max(MIN_WIDTH_STEP, 1 << max((width - 1).bit_length() - 4, 0))
     return -(-width // step) * step
-
-
-def read_rows(batch: MicroBatch, read: Any) -> list[Answers | None]:
-    """`read_pair` or `read_labelled` of each row of a batch."""
-    return [read(tokens, target_mask) for tokens, target_mask in zip(*batch, strict=True)]

@@ -7,15 +7,16 @@ from typing import Any
 
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import CheckRow, make_check, reasons_of
-
-MIN_SHARE_OF_LENGTH = 0.5  # of what answers were and of what the data's are; below, it is told
+from nested_core.text.loss_format import format_difference
 
 
 class _ShownPreferences:
     """What the pages of a run show of the block."""
 
     def rows(self, block: Mapping[str, Any], verdict: Verdict) -> Iterator[CheckRow]:
-        """Margin, accuracy, likelihoods, divergence and lengths, each with what it was before."""
+        """Margin, accuracy, likelihoods and divergence, each with what it was before."""
+        if not block["examples"]:
+            return
         reasons = reasons_of(verdict, "preference_not_learnt")
         yield make_check(
             f"preference ({block['loss']}), {block['examples']} examples: margin",
@@ -23,65 +24,49 @@ class _ShownPreferences:
             block["conclusion"],
             before=_format(block["margin_before"]),
             after=_format(block["margin_after"]),
-            difference=_format_difference(block["margin_growth"], block["margin_interval"]),
+            difference=format_difference(block["margin_growth"], block["margin_interval"]),
             bound="grows, beyond chance",
         )
-        yield make_check(
+        yield CheckRow(
             "chosen answers likelier than rejected ones",
-            [],
-            None,
             before=f"{block['accuracy_before']:.1%}",
             after=f"{block['accuracy_after']:.1%}",
-            difference=_format_difference(block["accuracy_difference"], block["accuracy_interval"]),
+            difference=format_difference(block["accuracy_difference"], block["accuracy_interval"]),
+            verdict=None,
         )
         bound = verdict.bound("max_chosen_fall")
         yield make_check(
             "likelihood of chosen answers, nats/token",
             reasons,
             "fell" if block["chosen_fell"] else None,
-            difference=_format_difference(block["chosen_change"], block["chosen_change_interval"]),
+            difference=format_difference(block["chosen_change"], block["chosen_change_interval"]),
             bound=None if bound is None else f"falls by at most {bound:g}",
         )
         for name in ("chosen", "rejected"):
             before, after = block[f"{name}_before"], block[f"{name}_after"]
-            yield make_check(
+            yield CheckRow(
                 f"log-likelihood of {name} answers, nats an answer",
-                [],
-                None,
                 before=_format(before),
                 after=_format(after),
                 difference=f"{after - before:+.3g}",
+                verdict=None,
             )
-        yield make_check(
-            "divergence from the start, answers, nats/token",
-            [],
-            None,
-            after=_format(block["kl_initial"]),
-        )
-        if block["asked"]:
-            yield make_check(
-                f"tokens of {block['asked']} sample answers, on average",
-                [],
-                None,
-                before=_format(block["answer_tokens_before"]),
-                after=_format(block["answer_tokens_after"]),
-            )
+        kl = _format(block["kl_initial"])
+        yield CheckRow("divergence from the start, answers, nats/token", after=kl, verdict=None)
 
     def notes(self, block: Mapping[str, Any], verdict: Verdict) -> Iterator[str]:  # noqa: ARG002
-        """Chosen answers that became less likely, answers that shrank, or too few examples."""
+        """Chosen answers that became less likely, or too few examples."""
+        if not block["examples"]:
+            yield (
+                "whether the preference was learnt was not measured: there is no held-out pair, or "
+                "all were trained on"
+            )
+            return
         if block["chosen_fell"]:
             yield (
                 f"the margin of chosen over rejected answers grew, and chosen answers became less "
                 f"likely themselves: {block['chosen_before']:.4g} -> {block['chosen_after']:.4g} "
                 f"nats an answer. A larger beta, orpo, or fewer passes keep them "
-                f"(docs/preferences.md#answers-that-collapse)"
-            )
-        before, after = block["answer_tokens_before"], block["answer_tokens_after"]
-        expected = block["answer_tokens_expected"]
-        if block["asked"] and after < MIN_SHARE_OF_LENGTH * min(before, expected):
-            yield (
-                f"answers have shrunk to {after:.3g} tokens, from {before:.3g} before, where the "
-                f"data's have {expected:.3g}: read the sample answers before you use it "
                 f"(docs/preferences.md#answers-that-collapse)"
             )
         if block["margin_interval"] is None:
@@ -94,9 +79,5 @@ class _ShownPreferences:
 SHOWN = _ShownPreferences()
 
 
-def _format(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4g}"
-
-
-def _format_difference(value: float, interval: Any) -> str:
-    return f"{value:+.3g}" + ("" if interval is None else " ({:+.3g} to {:+.3g})".format(*interval))
+def _format(value: float) -> str:
+    return f"{value:.4g}"

@@ -6,12 +6,14 @@ due with. Random draws continue from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.storage.checkpoint import Checkpoint
 from nested_core.training.due_parts import Reporter, Saver, Validation
 from nested_core.training.evaluation import EvaluationInterrupted
@@ -71,7 +73,21 @@ class MlxLmTrainer(Trainer):
     reporter_class = MlxLmReporter
     validation_class = MlxLmValidation
     saver_class = MlxLmSaver
+    # A packed lora_a is stored transposed: BLAS may round its products unlike mlx_lm's.
+    packs_adapters = False
     _validation: MlxLmValidation
+
+    @contextmanager
+    def using_training_layers(self) -> Iterator[None]:
+        """Train mlx-lm's own layers; those that are recomputed draw new dropout masks."""
+        self.model.train()
+        recomputed = self.memory.layers_to_recompute(self.model)
+        with checkpointing_layers(recomputed, keep_dropout_masks=False):
+            yield
+
+    def describe_layers(self) -> str:
+        """Say that none of the layers is ours."""
+        return "layers: mlx-lm's own, as training.reference asks"
 
     def _restore_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take over what every trainer does, and draw on from the checkpoint's key."""

@@ -20,9 +20,9 @@ from nested_core.config.sections import GateSection
 from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.champion import CHAMPION
 from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
-from nested_core.measure.losses.left_out_examples import find_left_out
 from nested_core.measure.losses.loss_figures import Spread, compare_losses, describe_noise
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses
@@ -67,7 +67,7 @@ def _measure(
     ((after, _),) = judged.base.example_loss_sums((judged.after.path,), split)
     loss = judged.config.training.loss
     losses = examples.make_losses(tokens, loss, before=before, after=after)
-    is_seen = find_left_out(examples.digests, judged.trained_on, champion.training_examples)
+    is_seen = (judged.trained_on | champion.trained_on).find_in(examples.digests)
     yield from summarise_ancestors(
         chosen, losses.leaving_out(is_seen), ages[losses.lines - 1], judged.bounds
     )
@@ -187,9 +187,20 @@ def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> 
         yield Reason("forgetting", message, ancestor=ancestor.version)
 
 
+def _plan_work(run: RunToJudge) -> GateWork:
+    """A pass of the champion and one of the candidate over the rows of all ancestors."""
+    location = run.config.registry.location
+    if run.champion is None or location is None:
+        return GateWork()
+    chosen = choose_ancestor_examples(run.config, *location, run.champion)
+    rows = sum(len(ancestor.rows) for ancestor in chosen)
+    return GateWork(rows=2 * run.count_rows(rows, 1))
+
+
 ANCESTORS = Check(
     "ancestors",
     _compare_on_ancestors,
     stopped_by=(*WITHOUT_MODEL, CHAMPION),
     bounds=("max_ancestor_loss_increase",),
+    plan_work=_plan_work,
 )

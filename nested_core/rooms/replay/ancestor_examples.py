@@ -6,7 +6,7 @@ of forgetting, and one that newer data holds out too is judged there: both are l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,6 @@ from typing import Any
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, replay_settings
-from nested_core.data.example_rows import RowKeys
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
@@ -27,7 +26,7 @@ from nested_core.registry.data_store import (
     render_row,
 )
 from nested_core.registry.queries import read_registration_time
-from nested_core.rooms.replay.replayed_examples import NewData, read_new_data
+from nested_core.rooms.replay.replayed_examples import NewerRows, read_new_data
 
 MAX_ANCESTORS = 100  # the newest
 MAX_ROWS = 2_000  # of all ancestors together: what a gate measures of them costs no more
@@ -41,7 +40,7 @@ class AncestorExamples:
     registered: when it was registered, as ISO 8601; None if that is not known.
     rows: those to judge by. Of more than MAX_ROWS_PER_ANCESTOR, or where all ancestors have more
         than MAX_ROWS, the first by their digests: each night draws the same, or a part of them.
-    superseded: how many have another answer in newer data.
+    superseded: how many newer data contradicts.
     repeated: how many newer data holds out too.
     missing: how many the store has lost.
     problem: why it has no examples; None if it has some.
@@ -65,7 +64,7 @@ def choose_ancestor_examples(
     """
     lineage = read_lineage(registry, name, champion)[:MAX_ANCESTORS]
     stored = {version: _read_stored(registry, name, version) for version in lineage}
-    newer = read_new_data(config) if any(stored.values()) else NewData()
+    newer = read_new_data(config) if any(stored.values()) else NewerRows()
     chosen = []
     for version in lineage:
         registered = read_registration_time(registry, name, version)
@@ -73,23 +72,26 @@ def choose_ancestor_examples(
             problem = "none of its examples are kept, or they cannot be read"
             chosen.append(AncestorExamples(version, registered, problem=problem))
             continue
-        why = [_why_left_out(row.row, newer) for row in data.held_out]
-        rows = [row for row, reason in zip(data.held_out, why, strict=True) if reason is None]
+        why = [newer.find_reason(row.row) for row in data.held_out]
+        # One that newer data trains on is left out where it is measured, as trained on
+        rows = [
+            row
+            for row, reason in zip(data.held_out, why, strict=True)
+            if reason in (None, "repeated")
+        ]
         chosen.append(
             AncestorExamples(
                 version,
                 registered,
                 tuple(sorted(rows, key=lambda row: row.digest)),
                 superseded=why.count("superseded"),
-                repeated=why.count("repeated"),
+                repeated=why.count("held_out"),
                 missing=data.missing,
                 problem=None if rows else _describe_none_left(why),
             )
         )
-        for row in data.train:
-            newer.add(row.row, is_held_out=False)
-        for row in data.held_out:
-            newer.add(row.row, is_held_out=True)
+        newer.add((row.row for row in data.train), are_held_out=False)
+        newer.add((row.row for row in data.held_out), are_held_out=True)
     most = share_rows([len(ancestor.rows) for ancestor in chosen])
     return [replace(ancestor, rows=ancestor.rows[:most]) for ancestor in chosen]
 
@@ -126,15 +128,6 @@ def _describe_none_left(why: Sequence[str | None]) -> str:
     if "superseded" not in why:
         return "its held-out examples are in newer held-out data too, and are compared there"
     return "its held-out examples are in newer data too, or have another answer there"
-
-
-def _why_left_out(row: Mapping[str, Any], newer: NewData) -> str | None:
-    """Whether newer data repeats or supersedes a row; None if it does neither."""
-    keys = RowKeys.of(row)
-    if keys.folded in newer.held_out:
-        return "repeated"
-    is_asked = keys.prompt in newer.prompts
-    return "superseded" if is_asked and keys.folded not in newer.folded else None
 
 
 def tokenize_stored_rows(config: FineTuneConfig, rows: list[StoredRow]) -> TokenizedSplit:

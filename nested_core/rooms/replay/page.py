@@ -25,6 +25,6 @@ def describe_replay(run: Run) -> Iterator[Block]:
     yield Table("Their digest", ("examples", "digest"), [(replay.examples, replay.content_digest)])
     superseded = [(source.name, row.prompt) for source in replay.sources for row in source.named]
     if superseded:
-        caption = "Superseded: newer data answers these prompts otherwise; digests: replay.json"
+        caption = "Superseded: newer data says otherwise of these prompts; digests: replay.json"
         listed = Table(caption, ("data set", "prompt"), superseded[:MAX_SHOWN_QUESTIONS])
         yield Details("Superseded examples", [listed])

@@ -54,9 +54,10 @@ def decide_by_forecast(config: FineTuneConfig, new: int, earlier: int, measured:
     window, limit = config.continual.window_seconds, config.continual.window
     rows = new + earlier
     fixed = measured.seconds - measured.training_seconds
-    seconds_a_row = measured.training_seconds / rows
-    going_on = fixed + seconds_a_row * new / (1 - config.replay_fraction)
-    seconds = {"rebuild": measured.seconds, "continue": going_on}
+    training = measured.training_seconds / rows * new / (1 - config.replay_fraction)
+    if config.training.epochs is None:  # as many steps, however few rows are new
+        training = measured.seconds_a_step * config.iters / config.grad_accumulation_steps
+    seconds = {"rebuild": measured.seconds, "continue": fixed + training}
     if measured.seconds <= window:
         return Choice("rebuild", f"all {rows:,} rows fit into the window of {limit}", seconds)
     return Choice("continue", f"all {rows:,} rows do not fit into the window of {limit}", seconds)

@@ -96,6 +96,8 @@ class ReplayRecord(BaseModel):
     rows_sha256: of replay.jsonl, which has the examples of each source in turn.
     dropped: SHA-256 of the new training examples that equal a held-out example of a source, and are
         not trained on.
+    rows_of_first: how many rows the lineage's first night had: a rebuilt night uses each of its
+        rows as often as `iters` would use each of these.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -108,6 +110,7 @@ class ReplayRecord(BaseModel):
     dropped: tuple[str, ...] = ()
     fraction_is_default: bool = False
     removed: str | None = None
+    rows_of_first: float
 
     @property
     def is_rebuilt(self) -> bool:
@@ -158,10 +161,7 @@ class ReplayRecord(BaseModel):
                 [f'"{prompt[:MAX_SHOWN_CHARACTERS]}"' for prompt in prompts], MAX_SHOWN_PROMPTS
             )
             noun = "example is" if count == 1 else "examples are"
-            yield (
-                f"replay: {count:,} {noun} superseded, for newer data answers the same prompt "
-                f"otherwise: {shown}"
-            )
+            yield (f"replay: {count:,} {noun} superseded, for newer data says otherwise: {shown}")
         if self.removed is not None:
             yield (
                 f"replay: version {shorten_digest(self.removed)} was removed from the registry: "

@@ -68,11 +68,14 @@ class Lineage:
     """A champion and its ancestors: what they were trained on, newest first.
 
     removed: the ancestor at which the known lineage ends, because gc removed it.
+    rows_of_first: how many rows the oldest known version's `iters` were counted for; None if its
+        provenance does not say.
     """
 
     champion: str | None = None
     data: Sequence[EarlierData] = ()
     removed: str | None = None
+    rows_of_first: float | None = None
 
 
 def read_champions_lineage(config: FineTuneConfig) -> Lineage:
@@ -88,7 +91,23 @@ def read_champions_lineage(config: FineTuneConfig) -> Lineage:
         known = [version for version, there in zip(versions, is_there, strict=True) if there]
         removed = versions[-1] if known != versions else None
         data = [_read_version(registry, name, version) for version in known]
-    return Lineage(champion, data, removed)
+        first = read_provenance(version_folder(registry, name, known[-1])) if known else {}
+    return Lineage(champion, data, removed, _count_rows_of_iterations(first))
+
+
+def _count_rows_of_iterations(provenance: dict[str, Any]) -> float | None:
+    """Return the rows over which a version's iterations come to the passes that it was planned for.
+
+    They are its training rows or, of a rebuilt version, those of the first night that it follows.
+    """
+    config, trained = provenance.get("config", {}), provenance.get("trained")
+    if not trained or not trained["steps"]:
+        return None
+    passes = trained["epochs"] * trained["planned_steps"] / trained["steps"]
+    iterations = trained["planned_steps"] * config["grad_accumulation_steps"]
+    if config["training"]["epochs"] is None:
+        iterations = config["iters"]
+    return float(iterations * config["batch_size"] / passes)
 
 
 def _read_version(registry: Path, name: str, version: str) -> EarlierData:

@@ -1,4 +1,4 @@
-"""Which earlier examples a run replays: none that newer data repeats, corrects or holds out.
+"""Which earlier examples a run replays: none that newer data repeats, contradicts or holds out.
 
 Rows are compared as the validation compares duplicates: without case and white space. Of the
 examples that are left, as many are chosen as the run has room for, by its seed.
@@ -7,11 +7,12 @@ examples that are left, as many are chosen as the run has room for, by its seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import SPLITS, DataSettings
-from nested_core.data.example_rows import RowKeys, read_split_rows
+from nested_core.data.example_rows import RowKeys, find_opposite_row, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.rooms.replay.replay_draws import Weighting, choose_rows
 from nested_core.rooms.replay.replay_record import (
@@ -36,31 +37,56 @@ Int64 = npt.NDArray[np.int64]
 Select = Callable[[Sequence[bytes], Int64, Sequence[int]], Int64]
 
 
-@dataclass
-class NewData:
-    """The data that a run is to be trained on, as far as earlier rows are compared with it.
+LeftOut = Literal["held_out", "repeated", "superseded"]
 
-    rows: how many training examples it has; train: their contents, each with the same folded;
-    held_out: the contents of what it is evaluated by, folded.
+
+@dataclass
+class NewerRows:
+    """The rows of newer data, by their keys: what an earlier row is compared with.
+
+    folded: of all rows; prompts: of all rows that have one; held_out: of rows that are held out.
     """
 
-    rows: int = 0
-    train: dict[bytes, bytes] = field(default_factory=dict)
     folded: set[bytes] = field(default_factory=set)
     prompts: set[bytes] = field(default_factory=set)
     held_out: set[bytes] = field(default_factory=set)
 
-    def add(self, row: Row, *, is_held_out: bool) -> None:
-        """Add a row of train, or one that is held out."""
+    def add(self, rows: Iterable[Row], *, are_held_out: bool) -> None:
+        """Add rows of train, or rows that are held out."""
+        for row in rows:
+            keys = RowKeys.of(row)
+            self.folded.add(keys.folded)
+            if keys.prompt is not None:
+                self.prompts.add(keys.prompt)
+            if are_held_out:
+                self.held_out.add(keys.folded)
+
+    def find_reason(self, row: Row) -> LeftOut | None:
+        """Return why an earlier row is left out beside newer data; None for a row that is not.
+
+        held_out, repeated: newer data has the row. superseded: newer data contradicts it, by
+        another answer to its prompt or, of rows that say so themselves, by the opposite row.
+        """
         keys = RowKeys.of(row)
-        self.folded.add(keys.folded)
-        if keys.prompt is not None:
-            self.prompts.add(keys.prompt)
-        if is_held_out:
-            self.held_out.add(keys.folded)
-        else:
-            self.rows += 1
-            self.train[keys.content] = keys.folded
+        if keys.folded in self.held_out:
+            return "held_out"
+        if keys.folded in self.folded:
+            return "repeated"
+        opposite = find_opposite_row(row)
+        if opposite is None:
+            return "superseded" if keys.prompt in self.prompts else None
+        return "superseded" if RowKeys.of(opposite).folded in self.folded else None
+
+
+@dataclass
+class NewData(NewerRows):
+    """The data that a run is to be trained on.
+
+    train: the content of each training example, with its folded key; rows: how many there are.
+    """
+
+    rows: int = 0
+    train: dict[bytes, bytes] = field(default_factory=dict)
 
 
 def read_new_data(config: FineTuneConfig) -> NewData:
@@ -69,10 +95,12 @@ def read_new_data(config: FineTuneConfig) -> NewData:
     new = NewData()
     for split in SPLITS:
         own = read_split_rows(settings, split)
-        for row in own.rows if own is not None else ():
-            new.add(row, is_held_out=split != "train")
-    for other in read_held_out_file(config):
-        new.add(other, is_held_out=True)
+        rows = [] if own is None else own.rows
+        new.add(rows, are_held_out=split != "train")
+        if split == "train":
+            new.rows = len(rows)
+            new.train = {keys.content: keys.folded for keys in map(RowKeys.of, rows)}
+    new.add(read_held_out_file(config), are_held_out=True)
     return new
 
 
@@ -146,12 +174,15 @@ def choose_replayed_examples(
     """
     held_out = {RowKeys.of(row).folded for data in earlier for row in data.held_out}
     dropped = sorted(content for content, folded in new.train.items() if folded in held_out)
-    known = _Known(new.folded, new.prompts, new.held_out | held_out)
+    newer = NewerRows(set(new.folded), set(new.prompts), new.held_out | held_out)
     sources: list[ReplaySource] = []
     candidates: list[list[tuple[bytes, bytes]]] = []
     for age, data in enumerate(earlier):
         is_replayed = max_generations is None or age < max_generations
-        source, fresh = known.sort_out(data, data.train if is_replayed else ())
+        train = data.train if is_replayed else ()
+        source, fresh = _sort_out(data, train, newer)
+        newer.add(train, are_held_out=False)
+        newer.add(data.held_out, are_held_out=True)
         sources.append(source)
         candidates.append(sorted(fresh))
     sizes = [len(own) for own in candidates]
@@ -174,62 +205,37 @@ def choose_replayed_examples(
     )
 
 
-@dataclass
-class _Known:
-    """What newer data has, which grows from source to source."""
-
-    folded: set[bytes]
-    prompts: set[bytes]
-    held_out: set[bytes]
-
-    def sort_out(
-        self, data: EarlierData, train: Sequence[Row]
-    ) -> tuple[ReplaySource, list[tuple[bytes, bytes]]]:
-        """A source's counts, and content and line of each example that may be replayed.
-
-        Its rows count as newer data for the sources after it.
-        """
-        repeated = superseded = held = 0
-        named: list[SupersededRow] = []
-        fresh: dict[bytes, tuple[bytes, bytes]] = {}
-        prompts: set[bytes] = set()
-        for row in train:
-            keys = RowKeys.of(row)
-            if keys.prompt is not None:
-                prompts.add(keys.prompt)
-            if keys.folded in self.held_out:
-                held += 1
-            elif keys.folded in self.folded or keys.folded in fresh:
-                repeated += 1
-            elif keys.prompt in self.prompts:
-                superseded += 1
-                if len(named) < MAX_NAMED_PROMPTS:
-                    prompt = _shown_prompt(row)
-                    named.append(SupersededRow(digest=keys.content.hex(), prompt=prompt))
-            else:
-                fresh[keys.folded] = keys.content, json.dumps(row, allow_nan=False).encode() + b"\n"
-        for row in data.held_out:
-            keys = RowKeys.of(row)
-            self.folded.add(keys.folded)
-            if keys.prompt is not None:
-                prompts.add(keys.prompt)
-        self.folded |= fresh.keys()
-        self.prompts |= prompts
-        source = ReplaySource(
-            version=data.version,
-            file=data.file,
-            rows=len(train),
-            repeated=repeated,
-            superseded=superseded,
-            held_out=held,
-            named=tuple(named),
-            problem=data.problem,
-        )
-        return source, list(fresh.values())
+def _sort_out(
+    data: EarlierData, train: Sequence[Row], newer: NewerRows
+) -> tuple[ReplaySource, list[tuple[bytes, bytes]]]:
+    """A source's counts, and content and line of each example that may be replayed."""
+    counts = Counter[str]()
+    named: list[SupersededRow] = []
+    fresh: dict[bytes, tuple[bytes, bytes]] = {}
+    for row in train:
+        keys = RowKeys.of(row)
+        reason = "repeated" if keys.folded in fresh else newer.find_reason(row)
+        if reason is None:
+            fresh[keys.folded] = keys.content, json.dumps(row, allow_nan=False).encode() + b"\n"
+            continue
+        counts[reason] += 1
+        if reason == "superseded" and len(named) < MAX_NAMED_PROMPTS:
+            named.append(SupersededRow(digest=keys.content.hex(), prompt=_shown_prompt(row)))
+    source = ReplaySource(
+        version=data.version,
+        file=data.file,
+        rows=len(train),
+        repeated=counts["repeated"],
+        superseded=counts["superseded"],
+        held_out=counts["held_out"],
+        named=tuple(named),
+        problem=data.problem,
+    )
+    return source, list(fresh.values())
 
 
 def _shown_prompt(row: Row) -> str:
     """The beginning of the last turn before the answer."""
-    turns = row.get("messages") or [{"content": row.get("prompt")}, {}]
-    text = str(turns[-2].get("content") or "") if len(turns) > 1 else ""
-    return " ".join(text.split())[:MAX_SHOWN_CHARACTERS]
+    prompt = row["messages"][:-1] if "messages" in row else row.get("prompt")
+    text = prompt if isinstance(prompt, str) else (prompt or [{}])[-1].get("content")
+    return " ".join(str(text or "").split())[:MAX_SHOWN_CHARACTERS]

@@ -42,6 +42,8 @@ from nested_core.storage.atomic import write_bytes, write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
+MOST_PASSES = 20  # over the training data; more hardly help
+
 
 class ReplayOfRun:
     """What a run replays: EarlierExamples (nested_core/data/earlier_examples.py)."""
@@ -86,6 +88,7 @@ class ReplayOfRun:
             weighting=replay.weighting,
             start=lineage.champion,
             removed=lineage.removed,
+            rows_of_first=lineage.rows_of_first or new.rows,
             sources=chosen.sources,
             rows_sha256=sha256(content).hexdigest(),
             dropped=tuple(content.hex() for content in chosen.dropped),
@@ -108,7 +111,18 @@ class ReplayOfRun:
 
     def describe(self) -> list[str]:
         """Sentences on what the run replays."""
-        return list(self._record.describe())
+        sentences = list(self._record.describe())
+        if self._record.is_rebuilt and (passes := self._passes_of_rebuilt()) > MOST_PASSES:
+            sentences.append(
+                f"rebuilding: {passes:.3g} passes over all rows; more than {MOST_PASSES} hardly "
+                f"help"
+            )
+        return sentences
+
+    def _passes_of_rebuilt(self) -> float:
+        """Return how often a rebuilt run uses each row: as often as the first night would now."""
+        epochs, config = self._config.training.epochs, self._config
+        return epochs or config.iters * config.batch_size / self._record.rows_of_first
 
     def require_same_start(self, champion: str | None) -> None:
         """Raise ConfigError if the examples were chosen for another champion than this version."""
@@ -159,7 +173,7 @@ class ReplayOfRun:
     def estimate_iterations(self, rows: int) -> int:
         """About how many batches the run takes that has so many training examples of its own."""
         if self._record.is_rebuilt:
-            return self._count_rebuilt_batches(rows, rows + self.count())
+            return self._count_rebuilt_batches(rows + self.count())
         return self.estimate_batches_of_replay(rows)
 
     def estimate_batches_of_replay(self, rows: int) -> int:
@@ -170,11 +184,11 @@ class ReplayOfRun:
         new_share = 1 - config.replay_fraction
         return ceil(config.training.epochs * ceil(rows / (config.batch_size * new_share)))
 
-    def _count_rebuilt_batches(self, own: int, rows: int) -> int:
-        """Batches of a rebuilt run: each of all `rows` is used as often as `own` rows would be."""
-        config = self._config
+    def _count_rebuilt_batches(self, rows: int) -> int:
+        """Batches of a rebuilt run on so many rows."""
+        config, first = self._config, self._record.rows_of_first
         if config.training.epochs is None:
-            return ceil(config.iters * rows / own)
+            return max(1, round(config.iters * rows / first))
         return ceil(config.training.epochs * ceil(rows / config.batch_size))
 
     def mix(self, new: TokenizedSplit, earlier: TokenizedSplit) -> MixedExamples:
@@ -186,7 +200,7 @@ class ReplayOfRun:
             shuffled = BatchOrder(
                 lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
             )
-            batches = self._count_rebuilt_batches(len(new), len(lengths))
+            batches = self._count_rebuilt_batches(len(lengths))
             return MixedExamples(
                 joined, shuffled, batches, partial(_sum_of_later_rows, shuffled, len(new))
             )

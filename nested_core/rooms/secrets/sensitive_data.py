@@ -23,9 +23,10 @@ _IBAN_COUNTRIES_AND_LENGTHS = (
 _IBAN_LENGTHS = {
     iban[:2]: int(iban[2:]) for iban in _IBAN_COUNTRIES_AND_LENGTHS.split()
 }  # by country
-# Beginnings of card numbers by issuer, and their lengths (ISO/IEC 7812).
+# Beginnings of card numbers by issuer, and their lengths (ISO/IEC 7812); not the 13 digits that
+# Visa once had, which article numbers (EAN) have: one of ten passes the check.
 _CARD_NUMBER_PATTERN = re.compile(
-    r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]|2[3-6])\d{14}|(?:222[1-9]|22[3-9]\d|27[01]\d|2720)\d{12}"
+    r"4(?:\d{15}|\d{18})|(?:5[1-5]|2[3-6])\d{14}|(?:222[1-9]|22[3-9]\d|27[01]\d|2720)\d{12}"
     r"|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}|(?:6011|64[4-9]\d|65\d\d|352[89]|35[3-8]\d)\d{12}"
 )
 IsMatch = Callable[[str], object]

@@ -106,7 +106,7 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     """
     champions = {name: _read_champion(settings.registry, name) for name in settings.names}
     first = next(iter(champions.values())).adapter
-    base = find_model_folder(str(settings.options.model or first.config.get("model")))
+    base = find_model_folder(str(settings.options.model or first.base_model))
     fingerprint_base_model(base, max_age=0)
     for champion in champions.values():
         require_same_base(champion, base)

@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from nested_core.data.lines.example_parsing import Example, find_row_format
-from nested_core.data.tokens.example_encoding import has_chat_template
 from nested_core.data.tokens.text_notes import Note
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
 from nested_core.models.base_model import fingerprint_base_model
+from nested_core.models.chat_template import has_chat_template
 from nested_core.storage.safetensors_files import read_header
 from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
 

@@ -12,24 +12,19 @@ from nested_core.records.losses import ExampleLosses, Vector, read_example_losse
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.loss_format import format_interval
 
 
 def join_candidates(several: Sequence[Candidates]) -> Candidates:
-    """The candidates of all runs of a sweep as one family, on the examples that all have read."""
-    count = sum(own.count for own in several)
-    read = [(own.lines, own.losses) for own in several]
-    if any(lines is None or losses is None for lines, losses in read):
+    """The candidates of all runs of a sweep as one family, which read the same examples."""
+    count, first = sum(own.count for own in several), several[0]
+    losses = [
+        own.losses
+        for own in several
+        if own.losses is not None and np.array_equal(own.contents, first.contents)  # type: ignore[arg-type]
+    ]
+    if len(losses) < len(several):
         return Candidates(count)
-    known = [(lines, losses) for lines, losses in read if lines is not None and losses is not None]
-    lines = known[0][0]
-    for others, _ in known[1:]:
-        lines = np.intersect1d(lines, others)
-    parts = []
-    for own, losses in known:
-        _, place, _ = np.intersect1d(own, lines, return_indices=True)
-        parts.append(losses[:, place])
-    return Candidates(count, np.unique(lines), np.concatenate(parts))
+    return Candidates(count, first.contents, np.concatenate(losses))
 
 
 @dataclass(frozen=True)
@@ -37,9 +32,9 @@ class SweepChoice:
     """The run that a sweep chose, and among how many candidates its examples chose it.
 
     chosen_among: the evaluated steps of all its runs; 1 where the gate's examples chose nothing.
-    corrected_interval: the 95 % interval of its loss less the champion's, or less that of the
-        adapter that it began from where there is no champion, which holds for the best of so many;
-        None for one alone, and without losses to compare.
+    corrected_interval: the 95 % interval of its loss less that of the first run, the configuration
+        itself, which holds for the best of so many; None for one alone, and without losses to
+        compare.
     difference: what the interval is of, and its own; None without losses to compare.
     """
 
@@ -48,28 +43,13 @@ class SweepChoice:
     difference: PairedDifference | None = None
 
     @classmethod
-    def read(
-        cls,
-        chosen: RunDirectory,
-        runs: Sequence[RunDirectory],
-        baseline: RunDirectory | None = None,
-    ) -> SweepChoice:
-        """From the folders of the chosen run and of all runs, the chosen one among them.
-
-        With `baseline`, the folder of another judged run of the sweep, its losses are those of that
-        run's adapter on the same examples, and not the champion's.
-        """
+    def read(cls, chosen: RunDirectory, runs: Sequence[RunDirectory]) -> SweepChoice:
+        """From the folders of the chosen run and of all runs, the chosen one among them."""
         validation = read_verdict(chosen.gate).validation
         if validation is None:
             return cls(1, None)
-        losses = read_example_losses(chosen.gate_losses).counted()
-        if baseline is None:
-            judged = losses.examples_with_champion_loss()
-            other = judged.champion
-            if other is None or not len(judged):
-                judged, other = (losses, losses.before)
-        else:
-            judged, other = losses, _read_losses_of_same_examples(baseline, losses)
+        judged = read_example_losses(chosen.gate_losses).counted()
+        other = _read_losses_of_same_examples(runs[0], judged)
         found = judged.compare_trained_with(other)
         is_validation_set = validation.selected_on_same_data or validation.file == "valid.jsonl"
         if not is_validation_set and validation.chosen_among == 1:
@@ -77,20 +57,6 @@ class SweepChoice:
         family = join_candidates([_read_candidates_of_run(run) for run in runs])
         interval = None if found is None else family.corrected_interval(judged, other, found)
         return cls(family.count, interval, found)
-
-    def why_not_better(self) -> str | None:
-        """Why the choice may be luck; None for a choice that is shown to be better."""
-        if self.chosen_among == 1:
-            return None
-        among = f"the best of {self.chosen_among} candidates on the examples that chose it"
-        if self.corrected_interval is None:
-            return f"{among}: too few examples to tell it from luck"
-        if self.corrected_interval[1] < 0:
-            return None
-        interval = format_interval(self.corrected_interval)
-        return (
-            f"{among}: the 95 % interval corrected for that is {interval}; a test.jsonl sees more"
-        )
 
 
 def _read_losses_of_same_examples(run: RunDirectory, judged: ExampleLosses) -> Vector:
@@ -106,4 +72,4 @@ def _read_candidates_of_run(run: RunDirectory) -> Candidates:
     if candidates.losses is not None or candidates.count > 1 or not run.gate_losses.is_file():
         return candidates
     losses = read_example_losses(run.gate_losses)
-    return Candidates(1, losses.lines, losses.after[None])
+    return Candidates(1, losses.contents, losses.after[None])

@@ -1,11 +1,10 @@
 """A search among settings in the time there is: successive halving, and the winner judged.
 
-All arms train the same schedule, the configuration's own, on as many examples: steps are counted in
-those of the configuration itself, and an arm of smaller batches takes more of its own. They are
-compared at a quarter, a half and the end of it (fewer arms: fewer rungs); at each the better half
-goes on from its checkpoint (Jamieson and Talwalkar, Non-stochastic best arm identification, arXiv
-1502.07943). The configuration itself goes on to the end, so that the winner is compared with it on
-the examples of the gate, with its luck counted: as the best of all evaluated steps of all arms.
+All arms train the same schedule, the configuration's own, on as many examples. They are compared at
+a quarter, a half and the end of it (fewer arms: fewer rungs); at each the better half goes on from
+its checkpoint (Jamieson and Talwalkar, Non-stochastic best arm identification, arXiv 1502.07943).
+The configuration itself goes on to the end, so that the winner is compared with it on the examples
+of the gate, with its luck counted: as the best of all evaluated steps of all arms.
 
 What is decided follows from sweep.json: a stopped sweep goes on as if it had not been.
 """
@@ -13,10 +12,9 @@ What is decided follows from sweep.json: a stopped sweep goes on as if it had no
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,36 +44,30 @@ from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.run_status import Run
 from nested_core.records.verdict import Verdict
-from nested_core.rooms.sweep.choice import SweepChoice
-from nested_core.rooms.sweep.page import describe_sweep
-from nested_core.rooms.sweep.points import (
-    LENGTH_KEYS,
-    RANK,
-    SCALE,
+from nested_core.rooms.sweep.arms import (
+    SWEEP_FILE,
+    SWEEP_NAME,
+    Arm,
     Point,
+    Score,
+    SweepRecord,
     grid_points,
     refuse_incomparable_keys,
     settings_of_point,
-    step_examples,
 )
-from nested_core.rooms.sweep.record import SWEEP_FILE, SWEEP_NAME, Arm, Score, SweepRecord
+from nested_core.rooms.sweep.choice import SweepChoice
 from nested_core.storage.atomic import canonical_json, write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.lock_file import exclusive_lock_with_holder_id
 from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
-from nested_core.text.duration_format import format_duration
-from nested_core.text.value_format import format_count
 
 MAX_ARMS = 64
 MAX_HALVINGS = 3
 EVALUATIONS_A_RUNG = 2  # of the first rung
 RATE_FACTORS = (0.3, 3.0, 10.0)  # beside the rate itself
-RANK_FACTOR = 4
-SCALE_FACTORS = (0.5, 2.0)  # of the scale, with the rate so that rank x scale x rate stays
 SHARE_OF_STEPS = 0.7  # of the time: evaluations, checkpoints and loading take the rest
 BEST_NAME = "best.yaml"
-PAGE_NAME = "sweep.html"
 LOCK_NAME = "sweep.lock"
 
 
@@ -83,7 +75,7 @@ LOCK_NAME = "sweep.lock"
 class SweepRequest:
     """What a sweep is asked for.
 
-    over: key -> the values to try; empty tries rates, then ranks and scales around the best.
+    over: key -> the values to try; empty tries rates around the configuration's.
     select_by: `loss`, or the suite of gate.tasks whose answers choose.
     minutes, steps: of training, of all arms together; None does not bound them. With `steps` the
         same request gives the same figures.
@@ -124,10 +116,8 @@ class SweepResult:
         return {
             "sweep_dir": str(self.folder),
             "run_dir": str(self.run.path),
-            "arms": [asdict(arm) for arm in self.record.arms],
-            "chosen": self.record.chosen,
+            **asdict(self.record),
             "steps": self.record.trained,
-            "verdict": "passed",
             "chosen_among": None if choice is None else choice.chosen_among,
             "difference": None if difference is None else difference.to_json(),
             "corrected_interval": None if choice is None else choice.corrected_interval,
@@ -141,32 +131,25 @@ class SweepResult:
         record = self.record
         chosen = record.arms[record.chosen or 0].describe()
         tried = f"{len(record.arms)} settings tried in {record.trained:,} steps"
-        if record.is_cut_short:
-            tried += (
-                f", in runs of {record.rungs[-1]:,} of the configuration's {record.configured:,}"
-            )
         if self.choice is None:
             return f"{tried}: none was better than {chosen}."
-        told = "better" if self.is_better else "not shown to be better: it may be luck"
-        if self.answers is not None:
-            answers = self.answers
-            return (
-                f"{tried}: the best is {chosen}. Against the configuration itself "
-                f"{answers.mean:+.1%} of {answers.examples} answers are right (95 % interval "
-                f"{answers.low:+.1%} to {answers.high:+.1%}): {told}."
-            )
-        difference, among = self.choice.difference, self.choice.chosen_among
         text = f"{tried}: the best is {chosen}."
+        difference = self.answers or self.choice.difference
         if difference is None:
             return f"{text} It could not be compared with the configuration itself."
-        low, high = self.choice.corrected_interval or (difference.low, difference.high)
-        luck = f", corrected for the choice among {among}" if among > 1 else ""
-        unit = Run(self.run).loss_unit
-        return (
-            f"{text} Against the configuration itself {difference.mean:+.3g} {unit} on "
-            f"{difference.examples} examples (95 % interval {low:+.3g} to {high:+.3g}{luck}): "
-            f"{told}."
-        )
+        low, high = difference.low, difference.high
+        if self.answers is not None:
+            what = f"{difference.mean:+.1%} of {difference.examples} answers are right"
+            interval = f"{low:+.1%} to {high:+.1%}"
+        else:
+            among = self.choice.chosen_among
+            luck = f", corrected for the choice among {among}" if among > 1 else ""
+            low, high = self.choice.corrected_interval or (low, high)
+            unit = Run(self.run).loss_unit
+            what = f"{difference.mean:+.3g} {unit} on {difference.examples} examples"
+            interval = f"{low:+.3g} to {high:+.3g}{luck}"
+        told = "better" if self.is_better else "not shown to be better: it may be luck"
+        return f"{text} Against the configuration itself {what} (95 % interval {interval}): {told}."
 
 
 def sweep(
@@ -181,7 +164,14 @@ def sweep(
     place = require_free_place(folder, RUN_DIR_KEY)
     if place.exists() and any(place.iterdir()) and not (place / SWEEP_NAME).is_file():
         raise ConfigError(f"{folder} is not empty, and holds no sweep. Give another --run-dir.")
-    with _locked(place), Session() as session:
+    place.mkdir(parents=True, exist_ok=True)
+
+    def refuse() -> NoReturn:
+        """Another process sweeps here."""
+        raise ConfigError(f"{folder} is in use by another process. Give another --run-dir.")
+
+    lock = exclusive_lock_with_holder_id(place / LOCK_NAME, on_busy=refuse)
+    with lock, Session() as session:
         search = _Search(config, place, request, hooks, session)
         try:
             search.begin()
@@ -194,35 +184,16 @@ def sweep(
         return search.judge()
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def refuse() -> NoReturn:
-        """Another process sweeps here."""
-        raise ConfigError(f"{folder} is in use by another process. Give another --run-dir.")
-
-    with exclusive_lock_with_holder_id(folder / LOCK_NAME, on_busy=refuse):
-        yield
-
-
+@dataclass
 class _Search:
     """The search in one folder: each arm is a run in it, trained a part at a time."""
 
-    def __init__(
-        self,
-        config: FineTuneConfig,
-        folder: Path,
-        request: SweepRequest,
-        hooks: Steps,
-        session: Session,
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.request = request
-        self.hooks = hooks
-        self.record: SweepRecord
-        self._session = session
+    config: FineTuneConfig
+    folder: Path
+    request: SweepRequest
+    hooks: Steps
+    session: Session
+    record: SweepRecord = field(init=False)
 
     def begin(self) -> None:
         """Read the record, or plan: which arms, how long a run, where they are compared."""
@@ -242,150 +213,65 @@ class _Search:
                 f"sweep: {len(arms) - 1} settings beside the configuration itself; 1 to "
                 f"{MAX_ARMS - 1} can be tried."
             )
-        configs = [parse_config(self._settings_of(arm), source="sweep") for arm in arms]
-        sizes = {step_examples(config) for config in configs}
-        if len(sizes) > 1 and self.request.select_by != "loss":
-            raise ConfigError(
-                "sweep: --select-by a suite asks as many questions as a run has steps for, and "
-                "batch_size and grad_accumulation_steps change the steps. Choose by the loss, or "
-                "leave these keys out of --over."
-            )
+        for arm in arms:  # an arm that cannot run is refused before any is trained
+            parse_config(self._settings_of(arm), source="sweep")
         check_before_start(self.config, self._run_of(0))
-        wanted, budget, seconds_a_step = self._measure()
-        own_size = step_examples(self.config)
-        multiple = math.lcm(*(size // math.gcd(size, own_size) for size in sizes))
-        rungs = plan_rungs(len(arms), wanted, budget, multiple)
-        numbers = tuple(range(len(arms)))
-        self.record = SweepRecord(
-            *(digest, self.request.select_by, rungs, budget, tuple(arms), (numbers,)),
-            configured=wanted,
-        )
+        wanted, budget = self._measure()
+        rungs = plan_rungs(len(arms), wanted, budget)
+        self.record = SweepRecord(digest, self.request.select_by, rungs, tuple(arms))
         self.record.write(self.folder)
-        self.hooks.on_message(self._describe_plan(seconds_a_step))
+        places = ", ".join(map(str, rungs))
+        self.hooks.on_message(f"{len(arms)} settings, compared at steps {places} of {wanted:,}")
 
-    def _describe_plan(self, seconds_a_step: float | None) -> str:
-        """How many settings are tried, where they are compared, and what of the time that takes."""
-        rungs, arms = self.record.rungs, len(self.record.arms)
-        places = " and ".join(filter(None, [", ".join(map(str, rungs[:-1])), str(rungs[-1])]))
-        text = f"{arms} settings, compared at steps {places}"
-        if self.record.is_cut_short:
-            text += (
-                f" of runs that have {rungs[-1]} of the configuration's {self.record.configured}"
-            )
-        steps = count_steps(arms, rungs)
-        text += f"; at most {format_count(steps, 'step')}"
-        if seconds_a_step is not None and self.request.minutes is not None:
-            training = format_duration(steps * seconds_a_step)
-            asked = format_duration(60 * self.request.minutes)
-            text += (
-                f", about {training} of the {asked}: the rest is for evaluations, checkpoints and "
-                f"a second round"
-            )
-        return f"{text}."
-
-    def _measure(self) -> tuple[int, int | None, float | None]:
-        """The steps of a whole run, the steps of all arms that there is time for, and a step's.
-
-        The last one in seconds, where time is a bound.
-        """
-        minutes = self.request.minutes
-        explained = explain_run(
-            self.config, self.hooks.on_message, measures_speed=minutes is not None
-        )
+    def _measure(self) -> tuple[int, int | None]:
+        """The steps of a whole run, and those of all arms that there is time for."""
+        minutes, budget = self.request.minutes, self.request.steps
+        measures = minutes is not None
+        explained = explain_run(self.config, self.hooks.on_message, measures_speed=measures)
         if not explained.validation_examples or self.config.training.reference is not None:
             raise ConfigError(
                 "sweep: settings are chosen by the loss on valid.jsonl, at several steps of a run. "
                 "Give a valid split (`nested-tune init --split`), val_batches above 0 or -1, and "
                 "leave training.reference out."
             )
-        budget, seconds_a_step = self.request.steps, None
         if minutes is not None:
             seams.require("minutes", "--minutes")
             seconds_a_step = explained.measured.seconds_a_step
             by_clock = int(SHARE_OF_STEPS * 60 * minutes / max(seconds_a_step, 1e-4))
             budget = by_clock if budget is None else min(budget, by_clock)
-        return explained.steps, budget, seconds_a_step
+        return explained.steps, budget
 
     def run(self) -> None:
-        """All rounds: the first arms, and where there is time ranks and scales around the best."""
-        while self.record.chosen is None:
-            best = self._halve(self.record.rounds[-1])
-            further = self._further_points(best)
-            if not further:
-                self.record = replace(self.record, chosen=best)
-            else:
-                numbers = range(len(self.record.arms), len(self.record.arms) + len(further))
-                arms = (*self.record.arms, *map(Arm, further))
-                rounds = (*self.record.rounds, (best, *numbers))
-                self.record = replace(self.record, arms=arms, rounds=rounds)
-            self.record.write(self.folder)
-
-    def _halve(self, arms: Sequence[int]) -> int:
-        """Train the arms of a round, the better half of them on; the number of the best one.
+        """Train the arms, at each rung the better half of them on, and choose the best one.
 
         The configuration itself is trained to the end beside them, and can be the best one.
         """
-        alive = list(arms)
+        alive = list(range(len(self.record.arms)))
         for step in self.record.rungs:
             for number in sorted({0, *alive}):
                 if step not in self.record.arms[number].scores:
                     self._train_arm(number, step)
             alive = better_half(self._scores(alive, step))
-        return better_half(self._scores({0, *alive}, self.record.rungs[-1]))[0]
+        best = better_half(self._scores({0, *alive}, self.record.rungs[-1]))[0]
+        self.record = replace(self.record, chosen=best)
+        self.record.write(self.folder)
 
     def _scores(self, arms: Iterable[int], step: int) -> dict[int, Score]:
         return {number: self.record.arms[number].scores[step] or (math.inf,) for number in arms}
-
-    def _further_points(self, best: int) -> list[Point]:
-        """Ranks and scales around the best rate, once, where they were not named and fit in.
-
-        An adapter that training begins with has a rank and a scale of its own.
-        """
-        begins_with_adapter = self.config.continual.start or self.config.resume_adapter_file
-        if self.request.over or begins_with_adapter or len(self.record.rounds) > 1:
-            return []
-        point = self.record.arms[best].point
-        settings = parse_config(settings_of_point(self.config, point), source="sweep")
-        lora, rate = settings.lora_parameters, settings.learning_rate
-        points = [
-            {**point, RANK: lora.rank * RANK_FACTOR, SCALE: lora.scale / RANK_FACTOR},
-            *(
-                {**point, SCALE: lora.scale * factor, "learning_rate": rate / factor}
-                for factor in SCALE_FACTORS
-            ),
-        ]
-        needed = count_steps(len(points) + 1, self.record.rungs) - self.record.rungs[-1]
-        budget = self.record.budget
-        minutes = self.request.minutes
-        has_steps = budget is None or self.record.trained + needed <= budget
-        seconds = self.record.seconds * (1 + needed / max(1, self.record.trained))
-        has_time = minutes is None or seconds <= 60 * minutes
-        if has_steps and has_time:
-            return points
-        needs = f"{needed:,} steps more"
-        if minutes is not None:
-            needs += (
-                f", {format_duration(seconds)} with the {format_duration(self.record.seconds)} so "
-                f"far"
-            )
-        self.hooks.on_message(f"ranks and scales are not tried: they would take {needs}.")
-        return []
 
     def _train_arm(self, number: int, step: int) -> None:
         """Train an arm up to a rung's step, and write down its score."""
         run, config = self._run_of(number), self._config_of(number)
         arm = self.record.arms[number]
-        own_step, own_end = (self._steps_of_arm(config, s) for s in (step, self.record.rungs[-1]))
-        self.hooks.on_message(f"{arm.describe()}: to step {own_step} of {own_end}")
-        started = time.monotonic()
+        self.hooks.on_message(f"{arm.describe()}: to step {step} of {self.record.rungs[-1]}")
         with run.locked():
-            part = _Part(self.hooks, own_step, is_first=not run.config.exists())
+            part = _Part(self.hooks, step, is_first=not run.config.exists())
             part.begin(config, run, resume=run.config.exists())
             part.validate(config, run)
-            part.load(config, run, self._session)
+            part.load(config, run, self.session)
             score: Score | None = None
             try:
-                part.train(config, run, self._session)
+                part.train(config, run, self.session)
                 score = _best_score(run, self.request.select_by)
             except TrainingStopped:
                 if not part.has_reached_end(run):
@@ -394,9 +280,7 @@ class _Search:
                 score = _best_score(run, self.request.select_by)
             except TrainingDiverged as error:
                 self.hooks.on_message(str(error))
-        seconds = self.record.seconds + time.monotonic() - started
-        record = replace(self.record, seconds=seconds)
-        self.record = record.with_score(number, step, score)
+        self.record = self.record.with_score(number, step, score)
         self.record.write(self.folder)
 
     def judge(self) -> SweepResult:
@@ -408,11 +292,10 @@ class _Search:
                 "learning_rate."
             )
         best = settings_of_point(self.config, self.record.arms[number].point)
-        content = render_config(parse_config(best, source="sweep"))
-        write_bytes(self.folder / BEST_NAME, content)
+        write_bytes(self.folder / BEST_NAME, render_config(parse_config(best, source="sweep")))
         runs = [self._run_of(arm) for arm in range(len(self.record.arms))]
         run = runs[number]
-        choice = None
+        choice, answers, is_better = None, None, False
         if number != 0:
             try:
                 self._judge_arm(0)
@@ -420,22 +303,17 @@ class _Search:
                 self.hooks.on_message(f"the configuration itself: {error}")
         verdict = self._judge_arm(number)
         if number != 0:
-            choice = SweepChoice.read(run, runs, baseline=runs[0])
-        least = self.config.registry.min_improvement
-        is_better = choice is not None and is_shown_better(choice, least)
-        answers = None
-        if choice is not None and self.request.select_by != "loss":
-            answers = compare_answers(run, runs, self.request.select_by)
-            is_better = answers.is_measurable and answers.low > 0
-        result = SweepResult(self.folder, self.record, run, verdict, choice, answers, is_better)
-        page = describe_sweep(self.record, runs, result.summary())
-        write_bytes(self.folder / PAGE_NAME, page.to_html().encode("utf-8", "replace"))
-        return result
+            choice = SweepChoice.read(run, runs)
+            is_better = is_shown_better(choice, self.config.registry.min_improvement)
+            if self.request.select_by != "loss":
+                answers = compare_answers(run, runs, self.request.select_by)
+                is_better = answers.is_measurable and answers.low > 0
+        return SweepResult(self.folder, self.record, run, verdict, choice, answers, is_better)
 
     def _judge_arm(self, number: int) -> Verdict:
         run = self._run_of(number)
         with run.locked():
-            return self.hooks.judge(self._config_of(number), run, self._session)
+            return self.hooks.judge(self._config_of(number), run, self.session)
 
     def _run_of(self, number: int) -> RunDirectory:
         return RunDirectory(self.folder / "arms" / f"{number:03d}")
@@ -444,18 +322,11 @@ class _Search:
         """The configuration of an arm's run: as long as planned, evaluated at every rung."""
         values = self._settings_of(self.record.arms[number])
         config = parse_config(values, source="sweep")
-        steps = self._steps_of_arm(config, self.record.rungs[-1])
-        iterations = steps * config.grad_accumulation_steps
+        iterations = self.record.rungs[-1] * config.grad_accumulation_steps
         between = iterations // _unit(len(self.record.rungs))
-        length: Point = {"iters": iterations, "training.epochs": None, "steps_per_eval": between}
+        length: Point = {"iters": iterations, "steps_per_eval": between}
+        length |= {"training.epochs": None, "training.minutes": None}
         return parse_config(lay_over(values, length), source="sweep")
-
-    def _steps_of_arm(self, config: FineTuneConfig, steps: int) -> int:
-        """The steps in which an arm sees as many examples as the configuration itself in `steps`.
-
-        A whole number, and so is that of an evaluation: `begin` plans for it.
-        """
-        return steps * step_examples(self.config) // step_examples(config)
 
     def _settings_of(self, arm: Arm) -> dict[str, Any]:
         """The values of an arm, which is chosen by what the sweep chooses by."""
@@ -490,10 +361,6 @@ class _Part(Steps):
         trainer.stop_after_step = self._step
         self._hooks.on_training_start(trainer)
 
-    def on_report(self, figures: Mapping[str, Any]) -> None:
-        """Handed on."""
-        self._hooks.on_report(figures)
-
     def on_step(self, step: int, steps: int) -> None:
         """Handed on."""
         self._hooks.on_step(step, steps)
@@ -505,15 +372,15 @@ class _Part(Steps):
         return is_there and not self._trainer.stop_requested
 
 
-def plan_rungs(arms: int, wanted: int, budget: int | None, multiple: int = 1) -> tuple[int, ...]:
+def plan_rungs(arms: int, wanted: int, budget: int | None) -> tuple[int, ...]:
     """The steps at which arms are compared, the last of which is a whole run's.
 
     A run has the `wanted` steps, or as many as let all arms stay within the budget; rounded down so
-    that every rung is a whole number of steps with evaluations at it, each a `multiple` of steps
-    after the one before. ConfigError where nothing is left.
+    that every rung is a whole number of steps with evaluations at it. ConfigError where nothing is
+    left.
     """
     halvings = min(MAX_HALVINGS, math.ceil(math.log2(arms)))
-    unit = _unit(halvings + 1) * multiple
+    unit = _unit(halvings + 1)
     steps = wanted
     if budget is not None:
         whole = tuple(unit * 2**power for power in range(halvings + 1))
@@ -589,9 +456,6 @@ def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
     if not grid:
         grid = {"learning_rate": [config.learning_rate * factor for factor in RATE_FACTORS]}
     refuse_incomparable_keys(grid, config)
-    lengths = [key for key in grid if key in LENGTH_KEYS]
-    if lengths:
-        raise ConfigError(f"sweep: {', '.join(lengths)} is decided by the sweep itself.")
     unchanged = parse_config(settings_of_point(config, {}), source="sweep")
     points = grid_points(grid)
     return [p for p in points if parse_config(settings_of_point(config, p), source="") != unchanged]

@@ -1,61 +1,41 @@
 """A random split of a data set that has only train: rows for valid and for test are taken out.
 
-Rows that are equal but for case and white space go to one split together, and so do rows that
-nearly are one another: a held-out row that is in train too measures nothing. Where answers are a
-few labels, each split has each of them about as often as all rows have.
+Rows that ask one question go to one split together, and so do rows that nearly are one another: a
+held-out row whose question is in train measures nothing. Where answers are a few labels, each split
+has each of them about as often as all rows have.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from glob import glob
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from dataclasses import dataclass, replace
 
 from nested_core import seams
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.sources.split_files import SplitFile, open_splits
+from nested_core.data.lines.example_parsing import ANY_LOSS, FieldNames, parse_line
+from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.errors import ConfigError
-from nested_core.rooms.tables.chats import require_readable
 from nested_core.rooms.tables.labels import find_labels
-from nested_core.storage.atomic import canonical_json, new_directory
-from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
+from nested_core.storage.untrusted_files import collect_strings
 from nested_core.text.value_format import format_count
 
 SPLIT_SEED = 0
+DEFAULT_SHARE = 0.1  # of the rows, for valid and as much for test
+MAX_TEST_SHARE = 0.3  # that an eval set may ask for
 
 
-def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
-    """Write train.jsonl, valid.jsonl and test.jsonl in a new folder; return the rows of each.
+class TooManyQuestions(ConfigError):
+    """More questions for an eval set than the rows can give."""
 
-    Args:
-        data: a folder with train and neither valid nor test, or files; they are read alone.
-        share: of the rows, for valid and as much for test: at least one row each.
-        target: the folder to make.
-
-    The order is drawn with a fixed seed: the same rows give the same files. Raises ConfigError for
-    data that cannot be split so, DatasetError where rows cannot be read, and FileExistsError where
-    `target` is there.
-    """
-    read_share(share)
-    if not (Path(data).exists() or glob(data, recursive=True)):
-        raise ConfigError(f"--split takes a folder with train.jsonl, or files; {data} is neither.")
-    with TemporaryDirectory(prefix="nested-tune-") as spool:
-        train = require_train_alone(data, open_splits(DataSettings(data), Path(spool)))
-        require_readable(train, data, "--split would lose")
-        with open_regular(train.path, UNBOUNDED, follow_links=True) as (lines, _):
-            rows = (row for raw in lines if (row := raw.removeprefix(b"\xef\xbb\xbf").strip()))
-            parts = draw_splits(rows, share, data)
-    write_splits(parts, target)
-    return {split: len(lines) for split, lines in parts.items()}
+    def __init__(self, asked: int, most: int, rows: str) -> None:
+        super().__init__(f"--suite {asked}: expected from 1 to {most} questions, for {rows}.")
 
 
-def read_share(given: str | float) -> float:
+def read_share(given: str) -> float:
     """Return the share; ConfigError if it leaves nothing to train on, or takes nothing out."""
     with suppress(ValueError):
         if 0 < (share := float(given)) < 0.5:
@@ -66,136 +46,210 @@ def read_share(given: str | float) -> float:
     )
 
 
-def require_train_alone(data: str, splits: Mapping[str, SplitFile]) -> SplitFile:
-    """The train split; ConfigError where there is another split, or no train."""
-    others = [file.name for split, file in splits.items() if split != "train"]
-    if others or "train" not in splits:
-        there = f"has {' and '.join(others)} already" if others else "has no train.jsonl"
-        raise ConfigError(
-            f"--split takes rows out of train where there is neither valid nor test; {data} "
-            f"{there}. Leave --split out, or give another folder."
-        )
-    return splits["train"]
+@dataclass(frozen=True)
+class SplitRequest:
+    """How rows are to be split.
 
-
-def draw_splits(
-    rows: Iterable[bytes], share: float, data: str, least_test: int = 1
-) -> dict[str, list[bytes]]:
-    """The lines of train, valid and test, drawn with a fixed seed.
-
-    Args:
-        rows: lines of JSON.
-        share: of the rows, for valid and as much for test.
-        data: where they are from, for messages.
-        least_test: rows of test, where the share is fewer.
-
-    Near-duplicates are kept together unless too few of them would be left to hold out. Raises
-    ConfigError where too few rows would be left for train.
+    share: of the rows, for valid and as much for test: at least one row each.
+    questions: how many different ones test is to have at least; None without an eval set.
+    trained: questions that are known already: rows that ask them are trained on.
+    names: where rows hold their fields.
     """
-    equal = _group_equal_rows(rows)
-    number = sum(map(len, equal))
-    wanted = max(1, round(share * number))
-    sizes = {"valid": wanted, "test": max(wanted, least_test)}
-    parts = _draw_groups(_join_near_duplicates(equal), sizes)
-    if any(not size <= len(parts[split]) <= 2 * size for split, size in sizes.items()):
-        parts = _draw_groups(equal, sizes)
-    if not all(parts.values()):
-        raise ConfigError(
-            f"--split {share:g}: {data} has {format_count(number, 'row')}, {len(parts['train'])} "
-            f"of them left for train; that is too few to take any out. Rows that are equal count "
-            f"as one."
+
+    share: float = DEFAULT_SHARE
+    questions: int | None = None
+    trained: Set[str] = frozenset()
+    names: FieldNames = FieldNames()
+
+
+@dataclass(frozen=True)
+class DrawnSplits:
+    """The lines of train, valid and test, and how many rows were trained on for their question.
+
+    has_near_duplicates: near-duplicates could not be kept together; too few rows would be left.
+    """
+
+    lines: dict[str, list[bytes]]
+    known: int
+    has_near_duplicates: bool
+
+    def describe(self) -> list[str]:
+        """What a person should know of the split, a sentence each."""
+        rows = format_count(self.known, "row")
+        told = {
+            f"asked in the champion's data too: {rows}, all trained on": self.known > 0,
+            "warning: so many rows nearly are one another that some held-out ones nearly are rows "
+            "of train; `nested-tune validate` names them": self.has_near_duplicates,
+        }
+        return [text for text, is_told in told.items() if is_told]
+
+
+def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | None:
+    """The lines of train, valid and test, drawn with a fixed seed: the same rows, the same splits.
+
+    Where all rows but too few ask what is known, all are trained on. Returns None if too few
+    would be left for train. Raises TooManyQuestions where test would need more than MAX_TEST_SHARE
+    of the questions.
+    """
+    texts = [RowTexts.of(row, request.names) for row in rows]
+    known = {row for row, one in enumerate(texts) if one.question in request.trained}
+    together = _group_by_question(texts)
+    distinct = len({one.question or one.whole for one in texts})
+    most = max(1, int(MAX_TEST_SHARE * distinct))
+    least = 1 if request.questions is None else request.questions
+    if not 0 < least <= most:
+        share = f"{MAX_TEST_SHARE:.0%} of {distinct:,} questions are held out for it at most"
+        raise TooManyQuestions(least, most, share)
+    wanted = max(1, round(request.share * len(rows)))
+    sizes = {"valid": wanted, "test": max(wanted, math.ceil(least * len(rows) / distinct))}
+    draw = _Draw(texts, sizes, least, known)
+    parts = draw.split(_join([*together, *_group_near_duplicates(texts)], len(rows)))
+    is_too_coarse = any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items())
+    if is_too_coarse:
+        parts = draw.split(_join(together, len(rows)))
+    lines = {name: [rows[row] for row in part] for name, part in parts.items()}
+    if not all(lines.values()):
+        if not known:
+            return None
+        lines = {"train": [*rows]}
+    return DrawnSplits(lines, len(known), is_too_coarse)
+
+
+@dataclass(frozen=True)
+class RowTexts:
+    """What rows are compared by, without system texts.
+
+    asked: the turns before each answer of the row, without case and white space.
+    prompt, answer: the turns before the last answer, and that answer, as they are written.
+    whole: all texts of the row.
+    """
+
+    asked: tuple[str, ...]
+    prompt: str
+    answer: str
+    whole: str
+
+    @property
+    def question(self) -> str:
+        """The turns before the last answer; empty for plain text and for what is no example."""
+        return self.asked[-1] if self.asked else ""
+
+    @classmethod
+    def of(cls, line: bytes, names: FieldNames) -> RowTexts:
+        """Read a line; one that is no example is one text."""
+        try:
+            example = parse_line(line, replace(names, loss=ANY_LOSS, allows_any_role=True))
+        except LineProblem:  # which the report on the new folder tells
+            return cls((), "", "", line.decode(errors="replace"))
+        turns = [turn for turn in example.messages if turn["role"] != "system"]
+        texts = [turn.get("content") or json.dumps(turn.get("tool_calls")) for turn in turns]
+        ends = [end for end, turn in enumerate(turns) if end and turn["role"] == "assistant"]
+        folded = ["".join(text.casefold().split()) for text in texts]
+        return cls(
+            tuple("\0".join(folded[:end]) for end in ends),
+            "\n".join(texts[: ends[-1]]) if ends else "",
+            texts[-1] if ends else "",
+            "\n".join([example.text, *texts, *collect_strings(dict(example.rest))]),
         )
-    return parts
 
 
-def _draw_groups(groups: list[list[bytes]], sizes: Mapping[str, int]) -> dict[str, list[bytes]]:
-    """The lines of train, valid and test, each group in one of them.
+def _group_by_question(texts: Sequence[RowTexts]) -> list[list[int]]:
+    """Rows that ask one question, with the chats in which it is asked on the way.
+
+    Rows without a question are together where they are equal.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, one in enumerate(texts):
+        key = one.question or "".join(one.whole.casefold().split())
+        groups.setdefault(key, []).append(row)
+    for row, one in enumerate(texts):
+        for earlier in one.asked[:-1]:
+            if earlier in groups:
+                groups[earlier].append(row)
+    return [*groups.values()]
+
+
+def _group_near_duplicates(texts: Sequence[RowTexts]) -> list[list[int]]:
+    """Rows that nearly are one another, and rows whose questions nearly are."""
+    compared = ([one.whole for one in texts], [one.prompt for one in texts])
+    return [
+        group
+        for near in seams.load_all("near_duplicates")
+        for column in compared
+        for group in near.group(column)
+    ]
+
+
+def _join(groups: Iterable[Sequence[int]], count: int) -> list[list[int]]:
+    """The numbers below `count`, in one list where groups have them together."""
+    group_of = [[number] for number in range(count)]
+    for group in groups:
+        for number in group[1:]:
+            joined, other = group_of[group[0]], group_of[number]
+            if joined is other:
+                continue
+            if len(joined) < len(other):
+                joined, other = other, joined
+            joined += other
+            for moved in other:
+                group_of[moved] = joined
+    return [*{id(group): sorted(group) for group in group_of}.values()]
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws groups of rows for the splits.
 
     sizes: how many rows valid and test are to have. They have more where no group is small enough.
+    questions: how many different ones test is to have.
+    trained: rows that are in train whatever is drawn.
     """
-    shuffled = groups.copy()
-    random.Random(SPLIT_SEED).shuffle(shuffled)
-    left = _spread_labels(shuffled)
-    parts: dict[str, list[bytes]] = {"train": []}
-    for split, size in sizes.items():
-        taken: list[bytes] = []
-        too_large = []
-        for group in reversed(left):
-            if len(taken) + len(group) > size:
-                too_large.append(group)
-            else:
-                taken += group
-        left = too_large[::-1]
-        while left and len(taken) < size:
-            taken += left.pop(min(range(len(left)), key=lambda index: len(left[index])))
-        parts[split] = taken
-    parts["train"] = [line for group in left for line in group]
-    return parts
 
+    texts: Sequence[RowTexts]
+    sizes: Mapping[str, int]
+    questions: int
+    trained: Set[int]
 
-def _join_near_duplicates(groups: list[list[bytes]]) -> list[list[bytes]]:
-    """The groups, those whose rows nearly are one another as one."""
-    texts = ["\n".join(_list_texts(_parse(group[0]))) for group in groups]
-    for near in seams.load_all("near_duplicates"):
-        return [[line for index in same for line in groups[index]] for same in near.group(texts)]
-    return groups
+    def split(self, groups: Iterable[list[int]]) -> dict[str, list[int]]:
+        """The rows of train, valid and test, each group in one of them."""
+        every = [*groups]
+        kept = [group for group in every if not self.trained.isdisjoint(group)]
+        left = [group for group in every if self.trained.isdisjoint(group)]
+        random.Random(SPLIT_SEED).shuffle(left)
+        left = self._spread_labels(left)
+        parts: dict[str, list[int]] = {"train": []}
+        for split, size in self.sizes.items():
+            taken: list[int] = []
+            too_large = []
+            for group in reversed(left):
+                if len(taken) + len(group) > size:
+                    too_large.append(group)
+                else:
+                    taken += group
+            left = too_large[::-1]
+            least = self.questions if split == "test" else 1
+            while left and (len(taken) < size or self._count_questions(taken) < least):
+                taken += left.pop(min(range(len(left)), key=lambda index: len(left[index])))
+            parts[split] = taken
+        parts["train"] = [row for group in [*kept, *left] for row in group]
+        return parts
 
+    def _count_questions(self, rows: Iterable[int]) -> int:
+        return len({self.texts[row].question or self.texts[row].whole for row in rows})
 
-def _list_texts(value: Any) -> list[str]:
-    """The texts in a row, without keys and the roles of turns."""
-    if isinstance(value, dict):
-        value = [inner for key, inner in value.items() if key != "role"]
-    if isinstance(value, list):
-        return [text for inner in value for text in _list_texts(inner)]
-    return [value] if isinstance(value, str) else []
+    def _spread_labels(self, groups: list[list[int]]) -> list[list[int]]:
+        """The groups, so ordered that each stretch has each label about as often as all have.
 
-
-def _spread_labels(groups: list[list[bytes]]) -> list[list[bytes]]:
-    """The groups, so ordered that each stretch has each label about as often as all of them have.
-
-    As they come where the answers of their chats are no labels. One that is rare stands in the
-    middle, and so is trained on.
-    """
-    answers = [_answer_of(group[0]) for group in groups]
-    counts = Counter(answers)
-    if "" in counts or not find_labels(counts):
-        return groups
-    seen: Counter[str] = Counter()
-    places = []
-    for answer in answers:
-        places.append((seen[answer] + 0.5) / counts[answer])
-        seen[answer] += 1
-    order = sorted(range(len(groups)), key=places.__getitem__)
-    return [groups[number] for number in order]
-
-
-def _answer_of(row: bytes) -> str:
-    """The last turn of a chat; empty for any other row."""
-    try:
-        return str(json.loads(row)["messages"][-1]["content"])
-    except (ValueError, KeyError, TypeError, IndexError):
-        return ""
-
-
-def _parse(row: bytes) -> Any:
-    """Return a row's JSON; its text if it is none, which the report on the new folder tells."""
-    try:
-        return json.loads(row)
-    except ValueError:
-        return row.decode(errors="replace")
-
-
-def write_splits(parts: Mapping[str, Iterable[bytes]], target: Path) -> None:
-    """Write each split as JSON lines in a new folder."""
-    with new_directory(target) as folder:
-        for split, lines in parts.items():
-            (folder / f"{split}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
-
-
-def _group_equal_rows(rows: Iterable[bytes]) -> list[list[bytes]]:
-    """The rows, those that are equal but for the order of keys, case and white space together."""
-    groups: dict[str, list[bytes]] = {}
-    for row in rows:
-        text = canonical_json(_parse(row)).decode()
-        groups.setdefault(" ".join(text.casefold().split()), []).append(row)
-    return list(groups.values())
+        As they come where the answers are no labels. One that is rare stands in the middle, and so
+        is trained on.
+        """
+        answers = [self.texts[group[0]].answer for group in groups]
+        counts = Counter(answers)
+        if "" in counts or not find_labels(counts):
+            return groups
+        seen: Counter[str] = Counter()
+        places = []
+        for answer in answers:
+            places.append((seen[answer] + 0.5) / counts[answer])
+            seen[answer] += 1
+        return [groups[number] for number in sorted(range(len(groups)), key=places.__getitem__)]

@@ -7,27 +7,27 @@ is no better has learnt nothing of the question.
 from __future__ import annotations
 
 import json
+import math
 import random
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, Literal
 
-from nested_core.errors import ConfigError, shorten
-from nested_core.rooms.tables.dataset_split import SPLIT_SEED
+from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.errors import shorten
+from nested_core.measure.answers.scorers import normalise_white_space
+from nested_core.rooms.tables.dataset_split import SPLIT_SEED, RowTexts, TooManyQuestions
 from nested_core.rooms.tables.labels import describe_share, find_labels
+from nested_core.text.value_format import format_count
 
-MAX_ANSWER_TOKENS = 256
+USUAL_ANSWER_TOKENS = 256  # questions with longer answers are drawn where there are too few others
 EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected, which may be told at length
 EXTRA_TOKENS_OF_A_LABEL = 2  # which is right alone
-
-
-class TooManyQuestions(ConfigError):
-    """More questions than the rows can give; `most` is how many they can."""
-
-    def __init__(self, asked: int, most: int, rows: str) -> None:
-        super().__init__(f"--suite {asked}: expected from 1 to {most} questions, for {rows}.")
-        self.most = most
+# No zeros in front: those of a number such as 00123 are part of an identifier.
+_NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -35,89 +35,149 @@ class EvalSet:
     """Questions, and what to set in `gate.tasks` for them.
 
     lines: a question of JSON each.
-    max_tokens: of an answer: no fewer than the longest expected one has.
-    usual: the most frequent answer of train, and for how many of the questions it is right.
-    most: the most frequent answer of the questions, and how many it answers.
+    max_tokens: of an answer: more than the longest expected one has.
+    fixed: the answer that is right for most of the questions, and for how many.
+    left_out: which held-out rows were not asked, and why.
     """
 
     lines: tuple[bytes, ...]
-    score: Literal["exact", "json", "contains"]
+    score: Literal["exact", "json", "number"]
     max_tokens: int
-    usual: tuple[str, int]
-    most: tuple[str, int]
+    fixed: tuple[str, int]
+    left_out: str = ""
+
+    @property
+    def least_share(self) -> float:
+        """The smallest share of right answers that no fixed answer reaches; at most 1."""
+        share = (self.fixed[1] + 1) / len(self.lines)
+        return min(1.0, math.floor(share * 1e4) / 1e4)
+
+    def describe(self) -> str:
+        """How many questions there are, how they are scored, and the baseline."""
+        questions = format_count(len(self.lines), "held-out question")
+        score = f"score {self.score}, answers of at most {self.max_tokens} tokens"
+        return f"eval set: {questions}; {score}; {self.describe_baseline()}{self.left_out}"
 
     def describe_baseline(self) -> str:
-        """What answering the same to every question would score."""
-        questions = len(self.lines)
-        answer, right = self.usual
-        text = (
-            f"always answering {shorten(answer, 60)!r}, the most frequent answer of train, would "
-            f"be right for {describe_share(right, questions)}"
-        )
-        answer, right = self.most
-        if right > self.usual[1]:
-            share = describe_share(right, questions)
-            text += f"; {shorten(answer, 60)!r}, the most frequent here, for {share}"
-        return text
+        """What answering the same to every question would score at best."""
+        answer, right = self.fixed
+        share = describe_share(right, len(self.lines))
+        return f"one answer to all, {shorten(answer, 60)!r}, would be right for {share}"
 
 
-def draw_eval_set(train: Iterable[bytes], held_out: Sequence[bytes], count: int) -> EvalSet:
-    """Draw questions, each another one, with a fixed seed.
+@dataclass
+class _Question:
+    """The turns before an answer, and the answers that held-out chats give to them."""
+
+    turns: list[dict[str, Any]]
+    answers: list[str] = field(default_factory=list)
+
+    def accepted(self, score: str) -> dict[str, str]:
+        """The answers by what the score compares of them; an object of JSON has no other one."""
+        answers = self.answers[:1] if score == "json" else self.answers
+        return {_compared(answer, score): answer for answer in answers}
+
+    def write(self, score: str) -> bytes:
+        """The question as a line of an eval set."""
+        read: dict[str, Callable[[str], Any]] = {"json": json.loads, "number": _as_number}
+        values = [read.get(score, str)(answer) for answer in self.accepted(score).values()]
+        expected = values[0] if len(values) == 1 else values
+        question = {"messages": self.turns, "expected": expected}
+        return json.dumps(question, ensure_ascii=False).encode(errors="surrogatepass")
+
+
+def draw_eval_set(
+    train: Iterable[bytes],
+    held_out: Iterable[bytes],
+    count: int,
+    count_tokens: Callable[[str], int],
+) -> EvalSet:
+    """Draw questions that train does not ask, each another one, with a fixed seed.
 
     Args:
         train, held_out: chats, a line of JSON each.
         count: how many questions.
+        count_tokens: of a text, by the model's tokenizer.
 
-    Raises TooManyQuestions where the held-out rows have fewer different ones.
+    Raises TooManyQuestions where the held-out rows have fewer.
     """
-    chats = {key: chat for chat in map(json.loads, held_out) if (key := _question_of(chat))}
-    if not 0 < count <= len(chats):
-        rows = f"the held-out rows have {len(chats):,} different questions"
-        raise TooManyQuestions(count, len(chats), rows)
-    drawn = random.Random(SPLIT_SEED).sample(list(chats.values()), count)
-    of_train = Counter(_answer_of(json.loads(line)) for line in train)
-    expected = [_answer_of(chat) for chat in drawn]
-    every = of_train + Counter(_answer_of(chat) for chat in chats.values())
-    score: Literal["exact", "json", "contains"] = "contains"
-    if all(isinstance(_as_object(answer), dict) for answer in every):
-        score = "json"
-    elif find_labels(every):
-        score = "exact"
-    lines = []
-    for chat, answer in zip(drawn, expected, strict=True):
-        value = _as_object(answer) if score == "json" else answer
-        question = {"messages": chat["messages"][:-1], "expected": value}
-        lines.append(json.dumps(question, ensure_ascii=False).encode(errors="surrogatepass"))
-    usual = of_train.most_common(1)[0][0]
-    extra = EXTRA_TOKENS_OF_A_LABEL if score == "exact" else EXTRA_TOKENS
-    longest = max(len(answer.encode(errors="surrogatepass")) for answer in expected)
+    texts = [RowTexts.of(line, FieldNames()) for line in train]
+    trained = {question for one in texts for question in one.asked}
+    questions: dict[str, _Question] = {}
+    for line in held_out:
+        turns = json.loads(line)["messages"]
+        if _is_askable(line, turns):
+            key = RowTexts.of(line, FieldNames()).question
+            asked = questions.setdefault(key, _Question(turns[:-1]))
+            asked.answers.append(str(turns[-1]["content"]))
+    new = [asked for key, asked in questions.items() if key not in trained]
+    if not 0 < count <= len(new):
+        rows = f"the held-out rows have {len(new):,} different ones that train does not ask"
+        raise TooManyQuestions(count, len(new), rows)
+    longest = {id(asked): max(map(count_tokens, asked.answers)) for asked in new}
+    short = [asked for asked in new if longest[id(asked)] <= USUAL_ANSWER_TOKENS]
+    pool = short if len(short) >= count else new
+    drawn = random.Random(SPLIT_SEED).sample(pool, count)
+    every = Counter([one.answer for one in texts])
+    every += Counter(answer for asked in new for answer in asked.answers)
+    score = choose_score(every)
+    accepted = [asked.accepted(score) for asked in drawn]
+    ((key, right),) = Counter(key for keys in accepted for key in keys).most_common(1)
+    fixed = next(keys[key] for keys in accepted if key in keys)
+    told = {"that train asks too": len(questions) - len(new)}
+    told[f"with an answer of more than {USUAL_ANSWER_TOKENS} tokens"] = len(new) - len(pool)
+    extra = EXTRA_TOKENS_OF_A_LABEL if score == "exact" and find_labels(every) else EXTRA_TOKENS
     return EvalSet(
-        tuple(lines),
+        tuple(asked.write(score) for asked in drawn),
         score,
-        min(MAX_ANSWER_TOKENS, longest + extra),
-        (usual, expected.count(usual)),
-        Counter(expected).most_common(1)[0],
+        max(longest[id(asked)] for asked in drawn) + extra,
+        (fixed, right),
+        "".join(f"; not asked: {n:,} {what}" for what, n in told.items() if n),
     )
 
 
-def _question_of(chat: dict[str, Any]) -> str:
-    """All turns but the answer as one text; empty where no eval set can ask it."""
-    turns = chat["messages"]
+def choose_score(answers: Iterable[str]) -> Literal["exact", "json", "number"]:
+    """The score that tells all these answers from wrong ones: json, number or exact.
+
+    Labels are compared exactly, although they be numbers. `contains` is none of them: it finds `no`
+    in `I know nothing`, and 12 in 120.
+    """
+    counts = Counter(answers)
+    if all(map(_as_object, counts)):
+        return "json"
+    if not find_labels(counts) and None not in map(_as_number, counts):
+        return "number"
+    return "exact"
+
+
+def _is_askable(line: bytes, turns: list[dict[str, Any]]) -> bool:
+    """Whether an eval set can hold the question: text alone, no tools, a user's turn at its end."""
     is_plain = all(set(turn) == {"role", "content"} for turn in turns)
     roles = [turn["role"] for turn in turns[-2:]]
-    if "tools" in chat or not is_plain or roles != ["user", "assistant"]:
-        return ""
-    return json.dumps(turns[:-1])
+    return "tools" not in json.loads(line) and is_plain and roles == ["user", "assistant"]
 
 
-def _answer_of(chat: dict[str, Any]) -> str:
-    return str(chat["messages"][-1].get("content"))
+def _compared(answer: str, score: str) -> str:
+    """What the score compares of an answer."""
+    if score == "exact":
+        return normalise_white_space(answer)
+    value = json.loads(answer) if score == "json" else _as_number(answer)
+    return json.dumps(value, sort_keys=True)
 
 
 def _as_object(answer: str) -> Any:
-    """The JSON object in an answer; None for any other text."""
+    """The JSON object in an answer; None for any other text, and for an empty object."""
     try:
         value = json.loads(answer)
     except ValueError:
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and value else None
+
+
+def _as_number(answer: str) -> int | float | None:
+    """The number that an answer is; None for any other text, and for one of too many digits."""
+    if _NUMBER.fullmatch(text := answer.strip()) is None:
+        return None
+    exact = Decimal(text.replace(",", "").replace("\u2212", "-"))
+    value = float(exact) if "." in text else int(exact)
+    return value if Decimal(repr(value)) == exact else None

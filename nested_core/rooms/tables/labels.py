@@ -47,22 +47,18 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
                 if not 0 < len(answer) <= MAX_LABEL_CHARACTERS or len(own) > MAX_LABELS:
                     return
     labels = find_labels(sum(counts.values(), Counter[str]()))
-    shown = {label: label if label == label.strip() else repr(label) for label in labels}
-    rows = [(shown[label], *(_share(own, label) for own in counts.values())) for label in labels]
+    rows = [
+        (
+            label if label == label.strip() else repr(label),
+            *(_share(own, label) for own in counts.values()),
+        )
+        for label in labels
+    ]
     if rows:
         yield Table("How often each answer is given", ("answer", *counts), rows)
-    alike: dict[str, list[str]] = {}
-    for label in labels:
-        alike.setdefault(" ".join(label.casefold().split()), []).append(repr(label))
-    for same in alike.values():
-        if len(same) > 1:
-            yield Text(
-                f"warning: the labels {' and '.join(same)} differ in case or spaces alone. Write "
-                f"them in one way if they mean the same."
-            )
     trained = next(iter(counts), "")
     for label in labels:
-        if not counts[trained][label]:
+        if not counts[trained][label] and labels[label] > 1:  # one given once is no label
             yield Text(
                 f"warning: no row of {trained} has the label {shorten(label)!r}, which other "
                 f"splits have: it will not be learnt. Shuffle the rows before they are split."
@@ -88,8 +84,7 @@ def tabulate_labels_of_answers(
         name: of the eval set.
         answers: model, expected answer, answer and score, from 0 to 1, of each model in turn.
 
-    Beside them stand the share that the most frequent label alone would get, the labels that the
-    last model was never right for, and the wrong answer that it gives most often.
+    Beside them is the share that the most frequent label alone would get.
     """
     if not answers:
         return
@@ -116,21 +111,3 @@ def tabulate_labels_of_answers(
             f"labels apart, whatever its loss says."
         )
         yield Text(text, "warn")
-    never = [
-        f"{shorten(label, 60)!r} (0 of {count})"
-        for label, count in labels.items()
-        if not right[judged, label]
-    ]
-    if never and answered:
-        yield Text(f"{judged} was never right for {', '.join(never)}")
-    wrong = Counter(
-        (label, answer.strip())
-        for model, label, answer, score in answers
-        if model == judged and score < 1
-    )
-    if wrong:
-        (label, answer), count = wrong.most_common(1)[0]
-        yield Text(
-            f"The wrong answer that {judged} gives most often is {shorten(answer, 60)!r} where "
-            f"{shorten(label, 60)!r} is right: {count} of {labels[str(label)]} questions"
-        )

@@ -310,8 +310,9 @@ class ChunkedCrossEntropy:
 
         The function takes parameter values, tokens (batch, width) and the positions whose loss
         counts: indices (n,) into the flattened batch of batch * (width - 1) target tokens, where -1
-        is padding. Its loss equals that of `differentiable_loss` bit for bit if the output layer
-        gives a position the same logits in a chunk of any size, as on a CPU.
+        is padding. Its loss equals that of `differentiable_loss` within rounding, and bit for bit
+        if the output layer gives a position the same logits in a chunk of any size. A CPU's does
+        under some kernels of OpenBLAS, such as SkylakeX's, and not under Haswell's.
 
         assign: puts parameter values into the model.
         """

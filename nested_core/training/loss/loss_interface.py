@@ -73,6 +73,7 @@ class Loss:
             few positions in memory at a time; None if it keeps those of a whole batch.
         begin: called by every rank before a run is trained or goes on, for what takes long; who
             only asks what a run would need builds the loss without it.
+        rows_to_begin: the rows that `begin` puts through the model before the first step.
     """
 
     function: LossFunction
@@ -83,6 +84,7 @@ class Loss:
     fit_to_model: Callable[[nn.Module, ParameterRefs], Loss] | None = None
     compile_chunked_evaluation: Callable[[Callable[[Flat], None]], EvaluateBatch] | None = None
     begin: Callable[[], None] = lambda: None
+    rows_to_begin: int = 0
 
     def for_model(self, model: nn.Module, parameters: ParameterRefs) -> Loss:
         """Return the form of this loss for a model with these trainable parameters."""

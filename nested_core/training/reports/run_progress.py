@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,11 @@ from nested_core.records.metrics import describe_tasks
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
+from nested_core.storage.validation_losses import read_step_losses
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
+from nested_core.text.value_format import format_count
 
 
 @dataclass
@@ -164,6 +166,13 @@ class RunProgress:
             for sample in answered["samples"]
         ]
 
+    def describe_length(self, result: Mapping[str, Any]) -> str:
+        """Say how many steps result.json has, and whether early stopping ended training."""
+        step: int = result["step"]
+        if self.plan is None or result["ended"] != "patience":
+            return f"trained {format_count(step, 'step')}"
+        return f"trained {step:,} of {format_count(self.plan.steps, 'step')} (early stopping)"
+
     def describe_offered_adapter(self, adapter_step: int) -> str:
         """Say which step's adapter is offered, and by which criterion it was selected.
 
@@ -177,15 +186,27 @@ class RunProgress:
         chosen = next((r for r in self.records if r["step"] == adapter_step and r.get("tasks")), {})
         if self.plan is None:
             return text
-        if not self.plan.offers_best or evaluated.get(adapter_step) is None:
+        candidates = self._find_candidates()
+        if not self.plan.offers_best or adapter_step not in candidates & evaluated.keys():
             return f"{text}, the last one"
-        loss = format_loss(evaluated[adapter_step])
+        of_all = f"of {len(candidates)}"
+        if len(candidates) < len(evaluated):
+            noun = format_count(len(candidates), "step")
+            of_all = f"of {noun} at which all tiers had been updated"
         if self.plan.select_by in chosen.get("tasks", {}):
-            return f"{text}, the most right answers of {len(evaluated)} ({describe_tasks(chosen)})"
+            return f"{text}, the most right answers {of_all} ({describe_tasks(chosen)})"
+        loss = format_loss(evaluated[adapter_step])
         return (
-            f"{text}, the lowest validation loss of {len(evaluated)} "
+            f"{text}, the lowest validation loss {of_all} "
             f"({loss}; {self.plan.describe_validation()})"
         )
+
+    def _find_candidates(self) -> set[int]:
+        """Return the evaluated steps that the run could offer; empty if they cannot be read."""
+        try:
+            return {losses.step for losses in read_step_losses(self.run.validation_losses)}
+        except (DamagedError, OSError):  # the gate reports it; this only displays
+            return set()
 
     def describe_stages(self) -> Iterator[str]:
         """Yield a line for each stage after training, with the time that it took."""

@@ -187,7 +187,7 @@ class BucketedSchedule:
         return (self._make_own_arrays(valid, batch) for batch in batches)
 
     def validation_targets(self) -> tuple[Int32, Int64] | None:
-        """Return line and target tokens of each example in `val_batches`, longest examples first.
+        """Return digest and target tokens of each example in `val_batches`, longest examples first.
 
         None without a validation set.
         """
@@ -201,7 +201,7 @@ class BucketedSchedule:
         by_example = config.training.loss is not None  # the loss of a room counts examples
         tokens = [1 if by_example else int(valid.example_mask(row)[1:].sum()) for row in rows]
         valid.release_pages()
-        return valid.lines[rows], np.array(tokens, np.int64)
+        return valid.contents[rows], np.array(tokens, np.int64)
 
     def seed_step(self, step: int) -> None:
         """Seed from the run's seed and the step, so that a resumed run has nothing to restore."""

@@ -11,6 +11,7 @@ from mlx_lm.lora import CONFIG_DEFAULTS
 from nested_core import ConfigError, FineTuneConfig
 from nested_core.config.loading import parse_config, parse_task
 from nested_core.config.resume import refuse_differences_on_resume
+from tests.left_out import needs_rooms
 
 DIFFERS = {"adapter_path", "train", "config"}  # said in FineTuneConfig, and done by flags
 SCHEDULE = {"name": "cosine_decay", "arguments": [1e-5, 100]}
@@ -265,6 +266,9 @@ class TestPartsThatHaveToAgree:
         assert parse_config({"optimizer": "lion"}, source="").optimizer == "lion"
         (line,) = problems(optimizer="lioness")
         assert line.startswith("optimizer: 'lioness' is no optimizer; there are ['adadelta', ")
+
+    @needs_rooms("reference")
+    def test_a_reference_run_has_the_optimizers_of_mlx_lm(self) -> None:
         assert problems(optimizer="lion", training={"reference": "mlx_lm"}) == [
             "training.reference: mlx_lm.lora knows nothing of optimizer lion"
         ]

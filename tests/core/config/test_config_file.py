@@ -16,6 +16,7 @@ from nested_core import ConfigError, FineTuneConfig, load_config
 from nested_core.config.key_properties import iterate_keys
 from nested_core.config.loading import MAX_YAML_BYTES, parse_yaml, read_yaml, render_config
 from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
+from tests.left_out import needs_rooms
 
 Write = Callable[[str | bytes], Path]
 yaml_like = st.text("{}[]:,-?|>'\"#%&*!@<= \n\tab1e.~").map(str.encode)
@@ -310,12 +311,13 @@ def test_every_problem_is_told_at_once_with_its_line(write: Write) -> None:
     found = {line.split(":")[0].strip(): line for line in refused_lines(write(REFUSED))}
     assert found["learning_rte"].endswith("did you mean learning_rate? (line 2)")
     assert found["nested"].endswith(
-        "learning_rate_scale needs one number a tier (2), got 1 (line 3)"
+        "learning_rate_scale needs one number a tier (2), got 1 (line 5)"
     )
     assert found["hf_dataset.1.trian_split"].endswith("did you mean train_split? (line 10)")
     assert found["training.supervise"].endswith("found 'some' (line 13)")
 
 
+@needs_rooms("ranks")
 def test_what_keys_ask_of_each_other_is_told_beside_what_is_wrong_with_one(write: Write) -> None:
     found = refused_lines(write(REFUSED))
     assert "  continual.from: champion needs a registry path and name" in found
@@ -359,6 +361,9 @@ def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
         ("max_steps", "did you mean iters? (it counts micro-batches, theirs counts optimizer"),
         ("sample_packing", "sample_packing is not needed: "),
         ("base", "did you mean model?"),
+        ("assistant_only_loss", "did you mean training.supervise? (all trains on every answer"),
+        ("train_on_inputs", "did you mean training.supervise? (all trains on every answer of a"),
+        ("mask_history", "did you mean mask_prompt? (both train on the last answer of a chat"),
         ("quantization", "quantization is not a key here: give a base model that is quantised"),
     ],
 )

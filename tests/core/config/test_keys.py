@@ -13,6 +13,7 @@ from nested_core import ConfigError, FineTuneConfig
 from nested_core.config.key_properties import (
     iterate_configured_paths,
     iterate_keys,
+    settings_that_make_loss,
     settings_that_shape_adapter,
 )
 from nested_core.config.loading import parse_config
@@ -131,6 +132,22 @@ def test_a_key_of_a_section_has_its_own_place_or_else_the_section_s() -> None:
         "inner.report": "output",
     }
     assert settings_that_shape_adapter(Outer()) == {"inner": {"rate": 1.0}}
+
+
+def test_each_key_says_what_it_makes_of_a_loss() -> None:
+    keys = {each.name: each.in_loss for each in iterate_keys(FineTuneConfig) if each.in_loss}
+    rows = {name for name, in_loss in keys.items() if in_loss == "rows"}
+    assert rows >= {"data", "hf_dataset", "hf_dataset.train_split", "val_batches", "gate.held_out"}
+    assert keys.keys() - rows == {
+        *("model", "trust_remote_code", "max_seq_length", "mask_prompt", "data_format"),
+        *("prompt_feature", "completion_feature", "text_feature", "chat_feature", "drop_fields"),
+        *("data_policy.overlong", "data_policy.roles"),
+        *("training.loss", "training.loss_config", "training.supervise", "training.precision"),
+        "training.reference",
+    }
+    made_of = settings_that_make_loss(parse_config({"max_seq_length": 64}, source="a test"))
+    assert (made_of["max_seq_length"], made_of["training.loss_config"]) == (64, {})
+    assert not {"model", "data", "val_batches"} & made_of.keys()
 
 
 def test_files_in_a_list_are_paths_and_the_word_lineage_is_none() -> None:

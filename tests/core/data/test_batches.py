@@ -41,7 +41,7 @@ def split_of(lengths: list[int], learnt: list[bool] | None = None) -> TokenizedS
     supervised = np.resize([True] if learnt is None else learnt, len(tokens))
     supervised[starts[:-1]] = False
     lines = np.arange(1, len(lengths) + 1, dtype=np.int32)
-    return TokenizedSplit(tokens, supervised, starts, lines)
+    return TokenizedSplit(tokens, supervised, starts, lines, lines.astype(np.uint64))
 
 
 @given(lengths_lists, batch_sizes, seeds, st.integers(0, 5))
@@ -168,7 +168,9 @@ def test_supervised_tokens_are_counted_by_example(lengths: list[int], learnt: li
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     mask = np.resize(learnt, starts[-1])
     lines = np.arange(len(lengths), dtype=np.int32)
-    split = TokenizedSplit(np.zeros(starts[-1], np.int32), mask, starts, lines)
+    split = TokenizedSplit(
+        np.zeros(starts[-1], np.int32), mask, starts, lines, lines.astype(np.uint64)
+    )
     expected = [int(split.example_mask(row).sum()) for row in range(len(split))]
     assert split.count_supervised().tolist() == expected
 
@@ -283,6 +285,7 @@ def test_an_example_without_tokens_is_a_row_without_targets() -> None:
         target_mask=np.array([False, True, True, True]),
         starts=np.array([0, 4, 4]),
         lines=np.array([1, 2], np.int32),
+        contents=np.array([1, 2], np.uint64),
     )
     tokens, target_mask = make_batch_arrays(split, BatchRows(np.array([0, 1], np.int32), 3), 2)
     assert tokens.tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]

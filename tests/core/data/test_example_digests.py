@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
 
 from nested_core.data import example_digests
-from nested_core.data.example_digests import decode_digests, encode_digests
+from nested_core.data.example_digests import TrainedRows, decode_digests, encode_digests
+from nested_core.data.lines.example_parsing import FieldNames, parse_line
+from nested_core.data.lines.line_rows import digest_example
+
+TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 
 
 def test_digests_are_kept_once_and_in_order() -> None:
@@ -14,7 +21,32 @@ def test_digests_are_kept_once_and_in_order() -> None:
     assert decode_digests(encode_digests(given)).tolist() == [0, 3, 2**64 - 1]
 
 
-def test_too_many_are_not_kept_and_a_warning_says_what_follows(monkeypatch) -> None:
+def test_too_many_are_not_recorded_and_what_was_trained_on_is_then_not_known(monkeypatch) -> None:
     monkeypatch.setattr(example_digests, "MAX_RECORDED_DIGESTS", 2)
-    with pytest.warns(UserWarning, match="the 3 examples .* later verdicts cannot leave them out"):
-        assert encode_digests(np.arange(3, dtype=np.uint64)) is None
+    recorded = TrainedRows(np.arange(3, dtype=np.uint64)).to_json()
+    assert "more than 2" in str(TrainedRows.from_json(recorded, "it").unknown)
+
+
+def test_digests_of_tokens_as_earlier_versions_recorded_them_are_not_known() -> None:
+    earlier = {"training_examples": encode_digests(np.arange(3, dtype=np.uint64))}
+    rows = TrainedRows.from_json(earlier, "version 0123")
+    assert (rows.digests.size, rows.unknown) == (
+        0,
+        "no record says by its content which rows version 0123 was trained on",
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Who?", "completion": "Me."},
+        {"prompt": " who? ", "completion": "ME."},
+        {"messages": [*TURNS[:1], TURNS[1] | {"weight": 1}]},
+        {"messages": TURNS, "loss_mask": [1, 1]},
+    ],
+)
+def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str, Any]) -> None:
+    own = digest_example(parse_line(json.dumps({"messages": TURNS}).encode(), FieldNames()))
+    assert digest_example(parse_line(json.dumps(row).encode(), FieldNames())) == own
+    other = {"prompt": "Who?", "completion": "You."}
+    assert digest_example(parse_line(json.dumps(other).encode(), FieldNames())) != own

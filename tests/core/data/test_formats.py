@@ -108,7 +108,7 @@ def test_every_format_gives_the_digest_of_the_same_jsonl(suffix, kind, tmp_path)
 def test_two_files_for_one_split_are_refused_by_name(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", TEXTS)
     write_rows(tmp_path / "train.csv", TEXTS)
-    with pytest.raises(ConfigError, match=re.escape("holds train.jsonl and train.csv")):
+    with pytest.raises(ConfigError, match=re.escape("holds train.csv and train.jsonl")):
         judge(tmp_path)
 
 

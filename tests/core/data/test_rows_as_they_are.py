@@ -467,6 +467,12 @@ BROKEN_ROWS: dict[str, tuple[Any, ...]] = {
         "preference-pair: drop_fields: [label]",
         [{"prompt": text, "completion": "Yes.", "label": True} for text in "ab"],
     ),
+    "a bad answer that ends a chat": (
+        {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "No."}]}
+        | {"label": False},
+        "preference-pair: label: false marks an answer that is not to be learnt",
+        [{"prompt": text, "completion": "Yes.", "label": True} for text in "ab"],
+    ),
     "a preference pair of Alpaca's": (
         {"instruction": "a", "input": "b"} | PAIR,
         "preference-pair: set prompt_feature: instruction, completion_feature: chosen and "

@@ -19,7 +19,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from tests.builders.data_sets import found_in, load
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
-from tests.left_out import slow_except
+from tests.left_out import needs_rooms, slow_except
 
 CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}
 TOOL = {"type": "function", "function": {"name": "river", "parameters": {"type": "object"}}}
@@ -229,6 +229,7 @@ def test_a_chat_of_many_turns_is_tokenised_once(tokenizer: TokenizerSource) -> N
     assert tokenised == []  # the rendered text is, without the template
 
 
+@needs_rooms("reference")
 def test_a_reference_run_refuses_to_learn_every_turn() -> None:
     values = {"training": {"reference": "mlx_lm", "supervise": "all"}}
     with pytest.raises(ConfigError, match=r"knows nothing of training\.supervise"):

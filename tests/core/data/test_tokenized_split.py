@@ -232,5 +232,7 @@ def write_arrays(folder: Path, lengths: Any) -> None:
             some = lengths[first : first + 1_000]
             tokens = [token for length in some for token in range(length)]
             write_token_part(folder / "part", tokens, bytes(len(tokens)))
-            joined.append_part(folder / "part", np.arange(first, first + len(some)), some)
+            records = np.zeros(len(some), [("line", "<i4"), ("length", "<i4"), ("content", "<u8")])
+            records["length"] = some
+            joined.append_part(folder / "part", records)
     write_manifest_and_open_tokens(folder)

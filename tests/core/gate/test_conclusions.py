@@ -263,7 +263,17 @@ def quantile_of(steps: np.ndarray[Any, Any]) -> float:
     champion = np.ones(steps.shape[1])
     chosen = steps[steps.mean(axis=1).argmin()]
     judged = losses_of(chosen - 1, champion=champion)
-    return Candidates(len(steps), judged.lines, steps).quantile(judged, champion, len(champion))
+    return Candidates(len(steps), judged.contents, steps).quantile(judged, champion, len(champion))
+
+
+def test_candidates_are_paired_by_what_the_examples_are_in_any_order_of_the_file() -> None:
+    steps = steps_of(200, 24, 0, drift=0.9)
+    judged = losses_of(steps[0] - 1, champion=np.ones(200))
+    order = np.random.default_rng(1).permutation(200)
+    shuffled = losses_of(steps[0][order] - 1, contents=np.arange(1, 201, dtype=np.uint64)[order])
+    family = Candidates(24, judged.contents, steps)
+    both = [family.quantile(each, np.ones(200), 200) for each in (judged, shuffled)]
+    assert both[0] == both[1]
 
 
 def test_steps_that_differ_little_cost_less_than_steps_of_their_own() -> None:
@@ -283,7 +293,7 @@ def test_the_best_of_equal_steps_is_rarely_promoted() -> None:
         steps = steps_of(30, 24, seed, drift=0.9)
         champion = np.ones(30)
         judged = losses_of(steps[steps.mean(axis=1).argmin()] - 1, champion=champion)
-        found = summarise_champion("c", judged, candidates=Candidates(24, judged.lines, steps))
+        found = summarise_champion("c", judged, candidates=Candidates(24, judged.contents, steps))
         assert found.interval is not None
         lucky += found.interval[1] < 0
         told += found.conclusion == "better"
@@ -332,7 +342,7 @@ def test_evaluations_are_kept_cut_back_on_resume_and_read_as_candidates(tmp_path
     path = tmp_path / "validation-losses.jsonl"
     assert read_candidates(path).count == 1
     for step, loss in ((10, 2.0), (20, 1.0), (30, 0.5), (30, 0.25)):
-        append_step_losses(path, StepLosses(step=step, lines=[4, 7], losses=[loss, None]))
+        append_step_losses(path, StepLosses(step=step, contents=[4, 7], losses=[loss, None]))
     candidates = read_candidates(path)
     assert candidates.count == 3
     assert candidates.losses is not None

@@ -15,10 +15,11 @@ import pytest
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.example_digests import decode_digests, digest_examples, encode_digests
+from nested_core.data.example_digests import TrainedRows, decode_digests
 from nested_core.gate.judge import run_gate_checks
 from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.losses.held_out_loss import LoadedBase, read_nonempty_splits
+from nested_core.measure.losses.left_out_examples import read_run_rows
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.answers import read_answers
 from nested_core.records.judged_run import read_judged_run
@@ -29,6 +30,7 @@ from nested_core.records.verdict_table import check_table
 from nested_core.registry import promote, register
 from nested_core.registry.policy import set_policy
 from nested_core.storage.adapter import write_adapter
+from nested_core.storage.atomic import write_json
 from tests.builders.candidates import Candidate, shifted
 from tests.builders.judged_adapters import pass_by_hand
 from tests.builders.suites import note_who_is_asked, task, write_suite
@@ -52,7 +54,8 @@ class Challenger(Candidate):
         adapter.mkdir(parents=True)
         changed = {name: change(tensor) for name, tensor in self.trained.items()}
         write_adapter(adapter, changed, described | (settings or {}))
-        version = register(pass_by_hand(adapter.parent), self.registry, NAME, provenance)
+        known = TrainedRows().to_json() | provenance
+        version = register(pass_by_hand(adapter.parent), self.registry, NAME, known)
         promote(self.registry, NAME, version, by="ann")
         return version
 
@@ -175,7 +178,7 @@ def test_a_champion_of_another_base_is_not_compared_and_not_replaced_by_itself(c
 
 def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(challenger) -> None:
     held_out = challenger.held_out()
-    champion = challenger.meet(halve, training_examples=encode_digests(held_out.digests[:3]))
+    champion = challenger.meet(halve, **TrainedRows(held_out.digests[:3]).to_json())
     found = challenger.compare()
     assert (found.left_out, found.examples) == (3, len(held_out.split) - 3)
     losses = read_example_losses(challenger.run.gate_losses)
@@ -187,11 +190,29 @@ def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(chal
 
 
 def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(challenger) -> None:
-    digests = encode_digests(challenger.held_out().digests)
-    champion = challenger.meet(halve, training_examples=digests)
+    champion = challenger.meet(halve, **TrainedRows(challenger.held_out().digests).to_json())
     challenger.judge()
     challenger.confirm()
     assert "nothing is left to compare by" in challenger.decide(champion)
+
+
+def test_where_what_the_champion_was_trained_on_is_not_known_a_person_decides(challenger) -> None:
+    champion = challenger.meet(halve, example_identity=None)  # digests of tokens, as they once were
+    found = challenger.compare()
+    assert (found.left_out, found.difference) == (None, None)
+    assert f"which rows version {champion[:12]} was trained on" in str(found.not_compared)
+    challenger.confirm()
+    assert challenger.decide(champion, promote="always").endswith("a person decides")
+
+
+def test_a_run_that_goes_on_from_an_unknown_adapter_says_so_and_promotes_nothing(challenger):
+    own = read_run_rows(challenger.run)
+    write_json(challenger.run.training_examples, (own | TrainedRows(unknown="it")).to_json())
+    validation = challenger.judge().validation
+    assert validation.left_out is None
+    assert "what an adapter before it was trained on is not known" in " ".join(validation.doubts())
+    challenger.confirm()
+    assert challenger.decide(None, promote="always").endswith("a person decides")
 
 
 @pytest.mark.slow("judges a night of its own")
@@ -200,7 +221,7 @@ def test_provenance_holds_a_digest_of_every_training_example(challenger: Challen
     version = register_run(challenger.config, read_judged_run(challenger.run.path), None).version
     path = challenger.registry / NAME / "versions" / version / "provenance.json"
     recorded = decode_digests(json.loads(path.read_text())["training_examples"])
-    own = digest_examples(read_nonempty_splits(challenger.config, challenger.run)["train"])
+    own = read_nonempty_splits(challenger.config, challenger.run)["train"].contents
     np.testing.assert_array_equal(recorded, np.unique(own))
 
 

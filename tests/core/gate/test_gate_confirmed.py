@@ -26,7 +26,7 @@ CHECKPOINT = f"checkpoints/step-{STEPS:07d}"
 ADAPTER = ("adapters.safetensors", "adapter_config.json")
 FILES = (
     *("config.yaml", "dataset.json", "tiers.json", "metrics.jsonl", "result.json"),
-    *("gate-losses.jsonl", "training-examples.bin", "validation-losses.jsonl"),
+    *("gate-losses.jsonl", "training-examples.json", "validation-losses.jsonl"),
     "sample-answers.jsonl",
     *(f"{folder}/{name}" for folder in ("initial", "adapter", CHECKPOINT) for name in ADAPTER),
     *(f"{CHECKPOINT}/{name}" for name in ("optimizer.safetensors", "state.json", "MANIFEST.json")),

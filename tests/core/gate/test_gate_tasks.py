@@ -223,8 +223,11 @@ def test_a_run_that_went_on_from_an_adapter_is_compared_with_it_and_pays_for_its
 @pytest.mark.parametrize("kind", ["dora", "full"])
 def test_other_kinds_of_adapters_begin_as_the_base_too(tmp_path: Path, kind: str) -> None:
     suite = write_suite(tmp_path / "suite.jsonl", count=5)
+    rows = [{"text": f"The capital of {country} is {capital}."} for country, capital in KNOWN[:4]]
+    write_lines(tmp_path / "data" / "train.jsonl", rows)
+    changes: dict[str, Any] = {"data": str(tmp_path / "data"), "mask_prompt": False}
     gate = {"tasks": [task(suite)]}
-    done = train_candidate(tmp_path / "run", fine_tune_type=kind, iters=4, gate=gate)
+    done = train_candidate(tmp_path / "run", fine_tune_type=kind, iters=4, gate=gate, **changes)
     (result,) = done.verdict().tasks
     assert result.parent is None
     assert result.base == 1.0

@@ -11,7 +11,6 @@ import pytest
 
 from nested_core.backend import to_float
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
-from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import (
     assign_parameters,
     read_parameters,
@@ -26,7 +25,7 @@ SEED = 7
 
 
 def gradients_of(
-    model: nn.Module, *, recomputed: slice, as_mlx_lm: bool = False, compiled: bool = True
+    model: nn.Module, *, recomputed: slice, keep_masks: bool = True, compiled: bool = True
 ) -> tuple[float, Flat, list[int]]:
     """Loss, gradients and random state after one micro-batch, as a train step computes them."""
     refs = reference_trainable_parameters(model)
@@ -42,7 +41,10 @@ def gradients_of(
     if compiled:
         gradient = mx.compile(gradient, inputs=[state], outputs=[state])
     layers = model.layers[recomputed]
-    with using_optimized_layers(model, layers, as_mlx_lm=as_mlx_lm), restoring_parameters(refs):
+    with (
+        checkpointing_layers(layers, keep_dropout_masks=keep_masks),
+        restoring_parameters(refs),
+    ):
         mx.random.seed(SEED)
         value, gradients = gradient(params, *loss.prepare_batch(batch()))
         mx.eval(value, gradients, state)
@@ -66,12 +68,12 @@ def test_dropout_has_the_masks_and_gradients_that_it_has_without_recomputation(
     assert state_after == state  # and what is drawn next is the same
 
 
-def test_the_reference_draws_new_masks_as_mlx_lm_does() -> None:
-    """`training.reference: mlx_lm` stays mlx_lm to the bit; and the check above can fail."""
+def test_without_their_masks_recomputed_layers_draw_new_ones_as_in_mlx_lm() -> None:
+    """`training.reference: mlx_lm` asks for it; and the check above can fail."""
     model = build("llama", dropout=0.4)
     model.train()
-    _, expected, _ = gradients_of(model, recomputed=NONE, as_mlx_lm=True)
-    _, found, _ = gradients_of(model, recomputed=ALL, as_mlx_lm=True)
+    _, expected, _ = gradients_of(model, recomputed=NONE, keep_masks=False)
+    _, found, _ = gradients_of(model, recomputed=ALL, keep_masks=False)
     assert largest_difference(found, expected) > 0.1
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
+from mlx_lm.models.activations import swiglu as plain_swiglu
 
 from nested_core.kernels.patching import replacing_call, replacing_function
-from nested_core.kernels.swiglu import plain_swiglu
 from tests.architectures import build, leave_by_error
 
 

@@ -23,7 +23,7 @@ from nested_core.training.loss.cross_entropy import (
     chain_chunks,
 )
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
-from tests.core.kernels.arrays import normal
+from tests.arrays import normal
 
 KINDS: list[dict[str, Any]] = [
     {"group_size": 32, "bits": 4},

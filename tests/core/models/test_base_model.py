@@ -225,3 +225,31 @@ def test_a_config_of_a_model_that_is_no_object_is_damaged(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(DamagedError, match=r"config\.json holds a list\. Expected a JSON object"):
         context_length(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "advice"),
+    [
+        (("pytorch_model.bin",), "llama", "weights of PyTorch alone. .* `mlx_lm.convert --hf-path"),
+        (("model-Q8_0.gguf",), "llama", "It is a GGUF file, which mlx-lm does not train"),
+        (
+            ("model.safetensors",),
+            "bert",
+            "no language model of the type bert. Give one that it has",
+        ),
+    ],
+)
+def test_a_model_of_another_form_is_refused_with_what_to_do(
+    tmp_path: Path, files: tuple[str, ...], kind: str, advice: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"could not be loaded: .*{advice}"):
+        load_base_model(example_config(model=str(tmp_path)))
+
+
+def test_a_gguf_as_the_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"a\.gguf is a GGUF file, which mlx-lm does not train"):
+        find_model_folder(str(tmp_path / "a.gguf"))

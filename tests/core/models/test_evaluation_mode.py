@@ -12,7 +12,6 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.kernels.call_tracing import trace_calls
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.loss.cross_entropy import find_output_head
@@ -34,11 +33,12 @@ def probed(model: nn.Module) -> None:
     starts, lines = np.arange(0, 45, 9), np.arange(1, 5, dtype=np.int32)
     tokens, learnt = np.arange(36, dtype=np.int32), np.arange(36) % 9 > 0
     config = FineTuneConfig.model_validate({"nested": {"probe_batches": 1}})
-    measure_parameter_importance(config, model, TokenizedSplit(tokens, learnt, starts, lines))
+    measure_parameter_importance(
+        config, model, TokenizedSplit(tokens, learnt, starts, lines, lines.astype(np.uint64))
+    )
 
 
 USES: dict[str, Callable[[nn.Module], Any]] = {
-    "watching": trace_calls,
     "head": lambda model: find_output_head(model, reference_trainable_parameters(model)),
     "loss": evaluated,
     "logits": asked,

@@ -13,7 +13,9 @@ import pytest
 
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.measure.losses.left_out_examples import read_run_rows
 from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import (
     champion_or_none,
@@ -21,7 +23,11 @@ from nested_core.pipeline.continual import (
     find_kept_champion,
     find_reason_to_skip,
 )
-from nested_core.pipeline.publishing import read_run_examples, register_run
+from nested_core.pipeline.publishing import (
+    read_run_examples,
+    register_and_promote_run,
+    register_run,
+)
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
@@ -142,7 +148,40 @@ def test_the_next_run_starts_from_the_champion_and_is_judged_against_it(
     assert (recorded["parent"], recorded["champion_at_gate"]) == (parent, parent)
     assert champion_or_none(folder / "registry", NAME) == version
     note = describe_starting_adapter(configure(folder, "tuesday"), run)
-    assert note == f"starting from version {parent[:12]} of capitals at 0.3 of the learning rate"
+    assert note == f"starting from version {parent[:12]} of capitals"
+
+
+def test_another_registry_gets_all_rows_of_a_nights_ancestors_and_no_version_of_the_first(
+    tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    run = RunDirectory(shutil.copytree(tuesday[0].path, tmp_path / "run"))
+    register_and_promote_run(run, tmp_path / "live" / "registry", NAME, by="ann")
+    recorded = provenance_of(tmp_path / "live", tuesday[1])
+    rows = TrainedRows.from_json(recorded, "it")
+    assert (rows.digests.size, rows.unknown) == (30, None)  # Monday's 20 and Tuesday's 20, 10 twice
+    assert (recorded["parent"], recorded["champion_at_gate"]) == (None, None)
+
+
+def test_a_run_knows_from_its_beginning_what_the_runs_adapter_that_it_goes_on_from_learnt(
+    folder: Path, monday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    file = str(monday[0].adapter / "adapters.safetensors")
+    config = example_config(data=str(folder / "tuesday"), iters=4, resume_adapter_file=file)
+    rows = read_run_rows(prepare(config, tmp_path / "run"))
+    assert (rows.digests.size, rows.unknown) == (30, None)
+
+
+def test_a_night_from_a_champion_of_another_chat_template_warns_and_knows_its_rows(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    base = shutil.copytree(MODEL, tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] += " "
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = configure(folder, "monday", model=str(base), max_seq_length=14)
+    with pytest.warns(UserWarning, match="champion .* trained with another chat template"):
+        run = prepare(config, tmp_path / "run")
+    assert read_run_rows(run).digests.size == 30
 
 
 def unchanged(folder: Path, path: Path, data: str, **changes: Any) -> str | None:

@@ -177,4 +177,4 @@ def test_a_sample_with_a_token_that_the_model_has_no_row_for_is_refused(tmp_path
     (model / "tokenizer.json").write_text(json.dumps(stored))
     config = example_config(model=str(model), samples=["<|order|>Where to?"])
     with pytest.raises(ConfigError, match=rf"^samples: .*<\|order\|> has id {size}, the model has"):
-        require_askable_suites(config)
+        require_askable_suites(config, None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.builders.data_sets import load, write_lines
+from tests.core.report.verdicts import SUITE
 from tests.example import example_config
 from tests.gate_files import judged_files, read_gate, write_gate
 from tests.runs import not_registered
@@ -90,6 +92,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         data: str = "d1",
         verdict: str = "passed",
         initial_digest: str = "0" * 64,
+        tasks: Sequence[dict[str, Any]] = (),
     ) -> RunDirectory:
         run = RunDirectory(tmp_path / f"run-{value}")
         run.adapter.mkdir(parents=True)
@@ -100,7 +103,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         initial = {"path": "initial", "digest": initial_digest}
         reasons = [{"code": "unchanged", "message": "Nothing moved."}]
         gate: Any = {"verdict": verdict, "reasons": [] if verdict == "passed" else reasons}
-        gate |= {"initial": initial, "adapter_step": 8, "tensors": []}
+        gate |= {"initial": initial, "adapter_step": 8, "tensors": [], "tasks": list(tasks)}
         judged = {f"adapter/{name}": describe_file(run.adapter / name) for name in ADAPTER_FILES}
         write_gate(run.path, gate | {"trained": trained, "validation": validation}, judged)
         splits = {
@@ -152,6 +155,31 @@ def publish(configure: Configure) -> Callable[..., Decision]:
         return register_run(config, read_judged_run(run.path), champion)
 
     return publish
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        (
+            {"candidate": 0.2, "constant": 0.2},
+            r"above the base's.*3 of 15 right \(one fixed answer: 3",
+        ),
+        (
+            {"champion_difference": -1 / 15, "conclusion": "inconclusive"},
+            "worse than the champion's",
+        ),
+    ],
+)
+def test_better_needs_answers_that_show_learning_and_are_no_worse_than_the_champions(
+    make_run, publish, tmp_path: Path, fields, why
+) -> None:
+    champion = {"champion": 1.0} if "champion_difference" in fields else {}
+    run = make_run(1.0, tasks=[SUITE | {"constant": 0.2} | champion | fields])
+    assert re.search(why, outcome(publish(run, promote="better")))
+    done = publish(run, promote="always")
+    assert outcome(done).startswith("promoted")
+    if "candidate" in fields:
+        assert "3 of 15 right" in (warning(tmp_path / "registry", done) or "")
 
 
 def outcome(result: Decision) -> str:

@@ -73,3 +73,48 @@ def test_the_summary_has_the_loss_in_that_spelling_and_what_speaks_against_it() 
     assert (
         "; capitals: 0 of 15 right before, 14 of 15 after (difference +0.933" in verdict.summary()
     )
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([{"candidate": 0.0, "constant": 0.2}], "0 of 15 right (one fixed answer: 3)"),
+        ([{"candidate": 0.2, "constant": 0.2}], "3 of 15 right (one fixed answer: 3)"),
+        ([{"base": 0.4, "candidate": 0.2, "constant": 0.2}], None),
+        ([{"base": 0.4, "candidate": 0.4, "constant": 0.2}], "6 of 15 right (base: 6)"),
+        ([{"base": 0.4, "candidate": 0.4, "constant": None}], "6 of 15 right (base: 6)"),
+        (
+            [{}, {"name": "hard", "candidate": 0.0, "constant": 1 / 15}],
+            "hard: 0 of 15 right (one fixed answer: 1)",
+        ),
+    ],
+)
+def test_answers_that_show_no_learning_stand_in_the_words_and_are_never_green(tasks, words) -> None:
+    words = words or "3 of 15 right (base: 6, one fixed answer: 3)"
+    losses = LOSSES | {"conclusion": "better", "difference": -3.12, "interval": [-3.2, -3.0]}
+    verdict = make_verdict(validation=losses, tasks=[SUITE | task for task in tasks])
+    assert verdict.describe() == f"passed, better loss; {words}"
+    assert verdict.summary().startswith(f"passed, better loss; {words}: ")
+    assert verdict.describe_losses().endswith(words)
+    assert verdict.tone == "warn"
+    inconclusive = make_verdict(
+        validation=losses | {"conclusion": "inconclusive", "margin": 0.1},
+        tasks=verdict.to_json()["tasks"],
+    )
+    assert inconclusive.describe_passed().startswith("passed, inconclusive loss: -3.1 nats/token")
+    assert make_verdict(tasks=[SUITE | task for task in tasks]).describe() == f"passed; {words}"
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        [{"constant": 0.2}],
+        [{"base": 1.0, "candidate": 1.0, "constant": 0.2}],
+        [{"constant": 0.2}, {"name": "guard", "base": 0.6, "candidate": 0.6, "constant": 0.2}],
+    ],
+)
+def test_answers_above_the_base_and_any_constant_one_lengthen_no_words(tasks) -> None:
+    losses = LOSSES | {"conclusion": "better", "difference": -3.12, "interval": [-3.2, -3.0]}
+    verdict = make_verdict(validation=losses, tasks=[SUITE | task for task in tasks])
+    assert verdict.describe() == "passed, better"
+    assert verdict.tone == "good"

@@ -198,7 +198,7 @@ def test_a_removal_that_was_cut_short_is_finished_without_losing_a_row(tmp_path)
     for number in range(2, 12):
         place = tmp_path / "data"
         examples = RunExamples([question(1), question(number)], [])
-        store_examples(tmp_path, "one", examples, [], confirm=lambda: None)
+        store_examples(tmp_path, "one", examples, confirm=lambda: None)
         (larger,) = place.glob("*.jsonl")
         drop_rows(tmp_path, "one", {digest_row(question(number))}, confirm=lambda: None)
         calls = count()
@@ -216,7 +216,7 @@ def test_a_removal_that_was_cut_short_is_finished_without_losing_a_row(tmp_path)
 def test_a_file_with_a_line_too_many_is_written_again_under_its_own_name(tmp_path):
     (tmp_path / "versions").mkdir()
     examples = RunExamples([question(1)], [])
-    store_examples(tmp_path, "one", examples, [], confirm=lambda: None)
+    store_examples(tmp_path, "one", examples, confirm=lambda: None)
     (pack,) = (tmp_path / "data").glob("*.jsonl")
     content = pack.read_bytes()
     pack.write_bytes(content + b"{}\n")
@@ -252,6 +252,27 @@ def test_a_bounded_store_keeps_the_newest_versions_and_of_one_alone_what_fits(tm
     assert [row for row in rows if row in train] == train
     assert read_stored_data(registry, NAME, third) is None
     assert sum(path.stat().st_size for path in (registry / NAME / "data").glob("*.jsonl")) <= 250
+    assert_settled(registry)
+
+
+def test_over_its_bound_the_store_drops_what_is_not_of_the_champions_lineage_first(tmp_path):
+    registry = tmp_path / "registry"
+    nights: list[str] = []
+    for seed in range(1, 5):  # 2 goes on from 1; 3 and 4 go on from nobody, and are not promoted
+        run = write_run(tmp_path / f"run-{seed}", seed, initial=(nights or ["1" * 64])[0])
+        rows = [question(10 * seed + each) for each in range(3)]
+        examples = RunExamples(rows[:2], rows[2:], 500)
+        facts = {"parent": nights[0]} if seed == 2 else {}
+        nights.append(register(run, registry, NAME, facts, examples=examples))
+        if seed < 3:
+            promote(registry, NAME, nights[-1], by="ann")
+    assert read_stored_data(registry, NAME, nights[2]) is None
+    assert [len(rows_of(registry, night)[0]) for night in nights[:2]] == [2, 2]
+    add_night(tmp_path, 5, [question(50)], [question(51)], max_bytes=200)
+    assert read_stored_data(registry, NAME, nights[3]) is None
+    oldest = read_stored_data(registry, NAME, nights[0])
+    assert oldest is not None
+    assert (len(oldest.train), len(oldest.held_out), oldest.missing) == (0, 1, 2)
     assert_settled(registry)
 
 

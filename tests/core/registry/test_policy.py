@@ -50,7 +50,7 @@ SUITE = {"name": "capitals", "file": "/suites/capitals.jsonl", "score": "contain
 
 
 ROUTES: dict[str, Callable[[Path, str, str | None, str], Decision]] = {
-    "fine-tune, sweep": lambda registry, version, champion, mode: promote_by_policy(
+    "fine-tune": lambda registry, version, champion, mode: promote_by_policy(
         section(registry, mode), version, champion
     ),
     "event": lambda registry, version, champion, mode: promote_by_recorded_policy(
@@ -109,6 +109,20 @@ def test_a_reference_of_nights_is_the_champion_of_so_many_promotions_ago(judged,
     assert read_reference(registry, NAME) == versions[2]
     rollback(registry, NAME, by="ann")  # leaves 5: 2 promotions ago is still 3
     assert read_reference(registry, NAME) == versions[2]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_reference_that_is_not_there_promotes_nothing_but_a_first_version(
+    judged: Judged, registry: Path, route: str
+) -> None:
+    first = judged(1)
+    set_keys(registry, promote="always", reference="nights:1")
+    assert ROUTES[route](registry, first, None, "always").outcome == "promoted"
+    other = judged(2)
+    rollback(registry, NAME, to=other, by="ann")  # which was never promoted, and bars the first
+    version = judged(3, champion=other)
+    told = ROUTES[route](registry, version, other, "always").sentence
+    assert told.startswith("the reference is not there (policy reference: nights:1)")
 
 
 @pytest.mark.parametrize("wanted", ["nights:0", "nights:x", "abcdef", "champion"])

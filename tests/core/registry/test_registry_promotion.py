@@ -19,6 +19,7 @@ from nested_core.registry import (
     read_champion,
     rollback,
 )
+from nested_core.registry.ledger import read_ledger
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import read_manifest
 from tests.core.registry.states import NAME
@@ -194,6 +195,24 @@ def test_person_who_promotes_by_name_lifts_the_bar(three, registry):
     assert promote(registry, NAME, second, by="ann").outcome == "promoted"
     promote(registry, NAME, third, by="ann")
     assert promote(registry, NAME, second, by="flow", automatic=True).outcome == "promoted"
+
+
+@pytest.mark.parametrize("steps", [(None, 2), (0, 2), (0, None), (None, None, 2)])
+def test_who_goes_back_to_what_a_rollback_left_undoes_it_and_bars_nothing(three, registry, steps):
+    promote(registry, NAME, three[2], by="ann")
+    for step in steps:
+        rollback(registry, NAME, to=None if step is None else three[step], by="ann")
+    ledger = read_ledger(registry / NAME)
+    assert (ledger.champion, ledger.recent_champions(2)[-1]) == (three[2], three[2])
+    barred = {three[1]} if steps == (None, None, 2) else set()  # which the second rollback left
+    assert ledger.barred_versions().keys() == barred
+
+
+def test_a_rollback_to_a_version_that_was_never_left_bars_the_one_that_it_leaves(three, registry):
+    promote(registry, NAME, three[2], by="ann")
+    rollback(registry, NAME, by="ann")
+    rollback(registry, NAME, to=three[0], by="ann")
+    assert read_ledger(registry / NAME).barred_versions().keys() == {*three[1:]}
 
 
 @pytest.mark.parametrize(

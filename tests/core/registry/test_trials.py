@@ -19,7 +19,7 @@ CONDITIONS = "c0" * 32
 
 
 def trial(conditions: str = CONDITIONS, reason: str = "loss_regressed") -> Trial:
-    return Trial(Outcome.WORSE, conditions, "da" * 32, "5e" * 32, "night", reason)
+    return Trial(Outcome.WORSE, conditions, "da" * 32, "5e" * 32, "night", "ad" * 32, reason)
 
 
 def asked(registry: Path) -> RegistrySection:

@@ -18,7 +18,7 @@ def split_of(*examples: list[int]) -> TokenizedSplit:
     tokens = np.array([token for example in examples for token in example], np.int32)
     starts = np.array([0, *accumulate(map(len, examples))], np.int64)
     lines = np.arange(1, len(examples) + 1, dtype=np.int32)
-    return TokenizedSplit(tokens, tokens > 0, starts, lines)
+    return TokenizedSplit(tokens, tokens > 0, starts, lines, lines.astype(np.uint64))
 
 
 def test_prompts_differ_where_all_examples_begin_with_one_system_prompt() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,19 @@ def test_an_adapter_file_of_other_settings_is_refused_with_both_values(
     with pytest.raises(ConfigError, match=named):
         prepare(example_config(resume_adapter_file=file, **settings), tmp_path / "run")
     assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_an_adapter_of_another_model_is_refused_in_at_most_14_lines(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    recorded = {"base_fingerprint": f"{FINGERPRINT_PREFIX}{'0a' * 32}", "num_layers": 9}
+    file = copy_adapter(every_step.run.adapter, tmp_path / "adapter", **recorded)
+    other = {"lora_parameters": {"rank": 4, "scale": 8.0}}
+    with pytest.raises(ConfigError) as error:
+        prepare(example_config(resume_adapter_file=file, **other), tmp_path / "run")
+    message = str(error.value).replace(str(tmp_path), "")
+    assert sum(len(textwrap.wrap(line, 80)) for line in message.splitlines()) <= 14
+    assert "rank: 8, now 4" in message
 
 
 def test_an_adapter_file_whose_layers_are_named_otherwise_is_the_same_adapter(

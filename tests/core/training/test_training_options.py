@@ -190,10 +190,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
     return done, target
 
 
-def test_an_export_has_the_file_names_of_mlx_lm(exported: tuple[Finished, Path]) -> None:
+def test_an_export_has_the_file_names_of_mlx_lm_and_says_what_it_was_trained_on(
+    exported: tuple[Finished, Path],
+) -> None:
     names = {path.name for path in exported[1].iterdir()}
     snapshots = {f"{iteration:07d}_adapters.safetensors" for iteration in (3, 6)}
-    assert names == {"adapters.safetensors", "adapter_config.json", *snapshots}
+    ours = "training-examples.json"
+    assert names == {"adapters.safetensors", "adapter_config.json", ours, *snapshots}
 
 
 def test_an_export_is_the_runs_adapter_and_its_snapshots_the_checkpoints(exported) -> None:

@@ -190,6 +190,14 @@ def test_where_answers_only_show_they_are_asked_four_times_in_a_short_run(tmp_pa
     assert TrainingState.from_json(done.trainer.state.to_json()).asked_step == 16
 
 
+@pytest.mark.slow("trains a run of its own, with questions")
+def test_they_are_asked_at_the_evaluation_that_ends_training_early(tmp_path: Path) -> None:
+    watched = {"evaluate_tasks": ["capitals"], "early_stop_patience": 1, "min_delta": 100.0}
+    config = example_config(**settings(iters=80, steps_per_eval=2, training=watched))
+    done = train(config, prepare(config, tmp_path / "run"))
+    assert [r["step"] for r in done.metrics() if "tasks" in r] == [0, 4]  # else at steps 20, 40 ...
+
+
 def test_questions_are_asked_at_evaluations_alone(tmp_path: Path) -> None:
     config = example_config(**settings(val_batches=0))
     with pytest.raises(ConfigError, match="questions are asked at evaluations"):

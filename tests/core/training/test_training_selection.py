@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nested_core.config.sections import GateSection
+from nested_core.errors import ConfigError
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.checkpoint_verification import (
@@ -77,11 +78,27 @@ def test_without_a_validation_set_the_last_adapter_is_offered(tmp_path: Path) ->
 def test_training_stops_early_after_evaluations_without_enough_improvement(tmp_path: Path) -> None:
     patience: dict[str, Any] = {"early_stop_patience": 2, "min_delta": 100.0}
     done = train_example(tmp_path / "run", iters=40, steps_per_eval=3, training=patience)
-    assert list(evaluations(done)) == [0, 3, 6]
-    assert done.result.step == 6
-    state = json.loads((checkpoint_path(done.run.checkpoints, 6) / STATE_NAME).read_bytes())
-    assert state["ended"] is True
+    assert list(evaluations(done)) == [0, 3, 6, 9, 12]  # all tiers are updated from step 4 on
+    assert (done.result.step, done.result.ended) == (12, "patience")
+    state = json.loads((checkpoint_path(done.run.checkpoints, 12) / STATE_NAME).read_bytes())
+    assert state["ended"] == "patience"
     assert steps.train(done.config, done.run) == done.result
+    # An end is stored: neither a last evaluation that was better nor more iterations undo it.
+    done.trainer.state.evaluations_without_improvement = 0
+    done.trainer._saver.save(done.trainer.state)
+    done.run.result.unlink()
+    longer = done.config.model_copy(update={"iters": 50})
+    again = steps.train(longer, done.run)
+    assert (again.step, again.adapter_step) == (12, done.result.adapter_step)
+
+
+def test_a_run_is_not_resumed_with_fewer_iterations_than_its_newest_checkpoint(overshot) -> None:
+    recorded = overshot.run.config.read_bytes()
+    fewer = overshot.config.model_copy(update={"iters": 13})
+    with pytest.raises(ConfigError, match=r"iters: 13, since its newest checkpoint has 14 already"):
+        steps.write_run_config(fewer, overshot.run, resume=True)
+    assert overshot.run.config.read_bytes() == recorded
+    steps.write_run_config(overshot.config, overshot.run, resume=True)
 
 
 @pytest.mark.slow("trains and evaluates")

@@ -34,7 +34,8 @@ def test_the_best_is_the_first_candidate_with_the_lowest_loss() -> None:
 
 def test_the_untrained_start_is_never_the_best() -> None:
     state = evaluated([1.0])
-    assert (state.best_step, state.best_val_loss, state.lowest_val_loss) == (None, None, 1.0)
+    assert (state.best_step, state.best_val_loss, state.lowest_val_loss) == (None, None, None)
+    assert state.evaluations_without_improvement == 0
 
 
 def test_only_a_new_best_among_the_candidates_is_told_as_one() -> None:
@@ -52,6 +53,7 @@ def test_a_flush_at_the_step_of_the_best_brings_back_the_best_before_it() -> Non
     assert state.steps_to_keep(may_flush=False) == [4]
     state.record_gradient_flush()
     assert (state.best_step, state.best_val_loss) == (2, 2.0)
+    assert (state.lowest_val_loss, state.evaluations_without_improvement) == (2.0, 1)
     worse, better = replace(state), replace(state)
     assert not worse.record_evaluation(2.1, is_candidate=True)
     assert (worse.best_step, worse.steps_to_keep(may_flush=True)) == (2, [2])
@@ -73,8 +75,31 @@ def test_patience_counts_evaluations_that_are_not_better_by_min_delta() -> None:
 
 
 def test_steps_too_small_for_min_delta_add_up() -> None:
-    state = evaluated([4.0, 3.96, 3.92, 3.88], min_delta=0.1)
+    state = evaluated([9.0, 4.0, 3.96, 3.92, 3.88], min_delta=0.1)
     assert (state.lowest_val_loss, state.evaluations_without_improvement) == (3.88, 0)
+
+
+@pytest.mark.parametrize(("flushes", "counted"), [(False, 1), (True, 3)])
+def test_patience_counts_where_training_could_end_with_an_adapter_to_offer(
+    flushes, counted
+) -> None:
+    state = TrainingState()
+    for step, loss in enumerate([1.0, 2.0, 2.0, 2.0, 2.0]):  # tier 1 is first updated at step 3
+        state.step = step
+        state.record_evaluation(loss, is_candidate=step >= 3)
+        count_evaluations_without_improvement(state, loss, min_delta=0.0, flushes=flushes)
+    assert state.evaluations_without_improvement == counted
+
+
+def test_where_answers_select_the_step_patience_goes_by_answers() -> None:
+    state = TrainingState()
+    counts = []
+    for step, (loss, wrong) in enumerate([(1.0, 0.8), (1.1, 0.6), (0.9, 0.7), (1.0, 0.6)], 1):
+        state.step = step
+        state.record_evaluation(loss, is_candidate=True, wrong=wrong)
+        count_evaluations_without_improvement(state, loss, min_delta=0.2)
+        counts.append(state.evaluations_without_improvement)
+    assert counts == [0, 0, 1, 2]  # as many wrong: the loss fell by less than min_delta
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -82,8 +107,8 @@ def test_a_loss_that_is_no_number_is_no_best_and_nothing_is_measured_against_it(
     state = evaluated([broken, broken, 3.0, broken, 2.0])
     assert (state.best_step, state.best_val_loss, state.lowest_val_loss) == (4, 2.0, 2.0)
     assert state.evaluations_without_improvement == 0
-    state = evaluated([4.0, broken, broken])
-    assert (state.best_step, state.lowest_val_loss) == (None, 4.0)
+    state = evaluated([5.0, 4.0, broken, broken])
+    assert (state.best_step, state.lowest_val_loss) == (1, 4.0)
     assert state.evaluations_without_improvement == 2
 
 

@@ -404,7 +404,6 @@ def test_a_run_passes_and_the_adapter_it_began_from_does_not(
 ) -> None:
     rate = 1e-4 if fine_tune_type == "full" else 2e-3
     run = train_example(tmp_path / "run", fine_tune_type=fine_tune_type, learning_rate=rate).run
-    run.training_examples.write_bytes(bytes(8))  # as the gate leaves it; no weights of a pickle
     assert find_adapters(run.path, str(MODEL)) == ([run.adapter], [])
     assert audit_adapter(run.adapter, base).reasons == []
     assert [reason.code for reason in audit_adapter(run.initial, base).reasons] == ["no_effect"]

@@ -32,7 +32,7 @@ def test_one_prompt_is_answered_by_both_as_plain_mlx_lm_answers_it(command_run) 
     (base,) = generate_answers(str(MODEL), [QUESTION], max_tokens=12)
     (trained,) = generate_answers(str(MODEL), [QUESTION], adapter=adapter, max_tokens=12)
     assert done.code == 0
-    assert done.stdout.splitlines() == [f"base:    {base}", f"adapter: {trained}"]
+    assert done.stdout.splitlines() == [f"adapter: {trained}", f"base:    {base}"]
     assert base != trained
 
 
@@ -44,7 +44,7 @@ def test_a_champion_is_asked_by_registry_and_name_a_line_at_a_time(
     done = ask(tmp_path / "registry" / "capitals", tmp_path)
     assert done.code == 0
     lines = done.stdout.splitlines()
-    assert [line.partition(":")[0] for line in lines] == ["base", "adapter"] * 2
+    assert [line.partition(":")[0] for line in lines] == ["adapter", "base"] * 2
     assert lines[:2] == lines[2:]  # a new conversation remembers nothing
 
 
@@ -79,7 +79,8 @@ def test_two_adapters_and_the_base_answer_in_turn_and_are_saved(
     for side, adapter in adapters.items():
         expected = generate_answers(str(MODEL), asked, adapter=adapter, max_tokens=12)
         assert [row["answers"][side].strip() for row in rows] == expected
-    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == [*adapters] * 2
+    shown = [line.partition(": ")[0] for line in done.stdout.splitlines()]
+    assert shown == ["run", str(smaller), "base"] * 2
     assert ask("run", command_run.folder, *words).code == 0  # adds to what was saved
     assert len(saved.read_text().splitlines()) == 4
 
@@ -195,3 +196,47 @@ def test_text_of_a_model_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "base:    \\x1b[2J\nadapter: [red]a\\nb\n"
     cells = [list(column.cells) for column in lay_out({"base": "\x07", "adapter": "[b]"}).columns]
     assert [str(cell) for column in cells for cell in column] == ["\\x07", "[b]"]
+
+
+def test_the_system_text_that_all_rows_share_begins_a_conversation_unless_another_is_given(
+    command_run: CommandRun, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(command_run.run_dir, tmp_path / "run"))
+    dataset = json.loads((run / "dataset.json").read_text())
+    assert dataset["prompt_format"] == {"is_chat": True, "system": None, "tools": None}
+    dataset["prompt_format"]["system"] = "Say a city."
+    (run / "dataset.json").write_text(json.dumps(dataset))
+    said = []
+    for name, words in {
+        "its own": (),
+        "none": ("--system", ""),
+        "other": ("--system", "X"),
+    }.items():
+        saved = tmp_path / f"{name}.jsonl"
+        done = ask(run, tmp_path, *words, "--prompt", QUESTION, "--save", saved)
+        assert done.code == 0, done.stderr
+        said.append(json.loads(saved.read_text())["system"])
+        assert ("system text of its training rows" in done.stderr) == (name == "its own")
+    assert said == ["Say a city.", None, "X"]
+
+
+def test_the_adapters_line_is_whole_before_the_base_begins_which_is_cut_off_sooner(
+    capsys: pytest.CaptureFixture[str], command_run: CommandRun
+) -> None:
+    adapters = {"adapter": command_run.run_dir / "adapter"}
+    both = SideBySide(adapters, model=str(MODEL), trust_remote_code=False)
+    question = [{"role": "user", "content": QUESTION}]
+    pieces = list(both.stream_answers(dict.fromkeys(both.sides, question), Sampling(12), 3))
+    assert list(dict.fromkeys(side for side, _ in pieces)) == ["adapter", "base"]
+    assert sum(side == "base" for side, _ in pieces) <= 4  # the last is what remains to be decoded
+    seen = []
+
+    def watched():
+        for side, piece in pieces:
+            seen.append((side, capsys.readouterr().out))
+            yield side, piece
+
+    show_answers(watched(), both.sides)
+    before_base = "".join(out for side, out in seen[: [side for side, _ in seen].index("base") + 1])
+    trained = "".join(piece for side, piece in pieces if side == "adapter").strip()
+    assert before_base == f"adapter: {trained}"

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.records.paired_difference import PairedDifference
+from nested_core.records.losses import ExampleLosses
+from nested_core.records.paired_difference import PairedDifference, compare_pairs
 from nested_core.records.verdict import Reason
 from nested_core.rooms.compare.comparison import _describe_difference, compare_runs
-from tests.runs import HOSTILE_ROW, add_metrics, begin_run, finished_run, write_plan_of
+from tests.runs import (
+    HOSTILE_ROW,
+    add_metrics,
+    begin_run,
+    finished_run,
+    judge,
+    make_verdict,
+    write_plan_of,
+)
 
 
 def test_only_the_settings_that_differ_are_compared(tmp_path: Path) -> None:
@@ -47,6 +59,76 @@ def test_losses_of_a_file_outside_of_the_data_are_not_compared(tmp_path: Path) -
     assert comparison.has_same_held_out_examples() is False
     assert comparison.paired_with_first() == [None, None]
     assert "may have been measured on different" in comparison.to_html()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"training": {"loss": "simpo", "loss_config": {"gamma": 0.0}}}, "training.loss_config"),
+        ({"training": {"loss": "dpo"}}, "training.loss, training.loss_config"),
+        ({"max_seq_length": 512}, "max_seq_length"),
+        ({"prompt_feature": "question"}, "prompt_feature"),
+    ],
+)
+def test_losses_that_are_made_otherwise_are_not_compared(
+    tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    training = {"loss": "simpo", "loss_config": {"gamma": 1.0}} if "training" in changes else {}
+    one = finished_run(tmp_path / "one", training=training)
+    runs = [
+        one,
+        finished_run(tmp_path / "two", **changes),
+        finished_run(tmp_path / "three", training=training),
+    ]
+    comparison = compare_runs([run.path for run in runs])
+    _, other, same = comparison.paired_with_first()
+    assert other is None
+    assert same is not None
+    losses = comparison.to_json()["losses"]
+    assert losses["no_difference_because"] == [None, f"it has another {reason}", None]
+    said = f"The loss of two is no comparison with that of one: it has another {reason}."
+    assert said in comparison.to_html()
+
+
+def test_losses_with_another_tokenizer_or_base_model_are_not_compared(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / name) for name in ("one", "tokenizer", "base", "unknown")]
+    _, tokenizer, base, unknown = runs
+    written = tokenizer.dataset.read_text().replace("70" * 32, "71" * 32)
+    tokenizer.dataset.write_text(written)
+    config = base.initial / "adapter_config.json"
+    config.write_text(json.dumps({"base_fingerprint": "e" * 64}))
+    (unknown.initial / "adapter_config.json").unlink()
+    assert compare_runs([run.path for run in runs]).reasons_not_paired() == [
+        None,
+        "it has another tokenizer",
+        "it has another base model",
+        "what it is made of is not known",
+    ]
+
+
+def test_rows_of_a_prompt_are_drawn_together_and_rows_that_were_trained_on_are_left_out(
+    tmp_path: Path,
+) -> None:
+    generator = np.random.default_rng(0)
+    prompts = np.repeat(np.arange(8), 6)
+    before = np.full(48, 3.0)
+    losses = []
+    for left_out in (3, 40):
+        after = before + generator.normal(-0.1, 0.1, 8)[prompts] + generator.normal(0, 0.01, 48)
+        columns = ExampleLosses("valid.jsonl", np.arange(1, 49), np.ones(48), before, after)
+        is_left_out = np.arange(48) == left_out
+        losses.append(replace(columns, clusters=prompts, left_out=is_left_out))
+    runs = [finished_run(tmp_path / name) for name in ("one", "two")]
+    for run, own in zip(runs, losses, strict=True):
+        judge(run, make_verdict(own, step=8), own, "How much?")
+    (_, found) = compare_runs([run.path for run in runs]).paired_with_first()
+    is_counted = ~np.isin(np.arange(48), (3, 40))
+    one, two = (own.after[is_counted] for own in losses)
+    expected = compare_pairs(one, two, None, prompts[is_counted])
+    assert found is not None
+    assert found.examples == 8
+    figures = [(each.mean, each.low, each.high) for each in (found, expected)]
+    assert figures[0] == pytest.approx(figures[1])
 
 
 def test_a_rejected_and_a_going_run_are_compared_too(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from nested_core import backend
-from nested_core.kernels.optimized_model import describe_layers
 from nested_core.rooms.cuda import expert_mlps
 from nested_core.rooms.cuda.expert_mlps import (
     FEWEST_SORTED_ROWS,
@@ -19,9 +18,10 @@ from nested_core.rooms.cuda.expert_mlps import (
     take_rows,
     using_expert_mlps,
 )
+from nested_core.rooms.cuda.operations import describe_cuda_layers
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
-from tests.core.kernels.arrays import normal
+from tests.arrays import normal
 
 # MLX multiplies sorted rows of float32 in TF32 on CUDA.
 LOSS, GRADIENTS, ROUNDING = (1e-3, 5e-3, 5e-3) if backend.computes_on_cuda() else (2e-6, 5e-5, 1e-5)
@@ -152,5 +152,7 @@ def test_modules_are_given_back_after_an_error(on_cuda: None) -> None:
 def test_the_line_about_layers_counts_those_of_experts(on_cuda: None) -> None:
     model = build("olmoe")
     count = sum("lora_a" in module for _, module in model.named_modules())
-    assert f"{count} of {count} with an adapter use nested-tune's code" in describe_layers(model)
-    assert "LoRASwitchLinear is mlx-lm's" in describe_layers(build("olmoe", dropout=0.1))
+    assert f"{count} of {count} with an adapter use nested-tune's code" in describe_cuda_layers(
+        model
+    )
+    assert "LoRASwitchLinear is mlx-lm's" in describe_cuda_layers(build("olmoe", dropout=0.1))

@@ -12,9 +12,9 @@ import pytest
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.call_tracing import GatedMLP, find_gated_mlps, trace_calls
 from nested_core.optim.gradients import Flat
 from nested_core.rooms.cuda import fused_mlp
+from nested_core.rooms.cuda.call_tracing import GatedMLP, find_gated_mlps, trace_calls
 from nested_core.rooms.cuda.fused_mlp import (
     find_fusable_mlps,
     make_fused_mlp_call,
@@ -22,7 +22,7 @@ from nested_core.rooms.cuda.fused_mlp import (
 )
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import Outcome, batch, build, largest_difference, outcome, require_near
-from tests.core.kernels.arrays import normal
+from tests.arrays import normal
 
 COMPILES = pytest.mark.slow("compiles another model")
 MODELS = [("llama", False), ("qwen2", False), ("granite", False), ("cohere", False)]

@@ -10,13 +10,13 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
-from nested_core.kernels.call_tracing import CallTrace, find_gated_mlps, trace_calls
-from nested_core.kernels.lora_linear import GROUP_ATTRIBUTE, OptimizedLoRALinear
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.rooms.cuda import fused_mlp, gated_mlp, lora_add, rms_norm, rope, swiglu
+from nested_core.rooms.cuda.call_tracing import CallTrace, find_gated_mlps, trace_calls
 from nested_core.rooms.cuda.fused_mlp import find_fusable_mlps, using_fused_mlps
+from nested_core.rooms.cuda.lora_linear import GROUP_ATTRIBUTE, OptimizedLoRALinear
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import (
     batch,

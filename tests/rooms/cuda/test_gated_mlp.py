@@ -11,7 +11,7 @@ from mlx_lm.models.activations import swiglu
 from nested_core.rooms.cuda import gated_mlp, lora_add
 from nested_core.rooms.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
 from nested_core.rooms.cuda.lora_add import LowRankSumTerms
-from tests.core.kernels.arrays import is_near, note_launches
+from tests.arrays import is_near, note_launches
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 RANKS = 8, 24, 16  # of gate, of up, and of the gradient

@@ -12,7 +12,7 @@ from nested_core import backend
 from nested_core.rooms.cuda import lora_add
 from nested_core.rooms.cuda.kernel_launch import COMPILED_TILE_COUNTS, MAX_THREADS_PER_BLOCK
 from nested_core.rooms.cuda.lora_add import LowRankSumTerms
-from tests.core.kernels.arrays import is_near, normal, note_launches
+from tests.arrays import is_near, normal, note_launches
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from nested_core import backend
-from nested_core.kernels.device_operations import device_operations
-from nested_core.kernels.optimized_model import describe_layers
 from nested_core.kernels.self_check import CheckedKernel
 from nested_core.rooms.cuda import lora_add, lora_matmuls
+from nested_core.rooms.cuda.operations import describe_cuda_layers
 from tests.architectures import build
 
 
@@ -30,9 +29,9 @@ def test_kernels_are_checked_ahead_for_ranks_that_one_takes_and_on_cuda_alone(
             for other in kernels:
                 patch.setattr(other, "agrees_with_reference", lambda tiles: True)
             patch.setattr(kernel, "agrees_with_reference", checked.append)
-            device_operations().check_kernels([0, 4, 12, 72])
+            lora_matmuls.check_lora_kernels([0, 4, 12, 72])
             assert checked == []
-            device_operations().check_kernels([24, 8, 40, 24])
+            lora_matmuls.check_lora_kernels([24, 8, 40, 24])
         assert checked == ([1, 3, 6] if has_cuda else [])
 
 
@@ -40,7 +39,7 @@ def test_a_line_says_which_layers_the_kernels_take(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "device", lambda: "gpu")
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(CheckedKernel, "is_usable", lambda self, *variant: True)
-    said = describe_layers(build("llama", rank=12))
+    said = describe_cuda_layers(build("llama", rank=12))
     assert "0 gated MLPs" in said
     assert "no kernel takes rank 12" in said
-    assert "2 gated MLPs are one function each" in describe_layers(build("llama", rank=8))
+    assert "2 gated MLPs are one function each" in describe_cuda_layers(build("llama", rank=8))

@@ -10,19 +10,19 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels.device_operations import (
-    Pairs,
-    factor_gradients_in_mlx,
-    has_kernel_for_rank,
-    project_to_rank_in_mlx,
-)
+from nested_core.kernels.device_operations import has_kernel_for_rank
 from nested_core.rooms.cuda import lora_matmuls
 from nested_core.rooms.cuda.kernel_launch import (
     COMPILED_TILE_COUNTS,
     MAX_THREADS_PER_BLOCK,
     tiles_of_smallest_kernel,
 )
-from tests.core.kernels.arrays import normal
+from nested_core.rooms.cuda.lora_matmuls import (
+    Pairs,
+    factor_gradients_in_mlx,
+    project_to_rank_in_mlx,
+)
+from tests.arrays import normal
 
 SIZES = ((8, 64), (16, 128), (8, 192), (64, 64), (24, 128), (8, 64))  # rank and width
 

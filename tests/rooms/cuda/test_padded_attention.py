@@ -8,9 +8,12 @@ import mlx.core as mx
 import pytest
 
 from nested_core.backend import to_float
-from nested_core.kernels.blocked_attention import plain_attention
 from nested_core.rooms.cuda import padded_attention
-from nested_core.rooms.cuda.padded_attention import change_length_in_mlx, make_padded_attention
+from nested_core.rooms.cuda.padded_attention import (
+    change_length_in_mlx,
+    make_padded_attention,
+    plain_attention,
+)
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, outcome, require_near, uncompiled
 

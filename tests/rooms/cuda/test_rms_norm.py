@@ -13,7 +13,7 @@ from nested_core.backend import to_float
 from nested_core.rooms.cuda import rms_norm
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, kinds_of, largest_difference, leave_by_error, outcome
-from tests.core.kernels.arrays import normal, note_launches
+from tests.arrays import normal, note_launches
 from tests.left_out import slow_except
 
 WIDTH = 40

@@ -14,7 +14,7 @@ from nested_core import backend
 from nested_core.rooms.cuda import rope
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, kinds_of, outcome, require_near
-from tests.core.kernels.arrays import is_near, normal
+from tests.arrays import is_near, normal
 from tests.left_out import slow_except
 
 WIDTH = 48

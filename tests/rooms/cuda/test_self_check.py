@@ -11,9 +11,8 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import device_operations
+from nested_core.kernels.device_operations import concatenate_in_mlx
 from nested_core.kernels.self_check import CheckedKernel
-from nested_core.kernels.swiglu import plain_swiglu
 from nested_core.rooms.cuda import (
     concatenate,
     gated_delta_kernels,
@@ -25,6 +24,7 @@ from nested_core.rooms.cuda import (
     rope,
     swiglu,
 )
+from nested_core.rooms.cuda.call_tracing import plain_swiglu
 from nested_core.rooms.delta_nets import gated_delta
 from tests.left_out import slow_except
 
@@ -69,10 +69,10 @@ class Check:
 
 CHECKS = {
     "project": Check(
-        lora_matmuls.project_to_rank_on_cuda, device_operations.project_to_rank_in_mlx, 1, (3,)
+        lora_matmuls.project_to_rank_on_cuda, lora_matmuls.project_to_rank_in_mlx, 1, (3,)
     ),
     "factor gradients": Check(
-        lora_matmuls.factor_gradients_on_cuda, device_operations.factor_gradients_in_mlx, 2, (3,)
+        lora_matmuls.factor_gradients_on_cuda, lora_matmuls.factor_gradients_in_mlx, 2, (3,)
     ),
     "low-rank sums": Check(lora_add.low_rank_sums_on_cuda, lora_add.low_rank_sums_in_mlx, 2, (3,)),
     "mlp": Check(gated_mlp.gated_product_on_cuda, gated_mlp.gated_product_in_mlx, 1, (3,)),
@@ -83,7 +83,7 @@ CHECKS = {
     "swiglu gradients": Check(swiglu.swiglu_gradients_on_cuda, swiglu.swiglu_gradients_in_mlx, 2),
     "rope": Check(rope.rotate_on_cuda, rope.rotate_in_mlx, 2),
     "norm": Check(rms_norm.input_gradient_on_cuda, rms_norm.input_gradient_in_mlx, 1, (2600,)),
-    "concatenate": Check(concatenate.concatenate_on_cuda, device_operations.concatenate_in_mlx, 1),
+    "concatenate": Check(concatenate.concatenate_on_cuda, concatenate_in_mlx, 1),
     "carried states": Check(gated_delta_kernels.carry_on_cuda, gated_delta.carry_in_mlx, 2, (64,)),
     "inverse": Check(gated_delta_kernels.invert_on_cuda, gated_delta.invert_in_mlx, 1),
     "gated delta nets": Check(gated_delta.compute_on_this_device, gated_delta.compute_by_tokens, 2),
@@ -136,12 +136,12 @@ def test_the_check_finds_a_result_that_is_transposed(name: str) -> None:
 
 def test_the_checks_find_an_argument_that_is_not_looked_at() -> None:
     formulas: dict[str, Callable[..., Any]] = {
-        "project": lambda pairs, scale: device_operations.project_to_rank_in_mlx(pairs, 1.0),
+        "project": lambda pairs, scale: lora_matmuls.project_to_rank_in_mlx(pairs, 1.0),
         "rope": lambda x, table, inverse: rope.rotate_in_mlx(x, table, False),
         "norm": lambda x, weight, eps, g: rms_norm.input_gradient_in_mlx(
             x, mx.ones_like(weight), eps, g
         ),
-        "concatenate": lambda arrays: device_operations.concatenate_in_mlx(arrays[::-1]),
+        "concatenate": lambda arrays: concatenate_in_mlx(arrays[::-1]),
     }
     for name, formula in formulas.items():
         assert "it differs by" in str(CHECKS[name].with_formula(formula))
@@ -177,7 +177,7 @@ def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part:
 def test_the_check_of_concatenation_finds_each_array_that_is_lost(lost: int) -> None:
     def concatenate_others(arrays: Any) -> mx.array:
         kept = [mx.zeros_like(a) if i == lost else a for i, a in enumerate(arrays)]
-        return device_operations.concatenate_in_mlx(kept)
+        return concatenate_in_mlx(kept)
 
     assert "it differs by" in str(CHECKS["concatenate"].with_formula(concatenate_others))
 

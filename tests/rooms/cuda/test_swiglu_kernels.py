@@ -10,8 +10,8 @@ from mlx_lm.models import llama
 
 from nested_core.backend import to_float
 from nested_core.kernels.patching import replacing_function
-from nested_core.kernels.swiglu import plain_swiglu
 from nested_core.rooms.cuda import swiglu
+from nested_core.rooms.cuda.call_tracing import plain_swiglu
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
 from tests.left_out import slow_except

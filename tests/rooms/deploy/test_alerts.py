@@ -447,7 +447,7 @@ def test_a_disk_is_nearly_full_under_a_tenth_or_without_room_for_three_checkpoin
 
 def test_the_newest_checkpoint_of_all_runs_is_measured(tmp_path: Path) -> None:
     assert measure_newest_checkpoint(tmp_path) is None
-    for number, run in enumerate(("b", "sweep-1/000", "a")):
+    for number, run in enumerate(("b", "sweep-1/arms/000", "a")):
         folder = tmp_path / run / "checkpoints" / "step-0000010"
         folder.mkdir(parents=True)
         (folder / "adapters.safetensors").write_bytes(bytes(number + 1))

@@ -84,7 +84,7 @@ CASES = [
     Case("asked and answered", [ASKED, (DAY - 9, "Resuming")], [DAY + 1], [], flow="promote"),
     Case("asked, and asked anew", [ASKED, (9, "Superseded")], [DAY + 1], [], flow="promote"),
     Case("the night that asked", [ASKED], [DAY + 1], []),
-    Case("another flow that crashed", [(0, "Crashed")], [21], [], flow="sweep"),
+    Case("another flow that crashed", [(0, "Crashed")], [21], [], flow="rollback"),
     Case("a pool's worker gone", [(0, "not-ready")], [110, 121], [NO_WORKER], subject="work-pool"),
     Case(
         "a worker that is started again",

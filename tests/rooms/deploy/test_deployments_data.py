@@ -215,6 +215,9 @@ def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Pa
     config = write(tmp_path / "r.yaml", registry=registry, training={"reference": "mlx_lm"})
     nightly = make_plan(config=config).deployments[0].parameters["config"]
     assert nightly["continual"] == {"from": "champion", "skip_unchanged": True}
+    config = write(tmp_path / "m.yaml", registry=registry, training={"minutes": 5})
+    nightly = make_plan(config=config).deployments[0].parameters["config"]
+    assert nightly["continual"] == {"from": "champion", "skip_unchanged": True}
     config = write(tmp_path / "k.yaml", registry=registry | {"keep_data": False})
     nightly = make_plan(config=config).deployments[0].parameters["config"]
     assert "policy" not in nightly["continual"]
@@ -235,6 +238,18 @@ def test_a_configuration_that_a_flow_would_refuse_is_refused_before_anything_is_
     with pytest.raises(ConfigError, match="finetune/support-bot-nightly") as refused:
         make_plan(config=config)
     assert "did you mean iters?" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "continual", [{"policy": "auto"}, {"policy": "rebuild"}, {"replay": {"fraction": 0.5}}]
+)
+def test_minutes_with_what_they_cannot_count_are_refused_before_anything_is_deployed(
+    tmp_path: Path, continual: dict[str, Any]
+) -> None:
+    given = {"from": "champion"} | continual
+    config = write(tmp_path / "c.yaml", training={"minutes": 5}, continual=given)
+    with pytest.raises(ConfigError, match=r"nightly cannot be used:\n  training.minutes: 5 m"):
+        make_plan(config=config)
 
 
 def test_python_scorers_which_no_flow_runs_are_refused_before_anything_is_deployed(

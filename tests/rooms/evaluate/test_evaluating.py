@@ -19,6 +19,7 @@ from nested_core.errors import ConfigError
 from nested_core.measure.answers.suite_answers import Suite, read_suites
 from nested_core.measure.answers.suites import expected_label, read_suite
 from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.pipeline.finetune import finetune
 from nested_core.rooms.evaluate import evaluating
 from nested_core.rooms.evaluate.evaluating import evaluate
 from nested_core.rooms.evaluate.page import (
@@ -27,7 +28,8 @@ from nested_core.rooms.evaluate.page import (
     Evaluation,
     SuiteScore,
 )
-from nested_core.text.document import to_terminal
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.document import Text, to_terminal
 from nested_core.text.loss_format import format_loss
 from tests.example import DATA, MODEL, example_config
 from tests.flows.conftest import called
@@ -125,9 +127,10 @@ def test_its_page_and_its_lines_have_every_figure_and_answer(judged, evaluation)
     for text in (str(judged.run.path), "Bratislava", format_loss(run.loss.loss_after)):
         assert text in page
     lines = [part for block in evaluation.describe(2).blocks for part in to_terminal(block)]
-    assert lines[0] == f"none worse than {judged.run.initial}"  # losses are better, answers not
+    none_worse = f"none worse than {judged.run.initial}"  # losses are better, answers not
+    assert lines[0] == f"{none_worse}; no better than one fixed answer: {MODEL}"
     tables = {part.caption: part for part in lines if not isinstance(part, str)}
-    scored = "Right answers (score: contains), compared with A"
+    scored = "Right answers (score: contains), compared with A; one fixed answer: 0.067"
     assert scored in tables
     assert scored in page
     assert [row[0] for row in tables["Losses in nats/token, compared with A"].rows] == [*"ABCDEF"]
@@ -307,3 +310,37 @@ def test_the_command_ends_with_4_for_a_worse_one_and_prints_the_same(judged, eva
     )
     back = ("--against", judged.run.path)
     assert called("evaluate", judged.run.initial, *back, *files, cwd=judged.folder).code == 4
+
+
+def test_a_run_is_evaluated_from_another_folder_and_data_alone_asks_no_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(MODEL, project / "base")
+    shutil.copyfile(DATA / "held_out.jsonl", tmp_path / "project" / "questions.jsonl")
+    monkeypatch.chdir(project)
+    suite = CAPITALS.model_dump() | {"file": "questions.jsonl", "score": "exact"}
+    gate, registry = {"tasks": [suite]}, {"path": "registry", "name": "capitals"}
+    config = example_config(model="base", iters=4, gate=gate, registry=registry)
+    run = RunDirectory(Path("run"))
+    run.path.mkdir()
+    version = finetune(config, run).version
+    monkeypatch.chdir(tmp_path)
+    for what in ("project/run", f"project/registry/capitals@{version}"):
+        found = evaluate([what])
+        assert [one.scored_by for one in found.models[1].suites] == ["exact"]
+        assert found.models[1].suites[0].constant == pytest.approx(1 / 15)
+        (project / "questions.jsonl").rename(project / "away")
+        assert evaluate([what], data=DATA / "valid.jsonl").models[1].suites == ()
+        (project / "away").rename(project / "questions.jsonl")
+
+
+def test_answers_no_better_than_one_fixed_answer_are_never_a_green_headline() -> None:
+    base, other = (
+        EvaluatedModel(name, (replace(score_of(word), score=0.0, constant=0.1),), None)
+        for name, word in (("base", None), ("b", "no_worse"))
+    )
+    headline = Evaluation("base", (base, other), ()).describe().blocks[0]
+    assert isinstance(headline, Text)
+    assert headline.tone == "warn"
+    assert headline.text == "none worse than base; no better than one fixed answer: b"

@@ -117,5 +117,22 @@ def test_what_an_export_was_trained_on_is_left_out_or_said_to_be_unknown(
     assert (loss.examples, loss.left_out) == (10, 3)
     forgetful = shutil.copytree(exported, tmp_path / "forgetful")
     record = json.loads((forgetful / "export.json").read_text())
-    (forgetful / "export.json").write_text(json.dumps(record | {"training_examples": None}))
+    (forgetful / "export.json").write_text(json.dumps(record | {"trained_on": {}}))
     assert evaluate([forgetful], data=data).unknown == (str(forgetful),)
+
+
+def test_a_peft_export_knows_what_its_run_was_trained_on(judged: Judged, tmp_path: Path) -> None:
+    peft_room = pytest.importorskip("nested_core.rooms.peft", reason="the room peft is not there")
+    data = tmp_path / "mixed.jsonl"
+    trained = (DATA / "train.jsonl").read_text().splitlines()[:3]
+    data.write_text("\n".join([*trained, (DATA / "valid.jsonl").read_text()]))
+    for name, source in (
+        ("run", judged.run.adapter),
+        ("version", judged.folder / "registry" / "capitals" / "champion"),
+    ):
+        peft_room.export_peft(source, tmp_path / name, str(MODEL))
+        found = evaluate([tmp_path / name], data=data)
+        assert found.unknown == ()
+        loss = found.models[1].loss
+        assert loss is not None
+        assert (loss.examples, loss.left_out) == (10, 3)

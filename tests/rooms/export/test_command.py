@@ -22,9 +22,9 @@ def test_a_run_becomes_a_folder_with_its_record(command_run, nested_tune, tmp_pa
     document = done.document
     assert document["verdict"] == "stands"
     written = json.loads((tmp_path / "fused" / "export.json").read_bytes())
-    assert written.pop("training_examples")  # for `evaluate`; too long to be printed
+    assert written.pop("trained_on")  # for `evaluate`; too long to be printed
     assert {key: document[key] for key in written} == written
-    assert "training_examples" not in document
+    assert "trained_on" not in document
     assert document["gain"]["file"] == "valid.jsonl"
     assert document["summary"].startswith("kept 100 % of the gain: loss ")
     assert document["packages"]["mlx-lm"] == "0.32.2"

@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -20,8 +21,10 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run_status import AdapterRuns, Run, list_runs
 from nested_core.records.verdict import Reason
+from nested_core.registry.link_and_views import reading
 from nested_core.registry.trials import Trial, record_trial
 from nested_core.report.outcome import list_row
+from nested_core.rooms.housekeeping import run_removal
 from nested_core.rooms.housekeeping.run_removal import PruneReport, prune_runs
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.folder_size import size_on_disk
@@ -289,11 +292,60 @@ def test_a_run_that_is_promoted_just_before_it_is_removed_stays(tmp_path, monkey
     assert done.kept == {str(run.path): f"version {version[:12]} of {NAME} names it"}
 
 
-def test_a_run_that_made_no_version_goes_by_its_line_in_the_history(tmp_path: Path) -> None:
-    run = make_run(tmp_path, 1, reasons=())
-    trial = Trial(Outcome.KEPT_CHAMPION, "c" * 64, "d" * 64, "e" * 64, run.path.name, "not better")
+@pytest.mark.parametrize("has_registry", [True, False])
+@pytest.mark.parametrize("is_its_adapter", [True, False])
+def test_a_run_that_made_no_version_goes_by_its_adapters_line_in_its_own_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_registry: bool, is_its_adapter: bool
+) -> None:
+    own = tmp_path / "runs" / "own"
+    run = make_run(tmp_path, 1, reasons=()) if has_registry else finished_run(own)
+    adapter = str(Run(run).version) if is_its_adapter else "a" * 64
+    trial = Trial(
+        Outcome.KEPT_CHAMPION, "c" * 64, "d" * 64, "e" * 64, run.path.name, adapter, "not better"
+    )
     record_trial(tmp_path / "registry", NAME, trial)
-    assert prune(tmp_path).removed == (str(run.path),)
+    monkeypatch.chdir(tmp_path)  # registry/ is the default one
+    is_told = has_registry and is_its_adapter
+    assert prune(tmp_path).removed == ((str(run.path),) if is_told else ())
+
+
+@pytest.mark.parametrize(
+    ("name", "is_ours"),
+    [
+        ("wandb/why.md", False),
+        ("wandb/offline-run-20261128_101010-ab12/notes.md", False),
+        ("wandb/offline-run-20261128_101010-ab12/run-ab12.wandb", True),
+        ("swanlog/notes.md", False),
+        ("rooms/mine/paper.tex", False),
+        ("rooms/preferences/notes.md", False),
+        ("rooms/preferences/reference-likelihoods.json", True),
+        ("checkpoints/step-12345678/adapters.safetensors", True),
+        ("checkpoints/step-1/notes.md", False),
+    ],
+)
+def test_a_file_whose_name_no_writer_declares_keeps_a_run(
+    tmp_path: Path, name: str, is_ours: bool
+) -> None:
+    run = make_run(tmp_path, 1)
+    (run.path / name).parent.mkdir(parents=True)
+    (run.path / name).write_bytes(b"")
+    assert prune(tmp_path).removed == ((str(run.path),) if is_ours else ())
+
+
+def test_a_run_with_another_adapter_than_was_judged_is_kept(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1)
+    shutil.copytree(write_run(tmp_path / "other", 2) / "adapter", run.adapter, dirs_exist_ok=True)
+    assert prune(tmp_path).kept == {str(run.path): "its adapter is not the one that was judged"}
+
+
+def test_registries_are_read_again_only_where_they_have_changed(tmp_path, monkeypatch) -> None:
+    make_registered(tmp_path, 9)
+    for seed in range(4):
+        make_run(tmp_path, seed)
+    read = Mock(side_effect=reading)
+    monkeypatch.setattr(run_removal, "reading", read)
+    assert len(prune(tmp_path).removed) == 4
+    assert read.call_count == 1
 
 
 def test_a_registry_that_cannot_be_read_keeps_every_run(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from nested_core.kernels.quantized_linear import (
+from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
+from nested_core.rooms.memory.model_footprint import (
     dequantized_weight_bytes,
-    multiplying_by_dequantized_weights,
+    read_layer_footprints,
 )
-from nested_core.rooms.memory.model_footprint import read_layer_footprints
 from nested_core.rooms.memory.peak_estimate import LayerFootprint
 from tests.architectures import ARCHITECTURES, build
 

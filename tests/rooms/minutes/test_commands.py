@@ -10,7 +10,7 @@ import yaml
 
 from nested_core.config.loading import load_config
 from nested_core.errors import ConfigError
-from nested_core.rooms.minutes import sizes
+from nested_core.rooms.minutes import measured_run
 from tests.example import DATA, MODEL, require_refused, write_config
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms
@@ -105,23 +105,17 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
 
 @pytest.mark.slow("measures the speed of steps and of answers")
 @needs_rooms("planning")
-def test_explain_offers_three_sizes_and_counts_the_steps_of_minutes(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sizes, "TRIED_SECONDS", 0.3)
+def test_explain_says_how_long_a_run_takes_and_counts_the_steps_of_minutes(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(measured_run, "TRIED_SECONDS", 0.3)
     write_config(tmp_path / "config.yaml", iters=4)
     whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)
     said = json.loads(whole.stdout)
     assert "trained-on tokens a second" in said["time"]
-    offered = said["sizes"].split("; ")
-    assert [size.partition(":")[0].partition(" 4")[0] for size in offered[:3]] == [
-        "as configured",
-        "--minutes 1",
-        "--minutes 2",
-    ]
+    assert "With evaluations and the gate about " in said["time"]
     assert said["steps"].startswith("4 batches of 2 examples")
     words = ("explain", "-c", "config.yaml", "--minutes", "1", "--json")
     minutes = json.loads(called(*words, cwd=tmp_path).stdout)
     assert not minutes["steps"].startswith("4 batches")
-    steps = minutes["steps"].partition(" ")[0]
-    assert f"as configured {steps} steps" in minutes["sizes"]
-    assert "--minutes 1:" not in minutes["sizes"]  # what is configured
     assert "layers:" not in whole.stderr  # of the steps that are tried

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nested_core.backend import device
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.gate.checks.planned_work import GateWork, RunToJudge
+from nested_core.gate.judge import list_checks_with_model
 from nested_core.models.session import Session
-from nested_core.records.dataset import read_dataset_record
-from nested_core.rooms.minutes import forecast, sizes, trial_run
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
+from nested_core.rooms.preferences.gate_check import MAX_REFERENCE_PAIRS
 from tests.example import example_config, prepare
+from tests.left_out import needs_rooms
 
 
 def forecast_of(**changes: Any) -> Forecast:
     """Steps of 2 s, an evaluation of 3 and a checkpoint of 1 every tenth of a run, 34 to judge."""
     seconds: dict[str, float] = {"opening": 10, "step": 2, "evaluation": 3, "checkpoint": 1}
-    seconds |= {"closing": 4, "verdict": 30, "answers": 20}
+    seconds |= {"checkpoint": 1, "verdict": 33}
     shares = {"steps_per_eval": 0.1, "save_every": 0.1}
-    return Forecast(config=example_config(**shares | changes), batches=3, **seconds)
+    trial: Any = None
+    return Forecast(config=example_config(**shares | changes), batches=3, trial=trial, **seconds)
 
 
 def test_a_run_takes_its_steps_what_is_due_between_them_and_the_verdict() -> None:
@@ -54,26 +56,6 @@ def test_a_short_run_evaluates_no_more_often_than_an_evaluation_has_batches() ->
     assert forecast_of(steps_per_eval=1).seconds_of(5) == 10 + 5 * 2 + 6 * 3 + 5 * 1 + 34
 
 
-def test_the_share_of_an_eval_set_in_the_verdict_is_said() -> None:
-    said = "30 s, of which the questions of gate.tasks take 20 s"
-    assert forecast_of().describe_verdict() == said
-
-
-@pytest.mark.parametrize(
-    ("seconds", "chosen"),
-    [(36 * 60, [5, 15]), (24 * 3600, [240, 720]), (200, [5, 10]), (40, [2, 3])],
-)
-def test_two_sizes_stand_beside_the_whole_run(seconds: float, chosen: list[int]) -> None:
-    forecast = forecast_of()
-    assert sizes._choose(forecast, seconds, forecast.count_steps(seconds)) == chosen
-
-
-def test_the_minutes_that_are_configured_are_no_other_size() -> None:
-    forecast = forecast_of()
-    steps = sizes._count_steps(forecast, 5)
-    assert sizes._choose(forecast, 299, steps) == [2, 10]
-
-
 def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None:
     config = example_config(gate={"tasks": []}, samples=("I want to see Norway. Where to?",))
     run = prepare(config, tmp_path / "run")
@@ -81,68 +63,69 @@ def test_a_trial_measures_and_changes_nothing_of_the_run(tmp_path: Path) -> None
     with run.locked(), Session() as session:
         trial = try_steps(config, run, 0.2, session)
         base = session.load_base(config)
-        splits = read_dataset_record(run.dataset).splits
-        made = make_forecast(config, splits, trial, base.model, base.tokenizer)
+        made = make_forecast(config, run, trial, base.model, base.tokenizer)
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     assert {path: after[path] for path in before} == before
     assert after.keys() - before.keys() <= {run.lock}
-    assert len(trial.tried) > 1
-    assert all(step.seconds > 0 and step.tokens > 0 for step in trial.tried)
+    assert trial.passes_of_a_step == pytest.approx(2 / 40)
+    assert trial.tokens_per_second > 0
     assert trial.opening > 0
     assert trial.checkpoint > 0
-    assert trial.closing > 0
     assert made.step > 0
     assert made.evaluation == pytest.approx(5 * 0.5 * made.step)  # 10 rows, two a batch
     assert made.verdict > 2 * made.evaluation
-    assert made.answers == 0  # there is no eval set
 
 
-@pytest.mark.skipif(device() != "cpu", reason="a GPU compiles within its first step")
-def test_a_slow_first_step_tells_alone_unless_a_compiler_ran_in_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = example_config()
-    run = prepare(config, tmp_path / "run")
-
-    def steps_tried(compiling: Iterator[int]) -> int:
-        monkeypatch.setattr(trial_run, "_compiling_seconds", compiling.__next__)
-        with run.locked(), Session() as session:
-            return len(try_steps(config, run, 0.0, session).tried)
-
-    assert steps_tried(repeat(0)) == 1
-    assert steps_tried(count()) == 2
+def works_of(config: FineTuneConfig, path: Path) -> dict[str, GateWork]:
+    """What each check of the gate that computes something declares of a run."""
+    tokenizer = TokenizerSource.from_config(config).load()
+    run = RunToJudge(config, prepare(config, path), tokenizer)
+    checks = [one for one in list_checks_with_model() if one.is_asked(config.gate_bounds)]
+    works = {one.name: one.plan_work(run) for one in checks if one.plan_work is not None}
+    return {name: work for name, work in works.items() if work != GateWork()}
 
 
-@pytest.mark.slow("answers for its forecast, twice")
-def test_more_tokens_of_answers_take_longer(tmp_path: Path) -> None:
-    suite = tmp_path / "suite.jsonl"
+def test_each_check_of_the_gate_declares_what_it_computes(tmp_path: Path) -> None:
+    suite, general = tmp_path / "suite.jsonl", tmp_path / "general.jsonl"
     question = {"messages": [{"role": "user", "content": "Where to?"}], "expected": "Oslo"}
-    suite.write_text(json.dumps(question) + "\n")
-
-    def answers_of(max_tokens: int) -> float:
-        task = {"name": "where", "file": str(suite), "score": "exact", "max_tokens": max_tokens}
-        config = example_config(gate={"tasks": [task]})
-        run = prepare(config, tmp_path / f"run-{max_tokens}")
-        with run.locked(), Session() as session:
-            trial = try_steps(config, run, 0.2, session)
-            base = session.load_base(config)
-            splits = read_dataset_record(run.dataset).splits
-            return make_forecast(config, splits, trial, base.model, base.tokenizer).answers
-
-    few, many = answers_of(4), answers_of(4_000)
-    assert 0 < 50 * few < many
+    suite.write_text((json.dumps(question) + "\n") * 9)
+    general.write_text('{"text": "It rains."}\n' * 7)
+    task = {"name": "where", "file": str(suite), "score": "exact", "max_tokens": 40}
+    gate = {"tasks": [task], "general_data": str(general), "max_general_loss_increase": 0.1}
+    config = example_config(gate=gate, training={"sample_tokens": 50})
+    works = works_of(config, tmp_path / "run")
+    rows = {name: work.rows for name, work in works.items() if work.rows}
+    assert rows == {"losses": 2 * 10, "general text": 2 * 7}
+    assert (works["answers"].tokens, works["answers"].answers) == (2 * 40, 9)
+    assert 50 < works["sample answers"].tokens < 70  # the adapter's are as long as the data's
+    prompted = config.model_copy(update={"samples": ("Where to?",)})
+    assert works_of(prompted, tmp_path / "other")["sample answers"].tokens == 2 * 50
 
 
-def test_the_adapter_is_expected_to_answer_as_long_as_the_data(
+def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
+    """Nine pairs in each split, and a run on them."""
+    for split in splits:
+        pairs = [{"prompt": f"{split} {n}?", "chosen": "yes", "rejected": "no"} for n in range(9)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return example_config(data=str(folder), training={"loss": "dpo"})
+
+
+@needs_rooms("preferences")
+def test_the_gate_of_pairs_computes_them_five_times_and_the_reference(tmp_path: Path) -> None:
+    config = write_pairs(tmp_path, "train", "valid")
+    works = works_of(config, tmp_path / "run")
+    assert works["losses"].rows == 3 * 9  # with the reference
+    assert works["preference"].rows == 2 * 9 + MAX_REFERENCE_PAIRS
+
+
+@needs_rooms("preferences")
+def test_a_trial_computes_no_reference_and_forecasts_its_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "_time_token", lambda *_: 1.0)
-    config = example_config(gate={"tasks": []}, training={"sample_tokens": 4_000})
-    prepare(config, tmp_path / "run")
-    with Session() as session:
-        base = session.load_base(config)
-        seconds, _ = forecast._seconds_of_answers(config, base.model, base.tokenizer, 0.0)
-        prompted = config.model_copy(update={"samples": ("Where to?",)})
-        longer, _ = forecast._seconds_of_answers(prompted, base.model, base.tokenizer, 0.0)
-    assert 7_985 < seconds < 8_035  # twice the base, less 15 s, and the adapter: a line
-    assert longer == 11_985
+    config = write_pairs(tmp_path, "train")
+    run = prepare(config, tmp_path / "run")
+    path = "nested_core.rooms.preferences.reference_likelihoods._compute_likelihoods"
+    monkeypatch.setattr(path, lambda *_: pytest.fail("computed the reference"))
+    with run.locked(), Session() as session:
+        trial = try_steps(config, run, 0.1, session)
+    assert trial.rows_to_begin == 9

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
-import time
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -19,21 +17,18 @@ from flows.process.stop_signals import Stopper
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingStopped
-from nested_core.models.session import Session
 from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
 from nested_core.records.dataset import read_dataset_record
-from nested_core.records.metrics import append_metrics, read_metrics
+from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TimePlan, TrainingPlan, read_plan, write_plan
-from nested_core.records.verdict import Verdict
+from nested_core.records.run_status import Run
+from nested_core.report.outcome import describe_end, list_figures
 from nested_core.rooms.minutes import timed_training
 from nested_core.rooms.minutes.blas_threads import using_blas_threads
 from nested_core.storage.run_directory import RunDirectory, open_run
-from nested_core.text.stages import receiving_stages
-from tests.example import SPEEDS, example_config, prepare, write_config
-from tests.flows.conftest import ended, start
-from tests.waiting import wait_until
+from tests.example import SPEEDS, example_config, prepare
 
 # A run of some seconds, with warm-up, cosine and evaluations by shares of the run.
 SETTINGS: dict[str, Any] = {
@@ -133,21 +128,26 @@ def train_by_iterations(run: RunDirectory, path: Path, **changes: Any) -> RunDir
 
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No run is refused, or stopped, because the machine of the tests is busy."""
-    monkeypatch.setattr(timed_training, "MINUTES_BEYOND", 60.0)
+    """No run is refused, cut or made longer because the machine of the tests turns busy."""
+    monkeypatch.setattr(timed_training, "MAX_SECONDS_BEYOND", 3600.0)
+    monkeypatch.setattr(timed_training, "SHARE_BEYOND", 600.0)
+    monkeypatch.setattr(timed_training, "MORE_STEPS", 1e6)
 
 
-def set_end(seconds: float) -> None:
-    """Have the run that goes on be over in so many seconds."""
-    (clock,) = (thread for thread in threading.enumerate() if thread.name == "minutes")
-    cast(Any, clock).end = time.time() + seconds
+def count_anew_after(
+    monkeypatch: pytest.MonkeyPatch, step: int, steps: Callable[[int], int]
+) -> None:
+    """Have a run be counted anew once, after a step: to what `steps` makes of the steps done."""
+    counted: list[int] = []
 
+    def count(plan: TimePlan, seen: Any, *_: object, **__: object) -> int | None:
+        done = seen[-1][0]
+        if done < step or counted:
+            return None
+        counted.append(done)
+        return steps(done)
 
-def leave_too_little_time(run: RunDirectory) -> None:
-    """Have the run be over before it could stop and be judged."""
-    fixed = time_plan_of(run)
-    needed = fixed.seconds_a_step + fixed.seconds_to_begin + fixed.seconds_to_judge
-    set_end(timed_training.SECONDS_TO_STOP + 0.9 * needed)
+    monkeypatch.setattr(timed_training, "count_anew", count)
 
 
 @pytest.mark.slow("trains twice")
@@ -159,7 +159,7 @@ def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Pa
     assert result.training is not None
     assert result.training.step == steps == plan_of(run).steps >= 4
     assert read_run_config(run).iters == steps
-    assert f"{steps:,} steps fit in 0.1 minutes" in hooks.of_minutes()[-1]
+    assert f"{steps:,} steps in 0.1 minutes" in hooks.of_minutes()[-1]
     validated = [
         step
         for record in read_metrics(run.metrics)
@@ -189,111 +189,53 @@ def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Pat
     after = time_plan_of(run)
     assert (after.steps, plan_of(run).steps) == (before.steps, before.steps)
     assert after.seconds_a_step == before.seconds_a_step
-    assert 0 < after.spent < after.began - before.began
+    assert 0 <= after.spent < after.began - before.began
     assert hooks.of_minutes() == []  # nothing is tried again
 
     plain = train_by_iterations(run, tmp_path / "plain", save_every=2)
     assert bytes_of(run) == bytes_of(plain)
 
 
-@pytest.mark.slow("trains against the clock, and judges")
-def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
-    run = open_run(tmp_path / "run")
-
-    class Hurried(Listening):
-        """Has the time be over soon, until training is cut."""
-
-        def on_step(self, step: int, steps: int) -> None:
-            """Leave too little time for the stop and the verdict after it."""
-            if step == 3:
-                leave_too_little_time(run)
-
-        def on_message(self, message: str) -> None:
-            """Give the verdict all the time that it takes on a busy machine."""
-            super().on_message(message)
-            begun.append(run.config.stat().st_mtime_ns)  # what `runs` counts minutes from
-            if message.startswith("minutes: cut"):
-                set_end(600)
-
-    begun: list[int] = []
-    stages_said: list[str] = []
-    hooks = Hurried()
-    with receiving_stages(stages_said.append):
-        result = finetune(config_of(5), run, hooks)
-    assert result.verdict is not None
-    assert result.training is not None
-    assert {*begun} == {run.config.stat().st_mtime_ns}
-    assert len([stage for stage in stages_said if stage.startswith("layers: ")]) == 1
-    plan, fixed = plan_of(run), time_plan_of(run)
-    assert 3 <= plan.steps == result.training.step < fixed.steps
-    assert hooks.of_minutes()[-1] == (
-        f"minutes: cut after step {plan.steps:,} of {fixed.steps:,}, so that there is time for the "
-        f"verdict"
-    )
-    said = f"Training was cut after step {plan.steps:,} of {fixed.steps:,}"
-    assert said in str(plan.describe_ends())
-    assert said in run.report.read_text()
-    assert not run.stop_request.exists()
-
-    again = Listening()
-    finetune(config_of(5), run, again, resume=True)  # it is trained: there is only to judge
-    assert again.of_minutes() == []
-    assert plan_of(run).steps == plan.steps
-
-
-def test_a_run_that_is_cut_says_once_what_it_trains(
+def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
+    count_anew_after(monkeypatch, 5, lambda done: done)
     run = open_run(tmp_path / "run")
     stopper = Stopper()
-
-    class HurriedTerminal(TerminalSteps):
-        """What `train` shows, where the time is over soon."""
-
-        def on_training_start(self, trainer: Any) -> None:
-            """Leave too little time from the third step on."""
-            super().on_training_start(trainer)
-            trainer.on_step = lambda step, steps: leave_too_little_time(run) if step == 3 else None
-
-        def on_message(self, message: str) -> None:
-            """Give the verdict all the time that it takes on a busy machine."""
-            super().on_message(message)
-            if message.startswith("minutes: cut"):
-                set_end(600)
-
     with stopper.handling_signals(run):
-        finetune(config_of(5), run, HurriedTerminal(stopper))
+        result = finetune(config_of(5), run, TerminalSteps(stopper))
+    assert result.verdict is not None
+    assert result.training is not None
+    plan, fixed = plan_of(run), time_plan_of(run)
+    assert plan.steps == result.training.step == 5 < fixed.steps
+    cut = f"after step 5 of {fixed.steps:,}"
+    assert f"Training was cut {cut}" in str(plan.describe_ends(None))
+    assert f"Training was cut {cut}" in describe_end(Run(run))  # as compare says it
+    assert f"Training was cut {cut}" in list_figures(Run(run))[2]["how it ended"]
+    report = run.report.read_text()
+    assert f"Training was cut {cut}" in report
+    assert "The run was resumed" not in report  # nobody did
     said = capsys.readouterr().err
-    assert "minutes: cut after step" in said
-    assert said.count(" tensors, ") == 3  # a line for the three tiers
+    assert f"minutes: cut {cut}, so that there is time for the verdict" in said
+    assert said.count(" tensors, ") == 3  # a line for the three tiers, once
     assert said.count("memory: ") == 1
 
 
-@pytest.mark.slow("trains, and judges twice")
-def test_a_verdict_that_takes_too_long_is_stopped_and_given_when_the_run_goes_on(tmp_path) -> None:
-    class SlowVerdict(Listening):
-        """A gate that takes longer than there is time."""
-
-        def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
-            """Wait first."""
-            set_end(timed_training.SECONDS_TO_STOP)
-            time.sleep(600)
-            return super().judge(config, run, session)
-
-    hooks = SlowVerdict()
+@pytest.mark.slow("trains against the clock, and judges")
+def test_where_more_steps_fit_a_run_goes_on_with_their_schedule(tmp_path, monkeypatch) -> None:
+    count_anew_after(monkeypatch, 3, lambda _: 9)
     run = open_run(tmp_path / "run")
-    with (
-        pytest.raises(TrainingStopped, match="before there was a verdict: the trained adapter is"),
-        Stopper().handling_signals(run),
-    ):
-        finetune(config_of(0.1), run, hooks)
-    assert hooks.of_minutes()[-1] == "minutes: the time is over, and a minute more: stopping"
-    assert not run.stop_request.exists()
-    assert not run.gate.exists()
-    result = finetune(config_of(0.1), run, resume=True)
-    assert result.verdict is not None
+    begun: list[int] = []
+    hooks = Listening(lambda _: begun.append(run.config.stat().st_mtime_ns))
+    result = finetune(config_of(5, save_every=100), run, hooks)
+    assert result.training is not None
+    assert result.training.step == plan_of(run).steps == time_plan_of(run).steps == 9
+    assert time_plan_of(run).counted_at == (3,)
+    assert hooks.of_minutes()[-1].startswith("minutes: 9 steps fit, not ")
+    assert {*begun} == {run.config.stat().st_mtime_ns}  # what `runs` counts minutes from
+    assert plan_of(run).resumed_at == ()
+    assert "was cut" not in run.report.read_text()
 
 
 @pytest.mark.slow("trains twice against a clock, 18 s")
@@ -308,8 +250,7 @@ def test_more_minutes_go_on_with_a_run_and_say_how_its_schedule_does(tmp_path: P
     assert result.training.step == second.steps > first.steps
     assert (second.minutes, second.spent > 0) == (0.3, True)
     said = hooks.of_minutes()[-1]
-    where = f"The run goes on from step {first.steps:,}, on the schedule of {second.steps:,} steps"
-    assert f"{where}: the learning rate was 0.0002, and is 0.0" in said
+    assert f"from step {first.steps:,} on, on the schedule of {second.steps:,}" in said
 
 
 def test_settings_are_the_same_whatever_iterations_the_minutes_came_to(tmp_path: Path) -> None:
@@ -334,106 +275,53 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "left", "is_cut"),
+    ("seconds", "left", "only_cut", "steps"),
     [
-        ([10], 136, False),  # 10 + 10 + 100 + 15 s
-        ([10], 134, True),
-        ([20], 271, False),
-        ([20], 269, True),
-        ([500, 10, 10, 10, 20], 170, False),  # the last four steps took 12.5 s on average
-        ([500, 10, 10, 10, 20], 167, True),
+        # 20 steps of 10 s and a verdict of 100 s were planned; 4 are done, and 16 left
+        ([90, 10, 10, 10], 290, False, None),  # 30 s beyond the end are allowed
+        ([90, 10, 10, 10], 210, False, 14),  # and 10 s for opening the run again
+        ([90, 10, 10, 10], 210, True, None),
+        ([90, 10, 10, 10], 99, True, 4),
+        ([90, 20, 20, 20], 199, True, 4),  # the verdict is as slow
+        ([90, 80, 80, 80], 210, True, None),  # but allowed twice its time alone
+        ([90, 5, 5, 5], 200, False, 26),  # and as quick; of 33 half of those beyond 20
+        ([90], 50, True, None),  # there is no speed before a second step
     ],
 )
-def test_the_cut_leaves_a_reserve_for_the_verdict_and_more_on_a_slower_machine(
-    seconds: list[float],
-    left: float,
-    is_cut: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_steps_are_counted_anew_by_the_speed_of_the_last_ones(
+    seconds: list[float], left: float, only_cut: bool, steps: int | None, monkeypatch
 ) -> None:
-    run = open_run(tmp_path / "run")
-    run.path.mkdir()
-    now = [1_000_000.0]
-    monkeypatch.setattr(timed_training, "time", SimpleNamespace(time=lambda: now[0]))
-    end = now[0] + sum([90, *seconds]) + left + timed_training.SECONDS_TO_STOP
-    clock = timed_training._Clock(run, end, print)
-    with clock.watching_training(FIXED):
-        for step, took in enumerate([0, 90, *seconds]):  # functions are compiled in the first one
-            now[0] += took
-            append_metrics(run.metrics, {"step": step, "val_loss": 1.0})
-            os.utime(run.metrics, (now[0] + 1e-3, now[0] + 1e-3))
-            clock._note_report()
-        assert clock._must_cut(FIXED) is is_cut
-        nearly_done = replace(FIXED, steps=len(seconds) + 2)
-        assert not clock._must_cut(nearly_done)  # its last step takes no longer than to stop
+    monkeypatch.undo()
+    seen = [(n + 1, sum(seconds[: n + 1])) for n in range(len(seconds))]
+    assert timed_training.count_anew(FIXED, seen, 20, left, only_cut=only_cut) == steps
 
 
-def test_nothing_is_cut_before_there_is_a_step_to_judge(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "run")
+def write_time_plan(run: RunDirectory, plan: TimePlan) -> None:
     run.path.mkdir()
-    clock = timed_training._Clock(run, time.time() + 1, print)
-    with clock.watching_training(FIXED):
-        clock._note_report()
-        assert not clock._must_cut(FIXED)
-        append_metrics(run.metrics, {"step": 0, "val_loss": 1.0})  # the first step is under way
-        os.utime(run.metrics, (time.time() + 1, time.time() + 1))
-        clock._note_report()
-        assert clock._must_cut(FIXED)
+    write_plan(run.plan, training_plan(plan))
 
 
 @pytest.mark.parametrize("ends", [["SIGKILL"], []])
 def test_a_command_that_begins_again_by_itself_keeps_its_clock(
     ends: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timed_training, "MINUTES_BEYOND", 1.0)
     monkeypatch.setattr(timed_training, "list_earlier_ends", lambda: ends)
-    run = open_run(tmp_path / "run")
-    run.path.mkdir()
-    began = time.time() - 300
-    plan = replace(FIXED, began=began)
-    write_plan(run.plan, training_plan(plan))
-    timed = timed_training.TimedTraining(config_of(5), run, Listening())
-    timed._go_on(plan)
-    if ends:
-        assert timed._clock.end == began + 60 * (5 + 1)
-    else:  # a person's --resume gets the verdict
-        assert timed._clock.end >= time.time() + plan.seconds_to_judge
-        timed._clock.end = 0.0
-        timed._clock.start()
-        time.sleep(2 * timed_training.SECONDS_BETWEEN_LOOKS)
-        timed._clock.finish()
-        assert not timed._clock._has_asked
+    run = RunDirectory(tmp_path / "run")
+    write_time_plan(run, replace(FIXED, began=1_000.0, spent=20.0, worked=70.0))
+    began, spent, _ = timed_training._find_time_spent(run)
+    assert (spent, began == 1_000.0) == ((20.0, True) if ends else (90.0, False))
 
 
-def test_the_time_of_a_killed_command_counts_until_its_clock_looked_last(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "run")
-    run.path.mkdir()
-    write_plan(run.plan, training_plan(replace(FIXED, began=1_000.0, spent=20.0)))
-    os.utime(run.plan, (1_000.0, 1_000.0))
-    clock = timed_training._Clock(run, time.time() + 600, print)
-    clock.start()
-    wait_until(lambda: run.plan.stat().st_mtime > 1_000)
-    clock.finish()
-    os.utime(run.plan, (1_070.0, 1_070.0))
-    _, spent, is_begun_again = timed_training._find_time_spent(run)
-    assert (spent, is_begun_again) == (90.0, False)
-
-
-@pytest.mark.slow("trains in a process of its own that is killed")
-def test_a_killed_command_of_minutes_ends_with_the_bytes_of_one_that_nobody_killed(
-    tmp_path: Path,
+def test_a_run_notes_how_long_it_worked_and_a_copy_of_it_has_worked_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = {**SETTINGS["training"], "minutes": 1}
-    write_config(tmp_path / "config.yaml", **{**SETTINGS, "training": training, "save_every": 3})
-    process = start("train", "-c", "config.yaml", "--run-dir", "killed", cwd=tmp_path)
-    run = RunDirectory(tmp_path / "killed")
-    wait_until(lambda: any(run.checkpoints.glob("step-*/MANIFEST.json")), process=process)
-    began = time_plan_of(run).began
-    (trains,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(trains), signal.SIGKILL)
-    killed = ended(process)
-    assert killed.code == 0, killed.stderr
-    fixed = time_plan_of(run)
-    assert (fixed.began, fixed.spent) == (began, 0.0)  # one command, whose clock went on
-    plain = train_by_iterations(run, tmp_path / "plain", save_every=3)
-    assert bytes_of(run) == bytes_of(plain)
+    run = RunDirectory(tmp_path / "run")
+    write_time_plan(run, replace(FIXED, spent=20.0))
+    timed = timed_training.TimedTraining(config_of(5), run, Listening())
+    timed._began -= 70
+    timed._look(SimpleNamespace(current_step=1, steps=20))
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
+    os.utime(copy.plan, (0, 0))
+    for folder in (run, copy):
+        _, spent, _ = timed_training._find_time_spent(folder)
+        assert spent == pytest.approx(90.0, abs=5.0)

@@ -61,6 +61,7 @@ class _Client:
     def __init__(self, versions: list[str]) -> None:
         self.versions = versions
         self.calls: list[str] = []
+        self.tracking_uri = "sqlite:///mlflow.db"
 
     def search_registered_models(self, **_: Any) -> list[str]:
         return ["there"]
@@ -95,6 +96,21 @@ def test_a_promotion_while_it_exports_removes_no_alias(versions, tmp_path, monke
     monkeypatch.setattr(mlflow_export, "_export_version", lambda *_: "3")
     export_to_mlflow(registry, NAME)
     assert stub.calls == ["set champion 3"]
+
+
+def test_versions_are_numbered_in_the_order_of_their_registration(tmp_path, monkeypatch) -> None:
+    registry = tmp_path / "registry"
+    given = [
+        register(write_run(tmp_path / str(seed), seed), registry, NAME, {}) for seed in range(5)
+    ]
+    exported: list[str] = []
+    monkeypatch.setattr(mlflow_export, "_make_client", lambda uri: _Client([]))
+    monkeypatch.setattr(
+        mlflow_export, "_export_version", lambda client, name, version, _: exported.append(version)
+    )
+    done = export_to_mlflow(registry, NAME)
+    assert exported == list(done.added) == given != sorted(given)
+    assert done.store == "sqlite:///mlflow.db"
 
 
 def test_without_mlflow_it_says_what_to_install(versions, tmp_path, monkeypatch) -> None:

@@ -18,6 +18,7 @@ from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict_file import write_verdict
 from nested_core.rooms.nights.night_pages import Night, describe_night, describe_nights
+from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
     RunDirectory,
@@ -159,7 +160,8 @@ def test_a_night_that_trained_nothing_says_why_in_its_row(nights: list[Night]) -
     write_skip(folder.skipped, skip)
     page = plain(describe_nights(NAME, [skipped, *nights], []))
     assert (
-        "| Skipped: hopeless: rejected | - | - | 1.5 | 40 |\n|  | as worse on 22 Nov 2026 |" in page
+        "| Skipped: hopeless: rejected | - | - | 1.5 | 40 |\n| … | as worse on 22 Nov 2026 |"
+        in page
     )
 
 
@@ -173,7 +175,7 @@ def test_a_night_says_that_its_gain_was_too_small(nights: list[Night]) -> None:
     page = plain(describe_nights(NAME, [kept, *nights], []))
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
     assert rows[0][1] == "Kept the champion: better,"
-    assert "|  | by less than 0.005 |" in page
+    assert "| … | by less than 0.005 |" in page
 
 
 def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(nights) -> None:
@@ -185,7 +187,24 @@ def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(night
     assert candidate == sorted(candidate), "the oldest is left"
     assert candidate[0][1] < candidate[1][1] == candidate[2][1], "and a lower loss is lower"
     assert (len(candidate), len(set(colours)), len(dots)) == (3, 2, 4)
-    assert "18 Nov" in picture_of(describe_nights(NAME, nights[-1:], []))
+    alone = picture_of(describe_nights(NAME, nights[-1:], []))
+    assert "run, 1 is 18 Nov 02:00<" in alone
+
+
+def test_losses_that_are_made_otherwise_are_another_curve_and_have_a_star(nights) -> None:
+    for night, length in zip(nights, (None, 512, None, 64, 64), strict=True):
+        if length is not None:
+            folder = find_run_of(night.flow_run)
+            assert folder is not None
+            folder.config.write_text(f"model: base\ndata: data\nmax_seq_length: {length}\n")
+            folder.initial.mkdir()
+            write_json(folder.initial / "adapter_config.json", {"base_fingerprint": "f" * 64})
+    page = describe_nights(NAME, nights, [])
+    assert "| 40+10* |" in plain(page)
+    drawn = picture_of(page)
+    assert "candidate, another loss until 19 Nov 02:00" in drawn
+    dots = re.findall(r'<circle [^>]*fill="([^"]*)"', drawn)
+    assert len(set(dots)) == 3, "the earlier candidates, the latest one, and its champion"
 
 
 def test_the_page_of_nights_says_that_a_champion_was_rolled_back_since(

@@ -14,8 +14,8 @@ def _little_is_tried() -> Iterator[None]:
     if not is_there("minutes"):
         yield  # nothing is tried
         return
-    from nested_core.rooms.minutes import sizes
+    from nested_core.rooms.minutes import measured_run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sizes, "TRIED_SECONDS", 0.2)
+        patch.setattr(measured_run, "TRIED_SECONDS", 0.2)
         yield

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from mlx_lm.utils import save_config, save_model
 
-from nested_core import DatasetError, FineTuneConfig, load_config
+from nested_core import ConfigError, DatasetError, FineTuneConfig, load_config
 from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.config.sections import LoraParameters
 from nested_core.models.base_model import fingerprint_base_model, load_base_model
@@ -105,6 +105,15 @@ def test_a_warm_up_is_said_in_words(explanation: RunExplanation, warmup: float, 
     config = example_config(training={"warmup_steps": warmup, "decay": "cosine"})
     words = RunInWords(replace(explanation, config=config)).describe()["learning rate"]
     assert f", after a warm-up over {said}, then falling to a tenth along a cosine" in words
+
+
+def test_the_rate_of_a_night_that_goes_on_is_the_one_that_it_is_trained_with(explanation) -> None:
+    config = explanation.config.model_copy(update={"learning_rate": 1e-3})
+    explained = replace(explanation, config=config, rate_share=0.3)
+    words = RunInWords(explained).describe()["learning rate"]
+    assert words.startswith("0.0003 (0.3 of 0.001, for it goes on from the champion)")
+    product = 3e-4 * config.lora_parameters.rank * config.lora_parameters.scale
+    assert f"Rank x scale x rate is {product:.2g};" in words
 
 
 @pytest.mark.parametrize(
@@ -370,3 +379,9 @@ def test_the_rate_follows_alpha_and_the_models_width(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(model))
     assert suggest_learning_rate(alpha, tmp_path) == rate
+
+
+def test_explain_refuses_a_service_that_no_run_could_report_to() -> None:
+    pytest.importorskip("nested_core.rooms.services", reason="the room services is not there")
+    with pytest.raises(ConfigError, match="report_to: nowhere is not known. Choose from"):
+        explain_run(example_config(report_to="nowhere"))

@@ -1,4 +1,4 @@
-"""kill -9 of runs on preferences: `python -m tests.rooms.preferences.kills dpo KILLS FOLDER`."""
+"""kill -9 of runs on preferences: `python -m tests.rooms.preferences.kills KILLS FOLDER`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.reliability.soak import run_kills  # first: it prepares the process f
 import yaml
 
 from tests.reliability.kills import NAME, Command, KillSoak, comparable
-from tests.rooms.preferences.pair_data import make_values, write_labelled, write_pairs
+from tests.rooms.preferences.pair_data import make_values, write_pairs
 
 LIKELIHOODS = "run/rooms/preferences/reference-likelihoods.json"
 
@@ -21,20 +21,17 @@ LIKELIHOODS = "run/rooms/preferences/reference-likelihoods.json"
 class PreferenceKillSoak(KillSoak):
     """One command, a run that computes the likelihoods of its reference and trains on them."""
 
-    loss = "dpo"
-
     def prepare(self) -> None:
         """Train without a kill, twice: the first run compiles the kernels, and is not timed."""
-        write = write_labelled if self.loss == "kto" else write_pairs
         values = make_values(
-            write(self._folder / "data"),
-            self.loss,
+            write_pairs(self._folder / "data"),
+            "dpo",
             save_every=3,
             steps_per_report=1,  # each step is read back, as a process does with its first ones
             nested={"frequencies": [1, 2]},
             gate={"max_kl": 100.0},  # bytes are compared: it moves by 4.1, and the default is 4
             registry={"path": "registry", "name": NAME, "promote": "always"},
-            training={"loss": self.loss, "keep_checkpoints": 1000, "sample_tokens": 1},
+            training={"loss": "dpo", "keep_checkpoints": 1000, "sample_tokens": 1},
         )
         (self._folder / "run.yaml").write_text(yaml.safe_dump(values))
         for name in ("first", "undisturbed"):
@@ -52,13 +49,7 @@ class PreferenceKillSoak(KillSoak):
         return [Command("train", ("train", "-c", config, "--run-dir", "run"))]
 
 
-class LabelKillSoak(PreferenceKillSoak):
-    """The same of kto, on answers with a label."""
-
-    loss = "kto"
-
-
 if __name__ == "__main__":
-    name, kills, folder = sys.argv[1:]
-    soak = {"dpo": "PreferenceKillSoak", "kto": "LabelKillSoak"}[name]
-    print(run_kills(f"{__spec__.name}:{soak}", Path(folder) / "kills", int(kills), seed=0))
+    kills, folder = sys.argv[1:]
+    soak = f"{__spec__.name}:PreferenceKillSoak"
+    print(run_kills(soak, Path(folder) / "kills", int(kills), seed=0))

@@ -1,4 +1,4 @@
-"""Pairs and labelled answers about capitals: a short answer is preferred to a sentence."""
+"""Pairs about capitals: a short answer is preferred to a sentence."""
 
 from __future__ import annotations
 
@@ -50,21 +50,6 @@ def list_pairs_of_own_answers(split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def list_labelled(split: str) -> list[dict[str, Any]]:
-    """Every second answer is a chosen one, and the others are rejected ones."""
-    rows = []
-    for number, pair in enumerate(list_pairs(split)):
-        answer = pair["chosen" if number % 2 else "rejected"]
-        row = {"prompt": pair["prompt"], "completion": answer, "label": bool(number % 2)}
-        rows.append(row)
-    return rows
-
-
-def list_labelled_alike(split: str) -> list[dict[str, Any]]:
-    """The same answers, all labelled as wanted."""
-    return [row | {"label": True} for row in list_labelled(split)]
-
-
 def write_rows(folder: Path, splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> Path:
     """A data folder with these rows."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,11 +62,6 @@ def write_rows(folder: Path, splits: Mapping[str, Iterable[Mapping[str, Any]]]) 
 def write_pairs(folder: Path) -> Path:
     """A data folder with the pairs of train and valid."""
     return write_rows(folder, {split: list_pairs(split) for split in ROWS})
-
-
-def write_labelled(folder: Path) -> Path:
-    """A data folder with labelled answers."""
-    return write_rows(folder, {split: list_labelled(split) for split in ROWS})
 
 
 def make_values(data: Path, loss: str, **changes: Any) -> dict[str, Any]:

@@ -20,14 +20,11 @@ from nested_core.errors import ConfigError
 from nested_core.rooms.preferences.row_rules import correlate_length_and_choice
 from nested_core.rooms.preferences.side_by_side import (
     lay_out,
-    read_labelled,
     read_pair,
     round_up_width,
 )
 from tests.rooms.preferences.pair_data import (
     BASE,
-    list_labelled,
-    list_labelled_alike,
     list_pairs,
     make_values,
     write_rows,
@@ -81,7 +78,10 @@ def test_an_answer_that_is_json_stays_a_text() -> None:
         (PAIR | {"rejected": ""}, "empty-answer"),
         ({"prompt": "Why?", "chosen": "Yes."}, "missing-field"),
         ({"prompt": "Why?", "chosen": [*ASKED, YES], "rejected": [YES, NO]}, "other-prompt"),
-        ({"chosen": [*ASKED, YES], "rejected": ASKED}, "other-prompt"),
+        ({"chosen": [*ASKED, YES], "rejected": ASKED}, "no-answer"),
+        ({"chosen": [*ASKED, YES], "rejected": [YES, *ASKED, NO]}, "other-prompt"),
+        ({"messages": [*ASKED, YES], "rejected": [YES, *ASKED, NO]}, "other-prompt"),
+        ({"chosen": "Why? Yes.", "rejected": "Why? No."}, "no-answer"),
         ({"messages": ASKED, "rejected": "No."}, "no-answer"),
         (PAIR | {"context": "What was said before."}, "unread-field"),
         ({"text": "Only a text."}, "unknown-format"),
@@ -99,32 +99,12 @@ def test_without_a_loss_pairs_are_refused_as_before() -> None:
     assert problem.value.check == "preference-pair"
 
 
-def test_a_label_is_true_or_false() -> None:
-    row = {"prompt": "Why?", "completion": "Yes.", "label": False}
-    assert parse(row, "kto").rest == {"label": False}
-    with pytest.raises(LineProblem, match="label"):
-        parse(row | {"label": "bad"}, "kto")
-
-
 def test_swapped_and_shared_pairs_are_errors_at_their_lines(tmp_path: Path) -> None:
     swapped = {"prompt": "Why?", "chosen": "No.", "rejected": "Yes."}
     other = {"prompt": "How?", "chosen": "So.", "rejected": "Not."}
     found = findings(tmp_path / "pairs", train=[PAIR, swapped, other], valid=[other])
     assert ("train.jsonl", 2, "swapped-pair") in found
     assert ("valid.jsonl", 1, "leakage") in found
-    labelled = {"prompt": "Why?", "completion": "Yes.", "label": True}
-    turned = labelled | {"label": False}
-    found = findings(tmp_path / "labels", "kto", train=[labelled, turned])
-    assert ("train.jsonl", 2, "swapped-label") in found
-
-
-def test_labels_that_are_all_the_same_are_an_error(tmp_path: Path) -> None:
-    twin = list_labelled("train")
-    rows = list_labelled_alike("train")
-    assert findings(tmp_path / "planted", "kto", train=rows, valid=list_labelled("valid")) == {
-        ("train.jsonl", None, "one-label")
-    }
-    assert findings(tmp_path / "twin", "kto", train=twin, valid=list_labelled("valid")) == set()
 
 
 def test_length_that_tells_the_choice_is_told_with_its_correlation(tmp_path: Path) -> None:
@@ -140,16 +120,13 @@ def test_length_that_tells_the_choice_is_told_with_its_correlation(tmp_path: Pat
     assert correlate_length_and_choice([5, 10], [10, 5]) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("loss", "list_rows"), [("dpo", list_pairs), ("kto", list_labelled)], ids=["pairs", "labels"]
-)
-def test_a_row_that_is_kept_is_read_as_the_same_example(tmp_path, loss, list_rows) -> None:
-    data = write_rows(tmp_path / "first", {"train": list_rows("train")})
-    kept: Any = read_split_rows(DataSettings(str(data), loss=loss), "train")
+def test_a_row_that_is_kept_is_read_as_the_same_example(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "first", {"train": list_pairs("train")})
+    kept: Any = read_split_rows(DataSettings(str(data), loss="dpo"), "train")
     again = write_rows(tmp_path / "again", {"train": kept.rows})
     tokenizer = TokenizerSource(str(BASE))
     splits = [
-        load_dataset(DataSettings(str(folder), loss=loss), tokenizer)[1]["train"]
+        load_dataset(DataSettings(str(folder), loss="dpo"), tokenizer)[1]["train"]
         for folder in (data, again)
     ]
     np.testing.assert_array_equal(splits[0].tokens, splits[1].tokens)
@@ -161,7 +138,7 @@ def test_both_answers_stand_behind_their_prompt_and_are_all_that_is_supervised(t
     source = TokenizerSource(str(BASE))
     split = load_dataset(DataSettings(str(data), loss="dpo"), source)[1]["train"]
     pair: Any = read_pair(split.example(0), split.example_mask(0)[1:])
-    chosen, rejected = pair.conversations
+    chosen, rejected = pair
     decode = source.load().decode
     assert list(chosen.tokens[: chosen.prompt]) == list(rejected.tokens[: rejected.prompt])
     row = list_pairs("train")[0]
@@ -169,18 +146,8 @@ def test_both_answers_stand_behind_their_prompt_and_are_all_that_is_supervised(t
     assert decode(chosen.tokens[chosen.prompt :]).startswith(row["chosen"])
     assert decode(rejected.tokens[rejected.prompt :]).startswith(row["rejected"])
     tokens, mask = lay_out([chosen, rejected, None])
-    assert mask.sum(axis=1).tolist() == [
-        len(one.tokens) - one.prompt for one in pair.conversations
-    ] + [0]
+    assert mask.sum(axis=1).tolist() == [len(one.tokens) - one.prompt for one in pair] + [0]
     assert tokens[1][1:][mask[1]].tolist() == rejected.tokens[rejected.prompt :].tolist()
-
-
-def test_a_label_is_in_the_tokens_of_its_row() -> None:
-    mask = np.array([False, True, False, False])
-    rows = [([5, 6, 7, 1, 0], mask), ([5, 6, 7, 0, 0], mask), ([5, 6, 7], mask[:2])]
-    read: list[Any] = [read_labelled(np.array(row, np.int32), targets) for row, targets in rows]
-    assert [one.is_wanted for one in read] == [False, True, True]
-    assert read_labelled(np.zeros(3, np.int32), np.zeros(2, np.bool_)) is None
 
 
 def test_a_pair_is_never_cut(tmp_path: Path) -> None:
@@ -210,6 +177,7 @@ def test_few_widths_are_used() -> None:
         ("dpo", {"loss_config": {"label_smoothing": 0.5}}, "less than 0.5"),
         ("dpo", {"supervise": "all"}, "the last answer is compared"),
         ("dpo", {"reference": "mlx_lm"}, "mlx_lm.lora has no such loss"),
+        ("dpo", {"loss": "kto"}, "docs/preferences.md#answers-with-a-label"),
     ],
 )
 def test_what_a_loss_cannot_have_is_exit_2(tmp_path, loss, changes, said) -> None:

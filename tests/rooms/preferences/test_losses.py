@@ -16,8 +16,6 @@ from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.rooms.preferences.loss_settings import SETTINGS_BY_LOSS
 from nested_core.rooms.preferences.losses import (
     dpo_losses,
-    kto_divergence,
-    kto_losses,
     orpo_losses,
     simpo_losses,
 )
@@ -30,7 +28,6 @@ ARGUMENTS = {
     "dpo": {"beta": 0.3},
     "orpo": {"beta": 0.3},
     "simpo": {"beta": 0.3, "gamma": 0.6, "label_smoothing": 0.1},
-    "kto": {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7},
 }
 
 
@@ -50,11 +47,7 @@ def oracle(name: str, c: float, r: float, rc: float, rr: float, n: int, m: int) 
     if name == "simpo":
         h = 2.5 * (c / n - r / m) - 0.5
         return -0.875 * math.log(sigma(h)) - 0.125 * math.log(sigma(-h))
-    if name == "orpo":
-        return -c / n - 0.25 * math.log(sigma(log_odds(c / n) - log_odds(r / m)))
-    wanted = n % 2 == 0
-    distance = 0.25 * ((c - rc) - 0.25)
-    return 1.5 * (1 - sigma(distance)) if wanted else 0.75 * (1 - sigma(-distance))
+    return -c / n - 0.25 * math.log(sigma(log_odds(c / n) - log_odds(r / m)))
 
 
 def oracle_slopes(name: str, c: float, r: float, rc: float, rr: float, n: int, m: int) -> Any:
@@ -67,13 +60,9 @@ def oracle_slopes(name: str, c: float, r: float, rc: float, rr: float, n: int, m
         h = 2.5 * (c / n - r / m) - 0.5
         slope = 2.5 * (-0.875 * sigma(-h) + 0.125 * sigma(h))
         return slope / n, -slope / m
-    if name == "orpo":
-        p, q = math.exp(c / n), math.exp(r / m)
-        outer = -0.25 * sigma(-(log_odds(c / n) - log_odds(r / m)))
-        return -1 / n + outer / (1 - p) / n, -outer / (1 - q) / m
-    distance = 0.25 * ((c - rc) - 0.25)
-    bend = 0.25 * sigma(distance) * sigma(-distance)
-    return (-1.5 * bend if n % 2 == 0 else 0.75 * bend), 0.0
+    p, q = math.exp(c / n), math.exp(r / m)
+    outer = -0.25 * sigma(-(log_odds(c / n) - log_odds(r / m)))
+    return -1 / n + outer / (1 - p) / n, -outer / (1 - q) / m
 
 
 def ours(name: str) -> Callable[..., Any]:
@@ -84,10 +73,7 @@ def ours(name: str) -> Callable[..., Any]:
             return dpo_losses(c, r, rc, rr, beta=0.25, label_smoothing=0.125)
         if name == "simpo":
             return simpo_losses(c, r, n, m, beta=2.5, gamma=0.5, label_smoothing=0.125)
-        if name == "orpo":
-            return orpo_losses(c, r, n, m, beta=0.25)
-        weights = {"desirable_weight": 1.5, "undesirable_weight": 0.75}
-        return kto_losses(c, rc, n % 2 == 0, 0.25, beta=0.25, **weights)
+        return orpo_losses(c, r, n, m, beta=0.25)
 
     return losses
 
@@ -119,33 +105,16 @@ def test_a_gradient_is_that_of_the_formula(name: str) -> None:
     np.testing.assert_allclose(np.array(slopes).T, expected, rtol=2e-4, atol=2e-6)
 
 
-def test_the_divergence_of_kto_is_a_mean_of_what_is_counted_and_at_least_0() -> None:
-    values, reference = mx.array([1.0, 3.0, 99.0]), mx.array([0.0, 1.0, 0.0])
-    counted = mx.array([True, True, False])
-    assert kto_divergence(values, reference, counted).item() == pytest.approx(1.5)
-    assert kto_divergence(-values, reference, counted).item() == 0
-    slopes = mx.grad(lambda values: kto_divergence(values, reference, counted))(values)
-    assert not np.array(slopes).any()
-
-
-def arrays_by_trl(name: str) -> tuple[mx.array, mx.array, mx.array]:
-    """Tokens and mask of both halves of the rows, and the labels."""
-    of = name if name == "kto" else "dpo"
-    tokens, mask = BY_TRL[f"{of}/tokens"], BY_TRL[f"{of}/mask"]
-    wanted = np.ones(len(tokens) // 2, np.bool_)
-    if name == "kto":
-        wanted = BY_TRL["kto/label"].astype(np.bool_)
-        width = max(tokens.shape[1], BY_TRL["kto/kl_tokens"].shape[1])
-        parts = [(tokens, mask), (BY_TRL["kto/kl_tokens"], BY_TRL["kto/kl_mask"])]
-        padded = [[np.pad(a, ((0, 0), (0, width - a.shape[1]))) for a in two] for two in parts]
-        tokens, mask = (np.concatenate(two) for two in zip(*padded, strict=True))
-    return mx.array(tokens.astype(np.int32)), mx.array(mask[:, 1:] > 0), mx.array(wanted)
+def arrays_by_trl() -> tuple[mx.array, mx.array]:
+    """Tokens and mask of both halves of the rows."""
+    tokens, mask = BY_TRL["dpo/tokens"], BY_TRL["dpo/mask"]
+    return mx.array(tokens.astype(np.int32)), mx.array(mask[:, 1:] > 0)
 
 
 @pytest.mark.parametrize("has_head", [True, False], ids=["few logits", "all logits"])
 @pytest.mark.parametrize("name", sorted(SETTINGS_BY_LOSS))
 def test_loss_and_gradient_of_a_llama_are_trl_own(name: str, has_head: bool) -> None:
-    tokens, mask, is_wanted = arrays_by_trl(name)
+    tokens, mask = arrays_by_trl()
     _, rows = find_supervised_positions((np.array(tokens), np.array(mask)))
     policy, reference = make_model(1), make_model(2)
     if has_head:
@@ -159,7 +128,7 @@ def test_loss_and_gradient_of_a_llama_are_trl_own(name: str, has_head: bool) -> 
     def mean_loss(weights: dict[str, mx.array]) -> Any:
         policy.update(tree_unflatten(list(weights.items())))
         values = likelihoods.compute(policy, tokens, mask, rows)
-        return loss.of_examples(values, known, mask.sum(axis=1), is_wanted).mean()
+        return loss.of_pairs(values, known, mask.sum(axis=1)).mean()
 
     weights = dict(tree_flatten(policy.trainable_parameters()))
     value, slopes = mx.value_and_grad(mean_loss)(weights)

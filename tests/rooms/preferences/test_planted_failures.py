@@ -18,17 +18,17 @@ FAILURES = read_failures("preferences")
 ROWS = read_all_rows("preferences")
 
 
-def test_the_list_has_six_failures_each_with_a_report_a_plant_and_a_row() -> None:
-    assert len(FAILURES) == 6
+def test_the_list_has_five_failures_each_with_a_report_a_plant_and_a_row() -> None:
+    assert len(FAILURES) == 5
     assert list(preference_plants.PLANTS) == list(FAILURES) == list(ROWS["nested-tune"])
     assert not FAILURES.keys() & read_failures().keys()
     for failure in FAILURES.values():
         assert re.fullmatch(r"[\w.-]+/[\w.-]+#\d+", failure.report)
 
 
-def test_all_six_were_noticed_and_no_twin() -> None:
+def test_all_five_were_noticed_and_no_twin() -> None:
     assert list(ROWS) == ["nested-tune"]
-    assert count(ROWS["nested-tune"]) == "6 of 6, false alarms 0"
+    assert count(ROWS["nested-tune"]) == "5 of 5, false alarms 0"
 
 
 def test_a_tool_without_commands_for_the_list_is_refused(monkeypatch, capsys) -> None:

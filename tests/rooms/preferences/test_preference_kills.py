@@ -1,4 +1,4 @@
-"""Runs of dpo and kto killed at drawn moments end with the bytes of one that nobody killed.
+"""Runs of dpo killed at drawn moments end with the bytes of one that nobody killed.
 
 What is compared stands in tests/reliability/kills.py; of these runs also the reference's kept
 likelihoods.
@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = "tests.rooms.preferences.kills"
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
 @pytest.mark.parametrize(
     "kills",
     [
@@ -24,10 +23,8 @@ PROGRAM = "tests.rooms.preferences.kills"
         pytest.param(30, marks=[pytest.mark.reliability, pytest.mark.timeout(7200)]),
     ],
 )
-def test_a_run_killed_at_drawn_moments_ends_with_the_same_bytes(
-    tmp_path: Path, loss: str, kills: int
-) -> None:
-    command = [sys.executable, "-m", PROGRAM, loss, str(kills), str(tmp_path)]
+def test_a_run_killed_at_drawn_moments_ends_with_the_same_bytes(tmp_path: Path, kills: int) -> None:
+    command = [sys.executable, "-m", PROGRAM, str(kills), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"{kills} kills in " in done.stdout

@@ -19,7 +19,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from tests.example import prepare
 from tests.left_out import needs_rooms
-from tests.rooms.preferences.pair_data import make_values, write_labelled, write_pairs
+from tests.rooms.preferences.pair_data import make_values, write_pairs
 
 pytestmark = [
     needs_rooms("ranks"),
@@ -58,12 +58,3 @@ def test_dpo_in_two_processes_trains_what_one_process_does(tmp_path: Path) -> No
     assert moved > 0
     assert (apart / moved) ** 0.5 < 1e-3
     assert val_losses(two) == pytest.approx(val_losses(one), rel=1e-4)
-
-
-def test_kto_in_two_processes_estimates_its_divergence_in_each_of_them(tmp_path: Path) -> None:
-    """Each takes the answers of its part of the batch, so that the runs differ a little."""
-    data = write_labelled(tmp_path / "data")
-    one, two = (train_in(count, data, "kto", tmp_path / str(count)) for count in (1, 2))
-    assert len(val_losses(two)) == len(val_losses(one)) == 2
-    assert val_losses(two)[0] == pytest.approx(val_losses(one)[0], abs=1e-5)
-    assert val_losses(two)[-1] < 0.1 > val_losses(one)[-1]

@@ -44,7 +44,7 @@ def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
     tokens = np.arange(1, 21, dtype=np.int32)
     mask = tokens % 4 != 1  # of five examples of four tokens, all but the first
     starts, lines = np.arange(0, 21, 4), np.arange(1, 6, dtype=np.int32)
-    split = TokenizedSplit(tokens, mask, starts, lines)
+    split = TokenizedSplit(tokens, mask, starts, lines, lines.astype(np.uint64))
     batch = BatchRows(np.array([3, 0, 4, 1, 2], np.int32), width=3)  # one row short of six
     whole = make_batch_arrays(split, batch, 6)
     for rank in range(3):

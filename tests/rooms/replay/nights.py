@@ -47,7 +47,13 @@ def replayed_prompts(run: RunDirectory) -> list[str]:
 
 
 def add_version(
-    folder: Path, parent: str, data: Path, *, keeps: bool = True, changes: Any = None
+    folder: Path,
+    parent: str,
+    data: Path,
+    *,
+    keeps: bool = True,
+    changes: Any = None,
+    trained: Any = None,
 ) -> str:
     """A champion that was trained from `parent` on a data set, without any training."""
     registry = folder / "registry"
@@ -62,6 +68,7 @@ def add_version(
         "config": config.model_dump(mode="json"),
         "train_digest": train.digest,
         "validation_digest": valid.digest,
+        "trained": trained,
     }
     run = write_run(folder / f"run-{seed}", seed, initial=parent)
     kept_out = [] if test is None else test.rows

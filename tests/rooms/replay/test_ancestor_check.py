@@ -21,7 +21,6 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.records.verdict_table import list_checks
 from nested_core.registry import collect_garbage, promote, register
 from nested_core.registry.data_store import RunExamples, StoredRow
-from nested_core.report.run_report import read_report
 from nested_core.rooms.replay import ancestor_examples
 from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
 from nested_core.rooms.replay.ancestor_examples import (
@@ -29,7 +28,6 @@ from nested_core.rooms.replay.ancestor_examples import (
     choose_ancestor_examples,
     share_rows,
 )
-from nested_core.rooms.replay.generations import tabulate_generations
 from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate
@@ -128,12 +126,6 @@ def test_a_candidate_that_lost_what_its_ancestor_was_judged_by_is_refused_with_i
     assert (found.version, found.examples, found.conclusion) == (version, 7, "worse")
     assert found.corrected_interval is not None
     assert found.corrected_interval[0] > 0
-    table = tabulate_generations(night.registry, NAME, version, verdict)
-    assert table is not None
-    assert table.columns == ("", shorten_digest(version), shorten_digest(verdict.trained.digest))
-    losses = (f"{found.loss:.4g}", f"{found.loss_after:.4g}")
-    assert table.rows == [(f"judged by the data of {shorten_digest(version)}", *losses)]
-    assert "Loss of each generation" in read_report(night.run.path).to_html()
     (row,) = [row for row in list_checks(verdict) if row.has_failed]
     which = f"on what {found.name} was judged by, 7 examples"
     assert row.name == f"champion vs this run, {which}"

@@ -27,7 +27,7 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage
 from nested_core.registry.garbage_collection import forget_rows
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.rooms.minutes.sizes import MeasuredRun
+from nested_core.rooms.minutes.measured_run import MeasuredRun
 from nested_core.rooms.replay import policy
 from nested_core.rooms.replay.page import describe_replay
 from nested_core.rooms.replay.policy import decide_by_forecast
@@ -57,7 +57,6 @@ def measured(seconds: float, training: float) -> MeasuredRun:
         seconds=seconds,
         tokens_per_second=1.0,
         device="cpu",
-        sizes="",
     )
 
 
@@ -75,10 +74,14 @@ def test_auto_rebuilds_while_all_rows_fit_into_the_window_and_goes_on_when_they_
 ) -> None:
     continual = {"from": "champion", "policy": "auto", "window": window}
     registry = {"path": "registry", "name": NAME}
-    config = example_config(registry=registry, continual=continual | {"replay": {"fraction": 0.5}})
-    choice = decide_by_forecast(config, 100, 900, measured(1100, 1000))
+    given: dict[str, Any] = {"registry": registry, "training": {"epochs": 1}}
+    given["continual"] = continual | {"replay": {"fraction": 0.5}}
+    choice = decide_by_forecast(example_config(**given), 100, 900, measured(1100, 1000))
     assert (choice.policy, choice.reason) == (expected, said)
     assert choice.seconds == {"rebuild": 1100, "continue": 300}  # 200 rows, and 100 s
+    by_iterations = example_config(**given | {"training": {}}, iters=40)
+    choice = decide_by_forecast(by_iterations, 100, 900, measured(1100, 1000))
+    assert choice.seconds == {"rebuild": 1100, "continue": 140}  # 40 steps, and 100 s
 
 
 def test_a_rebuilt_run_has_the_newest_answer_of_each_prompt_and_no_held_out_row(tmp_path) -> None:
@@ -97,11 +100,45 @@ def test_a_rebuilt_run_has_the_newest_answer_of_each_prompt_and_no_held_out_row(
     assert record.is_rebuilt
     assert [source.version for source in record.sources] == versions[::-1]
     assert len(record.dropped) == 1
-    # 40 batches for two rows, without the one that is dropped; for seven, each as often
-    assert estimate_iterations(config, run) == 140
+    # 40 batches are for tonight's three rows where no provenance tells of the first night's
+    assert estimate_iterations(config, run) == round(40 * 7 / 3)
     assert steps.describe_earlier_examples(config, run)[0] == (
         "rebuilding from the base: continual.policy is rebuild"
     )
+
+
+@pytest.mark.parametrize(
+    ("length", "batches"),
+    [
+        ({"iters": 16}, 16 * 9 / 6),  # the first night's length, over nine rows in place of six
+        ({"iters": 32}, 32 * 9 / 6),
+        ({"training": {"epochs": 3}}, 3 * 5),
+    ],
+)
+def test_a_rebuilt_night_has_the_passes_of_the_first_however_few_rows_are_new(
+    tmp_path: Path, length: dict[str, Any], batches: float
+) -> None:
+    # Six rows in batches of two: 16 iterations are 16/3 passes, of which half were trained
+    trained = {"steps": 8, "planned_steps": 16, "epochs": 16 / 3 / 2, "file": "train.jsonl"}
+    first_rows = [row(f"{n}?", "1") for n in range(6)]
+    first = write_split(tmp_path / "first", train=first_rows, valid=[row("v?", "1")])
+    version = add_version(tmp_path, FRESH, first, trained=trained, changes={"iters": 16})
+    rebuilt = trained | {"steps": 19, "planned_steps": 19, "epochs": 19 / 3.5}  # of seven rows
+    second = write_split(tmp_path / "second", train=[row("s?", "1")], valid=[row("v?", "1")])
+    add_version(tmp_path, version, second, trained=rebuilt)
+    write_split(tmp_path / "new", train=[row("a?", "1"), row("b?", "1")], valid=[row("w?", "1")])
+    config = from_champion(tmp_path, continual={"policy": "rebuild"}, **length)
+    run, _ = choose(config, tmp_path / "run")
+    assert estimate_iterations(config, run) == round(batches)
+
+
+def test_many_passes_of_a_rebuilt_night_are_told(tmp_path: Path) -> None:
+    add_version(tmp_path, FRESH, night(tmp_path, 0))
+    write_split(tmp_path / "new", train=[row("a?", "1"), row("b?", "1")], valid=[row("w?", "1")])
+    config = from_champion(tmp_path, continual={"policy": "rebuild"}, training={"epochs": 21})
+    run, _ = choose(config, tmp_path / "run")
+    told = steps.describe_earlier_examples(config, run)[-1]
+    assert told == "rebuilding: 21 passes over all rows; more than 20 hardly help"
 
 
 def test_what_the_store_has_lost_is_said_and_what_was_forgotten_is_not_trained_on(tmp_path) -> None:
@@ -215,7 +252,7 @@ def configure(folder: Path, number: int, **continual: Any) -> FineTuneConfig:
     return example_config(
         data=str(data_of(folder, number)),
         registry=registry,
-        continual={"from": "champion"} | continual,
+        continual={"from": "champion", "rate": 0.3} | continual,
         iters=4,
         steps_per_report=1,
         samples=[],
@@ -261,7 +298,7 @@ def test_a_night_changes_from_rebuilding_to_going_on_and_back(nights: dict[str, 
     config, run, _ = nights["run-2"]
     assert describe_starting_adapter(config, run) == (
         f"starting from version {versions[1][:12]} of capitals at 0.3 of the learning rate: "
-        "all 24 rows do not fit into the window of 1s (forecast: rebuild 2 min, continue 70 s)"
+        "all 24 rows do not fit into the window of 1s (forecast: rebuild 2 min, continue 14 s)"
     )
 
 

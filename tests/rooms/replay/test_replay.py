@@ -13,7 +13,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.earlier_examples import find_earlier_examples
-from nested_core.data.example_digests import digest_examples
+from nested_core.data.example_digests import decode_digests
 from nested_core.errors import ConfigError, DamagedError, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import settings_digest
@@ -36,7 +36,7 @@ from tests.example import (
     stop_after,
     train,
 )
-from tests.left_out import leave_out_room, slow_except
+from tests.left_out import leave_out_room, needs_rooms, slow_except
 from tests.rooms.replay.nights import (
     FRESH,
     NAME,
@@ -92,7 +92,7 @@ def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp
         f"replay: 0.3 of each batch, from 2 of 4 examples of {newer.file} (1 newer data has too, "
         f"1 held out); 1 of 7 examples of {older.file} (1 newer data has too, 3 superseded, "
         f"2 held out)",
-        "replay: 3 examples are superseded, for newer data answers the same prompt otherwise: "
+        "replay: 3 examples are superseded, for newer data says otherwise: "
         '"what is b?", "c?", "held answer?"',
     ]
     page = read_report(run.path).to_html()
@@ -101,6 +101,24 @@ def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp
     assert report.splits["train"].dropped == {"held-out-before": (3,)}
     assert report.splits["train"].rows == len(splits["train"]) == 3
     assert "dropped-held-out-before" in report.describe_warnings()
+
+
+@needs_rooms("preferences")
+def test_pairs_are_superseded_by_the_opposite_pair_alone(tmp_path) -> None:
+    def pair(prompt: str, chosen: str, rejected: str) -> str:
+        turns = [{"role": "user", "content": prompt}]
+        return json.dumps({"prompt": turns, "chosen": chosen, "rejected": rejected})
+
+    tonight = [pair("a?", "1", "2"), pair("b?", "3", "1"), pair("c?", "2", "1")]
+    write_split(tmp_path / "new", train=tonight, valid=[pair("d?", "1", "2")])
+    earlier = [pair("A?", "1", "2"), pair("b?", "1", "2"), pair("C?", "1", "2")]
+    write_split(tmp_path / "old", train=[*earlier, pair("d?", "2", "1")])
+    config = configure(tmp_path, "old", iters=40, training={"loss": "dpo"})
+    run, record = choose(config, tmp_path / "run")
+    (old,) = record.sources
+    assert (old.repeated, old.superseded, old.examples) == (1, 2, 1)
+    assert json.loads(run.replayed_rows.read_text())["prompt"][0]["content"] == "b?"
+    assert [each.prompt for each in old.named] == ["C?", "d?"]  # not Python's repr of turns
 
 
 def test_generations_beyond_the_bound_hold_out_what_they_held_out(folder: Path) -> None:
@@ -184,9 +202,9 @@ def test_the_data_of_the_champion_and_its_ancestors_is_replayed(tmp_path, keeps)
     held_out = [row(f"held {number}?", "1") for number in range(3)] + [row("own 1 0?", "1")]
     write_split(tmp_path / "held", train=held_out)
     names = ("train", "replay")
-    trained_on = np.concatenate([digest_examples(splits[name]) for name in names])
+    trained_on = np.concatenate([splits[name].contents for name in names])
     others = load_run_data(example_config(data=str(tmp_path / "held")))[1]["train"]
-    assert not np.isin(digest_examples(others), trained_on).any()
+    assert not np.isin(others.contents, trained_on).any()
 
 
 def test_files_of_ancestors_without_stored_data_are_used_if_they_are_what_they_were(
@@ -342,9 +360,9 @@ def test_a_resumed_run_equals_the_whole_one_without_its_sources(whole, tmp_path)
 @pytest.mark.slow("judges a run")
 def test_the_gate_knows_that_replayed_rows_were_trained_on(whole: Finished) -> None:
     steps.judge(whole.config, whole.run)
-    trained_on = np.fromfile(whole.run.training_examples, "<u8")
+    recorded = json.loads(whole.run.training_examples.read_bytes())["training_examples"]
     replayed = load_run_data(whole.config, whole.run)[1]["replay"]
-    assert np.isin(digest_examples(replayed), trained_on).all()
+    assert np.isin(replayed.contents, decode_digests(recorded)).all()
     listed = json.loads(whole.run.manifest.read_bytes())["files"]
     assert {"replay.json", "replay.jsonl"} <= listed.keys()
     recorded = make_provenance(whole.config, read_judged_run(whole.run.path), None)

@@ -70,6 +70,7 @@ LOOK_ALIKES = [
     "10.1038/nature12373",
     "the years 1914-1918 and 1939-1945",
     "4111 1111 1111 1112",
+    "the article 4006381333908",  # an EAN that begins and ends as a Visa of 13 digits would
     "1234567890123456",
     "0000000000000000",
     "DE89 3704 0044 0532 0130 01",

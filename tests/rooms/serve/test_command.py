@@ -9,18 +9,21 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlx_lm import server as mlx_lm_server
 
 from flows.cli import build_parser
+from flows.rooms.serve.command import _list_system_texts
 from nested_core.registry import audit, rollback
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM, called
@@ -271,3 +274,18 @@ def test_serving_imports_no_prefect() -> None:
         env=dict(os.environ),
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_it_says_which_system_text_the_rows_of_a_version_have(served, tmp_path: Path) -> None:
+    registry, version = served
+    copy = shutil.copytree(registry, tmp_path / "registry")
+    server: Any = SimpleNamespace()
+    status = SimpleNamespace(current=SimpleNamespace(version=version))
+    server.follower = SimpleNamespace(names={NAME: status})
+    assert list(_list_system_texts(copy, server)) == []
+    recorded = copy / NAME / "versions" / version / "provenance.json"
+    recorded.chmod(0o600)
+    rows = {"prompt_format": {"is_chat": True, "system": "Say a city.", "tools": None}}
+    recorded.write_text(json.dumps(json.loads(recorded.read_text()) | rows))
+    (line,) = _list_system_texts(copy, server)
+    assert line == f"{NAME}: its training rows begin with a system text; send it too: Say a city."

@@ -25,9 +25,9 @@ def write_run(path: Path, losses: ExampleLosses, steps: Any, *, is_selected: boo
     run = RunDirectory(path)
     path.mkdir()
     for step, own in enumerate(steps, 1):
-        lines = losses.lines.tolist()
+        contents = losses.lines.tolist()
         append_step_losses(
-            run.validation_losses, StepLosses(step=step, lines=lines, losses=own.tolist())
+            run.validation_losses, StepLosses(step=step, contents=contents, losses=own.tolist())
         )
     run.gate_losses.write_bytes(losses.render())
     validation = summarise_losses(losses, selected_on_same_data=is_selected)
@@ -53,38 +53,24 @@ def sweep_of(folder: Path, gain: float, *, is_selected: bool = True) -> list[Run
             champion + 1,
             after,
             champion=champion,
+            contents=np.arange(1, EXAMPLES + 1, dtype=np.uint64),
         )
         runs.append(write_run(folder / str(number), losses, after[None], is_selected=is_selected))
     return runs
 
 
-def test_the_best_of_equal_runs_is_told_from_one_that_is_better(tmp_path: Path) -> None:
-    (tmp_path / "lucky").mkdir()
-    runs = sweep_of(tmp_path / "lucky", 0.0)
-    choice = SweepChoice.read(runs[0], runs)
-    assert choice.chosen_among == 8
-    assert "the best of 8 candidates" in (choice.why_not_better() or "")
-    (tmp_path / "better").mkdir()
-    runs = sweep_of(tmp_path / "better", 0.2)
-    choice = SweepChoice.read(runs[0], runs)
-    assert choice.why_not_better() is None
-    assert choice.corrected_interval is not None
-    assert choice.corrected_interval[1] < 0
-
-
 def test_examples_that_chose_nothing_need_no_correction(tmp_path: Path) -> None:
     runs = sweep_of(tmp_path, 0.0, is_selected=False)
-    choice = SweepChoice.read(runs[0], runs)
+    choice = SweepChoice.read(runs[0], [runs[1], *runs])
     assert (choice.chosen_among, choice.corrected_interval) == (1, None)
-    assert choice.why_not_better() is None
-    losses = read_example_losses(runs[0].gate_losses)
-    assert losses.champion is not None
-    assert choice.difference == losses.compare_trained_with(losses.champion)
+    losses, first = (read_example_losses(run.gate_losses) for run in runs[:2])
+    assert choice.difference == losses.compare_trained_with(first.after)
 
 
-def test_the_choice_is_compared_with_another_run_on_the_same_examples(tmp_path: Path) -> None:
+def test_the_choice_is_compared_with_the_first_run_on_the_same_examples(tmp_path: Path) -> None:
     runs = sweep_of(tmp_path, 0.2)
-    choice = SweepChoice.read(runs[0], runs, baseline=runs[1])
+    choice = SweepChoice.read(runs[0], [*runs[1:], runs[0]])
+    assert choice.chosen_among == 8
     own, other = (read_example_losses(run.gate_losses) for run in runs[:2])
     assert choice.difference is not None
     assert choice.difference.mean == pytest.approx(own.mean(own.after) - own.mean(other.after))
@@ -95,25 +81,27 @@ def test_the_choice_is_compared_with_another_run_on_the_same_examples(tmp_path: 
 
 def test_runs_without_the_losses_of_their_steps_count_by_the_gates(tmp_path: Path) -> None:
     runs = sweep_of(tmp_path, 0.2)
-    kept = SweepChoice.read(runs[0], runs)
+    kept = SweepChoice.read(runs[0], [*runs[1:], runs[0]])
     for run in runs:
         run.validation_losses.unlink()
-    again = SweepChoice.read(runs[0], runs)
+    again = SweepChoice.read(runs[0], [*runs[1:], runs[0]])
     assert again.chosen_among == 8
     assert again.corrected_interval == pytest.approx(kept.corrected_interval)
     runs[3].gate_losses.unlink()
-    wider = SweepChoice.read(runs[0], runs)
+    wider = SweepChoice.read(runs[0], [*runs[1:], runs[0]])
     assert wider.corrected_interval is not None
     assert wider.corrected_interval[0] <= again.corrected_interval[0]  # type: ignore[index]
 
 
-def test_the_runs_of_a_sweep_are_one_family_on_the_examples_that_all_read() -> None:
-    first = Candidates(2, np.array([1, 2, 5]), np.array([[1.0, 2, 5], [10, 20, 50]]))
-    second = Candidates(1, np.array([5, 1, 7]), np.array([[0.5, 0.1, 0.7]]))
+def test_the_runs_of_a_sweep_are_one_family_where_all_read_the_same_examples() -> None:
+    known, unlike = np.array([1, 2, 5], np.uint64), np.array([5, 1, 7], np.uint64)
+    first = Candidates(2, known, np.array([[1.0, 2, 5], [10, 20, 50]]))
+    second = Candidates(1, known, np.array([[0.1, 0.2, 0.5]]))
     joined = join_candidates([first, second])
     assert joined.count == 3
-    assert joined.lines is not None
+    assert joined.contents is not None
     assert joined.losses is not None
-    assert joined.lines.tolist() == [1, 5]
-    assert joined.losses.tolist() == [[1, 5], [10, 50], [0.1, 0.5]]
-    assert join_candidates([first, Candidates(3)]).losses is None
+    assert joined.contents.tolist() == [1, 2, 5]
+    assert joined.losses.tolist() == [[1, 2, 5], [10, 20, 50], [0.1, 0.2, 0.5]]
+    others = Candidates(1, unlike, np.array([[0.5, 0.1, 0.7]]))
+    assert [join_candidates([first, one]).losses for one in (others, Candidates(3))] == [None, None]

@@ -21,20 +21,16 @@ def test_a_sweep_says_what_was_tried_and_what_came_of_the_best(tmp_path: Path) -
     assert [arm["point"] for arm in said["arms"]] == [{}, {"learning_rate": 1e-6}]
     assert (said["chosen"], said["better"], said["steps"]) == (0, False, 30)
     assert said["summary"] == (
-        "2 settings tried in 30 steps, in runs of 20 of the configuration's 40: none was better "
-        "than the configuration itself."
+        "2 settings tried in 30 steps: none was better than the configuration itself."
     )
-    assert (
-        "2 settings, compared at steps 10 and 20 of runs that have 20 of the configuration's 40; "
-        "at most 40 steps." in done.stderr
-    )
-    assert (tmp_path / "found" / "sweep.html").is_file()
+    assert "2 settings, compared at steps 10, 20 of 40" in done.stderr
     again = called(*command, "--run-dir", "found", cwd=tmp_path)
     assert (again.code, again.stdout) == (2, "")
     assert "found is not empty: add --resume" in again.message()
     judged = called(*command, "--run-dir", "found", "--resume", cwd=tmp_path)
     assert said["summary"] in judged.stdout
-    assert judged.stdout.startswith("Validation loss in nats/token, the lowest up to each step:")
+    assert "│ the configuration itself │ 20 " in judged.stdout
+    assert f"side by side: nested-tune compare {tmp_path / 'found'}/arms/*" in judged.stdout
     assert "the configuration itself: to step" not in judged.stderr  # nothing is trained again
     assert "promote found" not in judged.stderr
     assert "next: nothing to promote: no setting is shown to be better" in judged.stderr
@@ -46,7 +42,7 @@ def test_a_sweep_says_what_was_tried_and_what_came_of_the_best(tmp_path: Path) -
         (("--over", "learning_rate"), "--over learning_rate: expected KEY=V,V"),
         (("--over", "seed=1", "--over", "seed=2"), "--over seed=2: expected KEY=V,V"),
         (("--over", "data=a,b"), "the grid varies data"),
-        (("--over", "iters=1,2"), "iters is decided by the sweep itself"),
+        (("--over", "iters=1,2"), "the grid varies iters"),
         (("--minutes", "0"), "sweep --minutes must be above 0"),
         (("--resume",), "--resume needs the --run-dir"),
     ],

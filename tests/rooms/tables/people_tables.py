@@ -28,7 +28,7 @@ class PeopleTable:
     file: str
     write: Callable[[Path], Sequence[Pair]]
     flags: tuple[str, ...]
-    score: str = "contains"
+    score: str = "exact"
     system: str | None = None
 
 
@@ -167,8 +167,9 @@ TABLES: dict[str, PeopleTable] = {
         "due.xlsx",
         write_numbers_and_dates,
         ("--template", "{Item} is due on {Due}", "--completion-feature", "Amount"),
+        "number",
     ),
     "empty answers": PeopleTable("notes.csv", write_empty_answers, named("Note", "Answer given")),
-    "40 columns": PeopleTable("wide.csv", write_wide, named("Field 17", "Field 39")),
-    "200,000 rows": PeopleTable("long.csv", write_long, named("sum", "total")),
+    "40 columns": PeopleTable("wide.csv", write_wide, named("Field 17", "Field 39"), "number"),
+    "200,000 rows": PeopleTable("long.csv", write_long, named("sum", "total"), "number"),
 }

@@ -33,34 +33,26 @@ def ask(
             monkeypatch.setattr(sys, "stdin", stdin)
             monkeypatch.setattr(sys, "stderr", stderr)
             words = ("init", "--data", "tickets.csv", "--model", "MODEL", "--minutes", "5")
-            rows = dict(prepare(build_parser("init").parse_args(words)).rows)
+            made = prepare(build_parser("init").parse_args(words)).made
             stderr.flush()
-            return rows, os.read(outer, 65_536).decode()
+            return dict(made.rows) if made else {}, os.read(outer, 65_536).decode()
     finally:
         os.close(outer)
         os.close(inner)
 
 
-def test_the_columns_are_asked_for_by_number_and_by_name(tmp_path, monkeypatch) -> None:
-    rows, _ = ask(tmp_path, ["9", "3", "Triage, 5", "Sort tickets."], monkeypatch)
+def test_the_columns_are_asked_for_and_the_command_without_questions_is_shown(
+    tmp_path, monkeypatch
+) -> None:
+    rows, shown = ask(tmp_path, ["Description", "Triage", "Sort tickets."], monkeypatch)
     assert rows == {"train": 24, "valid": 3, "test": 3}
     first = (tmp_path / "tickets-split" / "train.jsonl").read_text().splitlines()[0]
     assert '{"role": "system", "content": "Sort tickets."}' in first
-    assert '"content": "{\\"Triage\\": \\"' in first
-    assert '\\"Priority\\": \\"' in first
-
-
-def test_several_columns_of_a_question_become_lines_and_the_command_has_their_template(
-    tmp_path, monkeypatch
-) -> None:
-    _, shown = ask(tmp_path, [",", "1, Description", "Triage", ""], monkeypatch)
-    first = (tmp_path / "tickets-split" / "train.jsonl").read_text().splitlines()[0]
-    assert '"role": "user", "content": "Id: ' in first
-    assert "\\nDescription: My parcel " in first
-    assert "no column is named; expected numbers from 1 to 5, or names." in shown
+    assert '"role": "user", "content": "My parcel ' in first
     words = shlex.split(shown.partition("The same without questions:")[2].split("\n")[1])
-    assert words[words.index("--template") + 1] == r"Id: {Id}\nDescription: {Description}"
-    assert words[words.index("--minutes") + 1] == "5"
+    assert words[words.index("--completion-feature") + 1] == "Triage"
+    assert words[words.index("--system") + 1] == "Sort tickets."
+    assert words[words.index("--minutes") + 1] == "5.0"
 
 
 def test_enter_takes_the_columns_that_look_like_it(tmp_path, monkeypatch) -> None:

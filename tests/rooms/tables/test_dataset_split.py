@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from nested_core import ConfigError, DatasetError
-from nested_core.rooms.tables.data_set import describe_chat
-from nested_core.rooms.tables.dataset_split import split_dataset
-from nested_core.rooms.tables.eval_set import draw_eval_set
+from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.rooms.tables.data_set import DataSet, Request, make_data_set
+from nested_core.rooms.tables.dataset_split import (
+    RowTexts,
+    SplitRequest,
+    TooManyQuestions,
+    draw_splits,
+    read_share,
+)
+from nested_core.rooms.tables.eval_set import EvalSet, choose_score, draw_eval_set
+from nested_core.rooms.tables.source import Source
 from nested_core.seams import load_all
 from tests.builders.data_sets import chat, write_lines
 from tests.flows.conftest import called
@@ -28,6 +38,18 @@ WORDS = [
 def write_train(folder: Path, rows: int, *, file: str = "train.jsonl") -> Path:
     lines = ({"prompt": f"What is {n}?", "completion": f"{n}."} for n in range(rows))
     return write_lines(folder / file, lines).parent
+
+
+def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
+    """Split rows as they are, as `init --split` does."""
+    return dict(make(data, Request(False, None, None, True, SplitRequest(share), len), target).rows)
+
+
+def make(data: str, request: Request, target: Path) -> DataSet:
+    with TemporaryDirectory() as spool:
+        source = Source.find(data, Path(spool))
+        source.require_rows()
+        return make_data_set(source, request, target)
 
 
 def read_split(folder: Path, split: str) -> list[str]:
@@ -112,8 +134,7 @@ def test_rows_of_another_format_become_json_lines(tmp_path: Path) -> None:
     ("rows", "files", "share", "said"),
     [
         (40, ("valid.jsonl",), 0.1, "has valid.jsonl already"),
-        (40, (), 0.5, "above 0 and below 0.5"),
-        (2, (), 0.1, "has 2 rows, 0 of them left for train"),
+        (2, (), 0.1, "has 2 rows, too few to take any out"),
     ],
 )
 def test_what_cannot_be_split_is_refused_and_leaves_nothing(
@@ -140,9 +161,14 @@ def test_rows_that_cannot_be_read_are_not_left_out_of_a_split(tmp_path: Path) ->
 
 
 def test_a_data_set_without_train_is_refused(tmp_path: Path) -> None:
-    data = write_train(tmp_path / "data", 3, file="training.jsonl")
-    with pytest.raises(ConfigError, match=r"has no train\.jsonl"):
+    data = write_train(tmp_path / "data", 3, file="test.jsonl")
+    with pytest.raises(ConfigError, match=r"test\.jsonl would be held out by the name, and"):
         split_dataset(str(data), 0.1, tmp_path / "split")
+
+
+def test_a_share_of_a_half_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"above 0 and below 0\.5"):
+        read_share("0.5")
 
 
 def test_each_split_has_each_label_about_as_often_as_all_rows(tmp_path: Path) -> None:
@@ -161,16 +187,131 @@ def test_each_split_has_each_label_about_as_often_as_all_rows(tmp_path: Path) ->
     assert counts["train"]["other"] == 2  # too rare to be taken out
 
 
-def test_the_longest_label_says_how_many_tokens_an_answer_may_have() -> None:
-    lines = [json.dumps(chat(f"{n}?", "yes" if n % 3 else "perhaps")).encode() for n in range(30)]
-    drawn = draw_eval_set(lines[:20], lines[20:], 5)
+def draw(answers: Sequence[str], count: int = 5, train: int = 20) -> EvalSet:
+    lines = [json.dumps(chat(f"{n}?", answer)).encode() for n, answer in enumerate(answers)]
+    return draw_eval_set(lines[:train], lines[train:], count, len)
+
+
+def test_the_longest_answer_says_how_many_tokens_one_may_have() -> None:
+    drawn = draw(["yes" if n % 3 else "perhaps" for n in range(30)])
     assert (drawn.score, drawn.max_tokens) == ("exact", len("perhaps") + 2)
-    texts = [json.dumps(chat(f"{n}?", f"In town {n}.")).encode() for n in range(30)]
-    drawn = draw_eval_set(texts[:20], texts[20:], 5)
-    assert (drawn.score, drawn.max_tokens) == ("contains", len("In town 22.") + 16)
+    drawn = draw([f"In town {n}." for n in range(30)])
+    assert (drawn.score, drawn.max_tokens) == ("exact", len("In town 22.") + 16)
+    long = ["w" * (300 if n % 2 else 30) for n in range(30)]
+    assert draw(long).max_tokens == 30 + 16
+    assert draw(long).left_out == "; not asked: 5 with an answer of more than 256 tokens"
+    assert draw(long, 6).max_tokens == 300 + 16  # too few others
 
 
-def test_a_shown_chat_has_its_line_ends_as_lines() -> None:
-    line = json.dumps(chat("Hello,\n\nwhere to?", "Oslo")).encode()
-    indent = 3 * " "
-    assert describe_chat(line) == [f"user: Hello,\n{indent}\n{indent}where to?", "assistant: Oslo"]
+@pytest.mark.parametrize(
+    ("answers", "score"),
+    [
+        ([str(n) for n in range(9)], "number"),
+        (["0", "-1.5", "1,200", "\u22124"], "number"),
+        (["01", "02", "03"], "exact"),
+        (["12 km", "7 km"], "exact"),
+        (["3,50", "4,25"], "exact"),
+        (["1", "2"] * 4, "exact"),
+        (["no", "no idea", "1"], "exact"),
+        (['{"a": 1}', '{"a": 2}'], "json"),
+        (["{}", '{"a": 2}'], "exact"),
+    ],
+)
+def test_the_score_tells_right_answers_from_wrong_ones(answers: list[str], score: str) -> None:
+    assert choose_score(answers) == score
+
+
+@pytest.mark.parametrize(
+    ("answers", "least"),
+    [
+        ([f"Town {n}" for n in range(30)], 2 / 5),
+        (["yes"] * 25 + ["no", "yes", "no", "no", "yes"], 4 / 5),
+        ([str(7 if n > 27 else n) for n in range(30)], 3 / 5),
+        ([json.dumps({"a": n % 2}) for n in range(30)], 4 / 5),
+        (["yes"] * 25 + ["no"] * 5, 1),
+    ],
+)
+def test_min_is_above_what_one_answer_to_all_questions_gets(
+    answers: list[str], least: float
+) -> None:
+    drawn = draw(answers, train=25)
+    assert drawn.least_share == pytest.approx(least)
+
+
+def test_a_question_of_train_is_not_asked_and_each_right_answer_counts() -> None:
+    lines = [json.dumps(chat(*pair)).encode() for pair in (("a?", "1 b"), ("c?", "2 d"))]
+    more = [json.dumps(chat(*pair)).encode() for pair in (("A ?", "3 e"), ("f?", "g"), ("f?", "h"))]
+    drawn = draw_eval_set(lines, more, 1, len)
+    (question,) = map(json.loads, drawn.lines)
+    assert (question["messages"][0]["content"], question["expected"]) == ("f?", ["g", "h"])
+    assert drawn.left_out == "; not asked: 1 that train asks too"
+    with pytest.raises(TooManyQuestions, match="from 1 to 1 questions"):
+        draw_eval_set(lines, more, 2, len)
+
+
+def questions_of(lines: Iterable[bytes]) -> set[str]:
+    return {question for line in lines for question in RowTexts.of(line, ANY).asked}
+
+
+ANY = FieldNames()
+
+
+def turns(*texts: str) -> dict[str, object]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[n % 2], "content": t} for n, t in enumerate(texts)]}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    {
+        "several answers": [
+            {"prompt": f"What is {n % 20}?", "completion": f"{n}."} for n in range(60)
+        ],
+        "pairs": [
+            {"prompt": f"What of {n % 20}?", "chosen": f"{n} yes", "rejected": f"{n} no"}
+            for n in range(60)
+        ],
+        "other system texts": [
+            {
+                "messages": [
+                    {"role": "system", "content": f"Day {n}"},
+                    *chat(f"{n % 20}?", f"{n}")["messages"],
+                ]
+            }
+            for n in range(60)
+        ],
+        "asked on the way of a chat": [
+            turns(f"Who is {n % 20}?", f"{n}", *(("And then?", f"No {n}") if n < 20 else ()))
+            for n in range(60)
+        ],
+        "upper case": [
+            {
+                "prompt": f"Is it {n % 20}?".swapcase() if n > 30 else f"Is it {n % 20}?",
+                "completion": str(n),
+            }
+            for n in range(60)
+        ],
+    }.values(),
+)
+def test_no_question_of_a_held_out_row_is_trained_on(rows: list[dict[str, object]]) -> None:
+    lines = [json.dumps(row).encode() for row in rows]
+    random.Random(0).shuffle(lines)
+    drawn = draw_splits(lines, SplitRequest(0.1))
+    assert drawn is not None
+    trained = questions_of(drawn.lines["train"])
+    for split in ("valid", "test"):
+        assert drawn.lines[split]
+        own = {RowTexts.of(line, ANY).question for line in drawn.lines[split]}
+        assert not own & trained
+
+
+def test_rows_that_ask_what_is_known_are_all_trained_on() -> None:
+    rows = [json.dumps(chat(f"Where is {n}?", f"In {n}.")).encode() for n in range(40)]
+    known = {RowTexts.of(row, ANY).question for row in rows[:30]}
+    drawn = draw_splits(rows, SplitRequest(0.1, trained=known))
+    assert drawn is not None
+    assert (drawn.known, len(drawn.lines["valid"]), len(drawn.lines["test"])) == (30, 4, 4)
+    assert {*rows[:30]} <= {*drawn.lines["train"]}
+    every = draw_splits(rows[:5], SplitRequest(0.1, trained=known))
+    assert every is not None
+    assert every.lines == {"train": rows[:5]}

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from flows.rooms.tables.command import add_flags
-from nested_core import load_config
+from flows.cli import build_parser
+from flows.rooms.tables.command import add_flags, prepare, run_init
+from nested_core import ConfigError, load_config
+from nested_core.registry import promote, register
+from nested_core.registry.data_store import RunExamples
 from nested_core.rooms import ROOMS
-from nested_core.rooms.tables.dataset_split import split_dataset
 from tests.builders.data_sets import write_lines
+from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL
 from tests.flows.conftest import called
+from tests.rooms.tables.people_tables import named
 
 
 @pytest.mark.slow("a command and its data")
@@ -36,11 +40,9 @@ def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) ->
     again = called(*command, cwd=tmp_path)  # the file and the folder are said together
     assert again.code == 2
     assert "lora-split.yaml exists, and is not written over. Give another name" in again.message()
-    assert "data-split exists, and is not written over. Remove it to draw it" in again.message()
-    offered = shlex.split(again.message().partition(" For example: ")[2].strip("`\n"))
-    assert offered[1:4] == ["init", "--data", "data-split"]
-    assert called(*offered[1:], cwd=tmp_path).code == 0
-    assert load_config(tmp_path / "lora-2.yaml").data == "data-split"
+    assert "data-split exists, and is not written over. Take it as it is by" in again.message()
+    assert called(*command, "--overwrite", cwd=tmp_path).code == 0
+    assert load_config(tmp_path / "lora-split.yaml").data == "data-split"
 
 
 def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> None:
@@ -67,15 +69,105 @@ def test_init_says_and_writes_the_format_of_a_split_of_alpaca_rows(tmp_path: Pat
     assert (config.data, config.data_format, config.mask_prompt) == ("rows-split", "alpaca", True)
 
 
-def test_no_row_of_a_table_is_lost_in_a_split(tmp_path: Path) -> None:
-    rows = "".join(f"Where, {n}?;Here.\n" for n in range(40))
-    (tmp_path / "rows.csv").write_text(f"prompt;completion\n{rows}")
-    counts = split_dataset(str(tmp_path / "*.csv"), 0.1, tmp_path / "split")
-    assert counts == {"train": 32, "valid": 4, "test": 4}
-
-
 def test_the_static_table_names_the_flags_that_the_room_adds() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     added = {flag for action in parser._actions for flag in action.option_strings}
     assert added - {"-h", "--help"} == {*ROOMS["tables"].flags["init"]}
+
+
+def test_the_files_of_a_folder_are_listed_and_its_test_table_is_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("faq_train", "faq_test", "notes"):
+        rows = "".join(f"{name} {n}?,Yes {n}.\n" for n in range(9))
+        (tmp_path / "data" / f"{name}.csv").write_text(f"Q,A\n{rows}")
+    prepared = prepare(parse("data", *named("Q", "A"), "--suite", "4"))
+    assert prepared.made is not None
+    assert prepared.made.rows == {"train": 9, "test": 9}
+    assert prepared.told[:2] == [
+        "read: faq_train.csv (train), faq_test.csv (test)",
+        "not read: notes.csv",
+    ]
+    assert "faq_test" not in (tmp_path / "data-split" / "train.jsonl").read_text()
+
+
+def parse(data: str, *flags: str) -> argparse.Namespace:
+    return build_parser("init").parse_args(("init", "--data", data, "--model", str(MODEL), *flags))
+
+
+def test_overwrite_draws_anew_what_init_wrote_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faq.csv").write_text("Q,A\n" + "".join(f"Is {n}?,Y {n}.\n" for n in range(20)))
+
+    def init(*flags: str, fails: bool = False) -> None:
+        arguments = parse("faq.csv", *named("Q", "A"), "-o", "faq.yaml", *flags)
+
+        def write(_: object, target: Path, data: str, **_lines: str) -> None:
+            if fails:
+                raise ConfigError("no such model")
+            target.write_text(f"# Written by `nested-tune init` for {data} {flags}\n")
+
+        arguments.write_configuration = write
+        run_init(arguments)
+
+    init()
+    first = (tmp_path / "faq-split" / "test.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="exists, and is not written over.* Or add --overwrite"):
+        init("--split", "0.2")
+    with pytest.raises(ConfigError, match="no such model"):
+        init("--split", "0.2", "--overwrite", fails=True)
+    assert (tmp_path / "faq-split" / "test.jsonl").read_bytes() == first
+    init("--split", "0.2", "--overwrite")
+    assert len((tmp_path / "faq-split" / "test.jsonl").read_bytes().splitlines()) == 4
+    assert "0.2" in (tmp_path / "faq.yaml").read_text()
+    assert "0.2" not in (tmp_path / "faq.yaml.old").read_text()
+    (tmp_path / "faq-split" / "test.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="faq-split is not as init wrote it, and stays"):
+        init("--overwrite")
+    (tmp_path / "faq-split" / "test.jsonl").unlink()
+    (tmp_path / "faq.yaml").write_text("model: mine\n")
+    with pytest.raises(ConfigError, match="is not as init wrote it, and stays"):
+        init("--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("faq.csv", "faq-split", "faq.yaml", "faq.yaml.old")
+    }
+
+
+def test_rows_that_correct_the_champions_are_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = [{"prompt": f"Is {n} open?", "completion": "Yes."} for n in range(12)]
+    examples = RunExamples(old[:8], old[8:10], kept_out=old[10:])
+    version = register(
+        write_run(tmp_path / "run", 1), tmp_path / "registry", "faq", {}, examples=examples
+    )
+    rows = [f"is {n} open?,No {n}.\n" for n in range(12)] + [
+        f"Is {n} new?,Y {n}.\n" for n in range(12)
+    ]
+    (tmp_path / "night.csv").write_text("Q,A\n" + "".join(rows))
+    arguments = parse(
+        "night.csv", *named("Q", "A"), "--system", "Be.", "--champion", "registry/faq"
+    )
+    with pytest.raises(ConfigError, match="has no champion whose rows are kept"):
+        prepare(arguments)
+    promote(tmp_path / "registry", "faq", version, by="ann")
+    prepared = prepare(arguments)
+    assert prepared.made is not None
+    assert prepared.made.rows == {"train": 20, "valid": 2, "test": 2}
+    assert "asked in the champion's data too: 12 rows, all trained on" in prepared.told
+    held_out = [
+        (tmp_path / "night-split" / f"{name}.jsonl").read_text() for name in ("valid", "test")
+    ]
+    assert "open?" not in "".join(held_out)
+    lines: dict[str, str] = {}
+    (tmp_path / "night-split").rename(tmp_path / "other")
+    arguments.write_configuration = lambda *_, **more: lines.update(more)
+    run_init(arguments)
+    assert 'registry: {path: "registry", name: "faq", promote: better}' in lines["registry"]
+    assert "continual: {from: champion}" in lines["registry"]

@@ -52,7 +52,7 @@ JUDGED = ["billing"] * 5 + ["shipping"] + ["billing"] * 3 + ["shipping"]
 
 def test_right_answers_stand_by_label_beside_the_majority_and_the_worst_confusion() -> None:
     records = answers_of("base", EXPECTED, ["?"] * 10) + answers_of("candidate", EXPECTED, JUDGED)
-    table, warning, confusion = tabulate_labels_of_answers("topics", in_rows(records))
+    table, warning = tabulate_labels_of_answers("topics", in_rows(records))
     assert isinstance(table, Table)
     assert table.columns == ("label", "questions", "base", "candidate")
     assert table.rows == [("billing", 6, 0, 5), ("shipping", 4, 0, 1)]
@@ -62,31 +62,12 @@ def test_right_answers_stand_by_label_beside_the_majority_and_the_worst_confusio
         "'billing': it has not learnt to tell the labels apart, whatever its loss says.",
         "warn",
     )
-    assert confusion == Text(
-        "The wrong answer that candidate gives most often is 'billing' where 'shipping' is right: "
-        "3 of 4 questions"
-    )
 
 
 def test_an_adapter_above_the_majority_has_no_warning() -> None:
     better = answers_of("candidate", EXPECTED, ["billing"] * 6 + ["shipping"] + ["?"] * 3)
-    table, confusion = tabulate_labels_of_answers("topics", in_rows(better))
+    (table,) = tabulate_labels_of_answers("topics", in_rows(better))
     assert isinstance(table, Table)
-    assert "warning" not in str(confusion)
-
-
-def test_labels_that_are_never_right_are_named_unless_all_are() -> None:
-    expected = [*EXPECTED, "returns", "returns", "access"]
-    given = [*EXPECTED, "billing", "billing", "?"]
-    judged = in_rows(answers_of("base", expected, expected))
-    judged += in_rows(answers_of("candidate", expected, given))
-    _, never, _ = tabulate_labels_of_answers("topics", judged)
-    assert never == Text("candidate was never right for 'returns' (0 of 2), 'access' (0 of 1)")
-    none = in_rows(answers_of("candidate", EXPECTED, ["?"] * 10))
-    told = [b.text for b in tabulate_labels_of_answers("topics", none) if isinstance(b, Text)]
-    assert len(told) == 2
-    assert "is right for 0 of 10 (0%)" in told[0]
-    assert "gives most often" in told[1]
 
 
 def test_answers_that_are_no_labels_have_no_table() -> None:
@@ -118,6 +99,7 @@ def test_labels_of_a_data_set_are_counted_in_each_split(tmp_path: Path) -> None:
     assert isinstance(table, Table)
     assert table.columns == ("answer", "train.jsonl", "valid.jsonl")
     assert table.rows == [("yes", "8 (67%)", "1 (50%)"), ("no", "4 (33%)", "1 (50%)")]
+    write_lines(tmp_path / "valid.jsonl", rows[:4])
     write_lines(tmp_path / "train.jsonl", [row for row in rows if "yes" in str(row)])
     _, warning = tabulate_labels_of_data(DataSettings(str(tmp_path)))
     assert warning == Text(
@@ -126,18 +108,6 @@ def test_labels_of_a_data_set_are_counted_in_each_split(tmp_path: Path) -> None:
     )
     write_lines(tmp_path / "valid.jsonl", [chat("Q?", "a long answer " * 20)])
     assert not list(tabulate_labels_of_data(DataSettings(str(tmp_path))))
-
-
-def test_labels_that_differ_in_case_or_spaces_alone_are_named(tmp_path: Path) -> None:
-    labels = ["Access", "access", "Access ", "Network"]
-    write_lines(tmp_path / "train.jsonl", [chat(f"Q{n}?", labels[n % 4]) for n in range(12)])
-    table, warning = tabulate_labels_of_data(DataSettings(str(tmp_path)))
-    assert isinstance(table, Table)
-    assert [label for label, _ in table.rows] == ["Access", "'Access '", "Network", "access"]
-    assert warning == Text(
-        "warning: the labels 'Access' and 'Access ' and 'access' differ in case or spaces alone. "
-        "Write them in one way if they mean the same."
-    )
 
 
 def test_the_list_of_runs_warns_of_an_adapter_no_better_than_one_label(
@@ -152,3 +122,15 @@ def test_the_list_of_runs_warns_of_an_adapter_no_better_than_one_label(
         "one: warning: candidate is right for 6 of 10 (60%) of topics, no more than always "
         "answering 'billing': it has not learnt to tell the labels apart, whatever its loss says."
     )
+
+
+def test_an_answer_that_is_given_once_is_no_label_that_train_lacks(tmp_path: Path) -> None:
+    labelled = [chat(f"{n}?", f"topic {n % 5}") for n in range(100)]
+    write_lines(tmp_path / "train.jsonl", labelled)
+    rows = [*[chat(f"of {n}?", f"Go and see town {n}") for n in range(20)], chat("x?", "rare")]
+    write_lines(tmp_path / "valid.jsonl", [*rows, chat("y?", "rare")])
+    blocks = tabulate_labels_of_data(DataSettings(str(tmp_path)))
+    warnings = [block.text for block in blocks if isinstance(block, Text)]
+    assert [text.partition(",")[0] for text in warnings] == [
+        "warning: no row of train.jsonl has the label 'rare'"
+    ]

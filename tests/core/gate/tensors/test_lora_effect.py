@@ -96,6 +96,12 @@ def dora(magnitude: float = 1.0) -> Tensors:
     return tensors
 
 
+def rounded_up(tensors: Tensors) -> Tensors:
+    for module in MODULES:
+        tensors[f"{module}.m"] = np.nextafter(tensors[f"{module}.m"], np.float32(np.inf))
+    return tensors
+
+
 def rescaled(tensors: Tensors) -> Tensors:
     for a, b in ((A, B), (A2, B2)):
         tensors[a], tensors[b] = tensors[a] * 2, tensors[b] / 2
@@ -108,10 +114,20 @@ def rescaled(tensors: Tensors) -> Tensors:
         (dora(1.5), []),
         (rescaled(dora(1.5)), []),
         (rescaled(dora(1.0)), ["no_effect"]),
+        (dora(1.0 + 1e-6), []),
+        (rounded_up(dora(1.0)), ["no_effect"]),
         (dora(1.0), ["unchanged"]),
         (dora(float("nan")), ["non_finite"]),
     ],
-    ids=["magnitude", "magnitude and rescaled", "rescaled alone", "nothing", "NaN magnitude"],
+    ids=[
+        "magnitude",
+        "magnitude and rescaled",
+        "rescaled alone",
+        "a little",
+        "rounding",
+        "nothing",
+        "NaN magnitude",
+    ],
 )
 def test_a_dora_magnitude_that_moved_is_an_effect(tmp_path, after, expected) -> None:
     configs = (CONFIG | {"fine_tune_type": "dora"},) * 2

@@ -84,6 +84,8 @@ def test_scores(tmp_path, method, answer, fields, expected) -> None:
         ("2.5e3", "2500"),
         ("1,2", "2"),
         ("12,345,678 people", "12345678"),
+        ("12\u202f345\u00a0678 people", "12345678"),
+        ("in rooms 1 234", "234"),
         (".5", "0.5"),
         ("It is 42.", "42"),
         ("2024-11-21", "21"),

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +23,7 @@ from nested_core.measure.answers.answer_cache import (
 from nested_core.measure.answers.scorers import ScoringMethod
 from nested_core.measure.answers.suite_answers import EncodedSuite, Suite
 from nested_core.models.generation import Sampling
+from nested_core.records.dataset import PromptFormat
 from nested_core.training.loss import logit_budget
 from tests.core.measure.answers.test_suites import write
 from tests.example import MODEL
@@ -38,7 +40,8 @@ def example():
 def encode(tmp_path: Path, score, *lines, sampling=None, context=64) -> EncodedSuite:
     path = write(tmp_path / "suite.jsonl", *lines)
     suite = Suite.read("capitals", ScoringMethod(path, score), sampling)
-    return EncodedSuite.encode(suite, example()[1], context)
+    raw = PromptFormat(is_chat=False)
+    return EncodedSuite.encode(suite, example()[1], context, prompt_format=raw)
 
 
 def reference(model, prompt: tuple[int, ...], choice: tuple[int, ...]) -> float:
@@ -248,3 +251,59 @@ def test_folders_among_the_kept_answers_end_no_judging(tmp_path, asked, caplog) 
         assert ask(encoded) == answers
     assert "Answers could not be cached for later runs" in caplog.text
     assert not old.exists()
+
+
+@pytest.mark.parametrize(
+    ("score", "expected", "best"),
+    [
+        ("exact", ["spam", "spam", "ham", "eggs"], 0.5),
+        ("contains", [["Oslo", "Bergen"], "Oslo", "Oslo fjord", "Riga"], 0.75),
+        ("number", [4, 4, 5, 6], 0.5),
+        ("json", [{"a": 1}, {"a": 1, "b": 2}, {"a": 2}, {"a": 3}], 0.5),
+        ("regex", ["(?i)^spam$", "^spam$", r"\bham\.?", "eggs"], 0.5),
+        ("regex", ["(?i)^(spam|ham)$", "^ham$", "^ham$", "eggs"], 0.75),
+    ],
+)
+def test_the_best_constant_answer_is_scored_as_the_suite_scores(
+    tmp_path: Path, score, expected, best
+) -> None:
+    lines = [{"prompt": f"{i}?", "expected": each} for i, each in enumerate(expected)]
+    path = write(tmp_path / "suite.jsonl", *lines)
+    suite = Suite.read("each", ScoringMethod(path, score))
+    assert suite.score_best_constant(range(1, 5)) == best
+    assert suite.score_best_constant([4]) == 1.0
+
+
+def test_a_choice_has_a_best_constant_answer_and_a_schema_alone_has_none(tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"choices": ["yes", "no"]}
+    lines = [{"prompt": f"{i}?", "expected": "yes" if i else "no"} | choices for i in range(4)]
+    suite = Suite.read("each", ScoringMethod(write(tmp_path / "a.jsonl", *lines), "choice"))
+    assert suite.score_best_constant(range(1, 5)) == 0.75
+    line = {"prompt": "1?", "schema": {"type": "object"}}
+    suite = Suite.read("each", ScoringMethod(write(tmp_path / "b.jsonl", line), "json"))
+    assert suite.score_best_constant([1]) is None
+
+
+def test_a_prompt_is_asked_as_the_rows_were(tmp_path: Path) -> None:
+    suite = Suite.read(
+        "each",
+        ScoringMethod(write(tmp_path / "a.jsonl", {"prompt": "Fiji?", "expected": "a"}), "exact"),
+    )
+    tokenizer = example()[1]
+
+    def asked(prompt_format: PromptFormat | None) -> str:
+        (tokens,) = EncodedSuite.encode(suite, tokenizer, None, prompt_format=prompt_format).prompts
+        text: str = tokenizer.decode(list(tokens))
+        return text
+
+    def chat(*turns: tuple[str, str]) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        return text
+
+    assert asked(PromptFormat(is_chat=False)) == "Fiji?"
+    assert asked(PromptFormat()) == asked(None) == chat(("user", "Fiji?"))
+    briefly = PromptFormat(system="Be brief.")
+    assert asked(briefly) == chat(("system", "Be brief."), ("user", "Fiji?"))

@@ -18,7 +18,7 @@ from nested_core.measure.losses.prediction_comparison import PredictionCompariso
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.loss import logit_budget
-from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
+from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS, find_output_head
 from nested_core.training.loss.loss_interface import MicroBatch
 from tests.architectures import build
 from tests.left_out import slow_except
@@ -112,17 +112,39 @@ def test_a_model_that_computes_all_logits_gets_as_many_rows_as_the_budget_allows
     assert peak < 2 * logit_budget.LOGIT_BYTES
 
 
+CUT_POSITIONS = 1_000, 64, 48
+
+
+def rounds_rows_alike(model: nn.Module) -> bool:
+    """Whether the output layer's product of a row has the same bits in a chunk of any size.
+
+    It has under OpenBLAS's kernels for SkylakeX and in MLX's own BLAS, not under those for Haswell
+    and Zen.
+    """
+    head = find_output_head(model, reference_trainable_parameters(model))
+    assert head is not None
+    states = mx.random.normal((9 * 50, 64), key=mx.random.key(0))
+    whole, *cut = (
+        np.concatenate([np.array(head.logits(states[i : i + n])) for i in range(0, len(states), n)])
+        for n in CUT_POSITIONS
+    )
+    return all(np.array_equal(whole, parts) for parts in cut)
+
+
 @pytest.mark.parametrize("name", WITH_HEAD)
-def test_positions_that_are_cut_after_the_body_give_the_same_bits(name, monkeypatch) -> None:
+def test_positions_that_are_cut_after_the_body_give_the_bits_that_their_products_have(
+    name, monkeypatch
+) -> None:
     model, batch = build("llama", vocab_size=3_000), make_batch(9, 50, 3_000)
     found = []
-    for positions in (1_000, 64, 48):
+    for positions in CUT_POSITIONS:
         monkeypatch.setattr(logit_budget, "MIN_POSITIONS_IN_CACHES", positions)
         monkeypatch.setattr(logit_budget, "LOGIT_BYTES_IN_CACHES", 0)
         found.append(WITH_HEAD[name](model, batch))
+    rounding = 0.0 if rounds_rows_alike(model) else 1e-5  # of sums of some 400 nats in float32
     for figures in zip(*found, strict=True):
         for other in figures[1:]:
-            np.testing.assert_array_equal(figures[0], other)
+            np.testing.assert_allclose(figures[0], other, rtol=0, atol=rounding)
 
 
 @pytest.mark.parametrize("name", OF_WHOLE_OUTPUT)

@@ -14,8 +14,12 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
-from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
-from nested_core.kernels.swiglu import plain_swiglu
+from nested_core.rooms.cuda.call_tracing import (
+    find_gated_mlps,
+    group_layers_by_input,
+    plain_swiglu,
+    trace_calls,
+)
 from tests.architectures import ARCHITECTURES, build
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]

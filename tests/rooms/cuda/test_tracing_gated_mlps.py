@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.call_tracing import find_gated_mlps, trace_calls
+from nested_core.rooms.cuda.call_tracing import find_gated_mlps, trace_calls
 
 
 class Gated(nn.Module):

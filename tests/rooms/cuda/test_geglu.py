@@ -8,10 +8,10 @@ import pytest
 from mlx_lm.models import gemma3_text
 
 from nested_core import backend
-from nested_core.kernels.geglu import using_recomputed_geglu
+from nested_core.rooms.cuda.geglu import using_recomputed_geglu
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
-from tests.core.kernels.arrays import normal
+from tests.arrays import normal
 from tests.left_out import slow_except
 
 

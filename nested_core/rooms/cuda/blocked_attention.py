@@ -1,62 +1,18 @@
 """Causal attention in blocks of queries, each with only the keys up to the block's last query.
 
 MLX computes every score and masks half of them, at the price of an exponential each, and adds up
-the gradients of each slice over all keys. Used on CPUs, and on CUDA for heads that no fused kernel
-takes (the room `cuda`). mlx-lm's own function computes other masks, dtypes, caches and devices.
+the gradients of each slice over all keys. Used for heads that no fused kernel takes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models import base
 
-from nested_core import backend
-from nested_core.kernels.exponential import exponential
-from nested_core.kernels.patching import replacing_function
-
-PATCHED_FUNCTION_NAME = "scaled_dot_product_attention"
 QUERY_BLOCKS = 4  # in which 5/8 of the scores are computed
-MIN_BLOCKED_LENGTH = 64
-# On CUDA, lengths that MLX's fused backward pass takes (ScaledDotProductAttentionVJP::use_fallback)
-FUSED_LENGTH_MULTIPLE = 128
-
-plain_attention: Any = base.scaled_dot_product_attention
-
-
-def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function's arguments
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    cache: Any,
-    scale: float,
-    mask: Any,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """Compute what mlx-lm's scaled_dot_product_attention does, within rounding; same arguments.
-
-    Blocks are used for causal float32 attention of at least MIN_BLOCKED_LENGTH tokens; anything
-    else goes to mlx-lm's function.
-
-    queries, keys, values: (batch, heads, length, width).
-    """
-    length = queries.shape[2]
-    is_causal = is_plainly_causal(cache, mask, sinks)
-    is_float32 = queries.dtype == keys.dtype == values.dtype == mx.float32
-    if not (is_causal and is_float32) or length < MIN_BLOCKED_LENGTH or keys.shape[2] != length:
-        return cast(mx.array, plain_attention(queries, keys, values, cache, scale, mask, sinks))
-    return attend_in_blocks(queries, keys, values, scale)
-
-
-def is_plainly_causal(cache: Any, mask: Any, sinks: mx.array | None) -> bool:
-    """Return whether attention has only the causal mask: no cache, no attention sinks."""
-    return isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
 
 
 def attend_in_blocks(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
@@ -85,17 +41,9 @@ def _attention_in_blocks(queries: mx.array, keys: mx.array, values: mx.array) ->
         scores = queries[..., start:end, :] @ keys[..., :end, :].swapaxes(-1, -2)
         visible = mx.arange(start, end)[:, None] >= mx.arange(end)
         scores = mx.where(visible, scores, -math.inf)
-        probabilities.append(_softmax(scores))
+        probabilities.append(mx.softmax(scores, axis=-1, precise=True))
         outputs.append(probabilities[-1] @ values[..., :end, :])
     return [mx.concatenate(outputs, axis=3), *probabilities]
-
-
-def _softmax(scores: mx.array) -> mx.array:
-    """Softmax over the last axis, computed in float32."""
-    if scores.dtype != mx.float32:
-        return mx.softmax(scores, axis=-1, precise=True)
-    powers = exponential(scores - scores.max(axis=-1, keepdims=True))
-    return powers / powers.sum(axis=-1, keepdims=True)
 
 
 @_attention_in_blocks.vjp
@@ -148,13 +96,3 @@ def _sum_key_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> 
         column = sum(later, first)
         columns.append(column.sum(axis=2, keepdims=True) if column.shape[2] > 1 else column)
     return mx.concatenate(columns, axis=3)
-
-
-@contextmanager
-def using_blocked_attention(model: nn.Module) -> Iterator[None]:
-    """On a CPU, compute a model's causal attention in blocks of queries during the block."""
-    if backend.device() != "cpu":
-        yield
-        return
-    with replacing_function(model, PATCHED_FUNCTION_NAME, plain_attention, causal_attention):
-        yield

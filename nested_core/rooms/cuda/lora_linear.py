@@ -1,6 +1,6 @@
 """LoRA and DoRA layers with a backward pass of their own, which replace mlx-lm's during a block.
 
-Base output and low-rank product are computed in one matmul, or on CUDA in one kernel. The scale is
+Base output and low-rank product are computed in one matmul or in one kernel. The scale is
 applied to the narrow activations, and layers with the same input share its products. Modules keep
 their identity, parameters and names; only their class changes, until the block ends.
 """
@@ -17,7 +17,9 @@ import mlx.nn as nn
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.device_operations import device_operations
+from nested_core.rooms.cuda import lora_add, lora_matmuls
+from nested_core.rooms.cuda.concatenate import concatenate_flattened
+from nested_core.rooms.cuda.lora_add import LowRankSumTerms
 
 GROUP_ATTRIBUTE = "_shared_input"
 WEIGHT_NORM_ATTRIBUTE = "_squared_weight_norm"
@@ -86,12 +88,12 @@ def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array)
     The output is the base layer's for `x` plus scale * (dropped @ lora_a) @ lora_b: only the
     low-rank part sees the dropout. x: the input; dropped: the input after dropout.
     """
-    scale, operations = layer.scale, device_operations()
+    scale = layer.scale
 
     @mx.custom_function
     def project(x: mx.array, dropped: mx.array, a: mx.array, b: mx.array) -> list[mx.array]:
         """Return the output, and z = scale (dropped @ lora_a)^T for the backward pass."""
-        z = operations.project_to_rank([(a.T, dropped)], scale)
+        z = lora_matmuls.project_to_rank([(a.T, dropped)], scale)
         return [*add_low_rank_products([layer], x, [z], [b]), z]
 
     @project.vjp
@@ -102,9 +104,9 @@ def compute_dropout_output(layer: AdapterLinear, x: mx.array, dropped: mx.array)
         """
         x, dropped, a, b = primals
         g, z = cotangents[0], outputs[1]
-        dz = operations.project_to_rank([(b, g)], scale)
+        dz = lora_matmuls.project_to_rank([(b, g)], scale)
         dx = base_input_gradient([layer], x, [g]).astype(x.dtype)
-        da, db = operations.factor_gradients([(dz, dropped), (z, g)])
+        da, db = lora_matmuls.factor_gradients([(dz, dropped), (z, g)])
         return dx, dz.T @ a.T, da.T, db
 
     rows = [each.reshape(-1, each.shape[-1]) for each in (x, dropped)]
@@ -152,14 +154,14 @@ class LayersSharingInput:
         x: (..., width).
         """
         layers, rank_ranges = self._layers, self._rank_ranges
-        count, scale, operations = len(layers), layers[0].scale, device_operations()
+        count, scale = len(layers), layers[0].scale
 
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
             """Return each layer's output, then all lora_a^T and z for the backward pass."""
             transposed = [factor.T for factor in factors[:count]]
-            a = operations.concatenate_flattened(transposed).reshape(-1, x.shape[-1])
-            z = operations.project_to_rank([(a, x)], scale)
+            a = concatenate_flattened(transposed).reshape(-1, x.shape[-1])
+            z = lora_matmuls.project_to_rank([(a, x)], scale)
             parts = [z[start:end] for start, end in rank_ranges]
             return [*add_low_rank_products(layers, x, parts, factors[count:]), a, z]
 
@@ -172,10 +174,10 @@ class LayersSharingInput:
             x, b = primals[0], primals[1 + count :]
             g = cotangents[:count]
             a, z = outputs[count:]
-            dz = operations.project_to_rank(list(zip(b, g, strict=True)), scale)
+            dz = lora_matmuls.project_to_rank(list(zip(b, g, strict=True)), scale)
             dx = input_gradient(layers, x, g, dz, a)
             parts = [z[start:end] for start, end in rank_ranges]
-            da, *db = operations.factor_gradients([(dz, x), *zip(parts, g, strict=True)])
+            da, *db = lora_matmuls.factor_gradients([(dz, x), *zip(parts, g, strict=True)])
             return dx, *(da[start:end].T for start, end in rank_ranges), *db
 
         factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
@@ -190,11 +192,17 @@ def add_low_rank_products(
 
     x: the input of the layers. z, factors: one of each for each layer.
     """
-    operations = device_operations()
-    if operations.can_add_low_rank_products(x, factors):
-        return operations.add_low_rank_products([layer.linear(x) for layer in layers], z, factors)
+    if lora_add.can_use_lora_kernels(x, factors):
+        return add_by_kernels([layer.linear(x) for layer in layers], z, factors)
     products = [each.T @ b for each, b in zip(z, factors, strict=True)]
     return [add_to_base_output(layer, x, low) for layer, low in zip(layers, products, strict=True)]
+
+
+def add_by_kernels(
+    bases: Sequence[mx.array], z: Sequence[mx.array], factors: Sequence[mx.array]
+) -> Sequence[mx.array]:
+    """Return each base + z^T @ factor, of (rank, rows) and (rank, width), by kernels."""
+    return lora_add.compute_low_rank_sums(list(map(LowRankSumTerms, bases, z, factors)))
 
 
 def input_gradient(
@@ -206,10 +214,8 @@ def input_gradient(
     x: the input, for its shape and dtype, since bases are linear. The gradient is cast to x's
         dtype, because a float32 base in a bfloat16 model gives float32.
     """
-    operations = device_operations()
-    if operations.can_add_low_rank_products(x, [a]):
-        base = base_input_gradient(layers, x, g)
-        (gradient,) = operations.add_low_rank_products([base], [dz], [a])
+    if lora_add.can_use_lora_kernels(x, [a]):
+        (gradient,) = add_by_kernels([base_input_gradient(layers, x, g)], [dz], [a])
     else:
         gradient = base_input_gradient(layers, x, g, dz.T @ a)
     return gradient.astype(x.dtype)
@@ -268,7 +274,7 @@ def using_optimized_lora_layers(
     ranks = {id(layer): layer.lora_b.shape[0] for layer in layers}
     group_ranks = (sum(ranks.get(id(layer), 0) for layer in group) for group in groups)
     # Kernels are made for certain ranks; a group is computed like one layer of their summed rank.
-    device_operations().check_kernels([*ranks.values(), *group_ranks])
+    lora_matmuls.check_lora_kernels([*ranks.values(), *group_ranks])
     try:
         for layer in layers:
             if type(layer) is DoRALinear:

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import activations
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.patching import replacing_calls, replacing_function
-from nested_core.kernels.swiglu import plain_swiglu
 from nested_core.models.parameters import in_evaluation_mode
+
+plain_swiglu: Any = activations.swiglu
 
 
 class ModuleCall(NamedTuple):

@@ -9,18 +9,16 @@ import pytest
 from mlx_lm.tuner.dora import DoRALinear
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
-from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
-from nested_core.kernels.lora_linear import (
+from nested_core.optim.named_updates import flatten
+from nested_core.rooms.cuda.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
+from nested_core.rooms.cuda.lora_linear import (
     GROUP_ATTRIBUTE,
     OptimizedDoRALinear,
     OptimizedLoRALinear,
     using_optimized_lora_layers,
 )
-from nested_core.kernels.optimized_model import describe_layers
-from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import (
     ARCHITECTURES,
@@ -33,8 +31,8 @@ from tests.architectures import (
     require_near,
     uncompiled,
 )
-from tests.core.kernels.arrays import normal
-from tests.left_out import leave_out_room, slow_except
+from tests.arrays import normal
+from tests.left_out import slow_except
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -282,18 +280,3 @@ def test_modules_parameters_and_names_are_given_back_after_an_error() -> None:
     leave_by_error(using_optimized_lora_layers(model, groups), are_others)
     assert kinds_of(model) == before
     assert not any(GROUP_ATTRIBUTE in vars(module) for _, module in model.named_modules())
-
-
-def test_a_line_says_which_layers_are_ours_and_why_others_are_not(monkeypatch) -> None:
-    count = sum("lora_a" in module for _, module in build("llama").named_modules())
-    said = describe_layers(build("llama"))
-    ours = f"{count} of {count} with an adapter use nested-tune's code"
-    assert said == f"layers: {ours}; no CUDA kernels on a CPU"
-    assert "LoRASwitchLinear is mlx-lm's" in describe_layers(build("olmoe"))
-    assert "training.reference" in describe_layers(build("llama"), as_mlx_lm=True)
-    monkeypatch.setattr(backend, "device", lambda: "gpu")
-    assert "Metal" in describe_layers(build("llama"))
-    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
-    leave_out_room("cuda", monkeypatch)
-    said = describe_layers(build("llama"))
-    assert said == f"layers: {ours}; no CUDA kernels without nested_core/rooms/cuda"

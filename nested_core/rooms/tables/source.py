@@ -1,0 +1,169 @@
+"""A person's files: which are read as which split, and what is in their columns."""
+
+from __future__ import annotations
+
+import glob
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.lines.example_parsing import FieldNames, find_format
+from nested_core.data.lines.other_formats import is_preference_pair, suggest_field_names
+from nested_core.data.sources.split_files import SUFFIXES, SplitFile, open_splits
+from nested_core.errors import ConfigError, DatasetError
+from nested_core.records.dataset import find_place
+from nested_core.rooms.tables.chats import Row, read_rows, to_text
+from nested_core.rooms.tables.labels import find_labels
+
+LOOKED_AT_ROWS = 1_000  # of a file, for what its columns hold
+
+
+@dataclass
+class FileFacts:
+    """A file's columns and how many of its rows are examples as they are.
+
+    columns: the texts of the first rows, by column.
+    suggested: the keys that would make examples of other rows, as the core finds them.
+    """
+
+    name: str
+    rows: int = 0
+    examples: int = 0
+    columns: dict[str, list[str]] = field(default_factory=dict)
+    suggested: Counter[tuple[tuple[str, str], ...]] = field(default_factory=Counter)
+
+    def add(self, row: Row) -> None:
+        """Look at a row."""
+        self.rows += 1
+        is_example = find_format(row.fields, FieldNames()) is not None
+        self.examples += is_example or is_preference_pair(row.fields)
+        for name, value in row.fields.items():
+            texts = self.columns.setdefault(name, [])
+            if self.rows <= LOOKED_AT_ROWS and (text := to_text(value)).strip():
+                texts.append(text)
+        if self.rows <= LOOKED_AT_ROWS and not is_example:
+            self.suggested[tuple(suggest_field_names(row.fields).items())] += 1
+
+    @property
+    def is_table(self) -> bool:
+        """Whether most of its rows are no examples by themselves."""
+        return self.examples * 2 < self.rows
+
+    @property
+    def field_names(self) -> FieldNames | None:
+        """Where its rows hold the fields of an example, by the names that the core knows.
+
+        Returns None if a person has to say it: if no name is known, or if the only known one is of
+        plain text and another column holds labels, which would be left out.
+        """
+        if not self.is_table:
+            return FieldNames()
+        names = dict(self.suggested.most_common(1)[0][0]) if self.suggested else {}
+        text = names.get("text_feature")
+        labels = {name for name, texts in self.columns.items() if find_labels(Counter(texts))}
+        if not names or (text is not None and labels - {text}):
+            return None
+        keys: dict[str, Any] = {key.removesuffix("_feature"): one for key, one in names.items()}
+        return FieldNames(**keys)
+
+    def describe(self) -> str:
+        """All columns, such as `faq.csv has the columns A, B`."""
+        return f"{self.name} has the columns {', '.join(self.columns)}"
+
+    def guess_columns(self) -> tuple[str, str]:
+        """The columns that may be the question and the answer: the longest text, and the last of
+        those that hold labels, or the last.
+        """
+        names = [name for name, texts in self.columns.items() if texts] or [*self.columns]
+        question = max(names, key=lambda name: sum(map(len, self.columns[name])))
+        others = [name for name in names if name != question] or names
+        labels = [name for name in others if find_labels(Counter(self.columns[name]))]
+        return question, (labels or others)[-1]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A person's files, opened as the splits of a data set.
+
+    data: as it was given; facts: of each file by its name.
+    unread: the files of a folder that could hold rows, and are no part of a split.
+    """
+
+    data: str
+    splits: Mapping[str, SplitFile]
+    facts: Mapping[str, FileFacts]
+    unread: tuple[str, ...]
+
+    @classmethod
+    def find(cls, data: str, spool: Path) -> Source:
+        """The rows of files, a folder or a data set of the hub, made lines of JSON in spool.
+
+        A folder without a file named after a split is read as the tables and chats in it. What
+        cannot be read is passed over.
+
+        Raises ConfigError for a folder with files named after valid or test, and none after train.
+        """
+        splits = open_splits(DataSettings(data), spool)
+        names: list[str] = []
+        if Path(data).is_dir():
+            paths = sorted(Path(data).iterdir())
+            names = [path.name for path in paths if path.name.lower().endswith(SUFFIXES)]
+            if not splits and names:
+                splits = open_splits(DataSettings(f"{glob.escape(data)}/*"), spool)
+        read = [part.name for file in splits.values() for part in file.parts or (file,)]
+        unread = tuple(name for name in names if name not in read)
+        if splits and "train" not in splits:
+            raise ConfigError(
+                f"{data}: {', '.join(read)} would be held out by the name, and nothing is named "
+                f"after train. Name the file to train on train.csv, or train-1.csv, train-2.csv, "
+                f"with the suffix that it has. Not read: {', '.join(unread) or 'nothing'}."
+            )
+        facts: dict[str, FileFacts] = {}
+        for split in splits.values():
+            with suppress(DatasetError):
+                for row in read_rows(split):
+                    facts.setdefault(row.file, FileFacts(row.file)).add(row)
+        return cls(data, splits, facts, unread)
+
+    def require_rows(self) -> None:
+        """Refuse files without a row, or with records that cannot be read, which would be lost."""
+        for split in self.splits.values():
+            for line, (check, reason) in sorted(split.problems.items())[:1]:
+                file, number = find_place(split.parts, split.name, split.number_of(line))
+                others = len(split.problems) - 1
+                more = f" (and {others:,} more)" if others else ""
+                raise DatasetError(
+                    f"This would lose rows of {self.data}: {file}:{number}: {check}: {reason}"
+                    f"{more}. Correct the file first."
+                )
+        if not self.facts:
+            raise ConfigError(
+                f"{self.data} has no row to train on. Give a table with names of columns in its "
+                f"first row and rows below it, or a folder with such files: {', '.join(SUFFIXES)}. "
+                f"Where it is a workbook or a page named as a text file, save it as CSV UTF-8."
+            )
+
+    @property
+    def unknown_files(self) -> list[FileFacts]:
+        """The tables whose columns have no name that says what is the question or the answer."""
+        return [
+            facts
+            for facts in self.facts.values()
+            if facts.is_table and facts.field_names is None and len(facts.columns) > 1
+        ]
+
+    @property
+    def field_names(self) -> FieldNames:
+        """Where the rows hold the fields of an example, if they do not under the core's names."""
+        names = [facts.field_names for facts in self.facts.values() if facts.is_table]
+        return next(filter(None, names), FieldNames())
+
+    def describe(self) -> list[str]:
+        """Which files are read as which split, and which are not."""
+        read = [f"{file.name} ({split})" for split, file in self.splits.items()]
+        not_read = [f"not read: {', '.join(self.unread)}"] if self.unread else []
+        return [f"read: {', '.join(read)}", *not_read]

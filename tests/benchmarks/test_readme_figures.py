@@ -1,0 +1,149 @@
+"""Each figure of README's section "Measured", and of what is worse, from the committed rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.silent_failures.tables import count, read_all_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+LEARNING = BENCHMARKS / "learning"
+TASKS = ("banking77", "restaurant8k", "clinc150", "snips", "nl2bash", "e2e")
+LEASES = ("quiet-2.jsonl", "quiet-3.jsonl", "quiet-4.jsonl", "quiet-5.jsonl")
+LEASES_OF_BOUNDED_BUFFERS = LEASES[2:]  # freed buffers are bounded since
+WARM_UP = ("banking77", 100)  # task and seed of the first pair of a lease
+SIZES = ("0.5B, 4 x 512 at most, 300 steps", "3B, 4 x 1,024 at most, 100 steps")
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON Lines."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def measured(row: str) -> str:
+    """The cells of the row of "Measured" that begins with these words."""
+    part = README.partition("\n## Measured\n")[2].partition("\n## ")[0]
+    (line,) = re.findall(rf"^\| {re.escape(row)}(.*)\|$", part, re.MULTILINE)
+    return str(line)
+
+
+def mean_right(arm: str) -> float:
+    """The right answers of an arm in %: the mean over tasks of the mean over all its seeds."""
+    rows = [row for row in read_jsonl(LEARNING / "rows-2.jsonl") if row["arm"] == arm]
+    of_tasks = [
+        statistics.fmean(row["right_share"] for row in rows if row["task"] == task and row["seed"])
+        for task in TASKS
+    ]
+    return 100 * statistics.fmean(of_tasks)
+
+
+def pair_ratios(*, first: bool) -> list[float]:
+    """The seconds of arm c by those of k: of all pairs but the warm-ups, or of these alone."""
+    ratios = []
+    for lease in LEASES:
+        rows = read_jsonl(LEARNING / lease)
+        seconds = {(row["task"], row["seed"], row["arm"]): row["seconds"] for row in rows}
+        for task, seed in sorted({(row["task"], row["seed"]) for row in rows}):
+            c, k = ((task, seed, arm) for arm in "ck")
+            if {c, k} <= seconds.keys() and ((task, seed) == WARM_UP) == first:
+                ratios.append(seconds[c] / seconds[k])
+    return ratios
+
+
+def command_ratios(key: str, suffixes: tuple[str, str]) -> list[float]:
+    """A figure of our whole commands by that of mlx_lm.lora's, of 0.5B and of 3B.
+
+    suffixes: of the arms' names, by size: "" for a warm run.
+    """
+    rows = {
+        (row["case"], row["arm"]): row
+        for row in read_jsonl(BENCHMARKS / "gpu" / "whole-commands.jsonl")
+    }
+    return [
+        rows[size, f"ours{suffix}"][key] / rows[size, f"mlx_lm{suffix}"][key]
+        for size, suffix in zip(SIZES, suffixes, strict=True)
+    ]
+
+
+def test_right_answers_are_the_means_of_all_seeds_that_were_run() -> None:
+    cells = measured("Right answers, six tasks")
+    told = [float(each) for each in re.findall(r"([\d.]+) %", cells)]
+    c, k, a = (mean_right(arm) for arm in "cka")
+    assert told == pytest.approx([c, k, a], abs=0.0501)
+    points = re.search(r"of these ([\d.]+) points the file is ([\d.]+),", cells)
+    assert points is not None
+    assert [float(each) for each in points.groups()] == pytest.approx([c - a, k - a], abs=0.0501)
+
+
+def test_seconds_of_training_are_those_of_all_pairs_of_all_leases() -> None:
+    cells = measured("Seconds of that training")
+    pattern = r"([\d.]+), in (\d+) pairs ([\d.]+) to ([\d.]+)\. First runs.*: (.*?) \|"
+    told = re.search(pattern, cells)
+    assert told is not None
+    warm = pair_ratios(first=False)
+    mean, number, least, most, first = told.groups()
+    assert int(number) == len(warm)
+    figures = [statistics.geometric_mean(warm), min(warm), max(warm)]
+    assert [float(each) for each in (mean, least, most)] == pytest.approx(figures, abs=0.00501)
+    said = sorted(float(each) for each in first.split(", "))
+    assert said == pytest.approx(sorted(pair_ratios(first=True)), abs=0.00501)
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "digits"),
+    [
+        ("Seconds of the whole command", "s", 0.00501),
+        ("Device memory of the same commands", "nvml_mib", 0.0501),
+    ],
+)
+def test_whole_commands_are_those_of_the_rows(row: str, key: str, digits: float) -> None:
+    told = [float(each) for each in re.findall(r"\d\.\d+(?!B)", measured(row).split("|")[1])]
+    again = command_ratios(key, ("", ""))
+    first = command_ratios(key, ("+cold", "+first"))
+    assert told == pytest.approx([*again, *first], abs=digits)
+
+
+def test_planted_failures_are_those_of_the_rows() -> None:
+    cells = measured("[Planted failures]")
+    for tool, rows in read_all_rows().items():
+        counted = count(rows).partition(",")[0]
+        if tool == "nested-tune":
+            assert f" {counted} of a list" in cells
+        elif counted != "not run":
+            shown = {"peft": "PEFT's Trainer", "mlx_lm.lora": "`mlx_lm.lora`"}.get(tool, tool)
+            assert f"{shown} {counted}" in cells, tool
+    folder = BENCHMARKS / "silent_failures"
+    first = [row["noticed"] != "never" for row in read_jsonl(folder / "first-count.jsonl")]
+    assert f"(its first rows: {sum(first)} of {len(first)})" in cells
+    blind = read_jsonl(folder / "blind.jsonl")
+    days = sorted({row["planted"] for row in blind})
+    counts = [[row["noticed"] for row in blind if row["planted"] == day] for day in days]
+    sizes, noticed = [len(day) for day in counts], [sum(day) for day in counts]
+    assert "of {} and of {} that strangers planted, {} and {} ".format(*sizes, *noticed) in cells
+
+
+def test_what_is_worse_is_that_of_the_rows() -> None:
+    part = " ".join(README.partition("\n## Where it is worse\n")[2].partition("\n## ")[0].split())
+    memory = re.search(r"up to ([\d.]+) times while SmolLM2", part)
+    tiers = re.search(r"cost ([\d.]+) points .*? layers fast, and ([\d.]+) with shallow", part)
+    assert memory is not None
+    assert tiers is not None
+    most = []
+    for lease, task in product(LEASES_OF_BOUNDED_BUFFERS, ("banking77", "restaurant8k")):
+        rows = [row for row in read_jsonl(LEARNING / lease) if row["task"] == task]
+        c, k = ({row["seed"]: row["device_gb"] for row in rows if row["arm"] == a} for a in "ck")
+        most += [c[seed] / k[seed] for seed in c.keys() & k.keys()]
+    assert float(memory[1]) == pytest.approx(max(most), abs=0.0501)
+    page = (LEARNING / "RESULTS-2.md").read_text("utf-8")
+    for name, told in zip(("g-deep", "g-shallow"), tiers.groups(), strict=True):
+        (line,) = re.findall(rf"^\| {name} - d \|(.*)\|$", page, re.MULTILINE)
+        assert line.split("|")[-1].split()[0] == f"-{told}"

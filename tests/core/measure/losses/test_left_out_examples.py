@@ -1,0 +1,69 @@
+"""What an adapter was trained on is known by what the adapter is, wherever it lies."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nested_core.data.example_digests import TrainedRows
+from nested_core.measure.losses.left_out_examples import find_trained_rows
+from nested_core.registry import promote, register
+from nested_core.storage.adapter import files_sha256, read_adapter
+from nested_core.storage.atomic import write_json
+from nested_core.storage.run_directory import RunDirectory
+from tests.core.registry.conftest import write_run
+
+ROWS = TrainedRows(np.array([3, 5], np.uint64))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> dict[str, Path]:
+    """One adapter as a run's, a version, the champion, and copies."""
+    run = RunDirectory(write_run(tmp_path / "run", 1))
+    run.config.write_text("{}")
+    write_json(run.training_examples, ROWS.to_json())
+    version = register(run.path, tmp_path / "other", "capitals", ROWS.to_json())
+    promote(tmp_path / "other", "capitals", version, by="ann")
+    folder = tmp_path / "other" / "capitals"
+    shutil.copytree(run.adapter, tmp_path / "copy")
+    shutil.copytree(run.adapter, run.checkpoints / "step-0000008")
+    return {
+        "a run": run.adapter,
+        "a checkpoint": run.checkpoints / "step-0000008",
+        "a version": folder / "versions" / version,
+        "a champion": folder / "champion",
+        "a copy": tmp_path / "copy",
+    }
+
+
+@pytest.mark.parametrize("what", ["a run", "a checkpoint", "a version", "a champion"])
+def test_a_runs_or_a_versions_adapter_is_known_without_a_registry(places, what: str) -> None:
+    found = find_trained_rows(read_adapter(places[what], follow_links=True), None)
+    assert (found.digests.tolist(), found.unknown) == ([3, 5], None)
+
+
+def test_a_copy_is_known_where_a_registry_has_it_and_else_said_to_be_unknown(places) -> None:
+    copy = read_adapter(places["a copy"])
+    assert find_trained_rows(copy, places["a version"].parents[2]).digests.tolist() == [3, 5]
+    found = find_trained_rows(copy, places["a copy"].parent / "nowhere")
+    assert str(found.unknown).endswith("copy is neither a run's adapter nor a registered version")
+
+
+def test_a_copy_in_adapter_path_is_known_until_another_adapter_lies_there(places) -> None:
+    copy = places["a copy"]
+    write_json(copy / "training-examples.json", ROWS.to_json() | {"adapter": files_sha256(copy)})
+    assert find_trained_rows(read_adapter(copy), None).digests.tolist() == [3, 5]
+    shutil.copytree(write_run(copy.parent / "new", 2) / "adapter", copy, dirs_exist_ok=True)
+    assert find_trained_rows(read_adapter(copy), None).unknown is not None
+
+
+def test_another_adapter_in_the_folder_of_a_version_is_not_taken_for_it(places) -> None:
+    version, copy = places["a version"], places["a copy"]
+    shutil.copy(version / "provenance.json", copy / "provenance.json")
+    assert find_trained_rows(read_adapter(copy), None).digests.tolist() == [3, 5]
+    moved = copy.parent / "versions" / ("0" * 64)
+    shutil.copytree(copy, moved)
+    assert find_trained_rows(read_adapter(moved), None).unknown is not None
