@@ -92,7 +92,8 @@ def find_model(
     adapter = read_adapter(folder, follow_links=True)
     base = base or adapter.base_model
     seen = find_trained_rows(adapter, registry, named.folder)
-    prompt_format, trusts = named.read_prompt_format(), named.trusts_remote_code
+    prompt_format = PromptFormat.read(named.training_record)
+    trusts = named.trusts_remote_code
     return NamedModel(given, base, adapter, trusts, seen, prompt_format=prompt_format), named.run
 
 
@@ -126,7 +127,7 @@ def record_training(folder: Path) -> dict[str, Any]:
     named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
     return {
         **find_trained_rows(read_adapter(folder, follow_links=True), None).to_json(),
-        "prompt_format": to_jsonable_python(named.read_prompt_format()),
+        "prompt_format": to_jsonable_python(PromptFormat.read(named.training_record)),
     }
 
 
