@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.learning.study import (
+    APART,
     FULL,
     REAL,
     SMALL,
@@ -24,6 +25,7 @@ from benchmarks.learning.study import (
 )
 
 STUDIES: dict[str, Study] = {
+    "apart": APART,
     "full": FULL,
     "real": REAL,
     "small": SMALL,

@@ -18,26 +18,33 @@ from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
 
 from benchmarks.learning.bases import GENERAL_NAME
+from benchmarks.learning.fresh import read_fresh
 from benchmarks.learning.general import INSTRUCTIONS_NAME
-from benchmarks.learning.judge import Judge, encode, read_base
+from benchmarks.learning.judge import Judge, Judged, encode, read_base
 from benchmarks.learning.meter import Meter
 from benchmarks.learning.study import (
     CHOOSING_SEED,
+    CORRECTED,
+    LIKE_K,
     NO_ADAPTER,
     OF_MLX_LM,
     PEFT,
     QUIET_SEED,
+    UNCORRECTED,
+    WITH_LAST_STEP,
     Cell,
     Study,
 )
 from benchmarks.learning.tasks import Counts, Row, Splits, read_task
 
 ASKING_SEED = 1  # whose adapters answer the general instructions
+ADAM_BETAS = (0.9, 0.999)  # of mlx's and of PyTorch's
 KEPT = 16  # judges and data sets in memory, of a task and a size each
 FOLLOWED_SEEDS = (QUIET_SEED + 1,)  # timed, with adapters judged on the way
 SAVED_STEPS = 0.1  # of a training between two of those adapters, as in `init`'s file
@@ -56,6 +63,9 @@ CHANGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "c-long": (LONG,),
     "c-long-answers": (LONG, BY_ANSWERS),
     "c-long-32": (LONG, {"lora_parameters": {"rank": 32}}),
+    "c-unclipped": ({"training": {"max_grad_norm": 0.0}},),
+    "c-2e-4": ({"learning_rate": 2e-4},),
+    "c-3e-4-corrected": ({"learning_rate": 3e-4, **CORRECTED},),
 }
 SWEPT = {"learning_rate": (2e-4, 3e-4)}  # of arm e where answers choose, beside `init`'s own rate
 
@@ -76,8 +86,8 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
         splits.write(Path(scratch) / "data")
         training: Training | None = None
         if cell.arm in OF_MLX_LM:
-            training = prepare_mlx_lm(cell, study.iterations[cell.task], base, Path(scratch))
-        elif cell.arm == PEFT:
+            training = prepare_mlx_lm(cell, study.iterations.get(cell.task), base, Path(scratch))
+        elif cell.arm in (PEFT, UNCORRECTED):
             training = prepare_peft(cell, base, Path(scratch))
         elif cell.arm != NO_ADAPTER:
             training = prepare_ours(cell, study, splits, base, Path(scratch))
@@ -96,21 +106,38 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
         judged = judge.judge(adapter, asks=cell.seed == ASKING_SEED)
         if cell.seed in FOLLOWED_SEEDS:
             measured["on_the_way"] = list(follow(Path(scratch), meter, judge))
+        if adapter:
+            measured["moved"] = distance_moved(adapter)
+        if study.judges_last_step and cell.arm in WITH_LAST_STEP:
+            last = max(Path(scratch).glob("run/checkpoints/step-*"))
+            measured["last"] = {
+                "step": int(last.name.removeprefix("step-")),
+                "moved": distance_moved(last),
+            } | row_of(judge.judge(last))
     mx.clear_cache()
-    return (
-        vars(cell)
-        | measured
-        | {
-            "rows": len(judged.right),
-            "right_share": round(float(judged.right.mean()), 6),
-            "right": np.packbits(judged.right).tobytes().hex(),
-            "loss": round(judged.loss, 6),
-            "kl": round(judged.kl, 6),
-            "general_loss": judged.general_loss and round(judged.general_loss, 6),
-            "kept": judged.kept and round(judged.kept, 6),
-            "like_task": judged.like_task,
-        }
-    )
+    return vars(cell) | measured | row_of(judged)
+
+
+def row_of(judged: Judged) -> dict[str, Any]:
+    """What a row says of the judgement of one adapter."""
+    return {
+        "rows": len(judged.right),
+        "right_share": round(float(judged.right.mean()), 6),
+        "right": np.packbits(judged.right).tobytes().hex(),
+        "loss": round(judged.loss, 6),
+        "kl": round(judged.kl, 6),
+        "general_loss": judged.general_loss and round(judged.general_loss, 6),
+        "kept": judged.kept and round(judged.kept, 6),
+        "like_task": judged.like_task,
+    }
+
+
+def distance_moved(adapter: Path) -> float:
+    """The norm of all lora_b together, which are 0 before training."""
+    weights: Any = mx.load(str(adapter / "adapters.safetensors"))
+    moved = [value for name, value in weights.items() if name.endswith("lora_b")]
+    total = sum(mx.square(value.astype(mx.float32)).sum() for value in moved)
+    return round(math.sqrt(float(total)), 4)
 
 
 def follow(folder: Path, meter: Meter, judge: Judge) -> Iterator[tuple[float, float, float]]:
@@ -142,7 +169,7 @@ def follow(folder: Path, meter: Meter, judge: Judge) -> Iterator[tuple[float, fl
 @lru_cache(KEPT)
 def read_splits(task: str, data: Path | None, counts: Counts) -> Splits:
     """A task's rows."""
-    return read_task(task, data, counts)
+    return (read_fresh if counts.is_fresh else read_task)(task, data, counts)
 
 
 @lru_cache(KEPT)
@@ -155,12 +182,13 @@ def read_judge(task: str, base: Path, data: Path | None, counts: Counts, split: 
     return Judge(base, getattr(read_splits(task, data, counts), split), general, instructions)
 
 
-def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Training:
+def prepare_mlx_lm(cell: Cell, iterations: int | None, base: Path, folder: Path) -> Training:
     """`mlx_lm.lora --train` in this process: its defaults, and what the arm changes.
 
     Its default of 16 layers is refused for a model of fewer, which are all trained then.
     """
     from mlx_lm import lora
+    from mlx_lm.tuner.datasets import CacheDataset
 
     layers = json.loads((base / "config.json").read_bytes())["num_hidden_layers"]
     changes: dict[str, Any] = {
@@ -175,13 +203,15 @@ def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Tra
     }
     if cell.rate is not None:
         changes["learning_rate"] = cell.rate
-    if cell.arm == "k":
-        changes |= of_init(base, folder)
+    if cell.arm in LIKE_K:
+        changes |= of_init(base, folder, LIKE_K[cell.arm])
+    length = count_tokens if cell.arm == "k-sorted" else CacheDataset.itemlen
     if cell.seed in FOLLOWED_SEEDS:
         changes["save_every"] = math.ceil(SAVED_STEPS * changes["iters"])
 
     def training() -> Path:
-        with contextlib.redirect_stdout(io.StringIO()):
+        sorting = patch.object(CacheDataset, "itemlen", length)
+        with contextlib.redirect_stdout(io.StringIO()), sorting:
             lora.run(SimpleNamespace(**lora.CONFIG_DEFAULTS | changes))
         return folder / "adapter"
 
@@ -190,13 +220,16 @@ def prepare_mlx_lm(cell: Cell, iterations: int, base: Path, folder: Path) -> Tra
 
 def prepare_peft(cell: Cell, base: Path, folder: Path) -> Training:
     """The settings of arm k in PEFT, in a process of its own that has PyTorch imported already."""
-    settings = of_init(base, folder) | {
+    settings = of_init(base, folder, {})
+    settings |= {
+        "rates": update_rates(settings, corrects=cell.arm == PEFT),
         "model": str(base),
         "data": str(folder / "data"),
         "adapter_path": str(folder / "adapter"),
         "seed": cell.seed,
     }
-    settings["save_every"] = math.ceil(SAVED_STEPS * settings["iters"])
+    followed = SAVED_STEPS if cell.seed in FOLLOWED_SEEDS else 1
+    settings["save_every"] = math.ceil(followed * settings["iters"])
     (folder / "peft.json").write_text(json.dumps(settings), encoding="utf-8")
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.learning.peft_training", str(folder / "peft.json")],
@@ -224,20 +257,21 @@ def suggest(base: Path, folder: Path) -> dict[str, Any]:
     return parse_yaml(suggest_config(str(base), str(folder / "data")).text)
 
 
-def of_init(base: Path, folder: Path) -> dict[str, Any]:
-    """What mlx_lm.lora can do of the file that `init` writes, in its own keys.
+def of_init(base: Path, folder: Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What mlx_lm.lora can do of the file that `init` writes, in its own keys, with some changes.
 
     It cannot clip gradients, nor offer the step that was best, so it evaluates as seldom as by
     default.
     """
     values = suggest(base, folder)
     lora_parameters, plan = values["lora_parameters"], values["training"]
-    rows = sum(1 for _ in (folder / "data" / "train.jsonl").open(encoding="utf-8"))
+    rows = len((folder / "data" / "train.jsonl").read_bytes().splitlines())
     steps = int(plan["epochs"] * math.ceil(rows / values["batch_size"]))
     warm_up = round(plan["warmup_steps"] * steps)
-    rate = values["learning_rate"]
+    rate = changes.get("learning_rate", values["learning_rate"])
     return {
         "learning_rate": rate,
+        "optimizer_config": changes.get("optimizer_config", {}),
         "lr_schedule": {
             "name": "cosine_decay",
             "arguments": [rate, steps - warm_up, rate / 10],
@@ -253,6 +287,29 @@ def of_init(base: Path, folder: Path) -> dict[str, Any]:
             "dropout": 0.0,
         },
     }
+
+
+def count_tokens(rows: Any, index: int) -> int:
+    """The length by which mlx_lm's data set means to sort its rows; it has the number of keys."""
+    return len(rows[index][0])
+
+
+def update_rates(settings: Mapping[str, Any], *, corrects: bool) -> list[float]:
+    """The rate of each update of arm k for an Adam that corrects its bias, as PyTorch's does.
+
+    mlx's does not unless it is asked to: `corrects` is False for rates with which PyTorch's moves
+    as far as that at every update, but for its epsilon.
+    """
+    rate, cosine_steps, end = settings["lr_schedule"]["arguments"]
+    warm_up = settings["lr_schedule"]["warmup"]
+    rates = []
+    for step in range(settings["iters"]):
+        done = min(1.0, (step - warm_up) / cosine_steps)
+        falling = end + (rate - end) * 0.5 * (1 + math.cos(math.pi * done))
+        scheduled = rate * step / warm_up if step < warm_up else falling
+        first, second = (1 - beta ** (step + 1) for beta in ADAM_BETAS)
+        rates.append(scheduled if corrects else scheduled * first / math.sqrt(second))
+    return rates
 
 
 def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: Path) -> Training:

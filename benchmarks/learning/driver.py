@@ -97,6 +97,7 @@ def prepare_worker(prepares: bool, shares: bool) -> None:
     """Several trainings may share one GPU, and what they print is not wanted.
 
     MLX keeps freed buffers up to the whole device's memory, so those that share it keep few.
+    mlx_lm.lora gives all of them back after each step, which costs seconds that are not told there.
     """
     os.environ["NESTED_TUNE_DEVICE_LOCK"] = "off"
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -107,8 +108,10 @@ def prepare_worker(prepares: bool, shares: bool) -> None:
         prepare()
     if shares:
         import mlx.core as mx
+        from mlx_lm.tuner import trainer
 
         mx.set_cache_limit(KEPT_BYTES)
+        trainer._clear_cache = lambda _threshold: None
 
 
 def run_in_worker(cell: Cell, study: Study, options: argparse.Namespace) -> dict[str, Any]:

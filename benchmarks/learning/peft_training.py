@@ -7,7 +7,6 @@ adapter after every so many steps, in the format of mlx_lm, which judges it.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ def main() -> None:
 
 
 def train(settings: dict[str, Any]) -> None:
-    """LoRA in float32 on the bfloat16 base under autocast; Adam with warm-up and cosine."""
+    """LoRA in float32 on the bfloat16 base under autocast; Adam with a given rate an update."""
     torch.manual_seed(settings["seed"])
     torch.set_float32_matmul_precision("high")
     base, lora = settings["model"], settings["lora_parameters"]
@@ -52,29 +51,17 @@ def train(settings: dict[str, Any]) -> None:
         ),
     )
     parameters = [each for each in model.parameters() if each.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=settings["learning_rate"], fused=DEVICE == "cuda")
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(settings, step))
+    optimizer = torch.optim.Adam(parameters, fused=DEVICE == "cuda")
     rows = read_rows(settings)
     for step, (tokens, labels) in enumerate(batches(rows, settings), 1):
+        optimizer.param_groups[0]["lr"] = settings["rates"][step - 1]
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             loss = model(input_ids=tokens.to(DEVICE), labels=labels.to(DEVICE)).loss
         loss.backward()
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % settings["save_every"] == 0 or step == settings["iters"]:
             save(model, Path(settings["adapter_path"]) / f"{step:07d}", lora)
-
-
-def share(settings: dict[str, Any], step: int) -> float:
-    """The share of the learning rate at a step: a linear warm-up, then cosine."""
-    schedule = settings["lr_schedule"]
-    rate, steps, end = schedule["arguments"]
-    warm_up = schedule["warmup"]
-    if step < warm_up:
-        return step / warm_up
-    done = min(1.0, (step - warm_up) / steps)
-    return float(end / rate + (1 - end / rate) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def read_rows(settings: dict[str, Any]) -> list[tuple[list[int], int]]:

@@ -30,9 +30,28 @@ ARMS = {
     "c-long": "c with 5 epochs in place of 3",
     "c-long-answers": "c-long, the step chosen by answers",
     "c-long-32": "c-long with rank 32",
+    "c-unclipped": "c without clipping",
+    "c-2e-4": "c at the rate 2e-4",
+    "c-3e-4-corrected": "c at the rate 3e-4, where Adam corrects its bias",
+    "k-2e-4": "k at the rate 2e-4",
+    "k-3e-4": "k at the rate 3e-4",
+    "k-3e-4-corrected": "k at the rate 3e-4, where Adam corrects its bias",
+    "k-sorted": "k, its rows sorted by their tokens",
+    "peft-uncorrected": "PEFT with the settings of k, where Adam does not correct its bias",
 }
-OF_MLX_LM = ("a", "b", "h", "k")
+# Changes to arm k, in mlx_lm.lora's own keys
+CORRECTED: Mapping[str, Any] = {"optimizer_config": {"adam": {"bias_correction": True}}}
+LIKE_K: Mapping[str, Mapping[str, Any]] = {
+    "k": {},
+    "k-2e-4": {"learning_rate": 2e-4},
+    "k-3e-4": {"learning_rate": 3e-4},
+    "k-3e-4-corrected": {"learning_rate": 3e-4, **CORRECTED},
+    "k-sorted": {},
+}
+OF_MLX_LM = ("a", "b", "h", *LIKE_K)
 PEFT = "peft"  # the settings of arm k, timed alone on the GPU
+UNCORRECTED = "peft-uncorrected"
+WITH_LAST_STEP = ("c", "c-unclipped")  # where a study judges that of the same run too
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
 REAL_BASE = "SmolLM2-135M-Instruct"
 NO_ADAPTER = "base"  # the base itself, judged once a task
@@ -94,7 +113,8 @@ class Study:
     `sweep_runs` are the optimizer steps of arm e, in runs of `init`, and `sweeps_by_answers` says
     whether answers choose among three rates there, else the loss among what a sweep tries by
     itself. Of `streams` (stream_cells.py) `stream_arms` are trained, each under `stream_seeds`;
-    `least_transfer` is the backward transfer that is asked of them.
+    `least_transfer` is the backward transfer that is asked of them. `judges_last_step` says whether
+    the last step of some arms is judged beside the one that they offer.
     """
 
     tasks: tuple[str, ...]
@@ -109,6 +129,7 @@ class Study:
     stream_arms: tuple[str, ...] = tuple(STREAM_ARMS)
     stream_seeds: tuple[int, ...] = ()
     least_transfer: float = -0.01
+    judges_last_step: bool = False
 
     def cells(self, rows: Sequence[Row]) -> Iterator[Cell]:
         """Every cell that can run by now, in order: what comes last is dropped first."""
@@ -195,6 +216,21 @@ REAL = Study(
         *quiet_cells(REAL_TASKS[1:2], ("c-256MB", "c-512MB"), (1,)),
         *quiet_cells(REAL_TASKS[:2], ("c", "k"), (2, 3, 4, 5)),
     ),
+)
+# PROTOCOL-4.md: c taken apart, on questions that no study above has asked
+APART_ARMS = (
+    *("c", "c-unclipped", "k", "k-3e-4-corrected", "k-3e-4", "k-2e-4", "k-sorted"),
+    UNCORRECTED,
+)
+APART = Study(
+    tasks=REAL_TASKS,
+    sizes=(REAL_BASE,),
+    stages=(
+        *(Stage(APART_ARMS, (seed,)) for seed in (1, 2, 3)),
+        Stage(("c-2e-4", "c-3e-4-corrected"), (1, 2, 3)),
+    ),
+    counts=replace(REAL.counts, is_fresh=True),
+    judges_last_step=True,
 )
 # On the example's base, for two cores: its context is 64 tokens, so that longer rows are left out.
 SMALL = Study(

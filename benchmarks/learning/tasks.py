@@ -109,6 +109,7 @@ class Counts:
 
     longest: characters of prompt and answer together; longer rows are left out.
     answers: of a task with more different answers to train on, rows of the first ones are taken.
+    is_fresh: the rows that judge are such as no study before PROTOCOL-4.md has seen (fresh.py).
     """
 
     train: int = 1336
@@ -116,6 +117,7 @@ class Counts:
     judge: int = 2000
     longest: int = ALL
     answers: int = ALL
+    is_fresh: bool = False
 
 
 def read_task(name: str, data: Path | None, counts: Counts) -> Splits:

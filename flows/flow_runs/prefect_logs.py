@@ -6,6 +6,7 @@ import logging
 import os
 
 from prefect import runtime
+from prefect.exceptions import CancelledRun
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
 
@@ -60,6 +61,8 @@ class _ErrorAsParagraphFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """False for an error that was logged already; else the record is logged as a paragraph."""
         error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, CancelledRun):  # the engine's: how the run ended was just logged
+            return False
         if not isinstance(error, NestedTuneError):
             return True
         if error is self._last:

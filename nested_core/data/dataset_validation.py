@@ -6,7 +6,6 @@ cached data set does not need this module, see dataset_loading.py.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -19,7 +18,6 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import (
     TEMPLATED_FORMATS,
     UNTEMPLATED_FORMATS,
-    find_row_format,
     formats_of_loss,
     read_examples,
 )
@@ -55,14 +53,7 @@ from nested_core.models.base_model import (
     vocabulary_digest,
 )
 from nested_core.models.chat_template import has_chat_template
-from nested_core.records.dataset import (
-    DatasetReport,
-    Findings,
-    PromptFormat,
-    Severity,
-    SplitStats,
-    sort_findings,
-)
+from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
 from nested_core.storage.atomic import canonical_json
 
 Tables = Mapping[str, SplitTable]
@@ -293,25 +284,11 @@ def _make_report(
     digests = {split: stats.digest for split, stats in splits.items()}
     dataset_digest = sha256(canonical_json(digests)).hexdigest()
     files = [name for table in tables.values() for name in table.file_names]
+    train, is_chat = facts.get("train"), tables["train"].format not in UNTEMPLATED_FORMATS
     return DatasetReport(
         settings.describe_source,
         dataset_digest,
         splits,
         sort_findings(findings.listed, files),
-        _read_prompt_format(tables["train"].format, facts.get("train")),
+        None if train is None else train.read_prompt_format(is_chat=is_chat),
     )
-
-
-def _read_prompt_format(name: str | None, train: TokenFacts | None) -> PromptFormat | None:
-    """Return how the rows of train begin; None if they were not tokenized.
-
-    name: the name of their format.
-    """
-    if name is None or train is None:
-        return None
-    shared = {
-        key: json.loads(next(iter(values)))
-        for key, values in train.openings.items()
-        if len(values) == 1
-    }
-    return PromptFormat(is_chat=find_row_format(name).is_templated, **shared)

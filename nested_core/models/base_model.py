@@ -44,7 +44,10 @@ GGUF_ADVICE = (
     "is a GGUF file, which mlx-lm does not train. Give the folder or the hub's name of the model "
     "that it was made from."
 )
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+UNKNOWN_TYPE_ADVICE = (
+    " mlx_lm has no language model of the type {}. Give one that it has, such as llama, mistral, "
+    "qwen3 or gemma3; docs/support.md says which were tried."
+)
 TORCH_ADVICE = (
     " It holds weights of PyTorch alone. transformers writes safetensors (`save_pretrained(NEW)`), "
     "of which `mlx_lm.convert --hf-path NEW --mlx-path OUT` makes a model of mlx."
@@ -332,19 +335,15 @@ def _advise_on_model(folder: Path) -> str:
     """Return a sentence on what to do about a model in another form than is trained, or ""."""
     from mlx_lm.utils import MODEL_REMAPPING
 
-    if not any(folder.glob("*.safetensors")):
-        if any(folder.glob("*.gguf")):
-            return f" It {GGUF_ADVICE}"
-        if any(file.suffix in TORCH_SUFFIXES for file in folder.iterdir()):
-            return TORCH_ADVICE
+    suffixes = {file.suffix for file in folder.iterdir()}
+    if ".gguf" in suffixes and ".safetensors" not in suffixes:
+        return f" It {GGUF_ADVICE}"
+    if suffixes & {".bin", ".pt", ".pth"} and ".safetensors" not in suffixes:
+        return TORCH_ADVICE
     has_config = (folder / "config.json").is_file()
     kind = read_model_config(folder).get("model_type") if has_config else None
-    if kind and find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}") is None:
-        return (
-            f" mlx_lm has no language model of the type {kind}. Give one that it has, such as "
-            f"llama, mistral, qwen3 or gemma3; docs/support.md says which were tried."
-        )
-    return ""
+    is_known = not kind or find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
+    return "" if is_known else UNKNOWN_TYPE_ADVICE.format(kind)
 
 
 def share_layers(model: nn.Module) -> None:

@@ -8,15 +8,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nested_core.errors import ConfigError
 from nested_core.storage.output_places import find_recorded_path
 from nested_core.storage.run_directory import DEFAULT_REGISTRY, RunDirectory
 from nested_core.text.digest_format import shorten_digest
-
-if TYPE_CHECKING:
-    from nested_core.records.dataset import PromptFormat
 
 CHAMPION = "champion"
 VERSIONS = "versions"
@@ -37,12 +33,10 @@ class NamedAdapter:
     trusts_remote_code: bool = False
     run: RunDirectory | None = None
 
-    def read_prompt_format(self) -> PromptFormat | None:
-        """Read how the rows that it was trained on begin; None if that is not recorded."""
-        from nested_core.records.dataset import PromptFormat
-
-        recorded = self.folder / "provenance.json" if self.run is None else self.run.dataset
-        return PromptFormat.read(recorded)
+    @property
+    def training_record(self) -> Path:
+        """The file with the `prompt_format` of its training rows, which may not exist."""
+        return self.folder / "provenance.json" if self.run is None else self.run.dataset
 
     def describe(self) -> str:
         """Return the folder, or for a registry's version its name and first digits."""

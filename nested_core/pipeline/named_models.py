@@ -89,7 +89,8 @@ def find_model(
     adapter = read_adapter(folder, follow_links=True)
     base = base or adapter.base_model
     seen = find_trained_rows(adapter, registry, named.folder)
-    prompt_format, trusts = named.read_prompt_format(), named.trusts_remote_code
+    prompt_format = PromptFormat.read(named.training_record)
+    trusts = named.trusts_remote_code
     return NamedModel(given, base, adapter, trusts, seen, prompt_format=prompt_format), named.run
 
 

@@ -323,7 +323,7 @@ def _warn_of_other_tokenizer(start: Adapter, source: str, base: Path) -> None:
     try:
         tokenizer.require_in(base, source)
     except ConfigError as problem:
-        warnings.warn(f"{problem} It goes on from there.", stacklevel=2)
+        warnings.warn(f"{problem} The run goes on from there.", stacklevel=2)
 
 
 def _record_training_rows(
@@ -442,6 +442,8 @@ def train_model(
     report, splits = load_run_data(config, run)
     require_validated_data(run, report)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
+    how = {"tokenizer": base.tokenizer, "base": base.folder, "prompt_format": report.prompt_format}
+    encode = partial(encode_suites, **how)
     setup = prepare_training(
         config,
         run,
@@ -449,13 +451,7 @@ def train_model(
         splits,
         tokenizer=base.tokenizer,
         callback=callback,
-        make_questions=partial(
-            QuestionsInTraining.from_config,
-            config,
-            base.tokenizer,
-            base.folder,
-            prompt_format=report.prompt_format,
-        ),
+        make_questions=partial(QuestionsInTraining.from_config, config, base.tokenizer, encode),
         world=world,
     )
     if config.training.evaluate_tasks and not setup.step_schedule.validation_examples:

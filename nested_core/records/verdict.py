@@ -480,6 +480,12 @@ class TaskResult:
         return self.constant is not None and self.candidate <= self.constant + SCORE_ROUNDING
 
     @property
+    def may_be_behind_champion(self) -> bool:
+        """Whether the champion scores higher, by more than is shown to be within `max_drop`."""
+        has_fallen = (self.champion_difference or 0.0) < -SCORE_ROUNDING
+        return has_fallen and self.conclusion not in ("better", "no_worse")
+
+    @property
     def is_above_base(self) -> bool:
         """Whether the candidate scores above the base, or is all right as the base is."""
         return self.candidate > min(self.base, 1 - 2 * SCORE_ROUNDING) + SCORE_ROUNDING

@@ -130,7 +130,6 @@ def rollback(
     *,
     to: str | None = None,
     by: str,
-    expected_champion: str | None | Unset = UNSET,
     only_former_champions: bool = False,
     origin: Origin = NO_ORIGIN,
     reason: str | None = None,
@@ -142,8 +141,6 @@ def rollback(
     to: the version; None for the champion before the present one. Promotions and `to` push a
         version on a stack, a rollback without `to` pops one: after A, B, C it goes to B, then to A.
     by: who asks, for the history. origin: the flow that asks, for the history.
-    expected_champion: if another version is champion, the outcome is "superseded", so a retry does
-        not go back twice. UNSET expects none in particular.
     only_former_champions: refuse a version that was never champion.
     reason: for the history.
 
@@ -152,8 +149,6 @@ def rollback(
     """
     with writing(registry, name) as locked:
         before = locked.champion
-        if before is not None and not _is_expected_champion(before, expected_champion):
-            return Decision("superseded", before, before)
         target = locked.ledger.rollback_target() if to is None else to
         if target is None:
             raise ConfigError(

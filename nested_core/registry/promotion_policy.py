@@ -23,13 +23,7 @@ from nested_core.errors import (
     describe_first_problem,
 )
 from nested_core.records.loss_conclusion import describe_smallest_visible
-from nested_core.records.verdict import (
-    SCORE_ROUNDING,
-    ChampionLoss,
-    Noise,
-    Validation,
-    Verdict,
-)
+from nested_core.records.verdict import ChampionLoss, Noise, Validation, Verdict
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Ledger, Origin
@@ -429,6 +423,8 @@ def _why_not_promoted(
             f"its gate had looser thresholds than the policy of {section.name} "
             f"({', '.join(looser)}): run the gate again with --resume"
         )
+    if not rule.asks_person and (reason := _why_not_judged(candidate, champion)) is not None:
+        return reason
     if candidate.loss_after is None and section.require_validation:
         validation = candidate.verdict.validation
         if validation is not None and validation.left_out:
@@ -437,8 +433,6 @@ def _why_not_promoted(
                 f"held-out examples, and registry.require_validation is on"
             )
         return "there was no validation set, and registry.require_validation is on"
-    if not rule.asks_person and (reason := _why_not_judged(candidate, champion)) is not None:
-        return reason
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
     return _why_losses_promote_nothing(section, candidate, champion, rule, noise)
 
@@ -551,15 +545,8 @@ def _why_answers_promote_nothing(verdict: Verdict) -> str | None:
     """
     if doubtful := verdict.doubtful_answers:
         return f"its answers are not above the base's and those of one fixed answer: {doubtful}"
-    for task in verdict.tasks:
-        has_fallen = (task.champion_difference or 0.0) < -SCORE_ROUNDING
-        if has_fallen and task.conclusion not in ("better", "no_worse"):
-            right, of_champion = task.count(task.candidate), task.count(task.champion or 0.0)
-            return (
-                f"its answers may be worse than the champion's: {task.name}: {right} of "
-                f"{task.questions} right, the champion's {of_champion}"
-            )
-    return None
+    behind = [task.describe() for task in verdict.tasks if task.may_be_behind_champion]
+    return f"its answers may be worse than the champion's: {behind[0]}" if behind else None
 
 
 def _why_too_few_prompts(candidate: Judgement, champion: str | None) -> str | None:

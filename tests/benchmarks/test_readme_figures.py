@@ -36,11 +36,13 @@ def measured(row: str) -> str:
     return str(line)
 
 
-def mean_right(arm: str) -> float:
+def mean_right(arm: str, file: str = "rows-2.jsonl", seeds: range = range(1, 6)) -> float:
     """The right answers of an arm in %: the mean over tasks of the mean over all its seeds."""
-    rows = [row for row in read_jsonl(LEARNING / "rows-2.jsonl") if row["arm"] == arm]
+    rows = [row for row in read_jsonl(LEARNING / file) if row["arm"] == arm]
     of_tasks = [
-        statistics.fmean(row["right_share"] for row in rows if row["task"] == task and row["seed"])
+        statistics.fmean(
+            row["right_share"] for row in rows if row["task"] == task and row["seed"] in seeds
+        )
         for task in TASKS
     ]
     return 100 * statistics.fmean(of_tasks)
@@ -82,6 +84,14 @@ def test_right_answers_are_the_means_of_all_seeds_that_were_run() -> None:
     points = re.search(r"of these ([\d.]+) points the file is ([\d.]+),", cells)
     assert points is not None
     assert [float(each) for each in points.groups()] == pytest.approx([c - a, k - a], abs=0.0501)
+
+
+def test_right_answers_at_other_rates_are_those_of_the_one_seed_that_each_arm_has() -> None:
+    told = [float(each) for each in re.findall(r"([\d.]+) %", measured("The same on other"))]
+    one = range(1, 2)
+    arms = [("c", one), ("c-unclipped", range(1, 3)), ("k", one), ("k-2e-4", one), ("k-3e-4", one)]
+    figures = [mean_right(arm, "rows-4.jsonl", seeds) for arm, seeds in arms]
+    assert told == pytest.approx(figures, abs=0.0501)
 
 
 def test_seconds_of_training_are_those_of_all_pairs_of_all_leases() -> None:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prefect.exceptions import CancelledRun
 
 from flows.finetune import FinetuneParameters, finetune
+from flows.flow_runs.prefect_logs import _ErrorAsParagraphFilter
 from flows.rollback import RollbackParameters, rollback
 from tasks.log_text import LOGGERS_OF_RUNS
 from tests.example import example_settings
@@ -129,3 +131,12 @@ def test_with_the_environments_word_each_record_and_warning_is_a_line_of_json() 
     assert first["message"].endswith("[bold]\n")
     assert (first["logger"], first["level"]) == ("prefect.flow_runs", "WARNING")
     assert (second["logger"], "old" in second["message"]) == ("py.warnings", True)
+
+
+def test_a_cancelled_run_is_told_by_its_state_and_has_no_traceback() -> None:
+    """Prefect's engine raises and logs an error for a flow that returns Cancelled."""
+    record = logging.LogRecord("prefect.flow_runs", logging.ERROR, "", 0, "exited", (), None)
+    assert _ErrorAsParagraphFilter().filter(record)
+    error = CancelledRun("stopped at step 4")
+    record.exc_info = (CancelledRun, error, None)
+    assert not _ErrorAsParagraphFilter().filter(record)

@@ -94,12 +94,13 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     save = None if arguments.save is None else require_output_file(arguments.save, "--save")
     found = [find_named_adapter(path, arguments.registry) for path in given]
     from nested_core.models.generation import Sampling
+    from nested_core.records.dataset import PromptFormat
     from nested_core.rooms.chat.side_by_side import SideBySide  # loads mlx_lm, which takes seconds
 
     names = ["adapter"] if len(given) == 1 else [str(path) for path in given]
     for name, adapter in zip(names, found, strict=True):
         print_progress(f"{name}: {adapter.describe()}")
-    rows, system = found[0].read_prompt_format(), arguments.system
+    rows, system = PromptFormat.read(found[0].training_record), arguments.system
     if system is None and rows is not None and rows.system is not None:
         system = rows.system
         print_progress(f"system text of its training rows (--system '' for none): {escape(system)}")

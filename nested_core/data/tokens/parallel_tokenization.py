@@ -6,6 +6,7 @@ of processes. What a job does with a row is in example_encoding.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -28,6 +29,7 @@ from nested_core.data.tokens.example_encoding import (
 from nested_core.data.tokens.tokenized_split import SplitWriter
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import vocabulary_size
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 TOKENIZATION_JOB = f"{run_tokenization_job.__module__}:{run_tokenization_job.__name__}"
@@ -52,6 +54,11 @@ class TokenFacts:
     overlong: frozenset[int] = frozenset()
     doubts: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     openings: Mapping[str, set[str]] = field(default_factory=dict)
+
+    def read_prompt_format(self, *, is_chat: bool) -> PromptFormat:
+        """Return how the examples begin; `is_chat` says whether the chat template formats them."""
+        shared = {key: json.loads(*each) for key, each in self.openings.items() if len(each) == 1}
+        return PromptFormat(is_chat, **shared)
 
 
 @dataclass(frozen=True, eq=False)

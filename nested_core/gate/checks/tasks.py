@@ -86,19 +86,15 @@ class AskedModel:
         )
 
 
-def answer_tasks(
-    base: LoadedBase,
-    run: RunDirectory,
-    evidence: RunEvidence,
-    champion: Champion | None,
-    suites: Sequence[Suite],
-) -> tuple[AnswerRecord, ...]:
+def answer_tasks(judged: CheckedRun, suites: Sequence[Suite]) -> tuple[AnswerRecord, ...]:
     """Ask base, parent (unless the initial adapter is fresh), champion and candidate every suite.
 
     Records the suites in the run, and returns the scored answers that count for the verdict. Raises
     ConfigError or DatasetError if a suite changed since the run began or does not fit the model, or
     if its scorer fails.
     """
+    base, run, evidence = judged.base, judged.run, judged.evidence
+    champion = None if isinstance(judged.champion, UnusableChampion) else judged.champion
     record_or_compare_suites(run, suites)
     encoded = encode_suites(suites, base.tokenizer, base.folder, evidence.dataset.prompt_format)
     records = [
@@ -215,9 +211,8 @@ def _find_worse_answers(judged: CheckedRun) -> list[Reason]:
 
     Under `gate.samples: fail` the same answer to every question of a suite is a reason too.
     """
-    rival = None if isinstance(judged.champion, UnusableChampion) else judged.champion
     suites = read_suites(judged.base.config.gate)
-    answers = answer_tasks(judged.base, judged.run, judged.evidence, rival, suites)
+    answers = answer_tasks(judged, suites)
     results, reasons = judge_answers(judged.bounds, answers)
     judged.answers = answers
     judged.verdict = replace(judged.verdict, tasks=tuple(_add_constants(results, suites, answers)))

@@ -8,9 +8,8 @@ selected a step do not count in its verdict if the suite has enough others.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -21,14 +20,13 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.measure.answers.suite_answers import (
     EncodedSuite,
     Suite,
-    encode_suites,
     read_suites,
 )
 from nested_core.models.generation import BATCH_SIZE
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
-from nested_core.records.dataset import PromptFormat
 from nested_core.text.stages import stages
 
+EncodeSuites = Callable[[Sequence[Suite]], tuple[EncodedSuite, ...]]
 MOST_QUESTIONS = BATCH_SIZE  # of each suite, so that one batch answers them
 LEAST_QUESTIONS = 4
 LARGEST_SHARE = 4  # at most one in four questions is asked, if the suite has enough questions
@@ -71,17 +69,11 @@ class QuestionsInTraining:
 
     @classmethod
     def from_config(
-        cls,
-        config: FineTuneConfig,
-        tokenizer: Any,
-        base: Path,
-        steps: int,
-        *,
-        prompt_format: PromptFormat | None,
+        cls, config: FineTuneConfig, tokenizer: Any, encode: EncodeSuites, steps: int
     ) -> QuestionsInTraining:
         """Choose and encode the questions for a run of `steps` optimizer steps, and log how many.
 
-        base: the folder of the base model. prompt_format: of the training rows.
+        encode: `encode_suites` with the tokenizer, the base model and the rows' prompt format.
         """
         named = config.training.evaluate_tasks
         chosen = []
@@ -94,7 +86,7 @@ class QuestionsInTraining:
             asked = ", ".join(f"{len(suite.questions)} of {suite.name}" for suite in chosen)
             few = f" (few, for the run has {steps} steps)" if steps < STEPS_FOR_ALL else ""
             stages.info("questions while it trains: %s%s", asked, few)
-        return cls(encode_suites(chosen, tokenizer, base, prompt_format), tokenizer)
+        return cls(encode(chosen), tokenizer)
 
     def ask(
         self,

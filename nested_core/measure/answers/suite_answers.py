@@ -166,10 +166,15 @@ class EncodedSuite:
         prompts: list[tuple[int, ...]] = []
         choices: list[tuple[tuple[int, ...], ...]] = []
         problems = []
-        prompt_format = prompt_format or PromptFormat()
-        for question in (_as_asked(one, prompt_format, tokenizer) for one in suite.questions):
+        asked_as = prompt_format or PromptFormat()
+        is_chat = asked_as.is_chat and has_chat_template(tokenizer)
+        for question in suite.questions:
+            tools = None
+            if is_chat and isinstance(question.prompt, str):
+                turns = (*asked_as.begin_chat(), {"role": "user", "content": question.prompt})
+                question, tools = replace(question, prompt=turns), asked_as.tools
             try:
-                prompt = _encode_prompt(question, tokenizer, prompt_format.tools)
+                prompt = _encode_prompt(question, tokenizer, tools)
             except Exception as error:  # a template may raise anything
                 reason = f"{type(error).__name__}: {error}"
                 problem = f"the chat template does not take it: {reason}"[:300]
@@ -265,25 +270,13 @@ class EncodedSuite:
         return SuiteAnswers(tuple(answers), tuple(scores))
 
 
-def _as_asked(question: Question, prompt_format: PromptFormat, tokenizer: Any) -> Question:
-    """Return a question whose `prompt` is a conversation, if the training rows are chats.
-
-    A tokenizer without a chat template is asked the prompt as it stands.
-    """
-    is_text = isinstance(question.prompt, str)
-    if not is_text or not prompt_format.is_chat or not has_chat_template(tokenizer):
-        return question
-    turn = {"role": "user", "content": str(question.prompt)}
-    return replace(question, prompt=(*prompt_format.begin_chat(), turn), has_own_messages=False)
-
-
 def _encode_prompt(question: Question, tokenizer: Any, tools: Any = None) -> tuple[int, ...]:
     """Return the token ids of a question's prompt.
 
     A plain text gets the tokenizer's start token unless it begins with it. Chat messages go through
     the chat template.
 
-    tools: of the training rows, for a question that gives no messages of its own.
+    tools: that the chat template shows.
     """
     if isinstance(question.prompt, str):
         text = question.prompt
@@ -292,9 +285,7 @@ def _encode_prompt(question: Question, tokenizer: Any, tools: Any = None) -> tup
     else:
         template = chat_template_of(tokenizer)
         turns = template.prepare(question.prompt)
-        text = template.render(
-            turns, None if question.has_own_messages else tools, add_generation_prompt=True
-        )
+        text = template.render(turns, tools, add_generation_prompt=True)
         is_started = True
     # verbose=False: transformers would warn of a long text, which `encode` reports with its line
     return tuple(tokenizer.encode(text, add_special_tokens=not is_started, verbose=False))

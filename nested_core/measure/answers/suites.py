@@ -46,7 +46,6 @@ class Question:
     tolerance: how far the answer to a `number` question may be off.
     choices: the answers to choose from, for `choice`.
     fields: the line as it was read, which a Python scorer receives.
-    has_own_messages: whether the line gives the whole conversation, and not a `prompt` alone.
     """
 
     line: int
@@ -56,7 +55,6 @@ class Question:
     tolerance: float
     choices: tuple[str, ...]
     fields: dict[str, Any]
-    has_own_messages: bool = True
 
 
 class _SuiteLine(BaseModel):

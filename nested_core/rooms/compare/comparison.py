@@ -101,7 +101,7 @@ class RunComparison:
         }
 
     def reasons_not_paired(self) -> list[str | None]:
-        """Why each run's losses are no comparison with the first one's; None where they are one."""
+        """Why each run's losses cannot be compared with the first one's; None if they can."""
         return [None, *(_why_not_comparable(self.runs[0], run) for run in self.runs[1:])]
 
     def paired_with_first(self) -> list[PairedDifference | None]:

@@ -17,6 +17,7 @@ from nested_core.models.adapter_formats import Conversion
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.models.lora_tensors import module_name
 from nested_core.pipeline.named_adapters import NamedAdapter
+from nested_core.records.dataset import PromptFormat
 from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.rooms.peft.importing import PEFT_WEIGHTS
 from nested_core.rooms.peft.lora_factors import (
@@ -220,5 +221,5 @@ def _record_training(folder: Path) -> dict[str, Any]:
     named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
     return {
         **find_trained_rows(read_adapter(folder, follow_links=True), None).to_json(),
-        "prompt_format": to_jsonable_python(named.read_prompt_format()),
+        "prompt_format": to_jsonable_python(PromptFormat.read(named.training_record)),
     }

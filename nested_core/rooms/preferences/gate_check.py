@@ -10,7 +10,7 @@ chosen ones themselves may fall is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
-from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.measure.losses.held_out_loss import HeldOutExamples, read_nonempty_splits
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
@@ -40,11 +39,9 @@ from nested_core.rooms.preferences.reference_likelihoods import (
     leave_adapter_out,
     read_likelihoods,
 )
-from nested_core.rooms.preferences.side_by_side import Conversation
 from nested_core.rooms.preferences.training_loss import read_pairs_of_split
 from nested_core.text.loss_format import format_difference
 from nested_core.text.stages import stages
-from nested_core.training.world import World
 
 BLOCK = "preferences"
 NOT_LEARNT = "preference_not_learnt"
@@ -119,7 +116,8 @@ def _measure(
         rows = rows[~losses.left_out]
     pairs = read_pairs_of_split(held_out.split, rows.tolist())
     answers = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-    compared = _compare(judged, comparison, values, answers)
+    at_once = 2 * judged.config.batch_size
+    compared = compare_answers(comparison, values, answers, at_once)
     verdict = _summarise(str(judged.config.training.loss), compared, losses.counted())
     reference = find_reference(judged.config)
     if reference is None:
@@ -139,17 +137,6 @@ def _load_adapters(judged: CheckedRun) -> tuple[PredictionComparison, list[Flat]
     return PredictionComparison.of_model(model, refs), values
 
 
-def _compare(
-    judged: CheckedRun,
-    comparison: PredictionComparison,
-    values: Sequence[Flat],
-    answers: Sequence[Conversation],
-) -> ExamplePredictions:
-    with using_optimized_layers(comparison.model):
-        rows = 2 * judged.config.batch_size
-        return compare_answers(comparison, values, answers, rows, World())
-
-
 def _compare_reference(
     judged: CheckedRun, comparison: PredictionComparison, initial: Flat, reference: str
 ) -> float | None:
@@ -165,7 +152,7 @@ def _compare_reference(
     if kept is None or not kept.has(answers):
         return None
     values = leave_adapter_out(initial) if reference == "base" else initial
-    now = _compare(judged, comparison, [values], answers)
+    now = compare_answers(comparison, [values], answers, 2 * judged.config.batch_size)
     return float(np.mean(np.abs(kept.of(answers) + now.losses[0]) / now.tokens))
 
 

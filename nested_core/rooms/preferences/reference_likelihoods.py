@@ -17,6 +17,7 @@ import numpy as np
 
 from nested_core.data.tokens.tokenized_split import Int32
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
     PredictionComparison,
@@ -149,22 +150,23 @@ def compare_answers(
     values: Sequence[Flat],
     conversations: Sequence[Conversation],
     rows: int,
-    world: World,
+    world: World | None = None,
 ) -> ExamplePredictions:
     """Losses and divergences of answers with these values of the parameters, as `comparison` gives.
 
-    Conversations of like length are computed together, so many rows at a time; each rank computes
-    every so many batches, and all get all.
+    Conversations of like length are computed together, so many rows at a time. Of several ranks
+    each computes every so many batches, and all get all.
     """
     order = np.argsort([-len(one.tokens) for one in conversations], kind="stable")
     sums = np.zeros((2 * len(values) - 1, len(conversations)), np.float32)
-    starts = range(0, len(order), rows)
-    for start in starts[world.rank :: world.size]:
-        chosen = order[start : start + rows]
-        padded = [*(conversations[row] for row in chosen), *[None] * (rows - len(chosen))]
-        compared = comparison.compare(values, lay_out(padded))
-        columns = np.concatenate([compared.losses, compared.divergences])
-        sums[:, chosen] = columns[:, : len(chosen)]
+    world, starts = world or World(), range(0, len(order), rows)
+    with using_optimized_layers(comparison.model):
+        for start in starts[world.rank :: world.size]:
+            chosen = order[start : start + rows]
+            padded = [*(conversations[row] for row in chosen), *[None] * (rows - len(chosen))]
+            compared = comparison.compare(values, lay_out(padded))
+            columns = np.concatenate([compared.losses, compared.divergences])
+            sums[:, chosen] = columns[:, : len(chosen)]
     # It takes arrays too
     summed = np.array(world.sum_scalars_over_ranks({"sums": mx.array(sums)})["sums"], np.float64)
     tokens = np.array([len(one.tokens) - one.prompt for one in conversations], np.float64)

@@ -7,15 +7,17 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
-from nested_core.records.dataset import DatasetReport
-from tests.builders.data_sets import GOOD, HELD_OUT, chat, load
+from nested_core.records.dataset import DatasetReport, PromptFormat
+from tests.builders.data_sets import GOOD, HELD_OUT, chat, load, write_lines
 from tests.core.data.conftest import WriteData
+from tests.example import MODEL
 
 
 def report_on(folder: Any, tokenizer: TokenizerSource | None = None) -> DatasetReport:
@@ -138,3 +140,31 @@ def test_naming_the_package_loads_no_pandera_no_polars_and_no_mlx() -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, check=True, text=True
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([("A.", "a"), ("A.", "b")], PromptFormat(system="A.")),
+        ([("A.", "a"), ("B.", "b")], PromptFormat()),
+        ([("A.", "a"), (None, "b")], PromptFormat()),
+        ([(None, "a"), (None, "b")], PromptFormat()),
+    ],
+)
+def test_the_report_has_the_system_text_that_all_rows_of_train_share(
+    tmp_path: Path, rows: Any, expected: PromptFormat
+) -> None:
+    lines = []
+    for system, question in rows:
+        first = [] if system is None else [{"role": "system", "content": system}]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
+        lines.append({"messages": [*first, *turns]})
+    write_lines(tmp_path / "train.jsonl", lines)
+    assert load(tmp_path, TokenizerSource(str(MODEL)))[0].prompt_format == expected
+
+
+def test_rows_of_plain_text_have_prompts_that_are_asked_as_they_stand(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [{"text": "In Fiji, go and see Suva!"}])
+    assert load(tmp_path, TokenizerSource(str(MODEL)))[0].prompt_format == PromptFormat(
+        is_chat=False
+    )

@@ -117,15 +117,6 @@ def test_a_rollback_says_why_even_where_that_is_no_text(three, registry):
     assert (line["by"], line["reason"]) == ("bob", "rude ?")
 
 
-def test_a_second_try_of_a_rollback_does_not_go_back_twice(three, registry):
-    first, second, third = three
-    promote(registry, NAME, third, by="ann")
-    for outcome in (Decision("rolled_back", second, third), Decision("superseded", second, second)):
-        assert rollback(registry, NAME, by="bob", expected_champion=third) == outcome
-    assert read_champion(registry, NAME) == second
-    assert first in {line["version"] for line in history(registry, NAME)}
-
-
 def test_a_rollback_to_a_named_version_is_a_step_that_a_rollback_takes_back(three, registry):
     first, second, third = three
     promote(registry, NAME, third, by="ann")

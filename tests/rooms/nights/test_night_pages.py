@@ -90,7 +90,7 @@ def test_answers_and_samples_are_those_of_the_report_and_no_markup(judged: Path)
         samples = [{"prompt": f"Where to {number}?", "answer": "There."} for number in range(50)]
         append_metrics(judged / "metrics.jsonl", {"step": step, "samples": samples})
     answers = night_of(judged, Outcome.PROMOTED).partition("## Answers")[2]
-    assert "| Question 2? | \\- | ✓ right Paris | ✗ wrong \\<b\\>Rome |" in answers
+    assert "| Question 2? | ✓ right Paris | \\- | ✗ wrong \\<b\\>Rome |" in answers
     assert "8 of 1001 evaluations to 4 of 50 prompts" in answers
     assert "| 80 (selected) | There. | There. | There. | There. |" in answers.replace("\\", "")
     assert answers.count("| There. |") == 8 * 2

@@ -211,6 +211,7 @@ def test_the_reference_is_checked_on_pairs_that_were_trained_on(tmp_path, learnt
     assert verdict.blocks["preferences"]["reference_error"] is None
 
 
+@pytest.mark.slow("loads a model and computes a reference")
 def test_a_reference_without_finite_likelihoods_is_refused_and_not_kept(
     tmp_path: Path,
 ) -> None:
@@ -333,6 +334,7 @@ def test_a_margin_that_grew_while_chosen_answers_became_unlikely_is_refused(
     assert -0.1 < sound.block["chosen_change"] <= 0
 
 
+@pytest.mark.slow("trains and judges")
 def test_without_a_held_out_pair_the_verdict_says_that_nothing_was_measured(tmp_path) -> None:
     data = write_rows(tmp_path / "data", {"train": list_pairs("train")[:16]})
     judged = run_and_judge(make_config(data, "dpo"), tmp_path / "run")
