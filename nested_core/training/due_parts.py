@@ -38,10 +38,6 @@ from nested_core.storage.validation_losses import (
     append_step_losses,
     truncate_step_losses,
 )
-from nested_core.training.early_stopping import (
-    count_evaluations_without_improvement,
-    is_out_of_patience,
-)
 from nested_core.training.evaluation import Evaluation, EvaluationInterrupted, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.train_step import StepResult
@@ -327,19 +323,15 @@ class Validation:
         def record(state: TrainingState, wrong: float) -> None:
             """Record the evaluation in a state, for the choice of the step and for patience."""
             state.record_evaluation(val_loss, is_candidate=is_candidate, wrong=wrong)
-            count_evaluations_without_improvement(
-                state,
-                val_loss,
-                min_delta=training.min_delta,
-                flushes=self.setup.optimizer.accumulates,
+            state.count_without_improvement(
+                min_delta=training.min_delta, flushes=self.setup.optimizer.accumulates
             )
 
         # In a copy, since a stop may interrupt the questions; if answers select, all are asked.
         after = replace(state)
         record(after, wrong=0.0)
-        is_last = state.iteration >= self.setup.step_schedule.iterations or is_out_of_patience(
-            after, training.early_stop_patience
-        )
+        is_last = state.iteration >= self.setup.step_schedule.iterations
+        is_last = is_last or after.is_out_of_patience(training.early_stop_patience)
         asked = self._ask_questions(state, values, is_last=is_last)
         name = training.select_by
         record(state, wrong=0.0 if name == "loss" else 1.0 - asked["tasks"][name]["right"])

@@ -23,7 +23,6 @@ from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatte
 from nested_core.optim.tier_counters import COUNTERS_KEY, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.due_parts import Reporter, Saver, Validation
-from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory_plan import plan_memory
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
@@ -354,7 +353,7 @@ class Trainer:
         if self.state.iteration >= self.step_schedule.iterations:
             return "iterations"
         patience = self.config.training.early_stop_patience
-        return "patience" if is_out_of_patience(self.state, patience) else None
+        return "patience" if self.state.is_out_of_patience(patience) else None
 
     def _is_over(self) -> bool:
         """Whether training is over."""

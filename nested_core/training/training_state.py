@@ -133,6 +133,26 @@ class TrainingState:
             return math.isfinite(loss)
         return self.wrong < wrong or (self.wrong == wrong and loss < val_loss - min_delta)
 
+    def count_without_improvement(self, *, min_delta: float, flushes: bool = False) -> None:
+        """Update the count of evaluations in a row without improvement, after one was recorded.
+
+        Counted are only evaluations at which training could end with an adapter to offer: those of
+        candidates, and after step 0 all if the end applies what slow tiers have accumulated
+        (`flushes`). A better one resets the count, by what selects the step (`improves_on`).
+        """
+        if not (self.is_candidate or (flushes and self.step > 0)):
+            return
+        if self.improves_on(self.lowest_wrong, self.lowest_val_loss, min_delta=min_delta):
+            self.lowest_val_loss = self.val_loss
+            self.lowest_wrong = self.wrong
+            self.evaluations_without_improvement = 0
+        else:
+            self.evaluations_without_improvement += 1
+
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Whether `patience` evaluations in a row brought no improvement; None never stops."""
+        return patience is not None and self.evaluations_without_improvement >= patience
+
 
 BEST_KEYS = (
     "best_step",

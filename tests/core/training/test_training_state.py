@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core.errors import DamagedError
-from nested_core.training.early_stopping import count_evaluations_without_improvement
 from nested_core.training.training_state import EVIDENCE_KEYS, TrainingState, require_whole_state
 
 
@@ -22,7 +21,7 @@ def evaluated(losses: list[float], *, min_delta: float = 0.0) -> TrainingState:
     for step, loss in enumerate(losses):
         state.step = step
         state.record_evaluation(loss, is_candidate=step > 0)
-        count_evaluations_without_improvement(state, loss, min_delta=min_delta)
+        state.count_without_improvement(min_delta=min_delta)
     return state
 
 
@@ -87,7 +86,7 @@ def test_patience_counts_where_training_could_end_with_an_adapter_to_offer(
     for step, loss in enumerate([1.0, 2.0, 2.0, 2.0, 2.0]):  # tier 1 is first updated at step 3
         state.step = step
         state.record_evaluation(loss, is_candidate=step >= 3)
-        count_evaluations_without_improvement(state, loss, min_delta=0.0, flushes=flushes)
+        state.count_without_improvement(min_delta=0.0, flushes=flushes)
     assert state.evaluations_without_improvement == counted
 
 
@@ -97,7 +96,7 @@ def test_where_answers_select_the_step_patience_goes_by_answers() -> None:
     for step, (loss, wrong) in enumerate([(1.0, 0.8), (1.1, 0.6), (0.9, 0.7), (1.0, 0.6)], 1):
         state.step = step
         state.record_evaluation(loss, is_candidate=True, wrong=wrong)
-        count_evaluations_without_improvement(state, loss, min_delta=0.2)
+        state.count_without_improvement(min_delta=0.2)
         counts.append(state.evaluations_without_improvement)
     assert counts == [0, 0, 1, 2]  # as many wrong: the loss fell by less than min_delta
 
