@@ -20,7 +20,6 @@ from nested_core.data.lines.example_parsing import (
     ANY_LOSS,
     Example,
     FieldNames,
-    find_format,
     find_row_format,
     fold_case_and_space,
     parse_line,
@@ -34,7 +33,7 @@ from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 KEY_BYTES = 8
-_ANY_ROLE = FieldNames(allows_any_role=True, loss=ANY_LOSS)
+ANY_ROLE = FieldNames(allows_any_role=True, loss=ANY_LOSS)
 
 
 @dataclass(frozen=True)
@@ -91,19 +90,9 @@ def read_content(row: Mapping[str, Any]) -> bytes:
     Empty for a row that is no valid example.
     """
     line = json.dumps(row).encode()
-    plain = parse_plain_row(line, _ANY_ROLE)
-    content = parse_line_to_row(line, _ANY_ROLE).content if plain is None else plain[2]
+    plain = parse_plain_row(line, ANY_ROLE)
+    content = parse_line_to_row(line, ANY_ROLE).content if plain is None else plain[2]
     return (content or "").encode()
-
-
-def find_opposite_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the one row that contradicts a row of `read_split_rows`: of a pair the swapped pair.
-
-    None for rows of answers to learn, which any other answer to their prompt contradicts.
-    """
-    name = find_format(row, _ANY_ROLE)
-    contradict = None if name is None else find_row_format(name).contradict
-    return None if contradict is None else contradict(row)
 
 
 @dataclass(frozen=True)
@@ -182,8 +171,8 @@ def _read_listed_row(line: bytes) -> tuple[dict[str, Any], bool]:
     if isinstance(value, str):
         value = {"prompt": value}
     if isinstance(value, dict) and value.keys() == {"prompt"}:
-        return _row_of(parse_line(json.dumps(value | {"completion": ""}).encode(), _ANY_ROLE)), True
-    example = parse_line(line, _ANY_ROLE)
+        return _row_of(parse_line(json.dumps(value | {"completion": ""}).encode(), ANY_ROLE)), True
+    example = parse_line(line, ANY_ROLE)
     turns = example.messages
     if turns and turns[-1].get("role") != "assistant":
         turns = [*turns, {"role": "assistant", "content": ""}]

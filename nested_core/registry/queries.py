@@ -86,12 +86,6 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
     return initial_digest if initial_digest in list_versions(*location) else None
 
 
-def read_registration_time(registry: Path, name: str, version: str) -> str | None:
-    """Return when a version was registered, as ISO 8601 (UTC); None if the time is unknown."""
-    with reading(registry, name) as (_, ledger):
-        return next((e.time for _, e in ledger.by_version.get(version, ())), None)
-
-
 def read_champion_changes(registry: Path, name: str, *, since: int = 0) -> list[Entry]:
     """Return the history lines that changed the champion, oldest first.
 

@@ -46,7 +46,7 @@ class Room:
     server_checks: what `doctor` says of the Prefect server of PREFECT_API_URL: a function without
         arguments, which yields lines as Check (flows/commands/check.py).
     why_silent: of a Prefect client, registry and name: why the server gets none of its events, as a
-        sentence; None where it does.
+        sentence; None if it does.
     registry_checks: what `doctor` says of a registry: a function of its folder, which yields lines
         as Check.
     watcher: what it does around the flows: a class that is a Watcher (flows/flow_runs/watchers.py).

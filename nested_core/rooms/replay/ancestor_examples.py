@@ -25,7 +25,7 @@ from nested_core.registry.data_store import (
     read_stored_data,
     render_row,
 )
-from nested_core.registry.queries import read_registration_time
+from nested_core.registry.link_and_views import reading
 from nested_core.rooms.replay.replayed_examples import NewerRows, read_new_data
 
 MAX_ANCESTORS = 100  # the newest
@@ -67,7 +67,7 @@ def choose_ancestor_examples(
     newer = read_new_data(config) if any(stored.values()) else NewerRows()
     chosen = []
     for version in lineage:
-        registered = read_registration_time(registry, name, version)
+        registered = _read_registration_time(registry, name, version)
         if (data := stored[version]) is None:
             problem = "none of its examples are kept, or they cannot be read"
             chosen.append(AncestorExamples(version, registered, problem=problem))
@@ -140,3 +140,9 @@ def tokenize_stored_rows(config: FineTuneConfig, rows: list[StoredRow]) -> Token
         path.write_bytes(b"".join(render_row(row.row) + b"\n" for row in rows))
         settings = replay_settings(DataSettings.from_config(config), path)
         return load_dataset(settings, TokenizerSource.from_config(config))[1]["train"]
+
+
+def _read_registration_time(registry: Path, name: str, version: str) -> str | None:
+    """Return when a version was registered, as ISO 8601 (UTC); None if the time is unknown."""
+    with reading(registry, name) as (_, ledger):
+        return next((e.time for _, e in ledger.by_version.get(version, ())), None)

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import SPLITS, DataSettings
-from nested_core.data.example_rows import RowKeys, find_opposite_row, read_split_rows
+from nested_core.data.example_rows import ANY_ROLE, RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
+from nested_core.data.lines.example_parsing import find_format, find_row_format
 from nested_core.rooms.replay.replay_draws import Weighting, choose_rows
 from nested_core.rooms.replay.replay_record import (
     MAX_NAMED_PROMPTS,
@@ -72,7 +73,7 @@ class NewerRows:
             return "held_out"
         if keys.folded in self.folded:
             return "repeated"
-        opposite = find_opposite_row(row)
+        opposite = _find_opposite_row(row)
         if opposite is None:
             return "superseded" if keys.prompt in self.prompts else None
         return "superseded" if RowKeys.of(opposite).folded in self.folded else None
@@ -239,3 +240,13 @@ def _shown_prompt(row: Row) -> str:
     prompt = row["messages"][:-1] if "messages" in row else row.get("prompt")
     text = prompt if isinstance(prompt, str) else (prompt or [{}])[-1].get("content")
     return " ".join(str(text or "").split())[:MAX_SHOWN_CHARACTERS]
+
+
+def _find_opposite_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the one row that contradicts a row of `read_split_rows`: of a pair the swapped pair.
+
+    None for rows of answers to learn, which any other answer to their prompt contradicts.
+    """
+    name = find_format(row, ANY_ROLE)
+    contradict = None if name is None else find_row_format(name).contradict
+    return None if contradict is None else contradict(row)
