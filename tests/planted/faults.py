@@ -80,14 +80,14 @@ FAULTS = (
     ),
     Fault(
         "nested_core/models/adapter_fit.py",
-        'for key, line in found.items() if misfits or key == "scale"]',
-        "for key, line in found.items() if misfits]",
+        'for key, line in changes.items() if misfits or key == "scale"]',
+        "for key, line in changes.items() if misfits]",
         "a forgotten case",
     ),
     Fault(
         "nested_core/measure/answers/scorers.py",
-        'return Decimal(matches[-1].replace(",", "")',
-        'return Decimal(matches[0].replace(",", "")',
+        'return Decimal(re.sub(_GROUP_PATTERN, "", matches[-1])',
+        'return Decimal(re.sub(_GROUP_PATTERN, "", matches[0])',
         "the wrong end",
     ),
     Fault(
@@ -194,8 +194,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/records/plan.py",
-        "if 0 < step <= first_step}))",
-        "if 0 <= step < first_step}))",
+        "if 0 < step <= first_step))",
+        "if 0 <= step < first_step))",
         "a comparison turned",
     ),
     Fault(

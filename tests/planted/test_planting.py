@@ -91,3 +91,8 @@ def test_there_are_fifty_faults_and_two_in_each_room_at_least() -> None:
     counts = Counter(fault.room for fault in FAULTS)
     assert len(FAULTS) == 50
     assert {room for room in rooms if counts[room] < 2} == set()
+
+
+def test_each_fault_has_its_place() -> None:
+    counts = {f.old: (ROOT / f.path).read_text("utf-8").count(f.old) for f in FAULTS}
+    assert [old for old, count in counts.items() if count != 1] == []
