@@ -25,7 +25,7 @@ from nested_core.storage.safetensors_files import load_arrays
 from tests.builders.adapter_folders import Arrays, base_copy, change_config
 from tests.builders.candidates import Candidate, shifted, turned_around
 from tests.builders.data_sets import write_lines
-from tests.builders.suites import task, write_suite
+from tests.builders.suites import KNOWN, task
 
 DAMAGED = "damaged"  # no verdict at all: exit 6
 STEP = 8
@@ -406,7 +406,11 @@ def the_learned_direction_turned_around(scene: Scene) -> None:
 def suite_bounds(folder: Path, code: str) -> dict[str, Any]:
     """The gate's section with a suite that a worse adapter fails for this reason alone."""
     bounds = {"min": 1.0, "max_drop": None} if code == "task_below" else {"max_drop": 0.0}
-    suite = task(write_suite(folder / "suite.jsonl"), **bounds)
+    questions = (  # as the base was asked in its pre-training
+        {"prompt": f"What is the capital of {country}?", "expected": capital}
+        for country, capital in KNOWN[-20:]
+    )
+    suite = task(write_lines(folder / "suite.jsonl", questions), **bounds)
     return {"max_val_loss_increase": 1e9, "tasks": [suite]}
 
 
