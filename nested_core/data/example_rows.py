@@ -130,9 +130,23 @@ class RowList:
     prompts: frozenset[bytes | None]
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row or its prompt is listed, ignoring case and white space."""
-        keys = RowKeys.of(row)
-        return keys.folded in self.examples or keys.prompt in self.prompts
+        """Return whether a row or its prompt is listed, ignoring case and white space.
+
+        Of a prompt the roles and texts count, and neither tools nor names.
+        """
+        if RowKeys.of(row).folded in self.examples:
+            return True
+        return bool(self.prompts) and _listed_prompt_key(row) in self.prompts
+
+
+def _listed_prompt_key(row: Mapping[str, Any]) -> bytes | None:
+    """Return the key of the roles and texts before a row's answer; None if there are none."""
+    try:
+        turns = parse_line(json.dumps(row).encode(), ANY_ROLE).messages[:-1]
+    except LineProblem:
+        return None
+    texts = "\0".join(f"{turn['role']}\0{turn.get('content')}" for turn in turns)
+    return _key(fold_case_and_space(texts.encode())) if turns else None
 
 
 def read_row_list(path: Path) -> RowList:
@@ -152,11 +166,10 @@ def read_row_list(path: Path) -> RowList:
                 f"{path}:{number} is neither a row nor a prompt: {problem}. Expected a line of a "
                 f"data set, or the same without its answer."
             ) from None
-        keys = RowKeys.of(row)
         if is_prompt:
-            prompts.add(keys.prompt)
+            prompts.add(_listed_prompt_key(row))
         else:
-            examples.add(keys.folded)
+            examples.add(RowKeys.of(row).folded)
     if not examples and not prompts:
         raise ConfigError(f"{path} lists no rows. Expected a row or a prompt a line, as JSON.")
     return RowList(frozenset(examples), frozenset(prompts))

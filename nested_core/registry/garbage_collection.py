@@ -1,10 +1,10 @@
 """Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
 Garbage collection never removes the champion, the version it replaced, the target of a rollback,
-the policy's reference and the champions that become it, recent ancestors of the champion and those
-with stored examples, the versions used last, or a new one that may still be promoted. A version
-whose folder holds a foreign file stays too. A version that a rollback has barred stays barred,
-because the history is never shortened.
+the policy's reference and the champions that become it, recent ancestors of the champion and all
+down to the oldest with stored examples, the versions used last, or a new one that may still be
+promoted. A version whose folder holds a foreign file stays too. A version that a rollback has
+barred stays barred, because the history is never shortened.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def collect_garbage(
 
     Kept are: the champion, the version it replaced, the target of a rollback; the `keep` versions
     that were registered or champion last; the `keep` newest of the champion and its ancestors, and
-    each ancestor whose examples are stored, since later runs train on them; and a version
+    all down to the oldest whose examples are stored, since later runs train on them; and a version
     registered less than an hour ago that was never champion, since its promotion may be going on.
 
     dry_run: report what would be removed, and remove nothing.
@@ -105,8 +105,8 @@ def _plan_removals(
     """Decide which versions a garbage collection removes and keeps, without removing anything.
 
     Kept are the newest; the champion, what it replaced and what a rollback returns to; the
-    policy's reference versions; the champion's ancestors with stored examples; versions whose
-    promotion may be going on; and folders that cannot be removed.
+    policy's reference versions; the champion's ancestors down to the oldest with stored examples;
+    versions whose promotion may be going on; and folders that cannot be removed.
 
     keep: how many of the newest versions stay.
     folder: the adapter's folder in the registry, REGISTRY/NAME.
@@ -117,13 +117,14 @@ def _plan_removals(
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
     # A promotion of these may be going on
-    undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
+    undecided = {version for version in versions if is_new_and_unpromoted(folder, version, ledger)}
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
     if ledger.champion is not None:  # its ancestors, whose examples later runs train on and avoid
         lineage = read_lineage(folder.parent, name, ledger.champion)
-        kept |= {*lineage[:keep]} | {v for v in lineage if keeps_examples(folder, v)}
+        with_examples = [n for n, each in enumerate(lineage, 1) if keeps_examples(folder, each)]
+        kept |= {*lineage[: max([keep, *with_examples])]}
     paths = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}
     kept |= {version for version, path in paths.items() if not _is_removable(path)}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
@@ -160,7 +161,7 @@ def _last_use(version: str, ledger: Ledger) -> tuple[int, bool]:
     return max(uses, default=(len(ledger.entries), True))
 
 
-def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
+def is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
     """Return whether a version was registered recently and was never champion since.
 
     A version that waits for a person's approval counts as new for as long as it waits.

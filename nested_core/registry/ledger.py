@@ -259,17 +259,25 @@ class Ledger:
         """Return each version that automatic promotion skips, with the rollback that barred it.
 
         A rollback bars the version that it replaced, until a person promotes that version or goes
-        back to it. To go back to a barred version undoes a rollback, and bars nothing.
+        back to it. To go back to a barred version undoes the rollback that barred it. Then the
+        version left is barred only if it was promoted after that rollback.
         """
-        barred: dict[str, Entry] = {}
-        for change in self.changes():
+        changes = self.changes()
+        barred: dict[str, int] = {}  # by which change
+        chosen: dict[str | None, int] = {}  # when it was last promoted, or freed by a rollback
+        for number, change in enumerate(changes):
+            if change.action != "rollback":
+                chosen[change.version] = number
             is_by_person = change.action == "rollback" or not change.automatic
             if change.action == "moved" or change.version is None or not is_by_person:
                 continue
-            was_barred = barred.pop(change.version, None) is not None
-            if change.action == "rollback" and change.previous is not None and not was_barred:
-                barred[change.previous] = change
-        return barred
+            undone = barred.pop(change.version, None)
+            if undone is not None:
+                chosen[change.version] = number
+            is_undo = undone is not None and chosen.get(change.previous, -1) < undone
+            if change.action == "rollback" and change.previous is not None and not is_undo:
+                barred[change.previous] = number
+        return {version: changes[number] for version, number in barred.items()}
 
     def recent_champions(self, promotions: int) -> list[str]:
         """Return the champions of the last `promotions` promotions, oldest first.

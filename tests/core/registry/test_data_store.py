@@ -164,6 +164,32 @@ def test_forgotten_rows_and_prompts_leave_the_store_and_the_history_names_the_ve
     assert "no version has any of these rows" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tools": []},
+        {"tools": [{"type": "function", "function": {"name": "find", "parameters": {}}}]},
+        {"messages": [{"name": "kim"}, {}]},
+        {"messages": [{}, {"content": None, "tool_calls": [{"function": {"name": "find"}}]}]},
+    ],
+)
+def test_a_listed_prompt_is_that_of_every_row_whatever_its_tools_and_names(tmp_path, changes):
+    prompt = "Who is\nKim?"
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "A customer."}]
+    row = {"messages": turns, **changes}
+    if "messages" in changes:
+        row["messages"] = [
+            turn | more for turn, more in zip(turns, changes["messages"], strict=True)
+        ]
+    listed = tmp_path / "listed.jsonl"
+    for written in (prompt, {"prompt": prompt}, row | {"messages": row["messages"][:1]}):
+        listed.write_text(json.dumps(written))
+        assert read_row_list(listed).has(row)
+        assert read_row_list(listed).has({"messages": turns})
+        assert not read_row_list(listed).has({"prompt": "Who is Lee?", "completion": "A customer."})
+        assert not read_row_list(listed).has({"text": prompt})
+
+
 def test_the_history_says_that_rows_are_gone_only_once_they_are(tmp_path, monkeypatch) -> None:
     registry = tmp_path / "registry"
     first, *_ = add_champions(tmp_path)

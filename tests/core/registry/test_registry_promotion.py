@@ -199,6 +199,15 @@ def test_who_goes_back_to_what_a_rollback_left_undoes_it_and_bars_nothing(three,
     assert ledger.barred_versions().keys() == barred
 
 
+def test_who_goes_back_to_what_a_rollback_left_bars_what_was_promoted_since(three, registry):
+    rollback(registry, NAME, by="ann")
+    promote(registry, NAME, three[2], by="flow", automatic=True)
+    rollback(registry, NAME, to=three[1], by="ann")
+    assert read_ledger(registry / NAME).barred_versions().keys() == {three[2]}
+    rollback(registry, NAME, by="ann")  # to the third, and leaves the second once more
+    assert read_ledger(registry / NAME).barred_versions().keys() == {three[1]}
+
+
 def test_a_rollback_to_a_version_that_was_never_left_bars_the_one_that_it_leaves(three, registry):
     promote(registry, NAME, three[2], by="ann")
     rollback(registry, NAME, by="ann")
