@@ -751,7 +751,8 @@ class Verdict:
         """Describe each suite whose answers show no learning; "" if all show some.
 
         These are no better than one constant answer. If no suite has a higher score than the base,
-        those that are no better than the base count too.
+        those that are no better than the base count too. Beside a suite that gained, one whose
+        answers are all right is a guard, and no doubt.
         """
         has_gain = any(
             task.is_above_base and not task.is_no_better_than_constant for task in self.tasks
@@ -759,7 +760,8 @@ class Verdict:
         doubtful = [
             task
             for task in self.tasks
-            if task.is_no_better_than_constant or not (has_gain or task.is_above_base)
+            if (task.is_no_better_than_constant and not (has_gain and task.candidate == 1))
+            or not (has_gain or task.is_above_base)
         ]
         names = [f"{task.name}: " if len(self.tasks) > 1 else "" for task in doubtful]
         return ", ".join(
