@@ -51,23 +51,26 @@ def show_logs_from_level(level: int) -> None:
 class _ErrorAsParagraphFilter(logging.Filter):
     """Gives a record of one of our own errors its message in place of its traceback, and once.
 
-    The task logs it, and then the flow that the task raised it in.
+    The task logs it with its state, and then the flow that the task raised it in.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._last: BaseException | None = None
+        self._failed_state = ""  # as the last task that failed logged it
 
     def filter(self, record: logging.LogRecord) -> bool:
         """False for an error that was logged already; else the record is logged as a paragraph."""
+        message = record.getMessage()
+        if message.startswith(FAILED_STATE_MESSAGES):
+            self._failed_state = message
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, CancelledRun):  # the engine's: how the run ended was just logged
             return False
         if not isinstance(error, NestedTuneError):
             return True
-        if error is self._last:
+        if repr(str(error))[1:-1] in self._failed_state:  # which has its message as repr does
+            self._failed_state = ""
             return False
-        self._last = error
         setattr(record, PARAGRAPH_ATTRIBUTE, True)
         record.msg = "%s: %s"
         record.args = (type(error).__name__, error.describe_for("page"))

@@ -46,8 +46,10 @@ class Stopper:
         self._lock = threading.Lock()  # no signal is sent once the block has been left
 
     def direct_signals_to(self, trainer: Any) -> None:
-        """Stop this trainer from now on."""
+        """Stop this trainer from now on; at once where the signal reached one before it."""
         self._trainer = trainer
+        if self._is_stopping:
+            trainer.stop_training()
 
     def release_trainer(self) -> None:
         """Training is over: what a signal asked for in its last moments is done now."""

@@ -56,9 +56,9 @@ from nested_core.measure.losses.held_out_loss import (
     require_validated_data,
 )
 from nested_core.measure.losses.left_out_examples import (
-    ADAPTER_KEY,
     find_trained_rows,
     read_run_rows,
+    write_exported_rows,
 )
 from nested_core.models.adapter_fit import require_fit
 from nested_core.models.base_model import (
@@ -109,7 +109,6 @@ from nested_core.storage.adapter import (
     WEIGHTS_NAME,
     Adapter,
     export_adapter,
-    files_sha256,
     write_adapter,
 )
 from nested_core.storage.atomic import (
@@ -122,7 +121,6 @@ from nested_core.storage.atomic import (
 from nested_core.storage.checkpoint import latest_checkpoint, publish_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path, latest_state
 from nested_core.storage.manifest import describe_file
-from nested_core.storage.output_places import TRAINING_EXAMPLES_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
@@ -548,8 +546,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
     publish_adapter(offered, run.adapter, confirm=run.require_lock)
     if trainer.config.adapter_path is not None:
         folder = export_adapter(run.adapter, trainer.config.adapter_path, run.path)
-        rows = read_run_rows(run).to_json() | {ADAPTER_KEY: files_sha256(folder)}
-        write_json(folder / TRAINING_EXAMPLES_NAME, rows)
+        write_exported_rows(folder, read_run_rows(run))
     result = TrainResult(
         run_dir=str(run.path),
         step=state.step,

@@ -34,7 +34,6 @@ from nested_core.records.result import TrainResult, read_result
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import has_verdict_manifest, read_bound_verdict
-from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
@@ -395,6 +394,8 @@ class Run:
 
         None if config.yaml, dataset.json or the initial adapter's configuration is not there.
         """
+        from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config  # mlx
+
         adapter = self.read(self.folder.initial / CONFIG_NAME, read_adapter_config)
         if self.dataset is None or self.config is None or adapter is None:
             return None

@@ -361,7 +361,7 @@ class AncestorLoss(HeldOutComparison):
     examples: how many were compared.
     left_out: how many were not, because a version or the candidate was trained on them.
     superseded: how many were not, because newer data has another answer to the same prompt.
-    repeated: how many were not, because newer data holds them out too.
+    repeated: how many were not, because newer data is judged by them too.
     missing: how many are lost from the registry.
     not_compared: why there is no comparison and there are no figures; None if there is one.
     joined: versions whose examples are compared together, as each has too few; `version` is then
@@ -751,7 +751,8 @@ class Verdict:
         """Describe each suite whose answers show no learning; "" if all show some.
 
         These are no better than one constant answer. If no suite has a higher score than the base,
-        those that are no better than the base count too.
+        those that are no better than the base count too. Beside a suite that gained, one whose
+        answers are all right is a guard, and no doubt.
         """
         has_gain = any(
             task.is_above_base and not task.is_no_better_than_constant for task in self.tasks
@@ -759,7 +760,8 @@ class Verdict:
         doubtful = [
             task
             for task in self.tasks
-            if task.is_no_better_than_constant or not (has_gain or task.is_above_base)
+            if (task.is_no_better_than_constant and not (has_gain and task.candidate == 1))
+            or not (has_gain or task.is_above_base)
         ]
         names = [f"{task.name}: " if len(self.tasks) > 1 else "" for task in doubtful]
         return ", ".join(

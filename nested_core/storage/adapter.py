@@ -142,8 +142,9 @@ def require_adapter_directory(path: Path) -> None:
 
 
 def files_sha256(folder: Path) -> str:
-    """Hash an adapter directory's two files as they are, whatever they mean."""
-    return combined_sha256({name: regular_sha256(folder / name) for name in ADAPTER_FILES})
+    """Hash an adapter's two files as they are, whatever they mean, by mlx-lm's or PEFT's names."""
+    files = [folder / CONFIG_NAME, *folder.glob("adapter*.safetensors")]
+    return combined_sha256({path.name: regular_sha256(path) for path in files})
 
 
 def combined_sha256(hashes: Mapping[str, str]) -> str:

@@ -417,10 +417,10 @@ def test_of_epochs_and_iters_the_one_that_decides_is_named_and_a_flag_wins(
 def test_a_validation_set_by_another_name_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text(chats(8))
-    (tmp_path / "data" / "val.jsonl").write_text(chats(4, 20))
+    (tmp_path / "data" / "held.jsonl").write_text(chats(4, 20))
     (tmp_path / "lora.yaml").write_text(YAML)
     done = called(*VALIDATE, "--json", cwd=tmp_path)
     assert done.code == 0
     (told,) = [f for f in json.loads(done.stdout)["findings"] if f["check"] == "no-validation-set"]
-    assert "which holds train.jsonl, val.jsonl" in told["message"]
+    assert "which holds held.jsonl, train.jsonl" in told["message"]
     assert "name the file valid.jsonl" in told["message"]

@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +32,19 @@ def test_a_run_that_has_begun_goes_on_with_resume(tmp_path: Path) -> None:
         Stopper().handling_signals(run),
     ):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_after_one_trainer_stops_the_next_one_of_the_run(tmp_path: Path) -> None:
+    stopped: list[str] = []
+    first, then = (
+        SimpleNamespace(stop_training=partial(stopped.append, name)) for name in ("first", "then")
+    )
+    stopper = Stopper()
+    with stopper.handling_signals(RunDirectory(tmp_path / "run")):
+        stopper.direct_signals_to(first)
+        signal.raise_signal(signal.SIGTERM)  # as it opens the run again, with more steps
+        stopper.direct_signals_to(then)
+    assert stopped == ["first", "then"]
 
 
 def _request_stop(run: RunDirectory) -> None:

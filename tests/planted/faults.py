@@ -80,14 +80,14 @@ FAULTS = (
     ),
     Fault(
         "nested_core/models/adapter_fit.py",
-        'for key, line in found.items() if misfits or key == "scale"]',
-        "for key, line in found.items() if misfits]",
+        'for key, line in changes.items() if misfits or key == "scale"]',
+        "for key, line in changes.items() if misfits]",
         "a forgotten case",
     ),
     Fault(
         "nested_core/measure/answers/scorers.py",
-        'return Decimal(matches[-1].replace(",", "")',
-        'return Decimal(matches[0].replace(",", "")',
+        'return Decimal(re.sub(_GROUP_PATTERN, "", matches[-1])',
+        'return Decimal(re.sub(_GROUP_PATTERN, "", matches[0])',
         "the wrong end",
     ),
     Fault(
@@ -163,6 +163,18 @@ FAULTS = (
         "a condition turned",
     ),
     Fault(
+        "nested_core/kernels/quantized_linear.py",
+        '        return output + module.bias if "bias" in module else output',
+        "        return output",
+        "a forgotten case",
+    ),
+    Fault(
+        "nested_core/kernels/self_check.py",
+        "        if not difference <= TOLERANCE * largest:",
+        "        if difference > TOLERANCE * largest:",
+        "a comparison turned",
+    ),
+    Fault(
         "nested_core/rooms/cuda/blocked_attention.py",
         "    return mx.concatenate(columns, axis=3)",
         "    return mx.concatenate(columns[::-1], axis=3)",
@@ -182,8 +194,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/records/plan.py",
-        "if 0 < step <= first_step}))",
-        "if 0 <= step < first_step}))",
+        "if 0 < step <= first_step))",
+        "if 0 <= step < first_step))",
         "a comparison turned",
     ),
     Fault(
@@ -269,6 +281,12 @@ FAULTS = (
         "    if now - since <= timedelta(days=nights):",
         "    if now - since >= timedelta(days=nights):",
         "a sign changed",
+    ),
+    Fault(
+        "flows/process/stop_signals.py",
+        "        if self._is_stopping:\n            trainer.stop_training()",
+        "        if not self._is_stopping:\n            trainer.stop_training()",
+        "a condition turned",
     ),
     Fault(
         "tasks/retrying.py",

@@ -85,9 +85,14 @@ def test_a_probe_notes_the_test_in_whose_process_it_is_reached(root: Path, tmp_p
     assert notes.read_text() == "0 test_a.py::test_b[x y]\n"
 
 
-def test_there_are_forty_seven_faults_and_two_in_each_room_at_least() -> None:
+def test_there_are_fifty_faults_and_two_in_each_room_at_least() -> None:
     rooms = {path.stem for path in (ROOT / "nested_core").iterdir() if path.suffix in ("", ".py")}
     rooms = (rooms | {"flows", "tasks"}) - {"__init__", "__pycache__", "py"}
     counts = Counter(fault.room for fault in FAULTS)
-    assert len(FAULTS) == 47
+    assert len(FAULTS) == 50
     assert {room for room in rooms if counts[room] < 2} == set()
+
+
+def test_each_fault_has_its_place() -> None:
+    counts = {f.old: (ROOT / f.path).read_text("utf-8").count(f.old) for f in FAULTS}
+    assert [old for old, count in counts.items() if count != 1] == []

@@ -614,9 +614,10 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         unknown -= marks
     if kind.read is None:
         return Example(name, [], None, fields[kind.fields[0]], frozenset(unknown))
+    messages = [t if t.keys() == _PLAIN_MESSAGE_KEYS else _drop_nothing(t) for t in messages]
     # Turns with more than role and content
     odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
-    tools = fields.get("tools")
+    tools = fields.get("tools") or None  # an empty list of tools is none
     unread: list[str] = []
     if unknown:
         # In a format of mlx-lm, keys of its other formats are passed over, as mlx-lm does
@@ -624,15 +625,15 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         unread = list_unread_fields(row, unknown - passed_over, [messages, tools, rest])
     prefix = f"{field_names.key_of(kind.fields[0])}[]."
     for turn in odd:
-        unexpected = _non_null_keys(turn)
-        unexpected -= _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
+        known = _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
+        unexpected = turn.keys() - known
         if unexpected:
             read = [{**turn, **dict.fromkeys(unexpected)}]  # the turn without their content
             unread += [prefix + key for key in list_unread_fields(turn, unexpected, read)]
             unknown |= {prefix + key for key in unexpected}
     if unread:
         raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
-    is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)
+    is_plain = tools is None and not odd
     return Example(name, messages, tools, "", frozenset(unknown), is_plain, places, masked, rest)
 
 
@@ -641,9 +642,17 @@ def _mlx_lm_keys(field_names: FieldNames) -> set[str]:
     return {field_names.key_of(field) for name in MLX_LM_FORMATS for field in FORMATS[name].fields}
 
 
-def _non_null_keys(message: dict[str, Any]) -> set[str]:
-    """Return a message's keys whose value is not null; tables fill missing keys with null."""
-    return {key for key, value in message.items() if value is not None}
+def _drop_nothing(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn without what says nothing: null, as tables fill it in, and an empty list.
+
+    A turn that calls tools may have an empty content, or none: that says nothing either.
+    """
+    is_text_needed = not message.get("tool_calls")
+    return {
+        key: value
+        for key, value in message.items()
+        if value not in (None, []) and (value != "" or key != "content" or is_text_needed)
+    }
 
 
 def _describe_validation_error(

@@ -14,6 +14,8 @@ from nested_core.errors import DamagedError
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME, list_names
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, files_sha256
+from nested_core.storage.atomic import write_json
+from nested_core.storage.manifest import read_manifest
 from nested_core.storage.output_places import TRAINING_EXAMPLES_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json_object
@@ -34,6 +36,12 @@ def read_run_rows(run: RunDirectory) -> TrainedRows:
     """Return what a run and its ancestors were trained on, as the run recorded it."""
     path = run.training_examples
     return TrainedRows.from_json(read_json_object(path) if path.is_file() else {}, str(run.path))
+
+
+def write_exported_rows(folder: Path, rows: TrainedRows) -> None:
+    """Record beside an exported adapter what it was trained on, and that it is this adapter."""
+    record = rows.to_json() | {ADAPTER_KEY: files_sha256(folder)}
+    write_json(folder / TRAINING_EXAMPLES_NAME, record)
 
 
 def find_trained_rows(
@@ -58,7 +66,15 @@ def find_trained_rows(
     if registry is not None:
         copies = [version_folder(registry, name, digest) for name in list_names(registry)]
     for version in (folder, *copies):
-        is_altered = version.parent.name == VERSIONS_FOLDER_NAME and version.name != digest
-        if (version / PROVENANCE_NAME).is_file() and not is_altered:
+        if (version / PROVENANCE_NAME).is_file() and digest == _read_version_digest(version):
             return read_version_rows(version)
     return TrainedRows(unknown=f"{place} is neither a run's adapter nor a registered version")
+
+
+def _read_version_digest(folder: Path) -> str | None:
+    """Return which version a folder, or what it is a copy of, is; None if that is not known."""
+    if folder.parent.name == VERSIONS_FOLDER_NAME:
+        return folder.name
+    with suppress(DamagedError):
+        return str(read_manifest(folder)["facts"].get("version"))
+    return None

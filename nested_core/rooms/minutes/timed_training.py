@@ -180,6 +180,8 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         plan, now, done = self._plan, time.time(), trainer.current_step
         if plan is None or done >= trainer.steps:
             return
+        if trainer.stop_requested or self._run.stop_request.exists():
+            return  # a person's stop, which ends the run here
         self._note_time(now)
         self._seen.append((done, now))
         is_time = now >= self._next_look and len(self._seen) > STEPS_MEASURED[0]

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.measure.losses.left_out_examples import find_trained_rows
+from nested_core.measure.losses.left_out_examples import find_trained_rows, write_exported_rows
 from nested_core.models.adapter_formats import Conversion
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.models.lora_tensors import module_name
@@ -62,7 +62,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     require_adapter_directory(folder)  # as it was given, before links are followed
     # Once: the champion's link may be swapped meanwhile.
     adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
-    trained = _record_training(adapter.path)
+    prompt_format = _read_prompt_format(adapter.path)
     modules = _read_factors(adapter)
     written = _make_peft_config(adapter, modules, model)
     notes = _compare_with_base(modules, written["base_model_name_or_path"])
@@ -71,8 +71,8 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
-        if any(trained.values()):
-            write_json(temporary / PROVENANCE_NAME, trained)
+        write_exported_rows(temporary, find_trained_rows(adapter, None))
+        write_json(temporary / PROVENANCE_NAME, {"prompt_format": prompt_format})
     strength = f"r {written['r']}, alpha {written['lora_alpha']:g}"
     return Conversion(out, written, len(modules), len(tensors), strength, tuple(notes))
 
@@ -212,14 +212,8 @@ def _make_target_modules(modules: Collection[str]) -> dict[str, Any]:
     return {"target_modules": sorted(modules), "layers_to_transform": None, "layers_pattern": None}
 
 
-def _record_training(folder: Path) -> dict[str, Any]:
-    """Return what provenance.json beside an exported adapter says of its training.
-
-    folder: of a version, or in a run; values are None for any other.
-    """
+def _read_prompt_format(folder: Path) -> Any:
+    """Return the recorded `prompt_format` of a version, or of a run's adapter; None of others."""
     runs = (RunDirectory(path) for path in folder.resolve().parents[:2])
     named = NamedAdapter(folder, run=next((run for run in runs if run.initial.is_dir()), None))
-    return {
-        **find_trained_rows(read_adapter(folder, follow_links=True), None).to_json(),
-        "prompt_format": to_jsonable_python(PromptFormat.read(named.training_record)),
-    }
+    return to_jsonable_python(PromptFormat.read(named.training_record))

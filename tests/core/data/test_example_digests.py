@@ -43,6 +43,11 @@ def test_digests_of_tokens_as_earlier_versions_recorded_them_are_not_known() -> 
         {"prompt": " who? ", "completion": "ME."},
         {"messages": [*TURNS[:1], TURNS[1] | {"weight": 1}]},
         {"messages": TURNS, "loss_mask": [1, 1]},
+        {"messages": TURNS, "tools": []},
+        {"messages": TURNS, "tools": "[]"},
+        {"prompt": "Who?", "completion": "Me.", "tools": None},
+        {"messages": [*TURNS[:1], TURNS[1] | {"tool_calls": []}]},
+        {"messages": [TURNS[0] | {"name": None}, TURNS[1] | {"tool_calls": None}]},
     ],
 )
 def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str, Any]) -> None:
@@ -50,3 +55,14 @@ def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str,
     assert digest_example(parse_line(json.dumps(row).encode(), FieldNames())) == own
     other = {"prompt": "Who?", "completion": "You."}
     assert digest_example(parse_line(json.dumps(other).encode(), FieldNames())) != own
+
+
+def test_a_row_with_tools_is_the_same_whatever_stands_where_it_says_nothing() -> None:
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": {}}}]}
+    rows = [
+        {"messages": [TURNS[0] | more, call | content, TURNS[1]], "tools": [{"name": "find"}]}
+        for more in ({}, {"tool_calls": None}, {"tool_calls": []})
+        for content in ({}, {"content": None}, {"content": ""})
+    ]
+    lines = [parse_line(json.dumps(row).encode(), FieldNames()) for row in rows]
+    assert len(set(map(digest_example, lines))) == 1

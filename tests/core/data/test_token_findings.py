@@ -49,7 +49,8 @@ def test_under_all_one_short_turn_makes_a_short_answer_and_under_last_only_the_l
     write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     folder = write_data(train=[*GOOD, chat("A", "In Aland.")], valid=HELD_OUT)
-    assert warnings_in(folder, tokenizer, mask_prompt=True) == []
+    found = warnings_in(folder, tokenizer, mask_prompt=True)
+    assert found == [("train.jsonl", None, "earlier-answers")]
     found = warnings_in(folder, tokenizer, supervise="all")
     assert found == [("train.jsonl", 5, "short-answer")]
 

@@ -111,6 +111,7 @@ def test_answers_that_show_no_learning_stand_in_the_words_and_are_never_green(ta
         [{"constant": 0.2}],
         [{"base": 1.0, "candidate": 1.0, "constant": 0.2}],
         [{"constant": 0.2}, {"name": "guard", "base": 0.6, "candidate": 0.6, "constant": 0.2}],
+        [{"constant": 0.2}, {"name": "guard", "base": 1.0, "candidate": 1.0, "constant": 1.0}],
     ],
 )
 def test_answers_above_the_base_and_any_constant_one_lengthen_no_words(tasks) -> None:

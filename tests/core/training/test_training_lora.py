@@ -168,7 +168,7 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(every_step, tmp_
     with pytest.raises(ConfigError, match=r"shape \(192, 8\), expected \(192, 4\)") as caught:
         prepare(config, tmp_path / "run")
     assert str(caught.value).splitlines()[-2:] == [
-        "  and 32 more",
+        "  and 36 more",
         "Keep the settings and the base that it was made with, or train a new adapter.",
     ]
 

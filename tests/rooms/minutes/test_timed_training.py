@@ -274,6 +274,22 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
     assert not run.result.exists()
 
 
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_stop_in_the_step_that_counts_anew_is_no_cut(
+    by_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count_anew_after(monkeypatch, 5, lambda done: done)
+    run = RunDirectory(tmp_path / "run")
+    write_time_plan(run, FIXED)
+    if by_file:
+        run.stop_request.touch()
+    hooks = Listening()
+    timed = timed_training.TimedTraining(config_of(5), run, hooks)
+    timed._look(SimpleNamespace(current_step=5, steps=20, stop_requested=not by_file))
+    assert timed._plan == FIXED
+    assert hooks.said == []
+
+
 @pytest.mark.parametrize(
     ("seconds", "left", "only_cut", "steps"),
     [
@@ -319,7 +335,7 @@ def test_a_run_notes_how_long_it_worked_and_a_copy_of_it_has_worked_no_longer(
     write_time_plan(run, replace(FIXED, spent=20.0))
     timed = timed_training.TimedTraining(config_of(5), run, Listening())
     timed._began -= 70
-    timed._look(SimpleNamespace(current_step=1, steps=20))
+    timed._look(SimpleNamespace(current_step=1, steps=20, stop_requested=False))
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))
     os.utime(copy.plan, (0, 0))
     for folder in (run, copy):

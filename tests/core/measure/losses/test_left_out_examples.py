@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nested_core.data.example_digests import TrainedRows
-from nested_core.measure.losses.left_out_examples import find_trained_rows
+from nested_core.measure.losses.left_out_examples import find_trained_rows, write_exported_rows
 from nested_core.registry import promote, register
-from nested_core.storage.adapter import files_sha256, read_adapter
+from nested_core.storage.adapter import read_adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
@@ -54,16 +54,34 @@ def test_a_copy_is_known_where_a_registry_has_it_and_else_said_to_be_unknown(pla
 
 def test_a_copy_in_adapter_path_is_known_until_another_adapter_lies_there(places) -> None:
     copy = places["a copy"]
-    write_json(copy / "training-examples.json", ROWS.to_json() | {"adapter": files_sha256(copy)})
+    write_exported_rows(copy, ROWS)
     assert find_trained_rows(read_adapter(copy), None).digests.tolist() == [3, 5]
     shutil.copytree(write_run(copy.parent / "new", 2) / "adapter", copy, dirs_exist_ok=True)
     assert find_trained_rows(read_adapter(copy), None).unknown is not None
 
 
 def test_another_adapter_in_the_folder_of_a_version_is_not_taken_for_it(places) -> None:
-    version, copy = places["a version"], places["a copy"]
-    shutil.copy(version / "provenance.json", copy / "provenance.json")
-    assert find_trained_rows(read_adapter(copy), None).digests.tolist() == [3, 5]
-    moved = copy.parent / "versions" / ("0" * 64)
-    shutil.copytree(copy, moved)
+    version, root = places["a version"], places["a copy"].parent
+    moved = root / "versions" / ("0" * 64)
+    shutil.copytree(version, moved)
     assert find_trained_rows(read_adapter(moved), None).unknown is not None
+
+
+def test_a_copy_of_a_version_is_known_until_it_is_trained_further(places) -> None:
+    copy = places["a copy"].parent / "mine"
+    shutil.copytree(places["a version"], copy)
+    assert find_trained_rows(read_adapter(copy), None).digests.tolist() == [3, 5]
+    further = write_run(copy.parent / "further", 2) / "adapter"
+    (copy / "adapters.safetensors").chmod(0o600)
+    shutil.copy(further / "adapters.safetensors", copy)
+    found = find_trained_rows(read_adapter(copy), places["a version"].parents[2])
+    assert (found.digests.size, found.unknown is None) == (0, False)
+
+
+def test_an_adapter_exported_for_peft_is_known_until_it_is_trained_further(places) -> None:
+    adapter, exported = read_adapter(places["a version"]), places["a copy"]
+    weights = (exported / "adapters.safetensors").rename(exported / "adapter_model.safetensors")
+    write_exported_rows(exported, ROWS)
+    assert find_trained_rows(adapter, None, exported).digests.tolist() == [3, 5]
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert find_trained_rows(adapter, None, exported).unknown is not None
