@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.sections import TaskSection
+from nested_core.config.sections import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError, MissingFileError, describe_first_problem
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_start
 
@@ -273,24 +273,36 @@ def parse_config(
         raise ConfigError(explain_problems(problems, source, places)) from error
 
 
-def parse_task(
-    given: str | Path | Mapping[str, Any] | TaskSection, configured: Sequence[TaskSection]
-) -> TaskSection:
-    """Convert a file name or fields to a suite as in `gate.tasks`; ConfigError if it is invalid.
+def parse_tasks(
+    given: Iterable[str | Path | Mapping[str, Any] | TaskSection],
+    configured: Iterable[TaskSection],
+) -> tuple[TaskSection, ...]:
+    """Convert file names or fields to suites as in `gate.tasks`; ConfigError if one is invalid.
 
-    Without a score it is asked and scored as the same file in `configured`; else by `contains`.
+    One without a name is called after its file. Without a score it is asked and scored as the same
+    file in `configured`; else by `contains`.
     """
-    if isinstance(given, (str, Path)):
-        given = {"name": Path(given).stem, "file": str(given)}
-    if not isinstance(given, TaskSection) and "score" not in given:
-        file = Path(str(given.get("file"))).resolve()
-        same = [task for task in configured if Path(task.file).resolve() == file]
-        how = same[0].model_dump(include=HOW_ASKED) if same else {"score": "contains"}
-        given = {**how, **given}
+    tasks = [{"file": str(one)} if isinstance(one, (str, Path)) else dict(one) for one in given]
+    files = [Path(os.path.abspath(str(task.get("file")))) for task in tasks]
+    for file, task in zip(files, tasks, strict=True):
+        task.setdefault("name", _name_suite(file, files))
+        if "score" not in task:
+            same = (one for one in configured if Path(one.file).resolve() == file.resolve())
+            how = next((one.model_dump(include=HOW_ASKED) for one in same), {"score": "contains"})
+            task |= how | task
     try:
-        return TaskSection.model_validate(given)
+        return GateSection.model_validate({"tasks": tasks, "allow_python_scorers": True}).tasks
     except ValidationError as error:
         raise ConfigError(f"an eval set: {describe_first_problem(error)}.") from error
+
+
+def _name_suite(file: Path, files: Iterable[Path]) -> str:
+    """The shortest end of its path that no other file has: `q`, `q.csv`, `folder-q.csv`."""
+    others = [other for other in files if other != file]
+    if file.stem not in (other.stem for other in others):
+        return file.stem
+    ends = (file.parts[-n:] for n in range(1, len(file.parts) + 1))
+    return "-".join(next(e for e in ends if e not in [o.parts[-len(e) :] for o in others]))
 
 
 def render_config(config: FineTuneConfig) -> bytes:

@@ -79,7 +79,7 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
     target = None if output is None else require_output_file(output, "-o")
     given = {key: getattr(arguments, key) for key in ("score", "min", "max_tokens")}
     settings = {key: value for key, value in given.items() if value is not None}
-    suites = [{"name": path.stem, "file": str(path)} | settings for path in arguments.suite]
+    suites = [{"file": str(path)} | settings for path in arguments.suite]
     config = None if arguments.config is None else load_config(arguments.config, {})
     with showing_stages("evaluate: loading the libraries"):
         from nested_core.rooms.evaluate.evaluating import (

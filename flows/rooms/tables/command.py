@@ -271,6 +271,6 @@ def _show_first_rows(made: DataSet) -> None:
             print_progress(f"{'' if index else f'{number}.':<3}{turn['role']}: {text}")
     if any(b'"role": "system"' in chat for chat in made.first):
         print_progress(
-            "Send the system text with every question later, as with `chat --system`: neither "
-            "`promote` nor `serve` keeps it"
+            "The version keeps the system text: `chat` and questions use it by themselves; `serve` "
+            "says it at its start, and a request has to send it"
         )

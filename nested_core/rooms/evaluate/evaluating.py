@@ -16,7 +16,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from nested_core.config.loading import parse_config, parse_task
+from nested_core.config.loading import parse_config, parse_tasks
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError
@@ -103,8 +103,7 @@ def evaluate(
             trained = (read_training_config(folder, run) for folder, run in adapters)
             config = next(filter(None, trained), None) or _plain_config(found[0].model)
         configured = config.gate.tasks
-        tasks = tuple(parse_task(suite, configured) for suite in suites)
-        tasks = tasks or (configured if asks_configured else ())
+        tasks = parse_tasks(suites, configured) or (configured if asks_configured else ())
         gate = config.gate.model_copy(update={"tasks": tasks})
         if data is not None:
             gate = gate.model_copy(update={"held_out": str(data)})

@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 
 from nested_core import seams
 from nested_core.backend import RECORDED_PACKAGES
-from nested_core.config.loading import parse_config, parse_task
+from nested_core.config.loading import parse_config, parse_tasks
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
@@ -226,7 +226,7 @@ def _read_source(
     is_known = config is not None
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
-    tasks = tuple(parse_task(suite, config.gate.tasks) for suite in suites) or config.gate.tasks
+    tasks = parse_tasks(suites, config.gate.tasks) or config.gate.tasks
     changes = {"model": model.model, "gate": config.gate.model_copy(update={"tasks": tasks})}
     config = config.model_copy(update=changes)
     canary = (folder if run is None else run.path) / CANARY_NAME

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.lora import CONFIG_DEFAULTS
 
 from nested_core import ConfigError, FineTuneConfig
-from nested_core.config.loading import parse_config, parse_task
+from nested_core.config.loading import parse_config, parse_tasks
 from nested_core.config.resume import refuse_differences_on_resume
 from tests.left_out import needs_rooms
 
@@ -375,11 +375,31 @@ def test_an_eval_set_without_a_score_is_asked_and_scored_as_the_same_file_in_gat
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fields = {"name": "labels", "file": "sub/../labels.jsonl", "score": "exact", "min": 0.9}
-    task = parse_task({**fields, "max_tokens": 5, "stop": ["."]}, ())
-    same = parse_task(tmp_path / "labels.jsonl", [task])
+    (task,) = parse_tasks([{**fields, "max_tokens": 5, "stop": ["."]}], ())
+    (same,) = parse_tasks([tmp_path / "labels.jsonl"], [task])
     assert (same.score, same.max_tokens, same.stop) == ("exact", 5, (".",))
     assert (same.name, same.min) == ("labels", None)
-    other = parse_task({"name": "more", "file": "other.jsonl"}, [task])
+    (other,) = parse_tasks([{"name": "more", "file": "other.jsonl"}], [task])
     assert (other.score, other.max_tokens) == ("contains", 64)
-    given = parse_task({"name": "labels", "file": "labels.jsonl", "score": "regex"}, [task])
+    (given,) = parse_tasks([{"file": "labels.jsonl", "score": "regex"}], [task])
     assert (given.score, given.max_tokens) == ("regex", 64)
+
+
+@pytest.mark.parametrize(
+    ("files", "names"),
+    [
+        (["q.csv", "other.csv"], ["q", "other"]),
+        (["q.csv", "q.jsonl", "other.csv"], ["q.csv", "q.jsonl", "other"]),
+        (["da/q.csv", "db/q.csv", "q.jsonl"], ["da-q.csv", "db-q.csv", "q.jsonl"]),
+        (["a/d/q.csv", "b/d/q.csv"], ["a-d-q.csv", "b-d-q.csv"]),
+    ],
+)
+def test_files_of_questions_with_one_name_are_told_apart_by_ending_or_folder(
+    files: list[str], names: list[str]
+) -> None:
+    assert [task.name for task in parse_tasks(files, ())] == names
+
+
+def test_one_file_is_no_two_eval_sets() -> None:
+    with pytest.raises(ConfigError, match="two have the name q"):
+        parse_tasks(["q.csv", Path("q.csv").absolute()], ())

@@ -250,7 +250,7 @@ def test_a_model_in_a_folder_named_base_is_compared_with_its_base(tmp_path, monk
         ([str(n) for n in range(26)], {"data": "none.jsonl"}, "at most 25 models at once"),
         ([str(MODEL), str(MODEL)], {"data": DATA / "valid.jsonl"}, "named twice"),
         ([str(MODEL)], {}, "nothing to ask"),
-        ([str(MODEL)], {"suites": [{"file": "a.jsonl", "score": "guess"}]}, "name"),
+        ([str(MODEL)], {"suites": [{"file": "a.jsonl", "score": "guess"}]}, "score"),
         ([str(MODEL)], {"data": "none.jsonl"}, "none.jsonl is not a file"),
     ],
 )

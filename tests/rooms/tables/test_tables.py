@@ -148,7 +148,7 @@ def test_from_a_table_to_a_judged_adapter_in_three_commands(name, tmp_path, mode
 @pytest.mark.parametrize(
     "system", slow_except(["Sort tickets.", None], "Sort tickets.", reason="another table")
 )
-def test_the_first_rows_are_shown_and_that_a_system_text_is_sent_later(
+def test_the_first_rows_are_shown_and_that_the_version_keeps_its_system_text(
     system: str | None, tmp_path: Path, model: Path
 ) -> None:
     rows = "".join(f'"Hello,\n{n} is lost.",{"abA"[n % 3]}\n' for n in range(12))
@@ -158,5 +158,5 @@ def test_the_first_rows_are_shown_and_that_a_system_text_is_sent_later(
     made = called(*words, *(("--system", system) if system else ()), cwd=tmp_path)
     assert made.code == 0, made.stderr
     assert re.search(r"user: Hello, \d+ is lost\.\n   assistant: [abA]\n", made.stderr)
-    reminder = "Send the system text with every question later, as with `chat --system`: neither"
+    reminder = "The version keeps the system text: `chat` and questions use it by themselves"
     assert (reminder in made.stderr) == (system is not None)
