@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,12 +122,11 @@ def read_known_questions(registry: Path, name: str) -> frozenset[str]:
     """
     champion = read_champion(registry, name)
     versions = [] if champion is None else read_lineage(registry, name, champion)
-    stored = (read_stored_data(registry, name, version) for version in versions)
-    rows = [row for data in stored if data for row in (*data.train, *data.held_out, *data.kept_out)]
+    kept = list(filter(None, (read_stored_data(registry, name, version) for version in versions)))
+    rows = [row for data in kept for row in (*data.train, *data.held_out, *data.kept_out)]
     if not rows:
-        raise ConfigError(
-            f"--champion: {registry / name} has no champion whose rows are kept, so it is not "
-            f"known which rows correct one of them. Leave --champion out."
-        )
+        raise ConfigError(f"{name} has no champion whose rows are kept. Leave --champion out.")
+    if missing := sum(data.missing for data in kept):
+        warnings.warn(f"--champion: {missing:,} of its rows are not known here", stacklevel=2)
     texts = (RowTexts.of(render_row(row.row), FieldNames()) for row in rows)
     return frozenset(question for one in texts for question in one.asked)

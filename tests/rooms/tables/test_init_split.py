@@ -14,6 +14,7 @@ from nested_core import ConfigError, load_config
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
 from nested_core.rooms import ROOMS
+from nested_core.rooms.tables.data_set import read_known_questions
 from tests.builders.data_sets import write_lines
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL
@@ -171,3 +172,12 @@ def test_rows_that_correct_the_champions_are_trained_on(
     run_init(arguments)
     assert 'registry: {path: "registry", name: "faq", promote: better}' in lines["registry"]
     assert "continual: {from: champion}" in lines["registry"]
+
+
+def test_that_some_rows_of_the_champion_are_not_known_is_said(tmp_path: Path) -> None:
+    old = [{"prompt": f"Is {n} open?", "completion": "Yes."} for n in range(12)]
+    run, registry = write_run(tmp_path / "run", 1), tmp_path / "registry"
+    examples = RunExamples(old, [], 300)
+    promote(registry, "faq", register(run, registry, "faq", {}, examples=examples), by="ann")
+    with pytest.warns(UserWarning, match=r"--champion: \d+ of its rows are not known here"):
+        assert 0 < len(read_known_questions(registry, "faq")) < 12
