@@ -145,12 +145,12 @@ class Evaluation:
     def _rows_of(self, model: EvaluatedModel) -> Iterator[dict[str, Any]]:
         for suite in model.suites:
             values = {"value": suite.score, "examples": suite.questions, "minimum": suite.minimum}
-            what = {"model": model.name, "measured": suite.suite, "kind": "answers"}
-            yield what | values | _compared_values(suite)
+            named = {"model": model.name, "measured": suite.suite, "kind": "answers"}
+            yield named | values | _compared_values(suite)
         if (loss := model.loss) is not None:
             values = {"value": loss.loss_after, "examples": loss.examples, "minimum": None}
-            what = {"model": model.name, "measured": self.data, "kind": "loss"}
-            yield what | values | _compared_values(loss)
+            named = {"model": model.name, "measured": str(self.data), "kind": "loss"}
+            yield named | values | _compared_values(loss)
 
     def __repr__(self) -> str:
         word = "worse" if self.is_worse else "none worse"
