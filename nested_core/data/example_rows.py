@@ -134,12 +134,10 @@ class RowList:
 
         Of a prompt the roles and texts count, and neither tools nor names.
         """
-        if RowKeys.of(row).folded in self.examples:
-            return True
-        return bool(self.prompts) and _listed_prompt_key(row) in self.prompts
+        return RowKeys.of(row).folded in self.examples or _prompt_key(row) in self.prompts
 
 
-def _listed_prompt_key(row: Mapping[str, Any]) -> bytes | None:
+def _prompt_key(row: Mapping[str, Any]) -> bytes | None:
     """Return the key of the roles and texts before a row's answer; None if there are none."""
     try:
         turns = parse_line(json.dumps(row).encode(), ANY_ROLE).messages[:-1]
@@ -167,7 +165,7 @@ def read_row_list(path: Path) -> RowList:
                 f"data set, or the same without its answer."
             ) from None
         if is_prompt:
-            prompts.add(_listed_prompt_key(row))
+            prompts.add(_prompt_key(row))
         else:
             examples.add(RowKeys.of(row).folded)
     if not examples and not prompts:

@@ -141,6 +141,7 @@ def conditions_digest(
         "champion": champion,
         "data": dataset.digest,
         "settings": settings,
+        "policy": config.continual.policy,  # whether the run begins from the champion
         "gate": replace_configured_paths(config.gate_bounds, _hash_file).model_dump(mode="json"),
         "ancestors": _list_ancestor_digests(config, champion),
         "rule": asdict(effective_rule(section)),

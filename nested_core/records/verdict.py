@@ -361,7 +361,7 @@ class AncestorLoss(HeldOutComparison):
     examples: how many were compared.
     left_out: how many were not, because a version or the candidate was trained on them.
     superseded: how many were not, because newer data has another answer to the same prompt.
-    repeated: how many were not, because newer data holds them out too.
+    repeated: how many were not, because newer data is judged by them too.
     missing: how many are lost from the registry.
     not_compared: why there is no comparison and there are no figures; None if there is one.
     joined: versions whose examples are compared together, as each has too few; `version` is then

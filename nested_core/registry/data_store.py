@@ -37,6 +37,7 @@ LIST_SUFFIX = ".json"
 PACK_SUFFIX = ".jsonl"
 OWNER_ALONE = 0o700
 OWNER_AND_GROUP = 0o770
+SETS: tuple[str, ...] = ("train", "held_out", "kept_out")  # of DigestList
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,12 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
 
 
 def keeps_examples(folder: Path, version: str) -> bool:
-    """Return whether the data store lists examples of a version.
+    """Return whether the data store lists examples of a version; DamagedError for its list.
 
     folder: the adapter name's folder in the registry.
     """
-    return file_type(_list_path(folder, version)) != "missing"
+    listed = read_digest_list(folder, version)
+    return listed is not None and bool(listed.all())
 
 
 def digest_row(row: Mapping[str, Any]) -> str:
@@ -204,41 +206,37 @@ def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm
         kept_out=[*kept_out],
         dropped=given - len(all_rows),
     )
-    content = listed.model_dump_json().encode()
-    write_bytes(_list_path(folder, version), content, confirm=confirm)
+    _write_list(folder, version, listed, confirm)
 
 
 def bound_store(
-    folder: Path, max_bytes: int, versions: Iterable[str], champion: str | None, *, confirm: Confirm
+    folder: Path, max_bytes: int, versions: Collection[str], heads: list[str], *, confirm: Confirm
 ) -> None:
     """Remove examples until the store has `max_bytes` at most; call under the name's lock.
 
-    Versions outside of the champion's lineage, which no run will follow, lose their examples first,
-    the oldest first of all. Then those of the lineage lose the examples that they were trained on,
-    and last the held-out ones.
+    Versions that no run will follow lose their examples first, the oldest first of all. Then the
+    heads and their ancestors lose the examples that they were trained on, and last the held-out
+    ones. A version's list stays, so that nothing of it is read from its files instead: some of
+    those rows may have been forgotten.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     versions: all versions of the name, oldest first.
+    heads: the versions that a run may follow: the champion, and those that may still become it.
     confirm: called before each write; it raises if the lock was lost.
     """
-    lineage = [] if champion is None else read_lineage(folder.parent, folder.name, champion)
-    lineage = [version for version in reversed(lineage) if keeps_examples(folder, version)]
-    others = [old for old in versions if old not in lineage and keeps_examples(folder, old)]
-    kept = [*others, *lineage]
-    steps = [(version, True) for version in others]
-    steps += [(version, drops_all) for drops_all in (False, True) for version in lineage]
-    for version, drops_all in steps:
+    lineages = [read_lineage(folder.parent, folder.name, version) for version in heads]
+    needed = [*dict.fromkeys(old for lineage in lineages for old in reversed(lineage))]
+    steps = [(version, SETS) for version in versions if version not in needed]
+    steps += [(version, sets) for sets in (SETS[:1], SETS) for version in needed]
+    for version, sets in steps:
         if _count_bytes(folder) <= max_bytes:
             return
         listed = read_digest_list(folder, version)
-        if drops_all or listed is None:
-            kept.remove(version)
-        else:
-            dropped = listed.dropped + len(listed.train)
-            content = listed.model_copy(update={"train": [], "dropped": dropped})
-            path = _list_path(folder, version)
-            write_bytes(path, content.model_dump_json().encode(), confirm=confirm)
-        remove_unneeded_rows(folder, kept, confirm=confirm)
+        if listed is not None and listed.all():
+            left = listed.model_copy(update=dict.fromkeys(sets, []))
+            left.dropped += len(listed.all() - left.all())
+            _write_list(folder, version, left, confirm)
+            remove_unneeded_rows(folder, versions, confirm=confirm)
 
 
 Lines = dict[str, bytes]
@@ -339,12 +337,8 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
     """
     listed = read_digest_list(folder, version)
     if listed is not None:
-        kept = DigestList(
-            train=[digest for digest in listed.train if digest not in digests],
-            held_out=[digest for digest in listed.held_out if digest not in digests],
-            kept_out=[digest for digest in listed.kept_out if digest not in digests],
-        )
-        write_bytes(_list_path(folder, version), kept.model_dump_json().encode(), confirm=confirm)
+        kept = {each: [d for d in getattr(listed, each) if d not in digests] for each in SETS}
+        _write_list(folder, version, listed.model_copy(update=kept), confirm)
 
 
 def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFinding]:
@@ -405,6 +399,16 @@ def read_digest_list(folder: Path, version: str) -> DigestList | None:
             f"{path}: {describe_first_problem(error)}. Restore it from a backup, or remove it: no "
             f"example of that version is kept then."
         ) from error
+
+
+def _write_list(folder: Path, version: str, listed: DigestList, confirm: Confirm) -> None:
+    """Write the digests of a version's examples.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    confirm: called before each write; it raises if the lock was lost.
+    """
+    content = listed.model_dump_json().encode()
+    write_bytes(_list_path(folder, version), content, confirm=confirm)
 
 
 def _read_packs(folder: Path) -> Iterator[tuple[Path, str, bytes]]:

@@ -117,7 +117,7 @@ def _plan_removals(
     needed = {ledger.champion, read_link(folder)}  # both ends of a change that was cut short
     replaced = {change.previous for change in ledger.changes()[-1:]}
     # A promotion of these may be going on
-    undecided = {version for version in versions if is_new_and_unpromoted(folder, version, ledger)}
+    undecided = {version for version in versions if may_be_promoted(folder, version, ledger)}
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
@@ -161,8 +161,8 @@ def _last_use(version: str, ledger: Ledger) -> tuple[int, bool]:
     return max(uses, default=(len(ledger.entries), True))
 
 
-def is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
-    """Return whether a version was registered recently and was never champion since.
+def may_be_promoted(folder: Path, version: str, ledger: Ledger) -> bool:
+    """Return whether a promotion may follow: the version is new, and was never champion since.
 
     A version that waits for a person's approval counts as new for as long as it waits.
 

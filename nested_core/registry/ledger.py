@@ -271,10 +271,10 @@ class Ledger:
             is_by_person = change.action == "rollback" or not change.automatic
             if change.action == "moved" or change.version is None or not is_by_person:
                 continue
-            undone = barred.pop(change.version, None)
-            if undone is not None:
+            undone = barred.pop(change.version, -1)
+            if undone >= 0:
                 chosen[change.version] = number
-            is_undo = undone is not None and chosen.get(change.previous, -1) < undone
+            is_undo = chosen.get(change.previous, -1) < undone
             if change.action == "rollback" and change.previous is not None and not is_undo:
                 barred[change.previous] = number
         return {version: changes[number] for version, number in barred.items()}

@@ -9,7 +9,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nested_core.registry.folders import (
     exclusive_folder_lock,
     require_creatable,
 )
+from nested_core.registry.garbage_collection import may_be_promoted
 from nested_core.registry.judgements import (
     JudgementFacts,
     has_all_judgements,
@@ -107,14 +108,20 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
     """
     with writing_folder(create_name_folder(registry, name)) as locked:
         if new.examples is not None:
-            store_examples(locked.path, new.run.version, new.examples, confirm=locked.confirm)
+            version, examples = new.run.version, new.examples
+            lines = locked.ledger.entries
+            if any(e.version == version and e.action == "rows_forgotten" for e in lines):
+                examples = replace(examples, max_bytes=0)  # the run still has the forgotten rows
+            store_examples(locked.path, version, examples, confirm=locked.confirm)
         yield locked, _add_version(locked, new)
-        # After the decision: the version's examples stay before others' only if it is champion
+        # After the decision: the version's examples stay before others' only if it may be followed
         max_bytes = None if new.examples is None else new.examples.max_bytes
         if max_bytes is not None:
-            versions, champion = locked.ledger.by_version, locked.champion
+            path, ledger = locked.path, locked.ledger
+            versions, champion = ledger.by_version, locked.champion
             with suppress(DamagedError):  # `audit` tells of it
-                bound_store(locked.path, max_bytes, versions, champion, confirm=locked.confirm)
+                heads = [v for v in versions if v == champion or may_be_promoted(path, v, ledger)]
+                bound_store(path, max_bytes, versions, heads, confirm=locked.confirm)
 
 
 def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The figures of benchmarks/preferences/README.md on the comparison with TRL are those of its rows."""
+"""The figures of benchmarks/preferences/README.md on TRL are those of its rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def said(text: str, *rows: dict[str, Any]) -> str:
         "TRL's in {1[words][1]:.1f}",
         "{0[before]:.1%} before, {0[after]:.1%} ours, {1[after]:.1%} TRL",
         "{2[before]:.3f} before, {2[after]:.3f} ours, {3[after]:.3f} TRL",
-        "three passes | 5e-5 | +145 | **-2.2**, from the means | {4[preferences][kl_initial]:.1f} |",
+        "passes | 5e-5 | +145 | **-2.2**, from the means | {4[preferences][kl_initial]:.1f} |",
     ],
 )
 def test_the_page_has_the_figures_of_the_collapsed_runs(text: str) -> None:
@@ -102,7 +102,8 @@ def test_the_page_has_the_figures_of_the_runs_on_a_cpu() -> None:
     ours, trl = first["training ours"], first["training trl"]
     texts = [
         f"{both['prompts']} fresh prompts",
-        f"ours less TRL {100 * both['difference']:+.1f} points ({low:+.1f} to {high:+.1f} over prompts)",
+        f"ours less TRL {100 * both['difference']:+.1f} points ({low:+.1f} to {high:+.1f}"
+        " over prompts)",
         f"base {100 * first['share base, ours']['before']:.1f} % of the first"
         f" {first['share base, ours']['prompts']}",
         f"mean loss of its first ten steps was {slow['log'][0]['loss']:.3f}, and"

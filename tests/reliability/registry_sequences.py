@@ -95,7 +95,9 @@ class Model:
     champion: str | None = None
     verdicts: dict[str, list[Verdict]] = field(default_factory=dict)
     standing: set[str] = field(default_factory=set)  # was champion since it was registered
-    barred: set[str] = field(default_factory=set)
+    barred: dict[str, int] = field(default_factory=dict)  # by which change
+    chosen: dict[str, int] = field(default_factory=dict)  # promoted, or freed, by which change
+    returning: str | None = None  # to what a rollback goes back that was not barred
     stack: list[str] = field(default_factory=list)
     change_lines: list[int] = field(default_factory=list)
     policy: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +107,9 @@ class Model:
 
     def change(self, version: str | None, line: int) -> None:
         self.champion = version
+        if version is not None and version != self.returning:
+            self.chosen[version] = len(self.change_lines)
+        self.returning = None
         self.change_lines.append(line)
         if version is not None:
             self.standing.add(version)
@@ -134,11 +139,11 @@ class Model:
         return self.stack[-2] if len(self.stack) > 1 else None
 
     def leave_for(self, target: str) -> None:
-        """Bar the champion that a rollback leaves, unless it goes back to one that is barred."""
-        if target in self.barred:
-            self.barred.discard(target)
-        elif self.champion is not None:
-            self.barred.add(self.champion)
+        """Bar what a rollback leaves, unless it goes back to one barred since that was chosen."""
+        undone = self.barred.pop(target, -1)
+        self.returning = target if undone < 0 else None
+        if self.champion is not None and self.chosen.get(self.champion, -1) >= undone:
+            self.barred[self.champion] = len(self.change_lines)
 
     def back(self, line: int) -> str | None:
         target = self.target()
@@ -350,7 +355,7 @@ class Sequence:
             return "GateRejected"
         if version == model.champion:
             return "already_champion"
-        model.barred.discard(version)
+        model.barred.pop(version, None)
         model.push(version, line)
         return "promoted"
 

@@ -87,8 +87,10 @@ class Suite:
         is_pattern = self.method.score == "regex"
         expected = Counter[str]()
         for question in questions:
-            accepted = list(dict.fromkeys(list_expected_texts(question)))
-            expected.update(map(strip_pattern, accepted) if is_pattern else accepted)
+            accepted = list_expected_texts(question)
+            if is_pattern:
+                accepted = [text for pattern in accepted for text in strip_pattern(pattern)]
+            expected.update(list(dict.fromkeys(accepted)))
         most = 1 if self.method.score == "python" else MAX_CONSTANT_ANSWERS
         texts = [text for text, _ in expected.most_common(most)]
         if not texts:

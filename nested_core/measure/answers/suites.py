@@ -371,10 +371,10 @@ def list_expected_texts(question: Question) -> list[str]:
     return [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers]
 
 
-def strip_pattern(pattern: str) -> str:
-    """Return a regular expression without anchors, flags and groups: often a text that it matches.
+def strip_pattern(pattern: str) -> list[str]:
+    """Return the alternatives of a regular expression: often texts that it matches.
 
-    `(?i)^(Oslo|Bergen)$` gives `Oslo|Bergen`.
+    They are without anchors, flags and groups: `(?i)^(Oslo|Bergen)$` gives `Oslo` and `Bergen`.
     """
     bare = re.sub(r"\(\?[a-zA-Z]+\)|\(\?:|\\[bBAZ]|(?:\\[sW.]|\.)[*+?]|(?<!\\)[\^$()]", "", pattern)
-    return re.sub(r"\\(\W)", r"\1", bare)
+    return [re.sub(r"\\(\W)", r"\1", text) for text in re.split(r"(?<!\\)\|", bare)]

@@ -59,14 +59,12 @@ def _measure(
     if not rows:
         yield from summarise_ancestors(chosen, None, ages, judged.bounds)
         return
-    count = len(np.unique(ages))
-    stages.info("gate: losses on what %d earlier versions were judged by", count)
+    stages.info("gate: losses on what %d earlier versions were judged by", len(np.unique(ages)))
     split = tokenize_stored_rows(judged.config, rows)
     examples = HeldOutExamples(split, "held-out examples", selected_on_same_data=False)
     ((before, tokens),) = champion.base.example_loss_sums((champion.adapter.path,), split)
     ((after, _),) = judged.base.example_loss_sums((judged.after.path,), split)
-    loss = judged.config.training.loss
-    losses = examples.make_losses(tokens, loss, before=before, after=after)
+    losses = examples.make_losses(tokens, judged.config.training.loss, before=before, after=after)
     is_seen = (judged.trained_on | champion.trained_on).find_in(examples.digests)
     yield from summarise_ancestors(
         chosen, losses.leaving_out(is_seen), ages[losses.lines - 1], judged.bounds

@@ -1,13 +1,15 @@
 """The held-out examples of the champion and its ancestors, by which a candidate may be judged.
 
 They come from the registry's data store. An example that newer data answers otherwise says nothing
-of forgetting, and one that newer data holds out too is judged there: both are left out and counted.
+of forgetting, and one that the run's gate or a newer version is judged by is judged there: both are
+left out and counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,7 +43,7 @@ class AncestorExamples:
     rows: those to judge by. Of more than MAX_ROWS_PER_ANCESTOR, or where all ancestors have more
         than MAX_ROWS, the first by their digests: each night draws the same, or a part of them.
     superseded: how many newer data contradicts.
-    repeated: how many newer data holds out too.
+    repeated: how many the run's gate, or a newer version, is judged by.
     missing: how many the store has lost.
     problem: why it has no examples; None if it has some.
     """
@@ -64,7 +66,8 @@ def choose_ancestor_examples(
     """
     lineage = read_lineage(registry, name, champion)[:MAX_ANCESTORS]
     stored = {version: _read_stored(registry, name, version) for version in lineage}
-    newer = read_new_data(config) if any(stored.values()) else NewerRows()
+    is_kept = any(stored.values())
+    newer = read_new_data(config, held_out_is_judged=True) if is_kept else NewerRows()
     chosen = []
     for version in lineage:
         registered = _read_registration_time(registry, name, version)
@@ -74,11 +77,7 @@ def choose_ancestor_examples(
             continue
         why = [newer.find_reason(row.row) for row in data.held_out]
         # One that newer data trains on is left out where it is measured, as trained on
-        rows = [
-            row
-            for row, reason in zip(data.held_out, why, strict=True)
-            if reason in (None, "repeated")
-        ]
+        rows = list(compress(data.held_out, [reason in (None, "repeated") for reason in why]))
         chosen.append(
             AncestorExamples(
                 version,

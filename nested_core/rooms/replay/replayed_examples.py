@@ -90,18 +90,23 @@ class NewData(NewerRows):
     train: dict[bytes, bytes] = field(default_factory=dict)
 
 
-def read_new_data(config: FineTuneConfig) -> NewData:
-    """The run's own data, and the file that the gate judges by."""
-    settings = DataSettings.from_config(config)
+def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -> NewData:
+    """The run's own data, and the file that the gate judges by.
+
+    held_out_is_judged: of the held-out rows, whether those alone count that the gate judges by.
+    """
+    settings, judging = DataSettings.from_config(config), list[Row]()
     new = NewData()
     for split in SPLITS:
         own = read_split_rows(settings, split)
         rows = [] if own is None else own.rows
-        new.add(rows, are_held_out=split != "train")
+        new.add(rows, are_held_out=split != "train" and not held_out_is_judged)
+        if rows and split in SPLITS_BY_HELD_OUT_CHOICE.get(config.gate.held_out, ()):
+            judging = rows  # of test, which comes last, or else of valid
         if split == "train":
             new.rows = len(rows)
             new.train = {keys.content: keys.folded for keys in map(RowKeys.of, rows)}
-    new.add(read_held_out_file(config), are_held_out=True)
+    new.add([*judging, *read_held_out_file(config)], are_held_out=True)
     return new
 
 

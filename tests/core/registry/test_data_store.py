@@ -27,6 +27,7 @@ from nested_core.registry import (
 )
 from nested_core.registry.data_store import (
     RunExamples,
+    StoredData,
     digest_row,
     drop_rows,
     find_rows,
@@ -261,14 +262,16 @@ def test_a_list_of_rows_that_is_none_is_refused(tmp_path, content, message):
         read_row_list(listed)
 
 
-def test_a_bounded_store_keeps_the_newest_versions_and_of_one_alone_what_fits(tmp_path):
+def test_a_bounded_store_keeps_the_newest_versions_and_of_one_alone_what_fits(
+    tmp_path, no_time_to_decide
+):
     registry = tmp_path / "registry"
     first, second = (
         add_night(tmp_path, seed, [question(10 + seed)], [question(20 + seed)], max_bytes=250)
         for seed in (1, 2)
     )
     third = add_night(tmp_path, 3, [question(13)], [question(23)], max_bytes=250)
-    assert read_stored_data(registry, NAME, first) is None
+    assert read_stored_data(registry, NAME, first) == StoredData((), (), (), missing=2)
     assert rows_of(registry, second) == ([question(12)], [question(22)])
     rows = [question(number) for number in range(30, 60)]
     fourth = add_night(tmp_path, 4, rows, [question(24)], max_bytes=250)
@@ -276,12 +279,14 @@ def test_a_bounded_store_keeps_the_newest_versions_and_of_one_alone_what_fits(tm
     assert held_out == [question(24)]
     assert 0 < len(train) < 6
     assert [row for row in rows if row in train] == train
-    assert read_stored_data(registry, NAME, third) is None
+    assert read_stored_data(registry, NAME, third) == StoredData((), (), (), missing=2)
     assert sum(path.stat().st_size for path in (registry / NAME / "data").glob("*.jsonl")) <= 250
     assert_settled(registry)
 
 
-def test_over_its_bound_the_store_drops_what_is_not_of_the_champions_lineage_first(tmp_path):
+def test_over_its_bound_the_store_drops_what_is_not_of_the_champions_lineage_first(
+    tmp_path, no_time_to_decide
+):
     registry = tmp_path / "registry"
     nights: list[str] = []
     for seed in range(1, 5):  # 2 goes on from 1; 3 and 4 go on from nobody, and are not promoted
@@ -292,13 +297,42 @@ def test_over_its_bound_the_store_drops_what_is_not_of_the_champions_lineage_fir
         nights.append(register(run, registry, NAME, facts, examples=examples))
         if seed < 3:
             promote(registry, NAME, nights[-1], by="ann")
-    assert read_stored_data(registry, NAME, nights[2]) is None
+    assert read_stored_data(registry, NAME, nights[2]) == StoredData((), (), (), missing=3)
     assert [len(rows_of(registry, night)[0]) for night in nights[:2]] == [2, 2]
     add_night(tmp_path, 5, [question(50)], [question(51)], max_bytes=200)
-    assert read_stored_data(registry, NAME, nights[3]) is None
+    assert read_stored_data(registry, NAME, nights[3]) == StoredData((), (), (), missing=3)
     oldest = read_stored_data(registry, NAME, nights[0])
     assert oldest is not None
     assert (len(oldest.train), len(oldest.held_out), oldest.missing) == (0, 1, 2)
+    assert_settled(registry)
+
+
+def test_over_its_bound_the_store_keeps_a_version_that_may_be_promoted_before_older_ones(tmp_path):
+    registry = tmp_path / "registry"
+    first = add_night(tmp_path, 1, [question(1), question(2)], [question(3)], max_bytes=250)
+    promote(registry, NAME, first, by="ann")
+    second = add_night(tmp_path, 2, [question(4), question(5)], [question(6)], max_bytes=250)
+    assert rows_of(registry, second) == ([question(4), question(5)], [question(6)])
+    assert rows_of(registry, first) == ([], [question(3)])
+
+
+def test_what_was_dropped_is_missing_and_nothing_forgotten_returns_with_it(
+    tmp_path, no_time_to_decide
+):
+    registry = tmp_path / "registry"
+    rows = [question(1), question(2), question(3)]
+    first = add_night(tmp_path, 1, rows, [question(4)], max_bytes=150)
+    forget_rows(registry, NAME, lambda row: row == question(4), by="ann")
+    left = read_stored_data(registry, NAME, first)
+    assert left is not None
+    assert (len(left.train), left.held_out, left.missing) == (2, (), 1)
+    add_night(tmp_path, 2, rows[:0], [question(5)], max_bytes=60)
+    assert read_stored_data(registry, NAME, first) == StoredData((), (), (), missing=3)
+    examples = RunExamples(rows, [question(4)])
+    register(tmp_path / "run-1", registry, NAME, {}, examples=examples)
+    data = read_stored_data(registry, NAME, first)
+    assert data is not None
+    assert (data.train, data.held_out) == ((), ())
     assert_settled(registry)
 
 

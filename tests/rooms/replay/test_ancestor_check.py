@@ -33,6 +33,7 @@ from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate
 from tests.builders.judged_adapters import pass_by_hand
 from tests.example import DATA
+from tests.rooms.replay.nights import FRESH, add_version, from_champion, row, write_split
 
 NAME = "capitals"
 Row = dict[str, Any]
@@ -324,3 +325,19 @@ def test_every_night_is_asked_of_however_many_there_are_with_fewer_rows_each(
 def test_all_nights_together_have_no_more_rows_than_a_gate_measures(counts, most) -> None:
     assert share_rows(counts) == most
     assert sum(min(count, most) for count in counts) <= 2_000
+
+
+@pytest.mark.parametrize(("choice", "left"), [("auto", 2), ("valid", 0), ("file.jsonl", 1)])
+def test_only_what_the_runs_gate_judges_by_is_left_out(
+    tmp_path: Path, choice: str, left: int
+) -> None:
+    held_out = [row("held one?", "1"), row("held two?", "2")]
+    write_split(tmp_path / "one", train=[row("a?", "1")], valid=held_out)
+    version = add_version(tmp_path, FRESH, tmp_path / "one")
+    test = [row("new?", "1")]
+    write_split(tmp_path / "new", train=[row("c?", "1")], valid=held_out, test=test)
+    write_split(tmp_path, file=held_out[:1])
+    judged_by = str(tmp_path / choice) if "." in choice else choice
+    config = from_champion(tmp_path, gate={"held_out": judged_by})
+    (ancestor,) = choose_ancestor_examples(config, tmp_path / "registry", "capitals", version)
+    assert (len(ancestor.rows), ancestor.repeated) == (left, 2 - left)

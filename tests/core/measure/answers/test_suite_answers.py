@@ -262,6 +262,7 @@ def test_folders_among_the_kept_answers_end_no_judging(tmp_path, asked, caplog) 
         ("json", [{"a": 1}, {"a": 1, "b": 2}, {"a": 2}, {"a": 3}], 0.5),
         ("regex", ["(?i)^spam$", "^spam$", r"\bham\.?", "eggs"], 0.5),
         ("regex", ["(?i)^(spam|ham)$", "^ham$", "^ham$", "eggs"], 0.75),
+        ("regex", ["^(yes|yep)$", "^(yes|yep)$", "^(no|nope)$", r"^no\|thing$"], 0.5),
     ],
 )
 def test_the_best_constant_answer_is_scored_as_the_suite_scores(
