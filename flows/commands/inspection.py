@@ -146,7 +146,7 @@ def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "nothing trained", None if run.skip is None else escape(run.skip.describe())
     for figures in list_figures(run):
         yield from figures.items()
-    if status["iteration"] != run.step:  # gradients are accumulated over several
+    if status["iteration"] != (run.last("step") or 0):  # gradients are accumulated over several
         yield "iterations", status["iteration"]
     yield "learning rate", status["learning_rate"]
     updates = status["updates"] or ()

@@ -275,7 +275,7 @@ def parse_config(
 
 def parse_tasks(
     given: Iterable[str | Path | Mapping[str, Any] | TaskSection],
-    configured: Iterable[TaskSection],
+    configured: Sequence[TaskSection],
 ) -> tuple[TaskSection, ...]:
     """Convert file names or fields to suites as in `gate.tasks`; ConfigError if one is invalid.
 
@@ -296,7 +296,7 @@ def parse_tasks(
         raise ConfigError(f"an eval set: {describe_first_problem(error)}.") from error
 
 
-def _name_suite(file: Path, files: Iterable[Path]) -> str:
+def _name_suite(file: Path, files: Sequence[Path]) -> str:
     """The shortest end of its path that no other file has: `q`, `q.csv`, `folder-q.csv`."""
     others = [other for other in files if other != file]
     if file.stem not in (other.stem for other in others):

@@ -34,7 +34,11 @@ from nested_core.records.result import TrainResult, read_result
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import has_verdict_manifest, read_bound_verdict
-from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
+from nested_core.storage.checkpoint_verification import (
+    checkpoint_step,
+    list_checkpoints,
+    newest_sound_checkpoint,
+)
 from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import file_type
@@ -320,10 +324,11 @@ class Run:
             if key in metrics
         ]
 
-    @property
+    @cached_property
     def step(self) -> int:
-        """The last optimizer step that was reported; 0 before the first report."""
-        return int(self.last("step") or 0)
+        """The last optimizer step that was reported or saved; 0 before the first report."""
+        saved = self.read(self.folder.checkpoints, list_checkpoints) or []
+        return max([int(self.last("step") or 0), *map(checkpoint_step, saved)])
 
     @cached_property
     def steps(self) -> int | None:

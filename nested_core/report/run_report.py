@@ -407,17 +407,17 @@ def _count_updates(run: Run) -> Block:
     """Build a table of updates due and applied, one row for each tier."""
     if run.verdict is not None and run.verdict.tiers:
         return tier_table(run.verdict)
-    applied, skipped = run.last("updates"), run.last("skipped")
+    applied, skipped, step = (run.last(key) for key in ("updates", "skipped", "step"))
     if not isinstance(applied, list) or run.config is None:
         return Text("No step was reported yet.")
     rows = [
-        (f"tier {number}", f"every {every}", run.step // every, done, missed)
+        (f"tier {number}", f"every {every}", step // every, done, missed)
         for number, (every, done, missed) in enumerate(
             zip(run.config.nested.frequencies, applied, skipped or [0] * len(applied), strict=False)
         )
     ]
     columns = ("tier", "updated", "expected", "applied", "skipped")
-    return Table(f"Up to step {run.step:,}", columns, rows)
+    return Table(f"Up to step {step:,}", columns, rows)
 
 
 def list_answers(run: Run) -> list[Block]:

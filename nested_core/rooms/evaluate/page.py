@@ -50,6 +50,11 @@ class SuiteScore:
         """Whether fewer answers are right than were asked for."""
         return self.minimum is not None and self.score < self.minimum
 
+    @property
+    def is_guessing(self) -> bool:
+        """Whether one constant answer would be right for as many questions."""
+        return self.constant is not None and self.score <= self.constant
+
 
 @dataclass(frozen=True)
 class EvaluatedModel:
@@ -74,7 +79,7 @@ class EvaluatedModel:
     @property
     def is_guessing(self) -> bool:
         """Whether one constant answer would be right for as many questions of a suite."""
-        return any(s.constant is not None and s.score <= s.constant for s in self.suites)
+        return any(suite.is_guessing for suite in self.suites)
 
     @property
     def is_better(self) -> bool:
@@ -140,18 +145,12 @@ class Evaluation:
     def _rows_of(self, model: EvaluatedModel) -> Iterator[dict[str, Any]]:
         for suite in model.suites:
             values = {"value": suite.score, "examples": suite.questions, "minimum": suite.minimum}
-            yield (
-                {"model": model.name, "measured": suite.suite, "kind": "answers"}
-                | values
-                | (_compared_values(suite))
-            )
+            named = {"model": model.name, "measured": suite.suite, "kind": "answers"}
+            yield named | values | _compared_values(suite)
         if (loss := model.loss) is not None:
             values = {"value": loss.loss_after, "examples": loss.examples, "minimum": None}
-            yield (
-                {"model": model.name, "measured": self.data, "kind": "loss"}
-                | values
-                | (_compared_values(loss))
-            )
+            named = {"model": model.name, "measured": str(self.data), "kind": "loss"}
+            yield named | values | _compared_values(loss)
 
     def __repr__(self) -> str:
         word = "worse" if self.is_worse else "none worse"
@@ -204,11 +203,13 @@ class Evaluation:
     def _describe_suite(self, number: int, shown: int) -> Section:
         """The shares of right answers to a suite, wrong ones, and on a page all of them."""
         first = self.models[0].suites[number]
-        name = first.suite
+        name, letter = first.suite, self._letters[self.against]
         rows = []
         for model in self.models:
             own = model.suites[number]
             verdict = (own.conclusion or "").replace("_", " ")
+            if own.conclusion in ("better", "no_worse") and own.is_guessing:
+                verdict += f" than {letter}, no better than one fixed answer"
             if own.is_below_minimum:
                 verdict = f"{verdict}, below {own.minimum:g}".removeprefix(", ")
             right = f"{own.score * own.questions:.4g} of {own.questions}"
@@ -217,7 +218,6 @@ class Evaluation:
         asked = [question for question in self.answers if question.suite == name]
         judged = [one.name for one in self.models if one.name != self.against] or [self.against]
         wrong = [one for one in asked if min(one.scores[n] for n in judged) < 1][:shown]
-        letter = self._letters[self.against]
         constant = "" if first.constant is None else f"; one fixed answer: {first.constant:.2g}"
         caption = f"Right answers (score: {first.scored_by}), compared with {letter}{constant}"
         blocks: list[Block] = [Table(caption, ("", "right", *COMPARED), rows)]

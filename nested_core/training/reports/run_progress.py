@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.records.metrics import describe_tasks
+from nested_core.records.metrics import describe_tasks, parse_record
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
@@ -261,8 +261,6 @@ class RunProgress:
 
 def _record_or_none(line: bytes) -> dict[str, Any] | None:
     """Parse a line of metrics.jsonl; None for a damaged line, which training reports and drops."""
-    from nested_core.records.metrics import parse_record
-
     try:
         return parse_record(line)
     except ValueError:

@@ -66,6 +66,15 @@ def test_what_was_trained_is_told_in_steps_and_passes(diverged: RunDirectory) ->
     assert Run(diverged).describe_length().startswith("11 of 1 step, ")
 
 
+def test_a_step_that_was_saved_after_the_last_report_is_the_runs_step(
+    diverged: RunDirectory,
+) -> None:
+    (diverged.checkpoints / "step-0000013").mkdir(parents=True)
+    run = Run(diverged)
+    assert (run.last("step"), run.step) == (11, 13)
+    assert run.describe_length().startswith("13 of 100 steps")
+
+
 def test_the_list_is_newest_first_and_a_damaged_run_says_so(tmp_path: Path) -> None:
     old = finished_run(tmp_path / "20261120T100000Z-00000001")
     new = finished_run(tmp_path / "20261121T100000Z-00000002")

@@ -344,3 +344,20 @@ def test_answers_no_better_than_one_fixed_answer_are_never_a_green_headline() ->
     assert isinstance(headline, Text)
     assert headline.tone == "warn"
     assert headline.text == "none worse than base; no better than one fixed answer: b"
+
+
+@pytest.mark.parametrize(
+    ("constant", "word"),
+    [(0.4, "better"), (0.5, "better than A, no better than one fixed answer")],
+)
+def test_a_suites_cell_says_that_one_fixed_answer_is_as_good(constant: float, word: str) -> None:
+    base, other = (
+        EvaluatedModel(name, (replace(score_of(conclusion), constant=constant),), None)
+        for name, conclusion in (("base", None), ("b", "better"))
+    )
+    blocks = Evaluation("base", (base, other), ()).describe().blocks
+    lines = [part for block in blocks for part in to_terminal(block)]
+    (table,) = [
+        one for one in lines if not isinstance(one, str) and one.caption.startswith("Right")
+    ]
+    assert [row[-1] for row in table.rows] == ["", word]
