@@ -138,7 +138,7 @@ class RowList:
 
 
 def _prompt_key(row: Mapping[str, Any]) -> bytes | None:
-    """Return the key of the roles and texts before a row's answer; None if there are none."""
+    """Return the key of the roles and texts before a row's answer; None for a row of text."""
     try:
         turns = parse_line(json.dumps(row).encode(), ANY_ROLE).messages[:-1]
     except LineProblem:

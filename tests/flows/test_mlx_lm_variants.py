@@ -37,6 +37,7 @@ from nested_core import seams
 from nested_core.config.key_properties import iterate_keys
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
+from nested_core.storage.output_places import TRAINING_EXAMPLES_NAME
 from nested_core.storage.safetensors_files import load_arrays, read_tensors
 from tests.example import Finished, prepare, train
 from tests.flows.conftest import called
@@ -360,7 +361,7 @@ def test_training_leaves_what_mlx_lm_leaves(variant, theirs, stand_ins, tmp_path
     done = train_here(variant, tmp_path / "ours", stand_ins)
     assert done.config.adapter_path is not None
     adapters = tmp_path / "ours" / done.config.adapter_path
-    assert names_in(adapters) == snapshot_names(done.config)
+    assert names_in(adapters) == snapshot_names(done.config) | {TRAINING_EXAMPLES_NAME}
     require_same_files(variant, done.config, adapters, theirs[variant.name])
     require_loadable(done.config, adapters)
 
@@ -384,7 +385,7 @@ def run_command(variant: Variant, folder: Path, stand_ins: Mapping[str, str]) ->
     assert ended.code == 0, ended.stderr
     config = configured(words, folder)
     adapters = folder / str(config.adapter_path)
-    assert names_in(adapters) == snapshot_names(config)
+    assert names_in(adapters) == snapshot_names(config) | {TRAINING_EXAMPLES_NAME}
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         assert (adapters / name).read_bytes() == (folder / "run" / "adapter" / name).read_bytes()
     return config

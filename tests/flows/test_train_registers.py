@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from flows.finetune import FinetuneParameters, finetune
+from nested_core.data.example_digests import TrainedRows
 from nested_core.pipeline import steps
 from nested_core.registry import history, list_versions, promote, read_champion, register
 from nested_core.storage.adapter import read_adapter
@@ -59,7 +60,7 @@ def test_train_does_with_a_verified_adapter_what_the_flow_does(
         shutil.copytree(trained / run, tmp_path / side)
         if champion is not None:
             digest = json.loads((trained / champion / "dataset.json").read_bytes())["splits"]
-            source = {"validation_digest": digest["valid"]["digest"]}
+            source = {"validation_digest": digest["valid"]["digest"]} | TrainedRows().to_json()
             before = register(trained / champion, tmp_path / f"{side}-registry", NAME, source)
             promote(tmp_path / f"{side}-registry", NAME, before, by="ann")
     iters = {"worse": 4, "better": 8}[run]

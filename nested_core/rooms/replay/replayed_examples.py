@@ -99,7 +99,7 @@ def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -
     new = NewData()
     for split in SPLITS:
         own = read_split_rows(settings, split)
-        rows = [] if own is None else own.rows
+        rows: list[Row] = [] if own is None else [*own.rows]
         new.add(rows, are_held_out=split != "train" and not held_out_is_judged)
         if rows and split in SPLITS_BY_HELD_OUT_CHOICE.get(config.gate.held_out, ()):
             judging = rows  # of test, which comes last, or else of valid

@@ -59,10 +59,12 @@ def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str,
 
 def test_a_row_with_tools_is_the_same_whatever_stands_where_it_says_nothing() -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": {}}}]}
+    nothing: tuple[dict[str, Any], ...] = ({}, {"tool_calls": None}, {"tool_calls": []})
+    silence: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
     rows = [
         {"messages": [TURNS[0] | more, call | content, TURNS[1]], "tools": [{"name": "find"}]}
-        for more in ({}, {"tool_calls": None}, {"tool_calls": []})
-        for content in ({}, {"content": None}, {"content": ""})
+        for more in nothing
+        for content in silence
     ]
     lines = [parse_line(json.dumps(row).encode(), FieldNames()) for row in rows]
     assert len(set(map(digest_example, lines))) == 1
