@@ -117,5 +117,6 @@ def test_seven_commands_make_a_served_champion_and_a_folder_of_sharegpt_rows(tmp
     (exported,) = generate_answers(str(tmp_path / "my-model"), [QUESTION])
     answer, version = ask_server(serve, curl, tmp_path)
     assert version == read_champion(tmp_path / "registry", "my-chats")
-    assert exported == answer == chat.splitlines()[-1].removeprefix("adapter: ")
+    (said,) = [line for line in chat.splitlines() if line.startswith("adapter: ")]
+    assert exported == answer == said.removeprefix("adapter: ")
     assert answer.startswith("Go and see")
