@@ -29,7 +29,7 @@ from tests.flows.conftest import called
 from tests.left_out import needs_rooms
 
 pytestmark = pytest.mark.slow("trains a run with questions, and judges it")
-WORDS = "passed, better"
+WORDS = "passed, better loss; 0 of 15 right (one fixed answer: 1)"
 SUITE = {
     "name": "capitals",
     "file": str(EXAMPLES / "geography" / "held_out.jsonl"),
@@ -158,7 +158,10 @@ def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
     step, val_loss, gate_loss = told.offered
     listed = rows_of(asked(told, "runs"))["one"]
     losses = [format_loss(val_loss), format_loss(gate_loss)]
-    assert listed[:-1] == ["capitals", f"Promoted: {WORDS}", f"{step} of 24", *losses]
+    outcome = listed.pop(1)  # its first line: a long cell goes on below
+    assert f"Promoted: {WORDS}".startswith(outcome)
+    assert outcome.startswith("Promoted: passed, better loss; 0 of 15 right")
+    assert listed[:-1] == ["capitals", f"{step} of 24", *losses]
     status = rows_of(asked(told, "status", "runs/one"))
     compared = rows_of(asked(told, "compare", "runs/one"))
     data = "train.jsonl, mean since the last report, step 24"

@@ -39,7 +39,7 @@ def test_init_cuts_at_what_the_model_can_see_and_explain_counts_what_is_longer(t
     assert done.code == 0
     assert load_config(tmp_path / "lora.yaml").max_seq_length == 64
     assert "longer than the model can see and are cut" in (tmp_path / "lora.yaml").read_text()
-    assert "examples longer than the 64 tokens that the model can see" in done.stderr
+    assert "data: 2 warnings (truncated 2), explained by" in done.stderr
     explained = called("explain", *arguments, "--num-layers", "-1", cwd=tmp_path)
     assert "longer than the 64 tokens that the model can see" in explained.stdout
 
