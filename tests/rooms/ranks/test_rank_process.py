@@ -19,6 +19,7 @@ os.environ["MLX_RANK"] = "0"
 os.dup2(os.pipe()[0], 0)  # a rank ends when its standard input does
 from nested_core.rooms.ranks.rank_worker import main
 main("/no/such/run", "1")
+import mlx_lm.tuner.trainer  # as a rank does that has a run
 """
 
 
