@@ -1,6 +1,6 @@
 """A rank as nested_core.rooms.ranks.rank_worker is one, but rank 1 goes astray.
 
-ASTRAY=bit changes one element of its parameters, after step 3, by the smallest amount; ASTRAY=nan
+ASTRAY=bit changes elements of its parameters, after step 3, by the smallest amount; ASTRAY=nan
 makes its gradients of that step not finite. At the eighth step of the process, ASTRAY=stop stops
 it, once, which the file ASTRAY_ONCE remembers; ASTRAY=loop has it do nothing for ever. ASTRAY=slow
 has both take up to ASTRAY_SECONDS longer for each step.
@@ -61,7 +61,9 @@ if __name__ == "__main__":
             return result
         result = run(self, *args, **kwargs)
         changed = np.array(self.packed.parameters["tier0"])
-        changed[5] = np.nextafter(changed[5], np.float32(1))
+        changed[:64] = np.nextafter(
+            changed[:64], np.float32(1)
+        )  # a later update may round one back
         self.packed.parameters["tier0"] = mx.array(changed)
         return result
 
