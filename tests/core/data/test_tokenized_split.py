@@ -80,7 +80,7 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
     names = {
         f"{split}.{kind}"
         for split in splits
-        for kind in ("tokens", "target_mask", "starts", "lines")
+        for kind in ("tokens", "target_mask", "starts", "lines", "contents")
     }
     assert set(found[0][0]) == names
 

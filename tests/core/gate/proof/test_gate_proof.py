@@ -106,7 +106,7 @@ def test_an_adapter_that_moved_far_in_bfloat16_is_proven_and_with_another_scale_
     tmp_path: Path,
 ) -> None:
     changes: dict[str, Any] = {"training": {"precision": "bfloat16"}, "num_layers": -1}
-    changes["learning_rate"] = 6e-3
+    changes |= {"learning_rate": 6e-3, "iters": 16}
     candidate = train_candidate(tmp_path / "run", **changes)
     verdict = candidate.verdict()
     assert "config_mismatch" not in codes(verdict)
