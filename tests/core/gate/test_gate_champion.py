@@ -236,7 +236,8 @@ def test_a_champion_that_training_began_with_has_the_losses_from_before(
     challenger: Challenger, tmp_path: Path
 ) -> None:
     shutil.copytree(challenger.run.initial, tmp_path / "champion" / "adapter")
-    version = register(pass_by_hand(tmp_path / "champion"), challenger.registry, NAME, {})
+    known = TrainedRows().to_json()
+    version = register(pass_by_hand(tmp_path / "champion"), challenger.registry, NAME, known)
     promote(challenger.registry, NAME, version, by="ann")
     verdict = challenger.judge()
     assert verdict.champion is not None
