@@ -21,6 +21,7 @@ from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten
 from nested_core.storage.manifest import verify_manifest
 from nested_core.storage.output_places import require_free_place, require_new_output
+from nested_core.storage.untrusted_files import read_regular
 
 if TYPE_CHECKING:
     from nested_core.rooms.tables.data_set import DataSet
@@ -113,7 +114,7 @@ def _setting_aside(arguments: argparse.Namespace) -> Iterator[None]:
         try:
             if path.is_dir():
                 verify_manifest(require_free_place(path, "--split"))
-            elif not path.read_bytes().startswith(WRITTEN_BY_INIT):
+            elif not read_regular(path).startswith(WRITTEN_BY_INIT):
                 raise DamagedError("it is no configuration of init.")
         except DamagedError as error:
             raise ConfigError(

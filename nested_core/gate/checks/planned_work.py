@@ -19,6 +19,7 @@ from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
 from nested_core.registry.queries import read_champion
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.untrusted_files import open_regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,5 +91,5 @@ def count_lines(path: Path) -> int:
     """The lines of a file; 0 for a file that is not there, which its reader reports."""
     if not path.is_file():
         return 0
-    with path.open("rb") as lines:
+    with open_regular(path, follow_links=True) as (lines, _):
         return sum(1 for _ in lines)
