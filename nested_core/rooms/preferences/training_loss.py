@@ -232,7 +232,7 @@ class HeldOutComparison:
         compared = self._comparison.compare([self._base, *values], rows)
         of_base, *likelihoods = -compared.losses
         tokens = compared.tokens.reshape(2, -1)
-        divergences = compared.divergences[1:].reshape(len(values) - 1, 2, -1).sum(axis=1)
+        divergences = compared.divergences[1:].reshape(len(values) - 1, *tokens.shape).sum(axis=1)
         losses = [self._loss.of_pairs(one, of_base, compared.tokens) for one in likelihoods]
         return ExamplePredictions(
             losses=np.array(losses),
