@@ -364,7 +364,7 @@ def asked(first_night: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(first_night / "registry", folder / "registry", symlinks=True)
     shutil.copytree(first_night / "data", folder / "data")
     set_policy(folder / "registry", NAME, by="ann", changes={"promote": "approve"})
-    result, _ = night(folder, "waiting", iters=24)
+    result, _ = night(folder, "waiting", iters=24, learning_rate=3e-4)
     assert isinstance(result, FinetuneResult)
     assert result.decision is not None
     assert result.decision.outcome == "waiting"
@@ -381,7 +381,7 @@ def copied(folder: Path, to: Path) -> Path:
 @pytest.mark.slow("trains and judges two runs")
 def test_a_version_that_waits_for_a_person_is_not_trained_again(asked: Path, tmp_path) -> None:
     folder = copied(asked, tmp_path)
-    skip = skip_of(folder, "again", iters=24)
+    skip = skip_of(folder, "again", iters=24, learning_rate=3e-4)
     assert skip.outcome == Outcome.SKIPPED_UNCHANGED
     assert skip.version in list_versions(folder / "registry", NAME)
     assert skip.reason.endswith(", on the same data, waits for approval")
@@ -397,7 +397,7 @@ def test_a_declined_night_names_who_said_no_and_why(asked: Path, tmp_path: Path)
     }
     decline = load("nested_core.rooms.approval.answers:decline")
     decline(folder / "registry", NAME, str(version), by="bob", reason="too curt")
-    skip = skip_of(folder, "again", iters=24)
+    skip = skip_of(folder, "again", iters=24, learning_rate=3e-4)
     assert (skip.outcome, skip.version) == (Outcome.SKIPPED_HOPELESS, version)
     assert skip.reason.startswith("declined already, on ")
     assert " by bob: too curt. Nobody is asked again until data or settings" in skip.reason
