@@ -219,5 +219,5 @@ def test_a_state_of_prefect_is_named_by_an_outcome_and_by_no_words_of_its_own() 
             if getattr(called, "id", None) in ("Completed", "Failed", "Cancelled"):
                 names = [k.value for k in node.keywords if k.arg == "name"]  # type: ignore[attr-defined]
                 named += [(path.name, name) for name in names]
-    assert len(named) > 8
+    assert len(named) > (8 if is_there("approval") else 7)  # this room names three of them
     assert [path for path, name in named if isinstance(name, ast.Constant)] == []

@@ -130,6 +130,7 @@ class TestAllProblemsAtOnce:
             "registry: registry needs both path and name, or neither",
         ]
 
+    @needs_rooms("reference")
     def test_every_disagreement_between_sections_has_its_line(self) -> None:
         found = problems(
             optimizer="adagrad",

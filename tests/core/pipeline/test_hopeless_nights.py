@@ -212,7 +212,7 @@ def test_the_same_night_in_another_folder_is_the_same(folder: Path, tmp_path: Pa
         {"gate": {"max_val_loss_increase": 0.5}},
         pytest.param({"gate": {"noise": "none"}}, marks=ANOTHER_NIGHT),
         pytest.param({"continual": {}}, marks=ANOTHER_NIGHT),
-        {"continual": FOLLOWING | {"policy": "rebuild"}},
+        pytest.param({"continual": FOLLOWING | {"policy": "rebuild"}}, marks=needs_rooms("replay")),
     ],
     ids=str,
 )
