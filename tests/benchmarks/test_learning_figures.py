@@ -330,9 +330,6 @@ def test_what_other_pages_say_of_nights_is_that_of_the_rows() -> None:
     def facts(*arms: str) -> list[float]:
         return [both(final_average, arm, "facts") for arm in arms]
 
-    def over_kinds(arm: str) -> float:
-        return statistics.fmean(both(final_average, arm, kind) for kind in ("facts", "tasks"))
-
     arms = ("joint", "rebuild", "go-100-50", "go-30-50")
     steps = {
         stream: [sum(night_rows(arm, stream)[1]["steps"]) for arm in arms]
@@ -347,18 +344,6 @@ def test_what_other_pages_say_of_nights_is_that_of_the_rows() -> None:
             r"at (\S+) to (\S+) times the steps": sorted(
                 of_stream[1] / of_stream[3] for of_stream in steps.values()
             ),
-            r"Instruct had (\S+) % going on at the whole rate, and (\S+) % rebuilt": [
-                final_average(arm, "four") for arm in ("go-100-50", "rebuild")
-            ],
-            r"rate had (\S+) points more right than 0.3 of it on the intents": [
-                intents("go-100-50")[0] - intents("go-30-50")[0]
-            ],
-            r"and (\S+) more on four tasks in a row": [
-                final_average("go-100-50", "four") - final_average("go-30-50", "four")
-            ],
-            r"the other way round: (\S+) % at 0.3, and (\S+) % at the whole rate": [
-                over_kinds(f"go-{share}-50") for share in (30, 100)
-            ],
         },
     )
     require_told(
