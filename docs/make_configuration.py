@@ -6,7 +6,7 @@ From the schema, and from the files and flags of mlx_lm.lora that the tests try.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -39,8 +39,8 @@ key is also a flag, which wins over the file: `--learning-rate 1e-4`, `--nested.
 4]'`. Unknown keys are refused, with the nearest known one. `nested-tune init` writes a commented
 file for your data.
 
-**Resume** says whether a run may be resumed with another value. **Adapter** says whether another
-value is a reason to train again, in a run from the champion (`continual`). `model` and `data` are
+A line below each table names the keys that **may differ** where a run is resumed, and those that
+are **no reason to train again** in a run from the champion (`continual`). `model` and `data` are
 compared by content, not by path.
 
 YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Plain words are those of
@@ -49,8 +49,8 @@ or `0x10`. A number with a leading zero, such as `010`, is refused. A switch als
 `on`, as in mlx-lm's files.
 """
 TABLE = """\
-| key | default | what it does | resume | adapter |
-|---|---|---|---|---|
+| key | default | what it does |
+|---|---|---|
 """
 
 
@@ -138,30 +138,46 @@ def _mlx_lm_keys() -> Iterator[str]:
 def render_page() -> str:
     """The page: a table of the top level, then one for each section and list of sections."""
     keys = list(iterate_keys(FineTuneConfig))
-    parts = [HEAD, "\n## Top level\n\n", TABLE, *_rows(keys, "")]
+    parts = [HEAD, "\n## Top level\n\n", *_describe_keys(keys, "")]
     for key in keys:
         if key.section is not None:
-            summary = str(key.section.__doc__).splitlines()[0]
-            parts += [f"\n## {key.name}\n\n", f"{summary}\n\n", TABLE, *_rows(keys, key.name)]
+            form = "A list: " if key.field.default == () else ""
+            null = " (default: null)" if key.field.default is None else ""
+            sentence = f"{form}{key.field.description}{null}."
+            parts += [f"\n## {key.name}\n\n{sentence[0].upper()}{sentence[1:]}\n\n"]
+            parts += _describe_keys(keys, key.name)
     return "".join(parts)
 
 
-def _rows(keys: list[Key], section: str) -> Iterator[str]:
-    for key in keys:
-        parent, _, name = key.name.rpartition(".")
-        if parent == section:
-            meaning = _escape(f"{key.field.description}{_choices(key)}")
-            resume = "may differ" if may_differ_on_resume(key) else "fixed"
-            adapter = "changes it" if key.changes_adapter else "same"
-            yield f"| `{name}` | {_default(key)} | {meaning} | {resume} | {adapter} |\n"
+def _describe_keys(keys: list[Key], section: str) -> Iterator[str]:
+    """The table of a section's keys, and what holds for some of them."""
+    of_section = [key for key in keys if key.name.rpartition(".")[0] == section]
+    rows = [key for key in of_section if key.section is None]
+    yield TABLE
+    for key in rows:
+        meaning = _escape(f"{key.field.description}{_choices(key)}")
+        yield f"| `{_last(key)}` | {_default(key)} | {meaning} |\n"
+    yield _list_exceptions("May differ", rows, may_differ_on_resume)
+    yield _list_exceptions("No reason to train again", rows, lambda key: not key.changes_adapter)
+
+
+def _list_exceptions(label: str, keys: list[Key], holds: Callable[[Key], bool]) -> str:
+    """A line with the keys that something holds for, or with the others if those are fewer."""
+    names = [f"`{_last(key)}`" for key in keys if holds(key)]
+    others = [f"`{_last(key)}`" for key in keys if not holds(key)]
+    if not names:
+        return ""
+    if others and len(others) < len(names):
+        return f"\n{label}: all but {', '.join(others)}.\n"
+    return f"\n{label}: {', '.join(names) if others else 'all'}.\n"
+
+
+def _last(key: Key) -> str:
+    return key.name.rpartition(".")[2]
 
 
 def _default(key: Key) -> str:
-    if key.name in REQUIRED_KEYS:
-        return "required"
-    if key.section is not None and key.field.default is not None:
-        return f"[section](#{key.name.replace('.', '')})"
-    if key.field.default is PydanticUndefined:
+    if key.name in REQUIRED_KEYS or key.field.default is PydanticUndefined:
         return "required"
     return f"`{_escape(json.dumps(key.field.default))}`"
 

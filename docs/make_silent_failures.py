@@ -43,7 +43,8 @@ error and no loss tells of. Each failure below is from a public report. The pict
 the first thirty-five a tool notices: [what was run, and what counts as
 noticed](../benchmarks/silent_failures/README.md).
 
-![A line for each failure, a column for each tool, coloured by when it was noticed](images/{picture})
+![A line for each failure, a column for each tool, coloured by when it was
+noticed](images/{picture})
 
 ## The failures
 """
