@@ -323,7 +323,7 @@ def require_told(page: str, expected: dict[str, list[float]]) -> None:
         assert [float(each) for each in told.groups()] == pytest.approx(figures, abs=HALF_A_DIGIT)
 
 
-def test_what_other_pages_say_of_nights_is_that_of_the_rows() -> None:
+def test_what_the_page_of_replay_says_of_nights_is_that_of_the_rows() -> None:
     def intents(*arms: str) -> list[float]:
         return [final_average(arm, "intents") for arm in arms]
 
@@ -344,17 +344,5 @@ def test_what_other_pages_say_of_nights_is_that_of_the_rows() -> None:
             r"at (\S+) to (\S+) times the steps": sorted(
                 of_stream[1] / of_stream[3] for of_stream in steps.values()
             ),
-        },
-    )
-    require_told(
-        "docs/nested-learning.md",
-        {
-            r"end at (\S+) % on SmolLM2-135M-Instruct, and joint training at (\S+) %": intents(
-                "go-30-50", "joint"
-            ),
-            r"on either: (\S+) and (\S+) %": [*facts("rebuild"), *intents("rebuild")],
-            r"It costs (\S+) and (\S+) times the steps": [
-                steps[stream][1] / steps[stream][3] for stream in ("facts", "intents")
-            ],
         },
     )
