@@ -17,7 +17,7 @@ from nested_core.config.key_properties import Key, iterate_keys
 from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from nested_core.config.resume import may_differ_on_resume
 from nested_core.config.schema import FineTuneConfig
-from tests.mlx_lm_variants import FLAGS, KEYS
+from tests.mlx_lm_variants import KEYS
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
@@ -69,8 +69,7 @@ Replace one word. Your file works as it is:
     nested-tune train -c lora.yaml --run-dir runs/first     # now
     mlx_lm.generate --model MODEL --adapter-path runs/first/adapter -p "..."
 
-Every key and flag keeps its name, default and meaning, apart from what these tables say. Five
-things differ:
+Every key and flag keeps its name, default and meaning, apart from these:
 
 1. Model and data are required. Nothing is fetched from the hub by default.
 2. After training, a [gate](gate.md) compares the adapter with the initial one. A rejected one is
@@ -85,18 +84,12 @@ things differ:
 For `--test` without `--train` there is `nested-tune evaluate`. For `mlx_lm.fuse`, see
 [export.md](export.md).
 
-Tests take 70 files and command lines through both programs, among them mlx-lm's example file and
-its documented commands (`test_mlx_lm_variants.py`). A test fails if a release of mlx-lm has a key
-or flag that these tables lack.
-
 ### Keys with a difference
 
-Same: as in mlx_lm.lora. Better: accepted, and more is done or less goes wrong.
-
-| key | flag | here | what to know |
-|---|---|---|---|
+| key | what to know |
+|---|---|
 """
-SAME_HEAD = "\n### Keys without any\n\n"
+SAME_HEAD = "\nAll other keys are as there.\n"
 OTHERS_TABLE = """
 ## From axolotl, LLaMA-Factory, unsloth, TRL, PEFT and Soup
 
@@ -123,16 +116,13 @@ def render_others_page() -> str:
         f"| {', '.join(f'`{name}`' for name in sorted(names))} | {answer} |\n"
         for answer, names in theirs_by_answer.items()
     )
-    plain = ", ".join(f"`{key}`" for key, known in KEYS.items() if known == ("same", ""))
-    return "".join((OTHERS_HEAD, *_mlx_lm_keys(), SAME_HEAD, f"{plain}.\n", OTHERS_TABLE, *rows))
+    return "".join((OTHERS_HEAD, *_mlx_lm_keys(), SAME_HEAD, OTHERS_TABLE, *rows))
 
 
 def _mlx_lm_keys() -> Iterator[str]:
     for key, (relation, remark) in KEYS.items():
-        flag = "--" + key.replace("_", "-")
-        shown = "`-c`, `--config`" if key == "config" else f"`{flag}`" if flag in FLAGS else ""
         if (relation, remark) != ("same", ""):
-            yield f"| `{key}` | {shown} | {relation} | {_escape(remark)} |\n"
+            yield f"| `{key}` | {_escape(remark)} |\n"
 
 
 def render_page() -> str:
