@@ -39,18 +39,14 @@ key is also a flag, which wins over the file: `--learning-rate 1e-4`, `--nested.
 4]'`. Unknown keys are refused, with the nearest known one. `nested-tune init` writes a commented
 file for your data.
 
-A line below each table names the keys that **may differ** where a run is resumed, and those that
-are **no reason to train again** in a run from the champion (`continual`). `model` and `data` are
-compared by content, not by path.
+Each line has a key, its default and what it does. The last lines of a section name the keys that
+**may differ** where a run is resumed, and those that are **no reason to train again** in a run from
+the champion (`continual`). `model` and `data` are compared by content, not by path.
 
 YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Plain words are those of
 YAML 1.2: `true`, `false`, `null`, decimal numbers, `1e-5`. All else is text, such as `2026-11-21`
 or `0x10`. A number with a leading zero, such as `010`, is refused. A switch also takes `yes` and
 `on`, as in mlx-lm's files.
-"""
-TABLE = """\
-| key | default | what it does |
-|---|---|---|
 """
 
 
@@ -86,8 +82,6 @@ For `--test` without `--train` there is `nested-tune evaluate`. For `mlx_lm.fuse
 
 ### Keys with a difference
 
-| key | what to know |
-|---|---|
 """
 SAME_HEAD = "\nAll other keys are as there.\n"
 OTHERS_TABLE = """
@@ -99,8 +93,6 @@ error with ours:
     nested-tune train --micro_batch_size 4     # refused: batch_size
     nested-tune init --data DATA --model MODEL -o lora.yaml     # start here
 
-| their keys | ours |
-|---|---|
 """
 
 
@@ -113,7 +105,7 @@ def render_others_page() -> str:
     for theirs, answer in HINTS_FOR_UNSUPPORTED_KEYS.items():
         theirs_by_answer.setdefault(answer, []).append(theirs)
     rows = sorted(
-        f"| {', '.join(f'`{name}`' for name in sorted(names))} | {answer} |\n"
+        f"- {', '.join(f'`{name}`' for name in sorted(names))}: {answer}\n"
         for answer, names in theirs_by_answer.items()
     )
     return "".join((OTHERS_HEAD, *_mlx_lm_keys(), SAME_HEAD, OTHERS_TABLE, *rows))
@@ -122,11 +114,11 @@ def render_others_page() -> str:
 def _mlx_lm_keys() -> Iterator[str]:
     for key, (relation, remark) in KEYS.items():
         if (relation, remark) != ("same", ""):
-            yield f"| `{key}` | {_escape(remark)} |\n"
+            yield f"- `{key}`: {remark}\n"
 
 
 def render_page() -> str:
-    """The page: a table of the top level, then one for each section and list of sections."""
+    """The page: the keys of the top level, then those of each section and list of sections."""
     keys = list(iterate_keys(FineTuneConfig))
     parts = [HEAD, "\n## Top level\n\n", *_describe_keys(keys, "")]
     for key in keys:
@@ -140,13 +132,11 @@ def render_page() -> str:
 
 
 def _describe_keys(keys: list[Key], section: str) -> Iterator[str]:
-    """The table of a section's keys, and what holds for some of them."""
+    """A line for each key of a section, and what holds for some of them."""
     of_section = [key for key in keys if key.name.rpartition(".")[0] == section]
     rows = [key for key in of_section if key.section is None]
-    yield TABLE
     for key in rows:
-        meaning = _escape(f"{key.field.description}{_choices(key)}")
-        yield f"| `{_last(key)}` | {_default(key)} | {meaning} |\n"
+        yield f"- `{_last(key)}` ({_default(key)}): {key.field.description}{_choices(key)}\n"
     yield _list_exceptions("May differ", rows, may_differ_on_resume)
     yield _list_exceptions("No reason to train again", rows, lambda key: not key.changes_adapter)
 
@@ -169,7 +159,7 @@ def _last(key: Key) -> str:
 def _default(key: Key) -> str:
     if key.name in REQUIRED_KEYS or key.field.default is PydanticUndefined:
         return "required"
-    return f"`{_escape(json.dumps(key.field.default))}`"
+    return f"`{json.dumps(key.field.default)}`"
 
 
 def _choices(key: Key) -> str:
@@ -179,10 +169,6 @@ def _choices(key: Key) -> str:
             choices = ", ".join(f"`{choice}`" for choice in get_args(part))
             return f" (one of {choices})"
     return ""
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

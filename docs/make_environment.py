@@ -22,10 +22,10 @@ PAGE = ROOT / "docs" / "environment.md"
 HEAD = """\
 # Environment variables
 
-Written by `make docs`; do not edit it by hand. Nothing here has to be set to train. On a server,
-`/etc/nested-tune/settings.env` is the place ([Nightly on Prefect](../deployments/README.md)).
+Written by `make docs`; do not edit it by hand. Nothing here has to be set to train. Defaults are in
+brackets. On a server, `/etc/nested-tune/settings.env` is the place
+([Nightly on Prefect](../deployments/README.md)).
 """
-TABLE = "| variable | default | what it does |\n|---|---|---|\n"
 # By section: what is there without it, and what it does.
 VARIABLES = {
     "To set": {
@@ -179,13 +179,14 @@ def find_problems(found: dict[str, list[str]]) -> Iterator[str]:
 
 
 def render_page() -> str:
-    """The page: a table for each section."""
+    """The page: a list for each section."""
     shipped = dict(_SETTING.findall((ROOT / "deployments" / "settings.env").read_text("utf-8")))
     parts = [HEAD]
     for section, variables in VARIABLES.items():
-        parts += [f"\n## {section}\n\n", TABLE]
+        parts.append(f"\n## {section}\n\n")
         for name, (default, meaning) in variables.items():
-            parts.append(f"| `{name}` | {_value(default, shipped.get(name))} | {meaning} |\n")
+            value = _value(default, shipped.get(name))
+            parts.append(f"- `{name}`{f' ({value})' if value else ''}: {meaning}\n")
     return "".join(parts)
 
 

@@ -39,9 +39,9 @@ LEFT, TOP, ROW, COLUMN = 330, 66, 18, 150  # pixels of the picture
 GUIDE = """# Silent failures
 
 This page is for anyone who trains adapters, with any tool. A fine-tuning can fail in ways that no
-error and no loss tells of. Each failure below is from a public report. The picture shows which of
-the first thirty-five a tool notices: [what was run, and what counts as
-noticed](../benchmarks/silent_failures/README.md).
+error and no loss tells of. Each one below is from a public report: why it happens, how to see it,
+what to do. The picture shows which of the first thirty-five a tool notices
+([what was run](../benchmarks/silent_failures/README.md)).
 
 ![A line for each failure, a column for each tool, coloured by when it was
 noticed](images/{picture})
@@ -141,13 +141,11 @@ def explain_missing(failures: Mapping[str, Failure], name: str, rows: Rows) -> l
 
 
 def describe(failure: Failure) -> str:
-    """The heading of a failure, its three lines and the report."""
+    """The heading of a failure; why it happens, how to see it, what to do, and the report."""
     heading = failure.kind[0].upper() + failure.kind[1:]
     return (
         f"### {heading.replace('`', '')}\n\n"
-        f"- Why: {failure.happens}\n"
-        f"- See: {failure.see}\n"
-        f"- Do: {failure.cure} ({failure.report})\n"
+        f"{failure.happens} **See:** {failure.see} **Do:** {failure.cure} ({failure.report})\n"
     )
 
 
