@@ -60,9 +60,8 @@ class FinetuneResult:
     verdict: the gate's verdict, as in gate.json.
     training: what training ended with, as in result.json.
     test_loss: the mean loss on test.jsonl in nats/token; None unless `test` is set.
-    version: the version in the registry; None without a registry, or if nothing was registered.
-    kept_champion: the champion that the new adapter follows and is not better than, so that nothing
-        was registered; None otherwise.
+    version: the version in the registry; None if nothing was registered.
+    kept_champion: the champion, if the new adapter is not better, so that nothing was registered.
     decision: what was decided about the version; None without a registry.
     must_be_better: whether run or registry promote only what is better than the champion.
     """
