@@ -126,13 +126,9 @@ def finetune(
         notebook, unless `progress` is false.
     resume: continue a run that was stopped, or judge a finished one again.
 
-    If the policy of the registry's name is stricter than `config`, it counts, and `hooks` get a
-    message about it. What could fail at the end of a run is checked before the run directory is
-    created. The run directory is locked meanwhile.
-
-    Raises what the steps raise: ConfigError, DatasetError, TrainingStopped, TrainingDiverged,
-    GateRejected, DamagedError. Each leaves a run directory that can be resumed or is complete, with
-    its report.html.
+    If the policy of the registry's name is stricter than `config`, it counts. Raises ConfigError,
+    DatasetError, TrainingStopped, TrainingDiverged, GateRejected or DamagedError. Each leaves a run
+    directory that can be resumed or is complete, with its report.html.
     """
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()
