@@ -63,20 +63,10 @@ def print_answer_tables(run: RunDirectory) -> None:
     """What rooms show of the answers to each suite."""
     from nested_core.records.run_status import Run
 
-    print_blocks(*_list_answer_tables(Run(run)))
-
-
-def print_answer_warnings(run: Run) -> None:
-    """The warnings among what rooms show of the answers of a run."""
-    for block in _list_answer_tables(run):
-        if getattr(block, "tone", "") == "warn":
-            print_progress(f"{run.name}: {block.text}")
-
-
-def _list_answer_tables(run: Run) -> Iterator[Any]:
-    for name in dict.fromkeys(answer.task for answer in run.answers):
-        given = [(a.model, a.expected, a.answer, a.score) for a in run.answers if a.task == name]
-        yield from seams.collect("answer_tables", name, given)
+    read = Run(run)
+    for name in dict.fromkeys(answer.task for answer in read.answers):
+        given = [(a.model, a.expected, a.answer, a.score) for a in read.answers if a.task == name]
+        print_blocks(*seams.collect("answer_tables", name, given))
 
 
 def print_tiers(verdict: Verdict) -> None:
