@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flows.terminal.console import print_blocks, print_line, print_progress
+from flows.terminal.console import print_blocks, print_line
 from nested_core import seams
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
@@ -13,7 +13,6 @@ from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.records.answers import BrokenHow, SampleAnswers
-    from nested_core.records.run_status import Run
     from nested_core.records.verdict import Verdict
 
 LONGEST_TEXT = 300

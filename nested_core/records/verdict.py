@@ -19,6 +19,7 @@ from nested_core.errors import join_first_values, shorten
 from nested_core.records.answers import BROKEN_WORDS
 from nested_core.records.loss_conclusion import (
     MIN_EXAMPLES,
+    TOO_FEW_TO_TELL,
     Conclusion,
     describe_inconclusive,
     describe_smallest_visible,
@@ -172,6 +173,8 @@ class ComparedLoss:
         """
         if self.conclusion is None or self.difference is None:
             return None
+        if self.conclusion == "worse" and self.interval is None:
+            return f"worse by its mean; {TOO_FEW_TO_TELL}"
         if self.conclusion != "inconclusive":
             return self.conclusion.replace("_", " ")
         return describe_inconclusive(
@@ -505,7 +508,7 @@ class TaskResult:
         return f"{round(share * self.questions, 2):g}"
 
     def describe_right(self) -> str:
-        """Describe the score beside what it has to be above: `14 of 20 right (one fixed answer: 3)`.
+        """Describe the score and what it has to beat: `14 of 20 right (one fixed answer: 3)`.
 
         A base that is not below it is named too.
         """

@@ -25,7 +25,7 @@ from nested_core.records.verdict import (
     describe_examples,
 )
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.document import Block, Cell, Table, Text
+from nested_core.text.document import Cell, Table, Text
 from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")

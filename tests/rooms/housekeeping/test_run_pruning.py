@@ -385,6 +385,6 @@ def test_the_list_says_the_adapter_the_outcome_and_the_minutes(tmp_path: Path) -
     _, adapter, outcome, *_, minutes = rows[kept.path.name]
     assert (adapter, outcome, minutes) == (
         NAME,
-        "Kept the champion: passed, better loss; no questions asked",
+        "Kept the champion: passed, better; 2 of 3 right",
         "0.0",
     )
