@@ -782,9 +782,8 @@ class Verdict:
 
     def _describe_right_answers(self, tasks: Sequence[TaskResult]) -> str:
         """Describe the scores of these suites, with their names where there are several suites."""
-        names = [f"{task.name}: " if len(self.tasks) > 1 else "" for task in tasks]
-        pairs = zip(names, tasks, strict=True)
-        return ", ".join(f"{name}{task.describe_right()}" for name, task in pairs)
+        prefix = "{0.name}: " if len(self.tasks) > 1 else ""
+        return ", ".join(prefix.format(task) + task.describe_right() for task in tasks)
 
     @property
     def tone(self) -> Tone:

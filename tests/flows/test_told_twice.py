@@ -222,7 +222,7 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     assert f"The adapter of step {step} is the one that was evaluated." in plain["report"]
     assert "Validation losses are of valid.jsonl, 5 examples." in plain["report"]
     assert result.training is not None
-    assert (result.training.adapter_step, result.verdict.adapter_step) == (step, step)
+    assert (result.training.adapter_step, verdict.adapter_step) == (step, step)
     assert result.training.best_val_loss == told.offered[1]
     assert result.training.val_loss == told.last[1]
     drawn = str(describe_curves(Run(result.run).metrics, 24, "data", "nats/token"))

@@ -148,8 +148,8 @@ def _describe_rows(suggested: SuggestedConfig) -> Iterator[str]:
         half = TWO_SIDED * USUAL_SPREAD / math.sqrt(splits[name].rows)
         yield (
             f"{judge}; where their changes spread by {USUAL_SPREAD} nats/token, they "
-            f"{loss_conclusion.describe_smallest_visible(half, 'nats/token')}. The verdict has "
-            f"theirs"
+            f"{loss_conclusion.describe_smallest_visible(half, 'nats/token')}. The verdict "
+            f"tells theirs"
         )
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from nested_core.config.sections import Score
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.errors import shorten
-from nested_core.measure.answers.scorers import Score, ScoringMethod
+from nested_core.measure.answers.scorers import ScoringMethod
 from nested_core.measure.answers.suite_answers import Suite
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.rooms.tables.dataset_split import SPLIT_SEED, RowTexts, TooManyQuestions
