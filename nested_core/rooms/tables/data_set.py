@@ -93,11 +93,10 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         told += drawn.describe()
     told += _list_unused(source, request.columns)
     eval_set = None
-    if request.makes_chats and request.split.questions != 0:
-        rows = parts.get("test") or parts.get("valid") or []
-        eval_set = draw_eval_set(
-            parts["train"], rows, request.split.questions, request.count_tokens
-        )
+    count = request.split.questions
+    if request.makes_chats and count != 0:
+        held_out = parts.get("test") or parts.get("valid") or []
+        eval_set = draw_eval_set(parts["train"], held_out, count, request.count_tokens)
         told += [] if eval_set is None else [eval_set.describe()]
     with new_directory(target) as folder:
         for name, lines in (parts | ({"suite": eval_set.lines} if eval_set else {})).items():

@@ -60,10 +60,9 @@ class EvalSet:
 
     def describe(self) -> str:
         """How many questions there are, how they are scored, and the baseline."""
-        questions = format_count(len(self.lines), "held-out question")
+        told = f"{format_count(len(self.lines), 'held-out question')} (--suite N, 0 for none)"
         score = f"score {self.score}, answers of at most {self.max_tokens} tokens"
-        told = f"{questions} (--suite chooses how many, 0 for none); {score}"
-        return f"eval set: {told}; {self.describe_baseline()}{self.left_out}"
+        return f"eval set: {told}; {score}; {self.describe_baseline()}{self.left_out}"
 
     def describe_baseline(self) -> str:
         """What answering the same to every question would score at best."""
