@@ -100,9 +100,6 @@ class LoadedBase:
     ) -> ExamplePredictions:
         """Compute the losses of several adapters on a split, and how far their predictions differ.
 
-        Returns sums over each example's tokens: losses (adapters, examples), divergences (adapters
-        - 1, examples) and the number of tokens (examples,).
-
         adapters: each one's tensors by name; a divergence (Kullback-Leibler) is between the
             predictions of an adapter and those of the last one.
         max_batches: -1 is all batches. Examples in none of the batches get 0 everywhere.
@@ -118,26 +115,17 @@ class LoadedBase:
         for adapter in adapters:
             load_adapter_tensors(self.model, adapter)
             values.append(read_parameters(refs))
-        # Filled batch by batch; an example keeps its row of the split.
-        predictions = ExamplePredictions(
-            losses=np.zeros((len(adapters), len(split))),
-            divergences=np.zeros((len(adapters) - 1, len(split))),
-            tokens=np.zeros(len(split)),
-        )
         loss = self.config.training.loss
         if loss is None:
             comparison = PredictionComparison.of_model(self.model, refs)
         else:
             comparison = seams.load(seams.find_loss(loss).compare)(self, refs)
+        compared = (
+            (batch.rows, comparison.compare(values, make_batch_arrays(split, batch, batch_size)))
+            for batch in batches  # a short batch is filled up with rows to ignore
+        )
         with using_optimized_layers(self.model):
-            for batch in batches:
-                arrays = make_batch_arrays(split, batch, batch_size)
-                compared = comparison.compare(values, arrays)
-                count = len(batch.rows)  # a short batch is filled up with rows to ignore
-                predictions.losses[:, batch.rows] = compared.losses[:, :count]
-                predictions.divergences[:, batch.rows] = compared.divergences[:, :count]
-                predictions.tokens[batch.rows] = compared.tokens[:count]
-        return predictions
+            return ExamplePredictions.of_batches(compared, len(split))
 
     def example_loss_sums(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
@@ -311,10 +299,11 @@ def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
 
 def measure_example_losses(
     base: LoadedBase, initial: Adapter, trained: Adapter, held_out: HeldOutExamples
-) -> ExampleLosses:
+) -> tuple[ExampleLosses, ExamplePredictions]:
     """Measure the loss of each held-out example with the initial and with the trained adapter.
 
-    Also measures how far the predictions moved from the initial adapter's. With `gate.drift` it
+    Returns the losses, and the predictions that they are from, of these two adapters last. Also
+    measures how far the predictions moved from the initial adapter's. With `gate.drift` it
     measures the distance from the base's too, which takes a third pass unless training began from
     the base itself.
     """
@@ -324,7 +313,7 @@ def measure_example_losses(
     if wants_base and not base.is_unchanged_by(initial):
         adapters = [base.parameters, before, after]
     predictions = base.compare_predictions(adapters, held_out.split)
-    return held_out.make_losses(
+    losses = held_out.make_losses(
         predictions.tokens,
         base.config.training.loss,
         before=predictions.losses[-2],
@@ -332,6 +321,7 @@ def measure_example_losses(
         drift=predictions.divergences[-1],
         base_drift=predictions.divergences[0] if wants_base else None,
     )
+    return losses, predictions
 
 
 def measure_test_loss(config: FineTuneConfig, run: RunDirectory, session: Session) -> float:

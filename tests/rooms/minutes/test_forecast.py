@@ -111,11 +111,13 @@ def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
 
 
 @needs_rooms("preferences")
-def test_the_gate_of_pairs_computes_them_five_times_and_the_reference(tmp_path: Path) -> None:
+def test_the_gate_of_pairs_computes_them_once_for_each_adapter_and_the_base(tmp_path: Path) -> None:
     config = write_pairs(tmp_path, "train", "valid")
     works = works_of(config, tmp_path / "run")
-    assert works["losses"].rows == 3 * 9  # with the reference
-    assert works["preference"].rows == 2 * 9 + MAX_REFERENCE_PAIRS
+    assert works["losses"].rows == 2 * 9  # the adapter that training begins from is the base
+    assert works["preference"].rows == MAX_REFERENCE_PAIRS
+    later = works_of(config.model_copy(update={"resume_adapter_file": "a"}), tmp_path / "later")
+    assert later["losses"].rows == 3 * 9
 
 
 @needs_rooms("preferences")
