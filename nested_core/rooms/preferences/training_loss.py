@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
 from nested_core.errors import DatasetError
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
@@ -74,6 +74,14 @@ class PreferenceLoss:
     def of_config(cls, config: FineTuneConfig) -> PreferenceLoss:
         """The loss that a configuration without problems names."""
         return cls(str(config.training.loss), read_settings(config))
+
+    def split(self, tokens: Int32, mask: Bool) -> list[tuple[Int32, range]]:
+        """Of both answers of a pair, tokens and the places of the answer's among them.
+
+        tokens, mask: a whole example, and whether each of its tokens is a target.
+        """
+        pair = read_pair(tokens, mask[1:]) or ()
+        return [(one.tokens, range(one.prompt, len(one.tokens))) for one in pair]
 
     def of_pairs(self, likelihoods: Array, reference: Array, tokens: Array) -> Array:
         """The loss of each pair, (pairs,); 0 for a row without one. MLX's arrays or NumPy's.
