@@ -114,22 +114,27 @@ def _select_judging_answers(
     """Yield the answers that count for the verdict.
 
     `training.select_by` may name a suite. Some of its questions were then asked during training, to
-    select the step with the most right answers. These questions, and others with the same prompt,
-    do not count. A small suite has no further questions: then all of them count, and `chosen_among`
-    of the candidate's answers is the number of steps that they selected from, by which the
-    confidence interval is corrected. All answers to the other suites count.
+    select the step with the most right answers. These questions, and others with the same prompt in
+    any suite, do not count. A suite that has no further questions counts them all, and
+    `chosen_among` of the candidate's answers is the number of steps that they selected from, by
+    which the confidence interval is corrected.
     """
     selecting = next((s for s in suites if s.name == config.training.select_by), None)
     if selecting is None:
         yield from records
         return
-    asked_lines = lines_that_chose(selecting.without_copies)  # empty for a small suite
-    steps = 1 if asked_lines else read_candidates(run.validation_losses).count
+    lines = lines_that_chose(selecting.without_copies)  # empty for a small suite
+    asked = {fold_prompt(q) for q in selecting.questions if q.line in lines or not lines}
+    steps = read_candidates(run.validation_losses).count
+    chose = {
+        suite.name: {q.line for q in suite.questions if fold_prompt(q) in asked} for suite in suites
+    }
+    all_chose = {suite.name for suite in suites if len(chose[suite.name]) == len(suite.questions)}
     for record in records:
-        if record.task != selecting.name:
-            yield record
-        elif (record.same_prompt_as or record.line) not in asked_lines:
-            yield replace(record, chosen_among=steps if record.model == "candidate" else 1)
+        if record.task not in all_chose and record.line in chose[record.task]:
+            continue
+        is_chosen = record.task in all_chose and record.model == "candidate"
+        yield replace(record, chosen_among=steps) if is_chosen else record
 
 
 def _asked_models(
