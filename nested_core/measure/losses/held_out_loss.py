@@ -261,7 +261,6 @@ def read_held_out_examples(
     """
     choice = config.gate.held_out
     settings = DataSettings.from_config(config)
-    held_out: HeldOutExamples | None
     if choice in SPLITS_BY_HELD_OUT_CHOICE:
         held_out = choose_held_out_examples(splits, choice)
     else:
