@@ -50,8 +50,7 @@ class RunToJudge:
 
         A room's loss may compare each with the base, which it computes unless it is among them.
         """
-        computes_base = self.config.training.loss is not None and not is_base_among
-        return rows * (adapters + computes_base)
+        return rows * (adapters + (self.config.training.loss is not None and not is_base_among))
 
     @cached_property
     def held_out_rows(self) -> int:

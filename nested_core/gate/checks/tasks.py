@@ -126,15 +126,13 @@ def _select_judging_answers(
     lines = lines_that_chose(selecting.without_copies)  # empty for a small suite
     asked = {fold_prompt(q) for q in selecting.questions if q.line in lines or not lines}
     steps = read_candidates(run.validation_losses).count
-    chose = {
-        suite.name: {q.line for q in suite.questions if fold_prompt(q) in asked} for suite in suites
-    }
-    all_chose = {suite.name for suite in suites if len(chose[suite.name]) == len(suite.questions)}
+    chose = {(s.name, q.line) for s in suites for q in s.questions if fold_prompt(q) in asked}
+    all_chose = {s.name for s in suites if all((s.name, q.line) in chose for q in s.questions)}
     for record in records:
-        if record.task not in all_chose and record.line in chose[record.task]:
-            continue
-        is_chosen = record.task in all_chose and record.model == "candidate"
-        yield replace(record, chosen_among=steps) if is_chosen else record
+        if record.task in all_chose:
+            yield replace(record, chosen_among=steps if record.model == "candidate" else 1)
+        elif (record.task, record.line) not in chose:
+            yield record
 
 
 def _asked_models(

@@ -77,14 +77,14 @@ class LoadedBase:
         return cls(config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer)
 
     def is_unchanged_by(self, adapter: Adapter) -> bool:
-        """Whether an adapter has no effect: every lora_b is zero, or all weights are the base's."""
-        arrays = adapter.to_mlx()
-        factors = [array for name, array in arrays.items() if name.endswith("lora_b")]
-        if factors:
-            return not any(mx.any(factor).item() for factor in factors)
+        """Whether an adapter has no effect: its weights are those of a fresh one, but for lora_a.
+
+        Every lora_b is then zero, so that lora_a has no effect.
+        """
         return all(
             mx.array_equal(array, self.parameters[name].astype(array.dtype)).item()
-            for name, array in arrays.items()
+            for name, array in adapter.to_mlx().items()
+            if not name.endswith("lora_a")
         )
 
     def as_plain(self) -> LoadedBase:
