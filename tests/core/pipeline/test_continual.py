@@ -211,7 +211,7 @@ def test_a_run_from_the_base_is_no_repetition_of_a_champion_that_went_on(
 ) -> None:
     nights = shutil.copytree(folder, tmp_path / "nights", symlinks=True)
     write_data(nights / "week", slice(0, 30))  # with all rows of the nights before
-    length = {"training": {"epochs": 1}, "gate": {"max_val_loss_increase": 10.0}}
+    length: dict[str, Any] = {"training": {"epochs": 1}, "gate": {"max_val_loss_increase": 10.0}}
     rebuild = {"from": "champion", "policy": "rebuild"}
     _, champion = generation(nights, "week", **length)
     assert unchanged(nights, tmp_path / "same", "week", **length) == champion
