@@ -206,7 +206,8 @@ def _add_constants(
     """
     for result, suite in zip(results, suites, strict=True):
         lines = {answer.line for answer in answers if answer.task == suite.name}
-        yield replace(result, constant=suite.score_best_constant(lines))
+        best = suite.find_best_constant(lines)
+        yield replace(result, constant=best and best[1])
 
 
 def _find_worse_answers(judged: CheckedRun) -> list[Reason]:

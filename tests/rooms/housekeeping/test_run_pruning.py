@@ -394,4 +394,8 @@ def test_the_list_says_the_adapter_the_outcome_and_the_minutes(tmp_path: Path) -
     assert rows[rejected.path.name][2] == "Rejected: worse"
     assert rows[refused.path.name][2] == "Failed: data"
     _, adapter, outcome, *_, minutes = rows[kept.path.name]
-    assert (adapter, outcome, minutes) == (NAME, "Kept the champion: passed, better", "0.0")
+    assert (adapter, outcome, minutes) == (
+        NAME,
+        "Kept the champion: passed, better; 2 of 3 right",
+        "0.0",
+    )
