@@ -59,7 +59,7 @@ COMMANDS = {
     "0.5B, 300 iterations: median": "0.5B, 300 iterations",
     "3B, 100 iterations: median": "3B, 100 iterations",
     "3B, 1,000 iterations, host C": "3B, 1,000 iterations",
-    "the same on host D, four processes": "0.5B, first run, kernels compiled",
+    "first run, 0.5B, 300 iterations, host D": "0.5B, first run, kernels compiled",
 }
 # What each step of a run writes, and what is checked there; the letters are those of the page.
 STEPS = (
