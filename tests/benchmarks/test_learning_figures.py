@@ -287,7 +287,7 @@ def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
         r"sample was better, by (\S+) points": [
             final_average("auto", "intents") - final_average("auto-go", "intents")
         ],
-        r"told apart on the intents \((\S+) and (\S+) %\) and better on `four` \((\S+) and (\S+) %\)": [
+        r"apart on the intents \((\S+) and (\S+) %\) and better on `four` \((\S+) and (\S+) %\)": [
             final_average(f"go-{share}-50", stream)
             for stream in ("intents", "four")
             for share in (100, 30)
