@@ -106,8 +106,8 @@ def render_study() -> str:
         *(describe_tool(name, rows) for name, rows in tools.items()),
         f"\n![By failure, tool and time](../../docs/images/{PICTURE.name})\n",
         *(["nested-tune misses:\n", *missed, ""] if missed else []),
-        f"Of training on preferences nested-tune alone was run, with `samples: warn`: {preferences}.",
-        "Two plants break its own code.",
+        "Of training on preferences nested-tune alone was run, with `samples: warn`, and noticed",
+        f"{preferences}. Two plants break its own code.",
     ]
     return "\n".join(parts) + "\n"
 
