@@ -262,7 +262,7 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
     of_k = [value for arm in LIKE_K for value in seconds[arm]]
     count: Callable[[Any], int] = sum
     expected: dict[str, list[float]] = {
-        r"in general: (\S+) points\*\* \((\S+) to (\S+) on these tasks, (\S+) to (\S+) over": [
+        r"s word: (\S+) points\*\* \((\S+) to (\S+) on these tasks, (\S+) to (\S+) over": [
             *here("c", "c-unclipped")[0],
             *over_tasks("c", "c-unclipped")[1:],
         ],
