@@ -260,8 +260,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/rooms/export/judgement.py",
-        "    if reading.chat_template != chat_template:",
-        "    if reading.chat_template is None != chat_template:",
+        "    if reading.chat_template != adapter.chat_template:",
+        "    if reading.chat_template is None != adapter.chat_template:",
         "a check skipped",
     ),
     Fault(

@@ -87,6 +87,7 @@ def using_quicker_blas_threads(model: Any) -> Iterator[None]:
     """Within the block, OpenBLAS has the number of threads that `choose_blas_threads` chooses."""
     with in_evaluation_mode(model):
         count = choose_blas_threads(model)
+    del model  # its memory is needed within the block
     with using_blas_threads(count):
         yield
 

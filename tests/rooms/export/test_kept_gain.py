@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nested_core.rooms.export.asked import HeldOutRows
 from nested_core.rooms.export.export_record import KeptGain
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
-from nested_core.rooms.export.reference import HeldOutRows, Reference
 
 ROUNDING = 0.01
-NO_LOGITS = np.zeros((0, 0))
 
 
 def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGain:
@@ -22,16 +20,8 @@ def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGai
     adapter = random.gamma(4, 0.5, rows)
     base = adapter + gain + random.normal(0, 0.05, rows)
     held_out = HeldOutRows("valid.jsonl", ((1, 2, 3),) * rows, ((1, 2),) * rows, None)
-    reference = Reference(
-        *(Path(), None, (), (), (), (), NO_LOGITS, NO_LOGITS),
-        rows=held_out,
-        base_losses=base,
-        adapter_losses=adapter,
-        suites=(),
-        answers={},
-    )
     exported = adapter + lost + random.normal(0, ROUNDING, rows)
-    return measure_kept_gain(reference, held_out, exported, MIN_KEPT_GAIN)
+    return measure_kept_gain(held_out, (base, adapter, exported), MIN_KEPT_GAIN)
 
 
 @pytest.mark.parametrize("gain", [-0.2, 0.0, 0.02, 0.1, 2.0])

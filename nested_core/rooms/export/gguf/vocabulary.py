@@ -11,7 +11,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from nested_core.errors import ConfigError
 
@@ -125,7 +137,7 @@ class Vocabulary:
         is_sentencepiece = {"gpt2": False, "llama": True}[own("model")]
         pre = None if is_sentencepiece else str(own("pre"))
         if pre is not None:
-            pre_tokenizer_of(pre)
+            make_pre_tokenizer(pre)  # ValueError for rules that are not known here
         keys = ("bos", "eos", "eot", "unknown", "padding")
         merges = (merge.split(" ") for merge in own("merges", ()))
         return cls(
@@ -141,95 +153,61 @@ class Vocabulary:
             chat_template=metadata.get("tokenizer.chat_template"),
         )
 
-    def tokenizer_json(self) -> dict[str, Any]:
-        """tokenizer.json of a tokenizer that encodes as llama.cpp does with this vocabulary."""
-        added = [
-            {
-                "id": number,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": kind != USER_DEFINED,
-            }
-            for number, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in (CONTROL, USER_DEFINED, UNKNOWN)
-        ]
-        kept = {
-            text: number
-            for number, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind != UNUSED
-        }
-        merges = self.merges or _merges_of_scores(kept, self.scores)
-        space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        in_front = {"type": "Prepend", "prepend": SPACE}
+    def list_ends(self) -> list[int]:
+        """List the tokens at which an answer ends."""
+        return [self.special[key] for key in ("eos", "eot") if key in self.special]
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the files of a tokenizer that encodes as llama.cpp does with this vocabulary."""
+        from transformers import PreTrainedTokenizerFast
+
+        keys = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
+        keys["padding"] = "pad_token"
+        special = {keys[key]: self.tokens[id_] for key, id_ in self.special.items() if key in keys}
+        saved = PreTrainedTokenizerFast(tokenizer_object=self._make_tokenizer(), **special)
+        saved.chat_template = self.chat_template
+        saved.save_pretrained(folder)
+
+    def _make_tokenizer(self) -> Tokenizer:
+        typed = list(zip(self.tokens, self.types, strict=True))
+        kept = {text: number for number, (text, kind) in enumerate(typed) if kind != UNUSED}
         unknown = self.special.get("unknown")
-        return {
-            "version": "1.0",
-            "added_tokens": added,
-            "normalizer": None
-            if self.pre
-            else {
-                "type": "Sequence",
-                "normalizers": [in_front, space] if self.adds_space else [space],
-            },
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizer_of(self.pre)}
-            if self.pre
-            else None,
-            "post_processor": self._post_processor(),
-            "decoder": self._decoder(),
-            "model": {
-                "type": "BPE",
-                "unk_token": None if unknown is None else self.tokens[unknown],
-                "fuse_unk": self.pre is None,
-                "byte_fallback": self.pre is None,
-                "ignore_merges": self.pre == "llama-bpe",
-                "vocab": kept,
-                "merges": [list(pair) for pair in merges],
-            },
-        }
-
-    def tokenizer_config(self) -> dict[str, Any]:
-        """tokenizer_config.json beside it."""
-        names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
-        named = names | {"padding": "pad_token"}
-        config = {named[key]: self.tokens[id_] for key, id_ in self.special.items() if key in named}
-        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
-        plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        return plain | {"clean_up_tokenization_spaces": False} | config | template
-
-    def _post_processor(self) -> dict[str, Any] | None:
-        if not self.adds_bos and not self.adds_eos:
-            return None
-        ends = [key for key, adds in (("bos", self.adds_bos), ("eos", self.adds_eos)) if adds]
-        texts = {key: self.tokens[self.special[key]] for key in ends}
-        parts: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
-        if self.adds_bos:
-            parts.insert(0, {"SpecialToken": {"id": texts["bos"], "type_id": 0}})
-        if self.adds_eos:
-            parts.append({"SpecialToken": {"id": texts["eos"], "type_id": 0}})
-        special = {
-            text: {"id": text, "ids": [self.special[key]], "tokens": [text]}
-            for key, text in texts.items()
-        }
-        pair = [*parts, {"Sequence": {"id": "B", "type_id": 1}}]
-        return {
-            "type": "TemplateProcessing",
-            "single": parts,
-            "pair": pair,
-            "special_tokens": special,
-        }
-
-    def _decoder(self) -> dict[str, Any]:
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab=kept,
+                merges=list(self.merges or _merges_of_scores(kept, self.scores)),
+                unk_token=None if unknown is None else self.tokens[unknown],
+                fuse_unk=self.pre is None,
+                byte_fallback=self.pre is None,
+                ignore_merges=self.pre == "llama-bpe",
+            )
+        )
         if self.pre:
-            byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-            return {"type": "ByteLevel"} | byte_level
-        spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-        steps: list[dict[str, Any]] = [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]
-        if self.adds_space:
-            steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        return {"type": "Sequence", "decoders": steps}
+            tokenizer.pre_tokenizer = make_pre_tokenizer(self.pre)
+            tokenizer.decoder = decoders.ByteLevel()
+        else:
+            in_front = [normalizers.Prepend(SPACE)] if self.adds_space else []
+            tokenizer.normalizer = normalizers.Sequence(
+                [*in_front, normalizers.Replace(" ", SPACE)]
+            )
+            strip = [decoders.Strip(" ", 1, 0)] if self.adds_space else []
+            steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+            tokenizer.decoder = decoders.Sequence([*steps, *strip])
+        for kinds, add in (
+            ((CONTROL, UNKNOWN), tokenizer.add_special_tokens),
+            ((USER_DEFINED,), tokenizer.add_tokens),
+        ):
+            add([AddedToken(text, normalized=False) for text, kind in typed if kind in kinds])
+        bos = [self.special["bos"]] if self.adds_bos else []
+        eos = [self.special["eos"]] if self.adds_eos else []
+        if bos or eos:
+            parts = [*(self.tokens[id_] for id_ in bos), "$A", *(self.tokens[id_] for id_ in eos)]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=parts,
+                pair=[*parts, "$B:1"],
+                special_tokens=[(self.tokens[id_], id_) for id_ in (*bos, *eos)],
+            )
+        return tokenizer
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -250,7 +228,7 @@ def read_chat_template(tokenizer: Any) -> str | None:
 
 
 def find_pre_tokenizer(described: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the rules by which a byte-level tokenizer splits a text.
+    """Find llama.cpp's name of the rules by which a byte-level tokenizer splits a text.
 
     Raises ConfigError for rules that it has no name for.
     """
@@ -259,31 +237,27 @@ def find_pre_tokenizer(described: Mapping[str, Any]) -> str:
         raise _unsupported(f"its normalizer is {normalizer}")
     given = _reduce_steps(described.get("pre_tokenizer") or {})
     for name in ("gpt-2", "smollm", *SPLIT_PATTERNS):
-        if given == _reduce_steps({"type": "Sequence", "pretokenizers": pre_tokenizer_of(name)}):
+        if given == _reduce_steps(json.loads(make_pre_tokenizer(name).__getstate__())):
             return name
     raise _unsupported(f"its rules to split a text are {json.dumps(given):.300}")
 
 
-def pre_tokenizer_of(name: str) -> list[dict[str, Any]]:
-    """The steps of the `tokenizers` library for a name of llama.cpp's; ValueError without any."""
-    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+def make_pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    """Make what splits a text by the rules of a name of llama.cpp's; ValueError without any."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if name == "gpt-2":
-        return [plain | {"use_regex": True}]
+        return byte_level
     if name == "smollm":
-        return [{"type": "Digits", "individual_digits": True}, plain | {"use_regex": True}]
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     if name not in SPLIT_PATTERNS:
         raise ValueError(f"tokenizer.ggml.pre is {name:.40}")
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": SPLIT_PATTERNS[name]},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return [split, plain | {"use_regex": False}]
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERNS[name]), "isolated")
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, plain])
 
 
 def _reduce_steps(pre_tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, without what changes no token."""
+    """Return the steps of a pre-tokenizer, without what changes no token."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     return [{key: step[key] for key in step if key != "trim_offsets"} for step in steps]
 
