@@ -15,7 +15,6 @@ from nested_core.measure.answers.suite_answers import EncodedSuite
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
-from nested_core.storage.canary_file import Canary
 
 TEXTS = 200
 COMPARED_ROWS = 16  # held-out rows whose logits are compared
@@ -106,21 +105,16 @@ class Asked:
         tokenizer: Any,
         rows: HeldOutRows | None,
         suites: tuple[EncodedSuite, ...] = (),
-        canary: Canary | None = None,
     ) -> Asked:
-        """Choose texts and prompts: those of the canary and the beginnings of held-out rows."""
-        prompts: list[tuple[int, ...]] = []
-        if canary is not None:
-            prompts += [*canary.logits.prompts, *(asked.prompt for asked in canary.questions)]
-        if rows is not None:
-            pairs = list(zip(rows.tokens, rows.targets, strict=True))[:COMPARED_ROWS]
-            prompts += [tokens[: places[len(places) // 2]] for tokens, places in pairs]
+        """Choose texts, and the beginnings of held-out rows as prompts."""
+        pairs = [] if rows is None else zip(rows.tokens, rows.targets, strict=True)
+        prompts = tuple(tokens[: places[len(places) // 2]] for tokens, places in pairs)
         size = len(tokenizer)
         return cls(
             base,
             tokenizer,
             texts=_choose_texts(tokenizer, () if rows is None else rows.tokens),
-            prompts=tuple(prompts) or tuple(map(tuple, PROMPTS_WITHOUT_DATA)),
+            prompts=prompts[:COMPARED_ROWS] or tuple(map(tuple, PROMPTS_WITHOUT_DATA)),
             columns=tuple(range(0, size, max(1, size // MAX_COLUMNS)))[:MAX_COLUMNS],
             rows=rows,
             suites=suites,

@@ -51,7 +51,6 @@ from nested_core.rooms.export.export_record import (
     Quantized,
     WeightFormat,
     card_place,
-    digest_template,
     record_place,
     write_export_record,
 )
@@ -65,12 +64,11 @@ from nested_core.rooms.export.gguf import Quantization, unpack_gguf, write_gguf
 from nested_core.rooms.export.judgement import judge_reading
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
-from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from nested_core.storage.checkpoint_verification import checkpoint_step
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_absent_or_empty, require_output_file
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import file_type, read_regular, regular_sha256
+from nested_core.storage.untrusted_files import file_type, regular_sha256
 
 NOT_RUN = "tensors and metadata checked, not run in llama.cpp"
 REJECTED = "rejected"
@@ -106,10 +104,6 @@ class Export:
         record = {} if self.record is None else self.record.to_json()
         return {"path": str(self.path), "notes": list(self.notes)} | record
 
-    def __repr__(self) -> str:
-        said = "" if self.record is None else f": {self.record.describe()}"
-        return f"Export({self.path}{said})"
-
 
 @dataclass(frozen=True)
 class _Written:
@@ -133,7 +127,6 @@ class _Source:
     base: Path
     config: FineTuneConfig
     is_config_known: bool
-    canary: Canary | None
     step: int | None
 
 
@@ -276,9 +269,7 @@ def _read_source(
     tasks = tuple(task for task in tasks if task.name not in sampled)
     changes = {"model": model.model, "gate": config.gate.model_copy(update={"tasks": tasks})}
     config = config.model_copy(update=changes)
-    canary = (folder if run is None else run.path) / CANARY_NAME
-    recorded = parse_canary(read_regular(canary), canary) if canary.is_file() else None
-    return _Source(model, adapter, base, config, is_known, recorded, step), notes
+    return _Source(model, adapter, base, config, is_known, step), notes
 
 
 def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None, str | None]:
@@ -342,7 +333,7 @@ def _choose_questions(
             f"the kept gain was not measured, as the run's data cannot be read: "
             f"{shorten(error, 200)}; --data FILE names other held-out rows"
         )
-    return Asked.choose(source.base, tokenizer, rows, suites, source.canary)
+    return Asked.choose(source.base, tokenizer, rows, suites)
 
 
 def _write_folder(
@@ -404,7 +395,7 @@ def _judge(
         base=source.model.model,
         base_fingerprint=fingerprint_base_model(source.base),
         tokenizer=written.tokenizer,
-        chat_template=None if template is None else digest_template(template),
+        chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         reader=reading.reader,
         texts=len(asked.texts),
         logits=findings.logits,

@@ -93,11 +93,11 @@ def test_a_folder_keeps_the_gain(family, trained, tmp_path) -> None:
     assert record == read_export_record(done.path)
     assert record.stands
     assert record.gain is not None
-    assert record.gain.low is not None
-    assert record.gain.low > 0.98
+    assert record.gain.share is not None
+    assert record.gain.share > 0.98
     assert record.gain.base - record.gain.adapter > 0.5
     assert record.weights == "bfloat16"
-    assert f"loss {record.gain.exported:.4g} (adapter " in repr(done)
+    assert f"loss {record.gain.exported:.4g} (adapter " in record.describe()
     assert done.upload_command == f"hf upload USER/NAME {tmp_path / 'fused'}"
     assert "# fused" in (done.path / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]
@@ -137,8 +137,8 @@ def test_a_gguf_keeps_the_gain(family, quantize, trained, tmp_path) -> None:
     assert record is not None
     assert record == read_export_record(file)
     assert record.gain is not None
-    assert record.gain.low is not None
-    assert record.gain.low >= record.gain.needed == 0.95
+    assert record.gain.share is not None
+    assert record.gain.share >= record.gain.needed == 0.95
     assert record.files == {"model.gguf": hashlib.sha256(file.read_bytes()).hexdigest()}
     assert (NOT_RUN in record.notes) is (not has_llama_cpp())
     assert record.reader.startswith("llama.cpp" if has_llama_cpp() else "mlx_lm")
@@ -184,7 +184,7 @@ def test_a_change_that_is_lost_in_4_bits_is_refused_and_kept_when_dequantized(
     kept = export(adapter, fused=tmp_path / "v1.1", dequantize=True, data=rows).record
     assert kept is not None
     assert kept.gain is not None
-    assert (kept.gain.low or 0) > 0.98
+    assert (kept.gain.share or 0) > 0.98
 
 
 @pytest.mark.slow("exports a whole model")
@@ -193,7 +193,7 @@ def test_without_rows_the_logits_decide_and_the_export_says_so(trained, tmp_path
     assert done.record is not None
     assert done.record.gain is None
     assert any("--data FILE" in note for note in done.notes)
-    assert "logits within" in repr(done)
+    assert "logits within" in done.record.describe()
 
 
 def test_what_does_not_stand_lies_under_another_name(trained, tmp_path) -> None:
