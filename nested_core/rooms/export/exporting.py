@@ -30,7 +30,6 @@ from nested_core.errors import ConfigError, DatasetError, GateRejected, shorten
 from nested_core.gate.tensors.base_compatibility import fingerprint_reasons
 from nested_core.measure.answers.suite_answers import encode_suites, read_suites
 from nested_core.measure.losses.held_out_loss import read_held_out_examples
-from nested_core.models.adapter_formats import Conversion, load_peft_format
 from nested_core.models.base_model import (
     TrainedTokenizer,
     find_model_folder,
@@ -38,7 +37,6 @@ from nested_core.models.base_model import (
     model_compute_dtype,
     read_model_config,
 )
-from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.pipeline.named_models import NamedModel, find_model, read_training_config
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import read_result
@@ -85,14 +83,11 @@ class Export:
     """What `export` wrote.
 
     path: the folder or file.
-    record: what was measured of it, as export.json has it; None for PEFT, which is a conversion of
-        the adapter bit for bit.
-    notes: what is to be known of it.
+    record: what was measured of it, as export.json has it.
     """
 
     path: Path
-    record: ExportRecord | None
-    notes: tuple[str, ...] = ()
+    record: ExportRecord
 
     @property
     def upload_command(self) -> str:
@@ -101,8 +96,7 @@ class Export:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `export --json` prints them."""
-        record = {} if self.record is None else self.record.to_json()
-        return {"path": str(self.path), "notes": list(self.notes)} | record
+        return {"path": str(self.path)} | self.record.to_json()
 
 
 @dataclass(frozen=True)
@@ -135,7 +129,6 @@ def export(
     *,
     fused: str | Path | None = None,
     gguf: str | Path | None = None,
-    peft: str | Path | None = None,
     quantize: Quantization = "f16",
     dequantize: bool = False,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection] = (),
@@ -149,8 +142,7 @@ def export(
     Args:
         what: an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION or REGISTRY/NAME.
         fused: the new folder of a model that mlx_lm loads.
-        gguf: the new file that llama.cpp reads. One of `fused`, `gguf` and `peft` is given.
-        peft: the new folder of an adapter for PEFT, converted bit for bit.
+        gguf: the new file that llama.cpp reads. One of `fused` and `gguf` is given.
         quantize: the format of a GGUF's matrices, f16 or q8_0.
         dequantize: whether a quantized base is not quantized again in a folder; in a GGUF it never
             is.
@@ -165,12 +157,10 @@ def export(
     name; ConfigError for an unknown name, a place that is taken, and a family or tokenizer that
     GGUF is not written of; DamagedError for damaged files.
     """
-    places = [place for place in (fused, gguf, peft) if place is not None]
+    places = [place for place in (fused, gguf) if place is not None]
     if len(places) != 1:
-        raise ConfigError("export: give one of --fused DIR, --gguf FILE and --peft DIR.")
+        raise ConfigError("export: give one of --fused DIR and --gguf FILE.")
     target = Path(os.path.expanduser(places[0]))
-    if peft is not None:
-        return Export(target, None, convert_for_peft(what, target, registry, base_model).notes)
     if gguf is None:
         require_absent_or_empty(target, flag="--fused")
     else:
@@ -208,7 +198,7 @@ def export(
         write_bytes(card_place(draft), render_export_card(draft.name, record).encode())
         place = publish(draft, target, is_rejected=not record.stands)
     if record.stands and place == target:
-        return Export(target, record, record.notes)
+        return Export(target, record)
     if record.stands:
         raise ConfigError(
             f"{target} appeared while the export was measured, and nothing is written over. The "
@@ -220,18 +210,6 @@ def export(
         f"{target} was not kept: {record.describe()}.{problems}\nIt lies at {place} for a "
         f"look.{again if written.quantized_base == 'kept' else ''}"
     )
-
-
-def convert_for_peft(
-    what: str | Path, target: Path, registry: Path | None = None, base_model: str | None = None
-) -> Conversion:
-    """Write an adapter into a new folder for PEFT, bit for bit.
-
-    Arguments and errors are those of `export`; ConfigError too where the room peft is not there.
-    """
-    peft = load_peft_format("--peft")
-    require_absent_or_empty(target, flag="--peft")
-    return peft.export_adapter(find_named_adapter(Path(what), registry).folder, target, base_model)
 
 
 def _read_source(

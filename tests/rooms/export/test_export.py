@@ -35,7 +35,7 @@ from nested_core.rooms.export.fresh_reading import (
 )
 from nested_core.rooms.export.fusing import load_fused, write_model_folder
 from nested_core.rooms.export.gguf import unpack_gguf, write_gguf
-from nested_core.rooms.export.gguf.vocabulary import Vocabulary
+from nested_core.rooms.export.gguf.vocabulary import describe_vocabulary, digest_tokens
 from nested_core.rooms.export.judgement import judge_reading
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
@@ -190,9 +190,8 @@ def test_a_change_that_is_lost_in_4_bits_is_refused_and_kept_when_dequantized(
 @pytest.mark.slow("exports a whole model")
 def test_without_rows_the_logits_decide_and_the_export_says_so(trained, tmp_path) -> None:
     done = export(trained().adapter, fused=tmp_path / "fused")
-    assert done.record is not None
     assert done.record.gain is None
-    assert any("--data FILE" in note for note in done.notes)
+    assert any("--data FILE" in note for note in done.record.notes)
     assert "logits within" in done.record.describe()
 
 
@@ -308,7 +307,7 @@ class Measured:
     def find_problems(self, artefact: Path, weights: Any, quantized: Any = None) -> str:
         """What is said of an artefact."""
         reading = read_in_fresh_process(artefact, self.asked, dtype="float32")
-        own = Vocabulary.of_tokenizer(self.asked.tokenizer, 0).digest()
+        own = digest_tokens(describe_vocabulary(self.asked.tokenizer, 0))
         findings = judge_reading(
             self.asked,
             (*self.read, reading),

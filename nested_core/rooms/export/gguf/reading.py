@@ -18,7 +18,7 @@ from nested_core.rooms.export.gguf.families import (
     config_of,
     rename_tensors,
 )
-from nested_core.rooms.export.gguf.vocabulary import Vocabulary
+from nested_core.rooms.export.gguf.vocabulary import digest_tokens, save_tokenizer
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -65,18 +65,17 @@ def _unpack(paths: list[str]) -> str:
         )
     try:
         config = config_of(metadata, tensors)
-        vocabulary = Vocabulary.of_metadata(metadata)
         weights = rename_tensors(architecture, tensors, config)
+        save_tokenizer(metadata, folder)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{path}: its metadata is not understood here: {error}.") from error
-    config["eos_token_id"] = vocabulary.list_ends()
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    config["eos_token_id"] = [end for end in ends if end is not None]
     if any(name.endswith(".scales") for name in tensors):
         config["quantization"] = {"group_size": GROUP_SIZE, "bits": 8, "mode": "affine"}
-    folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     write_json(folder / "config.json", config)
-    vocabulary.save_tokenizer(folder)
-    return vocabulary.digest()
+    return digest_tokens(metadata)
 
 
 def _plain_value(value: Any) -> Any:

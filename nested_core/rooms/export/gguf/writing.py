@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
 from nested_core.rooms.export.gguf.families import change_layout, find_family
-from nested_core.rooms.export.gguf.vocabulary import Vocabulary
+from nested_core.rooms.export.gguf.vocabulary import describe_vocabulary, digest_tokens
 
 Quantization = Literal["f16", "q8_0"]
 Q8_0_BLOCK = 32  # weights of a row that share a scale
@@ -33,7 +33,7 @@ def write_gguf(
     from gguf.quants import quant_shape_to_byte_shape, quantize
 
     family = find_family(model)
-    vocabulary = Vocabulary.of_tokenizer(tokenizer, int(family.args.vocab_size))
+    vocabulary = describe_vocabulary(tokenizer, int(family.args.vocab_size))
     tensors = family.name_tensors(dict(tree_flatten(model.parameters())))
     formats = {
         tensor: GGMLQuantizationType[_format_of(array, quantization)]
@@ -41,7 +41,7 @@ def write_gguf(
     }
     writer = GGUFWriter(path, family.architecture)
     about = {"general.name": name, "general.file_type": FILE_TYPES[quantization]}
-    for key, value in (about | family.metadata() | vocabulary.metadata()).items():
+    for key, value in (about | family.metadata() | vocabulary).items():
         kind = GGUFValueType.get_type(value)
         writer.add_key_value(
             key, value, GGUFValueType.UINT32 if kind == GGUFValueType.INT32 else kind
@@ -61,7 +61,7 @@ def write_gguf(
             writer.write_tensor_data(quantize(values, formats[tensor]))
     finally:
         writer.close()
-    return vocabulary.digest()
+    return digest_tokens(vocabulary)
 
 
 def _format_of(array: mx.array, quantization: Quantization) -> str:
