@@ -539,7 +539,8 @@ def export_is_refused(
     targets = tuple(tuple(range(int(count))) for count in tokens)
     rows = HeldOutRows("valid.jsonl", targets, targets, None)
     exported = adapter + lost + draw_noise(random, examples, distribution, ROUNDING)
-    return measure_kept_gain(rows, (adapter + gains, adapter, exported), MIN_KEPT_GAIN).is_lost
+    sums = [-rows.counts * losses for losses in (adapter + gains, adapter, exported)]
+    return measure_kept_gain(rows, sums, MIN_KEPT_GAIN).is_lost
 
 
 def export_is_let_through(random: np.random.Generator, **planted: Any) -> bool:

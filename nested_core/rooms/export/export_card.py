@@ -31,7 +31,7 @@ def render_export_card(name: str, record: ExportRecord) -> str:
         allowed = f"at most {gain.allowed:.2g} beyond chance"
         facts["held-out rows"] = f"{gain.rows} of {Path(gain.file).name}"
         facts["gain kept there"] = None if gain.share is None else f"{gain.share:.1%}"
-        facts["nats/token lost there"] = f"{lost} ({gain.describe_interval()}), {allowed}"
+        facts[f"{gain.unit} lost there"] = f"{lost} ({gain.describe_interval()}), {allowed}"
     known = [
         (what, value) for what, value in (facts | record.packages).items() if value is not None
     ]

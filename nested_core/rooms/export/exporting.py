@@ -303,7 +303,7 @@ def _choose_questions(
         else:
             held_out = None
             notes.append("the kept gain was not measured: --data FILE names held-out rows")
-        rows = None if held_out is None else HeldOutRows.choose(held_out, config.max_seq_length)
+        rows = None if held_out is None else HeldOutRows.choose(held_out, config)
     except (ConfigError, DatasetError, OSError) as error:
         if data is not None:
             raise

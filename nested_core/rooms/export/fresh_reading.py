@@ -35,7 +35,7 @@ class Reading:
 
     tokenizer: SHA-256 of tokenizer.json as it is in use, or of a GGUF's token texts.
     ends: the tokens at which an answer ends.
-    losses: mean loss of each held-out row in nats a token.
+    likelihoods: log-likelihoods of each held-out row's targets, in nats.
     answers: to each suite, by its name; empty of a base.
     """
 
@@ -45,7 +45,7 @@ class Reading:
     ends: frozenset[int]
     token_ids: tuple[tuple[int, ...], ...]
     logits: Rows
-    losses: Vector
+    likelihoods: Vector
     answers: Mapping[str, Sequence[Answer]]
 
 
@@ -132,8 +132,7 @@ def _parse_answer(answer: dict[str, Any], asked: Asked) -> Reading:
     """Read what the process answered."""
     rows, ends = asked.rows, frozenset(answer["ends"])
     likelihoods, written = iter(answer["likelihoods"]), iter(answer["answers"])
-    counts = np.array([]) if rows is None else rows.counts
-    losses = np.array([-next(likelihoods) for _ in counts]) / counts
+    of_rows = [next(likelihoods) for _ in (() if rows is None else rows.tokens)]
     answers: dict[str, list[Answer]] = {}
     for suite in asked.suites:
         own = answers.setdefault(suite.suite.name, [])
@@ -153,6 +152,6 @@ def _parse_answer(answer: dict[str, Any], asked: Asked) -> Reading:
         ends=ends,
         token_ids=tuple(map(tuple, answer["token_ids"])),
         logits=np.array(answer["logits"], np.float64),
-        losses=losses,
+        likelihoods=np.array(of_rows),
         answers=answers,
     )

@@ -5,7 +5,7 @@ The bounds are those of right exports with room, measured by benchmarks/export_b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,7 +77,7 @@ def judge_reading(
         if quantized_base == "kept":
             needed, margin = MIN_KEPT_GAIN_QUANTIZED, MAX_LOST_NATS_QUANTIZED
         gain = measure_kept_gain(
-            asked.rows, (base.losses, adapter.losses, reading.losses), needed, margin
+            asked.rows, [read.likelihoods for read in readings], needed, margin
         )
         problems += _find_lost_gain(gain)
     suites = tuple(_count_right_answers(asked, adapter, reading))
@@ -130,7 +130,7 @@ def _find_wrong_logits(logits: LogitComparison) -> Iterator[str]:
 
 def measure_kept_gain(
     rows: HeldOutRows,
-    losses: tuple[Vector, Vector, Vector],
+    likelihoods: Sequence[Vector],
     needed: float,
     margin: float = MIN_MARGIN,
 ) -> KeptGain:
@@ -138,11 +138,11 @@ def measure_kept_gain(
 
     Args:
         rows: the rows.
-        losses: of base, adapter and artefact, a token of a row.
+        likelihoods: of base, adapter and artefact, of the rows' targets.
         needed: the share that has to be kept of a gain beyond chance.
-        margin: what may be lost where there is no such gain, in nats a token.
+        margin: what may be lost where there is no such gain, in the losses' unit.
     """
-    base, adapter, exported = losses
+    base, adapter, exported = (rows.compute_losses(own, likelihoods[0]) for own in likelihoods)
     counts = rows.counts
     clusters = independent_clusters(rows.clusters)
     kept = KeptGain(
@@ -153,6 +153,7 @@ def measure_kept_gain(
         exported=float(np.average(exported, weights=counts)),
         needed=needed,
         allowed=margin,
+        unit=rows.unit,
     )
     gained = compare_pairs(base, adapter, counts, clusters)
     is_shown = gained.is_below(0) if gained.is_measurable else gained.mean < 0
@@ -179,7 +180,7 @@ def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
             asked = f"{gain.needed:.0%} is asked for"
             share = f": it keeps {gain.share:.0%} of the gain, where {asked}"
         yield (
-            f"its loss on {gain.file} is {lost} nats/token from the adapter's "
+            f"its loss on {gain.file} is {lost} {gain.unit} from the adapter's "
             f"({gain.describe_interval()}), and {gain.allowed:.2g} may be lost{share}"
         )
 

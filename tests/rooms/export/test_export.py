@@ -277,7 +277,7 @@ def _choose_asked(source: Trained) -> Asked:
     held_out = read_held_out_examples(config, {})
     assert held_out is not None
     _, tokenizer, _ = load_lazily(source.base, trust_remote_code=False)
-    rows = HeldOutRows.choose(held_out, config.max_seq_length)
+    rows = HeldOutRows.choose(held_out, config)
     return Asked.choose(source.base, tokenizer, rows)
 
 
