@@ -10,7 +10,6 @@ import pytest
 from nested_core.rooms.export.asked import HeldOutRows
 from nested_core.rooms.export.export_record import KeptGain
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
-from nested_core.rooms.preferences.training_loss import PreferenceLoss
 from tests.example import example_config
 from tests.left_out import needs_rooms
 
@@ -48,6 +47,8 @@ def test_a_right_export_is_not_refused_for_a_small_gain_or_few_rows(gain: float,
 def test_the_gain_of_pairs_is_that_of_their_loss_where_both_answers_became_less_likely(
     loss,
 ) -> None:
+    from nested_core.rooms.preferences.training_loss import PreferenceLoss
+
     of_pairs = PreferenceLoss.of_config(example_config(training={"loss": loss}))
     held_out = HeldOutRows("p", ((1, 2, 3),) * 40, ((1, 2),) * 40, None, of_pairs, "nats/example")
     base = np.full(40, -3.0)
