@@ -288,6 +288,7 @@ def test_what_was_changed_while_stopped_is_not_accepted(stopped, change, named) 
         steps.judge(config, go_on(config, run).run)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_a_base_that_was_replaced_while_stopped_is_not_accepted(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(MODEL, base)
@@ -301,6 +302,7 @@ def test_a_base_that_was_replaced_while_stopped_is_not_accepted(tmp_path: Path) 
         steps.judge(config, go_on(config, run).run)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_data_that_changed_while_stopped_are_refused(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
