@@ -13,13 +13,14 @@ import math
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, shorten
+from nested_core.pipeline.run_in_progress import RunInProgress
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.run_directory import RunDirectory
@@ -320,6 +321,11 @@ class Services:
                         f"on; all are in {run.metrics}",
                         stacklevel=2,
                     )
+
+
+def attaching_verdict_of(work: RunInProgress) -> AbstractContextManager[None]:
+    """Return the context that adds the verdict of a run to the services of its `report_to`."""
+    return Services(work.config).attaching_verdict_at_end(work.run)
 
 
 def _attach_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
