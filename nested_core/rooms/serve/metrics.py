@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -32,25 +32,25 @@ class TokenRate:
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._by_second: deque[list[int]] = deque(maxlen=RATE_WINDOW_SECONDS)  # [second, tokens]
+        self._counts = deque([(self._began, 0)], maxlen=RATE_WINDOW_SECONDS)  # time, tokens before
         self._lock = threading.Lock()
         self.tokens = 0  # since the beginning
 
     def add_token(self) -> None:
         """Count one token now."""
-        second = int(time.monotonic())
-        with self._lock:
-            self.tokens += 1
-            if not self._by_second or self._by_second[-1][0] != second:
-                self._by_second.append([second, 0])
-            self._by_second[-1][1] += 1
-
-    def per_second(self) -> float:
-        """The mean rate, in tokens a second."""
         now = time.monotonic()
         with self._lock:
-            counts = [n for second, n in self._by_second if second > int(now) - RATE_WINDOW_SECONDS]
-        return sum(counts) / min(max(now - self._began, 1.0), RATE_WINDOW_SECONDS)
+            if now - self._counts[-1][0] >= 1.0:
+                self._counts.append((now, self.tokens))
+            self.tokens += 1
+
+    def per_second(self) -> float:
+        """Return the mean rate, in tokens a second."""
+        now = time.monotonic()
+        with self._lock:
+            before = [n for began, n in self._counts if now - began < RATE_WINDOW_SECONDS]
+            tokens = self.tokens - before[0] if before else 0
+        return tokens / min(max(now - self._began, 1.0), RATE_WINDOW_SECONDS)
 
 
 @dataclass
@@ -62,6 +62,7 @@ class NameStatus:
     last_swap_seconds: from finding the champion changed to serving it; None before any swap.
     swaps: how often another version began to be served.
     refused: a champion that is not served, with the reason; None if the champion is served.
+    retry_at: when it is tried again, by time.monotonic().
     """
 
     current: ServedVersion
@@ -70,6 +71,7 @@ class NameStatus:
     last_swap_seconds: float | None = None
     swaps: int = 0
     refused: dict[str, str] | None = None
+    retry_at: float = 0.0
     rate: TokenRate = field(default_factory=TokenRate)
 
     def fields(self) -> dict[str, Any]:
@@ -82,6 +84,24 @@ class NameStatus:
             "last_swap_seconds": self.last_swap_seconds,
             "refused": self.refused,
         }
+
+
+METRICS_OF_NAMES: tuple[tuple[Any, str, str, Callable[[NameStatus], float | None]], ...] = (
+    (CounterMetricFamily, "tokens", "Tokens generated.", lambda s: s.rate.tokens),
+    (CounterMetricFamily, "swaps", "Changes of version.", lambda s: s.swaps),
+    (
+        GaugeMetricFamily,
+        "last_swap_seconds",
+        "Seconds from finding the last new champion to serving it.",
+        lambda s: s.last_swap_seconds,
+    ),
+    (
+        GaugeMetricFamily,
+        "champion_refused",
+        "1 where the champion is not served.",
+        lambda s: float(s.refused is not None),
+    ),
+)
 
 
 class ServingMetrics(Collector):
@@ -117,33 +137,22 @@ class ServingMetrics(Collector):
             self._seconds.labels(name).observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
-        """What the server knows of itself now."""
-        for metric, said, value in (
-            ("healthy", "1 where answers are generated.", self._generator.is_healthy),
-            ("problems", "Problems that /health names.", len(self._problems)),
-        ):
-            yield GaugeMetricFamily(f"nested_tune_{metric}", said, float(value))
+        """Yield what the server knows of itself now."""
+        is_healthy, problems = float(self._generator.is_healthy), len(self._problems)
+        yield GaugeMetricFamily("nested_tune_healthy", "1 where answers are generated.", is_healthy)
+        yield GaugeMetricFamily("nested_tune_problems", "Problems that /health names.", problems)
         version = GaugeMetricFamily(
             "nested_tune_adapter_info", "1: the version that is served.", labels=("name", "version")
         )
-        tokens = CounterMetricFamily("nested_tune_tokens", "Tokens generated.", labels=("name",))
-        swaps = CounterMetricFamily("nested_tune_swaps", "Changes of version.", labels=("name",))
-        seconds = GaugeMetricFamily(
-            "nested_tune_last_swap_seconds",
-            "Seconds from finding the last new champion to serving it.",
-            labels=("name",),
-        )
-        refused = GaugeMetricFamily(
-            "nested_tune_champion_refused", "1 where the champion is not served.", labels=("name",)
-        )
         for name, status in self._names.items():
             version.add_metric((name, status.current.version), 1.0)
-            tokens.add_metric((name,), status.rate.tokens)
-            swaps.add_metric((name,), status.swaps)
-            refused.add_metric((name,), float(status.refused is not None))
-            if status.last_swap_seconds is not None:
-                seconds.add_metric((name,), status.last_swap_seconds)
-        yield from (version, tokens, swaps, seconds, refused)
+        yield version
+        for family, metric, said, read in METRICS_OF_NAMES:
+            values = family(f"nested_tune_{metric}", said, labels=("name",))
+            for name, status in self._names.items():
+                if (value := read(status)) is not None:
+                    values.add_metric((name,), value)
+            yield values
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""

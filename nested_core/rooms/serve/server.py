@@ -18,16 +18,15 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
-from nested_core.registry import VerifiedVersion, read_champion, read_verified_version
+from nested_core.registry import read_verified_version
 from nested_core.rooms.serve.engine import (
     PartialPromptCache,
     VersionedGenerator,
     VersionProvider,
 )
-from nested_core.rooms.serve.follower import ChampionFollower
+from nested_core.rooms.serve.follower import ChampionFollower, require_champion
 from nested_core.rooms.serve.http_handler import RegistryHandler
 from nested_core.rooms.serve.metrics import ServingMetrics
-from nested_core.rooms.serve.served_version import ServedVersion, require_same_base
 
 SECONDS_TO_FINISH = 30.0  # for the answers under way when the server is told to end
 
@@ -104,22 +103,20 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     champion that is not what was registered, CanaryFailed for one whose canary fails where there is
     no champion before it to serve.
     """
-    champions = {name: _read_champion(settings.registry, name) for name in settings.names}
-    first = next(iter(champions.values())).adapter
-    base = find_model_folder(str(settings.options.model or first.base_model))
+    champions = [require_champion(settings.registry, name) for name in settings.names]
+    first = read_verified_version(settings.registry, settings.names[0], champions[0])
+    base = find_model_folder(str(settings.options.model or first.adapter.base_model))
     fingerprint_base_model(base, max_age=0)
-    for champion in champions.values():
-        require_same_base(champion, base)
     of_the_registry = {"model": str(base), "adapter_path": None, "pipeline": False}
     options = argparse.Namespace(**vars(settings.options) | of_the_registry)
     maybe_set_recommended_wired_limit()
     with _listen(options.host, options.port) as http:
         cache = PartialPromptCache(options.prompt_cache_size)
-        generator = VersionedGenerator(VersionProvider(options, cache), cache)
+        generator = VersionedGenerator(VersionProvider(options), cache)
         follower = ChampionFollower(settings.registry, base, generator)
         try:
             generator.require_ready()
-            follower.start([ServedVersion.of(*champion) for champion in champions.items()])
+            follower.start(settings.names)
             metrics = ServingMetrics(generator, follower.names, follower.problems)
             http.RequestHandlerClass = lambda *args: RegistryHandler(
                 generator, *args, follower=follower, metrics=metrics, api_key=settings.api_key
@@ -128,16 +125,6 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
             generator.wait_for_requests(SECONDS_TO_FINISH)
         finally:
             follower.stop()
-
-
-def _read_champion(registry: Path, name: str) -> VerifiedVersion:
-    champion = read_champion(registry, name)
-    if champion is None:
-        raise ConfigError(
-            f"{registry / name} has no champion yet. Expected a version that was promoted: "
-            f"`nested-tune promote RUN_DIR --registry {registry} --name {name}` makes one."
-        )
-    return read_verified_version(registry, name, champion)
 
 
 def _listen(host: str, port: int) -> _HTTPServer:

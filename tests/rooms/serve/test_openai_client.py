@@ -68,7 +68,12 @@ def test_the_library_raises_its_own_errors_with_what_the_server_said(client: ope
     wrong: list[tuple[openai.OpenAI, dict[str, Any], type[openai.APIStatusError], str]] = [
         (client, {"model": "other"}, openai.NotFoundError, "No model 'other' here"),
         (client, {"adapters": "/x"}, openai.BadRequestError, "adapters: not taken here"),
-        (client, {"messages": "hi"}, openai.BadRequestError, "messages: expected a list"),
+        (
+            client,
+            {"messages": "hi"},
+            openai.BadRequestError,
+            "messages: Input should be a valid list",
+        ),
         (stranger, {}, openai.AuthenticationError, "Give the server's API key"),
     ]
     kinds: dict[type[openai.APIStatusError], str] = {
