@@ -32,8 +32,7 @@ from mlx_lm.server import (
     _make_sampler,
 )
 
-from nested_core.errors import ConfigError
-from nested_core.models.base_model import context_length
+from nested_core.models.base_model import context_length, naming_unloadable_model
 from nested_core.rooms.serve.request_model import RequestRefused
 from nested_core.rooms.serve.request_tokens import RequestTokenizer
 from nested_core.rooms.serve.served_version import ServedVersion
@@ -110,12 +109,8 @@ class VersionProvider(ModelProvider):
         """Load the base, the first time. Raises ConfigError where it cannot be loaded."""
         if self.base is not None:
             return
-        try:
+        with naming_unloadable_model(Path(self.cli_args.model)):
             self._load(self.cli_args.model, None, self.cli_args.draft_model)
-        except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-            raise ConfigError(
-                f"model: {self.cli_args.model} could not be loaded: {error}"
-            ) from error
         self.base = self.model
         leaves: Any = tree_flatten(self.base.parameters())
         self.base_arrays = {id(array): array for _, array in leaves}

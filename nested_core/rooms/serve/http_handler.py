@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 from io import BytesIO
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,11 +31,11 @@ from nested_core.rooms.serve.served_version import BASE_VERSION
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
 
-AGAIN_AFTER_SECONDS = 1
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 MAX_WAITING_REQUESTS = 1024
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DEFAULTS = ("max_tokens", "top_p", "top_k", "min_p", "num_draft_tokens")  # of the server's options
 
 
@@ -44,6 +43,12 @@ class RegistryHandler(APIHandler):
     """One connection of a client."""
 
     timeout = 120  # seconds without a byte, on a connection of which something is expected
+
+    # A connection has one request, as mlx_lm's: http.server speaks HTTP/1.0.
+    _status = 0  # that was sent last
+    _request: VersionedRequest | None = None
+    _is_streaming = False
+    _has_called_tool = False
 
     def __init__(
         self,
@@ -60,27 +65,9 @@ class RegistryHandler(APIHandler):
         self._api_key = api_key
         super().__init__(response_generator, *args)
 
-    def handle_one_request(self) -> None:
-        """As http.server's, which waits for one; it is counted and logged when it has ended."""
-        self._status = 0  # that was sent last
-        self._request: VersionedRequest | None = None
-        self._is_streaming = False
-        self._has_called_tool = False
-        try:
-            super().handle_one_request()
-        finally:
-            if self._status:
-                self._note_ended_request(time.monotonic() - self._began)
-
-    def parse_request(self) -> bool:
-        """As http.server's; the request's seconds are counted from here."""
-        self._began = time.monotonic()
-        return super().parse_request()
-
-    def send_response(self, code: int, message: str | None = None) -> None:
-        """As http.server's; the code is remembered."""
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Remember the status; http.server calls it when an answer begins."""
         self._status = int(code)
-        super().send_response(code, message)
 
     def do_GET(self) -> None:
         """As mlx_lm's, and /metrics."""
@@ -95,12 +82,15 @@ class RegistryHandler(APIHandler):
         self._answer(super().do_OPTIONS)
 
     def _answer(self, answer: Callable[[], None]) -> None:
+        """Answer a request, and count and log it when it has ended."""
+        began = time.monotonic()
         try:
             self._require_permission()
             answer()
         except RequestRefused as refused:
-            self.close_connection = True  # the body may not have been read
             self._send_error(str(refused), refused.status, refused.code)
+        finally:
+            self._note_ended_request(time.monotonic() - began)
 
     def _get(self) -> None:
         if self.path == "/metrics":
@@ -127,12 +117,10 @@ class RegistryHandler(APIHandler):
         origin, host = self.headers.get("Origin"), self.headers.get("Host")
         if "*" not in options.allowed_origins:
             if origin is not None and origin not in options.allowed_origins:
-                raise RequestRefused(
-                    f"The origin {origin!r:.80} may not ask here; --allowed-origins of the server "
-                    f"names those that may.",
-                    403,
-                )
-            if not _is_own_host(host, options.host):
+                said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
+                raise RequestRefused(said, 403)
+            # A web page whose name was made to lead to this machine sends that name.
+            if host is not None and options.host in LOOPBACK and _host_name(host) not in LOOPBACK:
                 said = f"This server is {options.host}, and the request is for {host!r:.80}."
                 raise RequestRefused(said, 421)
         if self._api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
@@ -253,17 +241,17 @@ class RegistryHandler(APIHandler):
     def handle_models_request(self) -> None:
         """The names, their base, and every version that can be asked for."""
         wanted = self.path.removeprefix("/v1/models").strip("/")
+        list_versions = self._follower.list_versions
         models = [
-            model
+            f"{name}{version}"
             for name in self._follower.names
-            for version in (
-                "",
-                f"@{BASE_VERSION}",
-                *map("@{}".format, self._follower.list_versions(name)),
-            )
-            if wanted in ("", model := f"{name}{version}")
+            for version in ("", f"@{BASE_VERSION}", *map("@{}".format, list_versions(name)))
         ]
-        listed = [{"id": model, "object": "model", "created": self.created} for model in models]
+        listed = [
+            {"id": model, "object": "model", "created": self.created}
+            for model in models
+            if wanted in ("", model)
+        ]
         self._send(200, json.dumps({"object": "list", "data": listed}).encode())
 
     def _send(self, status: int, body: bytes, content_type: str = "application/json") -> None:
@@ -271,7 +259,7 @@ class RegistryHandler(APIHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            self.send_header("Retry-After", str(AGAIN_AFTER_SECONDS))
+            self.send_header("Retry-After", "1")
         if hasattr(self, "headers"):  # they could be read
             self._set_cors_headers()
         self._name_version()
@@ -285,16 +273,14 @@ class RegistryHandler(APIHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses, such as another method, in the shape of all errors."""
         status = 405 if code == HTTPStatus.NOT_IMPLEMENTED else code
-        self.close_connection = True
+        self.log_message("%s %d", self.requestline, status)
         self._send_error(message or HTTPStatus(status).phrase, status)
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Nothing: http.server calls it when an answer begins."""
 
     def _note_ended_request(self, seconds: float) -> None:
         """Count a question, and log any request in one line with control characters escaped."""
-        name = None if self._request is None else self._request.name
-        version = None if self._request is None else self._request.version.version
+        request = self._request
+        name = None if request is None else request.name
+        version = None if request is None else request.version.version
         if self.command == "POST":
             self._metrics.note_request(name, self._status, seconds)
         fields = {
@@ -323,23 +309,9 @@ def _no_model(message: str) -> RequestRefused:
     return RequestRefused(message, 404, "model_not_found")
 
 
-def _is_own_host(given: str | None, host: str) -> bool:
-    """Whether a request's Host is the server's; asked of one that listens to its own machine.
-
-    A web page whose name was made to lead to this machine sends that name.
-    """
-    if given is None or not is_loopback(host):
-        return True
+def _host_name(host: str) -> str | None:
+    """Return the name in a Host header; None for one that is no name."""
     try:
-        name = urlsplit(f"//{given}").hostname
+        return urlsplit(f"//{host}").hostname
     except ValueError:
-        return False
-    return name is not None and (name == host or is_loopback(name))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, reached from itself alone."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+        return None

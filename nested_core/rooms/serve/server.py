@@ -7,11 +7,9 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 from mlx_lm.utils import maybe_set_recommended_wired_limit
@@ -29,23 +27,6 @@ from nested_core.rooms.serve.http_handler import RegistryHandler
 from nested_core.rooms.serve.metrics import ServingMetrics
 
 SECONDS_TO_FINISH = 30.0  # for the answers under way when the server is told to end
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """What is served, and how.
-
-    registry: its folder.
-    names: in the registry; the first is what a request without `model` gets.
-    api_key: what clients have to send; None asks for none.
-    options: those of mlx_lm.server, by its names; `model` is the base, or None for the one that the
-        first champion's configuration names.
-    """
-
-    registry: Path
-    names: Sequence[str]
-    api_key: str | None
-    options: argparse.Namespace
 
 
 class _HTTPServer(ThreadingHTTPServer):
@@ -94,8 +75,15 @@ class RunningServer:
 
 
 @contextmanager
-def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
+def starting_server(
+    options: argparse.Namespace, api_key: str | None = None
+) -> Iterator[RunningServer]:
     """Load what is served, and listen; when the block ends, all of it ends.
+
+    options: `registry`, its names in `name`, of which the first is what a request without `model`
+        gets, and the options of mlx_lm.server; `model` is the base, or None for the one that the
+        first champion's configuration names.
+    api_key: what clients have to send; None asks for none.
 
     Requests that are under way then are finished, for at most SECONDS_TO_FINISH, unless the block
     ends by an exception.
@@ -103,23 +91,24 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     champion that is not what was registered, CanaryFailed for one whose canary fails where there is
     no champion before it to serve.
     """
-    champions = [require_champion(settings.registry, name) for name in settings.names]
-    first = read_verified_version(settings.registry, settings.names[0], champions[0])
-    base = find_model_folder(str(settings.options.model or first.adapter.base_model))
+    registry, names = options.registry, list(dict.fromkeys(options.name))
+    champions = [require_champion(registry, name) for name in names]
+    first = read_verified_version(registry, names[0], champions[0])
+    base = find_model_folder(str(options.model or first.adapter.base_model))
     fingerprint_base_model(base, max_age=0)
     of_the_registry = {"model": str(base), "adapter_path": None, "pipeline": False}
-    options = argparse.Namespace(**vars(settings.options) | of_the_registry)
+    options = argparse.Namespace(**vars(options) | of_the_registry)
     maybe_set_recommended_wired_limit()
     with _listen(options.host, options.port) as http:
         cache = PartialPromptCache(options.prompt_cache_size)
         generator = VersionedGenerator(VersionProvider(options), cache)
-        follower = ChampionFollower(settings.registry, base, generator)
+        follower = ChampionFollower(registry, base, generator)
         try:
             generator.require_ready()
-            follower.start(settings.names)
+            follower.start(names)
             metrics = ServingMetrics(generator, follower.names, follower.problems)
             http.RequestHandlerClass = lambda *args: RegistryHandler(
-                generator, *args, follower=follower, metrics=metrics, api_key=settings.api_key
+                generator, *args, follower=follower, metrics=metrics, api_key=api_key
             )
             yield RunningServer(http, generator, follower)
             generator.wait_for_requests(SECONDS_TO_FINISH)

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm import load
 
+from nested_core.models.base_model import TrainedTokenizer
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import VerifiedVersion, audit, read_champion
 from nested_core.registry.versions import version_folder
