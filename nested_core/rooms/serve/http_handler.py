@@ -7,16 +7,19 @@ import json
 import logging
 import select
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
+from http.server import ThreadingHTTPServer
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
-from nested_core.errors import NestedTuneError
+from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.rooms.serve.engine import VersionedGenerator, VersionedRequest
 from nested_core.rooms.serve.follower import ChampionFollower
 from nested_core.rooms.serve.metrics import CONTENT_TYPE, ServingMetrics
@@ -36,12 +39,12 @@ MAX_LENGTH_DIGITS = 9
 MAX_WAITING_REQUESTS = 1024
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-DEFAULTS = ("max_tokens", "top_p", "top_k", "min_p", "num_draft_tokens")  # of the server's options
 
 
 class RegistryHandler(APIHandler):
     """One connection of a client."""
 
+    server: ServingServer
     timeout = 120  # seconds without a byte, on a connection of which something is expected
 
     # A connection has one request, as mlx_lm's: http.server speaks HTTP/1.0.
@@ -49,21 +52,6 @@ class RegistryHandler(APIHandler):
     _request: VersionedRequest | None = None
     _is_streaming = False
     _has_called_tool = False
-
-    def __init__(
-        self,
-        response_generator: VersionedGenerator,
-        *args: Any,
-        follower: ChampionFollower,
-        metrics: ServingMetrics,
-        api_key: str | None,
-    ) -> None:
-        """`api_key` is what clients have to send; None asks for none."""
-        self._generator = response_generator
-        self._follower = follower
-        self._metrics = metrics
-        self._api_key = api_key
-        super().__init__(response_generator, *args)
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
         """Remember the status; http.server calls it when an answer begins."""
@@ -94,18 +82,14 @@ class RegistryHandler(APIHandler):
 
     def _get(self) -> None:
         if self.path == "/metrics":
-            self._send(200, self._metrics.render(), CONTENT_TYPE)
+            self._send(200, self.server.metrics.render(), CONTENT_TYPE)
         elif self.path == "/health" or self.path.startswith("/v1/models"):
             super().do_GET()
         else:
             raise _no_route(self.path)
 
     def _post(self) -> None:
-        options = self._generator.cli_args
-        defaults = {name: getattr(options, name) for name in DEFAULTS}
-        checked = read_request(
-            self.path, self._read_body(), defaults | {"temperature": options.temp}
-        )
+        checked = read_request(self.path, self._read_body())
         body = json.dumps(checked).encode()
         self.rfile = BytesIO(body)
         self.headers.replace_header("Content-Length", str(len(body)))
@@ -113,7 +97,7 @@ class RegistryHandler(APIHandler):
 
     def _require_permission(self) -> None:
         """Raise RequestRefused where the client, or the web page that asks, may not ask."""
-        options = self._generator.cli_args
+        options = self.server.generator.cli_args
         origin, host = self.headers.get("Origin"), self.headers.get("Host")
         if "*" not in options.allowed_origins:
             if origin is not None and origin not in options.allowed_origins:
@@ -123,10 +107,10 @@ class RegistryHandler(APIHandler):
             if host is not None and options.host in LOOPBACK and _host_name(host) not in LOOPBACK:
                 said = f"This server is {options.host}, and the request is for {host!r:.80}."
                 raise RequestRefused(said, 421)
-        if self._api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
+        if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
             return
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
-        if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
+        if not hmac.compare_digest(given, f"Bearer {self.server.api_key}".encode()):
             said = "Give the server's API key: Authorization: Bearer KEY."
             raise RequestRefused(said, 401, "invalid_api_key")
 
@@ -145,7 +129,7 @@ class RegistryHandler(APIHandler):
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for. Raises RequestRefused without one."""
-        names = self._follower.names
+        names = self.server.follower.names
         if self.requested_model == DEFAULT_MODEL:
             self.requested_model = next(iter(names))  # the answer says which model gave it
         name, _, wanted = self.requested_model.partition("@")
@@ -154,10 +138,10 @@ class RegistryHandler(APIHandler):
                 f"No model {self.requested_model!r:.80} here; served: {', '.join(names)}."
             )
         try:
-            version = self._follower.find_version(name, wanted)
+            version = self.server.follower.find_version(name, wanted)
         except (NestedTuneError, OSError, RuntimeError) as error:
             raise _no_model(str(error)) from error
-        if len(self._generator.under_way) >= MAX_WAITING_REQUESTS:
+        if len(self.server.generator.under_way) >= MAX_WAITING_REQUESTS:
             self._send_error("Too many requests wait here. Ask again later.", 503)
             return
         names[name].requests += 1
@@ -177,7 +161,7 @@ class RegistryHandler(APIHandler):
             self._request.failure = None
             self._send_failure(error)
         finally:
-            self._generator.forget(self._request)
+            self.server.generator.forget(self._request)
 
     def _is_client_gone(self) -> bool:
         """Whether the client closed its connection."""
@@ -230,21 +214,21 @@ class RegistryHandler(APIHandler):
 
         A registry that cannot be read is a problem, and no reason to stop a server that answers.
         """
-        is_healthy = self._generator.is_healthy
+        is_healthy = self.server.generator.is_healthy
         said = {
             "status": "ok" if is_healthy else "unavailable",
-            "names": {name: status.fields() for name, status in self._follower.names.items()},
-            "problems": list(self._follower.problems.values()),
+            "names": {name: status.fields() for name, status in self.server.follower.names.items()},
+            "problems": list(self.server.follower.problems.values()),
         }
         self._send(200 if is_healthy else 503, json.dumps(said).encode())
 
     def handle_models_request(self) -> None:
         """The names, their base, and every version that can be asked for."""
         wanted = self.path.removeprefix("/v1/models").strip("/")
-        list_versions = self._follower.list_versions
+        list_versions = self.server.follower.list_versions
         models = [
             f"{name}{version}"
-            for name in self._follower.names
+            for name in self.server.follower.names
             for version in ("", f"@{BASE_VERSION}", *map("@{}".format, list_versions(name)))
         ]
         listed = [
@@ -282,7 +266,7 @@ class RegistryHandler(APIHandler):
         name = None if request is None else request.name
         version = None if request is None else request.version.version
         if self.command == "POST":
-            self._metrics.note_request(name, self._status, seconds)
+            self.server.metrics.note_request(name, self._status, seconds)
         fields = {
             "client": self.address_string(),
             "request": escape(self.requestline),
@@ -298,6 +282,59 @@ class RegistryHandler(APIHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """What http.server tells of a connection, such as that it timed out."""
         logging.info("%s %s", self.address_string(), escape(format % args))
+
+
+class ServingServer(ThreadingHTTPServer):
+    """A server that listens, with a thread a connection; `serve` answers until `shutdown`.
+
+    generator: the generation thread.
+    follower: the thread that follows the registry, with what is served for each name.
+    metrics: the counts of requests.
+    api_key: what clients have to send; None asks for none.
+    address: http://HOST:PORT.
+    """
+
+    generator: VersionedGenerator
+    follower: ChampionFollower
+    metrics: ServingMetrics
+
+    def __init__(self, host: str, port: int, api_key: str | None) -> None:
+        """Raises ConfigError for an address or a port that cannot be listened at."""
+        self.api_key = api_key
+        try:
+            self.address_family, _, _, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            super().__init__(address, RegistryHandler)  # type: ignore[arg-type]
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"{host}:{port} cannot be listened at ({error}). Expected an address of this "
+                f"machine and a port that is free: --host, --port."
+            ) from error
+        name = str(self.server_address[0])
+        self.address = f"http://{f'[{name}]' if ':' in name else name}:{self.server_address[1]}"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection."""
+        RegistryHandler(self.generator, request, client_address, self)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a connection ended by; a client that goes away is no error."""
+        if isinstance(sys.exception(), ConnectionError):
+            logging.info("%s went away", client_address[0])
+        else:
+            logging.exception("a request of %s failed", client_address[0])
+
+    def serve(self) -> None:
+        """Answer requests. Raises what ended the generation thread, if that is why it ends."""
+        threading.Thread(target=self._stop_with_generation, daemon=True).start()
+        self.serve_forever(poll_interval=0.1)
+        if self.generator.failure is not None:
+            raise self.generator.failure
+
+    def _stop_with_generation(self) -> None:
+        self.generator.join()
+        self.shutdown()
 
 
 def _no_route(path: str) -> RequestRefused:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -23,6 +23,7 @@ from nested_core.rooms.serve.served_version import ServedVersion
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RATE_WINDOW_SECONDS = 60
+LABELS = ("name", "version")
 # Upper bounds of the histogram, in seconds: from an answer of one token to a long one.
 SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -86,24 +87,6 @@ class NameStatus:
         }
 
 
-METRICS_OF_NAMES: tuple[tuple[Any, str, str, Callable[[NameStatus], float | None]], ...] = (
-    (CounterMetricFamily, "tokens", "Tokens generated.", lambda s: s.rate.tokens),
-    (CounterMetricFamily, "swaps", "Changes of version.", lambda s: s.swaps),
-    (
-        GaugeMetricFamily,
-        "last_swap_seconds",
-        "Seconds from finding the last new champion to serving it.",
-        lambda s: s.last_swap_seconds,
-    ),
-    (
-        GaugeMetricFamily,
-        "champion_refused",
-        "1 where the champion is not served.",
-        lambda s: float(s.refused is not None),
-    ),
-)
-
-
 class ServingMetrics(Collector):
     """The metrics of one server."""
 
@@ -138,22 +121,33 @@ class ServingMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield what the server knows of itself now."""
-        is_healthy, problems = float(self._generator.is_healthy), len(self._problems)
-        yield GaugeMetricFamily("nested_tune_healthy", "1 where answers are generated.", is_healthy)
-        yield GaugeMetricFamily("nested_tune_problems", "Problems that /health names.", problems)
-        version = GaugeMetricFamily(
-            "nested_tune_adapter_info", "1: the version that is served.", labels=("name", "version")
-        )
-        for name, status in self._names.items():
-            version.add_metric((name, status.current.version), 1.0)
-        yield version
-        for family, metric, said, read in METRICS_OF_NAMES:
-            values = family(f"nested_tune_{metric}", said, labels=("name",))
-            for name, status in self._names.items():
-                if (value := read(status)) is not None:
-                    values.add_metric((name,), value)
-            yield values
+        healthy = {(): float(self._generator.is_healthy)}
+        yield _family("healthy", "1 where answers are generated.", healthy)
+        yield _family("problems", "Problems that /health names.", {(): len(self._problems)})
+        names = {(name,): status for name, status in self._names.items()}
+        versions = {(*key, status.current.version): 1.0 for key, status in names.items()}
+        yield _family("adapter_info", "1: the version that is served.", versions)
+        tokens = {key: status.rate.tokens for key, status in names.items()}
+        yield _family("tokens", "Tokens generated.", tokens, CounterMetricFamily)
+        swaps = {key: status.swaps for key, status in names.items()}
+        yield _family("swaps", "Changes of version.", swaps, CounterMetricFamily)
+        seconds = {key: s.last_swap_seconds for key, s in names.items() if s.swaps}
+        said = "Seconds from finding the last new champion to serving it."
+        yield _family("last_swap_seconds", said, seconds)
+        refused = {key: float(status.refused is not None) for key, status in names.items()}
+        yield _family("champion_refused", "1 where the champion is not served.", refused)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _family(
+    metric: str, said: str, values: Mapping[Any, float | None], kind: Any = GaugeMetricFamily
+) -> Any:
+    """Make a metric with its values by name, and by version where the key has one too."""
+    labels = LABELS[: len(next(iter(values), ("",)))]
+    family: Any = kind(f"nested_tune_{metric}", said, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family

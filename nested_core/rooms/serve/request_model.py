@@ -8,7 +8,6 @@ Those that cannot change an answer are left out before. Anything else is refused
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from mlx_lm.server import _image_url
@@ -159,8 +158,8 @@ ROUTES: dict[str, type[_Request]] = {
 }
 
 
-def read_request(path: str, body: bytes, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the checked body: what the client gave, or else `defaults`, by mlx_lm's names.
+def read_request(path: str, body: bytes) -> dict[str, Any]:
+    """Return the checked body, by mlx_lm's names.
 
     Raises RequestRefused with everything that is wrong.
     """
@@ -173,7 +172,7 @@ def read_request(path: str, body: bytes, defaults: Mapping[str, Any]) -> dict[st
         raise RequestRefused("The request should be a JSON dictionary.")
     values = {n: v for n, v in given.items() if v is not None and n not in UNUSED_KEYS}
     try:
-        return ROUTES[path].model_validate({**defaults, **values}).model_dump(exclude_unset=True)
+        return ROUTES[path].model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
         raise RequestRefused(_describe(error)) from None
     except (RecursionError, OverflowError) as error:

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import socket
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import ThreadingHTTPServer
-from typing import Any
 
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
 from nested_core.registry import read_verified_version
 from nested_core.rooms.serve.engine import (
@@ -23,61 +16,16 @@ from nested_core.rooms.serve.engine import (
     VersionProvider,
 )
 from nested_core.rooms.serve.follower import ChampionFollower, require_champion
-from nested_core.rooms.serve.http_handler import RegistryHandler
+from nested_core.rooms.serve.http_handler import ServingServer
 from nested_core.rooms.serve.metrics import ServingMetrics
 
 SECONDS_TO_FINISH = 30.0  # for the answers under way when the server is told to end
 
 
-class _HTTPServer(ThreadingHTTPServer):
-    """A thread a connection; a client that goes away is no error."""
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log it."""
-        if isinstance(sys.exception(), ConnectionError):
-            logging.info("%s went away", client_address[0])
-        else:
-            logging.exception("a request of %s failed", client_address[0])
-
-
-class RunningServer:
-    """A server that listens; `serve` answers until `stop` is called or generation fails.
-
-    generator: the generation thread.
-    follower: the thread that follows the registry, with what is served for each name.
-    address: http://HOST:PORT.
-    """
-
-    def __init__(
-        self, http: _HTTPServer, generator: VersionedGenerator, follower: ChampionFollower
-    ) -> None:
-        self._http = http
-        self.generator = generator
-        self.follower = follower
-        host, port = str(http.server_address[0]), http.server_address[1]
-        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    def serve(self) -> None:
-        """Answer requests. Raises what ended the generation thread, if that is why it ends."""
-        watch = threading.Thread(target=self._stop_with_generation, daemon=True)
-        watch.start()
-        self._http.serve_forever(poll_interval=0.1)
-        if self.generator.failure is not None:
-            raise self.generator.failure
-
-    def stop(self) -> None:
-        """Have `serve` return; call it from another thread."""
-        self._http.shutdown()
-
-    def _stop_with_generation(self) -> None:
-        self.generator.join()
-        self._http.shutdown()
-
-
 @contextmanager
 def starting_server(
     options: argparse.Namespace, api_key: str | None = None
-) -> Iterator[RunningServer]:
+) -> Iterator[ServingServer]:
     """Load what is served, and listen; when the block ends, all of it ends.
 
     options: `registry`, its names in `name`, of which the first is what a request without `model`
@@ -99,32 +47,17 @@ def starting_server(
     of_the_registry = {"model": str(base), "adapter_path": None, "pipeline": False}
     options = argparse.Namespace(**vars(options) | of_the_registry)
     maybe_set_recommended_wired_limit()
-    with _listen(options.host, options.port) as http:
+    with ServingServer(options.host, options.port, api_key) as server:
         cache = PartialPromptCache(options.prompt_cache_size)
-        generator = VersionedGenerator(VersionProvider(options), cache)
-        follower = ChampionFollower(registry, base, generator)
+        server.generator = VersionedGenerator(VersionProvider(options), cache)
+        server.follower = ChampionFollower(registry, base, server.generator)
         try:
-            generator.require_ready()
-            follower.start(names)
-            metrics = ServingMetrics(generator, follower.names, follower.problems)
-            http.RequestHandlerClass = lambda *args: RegistryHandler(
-                generator, *args, follower=follower, metrics=metrics, api_key=api_key
+            server.generator.require_ready()
+            server.follower.start(names)
+            server.metrics = ServingMetrics(
+                server.generator, server.follower.names, server.follower.problems
             )
-            yield RunningServer(http, generator, follower)
-            generator.wait_for_requests(SECONDS_TO_FINISH)
+            yield server
+            server.generator.wait_for_requests(SECONDS_TO_FINISH)
         finally:
-            follower.stop()
-
-
-def _listen(host: str, port: int) -> _HTTPServer:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        server = type("_Server", (_HTTPServer,), {"address_family": family})
-        return server(address, RegistryHandler)  # type: ignore[no-any-return]
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"{host}:{port} cannot be listened at ({error}). Expected an address of this machine "
-            f"and a port that is free: --host, --port."
-        ) from error
+            server.follower.stop()

@@ -29,7 +29,8 @@ from nested_core.gate.proof.fresh_process_check import (
 from nested_core.models.base_model import fingerprint_base_model
 from nested_core.models.generation import encode_prompt
 from nested_core.registry import register_and_promote
-from nested_core.rooms.serve.server import RunningServer, starting_server
+from nested_core.rooms.serve.http_handler import ServingServer
+from nested_core.rooms.serve.server import starting_server
 from nested_core.storage.adapter import read_adapter, write_adapter
 from nested_core.storage.canary_file import CANARY_NAME, render_canary
 from tests.core.registry.conftest import write_gate
@@ -183,7 +184,7 @@ class Reply:
 class Client:
     """Sends requests to a server, a connection each."""
 
-    server: RunningServer
+    server: ServingServer
 
     def send(
         self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
@@ -221,5 +222,5 @@ def serving(wanted: tuple[argparse.Namespace, str | None]) -> Iterator[Client]:
         try:
             yield Client(server)
         finally:
-            server.stop()
+            server.shutdown()
             thread.join()
