@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = Path("build") / "docs"
 DOCUMENTS = (
     *("*.md", "docs/*.md", "docs/images/*", "deployments/*.md"),
-    *("benchmarks/*.md", "benchmarks/preferences/*.md"),
+    *("benchmarks/*.md", "benchmarks/preferences/*.md", "benchmarks/silent_failures/*.md"),
     *("benchmarks/learning/*.md", "benchmarks/learning/*.svg"),
     "benchmarks/learning/rows.jsonl",
     "benchmarks/learning/streams.jsonl",

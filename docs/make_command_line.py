@@ -1,7 +1,7 @@
 """Write docs/command-line.md from the parser of `nested-tune`: `make docs`.
 
-A flag that several commands share is listed once. With `--check` it writes nothing, and fails where
-the page is out of date (`make check`).
+A flag that several commands share is described once. With `--check` it writes nothing, and fails
+where the page is out of date (`make check`).
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ CONFIGURED = """
 SHARED = """
 ## Flags that several commands share
 
-| flag | what it does | commands |
-|---|---|---|
 """
-FLAGS = "\n| flag | what it does |\n|---|---|\n"
 
 
 def render_page() -> str:
@@ -51,7 +48,7 @@ def render_page() -> str:
     for name, actions in commands.items():
         for action in actions:
             users[_row(action)].append(name)
-    parts = [HEAD, *_describe_groups(parser.summaries), *_describe_shared(users, len(commands))]
+    parts = [HEAD, *_describe_groups(parser.summaries), *_describe_shared(users)]
     configured = [
         f"`{name}`"
         for name, command in parser.commands.items()
@@ -61,14 +58,14 @@ def render_page() -> str:
     for group, summaries in parser.summaries.items():
         parts.append(f"\n## {group}\n")
         for name in summaries:
-            parts.append(f"\n### {name}\n\n{_describe(parser.commands[name])}")
+            parts.append(f"\n### {name}\n\n{_example(parser.commands[name])}")
             own = [row for row in map(_row, commands[name]) if len(users[row]) == 1]
             shared = [
-                row.split(" | ")[0][2:]
+                row.split(": ")[0].strip()[2:]
                 for row in map(_row, commands[name])
                 if 1 < len(users[row]) < len(commands)
             ]
-            parts += [FLAGS, *own] if own else []
+            parts += ["\n", *own] if own else []
             parts += [f"\nAlso {', '.join(shared)}.\n"] if shared else []
     return "".join(parts)
 
@@ -81,7 +78,7 @@ def _listed_actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action
 
 
 def _row(action: argparse.Action) -> str:
-    """The row of a flag or an argument in a table."""
+    """The line of a flag or an argument in a list."""
     names = ", ".join(f"`{name}`" for name in action.option_strings)
     takes_value = action.nargs != 0
     value = action.metavar or (action.choices and "|".join(map(str, action.choices)))
@@ -90,7 +87,7 @@ def _row(action: argparse.Action) -> str:
         names = f"`{value}`"
     elif takes_value:
         names = names[:-1] + f" {value}`"
-    return f"| {_escape(names)} | {_escape(action.help or '')} |\n"
+    return f"- {names}{f': {_escape(action.help)}' if action.help else ''}\n"
 
 
 def _describe_groups(summaries: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
@@ -101,23 +98,18 @@ def _describe_groups(summaries: Mapping[str, Mapping[str, str]]) -> Iterator[str
             group = ""
 
 
-def _describe_shared(users: Mapping[str, list[str]], count: int) -> Iterator[str]:
+def _describe_shared(users: Mapping[str, list[str]]) -> Iterator[str]:
     yield SHARED
-    for row, names in users.items():
-        if len(names) > 1:
-            listed = "every" if len(names) == count else ", ".join(f"`{name}`" for name in names)
-            yield f"{row.rstrip()} {listed} |\n"
+    yield from (row for row, names in users.items() if len(names) > 1)
 
 
-def _describe(parser: argparse.ArgumentParser) -> str:
-    """What a command does, and its example."""
-    summary, _, example = str(parser.description).partition("\n\nExample: ")
-    return f"{summary}\n\n```text\n{example}\n```\n"
+def _example(parser: argparse.ArgumentParser) -> str:
+    return f"```text\n{str(parser.description).partition('Example: ')[2]}\n```\n"
 
 
 def _escape(text: str) -> str:
     text = re.sub(r"(?<!`)<([^>]+)>", r"&lt;\1&gt;", text)
-    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*")
+    return " ".join(text.split()).replace("*", "\\*")
 
 
 def main(arguments: list[str]) -> str | None:

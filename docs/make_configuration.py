@@ -6,7 +6,7 @@ From the schema, and from the files and flags of mlx_lm.lora that the tests try.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,7 +17,7 @@ from nested_core.config.key_properties import Key, iterate_keys
 from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from nested_core.config.resume import may_differ_on_resume
 from nested_core.config.schema import FineTuneConfig
-from tests.mlx_lm_variants import FLAGS, KEYS
+from tests.mlx_lm_variants import KEYS
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
@@ -39,18 +39,14 @@ key is also a flag, which wins over the file: `--learning-rate 1e-4`, `--nested.
 4]'`. Unknown keys are refused, with the nearest known one. `nested-tune init` writes a commented
 file for your data.
 
-**Resume** says whether a run may be resumed with another value. **Adapter** says whether another
-value is a reason to train again, in a run from the champion (`continual`). `model` and `data` are
-compared by content, not by path.
+Each line has a key, its default and what it does. The last lines of a section name the keys that
+**may differ** where a run is resumed, and those that are **no reason to train again** in a run from
+the champion (`continual`). `model` and `data` are compared by content, not by path.
 
 YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Plain words are those of
 YAML 1.2: `true`, `false`, `null`, decimal numbers, `1e-5`. All else is text, such as `2026-11-21`
 or `0x10`. A number with a leading zero, such as `010`, is refused. A switch also takes `yes` and
 `on`, as in mlx-lm's files.
-"""
-TABLE = """\
-| key | default | what it does | resume | adapter |
-|---|---|---|---|---|
 """
 
 
@@ -69,8 +65,7 @@ Replace one word. Your file works as it is:
     nested-tune train -c lora.yaml --run-dir runs/first     # now
     mlx_lm.generate --model MODEL --adapter-path runs/first/adapter -p "..."
 
-Every key and flag keeps its name, default and meaning, apart from what these tables say. Five
-things differ:
+Every key and flag keeps its name, default and meaning, apart from these:
 
 1. Model and data are required. Nothing is fetched from the hub by default.
 2. After training, a [gate](gate.md) compares the adapter with the initial one. A rejected one is
@@ -85,18 +80,10 @@ things differ:
 For `--test` without `--train` there is `nested-tune evaluate`. For `mlx_lm.fuse`, see
 [export.md](export.md).
 
-Tests take 70 files and command lines through both programs, among them mlx-lm's example file and
-its documented commands (`test_mlx_lm_variants.py`). A test fails if a release of mlx-lm has a key
-or flag that these tables lack.
-
 ### Keys with a difference
 
-Same: as in mlx_lm.lora. Better: accepted, and more is done or less goes wrong.
-
-| key | flag | here | what to know |
-|---|---|---|---|
 """
-SAME_HEAD = "\n### Keys without any\n\n"
+SAME_HEAD = "\nAll other keys are as there.\n"
 OTHERS_TABLE = """
 ## From axolotl, LLaMA-Factory, unsloth, TRL, PEFT and Soup
 
@@ -106,8 +93,6 @@ error with ours:
     nested-tune train --micro_batch_size 4     # refused: batch_size
     nested-tune init --data DATA --model MODEL -o lora.yaml     # start here
 
-| their keys | ours |
-|---|---|
 """
 
 
@@ -120,50 +105,61 @@ def render_others_page() -> str:
     for theirs, answer in HINTS_FOR_UNSUPPORTED_KEYS.items():
         theirs_by_answer.setdefault(answer, []).append(theirs)
     rows = sorted(
-        f"| {', '.join(f'`{name}`' for name in sorted(names))} | {answer} |\n"
+        f"- {', '.join(f'`{name}`' for name in sorted(names))}: {answer}\n"
         for answer, names in theirs_by_answer.items()
     )
-    plain = ", ".join(f"`{key}`" for key, known in KEYS.items() if known == ("same", ""))
-    return "".join((OTHERS_HEAD, *_mlx_lm_keys(), SAME_HEAD, f"{plain}.\n", OTHERS_TABLE, *rows))
+    return "".join((OTHERS_HEAD, *_mlx_lm_keys(), SAME_HEAD, OTHERS_TABLE, *rows))
 
 
 def _mlx_lm_keys() -> Iterator[str]:
     for key, (relation, remark) in KEYS.items():
-        flag = "--" + key.replace("_", "-")
-        shown = "`-c`, `--config`" if key == "config" else f"`{flag}`" if flag in FLAGS else ""
         if (relation, remark) != ("same", ""):
-            yield f"| `{key}` | {shown} | {relation} | {_escape(remark)} |\n"
+            yield f"- `{key}`: {remark}\n"
 
 
 def render_page() -> str:
-    """The page: a table of the top level, then one for each section and list of sections."""
+    """The page: the keys of the top level, then those of each section and list of sections."""
     keys = list(iterate_keys(FineTuneConfig))
-    parts = [HEAD, "\n## Top level\n\n", TABLE, *_rows(keys, "")]
+    parts = [HEAD, "\n## Top level\n\n", *_describe_keys(keys, "")]
     for key in keys:
         if key.section is not None:
-            summary = str(key.section.__doc__).splitlines()[0]
-            parts += [f"\n## {key.name}\n\n", f"{summary}\n\n", TABLE, *_rows(keys, key.name)]
+            form = "A list: " if key.field.default == () else ""
+            null = " (default: null)" if key.field.default is None else ""
+            sentence = f"{form}{key.field.description}{null}."
+            parts += [f"\n## {key.name}\n\n{sentence[0].upper()}{sentence[1:]}\n\n"]
+            parts += _describe_keys(keys, key.name)
     return "".join(parts)
 
 
-def _rows(keys: list[Key], section: str) -> Iterator[str]:
-    for key in keys:
-        parent, _, name = key.name.rpartition(".")
-        if parent == section:
-            meaning = _escape(f"{key.field.description}{_choices(key)}")
-            resume = "may differ" if may_differ_on_resume(key) else "fixed"
-            adapter = "changes it" if key.changes_adapter else "same"
-            yield f"| `{name}` | {_default(key)} | {meaning} | {resume} | {adapter} |\n"
+def _describe_keys(keys: list[Key], section: str) -> Iterator[str]:
+    """A line for each key of a section, and what holds for some of them."""
+    of_section = [key for key in keys if key.name.rpartition(".")[0] == section]
+    rows = [key for key in of_section if key.section is None]
+    for key in rows:
+        yield f"- `{_last(key)}` ({_default(key)}): {key.field.description}{_choices(key)}\n"
+    yield _list_exceptions("May differ", rows, may_differ_on_resume)
+    yield _list_exceptions("No reason to train again", rows, lambda key: not key.changes_adapter)
+
+
+def _list_exceptions(label: str, keys: list[Key], holds: Callable[[Key], bool]) -> str:
+    """A line with the keys that something holds for, or with the others if those are fewer."""
+    names = [f"`{_last(key)}`" for key in keys if holds(key)]
+    others = [f"`{_last(key)}`" for key in keys if not holds(key)]
+    if not names:
+        return ""
+    if others and len(others) < len(names):
+        return f"\n{label}: all but {', '.join(others)}.\n"
+    return f"\n{label}: {', '.join(names) if others else 'all'}.\n"
+
+
+def _last(key: Key) -> str:
+    return key.name.rpartition(".")[2]
 
 
 def _default(key: Key) -> str:
-    if key.name in REQUIRED_KEYS:
+    if key.name in REQUIRED_KEYS or key.field.default is PydanticUndefined:
         return "required"
-    if key.section is not None and key.field.default is not None:
-        return f"[section](#{key.name.replace('.', '')})"
-    if key.field.default is PydanticUndefined:
-        return "required"
-    return f"`{_escape(json.dumps(key.field.default))}`"
+    return f"`{json.dumps(key.field.default)}`"
 
 
 def _choices(key: Key) -> str:
@@ -173,10 +169,6 @@ def _choices(key: Key) -> str:
             choices = ", ".join(f"`{choice}`" for choice in get_args(part))
             return f" (one of {choices})"
     return ""
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

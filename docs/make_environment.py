@@ -22,14 +22,10 @@ PAGE = ROOT / "docs" / "environment.md"
 HEAD = """\
 # Environment variables
 
-Written by `make docs` from the code, `deployments/settings.env` and the units; do not edit it by
-hand.
-
-Nothing here has to be set to train. What belongs to a run is in its
-[configuration](configuration.md). On a server, `/etc/nested-tune/settings.env` is the place
+Written by `make docs`; do not edit it by hand. Nothing here has to be set to train. Defaults are in
+brackets. On a server, `/etc/nested-tune/settings.env` is the place
 ([Nightly on Prefect](../deployments/README.md)).
 """
-TABLE = "| variable | default | what it does | named in |\n|---|---|---|---|\n"
 # By section: what is there without it, and what it does.
 VARIABLES = {
     "To set": {
@@ -182,17 +178,15 @@ def find_problems(found: dict[str, list[str]]) -> Iterator[str]:
         yield f"{name} has a line in docs/make_environment.py, and nothing names it"
 
 
-def render_page(found: dict[str, list[str]]) -> str:
-    """The page: a table for each section."""
+def render_page() -> str:
+    """The page: a list for each section."""
     shipped = dict(_SETTING.findall((ROOT / "deployments" / "settings.env").read_text("utf-8")))
     parts = [HEAD]
     for section, variables in VARIABLES.items():
-        parts += [f"\n## {section}\n\n", TABLE]
+        parts.append(f"\n## {section}\n\n")
         for name, (default, meaning) in variables.items():
-            files = ", ".join(f"`{file}`" for file in found.get(name, ()))
-            parts.append(
-                f"| `{name}` | {_value(default, shipped.get(name))} | {meaning} | {files} |\n"
-            )
+            value = _value(default, shipped.get(name))
+            parts.append(f"- `{name}`{f' ({value})' if value else ''}: {meaning}\n")
     return "".join(parts)
 
 
@@ -208,7 +202,7 @@ def main(arguments: list[str]) -> str | None:
     found = find_variables()
     if problems := list(find_problems(found)):
         return "\n".join(problems)
-    return write_or_check(PAGE, render_page(found), arguments)
+    return write_or_check(PAGE, render_page(), arguments)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,11 @@ EVERY_SECTION = {
         *("DamagedError", "TrainingDiverged", "UpdateNotApplied", "SilentUpdateWarning"),
     ),
 }
+# Classes that functions return and nobody makes: their fields are in their docstrings.
+RETURNED = {
+    *("FinetuneResult", "RunReport", "RunComparison", "RegisteredAdapter", "Evaluation", "Export"),
+    *("Adapter", "TierStats", "TierMap", "UpdateReport"),
+}
 OF_ROOMS = seams.list_public_names(ROOMS)
 ABSENT = OF_ROOMS.keys() - seams.list_public_names(seams.list_rooms())
 SECTIONS = {
@@ -117,18 +122,19 @@ def _describe(name: str, value: Any) -> Iterator[str]:
     if getattr(value, "__name__", name) != name:
         yield f"Another name of `{value.__name__}`.\n"
         return
-    if not _is_exception(value):
-        yield f"```text\n{_signature(name, value)}\n```\n\n"
+    if not _is_exception(value) and name not in RETURNED:
+        signature = _signature(name, value)
+        is_long = "\n" in signature
+        yield f"```text\n{signature}\n```\n\n" if is_long else f"`{signature}`\n\n"
     text = inspect.getdoc(value) or ""
     yield f"{_as_markdown(text)}\n"
     if isinstance(value, type) and issubclass(value, NestedTuneError):
         yield f"\nExit code [{value.exit_code}](exit-codes.md#exit-{value.exit_code}).\n"
     if methods := list(_methods(value)):
-        yield "\n| method | what it does |\n|---|---|\n"
+        yield "\nMethods:\n\n"
     for method in methods:
         first = inspect.getdoc(getattr(value, method)) or ""
-        sentence = " ".join(first.split("\n\n")[0].split()).replace("|", "\\|")
-        yield f"| `{method}` | {sentence} |\n"
+        yield f"- `{method}`: {' '.join(first.split(chr(10) * 2)[0].split())}\n"
 
 
 def _as_markdown(text: str) -> str:

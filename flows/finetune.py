@@ -1,5 +1,7 @@
 """The Prefect flow of a fine-tune: `pipeline.finetune`, with each step as a task.
 
+The tasks, in this order: validate, load, train, gate, register (tasks/finetune.py).
+
 Importing it loads no mlx. A worker imports it when a run has crashed, to look for hooks, and then
 reports the crash a second time (prefect 3.9.1, runner/_flow_run_executor.py and workers/base.py).
 That report would end a retry that has begun by then, so it must not be long in coming.
@@ -71,7 +73,7 @@ class FinetuneParameters(FineTuneConfig):
 
 @flow(name="finetune", retries=0, flow_run_name=name_flow_run)
 def finetune(config: FinetuneParameters) -> State[Any]:
-    """Fine-tune an adapter, judge it, and register and promote what passed.
+    """Validate the data, load the model, train, run the gate, and register and promote what passed.
 
     The name of the state is the outcome (see `Outcome`), and its message has the figures. Failed
     where a step fails, and `Rejected: ...`, of the same type, by the gate. Cancelled or suspended,
@@ -193,6 +195,7 @@ def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[O
 def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
     """What became of a version that was registered."""
     from nested_core.pipeline.publishing import is_registered_from
+    from nested_core.registry.promotion_policy import effective_rule
 
     outcome = None if result.decision is None else result.decision.outcome
     if outcome in OUTCOME_BY_DECISION:
@@ -202,7 +205,8 @@ def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
         is_own = is_registered_from(config, result.run, str(result.version))
         return Outcome.PROMOTED if is_own else Outcome.KEPT_CHAMPION
     has_rival = result.verdict is not None and result.verdict.champion is not None
-    is_refused = result.must_be_better and outcome in ("refused", "registered")
+    must_be_better = effective_rule(config.registry).must_be_better
+    is_refused = must_be_better and outcome in ("refused", "registered")
     return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
 
 

@@ -89,17 +89,10 @@ _preparation: Preparation | None = None
 def prepare() -> Preparation:
     """Prepare this process for MLX; call it before anything imports mlx. Later calls do nothing.
 
-    On Linux, kernels are compiled into a folder of this process alone (the room kernel_folder).
-    With the MLX build for CPUs, OpenBLAS is opened for the whole process if the system has it, with
-    threads that soon sleep (unless OPENBLAS_THREAD_TIMEOUT is set), and freed memory up to 1 GiB
-    stays with the process. With the build for CUDA, kernels are started without graphs, and plans
-    of attention are cached for thousands of shapes, unless MLX_USE_CUDA_GRAPHS and
-    MLX_CUDA_SDPA_CACHE_SIZE are set. macOS, where MLX uses Metal and Accelerate, needs none of
-    this. On every platform, compiled functions are dropped when the process ends
-    (`_drop_compiled_functions_at_exit`).
-
-    NESTED_TUNE_NO_OPENBLAS=1 leaves OpenBLAS out. If mlx was imported before, a RuntimeWarning says
-    what cannot be done any more.
+    On Linux it opens OpenBLAS for MLX's build for CPUs (NESTED_TUNE_NO_OPENBLAS=1 leaves it out),
+    sets what MLX's build for CUDA reads at its start, and gives compiled kernels a private folder.
+    A variable that is set already stays. If mlx was imported before, a RuntimeWarning says what
+    cannot be done any more.
     """
     global _preparation
     if _preparation is None:

@@ -148,12 +148,15 @@ def _publish_verdict(config: FineTuneConfig, verdict: Verdict) -> None:
 
 @retried_task("register", "register {config.registry.name}", REGISTRY_RETRY_DELAYS)
 def register(config: FineTuneConfig, run_dir: Path, session: Session) -> Decision:
-    """Register the run's adapter, and promote it by policy or say why not; again it is the same."""
+    """Register the run's adapter and promote it, or say why not; again it is the same."""
     run = RunDirectory(run_dir)
     registry, name = registry_location(config.registry)
     judged = find_judged_run(run, session)
     verified = datetime.now(UTC)  # before the promotion, whose event has the time of its line
     decision = register_run(config, judged, judged.verdict.rival, origin=read_origin())
+    if not decision.is_registered:
+        get_run_logger().info("%s: %s", name, decision.sentence)
+        return decision
     get_run_logger().info("Registered %s as version %s.", name, shorten_digest(decision.version))
     for page in seams.load_all("champion_page"):
         page.tell_of_version(config, judged)

@@ -103,7 +103,7 @@ def test_an_undocumented_public_name_is_found() -> None:
 def test_the_page_of_the_command_line_has_a_shared_flag_once() -> None:
     page = run_tool("make_command_line.py")["render_page"]()
     assert page.count("whose champions are checked") == 1
-    assert page.count("| `--registry DIR` | where NAME is looked for") == 1, "shared flags, once"
+    assert page.count("- `--registry DIR`: where NAME is looked for") == 1, "shared flags, once"
 
 
 def test_a_variable_that_is_not_listed_is_found(tmp_path: Path) -> None:

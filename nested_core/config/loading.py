@@ -208,8 +208,7 @@ def load_config(
         flag wins over the file and a null in the file means the default. `optimizer` may be a class
         of your own, which takes a learning_rate as mlx's optimizers do.
 
-    Relative paths are kept as they are; they start at the working directory. Raises ConfigError
-    with every problem, each with its flag or its line.
+    Relative paths start at the working directory. Raises ConfigError with every problem.
     """
     values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"

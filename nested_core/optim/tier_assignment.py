@@ -64,8 +64,7 @@ def assign_tiers(
 ) -> TierMap:
     """Assign every trainable parameter to a tier, by the configured strategy.
 
-    A tier is a group of parameters with its own frequency of updates. Strategies are patterns of
-    names, the importance of each parameter, or the depth of its layer.
+    Strategies are patterns of names, the importance of each parameter, or the depth of its layer.
 
     names: dotted, as in mlx's trees.
     settings: the configuration's section `nested`.

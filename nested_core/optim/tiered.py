@@ -53,11 +53,10 @@ ELEMENTWISE_OPTIMIZERS = (
 class Tiered(Optimizer):
     """Any mlx optimizer with tiers; a tier of frequency f is updated at the steps n % f == 0.
 
-    Each tier has its own inner optimizer. Parameters and state of a tier that is not due do not
-    change. The step that an inner optimizer sees (bias correction, Adafactor's decay) is its tier's
-    own update count; a learning rate schedule is evaluated at the training step, so that all tiers
-    share one curve. A step with a non-finite gradient in use, or one that would make a sum of
-    accumulated gradients non-finite, advances the step count and changes nothing else.
+    Each tier has its own inner optimizer, which counts its tier's own updates (bias correction,
+    Adafactor's decay). A learning rate schedule is evaluated at the training step. Parameters and
+    state of a tier that is not due do not change. A step with a non-finite gradient, or one that
+    would make a sum of gradients non-finite, advances the step count and changes nothing else.
 
     Args:
         make_optimizer: returns a new inner optimizer, as `lambda: Muon(1e-3)`; called once a tier.
@@ -67,8 +66,8 @@ class Tiered(Optimizer):
         accumulate: whether a chunk is applied as the "mean" or the "sum" of its gradients.
         max_grad_norm: bound on the global L2 norm of the gradients about to be applied; 0 is off.
 
-    Raises ValueError for invalid tiers or options, for a tier's weight_decay if the inner optimizer
-    has no weight decay, and for a learning_rate_scale if it uses no learning rate.
+    Raises ValueError for invalid tiers or options, and for a tier's weight_decay or
+    learning_rate_scale that the inner optimizer does not use.
 
     State: mlx's tree (`step`, `learning_rate`, and each parameter's moments); `sum` for a parameter
         whose gradients are accumulated; `had_gradient` for one without a second moment, to tell

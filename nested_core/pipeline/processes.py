@@ -1,16 +1,13 @@
-"""What a run asks of rooms: training in several processes, and the services of `report_to`."""
+"""What a run asks of rooms: how many processes train, and the services of `report_to`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reports.training_callback import TrainingCallback
 
 LAUNCHED_VARIABLE = "MLX_RANK"  # which mlx.launch sets for each process that it starts
 
@@ -26,23 +23,6 @@ def count_processes(config: FineTuneConfig) -> int:
     asked = "training.processes" if training.hostfile is None else "training.hostfile"
     count: int = seams.load_only("count_processes", asked)(config)
     return count
-
-
-def train_in_processes(
-    config: FineTuneConfig,
-    run: RunDirectory,
-    processes: int,
-    callback: TrainingCallback | None,
-    on_start: Callable[[Any], None] | None,
-) -> None:
-    """Train in several processes until result.json is written.
-
-    on_start: called with an object that has a trainer's methods for all processes.
-
-    Raises what a trainer raises, and TrainingProcessLost if a process was lost.
-    """
-    train = seams.load_only("train_in_processes", "training.processes")
-    train(config, run, processes, callback, on_start)
 
 
 def refuse_mlx_launch() -> None:

@@ -28,6 +28,7 @@ from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import (
     conditions_digest,
     digest_held_out,
+    find_kept_champion,
     record_trial,
     settings_digest,
 )
@@ -38,6 +39,7 @@ from nested_core.records.judged_run import (
     read_judged_run,
     read_rejected_run,
 )
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run_status import AdapterRuns
 from nested_core.records.start import read_start
@@ -50,12 +52,14 @@ from nested_core.registry.judgements import Judgement
 from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.promotion_policy import (
     describe_policy_refusal,
+    effective_rule,
     register_by_policy,
     registry_location,
 )
 from nested_core.registry.queries import parent_version_of
 from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
+from nested_core.report.outcome import describe_kept_champion
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
@@ -97,9 +101,17 @@ def register_run(
 
     champion: the champion that the run was judged against.
 
-    Returns the decision on its promotion. Raises ConfigError if no registry is configured.
+    An adapter that has to be better than the champion that it follows, and is not, is recorded as a
+    trial and not registered. Returns the decision on its promotion. Raises ConfigError if no
+    registry is configured.
     """
     registry_location(config.registry)
+    if effective_rule(config.registry).must_be_better:
+        kept = find_kept_champion(config, judged.folder, judged.verdict)
+        if kept is not None:
+            reason = describe_kept_champion(judged.verdict, kept)
+            record_trial(config, judged, Outcome.KEPT_CHAMPION, reason)
+            return Decision("not_better", judged.version, kept, reason)
     recorded = _make_provenance_with_conditions(config, judged, champion)
     new = NewVersion(judged, recorded, read_run_examples(config, judged))
     return register_by_policy(new, config.registry, champion, origin=origin)

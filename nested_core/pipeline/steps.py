@@ -82,7 +82,7 @@ from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.named_models import find_rows_of_base
-from nested_core.pipeline.processes import count_processes, load_services, train_in_processes
+from nested_core.pipeline.processes import count_processes, load_services
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
@@ -400,6 +400,7 @@ def train(
         if processes == 1:
             trainer = train_model(config, run, callbacks, on_start, session=session)
             return _publish_result(run, trainer)
+        train_in_processes = seams.load_only("train_in_processes", "training.processes")
         train_in_processes(config, run, processes, callbacks, on_start)
         return read_result(run.result)
 

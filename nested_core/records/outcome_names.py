@@ -61,4 +61,5 @@ OUTCOME_BY_DECISION: dict[str, Outcome] = {
     "promoted": Outcome.PROMOTED,
     "waiting": Outcome.WAITS_FOR_APPROVAL,
     "declined": Outcome.DECLINED,
+    "not_better": Outcome.KEPT_CHAMPION,
 }

@@ -13,6 +13,7 @@ Outcome = Literal[
     "superseded",  # another version is champion than the one that was expected
     "barred",  # a rollback left it, and nobody has promoted it by name since
     "refused",  # verdict or policy keep it from being promoted by itself
+    "not_better",  # than the champion that it follows, and it has to be: nothing was registered
     "waiting",  # a person is to be asked
     "declined",  # a person has said no, to it or to one of the same data and settings
     "damaged",
@@ -33,6 +34,11 @@ class Decision:
     previous: str | None = None
     reason: str | None = None
     against_policy: str | None = None
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the version is in the registry."""
+        return self.outcome != "not_better"
 
     @property
     def sentence(self) -> str:

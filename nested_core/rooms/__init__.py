@@ -58,8 +58,7 @@ class Room:
         adapters of another program are read and written.
     run_files: patterns of the files that it, or a service, writes in a run: their paths there.
     services: a class that is made of a configuration with `report_to`, and raises ConfigError for a
-        service that cannot be used. Its `reporting` and `attaching_verdict_at_end` are contexts
-        around training and around a whole run.
+        service that cannot be used. Its `reporting` is a context around training.
     restart: a function that runs a command again where it is killed, as `run_again_where_killed`.
     memory_forecast: a function of a TrainingSetup and the bytes that there are, which gives a
         MemoryPlan (training/memory_plan.py).
@@ -77,12 +76,11 @@ class Room:
     live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
         RunDirectory, the event that ends it and the lock of the view.
     kernel_folder: a function that has MLX compile its kernels into a folder of this process.
-    around_training: a context around loading and training, of configuration, run directory, a
-        function that takes a line for the person, and session.
-    timed_training: a context that holds a run to `training.minutes`, of configuration, run
-        directory and hooks.
+    around_training: as around_run, around loading and training alone, called after validation.
+    around_run: a function that gives a context around all steps of a run, of its RunInProgress
+        (pipeline/run_in_progress.py). It is called before the run has begun, and entered after.
     side_by_side: a class that loads a base and adapters of it, whose `ask` answers a prompt.
-    rate_warning: a function of a configuration that warns of its learning rate, or gives None.
+    warnings_before_start: a function of a configuration that gives warnings of it in a list.
     rate_refusal: a function of a configuration that raises ConfigError if a run would go on from
         the champion at too high a learning rate.
     explain_run: a function that says what a run of a configuration will do and cost, for rooms.
@@ -152,9 +150,9 @@ class Room:
     live_view: str | None = None
     kernel_folder: str | None = None
     around_training: str | None = None
-    timed_training: str | None = None
+    around_run: str | None = None
     side_by_side: str | None = None
-    rate_warning: str | None = None
+    warnings_before_start: str | None = None
     rate_refusal: str | None = None
     explain_run: str | None = None
     run_measurement: str | None = None
@@ -235,7 +233,7 @@ ROOMS: Mapping[str, Room] = {
     "planning": Room(
         commands=("init", "explain"),
         explain_run="nested_core.rooms.planning.run_explanation:explain_run",
-        rate_warning="nested_core.rooms.planning.learning_rate_rule:warn_of_learning_rate",
+        warnings_before_start="nested_core.rooms.planning.learning_rate_rule:warn_of_learning_rate",
         rate_refusal="nested_core.rooms.planning.learning_rate_rule:require_usable_rate",
     ),
     "peft": Room(
@@ -254,6 +252,7 @@ ROOMS: Mapping[str, Room] = {
     "restart": Room(restart="nested_core.rooms.restart.restarting:run_again_where_killed"),
     "services": Room(
         services="nested_core.rooms.services.reporting_services:Services",
+        around_run="nested_core.rooms.services.reporting_services:attaching_verdict_of",
         run_files=(  # of wandb and swanlab; one that is missing here keeps a run from removal
             r"wandb/(offline-)?run-\d{8}_\d{6}-[\w-]+/(run-[\w-]+\.wandb|logs/debug[\w-]*\.log"
             r"|files/(config\.yaml|output\.log|requirements\.txt|wandb-(metadata|summary)\.json))",
@@ -269,7 +268,7 @@ ROOMS: Mapping[str, Room] = {
     ),
     "kernel_folder": Room(
         kernel_folder="nested_core.rooms.kernel_folder.compiled_kernels:use_private_kernel_folder",
-        around_training="nested_core.rooms.kernel_folder.first_kernels:compiling_first_kernels",
+        around_training="nested_core.rooms.kernel_folder.first_kernels:compiling_kernels_of",
     ),
     "delta_nets": Room(
         layer_context="nested_core.rooms.delta_nets.layers:using_delta_nets",
@@ -285,9 +284,10 @@ ROOMS: Mapping[str, Room] = {
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
     ),
     "minutes": Room(
+        keys=("training.minutes",),
         flags={command: ("--minutes",) for command in ("train", "run", "explain")},
         problems="nested_core.rooms.minutes.refused_keys:iterate_problems",
-        timed_training="nested_core.rooms.minutes.timed_training:TimedTraining",
+        around_run="nested_core.rooms.minutes.timed_training:holding_to_minutes",
         run_measurement="nested_core.rooms.minutes.measured_run:measure_run",
         blas_threads="nested_core.rooms.minutes.blas_threads:using_quicker_blas_threads",
     ),

@@ -281,9 +281,8 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
 
     resume: go on with the run that is there; otherwise the folder must be new or empty.
 
-    Raises ConfigError if a run exists and `resume` is False (with what to do, by whether it still
-    trains, ended before it could train, or trained), or the reverse, and if the path lies in a
-    registry, another run's folder or a model's.
+    Raises ConfigError if a run exists and `resume` is False, or the reverse, and if the path lies
+    in a registry, another run's folder or a model's.
     """
     path = Path(path)
     require_free_place(path, RUN_DIR_KEY, own_run=path)

@@ -121,7 +121,7 @@ def test_each_tool_has_a_row_for_each_failure_and_all_are_of_one_version() -> No
 
 
 def test_the_page_has_a_cell_for_each_row_and_counts_what_its_cells_say() -> None:
-    page = (ROOT / "docs/silent-failures.md").read_text("utf-8")
+    page = (ROOT / "benchmarks/silent_failures/README.md").read_text("utf-8")
     part = page.partition("## What tools notice")[2].partition("\n## ")[0]
     table = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
     cells = {line[0]: line[1:] for line in table}

@@ -39,7 +39,7 @@ MOMENTS = {
     "evaluate": "evaluates",
     "judge": "gate",
     "_train_steps": "steps",
-    "_finetune_locked": "between",
+    "finetune": "between",
 }
 # Notes a hundred times a second what every thread is in; the process it is in is the one that the
 # parent began.

@@ -70,9 +70,8 @@ def evaluate(
     Args:
         models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
             exported folders or GGUFs.
-        suites: files, or entries of `gate.tasks`. Without suites those of `config` are asked; with
-            `data` only where `config` is given. One without a score is asked and scored as `config`
-            does it with the same file, or else by `contains`.
+        suites: files, or entries of `gate.tasks`; by default those of `config`, and none if only
+            `data` is given. A file is scored as `config` does it, or else by `contains`.
         data: a JSON Lines file; the losses on it are compared example by example.
         against: the model that the others are compared with; by default the base of the first one,
             of an exported model the one that it was made of.

@@ -12,7 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +26,7 @@ from nested_core.models.base_model import model_compute_dtype
 from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import locking_devices
 from nested_core.pipeline.processes import count_processes
+from nested_core.pipeline.run_in_progress import RunInProgress
 from nested_core.process.child import Child
 from nested_core.rooms.kernel_folder import compiled_kernels
 from nested_core.storage.run_directory import RunDirectory
@@ -38,6 +39,11 @@ SECONDS_BETWEEN_LOOKS = 0.05
 MAX_SECONDS = 600.0  # after which a process is ended, and its kernels are compiled when needed
 
 _log = logging.getLogger(__name__)
+
+
+def compiling_kernels_of(work: RunInProgress) -> AbstractContextManager[None]:
+    """Return the context that compiles the first kernels of a run."""
+    return compiling_first_kernels(work.config, work.run, work.steps.on_message, work.session)
 
 
 @contextmanager

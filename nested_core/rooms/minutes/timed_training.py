@@ -25,7 +25,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.pipeline.hooks import Steps
+from nested_core.pipeline.run_in_progress import RunInProgress
 from nested_core.process.command_parent import STARTED, has_parent, list_earlier_ends
 from nested_core.records.plan import TimePlan, read_plan, write_plan
 from nested_core.records.result import TrainResult
@@ -71,22 +71,27 @@ def measure(
     return forecast
 
 
+def holding_to_minutes(work: RunInProgress) -> AbstractContextManager[object]:
+    """Return a context in which a run with `training.minutes` trains as many steps as fit."""
+    return nullcontext() if work.config.training.minutes is None else TimedTraining(work)
+
+
 class TimedTraining(AbstractContextManager["TimedTraining"]):
     """Trains one command of a run of minutes.
 
-    Attributes:
-        config: the configuration, with the iterations of the run as soon as they are counted.
+    The configuration of the run gets its iterations as soon as they are counted.
     """
 
-    def __init__(self, config: FineTuneConfig, run: RunDirectory, hooks: Steps) -> None:
-        self.config = config
-        self._minutes = config.training.minutes or 0.0  # with none this is not made
-        self._run = run
-        self._hooks = hooks
+    def __init__(self, work: RunInProgress) -> None:
+        self._work = work
+        self._minutes = work.config.training.minutes or 0.0  # with none this is not made
+        self._run = run = work.run
+        self._hooks = work.steps
         self._began, self._spent, self._plan = _find_time_spent(run)
         plan = read_plan(run.plan)
         if plan is not None and self._plan is not None and self._plan.minutes == self._minutes:
-            self.config = config.model_copy(update={"iters": plan.iterations})
+            work.config = work.config.model_copy(update={"iters": plan.iterations})
+        work.train = self.train
         self._threads = ExitStack()
         self._seen: deque[tuple[int, float]] = deque(maxlen=STEPS_MEASURED[1])
         self._next_look = self._noted = 0.0
@@ -100,13 +105,13 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     def __exit__(self, *_: object) -> None:
         self._threads.close()
 
-    def train(self, session: Session) -> TrainResult:
-        """Train as many steps as fit; `config` says how many.
+    def train(self) -> TrainResult:
+        """Train as many steps as fit; the run's configuration says how many.
 
         Raises ConfigError where there is no time for a step and the verdict, and TrainingStopped
         where somebody else asked for a stop.
         """
-        plan = self._plan
+        plan, session = self._plan, self._work.session
         if plan is None or plan.minutes != self._minutes:
             plan = self._count_steps(session)
         self._plan = replace(plan, began=self._began, spent=self._spent, worked=0.0)
@@ -118,7 +123,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             self._next_look = time.time() + self._between_looks
             try:
                 with quietly:
-                    return self._hooks.train(self.config, self._run, session)
+                    return self._work.train_once()
             except TrainingStopped:
                 if self._plan is session.time_plan:  # it was not stopped here
                     raise
@@ -136,13 +141,13 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             session.await_kernels(self._run.stop_request.exists)
         threads = None if self._plan is None else self._plan.blas_threads
         if self._plan is None:
-            threads = choose_blas_threads_of_run(self.config, session, self._hooks.on_message)
+            threads = choose_blas_threads_of_run(self._work.config, session, self._hooks.on_message)
             self._threads.enter_context(using_blas_threads(threads))
         tried = min(SHARE_TRIED * 60 * self._minutes, MAX_SECONDS_TRIED)
-        forecast = measure(self.config, self._run, tried, session, self._hooks.on_message)
+        forecast = measure(self._work.config, self._run, tried, session, self._hooks.on_message)
         done = int(latest_state(self._run.checkpoints).get("step", 0))
         left = self._end - time.time()
-        least = max(1, self.config.nested.frequencies[-1] - done)
+        least = max(1, self._work.config.nested.frequencies[-1] - done)
         steps = max(least, forecast.count_steps(left))
         needed = forecast.seconds_of(steps) - VERDICT_SPARED * forecast.verdict
         missing = needed - left - _seconds_beyond(self._minutes)
@@ -191,7 +196,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         steps = count_anew(plan, self._seen, trainer.steps, self._end - now, only_cut=not is_time)
         if steps is None:
             return
-        steps = max(steps, self.config.nested.frequencies[-1])
+        steps = max(steps, self._work.config.nested.frequencies[-1])
         self._plan = replace(plan, counted_at=(*plan.counted_at, done))
         if steps > done:
             self._plan = replace(self._plan, steps=steps)
@@ -216,11 +221,13 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
 
     def _write_steps(self, steps: int) -> None:
         """Have the configuration, and config.yaml, say so many; its time stays the run's begin."""
-        iterations = steps * self.config.grad_accumulation_steps
-        training = self.config.training.model_copy(update={"epochs": None})
-        self.config = self.config.model_copy(update={"iters": iterations, "training": training})
+        iterations = steps * self._work.config.grad_accumulation_steps
+        training = self._work.config.training.model_copy(update={"epochs": None})
+        self._work.config = self._work.config.model_copy(
+            update={"iters": iterations, "training": training}
+        )
         begun = self._run.config.stat()
-        write_bytes(self._run.config, render_config(self.config))
+        write_bytes(self._run.config, render_config(self._work.config))
         os.utime(self._run.config, ns=(begun.st_atime_ns, begun.st_mtime_ns))
 
 

@@ -38,12 +38,12 @@ def describe_learning_rate(config: FineTuneConfig, share: float = 1.0) -> str | 
     return f"{text}: try --learning-rate {float(f'{rate:.0e}'):g}"
 
 
-def warn_of_learning_rate(config: FineTuneConfig) -> str | None:
+def warn_of_learning_rate(config: FineTuneConfig) -> list[str]:
     """Return a warning if the learning rate is so far from the best ones that a run suffers."""
     text = describe_learning_rate(config)
     if text is None or USABLE_PRODUCTS[0] <= _product(config) <= USABLE_PRODUCTS[1]:
-        return None
-    return f"learning rate: {text}"
+        return []
+    return [f"learning rate: {text}"]
 
 
 def require_usable_rate(config: FineTuneConfig) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,9 @@ from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import ShownProgress, Steps
 from nested_core.pipeline.publishing import register_run
 from nested_core.records.judged_run import read_judged_run
+from nested_core.records.outcome_names import Outcome
 from nested_core.records.run_status import read_run
+from nested_core.records.skip import Skip
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import history
 from nested_core.registry.policy import set_policy
@@ -97,11 +101,12 @@ def test_one_argument_turns_it_off_and_without_a_terminal_there_is_none(
 ) -> None:
     used: list[Steps] = []
 
-    def keep(_: object, run: Any, hooks: Steps, *__: object) -> FinetuneResult:
+    @contextmanager
+    def keep(_: object, run: Any, hooks: Steps, **__: object) -> Iterator[Any]:
         used.append(hooks)
-        return FinetuneResult(run)
+        yield SimpleNamespace(validate=lambda: Skip(Outcome.SKIPPED_UNCHANGED, "as before"))
 
-    monkeypatch.setattr(finetune_module, "_finetune_locked", keep)
+    monkeypatch.setattr(finetune_module, "working_on", keep)
     monkeypatch.setattr(finetune_module, "can_show_progress", lambda: is_shown)
     finetune(example_config(), open_run(tmp_path / "run"), progress=progress)
     assert [type(hooks) for hooks in used] == [expected]

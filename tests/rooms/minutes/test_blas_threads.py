@@ -14,6 +14,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.models.session import Session
+from nested_core.pipeline.run_in_progress import RunInProgress
 from nested_core.records.plan import write_plan
 from nested_core.rooms.minutes import measured_run, timed_training
 from nested_core.rooms.minutes.blas_threads import (
@@ -93,7 +94,7 @@ def test_a_run_that_goes_on_has_the_threads_of_its_plan_until_it_ends(
     run = open_run(tmp_path / "run")
     run.path.mkdir()
     write_plan(run.plan, training_plan(replace(FIXED, began=time.time(), blas_threads=1)))
-    with timed_training.TimedTraining(config_of(5), run, Listening()):
+    with timed_training.TimedTraining(RunInProgress(config_of(5), run, Listening())):
         assert (library.openblas_get_num_threads(), os.environ[THREADS_VARIABLE]) == (1, "1")
     assert library.openblas_get_num_threads() == 2
     assert THREADS_VARIABLE not in os.environ

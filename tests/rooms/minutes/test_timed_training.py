@@ -20,6 +20,7 @@ from nested_core.errors import TrainingStopped
 from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.hooks import Steps
+from nested_core.pipeline.run_in_progress import RunInProgress
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TimePlan, TrainingPlan, read_plan, write_plan
@@ -284,7 +285,7 @@ def test_a_stop_in_the_step_that_counts_anew_is_no_cut(
     if by_file:
         run.stop_request.touch()
     hooks = Listening()
-    timed = timed_training.TimedTraining(config_of(5), run, hooks)
+    timed = timed_training.TimedTraining(RunInProgress(config_of(5), run, hooks))
     timed._look(SimpleNamespace(current_step=5, steps=20, stop_requested=not by_file))
     assert timed._plan == FIXED
     assert hooks.said == []
@@ -333,7 +334,7 @@ def test_a_run_notes_how_long_it_worked_and_a_copy_of_it_has_worked_no_longer(
 ) -> None:
     run = RunDirectory(tmp_path / "run")
     write_time_plan(run, replace(FIXED, spent=20.0))
-    timed = timed_training.TimedTraining(config_of(5), run, Listening())
+    timed = timed_training.TimedTraining(RunInProgress(config_of(5), run, Listening()))
     timed._began -= 70
     timed._look(SimpleNamespace(current_step=1, steps=20, stop_requested=False))
     copy = RunDirectory(shutil.copytree(run.path, tmp_path / "copy"))

@@ -47,11 +47,10 @@ def test_where_a_setting_lies_is_said_with_what_to_try(values, product, advice) 
     [(1.8e-5, True), (2e-5, False), (1e-4, False), (3e-4, False), (3.2e-4, True)],
 )
 def test_a_run_is_warned_only_far_from_the_best_settings(rate: float, is_warned_of: bool) -> None:
-    warning = warn_of_learning_rate(configured(learning_rate=rate))
-    assert (warning is not None) == is_warned_of
+    assert len(warn_of_learning_rate(configured(learning_rate=rate))) == is_warned_of
 
 
 @pytest.mark.parametrize("values", [{"fine_tune_type": "full"}, {"optimizer": "sgd"}])
 def test_nothing_is_said_of_what_the_figures_are_not_of(values: dict[str, Any]) -> None:
     assert describe_learning_rate(configured(**values)) is None
-    assert warn_of_learning_rate(configured(**values)) is None
+    assert warn_of_learning_rate(configured(**values)) == []

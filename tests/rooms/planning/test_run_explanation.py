@@ -228,7 +228,7 @@ def test_a_suggestion_loads_and_fits_the_data(tmp_path, fields, named) -> None:
         "200 or more are wanted, in 20 passes at most.\n"
         "# The best step by the loss on valid is offered.\n"
     ) in path.read_text()
-    assert warn_of_learning_rate(config) is None
+    assert warn_of_learning_rate(config) == []
 
 
 @pytest.mark.slow("answers for its forecast")

@@ -152,7 +152,7 @@ def test_no_rate_is_held_against_those_that_were_best_for_the_cross_entropy(tmp_
     from nested_core.rooms.planning.run_explanation import explain_run
 
     config = make_config(write_pairs(tmp_path / "data"), "dpo", learning_rate=1e-6)
-    assert warn_of_learning_rate(config) is None
+    assert warn_of_learning_rate(config) == []
     explained = explain_run(config, measures_speed=False)
     said = RunInWords(explained).describe()
     assert said["learning rate"] == "1e-06."
@@ -160,7 +160,7 @@ def test_no_rate_is_held_against_those_that_were_best_for_the_cross_entropy(tmp_
     assert "may rise by more than 1.0 nats/example while" in said["gate"]
     cross_entropy = config.training.model_copy(update={"loss": None})
     plain = config.model_copy(update={"training": cross_entropy})
-    assert "rank x scale x rate is" in (warn_of_learning_rate(plain) or "")
+    assert "rank x scale x rate is" in "".join(warn_of_learning_rate(plain))
 
 
 def test_a_fall_of_chosen_answers_is_told(learnt) -> None:
