@@ -36,6 +36,7 @@ from nested_core.text.foreign_text import escape
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
+MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -302,6 +303,8 @@ class ServingServer(ThreadingHTTPServer):
         """Raises ConfigError for an address or a port that cannot be listened at."""
         self.api_key = api_key
         try:
+            if not 0 <= port <= MAX_PORT:  # which getaddrinfo would take modulo 65536
+                raise OverflowError(f"ports are from 0 to {MAX_PORT}")
             self.address_family, _, _, _, address = socket.getaddrinfo(
                 host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
             )[0]
