@@ -221,7 +221,8 @@ def _hearing_signals(*, is_program: bool) -> Iterator[None]:
         yield
     finally:
         for number in unheard:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # the command is at its end
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _end_in_order(number: int, frame: Any) -> NoReturn:

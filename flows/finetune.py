@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from prefect import flow, runtime
+from prefect import flow, get_run_logger, runtime
 from prefect.states import Cancelled, Completed, Failed, State
 
 from flows.flow_runs.allowed_folders import (
@@ -120,8 +120,11 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
             result = run_finetune(config, run, steps, resume=run.is_nonempty())
     except TrainingStopped as error:
         watch.raise_if_suspended()
-        message = error.describe_for("page")
-        return Cancelled(message=f"resumable by a retry of this flow run: {message}")
+        message = f"resumable by a retry of this flow run: {error.describe_for('page')}"
+        # A worker puts its own message in place of this one once the process has ended (prefect
+        # 3.9.1, runner/_cancellation_manager.py). The log and the page of the run keep it.
+        get_run_logger().warning("Cancelled, %s What is done is in %s.", message, run.path)
+        return Cancelled(message=message)
     except GateRejected as error:
         verdict = read_verdict(run.gate)
         if verdict.has_passed:  # the registry refused what this gate let through

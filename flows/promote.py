@@ -56,8 +56,9 @@ def promote(config: PromoteParameters) -> State[Any]:
     prepare_logs()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
-    is_champion = config.version == champion  # a retried run may have made it so
-    if not is_champion and (config.requires_approval or _asks_person(registry, config)):
+    is_champion = config.version == champion
+    is_done = is_champion and promotion_tasks.find_own_change(registry, config.name) is None
+    if not is_done and (config.requires_approval or _asks_person(registry, config)):
         state: State[Any] = seams.load_only("ask_person", APPROVE_KEY)(config, registry, champion)
         return state
     decision = promotion_tasks.promote(registry, config.name, config.version)

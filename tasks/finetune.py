@@ -24,7 +24,7 @@ from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
-from nested_core.records.verdict_table import describe_verdict, tier_table
+from nested_core.records.verdict_table import check_tables, describe_verdict, tier_table
 from nested_core.registry import Decision
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
@@ -141,7 +141,8 @@ def gate(config: FineTuneConfig, run_dir: Path, session: Session | None = None) 
 def _publish_verdict(config: FineTuneConfig, verdict: Verdict) -> None:
     """The verdict as a page of its own: why, the losses, the suites and the tiers."""
     said = f"{verdict.outcome}: {verdict.describe()}" if verdict.has_passed else verdict.outcome
-    page = Document(verdict.outcome, [*describe_verdict(verdict, said), tier_table(verdict)])
+    checks = [*check_tables(verdict), tier_table(verdict)]
+    page = Document(verdict.outcome, [*describe_verdict(verdict, said), *checks])
     line = f"{said}. The gate's verdict, with tiers"
     publish_page(config.registry.name, "gate-verdict", page, line)
 

@@ -37,7 +37,7 @@ def roll_back(
     A flow run goes back once, however often it is tried. `to` has to be a former champion: no
     parameter of a flow promotes what its policy does not.
     """
-    if (change := _find_own_change(path, name)) is not None:
+    if (change := find_own_change(path, name)) is not None:
         return announce_promotion(path, name, _decision_of(change))
     done = registry.rollback(
         path,
@@ -58,7 +58,7 @@ def promote_missed(path: Path, name: str) -> dict[str, Decision]:
     The server is told of what was changed at the command line, too.
     """
     outcomes = promotion_policy.promote_missed_versions(path, name, origin=read_origin())
-    if (change := _find_own_change(path, name)) is not None:
+    if (change := find_own_change(path, name)) is not None:
         outcomes[str(change.version)] = _decision_of(change)
     for version, decision in outcomes.items():
         get_run_logger().info("%s %s: %s", name, shorten_digest(version), decision.sentence)
@@ -89,7 +89,7 @@ def read_origin() -> Origin:
     )
 
 
-def _find_own_change(path: Path, name: str) -> Entry | None:
+def find_own_change(path: Path, name: str) -> Entry | None:
     """Return the last change of the champion that this flow run made; None if it made none.
 
     A process can die after the change, or an I/O error come as it is forced onto the disk: the next
@@ -111,7 +111,7 @@ def announce_promotion(path: Path, name: str, done: Decision) -> Decision:
 
     A version that this flow run made champion, and that still is, was promoted, not found there.
     """
-    change = _find_own_change(path, name)
+    change = find_own_change(path, name)
     if change is not None and change == registry.read_champion_changes(path, name)[-1]:
         registry.check_champion(path, name)  # a writer, which finishes what an earlier try began
         done = _decision_of(change)

@@ -33,7 +33,7 @@ COMMON_FLAGS = (
 EXIT_CODES = """\
 Exit codes: 0 done, 1 unexpected, 2 usage or configuration, 3 data set rejected,
 4 adapter rejected, 5 stopped and resumable, 6 something on disk is damaged or
-unsafe, 130 interrupted twice.
+unsafe, 130 interrupted at once.
 Documentation: README.md and docs/ of the project."""
 
 

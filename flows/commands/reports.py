@@ -56,7 +56,6 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
     """List the runs of a folder, newest first."""
-    from flows.terminal.run_results import print_answer_warnings
     from nested_core.records.run_status import list_runs
     from nested_core.report.outcome import LIST_COLUMNS, LIST_NOTE, list_row, run_to_json
 
@@ -69,7 +68,5 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
             return
         print_table(LIST_COLUMNS, [list_row(run) for run in runs])
         print_line(LIST_NOTE)
-        for run in runs:
-            print_answer_warnings(run)
 
     return result_printer(arguments, lambda: {"runs": [run_to_json(run) for run in runs]}, show)

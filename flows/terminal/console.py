@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 2.0
 POLL_SECONDS = 0.25
 SECONDS_BEFORE_PROGRESS = 2.0
-MIN_SHARE_FOR_FORECAST = 0.05  # of the work: less says little of how long the rest takes
 SHOW_CURSOR = b"\x1b[?25h"
 WIDTH_WITHOUT_TERMINAL = 120
 _COMMAND = re.compile("`[^`]+`")
@@ -80,9 +79,6 @@ class ProgressLine:
             return
         self._shown_at = now
         text = f"{what}: {done / total:.0%}"
-        if done / total >= MIN_SHARE_FOR_FORECAST and done < total:
-            left = (now - self._began) / done * (total - done)
-            text += f", {left:.0f} s left"
         if can_redraw():  # rich would leave out the carriage return
             errors.file.write(f"\r{escape(text):<40}{chr(10) if done == total else ''}")
             errors.file.flush()

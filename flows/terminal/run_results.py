@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flows.terminal.console import print_blocks, print_line, print_progress
+from flows.terminal.console import print_blocks, print_line
 from nested_core import seams
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
@@ -13,7 +13,6 @@ from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.records.answers import BrokenHow, SampleAnswers
-    from nested_core.records.run_status import Run
     from nested_core.records.verdict import Verdict
 
 LONGEST_TEXT = 300
@@ -63,20 +62,10 @@ def print_answer_tables(run: RunDirectory) -> None:
     """What rooms show of the answers to each suite."""
     from nested_core.records.run_status import Run
 
-    print_blocks(*_list_answer_tables(Run(run)))
-
-
-def print_answer_warnings(run: Run) -> None:
-    """The warnings among what rooms show of the answers of a run."""
-    for block in _list_answer_tables(run):
-        if getattr(block, "tone", "") == "warn":
-            print_progress(f"{run.name}: {block.text}")
-
-
-def _list_answer_tables(run: Run) -> Iterator[Any]:
-    for name in dict.fromkeys(answer.task for answer in run.answers):
-        given = [(a.model, a.expected, a.answer, a.score) for a in run.answers if a.task == name]
-        yield from seams.collect("answer_tables", name, given)
+    read = Run(run)
+    for name in dict.fromkeys(answer.task for answer in read.answers):
+        given = [(a.model, a.expected, a.answer, a.score) for a in read.answers if a.task == name]
+        print_blocks(*seams.collect("answer_tables", name, given))
 
 
 def print_tiers(verdict: Verdict) -> None:

@@ -100,12 +100,17 @@ def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | 
     """Return the champion if it was made from this run's data with the same settings, else None.
 
     The data are all rows, held-out ones included, since they choose the step and judge it. What the
-    champion was made from is recorded in its provenance.json.
+    champion was made from is recorded in its provenance.json. A run from the base is not the same
+    as a champion that went on from another.
     """
     with _holding_starting_champion(config) as champion:
         if champion is None:
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
+    start, earlier = provenance.get("start") or {}, find_earlier_examples(config, run)
+    went_on = start.get("champion") is not None and start["policy"] == "continue"
+    if went_on and earlier is not None and earlier.read_choice().policy == "rebuild":
+        return None
     dataset = read_dataset_record(run.dataset)
     base, recorded = find_model_folder(config.model), provenance.get("base_fingerprint")
     if not isinstance(recorded, str) or not is_same_base(recorded, base):
@@ -159,8 +164,7 @@ def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list
     if champion is None or config.gate.max_ancestor_loss_increase is None:
         return []
     list_digests = seams.load_only("ancestor_digests", ANCESTORS_KEY)
-    digests: list[Any] = list_digests(*registry_location(config.registry), champion)
-    return digests
+    return list(list_digests(*registry_location(config.registry), champion))
 
 
 def _hash_file(key: str, rule: PathRule, path: str) -> str:
@@ -197,8 +201,8 @@ def settings_digest(
     base: the base model's fingerprint.
 
     With replay it covers the replayed examples too. A run that finds none to replay has the digest
-    of a run without replay. With `training.minutes` it covers the minutes instead of the number of
-    iterations.
+    of a run without replay. It covers the iterations of a run that is rebuilt, and with
+    `training.minutes` the minutes instead.
     """
     settings = settings_that_shape_adapter(config)
     if config.training.minutes is not None:
@@ -206,6 +210,8 @@ def settings_digest(
     followed = settings.pop("continual")  # the rate of going on, and replay
     facts = [base, dataset.tokenizer, settings, followed["rate"]]
     earlier = find_earlier_examples(config, run)
+    if earlier is not None and config.training.epochs is None and config.training.minutes is None:
+        settings["iters"] = earlier.estimate_iterations(dataset.splits["train"].rows)
     if earlier is not None and (earlier.count() or earlier.find_dropped()):
         replay = followed["replay"] | {"fraction": config.replay_fraction}
         facts += [replay, earlier.content_digest()]

@@ -14,6 +14,7 @@ from typing import Literal
 Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
 MIN_EXAMPLES = 5  # independent ones; fewer have no interval: nothing can be shown, nor promoted
+TOO_FEW_TO_TELL = f"fewer than {MIN_EXAMPLES} independent examples are too few to tell"
 MIN_MARGIN = 0.01  # nats: a loss near 0 has a margin too
 MIN_CHANGE = 1.0  # in the unit of the loss: of an example that counts as harmed or helped
 MAX_RISE_OF_FEW = 0.1  # of the loss before, where there are too few examples for an interval
@@ -164,7 +165,7 @@ def describe_inconclusive(
     seen = f" ({', '.join(figures)})" if figures else ""
     text = f"inconclusive: {_format_nats(difference)} {unit}{seen}"
     if interval is None:
-        return f"{text}; fewer than 5 independent examples decide little"
+        return f"{text}; {TOO_FEW_TO_TELL}"
     if examples_needed is not None:
         return f"{text}; some {examples_needed:,} examples would settle it"
     return f"{text}; more than {MAX_NAMED_EXAMPLES:,} examples would be needed to settle it"

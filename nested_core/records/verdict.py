@@ -6,7 +6,7 @@ verdict_file.py reads and writes the file. No other module knows its fields.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
@@ -19,6 +19,7 @@ from nested_core.errors import join_first_values, shorten
 from nested_core.records.answers import BROKEN_WORDS
 from nested_core.records.loss_conclusion import (
     MIN_EXAMPLES,
+    TOO_FEW_TO_TELL,
     Conclusion,
     describe_inconclusive,
     describe_smallest_visible,
@@ -172,6 +173,8 @@ class ComparedLoss:
         """
         if self.conclusion is None or self.difference is None:
             return None
+        if self.conclusion == "worse" and self.interval is None:
+            return f"worse by its mean; {TOO_FEW_TO_TELL}"
         if self.conclusion != "inconclusive":
             return self.conclusion.replace("_", " ")
         return describe_inconclusive(
@@ -504,15 +507,19 @@ class TaskResult:
         """Convert a mean score to a number of right answers: `14`, or `13.5` with partial ones."""
         return f"{round(share * self.questions, 2):g}"
 
-    def describe_doubt(self) -> str:
-        """Describe a score that shows no learning: `0 of 20 right (one fixed answer: 3)`."""
+    def describe_right(self) -> str:
+        """Describe the score and what it has to beat: `14 of 20 right (one fixed answer: 3)`.
+
+        A base that is not below it is named too.
+        """
         rivals = []
-        if not self.is_no_better_than_constant or self.base > self.candidate:
+        shows_base = not (self.is_above_base or self.is_no_better_than_constant)
+        if self.base > self.candidate or shows_base:
             rivals.append(f"base: {self.count(self.base)}")
-        if self.is_no_better_than_constant:
-            rivals.append(f"one fixed answer: {self.count(self.constant or 0.0)}")
+        if self.constant is not None:
+            rivals.append(f"one fixed answer: {self.count(self.constant)}")
         right = f"{self.count(self.candidate)} of {self.questions} right"
-        return f"{right} ({', '.join(rivals)})"
+        return f"{right} ({', '.join(rivals)})" if rivals else right
 
     def describe_lost(self) -> str | None:
         """Describe what a passing suite lost: `capitals: 37 of 40 right, lost 3: ...`.
@@ -763,10 +770,20 @@ class Verdict:
             if (task.is_no_better_than_constant and not (has_gain and task.candidate == 1))
             or not (has_gain or task.is_above_base)
         ]
-        names = [f"{task.name}: " if len(self.tasks) > 1 else "" for task in doubtful]
-        return ", ".join(
-            f"{name}{task.describe_doubt()}" for name, task in zip(names, doubtful, strict=True)
-        )
+        return self._describe_right_answers(doubtful)
+
+    @property
+    def answers_in_words(self) -> str:
+        """Describe the doubtful answers or else all; of a better loss alone, that none are."""
+        if self.tasks:
+            return self.doubtful_answers or self._describe_right_answers(self.tasks)
+        losses = self.validation
+        return "no questions asked" if losses and losses.conclusion == "better" else ""
+
+    def _describe_right_answers(self, tasks: Sequence[TaskResult]) -> str:
+        """Describe the scores of these suites, with their names where there are several suites."""
+        prefix = "{0.name}: " if len(self.tasks) > 1 else ""
+        return ", ".join(prefix.format(task) + task.describe_right() for task in tasks)
 
     @property
     def tone(self) -> Tone:
@@ -775,7 +792,7 @@ class Verdict:
             return "bad"
         if self.has_broken_answers or self.doubtful_answers:
             return "warn"
-        return "good" if self.is_conclusive else ""
+        return "good" if self.is_conclusive and self.tasks else ""
 
     @property
     def rival(self) -> str | None:
@@ -857,11 +874,12 @@ class Verdict:
         if not self.is_measured:
             return "passed, quality not measured"
         words = "passed" if conclusion is None else f"passed, {conclusion.replace('_', ' ')}"
-        if not self.doubtful_answers:
+        if not self.answers_in_words:
             return words
-        if conclusion is not None:  # which may go on with the figures of the loss
+        if conclusion is not None and (self.doubtful_answers or not self.tasks):
+            # Which may go on with the figures of the loss
             words = re.sub(r"^passed, [a-z ]+", r"\g<0> loss", words)
-        return f"{words}; {self.doubtful_answers}"
+        return f"{words}; {self.answers_in_words}"
 
     def describe_loss(self) -> str:
         """Describe the held-out loss before and after training, and its data.
@@ -882,7 +900,7 @@ class Verdict:
         parts = [self.describe_loss()]
         if self.validation is not None:
             parts.append(self.validation.describe_conclusion() or "")
-        parts.append(self.broken_answers or self.doubtful_answers)
+        parts.append(self.broken_answers or self.answers_in_words)
         if self.champion is not None:
             parts.append(self.champion.describe())
         return "; ".join(filter(None, parts))

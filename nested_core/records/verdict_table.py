@@ -25,7 +25,7 @@ from nested_core.records.verdict import (
     describe_examples,
 )
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.document import Block, Cell, Table, Text
+from nested_core.text.document import Cell, Table, Text
 from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
@@ -78,16 +78,20 @@ class CheckRow:
         return (self.name, self.before, self.after, self.difference, self.bound, word)
 
 
-def describe_verdict(verdict: Verdict, headline: str) -> Iterator[Block]:
-    """Yield the blocks of a document on a verdict: headline, summary, checks, reasons, warnings."""
+def describe_verdict(verdict: Verdict, headline: str) -> Iterator[Text]:
+    """Yield the first blocks of a document on a verdict: headline, summary, warnings."""
     yield Text(headline, verdict.tone, is_headline=True)
     yield Text(f"{verdict.summary()}.")
+    yield from (Text(f"{note}.", "warn") for note in verdict.notes())
+
+
+def check_tables(verdict: Verdict) -> Iterator[Table]:
+    """Yield the table of checks, and one of the reasons where there are several."""
     yield check_table(verdict)
     if len(verdict.reasons) > 1:
         rows = [(r.name, r.message, len(r.tensors)) for r in verdict.reasons[:MAX_SHOWN_REASONS]]
         columns = ("code", "message", "tensors")
         yield Table("Every reason against the adapter", columns, rows)
-    yield from (Text(f"{note}.", "warn") for note in verdict.notes())
 
 
 def check_table(verdict: Verdict) -> Table:

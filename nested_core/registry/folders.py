@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from nested_core.config.names import why_invalid_adapter_name
@@ -124,10 +125,12 @@ def find_name_folder(registry: Path, name: str) -> Path:
     folder = registry / name
     _refuse_links(folder)
     if file_type(folder / VERSIONS_FOLDER_NAME) != "directory":
-        listed = join_first_values(list_names(registry), MAX_LISTED_NAMES) or "nothing"
+        names = list_names(registry)
+        listed = join_first_values(names, MAX_LISTED_NAMES) or "nothing"
+        near = [f"Did you mean {one!r}? " for one in get_close_matches(name, names, n=1)]
         raise ConfigError(
             f"The registry {registry} has no adapter named {name!r}. It holds: {listed}. "
-            "Check the name, or promote a run under it first."
+            f"{''.join(near)}Check the name, or promote a run under it first."
         )
     return folder
 

@@ -1,10 +1,10 @@
 """Removal of versions that are no longer needed, or are lost, each with a line in the history.
 
 Garbage collection never removes the champion, the version it replaced, the target of a rollback,
-the policy's reference and the champions that become it, recent ancestors of the champion and all
-down to the oldest with stored examples, the versions used last, or a new one that may still be
-promoted. A version whose folder holds a foreign file stays too. A version that a rollback has
-barred stays barred, because the history is never shortened.
+the policy's reference and the champions that become it, the versions used last, or a new one that
+may still be promoted; nor, of the champion and of such a new one, recent ancestors and all down to
+the oldest with stored examples. A version whose folder holds a foreign file stays too. A version
+that a rollback has barred stays barred, because the history is never shortened.
 """
 
 from __future__ import annotations
@@ -74,15 +74,16 @@ def collect_garbage(
     """Remove all versions except the champion, those it may be replaced by, and the newest.
 
     Kept are: the champion, the version it replaced, the target of a rollback; the `keep` versions
-    that were registered or champion last; the `keep` newest of the champion and its ancestors, and
-    all down to the oldest whose examples are stored, since later runs train on them; and a version
-    registered less than an hour ago that was never champion, since its promotion may be going on.
+    that were registered or champion last; a version
+    registered less than an hour ago that was never champion, since its promotion may be going on;
+    and of the champion's and such a version's lineage the `keep` newest, and all down to the oldest
+    whose examples are stored, since later runs train on them.
 
     dry_run: report what would be removed, and remove nothing.
     by: who asks, for the history.
 
     Raises ConfigError for a negative `keep` and an unknown name, DamagedError for a history, or a
-    verdict or provenance of the champion's lineage, that cannot be read.
+    verdict or provenance of these lineages, that cannot be read.
     """
     if keep < 0:
         raise ConfigError(f"--keep {keep}: expected the number of versions to keep, 0 or more.")
@@ -105,8 +106,8 @@ def _plan_removals(
     """Decide which versions a garbage collection removes and keeps, without removing anything.
 
     Kept are the newest; the champion, what it replaced and what a rollback returns to; the
-    policy's reference versions; the champion's ancestors down to the oldest with stored examples;
-    versions whose promotion may be going on; and folders that cannot be removed.
+    policy's reference versions; versions whose promotion may be going on; their ancestors and the
+    champion's down to the oldest with stored examples; and folders that cannot be removed.
 
     keep: how many of the newest versions stay.
     folder: the adapter's folder in the registry, REGISTRY/NAME.
@@ -121,8 +122,9 @@ def _plan_removals(
     policy = policy_of(folder, ledger)
     references = () if policy is None else policy.reference_versions(ledger)
     kept = {*by_age[:keep], *needed, *replaced, *undecided, *references, ledger.rollback_target()}
-    if ledger.champion is not None:  # its ancestors, whose examples later runs train on and avoid
-        lineage = read_lineage(folder.parent, name, ledger.champion)
+    # Ancestors, whose examples later runs train on and avoid
+    for head in {ledger.champion, *undecided} - {None}:
+        lineage = read_lineage(folder.parent, name, str(head))
         with_examples = [n for n, each in enumerate(lineage, 1) if keeps_examples(folder, each)]
         kept |= {*lineage[: max([keep, *with_examples])]}
     paths = {version: folder / VERSIONS_FOLDER_NAME / version for version in versions}

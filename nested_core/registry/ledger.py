@@ -189,7 +189,8 @@ class Ledger:
         """For each version that still exists, the history lines about it with their numbers from 0.
 
         A version that was collected or forgotten is left out. The lines of a version that was
-        restored begin with its restoration.
+        restored begin with its restoration, and then have the later verdicts on it from before,
+        unless a verdict that the restoration brought stands for them.
         """
         lines: dict[str, list[tuple[int, Entry]]] = {}
         for number, entry in enumerate(self.entries):
@@ -198,7 +199,9 @@ class Ledger:
             if entry.action in REMOVAL_ACTIONS:
                 lines.pop(entry.version, None)
             elif entry.action == "restored":
-                lines[entry.version] = [(number, entry)]
+                before = [] if entry.judgement else lines.get(entry.version, [])
+                judged = [(n, line) for n, line in before if line.action == "judged"]
+                lines[entry.version] = [(number, entry), *judged]
             else:
                 lines.setdefault(entry.version, []).append((number, entry))
         return lines

@@ -172,12 +172,13 @@ def _add_version(locked: NameFolder, new: NewVersion) -> str:
     """
     version, by = new.run.version, new.by
     path = locked.version_path(version)
+    is_judged = has_all_judgements(locked.path, version, locked.ledger)
+    judgement = None if is_judged else _write_judgement(locked, new)
     if file_type(path) != "missing":
         manifest = locked.verify(version)
-        if has_all_judgements(locked.path, version, locked.ledger):
+        if is_judged:
             _record_verdict(locked, new)
         else:
-            judgement = _write_judgement(locked, new)
             locked.record("restored", version, by, manifest=manifest, judgement=judgement)
         return manifest
     is_lost = version in locked.ledger.by_version
@@ -185,7 +186,7 @@ def _add_version(locked: NameFolder, new: NewVersion) -> str:
         manifest = _fill_version_folder(unpublished, locked.path.name, new)
         _make_read_only(unpublished)
         if is_lost:  # before the files: after a crash in between, the version is still lost
-            locked.record("restored", version, by, manifest=manifest)
+            locked.record("restored", version, by, manifest=manifest, judgement=judgement)
     if not is_lost:  # after the files: after a crash in between, the next writer adds the line
         conditions = new.provenance.get("conditions_digest")
         locked.record("registered", version, by, manifest=manifest, conditions_digest=conditions)

@@ -39,7 +39,7 @@ from nested_core.records.dataset import group_findings
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.run_status import Run, read_run
 from nested_core.records.verdict import TensorChange, Validation
-from nested_core.records.verdict_table import describe_verdict, tier_table
+from nested_core.records.verdict_table import check_tables, describe_verdict, tier_table
 from nested_core.report.outcome import (
     describe_end,
     describe_outcome,
@@ -108,11 +108,13 @@ class RunReport:
 def describe_run(run: Run, error: str | None = None) -> Document:
     """Build the page of a run as a document; `error` is what ended the run, if one did."""
     now = datetime.now(UTC)
+    checks = [] if run.verdict is None else [*check_tables(run.verdict)]
     return Document(
         f"Run {run.name}",
         [
             _describe_verdict(run, error),
             Section("Answers of base, champion and candidate", list_answers(run), "answers"),
+            Section("Checks", checks or [Text("No check was made yet.")], "checks"),
             Section("Against the champion and the start", list(_compare_examples(run)), "pairs"),
             Section("Training", list(_describe_training(run)), "curves"),
             Section("Change by layer and module", list(_map_changes(run)), "change"),
@@ -128,7 +130,7 @@ def describe_run(run: Run, error: str | None = None) -> Document:
 
 
 def _describe_verdict(run: Run, error: str | None) -> Section:
-    """Build the section on the verdict: outcome, damaged files, every check, training warnings."""
+    """Build the section on the verdict: outcome, damaged files, training warnings."""
     headline = describe_outcome(run)
     blocks: list[Block] = [Text(headline, is_headline=True), Text(describe_end(run))]
     if run.verdict is not None:

@@ -23,6 +23,9 @@ class RoomLoss:
     make: a function of LossInputs (training/training_setup.py) that gives the Loss of a run.
     compare: a function of a LoadedBase and of the references to its parameters. What it gives has
         `compare`, as PredictionComparison (measure/losses/prediction_comparison.py) has it.
+    pairs: a class, whose `of_config` takes a configuration; it has `split`, of an example's
+        tokens and target mask that gives tokens and targets' places of its answers, and `of_pairs`,
+        a function of likelihoods, the base's and numbers of tokens that gives losses.
     """
 
     unit: str
@@ -31,6 +34,7 @@ class RoomLoss:
     problems: str
     make: str
     compare: str
+    pairs: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +327,7 @@ ROOMS: Mapping[str, Room] = {
                 problems="nested_core.rooms.preferences.loss_settings:iterate_problems",
                 make="nested_core.rooms.preferences.training_loss:make_loss",
                 compare="nested_core.rooms.preferences.training_loss:HeldOutComparison",
+                pairs="nested_core.rooms.preferences.training_loss:PreferenceLoss",
             )
             for name in ("dpo", "orpo", "simpo")
         },

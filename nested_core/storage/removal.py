@@ -48,13 +48,8 @@ def find_reason_to_keep(path: Path, is_written_by_us: Callable[[str], object]) -
             *_, last = parts = name.split(os.sep)
             # Leftovers of killed writers, files that a desktop makes, and folders do not count
             is_leftover = any(part.startswith(LEFTOVER_BEGINNINGS) for part in parts)
-            if (
-                is_leftover
-                or last == DESKTOP_FILE
-                or (os.path.isdir(inside) and not os.path.islink(inside))
-            ):
-                continue
-            if os.path.islink(inside) or not is_written_by_us(name):
+            counts_not = is_leftover or last == DESKTOP_FILE or os.path.isdir(inside)
+            if os.path.islink(inside) or not (counts_not or is_written_by_us(name)):
                 return f"nested-tune did not write {name} in it"
     return None
 

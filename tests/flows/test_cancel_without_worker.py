@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from nested_core.records.result import read_result
 from nested_core.seams import is_there, load
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory, find_run_of
+from tasks.artifact_client import artifact_key, find_newest_artifact
 from tests.example import example_settings
 from tests.waiting import wait_until
 
@@ -58,8 +60,13 @@ def run_cancelled_once(
     ids=lambda state: str(state.name),
 )
 def test_a_training_that_is_cancelled_on_the_server_alone_ends_with_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_name: str, state: State[None]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    new_name: str,
+    state: State[None],
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("prefect.flow_runs"), "handlers", [caplog.handler])
     monkeypatch.setattr("flows.flow_runs.cancel_watch.SECONDS_BETWEEN_LOOKS", 0.2)
     run = RunDirectory(tmp_path / "run")
     settings = example_settings(
@@ -80,6 +87,14 @@ def test_a_training_that_is_cancelled_on_the_server_alone_ends_with_a_checkpoint
     assert checkpoint is not None
     assert checkpoint.step < STEPS
     assert not run.result.exists()
+    said = str(ended.message)
+    stopped_at = f"Training was stopped at step {checkpoint.step} of {STEPS}."
+    assert said.startswith(f"resumable by a retry of this flow run: {stopped_at}")
+    assert f"Cancelled, {said} What is done is in {run.path}." in caplog.text
+    with get_client(sync_client=True) as client:  # the page keeps what a worker's message replaces
+        page = find_newest_artifact(client, artifact_key(new_name, "night"))
+    assert page is not None
+    assert stopped_at in str(page.data)
 
 
 @pytest.mark.slow("trains a run, twice")

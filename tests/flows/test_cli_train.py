@@ -44,7 +44,7 @@ def test_train_json_gives_one_document_on_standard_output(command_run: CommandRu
     assert document["val_loss"] < 4
     assert document["red_flags"] == []
     assert document["summary"].startswith(
-        "passed, better: 84 of 84 tensors changed, validation loss"
+        "passed, better loss; no questions asked: 84 of 84 tensors changed, validation loss"
     )
 
 
@@ -99,7 +99,10 @@ def test_status_for_a_person_is_a_table(command_run: CommandRun, nested_tune: Ru
     done = nested_tune("status", command_run.run_dir)
     assert done.code == 0
     rows = dict(re.findall(r"│ (.*?) +│ (.*?) +│", done.stdout))
-    assert (rows["state"], rows["outcome"]) == ("verified", "Verified: passed, better")
+    assert (rows["state"], rows["outcome"]) == (
+        "verified",
+        "Verified: passed, better loss; no questions asked",
+    )
     assert rows["updates of each tier"] == "8, 4, 2"
     assert rows["trained"].startswith("8 of 8 steps, ")
     assert not [name for name in rows if "_" in name]  # words, not keys
@@ -150,7 +153,11 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path, s
     *printed, modules = done.stdout.splitlines()
     assert modules == "[]"
     answers = [i for i, line in enumerate(printed) if line.startswith("    adapter:  ")]
-    passed = next(i for i, line in enumerate(printed) if line.startswith("passed, better: "))
+    passed = next(
+        i
+        for i, line in enumerate(printed)
+        if line.startswith("passed, better loss; no questions asked: ")
+    )
     assert len(answers) == 3
     assert max(answers) < passed
     assert "  I want to see Ecuador. Where to? (valid.jsonl:1)" in printed

@@ -39,7 +39,7 @@ def test_the_help_fits_80_columns_and_lists_every_command(monkeypatch, capsys) -
     helps = [printed(capsys, "--help"), *(printed(capsys, name, "--help") for name in EXAMPLES)]
     assert [line for text in helps for line in text.splitlines() if len(line) > 80] == []
     assert [name for name in EXAMPLES if f"\n  {name} " not in helps[0]] == []
-    assert "130 interrupted twice" in helps[1]
+    assert "130 interrupted at once" in helps[1]
 
 
 @pytest.mark.parametrize("command", WITH_KEYS)

@@ -208,7 +208,7 @@ def test_the_card_of_a_version_has_the_words_of_what_was_verified() -> None:
     from nested_core.rooms.export.adapter_card import render_card
 
     card = render_card(NAME, "ab" * 32, {}, make_verdict(make_losses()))
-    assert f"{Outcome.VERIFIED}: passed, better." in card
+    assert f"{Outcome.VERIFIED}: passed, better; " in card
 
 
 def test_a_state_of_prefect_is_named_by_an_outcome_and_by_no_words_of_its_own() -> None:

@@ -16,7 +16,7 @@ from nested_core import finetune, open_run, read_report
 from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.metrics import read_metrics
 from nested_core.records.run_status import Run
-from nested_core.records.verdict_table import describe_verdict
+from nested_core.records.verdict_table import check_tables, describe_verdict
 from nested_core.registry import promote
 from nested_core.report.curves import describe_curves
 from nested_core.report.run_report import describe_run
@@ -181,12 +181,13 @@ def test_the_tables_of_the_command_line_tell_them_too(told: Told) -> None:
 def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) -> None:
     step, _, gate_loss = told.offered
     result, folder = told.result, told.folder.parent.parent
-    assert result.verdict is not None
+    verdict = result.verdict
+    assert verdict is not None
     assert result.version is not None
     config = example_config(registry={"path": str(told.folder), "name": "capitals"})
     pages = {
         "report": str(describe_run(Run(result.run))),
-        "gate": str(Document("", list(describe_verdict(result.verdict, "Verified")))),
+        "gate": str(Document("", [*describe_verdict(verdict, "Verified"), *check_tables(verdict)])),
         "repr": repr(result),
     }
     if is_there("export"):
@@ -221,7 +222,7 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     assert f"The adapter of step {step} is the one that was evaluated." in plain["report"]
     assert "Validation losses are of valid.jsonl, 5 examples." in plain["report"]
     assert result.training is not None
-    assert (result.training.adapter_step, result.verdict.adapter_step) == (step, step)
+    assert (result.training.adapter_step, verdict.adapter_step) == (step, step)
     assert result.training.best_val_loss == told.offered[1]
     assert result.training.val_loss == told.last[1]
     drawn = str(describe_curves(Run(result.run).metrics, 24, "data", "nats/token"))

@@ -78,11 +78,15 @@ def test_a_run_is_watched_and_its_last_screen_stays(terminal: Terminal, tmp_path
     terminal.type(configuration(tmp_path))
     watched = terminal.wait_for("of 120", "tokens/s", "updates: tier 0", " left")
     assert "step 120\n" in watched.replace(" \n", "\n")  # the axis ends where the run will
-    last = terminal.wait_for("adapter: ", "passed, better: ", with_history=True)
+    last = terminal.wait_for("adapter: ", "passed, better loss; ", with_history=True)
     for words in ("selected: the adapter of step", "verdict: passed", "peak memory", "expected:"):
         assert words in last
     assert last.count("· training loss   o validation loss") == 1
-    assert last.index("· training loss") < last.index("selected: ") < last.index("passed, better: ")
+    assert (
+        last.index("· training loss")
+        < last.index("selected: ")
+        < last.index("passed, better loss; ")
+    )
 
 
 @pytest.mark.parametrize("exported", ["", "COLUMNS=80 LINES=24 "])

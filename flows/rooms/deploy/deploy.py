@@ -95,13 +95,13 @@ def ui_address() -> str:
 
 
 def list_next_commands(plan: DeploymentPlan) -> Iterator[str]:
-    """What to type next: a worker for each pool that has none, and a run of the adapter."""
+    """What to type next: a worker for each pool, told where one runs, and a run."""
     pools = sorted({each.work_pool.name for each in plan.deployments})
     with get_client(sync_client=True) as client:
         for pool in pools:
             workers = client.read_workers_for_work_pool(pool)
-            if not any(worker.status == WorkerStatus.ONLINE for worker in workers):
-                yield f"prefect worker start --pool {shlex.quote(pool)}"
+            runs = any(worker.status == WorkerStatus.ONLINE for worker in workers)
+            yield f"prefect worker start --pool {shlex.quote(pool)}{'  # has one' if runs else ''}"
     trained = [each for each in plan.deployments if each.entrypoint == FINETUNE_ENTRYPOINT]
     for each in trained[:1]:
         yield f"prefect deployment run {shlex.quote(each.full_name)}"

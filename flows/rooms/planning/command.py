@@ -121,16 +121,14 @@ def write_configuration(
             f"`{split_command(arguments.model, data)}`"
         )
     print_progress(*_describe_rows(suggested))
-    if target is not None:
-        output = arguments.output
+    if (output := arguments.output) is not None:
         return text_printer(f"Written: {output}. Next: `nested-tune explain -c {output}`")
     return printer(lambda: print_page(suggested.text))
 
 
 def _describe_rows(suggested: SuggestedConfig) -> Iterator[str]:
     """Yield what is trained on of the answers, and what the held-out rows can show."""
-    from nested_core.data.rules.file_rules import MIN_HELD_OUT_ROWS
-    from nested_core.records.loss_conclusion import describe_smallest_visible
+    from nested_core.records import loss_conclusion
 
     splits = suggested.report.splits
     train = splits["train"]
@@ -144,14 +142,15 @@ def _describe_rows(suggested: SuggestedConfig) -> Iterator[str]:
     if name is None or suggested.has_another_loss:
         return
     judge = f"{format_count(splits[name].rows, 'row')} of {splits[name].file} judge the run"
-    if splits[name].rows < MIN_HELD_OUT_ROWS:
-        yield (
-            f"{judge}: fewer than {MIN_HELD_OUT_ROWS} have no interval, so none is better by them, "
-            f"and `promote: better` promotes none"
-        )
+    if splits[name].rows < loss_conclusion.MIN_EXAMPLES:
+        yield f"{judge}: {loss_conclusion.TOO_FEW_TO_TELL}, and `promote: better` promotes none"
     else:
         half = TWO_SIDED * USUAL_SPREAD / math.sqrt(splits[name].rows)
-        yield f"{judge}; they {describe_smallest_visible(half, 'nats/token')}"
+        yield (
+            f"{judge}; where their changes spread by {USUAL_SPREAD} nats/token, they "
+            f"{loss_conclusion.describe_smallest_visible(half, 'nats/token')}. The verdict "
+            f"tells theirs"
+        )
 
 
 def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.config_flags import add_log_format, parse_size
-from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
+from flows.process.stop_signals import INTERRUPTED_EXIT_CODE, STOP_SIGNALS
 from flows.terminal.console import print_progress
 from nested_core.errors import shorten
 from nested_core.text.digest_format import shorten_digest
@@ -106,7 +106,16 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     _set_up_logging(arguments.log_level, arguments.log_format)
     tell = logging.info if arguments.log_format == "json" else print_progress
     server, code = None, 0
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    heard: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        """Ask for the end; after the second signal no other is heard."""
+        heard.append(number)
+        for further in STOP_SIGNALS if len(heard) > 1 else ():
+            signal.signal(further, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
         api_key = os.environ.get(API_KEY_VARIABLE) or None
         with starting_server(arguments, api_key) as server:
@@ -119,7 +128,9 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     except KeyboardInterrupt:
         code = INTERRUPTED_EXIT_CODE
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # The process ends: a signal that comes now must not become its exit code.
+        for number, handler in before.items():
+            signal.signal(number, handler if server is None else signal.SIG_IGN)
     if server is not None and not server.generator.has_ended:
         tell("ended by force: an answer under way did not come to its end")
         os._exit(1)  # the thread of the answer would keep the process

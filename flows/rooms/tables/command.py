@@ -72,7 +72,8 @@ def add_flags(init: argparse.ArgumentParser) -> None:
         "--suite",
         type=int,
         metavar="N",
-        help="draw N held-out rows as an eval set for gate.tasks, with the score that fits",
+        help="draw N held-out rows as an eval set for gate.tasks, with the score that fits; "
+        "default: up to 50 where answers are a few labels; 0 draws none",
     )
 
 

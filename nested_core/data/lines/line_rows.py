@@ -6,8 +6,9 @@ It never raises for content: what is wrong with a line is in its row. It knows n
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from hashlib import sha256
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nested_core.data.lines.example_parsing import (
     LETTER_BY_ROLE,
@@ -19,7 +20,7 @@ from nested_core.data.lines.example_parsing import (
     parse_line,
     strip_line,
 )
-from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.storage.untrusted_files import collect_strings
 
 _TOOL_CALL_LETTER = "c"
@@ -81,10 +82,24 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
 def digest_example(example: Example) -> int:
     """Return 64 bits of the SHA-256 of an example's content: what identifies it in any data set.
 
-    Case, white space and the marks of turns that are not learnt do not count, nor do settings.
+    Case, white space, the order of keys and the marks of turns that are not learnt do not count,
+    nor do settings. A call's arguments are the same as JSON text. A room's row, such as a pair, is
+    known by its turns, so that it is the same as a row that has them alone.
     """
-    content = _text_to_compare(example, _letters_of_turns(example))
+    turns = _in_order(example.messages)
+    alone = example._replace(messages=turns, tools=_in_order(example.tools), rest={})
+    content = _text_to_compare(alone, _letters_of_turns(alone))
     return int.from_bytes(sha256(fold_case_and_space(content.encode())).digest()[:8], "little")
+
+
+def _in_order(value: Any, key: str = "") -> Any:
+    """Return JSON values with the keys of objects in order, and with arguments as an object."""
+    if key == "arguments" and isinstance(value, str):
+        with suppress(LineProblem):  # a text of that name, which is no call's
+            value = decode_json_object(value.encode())
+    if isinstance(value, dict):
+        return {name: _in_order(value[name], name) for name in sorted(value)}
+    return [_in_order(item) for item in value] if isinstance(value, list) else value
 
 
 def _letters_of_turns(example: Example) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # `promote` judges an adapter's files again, and loads no mod
     from nested_core.gate.proof.proof_of_run import ProofOfRun
     from nested_core.measure.losses.chosen_candidate import Candidates
     from nested_core.measure.losses.held_out_loss import HeldOutExamples, LoadedBase
+    from nested_core.measure.losses.prediction_comparison import ExamplePredictions
     from nested_core.models.session import Session
     from nested_core.records.losses import ExampleLosses
 
@@ -98,6 +99,7 @@ class CheckedRun(Judged):
     base: LoadedBase = field(init=False)
     held_out: HeldOutExamples | None = field(default=None, init=False)
     losses: ExampleLosses | None = field(default=None, init=False)
+    predictions: ExamplePredictions = field(init=False)  # that the losses are from
     candidates: Candidates = field(init=False)
     trained_on: TrainedRows = field(init=False)
     champion: Champion | UnusableChampion | None = field(default=None, init=False)

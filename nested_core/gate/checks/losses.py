@@ -34,8 +34,9 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     """Measure the loss of each held-out example with the initial and the trained adapter.
 
     Examples that this run or an ancestor was trained on are left out. Stores in `judged`: the
-    losses, their summary in the verdict, the rows that were trained on, the candidates that
-    the step was chosen from, and the files to write. Yields a reason if a mean loss is not finite.
+    losses, the predictions that these are from, their summary in the verdict, the rows that were
+    trained on, the candidates that the step was chosen from, and the files to write. Yields a
+    reason if a mean loss is not finite.
     """
     config, run = judged.config, judged.run
     splits = read_nonempty_splits(config, run)
@@ -46,7 +47,7 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     judged.held_out = held_out = read_held_out_examples(config, splits)
     if held_out is None:
         return
-    losses = measure_example_losses(
+    losses, judged.predictions = measure_example_losses(
         judged.base, judged.evidence.before, judged.evidence.after, held_out
     )
     judged.losses = losses = losses.leaving_out(judged.trained_on.find_in(held_out.digests))
@@ -97,7 +98,7 @@ def _find_drift(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _plan_losses(run: RunToJudge) -> GateWork:
-    return GateWork(rows=run.count_rows(run.held_out_rows, 2))
+    return GateWork(rows=run.count_rows(run.held_out_rows, 2, is_base_among=not run.goes_on))
 
 
 def _plan_general_text(run: RunToJudge) -> GateWork:

@@ -45,9 +45,12 @@ class RunToJudge:
     run: RunDirectory
     tokenizer: Any
 
-    def count_rows(self, rows: int, adapters: int) -> int:
-        """Rows that one pass over `rows` computes; a room's loss computes its reference beside."""
-        return rows * (adapters + (self.config.training.loss is not None))
+    def count_rows(self, rows: int, adapters: int, *, is_base_among: bool = False) -> int:
+        """Return the most rows that one pass over `rows` computes with so many adapters.
+
+        A room's loss may compare each with the base, which it computes unless it is among them.
+        """
+        return rows * (adapters + (self.config.training.loss is not None and not is_base_among))
 
     @cached_property
     def held_out_rows(self) -> int:

@@ -114,22 +114,25 @@ def _select_judging_answers(
     """Yield the answers that count for the verdict.
 
     `training.select_by` may name a suite. Some of its questions were then asked during training, to
-    select the step with the most right answers. These questions, and others with the same prompt,
-    do not count. A small suite has no further questions: then all of them count, and `chosen_among`
-    of the candidate's answers is the number of steps that they selected from, by which the
-    confidence interval is corrected. All answers to the other suites count.
+    select the step with the most right answers. These questions, and others with the same prompt in
+    any suite, do not count. A suite that has no further questions counts them all, and
+    `chosen_among` of the candidate's answers is the number of steps that they selected from, by
+    which the confidence interval is corrected.
     """
     selecting = next((s for s in suites if s.name == config.training.select_by), None)
     if selecting is None:
         yield from records
         return
-    asked_lines = lines_that_chose(selecting.without_copies)  # empty for a small suite
-    steps = 1 if asked_lines else read_candidates(run.validation_losses).count
+    lines = lines_that_chose(selecting.without_copies)  # empty for a small suite
+    asked = {fold_prompt(q) for q in selecting.questions if q.line in lines or not lines}
+    steps = read_candidates(run.validation_losses).count
+    chose = {(s.name, q.line) for s in suites for q in s.questions if fold_prompt(q) in asked}
+    all_chose = {s.name for s in suites if all((s.name, q.line) in chose for q in s.questions)}
     for record in records:
-        if record.task != selecting.name:
-            yield record
-        elif (record.same_prompt_as or record.line) not in asked_lines:
+        if record.task in all_chose:
             yield replace(record, chosen_among=steps if record.model == "candidate" else 1)
+        elif (record.task, record.line) not in chose:
+            yield record
 
 
 def _asked_models(
@@ -203,7 +206,8 @@ def _add_constants(
     """
     for result, suite in zip(results, suites, strict=True):
         lines = {answer.line for answer in answers if answer.task == suite.name}
-        yield replace(result, constant=suite.score_best_constant(lines))
+        best = suite.find_best_constant(lines)
+        yield replace(result, constant=best and best[1])
 
 
 def _find_worse_answers(judged: CheckedRun) -> list[Reason]:

@@ -77,8 +77,8 @@ class Suite:
         pairs = zip(self.questions, answers, strict=True)
         return [float(answer in question.accepted) for question, answer in pairs]
 
-    def score_best_constant(self, lines: Collection[int]) -> float | None:
-        """Return the mean score of the best constant answer to the questions on these lines.
+    def find_best_constant(self, lines: Collection[int]) -> tuple[str, float] | None:
+        """Return the best constant answer to the questions on these lines, and its mean score.
 
         It is the one expected answer with the highest score if it is given to every question. The
         most frequent ones are tried. None if no answer is expected.
@@ -98,7 +98,7 @@ class Suite:
         asked = replace(self, questions=questions * len(texts))
         scores = asked.score([text for text in texts for _ in questions])
         means = np.reshape(scores, (len(texts), len(questions))).mean(axis=1)
-        return float(means.max())
+        return texts[means.argmax()], float(means.max())
 
     @cached_property
     def digest(self) -> str:

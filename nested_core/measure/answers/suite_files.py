@@ -50,14 +50,14 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
     valid YAML, and RestOfFileUnreadable if a table is damaged.
     """
     if file_type(path, follow_links=True) != "file":
-        raise ConfigError(f"gate.tasks: {path} is not a file. Expected an eval set, {SUITE_FORMS}.")
+        raise ConfigError(f"eval set: {path} is not a file. Expected {SUITE_FORMS}.")
     suffix = path.suffix.lower()
     try:
         content = read_regular(path, MAX_SUITE_BYTES)
     except DamagedError as error:
-        raise DatasetError(f"gate.tasks: {error}") from error
+        raise DatasetError(f"eval set: {error}") from error
     if content.count(b"\n") > MAX_SUITE_LINES:
-        raise DatasetError(f"gate.tasks: {path} has more than {MAX_SUITE_LINES:,} lines.")
+        raise DatasetError(f"eval set: {path} has more than {MAX_SUITE_LINES:,} lines.")
     if suffix in YAML_SUFFIXES:
         yield from _read_yaml_questions(path, content, score)
     elif suffix in TABLE_SUFFIXES:
@@ -83,7 +83,7 @@ def _read_yaml_questions(path: Path, content: bytes, score: Score) -> Iterator[N
         text_names = _ANSWERS_PATTERN if score in _TEXT_SCORES else None
         questions, lines = parse_yaml_with_lines(content, str(path), text_names)
     except ConfigError as error:
-        raise DatasetError(f"gate.tasks: {error}") from error
+        raise DatasetError(f"eval set: {error}") from error
     if not isinstance(questions, list):
         raise DatasetError(
             f"gate.tasks: {path} should be a list of questions, `- prompt: ...` and `expected: "

@@ -77,14 +77,14 @@ class LoadedBase:
         return cls(config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer)
 
     def is_unchanged_by(self, adapter: Adapter) -> bool:
-        """Whether an adapter has no effect: every lora_b is zero, or all weights are the base's."""
-        arrays = adapter.to_mlx()
-        factors = [array for name, array in arrays.items() if name.endswith("lora_b")]
-        if factors:
-            return not any(mx.any(factor).item() for factor in factors)
+        """Whether an adapter has no effect: its weights are those of a fresh one, but for lora_a.
+
+        Every lora_b is then zero, so that lora_a has no effect.
+        """
         return all(
             mx.array_equal(array, self.parameters[name].astype(array.dtype)).item()
-            for name, array in arrays.items()
+            for name, array in adapter.to_mlx().items()
+            if not name.endswith("lora_a")
         )
 
     def as_plain(self) -> LoadedBase:
@@ -99,9 +99,6 @@ class LoadedBase:
         max_batches: int = -1,
     ) -> ExamplePredictions:
         """Compute the losses of several adapters on a split, and how far their predictions differ.
-
-        Returns sums over each example's tokens: losses (adapters, examples), divergences (adapters
-        - 1, examples) and the number of tokens (examples,).
 
         adapters: each one's tensors by name; a divergence (Kullback-Leibler) is between the
             predictions of an adapter and those of the last one.
@@ -118,26 +115,17 @@ class LoadedBase:
         for adapter in adapters:
             load_adapter_tensors(self.model, adapter)
             values.append(read_parameters(refs))
-        # Filled batch by batch; an example keeps its row of the split.
-        predictions = ExamplePredictions(
-            losses=np.zeros((len(adapters), len(split))),
-            divergences=np.zeros((len(adapters) - 1, len(split))),
-            tokens=np.zeros(len(split)),
-        )
         loss = self.config.training.loss
         if loss is None:
             comparison = PredictionComparison.of_model(self.model, refs)
         else:
             comparison = seams.load(seams.find_loss(loss).compare)(self, refs)
+        compared = (
+            (batch.rows, comparison.compare(values, make_batch_arrays(split, batch, batch_size)))
+            for batch in batches  # a short batch is filled up with rows to ignore
+        )
         with using_optimized_layers(self.model):
-            for batch in batches:
-                arrays = make_batch_arrays(split, batch, batch_size)
-                compared = comparison.compare(values, arrays)
-                count = len(batch.rows)  # a short batch is filled up with rows to ignore
-                predictions.losses[:, batch.rows] = compared.losses[:, :count]
-                predictions.divergences[:, batch.rows] = compared.divergences[:, :count]
-                predictions.tokens[batch.rows] = compared.tokens[:count]
-        return predictions
+            return ExamplePredictions.of_batches(compared, len(split))
 
     def example_loss_sums(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
@@ -273,7 +261,6 @@ def read_held_out_examples(
     """
     choice = config.gate.held_out
     settings = DataSettings.from_config(config)
-    held_out: HeldOutExamples | None
     if choice in SPLITS_BY_HELD_OUT_CHOICE:
         held_out = choose_held_out_examples(splits, choice)
     else:
@@ -311,10 +298,11 @@ def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
 
 def measure_example_losses(
     base: LoadedBase, initial: Adapter, trained: Adapter, held_out: HeldOutExamples
-) -> ExampleLosses:
+) -> tuple[ExampleLosses, ExamplePredictions]:
     """Measure the loss of each held-out example with the initial and with the trained adapter.
 
-    Also measures how far the predictions moved from the initial adapter's. With `gate.drift` it
+    Returns the losses, and the predictions that they are from, of these two adapters last. Also
+    measures how far the predictions moved from the initial adapter's. With `gate.drift` it
     measures the distance from the base's too, which takes a third pass unless training began from
     the base itself.
     """
@@ -324,7 +312,7 @@ def measure_example_losses(
     if wants_base and not base.is_unchanged_by(initial):
         adapters = [base.parameters, before, after]
     predictions = base.compare_predictions(adapters, held_out.split)
-    return held_out.make_losses(
+    losses = held_out.make_losses(
         predictions.tokens,
         base.config.training.loss,
         before=predictions.losses[-2],
@@ -332,6 +320,7 @@ def measure_example_losses(
         drift=predictions.divergences[-1],
         base_drift=predictions.divergences[0] if wants_base else None,
     )
+    return losses, predictions
 
 
 def measure_test_loss(config: FineTuneConfig, run: RunDirectory, session: Session) -> float:

@@ -16,6 +16,7 @@ from nested_core.config.sections import GateSection
 from nested_core.measure.losses.chosen_candidate import Candidates
 from nested_core.records.loss_conclusion import (
     MIN_CHANGE,
+    TOO_FEW_TO_TELL,
     conclude,
     count_examples_needed,
     margin_of_loss,
@@ -246,7 +247,8 @@ def loss_reasons(validation: Validation, bounds: GateSection) -> list[Reason]:
     if validation.conclusion != "worse":
         return []
     losses = format_change(validation.loss_before, validation.loss_after)
-    allowed = "" if validation.margin is None else f"the allowed rise is {validation.margin:.2g}: "
+    has_bound = None not in (validation.margin, validation.interval)
+    allowed = f"the allowed rise is {validation.margin:.2g}: " if has_bound else ""
     message = (
         f"loss {losses} on {describe_examples(validation)}"
         f"{describe_difference(validation)}; {allowed}"
@@ -326,7 +328,7 @@ def describe_difference(losses: ComparedLoss) -> str:
         return ""
     difference = format_difference(losses.difference)
     if losses.interval is None:
-        return f", {difference}; too few examples to detect a difference"
+        return f", {difference}; {TOO_FEW_TO_TELL}, and so large a rise is refused as a precaution"
     return f", {difference} with a 95 % interval of {format_interval(losses.interval)}"
 
 

@@ -9,7 +9,7 @@ approximation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from nested_core.data.tokens.tokenized_split import Int32
 from nested_core.kernels.exponential import exponential
 from nested_core.models.parameters import (
     ParameterRefs,
@@ -50,11 +51,33 @@ class ExamplePredictions:
     losses: of each adapter, (adapters, n).
     divergences: KL(adapter || last adapter), of each adapter but the last, (adapters - 1, n).
     tokens: the number of supervised tokens of each example, (n,).
+    answer_losses, answer_tokens: of each answer of an example where the loss is computed from
+        several, (adapters, answers, n) and (answers, n); None for the cross-entropy.
     """
 
     losses: Vector
     divergences: Vector
     tokens: Vector
+    answer_losses: Vector | None = None
+    answer_tokens: Vector | None = None
+
+    @classmethod
+    def of_batches(
+        cls, batches: Iterable[tuple[Int32, ExamplePredictions]], examples: int
+    ) -> ExamplePredictions:
+        """Return the predictions of a split by those of its batches.
+
+        Args:
+            batches: the examples in the first rows of each batch, and the batch's predictions.
+            examples: the number of examples in the split. One in no batch gets 0 everywhere.
+        """
+        columns: dict[str, Vector] = {}
+        for rows, predictions in batches:
+            for name, column in vars(predictions).items():
+                if column is not None:
+                    empty = np.zeros((*column.shape[:-1], examples))
+                    columns.setdefault(name, empty)[..., rows] = column[..., : len(rows)]
+        return cls(**columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -149,7 +149,8 @@ class _Evaluating:
         self._losses: dict[str, tuple[HeldOutExamples, Vector, Vector]] = {}
         self._suites = read_suites(config.gate)
         asked = [(suite, [one.line for one in suite.questions]) for suite in self._suites]
-        self._constants = [suite.score_best_constant(lines) for suite, lines in asked]
+        best = [suite.find_best_constant(lines) for suite, lines in asked]
+        self._constants = [one and one[1] for one in best]
 
     def run(self) -> Evaluation:
         """Load each base once, ask and measure all models of it, then compare."""

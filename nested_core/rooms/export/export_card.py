@@ -45,7 +45,7 @@ def _list_comparisons(record: ExportRecord) -> Iterator[tuple[str, object]]:
             yield "gain on held-out rows", f"{gain.share:.1%} is kept"
         lost = format_difference(gain.exported - gain.adapter)
         allowed = f"at most {gain.allowed:.2g} beyond chance"
-        yield "nats/token lost there", f"{lost} ({gain.describe_interval()}), {allowed}"
+        yield f"{gain.unit} lost there", f"{lost} ({gain.describe_interval()}), {allowed}"
         yield "held-out rows", f"{gain.rows} of {Path(gain.file).name}"
 
 

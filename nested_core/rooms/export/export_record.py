@@ -14,7 +14,7 @@ from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.untrusted_files import file_type
-from nested_core.text.loss_format import format_interval, format_loss
+from nested_core.text.loss_format import NATS_PER_TOKEN, format_interval, format_loss
 
 RECORD_NAME = "export.json"
 CARD_NAME = "README.md"
@@ -41,9 +41,9 @@ class LogitComparison:
 class KeptGain:
     """How much of an adapter's gain on held-out rows an export keeps, and what it lost.
 
-    base, adapter, exported: mean losses in nats a supervised token.
+    base, adapter, exported: mean losses in `unit`, such as nats/token.
     needed: the share of the gain that has to be kept, where there is a gain beyond chance.
-    allowed: what may be lost, in nats a token: the rest of that gain, or without one a margin.
+    allowed: what may be lost, in `unit`: the rest of that gain, or without one a margin.
     share: what is kept of base minus adapter; None if that gain cannot be told from noise.
     interval: the 95 % interval of what was lost, exported minus adapter; None with too few rows.
         The export does not stand where all of it is above `allowed`.
@@ -58,6 +58,7 @@ class KeptGain:
     allowed: float
     share: float | None = None
     interval: tuple[float, float] | None = None
+    unit: str = NATS_PER_TOKEN
 
     @property
     def is_lost(self) -> bool:

@@ -372,7 +372,7 @@ class _Exporting:
                 f"{shorten(error, 200)}; --data FILE names other held-out rows"
             )
             return None
-        return None if held_out is None else choose_rows(held_out, config.max_seq_length)
+        return None if held_out is None else choose_rows(held_out, config)
 
     def _fuse(self, *, dequantize: bool, dtype: mx.Dtype | None = None) -> tuple[Any, Any, Any]:
         return load_fused(

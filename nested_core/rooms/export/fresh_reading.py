@@ -41,7 +41,7 @@ class Reading:
 
     tokenizer: SHA-256 of tokenizer.json as it is in use, or of a GGUF's token texts.
     ends: the tokens at which an answer ends.
-    losses: mean loss of each held-out row in nats a token; None without rows.
+    likelihoods: log-likelihoods of each held-out row's targets, in nats.
     """
 
     reader: str
@@ -50,7 +50,7 @@ class Reading:
     ends: frozenset[int]
     token_ids: tuple[tuple[int, ...], ...]
     logits: Rows
-    losses: Vector | None
+    likelihoods: Vector
     suites: tuple[SuiteReading, ...]
 
 
@@ -131,7 +131,7 @@ def describe_questions(reference: Reference) -> dict[str, Any]:
 def _parse_answer(answer: dict[str, Any], reference: Reference) -> Reading:
     rows, ends = reference.rows, frozenset(answer["ends"])
     likelihoods, answers = iter(answer["likelihoods"]), iter(answer["answers"])
-    losses = [] if rows is None else [-next(likelihoods) for _ in rows.tokens]
+    of_rows = [] if rows is None else [next(likelihoods) for _ in rows.tokens]
     suites = []
     for suite in reference.suites:
         if any(suite.choices):
@@ -149,6 +149,6 @@ def _parse_answer(answer: dict[str, Any], reference: Reference) -> Reading:
         ends=ends,
         token_ids=tuple(map(tuple, answer["token_ids"])),
         logits=np.array(answer["logits"], np.float64),
-        losses=None if rows is None else np.array(losses) / rows.counts,
+        likelihoods=np.array(of_rows),
         suites=tuple(suites),
     )

@@ -74,11 +74,11 @@ def judge_reading(
     logits = compare_logits(reference, reading.logits, LOGIT_BOUNDS[weights])
     problems += _find_wrong_logits(logits)
     gain = None
-    if reference.rows is not None and reading.losses is not None:
+    if reference.rows is not None:
         needed, margin = MIN_KEPT_GAIN, MIN_MARGIN
         if quantized_base == "kept":
             needed, margin = MIN_KEPT_GAIN_QUANTIZED, MAX_LOST_NATS_QUANTIZED
-        gain = measure_kept_gain(reference, reference.rows, reading.losses, needed, margin)
+        gain = measure_kept_gain(reference, reference.rows, reading.likelihoods, needed, margin)
         problems += _find_lost_gain(gain)
     suites = tuple(_count_right_answers(reference, reading))
     problems += [
@@ -133,21 +133,23 @@ def _find_wrong_logits(logits: LogitComparison) -> Iterator[str]:
 def measure_kept_gain(
     reference: Reference,
     rows: HeldOutRows,
-    exported: Vector,
+    likelihoods: Vector,
     needed: float,
     margin: float = MIN_MARGIN,
 ) -> KeptGain:
     """How much an artefact lost to the adapter on held-out rows, and how much that may be.
 
     Args:
-        reference: losses of base and adapter, a token of a row.
+        reference: what base and adapter have.
         rows: the rows.
-        exported: the artefact's losses of them.
+        likelihoods: the artefact's log-likelihoods of their targets.
         needed: the share that has to be kept of a gain beyond chance.
-        margin: what may be lost where there is no such gain, in nats a token.
+        margin: what may be lost where there is no such gain, in the losses' unit.
     """
-    base, adapter = reference.base_losses, reference.adapter_losses
-    assert base is not None and adapter is not None  # noqa: S101, PT018  # where there are rows
+    base, adapter, exported = (
+        rows.compute_losses(sums, reference.base_likelihoods)
+        for sums in (reference.base_likelihoods, reference.adapter_likelihoods, likelihoods)
+    )
     counts = rows.counts
     clusters = independent_clusters(rows.clusters)
     kept = KeptGain(
@@ -158,6 +160,7 @@ def measure_kept_gain(
         exported=float(np.average(exported, weights=counts)),
         needed=needed,
         allowed=margin,
+        unit=rows.unit,
     )
     gained = compare_pairs(base, adapter, counts, clusters)
     is_shown = gained.is_below(0) if gained.is_measurable else gained.mean < 0
@@ -184,7 +187,7 @@ def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
             asked = f"{gain.needed:.0%} is asked for"
             share = f": it keeps {gain.share:.0%} of the gain, where {asked}"
         yield (
-            f"its loss on {gain.file} is {lost} nats/token from the adapter's "
+            f"its loss on {gain.file} is {lost} {gain.unit} from the adapter's "
             f"({gain.describe_interval()}), and {gain.allowed:.2g} may be lost{share}"
         )
 

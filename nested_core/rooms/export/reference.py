@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.checks.tasks import AskedModel, ask_model
 from nested_core.gate.proof.fresh_process_check import PROMPTS_WITHOUT_DATA
@@ -29,6 +30,7 @@ from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.canary_file import Canary
+from nested_core.text.loss_format import NATS_PER_TOKEN
 from nested_core.training.loss.loss_interface import extract_logits
 
 TEXTS = 200
@@ -42,17 +44,8 @@ PIECES = (
     *("def f(x):\n    return x\n", '{"key": [1, 2.5, null]}', "<b>bold</b> &amp; more", "a/b\\c"),
     *("C++ & C#", "user@example.org", "https://example.org/a?b=c#d", "snake_case camelCase"),
     *("naïve café", "Zürich, Straße", "Ångström", "¿Qué?", "Łódź", "İstanbul", "žluťoučký kůň"),
-    *(
-        "Москва",
-        "Ελλάδα",
-        "القاهرة",
-        "שלום",
-        "नमस्ते",
-        "ไทย",
-        "日本語のテキスト",
-        "中文字符",
-        "한국어",
-    ),
+    *("Москва", "Ελλάδα", "القاهرة", "שלום", "नमस्ते", "ไทย"),
+    *("日本語のテキスト", "中文字符", "한국어"),
     *("🙂🙃", "👩‍💻", "🇫🇷", "½ × ²", "“quotes” — dash…", "€5 £6 ¥7", "\u00a0nbsp", "...", "!!!???"),
     *("<|im_start|>", "<s>", "[INST]", "zzzzzzzzzz", "aA1!", "  ", "A"),
 )
@@ -62,19 +55,31 @@ PIECES = (
 class HeldOutRows:
     """The rows whose losses are compared.
 
-    tokens: of each row. targets: the places in it that the loss counts. counts: how many.
+    tokens: of each row; of pairs, of all chosen answers and then of all rejected ones.
+    targets: the places in them that the loss counts.
     clusters: the cluster of each row, None if each is its own.
+    loss: what computes the losses of pairs from log-likelihoods; None for the cross-entropy.
+    unit: of the losses.
     """
 
     file: str
     tokens: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[int, ...], ...]
     clusters: Indices | None
+    loss: Any = None
+    unit: str = NATS_PER_TOKEN
 
     @property
     def counts(self) -> Vector:
-        """The tokens of each row that the loss counts, float64 (rows)."""
-        return np.array([len(places) for places in self.targets], np.float64)
+        """The weight of each row in a mean: its counted tokens, or 1 for a pair; float64 (n,)."""
+        tokens = np.array([len(places) for places in self.targets], np.float64)
+        return tokens if self.loss is None else np.ones(len(tokens) // 2)
+
+    def compute_losses(self, likelihoods: Vector, of_base: Vector) -> Vector:
+        """The loss of each row, float64 (n,), by log-likelihoods of `tokens`, and by the base's."""
+        tokens = np.array([len(places) for places in self.targets], np.float64)
+        of_pairs = None if self.loss is None else self.loss.of_pairs
+        return -likelihoods / tokens if of_pairs is None else of_pairs(likelihoods, of_base, tokens)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Reference:
 
     folder: the base's.
     base_logits, adapter_logits: a row a prompt, in the order of the columns.
-    base_losses, adapter_losses: mean loss of each row in nats a token; None without rows.
+    base_likelihoods, adapter_likelihoods: log-likelihoods of each row's targets, in nats.
     suites, answers: the questions in token ids, and the adapter's scored answers by suite.
     """
 
@@ -96,8 +101,8 @@ class Reference:
     base_logits: Rows
     adapter_logits: Rows
     rows: HeldOutRows | None
-    base_losses: Vector | None
-    adapter_losses: Vector | None
+    base_likelihoods: Vector
+    adapter_likelihoods: Vector
     suites: tuple[EncodedSuite, ...]
     answers: Mapping[str, Sequence[AnswerRecord]]
 
@@ -116,24 +121,34 @@ def choose_texts(tokenizer: Any, rows: Sequence[Sequence[int]]) -> tuple[str, ..
     return tuple(unicodedata.normalize("NFC", text) for text in plain[:TEXTS])
 
 
-def choose_rows(held_out: HeldOutExamples, max_length: int) -> HeldOutRows:
-    """Up to MAX_ROWS of the held-out examples, evenly, each cut at `max_length` tokens."""
+def choose_rows(held_out: HeldOutExamples, config: FineTuneConfig) -> HeldOutRows:
+    """Up to MAX_ROWS of the held-out examples, evenly, each cut at `max_seq_length` tokens."""
+    loss = config.training.loss
+    of_pairs = None if loss is None else seams.load(seams.find_loss(loss).pairs).of_config(config)
     split = held_out.split
     supervised = np.flatnonzero(held_out.is_example_supervised)
     places = np.unique(np.linspace(0, len(supervised) - 1, min(MAX_ROWS, len(supervised))).round())
-    chosen = places.astype(np.int64)
-    tokens, targets, kept = [], [], []
-    for place in chosen.tolist():
+    rows, kept = [], []
+    for place in places.astype(np.int64).tolist():
         row = int(supervised[place])
-        own = split.example(row)[:max_length].tolist()
-        counted = np.flatnonzero(split.example_mask(row)[:max_length]).tolist()
-        if counted:
-            tokens.append(tuple(own))
-            targets.append(tuple(counted))
+        tokens = split.example(row)[: config.max_seq_length]
+        mask = split.example_mask(row)[: config.max_seq_length]
+        texts = (
+            [(tokens, np.flatnonzero(mask).tolist())]
+            if of_pairs is None
+            else of_pairs.split(tokens, mask)
+        )
+        if all(len(targets) for _, targets in texts):
+            rows.append(texts)
             kept.append(place)
-    clusters = held_out.clusters
+    texts = [text for answer in zip(*rows, strict=True) for text in answer]
     return HeldOutRows(
-        held_out.file, tuple(tokens), tuple(targets), None if clusters is None else clusters[kept]
+        held_out.file,
+        tokens=tuple(tuple(tokens.tolist()) for tokens, _ in texts),
+        targets=tuple(tuple(targets) for _, targets in texts),
+        clusters=None if held_out.clusters is None else held_out.clusters[kept],
+        loss=of_pairs,
+        unit=seams.unit_of_loss(loss),
     )
 
 
@@ -156,16 +171,15 @@ def measure_reference(
     columns = tuple(range(0, size, max(1, size // MAX_COLUMNS)))[:MAX_COLUMNS]
     suites = encode_suites(read_suites(config.gate), tokenizer, base.folder, prompt_format)
     records = ask_model(AskedModel("candidate", base, adapter), suites)
-    answers: dict[str, list[AnswerRecord]] = {}
-    for record in records:
-        answers.setdefault(record.task, []).append(record)
+    names = [suite.suite.name for suite in suites]
+    answers = {name: [record for record in records if record.task == name] for name in names}
     texts = choose_texts(tokenizer, () if rows is None else rows.tokens)
-    logits, losses = [], []
+    logits, likelihoods = [], []
     for tensors in (base.parameters, adapter.to_mlx()):
         load_adapter_tensors(base.model, tensors)
         with in_evaluation_mode(base.model):
             logits.append(_compute_logits(base, prompts, columns))
-            losses.append(None if rows is None else _compute_losses(base, rows))
+            likelihoods.append(_compute_likelihoods(base, rows))
     return Reference(
         folder=base.folder,
         tokenizer=tokenizer,
@@ -176,8 +190,8 @@ def measure_reference(
         base_logits=logits[0],
         adapter_logits=logits[1],
         rows=rows,
-        base_losses=losses[0],
-        adapter_losses=losses[1],
+        base_likelihoods=likelihoods[0],
+        adapter_likelihoods=likelihoods[1],
         suites=suites,
         answers=answers,
     )
@@ -204,13 +218,13 @@ def _compute_logits(
     return np.stack(rows)
 
 
-def _compute_losses(base: LoadedBase, rows: HeldOutRows) -> Vector:
-    """The mean loss of each row in nats a token that the loss counts."""
-    means = []
-    for tokens, places in zip(rows.tokens, rows.targets, strict=True):
+def _compute_likelihoods(base: LoadedBase, rows: HeldOutRows | None) -> Vector:
+    """The log-likelihood of the targets of each of the rows' `tokens`, in nats."""
+    sums = []
+    for tokens, places in () if rows is None else zip(rows.tokens, rows.targets, strict=True):
         logits = extract_logits(base.model(mx.array([list(tokens[:-1])])))[0].astype(mx.float32)
         needed = logits[mx.array(places) - 1]
         targets = mx.array([tokens[place] for place in places])[:, None]
-        own = mx.logsumexp(needed, axis=-1) - mx.take_along_axis(needed, targets, -1).squeeze(-1)
-        means.append(float(own.mean().item()))  # type: ignore[arg-type]
-    return np.array(means)
+        own = mx.take_along_axis(needed, targets, -1).squeeze(-1) - mx.logsumexp(needed, axis=-1)
+        sums.append(float(own.sum().item()))  # type: ignore[arg-type]
+    return np.array(sums)

@@ -20,17 +20,16 @@ from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
-from nested_core.measure.losses.held_out_loss import HeldOutExamples, read_nonempty_splits
+from nested_core.measure.losses.held_out_loss import read_nonempty_splits
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
     PredictionComparison,
 )
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
-from nested_core.optim.gradients import Flat
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses
-from nested_core.records.paired_difference import PairedDifference, compare_pairs
+from nested_core.records.paired_difference import Indices, PairedDifference, compare_pairs
 from nested_core.records.verdict import Reason
 from nested_core.rooms.preferences.loss_settings import SETTINGS_BY_LOSS, find_reference
 from nested_core.rooms.preferences.reference_likelihoods import (
@@ -41,7 +40,6 @@ from nested_core.rooms.preferences.reference_likelihoods import (
 )
 from nested_core.rooms.preferences.training_loss import read_pairs_of_split
 from nested_core.text.loss_format import format_difference
-from nested_core.text.stages import stages
 
 BLOCK = "preferences"
 NOT_LEARNT = "preference_not_learnt"
@@ -92,54 +90,27 @@ class PreferenceVerdict:
 
 
 def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
-    """Measure the margins, and give a reason where they did not grow beyond chance."""
-    if judged.config.training.loss not in SETTINGS_BY_LOSS:
+    """Compare the margins, and give a reason where they did not grow beyond chance."""
+    loss = judged.config.training.loss
+    if loss not in SETTINGS_BY_LOSS:
         return
-    block: dict[str, Any] = {"loss": judged.config.training.loss, "examples": 0}
+    block: dict[str, Any] = {"loss": loss, "examples": 0}
     held_out, losses = judged.held_out, judged.losses
     if held_out is not None and losses is not None and len(losses.counted()):
-        verdict = _measure(judged, held_out, losses)
+        rows = np.flatnonzero(held_out.is_example_supervised)
+        if losses.left_out is not None:
+            rows = rows[~losses.left_out]
+        verdict = _summarise(str(loss), judged.predictions, rows, losses.counted())
+        if (reference := find_reference(judged.config)) is not None:
+            error = _compare_reference(judged, reference)
+            verdict = replace(verdict, reference=reference, reference_error=error)
         block = asdict(verdict)
         yield from _find_reasons(verdict)
         yield from find_fall(verdict, judged.bounds.max_chosen_fall)
     judged.verdict = replace(judged.verdict, blocks=judged.verdict.blocks | {BLOCK: block})
 
 
-def _measure(
-    judged: CheckedRun, held_out: HeldOutExamples, losses: ExampleLosses
-) -> PreferenceVerdict:
-    """The figures of the held-out pairs that were not trained on, and of the reference."""
-    stages.info("gate: likelihoods of chosen and rejected answers, before and after")
-    comparison, values = _load_adapters(judged)
-    rows = np.flatnonzero(held_out.is_example_supervised)
-    if losses.left_out is not None:
-        rows = rows[~losses.left_out]
-    pairs = read_pairs_of_split(held_out.split, rows.tolist())
-    answers = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-    at_once = 2 * judged.config.batch_size
-    compared = compare_answers(comparison, values, answers, at_once)
-    verdict = _summarise(str(judged.config.training.loss), compared, losses.counted())
-    reference = find_reference(judged.config)
-    if reference is None:
-        return verdict
-    error = _compare_reference(judged, comparison, values[0], reference)
-    return replace(verdict, reference=reference, reference_error=error)
-
-
-def _load_adapters(judged: CheckedRun) -> tuple[PredictionComparison, list[Flat]]:
-    """The model that compares, and the values of the initial and the trained adapter."""
-    model = judged.base.model
-    refs = reference_trainable_parameters(model, dtype=adapter_compute_dtype(judged.config, model))
-    values = []
-    for adapter in (judged.evidence.before, judged.evidence.after):
-        load_adapter_tensors(model, adapter.to_mlx())
-        values.append(read_parameters(refs))
-    return PredictionComparison.of_model(model, refs), values
-
-
-def _compare_reference(
-    judged: CheckedRun, comparison: PredictionComparison, initial: Flat, reference: str
-) -> float | None:
+def _compare_reference(judged: CheckedRun, reference: str) -> float | None:
     """How far the likelihoods that training used are from those computed now, nats/token.
 
     Of pairs that were trained on, whatever the gate's held-out examples are. None if the run does
@@ -151,21 +122,30 @@ def _compare_reference(
     answers = [one for pair in read_pairs_of_split(split, rows.tolist()) for one in pair]
     if kept is None or not kept.has(answers):
         return None
-    values = leave_adapter_out(initial) if reference == "base" else initial
+    model = judged.base.model
+    refs = reference_trainable_parameters(model, dtype=adapter_compute_dtype(judged.config, model))
+    load_adapter_tensors(model, judged.evidence.before.to_mlx())
+    values = read_parameters(refs)
+    values = leave_adapter_out(values) if reference == "base" else values
+    comparison = PredictionComparison.of_model(model, refs)
     now = compare_answers(comparison, [values], answers, 2 * judged.config.batch_size)
     return float(np.mean(np.abs(kept.of(answers) + now.losses[0]) / now.tokens))
 
 
 def _summarise(
-    loss: str, compared: ExamplePredictions, counted: ExampleLosses
+    loss: str, predictions: ExamplePredictions, rows: Indices, counted: ExampleLosses
 ) -> PreferenceVerdict:
-    """The figures of pairs, without those of the reference and of sample answers.
+    """The figures of pairs, without those of the reference.
 
-    compared: both adapters on all chosen answers, then on all rejected ones.
+    Args:
+        loss: the value of `training.loss`.
+        predictions: of the held-out split, of the initial and the trained adapter last.
+        rows: the counted examples of the split, int64 (n,).
+        counted: the losses of these.
     """
     clusters = counted.drawn_clusters
-    chosen, rejected = -compared.losses.reshape(2, 2, -1).swapaxes(0, 1)
-    tokens, rejected_tokens = compared.tokens.reshape(2, -1)
+    chosen, rejected = -np.array(predictions.answer_losses)[-2:, :, rows].swapaxes(0, 1)
+    tokens, rejected_tokens = np.array(predictions.answer_tokens)[:, rows]
     margin = chosen - rejected
     if loss in ("simpo", "orpo"):
         margin = chosen / tokens - rejected / rejected_tokens
@@ -174,7 +154,6 @@ def _summarise(
     accuracy = compare_pairs(right[0], right[1], None, clusters)
     before, after = chosen / tokens
     change = compare_pairs(before, after, tokens, clusters)
-    divergences = compared.divergences[0].reshape(2, -1).sum(axis=0) / (tokens + rejected_tokens)
     return PreferenceVerdict(
         loss=loss,
         examples=len(counted),
@@ -195,7 +174,7 @@ def _summarise(
         chosen_change=change.mean,
         chosen_change_interval=_interval(change),
         chosen_fell=change.is_below(0),
-        kl_initial=float(divergences.mean()),
+        kl_initial=float(predictions.divergences[-1, rows].mean()),
     )
 
 
@@ -255,11 +234,11 @@ def find_fall(verdict: PreferenceVerdict, bound: float | None) -> Iterator[Reaso
 
 
 def _plan_work(run: RunToJudge) -> GateWork:
-    """Both adapters on all held-out pairs, and the reference on some that were trained on."""
+    """The reference on some pairs that were trained on."""
     if run.config.training.loss not in SETTINGS_BY_LOSS:
         return GateWork()
     has_reference = find_reference(run.config) is not None
-    return GateWork(rows=2 * run.held_out_rows + has_reference * MAX_REFERENCE_PAIRS)
+    return GateWork(rows=has_reference * MAX_REFERENCE_PAIRS)
 
 
 CHECKS = (

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
 from nested_core.errors import DatasetError
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
@@ -74,6 +74,14 @@ class PreferenceLoss:
     def of_config(cls, config: FineTuneConfig) -> PreferenceLoss:
         """The loss that a configuration without problems names."""
         return cls(str(config.training.loss), read_settings(config))
+
+    def split(self, tokens: Int32, mask: Bool) -> list[tuple[Int32, range]]:
+        """Of both answers of a pair, tokens and the places of the answer's among them.
+
+        tokens, mask: a whole example, and whether each of its tokens is a target.
+        """
+        pair = read_pair(tokens, mask[1:]) or ()
+        return [(one.tokens, range(one.prompt, len(one.tokens))) for one in pair]
 
     def of_pairs(self, likelihoods: Array, reference: Array, tokens: Array) -> Array:
         """The loss of each pair, (pairs,); 0 for a row without one. MLX's arrays or NumPy's.
@@ -221,21 +229,40 @@ class HeldOutComparison:
 
     def __init__(self, base: LoadedBase, parameters: ParameterRefs) -> None:
         self._loss = PreferenceLoss.of_config(base.config)
+        self._has_reference = find_reference(base.config) is not None
         self._comparison = PredictionComparison.of_model(base.model, parameters)
         with restoring_parameters(parameters):
             load_adapter_tensors(base.model, base.parameters)
             self._base = read_parameters(parameters)
 
     def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
-        """The loss of each pair with each of `values`; a pair counts as one token."""
+        """The loss of each pair with each of `values`; a pair counts as one token.
+
+        The base is computed where the loss compares with it and no adapter is without effect.
+        """
         _, rows = lay_out_pairs(read_pairs(batch))
-        compared = self._comparison.compare([self._base, *values], rows)
-        of_base, *likelihoods = -compared.losses
+        without_effect = [row for row, one in enumerate(values) if self._is_base(one)]
+        beside = [self._base] if self._has_reference and not without_effect else []
+        compared = self._comparison.compare([*beside, *values], rows)
+        of_base = -compared.losses[without_effect[0] if without_effect else 0]
+        losses = compared.losses[len(beside) :]
         tokens = compared.tokens.reshape(2, -1)
-        divergences = compared.divergences[1:].reshape(len(values) - 1, *tokens.shape).sum(axis=1)
-        losses = [self._loss.of_pairs(one, of_base, compared.tokens) for one in likelihoods]
+        divergences = compared.divergences[len(beside) :].reshape(len(values) - 1, *tokens.shape)
         return ExamplePredictions(
-            losses=np.array(losses),
-            divergences=divergences / np.maximum(tokens.sum(axis=0), 1),
+            losses=np.array(
+                [self._loss.of_pairs(-one, of_base, compared.tokens) for one in losses]
+            ),
+            divergences=divergences.sum(axis=1) / np.maximum(tokens.sum(axis=0), 1),
             tokens=(tokens[0] > 0).astype(np.float64),
+            answer_losses=losses.reshape(-1, *tokens.shape),
+            answer_tokens=tokens,
         )
+
+    def _is_base(self, values: Flat) -> bool:
+        """Whether values of the parameters are an adapter without effect; lora_a then has none."""
+        same = [
+            mx.array_equal(value, self._base[name])
+            for name, value in values.items()
+            if not name.endswith("lora_a")
+        ]
+        return bool(mx.all(mx.stack(same)).item())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
-from nested_core.records.losses import ExampleLosses, Vector, read_example_losses
+from nested_core.records.losses import Contents, ExampleLosses, Vector, read_example_losses
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
@@ -43,16 +43,19 @@ class SweepChoice:
     difference: PairedDifference | None = None
 
     @classmethod
-    def read(cls, chosen: RunDirectory, runs: Sequence[RunDirectory]) -> SweepChoice:
-        """From the folders of the chosen run and of all runs, the chosen one among them."""
-        validation = read_verdict(chosen.gate).validation
-        if validation is None:
+    def read(
+        cls, chosen: RunDirectory, runs: Sequence[RunDirectory], selecting: Contents
+    ) -> SweepChoice:
+        """From the folders of the chosen run and of all runs, the chosen one among them.
+
+        selecting: the digests of the examples that the arms were evaluated on, uint64 (n,).
+        """
+        if read_verdict(chosen.gate).validation is None:
             return cls(1, None)
         judged = read_example_losses(chosen.gate_losses).counted()
         other = _read_losses_of_same_examples(runs[0], judged)
         found = judged.compare_trained_with(other)
-        is_validation_set = validation.selected_on_same_data or validation.file == "valid.jsonl"
-        if not is_validation_set and validation.chosen_among == 1:
+        if judged.contents is not None and not np.isin(judged.contents, selecting).any():
             return cls(1, None, found)
         family = join_candidates([_read_candidates_of_run(run) for run in runs])
         interval = None if found is None else family.corrected_interval(judged, other, found)

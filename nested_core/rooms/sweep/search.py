@@ -303,7 +303,8 @@ class _Search:
                 self.hooks.on_message(f"the configuration itself: {error}")
         verdict = self._judge_arm(number)
         if number != 0:
-            choice = SweepChoice.read(run, runs)
+            _, splits = load_run_data(self.config)
+            choice = SweepChoice.read(run, runs, splits["valid"].contents)
             is_better = is_shown_better(choice, self.config.registry.min_improvement)
             if self.request.select_by != "loss":
                 answers = compare_answers(run, runs, self.request.select_by)

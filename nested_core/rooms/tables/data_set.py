@@ -93,12 +93,11 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         told += drawn.describe()
     told += _list_unused(source, request.columns)
     eval_set = None
-    if request.split.questions is not None:
+    count = request.split.questions
+    if request.makes_chats and count != 0:
         held_out = parts.get("test") or parts.get("valid") or []
-        eval_set = draw_eval_set(
-            parts["train"], held_out, request.split.questions, request.count_tokens
-        )
-        told.append(eval_set.describe())
+        eval_set = draw_eval_set(parts["train"], held_out, count, request.count_tokens)
+        told += [] if eval_set is None else [eval_set.describe()]
     with new_directory(target) as folder:
         for name, lines in (parts | ({"suite": eval_set.lines} if eval_set else {})).items():
             (folder / f"{name}.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))

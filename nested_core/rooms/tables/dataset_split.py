@@ -51,7 +51,8 @@ class SplitRequest:
     """How rows are to be split.
 
     share: of the rows, for valid and as much for test: at least one row each.
-    questions: how many different ones test is to have at least; None without an eval set.
+    questions: how many different ones test is to have at least; None leaves that to the answers,
+        and 0 is for no eval set.
     trained: questions that are known already: rows that ask them are trained on.
     names: where rows hold their fields.
     """
@@ -96,7 +97,7 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     together = _group_by_question(texts)
     distinct = len({one.question or one.whole for one in texts})
     most = max(1, int(MAX_TEST_SHARE * distinct))
-    least = 1 if request.questions is None else request.questions
+    least = request.questions or 1
     if not 0 < least <= most:
         share = f"{MAX_TEST_SHARE:.0%} of {distinct:,} questions are held out for it at most"
         raise TooManyQuestions(least, most, share)

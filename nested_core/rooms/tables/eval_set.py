@@ -11,19 +11,25 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+from nested_core.config.sections import Score
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.errors import shorten
-from nested_core.measure.answers.scorers import normalise_white_space
+from nested_core.measure.answers.scorers import ScoringMethod
+from nested_core.measure.answers.suite_answers import Suite
+from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.rooms.tables.dataset_split import SPLIT_SEED, RowTexts, TooManyQuestions
 from nested_core.rooms.tables.labels import describe_share, find_labels
 from nested_core.text.value_format import format_count
 
 USUAL_ANSWER_TOKENS = 256  # questions with longer answers are drawn where there are too few others
+LABEL_QUESTIONS = 50  # at most, of an eval set that nobody asked for
 EXTRA_TOKENS = 16  # of an answer beyond the longest that is expected, which may be told at length
 EXTRA_TOKENS_OF_A_LABEL = 2  # which is right alone
 # No zeros in front: those of a number such as 00123 are part of an identifier.
@@ -41,7 +47,7 @@ class EvalSet:
     """
 
     lines: tuple[bytes, ...]
-    score: Literal["exact", "json", "number"]
+    score: Score
     max_tokens: int
     fixed: tuple[str, int]
     left_out: str = ""
@@ -54,9 +60,9 @@ class EvalSet:
 
     def describe(self) -> str:
         """How many questions there are, how they are scored, and the baseline."""
-        questions = format_count(len(self.lines), "held-out question")
+        told = f"{format_count(len(self.lines), 'held-out question')} (--suite N, 0 for none)"
         score = f"score {self.score}, answers of at most {self.max_tokens} tokens"
-        return f"eval set: {questions}; {score}; {self.describe_baseline()}{self.left_out}"
+        return f"eval set: {told}; {score}; {self.describe_baseline()}{self.left_out}"
 
     def describe_baseline(self) -> str:
         """What answering the same to every question would score at best."""
@@ -72,15 +78,11 @@ class _Question:
     turns: list[dict[str, Any]]
     answers: list[str] = field(default_factory=list)
 
-    def accepted(self, score: str) -> dict[str, str]:
-        """The answers by what the score compares of them; an object of JSON has no other one."""
-        answers = self.answers[:1] if score == "json" else self.answers
-        return {_compared(answer, score): answer for answer in answers}
-
-    def write(self, score: str) -> bytes:
-        """The question as a line of an eval set."""
+    def write(self, score: Score) -> bytes:
+        """The question as a line of an eval set; an object of JSON has one right answer."""
         read: dict[str, Callable[[str], Any]] = {"json": json.loads, "number": _as_number}
-        values = [read.get(score, str)(answer) for answer in self.accepted(score).values()]
+        answers = self.answers[:1] if score == "json" else dict.fromkeys(self.answers)
+        values = [read.get(score, str)(answer) for answer in answers]
         expected = values[0] if len(values) == 1 else values
         question = {"messages": self.turns, "expected": expected}
         return json.dumps(question, ensure_ascii=False).encode(errors="surrogatepass")
@@ -89,17 +91,18 @@ class _Question:
 def draw_eval_set(
     train: Iterable[bytes],
     held_out: Iterable[bytes],
-    count: int,
+    count: int | None,
     count_tokens: Callable[[str], int],
-) -> EvalSet:
+) -> EvalSet | None:
     """Draw questions that train does not ask, each another one, with a fixed seed.
 
     Args:
         train, held_out: chats, a line of JSON each.
-        count: how many questions.
+        count: how many questions. None draws LABEL_QUESTIONS at most where answers are labels, and
+            returns None for other answers, and for questions of which only all right would tell.
         count_tokens: of a text, by the model's tokenizer.
 
-    Raises TooManyQuestions where the held-out rows have fewer.
+    Raises TooManyQuestions where the held-out rows have fewer than `count`.
     """
     texts = [RowTexts.of(line, FieldNames()) for line in train]
     trained = {question for one in texts for question in one.asked}
@@ -111,6 +114,13 @@ def draw_eval_set(
             asked = questions.setdefault(key, _Question(turns[:-1]))
             asked.answers.append(str(turns[-1]["content"]))
     new = [asked for key, asked in questions.items() if key not in trained]
+    every = Counter([one.answer for one in texts])
+    every += Counter(answer for asked in new for answer in asked.answers)
+    is_asked_for = count is not None
+    if count is None:
+        count = min(LABEL_QUESTIONS, len(new)) if find_labels(every) else 0
+        if count < MIN_EXAMPLES:
+            return None
     if not 0 < count <= len(new):
         rows = f"the held-out rows have {len(new):,} different ones that train does not ask"
         raise TooManyQuestions(count, len(new), rows)
@@ -118,25 +128,32 @@ def draw_eval_set(
     short = [asked for asked in new if longest[id(asked)] <= USUAL_ANSWER_TOKENS]
     pool = short if len(short) >= count else new
     drawn = random.Random(SPLIT_SEED).sample(pool, count)
-    every = Counter([one.answer for one in texts])
-    every += Counter(answer for asked in new for answer in asked.answers)
     score = choose_score(every)
-    accepted = [asked.accepted(score) for asked in drawn]
-    ((key, right),) = Counter(key for keys in accepted for key in keys).most_common(1)
-    fixed = next(keys[key] for keys in accepted if key in keys)
+    lines = tuple(asked.write(score) for asked in drawn)
     told = {"that train asks too": len(questions) - len(new)}
     told[f"with an answer of more than {USUAL_ANSWER_TOKENS} tokens"] = len(new) - len(pool)
     extra = EXTRA_TOKENS_OF_A_LABEL if score == "exact" and find_labels(every) else EXTRA_TOKENS
-    return EvalSet(
-        tuple(asked.write(score) for asked in drawn),
+    eval_set = EvalSet(
+        lines,
         score,
         max(longest[id(asked)] for asked in drawn) + extra,
-        (fixed, right),
+        _find_fixed_answer(lines, score),
         "".join(f"; not asked: {n:,} {what}" for what, n in told.items() if n),
     )
+    return eval_set if is_asked_for or eval_set.least_share < 1 else None
 
 
-def choose_score(answers: Iterable[str]) -> Literal["exact", "json", "number"]:
+def _find_fixed_answer(lines: Sequence[bytes], score: Score) -> tuple[str, int]:
+    """The answer that is right for most of the questions, and for how many, by their score."""
+    with TemporaryDirectory(prefix="nested-tune-") as folder:
+        file = Path(folder, "suite.jsonl")
+        file.write_bytes(b"\n".join(lines))
+        suite = Suite.read("suite", ScoringMethod(file, score))
+        answer, share = suite.find_best_constant(range(1, len(lines) + 1)) or ("", 0.0)
+    return answer, round(share * len(lines))
+
+
+def choose_score(answers: Iterable[str]) -> Score:
     """The score that tells all these answers from wrong ones: json, number or exact.
 
     Labels are compared exactly, although they be numbers. `contains` is none of them: it finds `no`
@@ -155,14 +172,6 @@ def _is_askable(line: bytes, turns: list[dict[str, Any]]) -> bool:
     is_plain = all(set(turn) == {"role", "content"} for turn in turns)
     roles = [turn["role"] for turn in turns[-2:]]
     return "tools" not in json.loads(line) and is_plain and roles == ["user", "assistant"]
-
-
-def _compared(answer: str, score: str) -> str:
-    """What the score compares of an answer."""
-    if score == "exact":
-        return normalise_white_space(answer)
-    value = json.loads(answer) if score == "json" else _as_number(answer)
-    return json.dumps(value, sort_keys=True)
 
 
 def _as_object(answer: str) -> Any:

@@ -82,12 +82,11 @@ def tabulate_labels_of_answers(
 
     Args:
         name: of the eval set.
-        answers: model, expected answer, answer and score, from 0 to 1, of each model in turn.
+        answers: model, expected answer, answer and score, from 0 to 1, of each model in turn; at
+            least one.
 
     Beside them is the share that the most frequent label alone would get.
     """
-    if not answers:
-        return
     models = dict.fromkeys(model for model, *_ in answers)
     judged = [*models][-1]
     expected = [label or "" for model, label, *_ in answers if model == judged]
@@ -103,11 +102,3 @@ def tabulate_labels_of_answers(
     share = describe_share(most, len(expected))
     caption = f"{name} by label; always answering {shorten(usual, 60)!r} gets {share}"
     yield Table(caption, ("label", "questions", *models), rows)
-    answered = sum(right[judged, label] for label in labels)
-    if answered <= most:
-        text = (
-            f"warning: {judged} is right for {describe_share(answered, len(expected))} of {name}, "
-            f"no more than always answering {shorten(usual, 60)!r}: it has not learnt to tell the "
-            f"labels apart, whatever its loss says."
-        )
-        yield Text(text, "warn")

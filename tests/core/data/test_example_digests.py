@@ -12,6 +12,7 @@ from nested_core.data import example_digests
 from nested_core.data.example_digests import TrainedRows, decode_digests, encode_digests
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.line_rows import digest_example
+from tests.left_out import needs_rooms
 
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 
@@ -55,6 +56,39 @@ def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str,
     assert digest_example(parse_line(json.dumps(row).encode(), FieldNames())) == own
     other = {"prompt": "Who?", "completion": "You."}
     assert digest_example(parse_line(json.dumps(other).encode(), FieldNames())) != own
+
+
+def test_a_row_with_tools_is_the_same_in_another_order_of_keys_and_with_arguments_as_text() -> None:
+    arguments = {"place": {"x": 1, "y": [2, 3]}, "arguments": "no JSON"}
+    turned = {"arguments": "no JSON", "place": {"y": [2, 3], "x": 1}}
+    answer = {"role": "assistant", "content": "", "tool_calls": []}
+    written: list[Any] = [arguments, turned, json.dumps(arguments), json.dumps(turned, indent=1)]
+    tools = [{"name": "find", "description": "Finds."}, {"description": "Finds.", "name": "find"}]
+    digests = set()
+    for given in written:
+        calls = [{"function": {"name": "find", "arguments": given}}]
+        rows = [
+            {"messages": [TURNS[0], answer | {"tool_calls": calls}], "tools": [tool]}
+            for tool in tools
+        ]
+        digests |= {digest_of(row) for row in rows}
+    assert len(digests) == 1
+    calls = [{"function": {"name": "find", "arguments": arguments | {"place": {}}}}]
+    row = {"messages": [TURNS[0], answer | {"tool_calls": calls}], "tools": tools[:1]}
+    assert digest_of(row) not in digests
+
+
+@needs_rooms("preferences")
+def test_a_pair_is_the_row_that_has_its_chosen_answer_alone() -> None:
+    chosen = {"prompt": "Who?", "completion": "Me."}
+    pair = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
+    read = parse_line(json.dumps(pair).encode(), FieldNames(loss="dpo"))
+    assert digest_example(read) == digest_of(chosen)
+    assert digest_example(read) != digest_of(chosen | {"completion": "You."})
+
+
+def digest_of(row: dict[str, Any]) -> int:
+    return digest_example(parse_line(json.dumps(row).encode(), FieldNames()))
 
 
 def test_a_row_with_tools_is_the_same_whatever_stands_where_it_says_nothing() -> None:

@@ -54,7 +54,9 @@ def test_with_too_few_examples_for_an_interval_a_rise_by_more_than_a_tenth_count
     assert validation.conclusion == "inconclusive"
     assert loss_reasons(validation, DEFAULT) == []
     (reason,) = loss_reasons(validation_of(losses_of([0.3, 0.12], before=2.0)), DEFAULT)
-    assert "2 examples, +0.21; too few examples to detect a difference" in reason.message
+    assert (
+        "2 examples, +0.21; fewer than 5 independent examples are too few to tell" in reason.message
+    )
     risen = validation_of(losses_of([0.2, -0.1], before=2.0), max_val_loss_increase=0.0)
     (reason,) = loss_reasons(risen, GateSection(max_val_loss_increase=0.0))
     assert reason.code == "loss_regressed"

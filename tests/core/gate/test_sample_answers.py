@@ -193,7 +193,7 @@ def test_a_healthy_adapter_is_not_flagged(tmp_path: Path) -> None:
     verdict = steps.judge(done.config, done.run)
     assert verdict.samples is not None
     assert (verdict.samples.asked, verdict.samples.judged, verdict.samples.broken) == (3, 3, 0)
-    assert verdict.summary().startswith("passed, better: ")
+    assert verdict.summary().startswith("passed, better loss; no questions asked: ")
     assert verdict.notes() == []
     answers = [json.loads(line) for line in done.run.sample_answers.read_text().splitlines()]
     assert [row["adapter_broken"] for row in answers] == [None] * 3

@@ -72,10 +72,12 @@ def configure(folder: Path, data: str, **changes: Any) -> FineTuneConfig:
     return example_config(data=str(folder / data), iters=4, **settings | changes)
 
 
-def generation(folder: Path, data: str) -> tuple[RunDirectory, str]:
+def generation(
+    folder: Path, data: str, suffix: str = "", **changes: Any
+) -> tuple[RunDirectory, str]:
     """Train, judge, register and promote a run on a day's data."""
-    config = configure(folder, data)
-    finished = train(config, prepare(config, folder / f"run-{data}"))
+    config = configure(folder, data, **changes)
+    finished = train(config, prepare(config, folder / f"run-{data}{suffix}"))
     champion = champion_or_none(folder / "registry", NAME)
     steps.judge(config, finished.run)
     return finished.run, register_run(config, read_judged_run(finished.run.path), champion).version
@@ -201,6 +203,22 @@ def test_a_run_on_the_data_that_the_champion_was_trained_on_is_skipped(
     folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     assert unchanged(folder, tmp_path / "run", "tuesday", **changes) == tuesday[1]
+
+
+@pytest.mark.slow("two nights more")
+def test_a_run_from_the_base_is_no_repetition_of_a_champion_that_went_on(
+    folder, tuesday, tmp_path
+) -> None:
+    nights = shutil.copytree(folder, tmp_path / "nights", symlinks=True)
+    write_data(nights / "week", slice(0, 30))  # with all rows of the nights before
+    length: dict[str, Any] = {"training": {"epochs": 1}, "gate": {"max_val_loss_increase": 10.0}}
+    rebuild = {"from": "champion", "policy": "rebuild"}
+    _, champion = generation(nights, "week", **length)
+    assert unchanged(nights, tmp_path / "same", "week", **length) == champion
+    assert unchanged(nights, tmp_path / "base", "week", **length, continual=rebuild) is None
+    _, rebuilt = generation(nights, "week", "again", **length, continual=rebuild)
+    assert rebuilt != champion
+    assert unchanged(nights, tmp_path / "rest", "week", **length, continual=rebuild) == rebuilt
 
 
 def test_the_same_lines_in_another_folder_are_the_same_data(folder, tuesday, tmp_path) -> None:

@@ -55,7 +55,7 @@ def test_a_fine_tune_from_python_trains_judges_registers_and_promotes(tmp_path: 
     result = finetune(registered(tmp_path), open_run(tmp_path / "run"), hooks)
     assert hooks.called == ["begin", "validate", "load", "train", "judge", "register"]
     assert result.verdict is not None
-    assert result.verdict.summary().startswith("passed, better: ")
+    assert result.verdict.summary().startswith("passed, better loss; no questions asked: ")
     assert result.training is not None
     assert result.training.step == 4
     assert (result.promotion, result.test_loss, result.skipped) == ("promoted", None, None)

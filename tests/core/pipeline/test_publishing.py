@@ -447,9 +447,15 @@ class TestPromotionByAPerson:
         self, make_run: MakeRun, by_hand: Any
     ) -> None:
         run = make_run(1.0)
-        assert list_row(Run(run))[1:3] == (None, "Verified: passed, better")
+        assert list_row(Run(run))[1:3] == (
+            None,
+            "Verified: passed, better loss; no questions asked",
+        )
         by_hand(run)
-        assert list_row(Run(run))[1:3] == (NAME, "Promoted: passed, better")
+        assert list_row(Run(run))[1:3] == (
+            NAME,
+            "Promoted: passed, better loss; no questions asked",
+        )
         assert Run(run).to_json()["adapter"] == NAME
 
     def test_a_run_that_another_process_works_on_is_refused(

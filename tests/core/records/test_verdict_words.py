@@ -67,9 +67,10 @@ def test_a_loss_has_one_spelling(fields: dict[str, Any], words: str) -> None:
 def test_the_summary_has_the_loss_in_that_spelling_and_what_speaks_against_it() -> None:
     few = LOSSES | {"examples": 2, "conclusion": "better", "difference": -3.12}
     verdict = make_verdict(validation=few, tasks=[SUITE])
-    assert verdict.describe() == "passed, better"
+    words = "passed, better; 14 of 15 right"
+    assert verdict.describe() == words
     loss = LOSS.replace("84", "2")
-    assert verdict.summary().startswith(f"passed, better: 0 of 0 tensors changed, {loss}; 2 held-")
+    assert verdict.summary().startswith(f"{words}: 0 of 0 tensors changed, {loss}; 2 held-")
     assert (
         "; capitals: 0 of 15 right before, 14 of 15 after (difference +0.933" in verdict.summary()
     )
@@ -81,7 +82,10 @@ def test_the_summary_has_the_loss_in_that_spelling_and_what_speaks_against_it() 
         ([{"candidate": 0.0, "constant": 0.2}], "0 of 15 right (one fixed answer: 3)"),
         ([{"candidate": 0.2, "constant": 0.2}], "3 of 15 right (one fixed answer: 3)"),
         ([{"base": 0.4, "candidate": 0.2, "constant": 0.2}], None),
-        ([{"base": 0.4, "candidate": 0.4, "constant": 0.2}], "6 of 15 right (base: 6)"),
+        (
+            [{"base": 0.4, "candidate": 0.4, "constant": 0.2}],
+            "6 of 15 right (base: 6, one fixed answer: 3)",
+        ),
         ([{"base": 0.4, "candidate": 0.4, "constant": None}], "6 of 15 right (base: 6)"),
         (
             [{}, {"name": "hard", "candidate": 0.0, "constant": 1 / 15}],
@@ -105,17 +109,36 @@ def test_answers_that_show_no_learning_stand_in_the_words_and_are_never_green(ta
     assert make_verdict(tasks=[SUITE | task for task in tasks]).describe() == f"passed; {words}"
 
 
+def test_a_better_loss_alone_says_that_nothing_was_asked_and_is_not_green() -> None:
+    verdict = make_verdict(validation=LOSSES | {"conclusion": "better", "difference": -3.12})
+    assert verdict.describe() == "passed, better loss; no questions asked"
+    assert verdict.tone == ""
+
+
+ALL_RIGHT = {"base": 1.0, "candidate": 1.0}
+
+
 @pytest.mark.parametrize(
-    "tasks",
+    ("tasks", "words"),
     [
-        [{"constant": 0.2}],
-        [{"base": 1.0, "candidate": 1.0, "constant": 0.2}],
-        [{"constant": 0.2}, {"name": "guard", "base": 0.6, "candidate": 0.6, "constant": 0.2}],
-        [{"constant": 0.2}, {"name": "guard", "base": 1.0, "candidate": 1.0, "constant": 1.0}],
+        ([{"constant": 0.2}], "14 of 15 right (one fixed answer: 3)"),
+        ([ALL_RIGHT | {"constant": 0.2}], "15 of 15 right (one fixed answer: 3)"),
+        (
+            [{"constant": 0.2}, {"name": "guard", "base": 0.6, "candidate": 0.6, "constant": 0.2}],
+            "capitals: 14 of 15 right (one fixed answer: 3), "
+            "guard: 9 of 15 right (base: 9, one fixed answer: 3)",
+        ),
+        (
+            [{"constant": 0.2}, {"name": "guard"} | ALL_RIGHT | {"constant": 1.0}],
+            "capitals: 14 of 15 right (one fixed answer: 3), "
+            "guard: 15 of 15 right (one fixed answer: 15)",
+        ),
     ],
 )
-def test_answers_above_the_base_and_any_constant_one_lengthen_no_words(tasks) -> None:
+def test_answers_above_the_base_and_any_constant_one_are_green_and_in_the_words(
+    tasks, words
+) -> None:
     losses = LOSSES | {"conclusion": "better", "difference": -3.12, "interval": [-3.2, -3.0]}
     verdict = make_verdict(validation=losses, tasks=[SUITE | task for task in tasks])
-    assert verdict.describe() == "passed, better"
+    assert verdict.describe() == f"passed, better; {words}"
     assert verdict.tone == "good"

@@ -336,6 +336,17 @@ def test_what_was_dropped_is_missing_and_nothing_forgotten_returns_with_it(
     assert_settled(registry)
 
 
+def test_a_forgotten_row_does_not_return_with_a_version_whose_list_was_emptied(tmp_path):
+    registry = tmp_path / "registry"
+    rows = [question(1), question(2)]
+    first = add_night(tmp_path, 1, rows, [])
+    add_night(tmp_path, 2, rows[:1], [], max_bytes=60)  # no room for the first one's
+    forget_rows(registry, NAME, lambda row: row == question(1), by="ann")
+    register(tmp_path / "run-1", registry, NAME, {}, examples=RunExamples(rows, []))
+    assert read_stored_data(registry, NAME, first) == StoredData((), (), (), missing=2)
+    assert not find_rows(registry / NAME, lambda row: row == question(1))
+
+
 def test_an_audit_names_lost_rows_and_what_does_not_belong_to_the_store(tmp_path):
     registry = tmp_path / "registry"
     version = add_night(tmp_path, 1, [question(1), question(2)], [question(3)])

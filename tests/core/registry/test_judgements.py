@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -196,6 +197,27 @@ def test_a_judgement_that_rejects_stops_a_promotion_by_version(make_run, judge, 
     with pytest.raises(GateRejected, match="task_below"):
         promote(registry, NAME, better, by="ann")
     assert read_champion(registry, NAME) == weak
+
+
+@pytest.mark.parametrize("is_file_lost", [False, True])
+def test_a_version_that_comes_back_keeps_its_later_verdict(
+    make_run, judge, registry, tmp_path, is_file_lost
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    passed = shutil.copytree(tmp_path / "run-2", tmp_path / "copy")
+    run = judge(2, weak, -2.4)
+    gate = read_gate(run / "gate.json")
+    gate |= {"verdict": "failed", "reasons": [{"code": "task_below", "message": "9 of 10"}]}
+    write_gate(run, gate, judged_files(run))
+    new = NewVersion(read_rejected_run(run), provenance("better", weak))
+    register_rejection(new, registry, NAME)
+    shutil.rmtree(registry / NAME / "versions" / better)
+    if is_file_lost:
+        shutil.rmtree(registry / NAME / "judgements" / better)
+    register(passed, registry, NAME, provenance("better", weak))
+    assert audit(registry, NAME).is_sound
+    verdict = read_candidate(registry, NAME, better).verdict
+    assert verdict.has_passed == is_file_lost  # else the verdict of the run stands for it
 
 
 @pytest.mark.parametrize("edit", ["bytes", "other version", "no name", "cut", "removed"])

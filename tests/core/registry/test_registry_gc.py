@@ -186,6 +186,23 @@ def test_ancestors_stay_down_to_the_oldest_of_which_the_store_has_examples(regis
     assert collected(registry, 0) == {lineage[0], lineage[1]}
 
 
+def test_the_lineage_of_a_version_that_may_be_promoted_stays(make_run, registry, monkeypatch):
+    lineage: list[str] = []
+    for seed in range(1, 6):  # of two nights after the first, then of two after it as well
+        parent = lineage[-1] if seed in (2, 3, 5) else lineage[0] if lineage else None
+        run = make_run(seed, initial=parent or "0" * 64)
+        rows = RunExamples([{"text": f"night {seed}"}], [], max_bytes=1_000)
+        lineage.append(register(run, registry, NAME, {"parent": parent}, examples=rows))
+        if seed in (1, 4):
+            promote(registry, NAME, lineage[-1], by="ann")
+    champion, waits = lineage[3], lineage[2]
+    assert read_champion(registry, NAME) == champion
+    monkeypatch.setattr(
+        garbage_collection, "may_be_promoted", lambda folder, version, ledger: version == waits
+    )
+    assert collected(registry, 0) == {lineage[4]}
+
+
 def test_a_version_with_a_file_of_a_person_stays(five, registry):
     notes = registry / NAME / "versions" / five[4] / "notes.txt"
     notes.parent.chmod(0o755)

@@ -32,7 +32,8 @@ from tests.runs import (
     write_plan_of,
 )
 
-ORDER = ["verdict", "answers", "pairs", "curves", "change", "updates", "data", "reproduce"]
+ORDER = ["verdict", "answers", "checks", "pairs", "curves", "change"]
+ORDER += ["updates", "data", "reproduce"]
 MAX_BYTES = 300 * 1024
 
 
@@ -47,12 +48,14 @@ def sections_of(run: RunDirectory, error: str | None = None) -> dict[str, str]:
 def test_a_passed_run_says_so_first_and_everything_in_its_order(tmp_path: Path) -> None:
     page = sections_of(finished_run(tmp_path / "run", champion=True))
     lines = page["verdict"].splitlines()
-    assert lines[2] == "Verified: passed, better"
-    assert lines[4].startswith("passed, better: 24 of 24 tensors changed, validation loss 3.55 ->")
+    assert lines[2].startswith("Verified: passed, better; ")
+    assert lines[4].startswith(lines[2].removeprefix("Verified: "))
+    assert ": 24 of 24 tensors changed, validation loss 3.55 ->" in lines[4]
     name = f"champion {'c' * 12} vs this run, 12 examples"
-    assert f"| {name} | 3.05 | 2.675 | -0.375 (" in page["verdict"]
-    assert (
-        "| KL divergence from the initial adapter | - | 0.25 | - | at most 2.5 | passed |" in lines
+    checks = page["checks"]
+    assert f"| {name} | 3.05 | 2.675 | -0.375 (" in checks
+    assert "| KL divergence from the initial adapter | - | 0.25 | - | at most 2.5 | passed |" in (
+        checks.splitlines()
     )
     pairs = page["pairs"]
     assert "KL divergence from the initial adapter 0.25 nats/token" in pairs
@@ -72,7 +75,7 @@ def test_a_run_without_drift_claims_none(tmp_path: Path) -> None:
     losses = make_losses(with_drift=False)
     judge(run, make_verdict(losses), losses, "text")
     page = sections_of(run)
-    assert "drift" not in (page["verdict"] + page["pairs"]).lower()
+    assert "drift" not in (page["verdict"] + page["checks"] + page["pairs"]).lower()
 
 
 def test_a_rejected_run_gives_its_outcome_and_its_reasons(tmp_path: Path) -> None:
@@ -80,11 +83,12 @@ def test_a_rejected_run_gives_its_outcome_and_its_reasons(tmp_path: Path) -> Non
         Reason("loss_regressed", "the loss rose from 3.55 to 4.1"),
         Reason("tier_unchanged", "tier 2 did not move", ("a.lora_a",)),
     ]
-    verdict = sections_of(finished_run(tmp_path / "run", reasons=reasons))["verdict"]
+    page = sections_of(finished_run(tmp_path / "run", reasons=reasons))
+    verdict = page["verdict"]
     assert verdict.splitlines()[2] == "Rejected: worse"
     said = "Rejected: worse (loss_regressed: the loss rose from 3.55 to 4.1); also tier_unchanged."
     assert said in verdict
-    assert "| tier_unchanged | tier 2 did not move | 1 |" in verdict
+    assert "| tier_unchanged | tier 2 did not move | 1 |" in page["checks"]
 
 
 def test_a_going_run_says_how_far_it_is(tmp_path: Path) -> None:

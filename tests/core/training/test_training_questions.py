@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError, TrainingStopped
+from nested_core.gate.checks.tasks import _select_judging_answers
 from nested_core.measure.answers import questions_in_training
 from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.answers.questions_in_training import (
@@ -211,6 +214,29 @@ def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(as
     assert "these questions also chose the step, among 3" in task.describe()
     assert verdict.validation is not None  # the losses chose nothing
     assert (verdict.validation.chosen_among, verdict.validation.selected_on_same_data) == (1, False)
+
+
+def test_questions_that_chose_are_known_by_their_prompts_in_any_suite(asked, tmp_path) -> None:
+    (capitals,) = asked.config.gate.tasks
+    lines = Path(capitals.file).read_text().splitlines()
+    others_lines = write_suite(tmp_path / "more.jsonl", 40).read_text().splitlines()
+    (tmp_path / "copy.jsonl").write_text("\n".join(lines[:6]))
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines[:6] + others_lines))
+    others = [
+        capitals.model_copy(update={"name": name, "file": str(tmp_path / f"{name}.jsonl")})
+        for name in ("copy", "mixed")
+    ]
+    gate = asked.config.gate.model_copy(update={"tasks": (capitals, *others)})
+    config = asked.config.model_copy(update={"gate": gate})
+    suites = read_suites(gate)
+    answers = [
+        replace(records("candidate", [1.0], 1)[0], task=suite.name, line=question.line)
+        for suite in suites
+        for question in suite.questions
+    ]
+    judging = _select_judging_answers(answers, suites, config, asked.run)
+    seen = Counter((answer.task, answer.chosen_among) for answer in judging)
+    assert seen == {("capitals", 3): 15, ("copy", 3): 6, ("mixed", 1): 40}
 
 
 @pytest.mark.slow("trains and judges a run of its own")

@@ -21,10 +21,11 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import resume_flow_run
-from prefect.states import Cancelled, Completed, Crashed, Failed
+from prefect.states import AwaitingRetry, Cancelled, Completed, Crashed, Failed
 
 from flows.promote import promote
 from flows.reconcile import ReconcileParameters, reconcile
+from flows.rooms.approval import asking
 from flows.rooms.approval.questions import request_approval
 from nested_core import registry as core
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
@@ -135,6 +136,26 @@ def test_the_night_that_asked_is_told_the_answer(add: Add, registry: Path) -> No
 
 
 @pytest.mark.slow("three runs of a deployment")
+@pytest.mark.slow("a run of a deployment, and its retry")
+def test_an_approval_that_is_retried_tells_the_night(add: Add, registry: Path) -> None:
+    night = make_night()
+    run_id = deployed_run(parameters(registry, add(1), requires_approval=True, night=night))
+    execute(run_id)
+    answer(run_id, approve=True, by="ann")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asking, "tell_night", lambda *_: 1 / 0)
+        assert execute(run_id).is_failed()
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+    lines = core.history(registry, NAME)
+    assert execute(run_id).name == "Approved"
+    assert core.history(registry, NAME) == lines
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(night).state
+    assert state is not None
+    assert state.message == "verified 4e044e; promoted, approved by ann"
+
+
 def test_a_newer_question_closes_the_older_one(waiting, add, registry) -> None:
     older = waiting[0]
     newer = deployed_run(parameters(registry, add(3), requires_approval=True))

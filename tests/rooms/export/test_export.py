@@ -281,7 +281,7 @@ def _measure(source: Trained) -> tuple[Adapter, Reference]:
     held_out = read_held_out_examples(config, {})
     assert held_out is not None
     base = LoadedBase.load(config)
-    rows = choose_rows(held_out, config.max_seq_length)
+    rows = choose_rows(held_out, config)
     return adapter, measure_reference(config, base, adapter, rows, None)
 
 

@@ -11,9 +11,20 @@ import pytest
 from nested_core.rooms.export.export_record import KeptGain
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
 from nested_core.rooms.export.reference import HeldOutRows, Reference
+from nested_core.rooms.preferences.training_loss import PreferenceLoss
+from tests.example import example_config
+from tests.left_out import needs_rooms
 
 ROUNDING = 0.01
 NO_LOGITS = np.zeros((0, 0))
+REFERENCE = Reference(
+    *(Path(), None, (), (), (), (), NO_LOGITS, NO_LOGITS),
+    rows=None,
+    base_likelihoods=NO_LOGITS,
+    adapter_likelihoods=NO_LOGITS,
+    suites=(),
+    answers={},
+)
 
 
 def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGain:
@@ -22,16 +33,10 @@ def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGai
     adapter = random.gamma(4, 0.5, rows)
     base = adapter + gain + random.normal(0, 0.05, rows)
     held_out = HeldOutRows("valid.jsonl", ((1, 2, 3),) * rows, ((1, 2),) * rows, None)
-    reference = Reference(
-        *(Path(), None, (), (), (), (), NO_LOGITS, NO_LOGITS),
-        rows=held_out,
-        base_losses=base,
-        adapter_losses=adapter,
-        suites=(),
-        answers={},
-    )
+    # of two tokens each
+    reference = replace(REFERENCE, base_likelihoods=-2 * base, adapter_likelihoods=-2 * adapter)
     exported = adapter + lost + random.normal(0, ROUNDING, rows)
-    return measure_kept_gain(reference, held_out, exported, MIN_KEPT_GAIN)
+    return measure_kept_gain(reference, held_out, -2 * exported, MIN_KEPT_GAIN)
 
 
 @pytest.mark.parametrize("gain", [-0.2, 0.0, 0.02, 0.1, 2.0])
@@ -47,6 +52,24 @@ def test_an_export_that_is_worse_than_its_adapter_is_refused_whatever_the_gain(g
 def test_a_right_export_is_not_refused_for_a_small_gain_or_few_rows(gain: float, rows: int) -> None:
     refused = [measure(gain, 0.0, rows, seed).is_lost for seed in range(20)]
     assert sum(refused) <= 1
+
+
+@needs_rooms("preferences")
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo"])
+def test_the_gain_of_pairs_is_that_of_their_loss_where_both_answers_became_less_likely(
+    loss,
+) -> None:
+    of_pairs = PreferenceLoss.of_config(example_config(training={"loss": loss}))
+    held_out = HeldOutRows("p", ((1, 2, 3),) * 40, ((1, 2),) * 40, None, of_pairs, "nats/example")
+    base = np.full(40, -3.0)
+    adapter = np.repeat([-3.1, -23.0], 20)  # the chosen answers, then the rejected ones
+    reference = replace(REFERENCE, base_likelihoods=base, adapter_likelihoods=adapter)
+    kept = measure_kept_gain(reference, held_out, adapter, MIN_KEPT_GAIN)
+    assert (kept.rows, kept.unit) == (20, "nats/example")
+    assert kept.share == pytest.approx(1)
+    lost = measure_kept_gain(reference, held_out, base, MIN_KEPT_GAIN)
+    assert lost.is_lost
+    assert lost.share == pytest.approx(0)
 
 
 def test_half_of_a_small_gain_lost_is_refused_with_figures() -> None:

@@ -16,6 +16,7 @@ from nested_core.models.session import Session
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
 from nested_core.rooms.preferences.gate_check import MAX_REFERENCE_PAIRS
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config, prepare
 from tests.left_out import needs_rooms
 
@@ -111,11 +112,14 @@ def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
 
 
 @needs_rooms("preferences")
-def test_the_gate_of_pairs_computes_them_five_times_and_the_reference(tmp_path: Path) -> None:
+def test_the_gate_of_pairs_computes_them_once_for_each_adapter_and_the_base(tmp_path: Path) -> None:
     config = write_pairs(tmp_path, "train", "valid")
     works = works_of(config, tmp_path / "run")
-    assert works["losses"].rows == 3 * 9  # with the reference
-    assert works["preference"].rows == 2 * 9 + MAX_REFERENCE_PAIRS
+    assert works["losses"].rows == 2 * 9  # the adapter that training begins from is the base
+    assert works["preference"].rows == MAX_REFERENCE_PAIRS
+    later = config.model_copy(update={"resume_adapter_file": "a"})
+    run = RunToJudge(later, RunDirectory(tmp_path / "run"), tokenizer=None)
+    assert run.count_rows(9, 2, is_base_among=not run.goes_on) == 3 * 9
 
 
 @needs_rooms("preferences")

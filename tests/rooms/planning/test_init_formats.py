@@ -66,7 +66,7 @@ def test_init_learns_every_answer_of_chats_and_validate_tells_of_those_left_out(
     done = called("init", "--data", "data", "--model", str(MODEL), "-o", "lora.yaml", cwd=tmp_path)
     assert load_config(tmp_path / "lora.yaml").training.supervise == "all"
     (tokens,) = re.findall(r"train.jsonl: (\d+) of \1 answer tokens are trained on", done.stderr)
-    assert "4 rows of valid.jsonl judge the run: fewer than 5 have no interval" in done.stderr
+    assert "4 rows of valid.jsonl judge the run: fewer than 5 independent examples" in done.stderr
     last = called("validate", "-c", "lora.yaml", "--training.supervise", "last", cwd=tmp_path)
     assert "train.jsonl: earlier-answers: 6 of 12 answers are not trained on" in last.stdout
     (learnt,) = re.findall(rf"warning: (\d+) of {tokens} answer tokens are trained on", last.stdout)
@@ -92,7 +92,8 @@ def test_init_warns_of_answers_that_a_template_keeps_from_being_learnt(tmp_path:
     assert load_config(tmp_path / "lora.yaml").training.supervise == "last"
     assert "warning: train.jsonl: earlier-answers: 8 of 16 answers are not trained" in done.stderr
     assert (
-        "6 rows of valid.jsonl judge the run; they reliably detect changes of 0.23" in done.stderr
+        "where their changes spread by 0.2 nats/token, they reliably detect changes of 0.23"
+        in done.stderr
     )
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,17 @@ def test_a_killed_server_leaves_a_sound_registry_and_the_next_one_ends_cleanly(
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 0
     assert "ending: answers under way are finished" in (tmp_path / "serve.log").read_text()
+
+
+@pytest.mark.slow("starts the command")
+def test_interrupts_in_a_row_end_it_with_the_exit_code_of_an_interrupt(
+    served: tuple[Path, str], tmp_path: Path
+) -> None:
+    with serve_process(served[0], tmp_path) as (process, _):
+        for _ in range(8):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        assert process.wait() == 130
 
 
 @pytest.mark.slow("starts the command")

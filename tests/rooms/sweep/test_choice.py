@@ -18,6 +18,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.validation_losses import StepLosses, append_step_losses
 
 EXAMPLES = 60
+ALL = np.arange(1, EXAMPLES + 1, dtype=np.uint64)
 
 
 def write_run(path: Path, losses: ExampleLosses, steps: Any, *, is_selected: bool) -> RunDirectory:
@@ -53,7 +54,7 @@ def sweep_of(folder: Path, gain: float, *, is_selected: bool = True) -> list[Run
             champion + 1,
             after,
             champion=champion,
-            contents=np.arange(1, EXAMPLES + 1, dtype=np.uint64),
+            contents=ALL,
         )
         runs.append(write_run(folder / str(number), losses, after[None], is_selected=is_selected))
     return runs
@@ -61,15 +62,23 @@ def sweep_of(folder: Path, gain: float, *, is_selected: bool = True) -> list[Run
 
 def test_examples_that_chose_nothing_need_no_correction(tmp_path: Path) -> None:
     runs = sweep_of(tmp_path, 0.0, is_selected=False)
-    choice = SweepChoice.read(runs[0], [runs[1], *runs])
+    choice = SweepChoice.read(runs[0], [runs[1], *runs], ALL + EXAMPLES)
     assert (choice.chosen_among, choice.corrected_interval) == (1, None)
     losses, first = (read_example_losses(run.gate_losses) for run in runs[:2])
     assert choice.difference == losses.compare_trained_with(first.after)
 
 
+@pytest.mark.parametrize("common", [EXAMPLES, 7])
+def test_examples_of_any_file_that_chose_the_arm_are_corrected_for(tmp_path, common: int) -> None:
+    runs = sweep_of(tmp_path, 0.0, is_selected=False)
+    choice = SweepChoice.read(runs[0], runs, ALL + EXAMPLES - common)
+    assert choice.chosen_among == 8
+    assert choice.corrected_interval is not None
+
+
 def test_the_choice_is_compared_with_the_first_run_on_the_same_examples(tmp_path: Path) -> None:
     runs = sweep_of(tmp_path, 0.2)
-    choice = SweepChoice.read(runs[0], [*runs[1:], runs[0]])
+    choice = SweepChoice.read(runs[0], [*runs[1:], runs[0]], ALL)
     assert choice.chosen_among == 8
     own, other = (read_example_losses(run.gate_losses) for run in runs[:2])
     assert choice.difference is not None
@@ -81,14 +90,14 @@ def test_the_choice_is_compared_with_the_first_run_on_the_same_examples(tmp_path
 
 def test_runs_without_the_losses_of_their_steps_count_by_the_gates(tmp_path: Path) -> None:
     runs = sweep_of(tmp_path, 0.2)
-    kept = SweepChoice.read(runs[0], [*runs[1:], runs[0]])
+    kept = SweepChoice.read(runs[0], [*runs[1:], runs[0]], ALL)
     for run in runs:
         run.validation_losses.unlink()
-    again = SweepChoice.read(runs[0], [*runs[1:], runs[0]])
+    again = SweepChoice.read(runs[0], [*runs[1:], runs[0]], ALL)
     assert again.chosen_among == 8
     assert again.corrected_interval == pytest.approx(kept.corrected_interval)
     runs[3].gate_losses.unlink()
-    wider = SweepChoice.read(runs[0], [*runs[1:], runs[0]])
+    wider = SweepChoice.read(runs[0], [*runs[1:], runs[0]], ALL)
     assert wider.corrected_interval is not None
     assert wider.corrected_interval[0] <= again.corrected_interval[0]  # type: ignore[index]
 

@@ -187,9 +187,33 @@ def test_each_split_has_each_label_about_as_often_as_all_rows(tmp_path: Path) ->
     assert counts["train"]["other"] == 2  # too rare to be taken out
 
 
-def draw(answers: Sequence[str], count: int = 5, train: int = 20) -> EvalSet:
+def draw(answers: Sequence[str], count: int | None = 5, train: int = 20) -> EvalSet:
     lines = [json.dumps(chat(f"{n}?", answer)).encode() for n, answer in enumerate(answers)]
-    return draw_eval_set(lines[:train], lines[train:], count, len)
+    drawn = draw_eval_set(lines[:train], lines[train:], count, len)
+    assert drawn is not None
+    return drawn
+
+
+def test_labels_have_an_eval_set_of_the_held_out_rows_by_themselves() -> None:
+    labels = ["yes" if n % 3 else "no" for n in range(90)]
+    assert len(draw(labels, None, train=78).lines) == 12
+    assert len(draw(labels, None).lines) == 50
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [f"In town {n}." for n in range(30)],
+        ["yes" if n % 3 else "no" for n in range(24)],  # too few are held out
+        ["no"] * 5 + ["yes"] * 25,  # one answer is right for all that are held out
+    ],
+)
+def test_answers_that_tell_nothing_have_no_eval_set_unless_it_is_asked_for(
+    answers: list[str],
+) -> None:
+    lines = [json.dumps(chat(f"{n}?", answer)).encode() for n, answer in enumerate(answers)]
+    assert draw_eval_set(lines[:20], lines[20:], None, len) is None
+    assert draw_eval_set(lines[:20], lines[20:], 4, len) is not None
 
 
 def test_the_longest_answer_says_how_many_tokens_one_may_have() -> None:
@@ -242,6 +266,7 @@ def test_a_question_of_train_is_not_asked_and_each_right_answer_counts() -> None
     lines = [json.dumps(chat(*pair)).encode() for pair in (("a?", "1 b"), ("c?", "2 d"))]
     more = [json.dumps(chat(*pair)).encode() for pair in (("A ?", "3 e"), ("f?", "g"), ("f?", "h"))]
     drawn = draw_eval_set(lines, more, 1, len)
+    assert drawn is not None
     (question,) = map(json.loads, drawn.lines)
     assert (question["messages"][0]["content"], question["expected"]) == ("f?", ["g", "h"])
     assert drawn.left_out == "; not asked: 1 that train asks too"

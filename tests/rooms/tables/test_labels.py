@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
 from nested_core.data.data_settings import DataSettings
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.rooms.tables.labels import (
@@ -16,7 +15,6 @@ from nested_core.rooms.tables.labels import (
     tabulate_labels_of_data,
 )
 from nested_core.text.document import Table, Text
-from tests import runs
 from tests.builders.data_sets import chat, write_lines
 
 
@@ -50,24 +48,13 @@ EXPECTED = ["billing"] * 6 + ["shipping"] * 4
 JUDGED = ["billing"] * 5 + ["shipping"] + ["billing"] * 3 + ["shipping"]
 
 
-def test_right_answers_stand_by_label_beside_the_majority_and_the_worst_confusion() -> None:
+def test_right_answers_stand_by_label_beside_the_majority() -> None:
     records = answers_of("base", EXPECTED, ["?"] * 10) + answers_of("candidate", EXPECTED, JUDGED)
-    table, warning = tabulate_labels_of_answers("topics", in_rows(records))
+    (table,) = tabulate_labels_of_answers("topics", in_rows(records))
     assert isinstance(table, Table)
     assert table.columns == ("label", "questions", "base", "candidate")
     assert table.rows == [("billing", 6, 0, 5), ("shipping", 4, 0, 1)]
     assert table.caption == "topics by label; always answering 'billing' gets 6 of 10 (60%)"
-    assert warning == Text(
-        "warning: candidate is right for 6 of 10 (60%) of topics, no more than always answering "
-        "'billing': it has not learnt to tell the labels apart, whatever its loss says.",
-        "warn",
-    )
-
-
-def test_an_adapter_above_the_majority_has_no_warning() -> None:
-    better = answers_of("candidate", EXPECTED, ["billing"] * 6 + ["shipping"] + ["?"] * 3)
-    (table,) = tabulate_labels_of_answers("topics", in_rows(better))
-    assert isinstance(table, Table)
 
 
 def test_answers_that_are_no_labels_have_no_table() -> None:
@@ -108,20 +95,6 @@ def test_labels_of_a_data_set_are_counted_in_each_split(tmp_path: Path) -> None:
     )
     write_lines(tmp_path / "valid.jsonl", [chat("Q?", "a long answer " * 20)])
     assert not list(tabulate_labels_of_data(DataSettings(str(tmp_path))))
-
-
-def test_the_list_of_runs_warns_of_an_adapter_no_better_than_one_label(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, answers in (("one", JUDGED), ("two", EXPECTED)):
-        given = answers_of("candidate", EXPECTED, answers)
-        monkeypatch.setattr(runs, "make_answers", lambda _, given=given: given)
-        runs.finished_run(tmp_path / name)
-    assert main(["runs", str(tmp_path)]) == 0
-    assert " ".join(capsys.readouterr().err.split()) == (
-        "one: warning: candidate is right for 6 of 10 (60%) of topics, no more than always "
-        "answering 'billing': it has not learnt to tell the labels apart, whatever its loss says."
-    )
 
 
 def test_an_answer_that_is_given_once_is_no_label_that_train_lacks(tmp_path: Path) -> None:

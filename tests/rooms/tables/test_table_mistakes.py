@@ -134,7 +134,7 @@ MISTAKES: dict[str, Mistake] = {
         (*GOOD, "--suite", "20"),
     ),
     "an eval set without a question": Mistake(
-        ("--suite 0: expected from 1 to 9 questions",), (*GOOD, "--suite", "0")
+        ("--suite -1: expected from 1 to 9 questions",), (*GOOD, "--suite", "-1")
     ),
     "half of the rows held out": Mistake(
         ("--split 0.5: expected a share of the rows above 0 and below 0.5",),

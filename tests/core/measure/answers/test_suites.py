@@ -279,5 +279,7 @@ def test_an_empty_suite_is_an_error(tmp_path) -> None:
 def test_a_suite_that_is_no_file_is_a_configuration_error(tmp_path, make) -> None:
     path = tmp_path / "s.jsonl"
     make(path)
-    with pytest.raises(ConfigError, match=r"s.jsonl is not a file. Expected an eval set"):
+    with pytest.raises(
+        ConfigError, match=r"^eval set: .*s.jsonl is not a file. Expected JSON Lines"
+    ):
         read_suite(path, "exact")
