@@ -134,7 +134,7 @@ FAULTS = (
     ),
     Fault(
         "nested_core/rooms/serve/http_handler.py",
-        "self._follower.find_version(name, wanted)",
+        "self.server.follower.find_version(name, wanted)",
         "names[name].current",
         "a forgotten field",
     ),
