@@ -310,7 +310,10 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             moved("k"),
             *over_tasks("peft-uncorrected", "k"),
         ],
-        r"no better answers\*\*: (\S+) points \((\S+) to (\S+)\)": over_tasks("k-sorted", "k"),
+        r"had (\S+) points fewer right\*\* \((\S+) to (\S+)\)": [
+            lead("k", "k-sorted"),
+            *over_tasks("k-sorted", "k")[1:],
+        ],
         r"within 0.5 of c \(it is (\S+) above\), k-3e-4 0 to 1 above k \((\S+)\)": [
             lead("k-2e-4", "c"),
             lead("k-3e-4", "k"),
