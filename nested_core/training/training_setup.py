@@ -172,7 +172,7 @@ def prepare_training(
         loss_fn=loss_fn.for_position_counts(step_schedule.position_counts()),
         prompts=choose_prompts(splits),
         questions=None if make_questions is None else make_questions(step_schedule.steps),
-        samples=SamplePrompts.from_config(config, tokenizer),
+        samples=SamplePrompts.from_config(config, run, tokenizer),
         world=world,
     )
 
