@@ -112,13 +112,14 @@ def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
 
 
 @needs_rooms("preferences")
+@pytest.mark.usefixtures("own_random_state")
 def test_the_gate_of_pairs_computes_them_once_for_each_adapter_and_the_base(tmp_path: Path) -> None:
     config = write_pairs(tmp_path, "train", "valid")
     works = works_of(config, tmp_path / "run")
     assert works["losses"].rows == 2 * 9  # the adapter that training begins from is the base
     assert works["preference"].rows == MAX_REFERENCE_PAIRS
     later = config.model_copy(update={"resume_adapter_file": "a"})
-    run = RunToJudge(later, open_run(tmp_path / "run"), tokenizer=None)
+    run = RunToJudge(later, open_run(tmp_path / "run", resume=True), tokenizer=None)
     assert run.count_rows(9, 2, is_base_among=not run.goes_on) == 3 * 9
 
 
