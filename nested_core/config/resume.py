@@ -55,8 +55,8 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
         for key in before
         for line in _forbidden_differences(key, before[key], after.get(key), free)
     ]
-    suites = [_find_selecting_suite(values) for values in (before, after)]
-    lines += _forbidden_differences("gate.tasks", *suites, BOUNDS_OF_A_SUITE)
+    selected, selects = _find_selecting_suite(before), _find_selecting_suite(after)
+    lines += _forbidden_differences("gate.tasks", selected, selects, BOUNDS_OF_A_SUITE)
     if lines:
         shown = "".join(f"  {line}\n" for line in list_first(lines, MAX_SHOWN_DIFFERENCES))
         raise ConfigError(

@@ -9,7 +9,7 @@ import base64
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Literal
 
 from nested_core.text import html_markup as h
@@ -118,13 +118,8 @@ class Document:
 
     def __str__(self) -> str:
         """Render the document as Markdown."""
-        lines = [f"# {escape_markdown(self.title)}", "", *self._markdown_lines()]
-        return "\n".join(lines).rstrip("\n")
-
-    def _markdown_lines(self) -> Iterator[str]:
-        """Yield the lines of Markdown of all blocks."""
-        for block in self.blocks:
-            yield from to_markdown(block)
+        lines = chain.from_iterable(map(to_markdown, self.blocks))
+        return "\n".join([f"# {escape_markdown(self.title)}", "", *lines]).rstrip("\n")
 
     def to_html(self) -> str:
         """Render a whole page: one file that runs nothing and fetches nothing."""
@@ -179,7 +174,8 @@ def _html_table(table: Table) -> h.Html:
     )
     start = '<table class="heat">' if has_heat else "<table>"
     body = h.Html(f"{start}{caption}<thead><tr>{''.join(heads)}<tbody>{''.join(lines)}</table>")
-    return h.scrolling(table.caption, body)
+    label = table.caption  # the element scrolls sideways, with the keyboard too
+    return h.element("div", body, class_="scroll", role="group", tabindex="0", aria_label=label)
 
 
 def _html_cell(cell: object) -> str:
@@ -202,7 +198,7 @@ def _html_value(value: object) -> h.Html:
             return h.join((h.element("small", value.mark, class_=value.tone), " ", shown))
         return h.element("span", shown, class_=value.tone) if value.tone else shown
     if isinstance(value, str) and (len(value) > MIN_WRAPPED or "\n" in value):
-        return h.truncated_text(value, MAX_CELL)
+        return h.element("span", h.cut(value, MAX_CELL), class_="text")
     return h.escaped_html(value)
 
 

@@ -124,10 +124,7 @@ def _ask(
     base: LoadedBase, adapter: Adapter | None, prompts: Sequence[_SamplePrompt]
 ) -> list[Answer]:
     """Answer the prompts with the base and an adapter; None asks the base alone."""
-    tensors = base.parameters
-    if adapter is not None:
-        tensors = adapter.to_mlx()
-    load_adapter_tensors(base.model, tensors)
+    load_adapter_tensors(base.model, base.parameters if adapter is None else adapter.to_mlx())
     encoded = [prompt.tokens for prompt in prompts]
     with in_evaluation_mode(base.model):
         sampling = Sampling(base.config.training.sample_tokens)

@@ -12,6 +12,7 @@ from nested_core.gate.evidence.training_divergence import Divergence
 from nested_core.gate.proof.canary import CanaryPrompt, choose_canary_prompts
 from nested_core.gate.proof.fresh_process_check import ProofRequest, RunningProof
 from nested_core.models.base_model import find_model_folder, model_compute_dtype
+from nested_core.models.kept_base import frozen_tensors
 from nested_core.models.session import Session
 
 
@@ -53,7 +54,8 @@ class ProofOfRun:
         base = self._session.base
         if base is None or base.training_peak == 0:
             return
-        if base.evaluation_peak + base.frozen_bytes() <= base.training_peak:
+        frozen = sum(array.nbytes for array in frozen_tensors(base.model).values())
+        if base.evaluation_peak + frozen <= base.training_peak:
             self.begin()
 
 

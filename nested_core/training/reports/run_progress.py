@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,14 +207,6 @@ class RunProgress:
             return {losses.step for losses in read_step_losses(self.run.validation_losses)}
         except (DamagedError, OSError):  # the gate reports it; this only displays
             return set()
-
-    def describe_stages(self) -> Iterator[str]:
-        """Yield a line for each stage after training, with the time that it took."""
-        stages = list(self.stages)  # another thread adds to them
-        for number, (name, began) in enumerate(stages, start=1):
-            is_open = number == len(stages) and not self.outcome
-            ended = self.seconds if number == len(stages) else stages[number][1]
-            yield f"{name} ..." if is_open else f"{name}: {format_clock(ended - began)}"
 
     def read(self) -> bool:
         """Read what is new on disk; return whether training has begun."""

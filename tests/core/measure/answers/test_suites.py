@@ -57,8 +57,8 @@ def test_messages_are_turns_and_a_byte_order_mark_is_passed_over(tmp_path) -> No
 
 def test_a_text_and_the_same_text_as_a_users_turn_are_one_prompt(tmp_path) -> None:
     turns = [[{"role": role, "content": "where  TO?"}] for role in ("user", "tool")]
-    lines = [{"prompt": "Where to?"}, *({"messages": each} for each in turns)]
-    path = write(tmp_path / "s.jsonl", *(line | {"expected": "Suva"} for line in lines))
+    asked: list[dict[str, Any]] = [{"prompt": "Where to?"}, *({"messages": t} for t in turns)]
+    path = write(tmp_path / "s.jsonl", *(line | {"expected": "Suva"} for line in asked))
     text, user, tool = map(fold_prompt, read_suite(path, "exact"))
     assert text == user != tool
 
