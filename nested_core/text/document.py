@@ -140,7 +140,8 @@ def to_html(block: Block, *, is_inner: bool = False) -> h.Html:
             classes = f"verdict {tone}".strip() if is_headline else tone
             return h.paragraph(h.cut(text, MAX_PARAGRAPH), class_=classes)
         case Facts(rows):
-            return h.element("dl", *(_html_fact(*row) for row in rows))
+            pairs = ((h.element("dt", name), h.element("dd", _html_value(v))) for name, v in rows)
+            return h.element("dl", *(h.element("div", *pair) for pair in pairs))
         case Code(label, text):
             return h.preformatted(label, text)
         case Table():
@@ -154,11 +155,6 @@ def to_html(block: Block, *, is_inner: bool = False) -> h.Html:
             if is_inner:
                 return h.join((h.element("h3", heading), *inner))
             return h.section(name, heading, *inner)
-
-
-def _html_fact(name: str, value: object) -> h.Html:
-    """Render a name and its value."""
-    return h.element("div", h.element("dt", name), h.element("dd", _html_value(value)))
 
 
 def _html_table(table: Table) -> h.Html:

@@ -125,10 +125,9 @@ def _ask(
 ) -> list[Answer]:
     """Answer the prompts with the base and an adapter; None asks the base alone."""
     load_adapter_tensors(base.model, base.parameters if adapter is None else adapter.to_mlx())
-    encoded = [prompt.tokens for prompt in prompts]
+    sampling = Sampling(base.config.training.sample_tokens)
     with in_evaluation_mode(base.model):
-        sampling = Sampling(base.config.training.sample_tokens)
-        return answer_prompts(base.model, base.tokenizer, encoded, sampling)
+        return answer_prompts(base.model, base.tokenizer, [p.tokens for p in prompts], sampling)
 
 
 def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenHow | None:
@@ -240,8 +239,7 @@ def _plan_samples(run: RunToJudge) -> GateWork:
     texts = [prompt.expected for prompt in prompts if prompt.expected is not None]
     expected = [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts]
     trained = most if config.samples or not expected else min(most, max(expected))
-    encoded = [prompt.tokens for prompt in prompts]
-    return run.ask(encoded, [most, *([trained] * (1 + run.goes_on))])
+    return run.ask([prompt.tokens for prompt in prompts], [most, *([trained] * (1 + run.goes_on))])
 
 
 SAMPLES = Check(

@@ -31,23 +31,18 @@ class ProofOfRun:
         prompt_format = evidence.dataset.prompt_format
         self.questions: Sequence[CanaryPrompt] = choose_canary_prompts(config, prompt_format)
         self.request = _make_request(config, evidence, divergence, self.questions)
-        self._running: RunningProof | None = None
+        self.running: RunningProof | None = None
 
     def begin(self) -> RunningProof:
         """Start the process unless it already runs, and return it."""
-        if self._running is None:
-            self._running = RunningProof(self.request, self._session.take_proof_process())
-        return self._running
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the process was started."""
-        return self._running is not None
+        if self.running is None:
+            self.running = RunningProof(self.request, self._session.take_proof_process())
+        return self.running
 
     def close(self) -> None:
         """End the process if it was started."""
-        if self._running is not None:
-            self._running.close()
+        if self.running is not None:
+            self.running.close()
 
     def begin_if_there_is_room(self) -> None:
         """Start the process now if two base models need no more memory than training did."""

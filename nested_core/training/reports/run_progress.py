@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,9 +237,11 @@ class RunProgress:
             self.records = []
         lines = content[self._offset : content.rfind(b"\n") + 1]
         self._offset += len(lines)
-        records = [record for line in lines.splitlines() if (record := _record_or_none(line))]
-        self.records += records
-        return bool(records)
+        count = len(self.records)
+        for line in lines.splitlines():
+            with suppress(ValueError):  # a damaged line, which training reports and drops
+                self.records.append(parse_record(line))
+        return len(self.records) > count
 
     def _inode_of_plan(self) -> int | None:
         """Return the inode of plan.json, which changes when it is rewritten.
@@ -249,11 +252,3 @@ class RunProgress:
             return self.run.plan.stat().st_ino
         except OSError:
             return None
-
-
-def _record_or_none(line: bytes) -> dict[str, Any] | None:
-    """Parse a line of metrics.jsonl; None for a damaged line, which training reports and drops."""
-    try:
-        return parse_record(line)
-    except ValueError:
-        return None
