@@ -240,7 +240,8 @@ class RunProgress:
         count = len(self.records)
         for line in lines.splitlines():
             with suppress(ValueError):  # a damaged line, which training reports and drops
-                self.records.append(parse_record(line))
+                if record := parse_record(line):
+                    self.records.append(record)
         return len(self.records) > count
 
     def _inode_of_plan(self) -> int | None:
