@@ -38,6 +38,11 @@ class Key:
         """Whether the value is exactly one section: no list of sections, and not optional."""
         return self.section is not None and self.field.annotation is self.section
 
+    @property
+    def changes_adapter(self) -> bool:
+        """Whether another value, with the same model and data, can give another adapter."""
+        return self.affects in ("training", "length", "ranks")
+
 
 def iterate_keys(
     section: type[BaseModel],
@@ -132,7 +137,7 @@ def settings_that_shape_adapter(config: Section) -> dict[str, Any]:
         for name, value in values.items():
             key = keys[prefix + name]
             if not key.is_section:
-                if key.affects in ("training", "length", "ranks"):
+                if key.changes_adapter:
                     selected[name] = value
             elif inner := select(value, f"{key.name}."):
                 selected[name] = inner
