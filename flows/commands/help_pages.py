@@ -56,7 +56,8 @@ class ShortHelp(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print it, and end the program."""
-        print_help(parser, lambda action: not is_key_flag(action) or is_common(action))
+        common = set(COMMON_FLAGS)
+        print_help(parser, lambda a: not is_key_flag(a) or not common.isdisjoint(a.option_strings))
 
 
 class FullHelp(argparse.Action):
@@ -73,11 +74,6 @@ class FullHelp(argparse.Action):
 def is_key_flag(action: argparse.Action) -> bool:
     """Whether a flag is a key of the configuration."""
     return action.dest.startswith("config.")
-
-
-def is_common(action: argparse.Action) -> bool:
-    """Whether a flag is one of COMMON_FLAGS."""
-    return any(flag in COMMON_FLAGS for flag in action.option_strings)
 
 
 def print_help(

@@ -15,6 +15,7 @@ from nested_core.errors import ConfigError, DamagedError, list_first
 from nested_core.storage.run_directory import RunDirectory
 
 MAX_SHOWN_DIFFERENCES = 10
+BOUNDS_OF_A_SUITE = {f"gate.tasks.{key}" for key in ("min", "max_drop", "min_gain", "canary")}
 
 
 def read_run_config(run: RunDirectory) -> FineTuneConfig:
@@ -37,7 +38,9 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
     """Raise ConfigError, listing every key that must not differ on resume but does.
 
     old: the configuration that the run began with; new: the one that it would go on with. Each
-    key's declaration says whether it may differ on resume. Paths are compared as absolute ones.
+    key's declaration says whether it may differ on resume. Paths are compared as absolute ones. The
+    name whose champion a run follows, and how the suite that selects its step is asked and scored,
+    stay as they are.
     """
     before, after = (_resolve_paths(config).model_dump(mode="json") for config in (old, new))
     free = {
@@ -45,17 +48,27 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
         for key in iterate_keys(FineTuneConfig)
         if may_differ_on_resume(key) and not key.is_section
     }
+    if old.continual.start is not None:
+        free.remove("registry.name")
     lines = [
         line
         for key in before
         for line in _forbidden_differences(key, before[key], after.get(key), free)
     ]
+    selected, selects = _find_selecting_suite(before), _find_selecting_suite(after)
+    lines += _forbidden_differences("gate.tasks", selected, selects, BOUNDS_OF_A_SUITE)
     if lines:
         shown = "".join(f"  {line}\n" for line in list_first(lines, MAX_SHOWN_DIFFERENCES))
         raise ConfigError(
             f"{run_dir} cannot be resumed with a configuration that differs from its config.yaml:\n"
             f"{shown}Give what the run began with, or another --run-dir for a new run."
         )
+
+
+def _find_selecting_suite(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the keys of the suite that `training.select_by` names; None if it names none."""
+    name, tasks = config["training"]["select_by"], config["gate"]["tasks"]
+    return next((task for task in tasks if task["name"] == name), None)
 
 
 def _resolve_paths(config: FineTuneConfig) -> FineTuneConfig:

@@ -288,11 +288,6 @@ class FineTuneConfig(_RootSection):
         yield from seams.collect("problems", self)
 
     @property
-    def has_float32_masters(self) -> bool:
-        """Whether float32 copies of the trained weights are kept beside the model's own dtype."""
-        return self.fine_tune_type == "full" and self.training.reference is None
-
-    @property
     def offers_best_step(self) -> bool:
         """Whether a run with validation data offers its best step rather than its last."""
         offers_best = self.training.reference is None and self.training.offer == "best"

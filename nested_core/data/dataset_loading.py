@@ -116,7 +116,7 @@ def _depends_on(
         "tokenizer_files": fingerprint_tokenizer(Path(tokenizer.folder)),
         "checks": [part.depends_on(tokenizer) for part in seams.load_all("tokenizer_checks")],
         "rules": _hash_data_code(),
-        "libraries": _library_versions(),
+        "libraries": {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY},
     }
 
 
@@ -130,12 +130,6 @@ def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
         "parts": to_jsonable_python(file.parts),
         "delimiters": file.delimiters,
     }
-
-
-@lru_cache(maxsize=1)
-def _library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that affect the tokens."""
-    return {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY}
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ cached data set does not need this module, see dataset_loading.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -215,6 +215,7 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
 
     Blank lines and lines that data_policy drops are not counted.
     """
+    damaged = {finding.file for finding in findings.listed if finding.check == "damaged-file"}
     rows = [
         {
             "file": table.file,
@@ -225,7 +226,7 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "faulty": _describe_faulty_lines(len(findings.lines_with_errors(table.file))),
             "dropped": describe_dropped(table.dropped),
             "remedy": _EMPTY_FILE_REMEDIES[bool(table.dropped.get("overlong"))],
-            "is_whole": not is_cut_short(findings, table.file_names),
+            "is_whole": damaged.isdisjoint(table.file_names),
             "has_one_answer": table.has_one_answer,
             "batch_size": settings.batch_size,
         }
@@ -247,11 +248,6 @@ _EMPTY_FILE_REMEDIES = {
 def _describe_faulty_lines(number: int) -> str:
     """Return ` (1 with an error)`, or "" without any; such lines will be rows once corrected."""
     return f" ({number:,} with an error)" if number else ""
-
-
-def is_cut_short(findings: Findings, files: Collection[str]) -> bool:
-    """Return whether a file was damaged, so that its number of rows is not known."""
-    return any(f.file in files and f.check == "damaged-file" for f in findings.listed)
 
 
 def _make_report(

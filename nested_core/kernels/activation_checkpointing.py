@@ -82,7 +82,11 @@ def _checkpoint_call_of_layers(
                 _set_random_key(outer_key)
 
         parameters = layer.trainable_parameters()
-        if not (keep_dropout_masks and _applies_dropout(layer)):
+        drops = keep_dropout_masks and any(
+            isinstance(module, DROPOUT_CLASSES) and module.training and module._p_1 < 1
+            for module in layer.modules()
+        )
+        if not drops:
             return mx.checkpoint(with_parameters)(parameters, *args, **kwargs)
         key = _read_random_key()
         output, next_key = mx.checkpoint(with_random_key)(key, parameters, *args, **kwargs)
@@ -90,14 +94,6 @@ def _checkpoint_call_of_layers(
         return output
 
     return checkpointed
-
-
-def _applies_dropout(layer: nn.Module) -> bool:
-    """Return whether any module of the layer applies dropout in its present mode."""
-    return any(
-        isinstance(module, DROPOUT_CLASSES) and module.training and module._p_1 < 1
-        for module in layer.modules()
-    )
 
 
 def _read_random_key() -> mx.array:

@@ -20,7 +20,7 @@ def replacing_function(
 
     Code that a model brings along (`model_file`) is in no imported module and is not changed.
     """
-    users = _modules_of_code(model, name, original)
+    users = modules_of_code(model, name, original)
     try:
         for user in users:
             setattr(user, name, function)
@@ -30,12 +30,7 @@ def replacing_function(
             setattr(user, name, original)
 
 
-def is_used_by(model: nn.Module, name: str, original: Any) -> bool:
-    """Return whether `name` refers to `original` in any Python module of the model."""
-    return bool(_modules_of_code(model, name, original))
-
-
-def _modules_of_code(model: nn.Module, name: str, original: Any) -> list[Any]:
+def modules_of_code(model: nn.Module, name: str, original: Any) -> list[Any]:
     """Return the Python modules of the model's layers in which `name` refers to `original`."""
     names = {type(module).__module__ for _, module in model.named_modules()}
     users: list[Any] = [sys.modules[each] for each in sorted(names & sys.modules.keys())]

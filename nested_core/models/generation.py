@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import count_embedding_rows, describe_token_beyond
 from nested_core.models.chat_template import chat_template_of
+from nested_core.records.dataset import PromptFormat
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -131,9 +132,16 @@ def encode_messages(
     return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Encode a chat that consists of one message of the user."""
-    return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+def encode_prompt(tokenizer: Any, prompt: str, rows: PromptFormat | None = None) -> list[int]:
+    """Encode a text as the prompts of training rows are formatted.
+
+    rows: how they begin; None if unknown, which is a chat without a system text.
+    """
+    asked_as = rows or PromptFormat()
+    if not asked_as.is_chat:
+        return list(tokenizer.encode(prompt))
+    turns = [*asked_as.begin_chat(), {"role": "user", "content": prompt}]
+    return encode_messages(tokenizer, turns, asked_as.tools)
 
 
 def require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Any) -> None:

@@ -73,10 +73,6 @@ class BaseWithAdapter:
         state[0][:] = self._random_key
         load_adapter_tensors(self.model, self.parameters)
 
-    def frozen_bytes(self) -> int:
-        """Return the size of the base's frozen tensors in bytes."""
-        return sum(array.nbytes for array in frozen_tensors(self.model).values())
-
 
 def load_base_with_adapter(
     config: FineTuneConfig, *, as_stored: bool = False, shares_layers: bool = False

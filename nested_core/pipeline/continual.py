@@ -38,7 +38,6 @@ from nested_core.registry import holding_champion, read_champion, trials, verify
 from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
 from nested_core.registry.promotion_policy import effective_rule, registry_location
-from nested_core.registry.queries import parent_version_of
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json
@@ -247,8 +246,8 @@ def find_kept_champion(config: FineTuneConfig, run: RunDirectory, verdict: Verdi
     """
     if verdict.rival is None or verdict.validation is None:
         return None
-    initial, difference = verdict.initial.digest, None
-    if verdict.rival in (initial, parent_version_of(config, initial)):
+    difference = None
+    if verdict.rival == verdict.initial.digest:
         # Trained from the champion: the loss before training is the champion's
         before, after = verdict.validation.loss_before, verdict.validation.loss_after
         difference = None if before is None or after is None else after - before

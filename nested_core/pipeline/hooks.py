@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
@@ -85,7 +86,9 @@ class Steps:
             trainer.on_step = self.on_step
             self.on_training_start(trainer)
 
-        callback = _ReportCallback(self)
+        # An object of the form of mlx-lm's training callbacks
+        report = self.on_report
+        callback = SimpleNamespace(on_train_loss_report=report, on_val_loss_report=report)
         return steps.train(config, run, callback, begin, self.on_message, session=session)
 
     def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
@@ -103,22 +106,6 @@ class Steps:
         """
         judged = find_judged_run(run, session)
         return register_run(config, judged, judged.verdict.rival)
-
-
-class _ReportCallback:
-    """Adapter from mlx-lm's training callbacks to `Steps.on_report`."""
-
-    def __init__(self, hooks: Steps) -> None:
-        """Create it for the steps whose `on_report` is to be called."""
-        self._hooks = hooks
-
-    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        """Forward the figures of a training report."""
-        self._hooks.on_report(train_info)
-
-    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
-        """Forward the figures of an evaluation."""
-        self._hooks.on_report(val_info)
 
 
 SECONDS_BETWEEN_LINES = 0.25

@@ -221,7 +221,7 @@ def require_askable_suites(config: FineTuneConfig, prompt_format: PromptFormat |
     encode_suites(read_suites(config.gate), tokenizer, base, prompt_format)
     rows = vocabulary_size(base)
     for sample in config.samples:
-        tokens = encode_prompt(tokenizer, sample)
+        tokens = encode_prompt(tokenizer, sample, prompt_format)
         if problem := describe_token_beyond(tokenizer, tokens, rows):
             raise ConfigError(f"samples: {shorten(sample)!r}: {problem}.")
 

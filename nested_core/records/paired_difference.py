@@ -189,7 +189,9 @@ def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
     """Return the weighted mean of each bootstrap resample of the values, with a fixed seed."""
     examples = values.size
     resamples = count_resamples(examples)
-    if weights is None and examples * resamples <= _DRAWS_AT_ONCE and _are_whole(values):
+    # Float32 adds such integers without rounding
+    are_whole = (values == np.round(values)).all() and np.abs(values).max() < 2**20
+    if weights is None and examples * resamples <= _DRAWS_AT_ONCE and are_whole:
         # Sums of whole numbers, as of right and wrong answers, are exact in any order.
         counts = _count_all_resamples(examples, resamples, SEED)
         return (counts @ values.astype(np.float32)).astype(np.float64) / examples
@@ -250,11 +252,6 @@ def _count_draws(drawn: Indices) -> Counts:
     cells = drawn + np.arange(resamples, dtype=np.int64)[:, None] * examples
     counts = np.bincount(cells.ravel(), minlength=resamples * examples)
     return counts.reshape(resamples, examples).astype(np.float32)
-
-
-def _are_whole(values: Vector) -> bool:
-    """Return whether all values are integers that float32 adds without rounding."""
-    return bool((values == np.round(values)).all() and np.abs(values).max() < 2**20)
 
 
 def _tail_probability(examples: int, confidence: float) -> float:

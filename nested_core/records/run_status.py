@@ -133,8 +133,7 @@ class Run:
 
         Empty without a manifest.
         """
-        listed = self.read(self.folder.manifest, lambda _: read_manifest(self.path)["files"])
-        return listed or {}
+        return self.read(self.folder.manifest, lambda _: read_manifest(self.path)["files"]) or {}
 
     @cached_property
     def config(self) -> FineTuneConfig | None:

@@ -229,7 +229,7 @@ def bound_store(
     steps = [(version, SETS) for version in versions if version not in needed]
     steps += [(version, sets) for sets in (SETS[:1], SETS) for version in needed]
     for version, sets in steps:
-        if _count_bytes(folder) <= max_bytes:
+        if sum(path.stat().st_size for path in _pack_paths(folder)) <= max_bytes:
             return
         listed = read_digest_list(folder, version)
         if listed is not None and listed.all():
@@ -255,14 +255,6 @@ def _fit(sets: Sequence[Lines], max_bytes: int) -> list[Lines]:
             if max_bytes >= 0:
                 chosen.add(digest)
     return [{digest: line for digest, line in rows.items() if digest in chosen} for rows in sets]
-
-
-def _count_bytes(folder: Path) -> int:
-    """Return the size of all packs of the store in bytes.
-
-    folder: the adapter's folder in the registry, REGISTRY/NAME.
-    """
-    return sum(path.stat().st_size for path in _pack_paths(folder))
 
 
 def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:

@@ -81,7 +81,7 @@ def parent_version_of(config: FineTuneConfig, initial_digest: str) -> str | None
     Returns None if the run started with a fresh adapter, or from one that is not in its registry.
     """
     location = config.registry.location
-    if config.continual.start is None or location is None or not name_exists(*location):
+    if location is None or not name_exists(*location):
         return None
     return initial_digest if initial_digest in list_versions(*location) else None
 

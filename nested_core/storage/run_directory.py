@@ -105,17 +105,12 @@ class RunDirectory:
         return (self.gate_losses, *answers)
 
     @property
-    def is_trial(self) -> bool:
-        """Whether steps are tried here for the time that they take, and are thrown away."""
-        return (self.path / TRIAL_MARK).exists()
+    def trial_mark(self) -> Path:
+        """The file in a folder where steps are tried for their time, and are thrown away.
 
-    def mark_as_trial(self) -> None:
-        """Have every process that trains here leave out what only a run that is kept needs."""
-        (self.path / TRIAL_MARK).touch()
-
-    def room_folder(self, room: str) -> Path:
-        """Return the folder in the run for the files of a room."""
-        return self.path / "rooms" / room
+        Every process that trains there leaves out what only a run that is kept needs.
+        """
+        return self.path / TRIAL_MARK
 
     def is_own_file(self, name: str) -> bool:
         """Return whether a run or a room of it writes a file of this name (its path in the run)."""

@@ -9,7 +9,7 @@ import base64
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Literal
 
 from nested_core.text import html_markup as h
@@ -118,13 +118,8 @@ class Document:
 
     def __str__(self) -> str:
         """Render the document as Markdown."""
-        lines = [f"# {escape_markdown(self.title)}", "", *self._markdown_lines()]
-        return "\n".join(lines).rstrip("\n")
-
-    def _markdown_lines(self) -> Iterator[str]:
-        """Yield the lines of Markdown of all blocks."""
-        for block in self.blocks:
-            yield from to_markdown(block)
+        lines = chain.from_iterable(map(to_markdown, self.blocks))
+        return "\n".join([f"# {escape_markdown(self.title)}", "", *lines]).rstrip("\n")
 
     def to_html(self) -> str:
         """Render a whole page: one file that runs nothing and fetches nothing."""
@@ -145,7 +140,8 @@ def to_html(block: Block, *, is_inner: bool = False) -> h.Html:
             classes = f"verdict {tone}".strip() if is_headline else tone
             return h.paragraph(h.cut(text, MAX_PARAGRAPH), class_=classes)
         case Facts(rows):
-            return h.element("dl", *(_html_fact(*row) for row in rows))
+            pairs = ((h.element("dt", name), h.element("dd", _html_value(v))) for name, v in rows)
+            return h.element("dl", *(h.element("div", *pair) for pair in pairs))
         case Code(label, text):
             return h.preformatted(label, text)
         case Table():
@@ -161,11 +157,6 @@ def to_html(block: Block, *, is_inner: bool = False) -> h.Html:
             return h.section(name, heading, *inner)
 
 
-def _html_fact(name: str, value: object) -> h.Html:
-    """Render a name and its value."""
-    return h.element("div", h.element("dt", name), h.element("dd", _html_value(value)))
-
-
 def _html_table(table: Table) -> h.Html:
     """Render a table, leaving out end tags that HTML allows to omit."""
     heads = (f"<th scope=col>{h.escaped_html(name)}" if name else "<td>" for name in table.columns)
@@ -179,7 +170,8 @@ def _html_table(table: Table) -> h.Html:
     )
     start = '<table class="heat">' if has_heat else "<table>"
     body = h.Html(f"{start}{caption}<thead><tr>{''.join(heads)}<tbody>{''.join(lines)}</table>")
-    return h.scrolling(table.caption, body)
+    label = table.caption  # the element scrolls sideways, with the keyboard too
+    return h.element("div", body, class_="scroll", role="group", tabindex="0", aria_label=label)
 
 
 def _html_cell(cell: object) -> str:
@@ -202,7 +194,7 @@ def _html_value(value: object) -> h.Html:
             return h.join((h.element("small", value.mark, class_=value.tone), " ", shown))
         return h.element("span", shown, class_=value.tone) if value.tone else shown
     if isinstance(value, str) and (len(value) > MIN_WRAPPED or "\n" in value):
-        return h.truncated_text(value, MAX_CELL)
+        return h.element("span", h.cut(value, MAX_CELL), class_="text")
     return h.escaped_html(value)
 
 

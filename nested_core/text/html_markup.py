@@ -59,11 +59,6 @@ def join(parts: Iterable[object]) -> Html:
     return Html("".join(map(escaped_html, parts)))
 
 
-def scrolling(label: str, content: Html) -> Html:
-    """Wrap content in an element that scrolls sideways, with the keyboard too."""
-    return element("div", content, class_="scroll", role="group", tabindex="0", aria_label=label)
-
-
 def preformatted(label: str, text: str) -> Html:
     """Build a block of preformatted text, as in a file or a terminal."""
     code = element("code", text)
@@ -106,11 +101,6 @@ def page(title: str, *content: object) -> str:
         f"<title>{escaped_html(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f'<body class="nested-tune">\n{join(content)}\n</body>\n</html>\n'
     )
-
-
-def truncated_text(value: str, limit: int = 400) -> Html:
-    """Build an element of foreign text with its own line breaks, cut after `limit` characters."""
-    return element("span", cut(value, limit), class_="text")
 
 
 def cut(value: str, limit: int) -> str:

@@ -56,7 +56,8 @@ class PackedArray:
         """Return the tensors, given by name, as one array."""
         if len(self.shapes) == 1:
             return values[next(iter(self.shapes))]
-        tensors = [_transpose_if_tall(values[name]) for name in self.shapes]
+        named = [(values[name], shape) for name, shape in self.shapes.items()]
+        tensors = [array.T if _is_tall(shape) else array for array, shape in named]
         return device_operations().concatenate_flattened(tensors)
 
     def unpack(self, array: mx.array) -> Flat:
@@ -85,11 +86,6 @@ class PackedArray:
 def _is_tall(shape: tuple[int, ...]) -> bool:
     """Return whether a matrix has more rows than columns."""
     return len(shape) == 2 and shape[0] > shape[1]
-
-
-def _transpose_if_tall(array: mx.array) -> mx.array:
-    """Transpose a matrix that has more rows than columns."""
-    return array.T if _is_tall(array.shape) else array
 
 
 def _view_in_shape(vector: mx.array, shape: tuple[int, ...]) -> mx.array:

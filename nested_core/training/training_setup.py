@@ -149,9 +149,9 @@ def prepare_training(
     optimizer = build_optimizer(config, tiers, step_schedule.steps, rate_share=share)
     optimizer.init(model.trainable_parameters())
     dtype = adapter_compute_dtype(config, model)
-    parameters = reference_trainable_parameters(
-        model, masters=config.has_float32_masters, dtype=dtype
-    )
+    # Float32 copies of the weights are trained beside the model's own dtype
+    masters = config.fine_tune_type == "full" and config.training.reference is None
+    parameters = reference_trainable_parameters(model, masters=masters, dtype=dtype)
     if config.training.loss is None:  # cross-entropy; other losses are modules of their own
         loss_fn = step_schedule.loss.for_model(model, parameters)
     else:
@@ -172,7 +172,7 @@ def prepare_training(
         loss_fn=loss_fn.for_position_counts(step_schedule.position_counts()),
         prompts=choose_prompts(splits),
         questions=None if make_questions is None else make_questions(step_schedule.steps),
-        samples=SamplePrompts.from_config(config, tokenizer),
+        samples=SamplePrompts.from_config(config, run, tokenizer),
         world=world,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Iterator
 
 from rich.text import Text
 
@@ -14,6 +15,7 @@ from flows.rooms.live.loss_curve import (
     draw_curve,
 )
 from nested_core.records.plan import describe_last_losses
+from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.training.reports.run_progress import RunProgress
 
@@ -88,13 +90,22 @@ def _plot_lines(view: RunProgress, width: int, height: int) -> list[Text]:
     return lines
 
 
+def describe_stages(view: RunProgress) -> Iterator[str]:
+    """Yield a line for each stage after training, with the time that it took."""
+    stages = list(view.stages)  # another thread adds to them
+    for number, (name, began) in enumerate(stages, start=1):
+        is_open = number == len(stages) and not view.outcome
+        ended = view.seconds if number == len(stages) else stages[number][1]
+        yield f"{name} ..." if is_open else f"{name}: {format_clock(ended - began)}"
+
+
 def _body_lines(view: RunProgress, width: int) -> list[Text]:
     losses = describe_last_losses(view.records, view.plan)
     sentences = [
         *(f"{name} {text}" for name, text in losses.items()),
         *_join_if_they_fit([view.describe_speed(), view.describe_memory()], width),
         view.describe_tiers(),
-        *view.describe_stages(),
+        *describe_stages(view),
     ]
     if not view.records and not view.stages:
         sentences.insert(0, "measuring the loss before training ...")

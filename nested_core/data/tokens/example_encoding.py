@@ -327,7 +327,8 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
             overlong.append(line)
             continue
         tokens = encoded.tokens[:max_seq_length]
-        spans = _truncate_spans(encoded.spans, len(tokens))
+        cut = ((max(begin, 1), min(end, len(tokens))) for begin, end in encoded.spans)
+        spans = [(begin, end) for begin, end in cut if begin < end]  # nothing predicts token 0
         start = len(all_tokens)
         all_tokens.extend(tokens)
         target_mask += bytes(len(tokens))
@@ -385,7 +386,12 @@ def _encode_examples(
     with TemplateTimeLimit() as limit:
         for line, example in examples:
             if (characters := example.approximate_characters) > most:
-                yield line, 0, _row_too_long(characters, most, max_seq_length)
+                message = (
+                    f"{characters:,} characters, of which {max_seq_length:,} tokens "
+                    f"(max_seq_length) would be kept; a row has at most {most:,}. Split it, raise "
+                    f"max_seq_length, or let data_policy.overlong be drop"
+                )
+                yield line, 0, _EncodingProblem(ROW_TOO_LONG_CHECK, message)
                 continue
             last = len(example.messages) - 1
             if request["targets"] == "last" and last in example.masked:
@@ -439,28 +445,9 @@ def _find_problem(
     return None
 
 
-def _row_too_long(characters: int, most: int, max_seq_length: int) -> _EncodingProblem:
-    """Build the problem of a row with too many characters.
-
-    most: how many characters are allowed.
-    """
-    return _EncodingProblem(
-        ROW_TOO_LONG_CHECK,
-        f"{characters:,} characters, of which {max_seq_length:,} tokens (max_seq_length) would be "
-        f"kept; a row has at most {most:,}. Split it, raise max_seq_length, or let "
-        f"data_policy.overlong be drop",
-    )
-
-
 def facts_path(part: Path) -> Path:
     """Return the path of a part's file of facts."""
     return part.with_name(f"{part.name}.facts")
-
-
-def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
-    """Cut spans to the first `length` tokens, without token 0, which nothing predicts."""
-    cut = [(max(begin, 1), min(end, length)) for begin, end in spans]
-    return [(begin, end) for begin, end in cut if begin < end]
 
 
 def _make_example_facts(

@@ -85,9 +85,6 @@ class TemplateTimeLimit:
             with self._lock:
                 if self._deadline is not None and time.process_time() > self._deadline:
                     self._deadline = None
-                    _raise_in_thread(self._thread, TemplateTooSlow)
-
-
-def _raise_in_thread(thread: int, error: type[BaseException]) -> None:
-    """Raise an exception in a thread at its next operation."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
+                    # It is raised at the thread's next operation
+                    thread, error = ctypes.c_ulong(self._thread), ctypes.py_object(TemplateTooSlow)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)

@@ -22,7 +22,7 @@ def _find_unproven_effect(judged: CheckedRun) -> tuple[Reason, ...]:
 
     If it does confirm it, also store the answers to the canary questions for the registry.
     """
-    if not judged.proof.is_running:
+    if judged.proof.running is None:
         judged.session.release_base()  # the new process needs the memory
         mx.clear_cache()
     shown = judged.proof.begin().judge()

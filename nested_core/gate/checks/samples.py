@@ -6,7 +6,7 @@ one word again and again: teacher forcing never lets the model read its own word
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,17 @@ from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.run_evidence import RunEvidence
 from nested_core.measure.answers.answer_bounds import MIN_PROMPTS, is_sound, judge_samples
 from nested_core.measure.losses.held_out_loss import LoadedBase
-from nested_core.models.generation import Answer, Sampling, answer_prompts, encode_messages
+from nested_core.models.generation import (
+    Answer,
+    Sampling,
+    answer_prompts,
+    encode_messages,
+    encode_prompt,
+)
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.records.answers import BrokenHow, SampleAnswers, render_sample_answers
+from nested_core.records.dataset import PromptFormat
 from nested_core.records.verdict import Reason, SampleVerdict
 from nested_core.storage.adapter import Adapter
 from nested_core.text.stages import stages
@@ -36,13 +43,13 @@ MIN_SAME_ANSWERS = 3  # the different prompts needed to call equal answers broke
 
 @dataclass(frozen=True)
 class _SamplePrompt:
-    """A prompt, as text and as chat messages.
+    """A prompt, as text and as token ids.
 
     expected: the data set's answer; None for a prompt of `samples`.
     place: where it comes from, such as "test.jsonl:3" or "samples".
     """
 
-    messages: Sequence[Mapping[str, Any]]
+    tokens: list[int]
     text: str
     expected: str | None
     place: str
@@ -57,7 +64,7 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
     prompt that was asked; empty without prompts.
     """
     config = base.config
-    remaining = list(_list_prompts(config))
+    remaining = list(_list_prompts(config, base.tokenizer, evidence.dataset.prompt_format))
     asked: list[_SamplePrompt] = []
     base_answers: list[Answer] = []
     base_damage: list[BrokenHow | None] = []
@@ -96,29 +103,31 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
     return mark_same_answers(rows, candidate_answers)
 
 
-def _list_prompts(config: FineTuneConfig) -> Iterator[_SamplePrompt]:
-    """Yield the prompts of `samples`, then up to MAX_HELD_OUT_PROMPTS from the held-out data."""
+def _list_prompts(
+    config: FineTuneConfig, tokenizer: Any, rows: PromptFormat | None
+) -> Iterator[_SamplePrompt]:
+    """Yield the prompts of `samples`, then up to MAX_HELD_OUT_PROMPTS from the held-out data.
+
+    rows: how the training rows begin, as which `samples` are asked.
+    """
     for text in config.samples:
-        yield _SamplePrompt([{"role": "user", "content": text}], text, None, "samples")
+        yield _SamplePrompt(encode_prompt(tokenizer, text, rows), text, None, "samples")
     settings = DataSettings.from_config(config)
     held_out = config.gate.held_out
     for prompt in read_held_out_prompts(settings, MAX_HELD_OUT_PROMPTS, held_out):
         place = f"{prompt.file}:{prompt.line}"
-        yield _SamplePrompt(prompt.messages, prompt.text, prompt.expected, place)
+        tokens = encode_messages(tokenizer, prompt.messages)
+        yield _SamplePrompt(tokens, prompt.text, prompt.expected, place)
 
 
 def _ask(
     base: LoadedBase, adapter: Adapter | None, prompts: Sequence[_SamplePrompt]
 ) -> list[Answer]:
     """Answer the prompts with the base and an adapter; None asks the base alone."""
-    tensors = base.parameters
-    if adapter is not None:
-        tensors = adapter.to_mlx()
-    load_adapter_tensors(base.model, tensors)
-    encoded = [encode_messages(base.tokenizer, prompt.messages) for prompt in prompts]
+    load_adapter_tensors(base.model, base.parameters if adapter is None else adapter.to_mlx())
+    sampling = Sampling(base.config.training.sample_tokens)
     with in_evaluation_mode(base.model):
-        sampling = Sampling(base.config.training.sample_tokens)
-        return answer_prompts(base.model, base.tokenizer, encoded, sampling)
+        return answer_prompts(base.model, base.tokenizer, [p.tokens for p in prompts], sampling)
 
 
 def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenHow | None:
@@ -223,15 +232,14 @@ def _plan_samples(run: RunToJudge) -> GateWork:
     The base is asked as many prompts as there may be, since some of its answers may be broken.
     """
     config, tokenizer = run.config, run.tokenizer
-    prompts = list(_list_prompts(config))
+    prompts = list(_list_prompts(config, tokenizer, PromptFormat.read(run.run.dataset)))
     if not prompts:
         return GateWork()
     most = config.training.sample_tokens
     texts = [prompt.expected for prompt in prompts if prompt.expected is not None]
     expected = [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in texts]
     trained = most if config.samples or not expected else min(most, max(expected))
-    encoded = [encode_messages(tokenizer, prompt.messages) for prompt in prompts]
-    return run.ask(encoded, [most, *([trained] * (1 + run.goes_on))])
+    return run.ask([prompt.tokens for prompt in prompts], [most, *([trained] * (1 + run.goes_on))])
 
 
 SAMPLES = Check(

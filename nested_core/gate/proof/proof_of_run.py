@@ -12,6 +12,7 @@ from nested_core.gate.evidence.training_divergence import Divergence
 from nested_core.gate.proof.canary import CanaryPrompt, choose_canary_prompts
 from nested_core.gate.proof.fresh_process_check import ProofRequest, RunningProof
 from nested_core.models.base_model import find_model_folder, model_compute_dtype
+from nested_core.models.kept_base import frozen_tensors
 from nested_core.models.session import Session
 
 
@@ -30,30 +31,26 @@ class ProofOfRun:
         prompt_format = evidence.dataset.prompt_format
         self.questions: Sequence[CanaryPrompt] = choose_canary_prompts(config, prompt_format)
         self.request = _make_request(config, evidence, divergence, self.questions)
-        self._running: RunningProof | None = None
+        self.running: RunningProof | None = None
 
     def begin(self) -> RunningProof:
         """Start the process unless it already runs, and return it."""
-        if self._running is None:
-            self._running = RunningProof(self.request, self._session.take_proof_process())
-        return self._running
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the process was started."""
-        return self._running is not None
+        if self.running is None:
+            self.running = RunningProof(self.request, self._session.take_proof_process())
+        return self.running
 
     def close(self) -> None:
         """End the process if it was started."""
-        if self._running is not None:
-            self._running.close()
+        if self.running is not None:
+            self.running.close()
 
     def begin_if_there_is_room(self) -> None:
         """Start the process now if two base models need no more memory than training did."""
         base = self._session.base
         if base is None or base.training_peak == 0:
             return
-        if base.evaluation_peak + base.frozen_bytes() <= base.training_peak:
+        frozen = sum(array.nbytes for array in frozen_tensors(base.model).values())
+        if base.evaluation_peak + frozen <= base.training_peak:
             self.begin()
 
 

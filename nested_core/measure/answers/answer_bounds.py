@@ -70,8 +70,10 @@ def judge_answers(
         conclusions: list[Conclusion] = []
         for rival, rival_change in changes.items():
             conclusion = conclusion_of[id(rival_change)]
-            if gate.noise == "none" or not rival_change.is_tested:  # the bound alone counts
-                is_worse = rival_change.is_below_bound
+            bound, is_measurable = task.max_drop, rival_change.difference.is_measurable
+            if gate.noise == "none" or bound is None or not is_measurable:
+                # Nothing is tested: the bound alone counts
+                is_worse = bound is not None and rival_change.is_below(-bound)
                 is_better = conclusion == "better"
                 conclusion = rival_change.conclude(is_worse=is_worse, is_better=is_better)
             conclusions.append(conclusion)
@@ -187,16 +189,6 @@ class ScoreChange:
         """The ends of the 95 % interval; None with too few questions for one."""
         difference = self.difference
         return (difference.low, difference.high) if difference.is_measurable else None
-
-    @property
-    def is_tested(self) -> bool:
-        """Whether it is tested at all: there is a bound, and there are enough questions."""
-        return self.max_drop is not None and self.difference.is_measurable
-
-    @property
-    def is_below_bound(self) -> bool:
-        """Whether the mean fell by more than `max_drop`, be it by chance or not."""
-        return self.max_drop is not None and self.is_below(-self.max_drop)
 
     def is_below(self, bound: float) -> bool:
         """Whether the mean difference is below `bound` by more than rounding."""

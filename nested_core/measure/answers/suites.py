@@ -343,9 +343,14 @@ def _find_repeated_names(questions: Iterable[Question]) -> Iterator[BadQuestion]
 
 
 def fold_prompt(question: Question) -> bytes:
-    """Return a key that is equal for prompts that differ only in case and white space."""
+    """Return a key that is equal for prompts that differ only in case and white space.
+
+    A plain text has the key of a user's turn, as which the chat template asks it.
+    """
     prompt = question.prompt
-    turns = [["", prompt]] if isinstance(prompt, str) else [list(turn.values()) for turn in prompt]
+    turns = (
+        [["user", prompt]] if isinstance(prompt, str) else [list(turn.values()) for turn in prompt]
+    )
     return b"\0".join(
         fold_case_and_space(part.encode(errors="surrogatepass")) for turn in turns for part in turn
     )

@@ -139,13 +139,6 @@ class LoadedBase:
         predictions = self.compare_predictions(tensors, split, max_batches)
         return [(losses, predictions.tokens) for losses in predictions.losses]
 
-    def mean_losses(
-        self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
-    ) -> list[float]:
-        """Return each adapter folder's mean loss over supervised tokens, on the same batches."""
-        losses = self.example_loss_sums(adapters, split, max_batches)
-        return [float(sums.sum() / tokens.sum()) for sums, tokens in losses]
-
 
 @dataclass(frozen=True)
 class HeldOutExamples:
@@ -331,7 +324,8 @@ def measure_test_loss(config: FineTuneConfig, run: RunDirectory, session: Sessio
     require_test_set(read_dataset_record(run.dataset), config.data)
     split = read_nonempty_splits(config, run)["test"]
     base = LoadedBase.load(config, session)
-    return base.mean_losses((run.adapter,), split, config.test_batches)[0]
+    [(sums, tokens)] = base.example_loss_sums((run.adapter,), split, config.test_batches)
+    return float(sums.sum() / tokens.sum())
 
 
 def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:

@@ -21,7 +21,7 @@ from mlx_lm.models import gated_delta
 
 from nested_core import backend
 from nested_core.kernels.device_operations import device_operations
-from nested_core.kernels.patching import is_used_by, replacing_function
+from nested_core.kernels.patching import modules_of_code, replacing_function
 from nested_core.kernels.self_check import checked_kernel, random_arrays
 
 PATCHED_FUNCTION_NAME = "gated_delta_update"
@@ -322,9 +322,9 @@ def gated_delta_update(  # noqa: PLR0917 -- mlx-lm calls it with its own functio
 @contextmanager
 def using_chunked_gated_delta_rule(model: nn.Module) -> Iterator[None]:
     """Compute a model's gated delta nets in chunks while the block runs."""
-    is_used = is_used_by(model, PATCHED_FUNCTION_NAME, plain_gated_delta_update)
+    users = modules_of_code(model, PATCHED_FUNCTION_NAME, plain_gated_delta_update)
     needs_check = backend.device() == "gpu"  # Metal too, where it was never run
-    if not is_used or (needs_check and not compute_on_this_device.agrees_with_reference()):
+    if not users or (needs_check and not compute_on_this_device.agrees_with_reference()):
         yield
         return
     with replacing_function(

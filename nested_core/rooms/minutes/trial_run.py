@@ -80,7 +80,7 @@ def try_steps(
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
         trial = RunDirectory(Path(folder) / "run")
         trial.path.mkdir()
-        trial.mark_as_trial()
+        trial.trial_mark.touch()
         for file in (run.dataset, run.tiers, run.start, run.replay, run.replayed_rows):
             if file.exists():
                 shutil.copyfile(file, trial.path / file.name)

@@ -41,7 +41,7 @@ MAX_BYTES = 2**30
 
 def find_likelihoods_file(run: RunDirectory) -> Path:
     """Where a run keeps the likelihoods of the reference."""
-    return run.room_folder("preferences") / FILE_NAME
+    return run.path / "rooms" / "preferences" / FILE_NAME
 
 
 def digest_tokens(tokens: Int32) -> str:

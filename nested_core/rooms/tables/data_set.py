@@ -80,8 +80,8 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
             f"--split takes rows out of train where there is neither valid nor test; "
             f"{source.data} has {others} already. Leave --split out, or give another folder."
         )
+    names = FieldNames() if request.makes_chats else request.split.names
     if parts.keys() == {"train"}:
-        names = FieldNames() if request.makes_chats else request.split.names
         drawn = draw_splits(parts["train"], replace(request.split, names=names))
         if drawn is None:
             rows = format_count(len(parts["train"]), "row")
@@ -91,6 +91,8 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
             )
         parts = drawn.lines
         told += drawn.describe()
+    else:
+        told += _list_known_held_out(parts, replace(request.split, names=names))
     told += _list_unused(source, request.columns)
     eval_set = None
     count = request.split.questions
@@ -104,6 +106,17 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         write_manifest(folder, {"data": source.data})
     counts = {name: len(lines) for name, lines in parts.items()}
     return DataSet(counts, parts["train"][:3] if request.makes_chats else (), told, eval_set)
+
+
+def _list_known_held_out(
+    parts: Mapping[str, Sequence[bytes]], split: SplitRequest
+) -> Iterator[str]:
+    """A sentence for each split of a person's own that asks what is known, and stays as it is."""
+    for name in ("valid", "test"):
+        asked = [RowTexts.of(line, split.names).question for line in parts.get(name, ())]
+        if known := sum(question in split.trained for question in asked):
+            rows = format_count(known, "row")
+            yield f"asked in the champion's data too: {rows} of your {name} split, not trained on"
 
 
 def _list_unused(source: Source, columns: Columns | None) -> Iterator[str]:

@@ -88,28 +88,29 @@ class DrawnSplits:
 def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | None:
     """The lines of train, valid and test, drawn with a fixed seed: the same rows, the same splits.
 
-    Where all rows but too few ask what is known, all are trained on. Returns None if too few
-    would be left for train. Raises TooManyQuestions where test would need more than MAX_TEST_SHARE
-    of the questions.
+    Sizes are shares of the rows that ask what is not known. Where those are too few to be split,
+    all rows are trained on, or None is returned where nothing is known. Raises TooManyQuestions
+    where test would need more than MAX_TEST_SHARE of the questions.
     """
     texts = [RowTexts.of(row, request.names) for row in rows]
     known = {row for row, one in enumerate(texts) if one.question in request.trained}
     together = _group_by_question(texts)
-    distinct = len({one.question or one.whole for one in texts})
+    new = [one for row, one in enumerate(texts) if row not in known]
+    distinct = len({one.question or one.whole for one in new})
     most = max(1, int(MAX_TEST_SHARE * distinct))
     least = request.questions or 1
     if not 0 < least <= most:
         share = f"{MAX_TEST_SHARE:.0%} of {distinct:,} questions are held out for it at most"
         raise TooManyQuestions(least, most, share)
-    wanted = max(1, round(request.share * len(rows)))
-    sizes = {"valid": wanted, "test": max(wanted, math.ceil(least * len(rows) / distinct))}
+    wanted = max(1, round(request.share * len(new)))
+    sizes = {"valid": wanted, "test": max(wanted, math.ceil(least * len(new) / max(1, distinct)))}
     draw = _Draw(texts, sizes, least, known)
     parts = draw.split(_join([*together, *_group_near_duplicates(texts)], len(rows)))
     is_too_coarse = any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items())
     if is_too_coarse:
         parts = draw.split(_join(together, len(rows)))
     lines = {name: [rows[row] for row in part] for name, part in parts.items()}
-    if not all(lines.values()):
+    if any(known.issuperset(part) for part in parts.values()):  # a split without a new row
         if not known:
             return None
         lines = {"train": [*rows]}

@@ -7,7 +7,6 @@ is no better has learnt nothing of the question.
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 from collections import Counter
@@ -55,8 +54,8 @@ class EvalSet:
     @property
     def least_share(self) -> float:
         """The smallest share of right answers that no fixed answer reaches; at most 1."""
-        share = (self.fixed[1] + 1) / len(self.lines)
-        return min(1.0, math.floor(share * 1e4) / 1e4)
+        millionths = (self.fixed[1] + 1) * 10**6 // len(self.lines)  # of 100,000 questions at most
+        return min(1.0, millionths / 10**6)
 
     def describe(self) -> str:
         """How many questions there are, how they are scored, and the baseline."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,14 +209,6 @@ class RunProgress:
         except (DamagedError, OSError):  # the gate reports it; this only displays
             return set()
 
-    def describe_stages(self) -> Iterator[str]:
-        """Yield a line for each stage after training, with the time that it took."""
-        stages = list(self.stages)  # another thread adds to them
-        for number, (name, began) in enumerate(stages, start=1):
-            is_open = number == len(stages) and not self.outcome
-            ended = self.seconds if number == len(stages) else stages[number][1]
-            yield f"{name} ..." if is_open else f"{name}: {format_clock(ended - began)}"
-
     def read(self) -> bool:
         """Read what is new on disk; return whether training has begun."""
         if (inode := self._inode_of_plan()) != self._plan_inode:
@@ -244,9 +237,12 @@ class RunProgress:
             self.records = []
         lines = content[self._offset : content.rfind(b"\n") + 1]
         self._offset += len(lines)
-        records = [record for line in lines.splitlines() if (record := _record_or_none(line))]
-        self.records += records
-        return bool(records)
+        count = len(self.records)
+        for line in lines.splitlines():
+            with suppress(ValueError):  # a damaged line, which training reports and drops
+                if record := parse_record(line):
+                    self.records.append(record)
+        return len(self.records) > count
 
     def _inode_of_plan(self) -> int | None:
         """Return the inode of plan.json, which changes when it is rewritten.
@@ -257,11 +253,3 @@ class RunProgress:
             return self.run.plan.stat().st_ino
         except OSError:
             return None
-
-
-def _record_or_none(line: bytes) -> dict[str, Any] | None:
-    """Parse a line of metrics.jsonl; None for a damaged line, which training reports and drops."""
-    try:
-        return parse_record(line)
-    except ValueError:
-        return None

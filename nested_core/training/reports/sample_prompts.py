@@ -18,6 +18,8 @@ from nested_core.models.parameters import (
     in_evaluation_mode,
     restoring_parameters,
 )
+from nested_core.records.dataset import PromptFormat
+from nested_core.storage.run_directory import RunDirectory
 
 MAX_SHOWN_EVALUATIONS = 8
 MAX_SHOWN_PROMPTS = 4
@@ -25,16 +27,24 @@ MAX_SHOWN_PROMPTS = 4
 
 @dataclass(frozen=True)
 class SamplePrompts:
-    """Prompts to answer greedily, with at most `training.sample_tokens` tokens each."""
+    """Prompts to answer greedily, with at most `training.sample_tokens` tokens each.
+
+    encoded: the prompts as token ids, formatted as the training rows are.
+    """
 
     prompts: tuple[str, ...]
+    encoded: tuple[list[int], ...]
     tokenizer: Any
     max_tokens: int
 
     @classmethod
-    def from_config(cls, config: FineTuneConfig, tokenizer: Any) -> SamplePrompts:
-        """Create it for the prompts of `samples`."""
-        return cls(config.samples, tokenizer, config.training.sample_tokens)
+    def from_config(
+        cls, config: FineTuneConfig, run: RunDirectory, tokenizer: Any
+    ) -> SamplePrompts:
+        """Create it for the prompts of `samples`, with a run that was validated."""
+        rows = PromptFormat.read(run.dataset)
+        encoded = tuple(encode_prompt(tokenizer, prompt, rows) for prompt in config.samples)
+        return cls(config.samples, encoded, tokenizer, config.training.sample_tokens)
 
     def answer(
         self, model: nn.Module, refs: ParameterRefs, values: Mapping[str, mx.array]
@@ -47,10 +57,10 @@ class SamplePrompts:
         if not self.prompts:
             return {}
         started = time.perf_counter()
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in self.prompts]
         with in_evaluation_mode(model), restoring_parameters(refs):
             assign_parameters(refs, values)
-            answers = answer_prompts(model, self.tokenizer, encoded, Sampling(self.max_tokens))
+            sampling = Sampling(self.max_tokens)
+            answers = answer_prompts(model, self.tokenizer, self.encoded, sampling)
         samples = [
             {"prompt": prompt, "answer": a.text, "tokens": a.tokens, "is_cut_off": a.is_endless}
             for prompt, a in zip(self.prompts, answers, strict=True)

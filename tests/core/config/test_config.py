@@ -371,6 +371,43 @@ def test_a_folder_by_another_spelling_is_the_same_on_resume(tmp_path, monkeypatc
         refuse_differences_on_resume(began, FineTuneConfig(data="other"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("score", ("exact", "contains")),
+        ("max_tokens", (64, 4)),
+        ("stop", ((), (".",))),
+        ("file", ("a.jsonl", "b.jsonl")),
+    ],
+)
+def test_the_suite_that_selects_the_step_is_scored_alike_on_resume(tmp_path, key, values) -> None:
+    def config(value: Any, select_by: str = "which", **bounds: float) -> FineTuneConfig:
+        task = {"name": "which", "file": "a.jsonl", "score": "exact", key: value, **bounds}
+        training = {"evaluate_tasks": ["which"], "select_by": select_by}
+        return parse_config({"gate": {"tasks": [task]}, "training": training}, source="a test")
+
+    first, other = values
+    refuse_differences_on_resume(config(first), config(first, min=0.5, max_drop=0.1), tmp_path)
+    refuse_differences_on_resume(config(first, "loss"), config(other, "loss"), tmp_path)
+    with pytest.raises(ConfigError, match=rf"  gate.tasks.{key}: .* in the run, .* now"):
+        refuse_differences_on_resume(config(first), config(other), tmp_path)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_run_that_follows_a_champion_keeps_its_name_on_resume(tmp_path: Path, follows) -> None:
+    def config(**registry: str) -> FineTuneConfig:
+        values = {"registry": {"path": "registry", **registry}}
+        continual = {"continual": {"from": "champion"}} if follows else {}
+        return parse_config(values | continual, source="a test")
+
+    refuse_differences_on_resume(config(name="a"), config(name="a", path="moved"), tmp_path)
+    if follows:
+        with pytest.raises(ConfigError, match="  registry.name: a in the run, b now"):
+            refuse_differences_on_resume(config(name="a"), config(name="b"), tmp_path)
+    else:
+        refuse_differences_on_resume(config(name="a"), config(name="b"), tmp_path)
+
+
 def test_an_eval_set_without_a_score_is_asked_and_scored_as_the_same_file_in_gate_tasks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,9 +36,11 @@ from nested_core.registry.data_store import (
     remove_unneeded_rows,
     store_examples,
 )
+from nested_core.registry.queries import parent_version_of
 from nested_core.text.digest_format import shorten_digest
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
+from tests.example import example_config
 
 Row = dict[str, Any]
 
@@ -402,6 +404,20 @@ def test_the_lineage_follows_what_training_began_with_and_ends_at_a_fresh_adapte
     assert read_lineage(registry, NAME, first) == [first, "0" * 64]  # it was collected
     assert read_lineage(registry, NAME, third) == [third, second, "0" * 64]
     assert read_lineage(registry, NAME, fourth) == [fourth]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"resume_adapter_file": "any.safetensors"}, {"continual": {"from": "champion"}}],
+    ids=["adapter file", "champion"],
+)
+def test_whatever_names_the_first_adapter_its_version_is_the_parent(tmp_path: Path, keys) -> None:
+    registry = {"path": str(tmp_path / "registry"), "name": NAME}
+    config = example_config(registry=registry, **keys)
+    assert parent_version_of(config, "0" * 64) is None
+    version = add_night(tmp_path, 1, [question(1)], [])
+    assert parent_version_of(config, version) == version
+    assert parent_version_of(config, "0" * 64) is None
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,24 @@ from typing import Any
 
 import pytest
 
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import TrainingStopped
+from nested_core.gate.checks.planned_work import RunToJudge
+from nested_core.gate.checks.samples import SAMPLES
 from nested_core.models.base_model import load_base_model
-from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
+from nested_core.models.generation import (
+    Sampling,
+    answer_prompts,
+    encode_messages,
+    encode_prompt,
+)
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
-from nested_core.training.reports.sample_prompts import SampleTable, samples_by_step
+from nested_core.training.reports.sample_prompts import (
+    SamplePrompts,
+    SampleTable,
+    samples_by_step,
+)
+from tests.builders.data_sets import chat, write_lines
 from tests.example import (
     ANSWERS,
     SPEEDS,
@@ -50,6 +63,22 @@ def test_the_answers_of_each_evaluation_are_those_of_its_adapter_loaded_anew(sam
         assert [sample["prompt"] for sample in answers[step]] == list(PROMPTS)
     assert answers[0] != answers[8]
     assert all(sample["tokens"] <= 12 for sample in answers[8])
+
+
+@pytest.mark.parametrize("system", [(), ("Be brief.",)], ids=["no system text", "one of all rows"])
+def test_a_sample_is_asked_as_the_rows_in_training_and_by_the_gate(tmp_path: Path, system) -> None:
+    begin = [{"role": "system", "content": text} for text in system]
+    rows = [begin + chat(f"Where is {n}?", f"In {n}.")["messages"] for n in range(9)]
+    write_lines(tmp_path / "train.jsonl", ({"messages": row} for row in rows))
+    config = example_config(data=str(tmp_path), samples=PROMPTS[:1], gate={"tasks": []})
+    run = prepare(config, tmp_path / "run")
+    tokenizer = TokenizerSource.from_config(config).load()
+    turns = [*begin, {"role": "user", "content": PROMPTS[0]}]
+    expected = encode_messages(tokenizer, turns)
+    assert SamplePrompts.from_config(config, run, tokenizer).encoded == (expected,)
+    assert SAMPLES.plan_work is not None
+    work = SAMPLES.plan_work(RunToJudge(config, run, tokenizer))
+    assert work.prompt_tokens == 2 * len(expected)  # of base and adapter
 
 
 @pytest.mark.slow("trains two runs")

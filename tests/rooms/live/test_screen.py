@@ -9,7 +9,7 @@ from rich.cells import cell_len
 
 from flows.rooms.live.live_view import describe_conclusion
 from flows.rooms.live.loss_curve import draw_curve
-from flows.rooms.live.screen import draw_bar, draw_screen
+from flows.rooms.live.screen import describe_stages, draw_bar, draw_screen
 from nested_core.records.metrics import append_metrics
 from nested_core.records.plan import join_last_losses
 from nested_core.storage.run_directory import RunDirectory
@@ -59,7 +59,7 @@ def test_the_axis_ends_at_the_last_planned_step() -> None:
 def test_what_follows_training_is_listed_with_its_seconds_and_how_it_ended() -> None:
     view = view_of(*RECORDS)
     view.stages = [("gate: losses", 10.5), ("gate: proof", 11.25)]
-    assert list(view.describe_stages()) == ["gate: losses: 0.8 s", "gate: proof ..."]
+    assert list(describe_stages(view)) == ["gate: losses: 0.8 s", "gate: proof ..."]
     view.outcome = [view.describe_offered_adapter(100), "verdict: passed"]
     screen = draw_screen(view, 80, 24).plain
     assert "selected: the adapter of step 100, the last one" in screen

@@ -112,6 +112,7 @@ def write_pairs(folder: Path, *splits: str) -> FineTuneConfig:
 
 
 @needs_rooms("preferences")
+@pytest.mark.usefixtures("own_random_state")
 def test_the_gate_of_pairs_computes_them_once_for_each_adapter_and_the_base(tmp_path: Path) -> None:
     config = write_pairs(tmp_path, "train", "valid")
     works = works_of(config, tmp_path / "run")

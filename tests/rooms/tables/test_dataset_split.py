@@ -262,6 +262,12 @@ def test_min_is_above_what_one_answer_to_all_questions_gets(
     assert drawn.least_share == pytest.approx(least)
 
 
+@pytest.mark.parametrize(("questions", "right"), [(20_000, 10_000), (60_000, 1), (100_000, 33_333)])
+def test_min_is_above_one_answer_of_very_many_questions(questions: int, right: int) -> None:
+    drawn = EvalSet((b"{}",) * questions, "exact", 4, ("yes", right))
+    assert right / questions < drawn.least_share <= (right + 1) / questions
+
+
 def test_a_question_of_train_is_not_asked_and_each_right_answer_counts() -> None:
     lines = [json.dumps(chat(*pair)).encode() for pair in (("a?", "1 b"), ("c?", "2 d"))]
     more = [json.dumps(chat(*pair)).encode() for pair in (("A ?", "3 e"), ("f?", "g"), ("f?", "h"))]
@@ -335,8 +341,33 @@ def test_rows_that_ask_what_is_known_are_all_trained_on() -> None:
     known = {RowTexts.of(row, ANY).question for row in rows[:30]}
     drawn = draw_splits(rows, SplitRequest(0.1, trained=known))
     assert drawn is not None
-    assert (drawn.known, len(drawn.lines["valid"]), len(drawn.lines["test"])) == (30, 4, 4)
+    assert drawn.known == 30
     assert {*rows[:30]} <= {*drawn.lines["train"]}
-    every = draw_splits(rows[:5], SplitRequest(0.1, trained=known))
-    assert every is not None
-    assert every.lines == {"train": rows[:5]}
+
+
+@pytest.mark.parametrize(("new", "held_out"), [(0, 0), (1, 0), (2, 0), (3, 1), (10, 1), (20, 2)])
+def test_sizes_are_shares_of_the_new_rows_and_some_of_those_are_trained_on(
+    new: int, held_out: int
+) -> None:
+    rows = [json.dumps(chat(f"Where is {n}?", f"In {n}.")).encode() for n in range(30 + new)]
+    known = {RowTexts.of(row, ANY).question for row in rows[:30]}
+    drawn = draw_splits(rows, SplitRequest(0.1, trained=known))
+    assert drawn is not None
+    sizes = {name: len(lines) for name, lines in drawn.lines.items()}
+    some = {"valid": held_out, "test": held_out} if held_out else {}
+    assert sizes == {"train": 30 + new - 2 * held_out, **some}
+    with pytest.raises(TooManyQuestions, match=f"for 30% of {new} questions"):
+        draw_splits(rows, SplitRequest(0.1, questions=7, trained=known))
+
+
+def test_rows_of_own_splits_that_ask_what_is_known_are_told(tmp_path: Path) -> None:
+    data = write_train(tmp_path / "data", 4)
+    for name, numbers in (("valid", range(5)), ("test", range(2, 9))):
+        rows = [chat(f"what  is {n}?", f"Now {n}.") for n in numbers]
+        write_lines(data / f"{name}.jsonl", rows)
+    known = {f"whatis{n}?" for n in (1, 2, 3)}
+    split = SplitRequest(trained=known)
+    made = make(str(data), Request(False, None, None, False, split, len), tmp_path / "made")
+    assert made.rows == {"train": 4, "valid": 5, "test": 7}
+    told = "asked in the champion's data too: {} of your {} split, not trained on"
+    assert [told.format("3 rows", "valid"), told.format("2 rows", "test")] == list(made.told)

@@ -118,7 +118,7 @@ def test_rows_that_correct_the_champions_are_trained_on(
     promote(tmp_path / "registry", "faq", version, by="ann")
     prepared = prepare(arguments)
     assert prepared.made is not None
-    assert prepared.made.rows == {"train": 20, "valid": 2, "test": 2}
+    assert prepared.made.rows == {"train": 22, "valid": 1, "test": 1}
     assert "asked in the champion's data too: 12 rows, all trained on" in prepared.told
     held_out = [
         (tmp_path / "night-split" / f"{name}.jsonl").read_text() for name in ("valid", "test")

@@ -14,7 +14,7 @@ import yaml
 from nested_core.config.sections import Score
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.measure.answers import suites
-from nested_core.measure.answers.suites import read_suite
+from nested_core.measure.answers.suites import fold_prompt, read_suite
 
 CHAT = [{"role": "user", "content": "Where to?"}]
 
@@ -53,6 +53,14 @@ def test_messages_are_turns_and_a_byte_order_mark_is_passed_over(tmp_path) -> No
     (question,) = read_suite(write(tmp_path / "s.jsonl", line), "exact")
     assert question.prompt == tuple(CHAT)
     assert question.name == "1"
+
+
+def test_a_text_and_the_same_text_as_a_users_turn_are_one_prompt(tmp_path) -> None:
+    turns = [[{"role": role, "content": "where  TO?"}] for role in ("user", "tool")]
+    asked: list[dict[str, Any]] = [{"prompt": "Where to?"}, *({"messages": t} for t in turns)]
+    path = write(tmp_path / "s.jsonl", *(line | {"expected": "Suva"} for line in asked))
+    text, user, tool = map(fold_prompt, read_suite(path, "exact"))
+    assert text == user != tool
 
 
 @pytest.mark.parametrize(
