@@ -182,7 +182,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         if is_unknown:
             with flags.giving_example():
                 columns, system = flags.ask_or_refuse(source.unknown_files), flags.read_system()
-        known = frozenset[str]()
+        known = frozenset[bytes]()
         if arguments.champion is not None:
             known = read_known_questions(*split_name(arguments.champion, None))
         names = replace(source.field_names, drop=tuple(arguments.drop_fields))

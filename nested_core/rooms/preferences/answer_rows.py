@@ -9,9 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NotRequired
 
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.example_parsing import Example, Fields, RowFormat, Turns
+from nested_core.data.lines.example_parsing import (
+    Example,
+    Fields,
+    Function,
+    Message,
+    RowFormat,
+    Turns,
+    describe_validation_error,
+)
 from nested_core.data.lines.json_decoding import LineProblem, parse_json_text
 from nested_core.data.lines.other_formats import read_openai_turns
 from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
@@ -19,7 +28,7 @@ from nested_core.data.tokens.text_notes import Note
 from nested_core.rooms.preferences.row_rules import judge_pairs
 
 EMPTY_ANSWER_CHECK = "empty-answer"
-_ROLES = ("system", "user", "assistant", "tool")
+_TURNS_VALIDATOR = TypeAdapter(list[Message])
 
 
 class _PairLine(TypedDict):
@@ -28,7 +37,7 @@ class _PairLine(TypedDict):
     prompt: NotRequired[Any]
     chosen: NotRequired[Any]
     rejected: Any
-    tools: NotRequired[list[dict[str, Any]] | None]
+    tools: NotRequired[list[Function] | None]
 
 
 class _ChatPairLine(TypedDict):
@@ -36,7 +45,7 @@ class _ChatPairLine(TypedDict):
 
     chat: NotRequired[Any]
     rejected: Any
-    tools: NotRequired[list[dict[str, Any]] | None]
+    tools: NotRequired[list[Function] | None]
 
 
 def _prepare(fields: Fields, place: str) -> Fields:
@@ -86,11 +95,11 @@ def _read_turns(value: Any, place: str) -> list[dict[str, Any]]:
     turns = read_openai_turns(value, place)
     if not isinstance(turns, list) or not turns:
         raise LineProblem("wrong-type", f"{place}: expected a text or turns, found none of them")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
-            raise LineProblem("unknown-role", f"{place}[{number}]: expected a role of {_ROLES}")
-        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-            raise LineProblem("wrong-type", f"{place}[{number}].content: expected a text")
+    try:
+        _TURNS_VALIDATOR.validate_python(turns)
+    except ValidationError as error:
+        places = {str(number): f"{place}[{number}]" for number in range(len(turns))}
+        raise describe_validation_error(error, places, {}) from None
     return turns
 
 
