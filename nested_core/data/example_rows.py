@@ -21,12 +21,11 @@ from nested_core.data.lines.example_parsing import (
     Example,
     FieldNames,
     find_row_format,
-    fold_case_and_space,
     parse_line,
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import flatten_example, fold_questions
+from nested_core.data.lines.line_rows import flatten_example, fold_case_and_space, fold_questions
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular

@@ -56,8 +56,6 @@ from nested_core.storage.untrusted_files import (
 Role = Literal["system", "user", "assistant", "tool"]
 ANY_LOSS = "any"
 _JSON_WHITE_SPACE = b" \t\n\r"
-_ASCII_WHITE_SPACE = bytes(byte for byte in range(128) if chr(byte).isspace())
-_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.
 BLANK_TURN_PATTERN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
 # A role as one letter, in the content of a row.
@@ -457,13 +455,6 @@ def strip_line(raw: bytes, *, is_first: bool) -> bytes:
     if is_first:
         raw = raw.removeprefix(codecs.BOM_UTF8)
     return raw.strip(_JSON_WHITE_SPACE)
-
-
-def fold_case_and_space(content: bytes) -> bytes:
-    """Lower the case of a text and remove all that str.isspace takes for white space."""
-    if content.isascii():
-        return content.translate(_LOWERCASE_BYTE_TABLE, _ASCII_WHITE_SPACE)
-    return "".join(content.decode().casefold().split()).encode()
 
 
 def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str] | None:

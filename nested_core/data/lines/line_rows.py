@@ -16,7 +16,6 @@ from nested_core.data.lines.example_parsing import (
     Example,
     FieldNames,
     find_row_format,
-    fold_case_and_space,
     is_tool_calling_message,
     parse_line,
     strip_line,
@@ -27,6 +26,8 @@ from nested_core.storage.untrusted_files import collect_strings
 _TOOL_CALL_LETTER = "c"
 _ORPHAN_RESULT_LETTER = "o"
 _OTHER_ROLE_LETTER = "x"
+_ASCII_WHITE_SPACE = bytes(byte for byte in range(128) if chr(byte).isspace())
+_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 _ESCAPE_PATTERN = re.compile(r"\\(?:u....|.)")
 _SPACE_BY_ESCAPE = {_as_json(chr(n))[1:-1]: chr(n) for n in range(32) if chr(n).isspace()}
@@ -80,6 +81,13 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
         _name_first_blank_field(example, field_names),
         unknown,
     )
+
+
+def fold_case_and_space(content: bytes) -> bytes:
+    """Lower the case of a text and remove all that str.isspace takes for white space."""
+    if content.isascii():
+        return content.translate(_LOWERCASE_BYTE_TABLE, _ASCII_WHITE_SPACE)
+    return "".join(content.decode().casefold().split()).encode()
 
 
 def digest_example(example: Example) -> int:

@@ -16,14 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from nested_core import seams
-from nested_core.data.lines.example_parsing import (
-    ANY_LOSS,
-    FieldNames,
-    fold_case_and_space,
-    parse_line,
-)
+from nested_core.data.lines.example_parsing import ANY_LOSS, FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import fold_questions
+from nested_core.data.lines.line_rows import fold_case_and_space, fold_questions
 from nested_core.errors import ConfigError
 from nested_core.rooms.tables.labels import find_labels
 from nested_core.storage.untrusted_files import collect_strings

@@ -75,8 +75,8 @@ def test_another_file_beside_an_adapter_is_not_taken_for_it(places, what: str) -
     if what == "a copy":
         write_exported_rows(place, ROWS)
     further = write_run(place.parent / "further", 2) / "adapter"
-    other = shutil.copy(further / "adapters.safetensors", place / "more.safetensors")
-    for name, is_known in (("adapters.safetensors", True), (other.name, False)):
+    shutil.copy(further / "adapters.safetensors", place / "more.safetensors")
+    for name, is_known in (("adapters.safetensors", True), ("more.safetensors", False)):
         found = find_trained_rows(read_adapter_file(place / name), None)
         assert (found.unknown is None) == is_known
     assert find_trained_rows(read_adapter(place), None).digests.tolist() == [3, 5]
