@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def fold_questions(example: Example) -> list[bytes]:
     """
     asked: list[str] = []
     questions = []
-    for index, turn in enumerate(_turns_to_compare(example.messages), 1):
+    for index, turn in enumerate(map(_turn_to_compare, example.messages), 1):
         is_answer = turn["role"] == "assistant" or index == len(example.messages)
         if asked and is_answer:
             questions.append(fold_case_and_space("\0".join(asked).encode()))
@@ -119,24 +119,14 @@ def fold_questions(example: Example) -> list[bytes]:
     return questions
 
 
-def _turns_to_compare(turns: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return turns with each call as name and arguments, and in place of ids the calls' numbers.
+def _turn_to_compare(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn with each call as name and arguments, and without ids, which each log has anew.
 
-    Ids are other ones in each log. A result without an id answers the call that is next in order.
+    Results stand in their order.
     """
-    compared = []
-    numbers: dict[str, int] = {}
-    results = 0
-    for turn in map(dict, turns):
-        if is_tool_calling_message(turn):
-            calls = turn["tool_calls"]
-            numbers = {str(call["id"]): n for n, call in enumerate(calls) if call.get("id")}
-            results = 0
-            turn["tool_calls"] = list(map(_call_to_compare, calls))
-        elif turn["role"] == "tool":
-            turn["tool_call_id"] = numbers.get(turn.get("tool_call_id", ""), results)
-            results += 1
-        compared.append(turn)
+    compared = {key: value for key, value in turn.items() if key != "tool_call_id"}
+    if is_tool_calling_message(turn):
+        compared["tool_calls"] = [_call_to_compare(call) for call in turn["tool_calls"]]
     return compared
 
 
@@ -194,7 +184,7 @@ def _text_to_compare(example: Example, roles: str) -> str:
     if example.is_plain and not example.rest:
         return before + "\0".join([roles, *[message["content"] for message in example.messages]])
     functions = [tool.get("function", tool) | {"type": "function"} for tool in example.tools or ()]
-    turns = _turns_to_compare(example.messages)
+    turns = list(map(_turn_to_compare, example.messages))
     before += _json_to_compare([functions, turns[:-1]])
     return f"{before}\0{_json_to_compare([turns[-1:], dict(example.rest)])}"
 
