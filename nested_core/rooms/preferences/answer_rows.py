@@ -31,21 +31,24 @@ EMPTY_ANSWER_CHECK = "empty-answer"
 _TURNS_VALIDATOR = TypeAdapter(list[Message])
 
 
-class _PairLine(TypedDict):
-    """A pair by its keys; `_prepare` checks the values, but those of tools."""
+class _AnswerLine(TypedDict):
+    """What each form of a pair has; `_prepare` checks the values, but those of tools."""
+
+    rejected: Any
+    tools: NotRequired[list[Function] | None]
+
+
+class _PairLine(_AnswerLine):
+    """A pair by its keys."""
 
     prompt: NotRequired[Any]
     chosen: NotRequired[Any]
-    rejected: Any
-    tools: NotRequired[list[Function] | None]
 
 
-class _ChatPairLine(TypedDict):
+class _ChatPairLine(_AnswerLine):
     """A pair whose chosen answer ends a chat."""
 
     chat: NotRequired[Any]
-    rejected: Any
-    tools: NotRequired[list[Function] | None]
 
 
 def _prepare(fields: Fields, place: str) -> Fields:
@@ -121,15 +124,11 @@ def _read(fields: Fields) -> Turns:
     return Turns(turns, fields["places"], {"rejected": fields["rejected"]})
 
 
-def rejected_turns(example: Example) -> list[dict[str, Any]]:
-    """The conversation of a pair that ends with the rejected answer."""
-    return [*example.messages[:-1], {"role": "assistant", "content": example.rest["rejected"]}]
-
-
 def encode_pair(example: Example, tokenizer: Any) -> EncodedExample:
     """The chosen conversation and behind it the rejected one, of each the answer supervised."""
     chosen = _encode_answer(example, example.messages, tokenizer)
-    rejected = _encode_answer(example, rejected_turns(example), tokenizer)
+    answer = {"role": "assistant", "content": example.rest["rejected"]}
+    rejected = _encode_answer(example, [*example.messages[:-1], answer], tokenizer)
     broken = chosen if chosen.broken_turn >= 0 else rejected
     if broken.broken_turn >= 0:
         return broken
@@ -169,11 +168,6 @@ def _write(example: Example) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": last["content"], **example.rest, **tools}
 
 
-def _swap_answers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The pair that prefers the rejected answer of a row that `_write` has written."""
-    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-
-
 PAIRS: Mapping[str, RowFormat] = {
     name: RowFormat(
         model,
@@ -184,7 +178,7 @@ PAIRS: Mapping[str, RowFormat] = {
         encode=encode_pair,
         write=_write,
         judge=judge_pairs,
-        contradict=_swap_answers,
+        contradict=lambda row: {**row, "chosen": row["rejected"], "rejected": row["chosen"]},
     )
     for name, model, fields in (
         ("pair", _PairLine, ("prompt", "chosen", "rejected")),
