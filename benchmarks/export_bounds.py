@@ -67,7 +67,6 @@ def measure(family: str, seed: int, stored: str, folder: Path) -> Iterator[dict[
             "carried": record.logits.carried,
             "gain": record.gain.base - record.gain.adapter,
             "kept": record.gain.share,
-            "kept_low": record.gain.low,
             "lost": record.gain.exported - record.gain.adapter,
             "problems": record.problems,
         }
@@ -99,7 +98,7 @@ def main() -> None:
         print(
             f"{weights}: {len(own)} exports, {refused} refused; distance at most "
             f"{max(row['distance'] for row in own):.2g}, carried {min(carried):.3f} to "
-            f"{max(carried):.3f}, kept at least {min(row['kept_low'] for row in own):.3f}, lost at "
+            f"{max(carried):.3f}, kept at least {min(row['kept'] for row in own):.3f}, lost at "
             f"most {max(row['lost'] for row in own):.3g} nats/token"
         )
 

@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a process a core
@@ -51,8 +50,8 @@ from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.verdict import Validation
 from nested_core.registry.data_store import StoredRow
 from nested_core.rooms.evaluate.evaluating import conclude_models
+from nested_core.rooms.export.asked import HeldOutRows
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
-from nested_core.rooms.export.reference import HeldOutRows, Reference
 from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
 from nested_core.rooms.replay.ancestor_examples import MAX_ANCESTORS, AncestorExamples
 from nested_core.rooms.sweep.choice import SweepChoice, join_candidates
@@ -539,16 +538,9 @@ def export_is_refused(
     gains = gain + draw_noise(random, examples, distribution, gain)
     targets = tuple(tuple(range(int(count))) for count in tokens)
     rows = HeldOutRows("valid.jsonl", targets, targets, None)
-    reference = Reference(
-        *(Path(), None, (), (), (), (), np.zeros((0, 0)), np.zeros((0, 0))),
-        rows=rows,
-        base_losses=adapter + gains,
-        adapter_losses=adapter,
-        suites=(),
-        answers={},
-    )
     exported = adapter + lost + draw_noise(random, examples, distribution, ROUNDING)
-    return measure_kept_gain(reference, rows, exported, MIN_KEPT_GAIN).is_lost
+    sums = [-rows.counts * losses for losses in (adapter + gains, adapter, exported)]
+    return measure_kept_gain(rows, sums, MIN_KEPT_GAIN).is_lost
 
 
 def export_is_let_through(random: np.random.Generator, **planted: Any) -> bool:

@@ -1,6 +1,6 @@
 """How often the gate's 95 % intervals hold the truth.
 
-`python -m benchmarks.paired_intervals` prints that table of benchmarks/gate.md, in a few
+`python -m benchmarks.paired_intervals` prints what benchmarks/gate.md has of it, and more, in a few
 minutes. The rivals are Student's t and the other bootstrap intervals, from scipy where it has them.
 """
 

@@ -26,7 +26,6 @@ Written by `make docs` from the parser of `nested-tune`; do not edit it by hand.
 `nested-tune COMMAND --help` prints what is below. Of `train` it shows the sixteen flags that people
 use, and `--help-all` every one. Results go to standard output, progress and errors to standard
 error. [Exit codes](exit-codes.md) and [environment variables](environment.md) have their own pages.
-
 """
 CONFIGURED = """
 ## Flags of a configuration
@@ -41,14 +40,14 @@ SHARED = """
 
 
 def render_page() -> str:
-    """The page: groups of commands, shared flags, then each command with an example."""
+    """The page: shared flags, then each command with an example."""
     parser = build_parser()
     commands = {name: list(_listed_actions(command)) for name, command in parser.commands.items()}
     users: dict[str, list[str]] = defaultdict(list)
     for name, actions in commands.items():
         for action in actions:
             users[_row(action)].append(name)
-    parts = [HEAD, *_describe_groups(parser.summaries), *_describe_shared(users)]
+    parts = [HEAD, *_describe_shared(users)]
     configured = [
         f"`{name}`"
         for name, command in parser.commands.items()
@@ -58,7 +57,7 @@ def render_page() -> str:
     for group, summaries in parser.summaries.items():
         parts.append(f"\n## {group}\n")
         for name in summaries:
-            parts.append(f"\n### {name}\n\n{_example(parser.commands[name])}")
+            parts.append(f"\n### {name}\n\n{_describe(parser.commands[name])}")
             own = [row for row in map(_row, commands[name]) if len(users[row]) == 1]
             shared = [
                 row.split(": ")[0].strip()[2:]
@@ -90,21 +89,15 @@ def _row(action: argparse.Action) -> str:
     return f"- {names}{f': {_escape(action.help)}' if action.help else ''}\n"
 
 
-def _describe_groups(summaries: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
-    yield "| | command | what it does |\n|---|---|---|\n"
-    for group, names in summaries.items():
-        for name, summary in names.items():
-            yield f"| {group} | [`{name}`](#{name}) | {summary} |\n"
-            group = ""
-
-
 def _describe_shared(users: Mapping[str, list[str]]) -> Iterator[str]:
     yield SHARED
     yield from (row for row, names in users.items() if len(names) > 1)
 
 
-def _example(parser: argparse.ArgumentParser) -> str:
-    return f"```text\n{str(parser.description).partition('Example: ')[2]}\n```\n"
+def _describe(parser: argparse.ArgumentParser) -> str:
+    """What a command does, and its example."""
+    summary, _, example = str(parser.description).partition("\n\nExample: ")
+    return f"{summary.rstrip('.')}: `{example}`\n"
 
 
 def _escape(text: str) -> str:

@@ -39,9 +39,10 @@ key is also a flag, which wins over the file: `--learning-rate 1e-4`, `--nested.
 4]'`. Unknown keys are refused, with the nearest known one. `nested-tune init` writes a commented
 file for your data.
 
-Each line has a key, its default and what it does. The last lines of a section name the keys that
-**may differ** where a run is resumed, and those that are **no reason to train again** in a run from
-the champion (`continual`). `model` and `data` are compared by content, not by path.
+Each line has a key, its default, other choices if they are few, and what it does. The last lines of
+a section name the keys that **may differ** where a run is resumed, and those that are **no reason
+to train again** in a run from the champion (`continual`). `model` and `data` are compared by
+content, not by path.
 
 YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Plain words are those of
 YAML 1.2: `true`, `false`, `null`, decimal numbers, `1e-5`. All else is text, such as `2026-11-21`
@@ -136,7 +137,7 @@ def _describe_keys(keys: list[Key], section: str) -> Iterator[str]:
     of_section = [key for key in keys if key.name.rpartition(".")[0] == section]
     rows = [key for key in of_section if key.section is None]
     for key in rows:
-        yield f"- `{_last(key)}` ({_default(key)}): {key.field.description}{_choices(key)}\n"
+        yield f"- `{_last(key)}` ({_values(key)}): {key.field.description}\n"
     yield _list_exceptions("May differ", rows, may_differ_on_resume)
     yield _list_exceptions("No reason to train again", rows, lambda key: not key.changes_adapter)
 
@@ -156,19 +157,18 @@ def _last(key: Key) -> str:
     return key.name.rpartition(".")[2]
 
 
-def _default(key: Key) -> str:
+def _values(key: Key) -> str:
+    """The default of a key, and what else it can be if there are choices."""
     if key.name in REQUIRED_KEYS or key.field.default is PydanticUndefined:
-        return "required"
-    return f"`{json.dumps(key.field.default)}`"
+        return ", ".join(["required", *_choices(key)])
+    default = f"`{json.dumps(key.field.default)}`".replace('"', "")
+    return ", ".join(dict.fromkeys([default, *_choices(key)]))
 
 
-def _choices(key: Key) -> str:
+def _choices(key: Key) -> list[str]:
     parts: list[Any] = [key.field.annotation, *get_args(key.field.annotation)]
-    for part in parts:
-        if get_origin(part) is Literal:
-            choices = ", ".join(f"`{choice}`" for choice in get_args(part))
-            return f" (one of {choices})"
-    return ""
+    literals = [part for part in parts if get_origin(part) is Literal]
+    return [f"`{choice}`" for part in literals[:1] for choice in get_args(part)]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Write the drawings in docs/images: `make pictures`.
 
 Curves, verdicts and tables are those of two runs of the demo that it makes, one broken on purpose.
-Times are those of the table in benchmarks/README.md. An image follows the reader's colour scheme.
+An image follows the reader's colour scheme.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,6 @@ from nested_core.text.svg_chart import STANDALONE, Chart, Curve, Point, draw_cha
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
-BENCHMARKS = ROOT / "benchmarks" / "README.md"
 
 # An <img> follows the reader's colour scheme, light or dark, by this.
 STYLE = """\
@@ -54,13 +52,6 @@ RUNS = {"nested-tune demo": (), "nested-tune demo --break-training": ("--break-t
 CURVES = {"training loss": "loss", "validation loss": "val_loss"}
 SPREADS = (0.2, 0.1, 0.05)
 EXAMPLES = range(5, 201)
-# The rows of "Whole commands on one H200" that are drawn, by their beginnings.
-COMMANDS = {
-    "0.5B, 300 iterations: median": "0.5B, 300 iterations",
-    "3B, 100 iterations: median": "3B, 100 iterations",
-    "3B, 1,000 iterations, host C": "3B, 1,000 iterations",
-    "the same on host D, four processes": "0.5B, first run, kernels compiled",
-}
 # What each step of a run writes, and what is checked there; the letters are those of the page.
 STEPS = (
     ("1 BEGIN", "config.yaml", ("keys, types and paths",)),
@@ -286,39 +277,6 @@ def _detectable(spread: float) -> list[Point]:
     ]
 
 
-def draw_times(page: str) -> Drawing:
-    """Bars of the seconds that whole commands took, from the table of the benchmarks."""
-    drawing = Drawing("Seconds of whole commands: mlx_lm.lora and nested-tune train", 0)
-    drawing.text(16, 24, "Seconds of a whole command on one H200", font_weight="bold")
-    times = {label: _read_times(page, row) for row, label in COMMANDS.items()}
-    most = max(max(pair) for pair in times.values())
-    y = 46
-    for label, pair in times.items():
-        drawing.text(16, y + 10, label)
-        y += 18
-        for name, colour, seconds in zip(
-            ("mlx_lm.lora", "nested-tune train"), ("theirs", "ours"), pair, strict=True
-        ):
-            length = seconds / most * (WIDTH - 220)
-            drawing.text(132, y + 12, name, "label", text_anchor="end", font_size="12")
-            drawing.bar(140, y, length, 15, colour, rx="2")
-            drawing.text(146 + length, y + 12, f"{seconds:g}", font_size="12")
-            y += 19
-        y += 14
-    drawing.height = y
-    return drawing
-
-
-def _read_times(page: str, row: str) -> tuple[float, float]:
-    """The seconds of both programs in a row of the table."""
-    found = re.search(
-        rf"^\| {re.escape(row)}[^|]*\| ([\d.]+) [^|]*\| ([\d.]+) ", page, re.MULTILINE
-    )
-    if found is None:
-        raise SystemExit(f"benchmarks/README.md has no row of whole commands that begins {row!r}")
-    return float(found[1]), float(found[2])
-
-
 def draw_topology() -> Drawing:
     """What runs on a server, and who talks to whom."""
     drawing = Drawing(
@@ -363,7 +321,6 @@ def main() -> None:
         draw_report(next(iter(runs.values()))).write("report.svg")
     draw_pipeline().write("pipeline.svg")
     draw_power().write("power.svg")
-    draw_times(BENCHMARKS.read_text(encoding="utf-8")).write("times.svg")
     draw_topology().write("topology.svg")
 
 

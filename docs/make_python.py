@@ -45,7 +45,8 @@ for row in found.rows():  # pandas.DataFrame(found.rows()) takes them
 [notebook.ipynb](../examples/notebook.ipynb) goes the same way with the example. A test runs both.
 
 The names below are public. Anything else may change in any release
-([versions](README.md#versions)). See also [notebooks](report.md#notebooks) and
+([versions](README.md#versions)). What a notebook displays has `to_html` and `describe`, and
+what `--json` prints has `to_json`. See also [notebooks](report.md#notebooks) and
 [the optimizers](nested-optimizer.md).
 """
 EVERY_SECTION = {
@@ -82,6 +83,7 @@ SECTIONS = {
 }
 
 
+WRITTEN_DOWN = ("to_html", "to_json", "from_json", "describe")  # methods that the head names once
 LONGEST_LINE = 85  # of a block, as wide as the site shows
 DESCRIBED = r"`{0}`|^ *(\w+, )*{0}(, \w+)*: "  # a parameter, in a sentence or in a list
 
@@ -130,7 +132,7 @@ def _describe(name: str, value: Any) -> Iterator[str]:
     yield f"{_as_markdown(text)}\n"
     if isinstance(value, type) and issubclass(value, NestedTuneError):
         yield f"\nExit code [{value.exit_code}](exit-codes.md#exit-{value.exit_code}).\n"
-    if methods := list(_methods(value)):
+    if methods := [name for name in _methods(value) if not name.startswith(WRITTEN_DOWN)]:
         yield "\nMethods:\n\n"
     for method in methods:
         first = inspect.getdoc(getattr(value, method)) or ""

@@ -16,7 +16,6 @@ from benchmarks.silent_failures.failures import Failure, read_failures
 from benchmarks.silent_failures.tables import (
     Rows,
     count,
-    draw_table,
     head,
     read_all_rows,
     read_misses,
@@ -50,36 +49,32 @@ noticed](images/{picture})
 """
 STUDY = """# Silent failures: what tools notice
 
-The study behind [the list of failures](../../docs/silent-failures.md).
-`python -m benchmarks.silent_failures` plants each failure in a folder beside its healthy twin, and
-runs a tool on both, step by step, as its own documentation says. The list, `failures.toml`, was
-committed before any tool was run on it. It was chosen by the makers of nested-tune, which is one of
-the tools. The base is the tiny model of `examples/`; everything runs on a Linux CPU. The rows, with
-commands and the end of what was printed, are in `results/`.
+Which failures of [the list](../../docs/silent-failures.md) does a trainer notice?
+`python -m benchmarks.silent_failures --tool NAME` plants each in a folder beside its healthy twin,
+runs the tool on both, step by step, as its own documentation says, and prints a line a failure.
+The list, `failures.toml`, was chosen by the makers of nested-tune, which is one of the tools. It
+was committed before any tool was run on it; its head names what was changed afterwards. The base is
+the tiny model of `examples/`, on a Linux CPU. Rows, with what was printed, are in `results/`.
 
-- *Noticed*: the command fails, refuses, or prints a warning that names the failure and that the
-  healthy twin does not get. Doing the right thing counts too. *Before*, *after* and *use* say when:
-  before training, in or after it, or at promotion, fusing, export or serving.
-- *Not named*: it failed or refused, without a word of the failure.
-- *Not applicable*: the tool has no such step, or its own code would have to be broken.
-- *False alarm*: the healthy twin is warned of in the same words, or refused.
+*Noticed*: before the adapter is used, the command fails, refuses, or prints a warning that names
+the failure and that the healthy twin does not get. Doing the right thing counts too. *Not
+applicable*: the tool has no such step, or its own code would have to be broken. *False alarm*: the
+healthy twin is warned of in the same words, or refused.
 
 A line counts if it holds one of the words that the list has for the failure. So a tool can be said
-to notice by a line that meant something else, or to miss by words that the list lacks. A loss that
-is reported is no warning, even if it is NaN. Two readers from outside checked twenty rows on
-27 November 2026: seven were wrong, and what they touched was run again.
+to notice by a line that meant something else, or to miss by words that the list lacks. Two readers
+from outside checked twenty rows on 27 November 2026: seven were wrong, and what they touched was
+run again.
 
 ## Planted by strangers
 
-`blind.jsonl` has the failures that two strangers planted, who knew the documents but not the
-gate's code. nested-tune noticed **one of the first ten**; after eight were mended it notices nine.
-It misses another version of mlx_lm with other rotary positions, unless an eval set is a
-[canary](../../docs/serving.md#canary). It noticed **one of the second fourteen**: most of the
-others show only where two things are compared, such as answers shifted by one row. Only these first
-numbers say something of failures that nobody has thought of yet.
-
-The first rows of the list itself, 23 of 25 noticed, are in `first-count.jsonl`. The warnings that
-were added are cautious: of eight real data sets with 79,468 rows in the largest six, none gets one.
+Two strangers, who knew the documents but not the gate's code, planted failures of their own
+(`blind.jsonl`). nested-tune noticed **one of the first ten** and **one of the second fourteen**.
+Eight of the ten were mended afterwards, which no row shows. Most of the others show only where two
+things are compared, such as answers shifted by one row. Only these first numbers say something of
+failures that nobody has thought of yet. The list's own first rows are in `first-count.jsonl`: 23 of
+25 noticed; the other ten had no row before mends began. Of eight real data sets with 79,468 rows in
+the largest six none was warned of (rows not kept).
 """
 
 PREFERENCES = """## Five more of training on preferences
@@ -101,43 +96,36 @@ def render_guide() -> str:
 
 
 def render_study() -> str:
-    """The page of the study: which tool notices which failure."""
+    """The page of the study: how many failures each tool notices, and why not all are run."""
     failures, tools = read_failures(), read_all_rows()
     missed = [f"- {failures[name].kind}: {why}" for name, why in read_misses().items()]
+    preferences = count(read_all_rows("preferences")["nested-tune"])
     parts = [
         STUDY,
         "## What tools notice\n",
         *(describe_tool(name, rows) for name, rows in tools.items()),
-        "",
-        draw_table(failures, tools) + "\n",
+        f"\n![By failure, tool and time](../../docs/images/{PICTURE.name})\n",
         *(["nested-tune misses:\n", *missed, ""] if missed else []),
-        "## What does not apply or was not run, and why\n",
-        *(line for name, rows in tools.items() for line in explain_missing(failures, name, rows)),
-        "",
-        "## Training on preferences\n",
-        "nested-tune alone was run, with `samples: warn`. Two plants break its own code.\n",
-        draw_table(read_failures("preferences"), read_all_rows("preferences")) + "\n",
+        "Of training on preferences nested-tune alone was run, with `samples: warn`, and noticed",
+        f"{preferences}. Two plants break its own code.",
     ]
-    return "\n".join(parts).rstrip("\n") + "\n"
+    return "\n".join(parts) + "\n"
 
 
 def describe_tool(name: str, rows: Rows) -> str:
-    """A line with a tool's backend and versions, and what it was given to check with."""
+    """A line with a tool's count, versions and checks, and why it is not run on some failures."""
     version = next(iter(rows.values()))["version"]
     backend = TOOLS[name].backend
-    return f"- {name} ({f'{backend}; ' if backend else ''}{version}): {TOOLS[name].checks}."
+    setup = f"{f'{backend}; ' if backend else ''}{version}"
+    told = f"- **{name}: {count(rows)}** ({setup}): {TOOLS[name].checks}."
+    return told + explain_missing(name, rows)
 
 
-def explain_missing(failures: Mapping[str, Failure], name: str, rows: Rows) -> list[str]:
-    """A line for each reason why failures do not apply to a tool or it is not run, with those."""
-    reasons: dict[str, list[str]] = {}
-    for failure, row in rows.items():
-        if row["noticed"] in {"not applicable", "not run"}:
-            reasons.setdefault(row["said"], []).append(failures[failure].kind)
-    return [
-        f"- {name}: {reason} ({'all' if len(kinds) == len(failures) else '; '.join(kinds)})."
-        for reason, kinds in reasons.items()
-    ]
+def explain_missing(name: str, rows: Rows) -> str:
+    """Why failures do not apply to a tool, or why it is not run; empty if all are run."""
+    outside = {"not applicable", "not run"}
+    reasons = dict.fromkeys(row["said"] for row in rows.values() if row["noticed"] in outside)
+    return f" Not run: {'; '.join(reasons)}." if reasons else ""
 
 
 def describe(failure: Failure) -> str:

@@ -90,9 +90,8 @@ def prepare() -> Preparation:
     """Prepare this process for MLX; call it before anything imports mlx. Later calls do nothing.
 
     On Linux it opens OpenBLAS for MLX's build for CPUs (NESTED_TUNE_NO_OPENBLAS=1 leaves it out),
-    sets what MLX's build for CUDA reads at its start, and gives compiled kernels a private folder.
-    A variable that is set already stays. If mlx was imported before, a RuntimeWarning says what
-    cannot be done any more.
+    sets variables for MLX's build for CUDA, and gives compiled kernels a private folder. If mlx was
+    imported before, a RuntimeWarning says what cannot be done any more.
     """
     global _preparation
     if _preparation is None:

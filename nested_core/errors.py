@@ -86,8 +86,7 @@ class NestedTuneError(Exception):
     """Base of all errors of this project; `exit_code` is what the command line returns.
 
     message: text that is safe to show, even if it quotes names from files.
-    advice: follows the message, in the words of the reader's tool: the command line's by default.
-        In a program's traceback the advice for Python follows as a note.
+    advice: what to do, for the command line; in a traceback a note has it for Python.
     """
 
     exit_code = 1

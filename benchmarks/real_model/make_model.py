@@ -14,7 +14,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from nested_core import backend
@@ -26,8 +25,8 @@ from gguf import GGUFReader, dequantize  # noqa: E402
 from mlx_lm import load  # noqa: E402
 
 from nested_core.errors import NestedTuneError, shorten  # noqa: E402
-from nested_core.rooms.export.gguf.families import change_layout, config_of, mlx_name  # noqa: E402
-from nested_core.rooms.export.gguf.vocabulary import Vocabulary  # noqa: E402
+from nested_core.rooms.export.gguf.families import config_of, rename_tensors  # noqa: E402
+from nested_core.rooms.export.gguf.vocabulary import SPECIAL, save_tokenizer  # noqa: E402
 from nested_core.storage import atomic  # noqa: E402
 from nested_core.storage.lock_file import exclusive_lock  # noqa: E402
 from nested_core.storage.untrusted_files import regular_sha256  # noqa: E402
@@ -115,19 +114,17 @@ def write_model(gguf: Path, folder: Path) -> None:
     reader = GGUFReader(gguf)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     config = config_of(metadata, {tensor.name: tensor for tensor in reader.tensors})
-    vocabulary = Vocabulary.of_metadata(metadata)
-    ends = {f"{name}_token_id": token for name, token in vocabulary.special.items()}
+    ids = {f"{name}_token_id" for name in SPECIAL}
+    ends = {key: metadata[own] for key in ids if (own := f"tokenizer.ggml.{key}") in metadata}
     config |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"} | ends
-    args = SimpleNamespace(**config)
-    weights = {}
-    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.name):
-        values = mx.array(dequantize(tensor.data, tensor.tensor_type)).astype(mx.bfloat16)
-        laid_out = change_layout("llama", tensor.name, values, args, back=True)
-        weights[mlx_name("llama", tensor.name)] = laid_out
+    tensors = {
+        tensor.name: mx.array(dequantize(tensor.data, tensor.tensor_type)).astype(mx.bfloat16)
+        for tensor in sorted(reader.tensors, key=lambda tensor: tensor.name)
+    }
+    weights = rename_tensors("llama", tensors, config)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     atomic.write_json(folder / "config.json", config)
-    atomic.write_json(folder / "tokenizer.json", vocabulary.tokenizer_json())
-    atomic.write_json(folder / "tokenizer_config.json", vocabulary.tokenizer_config())
+    save_tokenizer(metadata, folder)
 
 
 def find_problem(folder: Path) -> str | None:

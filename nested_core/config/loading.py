@@ -205,7 +205,7 @@ def load_config(
 
     path: the YAML file; None for flags and defaults alone.
     flags: values by dotted name, such as `nested.fast`; None means not given. As in mlx_lm.lora, a
-        flag wins over the file and a null in the file means the default. `optimizer` may be a class
+        flag wins over the file and a null means the default. `optimizer` may be a class
         of your own, which takes a learning_rate as mlx's optimizers do.
 
     Relative paths start at the working directory. Raises ConfigError with every problem.

@@ -125,8 +125,7 @@ class TrainingSection(Section):
     keep_checkpoints: PositiveInt = key(5, "checkpoints kept, with the best and the last always")
     precision: Literal["auto", "float32", "bfloat16"] = key(
         "auto",
-        "dtype of the forward and backward pass; auto: float32 on a CPU, which multiplies bfloat16 "
-        "matrices several times slower, and on a GPU the dtype that the model is stored in",
+        "dtype of the passes (auto: float32 on a CPU, on a GPU the dtype of the stored model)",
         in_loss="value",
     )
     memory_limit_gb: PositiveFloat | None = key(None, "GB of the device's memory to stay within")
@@ -147,8 +146,8 @@ class TrainingSection(Section):
     )
     hang_timeout: HangTimeout | None = key(
         "auto",
-        "seconds without a step until ranks that wait are ended (auto: ten times the longest of "
-        "the last steps, and a minute at least)",
+        "seconds without a step until ranks that wait are ended (auto: ten times the longest "
+        "step, a minute at least)",
         affects="output",
         in_form=False,
     )
@@ -510,8 +509,8 @@ class GateSection(Section):
     )
     samples: Literal["warn", "fail"] = key(
         "warn",
-        "if training broke most answers to sample prompts (empty, repeated, endless): warn "
-        "prevents automatic promotion, fail rejects the adapter",
+        "if training broke most answers to sample prompts: warn prevents automatic promotion, "
+        "fail rejects the adapter",
     )
     min_relative_change: NonNegativeFloat = key(
         0.0, "the smallest relative change that at least one tensor must have"
@@ -527,8 +526,8 @@ class GateSection(Section):
     )
     max_ancestor_loss_increase: NonNegativeFloat | None = key(
         None,
-        "allowed relative rise of the loss, from the champion's, on what each of its ancestors was "
-        "judged by (null: measured, and no reason to reject)",
+        "allowed relative rise of the champion's loss on what its ancestors were judged by (null: "
+        "measured, and no reason to reject)",
     )
     check_fused: bool = key(False, "check the adapter fused into the base model too")
     max_kl: NonNegativeFloat | None = key(
@@ -544,8 +543,7 @@ class GateSection(Section):
     )
     noise: Literal["paired", "none"] = key(
         "paired",
-        "paired: a loss or score is worse if the 95 % interval of the paired differences is above "
-        "0 and may exceed the margin; none: the threshold alone, on the mean",
+        "whether paired 95 % intervals decide, or (none) means and thresholds alone",
     )
 
     def find_conflicts(self) -> Iterator[str]:
@@ -679,8 +677,7 @@ class ContinualSection(Section):
     )
     rate: float = key(
         1.0,
-        "share of learning_rate at which a run goes on from the champion (0.3 was better on a base "
-        "of 0.4M parameters at 4e-4, 1 on SmolLM2-135M-Instruct at 1e-4)",
+        "share of learning_rate at which a run goes on from the champion",
         affects="training",
         gt=0,
         le=1,

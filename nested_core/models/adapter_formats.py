@@ -5,15 +5,12 @@ nested_core/rooms/__init__.py lists the rooms' formats.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from nested_core import seams
-from nested_core.storage.safetensors_files import StoredTensor
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -45,23 +42,6 @@ class Conversion:
         }
 
 
-@dataclass(frozen=True)
-class DescribedAdapter:
-    """An adapter of another format, and the tensors that its configuration requires on a base.
-
-    tensors: those in the file, under mlx-lm's names and transposed as in mlx-lm.
-    expected: the shape of each tensor that the configuration requires.
-    scales: the factor on lora_a @ lora_b, by module.
-    unmatched_targets: names in the configuration that match no module of the base.
-    """
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
-    expected: Mapping[str, Shape]
-    scales: Mapping[str, float]
-    unmatched_targets: tuple[str, ...]
-
-
 class AdapterFormat(Protocol):
     """A format of adapters of another program.
 
@@ -74,13 +54,6 @@ class AdapterFormat(Protocol):
 
     def is_adapter(self, folder: Path) -> bool:
         """Whether a folder holds files of this format, and not those of mlx-lm."""
-        ...
-
-    def describe(self, folder: Path, sides: Mapping[str, tuple[int, int]]) -> DescribedAdapter:
-        """Read an adapter for a base.
-
-        `sides` has the numbers of inputs and outputs of the base's linear modules, by name.
-        """
         ...
 
     def import_adapter(self, folder: Path, out: Path, model: str) -> Conversion:

@@ -115,12 +115,10 @@ def verify_updates(
 ) -> UpdateReport:
     """Compare the arrays in a tree with their expected new and their old values, bit for bit.
 
-    Returns which differ from the new value, so that the update was not applied, and which equal the
-    old one, so that the update did not move them.
+    Returns which differ from the new value (not applied), and which equal the old one (unmoved).
 
-    before, expected: old and new arrays by dotted name, of the shapes in `nested`. Bits are
-        compared, so that NaN equals itself and 0.0 differs from -0.0. It takes one evaluation on
-        the device.
+    before, expected: old and new arrays by dotted name, of the shapes in `nested`. NaN equals
+        itself and 0.0 differs from -0.0. It takes one evaluation on the device.
 
     Raises ValueError if `before` lacks a name.
     """

@@ -64,12 +64,9 @@ def assign_tiers(
 ) -> TierMap:
     """Assign every trainable parameter to a tier, by the configured strategy.
 
-    Strategies are patterns of names, the importance of each parameter, or the depth of its layer.
-
     names: dotted, as in mlx's trees.
     settings: the configuration's section `nested`.
-    importance: each parameter's mean squared gradient norm over a few batches; the strategy
-        `parameter_importance` needs it.
+    importance: each parameter's mean squared gradient norm, for `parameter_importance`.
 
     Raises ConfigError if a tier would be empty or a pattern matches nothing. Warns, by name, of
     parameters that no rule covers and that go to the slowest tier.

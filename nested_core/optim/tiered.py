@@ -54,24 +54,21 @@ class Tiered(Optimizer):
     """Any mlx optimizer with tiers; a tier of frequency f is updated at the steps n % f == 0.
 
     Each tier has its own inner optimizer, which counts its tier's own updates (bias correction,
-    Adafactor's decay). A learning rate schedule is evaluated at the training step. Parameters and
-    state of a tier that is not due do not change. A step with a non-finite gradient, or one that
-    would make a sum of gradients non-finite, advances the step count and changes nothing else.
+    Adafactor's decay). A learning rate schedule is evaluated at the training step. A step with a
+    non-finite gradient or sum of gradients advances the step count and changes nothing else.
 
     Args:
         make_optimizer: returns a new inner optimizer, as `lambda: Muon(1e-3)`; called once a tier.
         tiers: the tiers, fastest first.
-        slow_gradients: "skip" uses the gradient of the due step alone; "accumulate" sums up the
-            gradients of the whole chunk (the Continuum Memory System, arXiv 2512.24695, eq. 71).
-        accumulate: whether a chunk is applied as the "mean" or the "sum" of its gradients.
+        slow_gradients: "skip" uses the gradient of the due step alone; "accumulate" those of the
+            whole chunk (arXiv 2512.24695, eq. 71), as their "mean" or "sum" (`accumulate`).
         max_grad_norm: bound on the global L2 norm of the gradients about to be applied; 0 is off.
 
     Raises ValueError for invalid tiers or options, and for a tier's weight_decay or
     learning_rate_scale that the inner optimizer does not use.
 
-    State: mlx's tree (`step`, `learning_rate`, and each parameter's moments); `sum` for a parameter
-        whose gradients are accumulated; `had_gradient` for one without a second moment, to tell
-        whether a gradient came; and the counters of all tiers (`tier_counters.new_tier_counters`).
+    State: mlx's tree; `sum` for a parameter whose gradients are accumulated; `had_gradient` for one
+        without a second moment; and the counters of all tiers (`tier_counters.new_tier_counters`).
     """
 
     def __init__(

@@ -105,9 +105,9 @@ def promote(
         registry: the folder that the name is in.
         by: who promotes it, as the history says; the user of this process by default.
 
-    A person's decision overrides the registry's policy. A RuntimeWarning says if the policy would
-    have refused it, or if the previous champion had a lower loss. Raises ConfigError if nothing was
-    trained, GateRejected if the verdict is not "passed", DamagedError for damaged files.
+    It overrides the registry's policy; a RuntimeWarning says if that would have refused it, or if
+    the previous champion had a lower loss. Raises ConfigError if nothing was trained, GateRejected
+    if the verdict is not "passed", DamagedError for damaged files.
     """
     run = result.run if isinstance(result, FinetuneResult) else RunDirectory(Path(result))
     registry = Path(registry)

@@ -310,7 +310,7 @@ ROOMS: Mapping[str, Room] = {
             "init": (
                 *("--split", "--suite", "--prompt-feature", "--completion-feature"),
                 *("--completion-features", "--template", "--system", "--system-file"),
-                *("--overwrite", "--champion"),
+                "--champion",
             )
         },
         readers={".xlsx": "nested_core.rooms.tables.workbook:read_workbook"},

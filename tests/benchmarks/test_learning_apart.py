@@ -19,7 +19,6 @@ from mlx.optimizers import Adam
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 from mlx_lm.tuner.utils import build_schedule
-from scipy import stats
 
 from benchmarks.learning import apart, arms, fresh
 from benchmarks.learning.apart import TESTED, holm
@@ -148,12 +147,16 @@ def pairs_of(one: str, other: str) -> dict[str, Any]:
 
 
 def interval(mean: float, error: float, freedom: int) -> list[float]:
+    from scipy import stats  # it takes a second, and all tests are collected each time
+
     half = float(stats.t.ppf(0.975, freedom)) * error
     return [mean, mean - half, mean + half]
 
 
 def here(one: str, other: str) -> tuple[list[float], float]:
     """The interval on these tasks and its p."""
+    from scipy import stats
+
     pairs = pairs_of(one, other)
     seeds = [rows.mean(axis=1) for rows in pairs.values()]
     freedom = sum(len(each) - 1 for each in seeds)
@@ -262,7 +265,7 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
     of_k = [value for arm in LIKE_K for value in seconds[arm]]
     count: Callable[[Any], int] = sum
     expected: dict[str, list[float]] = {
-        r"in general: (\S+) points\*\* \((\S+) to (\S+) on these tasks, (\S+) to (\S+) over": [
+        r"s word: (\S+) points\*\* \((\S+) to (\S+) on these tasks, (\S+) to (\S+) over": [
             *here("c", "c-unclipped")[0],
             *over_tasks("c", "c-unclipped")[1:],
         ],

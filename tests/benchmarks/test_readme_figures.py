@@ -48,10 +48,16 @@ def mean_right(arm: str, file: str = "rows-2.jsonl", seeds: range = range(1, 6))
     return 100 * statistics.fmean(of_tasks)
 
 
-def pair_ratios(*, first: bool) -> list[float]:
+def book_loss(arm: str) -> float:
+    """The loss on a book of an arm of the fourth study under its first seed, mean over tasks."""
+    rows = [row for row in read_jsonl(LEARNING / "rows-4.jsonl") if row["arm"] == arm]
+    return statistics.fmean(row["general_loss"] for row in rows if row["seed"] == 1)
+
+
+def pair_ratios(*, first: bool, leases: tuple[str, ...] = LEASES) -> list[float]:
     """The seconds of arm c by those of k: of all pairs but the warm-ups, or of these alone."""
     ratios = []
-    for lease in LEASES:
+    for lease in leases:
         rows = read_jsonl(LEARNING / lease)
         seconds = {(row["task"], row["seed"], row["arm"]): row["seconds"] for row in rows}
         for task, seed in sorted({(row["task"], row["seed"]) for row in rows}):
@@ -89,22 +95,26 @@ def test_right_answers_are_the_means_of_all_seeds_that_were_run() -> None:
 def test_right_answers_at_other_rates_are_those_of_the_one_seed_that_each_arm_has() -> None:
     told = [float(each) for each in re.findall(r"([\d.]+) %", measured("The same on other"))]
     one = range(1, 2)
-    arms = [("c", one), ("c-unclipped", range(1, 3)), ("k", one), ("k-2e-4", one), ("k-3e-4", one)]
-    figures = [mean_right(arm, "rows-4.jsonl", seeds) for arm, seeds in arms]
+    arms = ("c", "c-unclipped", "k", "k-2e-4", "k-3e-4")
+    figures = [mean_right(arm, "rows-4.jsonl", one) for arm in arms]
     assert told == pytest.approx(figures, abs=0.0501)
 
 
 def test_seconds_of_training_are_those_of_all_pairs_of_all_leases() -> None:
     cells = measured("Seconds of that training")
-    pattern = r"([\d.]+), in (\d+) pairs ([\d.]+) to ([\d.]+)\. First runs.*: (.*?) \|"
+    pattern = (
+        r"([\d.]+) over four leases \((\d+) pairs, ([\d.]+) to ([\d.]+)\),"
+        r" ([\d.]+) in the newest \((\d+) pairs\)\. First runs.*: (.*?) \|"
+    )
     told = re.search(pattern, cells)
     assert told is not None
-    warm = pair_ratios(first=False)
-    mean, number, least, most, first = told.groups()
-    assert int(number) == len(warm)
-    figures = [statistics.geometric_mean(warm), min(warm), max(warm)]
-    assert [float(each) for each in (mean, least, most)] == pytest.approx(figures, abs=0.00501)
-    said = sorted(float(each) for each in first.split(", "))
+    warm, newest = pair_ratios(first=False), pair_ratios(first=False, leases=LEASES[-1:])
+    mean, number, least, most, late, late_number, first = told.groups()
+    assert [int(number), int(late_number)] == [len(warm), len(newest)]
+    means = [statistics.geometric_mean(each) for each in (warm, newest)]
+    figures = [*means, min(warm), max(warm)]
+    assert [float(f) for f in (mean, late, least, most)] == pytest.approx(figures, abs=0.00501)
+    said = sorted(float(each) for each in re.findall(r"[\d.]+\d", first))
     assert said == pytest.approx(sorted(pair_ratios(first=True)), abs=0.00501)
 
 
@@ -116,7 +126,8 @@ def test_seconds_of_training_are_those_of_all_pairs_of_all_leases() -> None:
     ],
 )
 def test_whole_commands_are_those_of_the_rows(row: str, key: str, digits: float) -> None:
-    told = [float(each) for each in re.findall(r"\d\.\d+(?!B)", measured(row).split("|")[1])]
+    cell = measured(row).split("|")[1].partition(" [On H100s]")[0]
+    told = [float(each) for each in re.findall(r"\d\.\d+(?!B)", cell)]
     again = command_ratios(key, ("", ""))
     first = command_ratios(key, ("+cold", "+first"))
     assert told == pytest.approx([*again, *first], abs=digits)
@@ -133,7 +144,7 @@ def test_planted_failures_are_those_of_the_rows() -> None:
             assert f"{shown} {counted}" in cells, tool
     folder = BENCHMARKS / "silent_failures"
     first = [row["noticed"] != "never" for row in read_jsonl(folder / "first-count.jsonl")]
-    assert f"(its first rows: {sum(first)} of {len(first)})" in cells
+    assert f"(its first rows: {sum(first)} of {len(first)};" in cells
     blind = read_jsonl(folder / "blind.jsonl")
     days = sorted({row["planted"] for row in blind})
     counts = [[row["noticed"] for row in blind if row["planted"] == day] for day in days]
@@ -144,9 +155,24 @@ def test_planted_failures_are_those_of_the_rows() -> None:
 def test_what_is_worse_is_that_of_the_rows() -> None:
     part = " ".join(README.partition("\n## Where it is worse\n")[2].partition("\n## ")[0].split())
     memory = re.search(r"up to ([\d.]+) times while SmolLM2", part)
-    tiers = re.search(r"cost ([\d.]+) points .*? layers fast, and ([\d.]+) with shallow", part)
+    rates = re.search(
+        r"had ([\d.]+) and ([\d.]+) points more .*, and ([\d.]+) and ([\d.]+) nats/token", part
+    )
+    tiers = re.search(
+        r"([\d.]+) points fewer right \(([\d.]+) to ([\d.]+), deep .*?"
+        r"and ([\d.]+) \((-[\d.]+) to ([\d.]+), shallow",
+        part,
+    )
     assert memory is not None
     assert tiers is not None
+    assert rates is not None
+    one = range(1, 2)
+    figures = [
+        mean_right(arm, "rows-4.jsonl", one) - mean_right("c", "rows-4.jsonl", one)
+        for arm in ("k-2e-4", "k-3e-4")
+    ]
+    figures += [book_loss(arm) - book_loss("c") for arm in ("k-2e-4", "k-3e-4")]
+    assert [float(each) for each in rates.groups()] == pytest.approx(figures, abs=0.0501)
     most = []
     for lease, task in product(LEASES_OF_BOUNDED_BUFFERS, ("banking77", "restaurant8k")):
         rows = [row for row in read_jsonl(LEARNING / lease) if row["task"] == task]
@@ -154,6 +180,8 @@ def test_what_is_worse_is_that_of_the_rows() -> None:
         most += [c[seed] / k[seed] for seed in c.keys() & k.keys()]
     assert float(memory[1]) == pytest.approx(max(most), abs=0.0501)
     page = (LEARNING / "RESULTS-2.md").read_text("utf-8")
-    for name, told in zip(("g-deep", "g-shallow"), tiers.groups(), strict=True):
+    told = [float(each) for each in tiers.groups()]
+    for name, fewer in (("g-deep", told[:3]), ("g-shallow", told[3:])):
         (line,) = re.findall(rf"^\| {name} - d \|(.*)\|$", page, re.MULTILINE)
-        assert line.split("|")[-1].split()[0] == f"-{told}"
+        mean, low, high = map(float, re.findall(r"[+-][\d.]+", line.split("|")[-1]))
+        assert fewer == [-mean, -high, -low]

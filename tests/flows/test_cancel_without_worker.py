@@ -54,11 +54,8 @@ def run_cancelled_once(
     return ended
 
 
-@pytest.mark.parametrize(
-    "state",
-    [pytest.param(Cancelling(), marks=pytest.mark.slow("trains another run")), Cancelled()],
-    ids=lambda state: str(state.name),
-)
+@pytest.mark.slow("trains until the server says stop")
+@pytest.mark.parametrize("state", [Cancelling(), Cancelled()], ids=lambda state: str(state.name))
 def test_a_training_that_is_cancelled_on_the_server_alone_ends_with_a_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -163,6 +163,7 @@ def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(compl
     assert tuple(task_runs(again, "validate")) == ("validate",)
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_a_night_on_the_champions_own_data_is_skipped(completed: tuple[Path, State[Any]]) -> None:
     folder, _ = completed
     state = continued(folder, "skipped", data=str(DATA))
@@ -204,6 +205,7 @@ def test_the_flow_run_has_its_artifacts(completed: tuple[Path, State[Any]]) -> N
         assert artifacts[f"capitals-{page}"].task_run_id is None  # V1 shows it above those of tasks
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_a_second_flow_on_the_same_directory_is_refused(completed: tuple[Path, State[Any]]) -> None:
     folder, _ = completed
     state = run_flow(parameters(folder))
@@ -292,6 +294,7 @@ def test_an_error_that_is_not_ours_ends_the_page_of_the_night_too(tmp_path: Path
     assert "Running" not in str(night.data)
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_a_full_disk_fails_the_flow_with_what_to_do(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/tiers.json")
     with patch.object(steps, "write_initial_adapter_and_tiers", side_effect=full):
@@ -311,6 +314,7 @@ def test_without_a_registry_the_flow_ends_after_the_gate(tmp_path: Path) -> None
     assert RunDirectory(tmp_path / "run").gate.is_file()
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_a_run_whose_rival_is_damaged_fails_as_damaged_before_it_trains(tmp_path: Path) -> None:
     registry = tmp_path / "registry"
     version = register(write_run(tmp_path / "other", 1), registry, "capitals", {})

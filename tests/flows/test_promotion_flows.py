@@ -168,6 +168,7 @@ def test_a_line_of_the_history_has_the_flow_run(add: Add, registry: Path) -> Non
     assert line["flow_run"] == str(state.state_details.flow_run_id)
 
 
+@pytest.mark.slow("two flow runs")
 @pytest.mark.parametrize(
     ("flow", "expected"), [(rollback, ("Rolled back", 1)), (promote, ("Promoted", 0))]
 )

@@ -98,8 +98,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/rooms/peft/lora_factors.py",
-        'tensor.shape[:1] != leaves["lora_a"].shape[1:]:',
-        'tensor.shape[1:] != leaves["lora_a"].shape[1:]:',
+        'axis = 1 if leaf_name(name) == "lora_a" else 0',
+        'axis = 0 if leaf_name(name) == "lora_a" else 1',
         "a wrong axis",
     ),
     Fault(
@@ -134,7 +134,7 @@ FAULTS = (
     ),
     Fault(
         "nested_core/rooms/serve/http_handler.py",
-        "self._follower.find_version(name, wanted)",
+        "self.server.follower.find_version(name, wanted)",
         "names[name].current",
         "a forgotten field",
     ),
@@ -260,8 +260,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/rooms/export/judgement.py",
-        "    if reading.chat_template != chat_template:",
-        "    if reading.chat_template is None != chat_template:",
+        "    if reading.chat_template != adapter.chat_template:",
+        "    if reading.chat_template is None != adapter.chat_template:",
         "a check skipped",
     ),
     Fault(

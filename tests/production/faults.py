@@ -9,8 +9,8 @@ HEADER = """# Faults that were injected, measured
 
 The evidence behind [docs/faults.md](../docs/faults.md).
 
-Each fault is injected for real, into processes that run: PostgreSQL, a Prefect server with basic
-auth, two workers, training on the example. This table is what was seen, written by
+Each fault is injected into processes that run: PostgreSQL, a Prefect server, two
+workers, training on the example. This table is what was seen, written by
 
     FAULTS_TABLE=benchmarks/faults.md make production-test
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from flows.commands.command_output import result_printer
 from flows.commands.inspection import find_folder, run_verify
-from flows.terminal.console import ProgressLine, print_line, print_progress, print_table
+from flows.terminal.console import ProgressLine, print_line, print_table
 from nested_core.errors import GateRejected
 
 
@@ -32,11 +32,8 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     """Audit adapters, or folders of them, against the base of --model."""
     from nested_core.rooms.audit.adapter_audit import audit_adapters, find_adapters
 
-    places = [find_folder(path, arguments.registry) for path in arguments.adapters]
-    searched = [find_adapters(path, arguments.model) for path in places]
-    for folder in (folder for _, skipped in searched for folder in skipped):
-        print_progress(f"note: {folder} holds no adapter and is not audited")
-    folders = [folder for found, _ in searched for folder in found]
+    paths = [find_folder(path, arguments.registry) for path in arguments.adapters]
+    folders = [folder for path in paths for folder in find_adapters(path, arguments.model)]
     audits = audit_adapters(folders, arguments.model, ProgressLine())
 
     def show() -> None:
@@ -56,6 +53,6 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
         if code:
             print_line("The reasons are explained in the project's docs/gate.md#one-adapter-alone.")
 
-    code = 0 if all(audit.has_passed for audit in audits) else GateRejected.exit_code
+    code = 0 if all(audit.verdict == "passed" for audit in audits) else GateRejected.exit_code
     document = {"model": arguments.model, "adapters": [audit.to_json() for audit in audits]}
     return result_printer(arguments, lambda: document, show, code)

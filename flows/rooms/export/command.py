@@ -22,7 +22,8 @@ from flows.commands.command_output import (
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.stage_lines import showing_stages
 from nested_core.errors import ConfigError
-from nested_core.storage.output_places import require_output_file
+from nested_core.pipeline.named_adapters import find_named_adapter
+from nested_core.storage.output_places import require_absent_or_empty, require_output_file
 from nested_core.text.stages import stages
 
 if TYPE_CHECKING:
@@ -105,14 +106,16 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
         return _push(arguments)
     if arguments.public or arguments.dry_run:
         raise ConfigError("export: --public and --dry-run belong to --push USER/NAME.")
-    from nested_core.rooms.export.exporting import (  # loads mlx_lm, which takes seconds
-        convert_for_peft,
-        export,
-    )
-
     if arguments.peft is not None:
-        source = (arguments.folder, arguments.peft, arguments.registry, arguments.model)
-        return show_conversion(arguments, convert_for_peft(*source))
+        from nested_core.models.adapter_formats import load_peft_format
+
+        peft = load_peft_format("--peft")
+        require_absent_or_empty(arguments.peft, flag="--peft")
+        adapter = find_named_adapter(arguments.folder, arguments.registry).folder
+        converted = peft.export_adapter(adapter, arguments.peft, arguments.model)
+        return show_conversion(arguments, converted)
+    from nested_core.rooms.export.exporting import export  # loads mlx_lm, which takes seconds
+
     with showing_stages("export: reading the adapter"):
         done = export(
             arguments.folder,
@@ -146,11 +149,9 @@ def _push(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _print_export(done: Export) -> None:
-    record = done.record
-    assert record is not None  # noqa: S101  # of a model there is one
-    print_line(f"{done.path}: {record.describe()}")
-    print_line(f"read alone by {record.reader}")
-    for note in done.notes:
+    print_line(f"{done.path}: {done.record.describe()}")
+    print_line(f"read alone by {done.record.reader}")
+    for note in done.record.notes:
         print_line(note)
     print_line(f"to publish it: {done.upload_command}")
 

@@ -16,12 +16,11 @@ from typing import Any
 from flows.commands.config_flags import add_log_format, parse_size
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE, STOP_SIGNALS
 from flows.terminal.console import print_progress
-from nested_core.errors import ConfigError, shorten
+from nested_core.errors import shorten
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.json_log import JsonFormatter
 
 API_KEY_VARIABLE = "NESTED_TUNE_API_KEY"
-MAX_PORT = 2**16 - 1
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -102,14 +101,8 @@ def _set_up_logging(level: str, log_format: str) -> None:
 
 def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     """Serve until SIGINT or SIGTERM."""
-    from nested_core.rooms.serve.server import ServeSettings, starting_server
+    from nested_core.rooms.serve.server import starting_server
 
-    names = list(dict.fromkeys(arguments.name))
-    if not 0 <= arguments.port <= MAX_PORT:
-        raise ConfigError(
-            f"serve: --port is {arguments.port}. Expected a number from 0 to {MAX_PORT}; 0 takes a "
-            f"port that is free."
-        )
     _set_up_logging(arguments.log_level, arguments.log_format)
     tell = logging.info if arguments.log_format == "json" else print_progress
     server, code = None, 0
@@ -125,8 +118,7 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
         api_key = os.environ.get(API_KEY_VARIABLE) or None
-        settings = ServeSettings(arguments.registry, names, api_key, arguments)
-        with starting_server(settings) as server:
+        with starting_server(arguments, api_key) as server:
             tell(f"serving {_describe_names(server)} at {server.address}")
             for line in _list_system_texts(arguments.registry, server):
                 tell(line)

@@ -7,20 +7,17 @@ import csv
 import difflib
 import glob
 import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.terminal.console import errors, print_progress
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.untrusted_files import read_regular
-from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
     from nested_core.rooms.tables.chats import Columns
-    from nested_core.rooms.tables.source import FileFacts, Source
+    from nested_core.rooms.tables.source import Source
 
 TABLE_FLAGS = (
     *("prompt_feature", "template", "completion_feature", "completion_features"),
@@ -58,7 +55,7 @@ def write_command(arguments: argparse.Namespace, **changes: Any) -> str:
 
 
 class ColumnFlags:
-    """The flags for tables: which columns they name, or that a person names where they do not."""
+    """The flags for tables: which columns they name, and what is wrong with them."""
 
     def __init__(self, arguments: argparse.Namespace, source: Source) -> None:
         self._arguments = arguments
@@ -97,6 +94,7 @@ class ColumnFlags:
             question = f"{{{given.prompt_feature}}}"
         answer = given.completion_feature or given.completion_features
         if question is None and answer is None:
+            self._refuse_unknown()
             return None
         if question is None or answer is None:
             needs = "--completion-feature" if question else "--prompt-feature or --template"
@@ -133,10 +131,8 @@ class ColumnFlags:
             text = read_regular(file, MAX_SYSTEM_BYTES, follow_links=True).decode("utf-8-sig")
         except (DamagedError, OSError) as error:
             raise ConfigError(f"--system-file: {error} Give a text file, or --system.") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"--system-file: {file} is not UTF-8: {error.reason}. Save it as UTF-8."
-            ) from error
+        except UnicodeDecodeError:
+            raise ConfigError(f"--system-file: {file} is not UTF-8.") from None
         if not text.strip():
             raise ConfigError(f"--system-file: {file} has no text in it.")
         return text.rstrip("\r\n")
@@ -161,37 +157,14 @@ class ColumnFlags:
         told += f"; did you mean {' and '.join(near)}?" if near else "."
         raise ConfigError(f"{told} {facts.describe()}.")
 
-    def ask_or_refuse(self, unknown: Sequence[FileFacts]) -> Columns | None:
-        """Ask for the columns in a terminal, as flags would name them; else ConfigError."""
-        if sys.stdin.isatty() and sys.stderr.isatty():
-            self._ask(unknown[0])
-            return self.read_columns()
-        described = dict.fromkeys(
-            facts.describe().partition(" has ")[::2][::-1] for facts in unknown
-        )
-        raise ConfigError(
-            f"{'. '.join(f'{name} has {columns}' for columns, name in described)}; their names do "
-            f"not say which is the question and which the answer. Name them; in a terminal, init "
-            f"asks for them."
-        )
-
-    def _ask(self, facts: FileFacts) -> None:
-        """Ask for question, answer and system text; Enter takes what is in brackets."""
-        given = self._arguments
-        question, answer = facts.guess_columns()
-        for name, texts in facts.columns.items():
-            example = f"such as {escape(texts[0][:40])}" if texts else "empty"
-            print_progress(f"  {name}: {len(set(texts)):,} different, {example}")
-        try:
-            given.prompt_feature = input(f"Which is the question? [{question}]: ") or question
-            given.completion_feature = input(f"Which is the answer? [{answer}]: ") or answer
-            if given.system is None and given.system_file is None:
-                asked = "System text, which says what the model is for [none]: "
-                given.system = input(asked).strip() or None
-        except EOFError:
-            raise ConfigError("Nothing was answered. Name the columns instead.") from None
-        print_progress("The same without questions:")
-        errors.print(escape(write_command(given)), soft_wrap=True)  # copied: no line is broken
+    def _refuse_unknown(self) -> None:
+        """Refuse tables whose columns have no name that says which is the question."""
+        if unknown := [facts for facts in self._tables if facts.is_unknown]:
+            described = ". ".join(dict.fromkeys(facts.describe() for facts in unknown))
+            raise ConfigError(
+                f"{described}; their names do not say which is the question and which the answer. "
+                f"Name them."
+            )
 
 
 def _split_names(text: str) -> tuple[str, ...]:

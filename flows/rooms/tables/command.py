@@ -7,8 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,16 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flows.commands.adapter_places import split_name
 from flows.rooms.tables.column_flags import TABLE_FLAGS, ColumnFlags, require_file
 from flows.terminal.console import print_progress
-from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten
-from nested_core.storage.manifest import verify_manifest
+from nested_core.errors import ConfigError, DatasetError, shorten
 from nested_core.storage.output_places import require_free_place, require_new_output
-from nested_core.storage.untrusted_files import read_regular
 
 if TYPE_CHECKING:
     from nested_core.rooms.tables.data_set import DataSet
 
 MAX_SHOWN_CHARACTERS = 160  # of a turn of the rows that are shown
-WRITTEN_BY_INIT = b"# Written by `nested-tune init`"  # the beginning of a configuration
 
 
 def add_flags(init: argparse.ArgumentParser) -> None:
@@ -38,11 +34,6 @@ def add_flags(init: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="take this share of train's rows for valid and as much for test, in a new folder "
         "here; DATA is left as it is (default for tables: 0.1)",
-    )
-    init.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="draw that folder anew and write FILE again; the old FILE becomes FILE.old",
     )
     init.add_argument(
         "--champion",
@@ -81,56 +72,25 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     """Make a data set of the rows where that is asked for or needed, and write a configuration."""
     if arguments.output is not None:
         require_free_place(arguments.output, "-o")  # refused before data is looked at
-    with _setting_aside(arguments):
-        prepared = prepare(arguments)
-        folder, made = prepared.folder, prepared.made
-        print_progress(*prepared.told)
-        write: Callable[..., Callable[[], int]] = arguments.write_configuration
-        registry = "" if arguments.champion is None else _registry_lines(arguments.champion)
-        if folder is None or made is None:
-            return write(arguments, prepared.target, arguments.data, registry=registry)
-        try:
-            tasks = _task_lines(made, folder)
-            finish = write(arguments, prepared.target, str(folder), tasks=tasks, registry=registry)
-        except BaseException as error:
-            shutil.rmtree(folder)
-            if isinstance(error, DatasetError) and not made.first:  # name lines of what stays
-                write(arguments, prepared.target, arguments.data)
-            raise
+    prepared = prepare(arguments)
+    folder, made = prepared.folder, prepared.made
+    print_progress(*prepared.told)
+    write: Callable[..., Callable[[], int]] = arguments.write_configuration
+    registry = "" if arguments.champion is None else _registry_lines(arguments.champion)
+    if folder is None or made is None:
+        return write(arguments, prepared.target, arguments.data, registry=registry)
+    try:
+        tasks = _task_lines(made, folder)
+        finish = write(arguments, prepared.target, str(folder), tasks=tasks, registry=registry)
+    except BaseException as error:
+        shutil.rmtree(folder)
+        if isinstance(error, DatasetError) and not made.first:  # name lines of what stays
+            write(arguments, prepared.target, arguments.data)
+        raise
     counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in made.rows.items())
     print_progress(f"Written: {folder} ({counts} rows)")
     _show_first_rows(made)
     return finish
-
-
-@contextmanager
-def _setting_aside(arguments: argparse.Namespace) -> Iterator[None]:
-    """With --overwrite, rename what is made anew to NAME.old, and back where it is not made.
-
-    Raises ConfigError for a folder or file that is not as init wrote it.
-    """
-    paths = [_split_folder(arguments.data), arguments.output] if arguments.overwrite else []
-    aside = {path: path.with_name(f"{path.name}.old") for path in paths if path and path.exists()}
-    for path in aside:
-        try:
-            if path.is_dir():
-                verify_manifest(require_free_place(path, "--split"))
-            elif not read_regular(path).startswith(WRITTEN_BY_INIT):
-                raise DamagedError("it is no configuration of init.")
-        except DamagedError as error:
-            raise ConfigError(
-                f"--overwrite: {path} is not as init wrote it, and stays: {error} Move it away."
-            ) from None
-    for path, old in aside.items():
-        path.rename(old)
-    try:
-        yield
-    finally:
-        for path, old in aside.items():
-            if not path.exists():
-                old.rename(path)
-            elif old.is_dir():
-                shutil.rmtree(old)
 
 
 class Prepared(NamedTuple):
@@ -170,18 +130,13 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
             columns = flags.read_columns()
             share = None if arguments.split is None else read_share(arguments.split)
             system = flags.read_system()
-        is_unknown = columns is None and bool(source.unknown_files)
-        makes_chats = makes_chats or is_unknown
-        is_drawn = makes_chats or share is not None or arguments.champion is not None
+        is_drawn = bool(makes_chats or share is not None or arguments.champion)
         folder = _split_folder(data) if is_drawn else None
-        target = _require_new_places(arguments, folder)  # before a person is asked
+        target = _require_new_places(arguments, folder)
         told = source.describe() if Path(data).is_dir() else []
         if folder is None:
             return Prepared(target, None, None, told)
         source.require_rows()
-        if is_unknown:
-            with flags.giving_example():
-                columns, system = flags.ask_or_refuse(source.unknown_files), flags.read_system()
         known = frozenset[bytes]()
         if arguments.champion is not None:
             known = read_known_questions(*split_name(arguments.champion, None))
@@ -228,10 +183,10 @@ def _require_new_places(arguments: argparse.Namespace, folder: Path | None) -> P
     if folder is not None and os.path.lexists(require_free_place(folder, "--split")):
         taken.append(
             f"{folder} exists, and is not written over. Take it as it is by `--data {folder}`, "
-            f"without --split and flags of tables."
+            f"without --split and flags of tables, or move it away."
         )
     if taken:
-        raise ConfigError(f"{' '.join(taken)} Or add --overwrite, which draws and writes anew.")
+        raise ConfigError(" ".join(taken))
     return target
 
 

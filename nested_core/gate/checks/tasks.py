@@ -154,11 +154,11 @@ def ask_model(asked: AskedModel, encoded: Sequence[EncodedSuite]) -> list[Answer
         start = time.monotonic()
         answers = asked.cached_or_new_answers(suite)
         seconds = time.monotonic() - start
-        records += _score_answers(suite, asked.role, answers, seconds / len(answers))
+        records += score_answers(suite, asked.role, answers, seconds / len(answers))
     return records
 
 
-def _score_answers(
+def score_answers(
     encoded: EncodedSuite, role: AnsweringRole, answers: Sequence[Answer], seconds: float
 ) -> list[AnswerRecord]:
     """Score a model's answers to a suite; return a record for each question.

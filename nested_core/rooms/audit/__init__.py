@@ -1,5 +1,4 @@
-"""Audits: adapters from anywhere, judged alone against the base that each is for.
+"""Audits: adapters from anywhere, each judged alone against the base that it is for.
 
-adapter_audit.py has the checks and their order, adapter_layout.py says which tensors an adapter's
-configuration calls for on a base. The registry's own audit, of files that it wrote, is the core's.
+The registry's own audit, of files that it wrote, is the core's.
 """

@@ -1,24 +1,28 @@
-"""The audit of adapters from anywhere, each against the base that it is for, by a list of checks.
+"""Audit adapters from anywhere, each against the base that it is for.
 
-Without an initial adapter they ask whether every module that the configuration names changes what
-the base computes: whether names and shapes fit the base, no value is NaN, no product is zero within
-rounding, and plain mlx_lm.load in a new process gives other logits than the base alone.
+Without an initial adapter the audit asks whether every module that the configuration names changes
+what the base computes: whether names and shapes fit the base, no value is NaN, no product is zero
+within rounding, and plain mlx_lm.load in a new process gives other logits than the base alone.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from nested_core import backend
+from nested_core.backend import to_float
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
-from nested_core.gate.checks.judged import Check, Checked, run_checks
 from nested_core.gate.proof.fresh_process_check import (
     ProofRequest,
     compute_logits_in_fresh_process,
@@ -27,37 +31,28 @@ from nested_core.gate.proof.fresh_process_check import (
     non_finite_reason,
 )
 from nested_core.gate.tensors.base_compatibility import RANK_AXES, fingerprint_reasons
-from nested_core.gate.tensors.lora_effect import (
-    factor_names,
-    overflow_reasons_of,
-    product_norm,
-    product_overflows,
-)
+from nested_core.gate.tensors.lora_effect import factor_names, product_norm
 from nested_core.gate.tensors.tensor_diff import frobenius_norm, reasons_about_tensors
-from nested_core.models.lora_tensors import (
-    DORA_TENSORS,
-    FACTOR_DTYPES,
-    leaf_name,
-    module_name,
-)
+from nested_core.models.adapter_formats import find_format
+from nested_core.models.base_model import fingerprint_base_model
+from nested_core.models.base_modules import BaseModules
+from nested_core.models.lora_tensors import DORA_TENSORS, FACTOR_DTYPES, leaf_name, module_name
+from nested_core.models.parameters import float32_weight
 from nested_core.records.verdict import Code, Reason
-from nested_core.rooms.audit.adapter_layout import AdapterLayout, BaseModelForAudit, WeightNorms
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.safetensors_files import REASONS_BY_UNSAFE_SUFFIX, StoredTensor
 
 # Norm of an update in units of its weight's: beyond it, nothing of the weight is left.
 MAX_RELATIVE_EFFECT = 100.0
-WHOLE_WEIGHT_LEAF_NAMES = {"weight", "bias", "scales", "biases"}
-OnAudited = Callable[[str, int, int], None]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ModuleEffect:
     """One module: its rank, and scale * lora_a @ lora_b relative to the base's weight.
 
-    effect: the ratio of the Frobenius norms; None if the weight is zero or the module has none.
+    effect: the ratio of the Frobenius norms; None if the weight is zero.
     """
 
     name: str
@@ -70,8 +65,7 @@ class ModuleEffect:
 class LogitEffect:
     """How far the logits on fixed prompts are from the base's, and how far rounding reaches.
 
-    rounding: half the step between numbers of the base's dtype at a prompt's largest logit, of
-        the prompt whose logits moved furthest in these units.
+    rounding: half the step between numbers of the base's dtype at the largest logit.
     """
 
     prompts: int
@@ -81,133 +75,146 @@ class LogitEffect:
 
 
 @dataclass
-class AdapterAudit(Checked):
-    """An adapter folder, what it should hold, and what the checks found."""
+class AdapterAudit:
+    """What the audit of an adapter folder measured, and the reasons against the adapter.
+
+    format: the name of the adapter's format; None if the adapter could not be read.
+    """
 
     folder: Path
-    layout: AdapterLayout
-    base: BaseModelForAudit
-    reasons: list[Reason] = field(default_factory=list, init=False)
-    modules: list[ModuleEffect] = field(default_factory=list, init=False)
-    logits: LogitEffect | None = field(default=None, init=False)
-
-    def add(self, check: Check[Any], reason: Reason) -> None:
-        """Add a reason that a check gives."""
-        self.failed_checks.append(check.name)
-        self.reasons.append(reason)
+    format: str | None = None
+    reasons: list[Reason] = field(default_factory=list)
+    modules: list[ModuleEffect] = field(default_factory=list)
+    logits: LogitEffect | None = None
 
     @property
-    def has_passed(self) -> bool:
-        """Whether there is no reason against the adapter."""
-        return not self.reasons
-
-    @property
-    def verdict(self) -> Literal["passed", "failed"]:
+    def verdict(self) -> str:
         """The word for it, as in gate.json."""
-        return "passed" if self.has_passed else "failed"
+        return "failed" if self.reasons else "passed"
 
     def to_json(self) -> dict[str, Any]:
-        """The adapter's entry in the document that --json prints."""
-        fields: dict[str, Any] = finite_or_none(
-            {
-                "path": str(self.folder),
-                "verdict": self.verdict,
-                "reasons": [asdict(reason) for reason in self.reasons],
-                "format": self.layout.format,
-                "modules": [asdict(module) for module in self.modules],
-                "logits": None if self.logits is None else asdict(self.logits),
-            }
-        )
-        return fields
+        """Return the adapter's entry in the document that --json prints."""
+        fields = asdict(self)
+        document = {"path": str(fields.pop("folder")), "verdict": self.verdict} | fields
+        return dict(finite_or_none(document))
 
     def summary(self) -> str:
-        """One line: the reasons, or what the adapter changes."""
-        if not self.has_passed:
+        """Return one line: the reasons, or what the adapter changes."""
+        if self.reasons:
             return "; ".join(f"{r.code}: {r.message}" for r in self.reasons[:4])
         changed = f"{len(self.modules)} modules" if self.modules else "whole weights"
         moved = "" if self.logits is None else self.logits.max_abs_difference
-        return f"{changed}, logits move by {moved:.3g}" if moved else changed
+        return f"{changed}, logits move by {moved:.3g}"
 
 
-def _find_refusal(audit: AdapterAudit) -> list[Reason]:
-    """Why the folder holds no adapter that could be attached."""
-    return [] if audit.layout.refusal is None else [audit.layout.refusal]
+class BaseModelForAudit:
+    """The base that adapters are audited against: its modules, shapes, and norms of weights."""
+
+    def __init__(self, model: str) -> None:
+        """Open a local folder or a repository of the hub; ConfigError if it cannot be."""
+        opened = BaseModules.open(model)
+        self.folder = opened.folder
+        fingerprint_base_model(self.folder, max_age=0)
+        self.modules = dict(opened.network.named_modules())
+        parameters: Any = tree_flatten(opened.network.parameters())
+        self.shapes = {name: tuple(value.shape) for name, value in parameters}
+        dtypes = Counter(v.dtype for _, v in parameters if mx.issubdtype(v.dtype, mx.floating))
+        self.dtype = dtypes.most_common(1)[0][0]
+        self.rounding_step = float(mx.finfo(self.dtype).eps)
+        self._norms: dict[str, tuple[float, int]] = {}
+
+    def measure_weight(self, name: str) -> tuple[float, int]:
+        """Return the Frobenius norm of a module's weight in float32, and its shorter side.
+
+        The weight is read from disk at the first call, and let go of.
+        """
+        if name not in self._norms:
+            module = self.modules[name]
+            weight = float32_weight(module)
+            self._norms[name] = to_float(mx.linalg.norm(weight)), min(weight.shape[-2:])
+            for key in {"weight", "scales", "biases"} & module.keys():
+                module[key] = mx.zeros(0)
+        return self._norms[name]
+
+    def expect_tensors(self, adapter: Adapter) -> tuple[dict[str, Shape], list[str]]:
+        """Return shapes of the tensors that mlx_lm.load would make, and keys that match no module.
+
+        For whole weights: those of the adapter that the base has. Raises ConfigError if mlx-lm
+        cannot attach what the configuration says.
+        """
+        from mlx_lm.tuner.utils import linear_to_lora_layers
+
+        config = adapter.config
+        if has_whole_weights(adapter):
+            return {name: self.shapes[name] for name in adapter.tensors.keys() & self.shapes}, []
+        try:
+            network = BaseModules.open(str(self.folder)).network
+            num_layers, parameters = config["num_layers"], config["lora_parameters"]
+            reached = network.layers[-max(num_layers, 0) :]  # as mlx-lm slices them
+            names = {name for layer in reached for name, _ in layer.named_modules()}
+            is_dora = config.get("fine_tune_type") == "dora"
+            linear_to_lora_layers(network, num_layers, parameters, use_dora=is_dora)
+            float(parameters["scale"])
+            unmatched = set(parameters.get("keys") or ()) - names - self.modules.keys()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {shorten(error, 200)}"
+            raise ConfigError(f"mlx-lm cannot attach what {CONFIG_NAME} says: {problem}") from error
+        attached: Any = tree_flatten(network.parameters())
+        added = {name: tuple(value.shape) for name, value in attached if name not in self.shapes}
+        expected = {name: shape for name, shape in added.items() if leaf_name(name) in DORA_TENSORS}
+        return expected, sorted(unmatched)
 
 
-def _find_other_base(audit: AdapterAudit) -> list[Reason]:
-    """A reason if what the configuration records of its base does not hold for this one."""
-    config, base = audit.layout.config, audit.base
-    if config.get("base_fingerprint") is not None:
-        return fingerprint_reasons(config, base.folder)
-    recorded = config.get("model") or config.get("base_model_name_or_path")
-    other = None if recorded is None else base.find_differing_weight(recorded)
-    if other is None:
-        return []
-    message = f"made for {shorten(recorded, 200)}, which has another {other} than {base.folder}"
-    return [Reason("base_mismatch", message)]
+def has_whole_weights(adapter: Adapter) -> bool:
+    """Whether the tensors are meant to be weights of the base: mlx-lm's fine_tune_type full."""
+    return adapter.config.get("fine_tune_type") == "full"
 
 
-def _find_unmatched_keys(audit: AdapterAudit) -> list[Reason]:
-    """A reason for keys, or target_modules, that name no module of the base within reach."""
-    if not audit.layout.unmatched_keys:
-        return []
-    keys = join_first_values(audit.layout.unmatched_keys, 3)
-    setting = "keys" if audit.layout.format == "mlx-lm" else "target_modules"
-    message = f"{setting} that match no module within reach of the adapter: {keys}"
-    return [Reason("config_mismatch", message)]
-
-
-def _find_unfit_tensors(audit: AdapterAudit) -> Iterator[Reason]:
-    """Tensors by what is wrong with them first, and those that the configuration calls for."""
-    layout = audit.layout
-    if not layout.tensors:
-        yield Reason("tensor_missing", "the file holds no tensor at all")
-        return
+def _find_unfit_tensors(
+    adapter: Adapter, expected: dict[str, Shape], base: BaseModelForAudit
+) -> Iterator[Reason]:
+    """Yield a reason for each problem of tensors, and for tensors that are missing."""
     groups: dict[tuple[Code, str], list[str]] = {}
-    for name in sorted(layout.tensors):
-        if (found := _find_problem(name, layout, audit.base)) is not None:
-            groups.setdefault(found, []).append(name)
-    for (code, problem), names in groups.items():
-        (reason,) = reasons_about_tensors(code, names, problem)
-        shape = layout.tensors[names[0]].shape
-        if (expected := layout.expected.get(names[0], shape)) != shape:
-            message = f"{reason.message}: it is {list(shape)} for {list(expected)}"
+    for name in sorted(adapter.tensors):
+        if (problem := _find_problem(name, adapter, expected, base)) is not None:
+            groups.setdefault(problem, []).append(name)
+    for (code, problem_text), names in groups.items():
+        (reason,) = reasons_about_tensors(code, names, problem_text)
+        shape = adapter.tensors[names[0]].shape
+        if (expected_shape := expected.get(names[0], shape)) != shape:
+            message = f"{reason.message}: it is {list(shape)} for {list(expected_shape)}"
             reason = replace(reason, message=message)
         yield reason
-    if not groups or layout.expected.keys() & layout.tensors.keys():
-        missing = layout.expected.keys() - layout.tensors.keys()
+    if not adapter.tensors:
+        yield Reason("tensor_missing", "the file holds no tensor at all")
+    elif not groups or expected.keys() & adapter.tensors.keys():
+        missing = expected.keys() - adapter.tensors.keys()
         called_for = f"called for by {CONFIG_NAME} and not in the file: their modules do nothing"
         yield from reasons_about_tensors("tensor_missing", missing, called_for)
 
 
 def _find_problem(
-    name: str, layout: AdapterLayout, base: BaseModelForAudit
+    name: str, adapter: Adapter, expected: dict[str, Shape], base: BaseModelForAudit
 ) -> tuple[Code, str] | None:
-    """What is wrong with a tensor that the adapter should not have, or not so."""
-    leaf = leaf_name(name)
-    if layout.has_whole_weights:
-        if name not in base.shapes:
-            return "base_mismatch", "that the base has no weights for"
+    """Return what is wrong with a tensor: its name, shape, dtype or numbers."""
+    tensor, leaf = adapter.tensors[name], leaf_name(name)
+    if has_whole_weights(adapter):
+        is_in_base = name in base.shapes
     elif leaf not in DORA_TENSORS:
-        if leaf not in WHOLE_WEIGHT_LEAF_NAMES or ".lora_" in name:
-            return "tensor_unexpected", "without the name of a LoRA factor"
-        problem = "with the names of weights of the base or of a fused model"
-        return "tensor_unexpected", f"{problem}, where LoRA factors should be"
-    elif module_name(name) not in base.modules:
-        return "base_mismatch", "of modules that the base does not have"
-    elif name not in layout.expected:
+        problem = "that are no LoRA factors, such as weights of the base or of a fused model"
+        return "tensor_unexpected", problem
+    else:
+        is_in_base = module_name(name) in base.modules
+    if not is_in_base:
+        return "base_mismatch", "that the base has no weights for"
+    if name not in expected:
         return "config_mismatch", f"of no module and type that {CONFIG_NAME} calls for"
-    return _find_problem_of_values(layout.tensors[name], leaf, layout.expected[name])
-
-
-def _find_problem_of_values(
-    tensor: StoredTensor, leaf: str, expected: Sequence[int]
-) -> tuple[Code, str] | None:
-    """What is wrong with a tensor's shape, dtype or numbers."""
-    if tensor.shape != expected:
-        if _differ_in_rank_alone(leaf, tensor.shape, expected):
-            return "config_mismatch", f"of other shapes than {CONFIG_NAME} calls for"
+    sizes = list(zip_longest(tensor.shape, expected[name]))
+    differing = {axis for axis, (size, wanted) in enumerate(sizes) if size != wanted}
+    if differing - {RANK_AXES.get((leaf, len(sizes)))}:
         return "base_mismatch", "of other shapes than the base calls for"
+    if differing:
+        return "config_mismatch", f"of other shapes than {CONFIG_NAME} calls for"
     if tensor.dtype not in FACTOR_DTYPES:
         return "dtype_mismatch", f"of other dtypes than {', '.join(FACTOR_DTYPES)}"
     if not math.isfinite(frobenius_norm(tensor)):
@@ -215,153 +222,113 @@ def _find_problem_of_values(
     return None
 
 
-def _differ_in_rank_alone(leaf: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
-    axis = RANK_AXES.get((leaf, len(shape)))
-    if axis is None or len(shape) != len(expected):
-        return False
-    return all(a == b for i, (a, b) in enumerate(zip(shape, expected, strict=True)) if i != axis)
+def _measure_modules(
+    adapter: Adapter, expected: dict[str, Shape], base: BaseModelForAudit
+) -> tuple[list[ModuleEffect], list[Reason]]:
+    """Measure the effect of each module; give reasons for modules without one, or with a huge one.
 
-
-def _find_effects(audit: AdapterAudit) -> Iterator[Reason]:
-    """Measure each module whose tensors are sound: effects of none, or beyond all measure."""
-    layout, base = audit.layout, audit.base
-    unsound = {name for reason in audit.reasons for name in reason.tensors}
-    sound = layout.tensors.keys() - unsound
+    An input along the update's largest direction sees about sqrt(n) times the ratio of the norms,
+    where n is the weight's shorter side. It has to move by more than half a rounding step. DoRA's
+    magnitudes count too: before training their norm is the weight's.
+    """
+    effects: list[ModuleEffect] = []
     idle: list[str] = []
     huge: list[str] = []
-    overflowing: list[str] = []
-    for module, scale in sorted(layout.scales.items()):
-        names = {f"{module}.{leaf}" for leaf in DORA_TENSORS} & layout.expected.keys()
-        if not names <= sound:
-            continue
-        lora_a = layout.tensors[f"{module}.lora_a"]
+    scale = float(adapter.config["lora_parameters"]["scale"])
+    for module in sorted({module_name(name) for name in expected}):
+        lora_a = adapter.tensors[f"{module}.lora_a"]
         rank = lora_a.shape[RANK_AXES["lora_a", len(lora_a.shape)]]
-        update = scale * product_norm(layout.tensors, module)
-        weight = base.weight_norms(module)
-        effect = update / weight.frobenius if weight is not None and weight.frobenius else None
-        audit.modules.append(ModuleEffect(module, rank, scale, effect))
-        if product_overflows(layout.tensors, module, scale):
-            overflowing.append(module)
-        elif effect is not None and effect > MAX_RELATIVE_EFFECT:
+        update = scale * product_norm(adapter.tensors, module)
+        norm, shorter_side = base.measure_weight(module)
+        magnitude = adapter.tensors.get(f"{module}.m")
+        moved = 0.0 if magnitude is None else abs(frobenius_norm(magnitude) - norm)
+        bound = base.rounding_step * norm
+        effects.append(ModuleEffect(module, rank, scale, update / norm if norm else None))
+        if norm and update > MAX_RELATIVE_EFFECT * norm:
             huge.append(module)
-        elif not _has_effect(update, weight, layout.tensors.get(f"{module}.m"), base.rounding_step):
+        elif update * math.sqrt(shorter_side) <= bound / 2 and moved <= bound:
             idle.append(module)
+    reasons = []
     if idle:
         message = f"{len(idle)} modules change nothing beyond the rounding of the base"
-        yield Reason("no_effect", f"{message}, {idle[0]} first", factor_names(idle))
-    yield from overflow_reasons_of(overflowing, "the adapter's")
+        reasons.append(Reason("no_effect", f"{message}, {idle[0]} first", factor_names(idle)))
     if huge:
         message = (
             f"{len(huge)} modules have an update of more than {MAX_RELATIVE_EFFECT:g} times their "
             f"weight, {huge[0]} first: the scale is not that of the training"
         )
-        yield Reason("config_mismatch", message, factor_names(huge))
+        reasons.append(Reason("config_mismatch", message, factor_names(huge)))
+    return effects, reasons
 
 
-def _has_effect(
-    update: float, weight: WeightNorms | None, magnitude: StoredTensor | None, rounding_step: float
-) -> bool:
-    """Whether an update of this norm moves outputs by more than half a rounding step.
-
-    An input along the update's largest direction sees about sqrt(n) times the ratio of the norms,
-    where n is the weight's shorter side. DoRA's magnitude counts where it is not the base's.
-    """
-    if weight is None or weight.frobenius == 0:
-        return update > 0
-    bound = rounding_step * weight.frobenius
-    if update * math.sqrt(weight.shorter_side) > bound / 2:
-        return True
-    if magnitude is None:
-        return False
-    return bool(np.linalg.norm(magnitude.to_numpy().astype(np.float64) - weight.rows) > bound)
-
-
-def _find_logits_that_stay(audit: AdapterAudit) -> Iterator[Reason]:
+def _measure_logits(
+    adapter: Path, base: BaseModelForAudit
+) -> tuple[LogitEffect | None, list[Reason]]:
     """Measure how far plain mlx_lm.load moves the logits in a new process."""
-    base, adapter = audit.base, audit.folder
-    with tempfile.TemporaryDirectory(prefix="nested-tune-audit-") as temporary:
-        if audit.layout.foreign is not None:
-            adapter = Path(temporary, "adapter")
-            try:
-                audit.layout.foreign.import_adapter(audit.folder, adapter, str(base.folder))
-            except (ConfigError, DamagedError) as error:
-                yield Reason("unreadable", shorten(error, 300))
-                return
-        is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
-        request = ProofRequest(base.folder, None, adapter, is_float32=is_float32)
-        answers = compute_logits_in_fresh_process(request)
+    is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
+    request = ProofRequest(base.folder, None, adapter, is_float32=is_float32)
+    answers = compute_logits_in_fresh_process(request)
     if isinstance(answers, Reason):
-        yield answers
-        return
+        return None, [answers]
     answers, _ = keep_prompts_with_finite_base(answers, None)
     if (reason := non_finite_reason(answers)) is not None:
-        yield reason
-        return
-    pairs = list(zip(answers.initial, answers.trained, strict=True))
-    rows = [(largest_difference(trained, plain), _largest(plain)) for plain, trained in pairs]
-    moved, largest = max(rows, key=lambda row: row[0] / row[1] if row[1] else row[0])
+        return None, [reason]
+    moved = largest_difference(answers.trained, answers.initial)
+    largest = float(np.abs(answers.initial[np.isfinite(answers.initial)]).max(initial=0))
     rounding, dtype = base.rounding_step / 2 * largest, str(base.dtype).removeprefix("mlx.core.")
-    audit.logits = LogitEffect(len(rows), moved, rounding, dtype)
-    if moved <= rounding:
-        yield Reason(
-            "no_effect",
-            f"no logit of {len(rows)} fixed prompts moves beyond the rounding of {dtype}: by "
-            f"{moved:.3g} at most, and rounding by up to {rounding:.3g}",
-        )
-
-
-def _largest(logits: np.ndarray[Any, np.dtype[Any]]) -> float:
-    return float(np.abs(logits[np.isfinite(logits)]).max(initial=0))
-
-
-BASE = Check("base", _find_other_base)
-ADAPTER = Check("adapter", _find_refusal)
-KEYS = Check("keys", _find_unmatched_keys)
-TENSORS = Check("tensors", _find_unfit_tensors, stopped_by=(ADAPTER,))
-EFFECT = Check("effect", _find_effects, stopped_by=(ADAPTER,))
-LOGITS = Check("logits", _find_logits_that_stay, needs_all=True)
-CHECKS_OF_ONE_ADAPTER = (BASE, ADAPTER, KEYS, TENSORS, EFFECT, LOGITS)
-
-
-def find_adapters(path: Path, model: str) -> tuple[list[Path], list[Path]]:
-    """The adapter folders that a path stands for, and folders in it that hold none.
-
-    A path is an adapter, a run directory, or a folder of these, beside which the base `model` may
-    lie. Raises ConfigError for another path.
-    """
-    if path.is_dir() and (adapter := _adapter_of_run(path)) is not None:
-        return [adapter], []  # before its other files are looked at: none of them is read
-    if not path.is_dir() or _is_adapter(path):
-        return [path], []  # what is wrong with a file is found by reading it
-    children = [child for child in sorted(path.iterdir()) if child.is_dir()]
-    own = [child for child in children if not child.name.startswith(".")]
-    adapters = [_adapter_of_run(child) or child for child in own]
-    base = Path(model).resolve()
-    found = [one for one in adapters if _is_adapter(one) and one.resolve() != base]
-    if not found:
-        raise ConfigError(
-            f"{str(path):.300} holds no adapter, nor do the folders in it. Expected "
-            f"{WEIGHTS_NAME} (mlx-lm) or adapter_model.safetensors (PEFT) beside {CONFIG_NAME}."
-        )
-    return found, [adapter for adapter in adapters if adapter not in found]
-
-
-def _is_adapter(folder: Path) -> bool:
-    """Whether a folder is to be audited: it has an adapter's files, or other weights."""
-    names = [path.name for path in folder.iterdir()]
-    is_weights = any(
-        Path(name).suffix in {".safetensors", *REASONS_BY_UNSAFE_SUFFIX} for name in names
+    logits = LogitEffect(len(answers.initial), moved, rounding, dtype)
+    if moved > rounding:
+        return logits, []
+    message = (
+        f"no logit of {logits.prompts} fixed prompts moves beyond the rounding of {dtype}: "
+        f"by {moved:.3g} at most, and rounding by up to {rounding:.3g}"
     )
-    return is_weights or CONFIG_NAME in names
+    return logits, [Reason("no_effect", message)]
 
 
-def _adapter_of_run(folder: Path) -> Path | None:
-    run = RunDirectory(folder)
-    return run.adapter if run.config.is_file() and run.adapter.is_dir() else None
+def audit_adapter(folder: Path, base: BaseModelForAudit) -> AdapterAudit:
+    """Audit one adapter folder; DamagedError if it is damaged or not safe to read.
+
+    An adapter of another program is imported first, and judged as mlx-lm would use it.
+    """
+    audit = AdapterAudit(folder)
+    foreign = find_format(folder)
+    weights = [] if (folder / WEIGHTS_NAME).exists() else sorted(folder.glob("model*.safetensors"))
+    if weights:
+        message = f"holds a model ({weights[0].name}) and no adapter: it was fused into its base"
+        audit.reasons = [Reason("tensor_unexpected", message)]
+        return audit
+    audit.format = "mlx-lm" if foreign is None else foreign.name
+    with tempfile.TemporaryDirectory(prefix="nested-tune-audit-") as temporary:
+        try:
+            if foreign is not None:
+                folder = Path(temporary, "adapter")
+                foreign.import_adapter(audit.folder, folder, str(base.folder))
+            _judge(audit, read_adapter(folder, follow_links=True), base)
+        except ConfigError as error:
+            audit.reasons = [Reason("unreadable", shorten(error, 300))]
+    return audit
+
+
+def _judge(audit: AdapterAudit, adapter: Adapter, base: BaseModelForAudit) -> None:
+    """Add the reasons against an mlx-lm adapter; measurements need an adapter that fits."""
+    expected, unmatched = base.expect_tensors(adapter)
+    audit.reasons += fingerprint_reasons(adapter.config, base.folder)
+    if unmatched:
+        keys = join_first_values(unmatched, 3)
+        message = f"keys that match no module within reach of the adapter: {keys}"
+        audit.reasons.append(Reason("config_mismatch", message))
+    unfit = list(_find_unfit_tensors(adapter, expected, base))
+    audit.reasons += unfit
+    if not unfit and not has_whole_weights(adapter):
+        audit.modules, reasons = _measure_modules(adapter, expected, base)
+        audit.reasons += reasons
+    if not audit.reasons:
+        audit.logits, audit.reasons = _measure_logits(adapter.path, base)
 
 
 def audit_adapters(
-    folders: Sequence[Path], model: str, on_audited: OnAudited | None = None
+    folders: Sequence[Path], model: str, on_audited: Callable[[str, int, int], None]
 ) -> list[AdapterAudit]:
     """Audit each adapter folder against the base `model`, a folder or a repository of the hub.
 
@@ -372,23 +339,43 @@ def audit_adapters(
     audits = []
     for folder in folders:
         try:
-            layout = base.layout_of(folder)
+            audits.append(audit_adapter(folder, base))
         except DamagedError as error:
             if len(folders) == 1:
                 raise
-            layout = AdapterLayout(None, {}, {}, refusal=Reason("unreadable", shorten(error, 300)))
-        audits.append(_audit_folder(folder, layout, base))
-        if on_audited is not None:
-            on_audited("auditing adapters", len(audits), len(folders))
+            reason = Reason("unreadable", shorten(error, 300))
+            audits.append(AdapterAudit(folder, reasons=[reason]))
+        on_audited("auditing adapters", len(audits), len(folders))
     return audits
 
 
-def audit_adapter(folder: Path, base: BaseModelForAudit) -> AdapterAudit:
-    """Audit one adapter folder; DamagedError if it is damaged or not safe to read."""
-    return _audit_folder(folder, base.layout_of(folder), base)
+def find_adapters(path: Path, model: str) -> list[Path]:
+    """Return the adapter folders that a path stands for.
+
+    A path is an adapter, a run directory, or a folder of these, beside which the base `model` may
+    lie. Raises ConfigError for a folder without adapters.
+    """
+    if path.is_dir() and _is_adapter(_adapter_of_run(path)):
+        return [_adapter_of_run(path)]
+    base = Path(model).resolve()
+    children = sorted(path.iterdir()) if path.is_dir() else []
+    folders = [child for child in children if child.is_dir()]
+    visible = [_adapter_of_run(folder) for folder in folders if not folder.name.startswith(".")]
+    adapters = [folder for folder in visible if _is_adapter(folder) and folder.resolve() != base]
+    if not adapters:
+        raise ConfigError(
+            f"{str(path):.300} holds no adapter, nor do the folders in it. Expected "
+            f"{WEIGHTS_NAME} (mlx-lm) or adapter_model.safetensors (PEFT) beside {CONFIG_NAME}."
+        )
+    return adapters
 
 
-def _audit_folder(folder: Path, layout: AdapterLayout, base: BaseModelForAudit) -> AdapterAudit:
-    audit = AdapterAudit(folder, layout, base)
-    run_checks(audit, CHECKS_OF_ONE_ADAPTER)
-    return audit
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder is to be audited: it has an adapter's configuration, or weights."""
+    return (folder / CONFIG_NAME).exists() or any(folder.glob("*.safetensors"))
+
+
+def _adapter_of_run(folder: Path) -> Path:
+    """Return a run's adapter; any other folder is returned as it is."""
+    run = RunDirectory(folder)
+    return run.adapter if run.config.is_file() and run.adapter.is_dir() else folder

@@ -42,7 +42,7 @@ class RunComparison:
 
     @property
     def names(self) -> list[str]:
-        """A name for each run, the shortest end of its path that no other run has."""
+        """The shortest end of each run's path that no other run has."""
         paths = [run.path.resolve().parts for run in self.runs]
         for length in range(1, max(map(len, paths)) + 1):
             names = ["/".join(path[-length:]) for path in paths]
@@ -51,7 +51,7 @@ class RunComparison:
         return names
 
     def differing_settings(self) -> dict[str, list[Any]]:
-        """The keys of the configuration whose values differ, with the value of each run.
+        """The keys of the configuration that differ, with the value of each run.
 
         Of a suite that a run does not have, the keys that the others set.
         """

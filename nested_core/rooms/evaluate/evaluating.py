@@ -73,14 +73,13 @@ def evaluate(
         suites: files, or entries of `gate.tasks`; by default those of `config`, and none if only
             `data` is given. A file is scored as `config` does it, or else by `contains`.
         data: a JSON Lines file; the losses on it are compared example by example.
-        against: the model that the others are compared with; by default the base of the first one,
-            of an exported model the one that it was made of.
+        against: the model that the others are compared with; by default the base of the first one.
         config: how data is read and batched. By default that of the first run among the models.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
 
-    Raises ConfigError for an unknown name or an adapter that does not fit its base,
-    DatasetError for bad questions or examples, DamagedError for damaged files.
+    Raises ConfigError for an unknown name or an adapter that does not fit its base, DatasetError
+    for bad questions or examples, DamagedError for damaged files.
     """
     if len(models) >= MAX_MODELS:
         raise ConfigError(f"evaluate: at most {MAX_MODELS - 1} models at once.")

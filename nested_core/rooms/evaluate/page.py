@@ -109,8 +109,7 @@ class Evaluation:
     models: the figures of each model.
     answers: each question with the expected answer and that of each model.
     data: the held-out file, None without one.
-    unknown: the models of which it is not known what they were trained on, so that none of the
-        held-out file's examples could be left out for them.
+    unknown: the models of which it is not known what they were trained on.
     """
 
     against: str

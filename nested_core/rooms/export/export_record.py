@@ -5,7 +5,6 @@ It lies in an exported folder, and beside a GGUF under the file's name.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -65,13 +64,6 @@ class KeptGain:
         """Whether more was lost than is allowed, beyond chance."""
         lost = self.exported - self.adapter if self.interval is None else self.interval[0]
         return not lost <= self.allowed
-
-    @property
-    def low(self) -> float | None:
-        """The lower end of the 95 % interval of `share`; None without either."""
-        if self.share is None or self.interval is None:
-            return None
-        return 1 - self.interval[1] / (self.base - self.adapter)
 
     def describe_interval(self) -> str:
         """The interval of what was lost, such as `95 % interval -0.002 to +0.004`."""
@@ -159,11 +151,6 @@ class ExportRecord:
         values = asdict(self)
         del values["trained_on"]
         return {"verdict": verdict, "summary": self.describe()} | values
-
-
-def digest_template(template: str) -> str:
-    """SHA-256 of a chat template."""
-    return hashlib.sha256(template.encode()).hexdigest()
 
 
 EXPORT_FILE = JsonFile(ExportRecord, 64 * 2**20)

@@ -7,10 +7,8 @@ that does not stand is put under another name, for a look.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import shlex
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -28,11 +26,10 @@ from nested_core.config.loading import parse_config, parse_tasks
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import TaskSection
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected, shorten
-from nested_core.gate.evidence.champion_adapter import shape_like_adapter
-from nested_core.gate.tensors.base_compatibility import base_reasons, fingerprint_reasons
-from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_examples
-from nested_core.models.adapter_formats import Conversion, load_peft_format
+from nested_core.errors import ConfigError, DatasetError, GateRejected, shorten
+from nested_core.gate.tensors.base_compatibility import fingerprint_reasons
+from nested_core.measure.answers.suite_answers import encode_suites, read_suites
+from nested_core.measure.losses.held_out_loss import read_held_out_examples
 from nested_core.models.base_model import (
     TrainedTokenizer,
     find_model_folder,
@@ -40,44 +37,36 @@ from nested_core.models.base_model import (
     model_compute_dtype,
     read_model_config,
 )
-from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.pipeline.named_models import NamedModel, find_model, read_training_config
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
+from nested_core.rooms.export.asked import Asked, HeldOutRows
 from nested_core.rooms.export.export_card import render_export_card
 from nested_core.rooms.export.export_record import (
     ExportRecord,
     Quantized,
     WeightFormat,
     card_place,
-    digest_template,
-    read_export_record,
     record_place,
     write_export_record,
 )
-from nested_core.rooms.export.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
-from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
-from nested_core.rooms.export.gguf import Quantization, read_vocabulary, unpack_gguf, write_gguf
-from nested_core.rooms.export.gguf.families import find_family
-from nested_core.rooms.export.gguf.vocabulary import Vocabulary, read_chat_template
-from nested_core.rooms.export.judgement import judge_reading
-from nested_core.rooms.export.reference import (
-    HeldOutRows,
-    Reference,
-    choose_rows,
-    measure_reference,
+from nested_core.rooms.export.fresh_reading import (
+    has_llama_cpp,
+    read_base_and_adapter,
+    read_in_fresh_process,
 )
+from nested_core.rooms.export.fusing import QUANTIZATION_KEYS, load_fused, write_model_folder
+from nested_core.rooms.export.gguf import Quantization, unpack_gguf, write_gguf
+from nested_core.rooms.export.judgement import judge_reading
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX, sync_path, write_bytes
-from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from nested_core.storage.checkpoint_verification import checkpoint_step
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.output_places import require_absent_or_empty, require_output_file
-from nested_core.storage.removal import find_reason_to_keep
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import file_type, read_regular, regular_sha256
+from nested_core.storage.untrusted_files import file_type, regular_sha256
 
 NOT_RUN = "tensors and metadata checked, not run in llama.cpp"
 REJECTED = "rejected"
@@ -94,14 +83,11 @@ class Export:
     """What `export` wrote.
 
     path: the folder or file.
-    record: what was measured of it, as export.json has it; None for PEFT, which is a conversion of
-        the adapter bit for bit.
-    notes: what is to be known of it.
+    record: what was measured of it, as export.json has it.
     """
 
     path: Path
-    record: ExportRecord | None
-    notes: tuple[str, ...] = ()
+    record: ExportRecord
 
     @property
     def upload_command(self) -> str:
@@ -110,12 +96,7 @@ class Export:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `export --json` prints them."""
-        record = {} if self.record is None else self.record.to_json()
-        return {"path": str(self.path), "notes": list(self.notes)} | record
-
-    def __repr__(self) -> str:
-        said = "" if self.record is None else f": {self.record.describe()}"
-        return f"Export({self.path}{said})"
+        return {"path": str(self.path)} | self.record.to_json()
 
 
 @dataclass(frozen=True)
@@ -129,15 +110,18 @@ class _Written:
 
 @dataclass(frozen=True)
 class _Source:
-    """An adapter to export, with what is known of its training."""
+    """An adapter to export, with what is known of its training.
+
+    base: the folder of its base.
+    config: what it was trained with; of an adapter without a record, as it is by default.
+    """
 
     model: NamedModel
     adapter: Adapter
+    base: Path
     config: FineTuneConfig
     is_config_known: bool
-    canary: Canary | None
     step: int | None
-    note: str | None
 
 
 def export(
@@ -145,7 +129,6 @@ def export(
     *,
     fused: str | Path | None = None,
     gguf: str | Path | None = None,
-    peft: str | Path | None = None,
     quantize: Quantization = "f16",
     dequantize: bool = False,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection] = (),
@@ -159,8 +142,7 @@ def export(
     Args:
         what: an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION or REGISTRY/NAME.
         fused: the new folder of a model that mlx_lm loads.
-        gguf: the new file that llama.cpp reads. One of `fused`, `gguf` and `peft` is given.
-        peft: the new folder of an adapter for PEFT, converted bit for bit.
+        gguf: the new file that llama.cpp reads. One of `fused` and `gguf` is given.
         quantize: the format of a GGUF's matrices, f16 or q8_0.
         dequantize: whether a quantized base is not quantized again in a folder; in a GGUF it never
             is.
@@ -175,35 +157,59 @@ def export(
     name; ConfigError for an unknown name, a place that is taken, and a family or tokenizer that
     GGUF is not written of; DamagedError for damaged files.
     """
-    places = [place for place in (fused, gguf, peft) if place is not None]
+    places = [place for place in (fused, gguf) if place is not None]
     if len(places) != 1:
-        raise ConfigError("export: give one of --fused DIR, --gguf FILE and --peft DIR.")
+        raise ConfigError("export: give one of --fused DIR and --gguf FILE.")
     target = Path(os.path.expanduser(places[0]))
-    if peft is not None:
-        return Export(target, None, convert_for_peft(what, target, registry, base_model).notes)
     if gguf is None:
         require_absent_or_empty(target, flag="--fused")
     else:
         require_output_file(target, "--gguf")
         if taken := _list_taken(target, is_folder=False):
             raise ConfigError(f"{taken[0]} exists already. Nothing is written over.")
-    with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary:
-        source = _read_source(str(what), registry, base_model, Path(temporary), suites)
-        exporting = _Exporting(source, target, data, on_stage)
-        with exporting.blas_threads:
-            return exporting.run(None if gguf is None else quantize, dequantize=dequantize)
-
-
-def convert_for_peft(
-    what: str | Path, target: Path, registry: Path | None = None, base_model: str | None = None
-) -> Conversion:
-    """Write an adapter into a new folder for PEFT, bit for bit.
-
-    Arguments and errors are those of `export`; ConfigError too where the room peft is not there.
-    """
-    peft = load_peft_format("--peft")
-    require_absent_or_empty(target, flag="--peft")
-    return peft.export_adapter(find_named_adapter(Path(what), registry).folder, target, base_model)
+    begin = on_stage or (lambda stage: None)
+    with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
+        source, notes = _read_source(str(what), registry, base_model, Path(temporary), suites)
+        model, tokenizer, config = load_fused(
+            source.base,
+            source.adapter,
+            dequantize=dequantize or gguf is not None,
+            dtype=None if gguf is None else mx.float32,
+            trust_remote_code=source.model.trust_remote_code,
+        )
+        asked = _choose_questions(source, tokenizer, data, notes)
+        begin("fusing and writing")
+        for using_threads in seams.load_all("blas_threads"):
+            threads.enter_context(using_threads(model))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = threads.enter_context(
+            tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)
+        )
+        draft = Path(beside, target.name)
+        if gguf is None:
+            written = _write_folder(draft, source.base, model, tokenizer, config)
+        else:
+            written = _write_gguf(draft, source, model, tokenizer, quantize)
+        del model
+        mx.clear_cache()
+        begin("reading base, adapter and what was written in new processes")
+        record = _judge(draft, written, source, asked, notes)
+        write_export_record(record_place(draft), record)
+        write_bytes(card_place(draft), render_export_card(draft.name, record).encode())
+        place = publish(draft, target, is_rejected=not record.stands)
+    if record.stands and place == target:
+        return Export(target, record)
+    if record.stands:
+        raise ConfigError(
+            f"{target} appeared while the export was measured, and nothing is written over. The "
+            f"export passed ({record.describe()}) and lies at {place}: move it where it belongs."
+        )
+    problems = "".join(f"\n  {problem}" for problem in record.problems)
+    again = "\nWith --dequantize its weights stay as they were fused."
+    raise GateRejected(
+        f"{target} was not kept: {record.describe()}.{problems}\nIt lies at {place} for a "
+        f"look.{again if written.quantized_base == 'kept' else ''}"
+    )
 
 
 def _read_source(
@@ -212,8 +218,11 @@ def _read_source(
     base_model: str | None,
     temporary: Path,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection],
-) -> _Source:
-    """The adapter that a person means; a version and a run's verdict are hashed again."""
+) -> tuple[_Source, list[str]]:
+    """Read the adapter that a person means, and what to note of it.
+
+    The files of the base, of a version and of a run's verdict are hashed again.
+    """
     model, run = find_model(what, registry, base_model, temporary)
     adapter = model.adapter
     if adapter is None:
@@ -222,18 +231,23 @@ def _read_source(
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
     config = read_training_config(folder, run)
-    _read_trained_tokenizer(folder, run).require_in(find_model_folder(model.model), what)
     is_known = config is not None
+    base = find_model_folder(model.model)
+    _read_trained_tokenizer(folder, run).require_in(base, what)
+    fingerprint_base_model(base, max_age=0)
+    if reasons := fingerprint_reasons(adapter.config, base):
+        raise ConfigError(f"{what}: {reasons[0].message}.")
     if config is None:
         config = parse_config({"model": model.model, "num_layers": -1}, source="the adapter")
     tasks = parse_tasks(suites, config.gate.tasks) or config.gate.tasks
+    step, note = _describe_origin(folder, run)
+    notes = [] if note is None else [note]
+    if sampled := [task.name for task in tasks if task.temperature > 0]:
+        notes.append(f"not asked, as answers are drawn: {', '.join(sampled)}")
+    tasks = tuple(task for task in tasks if task.name not in sampled)
     changes = {"model": model.model, "gate": config.gate.model_copy(update={"tasks": tasks})}
     config = config.model_copy(update=changes)
-    canary = (folder if run is None else run.path) / CANARY_NAME
-    recorded = parse_canary(read_regular(canary), canary) if canary.is_file() else None
-    step, note = _describe_origin(folder, run)
-    config = shape_like_adapter(adapter, config)
-    return _Source(model, adapter, config, is_known, recorded, step, note)
+    return _Source(model, adapter, base, config, is_known, step), notes
 
 
 def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None, str | None]:
@@ -266,198 +280,112 @@ def _read_trained_tokenizer(folder: Path, run: RunDirectory | None) -> TrainedTo
     return TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
 
 
-class _Exporting:
-    """One export, from measuring its reference to putting it in its place.
+def _choose_questions(
+    source: _Source, tokenizer: Any, data: str | Path | None, notes: list[str]
+) -> Asked:
+    """Choose what is asked of base, adapter and export: the run's rows and suites, or those given.
 
-    Attributes:
-        blas_threads: from the moment that the base is loaded, the quicker number of them.
+    Adds to `notes` why no rows are asked.
     """
-
-    def __init__(
-        self, source: _Source, target: Path, data: str | Path | None, on_stage: OnStage | None
-    ) -> None:
-        self._source = source
-        self._target = target
-        self._data = data
-        self._on_stage = on_stage
-        self._notes = [] if source.note is None else [source.note]
-        self._folder = find_model_folder(source.model.model)
-        self.blas_threads = ExitStack()
-
-    def run(self, quantization: Quantization | None, *, dequantize: bool) -> Export:
-        """Write a folder, or with a quantization a GGUF, judge it and put it in its place."""
-        fingerprint_base_model(self._folder, max_age=0)
-        if reasons := fingerprint_reasons(self._source.adapter.config, self._folder):
-            raise ConfigError(f"{self._source.model.name}: {reasons[0].message}.")
-        self._begin("measuring the base and the adapter")
-        reference = self._measure_reference()
-        mx.clear_cache()
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=TEMPORARY_PREFIX, dir=self._target.parent
-        ) as beside:
-            draft = Path(beside, self._target.name)
-            self._begin("fusing and writing")
-            if quantization is None:
-                written = self._write_folder(draft, dequantize=dequantize)
-            else:
-                written = self._write_gguf(draft, quantization)
-            mx.clear_cache()
-            self._begin("reading what was written in a new process")
-            record = self._judge(draft, written, reference, self._read(draft, written, reference))
-            write_export_record(record_place(draft), record)
-            write_bytes(card_place(draft), render_export_card(draft.name, record).encode())
-            place = _publish(draft, self._target, is_rejected=not record.stands)
-        if record.stands and place == self._target:
-            return Export(self._target, record, record.notes)
-        if record.stands:
-            raise ConfigError(
-                f"{self._target} appeared while the export was measured, and nothing is written "
-                f"over. The export passed ({record.describe()}) and lies at {place}: move it where "
-                f"it belongs."
-            )
-        problems = "".join(f"\n  {problem}" for problem in record.problems)
-        again = "\nWith --dequantize its weights stay as they were fused."
-        raise GateRejected(
-            f"{self._target} was not kept: {record.describe()}.{problems}\nIt lies at {place} for "
-            f"a look.{again if written.quantized_base == 'kept' else ''}"
-        )
-
-    def _begin(self, stage: str) -> None:
-        if self._on_stage is not None:
-            self._on_stage(stage)
-
-    def _measure_reference(self) -> Reference:
-        """Base and adapter by the run's own rows and suites, or those that were given."""
-        config = self._leave_out_sampled_suites()
-        base = LoadedBase.load(config)
-        adapter = self._source.adapter
-        if reasons := base_reasons(adapter, base.parameters, base.folder):
-            raise ConfigError(f"{self._source.model.name} does not fit: {reasons[0].message}.")
-        for using_threads in seams.load_all("blas_threads"):
-            self.blas_threads.enter_context(using_threads(base.model))
-        rows, source = self._find_rows(config), self._source
-        return measure_reference(
-            config, base, adapter, rows, source.canary, prompt_format=source.model.prompt_format
-        )
-
-    def _leave_out_sampled_suites(self) -> FineTuneConfig:
-        """The configuration without suites whose answers are drawn: readers answer greedily."""
-        config = self._source.config
-        sampled = [task.name for task in config.gate.tasks if task.temperature > 0]
-        if sampled:
-            self._notes.append(f"not asked, as answers are drawn: {', '.join(sampled)}")
-        tasks = tuple(task for task in config.gate.tasks if task.name not in sampled)
-        return config.model_copy(update={"gate": config.gate.model_copy(update={"tasks": tasks})})
-
-    def _find_rows(self, config: FineTuneConfig) -> HeldOutRows | None:
-        """The held-out rows of the file that was given, or of what the adapter was trained with."""
-        splits = {}
-        if self._data is not None:
-            gate = config.gate.model_copy(update={"held_out": str(self._data)})
-            config = config.model_copy(update={"gate": gate})
-        elif not self._source.is_config_known:
-            self._notes.append("the kept gain was not measured: --data FILE names held-out rows")
-            return None
-        try:
-            if self._data is None:
-                _, loaded = load_run_data(config)
-                splits = {name: split for name, split in loaded.items() if len(split)}
+    config = source.config
+    suites = encode_suites(
+        read_suites(config.gate), tokenizer, source.base, source.model.prompt_format
+    )
+    rows = None
+    try:
+        if data is not None:
+            gate = config.gate.model_copy(update={"held_out": str(data)})
+            held_out = read_held_out_examples(config.model_copy(update={"gate": gate}), {})
+        elif source.is_config_known:
+            _, loaded = load_run_data(config)
+            splits = {name: split for name, split in loaded.items() if len(split)}
             held_out = read_held_out_examples(config, splits)
-        except (ConfigError, DatasetError, OSError) as error:
-            if self._data is not None:
-                raise
-            self._notes.append(
-                f"the kept gain was not measured, as the run's data cannot be read: "
-                f"{shorten(error, 200)}; --data FILE names other held-out rows"
-            )
-            return None
-        return None if held_out is None else choose_rows(held_out, config)
-
-    def _fuse(self, *, dequantize: bool, dtype: mx.Dtype | None = None) -> tuple[Any, Any, Any]:
-        return load_fused(
-            self._folder,
-            self._source.adapter,
-            dequantize=dequantize,
-            dtype=dtype,
-            trust_remote_code=self._source.model.trust_remote_code,
+        else:
+            held_out = None
+            notes.append("the kept gain was not measured: --data FILE names held-out rows")
+        rows = None if held_out is None else HeldOutRows.choose(held_out, config)
+    except (ConfigError, DatasetError, OSError) as error:
+        if data is not None:
+            raise
+        notes.append(
+            f"the kept gain was not measured, as the run's data cannot be read: "
+            f"{shorten(error, 200)}; --data FILE names other held-out rows"
         )
+    return Asked.choose(source.base, tokenizer, rows, suites)
 
-    def _write_folder(self, draft: Path, *, dequantize: bool) -> _Written:
-        model, tokenizer, config = self._fuse(dequantize=dequantize)
-        write_model_folder(draft, self._folder, model, config)
-        digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        if "quantization" in config:
-            return _Written("quantized", "kept", digest)
-        leaves: Any = tree_flatten(model.parameters())
-        dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
-        return _Written(FORMATS[dtype], _dequantized(self._folder), digest)
 
-    def _write_gguf(self, draft: Path, quantization: Quantization) -> _Written:
-        model, tokenizer, _ = self._fuse(dequantize=True, dtype=mx.float32)
-        name = f"{self._folder.name}-{self._source.adapter.digest()[:12]}"
-        write_gguf(draft, model, tokenizer, quantization, name)
-        vocabulary = Vocabulary.of_tokenizer(tokenizer, int(find_family(model).args.vocab_size))
-        return _Written(quantization, _dequantized(self._folder), vocabulary.digest())
+def _write_folder(
+    draft: Path, base: Path, model: Any, tokenizer: Any, config: dict[str, Any]
+) -> _Written:
+    """Write a fused model as a folder that mlx_lm loads."""
+    write_model_folder(draft, base, model, config)
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    if "quantization" in config:
+        return _Written("quantized", "kept", digest)
+    leaves: Any = tree_flatten(model.parameters())
+    dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
+    return _Written(FORMATS[dtype], _dequantized(base), digest)
 
-    def _read(self, draft: Path, written: _Written, reference: Reference) -> Reading:
-        """What a fresh process reads of the artefact alone."""
-        dtype = model_compute_dtype(self._source.config)
-        compute = "float32" if dtype == mx.float32 else None
-        trusts = self._source.model.trust_remote_code
-        if draft.is_dir():
-            return read_in_fresh_process(
-                draft, "mlx_lm", reference, dtype=compute, trust_remote_code=trusts
-            )
-        if has_llama_cpp():
-            return read_in_fresh_process(draft, "llama.cpp", reference, dtype=None)
-        self._notes.append(NOT_RUN)
-        with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
-            unpacked = unpack_gguf(draft, Path(folder, "model"))
-            reading = read_in_fresh_process(unpacked, "mlx_lm", reference, dtype=compute)
-        return replace(reading, tokenizer=read_vocabulary(draft).digest())
 
-    def _judge(
-        self, draft: Path, written: _Written, reference: Reference, reading: Reading
-    ) -> ExportRecord:
-        template = read_chat_template(reference.tokenizer)
-        findings = judge_reading(
-            reference,
-            reading,
-            weights=written.weights,
-            quantized_base=written.quantized_base,
-            tokenizer=written.tokenizer,
-            chat_template=template,
-        )
-        files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]
-        return ExportRecord(
-            artefact="folder" if draft.is_dir() else "gguf",
-            weights=written.weights,
-            quantized_base=written.quantized_base,
-            files={
-                path.relative_to(draft.parent if path == draft else draft).as_posix(): (
-                    regular_sha256(path)
-                )
-                for path in files
-            },
-            source=self._source.model.name,
-            version=self._source.adapter.digest(),
-            base=self._source.model.model,
-            base_fingerprint=fingerprint_base_model(self._folder),
-            tokenizer=written.tokenizer,
-            chat_template=None if template is None else digest_template(template),
-            reader=reading.reader,
-            texts=len(reference.texts),
-            logits=findings.logits,
-            gain=findings.gain,
-            suites=findings.suites,
-            notes=tuple(self._notes),
-            problems=findings.problems,
-            step=self._source.step,
-            trained_on=self._source.model.seen.to_json(),
-            prompt_format=self._source.model.prompt_format,
-            packages={name: installed_version(name) for name in RECORDED_PACKAGES},
-        )
+def _write_gguf(
+    draft: Path, source: _Source, model: Any, tokenizer: Any, quantization: Quantization
+) -> _Written:
+    """Write a fused model as a GGUF."""
+    name = f"{source.base.name}-{source.adapter.digest()[:12]}"
+    digest = write_gguf(draft, model, tokenizer, quantization, name)
+    return _Written(quantization, _dequantized(source.base), digest)
+
+
+def _judge(
+    draft: Path, written: _Written, source: _Source, asked: Asked, notes: list[str]
+) -> ExportRecord:
+    """Have base, adapter and artefact read by fresh processes, and record how they compare."""
+    dtype = "float32" if model_compute_dtype(source.config) == mx.float32 else None
+    trusts = source.model.trust_remote_code
+    compared = read_base_and_adapter(
+        asked, source.adapter.path, dtype=dtype, trust_remote_code=trusts
+    )
+    if draft.is_dir() or has_llama_cpp():
+        reading = read_in_fresh_process(draft, asked, dtype=dtype, trust_remote_code=trusts)
+    else:
+        notes.append(NOT_RUN)
+        with tempfile.TemporaryDirectory(prefix="nested-tune-") as unpacked:
+            tokenizer = unpack_gguf(draft, Path(unpacked))
+            reading = read_in_fresh_process(Path(unpacked), asked, dtype=dtype)
+        reading = replace(reading, tokenizer=tokenizer)
+    findings = judge_reading(
+        asked,
+        (*compared, reading),
+        weights=written.weights,
+        quantized_base=written.quantized_base,
+        tokenizer=written.tokenizer,
+    )
+    template = compared[1].chat_template
+    files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]
+    folder = draft if draft.is_dir() else draft.parent
+    return ExportRecord(
+        artefact="folder" if draft.is_dir() else "gguf",
+        weights=written.weights,
+        quantized_base=written.quantized_base,
+        files={path.relative_to(folder).as_posix(): regular_sha256(path) for path in files},
+        source=source.model.name,
+        version=source.adapter.digest(),
+        base=source.model.model,
+        base_fingerprint=fingerprint_base_model(source.base),
+        tokenizer=written.tokenizer,
+        chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+        reader=reading.reader,
+        texts=len(asked.texts),
+        logits=findings.logits,
+        gain=findings.gain,
+        suites=findings.suites,
+        notes=tuple(notes),
+        problems=findings.problems,
+        step=source.step,
+        trained_on=source.model.seen.to_json(),
+        prompt_format=source.model.prompt_format,
+        packages={name: installed_version(name) for name in RECORDED_PACKAGES},
+    )
 
 
 def _dequantized(base: Path) -> Quantized | None:
@@ -465,11 +393,11 @@ def _dequantized(base: Path) -> Quantized | None:
     return "dequantized" if {*QUANTIZATION_KEYS} & read_model_config(base).keys() else None
 
 
-def _publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
+def publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
     """Put a folder, or a file after its record and card, in its place; all is synced.
 
-    The place is `target`, or NAME.rejected of what does not stand. Where something lies there that
-    is no earlier export that did not stand, NAME-2, NAME-3 and so on are tried. Returns the place.
+    The place is `target`, or NAME.rejected of what does not stand. Where something lies there,
+    NAME-2, NAME-3 and so on are tried. Returns the place.
     """
     is_folder = draft.is_dir()
     beside = [] if is_folder else [record_place(draft), card_place(draft)]
@@ -477,15 +405,9 @@ def _publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
         sync_path(path)
     name, ending = (target.name, "") if is_folder else (target.stem, target.suffix)
     name += f".{REJECTED}" if is_rejected else ""
-    names = (
-        f"{name}{'' if number == 1 else f'-{number}'}{ending}" for number in itertools.count(1)
-    )
-    for place in map(target.with_name, names):
-        taken = _list_taken(place, is_folder=is_folder)
-        if not taken or (is_rejected and _may_be_replaced(place, taken)):
-            break
-    if taken and is_folder:
-        shutil.rmtree(place)
+    numbers = ("", *(f"-{number}" for number in range(2, 1_000)))
+    places = (target.with_name(f"{name}{number}{ending}") for number in numbers)
+    place = next(place for place in places if not _list_taken(place, is_folder=is_folder))
     for path, place_of in zip(beside, (record_place, card_place), strict=False):
         path.replace(place_of(place))
     draft.replace(place)  # of an empty folder it takes the place, of another it fails
@@ -494,28 +416,9 @@ def _publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
 
 
 def _list_taken(place: Path, *, is_folder: bool) -> list[Path]:
-    """What lies where an export to this place would be written; an empty folder is free."""
+    """List what lies where an export to this place would be written; an empty folder is free."""
     if not is_folder:
         paths = (place, record_place(place), card_place(place))
         return [path for path in paths if os.path.lexists(path)]
     is_empty = file_type(place) == "directory" and not any(place.iterdir())
     return [] if is_empty or not os.path.lexists(place) else [place]
-
-
-def _may_be_replaced(place: Path, taken: Sequence[Path]) -> bool:
-    """Whether all of it is an earlier export that did not stand, as its record has it."""
-    try:
-        record = read_export_record(place)
-        if record is None or record.stands:
-            return False
-        folder = place if place.is_dir() else place.parent
-        written_beside = (record_place(place), card_place(place))
-        hashes = {*record.files.values()}
-
-        def is_exported(name: str) -> bool:
-            """Whether a file is one of the export's, and as it was written."""
-            return folder / name in written_beside or regular_sha256(folder / name) in hashes
-
-        return all(find_reason_to_keep(path, is_exported) is None for path in taken)
-    except (DamagedError, OSError):
-        return False

@@ -1,16 +1,17 @@
-"""A fresh process that reads an exported model alone, and what it read."""
+"""A fresh process that reads models from their files alone, and what it read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from nested_core.errors import NestedTuneError, shorten
+from nested_core.measure.answers.suite_answers import choose_likeliest
 from nested_core.measure.fresh_process.starting import (
     MLX_LM_PROGRAM,
     QUESTIONS_PROGRAM,
@@ -19,29 +20,23 @@ from nested_core.measure.fresh_process.starting import (
     describe_request,
     start_reader,
 )
+from nested_core.models.generation import Answer, read_answer
+from nested_core.process.child import Child
 from nested_core.records.losses import Vector
-from nested_core.rooms.export.reference import Reference
+from nested_core.rooms.export.asked import Asked
 
 LLAMA_CPP_PROGRAM = Path(__file__).with_name("llama_cpp_program.py")
 TIMEOUT_SECONDS = 6 * 3600
-ReaderName = Literal["mlx_lm", "llama.cpp"]
-
-
-@dataclass(frozen=True)
-class SuiteReading:
-    """Answers to a suite: token ids of each, or for choices the log-likelihoods of each."""
-
-    answers: Sequence[Sequence[int]] = ()
-    likelihoods: Sequence[Sequence[float]] = ()
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a fresh process read of an artefact, in the order of what the reference has.
+    """What a fresh process read of a model, in the order of what it was asked.
 
     tokenizer: SHA-256 of tokenizer.json as it is in use, or of a GGUF's token texts.
     ends: the tokens at which an answer ends.
     likelihoods: log-likelihoods of each held-out row's targets, in nats.
+    answers: to each suite, by its name; empty of a base.
     """
 
     reader: str
@@ -51,7 +46,7 @@ class Reading:
     token_ids: tuple[tuple[int, ...], ...]
     logits: Rows
     likelihoods: Vector
-    suites: tuple[SuiteReading, ...]
+    answers: Mapping[str, Sequence[Answer]]
 
 
 def has_llama_cpp() -> bool:
@@ -59,96 +54,104 @@ def has_llama_cpp() -> bool:
     return find_spec("llama_cpp") is not None
 
 
+def read_base_and_adapter(
+    asked: Asked, adapter: Path, *, dtype: str | None, trust_remote_code: bool = False
+) -> tuple[Reading, Reading]:
+    """Read the base, which is asked no suite, and the base with an adapter, in a new process."""
+    base = describe_model("base", asked.base, dtype=dtype)
+    adapted = describe_model("adapter", asked.base, adapter, dtype=dtype)
+    with start_reader(MLX_LM_PROGRAM) as child:
+        return (
+            _read(child, base, replace(asked, suites=()), trust_remote_code),
+            _read(child, adapted, asked, trust_remote_code),
+        )
+
+
 def read_in_fresh_process(
-    artefact: Path,
-    reader: ReaderName,
-    reference: Reference,
-    *,
-    dtype: str | None,
-    trust_remote_code: bool = False,
+    artefact: Path, asked: Asked, *, dtype: str | None, trust_remote_code: bool = False
 ) -> Reading:
-    """Read an artefact in a new process, which is asked what the reference was asked.
+    """Read an exported folder by mlx_lm, or a GGUF by llama.cpp, in a new process.
 
     dtype: what mlx_lm computes in; None is what it is stored in. Raises NestedTuneError where the
     process could not read it.
     """
-    program = MLX_LM_PROGRAM if reader == "mlx_lm" else LLAMA_CPP_PROGRAM
-    request = describe_request(
-        [describe_model("artefact", artefact, dtype=dtype)],
-        reference.folder,
-        trusts_remote_code=trust_remote_code,
-        **describe_questions(reference),
-    )
+    program = MLX_LM_PROGRAM if artefact.is_dir() else LLAMA_CPP_PROGRAM
     with start_reader(program) as child:
-        try:
-            answers = child.ask(request | {"program": str(QUESTIONS_PROGRAM)}, TIMEOUT_SECONDS)
-        except (NestedTuneError, OSError, MemoryError) as error:
-            raise _make_error(artefact, reader, error) from error
-    if "refused" in answers:
-        raise _make_error(artefact, reader, answers["error"])
-    return _parse_answer(answers["artefact"], reference)
+        return _read(
+            child, describe_model("artefact", artefact, dtype=dtype), asked, trust_remote_code
+        )
 
 
-def _make_error(artefact: Path, reader: str, error: Exception | str) -> NestedTuneError:
-    return NestedTuneError(
-        f"A new process could not read {artefact} by {reader}: {shorten(error, 400)}"
+def _read(child: Child, model: dict[str, Any], asked: Asked, trust_remote_code: bool) -> Reading:
+    """Ask one model; NestedTuneError, which names it, where the process cannot read it."""
+    request = describe_request(
+        [model],
+        asked.base,
+        trusts_remote_code=trust_remote_code,
+        texts=asked.texts,
+        prompts=asked.prompts,
+        columns=asked.columns,
+        **_describe_questions(asked),
     )
+    request["program"] = str(QUESTIONS_PROGRAM)
+    try:
+        answers = child.ask(request, TIMEOUT_SECONDS)
+        if "refused" in answers:
+            raise NestedTuneError(answers["error"])
+    except (NestedTuneError, OSError, MemoryError) as error:
+        read = model["adapter"] or model["base"]
+        raise NestedTuneError(
+            f"A new process could not read {read}: {shorten(error, 400)}"
+        ) from error
+    return _parse_answer(answers[model["name"]], asked)
 
 
-def describe_questions(reference: Reference) -> dict[str, Any]:
-    """What is asked of a model, in the words of measure/fresh_process/questions.py.
+def _describe_questions(asked: Asked) -> dict[str, Any]:
+    """Describe rows and questions in the words of measure/fresh_process/questions.py.
 
     The rows are the held-out ones, and then the choices of each suite after their prompts.
     """
     rows: list[dict[str, Any]] = []
     questions = []
-    if reference.rows is not None:
-        pairs = zip(reference.rows.tokens, reference.rows.targets, strict=True)
+    if asked.rows is not None:
+        pairs = zip(asked.rows.tokens, asked.rows.targets, strict=True)
         rows += [{"tokens": tokens, "places": places} for tokens, places in pairs]
-    for suite in reference.suites:
+    for suite in asked.suites:
         sampling = suite.suite.sampling
+        written = {"max_tokens": sampling.max_tokens, "stop": sampling.stop}
         for prompt, choices in zip(suite.prompts, suite.choices, strict=True):
-            rows += [
-                {
-                    "tokens": [*prompt, *choice],
-                    "places": list(range(len(prompt), len(prompt) + len(choice))),
-                }
-                for choice in choices
-            ]
+            for choice in choices:
+                places = list(range(len(prompt), len(prompt) + len(choice)))
+                rows.append({"tokens": [*prompt, *choice], "places": places})
             if not choices:
-                questions.append(
-                    {"prompt": prompt, "max_tokens": sampling.max_tokens, "stop": sampling.stop}
-                )
-    return {
-        "texts": reference.texts,
-        "prompts": reference.prompts,
-        "columns": reference.columns,
-        "rows": rows,
-        "questions": questions,
-    }
+                questions.append({"prompt": prompt} | written)
+    return {"rows": rows, "questions": questions}
 
 
-def _parse_answer(answer: dict[str, Any], reference: Reference) -> Reading:
-    rows, ends = reference.rows, frozenset(answer["ends"])
-    likelihoods, answers = iter(answer["likelihoods"]), iter(answer["answers"])
-    of_rows = [] if rows is None else [next(likelihoods) for _ in rows.tokens]
-    suites = []
-    for suite in reference.suites:
-        if any(suite.choices):
-            weighed = [[next(likelihoods) for _ in choices] for choices in suite.choices]
-            suites.append(SuiteReading(likelihoods=weighed))
-        else:
-            tokens = [next(answers)["tokens"] for _ in suite.prompts]
-            suites.append(
-                SuiteReading([own[:-1] if own and own[-1] in ends else own for own in tokens])
-            )
+def _parse_answer(answer: dict[str, Any], asked: Asked) -> Reading:
+    """Read what the process answered."""
+    rows, ends = asked.rows, frozenset(answer["ends"])
+    likelihoods, written = iter(answer["likelihoods"]), iter(answer["answers"])
+    of_rows = [next(likelihoods) for _ in (() if rows is None else rows.tokens)]
+    answers: dict[str, list[Answer]] = {}
+    for suite in asked.suites:
+        own = answers.setdefault(suite.suite.name, [])
+        for question, choices in zip(suite.suite.questions, suite.choices, strict=True):
+            if choices:
+                text = choose_likeliest(question.choices, [next(likelihoods) for _ in choices])
+                own.append(Answer(text, 0, is_endless=False, is_repeated=False))
+            else:
+                tokens = next(written)["tokens"]
+                tokens = tokens[:-1] if tokens and tokens[-1] in ends else tokens
+                own.append(read_answer(asked.tokenizer, tokens, suite.suite.sampling))
+    template = answer["chat_template"]
     return Reading(
         reader=answer["reader"],
         tokenizer=answer["tokenizer"],
-        chat_template=answer["chat_template"],
+        chat_template=template.get("default") if isinstance(template, dict) else template,
         ends=ends,
         token_ids=tuple(map(tuple, answer["token_ids"])),
         logits=np.array(answer["logits"], np.float64),
         likelihoods=np.array(of_rows),
-        suites=tuple(suites),
+        answers=answers,
     )

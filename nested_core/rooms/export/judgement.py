@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from nested_core.gate.checks.tasks import score_answers
 from nested_core.gate.proof.fresh_process_check import relative_distance
 from nested_core.measure.answers.answer_bounds import ScoreChange, conclude_answers
-from nested_core.measure.answers.suite_answers import EncodedSuite, choose_likeliest
 from nested_core.measure.fresh_process.starting import Rows
-from nested_core.models.generation import Answer, read_answer
-from nested_core.records.answers import AnswerRecord
 from nested_core.records.loss_conclusion import MAX_RISE_OF_FEW, MIN_MARGIN
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import compare_pairs, independent_clusters
+from nested_core.rooms.export.asked import Asked, HeldOutRows
 from nested_core.rooms.export.export_record import (
     KeptGain,
     LogitComparison,
@@ -26,8 +25,7 @@ from nested_core.rooms.export.export_record import (
     SuiteCount,
     WeightFormat,
 )
-from nested_core.rooms.export.fresh_reading import Reading, SuiteReading
-from nested_core.rooms.export.reference import HeldOutRows, Reference
+from nested_core.rooms.export.fresh_reading import Reading
 from nested_core.text.loss_format import format_difference
 
 # Of the logits' distance, by the format of the matrices; benchmarks/README.md has those of right
@@ -58,29 +56,31 @@ class Findings:
 
 
 def judge_reading(
-    reference: Reference,
-    reading: Reading,
+    asked: Asked,
+    readings: tuple[Reading, Reading, Reading],
     *,
     weights: WeightFormat,
     quantized_base: Quantized | None,
     tokenizer: str,
-    chat_template: str | None,
 ) -> Findings:
-    """Compare what a fresh process read of an artefact with base and adapter.
+    """Compare what fresh processes read of base, adapter and artefact, in this order.
 
-    tokenizer, chat_template: what the artefact's have to be, the first as its SHA-256.
+    tokenizer: the SHA-256 that the artefact's has to have.
     """
-    problems = list(_find_wrong_tokens(reference, reading, tokenizer, chat_template))
-    logits = compare_logits(reference, reading.logits, LOGIT_BOUNDS[weights])
+    base, adapter, reading = readings
+    problems = list(_find_wrong_tokens(asked, adapter, reading, tokenizer))
+    logits = compare_logits(base.logits, adapter.logits, reading.logits, LOGIT_BOUNDS[weights])
     problems += _find_wrong_logits(logits)
     gain = None
-    if reference.rows is not None:
+    if asked.rows is not None:
         needed, margin = MIN_KEPT_GAIN, MIN_MARGIN
         if quantized_base == "kept":
             needed, margin = MIN_KEPT_GAIN_QUANTIZED, MAX_LOST_NATS_QUANTIZED
-        gain = measure_kept_gain(reference, reference.rows, reading.likelihoods, needed, margin)
+        gain = measure_kept_gain(
+            asked.rows, [read.likelihoods for read in readings], needed, margin
+        )
         problems += _find_lost_gain(gain)
-    suites = tuple(_count_right_answers(reference, reading))
+    suites = tuple(_count_right_answers(asked, adapter, reading))
     problems += [
         f"of {suite.suite} {suite.exported:.4g} of {suite.questions} questions are answered right, "
         f"with the adapter {suite.adapter:.4g}"
@@ -91,33 +91,31 @@ def judge_reading(
 
 
 def _find_wrong_tokens(
-    reference: Reference, reading: Reading, tokenizer: str, chat_template: str | None
+    asked: Asked, adapter: Reading, reading: Reading, tokenizer: str
 ) -> Iterator[str]:
     if reading.tokenizer != tokenizer:
         yield "its tokenizer is another one than the adapter's"
-    pairs = zip(reference.texts, reference.token_ids, reading.token_ids, strict=True)
+    pairs = zip(asked.texts, adapter.token_ids, reading.token_ids, strict=True)
     wrong = [text for text, expected, found in pairs if expected != found]
     if wrong:
         shown = ", ".join(repr(text[:20]) for text in wrong[:MAX_SHOWN_TEXTS])
-        yield f"{len(wrong)} of {len(reference.texts)} texts get other token ids, such as {shown}"
-    if reading.chat_template != chat_template:
+        yield f"{len(wrong)} of {len(asked.texts)} texts get other token ids, such as {shown}"
+    if reading.chat_template != adapter.chat_template:
         yield "its chat template is another one than the adapter was trained with"
-    if missing := set(reference.tokenizer.eos_token_ids) - reading.ends:
+    if missing := adapter.ends - reading.ends:
         yield f"{len(missing)} tokens that end an answer do not end it there: {sorted(missing)}"
 
 
-def compare_logits(reference: Reference, found: Rows, bound: float) -> LogitComparison:
-    """How near an artefact's logits are to those with the adapter, and how far from the base's.
+def compare_logits(base: Rows, adapter: Rows, exported: Rows, bound: float) -> LogitComparison:
+    """Compare an artefact's logits with those of the adapter, and with its change of the base's.
 
     What an artefact has of the adapter's change is its own change's part in that direction: the
     rounding of a format has next to none.
     """
-    change = (reference.adapter_logits - reference.base_logits).ravel()
-    moved = (found - reference.base_logits).ravel()
+    change, moved = (adapter - base).ravel(), (exported - base).ravel()
     size = float(change @ change)
     carried = float(moved @ change) / size if size and np.isfinite(moved).all() else 0.0
-    distance = relative_distance(found, reference.adapter_logits)
-    return LogitComparison(distance, carried, bound, len(found))
+    return LogitComparison(relative_distance(exported, adapter), carried, bound, len(exported))
 
 
 def _find_wrong_logits(logits: LogitComparison) -> Iterator[str]:
@@ -131,25 +129,20 @@ def _find_wrong_logits(logits: LogitComparison) -> Iterator[str]:
 
 
 def measure_kept_gain(
-    reference: Reference,
     rows: HeldOutRows,
-    likelihoods: Vector,
+    likelihoods: Sequence[Vector],
     needed: float,
     margin: float = MIN_MARGIN,
 ) -> KeptGain:
-    """How much an artefact lost to the adapter on held-out rows, and how much that may be.
+    """Measure how much an artefact lost to the adapter on held-out rows, and what may be lost.
 
     Args:
-        reference: what base and adapter have.
         rows: the rows.
-        likelihoods: the artefact's log-likelihoods of their targets.
+        likelihoods: of base, adapter and artefact, of the rows' targets.
         needed: the share that has to be kept of a gain beyond chance.
         margin: what may be lost where there is no such gain, in the losses' unit.
     """
-    base, adapter, exported = (
-        rows.compute_losses(sums, reference.base_likelihoods)
-        for sums in (reference.base_likelihoods, reference.adapter_likelihoods, likelihoods)
-    )
+    base, adapter, exported = (rows.compute_losses(own, likelihoods[0]) for own in likelihoods)
     counts = rows.counts
     clusters = independent_clusters(rows.clusters)
     kept = KeptGain(
@@ -192,32 +185,16 @@ def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
         )
 
 
-def _count_right_answers(reference: Reference, reading: Reading) -> Iterator[SuiteCount]:
-    """A count a suite; worse beyond chance among all suites, as the gate decides it."""
-    changes = {}
-    for suite, read in zip(reference.suites, reading.suites, strict=True):
-        before = reference.answers[suite.suite.name]
-        after = _score(reference, suite, read, before)
-        changes[suite.suite.name] = (ScoreChange.compare(before, after), before, after)
-    words = conclude_answers([change for change, _, _ in changes.values()])
-    for word, (name, (_, before, after)) in zip(words, changes.items(), strict=True):
-        adapter, exported = (sum(record.score for record in own) for own in (before, after))
-        yield SuiteCount(name, len(before), adapter, exported, word == "worse")
-
-
-def _score(
-    reference: Reference, suite: EncodedSuite, read: SuiteReading, before: Sequence[AnswerRecord]
-) -> list[AnswerRecord]:
-    """The answers of an artefact, scored as the gate scores those of an adapter."""
-    if read.likelihoods:
-        questions = zip(suite.suite.questions, read.likelihoods, strict=True)
-        texts = [choose_likeliest(question.choices, sums) for question, sums in questions]
-        answers = [Answer(text, 0, is_endless=False, is_repeated=False) for text in texts]
-    else:
-        sampling = suite.suite.sampling
-        answers = [read_answer(reference.tokenizer, own, sampling) for own in read.answers]
-    scores = suite.score(answers).scores
-    return [
-        replace(record, answer=answer.text, score=score)
-        for record, answer, score in zip(before, answers, scores, strict=True)
+def _count_right_answers(asked: Asked, adapter: Reading, reading: Reading) -> Iterator[SuiteCount]:
+    """Count for each suite; worse beyond chance among all suites, as the gate decides it."""
+    scored = [
+        [
+            score_answers(suite, "candidate", read.answers[suite.suite.name], 0.0)
+            for suite in asked.suites
+        ]
+        for read in (adapter, reading)
     ]
+    words = conclude_answers([ScoreChange.compare(*pair) for pair in zip(*scored, strict=True)])
+    for word, suite, *pair in zip(words, asked.suites, *scored, strict=True):
+        before, after = (sum(record.score for record in records) for records in pair)
+        yield SuiteCount(suite.suite.name, len(suite.prompts), before, after, word == "worse")

@@ -16,8 +16,10 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
     A GGUF is unpacked into the folder `temporary`. Raises ConfigError for a GGUF of another family,
     DamagedError for damaged files.
     """
-    path = Path(given)
-    model = unpack_gguf(path, temporary) if is_gguf(path) else path
+    path = model = Path(given)
+    if is_gguf(path):
+        unpack_gguf(path, temporary)
+        model = temporary
     if not (model / "config.json").is_file():
         return None
     record = read_export_record(path)

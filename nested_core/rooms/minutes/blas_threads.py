@@ -11,7 +11,7 @@ import ctypes
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -82,13 +82,11 @@ def using_blas_threads(count: int | None) -> Iterator[None]:
             os.environ[THREADS_VARIABLE] = variable
 
 
-@contextmanager
-def using_quicker_blas_threads(model: Any) -> Iterator[None]:
-    """Within the block, OpenBLAS has the number of threads that `choose_blas_threads` chooses."""
+def using_quicker_blas_threads(model: Any) -> AbstractContextManager[None]:
+    """Return a context in which OpenBLAS has the threads that `choose_blas_threads` chooses."""
     with in_evaluation_mode(model):
         count = choose_blas_threads(model)
-    with using_blas_threads(count):
-        yield
+    return using_blas_threads(count)
 
 
 def _open_library() -> Any:

@@ -1,8 +1,7 @@
 """Adapters of PEFT, in and out, to the last bit: plain LoRA of one rank and one scale.
 
-importing.py and exporting.py convert, peft_config.py and lora_factors.py know PEFT's format,
-output_folder.py writes the result whole or not at all, and adapter_format.py is what the core and
-other rooms ask.
+importing.py and exporting.py convert, peft_config.py and lora_factors.py know PEFT's format, and
+adapter_format.py is what the core and other rooms ask.
 """
 
 from nested_core.rooms.peft.exporting import export_peft

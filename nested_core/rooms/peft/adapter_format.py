@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from nested_core.models.adapter_formats import Conversion, DescribedAdapter
-from nested_core.models.lora_tensors import module_name
+from nested_core.models.adapter_formats import Conversion
 from nested_core.rooms.peft.exporting import export_peft
-from nested_core.rooms.peft.importing import (
-    PEFT_WEIGHTS,
-    PICKLE_FILE_NAMES,
-    import_peft,
-    read_peft_adapter,
-)
-from nested_core.rooms.peft.lora_factors import MLX_LM_NAMING, PEFT_NAMING, transpose_as_stored
+from nested_core.rooms.peft.importing import PEFT_WEIGHTS, PICKLES, import_peft
 from nested_core.storage.adapter import WEIGHTS_NAME
 
 
@@ -25,37 +17,8 @@ class PeftFormat:
 
     def is_adapter(self, folder: Path) -> bool:
         """Whether a folder holds weights of PEFT, and none of mlx-lm."""
-        weights = (PEFT_WEIGHTS, *PICKLE_FILE_NAMES)
-        has_weights = any((folder / name).exists() for name in weights)
+        has_weights = any((folder / name).exists() for name in (PEFT_WEIGHTS, *PICKLES))
         return has_weights and not (folder / WEIGHTS_NAME).exists()
-
-    def describe(self, folder: Path, sides: Mapping[str, tuple[int, int]]) -> DescribedAdapter:
-        """Read an adapter for a base; sides: inputs and outputs of each linear module of it."""
-        config, stored = read_peft_adapter(folder)
-        tensors = {}
-        for name, tensor in stored.items():
-            parsed = PEFT_NAMING.parse_tensor_name(name)
-            if parsed is None:
-                tensors[name] = tensor
-            else:
-                own_name = MLX_LM_NAMING.tensor_name(*parsed)
-                tensors[own_name] = transpose_as_stored(tensor, PEFT_NAMING)
-        targets = config.target_modules_of(sides)
-        if targets is None:  # patterns of a stranger are not run: the tensors decide
-            targets = {module_name(name) for name in tensors} & sides.keys()
-        expected = {}
-        for module in targets:
-            inputs, outputs = sides[module]
-            expected[f"{module}.lora_a"] = (inputs, config.r)
-            expected[f"{module}.lora_b"] = (config.r, outputs)
-        listed = config.target_modules if isinstance(config.target_modules, list) else []
-        unmatched = tuple(
-            key
-            for key in listed
-            if not any(name == key or name.endswith(f".{key}") for name in sides)
-        )
-        scales = dict.fromkeys(targets, config.scale)
-        return DescribedAdapter(config.model_dump(), tensors, expected, scales, unmatched)
 
     def import_adapter(self, folder: Path, out: Path, model: str) -> Conversion:
         """Convert an adapter of PEFT into a new folder for mlx-lm."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError
 from nested_core.measure.losses.left_out_examples import find_trained_rows, write_exported_rows
 from nested_core.models.adapter_formats import Conversion
 from nested_core.models.base_model import find_model_folder_offline
@@ -21,15 +20,11 @@ from nested_core.records.dataset import PromptFormat
 from nested_core.registry.versions import PROVENANCE_NAME
 from nested_core.rooms.peft.importing import PEFT_WEIGHTS
 from nested_core.rooms.peft.lora_factors import (
-    MLX_LM_NAMING,
-    PEFT_NAMING,
-    ModuleFactors,
-    group_by_module,
+    creating_adapter_folder,
     list_first_problems,
-    name_tensors,
+    list_modules,
+    to_peft,
 )
-from nested_core.rooms.peft.output_folder import creating_adapter_folder
-from nested_core.rooms.peft.peft_config import UNSUPPORTED_SETTING_REASONS
 from nested_core.storage.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -44,11 +39,6 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import read_header, save_arrays
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
-LAYER_MODULE_PATTERN = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
-REASONS_BY_FINE_TUNE_TYPE = {
-    "dora": UNSUPPORTED_SETTING_REASONS["use_dora"],
-    "full": "whole weights and no low-rank factors",
-}
 EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 
 
@@ -60,24 +50,24 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     """
     require_absent_or_empty(out, own_run=folder.parent)
     require_adapter_directory(folder)  # as it was given, before links are followed
-    # Once: the champion's link may be swapped meanwhile.
-    adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
-    prompt_format = _read_prompt_format(adapter.path)
-    modules = _read_factors(adapter)
+    folder = Path(os.path.realpath(folder))  # once: the champion's link may be swapped meanwhile
+    if (folder / MANIFEST_NAME).exists():
+        verify_manifest(folder)
+    adapter = read_adapter(folder, follow_links=True)
+    modules = _list_modules(adapter)
     written = _make_peft_config(adapter, modules, model)
     notes = _compare_with_base(modules, written["base_model_name_or_path"])
-    tensors = name_tensors(modules, PEFT_NAMING)
-    with creating_adapter_folder(out, own_run=folder.parent) as temporary:
-        arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
+    with creating_adapter_folder(out) as temporary:
+        arrays = {name: own.to_mlx() for name, own in to_peft(adapter.tensors).items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
         write_exported_rows(temporary, find_trained_rows(adapter, None))
-        write_json(temporary / PROVENANCE_NAME, {"prompt_format": prompt_format})
+        write_json(temporary / PROVENANCE_NAME, {"prompt_format": _read_prompt_format(folder)})
     strength = f"r {written['r']}, alpha {written['lora_alpha']:g}"
-    return Conversion(out, written, len(modules), len(tensors), strength, tuple(notes))
+    return Conversion(out, written, len(modules), len(arrays), strength, tuple(notes))
 
 
-def _compare_with_base(modules: Collection[str], base: str) -> list[str]:
+def _compare_with_base(modules: list[str], base: str) -> list[str]:
     """Notes on names that could not be compared; ConfigError where the base has other modules.
 
     transformers knows modules by the names in the base's own files; mlx-lm renames some, such as
@@ -94,7 +84,7 @@ def _compare_with_base(modules: Collection[str], base: str) -> list[str]:
     for file in files:
         with open_regular(file, UNBOUNDED, follow_links=True) as (opened, size):
             names.update(read_header(opened, size, file))
-    strange = [module for module in sorted(modules) if f"{module}.weight" not in names]
+    strange = [module for module in modules if f"{module}.weight" not in names]
     if not strange:
         return []
     raise ConfigError(
@@ -105,59 +95,30 @@ def _compare_with_base(modules: Collection[str], base: str) -> list[str]:
     )
 
 
-def _read_mlx_lm_adapter(folder: Path) -> Adapter:
-    """Read an adapter directory; a version of a registry or a checkpoint is re-hashed first."""
-    if (folder / MANIFEST_NAME).exists():
-        verify_manifest(folder)
-    return read_adapter(folder, follow_links=True)
-
-
-def _read_factors(adapter: Adapter) -> dict[str, ModuleFactors]:
-    """The factors, if they are all LoRA of linear modules and of the rank that is said."""
+def _list_modules(adapter: Adapter) -> list[str]:
+    """List the modules with factors, if all are LoRA of linear modules and of the rank said."""
     kind = adapter.config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        unsupported = REASONS_BY_FINE_TUNE_TYPE.get(kind, "not known here")
-        raise ConfigError(
-            f"{adapter.path} holds fine_tune_type {kind!r:.40}: {unsupported}. Only lora becomes "
-            f"an adapter of PEFT; `nested-tune export --fused DIR` writes a whole model."
-        )
-    problems = [
-        f"{name}: {reason}"
+    problems = [] if kind == "lora" else [f"fine_tune_type {kind!r:.40}"]
+    problems += [
+        f"{name}: LoRA on an embedding or on expert layers"
         for name, tensor in sorted(adapter.tensors.items())
-        if (reason := _describe_foreign_tensor(name, len(tensor.shape))) is not None
+        if len(tensor.shape) > 2 or EMBEDDING_PATTERN.search(module_name(name))
     ]
     if problems:
         raise ConfigError(
-            f"{adapter.path} holds LoRA that PEFT has no like of, so nothing was converted:\n"
+            f"{adapter.path} holds what PEFT computes otherwise or has no like of, so nothing was "
+            f"converted; `nested-tune export --fused DIR` writes a whole model:\n"
             + list_first_problems(problems)
         )
-    path = adapter.path / WEIGHTS_NAME
-    modules = group_by_module(adapter.tensors, MLX_LM_NAMING, path)
-    ranks = {factors.rank for factors in modules.values()}
     rank = _lora_parameters(adapter).get("rank")
-    if ranks != {rank}:
-        raise DamagedError(
-            f"{adapter.path}: adapter_config.json says rank {rank}, the tensors have "
-            f"{sorted(ranks)}."
-        )
-    return modules
-
-
-def _describe_foreign_tensor(name: str, dimensions: int) -> str | None:
-    if dimensions > 2:
-        return "factors of expert layers, which are separate modules in PEFT"
-    if EMBEDDING_PATTERN.search(module_name(name)):
-        return "LoRA on an embedding, which PEFT does not apply to a tied output layer"
-    return None
+    return list_modules(adapter.tensors, rank, adapter.path / WEIGHTS_NAME)
 
 
 def _lora_parameters(adapter: Adapter) -> dict[str, Any]:
     return adapter.config.get("lora_parameters") or {}
 
 
-def _make_peft_config(
-    adapter: Adapter, modules: Mapping[str, ModuleFactors], model: str | None
-) -> dict[str, Any]:
+def _make_peft_config(adapter: Adapter, modules: list[str], model: str | None) -> dict[str, Any]:
     """adapter_config.json as PEFT reads it: scale is alpha / r there."""
     parameters = _lora_parameters(adapter)
     base = model or adapter.config.get("model")
@@ -170,20 +131,15 @@ def _make_peft_config(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "revision": None,
         "inference_mode": True,
         "r": parameters["rank"],
         "lora_alpha": _compute_alpha(adapter),
         "lora_dropout": float(parameters.get("dropout") or 0.0),
         "use_rslora": False,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
         "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    } | _make_target_modules(modules)
+        "target_modules": modules,
+    }
 
 
 def _compute_alpha(adapter: Adapter) -> float:
@@ -197,19 +153,6 @@ def _compute_alpha(adapter: Adapter) -> float:
             f"scale * rank, which must be a finite number above 0."
         )
     return int(alpha) if alpha.is_integer() else alpha
-
-
-def _make_target_modules(modules: Collection[str]) -> dict[str, Any]:
-    """Names within a layer and the layers, where each layer has the same; else all full names."""
-    places = [LAYER_MODULE_PATTERN.fullmatch(module) for module in modules]
-    found = [place.group("stack", "layer", "key") for place in places if place is not None]
-    stacks = {stack for stack, _, _ in found}
-    layers = sorted({int(layer) for _, layer, _ in found})
-    keys = sorted({key for _, _, key in found})
-    if len(stacks) == 1 and len(found) == len(modules) == len(layers) * len(keys):
-        pattern = stacks.pop().rpartition(".")[2]
-        return {"target_modules": keys, "layers_to_transform": layers, "layers_pattern": pattern}
-    return {"target_modules": sorted(modules), "layers_to_transform": None, "layers_pattern": None}
 
 
 def _read_prompt_format(folder: Path) -> Any:

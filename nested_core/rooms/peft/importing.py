@@ -6,52 +6,32 @@ mlx-lm itself has the last word on what fits.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
 from pathlib import Path
 from typing import Any
-
-from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.adapter_formats import Conversion
 from nested_core.models.base_model import fingerprint_base_model
 from nested_core.models.base_modules import BaseModules
-from nested_core.models.lora_tensors import LORA_FACTORS, leaf_name
+from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.rooms.peft.lora_factors import (
-    MLX_LM_NAMING,
-    PEFT_NAMING,
-    ModuleFactors,
-    group_by_module,
+    Tensors,
+    creating_adapter_folder,
     list_first_problems,
-    name_tensors,
+    list_modules,
+    to_mlx_lm,
 )
-from nested_core.rooms.peft.output_folder import creating_adapter_folder
-from nested_core.rooms.peft.peft_config import (
-    UNSUPPORTED_SETTING_REASONS,
-    PeftConfig,
-    read_peft_config,
-)
-from nested_core.storage.adapter import CONFIG_NAME, write_adapter
+from nested_core.rooms.peft.peft_config import PeftConfig, read_peft_config
+from nested_core.storage.adapter import CONFIG_NAME, read_adapter, write_adapter
 from nested_core.storage.output_places import require_absent_or_empty
-from nested_core.storage.safetensors_files import StoredTensor, read_tensors
+from nested_core.storage.safetensors_files import read_tensors
 
+LAYER_MODULE = re.compile(r"\D+\.(?P<layer>\d+)\.(?P<key>.+)")
 PEFT_WEIGHTS = "adapter_model.safetensors"
-PICKLE_FILE_NAMES = (
-    "adapter_model.bin",
-    "adapter_model.pt",
-    "adapter_model.pth",
-    "adapter_model.pkl",
-)
-# Tensors that PEFT saves beside the factors of linear modules (save_and_load.py).
-UNSUPPORTED_TENSOR_REASONS = {
-    "lora_embedding_": "LoRA on an embedding, which mlx-lm would apply to a tied output "
-    "layer too, and PEFT does not",
-    "base_layer.": "weights of the base; save with save_embedding_layers=False",
-    "lora_A.bias": UNSUPPORTED_SETTING_REASONS["lora_bias"],
-    "lora_B.bias": UNSUPPORTED_SETTING_REASONS["lora_bias"],
-    "modules_to_save": UNSUPPORTED_SETTING_REASONS["modules_to_save"],
-    "trainable_tokens": UNSUPPORTED_SETTING_REASONS["trainable_token_indices"],
-}
+PICKLES = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "pkl"))
+# In names of tensors that PEFT saves beside the factors of linear modules (save_and_load.py)
+FOREIGN_MARKS = re.compile(r"lora_embedding_|base_layer\.|\.bias$|modules_to_save|trainable_tokens")
 
 
 def import_peft(folder: Path, out: Path, model: str) -> Conversion:
@@ -62,13 +42,19 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
     """
     require_absent_or_empty(out)
     config, tensors = read_peft_adapter(folder)
-    modules = group_by_module(tensors, PEFT_NAMING, folder / PEFT_WEIGHTS)
-    _require_ranks(config, modules, folder)
+    modules = list_modules(tensors, config.r, folder / PEFT_WEIGHTS)
     base = BaseModules.open(model)
-    _require_linear(base, modules)
-    notes = _compare_tensors_with_targets(config, modules, base, folder)
-    num_layers, keys = _find_layers_and_keys(base, modules)
-    if set(keys) == set(modules):
+    linear = base.linear_modules()
+    if strange := [module for module in modules if module not in linear]:
+        raise ConfigError(
+            f"{len(strange)} of {len(modules)} modules that the adapter changes are no linear "
+            f"modules of {base.folder}, as mlx-lm builds it: it is another base, or mlx-lm fuses, "
+            f"ties or renames them. Give --model the base that the adapter was trained on.\n"
+            + list_first_problems(strange)
+        )
+    notes = _compare_with_targets(config, modules, linear, folder)
+    num_layers, keys = _find_layers_and_keys(len(base.network.layers), modules)
+    if keys == modules:
         notes.append("keys hold full names: the modules are not the same ones in the last layers")
     parameters = {"rank": config.r, "scale": config.scale, "dropout": config.lora_dropout}
     written: dict[str, Any] = {
@@ -78,19 +64,20 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
         "lora_parameters": parameters | {"keys": keys},
         "base_fingerprint": fingerprint_base_model(base.folder),
     }
-    converted = name_tensors(modules, MLX_LM_NAMING)
     with creating_adapter_folder(out) as temporary:
-        arrays = {name: tensor.to_mlx() for name, tensor in converted.items()}
-        write_adapter(temporary, arrays, written)
-        _require_attachable(base, temporary, converted)
+        write_adapter(temporary, {name: own.to_mlx() for name, own in tensors.items()}, written)
+        attach_stored_adapter(base.network, read_adapter(temporary))  # ConfigError if it cannot
     strength = f"rank {config.r}, scale {config.scale:g}"
-    return Conversion(out, written, len(modules), len(converted), strength, tuple(notes))
+    return Conversion(out, written, len(modules), len(tensors), strength, tuple(notes))
 
 
-def read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
-    """Configuration and tensors of a PEFT adapter; only safetensors are opened."""
+def read_peft_adapter(folder: Path) -> tuple[PeftConfig, Tensors]:
+    """Read a PEFT adapter's configuration, and its tensors as mlx-lm has them.
+
+    Only safetensors are opened.
+    """
     path = folder / PEFT_WEIGHTS
-    pickles = [name for name in PICKLE_FILE_NAMES if (folder / name).exists()]
+    pickles = [name for name in PICKLES if (folder / name).exists()]
     if not pickles and not path.exists() and not (folder / CONFIG_NAME).exists():
         what = "holds no PEFT adapter" if folder.is_dir() else "is not a directory"
         raise ConfigError(
@@ -104,42 +91,26 @@ def read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]
         )
     config = read_peft_config(folder)
     tensors = read_tensors(path, follow_links=True)
-    problems = [
-        f"{name:.150}: {reason}"
-        for name in sorted(tensors)
-        for mark, reason in UNSUPPORTED_TENSOR_REASONS.items()
-        if mark in name
-    ]
-    if problems:
+    if foreign := [name for name in sorted(tensors) if FOREIGN_MARKS.search(name)]:
         raise ConfigError(
             f"{path} holds tensors that an mlx-lm adapter has no place for, so nothing was "
-            f"converted:\n{list_first_problems(problems)}"
+            f"converted; weights of the base go where save_embedding_layers=False:\n"
+            + list_first_problems(foreign)
         )
-    return config, tensors
+    return config, to_mlx_lm(tensors)
 
 
-def _require_ranks(config: PeftConfig, modules: Mapping[str, ModuleFactors], folder: Path) -> None:
-    """The scale depends on the rank that the configuration says: it must be the tensors'."""
-    problems = [
-        f"{name}: rank {factors.rank}, but r is {config.r}"
-        for name, factors in modules.items()
-        if factors.rank != config.r
-    ]
-    if problems:
-        raise DamagedError(
-            f"The tensors in {folder} do not have the ranks of its adapter_config.json:\n"
-            + list_first_problems(problems)
-        )
-
-
-def _compare_tensors_with_targets(
-    config: PeftConfig, modules: Mapping[str, ModuleFactors], base: BaseModules, folder: Path
+def _compare_with_targets(
+    config: PeftConfig, modules: list[str], linear: set[str], folder: Path
 ) -> list[str]:
-    """The modules with tensors must be those that target_modules and the layers name."""
-    targets = config.target_modules_of(base.linear_modules())
+    """Return a note if they are not compared; DamagedError if others are targets than have tensors.
+
+    modules: those with tensors. linear: the base's.
+    """
+    targets = config.target_modules_of(linear)
     if targets is None:
         return ["the targets are no plain lists of names: no pattern is run, the tensors decide"]
-    problems = [f"{name}: has no tensors" for name in sorted(targets - modules.keys())]
+    problems = [f"{name}: has no tensors" for name in sorted(targets - {*modules})]
     problems += [
         f"{name}: has tensors, which PEFT would ignore" for name in modules if name not in targets
     ]
@@ -151,71 +122,17 @@ def _compare_tensors_with_targets(
     return []
 
 
-def _require_linear(base: BaseModules, modules: Collection[str]) -> None:
-    """Raise ConfigError unless every name is a linear module of the base."""
-    strange = sorted(set(modules) - base.linear_modules())
-    if not strange:
-        return
-    raise ConfigError(
-        f"{len(strange)} of {len(modules)} modules that the adapter changes are no linear "
-        f"modules of {base.folder}, as mlx-lm builds it: it is another base, or mlx-lm fuses, "
-        f"ties or renames them. Give --model the base that the adapter was trained on.\n"
-        + list_first_problems(strange)
-    )
-
-
-def _find_layers_and_keys(base: BaseModules, modules: Collection[str]) -> tuple[int, list[str]]:
-    """mlx-lm's num_layers and keys that reach these modules and no others.
+def _find_layers_and_keys(layers: int, modules: list[str]) -> tuple[int, list[str]]:
+    """Find mlx-lm's num_layers and keys that reach these modules and no others.
 
     Where they are the same ones in each of the last layers: that many, and names within a layer.
     Else mlx-lm takes full names as keys (linear_to_lora_layers), whatever num_layers is.
     """
-    layers = base.network.layers
-    indices = {id(layer): index for index, layer in enumerate(layers)}
-    starts = {
-        f"{name}.": indices[id(module)]
-        for name, module in base.network.named_modules()
-        if id(module) in indices
-    }
-    split = {_split_layer_and_name(module, starts) for module in modules}
-    depths = sorted({depth for depth, _ in split})
-    keys = sorted({key for _, key in split})
-    is_grid = len(split) == len(depths) * len(keys) and -1 not in depths
-    if is_grid and depths == list(range(len(layers) - len(depths), len(layers))):
+    parsed = [LAYER_MODULE.fullmatch(module) for module in modules]
+    found = {(int(one["layer"]), one["key"]) for one in parsed if one is not None}
+    depths = sorted({depth for depth, _ in found})
+    keys = sorted({key for _, key in found})
+    is_grid = len(found) == len(modules) == len(depths) * len(keys)
+    if is_grid and depths == list(range(layers - len(depths), layers)):
         return len(depths), keys
-    return len(layers), sorted(modules)
-
-
-def _split_layer_and_name(module: str, starts: Mapping[str, int]) -> tuple[int, str]:
-    """A module's layer and its name in there; layer -1 and the full name outside of all layers."""
-    for start, depth in starts.items():
-        if module.startswith(start):
-            return depth, module.removeprefix(start)
-    return -1, module
-
-
-def _require_attachable(base: BaseModules, adapter: Path, tensors: Collection[str]) -> None:
-    """Let mlx-lm attach the written adapter: it must take every tensor and miss none."""
-    from mlx_lm.tuner.utils import load_adapters
-
-    before = _list_parameters(base)
-    try:
-        load_adapters(base.network, str(adapter))
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).replace(str(adapter), "the adapter")
-        raise ConfigError(
-            f"The adapter does not fit {base.folder}; give --model the base that it was "
-            f"trained on. mlx-lm says:\n{list_first_problems(reason.splitlines())}"
-        ) from error
-    added = _list_parameters(base) - before
-    attached = {name for name in added if leaf_name(name) in LORA_FACTORS}
-    if attached != set(tensors):
-        strange = sorted(attached ^ set(tensors))
-        raise ConfigError(
-            f"mlx-lm attaches other tensors to {base.folder} than the adapter holds:\n"
-            + list_first_problems(strange)
-        )
-
-
-def _list_parameters(base: BaseModules) -> set[str]:
-    return set(dict(tree_flatten(base.network.parameters())))
+    return layers, modules

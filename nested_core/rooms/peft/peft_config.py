@@ -33,22 +33,6 @@ IGNORED_SETTINGS = {
     "revision",
     "runtime_config",
 }
-UNSUPPORTED_SETTING_REASONS = {
-    "bias": "the base's biases were trained, and an mlx-lm adapter holds none",
-    "lora_bias": "lora_B has a bias, and mlx-lm's lora_b has none",
-    "modules_to_save": "whole modules were trained beside LoRA, and an mlx-lm adapter holds none",
-    "fan_in_fan_out": "the base has Conv1D layers (GPT-2), which mlx-lm names and stores otherwise",
-    "trainable_token_indices": "rows of the embedding were trained beside LoRA",
-    "layer_replication": "the adapter belongs to a base with repeated layers",
-    "target_parameters": "LoRA is on bare parameters (experts), which mlx-lm stores otherwise",
-    "alora_invocation_tokens": "an aLoRA adapter acts only after its invocation tokens",
-    "megatron_config": "the base has Megatron's parallel layers",
-    "ensure_weight_tying": "LoRA is shared between tied layers",
-    "use_dora": "only plain LoRA is converted, as in half precision mlx-lm and PEFT compute DoRA's "
-    "norms differently",
-    "rank_pattern": "mlx-lm has one rank for all modules",
-    "alpha_pattern": "mlx-lm has one scale for all modules",
-}
 # The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) change the base, which the adapter then needs.
 INITS_KEEPING_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 Rank = Annotated[int, Field(gt=0, le=65_536)]  # as in adapter_config.json of mlx-lm
@@ -146,6 +130,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 
 def _unsupported_settings(config: PeftConfig) -> list[str]:
+    """List the keys that mlx-lm's plain LoRA has no like of, and those that are not known here."""
     problems = []
     if config.peft_type != "LORA":
         problems.append(f"peft_type: {config.peft_type!r:.40}, expected 'LORA'")
@@ -156,10 +141,9 @@ def _unsupported_settings(config: PeftConfig) -> list[str]:
             f"init_lora_weights: {config.init_lora_weights!r:.40} changes the base model; save "
             f"it with PEFT's path_initial_model_for_weight_conversion first"
         )
-    for key, value in (config.model_extra or {}).items():
-        if key not in IGNORED_SETTINGS and value not in NEUTRAL:
-            reason = UNSUPPORTED_SETTING_REASONS.get(
-                key, "not known here, so it might change what is computed"
-            )
-            problems.append(f"{key:.40}: {value!r:.40}: {reason}")
+    problems += [
+        f"{key:.40}: {value!r:.40}, and plain LoRA of one rank and one scale has none"
+        for key, value in (config.model_extra or {}).items()
+        if key not in IGNORED_SETTINGS and value not in NEUTRAL
+    ]
     return problems

@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +32,7 @@ from mlx_lm.server import (
     _make_sampler,
 )
 
-from nested_core.errors import ConfigError
-from nested_core.models.base_model import context_length
-from nested_core.rooms.serve.canary_check import check_canary
+from nested_core.models.base_model import context_length, naming_unloadable_model
 from nested_core.rooms.serve.request_model import RequestRefused
 from nested_core.rooms.serve.request_tokens import RequestTokenizer
 from nested_core.rooms.serve.served_version import ServedVersion
@@ -98,26 +97,20 @@ class VersionProvider(ModelProvider):
     model_key: Any
     tokenizer: Any
 
-    def __init__(self, options: argparse.Namespace, prompt_cache: LRUPromptCache) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         """`options` are those of mlx_lm.server; `model` there is the base's folder."""
         super().__init__(options)
-        self._prompt_cache = prompt_cache
         self.base: Any = None
         self.base_arrays: dict[int, mx.array] = {}
         self.vocabulary_size = 0
         self.request_tokenizer: Any = None
-        self.has_retired_version = False  # whose prompt caches are dropped at the next load
 
     def load_default(self) -> None:
         """Load the base, the first time. Raises ConfigError where it cannot be loaded."""
         if self.base is not None:
             return
-        try:
+        with naming_unloadable_model(Path(self.cli_args.model)):
             self._load(self.cli_args.model, None, self.cli_args.draft_model)
-        except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
-            raise ConfigError(
-                f"model: {self.cli_args.model} could not be loaded: {error}"
-            ) from error
         self.base = self.model
         leaves: Any = tree_flatten(self.base.parameters())
         self.base_arrays = {id(array): array for _, array in leaves}
@@ -137,9 +130,6 @@ class VersionProvider(ModelProvider):
         if self.model_key != key:
             self.model = version.build_model(self.base)
             self.model_key = key
-            if self.has_retired_version:
-                self._prompt_cache.trim_to(n_sequences=0)
-                self.has_retired_version = False
         return self.model, self.tokenizer
 
     def reset(self) -> None:
@@ -154,8 +144,7 @@ class _Check:
     """Steps that check a version, done in the generation thread between its other work."""
 
     steps: Iterator[None]
-    is_done: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
+    outcome: Future[None] = field(default_factory=Future)
 
 
 class VersionedGenerator(ResponseGenerator):
@@ -231,21 +220,13 @@ class VersionedGenerator(ResponseGenerator):
 
         Raises CanaryFailed, or ConfigError where the adapter does not fit the base.
         """
-        check = _Check(self._check_version(version))
+        provider = self.model_provider
+        check = _Check(version.check(provider.base, provider.base_arrays))
         self._checks.put(check)
-        while not check.is_done.wait(timeout=0.2):
-            if self._stop or not self.generation_available():
-                raise RuntimeError("generation has ended")
-        if check.error is not None:
-            raise check.error
-
-    def _check_version(self, version: ServedVersion) -> Iterator[None]:
-        model = version.build_model(self.model_provider.base)
-        yield
-        version.require_in_layers(model, self.model_provider.base_arrays)
-        yield
-        if version.canary is not None:
-            yield from check_canary(version.canary, model)
+        while not self._stop and self.generation_available():
+            with suppress(TimeoutError):
+                return check.outcome.result(timeout=0.2)
+        raise RuntimeError("generation has ended")
 
     def _next_request(self, timeout: float | None = None) -> Any:
         self._is_ready.set()
@@ -268,10 +249,10 @@ class VersionedGenerator(ResponseGenerator):
             for _ in check.steps:
                 if time.monotonic() > deadline:
                     return
+            check.outcome.set_result(None)
         except Exception as error:
-            check.error = error.with_traceback(None)  # whose frames hold arrays
+            check.outcome.set_exception(error.with_traceback(None))  # whose frames hold arrays
         self._check = None
-        check.is_done.set()
 
     def _tokenize(self, tokenizer: Any, request: VersionedRequest, args: Any) -> Any:
         """What `_prepare` made of the prompt."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 from nested_core.errors import ConfigError, NestedTuneError
@@ -46,41 +46,41 @@ class ChampionFollower:
         self._registry = registry
         self._base = base
         self._generator = generator
-        self._refusals: dict[tuple[str, str], tuple[str, float]] = {}  # reason, and until when
-        self._pinned: OrderedDict[tuple[str, str], ServedVersion] = OrderedDict()
-        self._pinned_lock = threading.Lock()
+        self._failed_canaries: dict[tuple[str, str], tuple[str, float]] = {}  # reason, until when
+        self._read_pinned = lru_cache(MAX_PINNED_VERSIONS)(self._read_sound_version)
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="champion follower", daemon=True)
         self.names: dict[str, NameStatus] = {}
         self.problems: dict[str, str] = {}
 
-    def start(self, champions: Sequence[ServedVersion]) -> None:
-        """Serve these champions, and follow them.
+    def start(self, names: Sequence[str]) -> None:
+        """Serve the champions of these names, and follow them.
 
-        Raises CanaryFailed where the canary of one fails and none before it can be served.
+        Raises ConfigError or DamagedError for a champion that cannot be served, CanaryFailed where
+        its canary fails and no champion before it can be served.
         """
-        for champion in champions:
+        for name in names:
+            champion = require_champion(self._registry, name)
             try:
-                self._generator.require_sound(champion)
-                self.names[champion.name] = NameStatus(champion)
+                self.names[name] = NameStatus(self._read_sound_version(name, champion))
             except CanaryFailed as error:
-                self.names[champion.name] = NameStatus(self._read_one_before(champion, error))
-                self._refuse(champion.name, champion.version, error)
+                self.names[name] = NameStatus(self._read_one_before(name, champion, error))
+                self._refuse(name, champion, error)
         self._thread.start()
 
-    def _read_one_before(self, champion: ServedVersion, error: CanaryFailed) -> ServedVersion:
-        """The champion before one whose canary failed; raises CanaryFailed without one."""
-        before = read_rollback_target(self._registry, champion.name)
+    def _read_one_before(self, name: str, champion: str, error: CanaryFailed) -> ServedVersion:
+        """Read the champion before one whose canary failed; raises CanaryFailed without one."""
+        before = read_rollback_target(self._registry, name)
         problem = "There is no champion before it that could be"
         if before is not None:
             try:
-                return self._read_sound_version(champion.name, before)
+                return self._read_sound_version(name, before)
             except (NestedTuneError, OSError, RuntimeError) as fault:
                 problem = f"This server is at fault: the champion before fails too: {fault}"
         raise CanaryFailed(
-            f"{champion.label} is not served: {error}. {problem}. Look at the server's options and "
-            f"at its base {self._base}; or promote another version, or roll back to one: "
-            f"`nested-tune rollback {champion.name} --registry {self._registry} --to VERSION`."
+            f"{name}@{champion} is not served: {error}. {problem}. Look at the server's options "
+            f"and at its base {self._base}; or promote another version, or roll back to one: "
+            f"`nested-tune rollback {name} --registry {self._registry} --to VERSION`."
         ) from error
 
     def stop(self) -> None:
@@ -99,23 +99,10 @@ class ChampionFollower:
         current = self.names[name].current
         if wanted == BASE_VERSION:
             return ServedVersion(name, BASE_VERSION)
-        wanted = self._complete(name, wanted)
-        if wanted in ("", current.version):
-            return current
-        with self._pinned_lock:
-            if (name, wanted) not in self._pinned:
-                self._pinned[name, wanted] = self._read_sound_version(name, wanted)
-            self._pinned.move_to_end((name, wanted))
-            while len(self._pinned) > MAX_PINNED_VERSIONS:
-                self._pinned.popitem(last=False)
-            return self._pinned[name, wanted]
-
-    def _complete(self, name: str, wanted: str) -> str:
-        """The one version that begins with `wanted`; `wanted` where there is not just one."""
-        if VERSION_PREFIX_PATTERN.fullmatch(wanted) is None:
-            return wanted
-        matching = [each for each in self.list_versions(name) if each.startswith(wanted)]
-        return matching[0] if len(matching) == 1 else wanted
+        if VERSION_PREFIX_PATTERN.fullmatch(wanted) is not None:
+            matching = [v for v in self.list_versions(name) if v.startswith(wanted)]
+            wanted = matching[0] if len(matching) == 1 else wanted
+        return current if wanted in ("", current.version) else self._read_pinned(name, wanted)
 
     def list_versions(self, name: str) -> list[str]:
         """Every registered version; the one that is served alone where the registry is away."""
@@ -125,17 +112,17 @@ class ChampionFollower:
             return [self.names[name].current.version]
 
     def _read_sound_version(self, name: str, version: str) -> ServedVersion:
-        """A version that was re-hashed, is of the base and answers its canary; raises otherwise."""
-        reason, until = self._refusals.get((name, version), ("", 0.0))
+        """Read a version, re-hash it, and ask its canary; raises where it cannot be served."""
+        reason, until = self._failed_canaries.get((name, version), ("", 0.0))
         if time.monotonic() < until:
             raise ConfigError(f"{name}@{version} is not served here: {reason}")
         verified = read_verified_version(self._registry, name, version)
         require_same_base(verified, self._base)
-        served = ServedVersion.of(name, verified)
+        served = ServedVersion(name, verified.version, verified)
         try:
             self._generator.require_sound(served)
         except CanaryFailed as error:
-            self._refusals[name, version] = str(error), time.monotonic() + RETRY_SECONDS
+            self._failed_canaries[name, version] = str(error), time.monotonic() + RETRY_SECONDS
             raise
         return served
 
@@ -161,9 +148,8 @@ class ChampionFollower:
         if champion is None or champion == status.current.version:
             status.refused = None
             return
-        reason, until = self._refusals.get((name, champion), ("", 0.0))
-        if time.monotonic() < until:
-            self._show_refusal(name, champion, reason)
+        is_refused = status.refused is not None and status.refused["version"] == champion
+        if is_refused and time.monotonic() < status.retry_at:
             return
         began = time.monotonic()
         try:
@@ -177,7 +163,6 @@ class ChampionFollower:
         status.refused = None
         status.last_swap_seconds = round(time.monotonic() - began, 3)
         status.swaps += 1
-        self._generator.model_provider.has_retired_version = True
         logging.info(
             "%s: version %s is served in place of %s, after %.2f s",
             name,
@@ -187,21 +172,27 @@ class ChampionFollower:
         )
 
     def _refuse(self, name: str, version: str, error: Exception) -> None:
-        """Say that a version is not served, and try it again later."""
-        self._refusals[name, version] = str(error), time.monotonic() + RETRY_SECONDS
-        with self._pinned_lock:
-            self._pinned.pop((name, version), None)
-        self._show_refusal(name, version, str(error))
-
-    def _show_refusal(self, name: str, version: str, reason: str) -> None:
-        """Show it in `/health`; log it once, until the reason is another."""
-        refused = {"version": version, "reason": reason}
-        if self.names[name].refused != refused:
-            self.names[name].refused = refused
-            logging.error("%s: version %s is refused: %s", name, shorten_digest(version), reason)
+        """Go on without a version, and try it again later; log a reason once."""
+        status, refused = self.names[name], {"version": version, "reason": str(error)}
+        self._read_pinned.cache_clear()
+        status.retry_at = time.monotonic() + RETRY_SECONDS
+        if status.refused != refused:
+            status.refused = refused
+            logging.error("%s: version %s is refused: %s", name, shorten_digest(version), error)
 
     def _tell_problem(self, what: str, message: str) -> None:
         """Log a problem once, until it is another."""
         if self.problems.get(what) != message:
             self.problems[what] = message
             logging.warning("%s; what is served stays", message)
+
+
+def require_champion(registry: Path, name: str) -> str:
+    """Return the champion of a name; ConfigError without one."""
+    champion = read_champion(registry, name)
+    if champion is None:
+        raise ConfigError(
+            f"{registry / name} has no champion yet. Expected a version that was promoted: "
+            f"`nested-tune promote RUN_DIR --registry {registry} --name {name}` makes one."
+        )
+    return champion

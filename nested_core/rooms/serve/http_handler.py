@@ -7,17 +7,19 @@ import json
 import logging
 import select
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable
 from http import HTTPStatus
+from http.server import ThreadingHTTPServer
 from io import BytesIO
-from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
-from nested_core.errors import NestedTuneError
+from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.rooms.serve.engine import VersionedGenerator, VersionedRequest
 from nested_core.rooms.serve.follower import ChampionFollower
 from nested_core.rooms.serve.metrics import CONTENT_TYPE, ServingMetrics
@@ -32,55 +34,29 @@ from nested_core.rooms.serve.served_version import BASE_VERSION
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
 
-AGAIN_AFTER_SECONDS = 1
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
+MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
-DEFAULTS = ("max_tokens", "top_p", "top_k", "min_p", "num_draft_tokens")  # of the server's options
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class RegistryHandler(APIHandler):
     """One connection of a client."""
 
+    server: ServingServer
     timeout = 120  # seconds without a byte, on a connection of which something is expected
 
-    def __init__(
-        self,
-        response_generator: VersionedGenerator,
-        *args: Any,
-        follower: ChampionFollower,
-        metrics: ServingMetrics,
-        api_key: str | None,
-    ) -> None:
-        """`api_key` is what clients have to send; None asks for none."""
-        self._generator = response_generator
-        self._follower = follower
-        self._metrics = metrics
-        self._api_key = api_key
-        super().__init__(response_generator, *args)
+    # A connection has one request, as mlx_lm's: http.server speaks HTTP/1.0.
+    _status = 0  # that was sent last
+    _request: VersionedRequest | None = None
+    _is_streaming = False
+    _has_called_tool = False
 
-    def handle_one_request(self) -> None:
-        """As http.server's, which waits for one; it is counted and logged when it has ended."""
-        self._status = 0  # that was sent last
-        self._request: VersionedRequest | None = None
-        self._is_streaming = False
-        self._has_called_tool = False
-        try:
-            super().handle_one_request()
-        finally:
-            if self._status:
-                self._note_ended_request(time.monotonic() - self._began)
-
-    def parse_request(self) -> bool:
-        """As http.server's; the request's seconds are counted from here."""
-        self._began = time.monotonic()
-        return super().parse_request()
-
-    def send_response(self, code: int, message: str | None = None) -> None:
-        """As http.server's; the code is remembered."""
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Remember the status; http.server calls it when an answer begins."""
         self._status = int(code)
-        super().send_response(code, message)
 
     def do_GET(self) -> None:
         """As mlx_lm's, and /metrics."""
@@ -95,27 +71,26 @@ class RegistryHandler(APIHandler):
         self._answer(super().do_OPTIONS)
 
     def _answer(self, answer: Callable[[], None]) -> None:
+        """Answer a request, and count and log it when it has ended."""
+        began = time.monotonic()
         try:
             self._require_permission()
             answer()
         except RequestRefused as refused:
-            self.close_connection = True  # the body may not have been read
             self._send_error(str(refused), refused.status, refused.code)
+        finally:
+            self._note_ended_request(time.monotonic() - began)
 
     def _get(self) -> None:
         if self.path == "/metrics":
-            self._send(200, self._metrics.render(), CONTENT_TYPE)
+            self._send(200, self.server.metrics.render(), CONTENT_TYPE)
         elif self.path == "/health" or self.path.startswith("/v1/models"):
             super().do_GET()
         else:
             raise _no_route(self.path)
 
     def _post(self) -> None:
-        options = self._generator.cli_args
-        defaults = {name: getattr(options, name) for name in DEFAULTS}
-        checked = read_request(
-            self.path, self._read_body(), defaults | {"temperature": options.temp}
-        )
+        checked = read_request(self.path, self._read_body())
         body = json.dumps(checked).encode()
         self.rfile = BytesIO(body)
         self.headers.replace_header("Content-Length", str(len(body)))
@@ -123,22 +98,20 @@ class RegistryHandler(APIHandler):
 
     def _require_permission(self) -> None:
         """Raise RequestRefused where the client, or the web page that asks, may not ask."""
-        options = self._generator.cli_args
+        options = self.server.generator.cli_args
         origin, host = self.headers.get("Origin"), self.headers.get("Host")
         if "*" not in options.allowed_origins:
             if origin is not None and origin not in options.allowed_origins:
-                raise RequestRefused(
-                    f"The origin {origin!r:.80} may not ask here; --allowed-origins of the server "
-                    f"names those that may.",
-                    403,
-                )
-            if not _is_own_host(host, options.host):
+                said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
+                raise RequestRefused(said, 403)
+            # A web page whose name was made to lead to this machine sends that name.
+            if host is not None and options.host in LOOPBACK and _host_name(host) not in LOOPBACK:
                 said = f"This server is {options.host}, and the request is for {host!r:.80}."
                 raise RequestRefused(said, 421)
-        if self._api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
+        if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
             return
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
-        if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
+        if not hmac.compare_digest(given, f"Bearer {self.server.api_key}".encode()):
             said = "Give the server's API key: Authorization: Bearer KEY."
             raise RequestRefused(said, 401, "invalid_api_key")
 
@@ -157,7 +130,7 @@ class RegistryHandler(APIHandler):
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for. Raises RequestRefused without one."""
-        names = self._follower.names
+        names = self.server.follower.names
         if self.requested_model == DEFAULT_MODEL:
             self.requested_model = next(iter(names))  # the answer says which model gave it
         name, _, wanted = self.requested_model.partition("@")
@@ -166,10 +139,10 @@ class RegistryHandler(APIHandler):
                 f"No model {self.requested_model!r:.80} here; served: {', '.join(names)}."
             )
         try:
-            version = self._follower.find_version(name, wanted)
+            version = self.server.follower.find_version(name, wanted)
         except (NestedTuneError, OSError, RuntimeError) as error:
             raise _no_model(str(error)) from error
-        if len(self._generator.under_way) >= MAX_WAITING_REQUESTS:
+        if len(self.server.generator.under_way) >= MAX_WAITING_REQUESTS:
             self._send_error("Too many requests wait here. Ask again later.", 503)
             return
         names[name].requests += 1
@@ -189,7 +162,7 @@ class RegistryHandler(APIHandler):
             self._request.failure = None
             self._send_failure(error)
         finally:
-            self._generator.forget(self._request)
+            self.server.generator.forget(self._request)
 
     def _is_client_gone(self) -> bool:
         """Whether the client closed its connection."""
@@ -242,28 +215,28 @@ class RegistryHandler(APIHandler):
 
         A registry that cannot be read is a problem, and no reason to stop a server that answers.
         """
-        is_healthy = self._generator.is_healthy
+        is_healthy = self.server.generator.is_healthy
         said = {
             "status": "ok" if is_healthy else "unavailable",
-            "names": {name: status.fields() for name, status in self._follower.names.items()},
-            "problems": list(self._follower.problems.values()),
+            "names": {name: status.fields() for name, status in self.server.follower.names.items()},
+            "problems": list(self.server.follower.problems.values()),
         }
         self._send(200 if is_healthy else 503, json.dumps(said).encode())
 
     def handle_models_request(self) -> None:
         """The names, their base, and every version that can be asked for."""
         wanted = self.path.removeprefix("/v1/models").strip("/")
+        list_versions = self.server.follower.list_versions
         models = [
-            model
-            for name in self._follower.names
-            for version in (
-                "",
-                f"@{BASE_VERSION}",
-                *map("@{}".format, self._follower.list_versions(name)),
-            )
-            if wanted in ("", model := f"{name}{version}")
+            f"{name}{version}"
+            for name in self.server.follower.names
+            for version in ("", f"@{BASE_VERSION}", *map("@{}".format, list_versions(name)))
         ]
-        listed = [{"id": model, "object": "model", "created": self.created} for model in models]
+        listed = [
+            {"id": model, "object": "model", "created": self.created}
+            for model in models
+            if wanted in ("", model)
+        ]
         self._send(200, json.dumps({"object": "list", "data": listed}).encode())
 
     def _send(self, status: int, body: bytes, content_type: str = "application/json") -> None:
@@ -271,7 +244,7 @@ class RegistryHandler(APIHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
-            self.send_header("Retry-After", str(AGAIN_AFTER_SECONDS))
+            self.send_header("Retry-After", "1")
         if hasattr(self, "headers"):  # they could be read
             self._set_cors_headers()
         self._name_version()
@@ -285,18 +258,16 @@ class RegistryHandler(APIHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What http.server itself refuses, such as another method, in the shape of all errors."""
         status = 405 if code == HTTPStatus.NOT_IMPLEMENTED else code
-        self.close_connection = True
+        self.log_message("%s %d", self.requestline, status)
         self._send_error(message or HTTPStatus(status).phrase, status)
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Nothing: http.server calls it when an answer begins."""
 
     def _note_ended_request(self, seconds: float) -> None:
         """Count a question, and log any request in one line with control characters escaped."""
-        name = None if self._request is None else self._request.name
-        version = None if self._request is None else self._request.version.version
+        request = self._request
+        name = None if request is None else request.name
+        version = None if request is None else request.version.version
         if self.command == "POST":
-            self._metrics.note_request(name, self._status, seconds)
+            self.server.metrics.note_request(name, self._status, seconds)
         fields = {
             "client": self.address_string(),
             "request": escape(self.requestline),
@@ -314,6 +285,61 @@ class RegistryHandler(APIHandler):
         logging.info("%s %s", self.address_string(), escape(format % args))
 
 
+class ServingServer(ThreadingHTTPServer):
+    """A server that listens, with a thread a connection; `serve` answers until `shutdown`.
+
+    generator: the generation thread.
+    follower: the thread that follows the registry, with what is served for each name.
+    metrics: the counts of requests.
+    api_key: what clients have to send; None asks for none.
+    address: http://HOST:PORT.
+    """
+
+    generator: VersionedGenerator
+    follower: ChampionFollower
+    metrics: ServingMetrics
+
+    def __init__(self, host: str, port: int, api_key: str | None) -> None:
+        """Raises ConfigError for an address or a port that cannot be listened at."""
+        self.api_key = api_key
+        try:
+            if not 0 <= port <= MAX_PORT:  # which getaddrinfo would take modulo 65536
+                raise OverflowError(f"ports are from 0 to {MAX_PORT}")
+            self.address_family, _, _, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            super().__init__(address, RegistryHandler)  # type: ignore[arg-type]
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"{host}:{port} cannot be listened at ({error}). Expected an address of this "
+                f"machine and a port that is free: --host, --port."
+            ) from error
+        name = str(self.server_address[0])
+        self.address = f"http://{f'[{name}]' if ':' in name else name}:{self.server_address[1]}"
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection."""
+        RegistryHandler(self.generator, request, client_address, self)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a connection ended by; a client that goes away is no error."""
+        if isinstance(sys.exception(), ConnectionError):
+            logging.info("%s went away", client_address[0])
+        else:
+            logging.exception("a request of %s failed", client_address[0])
+
+    def serve(self) -> None:
+        """Answer requests. Raises what ended the generation thread, if that is why it ends."""
+        threading.Thread(target=self._stop_with_generation, daemon=True).start()
+        self.serve_forever(poll_interval=0.1)
+        if self.generator.failure is not None:
+            raise self.generator.failure
+
+    def _stop_with_generation(self) -> None:
+        self.generator.join()
+        self.shutdown()
+
+
 def _no_route(path: str) -> RequestRefused:
     routes = ", ".join([*ROUTES, "/v1/models", *UNLOCKED_ROUTES])
     return RequestRefused(f"Nothing is at {path!r:.80}; there are {routes}.", 404)
@@ -323,23 +349,9 @@ def _no_model(message: str) -> RequestRefused:
     return RequestRefused(message, 404, "model_not_found")
 
 
-def _is_own_host(given: str | None, host: str) -> bool:
-    """Whether a request's Host is the server's; asked of one that listens to its own machine.
-
-    A web page whose name was made to lead to this machine sends that name.
-    """
-    if given is None or not is_loopback(host):
-        return True
+def _host_name(host: str) -> str | None:
+    """Return the name in a Host header; None for one that is no name."""
     try:
-        name = urlsplit(f"//{given}").hostname
+        return urlsplit(f"//{host}").hostname
     except ValueError:
-        return False
-    return name is not None and (name == host or is_loopback(name))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, reached from itself alone."""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+        return None

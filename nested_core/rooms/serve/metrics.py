@@ -23,6 +23,7 @@ from nested_core.rooms.serve.served_version import ServedVersion
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 RATE_WINDOW_SECONDS = 60
+LABELS = ("name", "version")
 # Upper bounds of the histogram, in seconds: from an answer of one token to a long one.
 SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -32,25 +33,25 @@ class TokenRate:
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._by_second: deque[list[int]] = deque(maxlen=RATE_WINDOW_SECONDS)  # [second, tokens]
+        self._counts = deque([(self._began, 0)], maxlen=RATE_WINDOW_SECONDS)  # time, tokens before
         self._lock = threading.Lock()
         self.tokens = 0  # since the beginning
 
     def add_token(self) -> None:
         """Count one token now."""
-        second = int(time.monotonic())
-        with self._lock:
-            self.tokens += 1
-            if not self._by_second or self._by_second[-1][0] != second:
-                self._by_second.append([second, 0])
-            self._by_second[-1][1] += 1
-
-    def per_second(self) -> float:
-        """The mean rate, in tokens a second."""
         now = time.monotonic()
         with self._lock:
-            counts = [n for second, n in self._by_second if second > int(now) - RATE_WINDOW_SECONDS]
-        return sum(counts) / min(max(now - self._began, 1.0), RATE_WINDOW_SECONDS)
+            if now - self._counts[-1][0] >= 1.0:
+                self._counts.append((now, self.tokens))
+            self.tokens += 1
+
+    def per_second(self) -> float:
+        """Return the mean rate, in tokens a second."""
+        now = time.monotonic()
+        with self._lock:
+            before = [n for began, n in self._counts if now - began < RATE_WINDOW_SECONDS]
+            tokens = self.tokens - before[0] if before else 0
+        return tokens / min(max(now - self._began, 1.0), RATE_WINDOW_SECONDS)
 
 
 @dataclass
@@ -62,6 +63,7 @@ class NameStatus:
     last_swap_seconds: from finding the champion changed to serving it; None before any swap.
     swaps: how often another version began to be served.
     refused: a champion that is not served, with the reason; None if the champion is served.
+    retry_at: when it is tried again, by time.monotonic().
     """
 
     current: ServedVersion
@@ -70,6 +72,7 @@ class NameStatus:
     last_swap_seconds: float | None = None
     swaps: int = 0
     refused: dict[str, str] | None = None
+    retry_at: float = 0.0
     rate: TokenRate = field(default_factory=TokenRate)
 
     def fields(self) -> dict[str, Any]:
@@ -117,34 +120,34 @@ class ServingMetrics(Collector):
             self._seconds.labels(name).observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
-        """What the server knows of itself now."""
-        for metric, said, value in (
-            ("healthy", "1 where answers are generated.", self._generator.is_healthy),
-            ("problems", "Problems that /health names.", len(self._problems)),
-        ):
-            yield GaugeMetricFamily(f"nested_tune_{metric}", said, float(value))
-        version = GaugeMetricFamily(
-            "nested_tune_adapter_info", "1: the version that is served.", labels=("name", "version")
-        )
-        tokens = CounterMetricFamily("nested_tune_tokens", "Tokens generated.", labels=("name",))
-        swaps = CounterMetricFamily("nested_tune_swaps", "Changes of version.", labels=("name",))
-        seconds = GaugeMetricFamily(
-            "nested_tune_last_swap_seconds",
-            "Seconds from finding the last new champion to serving it.",
-            labels=("name",),
-        )
-        refused = GaugeMetricFamily(
-            "nested_tune_champion_refused", "1 where the champion is not served.", labels=("name",)
-        )
-        for name, status in self._names.items():
-            version.add_metric((name, status.current.version), 1.0)
-            tokens.add_metric((name,), status.rate.tokens)
-            swaps.add_metric((name,), status.swaps)
-            refused.add_metric((name,), float(status.refused is not None))
-            if status.last_swap_seconds is not None:
-                seconds.add_metric((name,), status.last_swap_seconds)
-        yield from (version, tokens, swaps, seconds, refused)
+        """Yield what the server knows of itself now."""
+        healthy = {(): float(self._generator.is_healthy)}
+        yield _family("healthy", "1 where answers are generated.", healthy)
+        yield _family("problems", "Problems that /health names.", {(): len(self._problems)})
+        names = {(name,): status for name, status in self._names.items()}
+        versions = {(*key, status.current.version): 1.0 for key, status in names.items()}
+        yield _family("adapter_info", "1: the version that is served.", versions)
+        tokens = {key: status.rate.tokens for key, status in names.items()}
+        yield _family("tokens", "Tokens generated.", tokens, CounterMetricFamily)
+        swaps = {key: status.swaps for key, status in names.items()}
+        yield _family("swaps", "Changes of version.", swaps, CounterMetricFamily)
+        seconds = {key: s.last_swap_seconds for key, s in names.items() if s.swaps}
+        said = "Seconds from finding the last new champion to serving it."
+        yield _family("last_swap_seconds", said, seconds)
+        refused = {key: float(status.refused is not None) for key, status in names.items()}
+        yield _family("champion_refused", "1 where the champion is not served.", refused)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+def _family(
+    metric: str, said: str, values: Mapping[Any, float | None], kind: Any = GaugeMetricFamily
+) -> Any:
+    """Make a metric with its values by name, and by version where the key has one too."""
+    labels = LABELS[: len(next(iter(values), ("",)))]
+    family: Any = kind(f"nested_tune_{metric}", said, labels=labels)
+    for key, value in values.items():
+        family.add_metric(key, value)
+    return family

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,10 +16,8 @@ from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
 from nested_core.models.lora_attachment import attach_stored_adapter
 from nested_core.registry import VerifiedVersion
-from nested_core.rooms.serve.canary_check import require_version_in_layers
+from nested_core.rooms.serve.canary_check import check_canary, require_version_in_layers
 from nested_core.storage.adapter import Adapter
-from nested_core.storage.canary_file import Canary
-from nested_core.storage.safetensors_files import StoredTensor
 from nested_core.text.digest_format import shorten_digest
 
 BASE_VERSION = "base"
@@ -31,23 +29,14 @@ class ServedVersion:
 
     name: in the registry.
     version: the adapter's digest, or "base" for the base model alone.
-    adapter: as read from disk, until its model has been built; None for the base.
-    canary: what was recorded of it, to be compared before it is served; None without any.
-    stored: the tensors of its file, until those in its layers have been compared with them.
+    verified: as read from disk, until the model that is built of it has been checked; None for the
+        base.
     """
 
     name: str
     version: str
-    adapter: Adapter | None = field(default=None, compare=False, repr=False)
-    canary: Canary | None = field(default=None, compare=False, repr=False)
-    stored: dict[str, StoredTensor] | None = field(default=None, compare=False, repr=False)
+    verified: VerifiedVersion | None = field(default=None, compare=False, repr=False)
     _model: nn.Module | None = field(default=None, init=False, compare=False, repr=False)
-
-    @classmethod
-    def of(cls, name: str, verified: VerifiedVersion) -> Self:
-        """A version as it was read from the registry."""
-        stored = dict(verified.adapter.tensors)
-        return cls(name, verified.version, verified.adapter, verified.canary, stored)
 
     @property
     def label(self) -> str:
@@ -55,25 +44,30 @@ class ServedVersion:
         return f"{self.name}@{self.version}"
 
     def build_model(self, base: nn.Module) -> nn.Module:
-        """The model that answers as this version; it is built at the first call.
+        """Return the model that answers as this version; it is built at the first call.
 
         All modules are its own, and all arrays of the base are the base's: a request that began
         with an earlier version keeps that version's model, which nothing changes. Call it in the
         thread that generates. Raises ConfigError where the adapter does not fit the base.
         """
-        if self.adapter is not None:
-            self._model = _attach_to_copy(base, self.adapter)
-            self.adapter = None
-        return base if self._model is None else self._model
+        if self._model is None:
+            adapter = None if self.verified is None else self.verified.adapter
+            self._model = base if adapter is None else _attach_to_copy(base, adapter)
+        return self._model
 
-    def require_in_layers(self, model: nn.Module, base_arrays: Collection[int]) -> None:
-        """Compare the tensors of the model that was built with those of the file, the first time.
+    def check(self, base: nn.Module, base_arrays: Collection[int]) -> Iterator[None]:
+        """Build the model, compare its tensors with the file's, and ask its canary, in steps.
 
-        Raises CanaryFailed, as `require_version_in_layers` says.
+        base_arrays: the id() of each array that the base was loaded with. Raises CanaryFailed.
         """
-        if self.stored is not None:
-            require_version_in_layers(model, self.stored, base_arrays)
-            self.stored = None
+        model = self.build_model(base)
+        yield
+        if self.verified is not None:
+            require_version_in_layers(model, self.verified.adapter.tensors, base_arrays)
+            yield
+            if self.verified.canary is not None:
+                yield from check_canary(self.verified.canary, model)
+        self.verified = None  # lets go of what was read
 
 
 def require_same_base(verified: VerifiedVersion, base: Path) -> None:

@@ -3,100 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import socket
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
-from nested_core.registry import VerifiedVersion, read_champion, read_verified_version
+from nested_core.registry import read_verified_version
 from nested_core.rooms.serve.engine import (
     PartialPromptCache,
     VersionedGenerator,
     VersionProvider,
 )
-from nested_core.rooms.serve.follower import ChampionFollower
-from nested_core.rooms.serve.http_handler import RegistryHandler
+from nested_core.rooms.serve.follower import ChampionFollower, require_champion
+from nested_core.rooms.serve.http_handler import ServingServer
 from nested_core.rooms.serve.metrics import ServingMetrics
-from nested_core.rooms.serve.served_version import ServedVersion, require_same_base
 
 SECONDS_TO_FINISH = 30.0  # for the answers under way when the server is told to end
 
 
-@dataclass(frozen=True)
-class ServeSettings:
-    """What is served, and how.
-
-    registry: its folder.
-    names: in the registry; the first is what a request without `model` gets.
-    api_key: what clients have to send; None asks for none.
-    options: those of mlx_lm.server, by its names; `model` is the base, or None for the one that the
-        first champion's configuration names.
-    """
-
-    registry: Path
-    names: Sequence[str]
-    api_key: str | None
-    options: argparse.Namespace
-
-
-class _HTTPServer(ThreadingHTTPServer):
-    """A thread a connection; a client that goes away is no error."""
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log it."""
-        if isinstance(sys.exception(), ConnectionError):
-            logging.info("%s went away", client_address[0])
-        else:
-            logging.exception("a request of %s failed", client_address[0])
-
-
-class RunningServer:
-    """A server that listens; `serve` answers until `stop` is called or generation fails.
-
-    generator: the generation thread.
-    follower: the thread that follows the registry, with what is served for each name.
-    address: http://HOST:PORT.
-    """
-
-    def __init__(
-        self, http: _HTTPServer, generator: VersionedGenerator, follower: ChampionFollower
-    ) -> None:
-        self._http = http
-        self.generator = generator
-        self.follower = follower
-        host, port = str(http.server_address[0]), http.server_address[1]
-        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    def serve(self) -> None:
-        """Answer requests. Raises what ended the generation thread, if that is why it ends."""
-        watch = threading.Thread(target=self._stop_with_generation, daemon=True)
-        watch.start()
-        self._http.serve_forever(poll_interval=0.1)
-        if self.generator.failure is not None:
-            raise self.generator.failure
-
-    def stop(self) -> None:
-        """Have `serve` return; call it from another thread."""
-        self._http.shutdown()
-
-    def _stop_with_generation(self) -> None:
-        self.generator.join()
-        self._http.shutdown()
-
-
 @contextmanager
-def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
+def starting_server(
+    options: argparse.Namespace, api_key: str | None = None
+) -> Iterator[ServingServer]:
     """Load what is served, and listen; when the block ends, all of it ends.
+
+    options: `registry`, its names in `name`, of which the first is what a request without `model`
+        gets, and the options of mlx_lm.server; `model` is the base, or None for the one that the
+        first champion's configuration names.
+    api_key: what clients have to send; None asks for none.
 
     Requests that are under way then are finished, for at most SECONDS_TO_FINISH, unless the block
     ends by an exception.
@@ -104,51 +39,25 @@ def starting_server(settings: ServeSettings) -> Iterator[RunningServer]:
     champion that is not what was registered, CanaryFailed for one whose canary fails where there is
     no champion before it to serve.
     """
-    champions = {name: _read_champion(settings.registry, name) for name in settings.names}
-    first = next(iter(champions.values())).adapter
-    base = find_model_folder(str(settings.options.model or first.base_model))
+    registry, names = options.registry, list(dict.fromkeys(options.name))
+    champions = [require_champion(registry, name) for name in names]
+    first = read_verified_version(registry, names[0], champions[0])
+    base = find_model_folder(str(options.model or first.adapter.base_model))
     fingerprint_base_model(base, max_age=0)
-    for champion in champions.values():
-        require_same_base(champion, base)
     of_the_registry = {"model": str(base), "adapter_path": None, "pipeline": False}
-    options = argparse.Namespace(**vars(settings.options) | of_the_registry)
+    options = argparse.Namespace(**vars(options) | of_the_registry)
     maybe_set_recommended_wired_limit()
-    with _listen(options.host, options.port) as http:
+    with ServingServer(options.host, options.port, api_key) as server:
         cache = PartialPromptCache(options.prompt_cache_size)
-        generator = VersionedGenerator(VersionProvider(options, cache), cache)
-        follower = ChampionFollower(settings.registry, base, generator)
+        server.generator = VersionedGenerator(VersionProvider(options), cache)
+        server.follower = ChampionFollower(registry, base, server.generator)
         try:
-            generator.require_ready()
-            follower.start([ServedVersion.of(*champion) for champion in champions.items()])
-            metrics = ServingMetrics(generator, follower.names, follower.problems)
-            http.RequestHandlerClass = lambda *args: RegistryHandler(
-                generator, *args, follower=follower, metrics=metrics, api_key=settings.api_key
+            server.generator.require_ready()
+            server.follower.start(names)
+            server.metrics = ServingMetrics(
+                server.generator, server.follower.names, server.follower.problems
             )
-            yield RunningServer(http, generator, follower)
-            generator.wait_for_requests(SECONDS_TO_FINISH)
+            yield server
+            server.generator.wait_for_requests(SECONDS_TO_FINISH)
         finally:
-            follower.stop()
-
-
-def _read_champion(registry: Path, name: str) -> VerifiedVersion:
-    champion = read_champion(registry, name)
-    if champion is None:
-        raise ConfigError(
-            f"{registry / name} has no champion yet. Expected a version that was promoted: "
-            f"`nested-tune promote RUN_DIR --registry {registry} --name {name}` makes one."
-        )
-    return read_verified_version(registry, name, champion)
-
-
-def _listen(host: str, port: int) -> _HTTPServer:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        server = type("_Server", (_HTTPServer,), {"address_family": family})
-        return server(address, RegistryHandler)  # type: ignore[no-any-return]
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"{host}:{port} cannot be listened at ({error}). Expected an address of this machine "
-            f"and a port that is free: --host, --port."
-        ) from error
+            server.follower.stop()

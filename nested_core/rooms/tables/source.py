@@ -70,6 +70,11 @@ class FileFacts:
         keys: dict[str, Any] = {key.removesuffix("_feature"): one for key, one in names.items()}
         return FieldNames(**keys)
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether no name of its columns says what is the question or the answer."""
+        return self.is_table and self.field_names is None and len(self.columns) > 1
+
     def describe(self) -> str:
         """All columns, such as `faq.csv has the columns A, B`."""
         return f"{self.name} has the columns {', '.join(self.columns)}"
@@ -146,15 +151,6 @@ class Source:
                 f"first row and rows below it, or a folder with such files: {', '.join(SUFFIXES)}. "
                 f"Where it is a workbook or a page named as a text file, save it as CSV UTF-8."
             )
-
-    @property
-    def unknown_files(self) -> list[FileFacts]:
-        """The tables whose columns have no name that says what is the question or the answer."""
-        return [
-            facts
-            for facts in self.facts.values()
-            if facts.is_table and facts.field_names is None and len(facts.columns) > 1
-        ]
 
     @property
     def field_names(self) -> FieldNames:

@@ -58,6 +58,7 @@ def test_a_loss_on_general_text_that_rose_beyond_its_bound_is_forgetting(
     assert verdict.to_json()["thresholds"]["max_general_loss_increase"] == 0.0
 
 
+@pytest.mark.slow("judges twice")
 def test_general_data_that_cannot_be_read_is_an_error_and_no_verdict(candidate, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"gate.general_data: .*missing.jsonl is not a file"):
         verdict_within(candidate, tmp_path / "missing.jsonl", 0.1)

@@ -19,6 +19,7 @@ from nested_core.registry import promote, register
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
 from tests.example import MODEL, example_config, prepare, train
+from tests.left_out import slow_except
 
 NAME = "capitals"
 Usage = namedtuple("Usage", "total used free")
@@ -133,7 +134,9 @@ def test_a_registry_that_can_be_used_is_left_as_it_is(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer", slow_except(["adamw", "sgd"], "adamw", reason="trains another run")
+)
 def test_the_size_of_a_checkpoint_is_estimated_to_a_tenth(optimizer: str, tmp_path: Path) -> None:
     config = example_config(optimizer=optimizer, num_layers=-1, iters=4, val_batches=0)
     finished = train(config, prepare(config, tmp_path / "run"))

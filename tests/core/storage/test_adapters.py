@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import struct
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from nested_core import Adapter, ConfigError, DamagedError, read_adapter
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.safetensors_files import StoredTensor, load_arrays, read_tensors
+from tests.core.hostile import DATA, ENTRY, SECOND, safetensors
 from tests.core.limits import largest_file
 
 CONFIG: dict[str, Any] = {
@@ -27,15 +27,6 @@ CONFIG: dict[str, Any] = {
     "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["b", "a"]},
     "base_fingerprint": "0a" * 32,
 }
-F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-SECOND = F32 | {"data_offsets": [8, 16]}
-VALUES = struct.pack("<4f", 1.0, 2.0, 3.0, 4.0)
-
-
-def file_of(header: Any, data: bytes = b"") -> bytes:
-    """A safetensors file, sound or not: the header's length, the header, the data."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def folder_of(folder: Path, weights: bytes, config: Any = None) -> Path:
@@ -90,7 +81,7 @@ class TestRoundTrip:
         empty = {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}
         scalar = {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}
         path = tmp_path / "x.safetensors"
-        path.write_bytes(file_of({"empty": empty, "scalar": scalar}, VALUES[:4]))
+        path.write_bytes(safetensors({"empty": empty, "scalar": scalar}, DATA[:4]))
         found = {name: tensor.to_numpy() for name, tensor in read_tensors(path).items()}
         assert (found["empty"].shape, found["scalar"].tolist()) == ((0, 3), 1.0)
 
@@ -98,15 +89,15 @@ class TestRoundTrip:
 class TestDigest:
     def digest(self, config: dict[str, Any] | None = None, **tensors: StoredTensor) -> str:
         both = {
-            "a": StoredTensor("F32", (2,), VALUES[:8]),
-            "b": StoredTensor("F32", (2,), VALUES[8:]),
+            "a": StoredTensor("F32", (2,), DATA[:8]),
+            "b": StoredTensor("F32", (2,), DATA[8:]),
         }
         return Adapter(Path(), CONFIG if config is None else config, both | tensors).digest()
 
     def test_it_does_not_depend_on_the_order_of_bytes_in_the_file(self, tmp_path: Path) -> None:
-        straight = file_of({"a": F32, "b": SECOND}, VALUES)
-        turned = file_of(
-            {"__metadata__": {"by": "another"}, "b": F32, "a": SECOND}, VALUES[8:] + VALUES[:8]
+        straight = safetensors({"a": ENTRY, "b": SECOND}, DATA)
+        turned = safetensors(
+            {"__metadata__": {"by": "another"}, "b": ENTRY, "a": SECOND}, DATA[8:] + DATA[:8]
         )
         assert straight != turned
         digests = {
@@ -142,17 +133,17 @@ class TestDigest:
 
     def test_it_changes_with_every_name_dtype_shape_and_byte(self) -> None:
         changed = [
-            self.digest(c=StoredTensor("F32", (2,), VALUES[8:])),
-            self.digest(b=StoredTensor("U32", (2,), VALUES[8:])),
-            self.digest(b=StoredTensor("F32", (2, 1), VALUES[8:])),
-            self.digest(b=StoredTensor("F32", (2,), VALUES[:8])),
+            self.digest(c=StoredTensor("F32", (2,), DATA[8:])),
+            self.digest(b=StoredTensor("U32", (2,), DATA[8:])),
+            self.digest(b=StoredTensor("F32", (2, 1), DATA[8:])),
+            self.digest(b=StoredTensor("F32", (2,), DATA[:8])),
         ]
         assert len({self.digest(), *changed}) == 5
 
 
 class TestDamage:
     def test_every_truncation_is_refused(self, tmp_path: Path) -> None:
-        sound = file_of({"a": F32, "b": SECOND}, VALUES)
+        sound = safetensors({"a": ENTRY, "b": SECOND}, DATA)
         path = tmp_path / "adapters.safetensors"
         for length in range(len(sound)):
             path.write_bytes(sound[:length])
@@ -165,7 +156,7 @@ class TestDamage:
     def test_any_damage_is_either_refused_or_still_whole_tensors(
         self, tmp_path_factory: pytest.TempPathFactory, place: int, replacement: bytes, cut: bool
     ) -> None:
-        sound = file_of({"a": F32, "b": SECOND}, VALUES)
+        sound = safetensors({"a": ENTRY, "b": SECOND}, DATA)
         after = b"" if cut else sound[place + len(replacement) :]
         path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
         path.write_bytes(sound[:place] + replacement + after)
@@ -175,7 +166,7 @@ class TestDamage:
 
     def test_a_dtype_that_no_adapter_has_is_refused_when_it_is_used(self) -> None:
         with pytest.raises(DamagedError, match="A tensor has dtype I8, which is not read here"):
-            StoredTensor("I8", (8,), VALUES[:8]).to_numpy()
+            StoredTensor("I8", (8,), DATA[:8]).to_numpy()
 
     def test_what_is_no_directory_is_a_mistake_and_no_damage(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is not a directory. Expected an adapter directory"):

@@ -144,22 +144,26 @@ def test_an_optimizer_of_mlx_goes_on_where_it_was(tmp_path: Path, optimizer: str
     assert steps.judge(done.config, run).has_passed
 
 
-@pytest.fixture
-def stopped(tmp_path: Path) -> tuple[FineTuneConfig, RunDirectory]:
-    """A run of 8 steps, stopped after 3."""
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, Path, str]:
+    """A run of 8 steps, stopped after 3, and what the stop said; no test changes it."""
     config = example_config(val_batches=2)
-    run = prepare(config, tmp_path / "run")
-    stop(config, run, 3)
-    return config, run
+    run = prepare(config, tmp_path_factory.mktemp("stopped") / "run")
+    return config, run.path, stop(config, run, 3)
 
 
-def test_a_stop_names_where_it_stopped_and_how_to_go_on(tmp_path: Path) -> None:
-    config = example_config(val_batches=0)
-    run = prepare(config, tmp_path / "run")
-    message = stop(config, run, 3)
+@pytest.fixture
+def stopped(stopped_once, tmp_path: Path) -> tuple[FineTuneConfig, RunDirectory]:
+    """A copy of it."""
+    config, path, _ = stopped_once
+    return config, RunDirectory(Path(shutil.copytree(path, tmp_path / "run")))
+
+
+def test_a_stop_names_where_it_stopped_and_how_to_go_on(stopped_once) -> None:
+    _, path, message = stopped_once
     assert "stopped at step 3 of 8" in message
-    assert f"--run-dir {run.path} --resume" in message
-    assert not run.result.exists()
+    assert f"--run-dir {path} --resume" in message
+    assert not RunDirectory(path).result.exists()
 
 
 def test_the_checkpoint_of_a_stop_holds_verified_updates(stopped) -> None:
@@ -284,6 +288,7 @@ def test_what_was_changed_while_stopped_is_not_accepted(stopped, change, named) 
         steps.judge(config, go_on(config, run).run)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_a_base_that_was_replaced_while_stopped_is_not_accepted(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(MODEL, base)
@@ -297,6 +302,7 @@ def test_a_base_that_was_replaced_while_stopped_is_not_accepted(tmp_path: Path) 
         steps.judge(config, go_on(config, run).run)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_data_that_changed_while_stopped_are_refused(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -64,6 +64,7 @@ def test_a_step_before_every_tier_had_an_update_is_no_candidate(tmp_path: Path) 
     assert done.result.best_val_loss == losses[done.result.adapter_step]
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_without_a_validation_set_the_last_adapter_is_offered(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

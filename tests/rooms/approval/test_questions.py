@@ -258,6 +258,7 @@ def test_a_question_that_crashed_or_failed_before_it_was_put_is_put_again(
     assert questions(promotion_deployment)[0].state_name == "Cancelled", "a person's word"
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_a_server_without_promote_auto_is_said_and_fails_nothing(add, registry, caplog) -> None:
     add(1, "approve")
     with get_client(sync_client=True) as client:

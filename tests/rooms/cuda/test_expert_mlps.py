@@ -23,6 +23,8 @@ from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, leave_by_error, outcome, require_near
 from tests.arrays import normal
 
+pytestmark = pytest.mark.slow("compares layers and models for CUDA with mlx-lm's")
+
 # MLX multiplies sorted rows of float32 in TF32 on CUDA.
 LOSS, GRADIENTS, ROUNDING = (1e-3, 5e-3, 5e-3) if backend.computes_on_cuda() else (2e-6, 5e-5, 1e-5)
 COMPILES = pytest.mark.slow("compiles another model")

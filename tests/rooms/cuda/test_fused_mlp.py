@@ -24,6 +24,8 @@ from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import Outcome, batch, build, largest_difference, outcome, require_near
 from tests.arrays import normal
 
+pytestmark = pytest.mark.slow("compares layers and models for CUDA with mlx-lm's")
+
 COMPILES = pytest.mark.slow("compiles another model")
 MODELS = [("llama", False), ("qwen2", False), ("granite", False), ("cohere", False)]
 MODELS += [("qwen2", True)]

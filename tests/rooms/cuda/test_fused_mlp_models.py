@@ -30,6 +30,8 @@ from tests.architectures import (
 )
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("compares layers and models for CUDA with mlx-lm's")
+
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 
 

@@ -34,6 +34,8 @@ from tests.architectures import (
 from tests.arrays import normal
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("compares layers and models for CUDA with mlx-lm's")
+
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(

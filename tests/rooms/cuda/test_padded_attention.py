@@ -17,6 +17,8 @@ from nested_core.rooms.cuda.padded_attention import (
 from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import batch, build, outcome, require_near, uncompiled
 
+pytestmark = pytest.mark.slow("compares layers and models for CUDA with mlx-lm's")
+
 LENGTHS: list[int] = []
 
 

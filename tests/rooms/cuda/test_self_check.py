@@ -28,6 +28,8 @@ from nested_core.rooms.cuda.call_tracing import plain_swiglu
 from nested_core.rooms.delta_nets import gated_delta
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("compares layers and models for CUDA with mlx-lm's")
+
 Fault = Callable[[mx.array], mx.array]
 
 

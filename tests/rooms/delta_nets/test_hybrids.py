@@ -35,7 +35,7 @@ DELTA_NET_KEYS = {  # linear layers of a delta net, all of which mlx-lm's defaul
     "kimi_k3": {"qkv_proj", "f_a_proj", "f_b_proj", "b_proj", "g_a_proj", "g_b_proj", "o_proj"},
     "bailing_moe_v3": {"q_proj", "k_proj", "v_proj", "f_proj", "b_proj", "g_proj", "o_proj"},
 }
-FAMILIES = slow_except(sorted(HYBRIDS), "qwen3_5", "qwen3_next", reason="computes another model")
+FAMILIES = slow_except(sorted(HYBRIDS), "qwen3_next", reason="computes another model")
 
 
 def uncompiled(function: Any) -> Any:

@@ -232,6 +232,7 @@ def test_a_week_says_how_its_nights_ended_and_is_an_alert_for_who_wants_it(
     assert alert_block(alert) is not None
 
 
+@pytest.mark.slow("flow runs of its own")
 def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +259,7 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
     assert "3.0 GB of 100.0 GB are free (3%)" in full
 
 
+@pytest.mark.slow("flow runs of its own")
 def test_a_night_unlike_the_last_ones_is_told_and_an_ordinary_one_is_not(
     client: SyncPrefectClient, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,24 @@ from nested_core import export
 from nested_core.backend import get_process_preparation
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.gate.evidence.champion_adapter import shape_like_adapter
-from nested_core.measure.losses.held_out_loss import LoadedBase, read_held_out_examples
-from nested_core.models.base_model import fingerprint_base_model
+from nested_core.measure.losses.held_out_loss import read_held_out_examples
+from nested_core.models.base_model import fingerprint_base_model, load_lazily
 from nested_core.pipeline import steps
 from nested_core.rooms.export import exporting
-from nested_core.rooms.export.export_record import (
-    ExportRecord,
-    LogitComparison,
-    card_place,
-    read_export_record,
-    record_place,
-    write_export_record,
+from nested_core.rooms.export.asked import Asked, HeldOutRows
+from nested_core.rooms.export.export_record import card_place, read_export_record, record_place
+from nested_core.rooms.export.exporting import NOT_RUN, publish
+from nested_core.rooms.export.fresh_reading import (
+    Reading,
+    has_llama_cpp,
+    read_base_and_adapter,
+    read_in_fresh_process,
 )
-from nested_core.rooms.export.exporting import NOT_RUN, _publish
-from nested_core.rooms.export.fresh_reading import Reading, has_llama_cpp, read_in_fresh_process
 from nested_core.rooms.export.fusing import load_fused, write_model_folder
 from nested_core.rooms.export.gguf import unpack_gguf, write_gguf
-from nested_core.rooms.export.judgement import Findings, judge_reading
-from nested_core.rooms.export.reference import Reference, choose_rows, measure_reference
-from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.rooms.export.gguf.vocabulary import describe_vocabulary, digest_tokens
+from nested_core.rooms.export.judgement import judge_reading
+from nested_core.storage.adapter import read_adapter
 from nested_core.storage.atomic import TEMPORARY_PREFIX
 from tests.builders.adapter_folders import base_copy, change_tensors, random_adapter
 from tests.builders.rotten_files import rot
@@ -95,11 +93,11 @@ def test_a_folder_keeps_the_gain(family, trained, tmp_path) -> None:
     assert record == read_export_record(done.path)
     assert record.stands
     assert record.gain is not None
-    assert record.gain.low is not None
-    assert record.gain.low > 0.98
+    assert record.gain.share is not None
+    assert record.gain.share > 0.98
     assert record.gain.base - record.gain.adapter > 0.5
     assert record.weights == "bfloat16"
-    assert f"loss {record.gain.exported:.4g} (adapter " in repr(done)
+    assert f"loss {record.gain.exported:.4g} (adapter " in record.describe()
     assert done.upload_command == f"hf upload USER/NAME {tmp_path / 'fused'}"
     assert "# fused" in (done.path / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["fused"]
@@ -139,8 +137,8 @@ def test_a_gguf_keeps_the_gain(family, quantize, trained, tmp_path) -> None:
     assert record is not None
     assert record == read_export_record(file)
     assert record.gain is not None
-    assert record.gain.low is not None
-    assert record.gain.low >= record.gain.needed == 0.95
+    assert record.gain.share is not None
+    assert record.gain.share >= record.gain.needed == 0.95
     assert record.files == {"model.gguf": hashlib.sha256(file.read_bytes()).hexdigest()}
     assert (NOT_RUN in record.notes) is (not has_llama_cpp())
     assert record.reader.startswith("llama.cpp" if has_llama_cpp() else "mlx_lm")
@@ -186,16 +184,15 @@ def test_a_change_that_is_lost_in_4_bits_is_refused_and_kept_when_dequantized(
     kept = export(adapter, fused=tmp_path / "v1.1", dequantize=True, data=rows).record
     assert kept is not None
     assert kept.gain is not None
-    assert (kept.gain.low or 0) > 0.98
+    assert (kept.gain.share or 0) > 0.98
 
 
 @pytest.mark.slow("exports a whole model")
 def test_without_rows_the_logits_decide_and_the_export_says_so(trained, tmp_path) -> None:
     done = export(trained().adapter, fused=tmp_path / "fused")
-    assert done.record is not None
     assert done.record.gain is None
-    assert any("--data FILE" in note for note in done.notes)
-    assert "logits within" in repr(done)
+    assert any("--data FILE" in note for note in done.record.notes)
+    assert "logits within" in done.record.describe()
 
 
 def test_what_does_not_stand_lies_under_another_name(trained, tmp_path) -> None:
@@ -274,15 +271,14 @@ BROKEN_FILES = {
 BROKEN = [*BROKEN_ADAPTERS, *BROKEN_FILES, "wrong base"]
 
 
-def _measure(source: Trained) -> tuple[Adapter, Reference]:
-    adapter = read_adapter(source.adapter)
+def _choose_asked(source: Trained) -> Asked:
     values = {"model": str(source.base), "num_layers": -1, "gate": {"held_out": str(HELD_OUT)}}
-    config = shape_like_adapter(adapter, parse_config(values, source="test"))
+    config = parse_config(values, source="test")
     held_out = read_held_out_examples(config, {})
     assert held_out is not None
-    base = LoadedBase.load(config)
-    rows = choose_rows(held_out, config)
-    return adapter, measure_reference(config, base, adapter, rows, None)
+    _, tokenizer, _ = load_lazily(source.base, trust_remote_code=False)
+    rows = HeldOutRows.choose(held_out, config)
+    return Asked.choose(source.base, tokenizer, rows)
 
 
 def _break(how: str, source: Trained, folder: Path, *, dequantize: bool) -> Path:
@@ -300,26 +296,37 @@ def _break(how: str, source: Trained, folder: Path, *, dequantize: bool) -> Path
     return folder / "fused"
 
 
-def _judge(reference: Reference, reading: Reading, weights: Any, quantized: Any) -> Findings:
-    backend = reference.tokenizer.backend_tokenizer.to_str()
-    return judge_reading(
-        reference,
-        reading,
-        weights=weights,
-        quantized_base=quantized,
-        tokenizer=hashlib.sha256(backend.encode()).hexdigest(),
-        chat_template=reference.tokenizer.chat_template,
-    )
+@dataclass(frozen=True)
+class Measured:
+    """What is asked of a base and its adapter, and what a fresh process read of them."""
+
+    source: Trained
+    asked: Asked
+    read: tuple[Reading, Reading]
+
+    def find_problems(self, artefact: Path, weights: Any, quantized: Any = None) -> str:
+        """What is said of an artefact."""
+        reading = read_in_fresh_process(artefact, self.asked, dtype="float32")
+        own = digest_tokens(describe_vocabulary(self.asked.tokenizer, 0))
+        findings = judge_reading(
+            self.asked,
+            (*self.read, reading),
+            weights=weights,
+            quantized_base=quantized,
+            tokenizer=self.read[1].tokenizer if artefact.is_dir() else own,
+        )
+        return " ".join(findings.problems)
 
 
 @pytest.fixture(scope="module")
-def measured(trained: Callable[..., Trained]) -> Callable[..., Any]:
-    made: dict[int | None, Any] = {}
-
-    def measure(bits: int | None) -> Any:
-        if bits not in made:
-            made[bits] = (trained("llama", bits), *_measure(trained("llama", bits)))
-        return made[bits]
+def measured(trained: Callable[..., Trained]) -> Callable[..., Measured]:
+    @cache
+    def measure(bits: int | None) -> Measured:
+        source = trained("llama", bits)
+        asked = _choose_asked(source)
+        return Measured(
+            source, asked, read_base_and_adapter(asked, source.adapter, dtype="float32")
+        )
 
     return measure
 
@@ -329,11 +336,9 @@ def measured(trained: Callable[..., Trained]) -> Callable[..., Any]:
 )
 @pytest.mark.parametrize("how", slow_except(BROKEN, "one layer", reason="a process each"))
 def test_a_folder_that_was_fused_wrong_is_seen(how, bits, measured, tmp_path) -> None:
-    source, _, reference = measured(bits)
-    broken = _break(how, source, tmp_path, dequantize=False)
-    reading = read_in_fresh_process(broken, "mlx_lm", reference, dtype="float32")
-    weights, quantized = ("quantized", "kept") if bits else ("bfloat16", None)
-    problems = " ".join(_judge(reference, reading, weights, quantized).problems)
+    known = measured(bits)
+    broken = _break(how, known.source, tmp_path, dequantize=False)
+    problems = known.find_problems(broken, *(("quantized", "kept") if bits else ("bfloat16",)))
     expected = {**BROKEN_ADAPTERS, **BROKEN_FILES}.get(how, (None, "its logits are"))[1]
     assert expected in problems
 
@@ -344,54 +349,31 @@ def test_a_folder_that_was_fused_wrong_is_seen(how, bits, measured, tmp_path) ->
 def test_a_gguf_of_what_was_fused_wrong_is_seen(how, measured, tmp_path) -> None:
     from mlx_lm import load
 
-    source, _, reference = measured(None)
-    model, tokenizer = load(str(_break(how, source, tmp_path, dequantize=True)))[:2]
+    known = measured(None)
+    model, tokenizer = load(str(_break(how, known.source, tmp_path, dequantize=True)))[:2]
     file = tmp_path / "model.gguf"
     write_gguf(file, model, tokenizer, "q8_0", "broken")
-    reading = read_in_fresh_process(file, "llama.cpp", reference, dtype=None)
-    problems = " ".join(_judge(reference, reading, "q8_0", None).problems)
+    problems = known.find_problems(file, "q8_0")
     expected = {**BROKEN_ADAPTERS, **BROKEN_FILES}.get(how, (None, "its logits are"))[1]
     assert expected in problems or (how == "other tokenizer" and "token ids" in problems)
 
 
-def make_draft(folder: Path, name: str, *, stands: bool) -> Path:
+def make_draft(folder: Path, name: str) -> Path:
     """An export before it is put in its place: a GGUF with record and card, or a folder of both."""
     draft = folder / f"{TEMPORARY_PREFIX}draft" / name
     draft.parent.mkdir(parents=True)
     if not draft.suffix:
         draft.mkdir()
-    weights = draft if draft.suffix else draft / "model.safetensors"
-    weights.write_text(f"weights {stands}")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    record = ExportRecord(
-        source="x",
-        version="x",
-        base="x",
-        base_fingerprint="x",
-        tokenizer="x",
-        artefact="gguf" if draft.suffix else "folder",
-        weights="f16",
-        quantized_base=None,
-        files={weights.name: digest},
-        chat_template=None,
-        reader="mlx_lm",
-        texts=1,
-        logits=LogitComparison(0.1, 1.0, 0.2, 1),
-        gain=None,
-        suites=(),
-        notes=(),
-        problems=() if stands else ("its logits are off",),
-        packages={},
-    )
-    write_export_record(record_place(draft), record)
+    for path in (draft if draft.suffix else draft / "model.safetensors", record_place(draft)):
+        path.write_text("of the export")
     card_place(draft).write_text("card")
     return draft
 
 
-def publish(folder: Path, name: str, *, stands: bool) -> str:
+def publish_draft(folder: Path, name: str, *, stands: bool) -> str:
     """Put an export in its place in a folder; the name of that place."""
-    draft = make_draft(folder, name, stands=stands)
-    place = _publish(draft, folder / name, is_rejected=not stands)
+    draft = make_draft(folder, name)
+    place = publish(draft, folder / name, is_rejected=not stands)
     draft.parent.rmdir()
     assert place.parent == folder
     return place.name
@@ -399,26 +381,21 @@ def publish(folder: Path, name: str, *, stands: bool) -> str:
 
 def test_a_rejected_gguf_lies_with_its_record_and_card_under_another_name(tmp_path: Path) -> None:
     """What is written lies in a folder of temporary files until it is judged."""
-    assert publish(tmp_path, "model.gguf", stands=False) == "model.rejected.gguf"
+    assert publish_draft(tmp_path, "model.gguf", stands=False) == "model.rejected.gguf"
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["model.rejected.export.json", "model.rejected.gguf", "model.rejected.md"]
 
 
 @pytest.mark.parametrize("name", ["model", "v1.0.gguf"])
-def test_an_export_replaces_what_an_earlier_one_left_rejected_and_nothing_else(
-    name: str, tmp_path: Path
-) -> None:
-    stem, ending = Path(name).stem if "gguf" in name else name, ".gguf" if "gguf" in name else ""
-    first = tmp_path / f"{stem}.rejected{ending}"
-    for _ in range(2):
-        assert publish(tmp_path, name, stands=False) == first.name
-    weights = first / "model.safetensors" if first.is_dir() else first
-    weights.write_text("of a person")
-    assert publish(tmp_path, name, stands=False) == f"{stem}.rejected-2{ending}"
-    assert weights.read_text() == "of a person"
+def test_an_export_takes_the_first_free_name_and_writes_over_nothing(name, tmp_path) -> None:
+    stem, ending = (name.removesuffix(".gguf"), ".gguf") if "gguf" in name else (name, "")
     (tmp_path / name).symlink_to("nowhere")  # it appeared while the export was measured
-    assert publish(tmp_path, name, stands=True) == f"{stem}-2{ending}"
-    assert publish(tmp_path, name, stands=True) == f"{stem}-3{ending}"
+    for number in ("-2", "-3"):
+        assert publish_draft(tmp_path, name, stands=True) == f"{stem}{number}{ending}"
+    for number in ("", "-2", "-3"):
+        rejected = publish_draft(tmp_path, name, stands=False)
+        assert rejected == f"{stem}.rejected{number}{ending}"
+    assert (tmp_path / name).is_symlink()
 
 
 @pytest.mark.parametrize("taken", ["model.gguf", "model.export.json", "model.md"])
@@ -428,27 +405,9 @@ def test_each_file_of_a_gguf_that_is_a_persons_is_left_alone(taken: str, tmp_pat
         export("nothing", gguf=tmp_path / "model.gguf")
     rejected = tmp_path / taken.replace("model", "model.rejected")
     rejected.write_text("of a person")
-    assert publish(tmp_path, "model.gguf", stands=True) == "model-2.gguf"
-    assert publish(tmp_path, "model.gguf", stands=False) == "model.rejected-2.gguf"
+    assert publish_draft(tmp_path, "model.gguf", stands=True) == "model-2.gguf"
+    assert publish_draft(tmp_path, "model.gguf", stands=False) == "model.rejected-2.gguf"
     assert (tmp_path / taken).read_text() == rejected.read_text() == "of a person"
-
-
-@pytest.mark.parametrize("make", ["notes", "link", "folder of a person"])
-def test_a_rejected_folder_that_is_a_persons_in_part_is_left_alone(make, tmp_path) -> None:
-    rejected = tmp_path / "model.rejected"
-    if make == "folder of a person":
-        rejected.mkdir()
-        (rejected / "notes.txt").touch()
-    elif make == "link":
-        (tmp_path / "elsewhere").mkdir()
-        publish(tmp_path / "elsewhere", "model", stands=False)
-        rejected.symlink_to("elsewhere/model.rejected")
-    else:
-        publish(tmp_path, "model", stands=False)
-        (rejected / "notes.txt").touch()
-    before = sorted(rejected.iterdir())
-    assert publish(tmp_path, "model", stands=False) == "model.rejected-2"
-    assert sorted(rejected.iterdir()) == before
 
 
 def test_a_gguf_is_read_of_the_file_alone(trained: Callable[..., Trained], tmp_path: Path) -> None:
@@ -457,8 +416,8 @@ def test_a_gguf_is_read_of_the_file_alone(trained: Callable[..., Trained], tmp_p
     source = trained()
     model, tokenizer, _ = load_fused(source.base, read_adapter(source.adapter), dequantize=True)
     write_gguf(tmp_path / "model.gguf", model, tokenizer, "f16", "name")
-    folder = unpack_gguf(tmp_path / "model.gguf", tmp_path / "unpacked")
-    read, its_tokenizer = load(str(folder))[:2]
+    unpack_gguf(tmp_path / "model.gguf", tmp_path / "unpacked")
+    read, its_tokenizer = load(str(tmp_path / "unpacked"))[:2]
     tokens = tokenizer.encode("I want to see Romania, 1234 times — naïve?")
     assert its_tokenizer.encode("I want to see Romania, 1234 times — naïve?") == tokens
     assert its_tokenizer.chat_template == TEMPLATE

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nested_core.rooms.export.asked import HeldOutRows
 from nested_core.rooms.export.export_record import KeptGain
 from nested_core.rooms.export.judgement import MIN_KEPT_GAIN, measure_kept_gain
-from nested_core.rooms.export.reference import HeldOutRows, Reference
-from nested_core.rooms.preferences.training_loss import PreferenceLoss
 from tests.example import example_config
 from tests.left_out import needs_rooms
 
 ROUNDING = 0.01
-NO_LOGITS = np.zeros((0, 0))
-REFERENCE = Reference(
-    *(Path(), None, (), (), (), (), NO_LOGITS, NO_LOGITS),
-    rows=None,
-    base_likelihoods=NO_LOGITS,
-    adapter_likelihoods=NO_LOGITS,
-    suites=(),
-    answers={},
-)
 
 
 def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGain:
@@ -33,10 +22,9 @@ def measure(gain: float, lost: float, rows: int = 200, seed: int = 0) -> KeptGai
     adapter = random.gamma(4, 0.5, rows)
     base = adapter + gain + random.normal(0, 0.05, rows)
     held_out = HeldOutRows("valid.jsonl", ((1, 2, 3),) * rows, ((1, 2),) * rows, None)
-    # of two tokens each
-    reference = replace(REFERENCE, base_likelihoods=-2 * base, adapter_likelihoods=-2 * adapter)
     exported = adapter + lost + random.normal(0, ROUNDING, rows)
-    return measure_kept_gain(reference, held_out, -2 * exported, MIN_KEPT_GAIN)
+    sums = [-2 * losses for losses in (base, adapter, exported)]  # of two tokens each
+    return measure_kept_gain(held_out, sums, MIN_KEPT_GAIN)
 
 
 @pytest.mark.parametrize("gain", [-0.2, 0.0, 0.02, 0.1, 2.0])
@@ -59,15 +47,16 @@ def test_a_right_export_is_not_refused_for_a_small_gain_or_few_rows(gain: float,
 def test_the_gain_of_pairs_is_that_of_their_loss_where_both_answers_became_less_likely(
     loss,
 ) -> None:
+    from nested_core.rooms.preferences.training_loss import PreferenceLoss
+
     of_pairs = PreferenceLoss.of_config(example_config(training={"loss": loss}))
     held_out = HeldOutRows("p", ((1, 2, 3),) * 40, ((1, 2),) * 40, None, of_pairs, "nats/example")
     base = np.full(40, -3.0)
     adapter = np.repeat([-3.1, -23.0], 20)  # the chosen answers, then the rejected ones
-    reference = replace(REFERENCE, base_likelihoods=base, adapter_likelihoods=adapter)
-    kept = measure_kept_gain(reference, held_out, adapter, MIN_KEPT_GAIN)
+    kept = measure_kept_gain(held_out, [base, adapter, adapter], MIN_KEPT_GAIN)
     assert (kept.rows, kept.unit) == (20, "nats/example")
     assert kept.share == pytest.approx(1)
-    lost = measure_kept_gain(reference, held_out, base, MIN_KEPT_GAIN)
+    lost = measure_kept_gain(held_out, [base, adapter, base], MIN_KEPT_GAIN)
     assert lost.is_lost
     assert lost.share == pytest.approx(0)
 
@@ -82,7 +71,7 @@ def test_half_of_a_small_gain_lost_is_refused_with_figures() -> None:
 
 def test_too_few_rows_have_no_interval_and_refuse_a_plain_loss_alone() -> None:
     right, wrong = measure(1.6, 0.0, rows=3), measure(1.6, 1.6, rows=3)
-    assert (right.interval, right.low) == (None, None)
+    assert right.interval is None
     assert right.describe_interval() == "too few rows for an interval"
     assert (right.is_lost, wrong.is_lost) == (False, True)
     assert replace(right, exported=float("nan")).is_lost

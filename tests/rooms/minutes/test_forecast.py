@@ -16,7 +16,7 @@ from nested_core.models.session import Session
 from nested_core.rooms.minutes.forecast import Forecast, make_forecast
 from nested_core.rooms.minutes.trial_run import try_steps
 from nested_core.rooms.preferences.gate_check import MAX_REFERENCE_PAIRS
-from nested_core.storage.run_directory import open_run
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config, prepare
 from tests.left_out import needs_rooms
 
@@ -118,7 +118,7 @@ def test_the_gate_of_pairs_computes_them_once_for_each_adapter_and_the_base(tmp_
     assert works["losses"].rows == 2 * 9  # the adapter that training begins from is the base
     assert works["preference"].rows == MAX_REFERENCE_PAIRS
     later = config.model_copy(update={"resume_adapter_file": "a"})
-    run = RunToJudge(later, open_run(tmp_path / "run"), tokenizer=None)
+    run = RunToJudge(later, RunDirectory(tmp_path / "run"), tokenizer=None)
     assert run.count_rows(9, 2, is_base_among=not run.goes_on) == 3 * 9
 
 

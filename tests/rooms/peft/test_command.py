@@ -39,7 +39,7 @@ def test_a_run_directory_stands_for_the_adapter_that_it_offers(
     assert done.stdout == "peft: 84 tensors of 42 modules, r 8, alpha 16\n"
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_bytes())
     assert config["base_model_name_or_path"] == "org/base"
-    assert config["layers_to_transform"] == [0, 1, 2, 3, 4, 5]
+    assert len(config["target_modules"]) == 42
 
 
 def test_the_champion_is_exported_through_its_link(command_run, nested_tune, tmp_path) -> None:
@@ -82,7 +82,7 @@ def cut_short(config: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "code", "message"),
     [
-        (with_biases, 2, "bias: 'all': the base's biases were trained"),
+        (with_biases, 2, "bias: 'all'"),
         (cut_short, 6, "adapter_model.safetensors is not a sound safetensors file"),
     ],
 )

@@ -1,10 +1,7 @@
-"""serve, asked by OpenAI's client library and by curl, whole and streamed."""
+"""serve, asked by OpenAI's client library, whole and streamed."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +65,12 @@ def test_the_library_raises_its_own_errors_with_what_the_server_said(client: ope
     wrong: list[tuple[openai.OpenAI, dict[str, Any], type[openai.APIStatusError], str]] = [
         (client, {"model": "other"}, openai.NotFoundError, "No model 'other' here"),
         (client, {"adapters": "/x"}, openai.BadRequestError, "adapters: not taken here"),
-        (client, {"messages": "hi"}, openai.BadRequestError, "messages: expected a list"),
+        (
+            client,
+            {"messages": "hi"},
+            openai.BadRequestError,
+            "messages: Input should be a valid list",
+        ),
         (stranger, {}, openai.AuthenticationError, "Give the server's API key"),
     ]
     kinds: dict[type[openai.APIStatusError], str] = {
@@ -81,26 +83,3 @@ def test_the_library_raises_its_own_errors_with_what_the_server_said(client: ope
             asking.chat.completions.create(model=NAME, messages=MESSAGES, extra_body=body)
         assert said in raised.value.message
         assert raised.value.type == kinds[kind]
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl_gets_a_whole_answer_and_a_streamed_one(served: tuple[str, str]) -> None:
-    version, address = served
-    texts = []
-    for stream in (False, True):
-        body = {"model": NAME, "messages": MESSAGES, "stream": stream}
-        headers = ["-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json"]
-        command = ["curl", "-sSNi", f"{address}/v1/chat/completions", *headers]
-        done = subprocess.run(
-            [*command, "-d", json.dumps(body)], capture_output=True, text=True, check=True
-        )
-        head, _, content = done.stdout.replace("\r\n", "\n").partition("\n\n")
-        assert f"X-Adapter-Version: {version}" in head
-        if stream:
-            *pieces, end = [line[6:] for line in content.splitlines() if line[:6] == "data: "]
-            assert end == "[DONE]"
-            deltas = [json.loads(piece)["choices"][0]["delta"] for piece in pieces]
-            texts.append("".join(delta.get("content", "") for delta in deltas))
-        else:
-            texts.append(json.loads(content)["choices"][0]["message"]["content"])
-    assert texts[0] == texts[1] != ""

@@ -29,7 +29,8 @@ from nested_core.gate.proof.fresh_process_check import (
 from nested_core.models.base_model import fingerprint_base_model
 from nested_core.models.generation import encode_prompt
 from nested_core.registry import register_and_promote
-from nested_core.rooms.serve.server import RunningServer, ServeSettings, starting_server
+from nested_core.rooms.serve.http_handler import ServingServer
+from nested_core.rooms.serve.server import starting_server
 from nested_core.storage.adapter import read_adapter, write_adapter
 from nested_core.storage.canary_file import CANARY_NAME, render_canary
 from tests.core.registry.conftest import write_gate
@@ -147,11 +148,13 @@ def promote_run(run_dir: Path, registry: Path, name: str = NAME) -> str:
     return register_and_promote(run_dir, registry, name, {}, by="a test").version
 
 
-def settings(registry: Path, *flags: object, api_key: str | None = None) -> ServeSettings:
+def settings(
+    registry: Path, *flags: object, api_key: str | None = None
+) -> tuple[argparse.Namespace, str | None]:
     """What `nested-tune serve` with these flags would serve, at a port that the system chooses."""
     words = ["serve", "--registry", registry, "--port", 0, "--max-tokens", 12, *flags]
     arguments: argparse.Namespace = build_parser().parse_args([str(word) for word in words])
-    return ServeSettings(registry, arguments.name, api_key, arguments)
+    return arguments, api_key
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class Reply:
 class Client:
     """Sends requests to a server, a connection each."""
 
-    server: RunningServer
+    server: ServingServer
 
     def send(
         self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
@@ -211,13 +214,13 @@ class Client:
 
 
 @contextmanager
-def serving(wanted: ServeSettings) -> Iterator[Client]:
+def serving(wanted: tuple[argparse.Namespace, str | None]) -> Iterator[Client]:
     """A server in this process, until the block ends."""
-    with starting_server(wanted) as server:
+    with starting_server(*wanted) as server:
         thread = threading.Thread(target=server.serve)
         thread.start()
         try:
             yield Client(server)
         finally:
-            server.stop()
+            server.shutdown()
             thread.join()

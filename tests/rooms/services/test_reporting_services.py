@@ -13,15 +13,10 @@ import pytest
 
 from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import finetune
-from nested_core.rooms.services.reporting_services import (
-    ReportingCallback,
-    Services,
-    configured_services,
-)
+from nested_core.rooms.services.reporting_services import Services, configured_services
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_json_object
 from tests.core.report.verdicts import GATE
 from tests.example import example_config
 
@@ -36,8 +31,6 @@ class Client(ModuleType):
         super().__init__(name)
         self.__spec__ = ModuleSpec(name, None)
         self.calls = calls
-        self.id = "known-there"
-        self.summary: dict[str, str] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -60,7 +53,6 @@ def run_once(tmp_path: Path, services: str) -> RunDirectory:
     run.path.mkdir()
     with Services(config).attaching_verdict_at_end(run):
         with Services(config).reporting(run, None) as callback:
-            assert callback is not None
             callback.on_train_loss_report(TRAIN)
             callback.on_val_loss_report(VALID)
         write_json(run.result, {})
@@ -79,16 +71,14 @@ def test_each_client_gets_the_losses_then_the_verdict_and_the_page_in_the_same_r
     first, again = (options for _, options in client.named("init"))
     assert first["project"] == "capitals"
     assert first["config"]["iters"] == 8
-    key = "name" if name == "trackio" else "id"
-    assert again[key] == ("known-there" if name == "wandb" else first[key])
-    assert again["resume"] == "allow"
+    assert again == first
+    assert first["resume"] == "allow"
+    assert name == "trackio" or len(first["id"]) == 21
     logged = client.named("log")
     assert logged[0] == ((TRAIN,), {"step": 10})
     assert "val_loss" not in logged[1][0][0]  # a loss that is not finite is no number
-    sent = repr([call for call in client.calls if call[0] in ("add_file", "log_artifact", "Text")])
-    assert "gate.json" in sent
-    assert "report.html" in sent
-    assert "passed" in repr(client.summary) + repr(client.calls)
+    sent = repr(logged + client.named("log_artifact") + client.named("Text"))
+    assert all(text in sent for text in ("gate.json", "report.html", "passed"))
     assert len(client.named("finish")) == 2
 
 
@@ -139,7 +129,7 @@ def trackio(monkeypatch: pytest.MonkeyPatch) -> Client:
 @pytest.mark.parametrize(
     ("gate", "patched", "said"),
     [
-        (GATE, ("init", no_route), "report_to: trackio cannot be used: no route"),
+        (GATE, ("init", no_route), "the verdict was not attached: trackio: no route"),
         ("{", None, "report_to: the verdict was not attached"),
         (GATE, ("write", disk_is_full), "the verdict was not attached: .*No space left"),
     ],
@@ -163,18 +153,7 @@ def test_what_fails_at_the_end_is_warned_of_and_takes_nothing_away(
         Services(example_config(report_to="trackio")).attaching_verdict_at_end(run),
     ):
         pass
-    assert len(trackio.named("finish")) == (gate == "{")  # what was opened is closed
-
-
-def test_a_service_that_cannot_be_closed_is_warned_of_and_does_not_end_training(
-    trackio, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.setattr(trackio, "finish", no_route, raising=False)
-    services = ReportingCallback(example_config(report_to="trackio"), RunDirectory(tmp_path))
-    services.on_train_loss_report(TRAIN)
-    with pytest.warns(UserWarning, match="report_to: trackio was not closed: no route"):
-        services.close()
-    assert len(trackio.named("log")) == 1
+    assert trackio.named("finish") == []  # nothing was opened
 
 
 def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_without_it(
@@ -188,42 +167,26 @@ def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_wi
     def train_while_trackio_stops_answering() -> None:
         with Services(config).attaching_verdict_at_end(run):
             with Services(config).reporting(run, None) as callback:
-                assert callback is not None
                 callback.on_train_loss_report(TRAIN)
                 monkeypatch.setattr(trackio, "log", no_route, raising=False)
                 for iteration in (20, 30):
                     callback.on_train_loss_report(TRAIN | {"iteration": iteration})
+                monkeypatch.setattr(swanlab, "finish", no_route, raising=False)
+            monkeypatch.undo()
+            monkeypatch.setitem(sys.modules, "swanlab", swanlab)
+            monkeypatch.delitem(sys.modules, "trackio", raising=False)
             write_json(run.result, {})
             write_json(run.gate, GATE)
 
     with pytest.warns(UserWarning, match="report_to: ") as caught:
         train_while_trackio_stops_answering()
-    messages = [str(warning.message) for warning in caught]
-    assert messages == [
+    assert [str(warning.message) for warning in caught] == [
         "report_to: trackio took no report of iteration 20, and is sent no more of this training, "
         "which goes on: no route",
-        "report_to: the verdict was not attached: trackio: no route",
-        f"report_to: trackio lacks reports of this run, from iteration 20 on; all are in "
-        f"{run.metrics}",
+        "report_to: swanlab was not closed: no route",
+        "report_to: the verdict was not attached: trackio: No module named 'trackio'",
     ]
-    assert len(trackio.named("finish")) == 2  # what it took before is not held back
+    assert len(trackio.named("finish")) == 1  # what it took before is not held back
     steps = [options["step"] for _, options in swanlab.named("log") if "step" in options]
     assert steps[:3] == [10, 20, 30]
     assert "passed" in repr(swanlab.calls)
-
-
-@pytest.mark.usefixtures("trackio")
-def test_what_a_service_lacked_and_was_sent_anew_by_a_resumed_training_is_not_said_to_lack(
-    tmp_path,
-) -> None:
-    config, run = example_config(report_to="trackio"), RunDirectory(tmp_path)
-    missing = {"run_ids": {"trackio": "run-1"}, "missing_from": {"trackio": 20}}
-    write_json(run.report_to, missing)
-    with (
-        Services(config).attaching_verdict_at_end(run),
-        Services(config).reporting(run, None) as callback,
-    ):
-        assert callback is not None
-        for iteration in (10, 20):
-            callback.on_train_loss_report(TRAIN | {"iteration": iteration})
-    assert read_json_object(run.report_to) == missing | {"missing_from": {}}

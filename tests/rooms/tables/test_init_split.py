@@ -42,8 +42,6 @@ def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) ->
     assert again.code == 2
     assert "lora-split.yaml exists, and is not written over. Give another name" in again.message()
     assert "data-split exists, and is not written over. Take it as it is by" in again.message()
-    assert called(*command, "--overwrite", cwd=tmp_path).code == 0
-    assert load_config(tmp_path / "lora-split.yaml").data == "data-split"
 
 
 def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> None:
@@ -97,46 +95,6 @@ def test_the_files_of_a_folder_are_listed_and_its_test_table_is_held_out(
 
 def parse(data: str, *flags: str) -> argparse.Namespace:
     return build_parser("init").parse_args(("init", "--data", data, "--model", str(MODEL), *flags))
-
-
-def test_overwrite_draws_anew_what_init_wrote_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "faq.csv").write_text("Q,A\n" + "".join(f"Is {n}?,Y {n}.\n" for n in range(20)))
-
-    def init(*flags: str, fails: bool = False) -> None:
-        arguments = parse("faq.csv", *named("Q", "A"), "-o", "faq.yaml", *flags)
-
-        def write(_: object, target: Path, data: str, **_lines: str) -> None:
-            if fails:
-                raise ConfigError("no such model")
-            target.write_text(f"# Written by `nested-tune init` for {data} {flags}\n")
-
-        arguments.write_configuration = write
-        run_init(arguments)
-
-    init()
-    first = (tmp_path / "faq-split" / "test.jsonl").read_bytes()
-    with pytest.raises(ConfigError, match="exists, and is not written over.* Or add --overwrite"):
-        init("--split", "0.2")
-    with pytest.raises(ConfigError, match="no such model"):
-        init("--split", "0.2", "--overwrite", fails=True)
-    assert (tmp_path / "faq-split" / "test.jsonl").read_bytes() == first
-    init("--split", "0.2", "--overwrite")
-    assert len((tmp_path / "faq-split" / "test.jsonl").read_bytes().splitlines()) == 4
-    assert "0.2" in (tmp_path / "faq.yaml").read_text()
-    assert "0.2" not in (tmp_path / "faq.yaml.old").read_text()
-    (tmp_path / "faq-split" / "test.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="faq-split is not as init wrote it, and stays"):
-        init("--overwrite")
-    (tmp_path / "faq-split" / "test.jsonl").unlink()
-    (tmp_path / "faq.yaml").write_text("model: mine\n")
-    with pytest.raises(ConfigError, match="is not as init wrote it, and stays"):
-        init("--overwrite")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("faq.csv", "faq-split", "faq.yaml", "faq.yaml.old")
-    }
 
 
 def test_rows_that_correct_the_champions_are_trained_on(

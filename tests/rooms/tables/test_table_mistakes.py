@@ -54,7 +54,7 @@ MISTAKES: dict[str, Mistake] = {
     "no column named": Mistake(
         (
             "tickets.csv has the columns Id, Created, Description, Triage, Priority",
-            "in a terminal, init asks",
+            "Name them. For example: `nested-tune init",
         ),
         flags=(),
     ),
@@ -215,7 +215,10 @@ MISTAKES: dict[str, Mistake] = {
         works=False,
     ),
     "a column of text beside labels, no flag": Mistake(
-        ("export.csv has the columns Id, Body, Category", "in a terminal, init asks"),
+        (
+            "export.csv has the columns Id, Body, Category",
+            "Name them. For example: `nested-tune init",
+        ),
         (),
         data="export.csv",
         files={

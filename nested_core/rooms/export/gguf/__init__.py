@@ -4,7 +4,7 @@ families.py has what llama.cpp's architectures ask for, vocabulary.py a tokenize
 writing.py writes a file, and reading.py makes a folder of one that mlx_lm loads.
 """
 
-from nested_core.rooms.export.gguf.reading import is_gguf, read_vocabulary, unpack_gguf
+from nested_core.rooms.export.gguf.reading import is_gguf, unpack_gguf
 from nested_core.rooms.export.gguf.writing import Quantization, write_gguf
 
-__all__ = ["Quantization", "is_gguf", "read_vocabulary", "unpack_gguf", "write_gguf"]
+__all__ = ["Quantization", "is_gguf", "unpack_gguf", "write_gguf"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -25,25 +26,31 @@ ARCHITECTURE_BY_MODEL_TYPE = {
 }
 ROPE_SCALING_KEY = "nested_tune.rope_scaling"  # what rope_freqs was computed from, to be read back
 ROPE_FREQS = "rope_freqs.weight"
-NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-LAYER_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+MODULES = ("model.embed_tokens", "model.norm", "lm_head")  # as Hugging Face and mlx_lm name them
+LAYER_MODULES = (
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+# GGUF's key for a field of a model's configuration
+KEYS = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "vocab_size": "vocab_size",
 }
-GEMMA3_LAYER_NAMES = LAYER_NAMES | {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
+GEMMA3_KEYS = {
+    "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "rope_local_base_freq": "rope.freq_base_swa",
 }
+FLOATS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq")
 
 
 @dataclass(frozen=True)
@@ -60,30 +67,15 @@ class Family:
     prefix: str = ""
 
     def metadata(self) -> dict[str, Any]:
-        """What llama.cpp needs to know beside the tensors, by GGUF's keys."""
+        """Return what llama.cpp needs to know beside the tensors, by GGUF's keys."""
         args = self.args
-        heads = int(args.num_attention_heads)
-        head_dim = int(getattr(args, "head_dim", None) or args.hidden_size // heads)
+        head_dim = int(getattr(args, "head_dim", None) or _default_head_dim(vars(args)))
         own: dict[str, Any] = {
-            "context_length": int(args.max_position_embeddings or 2048),
-            "embedding_length": int(args.hidden_size),
-            "block_count": int(args.num_hidden_layers),
-            "feed_forward_length": int(args.intermediate_size),
-            "attention.head_count": heads,
-            "attention.head_count_kv": int(args.num_key_value_heads),
-            "attention.layer_norm_rms_epsilon": float(args.rms_norm_eps),
-            "attention.key_length": head_dim,
-            "attention.value_length": head_dim,
-            "rope.dimension_count": head_dim,
-            "rope.freq_base": float(args.rope_theta),
-            "vocab_size": int(args.vocab_size),
+            key: (float if field in FLOATS else int)(getattr(args, field))
+            for field, key in list_keys(self.architecture).items()
         }
-        if self.architecture == "gemma3":
-            own |= {
-                "attention.sliding_window": int(args.sliding_window),
-                "attention.sliding_window_pattern": int(args.sliding_window_pattern),
-                "rope.freq_base_swa": float(args.rope_local_base_freq),
-            }
+        for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            own[key] = head_dim
         scaling = args.rope_scaling or {}
         kind = rope_kind(scaling)
         if kind == "linear":
@@ -96,17 +88,38 @@ class Family:
         scaling = self.args.rope_scaling or {}
         return {ROPE_FREQS: rope_factors(self.args)} if rope_kind(scaling) == "llama3" else {}
 
-    def tensor_name(self, name: str) -> str:
-        """GGUF's name of a tensor of the model; ConfigError for one that it has none for."""
-        module, _, kind = name.removeprefix(self.prefix).rpartition(".")
-        if module in NAMES:
-            return f"{NAMES[module]}.{kind}"
-        layers, _, rest = module.partition("model.layers.")
-        number, _, key = rest.partition(".")
-        own = layer_names(self.architecture).get(key)
-        if layers or own is None or kind not in ("weight", "bias"):
-            raise ConfigError(f"--gguf: llama.cpp's {self.architecture} has no tensor for {name}.")
-        return f"blk.{number}.{own}.{kind}"
+    def name_tensors(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Return the model's tensors by GGUF's names; ConfigError for one that has none there."""
+        names = list_names(self.architecture, int(self.args.num_hidden_layers))
+        named = {}
+        for name, tensor in tensors.items():
+            module, _, kind = name.removeprefix(self.prefix).rpartition(".")
+            if module not in names or kind not in ("weight", "bias"):
+                raise ConfigError(
+                    f"--gguf: llama.cpp's {self.architecture} has no tensor for {name}."
+                )
+            named[f"{names[module]}.{kind}"] = tensor
+        return named | self.extra_tensors()
+
+
+def list_keys(architecture: str) -> dict[str, str]:
+    """List GGUF's keys of an architecture, by the fields of a model's configuration."""
+    return KEYS | (GEMMA3_KEYS if architecture == "gemma3" else {})
+
+
+def list_names(architecture: str, layers: int) -> dict[str, str]:
+    """List llama.cpp's names of an architecture's modules, by their names in mlx_lm."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    known = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    name_map = get_tensor_name_map(known, layers)
+    inner = (f"model.layers.{layer}.{own}" for layer in range(layers) for own in LAYER_MODULES)
+    names = {module: name_map.get_name(module) for module in (*MODULES, *inner)}
+    return {module: name for module, name in names.items() if name is not None}
+
+
+def _default_head_dim(config: Mapping[str, Any]) -> int:
+    return int(config["hidden_size"]) // int(config["num_attention_heads"])
 
 
 def find_family(model: nn.Module) -> Family:
@@ -161,11 +174,6 @@ def rope_factors(args: Any) -> mx.array:
     return factors
 
 
-def layer_names(architecture: str) -> dict[str, str]:
-    """GGUF's names of a layer's modules, by their names in mlx_lm."""
-    return GEMMA3_LAYER_NAMES if architecture == "gemma3" else LAYER_NAMES
-
-
 def change_layout(
     architecture: str, name: str, tensor: mx.array, args: Any, *, back: bool = False
 ) -> mx.array:
@@ -187,53 +195,38 @@ def change_layout(
 
 
 def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, object]) -> dict[str, Any]:
-    """config.json of the model in a GGUF, as mlx_lm reads it; KeyError without a key of it."""
+    """Make config.json of the model in a GGUF, as mlx_lm reads it; KeyError without a key of it."""
     architecture = str(metadata["general.architecture"])
-
-    def own(key: str) -> Any:
-        return metadata[f"{architecture}.{key}"]
-
-    config: dict[str, Any] = {
-        "model_type": "gemma3_text" if architecture == "gemma3" else architecture,
-        "hidden_size": own("embedding_length"),
-        "num_hidden_layers": own("block_count"),
-        "intermediate_size": own("feed_forward_length"),
-        "num_attention_heads": own("attention.head_count"),
-        "num_key_value_heads": own("attention.head_count_kv"),
-        "head_dim": metadata.get(
-            f"{architecture}.attention.key_length",
-            own("embedding_length") // own("attention.head_count"),
-        ),
-        "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
-        "rope_theta": own("rope.freq_base"),
-        "max_position_embeddings": own("context_length"),
-        "vocab_size": own("vocab_size"),
-        "tie_word_embeddings": "output.weight" not in tensors,
-    }
+    prefix = f"{architecture}."
+    keys = list_keys(architecture)
+    config: dict[str, Any] = {field: metadata[prefix + key] for field, key in keys.items()}
+    config["model_type"] = "gemma3_text" if architecture == "gemma3" else architecture
+    config["head_dim"] = metadata.get(f"{prefix}attention.key_length", _default_head_dim(config))
+    config["tie_word_embeddings"] = "output.weight" not in tensors
     if architecture == "llama":
         config["attention_bias"] = "blk.0.attn_output.bias" in tensors
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     if architecture == "gemma3":
         config["query_pre_attn_scalar"] = config["head_dim"]
-        config["sliding_window"] = own("attention.sliding_window")
-        config["sliding_window_pattern"] = own("attention.sliding_window_pattern")
-        config["rope_local_base_freq"] = own("rope.freq_base_swa")
-    if f"{architecture}.rope.scaling.factor" in metadata:
-        config["rope_scaling"] = {"type": "linear", "factor": own("rope.scaling.factor")}
+    if f"{prefix}rope.scaling.factor" in metadata:
+        factor = metadata[f"{prefix}rope.scaling.factor"]
+        config["rope_scaling"] = {"type": "linear", "factor": factor}
     if ROPE_SCALING_KEY in metadata:
         config["rope_scaling"] = json.loads(str(metadata[ROPE_SCALING_KEY]))
     return config
 
 
-def mlx_name(architecture: str, name: str) -> str:
-    """mlx_lm's name of a tensor; ConfigError for one that the family does not have."""
-    place, _, kind = name.rpartition(".")
-    outer = {own: module for module, own in NAMES.items()}
-    if place in outer:
-        return f"{outer[place]}.{kind}"
-    _, _, rest = place.partition("blk.")
-    number, _, key = rest.partition(".")
-    module = next((m for m, own in layer_names(architecture).items() if own == key), None)
-    if module is None:
-        raise ConfigError(f"The GGUF has a tensor {name}, which {architecture} has none of here.")
-    return f"model.layers.{number}.{module}.{kind}"
+def rename_tensors(
+    architecture: str, tensors: Mapping[str, mx.array], config: Mapping[str, Any]
+) -> dict[str, mx.array]:
+    """Return the tensors of a GGUF as mlx_lm has them; KeyError for one of no known module."""
+    args = SimpleNamespace(**config)
+    names = list_names(architecture, args.num_hidden_layers)
+    modules = {own: module for module, own in names.items()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name != ROPE_FREQS:
+            own, _, kind = name.rpartition(".")
+            laid_out = change_layout(architecture, name, tensor, args, back=True)
+            renamed[f"{modules[own]}.{kind}"] = laid_out
+    return renamed

@@ -7,7 +7,6 @@ the files that `write_gguf` writes; others of the same families and tokenizers a
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -16,12 +15,10 @@ from nested_core.errors import ChildFailed, ConfigError, DamagedError
 from nested_core.process.child import Child
 from nested_core.rooms.export.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
-    ROPE_FREQS,
-    change_layout,
     config_of,
-    mlx_name,
+    rename_tensors,
 )
-from nested_core.rooms.export.gguf.vocabulary import Vocabulary
+from nested_core.rooms.export.gguf.vocabulary import digest_tokens, save_tokenizer
 from nested_core.storage.atomic import write_json
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -37,24 +34,29 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def unpack_gguf(path: Path, folder: Path) -> Path:
-    """Write the model of a GGUF into `folder`, which need not exist, and return the folder.
+def unpack_gguf(path: Path, folder: Path) -> str:
+    """Write the model of a GGUF into `folder`, which need not exist.
 
     It is read in a process of its own, because MLX's reader ends the process at some damaged files.
-    Raises DamagedError for a file that is no GGUF, ConfigError for a family or a tokenizer that is
-    not read here.
+    Returns the SHA-256 of the tokens' texts. Raises DamagedError for a file that is no GGUF,
+    ConfigError for a family or a tokenizer that is not read here.
     """
     with Child(f"{__name__}:_unpack") as child:
         try:
-            child.ask([str(path), str(folder)])
+            digest: str = child.ask([str(path), str(folder)])
         except ChildFailed as error:
             raise DamagedError(f"{path} is no sound GGUF: its reader ended: {error}.") from error
-    return folder
+    return digest
 
 
-def _unpack(paths: list[str]) -> None:
+def _unpack(paths: list[str]) -> str:
     path, folder = map(Path, paths)
-    tensors, metadata = _read(path)
+    try:
+        loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
+    tensors = loaded[0]
+    metadata = {key: _plain_value(value) for key, value in loaded[1].items()}
     architecture = str(metadata.get("general.architecture"))
     if architecture not in ARCHITECTURE_BY_MODEL_TYPE.values():
         raise ConfigError(
@@ -63,49 +65,21 @@ def _unpack(paths: list[str]) -> None:
         )
     try:
         config = config_of(metadata, tensors)
-        vocabulary = Vocabulary.of_metadata(metadata)
+        weights = rename_tensors(architecture, tensors, config)
+        save_tokenizer(metadata, folder)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"{path}: its metadata is not understood here: {error}.") from error
-    ends = [vocabulary.special[key] for key in ("eos", "eot") if key in vocabulary.special]
-    config["eos_token_id"] = ends
+    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    config["eos_token_id"] = [end for end in ends if end is not None]
     if any(name.endswith(".scales") for name in tensors):
         config["quantization"] = {"group_size": GROUP_SIZE, "bits": 8, "mode": "affine"}
-    args = SimpleNamespace(**config)
-    weights = {
-        mlx_name(architecture, name): change_layout(architecture, name, tensor, args, back=True)
-        for name, tensor in tensors.items()
-        if name != ROPE_FREQS
-    }
-    folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     write_json(folder / "config.json", config)
-    write_json(folder / "tokenizer.json", vocabulary.tokenizer_json())
-    write_json(folder / "tokenizer_config.json", vocabulary.tokenizer_config())
-
-
-def read_vocabulary(path: Path) -> Vocabulary:
-    """The tokenizer of a GGUF; raises as `unpack_gguf` does."""
-    _, metadata = _read(path)
-    try:
-        return Vocabulary.of_metadata(metadata)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{path}: its tokenizer is not understood here: {error}.") from error
-
-
-def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """The tensors of a GGUF, which are read when they are used, and its metadata."""
-    if not is_gguf(path):
-        raise DamagedError(f"{path} is no GGUF: it does not begin with {MAGIC.decode()}.")
-    try:
-        loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise DamagedError(f"{path} is no sound GGUF: {error}.") from error
-    tensors, metadata = loaded
-    return tensors, {key: _plain_value(value) for key, value in metadata.items()}
+    return digest_tokens(metadata)
 
 
 def _plain_value(value: Any) -> Any:
-    """A value of MLX's reader as a plain one: a number for an array of one."""
+    """Return a value of MLX's reader as a plain one: a number for an array of one."""
     if not isinstance(value, mx.array):
         return value
     plain: Any = value.tolist()

@@ -10,8 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from nested_core.errors import ConfigError
 
@@ -26,210 +37,126 @@ SPLIT_PATTERNS = {
 LARGEST_PENALTY = -1e6  # the score of a token that no merge makes
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """Tokens and rules of a tokenizer.
+# How a byte-level tokenizer splits a text, by llama.cpp's name of the rules
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+_BYTES_ALONE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+PRE_TOKENIZERS = {
+    "gpt-2": _BYTES,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
+} | {
+    name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), _BYTES_ALONE])
+    for name, pattern in SPLIT_PATTERNS.items()
+}
+SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
-    pre: llama.cpp's name of how texts are split; None in the manner of SentencePiece.
-    types: llama.cpp's type of each token.
-    merges: pairs of tokens, the first ones first; empty in the manner of SentencePiece.
-    scores: of each token, in the manner of SentencePiece; else empty.
-    special: the ids of the tokens bos, eos, eot, unknown and padding, those that there are.
-    adds_bos, adds_eos: whether a text is encoded with them.
-    adds_space: whether a text gets a space in front, in the manner of SentencePiece.
+
+def describe_vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
+    """Describe mlx_lm's tokenizer by GGUF's keys, with unused tokens up to `size`.
+
+    Raises ConfigError, by name, for rules that llama.cpp has no name for.
     """
+    described = describe_tokenizer(tokenizer)
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise _unsupported(f"its model is {model['type']}, not BPE")
+    pre = None if model.get("byte_fallback") else find_pre_tokenizer(described)
+    texts = {number: text for text, number in model["vocab"].items()}
+    types = {number: NORMAL for number in texts}
+    for added in described["added_tokens"]:
+        text = added["content"]
+        texts[added["id"]] = text if pre else text.replace(SPACE, " ")
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    special = _special_ids(tokenizer)
+    if pre is None:
+        types |= {number: BYTE for number, text in texts.items() if _is_byte(text)}
+        types |= {special["unknown"]: UNKNOWN} if "unknown" in special else {}
+    count = max(size, max(texts) + 1)
+    tokens = [texts.get(number, f"[PAD{number}]") for number in range(count)]
+    adds_bos, adds_eos = _find_added_ends(tokenizer)
+    values: dict[str, Any] = {
+        "model": "gpt2" if pre else "llama",
+        "pre": pre or "default",
+        "tokens": tokens,
+        "token_type": [types.get(number, UNUSED) for number in range(count)],
+        "add_bos_token": adds_bos,
+        "add_eos_token": adds_eos,
+    }
+    if pre:
+        values["merges"] = [" ".join(merge) for merge in model["merges"]]
+    else:
+        values["scores"] = _scores_of_merges(tokens, model["merges"])
+        values["add_space_prefix"] = _puts_space_in_front(described)
+    values |= {f"{name}_token_id": number for name, number in special.items()}
+    template = read_chat_template(tokenizer)
+    named = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return named | ({} if template is None else {"tokenizer.chat_template": template})
 
-    pre: str | None
-    tokens: tuple[str, ...]
-    types: tuple[int, ...]
-    merges: tuple[tuple[str, str], ...]
-    scores: tuple[float, ...]
-    special: Mapping[str, int]
-    adds_bos: bool
-    adds_eos: bool
-    adds_space: bool
-    chat_template: str | None
 
-    @classmethod
-    def of_tokenizer(cls, tokenizer: Any, size: int) -> Vocabulary:
-        """The vocabulary of mlx_lm's tokenizer, with unused tokens up to `size`.
+def digest_tokens(metadata: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 of the texts of all tokens, as llama.cpp gives them."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    return hashlib.sha256("".join(f"{text}\n" for text in tokens).encode()).hexdigest()
 
-        Raises ConfigError, by name, for rules that llama.cpp has no name for.
-        """
-        described = describe_tokenizer(tokenizer)
-        model = described["model"]
-        if model["type"] != "BPE":
-            raise _unsupported(f"its model is {model['type']}, not BPE")
-        is_sentencepiece = bool(model.get("byte_fallback"))
-        pre = None if is_sentencepiece else find_pre_tokenizer(described)
-        texts = {number: text for text, number in model["vocab"].items()}
-        types = {number: NORMAL for number in texts}
-        for added in described["added_tokens"]:
-            text = added["content"]
-            texts[added["id"]] = text if pre else text.replace(SPACE, " ")
-            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-        if is_sentencepiece:
-            types |= {number: BYTE for number, text in texts.items() if _is_byte(text)}
-        ids = _special_ids(tokenizer)
-        if "unknown" in ids:
-            types[ids["unknown"]] = UNKNOWN if is_sentencepiece else types[ids["unknown"]]
-        merges = tuple(_read_merge(merge) for merge in model["merges"])
-        count = max(size, max(texts) + 1)
-        tokens = tuple(texts.get(number, f"[PAD{number}]") for number in range(count))
-        adds_bos, adds_eos = _find_added_ends(tokenizer)
-        return cls(
-            pre=pre,
-            tokens=tokens,
-            types=tuple(types.get(number, UNUSED) for number in range(count)),
-            merges=() if is_sentencepiece else merges,
-            scores=_scores_of_merges(tokens, merges) if is_sentencepiece else (),
-            special=ids,
-            adds_bos=adds_bos,
-            adds_eos=adds_eos,
-            adds_space=is_sentencepiece and _puts_space_in_front(described),
-            chat_template=read_chat_template(tokenizer),
+
+def save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
+    """Write the files of a tokenizer that encodes as llama.cpp does with a GGUF's metadata.
+
+    Raises KeyError for what is not written here.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    own = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    special = {
+        named: own["tokens"][own[f"{name}_token_id"]]
+        for name, named in SPECIAL.items()
+        if f"{name}_token_id" in own
+    }
+    made = _make_tokenizer(own, special)
+    saved = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    saved.chat_template = metadata.get("tokenizer.chat_template")
+    saved.save_pretrained(folder)
+
+
+def _make_tokenizer(own: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
+    """Make a tokenizer of a GGUF's values; `special` has the texts of its special tokens."""
+    pre = {"gpt2": own.get("pre"), "llama": None}[own["model"]]
+    typed = list(zip(own["tokens"], own["token_type"], strict=True))
+    kept = {text: number for number, (text, kind) in enumerate(typed) if kind != UNUSED}
+    merges = [tuple(merge.split(" ")) for merge in own.get("merges", ())]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab=kept,
+            merges=merges if pre else _merges_of_scores(kept, own["scores"]),
+            unk_token=special.get("unk_token"),
+            fuse_unk=pre is None,
+            byte_fallback=pre is None,
+            ignore_merges=pre == "llama-bpe",
         )
-
-    def digest(self) -> str:
-        """SHA-256 of the texts of all tokens, as llama.cpp gives them."""
-        return hashlib.sha256("".join(f"{text}\n" for text in self.tokens).encode()).hexdigest()
-
-    def metadata(self) -> dict[str, Any]:
-        """The vocabulary by GGUF's keys."""
-        keys = {"unknown": "unknown_token_id", "padding": "padding_token_id"}
-        values: dict[str, Any] = {
-            "model": "gpt2" if self.pre else "llama",
-            "pre": self.pre or "default",
-            "tokens": list(self.tokens),
-            "token_type": list(self.types),
-            "add_bos_token": self.adds_bos,
-            "add_eos_token": self.adds_eos,
-        }
-        values |= {keys.get(name, f"{name}_token_id"): id_ for name, id_ in self.special.items()}
-        if self.pre:
-            values["merges"] = [f"{first} {second}" for first, second in self.merges]
-        else:
-            values["scores"] = list(self.scores)
-            values["add_space_prefix"] = self.adds_space
-        named = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-        template = self.chat_template
-        return named | ({} if template is None else {"tokenizer.chat_template": template})
-
-    @classmethod
-    def of_metadata(cls, metadata: Mapping[str, Any]) -> Vocabulary:
-        """The vocabulary of a GGUF; KeyError or ValueError for one that is not written here."""
-
-        def own(key: str, default: Any = None) -> Any:
-            return metadata.get(f"tokenizer.ggml.{key}", default)
-
-        is_sentencepiece = {"gpt2": False, "llama": True}[own("model")]
-        pre = None if is_sentencepiece else str(own("pre"))
-        if pre is not None:
-            pre_tokenizer_of(pre)
-        keys = ("bos", "eos", "eot", "unknown", "padding")
-        merges = (merge.split(" ") for merge in own("merges", ()))
-        return cls(
-            pre=pre,
-            tokens=tuple(metadata["tokenizer.ggml.tokens"]),
-            types=tuple(map(int, metadata["tokenizer.ggml.token_type"])),
-            merges=tuple((first, second) for first, second in merges),
-            scores=tuple(map(float, own("scores", ()))),
-            special={key: int(id_) for key in keys if (id_ := own(f"{key}_token_id")) is not None},
-            adds_bos=bool(own("add_bos_token", False)),
-            adds_eos=bool(own("add_eos_token", False)),
-            adds_space=bool(own("add_space_prefix", False)),
-            chat_template=metadata.get("tokenizer.chat_template"),
+    )
+    if pre:
+        tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        adds_space = own.get("add_space_prefix", False)
+        in_front = [normalizers.Prepend(SPACE)] if adds_space else []
+        tokenizer.normalizer = normalizers.Sequence([*in_front, normalizers.Replace(" ", SPACE)])
+        strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence([*steps, *strip])
+    for kinds, add in (
+        ((CONTROL, UNKNOWN), tokenizer.add_special_tokens),
+        ((USER_DEFINED,), tokenizer.add_tokens),
+    ):
+        add([AddedToken(text, normalized=False) for text, kind in typed if kind in kinds])
+    bos = [special["bos_token"]] if own.get("add_bos_token") else []
+    eos = [special["eos_token"]] if own.get("add_eos_token") else []
+    if bos or eos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*bos, "$A", *eos],
+            pair=[*bos, "$A", *eos, "$B:1"],
+            special_tokens=[(text, kept[text]) for text in (*bos, *eos)],
         )
-
-    def tokenizer_json(self) -> dict[str, Any]:
-        """tokenizer.json of a tokenizer that encodes as llama.cpp does with this vocabulary."""
-        added = [
-            {
-                "id": number,
-                "content": text,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": kind != USER_DEFINED,
-            }
-            for number, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in (CONTROL, USER_DEFINED, UNKNOWN)
-        ]
-        kept = {
-            text: number
-            for number, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind != UNUSED
-        }
-        merges = self.merges or _merges_of_scores(kept, self.scores)
-        space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        in_front = {"type": "Prepend", "prepend": SPACE}
-        unknown = self.special.get("unknown")
-        return {
-            "version": "1.0",
-            "added_tokens": added,
-            "normalizer": None
-            if self.pre
-            else {
-                "type": "Sequence",
-                "normalizers": [in_front, space] if self.adds_space else [space],
-            },
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": pre_tokenizer_of(self.pre)}
-            if self.pre
-            else None,
-            "post_processor": self._post_processor(),
-            "decoder": self._decoder(),
-            "model": {
-                "type": "BPE",
-                "unk_token": None if unknown is None else self.tokens[unknown],
-                "fuse_unk": self.pre is None,
-                "byte_fallback": self.pre is None,
-                "ignore_merges": self.pre == "llama-bpe",
-                "vocab": kept,
-                "merges": [list(pair) for pair in merges],
-            },
-        }
-
-    def tokenizer_config(self) -> dict[str, Any]:
-        """tokenizer_config.json beside it."""
-        names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
-        named = names | {"padding": "pad_token"}
-        config = {named[key]: self.tokens[id_] for key, id_ in self.special.items() if key in named}
-        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
-        plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        return plain | {"clean_up_tokenization_spaces": False} | config | template
-
-    def _post_processor(self) -> dict[str, Any] | None:
-        if not self.adds_bos and not self.adds_eos:
-            return None
-        ends = [key for key, adds in (("bos", self.adds_bos), ("eos", self.adds_eos)) if adds]
-        texts = {key: self.tokens[self.special[key]] for key in ends}
-        parts: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
-        if self.adds_bos:
-            parts.insert(0, {"SpecialToken": {"id": texts["bos"], "type_id": 0}})
-        if self.adds_eos:
-            parts.append({"SpecialToken": {"id": texts["eos"], "type_id": 0}})
-        special = {
-            text: {"id": text, "ids": [self.special[key]], "tokens": [text]}
-            for key, text in texts.items()
-        }
-        pair = [*parts, {"Sequence": {"id": "B", "type_id": 1}}]
-        return {
-            "type": "TemplateProcessing",
-            "single": parts,
-            "pair": pair,
-            "special_tokens": special,
-        }
-
-    def _decoder(self) -> dict[str, Any]:
-        if self.pre:
-            byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-            return {"type": "ByteLevel"} | byte_level
-        spaces = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-        steps: list[dict[str, Any]] = [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]
-        if self.adds_space:
-            steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-        return {"type": "Sequence", "decoders": steps}
+    return tokenizer
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
@@ -250,7 +177,7 @@ def read_chat_template(tokenizer: Any) -> str | None:
 
 
 def find_pre_tokenizer(described: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the rules by which a byte-level tokenizer splits a text.
+    """Find llama.cpp's name of the rules by which a byte-level tokenizer splits a text.
 
     Raises ConfigError for rules that it has no name for.
     """
@@ -258,32 +185,14 @@ def find_pre_tokenizer(described: Mapping[str, Any]) -> str:
     if normalizer not in (None, "NFC"):  # llama.cpp takes texts as they stand
         raise _unsupported(f"its normalizer is {normalizer}")
     given = _reduce_steps(described.get("pre_tokenizer") or {})
-    for name in ("gpt-2", "smollm", *SPLIT_PATTERNS):
-        if given == _reduce_steps({"type": "Sequence", "pretokenizers": pre_tokenizer_of(name)}):
+    for name, known in PRE_TOKENIZERS.items():
+        if given == _reduce_steps(json.loads(known.__getstate__())):
             return name
     raise _unsupported(f"its rules to split a text are {json.dumps(given):.300}")
 
 
-def pre_tokenizer_of(name: str) -> list[dict[str, Any]]:
-    """The steps of the `tokenizers` library for a name of llama.cpp's; ValueError without any."""
-    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    if name == "gpt-2":
-        return [plain | {"use_regex": True}]
-    if name == "smollm":
-        return [{"type": "Digits", "individual_digits": True}, plain | {"use_regex": True}]
-    if name not in SPLIT_PATTERNS:
-        raise ValueError(f"tokenizer.ggml.pre is {name:.40}")
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": SPLIT_PATTERNS[name]},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return [split, plain | {"use_regex": False}]
-
-
 def _reduce_steps(pre_tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer, without what changes no token."""
+    """Return the steps of a pre-tokenizer, without what changes no token."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     return [{key: step[key] for key in step if key != "trim_offsets"} for step in steps]
 
@@ -330,23 +239,16 @@ def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
     return adds_bos, adds_eos
 
 
-def _read_merge(merge: str | Sequence[str]) -> tuple[str, str]:
-    first, second = merge.split(" ") if isinstance(merge, str) else merge
-    return first, second
-
-
 def _is_byte(text: str) -> bool:
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
-def _scores_of_merges(
-    tokens: Sequence[str], merges: Sequence[tuple[str, str]]
-) -> tuple[float, ...]:
-    """Of each token the rank of the first merge that makes it, below 0; earlier is higher."""
+def _scores_of_merges(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[float]:
+    """Score each token by the rank of the first merge that makes it, below 0; earlier is higher."""
     ranks: dict[str, float] = {}
-    for rank, (first, second) in enumerate(merges):
-        ranks.setdefault(first + second, -float(rank))
-    return tuple(ranks.get(text, LARGEST_PENALTY) for text in tokens)
+    for rank, merge in enumerate(merges):
+        ranks.setdefault("".join(merge), -float(rank))
+    return [ranks.get(text, LARGEST_PENALTY) for text in tokens]
 
 
 def _merges_of_scores(

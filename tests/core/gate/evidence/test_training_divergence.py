@@ -12,12 +12,10 @@ from nested_core.records.metrics import read_metrics
 from tests.builders.candidates import Candidate, example_data, train_candidate, vouch
 from tests.builders.data_sets import write_lines
 from tests.core.gate.pairs import codes
-from tests.left_out import slow_except
 
 
-@pytest.mark.parametrize(
-    "frequencies", slow_except([[1], [1, 2, 4]], [1, 2, 4], reason="trains another run")
-)
+@pytest.mark.slow("trains and judges a run of its own")
+@pytest.mark.parametrize("frequencies", [[1], [1, 2, 4]])
 def test_a_learning_rate_of_50_is_not_finite_and_named_with_the_step(tmp_path, frequencies) -> None:
     fast: dict[str, Any] = {"learning_rate": 50.0, "steps_per_report": 2, "val_batches": 1}
     done = train_candidate(tmp_path / "run", nested={"frequencies": frequencies}, **fast)

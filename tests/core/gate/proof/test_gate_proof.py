@@ -146,13 +146,8 @@ def test_other_logits_than_the_trainers_are_rejected(candidate: Candidate, chang
     assert "tolerance 0.001" in verdict.reasons[0].message
 
 
-@pytest.mark.parametrize(
-    ("is_sound", "expected_codes"),
-    [
-        pytest.param(True, [], marks=pytest.mark.slow("three more processes of mlx_lm")),
-        (False, ["config_mismatch"]),
-    ],
-)
+@pytest.mark.slow("three processes of mlx_lm")
+@pytest.mark.parametrize(("is_sound", "expected_codes"), [(True, []), (False, ["config_mismatch"])])
 def test_logits_as_far_from_float32_as_rounding_moves_them_are_no_mismatch(
     candidate: Candidate,
     monkeypatch: pytest.MonkeyPatch,
