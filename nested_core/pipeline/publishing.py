@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.earlier_examples import find_earlier_examples
-from nested_core.data.example_rows import read_content, read_split_rows
+from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.recheck import recheck_verdict
@@ -167,7 +166,7 @@ def _leave_out_dropped(
     if (earlier := find_earlier_examples(config, run)) is None:
         return train
     dropped = {*earlier.find_dropped()}
-    return [row for row in train if sha256(read_content(row)).hexdigest() not in dropped]
+    return [row for row in train if RowKeys.of(row).content.hex() not in dropped]
 
 
 def _read_validated_rows(

@@ -280,7 +280,7 @@ def test_a_question_of_train_is_not_asked_and_each_right_answer_counts() -> None
         draw_eval_set(lines, more, 2, len)
 
 
-def questions_of(lines: Iterable[bytes]) -> set[str]:
+def questions_of(lines: Iterable[bytes]) -> set[bytes]:
     return {question for line in lines for question in RowTexts.of(line, ANY).asked}
 
 
