@@ -365,7 +365,8 @@ def test_rows_of_own_splits_that_ask_what_is_known_are_told(tmp_path: Path) -> N
     for name, numbers in (("valid", range(5)), ("test", range(2, 9))):
         rows = [chat(f"what  is {n}?", f"Now {n}.") for n in numbers]
         write_lines(data / f"{name}.jsonl", rows)
-    known = {f"whatis{n}?" for n in (1, 2, 3)}
+    asked = [json.dumps(chat(f"What is {n}?", "-")).encode() for n in (1, 2, 3)]
+    known = {RowTexts.of(row, ANY).question for row in asked}
     split = SplitRequest(trained=known)
     made = make(str(data), Request(False, None, None, False, split, len), tmp_path / "made")
     assert made.rows == {"train": 4, "valid": 5, "test": 7}
