@@ -55,7 +55,7 @@ from nested_core.registry.promotion_policy import (
     register_by_policy,
     registry_location,
 )
-from nested_core.registry.queries import parent_version_of
+from nested_core.registry.queries import list_versions, parent_version_of
 from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.report.outcome import describe_kept_champion
@@ -101,11 +101,12 @@ def register_run(
     champion: the champion that the run was judged against.
 
     An adapter that has to be better than the champion that it follows, and is not, is recorded as a
-    trial and not registered. Returns the decision on its promotion. Raises ConfigError if no
-    registry is configured.
+    trial and not registered, unless it is a version already: then its new verdict counts. Returns
+    the decision on its promotion. Raises ConfigError if no registry is configured.
     """
-    registry_location(config.registry)
-    if effective_rule(config.registry).must_be_better:
+    registry, name = registry_location(config.registry)
+    is_version = name_exists(registry, name) and judged.version in list_versions(registry, name)
+    if effective_rule(config.registry).must_be_better and not is_version:
         kept = find_kept_champion(config, judged.folder, judged.verdict)
         if kept is not None:
             reason = describe_kept_champion(judged.verdict, kept)
