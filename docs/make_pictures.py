@@ -182,18 +182,20 @@ def _verdict_in_words(run: Path) -> str:
 def draw_report(run_dir: Path) -> Drawing:
     """The top of report.html: the verdict, its checks, and answers."""
     document = describe_run(read_run(RunDirectory(run_dir)))
-    verdict, answers = [block for block in document.blocks if isinstance(block, Section)][:2]
+    verdict, answers, checks = [block for block in document.blocks if isinstance(block, Section)][
+        :3
+    ]
     (headline,) = [b for b in verdict.blocks if isinstance(b, Text) and b.is_headline]
-    (checks,) = [block for block in verdict.blocks if isinstance(block, Table)]
     asked = next(table for table in _tables_of(answers) if "candidate" in table.columns)
     drawing = Drawing(f"The page of a run: {headline.text}", 0)
     drawing.text(16, 28, document.title, font_weight="bold")
     drawing.text(16, 58, headline.text, "good", font_size="18", font_weight="bold")
-    columns = {"checked": 16, "before": 262, "after": 336, "verdict": 470}
-    y = _draw_table(drawing, 90, checks, columns)
-    drawing.text(16, y + 24, answers.heading, font_weight="bold")
+    drawing.text(16, 90, answers.heading, font_weight="bold")
     few = replace(asked, rows=asked.rows[:4])
-    drawing.height = _draw_table(drawing, y + 54, few, {"candidate": 16, "base": 376})
+    y = _draw_table(drawing, 120, few, {"candidate": 16, "base": 376})
+    drawing.text(16, y + 24, checks.heading, font_weight="bold")
+    columns = {"checked": 16, "before": 262, "after": 336, "verdict": 470}
+    drawing.height = _draw_table(drawing, y + 54, next(_tables_of(checks)), columns)
     return drawing
 
 
