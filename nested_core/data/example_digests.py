@@ -20,7 +20,7 @@ from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit, UInt64
 
 Digests = UInt64
 DIGEST_BYTES = 8
-IDENTITY = "content"  # earlier versions recorded digests of the tokens, under no such name
+IDENTITY = "normalized content"  # changes with `digest_example`: other records are not known
 MAX_RECORDED_DIGESTS = 4_000_000  # 43 MB in provenance.json, which may have 64
 
 

@@ -21,13 +21,11 @@ from nested_core.data.lines.example_parsing import (
     Example,
     FieldNames,
     find_row_format,
-    fold_case_and_space,
     parse_line,
-    parse_plain_row,
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import flatten_example, parse_line_to_row
+from nested_core.data.lines.line_rows import flatten_example, fold_case_and_space, fold_questions
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
@@ -84,24 +82,13 @@ def _row_of(example: Example) -> dict[str, Any]:
     return {"messages": example.messages, **rest}
 
 
-def read_content(row: Mapping[str, Any]) -> bytes:
-    """Return everything of a row that is tokenized as one text; the last NUL ends the prompt.
-
-    Empty for a row that is no valid example.
-    """
-    line = json.dumps(row).encode()
-    plain = parse_plain_row(line, ANY_ROLE)
-    content = parse_line_to_row(line, ANY_ROLE).content if plain is None else plain[2]
-    return (content or "").encode()
-
-
 @dataclass(frozen=True)
 class RowKeys:
     """Keys by which rows are compared.
 
     content: SHA-256 of everything that is tokenized.
     folded: the key of the same without case and white space.
-    prompt: the folded key of everything before the answer; None for plain text.
+    prompt: the key of the last question, see `fold_questions`; None for plain text.
     """
 
     content: bytes
@@ -111,10 +98,13 @@ class RowKeys:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RowKeys:
         """Compute the keys of a row as `read_split_rows` returns it."""
-        content = read_content(row)
-        folded = fold_case_and_space(content)
-        prompt = folded.rpartition(b"\0")[0]
-        return cls(sha256(content).digest(), _key(folded), _key(prompt) if prompt else None)
+        content, asked = b"", list[bytes]()
+        with suppress(LineProblem):  # a row that is no valid example has no content
+            example = parse_line(json.dumps(row).encode(), ANY_ROLE)
+            content = (flatten_example(example, ANY_ROLE).content or "").encode()
+            asked = fold_questions(example)
+        digest = sha256(content).digest()
+        return cls(digest, _key(fold_case_and_space(content)), _key(asked[-1]) if asked else None)
 
 
 def _key(text: bytes) -> bytes:
@@ -127,24 +117,12 @@ class RowList:
     """A person's list of rows: examples, and prompts that stand for every example with them."""
 
     examples: frozenset[bytes]
-    prompts: frozenset[bytes | None]
+    prompts: frozenset[bytes]
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row or its prompt is listed, ignoring case and white space.
-
-        Of a prompt the roles and texts count, and neither tools nor names.
-        """
-        return RowKeys.of(row).folded in self.examples or _prompt_key(row) in self.prompts
-
-
-def _prompt_key(row: Mapping[str, Any]) -> bytes | None:
-    """Return the key of the roles and texts before a row's answer; None for a row of text."""
-    try:
-        turns = parse_line(json.dumps(row).encode(), ANY_ROLE).messages[:-1]
-    except LineProblem:
-        return None
-    texts = "\0".join(f"{turn['role']}\0{turn.get('content')}" for turn in turns)
-    return _key(fold_case_and_space(texts.encode())) if turns else None
+        """Return whether a row or its prompt is listed, see RowKeys."""
+        keys = RowKeys.of(row)
+        return keys.folded in self.examples or keys.prompt in self.prompts
 
 
 def read_row_list(path: Path) -> RowList:
@@ -153,21 +131,24 @@ def read_row_list(path: Path) -> RowList:
     A prompt is a text, `{"prompt": TEXT}`, or `messages` that do not end with the assistant's turn.
     Raises ConfigError for an empty file, and for a line that is neither.
     """
-    examples, prompts = set[bytes](), set[bytes | None]()
+    examples, prompts = set[bytes](), set[bytes]()
     for number, line in enumerate(read_regular(path, follow_links=True).splitlines(), 1):
         if not (body := strip_line(line, is_first=number == 1)):
             continue
         try:
             row, is_prompt = _read_listed_row(body)
+            keys = RowKeys.of(row)
+            if not is_prompt:
+                examples.add(keys.folded)
+            elif keys.prompt is None:
+                raise LineProblem("no-question", "it has no turn but system turns")
+            else:
+                prompts.add(keys.prompt)
         except (LineProblem, ValueError) as problem:
             raise ConfigError(
                 f"{path}:{number} is neither a row nor a prompt: {problem}. Expected a line of a "
                 f"data set, or the same without its answer."
             ) from None
-        if is_prompt:
-            prompts.add(_prompt_key(row))
-        else:
-            examples.add(RowKeys.of(row).folded)
     if not examples and not prompts:
         raise ConfigError(f"{path} lists no rows. Expected a row or a prompt a line, as JSON.")
     return RowList(frozenset(examples), frozenset(prompts))

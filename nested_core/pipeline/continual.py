@@ -99,17 +99,12 @@ def _champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | 
     """Return the champion if it was made from this run's data with the same settings, else None.
 
     The data are all rows, held-out ones included, since they choose the step and judge it. What the
-    champion was made from is recorded in its provenance.json. A run from the base is not the same
-    as a champion that went on from another.
+    champion was made from is recorded in its provenance.json.
     """
     with _holding_starting_champion(config) as champion:
         if champion is None:
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
-    start, earlier = provenance.get("start") or {}, find_earlier_examples(config, run)
-    went_on = start.get("champion") is not None and start["policy"] == "continue"
-    if went_on and earlier is not None and earlier.read_choice().policy == "rebuild":
-        return None
     dataset = read_dataset_record(run.dataset)
     base, recorded = find_model_folder(config.model), provenance.get("base_fingerprint")
     if not isinstance(recorded, str) or not is_same_base(recorded, base):
@@ -145,7 +140,6 @@ def conditions_digest(
         "champion": champion,
         "data": dataset.digest,
         "settings": settings,
-        "policy": config.continual.policy,  # whether the run begins from the champion
         "gate": replace_configured_paths(config.gate_bounds, _hash_file).model_dump(mode="json"),
         "ancestors": _list_ancestor_digests(config, champion),
         "rule": asdict(effective_rule(section)),
@@ -200,15 +194,16 @@ def settings_digest(
     base: the base model's fingerprint.
 
     With replay it covers the replayed examples too. A run that finds none to replay has the digest
-    of a run without replay. It covers the iterations of a run that is rebuilt, and with
-    `training.minutes` the minutes instead.
+    of a run without replay. It covers whether the run is rebuilt from the base or goes on from the
+    champion, how long a rebuilt one is, and with `training.minutes` the minutes instead.
     """
     settings = settings_that_shape_adapter(config)
     if config.training.minutes is not None:
         del settings["iters"]
     followed = settings.pop("continual")  # the rate of going on, and replay
-    facts = [base, dataset.tokenizer, settings, followed["rate"]]
     earlier = find_earlier_examples(config, run)
+    policy = "continue" if earlier is None else earlier.read_choice().policy
+    facts = [base, dataset.tokenizer, settings, followed["rate"], policy]
     if earlier is not None and config.training.epochs is None and config.training.minutes is None:
         settings["iters"] = earlier.estimate_iterations(dataset.splits["train"].rows)
     if earlier is not None and (earlier.count() or earlier.find_dropped()):

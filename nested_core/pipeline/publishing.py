@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from hashlib import sha256
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.earlier_examples import find_earlier_examples
-from nested_core.data.example_rows import read_content, read_split_rows
+from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.recheck import recheck_verdict
@@ -56,7 +55,7 @@ from nested_core.registry.promotion_policy import (
     register_by_policy,
     registry_location,
 )
-from nested_core.registry.queries import parent_version_of
+from nested_core.registry.queries import list_versions, parent_version_of
 from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.report.outcome import describe_kept_champion
@@ -102,11 +101,12 @@ def register_run(
     champion: the champion that the run was judged against.
 
     An adapter that has to be better than the champion that it follows, and is not, is recorded as a
-    trial and not registered. Returns the decision on its promotion. Raises ConfigError if no
-    registry is configured.
+    trial and not registered, unless it is a version already: then its new verdict counts. Returns
+    the decision on its promotion. Raises ConfigError if no registry is configured.
     """
-    registry_location(config.registry)
-    if effective_rule(config.registry).must_be_better:
+    registry, name = registry_location(config.registry)
+    is_version = name_exists(registry, name) and judged.version in list_versions(registry, name)
+    if effective_rule(config.registry).must_be_better and not is_version:
         kept = find_kept_champion(config, judged.folder, judged.verdict)
         if kept is not None:
             reason = describe_kept_champion(judged.verdict, kept)
@@ -167,7 +167,7 @@ def _leave_out_dropped(
     if (earlier := find_earlier_examples(config, run)) is None:
         return train
     dropped = {*earlier.find_dropped()}
-    return [row for row in train if sha256(read_content(row)).hexdigest() not in dropped]
+    return [row for row in train if RowKeys.of(row).content.hex() not in dropped]
 
 
 def _read_validated_rows(

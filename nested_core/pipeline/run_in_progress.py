@@ -105,10 +105,10 @@ class RunInProgress:
             try:
                 verdict = self.steps.judge(self.config, self.run, self.session)
                 has_moved = self._find_champion() not in (verdict.rival, verdict.trained.digest)
-            except (NestedTuneError, OSError) as error:
-                # A gc may have taken the former champion while the gate was reading it.
+            except (NestedTuneError, OSError):
+                # By the former champion; or a gc has taken it while the gate was reading it.
                 has_moved = self._find_champion() != champion
-                if isinstance(error, GateRejected) or not has_moved:
+                if not has_moved:
                     raise
             if has_moved:
                 self.steps.on_message(

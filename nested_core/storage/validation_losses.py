@@ -23,12 +23,14 @@ class StepLosses(BaseModel):
     contents: the digest of each example's content.
     losses: the mean loss of each example in nats/token; null if not finite. Both lists are None if
         the losses of single examples are not known.
+    wrong: the share of wrong answers to the suite that selects the step; 0 without one.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False, extra="forbid")
     step: int
     contents: list[int] | None
     losses: list[float | None] | None
+    wrong: float = 0.0
 
     @model_validator(mode="after")
     def _require_a_loss_for_each_example(self) -> StepLosses:

@@ -394,17 +394,14 @@ class Validation:
         Without per-example losses only the step is recorded, which the gate counts.
         """
         self.setup.run.require_lock()
-        losses = StepLosses(step=state.step, contents=None, losses=None)
+        contents, losses = None, None
         if evaluation.row_sums is not None and self._targets is not None:
-            contents, tokens = self._targets
+            examples, tokens = self._targets
             is_counted = tokens > 0
             means = evaluation.row_sums[: len(tokens)][is_counted] / tokens[is_counted]
-            losses = StepLosses(
-                step=state.step,
-                contents=contents[is_counted].tolist(),
-                losses=finite_or_none(means.tolist()),
-            )
-        append_step_losses(self.setup.run.validation_losses, losses)
+            contents, losses = examples[is_counted].tolist(), finite_or_none(means.tolist())
+        step = StepLosses(step=state.step, contents=contents, losses=losses, wrong=state.wrong)
+        append_step_losses(self.setup.run.validation_losses, step)
 
 
 class Saver:

@@ -138,7 +138,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         if folder is None:
             return Prepared(target, None, None, told)
         source.require_rows()
-        known = frozenset[str]()
+        known = frozenset[bytes]()
         if arguments.champion is not None:
             known = read_known_questions(*split_name(arguments.champion, None))
         names = replace(source.field_names, drop=tuple(arguments.drop_fields))

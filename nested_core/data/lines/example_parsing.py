@@ -55,8 +55,7 @@ from nested_core.storage.untrusted_files import (
 
 Role = Literal["system", "user", "assistant", "tool"]
 ANY_LOSS = "any"
-_WHITE_SPACE = b" \t\n\r"
-_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
+_JSON_WHITE_SPACE = b" \t\n\r"
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.
 BLANK_TURN_PATTERN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
 # A role as one letter, in the content of a row.
@@ -147,7 +146,7 @@ def _check_role(value: Any, check_known: Callable[[Any], str], info: ValidationI
 
 
 _STRICT_MODEL_CONFIG = ConfigDict(strict=True, extra="ignore")
-_Function = Annotated[dict[str, Any], AfterValidator(_require_function_name)]
+Function = Annotated[dict[str, Any], AfterValidator(_require_function_name)]
 
 
 @with_config(_STRICT_MODEL_CONFIG)
@@ -165,10 +164,10 @@ class _ToolCallMessage(TypedDict):
 
     role: Literal["assistant"]
     content: NotRequired[str | None]
-    tool_calls: list[Annotated[_Function, AfterValidator(_require_argument_object)]]
+    tool_calls: list[Annotated[Function, AfterValidator(_require_argument_object)]]
 
 
-_Message = Annotated[
+Message = Annotated[
     Annotated[_TextMessage, Tag("speaking")] | Annotated[_ToolCallMessage, Tag("calling")],
     Discriminator(lambda message: "calling" if is_tool_calling_message(message) else "speaking"),
 ]
@@ -178,8 +177,8 @@ _Message = Annotated[
 class _ChatLine(TypedDict):
     """The fields of a row in mlx-lm's chat format."""
 
-    chat: list[_Message]
-    tools: NotRequired[list[_Function] | None]
+    chat: list[Message]
+    tools: NotRequired[list[Function] | None]
 
 
 @with_config(_STRICT_MODEL_CONFIG)
@@ -188,7 +187,7 @@ class _CompletionLine(TypedDict):
 
     prompt: str
     completion: str
-    tools: NotRequired[list[_Function] | None]
+    tools: NotRequired[list[Function] | None]
 
 
 @with_config(_STRICT_MODEL_CONFIG)
@@ -202,9 +201,9 @@ class _TextLine(TypedDict):
 class _ShareGptLine(TypedDict):
     """The fields of a row in ShareGPT's format."""
 
-    conversations: list[_Message]
+    conversations: list[Message]
     system: NotRequired[str | None]
-    tools: NotRequired[list[_Function] | None]
+    tools: NotRequired[list[Function] | None]
 
 
 @with_config(_STRICT_MODEL_CONFIG)
@@ -216,7 +215,7 @@ class _AlpacaLine(TypedDict):
     input: NotRequired[str | None]
     system: NotRequired[str | None]
     history: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None]
-    tools: NotRequired[list[_Function] | None]
+    tools: NotRequired[list[Function] | None]
 
 
 class Turns(NamedTuple):
@@ -455,13 +454,7 @@ def strip_line(raw: bytes, *, is_first: bool) -> bytes:
     """Return a line without surrounding white space, and the first one without byte-order mark."""
     if is_first:
         raw = raw.removeprefix(codecs.BOM_UTF8)
-    return raw.strip(_WHITE_SPACE)
-
-
-def fold_case_and_space(content: bytes) -> bytes:
-    """Lower the case of a text and remove its white space."""
-    folded = content if content.isascii() else content.decode().casefold().encode()
-    return folded.translate(_LOWERCASE_BYTE_TABLE, _WHITE_SPACE)
+    return raw.strip(_JSON_WHITE_SPACE)
 
 
 def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str] | None:
@@ -602,7 +595,7 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         context = _ANY_ROLE_CONTEXT if field_names.allows_any_role else None
         kind.validator.validate_python(fields, context=context)
     except ValidationError as error:
-        raise _describe_validation_error(error, keys, row) from None
+        raise describe_validation_error(error, keys, row) from None
     # Keys beyond the format's are marks, known to be ignored, or left out of training
     unknown = set(row.keys() - keys.values() - {field_names.group})
     messages, places, rest = Turns([]) if kind.read is None else kind.read(fields)
@@ -655,7 +648,7 @@ def _drop_nothing(message: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _describe_validation_error(
+def describe_validation_error(
     error: ValidationError, keys: dict[str, str], row: dict[str, Any]
 ) -> LineProblem:
     """Convert pydantic's first error to a LineProblem, with the number of further errors.

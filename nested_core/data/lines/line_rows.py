@@ -6,7 +6,8 @@ It never raises for content: what is wrong with a line is in its row. It knows n
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import re
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from nested_core.data.lines.example_parsing import (
     Example,
     FieldNames,
     find_row_format,
-    fold_case_and_space,
     is_tool_calling_message,
     parse_line,
     strip_line,
@@ -26,7 +26,11 @@ from nested_core.storage.untrusted_files import collect_strings
 _TOOL_CALL_LETTER = "c"
 _ORPHAN_RESULT_LETTER = "o"
 _OTHER_ROLE_LETTER = "x"
+_ASCII_WHITE_SPACE = bytes(byte for byte in range(128) if chr(byte).isspace())
+_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
+_ESCAPE_PATTERN = re.compile(r"\\(?:u....|.)")
+_SPACE_BY_ESCAPE = {_as_json(chr(n))[1:-1]: chr(n) for n in range(32) if chr(n).isspace()}
 
 
 class LineRow(NamedTuple):
@@ -79,26 +83,74 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
     )
 
 
+def fold_case_and_space(content: bytes) -> bytes:
+    """Lower the case of a text and remove all that str.isspace takes for white space."""
+    if content.isascii():
+        return content.translate(_LOWERCASE_BYTE_TABLE, _ASCII_WHITE_SPACE)
+    return "".join(content.decode().casefold().split()).encode()
+
+
 def digest_example(example: Example) -> int:
     """Return 64 bits of the SHA-256 of an example's content: what identifies it in any data set.
 
-    Case, white space, the order of keys and the marks of turns that are not learnt do not count,
-    nor do settings. A call's arguments are the same as JSON text. A room's row, such as a pair, is
-    known by its turns, so that it is the same as a row that has them alone.
+    Case, white space and the marks of turns that are not learnt do not count, nor do settings. A
+    room's row, such as a pair, is known by its turns, so that it is the same as a row that has them
+    alone.
     """
-    turns = _in_order(example.messages)
-    alone = example._replace(messages=turns, tools=_in_order(example.tools), rest={})
+    alone = example._replace(rest={})
     content = _text_to_compare(alone, _letters_of_turns(alone))
     return int.from_bytes(sha256(fold_case_and_space(content.encode())).digest()[:8], "little")
 
 
-def _in_order(value: Any, key: str = "") -> Any:
-    """Return JSON values with the keys of objects in order, and with arguments as an object."""
-    if key == "arguments" and isinstance(value, str):
-        with suppress(LineProblem):  # a text of that name, which is no call's
-            value = decode_json_object(value.encode())
+def fold_questions(example: Example) -> list[bytes]:
+    """Return the roles, texts and calls of the turns before each answer, without case and space.
+
+    System turns, tools and names do not count. The last turn is an answer whatever its role.
+    """
+    asked: list[str] = []
+    questions = []
+    for index, turn in enumerate(map(_turn_to_compare, example.messages), 1):
+        is_answer = turn["role"] == "assistant" or index == len(example.messages)
+        if asked and is_answer:
+            questions.append(fold_case_and_space("\0".join(asked).encode()))
+        if turn["role"] != "system":
+            calls = _json_to_compare(turn.get("tool_calls"))
+            asked += [turn["role"], turn.get("content") or "", calls]
+    return questions
+
+
+def _turn_to_compare(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn with each call as name and arguments, and without ids, which each log has anew.
+
+    Results stand in their order.
+    """
+    compared = {key: value for key, value in turn.items() if key != "tool_call_id"}
+    if is_tool_calling_message(turn):
+        compared["tool_calls"] = [_call_to_compare(call) for call in turn["tool_calls"]]
+    return compared
+
+
+def _call_to_compare(call: Mapping[str, Any]) -> list[Any]:
+    """Return name and arguments of a call; arguments that are JSON text are decoded."""
+    function = call.get("function", call)
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = decode_json_object(arguments.encode())
+    return [function["name"], arguments]
+
+
+def _json_to_compare(value: Any) -> str:
+    """Encode JSON values with the keys of objects in order, and white space in texts unescaped."""
+    return _ESCAPE_PATTERN.sub(
+        lambda found: _SPACE_BY_ESCAPE.get(found[0], found[0]), _as_json(_in_order(value))
+    )
+
+
+def _in_order(value: Any) -> Any:
+    """Return JSON values with the keys of objects in order, whatever their case and white space."""
     if isinstance(value, dict):
-        return {name: _in_order(value[name], name) for name in sorted(value)}
+        names = sorted(value, key=lambda name: (fold_case_and_space(name.encode()), name))
+        return {name: _in_order(value[name]) for name in names}
     return [_in_order(item) for item in value] if isinstance(value, list) else value
 
 
@@ -121,8 +173,9 @@ def _letters_of_turns(example: Example) -> str:
 def _text_to_compare(example: Example, roles: str) -> str:
     """Return everything that is tokenized as one text; the last NUL in it ends the prompt.
 
-    Fields are joined by NUL, which no valid line contains, so that different examples differ. Turns
-    that are not learnt are marked by white space, so that ignoring white space ignores the marks.
+    Fields are joined by NUL, which no valid line contains, so that different examples differ. The
+    order of keys, the ids of calls and the way in which their arguments are written do not count.
+    Turns that are not learnt are marked by white space: ignoring white space ignores the marks.
     """
     if not find_row_format(example.format).is_templated:
         return example.text
@@ -130,9 +183,10 @@ def _text_to_compare(example: Example, roles: str) -> str:
     before = "".join(marks)
     if example.is_plain and not example.rest:
         return before + "\0".join([roles, *[message["content"] for message in example.messages]])
-    before += _as_json([example.tools, example.messages[:-1]])
-    answer = [*example.messages[-1:], *([dict(example.rest)] if example.rest else [])]
-    return f"{before}\0{_as_json(answer)}"
+    functions = [tool.get("function", tool) | {"type": "function"} for tool in example.tools or ()]
+    turns = list(map(_turn_to_compare, example.messages))
+    before += _json_to_compare([functions, turns[:-1]])
+    return f"{before}\0{_json_to_compare([turns[-1:], dict(example.rest)])}"
 
 
 def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | None:

@@ -19,11 +19,10 @@ from nested_core import seams
 from nested_core.data.lines.example_parsing import (
     BLANK_TURN_PATTERN,
     FieldNames,
-    fold_case_and_space,
     formats_of_plain_rows,
     parse_plain_row,
 )
-from nested_core.data.lines.line_rows import LineRow, parse_line_to_row
+from nested_core.data.lines.line_rows import LineRow, fold_case_and_space, parse_line_to_row
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular

@@ -53,10 +53,12 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     judged.losses = losses = losses.leaving_out(judged.trained_on.find_in(held_out.digests))
     judged.written_files[run.gate_losses.name] = losses.render()
     if held_out.has_validation_examples:
-        judged.candidates = read_candidates(run.validation_losses)
+        judged.candidates = read_candidates(run.validation_losses, are_ties=True)
+    # Of steps with equally many right answers the loss selects one
+    is_by_loss = config.training.select_by == "loss" or judged.candidates.count > 1
     validation = summarise_losses(
         losses,
-        selected_on_same_data=held_out.selected_on_same_data,
+        selected_on_same_data=held_out.selected_on_same_data and is_by_loss,
         has_one_answer=held_out.are_all_answers_equal,
         bounds=judged.bounds,
         candidates=judged.candidates,

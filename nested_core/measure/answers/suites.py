@@ -19,8 +19,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nested_core.config.sections import Score
-from nested_core.data.lines.example_parsing import fold_case_and_space
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
+from nested_core.data.lines.line_rows import fold_case_and_space
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.errors import DatasetError, join_first_values, list_first, shorten
 from nested_core.measure.answers.suite_files import TABLE_SUFFIXES, read_question_lines

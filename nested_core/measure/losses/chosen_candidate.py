@@ -88,9 +88,14 @@ class Candidates:
         return max(lower_bound, min(upper_bound, max_t_quantile(differences, weights)))
 
 
-def read_candidates(validation_losses: Path) -> Candidates:
-    """Read the evaluated steps that a run could offer, with their losses if all were recorded."""
+def read_candidates(validation_losses: Path, *, are_ties: bool = False) -> Candidates:
+    """Read the evaluated steps that a run could offer, with their losses if all were recorded.
+
+    are_ties: only those with the fewest wrong answers, among which the loss chose.
+    """
     steps = read_step_losses(validation_losses)
+    if are_ties:
+        steps = [one for one in steps if one.wrong == min(step.wrong for step in steps)]
     contents = steps[0].contents if steps else None
     if contents is None or any(step.contents != contents for step in steps):
         return Candidates(max(1, len(steps)))

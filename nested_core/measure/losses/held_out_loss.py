@@ -262,9 +262,9 @@ def read_held_out_examples(
         return None
     if settings.policy.group is not None:
         held_out = replace(held_out, groups=_read_groups(settings, choice, held_out))
-    if config.offers_best_step and config.training.select_by == "loss":
+    if config.offers_best_step:
         return held_out
-    # The last checkpoint is offered, or right answers selected it: not the loss of these examples.
+    # The last checkpoint is offered: the loss of these examples did not select it.
     return replace(held_out, selected_on_same_data=False, has_validation_examples=False)
 
 

@@ -13,15 +13,15 @@ from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import DamagedError
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME, list_names
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
-from nested_core.storage.adapter import Adapter, files_sha256
+from nested_core.storage.adapter import Adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.output_places import TRAINING_EXAMPLES_NAME
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.untrusted_files import read_json_object
+from nested_core.storage.untrusted_files import collect_strings, read_json_object, regular_sha256
 from nested_core.text.digest_format import shorten_digest
 
-ADAPTER_KEY = "adapter"  # beside an exported adapter: the SHA-256 of the files that it is about
+ADAPTER_KEY = "adapter"  # beside an exported adapter: the SHA-256 of its weights, in a line
 
 
 def read_version_rows(version: Path) -> TrainedRows:
@@ -40,7 +40,7 @@ def read_run_rows(run: RunDirectory) -> TrainedRows:
 
 def write_exported_rows(folder: Path, rows: TrainedRows) -> None:
     """Record beside an exported adapter what it was trained on, and that it is this adapter."""
-    record = rows.to_json() | {ADAPTER_KEY: files_sha256(folder)}
+    record = rows.to_json() | {ADAPTER_KEY: " ".join(_hash_weights(folder))}
     write_json(folder / TRAINING_EXAMPLES_NAME, record)
 
 
@@ -53,14 +53,13 @@ def find_trained_rows(
     place: the folder that the adapter was read from, if it was converted.
     """
     place = (place or adapter.path).resolve()
-    folder = place.parent if place.is_file() else place
+    folder, weights = (place.parent if place.is_file() else place), _hash_weights(place)
     for run in (RunDirectory(folder.parent), RunDirectory(folder.parent.parent)):
-        is_of_run = folder in (run.adapter, run.initial) or folder.parent == run.checkpoints
-        if is_of_run and run.config.is_file():
+        if run.config.is_file() and weights <= _read_hashes_of_run(run):
             return read_run_rows(run)
     if (exported := folder / TRAINING_EXAMPLES_NAME).is_file():  # in `adapter_path`
         recorded = read_json_object(exported)
-        if recorded.get(ADAPTER_KEY) == files_sha256(folder):
+        if weights <= {*str(recorded.get(ADAPTER_KEY)).split()}:
             return TrainedRows.from_json(recorded, str(folder))
     digest, copies = adapter.digest(), []
     if registry is not None:
@@ -69,6 +68,21 @@ def find_trained_rows(
         if (version / PROVENANCE_NAME).is_file() and digest == _read_version_digest(version):
             return read_version_rows(version)
     return TrainedRows(unknown=f"{place} is neither a run's adapter nor a registered version")
+
+
+def _hash_weights(place: Path) -> set[str]:
+    """Return the SHA-256 of a file of weights, or of those in a folder, mlx-lm's or PEFT's."""
+    files = [place] if place.is_file() else place.glob("adapter*.safetensors")
+    return {regular_sha256(path, follow_links=True) for path in files}
+
+
+def _read_hashes_of_run(run: RunDirectory) -> set[str]:
+    """Return the SHA-256 of each file that a run's checkpoints and its verdict list."""
+    hashes = set[str]()
+    for folder in (run.path, *run.checkpoints.glob("*")):
+        with suppress(DamagedError):  # not written yet, or damaged: then it lists nothing
+            hashes.update(collect_strings(read_manifest(folder)["files"]))
+    return hashes
 
 
 def _read_version_digest(folder: Path) -> str | None:

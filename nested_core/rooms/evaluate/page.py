@@ -225,7 +225,7 @@ class Evaluation:
             for model in self.models
             for q in asked
         ]
-        blocks += seams.collect("answer_tables", name, given)
+        blocks += seams.collect("answer_tables", name, given) if given else []
         if wrong:
             letters = " or ".join(self._letters[name] for name in judged)
             caption = f"The first {len(wrong)} that {letters} answered wrong"

@@ -165,6 +165,8 @@ def export(
         require_absent_or_empty(target, flag="--fused")
     else:
         require_output_file(target, "--gguf")
+        if card_place(target) == target:
+            raise ConfigError(f"{target} is where its card would lie: give a name in .gguf.")
         if taken := _list_taken(target, is_folder=False):
             raise ConfigError(f"{taken[0]} exists already. Nothing is written over.")
     begin = on_stage or (lambda stage: None)

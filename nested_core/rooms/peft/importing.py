@@ -27,7 +27,7 @@ from nested_core.storage.adapter import CONFIG_NAME, read_adapter, write_adapter
 from nested_core.storage.output_places import require_absent_or_empty
 from nested_core.storage.safetensors_files import read_tensors
 
-LAYER_MODULE = re.compile(r"\D+\.(?P<layer>\d+)\.(?P<key>.+)")
+LAYER_MODULE = re.compile(r"^\D+\.(?P<layer>\d+)\.(?P<key>.+)")
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PICKLES = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "pkl"))
 # In names of tensors that PEFT saves beside the factors of linear modules (save_and_load.py)

@@ -9,9 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NotRequired
 
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.example_parsing import Example, Fields, RowFormat, Turns
+from nested_core.data.lines.example_parsing import (
+    Example,
+    Fields,
+    Function,
+    Message,
+    RowFormat,
+    Turns,
+    describe_validation_error,
+)
 from nested_core.data.lines.json_decoding import LineProblem, parse_json_text
 from nested_core.data.lines.other_formats import read_openai_turns
 from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
@@ -19,24 +28,27 @@ from nested_core.data.tokens.text_notes import Note
 from nested_core.rooms.preferences.row_rules import judge_pairs
 
 EMPTY_ANSWER_CHECK = "empty-answer"
-_ROLES = ("system", "user", "assistant", "tool")
+_TURNS_VALIDATOR = TypeAdapter(list[Message])
 
 
-class _PairLine(TypedDict):
-    """A pair by its keys; `_prepare` checks the values, but those of tools."""
+class _AnswerLine(TypedDict):
+    """What each form of a pair has; `_prepare` checks the values, but those of tools."""
+
+    rejected: Any
+    tools: NotRequired[list[Function] | None]
+
+
+class _PairLine(_AnswerLine):
+    """A pair by its keys."""
 
     prompt: NotRequired[Any]
     chosen: NotRequired[Any]
-    rejected: Any
-    tools: NotRequired[list[dict[str, Any]] | None]
 
 
-class _ChatPairLine(TypedDict):
+class _ChatPairLine(_AnswerLine):
     """A pair whose chosen answer ends a chat."""
 
     chat: NotRequired[Any]
-    rejected: Any
-    tools: NotRequired[list[dict[str, Any]] | None]
 
 
 def _prepare(fields: Fields, place: str) -> Fields:
@@ -86,11 +98,11 @@ def _read_turns(value: Any, place: str) -> list[dict[str, Any]]:
     turns = read_openai_turns(value, place)
     if not isinstance(turns, list) or not turns:
         raise LineProblem("wrong-type", f"{place}: expected a text or turns, found none of them")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict) or turn.get("role") not in _ROLES:
-            raise LineProblem("unknown-role", f"{place}[{number}]: expected a role of {_ROLES}")
-        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-            raise LineProblem("wrong-type", f"{place}[{number}].content: expected a text")
+    try:
+        _TURNS_VALIDATOR.validate_python(turns)
+    except ValidationError as error:
+        places = {str(number): f"{place}[{number}]" for number in range(len(turns))}
+        raise describe_validation_error(error, places, {}) from None
     return turns
 
 
@@ -112,15 +124,11 @@ def _read(fields: Fields) -> Turns:
     return Turns(turns, fields["places"], {"rejected": fields["rejected"]})
 
 
-def rejected_turns(example: Example) -> list[dict[str, Any]]:
-    """The conversation of a pair that ends with the rejected answer."""
-    return [*example.messages[:-1], {"role": "assistant", "content": example.rest["rejected"]}]
-
-
 def encode_pair(example: Example, tokenizer: Any) -> EncodedExample:
     """The chosen conversation and behind it the rejected one, of each the answer supervised."""
     chosen = _encode_answer(example, example.messages, tokenizer)
-    rejected = _encode_answer(example, rejected_turns(example), tokenizer)
+    answer = {"role": "assistant", "content": example.rest["rejected"]}
+    rejected = _encode_answer(example, [*example.messages[:-1], answer], tokenizer)
     broken = chosen if chosen.broken_turn >= 0 else rejected
     if broken.broken_turn >= 0:
         return broken
@@ -160,11 +168,6 @@ def _write(example: Example) -> dict[str, Any]:
     return {"prompt": prompt, "chosen": last["content"], **example.rest, **tools}
 
 
-def _swap_answers(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The pair that prefers the rejected answer of a row that `_write` has written."""
-    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-
-
 PAIRS: Mapping[str, RowFormat] = {
     name: RowFormat(
         model,
@@ -175,7 +178,7 @@ PAIRS: Mapping[str, RowFormat] = {
         encode=encode_pair,
         write=_write,
         judge=judge_pairs,
-        contradict=_swap_answers,
+        contradict=lambda row: {**row, "chosen": row["rejected"], "rejected": row["chosen"]},
     )
     for name, model, fields in (
         ("pair", _PairLine, ("prompt", "chosen", "rejected")),

@@ -129,7 +129,7 @@ def _list_unused(source: Source, columns: Columns | None) -> Iterator[str]:
         yield f"not trained on: {', '.join(unused)}"
 
 
-def read_known_questions(registry: Path, name: str) -> frozenset[str]:
+def read_known_questions(registry: Path, name: str) -> frozenset[bytes]:
     """Every question of the rows that a champion and the versions before it were given.
 
     Raises ConfigError where there is no champion, or none of its rows are kept.

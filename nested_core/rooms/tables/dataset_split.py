@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from nested_core import seams
 from nested_core.data.lines.example_parsing import ANY_LOSS, FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.lines.line_rows import fold_case_and_space, fold_questions
 from nested_core.errors import ConfigError
 from nested_core.rooms.tables.labels import find_labels
 from nested_core.storage.untrusted_files import collect_strings
@@ -59,7 +60,7 @@ class SplitRequest:
 
     share: float = DEFAULT_SHARE
     questions: int | None = None
-    trained: Set[str] = frozenset()
+    trained: Set[bytes] = frozenset()
     names: FieldNames = FieldNames()
 
 
@@ -96,7 +97,7 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     known = {row for row, one in enumerate(texts) if one.question in request.trained}
     together = _group_by_question(texts)
     new = [one for row, one in enumerate(texts) if row not in known]
-    distinct = len({one.question or one.whole for one in new})
+    distinct = len({one.question for one in new})
     most = max(1, int(MAX_TEST_SHARE * distinct))
     least = request.questions or 1
     if not 0 < least <= most:
@@ -121,20 +122,20 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
 class RowTexts:
     """What rows are compared by, without system texts.
 
-    asked: the turns before each answer of the row, without case and white space.
+    asked: the row's questions, see `fold_questions`.
     prompt, answer: the turns before the last answer, and that answer, as they are written.
     whole: all texts of the row.
     """
 
-    asked: tuple[str, ...]
+    asked: Sequence[bytes]
     prompt: str
     answer: str
     whole: str
 
     @property
-    def question(self) -> str:
-        """The turns before the last answer; empty for plain text and for what is no example."""
-        return self.asked[-1] if self.asked else ""
+    def question(self) -> bytes:
+        """The last question, or else the whole text, without case and white space."""
+        return self.asked[-1] if self.asked else fold_case_and_space(self.whole.encode())
 
     @classmethod
     def of(cls, line: bytes, names: FieldNames) -> RowTexts:
@@ -146,9 +147,8 @@ class RowTexts:
         turns = [turn for turn in example.messages if turn["role"] != "system"]
         texts = [turn.get("content") or json.dumps(turn.get("tool_calls")) for turn in turns]
         ends = [end for end, turn in enumerate(turns) if end and turn["role"] == "assistant"]
-        folded = ["".join(text.casefold().split()) for text in texts]
         return cls(
-            tuple("\0".join(folded[:end]) for end in ends),
+            fold_questions(example),
             "\n".join(texts[: ends[-1]]) if ends else "",
             texts[-1] if ends else "",
             "\n".join([example.text, *texts, *collect_strings(dict(example.rest))]),
@@ -160,10 +160,9 @@ def _group_by_question(texts: Sequence[RowTexts]) -> list[list[int]]:
 
     Rows without a question are together where they are equal.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[bytes, list[int]] = {}
     for row, one in enumerate(texts):
-        key = one.question or "".join(one.whole.casefold().split())
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(one.question, []).append(row)
     for row, one in enumerate(texts):
         for earlier in one.asked[:-1]:
             if earlier in groups:
@@ -237,7 +236,7 @@ class _Draw:
         return parts
 
     def _count_questions(self, rows: Iterable[int]) -> int:
-        return len({self.texts[row].question or self.texts[row].whole for row in rows})
+        return len({self.texts[row].question for row in rows})
 
     def _spread_labels(self, groups: list[list[int]]) -> list[list[int]]:
         """The groups, so ordered that each stretch has each label about as often as all have.

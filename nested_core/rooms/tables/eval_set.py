@@ -106,7 +106,7 @@ def draw_eval_set(
     """
     texts = [RowTexts.of(line, FieldNames()) for line in train]
     trained = {question for one in texts for question in one.asked}
-    questions: dict[str, _Question] = {}
+    questions: dict[bytes, _Question] = {}
     for line in held_out:
         turns = json.loads(line)["messages"]
         if _is_askable(line, turns):

@@ -107,7 +107,7 @@ def test_the_digest_is_over_the_base_its_tokenizer_and_all_settings_that_shape_a
     assert all(settings[name] == values[name] for name in values if name != "training")
     assert settings["training"].items() <= values["training"].items()
     expected = hashlib.sha256(
-        canonical_json(["base", "tokenizer", settings, followed["rate"]])
+        canonical_json(["base", "tokenizer", settings, followed["rate"], "continue"])
     ).hexdigest()
     assert settings_digest(config, "base", run, read_dataset_record(run.dataset)) == expected
 

@@ -10,6 +10,7 @@ import pytest
 
 from nested_core.data import example_digests
 from nested_core.data.example_digests import TrainedRows, decode_digests, encode_digests
+from nested_core.data.example_rows import RowKeys
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.line_rows import digest_example
 from tests.left_out import needs_rooms
@@ -28,8 +29,9 @@ def test_too_many_are_not_recorded_and_what_was_trained_on_is_then_not_known(mon
     assert "more than 2" in str(TrainedRows.from_json(recorded, "it").unknown)
 
 
-def test_digests_of_tokens_as_earlier_versions_recorded_them_are_not_known() -> None:
-    earlier = {"training_examples": encode_digests(np.arange(3, dtype=np.uint64))}
+@pytest.mark.parametrize("identity", [{}, {"example_identity": "content"}])
+def test_digests_of_another_form_as_earlier_versions_recorded_them_are_not_known(identity) -> None:
+    earlier = identity | {"training_examples": encode_digests(np.arange(3, dtype=np.uint64))}
     rows = TrainedRows.from_json(earlier, "version 0123")
     assert (rows.digests.size, rows.unknown) == (
         0,
@@ -76,6 +78,63 @@ def test_a_row_with_tools_is_the_same_in_another_order_of_keys_and_with_argument
     calls = [{"function": {"name": "find", "arguments": arguments | {"place": {}}}}]
     row = {"messages": [TURNS[0], answer | {"tool_calls": calls}], "tools": tools[:1]}
     assert digest_of(row) not in digests
+
+
+def called(ids: list[str | None], *, is_text: bool, is_bare: bool) -> dict[str, Any]:
+    calls: list[Any] = [{"name": "find", "arguments": {"q": n, "In": "Peru"}} for n in (1, 2)]
+    if is_text:
+        calls = [call | {"arguments": json.dumps(call["arguments"], indent=1)} for call in calls]
+    if not is_bare:
+        calls = [{"type": "function", "function": call} for call in calls]
+    calls = [call | {"id": own} if own else call for own, call in zip(ids, calls, strict=True)]
+    results = [
+        {"role": "tool", "content": text} | ({"tool_call_id": own} if own else {})
+        for own, text in zip(ids, ("Lima", "Cusco"), strict=True)
+    ]
+    asking = {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"messages": [TURNS[0], asking, *results, TURNS[1]], "tools": [{"name": "find"}]}
+
+
+@pytest.mark.parametrize("ids", [["call_1", "call_2"], ["x", "a"], [None, None]])
+@pytest.mark.parametrize("is_text", [True, False])
+@pytest.mark.parametrize("is_bare", [True, False])
+def test_ids_of_calls_and_how_a_call_is_written_make_no_other_row(ids, is_text, is_bare) -> None:
+    own, first = (
+        called(ids, is_text=is_text, is_bare=is_bare),
+        called(["a", "b"], is_text=False, is_bare=False),
+    )
+    assert (digest_of(own), RowKeys.of(own)) == (digest_of(first), RowKeys.of(first))
+    own["messages"][2:4] = own["messages"][3:1:-1]  # the results in the other order
+    assert digest_of(own) != digest_of(first)
+
+
+@pytest.mark.parametrize("space", ["  ", "\n", "\t", "\xa0", "\u2009", "\u3000", "\x1c", "\v"])
+@pytest.mark.parametrize("more", [{}, {"tools": [{"name": "find"}]}])
+def test_all_that_is_white_space_is_ignored_in_chats_and_beside_tools(space, more) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Who{s}are\\nyou?"}, TURNS[1]]}
+        for s in (" ", space)
+    ]
+    one, other = (row | more for row in rows)
+    assert (digest_of(one), RowKeys.of(one).folded) == (digest_of(other), RowKeys.of(other).folded)
+    other["messages"][0]["content"] = "Who are\nyou?"  # no backslash
+    assert digest_of(one) != digest_of(other)
+
+
+def test_keys_of_arguments_are_in_order_whatever_their_case() -> None:
+    digests = set()
+    for arguments in ({"B": 1, "a": 2}, {"a": 2, "b": 1}):
+        call = {"role": "assistant", "tool_calls": [{"name": "find", "arguments": arguments}]}
+        digests.add(digest_of({"messages": [TURNS[0], call, TURNS[1]]}))
+    assert len(digests) == 1
+
+
+@needs_rooms("preferences")
+def test_a_pair_with_a_line_break_is_the_pair_with_a_space() -> None:
+    pairs = [{"prompt": f"Who{s}is it?", "chosen": "Me.", "rejected": f"You{s}too."} for s in " \n"]
+    one, other = map(RowKeys.of, pairs)
+    assert (one.folded, one.prompt) == (other.folded, other.prompt)
+    assert one.content != other.content
 
 
 @needs_rooms("preferences")

@@ -356,6 +356,17 @@ def test_evaluations_are_kept_cut_back_on_resume_and_read_as_candidates(tmp_path
         read_step_losses(path)
 
 
+def test_the_loss_chose_among_the_steps_with_the_fewest_wrong_answers(tmp_path: Path) -> None:
+    path = tmp_path / "validation-losses.jsonl"
+    for step, wrong in ((10, 0.5), (20, 0.25), (30, 0.5), (40, 0.25)):
+        losses = StepLosses(step=step, contents=[4], losses=[float(step)], wrong=wrong)
+        append_step_losses(path, losses)
+    ties = read_candidates(path, are_ties=True)
+    assert ties.losses is not None
+    assert (ties.count, ties.losses[:, 0].tolist()) == (2, [20.0, 40.0])
+    assert read_candidates(path).count == 4
+
+
 def test_a_small_or_unsure_gain_is_not_promoted() -> None:
     kept: dict[str, Any] = {"min_improvement": 0.005, "noise": "paired"}
     assert is_better(-0.006, (-0.01, -0.001), None, **kept)

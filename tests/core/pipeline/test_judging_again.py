@@ -11,8 +11,10 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.models.session import Session
+from nested_core.pipeline import publishing
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.pipeline.hooks import Steps
+from nested_core.records.judged_run import read_judged_run
 from nested_core.records.verdict import Verdict
 from nested_core.registry import audit, history, promote, read_champion
 from nested_core.seams import is_there
@@ -100,7 +102,10 @@ def test_a_run_reproduced_byte_for_byte_says_so(copy: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow("trains a run and judges it three times")
-def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(copy: Path) -> None:
+@pytest.mark.parametrize("is_rejected", [False, True])
+def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
+    is_rejected: bool, copy: Path
+) -> None:
     registry = copy / "registry"
     other = finetune(configure(registry, "never", 5), open_run(copy / "other")).version
 
@@ -109,6 +114,8 @@ def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
             verdict = super().judge(config, run, session)
             if read_champion(registry, NAME) != other:
                 promote(registry, NAME, str(other), by="bob")
+                if is_rejected:
+                    raise GateRejected("worse than that champion", run=run, verdict=verdict)
             return verdict
 
     hooks = Meanwhile()
@@ -116,6 +123,16 @@ def test_a_champion_that_moves_while_the_gate_works_is_judged_against_once_more(
     assert result.promotion == "promoted"
     assert [m for m in hooks.told if "running it once more" in m] != []
     assert history(registry, NAME)[-1]["previous"] == other
+
+
+@pytest.mark.slow("trains and judges two runs")
+def test_a_version_that_is_judged_again_as_not_better_has_that_verdict(copy, monkeypatch) -> None:
+    registry = copy / "registry"
+    champion = read_champion(registry, NAME)
+    monkeypatch.setattr(publishing, "find_kept_champion", lambda *_: champion)
+    config, judged = configure(registry, "better"), read_judged_run(copy / "better")
+    assert publishing.register_run(config, judged, champion).is_registered
+    assert "tried" not in [line["action"] for line in history(registry, NAME)]
 
 
 @pytest.mark.slow("trains and judges several runs")

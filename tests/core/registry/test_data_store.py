@@ -176,7 +176,9 @@ def test_forgotten_rows_and_prompts_leave_the_store_and_the_history_names_the_ve
         {"messages": [{}, {"content": None, "tool_calls": [{"function": {"name": "find"}}]}]},
     ],
 )
-def test_a_listed_prompt_is_that_of_every_row_whatever_its_tools_and_names(tmp_path, changes):
+def test_a_listed_prompt_is_that_of_every_row_whatever_its_tools_names_and_system_text(
+    tmp_path, changes
+):
     prompt = "Who is\nKim?"
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "A customer."}]
     row = {"messages": turns, **changes}
@@ -191,6 +193,15 @@ def test_a_listed_prompt_is_that_of_every_row_whatever_its_tools_and_names(tmp_p
         assert read_row_list(listed).has({"messages": turns})
         assert not read_row_list(listed).has({"prompt": "Who is Lee?", "completion": "A customer."})
         assert not read_row_list(listed).has({"text": prompt})
+        asked = {"role": "system", "content": "Answer briefly."}
+        assert read_row_list(listed).has(row | {"messages": [asked, *row["messages"]]})
+
+
+def test_a_prompt_of_system_texts_alone_is_refused_and_lists_no_row_of_text(tmp_path) -> None:
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps({"messages": [{"role": "system", "content": "Be brief."}]}))
+    with pytest.raises(ConfigError, match="neither a row nor a prompt: it has no turn but system"):
+        read_row_list(listed)
 
 
 def test_the_history_says_that_rows_are_gone_only_once_they_are(tmp_path, monkeypatch) -> None:
@@ -458,12 +469,17 @@ def test_rows_of_other_formats_become_rows_that_are_read_again_as_they_are(tmp_p
     assert read_split_rows(settings, "valid") is None
 
 
-def test_prompts_are_compared_without_case_and_white_space():
+def test_prompts_are_compared_without_case_white_space_and_system_texts():
     turns = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "acat"}]
     keys, others = (
         RowKeys.of({"prompt": "What is\nIT?", "completion": "A Cat"}),
         RowKeys.of({"messages": turns}),
     )
+    system = [{"role": "system", "content": text} for text in ("Be brief.", "Be brief, please.")]
+    asked = [RowKeys.of({"messages": [one, *turns]}) for one in system]
+    assert {one.prompt for one in asked} == {keys.prompt}
+    assert len({one.folded for one in asked}) == 2
+    assert RowKeys.of({"messages": [*turns, *turns]}).prompt != keys.prompt
     assert (keys.prompt, keys.folded) == (others.prompt, others.folded)
     assert keys.content != others.content
     assert RowKeys.of({"text": "A Cat"}).prompt is None

@@ -212,8 +212,11 @@ def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(as
     (task,) = verdict.tasks
     assert (task.questions, task.chosen_among) == (15, 3)
     assert "these questions also chose the step, among 3" in task.describe()
-    assert verdict.validation is not None  # the losses chose nothing
-    assert (verdict.validation.chosen_among, verdict.validation.selected_on_same_data) == (1, False)
+    rights = [r["tasks"]["capitals"]["right"] for r in asked.metrics() if "tasks" in r][1:]
+    ties = rights.count(max(rights))  # among them the loss chose
+    judged = verdict.validation
+    assert judged is not None
+    assert (judged.chosen_among, judged.selected_on_same_data) == (ties, ties > 1)
 
 
 def test_questions_that_chose_are_known_by_their_prompts_in_any_suite(asked, tmp_path) -> None:

@@ -85,6 +85,9 @@ def test_an_answer_that_is_json_stays_a_text() -> None:
         ({"messages": ASKED, "rejected": "No."}, "no-answer"),
         (PAIR | {"context": "What was said before."}, "unread-field"),
         ({"text": "Only a text."}, "unknown-format"),
+        (PAIR | {"prompt": [{"role": "bot", "content": "Why?"}]}, "unknown-role"),
+        (PAIR | {"prompt": [*ASKED, YES | {"tool_calls": "ask"}]}, "malformed-tool-calls"),
+        (PAIR | {"tools": [{"function": "ask"}]}, "malformed-tools"),
     ],
 )
 def test_a_row_that_prefers_nothing_is_refused(row: dict[str, Any], check: str) -> None:

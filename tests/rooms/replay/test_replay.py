@@ -19,7 +19,7 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
-from nested_core.records.dataset import read_dataset_record
+from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.judged_run import read_judged_run
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay.replay_record import read_replay
@@ -263,6 +263,19 @@ def test_before_the_first_champion_nothing_is_replayed_and_it_is_said(folder: Pa
     assert len(digests) == 1, "a champion made without replay is no reason to train again"
     done = train(config, run)
     assert not any("replayed_tokens" in each for each in done.metrics())
+
+
+def test_a_rebuilt_night_is_another_one_though_nothing_is_replayed(folder: Path) -> None:
+    digests = set()
+    for policy in ("continue", "rebuild"):
+        continual = {"policy": policy}
+        config = from_champion(folder, training={"epochs": 1}, continual=continual)
+        run = RunDirectory(folder / policy)
+        run.path.mkdir()
+        ReplayOfRun(config, run).choose()
+        dataset = DatasetReport("data", "0", {}, (), tokenizer="tokenizer")
+        digests.add(settings_digest(config, "base", run, dataset))
+    assert len(digests) == 2
 
 
 def test_another_champion_than_replay_was_chosen_for_is_refused(folder: Path) -> None:

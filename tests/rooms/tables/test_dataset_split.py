@@ -300,7 +300,7 @@ def test_a_question_that_the_model_cannot_see_whole_is_not_asked() -> None:
         draw_eval_set([], more, 5, count_answer)
 
 
-def questions_of(lines: Iterable[bytes]) -> set[str]:
+def questions_of(lines: Iterable[bytes]) -> set[bytes]:
     return {question for line in lines for question in RowTexts.of(line, ANY).asked}
 
 
@@ -385,7 +385,8 @@ def test_rows_of_own_splits_that_ask_what_is_known_are_told(tmp_path: Path) -> N
     for name, numbers in (("valid", range(5)), ("test", range(2, 9))):
         rows = [chat(f"what  is {n}?", f"Now {n}.") for n in numbers]
         write_lines(data / f"{name}.jsonl", rows)
-    known = {f"whatis{n}?" for n in (1, 2, 3)}
+    asked = [json.dumps(chat(f"What is {n}?", "-")).encode() for n in (1, 2, 3)]
+    known = {RowTexts.of(row, ANY).question for row in asked}
     split = SplitRequest(trained=known)
     made = make(
         str(data), Request(False, None, None, False, split, count_answer), tmp_path / "made"

@@ -10,9 +10,11 @@ import pytest
 
 from nested_core.data.example_digests import TrainedRows
 from nested_core.measure.losses.left_out_examples import find_trained_rows, write_exported_rows
+from nested_core.models.lora_attachment import read_adapter_file
 from nested_core.registry import promote, register
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.atomic import write_json
+from nested_core.storage.manifest import write_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
 
@@ -58,6 +60,35 @@ def test_a_copy_in_adapter_path_is_known_until_another_adapter_lies_there(places
     assert find_trained_rows(read_adapter(copy), None).digests.tolist() == [3, 5]
     shutil.copytree(write_run(copy.parent / "new", 2) / "adapter", copy, dirs_exist_ok=True)
     assert find_trained_rows(read_adapter(copy), None).unknown is not None
+
+
+@pytest.mark.parametrize("what", ["a run", "a checkpoint"])
+def test_a_runs_adapter_is_not_known_once_it_was_trained_further_in_place(places, what) -> None:
+    further = write_run(places["a copy"].parent / "further", 2) / "adapter"
+    shutil.copy(further / "adapters.safetensors", places[what])
+    assert find_trained_rows(read_adapter(places[what]), None).unknown is not None
+
+
+@pytest.mark.parametrize("what", ["a run", "a copy"])
+def test_another_file_beside_an_adapter_is_not_taken_for_it(places, what: str) -> None:
+    place = places[what]
+    if what == "a copy":
+        write_exported_rows(place, ROWS)
+    further = write_run(place.parent / "further", 2) / "adapter"
+    shutil.copy(further / "adapters.safetensors", place / "more.safetensors")
+    for name, is_known in (("adapters.safetensors", True), ("more.safetensors", False)):
+        found = find_trained_rows(read_adapter_file(place / name), None)
+        assert (found.unknown is None) == is_known
+    assert find_trained_rows(read_adapter(place), None).digests.tolist() == [3, 5]
+
+
+def test_a_checkpoint_of_a_run_without_a_verdict_is_known_by_its_manifest(places) -> None:
+    checkpoint = places["a checkpoint"]
+    (checkpoint.parents[1] / "MANIFEST.json").unlink()
+    assert find_trained_rows(read_adapter(checkpoint), None).unknown is not None
+    write_manifest(checkpoint, {"step": 8})
+    for what in ("a checkpoint", "a run"):
+        assert find_trained_rows(read_adapter(places[what]), None).digests.tolist() == [3, 5]
 
 
 def test_another_adapter_in_the_folder_of_a_version_is_not_taken_for_it(places) -> None:
