@@ -131,6 +131,9 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
             columns = flags.read_columns()
             share = None if arguments.split is None else read_share(arguments.split)
             system = flags.read_system()
+        known = frozenset[bytes]()
+        if arguments.champion is not None:
+            known = read_known_questions(*split_name(arguments.champion, None))
         is_drawn = bool(makes_chats or share is not None or arguments.champion)
         folder = _split_folder(data) if is_drawn else None
         target = _require_new_places(arguments, folder)
@@ -138,9 +141,6 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         if folder is None:
             return Prepared(target, None, None, told)
         source.require_rows()
-        known = frozenset[bytes]()
-        if arguments.champion is not None:
-            known = read_known_questions(*split_name(arguments.champion, None))
         names = replace(source.field_names, drop=tuple(arguments.drop_fields))
         split = SplitRequest(share or DEFAULT_SHARE, arguments.suite, known, names)
         count_answer = _make_answer_counter(arguments.model)
@@ -151,7 +151,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
 
 
 def _make_answer_counter(model: str) -> Callable[[Sequence[Any], str], int | None]:
-    """A function that counts the tokens of an answer; None where the model cannot see them all.
+    """A function that counts the tokens of an answer; None if the model cannot see them all.
 
     The tokenizer is loaded as it is first asked.
     """
