@@ -316,7 +316,8 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
         print_line(f"Losses: {units}, on the data of each one's verdict ({files}).")
         if len(lineage) > 1:
             trained_from = " <- ".join(map(shorten_digest, lineage))
-            print_line(f"Lineage: {trained_from} (each trained from the one after it)")
+            how = "from the one after it, or from the base to follow it"
+            print_line(f"Lineage: {trained_from} (each trained {how})")
 
     document = {"name": arguments.name, "champion": champion, "history": entries, "losses": losses}
     document["lineage"] = lineage

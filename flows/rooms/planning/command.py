@@ -136,8 +136,13 @@ def _describe_rows(suggested: SuggestedConfig) -> Iterator[str]:
     if earlier:
         yield f"warning: {earlier[0]}"
     elif train.tokens is not None and suggested.learns_answers:
-        tokens = f"{train.tokens.supervised:,}"
-        yield f"{train.file}: {tokens} of {tokens} answer tokens are trained on"
+        tokens, cut = f"{train.tokens.supervised:,}", train.tokens.truncated_rows
+        told = f"{train.file}: {tokens} of {tokens} answer tokens are trained on"
+        if longer := len(train.dropped.get("overlong", ())) or cut:
+            loss = f"cut: {train.tokens.lost_tokens:,} tokens are lost" if cut else "left out"
+            of_all = f"{longer:,} of {train.lines - train.blank:,} rows of {train.file}"
+            told = f"warning: {of_all} are too long and {loss}; {tokens} answer tokens are left"
+        yield told
     name = held_out_split("auto", splits)
     if name is None or suggested.has_another_loss:
         return

@@ -66,20 +66,25 @@ class ColumnFlags:
     def giving_example(self, problem: type[ConfigError] = ConfigError) -> Iterator[None]:
         """Add a command that works to the message of a mistake with flags.
 
-        It names the columns that may be the question and the answer of the first table.
+        It names the columns of the flags as the first table has them, and else those that may be
+        the question and the answer.
         """
         try:
             yield
         except problem as error:
+            given = self._arguments
             changes: dict[str, Any] = dict.fromkeys((*TABLE_FLAGS, "split"))
             if self._tables:
-                question, answer = self._tables[0].guess_columns()
+                meant = map(
+                    self._tables[0].find_near, (given.prompt_feature, given.completion_feature)
+                )
+                question, answer = self._tables[0].guess_columns(*meant)
                 changes |= {"prompt_feature": question, "completion_feature": answer}
             if len(self._files) > 1:  # which may have other columns
-                folder = Path(self._arguments.data)
+                folder = Path(given.data)
                 folder = folder if folder.is_dir() else folder.parent
                 changes["data"] = folder / self._tables[0].name
-            command = write_command(self._arguments, **changes)
+            command = write_command(given, **changes)
             raise ConfigError(f"{error} For example: `{command}`") from error
 
     def read_columns(self) -> Columns | None:
@@ -148,12 +153,7 @@ class ColumnFlags:
         told = f"{facts.name} has no column {' and no column '.join(map(repr, missing))}"
         if complete:
             told += f", as {complete[0].name} has"
-        by_folded = {name.strip().casefold(): name for name in facts.columns}
-        near = [
-            repr(by_folded[folded])
-            for name in missing
-            for folded in difflib.get_close_matches(name.strip().casefold(), by_folded, 1, 0.7)
-        ]
+        near = [repr(meant) for name in missing if (meant := facts.find_near(name))]
         told += f"; did you mean {' and '.join(near)}?" if near else "."
         raise ConfigError(f"{told} {facts.describe()}.")
 

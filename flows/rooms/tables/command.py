@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -130,6 +131,9 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
             columns = flags.read_columns()
             share = None if arguments.split is None else read_share(arguments.split)
             system = flags.read_system()
+        known = frozenset[bytes]()
+        if arguments.champion is not None:
+            known = read_known_questions(*split_name(arguments.champion, None))
         is_drawn = bool(makes_chats or share is not None or arguments.champion)
         folder = _split_folder(data) if is_drawn else None
         target = _require_new_places(arguments, folder)
@@ -137,29 +141,41 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         if folder is None:
             return Prepared(target, None, None, told)
         source.require_rows()
-        known = frozenset[bytes]()
-        if arguments.champion is not None:
-            known = read_known_questions(*split_name(arguments.champion, None))
         names = replace(source.field_names, drop=tuple(arguments.drop_fields))
         split = SplitRequest(share or DEFAULT_SHARE, arguments.suite, known, names)
-        count_tokens = _make_token_counter(arguments.model)
-        request = Request(makes_chats, columns, system, share is not None, split, count_tokens)
+        count_answer = _make_answer_counter(arguments.model)
+        request = Request(makes_chats, columns, system, share is not None, split, count_answer)
         with flags.giving_example(TooManyQuestions):
             made = make_data_set(source, request, folder)
     return Prepared(target, folder, made, [*told, *made.told])
 
 
-def _make_token_counter(model: str) -> Callable[[str], int]:
-    """A function that counts the tokens of a text; the tokenizer is loaded as it is first asked."""
+def _make_answer_counter(model: str) -> Callable[[Sequence[Any], str], int | None]:
+    """A function that counts the tokens of an answer; None if the model cannot see them all.
+
+    The tokenizer is loaded as it is first asked.
+    """
 
     @cache
-    def load() -> Any:
+    def load() -> tuple[Any, int | None]:
         from nested_core.data.tokens.tokenizer_source import TokenizerSource
-        from nested_core.models.base_model import find_model_folder
+        from nested_core.models.base_model import context_length, find_model_folder
 
-        return TokenizerSource(str(find_model_folder(model))).load()
+        folder = find_model_folder(model)
+        return TokenizerSource(str(folder)).load(), context_length(folder)
 
-    return lambda text: len(load().encode(text, add_special_tokens=False))
+    def count_answer(turns: Sequence[Any], answer: str) -> int | None:
+        """The tokens of an answer to these turns."""
+        from nested_core.models.generation import encode_messages
+
+        tokenizer, context = load()
+        count = len(tokenizer.encode(answer, add_special_tokens=False))
+        asked = 0
+        with suppress(Exception):  # of a template, which the report on the data tells
+            asked = len(encode_messages(tokenizer, turns))
+        return count if context is None or asked + count < context else None
+
+    return count_answer
 
 
 def _split_folder(data: str) -> Path:

@@ -143,13 +143,15 @@ def suggest_config(
     masked, supervise = _choose_targets(judge, is_of_core=is_of_core)
     if "no-supervised-token" in _list_checks(masked):  # cut, some rows have a prompt alone
         base["data_policy"] = {"overlong": "drop"}
+        masked = judge(supervise)
     train = masked.splits["train"]
     if train.tokens and train.tokens.supervised <= SHORT_ANSWER * train.rows:
         supervise += (
             f"  sample_tokens: {SAMPLE_TOKENS}  # of an answer to a sample prompt in the gate: "
             f"yours are short\n"
         )
-    for batch_size, recomputes in _batch_sizes_and_recomputation(report):
+    trained = report if masked.errors else masked
+    for batch_size, recomputes in _batch_sizes_and_recomputation(trained):
         text = render(
             base,
             report,
@@ -168,7 +170,7 @@ def suggest_config(
     text = text.replace(_REGISTRY, registry or _REGISTRY)
     return SuggestedConfig(
         text,
-        report if masked.errors else masked,
+        trained,
         learns_answers=config.mask_prompt,
         has_another_loss=loss is not None,
     )

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.errors import ConfigError, join_first_values
@@ -32,7 +33,8 @@ class Request:
     system: the text for chats that have none.
     draws: whether valid and test are drawn although there are others, which is refused.
     split: how they are drawn, and where rows hold their fields.
-    count_tokens: of a text, by the model's tokenizer, for an eval set.
+    count_answer: the tokens of an answer to some turns, for an eval set; None where the model
+        cannot see them all.
     """
 
     makes_chats: bool
@@ -40,7 +42,7 @@ class Request:
     system: str | None
     draws: bool
     split: SplitRequest
-    count_tokens: Callable[[str], int]
+    count_answer: Callable[[Sequence[Any], str], int | None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     count = request.split.questions
     if request.makes_chats and count != 0:
         held_out = parts.get("test") or parts.get("valid") or []
-        eval_set = draw_eval_set(parts["train"], held_out, count, request.count_tokens)
+        eval_set = draw_eval_set(parts["train"], held_out, count, request.count_answer)
         told += [] if eval_set is None else [eval_set.describe()]
     with new_directory(target) as folder:
         for name, lines in (parts | ({"suite": eval_set.lines} if eval_set else {})).items():

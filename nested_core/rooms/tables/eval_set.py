@@ -91,7 +91,7 @@ def draw_eval_set(
     train: Iterable[bytes],
     held_out: Iterable[bytes],
     count: int | None,
-    count_tokens: Callable[[str], int],
+    count_answer: Callable[[Sequence[Any], str], int | None],
 ) -> EvalSet | None:
     """Draw questions that train does not ask, each another one, with a fixed seed.
 
@@ -99,7 +99,8 @@ def draw_eval_set(
         train, held_out: chats, a line of JSON each.
         count: how many questions. None draws LABEL_QUESTIONS at most where answers are labels, and
             returns None for other answers, and for questions of which only all right would tell.
-        count_tokens: of a text, by the model's tokenizer.
+        count_answer: the tokens of an answer to some turns; None where the model cannot see them
+            all, so that the question is not asked.
 
     Raises TooManyQuestions where the held-out rows have fewer than `count`.
     """
@@ -116,26 +117,37 @@ def draw_eval_set(
     every = Counter([one.answer for one in texts])
     every += Counter(answer for asked in new for answer in asked.answers)
     is_asked_for = count is not None
+    if not (is_asked_for or find_labels(every)):
+        return None
+    longest: dict[int, int] = {}  # answer, by the number of its question in new
+    for number, asked in enumerate(new):
+        counts = [count_answer(asked.turns, answer) for answer in asked.answers]
+        if None not in counts:
+            longest[number] = max(filter(None, counts), default=0)
     if count is None:
-        count = min(LABEL_QUESTIONS, len(new)) if find_labels(every) else 0
+        count = min(LABEL_QUESTIONS, len(longest))
         if count < MIN_EXAMPLES:
             return None
-    if not 0 < count <= len(new):
+    if not 0 < count <= len(longest):
         rows = f"the held-out rows have {len(new):,} different ones that train does not ask"
-        raise TooManyQuestions(count, len(new), rows)
-    longest = {id(asked): max(map(count_tokens, asked.answers)) for asked in new}
-    short = [asked for asked in new if longest[id(asked)] <= USUAL_ANSWER_TOKENS]
-    pool = short if len(short) >= count else new
+        if len(longest) < len(new):
+            rows += f", and {len(new) - len(longest):,} of them do not fit the model"
+        raise TooManyQuestions(count, len(longest), rows)
+    short = [number for number, tokens in longest.items() if tokens <= USUAL_ANSWER_TOKENS]
+    pool = short if len(short) >= count else [*longest]
     drawn = random.Random(SPLIT_SEED).sample(pool, count)
     score = choose_score(every)
-    lines = tuple(asked.write(score) for asked in drawn)
-    told = {"that train asks too": len(questions) - len(new)}
-    told[f"with an answer of more than {USUAL_ANSWER_TOKENS} tokens"] = len(new) - len(pool)
+    lines = tuple(new[number].write(score) for number in drawn)
+    told = {
+        "that train asks too": len(questions) - len(new),
+        "that are too long for the model with their answer": len(new) - len(longest),
+        f"with an answer of more than {USUAL_ANSWER_TOKENS} tokens": len(longest) - len(pool),
+    }
     extra = EXTRA_TOKENS_OF_A_LABEL if score == "exact" and find_labels(every) else EXTRA_TOKENS
     eval_set = EvalSet(
         lines,
         score,
-        max(longest[id(asked)] for asked in drawn) + extra,
+        max(longest[number] for number in drawn) + extra,
         _find_fixed_answer(lines, score),
         "".join(f"; not asked: {n:,} {what}" for what, n in told.items() if n),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 from collections import Counter
 from collections.abc import Mapping
@@ -79,15 +80,27 @@ class FileFacts:
         """All columns, such as `faq.csv has the columns A, B`."""
         return f"{self.name} has the columns {', '.join(self.columns)}"
 
-    def guess_columns(self) -> tuple[str, str]:
-        """The columns that may be the question and the answer: the longest text, and the last of
-        those that hold labels, or the last.
+    def find_near(self, name: str | None) -> str | None:
+        """The column of this name, or the one that was probably meant; None without one."""
+        if name is None or name in self.columns:
+            return name
+        by_folded = {column.strip().casefold(): column for column in self.columns}
+        near = difflib.get_close_matches(name.strip().casefold(), by_folded, 1, 0.7)
+        return by_folded[near[0]] if near else None
+
+    def guess_columns(self, question: str | None, answer: str | None) -> tuple[str, str]:
+        """The columns that may be the question and the answer, where they are not given: the
+        longest text, and the last of those that hold labels, or the last.
         """
         names = [name for name, texts in self.columns.items() if texts] or [*self.columns]
-        question = max(names, key=lambda name: sum(map(len, self.columns[name])))
-        others = [name for name in names if name != question] or names
-        labels = [name for name in others if find_labels(Counter(self.columns[name]))]
-        return question, (labels or others)[-1]
+        if question in (None, answer):
+            asked = [name for name in names if name != answer] or names
+            question = max(asked, key=lambda name: sum(map(len, self.columns[name])))
+        if answer is None:
+            others = [name for name in names if name != question] or names
+            labels = [name for name in others if find_labels(Counter(self.columns[name]))]
+            answer = (labels or others)[-1]
+        return question, answer
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_init_cuts_at_what_the_model_can_see_and_explain_counts_what_is_longer(t
     assert load_config(tmp_path / "lora.yaml").max_seq_length == 64
     assert "longer than the model can see and are cut" in (tmp_path / "lora.yaml").read_text()
     assert "data: 2 warnings (truncated 2), explained by" in done.stderr
+    assert re.search(
+        r"warning: \d of 10 rows of train.jsonl are too long and cut: \d+ tokens are lost; \d+ "
+        r"answer tokens are left\n",
+        done.stderr,
+    )
+    with (tmp_path / "data" / "train.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"prompt": "Where? " * 40, "completion": "Near."}))
+    done = called("init", *arguments, "-o", "drop.yaml", cwd=tmp_path)
+    assert load_config(tmp_path / "drop.yaml").data_policy.overlong == "drop"
+    assert re.search(
+        r"warning: \d of 11 rows of train.jsonl are too long and left out; \d+ answer tokens",
+        done.stderr,
+    )
     explained = called("explain", *arguments, "--num-layers", "-1", cwd=tmp_path)
     assert "longer than the 64 tokens that the model can see" in explained.stdout
 

@@ -27,7 +27,14 @@ def make(
     questions: int | None = None,
 ) -> tuple[DataSet, list[dict[str, Any]]]:
     (folder / "spool").mkdir()
-    request = Request(True, columns, system, False, SplitRequest(questions=questions), len)
+    request = Request(
+        True,
+        columns,
+        system,
+        False,
+        SplitRequest(questions=questions),
+        lambda _turns, answer: len(answer),
+    )
     made = make_data_set(Source.find(data, folder / "spool"), request, folder / "made")
     lines = [
         json.loads(line)

@@ -40,9 +40,16 @@ def write_train(folder: Path, rows: int, *, file: str = "train.jsonl") -> Path:
     return write_lines(folder / file, lines).parent
 
 
+def count_answer(turns: Sequence[dict], answer: str) -> int | None:
+    """Count characters, of a model that sees no question of more than 1,000."""
+    return len(answer) if len(turns[-1]["content"]) <= 1_000 else None
+
+
 def split_dataset(data: str, share: float, target: Path) -> dict[str, int]:
     """Split rows as they are, as `init --split` does."""
-    return dict(make(data, Request(False, None, None, True, SplitRequest(share), len), target).rows)
+    return dict(
+        make(data, Request(False, None, None, True, SplitRequest(share), count_answer), target).rows
+    )
 
 
 def make(data: str, request: Request, target: Path) -> DataSet:
@@ -189,7 +196,7 @@ def test_each_split_has_each_label_about_as_often_as_all_rows(tmp_path: Path) ->
 
 def draw(answers: Sequence[str], count: int | None = 5, train: int = 20) -> EvalSet:
     lines = [json.dumps(chat(f"{n}?", answer)).encode() for n, answer in enumerate(answers)]
-    drawn = draw_eval_set(lines[:train], lines[train:], count, len)
+    drawn = draw_eval_set(lines[:train], lines[train:], count, count_answer)
     assert drawn is not None
     return drawn
 
@@ -212,8 +219,8 @@ def test_answers_that_tell_nothing_have_no_eval_set_unless_it_is_asked_for(
     answers: list[str],
 ) -> None:
     lines = [json.dumps(chat(f"{n}?", answer)).encode() for n, answer in enumerate(answers)]
-    assert draw_eval_set(lines[:20], lines[20:], None, len) is None
-    assert draw_eval_set(lines[:20], lines[20:], 4, len) is not None
+    assert draw_eval_set(lines[:20], lines[20:], None, count_answer) is None
+    assert draw_eval_set(lines[:20], lines[20:], 4, count_answer) is not None
 
 
 def test_the_longest_answer_says_how_many_tokens_one_may_have() -> None:
@@ -271,13 +278,26 @@ def test_min_is_above_one_answer_of_very_many_questions(questions: int, right: i
 def test_a_question_of_train_is_not_asked_and_each_right_answer_counts() -> None:
     lines = [json.dumps(chat(*pair)).encode() for pair in (("a?", "1 b"), ("c?", "2 d"))]
     more = [json.dumps(chat(*pair)).encode() for pair in (("A ?", "3 e"), ("f?", "g"), ("f?", "h"))]
-    drawn = draw_eval_set(lines, more, 1, len)
+    drawn = draw_eval_set(lines, more, 1, count_answer)
     assert drawn is not None
     (question,) = map(json.loads, drawn.lines)
     assert (question["messages"][0]["content"], question["expected"]) == ("f?", ["g", "h"])
     assert drawn.left_out == "; not asked: 1 that train asks too"
     with pytest.raises(TooManyQuestions, match="from 1 to 1 questions"):
-        draw_eval_set(lines, more, 2, len)
+        draw_eval_set(lines, more, 2, count_answer)
+
+
+def test_a_question_that_the_model_cannot_see_whole_is_not_asked() -> None:
+    more = [
+        json.dumps(chat(f"{n}?" * (501 if n % 2 else 1), f"{n} is it.")).encode() for n in range(8)
+    ]
+    drawn = draw_eval_set([], more, 4, count_answer)
+    assert drawn is not None
+    asked = [json.loads(line)["messages"][-1]["content"] for line in drawn.lines]
+    assert sorted(asked) == ["0?", "2?", "4?", "6?"]
+    assert "; not asked: 4 that are too long for the model with their answer" in drawn.describe()
+    with pytest.raises(TooManyQuestions, match="and 4 of them do not fit the model"):
+        draw_eval_set([], more, 5, count_answer)
 
 
 def questions_of(lines: Iterable[bytes]) -> set[bytes]:
@@ -368,7 +388,9 @@ def test_rows_of_own_splits_that_ask_what_is_known_are_told(tmp_path: Path) -> N
     asked = [json.dumps(chat(f"What is {n}?", "-")).encode() for n in (1, 2, 3)]
     known = {RowTexts.of(row, ANY).question for row in asked}
     split = SplitRequest(trained=known)
-    made = make(str(data), Request(False, None, None, False, split, len), tmp_path / "made")
+    made = make(
+        str(data), Request(False, None, None, False, split, count_answer), tmp_path / "made"
+    )
     assert made.rows == {"train": 4, "valid": 5, "test": 7}
     told = "asked in the champion's data too: {} of your {} split, not trained on"
     assert [told.format("3 rows", "valid"), told.format("2 rows", "test")] == list(made.told)

@@ -113,8 +113,10 @@ def test_rows_that_correct_the_champions_are_trained_on(
     arguments = parse(
         "night.csv", *named("Q", "A"), "--system", "Be.", "--champion", "registry/faq"
     )
+    (tmp_path / "night-split").mkdir()  # which is no reason to keep a wrong name back
     with pytest.raises(ConfigError, match="has no champion whose rows are kept"):
         prepare(arguments)
+    (tmp_path / "night-split").rmdir()
     promote(tmp_path / "registry", "faq", version, by="ann")
     prepared = prepare(arguments)
     assert prepared.made is not None

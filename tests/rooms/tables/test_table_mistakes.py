@@ -25,6 +25,7 @@ TICKETS = "Id,Created,Description,Triage,Priority\n" + "".join(
     f"{n},2026-11-01,My parcel {n} is not here,{'shipping' if n % 2 else 'billing'},{n % 3}\n"
     for n in range(30)
 )
+FAQ = "Question,Answer\n" + "".join(f"Is it {n}?,It is {n} indeed.\n" for n in range(30))
 GOOD = named("Description", "Triage")
 
 
@@ -64,6 +65,12 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "a letter wrong, in the answer": Mistake(
         ("has no column 'Triag'; did you mean 'Triage'?",), named("Description", "Triag")
+    ),
+    "a letter wrong, where answers are longer than questions": Mistake(
+        ("did you mean 'Question'?", "--prompt-feature Question --completion-feature Answer "),
+        named("Quesion", "Answer"),
+        data="faq.csv",
+        files={"faq.csv": FAQ},
     ),
     "a column that is nowhere": Mistake(
         ("has no column 'Question'. tickets.csv has the columns Id,",), named("Question", "Triage")
