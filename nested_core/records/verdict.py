@@ -898,9 +898,11 @@ class Verdict:
     def describe_losses(self) -> str:
         """Describe the held-out loss, its conclusion, and the champion's loss."""
         parts = [self.describe_loss()]
-        if self.validation is not None:
-            parts.append(self.validation.describe_conclusion() or "")
-        parts.append(self.broken_answers or self.answers_in_words)
+        conclusion = None if self.validation is None else self.validation.describe_conclusion()
+        if conclusion is None or self.broken_answers:
+            parts += [conclusion or "", self.broken_answers or self.answers_in_words]
+        else:
+            parts.append(self.describe_passed().removeprefix("passed, "))
         if self.champion is not None:
             parts.append(self.champion.describe())
         return "; ".join(filter(None, parts))

@@ -33,7 +33,7 @@ class Request:
     system: the text for chats that have none.
     draws: whether valid and test are drawn although there are others, which is refused.
     split: how they are drawn, and where rows hold their fields.
-    count_answer: the tokens of an answer to some turns, for an eval set; None where the model
+    count_answer: the tokens of an answer to some turns, for an eval set; None if the model
         cannot see them all.
     """
 

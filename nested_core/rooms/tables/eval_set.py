@@ -99,7 +99,7 @@ def draw_eval_set(
         train, held_out: chats, a line of JSON each.
         count: how many questions. None draws LABEL_QUESTIONS at most where answers are labels, and
             returns None for other answers, and for questions of which only all right would tell.
-        count_answer: the tokens of an answer to some turns; None where the model cannot see them
+        count_answer: the tokens of an answer to some turns; None if the model cannot see them
             all, so that the question is not asked.
 
     Raises TooManyQuestions where the held-out rows have fewer than `count`.

@@ -64,7 +64,8 @@ def test_a_few_lines_and_a_table_tell_the_night(judged: Path) -> None:
     assert list(facts) == ["Outcome", "Loss", "Data", "Made of", "Run folder"]
     assert facts["Outcome"] == "verified ada9ad: promoted"
     assert facts["Loss"] == (
-        "validation loss 3.142 -> 0.02135 (valid.jsonl, 84 examples, step 80); champion "
+        "validation loss 3.142 -> 0.02135 (valid.jsonl, 84 examples, step 80); 14 of 15 right; "
+        "champion "
         "c4a3c4a3c4a3 1.191, difference -1.17 (-1.2 to -1.1), better"
     )
     assert "| answers, capitals (champion 15) | 0 of 15 | 14 of 15 | +0.933 (" in plain(page)
