@@ -134,6 +134,8 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     if server is not None and not server.generator.has_ended:
         tell("ended by force: an answer under way did not come to its end")
         os._exit(1)  # the thread of the answer would keep the process
+    if server is not None and code:
+        os._exit(code)  # a second signal: a thread may compute still, which the end would abort
     return lambda: code
 
 
