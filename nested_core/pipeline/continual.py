@@ -141,6 +141,7 @@ def conditions_digest(
         "data": dataset.digest,
         "settings": settings,
         "gate": replace_configured_paths(config.gate_bounds, _hash_file).model_dump(mode="json"),
+        "samples": [config.samples, config.training.sample_tokens],
         "ancestors": _list_ancestor_digests(config, champion),
         "rule": asdict(effective_rule(section)),
         "min_improvement": section.min_improvement,

@@ -81,9 +81,7 @@ def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(tm
 
 def test_an_interrupt_while_the_program_imports_ends_it_without_a_traceback(tmp_path: Path) -> None:
     """A module that it imports first presses Ctrl-C."""
-    (tmp_path / "argparse.py").write_text(
-        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
-    )
+    (tmp_path / "difflib.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.run([PROGRAM, "runs"], env=environment, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (-signal.SIGINT, "")

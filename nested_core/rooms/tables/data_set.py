@@ -100,6 +100,8 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     count = request.split.questions
     if request.makes_chats and count != 0:
         held_out = parts.get("test") or parts.get("valid") or []
+        known = request.split.trained
+        held_out = [line for line in held_out if RowTexts.of(line, names).question not in known]
         eval_set = draw_eval_set(parts["train"], held_out, count, request.count_answer)
         told += [] if eval_set is None else [eval_set.describe()]
     with new_directory(target) as folder:
@@ -143,4 +145,4 @@ def read_known_questions(registry: Path, name: str) -> frozenset[bytes]:
     if missing := sum(data.missing for data in kept):
         warnings.warn(f"--champion: {missing:,} of its rows are not known here", stacklevel=2)
     texts = (RowTexts.of(render_row(row.row), FieldNames()) for row in rows)
-    return frozenset(question for one in texts for question in one.asked)
+    return frozenset(question for one in texts for question in (*one.asked, one.question))

@@ -131,7 +131,8 @@ def test_from_a_table_to_a_judged_adapter_in_three_commands(name, tmp_path, mode
     words = command(table, model, "--suite", str(questions), "-o", "lora.yaml")
     made = called(*words, cwd=tmp_path)
     assert made.code == 0, made.stderr
-    drawn = f"eval set: {questions} held-out questions (--suite N, 0 for none); score {table.score}, answers of at most"
+    drawn = f"eval set: {questions} held-out questions (--suite N, 0 for none); "
+    drawn += f"score {table.score}, answers of at most"
     assert drawn in made.stderr
     (task,) = yaml.safe_load((tmp_path / "lora.yaml").read_text())["gate"]["tasks"]
     assert task["score"] == table.score
