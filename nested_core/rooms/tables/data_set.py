@@ -101,8 +101,7 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     if request.makes_chats and count != 0:
         held_out = parts.get("test") or parts.get("valid") or []
         known = request.split.trained
-        held_out = [line for line in held_out if RowTexts.of(line, names).question not in known]
-        eval_set = draw_eval_set(parts["train"], held_out, count, request.count_answer)
+        eval_set = draw_eval_set(parts["train"], held_out, count, request.count_answer, known)
         told += [] if eval_set is None else [eval_set.describe()]
     with new_directory(target) as folder:
         for name, lines in (parts | ({"suite": eval_set.lines} if eval_set else {})).items():

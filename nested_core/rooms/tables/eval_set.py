@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -92,11 +92,13 @@ def draw_eval_set(
     held_out: Iterable[bytes],
     count: int | None,
     count_answer: Callable[[Sequence[Any], str], int | None],
+    known: Set[bytes] = frozenset(),
 ) -> EvalSet | None:
     """Draw questions that train does not ask, each another one, with a fixed seed.
 
     Args:
         train, held_out: chats, a line of JSON each.
+        known: further questions that are not drawn, as if train asked them.
         count: how many questions. None draws LABEL_QUESTIONS at most where answers are labels, and
             returns None for other answers, and for questions of which only all right would tell.
         count_answer: the tokens of an answer to some turns; None if the model cannot see them
@@ -105,7 +107,7 @@ def draw_eval_set(
     Raises TooManyQuestions where the held-out rows have fewer than `count`.
     """
     texts = [RowTexts.of(line, FieldNames()) for line in train]
-    trained = {question for one in texts for question in one.asked}
+    trained = known | {question for one in texts for question in one.asked}
     questions: dict[bytes, _Question] = {}
     for line in held_out:
         turns = json.loads(line)["messages"]
