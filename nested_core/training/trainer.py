@@ -174,9 +174,7 @@ class Trainer:
         Raises TrainingStopped if a stop is requested before the end, TrainingDiverged after
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
-        if (
-            not self.setup.run.trial_mark.exists()
-        ):  # its steps are thrown away: they only tell the time
+        if not self.setup.run.trial_mark.exists():  # the steps of a trial only tell the time
             self.setup.loss_fn.begin()
         try:
             self.world.allow_longer()  # the first step compiles: that is no hanging process

@@ -348,9 +348,7 @@ def fold_prompt(question: Question) -> bytes:
     A plain text has the key of a user's turn, as which the chat template asks it.
     """
     prompt = question.prompt
-    turns = (
-        [["user", prompt]] if isinstance(prompt, str) else [list(turn.values()) for turn in prompt]
-    )
+    turns = [["user", prompt]] if isinstance(prompt, str) else [turn.values() for turn in prompt]
     return b"\0".join(
         fold_case_and_space(part.encode(errors="surrogatepass")) for turn in turns for part in turn
     )

@@ -234,6 +234,8 @@ class HeldOutComparison:
         with restoring_parameters(parameters):
             load_adapter_tensors(base.model, base.parameters)
             self._base = read_parameters(parameters)
+        self._values: Sequence[Flat] = ()
+        self._without_effect: list[int] = []
 
     def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
         """The loss of each pair with each of `values`; a pair counts as one token.
@@ -241,10 +243,12 @@ class HeldOutComparison:
         The base is computed where the loss compares with it and no adapter is without effect.
         """
         _, rows = lay_out_pairs(read_pairs(batch))
-        without_effect = [row for row, one in enumerate(values) if self._is_base(one)]
-        beside = [self._base] if self._has_reference and not without_effect else []
+        if self._values is not values:  # they are the same for all batches of a split
+            self._values = values
+            self._without_effect = [row for row, one in enumerate(values) if self._is_base(one)]
+        beside = [self._base] if self._has_reference and not self._without_effect else []
         compared = self._comparison.compare([*beside, *values], rows)
-        of_base = -compared.losses[without_effect[0] if without_effect else 0]
+        of_base = -compared.losses[self._without_effect[0] if self._without_effect else 0]
         losses = compared.losses[len(beside) :]
         tokens = compared.tokens.reshape(2, -1)
         divergences = compared.divergences[len(beside) :].reshape(len(values) - 1, *tokens.shape)
@@ -260,9 +264,8 @@ class HeldOutComparison:
 
     def _is_base(self, values: Flat) -> bool:
         """Whether values of the parameters are an adapter without effect; lora_a then has none."""
-        same = [
-            mx.array_equal(value, self._base[name])
+        return all(
+            mx.array_equal(value, self._base[name]).item()
             for name, value in values.items()
             if not name.endswith("lora_a")
-        ]
-        return bool(mx.all(mx.stack(same)).item())
+        )
