@@ -74,10 +74,10 @@ def collect_garbage(
     """Remove all versions except the champion, those it may be replaced by, and the newest.
 
     Kept are: the champion, the version it replaced, the target of a rollback; the `keep` versions
-    that were registered or champion last; a version
-    registered less than an hour ago that was never champion, since its promotion may be going on;
-    and of the champion's and such a version's lineage the `keep` newest, and all down to the oldest
-    whose examples are stored, since later runs train on them.
+    that were registered or champion last; a version registered less than an hour ago that was never
+    champion, since its promotion may be going on; and of the champion's and such a version's
+    lineage the `keep` newest, and all down to the oldest whose examples are stored, since later
+    runs train on them.
 
     dry_run: report what would be removed, and remove nothing.
     by: who asks, for the history.

@@ -76,7 +76,7 @@ def _read_yaml_questions(path: Path, content: bytes, score: Score) -> Iterator[N
     """
     if len(content) > MAX_YAML_SUITE_BYTES:
         raise DatasetError(
-            f"gate.tasks: {path} is larger than {MAX_YAML_SUITE_BYTES:,} bytes, the most of an "
+            f"eval set: {path} is larger than {MAX_YAML_SUITE_BYTES:,} bytes, the most of an "
             f"eval set in YAML. Write it as JSON Lines, which may have {MAX_SUITE_BYTES:,}."
         )
     try:
@@ -86,7 +86,7 @@ def _read_yaml_questions(path: Path, content: bytes, score: Score) -> Iterator[N
         raise DatasetError(f"eval set: {error}") from error
     if not isinstance(questions, list):
         raise DatasetError(
-            f"gate.tasks: {path} should be a list of questions, `- prompt: ...` and `expected: "
+            f"eval set: {path} should be a list of questions, `- prompt: ...` and `expected: "
             f"...` each; found a {type(questions).__name__}."
         )
     for index, question in enumerate(questions):

@@ -95,7 +95,8 @@ def read_candidates(validation_losses: Path, *, are_ties: bool = False) -> Candi
     """
     steps = read_step_losses(validation_losses)
     if are_ties:
-        steps = [one for one in steps if one.wrong == min(step.wrong for step in steps)]
+        fewest = min((one.wrong for one in steps), default=0.0)
+        steps = [one for one in steps if one.wrong == fewest]
     contents = steps[0].contents if steps else None
     if contents is None or any(step.contents != contents for step in steps):
         return Candidates(max(1, len(steps)))
