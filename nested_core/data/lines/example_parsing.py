@@ -381,7 +381,7 @@ TEMPLATED_FORMATS = [name for name, entry in FORMATS.items() if entry.is_templat
 UNTEMPLATED_FORMATS = [name for name in FORMATS if name not in TEMPLATED_FORMATS]
 CONVERSATION_FORMATS = [name for name, entry in FORMATS.items() if entry.is_conversation]
 _PLAIN_MESSAGE_KEYS = frozenset(("role", "content"))
-# Keys that chat templates read; what else a message holds never reaches the model.
+# Keys that chat templates read; any other key of a message is dropped: it never reaches the model.
 _KNOWN_MESSAGE_KEYS = _PLAIN_MESSAGE_KEYS | {"name", "reasoning_content", "thinking"}
 _KNOWN_MESSAGE_KEYS_BY_ROLE = {
     "assistant": _KNOWN_MESSAGE_KEYS | {"tool_calls"},
@@ -607,9 +607,6 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         unknown -= marks
     if kind.read is None:
         return Example(name, [], None, fields[kind.fields[0]], frozenset(unknown))
-    messages = [t if t.keys() == _PLAIN_MESSAGE_KEYS else _drop_nothing(t) for t in messages]
-    # Turns with more than role and content
-    odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
     tools = fields.get("tools") or None  # an empty list of tools is none
     unread: list[str] = []
     if unknown:
@@ -617,16 +614,18 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         passed_over = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
         unread = list_unread_fields(row, unknown - passed_over, [messages, tools, rest])
     prefix = f"{field_names.key_of(kind.fields[0])}[]."
-    for turn in odd:
+    for index, turn in enumerate(messages):
+        if turn.keys() == _PLAIN_MESSAGE_KEYS:
+            continue
         known = _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
-        unexpected = turn.keys() - known
-        if unexpected:
-            read = [{**turn, **dict.fromkeys(unexpected)}]  # the turn without their content
-            unread += [prefix + key for key in list_unread_fields(turn, unexpected, read)]
-            unknown |= {prefix + key for key in unexpected}
+        said = _drop_nothing(turn)
+        messages[index] = {key: value for key, value in said.items() if key in known}
+        unexpected = said.keys() - known
+        unread += [prefix + key for key in list_unread_fields(said, unexpected, [messages[index]])]
+        unknown |= {prefix + key for key in unexpected}
     if unread:
         raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
-    is_plain = tools is None and not odd
+    is_plain = tools is None and all(turn.keys() == _PLAIN_MESSAGE_KEYS for turn in messages)
     return Example(name, messages, tools, "", frozenset(unknown), is_plain, places, masked, rest)
 
 

@@ -95,6 +95,24 @@ def called(ids: list[str | None], *, is_text: bool, is_bare: bool) -> dict[str, 
     return {"messages": [TURNS[0], asking, *results, TURNS[1]], "tools": [{"name": "find"}]}
 
 
+@pytest.mark.parametrize("calls", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"id": "abc"},
+        {"timestamp": "2026-11-28T10:00:00Z", "created_at": 1764324000.5},
+        {"id": None, "edited": True, "metadata": {"user": "u-1", "labels": ["a", 2]}},
+    ],
+)
+def test_ids_and_times_of_turns_make_no_other_row_and_names_do(more, calls) -> None:
+    plain = called([None, None], is_text=False, is_bare=False) if calls else {"messages": TURNS}
+    exported = plain | {"messages": [turn | more for turn in plain["messages"]]}
+    assert (digest_of(exported), RowKeys.of(exported)) == (digest_of(plain), RowKeys.of(plain))
+    named = plain | {"messages": [plain["messages"][0] | {"name": "Bo"}, *plain["messages"][1:]]}
+    assert digest_of(named) != digest_of(plain)
+    assert RowKeys.of(named).folded != RowKeys.of(plain).folded
+
+
 @pytest.mark.parametrize("ids", [["call_1", "call_2"], ["x", "a"], [None, None]])
 @pytest.mark.parametrize("is_text", [True, False])
 @pytest.mark.parametrize("is_bare", [True, False])

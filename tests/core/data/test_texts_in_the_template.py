@@ -45,6 +45,21 @@ def found(report: DatasetReport, *checks: str) -> list[tuple[str, int | None, st
     ]
 
 
+def test_a_key_of_turns_that_is_no_part_of_a_row_reaches_no_template(write_data: WriteData) -> None:
+    template = CONTENT_ALONE.replace("{{ m.content }}", "{{ m.id }}{{ m.content }}")
+    plain = chat("Where is A?", "In Aland.")
+    exported = {"messages": [turn | {"id": f"x{n}"} for n, turn in enumerate(plain["messages"])]}
+    folder = write_data(train=[plain, exported], valid=HELD_OUT)
+    report, splits = load(folder, build_tokenizer(template), batch_size=1)
+    train = splits["train"]
+    assert train.example(0).tolist() == train.example(1).tolist()
+    assert len(set(train.contents.tolist())) == 1
+    assert [one[:2] for one in found(report, "duplicate")] == [("warning", 2)]
+    (_, line, warning) = found(report, "unknown-key")[0]
+    assert line == 2
+    assert warning.startswith("ignored: messages[].id")
+
+
 def test_reasoning_that_is_not_shown_is_an_error_in_the_learnt_turn_and_a_warning_before_it(
     write_data: WriteData,
 ) -> None:

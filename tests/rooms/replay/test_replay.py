@@ -103,6 +103,20 @@ def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp
 
 
 @needs_rooms("preferences")
+def test_a_later_export_of_the_same_chats_with_other_ids_is_known(tmp_path) -> None:
+    def export(night: str, *texts: str) -> list[str]:
+        answer = {"role": "assistant", "content": "1", "created": night}
+        asked = [{"role": "user", "content": text, "id": f"{night}{text}"} for text in texts]
+        return [json.dumps({"messages": [turn, answer]}) for turn in asked]
+
+    write_split(tmp_path / "new", train=export("b", "a?", "b?"), valid=export("b", "held?"))
+    write_split(tmp_path / "old", train=export("a", "c?", "b?", "held?"))
+    run, record = choose(configure(tmp_path, "old", iters=40), tmp_path / "run")
+    (old,) = record.sources
+    assert (old.rows, old.repeated, old.superseded, old.held_out) == (3, 1, 0, 1)
+    assert replayed_prompts(run) == ["c?"]
+
+
 def test_pairs_are_superseded_by_the_opposite_pair_alone(tmp_path) -> None:
     def pair(prompt: str, chosen: str, rejected: str) -> str:
         turns = [{"role": "user", "content": prompt}]
