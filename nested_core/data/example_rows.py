@@ -22,6 +22,8 @@ from nested_core.data.lines.example_parsing import (
     FieldNames,
     find_row_format,
     parse_line,
+    parse_plain_row,
+    read_completion,
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
@@ -98,13 +100,19 @@ class RowKeys:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RowKeys:
         """Compute the keys of a row as `read_split_rows` returns it."""
-        content, asked = b"", list[bytes]()
-        with suppress(LineProblem):  # a row that is no valid example has no content
-            example = parse_line(json.dumps(row).encode(), ANY_ROLE)
-            content = (flatten_example(example, ANY_ROLE).content or "").encode()
-            asked = fold_questions(example)
-        digest = sha256(content).digest()
-        return cls(digest, _key(fold_case_and_space(content)), _key(asked[-1]) if asked else None)
+        content, turns = "", list[dict[str, Any]]()
+        line = json.dumps(row).encode()
+        if (plain := None if rb"\u0000" in line else parse_plain_row(line, ANY_ROLE)) is not None:
+            content = plain[2]
+            turns = read_completion(row).messages if "prompt" in row else row.get("messages", [])
+        else:
+            with suppress(LineProblem):  # a row that is no valid example has no content
+                example = parse_line(line, ANY_ROLE)
+                content, turns = flatten_example(example, ANY_ROLE).content or "", example.messages
+        asked = fold_questions(turns)
+        prompt = _key(asked[-1]) if asked else None
+        encoded = content.encode()
+        return cls(sha256(encoded).digest(), _key(fold_case_and_space(encoded)), prompt)
 
 
 def _key(text: bytes) -> bytes:

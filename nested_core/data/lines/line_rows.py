@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -73,14 +73,8 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
         else "\n".join(collect_strings([example.messages, example.tools, example.rest]))
     )
     unknown = ", ".join(sorted(example.unknown_keys)) or None
-    return LineRow(
-        example.format,
-        roles,
-        content,
-        shown,
-        _name_first_blank_field(example, field_names),
-        unknown,
-    )
+    blank_field = _name_first_blank_field(example, field_names)
+    return LineRow(example.format, roles, content, shown, blank_field, unknown)
 
 
 def fold_case_and_space(content: bytes) -> bytes:
@@ -102,20 +96,20 @@ def digest_example(example: Example) -> int:
     return int.from_bytes(sha256(fold_case_and_space(content.encode())).digest()[:8], "little")
 
 
-def fold_questions(example: Example) -> list[bytes]:
+def fold_questions(turns: Sequence[Mapping[str, Any]]) -> list[bytes]:
     """Return the roles, texts and calls of the turns before each answer, without case and space.
 
     System turns, tools and names do not count. The last turn is an answer whatever its role.
     """
     asked: list[str] = []
     questions = []
-    for index, turn in enumerate(map(_turn_to_compare, example.messages), 1):
-        is_answer = turn["role"] == "assistant" or index == len(example.messages)
-        if asked and is_answer:
+    for index, turn in enumerate(turns, 1):
+        role = turn["role"]
+        if asked and (role == "assistant" or index == len(turns)):
             questions.append(fold_case_and_space("\0".join(asked).encode()))
-        if turn["role"] != "system":
-            calls = _json_to_compare(turn.get("tool_calls"))
-            asked += [turn["role"], turn.get("content") or "", calls]
+        if role != "system":
+            calls = [_call_to_compare(call) for call in turn.get("tool_calls", ())]
+            asked += [role, turn.get("content") or "", _json_to_compare(calls) if calls else ""]
     return questions
 
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from nested_core import seams
 from nested_core.data.lines.example_parsing import ANY_LOSS, FieldNames, parse_line
@@ -132,7 +133,7 @@ class RowTexts:
     answer: str
     whole: str
 
-    @property
+    @cached_property
     def question(self) -> bytes:
         """The last question, or else the whole text, without case and white space."""
         return self.asked[-1] if self.asked else fold_case_and_space(self.whole.encode())
@@ -148,7 +149,7 @@ class RowTexts:
         texts = [turn.get("content") or json.dumps(turn.get("tool_calls")) for turn in turns]
         ends = [end for end, turn in enumerate(turns) if end and turn["role"] == "assistant"]
         return cls(
-            fold_questions(example),
+            fold_questions(example.messages),
             "\n".join(texts[: ends[-1]]) if ends else "",
             texts[-1] if ends else "",
             "\n".join([example.text, *texts, *collect_strings(dict(example.rest))]),
@@ -229,14 +230,13 @@ class _Draw:
                     taken += group
             left = too_large[::-1]
             least = self.questions if split == "test" else 1
-            while left and (len(taken) < size or self._count_questions(taken) < least):
+            while left and (
+                len(taken) < size or len({self.texts[row].question for row in taken}) < least
+            ):
                 taken += left.pop(min(range(len(left)), key=lambda index: len(left[index])))
             parts[split] = taken
         parts["train"] = [row for group in [*kept, *left] for row in group]
         return parts
-
-    def _count_questions(self, rows: Iterable[int]) -> int:
-        return len({self.texts[row].question for row in rows})
 
     def _spread_labels(self, groups: list[list[int]]) -> list[list[int]]:
         """The groups, so ordered that each stretch has each label about as often as all have.

@@ -113,8 +113,7 @@ def draw_eval_set(
         turns = json.loads(line)["messages"]
         if _is_askable(line, turns):
             key = RowTexts.of(line, FieldNames()).question
-            asked = questions.setdefault(key, _Question(turns[:-1]))
-            asked.answers.append(str(turns[-1]["content"]))
+            questions.setdefault(key, _Question(turns[:-1])).answers.append(turns[-1]["content"])
     new = [asked for key, asked in questions.items() if key not in trained]
     every = Counter([one.answer for one in texts])
     every += Counter(answer for asked in new for answer in asked.answers)

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nested_core.data import example_digests
 from nested_core.data.example_digests import TrainedRows, decode_digests, encode_digests
@@ -15,6 +17,31 @@ from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.line_rows import digest_example
 from tests.left_out import needs_rooms
 
+TEXTS = st.text() | st.sampled_from(
+    [
+        "",
+        " ",
+        "\0",
+        "\\u0000",
+        "\x1c",
+        "\u2028",
+        "\ud800",
+        'say "a"\\',
+        "\\n",
+        "NaN",
+        "1e999",
+        "Ä ß \xa0",
+        "[]",
+    ]
+)
+ROLES = st.sampled_from(["system", "user", "assistant", "tool", "critic"])
+ONE_TURN = st.fixed_dictionaries({"role": ROLES, "content": TEXTS | st.none() | st.just(3)})
+ROWS = (
+    st.fixed_dictionaries({"prompt": TEXTS, "completion": TEXTS})
+    | st.fixed_dictionaries({"messages": st.lists(ONE_TURN, max_size=5)})
+    | st.fixed_dictionaries({"text": TEXTS})
+    | st.dictionaries(st.sampled_from(["prompt", "completion", "text", "rejected"]), TEXTS)
+)
 TURNS = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
 
 
@@ -37,6 +64,11 @@ def test_digests_of_another_form_as_earlier_versions_recorded_them_are_not_known
         0,
         "no record says by its content which rows version 0123 was trained on",
     )
+
+
+@given(ROWS)
+def test_the_fast_parser_and_the_complete_one_give_a_row_the_same_keys(row: dict[str, Any]) -> None:
+    assert RowKeys.of(row) == RowKeys.of(row | {"id": 1})  # the fast one takes no row with an id
 
 
 @pytest.mark.parametrize(
@@ -67,8 +99,8 @@ def test_a_row_with_tools_is_the_same_in_another_order_of_keys_and_with_argument
     written: list[Any] = [arguments, turned, json.dumps(arguments), json.dumps(turned, indent=1)]
     tools = [{"name": "find", "description": "Finds."}, {"description": "Finds.", "name": "find"}]
     digests = set()
-    for given in written:
-        calls = [{"function": {"name": "find", "arguments": given}}]
+    for form in written:
+        calls = [{"function": {"name": "find", "arguments": form}}]
         rows = [
             {"messages": [TURNS[0], answer | {"tool_calls": calls}], "tools": [tool]}
             for tool in tools
