@@ -80,7 +80,7 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
             base_damage.append(find_damage(answer, prompt.expected, base.tokenizer))
     if not asked:
         return []
-    has_parent = not base.is_unchanged_by(evidence.before)
+    has_parent = not base.is_unchanged_by(evidence.before.to_mlx())
     parent_texts: list[str | None] = [None] * len(asked)
     if has_parent:
         parent_texts = [answer.text.strip() for answer in _ask(base, evidence.before, asked)]

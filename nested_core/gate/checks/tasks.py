@@ -140,7 +140,7 @@ def _asked_models(
 ) -> list[AskedModel]:
     """Return the models to ask. Cached answers are good enough for all but the candidate."""
     asked = [AskedModel("base", base, None)]
-    if not base.is_unchanged_by(evidence.before):
+    if not base.is_unchanged_by(evidence.before.to_mlx()):
         asked.append(AskedModel("parent", base, evidence.before))
     if champion is not None:
         asked.append(AskedModel("champion", champion.base, champion.adapter))

@@ -76,14 +76,14 @@ class LoadedBase:
             loaded = session.load_base(config)
         return cls(config, loaded.model, loaded.parameters, loaded.folder, loaded.tokenizer)
 
-    def is_unchanged_by(self, adapter: Adapter) -> bool:
-        """Whether an adapter has no effect: its weights are those of a fresh one, but for lora_a.
+    def is_unchanged_by(self, tensors: Mapping[str, mx.array]) -> bool:
+        """Return whether an adapter has no effect: its tensors, but lora_a, are a fresh one's.
 
         Every lora_b is then zero, so that lora_a has no effect.
         """
         return all(
             mx.array_equal(array, self.parameters[name].astype(array.dtype)).item()
-            for name, array in adapter.to_mlx().items()
+            for name, array in tensors.items()
             if not name.endswith("lora_a")
         )
 
@@ -302,7 +302,7 @@ def measure_example_losses(
     before, after = initial.to_mlx(), trained.to_mlx()
     adapters = [before, after]
     wants_base = base.config.gate.drift
-    if wants_base and not base.is_unchanged_by(initial):
+    if wants_base and not base.is_unchanged_by(before):
         adapters = [base.parameters, before, after]
     predictions = base.compare_predictions(adapters, held_out.split)
     losses = held_out.make_losses(

@@ -228,6 +228,7 @@ class HeldOutComparison:
     """
 
     def __init__(self, base: LoadedBase, parameters: ParameterRefs) -> None:
+        self._loaded = base
         self._loss = PreferenceLoss.of_config(base.config)
         self._has_reference = find_reference(base.config) is not None
         self._comparison = PredictionComparison.of_model(base.model, parameters)
@@ -245,7 +246,8 @@ class HeldOutComparison:
         _, rows = lay_out_pairs(read_pairs(batch))
         if self._values is not values:  # they are the same for all batches of a split
             self._values = values
-            self._without_effect = [row for row, one in enumerate(values) if self._is_base(one)]
+            without = [row for row, one in enumerate(values) if self._loaded.is_unchanged_by(one)]
+            self._without_effect = without
         beside = [self._base] if self._has_reference and not self._without_effect else []
         compared = self._comparison.compare([*beside, *values], rows)
         of_base = -compared.losses[self._without_effect[0] if self._without_effect else 0]
@@ -260,12 +262,4 @@ class HeldOutComparison:
             tokens=(tokens[0] > 0).astype(np.float64),
             answer_losses=losses.reshape(-1, *tokens.shape),
             answer_tokens=tokens,
-        )
-
-    def _is_base(self, values: Flat) -> bool:
-        """Whether values of the parameters are an adapter without effect; lora_a then has none."""
-        return all(
-            mx.array_equal(value, self._base[name]).item()
-            for name, value in values.items()
-            if not name.endswith("lora_a")
         )
