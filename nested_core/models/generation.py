@@ -140,8 +140,7 @@ def encode_prompt(tokenizer: Any, prompt: str, rows: PromptFormat | None = None)
     asked_as = rows or PromptFormat()
     if not asked_as.is_chat:
         return list(tokenizer.encode(prompt))
-    turns = [*asked_as.begin_chat(), {"role": "user", "content": prompt}]
-    return encode_messages(tokenizer, turns, asked_as.tools)
+    return encode_messages(tokenizer, asked_as.ask(prompt), asked_as.tools)
 
 
 def require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Any) -> None:

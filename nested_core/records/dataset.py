@@ -289,9 +289,10 @@ class PromptFormat:
     system: str | None = None
     tools: list[dict[str, Any]] | None = None
 
-    def begin_chat(self) -> list[dict[str, str]]:
-        """Return the first messages of a conversation: the system text, if all rows share one."""
-        return [] if self.system is None else [{"role": "system", "content": self.system}]
+    def ask(self, prompt: str) -> list[dict[str, str]]:
+        """Return the chat that asks a prompt: begun with the system text, if all rows share one."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": prompt}]
 
     @classmethod
     def read(cls, dataset_or_provenance: Path) -> PromptFormat | None:

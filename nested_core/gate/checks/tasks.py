@@ -102,7 +102,7 @@ def answer_tasks(judged: CheckedRun, suites: Sequence[Suite]) -> tuple[AnswerRec
         for asked in _asked_models(base, evidence, champion)
         for record in ask_model(asked, encoded)
     ]
-    return tuple(_select_judging_answers(records, suites, base.config, run))
+    return tuple(_select_judging_answers(records, [one.suite for one in encoded], base.config, run))
 
 
 def _select_judging_answers(
@@ -171,10 +171,6 @@ def score_answers(
     """
     scored = encoded.score(answers)
     suite = encoded.suite
-    prompts = [fold_prompt(question) for question in suite.questions]
-    first_lines: dict[bytes, int] = {}
-    for question, prompt in zip(suite.questions, prompts, strict=True):
-        first_lines.setdefault(prompt, question.line)
     return [
         AnswerRecord(
             task=suite.name,
@@ -188,11 +184,11 @@ def score_answers(
             endless=answer.is_endless,
             repeated=answer.is_repeated,
             seconds=seconds,
-            same_prompt_as=None if first_lines[prompt] == question.line else first_lines[prompt],
+            same_prompt_as=None if first == question.line else first,
             expected=expected_label(question),
         )
-        for question, prompt, answer, score in zip(
-            suite.questions, prompts, answers, scored.scores, strict=True
+        for question, first, answer, score in zip(
+            suite.questions, suite.first_lines, answers, scored.scores, strict=True
         )
     ]
 

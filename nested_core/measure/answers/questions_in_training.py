@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
@@ -34,7 +34,7 @@ STEPS_FOR_ALL = 300  # a shorter run asks fewer, so that asking takes a small pa
 
 
 def choose_questions(suite: Suite, steps: int) -> tuple[int, ...]:
-    """Return the indices of the questions that a run of `steps` optimizer steps asks.
+    """Return the lines of the questions that a run of `steps` optimizer steps asks.
 
     At most a quarter of the suite and at most one batch; a suite with too few questions for that is
     asked whole. A run of fewer than STEPS_FOR_ALL steps asks proportionally fewer. `suite` must
@@ -43,9 +43,9 @@ def choose_questions(suite: Suite, steps: int) -> tuple[int, ...]:
     count = len(suite.questions)
     share_limit = count // LARGEST_SHARE if count >= LARGEST_SHARE * 2 * LEAST_QUESTIONS else count
     step_limit = max(LEAST_QUESTIONS, MOST_QUESTIONS * steps // STEPS_FOR_ALL)
-    order = list(range(count))
-    Random(suite.name).shuffle(order)  # the same order for every run: a longer one asks more of it
-    return tuple(order[: min(share_limit, MOST_QUESTIONS, step_limit)])
+    lines = [question.line for question in suite.questions]
+    Random(suite.name).shuffle(lines)  # the same order for every run: a longer one asks more of it
+    return tuple(lines[: min(share_limit, MOST_QUESTIONS, step_limit)])
 
 
 def lines_that_chose(suite: Suite) -> frozenset[int]:
@@ -54,10 +54,8 @@ def lines_that_chose(suite: Suite) -> frozenset[int]:
     These are the questions of a run of STEPS_FOR_ALL steps, which include those of any shorter run.
     Empty if they are more than half of the suite. `suite` must have each prompt once.
     """
-    indices = choose_questions(suite, STEPS_FOR_ALL)
-    if len(indices) > len(suite.questions) // 2:
-        return frozenset()
-    return frozenset(suite.questions[index].line for index in indices)
+    lines = choose_questions(suite, STEPS_FOR_ALL)
+    return frozenset(lines if len(lines) <= len(suite.questions) // 2 else ())
 
 
 @dataclass(frozen=True)
@@ -76,17 +74,15 @@ class QuestionsInTraining:
         encode: `encode_suites` with the tokenizer, the base model and the rows' prompt format.
         """
         named = config.training.evaluate_tasks
-        chosen = []
-        for suite in (configured.without_copies for configured in read_suites(config.gate)):
-            if suite.name in named:
-                indices = choose_questions(suite, steps)
-                questions = tuple(suite.questions[index] for index in indices)
-                chosen.append(replace(suite, questions=questions))
+        suites = encode([suite for suite in read_suites(config.gate) if suite.name in named])
+        chosen = tuple(
+            one.select(choose_questions(one.suite.without_copies, steps)) for one in suites
+        )
         if chosen:
-            asked = ", ".join(f"{len(suite.questions)} of {suite.name}" for suite in chosen)
+            asked = ", ".join(f"{len(one.prompts)} of {one.suite.name}" for one in chosen)
             few = f" (few, for the run has {steps} steps)" if steps < STEPS_FOR_ALL else ""
             stages.info("questions while it trains: %s%s", asked, few)
-        return cls(encode(chosen), tokenizer)
+        return cls(chosen, tokenizer)
 
     def ask(
         self,
@@ -108,17 +104,11 @@ class QuestionsInTraining:
         tasks = {}
         with restoring_parameters(refs):
             assign_parameters(refs, values)
-            for full_suite in self.suites:
+            for full in self.suites:
                 check_stop()
-                suite = _take_share(full_suite, share)
+                count = max(1, int(share * len(full.prompts)))
+                suite = full.select(question.line for question in full.suite.questions[:count])
                 answers = suite.answer(model, self.tokenizer, lambda _: check_stop())
                 right = suite.score(answers).mean
                 tasks[suite.suite.name] = {"right": right, "questions": len(answers)}
         return {"tasks": tasks, "task_seconds": time.perf_counter() - started}
-
-
-def _take_share(full: EncodedSuite, share: float) -> EncodedSuite:
-    """Return a suite with only the first `share` of its questions, at least one."""
-    count = max(1, int(share * len(full.prompts)))
-    suite = replace(full.suite, questions=full.suite.questions[:count])
-    return replace(full, suite=suite, prompts=full.prompts[:count], choices=full.choices[:count])

@@ -8,7 +8,7 @@ training begins, and must be unchanged when the gate asks them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -106,12 +106,16 @@ class Suite:
         return regular_sha256(self.method.place)
 
     @cached_property
+    def first_lines(self) -> tuple[int, ...]:
+        """For each question, the line of the first one with the same prompt."""
+        firsts: dict[bytes, int] = {}
+        return tuple(firsts.setdefault(fold_prompt(one), one.line) for one in self.questions)
+
+    @property
     def without_copies(self) -> Self:
         """The suite with only the first question of each prompt."""
-        firsts: dict[bytes, Question] = {}
-        for question in self.questions:
-            firsts.setdefault(fold_prompt(question), question)
-        return replace(self, questions=tuple(firsts.values()))
+        pairs = zip(self.questions, self.first_lines, strict=True)
+        return replace(self, questions=tuple(one for one, first in pairs if one.line == first))
 
 
 @dataclass(frozen=True)
@@ -168,13 +172,15 @@ class EncodedSuite:
         prompts: list[tuple[int, ...]] = []
         choices: list[tuple[tuple[int, ...], ...]] = []
         problems = []
+        asked: list[Question] = []
         asked_as = prompt_format or PromptFormat()
         is_chat = asked_as.is_chat and has_chat_template(tokenizer)
         for question in suite.questions:
             tools = None
             if is_chat and isinstance(question.prompt, str):
-                turns = (*asked_as.begin_chat(), {"role": "user", "content": question.prompt})
-                question, tools = replace(question, prompt=turns), asked_as.tools
+                question = replace(question, prompt=tuple(asked_as.ask(question.prompt)))
+                tools = asked_as.tools
+            asked.append(question)
             try:
                 prompt = _encode_prompt(question, tokenizer, tools)
             except Exception as error:  # a template may raise anything
@@ -204,7 +210,16 @@ class EncodedSuite:
             path = suite.method.place
             summary = f"{path} cannot be asked of this model."
             raise DatasetError(describe_bad_questions(path, problems, summary))
+        suite = replace(suite, questions=tuple(asked))
         return cls(suite, tuple(prompts), tuple(choices), context)
+
+    def select(self, lines: Iterable[int]) -> Self:
+        """Return the suite with only the questions on these lines, in this order."""
+        encoded = zip(self.suite.questions, self.prompts, self.choices, strict=True)
+        by_line = {row[0].line: row for row in encoded}
+        questions, prompts, choices = zip(*(by_line[line] for line in lines), strict=True)
+        suite = replace(self.suite, questions=questions)
+        return replace(self, suite=suite, prompts=prompts, choices=choices)
 
     def answer(
         self, model: nn.Module, tokenizer: Any, on_answered: OnAnswered | None = None
@@ -273,23 +288,22 @@ class EncodedSuite:
 
 
 def _encode_prompt(question: Question, tokenizer: Any, tools: Any = None) -> tuple[int, ...]:
-    """Return the token ids of a question's prompt.
-
-    A plain text gets the tokenizer's start token unless it begins with it. Chat messages go through
-    the chat template.
+    """Return the token ids of a question's prompt; chat messages go through the chat template.
 
     tools: that the chat template shows.
     """
     if isinstance(question.prompt, str):
-        text = question.prompt
-        bos_token = tokenizer.bos_token
-        is_started = bos_token is not None and text.startswith(bos_token)
-    else:
-        template = chat_template_of(tokenizer)
-        turns = template.prepare(question.prompt)
-        text = template.render(turns, tools, add_generation_prompt=True)
-        is_started = True
+        return _encode_text(question.prompt, tokenizer)
+    template = chat_template_of(tokenizer)
+    text = template.render(template.prepare(question.prompt), tools, add_generation_prompt=True)
     # verbose=False: transformers would warn of a long text, which `encode` reports with its line
+    return tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def _encode_text(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """Return the token ids of a text, with the tokenizer's start token unless it begins with it."""
+    start = tokenizer.bos_token
+    is_started = start is not None and text.startswith(start)
     return tuple(tokenizer.encode(text, add_special_tokens=not is_started, verbose=False))
 
 
@@ -300,12 +314,10 @@ def _encode_choice(question: Question, choice: str, tokenizer: Any) -> tuple[int
     them, or if the prompt is a chat, the choice is encoded alone.
     """
     if isinstance(question.prompt, str):
-        prompt = _encode_prompt(question, tokenizer)
-        bos_token = tokenizer.bos_token
-        is_started = bos_token is not None and question.prompt.startswith(bos_token)
-        tokens = tokenizer.encode(question.prompt + choice, add_special_tokens=not is_started)
-        if tuple(tokens[: len(prompt)]) == prompt:
-            return tuple(tokens[len(prompt) :])
+        prompt = _encode_text(question.prompt, tokenizer)
+        tokens = _encode_text(question.prompt + choice, tokenizer)
+        if tokens[: len(prompt)] == prompt:
+            return tokens[len(prompt) :]
     return tuple(tokenizer.encode(choice, add_special_tokens=False))
 
 

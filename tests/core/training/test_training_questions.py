@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm import load
 
 from nested_core.config.sections import TaskSection
 from nested_core.errors import ConfigError, TrainingStopped
@@ -22,12 +24,13 @@ from nested_core.measure.answers.questions_in_training import (
     choose_questions,
     lines_that_chose,
 )
-from nested_core.measure.answers.suite_answers import EncodedSuite, read_suites
+from nested_core.measure.answers.suite_answers import EncodedSuite, encode_suites, read_suites
 from nested_core.pipeline import steps
 from nested_core.records.answers import AnsweringRole, AnswerRecord, read_answers
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.adapter import read_adapter
 from nested_core.training.training_state import TrainingState
-from tests.example import DATA, Finished, example_config, prepare, require_refused, train
+from tests.example import DATA, MODEL, Finished, example_config, prepare, require_refused, train
 from tests.left_out import slow_except
 
 HELD_OUT = DATA / "held_out.jsonl"
@@ -78,11 +81,11 @@ def test_a_quarter_of_a_suite_and_one_batch_at_most_is_asked_and_fewer_in_a_shor
 ) -> None:
     config = example_config(**settings(write_suite(tmp_path / "suite.jsonl", count)))
     (suite,) = read_suites(config.gate)
-    places = choose_questions(suite, steps_of_run)
-    assert len(places) == len(set(places)) == asked
+    lines = choose_questions(suite, steps_of_run)
+    assert len(lines) == len(set(lines)) == asked
     chose = lines_that_chose(suite)
     assert len(chose) == left_out
-    assert not chose or {place + 1 for place in places} <= chose
+    assert not chose or {*lines} <= chose
 
 
 def test_answers_are_those_of_suites_that_there_are_and_choose_in_one_process() -> None:
@@ -217,6 +220,31 @@ def test_questions_that_chose_judge_where_there_are_no_others_and_are_counted(as
     judged = verdict.validation
     assert judged is not None
     assert (judged.chosen_among, judged.selected_on_same_data) == (ties, ties > 1)
+
+
+def test_a_prompt_and_the_chat_as_which_it_is_asked_are_one_question(asked, tmp_path) -> None:
+    texts = [f"{n}?" for n in range(40)]
+    system = {"role": "system", "content": "Be brief."}
+    chats = [{"messages": [system, {"role": "user", "content": text}]} for text in texts]
+    lines = [*({"prompt": text} for text in texts), *chats]
+    path = tmp_path / "suite.jsonl"
+    path.write_text("\n".join(json.dumps(line | {"expected": "a"}) for line in lines))
+    config = example_config(**settings(path))
+    tokenizer = load(str(MODEL))[1]
+    rows = PromptFormat(system="Be brief.")
+    encode = partial(encode_suites, tokenizer=tokenizer, base=MODEL, prompt_format=rows)
+    (chosen,) = QuestionsInTraining.from_config(config, tokenizer, encode, 1000).suites
+    chose = {question.line for question in chosen.suite.questions}
+    assert len(chose) == len(set(chosen.prompts)) == 10
+    assert chose <= set(range(1, 41))
+    answers = [
+        replace(records("candidate", [1.0], 1)[0], task="capitals", line=line)
+        for line in range(1, 81)
+    ]
+    suites = [one.suite for one in encode(read_suites(config.gate))]
+    judging = _select_judging_answers(answers, suites, config, asked.run)
+    copies = {line + 40 for line in chose}
+    assert {answer.line for answer in judging} == set(range(1, 81)) - chose - copies
 
 
 def test_questions_that_chose_are_known_by_their_prompts_in_any_suite(asked, tmp_path) -> None:

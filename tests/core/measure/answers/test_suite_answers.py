@@ -15,6 +15,7 @@ import pytest
 from mlx_lm import load
 
 from nested_core.errors import ConfigError, DatasetError
+from nested_core.gate.checks.tasks import score_answers
 from nested_core.measure.answers.answer_cache import (
     AnsweringModelDigests,
     answer_cache,
@@ -22,7 +23,7 @@ from nested_core.measure.answers.answer_cache import (
 )
 from nested_core.measure.answers.scorers import ScoringMethod
 from nested_core.measure.answers.suite_answers import EncodedSuite, Suite
-from nested_core.models.generation import Sampling
+from nested_core.models.generation import Answer, Sampling
 from nested_core.records.dataset import PromptFormat
 from nested_core.training.loss import logit_budget
 from tests.core.measure.answers.test_suites import write
@@ -282,6 +283,25 @@ def test_a_choice_has_a_best_constant_answer_and_a_schema_alone_has_none(tmp_pat
     line = {"prompt": "1?", "schema": {"type": "object"}}
     suite = Suite.read("each", ScoringMethod(write(tmp_path / "b.jsonl", line), "json"))
     assert suite.find_best_constant([1]) is None
+
+
+def test_a_prompt_is_the_chat_as_which_it_is_asked(tmp_path: Path) -> None:
+    turns = [("system", " be BRIEF."), ("system", "Be long."), ("user", "fiji?")]
+    brief, long, user = [{"role": role, "content": content} for role, content in turns]
+    chats = [{"messages": [first, user]} for first in (brief, long)]
+    asked = [chats[0], {"prompt": "Fiji?"}, chats[1], {"messages": [user]}]
+    path = write(tmp_path / "s.jsonl", *(line | {"expected": "Suva"} for line in asked))
+    suite = Suite.read("capitals", ScoringMethod(path, "exact"))
+
+    def first_lines(prompt_format: PromptFormat) -> list[int]:
+        encoded = EncodedSuite.encode(suite, example()[1], None, prompt_format=prompt_format)
+        answers = [Answer("Suva", 1, is_endless=False, is_repeated=False)] * 4
+        records = score_answers(encoded, "base", answers, 0.1)
+        assert encoded.select([3, 1]).prompts == (encoded.prompts[2], encoded.prompts[0])
+        return [record.same_prompt_as or record.line for record in records]
+
+    assert first_lines(PromptFormat(system="Be brief.")) == [1, 1, 3, 4]
+    assert first_lines(PromptFormat()) == [1, 2, 3, 2]
 
 
 def test_a_prompt_is_asked_as_the_rows_were(tmp_path: Path) -> None:
