@@ -20,7 +20,7 @@ from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit, UInt64
 
 Digests = UInt64
 DIGEST_BYTES = 8
-IDENTITY = "normalized content"  # changes with `digest_example`: other records are not known
+IDENTITY = "turns without system"  # changes with `digest_example`: other records are not known
 MAX_RECORDED_DIGESTS = 4_000_000  # 43 MB in provenance.json, which may have 64
 
 
@@ -32,8 +32,7 @@ def digest_prompts(split: TokenizedSplit) -> Digests:
     """
     digests = []
     for index in range(len(split)):
-        example, learnt = split.example(index), split.example_mask(index)
-        first = int(learnt.argmax()) if learnt.any() else 0
+        example, first = split.example(index), int(split.example_mask(index).argmax())
         prompt = example[:first] if first > 1 else example
         digests.append(sha256(prompt.tobytes()).digest()[:DIGEST_BYTES])
     split.release_pages()

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from nested_core.data.lines.example_parsing import (
     LETTER_BY_ROLE,
@@ -23,9 +24,7 @@ from nested_core.data.lines.example_parsing import (
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.storage.untrusted_files import collect_strings
 
-_TOOL_CALL_LETTER = "c"
-_ORPHAN_RESULT_LETTER = "o"
-_OTHER_ROLE_LETTER = "x"
+_TOOL_CALL_LETTER, _ORPHAN_RESULT_LETTER, _OTHER_ROLE_LETTER = "c", "o", "x"
 _ASCII_WHITE_SPACE = bytes(byte for byte in range(128) if chr(byte).isspace())
 _LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
@@ -78,22 +77,22 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
 
 
 def fold_case_and_space(content: bytes) -> bytes:
-    """Lower the case of a text and remove all that str.isspace takes for white space."""
+    """Lower the case, remove what str.isspace takes for white space, and compose letters (NFC)."""
     if content.isascii():
         return content.translate(_LOWERCASE_BYTE_TABLE, _ASCII_WHITE_SPACE)
-    return "".join(content.decode().casefold().split()).encode()
+    return normalize("NFC", "".join(content.decode().casefold().split())).encode()
 
 
 def digest_example(example: Example) -> int:
-    """Return 64 bits of the SHA-256 of an example's content: what identifies it in any data set.
+    """Return 64 bits of the SHA-256 of an example's turns: what identifies it in any data set.
 
-    Case, white space and the marks of turns that are not learnt do not count, nor do settings. A
-    room's row, such as a pair, is known by its turns, so that it is the same as a row that has them
-    alone.
+    Settings, case, white space, marks of turns that are not learnt, system turns and tools do not
+    count: whoever learnt the row with them knows its answer. A pair is known by its chosen answer.
     """
-    alone = example._replace(rest={})
-    content = _text_to_compare(alone, _letters_of_turns(alone))
-    return int.from_bytes(sha256(fold_case_and_space(content.encode())).digest()[:8], "little")
+    turns = [turn for turn in example.messages if turn["role"] != "system"]
+    alone = example._replace(messages=turns, tools=None, is_plain=False, rest={})
+    content = fold_case_and_space(_text_to_compare(alone, roles="").encode())
+    return int.from_bytes(sha256(content).digest()[:8], "little")
 
 
 def fold_questions(turns: Sequence[Mapping[str, Any]]) -> list[bytes]:

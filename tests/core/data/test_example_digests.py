@@ -80,6 +80,8 @@ def test_the_fast_parser_and_the_complete_one_give_a_row_the_same_keys(row: dict
         {"messages": TURNS, "loss_mask": [1, 1]},
         {"messages": TURNS, "tools": []},
         {"messages": TURNS, "tools": "[]"},
+        {"messages": TURNS, "tools": [{"name": "find"}]},
+        {"messages": [{"role": "system", "content": "Be kind."}, *TURNS]},
         {"prompt": "Who?", "completion": "Me.", "tools": None},
         {"messages": [*TURNS[:1], TURNS[1] | {"tool_calls": []}]},
         {"messages": [TURNS[0] | {"name": None}, TURNS[1] | {"tool_calls": None}]},
@@ -169,6 +171,12 @@ def test_all_that_is_white_space_is_ignored_in_chats_and_beside_tools(space, mor
     assert (digest_of(one), RowKeys.of(one).folded) == (digest_of(other), RowKeys.of(other).folded)
     other["messages"][0]["content"] = "Who are\nyou?"  # no backslash
     assert digest_of(one) != digest_of(other)
+
+
+def test_composed_and_decomposed_letters_are_the_same() -> None:
+    one, other = ({"prompt": f"Caf{e}?", "completion": "Yes."} for e in ("\xe9", "e\u0301"))
+    assert (digest_of(one), RowKeys.of(one).prompt) == (digest_of(other), RowKeys.of(other).prompt)
+    assert digest_of(one) != digest_of({"prompt": "Cafe?", "completion": "Yes."})
 
 
 def test_keys_of_arguments_are_in_order_whatever_their_case() -> None:
