@@ -58,9 +58,11 @@ _SPLIT_BY_WORD = {
     **{"training": "train", "testing": "test"},
     **dict.fromkeys(("validation", "val", "dev", "eval"), "valid"),
 }
+_SPLIT_BY_HINT = _SPLIT_BY_WORD | {"evaluation": "valid", "holdout": "test", "heldout": "test"}
 _SPLIT_WORDS = "|".join(_SPLIT_BY_WORD)
+_SPLIT_HINTS = f"({'|'.join(_SPLIT_BY_HINT)})(?:set|data)?"
 _ALONE = (0, 2)  # ranks of `_rank_split_name` of which a split has one file
-_IN_A_LONGER_NAME = 4
+_HINT = 4
 _COPIED_BYTES = 2**20  # at a time
 _MAX_SHOWN_PARTS = 2
 
@@ -144,11 +146,11 @@ def _find_split_files(data: str) -> dict[str, list[Path]]:
         if _SUFFIX_PATTERN.search(path.name):
             for rank, split in _rank_split_name(path):
                 found.setdefault(split, {}).setdefault(rank, []).append(path)
-    has_plain_train = min(found.get("train", {_IN_A_LONGER_NAME: []})) < _IN_A_LONGER_NAME
+    has_plain_train = min(found.get("train", {_HINT: []})) < _HINT
     files_of = {}
     for split in SPLITS:
-        rank = min(found.get(split, {_IN_A_LONGER_NAME: []}))
-        if split not in found or (has_plain_train and rank == _IN_A_LONGER_NAME):
+        rank = min(found.get(split, {_HINT: []}))
+        if split not in found or (has_plain_train and rank == _HINT):
             continue
         paths = files_of[split] = found[split][rank]
         if rank in _ALONE and len(paths) > 1:
@@ -163,16 +165,16 @@ def _rank_split_name(path: Path) -> Iterator[tuple[int, str]]:
     """Yield the split that a file is named after, if any, and how plainly: 0 is its very name.
 
     1 is a number behind it (train-2), 2 and 3 are the same of another word for it (validation), 4
-    is such a word at an end of a longer name (tickets_test). The plainest files of a folder count.
+    is a hint: such a word at an end of a longer name (tickets_test, TicketsTest), or a word for it
+    that eval sets have too (held_out, testset). The plainest files of a folder count.
     """
-    stem = _SUFFIX_PATTERN.sub("", path.name).lower()
-    if (plain := re.fullmatch(rf"({_SPLIT_WORDS})([-_.]?\d.*)?", stem)) is not None:
+    stem = _SUFFIX_PATTERN.sub("", path.name)
+    stem = re.sub("[-. ]|(?<=[A-Za-z])(?=[A-Z][a-z])", "_", stem).lower().replace("ld_out", "ldout")
+    if (plain := re.fullmatch(rf"({_SPLIT_WORDS})(_?\d.*)?", stem)) is not None:
         split = _SPLIT_BY_WORD[plain[1]]
         yield 2 * (plain[1] != split) + (plain[2] is not None), split
-    elif longer := re.fullmatch(
-        rf"({_SPLIT_WORDS})[-_. ].*|.*[-_. ]({_SPLIT_WORDS})([-_.]?\d+)?", stem
-    ):
-        yield _IN_A_LONGER_NAME, _SPLIT_BY_WORD[longer[1] or longer[2]]
+    elif hint := re.fullmatch(rf"{_SPLIT_HINTS}([_\d].*)?|.*_{_SPLIT_HINTS}(_?\d+)?", stem):
+        yield _HINT, _SPLIT_BY_HINT[hint[1] or hint[3]]
 
 
 def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str, SplitFile]:

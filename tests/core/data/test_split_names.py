@@ -36,6 +36,11 @@ def find(folder: Path, *names: str, data: str | None = None) -> dict[str, str]:
         ("train.csv faq_test.csv", "train.csv"),
         ("faq.csv contest.csv latest.csv", ""),
         ("faq.csv faq_test.csv", "- - faq_test.csv"),
+        ("faq.csv faq-held-out.csv", "- - faq-held-out.csv"),
+        ("trainset.csv evaluation.csv testset.csv", "trainset.csv evaluation.csv testset.csv"),
+        ("traindata.csv testdata.csv", "traindata.csv - testdata.csv"),
+        ("FAQTrain.csv FAQTest.csv Contest.csv", "FAQTrain.csv - FAQTest.csv"),
+        ("train.csv held_out.csv evaluation.csv testset.csv", "train.csv"),
     ],
 )
 def test_files_are_the_splits_that_they_are_named_after(
