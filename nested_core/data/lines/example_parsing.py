@@ -233,7 +233,7 @@ class Turns(NamedTuple):
 Fields = dict[str, Any]
 
 
-def read_completion(fields: Fields) -> Turns:
+def read_completion(fields: Mapping[str, Any]) -> Turns:
     """Build the two turns that mlx-lm makes of a prompt and a completion."""
     return Turns(
         [
