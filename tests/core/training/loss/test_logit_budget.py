@@ -141,7 +141,7 @@ def test_positions_that_are_cut_after_the_body_give_the_bits_that_their_products
         monkeypatch.setattr(logit_budget, "MIN_POSITIONS_IN_CACHES", positions)
         monkeypatch.setattr(logit_budget, "LOGIT_BYTES_IN_CACHES", 0)
         found.append(WITH_HEAD[name](model, batch))
-    # Sums of 50 losses in float32: one in 2**23 is the least difference that such a number can have.
+    # Sums of 50 losses in float32, which differ by at least one part in 2**24 where they differ.
     rounding = 0.0 if rounds_rows_alike(model) else 2.0**-22
     for figures in zip(*found, strict=True):
         for other in figures[1:]:
