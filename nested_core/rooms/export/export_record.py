@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from nested_core.errors import DamagedError, join_first_values
 from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
+from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.untrusted_files import file_type
 from nested_core.text.loss_format import NATS_PER_TOKEN, format_interval, format_loss
 
@@ -180,3 +182,25 @@ def read_export_record(artefact: Path) -> ExportRecord | None:
     """
     path = record_place(artefact)
     return None if file_type(path) == "missing" else EXPORT_FILE.read(path)
+
+
+def require_recorded_files(artefact: Path, record: ExportRecord) -> None:
+    """Raise DamagedError unless the files are those that were exported.
+
+    Further weights in a folder count too, for mlx_lm reads each `model*.safetensors`. A GGUF may
+    have another name by now than it was written under.
+    """
+    folder, recorded = artefact, record.files
+    if record.artefact == "gguf":
+        digest = next(iter(recorded.values()), "none")
+        folder, recorded = artefact.parent, {artefact.name: digest}
+    names = sorted({*recorded, *(path.name for path in artefact.glob("model*.safetensors"))})
+    present = [name for name in names if (folder / name).is_file()]
+    hashes = dict(zip(present, cached_sha256([folder / name for name in present]), strict=True))
+    if changed := [name for name in names if hashes.get(name) != recorded.get(name)]:
+        raise DamagedError(
+            f"{artefact} is not what {record_place(artefact)} describes. Missing, or other than "
+            f"exported: {join_first_values(changed, 3)}. Export {record.source} again, or restore "
+            f"the files. If you changed them on purpose, remove {record_place(artefact).name}: the "
+            f"folder is a model of its own then."
+        )

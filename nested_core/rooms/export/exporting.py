@@ -104,7 +104,6 @@ class _Written:
     """What was written: the format of its matrices, and what its tokenizer's SHA-256 has to be."""
 
     weights: WeightFormat
-    quantized_base: Quantized | None
     tokenizer: str
 
 
@@ -210,7 +209,7 @@ def export(
     again = "\nWith --dequantize its weights stay as they were fused."
     raise GateRejected(
         f"{target} was not kept: {record.describe()}.{problems}\nIt lies at {place} for a "
-        f"look.{again if written.quantized_base == 'kept' else ''}"
+        f"look.{again if record.quantized_base == 'kept' else ''}"
     )
 
 
@@ -323,10 +322,10 @@ def _write_folder(
     write_model_folder(draft, base, model, config)
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     if "quantization" in config:
-        return _Written("quantized", "kept", digest)
+        return _Written("quantized", digest)
     leaves: Any = tree_flatten(model.parameters())
     dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
-    return _Written(FORMATS[dtype], _dequantized(base), digest)
+    return _Written(FORMATS[dtype], digest)
 
 
 def _write_gguf(
@@ -335,7 +334,7 @@ def _write_gguf(
     """Write a fused model as a GGUF."""
     name = f"{source.base.name}-{source.adapter.digest()[:12]}"
     digest = write_gguf(draft, model, tokenizer, quantization, name)
-    return _Written(quantization, _dequantized(source.base), digest)
+    return _Written(quantization, digest)
 
 
 def _judge(
@@ -355,12 +354,11 @@ def _judge(
             tokenizer = unpack_gguf(draft, Path(unpacked))
             reading = read_in_fresh_process(Path(unpacked), asked, dtype=dtype)
         reading = replace(reading, tokenizer=tokenizer)
+    quantized_base: Quantized | None = None
+    if {*QUANTIZATION_KEYS} & read_model_config(source.base).keys():
+        quantized_base = "kept" if written.weights == "quantized" else "dequantized"
     findings = judge_reading(
-        asked,
-        (*compared, reading),
-        weights=written.weights,
-        quantized_base=written.quantized_base,
-        tokenizer=written.tokenizer,
+        asked, (*compared, reading), weights=written.weights, tokenizer=written.tokenizer
     )
     template = compared[1].chat_template
     files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]
@@ -368,7 +366,7 @@ def _judge(
     return ExportRecord(
         artefact="folder" if draft.is_dir() else "gguf",
         weights=written.weights,
-        quantized_base=written.quantized_base,
+        quantized_base=quantized_base,
         files={path.relative_to(folder).as_posix(): regular_sha256(path) for path in files},
         source=source.model.name,
         version=source.adapter.digest(),
@@ -388,11 +386,6 @@ def _judge(
         prompt_format=source.model.prompt_format,
         packages={name: installed_version(name) for name in RECORDED_PACKAGES},
     )
-
-
-def _dequantized(base: Path) -> Quantized | None:
-    """The word for weights written in full whose base is quantized; None for any other base."""
-    return "dequantized" if {*QUANTIZATION_KEYS} & read_model_config(base).keys() else None
 
 
 def publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:

@@ -21,7 +21,6 @@ from nested_core.rooms.export.asked import Asked, HeldOutRows
 from nested_core.rooms.export.export_record import (
     KeptGain,
     LogitComparison,
-    Quantized,
     SuiteCount,
     WeightFormat,
 )
@@ -60,7 +59,6 @@ def judge_reading(
     readings: tuple[Reading, Reading, Reading],
     *,
     weights: WeightFormat,
-    quantized_base: Quantized | None,
     tokenizer: str,
 ) -> Findings:
     """Compare what fresh processes read of base, adapter and artefact, in this order.
@@ -74,7 +72,7 @@ def judge_reading(
     gain = None
     if asked.rows is not None:
         needed, margin = MIN_KEPT_GAIN, MIN_MARGIN
-        if quantized_base == "kept":
+        if weights == "quantized":
             needed, margin = MIN_KEPT_GAIN_QUANTIZED, MAX_LOST_NATS_QUANTIZED
         gain = measure_kept_gain(
             asked.rows, [read.likelihoods for read in readings], needed, margin
@@ -129,10 +127,7 @@ def _find_wrong_logits(logits: LogitComparison) -> Iterator[str]:
 
 
 def measure_kept_gain(
-    rows: HeldOutRows,
-    likelihoods: Sequence[Vector],
-    needed: float,
-    margin: float = MIN_MARGIN,
+    rows: HeldOutRows, likelihoods: Sequence[Vector], needed: float, margin: float = MIN_MARGIN
 ) -> KeptGain:
     """Measure how much an artefact lost to the adapter on held-out rows, and what may be lost.
 

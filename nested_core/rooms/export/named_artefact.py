@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nested_core.data.example_digests import TrainedRows
 from nested_core.pipeline.named_models import NamedModel, RecordedBase
-from nested_core.rooms.export.export_record import read_export_record
+from nested_core.rooms.export.export_record import read_export_record, require_recorded_files
 from nested_core.rooms.export.gguf import is_gguf, unpack_gguf
 
 
@@ -14,7 +14,7 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
     """The model at a path with its record, if it has one; None for a path without both.
 
     A GGUF is unpacked into the folder `temporary`. Raises ConfigError for a GGUF of another family,
-    DamagedError for damaged files.
+    DamagedError for damaged files and for other files than those that the record describes.
     """
     path = model = Path(given)
     if is_gguf(path):
@@ -25,6 +25,7 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
     record = read_export_record(path)
     if record is None:
         return None if model == path else NamedModel(given, str(model))
+    require_recorded_files(path, record)
     made_of = RecordedBase(record.base, record.base_fingerprint)
     seen = TrainedRows.from_json(record.trained_on, str(path))
     rows = record.prompt_format

@@ -11,8 +11,10 @@ import mlx.core as mx
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.pipeline.named_models import find_rows_of_base
 from nested_core.rooms.evaluate.evaluating import evaluate
 from nested_core.storage.adapter import read_adapter
+from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import DATA, MODEL, example_config
 from tests.rooms.evaluate.conftest import CAPITALS, Judged
 
@@ -20,6 +22,7 @@ pytest.importorskip("nested_core.rooms.export", reason="the room export is not t
 from nested_core.rooms.export.exporting import export
 from nested_core.rooms.export.fusing import load_fused
 from nested_core.rooms.export.gguf import write_gguf
+from nested_core.rooms.export.named_artefact import find_artefact
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,8 @@ def gguf(judged: Judged, exported: Path) -> Path:
     )
     write_gguf(judged.folder / "model.gguf", model, tokenizer, "f16", "model")
     record = json.loads((exported / "export.json").read_bytes())
-    record |= {"artefact": "gguf", "weights": "f16"}
+    files = {"written.gguf": regular_sha256(judged.folder / "model.gguf")}
+    record |= {"artefact": "gguf", "weights": "f16", "files": files}
     (judged.folder / "model.export.json").write_text(json.dumps(record))
     return judged.folder / "model.gguf"
 
@@ -69,6 +73,38 @@ def test_an_export_whose_base_is_another_one_now_is_refused(exported: Path, tmp_
     (fused / "export.json").write_text("{}")
     with pytest.raises(DamagedError, match="export.json: artefact: Field required"):
         evaluate([fused], suites=[CAPITALS])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model-2.safetensors"])
+def test_an_export_with_other_files_than_its_record_has_is_refused(
+    name: str, exported: Path, tmp_path: Path
+) -> None:
+    fused = Path(shutil.copytree(exported, tmp_path / "fused"))
+    assert find_rows_of_base(fused).unknown is None
+    shutil.copy(MODEL / name.replace("-2", ""), fused / name)
+    with (fused / name).open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(
+        DamagedError, match=rf"fused is not what .*export\.json .*: {name}\. Export"
+    ):
+        evaluate([fused], suites=[CAPITALS])
+    with pytest.raises(DamagedError, match="is not what"):
+        find_rows_of_base(fused)
+    (fused / name).unlink()
+    if name != "model-2.safetensors":
+        with pytest.raises(DamagedError, match=f"Missing, or other than exported: {name}"):
+            find_rows_of_base(fused)
+
+
+def test_a_gguf_with_the_record_of_another_is_refused(gguf: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    shutil.copy(gguf, other)
+    shutil.copy(gguf.with_name("model.export.json"), tmp_path / "other.export.json")
+    assert find_artefact(str(other), tmp_path / "first") is not None  # under another name
+    with other.open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(DamagedError, match=r"other\.gguf is not what .*other\.export\.json"):
+        find_artefact(str(other), tmp_path / "second")
 
 
 def test_a_gguf_that_is_not_understood_is_refused_by_name(gguf: Path, tmp_path: Path) -> None:

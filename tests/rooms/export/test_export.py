@@ -304,7 +304,7 @@ class Measured:
     asked: Asked
     read: tuple[Reading, Reading]
 
-    def find_problems(self, artefact: Path, weights: Any, quantized: Any = None) -> str:
+    def find_problems(self, artefact: Path, weights: Any) -> str:
         """What is said of an artefact."""
         reading = read_in_fresh_process(artefact, self.asked, dtype="float32")
         own = digest_tokens(describe_vocabulary(self.asked.tokenizer, 0))
@@ -312,7 +312,6 @@ class Measured:
             self.asked,
             (*self.read, reading),
             weights=weights,
-            quantized_base=quantized,
             tokenizer=self.read[1].tokenizer if artefact.is_dir() else own,
         )
         return " ".join(findings.problems)
@@ -338,7 +337,7 @@ def measured(trained: Callable[..., Trained]) -> Callable[..., Measured]:
 def test_a_folder_that_was_fused_wrong_is_seen(how, bits, measured, tmp_path) -> None:
     known = measured(bits)
     broken = _break(how, known.source, tmp_path, dequantize=False)
-    problems = known.find_problems(broken, *(("quantized", "kept") if bits else ("bfloat16",)))
+    problems = known.find_problems(broken, "quantized" if bits else "bfloat16")
     expected = {**BROKEN_ADAPTERS, **BROKEN_FILES}.get(how, (None, "its logits are"))[1]
     assert expected in problems
 
