@@ -25,12 +25,7 @@ def promote(path: Path, name: str, version: str) -> Decision:
 
 @retried_task("roll-back", "roll-back {name}", REGISTRY_RETRY_DELAYS)
 def roll_back(
-    path: Path,
-    name: str,
-    to: str | None,
-    by: str,
-    *,
-    reason: str | None = None,
+    path: Path, name: str, to: str | None, by: str, *, reason: str | None = None
 ) -> Decision:
     """Make `to`, or the champion before this one, the champion again; `by` and `reason` are noted.
 
@@ -40,13 +35,7 @@ def roll_back(
     if (change := find_own_change(path, name)) is not None:
         return announce_promotion(path, name, _decision_of(change))
     done = registry.rollback(
-        path,
-        name,
-        to=to,
-        by=by,
-        only_former_champions=True,
-        reason=reason,
-        origin=read_origin(),
+        path, name, to=to, by=by, only_former_champions=True, reason=reason, origin=read_origin()
     )
     return announce_promotion(path, name, done)
 

@@ -286,17 +286,27 @@ def _print_change(arguments: argparse.Namespace, done: Decision) -> Callable[[],
 
 def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show every change of the champion, oldest first."""
-    from nested_core.registry import history, read_champion, read_version_losses
+    from nested_core.registry import history, read_champion, read_version_verdicts
     from nested_core.registry.data_store import read_lineage
     from nested_core.registry.ledger import describe_author
 
     entries = history(arguments.registry, arguments.name)
     champion = read_champion(arguments.registry, arguments.name)
-    losses = read_version_losses(arguments.registry, arguments.name)
+    verdicts = read_version_verdicts(arguments.registry, arguments.name)
+    losses = {
+        version: {
+            "loss": held_out.loss_after,
+            "unit": held_out.unit,
+            "file": held_out.file or "held-out examples",
+        }
+        for version, verdict in verdicts.items()
+        if (held_out := verdict.validation) is not None and held_out.loss_after is not None
+    }
+    words = {version: verdict.describe() for version, verdict in verdicts.items()}
     lineage = [] if champion is None else read_lineage(arguments.registry, arguments.name, champion)
 
     def show() -> None:
-        """A line for each change, with versions shortened and each one's loss."""
+        """A line for each change with its version's loss, then the verdict of each version."""
         rows = [
             (
                 str(entry["time"])[:16].replace("T", " "),
@@ -313,6 +323,9 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
         print_table(columns, rows, title=f"{arguments.name}: champion {shown}")
         files = ", ".join(sorted({own["file"] for own in losses.values()})) or "none"
         units = join_units(own["unit"] for own in losses.values())
+        for version in dict.fromkeys(str(entry.get("version")) for entry in entries):
+            if version in words:
+                print_line(f"{shorten_digest(version)}: {words[version]}")
         print_line(f"Losses: {units}, on the data of each one's verdict ({files}).")
         if len(lineage) > 1:
             trained_from = " <- ".join(map(shorten_digest, lineage))
@@ -320,7 +333,7 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line(f"Lineage: {trained_from} (each trained {how})")
 
     document = {"name": arguments.name, "champion": champion, "history": entries, "losses": losses}
-    document["lineage"] = lineage
+    document |= {"lineage": lineage, "verdicts": words}
     return result_printer(arguments, lambda: document, show)
 
 

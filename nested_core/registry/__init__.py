@@ -3,8 +3,8 @@
 A version never changes once it is registered. Each change of a name is a line of its history, and
 the history decides: the link `champion`, champion.json and policy.json are derived from it. Every
 writer of these holds the folder's lock, and first finishes what a crash interrupted. A reader of
-several files holds the lock shared; `read_champion`, `list_versions` and `read_version_losses` take
-no lock.
+several files holds the lock shared; `read_champion`, `list_versions` and `read_version_verdicts`
+take no lock.
 
 ledger.py is the history; link_and_views.py the folder under its lock with the derived files;
 versions.py a version; judgements.py its later verdicts; data_store.py its examples. registration.py
@@ -41,7 +41,7 @@ from nested_core.registry.queries import (
     read_champion_changes,
     read_rollback_target,
     read_verified_version,
-    read_version_losses,
+    read_version_verdicts,
     verify,
 )
 from nested_core.registry.registration import register
@@ -69,7 +69,7 @@ __all__ = [
     "read_champion",
     "read_rollback_target",
     "read_verified_version",
-    "read_version_losses",
+    "read_version_verdicts",
     "register",
     "register_and_promote",
     "rollback",

@@ -258,13 +258,14 @@ def _describe_losses(
 ) -> PromotionNotes:
     """Describe the losses of a newly promoted version and of the champion that it replaced.
 
-    A version that was judged without held-out data is described as such.
+    The verdict's words come first, such as `passed, better loss; no questions asked`.
     """
     validation = candidate.verdict.validation
+    text = f"{shorten_digest(done.version)}: {candidate.verdict.describe()}"
     if validation is None or validation.loss_after is None:
-        return PromotionNotes(_describe_unmeasured(registry, name, done))
+        return PromotionNotes(text + _describe_measured_champion(registry, name, done))
     change = format_change(validation.loss_before, validation.loss_after)
-    text = f"{shorten_digest(done.version)}: loss on {validation.file} {change} by training"
+    text += f"; loss on {validation.file} {change} by training"
     if done.previous is None:
         return PromotionNotes(f"{text}; there was no champion before it")
     losses = compare_losses(registry, name, candidate, done.previous)
@@ -285,18 +286,15 @@ def _describe_losses(
     return PromotionNotes(text, warning)
 
 
-def _describe_unmeasured(registry: Path, name: str, done: Decision) -> str:
-    """Say that a version's quality was not measured, and what the replaced champion's loss was."""
-    text = (
-        f"{shorten_digest(done.version)}: its quality was not measured, for lack of held-out rows"
-    )
+def _describe_measured_champion(registry: Path, name: str, done: Decision) -> str:
+    """Describe the replaced champion's loss beside a version without one; "" without one."""
     if done.previous is None:
-        return text
+        return ""
     before = read_candidate(registry, name, done.previous)
     if before.loss_after is None:
-        return text
+        return ""
     return (
-        f"{text}; the champion before, {shorten_digest(done.previous)}, has a "
+        f"; the champion before, {shorten_digest(done.previous)}, has a "
         f"{loss_name_for_file(before.file)} of {format_loss(before.loss_after)}. To go back: "
         f"`nested-tune rollback {name} --registry {registry}`"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, NestedTuneError
 from nested_core.models.base_model import TrainedTokenizer
+from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.folders import (
     VERSIONS_FOLDER_NAME,
@@ -155,24 +156,17 @@ def check_champion(registry: Path, name: str) -> str | None:
         return locked.champion
 
 
-def read_version_losses(registry: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Map each version to its held-out loss: `{"loss": 0.1, "unit": "nats/token", "file": ...}`.
+def read_version_verdicts(registry: Path, name: str) -> dict[str, Verdict]:
+    """Map each version to the verdict that it was registered with.
 
-    The loss is taken from the verdict that the version was registered with. Versions without a
-    held-out loss, or with an unreadable verdict, are left out; `audit` reports the latter.
+    Versions with an unreadable verdict are left out; `audit` reports them.
     """
-    folder = find_name_folder(registry, name)
-    losses = {}
-    for version in registered_versions(folder):
-        try:
-            verdict = read_verdict(version_folder(registry, name, version) / GATE_NAME)
-        except NestedTuneError:
-            continue
-        validation = verdict.validation
-        if validation is not None and validation.loss_after is not None:
-            file = validation.file or "held-out examples"
-            losses[version] = {"loss": validation.loss_after, "unit": validation.unit, "file": file}
-    return losses
+    verdicts = {}
+    for version in registered_versions(find_name_folder(registry, name)):
+        with suppress(NestedTuneError):
+            path = version_folder(registry, name, version) / GATE_NAME
+            verdicts[version] = read_verdict(path)
+    return verdicts
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.pipeline import steps
+from nested_core.records.verdict_file import read_verdict
 from nested_core.seams import is_there
 from nested_core.storage.adapter import read_adapter
 from nested_core.text.loss_format import format_loss
@@ -96,7 +97,10 @@ def test_a_promotion_tells_the_losses_and_warns_of_a_higher_one_on_the_same_data
     said = " ".join(story["first"].stderr.split())
     assert "warning" not in said
     change = f"{first['loss_before']:.4g} -> {before:.4g} by training"
-    assert f"{versions[0][:12]}: loss on {first['file']} {change}; there was no champion" in said
+    words = read_verdict(folder / "first" / "gate.json").describe()
+    assert words == "passed, better loss; no questions asked"
+    told = f"{versions[0][:12]}: {words}; loss on {first['file']} {change}; there was no champion"
+    assert told in said
 
 
 def test_history_tells_every_change_oldest_first(story, versions) -> None:
@@ -111,6 +115,9 @@ def test_history_tells_every_change_oldest_first(story, versions) -> None:
     assert told is not None
     assert told[1] == format_loss(document["losses"][first]["loss"])
     assert document["losses"].keys() == {first, second}
+    words = "passed, better loss; no questions asked"
+    assert document["verdicts"] == {first: words, second: words}
+    assert f"{first[:12]}: {words}\n{second[:12]}: {words}\n" in story["table"].stdout
 
 
 def test_a_version_that_was_changed_is_damage_for_every_command(

@@ -85,9 +85,9 @@ def publish_champion(registry: Path, name: str) -> None:
         if version is None:
             return
         champion = ChampionRecord.read(registry, name, version)
-        loss = champion.verdict.describe_loss()
+        losses = champion.verdict.describe_losses()
         since = read_champion_changes(registry, name)[-1].time[:16].replace("T", " ")
-        description = f"{shorten_digest(version)}: {loss}. Became champion at {since} UTC"
+        description = f"{shorten_digest(version)}: {losses}. Became champion at {since} UTC"
         publish_page(name, PAGE, describe_champion(champion), description)
         made_of = {
             "version": version,
@@ -118,8 +118,7 @@ def publish_champion_if_changed(registry: Path, name: str) -> bool:
 def had_champion(registry: Path, name: str) -> bool:
     """Whether the server has a page of a champion of this name, in this registry."""
     page = _read_newest_page(name)
-    place = str(registry.resolve() / name)
-    return page is not None and escape_markdown(place) in str(page.data)
+    return page is not None and escape_markdown(str(registry.resolve() / name)) in str(page.data)
 
 
 def _read_newest_page(name: str) -> Artifact | None:

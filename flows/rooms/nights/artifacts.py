@@ -21,12 +21,7 @@ from nested_core.rooms.nights.night_pages import Night, describe_night, describe
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Document
 from nested_core.text.foreign_text import escape_markdown
-from tasks.artifact_client import (
-    artifact_key,
-    artifact_path,
-    find_newest_artifact,
-    publish_page,
-)
+from tasks.artifact_client import artifact_key, artifact_path, find_newest_artifact, publish_page
 from tasks.events import emit_adapter_event
 from tasks.prefect_server import asking_server
 

@@ -17,11 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.measure.answers.suite_answers import (
-    EncodedSuite,
-    Suite,
-    read_suites,
-)
+from nested_core.measure.answers.suite_answers import EncodedSuite, Suite, read_suites
 from nested_core.models.generation import BATCH_SIZE
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
 from nested_core.text.stages import stages

@@ -10,7 +10,7 @@ from typing import Any, Self
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.records.verdict_table import check_table
-from nested_core.registry import history, read_version_losses
+from nested_core.registry import history, read_version_verdicts
 from nested_core.registry.ledger import describe_author
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.text.digest_format import shorten_digest
@@ -22,7 +22,7 @@ ACTION_VERBS = {
     "rollback": "rolled back to",
     "moved": "link moved by hand to",
 }
-CHANGE_COLUMNS = ("when (UTC)", "what", "version", "loss when registered", "by")
+CHANGE_COLUMNS = ("when (UTC)", "what", "version", "verdict when registered", "by")
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,14 @@ def describe_champion(champion: ChampionRecord) -> Document:
 def _list_changes(registry: Path, name: str) -> list[tuple[object, ...]]:
     """The last changes of the champion as rows, the latest first."""
     moves = [line for line in history(registry, name) if line["action"] in ACTION_VERBS]
-    losses = read_version_losses(registry, name)
+    verdicts = read_version_verdicts(registry, name).items()
+    words = {version: verdict.describe_losses() for version, verdict in verdicts}
     return [
         (
             _describe_time(line["time"]),
             ACTION_VERBS[line["action"]],
             shorten_digest(line["version"] or "none"),
-            losses.get(line["version"], {}).get("loss"),
+            words.get(line["version"]),
             describe_author(line),
         )
         for line in moves[: -MAX_SHOWN_CHANGES - 1 : -1]

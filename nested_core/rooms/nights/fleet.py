@@ -15,7 +15,7 @@ from nested_core.registry.versions import version_folder
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_loss, join_units
 
-COLUMNS = ("name", "champion", "since (UTC)", "loss", "last change (UTC)")
+COLUMNS = ("name", "champion", "since (UTC)", "loss", "verdict", "last change (UTC)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class NameStatus:
 
     champion, since: the version, and when it became champion; None before the first promotion.
     loss, unit, file: of the champion, on what it was judged by when it was registered.
+    verdict: that verdict in words, such as `passed, better loss; no questions asked`.
     last_action, last_time: of the newest line of the history.
     problem: why the name cannot be read; the rest is empty then.
     """
@@ -34,6 +35,7 @@ class NameStatus:
     loss: float | None = None
     unit: str | None = None
     file: str | None = None
+    verdict: str | None = None
     last_action: str | None = None
     last_time: str | None = None
     problem: str | None = None
@@ -45,13 +47,13 @@ class NameStatus:
             with reading(registry, name) as (_, ledger):
                 entries, champion = ledger.entries, ledger.champion
             moves = [entry.time for entry in ledger.changes() if entry.version == champion]
-            validation = None
+            verdict = None
             if champion is not None:
                 verdict = read_verdict(version_folder(registry, name, champion) / GATE_NAME)
-                validation = verdict.validation
         except DamagedError as error:
             return cls(name, problem=str(error))
         last = entries[-1] if entries else None
+        validation = None if verdict is None else verdict.validation
         return cls(
             name,
             champion,
@@ -59,6 +61,7 @@ class NameStatus:
             None if validation is None else validation.loss_after,
             None if validation is None else validation.unit,
             None if validation is None else validation.file,
+            None if verdict is None else verdict.describe(),
             None if last is None else last.action,
             None if last is None else last.time,
         )
@@ -70,11 +73,11 @@ class NameStatus:
     def cells(self) -> tuple[str | None, ...]:
         """The row of a table, under COLUMNS."""
         if self.problem is not None:
-            return (self.name, "damaged", None, None, None)
+            return (self.name, "damaged", None, None, None, None)
         champion = None if self.champion is None else shorten_digest(self.champion)
         loss = None if self.loss is None else format_loss(self.loss)
         last = None if self.last_time is None else f"{self.last_action} {_minute(self.last_time)}"
-        return (self.name, champion, _minute(self.since), loss, last)
+        return (self.name, champion, _minute(self.since), loss, self.verdict, last)
 
 
 def _minute(time: str | None) -> str | None:

@@ -395,7 +395,7 @@ class TestPromotionByAPerson:
         first = by_hand(make_run(1.0, loss=0.75))
         done = by_hand(make_run(2.0, loss=None))
         said = str(describe_promotion(registry, NAME, done).losses)
-        assert said.startswith(f"{done.version[:12]}: its quality was not measured")
+        assert said.startswith(f"{done.version[:12]}: passed, quality not measured; the")
         assert f"the champion before, {first.version[:12]}, has a validation loss of 0.75" in said
         assert f"nested-tune rollback {NAME}" in said
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from nested_core import registry as core
 from nested_core.rooms.champion_page.champion import ChampionRecord, describe_champion
+from nested_core.text.document import Section, Table
 from tests.core.registry.conftest import write_run
 from tests.core.report.test_prefect_pages import facts_of
 
@@ -34,9 +35,14 @@ def test_a_champions_page_says_what_it_was_made_of_and_lists_those_before(tmp_pa
     assert "<svg" not in str(page)
     assert "base64" not in str(page)
     core.rollback(registry, NAME, by="bob", reason="it is slow")
-    page = describe_champion(ChampionRecord.read(registry, NAME, first))
-    assert [row.split(" | ")[1:] for row in str(page).splitlines()[-3:]] == [
-        ["rolled back to", first[:12], "1.2", "bob: it is slow |"],
-        ["promoted", second[:12], "1.2", "policy |"],
-        ["promoted", first[:12], "1.2", "ann |"],
+    rows = describe_champion(ChampionRecord.read(registry, NAME, first)).blocks[-1]
+    assert isinstance(rows, Section)
+    (changes,) = rows.blocks
+    assert isinstance(changes, Table)
+    losses = "validation loss 4.1 -> 1.2 (valid.jsonl, 10 examples, step 30)"
+    said = f"{losses}; better loss; no questions asked"
+    assert [row[1:] for row in changes.rows] == [
+        ("rolled back to", first[:12], said, "bob: it is slow"),
+        ("promoted", second[:12], said, "policy"),
+        ("promoted", first[:12], said, "ann"),
     ]

@@ -27,7 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, command_run: CommandRun) ->
 
 def test_registry_lists_every_name_with_champion_loss_and_last_change(folder: Path) -> None:
     (row,) = called("registry", "--json", cwd=folder).document["names"]
-    validation = read_verdict(folder / "first" / "gate.json").validation
+    verdict = read_verdict(folder / "first" / "gate.json")
+    validation = verdict.validation
     assert validation is not None
     history = called("history", NAME, "--registry", "registry", "--json", cwd=folder)
     last = history.document["history"][-1]
@@ -40,9 +41,11 @@ def test_registry_lists_every_name_with_champion_loss_and_last_change(folder: Pa
         *[last["time"]] * 2,
     )
     assert row["problem"] is None
+    assert row["verdict"] == verdict.describe() == "passed, better loss; no questions asked"
     table = called("registry", cwd=folder).stdout
     assert str(champion)[:12] in table
     assert format_loss(validation.loss_after) in table
+    assert all(word in table for word in ("verdict", *verdict.describe().split()))
 
 
 def test_registry_names_a_damaged_name_beside_the_others_and_exits_6(folder, tmp_path) -> None:
