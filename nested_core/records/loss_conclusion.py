@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+from nested_core.text.loss_format import format_interval
+
 Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
 
 MIN_EXAMPLES = 5  # independent ones; fewer have no interval: nothing can be shown, nor promoted
@@ -158,19 +160,13 @@ def describe_inconclusive(
     """
     figures = []
     if interval is not None:
-        ends = f"{_format_nats(interval[0])} to {_format_nats(interval[1])}"
-        figures.append(f"95 % interval {ends}")
+        figures.append(f"95 % interval {format_interval(interval, 2)}")
     if margin is not None:
         figures.append(f"allowed rise {margin:.2g}")
     seen = f" ({', '.join(figures)})" if figures else ""
-    text = f"inconclusive: {_format_nats(difference)} {unit}{seen}"
+    text = f"inconclusive: {difference:+.2g} {unit}{seen}"
     if interval is None:
         return f"{text}; {TOO_FEW_TO_TELL}"
     if examples_needed is not None:
         return f"{text}; some {examples_needed:,} examples would settle it"
     return f"{text}; more than {MAX_NAMED_EXAMPLES:,} examples would be needed to settle it"
-
-
-def _format_nats(difference: float) -> str:
-    """Format a difference with a sign and 2 significant digits, at most 4 decimals: "+0.03"."""
-    return f"{round(difference, 4):+.2g}"

@@ -32,6 +32,7 @@ from nested_core.text.loss_format import (
     NATS_PER_TOKEN,
     format_change,
     format_difference,
+    format_interval,
     format_loss,
     loss_name_for_file,
 )
@@ -548,8 +549,8 @@ class TaskResult:
         if self.interval is None:
             text += ", too few questions to detect a drop"
         else:
-            low, high = self.interval
-            text += f" (difference {self.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
+            interval = format_interval(self.interval)
+            text += f" (difference {format_difference(self.difference)}, 95 % interval {interval})"
         if self.chosen_among > 1:
             text += f"; these questions also chose the step, among {self.chosen_among}"
         if self.champion is not None:

@@ -314,14 +314,13 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
     word: str = task.verdict
     if word == "passed" and task.is_no_better_than_constant:
         word = f"no better than one fixed answer ({task.count(task.constant or 0.0)})"
-    interval = "" if task.interval is None else " ({:+.3f} to {:+.3f})".format(*task.interval)
     return make_check(
         f"answers, {task.name}{champion}",
         reasons,
         word,
         before=before,
         after=after,
-        difference=f"{task.difference:+.3f}{interval}",
+        difference=format_difference(task.difference, task.interval),
         bound=", ".join(bounds) or None,
     )
 

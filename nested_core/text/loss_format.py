@@ -27,10 +27,14 @@ def format_difference(difference: float, interval: Sequence[float] | None = None
     return f"{difference:+.4g}{within}"
 
 
-def format_interval(interval: Sequence[float]) -> str:
-    """Format the ends of a difference's interval: "-0.0004 to +0.0062"."""
+def format_interval(interval: Sequence[float], digits: int = 4) -> str:
+    """Format the ends of a difference's interval: "-0.0004 to +0.0062".
+
+    digits: significant ones, so that an end that is not 0 is never shown as 0. "exactly 0" is the
+    interval of examples none of which changed.
+    """
     low, high = interval
-    return f"{format_difference(low)} to {format_difference(high)}"
+    return f"{low:+.{digits}g} to {high:+.{digits}g}" if low or high else "exactly 0"
 
 
 def loss_name_for_file(file: str | None) -> str:

@@ -132,7 +132,7 @@ def test_a_figure_that_is_there_has_its_row_and_one_that_is_not_has_none() -> No
         DRIFT: (None, "0.5", None, "none set (0: no prediction moved)", None),
         "KL divergence from the base": (None, "0.75", None, None, None),
         "answers, capitals (champion 15)": (
-            *("3 of 15", "14 of 15", "+0.933 (+0.800 to +1.000)"),
+            *("3 of 15", "14 of 15", "+0.9333 (+0.8 to +1)"),
             *(None, "passed"),
         ),
     }
