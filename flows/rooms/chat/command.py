@@ -18,11 +18,7 @@ from rich.text import Text
 
 from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_flag
 from flows.commands.command_output import printer
-from flows.terminal.console import (
-    WIDTH_WITHOUT_TERMINAL,
-    output_console,
-    print_progress,
-)
+from flows.terminal.console import WIDTH_WITHOUT_TERMINAL, output_console, print_progress
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.storage.output_places import require_output_file
@@ -119,6 +115,8 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
 def _read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
     """The prompt, the lines of the file, else what is typed or standard input's lines."""
     if prompt is not None:
+        if not prompt.strip():
+            raise ConfigError("--prompt: there is no text in it. Give what is to be asked.")
         return iter([prompt])
     if file is None:
         return _read_input()

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nested_core.config.sections import Score
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
@@ -57,13 +57,20 @@ class Question:
     fields: dict[str, Any]
 
 
+def _require_text(question: str) -> str:
+    """Return the text of a question; ValueError if there is nothing to answer in it."""
+    if not question.strip():
+        raise ValueError("the question has no text")
+    return question
+
+
 class _SuiteLine(BaseModel):
     """The fields that a line of any suite may have; subclasses add those of a score."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
     id: str | int | None = None
-    prompt: Annotated[str, Field(min_length=1)] | None = None
+    prompt: Annotated[str, AfterValidator(_require_text)] | None = None
     messages: Annotated[list[_Turn], Field(min_length=1, fail_fast=True)] | None = None
     expected: Any = None
 
@@ -74,6 +81,8 @@ class _SuiteLine(BaseModel):
             raise ValueError("expected a prompt or messages, and not both")
         if self.messages and self.messages[-1].role not in ("user", "tool"):
             raise ValueError("the last message is what is answered, and must be the user's")
+        if self.messages and self.messages[-1].role == "user":  # a tool may have no answer
+            _require_text(self.messages[-1].content)
         return self
 
     def parse_accepted_answers(self) -> tuple[Any, ...]:

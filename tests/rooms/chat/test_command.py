@@ -131,6 +131,8 @@ def test_adapters_of_two_bases_are_refused(command_run, smaller, tmp_path) -> No
     [
         (("run", "run"), "give one adapter, or two different ones"),
         (("run", "a", "b"), "give one adapter, or two different ones"),
+        (("run", "--prompt", ""), "--prompt: there is no text in it"),
+        (("run", "--prompt", " \n"), "--prompt: there is no text in it"),
         (("run", "--prompts", "absent.txt"), "absent.txt is missing. Give a text file"),
         (("run", "--prompts", "empty.txt"), "empty.txt has no line"),
         (("run", "--prompts", "latin.txt"), "latin.txt is not UTF-8"),

@@ -73,6 +73,12 @@ def test_a_text_and_the_same_text_as_a_users_turn_are_one_prompt(tmp_path) -> No
         ("exact", {"expected": "a"}, "expected a prompt or messages, and not both"),
         ("exact", {"prompt": "a", "messages": CHAT, "expected": "a"}, "and not both"),
         ("exact", {"prompt": "", "expected": "a"}, "prompt: "),
+        ("exact", {"prompt": " \n", "expected": "a"}, "prompt: the question has no text"),
+        (
+            "exact",
+            {"messages": [{"role": "user", "content": ""}], "expected": "a"},
+            "the question has no text",
+        ),
         ("exact", {"prompt": "a"}, "expected: a text or a list of them, found null"),
         ("exact", {"prompt": "a", "expected": []}, "found an empty list"),
         ("exact", {"prompt": "a", "expected": ["b", True]}, "found true"),
