@@ -57,8 +57,11 @@ def require_allowed(path: str, what: str) -> Path:
     `~` is expanded and links are followed, of the files in a folder too: what leads out of the
     roots is refused, and so is what is hidden below them. What was looked at is what is returned.
     """
-    if runtime.deployment.id is None:
-        return Path(path)
+    return Path(path) if runtime.deployment.id is None else _allow_path(path, what)
+
+
+def _allow_path(path: str, what: str) -> Path:
+    """The path to open, as `require_allowed` of a deployment's run; ConfigError for others."""
     _refuse_control_characters(path, what)
     resolved = _resolve_allowed(Path(os.path.expanduser(path)), what, path)
     if resolved.is_dir():
@@ -72,18 +75,21 @@ def require_allowed(path: str, what: str) -> Path:
 
 
 def with_allowed_paths(config: Config) -> Config:
-    """The configuration with every path as it is to be opened; ConfigError for one not allowed.
+    """The configuration with every path as it is to be opened; ConfigError for one not allowed."""
+    return config if runtime.deployment.id is None else allow_paths(config)
+
+
+def allow_paths(config: Config) -> Config:
+    """The configuration as a deployment's run opens its paths; ConfigError for one not allowed.
 
     A model or data set of the hub is no path.
     """
-    if runtime.deployment.id is None:
-        return config
 
     def allow(name: str, rule: PathRule, value: str) -> str:
         """The path to open, or the name of the hub."""
         if rule == "local_or_hub" and _is_on_hub(value):
             return value
-        return str(require_allowed(value, name))
+        return str(_allow_path(value, name))
 
     allowed = replace_configured_paths(config, allow)
     for index, entry in enumerate(allowed.hf_dataset):
@@ -142,7 +148,8 @@ def _resolve_allowed(path: Path, what: str, shown: str) -> Path:
         listed = ", ".join(map(str, roots))
         raise ConfigError(
             f"{what}: {shown} is outside of the folders that this worker may use ({listed}). Give "
-            f"a path inside, or start the worker with {ROOTS_VARIABLE} naming that folder too."
+            f"a path inside, or name that folder in {ROOTS_VARIABLE} of the worker, and where "
+            f"`deploy` is typed."
         )
     if all(any(part.startswith(".") for part in each.parts) for each in below):
         raise ConfigError(

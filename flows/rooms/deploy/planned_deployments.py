@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -340,15 +341,23 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
 
 
 def _require_valid_parameters(deployment: PlannedDeployment) -> None:
-    """ConfigError where the flow of a deployment that trains would refuse its configuration."""
-    from flows.finetune import FinetuneParameters
-    from flows.flow_runs.allowed_folders import PYTHON_SCORERS_REFUSAL
+    """ConfigError where the flow of a deployment that trains would refuse its configuration.
 
-    configuration = deployment.configuration
-    if configuration is None:
+    Paths are looked at in the runs' home, by NESTED_TUNE_ROOTS of this process, unless that home is
+    on another machine.
+    """
+    from flows.finetune import FinetuneParameters
+    from flows.flow_runs.allowed_folders import allow_paths, with_trusted_code
+
+    if (configuration := deployment.configuration) is None:
         return
     source = f"deployment {deployment.full_name}"
-    if (configuration.get("gate") or {}).get("allow_python_scorers"):
-        raise ConfigError(f"{source}: {PYTHON_SCORERS_REFUSAL}")
     if problems := find_problems(FinetuneParameters, configuration):
         raise ConfigError(explain_problems(problems, source, places={}))
+    try:
+        config = with_trusted_code(FinetuneParameters.model_validate(configuration))
+        if Path(runs_home()).is_dir():
+            with chdir(runs_home()):  # where relative paths begin
+                allow_paths(config)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error

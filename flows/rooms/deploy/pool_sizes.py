@@ -13,12 +13,7 @@ from dataclasses import replace
 from prefect.client.schemas.actions import WorkPoolCreate
 
 from flows.finetune import FinetuneParameters
-from flows.rooms.deploy.planned_deployments import (
-    FINETUNE_ENTRYPOINT,
-    DeploymentPlan,
-    PlannedDeployment,
-    runs_home,
-)
+from flows.rooms.deploy.planned_deployments import DeploymentPlan, PlannedDeployment, runs_home
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import ContinualSection, RegistrySection
@@ -45,7 +40,7 @@ def route_by_forecast(
     deployments: list[PlannedDeployment] = []
     lines: list[str] = []
     for each in plan.deployments:
-        if each.entrypoint != FINETUNE_ENTRYPOINT:
+        if each.configuration is None:
             deployments.append(each)
             continue
         config = FinetuneParameters.model_validate(each.configuration).configuration()
@@ -72,10 +67,10 @@ def _forecast_gigabytes(config: FineTuneConfig, on_wait: Callable[[str], None]) 
     """The peak of memory; where a run starts and where it is registered does not change it."""
     seams.require("memory", "pools")
     explain_run = seams.load_only("explain_run", "pools")
-    without_registry = {"registry": RegistrySection(), "continual": ContinualSection()}
-    config = config.model_copy(update=without_registry)
+    changes = {"registry": RegistrySection(), "continual": ContinualSection()}
     with chdir(runs_home()):  # where relative paths begin
-        return (explain_run(config, on_wait, measures_speed=False).memory.needed or 0) / 1e9
+        run = explain_run(config.model_copy(update=changes), on_wait, measures_speed=False)
+    return (run.memory.needed or 0) / 1e9
 
 
 def _find_smallest_pool(name: str, gigabytes: float, sizes: Mapping[str, float]) -> str:

@@ -49,6 +49,12 @@ DEPLOYMENTS = {  # of the adapter
 POOLS = yaml.safe_load((FOLDER / "work-pools.yaml").read_text())["work_pools"]
 
 
+@pytest.fixture(autouse=True)
+def _roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folders of SUPPORT's registry and of the examples, as a worker's settings name them."""
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", f"{ROOT}{os.pathsep}/srv")
+
+
 def settings() -> dict[str, str]:
     lines = (FOLDER / "settings.env").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
@@ -252,6 +258,32 @@ def test_minutes_with_what_they_cannot_count_are_refused_before_anything_is_depl
         make_plan(config=config)
 
 
+@pytest.mark.parametrize("key", ["model", "data", "gate.general_data"])
+def test_a_path_outside_of_the_roots_is_refused_before_anything_is_deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "outside").mkdir()
+    monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NESTED_TUNE_ROOTS")
+    outside = str(tmp_path / "outside")
+    changes: dict[str, Any] = {"registry": {"path": "registry", "name": "bot"}}
+    section, _, name = key.rpartition(".")
+    config = write(tmp_path / "c.yaml", **changes)
+    make_plan(config=config)  # data/support lies in the home, if it is there
+    of_gate = {"gate": {name: outside, "max_general_loss_increase": 0.1}}
+    changes |= of_gate if section else {name: outside}
+    config = write(tmp_path / "c.yaml", **changes)
+    said = rf"nightly: {key}: {outside} is outside of the folders .*\({tmp_path}/home\)"
+    with pytest.raises(ConfigError, match=said):
+        make_plan(config=config)
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
+    make_plan(config=config)
+    monkeypatch.delenv("NESTED_TUNE_ROOTS")
+    monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path / "of another machine"))
+    make_plan(config=config)
+
+
 def test_python_scorers_which_no_flow_runs_are_refused_before_anything_is_deployed(
     tmp_path: Path,
 ) -> None:
@@ -350,6 +382,7 @@ def test_deploy_begins_the_name_of_its_configuration_in_the_home_of_the_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path))
+    monkeypatch.delenv("NESTED_TUNE_ROOTS")
     config = tmp_path / "bot.yaml"
     config.write_text("{model: m, data: d, registry: {path: registry, name: bot}}")
     assert begin_name(make_plan(config=config)).endswith("registry: bot begun")
@@ -362,6 +395,7 @@ def test_deploy_begins_the_name_of_its_configuration_in_the_home_of_the_runs(
 
 def test_deploy_begins_no_name_in_a_home_that_another_user_owns(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path))
+    monkeypatch.delenv("NESTED_TUNE_ROOTS")
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     config = tmp_path / "bot.yaml"
     config.write_text("{model: m, data: d, registry: {path: registry, name: bot}}")

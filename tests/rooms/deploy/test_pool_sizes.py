@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,9 @@ def planned(folder: Path, pools: dict[str, float]) -> DeploymentPlan:
     names = {deployment.name for deployment in read_deployments_file().deployments}
     content["deployments"] = [each for each in content["deployments"] if each["name"] in names]
     (folder / "mine.yaml").write_text(yaml.safe_dump(content))
-    return make_plan(folder / "mine.yaml", config)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("NESTED_TUNE_ROOTS", f"{Path.cwd()}{os.pathsep}{folder}")
+        return make_plan(folder / "mine.yaml", config)
 
 
 @pytest.mark.slow("puts everything on a server")
