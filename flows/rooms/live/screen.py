@@ -8,12 +8,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from flows.rooms.live.loss_curve import (
-    LABEL_WIDTH,
-    TRAINING_MARK,
-    VALIDATION_MARK,
-    draw_curve,
-)
+from flows.rooms.live.loss_curve import LABEL_WIDTH, TRAINING_MARK, VALIDATION_MARK, draw_curve
 from nested_core.records.plan import describe_last_losses
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape

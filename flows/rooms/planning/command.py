@@ -14,7 +14,8 @@ from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.stage_lines import showing_stages
 from nested_core.config.sections import MAX_MINUTES
-from nested_core.records.dataset import held_out_split
+from nested_core.errors import shorten
+from nested_core.records.dataset import PromptFormat, held_out_split
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.output_places import require_new_output
 from nested_core.text.value_format import format_count
@@ -93,10 +94,12 @@ def write_configuration(
     *,
     tasks: str = "",
     registry: str = "",
+    trained_as: PromptFormat | None = None,
 ) -> Callable[[], int]:
     """Suggest a configuration for this data, and write it.
 
     tasks, registry: its lines of `gate`, and its sections `registry` and `continual`.
+    trained_as: how the rows of the champion begin, where the run goes on from one.
     """
     from nested_core.rooms.planning.suggested_config import split_command, suggest_config
 
@@ -120,17 +123,26 @@ def write_configuration(
             f"note: there is no data to evaluate the adapter on. To take rows out of train for it: "
             f"`{split_command(arguments.model, data)}`"
         )
-    print_progress(*_describe_rows(suggested))
+    print_progress(*_describe_rows(suggested, trained_as))
     if (output := arguments.output) is not None:
         return text_printer(f"Written: {output}. Next: `nested-tune explain -c {output}`")
     return printer(lambda: print_page(suggested.text))
 
 
-def _describe_rows(suggested: SuggestedConfig) -> Iterator[str]:
-    """Yield what is trained on of the answers, and what the held-out rows can show."""
+def _describe_rows(suggested: SuggestedConfig, trained_as: PromptFormat | None) -> Iterator[str]:
+    """Yield what is trained on of the answers, and what the held-out rows can show.
+
+    First that the rows share another system text than those of the champion, if they do.
+    """
     from nested_core.records import loss_conclusion
 
-    splits = suggested.report.splits
+    splits, rows = suggested.report.splits, suggested.report.prompt_format
+    if rows and trained_as and rows.system != trained_as.system:
+        now, before = (shorten(one.system or "none that all share") for one in (rows, trained_as))
+        yield (
+            f"note: system text of the rows: {now!r}; of the champion's rows: {before!r}. The run "
+            f"learns the new one. Rows that correct the champion's are known all the same"
+        )
     train = splits["train"]
     earlier = [one for one in suggested.report.warnings if one.check == "earlier-answers"]
     if earlier:

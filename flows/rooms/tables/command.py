@@ -19,6 +19,8 @@ from flows.commands.adapter_places import split_name
 from flows.rooms.tables.column_flags import TABLE_FLAGS, ColumnFlags, require_file
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, DatasetError, shorten
+from nested_core.pipeline.named_adapters import find_named_adapter
+from nested_core.records.dataset import PromptFormat
 from nested_core.storage.output_places import require_free_place, require_new_output
 
 if TYPE_CHECKING:
@@ -77,12 +79,12 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     folder, made = prepared.folder, prepared.made
     print_progress(*prepared.told)
     write: Callable[..., Callable[[], int]] = arguments.write_configuration
-    registry = "" if arguments.champion is None else _registry_lines(arguments.champion)
+    champion = {} if arguments.champion is None else _follow_champion(arguments.champion)
     if folder is None or made is None:
-        return write(arguments, prepared.target, arguments.data, registry=registry)
+        return write(arguments, prepared.target, arguments.data, **champion)
     try:
         tasks = _task_lines(made, folder)
-        finish = write(arguments, prepared.target, str(folder), tasks=tasks, registry=registry)
+        finish = write(arguments, prepared.target, str(folder), tasks=tasks, **champion)
     except BaseException as error:
         shutil.rmtree(folder)
         if isinstance(error, DatasetError) and not made.first:  # name lines of what stays
@@ -134,8 +136,8 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         known = frozenset[bytes]()
         if arguments.champion is not None:
             known = read_known_questions(*split_name(arguments.champion, None))
-        is_drawn = bool(makes_chats or share is not None or arguments.champion)
-        folder = _split_folder(data) if is_drawn else None
+        draws = makes_chats or share is not None or arguments.champion
+        folder = _split_folder(data) if draws else None
         target = _require_new_places(arguments, folder)
         told = source.describe() if Path(data).is_dir() else []
         if folder is None:
@@ -224,14 +226,16 @@ def _task_lines(made: DataSet, folder: Path) -> str:
     )
 
 
-def _registry_lines(champion: str) -> str:
-    """The sections by which a run goes on from the champion and may follow it."""
+def _follow_champion(champion: str) -> dict[str, Any]:
+    """The sections by which a run goes on from the champion, and how the champion's rows begin."""
     registry, name = split_name(champion, None)
     path = json.dumps(str(registry), ensure_ascii=False)
-    return (
+    lines = (
         f"registry: {{path: {path}, name: {json.dumps(name)}, promote: better}}\n"
         f"continual: {{from: champion}}  # the run goes on from it, at the learning_rate above\n"
     )
+    record = find_named_adapter(registry / name, None).training_record
+    return {"registry": lines, "trained_as": PromptFormat.read(record)}
 
 
 def _show_first_rows(made: DataSet) -> None:

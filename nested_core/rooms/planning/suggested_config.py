@@ -169,10 +169,7 @@ def suggest_config(
     text = text.replace(_GATE, _GATE + tasks)
     text = text.replace(_REGISTRY, registry or _REGISTRY)
     return SuggestedConfig(
-        text,
-        trained,
-        learns_answers=config.mask_prompt,
-        has_another_loss=loss is not None,
+        text, trained, learns_answers=config.mask_prompt, has_another_loss=loss is not None
     )
 
 

@@ -134,6 +134,30 @@ def test_rows_that_correct_the_champions_are_trained_on(
     assert "continual: {from: champion}" in lines["registry"]
 
 
+@pytest.mark.slow("writes two configurations")
+@pytest.mark.parametrize(("system", "is_told"), [("Be.", True), ("Sort it.", False)])
+def test_another_system_text_than_the_champions_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    system: str,
+    is_told: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = RunExamples([{"prompt": "Is it open?", "completion": "Yes."}], [])
+    recorded = {"prompt_format": {"is_chat": True, "system": "Sort it.", "tools": None}}
+    run, registry = write_run(tmp_path / "run", 1), tmp_path / "registry"
+    promote(registry, "faq", register(run, registry, "faq", recorded, examples=old), by="ann")
+    rows = [f"Is {n} open?,Yes {n}.\n" for n in range(12)]
+    (tmp_path / "night.csv").write_text("Q,A\n" + "".join(rows))
+    flags = (*named("Q", "A"), "--system", system, "--champion", "registry/faq")
+    run_init(parse("night.csv", *flags))
+    told = " ".join(capsys.readouterr().err.split())
+    said = "system text of the rows: 'Be.'; of the champion's rows: 'Sort it.'. The run learns"
+    assert (said in told) == is_told
+    assert ("of the champion's rows" in told) == is_told
+
+
 def test_that_some_rows_of_the_champion_are_not_known_is_said(tmp_path: Path) -> None:
     old = [{"prompt": f"Is {n} open?", "completion": "Yes."} for n in range(12)]
     run, registry = write_run(tmp_path / "run", 1), tmp_path / "registry"
