@@ -201,10 +201,7 @@ def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm
     new = {digest: line for digest, line in all_rows.items() if digest not in stored}
     _write_pack(store, new.values(), confirm)
     listed = DigestList(
-        train=[*train],
-        held_out=[*held_out],
-        kept_out=[*kept_out],
-        dropped=given - len(all_rows),
+        train=[*train], held_out=[*held_out], kept_out=[*kept_out], dropped=given - len(all_rows)
     )
     _write_list(folder, version, listed, confirm)
 

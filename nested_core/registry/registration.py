@@ -207,7 +207,11 @@ def _record_verdict(locked: NameFolder, new: NewVersion) -> None:
         # Repeated only if nothing that could change a decision came in between
         newest = earlier[-1]
         later = locked.ledger.entries[newest.line_number + 1 :]
-        is_same_moment = all(entry.action in (*REGISTRATION_ACTIONS, "tried") for entry in later)
+        is_same_moment = all(
+            entry.action in (*REGISTRATION_ACTIONS, "tried")
+            or (entry.action, entry.version) == ("promote", version)  # before a crash of the task
+            for entry in later
+        )
         is_repeated = is_same_moment and (newest.verdict, newest.facts) == (verdict, facts)
     else:
         is_repeated = any(judgement.verdict == verdict for judgement in earlier)

@@ -15,7 +15,7 @@ import pytest
 
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.records.judged_run import read_rejected_run
+from nested_core.records.judged_run import read_judged_run, read_rejected_run
 from nested_core.records.verdict_file import parse_verdict, read_verdict
 from nested_core.registry import (
     Decision,
@@ -29,9 +29,11 @@ from nested_core.registry import (
     register,
     register_and_promote,
 )
+from nested_core.registry.ledger import read_ledger
 from nested_core.registry.promotion_policy import (
     promote_by_recorded_policy,
     read_candidate,
+    register_by_policy,
 )
 from nested_core.registry.registration import NewVersion, register_rejection
 from tests.core.registry.conftest import MakeRun
@@ -97,6 +99,17 @@ def test_a_version_judged_again_is_promoted_by_its_newest_verdict(
     written = json.loads(file.read_bytes())
     assert parse_verdict(written, file) == read_verdict(run / "gate.json")
     assert audit(registry, NAME).is_sound
+
+
+def test_a_registration_that_is_done_again_after_a_crash_adds_no_verdict(
+    make_run: MakeRun, registry: Path
+) -> None:
+    run, better = make_run(1), section(registry, "always")
+    new = NewVersion(read_judged_run(run), provenance("always"))
+    for outcome in ("promoted", "already_champion"):
+        assert register_by_policy(new, better, None).outcome == outcome
+    entries = read_ledger(registry / NAME).entries
+    assert [entry.action for entry in entries] == ["registered", "promote"]
 
 
 def test_a_first_verdict_is_named_by_no_line(make_run: MakeRun, registry: Path) -> None:
