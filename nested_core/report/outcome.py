@@ -110,7 +110,8 @@ def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
         later = ledger.entries[candidate.line_number + 1 :]
     if decision is None or decision.outcome != "waiting":
         section = recorded_section(registry / name, candidate)
-        was_refused = decision is not None and effective_rule(section).must_be_better
+        was_refused = decision is not None and decision.outcome == "refused"
+        was_refused = was_refused and effective_rule(section).must_be_better
         was_compared = candidate.facts.champion_at_gate is not None
         return Outcome.KEPT_CHAMPION if was_refused and was_compared else Outcome.VERIFIED
     superseding_actions = (*REGISTRATION_ACTIONS, *CHAMPION_CHANGE_ACTIONS)

@@ -25,6 +25,7 @@ from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict import Code, JudgedAdapter, Reason
 from nested_core.registry.ledger import Origin
 from nested_core.registry.link_and_views import writing
+from nested_core.registry.policy import set_policy
 from nested_core.report.outcome import find_outcome, find_reason_kept
 from nested_core.report.run_report import read_report
 from nested_core.seams import is_there, load
@@ -159,6 +160,17 @@ def test_a_registered_version_that_its_policy_refused_kept_the_champion(tmp_path
         run = registered(tmp_path / str(rival), lambda *_: None, **policy)
         assert find_outcome(Run(run)) == expected
         assert (find_reason_kept(Run(run)) is None) == (rival is None)
+
+
+def test_a_better_version_that_the_policy_never_alone_kept_back_kept_no_champion(
+    tmp_path: Path,
+) -> None:
+    def never(registry: Path, _: str) -> None:
+        set_policy(registry, NAME, by="ann", changes={"promote": "never"})
+
+    section = {"registry": {"promote": "better"}}
+    run = registered(tmp_path, never, champion_at_gate="0" * 64, config=section)
+    assert find_outcome(Run(run)) == Outcome.VERIFIED
 
 
 @pytest.mark.parametrize(
