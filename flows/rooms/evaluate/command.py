@@ -82,9 +82,7 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
     suites = [{"file": str(path)} | settings for path in arguments.suite]
     config = None if arguments.config is None else load_config(arguments.config, {})
     with showing_stages("evaluate: loading the libraries"):
-        from nested_core.rooms.evaluate.evaluating import (
-            evaluate,  # loads mlx_lm, which takes seconds
-        )
+        from nested_core.rooms.evaluate.evaluating import evaluate  # loads mlx_lm, in seconds
         from nested_core.storage.atomic import write_bytes
 
         found = evaluate(

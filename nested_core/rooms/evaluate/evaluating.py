@@ -260,10 +260,13 @@ class _Evaluating:
         _, other, other_tokens = self._losses[reference.name]
         if not np.array_equal(tokens, other_tokens):
             return None  # another tokenizer: nats/token are not comparable
-        loss = self._config.training.loss
-        losses = held_out.make_losses(tokens, loss, before=other, after=own)
-        losses = losses.leaving_out((model.seen | reference.seen).find_in(held_out.digests))
-        return summarise_losses(losses, selected_on_same_data=False, bounds=self._config.gate)
+        losses = held_out.make_losses(tokens, self._config.training.loss, before=other, after=own)
+        seen, bounds = model.seen | reference.seen, self._config.gate
+        losses = losses.leaving_out(seen.find_in(held_out.digests))
+        is_known = seen.unknown is None
+        return summarise_losses(
+            losses, selected_on_same_data=False, bounds=bounds, are_rows_known=is_known
+        )
 
     def _answered_questions(self) -> Iterator[AnsweredQuestion]:
         names = [model.name for model in self._models]

@@ -271,9 +271,8 @@ class Evaluation:
         if left_out := max(loss.left_out or 0 for loss in losses):
             blocks.append(Text(f"{left_out:,} examples left out that a model was trained on"))
         if self.unknown:
-            names = ", ".join(self.unknown)
-            text = f"what these were trained on is not recorded, and not left out: {names}"
-            blocks.append(Text(text, "note"))
+            text = "what these were trained on is not recorded, and not left out: "
+            blocks.append(Text(text + ", ".join(self.unknown), "note"))
         return Section(f"{Path(str(self.data)).name}, {examples} examples", blocks, "losses")
 
 

@@ -154,7 +154,12 @@ def test_what_an_export_was_trained_on_is_left_out_or_said_to_be_unknown(
     forgetful = shutil.copytree(exported, tmp_path / "forgetful")
     record = json.loads((forgetful / "export.json").read_text())
     (forgetful / "export.json").write_text(json.dumps(record | {"trained_on": {}}))
-    assert evaluate([forgetful], data=data).unknown == (str(forgetful),)
+    found = evaluate([forgetful], data=data)
+    assert found.unknown == (str(forgetful),)
+    base, other = (model.loss for model in found.models)
+    assert base is not None
+    assert other is not None
+    assert (base.left_out, other.left_out) == (0, None)
 
 
 def test_a_peft_export_knows_what_its_run_was_trained_on(judged: Judged, tmp_path: Path) -> None:
