@@ -85,6 +85,11 @@ MAY_STAY = (
     ),
     MayStay("file", r"/__pycache__(/|$)", "what Python compiles of a module when it is imported"),
     MayStay(
+        "file",
+        r"/\.cache/cuda-python(/|$)",
+        "kernels that cuda-core has compiled on a machine with a GPU, and finds again",
+    ),
+    MayStay(
         "file", r"/\.hypothesis(/|$)", "the constants of our modules, which hypothesis draws from"
     ),
 )

@@ -126,3 +126,5 @@ def test_what_may_stay_is_of_a_known_kind_and_has_a_reason() -> None:
     assert all(each.kind in ADVICE and each.why for each in MAY_STAY)
     assert Left("process", "python -P tests/fork_server.py 5 /tmp").may_stay
     assert not Left("process", "python worker.py").may_stay
+    assert Left("file", "/root/.cache/cuda-python/program-cache/entries/07").may_stay
+    assert not Left("file", "/root/.cache/other").may_stay
