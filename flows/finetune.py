@@ -1,10 +1,11 @@
 """The Prefect flow of a fine-tune: `pipeline.finetune`, with each step as a task.
 
-The tasks, in this order: validate, load, train, gate, register (tasks/finetune.py).
+The tasks, in this order: validate, load, train, gate, register (tasks/finetune.py). What each
+leaves on disk says nested_core/pipeline/finetune.py; the gate is its step `judge`.
 
-Importing it loads no mlx. A worker imports it when a run has crashed, to look for hooks, and then
-reports the crash a second time (prefect 3.9.1, runner/_flow_run_executor.py and workers/base.py).
-That report would end a retry that has begun by then, so it must not be long in coming.
+Importing this module has to be quick, so it loads no mlx. After a crash a worker imports it, to
+look for hooks, and then reports the crash again (prefect 3.9.1, runner/_flow_run_executor.py and
+workers/base.py). A late report would end the retry that may have begun by then.
 """
 
 from __future__ import annotations
@@ -75,11 +76,12 @@ class FinetuneParameters(FineTuneConfig):
 def finetune(config: FinetuneParameters) -> State[Any]:
     """Validate the data, load the model, train, run the gate, and register and promote what passed.
 
-    The name of the state is the outcome (see `Outcome`), and its message has the figures. Failed
-    where a step fails, and `Rejected: ...`, of the same type, by the gate. Cancelled or suspended,
-    the run keeps a checkpoint. A retry of the flow run (the button, or the automation after a
-    crash), or Resume, finds its run directory by its id and goes on from the last checkpoint; the
-    flow never retries by itself, for that would train again.
+    Failed where a step fails, and where the gate rejects the adapter: then the state is named
+    `Rejected: ...`. Completed otherwise, named by the outcome (see `Outcome`): Promoted, Verified,
+    Kept the champion, or why nothing was trained. Its message has the figures. A run that is
+    cancelled or suspended while it trains keeps a checkpoint. A retry of the flow run (the button,
+    or the automation after a crash), or Resume, finds its run directory by its id and goes on from
+    the last checkpoint. The flow never retries by itself, for that would train again.
     """
     tolerate_closed_output()
     prepare_logs()

@@ -1,7 +1,14 @@
-"""A fine-tune from data to champion: the sequence of steps.
+"""A fine-tune from data to champion: the sequence of steps, and what each leaves on disk.
 
-`nested-tune train` calls it with messages for the terminal, the Prefect flow with its tasks in
-place of the steps, and a notebook as it is. What a step does says pipeline/steps.py.
+- validate: dataset.json, the report on the data; skipped.json, if nothing is to be trained on it.
+- load: initial/, the adapter that training starts from, and tiers.json.
+- train: checkpoints/ and metrics.jsonl; at its end adapter/, then result.json.
+- judge, the gate: gate.json, the verdict on the bytes of initial/ and adapter/; gate-losses.jsonl.
+- register: a version in the registry and a line in its history. Where the policy allows it, the
+  version is promoted: it becomes the champion.
+
+`nested-tune train` calls it with messages for the terminal, the Prefect flow with a task in place
+of each step, and a notebook as it is. The steps are functions of pipeline/steps.py.
 """
 
 from __future__ import annotations
@@ -59,9 +66,9 @@ class FinetuneResult:
 
     @property
     def kept_champion(self) -> str | None:
-        """The champion that the adapter follows and is not better than; None if it is registered.
+        """The champion, where the adapter is not better than it and was therefore not registered.
 
-        None without a registry, too.
+        None if the adapter was registered, and without a registry.
         """
         if self.decision is None or self.decision.is_registered:
             return None
@@ -69,7 +76,7 @@ class FinetuneResult:
 
     @property
     def promotion(self) -> str | None:
-        """ "promoted", or why the version was not promoted; None if it was only registered."""
+        """Why the version was not promoted, or that it was; None if it was only registered."""
         if self.decision is None or self.decision.outcome == "registered":
             return None
         return self.decision.sentence
@@ -127,8 +134,8 @@ def finetune(
     resume: continue a run that was stopped, or judge a finished one again.
 
     If the policy of the registry's name is stricter than `config`, it counts. Raises ConfigError,
-    DatasetError, TrainingStopped, TrainingDiverged, GateRejected or DamagedError. Each leaves a run
-    directory that can be resumed or is complete, with its report.html.
+    DatasetError, TrainingStopped, TrainingDiverged, GateRejected or DamagedError. Whatever ends a
+    run that has begun, its directory can be resumed or is complete, and has report.html.
     """
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()
