@@ -15,7 +15,7 @@ from unittest import mock
 import polars as pl
 
 from nested_core.rooms.near_duplicates import related_rows
-from nested_core.rooms.near_duplicates.related_rows import NearDuplicates, find_near_duplicates
+from nested_core.rooms.near_duplicates.related_rows import NEAR_DUPLICATES, find_near_duplicates
 from nested_core.rooms.tables import dataset_split
 
 FACTORS = (None, 1.0, 1.25, 1.5, 2.0, 3.0)  # None: no group of near-duplicates
@@ -30,10 +30,10 @@ def list_texts(rows: list[bytes]) -> list[str]:
 def count_near_duplicates(parts: dict[str, list[bytes]]) -> int:
     """How many rows of valid and test `validate` would call nearly a row of train."""
     train, held_out = list_texts(parts["train"]), list_texts([*parts["valid"], *parts["test"]])
-    asked = pl.DataFrame(NearDuplicates.hash_texts(held_out))
+    asked = pl.DataFrame(NEAR_DUPLICATES.hash_texts(held_out))
     keys = pl.Series(range(len(train)), dtype=pl.UInt64)
-    matches = NearDuplicates.Matches()
-    shared, examples = NearDuplicates.Asked.of_frames([asked]).find_in(train, keys)
+    matches = NEAR_DUPLICATES.begin()
+    shared, examples = NEAR_DUPLICATES.ask([asked]).find_in(train, keys)
     matches.add_range(shared, examples, 0)
     lines = pl.Series(range(1, len(train) + 1), dtype=pl.Int32)
     found = find_near_duplicates(matches.finish(lines), examples, asked)

@@ -17,9 +17,7 @@ from pydantic import BaseModel
 
 import nested_core
 from docs.generated_page import write_or_check
-from nested_core import seams
 from nested_core.errors import NestedTuneError
-from nested_core.rooms import ROOMS
 
 PAGE = Path(__file__).with_name("python.md")
 HEAD = """\
@@ -74,8 +72,13 @@ RETURNED = {
     *("FinetuneResult", "RunReport", "RunComparison", "RegisteredAdapter", "Evaluation", "Export"),
     *("Adapter", "TierStats", "TierMap", "UpdateReport"),
 }
-OF_ROOMS = seams.list_public_names(ROOMS)
-ABSENT = OF_ROOMS.keys() - seams.list_public_names(seams.list_rooms())
+OF_ROOMS = {
+    name
+    for modules in nested_core.PUBLIC_NAMES_BY_ROOM.values()
+    for names in modules.values()
+    for name in names
+}
+ABSENT = OF_ROOMS - {*nested_core.__all__}
 SECTIONS = {
     section: [name for name in names if name not in ABSENT]
     for section, names in EVERY_SECTION.items()

@@ -30,7 +30,7 @@ from flows.terminal.console import print_progress
 from nested_core import seams
 from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.process.command_parent import end_with_parent, has_parent
+from nested_core.process.command_parent import Restart, end_with_parent, has_parent
 from nested_core.text.foreign_text import escape
 
 
@@ -99,7 +99,7 @@ class _Commands:
 
 # The commands of each module of flows.commands, in the order of the help: one that is called loads
 # its own module alone.
-COMMANDS = {
+COMMANDS: dict[str, Sequence[str]] = {
     "demo": ("demo",),
     "training": ("validate", "train", "run"),
     "inspection": ("verify", "status", "stop"),
@@ -108,20 +108,22 @@ COMMANDS = {
 }
 
 
-def list_command_modules() -> dict[str, tuple[str, ...]]:
+def list_command_modules() -> dict[str, Sequence[str]]:
     """The commands of each module that is there."""
     core = {f"flows.commands.{module}": names for module, names in COMMANDS.items()}
-    rooms = {
+    return core | {
         f"flows.rooms.{name}.command": room.commands
         for name, room in seams.list_rooms().items()
         if room.commands
     }
-    return core | rooms
 
 
 def build_parser(command: str | None = None) -> _Parser:
-    """The parser of all commands; where `command` is one of them, of those of its module alone."""
-    every = list_command_modules()
+    """The parser of all commands; where `command` is one of them, of those of its module alone.
+
+    With `--version` as the command, of none.
+    """
+    every = {} if command == "--version" else list_command_modules()
     own = [module for module, names in every.items() if command in names]
     # Importing takes long enough for a person to press Ctrl-C.
     with collecting_no_garbage():
@@ -141,10 +143,10 @@ def build_parser(command: str | None = None) -> _Parser:
     parser.summaries = commands.summaries
     for module in modules:
         module.add_commands(commands)
-    for name, room in seams.list_rooms().items():
-        for extended in commands.parsers.keys() & room.flags.keys():
-            import_module(f"flows.rooms.{name}.command").add_flags(commands.parsers[extended])
     for name, own_parser in commands.parsers.items():
+        for room, added in seams.list_rooms().items():
+            if name in added.flags:
+                import_module(f"flows.rooms.{room}.command").add_flags(own_parser)
         if any(map(is_key_flag, own_parser._actions)):  # argparse offers no other list of them
             own_parser.usage = f"nested-tune {name} -c FILE [options]"
             own_parser.add_argument("--help-all", action=FullHelp)
@@ -243,15 +245,16 @@ def _needs_parent(arguments: Sequence[str]) -> bool:
 def _run_under_parent() -> int:
     """Run this very command as a process of its own, and go on with its run where it is killed."""
     words = [sys.executable, "-P", "-m", "flows.cli", *sys.argv[1:]]
-    run_again = seams.load_only("restart", "train")
-    code: int = run_again(words, lambda run: ("--run-dir", str(run), "--resume"))
-    return code
+    restart = seams.load_only(Restart, "train")
+    return restart.run_again(words, lambda run: ("--run-dir", str(run), "--resume"))
 
 
 def _refuse_unknown_command(given: str) -> None:
     """Name the command that was meant, where the first word is none."""
+    if given.startswith("-"):
+        return
     commands = [name for names in list_command_modules().values() for name in names]
-    if given.startswith("-") or given in commands:
+    if given in commands:
         return
     seams.require_command(given)
     close = difflib.get_close_matches(given, commands, n=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -41,6 +43,17 @@ class PromoteParameters(AdapterParameters):
     )
 
 
+@dataclass(frozen=True)
+class Asking:
+    """A room's part of this flow under `approve`.
+
+    ask: returns the state in which the flow ends once a person has answered. Of the parameters, the
+        registry and the champion. Raises Pause without an answer.
+    """
+
+    ask: Callable[[PromoteParameters, Path, str | None], State[Any]]
+
+
 @flow(
     name="promote",
     retries=0,
@@ -59,8 +72,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     is_champion = config.version == champion
     is_done = is_champion and promotion_tasks.find_own_change(registry, config.name) is None
     if not is_done and (config.requires_approval or _asks_person(registry, config)):
-        state: State[Any] = seams.load_only("ask_person", APPROVE_KEY)(config, registry, champion)
-        return state
+        return seams.load_only(Asking, APPROVE_KEY).ask(config, registry, champion)
     decision = promotion_tasks.promote(registry, config.name, config.version)
     name = Outcome.PROMOTED if decision.outcome == "promoted" else None
     return Completed(name=name, message=decision.sentence)

@@ -21,8 +21,8 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.registry import list_names, read_champion_changes
 from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import describe_author
-from nested_core.registry.policy import APPROVE_KEY
 from nested_core.text.digest_format import shorten_digest
+from tasks.events import ServerPages
 from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
 from tasks.retrying import exception_of
@@ -71,8 +71,8 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         outcomes = state.result() if state.is_completed() else {}
         waiting = [v for v, decision in outcomes.items() if decision.outcome == "waiting"]
         for version in waiting[:1]:  # the newest: its question closes those about older ones
-            request_approval = seams.load_only("request_approval", APPROVE_KEY)
-            request_approval(registry, name, version)
+            for watcher in list_watchers():
+                watcher.ask(registry, name, version, night=None)
     sound = [name for name in names if checked[name].is_completed()]
     sightings = [
         sighting
@@ -127,7 +127,7 @@ def _find_problems(
         f"{name}: {registry / name} is gone, and it had a champion. Is a disk or a share not "
         f"mounted? Mount it, or restore the folder from a backup"
         for name in absent
-        if any(page.had_champion(registry, name) for page in seams.load_all("champion_page"))
+        if any(page.had_champion(registry, name) for page in seams.load_all(ServerPages))
     ]
     return list(dict.fromkeys(damage)), list(dict.fromkeys(other))
 
@@ -140,7 +140,7 @@ def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> list[str]:
     rollbacks: list[str] = []
     for name in names:
         try:
-            pages = seams.load_all("champion_page")
+            pages = seams.load_all(ServerPages)
             is_news = [page.publish_if_changed(registry, name) for page in pages]
             if any(is_news) and (rollback := _describe_rollback(registry, name)) is not None:
                 rollbacks.append(rollback)

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -181,11 +181,21 @@ def warn_if_unprepared() -> None:
         )
 
 
+@dataclass(frozen=True)
+class KernelFolder:
+    """A room's folder for the kernels that MLX compiles.
+
+    use: has MLX compile this process's kernels there.
+    """
+
+    use: Callable[[], object]
+
+
 def _prepare_linux() -> Preparation:
     """Prepare a Linux process: kernel folder, CUDA variables or memory, and OpenBLAS."""
     came_too_late = "mlx.core" in sys.modules
-    for use_private_kernel_folder in seams.load_all("kernel_folder"):
-        use_private_kernel_folder()
+    for folder in seams.load_all(KernelFolder):
+        folder.use()
     if is_mlx_built_for_cuda():
         for variable, value in {CUDA_GRAPHS_VARIABLE: "0", **ATTENTION_CACHE_SIZES}.items():
             os.environ.setdefault(variable, value)

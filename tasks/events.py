@@ -10,6 +10,8 @@ reconcile. New lines of a copy are not told (flows/rooms/deploy/deployed_registr
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, emit_event
 
 from nested_core import registry, seams
+from nested_core.config.schema import FineTuneConfig
+from nested_core.records.judged_run import JudgedRun
 from nested_core.registry.ledger import Action
 from tasks.prefect_server import asking_server, named_resource, read_events, related_resource
 
@@ -42,6 +46,24 @@ NEWS_LABEL = {"nested-tune.news": "yes"}
 MAX_EVENTS = 50  # that the server answers at once
 PAYLOAD_FIELDS = ("version", "previous", "by", "reason", "before", "after")
 NAMESPACE = UUID("6b1d2c52-6a0e-4d56-9d0b-6f1d6d2f8f3a")
+
+
+@dataclass(frozen=True)
+class ServerPages:
+    """What a room has on Prefect's server of an adapter, by its registry and its name.
+
+    publish: publishes the page of the champion.
+    publish_if_changed: publishes it if the server's is of another champion; returns whether it did.
+    had_champion: returns whether the server has a page of a champion.
+    tell_of_version: tells the server of the version that was registered of a run.
+    why_silent: returns why the server gets no events of an adapter, in a sentence; None if it does.
+    """
+
+    publish: Callable[[Path, str], None] = lambda *_: None
+    publish_if_changed: Callable[[Path, str], bool] = lambda *_: False
+    had_champion: Callable[[Path, str], bool] = lambda *_: False
+    tell_of_version: Callable[[FineTuneConfig, JudgedRun], None] = lambda *_: None
+    why_silent: Callable[[SyncPrefectClient, Path, str], str | None] = lambda *_: None
 
 
 def emit_adapter_event(
@@ -79,9 +101,9 @@ def send_missing_events(client: SyncPrefectClient, path: Path, name: str) -> str
     missing = [event.model_dump(mode="json") for event in events if event.id not in known]
     if not missing:
         return None
-    for why_silent in seams.load_all("why_silent"):
-        if (reason := why_silent(client, path, name)) is not None:
-            return str(reason)
+    for pages in seams.load_all(ServerPages):
+        if (reason := pages.why_silent(client, path, name)) is not None:
+            return reason
     client.request("POST", "/events", json=missing).raise_for_status()
     return None
 

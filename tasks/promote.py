@@ -11,7 +11,7 @@ from nested_core.registry import Decision, promotion_policy
 from nested_core.registry.ledger import Entry, Origin
 from nested_core.registry.promotion_outcome import Outcome
 from nested_core.text.digest_format import shorten_digest
-from tasks.events import announce_changes
+from tasks.events import ServerPages, announce_changes
 from tasks.prefect_server import tolerating_server_outage
 from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 
@@ -52,7 +52,7 @@ def promote_missed(path: Path, name: str) -> dict[str, Decision]:
     for version, decision in outcomes.items():
         get_run_logger().info("%s %s: %s", name, shorten_digest(version), decision.sentence)
         if decision.outcome == "promoted":
-            for page in seams.load_all("champion_page"):
+            for page in seams.load_all(ServerPages):
                 page.publish(path, name)
     announce_changes(path, name)
     return outcomes
@@ -107,6 +107,6 @@ def announce_promotion(path: Path, name: str, done: Decision) -> Decision:
     get_run_logger().info("%s %s: %s", name, shorten_digest(done.version), done.sentence)
     if done.outcome in ("promoted", "rolled_back"):
         announce_changes(path, name)
-        for page in seams.load_all("champion_page"):
+        for page in seams.load_all(ServerPages):
             page.publish(path, name)
     return done

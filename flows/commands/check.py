@@ -1,8 +1,10 @@
-"""One thing that `doctor` looked at."""
+"""One thing that `doctor` looked at, and what rooms look at."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -13,3 +15,15 @@ class Check:
     ok: bool
     seen: str
     mend: str = ""
+
+
+@dataclass(frozen=True)
+class DoctorChecks:
+    """What a room looks at for `doctor`.
+
+    of_registry: looks at the registry in a folder.
+    of_server: looks at the Prefect server of PREFECT_API_URL.
+    """
+
+    of_registry: Callable[[Path], Iterable[Check]] = lambda *_: ()
+    of_server: Callable[[], Iterable[Check]] = lambda *_: ()

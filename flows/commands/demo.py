@@ -16,7 +16,7 @@ from flows.commands.command_output import naming_report_of_failure, printer
 from flows.commands.training import run_finetune_flow
 from flows.process.environment import packaged_folder
 from flows.terminal.console import print_line, print_progress, print_table
-from flows.terminal.run_follower import showing_run
+from flows.terminal.run_follower import LiveView, showing_run
 from flows.terminal.run_results import print_tiers
 from nested_core import seams
 from nested_core.config.loading import load_config
@@ -187,8 +187,8 @@ def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, 
 def _print_run(run: RunDirectory, verdict: Verdict) -> None:
     from nested_core.records.metrics import read_metrics
 
-    for draw_curve in seams.load_all("loss_curve"):
-        for line in draw_curve(read_metrics(run.metrics)).splitlines():
+    for view in seams.load_all(LiveView):
+        for line in view.draw_curve(read_metrics(run.metrics)).splitlines():
             print_line(line)
     print_tiers(verdict)
     losses = verdict.validation

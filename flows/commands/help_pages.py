@@ -39,7 +39,7 @@ Documentation: README.md and docs/ of the project."""
 
 def describe_commands(summaries: Mapping[str, Mapping[str, str]]) -> str:
     """The list of commands, a line each, by group."""
-    width = max(len(name) for names in summaries.values() for name in names) + 2
+    width = max((len(name) for names in summaries.values() for name in names), default=0) + 2
     groups = [
         "\n".join([f"{title}:", *(f"  {name:<{width}}{line}" for name, line in names.items())])
         for title, names in summaries.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from flows.process.stop_signals import Stopper
 from flows.terminal.console import ProgressLine, describe_tiers, print_progress
+from flows.terminal.run_follower import PrintedLog
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
@@ -21,8 +22,8 @@ from nested_core.storage.run_directory import RunDirectory
 class TerminalSteps(Steps):
     """Messages, progress and the loss curve on standard error; signals go to the trainer."""
 
-    def __init__(self, stopper: Stopper, log: Any = None) -> None:
-        """`log` is a room's training callback with `start` and `printing`, which prints lines."""
+    def __init__(self, stopper: Stopper, log: PrintedLog | None = None) -> None:
+        """`log` prints lines of the training in place of ours."""
         self._stopper = stopper
         self._log = log
         self._progress = ProgressLine()

@@ -26,7 +26,7 @@ from flows.terminal.console import (
     print_progress,
     print_table,
 )
-from flows.terminal.run_follower import showing_run
+from flows.terminal.run_follower import TrainingLog, showing_run
 from flows.terminal.run_results import (
     format_sample_answers,
     print_answer_tables,
@@ -101,6 +101,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
     from nested_core.records.dataset import group_findings, guide_sentence
+    from nested_core.report.page_blocks import show_data_set
 
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
@@ -140,7 +141,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         print_table(("", *facts), counts)
         if learnt is not None:
             print_line(learnt)
-        print_blocks(*seams.collect("data_tables", settings))
+        print_blocks(*show_data_set(settings))
         if explained := (*report.errors, *report.warnings):
             print_line(guide_sentence(explained))
         print_examples(examples, _describe_learnt_prompts(config, report))
@@ -201,7 +202,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         from nested_core.pipeline.finetune import finetune
 
     stopper = Stopper(ends_process=True)
-    logs = (find_log(arguments, config, run) for find_log in seams.load_all("training_log"))
+    logs = (room.find(arguments, config, run) for room in seams.load_all(TrainingLog))
     log = next(filter(None, logs), None)
     hooks = TerminalSteps(stopper, log)
     with stopper.handling_signals(run):

@@ -10,7 +10,6 @@ from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.flow_runs.run_place import note_run_place
 from flows.flow_runs.watchers import list_watchers
 from flows.process.stop_signals import Stopper
-from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
@@ -18,7 +17,6 @@ from nested_core.records.result import TrainResult
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry import Decision
-from nested_core.registry.policy import APPROVE_KEY
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
 from tasks.finetune import gate, load, register, train, validate
@@ -72,6 +70,6 @@ class StepsAsTasks(Steps):
         decision = register(config, run.path, session)
         if decision.outcome == "waiting":
             path, name = registry_location(config.registry)
-            request_approval = seams.load_only("request_approval", APPROVE_KEY)
-            request_approval(path, name, decision.version, UUID(str(runtime.flow_run.id)))
+            for watcher in list_watchers():
+                watcher.ask(path, name, decision.version, UUID(str(runtime.flow_run.id)))
         return decision

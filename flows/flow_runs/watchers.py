@@ -34,7 +34,7 @@ class AdapterPage:
 
 
 class Watcher:
-    """Does nothing. A room's class, which the table of rooms names, does what the room is for.
+    """Does nothing. An instance of a room's subclass, its part, does what the room is for.
 
     A flow does not fail for what a watcher cannot do: its methods log that, and return.
     """
@@ -48,6 +48,9 @@ class Watcher:
 
     def end(self, config: FineTuneConfig, run: RunDirectory, state: State[Any]) -> None:
         """A fine-tune's flow is about to end in this state."""
+
+    def ask(self, registry: Path, name: str, version: str, night: UUID | None) -> None:
+        """A version waits for a person; `night` is its fine-tune's flow run, if that is at work."""
 
     def answer(
         self, config: FineTuneConfig, run: RunDirectory, flow_run: UUID, state: State[Any]
@@ -76,6 +79,5 @@ class Watcher:
 
 
 def list_watchers() -> Iterator[Watcher]:
-    """A watcher of each room that is there and has one."""
-    for watcher in seams.load_all("watcher"):
-        yield watcher()
+    """The watcher of each room that is there and has one."""
+    return seams.load_all(Watcher)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flows.terminal.console import POLL_SECONDS, SECONDS_BETWEEN_LINES, can_redraw, print_progress
 from flows.terminal.stage_lines import SECONDS_BETWEEN_REPEATS
 from nested_core import seams
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.records.metrics import describe_tasks
 from nested_core.storage.run_directory import RunDirectory
@@ -21,6 +24,7 @@ from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
 from nested_core.text.stages import receiving_stages
 from nested_core.training.reports.run_progress import RunProgress
+from nested_core.training.reports.training_callback import TrainingCallback
 
 LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
 MAX_SECONDS_BETWEEN_LINES = 60.0
@@ -36,6 +40,38 @@ def showing_run(run: RunDirectory) -> Iterator[None]:
             yield
         finally:
             follower.finish()
+
+
+@dataclass(frozen=True)
+class LiveView:
+    """A room's drawings of a run in a terminal.
+
+    draw: draws a run until an event says that it is done. The lock is held while the view changes.
+    draw_curve: returns the losses of the records of metrics.jsonl as a curve of characters.
+    """
+
+    draw: Callable[[RunProgress, RunDirectory, threading.Event, threading.RLock], None]
+    draw_curve: Callable[[Sequence[dict[str, Any]]], str]
+
+
+class PrintedLog(TrainingCallback, Protocol):
+    """A training callback that prints lines."""
+
+    def start(self, trainer: Any) -> None:
+        """Print what comes before the first step."""
+
+    def printing(self) -> AbstractContextManager[None]:
+        """Return a context of training, in which lines are printed."""
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """A room's lines of a training, in place of ours.
+
+    find: returns what prints them; None where the arguments of `train` ask for ours.
+    """
+
+    find: Callable[[argparse.Namespace, FineTuneConfig, RunDirectory], PrintedLog | None]
 
 
 class RunFollower(threading.Thread):
@@ -62,8 +98,8 @@ class RunFollower(threading.Thread):
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""
         if self._can_redraw:
-            draw = seams.load_only("live_view", "the live view")
-            draw(self.view, self._run, self._done, self._lock)
+            view = seams.load_only(LiveView, "the live view")
+            view.draw(self.view, self._run, self._done, self._lock)
             return
         while not self._done.wait(POLL_SECONDS):
             with self._lock:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from flows.terminal.console import print_blocks, print_line
-from nested_core import seams
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.foreign_text import escape
 from nested_core.text.value_format import format_count
@@ -61,11 +60,12 @@ def print_rejection(run: RunDirectory) -> None:
 def print_answer_tables(run: RunDirectory) -> None:
     """What rooms show of the answers to each suite."""
     from nested_core.records.run_status import Run
+    from nested_core.report.page_blocks import show_answers
 
     read = Run(run)
     for name in dict.fromkeys(answer.task for answer in read.answers):
         given = [(a.model, a.expected, a.answer, a.score) for a in read.answers if a.task == name]
-        print_blocks(*seams.collect("answer_tables", name, given))
+        print_blocks(*show_answers(name, given))
 
 
 def print_tiers(verdict: Verdict) -> None:

@@ -5,7 +5,7 @@ Unknown keys are refused with the nearest known one; every problem is reported, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -285,7 +285,8 @@ class FineTuneConfig(_RootSection):
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
         yield from _loss_problems(self)
         yield from _continual_problems(self)
-        yield from seams.collect("problems", self)
+        for rules in seams.load_all(ConfigRules):
+            yield from rules.problems(self)
 
     @property
     def offers_best_step(self) -> bool:
@@ -327,10 +328,10 @@ class FineTuneConfig(_RootSection):
     @property
     def gate_bounds(self) -> GateSection:
         """The section `gate` that judges: a `max_kl` of null is that of the loss, if it has one."""
-        loss = seams.join_mappings("losses").get(str(self.training.loss))
-        if loss is None or self.gate.max_kl is not None:
+        room = seams.find_room_of_loss(self.training.loss)
+        if room is None or self.gate.max_kl is not None:
             return self.gate
-        return self.gate.model_copy(update={"max_kl": loss.max_kl})
+        return self.gate.model_copy(update={"max_kl": room.loss_max_kl})
 
     def intervals(self, iterations: int, batches: int = 1) -> Intervals:
         """Return the intervals of a run of this many iterations; shares are rounded down.
@@ -358,6 +359,20 @@ class FineTuneConfig(_RootSection):
         return self.optimizer_config.get(self.optimizer, {})
 
 
+@dataclass(frozen=True)
+class ConfigRules:
+    """What a room refuses in a configuration, beyond what the types of keys refuse.
+
+    problems: called with every configuration; yields a sentence for each problem.
+    """
+
+    problems: Callable[[FineTuneConfig], Iterable[str]]
+
+
+class LossRules(ConfigRules):
+    """What a room refuses in a configuration whose `training.loss` is one of its losses."""
+
+
 def _loss_problems(config: FineTuneConfig) -> Iterator[str]:
     """Yield conflicts between a room's loss (`training.loss`) and other keys."""
     loss, arguments = config.training.loss, config.training.loss_config
@@ -366,11 +381,11 @@ def _loss_problems(config: FineTuneConfig) -> Iterator[str]:
             yield "training.loss_config: no training.loss is given that takes these"
         return
     try:
-        added = seams.find_loss(loss)
+        rules = seams.load_for_loss(loss, LossRules)
     except ConfigError as error:
         yield str(error).removesuffix(".")
         return
-    yield from seams.load(added.problems)(config)
+    yield from rules.problems(config)
 
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:

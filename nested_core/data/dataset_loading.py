@@ -31,6 +31,7 @@ from nested_core.data.data_settings import REPLAY_SPLIT, DataSettings
 from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.sources.split_files import SplitFile, open_splits
+from nested_core.data.tokens.text_notes import TokenizerChecks
 from nested_core.data.tokens.tokenized_split import (
     TokenizedSplit,
     open_tokens,
@@ -114,7 +115,7 @@ def _depends_on(
         "files": {split: _describe_file_for_key(file) for split, file in files.items()},
         "tokenizer": asdict(tokenizer),
         "tokenizer_files": fingerprint_tokenizer(Path(tokenizer.folder)),
-        "checks": [part.depends_on(tokenizer) for part in seams.load_all("tokenizer_checks")],
+        "checks": [part.depends_on(tokenizer) for part in seams.load_all(TokenizerChecks)],
         "rules": _hash_data_code(),
         "libraries": {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY},
     }
@@ -145,7 +146,7 @@ def _hash_data_code() -> str:
         *(
             path
             for name, room in seams.list_rooms().items()
-            if room.losses or room.text_checks or room.near_duplicates
+            if room.parts.keys() & {"NearDuplicates", "RowChecks", "RowFormats"}
             for path in sorted((root / "rooms" / name).glob("*.py"))
         ),
     ]

@@ -22,6 +22,7 @@ from nested_core.data.lines.example_parsing import (
     read_examples,
 )
 from nested_core.data.parallel_jobs import OnProgress
+from nested_core.data.room_checks import NearDuplicates, RowChecks
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import LINE_RULES, make_held_out_rules
 from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
@@ -129,16 +130,16 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
         if settings.policy.roles == "template":  # then no rule has roles to judge
             frame = frame.with_columns(roles=pl.lit(None, frame.schema["roles"]))
         LINE_RULES.add_findings(frame, findings)
-        for part in seams.load_all("text_checks"):
+        for part in seams.load_all(RowChecks):
             part.add_findings(frame, findings)
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
     make_held_out_rules(severity).add_findings(tables["test"].frame, findings)
     near_severity: Severity = "error" if settings.policy.near_duplicates == "error" else "warning"
-    for part in seams.load_all("near_duplicates"):
+    for near in seams.load_all(NearDuplicates):
         for table in tables.values():
             if "near" in table.frame.columns:
-                part.make_rules(near_severity).add_findings(table.frame, findings)
+                near.add_findings(table.frame, findings, near_severity)
 
 
 def _apply_file_rules(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from nested_core import seams
@@ -38,8 +39,6 @@ class MixedExamples:
 
 class EarlierExamples(Protocol):
     """The earlier examples of one run; all methods but `choose` read what `choose` wrote."""
-
-    def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None: ...
 
     def choose(self) -> None:
         """Choose the examples and write replay.json and replay.jsonl.
@@ -81,6 +80,19 @@ class EarlierExamples(Protocol):
         """Build the batches of a run from its own examples (`new`) and the earlier ones."""
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Where earlier examples come from.
+
+    find: returns those of a run.
+    list_ancestor_digests: returns what a champion's ancestors are judged by, of the registry's
+        folder, the adapter's name and the champion: versions, and digests of what is kept of each.
+    """
+
+    find: Callable[[FineTuneConfig, RunDirectory], EarlierExamples]
+    list_ancestor_digests: Callable[[Path, str, str], list[Any]]
+
+
 def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierExamples | None:
     """Return the earlier examples of a run; None if it trains on its own examples alone.
 
@@ -89,5 +101,4 @@ def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierE
     if not config.replay_fraction and config.continual.policy == "continue":
         return None
     wanted = REPLAY_KEY if config.replay_fraction else POLICY_KEY
-    earlier: EarlierExamples = seams.load_only("earlier_examples", wanted)(config, run)
-    return earlier
+    return seams.load_only(Replay, wanted).find(config, run)

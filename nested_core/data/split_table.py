@@ -31,6 +31,7 @@ from nested_core.data.parallel_jobs import (
     cut_file_into_line_ranges,
     run_jobs,
 )
+from nested_core.data.room_checks import NearDuplicates, RowChecks, SharedWithTrain
 from nested_core.data.rules.related_lines import (
     Dropped,
     add_repeat_columns,
@@ -92,7 +93,7 @@ def read_tables_with_repeats(
     # Rows of train that an earlier version holds out are dropped
     held_out_before = find_lines_by_content(tables["train"].frame, settings.held_out_before)
     train, *held_out = add_repeat_columns([(t.file, t.frame) for t in tables.values()])
-    if near is not None:
+    if near is not None and matches is not None:
         # The n-grams of train that held-out rows have too
         shared = matches.finish(train["line"])
         held_out = [
@@ -109,7 +110,7 @@ def read_tables_with_repeats(
     return related | {"train": replace(related["train"], dropped=dropped)}
 
 
-def _load_near_duplicates(settings: DataSettings) -> Any:
+def _load_near_duplicates(settings: DataSettings) -> NearDuplicates | None:
     """Return the room part that finds near-duplicates; None if it is off or not installed.
 
     Raises ConfigError if `data_policy.near_duplicates: error` needs the room and it is not
@@ -118,23 +119,23 @@ def _load_near_duplicates(settings: DataSettings) -> Any:
     asked = settings.policy.near_duplicates
     if asked == "error":
         seams.require("near_duplicates", NEAR_DUPLICATES_KEY)
-    return None if asked == "off" else next(seams.load_all("near_duplicates"), None)
+    return None if asked == "off" else next(seams.load_all(NearDuplicates), None)
 
 
 def _read_held_out_first(
     files: Mapping[str, SplitFile],
     field_names: FieldNames,
     on_progress: OnProgress | None,
-    near: Any,
-) -> tuple[dict[str, SplitTable], Any]:
+    near: NearDuplicates | None,
+) -> tuple[dict[str, SplitTable], SharedWithTrain | None]:
     """Read all splits, held-out ones first, so that train is searched only for their n-grams.
 
-    near: the module that finds near-duplicates; None leaves this out. Its `Asked` writes the
-        held-out rows' n-grams to a file that the processes which read train look up.
+    near: finds near-duplicates; None leaves this out. What it looks for, the held-out rows'
+        n-grams, is written to a file that the processes which read train look up.
 
     Returns the tables, and the n-grams that train shares with them (None without `near`).
     """
-    matches = None if near is None else near.Matches()
+    matches = None if near is None else near.begin()
     with TemporaryDirectory(prefix="nested-tune-") as folder:
         reading = _Reading(files, field_names, on_progress, Path(folder))
         schema = {} if near is None else near.schema
@@ -142,7 +143,7 @@ def _read_held_out_first(
         asked = None
         if near is not None:
             asked = Path(folder, "asked")
-            near.Asked.of_frames([table.frame for table in held_out.values()]).write(asked)
+            near.ask([table.frame for table in held_out.values()]).write(asked)
         train = reading.read("train", asked=asked, matches=matches)
     return {"train": train} | held_out, matches
 
@@ -178,7 +179,7 @@ class _Reading:
         *,
         more_columns: Mapping[str, Any] = MappingProxyType({}),
         asked: Path | None = None,
-        matches: Any = None,
+        matches: SharedWithTrain | None = None,
     ) -> SplitTable:
         """Read all lines of a split to a table, by worker processes that read a range each.
 
@@ -262,7 +263,7 @@ def _join_range_frames(
     frames: list[pl.DataFrame], file: SplitFile | None, more_columns: Mapping[str, Any]
 ) -> pl.DataFrame:
     """Concatenate the frames of a split's ranges; add missing columns, problems, line numbers."""
-    checks = {k: v for part in seams.load_all("text_checks") for k, v in part.schema.items()}
+    checks = {k: v for part in seams.load_all(RowChecks) for k, v in part.schema.items()}
     schema: dict[str, Any] = {**LINE_SCHEMA, **checks, **more_columns, "line": pl.Int32}
     frame = pl.concat([pl.DataFrame(schema={"line": pl.Int32}), *frames], how="diagonal")
     missing = [pl.lit(None, kind).alias(name) for name, kind in schema.items() if name not in frame]

@@ -16,6 +16,7 @@ from nested_core.gate.checks.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FI
 from nested_core.gate.checks.judged import (
     Check,
     CheckedRun,
+    GateChecks,
     Judged,
     begin_judging_run,
     begin_verdict,
@@ -86,7 +87,7 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
 
 def list_checks_with_model() -> list[Check[CheckedRun]]:
     """Return a run's checks that need the base model, in order, including the rooms' checks."""
-    room_checks = [check for checks in seams.load_all("gate_checks") for check in checks]
+    room_checks = [check for room in seams.load_all(GateChecks) for check in room.checks]
     return [*CHECKS_OF_LOSSES, *room_checks, *CHECKS_OF_ANSWERS]
 
 

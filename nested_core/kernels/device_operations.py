@@ -67,5 +67,4 @@ def device_operations() -> DeviceOperations:
     """Return the operations for the present device: the room cuda's kernels, or MLX's."""
     if not (backend.computes_on_cuda() and seams.is_there("cuda")):
         return MLX_OPERATIONS
-    operations: DeviceOperations = seams.load_only("cuda_operations", "kernels")
-    return operations
+    return seams.load_only(DeviceOperations, "kernels")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 
 import mlx.nn as nn
 
@@ -11,6 +12,16 @@ from nested_core import seams
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.device_operations import device_operations
 from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
+
+
+@dataclass(frozen=True)
+class ModelLayers:
+    """A room's layers in place of a model's, on every device.
+
+    using: returns a context in which the model computes with them.
+    """
+
+    using: Callable[[nn.Module], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -26,6 +37,6 @@ def using_optimized_layers(
         stack.enter_context(checkpointing_layers(recomputed))
         stack.enter_context(device_operations().using_layers(model))
         stack.enter_context(multiplying_by_dequantized_weights(model))
-        for using_layers_of_room in seams.load_all("layer_context"):
-            stack.enter_context(using_layers_of_room(model))
+        for layers in seams.load_all(ModelLayers):
+            stack.enter_context(layers.using(model))
         yield

@@ -1,14 +1,14 @@
 """The interface of rooms that read and write adapters in formats of other programs.
 
-nested_core/rooms/__init__.py lists the rooms' formats.
+nested_core/rooms/ROOMS.toml names the rooms' formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nested_core import seams
 
@@ -42,36 +42,26 @@ class Conversion:
         }
 
 
-class AdapterFormat(Protocol):
-    """A format of adapters of another program.
+@dataclass(frozen=True)
+class AdapterFormat:
+    """A room's format of adapters of another program.
 
-    name: how an audit calls the format. The paths are folders; `model` is the base's folder or its
-        hub name. Each method raises ConfigError for what mlx-lm or the other program does not
-        support, and DamagedError for damaged files.
+    name: how an audit calls the format.
+    is_adapter: returns whether a folder holds files of this format, and not those of mlx-lm.
+    import_adapter: converts the adapter in a folder to mlx-lm's format, into a new folder, for a
+        base by its folder or hub name.
+    export_adapter: converts an adapter of mlx-lm to this format; the base may be None.
+
+    Both raise ConfigError for what mlx-lm or the other program does not support, and DamagedError
+    for damaged files.
     """
 
     name: str
-
-    def is_adapter(self, folder: Path) -> bool:
-        """Whether a folder holds files of this format, and not those of mlx-lm."""
-        ...
-
-    def import_adapter(self, folder: Path, out: Path, model: str) -> Conversion:
-        """Convert an adapter of this format to mlx-lm's format, into the new folder `out`."""
-        ...
-
-    def export_adapter(self, folder: Path, out: Path, model: str | None = None) -> Conversion:
-        """Convert an adapter of mlx-lm to this format, into the new folder `out`."""
-        ...
+    is_adapter: Callable[[Path], bool]
+    import_adapter: Callable[[Path, Path, str], Conversion]
+    export_adapter: Callable[[Path, Path, str | None], Conversion]
 
 
 def find_format(folder: Path) -> AdapterFormat | None:
     """Return the format of the adapter in a folder; None for mlx-lm's format or no adapter."""
-    formats: Iterator[AdapterFormat] = (make() for make in seams.load_all("adapter_format"))
-    return next((known for known in formats if known.is_adapter(folder)), None)
-
-
-def load_peft_format(wanted: str) -> AdapterFormat:
-    """Return PEFT's format; ConfigError, naming what `wanted` it, if its room is not installed."""
-    adapter_format: AdapterFormat = seams.load_only("adapter_format", wanted)()
-    return adapter_format
+    return next((one for one in seams.load_all(AdapterFormat) if one.is_adapter(folder)), None)

@@ -6,11 +6,10 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from nested_core import seams
 from nested_core.errors import ConfigError
-from nested_core.pipeline.finetune import FinetuneResult
+from nested_core.pipeline.finetune import Answering, Chat, FinetuneResult
 from nested_core.pipeline.named_adapters import VERSIONS, find_named_adapter
 from nested_core.pipeline.publishing import register_and_promote_run
 from nested_core.process.current_user import current_user
@@ -56,15 +55,14 @@ class RegisteredAdapter:
         The base model is loaded at the first call and stays in memory with this object. Raises
         ConfigError if the model cannot see the whole prompt, or if the room chat is not installed.
         """
-        ask = self._loaded.ask
-        return str(ask("adapter", prompt, max_tokens=max_tokens, temperature=temperature))
+        return self._loaded.ask("adapter", prompt, max_tokens=max_tokens, temperature=temperature)
 
     @cached_property
-    def _loaded(self) -> Any:
+    def _loaded(self) -> Answering:
         """Base model with this adapter, loaded once, after the version's files are verified."""
         read_verified_version(self.registry, self.name, self.version)
-        side_by_side = seams.load_only("side_by_side", "ask")
-        return side_by_side({"adapter": self.folder}, model=None, trust_remote_code=False)
+        load = seams.load_only(Chat, "ask").load
+        return load({"adapter": self.folder}, model=None, trust_remote_code=False)
 
     def __repr__(self) -> str:
         """Show registry, name, version and the verdict's summary."""

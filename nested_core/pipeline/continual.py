@@ -20,7 +20,7 @@ from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.key_properties import replace_configured_paths, settings_that_shape_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import PathRule
-from nested_core.data.earlier_examples import find_earlier_examples
+from nested_core.data.earlier_examples import Replay, find_earlier_examples
 from nested_core.data.held_out_rows import digest_held_out_file
 from nested_core.models.base_model import (
     describe_computation,
@@ -157,8 +157,8 @@ def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list
     """Return digests of the stored examples of champion and ancestors; [] if they do not judge."""
     if champion is None or config.gate.max_ancestor_loss_increase is None:
         return []
-    list_digests = seams.load_only("ancestor_digests", ANCESTORS_KEY)
-    return list(list_digests(*registry_location(config.registry), champion))
+    replay = seams.load_only(Replay, ANCESTORS_KEY)
+    return replay.list_ancestor_digests(*registry_location(config.registry), champion)
 
 
 def _hash_file(key: str, rule: PathRule, path: str) -> str:

@@ -13,8 +13,10 @@ of each step, and a notebook as it is. The steps are functions of pipeline/steps
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 from nested_core import seams
@@ -22,7 +24,7 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
-from nested_core.pipeline.preflight import check_before_start
+from nested_core.pipeline.preflight import StartRules, check_before_start
 from nested_core.pipeline.run_in_progress import working_on
 from nested_core.records.result import TrainResult
 from nested_core.records.skip import Skip
@@ -38,6 +40,22 @@ class Answering(Protocol):
 
     def ask(self, name: str, prompt: str, *, max_tokens: int, temperature: float) -> str:
         """Return the answer of the adapter of this name."""
+
+
+class LoadToAsk(Protocol):
+    """A function that loads a base with adapters, to ask them prompts."""
+
+    def __call__(
+        self, adapters: Mapping[str, Path], *, model: str | None, trust_remote_code: bool
+    ) -> Answering:
+        """Load the adapters in these folders; `model` is the base, None the one they name."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A room's answers of adapters to prompts."""
+
+    load: LoadToAsk
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,9 +130,8 @@ class FinetuneResult:
         config = read_run_config(self.run)
         trusts = config.trust_remote_code
         adapters = {"adapter": self.run.adapter}
-        load = seams.load_only("side_by_side", "ask")
-        loaded: Answering = load(adapters, model=config.model, trust_remote_code=trusts)
-        return loaded
+        load = seams.load_only(Chat, "ask").load
+        return load(adapters, model=config.model, trust_remote_code=trusts)
 
 
 def finetune(
@@ -140,7 +157,8 @@ def finetune(
     if hooks is None:
         hooks = ShownProgress() if progress and can_show_progress() else Steps()
     config, tightening = apply_policy(config)
-    for sentence in (*tightening, *seams.collect("warnings_before_start", config)):
+    warnings = [sentence for rules in seams.load_all(StartRules) for sentence in rules.warn(config)]
+    for sentence in (*tightening, *warnings):
         hooks.on_message(sentence)
     check_before_start(config, run)
     with working_on(config, run, hooks, resume=resume) as work:

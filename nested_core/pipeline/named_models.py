@@ -1,10 +1,11 @@
 """Find the model that a person names: a base, an adapter by any of its names, or a room's format.
 
-The formats of rooms are in nested_core/rooms/__init__.py.
+nested_core/rooms/ROOMS.toml names the rooms' formats.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import TrainedRows
 from nested_core.errors import ConfigError
 from nested_core.measure.losses.left_out_examples import find_trained_rows
-from nested_core.models.adapter_formats import load_peft_format
+from nested_core.models.adapter_formats import AdapterFormat
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.records.dataset import PromptFormat
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
@@ -53,6 +54,17 @@ class NamedModel:
     prompt_format: PromptFormat | None = None
 
 
+@dataclass(frozen=True)
+class ModelFormat:
+    """A room's format of models.
+
+    find_model: returns the model at a path as a person gave it, None for a path of another format;
+        what it has to unpack it writes to a temporary folder.
+    """
+
+    find_model: Callable[[str, Path], NamedModel | None]
+
+
 def find_model(
     given: str, registry: Path | None, base_model: str | None, temporary: Path
 ) -> tuple[NamedModel, RunDirectory | None]:
@@ -67,9 +79,8 @@ def find_model(
     damaged files.
     """
     path = Path(given)
-    for find_model_of_format in seams.load_all("model_format"):
-        model: NamedModel | None = find_model_of_format(given, temporary)
-        if model is not None:
+    for model_format in seams.load_all(ModelFormat):
+        if (model := model_format.find_model(given, temporary)) is not None:
             return model, None
     if (path / "config.json").is_file() and not (path / CONFIG_NAME).is_file():
         return NamedModel(given, given), None
@@ -84,7 +95,7 @@ def find_model(
     if "peft_type" in stored:
         recorded = str(stored.get("base_model_name_or_path"))
         base = base or find_recorded_path(recorded, named.folder)
-        load_peft_format(given).import_adapter(named.folder, temporary, base)
+        seams.load_only(AdapterFormat, given).import_adapter(named.folder, temporary, base)
         folder = temporary
     adapter = read_adapter(folder, follow_links=True)
     base = base or adapter.base_model
@@ -117,8 +128,7 @@ def read_training_config(folder: Path, run: RunDirectory | None) -> FineTuneConf
 
 def find_rows_of_base(base: Path) -> TrainedRows:
     """Return the rows of the adapter that a base was exported with; none for any other base."""
-    for find_model_of_format in seams.load_all("model_format"):
-        model: NamedModel | None = find_model_of_format(str(base), base)
-        if model is not None:
+    for model_format in seams.load_all(ModelFormat):
+        if (model := model_format.find_model(str(base), base)) is not None:
             return model.seen
     return TrainedRows()

@@ -6,6 +6,8 @@ Everything is refused here before hours of training, and before the run folder e
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
@@ -33,6 +35,19 @@ FLOAT32_BYTES = 4
 # Float32 values an optimizer of mlx keeps for each parameter; two for those not listed.
 MOMENTS_BY_OPTIMIZER = {"adafactor": 0, "sgd": 1, "lion": 1, "muon": 1, "adagrad": 1, "rmsprop": 1}
 DEFAULT_MOMENTS = 2
+
+
+@dataclass(frozen=True)
+class StartRules:
+    """What a room says of a configuration before a run of it starts.
+
+    warn: returns warnings, which keep no run from starting.
+    require_usable_rate: raises ConfigError if a run would go on from the champion at a learning
+        rate that is too high.
+    """
+
+    warn: Callable[[FineTuneConfig], list[str]]
+    require_usable_rate: Callable[[FineTuneConfig], None]
 
 
 def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:

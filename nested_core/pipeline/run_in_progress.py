@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
@@ -80,8 +81,8 @@ class RunInProgress:
     def around_training(self) -> Iterator[None]:
         """Enter what rooms have around loading and training."""
         with ExitStack() as around:
-            for entering in seams.load_all("around_training"):
-                around.enter_context(entering(self))
+            for room in seams.load_all(AroundRun):
+                around.enter_context(room.training(self))
             yield
 
     def load(self) -> None:
@@ -144,6 +145,18 @@ class RunInProgress:
         return None if location is None else champion_or_none(*location)
 
 
+@dataclass(frozen=True)
+class AroundRun:
+    """What a room does around the steps of a run.
+
+    run: returns a context around all steps. It is called before the run begins, and entered after.
+    training: returns a context around loading and training. It is called after validation.
+    """
+
+    run: Callable[[RunInProgress], AbstractContextManager[object]] = nullcontext
+    training: Callable[[RunInProgress], AbstractContextManager[object]] = nullcontext
+
+
 @contextmanager
 def working_on(
     config: FineTuneConfig, run: RunDirectory, steps: Steps, *, resume: bool
@@ -154,7 +167,7 @@ def working_on(
     """
     work = RunInProgress(config, run, steps)
     with run.locked(), ExitStack() as around:
-        contexts = [make(work) for make in seams.load_all("around_run")]
+        contexts = [room.run(work) for room in seams.load_all(AroundRun)]
         work.begin(resume=resume)
         for context in contexts:
             around.enter_context(context)

@@ -48,7 +48,9 @@ from nested_core.measure.answers.suite_answers import (
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.measure.losses.held_out_loss import measure_test_loss as test_loss
+from nested_core.measure.losses.held_out_loss import (
+    measure_test_loss as test_loss,
+)
 from nested_core.measure.losses.held_out_loss import (
     read_held_out_examples,
     read_held_out_file,
@@ -82,7 +84,8 @@ from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.named_models import find_rows_of_base
-from nested_core.pipeline.processes import count_processes, load_services
+from nested_core.pipeline.preflight import StartRules
+from nested_core.pipeline.processes import Processes, count_processes, load_services
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.answers import write_answers
 from nested_core.records.dataset import (
@@ -284,8 +287,8 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
     continues = champion is not None and choice.policy == "continue"
     start, source = None, f"continual.from: the champion of {config.registry.name}"
     if continues:
-        for require_usable_rate in seams.load_all("rate_refusal"):
-            require_usable_rate(config)
+        for rules in seams.load_all(StartRules):
+            rules.require_usable_rate(config)
         start = champion
     if config.resume_adapter_file is not None:
         start = read_adapter_file(Path(config.resume_adapter_file))
@@ -400,8 +403,8 @@ def train(
         if processes == 1:
             trainer = train_model(config, run, callbacks, on_start, session=session)
             return _publish_result(run, trainer)
-        train_in_processes = seams.load_only("train_in_processes", "training.processes")
-        train_in_processes(config, run, processes, callbacks, on_start)
+        ranks = seams.load_only(Processes, "training.processes")
+        ranks.train(config, run, processes, callbacks, on_start)
         return read_result(run.result)
 
 

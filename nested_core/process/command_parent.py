@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,17 @@ from pathlib import Path
 PARENT_VARIABLE = "NESTED_TUNE_PARENT"
 # In the message of MLX's error when macOS ends work on the GPU. MLX may also abort the process.
 METAL_FAILURE = "[METAL] Command buffer execution failed"
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A room's parent of a training command.
+
+    run_again: runs a command, and again with more words, which depend on its run, where it is
+        killed. Returns its exit code.
+    """
+
+    run_again: Callable[[Sequence[str], Callable[[Path], Sequence[str]]], int]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ verdict_file.py reads and writes the file. No other module knows its fields.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
@@ -27,7 +27,7 @@ from nested_core.records.loss_conclusion import (
 )
 from nested_core.records.outcome_names import Outcome
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.document import Block, Details, Document, Table, Text, Tone
+from nested_core.text.document import Block, Cell, Details, Document, Table, Text, Tone
 from nested_core.text.loss_format import (
     NATS_PER_TOKEN,
     format_change,
@@ -49,7 +49,7 @@ Code = Literal[UnchangedCode, MisshapenCode, UnusableCode, WorseCode, HarmedCode
 
 def _require_code_of_room(code: str) -> str:
     """Return the code of a reason if an installed room defines it; else raise ValueError."""
-    if code not in seams.join_mappings("reasons"):
+    if code not in seams.list_reasons():
         raise ValueError(f"{code} is no code of a reason")
     return code
 
@@ -640,6 +640,55 @@ class ProofEvidence(TypedDict, total=False):
     relative_distance_from_float32: float | None
 
 
+@dataclass(frozen=True)
+class CheckRow:
+    """One row of the table of checks: name, figures, bound and result.
+
+    verdict: the result in a word; None for a figure that is not judged.
+    has_failed: whether this check gave a reason to reject the adapter.
+    """
+
+    name: str
+    before: str | None = None
+    after: str | None = None
+    difference: str | None = None
+    bound: str | None = None
+    verdict: str | None = "passed"
+    has_failed: bool = False
+
+    @property
+    def figures(self) -> str | None:
+        """The figures as `3.142 -> 0.0213`.
+
+        Without a figure before, it is the one after, or the result if there is no figure.
+        """
+        if self.before is None or self.after is None:
+            return self.after or self.verdict
+        return f"{self.before} -> {self.after}"
+
+    @property
+    def cells(self) -> tuple[object, ...]:
+        """The cells of the row, in the order of CHECK_COLUMNS."""
+        word: object = self.verdict
+        if self.has_failed:
+            word = Cell(f"failed: {self.verdict}", "bad")
+        return (self.name, self.before, self.after, self.difference, self.bound, word)
+
+
+@dataclass(frozen=True)
+class VerdictBlock:
+    """How a room's block of the verdict is shown.
+
+    name: its key in gate.json.
+    rows: returns rows of the table of checks, of the block and the verdict.
+    notes: returns sentences beside the verdict.
+    """
+
+    name: str
+    rows: Callable[[dict[str, Any], Verdict], Iterable[CheckRow]]
+    notes: Callable[[dict[str, Any], Verdict], Iterable[str]]
+
+
 @dataclass(frozen=True, repr=False)
 class Verdict:
     """The content of gate.json.
@@ -695,14 +744,12 @@ class Verdict:
         code: Any = self.reasons[0].code
         if code in OUTCOME_BY_CODE:
             return OUTCOME_BY_CODE[code]
-        return Outcome[seams.join_mappings("reasons")[code]]
+        return Outcome[seams.list_reasons()[code]]
 
-    def load_blocks(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """Yield, for each block of an installed room, the module that displays it and the block."""
-        parts = seams.join_mappings("verdict_blocks", seams.list_rooms())
-        yield from (
-            (seams.load(parts[name]), self.blocks[name]) for name in parts if name in self.blocks
-        )
+    def load_blocks(self) -> Iterator[tuple[VerdictBlock, dict[str, Any]]]:
+        """Yield, for each block of an installed room, what displays it and the block."""
+        shown = seams.load_all(VerdictBlock) if self.blocks else ()
+        yield from ((one, self.blocks[one.name]) for one in shown if one.name in self.blocks)
 
     @property
     def reason_names(self) -> list[str]:

@@ -167,7 +167,7 @@ def parse_verdict(document: Any, path: Path) -> Verdict:
         parse_json(content)  # refuses numbers that no float holds
         verdict = _VALIDATOR.validate_json(content, strict=True)
         # Blocks of optional packages, of which the validator does not know
-        names = seams.join_mappings("verdict_blocks")
+        names = {name for room in seams.read_rooms().values() for name in room.verdict_blocks}
         verdict.blocks.update({name: document[name] for name in names if name in document})
     except ValidationError as error:
         raise DamagedError(f"{path} holds no verdict: {describe_first_problem(error)}.") from error

@@ -7,7 +7,6 @@ these rows, so a new figure is a field of the verdict and a row here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from nested_core import seams
 from nested_core.records.answers import AnswerRecord, shown_answer
@@ -15,6 +14,7 @@ from nested_core.records.loss_conclusion import MIN_CHANGE
 from nested_core.records.verdict import (
     MIN_HARMED,
     ChampionLoss,
+    CheckRow,
     Code,
     ComparedLoss,
     GeneralLoss,
@@ -25,7 +25,7 @@ from nested_core.records.verdict import (
     describe_examples,
 )
 from nested_core.text.digest_format import shorten_digest
-from nested_core.text.document import Cell, Table, Text
+from nested_core.text.document import Table, Text
 from nested_core.text.loss_format import format_difference, format_loss, loss_name_for_file
 
 CHECK_COLUMNS = ("checked", "before", "after", "difference", "threshold", "verdict")
@@ -41,41 +41,6 @@ SUITE_CODES: frozenset[Code] = frozenset({"task_below", "task_regressed"})
 OWN_ROW_CODES: frozenset[Code] = frozenset(
     {"loss_regressed", "examples_harmed", "drift", "forgetting", "answers_broken"}
 )
-
-
-@dataclass(frozen=True)
-class CheckRow:
-    """One row of the table of checks: name, figures, bound and result.
-
-    verdict: the result in a word; None for a figure that is not judged.
-    has_failed: whether this check gave a reason to reject the adapter.
-    """
-
-    name: str
-    before: str | None = None
-    after: str | None = None
-    difference: str | None = None
-    bound: str | None = None
-    verdict: str | None = "passed"
-    has_failed: bool = False
-
-    @property
-    def figures(self) -> str | None:
-        """The figures as `3.142 -> 0.0213`.
-
-        Without a figure before, it is the one after, or the result if there is no figure.
-        """
-        if self.before is None or self.after is None:
-            return self.after or self.verdict
-        return f"{self.before} -> {self.after}"
-
-    @property
-    def cells(self) -> tuple[object, ...]:
-        """The cells of the row, in the order of CHECK_COLUMNS."""
-        word: object = self.verdict
-        if self.has_failed:
-            word = Cell(f"failed: {self.verdict}", "bad")
-        return (self.name, self.before, self.after, self.difference, self.bound, word)
 
 
 def describe_verdict(verdict: Verdict, headline: str) -> Iterator[Text]:
@@ -139,7 +104,7 @@ def make_check(
 
 def _tensor_check(verdict: Verdict) -> CheckRow:
     """Build the row on the adapter's tensors, with all reasons that no other row shows."""
-    elsewhere = UPDATE_CODES | SUITE_CODES | OWN_ROW_CODES | seams.join_mappings("reasons").keys()
+    elsewhere = UPDATE_CODES | SUITE_CODES | OWN_ROW_CODES | seams.list_reasons().keys()
     reasons = [reason for reason in verdict.reasons if reason.code not in elsewhere]
     changed = sum(tensor.changed for tensor in verdict.tensors)
     after = f"{changed} of {len(verdict.tensors)} changed"

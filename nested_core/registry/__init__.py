@@ -15,63 +15,29 @@ promotion, and trials.py finds runs whose repetition is useless; these two are i
 are used.
 """
 
-from nested_core.registry.audit_report import AuditReport, audit
-from nested_core.registry.folders import list_names
-from nested_core.registry.garbage_collection import (
-    GarbageReport,
-    collect_garbage,
-    forget,
-    forget_rows,
-)
-from nested_core.registry.promote_and_rollback import (
-    UNSET,
-    Unset,
-    promote,
-    register_and_promote,
-    rollback,
-)
-from nested_core.registry.promotion_outcome import Decision
-from nested_core.registry.queries import (
-    VerifiedVersion,
-    check_champion,
-    history,
-    holding_champion,
-    list_versions,
-    read_champion,
-    read_champion_changes,
-    read_rollback_target,
-    read_verified_version,
-    read_version_verdicts,
-    verify,
-)
-from nested_core.registry.registration import register
-from nested_core.registry.versions import AuditFinding
-
-__all__ = [
-    "UNSET",
-    "AuditReport",
-    "GarbageReport",
-    "AuditFinding",
-    "Decision",
-    "Unset",
-    "VerifiedVersion",
-    "audit",
-    "check_champion",
-    "collect_garbage",
-    "forget",
-    "forget_rows",
-    "history",
-    "holding_champion",
-    "list_names",
-    "list_versions",
-    "promote",
-    "read_champion_changes",
-    "read_champion",
-    "read_rollback_target",
-    "read_verified_version",
-    "read_version_verdicts",
-    "register",
-    "register_and_promote",
-    "rollback",
-    "verify",
-]
+from nested_core.registry.audit_report import AuditReport as AuditReport
+from nested_core.registry.audit_report import audit as audit
+from nested_core.registry.folders import list_names as list_names
+from nested_core.registry.garbage_collection import GarbageReport as GarbageReport
+from nested_core.registry.garbage_collection import collect_garbage as collect_garbage
+from nested_core.registry.garbage_collection import forget as forget
+from nested_core.registry.garbage_collection import forget_rows as forget_rows
+from nested_core.registry.promote_and_rollback import UNSET as UNSET
+from nested_core.registry.promote_and_rollback import Unset as Unset
+from nested_core.registry.promote_and_rollback import promote as promote
+from nested_core.registry.promote_and_rollback import register_and_promote as register_and_promote
+from nested_core.registry.promote_and_rollback import rollback as rollback
+from nested_core.registry.promotion_outcome import Decision as Decision
+from nested_core.registry.queries import VerifiedVersion as VerifiedVersion
+from nested_core.registry.queries import check_champion as check_champion
+from nested_core.registry.queries import history as history
+from nested_core.registry.queries import holding_champion as holding_champion
+from nested_core.registry.queries import list_versions as list_versions
+from nested_core.registry.queries import read_champion as read_champion
+from nested_core.registry.queries import read_champion_changes as read_champion_changes
+from nested_core.registry.queries import read_rollback_target as read_rollback_target
+from nested_core.registry.queries import read_verified_version as read_verified_version
+from nested_core.registry.queries import read_version_verdicts as read_version_verdicts
+from nested_core.registry.queries import verify as verify
+from nested_core.registry.registration import register as register
+from nested_core.registry.versions import AuditFinding as AuditFinding

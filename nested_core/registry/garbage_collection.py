@@ -31,6 +31,7 @@ from nested_core.registry.judgements import has_all_judgements
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
 from nested_core.registry.link_and_views import read_link, reading, writing
 from nested_core.registry.policy import policy_of
+from nested_core.registry.promotion_outcome import Approval
 from nested_core.registry.versions import (
     OPTIONAL_FILES,
     VERSION_FILES,
@@ -177,8 +178,7 @@ def may_be_promoted(folder: Path, version: str, ledger: Ledger) -> bool:
     times = [datetime.fromisoformat(e.time) for _, e in lines if e.action in USES]
     age = datetime.now(UTC) - max(times, default=datetime.now(UTC))
     return age < UNPROMOTED_GRACE_TIME or any(
-        may_be_approved(folder, version, ledger, age)
-        for may_be_approved in seams.load_all("may_be_approved")
+        approval.may_follow(folder, version, ledger, age) for approval in seams.load_all(Approval)
     )
 
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Literal
+
+from nested_core.config.sections import RegistrySection
+from nested_core.registry.judgements import Judgement
+from nested_core.registry.ledger import Ledger
 
 Outcome = Literal[
     "registered",  # its policy is never: nothing promotes it automatically
@@ -44,3 +51,18 @@ class Decision:
     def sentence(self) -> str:
         """The reason, or the outcome if there is no reason."""
         return self.reason or self.outcome
+
+
+@dataclass(frozen=True)
+class Approval:
+    """A room's questions to a person, and the answers.
+
+    decide: returns what is decided about a version that only the person's word keeps from its
+        promotion: that it waits or was declined. Of the adapter's history, the run's configuration
+        of the registry, the verdict on the version, and the champion.
+    may_follow: returns whether a version that never was champion waits for a person. Of the
+        adapter's folder, the version, the history, and the time since the version's last verdict.
+    """
+
+    decide: Callable[[Ledger, RegistrySection, Judgement, str | None], Decision]
+    may_follow: Callable[[Path, str, Ledger, timedelta], bool]

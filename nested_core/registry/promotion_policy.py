@@ -37,7 +37,7 @@ from nested_core.registry.policy import (
     read_policy,
 )
 from nested_core.registry.promote_and_rollback import UNSET, Unset, promote_in_folder
-from nested_core.registry.promotion_outcome import Decision
+from nested_core.registry.promotion_outcome import Approval, Decision
 from nested_core.registry.queries import verify
 from nested_core.registry.registration import NewVersion, registering
 from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, registered_versions
@@ -393,9 +393,8 @@ def find_refusal(
     if reason is None and rule.asks_person:
         if is_approved:
             return None
-        decide_question = seams.load_only("decide_question", APPROVE_KEY)
-        decision: Decision = decide_question(ledger, section, candidate, champion)
-        return decision
+        approval = seams.load_only(Approval, APPROVE_KEY)
+        return approval.decide(ledger, section, candidate, champion)
     if reason is None and policy is not None:
         reason = _why_beyond_reference(policy, ledger, candidate)
     return None if reason is None else Decision("refused", candidate.version, champion, reason)

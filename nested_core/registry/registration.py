@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from typing import Any
 from nested_core import seams
 from nested_core.errors import JUDGE_AGAIN, DamagedError
 from nested_core.records.judged_run import JudgedRun, read_judged_run
+from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME
 from nested_core.registry.data_store import RunExamples, bound_store, store_examples
 from nested_core.registry.folders import (
@@ -228,6 +229,16 @@ def _write_judgement(locked: NameFolder, new: NewVersion) -> str:
     return write_judgement(locked.path, version, verdict, facts, confirm=locked.confirm)
 
 
+@dataclass(frozen=True)
+class ModelCard:
+    """A room's README.md of a version.
+
+    render: returns it, of the adapter's name, the version, its provenance and its verdict.
+    """
+
+    render: Callable[[str, str, dict[str, Any], Verdict], str]
+
+
 def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
     """Write all files of a version of `name` into `folder`; return the hash of its manifest.
 
@@ -238,9 +249,9 @@ def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
     now = datetime.now(UTC).isoformat(timespec="microseconds")
     recorded = new.provenance | {REGISTERED_AT_KEY: now}
     made_here = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded)}
-    for render_card in seams.load_all("model_card"):
-        card: str = render_card(name, run.version, recorded, bound.verdict)
-        made_here[CARD_NAME] = card.encode("utf-8", "replace")
+    for card in seams.load_all(ModelCard):
+        text = card.render(name, run.version, recorded, bound.verdict)
+        made_here[CARD_NAME] = text.encode("utf-8", "replace")
     for written, content in {**made_here, **run.adapter.files}.items():
         write_bytes(folder / written, content)
     for file in (file for file in OPTIONAL_FILES if file in bound.files):

@@ -46,6 +46,7 @@ from nested_core.report.outcome import (
     describe_state,
     find_reason_kept,
 )
+from nested_core.report.page_blocks import PageBlocks, show_answers
 from nested_core.storage.atomic import finite_or_none, write_bytes
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
@@ -109,6 +110,7 @@ def describe_run(run: Run, error: str | None = None) -> Document:
     """Build the page of a run as a document; `error` is what ended the run, if one did."""
     now = datetime.now(UTC)
     checks = [] if run.verdict is None else [*check_tables(run.verdict)]
+    of_rooms = [block for room in seams.load_all(PageBlocks) for block in room.of_run(run)]
     return Document(
         f"Run {run.name}",
         [
@@ -119,7 +121,7 @@ def describe_run(run: Run, error: str | None = None) -> Document:
             Section("Training", list(_describe_training(run)), "curves"),
             Section("Change by layer and module", list(_map_changes(run)), "change"),
             Section("Updates expected and applied", [_count_updates(run)], "updates"),
-            Section("Data", [*_list_findings(run), *seams.collect("data_blocks", run)], "data"),
+            Section("Data", [*_list_findings(run), *of_rooms], "data"),
             Section("To reproduce", list(_describe_reproduction(run)), "reproduce"),
         ],
         above=f"{describe_state(run)}, {run.describe_length()}; begun "
@@ -435,9 +437,7 @@ def list_answers(run: Run) -> list[Block]:
     for name in names[:MAX_SHOWN_QUESTIONS]:
         answers = [answer for answer in run.answers if answer.task == name]
         given = [(answer.model, answer.expected, answer.answer, answer.score) for answer in answers]
-        # Tables of optional packages, such as one that sorts answers by label
-        tables = seams.collect("answer_tables", name, given)
-        blocks.append(Section(name, [*tables, _answers_table(answers, count)]))
+        blocks.append(Section(name, [*show_answers(name, given), _answers_table(answers, count)]))
     if run.sample_answers:
         shown = run.sample_answers[:MAX_SHOWN_QUESTIONS]
         blocks.append(Section("To read, not scored", [_sample_answers_table(shown)]))

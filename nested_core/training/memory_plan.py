@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,16 @@ class MemoryPlan:
         return chosen
 
 
+@dataclass(frozen=True)
+class MemoryForecaster:
+    """A room's prediction of a run's memory.
+
+    plan: plans a run on the default device, of which it may take a number of bytes.
+    """
+
+    plan: Callable[[TrainingSetup, int], MemoryPlan]
+
+
 def plan_memory(setup: TrainingSetup) -> MemoryPlan:
     """Plan a run on the default device, within its memory or `memory_limit_gb`.
 
@@ -61,8 +71,7 @@ def plan_memory(setup: TrainingSetup) -> MemoryPlan:
         mx.set_cache_limit(config.clear_cache_threshold)
     limit = config.training.memory_limit_gb
     capacity = backend.device_memory_bytes() if limit is None else int(limit * 1e9)
-    for forecast_memory in seams.load_all("memory_forecast"):  # one at most
-        plan: MemoryPlan = forecast_memory(setup, capacity)
-        return plan
+    for forecast in seams.load_all(MemoryForecaster):  # one at most
+        return forecast.plan(setup, capacity)
     layers = len(setup.model.layers)
     return MemoryPlan(None, capacity, layers if config.grad_checkpoint else 0, layers)

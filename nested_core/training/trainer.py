@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -401,6 +402,13 @@ class Trainer:
         )
 
 
+@dataclass(frozen=True)
+class ReferenceTrainer:
+    """What trains a run under `training.reference`."""
+
+    make: Callable[[TrainingSetup], Trainer]
+
+
 def make_trainer(setup: TrainingSetup) -> Trainer:
     """Return the configured trainer; under `training.reference` that of the room reference.
 
@@ -408,8 +416,7 @@ def make_trainer(setup: TrainingSetup) -> Trainer:
     """
     if setup.config.training.reference is None:
         return Trainer(setup)
-    trainer: Trainer = seams.load_only("reference_trainer", REFERENCE_KEY)(setup)
-    return trainer
+    return seams.load_only(ReferenceTrainer, REFERENCE_KEY).make(setup)
 
 
 class _NearEnd:

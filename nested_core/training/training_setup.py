@@ -67,6 +67,13 @@ class LossInputs:
     world: World
 
 
+@dataclass(frozen=True)
+class TrainingLoss:
+    """What a run with a room's `training.loss` trains with."""
+
+    make: Callable[[LossInputs], Loss]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TrainingSetup:
     """Everything that a run trains with, passed as a whole to the trainer and its parts.
@@ -158,7 +165,7 @@ def prepare_training(
         inputs = LossInputs(
             config=config, run=run, model=model, parameters=parameters, splits=splits, world=world
         )
-        loss_fn = seams.load(seams.find_loss(config.training.loss).make)(inputs)
+        loss_fn = seams.load_for_loss(config.training.loss, TrainingLoss).make(inputs)
     return TrainingSetup(
         config=config,
         run=run,

@@ -14,7 +14,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, tempor
 
 from flows import cli
 from nested_core import seams
-from nested_core.rooms import Room
+from nested_core.seams import Room
 from tests.example import DATA, write_config
 from tests.flows.conftest import Ended, called
 
@@ -131,7 +131,7 @@ def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], 
 
 
 def test_a_command_of_a_room_that_was_deleted_names_the_room(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(seams, "ROOMS", {"music": Room(commands=("play",))})
+    monkeypatch.setattr(seams, "read_rooms", lambda: {"music": Room(commands=["play"])})
     assert cli.main(["play"]) == 2
     said = "`play` belongs to the room music, which is not installed here."
     assert said in capsys.readouterr().err.replace("\n", " ")
@@ -139,7 +139,8 @@ def test_a_command_of_a_room_that_was_deleted_names_the_room(monkeypatch, capsys
 
 
 def test_a_flag_of_a_room_that_was_deleted_names_the_room(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(seams, "ROOMS", {"music": Room(flags={"runs": ("--tune",)})})
+    room = Room(flags={"runs": ["--tune"]})
+    monkeypatch.setattr(seams, "read_rooms", lambda: {"music": room})
     done = called("runs", "--tune", "louder", cwd=tmp_path)
     said = "`runs --tune` belongs to the room music, which is not installed here."
     assert (done.code, done.message().strip()) == (2, f"nested-tune: {said}")

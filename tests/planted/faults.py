@@ -20,7 +20,7 @@ FAULTS = (
     ),
     Fault(
         "nested_core/backend.py",
-        "        use_private_kernel_folder()\n    if is_mlx_built_for_cuda():",
+        "        folder.use()\n    if is_mlx_built_for_cuda():",
         "        pass\n    if is_mlx_built_for_cuda():",
         "a forgotten call",
     ),

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nested_core import registry, seams
+from nested_core import backend, registry, seams
 from nested_core.storage.checkpoint import read_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.manifest import MANIFEST_NAME
@@ -316,8 +316,8 @@ def become_command(arguments: tuple[str, ...], cwd: Path, output: Path) -> NoRet
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.chdir(cwd)
-        for use_private_kernel_folder in seams.load_all("kernel_folder"):
-            use_private_kernel_folder()
+        for folder in seams.load_all(backend.KernelFolder):
+            folder.use()
         from flows.cli import main
 
         code = main(arguments)

@@ -15,7 +15,7 @@ from prefect.input import RunInput
 from prefect.states import Completed, State
 from pydantic import Field
 
-from flows.promote import PromoteParameters
+from flows.promote import Asking, PromoteParameters
 from flows.rooms.approval.answer_tasks import decline, promote_approved
 from flows.rooms.approval.questions import (
     Question,
@@ -99,3 +99,6 @@ def _told_state(config: PromoteParameters, outcome: Outcome, message: str) -> St
     if config.night is not None:
         tell_night(config.night, outcome, message)
     return Completed(name=outcome, message=message)
+
+
+ASKING = Asking(ask_person)

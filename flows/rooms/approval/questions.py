@@ -19,7 +19,7 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Completed, Scheduled, State
 
-from flows.flow_runs.watchers import list_watchers
+from flows.flow_runs.watchers import Watcher, list_watchers
 from nested_core.config.resume import read_run_config
 from nested_core.records.outcome_names import Outcome
 from nested_core.rooms.approval.page import Approval
@@ -155,3 +155,12 @@ def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
             config = read_run_config(run)
             for watcher in list_watchers():
                 watcher.answer(config, run, night, told)
+
+
+class ApprovalWatcher(Watcher):
+    """Asks a person."""
+
+    ask = staticmethod(request_approval)
+
+
+WATCHER = ApprovalWatcher()

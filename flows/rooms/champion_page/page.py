@@ -27,6 +27,7 @@ from nested_core.rooms.champion_page.champion import ChampionRecord, describe_ch
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape, escape_markdown
 from tasks.artifact_client import artifact_key, find_newest_artifact, publish_page
+from tasks.events import ServerPages
 from tasks.prefect_server import related_resource
 
 _INVALID_KEY_CHARACTERS = re.compile(r"[^A-Za-z0-9._~-]+")
@@ -137,10 +138,6 @@ def tell_of_version(config: FineTuneConfig, judged: JudgedRun) -> None:
     emit_materialization(run_asset(name, run), made_of, name, version)
 
 
-class ChampionPage:
-    """What the core is given of this room."""
-
-    publish = staticmethod(publish_champion)
-    publish_if_changed = staticmethod(publish_champion_if_changed)
-    had_champion = staticmethod(had_champion)
-    tell_of_version = staticmethod(tell_of_version)
+CHAMPION_PAGE = ServerPages(
+    publish_champion, publish_champion_if_changed, had_champion, tell_of_version
+)

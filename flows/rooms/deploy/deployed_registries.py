@@ -14,6 +14,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTag
 from prefect.client.schemas.responses import DeploymentResponse
 
 from nested_core.storage.output_places import resolve_path
+from tasks.events import ServerPages
 from tasks.prefect_server import TAG
 
 READ_PAGE_SIZE = 200
@@ -66,3 +67,6 @@ def adapters_in(parameters: dict[str, Any]) -> tuple[str | None, tuple[str, ...]
     else:
         place, names = section, [config["name"]] if "name" in config else config.get("names") or []
     return None if place is None else str(place), tuple(str(n) for n in names if n is not None)
+
+
+SERVER = ServerPages(why_silent=why_silent)

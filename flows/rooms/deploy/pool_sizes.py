@@ -66,7 +66,9 @@ def route_by_forecast(
 def _forecast_gigabytes(config: FineTuneConfig, on_wait: Callable[[str], None]) -> float:
     """The peak of memory; where a run starts and where it is registered does not change it."""
     seams.require("memory", "pools")
-    explain_run = seams.load_only("explain_run", "pools")
+    seams.require("planning", "pools")
+    from nested_core.rooms.planning.run_explanation import explain_run
+
     changes = {"registry": RegistrySection(), "continual": ContinualSection()}
     with chdir(runs_home()):  # where relative paths begin
         run = explain_run(config.model_copy(update=changes), on_wait, measures_speed=False)

@@ -14,7 +14,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
-from flows.commands.check import Check
+from flows.commands.check import Check, DoctorChecks
 from flows.flow_runs.allowed_folders import allowed_roots
 from flows.rooms.deploy.alerts import alert_block
 from flows.rooms.deploy.deploy import read_automations, read_server_deployments
@@ -191,3 +191,6 @@ def _check_allowed_folders() -> Check:
     is_well = not missing and bool(writable)
     seen = ", ".join(map(str, roots))
     return Check("roots", is_well, seen, "" if is_well else "set NESTED_TUNE_ROOTS to folders")
+
+
+CHECKS = DoctorChecks(of_server=iterate_server_checks)

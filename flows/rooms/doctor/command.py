@@ -14,7 +14,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from flows.commands.check import Check
+from flows.commands.check import Check, DoctorChecks
 from flows.commands.command_output import result_printer
 from flows.terminal.console import print_table
 from nested_core import seams
@@ -55,13 +55,14 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         _check_server_address,
         _check_disk,
     )
+    rooms = [*seams.load_all(DoctorChecks)]
     checks = [
         *(check() for check in looks),
         *_iterate_champion_checks(arguments.registry),
-        *seams.collect("registry_checks", arguments.registry),
+        *(check for room in rooms for check in room.of_registry(arguments.registry)),
     ]
     if os.environ.get("PREFECT_API_URL"):
-        checks += (check for look in seams.load_all("server_checks") for check in look())
+        checks += (check for room in rooms for check in room.of_server())
 
     is_fine = all(check.ok for check in checks)
     document = {"ok": is_fine, "checks": [asdict(check) for check in checks]}

@@ -12,7 +12,9 @@ from flows.commands.adapter_places import ADAPTER_FORMS, add_registry_arguments,
 from flows.commands.command_output import printer, result_printer, show_conversion, text_printer
 from flows.terminal.console import print_line, print_page, print_progress
 from flows.terminal.stage_lines import showing_stages
+from nested_core import seams
 from nested_core.errors import ConfigError
+from nested_core.models.adapter_formats import AdapterFormat
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.storage.output_places import require_absent_or_empty, require_output_file
 from nested_core.text.stages import stages
@@ -98,9 +100,7 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.public or arguments.dry_run:
         raise ConfigError("export: --public and --dry-run belong to --push USER/NAME.")
     if arguments.peft is not None:
-        from nested_core.models.adapter_formats import load_peft_format
-
-        peft = load_peft_format("--peft")
+        peft = seams.load_only(AdapterFormat, "--peft")
         require_absent_or_empty(arguments.peft, flag="--peft")
         adapter = find_named_adapter(arguments.folder, arguments.registry).folder
         converted = peft.export_adapter(adapter, arguments.peft, arguments.model)

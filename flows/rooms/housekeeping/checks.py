@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.commands.check import Check
+from flows.commands.check import Check, DoctorChecks
 from nested_core.errors import NestedTuneError
 
 
@@ -27,3 +27,6 @@ def iterate_housekeeping_checks(registry: Path) -> Iterator[Check]:
             yield Check(f"housekeeping {name}", False, str(error), "nested-tune audit")
         else:
             yield Check(f"housekeeping {name}", True, plan.describe())
+
+
+CHECKS = DoctorChecks(of_registry=iterate_housekeeping_checks)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from rich.console import ConsoleDimensions  # noqa: TID251
 from rich.live import Live
 
+from flows.rooms.live.loss_curve import draw_curve
 from flows.rooms.live.screen import draw_screen
 from flows.terminal.console import POLL_SECONDS, errors
-from flows.terminal.run_follower import read_object_or_empty
+from flows.terminal.run_follower import LiveView, read_object_or_empty
 from nested_core.errors import NestedTuneError
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
@@ -97,3 +98,6 @@ def update_console_size() -> ConsoleDimensions:
     if width and height:  # some pseudo-terminals have no size
         errors.size = ConsoleDimensions(width, height)
     return errors.size
+
+
+LIVE = LiveView(draw_until_done, draw_curve)

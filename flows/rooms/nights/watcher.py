@@ -95,3 +95,6 @@ class NightWatcher(Watcher):
         """The page of the last nights."""
         page = find_nights_page(client, name) or make_nights_page(client, name)
         return AdapterPage(artifact_key(name, NIGHTS_PAGE), artifact_path(page))
+
+
+WATCHER = NightWatcher()

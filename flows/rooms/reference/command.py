@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from flows.terminal.run_follower import TrainingLog
+
 if TYPE_CHECKING:
     from flows.rooms.reference.mlx_lm_log import MlxLmLog
     from nested_core.config.schema import FineTuneConfig
@@ -32,3 +34,6 @@ def find_log(
     from flows.rooms.reference.mlx_lm_log import MlxLmLog
 
     return MlxLmLog(config, run, sys.stderr if arguments.json else sys.__stdout__ or sys.stderr)
+
+
+LOG = TrainingLog(find_log)

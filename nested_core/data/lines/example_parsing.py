@@ -45,7 +45,7 @@ from nested_core.data.lines.other_formats import (
 )
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
-from nested_core.seams import find_loss, is_there, join_mappings, list_rooms, load
+from nested_core.seams import is_there, load_all, load_for_loss
 from nested_core.storage.untrusted_files import (
     UNBOUNDED,
     collect_strings,
@@ -389,16 +389,29 @@ _KNOWN_MESSAGE_KEYS_BY_ROLE = {
 }
 
 
+@dataclass(frozen=True)
+class RowFormats:
+    """What a room adds for its losses: the only rows that they read.
+
+    formats: by name.
+    suggest_loss: returns the loss that `init` suggests for data with a row like this one, as JSON
+        has it; None for none of the room's.
+    """
+
+    formats: Mapping[str, RowFormat]
+    suggest_loss: Callable[[Mapping[str, Any]], str | None]
+
+
 @cache
 def formats_of_loss(loss: str | None) -> Mapping[str, RowFormat]:
     """Return the row formats of a loss, by name; None gives those of plain fine-tuning."""
     if loss is None:
         return FORMATS
     if loss != ANY_LOSS:
-        formats: Mapping[str, RowFormat] = load(find_loss(loss).rows)
-        return formats
-    added = {entry.rows for entry in join_mappings("losses", list_rooms()).values()}
-    return {name: one for part in added for name, one in load(part).items()} | FORMATS
+        return load_for_loss(loss, RowFormats).formats
+    return {
+        name: one for room in load_all(RowFormats) for name, one in room.formats.items()
+    } | FORMATS
 
 
 def find_row_format(name: str) -> RowFormat:

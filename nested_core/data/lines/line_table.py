@@ -24,6 +24,7 @@ from nested_core.data.lines.example_parsing import (
 )
 from nested_core.data.lines.line_rows import LineRow, fold_case_and_space, parse_line_to_row
 from nested_core.data.parallel_jobs import ByteRange
+from nested_core.data.room_checks import AskedTexts, NearDuplicates, RowChecks
 from nested_core.errors import DatasetError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -61,7 +62,7 @@ _ERROR_CELL_PATTERN = (
 class LineRange:
     """What was read from a range of lines.
 
-    frame: a row for each line, see LINE_SCHEMA, with the columns of `text_checks` of rooms; with
+    frame: a row for each line, see LINE_SCHEMA, with the columns of rooms' RowChecks; with
         n-gram columns of the room near_duplicates if asked for.
     digests: the SHA-256 of each example, concatenated.
     answer_keys: the smallest and the largest hash of an answer, which are equal if all answers are.
@@ -83,7 +84,7 @@ def read_line_range(
     field_names: FieldNames,
     *,
     has_ngrams: bool = False,
-    asked: Any = None,
+    asked: AskedTexts | None = None,
 ) -> LineRange:
     """Read a range of a file's lines to a table with one row a line, independently of other ranges.
 
@@ -128,10 +129,10 @@ def read_line_range(
         "has_mark": has_mark,
     }
     frame = pl.DataFrame(columns, schema=LINE_SCHEMA)
-    for part in seams.load_all("text_checks"):
+    for part in seams.load_all(RowChecks):
         frame = frame.with_columns(**part.find(text))
     if has_ngrams:
-        near = seams.load_only("near_duplicates", NEAR_DUPLICATES_KEY)
+        near = seams.load_only(NearDuplicates, NEAR_DUPLICATES_KEY)
         frame = frame.with_columns(**near.hash_texts(shown))
     if asked is None:
         return LineRange(frame, digests, answer_keys)
@@ -165,9 +166,9 @@ def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)  # its tables serve all ranges that this process reads
-def _read_asked(path: str) -> Any:
+def _read_asked(path: str) -> AskedTexts:
     """Read the n-grams to look for from a file, once per process."""
-    return seams.load_only("near_duplicates", NEAR_DUPLICATES_KEY).Asked.read(Path(path))
+    return seams.load_only(NearDuplicates, NEAR_DUPLICATES_KEY).read_asked(Path(path))
 
 
 def _read_rows(

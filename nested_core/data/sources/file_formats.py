@@ -12,8 +12,9 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, AnyStr, NamedTuple, cast
@@ -46,6 +47,18 @@ class NumberedLine(NamedTuple):
     number: int
     line: bytes
     problem: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """A room's reader of data files.
+
+    suffix: how the names of such files end, such as ".xlsx"; the files are compressed.
+    read: yields the rows of a file as lines of JSON; raises RestOfFileUnreadable.
+    """
+
+    suffix: str
+    read: Callable[[Path], Iterator[NumberedLine]]
 
 
 class RestOfFileUnreadable(Exception):

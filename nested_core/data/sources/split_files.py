@@ -10,7 +10,7 @@ import codecs
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
@@ -27,6 +27,7 @@ from nested_core.data.sources.file_formats import (
     MAX_LINE_BYTES,
     NumberedLine,
     RestOfFileUnreadable,
+    RowReader,
     find_csv_delimiter,
     find_start_of_too_long_line,
     is_utf16,
@@ -47,9 +48,7 @@ _READER_BY_SUFFIX: dict[str, Callable[[Path], Iterator[NumberedLine]]] = {
     ".json": read_json_array,
     ".parquet": read_parquet,
 }
-_ROOM_READER_BY_SUFFIX = {
-    suffix: part for room in seams.list_rooms().values() for suffix, part in room.readers.items()
-}
+_ROOM_READER_BY_SUFFIX = {reader.suffix: reader.read for reader in seams.load_all(RowReader)}
 _TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 SUFFIXES = (".jsonl", *_READER_BY_SUFFIX, *_TABLE_SUFFIXES, *_ROOM_READER_BY_SUFFIX)
 _SUFFIX_PATTERN = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
@@ -177,12 +176,22 @@ def _rank_split_name(path: Path) -> Iterator[tuple[int, str]]:
         yield _HINT, _SPLIT_BY_HINT[hint[1] or hint[3]]
 
 
+@dataclass(frozen=True)
+class HubReader:
+    """A room's reader of data sets of the Hugging Face hub.
+
+    open_tables: returns the name and the lines of each split.
+    """
+
+    open_tables: Callable[[DataSettings], Mapping[str, tuple[str, Iterable[NumberedLine]]]]
+
+
 def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
     """Return the splits of a hub data set as files.
 
     Raises ConfigError if the room hub is not installed.
     """
-    tables = seams.load_only("hub_tables", key)(settings)
+    tables = seams.load_only(HubReader, key).open_tables(settings)
     return {
         split: _write_split_lines(name, lines, spool / f"{split}.jsonl")
         for split, (name, lines) in tables.items()
@@ -275,7 +284,7 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
     is_packed = suffix.endswith((".gz", ".parquet", *_ROOM_READER_BY_SUFFIX))
     delimiters: tuple[str, ...] = ()
     if suffix in _ROOM_READER_BY_SUFFIX:  # a reader of an optional package, as for workbooks
-        lines = seams.load(_ROOM_READER_BY_SUFFIX[suffix])(path)
+        lines = _ROOM_READER_BY_SUFFIX[suffix](path)
     elif suffix in _TABLE_SUFFIXES:
         delimiter = find_csv_delimiter(path)
         delimiters = (CSV_DELIMITERS[delimiter],)

@@ -36,6 +36,7 @@ from nested_core.data.tokens.template_time_limit import (
 )
 from nested_core.data.tokens.text_notes import (
     Note,
+    TokenizerChecks,
     has_control_token,
     list_texts,
     note_control_tokens,
@@ -380,7 +381,7 @@ def _encode_examples(
     Raises ConfigError if the template exceeds its time limit.
     """
     tokenizer = source.load()
-    checks = [part(source) for part in seams.load_all("tokenizer_checks")]
+    checks = [room.make(source) for room in seams.load_all(TokenizerChecks)]
     max_seq_length = request["max_seq_length"]
     most = max(MAX_ROW_CHARACTERS, MAX_ROW_CHARACTERS_PER_TOKEN * max_seq_length)
     with TemplateTimeLimit() as limit:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from nested_core.data.data_settings import Targets
 from nested_core.data.lines.example_parsing import Example
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.chat_template import (
     ChatTemplate,
     chat_template_of,
@@ -51,6 +53,18 @@ class Note(NamedTuple):
     severity: Severity
     check: str
     message: str
+
+
+@dataclass(frozen=True)
+class TokenizerChecks:
+    """A room's checks of rows that need the base's tokenizer.
+
+    make: returns the check of a tokenizer, which returns notes on an example and its tokens.
+    depends_on: returns what the notes depend on beside the tokenizer's files; None for nothing.
+    """
+
+    make: Callable[[TokenizerSource], Callable[[Example, Sequence[int]], list[Note]]]
+    depends_on: Callable[[TokenizerSource], str | None]
 
 
 class RowText(NamedTuple):

@@ -183,6 +183,13 @@ class Check(Generic[J_contra]):
         return next((f for f in judged.failed_checks if self.needs_all or f in names), None)
 
 
+@dataclass(frozen=True)
+class GateChecks:
+    """A room's checks of a run's adapter; they run after the losses, with the base loaded."""
+
+    checks: tuple[Check[CheckedRun], ...]
+
+
 def run_checks(judged: J, checks: Iterable[Check[J]]) -> None:
     """Run the checks in order and add their reasons to `judged`.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +20,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
 from nested_core.data.example_digests import Digests, digest_prompts
 from nested_core.data.held_out_rows import as_test_set_alone, read_group_values
-from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.kernels.optimized_model import using_optimized_layers
@@ -31,8 +31,13 @@ from nested_core.measure.losses.prediction_comparison import (
 )
 from nested_core.models.kept_base import load_base_with_adapter
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
-from nested_core.models.parameters import read_parameters, reference_trainable_parameters
+from nested_core.models.parameters import (
+    ParameterRefs,
+    read_parameters,
+    reference_trainable_parameters,
+)
 from nested_core.models.session import Session
+from nested_core.optim.gradients import Flat
 from nested_core.records.dataset import DatasetReport, read_dataset_record, require_test_set
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.paired_difference import Indices
@@ -43,8 +48,45 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.untrusted_files import regular_sha256
 from nested_core.text.digest_format import shorten_digest
+from nested_core.training.loss.loss_interface import MicroBatch
 
 MAX_LISTED_PROBLEMS = 3
+
+
+class Comparison(Protocol):
+    """A loaded model that predicts with several values of its trainable parameters."""
+
+    def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
+        """Return the losses of a batch's examples with each of `values`."""
+
+
+class PairLoss(Protocol):
+    """A loss on pairs of answers, computed from their log-likelihoods."""
+
+    def split(self, tokens: Int32, mask: Bool) -> list[tuple[Int32, range]]:
+        """Return both answers' tokens, and the places of an answer among them.
+
+        tokens, mask: a whole example, and whether each of its tokens is a target.
+        """
+
+    def of_pairs(self, likelihoods: Any, reference: Any, tokens: Any) -> Any:
+        """Return the loss of each pair, (pairs,).
+
+        likelihoods, reference: log-likelihoods of the answers, and by the base, (2 pairs,).
+        tokens: how many each answer has, (2 pairs,).
+        """
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """How a room's `training.loss` is measured on held-out examples.
+
+    compare: returns the comparison for a base and references to its trainable parameters.
+    pairs: returns the loss that a configuration names.
+    """
+
+    compare: Callable[[LoadedBase, ParameterRefs], Comparison]
+    pairs: Callable[[FineTuneConfig], PairLoss]
 
 
 @dataclass(frozen=True)
@@ -117,9 +159,9 @@ class LoadedBase:
             values.append(read_parameters(refs))
         loss = self.config.training.loss
         if loss is None:
-            comparison = PredictionComparison.of_model(self.model, refs)
+            comparison: Comparison = PredictionComparison.of_model(self.model, refs)
         else:
-            comparison = seams.load(seams.find_loss(loss).compare)(self, refs)
+            comparison = seams.load_for_loss(loss, HeldOutLoss).compare(self, refs)
         compared = (
             (batch.rows, comparison.compare(values, make_batch_arrays(split, batch, batch_size)))
             for batch in batches  # a short batch is filled up with rows to ignore

@@ -22,7 +22,7 @@ from nested_core.registry.ledger import (
 from nested_core.registry.link_and_views import read_link, reading, writing
 from nested_core.registry.policy import policy_of
 from nested_core.registry.promote_and_rollback import promote_in_folder
-from nested_core.registry.promotion_outcome import Decision
+from nested_core.registry.promotion_outcome import Approval, Decision
 from nested_core.registry.promotion_policy import choose_candidate, find_refusal
 from nested_core.registry.versions import resolve_version
 from nested_core.text.digest_format import shorten_digest
@@ -163,3 +163,6 @@ def may_be_approved(folder: Path, version: str, ledger: Ledger, age: timedelta) 
         return False
     modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
     return "approve" in modes and "never" not in modes
+
+
+APPROVAL = Approval(decide_question, may_be_approved)

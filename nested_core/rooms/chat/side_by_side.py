@@ -28,6 +28,7 @@ from nested_core.models.generation import (
     require_rows_for,
 )
 from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.pipeline.finetune import Chat
 from nested_core.storage.adapter import read_adapter
 
 BASE = "base"
@@ -158,3 +159,6 @@ def stream_answer(
         yield detokenizer.last_segment
     detokenizer.finalize()
     yield detokenizer.last_segment
+
+
+CHAT = Chat(SideBySide)

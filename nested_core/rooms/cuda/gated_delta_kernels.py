@@ -6,22 +6,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core import seams
 from nested_core.kernels.self_check import checked_kernel, random_arrays
 from nested_core.rooms.cuda.kernel_launch import launch_kernel
+from nested_core.rooms.delta_nets.gated_delta import CHUNK_SIZES, carry_in_mlx, invert_in_mlx
 
-PLAIN: Any = seams.load_only("plain_delta_rule", "kernels of gated delta nets")
 CARRIED_ROWS = 32, 64, 96, 128  # key widths of states that the kernel carries
 CARRIED_COLUMNS = 32  # of a state, in one block of the kernel
 
 
 def _example_matrices() -> list[tuple[mx.array]]:
-    size = PLAIN.chunk_sizes["gpu"]
+    size = CHUNK_SIZES["gpu"]
     (a,) = random_arrays((37, size, size), dtype=mx.float32)
     return [(mx.where(mx.tri(size, k=-1, dtype=mx.bool_), 0.2 * a, 0),)]
 
 
-@checked_kernel("triangular inverses", reference=PLAIN.invert, examples=_example_matrices)
+@checked_kernel("triangular inverses", reference=invert_in_mlx, examples=_example_matrices)
 def invert_on_cuda(a: mx.array) -> mx.array:
     """`invert_in_mlx` in one kernel, for float32 and up to 64 rows."""
     size = a.shape[-1]
@@ -39,7 +38,7 @@ def invert_on_cuda(a: mx.array) -> mx.array:
 
 def invert_unit_lower(a: mx.array) -> mx.array | None:
     """`invert_in_mlx` by the kernel; None if it does not fit."""
-    fits = a.dtype == mx.float32 and a.shape[-1] == PLAIN.chunk_sizes["gpu"]
+    fits = a.dtype == mx.float32 and a.shape[-1] == CHUNK_SIZES["gpu"]
     return invert_on_cuda(a) if fits and invert_on_cuda.is_usable() else None
 
 
@@ -54,7 +53,7 @@ def _example_chunks(size: int) -> list[tuple[Any, ...]]:
     ]
 
 
-@checked_kernel("states of gated delta nets", reference=PLAIN.carry, examples=_example_chunks)
+@checked_kernel("states of gated delta nets", reference=carry_in_mlx, examples=_example_chunks)
 def carry_on_cuda(
     decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int = 1
 ) -> list[mx.array]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -331,11 +331,3 @@ def using_chunked_gated_delta_rule(model: nn.Module) -> Iterator[None]:
         model, PATCHED_FUNCTION_NAME, plain_gated_delta_update, gated_delta_update
     ):
         yield
-
-
-class PlainDeltaRule:
-    """The formulas with which a room's kernels are compared, and the tokens of a chunk."""
-
-    chunk_sizes: ClassVar = CHUNK_SIZES
-    invert = staticmethod(invert_in_mlx)
-    carry = staticmethod(carry_in_mlx)

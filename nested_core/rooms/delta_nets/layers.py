@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import mlx.nn as nn
 
+from nested_core.kernels.optimized_model import ModelLayers
 from nested_core.rooms.delta_nets.gated_delta import using_chunked_gated_delta_rule
 from nested_core.rooms.delta_nets.short_convolution import using_short_convolutions
 
@@ -16,3 +17,6 @@ def using_delta_nets(model: nn.Module) -> Iterator[None]:
     """Compute a model's gated delta nets in chunks, and short convolutions as sums."""
     with using_chunked_gated_delta_rule(model), using_short_convolutions(model):
         yield
+
+
+LAYERS = ModelLayers(using_delta_nets)

@@ -11,10 +11,10 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from nested_core import seams
 from nested_core.config.sections import Score
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import Validation
+from nested_core.report.page_blocks import show_answers
 from nested_core.text.document import Block, Cell, Details, Document, Section, Table, Text
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 
@@ -225,7 +225,7 @@ class Evaluation:
             for model in self.models
             for q in asked
         ]
-        blocks += seams.collect("answer_tables", name, given) if given else []
+        blocks += show_answers(name, given) if given else []
         if wrong:
             letters = " or ".join(self._letters[name] for name in judged)
             caption = f"The first {len(wrong)} that {letters} answered wrong"

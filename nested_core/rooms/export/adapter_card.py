@@ -21,6 +21,7 @@ from nested_core.errors import ConfigError
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import check_table
 from nested_core.registry import read_champion, verify
+from nested_core.registry.registration import ModelCard
 from nested_core.registry.versions import CARD_NAME, version_folder
 from nested_core.storage.untrusted_files import read_regular
 from nested_core.text.document import Block, Document, Section, Table, Text
@@ -201,3 +202,6 @@ def _list_provenance(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]
 def _two_columns(rows: Iterator[tuple[object, ...]]) -> Table:
     """Build a table of names and values."""
     return Table("", ("of", "value"), list(rows))
+
+
+CARD = ModelCard(render_card)

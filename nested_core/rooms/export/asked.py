@@ -14,7 +14,7 @@ from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.proof.fresh_process_check import PROMPTS_WITHOUT_DATA
 from nested_core.measure.answers.suite_answers import EncodedSuite
-from nested_core.measure.losses.held_out_loss import HeldOutExamples
+from nested_core.measure.losses.held_out_loss import HeldOutExamples, HeldOutLoss, PairLoss
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.text.loss_format import NATS_PER_TOKEN
@@ -52,7 +52,7 @@ class HeldOutRows:
     tokens: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[int, ...], ...]
     clusters: Indices | None
-    loss: Any = None
+    loss: PairLoss | None = None
     unit: str = NATS_PER_TOKEN
 
     @property
@@ -71,9 +71,7 @@ class HeldOutRows:
     def choose(cls, held_out: HeldOutExamples, config: FineTuneConfig) -> HeldOutRows:
         """Choose up to MAX_ROWS held-out examples, evenly, each cut at `max_seq_length` tokens."""
         loss = config.training.loss
-        of_pairs = (
-            None if loss is None else seams.load(seams.find_loss(loss).pairs).of_config(config)
-        )
+        of_pairs = None if loss is None else seams.load_for_loss(loss, HeldOutLoss).pairs(config)
         split = held_out.split
         supervised = np.flatnonzero(held_out.is_example_supervised)
         count = min(MAX_ROWS, len(supervised))

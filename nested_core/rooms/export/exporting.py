@@ -180,8 +180,10 @@ def export(
         )
         asked = _choose_questions(source, tokenizer, data, notes)
         begin("fusing and writing")
-        for using_threads in seams.load_all("blas_threads"):
-            threads.enter_context(using_threads(model))
+        if seams.is_there("minutes"):
+            from nested_core.rooms.minutes.blas_threads import using_quicker_blas_threads
+
+            threads.enter_context(using_quicker_blas_threads(model))
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = threads.enter_context(
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)

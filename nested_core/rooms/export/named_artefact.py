@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nested_core.data.example_digests import TrainedRows
-from nested_core.pipeline.named_models import NamedModel, RecordedBase
+from nested_core.pipeline.named_models import ModelFormat, NamedModel, RecordedBase
 from nested_core.rooms.export.export_record import read_export_record, require_recorded_files
 from nested_core.rooms.export.gguf import is_gguf, unpack_gguf
 
@@ -30,3 +30,6 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
     seen = TrainedRows.from_json(record.trained_on, str(path))
     rows = record.prompt_format
     return NamedModel(given, str(model), seen=seen, made_of=made_of, prompt_format=rows)
+
+
+EXPORTED = ModelFormat(find_artefact)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.backend import to_float
-from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks
 from nested_core.gate.checks.planned_work import GateWork
 from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.models.lora_attachment import load_adapter_tensors
@@ -147,4 +147,4 @@ FUSED = Check(
     stage="whether the change survives fusing",
     plan_work=lambda _: GateWork(rows=2),  # each adapter's weights are read as for a row
 )
-CHECKS = (FUSED,)
+CHECKS = GateChecks((FUSED,))

@@ -17,6 +17,7 @@ from nested_core.config.sections import HubDataset
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.lines.example_parsing import FORMATS, read_completion
 from nested_core.data.sources.file_formats import NumberedLine, row_to_json_line
+from nested_core.data.sources.split_files import HubReader
 from nested_core.errors import ConfigError, shorten
 
 HUB_TIMEOUT_SECONDS = 10.0  # to answer the first question
@@ -182,3 +183,6 @@ def _rename_fields(
         if column not in names and column not in DEFAULT_FIELD_NAMES
     }
     return others | fields
+
+
+HUB = HubReader(open_tables)

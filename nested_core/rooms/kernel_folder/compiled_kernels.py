@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
+from nested_core.backend import KernelFolder
 from nested_core.errors import ConfigError
 from nested_core.storage.user_cache import UserCache, cache_folder
 from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
@@ -322,3 +323,6 @@ def _record_at_exit(store: KernelStore, folder: Path, process: int) -> None:
 def _remove_at_exit(folder: Path, process: int) -> None:
     if os.getpid() == process:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+KERNEL_FOLDER = KernelFolder(use_private_kernel_folder)

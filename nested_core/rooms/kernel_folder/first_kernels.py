@@ -26,7 +26,7 @@ from nested_core.models.base_model import model_compute_dtype
 from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import locking_devices
 from nested_core.pipeline.processes import count_processes
-from nested_core.pipeline.run_in_progress import RunInProgress
+from nested_core.pipeline.run_in_progress import AroundRun, RunInProgress
 from nested_core.process.child import Child
 from nested_core.rooms.kernel_folder import compiled_kernels
 from nested_core.storage.run_directory import RunDirectory
@@ -186,3 +186,6 @@ def start_worker(part: str, folder: Path) -> Child:
     worker = Child(WORKER, environment=environment_with_user_tmpdir())
     worker.send({"part": part, "folder": str(folder)})
     return worker
+
+
+AROUND = AroundRun(training=compiling_kernels_of)

@@ -22,7 +22,7 @@ from nested_core.rooms.memory.peak_estimate import (
     fewest_recomputed_layers,
 )
 from nested_core.training.loss.loss_interface import BatchShape
-from nested_core.training.memory_plan import MemoryPlan
+from nested_core.training.memory_plan import MemoryForecaster, MemoryPlan
 from nested_core.training.training_setup import TrainingSetup
 
 if TYPE_CHECKING:
@@ -172,3 +172,6 @@ def device_profile_for(config: FineTuneConfig) -> DeviceProfile:
     else:
         device = peak_estimate.METAL_PROFILE
     return replace(device, dequantized_weights=0) if is_plain else device
+
+
+FORECAST = MemoryForecaster(forecast_memory)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nested_core.config.schema import FineTuneConfig
+from nested_core.config.schema import ConfigRules, FineTuneConfig
 
 
 def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
@@ -25,3 +23,6 @@ def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
             f"training.minutes: {training.minutes:g} minutes are counted in steps of one process, "
             f"without replay. Give iters, or leave {', '.join(given)} out"
         )
+
+
+RULES = ConfigRules(iterate_problems)

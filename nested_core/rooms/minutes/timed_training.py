@@ -25,7 +25,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.pipeline.run_in_progress import RunInProgress
+from nested_core.pipeline.run_in_progress import AroundRun, RunInProgress
 from nested_core.process.command_parent import STARTED, has_parent, list_earlier_ends
 from nested_core.records.plan import TimePlan, read_plan, write_plan
 from nested_core.records.result import TrainResult
@@ -284,3 +284,6 @@ def _find_time_spent(run: RunDirectory) -> tuple[float, float, TimePlan | None]:
     if list_earlier_ends():
         return planned.began, planned.spent, planned
     return began, planned.spent + planned.worked, planned
+
+
+AROUND = AroundRun(run=holding_to_minutes)

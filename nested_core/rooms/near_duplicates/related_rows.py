@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import ClassVar
 
 import polars as pl
 
+from nested_core.data.room_checks import NearDuplicates
 from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.records.dataset import Severity
 from nested_core.rooms.near_duplicates.word_ngrams import (
@@ -167,31 +167,31 @@ def make_near_duplicate_rules(severity: Severity) -> FrameRules:
     return FrameRules(columns={**columns, "train_file": pl.Categorical}, rules=(near,))
 
 
-class NearDuplicates:
-    """What the core is given: columns to read with each line, and what becomes of them.
+def hash_texts(texts: Sequence[str | None]) -> dict[str, pl.Series]:
+    """Return the columns of NGRAM_SCHEMA for texts, a row each."""
+    return hash_word_ngrams(texts, WordHasher()).to_columns(texts)
 
-    `group` gives the indices of texts in groups of near-duplicates, for a split of whole groups.
-    Asked holds the n-grams of held-out rows, Matches what train shares with them.
+
+def relate(
+    related: pl.DataFrame, read: pl.DataFrame, shared: pl.DataFrame, examples: int
+) -> pl.DataFrame:
+    """Return the rows of a held-out file with the columns that their rule judges.
+
+    read: the same rows with the columns of NGRAM_SCHEMA.
+    shared: what `TrainMatches` gave, of so many training examples.
     """
+    return add_near_duplicate_columns(related, find_near_duplicates(shared, examples, read))
 
-    schema: ClassVar = NGRAM_SCHEMA
-    Asked = AskedNgrams
-    Matches = TrainMatches
-    make_rules = staticmethod(make_near_duplicate_rules)
-    group = staticmethod(group_near_duplicates)
 
-    @staticmethod
-    def hash_texts(texts: Sequence[str | None]) -> dict[str, pl.Series]:
-        """The columns of `schema` for texts, a row each."""
-        return hash_word_ngrams(texts, WordHasher()).to_columns(texts)
-
-    @staticmethod
-    def relate(
-        related: pl.DataFrame, read: pl.DataFrame, shared: pl.DataFrame, examples: int
-    ) -> pl.DataFrame:
-        """The rows of a held-out file with the columns that their rule judges.
-
-        read: the same rows with the columns of `schema`; shared: what `Matches` gave, of so many
-        training examples.
-        """
-        return add_near_duplicate_columns(related, find_near_duplicates(shared, examples, read))
+NEAR_DUPLICATES = NearDuplicates(
+    schema=NGRAM_SCHEMA,
+    hash_texts=hash_texts,
+    ask=AskedNgrams.of_frames,
+    read_asked=AskedNgrams.read,
+    begin=TrainMatches,
+    relate=relate,
+    add_findings=lambda rows, findings, severity: make_near_duplicate_rules(severity).add_findings(
+        rows, findings
+    ),
+    group=group_near_duplicates,
+)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.pipeline.preflight import StartRules
 
 BEST_PRODUCTS = (0.01, 0.03)
 USABLE_PRODUCTS = (0.003, 0.05)
@@ -69,3 +70,6 @@ def _product(config: FineTuneConfig) -> float:
         count = 2 if config.lr_schedule.name == "linear_schedule" else 1
         rate = max(config.lr_schedule.arguments[:count])
     return config.lora_parameters.rank * config.lora_parameters.scale * rate
+
+
+RULES = StartRules(warn_of_learning_rate, require_usable_rate)

@@ -103,8 +103,9 @@ def explain_run(
             start = read_start(config, run)
             rate_share = 1.0 if start is None else start.rate_share
             if measures_speed and seams.is_there("minutes"):
-                measure = seams.load_only("run_measurement", "explain")
-                config, measured = measure(config, run, session, on_wait)
+                from nested_core.rooms.minutes.measured_run import measure_run
+
+                config, measured = measure_run(config, run, session, on_wait)
             session.release_base()  # the trainer loads it again: two may not fit into memory
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)

@@ -25,7 +25,7 @@ from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.config.sections import LoraParameters
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_run_data
-from nested_core.data.lines.example_parsing import UNTEMPLATED_FORMATS, find_format
+from nested_core.data.lines.example_parsing import UNTEMPLATED_FORMATS, RowFormats, find_format
 from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.sources.split_files import open_splits
 from nested_core.models.base_model import find_model_folder, read_model_config
@@ -230,12 +230,12 @@ def _choose_lora(base: Path, adapter: str | None) -> _Lora:
 
 def _find_loss(settings: DataSettings) -> str | None:
     """The loss of a room that some row of train is made for; None for answers to learn."""
-    suggestions = list(seams.load_all("suggested_loss"))
+    suggestions = [room.suggest_loss for room in seams.load_all(RowFormats)]
     for row in _iterate_training_rows(settings):
         kept = {key: value for key, value in row.items() if key not in settings.drop_fields}
         for suggest in suggestions:
             if (loss := suggest(kept)) is not None:
-                return str(loss)
+                return loss
     return None
 
 

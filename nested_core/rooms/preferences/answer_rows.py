@@ -18,6 +18,7 @@ from nested_core.data.lines.example_parsing import (
     Function,
     Message,
     RowFormat,
+    RowFormats,
     Turns,
     describe_validation_error,
 )
@@ -192,3 +193,6 @@ def suggest_loss(row: Mapping[str, Any]) -> str | None:
     """The loss that `init` begins with: dpo for a pair; else None."""
     is_pair = "rejected" in row and ("chosen" in row or "messages" in row)
     return "dpo" if is_pair else None
+
+
+ROWS = RowFormats(PAIRS, suggest_loss)

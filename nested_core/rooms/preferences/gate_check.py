@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks
 from nested_core.gate.checks.losses import LOSSES
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.measure.losses.held_out_loss import read_nonempty_splits
@@ -241,12 +241,11 @@ def _plan_work(run: RunToJudge) -> GateWork:
     return GateWork(rows=has_reference * MAX_REFERENCE_PAIRS)
 
 
-CHECKS = (
-    Check(
-        "preference",
-        _judge_preference,
-        stopped_by=(*WITHOUT_MODEL, LOSSES),
-        bounds=("max_chosen_fall",),
-        plan_work=_plan_work,
-    ),
+PREFERENCE = Check(
+    "preference",
+    _judge_preference,
+    stopped_by=(*WITHOUT_MODEL, LOSSES),
+    bounds=("max_chosen_fall",),
+    plan_work=_plan_work,
 )
+CHECKS = GateChecks((PREFERENCE,))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from nested_core.config.error_messages import find_problems
+from nested_core.config.schema import FineTuneConfig, LossRules
 from nested_core.config.section_base import Section, key
-
-if TYPE_CHECKING:
-    from nested_core.config.schema import FineTuneConfig
 
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 Reference = Literal["initial", "base"]
@@ -91,3 +89,6 @@ def _problems_of_other_keys(config: FineTuneConfig, loss: str) -> Iterator[str]:
         ),
     ]
     yield from (f"{message} (training.loss: {loss})" for is_taken, message in taken if is_taken)
+
+
+RULES = LossRules(iterate_problems)

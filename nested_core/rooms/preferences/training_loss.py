@@ -12,6 +12,7 @@ import numpy as np
 
 from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
 from nested_core.errors import DatasetError
+from nested_core.measure.losses.held_out_loss import HeldOutLoss, LoadedBase
 from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
     PredictionComparison,
@@ -53,11 +54,10 @@ from nested_core.training.loss.loss_interface import (
     PreparedBatch,
     extract_logits,
 )
-from nested_core.training.training_setup import LossInputs
+from nested_core.training.training_setup import LossInputs, TrainingLoss
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
-    from nested_core.measure.losses.held_out_loss import LoadedBase
 
 
 @dataclass(frozen=True)
@@ -263,3 +263,7 @@ class HeldOutComparison:
             answer_losses=losses.reshape(-1, *tokens.shape),
             answer_tokens=tokens,
         )
+
+
+TRAINING = TrainingLoss(make_loss)
+HELD_OUT = HeldOutLoss(HeldOutComparison, PreferenceLoss.of_config)

@@ -25,12 +25,14 @@ import mlx.core as mx
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingProcessLost, TrainingStopped, go_on_with
 from nested_core.optim.tier_counters import TierStats
+from nested_core.pipeline.processes import Processes
 from nested_core.process.child import rebuild_error
 from nested_core.process.command_parent import list_earlier_ends
 from nested_core.records.plan import note_ends
 from nested_core.rooms.ranks import end_with_parent
 from nested_core.rooms.ranks.mlx_launch import (
     MESSAGE_PREFIX,
+    count_ranks,
     launch_command,
     list_rank_hosts,
     rank_environment,
@@ -294,3 +296,6 @@ def _describe_wait(config: FineTuneConfig, group: RankGroup) -> str:
         f"wait for a sum over the ranks, or that printed nothing: its machine, its device, its "
         f"disk and its network."
     )
+
+
+RANKS = Processes(count_ranks, train_in_ranks)

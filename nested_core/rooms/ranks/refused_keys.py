@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nested_core.config.schema import FineTuneConfig
+from nested_core.config.schema import ConfigRules, FineTuneConfig
 
 
 def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
@@ -19,3 +17,6 @@ def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
             f"batch_size {batch_size} is the batch of all ranks together: training.processes "
             f"{training.processes} does not divide it"
         )
+
+
+RULES = ConfigRules(iterate_problems)

@@ -17,6 +17,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 from nested_core.training.loss.loss_interface import BatchShape, Loss, MicroBatch
+from nested_core.training.schedule.step_schedule import ReferenceSchedule
 
 PAD_MULTIPLE = 32
 # Of a micro-batch (tokens, bounds): int32 (batch, length + 1), and (batch, 2) with the first target
@@ -151,3 +152,6 @@ def _batches_in_mlx_lm_order(
     rows = sorted(range(len(key_counts)), key=key_counts.__getitem__)
     starts = range(0, len(rows) - config.batch_size + 1, config.batch_size)
     return [rows[start : start + config.batch_size] for start in starts]
+
+
+SCHEDULE = ReferenceSchedule(MlxLmSchedule)

@@ -18,7 +18,7 @@ from nested_core.storage.checkpoint import Checkpoint
 from nested_core.training.due_parts import Reporter, Saver, Validation
 from nested_core.training.evaluation import EvaluationInterrupted
 from nested_core.training.train_step import StepResult, TrainStep
-from nested_core.training.trainer import Trainer
+from nested_core.training.trainer import ReferenceTrainer, Trainer
 from nested_core.training.training_state import TrainingState
 
 
@@ -124,3 +124,6 @@ def read_random_key() -> list[int]:
 def restore_random_key(words: Sequence[int]) -> None:
     """Continue the random draws after a key: seeding with its 64 bits gives the key itself."""
     mx.random.seed((words[0] << 32) | words[1])
+
+
+TRAINER = ReferenceTrainer(MlxLmTrainer)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from nested_core.config.schema import ConfigRules, FineTuneConfig
 from nested_core.config.sections import (
     MLX_LM_OPTIMIZERS,
     DataPolicy,
     NestedSection,
     TrainingSection,
 )
-
-if TYPE_CHECKING:
-    from nested_core.config.schema import FineTuneConfig
 
 # None of these changes what mlx_lm.lora computes.
 ALLOWED_TRAINING_KEYS = frozenset(
@@ -58,3 +55,6 @@ def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
     changed += [name for name, differs in is_changed.items() if differs]
     if changed:
         yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"
+
+
+RULES = ConfigRules(iterate_problems)

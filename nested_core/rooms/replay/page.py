@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nested_core.records.run_status import Run
+from nested_core.report.page_blocks import PageBlocks
 from nested_core.rooms.replay.replay_record import read_replay
 from nested_core.text.document import Block, Details, Table, Text
 
@@ -28,3 +29,6 @@ def describe_replay(run: Run) -> Iterator[Block]:
         caption = "Superseded: newer data says otherwise of these prompts; digests: replay.json"
         listed = Table(caption, ("data set", "prompt"), superseded[:MAX_SHOWN_QUESTIONS])
         yield Details("Superseded examples", [listed])
+
+
+BLOCKS = PageBlocks(of_run=describe_replay)

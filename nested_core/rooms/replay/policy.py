@@ -65,7 +65,9 @@ def decide_by_forecast(config: FineTuneConfig, new: int, earlier: int, measured:
 
 def measure_rebuilding(config: FineTuneConfig) -> Any:
     """How long a run rebuilt on all rows takes, as `explain` forecasts it; nothing is kept."""
-    measure = seams.load_only("run_measurement", POLICY_KEY)
+    seams.require("minutes", POLICY_KEY)
+    from nested_core.rooms.minutes.measured_run import measure_run
+
     rebuilding = config.continual.model_copy(update={"policy": "rebuild"})
     config = config.model_copy(update={"continual": rebuilding})
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder, Session() as session:
@@ -74,4 +76,4 @@ def measure_rebuilding(config: FineTuneConfig) -> Any:
             steps.write_run_config(config, run, resume=False)
             steps.validate(config, run)
             steps.write_initial_adapter_and_tiers(config, run, session=session)
-            return measure(config, run, session, None)[1]
+            return measure_run(config, run, session, None)[1]

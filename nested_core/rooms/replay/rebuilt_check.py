@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nested_core.gate.checks.base import WITHOUT_MODEL
-from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks
 from nested_core.measure.losses.loss_figures import harm_reasons, loss_reasons, summarise_losses
 from nested_core.records.start import read_start
 from nested_core.records.verdict import Reason
@@ -35,4 +35,4 @@ def _find_worse_than_champion(judged: CheckedRun) -> Iterator[Reason]:
 
 
 REBUILT = Check("rebuilt", _find_worse_than_champion, stopped_by=WITHOUT_MODEL)
-CHECKS = (REBUILT, ANCESTORS)
+CHECKS = GateChecks((REBUILT, ANCESTORS))

@@ -16,10 +16,11 @@ import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchOrder
-from nested_core.data.earlier_examples import MixedExamples
+from nested_core.data.earlier_examples import MixedExamples, Replay
 from nested_core.data.tokens.tokenized_split import Int64, TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.records.start import CONFIGURED, Choice
+from nested_core.rooms.replay.ancestor_examples import list_ancestor_digests
 from nested_core.rooms.replay.policy import decide
 from nested_core.rooms.replay.replay_record import (
     ReplayRecord,
@@ -228,3 +229,6 @@ def _sum_of_later_rows(order: BatchOrder, first: int, values: Int64, batches: in
     rows = [order.batch(index).rows for index in range(batches)]
     used = np.concatenate([np.zeros(0, np.int32), *rows])
     return int(values[used[used >= first]].sum())
+
+
+REPLAY = Replay(ReplayOfRun, list_ancestor_digests)

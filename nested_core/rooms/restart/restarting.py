@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from nested_core.errors import TrainingProcessLost, go_on_with
-from nested_core.process.command_parent import PARENT_VARIABLE, RunInHand
+from nested_core.process.command_parent import PARENT_VARIABLE, Restart, RunInHand
 from nested_core.text.foreign_text import escape
 
 # What ends a process through no wish of anybody's. SIGTRAP and SIGILL are how macOS aborts.
@@ -246,3 +246,6 @@ def describe_end(number: int, *, was_memory: bool) -> str:
 
 if __name__ == "__main__":
     sys.exit(run_again_where_killed([sys.executable, *sys.argv[1:]]))
+
+
+RESTART = Restart(run_again_where_killed)

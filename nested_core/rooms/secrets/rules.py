@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import polars as pl
 
+from nested_core.data.room_checks import RowChecks
 from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.records.dataset import Findings
 from nested_core.rooms.secrets.sensitive_data import (
@@ -34,17 +33,14 @@ SENSITIVE_DATA_RULES = FrameRules(
 )
 
 
-class SensitiveData:
-    """What the core is given: bits of what a text may hold, and the findings on these."""
+def _find(texts: pl.Series) -> dict[str, pl.Series]:
+    """Return the column `sensitive` for the texts of lines: bits of what each may hold."""
+    return {"sensitive": find_sensitive_pattern_bits(texts)}
 
-    schema: ClassVar = SENSITIVE_DATA_RULES.columns
 
-    @staticmethod
-    def find(texts: pl.Series) -> dict[str, pl.Series]:
-        """Return the column `sensitive` for the texts of lines."""
-        return {"sensitive": find_sensitive_pattern_bits(texts)}
+def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
+    """Add the findings on the lines of a file."""
+    SENSITIVE_DATA_RULES.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
 
-    @staticmethod
-    def add_findings(frame: pl.DataFrame, findings: Findings) -> None:
-        """Add the findings on the lines of a file."""
-        SENSITIVE_DATA_RULES.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
+
+CHECKS = RowChecks(SENSITIVE_DATA_RULES.columns, _find, _add_findings)

@@ -13,14 +13,15 @@ import math
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, shorten
-from nested_core.pipeline.run_in_progress import RunInProgress
+from nested_core.pipeline.processes import ReportingServices
+from nested_core.pipeline.run_in_progress import AroundRun
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.run_directory import RunDirectory
@@ -208,11 +209,6 @@ class Services:
         return service(name, project, settings, run.path.resolve(), _run_id(run))
 
 
-def attaching_verdict_of(work: RunInProgress) -> AbstractContextManager[None]:
-    """Return the context that adds the verdict of a run to the services of its `report_to`."""
-    return Services(work.config).attaching_verdict_at_end(work.run)
-
-
 def _warning_of_failure(failed: str, call: Callable[..., None], *arguments: Any) -> None:
     """Call, and warn of what a client, the way to its server or a damaged file raises."""
     try:
@@ -238,3 +234,7 @@ def _run_id(run: RunDirectory) -> str:
         record = _RunRecord(secrets.token_hex(11)[:21])
         _RUN_RECORD_FILE.write(run.report_to, record)
         return record.run_id
+
+
+AROUND = AroundRun(run=lambda work: Services(work.config).attaching_verdict_at_end(work.run))
+REPORTING = ReportingServices(Services)

@@ -6,11 +6,10 @@ sound answer, and a data set where nearly every answer is a question has its col
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import polars as pl
 
 from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
+from nested_core.data.room_checks import RowChecks
 from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.records.dataset import Findings
 
@@ -95,54 +94,45 @@ _RULES = FrameRules(
 )
 
 
-class SuspectTexts:
-    """What the core is given: columns that it reads with each line, and the findings on them."""
+def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
+    """Return what single texts look like, a Boolean column each.
 
-    schema: ClassVar = dict.fromkeys(
-        ("is_mojibake", "has_answer", "is_cut_off", "is_prompt_question", "is_answer_question"),
-        pl.Boolean,
+    Only turns of text have answers; in plain texts and calls of tools no NUL separates turns.
+    """
+    tails = texts.str.slice(-_TAIL_CHARACTERS)
+    asked = rf"{_QUESTION_END}\x00[^\x00]*$"
+    found = {
+        "is_mojibake": texts.str.contains(MOJIBAKE_PATTERN),
+        "has_answer": texts.str.contains("\0", literal=True),
+        "is_cut_off": tails.str.contains(_CUT_OFF_PATTERN),
+        "is_prompt_question": texts.str.contains(asked),
+        "is_answer_question": tails.str.contains(f"{_QUESTION_END}$"),
+    }
+    return {name: column.fill_null(value=False) for name, column in found.items()}
+
+
+def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
+    """Add the findings on the lines of a file."""
+    if frame.is_empty():
+        return
+    is_turns = pl.col("has_answer") & pl.col("format").is_in(TEMPLATED_FORMATS)
+    rows = is_turns.sum()
+    asks = is_turns & pl.col("is_answer_question")
+    was_asked = is_turns & pl.col("is_prompt_question")
+    is_cut_off = is_turns & pl.col("is_cut_off")
+    lines_before = [part.lines_before for part in findings.parts.get(frame["file"][0], ())]
+    judged = frame.with_columns(
+        is_cut_off=is_cut_off
+        & (is_cut_off.sum() >= MIN_CUT_OFF_ROWS)
+        & (is_cut_off.sum() >= MIN_CUT_OFF_SHARE * rows),
+        is_exchanged=asks
+        & ~was_asked
+        & (rows >= MIN_ROWS)
+        & (asks.sum() >= MIN_QUESTION_SHARE * rows)
+        & (was_asked.sum() <= MAX_PROMPT_QUESTION_SHARE * rows),
+        is_contradicted=_is_contradicted(frame, is_turns, lines_before),
     )
-
-    @staticmethod
-    def find(texts: pl.Series) -> dict[str, pl.Series]:
-        """Return what single texts look like, a Boolean column each.
-
-        Only turns of text have answers; in plain texts and calls of tools no NUL separates turns.
-        """
-        tails = texts.str.slice(-_TAIL_CHARACTERS)
-        asked = rf"{_QUESTION_END}\x00[^\x00]*$"
-        found = {
-            "is_mojibake": texts.str.contains(MOJIBAKE_PATTERN),
-            "has_answer": texts.str.contains("\0", literal=True),
-            "is_cut_off": tails.str.contains(_CUT_OFF_PATTERN),
-            "is_prompt_question": texts.str.contains(asked),
-            "is_answer_question": tails.str.contains(f"{_QUESTION_END}$"),
-        }
-        return {name: column.fill_null(value=False) for name, column in found.items()}
-
-    @staticmethod
-    def add_findings(frame: pl.DataFrame, findings: Findings) -> None:
-        """Add the findings on the lines of a file."""
-        if frame.is_empty():
-            return
-        is_turns = pl.col("has_answer") & pl.col("format").is_in(TEMPLATED_FORMATS)
-        rows = is_turns.sum()
-        asks = is_turns & pl.col("is_answer_question")
-        was_asked = is_turns & pl.col("is_prompt_question")
-        is_cut_off = is_turns & pl.col("is_cut_off")
-        lines_before = [part.lines_before for part in findings.parts.get(frame["file"][0], ())]
-        judged = frame.with_columns(
-            is_cut_off=is_cut_off
-            & (is_cut_off.sum() >= MIN_CUT_OFF_ROWS)
-            & (is_cut_off.sum() >= MIN_CUT_OFF_SHARE * rows),
-            is_exchanged=asks
-            & ~was_asked
-            & (rows >= MIN_ROWS)
-            & (asks.sum() >= MIN_QUESTION_SHARE * rows)
-            & (was_asked.sum() <= MAX_PROMPT_QUESTION_SHARE * rows),
-            is_contradicted=_is_contradicted(frame, is_turns, lines_before),
-        )
-        _RULES.add_findings(judged, findings)
+    _RULES.add_findings(judged, findings)
 
 
 def _is_contradicted(frame: pl.DataFrame, is_turns: pl.Expr, lines_before: list[int]) -> pl.Expr:
@@ -161,3 +151,13 @@ def _is_contradicted(frame: pl.DataFrame, is_turns: pl.Expr, lines_before: list[
         answers.filter(is_turns).n_unique() <= MAX_DISTINCT_ANSWER_SHARE * is_turns.sum()
     ) | (answers.filter(has_two).n_unique() <= MAX_DISTINCT_ANSWER_SHARE * has_two.sum())
     return is_left_over | (has_two & are_labels)
+
+
+CHECKS = RowChecks(
+    dict.fromkeys(
+        ("is_mojibake", "has_answer", "is_cut_off", "is_prompt_question", "is_answer_question"),
+        pl.Boolean,
+    ),
+    find_suspect_texts,
+    _add_findings,
+)

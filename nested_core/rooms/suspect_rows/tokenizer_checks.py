@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nested_core.data.lines.example_parsing import Example, find_row_format
-from nested_core.data.tokens.text_notes import Note
+from nested_core.data.tokens.text_notes import Note, TokenizerChecks
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
 from nested_core.models.base_model import fingerprint_base_model
@@ -33,7 +33,7 @@ _EMBEDDING_PATTERN = re.compile(
 )
 
 
-class TokenizerChecks:
+class TokenNotes:
     """Notes on an example's texts that need the base's tokenizer, or its embedding."""
 
     def __init__(self, source: TokenizerSource) -> None:
@@ -135,3 +135,6 @@ _HANDWRITTEN_TURNS_MESSAGE = (
     "chat template: served as chat, the adapter would read another text than it learnt. Write "
     "such rows as messages, or ask it by plain text alone"
 )
+
+
+CHECKS = TokenizerChecks(TokenNotes, TokenNotes.depends_on)

@@ -226,7 +226,9 @@ class _Search:
         """The steps of a whole run, and those of all arms that there is time for."""
         minutes, budget = self.request.minutes, self.request.steps
         measures = minutes is not None
-        explain_run = seams.load_only("explain_run", "sweep")
+        seams.require("planning", "sweep")
+        from nested_core.rooms.planning.run_explanation import explain_run
+
         explained = explain_run(self.config, self.hooks.on_message, measures_speed=measures)
         if not explained.validation_examples or self.config.training.reference is not None:
             raise ConfigError(

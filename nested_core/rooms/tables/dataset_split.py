@@ -20,6 +20,7 @@ from nested_core import seams
 from nested_core.data.lines.example_parsing import ANY_LOSS, FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import fold_case_and_space, fold_questions
+from nested_core.data.room_checks import NearDuplicates
 from nested_core.errors import ConfigError
 from nested_core.rooms.tables.labels import find_labels
 from nested_core.storage.untrusted_files import collect_strings
@@ -176,7 +177,7 @@ def _group_near_duplicates(texts: Sequence[RowTexts]) -> list[list[int]]:
     compared = ([one.whole for one in texts], [one.prompt for one in texts])
     return [
         group
-        for near in seams.load_all("near_duplicates")
+        for near in seams.load_all(NearDuplicates)
         for column in compared
         for group in near.group(column)
     ]

@@ -11,6 +11,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.example_rows import read_sound_lines
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import shorten
+from nested_core.report.page_blocks import PageBlocks
 from nested_core.text.document import Block, Table, Text
 
 MAX_LABELS = 50
@@ -102,3 +103,6 @@ def tabulate_labels_of_answers(
     share = describe_share(most, len(expected))
     caption = f"{name} by label; always answering {shorten(usual, 60)!r} gets {share}"
     yield Table(caption, ("label", "questions", *models), rows)
+
+
+BLOCKS = PageBlocks(of_answers=tabulate_labels_of_answers, of_data_set=tabulate_labels_of_data)

@@ -7,7 +7,8 @@ stores nothing of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
@@ -219,6 +220,13 @@ def make_batch_order(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrde
     )
 
 
+@dataclass(frozen=True)
+class ReferenceSchedule:
+    """What a run under `training.reference` trains on, of its configuration and splits."""
+
+    make: Callable[[FineTuneConfig, Mapping[str, TokenizedSplit]], StepSchedule]
+
+
 def make_step_schedule(
     config: FineTuneConfig,
     splits: Mapping[str, TokenizedSplit],
@@ -232,5 +240,4 @@ def make_step_schedule(
     """
     if config.training.reference is None:
         return BucketedSchedule(config, splits, world, mixed)
-    schedule: StepSchedule = seams.load_only("reference_schedule", REFERENCE_KEY)(config, splits)
-    return schedule
+    return seams.load_only(ReferenceSchedule, REFERENCE_KEY).make(config, splits)

@@ -13,9 +13,9 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.records.answers import read_answers
 from nested_core.records.run_status import Run
-from nested_core.records.verdict import Reason
+from nested_core.records.verdict import CheckRow, Reason
 from nested_core.records.verdict_file import read_verdict
-from nested_core.records.verdict_table import CheckRow, list_checks, lost_answers, tier_table
+from nested_core.records.verdict_table import list_checks, lost_answers, tier_table
 from nested_core.report.run_report import read_report
 from nested_core.text.document import Cell
 from tests import runs

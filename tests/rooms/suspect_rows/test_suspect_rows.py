@@ -15,7 +15,7 @@ import pytest
 
 from nested_core.data.dataset_loading import dataset_cache
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.rooms.suspect_rows.text_checks import SuspectTexts
+from nested_core.rooms.suspect_rows.text_checks import find_suspect_texts
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.builders.data_sets import Found, chat, load, warnings_in, write_lines
 from tests.example import DATA, MODEL
@@ -111,7 +111,7 @@ def test_mojibake_of_many_scripts_is_found_and_the_text_itself_is_not(
         bytes([byte]).decode("latin-1" if byte in (0x81, 0x8D, 0x8F, 0x90, 0x9D) else wrong)
         for byte in text.encode()
     )
-    assert SuspectTexts.find(pl.Series([text, spoilt]))["is_mojibake"].to_list() == [False, True]
+    assert find_suspect_texts(pl.Series([text, spoilt]))["is_mojibake"].to_list() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_mojibake_of_many_scripts_is_found_and_the_text_itself_is_not(
     ],
 )
 def test_rightly_decoded_text_is_no_mojibake(text: str) -> None:
-    assert SuspectTexts.find(pl.Series([text]))["is_mojibake"].to_list() == [False]
+    assert find_suspect_texts(pl.Series([text]))["is_mojibake"].to_list() == [False]
 
 
 def test_answers_that_their_generator_cut_off_are_told_once_a_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from nested_core import ConfigError, DatasetError
 from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.data.room_checks import NearDuplicates
 from nested_core.rooms.tables.data_set import DataSet, Request, make_data_set
 from nested_core.rooms.tables.dataset_split import (
     RowTexts,
@@ -122,7 +123,7 @@ def test_rows_that_nearly_are_one_another_stay_together(tmp_path: Path) -> None:
 def test_where_all_rows_nearly_are_one_another_the_asked_share_is_held_out(tmp_path: Path) -> None:
     words = [f"{WORDS[n % 40]}{WORDS[n // 40]}" for n in range(412)]
     texts = [" ".join(words[4 * n : 4 * n + 12]) for n in range(100)]  # each and the next
-    assert [len(near.group(texts)) for near in load_all("near_duplicates")] == [1]
+    assert [len(near.group(texts)) for near in load_all(NearDuplicates)] == [1]
     write_lines(tmp_path / "data" / "train.jsonl", (chat(text, "yes") for text in texts))
     counts = split_dataset(str(tmp_path / "data"), 0.1, tmp_path / "split")
     assert counts == {"train": 80, "valid": 10, "test": 10}

@@ -13,8 +13,8 @@ from flows.rooms.tables.command import add_flags, prepare, run_init
 from nested_core import ConfigError, load_config
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
-from nested_core.rooms import ROOMS
 from nested_core.rooms.tables.data_set import read_known_questions
+from nested_core.seams import read_rooms
 from tests.builders.data_sets import write_lines
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL
@@ -72,7 +72,7 @@ def test_the_static_table_names_the_flags_that_the_room_adds() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     added = {flag for action in parser._actions for flag in action.option_strings}
-    assert added - {"-h", "--help"} == {*ROOMS["tables"].flags["init"]}
+    assert added - {"-h", "--help"} == {*read_rooms()["tables"].flags["init"]}
 
 
 def test_the_files_of_a_folder_are_listed_and_its_test_table_is_held_out(
