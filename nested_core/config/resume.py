@@ -39,8 +39,8 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
 
     old: the configuration that the run began with; new: the one that it would go on with. Each
     key's declaration says whether it may differ on resume. Paths are compared as absolute ones. The
-    registry and name whose champion a run follows, and how the suite that selects its step is asked
-    and scored, stay as they are.
+    name whose champion a run follows, and how the suite that selects its step is asked and scored,
+    stay as they are.
     """
     before, after = (_resolve_paths(config).model_dump(mode="json") for config in (old, new))
     free = {
@@ -49,7 +49,7 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
         if may_differ_on_resume(key) and not key.is_section
     }
     if old.continual.start is not None:
-        free -= {"registry.name", "registry.path"}
+        free.remove("registry.name")
     lines = [
         line
         for key in before

@@ -76,18 +76,6 @@ def test_a_key_may_differ_on_resume_or_is_refused_by_name(name: str) -> None:
         refuse_differences_on_resume(FineTuneConfig(), changed(name), Path("run"))
 
 
-def test_a_run_that_follows_a_champion_stays_with_its_registry_and_name(tmp_path: Path) -> None:
-    def following(**location: str) -> FineTuneConfig:
-        registry = {"path": str(tmp_path / "registry"), "name": "bot"} | location
-        given = {"registry": registry, "continual": {"from": "champion"}}
-        return parse_config(given, source="a test")
-
-    refuse_differences_on_resume(following(), following(), Path("run"))
-    for name, value in (("path", str(tmp_path / "other")), ("name", "other")):
-        with pytest.raises(ConfigError, match=rf"cannot be resumed .*\n  registry.{name}: "):
-            refuse_differences_on_resume(following(), following(**{name: value}), Path("run"))
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     """A run whose data was tokenised."""
