@@ -53,7 +53,7 @@ test-kernels: $(VENV)/dev.stamp ## make test under OpenBLAS's kernels for other 
 			no-openblas) setting="NESTED_TUNE_NO_OPENBLAS=1";; \
 			*) setting="OPENBLAS_CORETYPE=$$name";; \
 		esac; \
-		if [ $$name = SkylakeX ] && ! grep -qw avx512f /proc/cpuinfo; then \
+		if [ $$name = SkylakeX ] && ! grep -qsw avx512f /proc/cpuinfo; then \
 			echo "$$name: not run, for this processor has no AVX-512"; continue; \
 		fi; \
 		if env $$setting $(PYTEST) -m $(CLAIMS) >build/test-kernels/$$name.log 2>&1; then end=passed; else end=FAILED failed=1; fi; \
