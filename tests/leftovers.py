@@ -32,6 +32,7 @@ SECONDS_TO_END = 30.0  # a limit that a loaded machine does not reach
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 # Every process that a test starts inherits it, and so do those which that one starts.
 WORKER_VARIABLE = "NESTED_TUNE_TESTS_WORKER"
+VARIABLE_OF_PYTEST = "PYTEST_CURRENT_TEST"  # it sets it three times a test
 
 ADVICE = {
     "thread": "Join it before the test ends, or leave the `with` block of what runs it.",
@@ -116,6 +117,7 @@ class Heard:
     def __init__(self) -> None:
         self.started_processes = False
         self.bound_sockets = False
+        self.changed_environment = False
         self.written: list[str] = []
         sys.addaudithook(self._hear)
         spawn = multiprocessing.util.spawnv_passfds
@@ -129,7 +131,7 @@ class Heard:
 
     def clear(self) -> None:
         """Forget what was heard so far."""
-        self.started_processes = self.bound_sockets = False
+        self.started_processes = self.bound_sockets = self.changed_environment = False
         self.written.clear()
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -147,6 +149,8 @@ class Heard:
             self.started_processes = True
         elif event == "socket.bind":
             self.bound_sockets = True
+        elif event in {"os.putenv", "os.unsetenv"}:
+            self.changed_environment |= os.fsdecode(arguments[0]) != VARIABLE_OF_PYTEST
 
     def _write(self, path: Any) -> None:
         with suppress(FileNotFoundError):  # there is no working folder
@@ -180,9 +184,10 @@ class Watch:
             self._processes = own_processes()
         if self._heard.bound_sockets or not self._has_looked:
             self._sockets = listening_sockets()
+        if self._heard.changed_environment or not self._has_looked:
+            self._environment = _environment()
         self._has_looked = True
         self._threads = set(threading.enumerate())
-        self._environment = _environment()
         self._random_state = random.getstate()
         self._numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
         self._heard.clear()
@@ -196,7 +201,8 @@ class Watch:
         if heard.bound_sockets:
             new = listening_sockets()
             left += [Left("listening socket", new[key]) for key in set(new) - set(self._sockets)]
-        left += self._environment_changes()
+        if heard.changed_environment:
+            left += self._environment_changes()
         if compares_random_states:
             left += self._random_changes()
         left += [Left("file", path) for path in self._files_left()]
@@ -260,7 +266,7 @@ class Watch:
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {name: value for name, value in os.environ.items() if name != VARIABLE_OF_PYTEST}
 
 
 def own_processes() -> dict[int, str]:

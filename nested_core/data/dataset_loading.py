@@ -117,7 +117,6 @@ def _depends_on(
         "tokenizer_files": fingerprint_tokenizer(Path(tokenizer.folder)),
         "checks": [part.depends_on(tokenizer) for part in seams.load_all(TokenizerChecks)],
         "rules": _hash_data_code(),
-        "libraries": {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY},
     }
 
 
@@ -135,7 +134,7 @@ def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _hash_data_code() -> str:
-    """Return a hash of the code that reads, checks and tokenizes data.
+    """Return a hash of the code that reads, checks and tokenizes data, and of its libraries.
 
     It is part of the cache key, so that an edit of a rule invalidates the cache.
     """
@@ -153,7 +152,7 @@ def _hash_data_code() -> str:
     hashes = {
         path.relative_to(root).as_posix(): regular_sha256(path, follow_links=True) for path in paths
     }
-    return sha256(canonical_json(hashes)).hexdigest()
+    return sha256(canonical_json([hashes, *map(version, _LIBRARIES_IN_CACHE_KEY)])).hexdigest()
 
 
 def load_run_data(

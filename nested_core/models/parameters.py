@@ -76,13 +76,14 @@ def restoring_parameters(refs: ParameterRefs) -> Iterator[None]:
 @contextmanager
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Turn dropout off within the block; afterwards restore each module's mode."""
-    modes = [(module, module.training) for _, module in model.named_modules()]
-    model.eval()
+    in_training = [module for _, module in model.named_modules() if module.training]
+    for module in in_training:
+        module._set_training_mode(False)
     try:
         yield
     finally:
-        for module, was_training in modes:
-            module._set_training_mode(was_training)
+        for module in in_training:
+            module._set_training_mode(True)
 
 
 def float32_weight(module: Any) -> mx.array:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openai
 import pytest
 
 from tests.rooms.serve.test_following import expected
 from tests.rooms.serve.versions import NAME, QUESTION, serving, settings
+
+if TYPE_CHECKING:
+    import openai  # half a second, which only the worker that runs these tests takes
 
 KEY = "only-in-tests"
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [
@@ -28,6 +30,8 @@ def served(version_and_registry: tuple[str, Path]) -> Iterator[tuple[str, str]]:
 
 @pytest.fixture
 def client(served: tuple[str, str]) -> Iterator[openai.OpenAI]:
+    import openai
+
     with openai.OpenAI(base_url=f"{served[1]}/v1", api_key=KEY, max_retries=0) as made:
         yield made
 
@@ -61,6 +65,8 @@ def test_the_library_reads_a_streamed_answer(client, served, runs, base) -> None
 
 
 def test_the_library_raises_its_own_errors_with_what_the_server_said(client: openai.OpenAI) -> None:
+    import openai
+
     stranger = client.with_options(api_key="other")
     wrong: list[tuple[openai.OpenAI, dict[str, Any], type[openai.APIStatusError], str]] = [
         (client, {"model": "other"}, openai.NotFoundError, "No model 'other' here"),
