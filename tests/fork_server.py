@@ -1,9 +1,9 @@
 """Python programs run in processes forked from one that has imported the large libraries already.
 
-Importing transformers and mlx_lm takes two seconds of CPU time, more than most tests ask of a
-process that they start. The server is a plain process without threads of its own; none of this
-project's packages are loaded there but `backend`, which has to come before mlx. A test whose
-subject is a process from its start (signals, imports, each command once) starts a real one.
+Importing transformers and mlx_lm takes two seconds of CPU time, and this library's part of a run
+one more: more than most tests ask of a process that they start. The server is a plain process
+without threads of its own, which imports no Prefect and no command. A test whose subject is a
+process from its start (signals, imports, each command once) starts a real one.
 
 What a forked process starts by `sys.executable`, as the gate does for its proof, is forked too
 where FORKED_PROGRAMS names it; a test can ask the same of its own process (`forking_python`).
@@ -35,7 +35,7 @@ from typing import Any
 from nested_core import backend
 from nested_core.process.command_parent import PARENT_VARIABLE
 
-LIBRARIES = (
+LIBRARIES = (  # in the order in which they are imported; `backend` comes before all of them
     "mlx_lm.utils",
     "mlx_lm.tuner.lora",
     "mlx_lm.models.llama",
@@ -46,6 +46,7 @@ LIBRARIES = (
     "pandas",
     "polars",
     "typeguard",  # pandera imports it; pandera itself reads the environment when it is imported
+    "nested_core.pipeline.finetune",
 )
 FORKED_PROGRAMS = (  # a file's name or a module
     "mlx_lm_program.py",

@@ -234,4 +234,4 @@ def make_command_run(folder: Path) -> CommandRun:
     """The run of the fixture `command_run`: all layers of the example, eight steps."""
     write_config(folder / "config.yaml", num_layers=-1, iters=8)
     words = ("train", "-c", "config.yaml", "--run-dir", "run", "--json")
-    return CommandRun(folder, completed(*words, cwd=folder))
+    return CommandRun(folder, called(*words, cwd=folder))

@@ -105,7 +105,7 @@ FAILURES = [
     )
     for failure in get_args(Failure)
 ]
-EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 67
+EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 131
 
 
 @functools.cache
