@@ -84,6 +84,11 @@ MAY_STAY = (
         r"^TRANSFORMERS_NO_ADVISORY_WARNINGS$",
         "mlx_lm sets it when it is imported",
     ),
+    MayStay(
+        "environment variable",
+        r"^PREFECT_(RESULTS_DEFAULT_SERIALIZER|SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS)$",
+        "flows sets them when it is imported, for Prefect",
+    ),
     MayStay("file", r"/__pycache__(/|$)", "what Python compiles of a module when it is imported"),
     MayStay(
         "file",

@@ -166,6 +166,7 @@ def test_every_key_has_a_sentence() -> None:
     assert [each.name for each in iterate_keys(FineTuneConfig) if not each.field.description] == []
 
 
+@pytest.mark.usefixtures("own_random_state")  # libraries draw from it when they are imported
 @pytest.mark.parametrize(
     ("name", "function"),
     [("configuration.md", "render_page"), ("coming-from.md", "render_others_page")],
