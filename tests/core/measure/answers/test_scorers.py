@@ -6,6 +6,7 @@ import textwrap
 import time
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -43,36 +44,51 @@ def score(tmp_path: Path, method: Score, answer: str, function: str | None = Non
     return score_answers(ScoringMethod(path, method, function), questions, [answer])[0]
 
 
-@pytest.mark.parametrize(
-    ("method", "answer", "fields", "expected"),
-    [
-        ("exact", "  Port\n Louis ", {"expected": "Port Louis"}, 1),
-        ("exact", "Cafe\u0301", {"expected": "Caf\u00e9"}, 1),
-        ("exact", "suva", {"expected": "Suva"}, 0),
-        ("exact", "Suva.", {"expected": ["Nadi", "Suva."]}, 1),
-        ("contains", "It is  Port\tLouis.", {"expected": "Port Louis"}, 1),
-        ("contains", "It is Suva.", {"expected": ["suva", "Nadi"]}, 0),
-        ("number", "3 and 4 make 7.", {"expected": 7}, 1),
-        ("number", "7 and then 3", {"expected": 7}, 0),
-        ("number", "about $1,234.50!", {"expected": 1234.5}, 1),
-        ("number", "0.31", {"expected": 0.3, "tolerance": 0.01}, 1),
-        ("number", "0.311", {"expected": 0.3, "tolerance": 0.01}, 0),
-        ("number", "none", {"expected": 0}, 0),
-        ("regex", "in 1874, Suva", {"expected": r"\d{4}, S"}, 1),
-        ("regex", "in 1874", {"expected": [r"^\d", "x"]}, 0),
-        ("json", 'Here: {"city": "Suva"} {"city": 1}', {"schema": OBJECT}, 1),
-        ("json", '```json\n{"city": 4}\n```', {"schema": OBJECT}, 0),
-        ("json", "nothing", {"schema": True}, 0),
-        ("json", '{"city": "a", "n": 1.0}', {"schema": OBJECT, "expected": {"n": 1}}, 1),
-        ("json", '{"city": "a", "n": true}', {"schema": OBJECT, "expected": {"n": 1}}, 0),
-        ("json", '{"city": "a"}', {"schema": OBJECT, "expected": {"n": 1}}, 0),
-        ("json", "[1]", {"schema": {}, "expected": {"n": 1}}, 0),
-        ("json", 'So: {"n": 1, "m": 2}', {"expected": {"n": 1}}, 1),
-        ("json", '{"n": 2}', {"schema": None, "expected": {"n": 1}}, 0),
+# By score: answer, fields of the question, and what it gets.
+SCORES: dict[Score, list[tuple[str, dict[str, Any], float]]] = {
+    "exact": [
+        ("  Port\n Louis ", {"expected": "Port Louis"}, 1),
+        ("Cafe\u0301", {"expected": "Caf\u00e9"}, 1),
+        ("suva", {"expected": "Suva"}, 0),
+        ("Suva.", {"expected": ["Nadi", "Suva."]}, 1),
     ],
-)
-def test_scores(tmp_path, method, answer, fields, expected) -> None:
-    assert score(tmp_path, method, answer, **fields) == expected
+    "contains": [
+        ("It is  Port\tLouis.", {"expected": "Port Louis"}, 1),
+        ("It is Suva.", {"expected": ["suva", "Nadi"]}, 0),
+    ],
+    "number": [
+        ("3 and 4 make 7.", {"expected": 7}, 1),
+        ("7 and then 3", {"expected": 7}, 0),
+        ("about $1,234.50!", {"expected": 1234.5}, 1),
+        ("0.31", {"expected": 0.3, "tolerance": 0.01}, 1),
+        ("0.311", {"expected": 0.3, "tolerance": 0.01}, 0),
+        ("none", {"expected": 0}, 0),
+    ],
+    "regex": [
+        ("in 1874, Suva", {"expected": r"\d{4}, S"}, 1),
+        ("in 1874", {"expected": [r"^\d", "x"]}, 0),
+    ],
+    "json": [
+        ('Here: {"city": "Suva"} {"city": 1}', {"schema": OBJECT}, 1),
+        ('```json\n{"city": 4}\n```', {"schema": OBJECT}, 0),
+        ("nothing", {"schema": True}, 0),
+        ('{"city": "a", "n": 1.0}', {"schema": OBJECT, "expected": {"n": 1}}, 1),
+        ('{"city": "a", "n": true}', {"schema": OBJECT, "expected": {"n": 1}}, 0),
+        ('{"city": "a"}', {"schema": OBJECT, "expected": {"n": 1}}, 0),
+        ("[1]", {"schema": {}, "expected": {"n": 1}}, 0),
+        ('So: {"n": 1, "m": 2}', {"expected": {"n": 1}}, 1),
+        ('{"n": 2}', {"schema": None, "expected": {"n": 1}}, 0),
+    ],
+}
+
+
+@pytest.mark.parametrize("method", SCORES)
+def test_scores(tmp_path: Path, method: Score) -> None:
+    answers, fields, expected = zip(*SCORES[method], strict=True)
+    rows = ({"prompt": f"{number}?", **each} for number, each in enumerate(fields))
+    path = write(tmp_path / "suite.jsonl", *rows)
+    questions = read_suite(path, method)
+    assert score_answers(ScoringMethod(path, method), questions, answers) == list(expected)
 
 
 @pytest.mark.parametrize(
