@@ -226,7 +226,7 @@ def test_a_prompt_and_the_chat_as_which_it_is_asked_are_one_question(asked, tmp_
     texts = [f"{n}?" for n in range(40)]
     system = {"role": "system", "content": "Be brief."}
     chats = [{"messages": [system, {"role": "user", "content": text}]} for text in texts]
-    lines = [*({"prompt": text} for text in texts), *chats]
+    lines: list[dict[str, Any]] = [*({"prompt": text} for text in texts), *chats]
     path = tmp_path / "suite.jsonl"
     path.write_text("\n".join(json.dumps(line | {"expected": "a"}) for line in lines))
     config = example_config(**settings(path))

@@ -289,7 +289,7 @@ def test_a_prompt_is_the_chat_as_which_it_is_asked(tmp_path: Path) -> None:
     turns = [("system", " be BRIEF."), ("system", "Be long."), ("user", "fiji?")]
     brief, long, user = [{"role": role, "content": content} for role, content in turns]
     chats = [{"messages": [first, user]} for first in (brief, long)]
-    asked = [chats[0], {"prompt": "Fiji?"}, chats[1], {"messages": [user]}]
+    asked: list[dict[str, Any]] = [chats[0], {"prompt": "Fiji?"}, chats[1], {"messages": [user]}]
     path = write(tmp_path / "s.jsonl", *(line | {"expected": "Suva"} for line in asked))
     suite = Suite.read("capitals", ScoringMethod(path, "exact"))
 
