@@ -293,7 +293,7 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
     entries = history(arguments.registry, arguments.name)
     champion = read_champion(arguments.registry, arguments.name)
     verdicts = read_version_verdicts(arguments.registry, arguments.name)
-    losses = {
+    losses: dict[str, dict[str, Any]] = {
         version: {
             "loss": held_out.loss_after,
             "unit": held_out.unit,
