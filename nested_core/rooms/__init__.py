@@ -76,7 +76,7 @@ class Room:
     loss_curve: a function of the records of metrics.jsonl that draws their losses in characters.
     training_log: a function of the arguments of `train`, configuration and run directory, which
         gives the callback that prints lines in place of ours, or None.
-    champion_page: a class that publishes an adapter's champion on Prefect, and tells of versions.
+    champion_page: a class that publishes an adapter's champion on Prefect.
     live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
         RunDirectory, the event that ends it and the lock of the view.
     kernel_folder: a function that has MLX compile its kernels into a folder of this process.
@@ -196,7 +196,6 @@ ROOMS: Mapping[str, Room] = {
         why_silent="flows.rooms.deploy.deployed_registries:why_silent",
     ),
     "chat": Room(commands=("chat",), side_by_side="nested_core.rooms.chat.side_by_side:SideBySide"),
-    "champion_page": Room(champion_page="flows.rooms.champion_page.page:ChampionPage"),
     "compare": Room(
         commands=("compare",),
         public_names=(
@@ -239,6 +238,7 @@ ROOMS: Mapping[str, Room] = {
         explain_run="nested_core.rooms.planning.run_explanation:explain_run",
         warnings_before_start="nested_core.rooms.planning.learning_rate_rule:warn_of_learning_rate",
         rate_refusal="nested_core.rooms.planning.learning_rate_rule:require_usable_rate",
+        champion_page="flows.rooms.nights.champion_page:ChampionPage",
     ),
     "peft": Room(
         commands=("import-peft", "export-peft"),

@@ -192,12 +192,10 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     }
     if is_there("export"):
         pages["card"] = asked(told, "card", "capitals")
-    if is_there("champion_page"):
-        of_room = "nested_core.rooms.champion_page.champion"
-        read = load(f"{of_room}:ChampionRecord").read
-        record = read(folder / "registry", "capitals", result.version)
-        pages["champion"] = str(load(f"{of_room}:describe_champion")(record))
     if is_there("nights"):
+        describe_champion = load("nested_core.rooms.nights.champion_page:describe_champion")
+        champion = (folder / "registry", "capitals", result.version, verdict)
+        pages["champion"] = str(describe_champion(*champion))
         describe_night = load("nested_core.rooms.nights.night_pages:describe_night")
         pages["night"] = str(describe_night(config, Run(result.run), "Promoted", "done"))
     plain = {name: page.replace("\\", "") for name, page in pages.items()}
