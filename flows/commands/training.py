@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -201,14 +200,11 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         from nested_core.pipeline.finetune import finetune
 
     stopper = Stopper(ends_process=True)
-    logs = (find_log(arguments, config, run) for find_log in seams.load_all("training_log"))
-    log = next(filter(None, logs), None)
-    hooks = TerminalSteps(stopper, log)
+    hooks = TerminalSteps(stopper)
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
         try:
-            watching = showing_run(run) if log is None else contextlib.nullcontext()
-            with naming_report_of_failure(run), watching:
+            with naming_report_of_failure(run), showing_run(run):
                 result = finetune(config, run, hooks, resume=arguments.resume)
         except GateRejected:
             print_progress(*format_sample_answers(hooks.sample_answers))

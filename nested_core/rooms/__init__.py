@@ -74,8 +74,6 @@ class Room:
     plain_delta_rule: the formulas of gated delta nets that kernels are compared with.
     cuda_operations: the DeviceOperations of layers (kernels/device_operations.py) on CUDA.
     loss_curve: a function of the records of metrics.jsonl that draws their losses in characters.
-    training_log: a function of the arguments of `train`, configuration and run directory, which
-        gives the callback that prints lines in place of ours, or None.
     champion_page: a class that publishes an adapter's champion on Prefect.
     live_view: a function that draws a run in a terminal until it is done, of its RunProgress, its
         RunDirectory, the event that ends it and the lock of the view.
@@ -149,7 +147,6 @@ class Room:
     plain_delta_rule: str | None = None
     cuda_operations: str | None = None
     loss_curve: str | None = None
-    training_log: str | None = None
     champion_page: str | None = None
     live_view: str | None = None
     kernel_folder: str | None = None
@@ -281,8 +278,6 @@ ROOMS: Mapping[str, Room] = {
     "cuda": Room(cuda_operations="nested_core.rooms.cuda.operations:CUDA_OPERATIONS"),
     "reference": Room(
         keys=("training.reference",),
-        flags={"train": ("--log",)},
-        training_log="flows.rooms.reference.command:find_log",
         problems="nested_core.rooms.reference.refused_keys:iterate_problems",
         reference_schedule="nested_core.rooms.reference.mlx_lm_schedule:MlxLmSchedule",
         reference_trainer="nested_core.rooms.reference.mlx_lm_trainer:MlxLmTrainer",
