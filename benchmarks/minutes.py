@@ -40,6 +40,7 @@ from typing import Any
 
 from nested_core.backend import prepare
 from nested_core.records.plan import read_plan
+from nested_core.records.result import read_result
 from nested_core.storage.run_directory import RunDirectory
 
 ROOT = Path(__file__).parent.parent
@@ -230,11 +231,12 @@ def describe_run(run: RunDirectory) -> dict[str, Any]:
     plan = read_plan(run.plan)
     time_plan = None if plan is None else plan.time
     verdict = json.loads(run.gate.read_bytes()) if run.gate.exists() else None
+    result = read_result(run.result) if run.result.exists() else None
     return {
-        "steps": None if plan is None else plan.steps,
+        "steps": None if result is None else result.step,
         "iterations": None if plan is None else plan.iterations,
-        "fixed_steps": None if time_plan is None else time_plan.steps,
-        "was_cut": None if plan is None or time_plan is None else plan.steps < time_plan.steps,
+        "fixed_steps": None if plan is None or time_plan is None else plan.steps,
+        "was_cut": None if result is None or time_plan is None else result.ended == "time",
         "blas_threads": None if time_plan is None else time_plan.blas_threads,
         "seconds_a_step": None if time_plan is None else round(time_plan.seconds_a_step, 3),
         "seconds_to_judge": None if time_plan is None else round(time_plan.seconds_to_judge, 1),

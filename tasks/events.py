@@ -22,8 +22,6 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import Event, emit_event
 
 from nested_core import registry, seams
-from nested_core.config.schema import FineTuneConfig
-from nested_core.records.judged_run import JudgedRun
 from nested_core.registry.ledger import Action
 from tasks.prefect_server import asking_server, named_resource, read_events, related_resource
 
@@ -55,14 +53,12 @@ class ServerPages:
     publish: publishes the page of the champion.
     publish_if_changed: publishes it if the server's is of another champion; returns whether it did.
     had_champion: returns whether the server has a page of a champion.
-    tell_of_version: tells the server of the version that was registered of a run.
     why_silent: returns why the server gets no events of an adapter, in a sentence; None if it does.
     """
 
     publish: Callable[[Path, str], None] = lambda *_: None
     publish_if_changed: Callable[[Path, str], bool] = lambda *_: False
     had_champion: Callable[[Path, str], bool] = lambda *_: False
-    tell_of_version: Callable[[FineTuneConfig, JudgedRun], None] = lambda *_: None
     why_silent: Callable[[SyncPrefectClient, Path, str], str | None] = lambda *_: None
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
-from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DatasetError, GateRejected
 from nested_core.models.session import Session
@@ -32,7 +31,7 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document
 from nested_core.training.trainer import Trainer
 from tasks.artifact_client import ArtifactClient, artifact_key, publish_page
-from tasks.events import ServerPages, emit_adapter_event
+from tasks.events import emit_adapter_event
 from tasks.promote import announce_promotion, read_origin
 from tasks.retrying import (
     REGISTRY_RETRY_DELAYS,
@@ -159,8 +158,6 @@ def register(config: FineTuneConfig, run_dir: Path, session: Session) -> Decisio
         get_run_logger().info("%s: %s", name, decision.sentence)
         return decision
     get_run_logger().info("Registered %s as version %s.", name, shorten_digest(decision.version))
-    for page in seams.load_all(ServerPages):
-        page.tell_of_version(config, judged)
     payload = {"version": decision.version, "run_dir": str(run.path.resolve())}
     emit_adapter_event("verified", name, payload | {"registry": str(registry.resolve())}, verified)
     return announce_promotion(registry, name, decision)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 from flows.process.stop_signals import Stopper
 from flows.terminal.console import ProgressLine, describe_tiers, print_progress
-from flows.terminal.run_follower import PrintedLog
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
@@ -22,12 +20,10 @@ from nested_core.storage.run_directory import RunDirectory
 class TerminalSteps(Steps):
     """Messages, progress and the loss curve on standard error; signals go to the trainer."""
 
-    def __init__(self, stopper: Stopper, log: PrintedLog | None = None) -> None:
-        """`log` prints lines of the training in place of ours."""
+    def __init__(self, stopper: Stopper) -> None:
+        """`stopper` hands signals to the trainer while there is one."""
         self._stopper = stopper
-        self._log = log
         self._progress = ProgressLine()
-        self._has_described = False
         self.sample_answers: Sequence[SampleAnswers] = ()
 
     def on_message(self, message: str) -> None:
@@ -41,20 +37,18 @@ class TerminalSteps(Steps):
     def on_training_start(self, trainer: Any) -> None:
         """Let signals stop the trainer; show its tiers and the memory that it will need."""
         self._stopper.direct_signals_to(trainer)
-        if self._log is not None:
-            self._log.start(trainer)
-        if not self._has_described:  # a run of minutes that is cut begins training once more
-            print_progress(describe_tiers(trainer.tier_stats()))
-            print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
-        self._has_described = True
+        print_progress(describe_tiers(trainer.tier_stats()))
+        print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
 
     def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """Train; then signals end the process where it is."""
-        log = self._log
-        with contextlib.nullcontext() if log is None else log.printing():
-            result = steps.train(
-                config, run, log, self.on_training_start, self.on_message, session=session
-            )
+        result = steps.train(
+            config,
+            run,
+            on_start=self.on_training_start,
+            on_wait=self.on_message,
+            session=session,
+        )
         self._stopper.release_trainer()
         return result
 

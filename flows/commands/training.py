@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -26,14 +25,14 @@ from flows.terminal.console import (
     print_progress,
     print_table,
 )
-from flows.terminal.run_follower import TrainingLog, showing_run
+from flows.terminal.run_follower import showing_run
 from flows.terminal.run_results import (
     format_sample_answers,
     print_answer_tables,
     print_rejection,
     print_tiers,
 )
-from nested_core import backend, seams
+from nested_core import backend
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped, go_on_with
 from nested_core.storage.run_directory import open_run
 from nested_core.text.digest_format import shorten_digest
@@ -202,14 +201,11 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         from nested_core.pipeline.finetune import finetune
 
     stopper = Stopper(ends_process=True)
-    logs = (room.find(arguments, config, run) for room in seams.load_all(TrainingLog))
-    log = next(filter(None, logs), None)
-    hooks = TerminalSteps(stopper, log)
+    hooks = TerminalSteps(stopper)
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
         try:
-            watching = showing_run(run) if log is None else contextlib.nullcontext()
-            with naming_report_of_failure(run), watching:
+            with naming_report_of_failure(run), showing_run(run):
                 result = finetune(config, run, hooks, resume=arguments.resume)
         except GateRejected:
             print_progress(*format_sample_answers(hooks.sample_answers))

@@ -70,9 +70,6 @@ class Watcher:
         """
         return ()
 
-    def look_back(self, registry: Path, name: str) -> None:
-        """The weekly look at an adapter."""
-
     def find_page(self, client: SyncPrefectClient, name: str) -> AdapterPage | None:
         """The page of all runs of an adapter, made where there is none; None for no such page."""
         return None

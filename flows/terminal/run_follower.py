@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from flows.terminal.console import POLL_SECONDS, SECONDS_BETWEEN_LINES, can_redraw, print_progress
 from flows.terminal.stage_lines import SECONDS_BETWEEN_REPEATS
 from nested_core import seams
-from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.records.metrics import describe_tasks
 from nested_core.storage.run_directory import RunDirectory
@@ -24,7 +22,6 @@ from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
 from nested_core.text.stages import receiving_stages
 from nested_core.training.reports.run_progress import RunProgress
-from nested_core.training.reports.training_callback import TrainingCallback
 
 LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
 MAX_SECONDS_BETWEEN_LINES = 60.0
@@ -52,26 +49,6 @@ class LiveView:
 
     draw: Callable[[RunProgress, RunDirectory, threading.Event, threading.RLock], None]
     draw_curve: Callable[[Sequence[dict[str, Any]]], str]
-
-
-class PrintedLog(TrainingCallback, Protocol):
-    """A training callback that prints lines."""
-
-    def start(self, trainer: Any) -> None:
-        """Print what comes before the first step."""
-
-    def printing(self) -> AbstractContextManager[None]:
-        """Return a context of training, in which lines are printed."""
-
-
-@dataclass(frozen=True)
-class TrainingLog:
-    """A room's lines of a training, in place of ours.
-
-    find: returns what prints them; None where the arguments of `train` ask for ours.
-    """
-
-    find: Callable[[argparse.Namespace, FineTuneConfig, RunDirectory], PrintedLog | None]
 
 
 class RunFollower(threading.Thread):

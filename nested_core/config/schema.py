@@ -314,7 +314,7 @@ class FineTuneConfig(_RootSection):
 
     @property
     def replay_fraction(self) -> float:
-        """The share of each batch that is earlier examples, where a run goes on from an adapter.
+        """The share of the rows that are earlier examples, where a run goes on from an adapter.
 
         A run that follows the champion and gives no fraction has DEFAULT_REPLAY, unless it cannot
         replay: it is timed, made as by mlx_lm.lora, or the room is deleted. Any other has 0.

@@ -609,7 +609,7 @@ LINEAGE = "lineage"
 
 
 class ReplaySection(Section):
-    """Examples of earlier nights that are mixed into every batch, so that they are not forgotten.
+    """Examples of earlier nights that are trained on too, so that they are not forgotten.
 
     `fraction` 0 mixes none. FineTuneConfig.replay_fraction says what null is. `sources` is lineage,
     for what the champion and its ancestors were trained on, or files and folders as `data` takes
@@ -618,7 +618,7 @@ class ReplaySection(Section):
 
     fraction: float | None = key(
         None,
-        "share of each batch that is earlier examples (null: 0.5 if the run follows a champion)",
+        "share of the rows that are earlier examples (null: 0.5 if the run follows a champion)",
         affects="training",
         ge=0,
         lt=1,
@@ -686,7 +686,7 @@ class ContinualSection(Section):
         False, "go on even where rank x scale x rate is above 0.05, at which runs diverge"
     )
     skip_unchanged: bool = key(True, "end before training if the same run was made before")
-    replay: ReplaySection = key(ReplaySection(), "examples of earlier nights in every batch")
+    replay: ReplaySection = key(ReplaySection(), "examples of earlier nights, trained on too")
 
     @property
     def window_seconds(self) -> float:

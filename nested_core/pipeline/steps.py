@@ -498,8 +498,6 @@ def _make_plan(
     """
     schedule = trainer.step_schedule
     has_validation = schedule.validation_examples > 0
-    time = None if session is None else session.time_plan
-    counted_at = () if time is None else time.counted_at  # where the same command goes on
     needed = trainer.memory.needed
     return TrainingPlan(
         steps=schedule.steps,
@@ -513,11 +511,11 @@ def _make_plan(
         validation_examples=schedule.validation_examples,
         memory_forecast_gb=None if needed is None else needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
-        resumed_at=list_resumptions(earlier, trainer.current_step, counted_at),
+        resumed_at=list_resumptions(earlier, trainer.current_step),
         rank_counts=list_rank_counts(earlier, trainer.current_step, trainer.world.size),
         select_by=trainer.config.training.select_by,
         ended_by=list_earlier_ends() or (() if earlier is None else earlier.ended_by),
-        time=time,
+        time=None if session is None else session.time_plan,
     )
 
 
@@ -527,8 +525,13 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
     The newest checkpoint is verified only if it says so, since resuming verifies it anyway.
     """
 
+    plan = read_plan(run.plan)
+    minutes = None if plan is None or plan.time is None else plan.time.minutes
+
     def has_all_iterations(state: Mapping[str, Any]) -> bool:
         """Return whether a checkpoint's state is the end of a run of the configured length."""
+        if state.get("ended") == "time" and minutes != config.training.minutes:
+            return False
         return bool(state.get("ended")) and state.get("wanted_iterations") == config.iters
 
     if not has_all_iterations(latest_state(run.checkpoints)):

@@ -20,27 +20,20 @@ class TimePlan:
     """How the time of `training.minutes` was turned into a number of steps.
 
     minutes: the configured time.
-    steps: optimizer steps of the whole run, as they were counted last; of a run that was cut, as
-        they were counted before.
     seconds_a_step: the measured time of a step with its share of evaluations and checkpoints.
-    seconds_to_begin: of opening the run, until the first step.
     seconds_to_judge: from the end of the last step to the verdict.
     began: when the command that trains now began, in seconds since 1970.
     spent: seconds that earlier commands worked on this run.
     worked: seconds that the command that trains now has worked on it, as it noted last.
-    counted_at: the steps after which the number of steps was counted anew.
     blas_threads: OpenBLAS's threads in all commands of the run; None without OpenBLAS.
     """
 
     minutes: float
-    steps: int
     seconds_a_step: float
-    seconds_to_begin: float
     seconds_to_judge: float
     began: float
     spent: float
     worked: float = 0.0
-    counted_at: tuple[int, ...] = ()
     blas_threads: int | None = None
 
 
@@ -96,8 +89,8 @@ class TrainingPlan:
             sentences.append(
                 f"The training process was killed {times} ({signals}) and went on by itself."
             )
-        if self.time is not None and self.steps < self.time.steps:
-            cut = f"after step {self.steps:,} of {self.time.steps:,}"
+        if result is not None and result.ended == "time":
+            cut = f"after step {result.step:,} of {self.steps:,}"
             sentences.append(f"Training was cut {cut}, in time for the verdict.")
         if result is not None and result.ended == "patience":
             sentences.append(
@@ -126,16 +119,13 @@ class TrainingPlan:
         return self.epochs * step / self.steps if self.steps else 0.0
 
 
-def list_resumptions(
-    earlier: TrainingPlan | None, first_step: int, counted_at: Sequence[int] = ()
-) -> tuple[int, ...]:
+def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int, ...]:
     """Return `resumed_at` for a process that starts at `first_step`.
 
     earlier: the plan of the processes before it. Resumptions after `first_step` are dropped, since
         the steps after it are trained anew.
-    counted_at: steps from which a run of minutes went on by itself.
     """
-    resumed = {*(() if earlier is None else earlier.resumed_at), first_step} - {*counted_at}
+    resumed = {*(() if earlier is None else earlier.resumed_at), first_step}
     return tuple(sorted(step for step in resumed if 0 < step <= first_step))
 
 

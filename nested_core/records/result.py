@@ -14,7 +14,7 @@ class TrainResult:
     step, adapter_step: the last optimizer step, and the step whose adapter is offered.
     verified_steps: after how many steps the updated parameters were read back and compared.
     red_flags: warnings about the course of training, such as a flat loss.
-    ended: why training ended: `iterations`, or `patience` of early stopping.
+    ended: why training ended: `iterations`, `patience` of early stopping, or `time` that is over.
     evidence: SHA-256 of each file that training wrote; the gate compares the folder with them.
     """
 

@@ -59,6 +59,7 @@ class Trainer:
         evaluation_peak: MLX's peak memory in bytes up to the end of the first evaluation.
         stop_requested: ends training after the current step; interrupts an evaluation at once.
         stop_after_step: ends training like a stop after this step and its evaluation.
+        is_out_of_time: ends training after the current step, as early stopping does.
     """
 
     # The parts that act at some steps; subclasses may replace them
@@ -87,10 +88,11 @@ class Trainer:
 
         # Callbacks and requests
         self.on_step: Callable[[int, int], None] | None = None  # (step, steps), after each step
-        self.after_step: Callable[[Trainer], None] | None = None  # may call stop_training
+        self.after_step: Callable[[Trainer], None] | None = None  # may end training
         self.on_near_end: Callable[[], None] | None = None  # once, shortly before the last step
         self.stop_after_step: int | None = None
         self.stop_requested = False  # set from outside, such as by a signal
+        self.is_out_of_time = False  # set from outside: training ends after this step
 
         # Evaluation, reports and checks
         evaluator = Evaluator(
@@ -158,13 +160,14 @@ class Trainer:
     def _restore_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Load adapter, optimizer and training state from a checkpoint.
 
-        A run that ended after all its iterations goes on if more are configured now.
+        A run that ended after all its iterations, or in time for its verdict, goes on if more are
+        configured now.
         """
         apply_flat_updates_to_nested(self.model, checkpoint.parameters())
         self.optimizer.state = checkpoint.optimizer_state()
         self.optimizer.init(self.model.trainable_parameters())
         self.state = TrainingState.from_json(checkpoint.state)
-        if self.state.ended == "iterations":
+        if self.state.ended in ("iterations", "time"):
             self.state.ended = None
             self.state.ended = self._find_end()
             self.state.flushed = self.state.flushed and self._is_over()
@@ -348,11 +351,13 @@ class Trainer:
                 self.world.allow_longer()
 
     def _find_end(self) -> str | None:
-        """Return why training is over: `iterations` or `patience`; None while it is not."""
+        """Return why training is over: iterations, time or patience; None while it is not."""
         if self.state.ended is not None:
             return self.state.ended
         if self.state.iteration >= self.step_schedule.iterations:
             return "iterations"
+        if self.is_out_of_time:
+            return "time"
         patience = self.config.training.early_stop_patience
         return "patience" if self.state.is_out_of_patience(patience) else None
 

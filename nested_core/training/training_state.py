@@ -30,8 +30,8 @@ class TrainingState:
             the random state of a step follows from the seed and the step.
         flushed: whether accumulated gradients were applied at the end of training; `flush_steps`
             has the steps of all such flushes.
-        ended: why training is over, `iterations` or `patience`; None while it is not. More
-            iterations continue only a run that ended after all of them.
+        ended: why training is over, `iterations`, `patience` or `time`; None while it is not.
+            More iterations continue a run, but not one that ended by patience.
         wrong, is_candidate: the share of wrong answers at the last evaluation, to the suite that
             selects the step (0 if the loss does), and whether the run may offer its step.
         lowest_val_loss, lowest_wrong: what the next evaluation has to improve on for patience.

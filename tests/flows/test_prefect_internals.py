@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = {
     "prefect",
     "prefect.artifacts",
-    "prefect.assets",
     "prefect.blocks.core",
     "prefect.blocks.webhook",
     "prefect.cache_policies",
@@ -46,7 +45,6 @@ PUBLIC = {
 }
 # "module.name" -> where it is used.
 PRIVATE = {
-    "prefect.context.AssetContext": "flows/rooms/champion_page/page.py",
     "prefect.context.FlowRunContext": "flows/flow_runs/nights.py",
     "prefect.events.schemas.automations.Automation": "flows/rooms/deploy/deploy.py",
     "prefect.events.schemas.automations.AutomationCore": "flows/rooms/deploy/deploy.py",

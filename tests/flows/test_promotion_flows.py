@@ -54,7 +54,7 @@ def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(add, 
 
 
 @pytest.mark.slow("another flow run")
-@needs_rooms("champion_page")
+@needs_rooms("nights")
 def test_the_page_of_a_champion_says_when_it_became_champion_and_not_that_it_still_is(
     add: Add, registry: Path
 ) -> None:
@@ -90,7 +90,7 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
     assert core.read_champion(registry, NAME) == first
 
 
-@needs_rooms("champion_page")
+@needs_rooms("nights")
 @pytest.mark.slow("five flow runs")
 def test_the_hour_after_a_rollback_at_the_command_line_is_called_by_it(add, registry) -> None:
     first = add(1)
@@ -139,7 +139,7 @@ def test_a_champion_that_is_damaged_is_red_within_the_hour(add: Add, registry: P
 
 
 @pytest.mark.slow("another flow run")
-@needs_rooms("champion_page")
+@needs_rooms("nights")
 def test_an_adapter_whose_folder_is_gone_is_red(add: Add, registry: Path) -> None:
     add(1)
     given = ReconcileParameters(registry=str(registry), names=(NAME,))

@@ -98,10 +98,11 @@ def test_an_early_stop_and_the_candidates_that_the_offered_step_was_lowest_of_ar
         assert told in view.describe_offered_adapter(50)
     result = {"step": 100, "ended": "patience"}
     assert view.describe_length(result) == "trained 100 of 200 steps (early stopping)"
+    assert view.describe_length(result | {"ended": "time"}) == "trained 100 of 200 steps (cut)"
     assert view.describe_length({"step": 200, "ended": "iterations"}) == "trained 200 steps"
 
 
-def test_after_a_cut_the_steps_are_those_that_were_trained(tmp_path: Path) -> None:
+def test_a_plan_that_is_written_anew_says_how_many_steps_there_are(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     progress = RunProgress(run)
     for step, steps in ((2, 55), (3, 3)):

@@ -215,7 +215,7 @@ def complete_automation(
             alerts = there or [a for a in read_automations(client) if a.name.startswith(ALERT)]
             block = next(filter(None, map(alert_block, alerts)), None)
         wanted["actions"] = [alert_action(client, block, planned["notify"])]
-    wanted["enabled"] = there[0].enabled if there else planned.get("enabled", True)
+    wanted["enabled"] = there[0].enabled if there else True
     return AutomationCore.model_validate(wanted)
 
 

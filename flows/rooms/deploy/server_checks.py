@@ -153,8 +153,7 @@ def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
     found = {automation.name: automation for automation in read_automations(client)}
     names = [each["name"] for each in planned]
     missing = [name for name in names if name not in found]
-    wanted = [each["name"] for each in planned if each.get("enabled", True)]
-    paused = [name for name in wanted if name in found and not found[name].enabled]
+    paused = [name for name in names if name in found and not found[name].enabled]
     if missing:
         mend = "nested-tune deploy -c CONFIG"
         yield Check("automations", False, f"missing: {', '.join(missing)}", mend)

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.prefect_logs import prepare_logs
-from flows.flow_runs.watchers import list_watchers
 from flows.promote import AdapterParameters
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
@@ -47,6 +46,4 @@ def housekeeping(config: HousekeepingParameters) -> State[Any]:
         done = tidy_up(registry, config.name, runs, kept, dry_run=config.dry_run)
     except DamagedError as error:
         return Failed(name=Outcome.DAMAGED, message=error.describe_for("page"), data=error)
-    for watcher in list_watchers():
-        watcher.look_back(registry, config.name)
     return Completed(message=done.describe())

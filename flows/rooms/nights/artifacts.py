@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import UTC, datetime
 from uuid import UUID
 
 from prefect import get_run_logger
@@ -16,19 +14,16 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.records.run_status import Run
-from nested_core.rooms.nights.fleet import NameStatus
 from nested_core.rooms.nights.night_pages import Night, describe_night, describe_nights, join_lines
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Document
 from nested_core.text.foreign_text import escape_markdown
 from tasks.artifact_client import artifact_key, artifact_path, find_newest_artifact, publish_page
-from tasks.events import emit_adapter_event
 from tasks.prefect_server import asking_server
 
 NIGHTS_PAGE = "nights"
 OTHER_PAGES = ("champion", "night", "approval")
 MAX_NIGHTS = 30
-WEEK = timedelta(days=7)
 
 
 def publish_night(
@@ -93,19 +88,6 @@ def _list_links(client: SyncPrefectClient, name: str) -> list[tuple[str, str]]:
     """The newest of each of an adapter's other pages that the server has, with its path."""
     newest = {page: find_newest_artifact(client, artifact_key(name, page)) for page in OTHER_PAGES}
     return [(page, artifact_path(each.id)) for page, each in newest.items() if each is not None]
-
-
-def tell_week(registry: Path, name: str) -> None:
-    """Emit `adapter.week`: how an adapter's runs of the last week ended, and its champion."""
-    since = datetime.now(UTC) - WEEK
-    with asking_server(f"nobody is told of the week of {name}") as client:
-        nights = [night_of(run, None) for run in _read_runs(client, name)]
-        outcomes = Counter(night.outcome for night in nights if night.due > since)
-        ends = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
-        _, champion, day, loss, *_ = NameStatus.read(registry, name).cells()
-        has_champion = f"champion {champion} since {day}, loss {loss}"
-        message = f"{ends or 'no run'}; {'no champion' if champion is None else has_champion}"
-        emit_adapter_event("week", name, {"message": message})
 
 
 def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:

@@ -18,7 +18,6 @@ from flows.rooms.nights.artifacts import (
     make_nights_page,
     publish_night,
     publish_nights,
-    tell_week,
 )
 from flows.rooms.nights.dead_runs import end_dead_runs, resume_forgotten_runs
 from flows.rooms.nights.metrics_file import write_metrics
@@ -86,10 +85,6 @@ class NightWatcher(Watcher):
         tidy_run_list()
         for name in sound:
             publish_nights(name)
-
-    def look_back(self, registry: Path, name: str) -> None:
-        """Tell of the adapter's last week, for whoever has switched that alert on."""
-        tell_week(registry, name)
 
     def find_page(self, client: SyncPrefectClient, name: str) -> AdapterPage:
         """The page of the last nights."""

@@ -68,38 +68,6 @@ class RunComparison:
             )
         }
 
-    def losses(self) -> dict[str, list[Any]]:
-        """The last losses of training and the gate's, in the runs' units.
-
-        Beside each stand the file, the number of examples and the step that it is of.
-        """
-        gates = [None if run.verdict is None else run.verdict.validation for run in self.runs]
-        plans = [run.plan for run in self.runs]
-        lasts = {
-            "training": [run.last_loss("train_loss") for run in self.runs],
-            "validation": [run.last_loss("val_loss") for run in self.runs],
-        }
-        steps = [None if run.verdict is None else run.verdict.adapter_step for run in self.runs]
-        paired = self.paired_with_first()
-        return {
-            **{name: [last and last[1] for last in own] for name, own in lasts.items()},
-            **{f"{name}_step": [last and last[0] for last in own] for name, own in lasts.items()},
-            "not_finite": [
-                [name for name, own in lasts.items() if (last := own[place]) and last[1] is None]
-                for place in range(len(self.runs))
-            ],
-            "training_file": [plan and plan.training_file for plan in plans],
-            "validation_file": [plan and plan.validation_file for plan in plans],
-            "validation_examples": [plan and plan.validation_examples for plan in plans],
-            "gate_file": [gate and gate.file for gate in gates],
-            "gate_examples": [gate and gate.examples for gate in gates],
-            "gate_step": steps,
-            "gate_before": [gate and gate.loss_before for gate in gates],
-            "gate_after": [gate and gate.loss_after for gate in gates],
-            "difference_to_first": [pair and pair.to_json() for pair in paired],
-            "no_difference_because": self.reasons_not_paired(),
-        }
-
     def reasons_not_paired(self) -> list[str | None]:
         """Why each run's losses cannot be compared with the first one's; None if they can."""
         return [None, *(_why_not_comparable(self.runs[0], run) for run in self.runs[1:])]
@@ -135,16 +103,11 @@ class RunComparison:
         return {
             "runs": [run_to_json(run) for run in self.runs],
             "config": self.differing_settings(),
-            "losses": self.losses(),
             "tasks": self.tasks(),
             "speed": self.speed(),
-            "same_held_out_examples": self.has_same_held_out_examples(),
+            "difference_to_first": [pair and pair.to_json() for pair in self.paired_with_first()],
+            "no_difference_because": self.reasons_not_paired(),
         }
-
-    def has_same_held_out_examples(self) -> bool:
-        """Whether the losses are known to be of the same examples."""
-        digests = {run.held_out_digest for run in self.runs}
-        return len(digests) == 1 and None not in digests
 
     def rows(self) -> Iterator[tuple[object, ...]]:
         """A row for each figure, then for each key that differs: its name, and a value a run."""

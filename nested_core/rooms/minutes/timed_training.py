@@ -1,10 +1,10 @@
-"""A run of `training.minutes`: steps are counted once, and again where the machine's speed turns.
+"""A run of `training.minutes`: the steps that fit are counted once, and cut if time runs out.
 
 A few steps are tried and thrown away before the first one. What fits with the verdict is written
 into config.yaml, as iterations, and with it into plan.json: the run is that of `--iters`, to the
-bit, and is resumed as any other. After its steps it looks at the clock. Where clearly more or fewer
-steps fit than were counted, training is stopped in the ordinary way, and goes on by itself with the
-new number. Nothing ends a verdict: if it takes longer than forecast, the command does.
+bit, and is resumed as any other. After each step it looks at the clock: if there is no time for
+another step and the verdict, training ends, as by early stopping. Nothing ends a verdict: if it
+takes longer than forecast, the command does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, TrainingStopped
+from nested_core.errors import ConfigError
 from nested_core.models.session import Session
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.run_in_progress import AroundRun, RunInProgress
@@ -40,18 +40,15 @@ from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_clock, format_duration
-from nested_core.text.stages import receiving_stages
 from nested_core.text.value_format import format_count, format_passes
 
 SHARE_TRIED = 0.05  # of the minutes, in which steps are tried
 MAX_SECONDS_TRIED = 15.0
-SHARE_UNTIL_LOOK = 0.1  # of the minutes, until steps are counted anew; then twice that, and so on
 SHARE_BEYOND = 0.1  # of the minutes: a run that ends so much later is not cut for it
 MAX_SECONDS_BEYOND = 30.0
-MORE_STEPS = 1.25  # times as many have to fit before a run is made longer
 MAX_PACE = 2.0  # times as slow as forecast, that is allowed for the verdict: nothing stops that
 VERDICT_SPARED = 0.4  # of its forecast, where a run is refused: answers may be shorter, or known
-STEPS_MEASURED = (3, 20)  # the fewest, and the last ones, by which a machine is slower or quicker
+STEPS_MEASURED = 20  # the last ones, by which a machine is slower or quicker
 SECONDS_BETWEEN_NOTES = 5.0
 
 
@@ -93,9 +90,8 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             work.config = work.config.model_copy(update={"iters": plan.iterations})
         work.train = self.train
         self._threads = ExitStack()
-        self._seen: deque[tuple[int, float]] = deque(maxlen=STEPS_MEASURED[1])
-        self._next_look = self._noted = 0.0
-        self._between_looks = SHARE_UNTIL_LOOK * 60 * self._minutes
+        self._seen: deque[tuple[int, float]] = deque(maxlen=STEPS_MEASURED)
+        self._noted = 0.0
 
     def __enter__(self) -> TimedTraining:
         if self._plan is not None:
@@ -108,26 +104,15 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
     def train(self) -> TrainResult:
         """Train as many steps as fit; the run's configuration says how many.
 
-        Raises ConfigError where there is no time for a step and the verdict, and TrainingStopped
-        where somebody else asked for a stop.
+        Raises ConfigError if there is no time for a step and the verdict.
         """
         plan, session = self._plan, self._work.session
         if plan is None or plan.minutes != self._minutes:
             plan = self._count_steps(session)
         self._plan = replace(plan, began=self._began, spent=self._spent, worked=0.0)
         session.after_step = self._look
-        quietly: AbstractContextManager[Any] = nullcontext()
-        while True:
-            session.time_plan = self._plan
-            self._seen.clear()
-            self._next_look = time.time() + self._between_looks
-            try:
-                with quietly:
-                    return self._work.train_once()
-            except TrainingStopped:
-                if self._plan is session.time_plan:  # it was not stopped here
-                    raise
-            quietly = receiving_stages(lambda _: None)  # what began is said already
+        session.time_plan = self._plan
+        return self._work.train_once()
 
     @property
     def _end(self) -> float:
@@ -171,9 +156,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         )
         return TimePlan(
             minutes=self._minutes,
-            steps=done + steps,
             seconds_a_step=forecast.seconds_between(steps) / steps,
-            seconds_to_begin=forecast.opening,
             seconds_to_judge=forecast.evaluation + forecast.checkpoint + forecast.verdict,
             began=self._began,
             spent=self._spent,
@@ -181,7 +164,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         )
 
     def _look(self, trainer: Any) -> None:
-        """After a step: stop training where clearly more or fewer steps fit than were counted."""
+        """After a step: end training if there is no time for another one and the verdict."""
         plan, now, done = self._plan, time.time(), trainer.current_step
         if plan is None or done >= trainer.steps:
             return
@@ -189,25 +172,13 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             return  # a person's stop, which ends the run here
         self._note_time(now)
         self._seen.append((done, now))
-        is_time = now >= self._next_look and len(self._seen) > STEPS_MEASURED[0]
-        if is_time:
-            self._between_looks *= 2
-            self._next_look = now + self._between_looks
-        steps = count_anew(plan, self._seen, trainer.steps, self._end - now, only_cut=not is_time)
-        if steps is None:
-            return
-        steps = max(steps, self._work.config.nested.frequencies[-1])
-        self._plan = replace(plan, counted_at=(*plan.counted_at, done))
-        if steps > done:
-            self._plan = replace(self._plan, steps=steps)
-            text = f"{steps:,} steps fit, not {trainer.steps:,}: the schedule is theirs from now on"
-        else:
-            text = (
-                f"cut after step {done:,} of {plan.steps:,}, so that there is time for the verdict"
+        is_late = has_no_time_for_a_step(plan, self._seen, trainer.steps, self._end - now)
+        if is_late and done >= self._work.config.nested.frequencies[-1]:
+            self._hooks.on_message(
+                f"minutes: cut after step {done:,} of {trainer.steps:,}, so that there is time for "
+                f"the verdict"
             )
-        self._hooks.on_message(f"minutes: {text}")
-        self._write_steps(steps)
-        trainer.stop_training()
+            trainer.is_out_of_time = True
 
     def _note_time(self, now: float) -> None:
         """Have plan.json say how long this command has worked, every few seconds."""
@@ -231,39 +202,25 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         os.utime(self._run.config, ns=(begun.st_atime_ns, begun.st_mtime_ns))
 
 
-def count_anew(
-    plan: TimePlan,
-    seen: Sequence[tuple[int, float]],
-    steps: int,
-    left: float,
-    *,
-    only_cut: bool,
-) -> int | None:
-    """How many steps a run is to have that was planned for `steps`; None if it keeps them.
+def has_no_time_for_a_step(
+    plan: TimePlan, seen: Sequence[tuple[int, float]], steps: int, left: float
+) -> bool:
+    """Return whether a run is to be cut: it would end late, and only the verdict fits.
 
-    The verdict, and opening the run again, count as slow or quick as the steps that were seen.
+    The verdict counts as slow or quick as the steps that were seen.
 
     Args:
         plan: by what the steps were counted.
         seen: the last steps, and the time after each.
-        steps: of the whole run, as training has them now.
+        steps: of the whole run.
         left: seconds until the minutes are over.
-        only_cut: a run is cut where there is no time for another step, and kept else.
     """
     (first, began), (done, now) = seen[0], seen[-1]
     if done == first:  # in the first one functions are compiled
-        return None
+        return False
     step = (now - began) / (done - first)
-    pace = step / plan.seconds_a_step
-    left -= min(pace, MAX_PACE) * plan.seconds_to_judge
-    fitting = done + max(0, int((left - pace * plan.seconds_to_begin) / step))
-    is_late = (steps - done) * step - left > _seconds_beyond(plan.minutes) and fitting < steps
-    if only_cut:
-        return fitting if is_late and left <= 0 else None
-    if is_late:
-        return fitting
-    more = fitting - steps  # half of them: a machine that turned quicker may turn back
-    return steps + more // 2 if fitting >= MORE_STEPS * steps else None
+    left -= min(step / plan.seconds_a_step, MAX_PACE) * plan.seconds_to_judge
+    return left <= 0 and (steps - done) * step - left > _seconds_beyond(plan.minutes)
 
 
 def _seconds_beyond(minutes: float) -> float:

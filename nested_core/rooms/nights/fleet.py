@@ -12,6 +12,7 @@ from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import list_names
 from nested_core.registry.link_and_views import reading
 from nested_core.registry.versions import version_folder
+from nested_core.rooms.nights.champion_page import format_minute
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_loss, join_units
 
@@ -76,12 +77,13 @@ class NameStatus:
             return (self.name, "damaged", None, None, None, None)
         champion = None if self.champion is None else shorten_digest(self.champion)
         loss = None if self.loss is None else format_loss(self.loss)
-        last = None if self.last_time is None else f"{self.last_action} {_minute(self.last_time)}"
-        return (self.name, champion, _minute(self.since), loss, self.verdict, last)
-
-
-def _minute(time: str | None) -> str | None:
-    return None if time is None else time[:16].replace("T", " ")
+        last = (
+            None
+            if self.last_time is None
+            else f"{self.last_action} {format_minute(self.last_time)}"
+        )
+        since = None if self.since is None else format_minute(self.since)
+        return (self.name, champion, since, loss, self.verdict, last)
 
 
 def read_fleet(registry: Path) -> list[NameStatus]:

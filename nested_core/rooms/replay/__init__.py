@@ -1,4 +1,4 @@
-"""Nights that do not forget: earlier examples in every batch, earlier held-out rows in the gate.
+"""Nights that do not forget: earlier examples in training, earlier held-out rows in the gate.
 
 replay_sources.py reads what earlier versions were trained on, replayed_examples.py chooses of it,
 and replay_record.py is the file that says what was chosen. replayed_batches.py mixes the rows into

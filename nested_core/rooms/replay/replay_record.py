@@ -88,7 +88,7 @@ class ReplayRecord(BaseModel):
 
     choice: whether the run goes on from the champion, and replays them, or is rebuilt, and trained
         on all of them as often as on its own.
-    fraction: of each batch, where they are replayed; fraction_is_default: none was configured.
+    fraction: of the rows, where they are replayed; fraction_is_default: none was configured.
     weighting: how often older sources come.
     start: the champion whose lineage the sources are; None for files, and before the first.
     removed: the ancestor at which the known lineage ends, because gc removed it; None for a whole.
@@ -152,7 +152,7 @@ class ReplayRecord(BaseModel):
             yield "rebuilding: there is no earlier data"
         elif listed:
             default = " (the default)" if self.fraction_is_default else ""
-            yield f"replay: {self.fraction:.3g} of each batch{default}, from {listed}"
+            yield f"replay: {self.fraction:.3g} of the rows{default}, from {listed}"
         elif self.fraction:
             yield "replay: there is no earlier data to replay"
         if count := sum(source.superseded for source in self.sources):

@@ -1,35 +1,25 @@
 """The order of batches in which some rows are replayed.
 
-Batch s, from 0, has floor((s + 1) B f) - floor(s B f) replayed rows among its B, f being the
-fraction; the others are new, each once an epoch, with examples of about their length. The rows that
-are replayed in an epoch come with new ones of like length, so that few positions are padded. Like
-BatchOrder it is stateless: a batch follows from lengths, seed and index alone.
+An epoch has each new row once, and as many replayed rows as make up their fraction. They are
+batched by length as one data set is, and within a width they are spread evenly. Like BatchOrder it
+is stateless: a batch follows from lengths, seed and index alone.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache
-from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from nested_core.data.batches import (
-    BatchRows,
-    choose_padded_widths,
-    cost_of_a_width,
-    round_up_widths,
-    widen_to_fast_widths,
-)
+from nested_core.data.batches import BatchOrder, BatchRows
 from nested_core.data.tokens.tokenized_split import Bool, Int32, Int64, TokenizedSplit
 from nested_core.rooms.replay.replay_draws import Weighting, draw_rows
 
-MAX_DENOMINATOR = 1_000_000  # of the fraction as a ratio of whole numbers: 0.1 is one in ten
-Count = TypeVar("Count", int, Int64)
+
+def count_replayed(rows: int, fraction: float) -> int:
+    """Return how many rows are replayed beside so many new ones, to be a fraction of all."""
+    return max(1, round(rows * fraction / (1 - fraction))) if fraction else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +29,7 @@ class ReplayedRows:
     lengths: tokens of each row, int64 [n].
     sources: the age of each row's source, 0 for the newest, ascending, int64 [n].
     rows: how many rows each source had before rows were chosen.
-    fraction: of a batch.
+    fraction: of all rows of an epoch.
     """
 
     lengths: Int64
@@ -80,24 +70,8 @@ class JoinedSplits:
         self.replayed.release_pages()
 
 
-@dataclass(frozen=True, eq=False)
-class _Window:
-    """The batches that begin in one epoch, from `first`; the rows of all, and where each begins."""
-
-    first: int
-    new: Int32
-    new_starts: Int64
-    replayed: Int32
-    replayed_starts: Int64
-    widths: Int64
-
-
-class ReplayedBatchOrder:
-    """The batches of a run with replay; rows from number `len(lengths)` on are replayed ones.
-
-    An epoch ends within a batch: its last rows, short ones, share it with the first of the next.
-    The permutations of an epoch come from Philox under the key (seed, epoch), as in BatchOrder.
-    """
+class ReplayedBatchOrder(BatchOrder):
+    """The batches of a run with replay; rows from number `len(lengths)` on are replayed ones."""
 
     def __init__(
         self,
@@ -108,167 +82,82 @@ class ReplayedBatchOrder:
         *,
         max_seq_length: int,
     ) -> None:
-        self.batch_size = batch_size
-        self._seed = seed
+        """Choose the widths by all rows, whichever an epoch has of the replayed ones."""
+        together = np.concatenate([lengths, replay.lengths])
+        super().__init__(together, batch_size, seed, max_seq_length=max_seq_length)
         self._replay = replay
-        self._ratio = Fraction(str(replay.fraction)).limit_denominator(MAX_DENOMINATOR)
-        self._count = len(lengths)
-        all_lengths = np.concatenate([lengths, replay.lengths])
-        needed = round_up_widths(np.maximum(all_lengths - 1, 0)).clip(max=max_seq_length)
-        self._needed = widen_to_fast_widths(needed)
+        self._new = len(lengths)
+        self._replayed = count_replayed(self._new, replay.fraction)  # in an epoch
+        self._widths = self.buckets.widths[::-1]
+        needed = (together - 1).clip(max=self._widths[-1])
+        self._width_numbers = np.searchsorted(self._widths, needed)  # of each row, in `_widths`
         self._drawn = np.zeros(0, np.int32)
-        self._sorted = np.argsort(-self._needed[: self._count], kind="stable").astype(np.int32)
-        self._widths = self._needed[:0]
-        self._class_starts = np.array([0, self._count])
-        self._epoch = lru_cache(maxsize=3)(self._shuffle_epoch)
-        self._window = lru_cache(maxsize=2)(self._fill_window)
-        self._choose_widths()
-
-    def count_replayed(self, batches: Count) -> Count:
-        """How many rows are replayed in the first so many batches."""
-        return batches * self.batch_size * self._ratio.numerator // self._ratio.denominator
-
-    def _count_new(self, batches: Count) -> Count:
-        return batches * self.batch_size - self.count_replayed(batches)
-
-    def count_batches(self, epochs: float) -> int:
-        """How many batches it takes to use each new example so many times."""
-        wanted = math.ceil(epochs * self._count)
-        enough = math.ceil(wanted / (self.batch_size * (1 - self._ratio))) + 1
-        return bisect_left(range(enough), wanted, key=self._count_new)
-
-    def count_epochs(self, batches: int) -> float:
-        """How many times each new example is used in so many batches."""
-        return self._count_new(batches) / self._count
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Every width that a batch can have, ascending."""
-        return tuple(map(int, self._widths))
-
-    def find_widest(self, most: int) -> tuple[Int32, int]:
-        """The longest rows, at most so many, and the largest width."""
-        rows = np.argsort(-self._needed, kind="stable")[:most].astype(np.int32)
-        return rows, self.widths[-1]
+    def batches_per_epoch(self) -> int:
+        """How many batches use each new row once."""
+        return -(-(self._new + self._replayed) // self.batch_size)
 
     def batch(self, index: int) -> BatchRows:
-        """The batch at a position, from 0; the same in every process."""
-        window = self._window(self._count_new(index) // self._count)
-        place = index - window.first
-        new = window.new[window.new_starts[place] : window.new_starts[place + 1]]
-        replayed = window.replayed[
-            window.replayed_starts[place] : window.replayed_starts[place + 1]
-        ]
-        return BatchRows(np.concatenate([new, replayed]), int(window.widths[place]))
+        """Return the batch with this index, from 0; it is the same in every process."""
+        epoch, position = divmod(index, self.batches_per_epoch)
+        rows, order = self._epoch(epoch)
+        start = int(order[position]) * self.batch_size
+        own = rows[start : start + self.batch_size]
+        return BatchRows(own, int(self._widths[self._width_numbers[own].max()]))
 
     def sum_replayed(self, values: Int64, batches: int) -> int:
-        """The sum of a value a row over the replayed rows of the first so many batches.
+        """Sum a value a row over the replayed rows of the first so many batches.
 
         values: int64 [n], one for each row, new ones too.
         """
-        window = self._window(self._count_new(batches) // self._count)
-        earlier = self._draw(self.count_replayed(window.first)) + self._count
-        within = window.replayed[: window.replayed_starts[batches - window.first]]
-        return int(values[earlier].sum() + values[within].sum())
+        epoch, position = divmod(batches, self.batches_per_epoch)
+        begun = range(batches - position, batches)
+        rows = [self._draw(epoch * self._replayed), *(self.batch(n).rows for n in begun)]
+        used = np.concatenate(rows)
+        return int(values[used[used >= self._new]].sum())
 
     def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
-        """For each width, the largest sum of a value a row over a batch of the first epoch.
+        """Return for each width the largest sum of the rows' values in a batch of epoch 0.
 
         The arguments are those of `BatchOrder.largest_sums`.
         """
-        window = self._window(0)
-        sums = np.zeros(len(window.widths), np.int64)
-        new_sizes = np.diff(window.new_starts)
-        for rows, starts, before in (
-            (window.new, window.new_starts, np.zeros_like(new_sizes)),
-            (window.replayed, window.replayed_starts, new_sizes),
-        ):
-            sizes = np.diff(starts)
-            batches = np.repeat(np.arange(len(sizes)), sizes)
-            places = np.arange(len(rows)) - np.repeat(starts[:-1] - before, sizes)
-            is_own = places % ranks == rank
-            np.add.at(sums, batches[is_own], values[rows[is_own]])
-        return {int(w): int(sums[window.widths == w].max()) for w in np.unique(window.widths)}
+        largest: dict[int, int] = {}
+        for batch in map(self.batch, range(self.batches_per_epoch)):
+            total = int(values[batch.rows[rank::ranks]].sum())
+            largest[batch.width] = max(total, largest.get(batch.width, 0))
+        return largest
 
     def _draw(self, count: int) -> Int32:
-        """The first draws, as numbers of replayed rows; more than were asked for are kept."""
+        """Return the first replayed rows; more than were asked for are kept."""
         if count > len(self._drawn):
             replay = self._replay
-            self._drawn = draw_rows(
-                replay.sources, replay.rows, 2 * count, replay.weighting, self._seed
-            )
+            drawn = draw_rows(replay.sources, replay.rows, 2 * count, replay.weighting, self.seed)
+            self._drawn = drawn + np.int32(self._new)
         return self._drawn[:count]
 
-    def _choose_widths(self) -> None:
-        """Choose the widths that cost least, by the batches of the first epoch in order of length.
+    def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:
+        """Return an epoch's rows by width, the widest first, and the order of its batches."""
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        first, end = epoch * self._replayed, (epoch + 1) * self._replayed
+        parts = [
+            generator.permutation(np.arange(self._new, dtype=np.int32)),
+            self._draw(end)[first:],
+        ]
+        places = np.concatenate([_spread(self._width_numbers[rows]) for rows in parts])
+        rows = np.concatenate(parts)
+        rows = rows[np.lexsort((places, -self._width_numbers[rows]))]
+        return rows, generator.permutation(np.arange(self.batches_per_epoch, dtype=np.int32))
 
-        New rows that need the same of them are shuffled among themselves.
-        """
-        last = self.count_batches(1)
-        batches = np.arange(last + 1)
-        longest = self._needed[self._sorted[self._count_new(batches[:-1])]]
-        taken = self.count_replayed(batches)
-        drawn = self._needed[self._draw(int(taken[-1])) + self._count]
-        drawn = np.append(np.sort(drawn)[::-1], 0)
-        is_mixed = np.diff(taken) > 0
-        longest = np.maximum(longest, np.where(is_mixed, drawn[taken[:-1]], 0))
-        widths, counts = np.unique(np.append(longest, self._needed.max()), return_counts=True)
-        cost = cost_of_a_width(self.batch_size, last)
-        self._widths = choose_padded_widths(widths, counts, cost)
-        classes = np.searchsorted(self._widths, self._needed[self._sorted])
-        firsts = np.flatnonzero(np.diff(classes, prepend=-1))
-        self._class_starts = np.append(firsts, self._count)
 
-    def _shuffle_epoch(self, epoch: int) -> Int32:
-        """The new rows in the order in which an epoch uses them."""
-        generator = np.random.Generator(np.random.Philox(key=[self._seed, epoch]))
-        rows = self._sorted.copy()
-        for start, end in pairwise(self._class_starts):
-            generator.shuffle(rows[start:end])
-        begin, end = epoch * self._count, (epoch + 1) * self._count
-        first = bisect_right(range(self.count_batches(epoch) + 1), begin, key=self._count_new) - 1
-        bounds = self._count_new(np.arange(first, self.count_batches(epoch + 1) + 1))
-        edges = np.unique(np.clip(bounds, begin, end)) - begin  # of the parts of batches in it
-        sizes = np.diff(edges)
-        parts = np.arange(len(sizes))
-        is_shared = np.zeros(len(sizes), bool)
-        is_shared[0] |= bounds[0] < begin
-        is_shared[-1] |= bounds[-1] > end
-        order = np.concatenate([generator.permutation(parts[~is_shared]), parts[is_shared]])
-        starts = np.empty(len(sizes), np.int64)  # of each part, in the rows by length
-        starts[order] = np.cumsum(sizes[order]) - sizes[order]
-        return rows[np.repeat(starts - edges[:-1], sizes) + np.arange(self._count)]
+def _spread(groups: Int64) -> npt.NDArray[np.float64]:
+    """Return places between 0 and 1, evenly spaced within each group, float64 [n].
 
-    def _fill_window(self, epoch: int) -> _Window:
-        """The batches that begin in an epoch: new rows, and replayed ones of like length."""
-        first, last = self.count_batches(epoch), self.count_batches(epoch + 1)
-        batches = np.arange(first, last + 1)
-        new_starts = self._count_new(batches)
-        replayed_starts = self.count_replayed(batches)
-        rows = self._epoch(epoch)[new_starts[0] - epoch * self._count :]
-        missing = new_starts[-1] - new_starts[0] - len(rows)
-        if missing > 0:
-            rows = np.concatenate([rows, self._take_following(epoch + 1, missing)])
-        new_starts -= new_starts[0]
-        longest = self._longest_rows(rows, new_starts)
-        drawn = self._draw(int(replayed_starts[-1]))[replayed_starts[0] :] + np.int32(self._count)
-        replayed_starts -= replayed_starts[0]
-        # The longest with the longest: no other pairing pads less.
-        slots = np.repeat(np.arange(len(longest)), np.diff(replayed_starts))
-        replayed = np.empty_like(drawn)
-        by_length = np.argsort(longest[slots], kind="stable")
-        replayed[by_length] = drawn[np.argsort(self._needed[drawn], kind="stable")]
-        longest = np.maximum(longest, self._longest_rows(replayed, replayed_starts))
-        widths = self._widths[np.searchsorted(self._widths, longest)]
-        return _Window(first, rows, new_starts, replayed, replayed_starts, widths)
-
-    def _take_following(self, epoch: int, count: int) -> Int32:
-        """The first rows of the epochs from one on."""
-        epochs = range(epoch, epoch - (-count // self._count) + 1)
-        return np.concatenate([self._epoch(each) for each in epochs])[:count]
-
-    def _longest_rows(self, rows: Int32, starts: Int64) -> Int64:
-        """What the longest row of each batch needs; 0 for a batch without any."""
-        needed = np.append(self._needed[rows], 0)
-        longest: Int64 = np.where(np.diff(starts) > 0, np.maximum.reduceat(needed, starts[:-1]), 0)
-        return longest
+    groups: the group that each item belongs to, int64 [n].
+    """
+    counts = np.bincount(groups)
+    order = np.argsort(groups, kind="stable")
+    numbers = np.arange(len(groups)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places = np.empty(len(groups))
+    places[order] = (numbers + 0.5) / np.repeat(counts, counts)
+    return places

@@ -32,6 +32,7 @@ from nested_core.rooms.replay.replayed_batches import (
     JoinedSplits,
     ReplayedBatchOrder,
     ReplayedRows,
+    count_replayed,
 )
 from nested_core.rooms.replay.replayed_examples import (
     choose_replayed_examples,
@@ -77,8 +78,6 @@ class ReplayOfRun:
             choice = decide(config, lineage.champion, new.rows, count)
         if choice.policy == "continue":
             batches = self.estimate_batches_of_replay(new.rows)
-            if config.training.epochs is not None:
-                batches += 1  # the last one may be begun
             draws = int(batches * config.batch_size * config.replay_fraction)
             chosen = choose(select=select_for_draws(draws, replay.weighting, config.seed))
         content = b"".join(chosen.lines)
@@ -178,12 +177,12 @@ class ReplayOfRun:
         return self.estimate_batches_of_replay(rows)
 
     def estimate_batches_of_replay(self, rows: int) -> int:
-        """The same where earlier examples are replayed in every batch."""
+        """The same where earlier examples are replayed."""
         config = self._config
         if config.training.epochs is None:
             return config.iters
-        new_share = 1 - config.replay_fraction
-        return ceil(config.training.epochs * ceil(rows / (config.batch_size * new_share)))
+        of_epoch = rows + count_replayed(rows, config.replay_fraction)
+        return ceil(config.training.epochs * ceil(of_epoch / config.batch_size))
 
     def _count_rebuilt_batches(self, rows: int) -> int:
         """Batches of a rebuilt run on so many rows."""

@@ -168,11 +168,12 @@ class RunProgress:
         ]
 
     def describe_length(self, result: Mapping[str, Any]) -> str:
-        """Say how many steps result.json has, and whether early stopping ended training."""
+        """Say how many steps result.json has, and what ended training before the last one."""
         step: int = result["step"]
-        if self.plan is None or result["ended"] != "patience":
+        why = {"patience": "early stopping", "time": "cut"}.get(result["ended"])
+        if self.plan is None or why is None:
             return f"trained {format_count(step, 'step')}"
-        return f"trained {step:,} of {format_count(self.plan.steps, 'step')} (early stopping)"
+        return f"trained {step:,} of {format_count(self.plan.steps, 'step')} ({why})"
 
     def describe_offered_adapter(self, adapter_step: int) -> str:
         """Say which step's adapter is offered, and by which criterion it was selected.

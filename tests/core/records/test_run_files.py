@@ -44,7 +44,7 @@ VIEWERS = (
     *(str(page.relative_to(ROOT)) for page in ROOT.glob("nested_core/rooms/*/page.py")),
 )
 # They show a run while it is written, and read again what has changed since the line before.
-FOLLOWERS = {"flows/rooms/live/live_view.py", "flows/rooms/reference/mlx_lm_log.py"}
+FOLLOWERS = {"flows/rooms/live/live_view.py"}
 
 
 def calls(source: str) -> Iterator[tuple[str, list[str]]]:

@@ -22,7 +22,6 @@ from tests.runs import (
     finished_run,
     judge,
     make_verdict,
-    write_plan_of,
 )
 
 
@@ -30,25 +29,13 @@ def test_only_the_settings_that_differ_are_compared(tmp_path: Path) -> None:
     one = finished_run(tmp_path / "one", learning_rate=1e-3)
     two = finished_run(tmp_path / "two", learning_rate=2e-3, nested={"frequencies": [1]})
     document = compare_runs([one.path, two.path]).to_json()
-    assert list(document)[:4] == ["runs", "config", "losses", "tasks"]
+    assert [run["gate_loss"] for run in document["runs"]] == [pytest.approx(2.675)] * 2
     settings = document["config"]
     assert settings.pop("data") != []
     assert settings == {"learning_rate": [1e-3, 2e-3], "nested.frequencies": [[1, 2, 4], [1]]}
-    assert document["losses"]["gate_after"] == [pytest.approx(2.675)] * 2
-    assert document["losses"]["difference_to_first"][1]["difference"] == 0
+    assert document["difference_to_first"][1]["difference"] == 0
     assert document["tasks"] == {"capitals": [2 / 3, 2 / 3]}
     assert document["speed"]["tokens_per_second"][0] > 0
-    assert document["same_held_out_examples"] is True
-
-
-def test_each_loss_stands_with_its_file_examples_and_step(tmp_path: Path) -> None:
-    run = finished_run(tmp_path / "one", steps=25)
-    write_plan_of(run)
-    losses = compare_runs([run.path]).to_json()["losses"]
-    names = ("training_file", "training_step", "validation_file", "validation_examples")
-    assert [losses[name] for name in names] == [["train.jsonl"], [25], ["valid.jsonl"], [12]]
-    assert losses["validation_step"] == losses["gate_step"] == [25]
-    assert (losses["gate_file"], losses["gate_examples"]) == (["valid.jsonl"], [12])
 
 
 def test_losses_of_a_file_outside_of_the_data_are_not_compared(tmp_path: Path) -> None:
@@ -56,7 +43,6 @@ def test_losses_of_a_file_outside_of_the_data_are_not_compared(tmp_path: Path) -
     gate = {"held_out": str(tmp_path / "kept.jsonl")}
     runs = [finished_run(tmp_path / name, gate=gate) for name in ("one", "two")]
     comparison = compare_runs([run.path for run in runs])
-    assert comparison.has_same_held_out_examples() is False
     assert comparison.paired_with_first() == [None, None]
     assert "may have been measured on different" in comparison.to_html()
 
@@ -84,8 +70,8 @@ def test_losses_that_are_made_otherwise_are_not_compared(
     _, other, same = comparison.paired_with_first()
     assert other is None
     assert same is not None
-    losses = comparison.to_json()["losses"]
-    assert losses["no_difference_because"] == [None, f"it has another {reason}", None]
+    document = comparison.to_json()
+    assert document["no_difference_because"] == [None, f"it has another {reason}", None]
     said = f"The loss of two is no comparison with that of one: it has another {reason}."
     assert said in comparison.to_html()
 

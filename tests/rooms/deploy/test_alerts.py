@@ -24,12 +24,10 @@ from flows.rooms.deploy.deploy import ALERT, put_automations
 from flows.rooms.deploy.planned_deployments import make_plan
 from flows.rooms.deploy.server_checks import check_alerts
 from flows.rooms.nights import warning_events
-from flows.rooms.nights.artifacts import tell_week
 from flows.rooms.nights.warning_events import describe_full_disk, measure_newest_checkpoint
 from nested_core import registry as core
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError, NestedTuneError
-from tasks.prefect_server import read_events
 from tests.builders.file_damage import flip_a_bit
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import naming
@@ -203,33 +201,6 @@ def test_where_all_is_well_there_is_silence(client, told, tmp_path) -> None:
     wait_for_text(told, "the last")
     told_of = [text for text in told if any(name in text for name in (*names, "cancelled", NAME))]
     assert told_of == []
-
-
-@flow(name="finetune")
-def a_fine_tune() -> None:
-    """A flow to have nights of; it is never run."""
-
-
-@pytest.mark.slow("the flow runs of a week")
-def test_a_week_says_how_its_nights_ended_and_is_an_alert_for_who_wants_it(
-    client: SyncPrefectClient, alerting: WebhookServer, tmp_path: Path
-) -> None:
-    name, registry = "weekly", tmp_path / "registry"
-    done = core.register_and_promote(write_run(tmp_path / "run", 1), registry, name, {}, by="ann")
-    for outcome in ("Promoted", "Skipped: hopeless", "Skipped: hopeless"):
-        run = client.create_flow_run(a_fine_tune, tags=[name])
-        client.set_flow_run_state(run.id, Completed(name=outcome), force=True)
-    tell_week(registry, name)
-    EventsWorker.drain_all()
-    asked = {"event": {"name": ["adapter.week"]}, "resource": {"id": [f"adapter.{name}"]}}
-    wait_until(lambda: bool(read_events(client, 1, **asked)), "the event of the week")
-    (event,) = read_events(client, 2, **asked)
-    said = str(event["payload"]["message"])
-    assert said.startswith("2 Skipped: hopeless, 1 Promoted; champion ")
-    assert f"champion {done.version[:12]} since 20" in said
-    (alert,) = client.read_automations_by_name(f"{ALERT}: the week of an adapter")
-    assert not alert.enabled
-    assert alert_block(alert) is not None
 
 
 @pytest.mark.slow("flow runs of its own")

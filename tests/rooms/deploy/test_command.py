@@ -194,11 +194,14 @@ def test_deploying_again_puts_what_the_file_says_and_keeps_what_a_person_switche
     with get_client(sync_client=True) as client:
         nightly = client.read_deployment_by_name("finetune/again-nightly")
         client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=True)
+        (alert,) = client.read_automations_by_name("nested-tune alert: an unusual night")
+        client.pause_automation(alert.id)
         client.create_deployment(
             nightly.flow_id, "old", parameters=nightly.parameters, tags=["nested-tune"]
         )
         config.write_text(yaml.safe_dump(content | {"seed": 2}))
         done = list(deploy(make_plan(config=config)))
+        client.resume_automation(alert.id)
         nightly = client.read_deployment_by_name("finetune/again-nightly")
         names = {deployment.name for deployment in client.read_deployments()}
         for deployment in client.read_deployments():
@@ -209,8 +212,7 @@ def test_deploying_again_puts_what_the_file_says_and_keeps_what_a_person_switche
     assert "old" not in names
     again = [line for line in done if line.startswith("automation")]
     (paused,) = [line for line in again if not line.endswith("there already")]
-    name = "nested-tune alert: the week of an adapter"  # off as shipped
-    assert paused == f"automation {name!r}: put in place, and stays paused"
+    assert paused == f"automation {alert.name!r}: put in place, and stays paused"
 
 
 @pytest.mark.parametrize(

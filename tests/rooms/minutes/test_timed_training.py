@@ -28,6 +28,7 @@ from nested_core.records.run_status import Run
 from nested_core.report.outcome import describe_end, list_figures
 from nested_core.rooms.minutes import timed_training
 from nested_core.rooms.minutes.blas_threads import using_blas_threads
+from nested_core.rooms.minutes.forecast import Forecast
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import SPEEDS, example_config, prepare
 
@@ -42,9 +43,7 @@ SETTINGS: dict[str, Any] = {
 
 FIXED = TimePlan(
     minutes=5,
-    steps=20,
     seconds_a_step=10,
-    seconds_to_begin=10,
     seconds_to_judge=100,
     began=0,
     spent=0,
@@ -53,8 +52,8 @@ FIXED = TimePlan(
 
 def training_plan(time_plan: TimePlan) -> TrainingPlan:
     return TrainingPlan(
-        steps=time_plan.steps,
-        iterations=time_plan.steps,
+        steps=20,
+        iterations=20,
         epochs=1.0,
         first_step=0,
         frequencies=(1,),
@@ -120,35 +119,26 @@ def metrics_of(run: RunDirectory) -> list[Mapping[str, Any]]:
 
 def train_by_iterations(run: RunDirectory, path: Path, **changes: Any) -> RunDirectory:
     """The steps of a run of minutes once more, said in iterations, with its BLAS threads."""
-    fixed = time_plan_of(run)
     again = open_run(path)
-    with using_blas_threads(fixed.blas_threads):
-        finetune(config_of(None, iters=fixed.steps, **changes), again)
+    with using_blas_threads(time_plan_of(run).blas_threads):
+        finetune(config_of(None, iters=plan_of(run).steps, **changes), again)
     return again
 
 
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No run is refused, cut or made longer because the machine of the tests turns busy."""
+    """No run is refused or cut because the machine of the tests turns busy."""
     monkeypatch.setattr(timed_training, "MAX_SECONDS_BEYOND", 3600.0)
     monkeypatch.setattr(timed_training, "SHARE_BEYOND", 600.0)
-    monkeypatch.setattr(timed_training, "MORE_STEPS", 1e6)
 
 
-def count_anew_after(
-    monkeypatch: pytest.MonkeyPatch, step: int, steps: Callable[[int], int]
-) -> None:
-    """Have a run be counted anew once, after a step: to what `steps` makes of the steps done."""
-    counted: list[int] = []
+def cut_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Have a run find after a step that there is time for the verdict alone."""
 
-    def count(plan: TimePlan, seen: Any, *_: object, **__: object) -> int | None:
-        done = seen[-1][0]
-        if done < step or counted:
-            return None
-        counted.append(done)
-        return steps(done)
+    def is_late(plan: TimePlan, seen: Any, *_: object) -> bool:
+        return bool(seen[-1][0] >= step)
 
-    monkeypatch.setattr(timed_training, "count_anew", count)
+    monkeypatch.setattr(timed_training, "has_no_time_for_a_step", is_late)
 
 
 @pytest.mark.slow("trains twice")
@@ -156,9 +146,9 @@ def test_a_run_of_minutes_is_that_of_as_many_iterations_bit_for_bit(tmp_path: Pa
     hooks = Listening()
     run = open_run(tmp_path / "minutes")
     result = finetune(config_of(0.1), run, hooks)
-    steps = time_plan_of(run).steps
+    steps = plan_of(run).steps
     assert result.training is not None
-    assert result.training.step == steps == plan_of(run).steps >= 4
+    assert result.training.step == steps >= 4
     assert read_run_config(run).iters == steps
     assert f"{steps:,} steps in 0.1 minutes" in hooks.of_minutes()[-1]
     validated = [
@@ -184,11 +174,11 @@ def test_a_run_that_broke_off_goes_on_to_the_steps_that_were_fixed(tmp_path: Pat
     run = open_run(tmp_path / "run")
     with pytest.raises(OSError, match="went away"):
         finetune(config, run, Listening(break_off))
-    before = time_plan_of(run)
+    before, steps = time_plan_of(run), plan_of(run).steps
     hooks = Listening()
     finetune(config, run, hooks, resume=True)
     after = time_plan_of(run)
-    assert (after.steps, plan_of(run).steps) == (before.steps, before.steps)
+    assert plan_of(run).steps == steps
     assert after.seconds_a_step == before.seconds_a_step
     assert 0 <= after.spent < after.began - before.began
     assert hooks.of_minutes() == []  # nothing is tried again
@@ -201,17 +191,17 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
-    count_anew_after(monkeypatch, 5, lambda done: done)
+    cut_after(monkeypatch, 5)
     run = open_run(tmp_path / "run")
     stopper = Stopper()
     with stopper.handling_signals(run):
         result = finetune(config_of(5), run, TerminalSteps(stopper))
     assert result.verdict is not None
     assert result.training is not None
-    plan, fixed = plan_of(run), time_plan_of(run)
-    assert plan.steps == result.training.step == 5 < fixed.steps
-    cut = f"after step 5 of {fixed.steps:,}"
-    assert f"Training was cut {cut}" in str(plan.describe_ends(None))
+    plan = plan_of(run)
+    assert (result.training.step, result.training.ended) == (5, "time")
+    cut = f"after step 5 of {plan.steps:,}"
+    assert f"Training was cut {cut}" in str(plan.describe_ends(result.training))
     assert f"Training was cut {cut}" in describe_end(Run(run))  # as compare says it
     assert f"Training was cut {cut}" in list_figures(Run(run))[2]["how it ended"]
     report = run.report.read_text()
@@ -223,33 +213,38 @@ def test_where_time_is_short_training_is_cut_in_time_for_the_verdict(
     assert said.count("memory: ") == 1
 
 
-@pytest.mark.slow("trains against the clock, and judges")
-def test_where_more_steps_fit_a_run_goes_on_with_their_schedule(tmp_path, monkeypatch) -> None:
-    count_anew_after(monkeypatch, 3, lambda _: 9)
+@pytest.mark.slow("trains twice")
+def test_a_run_that_was_cut_is_judged_again_and_goes_on_with_more_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timed_training, "MAX_SECONDS_TRIED", 0.3)
     run = open_run(tmp_path / "run")
-    begun: list[int] = []
-    hooks = Listening(lambda _: begun.append(run.config.stat().st_mtime_ns))
-    result = finetune(config_of(5, save_every=100), run, hooks)
-    assert result.training is not None
-    assert result.training.step == plan_of(run).steps == time_plan_of(run).steps == 9
-    assert time_plan_of(run).counted_at == (3,)
-    assert hooks.of_minutes()[-1].startswith("minutes: 9 steps fit, not ")
-    assert {*begun} == {run.config.stat().st_mtime_ns}  # what `runs` counts minutes from
-    assert plan_of(run).resumed_at == ()
-    assert "was cut" not in run.report.read_text()
+    with monkeypatch.context() as patch:
+        cut_after(patch, 5)
+        patch.setattr(Forecast, "count_steps", lambda *_: 12)
+        finetune(config_of(5), run)
+    judged_again = finetune(config_of(5), run, resume=True)
+    assert judged_again.training is not None
+    assert (judged_again.training.step, plan_of(run).steps) == (5, 12)
+
+    # In the longer time the run has as many steps as were planned for the shorter one
+    monkeypatch.setattr(Forecast, "count_steps", lambda *_: 7)
+    longer = finetune(config_of(6), run, resume=True)
+    assert longer.training is not None
+    assert (longer.training.step, longer.training.ended) == (12, "iterations")
 
 
 @pytest.mark.slow("trains twice against a clock, 18 s")
 def test_more_minutes_go_on_with_a_run_and_say_how_its_schedule_does(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     finetune(config_of(0.1), run)
-    first = time_plan_of(run)
+    first = plan_of(run)
     hooks = Listening()
     result = finetune(config_of(0.3), run, hooks, resume=True)
-    second = time_plan_of(run)
+    second, time_plan = plan_of(run), time_plan_of(run)
     assert result.training is not None
     assert result.training.step == second.steps > first.steps
-    assert (second.minutes, second.spent > 0) == (0.3, True)
+    assert (time_plan.minutes, time_plan.spent > 0) == (0.3, True)
     said = hooks.of_minutes()[-1]
     assert f"from step {first.steps:,} on, on the schedule of {second.steps:,}" in said
 
@@ -271,46 +266,51 @@ def test_a_stop_that_a_person_asks_for_is_no_cut(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     with pytest.raises(TrainingStopped):
         finetune(config_of(0.1), run, Listening(lambda step: run.stop_request.touch()))
-    assert plan_of(run).steps == time_plan_of(run).steps
     assert not run.result.exists()
 
 
 @pytest.mark.parametrize("by_file", [False, True])
-def test_a_stop_in_the_step_that_counts_anew_is_no_cut(
+def test_a_stop_in_the_step_after_which_a_run_would_be_cut_is_no_cut(
     by_file: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count_anew_after(monkeypatch, 5, lambda done: done)
+    cut_after(monkeypatch, 5)
     run = RunDirectory(tmp_path / "run")
     write_time_plan(run, FIXED)
     if by_file:
         run.stop_request.touch()
     hooks = Listening()
     timed = timed_training.TimedTraining(RunInProgress(config_of(5), run, hooks))
-    timed._look(SimpleNamespace(current_step=5, steps=20, stop_requested=not by_file))
-    assert timed._plan == FIXED
+    trainer = SimpleNamespace(current_step=5, steps=20, stop_requested=not by_file)
+    timed._look(trainer)
+    assert not hasattr(trainer, "is_out_of_time")
     assert hooks.said == []
 
 
 @pytest.mark.parametrize(
-    ("seconds", "left", "only_cut", "steps"),
+    ("seconds", "left", "is_late"),
     [
         # 20 steps of 10 s and a verdict of 100 s were planned; 4 are done, and 16 left
-        ([90, 10, 10, 10], 290, False, None),  # 30 s beyond the end are allowed
-        ([90, 10, 10, 10], 210, False, 14),  # and 10 s for opening the run again
-        ([90, 10, 10, 10], 210, True, None),
-        ([90, 10, 10, 10], 99, True, 4),
-        ([90, 20, 20, 20], 199, True, 4),  # the verdict is as slow
-        ([90, 80, 80, 80], 210, True, None),  # but allowed twice its time alone
-        ([90, 5, 5, 5], 200, False, 26),  # and as quick; of 33 half of those beyond 20
-        ([90], 50, True, None),  # there is no speed before a second step
+        ([90, 10, 10, 10], 290, False),
+        ([90, 10, 10, 10], 101, False),  # the run will be late, but there is time for a step
+        ([90, 10, 10, 10], 99, True),
+        ([90, 20, 20, 20], 199, True),  # the verdict is as slow
+        ([90, 80, 80, 80], 210, False),  # but allowed twice its time alone
+        ([90], 50, False),  # there is no speed before a second step
     ],
 )
-def test_steps_are_counted_anew_by_the_speed_of_the_last_ones(
-    seconds: list[float], left: float, only_cut: bool, steps: int | None, monkeypatch
+def test_a_run_is_cut_by_the_speed_of_its_last_steps(
+    seconds: list[float], left: float, is_late: bool, monkeypatch
 ) -> None:
     monkeypatch.undo()
     seen = [(n + 1, sum(seconds[: n + 1])) for n in range(len(seconds))]
-    assert timed_training.count_anew(FIXED, seen, 20, left, only_cut=only_cut) == steps
+    assert timed_training.has_no_time_for_a_step(FIXED, seen, 20, left) is is_late
+
+
+def test_a_run_that_ends_only_a_little_late_is_not_cut(monkeypatch) -> None:
+    monkeypatch.undo()
+    seen = [(17, 0.0), (18, 10.0)]  # of 20
+    assert not timed_training.has_no_time_for_a_step(FIXED, seen, 20, 95)  # 25 s late
+    assert timed_training.has_no_time_for_a_step(FIXED, seen, 20, 85)  # 35 s late
 
 
 def write_time_plan(run: RunDirectory, plan: TimePlan) -> None:

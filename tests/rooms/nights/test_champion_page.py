@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from nested_core import registry as core
-from nested_core.rooms.champion_page.champion import ChampionRecord, describe_champion
-from nested_core.text.document import Section, Table
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
+from nested_core.registry.versions import version_folder
+from nested_core.rooms.nights.champion_page import describe_champion
+from nested_core.text.document import Document, Section, Table
 from tests.core.registry.conftest import write_run
 from tests.core.report.test_prefect_pages import facts_of
 
@@ -21,13 +23,18 @@ def register(folder: Path, seed: int, **provenance: Any) -> str:
     return core.register(run, folder / "registry", NAME, recorded)
 
 
+def page_of(registry: Path, version: str) -> Document:
+    verdict = read_verdict(version_folder(registry, NAME, version) / GATE_NAME)
+    return describe_champion(registry, NAME, version, verdict)
+
+
 def test_a_champions_page_says_what_it_was_made_of_and_lists_those_before(tmp_path: Path) -> None:
     registry = tmp_path / "registry"
     first = register(tmp_path, 1)
     second = register(tmp_path, 2, parent=first)
     core.promote(registry, NAME, first, by="ann")
     core.promote(registry, NAME, second, by="policy")
-    page = describe_champion(ChampionRecord.read(registry, NAME, second))
+    page = page_of(registry, second)
     facts = facts_of(page)
     assert facts["Data set"] == "tickets/<b>2026, da7ada7ada7a"
     assert (facts["Base model"], facts["Parent"]) == ("Qwen/Qwen3-0.6B", first[:12])
@@ -35,7 +42,7 @@ def test_a_champions_page_says_what_it_was_made_of_and_lists_those_before(tmp_pa
     assert "<svg" not in str(page)
     assert "base64" not in str(page)
     core.rollback(registry, NAME, by="bob", reason="it is slow")
-    rows = describe_champion(ChampionRecord.read(registry, NAME, first)).blocks[-1]
+    rows = page_of(registry, first).blocks[-1]
     assert isinstance(rows, Section)
     (changes,) = rows.blocks
     assert isinstance(changes, Table)

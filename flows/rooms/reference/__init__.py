@@ -1,1 +1,0 @@
-"""What the room `reference` adds to the command line: `train --log mlx_lm`."""

@@ -1,1 +1,0 @@
-"""An adapter's page: its champion and those before it (champion.py)."""
