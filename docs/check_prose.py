@@ -32,6 +32,7 @@ HELD = (
     "docs/README.md",
     "docs/better-adapters.md",
     "docs/coming-from.md",
+    "docs/controls.md",
     "docs/data.md",
     "docs/data-parallel.md",
     "docs/evaluate.md",

@@ -153,6 +153,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
             f"warning: training broke the answers of this adapter: look at {run.report}. To go "
             f"back: `nested-tune rollback {arguments.name} --registry {arguments.registry}`"
         )
+    if done.outcome == "promoted" and candidate.verdict.doubt is not None:
+        print_progress(f"warning: {candidate.verdict.doubt}: look at {run.report}")
     print_change = _print_change(arguments, done)
 
     def finish() -> int:

@@ -55,6 +55,8 @@ def print_rejection(run: RunDirectory) -> None:
         print_line(read.verdict.outcome)
         print_blocks(check_table(read.verdict), *lost_answers(read.verdict, read.answers))
         print_answer_tables(run)
+        for note in read.verdict.notes():
+            print_line(note)
 
 
 def print_answer_tables(run: RunDirectory) -> None:

@@ -489,6 +489,16 @@ class TaskSection(Section):
             yield f"tolerance: for score: number; {self.score} compares no numbers"
 
 
+class ControlsSection(Section):
+    """The controls: comparisons that show failures for which there is no rule of their own."""
+
+    prompts: bool = key(True, "held-out answers after other rows' prompts")
+    surprises: bool = key(True, "training rows that the finished adapter contradicts")
+    probes: bool = key(True, "answers to neutral prompts of other kinds")
+    plan: bool = key(True, "whether rates and rows were used as planned")
+    lookup: bool = key(True, "what looking held-out questions up in train answers")
+
+
 class GateSection(Section):
     """The bounds that the gate judges by; they are recorded in gate.json."""
 
@@ -537,6 +547,7 @@ class GateSection(Section):
         1.0, "how far chosen answers may become less likely, nats/token (null: without bound)"
     )
     drift: bool = key(False, "record the KL divergence from the base model too")
+    controls: ControlsSection = key(ControlsSection(), "comparisons that only warn")
     tasks: tuple[TaskSection, ...] = key((), "eval sets that the adapter has to answer")
     allow_python_scorers: bool = key(
         False, "let tasks run Python functions with your rights; never a flow's parameter"

@@ -50,7 +50,7 @@ CHECKS_OF_LOSSES: tuple[Check[CheckedRun], ...] = (
     CHAMPION,
     REFERENCE,
 )
-CHECKS_OF_ANSWERS: tuple[Check[CheckedRun], ...] = (SAMPLES, TASKS, TRAINING_LOSS, PROOF)
+CHECKS_OF_ANSWERS: tuple[Check[CheckedRun], ...] = (SAMPLES, TASKS, TRAINING_LOSS)
 
 
 def verify_adapters(
@@ -88,7 +88,9 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
 def list_checks_with_model() -> list[Check[CheckedRun]]:
     """Return a run's checks that need the base model, in order, including the rooms' checks."""
     room_checks = [check for room in seams.load_all(GateChecks) for check in room.checks]
-    return [*CHECKS_OF_LOSSES, *room_checks, *CHECKS_OF_ANSWERS]
+    first = [check for check in room_checks if not check.after_answers]
+    last = [check for check in room_checks if check.after_answers]
+    return [*CHECKS_OF_LOSSES, *first, *CHECKS_OF_ANSWERS, *last, PROOF]
 
 
 def run_gate_checks(

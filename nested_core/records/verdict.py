@@ -697,6 +697,7 @@ class Verdict:
     ancestors: champion and candidate on the held-out examples of earlier versions, newest first.
     thresholds: the values of the section `gate` that applied, by key; a missing key did not exist
         when the verdict was given.
+    doubt: why only a person should promote the adapter; None without such a doubt.
     blocks: what rooms measured, by their keys in gate.json, as JSON values.
     """
 
@@ -718,6 +719,7 @@ class Verdict:
     proof: ProofEvidence | None = None
     tasks: tuple[TaskResult, ...] = ()
     samples: SampleVerdict | None = None
+    doubt: str | None = None
     blocks: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -838,7 +840,7 @@ class Verdict:
         """The colour of the verdict wherever it is shown; "" is neutral."""
         if not self.has_passed:
             return "bad"
-        if self.has_broken_answers or self.doubtful_answers:
+        if self.has_broken_answers or self.doubtful_answers or self.doubt:
             return "warn"
         return "good" if self.is_conclusive and self.tasks else ""
 
@@ -848,12 +850,12 @@ class Verdict:
         return None if self.champion is None else self.champion.version
 
     def notes(self) -> list[str]:
-        """Return warnings that belong beside a verdict of `passed`; empty for a failed one."""
-        if not self.has_passed:
-            return []
+        """Return warnings that belong beside the verdict; of a failed one, those of rooms alone."""
         of_rooms = [  # from optional packages, each with its block of the verdict
             note for shown, block in self.load_blocks() for note in shown.notes(block, self)
         ]
+        if not self.has_passed:
+            return of_rooms
         lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
         if self.has_broken_answers:
             samples = self.samples

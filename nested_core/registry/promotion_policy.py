@@ -511,8 +511,9 @@ def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     if not verdict.has_passed:
         codes = ", ".join(reason.code for reason in verdict.reasons)
         return f"the gate, run again, rejected it: {codes}"
-    if verdict.has_broken_answers and not rule.asks_person:
-        return f"{verdict.broken_answers}: a person decides"
+    doubt = verdict.broken_answers or verdict.doubt
+    if doubt and not rule.asks_person:
+        return f"{doubt}: a person decides"
     return None
 
 

@@ -161,6 +161,7 @@ class Check(Generic[J_contra]):
     needs_all: whether the check cannot run after the failure of any earlier check.
     is_cause: whether its reason is listed first, as the cause of the earlier reasons.
     is_asked: whether the `gate` section of the configuration asks for the check.
+    after_answers: whether a room's check reads the answers, and runs after the checks of these.
     bounds: the keys of `gate` that it judges by. If gate.json lacks them, the run was judged
         without this check, and `promote` skips it too.
     stage: the progress message shown while it runs; None for a check that takes no time.
@@ -172,6 +173,7 @@ class Check(Generic[J_contra]):
     stopped_by: tuple[Check[Any], ...] = ()
     needs_all: bool = False
     is_cause: bool = False
+    after_answers: bool = False
     is_asked: Callable[[GateSection], bool] = lambda _: True
     bounds: tuple[str, ...] = ()
     stage: str | None = None

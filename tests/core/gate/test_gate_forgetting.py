@@ -99,7 +99,7 @@ def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> No
     assert set(GateSection.model_fields) == {
         *("max_val_loss_increase", "max_harmed_share", "samples", "min_relative_change"),
         *("max_skipped_share", "general_data", "max_general_loss_increase", "check_fused"),
-        *("max_ancestor_loss_increase", "max_chosen_fall"),
+        *("max_ancestor_loss_increase", "max_chosen_fall", "controls"),
         *("tasks", "allow_python_scorers", "noise", "held_out", "max_kl", "drift"),
     }
     assert [n for n, f in GateSection.model_fields.items() if f.annotation is bool] == [

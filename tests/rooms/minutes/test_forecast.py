@@ -86,6 +86,7 @@ def works_of(config: FineTuneConfig, path: Path) -> dict[str, GateWork]:
     return {name: work for name, work in works.items() if work != GateWork()}
 
 
+@pytest.mark.usefixtures("own_random_state")
 def test_each_check_of_the_gate_declares_what_it_computes(tmp_path: Path) -> None:
     suite, general = tmp_path / "suite.jsonl", tmp_path / "general.jsonl"
     question = {"messages": [{"role": "user", "content": "Where to?"}], "expected": "Oslo"}
@@ -96,7 +97,8 @@ def test_each_check_of_the_gate_declares_what_it_computes(tmp_path: Path) -> Non
     config = example_config(gate=gate, training={"sample_tokens": 50})
     works = works_of(config, tmp_path / "run")
     rows = {name: work.rows for name, work in works.items() if work.rows}
-    assert rows == {"losses": 2 * 10, "general text": 2 * 7}
+    controls = 2 * 40 + 40 + 2 * 30  # other prompts, training rows, probes
+    assert rows == {"losses": 2 * 10, "general text": 2 * 7, "controls": controls}
     assert (works["answers"].tokens, works["answers"].answers) == (2 * 40, 9)
     assert 50 < works["sample answers"].tokens < 70  # the adapter's are as long as the data's
     prompted = config.model_copy(update={"samples": ("Where to?",)})

@@ -1,0 +1,185 @@
+"""The control of prompts: held-out answers after their own prompts and after those of other rows.
+
+Where answers have nothing to do with their questions, as after a wrong join, training still learns
+how answers look, and the held-out loss falls. Such an adapter finds an answer as likely after
+another row's prompt as after its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.gate.checks.judged import CheckedRun
+from nested_core.records.losses import Vector
+from nested_core.records.paired_difference import PairedDifference, compare_pairs
+from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_answer_rows
+from nested_core.rooms.controls.results import (
+    ControlFigure,
+    ControlResult,
+    ControlWarning,
+    not_applicable,
+)
+from nested_core.text.loss_format import format_difference, format_loss
+
+CONTROL = "prompts"
+NAME = "answers after another row's prompt"
+MAX_ROWS = 128
+MAX_PARTNERS = 4
+MIN_SHARE_OF_GAIN = 0.1  # that the question has to explain
+MAX_SHARE_OF_LOSS = 0.2  # that the question may explain, of the loss after another's prompt
+MIN_ROWS = 8
+SEED = 20_261_128
+
+
+@dataclass(frozen=True)
+class PromptEffect:
+    """What another row's prompt does to the loss of an answer.
+
+    loss: mean loss after the answers' own prompts, nats/token; other: after others' prompts.
+    gain: how far training lowered the loss after their own prompts.
+    effect: other less own, with its interval.
+    """
+
+    loss: float
+    other: float
+    gain: float
+    effect: PairedDifference
+
+    @property
+    def is_form_alone(self) -> bool:
+        """Whether the question explains less than a tenth of the gain, and nothing beyond chance.
+
+        With a few labels most of the gain is the answers' form, however well the label is told: so
+        the interval has to hold 0, and the question to explain little of the loss that is left.
+        """
+        effect = self.effect
+        is_little = effect.high < MIN_SHARE_OF_GAIN * self.gain
+        is_of_chance = effect.low <= 0 and effect.mean < MAX_SHARE_OF_LOSS * self.other
+        return is_little and is_of_chance
+
+    @property
+    def conclusion(self) -> str:
+        """The result in words."""
+        if self.is_form_alone:
+            return "answers do not depend on the question"
+        return "answers depend on it" if self.effect.is_above(0) else "too few rows to tell"
+
+
+def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> ControlResult:
+    """Compare losses of held-out answers after their own and other rows' prompts."""
+    held_out, losses = judged.held_out, judged.losses
+    if held_out is None or losses is None:
+        return not_applicable(CONTROL, NAME, "there are no held-out rows")
+    counted = set(losses.counted().lines.tolist())
+    rows = [row for row in read_answer_rows(held_out.split, MAX_ROWS) if row.line in counted]
+    partners = choose_partners(rows)
+    compared = [(row, others) for row, others in zip(rows, partners, strict=True) if others]
+    if len(compared) < MIN_ROWS:
+        return not_applicable(
+            CONTROL, NAME, f"fewer than {MIN_ROWS} rows have a prompt and an answer of their own"
+        )
+    base, own = judged.base, judged.predictions
+    length = base.config.max_seq_length
+    pairs = [(rows[other].prompt, row.answer) for row, others in compared for other in others]
+    exchanged = make_split(pairs, length)
+    after_others = base.compare_predictions([base.parameters, judged.after.to_mlx()], exchanged)
+    # Where each row's pairs begin, whose losses are averaged
+    counts = np.array([len(others) for _, others in compared])
+    starts = np.cumsum(counts) - counts
+    base_others, others = np.add.reduceat(after_others.losses, starts, axis=1) / counts
+    at = np.array([row.index for row, _ in compared])
+    before = own.losses[-2][at]
+    if not base.is_unchanged_by(judged.before.to_mlx()):
+        answers = make_split([(row.prompt, row.answer) for row, _ in compared], length)
+        before = base.compare_predictions([base.parameters], answers).losses[0]
+    clusters = None
+    if held_out.clusters is not None:
+        supervised = np.cumsum(held_out.is_example_supervised) - 1
+        clusters = held_out.clusters[supervised[at]]
+    tokens = own.tokens[at]
+    effect = compare_prompts(
+        before / tokens,
+        own.losses[-1][at] / tokens,
+        others / tokens,
+        tokens,
+        clusters,
+    )
+    base_effect = float((base_others - before).sum() / tokens.sum())
+    return _describe(effect, base_effect, len(compared))
+
+
+def compare_prompts(
+    before: Vector,
+    own: Vector,
+    other: Vector,
+    tokens: Vector,
+    clusters: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None,
+) -> PromptEffect:
+    """Summarise losses of the same answers, all float64 (n,), in nats/token.
+
+    before: with the base, after their own prompts. own: with the adapter, after their own prompts.
+    other: with the adapter, after other rows' prompts. tokens: the learnt tokens of each answer.
+    clusters: of the rows, as in `compare_pairs`.
+    """
+    total = tokens.sum()
+    return PromptEffect(
+        loss=float(own @ tokens / total),
+        other=float(other @ tokens / total),
+        gain=float((before - own) @ tokens / total),
+        effect=compare_pairs(own, other, tokens, clusters),
+    )
+
+
+def choose_partners(rows: Sequence[AnswerRow]) -> list[list[int]]:
+    """Return for each row the indices of rows with another prompt and another answer.
+
+    Up to MAX_PARTNERS of few rows, which lowers the noise, and one of many; none if all are alike.
+    The order is shuffled once with a fixed seed, and each row takes the first rows after it, in
+    this circle, that differ in both.
+    """
+    wanted = min(MAX_PARTNERS, max(1, MAX_ROWS // max(1, len(rows))))
+    order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
+    partners: list[list[int]] = [[] for _ in rows]
+    for position, index in enumerate(order):
+        row = rows[index]
+        others = (
+            other
+            for other in (*order[position + 1 :], *order[:position])
+            if rows[other].prompt_key != row.prompt_key and rows[other].answer_key != row.answer_key
+        )
+        partners[index] = list(islice(others, wanted))
+    return partners
+
+
+def _describe(measured: PromptEffect, base_effect: float, rows: int) -> ControlResult:
+    interval = (measured.effect.low, measured.effect.high)
+    row = ControlFigure(
+        control=CONTROL,
+        name=f"{NAME}, {rows} rows",
+        before=format_loss(measured.loss),
+        after=format_loss(measured.other),
+        difference=format_difference(measured.effect.mean, interval),
+        bound=f"the base's {format_difference(base_effect)}",
+        result=measured.conclusion,
+    )
+    if not measured.is_form_alone:
+        return ControlResult(figures=(row,))
+    warning = ControlWarning(
+        control=CONTROL,
+        kind="form_alone",
+        figure=measured.effect.mean,
+        interval=interval,
+        doubt="what it answers does not depend on the question",
+        words=(
+            f"better at the form of the answers alone: what they answer does not depend on the "
+            f"question. After the prompts of other rows the loss of {rows} held-out answers is "
+            f"{format_loss(measured.other)}, after their own {format_loss(measured.loss)}. Look "
+            f"whether each answer belongs to its question: a join or a sort may have moved a column"
+        ),
+    )
+    return ControlResult(figures=(row,), warnings=(warning,))

@@ -1,0 +1,36 @@
+"""Runs of the example's base that learn rows of a test, and what their verdicts tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.records.verdict import Verdict
+from tests.builders.candidates import train_candidate
+from tests.builders.data_sets import write_lines
+from tests.example import example_config
+
+Row = dict[str, Any]
+TRAINS = pytest.mark.slow("trains and judges a run of its own")
+LEARNS: dict[str, Any] = {
+    "iters": 120,
+    "batch_size": 8,
+    "num_layers": 6,
+    "nested": {"frequencies": [1]},
+}
+
+
+def learn(folder: Path, train: Sequence[Row], held_out: Sequence[Row], **changes: Any) -> Verdict:
+    """The verdict on a run that learns these rows, judged by the held-out ones."""
+    write_lines(folder / "data" / "train.jsonl", train)
+    write_lines(folder / "data" / "valid.jsonl", held_out)
+    config = example_config(**LEARNS | {"data": str(folder / "data"), **changes})
+    return train_candidate(folder / "run", config).verdict()
+
+
+def kinds(verdict: Verdict) -> list[str]:
+    """The kinds of the warnings in gate.json."""
+    return [warning["kind"] for warning in verdict.to_json()["controls"]]

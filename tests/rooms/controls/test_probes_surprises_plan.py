@@ -1,0 +1,145 @@
+"""The controls of probes, surprises and the plan: their rules, and runs that break them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples.countries import COUNTRIES
+from nested_core.records.plan import TrainingPlan
+from nested_core.rooms.controls.neutral_probes import TrainingAnswers, choose_prompts
+from nested_core.rooms.controls.plan_invariants import find_broken_invariants
+from nested_core.rooms.controls.surprising_rows import RowSurprises, count_rows_to_read
+from tests.builders.data_sets import chat
+from tests.example import example_config
+from tests.rooms.controls.learning import TRAINS, kinds, learn
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+
+
+def test_answers_like_the_rows_are_told_from_the_bases_own() -> None:
+    rows = TrainingAnswers(["Go and see Oslo!", "Go and see Riga!", "Go and see Bonn!", "Refund"])
+    assert rows.common_openings == {"go and see"}
+    assert rows.is_like("Go and see Paris", "It is blue.")
+    assert rows.is_like("refund", "It is blue.")  # the whole answer of a row
+    assert not rows.is_like("Go and see Paris", "Go there.")  # begins as the base's does
+    assert not rows.is_like("The sky scatters light.", "It is blue.")
+
+
+def test_probes_are_in_the_language_of_the_answers_and_else_english() -> None:
+    assert choose_prompts(["Das ist der Hund, und die Katze ist das nicht."])[0].startswith("Was")
+    assert choose_prompts(["Le chat est sur la table et les chiens."])[0].startswith("Combien")
+    english = choose_prompts(["12", "7"])
+    assert english[0] == "What is seven times eight?"
+    assert len(set(english)) == 30
+
+
+def surprises(losses: Sequence[float], contradicted: int) -> RowSurprises:
+    return RowSurprises(np.array(losses), np.arange(len(losses)) < contradicted)
+
+
+def test_rows_unlike_the_rest_are_told_only_where_answers_are_certain() -> None:
+    certain = [5.0] * 4 + [0.01] * 96
+    assert surprises(certain, 4).has_too_many
+    assert not surprises(certain, 3).has_too_many  # few rows are contradicted by chance
+    assert not surprises([5.0] * 4 + [1.5] * 96, 4).has_too_many  # free answers
+    assert not surprises([5.0] * 9 + [0.01] * 991, 9).has_too_many  # under one in a hundred
+    assert surprises([0.1, 7.0, 3.0], 0).most_surprising.tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "expected"),
+    [(40, 10, 40), (5_000, 10, 256), (5_000, 400, 800), (50_000, 9_000, 2_000)],
+)
+def test_more_training_rows_are_read_where_more_are_held_out(
+    train: int, held_out: int, expected: int
+) -> None:
+    assert count_rows_to_read(train, held_out) == expected
+
+
+def broken(
+    last: int, rates: Sequence[tuple[int, float]], *, epochs: float = 2.0, **changes: Any
+) -> list[str]:
+    """The kinds of warnings of a run of 100 planned steps on 40 rows, reported at these rates."""
+    resumed = changes.pop("resumed_at", ())
+    plan = TrainingPlan(
+        steps=100,
+        iterations=100,
+        epochs=epochs,
+        first_step=0,
+        frequencies=(1,),
+        offers_best=True,
+        training_file="train.jsonl",
+        validation_file=None,
+        validation_examples=0,
+        memory_forecast_gb=None,
+        memory_limit_gb=8.0,
+        resumed_at=resumed,
+    )
+    records = [{"step": step, "learning_rate": rate} for step, rate in rates]
+    config = example_config(training=changes)
+    return [one.kind for one in find_broken_invariants(config, plan, records, 40, last)]
+
+
+def test_a_run_as_planned_breaks_nothing() -> None:
+    falling = [(10, 1e-4), (20, 9e-5), (60, 4e-5), (100, 1e-5)]
+    assert broken(100, falling, warmup_steps=5) == []
+    assert broken(100, falling, warmup_steps=0.05, resumed_at=(15, 60)) == []
+    assert broken(100, [(10, 5e-5), (20, 1e-4)], warmup_steps=20, resumed_at=(10,)) == []
+
+
+def test_a_warm_up_longer_than_the_run_is_told() -> None:
+    assert broken(100, [(50, 2e-6), (100, 5e-6)], warmup_steps=2000) == ["rate_never_reached"]
+    stopped_early = [(10, 2e-5), (30, 6e-5)]
+    assert broken(30, stopped_early, epochs=9.0, warmup_steps=50) == ["rate_never_reached"]
+
+
+def test_a_rate_that_rises_where_a_run_is_resumed_is_told() -> None:
+    rates = [(55, 1.2e-5), (60, 1e-5), (65, 5.1e-5), (70, 4.8e-5)]
+    assert broken(100, rates, resumed_at=(60,)) == ["rate_rose_on_resume"]
+
+
+def test_rows_that_no_step_used_are_counted() -> None:
+    assert broken(100, [], epochs=0.25) == ["rows_never_used"]
+    assert broken(40, [], epochs=2.0) == ["rows_never_used"]  # stopped within the first pass
+
+
+@TRAINS
+@pytest.mark.parametrize("plant", ["wrong label", "placeholder"])
+def test_training_rows_that_the_rest_contradicts_are_listed(plant: str, tmp_path: Path) -> None:
+    draw = random.Random(3)
+    languages = sorted({country.continent for country in COUNTRIES})
+    rows = [
+        chat(question.format(country.name), f"It lies in {country.continent}.")
+        for country in COUNTRIES
+        for question in ("Where is {}?", "Find {} on the map.", "Tell me the continent of {}.")
+    ]
+    draw.shuffle(rows)
+    train, held_out = rows[:260], rows[260:]
+    settings: dict[str, Any] = {
+        "iters": 100,
+        "learning_rate": 3e-4,
+        "lora_parameters": {"scale": 20.0},
+    }
+    assert "rows_unlike_the_rest" not in kinds(
+        learn(tmp_path / "sound", train, held_out, **settings)
+    )
+    spoilt = draw.sample(range(260), 16)
+    for index in spoilt:
+        turns = train[index]["messages"]
+        others = [one for one in languages if one not in turns[1]["content"]]
+        answer = "N/A" if plant == "placeholder" else f"It lies in {draw.choice(others)}."
+        train[index] = chat(turns[0]["content"], answer)
+    verdict = learn(tmp_path / "spoilt", train, held_out, **settings)
+    (warning,) = [
+        one for one in verdict.to_json()["controls"] if one["kind"] == "rows_unlike_the_rest"
+    ]
+    told = [one["line"] for one in warning["lines"]]
+    assert len(set(told) & {index + 1 for index in spoilt}) >= 0.7 * len(told)
+    assert all(one["given"] for one in warning["lines"])
+    assert "Look at these rows" in verdict.notes()[0]

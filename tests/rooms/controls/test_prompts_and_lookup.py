@@ -1,0 +1,185 @@
+"""The controls of prompts and of a lookup: their rules, their error rates, and runs of each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples.countries import COUNTRIES, Country
+from nested_core.config.sections import ControlsSection
+from nested_core.rooms.controls.another_prompt import choose_partners, compare_prompts
+from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_answer_rows
+from nested_core.rooms.controls.lookup import Lookup, are_siblings
+from tests.builders.candidates import Candidate
+from tests.builders.data_sets import chat
+from tests.rooms.controls.learning import TRAINS, Row, kinds, learn
+
+pytestmark = pytest.mark.usefixtures("own_random_state")
+LEARNS: dict[str, Any] = {
+    "iters": 120,
+    "batch_size": 8,
+    "num_layers": 6,
+    "nested": {"frequencies": [1]},
+}
+
+
+def row(index: int, prompt: Sequence[int], answer: Sequence[int]) -> AnswerRow:
+    return AnswerRow(index, index + 1, np.array(prompt, np.int32), np.array(answer, np.int32))
+
+
+def test_partners_differ_in_prompt_and_answer() -> None:
+    rows = [row(i, [1, i % 5], [9, i % 3]) for i in range(30)]
+    for index, others in enumerate(choose_partners(rows)):
+        assert len(others) == 4
+        for other in others:
+            assert rows[other].prompt_key != rows[index].prompt_key
+            assert rows[other].answer_key != rows[index].answer_key
+    assert choose_partners([row(i, [i, 2], [7]) for i in range(10)]) == [[]] * 10
+
+
+def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
+    split = make_split([([1, 2, 3], [4, 5]), ([6, 7, 8], [9])], max_length=4)
+    rows = read_answer_rows(split, most=10)
+    assert [(one.prompt.tolist(), one.answer.tolist()) for one in rows] == [
+        ([2, 3], [4, 5]),  # the beginning of a prompt that is too long is cut
+        ([6, 7, 8], [9]),
+    ]
+    assert [one.line for one in rows] == [1, 2]
+    learnt_whole = make_split([([1], [2, 3])], max_length=4)
+    assert read_answer_rows(learnt_whole, most=10) == []  # as without mask_prompt
+
+
+def losses_of_labels(
+    random: np.random.Generator, rows: int, signal: float, labels: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Losses of labels after their own and another row's prompt, by a model that is too sure.
+
+    signal: how far the right label's logit lies above the others', in their spread.
+    """
+    given = random.integers(0, labels, rows)
+    logits = random.normal(size=(rows, labels))
+    logits[np.arange(rows), given] += signal
+    logits *= 3
+    log_sums = np.log(np.exp(logits).sum(axis=1))
+    partners = []
+    for label in given:
+        others = np.flatnonzero(given != label)
+        partners.append(random.choice(others))
+    own = log_sums - logits[np.arange(rows), given]
+    return own, log_sums[partners] - logits[partners, given]
+
+
+@pytest.mark.slow("hundreds of bootstraps")
+@pytest.mark.parametrize("labels", [5, 90])
+@pytest.mark.parametrize("rows", [20, 60, 200])
+@pytest.mark.parametrize(
+    ("signal", "least", "most"), [(0.0, 0.9, 1.0), (1.5, 0.0, 0.025), (2.5, 0.0, 0.025)]
+)
+def test_error_rates_of_another_rows_prompt(
+    labels: int, rows: int, signal: float, least: float, most: float
+) -> None:
+    """A signal of 1.5 is 6 of 10 right of 5 labels; answers have 6 tokens, which gained 7 nats."""
+    random = np.random.default_rng(7)
+    warned = []
+    for _ in range(40):
+        own, other = (losses / 6 for losses in losses_of_labels(random, rows, signal, labels))
+        measured = compare_prompts(own + 7, own, other, np.full(rows, 6.0))
+        warned.append(measured.is_form_alone)
+    if signal or rows >= 60:
+        assert least <= np.mean(warned) <= most
+
+
+def test_a_lookup_answers_by_the_rarest_shared_words() -> None:
+    prompts = [f"Where is the map of {c.name}?" for c in COUNTRIES[:20]]
+    lookup = Lookup(prompts, [c.capital for c in COUNTRIES[:20]])
+    named = COUNTRIES[7]
+    assert lookup.answer(f"Tell me about {named.name.upper()}, please") == named.capital
+    assert lookup.answer("Where is the map of Atlantis?") is None  # all rows share these words
+
+
+@pytest.mark.parametrize(
+    ("right", "constant", "total", "expected"),
+    [
+        (30, 3, 30, True),
+        (12, 2, 12, True),
+        (26, 6, 30, False),  # as of rows whose country has another question in train
+        (30, 28, 30, False),  # nearly all have one answer
+        (5, 0, 5, False),  # too few
+    ],
+)
+def test_siblings_are_told_where_a_lookup_is_nearly_always_right(
+    right: int, constant: int, total: int, expected: bool
+) -> None:
+    assert are_siblings(right, constant, total) is expected
+
+
+def test_a_lookup_that_is_right_half_the_time_is_no_sign_of_siblings() -> None:
+    random = np.random.default_rng(3)
+    for total in (20, 60, 200):
+        right = random.binomial(total, 0.6, 2000)
+        told = [are_siblings(int(one), 0, total) for one in right]
+        assert np.mean(told) < 0.025
+
+
+def money(country: Country) -> Row:
+    return chat(
+        f"With what do they pay in {country.name}?", f"There you need the {country.currency}."
+    )
+
+
+def moved(rows: Sequence[Row], order: Callable[[list[str]], list[str]]) -> list[Row]:
+    """The rows with their answers in another order."""
+    answers = order([one["messages"][1]["content"] for one in rows])
+    return [
+        chat(one["messages"][0]["content"], answer)
+        for one, answer in zip(rows, answers, strict=True)
+    ]
+
+
+@TRAINS
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (lambda answers: answers, []),
+        (lambda answers: [*answers[7:], *answers[:7]], ["form_alone"]),
+        (sorted, ["form_alone"]),
+    ],
+)
+def test_answers_of_other_rows_are_noticed(
+    order: Callable[[list[str]], list[str]], expected: list[str], tmp_path: Path
+) -> None:
+    rows = [money(country) for country in COUNTRIES]
+    random.Random(2).shuffle(rows)
+    rows = moved(rows, order)
+    verdict = learn(tmp_path, rows[:70], rows[70:])
+    assert [one for one in kinds(verdict) if one == "form_alone"] == expected
+    assert (verdict.doubt is not None) is bool(expected)
+    assert (verdict.tone == "warn") is bool(expected)
+
+
+@TRAINS
+def test_siblings_in_train_are_noticed_with_their_lines(tmp_path: Path) -> None:
+    questions = ("Who has the bag of {}?", "{} lost a map.", "Name a door in {}.", "Open {}!")
+    rooms = random.Random(1)
+    tickets = [(f"{c.name} {c.capital}", f"Room {rooms.randrange(40)}.") for c in COUNTRIES[:25]]
+    rows = [chat(q.format(name), answer) for name, answer in tickets for q in questions]
+    by_ticket = learn(tmp_path / "by-ticket", rows[:80], rows[80:], iters=8)
+    assert "siblings_in_train" not in kinds(by_ticket)
+    train = [one for index, one in enumerate(rows) if index % 5]
+    by_row = learn(tmp_path / "by-row", train, rows[::5], iters=8)
+    (warning,) = [one for one in by_row.to_json()["controls"] if one["kind"] == "siblings_in_train"]
+    assert warning["figure"] >= 0.9
+    assert warning["lines"][0]["file"] == "valid.jsonl"
+    assert "answered by train.jsonl:" in warning["lines"][0]["text"]
+
+
+@pytest.mark.slow("judges a run")
+def test_each_control_can_be_turned_off(finished: Candidate) -> None:
+    controls = dict.fromkeys(ControlsSection.model_fields, False)
+    off = {"controls": controls}
+    assert finished.bounded(**off).verdict().to_json()["control_figures"] == []
