@@ -15,7 +15,7 @@ import sys
 
 def _is_program() -> bool:
     """Whether this process runs `nested-tune`, and no program of others that imports it."""
-    by_module = sys.argv[0] == "-m" and "flows.cli" in sys.orig_argv
+    by_module = sys.argv[0] in {"-m", "flows.cli"} and "flows.cli" in sys.orig_argv
     return by_module or os.path.basename(sys.argv[0]) == "nested-tune"
 
 
@@ -25,6 +25,7 @@ if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _is_program
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from nested_core import backend  # noqa: E402
+from nested_core.process.our_packages import prefer_our_packages  # noqa: E402
 
 _ENVIRONMENT_DEFAULTS = {
     "DO_NOT_TRACK": "1",
@@ -34,5 +35,6 @@ _ENVIRONMENT_DEFAULTS = {
 }
 for _name, _value in _ENVIRONMENT_DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+prefer_our_packages()
 backend.prepare()
 backend.hide_torch_from_transformers()

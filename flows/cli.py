@@ -31,6 +31,7 @@ from nested_core import seams
 from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.process.command_parent import Restart, end_with_parent, has_parent
+from nested_core.process.our_packages import RUN_MODULE
 from nested_core.text.foreign_text import escape
 
 
@@ -244,7 +245,7 @@ def _needs_parent(arguments: Sequence[str]) -> bool:
 
 def _run_under_parent() -> int:
     """Run this very command as a process of its own, and go on with its run where it is killed."""
-    words = [sys.executable, "-P", "-m", "flows.cli", *sys.argv[1:]]
+    words = [sys.executable, *RUN_MODULE, "flows.cli", *sys.argv[1:]]
     restart = seams.load_only(Restart, "train")
     return restart.run_again(words, lambda run: ("--run-dir", str(run), "--resume"))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.builders.data_sets import chat, write_lines
+from tests.example import write_config
 from tests.left_out import needs_rooms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,9 +23,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 CAPITALS = [("France", "Paris"), ("Peru", "Lima"), ("Kenya", "Nairobi"), ("Japan", "Tokyo")]
 
 
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command as a person in `cwd` would, without this checkout on the path."""
+def run(
+    *command: str | Path, cwd: Path, path: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command as a person in `cwd` would, with `path` as PYTHONPATH, without by default."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {} if path is None else {"PYTHONPATH": path}
     return subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -58,16 +62,47 @@ def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "nested-tune"
 
 
+TRAP = "raise RuntimeError('the folder of the person was imported')\n"
+
+
 @pytest.fixture
-def foreign(tmp_path: Path) -> Path:
-    """A person's project whose modules have the names of our packages, and fail when imported."""
-    trap = "raise RuntimeError('the folder of the person was imported')\n"
-    (tmp_path / "tasks.py").write_text(trap)
+def clashing(tmp_path: Path) -> Path:
+    """A person's project with a package `flows` and a module `tasks`, which fail when imported."""
+    (tmp_path / "tasks.py").write_text(TRAP)
     (tmp_path / "flows").mkdir()
-    (tmp_path / "flows" / "__init__.py").write_text(trap)
-    (tmp_path / "nested_core").mkdir()
-    (tmp_path / "nested_core" / "__init__.py").write_text(trap)
+    (tmp_path / "flows" / "__init__.py").write_text(TRAP)
     return tmp_path
+
+
+@pytest.fixture
+def foreign(clashing: Path) -> Path:
+    """One with a package `nested_core` too."""
+    (clashing / "nested_core").mkdir()
+    (clashing / "nested_core" / "__init__.py").write_text(TRAP)
+    return clashing
+
+
+def run_ours(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this checkout's command line, with a person's folder first on Python's path."""
+    main = "import sys, nested_core.process.our_packages as ours; sys.exit(ours.main())"
+    return run(sys.executable, "-P", "-c", main, *arguments, cwd=folder, path=f".:{ROOT}")
+
+
+def write_data_with_one_bad_line(folder: Path) -> None:
+    """Write config.yaml and its data set, whose last line is no JSON."""
+    chats = [chat(f"What is the capital of {name}?", f"{capital}.") for name, capital in CAPITALS]
+    write_lines(folder / "data" / "train.jsonl", [*chats, b'{"messages": ['])
+    (folder / "config.yaml").write_text("model: no-model\ndata: data\nbatch_size: 1\n")
+
+
+def require_the_one_bad_line(done: subprocess.CompletedProcess[str]) -> None:
+    """Fail unless `validate --json` rejected the data set for its last line alone."""
+    assert done.returncode == 3, done.stderr
+    errors = [f for f in json.loads(done.stdout)["findings"] if f["severity"] == "error"]
+    assert [error["line"] for error in errors] == [len(CAPITALS) + 1]
+
+
+VALIDATE = ("validate", "-c", "config.yaml", "--no-tokenize", "--json")
 
 
 @pytest.mark.slow("builds a wheel")
@@ -120,14 +155,58 @@ def test_version_from_a_foreign_folder(command: Path, foreign: Path) -> None:
 
 @pytest.mark.slow("a process that imports Prefect")
 def test_validate_from_a_foreign_folder_rejects_the_one_bad_line(command, foreign) -> None:
-    chats = [chat(f"What is the capital of {name}?", f"{capital}.") for name, capital in CAPITALS]
-    write_lines(foreign / "data" / "train.jsonl", [*chats, b'{"messages": ['])
-    (foreign / "config.yaml").write_text("model: no-model\ndata: data\nbatch_size: 1\n")
-    validate = (command, "validate", "-c", "config.yaml", "--no-tokenize", "--json")
-    rejected = run(*validate, cwd=foreign)
-    assert rejected.returncode == 3, rejected.stderr
-    errors = [f for f in json.loads(rejected.stdout)["findings"] if f["severity"] == "error"]
-    assert [error["line"] for error in errors] == [len(CAPITALS) + 1]
+    write_data_with_one_bad_line(foreign)
+    require_the_one_bad_line(run(command, *VALIDATE, cwd=foreign))
+
+
+def test_validate_uses_our_packages_where_the_path_begins_with_others(clashing: Path) -> None:
+    write_data_with_one_bad_line(clashing)
+    require_the_one_bad_line(run_ours(clashing, *VALIDATE))
+
+
+def test_version_without_our_finder_fails_where_the_path_begins_with_others(clashing) -> None:
+    main = "import sys, flows.cli; sys.exit(flows.cli.main())"
+    done = run(sys.executable, "-P", "-c", main, "--version", cwd=clashing, path=f".:{ROOT}")
+    assert "the folder of the person was imported" in done.stderr
+
+
+def test_another_module_of_our_name_that_is_imported_already_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tasks.py").write_text("")
+    program = "import tasks, nested_core.process.our_packages as ours; ours.main()"
+    done = run(sys.executable, "-P", "-c", program, cwd=tmp_path, path=f".:{ROOT}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        f"ImportError: nested-tune has a package tasks, and this process has imported another "
+        f"module of that name already: {tmp_path / 'tasks.py'}. Import nested-tune's first, or "
+        f"rename that one."
+    )
+
+
+@pytest.mark.slow("a wheel, a fine-tune and a flow run, with a Prefect server")
+def test_the_wheel_works_with_the_folder_of_a_person_first_on_the_path(command, clashing) -> None:
+    """`train` starts a process for the training, `demo` one for Prefect's server."""
+    version = run(command, "--version", cwd=clashing, path=".")
+    assert (version.returncode, version.stderr) == (0, "")
+    assert PROJECT["version"] in version.stdout
+    write_config(clashing / "config.yaml", iters=4, val_batches=1)
+    trained = run(command, "train", "-c", "config.yaml", "--json", cwd=clashing, path=".")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["verdict"] == "passed"
+    shown = run(command, "demo", cwd=clashing, path=".")
+    assert shown.returncode == 0, shown.stderr
+    assert "right answers: " in shown.stdout
+
+
+@pytest.mark.slow("runs a deployment's flow in a process of its own")
+def test_the_command_of_a_deployment_finds_our_flows(clashing: Path) -> None:
+    """Each command starts a module that imports the flow, in place of Prefect's engine."""
+    (clashing / "engine.py").write_text("import flows.finetune, tasks.finetune\nprint('found')\n")
+    text = (ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8")
+    commands = re.findall(r'command: "{{ \$NESTED_TUNE_PYTHON }} (.*) prefect\.engine"', text)
+    assert len(commands) == text.count("prefect.engine") == 2
+    for words in commands:
+        done = run(sys.executable, *words.split(), "engine", cwd=clashing, path=f".:{ROOT}")
+        assert (done.returncode, done.stdout) == (0, "found\n"), done.stderr
 
 
 def test_the_locks_pin_every_line_with_hashes_and_name_no_address() -> None:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from nested_core.errors import NestedTuneError
+from nested_core.process.our_packages import RUN_MODULE
 
 HOST = "127.0.0.1"
 SECONDS_TO_START, SECONDS_TO_END, SECONDS_BETWEEN_LOOKS = 90.0, 5.0, 0.05
@@ -98,7 +99,7 @@ class LocalServer:
             self._port: int = bound.getsockname()[1]
             socket_descriptor = bound.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(socket_descriptor)],
+                [sys.executable, *RUN_MODULE, __name__, str(socket_descriptor)],
                 stdin=heard,
                 pass_fds=[socket_descriptor],
                 start_new_session=True,

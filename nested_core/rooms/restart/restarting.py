@@ -4,7 +4,7 @@ macOS ends processes that keep its GPU too long, and any system ends one when me
 run goes on from its last checkpoint to the bit, so nobody has to do that by hand. The command is a
 process group of its own, and ends with its parent (process/command_parent.py).
 
-`python -P -m nested_core.rooms.restart.restarting -m prefect.engine` runs any program of Python
+`python -P -m nested_core.rooms.restart.restarting -m MODULE` runs any program of Python
 so; the command line does it by itself for `train` and `run`.
 """
 

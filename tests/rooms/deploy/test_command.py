@@ -155,7 +155,9 @@ def test_a_configurations_own_braces_reach_the_server_and_no_variable_of_the_env
     assert nightly.pull_steps[0]["prefect.deployments.steps.set_working_directory"] == {
         "directory": str(tmp_path)
     }
-    assert nightly.job_variables["command"].endswith(" -m prefect.engine")
+    assert nightly.job_variables["command"].endswith(
+        " -m nested_core.process.our_packages prefect.engine"
+    )
     assert "$" not in nightly.job_variables["command"]
     assert "hf_only_in_tests" not in everything
 
