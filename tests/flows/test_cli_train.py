@@ -20,6 +20,7 @@ from nested_core.pipeline.finetune import FinetuneResult
 from nested_core.records.verdict import JudgedAdapter, SampleVerdict, TierChange, Verdict
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.data_sets import chat, write_lines
 from tests.example import write_config
 from tests.flows.conftest import CommandRun, Ended
 from tests.fork_server import python
@@ -83,6 +84,45 @@ def test_the_run_directory_holds_the_whole_truth(command_run: CommandRun) -> Non
     tiers = json.loads((command_run.run_dir / "tiers.json").read_bytes())
     assert tiers["frequencies"] == [1, 2, 4]
     assert tiers["tensors"].keys() == read_adapter(command_run.run_dir / "adapter").tensors.keys()
+
+
+WITHOUT_PREFECT = """
+import contextlib, json, sys
+sys.modules["prefect"] = None  # importing it is an error
+from flows.cli import main
+codes = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            codes.append(main(words))
+        except SystemExit as ended:  # of --help
+            codes.append(ended.code)
+print(json.dumps(codes))
+"""
+
+
+@needs_rooms("evaluate", "serve")
+@pytest.mark.slow("trains a run of its own")
+def test_commands_that_run_no_flow_need_no_prefect(tmp_path: Path) -> None:
+    registry = {"path": "registry", "name": "capitals"}
+    config = write_config(tmp_path / "config.yaml", iters=4, val_batches=1, registry=registry)
+    write_lines(tmp_path / "asked.jsonl", [chat("I want to see Ecuador.", "Go and see Quito!")])
+    program = tmp_path / "program.py"
+    program.write_text(WITHOUT_PREFECT)
+    commands = [
+        ["validate", "-c", config.name],
+        ["train", "-c", config.name, "--run-dir", "run"],
+        ["status", "run"],
+        ["promote", "run", "--registry", "registry", "--name", "capitals"],
+        ["evaluate", "registry/capitals", "--data", "asked.jsonl"],
+        ["serve", "--help"],
+        ["run", "-c", config.name],
+    ]
+    done = python(program, json.dumps(commands), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *without_flow, run = json.loads(done.stdout.splitlines()[-1])
+    assert without_flow == [0] * 6, done.stderr
+    assert run != 0  # a flow run: so the import is blocked
 
 
 def test_status_of_a_finished_run(command_run: CommandRun, nested_tune: Run) -> None:
