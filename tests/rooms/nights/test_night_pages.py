@@ -68,7 +68,7 @@ def test_a_few_lines_and_a_table_tell_the_night(judged: Path) -> None:
         "champion "
         "c4a3c4a3c4a3 1.191, difference -1.17 (-1.2 to -1.1), better"
     )
-    assert "| answers, capitals (champion 15) | 0 of 15 | 14 of 15 | +0.933 (" in plain(page)
+    assert "| answers, capitals (champion 15) | 0 of 15 | 14 of 15 | +0.9333 (" in plain(page)
     assert facts["Data"].endswith(
         "1,200 train, 84 valid examples; 2 warning (duplicate, near_duplicate)"
     )
