@@ -112,7 +112,7 @@ def test_a_check_of_the_gate_that_lasts_is_said_again_with_its_seconds(
     run = RunDirectory(tmp_path)
     follower = RunFollower(run)
     run.plan.write_text("{}")
-    run.result.write_text('{"step": 3, "adapter_step": 3}')
+    run.result.write_text('{"step": 3, "adapter_step": 3, "ended": null}')
     follower.add_stage("gate: answers to gate.tasks")
     for _ in range(25):
         clock[0] += 1

@@ -29,9 +29,11 @@ from datetime import timedelta
 from pathlib import Path
 from nested_core.registry import audit, collect_garbage, garbage_collection, promote, register
 from nested_core.registry.versions import version_folder
+from nested_core.seams import read_rooms
 from nested_core.storage.atomic import temporary_beside
 from tests.core.registry.conftest import write_run
 
+read_rooms()  # imports a module of Python, which the other user may not read
 folder, user = Path(sys.argv[1]), int(sys.argv[2])
 if os.getuid() == 0:
     os.setgid(user)
