@@ -54,8 +54,10 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
 
     Nothing is compared for a loss of pairs, whose rows are no prompt with one answer.
     """
+    asked = judged.bounds.controls.model_dump()
+    if judged.config.training.loss is not None or not any(asked.values()):
+        return
     train = read_nonempty_splits(judged.config, judged.run)["train"]
-    asked = judged.bounds.controls.model_dump() if judged.config.training.loss is None else {}
     reason = _why_too_early(judged)
     results = [
         not_applicable(name, name, reason)

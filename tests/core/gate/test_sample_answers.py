@@ -160,7 +160,7 @@ def test_a_destroyed_model_is_said_to_be_that_and_is_not_promoted_by_itself(dest
     assert verdict.validation is not None
     assert verdict.validation.conclusion == "better"  # the loss alone would have promoted it
     assert verdict.summary().startswith("passed, answers broken: ")
-    (note,) = (each for each in verdict.notes() if "docs/controls.md" not in each)
+    (note,) = verdict.notes()
     assert verdict.samples is not None
     assert (verdict.samples.judged, verdict.samples.broken) == (3, 3)
     told = "3 of 3 sample answers are broken"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nested_core.config.sections import ControlsSection
 from nested_core.records.verdict import Verdict
 from tests.builders.candidates import train_candidate
 from tests.builders.data_sets import write_lines
@@ -20,6 +21,7 @@ LEARNS: dict[str, Any] = {
     "batch_size": 8,
     "num_layers": 6,
     "nested": {"frequencies": [1]},
+    "gate": {"controls": dict.fromkeys(ControlsSection.model_fields, True)},
 }
 
 

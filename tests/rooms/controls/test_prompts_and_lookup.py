@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from examples.countries import COUNTRIES, Country
-from nested_core.config.sections import ControlsSection
 from nested_core.rooms.controls.another_prompt import choose_partners, compare_prompts
 from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_answer_rows
 from nested_core.rooms.controls.lookup import Lookup, are_siblings
@@ -179,7 +178,7 @@ def test_siblings_in_train_are_noticed_with_their_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow("judges a run")
-def test_each_control_can_be_turned_off(finished: Candidate) -> None:
-    controls = dict.fromkeys(ControlsSection.model_fields, False)
-    off = {"controls": controls}
-    assert finished.bounded(**off).verdict().to_json()["control_figures"] == []
+def test_each_control_is_run_where_it_is_asked_for_alone(finished: Candidate) -> None:
+    assert "control_figures" not in finished.verdict().to_json()
+    asked = {"controls": {"plan": True}}
+    assert finished.bounded(**asked).verdict().to_json()["control_figures"] != []
