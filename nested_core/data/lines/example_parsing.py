@@ -648,16 +648,17 @@ def _mlx_lm_keys(field_names: FieldNames) -> set[str]:
 
 
 def _drop_nothing(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a turn without what says nothing: null, as tables fill it in, and an empty list.
+    """Return a turn without what says nothing: null, and a blank text, list or object.
 
-    A turn that calls tools may have an empty content, or none: that says nothing either.
+    The content of a turn stays, except beside tool calls.
     """
-    is_text_needed = not message.get("tool_calls")
-    return {
-        key: value
-        for key, value in message.items()
-        if value not in (None, []) and (value != "" or key != "content" or is_text_needed)
-    }
+    needed = ("role",) if is_tool_calling_message(message) else ("role", "content")
+    return {key: value for key, value in message.items() if key in needed or not _is_blank(value)}
+
+
+def _is_blank(value: Any) -> bool:
+    """Return whether a value is null, an empty list or object, or a text of white space."""
+    return (value.strip() if isinstance(value, str) else value) in (None, "", [], {})
 
 
 def describe_validation_error(

@@ -61,7 +61,7 @@ BEYOND_EMBEDDING_CHECK = "token-beyond-embedding"
 EXAMPLE_FACTS_DTYPE = np.dtype(
     [
         ("line", "<i4"),
-        ("content", "<u8"),  # see digest_example
+        ("content", "<u8"),  # see _digest_without_ends
         ("full_length", "<i4"),  # in tokens, before truncation
         ("length", "<i4"),  # in tokens, after it
         ("supervised", "<i4"),  # tokens in the target mask
@@ -246,12 +246,10 @@ class _TemplatedExample:
 
         Returns None if they are not a prefix of the whole.
         """
-        if (
-            self._offsets
-            and (count := self._count_tokens_of_prefix(self._render_first_turns(turns, **more)))
-            is not None
-        ):
-            return count
+        if self._offsets:
+            text = self._render_first_turns(turns, **more)
+            if (count := self._count_tokens_of_prefix(text)) is not None:
+                return count
         prefix = self.tokenize_first_turns(turns, **more)
         return len(prefix) if self.tokens[: len(prefix)] == prefix else None
 
@@ -417,7 +415,17 @@ def _encode_examples(
                 more = [note for check in checks for note in check(example, encoded.tokens)]
                 encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
                 checked = _find_problem(encoded, tokenizer, request) or encoded
-                yield line, digest_example(example), checked
+                yield line, _digest_without_ends(example, tokenizer), checked
+
+
+def _digest_without_ends(example: Example, tokenizer: Any) -> int:
+    """Return the digest of an example without end texts at its end, which make no other tokens.
+
+    The chat template's are taken from answers; of a plain text that ends already none is added.
+    """
+    turns = chat_template_of(tokenizer).prepare(example.messages)
+    text = example.text.removesuffix(tokenizer.eos_token or "")
+    return digest_example(example._replace(messages=turns, text=text))
 
 
 def _find_problem(

@@ -85,6 +85,8 @@ def test_the_fast_parser_and_the_complete_one_give_a_row_the_same_keys(row: dict
         {"prompt": "Who?", "completion": "Me.", "tools": None},
         {"messages": [*TURNS[:1], TURNS[1] | {"tool_calls": []}]},
         {"messages": [TURNS[0] | {"name": None}, TURNS[1] | {"tool_calls": None}]},
+        {"messages": [TURNS[0] | {"name": " "}, TURNS[1] | {"reasoning_content": ""}]},
+        {"messages": [TURNS[0] | {"name": {}}, TURNS[1] | {"thinking": "\n", "tool_calls": {}}]},
     ],
 )
 def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str, Any]) -> None:
@@ -211,11 +213,12 @@ def digest_of(row: dict[str, Any]) -> int:
 def test_a_row_with_tools_is_the_same_whatever_stands_where_it_says_nothing() -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "find", "arguments": {}}}]}
     nothing: tuple[dict[str, Any], ...] = ({}, {"tool_calls": None}, {"tool_calls": []})
-    silence: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
+    silence: tuple[dict[str, Any], ...] = ({}, *({"content": one} for one in (None, "", "\n\n")))
     rows = [
         {"messages": [TURNS[0] | more, call | content, TURNS[1]], "tools": [{"name": "find"}]}
         for more in nothing
         for content in silence
     ]
-    lines = [parse_line(json.dumps(row).encode(), FieldNames()) for row in rows]
-    assert len(set(map(digest_example, lines))) == 1
+    assert len(set(map(digest_of, rows))) == len(set(map(RowKeys.of, rows))) == 1
+    thinking = {"messages": [TURNS[0], call | {"thinking": "Hm."}, TURNS[1]]}
+    assert digest_of(thinking) != digest_of(rows[0])

@@ -85,6 +85,29 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
     assert set(found[0][0]) == names
 
 
+def asked(answer: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant"} | answer]}
+
+
+CALL = {"tool_calls": [{"function": {"name": "find", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize(
+    ("plain", "ended", "other"),
+    [
+        (asked({"content": "Me."}), asked({"content": "Me.<|end|>"}), asked({"content": "You."})),
+        (asked(CALL), asked(CALL | {"content": "<|end|>"}), asked(CALL | {"content": "Me."})),
+        ({"text": "Me."}, {"text": "Me.<|end|>"}, {"text": "<|end|>Me."}),
+    ],
+)
+def test_a_row_that_ends_already_has_the_tokens_and_the_digest_of_one_that_does_not(
+    plain, ended, other, write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    train = load(write_data(train=[plain, ended, other], valid=[]), tokenizer)[1]["train"]
+    assert train.example(0).tolist() == train.example(1).tolist() != train.example(2).tolist()
+    assert train.contents[0] == train.contents[1] != train.contents[2]
+
+
 OWN_CODE = """
 from transformers import PreTrainedTokenizerFast
 class Own(PreTrainedTokenizerFast):
