@@ -130,17 +130,16 @@ class ExportRecord:
 
     def describe(self) -> str:
         """The figures in a line: `kept 98 % of the gain: loss 0.61 (adapter 0.60, base 1.94)`."""
-        parts = []
         gain = self.gain
-        if gain is not None:
+        if gain is None:
+            parts = [f"logits within {self.logits.distance:.2g} of the adapter's"]
+        else:
             losses = (
                 f"loss {format_loss(gain.exported)} (adapter {format_loss(gain.adapter)}, base "
                 f"{format_loss(gain.base)})"
             )
             kept = "no gain to keep" if gain.share is None else f"kept {gain.share:.0%} of the gain"
-            parts.append(f"{kept.replace('%', ' %')}: {losses}")
-        else:
-            parts.append(f"logits within {self.logits.distance:.2g} of the adapter's")
+            parts = [f"{kept.replace('%', ' %')}: {losses}"]
         parts += [
             f"{suite.exported:.4g} of {suite.questions} questions (adapter {suite.adapter:.4g})"
             for suite in self.suites
@@ -178,10 +177,16 @@ def write_export_record(place: Path, record: ExportRecord) -> None:
 def read_export_record(artefact: Path) -> ExportRecord | None:
     """The record of an exported folder or GGUF; None if there is no such file.
 
-    Raises DamagedError for a file that is no record.
+    A GGUF without a record under its name may have been renamed: that of its SHA-256 in the folder
+    is taken then. Raises DamagedError for a file that is no record.
     """
     path = record_place(artefact)
-    return None if file_type(path) == "missing" else EXPORT_FILE.read(path)
+    if file_type(path) != "missing":
+        return EXPORT_FILE.read(path)
+    others = [] if artefact.is_dir() else sorted(path.parent.glob(f"*.{RECORD_NAME}"))
+    digests = cached_sha256([artefact]) if others else []
+    records = map(EXPORT_FILE.read, others)
+    return next((one for one in records if digests == [*one.files.values()]), None)
 
 
 def require_recorded_files(artefact: Path, record: ExportRecord) -> None:

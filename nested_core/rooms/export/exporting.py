@@ -294,7 +294,7 @@ def _choose_questions(
     suites = encode_suites(
         read_suites(config.gate), tokenizer, source.base, source.model.prompt_format
     )
-    rows = None
+    rows = held_out = None
     try:
         if data is not None:
             gate = config.gate.model_copy(update={"held_out": str(data)})
@@ -304,7 +304,6 @@ def _choose_questions(
             splits = {name: split for name, split in loaded.items() if len(split)}
             held_out = read_held_out_examples(config, splits)
         else:
-            held_out = None
             notes.append("the kept gain was not measured: --data FILE names held-out rows")
         rows = None if held_out is None else HeldOutRows.choose(held_out, config)
     except (ConfigError, DatasetError, OSError) as error:

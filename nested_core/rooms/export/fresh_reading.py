@@ -76,10 +76,9 @@ def read_in_fresh_process(
     process could not read it.
     """
     program = MLX_LM_PROGRAM if artefact.is_dir() else LLAMA_CPP_PROGRAM
+    model = describe_model("artefact", artefact, dtype=dtype)
     with start_reader(program) as child:
-        return _read(
-            child, describe_model("artefact", artefact, dtype=dtype), asked, trust_remote_code
-        )
+        return _read(child, model, asked, trust_remote_code)
 
 
 def _read(child: Child, model: dict[str, Any], asked: Asked, trust_remote_code: bool) -> Reading:

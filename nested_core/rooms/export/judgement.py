@@ -94,8 +94,7 @@ def _find_wrong_tokens(
     if reading.tokenizer != tokenizer:
         yield "its tokenizer is another one than the adapter's"
     pairs = zip(asked.texts, adapter.token_ids, reading.token_ids, strict=True)
-    wrong = [text for text, expected, found in pairs if expected != found]
-    if wrong:
+    if wrong := [text for text, expected, found in pairs if expected != found]:
         shown = ", ".join(repr(text[:20]) for text in wrong[:MAX_SHOWN_TEXTS])
         yield f"{len(wrong)} of {len(asked.texts)} texts get other token ids, such as {shown}"
     if reading.chat_template != adapter.chat_template:

@@ -40,10 +40,8 @@ class LlamaCppReader:
         self._count = api.llama_vocab_n_tokens(self._vocabulary)
         self.name = f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
         self.chat_template = self._read_text("tokenizer.chat_template")
-        self.ends = [token for token in range(self._count) if self._is_end(token)]
-
-    def _is_end(self, token: int) -> bool:
-        return bool(self._api.llama_vocab_is_eog(self._vocabulary, token))
+        ids = range(self._count)
+        self.ends = [token for token in ids if api.llama_vocab_is_eog(self._vocabulary, token)]
 
     def _read_text(self, key: str) -> str | None:
         size = self._api.llama_model_meta_val_str(self._model, key.encode(), None, 0)

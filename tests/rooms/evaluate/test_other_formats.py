@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from nested_core.data.example_digests import decode_digests
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.pipeline.named_models import find_rows_of_base
 from nested_core.rooms.evaluate.evaluating import evaluate
@@ -105,6 +106,24 @@ def test_a_gguf_with_the_record_of_another_is_refused(gguf: Path, tmp_path: Path
         file.write(b"\0")
     with pytest.raises(DamagedError, match=r"other\.gguf is not what .*other\.export\.json"):
         find_artefact(str(other), tmp_path / "second")
+
+
+def test_a_renamed_gguf_has_the_record_of_its_content_beside_it(gguf: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "other.gguf"
+    shutil.copy(gguf, renamed)
+    record = json.loads(gguf.with_name("model.export.json").read_bytes())
+    another = record | {"files": {"a.gguf": "0" * 64}, "base": "another"}
+    (tmp_path / "a.export.json").write_text(json.dumps(another))
+    unknown = find_artefact(str(renamed), tmp_path / "first")
+    assert unknown is not None
+    assert unknown.made_of is None  # a model like any other
+    (tmp_path / "model.export.json").write_text(json.dumps(record))
+    found = find_artefact(str(renamed), tmp_path / "second")
+    assert found is not None
+    assert found.made_of is not None
+    assert found.made_of.base == record["base"]
+    expected = decode_digests(record["trained_on"]["training_examples"])
+    assert found.seen.digests.tolist() == expected.tolist() != []
 
 
 def test_a_gguf_that_is_not_understood_is_refused_by_name(gguf: Path, tmp_path: Path) -> None:
