@@ -121,12 +121,14 @@ class Model:
             self.said.append(("no", version))
 
     def has_a_no(self, version: str) -> bool:
-        """Whether a person said no to it or to one of the same data, since it was champion."""
-        since = 0
-        if ("champion", version) in self.said:
-            since = len(self.said) - self.said[::-1].index(("champion", version))
+        """Whether a person said no to it or to one of the same data, and neither rose since."""
         alike = {each for each, data in self.data.items() if data == self.data[version]}
-        return any(word == "no" and other in alike for word, other in self.said[since:])
+        return any(
+            word == "no"
+            and other in alike
+            and not {("champion", version), ("champion", other)} & {*self.said[number:]}
+            for number, (word, other) in enumerate(self.said)
+        )
 
     def push(self, version: str, line: int) -> None:
         if not self.stack or self.stack[-1] != version:

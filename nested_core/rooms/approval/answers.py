@@ -132,13 +132,14 @@ def find_decline(
 ) -> Entry | None:
     """The newest line in which a person declined a version, or one of the same two digests.
 
-    None after a line that made the version champion: somebody has changed his mind.
+    A line counts until its version or this one becomes champion: somebody has changed his mind.
     """
     made_of = (dataset_digest, settings_digest)
+    risen: set[str | None] = set()  # the champions since the line
     for entry in reversed(ledger.entries):
-        if entry.version == version and entry.action in CHAMPION_CHANGE_ACTIONS:
-            return None
-        if entry.action != "declined":
+        if entry.action in CHAMPION_CHANGE_ACTIONS:
+            risen.add(entry.version)
+        if entry.action != "declined" or risen & {version, entry.version}:
             continue
         is_alike = None not in made_of and made_of == (entry.dataset_digest, entry.settings_digest)
         if entry.version == version or is_alike:
@@ -158,8 +159,7 @@ def may_be_approved(folder: Path, version: str, ledger: Ledger, age: timedelta) 
         facts = read_verdicts(folder, version, ledger)[-1].facts
     except DamagedError:  # an audit reports it
         return False
-    made_of = (facts.dataset_digest, facts.settings_digest)
-    if find_decline(ledger, version, *made_of) is not None:
+    if find_decline(ledger, version, facts.dataset_digest, facts.settings_digest) is not None:
         return False
     modes = ((facts.policy or {}).get("promote"), (ledger.policy() or {}).get("promote"))
     return "approve" in modes and "never" not in modes

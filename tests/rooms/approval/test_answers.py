@@ -75,6 +75,9 @@ class TestADecline:
         assert [line["by"] for line in history(registry, NAME)] == ["bob"]
         promote(registry, NAME, first, by="ann")
         assert find_decline(read_ledger(registry / NAME), first, "d1", "s1") is None
+        second = self.register(registry, make_run, 2, **self.MADE_OF)
+        said = promote_by_recorded_policy(registry, NAME, second).sentence
+        assert said.startswith("waiting for approval")
 
 
 @pytest.mark.usefixtures("no_time_to_decide")
