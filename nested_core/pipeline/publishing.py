@@ -256,7 +256,7 @@ def register_and_promote_run(
         is_own = AdapterRuns.of(registry, name).are_named_by(own.registry.location)
         if not is_own:
             with suppress(OSError):  # a run that nobody can write to is not removed either
-                add_promoted_to(run.promoted_to, str(registry), name)
+                add_promoted_to(run.promoted_to, registry, name)
         champion = judged.verdict.rival if is_own else None  # it is a version of the run's registry
         recorded = make_provenance(config, judged, champion)
         candidate = Judgement.of_run(judged.verdict, recorded)

@@ -1,4 +1,6 @@
-"""promoted-to.json: registries that a run was promoted to by hand and config.yaml does not name.
+"""promoted-to.json: registries that may have versions of a run and config.yaml does not name.
+
+A person promoted the run to them, or it was judged for them and then resumed under another.
 
 The file protects the run from being pruned while such a registry depends on it.
 """
@@ -17,7 +19,7 @@ MAX_BYTES = 2**20
 def read_promoted_to(path: Path) -> tuple[tuple[str, str], ...]:
     """Read the registries, each with the name in it; empty without the file.
 
-    A registry is the folder as it was given. Raises DamagedError for a file of another form.
+    Raises DamagedError for a file of another form.
     """
     if file_type(path) == "missing":
         return ()
@@ -27,7 +29,7 @@ def read_promoted_to(path: Path) -> tuple[tuple[str, str], ...]:
         raise DamagedError(f"{path} holds no list of registries: {error!r}.") from error
 
 
-def add_promoted_to(path: Path, registry: str, name: str) -> None:
-    """Add a registry folder and a name in it to the file, unless they are listed already."""
-    listed = dict.fromkeys([*read_promoted_to(path), (registry, name)])
+def add_promoted_to(path: Path, registry: Path, name: str) -> None:
+    """Add a registry folder, as an absolute path, and a name in it, unless they are listed."""
+    listed = dict.fromkeys([*read_promoted_to(path), (str(registry.absolute()), name)])
     write_json(path, [{"registry": one, "name": its_name} for one, its_name in listed])

@@ -169,7 +169,7 @@ class World:
                 promoted_to.append(Path("registry"))
             for registry in promoted_to:
                 self.register(number, registry)
-                add_promoted_to(run.promoted_to, str(registry), NAME)  # as `promote` notes it
+                add_promoted_to(run.promoted_to, registry, NAME)  # as `promote` notes it
         self.add_extra(run, plan.extra)
 
     def add_extra(self, run: RunDirectory, extra: str) -> None:
