@@ -155,7 +155,7 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
             refuse_differences_on_resume(began_with, config, run.path)
             _refuse_fewer_iterations(began_with, config, run)
             left = began_with.registry.location
-            if left not in (None, config.registry.location) and has_verdict_manifest(run.path):
+            if left and left != config.registry.location and has_verdict_manifest(run.path):
                 add_promoted_to(run.promoted_to, *left)  # the run may have made its champion
     record_or_compare_suites(run, suites)
     write_bytes(run.config, render_config(config))
