@@ -33,7 +33,7 @@ from nested_core.records.promoted_to import read_promoted_to
 from nested_core.records.result import TrainResult, read_result
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict import Verdict
-from nested_core.records.verdict_file import has_verdict_manifest, read_bound_verdict
+from nested_core.records.verdict_file import bind_verdict, has_verdict_manifest
 from nested_core.storage.checkpoint_verification import (
     checkpoint_step,
     list_checkpoints,
@@ -176,7 +176,7 @@ class Run:
         if not has_verdict_manifest(self.path):
             return None, False
         known = len(self.errors)
-        verdict = self.read(self.folder.gate, lambda _: read_bound_verdict(self.path))
+        verdict = self.read(self.folder.gate, lambda _: bind_verdict(self.path).verdict)
         if not (self.folder.gate.exists() and has_verdict_manifest(self.path)):
             del self.errors[known:]  # it was taken away meanwhile
         return verdict, len(self.errors) > known

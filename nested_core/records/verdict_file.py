@@ -124,11 +124,6 @@ def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
     return BoundVerdict(run_dir, content, verdict, manifest["files"])
 
 
-def read_bound_verdict(run_dir: Path) -> Verdict:
-    """Read a run's verdict, checked against its manifest; raises as `bind_verdict`."""
-    return bind_verdict(run_dir).verdict
-
-
 def _changed_verdict(run_dir: Path) -> DamagedError:
     """Build the error for a gate.json that differs from the manifest."""
     return DamagedError(

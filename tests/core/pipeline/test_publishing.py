@@ -15,6 +15,7 @@ import mlx.core as mx
 import pytest
 
 from nested_core import ConfigError, DamagedError, FineTuneConfig, read_adapter
+from nested_core.config.loading import render_config
 from nested_core.pipeline import publishing
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.pipeline.publishing import (
@@ -26,6 +27,7 @@ from nested_core.pipeline.publishing import (
     register_and_promote_run,
     register_run,
 )
+from nested_core.pipeline.steps import write_run_config
 from nested_core.records.dataset import DatasetReport, SplitStats
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run_status import Run
@@ -45,7 +47,7 @@ from nested_core.registry.promotion_policy import (
 from nested_core.report.outcome import list_row
 from nested_core.seams import is_there
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
-from nested_core.storage.atomic import write_json
+from nested_core.storage.atomic import write_bytes, write_json
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
@@ -441,6 +443,25 @@ class TestPromotionByAPerson:
         assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
         run = make_run(3.0)
         by_hand(run)
+        assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
+
+    def test_a_judged_run_that_is_resumed_under_another_registry_notes_the_first(
+        self, make_run: MakeRun, configure: Configure, tmp_path: Path
+    ) -> None:
+        run = make_run(1.0)
+        write_bytes(run.config, render_config(configure()))
+        run.tiers.write_text("{}")
+        write_run_config(configure(), run, resume=True)
+        assert Run(run).promoted_to == ()
+        write_run_config(configure(path=str(tmp_path / "other")), run, resume=True)
+        assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
+
+    def test_a_registry_is_noted_by_its_absolute_path(
+        self, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, by_hand: Any, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        run = make_run(1.0)
+        register_and_promote_run(run, Path("registry"), NAME, by="ann")
         assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
 
     def test_a_run_without_a_registry_is_listed_under_the_name_that_it_was_promoted_to(
