@@ -65,11 +65,6 @@ def read_verified_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def describe_manifest(manifest: Mapping[str, Any]) -> FileEntry:
-    """Return size and hash of MANIFEST.json with this content."""
-    return describe_content(render_json(dict(manifest)))
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read MANIFEST.json and check its hash of itself, without checking the files.
 

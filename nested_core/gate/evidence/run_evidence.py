@@ -26,6 +26,7 @@ from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict import TensorChange, TierChange
 from nested_core.storage.adapter import ADAPTER_FILES, Adapter, combined_sha256, read_adapter
+from nested_core.storage.atomic import render_json
 from nested_core.storage.checkpoint import (
     MASTERS_PREFIX,
     OPTIMIZER_NAME,
@@ -38,7 +39,6 @@ from nested_core.storage.manifest import (
     FileEntry,
     describe_content,
     describe_file,
-    describe_manifest,
     read_manifest,
 )
 from nested_core.storage.run_directory import RunDirectory
@@ -149,7 +149,7 @@ def _hash_judged_files(
     optional = (run.validation_losses, run.replay, run.replayed_rows, run.start)
     paths += [path for path in optional if path.is_file()]
     entries = {path: describe_file(path) for path in paths}
-    entries[offered.path / MANIFEST_NAME] = describe_manifest(offered.manifest)
+    entries[offered.path / MANIFEST_NAME] = describe_content(render_json(dict(offered.manifest)))
     for adapter in adapters:
         for name, content in adapter.files.items():
             entries[adapter.path / name] = describe_content(content)
