@@ -91,7 +91,8 @@ class ReplayRecord(BaseModel):
     fraction: of the rows, where they are replayed; fraction_is_default: none was configured.
     weighting: how often older sources come.
     start: the champion whose lineage the sources are; None for files, and before the first.
-    removed: the ancestor at which the known lineage ends, because gc removed it; None for a whole.
+    removed: the ancestor at which the known lineage ends, because it is not in the registry; None
+        for a whole. removal_is_recorded: the history says that it was removed.
     sources: newest first.
     rows_sha256: of replay.jsonl, which has the examples of each source in turn.
     dropped: SHA-256 of the new training examples that equal a held-out example of a source, and are
@@ -110,6 +111,7 @@ class ReplayRecord(BaseModel):
     dropped: tuple[str, ...] = ()
     fraction_is_default: bool = False
     removed: str | None = None
+    removal_is_recorded: bool = True
     rows_of_first: float
 
     @property
@@ -136,9 +138,8 @@ class ReplayRecord(BaseModel):
     def name_what_is_missing(self) -> str:
         """`; not all is there of version 1a2b3c4d`, for the reason of a choice; empty if all is."""
         names = [source.name for source in self.sources if source.problem]
-        return (
-            f"; not all is there of {join_first_values(names, MAX_SHOWN_PROMPTS)}" if names else ""
-        )
+        shown = join_first_values(names, MAX_SHOWN_PROMPTS)
+        return f"; not all is there of {shown}" if names else ""
 
     def describe(self) -> Iterator[str]:
         """Sentences: what is replayed of which source, what is not, what is missing."""
@@ -163,12 +164,12 @@ class ReplayRecord(BaseModel):
             noun = "example is" if count == 1 else "examples are"
             yield (f"replay: {count:,} {noun} superseded, for newer data says otherwise: {shown}")
         if self.removed is not None:
+            where = "was removed from the" if self.removal_is_recorded else "is not in this"
             yield (
-                f"replay: version {shorten_digest(self.removed)} was removed from the registry: "
+                f"replay: version {shorten_digest(self.removed)} {where} registry: "
                 f"what it and its ancestors were trained on is not replayed"
             )
-        for problem in self.problems():
-            yield f"replay: {problem}"
+        yield from (f"replay: {problem}" for problem in self.problems())
 
 
 def read_replay(record: Path) -> ReplayRecord:

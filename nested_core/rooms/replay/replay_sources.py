@@ -20,13 +20,11 @@ from nested_core.data.held_out_rows import digest_held_out_file
 from nested_core.errors import ConfigError, DatasetError, shorten
 from nested_core.registry.data_store import read_lineage, read_stored_data
 from nested_core.registry.folders import name_exists
+from nested_core.registry.ledger import read_ledger
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.queries import holding_champion
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.rooms.replay.replayed_examples import (
-    EarlierData,
-    read_held_out_file,
-)
+from nested_core.rooms.replay.replayed_examples import EarlierData, read_held_out_file
 
 HELD_OUT_SPLITS = SPLITS[1:]
 MAX_REASON_CHARACTERS = 200
@@ -67,7 +65,8 @@ def _held_out_rows(splits: Splits) -> list[Row]:
 class Lineage:
     """A champion and its ancestors: what they were trained on, newest first.
 
-    removed: the ancestor at which the known lineage ends, because gc removed it.
+    removed: the ancestor at which the known lineage ends, because it is not in the registry.
+    is_recorded: the history says that it was removed; else it may never have been there.
     rows_of_first: how many rows the oldest known version's `iters` were counted for; None if its
         provenance does not say.
     """
@@ -75,6 +74,7 @@ class Lineage:
     champion: str | None = None
     data: Sequence[EarlierData] = ()
     removed: str | None = None
+    is_recorded: bool = True
     rows_of_first: float | None = None
 
 
@@ -87,12 +87,12 @@ def read_champions_lineage(config: FineTuneConfig) -> Lineage:
         return Lineage()
     with holding_champion(registry, name) as champion:  # no gc removes a version meanwhile
         versions = [] if champion is None else read_lineage(registry, name, champion)
-        is_there = [version_folder(registry, name, version).is_dir() for version in versions]
-        known = [version for version, there in zip(versions, is_there, strict=True) if there]
+        known = [each for each in versions if version_folder(registry, name, each).is_dir()]
         removed = versions[-1] if known != versions else None
+        is_recorded = removed is None or read_ledger(registry / name).is_removed(removed)
         data = [_read_version(registry, name, version) for version in known]
         first = read_provenance(version_folder(registry, name, known[-1])) if known else {}
-    return Lineage(champion, data, removed, _count_rows_of_iterations(first))
+    return Lineage(champion, data, removed, is_recorded, _count_rows_of_iterations(first))
 
 
 def _count_rows_of_iterations(provenance: dict[str, Any]) -> float | None:

@@ -88,6 +88,7 @@ class ReplayOfRun:
             weighting=replay.weighting,
             start=lineage.champion,
             removed=lineage.removed,
+            removal_is_recorded=lineage.is_recorded,
             rows_of_first=lineage.rows_of_first or new.rows,
             sources=chosen.sources,
             rows_sha256=sha256(content).hexdigest(),

@@ -21,6 +21,7 @@ from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
 from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.judged_run import read_judged_run
+from nested_core.registry import forget
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay.replay_record import read_replay
 from nested_core.rooms.replay.replayed_run import ReplayOfRun
@@ -257,6 +258,7 @@ def test_a_lineage_that_gc_cut_short_is_said_and_is_no_error(tmp_path: Path) -> 
     first = add_version(tmp_path, FRESH, night(tmp_path, 0))
     second = add_version(tmp_path, first, night(tmp_path, 1))
     shutil.rmtree(tmp_path / "registry" / NAME / "versions" / first)
+    forget(tmp_path / "registry", NAME, first, by="ann", reason="A disk was lost.")
     write_split(tmp_path / "new", train=[row("fresh?", "1"), row("f?", "1")])
     config = from_champion(tmp_path, replay={"missing": "error"})
     run, record = choose(config, tmp_path / "run")
@@ -264,6 +266,19 @@ def test_a_lineage_that_gc_cut_short_is_said_and_is_no_error(tmp_path: Path) -> 
     assert ReplayOfRun(config, run).describe()[-1] == (
         f"replay: version {first[:12]} was removed from the registry: what it and its ancestors "
         f"were trained on is not replayed"
+    )
+
+
+def test_an_ancestor_that_never_was_in_this_registry_is_not_called_removed(tmp_path: Path) -> None:
+    elsewhere = "e" * 64
+    add_version(tmp_path, elsewhere, night(tmp_path, 0))
+    write_split(tmp_path / "new", train=[row("fresh?", "1"), row("f?", "1")])
+    config = from_champion(tmp_path)
+    run, record = choose(config, tmp_path / "run")
+    assert (record.removed, record.removal_is_recorded) == (elsewhere, False)
+    assert ReplayOfRun(config, run).describe()[-1] == (
+        "replay: version eeeeeeeeeeee is not in this registry: what it and its ancestors were "
+        "trained on is not replayed"
     )
 
 
