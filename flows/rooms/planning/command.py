@@ -119,10 +119,10 @@ def write_configuration(
         if warnings := suggested.report.describe_warnings():
             print_progress(warnings)
     else:
-        print_progress(
-            f"note: there is no data to evaluate the adapter on. To take rows out of train for it: "
-            f"`{split_command(arguments.model, data)}`"
-        )
+        remedy = f"To take rows out of train for it: `{split_command(arguments.model, data)}`"
+        if registry:  # most of those rows would ask what the champion knows
+            remedy = "Too few rows ask what the champion's data does not: add rows that do"
+        print_progress(f"note: there is no data to evaluate the adapter on. {remedy}")
     print_progress(*_describe_rows(suggested, trained_as))
     if (output := arguments.output) is not None:
         return text_printer(f"Written: {output}. Next: `nested-tune explain -c {output}`")

@@ -41,8 +41,8 @@ def add_flags(init: argparse.ArgumentParser) -> None:
     init.add_argument(
         "--champion",
         metavar="REGISTRY/NAME",
-        help="the rows are new ones for this champion: the run goes on from it, and is trained on "
-        "every row whose question the champion's data has",
+        help="the rows are new ones for this champion: the run goes on from it, and every row "
+        "whose question the champion's data has is put in train",
     )
     group = init.add_argument_group("tables: CSV, TSV, .xlsx, parquet, JSON or the hub")
     question = group.add_mutually_exclusive_group()

@@ -133,7 +133,7 @@ def suggest_config(
         rate = lora.learning_rate * SHARE_WITH_ANOTHER_LOSS
         lora = replace(lora, learning_rate=rate, rate_note=_RATE_NOTE_WITH_ANOTHER_LOSS)
         line_of_loss = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
-    render = partial(_render_yaml, has_another_loss=loss is not None)
+    render = partial(_render_yaml, minutes=minutes, has_another_loss=loss is not None)
 
     def judge(supervise: str) -> DatasetReport:
         """The report on the data with the lengths and the targets of the suggestion."""
@@ -153,13 +153,7 @@ def suggest_config(
     trained = report if masked.errors else masked
     for batch_size, recomputes in _batch_sizes_and_recomputation(trained):
         text = render(
-            base,
-            report,
-            lora,
-            batch_size,
-            line_of_loss + supervise,
-            minutes=minutes,
-            recomputes=recomputes,
+            base, report, lora, batch_size, line_of_loss + supervise, recomputes=recomputes
         )
         config = parse_config(parse_yaml(text), source="the suggestion")
         memory = explain_run(config, measures_speed=False).memory
@@ -168,6 +162,8 @@ def suggest_config(
             break
     text = text.replace(_GATE, _GATE + tasks)
     text = text.replace(_REGISTRY, registry or _REGISTRY)
+    if registry:  # most of the rows that a split takes would ask what the champion knows
+        text = text.replace(_advise_split(base), "")
     return SuggestedConfig(
         text, trained, learns_answers=config.mask_prompt, has_another_loss=loss is not None
     )
@@ -284,7 +280,7 @@ def _render_yaml(
     batch_size: int,
     supervise: str = "",
     *,
-    minutes: float | None = None,
+    minutes: float | None,
     recomputes: bool,
     has_another_loss: bool,
 ) -> str:
@@ -371,13 +367,18 @@ def split_command(model: str, data: str) -> str:
     return shlex.join(("nested-tune", "init", *options))
 
 
+def _advise_split(base: dict[str, Any]) -> str:
+    """Comment lines with the command that takes rows out of train."""
+    command = " ".join(split_command(base["model"], base["data"]).split())
+    return f"# To take some rows out of train for both:\n#   {command}\n"
+
+
 def _describe_held_out(base: dict[str, Any], report: DatasetReport) -> str:
     held_out = {split: stats for split, stats in report.splits.items() if split != "train"}
     if not held_out:
-        command = " ".join(split_command(base["model"], base["data"]).split())
         return (
             "# There is no valid and no test split, so the quality of what was trained is not "
-            f"measured.\n# To take some rows out of train for both:\n#   {command}\n"
+            f"measured.\n{_advise_split(base)}"
         )
     does = {"valid": "chooses the step", "test": "judges the adapter"}
     if "test" not in held_out:  # gate.held_out is auto

@@ -86,15 +86,14 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     if parts.keys() == {"train"}:
         drawn = draw_splits(parts["train"], replace(request.split, names=names))
         if drawn is None:
-            rows = format_count(len(parts["train"]), "row")
             raise ConfigError(
-                f"{source.data} has {rows}, too few to take any out for valid and test; those that "
-                f"ask one question count as one.{left_out}"
+                f"{source.data} has {format_count(len(parts['train']), 'row')}, too few to take "
+                f"any out for valid and test; those that ask one question count as one.{left_out}"
             )
         parts = drawn.lines
         told += drawn.describe()
     else:
-        told += _list_known_held_out(parts, replace(request.split, names=names))
+        told += _list_known_rows(parts, replace(request.split, names=names))
     told += _list_unused(source, request.columns)
     eval_set = None
     count = request.split.questions
@@ -111,9 +110,7 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     return DataSet(counts, parts["train"][:3] if request.makes_chats else (), told, eval_set)
 
 
-def _list_known_held_out(
-    parts: Mapping[str, Sequence[bytes]], split: SplitRequest
-) -> Iterator[str]:
+def _list_known_rows(parts: Mapping[str, Sequence[bytes]], split: SplitRequest) -> Iterator[str]:
     """A sentence for each split of a person's own that asks what is known, and stays as it is."""
     for name in ("valid", "test"):
         asked = [RowTexts.of(line, split.names).question for line in parts.get(name, ())]

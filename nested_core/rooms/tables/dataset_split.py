@@ -35,7 +35,8 @@ class TooManyQuestions(ConfigError):
     """More questions for an eval set than the rows can give."""
 
     def __init__(self, asked: int, most: int, rows: str) -> None:
-        super().__init__(f"--suite {asked}: expected from 1 to {most} questions, for {rows}.")
+        expected = f"expected from 1 to {most} questions" if most else "none can be drawn"
+        super().__init__(f"--suite {asked}: {expected}, for {rows}.")
 
 
 def read_share(given: str) -> float:
@@ -56,7 +57,7 @@ class SplitRequest:
     share: of the rows, for valid and as much for test: at least one row each.
     questions: how many different ones test is to have at least; None leaves that to the answers,
         and 0 is for no eval set.
-    trained: questions that are known already: rows that ask them are trained on.
+    trained: questions that are known already: rows that ask them go to train.
     names: where rows hold their fields.
     """
 
@@ -68,7 +69,7 @@ class SplitRequest:
 
 @dataclass(frozen=True)
 class DrawnSplits:
-    """The lines of train, valid and test, and how many rows were trained on for their question.
+    """The lines of train, valid and test, and how many rows are in train for their question.
 
     has_near_duplicates: near-duplicates could not be kept together; too few rows would be left.
     """
@@ -81,7 +82,7 @@ class DrawnSplits:
         """What a person should know of the split, a sentence each."""
         rows = format_count(self.known, "row")
         told = {
-            f"asked in the champion's data too: {rows}, all trained on": self.known > 0,
+            f"asked in the champion's data too: {rows}, all in train": self.known > 0,
             "warning: so many rows nearly are one another that some held-out ones nearly are rows "
             "of train; `nested-tune validate` names them": self.has_near_duplicates,
         }
@@ -92,19 +93,20 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     """The lines of train, valid and test, drawn with a fixed seed: the same rows, the same splits.
 
     Sizes are shares of the rows that ask what is not known. Where those are too few to be split,
-    all rows are trained on, or None is returned where nothing is known. Raises TooManyQuestions
-    where test would need more than MAX_TEST_SHARE of the questions.
+    all rows are in train, or None is returned where nothing is known. Raises TooManyQuestions
+    where test would need more than MAX_TEST_SHARE of the questions, or none is new.
     """
     texts = [RowTexts.of(row, request.names) for row in rows]
     known = {row for row, one in enumerate(texts) if one.question in request.trained}
     together = _group_by_question(texts)
     new = [one for row, one in enumerate(texts) if row not in known]
     distinct = len({one.question for one in new})
-    most = max(1, int(MAX_TEST_SHARE * distinct))
+    most = min(distinct, max(1, int(MAX_TEST_SHARE * distinct)))
     least = request.questions or 1
-    if not 0 < least <= most:
+    if request.questions and not 0 < least <= most:
         share = f"{MAX_TEST_SHARE:.0%} of {distinct:,} questions are held out for it at most"
-        raise TooManyQuestions(least, most, share)
+        no_new = "no question is new: the champion's data asks them all"
+        raise TooManyQuestions(least, most, share if distinct else no_new)
     wanted = max(1, round(request.share * len(new)))
     sizes = {"valid": wanted, "test": max(wanted, math.ceil(least * len(new) / max(1, distinct)))}
     draw = _Draw(texts, sizes, least, known)
@@ -112,11 +114,9 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     is_too_coarse = any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items())
     if is_too_coarse:
         parts = draw.split(_join(together, len(rows)))
-    lines = {name: [rows[row] for row in part] for name, part in parts.items()}
     if any(known.issuperset(part) for part in parts.values()):  # a split without a new row
-        if not known:
-            return None
-        lines = {"train": [*rows]}
+        return DrawnSplits({"train": [*rows]}, len(known), False) if known else None
+    lines = {name: [rows[row] for row in part] for name, part in parts.items()}
     return DrawnSplits(lines, len(known), is_too_coarse)
 
 

@@ -98,7 +98,7 @@ def draw_eval_set(
 
     Args:
         train, held_out: chats, a line of JSON each.
-        known: further questions that are not drawn, as if train asked them.
+        known: the questions of the champion's data, which are not drawn either.
         count: how many questions. None draws LABEL_QUESTIONS at most where answers are labels, and
             returns None for other answers, and for questions of which only all right would tell.
         count_answer: the tokens of an answer to some turns; None if the model cannot see them
@@ -107,14 +107,15 @@ def draw_eval_set(
     Raises TooManyQuestions where the held-out rows have fewer than `count`.
     """
     texts = [RowTexts.of(line, FieldNames()) for line in train]
-    trained = known | {question for one in texts for question in one.asked}
+    trained = {question for one in texts for question in one.asked}
     questions: dict[bytes, _Question] = {}
     for line in held_out:
         turns = json.loads(line)["messages"]
         if _is_askable(line, turns):
             key = RowTexts.of(line, FieldNames()).question
             questions.setdefault(key, _Question(turns[:-1])).answers.append(turns[-1]["content"])
-    new = [asked for key, asked in questions.items() if key not in trained]
+    known = (known - trained) & questions.keys()
+    new = [asked for key, asked in questions.items() if key not in trained | known]
     every = Counter([one.answer for one in texts])
     every += Counter(answer for asked in new for answer in asked.answers)
     is_asked_for = count is not None
@@ -130,7 +131,8 @@ def draw_eval_set(
         if count < MIN_EXAMPLES:
             return None
     if not 0 < count <= len(longest):
-        rows = f"the held-out rows have {len(new):,} different ones that train does not ask"
+        others = "neither train nor the champion's data asks" if known else "train does not ask"
+        rows = f"the held-out rows have {len(new):,} different ones that {others}"
         if len(longest) < len(new):
             rows += f", and {len(new) - len(longest):,} of them do not fit the model"
         raise TooManyQuestions(count, len(longest), rows)
@@ -140,7 +142,8 @@ def draw_eval_set(
     score = choose_score(every)
     lines = tuple(new[number].write(score) for number in drawn)
     told = {
-        "that train asks too": len(questions) - len(new),
+        "that train asks too": len(trained & questions.keys()),
+        "that the champion's data asks": len(known),
         "that are too long for the model with their answer": len(new) - len(longest),
         f"with an answer of more than {USUAL_ANSWER_TOKENS} tokens": len(longest) - len(pool),
     }

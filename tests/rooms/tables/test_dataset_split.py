@@ -288,6 +288,28 @@ def test_a_question_of_train_is_not_asked_and_each_right_answer_counts() -> None
         draw_eval_set(lines, more, 2, count_answer)
 
 
+def test_questions_of_the_champions_data_are_not_said_to_be_of_train() -> None:
+    rows = [json.dumps(chat(f"{n}?", f"{n} is it.")).encode() for n in range(6)]
+    known = {RowTexts.of(row, ANY).question for row in rows[:4]} | {b"another"}
+    drawn = draw_eval_set(rows[:1], rows, 2, count_answer, known)
+    assert drawn is not None
+    told = "; not asked: 1 that train asks too; not asked: 3 that the champion's data asks"
+    assert drawn.left_out == told
+    others = "have 2 different ones that neither train nor the champion's data asks"
+    with pytest.raises(TooManyQuestions, match=f"from 1 to 2 questions, for the .* {others}"):
+        draw_eval_set(rows[:1], rows, 3, count_answer, known)
+    with pytest.raises(TooManyQuestions, match="none can be drawn, for the held-out rows have 0"):
+        draw_eval_set(rows, rows, 3, count_answer)
+
+
+def test_near_duplicates_are_no_warning_where_nothing_is_held_out() -> None:
+    rows = [json.dumps(chat(f"Where is the {n}?", "It is here.")).encode() for n in range(20)]
+    known = {RowTexts.of(row, ANY).question for row in rows}
+    drawn = draw_splits(rows, SplitRequest(0.1, trained=known))
+    assert drawn is not None
+    assert drawn.describe() == ["asked in the champion's data too: 20 rows, all in train"]
+
+
 def test_a_question_that_the_model_cannot_see_whole_is_not_asked() -> None:
     more = [
         json.dumps(chat(f"{n}?" * (501 if n % 2 else 1), f"{n} is it.")).encode() for n in range(8)
@@ -377,7 +399,8 @@ def test_sizes_are_shares_of_the_new_rows_and_some_of_those_are_trained_on(
     sizes = {name: len(lines) for name, lines in drawn.lines.items()}
     some = {"valid": held_out, "test": held_out} if held_out else {}
     assert sizes == {"train": 30 + new - 2 * held_out, **some}
-    with pytest.raises(TooManyQuestions, match=f"for 30% of {new} questions"):
+    told = f"for 30% of {new} questions" if new else "none can be drawn, for no question is new"
+    with pytest.raises(TooManyQuestions, match=told):
         draw_splits(rows, SplitRequest(0.1, questions=7, trained=known))
 
 

@@ -121,7 +121,7 @@ def test_rows_that_correct_the_champions_are_trained_on(
     prepared = prepare(arguments)
     assert prepared.made is not None
     assert prepared.made.rows == {"train": 22, "valid": 1, "test": 1}
-    assert "asked in the champion's data too: 12 rows, all trained on" in prepared.told
+    assert "asked in the champion's data too: 12 rows, all in train" in prepared.told
     held_out = [
         (tmp_path / "night-split" / f"{name}.jsonl").read_text() for name in ("valid", "test")
     ]
@@ -132,6 +132,31 @@ def test_rows_that_correct_the_champions_are_trained_on(
     run_init(arguments)
     assert 'registry: {path: "registry", name: "faq", promote: better}' in lines["registry"]
     assert "continual: {from: champion}" in lines["registry"]
+
+
+@pytest.mark.slow("writes a configuration")
+def test_rows_of_which_none_is_new_are_not_to_be_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    old = RunExamples([{"prompt": f"Is {n} open?", "completion": "Yes."} for n in range(12)], [])
+    run, registry = write_run(tmp_path / "run", 1), tmp_path / "registry"
+    promote(registry, "faq", register(run, registry, "faq", {}, examples=old), by="ann")
+    rows = [f"Is {n} open?,No.\n" for n in range(12)]
+    (tmp_path / "night.csv").write_text("Q,A\n" + "".join(rows))
+    flags = (*named("Q", "A"), "--champion", "registry/faq")
+    for count in ("5", "-1"):
+        with pytest.raises(ConfigError) as refused:
+            prepare(parse("night.csv", *flags, "--suite", count))
+        told = f"--suite {count}: none can be drawn, for no question is new: the champion's data"
+        assert told in str(refused.value)
+    run_init(parse("night.csv", *flags, "-o", "night.yaml"))
+    assert "--split" not in (tmp_path / "night.yaml").read_text()
+    told = " ".join(capsys.readouterr().err.split())
+    assert "asked in the champion's data too: 12 rows, all in train" in told
+    assert "some held-out ones" not in told
+    assert "--split" not in told
+    assert "Too few rows ask what the champion's data does not: add rows that do" in told
 
 
 @pytest.mark.slow("writes two configurations")
