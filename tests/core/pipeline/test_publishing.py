@@ -269,8 +269,8 @@ class TestPolicy:
         if rival == "the champion":
             for leave in ({}, {"require_validation": False}):
                 assert "4 different prompts" in outcome(publish(run, promote="better", **leave))
-        leave = {"promote": "always", "require_validation": False}
-        assert outcome(publish(run, **leave)) == "promoted"
+        always = {"promote": "always", "require_validation": False}
+        assert outcome(publish(run, **always)) == "promoted"
 
     @pytest.mark.parametrize("promote", ["always", "better"])
     def test_without_validation_only_by_leave(self, make_run, publish, promote) -> None:

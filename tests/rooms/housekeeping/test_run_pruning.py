@@ -275,7 +275,7 @@ def test_a_run_that_was_promoted_elsewhere_too_stays_after_its_own_registry_let_
     core.promote(tmp_path / "registry", NAME, version, by="ann")
     other = tmp_path / "other"
     assert core.register(tmp_path / "written-1", other, "geo", {"config": {}}) == version
-    add_promoted_to(run.promoted_to, str(other), "geo")
+    add_promoted_to(run.promoted_to, other, "geo")
     for day in (3, 4):
         core.promote(tmp_path / "registry", NAME, make_registered(tmp_path, day)[1], by="ann")
     assert version in core.collect_garbage(tmp_path / "registry", NAME, by="ann", keep=0).collected
