@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from nested_core.data.tokens.tokenized_split import Int32, TokenizedSplit
+from nested_core.gate.checks.judged import CheckedRun
+from nested_core.records.dataset import find_place
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,17 @@ def make_split(
         lines=np.arange(1, len(rows) + 1, dtype=np.int32),
         contents=np.zeros(len(rows), np.uint64),
     )
+
+
+def find_training_row(judged: CheckedRun, row: AnswerRow) -> tuple[str, int]:
+    """Return the file of the training data that a row is from, and its line there, from 1."""
+    train = judged.evidence.dataset.splits["train"]
+    return find_place(train.parts, train.file, row.line)
+
+
+def fold(text: str) -> str:
+    """Return a text without case, and with one blank where it has white space, to compare."""
+    return " ".join(text.casefold().split())
 
 
 def decode(tokenizer: Any, rows: Iterable[Int32]) -> list[str]:

@@ -20,7 +20,12 @@ from nested_core.gate.checks.judged import CheckedRun
 from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.records.paired_difference import Indices, Vector
 from nested_core.records.verdict import SCORE_ROUNDING, TaskResult
-from nested_core.rooms.controls.answer_rows import decode, read_answer_rows
+from nested_core.rooms.controls.answer_rows import (
+    decode,
+    find_training_row,
+    fold,
+    read_answer_rows,
+)
 from nested_core.rooms.controls.results import (
     ControlFigure,
     ControlResult,
@@ -79,18 +84,14 @@ class Lookup:
         return None if row is None else self.answers[row]
 
     @cached_property
-    def most_frequent_answer(self) -> str | None:
-        """The constant answer that is right for the most training rows; None without rows."""
-        return Counter(map(_fold, self.answers)).most_common(1)[0][0] if self.answers else None
+    def most_frequent_answer(self) -> str:
+        """The constant answer that is right for the most training rows, of which there are some."""
+        return Counter(map(fold, self.answers)).most_common(1)[0][0]
 
 
 def list_words(text: str) -> list[str]:
     """Return the distinct words of a text without case, in their order."""
     return list(dict.fromkeys(_WORD.findall(text.casefold())))
-
-
-def _fold(text: str | None) -> str | None:
-    return None if text is None else " ".join(text.casefold().split())
 
 
 def measure_lookup(judged: CheckedRun, train: TokenizedSplit) -> ControlResult:
@@ -109,10 +110,10 @@ def measure_lookup(judged: CheckedRun, train: TokenizedSplit) -> ControlResult:
         decode(tokenizer, (row.answer for row in known)),
     )
     questions = decode(tokenizer, (row.prompt for row in held_out))
-    expected = [_fold(text) for text in decode(tokenizer, (row.answer for row in held_out))]
+    expected = [fold(text) for text in decode(tokenizer, (row.answer for row in held_out))]
     found = [lookup.find_row(question) for question in questions]
     is_right = [
-        row is not None and _fold(lookup.answers[row]) == text
+        row is not None and fold(lookup.answers[row]) == text
         for row, text in zip(found, expected, strict=True)
     ]
     constant = expected.count(lookup.most_frequent_answer)
@@ -120,7 +121,7 @@ def measure_lookup(judged: CheckedRun, train: TokenizedSplit) -> ControlResult:
         SuspectLine(
             file=judged.held_out.file,
             line=row.line,
-            text=f"answered by train.jsonl:{known[index].line}",
+            text="answered by {}:{}".format(*find_training_row(judged, known[index])),
         )
         for row, index, right in zip(held_out, found, is_right, strict=True)
         if right and index is not None

@@ -24,7 +24,7 @@ from nested_core.measure.answers.scorers import ScoringMethod
 from nested_core.measure.answers.suite_answers import Suite, encode_suites
 from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
-from nested_core.rooms.controls.answer_rows import decode, make_split, read_answer_rows
+from nested_core.rooms.controls.answer_rows import decode, fold, make_split, read_answer_rows
 from nested_core.rooms.controls.results import (
     ControlFigure,
     ControlResult,
@@ -54,7 +54,7 @@ class TrainingAnswers:
     @cached_property
     def whole(self) -> frozenset[str]:
         """Each answer, without case and white space around words."""
-        return frozenset(map(_fold, self.texts))
+        return frozenset(map(fold, self.texts))
 
     @cached_property
     def common_openings(self) -> frozenset[str]:
@@ -71,16 +71,12 @@ class TrainingAnswers:
         opening = find_opening(answer)
         if opening.split()[:1] == find_opening(base).split()[:1]:
             return False
-        return opening in self.common_openings or _fold(answer) in self.whole
+        return opening in self.common_openings or fold(answer) in self.whole
 
 
 def find_opening(text: str) -> str:
     """Return the first words of a text without case."""
     return " ".join(word[0] for word in islice(_WORD.finditer(text.casefold()), OPENING_WORDS))
-
-
-def _fold(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def choose_prompts(texts: Sequence[str]) -> list[str]:

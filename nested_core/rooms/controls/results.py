@@ -87,10 +87,7 @@ def not_applicable(control: str, name: str, reason: str) -> ControlResult:
 def share_interval(count: int, total: int) -> Interval:
     """Return Wilson's 95 % interval of a share, `count` of `total` above 0 (Wilson 1927)."""
     z, share = 1.959964, count / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = (
-        z
-        / (1 + z * z / total)
-        * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    )
+    width = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / width
+    half = z / width * math.sqrt(share * (1 - share) / total + (z / total) ** 2 / 4)
     return max(0.0, centre - half), min(1.0, centre + half)

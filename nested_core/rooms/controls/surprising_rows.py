@@ -29,10 +29,15 @@ from nested_core.models.parameters import (
     read_parameters,
     reference_trainable_parameters,
 )
-from nested_core.records.dataset import find_place
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
-from nested_core.rooms.controls.answer_rows import AnswerRow, decode, make_split, read_answer_rows
+from nested_core.rooms.controls.answer_rows import (
+    AnswerRow,
+    decode,
+    find_training_row,
+    make_split,
+    read_answer_rows,
+)
 from nested_core.rooms.controls.results import (
     ControlFigure,
     ControlResult,
@@ -184,9 +189,8 @@ def _list_suspects(
         prompts = [row.prompt.tolist() for row in rows]
         given = answer_prompts(base.model, base.tokenizer, prompts, Sampling(SHOWN_TOKENS))
     expected = decode(base.tokenizer, (row.answer[:SHOWN_TOKENS] for row in rows))
-    train = judged.evidence.dataset.splits["train"]
     for row, loss, text, answer in zip(rows, losses, expected, given, strict=True):
-        file, line = find_place(train.parts, train.file, row.line)
+        file, line = find_training_row(judged, row)
         yield SuspectLine(
             file=file, line=line, figure=round(loss, 3), text=text, given=answer.text.strip()
         )
