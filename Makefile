@@ -37,9 +37,9 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 
 # A worker that has nothing left to do takes tests from one that has.
 PYTEST := $(BIN)/pytest -n auto --dist worksteal
-CLAIMS := "not slow and not reliability and not production and not real"
-test: $(VENV)/dev.stamp ## the tests to run between two edits: every claim
-	$(PYTEST) -m $(CLAIMS)
+FAST := "not slow and not reliability and not production and not real"
+test: $(VENV)/dev.stamp ## the tests to run between two edits
+	$(PYTEST) -m $(FAST)
 
 test-all: test ## make test, and the slow tests that it leaves out
 	$(PYTEST) -m "slow and not reliability and not production"
@@ -56,7 +56,7 @@ test-kernels: $(VENV)/dev.stamp ## make test under OpenBLAS's kernels for other 
 		if [ $$name = SkylakeX ] && ! grep -qsw avx512f /proc/cpuinfo; then \
 			echo "$$name: not run, for this processor has no AVX-512"; continue; \
 		fi; \
-		if env $$setting $(PYTEST) -m $(CLAIMS) >build/test-kernels/$$name.log 2>&1; then end=passed; else end=FAILED failed=1; fi; \
+		if env $$setting $(PYTEST) -m $(FAST) >build/test-kernels/$$name.log 2>&1; then end=passed; else end=FAILED failed=1; fi; \
 		echo "$$name: $$end, build/test-kernels/$$name.log"; \
 	done; exit $$failed
 

@@ -25,6 +25,8 @@ from benchmarks.learning.apart import TESTED, holm
 from benchmarks.learning.study import APART, FULL, LIKE_K, REAL, REAL_TASKS, Cell, read_rows
 from benchmarks.learning.tasks import GEOGRAPHY, READERS, Counts, Row, read_task
 
+pytestmark = pytest.mark.slow("computes the study's intervals again")
+
 LEARNING = Path(__file__).resolve().parents[2] / "benchmarks" / "learning"
 BASES = GEOGRAPHY.parent
 PAGE = (LEARNING / "RESULTS-4.md").read_text()

@@ -11,6 +11,8 @@ from nested_core.pipeline import steps
 from tests.example import MODEL, Finished, train_example, write_config
 from tests.flows.conftest import called
 
+pytestmark = pytest.mark.slow("changes the base, and runs each command")
+
 SETTINGS = {"iters": 4, "val_batches": 0}
 
 

@@ -18,6 +18,8 @@ from nested_core.text.loss_format import format_loss
 from tests.example import train_example, train_until_answers_are_broken
 from tests.flows.conftest import CommandRun, Ended, called
 
+pytestmark = pytest.mark.slow("runs each command of the registry")
+
 NAME = "capitals"
 Registry = Callable[..., Ended]
 

@@ -14,6 +14,8 @@ from prefect.settings import get_current_settings
 from tests.example import write_config
 from tests.flows.conftest import Ended, called, completed
 
+pytestmark = pytest.mark.slow("runs the pipeline by its command")
+
 
 @dataclass(frozen=True)
 class Runs:

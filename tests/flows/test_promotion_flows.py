@@ -30,7 +30,10 @@ from tests.flows.conftest import task_runs
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
 from tests.left_out import needs_rooms
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [
+    pytest.mark.usefixtures("prefect_server"),
+    pytest.mark.slow("runs flows on Prefect's server"),
+]
 Add = Callable[..., str]
 
 

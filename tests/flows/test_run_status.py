@@ -18,6 +18,8 @@ from nested_core.storage import untrusted_files
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import Finished, example_config, prepare, stop_after, train
 
+pytestmark = pytest.mark.slow("looks at a run in each of its stages")
+
 JUDGED = JudgedAdapter("adapter", "0" * 64)
 PASSED = Verdict((), 8, JUDGED, JUDGED, ())
 

@@ -27,7 +27,10 @@ from tests.example import Finished, example_config, train_example
 from tests.flows.conftest import task_runs
 from tests.left_out import slow_except
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [
+    pytest.mark.usefixtures("prefect_server"),
+    pytest.mark.slow("fails each task on Prefect's server"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,10 @@ from tests.core.registry.system_calls import (
 )
 
 # The children of these forks only touch files; that the parent has threads does not matter.
-pytestmark = [pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.slow("fails at each system call in turn"),
+]
 
 
 @pytest.fixture(autouse=True)

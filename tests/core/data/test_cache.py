@@ -32,6 +32,8 @@ from tests.builders.data_sets import write_lines
 from tests.core.data.conftest import WriteData
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("validates anew for each thing that changed")
+
 TRAIN = [{"text": f"{n} is the river of {n}land."} for n in range(9)]
 
 

@@ -17,6 +17,8 @@ from nested_core import NestedAdam, NestedAdamW
 from tests.core.optim.leaves import bits, step_of
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("takes 200 steps by each optimizer, twice")
+
 STEPS, COMPARED_EVERY = 200, 20
 COMPILES = pytest.mark.slow("compiles each step that it compares")
 PAIRS = {"Adam": (NestedAdam, optimizers.Adam), "AdamW": (NestedAdamW, optimizers.AdamW)}

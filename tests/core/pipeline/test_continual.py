@@ -41,6 +41,8 @@ from tests.example import DATA, MODEL, example_config, prepare, train
 from tests.left_out import slow_except
 from tests.runs import not_registered
 
+pytestmark = pytest.mark.slow("trains on from champions")
+
 ANOTHER_NIGHT = pytest.mark.slow("prepares another night")
 NAME = "capitals"
 TEMPLATE = json.loads((MODEL / "tokenizer_config.json").read_text())["chat_template"]

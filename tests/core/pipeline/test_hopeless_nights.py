@@ -38,6 +38,8 @@ from tests.builders.suites import write_suite
 from tests.example import DATA, MODEL, example_config
 from tests.left_out import needs_rooms
 
+pytestmark = pytest.mark.slow("trains and judges nights")
+
 FOLLOWING = {"from": "champion", "allow_high_rate": True}
 NAME = "capitals"
 # What training itself does not see, and what then becomes of the adapter rests on.

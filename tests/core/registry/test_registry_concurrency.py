@@ -27,7 +27,10 @@ from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME, assert_settled
 
 # The children of these forks only touch files; that the parent has threads does not matter.
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.slow("races processes"),
+]
 
 
 def test_holder_of_the_lock_who_is_killed_blocks_nobody(three, registry):

@@ -30,7 +30,10 @@ from tests.core.registry.faults import (
 )
 
 # The children of these forks only touch files; that the parent has threads does not matter.
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.slow("stops a process at each system call in turn"),
+]
 
 OLD, NEW = b"old " * 1000, b"new " * 1500
 

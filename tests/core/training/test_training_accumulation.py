@@ -23,6 +23,8 @@ from nested_core.storage.safetensors_files import read_tensors
 from tests.example import Finished, train_example
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("trains on micro batches and on whole ones")
+
 Moments = dict[str, np.ndarray]
 CAPITALS = {"Austria": "Vienna", "China": "Beijing", "Peru": "Lima", "Spain": "Madrid"}
 ONE_TIER = {"nested": {"frequencies": [1]}, "training": {"max_grad_norm": 0}}

@@ -30,6 +30,8 @@ from tests.example import (
 )
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("trains all weights")
+
 FULL: dict[str, Any] = {
     "fine_tune_type": "full",
     "num_layers": 3,

@@ -40,6 +40,8 @@ from tests.example import (
 )
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("trains with each option")
+
 IMPORTANCE = {"strategy": "parameter_importance", "probe_batches": 2}
 
 

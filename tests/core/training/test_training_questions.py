@@ -33,6 +33,8 @@ from nested_core.training.training_state import TrainingState
 from tests.example import DATA, MODEL, Finished, example_config, prepare, require_refused, train
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("trains, and asks at each evaluation")
+
 HELD_OUT = DATA / "held_out.jsonl"
 
 

@@ -30,7 +30,10 @@ from flows.rooms.approval.questions import request_approval
 from nested_core import registry as core
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
 
-pytestmark = pytest.mark.usefixtures("prefect_server")
+pytestmark = [
+    pytest.mark.usefixtures("prefect_server"),
+    pytest.mark.slow("asks a person by Prefect's server"),
+]
 Add = Callable[..., str]
 
 

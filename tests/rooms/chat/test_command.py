@@ -21,6 +21,8 @@ from tests.builders.adapter_folders import Arrays, change_config, change_tensors
 from tests.example import MODEL, generate_answers
 from tests.flows.conftest import CommandRun, Ended, called
 
+pytestmark = pytest.mark.slow("answers with two models side by side")
+
 QUESTION = "I want to see Italy. Where to?"
 
 

@@ -35,6 +35,8 @@ from tests.example import DATA, MODEL, example_config
 from tests.flows.conftest import called
 from tests.rooms.evaluate.conftest import CAPITALS, SUITES, Judged
 
+pytestmark = pytest.mark.slow("trains runs, and asks their models")
+
 
 @pytest.fixture(scope="module")
 def bases() -> list[Path]:

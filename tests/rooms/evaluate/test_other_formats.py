@@ -25,6 +25,8 @@ from nested_core.rooms.export.fusing import load_fused
 from nested_core.rooms.export.gguf import write_gguf
 from nested_core.rooms.export.named_artefact import find_artefact
 
+pytestmark = pytest.mark.slow("exports runs, and judges the files")
+
 
 @pytest.fixture(scope="module")
 def exported(judged: Judged) -> Path:

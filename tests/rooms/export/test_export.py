@@ -51,6 +51,8 @@ from tests.rooms.export.small_bases import (
     train_adapter,
 )
 
+pytestmark = pytest.mark.slow("writes whole models, and reads them back")
+
 HELD_OUT = DATA / "valid.jsonl"
 NEEDS_LLAMA_CPP = pytest.mark.skipif(
     not has_llama_cpp(), reason="llama.cpp is not here: pip install llama-cpp-python"

@@ -15,6 +15,8 @@ from benchmarks.real_model.other_readers import Answers, MlxLm, compare, describ
 from tests.builders.adapter_folders import random_adapter
 from tests.example import DATA, MODEL
 
+pytestmark = pytest.mark.slow("reads exports with other programs")
+
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = ROOT / "benchmarks" / "real_model" / "other_readers.jsonl"
 EXPORTS = [row["export"] for row in read_rows(ROWS)]

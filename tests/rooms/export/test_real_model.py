@@ -18,6 +18,8 @@ from nested_core.rooms.export.gguf import write_gguf
 from nested_core.rooms.export.gguf.families import config_of
 from tests.example import MODEL
 
+pytestmark = pytest.mark.slow("writes whole models, and reads them back")
+
 QUESTION = [{"role": "user", "content": "What is the capital of Norway?"}]
 TEXT = "Oslo is the capital of Norway."
 

@@ -16,6 +16,8 @@ from tests.builders.candidates import Candidate, train_candidate
 from tests.core.gate.pairs import codes
 from tests.example import MODEL
 
+pytestmark = pytest.mark.slow("fuses whole models")
+
 TRAINS_ANOTHER = pytest.mark.slow("trains another run on a quantised base, and judges it twice")
 
 

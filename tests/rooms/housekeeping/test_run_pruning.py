@@ -32,6 +32,8 @@ from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import no_time_to_decide, write_run
 from tests.runs import add_checkpoints, begin_run, finished_run
 
+pytestmark = pytest.mark.slow("copies and removes whole runs")
+
 NAME = "support-bot"
 __all__ = ["no_time_to_decide"]
 

@@ -29,6 +29,8 @@ from nested_core.records.dataset import DatasetReport
 from nested_core.rooms.hub.hub_datasets import open_dataset_by_name
 from tests.builders.data_sets import chat, write_lines
 
+pytestmark = pytest.mark.slow("imports datasets, and reads its files")
+
 has_library = importlib.util.find_spec("datasets") is not None
 needs_library = pytest.mark.skipif(not has_library, reason="the extra `hub` is not installed")
 ROWS = [{"question": f"Where is {n}?", "response": f"In {n}land.", "id": n} for n in range(20)]

@@ -35,6 +35,8 @@ from nested_core.training.train_step import TrainStep
 from tests.example import example_config, prepare
 from tests.left_out import needs_rooms
 
+pytestmark = pytest.mark.slow("compiles kernels anew")
+
 TIERS = {"frequencies": [1, 2, 4]}
 DUE_SETS = {(0,), (0, 1), (0, 1, 2)}
 ROOT = Path(__file__).resolve().parents[3]

@@ -20,6 +20,8 @@ from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config, prepare
 from tests.left_out import needs_rooms
 
+pytestmark = pytest.mark.slow("measures steps before it forecasts")
+
 
 def forecast_of(**changes: Any) -> Forecast:
     """Steps of 2 s, an evaluation of 3 and a checkpoint of 1 every tenth of a run, 34 to judge."""

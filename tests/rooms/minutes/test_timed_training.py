@@ -32,6 +32,8 @@ from nested_core.rooms.minutes.forecast import Forecast
 from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import SPEEDS, example_config, prepare
 
+pytestmark = pytest.mark.slow("trains against the clock")
+
 # A run of some seconds, with warm-up, cosine and evaluations by shares of the run.
 SETTINGS: dict[str, Any] = {
     "steps_per_report": 0.05,

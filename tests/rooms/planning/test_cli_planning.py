@@ -12,6 +12,8 @@ from nested_core import load_config
 from tests.example import DATA, MODEL
 from tests.flows.conftest import called
 
+pytestmark = pytest.mark.slow("runs init, explain and train")
+
 INIT = ("init", "--data", str(DATA), "--model", str(MODEL))
 
 

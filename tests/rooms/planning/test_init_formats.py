@@ -7,9 +7,13 @@ import re
 import shutil
 from pathlib import Path
 
+import pytest
+
 from nested_core import load_config
 from tests.example import MODEL
 from tests.flows.conftest import called
+
+pytestmark = pytest.mark.slow("tokenises what init wrote")
 
 
 def write_alpaca(path: Path, rows: int, **more: str) -> None:

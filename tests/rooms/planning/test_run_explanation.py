@@ -30,6 +30,8 @@ from tests.architectures import HYBRIDS, SIZES
 from tests.builders.data_sets import write_lines
 from tests.example import DATA, MODEL, example_config, example_settings
 
+pytestmark = pytest.mark.slow("forecasts with the model and the data")
+
 
 @pytest.fixture(scope="module")
 def config() -> FineTuneConfig:

@@ -12,6 +12,8 @@ from tests.flows.conftest import called
 from tests.left_out import needs_rooms
 from tests.rooms.preferences.pair_data import BASE, list_pairs, write_pairs, write_rows
 
+pytestmark = pytest.mark.slow("runs five commands, one after the other")
+
 DOCUMENT = Path(__file__).parents[3] / "docs" / "preferences.md"
 QUESTION = "I want to see Italy. Where to?"
 

@@ -52,6 +52,8 @@ from tests.rooms.preferences.pair_data import (
     write_rows,
 )
 
+pytestmark = pytest.mark.slow("trains on pairs, and judges what came of it")
+
 SIZE = {
     "iters": 6,
     "steps_per_eval": 3,

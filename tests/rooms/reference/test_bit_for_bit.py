@@ -20,6 +20,8 @@ from tests.example import DATA, MODEL, train_example
 from tests.fork_server import python
 from tests.left_out import slow_except
 
+pytestmark = pytest.mark.slow("trains by mlx_lm.lora too")
+
 # Runs mlx_lm.lora's own `run` and notes what it hands to its reporting callback.
 REFERENCE = """
 import json, sys, types

@@ -35,6 +35,8 @@ from tests.builders.judged_adapters import pass_by_hand
 from tests.example import DATA
 from tests.rooms.replay.nights import FRESH, add_version, from_champion, row, write_split
 
+pytestmark = pytest.mark.slow("judges nights by what their ancestors held out")
+
 NAME = "capitals"
 Row = dict[str, Any]
 

@@ -48,6 +48,8 @@ from tests.rooms.replay.nights import (
     write_split,
 )
 
+pytestmark = pytest.mark.slow("trains night after night")
+
 
 def measured(seconds: float, training: float) -> MeasuredRun:
     """A forecast: so many seconds in all, so many of them for the steps."""

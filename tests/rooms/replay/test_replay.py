@@ -49,6 +49,8 @@ from tests.rooms.replay.nights import (
     write_split,
 )
 
+pytestmark = pytest.mark.slow("trains night after night")
+
 LINES = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()
 
 

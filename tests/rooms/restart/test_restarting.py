@@ -16,6 +16,8 @@ from nested_core.rooms.restart import restarting
 from nested_core.rooms.restart.restarting import describe_end, run_again_where_killed
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow("starts processes, and ends them")
+
 # Tells of its run, writes the checkpoints that `made` names for its start, and ends as it is told.
 PROGRAM = """
 import os, signal, sys, time

@@ -30,6 +30,8 @@ from tests.rooms.serve.test_following import arrays_of, wait_for
 from tests.rooms.serve.versions import NAME, Client, serving, settings
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow("serves champions that are asked before they are served")
+
 Promote = Callable[..., str]
 
 

@@ -36,6 +36,8 @@ from tests.rooms.serve.versions import (
 )
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow("serves a registry whose champion changes")
+
 Promote = Callable[..., str]
 SECONDS_ON_A_LOADED_MACHINE = 60.0  # a second or two on two quiet cores
 

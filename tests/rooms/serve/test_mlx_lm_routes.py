@@ -18,6 +18,8 @@ import pytest
 
 from tests.rooms.serve.versions import NAME, Client, serving, settings
 
+pytestmark = pytest.mark.slow("sends the requests of mlx_lm's own tests")
+
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 HELLO: list[dict[str, Any]] = [SYSTEM, {"role": "user", "content": "Hello!"}]
 SAMPLED = {"max_tokens": 10, "temperature": 0.7, "top_p": 0.85, "repetition_penalty": 1.2}

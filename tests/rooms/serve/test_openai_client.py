@@ -14,6 +14,8 @@ from tests.rooms.serve.versions import NAME, QUESTION, serving, settings
 if TYPE_CHECKING:
     import openai  # half a second, which only the worker that runs these tests takes
 
+pytestmark = pytest.mark.slow("imports the client, and asks a server by it")
+
 KEY = "only-in-tests"
 MESSAGES: list[openai.types.chat.ChatCompletionMessageParam] = [
     {"role": "user", "content": QUESTION}

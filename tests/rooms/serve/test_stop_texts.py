@@ -15,6 +15,8 @@ from nested_core.rooms.serve.stop_texts import AnswerText
 from tests.example import MODEL
 from tests.rooms.serve.versions import NAME, Client
 
+pytestmark = pytest.mark.slow("serves and streams whole answers")
+
 TEXTS = st.text("abc ", max_size=12)
 STOPS = st.lists(st.text("abc ", min_size=1, max_size=4), min_size=1, max_size=3)
 

@@ -16,6 +16,8 @@ from tests.rooms.serve.test_following import wait_for
 from tests.rooms.serve.versions import NAME, Client, Reply, serving, settings
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow("serves a registry whose champion changes")
+
 Promote = Callable[..., str]
 NO_END: dict[str, Any] = {
     "max_tokens": 10**6,

@@ -35,6 +35,8 @@ from nested_core.rooms.sweep.search import (
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import DATA, MODEL, example_config, example_settings
 
+pytestmark = pytest.mark.slow("trains several arms")
+
 CONFIG: dict[str, Any] = {"iters": 40, "nested": {"frequencies": [1]}, "batch_size": 4}
 REQUEST = SweepRequest({"learning_rate": [1e-6, 1e-4]}, steps=60)
 

@@ -25,6 +25,8 @@ from tests.flows.conftest import called
 from tests.left_out import slow_except
 from tests.rooms.tables.people_tables import TABLES, Pair, PeopleTable, write_long
 
+pytestmark = pytest.mark.slow("tokenises tables by init and validate")
+
 CONTEXT = 512  # tokens, in the place of the example's 64
 
 

@@ -23,6 +23,8 @@ from nested_core.models.parameters import (
 from nested_core.training.loss import logit_budget
 from tests.example import example_config
 
+pytestmark = pytest.mark.slow("computes all logits in float64")
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
