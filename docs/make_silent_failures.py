@@ -37,9 +37,9 @@ COLOURS = {
 LEFT, TOP, ROW, COLUMN = 330, 66, 18, 150  # pixels of the picture
 GUIDE = """# Silent failures
 
-This page is for anyone who trains adapters, with any tool. A fine-tuning can fail in ways that no
-error and no loss tells of. Each one below is from a public report: why it happens, how to see it,
-what to do. The picture shows which of the first thirty-five a tool notices
+This page is for anyone who trains adapters, with any tool. Each failure below is from a public
+report, and shows in no error and no loss: why it happens, how to see it, what to do. The picture
+shows which of the first thirty-five a tool notices
 ([what was run](../benchmarks/silent_failures/README.md)).
 
 ![A line for each failure, a column for each tool, coloured by when it was
@@ -79,8 +79,7 @@ the largest six none was warned of (rows not kept).
 
 PREFERENCES = """## Five more of training on preferences
 
-The same for training on [preferences](preferences.md). nested-tune notices all five
-(`python -m benchmarks.silent_failures --list preferences`).
+nested-tune notices all five ([such a training](preferences.md)).
 """
 
 
