@@ -23,8 +23,8 @@ PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
 # Configuration
 
-This page is for anyone who looks up a key or a flag. `make docs` writes it from the schema in
-`nested_core/config/`, so do not edit it by hand. A file of this size is enough to begin with:
+`make docs` writes this page from the schema in `nested_core/config/`. A file of this size is enough
+to begin with:
 
 ```yaml
 model: mlx-community/Qwen3-0.6B-4bit
@@ -36,18 +36,16 @@ training: {epochs: 3}
 
 mlx-lm's keys are at the top level, with mlx-lm's names and defaults. Our own are in sections. Each
 key is also a flag, which wins over the file: `--learning-rate 1e-4`, `--nested.frequencies '[1, 2,
-4]'`. Unknown keys are refused, with the nearest known one. `nested-tune init` writes a commented
-file for your data.
+4]'`. `nested-tune init` writes a commented file for your data.
 
 Each line has a key, its default, other choices if they are few, and what it does. The last lines of
-a section name the keys that **may differ** where a run is resumed, and those that are **no reason
+a section name the keys that **may differ** if a run is resumed, and those that are **no reason
 to train again** in a run from the champion (`continual`). `model` and `data` are compared by
 content, not by path.
 
-YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Plain words are those of
-YAML 1.2: `true`, `false`, `null`, decimal numbers, `1e-5`. All else is text, such as `2026-11-21`
-or `0x10`. A number with a leading zero, such as `010`, is refused. A switch also takes `yes` and
-`on`, as in mlx-lm's files.
+YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Words and numbers are those
+of YAML 1.2; all else is text, such as `2026-11-21` or `0x10`. `010` is refused. A switch also takes
+`yes` and `on`.
 """
 
 
@@ -55,28 +53,24 @@ OTHERS_PAGE = Path(__file__).with_name("coming-from.md")
 OTHERS_HEAD = """\
 # Coming from another trainer
 
-This page is for anyone with a configuration of mlx_lm.lora, axolotl, LLaMA-Factory, unsloth, TRL,
-PEFT or Soup. `make docs` writes it, so do not edit it by hand.
+This page is for anyone with a configuration of another trainer. `make docs` writes it.
 
 ## From mlx_lm.lora
 
-Replace one word. Your file works as it is:
+Your file works as it is:
 
-    mlx_lm.lora -c lora.yaml                                # before
-    nested-tune train -c lora.yaml --run-dir runs/first     # now
+    nested-tune train -c lora.yaml --run-dir runs/first     # not mlx_lm.lora
     mlx_lm.generate --model MODEL --adapter-path runs/first/adapter -p "..."
 
 Every key and flag keeps its name, default and meaning, apart from these:
 
-1. Model and data are required. Nothing is fetched from the hub by default.
-2. After training, a [gate](gate.md) compares the adapter with the initial one. A rejected one is
+1. After training, a [gate](gate.md) compares the adapter with the initial one. A rejected one is
    exit code 4.
-3. The adapter is in the run directory. `adapter_path` gets copies under mlx_lm.lora's names, and
-   its adapters.safetensors is the best by validation loss, not the last.
-4. Each example is used once an epoch, the last batch included, and the loss of a batch is a mean
+2. The adapter is in the run directory.
+3. Each example is used once an epoch, the last batch included, and the loss of a batch is a mean
    over its tokens. `training: {reference: mlx_lm}` does exactly what mlx_lm.lora does, bit for
    bit under one BLAS.
-5. A key that mlx_lm.lora would ignore is refused, with the key that was probably meant.
+4. A key that mlx_lm.lora would ignore is refused, with the key that was probably meant.
 
 For `--test` without `--train` there is `nested-tune evaluate`. For `mlx_lm.fuse`, see
 [export.md](export.md).
@@ -88,11 +82,8 @@ SAME_HEAD = "\nAll other keys are as there.\n"
 OTHERS_TABLE = """
 ## From axolotl, LLaMA-Factory, unsloth, TRL, PEFT and Soup
 
-Their files are not read, but their names are known. A key of theirs, in any section, gets an
-error with ours:
-
-    nested-tune train --micro_batch_size 4     # refused: batch_size
-    nested-tune init --data DATA --model MODEL -o lora.yaml     # start here
+Their files are not read: start with `nested-tune init --data DATA --model MODEL -o lora.yaml`. A key
+of theirs, in any section, gets an error with ours:
 
 """
 

@@ -26,6 +26,7 @@ Written by `make docs`; do not edit it by hand. Nothing here has to be set to tr
 brackets. On a server, `/etc/nested-tune/settings.env` is the place
 ([Nightly on Prefect](../deployments/README.md)).
 """
+INTERNAL = "Between processes of the program: do not set"  # the page names them alone
 # By section: what is there without it, and what it does.
 VARIABLES = {
     "To set": {
@@ -115,7 +116,7 @@ VARIABLES = {
         "MLX_MAX_OPS_PER_BUFFER": ("8 to 100", "on CUDA: operations a commit, by model size"),
         "OPENBLAS_THREAD_TIMEOUT": ("18", "OpenBLAS's threads sleep after 0.1 ms"),
     },
-    "Between processes of the program: do not set": {
+    INTERNAL: {
         "NESTED_TUNE_TMPDIR": ("", "`TMPDIR` as it was before training replaced it"),
         "NESTED_TUNE_PARENT": ("", "process that begins a training again if it is killed"),
         "MLX_RANK": ("", "rank of a process that trains beside others"),
@@ -184,6 +185,9 @@ def render_page() -> str:
     parts = [HEAD]
     for section, variables in VARIABLES.items():
         parts.append(f"\n## {section}\n\n")
+        if section == INTERNAL:
+            parts.append(f"{', '.join(f'`{name}`' for name in variables)}.\n")
+            continue
         for name, (default, meaning) in variables.items():
             value = _value(default, shipped.get(name))
             parts.append(f"- `{name}`{f' ({value})' if value else ''}: {meaning}\n")

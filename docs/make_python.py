@@ -23,8 +23,7 @@ PAGE = Path(__file__).with_name("python.md")
 HEAD = """\
 # From Python
 
-This page is for anyone who trains from Python or a notebook. `make docs` writes it from the
-docstrings in `nested_core/`, so do not edit it by hand.
+`make docs` writes this page from the docstrings in `nested_core/`.
 
 ```python
 from nested_core import prepare
@@ -40,7 +39,7 @@ for row in found.rows():  # pandas.DataFrame(found.rows()) takes them
     print(row["model"], row["measured"], row["value"])
 ```
 
-[notebook.ipynb](../examples/notebook.ipynb) goes the same way with the example. A test runs both.
+[notebook.ipynb](../examples/notebook.ipynb) goes the same way with the example.
 
 The names below are public. Anything else may change in any release
 ([versions](README.md#versions)). What a notebook displays has `to_html` and `describe`, and
