@@ -24,7 +24,7 @@ EXCEPTIONS = {
     "flows/commands/prefect_notice.py": (1, "this user's own profiles of Prefect"),
     "flows/process/stop_signals.py": (1, "a pipe of its own"),
     "nested_core/storage/main_memory.py": (1, "a limit that the kernel shows in /sys"),
-    "nested_core/storage/removal.py": (1, "what the kernel says in /proc of mounts"),
+    "nested_core/rooms/housekeeping/removal.py": (1, "what the kernel says in /proc of mounts"),
     "nested_core/rooms/kernel_folder/compiled_kernels.py": (
         7,
         "its own folder, mode 0700, owner checked",

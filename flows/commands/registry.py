@@ -1,24 +1,22 @@
-"""promote, rollback, history, audit, gc, policy and forget."""
+"""promote, rollback, history and policy."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import add_registry_arguments
-from flows.commands.command_output import result_printer, text_printer
+from flows.commands.command_output import result_printer
 from flows.commands.prefect_notice import tell_server
 from flows.terminal.console import print_line, print_progress, print_table
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError
 from nested_core.process.current_user import current_user
 from nested_core.seams import is_there
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import join_units
-from nested_core.text.value_format import format_count
 
 if TYPE_CHECKING:
     from nested_core.registry import Decision
@@ -55,32 +53,6 @@ def add_commands(commands: Any) -> None:
         group="Registry",
         example="nested-tune history support-bot",
     )
-    audit = commands.add(
-        "audit",
-        run_registry_audit,
-        "verify the registry, every file of it",
-        json=True,
-        group="Registry",
-        example="nested-tune audit support-bot",
-    )
-    gc = commands.add(
-        "gc",
-        run_gc,
-        "remove versions that are not needed",
-        json=True,
-        group="Registry",
-        example="nested-tune gc support-bot --keep 10 --dry-run",
-    )
-    gc.add_argument(
-        "--keep", type=int, default=10, metavar="N", help="newest to keep (default: 10)"
-    )
-    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    gc.add_argument(
-        "--forget",
-        type=Path,
-        metavar="FILE",
-        help="take these rows or prompts (JSON Lines) out of the data store, and remove no version",
-    )
     policy = commands.add(
         "policy",
         run_policy,
@@ -112,18 +84,8 @@ def add_commands(commands: Any) -> None:
         metavar="VERSION|nights:N",
         help="version that no automatic promotion may be worse than, within a margin (null: none)",
     )
-    forget = commands.add(
-        "forget",
-        run_forget,
-        "record that a version is lost",
-        group="Registry",
-        example="nested-tune forget support-bot 3785767e --by ann --reason 'a bad disk'",
-    )
-    for parser in (promote, rollback, history, audit, gc, forget, policy):
+    for parser in (promote, rollback, history, policy):
         add_registry_arguments(parser)
-    forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")
-    forget.add_argument("--by", required=True, metavar="WHO", help="recorded in the history")
-    forget.add_argument("--reason", required=True, metavar="TEXT", help="recorded in the history")
 
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -263,21 +225,6 @@ def _read_suites(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Record that a version is lost, and remove what is left of it."""
-    from nested_core.registry import forget
-
-    version = forget(
-        arguments.registry,
-        arguments.name,
-        arguments.version,
-        by=arguments.by,
-        reason=arguments.reason,
-    )
-    tell_server(arguments.registry, arguments.name)
-    return text_printer(f"forgotten: {shorten_digest(version)}")
-
-
 def _print_change(arguments: argparse.Namespace, done: Decision) -> Callable[[], int]:
     """The champion after a change, and the one before it; in JSON with all digits."""
     change = {"outcome": done.outcome, "version": done.version, "previous": done.previous}
@@ -341,74 +288,3 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _shorten_version(version: str | None) -> str | None:
     return None if version is None else shorten_digest(version)
-
-
-def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Re-hash every version and the pointer, and compare the history with them."""
-    from nested_core.registry import audit
-
-    report = audit(arguments.registry, arguments.name)
-
-    def show() -> None:
-        """Each finding with its file, or that there is none."""
-        if report.findings:
-            print_table(("what", "problem"), [(f.file, f.message) for f in report.findings])
-            for advice in dict.fromkeys(f.advice for f in report.findings if f.advice is not None):
-                print_line(advice)
-        else:
-            versions = format_count(len(report.versions), "version")
-            print_line(f"{versions}, the champion and the history are sound")
-        for note in report.notes:
-            print_line(f"note: {note}")
-
-    code = DamagedError.exit_code if report.findings else 0
-    return result_printer(arguments, lambda: asdict(report), show, code)
-
-
-def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Remove versions, but never the champion, nor what a rollback would go to; or forget rows."""
-    from nested_core.registry import collect_garbage
-
-    if arguments.forget is not None:
-        return _forget_rows(arguments)
-    done = collect_garbage(
-        arguments.registry,
-        arguments.name,
-        by=current_user(),
-        keep=arguments.keep,
-        dry_run=arguments.dry_run,
-    )
-
-    def show() -> None:
-        """Each version that was removed, and how much that is."""
-        what = "would remove" if done.is_dry_run else "removed"
-        for version in done.collected:
-            print_line(f"{what} {shorten_digest(version)}")
-        print_line(
-            f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB), kept "
-            f"{len(done.kept)}; {done.rows} stored examples; {len(done.leftovers)} temporary files "
-            f"of killed processes"
-        )
-
-    return result_printer(arguments, lambda: asdict(done), show)
-
-
-def _forget_rows(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Take the rows that a file lists out of the data store, and say which versions lost them."""
-    from nested_core.data.example_rows import read_row_list
-    from nested_core.registry import forget_rows
-
-    listed = read_row_list(arguments.forget)
-    done = forget_rows(
-        arguments.registry, arguments.name, listed.has, by=current_user(), dry_run=arguments.dry_run
-    )
-
-    def show() -> None:
-        """Each version that lost rows, with how many, or that none had any."""
-        what = "would lose" if done.is_dry_run else "lost"
-        for version, rows in done.versions.items():
-            print_line(f"{shorten_digest(version)} {what} {rows} stored examples")
-        if not done.versions:
-            print_line("no version has any of these rows in the data store")
-
-    return result_printer(arguments, lambda: asdict(done), show)

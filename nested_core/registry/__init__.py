@@ -8,20 +8,13 @@ take no lock.
 
 ledger.py is the history; link_and_views.py the folder under its lock with the derived files;
 versions.py a version; judgements.py its later verdicts; data_store.py its examples. registration.py
-adds a version; promote_and_rollback.py changes the champion; garbage_collection.py removes
-versions; queries.py and audit_report.py read; policy.py is the minimum that a name requires for
-promotion. promotion_policy.py decides automatic
-promotion, and trials.py finds runs whose repetition is useless; these two are imported where they
-are used.
+adds a version; promote_and_rollback.py changes the champion; queries.py reads; policy.py is the
+minimum that a name requires for promotion. promotion_policy.py decides automatic promotion, and
+trials.py finds runs whose repetition is useless; these two are imported where they are used. The
+room housekeeping audits a registry and removes versions.
 """
 
-from nested_core.registry.audit_report import AuditReport as AuditReport
-from nested_core.registry.audit_report import audit as audit
 from nested_core.registry.folders import list_names as list_names
-from nested_core.registry.garbage_collection import GarbageReport as GarbageReport
-from nested_core.registry.garbage_collection import collect_garbage as collect_garbage
-from nested_core.registry.garbage_collection import forget as forget
-from nested_core.registry.garbage_collection import forget_rows as forget_rows
 from nested_core.registry.promote_and_rollback import UNSET as UNSET
 from nested_core.registry.promote_and_rollback import Unset as Unset
 from nested_core.registry.promote_and_rollback import promote as promote
@@ -40,4 +33,3 @@ from nested_core.registry.queries import read_verified_version as read_verified_
 from nested_core.registry.queries import read_version_verdicts as read_version_verdicts
 from nested_core.registry.queries import verify as verify
 from nested_core.registry.registration import register as register
-from nested_core.registry.versions import AuditFinding as AuditFinding

@@ -29,7 +29,7 @@ from nested_core.registry.folders import (
     find_name_folder,
     shared_folder_lock,
 )
-from nested_core.registry.versions import AuditFinding, read_provenance, version_folder
+from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.atomic import Confirm, sync_path, write_bytes
 from nested_core.storage.untrusted_files import file_type, read_regular
 
@@ -136,7 +136,7 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
         if listed is None:
             return None
         digests = listed.all()
-        lines = {digest: line for _, digest, line in _read_packs(folder) if digest in digests}
+        lines = {digest: line for _, digest, line in read_packs(folder) if digest in digests}
     rows = {digest: StoredRow(digest, json.loads(line)) for digest, line in lines.items()}
     return StoredData(
         train=tuple(rows[digest] for digest in listed.train if digest in rows),
@@ -196,7 +196,7 @@ def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm
     if examples.max_bytes is not None:
         held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
     # The rows come first: a crash in between leaves no list that names missing rows
-    stored = {digest for _, digest, _ in _read_packs(folder)}
+    stored = {digest for _, digest, _ in read_packs(folder)}
     all_rows = held_out | kept_out | train
     new = {digest: line for digest, line in all_rows.items() if digest not in stored}
     _write_pack(store, new.values(), confirm)
@@ -260,7 +260,7 @@ def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     needed = _needed_rows(folder, versions)
-    return sum(digest not in needed for _, digest, _ in _read_packs(folder))
+    return sum(digest not in needed for _, digest, _ in read_packs(folder))
 
 
 def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Confirm) -> None:
@@ -286,7 +286,7 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     # Packs with unneeded rows, each rewritten without them
     replaced: set[Path] = set()
     written: set[Path | None] = set()
-    for pack, rows in groupby(_read_packs(folder), key=itemgetter(0)):
+    for pack, rows in groupby(read_packs(folder), key=itemgetter(0)):
         lines = [(digest, line) for _, digest, line in rows]
         kept = {digest: line for digest, line in lines if digest in needed}
         needed -= kept.keys()  # so that a later pack drops the same rows
@@ -313,7 +313,7 @@ def find_rows(folder: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> set[
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
-    return {digest for _, digest, line in _read_packs(folder) if is_wanted(json.loads(line))}
+    return {digest for _, digest, line in read_packs(folder) if is_wanted(json.loads(line))}
 
 
 def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: Confirm) -> None:
@@ -330,40 +330,7 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
         _write_list(folder, version, listed.model_copy(update=kept), confirm)
 
 
-def data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFinding]:
-    """Yield what an audit finds wrong in the store of a name's training and held-out examples.
-
-    That is: unreadable lists of a version's examples, lists that name missing rows, and files that
-    do not belong to the store.
-
-    folder: the adapter's folder in the registry, REGISTRY/NAME.
-    """
-    store = folder / DATA_FOLDER_NAME
-    if file_type(store) == "missing":
-        return
-    present = {digest for _, digest, _ in _read_packs(folder)}
-    for version in versions:
-        path = _list_path(folder, version)
-        try:
-            listed = read_digest_list(folder, version)
-        except DamagedError as error:
-            yield AuditFinding(path, str(error))
-            continue
-        named = set() if listed is None else listed.all()
-        if lost := len(named - present):
-            message = f"{lost} of {len(named)} examples that it names were altered, or are lost"
-            advice = (
-                f"Restore {store} from a backup; or remove {path} and give `nested-tune promote "
-                f"RUN_DIR --name {folder.name} --registry {folder.parent}` for the run of that "
-                f"version. Until then, replay and the gate go on without them."
-            )
-            yield AuditFinding(path, message, advice)
-    for path in sorted(store.iterdir()):
-        if not path.name.startswith(".") and path.suffix not in (LIST_SUFFIX, PACK_SUFFIX):
-            yield AuditFinding(path, "does not belong to the data store", "Remove it.")
-
-
-def _list_path(folder: Path, version: str) -> Path:
+def list_path(folder: Path, version: str) -> Path:
     """Return the path of a version's list of digests.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
@@ -378,7 +345,7 @@ def read_digest_list(folder: Path, version: str) -> DigestList | None:
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
-    path = _list_path(folder, version)
+    path = list_path(folder, version)
     if file_type(path) == "missing":
         return None
     try:
@@ -397,10 +364,10 @@ def _write_list(folder: Path, version: str, listed: DigestList, confirm: Confirm
     confirm: called before each write; it raises if the lock was lost.
     """
     content = listed.model_dump_json().encode()
-    write_bytes(_list_path(folder, version), content, confirm=confirm)
+    write_bytes(list_path(folder, version), content, confirm=confirm)
 
 
-def _read_packs(folder: Path) -> Iterator[tuple[Path, str, bytes]]:
+def read_packs(folder: Path) -> Iterator[tuple[Path, str, bytes]]:
     """Yield each row of the store: the file that it is in, its digest, and its line.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.

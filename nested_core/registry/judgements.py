@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from nested_core.records.verdict_file import (
 )
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.ledger import Ledger, opened_for_append
-from nested_core.registry.versions import AuditFinding, how_to_mend, read_provenance
+from nested_core.registry.versions import how_to_mend, read_provenance
 from nested_core.storage.atomic import Confirm, render_json, sync_path, write_bytes
 from nested_core.storage.untrusted_files import file_type, parse_json, read_regular
 
@@ -132,7 +132,7 @@ def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgeme
     ledger: the adapter's history.
     """
     return tuple(
-        _read_judgement(folder, version, digest, number)
+        read_judgement(folder, version, digest, number)
         for number, digest in ledger.judgements(version)
     )
 
@@ -153,7 +153,7 @@ def write_judgement(
     """
     content = render_json(verdict.to_json() | {JUDGEMENT_KEY: facts.model_dump()})
     digest = hashlib.sha256(content).hexdigest()
-    target = _path_of(folder, version, digest)
+    target = judgement_path(folder, version, digest)
     for path in (target.parent.parent, target.parent):
         if file_type(path) == "missing":
             path.mkdir(exist_ok=True)
@@ -191,20 +191,6 @@ def remove_unnamed_judgements(folder: Path, ledger: Ledger) -> None:
                 path.unlink()
 
 
-def judgement_findings(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
-    """Yield an audit finding for each judgement that is missing or was changed.
-
-    folder: the adapter's folder in the registry, REGISTRY/NAME.
-    ledger: the adapter's history.
-    """
-    for version in sorted(ledger.by_version):
-        for number, digest in ledger.judgements(version):
-            try:
-                _read_judgement(folder, version, digest, number)
-            except DamagedError as error:
-                yield AuditFinding(_path_of(folder, version, digest), str(error))
-
-
 def has_all_judgements(folder: Path, version: str, ledger: Ledger) -> bool:
     """Return whether all judgements of a version that the history names are there and unchanged.
 
@@ -217,7 +203,7 @@ def has_all_judgements(folder: Path, version: str, ledger: Ledger) -> bool:
     return True
 
 
-def _path_of(folder: Path, version: str, digest: str) -> Path:
+def judgement_path(folder: Path, version: str, digest: str) -> Path:
     """Return the path of a judgement's file.
 
     digest: the SHA-256 that names the file.
@@ -226,7 +212,7 @@ def _path_of(folder: Path, version: str, digest: str) -> Path:
     return folder / JUDGEMENTS_FOLDER_NAME / version / f"{digest}.json"
 
 
-def _read_judgement(folder: Path, version: str, digest: str, line_number: int) -> Judgement:
+def read_judgement(folder: Path, version: str, digest: str, line_number: int) -> Judgement:
     """Read a judgement, the file of a later verdict on a version that was registered already.
 
     Raises DamagedError if its content is not what its history line names.
@@ -234,7 +220,7 @@ def _read_judgement(folder: Path, version: str, digest: str, line_number: int) -
     digest: the file's SHA-256, which names it. line_number: the number of its history line, from 0.
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
-    path = _path_of(folder, version, digest)
+    path = judgement_path(folder, version, digest)
     try:
         content = read_regular(path, MAX_GATE_BYTES)
         if hashlib.sha256(content).hexdigest() != digest:

@@ -1,16 +1,25 @@
-"""What was decided about a version, as data and as a sentence."""
+"""What was decided about a version, as data and as a sentence; and which are undecided."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
+from nested_core import seams
 from nested_core.config.sections import RegistrySection
 from nested_core.registry.judgements import Judgement
-from nested_core.registry.ledger import Ledger
+from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
+
+USES = (
+    "registered",
+    "restored",
+    "judged",
+    *CHAMPION_CHANGE_ACTIONS,
+)  # lines about a version in use
+UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
 
 Outcome = Literal[
     "registered",  # its policy is never: nothing promotes it automatically
@@ -66,3 +75,21 @@ class Approval:
 
     decide: Callable[[Ledger, RegistrySection, Judgement, str | None], Decision]
     may_follow: Callable[[Path, str, Ledger, timedelta], bool]
+
+
+def may_be_promoted(folder: Path, version: str, ledger: Ledger) -> bool:
+    """Return whether a promotion may follow: the version is new, and was never champion since.
+
+    A version that waits for a person's approval counts as new for as long as it waits.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
+    lines = ledger.by_version.get(version, [])
+    if version in ledger.champion_versions():
+        return False
+    times = [datetime.fromisoformat(e.time) for _, e in lines if e.action in USES]
+    age = datetime.now(UTC) - max(times, default=datetime.now(UTC))
+    return age < UNPROMOTED_GRACE_TIME or any(
+        approval.may_follow(folder, version, ledger, age) for approval in seams.load_all(Approval)
+    )

@@ -26,7 +26,6 @@ from nested_core.registry.folders import (
     exclusive_folder_lock,
     require_creatable,
 )
-from nested_core.registry.garbage_collection import may_be_promoted
 from nested_core.registry.judgements import (
     JudgementFacts,
     has_all_judgements,
@@ -42,6 +41,7 @@ from nested_core.registry.link_and_views import (
     writing,
     writing_folder,
 )
+from nested_core.registry.promotion_outcome import may_be_promoted
 from nested_core.registry.versions import (
     CARD_NAME,
     HASHED_AGAIN_AFTER_SECONDS,

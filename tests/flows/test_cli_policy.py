@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.registry import audit, history, promote, register
+from nested_core.registry import history, promote, register
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import Ended, called
+from tests.left_out import needs_rooms
+from tests.registry_care import audit
 
 NAME = "capitals"
 
@@ -99,6 +101,7 @@ def test_what_is_no_policy_is_refused(folder: Path, words: tuple[str, ...], told
     assert not (folder / "registry" / NAME / "policy.json").exists()
 
 
+@needs_rooms("housekeeping")
 def test_a_lost_version_is_forgotten(folder: Path) -> None:
     lost = str(history(folder / "registry", NAME)[0]["version"])
     place = folder / "registry" / NAME / "versions" / lost
@@ -113,6 +116,7 @@ def test_a_lost_version_is_forgotten(folder: Path) -> None:
     assert (audited.code, audited.stdout.split(",")[0]) == (0, "1 version")
 
 
+@needs_rooms("housekeeping")
 def test_a_version_that_is_whole_is_not_forgotten(folder: Path) -> None:
     whole = str(history(folder / "registry", NAME)[0]["version"])
     done = called("forget", NAME, whole, "--by", "ann", "--reason", "x", cwd=folder)
@@ -120,6 +124,7 @@ def test_a_version_that_is_whole_is_not_forgotten(folder: Path) -> None:
     assert "is whole" in done.stderr
 
 
+@needs_rooms("housekeeping")
 def test_a_link_that_was_moved_by_hand_is_told_by_audit(folder: Path) -> None:
     first = str(history(folder / "registry", NAME)[0]["version"])
     link = folder / "registry" / NAME / "champion"

@@ -1,4 +1,4 @@
-"""`promote`, `rollback`, `history` and `audit` over two real runs."""
+"""`promote`, `rollback`, `history`, `audit` and `gc` over two real runs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from nested_core.storage.adapter import read_adapter
 from nested_core.text.loss_format import format_loss
 from tests.example import train_example, train_until_answers_are_broken
 from tests.flows.conftest import CommandRun, Ended, called
+from tests.left_out import needs_rooms
 
 pytestmark = pytest.mark.slow("runs each command of the registry")
 
@@ -50,10 +51,6 @@ def story(folder: Path) -> dict[str, Ended]:
         "again": command("promote", "first", "--name", NAME),
         "history": command("history", NAME, "--json"),
         "table": command("history", NAME),
-        "audit": command("audit", NAME, "--json"),
-        "audited": command("audit", NAME),
-        "gc": command("gc", NAME, "--keep", 0, "--json"),
-        "gc again": command("gc", NAME, "--keep", 0, "--dry-run"),
     }
 
 
@@ -77,11 +74,23 @@ def test_the_champion_changes_by_each_command_as_it_says(story, versions, folder
     assert story["rollback"].document == document  # with all digits, for programs
     champion = folder / "registry" / NAME / "champion"
     assert champion.resolve().name == read_adapter(champion).digest() == first
-    assert list(story["audit"].document["findings"]) == []
-    assert story["audited"].stdout == "2 versions, the champion and the history are sound\n"
-    collected = story["gc"].document
+
+
+@needs_rooms("housekeeping")
+def test_a_sound_registry_is_told_so_and_keeps_what_a_rollback_needs(
+    story: dict[str, Ended], folder: Path, versions: tuple[str, str]
+) -> None:
+    def command(*arguments: object) -> Ended:
+        done = called(*arguments, NAME, "--registry", "registry", cwd=folder)
+        assert done.code == 0
+        return done
+
+    assert list(command("audit", "--json").document["findings"]) == []
+    assert command("audit").stdout == "2 versions, the champion and the history are sound\n"
+    collected = command("gc", "--keep", 0, "--json").document
     assert (collected["collected"], collected["kept"]) == ([], sorted(versions))
-    assert story["gc again"].stdout.startswith("would remove 0 versions (0.0 MB), kept 2")
+    again = command("gc", "--keep", 0, "--dry-run")
+    assert again.stdout.startswith("would remove 0 versions (0.0 MB), kept 2")
 
 
 def test_a_promotion_tells_the_losses_and_warns_of_a_higher_one_on_the_same_data(
@@ -129,7 +138,8 @@ def test_a_version_that_was_changed_is_damage_for_every_command(
     gate = registry / NAME / "versions" / versions[1] / "gate.json"
     gate.chmod(0o644)
     gate.write_text(gate.read_text() + " ")
-    for arguments in (("rollback", NAME, "--to", versions[1]), ("audit", NAME, "--json")):
+    audit = [("audit", NAME, "--json")] if is_there("housekeeping") else []
+    for arguments in (("rollback", NAME, "--to", versions[1]), *audit):
         done = called(*arguments, "--registry", registry, cwd=tmp_path)
         assert done.code == 6, done.stderr
         assert "gate.json" in done.stdout + done.stderr

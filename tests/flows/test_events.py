@@ -148,6 +148,7 @@ def call_with_server(monkeypatch: pytest.MonkeyPatch, url: str, *arguments: obje
         return called(*arguments, cwd=Path.cwd())
 
 
+@needs_rooms("housekeeping")
 @pytest.mark.slow("five commands with Prefect's server")
 def test_commands_tell_the_server_what_they_changed_and_who_did_it(
     changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch

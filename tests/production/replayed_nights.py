@@ -38,7 +38,7 @@ from flows.reconcile import ReconcileParameters, reconcile
 from flows.rooms.housekeeping.flow import HousekeepingParameters, housekeeping
 from nested_core import registry as core
 from nested_core.records.run_status import Run
-from nested_core.registry import garbage_collection
+from nested_core.registry import promotion_outcome
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.storage.user_cache import CACHE_VARIABLE
@@ -167,7 +167,7 @@ def _deployed(stack: ReplayStack) -> Iterator[None]:
         PREFECT_RESULTS_DEFAULT_SERIALIZER: "json",
     }
     # All nights are within an hour, in which no version that was not promoted would go.
-    no_grace = patch.object(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
+    no_grace = patch.object(promotion_outcome, "UNPROMOTED_GRACE_TIME", timedelta(0))
     cache = patch.dict(os.environ, {CACHE_VARIABLE: stack.environment[CACHE_VARIABLE]})
     with stack.connected() as client, temporary_settings(here), chdir(stack.home), no_grace, cache:
         for deployment in client.read_deployments():

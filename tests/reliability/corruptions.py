@@ -16,6 +16,7 @@ from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import SMALL_RUN, train_example
+from tests.registry_care import audit
 from tests.reliability.mutations import BYTE_EDITS, mutate
 
 NAME = "geography"
@@ -105,7 +106,7 @@ def corrupt_registries(folder: Path, count: int, seed: int) -> str:
 def is_found(root: Path) -> bool:
     """Whether an audit has something against a registry, or refuses to read it."""
     try:
-        return bool(registry.audit(root, NAME).findings)
+        return bool(audit(root, NAME).findings)
     except DamagedError:
         return True
 

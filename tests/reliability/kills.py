@@ -30,6 +30,7 @@ from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.manifest import MANIFEST_NAME
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import DATA, SPEEDS, write_config
+from tests.registry_care import audit
 
 NAME = "geography"
 MOST_KILLS = 8  # of one command before it is left to end
@@ -182,7 +183,7 @@ class KillSoak:
         ]
         told = {name: (self._expected.get(name), actual.get(name)) for name in different[:1]}
         assert different == [], f"{scenario}: {different}, expected and found: {str(told)[:2000]}"
-        report = registry.audit(scenario / "registry", NAME)
+        report = audit(scenario / "registry", NAME)
         assert report.findings == (), report.findings
 
 

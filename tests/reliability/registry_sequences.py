@@ -36,12 +36,11 @@ from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.records.judged_run import read_rejected_run
 from nested_core.registry import (
     Decision,
-    audit,
     check_champion,
-    garbage_collection,
     history,
     list_versions,
     promote,
+    promotion_outcome,
     read_champion,
     register,
     register_and_promote,
@@ -60,6 +59,7 @@ from tests.core.registry.conftest import write_run
 from tests.core.registry.faults import killed_at
 from tests.core.registry.states import NAME, promote_by_policy, restore_from
 from tests.gate_files import judged_files, read_gate, write_gate
+from tests.registry_care import audit
 
 RUNS = 5
 STEPS = 25
@@ -834,7 +834,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    garbage_collection.UNPROMOTED_GRACE_TIME = timedelta(0)  # a gc takes what is new, too
+    promotion_outcome.UNPROMOTED_GRACE_TIME = timedelta(0)  # a gc takes what is new, too
     start = time.monotonic()
     seen = run_sequences(given.sequences, given.seed)
     for name, count in sorted(seen.items()):

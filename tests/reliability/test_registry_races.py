@@ -21,13 +21,11 @@ import pytest
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
-    audit,
     check_champion,
-    collect_garbage,
-    garbage_collection,
     history,
     list_versions,
     promote,
+    promotion_outcome,
     read_champion,
     register,
     register_and_promote,
@@ -35,6 +33,7 @@ from nested_core.registry import (
 )
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
+from tests.registry_care import audit, collect_garbage
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = [
@@ -48,7 +47,7 @@ WORKERS, RUNS = 3, 5
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
+    monkeypatch.setattr(promotion_outcome, "UNPROMOTED_GRACE_TIME", timedelta(0))
     folder = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
     yield folder
     shutil.rmtree(folder)

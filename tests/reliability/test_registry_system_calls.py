@@ -20,14 +20,10 @@ from nested_core.config.sections import RegistrySection
 from nested_core.records.judged_run import read_judged_run
 from nested_core.registry import (
     Decision,
-    audit,
     check_champion,
-    collect_garbage,
-    forget,
-    forget_rows,
-    garbage_collection,
     list_versions,
     promote,
+    promotion_outcome,
     read_champion,
     register,
     register_and_promote,
@@ -49,6 +45,7 @@ from tests.core.registry.system_calls import (
     can_trace,
     each_call,
 )
+from tests.registry_care import audit, collect_garbage, forget, forget_rows
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = [
@@ -65,7 +62,7 @@ def _can_be_traced() -> None:
 
 @pytest.fixture(autouse=True)
 def _gc_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
+    monkeypatch.setattr(promotion_outcome, "UNPROMOTED_GRACE_TIME", timedelta(0))
 
 
 @pytest.fixture

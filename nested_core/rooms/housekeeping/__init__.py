@@ -1,1 +1,1 @@
-"""Old runs and spare checkpoints go (run_removal.py), and all of one adapter (housekeeping.py)."""
+"""Old runs and versions go, a registry is audited, and housekeeping does it for one adapter."""

@@ -31,7 +31,7 @@ from nested_core.pipeline.publishing import (
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
-from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
+from nested_core.registry import list_versions, promote, read_champion, register
 from nested_core.registry.data_store import read_lineage, read_stored_data
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
@@ -39,6 +39,7 @@ from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL, example_config, prepare, train
 from tests.left_out import slow_except
+from tests.registry_care import collect_garbage
 from tests.runs import not_registered
 
 pytestmark = pytest.mark.slow("trains on from champions")

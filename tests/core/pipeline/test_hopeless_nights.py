@@ -21,14 +21,7 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, read_skip
 from nested_core.records.verdict_file import read_verdict
-from nested_core.registry import (
-    forget_rows,
-    history,
-    list_names,
-    list_versions,
-    read_champion,
-    rollback,
-)
+from nested_core.registry import history, list_names, list_versions, read_champion, rollback
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.policy import set_policy
 from nested_core.report.outcome import describe_end, describe_outcome, find_outcome
@@ -37,6 +30,7 @@ from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.builders.suites import write_suite
 from tests.example import DATA, MODEL, example_config
 from tests.left_out import needs_rooms
+from tests.registry_care import forget_rows
 
 pytestmark = pytest.mark.slow("trains and judges nights")
 

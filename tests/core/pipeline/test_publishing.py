@@ -31,14 +31,7 @@ from nested_core.pipeline.steps import write_run_config
 from nested_core.records.dataset import DatasetReport, SplitStats
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run_status import Run
-from nested_core.registry import (
-    Decision,
-    collect_garbage,
-    garbage_collection,
-    list_versions,
-    promote,
-    registration,
-)
+from nested_core.registry import Decision, list_versions, promote, promotion_outcome, registration
 from nested_core.registry.promotion_policy import (
     compare_losses,
     describe_promotion,
@@ -55,6 +48,8 @@ from tests.builders.data_sets import load, write_lines
 from tests.core.report.verdicts import SUITE
 from tests.example import example_config
 from tests.gate_files import judged_files, read_gate, write_gate
+from tests.left_out import needs_rooms
+from tests.registry_care import collect_garbage
 from tests.runs import not_registered
 
 NAME = "capitals"
@@ -412,11 +407,12 @@ class TestPromotionByAPerson:
         done = by_hand(make_run(2.0, loss=5.0))
         assert warning(tmp_path / "registry", done) is None
 
+    @needs_rooms("housekeeping")
     def test_a_gc_that_keeps_nothing_comes_before_or_after_and_never_between(
         self, make_run: MakeRun, by_hand: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         registry = tmp_path / "registry"
-        monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
+        monkeypatch.setattr(promotion_outcome, "UNPROMOTED_GRACE_TIME", timedelta(0))
         by_hand(make_run(1.0))
         gc = threading.Thread(
             target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nested_core.registry import garbage_collection, promote, register
+from nested_core.registry import promote, promotion_outcome, register
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.manifest import describe_file
@@ -83,7 +83,7 @@ def write_gate(run_dir: Path, verdict: str, digest: str, *, initial: str = "0" *
 def no_time_to_decide() -> Iterator[None]:
     """A gc takes versions that were registered just now, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
+        patch.setattr(promotion_outcome, "UNPROMOTED_GRACE_TIME", timedelta(0))
         yield
 
 

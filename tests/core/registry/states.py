@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.sections import RegistrySection
-from nested_core.registry import Decision, audit, collect_garbage, read_champion
+from nested_core.registry import Decision, read_champion
 from nested_core.registry.ledger import NO_ORIGIN, read_ledger
 from nested_core.registry.link_and_views import make_views, read_view, writing
 from nested_core.registry.policy import set_policy
 from nested_core.registry.promotion_policy import decide, promote_missed_versions
+from tests.registry_care import audit, collect_garbage
 
 NAME = "capitals"
 

@@ -20,10 +20,7 @@ import pytest
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
-    audit,
     check_champion,
-    collect_garbage,
-    forget,
     history,
     promote,
     read_champion,
@@ -35,6 +32,7 @@ from nested_core.storage.lock_file import LockFile
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.core.registry.conftest import MakeRun, write_run
 from tests.core.registry.states import NAME, restore_from
+from tests.registry_care import audit, collect_garbage, forget
 
 
 @dataclass

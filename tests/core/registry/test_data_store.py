@@ -16,15 +16,7 @@ from flows.cli import main
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.example_rows import RowKeys, read_row_list, read_split_rows
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import (
-    audit,
-    collect_garbage,
-    forget_rows,
-    garbage_collection,
-    history,
-    promote,
-    register,
-)
+from nested_core.registry import history, promote, register
 from nested_core.registry.data_store import (
     RunExamples,
     StoredData,
@@ -41,6 +33,8 @@ from nested_core.text.digest_format import shorten_digest
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_settled
 from tests.example import example_config
+from tests.left_out import needs_rooms
+from tests.registry_care import audit, collect_garbage, forget_rows, module_of
 
 Row = dict[str, Any]
 
@@ -82,6 +76,7 @@ def test_a_version_keeps_its_examples_and_rows_of_two_versions_are_kept_once(tmp
     assert data.train[0].digest == digest_row(question(1))
 
 
+@needs_rooms("housekeeping")
 @pytest.mark.usefixtures("no_time_to_decide")
 def test_rows_that_are_only_kept_out_stay_with_their_version_and_can_be_forgotten(tmp_path) -> None:
     registry = tmp_path / "registry"
@@ -137,6 +132,7 @@ def all_stored(registry: Path) -> set[str]:
     return find_rows(registry / NAME, lambda row: True)
 
 
+@needs_rooms("housekeeping")
 def test_forgotten_rows_and_prompts_leave_the_store_and_the_history_names_the_versions(
     tmp_path, capfd
 ):
@@ -204,6 +200,7 @@ def test_a_prompt_of_system_texts_alone_is_refused_and_lists_no_row_of_text(tmp_
         read_row_list(listed)
 
 
+@needs_rooms("housekeeping")
 def test_the_history_says_that_rows_are_gone_only_once_they_are(tmp_path, monkeypatch) -> None:
     registry = tmp_path / "registry"
     first, *_ = add_champions(tmp_path)
@@ -214,7 +211,7 @@ def test_the_history_says_that_rows_are_gone_only_once_they_are(tmp_path, monkey
 
     for step in ("drop_rows", "remove_unneeded_rows"):
         with monkeypatch.context() as patch:
-            patch.setattr(garbage_collection, step, stop)
+            patch.setattr(module_of("garbage_collection"), step, stop)
             with pytest.raises(KeyboardInterrupt):
                 forget_rows(registry, NAME, lambda row: row == question(1), by="ann")
         assert (registry / NAME / "history.jsonl").read_bytes() == before

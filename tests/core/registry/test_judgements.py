@@ -19,9 +19,7 @@ from nested_core.records.judged_run import read_judged_run, read_rejected_run
 from nested_core.records.verdict_file import parse_verdict, read_verdict
 from nested_core.registry import (
     Decision,
-    audit,
     check_champion,
-    collect_garbage,
     history,
     ledger,
     promote,
@@ -39,6 +37,7 @@ from nested_core.registry.registration import NewVersion, register_rejection
 from tests.core.registry.conftest import MakeRun
 from tests.core.registry.states import NAME, last_line, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate
+from tests.registry_care import audit, collect_garbage
 
 Judge = Callable[..., Path]
 

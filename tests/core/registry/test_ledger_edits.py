@@ -13,8 +13,6 @@ import pytest
 
 from nested_core.errors import DamagedError
 from nested_core.registry import (
-    audit,
-    collect_garbage,
     history,
     list_versions,
     promote,
@@ -28,6 +26,7 @@ from nested_core.registry.promotion_policy import promote_missed_versions
 from tests.core.registry.conftest import write_run
 from tests.core.registry.ledger_edits import Edit, ledger_edits
 from tests.core.registry.states import NAME, assert_settled
+from tests.registry_care import audit, collect_garbage
 
 pytestmark = pytest.mark.usefixtures("no_time_to_decide")
 MEMORY = Path("/dev/shm")

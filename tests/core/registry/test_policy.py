@@ -13,8 +13,6 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.registry import (
     Decision,
-    audit,
-    collect_garbage,
     history,
     ledger,
     promote,
@@ -41,6 +39,7 @@ from nested_core.registry.promotion_policy import (
 from tests.core.registry.conftest import Judged
 from tests.core.registry.states import NAME, promote_by_policy, section, set_keys
 from tests.left_out import leave_out_room, needs_rooms
+from tests.registry_care import audit, collect_garbage
 
 MODES = (
     *("never", "better", "always"),

@@ -16,7 +16,6 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.records.judged_run import read_judged_run
 from nested_core.registry import (
     Decision,
-    collect_garbage,
     history,
     ledger,
     list_versions,
@@ -37,6 +36,8 @@ from nested_core.registry.registration import NewVersion
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import missed, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate
+from tests.left_out import needs_rooms
+from tests.registry_care import collect_garbage
 
 NAME = "capitals"
 SECONDS_FOR_A_GC = 0.25  # it takes some milliseconds, and all of this where it has to wait
@@ -282,6 +283,7 @@ def test_nothing_is_written_between_the_decision_and_the_promotion(
     assert [line["action"] for line in history(registry, NAME)] == ["promote", "policy"]
 
 
+@needs_rooms("housekeeping")
 def test_a_version_is_registered_decided_on_and_promoted_under_one_lock(
     registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +305,7 @@ def test_a_version_is_registered_decided_on_and_promoted_under_one_lock(
     assert [line["automatic"] for line in history(registry, NAME)] == [True]
 
 
+@needs_rooms("housekeeping")
 def test_a_version_is_not_collected_while_it_is_read(add, registry, monkeypatch) -> None:
     version = add(1)
     gc = threading.Thread(

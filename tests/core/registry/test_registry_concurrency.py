@@ -11,20 +11,13 @@ from contextlib import suppress
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import (
-    audit,
-    audit_report,
-    collect_garbage,
-    history,
-    list_versions,
-    promote,
-    read_champion,
-    register,
-)
+from nested_core.registry import history, list_versions, promote, read_champion, register
 from nested_core.registry.folders import LOCK_NAME, exclusive_folder_lock
 from nested_core.storage.adapter import read_adapter
 from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME, assert_settled
+from tests.left_out import needs_rooms
+from tests.registry_care import audit, collect_garbage, module_of
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = [
@@ -88,6 +81,7 @@ def test_four_processes_promoting_many_versions_at_once_lose_none(
         print(f"\n{count} versions registered and promoted by 4 processes in {seconds:.1f} s")
 
 
+@needs_rooms("housekeeping")
 @pytest.mark.slow("threads that promote and read")
 @pytest.mark.usefixtures("no_time_to_decide")
 def test_gc_beside_promoters_and_readers_leaves_a_sound_registry_at_every_moment(
@@ -151,14 +145,14 @@ def test_an_audit_that_a_writer_could_disturb_proves_nothing(
     record = registry / NAME / "champion.json"
     record.chmod(0o644)
     record.write_text("{}")
-    read = audit_report._read_link_and_ledger
+    read = module_of("registry_audit")._read_link_and_ledger
 
     def disturbed(folder):
         if is_removed:
             (folder / LOCK_NAME).unlink(missing_ok=True)
         return read(folder)
 
-    monkeypatch.setattr(audit_report, "_read_link_and_ledger", disturbed)
+    monkeypatch.setattr(module_of("registry_audit"), "_read_link_and_ledger", disturbed)
     if is_removed:
         with pytest.raises(DamagedError, match=r"\.lock was removed or replaced"):
             audit(registry, NAME)

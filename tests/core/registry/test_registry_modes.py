@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError
-from nested_core.registry import audit, collect_garbage, promote, register, rollback
+from nested_core.registry import promote, register, rollback
 from nested_core.registry.versions import version_folder
 from tests.core.registry.conftest import write_run
+from tests.left_out import needs_rooms
+from tests.registry_care import audit, collect_garbage
 
 ROOT = Path(__file__).resolve().parents[3]
 NAME = "capitals"
@@ -27,8 +29,10 @@ PROGRAM = """
 import os, shutil, sys
 from datetime import timedelta
 from pathlib import Path
-from nested_core.registry import audit, collect_garbage, garbage_collection, promote, register
+from nested_core.registry import promote, promotion_outcome, register
 from nested_core.registry.versions import version_folder
+from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
+from nested_core.rooms.housekeeping.registry_audit import audit
 from nested_core.seams import read_rooms
 from nested_core.storage.atomic import temporary_beside
 from tests.core.registry.conftest import write_run
@@ -40,7 +44,7 @@ if os.getuid() == 0:
     os.setuid(user)
 os.umask(0o022)
 registry, name = folder / "registry", "capitals"
-garbage_collection.UNPROMOTED_GRACE_TIME = timedelta(0)
+promotion_outcome.UNPROMOTED_GRACE_TIME = timedelta(0)
 versions = []
 for seed in (1, 2, 3):
     versions.append(register(write_run(folder / f"run-{seed}", seed), registry, name, {}))
@@ -70,6 +74,7 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@needs_rooms("housekeeping")
 def test_another_user_replaces_nothing_in_a_version_and_still_collects_and_copies(
     open_folder: Path,
 ) -> None:

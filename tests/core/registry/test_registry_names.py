@@ -11,15 +11,8 @@ import pytest
 
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import (
-    audit,
-    history,
-    list_versions,
-    promote,
-    read_champion,
-    register,
-    rollback,
-)
+from nested_core.registry import history, list_versions, promote, read_champion, register, rollback
+from tests.registry_care import audit
 
 BAD_NAMES = [
     "",

@@ -11,18 +11,12 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import (
-    Decision,
-    audit,
-    history,
-    promote,
-    read_champion,
-    rollback,
-)
+from nested_core.registry import Decision, history, promote, read_champion, rollback
 from nested_core.registry.ledger import read_ledger
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import read_manifest
 from tests.core.registry.states import NAME
+from tests.registry_care import audit
 
 
 def test_first_promotion_points_a_relative_link_at_the_version(add, registry):

@@ -10,10 +10,9 @@ import pytest
 
 from nested_core.registry import (
     Decision,
-    audit,
-    garbage_collection,
     history,
     promote,
+    promotion_outcome,
     read_champion,
     register,
 )
@@ -39,6 +38,7 @@ from tests.core.registry.states import (
     section,
     set_keys,
 )
+from tests.registry_care import audit
 
 
 class TestADecline:
@@ -94,7 +94,7 @@ def test_one_that_waits_for_approval_is_kept_as_long_as_the_question(
     if is_declined:
         decline(registry, NAME, version, by="bob")
     now = datetime.now(UTC) + timedelta(days=days)
-    monkeypatch.setattr(garbage_collection, "datetime", clock_at(now))
+    monkeypatch.setattr(promotion_outcome, "datetime", clock_at(now))
     assert (version not in collected(registry, 0)) == is_kept
 
 

@@ -35,8 +35,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import ConfigError
 from nested_core.records.outcome_names import Outcome
-from nested_core.registry import audit
 from tests.left_out import needs_rooms
+from tests.registry_care import audit
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")

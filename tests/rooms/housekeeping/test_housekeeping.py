@@ -14,6 +14,7 @@ from nested_core import registry as core
 from nested_core.errors import DamagedError
 from nested_core.records.run_status import list_runs
 from nested_core.rooms.housekeeping.housekeeping import tidy_up
+from nested_core.rooms.housekeeping.registry_audit import audit
 from nested_core.rooms.housekeeping.run_removal import KeptAmounts
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.storage.run_directory import new_run_name
@@ -87,7 +88,7 @@ def test_what_goes_is_measured_and_a_dry_run_says_the_same_and_removes_nothing(
         "2 cached data sets and answers"
     )
     assert ("would be removed" in planned.describe(), "would" in done.describe()) == (True, False)
-    assert core.audit(registry, NAME).is_sound
+    assert audit(registry, NAME).is_sound
     again = tidy_up(registry, NAME, list_runs(runs), KEPT)
     assert (again.after - again.before, again.runs is not None and again.runs.removed) == (0, ())
 

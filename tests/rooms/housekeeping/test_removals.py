@@ -19,6 +19,7 @@ from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run_status import list_runs
 from nested_core.records.verdict import Reason
 from nested_core.registry.data_store import read_lineage
+from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
 from nested_core.rooms.housekeeping.housekeeping import tidy_up
 from nested_core.rooms.housekeeping.run_removal import KeptAmounts, prune_runs
 from nested_core.storage.run_directory import RunDirectory
@@ -220,7 +221,7 @@ class World:
         lineage = core_lineage(registry)[: step.keep]
         runs = list_runs(Path("runs"))
         if step.action == "gc":
-            core.collect_garbage(registry, NAME, by="ann", keep=step.keep)
+            collect_garbage(registry, NAME, by="ann", keep=step.keep)
         elif step.action == "prune":
             prune_runs(runs, keep=step.keep, unregistered=step.unregistered)
         else:
@@ -240,7 +241,7 @@ class World:
         registered = {*Path().glob("*/geo/versions/*")}
         if step.action == "housekeeping":  # gc comes first, and is looked at on its own
             registry = Path("registry")
-            plan = core.collect_garbage(registry, NAME, by="ann", keep=step.keep, dry_run=True)
+            plan = collect_garbage(registry, NAME, by="ann", keep=step.keep, dry_run=True)
             registered -= {registry / NAME / "versions" / version for version in plan.collected}
         here = {path.name for path in registered}
         standing = here | {path.name for path in self.outside.glob("*/geo/versions/*")}

@@ -25,6 +25,7 @@ from nested_core.registry.link_and_views import reading
 from nested_core.registry.trials import Trial, record_trial
 from nested_core.report.outcome import list_row
 from nested_core.rooms.housekeeping import run_removal
+from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
 from nested_core.rooms.housekeeping.run_removal import PruneReport, prune_runs
 from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.folder_size import size_on_disk
@@ -280,7 +281,7 @@ def test_a_run_that_was_promoted_elsewhere_too_stays_after_its_own_registry_let_
     add_promoted_to(run.promoted_to, other, "geo")
     for day in (3, 4):
         core.promote(tmp_path / "registry", NAME, make_registered(tmp_path, day)[1], by="ann")
-    assert version in core.collect_garbage(tmp_path / "registry", NAME, by="ann", keep=0).collected
+    assert version in collect_garbage(tmp_path / "registry", NAME, by="ann", keep=0).collected
     assert prune(tmp_path).kept[str(run.path)] == f"version {version[:12]} of geo names it"
     other.rename(tmp_path / "moved")
     missing = f"its registry {other} is not found from this folder"

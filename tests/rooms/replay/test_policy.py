@@ -25,7 +25,6 @@ from nested_core.records.run_status import read_run
 from nested_core.records.start import START_FILE
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage
-from nested_core.registry.garbage_collection import forget_rows
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.rooms.minutes.measured_run import MeasuredRun
 from nested_core.rooms.replay import policy
@@ -36,6 +35,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Text
 from tests.example import DATA, example_config, prepare, require_refused, train
 from tests.left_out import leave_out_room, needs_rooms, slow_except
+from tests.registry_care import forget_rows
 from tests.rooms.replay.nights import (
     FRESH,
     NAME,

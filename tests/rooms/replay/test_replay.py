@@ -21,7 +21,6 @@ from nested_core.pipeline.preflight import check_before_start
 from nested_core.pipeline.publishing import make_provenance
 from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.judged_run import read_judged_run
-from nested_core.registry import forget
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay.replay_record import read_replay
 from nested_core.rooms.replay.replayed_run import ReplayOfRun
@@ -37,6 +36,7 @@ from tests.example import (
     train,
 )
 from tests.left_out import leave_out_room, needs_rooms, slow_except
+from tests.registry_care import forget
 from tests.rooms.replay.nights import (
     FRESH,
     NAME,

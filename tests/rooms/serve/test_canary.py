@@ -14,7 +14,7 @@ from mlx_lm import load
 
 from nested_core.models.base_model import TrainedTokenizer
 from nested_core.models.lora_attachment import attach_stored_adapter
-from nested_core.registry import VerifiedVersion, audit, read_champion
+from nested_core.registry import VerifiedVersion, read_champion
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.serve import canary_check, served_version
 from nested_core.rooms.serve.canary_check import (
@@ -26,6 +26,7 @@ from nested_core.rooms.serve.served_version import ServedVersion
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME, Canary, parse_canary
 from tests.left_out import slow_except
+from tests.registry_care import audit
 from tests.rooms.serve.test_following import arrays_of, wait_for
 from tests.rooms.serve.versions import NAME, Client, serving, settings
 from tests.waiting import wait_until

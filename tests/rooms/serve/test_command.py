@@ -25,9 +25,10 @@ from mlx_lm import server as mlx_lm_server
 
 from flows.cli import build_parser
 from flows.rooms.serve.command import _list_system_texts
-from nested_core.registry import audit, rollback
+from nested_core.registry import rollback
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM, called
+from tests.registry_care import audit
 from tests.rooms.serve.versions import (
     NAME,
     make_base,

@@ -13,9 +13,10 @@ from contextlib import suppress
 
 import pytest
 
-from nested_core.registry import audit, read_champion
+from nested_core.registry import read_champion
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM
+from tests.registry_care import audit
 from tests.rooms.serve.test_command import health, serve_process
 from tests.rooms.serve.versions import (
     NAME,

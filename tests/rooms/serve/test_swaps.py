@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from nested_core.registry import audit
 from nested_core.rooms.serve import engine, follower, server
 from nested_core.rooms.serve.engine import VersionProvider
+from tests.registry_care import audit
 from tests.rooms.serve.test_following import wait_for
 from tests.rooms.serve.versions import NAME, Client, Reply, serving, settings
 from tests.waiting import wait_until

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError
-from nested_core.registry import audit, history, promote, read_champion, register, rollback
+from nested_core.registry import history, promote, read_champion, register, rollback
+from nested_core.rooms.housekeeping.registry_audit import audit
 from tests.core.registry.states import NAME, chained_line
 
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from nested_core import seams
 from nested_core.errors import ConfigError
 from nested_core.registry.data_store import (
     count_unneeded_rows,
@@ -31,7 +29,7 @@ from nested_core.registry.judgements import has_all_judgements
 from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, Ledger
 from nested_core.registry.link_and_views import read_link, reading, writing
 from nested_core.registry.policy import policy_of
-from nested_core.registry.promotion_outcome import Approval
+from nested_core.registry.promotion_outcome import USES, may_be_promoted
 from nested_core.registry.versions import (
     OPTIONAL_FILES,
     VERSION_FILES,
@@ -39,14 +37,12 @@ from nested_core.registry.versions import (
     registered_versions,
     resolve_version,
 )
+from nested_core.rooms.housekeeping.removal import find_reason_to_keep
 from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
 from nested_core.storage.folder_size import size_on_disk
-from nested_core.storage.removal import find_reason_to_keep
 from nested_core.text.digest_format import shorten_digest
 
-USES = ("registered", "restored", "judged", *CHAMPION_CHANGE_ACTIONS)
 DEFAULT_KEPT_VERSIONS = 10
-UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
 
 
 @dataclass(frozen=True)
@@ -162,24 +158,6 @@ def _last_use(version: str, ledger: Ledger) -> tuple[int, bool]:
         or (entry.previous == version and entry.action in CHAMPION_CHANGE_ACTIONS)
     ]
     return max(uses, default=(len(ledger.entries), True))
-
-
-def may_be_promoted(folder: Path, version: str, ledger: Ledger) -> bool:
-    """Return whether a promotion may follow: the version is new, and was never champion since.
-
-    A version that waits for a person's approval counts as new for as long as it waits.
-
-    folder: the adapter's folder in the registry, REGISTRY/NAME.
-    ledger: the adapter's history.
-    """
-    lines = ledger.by_version.get(version, [])
-    if version in ledger.champion_versions():
-        return False
-    times = [datetime.fromisoformat(e.time) for _, e in lines if e.action in USES]
-    age = datetime.now(UTC) - max(times, default=datetime.now(UTC))
-    return age < UNPROMOTED_GRACE_TIME or any(
-        approval.may_follow(folder, version, ledger, age) for approval in seams.load_all(Approval)
-    )
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:

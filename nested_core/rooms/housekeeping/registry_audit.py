@@ -6,19 +6,26 @@ It writes and repairs nothing, and every finding names its file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nested_core.errors import NestedTuneError
-from nested_core.registry.data_store import data_findings
+from nested_core.errors import DamagedError, NestedTuneError
+from nested_core.registry.data_store import (
+    LIST_SUFFIX,
+    PACK_SUFFIX,
+    list_path,
+    read_digest_list,
+    read_packs,
+)
 from nested_core.registry.folders import (
+    DATA_FOLDER_NAME,
     VERSIONS_FOLDER_NAME,
     find_name_folder,
     require_no_writes_meanwhile,
     shared_folder_lock,
 )
-from nested_core.registry.judgements import judgement_findings
+from nested_core.registry.judgements import judgement_path, read_judgement
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.link_and_views import (
     LINK_NAME,
@@ -79,8 +86,11 @@ def audit(registry: Path, name: str) -> AuditReport:
         versions = tuple(registered_versions(folder))
         findings = [*_versions_folder_findings(folder, link, ledger), *broken]
         if not broken:
-            findings += [*_view_findings(folder, link, ledger), *judgement_findings(folder, ledger)]
-            findings += data_findings(folder, ledger.by_version)
+            findings += [
+                *_view_findings(folder, link, ledger),
+                *_judgement_findings(folder, ledger),
+            ]
+            findings += _data_findings(folder, ledger.by_version)
         if findings:
             require_no_writes_meanwhile(folder, lock)
     for version in reversed(versions):
@@ -210,3 +220,50 @@ def _view_findings(folder: Path, link: str | None, ledger: Ledger) -> Iterator[A
         if read_view(folder / name) != content:
             advice = "The next promote, rollback or gc writes it anew."
             yield AuditFinding(folder / name, "does not say what the history says", advice)
+
+
+def _judgement_findings(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
+    """Yield an audit finding for each judgement that is missing or was changed.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    ledger: the adapter's history.
+    """
+    for version in sorted(ledger.by_version):
+        for number, digest in ledger.judgements(version):
+            try:
+                read_judgement(folder, version, digest, number)
+            except DamagedError as error:
+                yield AuditFinding(judgement_path(folder, version, digest), str(error))
+
+
+def _data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFinding]:
+    """Yield what an audit finds wrong in the store of a name's training and held-out examples.
+
+    That is: unreadable lists of a version's examples, lists that name missing rows, and files that
+    do not belong to the store.
+
+    folder: the adapter's folder in the registry, REGISTRY/NAME.
+    """
+    store = folder / DATA_FOLDER_NAME
+    if file_type(store) == "missing":
+        return
+    present = {digest for _, digest, _ in read_packs(folder)}
+    for version in versions:
+        path = list_path(folder, version)
+        try:
+            listed = read_digest_list(folder, version)
+        except DamagedError as error:
+            yield AuditFinding(path, str(error))
+            continue
+        named = set() if listed is None else listed.all()
+        if lost := len(named - present):
+            message = f"{lost} of {len(named)} examples that it names were altered, or are lost"
+            advice = (
+                f"Restore {store} from a backup; or remove {path} and give `nested-tune promote "
+                f"RUN_DIR --name {folder.name} --registry {folder.parent}` for the run of that "
+                f"version. Until then, replay and the gate go on without them."
+            )
+            yield AuditFinding(path, message, advice)
+    for path in sorted(store.iterdir()):
+        if not path.name.startswith(".") and path.suffix not in (LIST_SUFFIX, PACK_SUFFIX):
+            yield AuditFinding(path, "does not belong to the data store", "Remove it.")

@@ -11,15 +11,12 @@ import pytest
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Decision,
-    audit,
-    audit_report,
-    collect_garbage,
-    garbage_collection,
     history,
     ledger,
     link_and_views,
     list_versions,
     promote,
+    promotion_outcome,
     queries,
     read_champion,
     register,
@@ -27,6 +24,9 @@ from nested_core.registry import (
 )
 from nested_core.registry.data_store import RunExamples
 from nested_core.registry.versions import inspect_version
+from nested_core.rooms.housekeeping import garbage_collection, registry_audit
+from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
+from nested_core.rooms.housekeeping.registry_audit import audit
 from tests.core.registry.states import NAME, assert_settled, clock_at, collected
 
 pytestmark = pytest.mark.usefixtures("no_time_to_decide")
@@ -198,7 +198,9 @@ def test_the_lineage_of_a_version_that_may_be_promoted_stays(make_run, registry,
     champion, waits = lineage[3], lineage[2]
     assert read_champion(registry, NAME) == champion
     monkeypatch.setattr(
-        garbage_collection, "may_be_promoted", lambda folder, version, ledger: version == waits
+        garbage_collection,
+        "may_be_promoted",
+        lambda folder, version, ledger: version == waits,
     )
     assert collected(registry, 0) == {lineage[4]}
 
@@ -235,7 +237,7 @@ def test_audit_meanwhile_takes_a_collected_version_for_no_damage(
             assert register(tmp_path / "run-1", registry, NAME, {}) == five[0]
         return inspect_version(*arguments)
 
-    monkeypatch.setattr(audit_report, "inspect_version", between)
+    monkeypatch.setattr(registry_audit, "inspect_version", between)
     assert audit(registry, NAME).findings == ()
     assert (five[0] in list_versions(registry, NAME)) == comes_back
 
@@ -248,7 +250,7 @@ def test_audit_meanwhile_takes_a_version_removed_by_hand_for_damage(five, regist
         place.rename(registry / "elsewhere")
         return inspect_version(*arguments)
 
-    monkeypatch.setattr(audit_report, "inspect_version", between)
+    monkeypatch.setattr(registry_audit, "inspect_version", between)
     assert [finding.file for finding in audit(registry, NAME).findings] == [place]
 
 
@@ -283,7 +285,7 @@ class TestTimeToDecide:
 
     @pytest.fixture(autouse=True)
     def an_hour(self, no_time_to_decide: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(hours=1))
+        monkeypatch.setattr(promotion_outcome, "UNPROMOTED_GRACE_TIME", timedelta(hours=1))
 
     def test_a_version_between_register_and_promote_is_kept(self, five, registry):
         plan = collect_garbage(registry, NAME, by="ann", keep=0, dry_run=True)
@@ -296,7 +298,7 @@ class TestTimeToDecide:
         self, five, registry, monkeypatch, minutes, is_kept
     ):
         now = datetime.now(UTC) + timedelta(minutes=minutes)
-        monkeypatch.setattr(garbage_collection, "datetime", clock_at(now))
+        monkeypatch.setattr(promotion_outcome, "datetime", clock_at(now))
         assert (five[3] not in collected(registry, 0)) == is_kept
 
     def test_a_removal_that_was_cut_short_is_finished_and_what_is_registered_again_is_new(
