@@ -105,7 +105,7 @@ COMMANDS: dict[str, Sequence[str]] = {
     "training": ("validate", "train", "run"),
     "inspection": ("verify", "status", "stop"),
     "reports": ("report", "runs"),
-    "registry": ("promote", "rollback", "history", "policy"),
+    "registry": ("promote", "rollback", "history"),
 }
 
 

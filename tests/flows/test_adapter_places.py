@@ -11,9 +11,9 @@ from flows.commands.adapter_places import split_name
 from nested_core.errors import ConfigError
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.registry import promote, register
-from nested_core.seams import is_there
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 
 @pytest.fixture
@@ -68,7 +68,13 @@ def test_what_is_none_of_them_is_told_the_names_that_there_are(place: Path) -> N
 
 @pytest.mark.parametrize("given", ["bot", "registry/bot", "registry/bot/champion"])
 @pytest.mark.parametrize(
-    "command", ["history", "policy", *(["audit", "gc"] if is_there("housekeeping") else [])]
+    "command",
+    [
+        "history",
+        pytest.param("policy", marks=needs_rooms("policy")),
+        pytest.param("audit", marks=needs_rooms("housekeeping")),
+        pytest.param("gc", marks=needs_rooms("housekeeping")),
+    ],
 )
 def test_commands_of_the_registry_take_every_form(place: Path, command: str, given: str) -> None:
     assert called(command, given, cwd=place).code == 0

@@ -148,7 +148,7 @@ def call_with_server(monkeypatch: pytest.MonkeyPatch, url: str, *arguments: obje
         return called(*arguments, cwd=Path.cwd())
 
 
-@needs_rooms("housekeeping")
+@needs_rooms("housekeeping", "policy")
 @pytest.mark.slow("five commands with Prefect's server")
 def test_commands_tell_the_server_what_they_changed_and_who_did_it(
     changed: Path, new_name: str, monkeypatch: pytest.MonkeyPatch
@@ -187,6 +187,7 @@ def test_reconcile_tells_once_what_no_server_was_told(changed, new_name, monkeyp
     assert [event for event, _ in events_of(new_name, 3)] == told
 
 
+@needs_rooms("policy")
 @needs_rooms("deploy")
 @pytest.mark.slow("five changes, each waited for on the server")
 def test_a_copy_of_a_registry_is_silent_until_a_deployment_names_it(

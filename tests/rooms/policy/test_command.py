@@ -1,8 +1,7 @@
-"""`nested-tune policy` and `nested-tune forget`: what they show, write and refuse."""
+"""`nested-tune policy`: what it shows, writes and refuses."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from nested_core.registry import history, promote, register
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import Ended, called
-from tests.left_out import needs_rooms
 from tests.registry_care import audit
 
 NAME = "capitals"
@@ -99,38 +97,3 @@ def test_what_is_no_policy_is_refused(folder: Path, words: tuple[str, ...], told
     assert done.code == 2, done.stdout
     assert told in " ".join(done.stderr.split())
     assert not (folder / "registry" / NAME / "policy.json").exists()
-
-
-@needs_rooms("housekeeping")
-def test_a_lost_version_is_forgotten(folder: Path) -> None:
-    lost = str(history(folder / "registry", NAME)[0]["version"])
-    place = folder / "registry" / NAME / "versions" / lost
-    place.chmod(0o755)
-    shutil.rmtree(place)
-    told = called("audit", NAME, cwd=folder)
-    assert told.code == 6
-    assert f"nested-tune forget {NAME} {lost[:12]}" in " ".join(told.stdout.split())
-    done = called("forget", NAME, lost[:8], "--by", "ann", "--reason", "disk", cwd=folder)
-    assert (done.code, done.stdout) == (0, f"forgotten: {lost[:12]}\n")
-    audited = called("audit", NAME, cwd=folder)
-    assert (audited.code, audited.stdout.split(",")[0]) == (0, "1 version")
-
-
-@needs_rooms("housekeeping")
-def test_a_version_that_is_whole_is_not_forgotten(folder: Path) -> None:
-    whole = str(history(folder / "registry", NAME)[0]["version"])
-    done = called("forget", NAME, whole, "--by", "ann", "--reason", "x", cwd=folder)
-    assert done.code == 2
-    assert "is whole" in done.stderr
-
-
-@needs_rooms("housekeeping")
-def test_a_link_that_was_moved_by_hand_is_told_by_audit(folder: Path) -> None:
-    first = str(history(folder / "registry", NAME)[0]["version"])
-    link = folder / "registry" / NAME / "champion"
-    link.unlink()
-    link.symlink_to(f"versions/{first}")
-    assert called("gc", NAME, cwd=folder).code == 0
-    done = called("audit", NAME, cwd=folder)
-    assert done.code == 0
-    assert "note: history, line 5: the champion link was moved by hand" in done.stdout

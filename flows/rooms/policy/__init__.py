@@ -1,0 +1,1 @@
+"""What the room `policy` adds to the command line."""
