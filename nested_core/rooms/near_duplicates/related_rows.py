@@ -20,7 +20,6 @@ from nested_core.rooms.near_duplicates.word_ngrams import (
     RARE_NGRAM_MAX_EXAMPLES,
     AskedNgrams,
     TrainMatches,
-    WordHasher,
     hash_word_ngrams,
 )
 
@@ -83,11 +82,10 @@ def group_near_duplicates(texts: Sequence[str]) -> list[list[int]]:
 
 def _iterate_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Yield pairs of texts that are the same words, or share enough n-grams that are not common."""
-    hasher = WordHasher()
     parts: list[pl.DataFrame] = []
     for first in range(0, len(texts), _TEXTS_AT_ONCE):
         part = texts[first : first + _TEXTS_AT_ONCE]
-        columns = pl.DataFrame(hash_word_ngrams(part, hasher).to_columns(part))
+        columns = pl.DataFrame(hash_word_ngrams(part).to_columns(part))
         parts.append(columns.drop("bag").with_row_index("row", offset=first))
     rows = pl.concat(parts)
     equal = rows.drop_nulls("words").select("row", near=pl.col("row").first().over("words"))
@@ -169,7 +167,7 @@ def make_near_duplicate_rules(severity: Severity) -> FrameRules:
 
 def hash_texts(texts: Sequence[str | None]) -> dict[str, pl.Series]:
     """Return the columns of NGRAM_SCHEMA for texts, a row each."""
-    return hash_word_ngrams(texts, WordHasher()).to_columns(texts)
+    return hash_word_ngrams(texts).to_columns(texts)
 
 
 def relate(

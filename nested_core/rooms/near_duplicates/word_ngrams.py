@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from string import ascii_letters, digits
 from typing import Any
 
 import numpy as np
@@ -36,17 +34,6 @@ Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 # Odd numbers, so that the order of the words matters.
 _HASH_FACTORS = tuple(np.uint64(factor) for factor in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 1))
-_MIXING_FACTOR = np.uint64(0xBF58476D1CE4E5B9)
-_BYTES_A_LOAD = 8
-_MAX_LOADED_BYTES = 64  # a longer word's key is made by itself
-_KNOWN_WORDS_BITS = 19  # a table of 8 MiB
-_WORD_BYTES = frozenset((ascii_letters + digits + "_").encode()) | frozenset(range(128, 256))
-# ASCII in small letters with all digits as one, 0 for what is in no word; bytes of others stay.
-_FOLDED_BYTES = bytes(
-    byte if byte in _WORD_BYTES else 0
-    for byte in bytes(range(256)).lower().translate(bytes.maketrans(digits.encode(), b"0" * 10))
-)
-_KEPT_BITS = np.array([(1 << 8 * count) - 1 for count in range(_BYTES_A_LOAD + 1)], np.uint64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,41 +75,12 @@ class WordNgrams:
         }
 
 
-class WordHasher:
-    """Hashes words; keeps the hashes of those that it met, for most words come again and again.
-
-    A word's hash is the one that polars has for it: which n-grams of a long text are compared
-    depends on it, and so do the findings. It takes ten times as long as a look into a table.
-    """
-
-    def __init__(self) -> None:
-        self._keys: Hashes = np.zeros(1 << _KNOWN_WORDS_BITS, np.uint64)
-        self._hashes: Hashes = np.zeros(1 << _KNOWN_WORDS_BITS, np.uint64)
-
-    def hash_words(self, content: bytes, starts: Indices, ends: Indices) -> Hashes:
-        """The hash of each range of bytes, UTF-8; _BYTES_A_LOAD bytes more are behind the last."""
-        keys = _make_word_keys(content, starts, ends)
-        slots = (keys >> np.uint64(64 - _KNOWN_WORDS_BITS)).view(np.int64)
-        hashes: Hashes = self._hashes[slots]
-        unknown = np.flatnonzero(self._keys[slots] != keys)
-        if len(unknown):
-            distinct, first, places = np.unique(
-                keys[unknown], return_index=True, return_inverse=True
-            )
-            ranges = zip(starts[unknown[first]], ends[unknown[first]], strict=True)
-            words = pl.Series(
-                [content[start:end].decode() for start, end in ranges], dtype=pl.String
-            )
-            new = words.hash(seed=0).to_numpy()
-            hashes[unknown] = new[places]
-            self._keys[slots[unknown[first]]] = distinct
-            self._hashes[slots[unknown[first]]] = new
-        return hashes
-
-
-def hash_word_ngrams(texts: Sequence[str | None], hasher: WordHasher) -> WordNgrams:
+def hash_word_ngrams(texts: Sequence[str | None]) -> WordNgrams:
     """The words of each text as hashes; None and a text of more than MAX_CHARACTERS have none."""
-    hashes, counts = _hash_words(texts, hasher)
+    words = _split_into_words(texts, folds_digits=True)
+    counts = words.list.len().cast(pl.Int64).to_numpy()
+    # The hash of a word is polars': it decides which n-grams of a long text are compared
+    hashes: Hashes = words.explode().drop_nulls().hash(seed=0).to_numpy()
     ends = np.cumsum(counts)
     sizes = np.maximum(counts, MAX_NGRAMS_PER_TEXT + NGRAM_LENGTH - 1) - (NGRAM_LENGTH - 1)
     halvings = np.ceil(np.log2(sizes / MAX_NGRAMS_PER_TEXT)).astype(np.uint8)
@@ -135,70 +93,22 @@ def hash_word_ngrams(texts: Sequence[str | None], hasher: WordHasher) -> WordNgr
 
 
 def hash_word_sequences(texts: Sequence[str | None]) -> pl.Series:
-    """A hash of all words of each text in their order, digits as they are; null without a word.
-
-    It takes ten times as long as `hash_word_ngrams`.
-    """
-    compared = pl.Series(_leave_out_too_long(texts), dtype=pl.String)
-    words = compared.str.to_lowercase().str.extract_all(r"\w+")
-    sequences = words.list.join(" ")
+    """A hash of all words of each text in their order, digits as they are; null without a word."""
+    words = _split_into_words(texts)
     has_words = words.list.len() > 0
-    return pl.select(pl.when(has_words).then(sequences.hash(seed=0))).to_series()
+    return pl.select(pl.when(has_words).then(words.list.join(" ").hash(seed=0))).to_series()
 
 
-def _leave_out_too_long(texts: Sequence[str | None]) -> list[str]:
-    """The texts, an empty one in the place of None and of one of more than MAX_CHARACTERS."""
-    return ["" if text is None or len(text) > MAX_CHARACTERS else text for text in texts]
+def _split_into_words(texts: Sequence[str | None], *, folds_digits: bool = False) -> pl.Series:
+    """The words of each text in small letters, a list each; with `folds_digits` each digit is 0.
 
-
-def _hash_words(texts: Sequence[str | None], hasher: WordHasher) -> tuple[Hashes, Indices]:
-    """Hashes of all words with digits folded, and how many each text has.
-
-    Each byte beyond ASCII counts as one of a word.
+    None and a text of more than MAX_CHARACTERS have no word.
     """
-    compared = _leave_out_too_long(texts)
-    others = [index for index, text in enumerate(compared) if not text.isascii()]
-    if others:  # what only Unicode knows of small letters, words and digits
-        series = pl.Series([compared[index] for index in others]).str.to_lowercase()
-        series = series.str.replace_all(r"\W", " ").str.replace_all(r"[\d&&[^0-9]]", "0")
-        for index, text in zip(others, series.to_list(), strict=True):
-            compared[index] = text
-    encoded = [text.encode() for text in compared]
-    joined = b"\n".join([b"", *encoded, bytes(2 * _BYTES_A_LOAD)])
-    folded = joined.translate(_FOLDED_BYTES)
-    is_word = np.frombuffer(folded, np.uint8) != 0
-    edges = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1
-    starts, ends = edges[::2].copy(), edges[1::2].copy()
-    ends_of_texts = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)) + 1)
-    counts = np.diff(np.searchsorted(starts, ends_of_texts, side="right"), prepend=0)
-    return hasher.hash_words(folded, starts, ends), counts
-
-
-def _make_word_keys(content: bytes, starts: Indices, ends: Indices) -> Hashes:
-    """64 bits that tell words apart: all of one of at most 8 bytes, a hash of a longer one."""
-    loads = np.ndarray(
-        (len(content) - _BYTES_A_LOAD + 1,), dtype="<u8", buffer=content, strides=(1,)
-    )
-    lengths = ends - starts
-    keys = _mix(loads[starts] & _KEPT_BITS[np.minimum(lengths, _BYTES_A_LOAD)])
-    longer = np.arange(len(lengths))
-    for offset in range(_BYTES_A_LOAD, _MAX_LOADED_BYTES, _BYTES_A_LOAD):
-        longer = longer[lengths[longer] > offset]
-        if not len(longer):
-            return keys
-        kept = _KEPT_BITS[np.minimum(lengths[longer] - offset, _BYTES_A_LOAD)]
-        load = loads[starts[longer] + offset] & kept
-        keys[longer] = _mix(keys[longer] * _HASH_FACTORS[0] + load)
-    for index in longer[lengths[longer] > _MAX_LOADED_BYTES].tolist():
-        word = content[starts[index] : ends[index]]
-        keys[index] = int.from_bytes(blake2b(word, digest_size=8).digest(), "little")
-    return keys
-
-
-def _mix(values: Hashes) -> Hashes:
-    """A bijection of 64 bits in which every bit of the result depends on most of the value's."""
-    mixed = (values ^ (values >> np.uint64(30))) * _MIXING_FACTOR
-    return mixed ^ (mixed >> np.uint64(27))
+    compared = ["" if text is None or len(text) > MAX_CHARACTERS else text for text in texts]
+    small = pl.Series(compared, dtype=pl.String).str.to_lowercase()
+    if folds_digits:
+        small = small.str.replace_all(r"\d", "0")
+    return small.str.extract_all(r"\w+")
 
 
 def _sum_by_text(hashes: Hashes, counts: Indices) -> Hashes:
@@ -244,7 +154,6 @@ class AskedNgrams:
         self.ngrams = ngrams
         self.words = words
         self.bags = bags
-        self._hasher = WordHasher()
         self._is_common = np.zeros(len(ngrams), np.bool_)  # those are looked for no more
         wanted = len(ngrams) * _TABLE_ENTRIES_PER_NGRAM
         bits = min(_MAX_TABLE_BITS, max(_MIN_TABLE_BITS, wanted.bit_length()))
@@ -283,7 +192,7 @@ class AskedNgrams:
         line are left out of the frame, see MATCH_SCHEMA, and of those of later calls the n-grams
         that are common here: this frame has enough examples of them.
         """
-        found = hash_word_ngrams(texts, self._hasher)
+        found = hash_word_ngrams(texts)
         may_be_asked = self._table[found.hashes >> self._shift] & found.is_sampled
         ngrams, hits = found.take(np.flatnonzero(may_be_asked))
         is_asked, places = _find_among(ngrams, self.ngrams)
