@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from nested_core.config.names import HUB_NAME_PATTERN
-from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import ConfigError
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import check_table
@@ -38,7 +37,7 @@ def render_card(name: str, version: str, provenance: dict[str, Any], verdict: Ve
 
     provenance: the content of provenance.json. verdict: the content of gate.json.
     """
-    front = yaml.safe_dump(_front_matter(name, provenance, verdict), sort_keys=False)
+    front = yaml.safe_dump(_front_matter(provenance), sort_keys=False)
     return f"---\n{front}---\n\n{describe_card(name, version, provenance, verdict)}\n"
 
 
@@ -58,10 +57,10 @@ def read_champion_card(registry: Path, name: str) -> str:
     return read_regular(version_folder(registry, name, version) / CARD_NAME).decode()
 
 
-def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> dict[str, Any]:
+def _front_matter(provenance: dict[str, Any]) -> dict[str, Any]:
     """Build the card's metadata: the fields of the Hugging Face hub that are known, and no others.
 
-    name: the adapter's. provenance: the content of provenance.json.
+    provenance: the content of provenance.json.
     """
     config = provenance.get("config") or {}
     fields: dict[str, Any] = {}
@@ -71,12 +70,8 @@ def _front_matter(name: str, provenance: dict[str, Any], verdict: Verdict) -> di
     fields["library_name"] = "mlx"
     fields["pipeline_tag"] = "text-generation"
     fields["tags"] = ["mlx", "nested-tune", str(config.get("fine_tune_type", "lora"))]
-    datasets = _hub_datasets(config)
-    if datasets:
+    if datasets := _hub_datasets(config):
         fields["datasets"] = datasets
-    results = list(_list_results(datasets, config, verdict))
-    if results:
-        fields["model-index"] = [{"name": name, "results": results}]
     return fields
 
 
@@ -97,30 +92,6 @@ def _hub_datasets(config: dict[str, Any]) -> list[str]:
     entries = [entry.get("path") for entry in config.get("hf_dataset") or []]
     named = [find_hub_name(value) for value in entries or [config.get("data")]]
     return [name for name in named if name is not None]
-
-
-def _list_results(
-    datasets: list[str], config: dict[str, Any], verdict: Verdict
-) -> Iterator[dict[str, Any]]:
-    """Yield model-index entries for the held-out loss on a hub data set and each suite's score."""
-    losses = verdict.validation
-    held_out = (config.get("gate") or {}).get("held_out", "auto")
-    is_of_data_set = len(datasets) == 1 and held_out in SPLITS_BY_HELD_OUT_CHOICE
-    if is_of_data_set and losses is not None and losses.loss_after is not None:
-        name = f"mean loss in {losses.unit}, {losses.file}"
-        yield _result(datasets[0], "loss", name, losses.loss_after)
-    for task in verdict.tasks:
-        name = f"mean score of {task.questions} answers, 0 to 1"
-        yield _result(task.name, "accuracy", name, task.candidate)
-
-
-def _result(dataset: str, metric: str, name: str, value: float) -> dict[str, Any]:
-    """Build one entry of model-index for a measurement."""
-    return {
-        "task": {"type": "text-generation"},
-        "dataset": {"type": dataset, "name": dataset},
-        "metrics": [{"type": metric, "name": name, "value": value}],
-    }
 
 
 def describe_card(

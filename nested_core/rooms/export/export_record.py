@@ -164,11 +164,6 @@ def record_place(artefact: Path) -> Path:
     return artefact.with_name(f"{artefact.stem}.{RECORD_NAME}")
 
 
-def card_place(artefact: Path) -> Path:
-    """Where the card of an exported folder or GGUF lies."""
-    return artefact / CARD_NAME if artefact.is_dir() else artefact.with_suffix(".md")
-
-
 def write_export_record(place: Path, record: ExportRecord) -> None:
     """Write the record to a new file."""
     write_json(place, record.to_json() | {"trained_on": record.trained_on})

@@ -45,10 +45,10 @@ from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.rooms.export.asked import Asked, HeldOutRows
 from nested_core.rooms.export.export_card import render_export_card
 from nested_core.rooms.export.export_record import (
+    CARD_NAME,
     ExportRecord,
     Quantized,
     WeightFormat,
-    card_place,
     record_place,
     write_export_record,
 )
@@ -100,19 +100,12 @@ class Export:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """What was written: the format of its matrices, and what its tokenizer's SHA-256 has to be."""
-
-    weights: WeightFormat
-    tokenizer: str
-
-
-@dataclass(frozen=True)
 class _Source:
     """An adapter to export, with what is known of its training.
 
     base: the folder of its base.
     config: what it was trained with; of an adapter without a record, as it is by default.
+    notes: what a person should know of it and of the measurement; more are added to it.
     """
 
     model: NamedModel
@@ -121,6 +114,7 @@ class _Source:
     config: FineTuneConfig
     is_config_known: bool
     step: int | None
+    notes: list[str]
 
 
 def export(
@@ -164,13 +158,11 @@ def export(
         require_absent_or_empty(target, flag="--fused")
     else:
         require_output_file(target, "--gguf")
-        if card_place(target) == target:
-            raise ConfigError(f"{target} is where its card would lie: give a name in .gguf.")
         if taken := _list_taken(target, is_folder=False):
             raise ConfigError(f"{taken[0]} exists already. Nothing is written over.")
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
-        source, notes = _read_source(str(what), registry, base_model, Path(temporary), suites)
+        source = _read_source(str(what), registry, base_model, Path(temporary), suites)
         model, tokenizer, config = load_fused(
             source.base,
             source.adapter,
@@ -178,7 +170,7 @@ def export(
             dtype=None if gguf is None else mx.float32,
             trust_remote_code=source.model.trust_remote_code,
         )
-        asked = _choose_questions(source, tokenizer, data, notes)
+        asked = _choose_questions(source, tokenizer, data)
         begin("fusing and writing")
         if seams.is_there("minutes"):
             from nested_core.rooms.minutes.blas_threads import using_quicker_blas_threads
@@ -189,16 +181,21 @@ def export(
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)
         )
         draft = Path(beside, target.name)
+        weights: WeightFormat = quantize
         if gguf is None:
-            written = _write_folder(draft, source.base, model, tokenizer, config)
+            write_model_folder(draft, source.base, model, config)
+            weights = _find_weight_format(model, config)
+            digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         else:
-            written = _write_gguf(draft, source, model, tokenizer, quantize)
+            name = f"{source.base.name}-{source.adapter.digest()[:12]}"
+            digest = write_gguf(draft, model, tokenizer, quantize, name)
         del model
         mx.clear_cache()
         begin("reading base, adapter and what was written in new processes")
-        record = _judge(draft, written, source, asked, notes)
+        record = _judge(draft, weights, digest, source, asked)
         write_export_record(record_place(draft), record)
-        write_bytes(card_place(draft), render_export_card(draft.name, record).encode())
+        if draft.is_dir():
+            write_bytes(draft / CARD_NAME, render_export_card(draft.name, record).encode())
         place = publish(draft, target, is_rejected=not record.stands)
     if record.stands and place == target:
         return Export(target, record)
@@ -221,8 +218,8 @@ def _read_source(
     base_model: str | None,
     temporary: Path,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection],
-) -> tuple[_Source, list[str]]:
-    """Read the adapter that a person means, and what to note of it.
+) -> _Source:
+    """Read the adapter that a person means.
 
     The files of the base, of a version and of a run's verdict are hashed again.
     """
@@ -250,7 +247,7 @@ def _read_source(
     tasks = tuple(task for task in tasks if task.name not in sampled)
     changes = {"model": model.model, "gate": config.gate.model_copy(update={"tasks": tasks})}
     config = config.model_copy(update=changes)
-    return _Source(model, adapter, base, config, is_known, step), notes
+    return _Source(model, adapter, base, config, is_known, step, notes)
 
 
 def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None, str | None]:
@@ -283,12 +280,10 @@ def _read_trained_tokenizer(folder: Path, run: RunDirectory | None) -> TrainedTo
     return TrainedTokenizer(provenance.get("chat_template"), provenance.get("vocabulary"))
 
 
-def _choose_questions(
-    source: _Source, tokenizer: Any, data: str | Path | None, notes: list[str]
-) -> Asked:
+def _choose_questions(source: _Source, tokenizer: Any, data: str | Path | None) -> Asked:
     """Choose what is asked of base, adapter and export: the run's rows and suites, or those given.
 
-    Adds to `notes` why no rows are asked.
+    Notes why no rows are asked.
     """
     config = source.config
     suites = encode_suites(
@@ -304,42 +299,28 @@ def _choose_questions(
             splits = {name: split for name, split in loaded.items() if len(split)}
             held_out = read_held_out_examples(config, splits)
         else:
-            notes.append("the kept gain was not measured: --data FILE names held-out rows")
+            source.notes.append("the kept gain was not measured: --data FILE names held-out rows")
         rows = None if held_out is None else HeldOutRows.choose(held_out, config)
     except (ConfigError, DatasetError, OSError) as error:
         if data is not None:
             raise
-        notes.append(
+        source.notes.append(
             f"the kept gain was not measured, as the run's data cannot be read: "
             f"{shorten(error, 200)}; --data FILE names other held-out rows"
         )
     return Asked.choose(source.base, tokenizer, rows, suites)
 
 
-def _write_folder(
-    draft: Path, base: Path, model: Any, tokenizer: Any, config: dict[str, Any]
-) -> _Written:
-    """Write a fused model as a folder that mlx_lm loads."""
-    write_model_folder(draft, base, model, config)
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:
+    """The format of the matrices of a folder that is written with this config.json."""
     if "quantization" in config:
-        return _Written("quantized", digest)
+        return "quantized"
     leaves: Any = tree_flatten(model.parameters())
-    dtype = next(array.dtype for _, array in leaves if array.ndim > 1)
-    return _Written(FORMATS[dtype], digest)
-
-
-def _write_gguf(
-    draft: Path, source: _Source, model: Any, tokenizer: Any, quantization: Quantization
-) -> _Written:
-    """Write a fused model as a GGUF."""
-    name = f"{source.base.name}-{source.adapter.digest()[:12]}"
-    digest = write_gguf(draft, model, tokenizer, quantization, name)
-    return _Written(quantization, digest)
+    return FORMATS[next(array.dtype for _, array in leaves if array.ndim > 1)]
 
 
 def _judge(
-    draft: Path, written: _Written, source: _Source, asked: Asked, notes: list[str]
+    draft: Path, weights: WeightFormat, tokenizer_digest: str, source: _Source, asked: Asked
 ) -> ExportRecord:
     """Have base, adapter and artefact read by fresh processes, and record how they compare."""
     dtype = "float32" if model_compute_dtype(source.config) == mx.float32 else None
@@ -350,37 +331,36 @@ def _judge(
     if draft.is_dir() or has_llama_cpp():
         reading = read_in_fresh_process(draft, asked, dtype=dtype, trust_remote_code=trusts)
     else:
-        notes.append(NOT_RUN)
+        source.notes.append(NOT_RUN)
         with tempfile.TemporaryDirectory(prefix="nested-tune-") as unpacked:
-            tokenizer = unpack_gguf(draft, Path(unpacked))
+            digest = unpack_gguf(draft, Path(unpacked))
             reading = read_in_fresh_process(Path(unpacked), asked, dtype=dtype)
-        reading = replace(reading, tokenizer=tokenizer)
+        reading = replace(reading, tokenizer=digest)
     quantized_base: Quantized | None = None
     if {*QUANTIZATION_KEYS} & read_model_config(source.base).keys():
-        quantized_base = "kept" if written.weights == "quantized" else "dequantized"
-    findings = judge_reading(
-        asked, (*compared, reading), weights=written.weights, tokenizer=written.tokenizer
-    )
+        quantized_base = "kept" if weights == "quantized" else "dequantized"
+    readings = (*compared, reading)
+    findings = judge_reading(asked, readings, weights=weights, tokenizer=tokenizer_digest)
     template = compared[1].chat_template
     files = sorted(path for path in draft.rglob("*") if path.is_file()) or [draft]
     folder = draft if draft.is_dir() else draft.parent
     return ExportRecord(
         artefact="folder" if draft.is_dir() else "gguf",
-        weights=written.weights,
+        weights=weights,
         quantized_base=quantized_base,
         files={path.relative_to(folder).as_posix(): regular_sha256(path) for path in files},
         source=source.model.name,
         version=source.adapter.digest(),
         base=source.model.model,
         base_fingerprint=fingerprint_base_model(source.base),
-        tokenizer=written.tokenizer,
+        tokenizer=tokenizer_digest,
         chat_template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         reader=reading.reader,
         texts=len(asked.texts),
         logits=findings.logits,
         gain=findings.gain,
         suites=findings.suites,
-        notes=tuple(notes),
+        notes=tuple(source.notes),
         problems=findings.problems,
         step=source.step,
         trained_on=source.model.seen.to_json(),
@@ -390,22 +370,22 @@ def _judge(
 
 
 def publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
-    """Put a folder, or a file after its record and card, in its place; all is synced.
+    """Put a folder, or a file after its record, in its place; all is synced.
 
     The place is `target`, or NAME.rejected of what does not stand. Where something lies there,
     NAME-2, NAME-3 and so on are tried. Returns the place.
     """
     is_folder = draft.is_dir()
-    beside = [] if is_folder else [record_place(draft), card_place(draft)]
-    for path in (*draft.rglob("*"), *beside, draft):
+    record = draft if is_folder else record_place(draft)
+    for path in (*draft.rglob("*"), record, draft):
         sync_path(path)
     name, ending = (target.name, "") if is_folder else (target.stem, target.suffix)
     name += f".{REJECTED}" if is_rejected else ""
     numbers = ("", *(f"-{number}" for number in range(2, 1_000)))
     places = (target.with_name(f"{name}{number}{ending}") for number in numbers)
     place = next(place for place in places if not _list_taken(place, is_folder=is_folder))
-    for path, place_of in zip(beside, (record_place, card_place), strict=False):
-        path.replace(place_of(place))
+    if not is_folder:
+        record.replace(record_place(place))
     draft.replace(place)  # of an empty folder it takes the place, of another it fails
     sync_path(place.parent)
     return place
@@ -414,7 +394,7 @@ def publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
 def _list_taken(place: Path, *, is_folder: bool) -> list[Path]:
     """List what lies where an export to this place would be written; an empty folder is free."""
     if not is_folder:
-        paths = (place, record_place(place), card_place(place))
+        paths = (place, record_place(place))
         return [path for path in paths if os.path.lexists(path)]
     is_empty = file_type(place) == "directory" and not any(place.iterdir())
     return [] if is_empty or not os.path.lexists(place) else [place]

@@ -62,7 +62,6 @@ def test_another_tokenizer_than_that_of_the_training_is_refused(
         ((), "one of the arguments --fused --gguf --peft --push is required"),
         (("--fused", "a", "--gguf", "b"), "not allowed with argument"),
         (("--gguf", "model.gguf", "--quantize", "q4_0"), "invalid choice: 'q4_0'"),
-        (("--gguf", "model.md"), "is where its card would lie: give a name in .gguf."),
     ],
 )
 def test_one_place_and_a_format_that_is_known(words, said, nested_tune) -> None:

@@ -25,7 +25,7 @@ from nested_core.models.base_model import fingerprint_base_model, load_lazily
 from nested_core.pipeline import steps
 from nested_core.rooms.export import exporting
 from nested_core.rooms.export.asked import Asked, HeldOutRows
-from nested_core.rooms.export.export_record import card_place, read_export_record, record_place
+from nested_core.rooms.export.export_record import read_export_record, record_place
 from nested_core.rooms.export.exporting import NOT_RUN, publish
 from nested_core.rooms.export.fresh_reading import (
     Reading,
@@ -360,14 +360,13 @@ def test_a_gguf_of_what_was_fused_wrong_is_seen(how, measured, tmp_path) -> None
 
 
 def make_draft(folder: Path, name: str) -> Path:
-    """An export before it is put in its place: a GGUF with record and card, or a folder of both."""
+    """An export before it is put in its place: a GGUF with its record, or a folder with it."""
     draft = folder / f"{TEMPORARY_PREFIX}draft" / name
     draft.parent.mkdir(parents=True)
     if not draft.suffix:
         draft.mkdir()
     for path in (draft if draft.suffix else draft / "model.safetensors", record_place(draft)):
         path.write_text("of the export")
-    card_place(draft).write_text("card")
     return draft
 
 
@@ -380,11 +379,11 @@ def publish_draft(folder: Path, name: str, *, stands: bool) -> str:
     return place.name
 
 
-def test_a_rejected_gguf_lies_with_its_record_and_card_under_another_name(tmp_path: Path) -> None:
+def test_a_rejected_gguf_lies_with_its_record_under_another_name(tmp_path: Path) -> None:
     """What is written lies in a folder of temporary files until it is judged."""
     assert publish_draft(tmp_path, "model.gguf", stands=False) == "model.rejected.gguf"
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["model.rejected.export.json", "model.rejected.gguf", "model.rejected.md"]
+    assert names == ["model.rejected.export.json", "model.rejected.gguf"]
 
 
 @pytest.mark.parametrize("name", ["model", "v1.0.gguf"])
@@ -399,7 +398,7 @@ def test_an_export_takes_the_first_free_name_and_writes_over_nothing(name, tmp_p
     assert (tmp_path / name).is_symlink()
 
 
-@pytest.mark.parametrize("taken", ["model.gguf", "model.export.json", "model.md"])
+@pytest.mark.parametrize("taken", ["model.gguf", "model.export.json"])
 def test_each_file_of_a_gguf_that_is_a_persons_is_left_alone(taken: str, tmp_path: Path) -> None:
     (tmp_path / taken).write_text("of a person")
     with pytest.raises(ConfigError, match=f"{taken} exists already"):
