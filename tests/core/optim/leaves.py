@@ -10,8 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import optimizers
 from mlx.utils import tree_flatten
 
+OPTIMIZERS = {
+    "sgd": lambda: optimizers.SGD(1e-2, momentum=0.9),
+    "muon": lambda: optimizers.Muon(1e-2),
+    "adafactor": lambda: optimizers.Adafactor(1e-2),
+}
 SHAPES = {"fast": (3, 2), "slow": (2, 4)}
 
 

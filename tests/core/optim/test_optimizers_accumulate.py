@@ -7,8 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlx import optimizers
 
 from nested_core import NestedAdam, NestedAdamW, Tier
@@ -46,23 +44,6 @@ def reference(chunks: list[dict[str, Any]], seed: int = 0, **options: Any) -> tu
     for gradients in chunks:
         expected = plain.apply_gradients(gradients, expected)
     return bits(expected), bits(plain.state)
-
-
-@by_combination
-@pytest.mark.parametrize("frequency", [2, 3, 4])
-@settings(max_examples=5)
-@given(seed=st.integers(0, 2**31), bias_correction=st.booleans())
-def test_equals_plain_adamw_on_the_combined_chunk(
-    frequency: int, combination: Any, seed: int, bias_correction: bool
-) -> None:
-    optimizer = accumulating(frequency, accumulate=combination, bias_correction=bias_correction)
-    weights = train(optimizer, 4 * frequency, seed)
-    starts = range(1, 4 * frequency, frequency)
-    chunks = [chunk(range(n, n + frequency), combination, seed) for n in starts]
-    expected, state = reference(chunks, seed, bias_correction=bias_correction)
-    assert bits({"slow": weights["slow"]}) == expected
-    found = bits(optimizer.state)
-    assert (found["slow.m"], found["slow.v"]) == (state["slow.m"], state["slow.v"])
 
 
 def test_a_chunk_is_emptied_when_it_is_applied() -> None:
@@ -179,17 +160,6 @@ def test_training_goes_on_after_a_flush_on_the_same_clock() -> None:
     assert [tier.updates for tier in optimizer.get_tier_stats()] == [4, 2]
 
 
-def test_a_non_finite_gradient_is_left_out_of_the_chunk() -> None:
-    optimizer = accumulating(3)
-    weights = train(optimizer, 1)
-    bad = values(2) | {"slow": mx.full((2, 4), mx.inf)}
-    weights = optimizer.apply_gradients(bad, weights)
-    weights = optimizer.apply_gradients(values(3), weights)
-    mean = {"slow": (values(1)["slow"] + values(3)["slow"]) / 2}
-    assert bits({"slow": weights["slow"]}) == reference([mean])[0]
-    assert counts(optimizer) == [(2, 1), (1, 0)]
-
-
 @by_combination
 def test_a_sum_that_would_overflow_skips_the_step_and_keeps_the_chunk(combination: Any) -> None:
     optimizer = accumulating(3, accumulate=combination)
@@ -201,25 +171,3 @@ def test_a_sum_that_would_overflow_skips_the_step_and_keeps_the_chunk(combinatio
     assert optimizer.state["nested"]["gathered"].tolist() == [0, 2]
     assert mx.isfinite(optimizer.state["slow"]["sum"]).all().item()
     assert counts(optimizer) == [(2, 1), (0, 1)]
-
-
-def test_a_chunk_whose_due_step_is_not_finite_stays_open_until_the_next() -> None:
-    optimizer = accumulating(2)
-    weights = train(optimizer, 1)
-    for gradients in (values(2) | {"fast": mx.full((3, 2), mx.nan)}, values(3), values(4)):
-        weights = optimizer.apply_gradients(gradients, weights)
-    mean = {"slow": (values(1)["slow"] + values(3)["slow"] + values(4)["slow"]) / 3}
-    assert bits({"slow": weights["slow"]}) == reference([mean])[0]
-    assert counts(optimizer) == [(3, 1), (1, 1)]
-
-
-def test_clipping_bounds_the_combined_chunk() -> None:
-    optimizer = accumulating(2, max_grad_norm=0.5)
-    weights = train(optimizer, 2)
-    mean = chunk(range(1, 3), "mean") | {"fast": values(2)["fast"]}
-    clipped, norm = optimizers.clip_grad_norm(mean, 0.5)
-    assert mx.allclose(optimizer.state["nested"]["grad_norm"], norm)
-    plain = optimizers.AdamW(RATE)
-    expected = plain.apply_gradients({"slow": clipped["slow"]}, {"slow": values(0)["slow"]})
-    assert mx.allclose(weights["slow"], expected["slow"], rtol=1e-6)
-    assert mx.allclose(optimizer.state["slow"]["m"], plain.state["slow"]["m"], rtol=1e-6)

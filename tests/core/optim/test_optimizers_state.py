@@ -11,9 +11,11 @@ from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from nested_core import NestedAdam, NestedAdamW, Tier, TierStats
-from tests.core.optim.leaves import bits
+from nested_core.optim.tiered import Tiered
+from tests.core.optim.leaves import OPTIMIZERS, bits
 
 MODES = ["skip", "accumulate"]
+CLOCKS = [Tier(1, frozenset({"layers.1.weight", "layers.1.bias"})), Tier(3)]
 
 
 class Model(nn.Module):
@@ -38,9 +40,8 @@ def gradients(seed: int) -> Any:
 
 def make(mode: Any) -> NestedAdamW:
     """One layer at every step, the other at every third."""
-    clocks = [Tier(1, frozenset({"layers.1.weight", "layers.1.bias"})), Tier(3)]
     schedule = optimizers.cosine_decay(1e-2, 20)
-    return NestedAdamW(schedule, bias_correction=True, tiers=clocks, slow_gradients=mode)
+    return NestedAdamW(schedule, bias_correction=True, tiers=CLOCKS, slow_gradients=mode)
 
 
 def train(optimizer: optimizers.Optimizer, weights: Any, steps: range) -> Any:
@@ -50,9 +51,11 @@ def train(optimizer: optimizers.Optimizer, weights: Any, steps: range) -> Any:
 
 
 @pytest.mark.parametrize("with_init", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_training_goes_on_from_a_file_bit_for_bit(mode, with_init, tmp_path) -> None:
-    straight, stopped, resumed = make(mode), make(mode), make(mode)
+@pytest.mark.parametrize("kind", [*MODES, *OPTIMIZERS])
+def test_training_goes_on_from_a_file_bit_for_bit(kind, with_init, tmp_path) -> None:
+    straight, stopped, resumed = (
+        make(kind) if kind in MODES else Tiered(OPTIMIZERS[kind], CLOCKS) for _ in range(3)
+    )
     expected = train(straight, parameters(), range(1, 12))
     weights = train(stopped, parameters(), range(1, 6))
     flat: dict[str, mx.array] = dict(tree_flatten(stopped.state))

@@ -8,9 +8,6 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mlx import optimizers
 from mlx.utils import tree_map
 
 from nested_core import NestedAdam, NestedAdamW, Tier, backend
@@ -61,15 +58,6 @@ def train(optimizer: NestedAdam, steps: int, *, compiled: bool = False) -> tuple
 
 
 @by_mode
-def test_compiled_equals_uncompiled_bit_for_bit(mode: Any) -> None:
-    plain, compiled = (
-        train(NestedAdamW(1e-2, tiers=tiers(), slow_gradients=mode), 17, compiled=compiled)
-        for compiled in (False, True)
-    )
-    assert compiled == plain
-
-
-@by_mode
 def test_three_steps_with_frequencies_1_and_2_give_3_updates_and_1(mode: Any) -> None:
     names = frozenset({"fast.w"})
     optimizer = NestedAdamW(1e-2, tiers=[Tier(1, names), Tier(2)], slow_gradients=mode)
@@ -116,25 +104,6 @@ def test_a_tier_off_its_step_keeps_parameters_and_moments_exactly(mode: Any) -> 
             names = [f"{layer}.w.m", f"{layer}.w.v"]
             assert of(layer, found[0]) == of(layer, kept[0])
             assert [found[1][name] for name in names] == [kept[1][name] for name in names]
-
-
-@settings(max_examples=10)
-@given(seed=st.integers(0, 2**31), bias_correction=st.booleans(), decay=st.floats(0, 0.5))
-def test_under_skip_a_tier_is_adamw_on_every_fth_gradient(seed, bias_correction, decay) -> None:
-    """Its bias correction and moments run on its own updates."""
-    options: Any = {"weight_decay": decay, "bias_correction": bias_correction}
-    optimizer = NestedAdamW(1e-2, tiers=tiers(), **options)
-    parameters = tree(seed)
-    expected, plain = tree(seed), {each: optimizers.AdamW(1e-2, **options) for each in SHAPES}
-    optimizer.init(parameters)
-    for n in range(1, 13):
-        gradients = tree(seed + n)
-        parameters = optimizer.apply_gradients(gradients, parameters)
-        for layer in (layer for layer, f in FREQUENCIES.items() if n % f == 0):
-            expected[layer] = plain[layer].apply_gradients(gradients[layer], expected[layer])
-    assert bits(parameters) == bits(expected)
-    for layer in SHAPES:
-        assert bits(optimizer.state[layer]) == bits({"w": plain[layer].state["w"]})
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -187,20 +156,3 @@ def test_a_schedule_is_read_on_training_steps_by_every_tier(mode: Any) -> None:
     assert steps["fast"] == [-0.1, -0.2, -0.3, -0.4]
     assert steps["middle"] == [0.0, -0.2, 0.0, -0.4]
     assert steps["slow"] == [0.0, 0.0, 0.0, -0.4]
-
-
-def test_each_tier_has_its_own_rate_scale_and_weight_decay() -> None:
-    changes = {"fast": {"learning_rate_scale": 0.3}, "middle": {"weight_decay": 0.2}}
-    optimizer = NestedAdamW(1e-2, weight_decay=0.05, tiers=tiers(**changes))
-    weights, _ = train(optimizer, 4)
-    own: dict[str, tuple[Any, float]] = {
-        "fast": (mx.array(1e-2) * 0.3, 0.05),
-        "middle": (1e-2, 0.2),
-        "slow": (1e-2, 0.05),
-    }
-    for layer, (rate, decay) in own.items():
-        plain = optimizers.AdamW(rate, weight_decay=decay)
-        expected = {layer: tree(0)[layer]}
-        for n in range(FREQUENCIES[layer], 5, FREQUENCIES[layer]):
-            expected = plain.apply_gradients({layer: tree(n)[layer]}, expected)
-        assert of(layer, weights) == bits(expected)
