@@ -1,4 +1,4 @@
-"""Proof by volume: `python -m tests.reliability.soak --kills 1000 --corruptions 10000 --queue 500`.
+"""Proof by volume: `python -m tests.reliability.soak --kills 1000 --queue 500`.
 
 Each volume says its seed and its figures; those of the full runs are in benchmarks/faults.md.
 Anything that does not hold ends the program with a traceback and the folder that shows it.
@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
@@ -49,9 +48,8 @@ def main() -> None:
     parser.add_argument(
         "--replay-kills", type=int, default=0, metavar="N", help="nights with replay to kill"
     )
-    parser.add_argument("--corruptions", type=int, default=0, metavar="N", help="files to corrupt")
     parser.add_argument("--queue", type=int, default=0, metavar="N", help="runs to queue")
-    parser.add_argument("--seed", type=int, default=0, help="of random moments and corruptions")
+    parser.add_argument("--seed", type=int, default=0, help="of random moments")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="nested-tune-soak-"))
@@ -64,13 +62,6 @@ def main() -> None:
     if arguments.replay_kills:
         replay, kills = "tests.reliability.kills:ReplayKillSoak", arguments.replay_kills
         _timed(lambda: run_kills(replay, folder / "replay", kills, arguments.seed))
-    if arguments.corruptions:
-        from tests.reliability.corruptions import VOLUMES
-
-        for number, (name, corrupt) in enumerate(VOLUMES.items()):
-            count = arguments.corruptions * (number + 1) // len(VOLUMES)
-            count -= arguments.corruptions * number // len(VOLUMES)
-            _timed(partial(corrupt, folder / name, count, arguments.seed))
     if arguments.queue:
         _timed(lambda: run_queue(arguments.queue))
 
