@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,11 @@ def pair_ratios(*, first: bool, leases: tuple[str, ...] = LEASES) -> list[float]
 def command_ratios(key: str, suffixes: tuple[str, str]) -> list[float]:
     """A figure of our whole commands by that of mlx_lm.lora's, of 0.5B and of 3B.
 
+    key: a row's key, or "after start-up": the seconds from a command's first line on.
     suffixes: of the arms' names, by size: "" for a warm run.
     """
     rows = {
-        (row["case"], row["arm"]): row
+        (row["case"], row["arm"]): row | {"after start-up": row["s"] - row["stages"][0][0]}
         for row in read_jsonl(BENCHMARKS / "gpu" / "whole-commands.jsonl")
     }
     return [
@@ -80,18 +82,32 @@ def command_ratios(key: str, suffixes: tuple[str, str]) -> list[float]:
     ]
 
 
+def difference_of_page(name: str) -> list[float]:
+    """RESULTS-2.md's mean over tasks of a difference, and the ends of its interval."""
+    page = (LEARNING / "RESULTS-2.md").read_text("utf-8")
+    (line,) = re.findall(rf"^\| {name} \|(.*)\|$", page, re.MULTILINE)
+    return [float(each) for each in re.findall(r"[+-][\d.]+", line.split("|")[-1])]
+
+
 def test_right_answers_are_the_means_of_all_seeds_that_were_run() -> None:
     cells = measured("Right answers, six tasks")
     told = [float(each) for each in re.findall(r"([\d.]+) %", cells)]
     c, k, a = (mean_right(arm) for arm in "cka")
     assert told == pytest.approx([c, k, a], abs=0.0501)
-    points = re.search(r"of these ([\d.]+) points the file is ([\d.]+),", cells)
+    points = re.search(r"of these ([\d.]+) points the file is ([\d.]+) ", cells)
     assert points is not None
     assert [float(each) for each in points.groups()] == pytest.approx([c - a, k - a], abs=0.0501)
+    lead = re.search(r"\(ours (\S+), over tasks (\S+) to (\S+), not shown by Holm\)", cells)
+    assert lead is not None
+    assert [float(each) for each in lead.groups()] == difference_of_page("c - k")
+    rows = [row for row in read_jsonl(LEARNING / "rows-2.jsonl") if row["arm"] in ("c", "k", "a")]
+    counts = Counter((row["arm"], row["task"]) for row in rows).values()
+    assert (min(counts), max(counts)) == (2, 5)
+    assert "two to five seeds" in README
 
 
 def test_right_answers_at_other_rates_are_those_of_all_seeds() -> None:
-    told = [float(each) for each in re.findall(r"([\d.]+) %", measured("The same on other"))]
+    told = [float(each) for each in re.findall(r"([\d.]+) %", measured("Other questions, the"))]
     arms = ("c", "c-unclipped", "k", "k-2e-4", "k-3e-4")
     figures = [mean_right(arm, "rows-4.jsonl") for arm in arms]
     assert told == pytest.approx(figures, abs=0.0501)
@@ -100,17 +116,19 @@ def test_right_answers_at_other_rates_are_those_of_all_seeds() -> None:
 def test_seconds_of_training_are_those_of_all_pairs_of_all_leases() -> None:
     cells = measured("Seconds of that training")
     pattern = (
-        r"([\d.]+) over four leases \((\d+) pairs, ([\d.]+) to ([\d.]+)\),"
-        r" ([\d.]+) in the newest \((\d+) pairs\)\. First runs.*: (.*?) \|"
+        r"([\d.]+) in the newest lease \((\d+) pairs\), ([\d.]+) to ([\d.]+) in the three"
+        r" before \((\d+)\); ([\d.]+) was claimed\. First runs.*: (.*?) \|"
     )
     told = re.search(pattern, cells)
     assert told is not None
-    warm, newest = pair_ratios(first=False), pair_ratios(first=False, leases=LEASES[-1:])
-    mean, number, least, most, late, late_number, first = told.groups()
-    assert [int(number), int(late_number)] == [len(warm), len(newest)]
-    means = [statistics.geometric_mean(each) for each in (warm, newest)]
-    figures = [*means, min(warm), max(warm)]
-    assert [float(f) for f in (mean, late, least, most)] == pytest.approx(figures, abs=0.00501)
+    *before, newest = [pair_ratios(first=False, leases=(lease,)) for lease in LEASES]
+    late, late_number, least, most, number, claimed, first = told.groups()
+    assert [int(number), int(late_number)] == [sum(map(len, before)), len(newest)]
+    means = [statistics.geometric_mean(each) for each in before]
+    figures = [statistics.geometric_mean(newest), min(means), max(means)]
+    assert [float(f) for f in (late, least, most)] == pytest.approx(figures, abs=0.00501)
+    protocol = " ".join((LEARNING / "PROTOCOL-2.md").read_text("utf-8").split())
+    assert f"median seconds and joules at most {claimed} of k's" in protocol
     said = sorted(float(each) for each in re.findall(r"[\d.]+\d", first))
     assert said == pytest.approx(sorted(pair_ratios(first=True)), abs=0.00501)
 
@@ -125,9 +143,10 @@ def test_seconds_of_training_are_those_of_all_pairs_of_all_leases() -> None:
 def test_whole_commands_are_those_of_the_rows(row: str, key: str, digits: float) -> None:
     cell = measured(row).split("|")[1].partition(" [On H100s]")[0]
     told = [float(each) for each in re.findall(r"\d\.\d+(?!B)", cell)]
-    again = command_ratios(key, ("", ""))
-    first = command_ratios(key, ("+cold", "+first"))
-    assert told == pytest.approx([*again, *first], abs=digits)
+    warm, first = ("", ""), ("+cold", "+first")
+    figures = command_ratios(key, warm)
+    figures += command_ratios("after start-up", warm) if key == "s" else []
+    assert told == pytest.approx([*figures, *command_ratios(key, first)], abs=digits)
 
 
 def test_planted_failures_are_those_of_the_rows() -> None:
@@ -135,18 +154,18 @@ def test_planted_failures_are_those_of_the_rows() -> None:
     for tool, rows in read_all_rows().items():
         counted = count(rows).partition(",")[0]
         if tool == "nested-tune":
-            assert f" {counted} of a list" in cells
+            assert f" {counted} of its makers' list" in cells
         elif counted != "not run":
             shown = {"peft": "PEFT's Trainer", "mlx_lm.lora": "`mlx_lm.lora`"}.get(tool, tool)
             assert f"{shown} {counted}" in cells, tool
     folder = BENCHMARKS / "silent_failures"
     first = [row["noticed"] != "never" for row in read_jsonl(folder / "first-count.jsonl")]
-    assert f"(its first rows: {sum(first)} of {len(first)};" in cells
+    assert f"(first rows: {sum(first)} of {len(first)})." in cells
     blind = read_jsonl(folder / "blind.jsonl")
     days = sorted({row["planted"] for row in blind})
     counts = [[row["noticed"] for row in blind if row["planted"] == day] for day in days]
     sizes, noticed = [len(day) for day in counts], [sum(day) for day in counts]
-    assert "of {} and of {} that strangers planted, {} and {} ".format(*sizes, *noticed) in cells
+    assert "Of {} and of {} that strangers planted, {} and {} ".format(*sizes, *noticed) in cells
 
 
 def test_what_is_worse_is_that_of_the_rows() -> None:
@@ -175,9 +194,29 @@ def test_what_is_worse_is_that_of_the_rows() -> None:
         c, k = ({row["seed"]: row["device_gb"] for row in rows if row["arm"] == a} for a in "ck")
         most += [c[seed] / k[seed] for seed in c.keys() & k.keys()]
     assert float(memory[1]) == pytest.approx(max(most), abs=0.0501)
-    page = (LEARNING / "RESULTS-2.md").read_text("utf-8")
     told = [float(each) for each in tiers.groups()]
     for name, fewer in (("g-deep", told[:3]), ("g-shallow", told[3:])):
-        (line,) = re.findall(rf"^\| {name} - d \|(.*)\|$", page, re.MULTILINE)
-        mean, low, high = map(float, re.findall(r"[+-][\d.]+", line.split("|")[-1]))
+        mean, low, high = difference_of_page(f"{name} - d")
         assert fewer == [-mean, -high, -low]
+
+
+def test_the_words_for_two_and_three_times_the_rate_are_the_page_s() -> None:
+    page = (LEARNING / "RESULTS-4.md").read_text("utf-8")
+    words = [
+        re.findall(rf"^\| c - {arm} \|.*, ([a-z ]+) \|$", page, re.MULTILINE)
+        for arm in ("k-2e-4", "k-3e-4")
+    ]
+    (told,) = re.findall(r"points more right \((.*?); (.*?)\), and", README)
+    assert words == [[word] for word in told]
+
+
+def test_the_instructions_that_are_answered_as_the_task_are_those_of_the_rows() -> None:
+    rows = [
+        row
+        for row in read_jsonl(LEARNING / "rows-2.jsonl")
+        if row["arm"] == "c" and row["like_task"] is not None
+    ]
+    assert sorted((row["task"], row["seed"]) for row in rows) == sorted((t, 1) for t in TASKS)
+    (told,) = re.findall(r"On six tasks it answers (.*?) % of general instructions", README)
+    shares = sorted((100 * row["like_task"] for row in rows), reverse=True)
+    assert [float(each) for each in re.findall(r"\d+", told)] == pytest.approx(shares, abs=0.501)

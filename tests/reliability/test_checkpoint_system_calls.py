@@ -59,7 +59,7 @@ def save(folder: Path, *, step: int, value: float) -> None:
     )
 
 
-@pytest.mark.claim("A run killed at any moment resumes to the bit, or is complete")
+@pytest.mark.claim("On a CPU a killed run resumes to the bit, or is complete")
 @pytest.mark.parametrize("stride", [SAMPLE, EVERY_CALL])
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("step", [2, 3])
