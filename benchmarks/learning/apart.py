@@ -55,7 +55,14 @@ class Estimate:
         return self.mean + self.half
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} ({self.low:+.1f} to {self.high:+.1f})"
+        mean, low, high = map(points, (self.mean, self.low, self.high))
+        return f"{mean} ({low} to {high})"
+
+
+def points(value: float) -> str:
+    """One digit, or two where one does not show on which side of LEVEL it lies."""
+    digits = 2 if round(abs(value), 1) == LEVEL else 1
+    return f"{value:+.{digits}f}"
 
 
 @dataclass(frozen=True)

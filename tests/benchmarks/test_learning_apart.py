@@ -261,6 +261,14 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
     def moved(arm: str) -> float:
         return mean_over_tasks(arm, "moved")
 
+    def first_seed(arm: str, key: str) -> float:
+        return statistics.fmean(row[key] for row in ROWS if (row["arm"], row["seed"]) == (arm, 1))
+
+    book = {(row["arm"], row["task"], row["seed"]): row["general_loss"] for row in ROWS}
+    more_of_the_book: dict[str, list[float]] = {task: [] for task in REAL_TASKS}
+    for arm, task, seed in book:
+        if arm == "c-2e-4":
+            more_of_the_book[task].append(book[arm, task, seed] - book["c", task, seed])
     clipped = pairs_of("c", "c-unclipped")
     means = {task: float(rows.mean()) for task, rows in clipped.items()}
     assert min(means.values()) > 0
@@ -304,7 +312,10 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             moved("c"),
             moved("c") / moved("c-unclipped"),
         ],
-        r"file\*\*\*: level, (\S+) points \((\S+) to (\S+)\)": swapped("c", "k-2e-4"),
+        r"at the same rate \(with the correction too, (\S+), of one seed\)": [
+            moved("c-3e-4-corrected") / first_seed("k-3e-4-corrected", "moved")
+        ],
+        r"file\*\*\*: level here, (\S+) points \((\S+) to (\S+)\)": swapped("c", "k-2e-4"),
         r"it has (\S+) points more \((\S+) to (\S+)\), and c": swapped("c", "k-3e-4"),
         r"\*stays below\*\*\*, by (\S+) points": [lead("c", "k-3e-4-corrected")],
         r"The book pays: (\S+) nats against (\S+) of c; 2e-4 has (\S+)\.": [
@@ -315,14 +326,15 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             moved("k"),
             moved("k-3e-4-corrected") / moved("k-3e-4"),
         ],
-        r"as far as k \((\S+) and (\S+)\) and has (\S+) points \((\S+) to (\S+) on": [
-            moved("peft-uncorrected"),
-            moved("k"),
+        r"as far as k \((\S+) and (\S+)\) and has": [moved("peft-uncorrected"), moved("k")],
+        r"\) and has (\S+) points \((\S+) to (\S+); over tasks (\S+) to (\S+)\)": [
             *here("peft-uncorrected", "k")[0],
+            *over_tasks("peft-uncorrected", "k")[1:],
         ],
         r"from k: (\S+) points fewer right \((\S+) to (\S+)\)": swapped("k-sorted", "k"),
-        r"c-2e-4 has (\S+) points and c-3e-4-corrected (\S+), of one": [
+        r"c-2e-4 has (\S+) points at (\S+) nats more .*?, c-3e-4-corrected (\S+), of one": [
             lead("c-2e-4", "c"),
+            statistics.fmean(map(statistics.fmean, more_of_the_book.values())),
             lead("c-3e-4-corrected", "c"),
         ],
         r"As expected: c - k \S+ \((\S+)\), k-2e-4 within 0.5 of c \((\S+) above\)": [
@@ -350,6 +362,31 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             assert float(group) == pytest.approx(figure, abs=0.501 * 10**-digits), pattern
     behind = [float(rows.mean()) < 0 for rows in pairs_of("c", "k-3e-4").values()]
     assert f"behind on {['five'][sum(behind) - 5]} of six tasks" in text
+
+
+def test_the_commits_of_the_whole_arms_are_those_of_the_page() -> None:
+    first = {(row["arm"], row["seed"]) for row in ROWS if row["commit"] == "9f87358f"}
+    second = {(row["arm"], row["seed"]) for row in ROWS if row["commit"] == "cf0a9582"}
+    whole = {arm for arm, seed in first}
+    assert (len(whole), first & second) == (8, set())
+    assert first == {(arm, 1) for arm in whole} | {("c", 2), ("c-unclipped", 2)}
+    assert "of the first seed 1, of c and c-unclipped seed 2 too." in PAGE
+
+
+def test_nine_runs_have_the_loss_on_the_book_that_the_second_study_has() -> None:
+    def losses(file: str) -> set[tuple[str, str, int, float]]:
+        rows = read_rows(LEARNING / file)
+        return {(r["arm"], r["task"], r["seed"], r["general_loss"]) for r in rows}
+
+    shared = {row[:3] for row in losses("rows-2.jsonl") & losses("rows-4.jsonl")}
+    of_c = {("c", task, seed) for task in ("banking77", "clinc150") for seed in (1, 2, 3)}
+    assert shared == of_c | {("k", "snips", seed) for seed in (1, 2, 3)}
+    assert "; nine runs have its book loss to the last digit" in PAGE
+
+
+def test_an_end_that_rounds_to_the_bound_of_level_has_two_digits() -> None:
+    assert str(apart.Estimate(-0.1, 0.92, 0.9)) == "-0.1 (-1.02 to +0.8)"
+    assert str(apart.Estimate(0.3, 0.67, 0.9)) == "+0.3 (-0.4 to +0.97)"
 
 
 def test_the_command_prints_the_tables_of_the_page() -> None:
