@@ -90,6 +90,47 @@ def test_the_share_of_seconds_and_joules_is_that_of_the_turns(file: str, cell: s
     assert [float(figure) for figure in told.groups()] == pytest.approx(shares, abs=0.0051)
 
 
+def test_the_mean_ratio_of_each_lease_is_that_of_its_pairs() -> None:
+    by_lease = []
+    for number in (2, 3, 4, 5):
+        rows = map(json.loads, (LEARNING / f"quiet-{number}.jsonl").read_text().splitlines())
+        seconds = {(row["task"], row["seed"], row["arm"]): row["seconds"] for row in rows}
+        turns = {turn[:2] for turn in seconds} - {WARM_UP}
+        pairs = [[seconds.get((*turn, arm)) for arm in "ck"] for turn in sorted(turns)]
+        by_lease.append([c / k for c, k in pairs if c and k])
+    ratios = list(itertools.chain(*by_lease))
+    pattern = (
+        r"Over all (\d+) other pairs the geometric mean is (\S+) \(range (\S+) to (\S+)\),"
+        r" by lease (\S+), (\S+), (\S+) and \*\*(\S+) at the newest"
+    )
+    told = re.search(pattern, " ".join((LEARNING / "RESULTS-2.md").read_text().split()))
+    assert told is not None
+    number, *figures = map(float, told.groups())
+    means = [statistics.geometric_mean(each) for each in (ratios, *by_lease)]
+    expected = [means[0], min(ratios), max(ratios), *means[1:]]
+    assert (number, figures) == (len(ratios), pytest.approx(expected, abs=0.00501))
+
+
+def test_the_seconds_of_a_sweep_are_beside_those_of_other_seeds() -> None:
+    def span(arm: str, seeds: set[int]) -> list[float]:
+        rows = map(json.loads, (LEARNING / "rows-2.jsonl").read_text().splitlines())
+        seconds = [
+            row["seconds"]
+            for row in rows
+            if (row["arm"], row["seed"] in seeds, row["task"] in TASKS[:3]) == (arm, True, True)
+        ]
+        return [min(seconds), max(seconds)]
+
+    page = " ".join((LEARNING / "RESULTS-2.md").read_text().split())
+    pattern = r"a cell took (\S+) to (\S+) s, where c of other seeds took (\d+) to (\d+) and k"
+    told = re.search(rf"{pattern} (\d+) to (\d+);", page)
+    assert told is not None
+    figures = [float(each.replace(",", "")) for each in told.groups()]
+    later = {3, 4, 5}
+    expected = [*span("e", {1, 2}), *span("c", later), *span("k", later)]
+    assert figures == pytest.approx(expected, abs=0.501)
+
+
 DIFFERENCES = re.findall(
     r"^\| (\S+ - \S+) \|", (LEARNING / "RESULTS-2.md").read_text(), re.MULTILINE
 )
@@ -295,7 +336,16 @@ def test_what_the_page_of_nights_concludes_is_that_of_the_rows() -> None:
         r"better on the other by (\S+) points": [
             final_average("go-100-50", "four") - final_average("go-30-50", "four")
         ],
-        r"is at most (\S+) points behind": [-both(behind_joint, "rebuild", "tasks")],
+        r"is at most (\S+) points behind joint training, in one order (\S+)\. ": [
+            -both(behind_joint, "rebuild", "tasks"),
+            -behind_joint("rebuild", "tasks-reversed"),
+        ],
+        r"(\S+) times the steps of `go-30-50` on the facts, (\S+) times on the tasks,"
+        r" (\S+) on the intents and (\S+) on `four`": [
+            sum(night_rows("rebuild", name)[1]["steps"])
+            / sum(night_rows("go-30-50", name)[1]["steps"])
+            for name in ("facts", "tasks", "intents", "four")
+        ],
         r"it ends (\S+) points behind joint training on the facts, (\S+) on": [
             -both(behind_joint, "auto-go", kind) for kind in ("facts", "tasks")
         ],
