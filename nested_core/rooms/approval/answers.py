@@ -33,7 +33,7 @@ QUESTION_STANDS_FOR = timedelta(days=7)  # as long as the flow `promote` waits f
 def decide_question(
     ledger: Ledger, section: RegistrySection, candidate: Judgement, champion: str | None
 ) -> Decision:
-    """That a version waits for a person, or that one has declined it or its data and settings.
+    """Report that a version waits for a person, or that one declined it or its data and settings.
 
     candidate: the verdict on the version, which promotes it but for the person's word.
     """
@@ -83,7 +83,7 @@ def approve(
 
 
 def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
-    """Why a person is not asked about a version: the registry's policy refuses it in any case.
+    """Explain why a person is not asked: the policy of the registry refuses the version anyway.
 
     None if the policy lets a person decide, and without a policy.
     """
@@ -130,7 +130,7 @@ def find_decline(
     dataset_digest: str | None = None,
     settings_digest: str | None = None,
 ) -> Entry | None:
-    """The newest line in which a person declined a version, or one of the same two digests.
+    """Return the newest line in which a person declined a version, or one of the same two digests.
 
     A line counts until its version or this one becomes champion: somebody has changed his mind.
     """
@@ -148,7 +148,7 @@ def find_decline(
 
 
 def may_be_approved(folder: Path, version: str, ledger: Ledger, age: timedelta) -> bool:
-    """Whether a version that never was champion waits for a person, so that no gc removes it.
+    """Tell whether a version that never was champion waits for a person; gc keeps it then.
 
     Its own policy or its name's leaves it to a person, none has said no, and the question still
     stands. `age` is the time since its last verdict.
