@@ -37,7 +37,7 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     audits = audit_adapters(folders, arguments.model, ProgressLine())
 
     def show() -> None:
-        """The modules of one adapter, or a row for each of several, and where reasons are told."""
+        """Print the modules of one adapter, or a row for each, and where reasons are told."""
         if len(audits) == 1:
             modules = [(m.name, m.rank, m.scale, m.effect) for m in audits[0].modules]
             print_table(("module", "rank", "scale", "effect"), modules)

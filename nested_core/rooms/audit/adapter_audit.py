@@ -166,7 +166,7 @@ class BaseModelForAudit:
 
 
 def has_whole_weights(adapter: Adapter) -> bool:
-    """Whether the tensors are meant to be weights of the base: mlx-lm's fine_tune_type full."""
+    """Tell whether the tensors are weights of the base: mlx-lm's fine_tune_type full."""
     return adapter.config.get("fine_tune_type") == "full"
 
 
@@ -371,7 +371,7 @@ def find_adapters(path: Path, model: str) -> list[Path]:
 
 
 def _is_adapter(folder: Path) -> bool:
-    """Whether a folder is to be audited: it has an adapter's configuration, or weights."""
+    """Return whether a folder is to be audited: it has an adapter's configuration, or weights."""
     return (folder / CONFIG_NAME).exists() or any(folder.glob("*.safetensors"))
 
 
