@@ -113,7 +113,7 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
-    """The prompt, the lines of the file, else what is typed or standard input's lines."""
+    """Return the prompt, the lines of the file, else what is typed or standard input's lines."""
     if prompt is not None:
         if not prompt.strip():
             raise ConfigError("--prompt: there is no text in it. Give what is to be asked.")
@@ -133,7 +133,7 @@ def _read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
 
 
 def _read_input() -> Iterator[str]:
-    """What is typed, or each line of standard input; its end is the end."""
+    """Yield what is typed, or each line of standard input, to its end."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
             yield line.rstrip("\n")
@@ -159,7 +159,7 @@ class _Chat:
         self._conversations = self._begin()
 
     def _begin(self) -> dict[str, list[dict[str, str]]]:
-        """A conversation a side that holds the system message alone, if there is one."""
+        """Return a conversation a side that holds the system message alone, if there is one."""
         first = [] if self._system is None else [{"role": "system", "content": self._system}]
         return {side: list(first) for side in self._sides}
 
@@ -217,7 +217,7 @@ def _print_lines(pieces: Iterable[tuple[str, str]], texts: dict[str, str]) -> No
 
 
 def lay_out(texts: Mapping[str, str]) -> Table:
-    """A column a text; what a model wrote is escaped, but for its line ends."""
+    """Return a column a text; what a model wrote is escaped, but for its line ends."""
     table = Table(expand=True)
     for column in texts:
         table.add_column(Text(escape(column)), ratio=1, overflow="fold")
