@@ -44,7 +44,7 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
         write_bytes(target, comparison.to_html().encode("utf-8", "replace"))
 
     def show() -> None:
-        """The figures, then the settings that differ."""
+        """Print the figures, then the settings that differ."""
         print_blocks(*comparison.describe_figures(), *comparison.describe_damage())
         if output is not None:
             print_line(f"page: {output}")

@@ -51,7 +51,7 @@ class RunComparison:
         return names
 
     def differing_settings(self) -> dict[str, list[Any]]:
-        """The keys of the configuration that differ, with the value of each run.
+        """Return the keys of the configuration that differ, with the value of each run.
 
         Of a suite that a run does not have, the keys that the others set.
         """
@@ -73,7 +73,7 @@ class RunComparison:
         return [None, *(_why_not_comparable(self.runs[0], run) for run in self.runs[1:])]
 
     def paired_with_first(self) -> list[PairedDifference | None]:
-        """Each run's losses minus the first one's, example by example; below 0 is better.
+        """Return each run's losses minus the first one's, example by example; below 0 is better.
 
         By the examples that neither run was trained on, with the interval of the gate. None for the
         first, and where the losses are no comparison.
@@ -86,7 +86,7 @@ class RunComparison:
         ]
 
     def tasks(self) -> dict[str, list[float | None]]:
-        """The share of right answers of each run's adapter, by suite."""
+        """Return the share of right answers of each run's adapter, by suite."""
         shares = [
             {} if r.verdict is None else {task.name: task.candidate for task in r.verdict.tasks}
             for r in self.runs
@@ -99,7 +99,7 @@ class RunComparison:
         return _join([measure_speed(run) for run in self.runs])
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain values: a list has one value for each run."""
+        """Return all of it as plain values: a list has one value for each run."""
         return {
             "runs": [run_to_json(run) for run in self.runs],
             "config": self.differing_settings(),
@@ -121,7 +121,7 @@ class RunComparison:
             yield (key, *(None if value is None else str(value) for value in values))
 
     def describe(self) -> Document:
-        """All of it: outcomes, figures and settings, curves, and answers that differ."""
+        """Return all of it: outcomes, figures and settings, curves, and answers that differ."""
         pairs = zip(self.names, self.runs, strict=True)
         outcomes = [(name, describe_outcome(run), describe_end(run)) for name, run in pairs]
         each = Table("What became of each run", ("run", "outcome", "verdict"), outcomes)
@@ -136,7 +136,7 @@ class RunComparison:
         )
 
     def to_html(self) -> str:
-        """The whole page."""
+        """Return the whole page."""
         return self.describe().to_html()
 
     def __repr__(self) -> str:
@@ -147,11 +147,11 @@ class RunComparison:
         return self.describe().to_fragment()
 
     def describe_damage(self) -> list[Block]:
-        """A line for each file that is damaged."""
+        """Return a line for each file that is damaged."""
         return [Text(f"Damaged: {p}", "bad") for run in self.runs for p in run.problems]
 
     def describe_figures(self) -> list[Block]:
-        """The figures and the settings that differ, a column for each run."""
+        """Return the figures and the settings that differ, a column for each run."""
         caption = (
             f"Losses in {self._loss_units()}, differences with their 95 % interval, and the "
             f"settings that differ"
@@ -166,7 +166,7 @@ class RunComparison:
         return [*doubts, Table(caption, ("", *self.names), list(self.rows()))]
 
     def _loss_units(self) -> str:
-        """The units of the runs' losses: `nats/token`, or `nats/example and nats/token`."""
+        """Return the units of the runs' losses: `nats/token`, or `nats/example and nats/token`."""
         return join_units(run.loss_unit for run in self.runs)
 
     def _loss_figures(self) -> Iterator[list[Chart]]:
@@ -195,7 +195,7 @@ class RunComparison:
 
 
 def _flatten_config(run: Run) -> dict[str, Any]:
-    """The configuration of a run by dotted keys; empty where it is damaged.
+    """Return the configuration of a run by dotted keys; empty where it is damaged.
 
     A suite's are by its name: `gate.tasks.facts.min`.
     """
@@ -226,7 +226,7 @@ def _flatten_config(run: Run) -> dict[str, Any]:
 
 
 def _default_of_suite(key: str) -> object:
-    """What a key of a suite is where it is not set, as the configuration's JSON has it."""
+    """Return the default of a suite's key, in the form of the configuration's JSON."""
     if not key.startswith("gate.tasks."):
         return None
     suite = TaskSection(name="a", file="a", score="exact").model_dump(mode="json")
@@ -234,13 +234,13 @@ def _default_of_suite(key: str) -> object:
 
 
 def _join(figures: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """By name, the figure of each run; None for a run that has none of the name."""
+    """Collect each run's figure by name; None for a run without a figure of that name."""
     names = dict.fromkeys(name for own in figures for name in own)
     return {name: [own.get(name) for own in figures] for name in names}
 
 
 def _why_not_comparable(first: Run, other: Run) -> str | None:
-    """Why the losses that the gate measured of two runs are no comparison; None if they are."""
+    """Explain why the gate's losses of two runs cannot be compared; None if they can."""
     one, two = first.loss_made_of, other.loss_made_of
     if one is None or two is None or None in (one["base model"], one["tokenizer"]):
         return "what it is made of is not known"
@@ -252,7 +252,7 @@ def _why_not_comparable(first: Run, other: Run) -> str | None:
 
 
 def _pair(first: Run, other: Run) -> PairedDifference | None:
-    """The losses of the second less those of the first; None without some to compare.
+    """Return the losses of the second less those of the first; None without some to compare.
 
     Of the examples that neither was trained on, with the interval that the gate has for them.
     """
