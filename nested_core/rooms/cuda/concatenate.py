@@ -20,7 +20,7 @@ BLOCKS_PER_ARRAY = 4  # for each array
 
 
 def concatenate_flattened(arrays: Sequence[mx.array]) -> mx.array:
-    """The elements of arrays of one dtype as a vector, each array row by row."""
+    """Return the elements of arrays of one dtype as a vector, each array row by row."""
     dtype = arrays[0].dtype
     fits = all(array.nbytes % LOAD_BYTES == 0 and array.dtype == dtype for array in arrays)
     if len(arrays) == 1 or not fits or not concatenate_on_cuda.is_usable():
@@ -38,7 +38,7 @@ def _example_inputs() -> list[tuple[Sequence[mx.array]]]:
 
 @checked_kernel("joining arrays", reference=concatenate_in_mlx, examples=_example_inputs)
 def concatenate_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
-    """`concatenate_flattened` in one kernel, for up to ARRAYS_PER_LAUNCH arrays of whole loads."""
+    """Run `concatenate_flattened` in one kernel, on at most ARRAYS_PER_LAUNCH whole-load arrays."""
     ends = list(accumulate(array.nbytes // LOAD_BYTES for array in arrays))
     missing = ARRAYS_PER_LAUNCH - len(arrays)
     return launch_kernel(

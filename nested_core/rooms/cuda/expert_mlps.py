@@ -29,7 +29,7 @@ MOST_COLUMNS = 512  # experts x rank: with more, MLX's own products are faster a
 
 
 def _take_rows(x: mx.array, order: mx.array, inverse: mx.array) -> mx.array:
-    """Rows of x, (rows, ...), each repeated `order.size // rows` times and put in this order.
+    """Repeat each row of x, (rows, ...), `order.size // rows` times, and put them in this order.
 
     `order` is a permutation of the repeated rows and `inverse` the one that undoes it. The gradient
     gathers by the inverse, where MLX's own adds rows in place.
@@ -48,14 +48,14 @@ def _take_rows_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 
 
 def make_expert_mlp_call(mlp: Any) -> Callable[[mx.array, mx.array], mx.array]:
-    """A call in place of the module's own: (..., width) and (..., active) to (..., active, width).
+    """Replace the module's call: (..., width) and (..., active) to (..., active, width).
 
     For few rows it is mlx-lm's own.
     """
     original = type(mlp)
 
     def call(x: mx.array, indices: mx.array) -> mx.array:
-        """Down(activation(up, gate)) of each token's experts."""
+        """Compute down(activation(up, gate)) of each token's experts."""
         if indices.size < FEWEST_SORTED_ROWS:
             return cast(mx.array, original.__call__(mlp, x, indices))
         chosen = mx.stop_gradient(indices).flatten()
@@ -78,7 +78,7 @@ def make_expert_mlp_call(mlp: Any) -> Callable[[mx.array, mx.array], mx.array]:
 
 
 def multiplies_all_experts(layer: Any, dtype: mx.Dtype) -> bool:
-    """Whether a layer is LoRA on experts of an input's dtype, without dropout, of few columns."""
+    """Tell whether a layer is LoRA on experts of x's dtype, without dropout, of few columns."""
     return (
         type(layer) is LoRASwitchLinear
         and layer.dropout._p_1 == 1
@@ -88,7 +88,7 @@ def multiplies_all_experts(layer: Any, dtype: mx.Dtype) -> bool:
 
 
 def project_to_experts(layer: LoRASwitchLinear, x: mx.array) -> mx.array:
-    """x @ lora_a of all experts side by side: (rows, 1, width) to (rows, experts * rank)."""
+    """Compute x @ lora_a of all experts: (rows, 1, width) to (rows, experts * rank)."""
     return x.reshape(-1, x.shape[-1]) @ layer.lora_a.reshape(-1, x.shape[-1]).T
 
 
@@ -98,7 +98,7 @@ def layer_output(
     experts: mx.array,
     project: Callable[[LoRASwitchLinear], mx.array],
 ) -> mx.array:
-    """A layer's output: the base's plus scale * z @ lora_b; z counts in a row's own expert alone.
+    """Add scale * z @ lora_b to the base's output; z counts in a row's own expert alone.
 
     rows are (rows, 1, width), experts (rows,), ascending, and z = project(layer) is (rows,
     experts * rank). A layer that `multiplies_all_experts` says no to is computed by mlx-lm.
@@ -114,14 +114,14 @@ def layer_output(
 
 
 def find_expert_mlps(model: nn.Module) -> list[SwitchGLU]:
-    """The gated MLPs of experts that are computed here, on CUDA; on any other device none."""
+    """Find the gated MLPs of experts that are computed here, on CUDA; elsewhere none."""
     if not backend.computes_on_cuda():
         return []
     return [module for _, module in model.named_modules() if type(module) is SwitchGLU]
 
 
 def find_expert_layers(model: nn.Module) -> list[LoRASwitchLinear]:
-    """The layers with LoRA on experts whose factors are multiplied all at once."""
+    """Return the layers with LoRA on experts whose factors are multiplied all at once."""
     layers = [each for mlp in find_expert_mlps(model) for each in mlp.children().values()]
     return [
         each
@@ -132,7 +132,7 @@ def find_expert_layers(model: nn.Module) -> list[LoRASwitchLinear]:
 
 @contextmanager
 def using_expert_mlps(model: nn.Module) -> Iterator[None]:
-    """On CUDA, compute a model's gated MLPs of experts as above while the block runs."""
+    """Compute a model's gated MLPs of experts as above, on CUDA, while the block runs."""
     mlps = find_expert_mlps(model)
     with replacing_calls((mlp, make_expert_mlp_call(mlp)) for mlp in mlps):
         yield

@@ -42,7 +42,7 @@ class MLPFactors(NamedTuple):
 
 
 def find_fusable_mlps(trace: CallTrace) -> list[GatedMLP]:
-    """The gated MLPs of LoRA layers for which there are kernels that agree with MLX."""
+    """Return the gated MLPs of LoRA layers for which there are kernels that agree with MLX."""
     if not backend.computes_on_cuda():
         return []
     return [mlp for mlp in find_gated_mlps(trace) if _mlp_has_kernels(mlp)]
@@ -69,13 +69,13 @@ def using_fused_mlps(mlps: Sequence[GatedMLP]) -> Iterator[None]:
 
 
 def make_fused_mlp_call(mlp: GatedMLP) -> Callable[[mx.array], mx.array]:
-    """A call in place of the module's own, which still computes what does not fit the kernels."""
+    """Replace the module's call, which still computes what does not fit the kernels."""
     own: Callable[..., mx.array] = type(mlp.module).__call__
     gate, up, down = mlp.layers
     function: Any = _make_fused_function(mlp)
 
     def call(x: mx.array) -> mx.array:
-        """The MLP's output, (..., width), as one function where it can be."""
+        """Return the MLP's output, (..., width), as one function where it can be."""
         a_factors = [gate.lora_a, up.lora_a, down.lora_a]
         b_factors = [gate.lora_b, up.lora_b, down.lora_b]
         fits = can_use_lora_kernels(x, [a.T for a in a_factors] + b_factors)
@@ -88,17 +88,17 @@ def make_fused_mlp_call(mlp: GatedMLP) -> Callable[[mx.array], mx.array]:
 
 
 def uses_dropout(layer: LoRALinear) -> bool:
-    """Whether dropout is applied to the input of a layer's low-rank path."""
+    """Return whether dropout is applied to the input of a layer's low-rank path."""
     return bool(layer.dropout.training) and layer.dropout._p_1 < 1
 
 
 def _make_fused_function(mlp: GatedMLP) -> Any:
-    """Down(silu(gate) up), and what the backward pass needs; x and outputs are (rows, width)."""
+    """Make down(silu(gate) up) with its backward pass; x and outputs are (rows, width)."""
     gate, up, down = mlp.layers
 
     @mx.custom_function
     def forward(x: mx.array, *arrays: mx.array) -> list[mx.array]:
-        """The output, the base outputs of gate and up, both lora_a^T, their z, and z of down."""
+        """Return output, base outputs of gate and up, both lora_a^T, their z, and z of down."""
         factors = MLPFactors._make(arrays)
         a = concatenate_flattened([factors.a_gate.T, factors.a_up.T]).reshape(-1, x.shape[-1])
         z = project_to_rank([(a, x)], gate.scale)
@@ -114,7 +114,7 @@ def _make_fused_function(mlp: GatedMLP) -> Any:
 
     @forward.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        """The gradients with respect to the input and each factor."""
+        """Return the gradients with respect to the input and each factor."""
         x, factors = primals[0], MLPFactors._make(primals[1:])
         g = cotangents[0]
         _, gate_base, up_base, a, z, z_down = outputs

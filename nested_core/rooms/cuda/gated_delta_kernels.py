@@ -22,7 +22,7 @@ def _example_matrices() -> list[tuple[mx.array]]:
 
 @checked_kernel("triangular inverses", reference=invert_in_mlx, examples=_example_matrices)
 def invert_on_cuda(a: mx.array) -> mx.array:
-    """`invert_in_mlx` in one kernel, for float32 and up to 64 rows."""
+    """Run `invert_in_mlx` in one kernel, for float32 and up to 64 rows."""
     size = a.shape[-1]
     return launch_kernel(
         "unit_lower_inverse",
@@ -37,7 +37,7 @@ def invert_on_cuda(a: mx.array) -> mx.array:
 
 
 def invert_unit_lower(a: mx.array) -> mx.array | None:
-    """`invert_in_mlx` by the kernel; None if it does not fit."""
+    """Run `invert_in_mlx` by the kernel; None if it does not fit."""
     fits = a.dtype == mx.float32 and a.shape[-1] == CHUNK_SIZES["gpu"]
     return invert_on_cuda(a) if fits and invert_on_cuda.is_usable() else None
 
@@ -57,7 +57,7 @@ def _example_chunks(size: int) -> list[tuple[Any, ...]]:
 def carry_on_cuda(
     decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int = 1
 ) -> list[mx.array]:
-    """`carry_in_mlx` in one kernel, for bfloat16 chunks and a float32 state of sizes that fit."""
+    """Run `carry_in_mlx` in one kernel, for bfloat16 chunks and a float32 state that fit."""
     size, width = state.shape[-2:]
     matrices = state.size // (size * width)
     return launch_kernel(
@@ -75,7 +75,7 @@ def carry_on_cuda(
 def carry_states(
     decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int
 ) -> list[mx.array] | None:
-    """`carry_in_mlx` by the kernel; None if it does not fit."""
+    """Run `carry_in_mlx` by the kernel; None if it does not fit."""
     size, width = state.shape[-2:]
     dtypes = [each.dtype for each in (decay, erased, written, state)]
     fits = (

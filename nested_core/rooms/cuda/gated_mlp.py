@@ -22,7 +22,7 @@ GatedGradients = tuple[mx.array, mx.array, mx.array]  # of gate, of up; the prod
 
 
 def gated_product(gate: LowRankSumTerms, up: LowRankSumTerms) -> mx.array:
-    """silu(gate) * up, in the dtype of gate's base, for factors that fit the kernels."""
+    """Compute silu(gate) * up in the dtype of gate's base, for factors that fit the kernels."""
     compute = gated_product_on_cuda if _have_kernel_dtype(gate, up) else gated_product_in_mlx
     return compute(gate, up)
 
@@ -30,7 +30,7 @@ def gated_product(gate: LowRankSumTerms, up: LowRankSumTerms) -> mx.array:
 def gated_gradients(
     gate: LowRankSumTerms, up: LowRankSumTerms, g: LowRankSumTerms
 ) -> GatedGradients:
-    """The gradients with respect to gate and up, and the product again; g is its gradient."""
+    """Compute the gradients of gate and up, and the product again; g is its gradient."""
     compute = gated_gradients_on_cuda if _have_kernel_dtype(gate, up, g) else gated_gradients_in_mlx
     return compute(gate, up, g)
 
@@ -40,7 +40,7 @@ def _have_kernel_dtype(*sums: LowRankSumTerms) -> bool:
 
 
 def gated_product_in_mlx(gate: LowRankSumTerms, up: LowRankSumTerms) -> mx.array:
-    """`gated_product` in MLX's operations."""
+    """Compute `gated_product` by MLX's operations."""
     a, b = gate.computed_in_float32(), up.computed_in_float32()
     return (a * mx.sigmoid(a) * b).astype(gate.base.dtype)
 
@@ -48,7 +48,7 @@ def gated_product_in_mlx(gate: LowRankSumTerms, up: LowRankSumTerms) -> mx.array
 def gated_gradients_in_mlx(
     gate: LowRankSumTerms, up: LowRankSumTerms, g: LowRankSumTerms
 ) -> GatedGradients:
-    """`gated_gradients` in MLX's operations."""
+    """Compute `gated_gradients` by MLX's operations."""
     a, b, c = gate.computed_in_float32(), up.computed_in_float32(), g.computed_in_float32()
     s = mx.sigmoid(a)
     dtype = gate.base.dtype
@@ -61,7 +61,7 @@ def gated_gradients_in_mlx(
 def _example_gate_up_gradient(
     tiles: int,
 ) -> list[tuple[LowRankSumTerms, LowRankSumTerms, LowRankSumTerms]]:
-    """Gate, up and gradient, with warps that compute rows more than once."""
+    """Make gate, up and gradient, with warps that compute rows more than once."""
     return [
         (
             random_low_rank_sum_terms(RANKS_PER_TILE * tiles, 4128),
@@ -77,7 +77,7 @@ def _example_gate_up(tiles: int) -> list[tuple[LowRankSumTerms, LowRankSumTerms]
 
 @checked_kernel("gated MLPs", reference=gated_product_in_mlx, examples=_example_gate_up)
 def gated_product_on_cuda(gate: LowRankSumTerms, up: LowRankSumTerms) -> mx.array:
-    """`gated_product` in one kernel."""
+    """Compute `gated_product` in one kernel."""
     return _launch_gated_kernel("gated_product", 1, gate, up)[0]
 
 
@@ -85,7 +85,7 @@ def gated_product_on_cuda(gate: LowRankSumTerms, up: LowRankSumTerms) -> mx.arra
 def gated_gradients_on_cuda(
     gate: LowRankSumTerms, up: LowRankSumTerms, g: LowRankSumTerms
 ) -> GatedGradients:
-    """`gated_gradients` in one kernel."""
+    """Compute `gated_gradients` in one kernel."""
     d_gate, d_up, product = _launch_gated_kernel("gated_gradients", 3, gate, up, g)
     return d_gate, d_up, product
 

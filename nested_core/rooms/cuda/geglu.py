@@ -40,7 +40,7 @@ def make_geglu_mlp_call(mlp: Any) -> Callable[[mx.array], mx.array]:
 
 @contextmanager
 def using_recomputed_geglu(model: nn.Module) -> Iterator[None]:
-    """On CUDA, recompute a model's products gelu(gate) * up in the backward pass, in the block.
+    """Recompute a model's gelu(gate) * up in the backward pass, on CUDA, in the block.
 
     On a CPU, recomputing tanh would take more time than the memory is worth.
     """

@@ -74,13 +74,13 @@ def launch_kernel(
 
 
 def round_to_float32(number: float) -> float:
-    """The nearest float32: MLX refuses other numbers."""
+    """Return the nearest float32: MLX refuses other numbers."""
     return float(np.float32(number))
 
 
 @cache
 def compile_kernel(name: str, **macros: int) -> bytes:
-    """The compressed program of a source file for this machine's GPU; else a RuntimeError."""
+    """Compile a source file for this machine's GPU and compress it; RuntimeError if that fails."""
     try:
         from cuda.core import Device, Program, ProgramOptions
         from cuda.core.utils import FileStreamProgramCache
@@ -100,7 +100,7 @@ def compile_kernel(name: str, **macros: int) -> bytes:
 
 
 def compress_program(cubin: bytes, arch: str) -> bytes:
-    """A fat binary of one program for `arch`, such as 90, as small as nvFatbin makes it."""
+    """Return a fat binary of one program for `arch`, such as 90, as small as nvFatbin makes it."""
     from cuda.bindings import nvfatbin
 
     options = ["-64", "-cuda", "-compress=true", "-compress-mode=size"]
@@ -115,7 +115,7 @@ def compress_program(cubin: bytes, arch: str) -> bytes:
 
 
 def read_source_with_includes(file: str) -> str:
-    """A source file with the text of its includes in their place: the compiler sees no folder."""
+    """Read a source file, its includes replaced by their text: the compiler sees no folder."""
     text = (files("nested_core.rooms.cuda") / file).read_text()
     return INCLUDE_PATTERN.sub(lambda include: read_source_with_includes(include[1]), text)
 
@@ -124,5 +124,5 @@ COMPILED_TILE_COUNTS = 1, 2, 3, 4, 6, MAX_TILES  # numbers of tiles that a kerne
 
 
 def tiles_of_smallest_kernel(rank: int) -> int:
-    """The tiles of the smallest kernel that takes factors up to this rank."""
+    """Return the tiles of the smallest kernel that takes factors up to this rank."""
     return min(tiles for tiles in COMPILED_TILE_COUNTS if RANKS_PER_TILE * tiles >= rank)

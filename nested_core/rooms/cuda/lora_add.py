@@ -36,7 +36,7 @@ class LowRankSumTerms(NamedTuple):
     factor: mx.array
 
     def computed_in_float32(self) -> mx.array:
-        """The sum in MLX's operations, not rounded to the arrays' dtype."""
+        """Return the sum in MLX's operations, not rounded to the arrays' dtype."""
         z, factor = self.z.astype(mx.float32), self.factor.astype(mx.float32)
         return self.base.astype(mx.float32) + z.T @ factor
 
@@ -45,7 +45,7 @@ Sums = Sequence[LowRankSumTerms]
 
 
 def can_use_lora_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
-    """Whether x, and (rank, width) factors, are of a dtype and of sizes that the kernels take here.
+    """Tell whether the kernels take x, and (rank, width) factors, by dtype and size.
 
     For others it is faster to have MLX's matmul add the low-rank product.
     """
@@ -60,19 +60,19 @@ def can_use_lora_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
 
 
 def compute_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
-    """Each sum, in the dtype of its base, for factors that fit the kernels."""
+    """Return each sum, in the dtype of its base, for factors that fit the kernels."""
     if all(each.base.dtype == KERNEL_DTYPE for each in sums):
         return low_rank_sums_on_cuda(sums)
     return low_rank_sums_in_mlx(sums)
 
 
 def low_rank_sums_in_mlx(sums: Sums) -> Sequence[mx.array]:
-    """`compute_low_rank_sums` in MLX's operations."""
+    """Compute `compute_low_rank_sums` by MLX's operations."""
     return [each.computed_in_float32().astype(each.base.dtype) for each in sums]
 
 
 def random_low_rank_sum_terms(rank: int, width: int) -> LowRankSumTerms:
-    """A sum of random numbers whose two terms are of one size; it has 2,010 rows."""
+    """Return a sum of random numbers whose two terms are of one size; it has 2,010 rows."""
     base, z, factor = random_arrays(
         (2010, width), (rank, 2010), (rank, width), dtype=mx.float32, seed=rank + width
     )
@@ -82,7 +82,7 @@ def random_low_rank_sum_terms(rank: int, width: int) -> LowRankSumTerms:
 
 
 def _example_inputs(tiles: int) -> list[tuple[Sums]]:
-    """Two widths, with rows left over and warps that compute rows more than once."""
+    """Make sums of two widths, with rows left over and warps that compute rows more than once."""
     return [
         (
             [
@@ -95,7 +95,7 @@ def _example_inputs(tiles: int) -> list[tuple[Sums]]:
 
 @checked_kernel("sums of low-rank layers", reference=low_rank_sums_in_mlx, examples=_example_inputs)
 def low_rank_sums_on_cuda(sums: Sums) -> Sequence[mx.array]:
-    """`compute_low_rank_sums` by kernels, SUMS_PER_LAUNCH in each; all bases have as many rows."""
+    """Compute the sums by kernels of SUMS_PER_LAUNCH each; all bases have as many rows."""
     outputs: list[mx.array] = []
     for start in range(0, len(sums), SUMS_PER_LAUNCH):
         outputs += _launch_low_rank_sums(sums[start : start + SUMS_PER_LAUNCH])
@@ -121,17 +121,17 @@ def _launch_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
 
 
 def warp_steps_and_grid(rows: int, width: int) -> tuple[int, tuple[int, int]]:
-    """How often a warp computes WARP_ROWS rows, and the blocks that cover an array."""
+    """Return how often a warp computes WARP_ROWS rows, and the blocks that cover an array."""
     across, down = -(-width // (WARP_COLUMNS * MAX_THREADS_PER_BLOCK // 32)), -(-rows // WARP_ROWS)
     steps = max(1, min(MAX_STEPS_PER_WARP, across * down // MIN_BLOCKS))
     return steps, (across, -(-down // steps))
 
 
 def count_rank_tiles(each: LowRankSumTerms) -> int:
-    """The rank of a sum's factor, in tiles."""
+    """Return the rank of a sum's factor, in tiles."""
     return each.factor.shape[0] // RANKS_PER_TILE
 
 
 def kernel_tiles_for_sums(sums: Sums) -> int:
-    """The tiles of the kernel that takes all of these factors."""
+    """Return the tiles of the kernel that takes all of these factors."""
     return tiles_of_smallest_kernel(max(each.factor.shape[0] for each in sums))

@@ -48,7 +48,7 @@ def factor_gradients_in_mlx(pairs: Pairs) -> Sequence[mx.array]:
 
 
 def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
-    """Each pair's scale * m @ x.T, one above the other: (all ranks, rows).
+    """Return each pair's scale * m @ x.T, one above the other: (all ranks, rows).
 
     m is (rank, width of its own), x (rows, width).
     """
@@ -60,7 +60,7 @@ def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
 
 
 def factor_gradients(pairs: Pairs) -> Sequence[mx.array]:
-    """Each pair's z @ x, where z is (rank, rows) and x (rows, width of its own)."""
+    """Return each pair's z @ x, where z is (rank, rows) and x (rows, width of its own)."""
     has_even_rows = pairs[0][1].shape[0] % 2 == 0  # the kernel reads two neighbours in a row of z
     fits = has_even_rows and _can_use_kernel(factor_gradients_on_cuda, pairs, BLOCK_COLUMNS)
     multiply = factor_gradients_on_cuda if fits else factor_gradients_in_mlx
@@ -73,7 +73,7 @@ def factor_gradients(pairs: Pairs) -> Sequence[mx.array]:
 
 
 def _can_use_kernel(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int) -> bool:
-    """Whether a kernel takes these arrays: bfloat16, ranks of whole tiles, widths that fit."""
+    """Tell if a kernel takes these arrays: bfloat16, ranks of whole tiles, widths that fit."""
     ranks = [narrow.shape[0] for narrow, _ in pairs]
     return (
         all(array.dtype == KERNEL_DTYPE for pair in pairs for array in pair)
@@ -84,13 +84,13 @@ def _can_use_kernel(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int
 
 
 def _example_projections(tiles: int) -> list[tuple[Pairs, float]]:
-    """Arrays for which all loops of the kernels go round twice, with an odd number of rows."""
+    """Make arrays for which all loops of the kernels go round twice, with an odd number of rows."""
     x, y, a, b = random_arrays((311, 1088), (311, 2176), (RANKS_PER_TILE * tiles, 1088), (8, 2176))
     return [([(a, x), (b, y)], 1.5)]
 
 
 def _example_factor_gradients(tiles: int) -> list[tuple[Pairs]]:
-    """The same wide arrays and what they are projected to, without their last row."""
+    """Return the same wide arrays and what they are projected to, without their last row."""
     ((pairs, scale),) = _example_projections(tiles)
     (_, x), (_, y) = pairs
     z = project_to_rank_in_mlx(pairs, scale)[:, :-1]
@@ -99,7 +99,7 @@ def _example_factor_gradients(tiles: int) -> list[tuple[Pairs]]:
 
 @checked_kernel("low-rank layers", reference=project_to_rank_in_mlx, examples=_example_projections)
 def project_to_rank_on_cuda(pairs: Pairs, scale: float) -> mx.array:
-    """`project_to_rank` in one kernel, for at most PAIRS_PER_LAUNCH pairs that fit."""
+    """Run `project_to_rank` in one kernel, for at most PAIRS_PER_LAUNCH pairs that fit."""
     rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
     return launch_kernel(
         "project_to_rank",
@@ -116,7 +116,7 @@ def project_to_rank_on_cuda(pairs: Pairs, scale: float) -> mx.array:
     "low-rank layers", reference=factor_gradients_in_mlx, examples=_example_factor_gradients
 )
 def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
-    """`factor_gradients` in one kernel and a sum, for at most PAIRS_PER_LAUNCH pairs that fit."""
+    """Run `factor_gradients` in one kernel and a sum, for up to PAIRS_PER_LAUNCH pairs that fit."""
     rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
     shapes = [(z.shape[0], x.shape[1]) for z, x in pairs]
     total = sum(rank * width for rank, width in shapes)
@@ -151,13 +151,13 @@ def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
 
 
 def _pad_to_pairs_per_launch(pairs: Pairs) -> list[mx.array]:
-    """The arrays of PAIRS_PER_LAUNCH pairs; what is missing repeats the first one."""
+    """Return the arrays of PAIRS_PER_LAUNCH pairs; what is missing repeats the first one."""
     missing = PAIRS_PER_LAUNCH - len(pairs)
     return [array for pair in [*pairs, *[pairs[0]] * missing] for array in pair]
 
 
 def _tiles_and_widths(pairs: Pairs) -> list[int]:
-    """Each pair's tiles and width, 0 for pairs that are missing."""
+    """Return each pair's tiles and width, 0 for pairs that are missing."""
     sizes = [size for m, x in pairs for size in (m.shape[0] // RANKS_PER_TILE, x.shape[1])]
     return sizes + [0, 0] * (PAIRS_PER_LAUNCH - len(pairs))
 

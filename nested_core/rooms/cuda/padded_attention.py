@@ -36,7 +36,7 @@ ChangeLength = Callable[[Arrays, int], Arrays]
 
 
 def change_length_in_mlx(arrays: Arrays, length: int) -> Arrays:
-    """Arrays (batch, length, heads, width) padded with zeros, or cut, to another length."""
+    """Pad arrays (batch, length, heads, width) with zeros, or cut them, to another length."""
     more = length - arrays[0].shape[1]
     if more < 0:
         return [array[:, :length] for array in arrays]
@@ -50,7 +50,7 @@ def _example_inputs() -> list[tuple[Arrays, int]]:
 
 @checked_kernel("attention's padding", reference=change_length_in_mlx, examples=_example_inputs)
 def change_length_on_cuda(arrays: Arrays, length: int) -> Arrays:
-    """The same in one kernel, for up to ARRAYS_PER_LAUNCH arrays whose heads are of whole loads."""
+    """Do the same in one kernel, for up to ARRAYS_PER_LAUNCH arrays with heads of whole loads."""
     batch, before = arrays[0].shape[:2]
     widths = [array.shape[2] * array.shape[3] * array.itemsize // LOAD_BYTES for array in arrays]
     missing = ARRAYS_PER_LAUNCH - len(arrays)
@@ -70,10 +70,10 @@ def change_length_on_cuda(arrays: Arrays, length: int) -> Arrays:
 def make_padded_attention(
     change_length: ChangeLength, is_training: Callable[[], bool]
 ) -> Callable[..., mx.array]:
-    """mlx-lm's scaled_dot_product_attention, padded inside where that makes it fused."""
+    """Make mlx-lm's scaled_dot_product_attention, padded inside if that lets it be fused."""
 
     def change(heads: Arrays, length: int) -> Arrays:
-        """Heads (batch, heads, length, width) with another length, differentiable."""
+        """Change the length of heads (batch, heads, length, width), differentiably."""
         before = heads[0].shape[2]
 
         @mx.custom_function
@@ -96,7 +96,7 @@ def make_padded_attention(
         mask: Any,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """Arguments as in mlx-lm."""
+        """Compute attention; arguments as in mlx-lm."""
         length = queries.shape[2]
         is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
         if is_causal and is_training() and _is_too_wide_to_be_fused(queries, keys, values):
@@ -115,7 +115,7 @@ def make_padded_attention(
 
 
 def _is_too_wide_to_be_fused(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-    """Whether MLX computes these heads' scores, four arrays of them, for no kernel takes them."""
+    """Tell whether MLX computes these heads' scores, four arrays, since no kernel takes them."""
     return (
         queries.dtype == keys.dtype == values.dtype
         and queries.dtype in FUSED_DTYPES
@@ -125,7 +125,7 @@ def _is_too_wide_to_be_fused(queries: mx.array, keys: mx.array, values: mx.array
 
 
 def _fits_fused_kernels(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-    """Whether cuDNN computes these heads, were they of another length, and ours can copy them."""
+    """Tell whether cuDNN would take these heads at another length, and ours can copy them."""
     return (
         queries.dtype == keys.dtype == values.dtype
         and queries.dtype in FUSED_DTYPES
@@ -140,7 +140,7 @@ def _fits_fused_kernels(queries: mx.array, keys: mx.array, values: mx.array) -> 
 
 @contextmanager
 def using_padded_attention(model: nn.Module) -> Iterator[None]:
-    """On CUDA, pad a model's causal attention while it trains in this context."""
+    """Pad a model's causal attention while it trains in this context, on CUDA."""
     if not change_length_on_cuda.is_usable():
         yield
         return

@@ -32,12 +32,12 @@ InputGradient = Callable[[mx.array, mx.array, float, mx.array], mx.array]
 
 
 def input_gradient_in_mlx(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
-    """The gradient with respect to x, by MLX."""
+    """Return the gradient with respect to x, by MLX."""
     return mx.vjp(lambda x: mx.fast.rms_norm(x, weight, eps), [x], [g])[1][0]
 
 
 def _example_inputs(width: int) -> list[tuple[mx.array, mx.array, float, mx.array]]:
-    """Rows of this width, so many that blocks take several."""
+    """Make rows of this width, so many that blocks take several."""
     rows = 2 * MAX_BLOCKS + 5
     x, weight, g = random_arrays((rows, width), (width,), (rows, width))
     return [(x, weight, 1e-5, g)]
@@ -45,7 +45,7 @@ def _example_inputs(width: int) -> list[tuple[mx.array, mx.array, float, mx.arra
 
 @checked_kernel("norms", reference=input_gradient_in_mlx, examples=_example_inputs)
 def input_gradient_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
-    """The same in one kernel, for bfloat16 and rows that fit."""
+    """Return the same in one kernel, for bfloat16 and rows that fit."""
     n = x.shape[-1]
     threads = min(MAX_THREADS, -(-n // (32 * ELEMENTS_PER_LOAD)) * 32)
     return launch_kernel(
@@ -68,7 +68,7 @@ def _has_kernel_for_width(width: int) -> bool:
 def make_norm_call(
     module: nn.RMSNorm, input_gradient: InputGradient
 ) -> Callable[[mx.array], mx.array]:
-    """A call in place of a norm's own, for a weight that no gradient is taken of."""
+    """Return a call in place of a norm's own, for a weight that no gradient is taken of."""
 
     @mx.custom_function
     def norm(x: mx.array) -> Any:
@@ -79,7 +79,7 @@ def make_norm_call(
         return input_gradient(x, module.weight, module.eps, cotangent.astype(x.dtype))
 
     def call(x: mx.array) -> mx.array:
-        """The norm with our backward pass for arrays that fit its kernel, else MLX's own."""
+        """Return the norm with our backward pass for arrays that fit its kernel, else MLX's own."""
         if (
             not _has_kernel_for_width(x.shape[-1])
             or not x.dtype == module.weight.dtype == KERNEL_DTYPE

@@ -34,7 +34,7 @@ Rotate = Callable[[mx.array, mx.array, bool], mx.array]
 
 
 def rotate_in_mlx(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
-    """Heads (batch, length, heads, width) rotated by the table's angles, or back, in float32."""
+    """Rotate heads (batch, length, heads, width) by the table's angles, or back, in float32."""
     low, high = mx.split(x.astype(mx.float32), 2, axis=-1)
     c, s = (half[:, None] for half in mx.split(table, 2, axis=-1))
     s = -s if inverse else s
@@ -49,7 +49,7 @@ def _example_inputs() -> list[tuple[mx.array, mx.array, bool]]:
 
 @checked_kernel("rotary embeddings", reference=rotate_in_mlx, examples=_example_inputs)
 def rotate_on_cuda(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
-    """The same in one kernel, for bfloat16 and heads whose width is a multiple of 16."""
+    """Return the same in one kernel, for bfloat16 and heads whose width is a multiple of 16."""
     batch, length, heads, width = x.shape
     return launch_kernel(
         "rotate",
@@ -63,7 +63,7 @@ def rotate_on_cuda(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
 
 
 def make_rotation_table(rope: Callable[[mx.array], mx.array], length: int, width: int) -> mx.array:
-    """What a rotation makes of ones and zeros: cosines and sines (length, width), float32."""
+    """Rotate ones and zeros to read cosines and sines (length, width), float32."""
     halves = [mx.ones((1, 1, length, width // 2)), mx.zeros((1, 1, length, width // 2))]
     table = rope(mx.concatenate(halves, axis=-1))[0, 0]
     mx.eval(table)
@@ -79,11 +79,11 @@ class RotationTable:
         self._table = make_rotation_table(rope, PROBE_LENGTH, width)
 
     def angles_key(self) -> bytes:
-        """Equal for rotations by the same angles, as those of a model's layers are."""
+        """Return bytes that are equal for rotations by equal angles, as in a model's layers."""
         return np.array(self._table[:PROBE_LENGTH]).tobytes()
 
     def cosines_and_sines(self, length: int) -> mx.array:
-        """Cosines and sines of the first positions (length, width)."""
+        """Return cosines and sines of the first positions (length, width)."""
         if length > len(self._table):
             longer = 2 ** (length - 1).bit_length()
             self._table = make_rotation_table(self._rope, longer, self._width)
@@ -93,7 +93,7 @@ class RotationTable:
 def make_rotation_call(
     module: nn.Module, rotate: Rotate, tables: dict[bytes, RotationTable]
 ) -> Callable[..., mx.array]:
-    """A call in place of a rotation's own: (batch, heads, length, width), from position 0.
+    """Return a call in place of a rotation's own: (batch, heads, length, width), from position 0.
 
     `tables` are those of the rotations before, by their keys: equal rotations share one.
     """
@@ -111,7 +111,7 @@ def make_rotation_call(
         return rotate(cotangent.astype(x.dtype), table.cosines_and_sines(x.shape[1]), True)
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Heads rotated by the table where they fit the kernel, else by the module itself."""
+        """Rotate heads by the table if they fit the kernel, else by the module itself."""
         fits = x.ndim == 4 and x.shape[3] == width and x.dtype == KERNEL_DTYPE
         if args or kwargs or not fits:
             return own(module, x, *args, **kwargs)
@@ -122,12 +122,12 @@ def make_rotation_call(
 
 
 def rope_head_width(module: Any) -> int:
-    """The width of the heads that a rotation is made for, or 0."""
+    """Return the width of the heads that a rotation is made for, or 0."""
     return int(getattr(module, "dims", 0) or getattr(module, "dim", 0))
 
 
 def rotates_halves(module: nn.Module) -> bool:
-    """Whether a module is a rotation of pairs half a head apart, as the kernel computes it."""
+    """Tell if a module rotates pairs half a head apart, as the kernel computes it."""
     width = rope_head_width(module)
     if not isinstance(module, ROPE_CLASSES) or width % (2 * ELEMENTS_PER_LOAD):
         return False

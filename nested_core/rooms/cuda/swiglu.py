@@ -27,7 +27,7 @@ Gradients = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 def swiglu_gradients_in_mlx(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
-    """The kernel's formula in MLX's operations: gradients with respect to gate and x."""
+    """Return the kernel's formula in MLX's operations: gradients with respect to gate and x."""
     a, b, c = gate.astype(mx.float32), x.astype(mx.float32), g.astype(mx.float32)
     s = mx.sigmoid(a)
     return (c * b * (s + a * s * (1 - s))).astype(gate.dtype), (c * a * s).astype(x.dtype)
@@ -40,13 +40,13 @@ def _example_inputs() -> list[tuple[mx.array, mx.array, mx.array]]:
 
 @checked_kernel("swiglu", reference=plain_swiglu, examples=lambda: [_example_inputs()[0][:2]])
 def swiglu_on_cuda(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) * x in one kernel, for bfloat16 arrays of whole loads (ELEMENTS_PER_LOAD)."""
+    """Compute silu(gate) * x in one kernel, for bfloat16 arrays of whole loads."""
     return _launch_elementwise("swiglu", [gate, x], 1)[0]
 
 
 @checked_kernel("swiglu", reference=swiglu_gradients_in_mlx, examples=_example_inputs)
 def swiglu_gradients_on_cuda(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
-    """The gradients with respect to gate and x in one kernel, for such arrays."""
+    """Return the gradients with respect to gate and x in one kernel, for such arrays."""
     d_gate, d_x = _launch_elementwise("swiglu_gradients", [gate, x, g], 2)
     return d_gate, d_x
 
@@ -66,7 +66,7 @@ def _launch_elementwise(name: str, arrays: list[mx.array], outputs: int) -> list
 
 
 def make_swiglu(forward: Swiglu, gradients: Gradients) -> Swiglu:
-    """mlx-lm's swiglu with other passes, for arrays that fit their kernels."""
+    """Make mlx-lm's swiglu with other passes, for arrays that fit their kernels."""
 
     @mx.custom_function
     def fused(gate: mx.array, x: mx.array) -> Any:
@@ -78,7 +78,7 @@ def make_swiglu(forward: Swiglu, gradients: Gradients) -> Swiglu:
         return gradients(gate, x, cotangent.astype(x.dtype))
 
     def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-        """The fused function for arrays that fit its kernels, else mlx-lm's."""
+        """Return the fused function for arrays that fit its kernels, else mlx-lm's."""
         are_alike = gate.dtype == x.dtype and gate.shape == x.shape
         fits = are_alike and gate.size % ELEMENTS_PER_LOAD == 0 and gate.dtype == KERNEL_DTYPE
         return cast(mx.array, fused(gate, x) if fits else plain_swiglu(gate, x))
