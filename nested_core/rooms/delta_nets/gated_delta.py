@@ -53,7 +53,7 @@ class DeltaRule(NamedTuple):
 def compute_in_chunks(
     rule: DeltaRule, *, chunk_size: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """The outputs [batch, length, value heads, value width], in the dtype of q, and the last state.
+    """Return outputs [batch, length, value heads, value width], in q's dtype, and the last state.
 
     Only the arguments are kept for the backward pass, which computes the rest again. A decay is a
     difference of sums over a chunk: with sums down to -G it is right within G units in its last
@@ -68,14 +68,14 @@ def compute_in_chunks(
     missing = -length % chunk_size  # tokens that write nothing, and do not decay
 
     def in_chunks(x: mx.array) -> mx.array:
-        """(chunks, batch, key heads, value heads of each or 1, chunk size, width)."""
+        """Reshape to (chunks, batch, key heads, value heads of each or 1, chunk size, width)."""
         if missing:
             x = mx.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)])
         split = x.reshape(batch, -1, chunk_size, key_heads, x.shape[2] // key_heads, x.shape[3])
         return split.transpose(1, 0, 3, 4, 2, 5)
 
     def compute(*arrays: mx.array) -> list[mx.array]:
-        """The outputs and the last state, of the arguments of the update in their order."""
+        """Return the outputs and the last state, of the arguments of the update in their order."""
         q, k, v, log_decay, beta, state = arrays
         log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         carried = mx.unflatten(state.swapaxes(-1, -2), 1, (key_heads, -1))
@@ -96,7 +96,7 @@ def compute_in_chunks(
 
 
 def _compute_chunks(rule: DeltaRule, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """The rule for arrays in chunks, and a state whose values are its columns.
+    """Return the rule for arrays in chunks, and a state whose values are its columns.
 
     With G the logarithm of the decay since the chunk began, S the state then, and A the strictly
     lower part of beta_i exp(G_i - G_j) k_i k_j^T, the tokens write (I + A)^-1 beta (v - exp(G) k S)
@@ -128,7 +128,7 @@ def _lower_triangle(size: int, diagonal: int) -> mx.array:
 
 
 def _decayed_products(q: mx.array, k: mx.array, total: mx.array) -> tuple[mx.array, mx.array]:
-    """The lower triangles of exp(G_i - G_j) q_i k_j^T and of exp(G_i - G_j) k_i k_j^T."""
+    """Return the lower triangles of exp(G_i - G_j) q_i k_j^T and of exp(G_i - G_j) k_i k_j^T."""
     if total.shape[-1] > 1:
         q, k = mx.broadcast_to(q, total.shape), mx.broadcast_to(k, total.shape)
         p, overlaps = _halved_products(mx.stack([q, k]), k, total)
@@ -140,7 +140,7 @@ def _decayed_products(q: mx.array, k: mx.array, total: mx.array) -> tuple[mx.arr
 
 
 def _halved_products(x: mx.array, k: mx.array, total: mx.array) -> mx.array:
-    """The lower triangle of sum_d exp(G_id - G_jd) x_id k_jd, without a positive exponent.
+    """Return the lower triangle of sum_d exp(G_id - G_jd) x_id k_jd, without a positive exponent.
 
     Between the halves of a block the decay is split at the end of the first one, so that both
     factors are at most 1 (Yang et al. 2023, arXiv 2312.06635, section 4.3, has such blocks).
@@ -164,7 +164,7 @@ def _assemble(diagonal: mx.array, corner: mx.array) -> mx.array:
 
 
 def invert_in_mlx(a: mx.array) -> mx.array:
-    """(I + a)^-1 of strictly lower triangular matrices (..., n, n), n a power of two.
+    """Invert I + a of strictly lower triangular matrices a (..., n, n), n a power of two.
 
     [[L, 0], [X, M]]^-1 = [[L^-1, 0], [-M^-1 X L^-1, M^-1]], for ever larger blocks. Powers of `a`,
     which take as many products, grow out of bounds where keys are alike.
@@ -187,7 +187,7 @@ def invert_in_mlx(a: mx.array) -> mx.array:
 
 @mx.custom_function
 def _invert_unit_lower(a: mx.array) -> Any:
-    """(I + a)^-1, by a kernel where one takes it."""
+    """Compute (I + a)^-1, by a kernel if one takes it."""
     inverse = device_operations().invert_unit_lower(a)
     return invert_in_mlx(a) if inverse is None else inverse
 
@@ -201,7 +201,7 @@ def _invert_unit_lower_vjp(a: mx.array, cotangent: mx.array, inverse: mx.array) 
 def carry_in_mlx(
     decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int = 1
 ) -> list[mx.array]:
-    """S before each chunk, in the dtype of `written`, and the last S: S <- decay S + R - E S.
+    """Compute S before each chunk, in `written`'s dtype, and the last S: S <- decay S + R - E S.
 
     R is `written` and E `erased`, of each chunk; its decay is (..., key width or 1, 1).
     With direction -1 it goes from the last chunk to the first.
@@ -217,20 +217,20 @@ def carry_in_mlx(
 def _carry(
     decay: mx.array, erased: mx.array, written: mx.array, state: mx.array, direction: int
 ) -> list[mx.array]:
-    """The states by a kernel where one takes the arrays."""
+    """Return the states by a kernel where one takes the arrays."""
     states = device_operations().carry_states(decay, erased, written, state, direction)
     return carry_in_mlx(decay, erased, written, state, direction) if states is None else states
 
 
 @mx.custom_function
 def _carry_state(decay: mx.array, erased: mx.array, written: mx.array, state: mx.array) -> Any:
-    """What `carry_in_mlx` computes, differentiable."""
+    """Compute `carry_in_mlx`, differentiably."""
     return _carry(decay, erased, written, state, direction=1)
 
 
 @_carry_state.vjp
 def _carry_state_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-    """The same backwards, with E transposed; dR is the gradient after a chunk, and dE -dR S^T.
+    """Do the same backwards, E transposed; dR is the gradient after a chunk, and dE -dR S^T.
 
     A decay's gradient, the sum of dR S over its rows, is in the diagonal of dE.
     """
@@ -246,14 +246,14 @@ def _carry_state_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 
 def compute_by_tokens(*rule: mx.array) -> tuple[mx.array, mx.array]:
-    """The arrays of a `DeltaRule` by mlx-lm's loop."""
+    """Return the arrays of a `DeltaRule` by mlx-lm's loop."""
     q, k, v, log_decay, beta, state = rule
     y, last = gated_delta.gated_delta_ops(q, k, v, mx.exp(log_decay), beta, state)
     return y, last
 
 
 def _example_rules() -> list[DeltaRule]:
-    """Rows that chunks do not divide, two value heads to a key head; gates of both kinds."""
+    """Make rows that chunks do not divide, two value heads to a key head; gates of both kinds."""
     keys, values = (2, 150, 2, 32), (2, 150, 4, 32)
     q, k, v, gates, beta = random_arrays(keys, keys, values, values, values[:3])
     q, k = gated_delta.normalize_qk(q, k, inv_scale=32**-0.5, eps=1e-6)
@@ -264,7 +264,7 @@ def _example_rules() -> list[DeltaRule]:
 
 @checked_kernel("gated delta nets", reference=compute_by_tokens, examples=_example_rules)
 def compute_on_this_device(*rule: mx.array) -> tuple[mx.array, mx.array]:
-    """The arrays of a `DeltaRule` in chunks of the device's size, on a GPU in bfloat16 as given."""
+    """Compute a `DeltaRule` in chunks of the device's size, on a GPU in bfloat16 as given."""
     device, v = backend.device(), rule[2]
     dtype = mx.bfloat16 if device == "gpu" and v.dtype == mx.bfloat16 else mx.float32
     return compute_in_chunks(DeltaRule(*rule), chunk_size=CHUNK_SIZES[device], dtype=dtype)
@@ -285,7 +285,7 @@ def gated_delta_update(  # noqa: PLR0917 -- mlx-lm calls it with its own functio
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
 ) -> tuple[mx.array, mx.array]:
-    """mlx-lm's gated_delta_update in chunks; arguments as there.
+    """Compute mlx-lm's gated_delta_update in chunks; arguments as there.
 
     A row that goes on from a state, as in generation, is computed by mlx-lm, and so is all that its
     kernel for Metal computes. Outputs of masked tokens differ from mlx-lm's; nothing reads them.

@@ -20,7 +20,7 @@ LONGEST_KERNEL = 8  # tokens
 
 @mx.custom_function
 def convolve_channels(x: mx.array, weight: mx.array) -> Any:
-    """y_t = sum_i weight_i x_(t + i), of (batch, length + n - 1, channels) and (channels, n)."""
+    """Compute y_t = sum_i weight_i x_(t + i): (batch, length + n - 1, channels), (channels, n)."""
     n = weight.shape[1]
     length = x.shape[1] - n + 1
     return sum(x[:, i : i + length] * weight[:, i] for i in range(n))
@@ -37,10 +37,10 @@ def _convolve_channels_vjp(primals: Any, cotangent: mx.array, output: mx.array) 
 
 
 def make_convolution_call(module: nn.Conv1d) -> Callable[[mx.array], mx.array]:
-    """A call in place of the convolution's own."""
+    """Return a call in place of the convolution's own."""
 
     def call(x: mx.array) -> mx.array:
-        """As nn.Conv1d, (batch, length, channels)."""
+        """Convolve as nn.Conv1d does, (batch, length, channels)."""
         output = cast(mx.array, convolve_channels(x, module.weight[..., 0]))
         return output + module.bias if "bias" in module else output
 
@@ -48,7 +48,7 @@ def make_convolution_call(module: nn.Conv1d) -> Callable[[mx.array], mx.array]:
 
 
 def is_short_channel_convolution(module: nn.Module) -> bool:
-    """Whether a module is a convolution of a few tokens with a kernel for each channel."""
+    """Return whether a module is a convolution of a few tokens with a kernel for each channel."""
     return (
         type(module) is nn.Conv1d
         and module.groups == module.weight.shape[0]
