@@ -31,7 +31,7 @@ WEBHOOK_PAYLOAD_TEMPLATE = '{{"text": {{% filter tojson %}}{subject}\n{body}{{% 
 
 
 def find_or_make_block(client: SyncPrefectClient, notify: str) -> UUID:
-    """The block that a TYPE/NAME names, or one that is made for a webhook's URL."""
+    """Return the block that a TYPE/NAME names, or one that is made for a webhook's URL."""
     if "://" not in notify:
         block_type, _, name = notify.partition("/")
         try:
@@ -62,7 +62,7 @@ def _is_web_address(url: str) -> bool:
 def alert_action(
     client: SyncPrefectClient, block: UUID | None, text: dict[str, str]
 ) -> dict[str, Any]:
-    """The action that sends an alert's subject and body to a block.
+    """Return the action that sends an alert's subject and body to a block.
 
     It does nothing where there is no block, or where the block has been deleted.
     """
@@ -79,7 +79,7 @@ def alert_action(
 
 
 def alert_block(automation: Automation) -> UUID | None:
-    """The block that an automation on the server sends to; None where it tells nobody."""
+    """Return the block that an automation on the server sends to; None where it tells nobody."""
     blocks = (getattr(action, "block_document_id", None) for action in automation.actions)
     return next((block for block in blocks if block is not None), None)
 

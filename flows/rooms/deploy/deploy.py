@@ -50,7 +50,7 @@ ALERT = "nested-tune alert"  # so begin the names of the automations that tell s
 
 
 def require_server() -> None:
-    """ConfigError where no server is named."""
+    """Raise ConfigError if no server is named."""
     if get_current_settings().api.url is None:
         raise ConfigError(
             "PREFECT_API_URL is not set: there is no server to deploy to. On a laptop, type "
@@ -89,13 +89,13 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
 
 
 def ui_address() -> str:
-    """Where a browser finds the server's pages."""
+    """Return the address of the server's pages for a browser."""
     settings = get_current_settings()
     return str(settings.ui_url or settings.api.url).removesuffix("/api")
 
 
 def list_next_commands(plan: DeploymentPlan) -> Iterator[str]:
-    """What to type next: a worker for each pool, told where one runs, and a run."""
+    """Yield what to type next: a worker for each pool, told where one runs, and a run."""
     pools = sorted({each.work_pool.name for each in plan.deployments})
     with get_client(sync_client=True) as client:
         for pool in pools:
@@ -115,7 +115,7 @@ class ServerDeployment:
     response: DeploymentResponse
 
     def is_for(self, plan: DeploymentPlan) -> bool:
-        """Whether it is about the plan's adapter, or reconciles all adapters of its registry."""
+        """Tell if it is about the plan's adapter, or reconciles all adapters of its registry."""
         registry, names = adapters_in(self.response.parameters)
         if len(names) == 1:
             return names[0] == plan.adapter
@@ -123,7 +123,7 @@ class ServerDeployment:
 
 
 def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]:
-    """All deployments of a server that carry our tag, with the names of their flows."""
+    """Return all deployments of a server that carry our tag, with the names of their flows."""
     responses = read_deployments(client)
     flows = {flow_id: client.read_flow(flow_id).name for flow_id in {r.flow_id for r in responses}}
     return [ServerDeployment(f"{flows[r.flow_id]}/{r.name}", r) for r in responses]
@@ -148,7 +148,7 @@ def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]
 def _keep_schedules(
     planned: PlannedDeployment, there: list[ServerDeployment], outdated: list[ServerDeployment]
 ) -> tuple[Schedule, ...]:
-    """A schedule stays on or off as the server has it, else as an outdated deployment has it."""
+    """Leave a schedule on or off as the server has it, else as an outdated deployment has it."""
     earlier = [d for d in outdated if d.response.entrypoint == planned.entrypoint]
     earlier += [d for d in there if d.name == planned.full_name]
     schedules = [schedule for each in earlier for schedule in each.response.schedules]
@@ -203,7 +203,7 @@ def put_automations(
 def complete_automation(
     client: SyncPrefectClient, planned: dict[str, Any], block: UUID | None
 ) -> AutomationCore:
-    """An automation of automations.yaml with the id of its notification block.
+    """Return an automation of automations.yaml with the id of its notification block.
 
     Without `block` an alert goes where the server sends it already, and one that the server does
     not have yet where it sends the others.
@@ -243,7 +243,7 @@ def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
 
 
 def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
-    """What an automation does and when; whether it is switched on is the server's to say."""
+    """Return what an automation does and when, but not whether it is switched on."""
     described = automation.model_dump(
         mode="json", include={"description", "trigger", "actions"}, exclude_none=True
     )
@@ -253,7 +253,7 @@ def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
 
 
 def read_automations(client: SyncPrefectClient) -> list[Automation]:
-    """All automations of a server, each once.
+    """Return all automations of a server, each once.
 
     The pages' places are fixed: one that is made meanwhile moves another to the next page, which
     then holds nothing new.
@@ -268,7 +268,7 @@ def read_automations(client: SyncPrefectClient) -> list[Automation]:
 
 
 def _read_automations_named(client: SyncPrefectClient, name: str) -> list[Automation]:
-    """The automations of a name, in an order that all who read them agree on."""
+    """Return the automations of a name, in an order that all who read them agree on."""
     return sorted(client.read_automations_by_name(name), key=lambda automation: automation.id)
 
 

@@ -22,7 +22,7 @@ ENTER_STEP = "prefect.deployments.steps.set_working_directory"
 
 
 def read_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
-    """All deployments of a server that carry our tag."""
+    """Return all deployments of a server that carry our tag."""
     wanted = DeploymentFilter(tags=DeploymentFilterTags(all_=[TAG]))
     found: list[DeploymentResponse] = []
     while page := client.read_deployments(
@@ -33,7 +33,7 @@ def read_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
 
 
 def why_silent(client: SyncPrefectClient, registry: Path, name: str) -> str | None:
-    """Why the server is told nothing of an adapter of this registry; None where it is."""
+    """Return why the server is told nothing of an adapter of this registry; None where it is."""
     folder = resolve_path(registry)
     if any(_names_registry(each, folder, name) for each in read_deployments(client)):
         return None
@@ -44,7 +44,7 @@ def why_silent(client: SyncPrefectClient, registry: Path, name: str) -> str | No
 
 
 def _names_registry(deployment: DeploymentResponse, folder: Path, name: str) -> bool:
-    """Whether the parameters of a deployment name an adapter, or all, of the registry in a folder.
+    """Tell if a deployment's parameters name an adapter, or all, of the registry in a folder.
 
     A relative path starts in the folder that the deployment's runs enter.
     """
@@ -57,7 +57,7 @@ def _names_registry(deployment: DeploymentResponse, folder: Path, name: str) -> 
 
 
 def adapters_in(parameters: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
-    """The registry that a deployment's parameters name, and its adapters there; () for all."""
+    """Return the registry that a deployment's parameters name, and its adapters; () for all."""
     config = parameters.get("config")
     if not isinstance(config, dict):
         return None, ()

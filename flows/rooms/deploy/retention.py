@@ -18,7 +18,7 @@ _PERIOD_VALIDATOR = TypeAdapter(timedelta)
 
 
 def check_retention(client: SyncPrefectClient) -> Check:
-    """Whether the server removes old events, and old runs with their logs and pages."""
+    """Return whether the server removes old events, and old runs with their logs and pages."""
     try:
         answer = client.request("GET", "/admin/settings").raise_for_status().json()["server"]
     except (httpx.HTTPStatusError, KeyError) as error:  # of a server that tells nobody

@@ -32,7 +32,7 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def iterate_server_checks() -> Iterator[Check]:
-    """Every check that needs the server; the first one alone where it does not answer."""
+    """Yield every check that needs the server; the first one alone where it does not answer."""
     with get_client(sync_client=True) as client:
         try:
             client.request("GET", "/admin/version").raise_for_status()
@@ -69,7 +69,7 @@ def _check_version(client: SyncPrefectClient) -> Check:
 
 
 def _check_auth() -> Check:
-    """A server that other machines reach must ask who is there; and an own one should as well."""
+    """Check that a server asks who is there; one that other machines reach must."""
     settings = get_current_settings()
     host = urlsplit(str(settings.api.url)).hostname
     url = f"{settings.api.url}/admin/version"
@@ -80,7 +80,7 @@ def _check_auth() -> Check:
 
 
 def _check_database() -> Check:
-    """What the server of this machine is set to use; a server does not tell it to others."""
+    """Check the settings of this machine's server; a server does not tell them to others."""
     settings = get_current_settings()
     if urlsplit(str(settings.api.url)).hostname not in LOCAL_HOSTS:
         return Check("database", True, "known on the server's machine alone")
@@ -95,7 +95,7 @@ def _check_database() -> Check:
 
 
 def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
-    """The pools that our deployments wait in; before there are any, those that `deploy` makes."""
+    """Check the pools that our deployments wait in, else those that `deploy` would make."""
     limits = {wanted.name: wanted.concurrency_limit for wanted in read_work_pools()}
     used = {d.response.work_pool_name for d in read_server_deployments(client)} - {None}
     for name in sorted(map(str, used or limits)):
@@ -123,7 +123,7 @@ def _check_workers(client: SyncPrefectClient, pool: str) -> Check:
 
 
 def _check_deployments(client: SyncPrefectClient) -> Check:
-    """Whether each adapter that the server trains has the whole set of deployments."""
+    """Return whether each adapter that the server trains has the whole set of deployments."""
     there = read_server_deployments(client)
     trainings = [d.response for d in there if d.response.entrypoint == FINETUNE_ENTRYPOINT]
     adapters = sorted({name for each in trainings for name in adapters_in(each.parameters)[1]})
@@ -148,7 +148,7 @@ def _check_deployments(client: SyncPrefectClient) -> Check:
 
 
 def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
-    """Whether all automations are in place and on, and whether alerts are sent to anybody."""
+    """Yield whether all automations are in place and on, and whether alerts are sent to anybody."""
     planned = read_automations_yaml()
     found = {automation.name: automation for automation in read_automations(client)}
     names = [each["name"] for each in planned]
@@ -166,7 +166,7 @@ def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
 
 
 def check_alerts(client: SyncPrefectClient, planned: list[dict[str, Any]]) -> Check:
-    """Whether alerts are sent to anybody; `planned` is the content of automations.yaml."""
+    """Return whether alerts are sent to anybody; `planned` is the content of automations.yaml."""
     names = {each["name"] for each in planned if "notify" in each}
     alerts = [automation for automation in read_automations(client) if automation.name in names]
     if any(alert_block(alert) is not None for alert in alerts):
@@ -183,7 +183,7 @@ def _check_result_serializer() -> Check:
 
 
 def _check_allowed_folders() -> Check:
-    """Where the runs of a worker that is started here may read and write."""
+    """Check where the runs of a worker that is started here may read and write."""
     roots = allowed_roots()
     missing = [str(root) for root in roots if not root.is_dir()]
     writable = [root for root in roots if os.access(root, os.W_OK)]
