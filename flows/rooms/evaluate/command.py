@@ -98,7 +98,7 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
         write_bytes(target, found.to_html().encode("utf-8", "replace"))
 
     def show() -> None:
-        """A table a suite and one of losses, and where the page is."""
+        """Print a table a suite and one of losses, and where the page is."""
         print_blocks(*found.describe(arguments.show).blocks)
         if output is not None:
             print_line(f"page: {output}")

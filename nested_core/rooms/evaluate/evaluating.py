@@ -118,7 +118,7 @@ def _plain_config(model: str) -> FineTuneConfig:
 
 
 def _base_of(model: NamedModel, base_model: str | None, names: Collection[str]) -> NamedModel:
-    """What others are compared with: the base of a model, of an exported one that it is made of.
+    """Return the base that others are compared with; of an exported model the one it is made of.
 
     It is named "base", or where `names` has that already by its place as well.
     """
@@ -167,14 +167,14 @@ class _Evaluating:
         )
 
     def _list_unknown(self) -> tuple[str, ...]:
-        """The models with an adapter of which nobody recorded what they were trained on."""
+        """Return the models with an adapter of which nobody recorded what they were trained on."""
         if self._data is None:
             return ()
         trained = (model for model in self._models if model.adapter or model.made_of)
         return tuple(model.name for model in trained if model.seen.unknown is not None)
 
     def _measure(self, models: Sequence[NamedModel]) -> None:
-        """Answers and losses of models that fit into one base."""
+        """Measure answers and losses of models that fit into one base."""
         first = models[0]
         stages.info("evaluate: loading %s", first.model)
         config = self._config.model_copy(
@@ -204,7 +204,7 @@ class _Evaluating:
             self._losses[model.name] = (held_out, losses, predictions.tokens)
 
     def _compare_models(self) -> Iterator[EvaluatedModel]:
-        """Each model's figures beside those of the reference, the first one."""
+        """Yield each model's figures beside those of the reference, the first one."""
         stages.info("evaluate: comparing the models")
         reference, *others = self._models
         changes = [self._compare_answers(model, reference) for model in others]
@@ -253,7 +253,7 @@ class _Evaluating:
         ]
 
     def _compare_losses(self, model: NamedModel, reference: NamedModel) -> Validation | None:
-        """The paired losses, without the examples that either was trained on."""
+        """Return the paired losses, without the examples that either was trained on."""
         if self._data is None:
             return None
         held_out, own, tokens = self._losses[model.name]
@@ -287,7 +287,7 @@ def conclude_models(
     losses: Sequence[Validation | None],
     noise: Literal["paired", "none"],
 ) -> Iterator[tuple[list[Conclusion], Conclusion | None]]:
-    """For each model the word for each suite, and for its loss.
+    """Yield for each model the word for each suite, and for its loss.
 
     All models, suites and losses are one family: the more are compared with the reference, the
     surer a difference has to be for the words better and worse.
@@ -338,7 +338,7 @@ def _conclude_among_others(
 
 
 def _form(model: NamedModel, models: Sequence[NamedModel]) -> tuple[Any, ...]:
-    """What models share that fit into one loaded base; the base alone fits with any adapter."""
+    """Return a key that models share if one loaded base fits both; a base fits any adapter."""
     adapter = model.adapter or next(
         (other.adapter for other in models if other.model == model.model and other.adapter), None
     )
@@ -356,11 +356,11 @@ def _require_fit(model: NamedModel, base: LoadedBase) -> None:
 
 
 def _ask(model: NamedModel, base: LoadedBase, suite: EncodedSuite) -> list[AnswerRecord]:
-    """A model's answers to a suite; what is answered so far is logged as a stage."""
+    """Return a model's answers to a suite; what is answered so far is logged as a stage."""
     total = len(suite.prompts)
 
     def tell(count: int) -> None:
-        """So many are answered."""
+        """Report that so many are answered."""
         text = "evaluate: %s has answered %d of %d questions of %s"
         stages.info(text, model.name, count, total, suite.suite.name)
 

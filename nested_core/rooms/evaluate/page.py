@@ -124,7 +124,7 @@ class Evaluation:
         return any(model.is_worse for model in self.models)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `evaluate --json` prints them."""
+        """Return plain values, as `evaluate --json` prints them."""
         return {
             "against": self.against,
             "data": self.data,
@@ -134,7 +134,7 @@ class Evaluation:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat row a model and suite or loss, all with the same keys, as a data frame takes them.
+        """Return a flat row a model and suite or loss, with equal keys, as a data frame takes it.
 
         `value` is a share of right answers or a loss, `examples` of how many;
         `low` and `high` are the ends of the difference's 95 % interval.
@@ -157,7 +157,7 @@ class Evaluation:
         return f"Evaluation({models} against {self.against}: {word})"
 
     def describe(self, shown: int = SHOWN_QUESTIONS) -> Document:
-        """A table a suite and one of losses, with answers beside those expected.
+        """Return a table a suite and one of losses, with answers beside those expected.
 
         shown: how many questions of each suite that a model answered wrong stand beside it.
         """
@@ -173,7 +173,7 @@ class Evaluation:
         return Document("Models evaluated", blocks)
 
     def to_html(self) -> str:
-        """The whole page."""
+        """Return the whole page."""
         return self.describe().to_html()
 
     def _repr_html_(self) -> str:
@@ -200,7 +200,7 @@ class Evaluation:
         return Text(text, "warn" if guessing else "good", is_headline=True)
 
     def _describe_suite(self, number: int, shown: int) -> Section:
-        """The shares of right answers to a suite, wrong ones, and on a page all of them."""
+        """Return the shares of right answers to a suite, wrong ones, and on a page all of them."""
         first = self.models[0].suites[number]
         name, letter = first.suite, self._letters[self.against]
         rows = []
@@ -287,7 +287,7 @@ def _compared_values(figures: SuiteScore | Validation) -> dict[str, Any]:
 
 
 def _judged(answer: str, score: float) -> Cell:
-    """An answer with a word of how right it is."""
+    """Return an answer with a word of how right it is."""
     if score == 1:
         return Cell(answer, "good", "right:")
     return Cell(answer, "bad", f"{score:.2g}:" if score else "wrong:")
