@@ -50,7 +50,7 @@ class Reading:
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama.cpp can read a GGUF here: llama-cpp-python is installed."""
+    """Return whether llama.cpp can read a GGUF here: llama-cpp-python is installed."""
     return find_spec("llama_cpp") is not None
 
 

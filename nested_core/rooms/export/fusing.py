@@ -30,7 +30,7 @@ def load_fused(
     dtype: mx.Dtype | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """The base in this folder with the adapter fused in, its tokenizer and its config.json.
+    """Return the base in this folder with the adapter fused in, its tokenizer and its config.json.
 
     A quantized base is quantized again after fusing, or with `dequantize` stays as it was fused.
     `dtype` is what is fused in; None is the base's own. Arrays are computed when they are used.

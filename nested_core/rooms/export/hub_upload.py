@@ -47,7 +47,7 @@ class Upload:
         return self.files[CARD_NAME].decode()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `export --push --json` prints them."""
+        """Return plain values, as `export --push --json` prints them."""
         sizes = {name: len(content) for name, content in self.files.items()}
         return {"repository": self.repository, "url": self.url, "bytes": sizes, "card": self.card}
 
@@ -77,7 +77,7 @@ def prepare_upload(what: str | Path, repository: str, registry: Path | None = No
 
 
 def _read_run(run: RunDirectory) -> tuple[Adapter, bytes]:
-    """The adapter that the gate passed, and the card that it would have as a version."""
+    """Return the adapter that the gate passed, and the card that it would have as a version."""
     config = read_run_config(run)
     judged = confirm_recorded_verdict(config, run)
     name = config.registry.name if config.registry.path else run.path.resolve().name
@@ -87,7 +87,7 @@ def _read_run(run: RunDirectory) -> tuple[Adapter, bytes]:
 
 
 def _read_version(named: NamedAdapter) -> tuple[Adapter, bytes]:
-    """The adapter of a version and its card, after its files were hashed."""
+    """Return the adapter of a version and its card, after its files were hashed."""
     folder = named.folder.resolve()
     if not all((folder / name).is_file() for name in (CARD_NAME, GATE_NAME, PROVENANCE_NAME)):
         raise ConfigError(

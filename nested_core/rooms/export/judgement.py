@@ -164,7 +164,7 @@ def measure_kept_gain(
 
 
 def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
-    """That an artefact is worse than its adapter by more than is allowed, beyond chance."""
+    """Yield that an artefact is worse than its adapter by more than is allowed, beyond chance."""
     if not np.isfinite(gain.exported):
         yield "its losses on held-out rows are not finite"
     elif gain.is_lost:

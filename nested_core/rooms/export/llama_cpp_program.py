@@ -52,14 +52,14 @@ class LlamaCppReader:
         return buffer.value.decode()
 
     def tokenizer_digest(self) -> str:
-        """SHA-256 of the texts of all tokens as they are stored."""
+        """Return the SHA-256 of the texts of all tokens as they are stored."""
         digest = hashlib.sha256()
         for token in range(self._count):
             digest.update(self._api.llama_vocab_get_text(self._vocabulary, token) + b"\n")
         return digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, with those that begin and end one as the file says."""
+        """Return the token ids of a text, with those that begin and end one as the file says."""
         given = text.encode()
         room = len(given) + 8
         ids = (self._api.llama_token * room)()
@@ -67,11 +67,11 @@ class LlamaCppReader:
         return list(ids[: max(count, 0)])
 
     def factors(self) -> list[str]:
-        """The names of the model's LoRA factors: a GGUF has none."""
+        """Return the names of the model's LoRA factors: a GGUF has none."""
         return []
 
     def logits(self, tokens: list[int], places: list[int]) -> Iterator[Logits]:
-        """Logits after the tokens at these places, float32 (places, vocabulary)."""
+        """Yield logits after the tokens at these places, float32 (places, vocabulary)."""
         yield self._decode_anew(tokens)[np.array(places, np.int64)]
 
     def _decode_anew(self, tokens: list[int]) -> Logits:
@@ -79,7 +79,7 @@ class LlamaCppReader:
         return self._decode(tokens, 0)
 
     def _decode(self, tokens: list[int], start: int) -> Logits:
-        """Logits after each token, the first of which has `start` tokens before it."""
+        """Compute logits after each token, the first of which has `start` tokens before it."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for place, token in enumerate(tokens):
@@ -119,7 +119,7 @@ class LlamaCppReader:
 
 
 def longest_row(request: dict[str, Any]) -> int:
-    """The most tokens that a model is given at once, the answers to the questions included."""
+    """Return the most tokens that a model is given at once, with answers to the questions."""
     rows = [len(prompt) for prompt in request["prompts"]]
     rows += [len(row["tokens"]) for row in request["rows"]]
     rows += [len(asked["prompt"]) + asked["max_tokens"] for asked in request["questions"]]

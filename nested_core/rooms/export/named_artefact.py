@@ -11,7 +11,7 @@ from nested_core.rooms.export.gguf import is_gguf, unpack_gguf
 
 
 def find_artefact(given: str, temporary: Path) -> NamedModel | None:
-    """The model at a path with its record, if it has one; None for a path without both.
+    """Return the model at a path with its record, if it has one; None for a path without both.
 
     A GGUF is unpacked into the folder `temporary`. Raises ConfigError for a GGUF of another family,
     DamagedError for damaged files and for other files than those that the record describes.

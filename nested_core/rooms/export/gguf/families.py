@@ -84,7 +84,7 @@ class Family:
         return named | ({ROPE_SCALING_KEY: json.dumps(scaling)} if kind == "llama3" else {})
 
     def extra_tensors(self) -> dict[str, mx.array]:
-        """Tensors that llama.cpp has and mlx_lm computes: what Llama 3's rotations divide by."""
+        """Return tensors that only llama.cpp stores: the divisors of Llama 3's rotations."""
         scaling = self.args.rope_scaling or {}
         return {ROPE_FREQS: rope_factors(self.args)} if rope_kind(scaling) == "llama3" else {}
 
@@ -123,7 +123,7 @@ def _default_head_dim(config: Mapping[str, Any]) -> int:
 
 
 def find_family(model: nn.Module) -> Family:
-    """The family of a model; ConfigError, by name, where GGUF is not written of it."""
+    """Return the family of a model; ConfigError, by name, where GGUF is not written of it."""
     given: Any = model
     architecture = ARCHITECTURE_BY_MODEL_TYPE.get(given.model_type)
     if architecture is None:
@@ -144,7 +144,7 @@ def find_family(model: nn.Module) -> Family:
 
 
 def list_unsupported(architecture: str, args: Any) -> list[str]:
-    """What a model does that llama.cpp's architecture of that name does not."""
+    """List what a model does that llama.cpp's architecture of that name does not."""
     problems = []
     kind = rope_kind(args.rope_scaling or {})
     if kind not in ("default", "linear", *(("llama3",) if architecture == "llama" else ())):
@@ -159,12 +159,12 @@ def list_unsupported(architecture: str, args: Any) -> list[str]:
 
 
 def rope_kind(scaling: Mapping[str, Any]) -> str:
-    """The kind of a rope_scaling in config.json, under either of its keys."""
+    """Return the kind of a rope_scaling in config.json, under either of its keys."""
     return str(scaling.get("type") or scaling.get("rope_type") or "default")
 
 
 def rope_factors(args: Any) -> mx.array:
-    """What each frequency of a Llama 3 rotation is divided by, float32 [head_dim / 2]."""
+    """Return the divisor of each frequency of a Llama 3 rotation, float32 [head_dim / 2]."""
     from mlx_lm.models.rope_utils import Llama3RoPE
 
     dims = args.head_dim or args.hidden_size // args.num_attention_heads
@@ -177,7 +177,7 @@ def rope_factors(args: Any) -> mx.array:
 def change_layout(
     architecture: str, name: str, tensor: mx.array, args: Any, *, back: bool = False
 ) -> mx.array:
-    """A tensor as llama.cpp stores it, or with `back` as mlx_lm does; `name` is GGUF's.
+    """Return a tensor as llama.cpp stores it, or with `back` as mlx_lm does; `name` is GGUF's.
 
     llama.cpp rotates neighbouring pairs of a llama's queries and keys, mlx_lm the two halves of a
     head, so their rows are in another order; and its norms of gemma3 hold 1 + weight.

@@ -27,7 +27,7 @@ MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF does."""
+    """Return whether a file begins as a GGUF does."""
     if not path.is_file():
         return False
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):

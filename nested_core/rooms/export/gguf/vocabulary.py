@@ -160,7 +160,7 @@ def _make_tokenizer(own: Mapping[str, Any], special: Mapping[str, str]) -> Token
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """tokenizer.json of the tokenizer in use; ConfigError for one that has no fast form."""
+    """Return the tokenizer's tokenizer.json; ConfigError for one that has no fast form."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise _unsupported("it is none of the `tokenizers` library")
@@ -169,7 +169,7 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def read_chat_template(tokenizer: Any) -> str | None:
-    """The chat template of a tokenizer; the default one where it has several."""
+    """Return the chat template of a tokenizer; the default one where it has several."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, Mapping):
         template = template.get("default")
@@ -198,7 +198,7 @@ def _reduce_steps(pre_tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _puts_space_in_front(described: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space in front; ConfigError for rules that are not SentencePiece's."""
+    """Tell if a text gets a space in front; ConfigError for rules unlike SentencePiece's."""
     normalizer = described.get("normalizer") or {}
     pre_tokenizer = described.get("pre_tokenizer") or {}
     steps = [
@@ -213,7 +213,7 @@ def _puts_space_in_front(described: Mapping[str, Any]) -> bool:
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:
-    """The ids of special tokens by GGUF's names; eot is another end of an answer than eos."""
+    """Map GGUF's names of special tokens to ids; eot is another end of an answer than eos."""
     given = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
@@ -227,7 +227,7 @@ def _special_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether a text is encoded with the token that begins one, and with the one that ends it."""
+    """Tell if a text is encoded with the token that begins one, and with the one that ends it."""
     plain = list(tokenizer.encode("a", add_special_tokens=False))
     whole = list(tokenizer.encode("a"))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -254,7 +254,7 @@ def _scores_of_merges(tokens: Sequence[str], merges: Sequence[Sequence[str]]) ->
 def _merges_of_scores(
     vocabulary: Mapping[str, int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token together, in the order of its score."""
+    """Return all pairs of tokens that make a token together, in the order of its score."""
     ranked = sorted(vocabulary, key=lambda text: -scores[vocabulary[text]])
     pairs = []
     for text in ranked:
