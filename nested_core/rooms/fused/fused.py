@@ -43,7 +43,7 @@ class FusedChange:
 def judge_fused_change(
     model: nn.Module, before: Parameters, after: Parameters
 ) -> tuple[FusedVerdict, list[Reason]]:
-    """The share of the change that is left once it is fused, and a reason if that is too little.
+    """Return the share of the change that is left once fused, and a reason if it is too little.
 
     `model` is the base as stored with an adapter attached; its modules are float32 afterwards.
     """
@@ -78,7 +78,7 @@ def _tensor_names_of_modules(modules: Collection[str], adapter: Parameters) -> t
 
 
 def _overflow_reasons(overflowing: Mapping[str, Overflow], after: Parameters) -> list[Reason]:
-    """A reason each for weights that the initial adapter, and that the trained one, overflows."""
+    """Return reasons for weights that the initial, or the trained, adapter overflows."""
     reasons = []
     for overflow, adapter in (("before", "initial"), ("after", "trained")):
         modules = [name for name, side in overflowing.items() if side == overflow]
@@ -94,7 +94,7 @@ def _overflow_reasons(overflowing: Mapping[str, Overflow], after: Parameters) ->
 def _measure_module(
     model: nn.Module, module: Any, before: Parameters, after: Parameters
 ) -> FusedChange | Overflow:
-    """The change of one module, or with which adapter its fused weight is not finite."""
+    """Return the change of one module, or with which adapter its fused weight is not finite."""
     fused = [
         float32_weight(module.fuse()) for _ in _load_each_adapter_in_turn(model, before, after)
     ]
