@@ -29,7 +29,7 @@ HubTables = dict[str, tuple[str, Iterable[NumberedLine]]]
 
 
 def open_tables(settings: DataSettings) -> HubTables:
-    """The data sets of `hf_dataset`, else the one that `data` names."""
+    """Return the data sets of `hf_dataset`, else the one that `data` names."""
     is_trusted = settings.trust_remote_code
     if settings.hf_dataset:
         return open_configured_datasets(settings.hf_dataset, trust_remote_code=is_trusted)
@@ -37,7 +37,7 @@ def open_tables(settings: DataSettings) -> HubTables:
 
 
 def open_dataset_by_name(name: str, *, trust_remote_code: bool) -> HubTables:
-    """The train, valid and test that a data set has; all of its columns, as they are."""
+    """Return the train, valid and test that a data set has; all of its columns, as they are."""
     tables = _load_hub_split(name, "data", {}, trust_remote_code=trust_remote_code)
     return {
         split: (f"{name}:{split}", _number_rows(tables[split]))
@@ -49,7 +49,7 @@ def open_dataset_by_name(name: str, *, trust_remote_code: bool) -> HubTables:
 def open_configured_datasets(
     entries: Sequence[HubDataset], *, trust_remote_code: bool
 ) -> HubTables:
-    """The splits of all entries, one after the other, with their columns named as by default.
+    """Join the splits of all entries, their columns named as by default.
 
     Where the entries have different formats, completions become the chats that mlx-lm makes of
     them. `test_split` is read where it is given.
@@ -153,7 +153,7 @@ def _chain_rows(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, 
 
 
 def _default_field_name_by_column(entry: HubDataset, columns: set[str]) -> dict[str, str]:
-    """The columns that hold an example, each with the default name of its field.
+    """Return the columns that hold an example, each with the default name of its field.
 
     Of the formats that the columns can be read as, the one that mlx-lm takes (create_dataset): one
     column may be named for two, as mlx-lm's own example has `prompt_feature: text`. A prompt
@@ -172,7 +172,7 @@ def _default_field_name_by_column(entry: HubDataset, columns: set[str]) -> dict[
 def _rename_fields(
     row: dict[str, Any], names: Mapping[str, str], *, as_chat: bool
 ) -> dict[str, Any]:
-    """The row with the fields under their default names, and its other columns that stay free."""
+    """Give a row's fields their default names, and keep its other columns that stay free."""
     fields = {names[column]: value for column, value in row.items() if column in names}
     if as_chat:
         turns = {field: fields.pop(field) for field in FORMATS["completion"].fields}
