@@ -72,7 +72,7 @@ def use_private_kernel_folder() -> Path:
 
 
 def began_without_kernels() -> bool:
-    """Whether this process keeps kernels, and began when none was recorded on this machine."""
+    """Tell if this process keeps kernels, and began when this machine had none recorded."""
     return _process_store is not None and not _process_store[0].has_linked_any()
 
 
@@ -99,7 +99,7 @@ def _is_kernel_folder(folder: str | None) -> bool:
 
 
 def _temporary_kernel_folder() -> Path:
-    """A folder that goes with this process; a path without a folder if none can be made.
+    """Return a folder that goes with this process; a path without a folder if none can be made.
 
     MLX then says at the first kernel that the folder is missing, and loads nothing.
     """
@@ -113,7 +113,7 @@ def _temporary_kernel_folder() -> Path:
 
 
 def open_kernel_store_folder() -> Path:
-    """The folder of this user, MLX version and machine type, made if it is missing (mode 0700).
+    """Open the folder of this user, MLX version and machine type; make it if missing (mode 0700).
 
     It lies in $NESTED_TUNE_KERNELS, else in `kernels` of the folder for caches. ConfigError if the
     folder is a link, another user's, writable by others, or may not hold programs.
@@ -137,7 +137,7 @@ def open_kernel_store_folder() -> Path:
 
 
 def _machine_type() -> str:
-    """What compiled kernels depend on: MLX, the processor's type, the C library and the GPUs."""
+    """Name what compiled kernels depend on: MLX, the processor, the C library and the GPUs."""
     library = os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else None
     gpus = sorted(path.read_bytes() for path in NVIDIA_GPUS_FOLDER.glob("*/information"))
     words = [f"mlx-{metadata.version('mlx')}", os.uname().machine, library or "no-glibc"]
@@ -156,7 +156,7 @@ class KernelStore:
         self._linked: set[str] = set()  # what the folder of this process began with
 
     def new_process_folder(self) -> Path:
-        """A folder that stays locked until this process ends, with links to all that is recorded.
+        """Make a folder that stays locked until this process ends, with links to all recorded.
 
         Removes folders whose processes are gone, and every kernel that is not as it was recorded.
         """
@@ -171,7 +171,7 @@ class KernelStore:
         return folder
 
     def has_linked_any(self) -> bool:
-        """Whether anything was recorded for the folder of this process."""
+        """Return whether anything was recorded for the folder of this process."""
         return bool(self._linked)
 
     def link_recorded(self, folder: Path) -> int:
@@ -248,7 +248,7 @@ class KernelStore:
         return sound
 
     def _read_digests(self) -> dict[str, str]:
-        """The digest of each recorded kernel by its name; empty if the record is damaged."""
+        """Return the digest of each recorded kernel by its name; empty if the record is damaged."""
         try:
             digests = json.loads(self._digests.read_bytes())
         except (FileNotFoundError, ValueError):
@@ -257,13 +257,13 @@ class KernelStore:
 
 
 def file_names(folder: Path) -> list[str]:
-    """What is below a folder and is no folder, by its path from there."""
+    """List the files below a folder by their paths from there."""
     start = len(str(folder)) + 1
     return [f"{place}/{name}"[start:] for place, _, names in os.walk(folder) for name in names]
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy on a file system without such links."""
+    """Make a hard link, or a copy on a file system without such links."""
     try:
         os.link(source, target)
     except FileNotFoundError:
@@ -278,7 +278,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def is_complete_kernel(path: Path) -> bool:
-    """Whether a file is what MLX loads again, and not a library that g++ did not finish.
+    """Return whether a file is what MLX loads again, and not a library that g++ did not finish.
 
     A linker writes the ELF header and the section headers, which end the file, at last.
     """

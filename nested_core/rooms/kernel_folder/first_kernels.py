@@ -50,7 +50,7 @@ def compiling_kernels_of(work: RunInProgress) -> AbstractContextManager[None]:
 def compiling_first_kernels(
     config: FineTuneConfig, run: RunDirectory, on_message: Callable[[str], None], session: Session
 ) -> Iterator[None]:
-    """Within the block, compile a run's kernels where this machine has none.
+    """Compile a run's kernels within the block if this machine has none.
 
     The run's data is validated by then; training waits by the session. Waits for the device, and
     holds it while the processes are started. Where they cannot be, a log line says why.
@@ -74,7 +74,7 @@ def compiling_first_kernels(
 
 
 def are_worth_compiling_ahead(config: FineTuneConfig, run: RunDirectory) -> bool:
-    """Whether a run computes on CUDA, with no kernel kept, in one process, on cores enough.
+    """Return whether a run computes on CUDA, with no kernel kept, in one process, on cores enough.
 
     Under `full`, and under DoRA at a precision of its own, layers do not share their weights;
     measured importances take a pass over the data; a limit of memory is one for each process.

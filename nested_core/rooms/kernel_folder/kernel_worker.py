@@ -103,7 +103,7 @@ def compute_gradients(trainer: Trainer) -> None:
 
 
 def compute_updates(trainer: Trainer) -> None:
-    """The optimizer's step with gradients of zero, for each set of tiers that are due together."""
+    """Make the optimizer's step with gradients of zero, for each set of tiers due together."""
     import mlx.core as mx
 
     step = trainer.make_train_step()
@@ -118,7 +118,7 @@ def compute_updates(trainer: Trainer) -> None:
         }
 
         def update(gradients: Flat, weight: mx.array, parameters: Flat) -> Flat:
-            """As a step does once it has gradients, in the parameters' dtype."""
+            """Update as a step does once it has gradients, in the parameters' dtype."""
             cast = {key: g.astype(parameters[key].dtype) for key, g in gradients.items()}
             return step.update(cast, weight, parameters)
 
@@ -127,7 +127,7 @@ def compute_updates(trainer: Trainer) -> None:
 
 
 def _sets_of_due_tiers(trainer: Trainer, step: TrainStep) -> Iterable[tuple[int, ...]]:
-    """The tiers that are due at some step, each set of them once."""
+    """Return the tiers that are due at some step, each set of them once."""
     slowest = max(trainer.setup.tiers.frequencies)
     return {step.needed_tiers(number): None for number in range(1, slowest + 1)}
 
@@ -138,7 +138,7 @@ def _due_parameters(step: TrainStep, due: tuple[int, ...]) -> Flat:
 
 
 def compute_answers(config: FineTuneConfig, run: RunDirectory, session: Session) -> None:
-    """The gate's losses, and answers of the base as the gate and as plain mlx_lm gives them."""
+    """Compute the gate's losses, and answers of the base as the gate and plain mlx_lm do."""
     import mlx.core as mx
     from mlx_lm import load
     from mlx_lm.generate import generate_step
