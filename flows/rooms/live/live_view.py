@@ -53,7 +53,7 @@ def draw_until_done(
 
 
 def describe_conclusion(view: RunProgress, run: RunDirectory) -> list[str]:
-    """How it ended: which adapter is offered, or where training stopped; the verdict."""
+    """Return how it ended: which adapter is offered, or where training stopped; the verdict."""
     result = read_object_or_empty(run.result)
     if not result:
         return [f"ended before training was done, at {_describe_end(view, run)}"]
@@ -67,7 +67,7 @@ def describe_conclusion(view: RunProgress, run: RunDirectory) -> list[str]:
 
 
 def _describe_end(view: RunProgress, run: RunDirectory) -> str:
-    """The step that it came to: a checkpoint may be of a later one than the last report."""
+    """Return the step that it came to: a checkpoint may be of a later one than the last report."""
     from nested_core.storage.checkpoint_verification import list_checkpoints  # brings mlx
 
     checkpoints = list_checkpoints(run.checkpoints)

@@ -22,7 +22,7 @@ def draw_curve(
     height: int = 12,
     last_step: int | None = None,
 ) -> str:
-    """Training and validation losses of metrics.jsonl, on a logarithmic axis.
+    """Draw training and validation losses of metrics.jsonl, on a logarithmic axis.
 
     width, height: of the plot in characters, without its axes.
     last_step: where the axis of steps ends; by default at the last record.

@@ -22,7 +22,7 @@ MAX_SHOWN_SAMPLES = 3
 
 
 def draw_bar(share: float, width: int) -> str:
-    """A bar that is filled to a share, in eighths of a character."""
+    """Return a bar that is filled to a share, in eighths of a character."""
     eighths = int(min(max(share, 0.0), 1.0) * width * 8)
     whole, rest = divmod(eighths, 8)
     part = BAR_PARTS[rest - 1] if rest else ""
@@ -30,7 +30,7 @@ def draw_bar(share: float, width: int) -> str:
 
 
 def draw_screen(view: RunProgress, width: int, height: int) -> Text:
-    """The view for a terminal of `width` columns and `height` lines, of which it leaves one free.
+    """Draw the view for a terminal of `width` columns and `height` lines, one left free.
 
     What does not fit is left out: first samples, then the plot gets smaller. The last screen, with
     an outcome, may be longer.
@@ -111,11 +111,11 @@ def _body_lines(view: RunProgress, width: int) -> list[Text]:
 
 
 def _join_if_they_fit(texts: list[str], width: int) -> list[str]:
-    """The texts on one line if they fit there, else on one each."""
+    """Return the texts on one line if they fit there, else on one each."""
     line = ", ".join(filter(None, texts))
     return [line] if len(line) <= width else texts
 
 
 def _escape_and_wrap(text: str, width: int) -> list[str]:
-    """The text, escaped (files and suites have names that others gave), in lines of the width."""
+    """Escape a text (others named files and suites), and wrap it to the width."""
     return textwrap.wrap(escape(text), width, subsequent_indent="  ")
