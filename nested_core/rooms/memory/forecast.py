@@ -43,7 +43,7 @@ class MemoryForecast(MemoryPlan):
     suggestions: Sequence[tuple[str, int]] = ()
 
     def describe(self) -> str:
-        """The predicted peak, the capacity, and the settings that would fit, on one line."""
+        """Return the predicted peak, the capacity, and the settings that would fit, on one line."""
         needed, capacity = _format_gigabytes(self.needed), _format_gigabytes(self.capacity)
         text = f"memory: needs about {needed} of {capacity}"
         if 0 < self.recomputed < self.layers:
@@ -94,7 +94,7 @@ def plan_memory_for_device(
     *,
     processes: int = 1,
 ) -> MemoryForecast:
-    """The plan for a model, a batch of one of the processes, a device and its memory in bytes.
+    """Plan for a model, a batch of one process, a device and its memory in bytes.
 
     Layers are recomputed under `grad_checkpoint`: all of them, or under a `memory_limit_gb` only as
     many as are needed to fit.
@@ -159,7 +159,7 @@ def _shorter_batches(batch: BatchShape) -> Iterator[BatchShape]:
 
 
 def device_profile_for(config: FineTuneConfig) -> DeviceProfile:
-    """The profile of the default device, without our kernels under `training.reference`."""
+    """Return the profile of the default device, without our kernels under `training.reference`."""
     is_plain = config.training.reference is not None
     if backend.computes_on_cuda():
         device = peak_estimate.cuda_profile(

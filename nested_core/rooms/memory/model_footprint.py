@@ -53,7 +53,7 @@ Modules = Mapping[str, Any]
 def compute_footprint(
     config: FineTuneConfig, model: nn.Module, refs: ParameterRefs, optimizer: Optimizer, loss: Loss
 ) -> ModelFootprint:
-    """What a model, its adapter and its optimizer's state hold, and what a step of them keeps."""
+    """Compute what model, adapter and optimizer state hold, and what a step of them keeps."""
     modules = dict(model.named_modules())
     activation_bytes = bytes_per_activation(modules.values(), refs)
     factor_bytes = max(ref.dtype.size for ref in refs.values())
@@ -77,7 +77,7 @@ def compute_footprint(
 
 
 def bytes_per_activation(modules: Iterable[nn.Module], refs: ParameterRefs) -> int:
-    """Bytes of an activation: of the dtype of most frozen arrays, else of the trained ones."""
+    """Return bytes of an activation: of the dtype of most frozen arrays, else of trained ones."""
     trained = {(id(ref.module), ref.key) for ref in refs.values()}
     frozen = [v for m in modules for key, v in own_arrays(m).items() if (id(m), key) not in trained]
     dtypes = Counter(v.dtype for v in frozen if mx.issubdtype(v.dtype, mx.floating))
@@ -87,14 +87,14 @@ def bytes_per_activation(modules: Iterable[nn.Module], refs: ParameterRefs) -> i
 
 
 def own_arrays(module: nn.Module) -> dict[str, mx.array]:
-    """The arrays of a module itself, without those of its submodules."""
+    """Return the arrays of a module itself, without those of its submodules."""
     return {key: value for key, value in module.items() if isinstance(value, mx.array)}
 
 
 def read_layer_footprints(
     model: nn.Module, modules: Modules, *, uses_dropout: bool = False, input_copies: int = 1
 ) -> tuple[LayerFootprint, ...]:
-    """The footprints of a model's layers, in their order.
+    """Return the footprints of a model's layers, in their order.
 
     Args:
         model: a model with a list of `layers`.
@@ -164,7 +164,7 @@ def _read_layer_footprint(
 
 
 def _ends_fused_mlp(modules: Modules, name: str) -> bool:
-    """Whether a layer is the last of a gated MLP that is all LoRA, which the room `cuda` fuses."""
+    """Tell if a layer is the last of a gated MLP that is all LoRA, which the room `cuda` fuses."""
     parent, _, leaf = name.rpartition(".")
     code = sys.modules.get(type(modules.get(parent)).__module__)  # None: code of the model's own
     layers = [modules.get(f"{parent}.{each}") for each in (*GATE_AND_UP_LAYERS, leaf)]
@@ -176,7 +176,7 @@ def _lora_has_kernels(module: Any) -> bool:
 
 
 def _linear_widths(modules: Modules, name: str) -> tuple[int, int] | None:
-    """A linear layer's input and output, in elements a token; None for any other module."""
+    """Return a linear layer's input and output, in elements a token; None for any other module."""
     module, parent = modules[name], modules.get(name.rpartition(".")[0])
     if parent is not None and "lora_a" in parent:
         return None  # the base of an adapter's layer: the adapter's layer counts for both
@@ -193,7 +193,7 @@ def _linear_widths(modules: Modules, name: str) -> tuple[int, int] | None:
 
 
 def _base_of(module: Any) -> Any:
-    """The base of an adapter's layer; any other module itself."""
+    """Return the base of an adapter's layer; any other module itself."""
     return module.get("linear", module) if "lora_a" in module else module
 
 
@@ -202,7 +202,7 @@ def _is_of_experts(module: Any) -> bool:
 
 
 def _elements_kept_by_delta_nets(modules: Modules) -> int:
-    """What gated delta nets keep beside their linear layers, a token."""
+    """Count what gated delta nets keep beside their linear layers, a token."""
     total = 0
     for module in modules.values():
         widths = [vars(module).get(name) for name in DELTA_NET_WIDTH_ATTRIBUTES]
@@ -212,7 +212,7 @@ def _elements_kept_by_delta_nets(modules: Modules) -> int:
 
 
 def _elements_kept_by_gelu(modules: Modules, linears: Any) -> int:
-    """What MLX keeps of gelu(gate) * up beside both, a token."""
+    """Count what MLX keeps of gelu(gate) * up beside both, a token."""
     mlps = [name for name, module in modules.items() if type(module) in GEGLU_MLP_CLASSES]
     widths: list[int] = [linears[f"{name}.down_proj"][0] for name in mlps]
     return ARRAYS_KEPT_OF_A_GELU * sum(widths)
@@ -223,7 +223,7 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _adapter_elements_kept(module: nn.Module, output: int) -> int:
-    """What an adapter's layer keeps besides: x @ lora_a, and what DoRA's magnitudes multiply."""
+    """Count what an adapter's layer keeps besides: x @ lora_a, and what DoRA multiplies."""
     if "lora_a" not in module:
         return 0
     rank: int = min(module.lora_a.shape[-2:])
@@ -231,7 +231,7 @@ def _adapter_elements_kept(module: nn.Module, output: int) -> int:
 
 
 def _norm_width(modules: Modules, linears: Any, name: str) -> int:
-    """The width that a norm reads, a token; a norm within heads reads all of them. Else 0."""
+    """Return the width that a norm reads, a token; within heads it reads all of them. Else 0."""
     module = modules[name]
     if "Norm" not in type(module).__name__ or "weight" not in module:
         return 0
@@ -240,7 +240,7 @@ def _norm_width(modules: Modules, linears: Any, name: str) -> int:
 
 
 def _first_attribute(modules: Modules, names: tuple[str, ...], default: int) -> int:
-    """The first integer attribute of one of these names that any of the modules has."""
+    """Return the first integer attribute of one of these names that any of the modules has."""
     for module in modules.values():
         for name in names:
             value = vars(module).get(name)

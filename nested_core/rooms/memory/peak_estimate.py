@@ -97,7 +97,7 @@ METAL_PROFILE = DeviceProfile(
 
 
 def cuda_profile(operations_per_commit: int) -> DeviceProfile:
-    """A CUDA device to which MLX commits `operations_per_commit` operations at once."""
+    """Return a CUDA device to which MLX commits `operations_per_commit` operations at once."""
     return DeviceProfile(
         score_share=0,
         mlp_arrays=0,
@@ -172,7 +172,7 @@ class ModelFootprint:
 def bytes_kept_for_backward(
     footprint: ModelFootprint, layer: LayerFootprint, batch: BatchShape, device: DeviceProfile
 ) -> float:
-    """What one layer that is not recomputed keeps for the backward pass."""
+    """Count what one layer that is not recomputed keeps for the backward pass."""
     scores = device.score_share * batch.rows * layer.heads * batch.length**2
     kept = layer.kept + device.mlp_arrays * layer.mlp_width
     if device.recomputes_mlp_product and _is_half_precision(footprint):
@@ -183,7 +183,7 @@ def bytes_kept_for_backward(
 def bytes_of_padded_attention(
     footprint: ModelFootprint, layer: LayerFootprint, batch: BatchShape, device: DeviceProfile
 ) -> float:
-    """What one layer keeps besides where the device pads attention to another length."""
+    """Count what a layer keeps besides if the device pads attention to another length."""
     more = -batch.length % device.attention_multiple
     if not more or not _is_half_precision(footprint):
         return 0.0
@@ -192,12 +192,12 @@ def bytes_of_padded_attention(
 
 
 def _is_half_precision(footprint: ModelFootprint) -> bool:
-    """Whether activations are as the kernels take them."""
+    """Return whether activations are as the kernels take them."""
     return footprint.activation_bytes == HALF_PRECISION_BYTES
 
 
 def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> float:
-    """The logits that exist at once, and what the loss computes from them."""
+    """Return the logits that exist at once, and what the loss computes from them."""
     tokens = batch.rows * batch.length
     if footprint.chunk_rows is None:
         return (
@@ -215,7 +215,7 @@ def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: Device
 
 
 def bytes_in_flight(kept: Sequence[float], device: DeviceProfile) -> float:
-    """What is used up and not freed yet, from what each layer of the backward pass keeps."""
+    """Count what is used up and not freed yet, from what each layer of the backward pass keeps."""
     largest = max(kept, default=0.0)
     idle, busy = device.min_layers_in_flight, device.layers_in_flight
     is_busy = min(1.0, largest / device.bytes_of_busy_layer) if device.bytes_of_busy_layer else 1.0
@@ -228,7 +228,7 @@ def bytes_in_flight(kept: Sequence[float], device: DeviceProfile) -> float:
 def estimate_peak_bytes(
     footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, recomputed: int = 0
 ) -> int:
-    """The peak of a step that recomputes the `recomputed` lowest of the trained layers."""
+    """Return the peak of a step that recomputes the `recomputed` lowest of the trained layers."""
     layers = footprint.layers_of_backward_pass
     kept = [bytes_kept_for_backward(footprint, layer, batch, device) for layer in layers]
     in_flight = bytes_in_flight(kept, device)
@@ -253,7 +253,7 @@ def estimate_peak_bytes(
 def fewest_recomputed_layers(
     footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, limit: float
 ) -> int:
-    """The fewest recomputed layers whose peak is within `limit` bytes; all if no number is."""
+    """Find the fewest recomputed layers whose peak is within `limit` bytes; all if none is."""
     layers = len(footprint.layers_of_backward_pass)
     peaks = ((n, estimate_peak_bytes(footprint, batch, device, n)) for n in range(layers))
     return next((n for n, peak in peaks if peak <= limit), layers)
