@@ -30,7 +30,7 @@ TRIED_PASSES = 3
 def choose_blas_threads_of_run(
     config: FineTuneConfig, session: Session, on_wait: OnWait | None
 ) -> int | None:
-    """What `choose_blas_threads` chooses with the base of a run, while no other run computes."""
+    """Choose by `choose_blas_threads` with a run's base, while no other run computes."""
     with locking_devices(on_wait, session=session):
         model = session.load_base(config).model
         with in_evaluation_mode(model):
@@ -38,7 +38,7 @@ def choose_blas_threads_of_run(
 
 
 def choose_blas_threads(model: Any) -> int | None:
-    """The quicker one of OpenBLAS's present number of threads and 1, by passes of a model.
+    """Return the quicker one of OpenBLAS's present number of threads and 1, by passes of a model.
 
     The number stays if OPENBLAS_NUM_THREADS is set. None if no OpenBLAS answers for MLX.
     """
@@ -65,7 +65,7 @@ def choose_blas_threads(model: Any) -> int | None:
 
 @contextmanager
 def using_blas_threads(count: int | None) -> Iterator[None]:
-    """Within the block, OpenBLAS has so many threads here and in new processes; None: as before."""
+    """Give OpenBLAS so many threads, here and in new processes, in the block; None: as before."""
     library = _open_library()
     if library is None or count is None:
         yield
@@ -90,7 +90,7 @@ def using_quicker_blas_threads(model: Any) -> AbstractContextManager[None]:
 
 
 def _open_library() -> Any:
-    """The OpenBLAS that answers for MLX; None without one."""
+    """Return the OpenBLAS that answers for MLX; None without one."""
     preparation = get_process_preparation()
     name = None if preparation is None else preparation.blas
     return None if name is None else ctypes.CDLL(name)

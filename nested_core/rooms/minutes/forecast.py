@@ -44,12 +44,12 @@ class Forecast:
     trial: TrialRun
 
     def seconds_of(self, steps: int) -> float:
-        """Seconds of training so many steps, with what is due between them, and the verdict."""
+        """Forecast the seconds of so many steps, with what is due between them, and the verdict."""
         between = self.seconds_between(steps)
         return self.opening + self.evaluation + between + self.checkpoint + self.verdict
 
     def seconds_between(self, steps: int) -> float:
-        """Seconds of so many steps, with the evaluations and checkpoints that follow them."""
+        """Forecast the seconds of so many steps, with evaluations and checkpoints between them."""
         iterations = steps * self.config.grad_accumulation_steps
         due = self.config.intervals(iterations, max(1, self.batches))
         evaluations = ceil(iterations / due.evaluation)
@@ -58,7 +58,7 @@ class Forecast:
         return steps * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def count_steps(self, seconds: float) -> int:
-        """The most steps that fit into these seconds with their verdict; 0 if no step fits."""
+        """Count the steps that fit into these seconds with their verdict; 0 if none fits."""
         most = int((seconds - self.opening - self.verdict) / self.step)
         fitting = (steps for steps in range(most, 0, -1) if self.seconds_of(steps) <= seconds)
         return next(fitting, 0)
@@ -67,7 +67,7 @@ class Forecast:
 def make_forecast(
     config: FineTuneConfig, run: RunDirectory, trial: TrialRun, model: Any, tokenizer: Any
 ) -> Forecast:
-    """The forecast of a configuration; its base, with any adapter, begins an answer for it."""
+    """Forecast a configuration; its base, with any adapter, begins an answer for it."""
     splits = read_dataset_record(run.dataset).splits
     forward = FORWARD_SHARE * trial.step / config.grad_accumulation_steps  # of a batch
     batches = ceil(splits["valid"].rows / config.batch_size) if "valid" in splits else 0
@@ -91,7 +91,7 @@ def make_forecast(
 
 
 def _forecast_verdict(run: RunToJudge, model: Any, row: float, prompt_token: float) -> float:
-    """Seconds of the gate, by what each of its checks computes.
+    """Forecast the gate's seconds, by what each of its checks computes.
 
     Args:
         run, model: the model begins an answer for it.
@@ -109,7 +109,7 @@ def _forecast_verdict(run: RunToJudge, model: Any, row: float, prompt_token: flo
 
 
 def _time_token(model: Any, tokenizer: Any, together: int) -> float:
-    """Seconds of a token of so many answers at once."""
+    """Time a token of so many answers at once, in seconds."""
     prompt = encode_messages(tokenizer, [{"role": "user", "content": "?"}])
     with in_evaluation_mode(model):
         can_batch(model)  # tries a batch, which compiles what is no part of the measure

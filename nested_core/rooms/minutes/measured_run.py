@@ -37,7 +37,7 @@ class MeasuredRun:
     device: str
 
     def describe(self) -> dict[str, str]:
-        """Sentences for each subject."""
+        """Return sentences for each subject."""
         time = (
             f"about {format_duration(max(self.training_seconds, 1.0))} of training, by a few steps "
             f"that were tried on this machine ({self.device}): {self.tokens_per_second:,.0f} "

@@ -164,7 +164,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         )
 
     def _look(self, trainer: Any) -> None:
-        """After a step: end training if there is no time for another one and the verdict."""
+        """End training after a step if there is no time for another one and the verdict."""
         plan, now, done = self._plan, time.time(), trainer.current_step
         if plan is None or done >= trainer.steps:
             return
@@ -224,12 +224,12 @@ def has_no_time_for_a_step(
 
 
 def _seconds_beyond(minutes: float) -> float:
-    """The seconds after its minutes in which a run may end without being cut."""
+    """Return the seconds after its minutes in which a run may end without being cut."""
     return min(SHARE_BEYOND * 60 * minutes, MAX_SECONDS_BEYOND)
 
 
 def _find_time_spent(run: RunDirectory) -> tuple[float, float, TimePlan | None]:
-    """When this command began, the seconds that earlier ones worked on its run, and their plan.
+    """Read when this command began, the seconds of earlier ones on its run, and their plan.
 
     Of a command whose process was killed and begun again it is when the first one began.
     """
