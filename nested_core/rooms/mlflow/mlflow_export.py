@@ -86,7 +86,7 @@ def _make_client(tracking_uri: str | None) -> Any:
 
 
 def _read_exported_versions(client: Any, name: str) -> dict[str, str]:
-    """MLflow's version number by digest, of what was exported before."""
+    """Read MLflow's version number by digest, of what was exported before."""
     known: dict[str, str] = {}
     token: str | None = None
     while True:
