@@ -51,7 +51,7 @@ def publish_night(
 
 
 def find_nights_page(client: SyncPrefectClient, name: str) -> UUID | None:
-    """The artifact of an adapter's page, which stays the same; None before there is one."""
+    """Return the artifact of an adapter's page, which stays the same; None before there is one."""
     page = find_newest_artifact(client, artifact_key(name, NIGHTS_PAGE))
     return None if page is None else page.id
 
@@ -85,13 +85,13 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
 
 
 def _list_links(client: SyncPrefectClient, name: str) -> list[tuple[str, str]]:
-    """The newest of each of an adapter's other pages that the server has, with its path."""
+    """Return the newest of each of an adapter's other pages that the server has, with its path."""
     newest = {page: find_newest_artifact(client, artifact_key(name, page)) for page in OTHER_PAGES}
     return [(page, artifact_path(each.id)) for page, each in newest.items() if each is not None]
 
 
 def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
-    """The last fine-tunes of an adapter that were due, the latest first."""
+    """Return the last fine-tunes of an adapter that were due, the latest first."""
     due = {"before_": datetime.now(UTC)}
     return client.read_flow_runs(
         flow_filter=FlowFilter.model_validate({"name": {"any_": ["finetune"]}}),
@@ -104,7 +104,7 @@ def _read_runs(client: SyncPrefectClient, name: str) -> list[FlowRun]:
 
 
 def night_of(run: FlowRun, outcome: str | None) -> Night:
-    """A flow run as a night; `outcome` where the server does not know it yet."""
+    """Return a flow run as a night; `outcome` where the server does not know it yet."""
     due = run.expected_start_time or run.created or datetime.now(UTC)
     minutes = run.estimated_run_time.total_seconds() / 60
     return Night(run.id, due.astimezone(UTC), outcome or run.state_name, minutes)

@@ -43,7 +43,7 @@ def run_fleet(arguments: argparse.Namespace) -> Callable[[], int]:
     problems = [each.problem for each in fleet if each.problem is not None]
 
     def show() -> None:
-        """A row for each name, then what is damaged."""
+        """Print a row for each name, then what is damaged."""
         print_table(COLUMNS, [each.cells() for each in fleet], title=str(arguments.registry))
         print_line(describe_losses(fleet))
         print_progress(*(f"damaged: {problem}" for problem in problems))

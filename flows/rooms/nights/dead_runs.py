@@ -51,7 +51,7 @@ class LifeSign:
     at: datetime
 
     def is_same(self, other: LifeSign) -> bool:
-        """Whether nothing was heard between the two."""
+        """Return whether nothing was heard between the two."""
         return (self.state, self.heartbeat) == (other.state, other.heartbeat)
 
 
@@ -98,7 +98,7 @@ def resume_forgotten_runs(after: float = SECONDS_FOR_THE_AUTOMATION) -> list[str
 
 
 def _read_life_signs(client: SyncPrefectClient) -> list[LifeSign]:
-    """The active runs with our tag but this one, each with the last that was heard of it."""
+    """Return the active runs with our tag but this one, each with the last that was heard of it."""
     active = flow_runs_in(ACTIVE_TYPES, tags={"all_": [TAG]})
     own = str(runtime.flow_run.id)
     runs = [run for run in client.read_flow_runs(flow_run_filter=active) if str(run.id) != own]

@@ -22,7 +22,7 @@ AT_WORK = (StateType.RUNNING, StateType.PAUSED)
 
 
 def find_other_night() -> str | None:
-    """Why this night need not train, in a sentence; None where it is to train.
+    """Return why this night need not train, in a sentence; None where it is to train.
 
     Another night of its deployment is at work. A run that is tried again, or was not started by a
     schedule, is to train.
@@ -44,7 +44,7 @@ def find_other_night() -> str | None:
 
 
 def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
-    """The sentence about the first of `nights` in whose favour `own` is skipped, if there is one.
+    """Name the first of `nights` in whose favour `own` is skipped, if there is one.
 
     Of two nights that are at work the one that began first trains, whenever it was due; of two that
     began at once the lower id. One that waits is no reason: it will see this one at work. One that

@@ -44,13 +44,13 @@ def tidy_run_list() -> None:
 
 
 def name_of_scheduled_run(run: FlowRun, deployment: str) -> str:
-    """Such as `capitals-nightly, 26 Nov 02:00` (UTC)."""
+    """Return a name such as `capitals-nightly, 26 Nov 02:00` (UTC)."""
     due = (run.expected_start_time or datetime.now(UTC)).astimezone(UTC)
     return f"{deployment}, {due.day} {due:%b %H:%M}"
 
 
 def _iterate_looks_without_findings(client: SyncPrefectClient) -> Iterator[FlowRun]:
-    """The runs of `reconcile` that have ended and found nothing."""
+    """Yield the runs of `reconcile` that have ended and found nothing."""
     wanted = FlowRunFilter.model_validate(
         {
             "state": {"type": {"any_": [StateType.COMPLETED]}, "name": {"any_": [FOUND_NOTHING]}},

@@ -59,7 +59,7 @@ def warn_of_old_champions(registry: Path, names: Iterable[str], nights: float) -
 
 
 def describe_old_champion(registry: Path, name: str, nights: float, now: datetime) -> str | None:
-    """A sentence about a champion older than so many nights; None where it is not."""
+    """Return a sentence about a champion older than so many nights; None where it is not."""
     changes = [e for e in history(registry, name) if e["action"] in CHAMPION_CHANGE_ACTIONS]
     if not changes or changes[-1]["version"] is None:
         return None
@@ -96,7 +96,7 @@ def warn_of_unusual_night(section: RegistrySection, run: RunDirectory) -> None:
 
 
 def describe_unusual_night(difference: float, last: Sequence[float], unit: str) -> str | None:
-    """A sentence about a night that is out of line with the last ones; None where it is not.
+    """Return a sentence about a night that is out of line with the last ones; None where it is not.
 
     difference, last: in this unit, a night's loss less that of the champion before it. The bound is
     five robust standard deviations about the median, and at least the gate's smallest margin.
@@ -136,7 +136,7 @@ def warn_of_full_disks(folders: Iterable[Path]) -> None:
 
 
 def describe_full_disk(total: int, free: int, checkpoint_bytes: int | None) -> str | None:
-    """A sentence about a disk that is nearly full; None where it is not.
+    """Return a sentence about a disk that is nearly full; None where it is not.
 
     `total` and `free` are bytes. It is with less than 10 % free, or with room for fewer than three
     checkpoints.
@@ -152,7 +152,7 @@ def describe_full_disk(total: int, free: int, checkpoint_bytes: int | None) -> s
 
 
 def measure_newest_checkpoint(runs: Path) -> int | None:
-    """Bytes of the newest checkpoint of all runs in a folder; None if there is none to measure.
+    """Return the bytes of the newest checkpoint of all runs in a folder; None without any.
 
     Another run may prune its checkpoints meanwhile: the newest that is still whole is measured.
     """
@@ -163,7 +163,7 @@ def measure_newest_checkpoint(runs: Path) -> int | None:
 
 
 def _iterate_checkpoints(runs: Path) -> Iterator[tuple[float, Path]]:
-    """When each checkpoint was written, and its folder."""
+    """Yield when each checkpoint was written, and its folder."""
     for pattern in ("*/checkpoints/step-*", "*/arms/*/checkpoints/step-*"):  # the latter of sweeps
         for folder in runs.glob(pattern):
             with suppress(OSError):
@@ -197,7 +197,7 @@ def warn_of_long_runs() -> list[str]:
 def describe_long_run(
     name: str, run_time: timedelta, last: Sequence[timedelta], times: float
 ) -> str | None:
-    """A sentence about a run that takes more than `times` the longest of the last ones."""
+    """Return a sentence about a run that takes more than `times` the longest of the last ones."""
     if not last or run_time < max(times * max(last), SHORTEST_LONG_RUN):
         return None
     taken, longest = (format_duration(each.total_seconds()) for each in (run_time, max(last)))
@@ -209,7 +209,7 @@ def describe_long_run(
 
 
 def _read_last_run_times(client: SyncPrefectClient, deployment: UUID) -> list[timedelta]:
-    """How long the last runs of a deployment took, of those that came to train."""
+    """Return how long the last runs of a deployment took, of those that came to train."""
     ended = flow_runs_in(
         [StateType.COMPLETED, StateType.FAILED], deployment_id={"any_": [deployment]}
     )

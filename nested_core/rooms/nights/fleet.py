@@ -68,11 +68,11 @@ class NameStatus:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         return asdict(self)
 
     def cells(self) -> tuple[str | None, ...]:
-        """The row of a table, under COLUMNS."""
+        """Return the row of a table, under COLUMNS."""
         if self.problem is not None:
             return (self.name, "damaged", None, None, None, None)
         champion = None if self.champion is None else shorten_digest(self.champion)
@@ -87,12 +87,12 @@ class NameStatus:
 
 
 def read_fleet(registry: Path) -> list[NameStatus]:
-    """Every name of a registry, in order."""
+    """Return every name of a registry, in order."""
     return [NameStatus.read(registry, name) for name in list_names(registry)]
 
 
 def describe_losses(fleet: Sequence[NameStatus]) -> str:
-    """What the losses of the rows are of."""
+    """Name what the losses of the rows are of."""
     files = ", ".join(sorted({each.file for each in fleet if each.file is not None})) or "none"
     units = join_units(each.unit for each in fleet)
     return f"Losses: {units}, on what each champion was judged by when it was made ({files})."

@@ -41,7 +41,7 @@ HOW_TO_READ = (
 
 
 def join_lines(message: str) -> str:
-    """The message on one line; an error in a data set lists what was found, a line each."""
+    """Return the message on one line; an error in a data set lists what was found, a line each."""
     joined = ""
     for line in filter(None, map(str.strip, message.splitlines())):
         separator = "" if not joined else " " if joined.endswith((".", ":")) else "; "
@@ -50,7 +50,7 @@ def join_lines(message: str) -> str:
 
 
 def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str) -> Document:
-    """The page, from the files of the run directory that are there."""
+    """Return the page, from the files of the run directory that are there."""
     verdict = run.verdict
     yet = " yet" if outcome == Outcome.RUNNING else ""
     facts = [
@@ -77,7 +77,7 @@ def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str)
 
 
 def _describe_data(config: FineTuneConfig, dataset: DatasetReport | None) -> str:
-    """Which data, how many examples of each split, and what was found in them."""
+    """Describe the data, the number of examples of each split, and the findings."""
     source = str(config.data)
     if dataset is None:
         return f"{source}, not read yet"
@@ -94,7 +94,7 @@ def _describe_data(config: FineTuneConfig, dataset: DatasetReport | None) -> str
 def _describe_model_and_digests(
     config: FineTuneConfig, dataset: DatasetReport | None, verdict: Verdict | None
 ) -> str:
-    """The model, where training began and how it went on, and the digests of what went in and out.
+    """Describe the model, where training began and how it went on, and all digests.
 
     These are the settings that two nights of one adapter differ by most often.
     """
@@ -153,7 +153,7 @@ class _NightFigures:
 def describe_nights(
     name: str, nights: Sequence[Night], links: Sequence[tuple[str, str]]
 ) -> Document:
-    """The losses over the nights, a table, the latest night first, and links to other pages."""
+    """Show the losses over the nights, a table, the latest night first, and links."""
     figures = [_read_figures(night) for night in nights]
     dates = [f"{night.due:%d %b %H:%M}" for night in nights]
     units = join_units(each.unit for each in figures)
@@ -183,7 +183,7 @@ def describe_nights(
 
 
 def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures], units: str) -> Chart:
-    """The losses over the nights, the oldest first: a curve for each loss that is made alike."""
+    """Draw the losses over the nights, the oldest first: a curve for each kind of loss."""
     measured = [(n, seen.judged_on[1]) for n, seen in enumerate(figures) if seen.judged_on]
     alike = [[night for night, _ in nights] for _, nights in groupby(measured, itemgetter(1))]
     candidate = [each.loss for each in figures]
@@ -200,7 +200,7 @@ def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures], units: 
 
 
 def _read_figures(night: Night) -> _NightFigures:
-    """What the run's folder says, where it is on this machine and can be read."""
+    """Read the figures from the run's folder, if it is on this machine and can be read."""
     folder = find_run_of(night.flow_run)
     run = None if folder is None else Run(folder)
     if run is None or run.dataset is None:
@@ -233,14 +233,14 @@ def _read_figures(night: Night) -> _NightFigures:
 
 
 def _join_two(candidate: float | None, champion: float | None) -> str | None:
-    """`0.0764 / 0.0547`: what the candidate has, and the champion."""
+    """Write `0.0764 / 0.0547`: the candidate's figure, and the champion's."""
     if candidate is None:
         return None
     return f"{candidate:.3g} / {'-' if champion is None else f'{champion:.3g}'}"
 
 
 def _count_right(verdict: Verdict) -> str | None:
-    """`12 / 13 of 15`: right answers of all suites, the candidate's and the champion's."""
+    """Write `12 / 13 of 15`: right answers to all suites, the candidate's and the champion's."""
     if not verdict.tasks:
         return None
     candidate = _sum_right(verdict.tasks, [task.candidate for task in verdict.tasks])
