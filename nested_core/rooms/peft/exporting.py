@@ -68,7 +68,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
 
 
 def _compare_with_base(modules: list[str], base: str) -> list[str]:
-    """Notes on names that could not be compared; ConfigError where the base has other modules.
+    """Note names that could not be compared; ConfigError if the base has other modules.
 
     transformers knows modules by the names in the base's own files; mlx-lm renames some, such as
     transformer.h of GPT-2. PEFT attaches nothing to a name that it does not find, and only warns.
@@ -119,7 +119,7 @@ def _lora_parameters(adapter: Adapter) -> dict[str, Any]:
 
 
 def _make_peft_config(adapter: Adapter, modules: list[str], model: str | None) -> dict[str, Any]:
-    """adapter_config.json as PEFT reads it: scale is alpha / r there."""
+    """Make adapter_config.json as PEFT reads it: scale is alpha / r there."""
     parameters = _lora_parameters(adapter)
     base = model or adapter.config.get("model")
     if base is None:

@@ -63,7 +63,7 @@ class PeftConfig(BaseModel):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def target_modules_of(self, names: Iterable[str]) -> set[str] | None:
-        """Those of the base's linear modules that PEFT would adapt (check_target_module_exists).
+        """Name the base's linear modules that PEFT would adapt (check_target_module_exists).
 
         None if the configuration holds a regular expression: those of a stranger are not run.
         """
@@ -96,7 +96,7 @@ class PeftConfig(BaseModel):
 
 
 def _ends_with_any(name: str, endings: frozenset[str]) -> bool:
-    """Whether the name, or what follows one of its dots, is among the endings."""
+    """Return whether the name, or what follows one of its dots, is among the endings."""
     parts = name.split(".")
     return any(".".join(parts[start:]) in endings for start in range(len(parts)))
 
