@@ -73,7 +73,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _parse_minutes(text: str) -> float:
-    """The value of --minutes, as `training.minutes` takes it."""
+    """Return the value of --minutes, as `training.minutes` takes it."""
     with suppress(ValueError):
         if 0 < (minutes := float(text)) < MAX_MINUTES:
             return minutes
@@ -180,7 +180,7 @@ def run_explain(arguments: argparse.Namespace) -> Callable[[], int]:
         subjects = RunInWords(explain_run(config, print_progress)).describe()
 
     def show() -> None:
-        """A paragraph for each subject."""
+        """Print a paragraph for each subject."""
         for subject, sentences in subjects.items():
             print_line(f"{subject}: {sentences}")
 

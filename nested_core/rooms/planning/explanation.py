@@ -28,7 +28,7 @@ class RunInWords:
         return seams.unit_of_loss(self.run.config.training.loss)
 
     def describe(self) -> dict[str, str]:
-        """Sentences for each subject, in the order in which a person asks for them."""
+        """Return sentences for each subject, in the order in which a person asks for them."""
         return {
             "trained": self._describe_trained(),
             "tiers": self._describe_tiers(),
@@ -172,7 +172,7 @@ class RunInWords:
         yield f"Where more than half of its sample answers are broken by training, {broken}."
 
     def _describe_suite_bounds(self, task: TaskSection) -> Iterator[str]:
-        """Each bound of a suite; what it may lose is held against chance."""
+        """Yield each bound of a suite; what it may lose is held against chance."""
         if task.min is not None:
             yield f"at least {task.min:.0%} right"
         if task.min_gain is not None:
@@ -213,7 +213,7 @@ class RunInWords:
 
 
 def _describe_margin(increase: float, unit: str) -> str:
-    """A relative bound of a loss, and the least rise that it allows, as `margin_of_loss` has it."""
+    """Describe a relative bound of a loss, and the least rise allowed (`margin_of_loss`)."""
     return f"{increase:.2%} or {MIN_MARGIN:g} {unit}, whichever is more"
 
 

@@ -102,7 +102,7 @@ def suggest_config(
     registry: str = "",
     minutes: float | None = None,
 ) -> SuggestedConfig:
-    """A configuration that loads and whose first step fits in memory.
+    """Return a configuration that loads and whose first step fits in memory.
 
     Args:
         model, data: as the keys of these names.
@@ -136,7 +136,7 @@ def suggest_config(
     render = partial(_render_yaml, minutes=minutes, has_another_loss=loss is not None)
 
     def judge(supervise: str) -> DatasetReport:
-        """The report on the data with the lengths and the targets of the suggestion."""
+        """Return the report on the data with the lengths and the targets of the suggestion."""
         text = render(base, report, lora, 1, line_of_loss + supervise, recomputes=False)
         return load_run_data(parse_config(parse_yaml(text), source="the suggestion"))[0]
 
@@ -172,7 +172,7 @@ def suggest_config(
 def _choose_targets(
     judge: Callable[[str], DatasetReport], *, is_of_core: bool
 ) -> tuple[DatasetReport, str]:
-    """The report on the data as it will be trained on, and the line that chooses the answers.
+    """Return the report on the data as it is trained on, and the line that chooses answers.
 
     judge: gives the report for such a line. is_of_core: whether rows are answers to learn.
 
@@ -193,7 +193,7 @@ def _list_checks(report: DatasetReport) -> set[str]:
 
 
 def suggest_learning_rate(alpha: float, base: Path) -> float:
-    """The learning rate of a LoRA adapter whose rank x scale is alpha, to one or two digits.
+    """Return the learning rate of a LoRA adapter whose rank x scale is alpha, to one or two digits.
 
     Args:
         alpha: rank x scale; the rank itself makes no difference.
@@ -211,7 +211,7 @@ def suggest_learning_rate(alpha: float, base: Path) -> float:
 
 
 def _choose_lora(base: Path, adapter: str | None) -> _Lora:
-    """A fresh adapter in every linear module, or one that goes on from `adapter` in its shape."""
+    """Choose a fresh adapter in every linear module, or one that goes on from `adapter`."""
     if adapter is None:
         parameters: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
         rate = suggest_learning_rate(ALPHA, base)
@@ -225,7 +225,7 @@ def _choose_lora(base: Path, adapter: str | None) -> _Lora:
 
 
 def _find_loss(settings: DataSettings) -> str | None:
-    """The loss of a room that some row of train is made for; None for answers to learn."""
+    """Return the loss of a room that some row of train is made for; None for answers to learn."""
     suggestions = [room.suggest_loss for room in seams.load_all(RowFormats)]
     for row in _iterate_training_rows(settings):
         kept = {key: value for key, value in row.items() if key not in settings.drop_fields}
@@ -236,7 +236,7 @@ def _find_loss(settings: DataSettings) -> str | None:
 
 
 def _iterate_training_rows(settings: DataSettings) -> Iterator[dict[str, Any]]:
-    """The rows of train that are objects of JSON; the report says what is wrong with others."""
+    """Yield the rows of train that are objects of JSON; the report tells of others."""
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         splits = open_splits(settings, Path(spool))
         if "train" not in splits:
@@ -252,7 +252,7 @@ def _iterate_training_rows(settings: DataSettings) -> Iterator[dict[str, Any]]:
 
 
 def _find_field_names(settings: DataSettings) -> dict[str, str]:
-    """The keys for fields that have other names than ours, in more rows of train than any other.
+    """Find the keys for fields of other names than ours, in more rows of train than any other.
 
     Empty if the rows need none.
     """
@@ -265,7 +265,7 @@ def _find_field_names(settings: DataSettings) -> dict[str, str]:
 
 
 def _batch_sizes_and_recomputation(report: DatasetReport) -> Iterator[tuple[int, bool]]:
-    """Batch sizes and whether layers are recomputed, what needs most memory first."""
+    """Yield batch sizes and whether layers are recomputed, the most memory first."""
     rows = min(stats.rows for split, stats in report.splits.items() if split != "test")
     for recomputes in (False, True):
         for size in BATCH_SIZES:
@@ -284,7 +284,7 @@ def _render_yaml(
     recomputes: bool,
     has_another_loss: bool,
 ) -> str:
-    """The YAML for one batch size; `supervise` is a line of the section `training`."""
+    """Return the YAML for one batch size; `supervise` is a line of the section `training`."""
     train = report.splits["train"]
     tokens: Any = train.tokens  # a sound train split has some
     counted = [stats.tokens for stats in report.splits.values() if stats.tokens is not None]
@@ -362,13 +362,13 @@ nested: {{frequencies: [1]}}
 
 
 def split_command(model: str, data: str) -> str:
-    """The command that draws valid and test from train, to be pasted."""
+    """Return the command that draws valid and test from train, to be pasted."""
     options = ("--data", data, "--model", model, "--split", "0.1", "-o", "lora-split.yaml")
     return shlex.join(("nested-tune", "init", *options))
 
 
 def _advise_split(base: dict[str, Any]) -> str:
-    """Comment lines with the command that takes rows out of train."""
+    """Write comment lines with the command that takes rows out of train."""
     command = " ".join(split_command(base["model"], base["data"]).split())
     return f"# To take some rows out of train for both:\n#   {command}\n"
 
