@@ -53,7 +53,7 @@ class _ChatPairLine(_AnswerLine):
 
 
 def _prepare(fields: Fields, place: str) -> Fields:
-    """The prompt's turns, the chosen answer as a turn and the rejected one as a text.
+    """Return the prompt's turns, the chosen answer as a turn and the rejected one as a text.
 
     An answer may be a text, a turn of the assistant, or the whole conversation that ends with it;
     all conversations of a row have the same prompt, which may also be the last turn of them alone.
@@ -84,7 +84,7 @@ def _prepare(fields: Fields, place: str) -> Fields:
 
 
 def _parse_turns(value: Any, place: str) -> Any:
-    """The turns in a table's cell; any other text as it is, for an answer may be JSON."""
+    """Return the turns in a table's cell; any other text as it is, for an answer may be JSON."""
     is_cell = isinstance(value, str) and value.lstrip().startswith("[{")
     if not is_cell or not ('"role"' in value or '"from"' in value):
         return value
@@ -92,7 +92,7 @@ def _parse_turns(value: Any, place: str) -> Any:
 
 
 def _read_turns(value: Any, place: str) -> list[dict[str, Any]]:
-    """A text as the user's turn, or turns; LineProblem for anything else."""
+    """Return a text as the user's turn, or turns; LineProblem for anything else."""
     value = _parse_turns(value, place)
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
@@ -108,7 +108,7 @@ def _read_turns(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _read_answer(value: Any, place: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The turns before an answer, if there are any, and the assistant's turn."""
+    """Return the turns before an answer, if there are any, and the assistant's turn."""
     value = _parse_turns(value, place)
     if isinstance(value, str):
         value = {"role": "assistant", "content": value}
@@ -126,7 +126,7 @@ def _read(fields: Fields) -> Turns:
 
 
 def encode_pair(example: Example, tokenizer: Any) -> EncodedExample:
-    """The chosen conversation and behind it the rejected one, of each the answer supervised."""
+    """Encode the chosen conversation, then the rejected one, of each the answer supervised."""
     chosen = _encode_answer(example, example.messages, tokenizer)
     answer = {"role": "assistant", "content": example.rest["rejected"]}
     rejected = _encode_answer(example, [*example.messages[:-1], answer], tokenizer)
@@ -150,12 +150,12 @@ def encode_pair(example: Example, tokenizer: Any) -> EncodedExample:
 
 
 def _encode_answer(example: Example, turns: list[dict[str, Any]], tokenizer: Any) -> EncodedExample:
-    """A conversation as any chat, its last turn supervised."""
+    """Return a conversation as any chat, its last turn supervised."""
     return encode_example(example._replace(format="chat", messages=turns), tokenizer, "last")
 
 
 def _note_empty_answer(name: str, encoded: EncodedExample) -> list[Note]:
-    """An error for an answer of which nothing is left to compare."""
+    """Return an error for an answer of which nothing is left to compare."""
     begin, end = encoded.spans[0]
     if begin >= 1 and end > begin:
         return []
@@ -163,7 +163,7 @@ def _note_empty_answer(name: str, encoded: EncodedExample) -> list[Note]:
 
 
 def _write(example: Example) -> dict[str, Any]:
-    """The fields of a row as they are kept."""
+    """Return the fields of a row as they are kept."""
     tools = {} if example.tools is None else {"tools": example.tools}
     prompt, last = example.messages[:-1], example.messages[-1]
     return {"prompt": prompt, "chosen": last["content"], **example.rest, **tools}
@@ -190,7 +190,7 @@ PAIRS: Mapping[str, RowFormat] = {
 
 
 def suggest_loss(row: Mapping[str, Any]) -> str | None:
-    """The loss that `init` begins with: dpo for a pair; else None."""
+    """Return the loss that `init` begins with: dpo for a pair; else None."""
     is_pair = "rejected" in row and ("chosen" in row or "messages" in row)
     return "dpo" if is_pair else None
 

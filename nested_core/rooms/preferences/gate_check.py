@@ -111,7 +111,7 @@ def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _compare_reference(judged: CheckedRun, reference: str) -> float | None:
-    """How far the likelihoods that training used are from those computed now, nats/token.
+    """Return how far the likelihoods that training used are from those computed now, nats/token.
 
     Of pairs that were trained on, whatever the gate's held-out examples are. None if the run does
     not keep a likelihood for each of these.
@@ -135,7 +135,7 @@ def _compare_reference(judged: CheckedRun, reference: str) -> float | None:
 def _summarise(
     loss: str, predictions: ExamplePredictions, rows: Indices, counted: ExampleLosses
 ) -> PreferenceVerdict:
-    """The figures of pairs, without those of the reference.
+    """Return the figures of pairs, without those of the reference.
 
     Args:
         loss: the value of `training.loss`.
@@ -183,7 +183,7 @@ def _interval(difference: PairedDifference) -> tuple[float, float] | None:
 
 
 def _conclude(growth: PairedDifference) -> str:
-    """better where the interval of the growth is above 0, worse where it is below."""
+    """Return better if the interval of the growth is above 0, worse if it is below."""
     if not growth.is_measurable:
         return "worse" if growth.mean <= 0 else "inconclusive"
     if growth.low > 0:
@@ -234,7 +234,7 @@ def find_fall(verdict: PreferenceVerdict, bound: float | None) -> Iterator[Reaso
 
 
 def _plan_work(run: RunToJudge) -> GateWork:
-    """The reference on some pairs that were trained on."""
+    """Return the reference on some pairs that were trained on."""
     if run.config.training.loss not in SETTINGS_BY_LOSS:
         return GateWork()
     has_reference = find_reference(run.config) is not None

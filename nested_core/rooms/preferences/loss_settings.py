@@ -44,19 +44,19 @@ SETTINGS_BY_LOSS: dict[str, type[LossSettings]] = {
 
 
 def read_settings(config: FineTuneConfig) -> LossSettings:
-    """The arguments of the loss of a configuration that has no problems."""
+    """Return the arguments of the loss of a configuration that has no problems."""
     loss = str(config.training.loss)
     return SETTINGS_BY_LOSS[loss].model_validate(config.training.loss_config)
 
 
 def find_reference(config: FineTuneConfig) -> Reference | None:
-    """What likelihoods are compared with in training; None for a loss without a reference."""
+    """Return the reference of likelihoods in training; None for a loss without one."""
     reference: Reference | None = getattr(read_settings(config), "reference", None)
     return reference
 
 
 def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
-    """What the configuration asks of a loss on preferences and cannot have."""
+    """Yield what the configuration asks of a loss on preferences and cannot have."""
     loss, arguments = str(config.training.loss), dict(config.training.loss_config)
     settings = SETTINGS_BY_LOSS[loss]
     if "reference" in arguments and "reference" not in settings.model_fields:

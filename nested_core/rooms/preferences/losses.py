@@ -26,7 +26,7 @@ def dpo_losses(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> Array:
-    """-log sigma(beta h) with h = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l).
+    """Compute -log sigma(beta h), h = log pi(y_w)/pi_ref(y_w) - log pi(y_l)/pi_ref(y_l).
 
     Direct preference optimization: Rafailov et al., arXiv 2305.18290, equation 7. With
     label_smoothing e it is -(1 - e) log sigma(beta h) - e log sigma(-beta h), the conservative DPO
@@ -54,7 +54,7 @@ def simpo_losses(
     gamma: float,
     label_smoothing: float = 0.0,
 ) -> Array:
-    """-log sigma(beta log pi(y_w)/|y_w| - beta log pi(y_l)/|y_l| - gamma).
+    """Compute -log sigma(beta log pi(y_w)/|y_w| - beta log pi(y_l)/|y_l| - gamma).
 
     Simple preference optimization: Meng et al., arXiv 2405.14734, equation 6. label_smoothing as in
     `dpo_losses`. Tokens are how many each answer has, (pairs,).
@@ -71,7 +71,7 @@ def orpo_losses(
     *,
     beta: float,
 ) -> Array:
-    """L_SFT + beta L_OR: the loss of the chosen answer a token, and the log loss of the odds ratio.
+    """Compute L_SFT + beta L_OR: the chosen answer's loss a token, and the odds ratio's log loss.
 
     Odds ratio preference optimization: Hong et al., arXiv 2403.07691, equations 4 to 7, where beta
     is lambda. L_OR = -log sigma(log odds(y_w) - log odds(y_l)) with odds(y) = P(y) / (1 - P(y)) and
@@ -102,5 +102,5 @@ def _log_sigmoid(values: Array) -> Array:
 
 
 def _functions(array: Array) -> Any:
-    """The module that computes with an array."""
+    """Return the module that computes with an array."""
     return np if isinstance(array, np.ndarray) else mx

@@ -40,12 +40,12 @@ MAX_BYTES = 2**30
 
 
 def find_likelihoods_file(run: RunDirectory) -> Path:
-    """Where a run keeps the likelihoods of the reference."""
+    """Return the file in which a run keeps the likelihoods of the reference."""
     return run.path / "rooms" / "preferences" / FILE_NAME
 
 
 def digest_tokens(tokens: Int32) -> str:
-    """What a conversation is known by: SHA-256 of its tokens, 16 hexadecimal digits."""
+    """Identify a conversation: SHA-256 of its tokens, 16 hexadecimal digits."""
     return sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()[:16]
 
 
@@ -61,11 +61,11 @@ class ReferenceLikelihoods:
     by_conversation: Mapping[str, float]
 
     def has(self, conversations: Iterable[Conversation]) -> bool:
-        """Whether the reference was asked about all of these."""
+        """Return whether the reference was asked about all of these."""
         return all(digest_tokens(one.tokens) in self.by_conversation for one in conversations)
 
     def of(self, conversations: Sequence[Conversation | None]) -> Vector:
-        """Of these conversations, float64 (n,); 0 for None.
+        """Return the likelihoods of these conversations, float64 (n,); 0 for None.
 
         Raises DamagedError for one that the reference was not asked about.
         """
@@ -88,7 +88,7 @@ LIKELIHOODS_FILE = JsonFile(ReferenceLikelihoods, MAX_BYTES)
 def prepare_reference(
     inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
 ) -> ReferenceLikelihoods:
-    """The likelihoods of these conversations: those that the run keeps, else computed and kept."""
+    """Return the likelihoods of these conversations: those kept by the run, else computed."""
     path = find_likelihoods_file(inputs.run)
     digest = read_adapter(inputs.run.initial).digest()
     by_digest = {digest_tokens(one.tokens): one for one in conversations}
@@ -115,14 +115,14 @@ def prepare_reference(
 
 
 def read_likelihoods(path: Path) -> ReferenceLikelihoods | None:
-    """What a run keeps, None without a file; DamagedError for a file that holds something else."""
+    """Read the likelihoods that a run keeps; None without a file, DamagedError for another one."""
     return LIKELIHOODS_FILE.read(path) if path.is_file() else None
 
 
 def _compute_likelihoods(
     inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
 ) -> list[float]:
-    """The likelihood of each conversation's answer, in nats."""
+    """Return the likelihood of each conversation's answer, in nats."""
     adapter = "base" if reference == "base" else "initial adapter"
     stages.info("reference: likelihoods of %d answers by the %s", len(conversations), adapter)
     refs, world = inputs.parameters, inputs.world
@@ -138,7 +138,7 @@ def _compute_likelihoods(
 
 
 def leave_adapter_out(values: Flat) -> Flat:
-    """The values of a LoRA adapter without effect: each lora_b is zero."""
+    """Return the values of a LoRA adapter without effect: each lora_b is zero."""
     return {
         name: mx.zeros_like(value) if name.endswith("lora_b") else value
         for name, value in values.items()
@@ -152,7 +152,7 @@ def compare_answers(
     rows: int,
     world: World | None = None,
 ) -> ExamplePredictions:
-    """Losses and divergences of answers with these values of the parameters, as `comparison` gives.
+    """Return losses and divergences of answers with these parameters, as `comparison` gives.
 
     Conversations of like length are computed together, so many rows at a time. Of several ranks
     each computes every so many batches, and all get all.

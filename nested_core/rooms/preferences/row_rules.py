@@ -20,7 +20,7 @@ MAX_LENGTH_CORRELATION = 0.3  # of length and choice; below it, length is no str
 
 
 def judge_pairs(splits: Splits) -> Iterator[Finding]:
-    """Findings on pairs, each with a split in place of a file."""
+    """Yield findings on pairs, each with a split in place of a file."""
     first: dict[tuple[bytes, ...], str] = {}
     for split, pairs in splits.items():
         for line, pair in pairs.items():
@@ -38,7 +38,7 @@ def judge_pairs(splits: Splits) -> Iterator[Finding]:
 
 
 def correlate_length_and_choice(chosen: Iterable[int], rejected: Iterable[int]) -> float:
-    """Pearson's correlation, over all answers, of the log of the length with being chosen.
+    """Return Pearson's correlation, over all answers, of log length with being chosen.
 
     The mean length of the two answers of a pair is taken out first, so that prompts with long
     answers do not hide what distinguishes the two; 0 where all lengths are equal.
@@ -50,7 +50,7 @@ def correlate_length_and_choice(chosen: Iterable[int], rejected: Iterable[int]) 
 
 
 def _judge_lengths(split: str, pairs: list[Example]) -> Iterator[Finding]:
-    """A warning where the length of answers tells which one is chosen."""
+    """Yield a warning where the length of answers tells which one is chosen."""
     if len(pairs) < MIN_EXAMPLES_FOR_LENGTH:
         return
     chosen = [len(str(pair.messages[-1]["content"])) for pair in pairs]

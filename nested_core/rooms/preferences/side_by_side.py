@@ -32,12 +32,12 @@ class Pair(NamedTuple):
 
 
 def read_pairs(batch: MicroBatch) -> list[Pair | None]:
-    """The pair in each row of a batch; None for a row without an example."""
+    """Return the pair in each row of a batch; None for a row without an example."""
     return [read_pair(tokens, target_mask) for tokens, target_mask in zip(*batch, strict=True)]
 
 
 def read_pair(tokens: Int32, target_mask: Bool) -> Pair | None:
-    """The two conversations of a pair; None for a row without an example.
+    """Return the two conversations of a pair; None for a row without an example.
 
     Args:
         tokens: int32 [width + 1], padded.
@@ -56,7 +56,7 @@ def read_pair(tokens: Int32, target_mask: Bool) -> Pair | None:
 
 
 def lay_out_pairs(pairs: Sequence[Pair | None]) -> tuple[list[Conversation | None], MicroBatch]:
-    """All chosen conversations, then all rejected ones, and their rows; None stays None."""
+    """Return all chosen conversations, then all rejected ones, and their rows; None stays None."""
     chosen = [None if pair is None else pair.chosen for pair in pairs]
     rejected = [None if pair is None else pair.rejected for pair in pairs]
     conversations = [*chosen, *rejected]
@@ -64,13 +64,13 @@ def lay_out_pairs(pairs: Sequence[Pair | None]) -> tuple[list[Conversation | Non
 
 
 def _find_runs(target_mask: Bool) -> list[tuple[int, int]]:
-    """The tokens [begin, end) of each run of targets."""
+    """Return the tokens [begin, end) of each run of targets."""
     edges = np.flatnonzero(np.diff(target_mask, prepend=False, append=False)) + 1
     return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
 
 def lay_out(conversations: Sequence[Conversation | None]) -> MicroBatch:
-    """Rows of one width, with the answers as targets; None is a row without any.
+    """Lay out rows of one width, with the answers as targets; None is a row without any.
 
     Returns tokens int32 [rows, width + 1] and target_mask bool [rows, width].
     """
@@ -86,6 +86,6 @@ def lay_out(conversations: Sequence[Conversation | None]) -> MicroBatch:
 
 
 def round_up_width(width: int) -> int:
-    """A multiple of 8, above 128 of 16, above 256 of 32 and so on: eight widths an octave."""
+    """Round up to a multiple of 8, above 128 of 16, above 256 of 32: eight widths an octave."""
     step = max(MIN_WIDTH_STEP, 1 << max((width - 1).bit_length() - 4, 0))
     return -(-width // step) * step

@@ -72,11 +72,11 @@ class PreferenceLoss:
 
     @classmethod
     def of_config(cls, config: FineTuneConfig) -> PreferenceLoss:
-        """The loss that a configuration without problems names."""
+        """Return the loss that a configuration without problems names."""
         return cls(str(config.training.loss), read_settings(config))
 
     def split(self, tokens: Int32, mask: Bool) -> list[tuple[Int32, range]]:
-        """Of both answers of a pair, tokens and the places of the answer's among them.
+        """Return of both answers of a pair the tokens and the places of the answer's among them.
 
         tokens, mask: a whole example, and whether each of its tokens is a target.
         """
@@ -84,7 +84,7 @@ class PreferenceLoss:
         return [(one.tokens, range(one.prompt, len(one.tokens))) for one in pair]
 
     def of_pairs(self, likelihoods: Array, reference: Array, tokens: Array) -> Array:
-        """The loss of each pair, (pairs,); 0 for a row without one. MLX's arrays or NumPy's.
+        """Return the loss of each pair, (pairs,); 0 for a row without one. MLX's arrays or NumPy's.
 
         Args:
             likelihoods: log-likelihoods of the answers in both halves of the rows, (2 pairs,).
@@ -114,12 +114,12 @@ class AnswerLikelihoods:
 
     @classmethod
     def of_model(cls, model: nn.Module, parameters: ParameterRefs) -> AnswerLikelihoods:
-        """Through the model's output head, if it can be told from its body."""
+        """Compute through the model's output head, if it can be told from its body."""
         head = find_output_head(model, parameters)
         return cls(None if head is None else ChunkedCrossEntropy(head, None))
 
     def compute(self, model: Any, tokens: mx.array, mask: mx.array, rows: mx.array) -> mx.array:
-        """Of each row, the sum over its answer's tokens in nats, float32 (rows,); differentiable.
+        """Sum each row over its answer's tokens in nats, float32 (rows,); differentiable.
 
         Args:
             model: inputs (rows, width) to logits.
@@ -147,7 +147,7 @@ class _Reference:
         batch: MicroBatch,
         position_counts: Mapping[int, int] | None = None,  # noqa: ARG002  # rows have own widths
     ) -> PreparedBatch:
-        """What the loss of a run takes: tokens, mask, positions and the reference's values."""
+        """Return what the loss takes: tokens, mask, positions and the reference's values."""
         conversations, rows = lay_out_pairs(read_pairs(batch))
         values = np.zeros(len(conversations))
         if self.likelihoods is not None:
@@ -159,7 +159,7 @@ class _Reference:
 
 
 def make_loss(inputs: LossInputs) -> Loss:
-    """The loss of a run, with the likelihoods of its reference, where it has one, once it begins.
+    """Make the loss of a run, with the likelihoods of its reference, if any, once it begins.
 
     Raises DatasetError where the data that is trained on has no prompts.
     """
@@ -177,14 +177,14 @@ def make_loss(inputs: LossInputs) -> Loss:
     likelihoods = AnswerLikelihoods.of_model(inputs.model, inputs.parameters)
 
     def by_row(model: Any, *arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """The sum over pairs, their number, and the loss of each; arrays of `prepare_batch`."""
+        """Return the sum over pairs, their number, and each loss, of `prepare_batch`'s arrays."""
         tokens, mask, rows, reference = arrays
         counts = mask.sum(axis=1)
         losses = loss.of_pairs(likelihoods.compute(model, tokens, mask, rows), reference, counts)
         return losses.sum(), (mx.split(counts, 2)[0] > 0).sum(), losses
 
     def compile_evaluation(assign: Callable[[Flat], None]) -> EvaluateBatch:
-        """The compiled `by_row` of any values of the parameters, which `assign` puts in."""
+        """Return the compiled `by_row` of any values of the parameters, which `assign` puts in."""
 
         def evaluate(values: Flat, *arrays: mx.array) -> tuple[mx.array, ...]:
             assign(values)
@@ -204,7 +204,7 @@ def make_loss(inputs: LossInputs) -> Loss:
 
 
 def read_pairs_of_split(split: TokenizedSplit, rows: Iterable[int] | None = None) -> list[Pair]:
-    """The pairs in a split, or in these rows of it."""
+    """Return the pairs in a split, or in these rows of it."""
     chosen = range(len(split)) if rows is None else rows
     pairs = [read_pair(split.example(row), split.example_mask(row)[1:]) for row in chosen]
     split.release_pages()
@@ -239,7 +239,7 @@ class HeldOutComparison:
         self._without_effect: list[int] = []
 
     def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
-        """The loss of each pair with each of `values`; a pair counts as one token.
+        """Return the loss of each pair with each of `values`; a pair counts as one token.
 
         The base is computed where the loss compares with it and no adapter is without effect.
         """

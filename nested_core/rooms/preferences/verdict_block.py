@@ -11,7 +11,7 @@ from nested_core.text.loss_format import format_difference
 
 
 def _list_rows(block: Mapping[str, Any], verdict: Verdict) -> Iterator[CheckRow]:
-    """Margin, accuracy, likelihoods and divergence, each with what it was before."""
+    """Yield margin, accuracy, likelihoods and divergence, each with its value before."""
     if not block["examples"]:
         return
     reasons = reasons_of(verdict, "preference_not_learnt")
@@ -53,7 +53,7 @@ def _list_rows(block: Mapping[str, Any], verdict: Verdict) -> Iterator[CheckRow]
 
 
 def _list_notes(block: Mapping[str, Any], verdict: Verdict) -> Iterator[str]:  # noqa: ARG001
-    """Chosen answers that became less likely, or too few examples."""
+    """Yield notes on chosen answers that became less likely, or too few examples."""
     if not block["examples"]:
         yield (
             "whether the preference was learnt was not measured: there is no held-out pair, or "
