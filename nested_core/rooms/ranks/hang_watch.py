@@ -55,7 +55,7 @@ class HangWatch:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def seconds_allowed(self) -> float:
-        """The time until the next step has to be done."""
+        """Return the time until the next step has to be done."""
         seconds = self._timeout
         if seconds is None or isinstance(seconds, str):
             seconds = max(LEAST_SECONDS, TIMES_LONGEST_STEP * max(self._seconds, default=0.0))

@@ -35,7 +35,7 @@ STACK_PATTERN = re.compile(r"^(?:Current thread|Thread) 0x", re.MULTILINE)  # as
 def select_waiting_for_output_only(
     readable: list[int], writable: list[int], exceptional: list[int], timeout: float
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """`select.select`, but only output ends the wait; it is at most MAX_WAIT_SECONDS long."""
+    """Run `select.select`, but only output ends the wait; at most MAX_WAIT_SECONDS long."""
     with_output, _, _ = select.select(readable, [], [], min(timeout, MAX_WAIT_SECONDS))
     _, accepting_input, _ = select.select([], writable, exceptional, 0)
     return with_output, accepting_input, []
@@ -51,7 +51,7 @@ class RankProcess(launch.RemoteProcess):
         self._mark = f"rank {rank} waited too long: "
 
     def preprocess_output(self, data: str, is_stdout: bool = False) -> str:
-        """What is shown of its output."""
+        """Return the part of its output that is shown."""
         shown = str(super().preprocess_output(data, is_stdout))
         self._pidfile = str(self._pidfile).strip()
         if (is_stdout and self._is_local) or "Fatal Python error" in shown:

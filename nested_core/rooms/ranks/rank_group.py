@@ -94,14 +94,14 @@ class RankGroup:
         self._killer_lock = threading.Lock()  # both readers of lines start it
 
     def _forget_end(self) -> None:
-        """How the processes end, as before they are started."""
+        """Reset how the processes ended, as before they are started."""
         self.has_waited = False
         self._end_messages: dict[int, dict[str, Any]] = {}
         self._lost_rank: str | None = None
         self._last_lines: deque[str] = deque(maxlen=MAX_KEPT_ERROR_LINES)
 
     def tier_stats(self) -> list[TierStats]:
-        """What each tier held when training began."""
+        """Return what each tier held when training began."""
         return self._tiers
 
     def stop_training(self) -> None:
@@ -232,7 +232,7 @@ class RankGroup:
         )
 
     def _message_to_error(self, message: dict[str, Any]) -> Exception:
-        """The error that a rank ended with, of the class that it had there."""
+        """Return the error that a rank ended with, of the class that it had there."""
         described, name = message["error"], self._name_rank(message["rank"])
         if self._hosts:  # what it says of files is so on that host
             described = described | {"message": f"{name}: {described['message']}"}
@@ -288,7 +288,7 @@ def train_in_ranks(
 
 
 def _describe_wait(config: FineTuneConfig, group: RankGroup) -> str:
-    """That the ranks waited for each other, and where to look."""
+    """Report that the ranks waited for each other, and where to look."""
     return (
         f"No rank of {group.ranks} took a step for as long as training.hang_timeout "
         f"({config.training.hang_timeout}) allows, at step {group.current_step} or after it, and "

@@ -34,18 +34,18 @@ class RankWorld(World):
     _request_counts: mx.array | None = field(default=None, init=False)  # of the step before
 
     def seed_of_step(self, seed: int, step: int) -> int:
-        """A step's seed: each rank has its own, and rank 0 the one of a single process."""
+        """Return a step's seed: each rank has its own, and rank 0 the one of a single process."""
         return super().seed_of_step(seed ^ (self.rank * RANK_SEED_STRIDE % 2**32), step)
 
     def sum_vector_over_ranks(self, vector: mx.array) -> mx.array:
-        """The sum of all ranks' vectors. It can be traced; every rank has to call it."""
+        """Return the sum of all ranks' vectors. It can be traced; every rank has to call it."""
         summed: mx.array = mx.distributed.all_sum(vector, group=self.group)
         return summed
 
     def sum_gradients(
         self, gradients: Flat, weight: mx.array, requests: mx.array | None
     ) -> SummedGradients:
-        """The gradients, their weight and the requests of all ranks, summed as one vector."""
+        """Sum the gradients, their weight and the requests of all ranks as one vector."""
         if requests is None:
             raise ValueError("several ranks send requests with every step")
         packed = pack_gradients_for_sum(gradients, weight, requests)
@@ -53,13 +53,13 @@ class RankWorld(World):
         return SummedGradients(*unpack_summed_gradients(summed, gradients), packed.nbytes)
 
     def sum_scalars_over_ranks(self, sums: Sums) -> Sums:
-        """Scalars summed over the ranks; this waits for all of them."""
+        """Sum scalars over the ranks; this waits for all of them."""
         totals = {name: mx.distributed.all_sum(v, group=self.group) for name, v in sums.items()}
         mx.eval(totals)
         return totals
 
     def gather_row_sums(self, rows: Sequence[mx.array]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The sums of all ranks' rows, in the order of the rows that all draw alike."""
+        """Return the sums of all ranks' rows, in the order of the rows that all draw alike."""
         places = [np.arange(len(batch)) * self.size + self.rank for batch in rows]
         starts = np.cumsum([0, *(len(batch) * self.size for batch in rows)])
         everywhere = np.zeros(int(starts[-1]), np.float32)
@@ -68,7 +68,7 @@ class RankWorld(World):
         return np.array(self.sum_vector_over_ranks(mx.array(everywhere)), np.float64)
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; this waits for all of them."""
+        """Return whether the flag is set on any rank; this waits for all of them."""
         return bool(mx.distributed.all_sum(mx.array(int(flag)), group=self.group).item())
 
     def require_equal_on_ranks(self, arrays: Mapping[str, mx.array], step: int) -> None:
@@ -90,13 +90,13 @@ class RankWorld(World):
             )
 
     def requests_to_send(self, read_requests: Callable[[], tuple[bool, bool]]) -> mx.array | None:
-        """Whether this rank is to stop and to save, which travels with the gradients of a step."""
+        """Tell whether this rank is to stop and to save, sent with the gradients of a step."""
         return mx.array(read_requests())
 
     def requests_after_step(
         self, counts: mx.array | None, read_requests: Callable[[], tuple[bool, bool]]
     ) -> tuple[bool, bool]:
-        """Whether any rank was to stop or to save at the step before.
+        """Return whether any rank was to stop or to save at the step before.
 
         The counts are read when the next step is under way, so that no rank waits for the device.
         """
@@ -122,14 +122,14 @@ class RankWorld(World):
 
 
 def _most_common_row(rows: np.ndarray) -> np.ndarray:
-    """The row that most ranks have; of two that are as common, the lower rank's."""
+    """Return the row that most ranks have; of two that are as common, the lower rank's."""
     counts = [(rows == row).all(1).sum() for row in rows]
     common: np.ndarray = rows[int(np.argmax(counts))]
     return common
 
 
 def checksum(array: mx.array) -> mx.array:
-    """A uint32 that any change of one element changes: bits times odd numbers, summed mod 2**32."""
+    """Return a uint32 that any change of one element changes: bits times odd numbers, summed."""
     flat = array.reshape(-1)
     width = {1: mx.uint8, 2: mx.uint16}.get(array.dtype.size, mx.uint32)
     bits = mx.view(flat, width).astype(mx.uint32)
@@ -152,7 +152,7 @@ def join_ranks(expected: int, watch: HangWatch | None = None) -> RankWorld:
 
 
 def pack_gradients_for_sum(gradients: Flat, weight: mx.array, requests: mx.array) -> mx.array:
-    """A step's gradients in one float32 vector, then their weight and this rank's requests."""
+    """Pack a step's gradients in one float32 vector, then their weight and the requests."""
     values = (*gradients.values(), weight, requests)
     return mx.concatenate([value.astype(mx.float32).reshape(-1) for value in values])
 
