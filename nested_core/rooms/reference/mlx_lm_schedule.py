@@ -56,26 +56,26 @@ class MlxLmSchedule:
         self._valid_orders: dict[int, np.ndarray] = {}
 
     def largest_batch(self) -> BatchShape:
-        """A full batch of the longest example; logits are computed at every position."""
+        """Return a full batch of the longest example; logits are computed at every position."""
         width = self._padded_width(int(self._train.lengths.max())) - 1
         return BatchShape(self._config.batch_size, width, self._config.batch_size * width)
 
     def position_counts(self) -> Mapping[int, int]:
-        """None are left out: mlx_lm computes the logits of every position."""
+        """Leave none out: mlx_lm computes the logits of every position."""
         return {}
 
     def micro_batch(self, index: int) -> MicroBatch:
-        """A batch of this epoch's order."""
+        """Return a batch of this epoch's order."""
         self._draw_batch_order_until(index + 1)
         epoch, position = divmod(index, len(self._train_batches))
         rows = self._train_batches[self._train_orders[epoch][position]]
         return self._make_batch_arrays(self._train, rows)
 
     def count_replayed_tokens(self, iterations: int) -> None:
-        """None: mlx_lm.lora replays nothing."""
+        """Return None: mlx_lm.lora replays nothing."""
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """`val_batches` batches, in an order that only this evaluation has."""
+        """Yield `val_batches` batches, in an order that only this evaluation has."""
         valid = self._valid
         if valid is None or not self._valid_batches or self._config.val_batches == 0:
             return None
@@ -85,18 +85,18 @@ class MlxLmSchedule:
         return (self._make_batch_arrays(valid, self._valid_batches[i]) for i in order[:count])
 
     def validation_targets(self) -> None:
-        """None: each evaluation reads other rows, and none chooses the step that is selected."""
+        """Return None: each evaluation reads other rows, and none chooses the selected step."""
 
     def _count_evaluated_batches(self, available: int) -> int:
-        """How many of the validation batches an evaluation draws."""
+        """Return how many of the validation batches an evaluation draws."""
         wanted = self._config.val_batches
         return available if wanted == -1 else min(wanted, available)
 
     def seed_step(self, step: int) -> None:
-        """Nothing: draws continue from step to step, and the checkpoint holds the random key."""
+        """Do nothing: draws go on from step to step, and the checkpoint holds the random key."""
 
     def is_complete_step(self, first: int, last: int) -> bool:
-        """A partial accumulation at the end is computed and never applied."""
+        """Return whether a step has all its micro-batches: mlx_lm applies no partial one."""
         return last - first == self._config.grad_accumulation_steps
 
     def _is_evaluated_at(self, iteration: int) -> bool:
@@ -114,7 +114,7 @@ class MlxLmSchedule:
                 self._valid_orders[self._drawn] = order
 
     def _make_batch_arrays(self, split: TokenizedSplit, rows: list[int]) -> MicroBatch:
-        """Tokens, one more than a multiple of 32 wide, and in place of a mask mlx-lm's bounds.
+        """Make tokens, one more than a multiple of 32 wide, and mlx-lm's bounds for a mask.
 
         The bounds of a row are the first target and the row's length: its targets are contiguous.
         """
@@ -135,7 +135,7 @@ class MlxLmSchedule:
 def _batches_in_mlx_lm_order(
     config: FineTuneConfig, split: str, splits: Mapping[str, TokenizedSplit]
 ) -> list[list[int]]:
-    """Rows cut into full batches in mlx-lm's order.
+    """Cut rows into full batches in mlx-lm's order.
 
     mlx-lm means to sort by length, but sorts rows before they are tokenised, by their key count.
     """

@@ -44,7 +44,7 @@ class MlxLmValidation(Validation):
     """Evaluates before the update of a step."""
 
     def due_before_step(self, first: int, last: int) -> list[int]:
-        """Evaluations before the update, as the number of iterations done.
+        """List evaluations before the update, as the number of iterations done.
 
         The first one of all begins the run.
         """
@@ -54,7 +54,7 @@ class MlxLmValidation(Validation):
         return [each - 1 for each in iterations if each == end or each % every == 0]
 
     def after_step(self, state: TrainingState, *, is_due: bool) -> dict[str, Any]:
-        """Nothing is evaluated after a step."""
+        """Evaluate nothing after a step."""
         return {}
 
 
@@ -115,7 +115,7 @@ class MlxLmTrainer(Trainer):
 
 
 def read_random_key() -> list[int]:
-    """The key of MLX's next random draw in this thread, as two 32-bit words."""
+    """Return the key of MLX's next random draw in this thread, as two 32-bit words."""
     state: Any = mx.random.state
     words: list[int] = np.array(state[0]).tolist()
     return words
