@@ -53,7 +53,7 @@ def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
 def _measure(
     judged: CheckedRun, champion: Champion, chosen: list[AncestorExamples]
 ) -> Iterator[AncestorLoss]:
-    """What gate.json says of each ancestor; all their examples are measured in one pass."""
+    """Yield gate.json's entry of each ancestor; all their examples are measured in one pass."""
     rows = [row for ancestor in chosen for row in ancestor.rows]
     ages = np.repeat(np.arange(len(chosen)), [len(ancestor.rows) for ancestor in chosen])
     if not rows:
@@ -77,7 +77,7 @@ def summarise_ancestors(
     owners: Indices,
     bounds: GateSection,
 ) -> Iterator[AncestorLoss]:
-    """The figures of each ancestor, and of those joined that have too few examples by themselves.
+    """Return the figures of each ancestor, and of those joined as too few by themselves.
 
     An ancestor with fewer than MIN_EXAMPLES independent examples has no interval, and rejects
     nothing. Two or more of these are judged as one where they have so many together. One with few
@@ -124,7 +124,7 @@ def summarise_ancestor(
     ancestors: int = 1,
     spread: Spread | None = None,
 ) -> AncestorLoss:
-    """The figures of a champion's losses before, and the candidate's after, on an ancestor's rows.
+    """Compare a champion's losses, before, with the candidate's, after, on an ancestor's rows.
 
     Args:
         ancestor: where the examples are from.
@@ -168,7 +168,7 @@ def summarise_ancestor(
 
 
 def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> Iterator[Reason]:
-    """The reason for each ancestor whose held-out examples the candidate is worse at.
+    """Yield the reason for each ancestor whose held-out examples the candidate is worse at.
 
     None without the bound, and for an ancestor with too few examples for an interval.
     """
@@ -186,7 +186,7 @@ def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> 
 
 
 def _plan_work(run: RunToJudge) -> GateWork:
-    """A pass of the champion and one of the candidate over the rows of all ancestors."""
+    """Return a pass of the champion and one of the candidate over the rows of all ancestors."""
     location = run.config.registry.location
     if run.champion is None or location is None:
         return GateWork()

@@ -60,7 +60,7 @@ class AncestorExamples:
 def choose_ancestor_examples(
     config: FineTuneConfig, registry: Path, name: str, champion: str
 ) -> list[AncestorExamples]:
-    """The examples of the champion and its ancestors, newest first, at most MAX_ANCESTORS.
+    """Return the examples of the champion and its ancestors, newest first, at most MAX_ANCESTORS.
 
     Newer data than a version's is that of the versions after it, and that of the run.
     """
@@ -96,7 +96,7 @@ def choose_ancestor_examples(
 
 
 def share_rows(counts: Sequence[int]) -> int:
-    """How many rows an ancestor may have at most, for all to have MAX_ROWS together."""
+    """Return how many rows an ancestor may have at most, for all to have MAX_ROWS together."""
     most = MAX_ROWS_PER_ANCESTOR
     while sum(min(count, most) for count in counts) > MAX_ROWS:
         most -= 1
@@ -104,7 +104,7 @@ def share_rows(counts: Sequence[int]) -> int:
 
 
 def _read_stored(registry: Path, name: str, version: str) -> StoredData | None:
-    """The examples of a version; None if the list of them is damaged, which `audit` tells."""
+    """Read the examples of a version; None if their list is damaged, which `audit` reports."""
     try:
         return read_stored_data(registry, name, version)
     except DamagedError:
@@ -112,7 +112,7 @@ def _read_stored(registry: Path, name: str, version: str) -> StoredData | None:
 
 
 def list_ancestor_digests(registry: Path, name: str, champion: str) -> list[Any]:
-    """The versions that `choose_ancestor_examples` reads, each with the digests of what is kept."""
+    """List the versions that `choose_ancestor_examples` reads, and the digests of what is kept."""
     lineage = read_lineage(registry, name, champion)[:MAX_ANCESTORS]
     stored = [_read_stored(registry, name, version) for version in lineage]
     return [
@@ -130,7 +130,7 @@ def _describe_none_left(why: Sequence[str | None]) -> str:
 
 
 def tokenize_stored_rows(config: FineTuneConfig, rows: list[StoredRow]) -> TokenizedSplit:
-    """The rows, supervised as the run's own examples are; `lines` has their places, from 1.
+    """Return the rows, supervised as the run's own examples are; `lines` has their places, from 1.
 
     A row that is no sound example under the run's settings is not among them.
     """

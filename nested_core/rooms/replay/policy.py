@@ -64,7 +64,7 @@ def decide_by_forecast(config: FineTuneConfig, new: int, earlier: int, measured:
 
 
 def measure_rebuilding(config: FineTuneConfig) -> Any:
-    """How long a run rebuilt on all rows takes, as `explain` forecasts it; nothing is kept."""
+    """Forecast how long a run rebuilt on all rows takes, as `explain` does; keep nothing."""
     seams.require("minutes", POLICY_KEY)
     from nested_core.rooms.minutes.measured_run import measure_run
 

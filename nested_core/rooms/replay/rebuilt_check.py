@@ -18,7 +18,7 @@ from nested_core.rooms.replay.ancestor_check import ANCESTORS
 
 
 def _find_worse_than_champion(judged: CheckedRun) -> Iterator[Reason]:
-    """The reasons that the checks of losses would give, had training started from the champion."""
+    """Return the reasons of the checks of losses, had training started from the champion."""
     start, losses = read_start(judged.config, judged.run), judged.losses
     if start is None or start.choice.policy != "rebuild" or losses is None:
         return

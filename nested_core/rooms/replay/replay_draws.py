@@ -25,7 +25,7 @@ _CHOICE = 2**62  # in place of an epoch, for the permutation that chooses rows
 def choose_rows(
     sources: Int64, rows: Sequence[int], draws: int, weighting: Weighting, seed: int
 ) -> Int64:
-    """Which of all rows a run of so many draws has room for, ascending.
+    """Choose the rows that a run of so many draws has room for, ascending.
 
     Args:
         sources: the age of each row's source, 0 for the newest, ascending, int64 [n].
@@ -47,7 +47,7 @@ def choose_rows(
 def draw_rows(
     sources: Int64, rows: Sequence[int], draws: int, weighting: Weighting, seed: int
 ) -> Int32:
-    """The row that comes at each draw, int32 [draws]; there is at least one row.
+    """Return the row that comes at each draw, int32 [draws]; there is at least one row.
 
     The arguments are those of `choose_rows`, but that `sources` is of the rows that were chosen.
     """
@@ -65,7 +65,7 @@ def draw_rows(
 
 
 def _share_draws(rows: Sequence[int], weighting: Weighting) -> npt.NDArray[np.float64]:
-    """The weight of each group."""
+    """Return the weight of each group."""
     sizes = np.asarray(rows, np.float64)
     if weighting == "uniform":
         return np.array([sizes.sum()])
@@ -74,7 +74,7 @@ def _share_draws(rows: Sequence[int], weighting: Weighting) -> npt.NDArray[np.fl
 
 
 def _take_turns(shares: npt.NDArray[np.float64], draws: int) -> Int64:
-    """The group of each draw, int64 [draws]; none if no group has any share."""
+    """Return the group of each draw, int64 [draws]; none if no group has any share."""
     if not shares.sum():
         return np.zeros(0, np.int64)
     places = (np.arange(draws) + 0.5) * _GOLDEN_RATIO % 1.0

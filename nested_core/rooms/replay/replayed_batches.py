@@ -47,12 +47,12 @@ class JoinedSplits:
     replayed: TokenizedSplit
 
     def example(self, index: int) -> Int32:
-        """The tokens of one example, int32 [length], as a view."""
+        """Return the tokens of one example, int32 [length], as a view."""
         split, row = self._find(index)
         return split.example(row)
 
     def example_mask(self, index: int) -> Bool:
-        """The target mask of one example, bool [length], as a view."""
+        """Return the target mask of one example, bool [length], as a view."""
         split, row = self._find(index)
         return split.example_mask(row)
 
@@ -61,7 +61,7 @@ class JoinedSplits:
         return (self.new, index) if later < 0 else (self.replayed, later)
 
     def count_supervised(self) -> Int64:
-        """Tokens of each example that the loss counts, int64 [n]."""
+        """Count the tokens of each example that the loss counts, int64 [n]."""
         return np.concatenate([self.new.count_supervised(), self.replayed.count_supervised()])
 
     def release_pages(self) -> None:
