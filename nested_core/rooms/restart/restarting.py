@@ -64,11 +64,11 @@ class _Command:
             )
 
     def wait(self) -> int:
-        """Its exit code when it has ended."""
+        """Return its exit code when it has ended."""
         return self.process.wait()
 
     def read_run(self) -> RunInHand | None:
-        """The run that it told of last; it has ended, so all of it is here."""
+        """Return the run that it told of last; it has ended, so all of it is here."""
         with self._socket:
             self._socket.setblocking(False)
             try:
@@ -131,7 +131,7 @@ def run_again_where_killed(
 
 
 def _newest_checkpoint(run: Path) -> str:
-    """The name of a run's newest checkpoint, which sorts by its step; empty without one."""
+    """Return the name of a run's newest checkpoint, which sorts by its step; empty without one."""
     # Needed after a kill alone, and what it imports takes memory.
     from nested_core.storage.checkpoint_verification import list_checkpoints
     from nested_core.storage.run_directory import RunDirectory
@@ -185,13 +185,13 @@ def _end_by(number: int) -> int:
 
 
 def count_memory_kills() -> int:
-    """How often the system has killed for want of memory in this control group; 0 if unknown."""
+    """Count the processes of this control group killed for want of memory; 0 if unknown."""
     counts = dict(line.split() for line in _read_memory_file(OOM_COUNTERS).splitlines())
     return int(counts.get("oom_kill", 0))
 
 
 def _read_memory_file(names: Sequence[str]) -> str:
-    """The first of these files that this process's control group has; empty without any.
+    """Return the first of these files that this process's control group has; empty without any.
 
     In a container the group's path may be one that is not to be seen there: then it is the top.
     """
@@ -209,7 +209,7 @@ def _read_memory_file(names: Sequence[str]) -> str:
 
 
 def _describe_memory() -> str:
-    """The limit of the control group, or else the process that has the most memory now."""
+    """Return the limit of the control group, or else the process that has the most memory now."""
     limit = _read_memory_file(MEMORY_LIMITS).strip()
     if limit.isdigit() and int(limit) < UNLIMITED:
         return f" The limit of its control group is {int(limit) / 1e9:.3g} GB."
@@ -226,7 +226,7 @@ def _describe_memory() -> str:
 
 
 def describe_end(number: int, *, was_memory: bool) -> str:
-    """By what a process was ended, and what helps, in one or two sentences."""
+    """Explain by what a process was ended, and what helps, in one or two sentences."""
     name = signal.Signals(number).name
     if was_memory:
         return (
