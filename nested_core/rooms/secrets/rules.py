@@ -14,7 +14,7 @@ from nested_core.rooms.secrets.sensitive_data import (
 
 
 def _make_sensitive_data_rule(pattern_index: int) -> Rule:
-    """The rule for one kind of secret or personal data, once a file; its value is never shown."""
+    """Make the rule for one kind of secret or personal data, once a file, without its value."""
     is_absent = pl.col("sensitive") // 2**pattern_index % 2 == 0
     name = SENSITIVE_PATTERNS[pattern_index].name
     if SENSITIVE_PATTERNS[pattern_index].group == "personal":

@@ -38,7 +38,7 @@ def _accept_any(value: str) -> bool:
 
 
 def _has_lower_upper_and_digits(value: str) -> bool:
-    """Whether it has small letters, capitals and digits, as random keys have and words have not."""
+    """Tell if it has small letters, capitals and digits, as random keys have, not words."""
     return all(re.search(characters, value) for characters in ("[a-z]", "[A-Z]", "[0-9]"))
 
 
@@ -47,7 +47,7 @@ def _has_upper_and_lower_case(value: str) -> bool:
 
 
 def _is_password(value: str) -> bool:
-    """Whether a value that is assigned is one: letters and digits, no program text, no stand-in."""
+    """Tell if an assigned value is one: letters and digits, no program text, no stand-in."""
     if re.search(r"[()\[\]{}<>$*%]|\.\.\.|(?i:example|your|xxx|changeme|placeholder)", value):
         return False
     return bool(re.search("[A-Za-z]", value) and re.search("[0-9]", value))
@@ -64,7 +64,7 @@ def _is_phone_number(value: str) -> bool:
 
 
 def _is_card_number(value: str) -> bool:
-    """Whether the issuer is known and the check digit is right (Luhn)."""
+    """Return whether the issuer is known and the check digit is right (Luhn)."""
     digits = re.sub(r"\D", "", value)
     if _CARD_NUMBER_PATTERN.fullmatch(digits) is None:
         return False
@@ -73,7 +73,7 @@ def _is_card_number(value: str) -> bool:
 
 
 def _is_iban(value: str) -> bool:
-    """Whether the country's length and the two check digits are right (ISO 13616)."""
+    """Return whether the country's length and the two check digits are right (ISO 13616)."""
     account = value.replace(" ", "")
     length = _IBAN_LENGTHS.get(account[:2], 0)
     if not length or len(account) < length:
@@ -92,7 +92,7 @@ class SensitivePattern:
     is_match: IsMatch = _accept_any
 
     def occurs_in(self, text: str) -> bool:
-        """Whether the text holds one."""
+        """Return whether the text holds one."""
         return any(self.is_match(match[match.lastindex or 0]) for match in self.form.finditer(text))
 
 
@@ -163,7 +163,7 @@ SENSITIVE_PATTERNS = tuple(pattern for _, patterns in _PATTERNS_BY_HINT for patt
 
 
 def find_sensitive_pattern_bits(texts: pl.Series) -> pl.Series:
-    """What each text holds, UInt32: bit n stands for SENSITIVE_PATTERNS[n]; 0 for null."""
+    """Return what each text holds, UInt32: bit n for SENSITIVE_PATTERNS[n]; 0 for null."""
     bits = np.zeros(len(texts), np.uint32)
     first = 0
     for hint, patterns in _PATTERNS_BY_HINT:
