@@ -49,7 +49,7 @@ def add_commands(commands: Any) -> None:
 
 
 def add_mlx_lm_server_options(group: Any) -> None:
-    """mlx_lm.server's options with its defaults, less --adapter-path and --pipeline.
+    """Add mlx_lm.server's options with its defaults, less --adapter-path and --pipeline.
 
     mlx_lm builds its parser inside of `main`; a test compares these with what stands there.
     """
@@ -85,7 +85,7 @@ def _set_up_logging(level: str, log_format: str) -> None:
     from mlx_lm import server
 
     def is_wanted(record: logging.LogRecord) -> bool:
-        """Whether a record is a warning, or not mlx_lm's."""
+        """Return whether a record is a warning, or not mlx_lm's."""
         return record.levelno > logging.INFO or record.pathname != server.__file__
 
     handler = logging.StreamHandler()
@@ -140,7 +140,7 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _list_system_texts(registry: Path, server: Any) -> Iterator[str]:
-    """A line for each name whose training rows all have one system text, which clients send."""
+    """List each name whose training rows all have one system text, which clients send."""
     from nested_core.records.dataset import PromptFormat
     from nested_core.registry.versions import PROVENANCE_NAME, version_folder
 
@@ -153,6 +153,6 @@ def _list_system_texts(registry: Path, server: Any) -> Iterator[str]:
 
 
 def _describe_names(server: Any) -> str:
-    """Each name with the version that is served."""
+    """Return each name with the version that is served."""
     names = server.follower.names
     return ", ".join(f"{name}@{shorten_digest(s.current.version)}" for name, s in names.items())

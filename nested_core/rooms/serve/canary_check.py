@@ -118,14 +118,14 @@ def _logits_after(model: nn.Module, prompt: Sequence[int], columns: Sequence[int
 
 
 def _compute_logits(model: nn.Module, tokens: Sequence[int], cache: Any = None) -> mx.array:
-    """Logits of shape (tokens, vocabulary), after what `cache` holds."""
+    """Compute logits of shape (tokens, vocabulary), after what `cache` holds."""
     output = model(mx.array([list(tokens)]), cache=cache)
     logits: mx.array = (output[0] if isinstance(output, tuple) else output)[0]
     return logits
 
 
 def _answers_as_recorded(question: CanaryQuestion, model: nn.Module) -> Generator[None, None, bool]:
-    """Whether each token of the recorded greedy answer is the likeliest after those before it.
+    """Tell if each token of the recorded greedy answer is the likeliest after those before it.
 
     All are looked at in one pass, a tenth of the work of an answer token by token. It may round
     otherwise, so that a token is also right where only rounding is between it and the likeliest.

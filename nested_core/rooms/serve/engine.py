@@ -76,7 +76,7 @@ class PartialPromptCache(LRUPromptCache):
     """
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """The nearest cache, and the tokens that it lacks: at least one."""
+        """Return the nearest cache, and the tokens that it lacks: at least one."""
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if rest or not tokens:
             return cache, rest
@@ -121,7 +121,7 @@ class VersionProvider(ModelProvider):
     def load(
         self, model_path: str, adapter_path: Any = None, draft_model_path: str | None = None
     ) -> tuple[Any, Any]:
-        """The model of the version that `adapter_path` holds, and the tokenizer.
+        """Return the model of the version that `adapter_path` holds, and the tokenizer.
 
         A prompt cache is looked up by `model_key`, which holds name and version.
         """
@@ -166,7 +166,7 @@ class VersionedGenerator(ResponseGenerator):
         super().__init__(provider, prompt_cache)
 
     def _run_generate(self) -> None:
-        """As mlx_lm's; an error ends the answers under way, or without any the thread."""
+        """Run as mlx_lm does; an error ends the answers under way, or without any the thread."""
         try:
             while not self._stop:
                 try:
@@ -255,13 +255,13 @@ class VersionedGenerator(ResponseGenerator):
         self._check = None
 
     def _tokenize(self, tokenizer: Any, request: VersionedRequest, args: Any) -> Any:
-        """What `_prepare` made of the prompt."""
+        """Return what `_prepare` made of the prompt."""
         return request.tokenized
 
     def _make_state_machine(
         self, model_key: Any, tokenizer: Any, stop_words: Sequence[str]
     ) -> tuple[Any, Any]:
-        """As mlx_lm's; stop texts are looked for in the text and not among the tokens."""
+        """Do as mlx_lm, but look for stop texts in the text and not among the tokens."""
         sequences, text_states = super()._make_state_machine(model_key, tokenizer, [])
         return StopTexts(tokenizer, stop_words) if stop_words else sequences, text_states
 
@@ -307,7 +307,7 @@ class VersionedGenerator(ResponseGenerator):
         generation_args: GenerationArguments,
         progress_callback: Callable[[int, int], None] | None = None,
     ) -> tuple[Any, Iterator[Any]]:
-        """As mlx_lm's, by the request's version. Call `forget` when it has ended."""
+        """Generate as mlx_lm does, by the request's version. Call `forget` when it has ended."""
 
         def note_progress(processed: int, total: int) -> None:
             self._seen_at = time.monotonic()
@@ -327,7 +327,7 @@ class VersionedGenerator(ResponseGenerator):
         return context, cut_answer(self._watch(request, responses), request.answer)
 
     def _watch(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
-        """The same tokens, counted, until the client is gone."""
+        """Yield the same tokens, counted, until the client is gone."""
         looked = time.monotonic()
         for response in responses:
             now = self._seen_at = time.monotonic()
@@ -339,7 +339,7 @@ class VersionedGenerator(ResponseGenerator):
             yield response
 
     def forget(self, request: VersionedRequest) -> None:
-        """The request has ended, however it did."""
+        """Note that the request has ended, however it did."""
         self.under_way.pop(id(request), None)
 
     def wait_for_requests(self, seconds: float) -> None:

@@ -91,7 +91,7 @@ class ChampionFollower:
             self._thread.join(SECONDS_TO_END)
 
     def find_version(self, name: str, wanted: str) -> ServedVersion:
-        """The version that a request asks for by NAME or NAME@VERSION, which is then checked.
+        """Find the version that a request asks for, NAME or NAME@VERSION, and check it.
 
         Raises ConfigError for an unknown version, DamagedError where it is not what was registered,
         CanaryFailed where its canary fails.
@@ -105,7 +105,7 @@ class ChampionFollower:
         return current if wanted in ("", current.version) else self._read_pinned(name, wanted)
 
     def list_versions(self, name: str) -> list[str]:
-        """Every registered version; the one that is served alone where the registry is away."""
+        """List every registered version; only the one that is served if the registry is away."""
         try:
             return list_versions(self._registry, name)
         except (NestedTuneError, OSError):

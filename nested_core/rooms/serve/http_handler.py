@@ -59,15 +59,15 @@ class RegistryHandler(APIHandler):
         self._status = int(code)
 
     def do_GET(self) -> None:
-        """As mlx_lm's, and /metrics."""
+        """Answer as mlx_lm does, and /metrics."""
         self._answer(self._get)
 
     def do_POST(self) -> None:
-        """As mlx_lm's."""
+        """Answer as mlx_lm does."""
         self._answer(self._post)
 
     def do_OPTIONS(self) -> None:
-        """As mlx_lm's: what a browser asks before it lets a page of another origin ask."""
+        """Answer what a browser asks before it lets a page of another origin ask."""
         self._answer(super().do_OPTIONS)
 
     def _answer(self, answer: Callable[[], None]) -> None:
@@ -116,7 +116,7 @@ class RegistryHandler(APIHandler):
             raise RequestRefused(said, 401, "invalid_api_key")
 
     def _read_body(self) -> bytes:
-        """The bytes of the body. Raises RequestRefused where it is not to be read."""
+        """Return the bytes of the body. Raises RequestRefused where it is not to be read."""
         if self.path not in ROUTES:
             raise _no_route(self.path)
         given = self.headers.get("Content-Length")
@@ -165,7 +165,7 @@ class RegistryHandler(APIHandler):
             self.server.generator.forget(self._request)
 
     def _is_client_gone(self) -> bool:
-        """Whether the client closed its connection."""
+        """Return whether the client closed its connection."""
         poll = select.poll()
         poll.register(self.connection, select.POLLIN)
         return bool(poll.poll(0)) and not self.connection.recv(1, socket.MSG_PEEK)
@@ -196,7 +196,7 @@ class RegistryHandler(APIHandler):
     def generate_response(
         self, text: str, finish_reason: Any, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """As mlx_lm's; the reason is "length" only where the answer did not end by itself."""
+        """Answer as mlx_lm; the reason is "length" only if the answer did not end by itself."""
         self._has_called_tool = self._has_called_tool or bool(kwargs.get("tool_calls"))
         answer = None if self._request is None else self._request.answer
         if finish_reason == "length" and answer is not None and answer.is_ended:
@@ -211,7 +211,7 @@ class RegistryHandler(APIHandler):
             self.send_header("X-Adapter-Version", self.system_fingerprint)
 
     def handle_health_check(self) -> None:
-        """Whether answers are generated, what is served for each name, and what is in the way.
+        """Report if answers are generated, what is served for each name, and what is in the way.
 
         A registry that cannot be read is a problem, and no reason to stop a server that answers.
         """
@@ -224,7 +224,7 @@ class RegistryHandler(APIHandler):
         self._send(200 if is_healthy else 503, json.dumps(said).encode())
 
     def handle_models_request(self) -> None:
-        """The names, their base, and every version that can be asked for."""
+        """List the names, their base, and every version that can be asked for."""
         wanted = self.path.removeprefix("/v1/models").strip("/")
         list_versions = self.server.follower.list_versions
         models = [
@@ -256,7 +256,7 @@ class RegistryHandler(APIHandler):
         self._send(status, json.dumps(describe_error(message, status, code)).encode())
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What http.server itself refuses, such as another method, in the shape of all errors."""
+        """Send what http.server itself refuses, such as another method, as all errors are."""
         status = 405 if code == HTTPStatus.NOT_IMPLEMENTED else code
         self.log_message("%s %d", self.requestline, status)
         self._send_error(message or HTTPStatus(status).phrase, status)
@@ -281,7 +281,7 @@ class RegistryHandler(APIHandler):
         logging.info("%s", said, extra=fields)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """What http.server tells of a connection, such as that it timed out."""
+        """Log what http.server tells of a connection, such as that it timed out."""
         logging.info("%s %s", self.address_string(), escape(format % args))
 
 

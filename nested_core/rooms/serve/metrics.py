@@ -76,7 +76,7 @@ class NameStatus:
     rate: TokenRate = field(default_factory=TokenRate)
 
     def fields(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the fields as JSON."""
         return {
             "version": self.current.version,
             "since": self.since.isoformat(timespec="seconds"),
@@ -138,7 +138,7 @@ class ServingMetrics(Collector):
         yield _family("champion_refused", "1 where the champion is not served.", refused)
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

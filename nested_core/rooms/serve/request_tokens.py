@@ -40,13 +40,13 @@ class RequestTokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool = True, **kwargs: Any
     ) -> Any:
-        """As the tokenizer's."""
+        """Apply the template as the tokenizer does."""
         marked = [self._mark_control_tokens(message) for message in messages]
         text = self._tokenizer.apply_chat_template(marked, tokenize=False, **kwargs)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:
-        """As the tokenizer's; RequestRefused for a text that no context has room for.
+        """Encode as the tokenizer; RequestRefused for a text that no context has room for.
 
         To encode a text takes seconds a megabyte.
         """

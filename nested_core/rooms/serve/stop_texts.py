@@ -34,7 +34,7 @@ class AnswerText:
         self._detokenizer = self.tokenizer.detokenizer
 
     def add(self, token: int) -> str:
-        """The text that can be shown after one more token; a possible stop text is held back."""
+        """Return the text that can be shown after one more token, without a possible stop text."""
         if token in self.tokenizer.eos_token_ids:
             self.is_ended = True
             return self.finish()
@@ -45,12 +45,12 @@ class AnswerText:
         return text
 
     def advance(self, token: int) -> bool:
-        """Whether the answer ends with one more token: what mlx_lm asks of a matcher."""
+        """Return whether the answer ends with one more token: what mlx_lm asks of a matcher."""
         self.add(token)
         return self.is_ended
 
     def finish(self) -> str:
-        """The rest of the text, where no token follows."""
+        """Return the rest of the text, where no token follows."""
         self._detokenizer.finalize()
         text: str = self._held_back + self._detokenizer.last_segment
         starts = [start for stop in self.stops if (start := text.find(stop)) >= 0]
@@ -66,12 +66,12 @@ class StopTexts:
     stops: Sequence[str]
 
     def matcher(self) -> AnswerText:
-        """For one answer."""
+        """Return a matcher for one answer."""
         return AnswerText(self.tokenizer, self.stops)
 
 
 def cut_answer(responses: Iterable[Response], answer: AnswerText) -> Iterator[Response]:
-    """The same responses, with the text up to the first stop text.
+    """Yield the same responses, with the text up to the first stop text.
 
     The last one is named "length", of which mlx_lm's handler shows all text: of one that is named
     "stop" it shows none. `answer.is_ended` says which of the two it is.
