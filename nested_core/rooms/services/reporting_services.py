@@ -184,7 +184,7 @@ class Services:
 
     @contextmanager
     def attaching_verdict_at_end(self, run: RunDirectory) -> Iterator[None]:
-        """When the block ends, add its verdict, gate.json and report.html to each service's run.
+        """Add verdict, gate.json and report.html to each service's run when the block ends.
 
         A service that cannot take them is warned of: the run is done without it.
         """
