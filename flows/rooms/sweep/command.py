@@ -106,7 +106,7 @@ def _show(result: SweepResult) -> None:
 
 
 def _choose_folder(arguments: argparse.Namespace) -> Path:
-    """The sweep's folder: a new or empty one, or with --resume one in which a sweep has begun."""
+    """Choose a new or empty folder, or with --resume one in which a sweep has begun."""
     folder = choose_run_dir(arguments, "sweep-")
     has_begun = folder.is_dir() and any(folder.iterdir())
     if has_begun != arguments.resume:
@@ -116,7 +116,7 @@ def _choose_folder(arguments: argparse.Namespace) -> Path:
 
 
 def _parse_over(given: Sequence[str]) -> dict[str, list[Any]]:
-    """KEY=V,V as keys with lists of values; ConfigError for anything else."""
+    """Parse KEY=V,V into keys with lists of values; ConfigError for anything else."""
     over: dict[str, list[Any]] = {}
     for text in given:
         key, separator, values = text.partition("=")

@@ -45,13 +45,13 @@ class Arm:
     scores: dict[int, Score | None] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """Its settings in words."""
+        """Return its settings in words."""
         if not self.point:
             return "the configuration itself"
         return ", ".join(f"{key}={_format(value)}" for key, value in self.point.items())
 
     def last_score(self) -> tuple[int | None, str]:
-        """The last rung that it was trained to, and the best loss or share of right answers."""
+        """Return the last rung that it reached, and the best loss or share of right answers."""
         step = max(self.scores, default=None)
         score = None if step is None else self.scores[step]
         if score is None:
@@ -82,7 +82,7 @@ class SweepRecord:
         return sum(max(arm.scores, default=0) for arm in self.arms)
 
     def with_score(self, number: int, step: int, score: Score | None) -> SweepRecord:
-        """The record with an arm's score at a rung."""
+        """Return the record with an arm's score at a rung."""
         arm = replace(self.arms[number], scores=self.arms[number].scores | {step: score})
         return replace(self, arms=(*self.arms[:number], arm, *self.arms[number + 1 :]))
 
@@ -99,7 +99,7 @@ def _format(value: Any) -> str:
 
 
 def grid_points(grid: Mapping[str, Sequence[JsonValue]]) -> list[Point]:
-    """Every combination of one value a key, in the order of the keys."""
+    """Return every combination of one value a key, in the order of the keys."""
     combinations = itertools.product(*grid.values())
     return [dict(zip(grid, values, strict=True)) for values in combinations]
 
@@ -131,7 +131,7 @@ def refuse_incomparable_keys(names: Iterable[str], base: FineTuneConfig) -> None
 
 
 def settings_of_point(base: FineTuneConfig, point: Point) -> dict[str, Any]:
-    """The values of a point's configuration; an error if it cannot run.
+    """Return the values of a point's configuration; an error if it cannot run.
 
     A point that varies the rank alone keeps rank x scale, as `alpha` does in a file.
     """

@@ -15,7 +15,7 @@ from nested_core.storage.run_directory import RunDirectory
 
 
 def join_candidates(several: Sequence[Candidates]) -> Candidates:
-    """The candidates of all runs of a sweep as one family, which read the same examples."""
+    """Return the candidates of all runs of a sweep as one family, which read the same examples."""
     count, first = sum(own.count for own in several), several[0]
     losses = [
         own.losses
@@ -46,7 +46,7 @@ class SweepChoice:
     def read(
         cls, chosen: RunDirectory, runs: Sequence[RunDirectory], selecting: Contents
     ) -> SweepChoice:
-        """From the folders of the chosen run and of all runs, the chosen one among them.
+        """Read the folders of the chosen run and of all runs, the chosen one among them.
 
         selecting: the digests of the examples that the arms were evaluated on, uint64 (n,).
         """
@@ -63,14 +63,14 @@ class SweepChoice:
 
 
 def _read_losses_of_same_examples(run: RunDirectory, judged: ExampleLosses) -> Vector:
-    """The losses of a run's adapter on the examples of another; NaN for one that it has not."""
+    """Read the losses of a run's adapter on another's examples; NaN for one that it has not."""
     losses = read_example_losses(run.gate_losses)
     by_line = dict(zip(losses.lines.tolist(), losses.after.tolist(), strict=True))
     return np.array([by_line.get(line, np.nan) for line in judged.lines.tolist()], np.float64)
 
 
 def _read_candidates_of_run(run: RunDirectory) -> Candidates:
-    """Its evaluated steps; of a run that offers its last step, the one that the gate judged."""
+    """Read its evaluated steps; of a run that offers its last step, the one that was judged."""
     candidates = read_candidates(run.validation_losses)
     if candidates.losses is not None or candidates.count > 1 or not run.gate_losses.is_file():
         return candidates

@@ -109,7 +109,7 @@ class SweepResult:
     is_better: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The arms, the winner and what is known of it, as `sweep --json` prints them."""
+        """Return the arms, the winner and what is known of it, as `sweep --json` prints them."""
         choice = self.choice
         difference = None if choice is None else choice.difference
         return {
@@ -126,7 +126,7 @@ class SweepResult:
         }
 
     def summary(self) -> str:
-        """The outcome in a sentence or two."""
+        """Return the outcome in a sentence or two."""
         record = self.record
         chosen = record.arms[record.chosen or 0].describe()
         tried = f"{len(record.arms)} settings tried in {record.trained:,} steps"
@@ -166,7 +166,7 @@ def sweep(
     place.mkdir(parents=True, exist_ok=True)
 
     def refuse() -> NoReturn:
-        """Another process sweeps here."""
+        """Refuse: another process sweeps here."""
         raise ConfigError(f"{folder} is in use by another process. Give another --run-dir.")
 
     lock = exclusive_lock_with_holder_id(place / LOCK_NAME, on_busy=refuse)
@@ -223,7 +223,7 @@ class _Search:
         self.hooks.on_message(f"{len(arms)} settings, compared at steps {places} of {wanted:,}")
 
     def _measure(self) -> tuple[int, int | None]:
-        """The steps of a whole run, and those of all arms that there is time for."""
+        """Return the steps of a whole run, and those of all arms that there is time for."""
         minutes, budget = self.request.minutes, self.request.steps
         measures = minutes is not None
         seams.require("planning", "sweep")
@@ -322,7 +322,7 @@ class _Search:
         return RunDirectory(self.folder / "arms" / f"{number:03d}")
 
     def _config_of(self, number: int) -> FineTuneConfig:
-        """The configuration of an arm's run: as long as planned, evaluated at every rung."""
+        """Return the configuration of an arm's run: as long as planned, evaluated at every rung."""
         values = self._settings_of(self.record.arms[number])
         config = parse_config(values, source="sweep")
         iterations = self.record.rungs[-1] * config.grad_accumulation_steps
@@ -332,7 +332,7 @@ class _Search:
         return parse_config(lay_over(values, length), source="sweep")
 
     def _settings_of(self, arm: Arm) -> dict[str, Any]:
-        """The values of an arm, which is chosen by what the sweep chooses by."""
+        """Return the values of an arm, which is chosen by what the sweep chooses by."""
         name, asked = self.request.select_by, self.config.training.evaluate_tasks
         values = settings_of_point(self.config, arm.point)
         names = [] if name == "loss" else [name]
@@ -350,12 +350,12 @@ class _Part(Steps):
         self._trainer: Any = None
 
     def on_message(self, message: str) -> None:
-        """What is said of the data is said once."""
+        """Pass on each message about the data once."""
         if self._is_first:
             self._hooks.on_message(message)
 
     def on_data_progress(self, what: str, done: int, total: int) -> None:
-        """Handed on."""
+        """Pass it on."""
         self._hooks.on_data_progress(what, done, total)
 
     def on_training_start(self, trainer: Any) -> None:
@@ -365,18 +365,18 @@ class _Part(Steps):
         self._hooks.on_training_start(trainer)
 
     def on_step(self, step: int, steps: int) -> None:
-        """Handed on."""
+        """Pass it on."""
         self._hooks.on_step(step, steps)
 
     def has_reached_end(self, run: RunDirectory) -> bool:
-        """Whether it stopped at the rung, evaluated, and nobody asked for it."""
+        """Return whether it stopped at the rung, evaluated, and nobody asked for it."""
         state = latest_state(run.checkpoints)
         is_there = state.get("step", 0) >= self._step and state.get("observed", False)
         return is_there and not self._trainer.stop_requested
 
 
 def plan_rungs(arms: int, wanted: int, budget: int | None) -> tuple[int, ...]:
-    """The steps at which arms are compared, the last of which is a whole run's.
+    """Return the steps at which arms are compared, the last of which is a whole run's.
 
     A run has the `wanted` steps, or as many as let all arms stay within the budget; rounded down so
     that every rung is a whole number of steps with evaluations at it. ConfigError where nothing is
@@ -400,7 +400,7 @@ def plan_rungs(arms: int, wanted: int, budget: int | None) -> tuple[int, ...]:
 
 
 def count_steps(arms: int, rungs: Sequence[int]) -> int:
-    """The optimizer steps of a round: the arms of each rung, and the configuration itself."""
+    """Count the optimizer steps of a round: the arms of each rung, and the file's setting."""
     total, before, alive = 0, 0, arms
     for step in rungs:
         total += (alive if alive == arms else alive + 1) * (step - before)
@@ -411,7 +411,7 @@ def count_steps(arms: int, rungs: Sequence[int]) -> int:
 def compare_answers(
     chosen: RunDirectory, runs: Sequence[RunDirectory], suite: str
 ) -> PairedDifference:
-    """The chosen run's answers to a suite less the first run's, with the luck of the choice.
+    """Return the chosen run's answers to a suite less the first run's, with the luck of the choice.
 
     Answers are paired by their line. Where the questions that judge chose as well, it was among all
     evaluated steps of all runs.
@@ -433,13 +433,13 @@ def compare_answers(
 
 
 def better_half(scores: Mapping[int, Score]) -> list[int]:
-    """The half of the arms that goes on, rounded up, the best first; of equal ones the first."""
+    """Return the half of the arms that goes on, rounded up, best first; of equals the first."""
     ranked = sorted(scores, key=lambda number: (scores[number], number))
     return ranked[: math.ceil(len(ranked) / 2)]
 
 
 def is_shown_better(choice: SweepChoice, least: float) -> bool:
-    """Whether the winner's losses are lower beyond chance and luck, and by `least` nats."""
+    """Return whether the winner's losses are lower beyond chance and luck, and by `least` nats."""
     difference = choice.difference
     if difference is None or difference.mean > -least:
         return False
@@ -449,12 +449,12 @@ def is_shown_better(choice: SweepChoice, least: float) -> bool:
 
 
 def _unit(rungs: int) -> int:
-    """The evaluations of a run, of which EVALUATIONS_A_RUNG are before the first rung."""
+    """Return the evaluations of a run, of which EVALUATIONS_A_RUNG are before the first rung."""
     return int(EVALUATIONS_A_RUNG * 2 ** (rungs - 1))
 
 
 def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
-    """The points that were asked for, or rates around the configuration's."""
+    """Return the points that were asked for, or rates around the configuration's."""
     grid = dict(request.over)
     if not grid:
         grid = {"learning_rate": [config.learning_rate * factor for factor in RATE_FACTORS]}
@@ -465,7 +465,7 @@ def _first_points(config: FineTuneConfig, request: SweepRequest) -> list[Point]:
 
 
 def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
-    """SHA-256 over what a sweep's arms are made of, which are compared with one another."""
+    """Digest what a sweep's arms are made of, to be compared with one another (SHA-256)."""
     dataset, _ = load_run_data(config)
     asked = [
         config.model_dump(mode="json"),
@@ -478,7 +478,7 @@ def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
 
 
 def _best_score(run: RunDirectory, select_by: str) -> Score | None:
-    """The best evaluation so far, or the last one while a tier is not updated yet; lower is better.
+    """Return the best evaluation, or the last while a tier is not updated yet; lower is better.
 
     None if no loss was finite.
     """
