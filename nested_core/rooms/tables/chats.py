@@ -55,7 +55,7 @@ class Columns:
         return tuple(dict.fromkeys((*self.asked, *self.answer)))
 
     def read_question(self, fields: Mapping[str, Any]) -> str:
-        """The question of a row; empty where none of its columns holds a text.
+        """Return the question of a row; empty where none of its columns holds a text.
 
         Each column is filled once: a value is never looked through for braces.
         """
@@ -66,7 +66,7 @@ class Columns:
         )
 
     def read_answer(self, fields: Mapping[str, Any]) -> str:
-        """The answer of a row; empty where none of its columns holds a text."""
+        """Return the answer of a row; empty where none of its columns holds a text."""
         texts = {column: to_text(fields.get(column)) for column in self.answer}
         if not any(map(str.strip, texts.values())):
             return ""
@@ -77,7 +77,7 @@ class Columns:
 
 
 def to_text(value: Any) -> str:
-    """A value as a text: nothing for null and for a formula's error, else what JSON writes."""
+    """Write a value as text: nothing for null and a formula's error, else as JSON does."""
     if isinstance(value, str):
         return "" if value.strip() in FORMULA_ERRORS else value
     return "" if value is None else json.dumps(value, ensure_ascii=False)
@@ -135,7 +135,7 @@ class ChatMaker:
     empty: dict[str, list[str]] = field(default_factory=dict)
 
     def make_line(self, row: Row) -> bytes | None:
-        """The line of JSON for a row; None if it is left out.
+        """Return the line of JSON for a row; None if it is left out.
 
         Raises DatasetError for a row that is no example.
         """
@@ -173,7 +173,7 @@ class ChatMaker:
         self.empty.setdefault(what, []).append(row.place)
 
     def _read_example(self, row: Row) -> dict[str, Any]:
-        """The chat of a row that is an example; DatasetError for any other row."""
+        """Return the chat of a row that is an example; DatasetError for any other row."""
         try:
             example = parse_line(row.line, self.names)
         except LineProblem as problem:

@@ -111,7 +111,7 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
 
 
 def _list_known_rows(parts: Mapping[str, Sequence[bytes]], split: SplitRequest) -> Iterator[str]:
-    """A sentence for each split of a person's own that asks what is known, and stays as it is."""
+    """Say of each split of a person's own how many of its questions are known."""
     for name in ("valid", "test"):
         asked = [RowTexts.of(line, split.names).question for line in parts.get(name, ())]
         if known := sum(question in split.trained for question in asked):
@@ -120,7 +120,7 @@ def _list_known_rows(parts: Mapping[str, Sequence[bytes]], split: SplitRequest) 
 
 
 def _list_unused(source: Source, columns: Columns | None) -> Iterator[str]:
-    """A sentence with the columns that are no part of any chat."""
+    """Yield a sentence with the columns that are no part of any chat."""
     names = [name for facts in source.facts.values() if facts.is_table for name in facts.columns]
     unused = [name for name in dict.fromkeys(names) if columns and name not in columns.names]
     if unused:
@@ -128,7 +128,7 @@ def _list_unused(source: Source, columns: Columns | None) -> Iterator[str]:
 
 
 def read_known_questions(registry: Path, name: str) -> frozenset[bytes]:
-    """Every question of the rows that a champion and the versions before it were given.
+    """Return every question of the rows that a champion and the versions before it were given.
 
     Raises ConfigError where there is no champion, or none of its rows are kept.
     """

@@ -79,7 +79,7 @@ class DrawnSplits:
     has_near_duplicates: bool
 
     def describe(self) -> list[str]:
-        """What a person should know of the split, a sentence each."""
+        """Return what a person should know of the split, a sentence each."""
         rows = format_count(self.known, "row")
         told = {
             f"asked in the champion's data too: {rows}, all in train": self.known > 0,
@@ -90,7 +90,7 @@ class DrawnSplits:
 
 
 def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | None:
-    """The lines of train, valid and test, drawn with a fixed seed: the same rows, the same splits.
+    """Draw the lines of train, valid and test with a fixed seed: same rows, same splits.
 
     Sizes are shares of the rows that ask what is not known. Where those are too few to be split,
     all rows are in train, or None is returned where nothing is known. Raises TooManyQuestions
@@ -158,7 +158,7 @@ class RowTexts:
 
 
 def _group_by_question(texts: Sequence[RowTexts]) -> list[list[int]]:
-    """Rows that ask one question, with the chats in which it is asked on the way.
+    """Group rows that ask one question, with the chats in which it is asked on the way.
 
     Rows without a question are together where they are equal.
     """
@@ -173,7 +173,7 @@ def _group_by_question(texts: Sequence[RowTexts]) -> list[list[int]]:
 
 
 def _group_near_duplicates(texts: Sequence[RowTexts]) -> list[list[int]]:
-    """Rows that nearly are one another, and rows whose questions nearly are."""
+    """Group rows that nearly are one another, and rows whose questions nearly are."""
     compared = ([one.whole for one in texts], [one.prompt for one in texts])
     return [
         group
@@ -184,7 +184,7 @@ def _group_near_duplicates(texts: Sequence[RowTexts]) -> list[list[int]]:
 
 
 def _join(groups: Iterable[Sequence[int]], count: int) -> list[list[int]]:
-    """The numbers below `count`, in one list where groups have them together."""
+    """Return the numbers below `count`, in one list where groups have them together."""
     group_of = [[number] for number in range(count)]
     for group in groups:
         for number in group[1:]:
@@ -214,7 +214,7 @@ class _Draw:
     trained: Set[int]
 
     def split(self, groups: Iterable[list[int]]) -> dict[str, list[int]]:
-        """The rows of train, valid and test, each group in one of them."""
+        """Return the rows of train, valid and test, each group in one of them."""
         every = [*groups]
         kept = [group for group in every if not self.trained.isdisjoint(group)]
         left = [group for group in every if self.trained.isdisjoint(group)]
@@ -240,7 +240,7 @@ class _Draw:
         return parts
 
     def _spread_labels(self, groups: list[list[int]]) -> list[list[int]]:
-        """The groups, so ordered that each stretch has each label about as often as all have.
+        """Order the groups so that each stretch has each label about as often as all have.
 
         As they come where the answers are no labels. One that is rare stands in the middle, and so
         is trained on.

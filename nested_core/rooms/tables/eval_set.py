@@ -58,13 +58,13 @@ class EvalSet:
         return min(1.0, millionths / 10**6)
 
     def describe(self) -> str:
-        """How many questions there are, how they are scored, and the baseline."""
+        """Return how many questions there are, how they are scored, and the baseline."""
         told = f"{format_count(len(self.lines), 'held-out question')} (--suite N, 0 for none)"
         score = f"score {self.score}, answers of at most {self.max_tokens} tokens"
         return f"eval set: {told}; {score}; {self.describe_baseline()}{self.left_out}"
 
     def describe_baseline(self) -> str:
-        """What answering the same to every question would score at best."""
+        """Describe the best score of one fixed answer to every question."""
         answer, right = self.fixed
         share = describe_share(right, len(self.lines))
         return f"one answer to all, {shorten(answer, 60)!r}, would be right for {share}"
@@ -78,7 +78,7 @@ class _Question:
     answers: list[str] = field(default_factory=list)
 
     def write(self, score: Score) -> bytes:
-        """The question as a line of an eval set; an object of JSON has one right answer."""
+        """Return the question as a line of an eval set; an object of JSON has one right answer."""
         read: dict[str, Callable[[str], Any]] = {"json": json.loads, "number": _as_number}
         answers = self.answers[:1] if score == "json" else dict.fromkeys(self.answers)
         values = [read.get(score, str)(answer) for answer in answers]
@@ -159,7 +159,7 @@ def draw_eval_set(
 
 
 def _find_fixed_answer(lines: Sequence[bytes], score: Score) -> tuple[str, int]:
-    """The answer that is right for most of the questions, and for how many, by their score."""
+    """Find the answer that is right for the most questions, and for how many, by their score."""
     with TemporaryDirectory(prefix="nested-tune-") as folder:
         file = Path(folder, "suite.jsonl")
         file.write_bytes(b"\n".join(lines))
@@ -169,7 +169,7 @@ def _find_fixed_answer(lines: Sequence[bytes], score: Score) -> tuple[str, int]:
 
 
 def choose_score(answers: Iterable[str]) -> Score:
-    """The score that tells all these answers from wrong ones: json, number or exact.
+    """Return the score that tells all these answers from wrong ones: json, number or exact.
 
     Labels are compared exactly, although they be numbers. `contains` is none of them: it finds `no`
     in `I know nothing`, and 12 in 120.
@@ -183,14 +183,14 @@ def choose_score(answers: Iterable[str]) -> Score:
 
 
 def _is_askable(line: bytes, turns: list[dict[str, Any]]) -> bool:
-    """Whether an eval set can hold the question: text alone, no tools, a user's turn at its end."""
+    """Tell if an eval set can hold the question: text alone, no tools, a user's turn at its end."""
     is_plain = all(set(turn) == {"role", "content"} for turn in turns)
     roles = [turn["role"] for turn in turns[-2:]]
     return "tools" not in json.loads(line) and is_plain and roles == ["user", "assistant"]
 
 
 def _as_object(answer: str) -> Any:
-    """The JSON object in an answer; None for any other text, and for an empty object."""
+    """Return the JSON object in an answer; None for any other text, and for an empty object."""
     try:
         value = json.loads(answer)
     except ValueError:
@@ -199,7 +199,7 @@ def _as_object(answer: str) -> Any:
 
 
 def _as_number(answer: str) -> int | float | None:
-    """The number that an answer is; None for any other text, and for one of too many digits."""
+    """Read an answer as a number; None for any other text, and for too many digits."""
     if _NUMBER.fullmatch(text := answer.strip()) is None:
         return None
     exact = Decimal(text.replace(",", "").replace("\u2212", "-"))

@@ -20,7 +20,7 @@ MIN_ROWS_A_LABEL = 2  # on average: fewer are answers that happen to be equal
 
 
 def find_labels(counts: Mapping[str, int]) -> dict[str, int]:
-    """How often each label is an answer, the most frequent first; empty where these are no labels.
+    """Count how often each label is an answer, most frequent first; empty if these are no labels.
 
     counts: how often each answer is given. Labels are from two to MAX_LABELS short answers, each
     given MIN_ROWS_A_LABEL times on average.
@@ -34,7 +34,7 @@ def find_labels(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
-    """How often each label is an answer in each split, where the answers are a few labels.
+    """Yield how often each label is an answer in each split, where the answers are a few labels.
 
     A warning follows for each label that the first split, which is trained on, does not have.
     """
@@ -67,19 +67,19 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
 
 
 def describe_share(right: int, questions: int) -> str:
-    """Such as `4 of 20 (20%)`."""
+    """Write a share, such as `4 of 20 (20%)`."""
     return f"{right} of {questions} ({right / questions:.0%})"
 
 
 def _share(counts: Counter[str], label: str) -> str:
-    """Such as `12 (40%)`."""
+    """Write a share, such as `12 (40%)`."""
     return f"{counts[label]:,} ({counts[label] / (counts.total() or 1):.0%})"
 
 
 def tabulate_labels_of_answers(
     name: str, answers: Sequence[tuple[str, str | None, str, float]]
 ) -> Iterator[Block]:
-    """How many questions of each label are answered rightly, where the answers are a few labels.
+    """Count the right answers to the questions of each label, if the answers are a few labels.
 
     Args:
         name: of the eval set.

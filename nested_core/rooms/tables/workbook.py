@@ -55,7 +55,7 @@ def read_workbook(path: Path) -> Iterator[NumberedLine]:
 
 
 def _find_header(rows: Sequence[Sequence[str]]) -> int:
-    """The index of the row that names the columns."""
+    """Return the index of the row that names the columns."""
     filled = [sum(bool(cell.strip()) for cell in row) for row in rows[:HEADER_ROWS]]
     if not any(filled):
         raise RestOfFileUnreadable(
@@ -105,7 +105,7 @@ def _require_plain_member(content: bytes) -> None:
 
 
 def _column_number(letters: bytes) -> int:
-    """The number of a column: 1 for A, 27 for AA; 0 without letters."""
+    """Return the number of a column: 1 for A, 27 for AA; 0 without letters."""
     number = 0
     for letter in letters.upper():
         number = 26 * number + letter - ord("A") + 1
@@ -113,7 +113,7 @@ def _column_number(letters: bytes) -> int:
 
 
 def _read_rows(file: IO[bytes]) -> list[list[str]]:
-    """All rows of the first visible sheet that holds any, from the first row of the sheet."""
+    """Read the rows of the first visible sheet that holds any, from its first row."""
     import python_calamine as calamine  # a hundredth of a second that no other format needs
 
     file.seek(0)
@@ -135,7 +135,7 @@ def _read_rows(file: IO[bytes]) -> list[list[str]]:
 
 
 def _fill_merged_cells(sheet: Any) -> Iterator[list[str]]:
-    """The rows as texts, with the first value of merged cells in those below it."""
+    """Yield the rows as texts, with the first value of merged cells in those below it."""
     first_column = sheet.start[1]
     begins: dict[int, list[tuple[int, int]]] = {}  # by first row: column, last row
     for (first, column), (last, _) in sheet.merged_cell_ranges or ():
@@ -153,7 +153,7 @@ def _fill_merged_cells(sheet: Any) -> Iterator[list[str]]:
 
 
 def _to_text(value: object) -> str:
-    """The text of a cell, as a spreadsheet writes it in a CSV; dates and times as in ISO 8601."""
+    """Write a cell's text as a spreadsheet does in a CSV; dates and times in ISO 8601."""
     if isinstance(value, bool):
         return str(value).upper()
     if isinstance(value, float):
