@@ -43,9 +43,9 @@ a section name the keys that **may differ** if a run is resumed, and those that 
 to train again** in a run from the champion (`continual`). `model` and `data` are compared by
 content, not by path.
 
-YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Words and numbers are those
-of YAML 1.2; all else is text, such as `2026-11-21` or `0x10`. `010` is refused. A switch also takes
-`yes` and `on`.
+YAML is read strictly: each key once, no anchors, no tags, at most 64 KiB. Words and numbers are
+those of YAML 1.2; all else is text, such as `2026-11-21` or `0x10`. `010` is refused. A switch also
+takes `yes` and `on`.
 """
 
 
@@ -82,8 +82,8 @@ SAME_HEAD = "\nAll other keys are as there.\n"
 OTHERS_TABLE = """
 ## From axolotl, LLaMA-Factory, unsloth, TRL, PEFT and Soup
 
-Their files are not read: start with `nested-tune init --data DATA --model MODEL -o lora.yaml`. A key
-of theirs, in any section, gets an error with ours:
+Their files are not read: start with `nested-tune init --data DATA --model MODEL -o lora.yaml`. A
+key of theirs, in any section, gets an error with ours:
 
 """
 

@@ -253,7 +253,7 @@ def estimate_peak_bytes(
 def fewest_recomputed_layers(
     footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, limit: float
 ) -> int:
-    """Find the fewest recomputed layers whose peak is within `limit` bytes; all if none is."""
+    """Find the fewest recomputed layers whose peak is within `limit` bytes; all if no number is."""
     layers = len(footprint.layers_of_backward_pass)
     peaks = ((n, estimate_peak_bytes(footprint, batch, device, n)) for n in range(layers))
     return next((n for n, peak in peaks if peak <= limit), layers)
