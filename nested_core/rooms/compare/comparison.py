@@ -69,7 +69,7 @@ class RunComparison:
         }
 
     def reasons_not_paired(self) -> list[str | None]:
-        """Why each run's losses cannot be compared with the first one's; None if they can."""
+        """Say why each run's losses cannot be compared with the first one's; None if they can."""
         return [None, *(_why_not_comparable(self.runs[0], run) for run in self.runs[1:])]
 
     def paired_with_first(self) -> list[PairedDifference | None]:
@@ -95,7 +95,7 @@ class RunComparison:
         return {name: [own.get(name) for own in shares] for name in names}
 
     def speed(self) -> dict[str, list[float | None]]:
-        """Tokens a second (the median of the reports), seconds of training, and peak memory."""
+        """Return tokens a second (median of the reports), seconds of training, and peak memory."""
         return _join([measure_speed(run) for run in self.runs])
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class RunComparison:
         }
 
     def rows(self) -> Iterator[tuple[object, ...]]:
-        """A row for each figure, then for each key that differs: its name, and a value a run."""
+        """Return a row for each figure, then for each key that differs: its name, a value a run."""
         end, checks, training = map(_join, zip(*map(list_figures, self.runs), strict=True))
         differences = [*map(_describe_difference, self.paired_with_first())]
         for name, values in (end | checks | {"difference to the first": differences}).items():
