@@ -78,7 +78,7 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _plan_controls(run: RunToJudge) -> GateWork:
-    """The work of the controls that are asked for, as if the base's answers were not kept."""
+    """Plan the work of the controls asked for, as if the base's answers were not kept."""
     controls = run.config.gate.controls
     if run.config.training.loss is not None or not run.held_out_rows:
         return GateWork()
