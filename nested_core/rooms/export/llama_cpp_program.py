@@ -94,7 +94,7 @@ class LlamaCppReader:
         return np.stack([np.ctypeslib.as_array(row, (self._count,)) for row in rows])
 
     def answer(self, prompt: list[int], max_tokens: int, stop: list[str]) -> dict[str, Any]:
-        """The likeliest tokens after a prompt up to a stop or the end of the text, and their text.
+        """Return the likeliest tokens after a prompt, to a stop or the end, and their text.
 
         The token that ends the text is one of them.
         """
@@ -127,7 +127,7 @@ def longest_row(request: dict[str, Any]) -> int:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What each model of the request computes, by its name; any error is raised."""
+    """Compute what the request asks, for each model by its name; any error is raised."""
     answer_questions = runpy.run_path(request["program"])["answer_questions"]
     return {
         model["name"]: answer_questions(LlamaCppReader(model["base"], request), request)
