@@ -59,7 +59,7 @@ class _NoStep:
         self._trainer: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Called before the first evaluation."""
+        """Compute what was asked before the first evaluation."""
         self._trainer = trainer
         if self._compute is not None:
             with trainer.using_training_layers():
@@ -68,7 +68,7 @@ class _NoStep:
             raise TrainingStopped("All that is needed was computed.")
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        """A report comes after a step: there is none."""
+        """Do nothing: a report comes after a step, and there is none."""
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         """Stop before the first step."""
