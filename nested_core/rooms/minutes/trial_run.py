@@ -134,10 +134,10 @@ class _Clock:
             trainer.stop_training()
 
     def on_train_loss_report(self, train_info: Mapping[str, Any]) -> None:
-        """The report of a step."""
+        """Take the report of a step."""
         self.last_report = time.monotonic()
         self.tokens = train_info["trained_tokens"]
         self.seconds.append(self._iterations / train_info["iterations_per_second"])
 
     def on_val_loss_report(self, val_info: Mapping[str, Any]) -> None:
-        """There is no evaluation."""
+        """Do nothing: there is no evaluation."""
