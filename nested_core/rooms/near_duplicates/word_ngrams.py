@@ -54,12 +54,12 @@ class WordNgrams:
     bags: Hashes
 
     def take(self, places: Indices) -> tuple[np.ndarray[Any, np.dtype[np.uint32]], Indices]:
-        """The n-grams at some places, uint32, and the index of the text that each is in."""
+        """Return the n-grams at some places, uint32, and the index of the text that each is in."""
         ngrams = (self.hashes[places] >> np.uint64(32)).astype(np.uint32)
         return ngrams, np.searchsorted(self.ends, places, side="right")
 
     def to_columns(self, texts: Sequence[str | None]) -> dict[str, pl.Series]:
-        """The columns of NGRAM_SCHEMA, a row for each of the texts that were hashed."""
+        """Return the columns of NGRAM_SCHEMA, a row for each of the texts that were hashed."""
         ngrams, owners = self.take(np.flatnonzero(self.is_sampled))
         sampled = pl.DataFrame(
             {"owner": owners, "ngrams": ngrams}, schema={"owner": pl.Int64, "ngrams": pl.UInt32}
@@ -76,7 +76,7 @@ class WordNgrams:
 
 
 def hash_word_ngrams(texts: Sequence[str | None]) -> WordNgrams:
-    """The words of each text as hashes; None and a text of more than MAX_CHARACTERS have none."""
+    """Hash each text's words; None, and a text of more than MAX_CHARACTERS, have none."""
     words = _split_into_words(texts, folds_digits=True)
     counts = words.list.len().cast(pl.Int64).to_numpy()
     # The hash of a word is polars': it decides which n-grams of a long text are compared
@@ -93,14 +93,14 @@ def hash_word_ngrams(texts: Sequence[str | None]) -> WordNgrams:
 
 
 def hash_word_sequences(texts: Sequence[str | None]) -> pl.Series:
-    """A hash of all words of each text in their order, digits as they are; null without a word."""
+    """Hash all words of each text in their order, digits as they are; null without a word."""
     words = _split_into_words(texts)
     has_words = words.list.len() > 0
     return pl.select(pl.when(has_words).then(words.list.join(" ").hash(seed=0))).to_series()
 
 
 def _split_into_words(texts: Sequence[str | None], *, folds_digits: bool = False) -> pl.Series:
-    """The words of each text in small letters, a list each; with `folds_digits` each digit is 0.
+    """List the words of each text in small letters; with `folds_digits` each digit is 0.
 
     None and a text of more than MAX_CHARACTERS have no word.
     """
@@ -112,7 +112,7 @@ def _split_into_words(texts: Sequence[str | None], *, folds_digits: bool = False
 
 
 def _sum_by_text(hashes: Hashes, counts: Indices) -> Hashes:
-    """The sum of the hashes of each text, modulo 2**64."""
+    """Return the sum of the hashes of each text, modulo 2**64."""
     sums = np.zeros(len(counts), np.uint64)
     has_words = counts > 0
     if has_words.any():
@@ -121,7 +121,7 @@ def _sum_by_text(hashes: Hashes, counts: Indices) -> Hashes:
 
 
 def _hash_neighbouring_words(hashes: Hashes) -> Hashes:
-    """The hash of the NGRAM_LENGTH words from each word on; the last ones have fewer."""
+    """Return the hash of the NGRAM_LENGTH words from each word on; the last ones have fewer."""
     ngrams = np.zeros(len(hashes), np.uint64)
     for place, factor in enumerate(_HASH_FACTORS):
         following = hashes[place:]
@@ -163,7 +163,7 @@ class AskedNgrams:
 
     @classmethod
     def of_frames(cls, held_out: list[pl.DataFrame]) -> AskedNgrams:
-        """Those of all rows of frames with the columns of NGRAM_SCHEMA."""
+        """Collect those of all rows of frames with the columns of NGRAM_SCHEMA."""
         frame = pl.concat([frame.select(list(NGRAM_SCHEMA)) for frame in held_out])
         ngrams = frame["ngrams"].explode().drop_nulls()
         with_words = frame.filter(pl.col("words").is_not_null())
@@ -181,12 +181,12 @@ class AskedNgrams:
 
     @classmethod
     def read(cls, path: Path) -> AskedNgrams:
-        """What `write` wrote."""
+        """Read what `write` wrote."""
         with np.load(BytesIO(read_regular(path)), allow_pickle=False) as arrays:
             return cls(arrays["ngrams"], arrays["words"], arrays["bags"])
 
     def find_in(self, texts: Sequence[str | None], contents: pl.Series) -> tuple[pl.DataFrame, int]:
-        """What texts share with those asked for, and how many of the texts have n-grams.
+        """Find what texts share with those asked for, and count the texts that have n-grams.
 
         `contents` has a key for each text. Where there are many matches, those that can name no
         line are left out of the frame, see MATCH_SCHEMA, and of those of later calls the n-grams
@@ -219,7 +219,7 @@ class AskedNgrams:
         return shared, int(np.count_nonzero(np.diff(sampled)))
 
     def _rows_of_equal_words(self, texts: Sequence[str | None], bags: Values) -> pl.DataFrame:
-        """Row and words of the texts that are the same words in the same order as one asked for."""
+        """Find the texts with the same words in the same order as one asked for: row, words."""
         rows = np.flatnonzero(_find_among(bags, self.bags)[0])
         words = hash_word_sequences([texts[row] for row in rows.tolist()])
         is_equal = _find_among(words.fill_null(0).to_numpy(), self.words)[0]
@@ -232,7 +232,7 @@ class AskedNgrams:
 
 
 def _find_among(values: Values, ascending: Values) -> tuple[Values, Values]:
-    """Whether each value is among some ascending ones, and its place there."""
+    """Return whether each value is among some ascending ones, and its place there."""
     if not len(ascending):
         return np.zeros(len(values), np.bool_), np.zeros(len(values), np.int64)
     places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
@@ -240,7 +240,7 @@ def _find_among(values: Values, ascending: Values) -> tuple[Values, Values]:
 
 
 def drop_common_ngrams(shared: pl.DataFrame) -> pl.DataFrame:
-    """Matches, ascending by row, without those that can name no line.
+    """Drop the matches that can name no line; they are ascending by row.
 
     Of equal examples and of equal sequences of words the first line is named. Of an n-gram that is
     common one example more than a rare one has is kept, which says so.
@@ -282,6 +282,6 @@ class TrainMatches:
         self._rows_after_look = self._kept.height
 
     def finish(self, lines: pl.Series) -> pl.DataFrame:
-        """The matches, with the number of each line in place of its row."""
+        """Return the matches, with the number of each line in place of its row."""
         self._drop_common()
         return self._kept.with_columns(line=lines.gather(self._kept["row"])).drop("row")
