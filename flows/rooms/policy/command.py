@@ -79,7 +79,7 @@ def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The keys that the flags change; `null` leaves a key to the run."""
+    """Return the keys that the flags change; `null` leaves a key to the run."""
     changes: dict[str, Any] = {}
     for key in ("promote", "reference"):
         if (value := getattr(arguments, key)) is not None:
@@ -97,7 +97,7 @@ def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_suites(path: Path) -> list[dict[str, Any]]:
-    """The suites of a YAML file's gate.tasks, or a file of questions as one of them.
+    """Return the suites of a YAML file's gate.tasks, or a file of questions as one of them.
 
     With absolute paths; each is read to check it.
     """
