@@ -36,7 +36,7 @@ PORT_TRIES = 50
 
 
 def count_ranks(config: FineTuneConfig) -> int:
-    """The number of processes that train; ConfigError where a hostfile cannot be used."""
+    """Return the number of processes that train; ConfigError where a hostfile cannot be used."""
     if config.training.hostfile is None:
         return config.training.processes
     path = Path(config.training.hostfile)
@@ -54,12 +54,12 @@ def count_ranks(config: FineTuneConfig) -> int:
 
 
 def list_rank_hosts(config: FineTuneConfig) -> list[str]:
-    """The hosts of the hostfile, one a rank, as ssh is told of them; empty without a hostfile."""
+    """List the hosts of the hostfile, one a rank, as ssh is told of them; else none."""
     return [] if config.training.hostfile is None else _read_hosts(Path(config.training.hostfile))
 
 
 def _read_hosts(path: Path) -> list[str]:
-    """The host names that mlx.launch reads (mlx/_distributed_utils/common.py, Hostfile)."""
+    """Return the host names that mlx.launch reads (mlx/_distributed_utils/common.py, Hostfile)."""
     try:
         content = parse_json(read_regular(path, MAX_HOSTFILE_BYTES, follow_links=True))
         hosts = content["hosts"] if isinstance(content, dict) else content
@@ -76,7 +76,7 @@ def _read_hosts(path: Path) -> list[str]:
 
 
 def launch_command(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[str]:
-    """The command line that starts every rank on a run directory."""
+    """Return the command line that starts every rank on a run directory."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     launcher = shutil.which("mlx.launch", path=path)
     if launcher is None:
@@ -117,7 +117,7 @@ def _is_free(port: int) -> bool:
 
 
 def rank_environment(config: FineTuneConfig) -> dict[str, str]:
-    """The environment for ranks on this machine, with the GPUs that they share out."""
+    """Return the environment for ranks on this machine, with the GPUs that they share out."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ranks = config.training.processes
     if visible is None or config.training.hostfile is not None or not computes_on_cuda():
@@ -131,6 +131,6 @@ def rank_environment(config: FineTuneConfig) -> dict[str, str]:
 
 
 def rank_device(environment: Mapping[str, str], rank: int) -> str | None:
-    """The CUDA device of a rank on this machine; None if its parent was not given a list."""
+    """Return the CUDA device of a rank on this machine; None if its parent was not given a list."""
     devices = environment.get(DEVICES_VARIABLE)
     return None if devices is None else devices.split(",")[rank]
