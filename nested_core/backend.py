@@ -174,7 +174,7 @@ def warn_if_unprepared() -> None:
     ):
         warnings.warn(
             "nested_core.backend.prepare() was not called in this process. Without OpenBLAS, MLX "
-            "on a Linux CPU trains some twenty times slower; on CUDA each step starts its kernels "
+            "on a Linux CPU trains some ten times slower; on CUDA each step starts its kernels "
             "more slowly. Call it before anything imports mlx.",
             RuntimeWarning,
             stacklevel=2,

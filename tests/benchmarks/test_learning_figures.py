@@ -371,22 +371,22 @@ def require_told(page: str, expected: dict[str, list[float]]) -> None:
         assert [float(each) for each in told.groups()] == pytest.approx(figures, abs=HALF_A_DIGIT)
 
 
-def test_what_the_page_of_replay_says_of_nights_is_that_of_the_rows() -> None:
-    def points_behind_joint(arm: str) -> list[float]:
-        intents = final_average("joint", "intents") - final_average(arm, "intents")
-        return [intents, both(final_average, "joint", "facts") - both(final_average, arm, "facts")]
-
-    def steps(arm: str, stream: str) -> int:
-        return sum(night_rows(arm, stream)[1]["steps"])
-
-    require_told(
-        "docs/replay.md",
-        {
-            r"at (\S+) to (\S+) times the steps": [
-                steps("rebuild", stream) / steps("go-30-50", stream)
-                for stream in ("intents", "facts")
-            ],
-            r"at most (\S+) points behind": [max(points_behind_joint("rebuild"))],
-            r"`continue` (\S+) to (\S+)\. ": points_behind_joint("go-100-50"),
-        },
-    )
+@pytest.mark.parametrize("page", ["replay", "nested-learning"])
+def test_what_documents_say_of_rebuilt_nights_is_that_of_the_rows(page: str) -> None:
+    streams = (*ORDERS, "intents", "four")
+    ratios = [
+        sum(night_rows("rebuild", stream)[1]["steps"])
+        / sum(night_rows("go-100-50", stream)[1]["steps"])
+        for stream in streams
+    ]
+    expected = {
+        r"at (\S+) to (\S+) times the steps": [min(ratios), max(ratios)],
+        r"at most (\S+) points": [max(-behind_joint("rebuild", stream) for stream in streams)],
+    }
+    if page == "replay":
+        pattern = r"on was (\S+) to (\S+) behind with a real model, (\S+) to (\S+) with a tiny one"
+        behind = [-behind_joint("go-100-50", stream) for stream in streams]
+        tiny, real = sorted(behind[: len(ORDERS)]), sorted(behind[len(ORDERS) :])
+        expected[pattern] = [real[0], real[-1], tiny[0], tiny[-1]]
+        assert "In six streams" in (ROOT / "docs" / "replay.md").read_text()
+    require_told(f"docs/{page}.md", expected)
