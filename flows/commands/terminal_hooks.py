@@ -43,11 +43,7 @@ class TerminalSteps(Steps):
     def train(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> TrainResult:
         """Train; then signals end the process where it is."""
         result = steps.train(
-            config,
-            run,
-            on_start=self.on_training_start,
-            on_wait=self.on_message,
-            session=session,
+            config, run, on_start=self.on_training_start, on_wait=self.on_message, session=session
         )
         self._stopper.release_trainer()
         return result

@@ -273,8 +273,7 @@ def parse_config(
 
 
 def parse_tasks(
-    given: Iterable[str | Path | Mapping[str, Any] | TaskSection],
-    configured: Sequence[TaskSection],
+    given: Iterable[str | Path | Mapping[str, Any] | TaskSection], configured: Sequence[TaskSection]
 ) -> tuple[TaskSection, ...]:
     """Convert file names or fields to suites as in `gate.tasks`; ConfigError if one is invalid.
 

@@ -553,8 +553,7 @@ class GateSection(Section):
         False, "let tasks run Python functions with your rights; never a flow's parameter"
     )
     noise: Literal["paired", "none"] = key(
-        "paired",
-        "whether paired 95 % intervals decide, or (none) means and thresholds alone",
+        "paired", "whether paired 95 % intervals decide, or (none) means and thresholds alone"
     )
 
     def find_conflicts(self) -> Iterator[str]:

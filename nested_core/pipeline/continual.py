@@ -33,7 +33,6 @@ from nested_core.records.judged_run import JudgedRun
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.skip import Skip
 from nested_core.records.start import read_start
-from nested_core.records.verdict import Verdict
 from nested_core.registry import holding_champion, read_champion, trials, verify
 from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
@@ -231,29 +230,6 @@ def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str 
     """
     start = read_start(config, run)
     return None if start is None else start.describe(config.registry.name)
-
-
-def find_kept_champion(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> str | None:
-    """Return the champion if a new adapter that follows it is not better than it; else None.
-
-    Not better means: the mean held-out loss is not lower, and no suite's answers improved beyond
-    chance. (The gate has passed the adapter, so it is not much worse either.)
-    None without a champion, for a run that does not follow one, and without held-out losses.
-    """
-    if verdict.rival is None or verdict.validation is None:
-        return None
-    difference = None
-    if verdict.rival == verdict.initial.digest:
-        # Trained from the champion: the loss before training is the champion's
-        before, after = verdict.validation.loss_before, verdict.validation.loss_after
-        difference = None if before is None or after is None else after - before
-    elif (start := read_start(config, run)) is not None and start.choice.policy == "rebuild":
-        # Trained from the base: the gate compared it with the champion
-        difference = None if verdict.champion is None else verdict.champion.difference
-    has_proven_gain = any(task.conclusion == "better" for task in verdict.tasks)
-    if difference is None or difference < 0 or has_proven_gain:
-        return None
-    return verdict.rival
 
 
 @contextmanager

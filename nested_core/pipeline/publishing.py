@@ -27,7 +27,6 @@ from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import (
     conditions_digest,
     digest_held_out,
-    find_kept_champion,
     record_trial,
     settings_digest,
 )
@@ -51,14 +50,13 @@ from nested_core.registry.judgements import Judgement
 from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.promotion_policy import (
     describe_policy_refusal,
-    effective_rule,
     register_by_policy,
     registry_location,
 )
 from nested_core.registry.queries import list_versions, parent_version_of
 from nested_core.registry.registration import NewVersion, register_rejection
 from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
-from nested_core.report.outcome import describe_kept_champion
+from nested_core.report.outcome import describe_kept_champion, find_kept_champion
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
@@ -106,12 +104,11 @@ def register_run(
     """
     registry, name = registry_location(config.registry)
     is_version = name_exists(registry, name) and judged.version in list_versions(registry, name)
-    if effective_rule(config.registry).must_be_better and not is_version:
-        kept = find_kept_champion(config, judged.folder, judged.verdict)
-        if kept is not None:
-            reason = describe_kept_champion(judged.verdict, kept)
-            record_trial(config, judged, Outcome.KEPT_CHAMPION, reason)
-            return Decision("not_better", judged.version, kept, reason)
+    kept = None if is_version else find_kept_champion(config, judged.folder, judged.verdict)
+    if kept is not None:
+        reason = describe_kept_champion(judged.verdict, kept)
+        record_trial(config, judged, Outcome.KEPT_CHAMPION, reason)
+        return Decision("not_better", judged.version, kept, reason)
     recorded = _make_provenance_with_conditions(config, judged, champion)
     new = NewVersion(judged, recorded, read_run_examples(config, judged))
     return register_by_policy(new, config.registry, champion, origin=origin)

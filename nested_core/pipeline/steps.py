@@ -48,9 +48,7 @@ from nested_core.measure.answers.suite_answers import (
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.measure.losses.held_out_loss import (
-    measure_test_loss as test_loss,
-)
+from nested_core.measure.losses.held_out_loss import measure_test_loss as test_loss
 from nested_core.measure.losses.held_out_loss import (
     read_held_out_examples,
     read_held_out_file,

@@ -849,6 +849,22 @@ class Verdict:
         """The champion that the adapter was compared with; None without a champion."""
         return None if self.champion is None else self.champion.version
 
+    def losses_beside(self, champion: str) -> tuple[float, float] | None:
+        """Return the held-out losses of the adapter and of a champion on the same examples.
+
+        None if the gate did not measure this champion, neither as the adapter that training started
+        from nor as the one to compare with, or if a loss is not finite.
+        """
+        losses, record = self.validation, self.champion
+        if losses is not None and self.initial.digest == champion:
+            after, before = losses.loss_after, losses.loss_before
+            return None if after is None or before is None else (after, before)
+        if record is None or record.version != champion:
+            return None
+        if record.loss is None or record.difference is None:
+            return None
+        return record.loss + record.difference, record.loss
+
     def notes(self) -> list[str]:
         """Return warnings that belong beside the verdict; of a failed one, those of rooms alone."""
         of_rooms = [  # from optional packages, each with its block of the verdict

@@ -88,8 +88,9 @@ class PromotionRule:
     must_be_better: bool
 
     @classmethod
-    def of(cls, *modes: str | None) -> PromotionRule:
-        """Combine promotion modes: `never` wins, `approve` and `better` add up."""
+    def of(cls, promote: str, policy: RegistryPolicy | None) -> PromotionRule:
+        """Combine `registry.promote` and policy: `never` wins, `approve` and `better` add up."""
+        modes = (promote, None if policy is None else policy.promote)
         return cls("never" in modes, "approve" in modes, "better" in modes)
 
 
@@ -205,11 +206,9 @@ def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -
         if asked.get(task.name) != task:
             replaced = ", in place of this run's" if task.name in asked else ""
             sentences.append(f"the eval set {task.name} is asked{replaced}")
-    modes = (config.registry.promote, policy.promote)
-    if PromotionRule.of(*modes) != PromotionRule.of(config.registry.promote):
-        sentences.append(
-            f"promote: {policy.promote} counts beside this run's {config.registry.promote}"
-        )
+    promote = config.registry.promote
+    if PromotionRule.of(promote, policy) != PromotionRule.of(promote, None):
+        sentences.append(f"promote: {policy.promote} counts beside this run's {promote}")
     return [f"the policy of {config.registry.name}: {sentence}" for sentence in sentences]
 
 

@@ -356,8 +356,7 @@ def describe_policy_refusal(registry: Path, name: str, candidate: Judgement) -> 
 
 def effective_rule(section: RegistrySection) -> PromotionRule:
     """Return what an automatic promotion needs, by a run's section and the registry's policy."""
-    policy = read_policy(*registry_location(section))
-    return PromotionRule.of(section.promote, None if policy is None else policy.promote)
+    return PromotionRule.of(section.promote, read_policy(*registry_location(section)))
 
 
 def find_refusal(
@@ -384,7 +383,7 @@ def find_refusal(
         reference (a fixed version), which limits automatic promotions alone, is skipped.
     """
     policy = policy_of(folder, ledger)
-    rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)
+    rule = PromotionRule.of(section.promote, policy)
     if rule.is_never:
         is_own = section.promote == "never"
         whose = "registry.promote" if is_own else f"the policy of {section.name}"

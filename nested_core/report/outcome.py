@@ -8,16 +8,19 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from nested_core.errors import NestedTuneError
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run_status import Run
+from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict, describe_examples
 from nested_core.records.verdict_table import list_checks
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_change, format_loss
 
 if TYPE_CHECKING:
-    from nested_core.registry.ledger import Entry
+    from nested_core.registry.ledger import Entry, Ledger
 
 
 def find_outcome(run: Run) -> Outcome | None:
@@ -28,8 +31,9 @@ def find_outcome(run: Run) -> Outcome | None:
     if run.state in ("running", "damaged"):
         return Outcome.RUNNING if run.state == "running" else Outcome.DAMAGED
     if run.verdict is not None:
-        is_verified = run.verdict.outcome == Outcome.VERIFIED
-        return _find_in_registry(run, run.verdict) if is_verified else run.verdict.outcome
+        outcome = run.verdict.outcome
+        is_passed = outcome == Outcome.VERIFIED
+        return (_find_in_registry(run, run.verdict) if is_passed else None) or outcome
     if run.state != "never began":
         return None
     if run.skip is not None:
@@ -37,33 +41,35 @@ def find_outcome(run: Run) -> Outcome | None:
     return Outcome.DATA_REFUSED if run.dataset is not None and run.dataset.errors else None
 
 
-def _find_in_registry(run: Run, verdict: Verdict) -> Outcome:
+def _find_in_registry(run: Run, verdict: Verdict) -> Outcome | None:
     """Return the outcome of a run that passed the gate, from the history of its registry name.
 
-    VERIFIED if the run has no registry, or if the registry cannot be read. KEPT_CHAMPION if the
-    registry has never heard of the run's adapter: an adapter that is not better is not registered.
+    None if the run names a registry that lacks the run's adapter, although it was to be registered.
+    KEPT_CHAMPION if it was not, as it is not better. VERIFIED if the run names no registry, or if
+    the registry cannot be read.
     """
-    from nested_core.registry import history, list_versions, read_champion_changes  # brings mlx
-    from nested_core.registry.folders import name_exists
+    from nested_core.registry.link_and_views import reading  # brings mlx
+    from nested_core.registry.versions import registered_versions
 
     if run.registered_as is None:
         return Outcome.VERIFIED
-    registry, name = run.registered_as
     version = verdict.trained.digest
     try:
-        if not name_exists(registry, name):
-            return Outcome.VERIFIED
-        changes = read_champion_changes(registry, name)
-        if any(change.version == version for change in changes):
-            return _find_in_changes(changes, version)
-        actions = [line["action"] for line in history(registry, name) if line["version"] == version]
-        if "declined" in actions:
-            return Outcome.DECLINED
-        if version in list_versions(registry, name):
-            return _outcome_of_unpromoted(registry, name, version)
+        with reading(*run.registered_as) as (folder, ledger):
+            changes = ledger.changes()
+            if any(change.version == version for change in changes):
+                return _find_in_changes(changes, version)
+            if any((e.action, e.version) == ("declined", version) for e in ledger.entries):
+                return Outcome.DECLINED
+            if version in registered_versions(folder):
+                return _outcome_of_unpromoted(folder, ledger, version)
+        config = run.config
+        is_kept = config is not None and find_kept_champion(config, run.folder, verdict) is not None
+    except ConfigError:  # nothing was registered under that name
+        return None
     except (NestedTuneError, OSError):  # `audit` says what is wrong with a registry
         return Outcome.VERIFIED
-    return Outcome.VERIFIED if actions else Outcome.KEPT_CHAMPION
+    return Outcome.KEPT_CHAMPION if is_kept else None
 
 
 def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
@@ -82,10 +88,10 @@ def _find_in_changes(changes: Sequence[Entry], version: str) -> Outcome:
     return Outcome.APPROVED if is_answer else Outcome.PROMOTED
 
 
-def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
+def _outcome_of_unpromoted(folder: Path, ledger: Ledger, version: str) -> Outcome:
     """Return the outcome of a registered version that never was champion.
 
-    registry, name, version: the registry's folder, the adapter's name in it, the version's digest.
+    folder: the adapter's folder in the registry, REGISTRY/NAME. ledger: the adapter's history.
 
     WAITS_FOR_APPROVAL if a person has yet to decide, SUPERSEDED if another version was registered,
     judged or promoted meanwhile. KEPT_CHAMPION if the policy refused it for not being better than
@@ -93,49 +99,64 @@ def _outcome_of_unpromoted(registry: Path, name: str, version: str) -> Outcome:
     """
     # Imported here because the registry imports mlx, which takes long
     from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS, REGISTRATION_ACTIONS
-    from nested_core.registry.link_and_views import read_link, reading
+    from nested_core.registry.link_and_views import read_link
+    from nested_core.registry.policy import PromotionRule, policy_of
     from nested_core.registry.promotion_policy import (
         choose_candidate,
-        effective_rule,
         find_refusal_as_recorded,
         recorded_section,
     )
 
-    with reading(registry, name) as (folder, ledger):
-        candidate = choose_candidate(folder, ledger, version, read_link(folder))
-        if candidate.facts.policy is None:
-            return Outcome.VERIFIED
-        # What the policy recorded with the version says against promoting it; None for nothing
-        decision = find_refusal_as_recorded(folder, ledger, candidate)
-        later = ledger.entries[candidate.line_number + 1 :]
+    candidate = choose_candidate(folder, ledger, version, read_link(folder))
+    if candidate.facts.policy is None:
+        return Outcome.VERIFIED
+    # What the policy recorded with the version says against promoting it; None for nothing
+    decision = find_refusal_as_recorded(folder, ledger, candidate)
     if decision is None or decision.outcome != "waiting":
-        section = recorded_section(registry / name, candidate)
         was_refused = decision is not None and decision.outcome == "refused"
-        was_refused = was_refused and effective_rule(section).must_be_better
         was_compared = candidate.facts.champion_at_gate is not None
-        return Outcome.KEPT_CHAMPION if was_refused and was_compared else Outcome.VERIFIED
+        promote = recorded_section(folder, candidate).promote
+        rule = PromotionRule.of(promote, policy_of(folder, ledger))
+        is_kept = was_refused and was_compared and rule.must_be_better
+        return Outcome.KEPT_CHAMPION if is_kept else Outcome.VERIFIED
+    later = ledger.entries[candidate.line_number + 1 :]
     superseding_actions = (*REGISTRATION_ACTIONS, *CHAMPION_CHANGE_ACTIONS)
     of_others = [line.action for line in later if line.version != version]
     is_superseded = any(action in superseding_actions for action in of_others)
     return Outcome.SUPERSEDED if is_superseded else Outcome.WAITS_FOR_APPROVAL
 
 
-def describe_kept_champion(verdict: Verdict, champion: str) -> str:
-    """Return a line that says why nothing was registered, with the losses before and after.
+def find_kept_champion(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> str | None:
+    """Return the champion if a new adapter has to be better than it, and is not; else None.
 
-    champion: the digest of the champion that stays. The loss before is the champion's if it was
-        measured and training did not start from it; else that of the adapter training started from.
+    Not better means: the mean held-out loss is not lower, and no suite's answers improved beyond
+    chance. (The gate has passed the adapter, so it is not much worse either.)
+    None without a champion, for a run that does not follow one, and without held-out losses.
     """
-    change, validation, compared = "no loss", verdict.validation, verdict.champion
-    if validation is not None:
-        before, after = validation.loss_before, validation.loss_after
-        if (
-            verdict.initial.digest != champion
-            and compared is not None
-            and compared.loss is not None
-        ):
-            before, after = compared.loss, compared.loss + (compared.difference or 0.0)
-        change = f"loss {format_change(before, after)} on {describe_examples(validation)}"
+    from nested_core.registry.promotion_policy import effective_rule
+
+    if verdict.rival is None or (losses := verdict.losses_beside(verdict.rival)) is None:
+        return None
+    if verdict.rival != verdict.initial.digest:
+        start = read_start(config, run)
+        if start is None or start.choice.policy != "rebuild":
+            return None
+    has_proven_gain = any(task.conclusion == "better" for task in verdict.tasks)
+    if losses[0] < losses[1] or has_proven_gain:
+        return None
+    return verdict.rival if effective_rule(config.registry).must_be_better else None
+
+
+def describe_kept_champion(verdict: Verdict, champion: str) -> str:
+    """Return a line that says why nothing was registered, with the champion's loss and its own.
+
+    champion: the digest of the champion that stays.
+    """
+    losses, change = verdict.losses_beside(champion), "no loss"
+    if losses is not None and verdict.validation is not None:
+        loss, champion_loss = losses
+        examples = describe_examples(verdict.validation)
+        change = f"loss {format_change(champion_loss, loss)} on {examples}"
     return (
         f"kept the champion {shorten_digest(champion)}: {change}, not better, and within the "
         f"threshold"
@@ -149,29 +170,28 @@ def find_reason_kept(run: Run) -> str | None:
     An adapter that was not even registered is explained by its losses, a registered one by what the
     promotion policy says.
     """
-    from nested_core.registry import list_versions
     from nested_core.registry.link_and_views import read_link, reading
     from nested_core.registry.promotion_policy import choose_candidate, find_refusal_as_recorded
+    from nested_core.registry.versions import registered_versions
 
     is_kept = find_outcome(run) == Outcome.KEPT_CHAMPION
     if run.verdict is None or run.registered_as is None or not is_kept:
         return None
-    registry, name = run.registered_as
-    version = run.verdict.trained.digest
-    if version not in list_versions(registry, name):
-        rival = run.verdict.rival
-        return None if rival is None else describe_kept_champion(run.verdict, rival)
-    with reading(registry, name) as (folder, ledger):
-        candidate = choose_candidate(folder, ledger, version, read_link(folder))
-        decision = find_refusal_as_recorded(folder, ledger, candidate)
-    return None if decision is None else decision.sentence
+    version, rival = run.verdict.trained.digest, run.verdict.rival
+    with reading(*run.registered_as) as (folder, ledger):
+        if version in registered_versions(folder):
+            candidate = choose_candidate(folder, ledger, version, read_link(folder))
+            decision = find_refusal_as_recorded(folder, ledger, candidate)
+            return None if decision is None else decision.sentence
+    return None if rival is None else describe_kept_champion(run.verdict, rival)
 
 
 def describe_outcome(run: Run) -> str:
     """Return the outcome of a run in one line, such as `Promoted: passed, better`.
 
-    The text after the colon describes a passed verdict, the first problem of a damaged run, or the
-    reason why training was skipped. A run without an outcome is described by its state.
+    The text after the colon describes a passed verdict and says if its adapter is missing in the
+    run's registry; or it is the first problem of a damaged run, or the reason why training was
+    skipped. A run without an outcome is described by its state.
     """
     outcome = find_outcome(run)
     if outcome is None:
@@ -182,7 +202,8 @@ def describe_outcome(run: Run) -> str:
         return f"{outcome}: {run.skip.reason}"
     if outcome == Outcome.RUNNING or run.verdict is None or not run.verdict.has_passed:
         return outcome
-    return f"{outcome}: {run.verdict.describe()}"
+    is_missing = _find_in_registry(run, run.verdict) is None
+    return f"{outcome}: {run.verdict.describe()}{'; not registered' if is_missing else ''}"
 
 
 def describe_state(run: Run) -> str:

@@ -22,11 +22,11 @@ from nested_core.records.dataset import Finding
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, write_skip
-from nested_core.records.verdict import Code, JudgedAdapter, Reason
+from nested_core.records.verdict import ChampionLoss, Code, JudgedAdapter, Reason
 from nested_core.registry.ledger import Origin
 from nested_core.registry.link_and_views import writing
 from nested_core.registry.policy import set_policy
-from nested_core.report.outcome import find_outcome, find_reason_kept
+from nested_core.report.outcome import describe_outcome, find_outcome, find_reason_kept
 from nested_core.report.run_report import read_report
 from nested_core.seams import is_there, load
 from nested_core.storage.run_directory import RunDirectory
@@ -96,10 +96,22 @@ def superseded(folder: Path) -> RunDirectory:
     )
 
 
-def kept(folder: Path) -> RunDirectory:
-    core.register(write_run(folder / "written", 1), folder / "registry", NAME, {})
-    registry = {"path": str(folder / "registry"), "name": NAME}
-    return finished_run(folder / "run", registry=registry)
+def kept(folder: Path, rise: float = 0.1, **section: str) -> RunDirectory:
+    """A run from the champion whose loss rose, or fell, and whose adapter is no version."""
+    champion = core.register(write_run(folder / "written", 1), folder / "registry", NAME, {})
+    registry = {"path": str(folder / "registry"), "name": NAME, "promote": "better"} | section
+    run = finished_run(folder / "run", registry=registry)
+    verdict = make_verdict(make_losses(), with_task=False)
+    assert verdict.validation is not None
+    after = (verdict.validation.loss_before or 0.0) + rise
+    verdict = replace(
+        verdict,
+        initial=JudgedAdapter("initial", champion),
+        champion=ChampionLoss(champion),
+        validation=replace(verdict.validation, loss_after=after),
+    )
+    judge(run, verdict, make_losses(), "text")
+    return run
 
 
 def refused(folder: Path) -> RunDirectory:
@@ -152,6 +164,29 @@ def ask(command: Callable[[argparse.Namespace], Callable[[], int]], **arguments:
     flags = {"json": False, "output": None, "prune": False, "keep": None, "dry_run": False}
     flags |= {"unregistered": False}
     command(argparse.Namespace(**flags | arguments))()
+
+
+@pytest.mark.parametrize("state", ["better", "promoted whatever its loss", "first of its name"])
+def test_a_run_that_passed_and_ended_before_its_registration_says_so(
+    tmp_path: Path, state: str
+) -> None:
+    if state == "promoted whatever its loss":
+        run = kept(tmp_path, promote="always")
+    else:
+        run = kept(tmp_path, -0.1, name="another" if state == "first of its name" else NAME)
+    assert find_outcome(Run(run)) == Outcome.VERIFIED
+    said = describe_outcome(Run(run))
+    assert said == "Verified: passed, better loss; no questions asked; not registered"
+    assert said in " ".join(read_report(run.path).to_html().split())
+    assert describe_outcome(Run(kept(tmp_path / "kept"))).startswith("Kept the champion: passed")
+
+
+def test_a_run_whose_version_waits_in_the_registry_is_not_called_unregistered(
+    tmp_path: Path,
+) -> None:
+    run = registered(tmp_path, lambda *_: None)
+    assert describe_outcome(Run(run)).startswith("Verified: passed, better")
+    assert "not registered" not in describe_outcome(Run(run))
 
 
 def test_a_registered_version_that_its_policy_refused_kept_the_champion(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import (
     champion_or_none,
     describe_starting_adapter,
-    find_kept_champion,
     find_reason_to_skip,
 )
 from nested_core.pipeline.publishing import (
@@ -33,6 +32,7 @@ from nested_core.records.loss_conclusion import Conclusion
 from nested_core.records.verdict import ChampionLoss, JudgedAdapter, TaskResult, Validation, Verdict
 from nested_core.registry import list_versions, promote, read_champion, register
 from nested_core.registry.data_store import read_lineage, read_stored_data
+from nested_core.report.outcome import find_kept_champion
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
@@ -411,16 +411,17 @@ def test_sections_that_contradict_one_another_are_refused(values, message) -> No
 
 
 @pytest.mark.parametrize(
-    ("after", "conclusion", "is_kept"),
+    ("after", "conclusion", "policy", "is_kept"),
     [
-        (1.001, None, True),
-        (1.001, "no_worse", True),
-        (1.001, "better", False),
-        (0.999, None, False),
+        (1.001, None, "better", True),
+        (1.001, "no_worse", "better", True),
+        (1.001, "better", "better", False),
+        (0.999, None, "better", False),
+        (1.001, None, "always", False),
     ],
 )
-def test_a_start_that_is_not_beaten_is_kept_unless_answers_got_better(
-    tmp_path: Path, after: float, conclusion: Conclusion | None, is_kept: bool
+def test_a_start_that_is_not_beaten_and_has_to_be_is_kept_unless_answers_got_better(
+    tmp_path: Path, after: float, conclusion: Conclusion | None, policy: str, is_kept: bool
 ) -> None:
     champion = "c" * 64
     task = TaskResult(
@@ -448,5 +449,7 @@ def test_a_start_that_is_not_beaten_is_kept_unless_answers_got_better(
         champion=ChampionLoss(champion),
         tasks=(task,),
     )
-    found = find_kept_champion(configure(tmp_path, "x"), RunDirectory(tmp_path), verdict)
+    registry = {"path": str(tmp_path / "registry"), "name": NAME, "promote": policy}
+    config = configure(tmp_path, "x", registry=registry)
+    found = find_kept_champion(config, RunDirectory(tmp_path), verdict)
     assert found == (champion if is_kept else None)

@@ -322,5 +322,7 @@ def test_a_policy_that_asks_a_person_needs_the_room(registry, monkeypatch) -> No
 
 def test_rules_join_what_all_of_them_need() -> None:
     assert PromotionRule.of("always", None) == PromotionRule(False, False, False)
-    assert PromotionRule.of("approve", "better") == PromotionRule(False, True, True)
+    assert PromotionRule.of("approve", RegistryPolicy(promote="better")) == PromotionRule(
+        False, True, True
+    )
     assert ledger.Ledger().policy() is None

@@ -390,15 +390,15 @@ def test_a_negative_number_of_runs_is_refused(tmp_path: Path) -> None:
 def test_the_list_says_the_adapter_the_outcome_and_the_minutes(tmp_path: Path) -> None:
     rejected = make_run(tmp_path, 1)
     make_registered(tmp_path, 2)
-    kept = make_run(tmp_path, 3, text="of another adapter", reasons=())
+    unregistered = make_run(tmp_path, 3, text="of another adapter", reasons=())
     bad = [Finding("train.jsonl", 7, "error", "bad-json", "column 46")]
     refused = begin_run(tmp_path / "runs" / "20261104T020000Z-00000004", findings=bad)
     rows = {run.name: list_row(run) for run in list_runs(tmp_path / "runs")}
     assert rows[rejected.path.name][2] == "Rejected: worse"
     assert rows[refused.path.name][2] == "Failed: data"
-    _, adapter, outcome, *_, minutes = rows[kept.path.name]
+    _, adapter, outcome, *_, minutes = rows[unregistered.path.name]
     assert (adapter, outcome, minutes) == (
         NAME,
-        "Kept the champion: passed, better; 2 of 3 right",
+        "Verified: passed, better; 2 of 3 right; not registered",
         "0.0",
     )

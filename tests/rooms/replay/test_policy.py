@@ -13,11 +13,7 @@ from flows.finetune import _describe_choice
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.pipeline import steps
-from nested_core.pipeline.continual import (
-    describe_starting_adapter,
-    find_kept_champion,
-    settings_digest,
-)
+from nested_core.pipeline.continual import describe_starting_adapter, settings_digest
 from nested_core.pipeline.finetune import finetune
 from nested_core.pipeline.preflight import estimate_iterations
 from nested_core.records.dataset import read_dataset_record
@@ -26,6 +22,7 @@ from nested_core.records.start import START_FILE
 from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage
 from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.report.outcome import find_kept_champion
 from nested_core.rooms.minutes.measured_run import MeasuredRun
 from nested_core.rooms.replay import policy
 from nested_core.rooms.replay.page import describe_replay
@@ -339,7 +336,9 @@ def test_a_rebuilt_run_that_is_worse_than_the_champion_is_refused(nights, tmp_pa
     verdict = read_verdict(run.gate)
     assert [reason.code for reason in verdict.reasons] == ["loss_regressed"]
     assert verdict.rival == champion
-    assert find_kept_champion(weak, run, verdict) == champion
+    section = weak.registry.model_copy(update={"promote": "better"})
+    must_be_better = weak.model_copy(update={"registry": section})
+    assert find_kept_champion(must_be_better, run, verdict) == champion
 
 
 def test_a_start_that_is_lost_is_damage_and_no_other_rate(nights, tmp_path) -> None:
