@@ -77,14 +77,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     if notes.losses is not None:
         print_progress(notes.losses)
     if notes.warning is not None:
-        print_progress(f"warning: {notes.warning}")
-    if done.outcome == "promoted" and candidate.verdict.has_broken_answers:
-        print_progress(
-            f"warning: training broke the answers of this adapter: look at {run.report}. To go "
-            f"back: `nested-tune rollback {arguments.name} --registry {arguments.registry}`"
-        )
-    if done.outcome == "promoted" and candidate.verdict.doubt is not None:
-        print_progress(f"warning: {candidate.verdict.doubt}: look at {run.report}")
+        print_progress(f"warning: {notes.warning}. The run's page: {run.report}")
     print_change = _print_change(arguments, done)
 
     def finish() -> int:

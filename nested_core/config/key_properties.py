@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeVar, get_args
@@ -146,13 +146,16 @@ def settings_that_shape_adapter(config: Section) -> dict[str, Any]:
     return select(config.model_dump(mode="json"), "")
 
 
-def settings_that_make_loss(config: Section) -> dict[str, Any]:
+def settings_that_make_loss(schema: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of the keys that make the loss of a row what it is, by dotted names.
 
     Without data and model, whose content decides and not their names.
+
+    schema: the class of the configuration.
+    values: the configuration as JSON; a key that it lacks, such as one of a later version, is None.
     """
-    values, settings = config.model_dump(mode="json"), {}
-    for key in iterate_keys(type(config)):
-        if key.in_loss == "value" and key.affects != "source":
-            settings[key.name] = reduce(lambda at, name: at[name], key.name.split("."), values)
-    return settings
+    return {
+        key.name: reduce(lambda at, name: (at or {}).get(name), key.name.split("."), values)
+        for key in iterate_keys(schema)
+        if key.in_loss == "value" and key.affects != "source"
+    }

@@ -405,7 +405,8 @@ class Run:
             return None
         base = adapter.get("base_fingerprint")
         made_of = {"tokenizer": self.dataset.tokenizer, "base model": base}
-        return settings_that_make_loss(self.config) | made_of
+        values = self.config.model_dump(mode="json")
+        return settings_that_make_loss(FineTuneConfig, values) | made_of
 
     def find_checkpoint(self) -> str | None:
         """Return the name of the checkpoint to resume from; None if there is no sound one.

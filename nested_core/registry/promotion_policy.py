@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from nested_core import seams
+from nested_core.config.key_properties import settings_that_make_loss
+from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import RegistrySection
 from nested_core.errors import (
     ConfigError,
@@ -40,7 +43,13 @@ from nested_core.registry.promote_and_rollback import UNSET, Unset, promote_in_f
 from nested_core.registry.promotion_outcome import Approval, Decision
 from nested_core.registry.queries import verify
 from nested_core.registry.registration import NewVersion, registering
-from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, registered_versions
+from nested_core.registry.versions import (
+    PROVENANCE_NAME,
+    how_to_mend,
+    read_provenance,
+    registered_versions,
+    version_folder,
+)
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import (
     format_change,
@@ -49,6 +58,8 @@ from nested_core.text.loss_format import (
     format_loss,
     loss_name_for_file,
 )
+
+OTHER_ANSWERS = "the base's and those of one fixed answer"
 
 
 def read_candidate(
@@ -177,42 +188,45 @@ def decide(
     return promote_in_folder(folder, version, expected_champion, fields)
 
 
-@dataclass(frozen=True)
-class LossComparison:
-    """Held-out losses of a version and of the champion, in nats/token, on the same examples."""
-
-    loss: float
-    champion_loss: float
-
-
 def compare_losses(
     registry: Path, name: str, candidate: Judgement, champion: str
-) -> LossComparison | None:
-    """Return the losses of a version and of the champion on the same examples.
+) -> tuple[float, float] | None:
+    """Return the losses of a version and of the champion, in this order, on the same examples.
 
     candidate: the verdict on the version. champion: the other version.
 
-    The losses come from the verdict if it compared with this champion, or if training started from
-    it; else from the champion's own verdict if that used the same examples. None if there is no
-    such pair. Raises DamagedError for a champion that has changed since it was registered.
+    The losses come from the verdict if it measured this champion; else from the champion's own
+    verdict if all that makes a loss was the same. None if there is no such pair. Raises
+    DamagedError for a champion that has changed since it was registered.
     """
-    record = candidate.verdict.champion
-    if record is not None and record.version == champion:
-        if record.loss is None or record.difference is None:
-            return None
-        return LossComparison(record.loss + record.difference, record.loss)
-    validation = candidate.verdict.validation
-    champion_loss = None if validation is None else validation.loss_before
-    if candidate.verdict.initial.digest != champion:
-        verify(registry, name, champion)
-        champion_judgement = read_candidate(registry, name, champion)
-        digest = candidate.facts.validation_digest
-        if digest is None or champion_judgement.facts.validation_digest != digest:
-            return None
-        champion_loss = champion_judgement.loss_after
-    if candidate.loss_after is None or champion_loss is None:
+    if (losses := candidate.verdict.losses_beside(champion)) is not None:
+        return losses
+    verify(registry, name, champion)
+    measured = read_candidate(registry, name, champion)
+    made_of = _loss_made_of(registry, name, candidate)
+    if made_of is None or made_of != _loss_made_of(registry, name, measured):
         return None
-    return LossComparison(candidate.loss_after, champion_loss)
+    loss, champion_loss = candidate.loss_after, measured.loss_after
+    return None if loss is None or champion_loss is None else (loss, champion_loss)
+
+
+def _loss_made_of(registry: Path, name: str, judgement: Judgement) -> dict[str, Any] | None:
+    """Return what makes the loss of a verdict: held-out rows, base, tokenizer and settings.
+
+    judgement: the verdict on a registered version. The settings are those of its run, which no
+        later verdict of the run changes.
+
+    None if the rows or the base are not recorded. None as well if rows were left out because an
+    adapter was trained on them, since it is not recorded which.
+    """
+    validation, rows = judgement.verdict.validation, judgement.facts.validation_digest
+    recorded = read_provenance(version_folder(registry, name, judgement.version))
+    base = recorded.get("base_fingerprint")
+    if validation is None or validation.left_out != 0 or rows is None or base is None:
+        return None
+    tokenizer = [recorded.get(key) for key in ("chat_template", "vocabulary")]
+    settings = settings_that_make_loss(FineTuneConfig, recorded.get("config", {}))
+    return settings | {"rows": rows, "base": base, "tokenizer": tokenizer}
 
 
 @dataclass(frozen=True)
@@ -220,8 +234,8 @@ class PromotionNotes:
     """What to tell a person about a promotion.
 
     losses: the losses of the new champion and of the one that it replaced.
-    warning: set if the new one has the higher loss on the same data, or answers that show no
-        learning.
+    warning: set if the new one has the higher loss on the same data, answers that are broken or
+        show no learning, or a doubt that only a person may decide about.
     """
 
     losses: str | None = None
@@ -233,9 +247,7 @@ def describe_promotion(
 ) -> PromotionNotes:
     """Describe a newly promoted version and the champion that it replaced.
 
-    The notes have a text on the losses, and a warning if the champion before had the lower loss, or
-    if the version's answers show no learning. Empty if the decision promoted nothing, or a file is
-    damaged.
+    Empty if the decision promoted nothing; without the losses if a file is damaged.
 
     done: the decision. candidate: the verdict on the version; read from the registry if None.
     """
@@ -246,11 +258,17 @@ def describe_promotion(
             candidate = read_candidate(registry, name, done.version, against=done.previous)
         notes = _describe_losses(registry, name, done, candidate)
     except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
-        return PromotionNotes()
-    if doubtful := candidate.verdict.doubtful_answers:
-        warning = f"its answers are not above the base's and those of one fixed answer: {doubtful}"
-        return replace(notes, warning="; ".join(filter(None, (warning, notes.warning))))
-    return notes
+        if candidate is None:
+            return PromotionNotes()
+        notes = PromotionNotes()
+    verdict, warnings = candidate.verdict, [notes.warning, candidate.verdict.doubt]
+    if verdict.has_broken_answers:
+        warnings.append(f"training broke the answers of this adapter: {verdict.broken_answers}")
+    if doubtful := verdict.doubtful_answers:
+        warnings.append(f"its answers are not above {OTHER_ANSWERS}: {doubtful}")
+    text = "; ".join(filter(None, reversed(warnings)))
+    go_back = f"To go back: `nested-tune rollback {name} --registry {registry}`"
+    return replace(notes, warning=f"{text}. {go_back}" if text else None)
 
 
 def _describe_losses(
@@ -271,17 +289,16 @@ def _describe_losses(
     losses = compare_losses(registry, name, candidate, done.previous)
     previous = shorten_digest(done.previous)
     if losses is None:
-        text += f"; {previous}, the champion before, was not measured on that data"
+        text += f"; {previous}, the champion before, has no loss that was measured alike"
         return PromotionNotes(text)
-    rival = format_loss(losses.champion_loss)
-    text += f"; the champion before, {previous}: {rival} on the same examples"
-    if losses.loss <= losses.champion_loss:
+    loss, rival = map(format_loss, losses)
+    text += f"; on the same examples {loss}, the champion before, {previous}: {rival}"
+    if losses[0] <= losses[1]:
         return PromotionNotes(text)
     warning = (
         f"version {shorten_digest(done.version)} has a higher "
-        f"{loss_name_for_file(candidate.file)} on the same data, {format_loss(losses.loss)}, than "
-        f"the champion that it replaced, {previous}, {rival}. To go back: `nested-tune rollback "
-        f"{name} --registry {registry}`"
+        f"{loss_name_for_file(candidate.file)} on the same data, {loss}, than the champion that it "
+        f"replaced, {previous}, {rival}"
     )
     return PromotionNotes(text, warning)
 
@@ -541,7 +558,7 @@ def _why_answers_promote_nothing(verdict: Verdict) -> str | None:
     constant answer.
     """
     if doubtful := verdict.doubtful_answers:
-        return f"its answers are not above the base's and those of one fixed answer: {doubtful}"
+        return f"its answers are not above {OTHER_ANSWERS}: {doubtful}"
     behind = [task.describe() for task in verdict.tasks if task.may_be_behind_champion]
     return f"its answers may be worse than the champion's: {behind[0]}" if behind else None
 

@@ -103,8 +103,8 @@ def test_a_promotion_tells_the_losses_and_warns_of_a_higher_one_on_the_same_data
     said = " ".join(story["second"].stderr.split())
     assert f"a higher validation loss on the same data, {after:.4g}, than the champion" in said
     assert f"{before:.4g}. To go back: `nested-tune rollback {NAME} --registry registry" in said
-    rival = f"the champion before, {versions[0][:12]}: {before:.4g}"
-    assert f"by training; {rival} on the same examples" in said
+    rival = f"{after:.4g}, the champion before, {versions[0][:12]}: {before:.4g}"
+    assert f"by training; on the same examples {rival}" in said
     said = " ".join(story["first"].stderr.split())
     assert "warning" not in said
     change = f"{first['loss_before']:.4g} -> {before:.4g} by training"
@@ -187,5 +187,6 @@ def test_a_person_who_promotes_broken_answers_is_warned(tmp_path: Path) -> None:
     promoted = called("promote", "run", "--name", "x", cwd=tmp_path)
     assert promoted.code == 0
     told = " ".join(promoted.stderr.split())
-    assert "warning: training broke the answers of this adapter: look at" in told
+    assert "warning: training broke the answers of this adapter: " in told
+    assert "The run's page: run/report.html" in told
     assert "To go back: `nested-tune rollback x --registry registry" in told

@@ -10,6 +10,7 @@ from typing import Self
 from nested_core.errors import NestedTuneError
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_table import check_table
+from nested_core.registry.judgements import Judgement
 from nested_core.registry.promotion_policy import compare_losses, read_candidate
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.document import Document, Facts, Table, Text
@@ -36,11 +37,12 @@ class Approval:
     @classmethod
     def read(cls, registry: Path, name: str, version: str, champion: str | None) -> Self:
         """Each with its losses and answers, and the two compared."""
-        verdict = read_candidate(registry, name, version, champion).verdict
+        candidate = read_candidate(registry, name, version, champion)
+        verdict = candidate.verdict
         facts = [("Candidate", _describe_version(version, verdict)), ("Champion", "none yet")]
         if champion is not None:
             rival = read_candidate(registry, name, champion).verdict
-            compared = _compare_losses(registry, name, version, champion, verdict)
+            compared = _compare_losses(registry, name, candidate, champion)
             facts[1:] = [("Champion", _describe_version(champion, rival)), ("Compared", compared)]
         return cls(name, version, champion, facts, check_table(verdict))
 
@@ -72,23 +74,20 @@ def _describe_version(version: str, verdict: Verdict) -> str:
     return "; ".join([f"{shorten_digest(version)}: {verdict.describe_losses()}", *suites])
 
 
-def _compare_losses(
-    registry: Path, name: str, version: str, champion: str, verdict: Verdict
-) -> str:
+def _compare_losses(registry: Path, name: str, candidate: Judgement, champion: str) -> str:
     """Both losses on the same examples, or that no losses were compared."""
+    verdict = candidate.verdict
     if verdict.rival == champion and verdict.champion is not None:
         return verdict.champion.describe()
     try:
-        losses = compare_losses(
-            registry, name, read_candidate(registry, name, version, champion), champion
-        )
+        losses = compare_losses(registry, name, candidate, champion)
     except NestedTuneError as error:
         return f"not possible: {error}"
     if losses is None:
-        return "not possible: the two were not measured on the same examples"
-    change = losses.loss - losses.champion_loss
+        return "not possible: the two were not measured alike on the same examples"
+    loss, champion_loss = losses
+    change = loss - champion_loss
     return (
-        f"on the same examples {format_loss(losses.loss)}, the champion "
-        f"{format_loss(losses.champion_loss)} "
+        f"on the same examples {format_loss(loss)}, the champion {format_loss(champion_loss)} "
         f"({format_difference(change)}: {'worse' if change > 0 else 'not worse'})"
     )

@@ -145,9 +145,13 @@ def test_each_key_says_what_it_makes_of_a_loss() -> None:
         *("training.loss", "training.loss_config", "training.supervise", "training.precision"),
         "training.reference",
     }
-    made_of = settings_that_make_loss(parse_config({"max_seq_length": 64}, source="a test"))
+    config = parse_config({"max_seq_length": 64}, source="a test")
+    made_of = settings_that_make_loss(FineTuneConfig, config.model_dump(mode="json"))
     assert (made_of["max_seq_length"], made_of["training.loss_config"]) == (64, {})
     assert not {"model", "data", "val_batches"} & made_of.keys()
+    assert settings_that_make_loss(FineTuneConfig, {}) == dict.fromkeys(
+        made_of
+    )  # keys that were not there yet
 
 
 def test_files_in_a_list_are_paths_and_the_word_lineage_is_none() -> None:

@@ -90,10 +90,12 @@ def make_run(tmp_path: Path) -> MakeRun:
         verdict: str = "passed",
         initial_digest: str = "0" * 64,
         tasks: Sequence[dict[str, Any]] = (),
+        base: str | None = "b1",
     ) -> RunDirectory:
         run = RunDirectory(tmp_path / f"run-{value}")
         run.adapter.mkdir(parents=True)
-        config = {"num_layers": 1, "lora_parameters": {"rank": 1, "scale": 20.0}}
+        config: Any = {"num_layers": 1, "lora_parameters": {"rank": 1, "scale": 20.0}}
+        config["base_fingerprint"] = base
         write_adapter(run.adapter, {"layers.0.lora_a": mx.full((2,), value)}, config)
         validation = None if loss is None else losses_that_fell_to(loss)
         trained = {"path": "adapter", "digest": read_adapter(run.adapter).digest()}
@@ -385,6 +387,36 @@ class TestPromotionByAPerson:
         by_hand(make_run(1.0, loss=1.0))
         for run in (make_run(2.0, loss=5.0, data="d2"), make_run(3.0, loss=None)):
             assert warning(tmp_path / "registry", by_hand(run)) is None
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"config": "mask_prompt: true"},
+            {"config": "training: {supervise: all}"},
+            {"config": "max_seq_length: 64"},
+            {"left_out": 4, "examples": 80},
+            {"left_out": None},
+            {"base": "b2"},
+            {"base": None},
+        ],
+        ids=str,
+    )
+    def test_losses_that_were_measured_otherwise_are_not_compared(
+        self, make_run: MakeRun, by_hand: Any, tmp_path: Path, other: dict[str, Any]
+    ) -> None:
+        by_hand(make_run(1.0, loss=1.0))
+        run = make_run(2.0, loss=5.0, **{key: other[key] for key in ("base",) if key in other})
+        with run.config.open("a") as config:
+            config.write(other.get("config", ""))
+        gate = read_gate(run.gate)
+        gate["validation"] |= {
+            key: n for key, n in other.items() if key in ("left_out", "examples")
+        }
+        write_gate(run.path, gate, judged_files(run.path))
+        done = by_hand(run)
+        notes = describe_promotion(tmp_path / "registry", NAME, done)
+        assert (done.outcome, notes.warning) == ("promoted", None)
+        assert "the champion before, has no loss that was measured alike" in str(notes.losses)
 
     def test_an_adapter_that_was_never_measured_is_said_to_be_so_beside_the_one_that_was(
         self, make_run: MakeRun, by_hand: Any, tmp_path: Path
