@@ -1,7 +1,7 @@
 """Rows of a data set, read again in one form that every reader accepts, and compared with others.
 
-Rows of other programs' formats become conversations under our own keys. Rows are compared without
-case and white space, as the validation compares duplicates.
+Rows of other programs' formats become conversations under our own keys. Rows are compared as the
+validation compares duplicates: without what `fold_text` removes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nested_core.data.lines.example_parsing import (
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import flatten_example, fold_case_and_space, fold_questions
+from nested_core.data.lines.line_rows import flatten_example, fold_questions, fold_text
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
@@ -89,7 +89,7 @@ class RowKeys:
     """Keys by which rows are compared.
 
     content: SHA-256 of everything that is tokenized.
-    folded: the key of the same without case and white space.
+    folded: the key of the same as `fold_text` returns it.
     prompt: the key of the last question, see `fold_questions`; None for plain text.
     """
 
@@ -112,7 +112,7 @@ class RowKeys:
         asked = fold_questions(turns)
         prompt = _key(asked[-1]) if asked else None
         encoded = content.encode()
-        return cls(sha256(encoded).digest(), _key(fold_case_and_space(encoded)), prompt)
+        return cls(sha256(encoded).digest(), _key(fold_text(encoded)), prompt)
 
 
 def _key(text: bytes) -> bytes:

@@ -88,11 +88,6 @@ class Judgement:
         return cls(verdict.trained.digest, None, verdict, facts, 0)
 
     @property
-    def rival(self) -> str | None:
-        """The champion that the version was judged against; None without a champion."""
-        return self.verdict.rival
-
-    @property
     def loss_after(self) -> float | None:
         """The version's mean held-out loss in nats/token; None if it was not measured."""
         return None if self.verdict.validation is None else self.verdict.validation.loss_after
@@ -139,7 +134,7 @@ def read_judgements(folder: Path, version: str, ledger: Ledger) -> tuple[Judgeme
 
 def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judgement:
     """Return the newest verdict against this champion; if there is no such, the newest of all."""
-    against = [verdict for verdict in verdicts if verdict.rival == champion]
+    against = [judgement for judgement in verdicts if judgement.verdict.rival == champion]
     return (against or list(verdicts))[-1]
 
 

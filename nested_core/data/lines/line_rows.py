@@ -29,6 +29,9 @@ _ASCII_WHITE_SPACE = bytes(byte for byte in range(128) if chr(byte).isspace())
 _LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 _ESCAPE_PATTERN = re.compile(r"\\(?:u....|.)")
+# Up to four end texts of any base at the end of a text, folded; not all of it.
+_END = '(?:\\|[^|<>"\0]{1,40}\\||/s|eos|end_of_turn|\uff5cend\u2581of\u2581sentence\uff5c)>'
+_ENDS_PATTERN = re.compile(f'<(?<=[^\0"]<){_END}(?:<{_END}){{0,3}}(?=[\0"]|\\Z)'.encode())
 _SPACE_BY_ESCAPE = {_as_json(chr(n))[1:-1]: chr(n) for n in range(32) if chr(n).isspace()}
 
 
@@ -76,27 +79,34 @@ def flatten_example(example: Example, field_names: FieldNames) -> LineRow:
     return LineRow(example.format, roles, content, shown, blank_field, unknown)
 
 
-def fold_case_and_space(content: bytes) -> bytes:
-    """Lower the case, remove what str.isspace takes for white space, and compose letters (NFC)."""
+def fold_text(content: bytes) -> bytes:
+    """Return texts in a form that is equal for texts that say the same.
+
+    Lower the case, remove what str.isspace takes for white space, and compose letters (NFC). An end
+    text after other text, such as `<|im_end|>`, is removed, whichever base it is of.
+    """
     if content.isascii():
-        return content.translate(_LOWERCASE_BYTE_TABLE, _ASCII_WHITE_SPACE)
-    return normalize("NFC", "".join(content.decode().casefold().split())).encode()
+        folded = content.translate(_LOWERCASE_BYTE_TABLE, _ASCII_WHITE_SPACE)
+    else:
+        folded = normalize("NFC", "".join(content.decode().casefold().split())).encode()
+    return _ENDS_PATTERN.sub(b"", folded)
 
 
 def digest_example(example: Example) -> int:
     """Return 64 bits of the SHA-256 of an example's turns: what identifies it in any data set.
 
-    Settings, case, white space, marks of turns that are not learnt, system turns and tools do not
-    count: whoever learnt the row with them knows its answer. A pair is known by its chosen answer.
+    Settings, what `fold_text` removes, marks of turns that are not learnt, system turns and tools
+    do not count: whoever learnt the row with them knows its answer. A pair is known by its chosen
+    answer.
     """
     turns = [turn for turn in example.messages if turn["role"] != "system"]
     alone = example._replace(messages=turns, tools=None, is_plain=False, rest={})
-    content = fold_case_and_space(_text_to_compare(alone, roles="").encode())
+    content = fold_text(_text_to_compare(alone, roles="").encode())
     return int.from_bytes(sha256(content).digest()[:8], "little")
 
 
 def fold_questions(turns: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """Return the roles, texts and calls of the turns before each answer, without case and space.
+    """Return the roles, texts and calls of the turns before each answer, by `fold_text`.
 
     System turns, tools and names do not count. The last turn is an answer whatever its role.
     """
@@ -105,7 +115,7 @@ def fold_questions(turns: Sequence[Mapping[str, Any]]) -> list[bytes]:
     for index, turn in enumerate(turns, 1):
         role = turn["role"]
         if asked and (role == "assistant" or index == len(turns)):
-            questions.append(fold_case_and_space("\0".join(asked).encode()))
+            questions.append(fold_text("\0".join(asked).encode()))
         if role != "system":
             calls = [_call_to_compare(call) for call in turn.get("tool_calls", ())]
             asked += [role, turn.get("content") or "", _json_to_compare(calls) if calls else ""]
@@ -142,7 +152,7 @@ def _json_to_compare(value: Any) -> str:
 def _in_order(value: Any) -> Any:
     """Return JSON values with the keys of objects in order, whatever their case and white space."""
     if isinstance(value, dict):
-        names = sorted(value, key=lambda name: (fold_case_and_space(name.encode()), name))
+        names = sorted(value, key=lambda name: (fold_text(name.encode()), name))
         return {name: _in_order(value[name]) for name in names}
     return [_in_order(item) for item in value] if isinstance(value, list) else value
 

@@ -22,7 +22,7 @@ from nested_core.data.lines.example_parsing import (
     formats_of_plain_rows,
     parse_plain_row,
 )
-from nested_core.data.lines.line_rows import LineRow, fold_case_and_space, parse_line_to_row
+from nested_core.data.lines.line_rows import LineRow, fold_text, parse_line_to_row
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.room_checks import AskedTexts, NearDuplicates, RowChecks
 from nested_core.errors import DatasetError
@@ -36,7 +36,7 @@ LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
     "prompt": pl.UInt64,  # equal for equal prompts
     "answer": pl.UInt64,  # equal for equal answers
-    "folded": pl.UInt64,  # equal for contents that differ in case and white space only
+    "folded": pl.UInt64,  # equal for contents that `fold_text` makes equal
     "has_control": pl.Boolean,
     "has_replacement": pl.Boolean,
     "has_error_cell": pl.Boolean,  # a turn, or plain text, is nothing else
@@ -205,7 +205,7 @@ def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.S
         example.
 
     A key is a 64-bit hash, one for each line: `content` (0 for no example), `prompt` (all before
-    the answer), `answer`, and `folded` (the content without case and white space).
+    the answer), `answer`, and `folded` (the content, see `fold_text`).
     """
     encoded = [None if content is None else content.encode() for content in contents]
     digests = b"".join([sha256(content).digest() for content in encoded if content is not None])
@@ -220,7 +220,7 @@ def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.S
         "content": pl.Series(content),
         "prompt": _hash_to_keys(prompts),
         "answer": _hash_to_keys(answers),
-        "folded": _hash_to_keys([one and fold_case_and_space(one) for one in encoded]),
+        "folded": _hash_to_keys([one and fold_text(one) for one in encoded]),
     }
     return digests, keys
 

@@ -111,7 +111,7 @@ LINE_RULES = FrameRules(
             "near-duplicate",
             "warning",
             pl.col("resembles").is_null(),
-            "like {train_file}:{resembles} but for case, white space and marks such as weight: 0",
+            "like {train_file}:{resembles} but for case, white space, end texts and marks",
         ),
         Rule(
             "same-prompt-other-answer",

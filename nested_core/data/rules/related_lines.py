@@ -22,7 +22,7 @@ def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFra
     """Add columns to the frames of train, valid and test that relate each row to other lines.
 
     All frames get file, train_file, is_train, file_format, and train lines: `repeats` (equal
-    content), `resembles` (equal but for case and white space) and `answers_otherwise` (equal
+    content), `resembles` (equal by `fold_text`) and `answers_otherwise` (equal
     prompt, other content). valid and test get `repeats_held_out`, the first line of the same file
     with equal content; test also gets valid_file and `line_in_valid` (equal content). The columns
     that were compared (content, folded, prompt) are removed.

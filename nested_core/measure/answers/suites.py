@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from nested_core.config.sections import Score
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
-from nested_core.data.lines.line_rows import fold_case_and_space
+from nested_core.data.lines.line_rows import fold_text
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.errors import DatasetError, join_first_values, list_first, shorten
 from nested_core.measure.answers.suite_files import TABLE_SUFFIXES, read_question_lines
@@ -352,14 +352,14 @@ def _find_repeated_names(questions: Iterable[Question]) -> Iterator[BadQuestion]
 
 
 def fold_prompt(question: Question) -> bytes:
-    """Return a key that is equal for prompts that differ only in case and white space.
+    """Return a key that is equal for prompts that `fold_text` makes equal.
 
     A plain text has the key of a user's turn, as which the chat template asks it.
     """
     prompt = question.prompt
     turns = [["user", prompt]] if isinstance(prompt, str) else [turn.values() for turn in prompt]
     return b"\0".join(
-        fold_case_and_space(part.encode(errors="surrogatepass")) for turn in turns for part in turn
+        fold_text(part.encode(errors="surrogatepass")) for turn in turns for part in turn
     )
 
 

@@ -1,6 +1,6 @@
 """Which earlier examples a run replays: none that newer data repeats, contradicts or holds out.
 
-Rows are compared as the validation compares duplicates: without case and white space. Of the
+Rows are compared as the validation compares duplicates: see `fold_text`. Of the
 examples that are left, as many are chosen as the run has room for, by its seed.
 """
 

@@ -19,7 +19,7 @@ from functools import cached_property
 from nested_core import seams
 from nested_core.data.lines.example_parsing import ANY_LOSS, FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import fold_case_and_space, fold_questions
+from nested_core.data.lines.line_rows import fold_questions, fold_text
 from nested_core.data.room_checks import NearDuplicates
 from nested_core.errors import ConfigError
 from nested_core.rooms.tables.labels import find_labels
@@ -137,7 +137,7 @@ class RowTexts:
     @cached_property
     def question(self) -> bytes:
         """The last question, or else the whole text, without case and white space."""
-        return self.asked[-1] if self.asked else fold_case_and_space(self.whole.encode())
+        return self.asked[-1] if self.asked else fold_text(self.whole.encode())
 
     @classmethod
     def of(cls, line: bytes, names: FieldNames) -> RowTexts:

@@ -103,6 +103,10 @@ WARNINGS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
         {"train": GOOD, "valid": [chat("WHERE IS A?", "In Aland.")]},
         [("valid.jsonl", 1, "near-duplicate")],
     ),
+    "near-duplicate with an end text": (
+        {"train": GOOD, "valid": [chat("Where is A?", "In Aland.<|im_end|>")]},
+        [("valid.jsonl", 1, "near-duplicate")],
+    ),
     "other answer": (
         {"train": GOOD, "valid": [chat("Where is A?", "Elsewhere.")]},
         [("valid.jsonl", 1, "same-prompt-other-answer")],

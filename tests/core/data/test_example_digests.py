@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from nested_core.data import example_digests
 from nested_core.data.example_digests import TrainedRows, decode_digests, encode_digests
 from nested_core.data.example_rows import RowKeys
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
-from nested_core.data.lines.line_rows import digest_example
+from nested_core.data.lines.line_rows import digest_example, fold_text
 from tests.left_out import needs_rooms
 
 TEXTS = st.text() | st.sampled_from(
@@ -94,6 +95,42 @@ def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str,
     assert digest_example(parse_line(json.dumps(row).encode(), FieldNames())) == own
     other = {"prompt": "Who?", "completion": "You."}
     assert digest_example(parse_line(json.dumps(other).encode(), FieldNames())) != own
+
+
+ENDS = ("<|im_end|>", "<|END_OF_TURN_TOKEN|>\n", "</s>", "<end_of_turn><eos>", "<|im_end|> </s>")
+
+
+@pytest.mark.parametrize("end", [*ENDS, "<\uff5cend\u2581of\u2581sentence\uff5c>"])
+@pytest.mark.parametrize("answer", ["Me.", "\u00e9!", 'x <b>"<|x|>"</b>'])
+def test_a_row_that_ends_with_an_end_text_of_any_base_is_the_same_without_a_tokenizer(
+    end: str, answer: str
+) -> None:
+    def make_rows(text: str) -> list[dict[str, Any]]:
+        chat = [TURNS[0], {"role": "assistant", "content": text}, *TURNS]
+        with_thoughts = [TURNS[0], {"role": "assistant", "content": text, "thinking": "Hm."}]
+        completion = {"prompt": "Who?", "completion": text}
+        return [completion, {"messages": chat}, {"messages": with_thoughts}, {"text": text}]
+
+    for ended, plain, other in zip(
+        make_rows(answer + end), make_rows(answer), make_rows(f"{end} {answer}"), strict=True
+    ):
+        assert digest_of(ended) == digest_of(plain) != digest_of(other)
+        keys = RowKeys.of(plain)
+        assert (RowKeys.of(ended).folded, RowKeys.of(ended).prompt) == (keys.folded, keys.prompt)
+
+
+def test_a_row_whose_whole_answer_is_an_end_text_says_something() -> None:
+    rows = [{"prompt": "Which ends a turn?", "completion": end} for end in ENDS[:3]]
+    assert (
+        len({digest_of(row) for row in rows}) == len({RowKeys.of(row).folded for row in rows}) == 3
+    )
+
+
+def test_many_texts_like_end_texts_are_folded_in_a_moment() -> None:
+    begun = time.process_time()
+    for text in (b"<|a|>" * 100_000 + b"x", b"<|" * 250_000, b"a<|a|>\0" * 70_000):
+        fold_text(text)
+    assert time.process_time() - begun < 2
 
 
 def test_a_row_with_tools_is_the_same_in_another_order_of_keys_and_with_arguments_as_text() -> None:

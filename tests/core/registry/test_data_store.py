@@ -97,6 +97,16 @@ def test_rows_that_are_only_kept_out_stay_with_their_version_and_can_be_forgotte
     assert all_stored(registry) == {*map(digest_row, map(question, (1, 2, 3)))}
 
 
+def test_a_forgotten_row_is_forgotten_with_an_end_text_too(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    ended = question(1) | {"completion": f"{question(1)['completion']}<|im_end|>"}
+    version = add_night(tmp_path, 1, [ended, question(2)], [question(3)])
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps(question(1)))
+    assert main(["gc", NAME, "--registry", str(registry), "--forget", str(listed)]) == 0
+    assert rows_of(registry, version) == ([question(2)], [question(3)])
+
+
 def test_a_version_without_examples_has_no_stored_data(tmp_path):
     registry = tmp_path / "registry"
     version = register(write_run(tmp_path / "run", 1), registry, NAME, {})

@@ -236,7 +236,7 @@ def test_by_default_it_is_a_warning(folder) -> None:
     )
     assert found[1][3].startswith("nearly the row train.jsonl:3, which is trained on: ")
     assert "take one of the two out, or set data_policy.near_duplicates: off" in found[1][3]
-    same = "like train.jsonl:2 but for case, white space and marks such as weight: 0"
+    same = "like train.jsonl:2 but for case, white space, end texts and marks"
     assert found[2][3] == same
 
 
