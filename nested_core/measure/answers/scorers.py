@@ -1,33 +1,24 @@
 """Score the answers to a suite's questions, each from 0 (wrong) to 1 (right).
 
 Texts and numbers are compared here. Regular expressions, JSON schemas and Python functions come
-with the suite and may never return. They run in a process of their own, which has a time limit and
-whose output is validated.
+with the suite, and a room scores by them.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from pathlib import Path
-from typing import Any, Literal
 
 from nested_core.config.sections import Score
-from nested_core.errors import ChildFailed, DatasetError, NestedTuneError, shorten
+from nested_core.errors import DatasetError
 from nested_core.measure.answers.suites import BadQuestion, Question, describe_bad_questions
-from nested_core.process.child import Child
+from nested_core.seams import load_only
 
-SCORING_PROGRAM = Path(__file__).with_name("scoring_process.py")
-START_TIMEOUT_SECONDS = 60.0
-QUESTION_TIMEOUT_SECONDS = 10.0
-SUITE_CHECK_TIMEOUT_SECONDS = 120.0  # to compile all patterns or schemas
-MAX_ANSWER_BYTES = 4096
-MAX_PROBLEM_CHARACTERS = 300
+SCORES_OF_SUITES = ("regex", "json", "python")  # by what comes with a suite
 _SIGN_PATTERN = r"(?:(?<![\d.])[-+\u2212])?"  # the "-" in "3-4" is no sign
 _GROUP_PATTERN = "[,\u00a0\u2009\u202f]"  # comma, and the spaces that do not break a number
 _NUMBER_PATTERN = re.compile(
@@ -52,17 +43,30 @@ class ScoringMethod:
     function: str | None = None
 
 
+@dataclass(frozen=True)
+class SuiteScorer:
+    """A room's scoring by what comes with a suite: a pattern, a schema or a function.
+
+    score: returns a score from 0 to 1 for each pair of a question and its answer. Raises
+        DatasetError, naming the question, if the scorer raises, takes too long or gives no score.
+    find_problems: yields for each question what is wrong with its pattern or schema, or None. It
+        ends at a failure, as the last problem.
+    """
+
+    score: Callable[[ScoringMethod, Sequence[tuple[Question, str]]], list[float]]
+    find_problems: Callable[[ScoringMethod, Sequence[Question]], Iterator[str | None]]
+
+
 def score_answers(
     method: ScoringMethod, questions: Sequence[Question], answers: Sequence[str]
 ) -> list[float]:
     """Score each answer from 0 to 1, in the order of the questions.
 
-    Raises DatasetError, naming the question, if a pattern, schema or function of the suite raises,
-    takes too long, or returns no score.
+    Raises DatasetError as SuiteScorer does, ConfigError if the room of the score is not installed.
     """
     pairs = list(zip(questions, answers, strict=True))
-    if method.score in ("regex", "json", "python"):
-        return _score_in_process(method, pairs)
+    if method.score in SCORES_OF_SUITES:
+        return _load_scorer(method).score(method, pairs)
     scorers = {
         "exact": _equals_accepted_answer,
         "contains": _contains_accepted_answer,
@@ -113,101 +117,26 @@ def _is_near_accepted_number(question: Question, answer: str) -> bool:
         return any(abs(number - Decimal(repr(value))) <= tolerance for value in question.accepted)
 
 
+def _load_scorer(method: ScoringMethod) -> SuiteScorer:
+    """Return the room's scorer; ConfigError if it is not installed."""
+    return load_only(SuiteScorer, f"score: {method.score}")
+
+
 def require_usable_scorer(method: ScoringMethod, questions: Sequence[Question]) -> None:
     """Compile the patterns or schemas that came with a suite, or import its function.
 
-    Raises DatasetError, naming the lines, if one does not compile or takes too long.
+    Raises DatasetError, naming the lines, if one does not compile or takes too long; ConfigError if
+    the room of the score is not installed.
     """
     if method.score == "python":
-        _score_in_process(method, ())
+        _load_scorer(method).score(method, ())
     if method.score in ("regex", "json"):
+        found = _load_scorer(method).find_problems(method, questions)
         problems = [
             BadQuestion(question.line, problem, problem)
-            for problem, question in zip(_check_in_process(method, questions), questions)  # noqa: B905
+            for problem, question in zip(found, questions)  # noqa: B905
             if problem is not None
         ]
         if problems:
             summary = f"{method.place} is no eval set of {method.score} questions."
             raise DatasetError(describe_bad_questions(method.place, problems, summary))
-
-
-def _check_in_process(method: ScoringMethod, questions: Sequence[Question]) -> Iterator[str | None]:
-    """Yield for each question what is wrong with its pattern or schema, or None.
-
-    Ends early, with the failure as the last problem, if the process fails or takes too long.
-    """
-    keys = ("expected", "schema")
-    items = [
-        {"question": {key: question.fields[key] for key in keys if key in question.fields}}
-        for question in questions
-    ]
-    started = time.monotonic()
-    try:
-        for problem in _run_scoring_process(method, "check", items):
-            if time.monotonic() - started > SUITE_CHECK_TIMEOUT_SECONDS:
-                limit = f"{SUITE_CHECK_TIMEOUT_SECONDS:g} seconds"
-                raise _ScoringFailed(f"those up to here took more than {limit}")
-            yield None if problem is None else shorten(problem, MAX_PROBLEM_CHARACTERS)
-    except _ScoringFailed as failure:
-        yield f"{_describe_scorer(method)}: {failure}"
-
-
-def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str]]) -> list[float]:
-    """Score answers in the scoring process, and validate each score it returns.
-
-    Raises DatasetError, naming the question's line, if scoring fails. Without pairs it only checks
-    that the scorer can be loaded.
-    """
-    items = [{"answer": answer, "question": question.fields} for question, answer in pairs]
-    scores: list[float] = []
-    try:
-        for score in _run_scoring_process(method, "score", items):
-            if not isinstance(score, float) or not 0 <= score <= 1:
-                raise _ScoringFailed(f"it answered {shorten(score)}, not a score")
-            scores.append(score)
-    except _ScoringFailed as failure:
-        line = pairs[len(scores)][0].line if pairs else None
-        text = f"{_describe_scorer(method)}: {failure}"
-        summary = f"the answers to {method.place} could not be scored."
-        problems = [BadQuestion(line, "scorer", text)]
-        raise DatasetError(describe_bad_questions(method.place, problems, summary)) from None
-    return scores
-
-
-class _ScoringFailed(Exception):
-    """The scoring process failed, or returned something else than a result."""
-
-
-def _run_scoring_process(
-    method: ScoringMethod, work: Literal["check", "score"], items: Sequence[dict[str, Any]]
-) -> Iterator[Any]:
-    """Yield the scoring process's result for each item; without items only load the scorer.
-
-    Scorers run in a process of their own, because a pattern, a schema or a person's function may
-    take forever or all memory.
-
-    method: how answers are scored. work: whether items are questions to check or answers to score.
-
-    Raises _ScoringFailed if an item raises an error or takes too long, or if the process fails.
-    """
-    request = {
-        "work": work,
-        "score": method.score,
-        "function": method.function,
-        "folder": os.getcwd(),
-        "most_seconds": int(2 * START_TIMEOUT_SECONDS),  # then it ends itself, if we are gone
-    }
-    try:
-        with Child(SCORING_PROGRAM, max_answer_bytes=MAX_ANSWER_BYTES) as child:
-            child.ask(request | {"item": None}, START_TIMEOUT_SECONDS)  # only loads the scorer
-            for item in items:
-                yield child.ask(request | {"item": item}, QUESTION_TIMEOUT_SECONDS)
-    except (NestedTuneError, OSError) as error:  # a scorer's own error may be of these classes
-        kind = "" if isinstance(error, ChildFailed) else f"{type(error).__name__}: "
-        raise _ScoringFailed(shorten(f"{kind}{error}", MAX_PROBLEM_CHARACTERS)) from None
-
-
-def _describe_scorer(method: ScoringMethod) -> str:
-    """Name what scores a suite, for messages: a regular expression, a schema or a function."""
-    names = {"regex": "the regular expression", "json": "the JSON schema"}
-    return names.get(method.score, f"the function {method.function}")

@@ -27,6 +27,7 @@ from tests.builders.data_sets import write_lines
 from tests.builders.suites import KNOWN, WRONG, note_who_is_asked, task, write_suite
 from tests.core.gate.pairs import codes
 from tests.example import example_config, prepare, require_refused
+from tests.left_out import needs_rooms
 
 
 def with_tasks(config: FineTuneConfig, *tasks: dict[str, Any]) -> FineTuneConfig:
@@ -164,6 +165,7 @@ def test_a_suite_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> 
     steps.write_run_config(with_tasks(config, task(suite, name="others")), run, resume=True)
 
 
+@needs_rooms("scorers")
 def test_a_scorer_that_fails_gives_no_verdict_and_loses_nothing(
     candidate: Candidate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
