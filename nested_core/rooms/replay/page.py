@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from nested_core.records.run_status import Run
 from nested_core.report.page_blocks import PageBlocks
 from nested_core.rooms.replay.replay_record import read_replay
-from nested_core.text.document import Block, Details, Table, Text
-
-MAX_SHOWN_QUESTIONS = 12
+from nested_core.text.document import Block, Table, Text
 
 
 def describe_replay(run: Run) -> Iterator[Block]:
-    """What is replayed of each earlier data set, what is left out, and which facts changed."""
+    """What is replayed of each earlier data set, and what is left out."""
     replay = run.read(run.folder.replay, read_replay)
     if replay is None:
         return
@@ -24,11 +22,6 @@ def describe_replay(run: Run) -> Iterator[Block]:
     columns = ("data set", "replayed", "of", "newer data has too", "superseded", "held out")
     yield Table("Replayed examples, newest data set first; all: replay.jsonl", columns, rows)
     yield Table("Their digest", ("examples", "digest"), [(replay.examples, replay.content_digest)])
-    superseded = [(source.name, row.prompt) for source in replay.sources for row in source.named]
-    if superseded:
-        caption = "Superseded: newer data says otherwise of these prompts; digests: replay.json"
-        listed = Table(caption, ("data set", "prompt"), superseded[:MAX_SHOWN_QUESTIONS])
-        yield Details("Superseded examples", [listed])
 
 
 BLOCKS = PageBlocks(of_run=describe_replay)

@@ -19,20 +19,7 @@ from nested_core.storage.atomic import canonical_json
 from nested_core.storage.untrusted_files import UNBOUNDED, read_regular, regular_sha256
 from nested_core.text.digest_format import shorten_digest
 
-MAX_NAMED_PROMPTS = 20  # of a source
-MAX_SHOWN_PROMPTS = 3
-MAX_SHOWN_CHARACTERS = 60
-
-
-class SupersededRow(BaseModel):
-    """A row whose prompt has another answer in newer data.
-
-    digest: SHA-256 of the example; prompt: the beginning of its last turn before the answer.
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True)
-    digest: str
-    prompt: str
+MAX_NAMED_SOURCES = 3
 
 
 class ReplaySource(BaseModel):
@@ -43,7 +30,6 @@ class ReplaySource(BaseModel):
     rows: how many it has for training.
     repeated: those that newer data has too; superseded: those whose prompt has another answer
         there; held_out: those that equal a held-out example, of this run or of any source.
-    named: the first of the superseded ones.
     problem: what is missing of it, or has changed; None for a whole one.
     """
 
@@ -56,7 +42,6 @@ class ReplaySource(BaseModel):
     repeated: int = 0
     superseded: int = 0
     held_out: int = 0
-    named: tuple[SupersededRow, ...] = ()
     problem: str | None = None
 
     @property
@@ -138,7 +123,7 @@ class ReplayRecord(BaseModel):
     def name_what_is_missing(self) -> str:
         """`; not all is there of version 1a2b3c4d`, for the reason of a choice; empty if all is."""
         names = [source.name for source in self.sources if source.problem]
-        shown = join_first_values(names, MAX_SHOWN_PROMPTS)
+        shown = join_first_values(names, MAX_NAMED_SOURCES)
         return f"; not all is there of {shown}" if names else ""
 
     def describe(self) -> Iterator[str]:
@@ -156,13 +141,6 @@ class ReplayRecord(BaseModel):
             yield f"replay: {self.fraction:.3g} of the rows{default}, from {listed}"
         elif self.fraction:
             yield "replay: there is no earlier data to replay"
-        if count := sum(source.superseded for source in self.sources):
-            prompts = [row.prompt for source in self.sources for row in source.named]
-            shown = join_first_values(
-                [f'"{prompt[:MAX_SHOWN_CHARACTERS]}"' for prompt in prompts], MAX_SHOWN_PROMPTS
-            )
-            noun = "example is" if count == 1 else "examples are"
-            yield (f"replay: {count:,} {noun} superseded, for newer data says otherwise: {shown}")
         if self.removed is not None:
             where = "was removed from the" if self.removal_is_recorded else "is not in this"
             yield (

@@ -1,7 +1,6 @@
 """Earlier data that a run may replay, read before training.
 
-The registry's data store gives a version's examples. If it has lost them, the files that the
-version was trained on do, if they are still what they were.
+The registry's data store gives a version's examples.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.example_rows import SplitRows, read_split_rows
-from nested_core.data.held_out_rows import digest_held_out_file
 from nested_core.errors import ConfigError, DatasetError, shorten
 from nested_core.registry.data_store import read_lineage, read_stored_data
 from nested_core.registry.folders import name_exists
@@ -24,7 +21,7 @@ from nested_core.registry.ledger import read_ledger
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.queries import holding_champion
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.rooms.replay.replayed_examples import EarlierData, read_held_out_file
+from nested_core.rooms.replay.replayed_examples import EarlierData
 
 HELD_OUT_SPLITS = SPLITS[1:]
 MAX_REASON_CHARACTERS = 200
@@ -111,33 +108,12 @@ def _count_rows_of_iterations(provenance: dict[str, Any]) -> float | None:
 
 
 def _read_version(registry: Path, name: str, version: str) -> EarlierData:
-    """What a version was trained on: from the store, else from its files if they are the same."""
+    """What a version was trained on, of the registry's data store."""
     stored = read_stored_data(registry, name, version)
     if stored is None:
-        provenance = read_provenance(version_folder(registry, name, version))
-        return _read_source_of_version(version, provenance)
+        problem = "the registry keeps no data of it: none is replayed, nor known to be held out"
+        return EarlierData(version, None, problem=problem)
     lost = f"{stored.missing:,} of its examples are no longer in the registry's data store"
     train = [row.row for row in stored.train]
     held_out = [row.row for row in (*stored.held_out, *stored.kept_out)]
     return EarlierData(version, None, train, held_out, lost if stored.missing else None)
-
-
-def _read_source_of_version(version: str, provenance: dict[str, Any]) -> EarlierData:
-    """What a version was trained on, from the files that its provenance names."""
-    given = {key: value for key, value in provenance["config"].items() if value is not None}
-    config = parse_config(given, source=f"the provenance of {version}")
-    splits, reason = _read_splits(DataSettings.from_config(config))
-    train = splits.get("train")
-    if reason is None and (train is None or train.digest != provenance["train_digest"]):
-        reason = "it has changed since, and is not replayed"
-        train = None
-    held_out = [*_held_out_rows(splits), *read_held_out_file(config)]
-    judged_by = provenance.get("validation_digest")
-    digests = [splits[split].digest for split in HELD_OUT_SPLITS if split in splits]
-    is_known = judged_by in (None, digest_held_out_file(config.gate.held_out), *digests)
-    unknown = "its held-out examples are not what they were, and may be trained on"
-    reasons = [*filter(None, [reason]), *([] if is_known else [unknown])]
-    where = ", ".join(each.path for each in config.hf_dataset) or config.data
-    problem = f"the registry keeps no data of it, and of {where}: {'; '.join(reasons)}"
-    rows = [] if train is None else train.rows
-    return EarlierData(version, None, rows, held_out, problem if reasons else None)

@@ -25,10 +25,7 @@ from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.data.lines.example_parsing import find_format, find_row_format
 from nested_core.rooms.replay.replay_draws import Weighting, choose_rows
 from nested_core.rooms.replay.replay_record import (
-    MAX_NAMED_PROMPTS,
-    MAX_SHOWN_CHARACTERS,
     ReplaySource,
-    SupersededRow,
 )
 
 Row = Mapping[str, Any]
@@ -216,7 +213,6 @@ def _sort_out(
 ) -> tuple[ReplaySource, list[tuple[bytes, bytes]]]:
     """A source's counts, and content and line of each example that may be replayed."""
     counts = Counter[str]()
-    named: list[SupersededRow] = []
     fresh: dict[bytes, tuple[bytes, bytes]] = {}
     for row in train:
         keys = RowKeys.of(row)
@@ -225,8 +221,6 @@ def _sort_out(
             fresh[keys.folded] = keys.content, json.dumps(row, allow_nan=False).encode() + b"\n"
             continue
         counts[reason] += 1
-        if reason == "superseded" and len(named) < MAX_NAMED_PROMPTS:
-            named.append(SupersededRow(digest=keys.content.hex(), prompt=_shown_prompt(row)))
     source = ReplaySource(
         version=data.version,
         file=data.file,
@@ -234,17 +228,9 @@ def _sort_out(
         repeated=counts["repeated"],
         superseded=counts["superseded"],
         held_out=counts["held_out"],
-        named=tuple(named),
         problem=data.problem,
     )
     return source, list(fresh.values())
-
-
-def _shown_prompt(row: Row) -> str:
-    """The beginning of the last turn before the answer."""
-    prompt = row["messages"][:-1] if "messages" in row else row.get("prompt")
-    text = prompt if isinstance(prompt, str) else (prompt or [{}])[-1].get("content")
-    return " ".join(str(text or "").split())[:MAX_SHOWN_CHARACTERS]
 
 
 def _find_opposite_row(row: Mapping[str, Any]) -> dict[str, Any] | None:

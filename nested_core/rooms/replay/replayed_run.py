@@ -164,11 +164,7 @@ class ReplayOfRun:
             "fraction": record.fraction,
             "examples": record.examples,
             "tokens": tokens,
-            "sources": [
-                source.model_dump(mode="json", exclude={"named"})
-                | {"superseded_examples": [row.digest for row in source.named]}
-                for source in record.sources
-            ],
+            "sources": [source.model_dump(mode="json") for source in record.sources],
         }
 
     def estimate_iterations(self, rows: int) -> int:
