@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -67,7 +67,7 @@ class NearDuplicates:
     relate: adds the columns that the rules judge to the rows of a held-out file, of these rows,
         the same rows with the columns of `schema`, the matches and the number of examples in train.
     add_findings: adds the findings on a held-out file's rows, of this severity.
-    group: returns the indices of texts, in lists of those that nearly are one another.
+    pair: yields pairs of the indices of texts that nearly are one another.
     """
 
     schema: Mapping[str, PolarsDataType]
@@ -77,4 +77,4 @@ class NearDuplicates:
     begin: Callable[[], SharedWithTrain]
     relate: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame, int], pl.DataFrame]
     add_findings: Callable[[pl.DataFrame, Findings, Severity], None]
-    group: Callable[[Sequence[str]], list[list[int]]]
+    pair: Callable[[Sequence[str]], Iterable[Sequence[int]]]

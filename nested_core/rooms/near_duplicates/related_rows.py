@@ -57,31 +57,13 @@ def find_near_duplicates(
     )
 
 
-def group_near_duplicates(texts: Sequence[str]) -> list[list[int]]:
-    """Group texts so that near-duplicates are together; return the texts' indices in each group.
+def pair_near_duplicates(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Yield pairs of texts, by index, that are the same words or share enough n-grams.
 
-    A near-duplicate of texts in two groups joins these. Groups are in the order of their first
-    texts.
+    Common n-grams do not count.
     """
-    roots = list(range(len(texts)))
-
-    def find_root(index: int) -> int:
-        """The text that stands for a group, by way of texts that stand for parts of it."""
-        while roots[index] != index:
-            roots[index] = roots[roots[index]]
-            index = roots[index]
-        return index
-
-    for row, near in _iterate_pairs(texts) if texts else ():
-        roots[find_root(row)] = find_root(near)
-    groups: dict[int, list[int]] = {}
-    for index in range(len(texts)):
-        groups.setdefault(find_root(index), []).append(index)
-    return list(groups.values())
-
-
-def _iterate_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of texts that are the same words, or share enough n-grams that are not common."""
+    if not texts:
+        return
     parts: list[pl.DataFrame] = []
     for first in range(0, len(texts), _TEXTS_AT_ONCE):
         part = texts[first : first + _TEXTS_AT_ONCE]
@@ -89,7 +71,8 @@ def _iterate_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         parts.append(columns.drop("bag").with_row_index("row", offset=first))
     rows = pl.concat(parts)
     equal = rows.drop_nulls("words").select("row", near=pl.col("row").first().over("words"))
-    yield from equal.filter(pl.col("row") != pl.col("near")).iter_rows()
+    are_two = pl.col("row") != pl.col("near")
+    yield from equal.filter(are_two).iter_rows()
     most = int(RARE_NGRAM_FACTOR_IN_ALL_ROWS * _count_examples_of_rare_ngram(len(texts)))
     once = pl.col("ngrams").list.unique()
     ngrams = rows.select("row", "halvings", ngram=once).explode("ngram").drop_nulls()
@@ -98,14 +81,8 @@ def _iterate_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     hits = asked.filter(asked["ngram"].is_duplicated()).rename({"row": "line"})
     for first in range(0, len(texts), _TEXTS_AT_ONCE):
         is_in_part = pl.col("row").is_between(first, first + _TEXTS_AT_ONCE - 1)
-        yield from _pair_by_rare_ngrams(asked.filter(is_in_part), hits)["row", "near"].iter_rows()
-
-
-def add_near_duplicate_columns(held_out: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
-    """Add near and shared to related rows, but where the row equals a training example."""
-    return held_out.with_columns(found).with_columns(
-        near=pl.when(pl.col("repeats").is_null()).then("near")
-    )
+        near = _pair_by_rare_ngrams(asked.filter(is_in_part), hits)
+        yield from near.filter(are_two).select("row", "near").iter_rows()
 
 
 def _pair_rows_by_shared_ngrams(
@@ -178,7 +155,9 @@ def relate(
     read: the same rows with the columns of NGRAM_SCHEMA.
     shared: what `TrainMatches` gave, of so many training examples.
     """
-    return add_near_duplicate_columns(related, find_near_duplicates(shared, examples, read))
+    found = find_near_duplicates(shared, examples, read)
+    is_new = pl.col("repeats").is_null()  # else the row equals a training example
+    return related.with_columns(found).with_columns(near=pl.when(is_new).then("near"))
 
 
 NEAR_DUPLICATES = NearDuplicates(
@@ -191,5 +170,5 @@ NEAR_DUPLICATES = NearDuplicates(
     add_findings=lambda rows, findings, severity: make_near_duplicate_rules(severity).add_findings(
         rows, findings
     ),
-    group=group_near_duplicates,
+    pair=pair_near_duplicates,
 )

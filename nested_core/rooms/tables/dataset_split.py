@@ -110,7 +110,7 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     wanted = max(1, round(request.share * len(new)))
     sizes = {"valid": wanted, "test": max(wanted, math.ceil(least * len(new) / max(1, distinct)))}
     draw = _Draw(texts, sizes, least, known)
-    parts = draw.split(_join([*together, *_group_near_duplicates(texts)], len(rows)))
+    parts = draw.split(_join([*together, *_pair_near_duplicates(texts)], len(rows)))
     is_too_coarse = any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items())
     if is_too_coarse:
         parts = draw.split(_join(together, len(rows)))
@@ -172,14 +172,14 @@ def _group_by_question(texts: Sequence[RowTexts]) -> list[list[int]]:
     return [*groups.values()]
 
 
-def _group_near_duplicates(texts: Sequence[RowTexts]) -> list[list[int]]:
-    """Group rows that nearly are one another, and rows whose questions nearly are."""
+def _pair_near_duplicates(texts: Sequence[RowTexts]) -> list[Sequence[int]]:
+    """Pair rows that nearly are one another, and rows whose questions nearly are."""
     compared = ([one.whole for one in texts], [one.prompt for one in texts])
     return [
-        group
+        pair
         for near in seams.load_all(NearDuplicates)
         for column in compared
-        for group in near.group(column)
+        for pair in near.pair(column)
     ]
 
 
