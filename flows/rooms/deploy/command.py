@@ -82,17 +82,12 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
         require_server,
     )
     from flows.rooms.deploy.planned_deployments import begin_name, make_plan
-    from flows.rooms.deploy.pool_sizes import route_by_forecast
     from flows.rooms.deploy.retention import check_retention
 
     notify = read_notify(arguments.notify)
     require_server()
     done = []
-    plan, routes = route_by_forecast(
-        make_plan(arguments.file, arguments.config), on_wait=print_progress
-    )
-    for line in routes:
-        print_progress(line)
+    plan = make_plan(arguments.file, arguments.config)
     for line in deploy(plan, notify):
         done.append(line)
         if line != NO_ALERTS_WARNING:  # which ends all that is said

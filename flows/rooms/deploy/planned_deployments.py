@@ -16,7 +16,7 @@ import yaml
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyOptions
 from prefect.schedules import Schedule
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from flows.process.environment import packaged_folder
 from nested_core import seams
@@ -76,13 +76,6 @@ class PlannedDeployment(Section):
         """The same deployment, training by this configuration."""
         return self.model_copy(update={"parameters": self.parameters | {"config": configuration}})
 
-    def in_pool(self, name: str) -> Self:
-        """The same deployment in this work pool; a queue belongs to the pool that it left."""
-        if name == self.work_pool.name:
-            return self
-        pool = self.work_pool.model_copy(update={"name": name, "work_queue_name": None})
-        return self.model_copy(update={"work_pool": pool})
-
     def find_conflicts(self) -> Iterator[str]:
         """A schedule without a time, and a flow that trains without a configuration."""
         if any((each.cron or each.interval or each.rrule) is None for each in self.schedules):
@@ -125,7 +118,6 @@ class DeploymentsFile(Section):
     prefect_version: str | None = Field(None, alias="prefect-version")
     definitions: Any = None
     pull: list[dict[str, Any]] = ENTER_HOME
-    pools: dict[str, PositiveFloat] = {}  # GB of the devices, where pools differ in that
     deployments: tuple[PlannedDeployment, ...]
 
     def filled(self, values: dict[str, str]) -> Self:
@@ -148,7 +140,6 @@ class DeploymentPlan:
     pull: list[dict[str, Any]]
     deployments: tuple[PlannedDeployment, ...]
     work_pools: list[WorkPoolCreate]
-    pool_sizes: dict[str, float]
     automations: list[dict[str, Any]]
 
 
@@ -185,7 +176,6 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
         pull=content.pull,
         deployments=content.deployments,
         work_pools=read_work_pools(),
-        pool_sizes=content.pools,
         automations=read_automations_yaml(),
     )
 
