@@ -6,8 +6,7 @@ Two clients ask the example's champion without a pause. In each pair there is a 
 Prometheus server scrapes every five seconds, and one in which it runs and scrapes nothing; which
 comes first changes from pair to pair. Of each, the processor time of the serving process a request
 is taken (user and system, of Linux' /proc). Then another version is promoted under load, and
-Prometheus is asked for the version before and after. promtool, beside prometheus, checks /metrics
-and the file of a night.
+Prometheus is asked for the version before and after. promtool, beside prometheus, checks /metrics.
 """
 
 from __future__ import annotations
@@ -37,9 +36,6 @@ from nested_core import backend
 backend.prepare()  # before anything imports mlx
 
 from benchmarks.timing import keep  # noqa: E402
-from nested_core.records.run_status import AdapterRuns, Run  # noqa: E402
-from nested_core.rooms.nights.night_metrics import EndedNight, write_night_metrics  # noqa: E402
-from nested_core.storage.run_directory import RunDirectory  # noqa: E402
 from tests.example import MODEL  # noqa: E402
 from tests.rooms.serve.versions import (  # noqa: E402
     NAME,
@@ -250,10 +246,7 @@ def compare(folder: Path, arguments: argparse.Namespace) -> None:
             prometheus.end()
         check_by_promtool(promtool, read_metrics(target))
         scrape_ms = measure_a_scrape(process, target)
-    night = EndedNight("Promoted", 1.0, Run(RunDirectory(folder / "run")))
-    write_night_metrics(folder, AdapterRuns.of(registry, NAME), [], night)
-    check_by_promtool(promtool, (folder / f"nested_tune_{NAME}.prom").read_bytes())
-    print("scraping: promtool finds nothing, in /metrics and in the file of a night")
+    print("scraping: promtool finds nothing in /metrics")
     median = statistics.median(scraped / plain for scraped, plain in pairs)
     print(f"scraping: median of {len(pairs)} pairs {median:.4f}, bar {1 + BAR}")
     share = scrape_ms / (1000 * INTERVAL)

@@ -22,7 +22,6 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import State, StateType
 from prefect.events.worker import EventsWorker
-from prometheus_client.parser import text_string_to_metric_families
 
 from flows.finetune import FinetuneParameters, finetune
 from flows.flow_runs.run_place import FOLDER_LABEL, HOST_LABEL
@@ -61,10 +60,7 @@ def run_flow(given: FinetuneParameters) -> State[Any]:
 @pytest.fixture(scope="module")
 def completed(prefect_server, tmp_path_factory) -> tuple[Path, State[Any]]:
     folder = tmp_path_factory.mktemp("flow")
-    (folder / "metrics").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NESTED_TUNE_METRICS_FOLDER", str(folder / "metrics"))
-        return folder, run_flow(parameters(folder))
+    return folder, run_flow(parameters(folder))
 
 
 def test_the_flow_completes_and_registers_a_champion(completed: tuple[Path, State[Any]]) -> None:
@@ -93,17 +89,6 @@ def test_the_flow_run_says_which_host_has_its_folder(completed: tuple[Path, Stat
     with get_client(sync_client=True) as client:
         labels = client.read_flow_run(flow_run_id(state)).labels
     assert (labels[HOST_LABEL], labels[FOLDER_LABEL]) == (gethostname(), str(folder / "run"))
-
-
-@needs_rooms("nights")
-def test_the_figures_of_the_night_are_a_file_for_prometheus(completed) -> None:
-    folder, _ = completed
-    text = (folder / "metrics" / "nested_tune_capitals.prom").read_text()
-    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-    assert {sample.labels["name"] for sample in samples} == {"capitals"}
-    (outcome,) = [s.labels["outcome"] for s in samples if s.name == "nested_tune_night_outcome"]
-    assert outcome == "Promoted"
-    assert next(s.value for s in samples if s.name == "nested_tune_night_seconds") > 0
 
 
 def continued(folder: Path, path: str, **changes: Any) -> State[Any]:

@@ -20,7 +20,6 @@ from flows.rooms.nights.artifacts import (
     publish_nights,
 )
 from flows.rooms.nights.dead_runs import end_dead_runs, resume_forgotten_runs
-from flows.rooms.nights.metrics_file import write_metrics
 from flows.rooms.nights.other_night import find_other_night
 from flows.rooms.nights.run_list import tidy_run_list
 from flows.rooms.nights.warning_events import (
@@ -36,7 +35,7 @@ from tasks.artifact_client import artifact_key, artifact_path
 
 
 class NightWatcher(Watcher):
-    """Pages, warnings, figures for Prometheus, and the end of runs whose process is gone."""
+    """Pages, warnings, and the end of runs whose process is gone."""
 
     def find_other_run(self) -> str | None:
         """Another night of this adapter that is at work, or suspended."""
@@ -48,12 +47,11 @@ class NightWatcher(Watcher):
         publish_night(config, run, Outcome.RUNNING, message)
 
     def end(self, config: FineTuneConfig, run: RunDirectory, state: State[Any]) -> None:
-        """Publish the pages of the night and of the adapter, and its figures."""
+        """Publish the pages of the night and of the adapter."""
         outcome = str(state.name)
         if run.config.exists():
             publish_night(config, run, outcome, str(state.message))
         publish_nights(config.registry.name, (UUID(str(runtime.flow_run.id)), outcome))
-        write_metrics(config.registry, run, outcome)
         if not state.is_failed():  # that is told already
             warn_of_unusual_night(config.registry, run)
 
