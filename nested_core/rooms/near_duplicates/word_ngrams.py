@@ -53,14 +53,15 @@ class WordNgrams:
     halvings: np.ndarray[Any, np.dtype[np.uint8]]
     bags: Hashes
 
-    def take(self, places: Indices) -> tuple[np.ndarray[Any, np.dtype[np.uint32]], Indices]:
-        """Return the n-grams at some places, uint32, and the index of the text that each is in."""
+    def take_sample(self) -> tuple[np.ndarray[Any, np.dtype[np.uint32]], Indices]:
+        """The sampled n-grams, uint32, and the index of the text that each is in."""
+        places = np.flatnonzero(self.is_sampled)
         ngrams = (self.hashes[places] >> np.uint64(32)).astype(np.uint32)
         return ngrams, np.searchsorted(self.ends, places, side="right")
 
     def to_columns(self, texts: Sequence[str | None]) -> dict[str, pl.Series]:
-        """Return the columns of NGRAM_SCHEMA, a row for each of the texts that were hashed."""
-        ngrams, owners = self.take(np.flatnonzero(self.is_sampled))
+        """The columns of NGRAM_SCHEMA, a row for each of the texts that were hashed."""
+        ngrams, owners = self.take_sample()
         sampled = pl.DataFrame(
             {"owner": owners, "ngrams": ngrams}, schema={"owner": pl.Int64, "ngrams": pl.UInt32}
         )
@@ -76,7 +77,7 @@ class WordNgrams:
 
 
 def hash_word_ngrams(texts: Sequence[str | None]) -> WordNgrams:
-    """Hash each text's words; None, and a text of more than MAX_CHARACTERS, have none."""
+    """The words of each text as hashes; None and a text of more than MAX_CHARACTERS have none."""
     words = _split_into_words(texts, folds_digits=True)
     counts = words.list.len().cast(pl.Int64).to_numpy()
     # The hash of a word is polars': it decides which n-grams of a long text are compared
@@ -93,14 +94,14 @@ def hash_word_ngrams(texts: Sequence[str | None]) -> WordNgrams:
 
 
 def hash_word_sequences(texts: Sequence[str | None]) -> pl.Series:
-    """Hash all words of each text in their order, digits as they are; null without a word."""
+    """A hash of all words of each text in their order, digits as they are; null without a word."""
     words = _split_into_words(texts)
     has_words = words.list.len() > 0
     return pl.select(pl.when(has_words).then(words.list.join(" ").hash(seed=0))).to_series()
 
 
 def _split_into_words(texts: Sequence[str | None], *, folds_digits: bool = False) -> pl.Series:
-    """List the words of each text in small letters; with `folds_digits` each digit is 0.
+    """The words of each text in small letters, a list each; with `folds_digits` each digit is 0.
 
     None and a text of more than MAX_CHARACTERS have no word.
     """
@@ -112,7 +113,7 @@ def _split_into_words(texts: Sequence[str | None], *, folds_digits: bool = False
 
 
 def _sum_by_text(hashes: Hashes, counts: Indices) -> Hashes:
-    """Return the sum of the hashes of each text, modulo 2**64."""
+    """The sum of the hashes of each text, modulo 2**64."""
     sums = np.zeros(len(counts), np.uint64)
     has_words = counts > 0
     if has_words.any():
@@ -121,7 +122,7 @@ def _sum_by_text(hashes: Hashes, counts: Indices) -> Hashes:
 
 
 def _hash_neighbouring_words(hashes: Hashes) -> Hashes:
-    """Return the hash of the NGRAM_LENGTH words from each word on; the last ones have fewer."""
+    """The hash of the NGRAM_LENGTH words from each word on; the last ones have fewer."""
     ngrams = np.zeros(len(hashes), np.uint64)
     for place, factor in enumerate(_HASH_FACTORS):
         following = hashes[place:]
@@ -138,8 +139,6 @@ MATCH_SCHEMA: dict[str, type[pl.DataType]] = {
     "ngram": pl.UInt32,  # null where all words are equal
     "words": pl.UInt64,  # null where an n-gram is shared
 }
-_MIN_TABLE_BITS, _MAX_TABLE_BITS = 16, 24  # a table of 64 KiB to 16 MiB
-_TABLE_ENTRIES_PER_NGRAM = 32
 _MATCHES_WORTH_A_LOOK = 1_000  # below this, those that can name no line cost less than finding them
 Values = np.ndarray[Any, np.dtype[Any]]
 
@@ -155,15 +154,10 @@ class AskedNgrams:
         self.words = words
         self.bags = bags
         self._is_common = np.zeros(len(ngrams), np.bool_)  # those are looked for no more
-        wanted = len(ngrams) * _TABLE_ENTRIES_PER_NGRAM
-        bits = min(_MAX_TABLE_BITS, max(_MIN_TABLE_BITS, wanted.bit_length()))
-        self._shift = np.uint64(64 - bits)
-        self._table = np.zeros(1 << bits, np.bool_)  # True where an n-gram's first bits are
-        self._table[ngrams >> np.uint32(32 - bits)] = True
 
     @classmethod
     def of_frames(cls, held_out: list[pl.DataFrame]) -> AskedNgrams:
-        """Collect those of all rows of frames with the columns of NGRAM_SCHEMA."""
+        """Those of all rows of frames with the columns of NGRAM_SCHEMA."""
         frame = pl.concat([frame.select(list(NGRAM_SCHEMA)) for frame in held_out])
         ngrams = frame["ngrams"].explode().drop_nulls()
         with_words = frame.filter(pl.col("words").is_not_null())
@@ -181,22 +175,21 @@ class AskedNgrams:
 
     @classmethod
     def read(cls, path: Path) -> AskedNgrams:
-        """Read what `write` wrote."""
+        """What `write` wrote."""
         with np.load(BytesIO(read_regular(path)), allow_pickle=False) as arrays:
             return cls(arrays["ngrams"], arrays["words"], arrays["bags"])
 
     def find_in(self, texts: Sequence[str | None], contents: pl.Series) -> tuple[pl.DataFrame, int]:
-        """Find what texts share with those asked for, and count the texts that have n-grams.
+        """What texts share with those asked for, and how many of the texts have n-grams.
 
         `contents` has a key for each text. Where there are many matches, those that can name no
         line are left out of the frame, see MATCH_SCHEMA, and of those of later calls the n-grams
         that are common here: this frame has enough examples of them.
         """
         found = hash_word_ngrams(texts)
-        may_be_asked = self._table[found.hashes >> self._shift] & found.is_sampled
-        ngrams, hits = found.take(np.flatnonzero(may_be_asked))
+        ngrams, hits = found.take_sample()
         is_asked, places = _find_among(ngrams, self.ngrams)
-        is_asked &= ~self._is_common[places]
+        is_asked[is_asked] = ~self._is_common[places[is_asked]]
         ngrams, hits = ngrams[is_asked], hits[is_asked]
         rows = self._rows_of_equal_words(texts, found.bags)
         owners = np.concatenate([hits, rows["row"].to_numpy()])
@@ -219,7 +212,7 @@ class AskedNgrams:
         return shared, int(np.count_nonzero(np.diff(sampled)))
 
     def _rows_of_equal_words(self, texts: Sequence[str | None], bags: Values) -> pl.DataFrame:
-        """Find the texts with the same words in the same order as one asked for: row, words."""
+        """Row and words of the texts that are the same words in the same order as one asked for."""
         rows = np.flatnonzero(_find_among(bags, self.bags)[0])
         words = hash_word_sequences([texts[row] for row in rows.tolist()])
         is_equal = _find_among(words.fill_null(0).to_numpy(), self.words)[0]
@@ -232,7 +225,7 @@ class AskedNgrams:
 
 
 def _find_among(values: Values, ascending: Values) -> tuple[Values, Values]:
-    """Return whether each value is among some ascending ones, and its place there."""
+    """Whether each value is among some ascending ones, and its place there."""
     if not len(ascending):
         return np.zeros(len(values), np.bool_), np.zeros(len(values), np.int64)
     places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
@@ -240,7 +233,7 @@ def _find_among(values: Values, ascending: Values) -> tuple[Values, Values]:
 
 
 def drop_common_ngrams(shared: pl.DataFrame) -> pl.DataFrame:
-    """Drop the matches that can name no line; they are ascending by row.
+    """Matches, ascending by row, without those that can name no line.
 
     Of equal examples and of equal sequences of words the first line is named. Of an n-gram that is
     common one example more than a rare one has is kept, which says so.
@@ -282,6 +275,6 @@ class TrainMatches:
         self._rows_after_look = self._kept.height
 
     def finish(self, lines: pl.Series) -> pl.DataFrame:
-        """Return the matches, with the number of each line in place of its row."""
+        """The matches, with the number of each line in place of its row."""
         self._drop_common()
         return self._kept.with_columns(line=lines.gather(self._kept["row"])).drop("row")
