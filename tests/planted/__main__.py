@@ -1,9 +1,8 @@
 """Which planted faults the tests find: `python -m tests.planted`, which goes on where it was ended.
 
-Each fault of faults.py is planted alone in a copy of the tree. First the tests run that reach the
-changed statement, up to the first failure; if none fails, the rest of `make test`; then the slow
-tests. Which tests reach what is noted once, in a run with a probe before each statement. Results
-are kept in build/planted, a line a fault.
+Each fault of faults.py is planted alone in a copy of the tree. First the tests of its folder run
+up to the first failure; if none fails, all of `make test`; then the slow tests. Results are kept in
+build/planted, a line a fault.
 """
 
 from __future__ import annotations
@@ -18,20 +17,17 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.planted.faults import FAULTS
-from tests.planted.planting import Fault, plant, plant_probes, statement_line
-from tests.planted.probe import REACHED_VARIABLE
+from tests.planted.planting import Fault, plant
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = "not slow and not reliability and not production and not real"
 SLOW = "slow and not reliability and not production"
 SEED = 27  # of the order in which the faults are planted
 MINUTES = 30.0  # of one run of tests
-NEAR = 40  # tests that are tried first
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,6 @@ class Result:
     key: str
     stage: str
     test: str
-    reached_by: int
     seconds: float
 
 
@@ -62,10 +57,10 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def run_tests(copy: Path, *words: str, **environment: str) -> tuple[int, str]:
+def run_tests(copy: Path, *words: str) -> tuple[int, str]:
     """Run pytest in the copy; its exit code, and the first test that failed."""
     command = [sys.executable, "-m", "pytest", "--dist", "worksteal", "-q", *words]
-    variables = os.environ | {"PYTHONPATH": str(copy), "CI": "1"} | environment
+    variables = os.environ | {"PYTHONPATH": str(copy), "CI": "1"}
     try:
         done = subprocess.run(
             command,
@@ -79,86 +74,38 @@ def run_tests(copy: Path, *words: str, **environment: str) -> tuple[int, str]:
         )
     except subprocess.TimeoutExpired:
         return 1, f"the tests did not end within {MINUTES:.0f} minutes"
-    if unknown := re.search(
-        r"^ERROR: (?:not found|found no collectors).*", done.stdout, re.MULTILINE
-    ):
-        raise SystemExit(
-            f"{unknown[0]}\nThe tests have changed: remove build/planted/reached.json."
-        )
     failed = re.search(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return done.returncode, failed[1] if failed else done.stdout[-300:].strip()
 
 
-def reached(folder: Path, copy: Path) -> dict[int, list[str]]:
-    """The tests that reach each fault's statement, as they were noted or are noted now."""
-    path = folder / "reached.json"
-    keys = [key_of(fault) for fault in FAULTS]
-    if path.exists():
-        kept = json.loads(path.read_bytes())
-        if kept["keys"] == keys:
-            return {int(number): tests for number, tests in kept["tests"].items()}
-    copy_tree(copy)
-    plant_probes(list(FAULTS), copy)
-    notes = folder / "reached.txt"
-    notes.unlink(missing_ok=True)
-    run_tests(copy, "-n", "auto", "-m", FAST, **{REACHED_VARIABLE: str(notes)})
-    tests: defaultdict[int, set[str]] = defaultdict(set)
-    for line in notes.read_text(encoding="utf-8").splitlines():
-        number, _, test = line.partition(" ")
-        if test:
-            tests[int(number)].add(test)
-    found = {number: sorted(names) for number, names in tests.items()}
-    path.write_text(json.dumps({"keys": keys, "tests": found}), encoding="utf-8")
-    return found
-
-
-def write_arguments(path: Path, tests: list[str]) -> list[str]:
-    """The words by which pytest runs these tests; none where there is no test."""
-    path.write_text("\n".join(tests), encoding="utf-8")
-    return [f"@{path}", "-m", FAST] if tests else []
-
-
-def judge(number: int, tests: list[str], folder: Path, copy: Path) -> Result:
+def judge(number: int, copy: Path) -> Result:
     """Plant a fault, and run tests until one fails."""
     fault, began = FAULTS[number], time.monotonic()
     before = plant(fault, copy)
-    # One of those of the fault's own room fails, most likely: a few, in one process.
-    ordered = sorted(tests, key=lambda test: f"/{fault.room}" not in test)
-    stages = [("make test", write_arguments(folder / "near.txt", ordered[:NEAR]), "0")]
-    stages += [("make test", write_arguments(folder / "far.txt", ordered[NEAR:]), "auto")]
-    stages += [
-        ("the rest of make test", ["-m", FAST], "auto"),
-        ("make test-all", ["-m", SLOW], "auto"),
-    ]
+    own = [f"tests/{part}/{fault.room}" for part in ("core", "rooms", ".")]
+    near = [folder for folder in own if (copy / folder).is_dir()]
+    stages = [("make test", [*near, "-m", FAST], "0")] if near else []
+    stages += [("make test", ["-m", FAST], "auto"), ("make test-all", ["-m", SLOW], "auto")]
     stage, test = "missed", ""
     try:
         for name, words, processes in stages:
-            if not words:
-                continue
             code, failed = run_tests(copy, "-x", "-n", processes, *words)
             if code not in (0, 5):  # 5: none was selected
                 stage, test = name, failed
                 break
     finally:
         (copy / fault.path).write_text(before, encoding="utf-8")
-    return Result(number, key_of(fault), stage, test, len(tests), time.monotonic() - began)
+    return Result(number, key_of(fault), stage, test, time.monotonic() - began)
 
 
 def main(words: list[str]) -> int:
     """Judge the faults that are missing, and say which were found where."""
     parser = argparse.ArgumentParser(prog="python -m tests.planted", description=__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "planted")
-    parser.add_argument("--check", action="store_true", help="only see that each can be planted")
     arguments = parser.parse_args(words)
-    for fault in FAULTS:
-        statement_line(fault, ROOT)
-    if arguments.check:
-        print(f"{len(FAULTS)} faults in {len({fault.room for fault in FAULTS})} rooms apply.")
-        return 0
     folder: Path = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    copy, path = folder / "copy", folder / "results.jsonl"
-    tests = reached(folder, copy)
+    copy, path = folder / "copy", folder / "faults.jsonl"
     copy_tree(copy)
     results: dict[str, Result] = {}
     if path.exists():
@@ -168,7 +115,7 @@ def main(words: list[str]) -> int:
     for number in order:
         if key_of(FAULTS[number]) in results:
             continue
-        result = judge(number, tests.get(number, []), folder, copy)
+        result = judge(number, copy)
         results[result.key] = result
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(result)) + "\n")
