@@ -105,10 +105,11 @@ def test_the_mean_ratio_of_each_lease_is_that_of_its_pairs() -> None:
     )
     told = re.search(pattern, " ".join((LEARNING / "RESULTS-2.md").read_text().split()))
     assert told is not None
-    number, *figures = map(float, told.groups())
+    number_of_pairs, *figures = map(float, told.groups())
     means = [statistics.geometric_mean(each) for each in (ratios, *by_lease)]
     expected = [means[0], min(ratios), max(ratios), *means[1:]]
-    assert (number, figures) == (len(ratios), pytest.approx(expected, abs=0.00501))
+    assert number_of_pairs == len(ratios)
+    assert figures == pytest.approx(expected, abs=0.00501)
 
 
 def test_the_seconds_of_a_sweep_are_beside_those_of_other_seeds() -> None:

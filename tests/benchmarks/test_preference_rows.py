@@ -88,8 +88,8 @@ def test_the_page_has_words_loss_seconds_and_memory_of_both_programs() -> None:
         assert text.format(mine, theirs) in PAGE
     cold = rows["training ours 0"]
     assert f"{mine['process_seconds']:.0f} seconds against {theirs['process_seconds']:.0f}" in PAGE
-    before = f"{cold['training_seconds']:.0f} and {cold['process_seconds']:.0f} s."
-    assert f"Before, they took {before}" in " ".join(PAGE.split())
+    took = f"{cold['training_seconds']:.0f} and {cold['process_seconds']:.0f} s."
+    assert f"Before, they took {took}" in " ".join(PAGE.split())
 
 
 def test_the_page_has_the_figures_of_the_runs_on_a_cpu() -> None:
