@@ -19,7 +19,6 @@ from flows.promote import Asking, PromoteParameters
 from flows.rooms.approval.answer_tasks import decline, promote_approved
 from flows.rooms.approval.questions import (
     Question,
-    approval_pause_key,
     close_older_questions,
     publish_approval,
     tell_night,
@@ -56,7 +55,7 @@ def ask_person(config: PromoteParameters, registry: Path, champion: str | None) 
     flow_run = UUID(str(runtime.flow_run.id))
     question = publish_approval(registry, config.name, config.version, champion, flow_run)
     close_older_questions(config.registry, config.name, flow_run)
-    answer = _ask(question, approval_pause_key(champion), flow_run)
+    answer = _ask(question, flow_run)
     if not answer.approve:
         decline(registry, config.name, config.version, answer.by, answer.reason or None)
         why = f": {answer.reason}" if answer.reason else ""
@@ -69,7 +68,7 @@ def ask_person(config: PromoteParameters, registry: Path, champion: str | None) 
     return Completed(message=decision.sentence)
 
 
-def _ask(question: Question, key: str, flow_run: UUID) -> Approval:
+def _ask(question: Question, flow_run: UUID) -> Approval:
     """The answer, once there is one; until then this raises, and the process ends.
 
     Prefect's state of a run that waits is named Suspended and says nothing: it is given a name and
@@ -79,7 +78,7 @@ def _ask(question: Question, key: str, flow_run: UUID) -> Approval:
         return suspend_flow_run(
             wait_for_input=Approval.with_initial_data(description=question.page),
             timeout=SECONDS_TO_APPROVE,
-            key=key,
+            key=question.pause_key,
         )
     except Pause as pause:
         if pause.state is not None:

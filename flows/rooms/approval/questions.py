@@ -34,7 +34,7 @@ from tasks.prefect_server import (
 )
 
 PROMOTION = "promote/auto"
-PAUSE_KEY_PREFIX = "approval-"  # of a pause; the champion that was shown follows
+PAUSE_KEY_PREFIX = "approval-"  # of a pause; what was shown follows: `Approval.key`
 
 
 def request_approval(registry: Path, name: str, version: str, night: UUID | None = None) -> None:
@@ -104,17 +104,16 @@ def close_older_questions(registry: str, name: str, own: UUID) -> None:
                 tell_night(UUID(config["night"]), Outcome.SUPERSEDED, message)
 
 
-def approval_pause_key(champion: str | None) -> str:
-    """The key of the pause in which a person decides against this champion."""
-    return f"{PAUSE_KEY_PREFIX}{champion or 'none'}"
-
-
 @dataclass(frozen=True)
 class Question:
-    """What a person is asked: as a page of markdown for the form, and in one line."""
+    """What a person is asked: as a page of markdown for the form, and in one line.
+
+    pause_key: the key of the pause in which a person decides about what is shown.
+    """
 
     page: str
     summary: str
+    pause_key: str
 
 
 def publish_approval(
@@ -122,15 +121,15 @@ def publish_approval(
 ) -> Question:
     """Put the page beside the flow run; return it, and the line that stands in state and alert."""
     approval = Approval.read(registry, name, version, champion)
-    page = approval.describe(_read_champions_asked_about(flow_run))
+    page = approval.describe(_read_keys_asked_about(flow_run))
     waits = f"Waits for a person: is {shorten_digest(version)} to be the champion of {name}?"
     publish_page(name, "approval", page, waits)
     said = " ".join(f"{what}: {fact.rstrip('.')}." for what, fact in approval.facts)
-    return Question(str(page), said)
+    return Question(str(page), said, PAUSE_KEY_PREFIX + approval.key)
 
 
-def _read_champions_asked_about(flow_run: UUID) -> list[str]:
-    """The champions that this flow run has asked about, oldest first, from its states."""
+def _read_keys_asked_about(flow_run: UUID) -> list[str]:
+    """The keys under which this flow run has asked, oldest first, from its states."""
     with get_client(sync_client=True) as client:
         states = client.read_flow_run_states(flow_run)
     states.sort(key=lambda state: state.timestamp)

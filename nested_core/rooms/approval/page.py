@@ -26,13 +26,17 @@ HOW_TO_ANSWER = (
 
 @dataclass(frozen=True)
 class Approval:
-    """What a person is asked: candidate and champion, what is said of both, and every check."""
+    """What a person is asked: candidate and champion, what is said of both, and every check.
+
+    key: what it rests on: the champion, or "none", and the hash of a verdict after the first.
+    """
 
     name: str
     version: str
     champion: str | None
     facts: Sequence[tuple[str, str]]
     checks: Table
+    key: str
 
     @classmethod
     def read(cls, registry: Path, name: str, version: str, champion: str | None) -> Self:
@@ -44,23 +48,18 @@ class Approval:
             rival = read_candidate(registry, name, champion).verdict
             compared = _compare_losses(registry, name, candidate, champion)
             facts[1:] = [("Champion", _describe_version(champion, rival)), ("Compared", compared)]
-        return cls(name, version, champion, facts, check_table(verdict))
+        key = "-".join(filter(None, (champion or "none", shorten_digest(candidate.sha256 or ""))))
+        return cls(name, version, champion, facts, check_table(verdict), key)
 
-    def describe(self, champions_asked_about: Sequence[str]) -> Document:
-        """The page; it says why it asks again, where it has asked about other champions before.
-
-        `champions_asked_about` holds the champions, or "none", that it asked about so far.
-        """
-        now = self.champion or "none"
-        earlier = [champion for champion in champions_asked_about if champion != now]
-        again = [
-            Text(
-                f"ASKED AGAIN: the champion changed from {shorten_digest(last)} to "
-                f"{shorten_digest(now)} after the last question; an answer given to that one "
-                f"promoted nothing."
-            )
-            for last in earlier[-1:]
-        ]
+    def describe(self, keys_asked_about: Sequence[str]) -> Document:
+        """The page; it says why it asks again, where it has asked under other keys before."""
+        now, again = self.champion or "none", list[Text]()
+        for last in [key for key in keys_asked_about if key != self.key][-1:]:
+            before, change = last.partition("-")[0], "the version was judged again"
+            if before != now:
+                change = f"the champion changed from {before:.12} to {now:.12}"
+            said = f"ASKED AGAIN: {change} after the last question; an answer given to that one"
+            again = [Text(f"{said} promoted nothing.")]
         facts = Facts([*self.facts, ("Version in full", self.version)])
         return Document(
             f"Make {shorten_digest(self.version)} the champion of {self.name}?",

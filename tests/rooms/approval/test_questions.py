@@ -29,6 +29,7 @@ from flows.rooms.approval import asking
 from flows.rooms.approval.questions import request_approval
 from nested_core import registry as core
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
+from tests.gate_files import judged_files, read_gate, write_gate
 
 pytestmark = [
     pytest.mark.usefixtures("prefect_server"),
@@ -189,6 +190,27 @@ def test_an_approval_that_was_given_against_another_champion_is_asked_for_again(
     assert execute(run_id).message == "promoted, approved by ann"
     assert core.history(registry, NAME)[-1]["previous"] == other
     assert core.read_champion(registry, NAME) == version
+
+
+@pytest.mark.slow("several flow runs, each with an approval")
+def test_an_approval_that_was_given_before_the_version_was_judged_again_is_asked_for_again(
+    waiting: tuple[UUID, str, str], tmp_path: Path, registry: Path
+) -> None:
+    run_id, version, champion = waiting
+    answer(run_id, approve=True, by="ann")
+    judged = tmp_path / "run-2"
+    gate = read_gate(judged / "gate.json")
+    gate["champion"] = {"version": champion, "loss": 1.0, "difference": 0.5, "examples": 10}
+    write_gate(judged, gate, judged_files(judged))
+    facts = {"champion_at_gate": champion, "config": {"registry": {"promote": "approve"}}}
+    assert core.register(judged, registry, NAME, facts) == version
+    assert execute(run_id).name == "Waits for approval"
+    page = approval_page(run_id)
+    assert "ASKED AGAIN: the version was judged again after the last question" in page
+    assert "difference +0.5" in page.replace("\\", "")
+    assert core.read_champion(registry, NAME) == champion
+    answer(run_id, approve=True, by="ann")
+    assert execute(run_id).message == "promoted, approved by ann"
 
 
 @pytest.mark.slow("several flow runs, each with an approval")
