@@ -217,6 +217,9 @@ def _read_figures(night: Night) -> _NightFigures:
     is_too_little = night.outcome == Outcome.KEPT_CHAMPION and conclusion == "better"
     if compared is not None and is_too_little and -(compared.difference or 0.0) <= least:
         conclusion = f"better, by less than {least:g}"
+    if conclusion is not None and (verdict.doubtful_answers or not verdict.tasks):
+        of_answers = ", not its answers" if verdict.doubtful_answers else ""
+        conclusion = conclusion.replace("better", f"better loss{of_answers}")
     was_champion = night.outcome in (Outcome.PROMOTED, Outcome.APPROVED)
     is_rolled_back = was_champion and find_outcome(run) == Outcome.ROLLED_BACK
     rows = splits.get("test") or splits.get("valid")

@@ -141,7 +141,8 @@ def test_a_night_is_a_row_with_its_figures_and_a_link_and_a_star_for_other_examp
     page = plain(describe_nights(NAME, nights, [("champion", "/artifacts/artifact/c")]))
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
     assert [row[1] for row in rows] == [
-        *("Crashed", "Promoted: better", "Failed: data", "Promoted: better", "Promoted: better")
+        *("Crashed", "Promoted: better loss", "Failed: data", "Promoted: better"),
+        "Promoted: better loss",
     ]
     assert rows[3] == [
         f"[19 Nov 02:00](/runs/flow-run/{nights[3].flow_run})",
@@ -175,8 +176,18 @@ def test_a_night_says_that_its_gain_was_too_small(nights: list[Night]) -> None:
     folder.config.write_text("model: base\ndata: data\nregistry: {min_improvement: 0.005}\n")
     page = plain(describe_nights(NAME, [kept, *nights], []))
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| [")]
-    assert rows[0][1] == "Kept the champion: better,"
-    assert "| … | by less than 0.005 |" in page
+    assert rows[0][1] == "Kept the champion: better"
+    assert "| … | loss, by less than 0.005 |" in page
+
+
+@pytest.mark.usefixtures("nights")
+def test_a_night_whose_answers_show_no_learning_is_not_called_better() -> None:
+    doubtful = SUITE | {"candidate": 0.2, "constant": 0.2}
+    losses = LOSSES | {"examples": 10, "conclusion": "better"}
+    night = make_night(23, Outcome.PROMOTED, "v2", validation=losses, tasks=[doubtful])
+    page = plain(describe_nights(NAME, [night], []))
+    assert "Promoted: better loss, not" in page
+    assert "| … | its answers |" in page
 
 
 def test_the_losses_of_the_nights_are_a_line_from_the_oldest_to_the_latest(nights) -> None:
