@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeVar, get_args
@@ -146,7 +146,7 @@ def settings_that_shape_adapter(config: Section) -> dict[str, Any]:
     return select(config.model_dump(mode="json"), "")
 
 
-def settings_that_make_loss(schema: type[Section], values: Mapping[str, Any]) -> dict[str, Any]:
+def settings_that_make_loss(schema: type[Section], values: Any) -> dict[str, Any]:
     """Return the values of the keys that make the loss of a row what it is, by dotted names.
 
     Without data and model, whose content decides and not their names.
