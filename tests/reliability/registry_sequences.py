@@ -651,7 +651,7 @@ class Sequence:
         self.model.verdicts[version] = [
             Verdict(
                 mode=(each.facts.policy or {})["promote"],
-                rival=each.rival,
+                rival=each.verdict.rival,
                 difference=(each.verdict.last_step or 0) / 10,
                 is_loose=each.verdict.bound("max_val_loss_increase") != BOUND,
                 has_passed=each.verdict.has_passed,
