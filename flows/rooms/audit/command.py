@@ -19,7 +19,7 @@ def add_flags(verify: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--model",
         metavar="BASE",
-        help="audit each ADAPTER, or folder of adapters, against this base: a folder or hub name",
+        help="audit each ADAPTER against this base: a folder or hub name",
     )
 
 
@@ -30,10 +30,10 @@ def run_verify_or_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     """Audit adapters, or folders of them, against the base of --model."""
-    from nested_core.rooms.audit.adapter_audit import audit_adapters, find_adapters
+    from nested_core.rooms.audit.adapter_audit import audit_adapters, find_adapter
 
-    paths = [find_folder(path, arguments.registry) for path in arguments.adapters]
-    folders = [folder for path in paths for folder in find_adapters(path, arguments.model)]
+    paths = (find_folder(path, arguments.registry) for path in arguments.adapters)
+    folders = [find_adapter(path) for path in paths]
     audits = audit_adapters(folders, arguments.model, ProgressLine())
 
     def show() -> None:

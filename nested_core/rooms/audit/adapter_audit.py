@@ -349,33 +349,17 @@ def audit_adapters(
     return audits
 
 
-def find_adapters(path: Path, model: str) -> list[Path]:
-    """Return the adapter folders that a path stands for.
+def find_adapter(path: Path) -> Path:
+    """Return the adapter folder that a path stands for: itself, or a run's adapter.
 
-    A path is an adapter, a run directory, or a folder of these, beside which the base `model` may
-    lie. Raises ConfigError for a folder without adapters.
+    Raises ConfigError for a folder without an adapter's configuration and without weights.
     """
-    if path.is_dir() and _is_adapter(_adapter_of_run(path)):
-        return [_adapter_of_run(path)]
-    base = Path(model).resolve()
-    children = sorted(path.iterdir()) if path.is_dir() else []
-    folders = [child for child in children if child.is_dir()]
-    visible = [_adapter_of_run(folder) for folder in folders if not folder.name.startswith(".")]
-    adapters = [folder for folder in visible if _is_adapter(folder) and folder.resolve() != base]
-    if not adapters:
+    run = RunDirectory(path)
+    folder = run.adapter if run.config.is_file() and run.adapter.is_dir() else path
+    if not ((folder / CONFIG_NAME).exists() or any(folder.glob("*.safetensors"))):
         raise ConfigError(
-            f"{str(path):.300} holds no adapter, nor do the folders in it. Expected "
-            f"{WEIGHTS_NAME} (mlx-lm) or adapter_model.safetensors (PEFT) beside {CONFIG_NAME}."
+            f"{str(path):.300} holds no adapter. Expected {WEIGHTS_NAME} (mlx-lm) or "
+            f"adapter_model.safetensors (PEFT) beside {CONFIG_NAME}. For all in a folder give "
+            f"FOLDER/*."
         )
-    return adapters
-
-
-def _is_adapter(folder: Path) -> bool:
-    """Return whether a folder is to be audited: it has an adapter's configuration, or weights."""
-    return (folder / CONFIG_NAME).exists() or any(folder.glob("*.safetensors"))
-
-
-def _adapter_of_run(folder: Path) -> Path:
-    """Return a run's adapter; any other folder is returned as it is."""
-    run = RunDirectory(folder)
-    return run.adapter if run.config.is_file() and run.adapter.is_dir() else folder
+    return folder

@@ -23,7 +23,7 @@ from nested_core.rooms.audit.adapter_audit import (
     BaseModelForAudit,
     audit_adapter,
     audit_adapters,
-    find_adapters,
+    find_adapter,
 )
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.builders.adapter_folders import (
@@ -170,10 +170,11 @@ def run_command(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[
 
 @pytest.fixture(scope="module")
 def document(planted: Path) -> dict[str, Any]:
-    """What `verify --json` over the folder of planted adapters prints; it exits with 4."""
+    """What `verify --json` over all planted adapters prints; it exits with 4."""
     out = io.StringIO()
     with patch.object(sys, "__stdout__", out), warnings.catch_warnings():
-        assert cli.main(["verify", str(planted), "--model", str(MODEL), "--json"]) == 4
+        folders = map(str, sorted(planted.iterdir()))
+        assert cli.main(["verify", *folders, "--model", str(MODEL), "--json"]) == 4
     return dict(json.loads(out.getvalue()))
 
 
@@ -197,7 +198,7 @@ def test_each_planted_adapter_passes_or_fails_for_its_reason_in_one_document(
 @pytest.mark.slow("audits twelve adapters once more")
 def test_the_table_has_a_row_an_adapter_at_80_columns(planted, capfd, monkeypatch) -> None:
     monkeypatch.setattr("flows.terminal.console.WIDTH_WITHOUT_TERMINAL", 80)
-    code, out, _ = run_command(capfd, planted, "--model", MODEL)
+    code, out, _ = run_command(capfd, *sorted(planted.iterdir()), "--model", MODEL)
     assert code == 4
     assert max(map(len, out.splitlines())) <= 80
     words = [line.split() for line in out.splitlines()]
@@ -396,20 +397,15 @@ def test_a_run_passes_and_the_adapter_it_began_from_does_not(
 ) -> None:
     rate = 1e-4 if fine_tune_type == "full" else 2e-3
     run = train_example(tmp_path / "run", fine_tune_type=fine_tune_type, learning_rate=rate).run
-    assert find_adapters(run.path, str(MODEL)) == [run.adapter]
+    assert find_adapter(run.path) == run.adapter
     assert audit_adapter(run.adapter, base).reasons == []
     assert [reason.code for reason in audit_adapter(run.initial, base).reasons] == ["no_effect"]
 
 
-def test_a_folder_without_an_adapter_is_bad_usage_and_others_beside_adapters_are_left_out(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "notes").mkdir()
-    with pytest.raises(ConfigError, match="holds no adapter, nor do the folders in it"):
-        find_adapters(tmp_path, str(MODEL))
+def test_a_folder_of_adapters_is_none_and_is_told_how_to_give_all(tmp_path: Path) -> None:
     random_adapter(tmp_path / "a")
-    base = Path(shutil.copytree(MODEL, tmp_path / "base"))
-    assert find_adapters(tmp_path, str(base)) == [tmp_path / "a"]
+    with pytest.raises(ConfigError, match=r"holds no adapter. .* For all in a folder give FOLDER/"):
+        find_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +426,7 @@ def test_a_hostile_name_steers_no_terminal(tmp_path, capfd) -> None:
     hostile = "\x1b[2J\u202ename"
     change_config(random_adapter(tmp_path / "keys"), lora_setting(keys=[*TWO_KEYS, hostile]))
     random_adapter(tmp_path / "sound\x1b[31m")
-    code, out, err = run_command(capfd, tmp_path, "--model", MODEL)
+    code, out, err = run_command(capfd, *tmp_path.iterdir(), "--model", MODEL)
     assert code == 4
     assert "\\x1b[2J\\u202ename" in out.replace("\n", "")
     assert all(character.isprintable() or character == "\n" for character in out + err)
