@@ -25,7 +25,7 @@ def values(tiers: int, seed: int) -> dict[str, mx.array]:
 
 def expected(tier: Tier, name: str, tiers: int, mode: str, **options: Any) -> tuple[Any, Any, int]:
     """What mlx's AdamW makes of the gradients that this tier uses, its moments and their number."""
-    rate = 1e-2 if tier.learning_rate_scale == 1 else mx.array(1e-2) * tier.learning_rate_scale
+    rate: Any = 1e-2 if tier.learning_rate_scale == 1 else mx.array(1e-2) * tier.learning_rate_scale
     decay = 0.05 if tier.weight_decay is None else tier.weight_decay
     plain = optimizers.AdamW(rate, weight_decay=decay, **options)
     weights, updates, chunk = {name: values(tiers, 0)[name]}, 0, mx.zeros(3)
