@@ -104,7 +104,7 @@ from nested_core.records.plan import (
 from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.result import TrainResult, read_result, write_result
 from nested_core.records.start import CONFIGURED, START_FILE, Start
-from nested_core.records.verdict_file import has_verdict_manifest, write_verdict
+from nested_core.records.verdict_file import write_verdict
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.storage.adapter import (
     CONFIG_NAME,
@@ -153,8 +153,9 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
             refuse_differences_on_resume(began_with, config, run.path)
             _refuse_fewer_iterations(began_with, config, run)
             left = began_with.registry.location
-            if left and left != config.registry.location and has_verdict_manifest(run.path):
-                add_promoted_to(run.promoted_to, *left)  # the run may have made its champion
+            # Its champion may be this adapter, also after the verdict is removed to train on
+            if left and left != config.registry.location and run.adapter.exists():
+                add_promoted_to(run.promoted_to, *left)
     record_or_compare_suites(run, suites)
     write_bytes(run.config, render_config(config))
 

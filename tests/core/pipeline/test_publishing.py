@@ -474,10 +474,14 @@ class TestPromotionByAPerson:
         by_hand(run)
         assert Run(run).promoted_to == ((str(tmp_path / "registry"), NAME),)
 
-    def test_a_judged_run_that_is_resumed_under_another_registry_notes_the_first(
-        self, make_run: MakeRun, configure: Configure, tmp_path: Path
+    @pytest.mark.parametrize("removed", [(), ("MANIFEST.json",), ("MANIFEST.json", "gate.json")])
+    def test_a_run_with_an_adapter_that_is_resumed_under_another_registry_notes_the_first(
+        self, removed: Sequence[str], make_run: MakeRun, configure: Configure, tmp_path: Path
     ) -> None:
+        """Training on removes the verdict first, and so does judging again."""
         run = make_run(1.0)
+        for name in removed:
+            (run.path / name).unlink()
         write_bytes(run.config, render_config(configure()))
         run.tiers.write_text("{}")
         write_run_config(configure(), run, resume=True)
