@@ -30,14 +30,17 @@ def build_learning_rate(config: FineTuneConfig, steps: int, share: float = 1.0) 
 
         section = config.lr_schedule.model_dump()
         rate = build_schedule(section | {"arguments": list(section["arguments"])})
-    training = config.training
-    warmup = training.warmup_steps
-    if 0 < warmup < 1:
-        warmup = max(1, int(warmup * steps))
-    if training.decay is not None:
-        rate = cosine(config.learning_rate, int(warmup), steps)
-    rate = add_warmup(rate, int(warmup)) if warmup else rate
+    warmup = count_warmup_steps(config, steps)
+    if config.training.decay is not None:
+        rate = cosine(config.learning_rate, warmup, steps)
+    rate = add_warmup(rate, warmup) if warmup else rate
     return rate if share == 1 else _multiply(rate, share)
+
+
+def count_warmup_steps(config: FineTuneConfig, steps: int) -> int:
+    """Return `training.warmup_steps` as a number; a share is of the run's optimizer `steps`."""
+    warmup = config.training.warmup_steps
+    return max(1, int(warmup * steps)) if 0 < warmup < 1 else int(warmup)
 
 
 def _multiply(rate: float | Schedule, share: float) -> float | Schedule:

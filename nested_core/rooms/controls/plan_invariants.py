@@ -13,6 +13,7 @@ from typing import Any
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
+from nested_core.optim.learning_rate_schedules import count_warmup_steps
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TrainingPlan, read_plan
 from nested_core.rooms.controls.results import (
@@ -56,7 +57,7 @@ def find_broken_invariants(
     """
     rates = [(one["step"], one["learning_rate"]) for one in records if one.get("learning_rate")]
     schedule = config.lr_schedule
-    warmup = int(config.training.warmup_steps) or (0 if schedule is None else schedule.warmup)
+    warmup = count_warmup_steps(config, plan.steps) or (schedule.warmup if schedule else 0)
     if rates and warmup > last:
         highest = max(rate for _, rate in rates)
         yield ControlWarning(
@@ -66,7 +67,7 @@ def find_broken_invariants(
             words=(
                 f"the learning rate that was asked for is never reached: the warm-up takes "
                 f"{warmup:,} steps and the run had {last:,}, so that the highest rate was "
-                f"{highest:.3g}. Give training.warmup_steps a share, such as 0.05"
+                f"{highest:.3g}. Give training.warmup_steps a small share, such as 0.05"
             ),
         )
     for (before, lower), (after, higher) in pairwise(rates):

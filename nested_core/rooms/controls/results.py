@@ -49,9 +49,7 @@ class ControlWarning:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry for gate.json."""
-        values = asdict(self)
-        values.pop("doubt")
-        return values
+        return {name: value for name, value in asdict(self).items() if name != "doubt"}
 
 
 @dataclass(frozen=True, kw_only=True)
