@@ -55,7 +55,7 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
     Nothing is compared for a loss of pairs, whose rows are no prompt with one answer.
     """
     asked = judged.bounds.controls.model_dump()
-    if judged.config.training.loss is not None or not any(asked.values()):
+    if judged.config.training.loss is not None:
         return
     train = read_nonempty_splits(judged.config, judged.run)["train"]
     reason = _why_too_early(judged)
@@ -101,6 +101,7 @@ CONTROLS_CHECK = Check(
     stopped_by=(*WITHOUT_MODEL, LOSSES),
     after_answers=True,
     bounds=("controls",),
+    is_asked=lambda bounds: any(bounds.controls.model_dump().values()),
     stage="controls: what should not matter",
     plan_work=_plan_controls,
 )

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from examples.countries import COUNTRIES
+from nested_core.config.sections import ControlsSection, GateSection
 from nested_core.records.plan import TrainingPlan
+from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
 from nested_core.rooms.controls.neutral_probes import TrainingAnswers, choose_prompts
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
 from nested_core.rooms.controls.surprising_rows import RowSurprises, count_rows_to_read
@@ -90,13 +92,23 @@ def test_a_run_as_planned_breaks_nothing() -> None:
     falling = [(10, 1e-4), (20, 9e-5), (60, 4e-5), (100, 1e-5)]
     assert broken(100, falling, warmup_steps=5) == []
     assert broken(100, falling, warmup_steps=0.05, resumed_at=(15, 60)) == []
-    assert broken(100, [(10, 5e-5), (20, 1e-4)], warmup_steps=20, resumed_at=(10,)) == []
+    for warmup in (20, 0.2):
+        assert broken(100, [(10, 5e-5), (20, 1e-4)], warmup_steps=warmup, resumed_at=(10,)) == []
 
 
 def test_a_warm_up_longer_than_the_run_is_told() -> None:
     assert broken(100, [(50, 2e-6), (100, 5e-6)], warmup_steps=2000) == ["rate_never_reached"]
     stopped_early = [(10, 2e-5), (30, 6e-5)]
-    assert broken(30, stopped_early, epochs=9.0, warmup_steps=50) == ["rate_never_reached"]
+    for warmup in (50, 0.5):
+        told = broken(30, stopped_early, epochs=9.0, warmup_steps=warmup)
+        assert told == ["rate_never_reached"]
+
+
+def test_the_gate_announces_the_controls_only_where_one_is_asked_for() -> None:
+    assert not CONTROLS_CHECK.is_asked(GateSection())
+    for name in ControlsSection.model_fields:
+        section = GateSection.model_validate({"controls": {name: True}})
+        assert CONTROLS_CHECK.is_asked(section), name
 
 
 def test_a_rate_that_rises_where_a_run_is_resumed_is_told() -> None:
