@@ -120,9 +120,9 @@ def _refuse_nan_and_infinity(word: str) -> None:
 
 
 def load_scorer_function(module_and_name: str, folder: str) -> Scorer:
-    """Import the function named as "module:function"; `folder` is added to the import path."""
+    """Import the function named as "module:function"; `folder` is first on the import path."""
     module, _, name = module_and_name.partition(":")
-    sys.path.append(folder)
+    sys.path.insert(0, folder)  # so that a package of the same name does not hide the module
     function: Scorer = getattr(import_module(module), name)
     if not callable(function):
         raise TypeError(f"{module_and_name} is not callable")

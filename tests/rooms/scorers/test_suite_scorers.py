@@ -218,6 +218,13 @@ def test_a_function_that_is_not_there_is_an_error(tmp_path, function) -> None:
         score(tmp_path, "python", "a", function, expected="a")
 
 
+@pytest.mark.parametrize("name", ["flows", "nested_core", "pytest", "tasks"])
+def test_a_module_may_be_named_like_an_installed_package(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"{name}.py").write_text("def judge(answer, question):\n    return 1\n")
+    assert score(tmp_path, "python", "a", f"{name}:judge", expected="a") == 1
+
+
 def test_a_child_that_a_function_leaves_behind_holds_nothing_up(tmp_path, module) -> None:
     body = "import subprocess; subprocess.Popen(['sleep', '100']); return 1"
     started = time.monotonic()
