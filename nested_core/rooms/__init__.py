@@ -12,7 +12,7 @@ with the types that the class gives them. The points, each with what a room does
     RowChecks (data/room_checks.py)               reports rows of a data set by their texts
     NearDuplicates (data/room_checks.py)          finds held-out rows that nearly are a row of train
     TokenizerChecks (data/tokens/text_notes.py)   reports rows by their tokens
-    RowReader (data/sources/file_formats.py)      reads another kind of data file
+    TableReader (data/sources/file_formats.py)    reads data files that are not JSON lines
     HubReader (data/sources/split_files.py)       reads data sets of the Hugging Face hub
     RowFormats, LossRules, TrainingLoss, HeldOutLoss   a value of `training.loss`: its rows, refused
                                                   keys, training, and the gate's measurement
@@ -27,5 +27,5 @@ with the types that the class gives them. The points, each with what a room does
 
 The others are one thing that one room does: DeviceOperations, ModelLayers, KernelFolder,
 MemoryForecaster, Processes, ReportingServices, ReferenceSchedule, ReferenceTrainer, Replay,
-Approval, Asking, Chat, ServerPages, LiveView and Restart.
+Approval, Asking, Chat, ServerPages, LiveView, Restart and SuiteScorer.
 """

@@ -26,15 +26,13 @@ from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.sources.file_formats import (
     RestOfFileUnreadable,
-    find_csv_delimiter,
-    read_csv,
+    TableReader,
     read_gzip_jsonl,
-    read_json_array,
 )
 from nested_core.errors import NestedTuneError
 from nested_core.records.metrics import read_metrics
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger
-from nested_core.seams import is_there, load
+from nested_core.seams import is_there, load, load_only
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
 from nested_core.storage.safetensors_files import read_tensors
 from nested_core.storage.untrusted_files import parse_json
@@ -146,6 +144,11 @@ def manifest(count: int) -> bytes:
     return json.dumps({"facts": {}, "files": files, "digest": ""}).encode()
 
 
+def read_file(path: Path) -> None:
+    lines, _ = load_only(TableReader, path.name).read(path, path.suffix, frozenset())
+    list(lines)
+
+
 PARSERS = {
     "JSON": Parser(lambda _, content: parse_json(content), JSON_SHAPES, 30_000),
     "a line": Parser(lambda _, content: decode_json_object(content), JSON_SHAPES, 30_000),
@@ -157,7 +160,7 @@ PARSERS = {
         4_000,
     ),
     "train.json": Parser(
-        lambda path, _: list(read_json_array(path)),
+        lambda path, _: read_file(path),
         {
             "elements": lambda n: b"[" + b"{}," * (n // 3) + b"{}]",
             "line ends": lambda n: b"[" + b"{}\n,\n" * (n // 5) + b"x",
@@ -166,7 +169,7 @@ PARSERS = {
         30_000,
     ),
     "train.csv": Parser(
-        lambda path, _: list(read_csv(path, frozenset(), find_csv_delimiter(path))),
+        lambda path, _: read_file(path),
         {
             "quotes": lambda n: b"text\n" + b'"' * n,
             "doubled quotes": lambda n: b'text\n"' + b'""' * (n // 2),
@@ -212,6 +215,8 @@ PARSERS = {
         lambda path, _: read_manifest(path.parent), {"files": lambda n: manifest(n // 40)}, 60_000
     ),
 }
+if not is_there("tables"):
+    del PARSERS["train.json"], PARSERS["train.csv"]
 CASES = [(name, shape) for name, parser in PARSERS.items() for shape in parser.shapes]
 SLOW_TEXT = pytest.mark.slow("half a second and more for the longer of the texts")
 YAML_CASES = [case for case in CASES if case[0] in ("YAML", "a configuration")]

@@ -347,6 +347,8 @@ MISTAKES: dict[str, Mistake] = {
         "registry: registry needs both path and name, or neither (line 9)",
     ),
 }
+if not is_there("tables"):
+    del MISTAKES["a CSV with other columns"], MISTAKES["JSON lines in a file of another name"]
 
 
 def make_folder(folder: Path, mistake: Mistake) -> None:

@@ -21,13 +21,14 @@ from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.sources.file_formats import (
     MAX_LINE_BYTES,
     RestOfFileUnreadable,
+    TableReader,
     limit_expansion,
     read_gzip_jsonl,
-    read_json_array,
 )
 from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.records.metrics import read_metrics
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger
+from nested_core.seams import load_only
 from nested_core.storage.adapter import read_adapter_config
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
 from nested_core.storage.safetensors_files import read_tensors
@@ -112,7 +113,9 @@ def _parse_gzip(content: bytes) -> None:
 
 
 def _parse_array(content: bytes) -> None:
-    for line in read_json_array(_file("train.json", content)):
+    path = _file("train.json", content)
+    lines, _ = load_only(TableReader, path.name).read(path, path.suffix, frozenset())
+    for line in lines:
         json.loads(line.line)
 
 

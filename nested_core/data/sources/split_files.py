@@ -23,34 +23,24 @@ from nested_core import seams
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.sources.file_formats import (
-    CSV_DELIMITERS,
     MAX_LINE_BYTES,
     NumberedLine,
     RestOfFileUnreadable,
-    RowReader,
-    find_csv_delimiter,
+    TableReader,
     find_start_of_too_long_line,
     is_utf16,
     limit_expansion,
-    read_csv,
     read_gzip_jsonl,
-    read_json_array,
     read_lines_before,
-    read_parquet,
     read_utf16_jsonl,
 )
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import FilePart
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
-_READER_BY_SUFFIX: dict[str, Callable[[Path], Iterator[NumberedLine]]] = {
-    ".jsonl.gz": read_gzip_jsonl,
-    ".json": read_json_array,
-    ".parquet": read_parquet,
-}
-_ROOM_READER_BY_SUFFIX = {reader.suffix: reader.read for reader in seams.load_all(RowReader)}
 _TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
-SUFFIXES = (".jsonl", *_READER_BY_SUFFIX, *_TABLE_SUFFIXES, *_ROOM_READER_BY_SUFFIX)
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", *_TABLE_SUFFIXES, ".xlsx")
+_PACKED_SUFFIXES = (".gz", ".parquet", ".xlsx")
 _SUFFIX_PATTERN = re.compile(f"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
 _SPLIT_BY_WORD = {
     **{split: split for split in SPLITS},
@@ -262,7 +252,8 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
     spool: a folder for the converted file. A file that is JSON lines already is used where it lies.
 
     What is wrong with the content, such as a damaged file, is a problem in the returned split.
-    Raises ConfigError if `data_format: csv` is set and the file is no table.
+    Raises ConfigError if `data_format: csv` is set and the file is no table, and for any but JSON
+    lines if the room tables is not installed.
     """
     spooled = spool / f"{path.name}.jsonl"
     if not path.is_file():  # a pipe would be waited for without end
@@ -281,16 +272,14 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         if end is None:
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
-    is_packed = suffix.endswith((".gz", ".parquet", *_ROOM_READER_BY_SUFFIX))
     delimiters: tuple[str, ...] = ()
-    if suffix in _ROOM_READER_BY_SUFFIX:  # a reader of an optional package, as for workbooks
-        lines = _ROOM_READER_BY_SUFFIX[suffix](path)
-    elif suffix in _TABLE_SUFFIXES:
-        delimiter = find_csv_delimiter(path)
-        delimiters = (CSV_DELIMITERS[delimiter],)
-        lines = read_csv(path, settings.json_keys, delimiter)
+    if suffix.startswith(".jsonl"):
+        lines = (read_utf16_jsonl if is_utf16_jsonl else read_gzip_jsonl)(path)
     else:
-        lines = (read_utf16_jsonl if is_utf16_jsonl else _READER_BY_SUFFIX[suffix])(path)
+        reader = seams.load_only(TableReader, path.name)
+        lines, delimiter = reader.read(path, suffix, settings.json_keys)
+        delimiters = () if delimiter is None else (delimiter,)
+    is_packed = suffix.endswith(_PACKED_SUFFIXES)
     split = _write_split_lines(
         path.name, limit_expansion(lines, size, is_packed=is_packed), spooled
     )

@@ -12,8 +12,9 @@ from pathlib import Path
 from nested_core.config.loading import parse_yaml, parse_yaml_with_lines
 from nested_core.config.sections import Score
 from nested_core.data.lines.example_parsing import strip_line
-from nested_core.data.sources.file_formats import NumberedLine, find_csv_delimiter, read_csv
+from nested_core.data.sources.file_formats import NumberedLine, TableReader
 from nested_core.errors import ConfigError, DamagedError, DatasetError
+from nested_core.seams import load_only
 from nested_core.storage.untrusted_files import file_type, read_regular
 
 MAX_SUITE_BYTES = 64 * 2**20
@@ -46,7 +47,8 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
     JSON Lines, whose lines are yielded unchanged. In a table the columns `messages`, `choices`,
     `schema` and `tolerance` hold JSON, and so does `expected` if the score is `number` or `json`.
 
-    Raises ConfigError if there is no such file, DatasetError if it is too large for a suite or not
+    Raises ConfigError if there is no such file, or for a table if the room tables is not installed;
+    DatasetError if it is too large for a suite or not
     valid YAML, and RestOfFileUnreadable if a table is damaged.
     """
     if file_type(path, follow_links=True) != "file":
@@ -62,7 +64,8 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
         yield from _read_yaml_questions(path, content, score)
     elif suffix in TABLE_SUFFIXES:
         columns = _JSON_COLUMNS | ({"expected"} if score in ("number", "json") else set())
-        yield from read_csv(path, columns, find_csv_delimiter(path))
+        lines, _ = load_only(TableReader, str(path)).read(path, suffix, columns)
+        yield from lines
     else:
         for number, line in enumerate(BytesIO(content), start=1):
             yield NumberedLine(number, strip_line(line, is_first=number == 1))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
 
-from nested_core.data.sources.file_formats import NumberedLine, RestOfFileUnreadable, RowReader
+from nested_core.data.sources.file_formats import NumberedLine, RestOfFileUnreadable
 from nested_core.errors import shorten
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
@@ -159,6 +159,3 @@ def _to_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.15g}" if abs(value) < 1e15 else repr(value)
     return str(value)
-
-
-WORKBOOKS = RowReader(".xlsx", read_workbook)

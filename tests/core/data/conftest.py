@@ -13,8 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.seams import is_there
 from tests.builders.data_sets import write_lines
 
+OF_TABLES = ["test_formats.py", "test_rows_as_they_are.py", "test_split_names.py"]
+collect_ignore = [] if is_there("tables") else OF_TABLES
 TEMPLATE = (
     "{% if tools %}<|tools|>{{ tools | tojson }}<|end|>{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"

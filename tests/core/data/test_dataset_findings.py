@@ -19,6 +19,7 @@ from tests.builders.data_sets import (
     warnings_in,
 )
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
+from tests.left_out import needs_rooms
 
 TEXTS = [{"text": f"{place} is in {place}land."} for place in "ABCD"]
 
@@ -202,6 +203,7 @@ def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(write_data
     assert ("valid.jsonl", None, "few-held-out-rows") not in found_in(load(different)[0], "info")
 
 
+@needs_rooms("tables")
 def test_an_error_of_a_spreadsheet_in_the_place_of_a_text_is_a_warning_at_its_line(
     write_data: WriteData,
 ) -> None:

@@ -11,6 +11,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_group_values
 from nested_core.errors import DatasetError
 from tests.builders.data_sets import write_lines
+from tests.left_out import needs_rooms
 
 
 def settings_for(folder: Path, group: str) -> DataSettings:
@@ -25,7 +26,9 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["valid.jsonl", "valid.json"])
+@pytest.mark.parametrize(
+    "name", ["valid.jsonl", pytest.param("valid.json", marks=needs_rooms("tables"))]
+)
 def test_equal_values_are_one_group_and_a_row_without_the_field_has_none(tmp_path, name) -> None:
     write_lines(tmp_path / name, [ROWS] if name == "valid.json" else ROWS)
     values = read_group_values(settings_for(tmp_path, "document"), "valid", [1, 2, 3, 4])

@@ -13,6 +13,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from tests.builders.data_sets import found_in, load, warnings_in
 from tests.core.data.conftest import WriteData
 from tests.core.data.test_supervise_all import learnt, load_all
+from tests.left_out import needs_rooms
 
 BAD, GOOD = "No idea.<|end|>", "In Norway.<|end|>"
 TURNS = [
@@ -103,6 +104,7 @@ def test_rows_that_differ_in_marks_are_different_rows_and_alike_to_replay(write_
     assert ("valid.jsonl", 1, "near-duplicate") in warnings_in(held_out, batch_size=1)
 
 
+@needs_rooms("tables")
 def test_a_mark_in_a_table_is_a_word(write_data: WriteData, tokenizer: TokenizerSource) -> None:
     folder = write_data()
     (folder / "train.csv").write_text("prompt,completion,weight\na,b,1\nc,d,0\ne,f,\n")

@@ -12,6 +12,7 @@ import pytest
 from nested_core import load_config
 from tests.example import MODEL
 from tests.flows.conftest import called
+from tests.left_out import needs_rooms
 
 pytestmark = pytest.mark.slow("tokenises what init wrote")
 
@@ -24,6 +25,7 @@ def write_alpaca(path: Path, rows: int, **more: str) -> None:
     path.write_text("\n".join(lines))
 
 
+@needs_rooms("tables")
 def test_init_finds_the_columns_and_the_delimiter_of_a_table(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     rows = "".join(f"Wo, {n}?;Hier, am Markt;Anna\r\n" for n in range(6))

@@ -9,6 +9,7 @@ import pytest
 from nested_core.registry import history, promote, register
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import Ended, called
+from tests.left_out import needs_rooms
 from tests.registry_care import audit
 
 NAME = "capitals"
@@ -59,7 +60,11 @@ def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
     ("name", "content"),
     [
         ("asked.jsonl", '{"prompt": "Capital of Peru?", "expected": "Lima"}\n'),
-        ("asked.csv", "prompt;expected\nCapital of Peru?;Lima\n"),
+        pytest.param(
+            "asked.csv",
+            "prompt;expected\nCapital of Peru?;Lima\n",
+            marks=needs_rooms("tables"),
+        ),
         ("asked.yaml", "# asked each night\n- {prompt: 'Capital of Peru?', expected: Lima}\n"),
     ],
 )

@@ -15,6 +15,7 @@ from nested_core.config.sections import Score
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.measure.answers import suites
 from nested_core.measure.answers.suites import fold_prompt, read_suite
+from tests.left_out import needs_rooms
 
 CHAT = [{"role": "user", "content": "Where to?"}]
 
@@ -117,6 +118,7 @@ def test_a_bad_line_is_told_with_its_place(tmp_path, score, line, problem) -> No
     assert error.value.exit_code == 3
 
 
+@needs_rooms("tables")
 @pytest.mark.parametrize(
     ("score", "rows"),
     [
@@ -150,6 +152,7 @@ def test_a_suite_is_the_same_in_every_form(tmp_path, form, score, rows) -> None:
     ]
 
 
+@needs_rooms("tables")
 def test_chats_choices_and_lists_of_answers_in_a_table_and_in_yaml(tmp_path: Path) -> None:
     table = tmp_path / "s.csv"
     chat = json.dumps(CHAT).replace('"', '""')
@@ -184,6 +187,7 @@ def test_an_answer_in_yaml_that_is_compared_as_text_stands_as_it_is_written(
     assert several.choices == (ANSWERS if score == "choice" else ())
 
 
+@needs_rooms("tables")
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
