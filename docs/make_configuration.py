@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from flows.commands.config_flags import REQUIRED_KEYS
+from nested_core.config.error_messages import read_keys_of_other_trainers
 from nested_core.config.key_properties import Key, iterate_keys
-from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from nested_core.config.resume import may_differ_on_resume
 from nested_core.config.schema import FineTuneConfig
 from tests.mlx_lm_variants import KEYS
@@ -90,11 +90,12 @@ key of theirs, in any section, gets an error with ours:
 
 def render_others_page() -> str:
     """The page for people who come from another trainer: what becomes of their keys."""
+    others = read_keys_of_other_trainers()
     theirs_by_answer: dict[str, list[str]] = {}
-    for theirs, ours in OUR_KEYS_BY_OTHER_TOOLS_KEYS.items():
+    for theirs, ours in others.ours.items():
         key, _, remark = ours.partition("; ")
         theirs_by_answer.setdefault(f"`{key}`{f' ({remark})' if remark else ''}", []).append(theirs)
-    for theirs, answer in HINTS_FOR_UNSUPPORTED_KEYS.items():
+    for theirs, answer in others.hints.items():
         theirs_by_answer.setdefault(answer, []).append(theirs)
     rows = sorted(
         f"- {', '.join(f'`{name}`' for name in sorted(names))}: {answer}\n"

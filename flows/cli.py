@@ -267,15 +267,16 @@ def _describe_unknown_arguments(
     parsed: argparse.Namespace, unknown: Sequence[str], parser: argparse.ArgumentParser
 ) -> str:
     """What of a command line is not understood, and what may have been meant."""
-    from nested_core.config.other_tools import OUR_KEYS_BY_OTHER_TOOLS_KEYS
+    from nested_core.config.error_messages import read_keys_of_other_trainers
 
     flags = list(parser._option_string_actions)  # argparse offers no other list of them
+    our_keys = read_keys_of_other_trainers().ours
     hints = []
     for word in unknown:
         if word.startswith("--"):
             given = word.partition("=")[0]
             seams.require_flag(parsed.command, given)
-            theirs = OUR_KEYS_BY_OTHER_TOOLS_KEYS.get(given[2:].replace("-", "_"), "")
+            theirs = our_keys.get(given[2:].replace("-", "_"), "")
             ours = f"--{theirs.partition(';')[0].replace('_', '-')}"
             meant = [flag for flag in flags if flag == ours or flag.endswith(f".{given[2:]}")]
             names = {flag.lstrip("-"): flag for flag in flags}  # -- makes any two more alike

@@ -5,18 +5,36 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from nested_core.config.key_properties import iterate_keys, section_in_annotation
-from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from nested_core.config.section_base import SectionProblemsError
 from nested_core.errors import list_first
+from nested_core.seams import load_all
 from nested_core.text.foreign_text import escape
 
 MAX_SHOWN_PROBLEMS = 10
 _WORD_PATTERN = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class OtherTrainersKeys:
+    """A room's table of what other trainers call our keys.
+
+    ours: our key for each of theirs, with a remark after "; " if the meaning differs.
+    hints: what to do in place of a key of theirs that has none here, as the end of a sentence.
+    """
+
+    ours: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_keys_of_other_trainers() -> OtherTrainersKeys:
+    """Return the keys of other trainers; empty if the room other_trainers is not installed."""
+    return next(load_all(OtherTrainersKeys), OtherTrainersKeys())
 
 
 class Problem(NamedTuple):
@@ -164,15 +182,16 @@ def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> st
     Returns the end of a message, such as `; did you mean ITERS?`; empty if nothing is like it.
     """
     name = str(location[-1])
-    if name in HINTS_FOR_UNSUPPORTED_KEYS:
-        return f"; {name} {HINTS_FOR_UNSUPPORTED_KEYS[name]}"
-    if name in OUR_KEYS_BY_OTHER_TOOLS_KEYS:
-        meant, _, remark = OUR_KEYS_BY_OTHER_TOOLS_KEYS[name].partition("; ")
+    others = read_keys_of_other_trainers()
+    if name in others.hints:
+        return f"; {name} {others.hints[name]}"
+    if name in others.ours:
+        meant, _, remark = others.ours[name].partition("; ")
         return f"; did you mean {meant}?{remark and f' ({remark})'}"
     section = _section_at(location[:-1], schema)
     if section is None:
         return ""
-    known_names = [field.alias or name for name, field in section.model_fields.items()]
+    known_names = [one.alias or name for name, one in section.model_fields.items()]
     typo_of = difflib.get_close_matches(name, known_names, n=1, cutoff=0.8)
     elsewhere = [key.name for key in iterate_keys(schema) if key.name.endswith(f".{name}")]
     if name in schema.model_fields:
@@ -188,6 +207,6 @@ def _section_at(path: tuple[Any, ...], schema: type[BaseModel]) -> type[BaseMode
     section: type[BaseModel] | None = schema
     for part in path:
         if isinstance(part, str) and section is not None:
-            fields = {field.alias or name: field for name, field in section.model_fields.items()}
+            fields = {one.alias or name: one for name, one in section.model_fields.items()}
             section = section_in_annotation(fields[part].annotation) if part in fields else None
     return section

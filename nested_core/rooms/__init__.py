@@ -27,5 +27,6 @@ with the types that the class gives them. The points, each with what a room does
 
 The others are one thing that one room does: DeviceOperations, ModelLayers, KernelFolder,
 MemoryForecaster, Processes, ReportingServices, ReferenceSchedule, ReferenceTrainer, Replay,
-Approval, Asking, Chat, ServerPages, LiveView, Restart and SuiteScorer.
+Approval, Asking, Chat, ServerPages, LiveView, Restart, SuiteScorer and
+OtherTrainersKeys.
 """

@@ -13,9 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core import ConfigError, FineTuneConfig, load_config
-from nested_core.config.key_properties import iterate_keys
 from nested_core.config.loading import MAX_YAML_BYTES, parse_yaml, read_yaml, render_config
-from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from tests.left_out import needs_rooms
 
 Write = Callable[[str | bytes], Path]
@@ -350,35 +348,6 @@ def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("theirs", "answer"),
-    [
-        ("num_epochs", "did you mean training.epochs?"),
-        ("lora_r", "did you mean lora_parameters.rank?"),
-        ("micro_batch_size", "did you mean batch_size?"),
-        ("rank", "did you mean lora_parameters.rank?"),
-        ("epochs", "did you mean training.epochs?"),
-        ("max_steps", "did you mean iters? (it counts micro-batches, theirs counts optimizer"),
-        ("sample_packing", "sample_packing is not needed: "),
-        ("base", "did you mean model?"),
-        ("assistant_only_loss", "did you mean training.supervise? (all trains on every answer"),
-        ("train_on_inputs", "did you mean training.supervise? (all trains on every answer of a"),
-        ("mask_history", "did you mean mask_prompt? (both train on the last answer of a chat"),
-        ("quantization", "quantization is not a key here: give a base model that is quantised"),
-    ],
-)
-def test_a_key_of_another_tool_is_answered_with_ours(write, theirs, answer) -> None:
-    (line,) = refused_lines(write(f"{theirs}: 3\n"))
-    assert line.startswith(f"  {theirs}: unknown key; {answer}")
-
-
 def test_a_key_of_the_top_level_that_stands_in_a_section_is_told_its_place(write: Write) -> None:
     (line,) = refused_lines(write("training: {batch_size: 4}\n"))
     assert line.startswith("  training.batch_size: unknown key; did you mean batch_size at the top")
-
-
-def test_each_key_that_is_answered_with_ours_exists() -> None:
-    known = {key.name for key in iterate_keys(FineTuneConfig)}
-    for theirs, ours in OUR_KEYS_BY_OTHER_TOOLS_KEYS.items():
-        assert ours.partition("; ")[0] in known, theirs
-    assert not known & (OUR_KEYS_BY_OTHER_TOOLS_KEYS.keys() | HINTS_FOR_UNSUPPORTED_KEYS.keys())

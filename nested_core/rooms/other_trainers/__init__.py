@@ -1,0 +1,1 @@
+"""Keys of other trainers, each answered with ours."""
