@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
 from collections import Counter
@@ -188,6 +189,19 @@ def attach_stored_adapter(model: nn.Module, adapter: Adapter) -> None:
         adapter.tensors, replaced, "Give the base and the settings that it was trained with."
     )
     model.load_weights(list(adapter.to_mlx().items()), strict=False)
+
+
+def copy_with_adapter(base: nn.Module, adapter: Adapter) -> nn.Module:
+    """Return a model with the arrays of `base`, in modules of its own, and an adapter attached.
+
+    Raises ConfigError where the adapter does not fit the base.
+    """
+    leaves: Any = tree_flatten(base)
+    arrays = (leaf for _, leaf in leaves if isinstance(leaf, mx.array))
+    model: nn.Module = copy.deepcopy(base, {id(array): array for array in arrays})
+    attach_stored_adapter(model, adapter)
+    model.eval()
+    return model
 
 
 def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:

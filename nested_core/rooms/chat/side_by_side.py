@@ -9,10 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm import load
 from mlx_lm.generate import generate_step
-from mlx_lm.utils import load_model
 
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
@@ -27,7 +25,7 @@ from nested_core.models.generation import (
     make_sampler_of,
     require_rows_for,
 )
-from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.models.lora_attachment import copy_with_adapter
 from nested_core.pipeline.finetune import Chat
 from nested_core.storage.adapter import read_adapter
 
@@ -64,25 +62,18 @@ class SideBySide:
         first = next(iter(loaded.values()))
         base = find_model_folder(str(model or first.base_model))
         options = {"trust_remote_code": trust_remote_code}
-        self._models: dict[str, nn.Module] = {}
         with naming_unloadable_model(base):
-            self._models[BASE], self._tokenizer = load(
+            loaded_base, self._tokenizer = load(
                 str(base),
                 tokenizer_config=options,
                 **options,  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
             )[:2]
-            for name in loaded:  # lazily: its weights are never read, but replaced by the base's
-                self._models[name] = load_model(
-                    base, lazy=True, trust_remote_code=trust_remote_code
-                )[0]
-        weights: Any = tree_flatten(self._models[BASE].parameters())
+        loaded_base.eval()
+        self._models: dict[str, nn.Module] = {BASE: loaded_base}
         for name, adapter in loaded.items():
             if other_base := describe_other_base(adapter.config, base):
                 raise ConfigError(f"{name}: {other_base}. Ask it with the base of its training.")
-            self._models[name].load_weights(weights)
-            attach_stored_adapter(self._models[name], adapter)
-        for side in self._models.values():
-            side.eval()
+            self._models[name] = copy_with_adapter(loaded_base, adapter)
         self._context = context_length(base)
         self._tools = tools
         self.sides = (*loaded, BASE)

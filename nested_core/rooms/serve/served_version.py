@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
-from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.models.lora_attachment import copy_with_adapter
 from nested_core.registry import VerifiedVersion
 from nested_core.rooms.serve.canary_check import check_canary, require_version_in_layers
-from nested_core.storage.adapter import Adapter
 from nested_core.text.digest_format import shorten_digest
 
 BASE_VERSION = "base"
@@ -52,7 +48,8 @@ class ServedVersion:
         """
         if self._model is None:
             adapter = None if self.verified is None else self.verified.adapter
-            self._model = base if adapter is None else _attach_to_copy(base, adapter)
+            self._model = base if adapter is None else copy_with_adapter(base, adapter)
+            mx.eval(self._model.parameters())
         return self._model
 
     def check(self, base: nn.Module, base_arrays: Collection[int]) -> Iterator[None]:
@@ -83,13 +80,3 @@ def require_same_base(verified: VerifiedVersion, base: Path) -> None:
             f"{what} was {other_base}. Serve it with the base that it was trained on (--model), "
             f"names of other bases by another server."
         )
-
-
-def _attach_to_copy(base: nn.Module, adapter: Adapter) -> nn.Module:
-    leaves: Any = tree_flatten(base)
-    arrays = (leaf for _, leaf in leaves if isinstance(leaf, mx.array))
-    model: nn.Module = copy.deepcopy(base, {id(array): array for array in arrays})
-    attach_stored_adapter(model, adapter)
-    model.eval()
-    mx.eval(model.parameters())
-    return model

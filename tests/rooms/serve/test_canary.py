@@ -13,7 +13,7 @@ import pytest
 from mlx_lm import load
 
 from nested_core.models.base_model import TrainedTokenizer
-from nested_core.models.lora_attachment import attach_stored_adapter
+from nested_core.models.lora_attachment import copy_with_adapter
 from nested_core.registry import VerifiedVersion, read_champion
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.serve import canary_check, served_version
@@ -39,13 +39,14 @@ Promote = Callable[..., str]
 def leave_one_tensor_out(monkeypatch: pytest.MonkeyPatch, version: str | None = None) -> None:
     """Plant the fault that one LoRA tensor (of a version) is not put into the model."""
 
-    def attach(model: Any, adapter: Adapter) -> None:
-        attach_stored_adapter(model, adapter)
+    def attach(base: Any, adapter: Adapter) -> Any:
+        model = copy_with_adapter(base, adapter)
         if version in (None, adapter.path.name):
             name = next(name for name in adapter.tensors if "lora_b" in name)
             model.load_weights([(name, mx.zeros_like(arrays_of(model)[name]))], strict=False)
+        return model
 
-    monkeypatch.setattr("nested_core.rooms.serve.served_version.attach_stored_adapter", attach)
+    monkeypatch.setattr("nested_core.rooms.serve.served_version.copy_with_adapter", attach)
 
 
 def quantise_base(monkeypatch: pytest.MonkeyPatch) -> None:
