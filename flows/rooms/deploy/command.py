@@ -82,7 +82,6 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
         require_server,
     )
     from flows.rooms.deploy.planned_deployments import begin_name, make_plan
-    from flows.rooms.deploy.retention import check_retention
 
     notify = read_notify(arguments.notify)
     require_server()
@@ -94,13 +93,11 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
             print_progress(line)
     if arguments.config is not None:
         print_progress(begin_name(plan))
-    with get_client(sync_client=True) as client:
-        retention = check_retention(client)
-        print_progress(": ".join(filter(None, ("retention", retention.seen, retention.mend))))
-        if arguments.test_alert:
-            alerts = [each["name"] for each in plan.automations if "notify" in each]
+    if arguments.test_alert:
+        alerts = [each["name"] for each in plan.automations if "notify" in each]
+        with get_client(sync_client=True) as client:
             done.append(send_test_alert(client, alerts))
-            print_progress(done[-1])
+        print_progress(done[-1])
 
     next_commands = list(list_next_commands(plan))
 

@@ -25,7 +25,6 @@ from flows.rooms.deploy.planned_deployments import (
     read_deployments_file,
     read_work_pools,
 )
-from flows.rooms.deploy.retention import check_retention
 
 MAX_HEARTBEAT_AGE_SECONDS = 90
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -42,7 +41,6 @@ def iterate_server_checks() -> Iterator[Check]:
         yield _check_version(client)
         yield _check_auth()
         yield _check_database()
-        yield check_retention(client)
         yield from _check_pools(client)
         yield _check_deployments(client)
         yield from _check_automations(client)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-from prefect.client.orchestration import get_client
 from prefect.settings import (
     PREFECT_API_DATABASE_CONNECTION_URL,
     PREFECT_API_URL,
@@ -11,7 +9,6 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows.rooms.deploy.retention import check_retention
 from flows.rooms.deploy.server_checks import _check_database
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms
@@ -25,14 +22,6 @@ def test_of_a_database_that_this_environment_does_not_name_nothing_is_said() -> 
         unfit = _check_database()
     assert (unknown.ok, unknown.seen.startswith("unknown here")) == (True, True)
     assert (unfit.ok, unfit.seen) == (False, "sqlite+aiosqlite")
-
-
-@pytest.mark.usefixtures("prefect_server")
-def test_what_the_server_keeps_is_asked_of_the_server() -> None:
-    with get_client(sync_client=True) as client:
-        check = check_retention(client)
-    assert (check.ok, check.seen) == (False, "kept: events for 7 days, the rest for ever")
-    assert "PREFECT_SERVER_SERVICES_DB_VACUUM" in check.mend
 
 
 @needs_rooms("doctor")
