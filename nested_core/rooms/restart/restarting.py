@@ -23,7 +23,6 @@ from types import FrameType
 
 from nested_core.errors import TrainingProcessLost, go_on_with
 from nested_core.process.command_parent import PARENT_VARIABLE, Restart, RunInHand
-from nested_core.text.foreign_text import escape
 
 # What ends a process through no wish of anybody's. SIGTRAP and SIGILL are how macOS aborts.
 CRASH_SIGNALS = frozenset(
@@ -46,7 +45,6 @@ OWN_CONTROL_GROUPS = Path("/proc/self/cgroup")
 OOM_COUNTERS = ("memory.events", "memory.oom_control")
 MEMORY_LIMITS = ("memory.max", "memory.limit_in_bytes")
 UNLIMITED = 2**62  # version 1 says about 2**63
-PROCESSES = Path("/proc")
 
 
 class _Command:
@@ -209,20 +207,11 @@ def _read_memory_file(names: Sequence[str]) -> str:
 
 
 def _describe_memory() -> str:
-    """Return the limit of the control group, or else the process that has the most memory now."""
+    """Return the limit of the control group; empty without one."""
     limit = _read_memory_file(MEMORY_LIMITS).strip()
     if limit.isdigit() and int(limit) < UNLIMITED:
         return f" The limit of its control group is {int(limit) / 1e9:.3g} GB."
-    sizes = []
-    for folder in PROCESSES.glob("[0-9]*"):
-        with suppress(OSError):
-            pages = int((folder / "statm").read_text().split()[1])
-            sizes.append((pages, folder.name, (folder / "comm").read_text().strip()))
-    if not sizes:
-        return ""
-    pages, process, name = max(sizes)
-    size = pages * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return f" The most memory is now held by process {process} ({escape(name)}), {size:.3g} GB."
+    return ""
 
 
 def describe_end(number: int, *, was_memory: bool) -> str:

@@ -219,23 +219,6 @@ def test_a_kill_for_want_of_memory_is_named_with_the_limit_of_its_control_group(
     assert "memory ran out" not in describe_end(signal.SIGABRT, was_memory=False)
 
 
-def test_where_the_whole_machine_had_too_little_memory_the_largest_process_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for process, name, pages in ((7, "small", 10), (812, "a server", 5_000_000)):
-        folder = tmp_path / str(process)
-        folder.mkdir()
-        (folder / "comm").write_text(f"{name}\n")
-        (folder / "statm").write_text(f"9000000 {pages} 100 1 0 50 0\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    monkeypatch.setattr(restarting, "OWN_CONTROL_GROUPS", tmp_path / "none")
-    monkeypatch.setattr(restarting, "CONTROL_GROUPS", tmp_path)
-    monkeypatch.setattr(restarting, "PROCESSES", tmp_path)
-    said = describe_end(signal.SIGKILL, was_memory=False)
-    size = 5_000_000 * os.sysconf("SC_PAGE_SIZE") / 1e9
-    assert said.endswith(f"is now held by process 812 (a server), {size:.3g} GB.")
-
-
 def test_what_helps_on_a_mac_is_named_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in describe_end(signal.SIGABRT, was_memory=False)
