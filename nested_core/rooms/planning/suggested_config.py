@@ -117,8 +117,8 @@ def suggest_config(
     base: dict[str, Any] = {"model": model, "data": data}
     if drop_fields:
         base["drop_fields"] = list(drop_fields)
-    base |= _find_field_names(DataSettings(data, drop_fields=tuple(drop_fields)))
-    loss = _find_loss(DataSettings(data, drop_fields=tuple(drop_fields)))
+    field_names, loss = _look_at_rows(DataSettings(data, drop_fields=tuple(drop_fields)))
+    base |= field_names
     begun = base | {"batch_size": 1} | ({} if loss is None else {"training": {"loss": loss}})
     report, _ = load_run_data(parse_config(begun, source="the suggestion"))
     report.raise_if_rejected()
@@ -224,15 +224,22 @@ def _choose_lora(base: Path, adapter: str | None) -> _Lora:
     return _Lora(layers, json.dumps(parameters), rate, "what the adapter has that it goes on from")
 
 
-def _find_loss(settings: DataSettings) -> str | None:
-    """Return the loss of a room that some row of train is made for; None for answers to learn."""
+def _look_at_rows(settings: DataSettings) -> tuple[dict[str, str], str | None]:
+    """Find keys for fields of other names than ours, and a loss, by the rows of train.
+
+    The keys are those of more rows than any other; empty if the rows need none. The loss is that of
+    a room that some row is made for; None for answers to learn.
+    """
     suggestions = [room.suggest_loss for room in seams.load_all(RowFormats)]
+    counts: Counter[tuple[tuple[str, str], ...]] = Counter()
+    loss: str | None = None
     for row in _iterate_training_rows(settings):
+        needed = {} if find_format(row, settings.field_names) else suggest_field_names(row)
+        counts[tuple(needed.items())] += 1
         kept = {key: value for key, value in row.items() if key not in settings.drop_fields}
-        for suggest in suggestions:
-            if (loss := suggest(kept)) is not None:
-                return loss
-    return None
+        for suggest in suggestions if loss is None else ():
+            loss = loss or suggest(kept)
+    return dict(counts.most_common(1)[0][0]) if counts else {}, loss
 
 
 def _iterate_training_rows(settings: DataSettings) -> Iterator[dict[str, Any]]:
@@ -249,19 +256,6 @@ def _iterate_training_rows(settings: DataSettings) -> Iterator[dict[str, Any]]:
                     continue
                 if isinstance(row, dict):
                     yield row
-
-
-def _find_field_names(settings: DataSettings) -> dict[str, str]:
-    """Find the keys for fields of other names than ours, in more rows of train than any other.
-
-    Empty if the rows need none.
-    """
-    names = settings.field_names
-    counts: Counter[tuple[tuple[str, str], ...]] = Counter()
-    for row in _iterate_training_rows(settings):
-        needed = {} if find_format(row, names) else suggest_field_names(row)
-        counts[tuple(needed.items())] += 1
-    return dict(counts.most_common(1)[0][0]) if counts else {}
 
 
 def _batch_sizes_and_recomputation(report: DatasetReport) -> Iterator[tuple[int, bool]]:
