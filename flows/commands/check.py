@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,7 @@ class Check:
 class DoctorChecks:
     """What a room looks at for `doctor`.
 
-    of_registry: looks at the registry in a folder.
     of_server: looks at the Prefect server of PREFECT_API_URL.
     """
 
-    of_registry: Callable[[Path], Iterable[Check]] = lambda *_: ()
-    of_server: Callable[[], Iterable[Check]] = lambda *_: ()
+    of_server: Callable[[], Iterable[Check]]

@@ -55,14 +55,9 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         _check_server_address,
         _check_disk,
     )
-    rooms = [*seams.load_all(DoctorChecks)]
-    checks = [
-        *(check() for check in looks),
-        *_iterate_champion_checks(arguments.registry),
-        *(check for room in rooms for check in room.of_registry(arguments.registry)),
-    ]
+    checks = [*(check() for check in looks), *_iterate_champion_checks(arguments.registry)]
     if os.environ.get("PREFECT_API_URL"):
-        checks += (check for room in rooms for check in room.of_server())
+        checks += (check for room in seams.load_all(DoctorChecks) for check in room.of_server())
 
     is_fine = all(check.ok for check in checks)
     document = {"ok": is_fine, "checks": [asdict(check) for check in checks]}
