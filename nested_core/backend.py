@@ -234,16 +234,19 @@ def _open_openblas() -> str | None:
 def prepare_for_model_size(weight_count: int) -> None:
     """Set how MLX uses a CUDA device, by the number of the model's weights.
 
-    A commit has few operations where kernels are long, for many let the host run ahead of the
-    device and hold memory; MLX reads the variable when a process first computes an array, and one
-    that is set already stays. The freed arrays that a small model's process keeps are bounded. In a
-    process without `prepare` nothing is set.
+    Does nothing without CUDA, and in a process that has not called `prepare`. Sets two things:
+
+    - How many operations MLX sends to the device at once (a commit). The kernels of a large model
+      are long: with many of them in a commit the host runs ahead of the device and holds memory.
+      MLX reads this environment variable when a process first computes an array. If the variable is
+      set already, its value stays.
+    - For a small model, how many bytes of freed arrays MLX keeps for reuse.
     """
     if _preparation is None or not is_mlx_built_for_cuda():
         return
     limits = OPERATIONS_PER_COMMIT_BY_MODEL_SIZE.items()
-    fitting = (operations for most, operations in limits if weight_count < most)
-    operations = next(fitting, OPERATIONS_PER_COMMIT_OF_LARGE_MODELS)
+    allowed = (operations for max_weights, operations in limits if weight_count < max_weights)
+    operations = next(allowed, OPERATIONS_PER_COMMIT_OF_LARGE_MODELS)
     os.environ.setdefault(OPERATIONS_PER_COMMIT_VARIABLE, operations)
     if weight_count < SMALL_MODEL:
         import mlx.core as mx

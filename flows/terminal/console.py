@@ -67,14 +67,18 @@ class ProgressLine:
         self._what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` parts of `what` are done; `total` is 1 or more."""
+        """Show that `done` of `total` parts of the work `what` are done; `total` is 1 or more.
+
+        Another `what` is other work, which has begun when the last call for the work before ended.
+        The end of the work is shown if an earlier part of it was.
+        """
         now = time.monotonic()
         if what != self._what:
-            self._began = self._called_at  # the work before this has ended
+            self._began = self._called_at
             self._what = what
         self._called_at = now
-        every = POLL_SECONDS if can_redraw() else SECONDS_BETWEEN_LINES
-        is_due = now - self._shown_at >= every or (done == total and self._shown_at > self._began)
+        pause = POLL_SECONDS if can_redraw() else SECONDS_BETWEEN_LINES
+        is_due = now - self._shown_at >= pause or (done == total and self._shown_at > self._began)
         if now - self._began < SECONDS_BEFORE_PROGRESS or not is_due:
             return
         self._shown_at = now

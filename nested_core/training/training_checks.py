@@ -156,11 +156,13 @@ class UpdateCheck:
     ) -> None:
         """Check that the parameters updated by a step are in the model.
 
-        Warns of those that are not, and of updates that changed nothing. The step is then recorded
-        as verified.
+        Warns, once in a run, of parameters whose update is not in the model, and of updates that
+        changed nothing; nothing is raised. The step is recorded in `state.verified_steps` in any
+        case: it was checked, whatever was found.
 
-        step: its packed parameters (small ones are joined into one array), old and new.
-        `written` are all parameters by name, as they were written into the model.
+        step: the step's parameters before and after the update, packed.
+        packing: how small parameters are packed into one array, to find them by name.
+        written: all parameters by name, as they were written into the model.
         """
         self._checked_due.add(step.due)
         names = [name for key in step.updates for name in packing.tensor_shapes(key)]

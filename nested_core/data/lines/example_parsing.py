@@ -596,8 +596,8 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
 
     name: the format, such as `chat`.
 
-    Raises LineProblem for a value of a wrong type, and for keys that would be passed over in
-    silence although they hold content, in the row or in one of its turns.
+    Raises LineProblem for a value of a wrong type, and for a key, of the row or of a turn, that
+    would be ignored although it holds content.
     """
     kind = find_row_format(name)
     keys = {field: field_names.key_of(field) for field in kind.model.__annotations__}
@@ -609,37 +609,44 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
         kind.validator.validate_python(fields, context=context)
     except ValidationError as error:
         raise describe_validation_error(error, keys, row) from None
-    # Keys beyond the format's are marks, known to be ignored, or left out of training
-    unknown = set(row.keys() - keys.values() - {field_names.group})
+    # A plain text has no turns
     messages, places, rest = Turns([]) if kind.read is None else kind.read(fields)
+    # A key that is no field of the format is a mark (`weight: 0`), or is not trained on
+    ignored = set(row.keys() - keys.values() - {field_names.group})
     masked: dict[int, str] = {}
-    if unknown or any(turn.keys() != _PLAIN_MESSAGE_KEYS for turn in messages):
+    if ignored or any(turn.keys() != _PLAIN_MESSAGE_KEYS for turn in messages):
         chat_places = [f"{keys[kind.fields[0]]}[{index}]" for index in range(len(messages))]
-        more = {key: row[key] for key in unknown}
+        more = {key: row[key] for key in ignored}
         marks, masked = take_marks(more, messages, places or chat_places)
-        unknown -= marks
+        ignored -= marks
     if kind.read is None:
-        return Example(name, [], None, fields[kind.fields[0]], frozenset(unknown))
+        return Example(name, [], None, fields[kind.fields[0]], frozenset(ignored))
     tools = fields.get("tools") or None  # an empty list of tools is none
-    unread: list[str] = []
-    if unknown:
-        # In a format of mlx-lm, keys of its other formats are passed over, as mlx-lm does
-        passed_over = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
-        unread = list_unread_fields(row, unknown - passed_over, [messages, tools, rest])
-    prefix = f"{field_names.key_of(kind.fields[0])}[]."
-    for index, turn in enumerate(messages):
-        if turn.keys() == _PLAIN_MESSAGE_KEYS:
-            continue
-        known = _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
-        said = _drop_nothing(turn)
-        messages[index] = {key: value for key, value in said.items() if key in known}
-        unexpected = said.keys() - known
-        unread += [prefix + key for key in list_unread_fields(said, unexpected, [messages[index]])]
-        unknown |= {prefix + key for key in unexpected}
-    if unread:
-        raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(unread))))
+    lost: list[str] = []
+    if ignored:
+        # In a format of mlx-lm, keys of its other formats may be ignored, as mlx-lm does
+        harmless = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
+        lost = list_unread_fields(row, ignored - harmless, [messages, tools, rest])
+    lost += _remove_ignored_keys(messages, f"{field_names.key_of(kind.fields[0])}[].", ignored)
+    if lost:
+        raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(lost))))
     is_plain = tools is None and all(turn.keys() == _PLAIN_MESSAGE_KEYS for turn in messages)
-    return Example(name, messages, tools, "", frozenset(unknown), is_plain, places, masked, rest)
+    return Example(name, messages, tools, "", frozenset(ignored), is_plain, places, masked, rest)
+
+
+def _remove_ignored_keys(turns: list[Fields], prefix: str, ignored: set[str]) -> Iterator[str]:
+    """Remove from each turn the keys that are not trained on, and add them to `ignored`.
+
+    Yields those that hold content of the conversation, with `prefix`, such as `messages[].`.
+    """
+    for index, turn in enumerate(turns):
+        if turn.keys() != _PLAIN_MESSAGE_KEYS:
+            trained = _KNOWN_MESSAGE_KEYS_BY_ROLE.get(turn["role"], _KNOWN_MESSAGE_KEYS)
+            filled = _remove_blank_values(turn)
+            turns[index] = {key: value for key, value in filled.items() if key in trained}
+            removed = filled.keys() - trained
+            ignored |= {prefix + key for key in removed}
+            yield from (prefix + k for k in list_unread_fields(filled, removed, [turns[index]]))
 
 
 def _mlx_lm_keys(field_names: FieldNames) -> set[str]:
@@ -647,10 +654,10 @@ def _mlx_lm_keys(field_names: FieldNames) -> set[str]:
     return {field_names.key_of(field) for name in MLX_LM_FORMATS for field in FORMATS[name].fields}
 
 
-def _drop_nothing(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a turn without what says nothing: null, and a blank text, list or object.
+def _remove_blank_values(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a turn without keys whose value is null, blank text, or an empty list or object.
 
-    The content of a turn stays, except beside tool calls.
+    A blank `content` stays, except beside tool calls.
     """
     needed = ("role",) if is_tool_calling_message(message) else ("role", "content")
     return {key: value for key, value in message.items() if key in needed or not _is_blank(value)}

@@ -106,19 +106,21 @@ def digest_example(example: Example) -> int:
 
 
 def fold_questions(turns: Sequence[Mapping[str, Any]]) -> list[bytes]:
-    """Return the roles, texts and calls of the turns before each answer, by `fold_text`.
+    """Return what was asked before each answer, in the form in which `fold_text` compares texts.
 
-    System turns, tools and names do not count. The last turn is an answer whatever its role.
+    That is one text for each answer (UTF-8): roles, contents and tool calls of all turns before
+    it. System turns, tools and names do not count. The last turn counts as an answer, whatever its
+    role. Two equal results mean the same question.
     """
-    asked: list[str] = []
+    parts: list[str] = []
     questions = []
     for index, turn in enumerate(turns, 1):
         role = turn["role"]
-        if asked and (role == "assistant" or index == len(turns)):
-            questions.append(fold_text("\0".join(asked).encode()))
+        if parts and (role == "assistant" or index == len(turns)):
+            questions.append(fold_text("\0".join(parts).encode()))
         if role != "system":
             calls = [_call_to_compare(call) for call in turn.get("tool_calls", ())]
-            asked += [role, turn.get("content") or "", _json_to_compare(calls) if calls else ""]
+            parts += [role, turn.get("content") or "", _json_to_compare(calls) if calls else ""]
     return questions
 
 

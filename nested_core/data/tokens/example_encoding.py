@@ -40,7 +40,7 @@ from nested_core.data.tokens.text_notes import (
     has_control_token,
     list_texts,
     note_control_tokens,
-    note_taken_ends,
+    note_removed_end_texts,
     note_tokens_in_text,
     note_unshown_texts,
     shows_all,
@@ -210,18 +210,19 @@ class _TemplatedExample:
         self.tokens = self._encoded["input_ids"]
 
     def list_notes(self, targets: Targets, broken_turn: int) -> tuple[Note, ...]:
-        """Return notes on what the template leaves out, and on control tokens in the text.
+        """Return notes on texts that the template leaves out, and on control tokens in the texts.
 
-        If a turn is broken, missing texts are not looked for, since the row is refused for that
-        turn.
+        broken_turn: the first turn whose tokens cannot be located, -1 if there is none. With one,
+            the row is refused anyway, and texts that are left out are not looked for.
         """
         example = self._example
+        # The usual row: unchanged turns, all of which are in the templated text. No notes.
         if example.is_plain and self._messages == example.messages:
             contents = [turn["content"] for turn in self._messages]
             if not has_control_token(contents, self._tokenizer) and shows_all(self._text, contents):
                 return ()
         texts = list_texts(self._messages, example.tools)
-        notes = note_taken_ends(example.messages, self._messages, self._template)
+        notes = note_removed_end_texts(example.messages, self._messages, self._template)
         notes += note_control_tokens(texts, self._tokenizer)
         if self._text and broken_turn < 0:
             notes += note_unshown_texts(texts, self._text, example, targets)

@@ -291,7 +291,7 @@ def _note_foreign_token(word: str, where: str) -> Note:
     )
 
 
-def note_taken_ends(
+def note_removed_end_texts(
     messages: Sequence[Mapping[str, Any]],
     prepared: Sequence[Mapping[str, Any]],
     template: ChatTemplate,

@@ -237,23 +237,29 @@ def _has_trained_parameters(head: OutputHead, rows: mx.array, parameters: Parame
 
 
 def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Loss:
-    """Return the form of `supervised_loss` for a model with this output head.
+    """Return a loss with the values of `supervised_loss` that never holds all logits in memory.
 
-    `chunk_rows` is the number of positions in a chunk of a training step; None uses
-    `positions_at_once`.
+    The output head is applied to a chunk of supervised positions at a time, and the chunks' losses
+    are added.
+
+    head: computes logits from the outputs of the model's body.
+    chunk_rows: positions in a chunk of a training step; None uses `positions_at_once`.
     """
     loss = ChunkedCrossEntropy(head, chunk_rows)
     return Loss(
         loss.differentiable_loss,
-        prepare_batch=widen_and_find_supervised_positions,
+        prepare_batch=pad_and_find_supervised_positions,
         compile_chunked_evaluation=loss.compile_evaluation,
     )
 
 
-def widen_and_find_supervised_positions(
+def pad_and_find_supervised_positions(
     batch: MicroBatch, position_counts: Mapping[int, int] | None = None
 ) -> Arrays:
-    """Pad a batch to a width that is fast on this device, then find its supervised positions."""
+    """Pad a batch's rows to a length that is fast on this device; find its supervised positions.
+
+    Returns what `find_supervised_positions` does.
+    """
     return find_supervised_positions(widen_for_device(batch), position_counts)
 
 
