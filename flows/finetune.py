@@ -1,7 +1,8 @@
 """The Prefect flow of a fine-tune: `pipeline.finetune`, with each step as a task.
 
-The tasks, in this order: validate, load, train, gate, register (tasks/finetune.py). What each
-leaves on disk says nested_core/pipeline/finetune.py; the gate is its step `judge`.
+The tasks, in this order: validate, load, train, gate, and register (tasks/finetune.py); before
+register the loss on test.jsonl is measured, if `test` is set. nested_core/pipeline/finetune.py
+lists what each step leaves on disk; there the gate is called `judge`.
 
 Importing this module has to be quick, so it loads no mlx. After a crash a worker imports it, to
 look for hooks, and then reports the crash again (prefect 3.9.1, runner/_flow_run_executor.py and
@@ -108,7 +109,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
 
 
 def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
-    """Run the pipeline with its steps as tasks; the state in which that ends."""
+    """Run the pipeline with its steps as tasks, and return the state in which the flow run ends."""
     from flows.flow_runs.prefect_hooks import StepsAsTasks
     from nested_core.pipeline.finetune import finetune as run_finetune
     from nested_core.records.verdict_file import read_verdict
@@ -119,6 +120,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     try:
         with stopper.handling_signals(run), stopping_where_cancelled() as watch:
             steps = StepsAsTasks(stopper)
+            # Whether a directory may be resumed was decided when it was opened
             result = run_finetune(config, run, steps, resume=run.is_nonempty())
     except TrainingStopped as error:
         watch.raise_if_suspended()
@@ -129,7 +131,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         return Cancelled(message=message)
     except GateRejected as error:
         verdict = read_verdict(run.gate)
-        if verdict.has_passed:  # the registry refused what this gate let through
+        if verdict.has_passed:  # the gate passed the adapter, but the registry refused it
             return _failed_state(error)
         message = f"{resumed}{escape(verdict.summary())}{_describe_held_out(config, run)}"
         message += _describe_choice(config, run)
@@ -150,7 +152,10 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
 
 
 def _describe_choice(config: FineTuneConfig, run: RunDirectory) -> str:
-    """`; rebuilding from the base ...`, with why and the forecasts, where it was not just asked."""
+    """Return how training started, and why, for a message; empty if the configuration said how.
+
+    For example `; training from the base, to follow version 3f2a...: ...`.
+    """
     from nested_core.records.start import CONFIGURED, START_FILE, Start
 
     start = START_FILE.read(run.start) if run.start.exists() else Start(None, CONFIGURED)
@@ -158,7 +163,10 @@ def _describe_choice(config: FineTuneConfig, run: RunDirectory) -> str:
 
 
 def _describe_held_out(config: FineTuneConfig, run: RunDirectory) -> str:
-    """`; valid.jsonl has changed ...` where the champion was judged by other examples."""
+    """Return `; valid.jsonl has changed ...` if the champion was judged by other examples.
+
+    Empty otherwise, and before the verdict.
+    """
     from nested_core.pipeline.publishing import describe_changed_held_out
     from nested_core.records.dataset import read_dataset_record
     from nested_core.records.verdict_file import read_verdict
@@ -198,7 +206,7 @@ def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[O
 
 
 def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
-    """What became of a version that was registered."""
+    """Return the outcome of a run with this result, which was not skipped."""
     from nested_core.pipeline.publishing import is_registered_from
     from nested_core.registry.promotion_policy import effective_rule
 
@@ -216,7 +224,7 @@ def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
 
 
 def _describe_resumption(run: RunDirectory) -> str:
-    """What the message says of a run that was begun before, by whomever; nothing of any other."""
+    """Return `begun 2 times, last from ...: ` for a retried flow run; empty for its first run."""
     count = runtime.flow_run.run_count or 1
     if count == 1:
         return ""
@@ -226,7 +234,10 @@ def _describe_resumption(run: RunDirectory) -> str:
 
 
 def _open_run_directory(config: FinetuneParameters) -> RunDirectory:
-    """The directory given, or one keyed by the flow run's id, which a retry finds again."""
+    """Open the run directory that is given, or one named by the flow run's id.
+
+    A retry of the flow run finds that one again, and resumes it.
+    """
     if config.run_dir is not None:
         path = require_allowed(config.run_dir, "run_dir")
         if not RunDirectory(path).is_nonempty():

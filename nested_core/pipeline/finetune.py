@@ -1,9 +1,13 @@
 """A fine-tune from data to champion: the sequence of steps, and what each leaves on disk.
 
+- begin: config.yaml, or on resume a comparison with it.
 - validate: dataset.json, the report on the data; skipped.json, if nothing is to be trained on it.
-- load: initial/, the adapter that training starts from, and tiers.json.
+  replay.json and replay.jsonl, the examples of earlier versions that are trained on too.
+- load: initial/, the adapter that training starts from, and tiers.json; start.json, whether that
+  is the champion's adapter, if `continual.from` is set.
 - train: checkpoints/ and metrics.jsonl; at its end adapter/, then result.json.
 - judge, the gate: gate.json, the verdict on the bytes of initial/ and adapter/; gate-losses.jsonl.
+- measure_test, if `test` is set: the loss on test.jsonl, which is returned and not written.
 - register: a version in the registry and a line in its history. Where the policy allows it, the
   version is promoted: it becomes the champion.
 
@@ -94,7 +98,7 @@ class FinetuneResult:
 
     @property
     def promotion(self) -> str | None:
-        """Why the version was not promoted, or that it was; None if it was only registered."""
+        """A sentence: the version was promoted, or why not; None if no promotion was tried."""
         if self.decision is None or self.decision.outcome == "registered":
             return None
         return self.decision.sentence
@@ -142,7 +146,9 @@ def finetune(
     resume: bool = False,
     progress: bool = True,
 ) -> FinetuneResult:
-    """Validate, load, train and judge; register and promote if a registry is configured.
+    """Validate, load, train, judge and measure the test set; register and promote the version.
+
+    Nothing is registered without a registry, or where the registry decides against it.
 
     config: from `load_config`.
     run: from `open_run`.
