@@ -262,11 +262,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`given` over `shipped`, key by key in sections too; the configuration's keys come first.
+    """Return `given` completed by the keys of `shipped` that it does not set, in sections too.
 
-    What a run follows the champion by is shipped to runs that do, and not to those of
-    `training.reference` and `training.minutes`; `policy: auto` where the registry keeps rows and
-    their speed can be measured. No key of a deleted room is shipped.
+    Left out of the shipped keys are those of deleted rooms, and those of `continual` that do not
+    fit the configuration (`_list_unusable_keys`).
     """
     merged = dict(given)
     deleted = seams.list_deleted_keys()
@@ -279,16 +278,22 @@ def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, A
         elif isinstance(value, dict) and isinstance(given[key], dict):
             merged[key] = value | given[key]
     if isinstance(merged.get("continual"), dict):
-        left_out = _list_keys_left_out(merged) - (given.get("continual") or {}).keys()
+        left_out = _list_unusable_keys(merged) - (given.get("continual") or {}).keys()
         merged["continual"] = {k: v for k, v in merged["continual"].items() if k not in left_out}
     return merged
 
 
-def _list_keys_left_out(config: dict[str, Any]) -> set[str]:
-    """The keys of `continual` that would mean nothing in a configuration, or be refused there."""
+def _list_unusable_keys(config: dict[str, Any]) -> set[str]:
+    """Return the keys of `continual` that have no effect in a configuration, or are refused in it.
+
+    Earlier examples are not replayed by a run that does not start from the champion, nor by one
+    with `training.reference` or `training.minutes`. The policy that chooses between champion and
+    base, and its window, need the rows of earlier versions in the registry (not `replay.sources`),
+    and the room minutes, which measures the speed.
+    """
 
     def read(section: str, name: str) -> Any:
-        """The value of a key; None where it or its section is not given."""
+        """Return the value of a key; None if it or its section is not given."""
         values = config.get(section)
         return values.get(name) if isinstance(values, dict) else None
 
@@ -305,8 +310,11 @@ def _list_keys_left_out(config: dict[str, Any]) -> set[str]:
 def _find_adapter(
     deployments: tuple[PlannedDeployment, ...], source: Path | None
 ) -> tuple[str, str]:
-    """The registry's name and path that all deployments that train agree on."""
-    configurations = [each.configuration for each in deployments]
+    """Return the adapter's name and the registry's path that all deployments train for.
+
+    Raises ConfigError if none gives both, or they differ.
+    """
+    configurations = [deployment.configuration for deployment in deployments]
     sections = [config.get("registry") or {} for config in configurations if config is not None]
     named = {(section.get("name"), section.get("path")) for section in sections}
     adapter, registry = named.pop() if len(named) == 1 else (None, None)

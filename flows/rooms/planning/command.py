@@ -94,12 +94,14 @@ def write_configuration(
     *,
     tasks: str = "",
     registry: str = "",
-    trained_as: PromptFormat | None = None,
+    champion_format: PromptFormat | None = None,
 ) -> Callable[[], int]:
-    """Suggest a configuration for this data, and write it.
+    """Suggest a configuration for this data and write it; return what prints the last line.
 
-    tasks, registry: its lines of `gate`, and its sections `registry` and `continual`.
-    trained_as: how the rows of the champion begin, where the run goes on from one.
+    target: the file; None writes it to standard output.
+    tasks: lines for its section `gate`.
+    registry: its sections `registry` and `continual`; empty for none.
+    champion_format: how the rows of the champion begin, if the run goes on from one.
     """
     from nested_core.rooms.planning.suggested_config import split_command, suggest_config
 
@@ -120,52 +122,54 @@ def write_configuration(
             print_progress(warnings)
     else:
         remedy = f"To take rows out of train for it: `{split_command(arguments.model, data)}`"
-        if registry:  # most of those rows would ask what the champion knows
+        if registry:  # most rows that a split takes would ask what the champion was trained on
             remedy = "Too few rows ask what the champion's data does not: add rows that do"
         print_progress(f"note: there is no data to evaluate the adapter on. {remedy}")
-    print_progress(*_describe_rows(suggested, trained_as))
+    print_progress(*_describe_rows(suggested, champion_format))
     if (output := arguments.output) is not None:
         return text_printer(f"Written: {output}. Next: `nested-tune explain -c {output}`")
     return printer(lambda: print_page(suggested.text))
 
 
-def _describe_rows(suggested: SuggestedConfig, trained_as: PromptFormat | None) -> Iterator[str]:
-    """Yield what is trained on of the answers, and what the held-out rows can show.
+def _describe_rows(suggested: SuggestedConfig, champion: PromptFormat | None) -> Iterator[str]:
+    """Yield sentences on the rows that a run will train on and be judged by.
 
-    First that the rows share another system text than those of the champion, if they do.
+    They say, where it applies, that the system text differs from that of the champion's rows
+    (`champion`, their format; None without one); how many tokens of the answers are trained on, or
+    that rows are too long; and how small a change of the loss the held-out rows can show.
     """
     from nested_core.records import loss_conclusion
 
     splits, rows = suggested.report.splits, suggested.report.prompt_format
-    if rows and trained_as and rows.system != trained_as.system:
-        now, before = (shorten(one.system or "none that all share") for one in (rows, trained_as))
+    if rows and champion and rows.system != champion.system:
+        now, before = (shorten(one.system or "none that all share") for one in (rows, champion))
         yield (
             f"note: system text of the rows: {now!r}; of the champion's rows: {before!r}. The run "
             f"learns the new one. Rows that correct the champion's are known all the same"
         )
     train = splits["train"]
-    earlier = [one for one in suggested.report.warnings if one.check == "earlier-answers"]
-    if earlier:
+    if earlier := [one for one in suggested.report.warnings if one.check == "earlier-answers"]:
         yield f"warning: {earlier[0]}"
     elif train.tokens is not None and suggested.learns_answers:
-        tokens, cut = f"{train.tokens.supervised:,}", train.tokens.truncated_rows
-        told = f"{train.file}: {tokens} of {tokens} answer tokens are trained on"
-        if longer := len(train.dropped.get("overlong", ())) or cut:
-            loss = f"cut: {train.tokens.lost_tokens:,} tokens are lost" if cut else "left out"
-            of_all = f"{longer:,} of {train.lines - train.blank:,} rows of {train.file}"
-            told = f"warning: {of_all} are too long and {loss}; {tokens} answer tokens are left"
-        yield told
+        tokens, cut_rows = f"{train.tokens.supervised:,}", train.tokens.truncated_rows
+        if too_long := len(train.dropped.get("overlong", ())) or cut_rows:
+            lost = f"cut: {train.tokens.lost_tokens:,} tokens are lost" if cut_rows else "left out"
+            of_all = f"{too_long:,} of {train.lines - train.blank:,} rows of {train.file}"
+            yield f"warning: {of_all} are too long and {lost}; {tokens} answer tokens are left"
+        else:  # no token is lost
+            yield f"{train.file}: {tokens} of {tokens} answer tokens are trained on"
     name = held_out_split("auto", splits)
     if name is None or suggested.has_another_loss:
         return
-    judge = f"{format_count(splits[name].rows, 'row')} of {splits[name].file} judge the run"
+    judging = f"{format_count(splits[name].rows, 'row')} of {splits[name].file} judge the run"
     if splits[name].rows < loss_conclusion.MIN_EXAMPLES:
-        yield f"{judge}: {loss_conclusion.TOO_FEW_TO_TELL}, and `promote: better` promotes none"
+        yield f"{judging}: {loss_conclusion.TOO_FEW_TO_TELL}, and `promote: better` promotes none"
     else:
-        half = TWO_SIDED * USUAL_SPREAD / math.sqrt(splits[name].rows)
+        # Half of a 95 % interval of the mean change: a smaller change does not show
+        smallest = TWO_SIDED * USUAL_SPREAD / math.sqrt(splits[name].rows)
         yield (
-            f"{judge}; where their changes spread by {USUAL_SPREAD} nats/token, they "
-            f"{loss_conclusion.describe_smallest_visible(half, 'nats/token')}. The verdict "
+            f"{judging}; where their changes spread by {USUAL_SPREAD} nats/token, they "
+            f"{loss_conclusion.describe_smallest_visible(smallest, 'nats/token')}. The verdict "
             f"tells theirs"
         )
 

@@ -235,7 +235,7 @@ def _follow_champion(champion: str) -> dict[str, Any]:
         f"continual: {{from: champion}}  # the run goes on from it, at the learning_rate above\n"
     )
     record = find_named_adapter(registry / name, None).training_record
-    return {"registry": lines, "trained_as": PromptFormat.read(record)}
+    return {"registry": lines, "champion_format": PromptFormat.read(record)}
 
 
 def _show_first_rows(made: DataSet) -> None:

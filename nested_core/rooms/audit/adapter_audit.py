@@ -50,9 +50,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModuleEffect:
-    """One module: its rank, and scale * lora_a @ lora_b relative to the base's weight.
+    """How much an adapter changes one module.
 
-    effect: the ratio of the Frobenius norms; None if the weight is zero.
+    effect: the Frobenius norm of scale * lora_a @ lora_b, as a multiple of that of the base's
+        weight; None if the weight is zero.
     """
 
     name: str
@@ -63,9 +64,12 @@ class ModuleEffect:
 
 @dataclass(frozen=True)
 class LogitEffect:
-    """How far the logits on fixed prompts are from the base's, and how far rounding reaches.
+    """How far an adapter moves the base's logits on fixed prompts.
 
-    rounding: half the step between numbers of the base's dtype at the largest logit.
+    prompts: the number of prompts.
+    max_abs_difference: the largest move of any logit.
+    rounding: the move that rounding alone explains: half the step between neighbouring numbers of
+        `dtype`, the base's, at the largest logit.
     """
 
     prompts: int
@@ -89,7 +93,7 @@ class AdapterAudit:
 
     @property
     def verdict(self) -> str:
-        """The word for it, as in gate.json."""
+        """`passed` or `failed`, the words of gate.json."""
         return "failed" if self.reasons else "passed"
 
     def to_json(self) -> dict[str, Any]:
@@ -137,10 +141,13 @@ class BaseModelForAudit:
         return self._norms[name]
 
     def expect_tensors(self, adapter: Adapter) -> tuple[dict[str, Shape], list[str]]:
-        """Return shapes of the tensors that mlx_lm.load would make, and keys that match no module.
+        """Return the shapes of the tensors that an adapter should have, and keys without a module.
 
-        For whole weights: those of the adapter that the base has. Raises ConfigError if mlx-lm
-        cannot attach what the configuration says.
+        The tensors, by name, are the factors (and DoRA's magnitudes) that mlx_lm.load would make
+        for the adapter's configuration; for an adapter of whole weights, those of its tensors that
+        the base has. The keys are those of the configuration that match no module of the base.
+
+        Raises ConfigError if mlx-lm cannot attach what the configuration says.
         """
         from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -150,17 +157,17 @@ class BaseModelForAudit:
         try:
             network = BaseModules.open(str(self.folder)).network
             num_layers, parameters = config["num_layers"], config["lora_parameters"]
-            reached = network.layers[-max(num_layers, 0) :]  # as mlx-lm slices them
-            names = {name for layer in reached for name, _ in layer.named_modules()}
+            parameters = parameters | {"scale": float(parameters["scale"])}
+            last_layers = network.layers[-max(num_layers, 0) :]  # as mlx-lm slices them
+            names = {name for layer in last_layers for name, _ in layer.named_modules()}
             is_dora = config.get("fine_tune_type") == "dora"
             linear_to_lora_layers(network, num_layers, parameters, use_dora=is_dora)
-            float(parameters["scale"])
             unmatched = set(parameters.get("keys") or ()) - names - self.modules.keys()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {shorten(error, 200)}"
             raise ConfigError(f"mlx-lm cannot attach what {CONFIG_NAME} says: {problem}") from error
-        attached: Any = tree_flatten(network.parameters())
-        added = {name: tuple(value.shape) for name, value in attached if name not in self.shapes}
+        tensors: Any = tree_flatten(network.parameters())
+        added = {name: tuple(value.shape) for name, value in tensors if name not in self.shapes}
         expected = {name: shape for name, shape in added.items() if leaf_name(name) in DORA_TENSORS}
         return expected, sorted(unmatched)
 
@@ -225,7 +232,7 @@ def _find_problem(
 def _measure_modules(
     adapter: Adapter, expected: dict[str, Shape], base: BaseModelForAudit
 ) -> tuple[list[ModuleEffect], list[Reason]]:
-    """Measure the effect of each module; give reasons for modules without one, or with a huge one.
+    """Return the effect on each module, and reasons against modules with none or a huge one.
 
     An input along the update's largest direction sees about sqrt(n) times the ratio of the norms,
     where n is the weight's shorter side. It has to move by more than half a rounding step. DoRA's
@@ -264,8 +271,12 @@ def _measure_modules(
 def _measure_logits(
     adapter: Path, base: BaseModelForAudit
 ) -> tuple[LogitEffect | None, list[Reason]]:
-    """Measure how far plain mlx_lm.load moves the logits in a new process."""
-    is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
+    """Measure how far the adapter moves the logits, with plain mlx_lm.load in a new process.
+
+    The reasons against the adapter come second: the process failed, a logit is not finite (both
+    without a measurement), or no logit moves beyond rounding.
+    """
+    is_float32 = backend.device() == "cpu"  # as in training there: it shows smaller changes
     request = ProofRequest(base.folder, None, adapter, is_float32=is_float32)
     answers = compute_logits_in_fresh_process(request)
     if isinstance(answers, Reason):

@@ -51,9 +51,10 @@ class RunComparison:
         return names
 
     def differing_settings(self) -> dict[str, list[Any]]:
-        """Return the keys of the configuration that differ, with the value of each run.
+        """Return the keys of the configuration that differ, each with the values of all runs.
 
-        Of a suite that a run does not have, the keys that the others set.
+        If some runs do not have a suite of `gate.tasks`, its keys are listed only where another run
+        sets them to something else than the default.
         """
         settings = [_flatten_config(run) for run in self.runs]
         keys = dict.fromkeys(key for values in settings for key in values)
@@ -63,7 +64,7 @@ class RunComparison:
             for key, values in columns.items()
             if any(value != values[0] for value in values)
             and not (
-                any(key not in own for own in settings)
+                any(key not in flat for flat in settings)
                 and all(value in (None, _default_of_suite(key)) for value in values)
             )
         }
@@ -73,13 +74,13 @@ class RunComparison:
         return [None, *(_why_not_comparable(self.runs[0], run) for run in self.runs[1:])]
 
     def paired_with_first(self) -> list[PairedDifference | None]:
-        """Return each run's losses minus the first one's, example by example; below 0 is better.
+        """Return, for each run, its losses minus the first run's; below 0 is better.
 
-        By the examples that neither run was trained on, with the interval of the gate. None for the
-        first, and where the losses are no comparison.
+        See `_compare`. None for the first run, and for runs whose losses cannot be compared
+        with it.
         """
         return [
-            None if number == 0 or reason is not None else _pair(self.runs[0], run)
+            None if number == 0 or reason is not None else _compare(self.runs[0], run)
             for number, (run, reason) in enumerate(
                 zip(self.runs, self.reasons_not_paired(), strict=True)
             )
@@ -121,7 +122,7 @@ class RunComparison:
             yield (key, *(None if value is None else str(value) for value in values))
 
     def describe(self) -> Document:
-        """Return all of it: outcomes, figures and settings, curves, and answers that differ."""
+        """Return the page: outcomes, figures and settings, curves, and answers that differ."""
         pairs = zip(self.names, self.runs, strict=True)
         outcomes = [(name, describe_outcome(run), describe_end(run)) for name, run in pairs]
         each = Table("What became of each run", ("run", "outcome", "verdict"), outcomes)
@@ -156,14 +157,14 @@ class RunComparison:
             f"Losses in {self._loss_units()}, differences with their 95 % interval, and the "
             f"settings that differ"
         )
-        doubts = [
+        warnings = [
             Text(
                 f"The loss of {name} is no comparison with that of {self.names[0]}: {why}.", "warn"
             )
             for name, why in zip(self.names, self.reasons_not_paired(), strict=True)
             if why is not None
         ]
-        return [*doubts, Table(caption, ("", *self.names), list(self.rows()))]
+        return [*warnings, Table(caption, ("", *self.names), list(self.rows()))]
 
     def _loss_units(self) -> str:
         """Return the units of the runs' losses: `nats/token`, or `nats/example and nats/token`."""
@@ -179,14 +180,15 @@ class RunComparison:
                 yield [Chart(title, x, self._loss_units(), curves)]
 
     def _list_answers(self) -> Block:
+        """Return a table of the questions that the runs answered differently, or a sentence."""
         answers: dict[str, list[str | None]] = {}
-        for place, run in enumerate(self.runs):
+        for column, run in enumerate(self.runs):
             for answer in run.answers:
                 if answer.model == "candidate":
                     question = f"{answer.task}: {answer.question}"
                     key = f"{answer.line} of {question}"
                     cells = answers.setdefault(key, [None] * len(self.runs))
-                    cells[place] = f"{answer.score:.2g}: {shown_answer(answer.answer)}"
+                    cells[column] = f"{answer.score:.2g}: {shown_answer(answer.answer)}"
         rows = [(key, *cells) for key, cells in answers.items() if len(set(cells)) > 1]
         if not rows:
             return Text("None: no question was asked, or all were answered alike.")
@@ -195,14 +197,14 @@ class RunComparison:
 
 
 def _flatten_config(run: Run) -> dict[str, Any]:
-    """Return the configuration of a run by dotted keys; empty where it is damaged.
+    """Return the configuration of a run by dotted keys, such as `gate.max_kl`; empty if damaged.
 
-    A suite's are by its name: `gate.tasks.facts.min`.
+    Keys of a suite have its name in place of its number: `gate.tasks.facts.min`.
     """
     flat: dict[str, Any] = {}
 
     def add(prefix: str, values: dict[str, Any]) -> None:
-        """Add the values of a section."""
+        """Add the values of a section to `flat`, their keys after `prefix`."""
         for name, value in values.items():
             if isinstance(value, dict) and value:
                 add(f"{prefix}{name}.", value)
@@ -216,7 +218,7 @@ def _flatten_config(run: Run) -> dict[str, Any]:
         return flat
     add("", config.model_dump(mode="json", by_alias=True))
     if config.training.epochs is not None:
-        del flat["iters"]  # epochs decide: it did not count
+        del flat["iters"]  # epochs are set, so it was not used
     suites = {f"gate.tasks[{n}].file": task.name for n, task in enumerate(config.gate.tasks)}
     for key, rule, path in iterate_configured_paths(config):
         if rule == "local" or Path(path).exists():
@@ -248,23 +250,24 @@ def _why_not_comparable(first: Run, other: Run) -> str | None:
         return f"it has another {', '.join(differing)}"
     if first.held_out_digest is None or other.held_out_digest != first.held_out_digest:
         return "it may have been measured on different held-out examples"
-    return None if _pair(first, other) is not None else "no finite losses of the same examples"
+    return None if _compare(first, other) is not None else "no finite losses of the same examples"
 
 
-def _pair(first: Run, other: Run) -> PairedDifference | None:
-    """Return the losses of the second less those of the first; None without some to compare.
+def _compare(first: Run, second: Run) -> PairedDifference | None:
+    """Compare the held-out losses of two runs: the second's less the first's, example by example.
 
-    Of the examples that neither was trained on, with the interval that the gate has for them.
+    Examples that either run was trained on (`left_out`) do not count. The interval is the gate's.
+    Returns None if a run has no losses, or the two are not of the same examples and tokens.
     """
-    one, two = first.losses, other.losses
-    if one is None or two is None or not np.array_equal(one.lines, two.lines):
+    losses = [run.losses for run in (first, second) if run.losses is not None]
+    if len(losses) < 2 or not np.array_equal(losses[0].lines, losses[1].lines):
         return None
-    masks = [losses.left_out for losses in (one, two) if losses.left_out is not None]
-    is_left_out = np.any([np.zeros(len(one), np.bool_), *masks], axis=0)
-    counted = [losses.leaving_out(is_left_out).counted() for losses in (one, two)]
-    if not np.array_equal(counted[0].tokens, counted[1].tokens):
+    masks = [one.left_out for one in losses if one.left_out is not None]
+    is_trained_on = np.any([np.zeros(len(losses[0]), np.bool_), *masks], axis=0)
+    base, compared = (one.leaving_out(is_trained_on).counted() for one in losses)
+    if not np.array_equal(base.tokens, compared.tokens):
         return None
-    return counted[1].compare_trained_with(counted[0].after)
+    return compared.compare_trained_with(base.after)
 
 
 def _describe_difference(difference: PairedDifference | None) -> str | None:

@@ -29,10 +29,10 @@ MOST_COLUMNS = 512  # experts x rank: with more, MLX's own products are faster a
 
 
 def _take_rows(x: mx.array, order: mx.array, inverse: mx.array) -> mx.array:
-    """Repeat each row of x, (rows, ...), `order.size // rows` times, and put them in this order.
+    """Return the rows of x, (rows, ...), each repeated `order.size // rows` times, in this order.
 
     `order` is a permutation of the repeated rows and `inverse` the one that undoes it. The gradient
-    gathers by the inverse, where MLX's own adds rows in place.
+    gathers rows by the inverse; MLX's gradient of indexing would add rows in place, one by one.
     """
     return x[order // (order.size // x.shape[0])]
 
@@ -48,30 +48,36 @@ def _take_rows_vjp(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
 
 
 def make_expert_mlp_call(mlp: Any) -> Callable[[mx.array, mx.array], mx.array]:
-    """Replace the module's call: (..., width) and (..., active) to (..., active, width).
+    """Return a call for an MLP of experts that multiplies the rows of each expert together.
 
-    For few rows it is mlx-lm's own.
+    Like mlx-lm's, it takes inputs (..., width) and the indices of each one's experts (..., active),
+    and returns (..., active, width). Few rows are passed to mlx-lm's call.
     """
     original = type(mlp)
 
     def call(x: mx.array, indices: mx.array) -> mx.array:
-        """Compute down(activation(up, gate)) of each token's experts."""
+        """Compute down(activation(up, gate)) of each token's experts.
+
+        A row is a token for one of its experts. Rows are sorted by expert, so that each expert's
+        weights are read once, and put back in the order of the tokens at the end.
+        """
         if indices.size < FEWEST_SORTED_ROWS:
             return cast(mx.array, original.__call__(mlp, x, indices))
-        chosen = mx.stop_gradient(indices).flatten()
-        order = mx.argsort(chosen)
+        expert_of_row = mx.stop_gradient(indices).flatten()
+        order = mx.argsort(expert_of_row)
         inverse = mx.argsort(order)
-        experts = chosen[order]
+        experts = expert_of_row[order]
         tokens = x.reshape(-1, 1, x.shape[-1])
         rows = take_rows(tokens, order, inverse)
 
         def project_repeated(layer: LoRASwitchLinear) -> mx.array:
+            """Project each token once, for all experts, and return its rows."""
             return cast(mx.array, take_rows(project_to_experts(layer, tokens), order, inverse))
 
         up = layer_output(mlp.up_proj, rows, experts, project_repeated)
         inner = mlp.activation(up, layer_output(mlp.gate_proj, rows, experts, project_repeated))
         output = layer_output(mlp.down_proj, inner, experts, partial(project_to_experts, x=inner))
-        unsorted: mx.array = take_rows(output, inverse, order)
+        unsorted: mx.array = take_rows(output, inverse, order)  # the order of the tokens
         return unsorted.reshape(*indices.shape, -1)
 
     return call

@@ -53,7 +53,11 @@ Modules = Mapping[str, Any]
 def compute_footprint(
     config: FineTuneConfig, model: nn.Module, refs: ParameterRefs, optimizer: Optimizer, loss: Loss
 ) -> ModelFootprint:
-    """Compute what model, adapter and optimizer state hold, and what a step of them keeps."""
+    """Compute the bytes that the model, its trained parameters and the optimizer's state take.
+
+    Also returns the shapes of what the layers keep in a step, from which `peak_estimate` forecasts
+    the peak. Nothing is run.
+    """
     modules = dict(model.named_modules())
     activation_bytes = bytes_per_activation(modules.values(), refs)
     factor_bytes = max(ref.dtype.size for ref in refs.values())
@@ -67,11 +71,12 @@ def compute_footprint(
             model,
             modules,
             uses_dropout=config.lora_parameters.dropout > 0,
+            # A layer's input is converted to the factors' dtype if that is wider
             input_copies=max(1, factor_bytes // activation_bytes),
         ),
         vocabulary=vocabulary,
         chunk_rows=positions_at_once(vocabulary) if loss.is_chunked else None,
-        is_packed=config.fine_tune_type != "full",
+        is_packed=config.fine_tune_type != "full",  # the factors of LoRA are small arrays
         dequantized=max(map(dequantized_weight_bytes, modules.values()), default=0),
     )
 

@@ -30,7 +30,7 @@ TRIED_PASSES = 3
 def choose_blas_threads_of_run(
     config: FineTuneConfig, session: Session, on_wait: OnWait | None
 ) -> int | None:
-    """Choose by `choose_blas_threads` with a run's base, while no other run computes."""
+    """Return what `choose_blas_threads` does with a run's base, while no other run computes."""
     with locking_devices(on_wait, session=session):
         model = session.load_base(config).model
         with in_evaluation_mode(model):
@@ -38,34 +38,39 @@ def choose_blas_threads_of_run(
 
 
 def choose_blas_threads(model: Any) -> int | None:
-    """Return the quicker one of OpenBLAS's present number of threads and 1, by passes of a model.
+    """Return the number of OpenBLAS's threads that is quicker for a model: its present one, or 1.
 
-    The number stays if OPENBLAS_NUM_THREADS is set. None if no OpenBLAS answers for MLX.
+    Both are measured by passes of the model. If OPENBLAS_NUM_THREADS is set, the present number is
+    returned. None if MLX does not use OpenBLAS.
     """
     library = _open_library()
     if library is None:
         return None
-    most = int(library.openblas_get_num_threads())
-    if most == 1 or THREADS_VARIABLE in os.environ:
-        return most
+    present = int(library.openblas_get_num_threads())
+    if present == 1 or THREADS_VARIABLE in os.environ:
+        return present
     tokens = mx.zeros((1, TRIED_TOKENS), dtype=mx.int32)
-    mx.eval(model(tokens))  # compiles what is no part of the measure
+    mx.eval(model(tokens))  # compiles functions before the clock starts
 
     def seconds_with(count: int) -> float:
+        """Return the seconds of the passes with so many threads, which OpenBLAS then has."""
         library.openblas_set_num_threads(count)
         began = time.monotonic()
         for _ in range(TRIED_PASSES):
             mx.eval(model(tokens))
         return time.monotonic() - began
 
-    quickest = min((most, 1), key=seconds_with)
-    library.openblas_set_num_threads(most)
+    quickest = min((present, 1), key=seconds_with)
+    library.openblas_set_num_threads(present)
     return quickest
 
 
 @contextmanager
 def using_blas_threads(count: int | None) -> Iterator[None]:
-    """Give OpenBLAS so many threads, here and in new processes, in the block; None: as before."""
+    """Give OpenBLAS this number of threads in the block, here and in new processes.
+
+    None changes nothing.
+    """
     library = _open_library()
     if library is None or count is None:
         yield
@@ -90,7 +95,7 @@ def using_quicker_blas_threads(model: Any) -> AbstractContextManager[None]:
 
 
 def _open_library() -> Any:
-    """Return the OpenBLAS that answers for MLX; None without one."""
+    """Return the OpenBLAS library that MLX computes with; None if it uses another one."""
     preparation = get_process_preparation()
     name = None if preparation is None else preparation.blas
     return None if name is None else ctypes.CDLL(name)

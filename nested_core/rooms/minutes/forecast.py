@@ -26,12 +26,13 @@ PROOF_SECONDS = 2.0  # of the fresh process that is not beside other work
 class Forecast:
     """Seconds of the parts of a run on this machine, as busy as it was when they were measured.
 
-    opening: until the first step, without the evaluation there.
-    step: of an optimizer step.
-    evaluation: of the validation examples; batches: how many these are.
-    checkpoint: of one.
-    verdict: of the gate.
-    trial: the steps that were tried.
+    opening: seconds until the first step, without the evaluation there.
+    step: seconds of an optimizer step.
+    evaluation: seconds of an evaluation of the validation examples.
+    batches: the number of batches in an evaluation.
+    checkpoint: seconds of a checkpoint.
+    verdict: seconds of the gate.
+    trial: the measurement of a few steps that this rests on.
     """
 
     config: FineTuneConfig
@@ -44,12 +45,12 @@ class Forecast:
     trial: TrialRun
 
     def seconds_of(self, steps: int) -> float:
-        """Forecast the seconds of so many steps, with what is due between them, and the verdict."""
+        """Return the seconds of a whole run of so many steps: from its opening to its verdict."""
         between = self.seconds_between(steps)
         return self.opening + self.evaluation + between + self.checkpoint + self.verdict
 
     def seconds_between(self, steps: int) -> float:
-        """Forecast the seconds of so many steps, with evaluations and checkpoints between them."""
+        """Return the seconds of so many steps, with evaluations and checkpoints between them."""
         iterations = steps * self.config.grad_accumulation_steps
         due = self.config.intervals(iterations, max(1, self.batches))
         evaluations = ceil(iterations / due.evaluation)
@@ -58,29 +59,36 @@ class Forecast:
         return steps * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def count_steps(self, seconds: float) -> int:
-        """Count the steps that fit into these seconds with their verdict; 0 if none fits."""
-        most = int((seconds - self.opening - self.verdict) / self.step)
-        fitting = (steps for steps in range(most, 0, -1) if self.seconds_of(steps) <= seconds)
-        return next(fitting, 0)
+        """Return the most steps whose whole run takes at most these seconds; 0 if none fits."""
+        limit = int((seconds - self.opening - self.verdict) / self.step)
+        counts = (steps for steps in range(limit, 0, -1) if self.seconds_of(steps) <= seconds)
+        return next(counts, 0)
 
 
 def make_forecast(
     config: FineTuneConfig, run: RunDirectory, trial: TrialRun, model: Any, tokenizer: Any
 ) -> Forecast:
-    """Forecast a configuration; its base, with any adapter, begins an answer for it."""
+    """Forecast the seconds of a run by those of a few steps and of a short answer of the model.
+
+    Args:
+        config: the configuration.
+        run: its run directory, validated.
+        trial: the measurement of a few steps.
+        model, tokenizer: the base with any adapter, which generates the answer.
+    """
     splits = read_dataset_record(run.dataset).splits
-    forward = FORWARD_SHARE * trial.step / config.grad_accumulation_steps  # of a batch
+    batch = FORWARD_SHARE * trial.step / config.grad_accumulation_steps  # seconds
     batches = ceil(splits["valid"].rows / config.batch_size) if "valid" in splits else 0
     if config.val_batches >= 0:
         batches = min(batches, config.val_batches)
     train = splits["train"]
     tokens = train.rows * config.max_seq_length if train.tokens is None else train.tokens.total
-    row = forward / config.batch_size
+    row = batch / config.batch_size  # seconds, without gradients
     return Forecast(
         config=config,
         opening=trial.opening + trial.rows_to_begin * row,
         step=trial.step,
-        evaluation=batches * forward,
+        evaluation=batches * batch,
         batches=batches,
         checkpoint=trial.checkpoint,
         verdict=_forecast_verdict(
@@ -91,29 +99,29 @@ def make_forecast(
 
 
 def _forecast_verdict(run: RunToJudge, model: Any, row: float, prompt_token: float) -> float:
-    """Forecast the gate's seconds, by what each of its checks computes.
+    """Forecast the gate's seconds: the work that its checks plan, times what each part takes.
 
     Args:
-        run, model: the model begins an answer for it.
+        run: the run that is to be judged.
+        model: the base; the seconds of a generated token are measured with it.
         row: seconds of a row of data, without gradients.
-        prompt_token: seconds of a token of a prompt that is read.
+        prompt_token: seconds of a token of a prompt.
     """
     bounds = run.config.gate_bounds
     checks = [one for one in list_checks_with_model() if one.is_asked(bounds)]
     works = [check.plan_work(run) for check in checks if check.plan_work is not None]
-    tokens, together = sum(one.tokens for one in works), max(one.answers for one in works)
-    token = _time_token(model, run.tokenizer, together) if tokens else 0.0
-    read = sum(one.prompt_tokens for one in works)
-    rows = sum(one.rows for one in works)
-    return rows * row + read * prompt_token + tokens * token + PROOF_SECONDS
+    tokens, batch_size = sum(one.tokens for one in works), max(one.answers for one in works)
+    generating = tokens * _time_token(model, run.tokenizer, batch_size) if tokens else 0.0
+    reading = prompt_token * sum(one.prompt_tokens for one in works)
+    return row * sum(one.rows for one in works) + reading + generating + PROOF_SECONDS
 
 
-def _time_token(model: Any, tokenizer: Any, together: int) -> float:
-    """Time a token of so many answers at once, in seconds."""
+def _time_token(model: Any, tokenizer: Any, batch_size: int) -> float:
+    """Measure the seconds in which the model generates a token of each answer of a batch."""
     prompt = encode_messages(tokenizer, [{"role": "user", "content": "?"}])
     with in_evaluation_mode(model):
-        can_batch(model)  # tries a batch, which compiles what is no part of the measure
+        can_batch(model)  # generates a batch, and so compiles functions before the clock starts
         began = time.monotonic()
-        prompts = [prompt[:TRIED_PROMPT]] * together
+        prompts = [prompt[:TRIED_PROMPT]] * batch_size
         answers = answer_prompts(model, tokenizer, prompts, Sampling(TRIED_TOKENS))
     return (time.monotonic() - began) / max(1, *(answer.tokens for answer in answers))

@@ -23,11 +23,11 @@ TRIED_SECONDS = 2.0
 class MeasuredRun:
     """How fast a run is, as busy as the machine was when a few steps were tried.
 
-    seconds_a_step: of training alone.
-    training_seconds: of all steps.
-    seconds: of the whole run with its evaluations and its verdict.
+    seconds_a_step: seconds of a step of training.
+    training_seconds: seconds of all steps.
+    seconds: seconds of the whole run, with its evaluations and its verdict.
     tokens_per_second: trained-on tokens.
-    device: what they were tried on.
+    device: the device that the steps were tried on.
     """
 
     seconds_a_step: float
@@ -37,7 +37,7 @@ class MeasuredRun:
     device: str
 
     def describe(self) -> dict[str, str]:
-        """Return sentences for each subject."""
+        """Return a sentence for the subject `time` of the page of `explain`."""
         time = (
             f"about {format_duration(max(self.training_seconds, 1.0))} of training, by a few steps "
             f"that were tried on this machine ({self.device}): {self.tokens_per_second:,.0f} "
@@ -50,21 +50,22 @@ class MeasuredRun:
 def measure_run(
     config: FineTuneConfig, run: RunDirectory, session: Session, on_wait: OnWait | None
 ) -> tuple[FineTuneConfig, MeasuredRun]:
-    """Try a few steps of a run that is validated and loaded.
+    """Try a few steps of a run that is validated and loaded, and return how fast it is.
 
-    With how fast it is, the configuration, with the iterations that its minutes come to.
+    The first value is the configuration; with `training.minutes` it has the number of iterations
+    that fit into them.
     """
     stages.info("explain: trying a few steps")
-    minutes, every = config.training.minutes, config.grad_accumulation_steps
+    minutes, accumulation = config.training.minutes, config.grad_accumulation_steps
     threads = None if minutes is None else choose_blas_threads_of_run(config, session, on_wait)
     with using_blas_threads(threads):
         forecast = measure(config, run, TRIED_SECONDS, session, on_wait)
-    # Until a command has counted its steps, about: it reads the data, and tries two
+    # About what a command takes before its first step: it loads twice and tries two steps
     before = 2 * forecast.opening + 2 * forecast.step + forecast.checkpoint
-    steps = ceil(estimate_iterations(config, run) / every)
+    steps = ceil(estimate_iterations(config, run) / accumulation)
     if minutes is not None:
         steps = max(1, forecast.count_steps(60 * minutes - before))
-        config = config.model_copy(update={"iters": steps * every})
+        config = config.model_copy(update={"iters": steps * accumulation})
     return config, MeasuredRun(
         seconds_a_step=forecast.step,
         training_seconds=steps * forecast.step,

@@ -59,12 +59,15 @@ def measure(
     session: Session,
     on_wait: OnWait | None,
 ) -> Forecast:
-    """Try steps of a run that is validated and loaded, and forecast the whole run by them."""
+    """Try steps of a run that is validated and loaded; return the forecast of the whole run.
+
+    seconds: how long steps are tried.
+    """
     trial = try_steps(config, run, seconds, session, on_wait)
     with locking_devices(on_wait, session=session):
         base = session.load_base(config)
         forecast = make_forecast(config, run, trial, base.model, base.tokenizer)
-    mx.reset_peak_memory()  # what the run reports is its own
+    mx.reset_peak_memory()  # so that the run reports its own peak
     return forecast
 
 
@@ -74,14 +77,15 @@ def holding_to_minutes(work: RunInProgress) -> AbstractContextManager[object]:
 
 
 class TimedTraining(AbstractContextManager["TimedTraining"]):
-    """Trains one command of a run of minutes.
+    """Trains a run with `training.minutes`: as many steps as fit, cut if they turn out slower.
 
-    The configuration of the run gets its iterations as soon as they are counted.
+    A run that was stopped and resumed is one run of several commands; each makes one of these. The
+    configuration of the run gets its iterations as soon as they are counted.
     """
 
     def __init__(self, work: RunInProgress) -> None:
         self._work = work
-        self._minutes = work.config.training.minutes or 0.0  # with none this is not made
+        self._minutes = work.config.training.minutes or 0.0  # never None here
         self._run = run = work.run
         self._hooks = work.steps
         self._began, self._spent, self._plan = _find_time_spent(run)
@@ -120,7 +124,11 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         return self._began + 60 * self._minutes - self._spent
 
     def _count_steps(self, session: Session) -> TimePlan:
-        """Try a few steps, and write how many fit; ConfigError if no step fits."""
+        """Count the steps that fit, by trying a few; return their plan.
+
+        Writes the number into the run's configuration, and shows a message. Raises ConfigError if
+        no step fits.
+        """
         self._hooks.on_message("minutes: trying a few steps, which are thrown away")
         if session.await_kernels is not None:
             session.await_kernels(self._run.stop_request.exists)
@@ -169,7 +177,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
         if plan is None or done >= trainer.steps:
             return
         if trainer.stop_requested or self._run.stop_request.exists():
-            return  # a person's stop, which ends the run here
+            return  # a person stopped the run
         self._note_time(now)
         self._seen.append((done, now))
         is_late = has_no_time_for_a_step(plan, self._seen, trainer.steps, self._end - now)
@@ -181,7 +189,7 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             trainer.is_out_of_time = True
 
     def _note_time(self, now: float) -> None:
-        """Have plan.json say how long this command has worked, every few seconds."""
+        """Write to plan.json how long this command has worked, if seconds have passed."""
         if now - self._noted < SECONDS_BETWEEN_NOTES:
             return
         self._noted = now
@@ -191,7 +199,10 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
             write_plan(self._run.plan, replace(plan, time=noted))
 
     def _write_steps(self, steps: int) -> None:
-        """Have the configuration, and config.yaml, say so many; its time stays the run's begin."""
+        """Set the number of steps in the configuration, in memory and in config.yaml.
+
+        The file keeps its modification time, which is when the run began.
+        """
         iterations = steps * self._work.config.grad_accumulation_steps
         training = self._work.config.training.model_copy(update={"epochs": None})
         self._work.config = self._work.config.model_copy(
@@ -205,18 +216,18 @@ class TimedTraining(AbstractContextManager["TimedTraining"]):
 def has_no_time_for_a_step(
     plan: TimePlan, seen: Sequence[tuple[int, float]], steps: int, left: float
 ) -> bool:
-    """Return whether a run is to be cut: it would end late, and only the verdict fits.
+    """Return whether a run is to be cut: it would end late, and only the verdict still fits.
 
-    The verdict counts as slow or quick as the steps that were seen.
+    If steps take longer than planned, the verdict is expected to take longer by the same factor.
 
     Args:
-        plan: by what the steps were counted.
-        seen: the last steps, and the time after each.
-        steps: of the whole run.
+        plan: the plan by which the steps were counted.
+        seen: the last steps, with the time at the end of each.
+        steps: the number of steps of the whole run.
         left: seconds until the minutes are over.
     """
     (first, began), (done, now) = seen[0], seen[-1]
-    if done == first:  # in the first one functions are compiled
+    if done == first:  # one step shows no pace: functions may have been compiled in it
         return False
     step = (now - began) / (done - first)
     left -= min(step / plan.seconds_a_step, MAX_PACE) * plan.seconds_to_judge
@@ -229,9 +240,10 @@ def _seconds_beyond(minutes: float) -> float:
 
 
 def _find_time_spent(run: RunDirectory) -> tuple[float, float, TimePlan | None]:
-    """Read when this command began, the seconds of earlier ones on its run, and their plan.
+    """Return when this command began, the seconds of earlier commands on the run, and their plan.
 
-    Of a command whose process was killed and begun again it is when the first one began.
+    The plan is None without an earlier command. A command whose process was killed and started
+    again began when its first process did.
     """
     plan = read_plan(run.plan)
     planned = None if plan is None else plan.time

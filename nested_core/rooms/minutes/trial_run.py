@@ -1,4 +1,4 @@
-"""A few steps of a run, tried in a folder that is thrown away: how long they take here and now."""
+"""Trains a few steps of a run in a temporary folder, to measure how long they take."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ MOST_STEPS_IN_RANKS = 12  # which do not tell how long they take; or until the s
 class TrialRun:
     """What was measured of a run of a few steps.
 
-    opening: seconds until the first step, in which functions are compiled, and for that part of it.
+    opening: seconds until the end of the first step, in which functions are compiled; until its
+        begin if there was only one.
     step: seconds of a step.
     tokens_per_second: trained-on tokens.
-    checkpoint: seconds after the last step: a checkpoint is written, and the adapter selected.
+    checkpoint: seconds after the last step, to write a checkpoint and select the adapter.
     rows_to_begin: rows that the loss of the run computes before its first step.
-    passes_of_a_step: over the training data.
+    passes_of_a_step: passes over the training data that a step makes, such as 0.01.
     """
 
     opening: float
@@ -55,26 +56,28 @@ def try_steps(
     session: Session | None = None,
     on_wait: OnWait | None = None,
 ) -> TrialRun:
-    """Train a few steps of a run that is validated and loaded; nothing of it is changed.
+    """Train a few steps of a copy of a run, and return how long they took.
 
-    After so many seconds no further step is begun, but a second one, since functions are compiled
-    in the first one, unless that was slow. The steps are thrown away, with the state of the
-    optimizer and of the random numbers: what the run trains later is what it would have trained
-    without them.
+    The run must be validated and loaded. Its directory is not changed: the copy trains in a
+    temporary folder that is removed, and the run trains later as it would have without this.
+
+    seconds: no step begins after this time. The second step is an exception, since the first one
+        compiles functions and measures nothing: it is left out only if the first one took more
+        than SLOW_FIRST_STEP.
     """
-    every = config.grad_accumulation_steps
-    most = MOST_STEPS if count_processes(config) == 1 else MOST_STEPS_IN_RANKS
-    alone = {"epochs": None, "early_stop_patience": None, "evaluate_tasks": (), "select_by": "loss"}
+    accumulation = config.grad_accumulation_steps
+    max_steps = MOST_STEPS if count_processes(config) == 1 else MOST_STEPS_IN_RANKS
+    unset = {"epochs": None, "early_stop_patience": None, "evaluate_tasks": (), "select_by": "loss"}
     short = config.model_copy(
         update={
-            "iters": max(most, config.nested.frequencies[-1]) * every,
-            "steps_per_report": every,
+            "iters": max(max_steps, config.nested.frequencies[-1]) * accumulation,
+            "steps_per_report": accumulation,
             "val_batches": 0,
-            "save_every": MOST_STEPS * every,
+            "save_every": MOST_STEPS * accumulation,  # no checkpoint but the last
             "adapter_path": None,
             "report_to": None,
             "samples": (),
-            "training": config.training.model_copy(update=alone | {"minutes": None}),
+            "training": config.training.model_copy(update=unset | {"minutes": None}),
         }
     )
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
@@ -86,11 +89,11 @@ def try_steps(
                 shutil.copyfile(file, trial.path / file.name)
         shutil.copytree(run.initial, trial.initial)
         trial.config.write_bytes(render_config(short))
-        clock = _Clock(every, seconds)
+        clock = _Clock(accumulation, seconds)
         with (
             trial.locked(),
             warnings.catch_warnings(action="ignore"),
-            receiving_stages(lambda _: None),  # which the run itself says
+            receiving_stages(lambda _: None),  # messages: the run itself will show them
             suppress(TrainingStopped),
         ):
             steps.train(short, trial, clock, clock.watch, on_wait, session=session)
@@ -98,7 +101,7 @@ def try_steps(
         plan = read_plan(trial.plan)
     if plan is None:
         raise RuntimeError("the trial run has no plan.json")
-    measured = clock.seconds[1:] or clock.seconds  # the others compile nothing
+    measured = clock.seconds[1:] or clock.seconds  # the first step compiles functions
     step = sum(measured) / len(measured)
     return TrialRun(
         opening=max(0.0, clock.last_report - clock.began - sum(measured)),
@@ -123,12 +126,16 @@ class _Clock:
         self._first_step = self.began
 
     def watch(self, trainer: Any) -> None:
-        """Look at the clock after each step, which several processes do not tell of."""
+        """Have the trainer call `_after_step` after each step, and note when its first one begins.
+
+        With several processes that call does not come.
+        """
         self.rows_to_begin = trainer.setup.loss_fn.rows_to_begin
         trainer.after_step = self._after_step
         self._first_step = time.monotonic()
 
     def _after_step(self, trainer: Any) -> None:
+        """Stop the trainer if its time is over."""
         taken = time.monotonic() - self._first_step
         if taken > (self._most_seconds if trainer.current_step > 1 else SLOW_FIRST_STEP):
             trainer.stop_training()
