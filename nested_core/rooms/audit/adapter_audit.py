@@ -157,11 +157,11 @@ class BaseModelForAudit:
         try:
             network = BaseModules.open(str(self.folder)).network
             num_layers, parameters = config["num_layers"], config["lora_parameters"]
-            parameters = parameters | {"scale": float(parameters["scale"])}
             last_layers = network.layers[-max(num_layers, 0) :]  # as mlx-lm slices them
             names = {name for layer in last_layers for name, _ in layer.named_modules()}
             is_dora = config.get("fine_tune_type") == "dora"
             linear_to_lora_layers(network, num_layers, parameters, use_dora=is_dora)
+            _ = float(parameters["scale"])  # raises unless it is a number: mlx-lm takes anything
             unmatched = set(parameters.get("keys") or ()) - names - self.modules.keys()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {shorten(error, 200)}"

@@ -36,15 +36,18 @@ PORT_TRIES = 50
 
 
 def count_ranks(config: FineTuneConfig) -> int:
-    """Return the number of processes that train; ConfigError where a hostfile cannot be used."""
+    """Return the number of processes that train: the hosts of a hostfile, or `training.processes`.
+
+    Raises ConfigError if the hostfile cannot be used.
+    """
     if config.training.hostfile is None:
         return config.training.processes
     path = Path(config.training.hostfile)
     hosts = _read_hosts(path)
     invalid = [host for host in hosts if not HOST_PATTERN.fullmatch(host)]
     if invalid or len(hosts) < 2:
-        named = f"{invalid[0]!r}, which is no host name" if invalid else hosts
-        raise ConfigError(f"training.hostfile: {path} names {named}. {HOSTFILE_FORMAT_HELP}")
+        problem = f"{invalid[0]!r}, which is no host name" if invalid else hosts
+        raise ConfigError(f"training.hostfile: {path} names {problem}. {HOSTFILE_FORMAT_HELP}")
     if config.batch_size % len(hosts):
         raise ConfigError(
             f"training.hostfile: the {len(hosts)} hosts of {path} share each batch, and do not "
@@ -117,7 +120,11 @@ def _is_free(port: int) -> bool:
 
 
 def rank_environment(config: FineTuneConfig) -> dict[str, str]:
-    """Return the environment for ranks on this machine, with the GPUs that they share out."""
+    """Return the environment variables for the ranks.
+
+    If they share this machine's GPUs, and CUDA_VISIBLE_DEVICES limits these, one of ours lists the
+    GPUs, from which each rank takes its one. Raises ConfigError if there are fewer GPUs than ranks.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ranks = config.training.processes
     if visible is None or config.training.hostfile is not None or not computes_on_cuda():

@@ -76,7 +76,10 @@ class RankGroup:
     def __init__(
         self, ranks: int, callback: TrainingCallback | None = None, hosts: Sequence[str] = ()
     ) -> None:
-        """`hosts` are those of the ranks, where they are not all on this machine."""
+        """Create a group that is not started.
+
+        hosts: the machine of each rank; empty if all are on this one.
+        """
         self.ranks = ranks
         self._hosts = hosts
         self.steps = 1
@@ -117,7 +120,13 @@ class RankGroup:
         environment: dict[str, str],
         on_start: Callable[[Any], None] | None,
     ) -> None:
-        """Start the ranks and follow them to their end; however this ends, no rank is left."""
+        """Start the ranks, and handle their messages until they end.
+
+        Whatever this raises, no process of the ranks is left.
+
+        command, environment: of mlx.launch.
+        on_start: called with this group when the main rank says that it begins.
+        """
         self._forget_end()
         process = subprocess.Popen(
             [*WATCHDOG_COMMAND, *LAUNCHER_COMMAND, *command],
@@ -267,12 +276,16 @@ def train_in_ranks(
 ) -> None:
     """Train in `ranks` processes until result.json is written.
 
-    Where they waited for each other for too long, they are started once more, and go on from the
-    last checkpoint. `on_start` is called with the group before its first step, each time. Raises
-    TrainingProcessLost where a process was lost, and else what a trainer raises.
+    If they wait for each other for too long, they are ended and started once more, from the last
+    checkpoint, if `training.restarts` allows it.
+
+    callback: receives the reports of the main rank.
+    on_start: called with the group before its first step, at each start.
+
+    Raises TrainingProcessLost if a process was lost, or what a rank's trainer raised.
     """
     group = RankGroup(ranks, callback, list_rank_hosts(config))
-    mx.clear_cache()  # the memory that loading left on the device is for the ranks
+    mx.clear_cache()  # frees the device's memory for the ranks
     group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
     if group.has_waited and not group.stop_requested and config.training.restarts > 0:
         warnings.warn(f"{_describe_wait(config, group)} They go on by themselves.", stacklevel=2)

@@ -29,10 +29,10 @@ from nested_core.rooms.ranks.mlx_launch import MESSAGE_PREFIX, rank_device
 
 
 def main(run_dir: str, ranks: str) -> int:
-    """Train as one of the ranks; return the exit code.
+    """Train as one of the ranks; return the exit code: 0, or 1 for an error.
 
-    A requested stop is 0 too: mlx.launch ends the other ranks when one exits with another code, and
-    the main one may still be writing. At the alarm of hang_watch.py it prints its stacks and ends.
+    A requested stop gives 0 too: on any other code mlx.launch ends the other ranks, and the main
+    one may still be writing. At the alarm of hang_watch.py this process prints its stacks and ends.
     """
     faulthandler.register(signal.SIGALRM, chain=True)
     backend.prepare()
@@ -56,6 +56,7 @@ def main(run_dir: str, ranks: str) -> int:
 
 
 def _train_as_rank(run_dir: Path, ranks: int) -> None:
+    """Join the other ranks, and train the run of this directory to its end."""
     from nested_core.models.base_model import prepare_for_base_model
     from nested_core.pipeline import steps
     from nested_core.rooms.ranks.hang_watch import HangWatch
@@ -110,7 +111,7 @@ class StopListener(threading.Thread):
         self._stop_requested = False
 
     def watch(self, trainer: Any) -> None:
-        """Stop this trainer on request, and send that it begins."""
+        """Have requests stop this trainer; on the main rank, send the message `begun`."""
         self._trainer = trainer
         if self._stop_requested:
             trainer.stop_training()

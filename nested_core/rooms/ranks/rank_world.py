@@ -73,8 +73,8 @@ class RankWorld(World):
 
     def require_equal_on_ranks(self, arrays: Mapping[str, mx.array], step: int) -> None:
         """Raise TrainingProcessesDiffer, naming ranks and arrays, if a bit differs among ranks."""
-        own = mx.stack([checksum(array) for array in arrays.values()])
-        checksums = np.array(mx.distributed.all_gather(own[None], group=self.group))
+        of_this_rank = mx.stack([checksum(array) for array in arrays.values()])
+        checksums = np.array(mx.distributed.all_gather(of_this_rank[None], group=self.group))
         common = _most_common_row(checksums)
         odd_ranks = [rank for rank, row in enumerate(checksums) if (row != common).any()]
         if odd_ranks:
@@ -96,9 +96,11 @@ class RankWorld(World):
     def requests_after_step(
         self, counts: mx.array | None, read_requests: Callable[[], tuple[bool, bool]]
     ) -> tuple[bool, bool]:
-        """Return whether any rank was to stop or to save at the step before.
+        """Return whether any rank was asked to stop, and whether to save, at the step before.
 
-        The counts are read when the next step is under way, so that no rank waits for the device.
+        counts: of this step: how many ranks were asked to stop, and to save; None without them.
+            They are read after the next step has begun, so that no rank waits for the device.
+        read_requests: not used by ranks.
         """
         earlier, self._request_counts = self._request_counts, counts
         if earlier is None:

@@ -53,8 +53,12 @@ def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
 def _measure(
     judged: CheckedRun, champion: Champion, chosen: list[AncestorExamples]
 ) -> Iterator[AncestorLoss]:
-    """Yield gate.json's entry of each ancestor; all their examples are measured in one pass."""
+    """Measure champion and candidate on the ancestors' examples, in one pass for all of them.
+
+    Yields the entry of gate.json for each ancestor.
+    """
     rows = [row for ancestor in chosen for row in ancestor.rows]
+    # For each row the index of its ancestor in `chosen`
     ages = np.repeat(np.arange(len(chosen)), [len(ancestor.rows) for ancestor in chosen])
     if not rows:
         yield from summarise_ancestors(chosen, None, ages, judged.bounds)
@@ -77,17 +81,18 @@ def summarise_ancestors(
     owners: Indices,
     bounds: GateSection,
 ) -> Iterator[AncestorLoss]:
-    """Return the figures of each ancestor, and of those joined as too few by themselves.
+    """Yield the comparison of champion and candidate on the examples of each ancestor.
 
-    An ancestor with fewer than MIN_EXAMPLES independent examples has no interval, and rejects
-    nothing. Two or more of these are judged as one where they have so many together. One with few
-    examples is judged by the spread of all ancestors' together.
+    An ancestor with fewer than MIN_EXAMPLES independent examples gets no interval, so that it
+    rejects nothing. If several such ancestors have enough examples together, one more comparison
+    is yielded, of all their examples. The intervals use the spread of all ancestors' differences.
 
     Args:
-        ancestors: where the examples are from.
-        losses: of all examples, those that were trained on left out. None without examples.
-        owners: the place in `ancestors` that each loss belongs to, int64 (n,).
-        bounds: the gate's.
+        ancestors: the versions that the examples are from.
+        losses: of the examples of all ancestors, with those that were trained on marked as left
+            out; None without examples.
+        owners: for each loss, the index of its ancestor in `ancestors`, int64 (n,).
+        bounds: the gate's bounds.
     """
     if losses is None:
         yield from map(summarise_ancestor, ancestors)
@@ -97,22 +102,22 @@ def summarise_ancestors(
         losses.select((owners == place) & is_counted) if ancestor.rows else None
         for place, ancestor in enumerate(ancestors)
     ]
-    counts = [0 if own is None else own.independent_examples for own in measured]
-    few = [place for place, count in enumerate(counts) if 0 < count < MIN_EXAMPLES]
-    together = losses.select(np.isin(owners, few) & is_counted)
-    is_joined = len(few) > 1 and together.independent_examples >= MIN_EXAMPLES
+    counts = [0 if one is None else one.independent_examples for one in measured]
+    small = [place for place, count in enumerate(counts) if 0 < count < MIN_EXAMPLES]
+    joined = losses.select(np.isin(owners, small) & is_counted)
+    is_joined = len(small) > 1 and joined.independent_examples >= MIN_EXAMPLES
     comparisons = sum(count >= MIN_EXAMPLES for count in counts) + is_joined
-    compared = (own.compare_trained_with(own.before) for own in measured if own is not None)
-    spread = Spread.pool(filter(None, compared))
-    for place, (ancestor, own) in enumerate(zip(ancestors, measured, strict=True)):
+    differences = (one.compare_trained_with(one.before) for one in measured if one is not None)
+    spread = Spread.pool(filter(None, differences))
+    for place, (ancestor, kept) in enumerate(zip(ancestors, measured, strict=True)):
         left_out = int(((owners == place) & ~is_counted).sum())
         yield summarise_ancestor(
-            ancestor, own, bounds, left_out=left_out, ancestors=comparisons, spread=spread
+            ancestor, kept, bounds, left_out=left_out, ancestors=comparisons, spread=spread
         )
     if is_joined:
-        joined = AncestorExamples(JOINED, None)
-        found = summarise_ancestor(joined, together, bounds, ancestors=comparisons, spread=spread)
-        yield replace(found, joined=tuple(ancestors[place].version for place in few))
+        group = AncestorExamples(JOINED, None)
+        entry = summarise_ancestor(group, joined, bounds, ancestors=comparisons, spread=spread)
+        yield replace(entry, joined=tuple(ancestors[place].version for place in small))
 
 
 def summarise_ancestor(
@@ -124,15 +129,16 @@ def summarise_ancestor(
     ancestors: int = 1,
     spread: Spread | None = None,
 ) -> AncestorLoss:
-    """Compare a champion's losses, before, with the candidate's, after, on an ancestor's rows.
+    """Return the comparison of champion and candidate on an ancestor's held-out examples.
 
     Args:
-        ancestor: where the examples are from.
-        losses: of the examples that are compared; None without examples.
-        bounds: the gate's.
-        left_out: how many are not compared because they were trained on.
-        ancestors: how many are compared, for which the interval is corrected (Bonferroni).
-        spread: that of all their examples.
+        ancestor: the version that the examples are from.
+        losses: of the examples that are compared, the champion's as `before` and the candidate's as
+            `after`; None without examples.
+        bounds: the gate's bounds; None takes the defaults.
+        left_out: the number of examples that are not compared because they were trained on.
+        ancestors: the number of comparisons, for which the interval is corrected (Bonferroni).
+        spread: of the differences on all ancestors' examples.
     """
     bounds = bounds or GateSection()
     compared = AncestorLoss(
@@ -168,9 +174,10 @@ def summarise_ancestor(
 
 
 def ancestor_reasons(ancestors: Sequence[AncestorLoss], bounds: GateSection) -> Iterator[Reason]:
-    """Yield the reason for each ancestor whose held-out examples the candidate is worse at.
+    """Yield a reason for each ancestor on whose held-out examples the candidate is worse.
 
-    None without the bound, and for an ancestor with too few examples for an interval.
+    Yields none if `gate.max_ancestor_loss_increase` is not set. An ancestor with too few examples
+    for an interval gives none.
     """
     increase = bounds.max_ancestor_loss_increase
     for ancestor in ancestors if increase is not None else ():

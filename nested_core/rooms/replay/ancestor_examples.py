@@ -60,9 +60,10 @@ class AncestorExamples:
 def choose_ancestor_examples(
     config: FineTuneConfig, registry: Path, name: str, champion: str
 ) -> list[AncestorExamples]:
-    """Return the examples of the champion and its ancestors, newest first, at most MAX_ANCESTORS.
+    """Return the held-out examples of the champion and its ancestors, newest first.
 
-    Newer data than a version's is that of the versions after it, and that of the run.
+    There are at most MAX_ANCESTORS versions. An example is left out if newer data has or
+    contradicts it: the data of the run, or of a later version.
     """
     lineage = read_lineage(registry, name, champion)[:MAX_ANCESTORS]
     stored = {version: _read_stored(registry, name, version) for version in lineage}
@@ -75,24 +76,24 @@ def choose_ancestor_examples(
             problem = "none of its examples are kept, or they cannot be read"
             chosen.append(AncestorExamples(version, registered, problem=problem))
             continue
-        why = [newer.find_reason(row.row) for row in data.held_out]
-        # One that newer data trains on is left out where it is measured, as trained on
-        rows = list(compress(data.held_out, [reason in (None, "repeated") for reason in why]))
+        reasons = [newer.find_reason(row.row) for row in data.held_out]
+        # A row that newer data trains on is kept here: the measurement leaves it out as trained on
+        rows = list(compress(data.held_out, [reason in (None, "repeated") for reason in reasons]))
         chosen.append(
             AncestorExamples(
                 version,
                 registered,
                 tuple(sorted(rows, key=lambda row: row.digest)),
-                superseded=why.count("superseded"),
-                repeated=why.count("held_out"),
+                superseded=reasons.count("superseded"),
+                repeated=reasons.count("held_out"),
                 missing=data.missing,
-                problem=None if rows else _describe_none_left(why),
+                problem=None if rows else _describe_none_left(reasons),
             )
         )
         newer.add((row.row for row in data.train), are_held_out=False)
         newer.add((row.row for row in data.held_out), are_held_out=True)
-    most = share_rows([len(ancestor.rows) for ancestor in chosen])
-    return [replace(ancestor, rows=ancestor.rows[:most]) for ancestor in chosen]
+    max_rows = share_rows([len(ancestor.rows) for ancestor in chosen])
+    return [replace(ancestor, rows=ancestor.rows[:max_rows]) for ancestor in chosen]
 
 
 def share_rows(counts: Sequence[int]) -> int:

@@ -11,7 +11,10 @@ from nested_core.text.document import Block, Table, Text
 
 
 def describe_replay(run: Run) -> Iterator[Block]:
-    """What is replayed of each earlier data set, and what is left out."""
+    """Yield sentences and tables on what is replayed of each earlier data set, and left out.
+
+    Yields nothing for a run without replay.
+    """
     replay = run.read(run.folder.replay, read_replay)
     if replay is None:
         return

@@ -22,15 +22,16 @@ POLICY_KEY = "continual.policy: auto"
 
 
 def decide(config: FineTuneConfig, champion: str | None, new: int, earlier: int) -> Choice:
-    """Return what `rebuild` or `auto` does in a run.
+    """Return whether a run under the policy `rebuild` or `auto` starts from base or champion.
 
-    `auto` trains a few steps to measure, unless there is nothing but the run's own data.
+    For `auto` a few steps are trained to forecast how long rebuilding takes, unless there is no
+    earlier data; without it, a run is the same as a rebuilt one.
 
     Args:
         config: the run's configuration.
         champion: the version that the run follows; None before the first.
-        new: how many rows of its own the run has.
-        earlier: how many rows of the lineage it could be trained on beside them.
+        new: the number of the run's own rows.
+        earlier: the number of earlier rows, of the lineage, that it could be trained on too.
 
     Raises:
         ConfigError: for `auto` where the room minutes is not installed.
@@ -41,30 +42,34 @@ def decide(config: FineTuneConfig, champion: str | None, new: int, earlier: int)
         return Choice("rebuild", "there are no earlier rows beside tonight's")
     try:
         measured = measure_rebuilding(config)
-    except DatasetError:  # the run's own check finds the same, and writes the report on it
+    except DatasetError:  # validating the run will find the same errors, and report them
         return Choice("rebuild", "the data has errors")
     return decide_by_forecast(config, new, earlier, measured)
 
 
 def decide_by_forecast(config: FineTuneConfig, new: int, earlier: int, measured: Any) -> Choice:
-    """Return what `auto` does, by how long a run on all rows is forecast to take.
+    """Return the choice of `auto`: rebuild if a run on all rows fits into the window of time.
 
-    measured: the MeasuredRun of the room minutes for such a run.
+    new, earlier: numbers of rows, as in `decide`.
+    measured: the forecast of a run on all rows, a MeasuredRun of the room minutes.
     """
     window, limit = config.continual.window_seconds, config.continual.window
     rows = new + earlier
-    fixed = measured.seconds - measured.training_seconds
+    not_training = measured.seconds - measured.training_seconds
     training = measured.training_seconds / rows * new / (1 - config.replay_fraction)
-    if config.training.epochs is None:  # as many steps, however few rows are new
+    if config.training.epochs is None:  # `iters` steps, however few rows are new
         training = measured.seconds_a_step * config.iters / config.grad_accumulation_steps
-    seconds = {"rebuild": measured.seconds, "continue": fixed + training}
+    seconds = {"rebuild": measured.seconds, "continue": not_training + training}
     if measured.seconds <= window:
         return Choice("rebuild", f"all {rows:,} rows fit into the window of {limit}", seconds)
     return Choice("continue", f"all {rows:,} rows do not fit into the window of {limit}", seconds)
 
 
 def measure_rebuilding(config: FineTuneConfig) -> Any:
-    """Forecast how long a run rebuilt on all rows takes, as `explain` does; keep nothing."""
+    """Return the forecast (a MeasuredRun, as for `explain`) of a run rebuilt on all rows.
+
+    The run directory is temporary. Raises ConfigError without the room minutes, DatasetError.
+    """
     seams.require("minutes", POLICY_KEY)
     from nested_core.rooms.minutes.measured_run import measure_run
 

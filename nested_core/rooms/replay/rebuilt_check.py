@@ -18,7 +18,11 @@ from nested_core.rooms.replay.ancestor_check import ANCESTORS
 
 
 def _find_worse_than_champion(judged: CheckedRun) -> Iterator[Reason]:
-    """Return the reasons of the checks of losses, had training started from the champion."""
+    """Yield reasons against a rebuilt adapter that is worse than the champion on held-out data.
+
+    They are those of the ordinary checks of losses, with the champion's losses in place of those
+    before training. Yields none for a run that was not rebuilt, and without the champion's losses.
+    """
     start, losses = read_start(judged.config, judged.run), judged.losses
     if start is None or start.choice.policy != "rebuild" or losses is None:
         return

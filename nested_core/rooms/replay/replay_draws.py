@@ -25,14 +25,16 @@ _CHOICE = 2**62  # in place of an epoch, for the permutation that chooses rows
 def choose_rows(
     sources: Int64, rows: Sequence[int], draws: int, weighting: Weighting, seed: int
 ) -> Int64:
-    """Choose the rows that a run of so many draws has room for, ascending.
+    """Return the indices of the rows that a run replays, ascending.
+
+    As many rows of a group are chosen, at random, as the group has draws, or all of them.
 
     Args:
         sources: the age of each row's source, 0 for the newest, ascending, int64 [n].
-        rows: how many rows each source has, by age.
-        draws: how many rows the run mixes in, one counted each time that it comes.
-        weighting: as above.
-        seed: the run's.
+        rows: the number of rows of each source, by age.
+        draws: the number of rows that the run mixes in; a row that comes twice counts twice.
+        weighting: how draws are shared between the sources, see the module.
+        seed: the run's seed.
     """
     groups = sources if weighting == "recent" else np.zeros_like(sources)
     shares = _share_draws(rows, weighting)
@@ -47,9 +49,12 @@ def choose_rows(
 def draw_rows(
     sources: Int64, rows: Sequence[int], draws: int, weighting: Weighting, seed: int
 ) -> Int32:
-    """Return the row that comes at each draw, int32 [draws]; there is at least one row.
+    """Return the index of the row that comes at each draw, int32 [draws].
 
-    The arguments are those of `choose_rows`, but that `sources` is of the rows that were chosen.
+    A group's rows come in a random order, and in another one each time that all have come.
+
+    The arguments are those of `choose_rows`, but `sources` has the rows that were chosen, at least
+    one.
     """
     groups = sources if weighting == "recent" else np.zeros_like(sources)
     shares = _share_draws(rows, weighting)
@@ -57,10 +62,10 @@ def draw_rows(
     turns = _take_turns(shares, draws)
     drawn = np.zeros(draws, np.int32)
     for group in np.unique(groups):
-        own, places = np.flatnonzero(groups == group), np.flatnonzero(turns == group)
-        rounds = range(-(-len(places) // len(own)))
-        order = [np.zeros(0, np.int64), *(_permute(own, seed, epoch) for epoch in rounds)]
-        drawn[places] = np.concatenate(order)[: len(places)]
+        members, draws_of_group = np.flatnonzero(groups == group), np.flatnonzero(turns == group)
+        rounds = range(-(-len(draws_of_group) // len(members)))  # rounded up
+        order = [np.zeros(0, np.int64), *(_permute(members, seed, epoch) for epoch in rounds)]
+        drawn[draws_of_group] = np.concatenate(order)[: len(draws_of_group)]
     return drawn
 
 

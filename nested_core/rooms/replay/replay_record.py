@@ -55,14 +55,14 @@ class ReplaySource(BaseModel):
         return self.rows - self.repeated - self.superseded - self.held_out
 
     def describe(self) -> str:
-        """How many of its rows are replayed, and what became of the others."""
+        """Return how many of the source's examples are replayed, and why the others are not."""
         others = {
             "newer data has too": self.repeated,
             "superseded": self.superseded,
             "held out": self.held_out,
         }
         unused = self.fresh - self.examples
-        left_out = [f"{count:,} {why}" for why, count in others.items() if count]
+        left_out = [f"{count:,} {reason}" for reason, count in others.items() if count]
         left_out += [f"{unused:,} more than the run has room for"] if unused > 0 else []
         rest = f" ({', '.join(left_out)})" if left_out else ""
         return f"{self.examples:,} of {self.rows:,} examples of {self.name}{rest}"
@@ -127,7 +127,7 @@ class ReplayRecord(BaseModel):
         return f"; not all is there of {shown}" if names else ""
 
     def describe(self) -> Iterator[str]:
-        """Sentences: what is replayed of which source, what is not, what is missing."""
+        """Yield sentences: what is replayed of each source, what is not, and what is missing."""
         listed = "; ".join(source.describe() for source in self.sources if source.rows)
         if self.choice != CONFIGURED:
             what = "rebuilding from the base" if self.is_rebuilt else "going on from the champion"

@@ -30,13 +30,16 @@ Row = dict[str, Any]
 
 
 def read_files(config: FineTuneConfig) -> list[EarlierData]:
-    """The data sets that `replay.sources` names, the newest first."""
+    """Read the data sets that `replay.sources` names, the newest first.
+
+    One that cannot be read is returned without rows, with its `problem`.
+    """
     settings = DataSettings.from_config(config)
     earlier = []
     for name in config.continual.replay.sources:
-        own = replace(settings, data=name, hf_dataset=(), data_format="auto")
-        is_there = Path(name).exists() or glob(name, recursive=True)  # else the hub would be asked
-        splits, problem = _read_splits(own) if is_there else ({}, "there is no such file or folder")
+        data = replace(settings, data=name, hf_dataset=(), data_format="auto")
+        exists = Path(name).exists() or glob(name, recursive=True)  # other names mean the hub
+        splits, problem = _read_splits(data) if exists else ({}, "there is no such file or folder")
         if problem is None and "train" not in splits:
             problem = "there is no training example in it"
         train = splits["train"].rows if "train" in splits else []
@@ -76,13 +79,16 @@ class Lineage:
 
 
 def read_champions_lineage(config: FineTuneConfig) -> Lineage:
-    """The lineage that a run goes on from; empty without a champion, and where files are named."""
+    """Read the data of the champion that a run follows, and of the versions before it.
+
+    The lineage is empty without a champion, and if `replay.sources` names files instead.
+    """
     if not config.continual.replay.is_lineage:
         return Lineage()
     registry, name = registry_location(config.registry)
     if not name_exists(registry, name):
         return Lineage()
-    with holding_champion(registry, name) as champion:  # no gc removes a version meanwhile
+    with holding_champion(registry, name) as champion:  # so that gc removes no version meanwhile
         versions = [] if champion is None else read_lineage(registry, name, champion)
         known = [each for each in versions if version_folder(registry, name, each).is_dir()]
         removed = versions[-1] if known != versions else None
@@ -93,9 +99,11 @@ def read_champions_lineage(config: FineTuneConfig) -> Lineage:
 
 
 def _count_rows_of_iterations(provenance: dict[str, Any]) -> float | None:
-    """Return the rows over which a version's iterations come to the passes that it was planned for.
+    """Return the number of rows on which the first version of a lineage was planned to train.
 
-    They are its training rows or, of a rebuilt version, those of the first night that it follows.
+    It is computed from what provenance.json records: the rows of all planned iterations, divided
+    by the planned passes. For a rebuilt version these are the rows of the first night that it
+    follows. None if nothing was trained.
     """
     config, trained = provenance.get("config", {}), provenance.get("trained")
     if not trained or not trained["steps"]:

@@ -82,7 +82,11 @@ class ReplayedBatchOrder(BatchOrder):
         *,
         max_seq_length: int,
     ) -> None:
-        """Choose the widths by all rows, whichever an epoch has of the replayed ones."""
+        """Choose the widths of batches by the lengths of all rows, new and replayed.
+
+        lengths: of the new rows, int64 [n].
+        replay: the rows that are replayed.
+        """
         together = np.concatenate([lengths, replay.lengths])
         super().__init__(together, batch_size, seed, max_seq_length=max_seq_length)
         self._replay = replay
@@ -137,7 +141,10 @@ class ReplayedBatchOrder(BatchOrder):
         return self._drawn[:count]
 
     def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:
-        """Return an epoch's rows by width, the widest first, and the order of its batches."""
+        """Return an epoch's rows by width, the widest first, and the order of its batches.
+
+        Both are int32: indices of rows (new ones, then replayed ones), and of batches of rows.
+        """
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         first, end = epoch * self._replayed, (epoch + 1) * self._replayed
         parts = [

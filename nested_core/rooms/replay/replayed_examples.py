@@ -60,10 +60,11 @@ class NewerRows:
                 self.held_out.add(keys.folded)
 
     def find_reason(self, row: Row) -> LeftOut | None:
-        """Return why an earlier row is left out beside newer data; None for a row that is not.
+        """Return why newer data makes an earlier row be left out; None if it does not.
 
-        held_out, repeated: newer data has the row. superseded: newer data contradicts it, by
-        another answer to its prompt or, of rows that say so themselves, by the opposite row.
+        The reasons are `held_out` (newer data holds the row out), `repeated` (newer data trains on
+        it) and `superseded` (newer data has another answer to its prompt, or, for a rated answer
+        or a preference, the opposite rating).
         """
         keys = RowKeys.of(row)
         if keys.folded in self.held_out:
@@ -88,18 +89,19 @@ class NewData(NewerRows):
 
 
 def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -> NewData:
-    """The run's own data, and the file that the gate judges by.
+    """Read the run's own data, with the file `gate.held_out_file` if there is one.
 
-    held_out_is_judged: of the held-out rows, whether those alone count that the gate judges by.
+    held_out_is_judged: count as held out only the rows that the gate judges by; else those of valid
+        and test.
     """
     settings, judging = DataSettings.from_config(config), list[Row]()
     new = NewData()
     for split in SPLITS:
-        own = read_split_rows(settings, split)
-        rows: list[Row] = [] if own is None else [*own.rows]
+        split_rows = read_split_rows(settings, split)
+        rows: list[Row] = [] if split_rows is None else [*split_rows.rows]
         new.add(rows, are_held_out=split != "train" and not held_out_is_judged)
         if rows and split in SPLITS_BY_HELD_OUT_CHOICE.get(config.gate.held_out, ()):
-            judging = rows  # of test, which comes last, or else of valid
+            judging = rows  # of test if it has rows, since it comes last; else of valid
         if split == "train":
             new.rows = len(rows)
             new.train = {keys.content: keys.folded for keys in map(RowKeys.of, rows)}
@@ -167,13 +169,14 @@ def choose_replayed_examples(
     select: Select,
     max_generations: int | None,
 ) -> ChosenExamples:
-    """Choose what a run is trained on of earlier data, newest first, and say what is not.
+    """Choose the earlier examples that a run trains on; return them, and counts of the others.
 
     Args:
         new: the data of the run.
-        earlier: all sources; what any of them holds out is not trained on, whatever its age.
-        select: which of the rows that may be trained on are.
-        max_generations: how many of the newest sources are used; None is all.
+        earlier: all sources, the newest first; a row that any of them holds out is not trained on.
+        select: chooses among the examples that may be trained on, by their contents, ages and the
+            sizes of the sources, and returns indices.
+        max_generations: the number of sources that are used, the newest ones; None uses all.
     """
     held_out = {RowKeys.of(row).folded for data in earlier for row in data.held_out}
     dropped = sorted(content for content, folded in new.train.items() if folded in held_out)
@@ -188,22 +191,22 @@ def choose_replayed_examples(
         newer.add(data.held_out, are_held_out=True)
         sources.append(source)
         candidates.append(sorted(fresh))
-    sizes = [len(own) for own in candidates]
+    sizes = [len(examples) for examples in candidates]
     ages = np.repeat(np.arange(len(sizes)), sizes)
-    rows = [row for own in candidates for row in own]
+    rows = [row for examples in candidates for row in examples]
     places = select([content for content, _ in rows], ages, sizes)
     chosen = [[rows[n] for n in places[ages[places] == age]] for age in range(len(sizes))]
     return ChosenExamples(
         tuple(
             source.model_copy(
                 update={
-                    "examples": len(own),
-                    "digest": sha256(b"".join(content for content, _ in own)).hexdigest(),
+                    "examples": len(examples),
+                    "digest": sha256(b"".join(content for content, _ in examples)).hexdigest(),
                 }
             )
-            for source, own in zip(sources, chosen, strict=True)
+            for source, examples in zip(sources, chosen, strict=True)
         ),
-        tuple(line for own in chosen for _, line in own),
+        tuple(line for examples in chosen for _, line in examples),
         tuple(dropped),
     )
 
@@ -211,7 +214,11 @@ def choose_replayed_examples(
 def _sort_out(
     data: EarlierData, train: Sequence[Row], newer: NewerRows
 ) -> tuple[ReplaySource, list[tuple[bytes, bytes]]]:
-    """A source's counts, and content and line of each example that may be replayed."""
+    """Separate a source's rows into those that may be replayed and those that are left out.
+
+    Returns the numbers of rows left out, by reason, and of each row that may be replayed the
+    content, by which it is known, and its line of JSON.
+    """
     counts = Counter[str]()
     fresh: dict[bytes, tuple[bytes, bytes]] = {}
     for row in train:
@@ -219,8 +226,8 @@ def _sort_out(
         reason = "repeated" if keys.folded in fresh else newer.find_reason(row)
         if reason is None:
             fresh[keys.folded] = keys.content, json.dumps(row, allow_nan=False).encode() + b"\n"
-            continue
-        counts[reason] += 1
+        else:
+            counts[reason] += 1
     source = ReplaySource(
         version=data.version,
         file=data.file,

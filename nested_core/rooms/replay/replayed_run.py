@@ -59,10 +59,10 @@ class ReplayOfRun:
         return read_replay(self._run.replay)
 
     def choose(self) -> None:
-        """Choose what the run is trained on of earlier data, and whether it goes on; write it.
+        """Choose the earlier examples that the run trains on, and whether to rebuild or continue.
 
-        Raises ConfigError where a source is missing or has changed, under `replay.missing: error`,
-        and for `policy: auto` without the room minutes.
+        Writes both to replay.json and replay.jsonl. Raises ConfigError if a source is missing or
+        has changed under `replay.missing: error`, and for `policy: auto` without the room minutes.
         """
         config, run, replay = self._config, self._run, self._config.continual.replay
         new = read_new_data(config)
@@ -102,9 +102,9 @@ class ReplayOfRun:
                 "with the rest then."
             )
         reason = f"{choice.reason}{record.name_what_is_missing()}"
-        told = record.model_copy(update={"choice": replace(choice, reason=reason)})
+        record = record.model_copy(update={"choice": replace(choice, reason=reason)})
         write_bytes(run.replayed_rows, content)
-        write_json(run.replay, told.model_dump(mode="json"))
+        write_json(run.replay, record.model_dump(mode="json"))
 
     def read_choice(self) -> Choice:
         """Whether the run goes on from the champion or is rebuilt, and why."""
@@ -189,7 +189,10 @@ class ReplayOfRun:
         return ceil(config.training.epochs * ceil(rows / config.batch_size))
 
     def mix(self, new: TokenizedSplit, earlier: TokenizedSplit) -> MixedExamples:
-        """The batches of the run; `earlier` is replay.jsonl, tokenised."""
+        """Return the batches of a run on new examples and earlier ones (replay.jsonl), tokenised.
+
+        A rebuilt run shuffles both together; another one has a share of earlier rows in each epoch.
+        """
         config, record = self._config, self._record
         joined = JoinedSplits(new, earlier)
         if record.is_rebuilt:
