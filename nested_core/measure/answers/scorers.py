@@ -21,9 +21,11 @@ from nested_core.seams import load_only
 SCORES_OF_SUITES = ("regex", "json", "python")  # by what comes with a suite
 _SIGN_PATTERN = r"(?:(?<![\d.])[-+\u2212])?"  # the "-" in "3-4" is no sign
 _GROUP_PATTERN = "[,\u00a0\u2009\u202f]"  # comma, and the spaces that do not break a number
+_WHOLE_PATTERN = rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:{_GROUP_PATTERN}\d{{3}})+(?!\d)|\d+)"
+# A chain, such as a date or a version, is found first and is in no group: it holds no number
 _NUMBER_PATTERN = re.compile(
-    rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:{_GROUP_PATTERN}\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?"
-    rf"|{_SIGN_PATTERN}\.\d+"
+    rf"{_WHOLE_PATTERN}(?:\.\d+){{2,}}\w*"
+    rf"|({_WHOLE_PATTERN}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?|{_SIGN_PATTERN}(?<![\d.])\.\d+)"
 )
 _DECIMAL_PRECISION = 50
 
@@ -85,20 +87,19 @@ def last_number(text: str) -> Decimal | None:
     """Return the last number in a text, or None: "about 1,234.5 km." gives 1234.5.
 
     Commas or no-break spaces between groups of three digits and the Unicode minus sign are
-    understood; at a plain space a number ends. A point that
-    ends the sentence, a unit or a currency is not part of the number.
+    understood; at a plain space a number ends. A point that ends the sentence, a unit or a
+    currency is not part of the number. Digits with two points or more, as in "28.11.2026" or
+    "v1.2.3", are no number.
     """
-    matches = _NUMBER_PATTERN.findall(text)
-    if not matches:
+    numbers = [number for number in _NUMBER_PATTERN.findall(text) if number]
+    if not numbers:
         return None
-    return Decimal(re.sub(_GROUP_PATTERN, "", matches[-1]).replace("\u2212", "-"))
+    return Decimal(re.sub(_GROUP_PATTERN, "", numbers[-1]).replace("\u2212", "-"))
 
 
 def _equals_accepted_answer(question: Question, answer: str) -> bool:
     """Return whether the answer equals an accepted one, ignoring differences of white space."""
-    return normalise_white_space(answer) in {
-        normalise_white_space(text) for text in question.accepted
-    }
+    return normalise_white_space(answer) in map(normalise_white_space, question.accepted)
 
 
 def _contains_accepted_answer(question: Question, answer: str) -> bool:

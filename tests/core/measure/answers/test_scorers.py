@@ -66,10 +66,22 @@ def test_scores(tmp_path: Path, method: Score) -> None:
         (".5", "0.5"),
         ("It is 42.", "42"),
         ("2024-11-21", "21"),
+        ("It is 4.25.", "4.25"),
+        ("7 of them, see Section 4.2.7.", "7"),
+        ("-12 on 28.11.2026", "-12"),
+        ("1.2.3 has 5", "5"),
+        ("from 1...5", "5"),
     ],
 )
 def test_the_last_number_of_a_text(text, number) -> None:
     assert last_number(text) == Decimal(number)
+
+
+@pytest.mark.parametrize(
+    "text", ["28.11.2026", "v1.2.3", "1.2.3rc4", "-1.2.3", "192.168.0.1", "1.234.567", "1,234.5.6"]
+)
+def test_digits_with_more_than_one_point_are_no_number(text) -> None:
+    assert last_number(text) is None
 
 
 @given(st.text())
