@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begins it again where it is killed.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = lambda message, *_, **__: print_progress(f"warning: {message}")
     try:
         with _hearing_signals(is_program=argv is None):
             if argv is None and _needs_parent(arguments):
@@ -315,10 +315,6 @@ def _print_error(
     shown = lines if len(lines) <= 14 else [*lines[:13], f"... and {len(lines) - 13} more lines"]
     print_progress(f"nested-tune: {shown[0]}", *shown[1:])
     return code
-
-
-def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
-    print_progress(f"warning: {message}")
 
 
 if __name__ == "__main__":

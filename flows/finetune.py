@@ -139,8 +139,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
             emit_adapter_event("rejected", config.registry.name, payload)
-        name = verdict.outcome
-        return Failed(name=name, message=message, data=error)
+        return Failed(name=verdict.outcome, message=message, data=error)
     except NestedTuneError as error:
         return _failed_state(error)
     except OSError as error:  # that a task's retries did not outlast

@@ -119,9 +119,8 @@ def _value_type(annotation: Any) -> Any:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add where the run is kept and whether to go on with it."""
-    parser.add_argument(
-        "--run-dir", type=_parse_path, help="default: runs/<UTC time>-<8 hex digits>"
-    )
+    default = "default: runs/<UTC time>-<8 hex digits>"
+    parser.add_argument("--run-dir", type=_parse_path, help=default)
     parser.add_argument("--resume", action="store_true", help="resume the run in --run-dir")
 
 

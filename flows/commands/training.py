@@ -16,7 +16,6 @@ from flows.commands.config_flags import (
     choose_run_dir,
     load_config_from_flags,
 )
-from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.process.stop_signals import Stopper
 from flows.terminal.console import (
     ProgressLine,
@@ -231,7 +230,7 @@ def _make_result_document(
         "summary": result.verdict.summary(),
         "notes": result.verdict.notes(),
         "answers_broken": result.verdict.has_broken_answers,
-        "test_loss": result.test_loss,
+        "test_loss": None if result.test_loss is None else result.test_loss.mean,
         "samples": [asdict(each) for each in answers],
         "version": result.version,
         "promotion": result.promotion,
@@ -252,8 +251,7 @@ def print_result(
     print_line(result.verdict.summary())
     print_line(f"adapter: {result.run.adapter}")
     if result.test_loss is not None:
-        test = describe_test_loss(config, result.run, result.verdict, result.test_loss)
-        print_line(f"{test}.")
+        print_line(f"{result.test_loss.describe()}.")
     _print_outcome(config.registry, result, result.verdict)
 
 

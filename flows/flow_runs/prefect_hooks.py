@@ -6,11 +6,11 @@ from uuid import UUID
 
 from prefect import get_run_logger, runtime
 
-from flows.flow_runs.loss_on_test_set import describe_test_loss
 from flows.flow_runs.run_place import note_run_place
 from flows.flow_runs.watchers import list_watchers
 from flows.process.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
+from nested_core.measure.losses.loss_on_test_set import LossOnTestSet
 from nested_core.models.session import Session
 from nested_core.pipeline.hooks import Steps
 from nested_core.records.result import TrainResult
@@ -59,10 +59,12 @@ class StepsAsTasks(Steps):
         gate(config, run.path, session)
         return read_verdict(run.gate)
 
-    def measure_test(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> float:
+    def measure_test(
+        self, config: FineTuneConfig, run: RunDirectory, session: Session
+    ) -> LossOnTestSet:
         """Log the loss on the test set."""
         loss = super().measure_test(config, run, session)
-        get_run_logger().info("%s", describe_test_loss(config, run, read_verdict(run.gate), loss))
+        get_run_logger().info("%s", loss.describe())
         return loss
 
     def register(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Decision:

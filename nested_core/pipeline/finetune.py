@@ -27,6 +27,7 @@ from nested_core import seams
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.measure.losses.loss_on_test_set import LossOnTestSet
 from nested_core.pipeline.hooks import ShownProgress, Steps, can_show_progress
 from nested_core.pipeline.preflight import StartRules, check_before_start
 from nested_core.pipeline.run_in_progress import working_on
@@ -70,7 +71,7 @@ class FinetuneResult:
     skipped: why nothing was trained; then the fields below are None.
     verdict: the gate's verdict, as in gate.json.
     training: what training ended with, as in result.json.
-    test_loss: the mean loss on test.jsonl in nats/token; None unless `test` is set.
+    test_loss: the loss on test.jsonl, its `mean` in nats/token; None unless `test` is set.
     decision: what was decided about the version; None without a registry.
     """
 
@@ -78,7 +79,7 @@ class FinetuneResult:
     skipped: Skip | None = None
     verdict: Verdict | None = None
     training: TrainResult | None = None
-    test_loss: float | None = None
+    test_loss: LossOnTestSet | None = None
     decision: Decision | None = None
 
     @property
@@ -174,7 +175,7 @@ def finetune(
             work.load()
             training = work.train()
         verdict = work.judge()
-        test_loss = work.measure_test()
+        test_loss = hooks.measure_test(work.config, run, work.session) if work.config.test else None
         decision = work.register()
         return FinetuneResult(
             run, verdict=verdict, training=training, test_loss=test_loss, decision=decision

@@ -10,6 +10,7 @@ from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.lines.example_parsing import MLX_LM_FORMATS
+from nested_core.measure.losses.loss_on_test_set import LossOnTestSet
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
@@ -95,8 +96,10 @@ class Steps:
         """Run the gate on the trained adapter; GateRejected if it does not pass."""
         return steps.judge(config, run, self.on_message, session=session)
 
-    def measure_test(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> float:
-        """Return the loss of the judged adapter on test.jsonl, in nats/token."""
+    def measure_test(
+        self, config: FineTuneConfig, run: RunDirectory, session: Session
+    ) -> LossOnTestSet:
+        """Measure the loss of the judged adapter on test.jsonl, in nats/token."""
         return steps.measure_test(config, run, self.on_message, session=session)
 
     def register(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Decision:

@@ -124,11 +124,6 @@ class RunInProgress:
             self.steps.on_message(note)
         return verdict
 
-    def measure_test(self) -> float | None:
-        """Return the loss on test.jsonl in nats/token; None unless `test` is set."""
-        is_asked = self.config.test
-        return self.steps.measure_test(self.config, self.run, self.session) if is_asked else None
-
     def register(self) -> Decision | None:
         """Register the adapter and promote it, or keep the champion; None without a registry."""
         if self.config.registry.path is None:

@@ -48,8 +48,8 @@ from nested_core.measure.answers.suite_answers import (
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.measure.losses.held_out_loss import measure_test_loss as test_loss
 from nested_core.measure.losses.held_out_loss import (
+    LoadedBase,
     read_held_out_examples,
     read_held_out_file,
     read_nonempty_splits,
@@ -60,6 +60,7 @@ from nested_core.measure.losses.left_out_examples import (
     read_run_rows,
     write_exported_rows,
 )
+from nested_core.measure.losses.loss_on_test_set import LossOnTestSet
 from nested_core.models.adapter_fit import require_fit
 from nested_core.models.base_model import (
     TrainedTokenizer,
@@ -623,8 +624,7 @@ def _write_verdict(checked: CheckedRun) -> JudgedRun:
     if checked.answers:
         write_answers(run.answers, checked.answers)
         entries |= task_file_entries(config.gate, run)
-    bound = write_verdict(run.path, checked.verdict, entries)
-    return from_evidence(run, bound, checked.evidence)
+    return from_evidence(run, write_verdict(run.path, checked.verdict, entries), checked.evidence)
 
 
 def measure_test(
@@ -633,8 +633,26 @@ def measure_test(
     on_wait: OnWait | None = None,
     *,
     session: Session | None = None,
-) -> float:
-    """Return the mean loss of the run's adapter on test.jsonl, in nats per supervised token."""
+) -> LossOnTestSet:
+    """Measure the mean loss of the run's adapter on `test_batches` batches of test.jsonl.
+
+    Examples that the run or an ancestor was trained on are left out, as in the gate. Raises
+    DatasetError if there is no test set.
+    """
     session = session or Session()
+    dataset = read_dataset_record(run.dataset)
+    require_test_set(dataset, config.data)
     with locking_devices(on_wait, session=session):
-        return test_loss(config, run, session)
+        split = read_nonempty_splits(config, run)["test"]
+        base = LoadedBase.load(config, session)
+        [(sums, tokens)] = base.example_loss_sums((run.adapter,), split, config.test_batches)
+    is_seen = read_run_rows(run).find_in(split.contents)
+    counted = tokens[~is_seen].sum()
+    limit = f"at most {config.test_batches} batches of {config.batch_size}"
+    return LossOnTestSet(
+        mean=float(sums[~is_seen].sum() / counted) if counted else None,
+        left_out=int((tokens[is_seen] > 0).sum()),
+        file=dataset.splits["test"].file,
+        examples="all examples" if config.test_batches < 0 else limit,
+        adapter_step=read_result(run.result).adapter_step,
+    )

@@ -101,8 +101,7 @@ class RunDirectory:
     @property
     def measured(self) -> tuple[Path, ...]:
         """The files beside gate.json that a verdict writes; outdated when training continues."""
-        answers = (self.answers, self.sample_answers, self.canary)
-        return (self.gate_losses, *answers)
+        return (self.gate_losses, self.answers, self.sample_answers, self.canary)
 
     @property
     def trial_mark(self) -> Path:

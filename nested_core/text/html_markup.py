@@ -61,8 +61,7 @@ def join(parts: Iterable[object]) -> Html:
 
 def preformatted(label: str, text: str) -> Html:
     """Build a block of preformatted text, as in a file or a terminal."""
-    code = element("code", text)
-    return element("pre", code, role="group", tabindex="0", aria_label=label)
+    return element("pre", element("code", text), role="group", tabindex="0", aria_label=label)
 
 
 def collapsed(summary: str, content: Html) -> Html:

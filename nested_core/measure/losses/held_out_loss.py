@@ -38,7 +38,7 @@ from nested_core.models.parameters import (
 )
 from nested_core.models.session import Session
 from nested_core.optim.gradients import Flat
-from nested_core.records.dataset import DatasetReport, read_dataset_record, require_test_set
+from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.losses import ExampleLosses, Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.records.verdict import GeneralLoss
@@ -356,18 +356,6 @@ def measure_example_losses(
         base_drift=predictions.divergences[0] if wants_base else None,
     )
     return losses, predictions
-
-
-def measure_test_loss(config: FineTuneConfig, run: RunDirectory, session: Session) -> float:
-    """Return the mean loss of the run's adapter on `test_batches` batches of test.jsonl.
-
-    Raises DatasetError if there is no test set.
-    """
-    require_test_set(read_dataset_record(run.dataset), config.data)
-    split = read_nonempty_splits(config, run)["test"]
-    base = LoadedBase.load(config, session)
-    [(sums, tokens)] = base.example_loss_sums((run.adapter,), split, config.test_batches)
-    return float(sums.sum() / tokens.sum())
 
 
 def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
