@@ -173,15 +173,16 @@ def read_export_record(artefact: Path) -> ExportRecord | None:
     """The record of an exported folder or GGUF; None if there is no such file.
 
     A GGUF without a record under its name may have been renamed: that of its SHA-256 in the folder
-    is taken then. Raises DamagedError for a file that is no record.
+    is taken then; other files beside it may be damaged. Raises DamagedError for a file that is no
+    record.
     """
     path = record_place(artefact)
     if file_type(path) != "missing":
         return EXPORT_FILE.read(path)
     others = [] if artefact.is_dir() else sorted(path.parent.glob(f"*.{RECORD_NAME}"))
     digests = cached_sha256([artefact]) if others else []
-    records = map(EXPORT_FILE.read, others)
-    return next((one for one in records if digests == [*one.files.values()]), None)
+    own = [one for one in others if digests[0].encode() in one.read_bytes()]
+    return EXPORT_FILE.read(own[0]) if own else None
 
 
 def require_recorded_files(artefact: Path, record: ExportRecord) -> None:
