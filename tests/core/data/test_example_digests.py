@@ -97,6 +97,11 @@ def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str,
     assert digest_example(parse_line(json.dumps(other).encode(), FieldNames())) != own
 
 
+def test_a_turn_with_a_name_is_another_row() -> None:
+    named = {"messages": [TURNS[0] | {"name": "bob"}, *TURNS[1:]]}
+    assert digest_of(named) != digest_of({"messages": TURNS})
+
+
 ENDS = ("<|im_end|>", "<|END_OF_TURN_TOKEN|>\n", "</s>", "<end_of_turn><eos>", "<|im_end|> </s>")
 
 
