@@ -190,21 +190,16 @@ MISTAKES: dict[str, Mistake] = {
         as_lines(*({"prompt": f"{n}?", "chosen": "Yes", "rejected": "No"} for n in range(3))),
         "chosen and rejected are preference pairs: to train on both, set training.loss: dpo; to",
     ),
-    "a trailing comma": data_mistake(
-        chats(4) + '{"text": "a",}\n',
-        "train.jsonl:5: bad-json: not valid JSON at column 14: trailing comma",
-    ),
     "UTF-16 without its mark": data_mistake(
         chats(4).encode("utf-16-le"),
         "train.jsonl:1: nul-character: a NUL byte at column 2; ",
         "the file is UTF-16: save it as UTF-8",
     ),
-    "an empty file": data_mistake("", "train.jsonl: empty-file: it holds no example"),
-    "a batch larger than the data": Mistake(
-        ("train.jsonl: too-few-rows: it holds 8 of the 64 rows that fill one batch; lower batch_",),
-        code=3,
-        yaml=changed("batch_size: 2", "batch_size: 64"),
+    "a trailing comma": data_mistake(
+        chats(4) + '{"text": "a",}\n',
+        "train.jsonl:5: bad-json: not valid JSON at column 14: trailing comma",
     ),
+    "an empty file": data_mistake("", "train.jsonl: empty-file: it holds no example"),
     "a line too long for max_seq_length": data_mistake(
         chats(4)
         + as_lines(
@@ -219,10 +214,6 @@ MISTAKES: dict[str, Mistake] = {
         "shorten the prompt or take a model that sees more than",
     ),
     # The configuration
-    "a typo in a key": yaml_mistake(
-        changed("batch_size", "batchsize"),
-        "batchsize: unknown key; did you mean batch_size? (line 4)",
-    ),
     "a word for a number": yaml_mistake(
         changed("iters: 4", "iters: many"), "iters: ", "integer; found 'many' (line 5)"
     ),
@@ -233,14 +224,6 @@ MISTAKES: dict[str, Mistake] = {
     "a text for a list": yaml_mistake(
         changed("{rank: 4", "{keys: q_proj, rank: 4"),
         "lora_parameters.keys: Input should be a list; found 'q_proj' (line 8)",
-    ),
-    "a learning rate that is no number": yaml_mistake(
-        changed("1e-3", "1e-3f"), "learning_rate: ", "found '1e-3f' (line 6)"
-    ),
-    "a key twice": yaml_mistake(
-        f"{YAML}iters: 5\n",
-        "lora.yaml is not usable YAML: line 9, column 1: the key 'iters', which is in line 5 "
-        "too, is not allowed here",
     ),
     "a tab": yaml_mistake(
         f"{YAML}nested:\n\tfrequencies: [1, 2]\n",
@@ -279,23 +262,10 @@ MISTAKES: dict[str, Mistake] = {
         yaml=f"{YAML}gate: {{tasks: [{{name: a, file: q.jsonl, score: contains}}]}}\n",
         files={"q.jsonl": as_lines({"question": "Where?", "answer": "Here"})},
     ),
-    "tiers that descend": yaml_mistake(
-        f"{YAML}nested: {{frequencies: [4, 1]}}\n",
-        "nested: frequencies must ascend, fastest first; got (4, 1) (line 9)",
-    ),
-    "more tiers than layers to divide among them": yaml_mistake(
-        f"{YAML}nested: {{frequencies: [1, 1, 1, 1, 2, 2, 2, 2]}}\n",
-        "8 tiers need at least 8 layers that carry trainable parameters; there are 6. Raise num_",
-    ),
     "a tier that is never due": yaml_mistake(
         f"{YAML}nested: {{frequencies: [1, 8]}}\n",
         "Tier 1 updates every 8 optimizer steps, but the run has only 4",
         "Raise iters or lower nested.frequencies",
-    ),
-    "a tier of modules that are not there": yaml_mistake(
-        f"{YAML}nested:\n  frequencies: [1, 2]\n  strategy: manual\n  assignments:\n"
-        "    - {match: 'h.9.attn', tier: 0}\n    - {match: '.*', tier: 1}\n",
-        "nested.assignments: the pattern 'h.9.attn' matched no trainable parameter. Names look lik",
     ),
     # Runs
     "a run folder with a run in it": Mistake(
@@ -341,10 +311,6 @@ MISTAKES: dict[str, Mistake] = {
         f"{YAML}registry: {{path: registry, name: team/bot}}\n",
         "registry.name: 'team/bot' is not a name for an adapter. Expected 1 to 64 letters",
         "(line 9)",
-    ),
-    "a registry without a name": yaml_mistake(
-        f"{YAML}registry: {{path: registry}}\n",
-        "registry: registry needs both path and name, or neither (line 9)",
     ),
 }
 if not is_there("tables"):

@@ -63,9 +63,6 @@ MISTAKES: dict[str, Mistake] = {
         ("has no column 'description'; did you mean 'Description'?",),
         named("description", "Triage"),
     ),
-    "a letter wrong, in the answer": Mistake(
-        ("has no column 'Triag'; did you mean 'Triage'?",), named("Description", "Triag")
-    ),
     "a letter wrong, where answers are longer than questions": Mistake(
         ("did you mean 'Question'?", "--prompt-feature Question --completion-feature Answer "),
         named("Quesion", "Answer"),
@@ -249,20 +246,9 @@ MISTAKES: dict[str, Mistake] = {
         files={"tickets.csv": b"PK\3\4 and more"},
         works=False,
     ),
-    "an old workbook named .csv": Mistake(
-        ("tickets.csv has no row to train on", "page named as a text file, save it as CSV"),
-        files={"tickets.csv": b"\xd0\xcf\x11\xe0 and more"},
-        works=False,
-    ),
     "a page of HTML named .csv": Mistake(
         ("tickets.csv has no row to train on", "page named as a text file, save it as CSV"),
         files={"tickets.csv": "<html><table><tr><td>a</td></tr></table></html>"},
-        works=False,
-    ),
-    "a page of HTML named .xls": Mistake(
-        ("tickets.xls is a file. Expected one with train.jsonl (or", ".xlsx"),
-        data="tickets.xls",
-        files={"tickets.xls": "<html></html>"},
         works=False,
     ),
     "a header without rows": Mistake(
@@ -290,18 +276,11 @@ MISTAKES: dict[str, Mistake] = {
         ("--completion-features: ',' names no column",),
         ("--prompt-feature", "Description", "--completion-features", ","),
     ),
-    "a share of a hundred": Mistake(
-        ("--split 10: expected a share of the rows above 0 and below 0.5",),
-        (*GOOD, "--split", "10"),
-    ),
     "a share in per cent": Mistake(
         ("--split 10%: expected a share of the rows above 0",), (*GOOD, "--split", "10%")
     ),
     "a word for the number of questions": Mistake(
         ("argument --suite: invalid int value: 'five'",), (*GOOD, "--suite", "five"), works=False
-    ),
-    "fewer than no questions": Mistake(
-        ("--suite -3: expected from 1 to 9 questions",), (*GOOD, "--suite", "-3")
     ),
     **{
         f"{minutes} minutes": Mistake(
