@@ -94,7 +94,10 @@ def add_commands(commands: Any) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Write and judge; exit 4 where the model does not do as the adapter did."""
+    """Write an adapter with its base as one model, or upload it; return what prints the result.
+
+    A model that does not behave as the adapter with its base raises GateRejected (exit code 4).
+    """
     if arguments.push is not None:
         return _push(arguments)
     if arguments.public or arguments.dry_run:
@@ -108,7 +111,7 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.rooms.export.exporting import export  # loads mlx_lm, which takes seconds
 
     with showing_stages("export: reading the adapter"):
-        done = export(
+        exported = export(
             arguments.folder,
             fused=arguments.fused,
             gguf=arguments.gguf,
@@ -120,11 +123,14 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
             base_model=arguments.model,
             on_stage=stages.info,
         )
-    return result_printer(arguments, done.to_json, lambda: _print_export(done))
+    return result_printer(arguments, exported.to_json, lambda: _print_export(exported))
 
 
 def _push(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Show each file that is sent and the card, then send them, unless --dry-run is given."""
+    """Upload an adapter with its card; with --dry-run only show what would be sent.
+
+    Returns what prints the result.
+    """
     from nested_core.rooms.export.hub_upload import prepare_upload, upload
 
     prepared = prepare_upload(arguments.folder, arguments.push, arguments.registry)
@@ -133,10 +139,10 @@ def _push(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.dry_run:
         show = partial(print_page, f"{prepared.card}\nNothing was sent to {arguments.push}.")
         return result_printer(arguments, prepared.to_json, show)
-    done = upload(prepared, public=arguments.public)
-    seen = "everybody can" if arguments.public else "only you and those whom you let can"
-    show = partial(print_line, f"{done.url}: uploaded; {seen} read it")
-    return result_printer(arguments, done.to_json, show)
+    sent = upload(prepared, public=arguments.public)
+    readers = "everybody can" if arguments.public else "only you and those whom you let can"
+    show = partial(print_line, f"{sent.url}: uploaded; {readers} read it")
+    return result_printer(arguments, sent.to_json, show)
 
 
 def _print_export(done: Export) -> None:

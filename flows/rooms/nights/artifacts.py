@@ -34,10 +34,11 @@ def publish_night(
     *,
     flow_run: UUID | None = None,
 ) -> None:
-    """Publish the page, or replace it; a file of the run that cannot be read is only logged.
+    """Publish the page of a night, or replace it. An unreadable file of the run is only logged.
 
-    `outcome` is the name of the flow run's state, `message` what the state says; `flow_run` is the
-    run that the page belongs to, where that is not the one at work.
+    outcome: the name of the flow run's state.
+    message: the message of that state.
+    flow_run: the flow run that the page belongs to; None is the present one.
     """
     shown = join_lines(message)
     if not shown.startswith(outcome):
@@ -68,9 +69,10 @@ def make_nights_page(client: SyncPrefectClient, name: str) -> UUID:
 
 
 def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> None:
-    """Publish the page of an adapter, or replace it; one page for all runs.
+    """Publish the page that lists all runs of an adapter, or replace it.
 
-    `ended` is the id of the flow run at work with the name of the state that it is about to have.
+    ended: the id of the present flow run, and the name of the state in which it is about to end;
+        None while it goes on.
     """
     if name is None:
         return
@@ -80,8 +82,8 @@ def publish_nights(name: str | None, ended: tuple[UUID, str] | None = None) -> N
         if nights:
             links = _list_links(client, name)
             page = ArtifactUpdate(data=str(describe_nights(name, nights, links)))
-            there = find_nights_page(client, name) or make_nights_page(client, name)
-            client.update_artifact(there, page)
+            artifact = find_nights_page(client, name) or make_nights_page(client, name)
+            client.update_artifact(artifact, page)
 
 
 def _list_links(client: SyncPrefectClient, name: str) -> list[tuple[str, str]]:

@@ -22,9 +22,9 @@ PAGE = "champion"
 
 
 def publish(registry: Path, name: str) -> None:
-    """Publish the page of the champion that stands now.
+    """Publish the page of the present champion; do nothing without one.
 
-    The champion has moved by then: a file that cannot be read is only logged.
+    A file that cannot be read is only logged, since the change of the champion is done by then.
     """
     try:
         version = read_champion(registry, name)
@@ -41,9 +41,9 @@ def publish(registry: Path, name: str) -> None:
 
 
 def publish_if_changed(registry: Path, name: str) -> bool:
-    """Publish the page if the server has none, or that of another champion.
+    """Publish the champion's page if the server has none, or has one of another champion.
 
-    Returns whether it had a page of another champion.
+    Returns whether the server had a page of another champion.
     """
     version = read_champion(registry, name)
     if version is None:

@@ -56,10 +56,11 @@ class LifeSign:
 
 
 def end_dead_runs(silence: float = SECONDS_OF_SILENCE) -> list[str]:
-    """End the runs of ours that are active by their state and have no process; their names.
+    """End runs whose state is active but whose process is gone; return their names.
 
-    Returns at once where each active run was heard within `silence` seconds. Where the server
-    cannot be reached meanwhile nothing is ended: the next hour looks again.
+    A run is taken for dead if it sends no heartbeat for `silence` seconds while this waits. Returns
+    at once if each active run sent one within the last `silence` seconds. If the server cannot be
+    reached, nothing is ended: the next look, an hour later, tries again.
     """
     ended: list[str] = []
     with asking_server("dead runs are not looked for") as client:
@@ -68,17 +69,17 @@ def end_dead_runs(silence: float = SECONDS_OF_SILENCE) -> list[str]:
         until = time.monotonic() + silence
         while suspects and time.monotonic() < until:
             time.sleep(min(SECONDS_BETWEEN_LOOKS, silence / 4))
-            now = {sign.run.id: sign for sign in _read_life_signs(client)}
-            suspects = [s for s in suspects if s.run.id in now and s.is_same(now[s.run.id])]
+            new = {sign.run.id: sign for sign in _read_life_signs(client)}
+            suspects = [s for s in suspects if s.run.id in new and s.is_same(new[s.run.id])]
         ended += [sign.run.name for sign in suspects if _end_run(client, sign)]
     return ended
 
 
 def resume_forgotten_runs(after: float = SECONDS_FOR_THE_AUTOMATION) -> list[str]:
-    """Resume fine-tunes that crashed once and that the automation did not resume; their names.
+    """Resume fine-tunes that crashed and that the automation did not resume; return their names.
 
-    Only crashes from `after` seconds to OLDEST_CRASH ago count. Nothing is resumed while the
-    automation is paused or not deployed.
+    Only a run's first crash counts, if it was between `after` seconds and OLDEST_CRASH ago. Nothing
+    is resumed while the automation is paused or not deployed.
     """
     resumed: list[str] = []
     with asking_server("crashed runs are not resumed") as client:
@@ -86,11 +87,11 @@ def resume_forgotten_runs(after: float = SECONDS_FOR_THE_AUTOMATION) -> list[str
             return []
         fine_tunes = FlowFilter(name=FlowFilterName(any_=["finetune"]))
         crashed = flow_runs_in((StateType.CRASHED,), tags={"all_": [TAG]})
-        newest = datetime.now(UTC) - timedelta(seconds=after)
+        latest = datetime.now(UTC) - timedelta(seconds=after)
         for run in client.read_flow_runs(flow_filter=fine_tunes, flow_run_filter=crashed):
             if run.state is None or run.run_count != 1 or run.deployment_id is None:
                 continue
-            is_forgotten = newest - OLDEST_CRASH < run.state.timestamp <= newest
+            is_forgotten = latest - OLDEST_CRASH < run.state.timestamp <= latest
             if is_forgotten and set_run_state(client, run, Scheduled(message=RESUME_MESSAGE)):
                 get_run_logger().warning("%s: %s", run.name, RESUME_MESSAGE)
                 resumed.append(run.name)
@@ -106,6 +107,7 @@ def _read_life_signs(client: SyncPrefectClient) -> list[LifeSign]:
 
 
 def _read_life_sign(client: SyncPrefectClient, run: FlowRun, state: State[Any]) -> LifeSign:
+    """Return a run's newest sign of life: its last heartbeat or change of state."""
     events = read_events(
         client,
         1,

@@ -22,10 +22,10 @@ AT_WORK = (StateType.RUNNING, StateType.PAUSED)
 
 
 def find_other_night() -> str | None:
-    """Return why this night need not train, in a sentence; None where it is to train.
+    """Return a sentence if this night is to be skipped for another one that is active; else None.
 
-    Another night of its deployment is at work. A run that is tried again, or was not started by a
-    schedule, is to train.
+    The other night is a run of the same deployment. Only a run that a schedule started is skipped,
+    and no retry of one.
     """
     context = FlowRunContext.get()
     own = None if context is None else context.flow_run
@@ -39,25 +39,25 @@ def find_other_night() -> str | None:
         nights = client.read_flow_runs(
             flow_run_filter=running, sort=FlowRunSort.START_TIME_ASC, limit=MAX_NIGHTS_READ
         )
-    own = next((night for night in nights if night.id == own.id), own)  # it has a start there
+    own = next((night for night in nights if night.id == own.id), own)  # with its start time
     return describe_other_night(own, nights)
 
 
 def describe_other_night(own: FlowRun, nights: list[FlowRun]) -> str | None:
-    """Name the first of `nights` in whose favour `own` is skipped, if there is one.
+    """Return a sentence about the first of `nights` for which `own` is skipped; None if it trains.
 
-    Of two nights that are at work the one that began first trains, whenever it was due; of two that
-    began at once the lower id. One that waits is no reason: it will see this one at work. One that
-    was suspended after it began is at work: Resume goes on with it.
+    Of two active nights the one that began first trains, or, if they began at the same time, the
+    one with the lower id. A night that has not begun is no reason: it will find this one active. A
+    suspended night counts as active, since Resume goes on with it.
     """
     for other in nights:
         if other.id == own.id or other.start_time is None or own.start_time is None:
             continue
         if (other.start_time, other.id) > (own.start_time, own.id):
             continue
-        named = f"flow run {other.name!r} ({other.id})"
+        flow_run = f"flow run {other.name!r} ({other.id})"
         if other.state_type == StateType.RUNNING:
-            return f"another run of this adapter is active, {named}"
+            return f"another run of this adapter is active, {flow_run}"
         if other.state_type == StateType.PAUSED and find_run_of(other.id) is not None:
-            return f"another run of this adapter is suspended, {named}: resume or cancel it"
+            return f"another run of this adapter is suspended, {flow_run}: resume or cancel it"
     return None

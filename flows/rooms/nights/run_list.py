@@ -22,14 +22,14 @@ MAX_RUNS = 200
 
 
 def tidy_run_list() -> None:
-    """Remove the looks of earlier hours that found nothing, and name the runs that are to come.
+    """Delete earlier runs of `reconcile` that found nothing, and name the scheduled runs.
 
-    Of `reconcile`, for all adapters of the server, the last look stays until the next one. A server
-    names a run that it schedules by chance: each gets its deployment's name and the time it is due.
+    The latest run of `reconcile` stays. A scheduled run has a random name from the server: it gets
+    the name of its deployment and the time at which it is due. All adapters of the server count.
     """
     with asking_server("the list of runs is tidied up by the next reconcile") as client:
         for run in _iterate_looks_without_findings(client):
-            with suppress(ObjectNotFound):  # by the reconcile of another adapter, just now
+            with suppress(ObjectNotFound):  # the reconcile of another adapter has just deleted it
                 client.delete_flow_run(run.id)
         names: dict[UUID, str] = {}
         waiting = flow_runs_in([StateType.SCHEDULED], tags={"all_": [TAG]})

@@ -59,7 +59,7 @@ def warn_of_old_champions(registry: Path, names: Iterable[str], nights: float) -
 
 
 def describe_old_champion(registry: Path, name: str, nights: float, now: datetime) -> str | None:
-    """Return a sentence about a champion older than so many nights; None where it is not."""
+    """Return a sentence about a champion that is older than this number of nights; None if not."""
     changes = [e for e in history(registry, name) if e["action"] in CHAMPION_CHANGE_ACTIONS]
     if not changes or changes[-1]["version"] is None:
         return None
@@ -74,32 +74,35 @@ def describe_old_champion(registry: Path, name: str, nights: float, now: datetim
 
 
 def warn_of_unusual_night(section: RegistrySection, run: RunDirectory) -> None:
-    """Emit `adapter.unusual` where the difference to the champion is unlike the last nights'.
+    """Emit `adapter.unusual` if the run's loss less the champion's is unlike the last nights'.
 
-    The nights before it are those whose folders are there: housekeeping leaves the last 14.
+    The last nights are those whose run folders still exist: housekeeping leaves 14.
     """
     if section.path is None or section.name is None or not DEFAULT_RUNS_FOLDER.is_dir():
         return
-    with suppress(NestedTuneError, OSError):  # of another run's folder: nothing depends on this
+    with suppress(NestedTuneError, OSError):  # a damaged folder of another run: no warning then
         tonight = Run(run, has_ended=True)
         difference = tonight.loss_to_champion
         if difference is None:
             return
         others = [each for each in list_runs(DEFAULT_RUNS_FOLDER) if each.name != tonight.name]
-        own = AdapterRuns.of(Path(section.path), section.name).among(others)
-        differences = (each.loss_to_champion for each in own if each.started <= tonight.started)
-        known = (each for each in differences if each is not None)
-        last = list(islice(known, LAST_NIGHTS))
+        nights = AdapterRuns.of(Path(section.path), section.name).among(others)
+        before = (night.loss_to_champion for night in nights if night.started <= tonight.started)
+        measured = (value for value in before if value is not None)
+        last = list(islice(measured, LAST_NIGHTS))
         message = describe_unusual_night(difference, last, tonight.loss_unit)
         if message is not None:
             emit_adapter_event("unusual", section.name, {"message": message})
 
 
 def describe_unusual_night(difference: float, last: Sequence[float], unit: str) -> str | None:
-    """Return a sentence about a night that is out of line with the last ones; None where it is not.
+    """Return a sentence about a night that is unlike the last ones; None if it is like them.
 
-    difference, last: in this unit, a night's loss less that of the champion before it. The bound is
-    five robust standard deviations about the median, and at least the gate's smallest margin.
+    A night is unlike them if its difference is further from their median than five robust standard
+    deviations, and than the gate's smallest margin.
+
+    difference: the night's loss less that of the champion before it, in this unit.
+    last: the same of the last nights.
     """
     if len(last) < LEAST_NIGHTS:
         return None
@@ -116,11 +119,11 @@ def describe_unusual_night(difference: float, last: Sequence[float], unit: str) 
 
 
 def warn_of_full_disks(folders: Iterable[Path]) -> None:
-    """Emit `disk.nearly_full` for each disk of these folders that is."""
+    """Emit `disk.nearly_full` for each disk of these folders that is nearly full."""
     checkpoint_bytes = measure_newest_checkpoint(DEFAULT_RUNS_FOLDER)
     seen: set[int] = set()
     for folder in folders:
-        with suppress(OSError):  # a folder that is not there yet
+        with suppress(OSError):  # the folder does not exist yet
             disk = folder.stat().st_dev
             if disk in seen:
                 continue
@@ -136,10 +139,11 @@ def warn_of_full_disks(folders: Iterable[Path]) -> None:
 
 
 def describe_full_disk(total: int, free: int, checkpoint_bytes: int | None) -> str | None:
-    """Return a sentence about a disk that is nearly full; None where it is not.
+    """Return a sentence about a disk that is nearly full; None if it is not.
 
-    `total` and `free` are bytes. It is with less than 10 % free, or with room for fewer than three
-    checkpoints.
+    Nearly full is a disk with less than 10 % free, or without room for three checkpoints.
+
+    total, free: bytes.
     """
     free_share = free / total if total else 0.0
     has_room = checkpoint_bytes is None or free >= CHECKPOINTS_THAT_MUST_FIT * checkpoint_bytes
@@ -171,9 +175,9 @@ def _iterate_checkpoints(runs: Path) -> Iterator[tuple[float, Path]]:
 
 
 def warn_of_long_runs() -> list[str]:
-    """Emit `flow-run.long` for each run of ours that takes far longer than the last ones did.
+    """Emit `flow-run.long` for each active run that takes far longer than the last ones did.
 
-    Returns the names of those runs.
+    Returns the names of the runs that do.
     """
     long_runs: list[str] = []
     running = flow_runs_in([StateType.RUNNING], tags={"all_": [TAG]})

@@ -69,7 +69,13 @@ class NightWatcher(Watcher):
         sound: Sequence[str],
         old_after_days: float | None,
     ) -> Iterator[Sighting]:
-        """Warn, end dead runs, resume forgotten ones, and bring lists and pages up to date."""
+        """Warn, end dead runs, resume forgotten ones, and bring lists and pages up to date.
+
+        Yields what was found: long runs, and dead runs that were ended.
+
+        sound: the names of the registry that are not damaged, whose pages are published.
+        old_after_days: the age at which a champion is warned of; None warns of none.
+        """
         if old_after_days is not None:
             warn_of_old_champions(registry, names, old_after_days)
         warn_of_full_disks([registry, Path.cwd()])

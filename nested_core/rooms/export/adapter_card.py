@@ -58,7 +58,7 @@ def read_champion_card(registry: Path, name: str) -> str:
 
 
 def _front_matter(provenance: dict[str, Any]) -> dict[str, Any]:
-    """Build the card's metadata: the fields of the Hugging Face hub that are known, and no others.
+    """Return the card's metadata: those fields of the Hugging Face hub whose values are known.
 
     provenance: the content of provenance.json.
     """
@@ -97,9 +97,10 @@ def _hub_datasets(config: dict[str, Any]) -> list[str]:
 def describe_card(
     name: str, version: str, provenance: dict[str, Any], verdict: Verdict
 ) -> Document:
-    """Build the text of an adapter's card, the README that is published with it.
+    """Return the text of an adapter's card, the README that is published with it.
 
-    name: the adapter's. provenance: the content of provenance.json.
+    name: the adapter's name.
+    provenance: the content of provenance.json.
     """
     config = provenance.get("config") or {}
     model = str(config.get("model", "unknown"))
@@ -134,10 +135,12 @@ def _describe_evaluation(verdict: Verdict) -> Iterator[Block]:
 def _list_training(
     config: dict[str, Any], provenance: dict[str, Any], verdict: Verdict
 ) -> Iterator[tuple[object, ...]]:
-    """Yield name and value of how much was trained, then of the training settings.
+    """Yield rows of a table, name and value: how much was trained, then the training settings.
 
-    config: the run's configuration. provenance: the content of provenance.json. What an older
-    version did not record is left out.
+    What an older version did not record is left out.
+
+    config: the run's configuration.
+    provenance: the content of provenance.json.
     """
     if (trained := provenance.get("trained")) is not None:
         yield "steps", f"{trained['steps']:,} of {trained['planned_steps']:,}"

@@ -22,10 +22,12 @@ CHANGE_COLUMNS = ("when (UTC)", "what", "version", "verdict when registered", "b
 
 
 def describe_champion(registry: Path, name: str, version: str, verdict: Verdict) -> Document:
-    """Build the page: the champion, its verdict, what it was made of, and the champions before it.
+    """Return the champion's page: its verdict, what it was made of, and the champions before it.
 
-    version: the champion. verdict: the one that it came with. Raises DamagedError for a
-    provenance.json that is not as it was written.
+    version: the champion.
+    verdict: its first verdict, from its gate.json.
+
+    Raises DamagedError for a provenance.json that is not as it was written.
     """
     provenance = read_provenance(version_folder(registry, name, version))
     config = provenance.get("config") or {}
@@ -37,7 +39,7 @@ def describe_champion(registry: Path, name: str, version: str, verdict: Verdict)
         ("Data set", f"{config.get('data')}, {shorten_digest(dataset or 'unknown')}"),
         ("Base model", str(config.get("model"))),
         ("Parent", "a fresh adapter" if parent is None else shorten_digest(parent)),
-        ("Registry", str(registry.resolve() / name)),  # the page of another registry has another
+        ("Registry", str(registry.resolve() / name)),  # two registries may have the same name
     ]
     return Document(
         f"{name}: champion {shorten_digest(version)}",
@@ -50,19 +52,19 @@ def describe_champion(registry: Path, name: str, version: str, verdict: Verdict)
 
 
 def _list_changes(registry: Path, name: str) -> list[tuple[object, ...]]:
-    """List the last changes of the champion as rows, the latest first."""
-    moves = [line for line in history(registry, name) if line["action"] in ACTION_VERBS]
+    """Return the last changes of the champion as rows of a table, the latest first."""
+    changes = [line for line in history(registry, name) if line["action"] in ACTION_VERBS]
     verdicts = read_version_verdicts(registry, name).items()
-    words = {version: verdict.describe_losses() for version, verdict in verdicts}
+    losses = {version: verdict.describe_losses() for version, verdict in verdicts}
     return [
         (
             format_minute(line["time"]),
             ACTION_VERBS[line["action"]],
             shorten_digest(line["version"] or "none"),
-            words.get(line["version"]),
+            losses.get(line["version"]),
             describe_author(line),
         )
-        for line in moves[: -MAX_SHOWN_CHANGES - 1 : -1]
+        for line in changes[: -MAX_SHOWN_CHANGES - 1 : -1]
     ]
 
 

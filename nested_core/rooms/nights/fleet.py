@@ -43,11 +43,11 @@ class NameStatus:
 
     @classmethod
     def read(cls, registry: Path, name: str) -> Self:
-        """Read one name; damage of it is its problem."""
+        """Return the entry of a name; if its files are damaged, one with nothing but `problem`."""
         try:
             with reading(registry, name) as (_, ledger):
                 entries, champion = ledger.entries, ledger.champion
-            moves = [entry.time for entry in ledger.changes() if entry.version == champion]
+            times = [entry.time for entry in ledger.changes() if entry.version == champion]
             verdict = None
             if champion is not None:
                 verdict = read_verdict(version_folder(registry, name, champion) / GATE_NAME)
@@ -58,7 +58,7 @@ class NameStatus:
         return cls(
             name,
             champion,
-            moves[-1] if moves else None,
+            times[-1] if times else None,
             None if validation is None else validation.loss_after,
             None if validation is None else validation.unit,
             None if validation is None else validation.file,

@@ -50,7 +50,10 @@ def join_lines(message: str) -> str:
 
 
 def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str) -> Document:
-    """Return the page, from the files of the run directory that are there."""
+    """Return the page of a run, from those files of its directory that exist.
+
+    outcome, message: the name and the message of the flow run's state.
+    """
     verdict = run.verdict
     yet = " yet" if outcome == Outcome.RUNNING else ""
     facts = [
@@ -77,7 +80,7 @@ def describe_night(config: FineTuneConfig, run: Run, outcome: str, message: str)
 
 
 def _describe_data(config: FineTuneConfig, dataset: DatasetReport | None) -> str:
-    """Describe the data, the number of examples of each split, and the findings."""
+    """Return one line: the data, the number of examples of each split, and the findings."""
     source = str(config.data)
     if dataset is None:
         return f"{source}, not read yet"
@@ -87,16 +90,16 @@ def _describe_data(config: FineTuneConfig, dataset: DatasetReport | None) -> str
         f"{counts[severity]} {severity}" for severity in PROBLEMS if counts[severity]
     )
     checks = sorted({finding.check for finding in (*dataset.errors, *dataset.warnings)})
-    named = f" ({', '.join(checks[:MAX_SHOWN_CHECKS])})" if checks else ""
-    return f"{source}: {rows} examples; {totals or 'no error and no warning'}{named}"
+    names = f" ({', '.join(checks[:MAX_SHOWN_CHECKS])})" if checks else ""
+    return f"{source}: {rows} examples; {totals or 'no error and no warning'}{names}"
 
 
 def _describe_model_and_digests(
     config: FineTuneConfig, dataset: DatasetReport | None, verdict: Verdict | None
 ) -> str:
-    """Describe the model, where training began and how it went on, and all digests.
+    """Return one line: the model, where training started, its main settings, and all digests.
 
-    These are the settings that two nights of one adapter differ by most often.
+    These are the settings in which two nights of an adapter differ most often.
     """
     parts = [f"model {config.model}"]
     if verdict is not None:
@@ -153,15 +156,20 @@ class _NightFigures:
 def describe_nights(
     name: str, nights: Sequence[Night], links: Sequence[tuple[str, str]]
 ) -> Document:
-    """Show the losses over the nights, a table, the latest night first, and links."""
+    """Return the page of an adapter's runs: a chart of the losses, a table, and links.
+
+    nights: the oldest first; the table has the latest first. An asterisk marks a night that was
+        judged by other examples, or another loss, than the night before it.
+    links: text and path of each further page.
+    """
     figures = [_read_figures(night) for night in nights]
     dates = [f"{night.due:%d %b %H:%M}" for night in nights]
     units = join_units(each.unit for each in figures)
     rows = []
-    judged_on = None
+    last_basis = None
     for night, date, seen in zip(nights[::-1], dates[::-1], figures[::-1], strict=True):
-        is_changed = None not in (judged_on, seen.judged_on) and judged_on != seen.judged_on
-        judged_on = seen.judged_on or judged_on
+        is_changed = None not in (last_basis, seen.judged_on) and last_basis != seen.judged_on
+        last_basis = seen.judged_on or last_basis
         rows.append(
             (
                 Cell(date, path=f"/runs/flow-run/{night.flow_run}"),
@@ -183,16 +191,19 @@ def describe_nights(
 
 
 def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures], units: str) -> Chart:
-    """Draw the losses over the nights, the oldest first: a curve for each kind of loss."""
+    """Return a chart of the losses of candidate and champion over the nights, the oldest first.
+
+    Nights in a row whose loss is made of the same share a curve: another loss begins a new one.
+    """
     measured = [(n, seen.judged_on[1]) for n, seen in enumerate(figures) if seen.judged_on]
-    alike = [[night for night, _ in nights] for _, nights in groupby(measured, itemgetter(1))]
+    stretches = [[night for night, _ in nights] for _, nights in groupby(measured, itemgetter(1))]
     candidate = [each.loss for each in figures]
     champion = [each.champion_loss for each in figures]
     curves = []
     for name, losses in (("candidate", candidate), ("champion", champion)):
-        for nights in alike:
+        for nights in stretches:
             points = [Point(n + 1, losses[n]) for n in range(nights[0], nights[-1] + 1)]
-            until = "" if nights is alike[-1] else f", another loss until {dates[nights[-1]]}"
+            until = "" if nights is stretches[-1] else f", another loss until {dates[nights[-1]]}"
             curves.append(Curve(f"{name}{until}", points, has_dots=True))
     last = "" if len(dates) == 1 else f", {len(dates)} is {dates[-1]}"
     axis = f"run, 1 is {dates[0]}{last}"
@@ -200,7 +211,7 @@ def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures], units: 
 
 
 def _read_figures(night: Night) -> _NightFigures:
-    """Read the figures from the run's folder, if it is on this machine and can be read."""
+    """Return a night's figures from its run's folder; empty ones if that is not on this machine."""
     folder = find_run_of(night.flow_run)
     run = None if folder is None else Run(folder)
     if run is None or run.dataset is None:
@@ -213,10 +224,10 @@ def _read_figures(night: Night) -> _NightFigures:
     losses, champion = verdict.validation, verdict.champion
     compared = champion or losses
     conclusion: str | None = None if compared is None else compared.conclusion
-    least = 0.0 if run.config is None else run.config.registry.min_improvement
+    needed = 0.0 if run.config is None else run.config.registry.min_improvement
     is_too_little = night.outcome == Outcome.KEPT_CHAMPION and conclusion == "better"
-    if compared is not None and is_too_little and -(compared.difference or 0.0) <= least:
-        conclusion = f"better, by less than {least:g}"
+    if compared is not None and is_too_little and -(compared.difference or 0.0) <= needed:
+        conclusion = f"better, by less than {needed:g}"
     if conclusion is not None and (verdict.doubtful_answers or not verdict.tasks):
         of_answers = ", not its answers" if verdict.doubtful_answers else ""
         conclusion = conclusion.replace("better", f"better loss{of_answers}")
