@@ -39,13 +39,13 @@ PIECES = (
 
 @dataclass(frozen=True)
 class HeldOutRows:
-    """The rows whose losses are compared.
+    """The held-out rows whose losses are compared.
 
-    tokens: of each row; of pairs, of all chosen answers and then of all rejected ones.
-    targets: the places in them that the loss counts.
-    clusters: the cluster of each row, None if each is its own.
-    loss: what computes the losses of pairs from log-likelihoods; None for the cross-entropy.
-    unit: of the losses.
+    tokens: the tokens of each row; for pairs, of all chosen answers and then of all rejected ones.
+    targets: the indices of the tokens in each row that the loss counts.
+    clusters: the cluster of each row, None if each row is one by itself.
+    loss: computes the losses of pairs from log-likelihoods; None for the cross-entropy.
+    unit: the unit of the losses.
     """
 
     file: str
@@ -57,26 +57,32 @@ class HeldOutRows:
 
     @property
     def counts(self) -> Vector:
-        """The weight of each row in a mean: its counted tokens, or 1 for a pair; float64 (n,)."""
+        """Return each row's weight in a mean: its counted tokens, or 1 for a pair; float64 (n,)."""
         tokens = np.array([len(places) for places in self.targets], np.float64)
         return tokens if self.loss is None else np.ones(len(tokens) // 2)
 
     def compute_losses(self, likelihoods: Vector, of_base: Vector) -> Vector:
-        """Compute each row's loss, float64 (n,), by log-likelihoods of `tokens` and the base's."""
+        """Return each row's loss, float64 (n,), from log-likelihoods of the targets.
+
+        likelihoods: of the model; of_base: of the base, which some losses of pairs need.
+        """
         tokens = np.array([len(places) for places in self.targets], np.float64)
         of_pairs = None if self.loss is None else self.loss.of_pairs
         return -likelihoods / tokens if of_pairs is None else of_pairs(likelihoods, of_base, tokens)
 
     @classmethod
     def choose(cls, held_out: HeldOutExamples, config: FineTuneConfig) -> HeldOutRows:
-        """Choose up to MAX_ROWS held-out examples, evenly, each cut at `max_seq_length` tokens."""
+        """Return up to MAX_ROWS held-out examples at even distances, each cut at `max_seq_length`.
+
+        Rows of which nothing is supervised after the cut are left out.
+        """
         loss = config.training.loss
         of_pairs = None if loss is None else seams.load_for_loss(loss, HeldOutLoss).pairs(config)
         split = held_out.split
         supervised = np.flatnonzero(held_out.is_example_supervised)
         count = min(MAX_ROWS, len(supervised))
         places = np.unique(np.linspace(0, len(supervised) - 1, count).round()).astype(np.int64)
-        rows, kept = [], []
+        rows, chosen_places = [], []
         for place in places.tolist():
             row = int(supervised[place])
             tokens = split.example(row)[: config.max_seq_length]
@@ -88,13 +94,13 @@ class HeldOutRows:
             )
             if all(len(targets) for _, targets in texts):
                 rows.append(texts)
-                kept.append(place)
+                chosen_places.append(place)
         texts = [text for answer in zip(*rows, strict=True) for text in answer]
         return cls(
             held_out.file,
             tokens=tuple(tuple(tokens.tolist()) for tokens, _ in texts),
             targets=tuple(tuple(targets) for _, targets in texts),
-            clusters=None if held_out.clusters is None else held_out.clusters[kept],
+            clusters=None if held_out.clusters is None else held_out.clusters[chosen_places],
             loss=of_pairs,
             unit=seams.unit_of_loss(loss),
         )
@@ -102,12 +108,15 @@ class HeldOutRows:
 
 @dataclass(frozen=True)
 class Asked:
-    """What every model is asked.
+    """What base, adapter and exported model are all asked, to be compared.
 
-    base: the base's folder. tokenizer: the base's, by which prompts and rows were encoded.
-    texts: to be encoded. prompts: those whose next token's logits are compared.
-    columns: the token ids whose logits are.
-    rows: whose losses are compared; None without held-out rows.
+    base: the base's folder.
+    tokenizer: the base's tokenizer, which encoded prompts and rows.
+    texts: texts whose token ids are compared.
+    prompts: prompts, as tokens, whose next token's logits are compared.
+    columns: the token ids whose logits are compared.
+    rows: rows whose losses are compared; None without held-out rows.
+    suites: questions whose answers are compared.
     """
 
     base: Path
@@ -126,7 +135,10 @@ class Asked:
         rows: HeldOutRows | None,
         suites: tuple[EncodedSuite, ...] = (),
     ) -> Asked:
-        """Choose texts, and the beginnings of held-out rows as prompts."""
+        """Return the questions: texts of this project and of the rows, and prompts from the rows.
+
+        A prompt is a row up to half of its targets. Without rows fixed prompts are used.
+        """
         pairs = [] if rows is None else zip(rows.tokens, rows.targets, strict=True)
         prompts = tuple(tokens[: places[len(places) // 2]] for tokens, places in pairs)
         size = len(tokenizer)

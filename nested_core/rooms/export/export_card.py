@@ -9,7 +9,7 @@ from nested_core.text.document import Document, Facts, Text
 
 
 def render_export_card(name: str, record: ExportRecord) -> str:
-    """Render the card as markdown; `name` is the folder's."""
+    """Return the card of an exported folder of this name, as Markdown."""
     headline = (
         f"A base model with an adapter in its weights, exported by nested-tune. "
         f"{'Passed' if record.stands else 'Failed'}: {record.describe()}."
@@ -21,6 +21,6 @@ def render_export_card(name: str, record: ExportRecord) -> str:
         ("read by", record.reader),
         ("all figures", RECORD_NAME),
     ]
-    told = [Text(problem, "bad") for problem in record.problems]
-    told += [Text(note, "note") for note in record.notes]
-    return f"{Document(name, [Text(headline, is_headline=True), *told, Facts(facts)])}\n"
+    remarks = [Text(problem, "bad") for problem in record.problems]
+    remarks += [Text(note, "note") for note in record.notes]
+    return f"{Document(name, [Text(headline, is_headline=True), *remarks, Facts(facts)])}\n"

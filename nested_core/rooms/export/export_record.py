@@ -14,7 +14,7 @@ from nested_core.records.dataset import PromptFormat
 from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.untrusted_files import file_type
+from nested_core.storage.untrusted_files import file_type, read_regular
 from nested_core.text.loss_format import NATS_PER_TOKEN, format_interval, format_loss
 
 RECORD_NAME = "export.json"
@@ -129,7 +129,7 @@ class ExportRecord:
         return not self.problems
 
     def describe(self) -> str:
-        """The figures in a line: `kept 98 % of the gain: loss 0.61 (adapter 0.60, base 1.94)`."""
+        """Return the figures in a line: `kept 98 % of the gain: loss 0.61 (adapter 0.60, ...)`."""
         gain = self.gain
         if gain is None:
             parts = [f"logits within {self.logits.distance:.2g} of the adapter's"]
@@ -170,26 +170,27 @@ def write_export_record(place: Path, record: ExportRecord) -> None:
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:
-    """The record of an exported folder or GGUF; None if there is no such file.
+    """Read the record of an exported folder or GGUF; None if it has none.
 
-    A GGUF without a record under its name may have been renamed: that of its SHA-256 in the folder
-    is taken then; other files beside it may be damaged. Raises DamagedError for a file that is no
+    A GGUF may have been renamed. Without a record under its name, the one in its folder that has
+    its SHA-256 is read; others there may be damaged. Raises DamagedError for a file that is no
     record.
     """
     path = record_place(artefact)
     if file_type(path) != "missing":
         return EXPORT_FILE.read(path)
-    others = [] if artefact.is_dir() else sorted(path.parent.glob(f"*.{RECORD_NAME}"))
-    digests = cached_sha256([artefact]) if others else []
-    own = [one for one in others if digests[0].encode() in one.read_bytes()]
-    return EXPORT_FILE.read(own[0]) if own else None
+    beside = [] if artefact.is_dir() else sorted(path.parent.glob(f"*.{RECORD_NAME}"))
+    candidates = [one for one in beside if file_type(one) == "file"]
+    digests = cached_sha256([artefact]) if candidates else []
+    named = [one for one in candidates if digests[0].encode() in read_regular(one)]
+    return EXPORT_FILE.read(named[0]) if named else None
 
 
 def require_recorded_files(artefact: Path, record: ExportRecord) -> None:
     """Raise DamagedError unless the files are those that were exported.
 
-    Further weights in a folder count too, for mlx_lm reads each `model*.safetensors`. A GGUF may
-    have another name by now than it was written under.
+    Added weights in a folder count as a change, since mlx_lm reads each `model*.safetensors`. A
+    GGUF may have been renamed.
     """
     folder, recorded = artefact, record.files
     if record.artefact == "gguf":

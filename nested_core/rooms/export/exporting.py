@@ -130,25 +130,29 @@ def export(
     base_model: str | None = None,
     on_stage: OnStage | None = None,
 ) -> Export:
-    """Write a base with its adapter as one model, and keep it only where it does as the adapter.
+    """Write a base with its adapter as one model; keep it only if it behaves as base and adapter.
+
+    The model is read by a new process, and its logits, losses and answers are compared with theirs.
 
     Args:
         what: an adapter of mlx_lm or PEFT, a run, NAME, NAME@VERSION or REGISTRY/NAME.
         fused: the new folder of a model that mlx_lm loads.
         gguf: the new file that llama.cpp reads. One of `fused` and `gguf` is given.
         quantize: the format of a GGUF's matrices, f16 or q8_0.
-        dequantize: whether a quantized base is not quantized again in a folder; in a GGUF it never
-            is.
-        suites: questions that both are asked; by default those of the run's gate.tasks, by which
-            one without a score is asked and scored, or by `contains` where it is not among them.
+        dequantize: in a folder, leave the weights of a quantized base dequantized; in a GGUF they
+            always are.
+        suites: questions that are asked; by default those of the run's gate.tasks. A file without a
+            score is scored as in gate.tasks, or by `contains` if it is not one of them.
         data: held-out examples by which the kept gain is measured; the run's own by default.
         registry: where a NAME is looked for; `registry` by default.
         base_model: the base of an adapter that names none, or another place of it.
-        on_stage: called with what is done next, in a few words.
+        on_stage: called with the next thing that is done, in a few words.
 
-    Raises GateRejected where the model does not do as the adapter, which then lies under another
-    name; ConfigError for an unknown name, a place that is taken, and a family or tokenizer that
-    GGUF is not written of; DamagedError for damaged files.
+    Returns the path and the record of the comparison.
+
+    Raises GateRejected if the model does not behave so; it is then kept under another name, for a
+    look. Raises ConfigError for an unknown name, a path that exists, and a family or tokenizer that
+    cannot be written as GGUF; DamagedError for damaged files.
     """
     places = [place for place in (fused, gguf) if place is not None]
     if len(places) != 1:
@@ -158,8 +162,8 @@ def export(
         require_absent_or_empty(target, flag="--fused")
     else:
         require_output_file(target, "--gguf")
-        if taken := _list_taken(target, is_folder=False):
-            raise ConfigError(f"{taken[0]} exists already. Nothing is written over.")
+        if existing := _list_taken(target, is_folder=False):
+            raise ConfigError(f"{existing[0]} exists already. Nothing is written over.")
     begin = on_stage or (lambda stage: None)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as temporary, ExitStack() as threads:
         source = _read_source(str(what), registry, base_model, Path(temporary), suites)
@@ -177,10 +181,10 @@ def export(
 
             threads.enter_context(using_quicker_blas_threads(model))
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = threads.enter_context(
+        draft_folder = threads.enter_context(
             tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=target.parent)
         )
-        draft = Path(beside, target.name)
+        draft = Path(draft_folder, target.name)
         weights: WeightFormat = quantize
         if gguf is None:
             write_model_folder(draft, source.base, model, config)
@@ -219,9 +223,15 @@ def _read_source(
     temporary: Path,
     suites: Sequence[str | Path | Mapping[str, Any] | TaskSection],
 ) -> _Source:
-    """Read the adapter that a person means.
+    """Find and read the adapter that a person named, with its base and its configuration.
 
-    The files of the base, of a version and of a run's verdict are hashed again.
+    The files of the base and of a version are hashed again, and compared with their records.
+
+    what: an adapter's folder, a run or a name, as in `export`.
+    temporary: a folder for an adapter that is converted from PEFT.
+    suites: questions in place of those of the configuration.
+
+    Raises ConfigError for an unknown name, and for a base other than the adapter was trained on.
     """
     model, run = find_model(what, registry, base_model, temporary)
     adapter = model.adapter
@@ -251,9 +261,9 @@ def _read_source(
 
 
 def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None, str | None]:
-    """The optimizer step of an adapter, and which step of which run it is, judged or not.
+    """Return the optimizer step of an adapter, and a sentence on what the gate said of it.
 
-    Nothing for an adapter's folder without a run or a verdict.
+    Both are None for an adapter's folder without a run or a verdict.
     """
     gate = folder / GATE_NAME if run is None else run.gate
     verdict = read_verdict(gate) if gate.is_file() else None
@@ -265,8 +275,8 @@ def _describe_origin(folder: Path, run: RunDirectory | None) -> tuple[int | None
     if verdict is None:
         ended = "" if is_trained else " that was stopped, or trains still"
         return step, f"step {step} of a run{ended}: it was not judged by the gate"
-    passed = "passed the gate" if verdict.has_passed else f"the gate rejected: {verdict.summary()}"
-    return step, f"step {step} of a run, which {passed}"
+    result = "passed the gate" if verdict.has_passed else f"the gate rejected: {verdict.summary()}"
+    return step, f"step {step} of a run, which {result}"
 
 
 def _read_trained_tokenizer(folder: Path, run: RunDirectory | None) -> TrainedTokenizer:
@@ -281,9 +291,10 @@ def _read_trained_tokenizer(folder: Path, run: RunDirectory | None) -> TrainedTo
 
 
 def _choose_questions(source: _Source, tokenizer: Any, data: str | Path | None) -> Asked:
-    """Choose what is asked of base, adapter and export: the run's rows and suites, or those given.
+    """Choose the questions for base, adapter and export: the run's rows and suites, or `data`'s.
 
-    Notes why no rows are asked.
+    If no rows can be read, the reason is added to the source's notes. Raises ConfigError or
+    DatasetError for rows of `data` that cannot be read.
     """
     config = source.config
     suites = encode_suites(
@@ -322,7 +333,11 @@ def _find_weight_format(model: Any, config: Mapping[str, Any]) -> WeightFormat:
 def _judge(
     draft: Path, weights: WeightFormat, tokenizer_digest: str, source: _Source, asked: Asked
 ) -> ExportRecord:
-    """Have base, adapter and artefact read by fresh processes, and record how they compare."""
+    """Read base, adapter and exported model in new processes, and return how they compare.
+
+    draft: the exported folder or GGUF.
+    tokenizer_digest: the SHA-256 that its tokenizer must have.
+    """
     dtype = "float32" if model_compute_dtype(source.config) == mx.float32 else None
     trusts = source.model.trust_remote_code
     compared = read_base_and_adapter(
@@ -370,10 +385,10 @@ def _judge(
 
 
 def publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
-    """Put a folder, or a file after its record, in its place; all is synced.
+    """Move an exported folder, or a GGUF and its record, to its final path; return that path.
 
-    The place is `target`, or NAME.rejected of what does not stand. Where something lies there,
-    NAME-2, NAME-3 and so on are tried. Returns the place.
+    The path is `target`, or NAME.rejected for a rejected model. If it exists, NAME-2, NAME-3 and so
+    on are tried. Everything is synced to the disk.
     """
     is_folder = draft.is_dir()
     record = draft if is_folder else record_place(draft)
@@ -386,7 +401,7 @@ def publish(draft: Path, target: Path, *, is_rejected: bool) -> Path:
     place = next(place for place in places if not _list_taken(place, is_folder=is_folder))
     if not is_folder:
         record.replace(record_place(place))
-    draft.replace(place)  # of an empty folder it takes the place, of another it fails
+    draft.replace(place)  # replaces an empty folder, and fails on another one
     sync_path(place.parent)
     return place
 

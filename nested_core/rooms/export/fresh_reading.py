@@ -70,10 +70,11 @@ def read_base_and_adapter(
 def read_in_fresh_process(
     artefact: Path, asked: Asked, *, dtype: str | None, trust_remote_code: bool = False
 ) -> Reading:
-    """Read an exported folder by mlx_lm, or a GGUF by llama.cpp, in a new process.
+    """Return what an exported model answers in a new process: mlx_lm, or llama.cpp for a GGUF.
 
-    dtype: what mlx_lm computes in; None is what it is stored in. Raises NestedTuneError where the
-    process could not read it.
+    dtype: the dtype in which mlx_lm computes; None is the one that the model is stored in.
+
+    Raises NestedTuneError if the process could not read the model.
     """
     program = MLX_LM_PROGRAM if artefact.is_dir() else LLAMA_CPP_PROGRAM
     model = describe_model("artefact", artefact, dtype=dtype)
@@ -82,7 +83,7 @@ def read_in_fresh_process(
 
 
 def _read(child: Child, model: dict[str, Any], asked: Asked, trust_remote_code: bool) -> Reading:
-    """Ask one model; NestedTuneError, which names it, where the process cannot read it."""
+    """Return a model's answers; NestedTuneError, with its path, if the process cannot read it."""
     request = describe_request(
         [model],
         asked.base,
@@ -106,9 +107,10 @@ def _read(child: Child, model: dict[str, Any], asked: Asked, trust_remote_code: 
 
 
 def _describe_questions(asked: Asked) -> dict[str, Any]:
-    """Describe rows and questions in the words of measure/fresh_process/questions.py.
+    """Return rows and questions in the form of measure/fresh_process/questions.py.
 
-    The rows are the held-out ones, and then the choices of each suite after their prompts.
+    The rows are the held-out ones, and then each choice of the suites after its prompt, whose
+    likelihoods decide an answer. Questions without choices are asked for a text.
     """
     rows: list[dict[str, Any]] = []
     questions = []
@@ -117,32 +119,32 @@ def _describe_questions(asked: Asked) -> dict[str, Any]:
         rows += [{"tokens": tokens, "places": places} for tokens, places in pairs]
     for suite in asked.suites:
         sampling = suite.suite.sampling
-        written = {"max_tokens": sampling.max_tokens, "stop": sampling.stop}
+        limits = {"max_tokens": sampling.max_tokens, "stop": sampling.stop}
         for prompt, choices in zip(suite.prompts, suite.choices, strict=True):
             for choice in choices:
                 places = list(range(len(prompt), len(prompt) + len(choice)))
                 rows.append({"tokens": [*prompt, *choice], "places": places})
             if not choices:
-                questions.append({"prompt": prompt} | written)
+                questions.append({"prompt": prompt} | limits)
     return {"rows": rows, "questions": questions}
 
 
 def _parse_answer(answer: dict[str, Any], asked: Asked) -> Reading:
-    """Read what the process answered."""
+    """Return the process's answer as a Reading; it is in the order of `_describe_questions`."""
     rows, ends = asked.rows, frozenset(answer["ends"])
-    likelihoods, written = iter(answer["likelihoods"]), iter(answer["answers"])
+    likelihoods, texts = iter(answer["likelihoods"]), iter(answer["answers"])
     of_rows = [next(likelihoods) for _ in (() if rows is None else rows.tokens)]
     answers: dict[str, list[Answer]] = {}
     for suite in asked.suites:
-        own = answers.setdefault(suite.suite.name, [])
+        suite_answers = answers.setdefault(suite.suite.name, [])
         for question, choices in zip(suite.suite.questions, suite.choices, strict=True):
             if choices:
                 text = choose_likeliest(question.choices, [next(likelihoods) for _ in choices])
-                own.append(Answer(text, 0, is_endless=False, is_repeated=False))
+                suite_answers.append(Answer(text, 0, is_endless=False, is_repeated=False))
             else:
-                tokens = next(written)["tokens"]
+                tokens = next(texts)["tokens"]
                 tokens = tokens[:-1] if tokens and tokens[-1] in ends else tokens
-                own.append(read_answer(asked.tokenizer, tokens, suite.suite.sampling))
+                suite_answers.append(read_answer(asked.tokenizer, tokens, suite.suite.sampling))
     template = answer["chat_template"]
     return Reading(
         reader=answer["reader"],

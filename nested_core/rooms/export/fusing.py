@@ -30,11 +30,16 @@ def load_fused(
     dtype: mx.Dtype | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Return the base in this folder with the adapter fused in, its tokenizer and its config.json.
+    """Load a base with an adapter fused into its weights; return model, tokenizer and config.json.
 
-    A quantized base is quantized again after fusing, or with `dequantize` stays as it was fused.
-    `dtype` is what is fused in; None is the base's own. Arrays are computed when they are used.
-    Raises ConfigError where the base cannot be loaded or the adapter does not fit it.
+    Arrays are computed when they are used.
+
+    base: the base's folder.
+    dequantize: leave the weights of a quantized base dequantized; else they are quantized again
+        after fusing.
+    dtype: the dtype in which weights are fused; None is the base's.
+
+    Raises ConfigError if the base cannot be loaded or the adapter does not fit it.
     """
     from mlx_lm.utils import dequantize_model
 
@@ -57,7 +62,7 @@ def load_fused(
 
 
 def write_model_folder(folder: Path, base: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """Write a model into a folder, with the tokenizer, the template and the code of its base."""
+    """Write a model to a folder, with the files of its base for tokenizer, template and code."""
     from mlx_lm.utils import save_config, save_model
 
     save_model(folder, model)

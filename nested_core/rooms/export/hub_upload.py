@@ -53,10 +53,12 @@ class Upload:
 
 
 def prepare_upload(what: str | Path, repository: str, registry: Path | None = None) -> Upload:
-    """Read what `upload` would send of a run that passed the gate or of a version; nothing is sent.
+    """Return the files that `upload` sends of a version, or of a run that passed the gate.
 
-    Raises ConfigError for a name that is none and an adapter without a verdict, GateRejected for a
-    run that did not pass, and DamagedError where files do not agree with their record.
+    repository: the name on the hub, USER/NAME.
+
+    Raises ConfigError for an invalid name and an adapter without a verdict, GateRejected for a run
+    that did not pass, and DamagedError for files that do not agree with their record.
     """
     if repository.count("/") != 1 or not HUB_NAME_PATTERN.fullmatch(repository):
         raise ConfigError(
@@ -100,10 +102,11 @@ def _read_version(named: NamedAdapter) -> tuple[Adapter, bytes]:
 
 
 def upload(prepared: Upload, *, public: bool = False) -> Upload:
-    """Send an upload in one commit; a missing repository is made, private by default.
+    """Send an upload to the hub in one commit; return it with its address.
 
-    The token is the one that `hf auth login` stored, or HF_TOKEN. Raises ConfigError where the hub
-    refuses or does not answer, and where the repository is public without `public`.
+    A missing repository is created, private by default. The token is the one that `hf auth login`
+    stored, or HF_TOKEN. Raises ConfigError if the hub refuses or does not answer, and for a public
+    repository without `public`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -114,7 +117,7 @@ def upload(prepared: Upload, *, public: bool = False) -> Upload:
         may_be_written = public or api.model_info(repository).private
         if may_be_written:
             api.create_commit(repository, operations, commit_message="Upload an adapter")
-    except Exception as error:  # of the hub, its client or the network: all mean the same here
+    except Exception as error:  # of the hub, its client or the network
         raise ConfigError(
             f"--push: {repository} could not be uploaded: {type(error).__name__}: "
             f"{shorten(error, 300).rstrip('.')}. `hf auth whoami` shows who you are there; "

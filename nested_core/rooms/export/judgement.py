@@ -61,9 +61,12 @@ def judge_reading(
     weights: WeightFormat,
     tokenizer: str,
 ) -> Findings:
-    """Compare what fresh processes read of base, adapter and artefact, in this order.
+    """Compare an exported model with base and adapter, by the answers of all three.
 
-    tokenizer: the SHA-256 that the artefact's has to have.
+    Returns the figures, and a sentence for each problem; without problems the export is kept.
+
+    readings: the answers of base, adapter and exported model, in this order.
+    tokenizer: the SHA-256 that the exported tokenizer must have.
     """
     base, adapter, reading = readings
     problems = list(_find_wrong_tokens(asked, adapter, reading, tokenizer))
@@ -91,6 +94,7 @@ def judge_reading(
 def _find_wrong_tokens(
     asked: Asked, adapter: Reading, reading: Reading, tokenizer: str
 ) -> Iterator[str]:
+    """Yield a sentence for each way in which the exported tokenizer differs from the adapter's."""
     if reading.tokenizer != tokenizer:
         yield "its tokenizer is another one than the adapter's"
     pairs = zip(asked.texts, adapter.token_ids, reading.token_ids, strict=True)
@@ -128,15 +132,15 @@ def _find_wrong_logits(logits: LogitComparison) -> Iterator[str]:
 def measure_kept_gain(
     rows: HeldOutRows, likelihoods: Sequence[Vector], needed: float, margin: float = MIN_MARGIN
 ) -> KeptGain:
-    """Measure how much an artefact lost to the adapter on held-out rows, and what may be lost.
+    """Measure how much of the adapter's gain over the base an export keeps on held-out rows.
 
     Args:
-        rows: the rows.
-        likelihoods: of base, adapter and artefact, of the rows' targets.
-        needed: the share that has to be kept of a gain beyond chance.
-        margin: what may be lost where there is no such gain, in the losses' unit.
+        rows: the held-out rows.
+        likelihoods: log-likelihoods of the rows' targets, of base, adapter and export.
+        needed: the share of the gain that must be kept, if the gain is beyond chance.
+        margin: the loss that is allowed without such a gain, in the losses' unit.
     """
-    base, adapter, exported = (rows.compute_losses(own, likelihoods[0]) for own in likelihoods)
+    base, adapter, exported = (rows.compute_losses(one, likelihoods[0]) for one in likelihoods)
     counts = rows.counts
     clusters = independent_clusters(rows.clusters)
     kept = KeptGain(
@@ -164,15 +168,15 @@ def measure_kept_gain(
 
 
 def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
-    """Yield that an artefact is worse than its adapter by more than is allowed, beyond chance."""
+    """Yield a sentence if the export's loss is worse than allowed, beyond chance, or not finite."""
     if not np.isfinite(gain.exported):
         yield "its losses on held-out rows are not finite"
     elif gain.is_lost:
         lost = format_difference(gain.exported - gain.adapter)
         share = ""
         if gain.share is not None:
-            asked = f"{gain.needed:.0%} is asked for"
-            share = f": it keeps {gain.share:.0%} of the gain, where {asked}"
+            needed = f"{gain.needed:.0%} is asked for"
+            share = f": it keeps {gain.share:.0%} of the gain, where {needed}"
         yield (
             f"its loss on {gain.file} is {lost} {gain.unit} from the adapter's "
             f"({gain.describe_interval()}), and {gain.allowed:.2g} may be lost{share}"
@@ -180,7 +184,10 @@ def _find_lost_gain(gain: KeptGain) -> Iterator[str]:
 
 
 def _count_right_answers(asked: Asked, adapter: Reading, reading: Reading) -> Iterator[SuiteCount]:
-    """Count for each suite; worse beyond chance among all suites, as the gate decides it."""
+    """Yield, for each suite, how many questions adapter and export answer right.
+
+    Whether the export is worse is decided as in the gate: beyond chance among all suites.
+    """
     scored = [
         [
             score_answers(suite, "candidate", read.answers[suite.suite.name], 0.0)

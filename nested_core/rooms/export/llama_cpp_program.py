@@ -79,7 +79,10 @@ class LlamaCppReader:
         return self._decode(tokens, 0)
 
     def _decode(self, tokens: list[int], start: int) -> Logits:
-        """Compute logits after each token, the first of which has `start` tokens before it."""
+        """Return the logits after each of these tokens, float32 (tokens, vocabulary).
+
+        start: the number of tokens before them, which were decoded earlier.
+        """
         batch = self._batch
         batch.n_tokens = len(tokens)
         for place, token in enumerate(tokens):
@@ -94,9 +97,9 @@ class LlamaCppReader:
         return np.stack([np.ctypeslib.as_array(row, (self._count,)) for row in rows])
 
     def answer(self, prompt: list[int], max_tokens: int, stop: list[str]) -> dict[str, Any]:
-        """Return the likeliest tokens after a prompt, to a stop or the end, and their text.
+        """Generate the likeliest tokens after a prompt; return them and their text.
 
-        The token that ends the text is one of them.
+        Ends after `max_tokens`, a text of `stop`, or a token that ends the text, which is included.
         """
         tokens: list[int] = []
         row = self._decode_anew(prompt)[-1]

@@ -11,10 +11,11 @@ from nested_core.rooms.export.gguf import is_gguf, unpack_gguf
 
 
 def find_artefact(given: str, temporary: Path) -> NamedModel | None:
-    """Return the model at a path with its record, if it has one; None for a path without both.
+    """Return the exported model at a path: a folder with its record, or a GGUF.
 
-    A GGUF is unpacked into the folder `temporary`. Raises ConfigError for a GGUF of another family,
-    DamagedError for damaged files and for other files than those that the record describes.
+    A GGUF is converted into the folder `temporary`, and needs no record. None for any other path,
+    such as that of a model that was not exported. Raises ConfigError for a GGUF of an unknown
+    family, DamagedError for files that are damaged or not those of the record.
     """
     path = model = Path(given)
     if is_gguf(path):

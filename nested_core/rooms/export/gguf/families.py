@@ -67,21 +67,21 @@ class Family:
     prefix: str = ""
 
     def metadata(self) -> dict[str, Any]:
-        """Return what llama.cpp needs to know beside the tensors, by GGUF's keys."""
+        """Return the model's settings that llama.cpp needs beside the tensors, by GGUF's keys."""
         args = self.args
         head_dim = int(getattr(args, "head_dim", None) or _default_head_dim(vars(args)))
-        own: dict[str, Any] = {
+        data: dict[str, Any] = {
             key: (float if field in FLOATS else int)(getattr(args, field))
             for field, key in list_keys(self.architecture).items()
         }
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
-            own[key] = head_dim
+            data[key] = head_dim
         scaling = args.rope_scaling or {}
         kind = rope_kind(scaling)
         if kind == "linear":
-            own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
-        named = {f"{self.architecture}.{key}": value for key, value in own.items()}
-        return named | ({ROPE_SCALING_KEY: json.dumps(scaling)} if kind == "llama3" else {})
+            data |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+        metadata = {f"{self.architecture}.{key}": value for key, value in data.items()}
+        return metadata | ({ROPE_SCALING_KEY: json.dumps(scaling)} if kind == "llama3" else {})
 
     def extra_tensors(self) -> dict[str, mx.array]:
         """Return tensors that only llama.cpp stores: the divisors of Llama 3's rotations."""
@@ -89,7 +89,7 @@ class Family:
         return {ROPE_FREQS: rope_factors(self.args)} if rope_kind(scaling) == "llama3" else {}
 
     def name_tensors(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return the model's tensors by GGUF's names; ConfigError for one that has none there."""
+        """Return the model's tensors by GGUF's names; ConfigError for one without such a name."""
         names = list_names(self.architecture, int(self.args.num_hidden_layers))
         named = {}
         for name, tensor in tensors.items():
@@ -123,17 +123,17 @@ def _default_head_dim(config: Mapping[str, Any]) -> int:
 
 
 def find_family(model: nn.Module) -> Family:
-    """Return the family of a model; ConfigError, by name, where GGUF is not written of it."""
-    given: Any = model
-    architecture = ARCHITECTURE_BY_MODEL_TYPE.get(given.model_type)
+    """Return the family of a model; ConfigError, with its name, if it cannot be written as GGUF."""
+    base: Any = model
+    architecture = ARCHITECTURE_BY_MODEL_TYPE.get(base.model_type)
     if architecture is None:
         raise ConfigError(
-            f"--gguf: the base is of the family {given.model_type}, and GGUF is written for llama, "
+            f"--gguf: the base is of the family {base.model_type}, and GGUF is written for llama, "
             f"qwen2, qwen3 and gemma3. Give --fused for a folder that mlx_lm loads, and convert "
             f"that with llama.cpp's convert_hf_to_gguf.py."
         )
-    is_wrapped = given.model_type == "gemma3"
-    args = given.language_model.args if is_wrapped else given.args
+    is_wrapped = base.model_type == "gemma3"
+    args = base.language_model.args if is_wrapped else base.args
     problems = list_unsupported(architecture, args)
     if problems:
         raise ConfigError(
@@ -144,7 +144,7 @@ def find_family(model: nn.Module) -> Family:
 
 
 def list_unsupported(architecture: str, args: Any) -> list[str]:
-    """List what a model does that llama.cpp's architecture of that name does not."""
+    """Return the settings of a model that llama.cpp does not compute in this architecture."""
     problems = []
     kind = rope_kind(args.rope_scaling or {})
     if kind not in ("default", "linear", *(("llama3",) if architecture == "llama" else ())):
@@ -177,10 +177,13 @@ def rope_factors(args: Any) -> mx.array:
 def change_layout(
     architecture: str, name: str, tensor: mx.array, args: Any, *, back: bool = False
 ) -> mx.array:
-    """Return a tensor as llama.cpp stores it, or with `back` as mlx_lm does; `name` is GGUF's.
+    """Return a tensor of mlx_lm as llama.cpp stores it, or with `back` the reverse.
 
-    llama.cpp rotates neighbouring pairs of a llama's queries and keys, mlx_lm the two halves of a
-    head, so their rows are in another order; and its norms of gemma3 hold 1 + weight.
+    Two things differ. For llama, llama.cpp rotates neighbouring pairs of queries and keys, and
+    mlx_lm the two halves of a head, so that the rows have another order. For gemma3, llama.cpp's
+    norms hold 1 + weight.
+
+    name: GGUF's name of the tensor.
     """
     if architecture == "gemma3" and name.endswith("norm.weight"):
         return tensor.astype(mx.float32) + (-1 if back else 1)
@@ -195,7 +198,7 @@ def change_layout(
 
 
 def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, object]) -> dict[str, Any]:
-    """Make config.json of the model in a GGUF, as mlx_lm reads it; KeyError without a key of it."""
+    """Return mlx_lm's config.json for the model in a GGUF; KeyError if its metadata lacks a key."""
     architecture = str(metadata["general.architecture"])
     prefix = f"{architecture}."
     keys = list_keys(architecture)
@@ -219,14 +222,17 @@ def config_of(metadata: Mapping[str, Any], tensors: Mapping[str, object]) -> dic
 def rename_tensors(
     architecture: str, tensors: Mapping[str, mx.array], config: Mapping[str, Any]
 ) -> dict[str, mx.array]:
-    """Return the tensors of a GGUF as mlx_lm has them; KeyError for one of no known module."""
+    """Return the tensors of a GGUF by mlx_lm's names and in its layout.
+
+    Raises KeyError for a tensor that belongs to no known module.
+    """
     args = SimpleNamespace(**config)
     names = list_names(architecture, args.num_hidden_layers)
-    modules = {own: module for module, own in names.items()}
+    modules = {gguf_name: module for module, gguf_name in names.items()}
     renamed = {}
     for name, tensor in tensors.items():
         if name != ROPE_FREQS:
-            own, _, kind = name.rpartition(".")
-            laid_out = change_layout(architecture, name, tensor, args, back=True)
-            renamed[f"{modules[own]}.{kind}"] = laid_out
+            gguf_name, _, kind = name.rpartition(".")
+            restored = change_layout(architecture, name, tensor, args, back=True)
+            renamed[f"{modules[gguf_name]}.{kind}"] = restored
     return renamed

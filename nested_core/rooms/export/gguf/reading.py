@@ -35,11 +35,14 @@ def is_gguf(path: Path) -> bool:
 
 
 def unpack_gguf(path: Path, folder: Path) -> str:
-    """Write the model of a GGUF into `folder`, which need not exist.
+    """Convert a GGUF to a folder that mlx_lm loads; return the SHA-256 of the tokens' texts.
 
-    It is read in a process of its own, because MLX's reader ends the process at some damaged files.
-    Returns the SHA-256 of the tokens' texts. Raises DamagedError for a file that is no GGUF,
-    ConfigError for a family or a tokenizer that is not read here.
+    The file is read in a new process, because MLX's reader crashes on some damaged files.
+
+    folder: is created if it does not exist.
+
+    Raises DamagedError for a file that is no GGUF, ConfigError for a family or a tokenizer that
+    cannot be converted.
     """
     with Child(f"{__name__}:_unpack") as child:
         try:
@@ -50,6 +53,7 @@ def unpack_gguf(path: Path, folder: Path) -> str:
 
 
 def _unpack(paths: list[str]) -> str:
+    """Do what `unpack_gguf` says, in its child process; `paths` are those of file and folder."""
     path, folder = map(Path, paths)
     try:
         loaded: Any = mx.load(str(path), format="gguf", return_metadata=True)

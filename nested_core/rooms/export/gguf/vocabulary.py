@@ -51,9 +51,11 @@ SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padd
 
 
 def describe_vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
-    """Describe mlx_lm's tokenizer by GGUF's keys, with unused tokens up to `size`.
+    """Return GGUF's metadata for a tokenizer of mlx_lm.
 
-    Raises ConfigError, by name, for rules that llama.cpp has no name for.
+    size: the number of rows of the model's embeddings; ids without a token get unused ones.
+
+    Raises ConfigError for a tokenizer whose rules llama.cpp does not have.
     """
     described = describe_tokenizer(tokenizer)
     model = described["model"]
@@ -99,9 +101,9 @@ def digest_tokens(metadata: Mapping[str, Any]) -> str:
 
 
 def save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
-    """Write the files of a tokenizer that encodes as llama.cpp does with a GGUF's metadata.
+    """Write the files of the tokenizer that a GGUF's metadata describes.
 
-    Raises KeyError for what is not written here.
+    Raises KeyError for metadata that lacks a key, or a kind of tokenizer that is not known.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -118,7 +120,11 @@ def save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
 
 
 def _make_tokenizer(own: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
-    """Make a tokenizer of a GGUF's values; `special` has the texts of its special tokens."""
+    """Return the tokenizer that a GGUF's values describe.
+
+    own: the metadata of the tokenizer, by key without the prefix `tokenizer.ggml.`.
+    special: the texts of the special tokens, by name, such as `bos_token`.
+    """
     pre = {"gpt2": own.get("pre"), "llama": None}[own["model"]]
     typed = list(zip(own["tokens"], own["token_type"], strict=True))
     kept = {text: number for number, (text, kind) in enumerate(typed) if kind != UNUSED}
@@ -177,18 +183,18 @@ def read_chat_template(tokenizer: Any) -> str | None:
 
 
 def find_pre_tokenizer(described: Mapping[str, Any]) -> str:
-    """Find llama.cpp's name of the rules by which a byte-level tokenizer splits a text.
+    """Return llama.cpp's name for the rules by which a byte-level tokenizer splits a text.
 
-    Raises ConfigError for rules that it has no name for.
+    Raises ConfigError for rules that have no such name.
     """
     normalizer = (described.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):  # llama.cpp takes texts as they stand
         raise _unsupported(f"its normalizer is {normalizer}")
-    given = _reduce_steps(described.get("pre_tokenizer") or {})
-    for name, known in PRE_TOKENIZERS.items():
-        if given == _reduce_steps(json.loads(known.__getstate__())):
+    rules = _reduce_steps(described.get("pre_tokenizer") or {})
+    for name, pre_tokenizer in PRE_TOKENIZERS.items():
+        if rules == _reduce_steps(json.loads(pre_tokenizer.__getstate__())):
             return name
-    raise _unsupported(f"its rules to split a text are {json.dumps(given):.300}")
+    raise _unsupported(f"its rules to split a text are {json.dumps(rules):.300}")
 
 
 def _reduce_steps(pre_tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -198,7 +204,7 @@ def _reduce_steps(pre_tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _puts_space_in_front(described: Mapping[str, Any]) -> bool:
-    """Tell if a text gets a space in front; ConfigError for rules unlike SentencePiece's."""
+    """Return whether a text gets a space in front; ConfigError for rules unlike SentencePiece's."""
     normalizer = described.get("normalizer") or {}
     pre_tokenizer = described.get("pre_tokenizer") or {}
     steps = [
@@ -213,17 +219,17 @@ def _puts_space_in_front(described: Mapping[str, Any]) -> bool:
 
 
 def _special_ids(tokenizer: Any) -> dict[str, int]:
-    """Map GGUF's names of special tokens to ids; eot is another end of an answer than eos."""
-    given = {
+    """Return the ids of special tokens by GGUF's names; `eot` ends an answer too, beside `eos`."""
+    ids = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
-    others = sorted(set(tokenizer.eos_token_ids) - {given["eos"]})
+    others = sorted(set(tokenizer.eos_token_ids) - {ids["eos"]})
     if others:
-        given["eot"] = others[-1]
-    return {name: int(id_) for name, id_ in given.items() if id_ is not None}
+        ids["eot"] = others[-1]
+    return {name: int(token_id) for name, token_id in ids.items() if token_id is not None}
 
 
 def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
@@ -254,7 +260,7 @@ def _scores_of_merges(tokens: Sequence[str], merges: Sequence[Sequence[str]]) ->
 def _merges_of_scores(
     vocabulary: Mapping[str, int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that make a token together, in the order of its score."""
+    """Return all pairs of tokens that join to a token, those of the best score first."""
     ranked = sorted(vocabulary, key=lambda text: -scores[vocabulary[text]])
     pairs = []
     for text in ranked:

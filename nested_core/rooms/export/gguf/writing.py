@@ -22,12 +22,16 @@ FILE_TYPES = {"f16": 1, "q8_0": 7}  # LLAMA_FTYPE of llama.h
 def write_gguf(
     path: Path, model: nn.Module, tokenizer: Any, quantization: Quantization, name: str
 ) -> str:
-    """Write a model without adapter or quantized layers, with mlx_lm's tokenizer, to a new file.
+    """Write a model and its tokenizer to a new GGUF; return the SHA-256 of the tokens' texts.
 
-    Matrices are stored in `quantization`, those whose rows no blocks of 32 fill in f16, vectors in
-    float32. `name` is what programs show of the file. Returns the SHA-256 of the tokens' texts.
-    Raises ConfigError, by name, for a family or a tokenizer that GGUF is not written of, and for
-    weights that float16 cannot hold.
+    model: without adapter or quantized layers.
+    tokenizer: mlx_lm's.
+    quantization: the format of matrices, but f16 for those whose rows are no multiple of 32.
+        Vectors are stored in float32.
+    name: the name of the model that programs show.
+
+    Raises ConfigError for a family or a tokenizer that cannot be written as GGUF, and for weights
+    that float16 cannot hold.
     """
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
     from gguf.quants import quant_shape_to_byte_shape, quantize
