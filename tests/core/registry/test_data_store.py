@@ -97,6 +97,7 @@ def test_rows_that_are_only_kept_out_stay_with_their_version_and_can_be_forgotte
     assert all_stored(registry) == {*map(digest_row, map(question, (1, 2, 3)))}
 
 
+@needs_rooms("housekeeping")
 def test_a_forgotten_row_is_forgotten_with_an_end_text_too(tmp_path: Path) -> None:
     registry = tmp_path / "registry"
     ended = question(1) | {"completion": f"{question(1)['completion']}<|im_end|>"}
