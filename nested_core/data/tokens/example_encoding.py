@@ -212,8 +212,8 @@ class _TemplatedExample:
     def list_notes(self, targets: Targets, broken_turn: int) -> tuple[Note, ...]:
         """Return notes on texts that the template leaves out, and on control tokens in the texts.
 
-        broken_turn: the first turn whose tokens cannot be located, -1 if there is none. With one,
-            the row is refused anyway, and texts that are left out are not looked for.
+        broken_turn: the first turn whose tokens cannot be located, or -1. With one, the row is
+            refused anyway, and texts that are left out are not looked for.
         """
         example = self._example
         # The usual row: unchanged turns, all of which are in the templated text. No notes.

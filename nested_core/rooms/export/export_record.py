@@ -170,7 +170,7 @@ def write_export_record(place: Path, record: ExportRecord) -> None:
 
 
 def read_export_record(artefact: Path) -> ExportRecord | None:
-    """Read the record of an exported folder or GGUF; None if it has none.
+    """Read the record of an exported folder or GGUF; None without one.
 
     A GGUF may have been renamed. Without a record under its name, the one in its folder that has
     its SHA-256 is read; others there may be damaged. Raises DamagedError for a file that is no
