@@ -155,7 +155,7 @@ def test_a_gguf_keeps_the_gain(family, quantize, trained, tmp_path) -> None:
     assert (NOT_RUN in record.notes) is (not has_llama_cpp())
     assert record.reader.startswith("llama.cpp" if has_llama_cpp() else "mlx_lm")
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["model.export.json", "model.gguf", "model.md"]
+    assert names == ["model.export.json", "model.gguf"]
 
 
 @pytest.mark.slow("trains an adapter on a base in 4 bits, and exports it three times")
