@@ -61,9 +61,10 @@ class NearDuplicates:
 
     schema: the columns that are read with each line, by name.
     hash_texts: returns these columns of texts, a row each; None is no text.
-    ask: returns what to look for, of the frames of held-out splits with these columns.
+    collect: returns the n-grams to look for in train: those of the held-out splits, whose frames
+        have these columns.
     read_asked: reads what `AskedTexts.write` wrote.
-    begin: returns a SharedWithTrain without matches.
+    start_matching: returns a SharedWithTrain without matches, to which `read` adds them.
     relate: adds the columns that the rules judge to the rows of a held-out file, of these rows,
         the same rows with the columns of `schema`, the matches and the number of examples in train.
     add_findings: adds the findings on a held-out file's rows, of this severity.
@@ -72,9 +73,9 @@ class NearDuplicates:
 
     schema: Mapping[str, PolarsDataType]
     hash_texts: Callable[[Sequence[str | None]], Mapping[str, pl.Series]]
-    ask: Callable[[list[pl.DataFrame]], AskedTexts]
+    collect: Callable[[list[pl.DataFrame]], AskedTexts]
     read_asked: Callable[[Path], AskedTexts]
-    begin: Callable[[], SharedWithTrain]
+    start_matching: Callable[[], SharedWithTrain]
     relate: Callable[[pl.DataFrame, pl.DataFrame, pl.DataFrame, int], pl.DataFrame]
     add_findings: Callable[[pl.DataFrame, Findings, Severity], None]
     pair: Callable[[Sequence[str]], Iterable[Sequence[int]]]

@@ -128,23 +128,23 @@ def _read_held_out_first(
     on_progress: OnProgress | None,
     near: NearDuplicates | None,
 ) -> tuple[dict[str, SplitTable], SharedWithTrain | None]:
-    """Read all splits, held-out ones first, so that train is searched only for their n-grams.
+    """Read all splits, the held-out ones first, and find n-grams that train shares with them.
 
-    near: finds near-duplicates; None leaves this out. What it looks for, the held-out rows'
-        n-grams, is written to a file that the processes which read train look up.
+    near: finds near-duplicates; None leaves this out.
 
-    Returns the tables, and the n-grams that train shares with them (None without `near`).
+    Returns the tables by split, and the shared n-grams (None without `near`). These are added while
+    train is read: its worker processes look for the held-out rows' n-grams, which a file holds.
     """
-    matches = None if near is None else near.begin()
+    matches = None if near is None else near.start_matching()
     with TemporaryDirectory(prefix="nested-tune-") as folder:
         reading = _Reading(files, field_names, on_progress, Path(folder))
         schema = {} if near is None else near.schema
         held_out = {name: reading.read(name, more_columns=schema) for name in HELD_OUT_SPLITS}
-        asked = None
+        ngram_file = None
         if near is not None:
-            asked = Path(folder, "asked")
-            near.ask([table.frame for table in held_out.values()]).write(asked)
-        train = reading.read("train", asked=asked, matches=matches)
+            ngram_file = Path(folder, "asked")
+            near.collect([table.frame for table in held_out.values()]).write(ngram_file)
+        train = reading.read("train", asked=ngram_file, matches=matches)
     return {"train": train} | held_out, matches
 
 

@@ -27,7 +27,7 @@ MAX_SYSTEM_BYTES = 2**20
 
 
 def require_file(data: str) -> None:
-    """Refuse an address, and a name of a file that is not there."""
+    """Raise ConfigError for an address, and for the name of a file that does not exist."""
     from nested_core.data.sources.split_files import SUFFIXES
 
     if not data:
@@ -39,13 +39,13 @@ def require_file(data: str) -> None:
         )
     path = Path(data)
     if path.name.lower().endswith(SUFFIXES) and not path.exists() and not glob.glob(data):
-        near = difflib.get_close_matches(path.name, [name.name for name in path.parent.glob("*")])
-        meant = f" Did you mean {path.with_name(near[0])}?" if near else ""
-        raise ConfigError(f"--data: there is no file {path}.{meant}")
+        close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")])
+        hint = f" Did you mean {path.with_name(close[0])}?" if close else ""
+        raise ConfigError(f"--data: there is no file {path}.{hint}")
 
 
 def write_command(arguments: argparse.Namespace, **changes: Any) -> str:
-    """The command line with other flags; a value of None leaves a flag out."""
+    """Return the command line of init with changed flags; a value of None leaves a flag out."""
     values = {**vars(arguments), **changes}
     words = ["nested-tune", "init"]
     for name in ("data", "model", *TABLE_FLAGS, "split", "champion", "minutes", "output"):
@@ -64,31 +64,37 @@ class ColumnFlags:
 
     @contextmanager
     def giving_example(self, problem: type[ConfigError] = ConfigError) -> Iterator[None]:
-        """Add a command that works to the message of a mistake with flags.
-
-        It names the columns of the flags as the first table has them, and else those that may be
-        the question and the answer.
-        """
+        """Extend a ConfigError that the block raises by an example of a command that would work."""
         try:
             yield
         except problem as error:
-            given = self._arguments
-            changes: dict[str, Any] = dict.fromkeys((*TABLE_FLAGS, "split"))
-            if self._tables:
-                meant = map(
-                    self._tables[0].find_near, (given.prompt_feature, given.completion_feature)
-                )
-                question, answer = self._tables[0].guess_columns(*meant)
-                changes |= {"prompt_feature": question, "completion_feature": answer}
-            if len(self._files) > 1:  # which may have other columns
-                folder = Path(given.data)
-                folder = folder if folder.is_dir() else folder.parent
-                changes["data"] = folder / self._tables[0].name
-            command = write_command(given, **changes)
-            raise ConfigError(f"{error} For example: `{command}`") from error
+            raise ConfigError(f"{error} For example: `{self._suggest_command()}`") from error
+
+    def _suggest_command(self) -> str:
+        """Return the given command with flags that fit the first table.
+
+        Its columns are those that the flags name, or nearly name; else the ones that look most like
+        a question and an answer. Of several files it names the first table alone, since others may
+        have other columns.
+        """
+        given = self._arguments
+        changes: dict[str, Any] = dict.fromkeys((*TABLE_FLAGS, "split"))
+        if self._tables:
+            named = map(self._tables[0].find_near, (given.prompt_feature, given.completion_feature))
+            question, answer = self._tables[0].guess_columns(*named)
+            changes |= {"prompt_feature": question, "completion_feature": answer}
+        if len(self._files) > 1:
+            folder = Path(given.data)
+            folder = folder if folder.is_dir() else folder.parent
+            changes["data"] = folder / self._tables[0].name
+        return write_command(given, **changes)
 
     def read_columns(self) -> Columns | None:
-        """The columns that are named; None where none is."""
+        """Return the columns that the flags name; None if they name none.
+
+        Raises ConfigError for flags that contradict one another or name no column of a table, and,
+        without flags, for a table whose columns cannot be told by their names.
+        """
         from nested_core.rooms.tables.chats import Columns
 
         given = self._arguments
@@ -128,7 +134,7 @@ class ColumnFlags:
         return columns
 
     def read_system(self) -> str | None:
-        """The system text that is given; None where none is."""
+        """Return the system text of --system or --system-file; None without both."""
         given: str | None = self._arguments.system
         if (file := self._arguments.system_file) is None:
             return given
@@ -143,22 +149,22 @@ class ColumnFlags:
         return text.rstrip("\r\n")
 
     def _require_columns(self, columns: Columns) -> None:
-        """Refuse a column that a table does not have, with the one that was probably meant."""
+        """Raise ConfigError if a table lacks one of the columns; it suggests a similar name."""
         complete = [one for one in self._files if one.columns.keys() >= set(columns.names)]
         incomplete = [one for one in self._tables if one not in complete]
         if complete and not incomplete:
             return
         facts = (incomplete or self._files)[0]
         missing = [name for name in columns.names if name not in facts.columns]
-        told = f"{facts.name} has no column {' and no column '.join(map(repr, missing))}"
+        problem = f"{facts.name} has no column {' and no column '.join(map(repr, missing))}"
         if complete:
-            told += f", as {complete[0].name} has"
-        near = [repr(meant) for name in missing if (meant := facts.find_near(name))]
-        told += f"; did you mean {' and '.join(near)}?" if near else "."
-        raise ConfigError(f"{told} {facts.describe()}.")
+            problem += f", as {complete[0].name} has"
+        similar = [repr(column) for name in missing if (column := facts.find_near(name))]
+        problem += f"; did you mean {' and '.join(similar)}?" if similar else "."
+        raise ConfigError(f"{problem} {facts.describe()}.")
 
     def _refuse_unknown(self) -> None:
-        """Refuse tables whose columns have no name that says which is the question."""
+        """Raise ConfigError for tables whose columns' names do not say which is the question."""
         if unknown := [facts for facts in self._tables if facts.is_unknown]:
             described = ". ".join(dict.fromkeys(facts.describe() for facts in unknown))
             raise ConfigError(
@@ -168,6 +174,6 @@ class ColumnFlags:
 
 
 def _split_names(text: str) -> tuple[str, ...]:
-    """Names separated by commas; one with a comma in it is quoted, as in a CSV."""
+    """Return names separated by commas; a name with a comma in it is quoted, as in a CSV."""
     names = next(csv.reader([text], skipinitialspace=True), [])
     return tuple(name.strip() for name in names if name.strip())

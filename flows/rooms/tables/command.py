@@ -72,46 +72,55 @@ def add_flags(init: argparse.ArgumentParser) -> None:
 
 
 def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Make a data set of the rows where that is asked for or needed, and write a configuration."""
+    """Make a data set of the rows if that is needed, and write a configuration.
+
+    Returns what prints the last lines. If the configuration cannot be written, the data set is
+    removed.
+    """
     if arguments.output is not None:
         require_free_place(arguments.output, "-o")  # refused before data is looked at
-    prepared = prepare(arguments)
-    folder, made = prepared.folder, prepared.made
-    print_progress(*prepared.told)
+    prepared = prepare_data(arguments)
+    folder, data_set = prepared.folder, prepared.data_set
+    print_progress(*prepared.messages)
     write: Callable[..., Callable[[], int]] = arguments.write_configuration
     champion = {} if arguments.champion is None else _follow_champion(arguments.champion)
-    if folder is None or made is None:
+    if folder is None or data_set is None:
         return write(arguments, prepared.target, arguments.data, **champion)
     try:
-        tasks = _task_lines(made, folder)
+        tasks = _task_lines(data_set, folder)
         finish = write(arguments, prepared.target, str(folder), tasks=tasks, **champion)
     except BaseException as error:
         shutil.rmtree(folder)
-        if isinstance(error, DatasetError) and not made.first:  # name lines of what stays
+        if isinstance(error, DatasetError) and not data_set.first_chats:
+            # The message is to name lines of the files that stay, not of the removed folder
             write(arguments, prepared.target, arguments.data)
         raise
-    counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in made.rows.items())
+    counts = ", ".join(f"{split}.jsonl {count:,}" for split, count in data_set.rows.items())
     print_progress(f"Written: {folder} ({counts} rows)")
-    _show_first_rows(made)
+    _show_first_chats(data_set)
     return finish
 
 
-class Prepared(NamedTuple):
-    """What the configuration is for.
+class PreparedData(NamedTuple):
+    """The data that a configuration is written for.
 
-    target: its file; None for standard output.
-    folder, made: the new folder with the splits; None where the data is used as it lies.
-    told: what a person should know of the files and the split.
+    target: the file of the configuration; None for standard output.
+    folder, data_set: the new data set; None if the data is used as it is.
+    messages: sentences for a person on the files and the splits.
     """
 
     target: Path | None
     folder: Path | None
-    made: DataSet | None
-    told: list[str]
+    data_set: DataSet | None
+    messages: list[str]
 
 
-def prepare(arguments: argparse.Namespace) -> Prepared:
-    """Look at the rows; make a data set of them where a flag asks for one, or their columns do."""
+def prepare_data(arguments: argparse.Namespace) -> PreparedData:
+    """Look at the rows of --data, and make a data set of them if a flag asks for one.
+
+    The flags are those for tables, --split and --champion. Without them the data is used as it is.
+    Raises ConfigError for flags that do not fit the files, DatasetError for rows that do not.
+    """
     from nested_core.rooms.tables.data_set import Request, make_data_set, read_known_questions
     from nested_core.rooms.tables.dataset_split import (
         DEFAULT_SHARE,
@@ -136,30 +145,32 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         known = frozenset[bytes]()
         if arguments.champion is not None:
             known = read_known_questions(*split_name(arguments.champion, None))
-        draws = makes_chats or share is not None or arguments.champion
-        folder = _split_folder(data) if draws else None
+        makes_data_set = makes_chats or share is not None or arguments.champion is not None
+        folder = _split_folder(data) if makes_data_set else None
         target = _require_new_places(arguments, folder)
-        told = source.describe() if Path(data).is_dir() else []
+        messages = source.describe() if Path(data).is_dir() else []
         if folder is None:
-            return Prepared(target, None, None, told)
+            return PreparedData(target, None, None, messages)
         source.require_rows()
         names = replace(source.field_names, drop=tuple(arguments.drop_fields))
         split = SplitRequest(share or DEFAULT_SHARE, arguments.suite, known, names)
         count_answer = _make_answer_counter(arguments.model)
         request = Request(makes_chats, columns, system, share is not None, split, count_answer)
         with flags.giving_example(TooManyQuestions):
-            made = make_data_set(source, request, folder)
-    return Prepared(target, folder, made, [*told, *made.told])
+            data_set = make_data_set(source, request, folder)
+    return PreparedData(target, folder, data_set, [*messages, *data_set.messages])
 
 
 def _make_answer_counter(model: str) -> Callable[[Sequence[Any], str], int | None]:
-    """A function that counts the tokens of an answer; None if the model cannot see them all.
+    """Return a function that counts the tokens of an answer to some turns.
 
-    The tokenizer is loaded as it is first asked.
+    It returns None if the model's context is too short for both. The tokenizer is loaded at the
+    first call.
     """
 
     @cache
     def load() -> tuple[Any, int | None]:
+        """Return the model's tokenizer, and its context's length in tokens; None if unknown."""
         from nested_core.data.tokens.tokenizer_source import TokenizerSource
         from nested_core.models.base_model import context_length, find_model_folder
 
@@ -167,21 +178,21 @@ def _make_answer_counter(model: str) -> Callable[[Sequence[Any], str], int | Non
         return TokenizerSource(str(folder)).load(), context_length(folder)
 
     def count_answer(turns: Sequence[Any], answer: str) -> int | None:
-        """The tokens of an answer to these turns."""
+        """Return the number of tokens of an answer; None if it does not fit after these turns."""
         from nested_core.models.generation import encode_messages
 
         tokenizer, context = load()
         count = len(tokenizer.encode(answer, add_special_tokens=False))
-        asked = 0
-        with suppress(Exception):  # of a template, which the report on the data tells
-            asked = len(encode_messages(tokenizer, turns))
-        return count if context is None or asked + count < context else None
+        prompt = 0
+        with suppress(Exception):  # of the chat template: the report on the data will tell it
+            prompt = len(encode_messages(tokenizer, turns))
+        return count if context is None or prompt + count < context else None
 
     return count_answer
 
 
 def _split_folder(data: str) -> Path:
-    """The folder for the splits of a data set."""
+    """Return the folder for the splits of a data set, here: `faq-split` for `data/faq.csv`."""
     name = Path(data).resolve().name
     if not Path(data).is_dir():  # a file, or a pattern
         name = re.split(r"[.*?\[]", name)[0].strip("-_") or Path(data).resolve().parent.name
@@ -189,32 +200,32 @@ def _split_folder(data: str) -> Path:
 
 
 def _require_new_places(arguments: argparse.Namespace, folder: Path | None) -> Path | None:
-    """Return the file of -o; ConfigError if it or the folder is there.
+    """Return the file of -o; ConfigError if it or the folder exists already.
 
-    folder: where the splits would be written; None if none are.
+    folder: the folder for the splits; None if none are written.
     """
-    target, taken = None, []
+    target, problems = None, []
     try:
         target = require_new_output(arguments.output)
     except ConfigError as error:
-        taken.append(str(error))
+        problems.append(str(error))
     if folder is not None and os.path.lexists(require_free_place(folder, "--split")):
-        taken.append(
+        problems.append(
             f"{folder} exists, and is not written over. Take it as it is by `--data {folder}`, "
             f"without --split and flags of tables, or move it away."
         )
-    if taken:
-        raise ConfigError(" ".join(taken))
+    if problems:
+        raise ConfigError(" ".join(problems))
     return target
 
 
-def _task_lines(made: DataSet, folder: Path) -> str:
-    """The lines of `gate` that name the eval set; empty without one."""
+def _task_lines(data_set: DataSet, folder: Path) -> str:
+    """Return the lines of the configuration's `gate` that name the eval set; empty without one."""
     from nested_core.rooms.tables.data_set import EVAL_SET_NAME
 
-    if made.eval_set is None:
+    if data_set.eval_set is None:
         return ""
-    drawn = made.eval_set
+    drawn = data_set.eval_set
     name = re.sub(r"[^A-Za-z0-9]+", "-", folder.name.removesuffix("-split")).strip("-") or "rows"
     file = json.dumps(str(folder / EVAL_SET_NAME), ensure_ascii=False)
     return (
@@ -227,7 +238,10 @@ def _task_lines(made: DataSet, folder: Path) -> str:
 
 
 def _follow_champion(champion: str) -> dict[str, Any]:
-    """The sections by which a run goes on from the champion, and how the champion's rows begin."""
+    """Return arguments for `write_configuration`, so that the run goes on from the champion.
+
+    They are the sections `registry` and `continual`, and the format of the champion's rows.
+    """
     registry, name = split_name(champion, None)
     path = json.dumps(str(registry), ensure_ascii=False)
     lines = (
@@ -238,15 +252,15 @@ def _follow_champion(champion: str) -> dict[str, Any]:
     return {"registry": lines, "champion_format": PromptFormat.read(record)}
 
 
-def _show_first_rows(made: DataSet) -> None:
-    """Show the turns of the first chats, each on a line."""
-    if made.first:
+def _show_first_chats(data_set: DataSet) -> None:
+    """Print the turns of the first chats, each on a line."""
+    if data_set.first_chats:
         print_progress("The first rows as they will be trained:")
-    for number, chat in enumerate(made.first, 1):
+    for number, chat in enumerate(data_set.first_chats, 1):
         for index, turn in enumerate(json.loads(chat)["messages"]):
             text = shorten(str(turn.get("content")), MAX_SHOWN_CHARACTERS)
             print_progress(f"{'' if index else f'{number}.':<3}{turn['role']}: {text}")
-    if any(b'"role": "system"' in chat for chat in made.first):
+    if any(b'"role": "system"' in chat for chat in data_set.first_chats):
         print_progress(
             "The version keeps the system text: `chat` and questions use it by themselves; `serve` "
             "says it at its start, and a request has to send it"

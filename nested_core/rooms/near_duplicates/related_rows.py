@@ -37,12 +37,14 @@ _TEXTS_AT_ONCE = 20_000
 def find_near_duplicates(
     shared: pl.DataFrame, examples: int, held_out: pl.DataFrame
 ) -> pl.DataFrame:
-    """For each row of `held_out` the line of train that it nearly is, and how much they share.
+    """Return, for each held-out row, the line of train that it nearly is, and how much they share.
 
-    `shared` is what `TrainMatches.finish` gives, of `examples` training examples; `held_out` has
-    the columns of NGRAM_SCHEMA. Returns near (Int32), the first of the lines that share most, null
-    if none shares enough, and shared (Int32), per cent of the n-grams; 100 for an equal sequence of
-    words.
+    The columns are near (Int32), the first of the lines that share most, null if none shares
+    enough; and shared (Int32), per cent of the row's n-grams, 100 for the same sequence of words.
+
+    shared: the n-grams of train that held-out rows have too, from `TrainMatches.finish`.
+    examples: the number of training examples.
+    held_out: the held-out rows, with the columns of NGRAM_SCHEMA.
     """
     rows = held_out.select("words", "ngrams", "halvings").with_row_index("row")
     first = shared.filter(pl.col("ngram").is_null()).select("words", near="line")
@@ -58,9 +60,10 @@ def find_near_duplicates(
 
 
 def pair_near_duplicates(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of texts, by index, that are the same words or share enough n-grams.
+    """Yield pairs of texts, by index, that are the same words or share enough n-grams of words.
 
-    Common n-grams do not count.
+    N-grams that many of the texts have, such as those of a template, do not count. A pair may come
+    more than once, and in both orders.
     """
     if not texts:
         return
@@ -70,47 +73,58 @@ def pair_near_duplicates(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         columns = pl.DataFrame(hash_word_ngrams(part).to_columns(part))
         parts.append(columns.drop("bag").with_row_index("row", offset=first))
     rows = pl.concat(parts)
-    equal = rows.drop_nulls("words").select("row", near=pl.col("row").first().over("words"))
-    are_two = pl.col("row") != pl.col("near")
-    yield from equal.filter(are_two).iter_rows()
-    most = int(RARE_NGRAM_FACTOR_IN_ALL_ROWS * _count_examples_of_rare_ngram(len(texts)))
-    once = pl.col("ngrams").list.unique()
-    ngrams = rows.select("row", "halvings", ngram=once).explode("ngram").drop_nulls()
-    owners = ngrams.group_by("ngram").len("owners").filter(pl.col("owners") > most)
-    asked = ngrams.join(owners, on="ngram", how="anti")
-    hits = asked.filter(asked["ngram"].is_duplicated()).rename({"row": "line"})
+    same_words = rows.drop_nulls("words").select("row", near=pl.col("row").first().over("words"))
+    is_another = pl.col("row") != pl.col("near")
+    yield from same_words.filter(is_another).iter_rows()
+    max_texts = int(RARE_NGRAM_FACTOR_IN_ALL_ROWS * _max_examples_of_rare_ngram(len(texts)))
+    distinct = pl.col("ngrams").list.unique()
+    ngrams = rows.select("row", "halvings", ngram=distinct).explode("ngram").drop_nulls()
+    common = ngrams.group_by("ngram").len("texts").filter(pl.col("texts") > max_texts)
+    rare = ngrams.join(common, on="ngram", how="anti")
+    shared = rare.filter(rare["ngram"].is_duplicated()).rename({"row": "line"})
     for first in range(0, len(texts), _TEXTS_AT_ONCE):
         is_in_part = pl.col("row").is_between(first, first + _TEXTS_AT_ONCE - 1)
-        near = _pair_by_rare_ngrams(asked.filter(is_in_part), hits)
-        yield from near.filter(are_two).select("row", "near").iter_rows()
+        pairs = _pair_by_rare_ngrams(rare.filter(is_in_part), shared)
+        yield from pairs.filter(is_another).select("row", "near").iter_rows()
 
 
 def _pair_rows_by_shared_ngrams(
     hits: pl.DataFrame, examples: int, rows: pl.DataFrame
 ) -> pl.DataFrame:
-    """Row, near and shared for the pairs of a held-out row and a train line that share enough."""
-    most = _count_examples_of_rare_ngram(examples)
-    asked = rows.select("row", "halvings", ngram="ngrams").explode("ngram").drop_nulls("ngram")
-    common = (
-        hits.group_by("ngram").agg(pl.col("content").n_unique()).filter(pl.col("content") > most)
-    )
-    return _pair_by_rare_ngrams(asked.unique().join(common, on="ngram", how="anti"), hits)
+    """Return the pairs of a held-out row and a line of train that share enough rare n-grams.
+
+    The columns are row, near (the line) and shared (per cent of the row's n-grams).
+
+    hits: the n-grams of train that held-out rows have too.
+    examples: the number of training examples.
+    rows: the held-out rows.
+    """
+    max_examples = _max_examples_of_rare_ngram(examples)
+    ngrams = rows.select("row", "halvings", ngram="ngrams").explode("ngram").drop_nulls("ngram")
+    contents = hits.group_by("ngram").agg(pl.col("content").n_unique())
+    common = contents.filter(pl.col("content") > max_examples)
+    return _pair_by_rare_ngrams(ngrams.unique().join(common, on="ngram", how="anti"), hits)
 
 
-def _count_examples_of_rare_ngram(examples: int) -> int:
-    """Of so many examples, in how many an n-gram may be that is not common."""
-    least = max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples // RARE_NGRAM_TRAIN_SIZE_DIVISOR)
-    return min(RARE_NGRAM_MAX_EXAMPLES, least)
+def _max_examples_of_rare_ngram(examples: int) -> int:
+    """Return the most examples, of this number, that may have an n-gram which is not common."""
+    limit = max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples // RARE_NGRAM_TRAIN_SIZE_DIVISOR)
+    return min(RARE_NGRAM_MAX_EXAMPLES, limit)
 
 
-def _pair_by_rare_ngrams(asked: pl.DataFrame, hits: pl.DataFrame) -> pl.DataFrame:
-    """Row, near and shared for what shares enough n-grams; both frames have a row an n-gram."""
-    sizes = asked.group_by("row").agg(size=pl.len())
-    pairs = asked.join(hits, on="ngram", suffix="_in_train")
+def _pair_by_rare_ngrams(ngrams: pl.DataFrame, others: pl.DataFrame) -> pl.DataFrame:
+    """Return the pairs of rows that share enough n-grams: row, near and shared (per cent).
+
+    ngrams: the n-grams of the rows, one in each line, without common ones.
+    others: those of the rows that they are compared with, whose numbers are in `line`.
+    """
+    sizes = ngrams.group_by("row").agg(size=pl.len())
+    pairs = ngrams.join(others, on="ngram", suffix="_of_other")
     counts = pairs.group_by("row", "line").agg(
         pl.len().alias("count"),
-        # an n-gram of the row is in a longer example's sample only so often
-        halvings=(pl.col("halvings_in_train").cast(pl.Int32) - pl.col("halvings").cast(pl.Int32))
+        # Of a longer text only a sample of n-grams is kept, which was halved more often: so many
+        # times more would be shared with all of its n-grams
+        halvings=(pl.col("halvings_of_other").cast(pl.Int32) - pl.col("halvings").cast(pl.Int32))
         .first()
         .clip(0),
     )
@@ -128,7 +142,7 @@ def _pair_by_rare_ngrams(asked: pl.DataFrame, hits: pl.DataFrame) -> pl.DataFram
 
 @cache
 def make_near_duplicate_rules(severity: Severity) -> FrameRules:
-    """The rules for one line of valid or test, as it resembles a line of train."""
+    """Return the rules that report a line of valid or test which nearly is a line of train."""
     is_reported = pl.col("resembles").is_not_null() & (severity == "warning")
     near = Rule(
         "near-duplicate",
@@ -163,9 +177,9 @@ def relate(
 NEAR_DUPLICATES = NearDuplicates(
     schema=NGRAM_SCHEMA,
     hash_texts=hash_texts,
-    ask=AskedNgrams.of_frames,
+    collect=AskedNgrams.of_frames,
     read_asked=AskedNgrams.read,
-    begin=TrainMatches,
+    start_matching=TrainMatches,
     relate=relate,
     add_findings=lambda rows, findings, severity: make_near_duplicate_rules(severity).add_findings(
         rows, findings

@@ -30,6 +30,7 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 # What a spreadsheet shows, and writes into a CSV, in the place of a formula's value
 FORMULA_ERRORS = frozenset(("#N/A", "#VALUE!", "#REF!", "#DIV/0!", "#NAME?", "#NULL!", "#NUM!"))
+LEFT_OUT = "left out"  # begins the note on a row that makes no chat
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Row:
 
 
 def read_rows(split: SplitFile) -> Iterator[Row]:
-    """Yield the rows of a split; DatasetError for one that is no JSON object."""
+    """Yield the rows of a split, blank lines left out; DatasetError for one that is no object."""
     with open_regular(split.path, UNBOUNDED, follow_links=True) as (lines, _):
         for index, raw in enumerate(lines, 1):
             if not (line := strip_line(raw, is_first=index == 1)):
@@ -125,14 +126,14 @@ class ChatMaker:
     columns: of tables; None if every row is an example already.
     names: where other rows hold their fields.
     system: for rows that have no system text of their own; an empty one for none.
-    empty: the places of rows with an empty cell, by what became of them, such as `left out, without
-        a text in Answer`.
+    empty_cells: the places of rows with an empty cell, by what became of them, such as `left out,
+        without a text in Answer`.
     """
 
     columns: Columns | None
     names: FieldNames
     system: str
-    empty: dict[str, list[str]] = field(default_factory=dict)
+    empty_cells: dict[str, list[str]] = field(default_factory=dict)
 
     def make_line(self, row: Row) -> bytes | None:
         """Return the line of JSON for a row; None if it is left out.
@@ -156,21 +157,22 @@ class ChatMaker:
         return json.dumps(chat, ensure_ascii=False).encode(errors="surrogatepass")
 
     def _read_table_row(self, row: Row, columns: Columns) -> dict[str, Any] | None:
+        """Return the chat of a table's row; None, with a note, if question or answer is blank."""
         question, answer = columns.read_question(row.fields), columns.read_answer(row.fields)
         for names, text in ((columns.asked, question), (columns.answer, answer)):
             if not text.strip():
-                self._note(f"left out, without a text in {' and '.join(names)}", row)
+                self._note(f"{LEFT_OUT}, without a text in {' and '.join(names)}", row)
                 return None
         for name in columns.names:
             if not to_text(row.fields.get(name)).strip():
                 is_null = columns.is_object and name in columns.answer
-                what = "null in the answer, for nothing is" if is_null else "kept, with nothing"
-                self._note(f"{what} in {name}", row)
+                result = "null in the answer, for nothing is" if is_null else "kept, with nothing"
+                self._note(f"{result} in {name}", row)
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return {"messages": turns}
 
     def _note(self, what: str, row: Row) -> None:
-        self.empty.setdefault(what, []).append(row.place)
+        self.empty_cells.setdefault(what, []).append(row.place)
 
     def _read_example(self, row: Row) -> dict[str, Any]:
         """Return the chat of a row that is an example; DatasetError for any other row."""

@@ -40,7 +40,7 @@ class TooManyQuestions(ConfigError):
 
 
 def read_share(given: str) -> float:
-    """Return the share; ConfigError if it leaves nothing to train on, or takes nothing out."""
+    """Return the number of --split; ConfigError unless it is above 0 and below 0.5."""
     with suppress(ValueError):
         if 0 < (share := float(given)) < 0.5:
             return share
@@ -54,10 +54,10 @@ def read_share(given: str) -> float:
 class SplitRequest:
     """How rows are to be split.
 
-    share: of the rows, for valid and as much for test: at least one row each.
-    questions: how many different ones test is to have at least; None leaves that to the answers,
-        and 0 is for no eval set.
-    trained: questions that are known already: rows that ask them go to train.
+    share: the share of the rows for valid, and as much for test: at least one row each.
+    questions: the least number of different questions that test must have, for an eval set. None
+        leaves that to the answers, and 0 means no eval set.
+    trained: the questions of the champion's data: rows that ask them go to train.
     names: where rows hold their fields.
     """
 
@@ -69,9 +69,12 @@ class SplitRequest:
 
 @dataclass(frozen=True)
 class DrawnSplits:
-    """The lines of train, valid and test, and how many rows are in train for their question.
+    """The splits that were drawn.
 
-    has_near_duplicates: near-duplicates could not be kept together; too few rows would be left.
+    lines: the lines of train, valid and test.
+    known: the number of rows that are in train because the champion's data has their question.
+    has_near_duplicates: whether near-duplicates are in different splits: groups of them were too
+        large to be held out whole.
     """
 
     lines: dict[str, list[bytes]]
@@ -81,39 +84,43 @@ class DrawnSplits:
     def describe(self) -> list[str]:
         """Return what a person should know of the split, a sentence each."""
         rows = format_count(self.known, "row")
-        told = {
+        sentences = {
             f"asked in the champion's data too: {rows}, all in train": self.known > 0,
             "warning: so many rows nearly are one another that some held-out ones nearly are rows "
             "of train; `nested-tune validate` names them": self.has_near_duplicates,
         }
-        return [text for text, is_told in told.items() if is_told]
+        return [sentence for sentence, applies in sentences.items() if applies]
 
 
 def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | None:
-    """Draw the lines of train, valid and test with a fixed seed: same rows, same splits.
+    """Draw the lines of train, valid and test, with a fixed seed: same rows, same splits.
 
-    Sizes are shares of the rows that ask what is not known. Where those are too few to be split,
-    all rows are in train, or None is returned where nothing is known. Raises TooManyQuestions
-    where test would need more than MAX_TEST_SHARE of the questions, or none is new.
+    A row whose question the champion's data has is known and goes to train; the sizes of valid and
+    test are shares of the other rows, the new ones. Rows with the same question, and if possible
+    near-duplicates, are kept in one split.
+
+    If there are too few new rows to split, all rows go to train; without known rows, which would
+    be judged by nothing, None is returned. Raises TooManyQuestions if the eval set would need more
+    than MAX_TEST_SHARE of the questions, or there is no new one.
     """
     texts = [RowTexts.of(row, request.names) for row in rows]
     known = {row for row, one in enumerate(texts) if one.question in request.trained}
-    together = _group_by_question(texts)
+    same_question = _group_by_question(texts)
     new = [one for row, one in enumerate(texts) if row not in known]
     distinct = len({one.question for one in new})
-    most = min(distinct, max(1, int(MAX_TEST_SHARE * distinct)))
-    least = request.questions or 1
-    if request.questions and not 0 < least <= most:
+    max_questions = min(distinct, max(1, int(MAX_TEST_SHARE * distinct)))
+    questions = request.questions or 1
+    if request.questions and not 0 < questions <= max_questions:
         share = f"{MAX_TEST_SHARE:.0%} of {distinct:,} questions are held out for it at most"
         no_new = "no question is new: the champion's data asks them all"
-        raise TooManyQuestions(least, most, share if distinct else no_new)
-    wanted = max(1, round(request.share * len(new)))
-    sizes = {"valid": wanted, "test": max(wanted, math.ceil(least * len(new) / max(1, distinct)))}
-    draw = _Draw(texts, sizes, least, known)
-    parts = draw.split(_join([*together, *_pair_near_duplicates(texts)], len(rows)))
+        raise TooManyQuestions(questions, max_questions, share if distinct else no_new)
+    size = max(1, round(request.share * len(new)))
+    sizes = {"valid": size, "test": max(size, math.ceil(questions * len(new) / max(1, distinct)))}
+    draw = _Draw(texts, sizes, questions, known)
+    parts = draw.split(_join_groups([*same_question, *_pair_near_duplicates(texts)], len(rows)))
     is_too_coarse = any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items())
     if is_too_coarse:
-        parts = draw.split(_join(together, len(rows)))
+        parts = draw.split(_join_groups(same_question, len(rows)))
     if any(known.issuperset(part) for part in parts.values()):  # a split without a new row
         return DrawnSplits({"train": [*rows]}, len(known), False) if known else None
     lines = {name: [rows[row] for row in part] for name, part in parts.items()}
@@ -141,10 +148,10 @@ class RowTexts:
 
     @classmethod
     def of(cls, line: bytes, names: FieldNames) -> RowTexts:
-        """Read a line; one that is no example is one text."""
+        """Return the texts of a row; of a line that is no example, the line as one text."""
         try:
             example = parse_line(line, replace(names, loss=ANY_LOSS, allows_any_role=True))
-        except LineProblem:  # which the report on the new folder tells
+        except LineProblem:  # the report on the new folder will tell it
             return cls((), "", "", line.decode(errors="replace"))
         turns = [turn for turn in example.messages if turn["role"] != "system"]
         texts = [turn.get("content") or json.dumps(turn.get("tool_calls")) for turn in turns]
@@ -158,9 +165,10 @@ class RowTexts:
 
 
 def _group_by_question(texts: Sequence[RowTexts]) -> list[list[int]]:
-    """Group rows that ask one question, with the chats in which it is asked on the way.
+    """Return groups of rows, by index, that ask the same question.
 
-    Rows without a question are together where they are equal.
+    The question of a chat is its last one; a chat that asks another row's question earlier is in
+    that row's group too. Rows without a question are in one group if they are equal.
     """
     groups: dict[bytes, list[int]] = {}
     for row, one in enumerate(texts):
@@ -183,19 +191,19 @@ def _pair_near_duplicates(texts: Sequence[RowTexts]) -> list[Sequence[int]]:
     ]
 
 
-def _join(groups: Iterable[Sequence[int]], count: int) -> list[list[int]]:
-    """Return the numbers below `count`, in one list where groups have them together."""
+def _join_groups(groups: Iterable[Sequence[int]], count: int) -> list[list[int]]:
+    """Return all numbers below `count` in groups: numbers that share a group are in one.
+
+    For example, with groups [0, 1] and [1, 3] and a count of 4: [[0, 1, 3], [2]].
+    """
     group_of = [[number] for number in range(count)]
     for group in groups:
         for number in group[1:]:
-            joined, other = group_of[group[0]], group_of[number]
-            if joined is other:
-                continue
-            if len(joined) < len(other):
-                joined, other = other, joined
-            joined += other
-            for moved in other:
-                group_of[moved] = joined
+            smaller, larger = sorted((group_of[group[0]], group_of[number]), key=len)
+            if smaller is not larger:
+                larger += smaller
+                for moved in smaller:
+                    group_of[moved] = larger
     return [*{id(group): sorted(group) for group in group_of}.values()]
 
 
@@ -214,36 +222,41 @@ class _Draw:
     trained: Set[int]
 
     def split(self, groups: Iterable[list[int]]) -> dict[str, list[int]]:
-        """Return the rows of train, valid and test, each group in one of them."""
+        """Return the indices of the rows of train, valid and test; no group is divided.
+
+        Groups that fit are taken in a random order, in which labels are spread evenly.
+        """
         every = [*groups]
-        kept = [group for group in every if not self.trained.isdisjoint(group)]
-        left = [group for group in every if self.trained.isdisjoint(group)]
-        random.Random(SPLIT_SEED).shuffle(left)
-        left = self._spread_labels(left)
+        to_train = [group for group in every if not self.trained.isdisjoint(group)]
+        remaining = [group for group in every if self.trained.isdisjoint(group)]
+        random.Random(SPLIT_SEED).shuffle(remaining)
+        remaining = self._spread_labels(remaining)
         parts: dict[str, list[int]] = {"train": []}
         for split, size in self.sizes.items():
             taken: list[int] = []
             too_large = []
-            for group in reversed(left):
+            for group in reversed(remaining):
                 if len(taken) + len(group) > size:
                     too_large.append(group)
                 else:
                     taken += group
-            left = too_large[::-1]
-            least = self.questions if split == "test" else 1
-            while left and (
-                len(taken) < size or len({self.texts[row].question for row in taken}) < least
+            remaining = too_large[::-1]
+            needed = self.questions if split == "test" else 1
+            # What is still missing is taken from the smallest of the groups that are too large
+            while remaining and (
+                len(taken) < size or len({self.texts[row].question for row in taken}) < needed
             ):
-                taken += left.pop(min(range(len(left)), key=lambda index: len(left[index])))
+                lengths = [*map(len, remaining)]
+                taken += remaining.pop(lengths.index(min(lengths)))
             parts[split] = taken
-        parts["train"] = [row for group in [*kept, *left] for row in group]
+        parts["train"] = [row for group in [*to_train, *remaining] for row in group]
         return parts
 
     def _spread_labels(self, groups: list[list[int]]) -> list[list[int]]:
-        """Order the groups so that each stretch has each label about as often as all have.
+        """Return the groups in an order in which each label is spread evenly.
 
-        As they come where the answers are no labels. One that is rare stands in the middle, and so
-        is trained on.
+        So each split gets about the same shares of labels. A label of a single row stands in the
+        middle, and so goes to train. The order stays if the answers are no labels.
         """
         answers = [self.texts[group[0]].answer for group in groups]
         counts = Counter(answers)

@@ -39,10 +39,11 @@ _NUMBER = re.compile(r"[-+\u2212]?(?:\d{1,3}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?")
 class EvalSet:
     """Questions, and what to set in `gate.tasks` for them.
 
-    lines: a question of JSON each.
-    max_tokens: of an answer: more than the longest expected one has.
-    fixed: the answer that is right for most of the questions, and for how many.
-    left_out: which held-out rows were not asked, and why.
+    lines: the questions, a line of JSON each.
+    score: how answers are scored.
+    max_tokens: the most tokens of an answer: more than the longest expected one has.
+    fixed: the one answer that is right for most of the questions, and the number of these.
+    left_out: a part of a sentence on held-out rows that are not asked, and why.
     """
 
     lines: tuple[bytes, ...]
@@ -59,12 +60,12 @@ class EvalSet:
 
     def describe(self) -> str:
         """Return how many questions there are, how they are scored, and the baseline."""
-        told = f"{format_count(len(self.lines), 'held-out question')} (--suite N, 0 for none)"
+        count = f"{format_count(len(self.lines), 'held-out question')} (--suite N, 0 for none)"
         score = f"score {self.score}, answers of at most {self.max_tokens} tokens"
-        return f"eval set: {told}; {score}; {self.describe_baseline()}{self.left_out}"
+        return f"eval set: {count}; {score}; {self.describe_baseline()}{self.left_out}"
 
     def describe_baseline(self) -> str:
-        """Describe the best score of one fixed answer to every question."""
+        """Return a part of a sentence: how many questions the best fixed answer would get right."""
         answer, right = self.fixed
         share = describe_share(right, len(self.lines))
         return f"one answer to all, {shorten(answer, 60)!r}, would be right for {share}"
@@ -79,9 +80,9 @@ class _Question:
 
     def write(self, score: Score) -> bytes:
         """Return the question as a line of an eval set; an object of JSON has one right answer."""
-        read: dict[str, Callable[[str], Any]] = {"json": json.loads, "number": _as_number}
+        parsers: dict[str, Callable[[str], Any]] = {"json": json.loads, "number": _as_number}
         answers = self.answers[:1] if score == "json" else dict.fromkeys(self.answers)
-        values = [read.get(score, str)(answer) for answer in answers]
+        values = [parsers.get(score, str)(answer) for answer in answers]
         expected = values[0] if len(values) == 1 else values
         question = {"messages": self.turns, "expected": expected}
         return json.dumps(question, ensure_ascii=False).encode(errors="surrogatepass")
@@ -94,17 +95,18 @@ def draw_eval_set(
     count_answer: Callable[[Sequence[Any], str], int | None],
     known: Set[bytes] = frozenset(),
 ) -> EvalSet | None:
-    """Draw questions that train does not ask, each another one, with a fixed seed.
+    """Draw different questions that train does not ask from the held-out chats, by a fixed seed.
 
     Args:
         train, held_out: chats, a line of JSON each.
+        count: the number of questions. None draws up to LABEL_QUESTIONS if the answers are labels;
+            it returns None for other answers, for too few questions, and for a set that a fixed
+            answer to all would pass unless all have to be right.
+        count_answer: returns the number of tokens of an answer to some turns; None if the model
+            cannot see them all. Such a question is not drawn.
         known: the questions of the champion's data, which are not drawn either.
-        count: how many questions. None draws LABEL_QUESTIONS at most where answers are labels, and
-            returns None for other answers, and for questions of which only all right would tell.
-        count_answer: the tokens of an answer to some turns; None if the model cannot see them
-            all, so that the question is not asked.
 
-    Raises TooManyQuestions where the held-out rows have fewer than `count`.
+    Raises TooManyQuestions if there are fewer such questions than `count`.
     """
     texts = [RowTexts.of(line, FieldNames()) for line in train]
     trained = {question for one in texts for question in one.asked}
@@ -115,15 +117,15 @@ def draw_eval_set(
             key = RowTexts.of(line, FieldNames()).question
             questions.setdefault(key, _Question(turns[:-1])).answers.append(turns[-1]["content"])
     known = (known - trained) & questions.keys()
-    new = [asked for key, asked in questions.items() if key not in trained | known]
-    every = Counter([one.answer for one in texts])
-    every += Counter(answer for asked in new for answer in asked.answers)
+    new = [question for key, question in questions.items() if key not in trained | known]
+    answers = Counter([one.answer for one in texts])
+    answers += Counter(answer for question in new for answer in question.answers)
     is_asked_for = count is not None
-    if not (is_asked_for or find_labels(every)):
+    if not (is_asked_for or find_labels(answers)):
         return None
-    longest: dict[int, int] = {}  # answer, by the number of its question in new
-    for number, asked in enumerate(new):
-        counts = [count_answer(asked.turns, answer) for answer in asked.answers]
+    longest: dict[int, int] = {}  # tokens of the longest answer, by the index of its question
+    for number, question in enumerate(new):
+        counts = [count_answer(question.turns, answer) for answer in question.answers]
         if None not in counts:
             longest[number] = max(filter(None, counts), default=0)
     if count is None:
@@ -139,21 +141,21 @@ def draw_eval_set(
     short = [number for number, tokens in longest.items() if tokens <= USUAL_ANSWER_TOKENS]
     pool = short if len(short) >= count else [*longest]
     drawn = random.Random(SPLIT_SEED).sample(pool, count)
-    score = choose_score(every)
+    score = choose_score(answers)
     lines = tuple(new[number].write(score) for number in drawn)
-    told = {
+    left_out = {
         "that train asks too": len(trained & questions.keys()),
         "that the champion's data asks": len(known),
         "that are too long for the model with their answer": len(new) - len(longest),
         f"with an answer of more than {USUAL_ANSWER_TOKENS} tokens": len(longest) - len(pool),
     }
-    extra = EXTRA_TOKENS_OF_A_LABEL if score == "exact" and find_labels(every) else EXTRA_TOKENS
+    extra = EXTRA_TOKENS_OF_A_LABEL if score == "exact" and find_labels(answers) else EXTRA_TOKENS
     eval_set = EvalSet(
         lines,
         score,
         max(longest[number] for number in drawn) + extra,
         _find_fixed_answer(lines, score),
-        "".join(f"; not asked: {n:,} {what}" for what, n in told.items() if n),
+        "".join(f"; not asked: {n:,} {reason}" for reason, n in left_out.items() if n),
     )
     return eval_set if is_asked_for or eval_set.least_share < 1 else None
 
@@ -169,10 +171,10 @@ def _find_fixed_answer(lines: Sequence[bytes], score: Score) -> tuple[str, int]:
 
 
 def choose_score(answers: Iterable[str]) -> Score:
-    """Return the score that tells all these answers from wrong ones: json, number or exact.
+    """Return the score for these expected answers: json, number or exact.
 
-    Labels are compared exactly, although they be numbers. `contains` is none of them: it finds `no`
-    in `I know nothing`, and 12 in 120.
+    Labels are compared exactly, even if they are numbers. `contains` is not chosen, since it finds
+    `no` in `I know nothing`, and 12 in 120.
     """
     counts = Counter(answers)
     if all(map(_as_object, counts)):

@@ -20,10 +20,12 @@ MIN_ROWS_A_LABEL = 2  # on average: fewer are answers that happen to be equal
 
 
 def find_labels(counts: Mapping[str, int]) -> dict[str, int]:
-    """Count how often each label is an answer, most frequent first; empty if these are no labels.
+    """Return the counts of labels, the most frequent first; empty if the answers are no labels.
 
-    counts: how often each answer is given. Labels are from two to MAX_LABELS short answers, each
+    Answers are labels if there are from two to MAX_LABELS different ones, all short, and each is
     given MIN_ROWS_A_LABEL times on average.
+
+    counts: how often each answer is given.
     """
     are_few = 2 <= len(counts) <= MAX_LABELS
     if not are_few or sum(counts.values()) < MIN_ROWS_A_LABEL * len(counts):

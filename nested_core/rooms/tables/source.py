@@ -56,10 +56,10 @@ class FileFacts:
 
     @property
     def field_names(self) -> FieldNames | None:
-        """Where its rows hold the fields of an example, by the names that the core knows.
+        """The columns that hold the fields of an example, recognised by their names.
 
-        Returns None if a person has to say it: if no name is known, or if the only known one is of
-        plain text and another column holds labels, which would be left out.
+        None if a person has to name them: if no column is recognised, or if only a column of plain
+        text is, and another one holds labels, which would be left out.
         """
         if not self.is_table:
             return FieldNames()
@@ -89,13 +89,15 @@ class FileFacts:
         return by_folded[near[0]] if near else None
 
     def guess_columns(self, question: str | None, answer: str | None) -> tuple[str, str]:
-        """The columns that may be the question and the answer, where they are not given: the
-        longest text, and the last of those that hold labels, or the last.
+        """Return the columns of question and answer: those given, or else guesses.
+
+        The question is guessed to be the column with the most text, the answer the last column with
+        labels, or the last one.
         """
         names = [name for name, texts in self.columns.items() if texts] or [*self.columns]
         if question in (None, answer):
-            asked = [name for name in names if name != answer] or names
-            question = max(asked, key=lambda name: sum(map(len, self.columns[name])))
+            others = [name for name in names if name != answer] or names
+            question = max(others, key=lambda name: sum(map(len, self.columns[name])))
         if answer is None:
             others = [name for name in names if name != question] or names
             labels = [name for name in others if find_labels(Counter(self.columns[name]))]
@@ -118,10 +120,12 @@ class Source:
 
     @classmethod
     def find(cls, data: str, spool: Path) -> Source:
-        """The rows of files, a folder or a data set of the hub, made lines of JSON in spool.
+        """Find the rows of files, a folder or a data set of the hub.
 
-        A folder without a file named after a split is read as the tables and chats in it. What
-        cannot be read is passed over.
+        In a folder without a file named after a split, all tables and files of chats are train.
+        Rows that cannot be read are left out here; `require_rows` reports them.
+
+        spool: a folder, to which the rows of tables are written as lines of JSON.
 
         Raises ConfigError for a folder with files named after valid or test, and none after train.
         """
@@ -148,7 +152,7 @@ class Source:
         return cls(data, splits, facts, unread)
 
     def require_rows(self) -> None:
-        """Refuse files without a row, or with records that cannot be read, which would be lost."""
+        """Raise ConfigError if there is no row, DatasetError if a record cannot be read."""
         for split in self.splits.values():
             for line, (check, reason) in sorted(split.problems.items())[:1]:
                 file, number = find_place(split.parts, split.name, split.number_of(line))

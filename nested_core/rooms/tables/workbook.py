@@ -31,10 +31,11 @@ _SAVE_AGAIN = "open it in a spreadsheet and save the sheet as .xlsx again, or as
 
 
 def read_workbook(path: Path) -> Iterator[NumberedLine]:
-    """Yield the filled rows below the header, each with its number in the sheet.
+    """Yield the rows below the header that are not empty, each with its number in the sheet.
 
-    The first row that is filled as widely as the table is its header, so that titles above it are
-    passed over. Of cells that are merged downwards, each has the value of the first.
+    The header is the first row that has as many filled cells as the widest one, so that titles
+    above it are skipped. Of cells that are merged downwards, each gets the value of the first.
+    Raises RestOfFileUnreadable for a workbook that cannot be read.
     """
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _size):
         _require_bounded(file)
@@ -65,7 +66,7 @@ def _find_header(rows: Sequence[Sequence[str]]) -> int:
 
 
 def _require_bounded(file: IO[bytes]) -> None:
-    """Refuse a workbook that unpacks to too much, or whose filled cells lie too far apart."""
+    """Raise RestOfFileUnreadable if a workbook unpacks to too much, or its cells span too much."""
     bytes_left = MAX_UNPACKED_BYTES
     try:
         with ZipFile(file) as archive:
@@ -83,7 +84,7 @@ def _require_bounded(file: IO[bytes]) -> None:
 
 
 def _require_plain_member(content: bytes) -> None:
-    """Refuse XML that this module cannot look through, and cells that are too far apart."""
+    """Raise RestOfFileUnreadable for XML that no spreadsheet writes, and cells too far apart."""
     if content.startswith(_WIDE_ENCODINGS) or b"<!DOCTYPE" in content[:1000]:
         message = "it holds XML that no spreadsheet writes: a document type, or no UTF-8"
         raise RestOfFileUnreadable(1, f"{message}; {_SAVE_AGAIN}")
@@ -113,15 +114,15 @@ def _column_number(letters: bytes) -> int:
 
 
 def _read_rows(file: IO[bytes]) -> list[list[str]]:
-    """Read the rows of the first visible sheet that holds any, from its first row."""
+    """Return the rows of the first visible sheet that has any, as texts; empty without one."""
     import python_calamine as calamine  # a hundredth of a second that no other format needs
 
     file.seek(0)
     try:
         with calamine.CalamineWorkbook.from_filelike(file) as workbook:
-            for index, about in enumerate(workbook.sheets_metadata):
-                is_table = about.typ == calamine.SheetTypeEnum.WorkSheet
-                if is_table and about.visible == calamine.SheetVisibleEnum.Visible:
+            for index, metadata in enumerate(workbook.sheets_metadata):
+                is_table = metadata.typ == calamine.SheetTypeEnum.WorkSheet
+                if is_table and metadata.visible == calamine.SheetVisibleEnum.Visible:
                     sheet = workbook.get_sheet_by_index(index)
                     if sheet.start is not None:
                         return list(_fill_merged_cells(sheet))
@@ -135,7 +136,7 @@ def _read_rows(file: IO[bytes]) -> list[list[str]]:
 
 
 def _fill_merged_cells(sheet: Any) -> Iterator[list[str]]:
-    """Yield the rows as texts, with the first value of merged cells in those below it."""
+    """Yield the rows as texts; cells that are merged downwards have the first one's value."""
     first_column = sheet.start[1]
     begins: dict[int, list[tuple[int, int]]] = {}  # by first row: column, last row
     for (first, column), (last, _) in sheet.merged_cell_ranges or ():

@@ -70,7 +70,7 @@ def test_a_formulas_error_in_a_cell_counts_as_an_empty_cell(tmp_path: Path) -> N
     (tmp_path / "notes.csv").write_text("\n".join(["Note,Topic,Size", *lines, ""]))
     columns = Columns("{Note} ({Size})", ("Topic",))
     made, rows = make(str(tmp_path / "notes.csv"), tmp_path, columns)
-    assert made.told == [
+    assert made.messages == [
         "left out, without a text in Topic: 1 row (notes.csv:5)",
         "kept, with nothing in Note: 1 row (notes.csv:7)",
         "kept, with nothing in Size: 1 row (notes.csv:9)",
@@ -83,7 +83,7 @@ def test_a_system_text_is_for_rows_that_have_none(tmp_path: Path) -> None:
     data = write_both(tmp_path / "data", "Sort.", None)
     made, lines = make(data, tmp_path, system="Be kind.")
     assert count_systems(lines) == {"Sort.": 1, "Be kind.": 21}
-    assert made.told == ["not trained on: Other"]
+    assert made.messages == ["not trained on: Other"]
 
 
 def test_marks_of_chats_stay_with_their_turns(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_values_keep_their_types_in_an_object_and_are_json_as_texts(tmp_path: Pa
     made, lines = make(str(tmp_path / "rows.jsonl"), tmp_path, columns)
     (answer,) = [m["messages"][1] for m in lines if m["messages"][0]["content"] == "Q3"]
     assert answer["content"] == '{"n": 1.5, "is": true, "tags": ["a"], "no": null}'
-    assert made.told[0].startswith(
+    assert made.messages[0].startswith(
         "null in the answer, for nothing is in no: 12 rows (rows.jsonl:1,"
     )
-    assert made.told[0].endswith("rows.jsonl:10, ...)")
+    assert made.messages[0].endswith("rows.jsonl:10, ...)")
     assert [Columns(columns.question, (name,)).read_answer(rows[3]) for name in rows[3]] == [
         *("Q3", "1.5", "true", '["a"]', ""),
     ]
@@ -130,7 +130,7 @@ def test_values_keep_their_types_in_an_object_and_are_json_as_texts(tmp_path: Pa
 def test_rows_without_an_answer_are_left_out_and_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("Note,Topic\n" + "n,\n,t\n" + "m,t\nk,t\nl,t\no,t\n")
     made, lines = make(str(tmp_path / "a.csv"), tmp_path)
-    assert made.told == [
+    assert made.messages == [
         "left out, without a text in Topic: 1 row (a.csv:2)",
         "left out, without a text in Note: 1 row (a.csv:3)",
     ]
@@ -139,7 +139,7 @@ def test_rows_without_an_answer_are_left_out_and_named(tmp_path: Path) -> None:
     (tmp_path / "both").mkdir()
     made, lines = make(str(tmp_path / "a.csv"), tmp_path / "both", both)
     assert len(lines) == 5
-    assert made.told[1:] == ["kept, with nothing in Note: 1 row (a.csv:3)"]
+    assert made.messages[1:] == ["kept, with nothing in Note: 1 row (a.csv:3)"]
 
 
 def test_rows_that_were_left_out_are_named_where_too_few_are_left(tmp_path: Path) -> None:

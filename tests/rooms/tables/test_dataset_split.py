@@ -419,4 +419,4 @@ def test_rows_of_own_splits_that_ask_what_is_known_are_told(tmp_path: Path) -> N
     )
     assert made.rows == {"train": 4, "valid": 5, "test": 7}
     told = "asked in the champion's data too: {} of your {} split, not trained on"
-    assert [told.format("3 rows", "valid"), told.format("2 rows", "test")] == list(made.told)
+    assert [told.format("3 rows", "valid"), told.format("2 rows", "test")] == list(made.messages)

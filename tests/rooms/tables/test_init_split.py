@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import build_parser
-from flows.rooms.tables.command import add_flags, prepare, run_init
+from flows.rooms.tables.command import add_flags, prepare_data, run_init
 from nested_core import ConfigError, load_config
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples
@@ -83,10 +83,10 @@ def test_the_files_of_a_folder_are_listed_and_its_test_table_is_held_out(
     for name in ("faq_train", "faq_test", "notes"):
         rows = "".join(f"{name} {n}?,Yes {n}.\n" for n in range(9))
         (tmp_path / "data" / f"{name}.csv").write_text(f"Q,A\n{rows}")
-    prepared = prepare(parse("data", *named("Q", "A"), "--suite", "4"))
-    assert prepared.made is not None
-    assert prepared.made.rows == {"train": 9, "test": 9}
-    assert prepared.told[:2] == [
+    prepared = prepare_data(parse("data", *named("Q", "A"), "--suite", "4"))
+    assert prepared.data_set is not None
+    assert prepared.data_set.rows == {"train": 9, "test": 9}
+    assert prepared.messages[:2] == [
         "read: faq_train.csv (train), faq_test.csv (test)",
         "not read: notes.csv",
     ]
@@ -115,13 +115,13 @@ def test_rows_that_correct_the_champions_are_trained_on(
     )
     (tmp_path / "night-split").mkdir()  # which is no reason to keep a wrong name back
     with pytest.raises(ConfigError, match="has no champion whose rows are kept"):
-        prepare(arguments)
+        prepare_data(arguments)
     (tmp_path / "night-split").rmdir()
     promote(tmp_path / "registry", "faq", version, by="ann")
-    prepared = prepare(arguments)
-    assert prepared.made is not None
-    assert prepared.made.rows == {"train": 22, "valid": 1, "test": 1}
-    assert "asked in the champion's data too: 12 rows, all in train" in prepared.told
+    prepared = prepare_data(arguments)
+    assert prepared.data_set is not None
+    assert prepared.data_set.rows == {"train": 22, "valid": 1, "test": 1}
+    assert "asked in the champion's data too: 12 rows, all in train" in prepared.messages
     held_out = [
         (tmp_path / "night-split" / f"{name}.jsonl").read_text() for name in ("valid", "test")
     ]
@@ -147,7 +147,7 @@ def test_rows_of_which_none_is_new_are_not_to_be_split(
     flags = (*named("Q", "A"), "--champion", "registry/faq")
     for count in ("5", "-1"):
         with pytest.raises(ConfigError) as refused:
-            prepare(parse("night.csv", *flags, "--suite", count))
+            prepare_data(parse("night.csv", *flags, "--suite", count))
         told = f"--suite {count}: none can be drawn, for no question is new: the champion's data"
         assert told in str(refused.value)
     run_init(parse("night.csv", *flags, "-o", "night.yaml"))

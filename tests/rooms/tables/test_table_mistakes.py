@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from flows.cli import build_parser
-from flows.rooms.tables.command import prepare
+from flows.rooms.tables.command import prepare_data
 from tests.example import MODEL
 from tests.flows.conftest import called
 from tests.rooms.tables.people_tables import named
@@ -329,9 +329,10 @@ def test_a_mistake_is_one_paragraph_with_the_command_that_works(
     if mistake.works:
         monkeypatch.chdir(tmp_path)
         command = message.rpartition("`nested-tune init ")[2].partition("`")[0]
-        made = prepare(build_parser("init").parse_args(["init", *shlex.split(command)])).made
-        assert made is not None
-        assert made.rows["train"] > 0
+        arguments = build_parser("init").parse_args(["init", *shlex.split(command)])
+        data_set = prepare_data(arguments).data_set
+        assert data_set is not None
+        assert data_set.rows["train"] > 0
 
 
 @pytest.mark.parametrize(

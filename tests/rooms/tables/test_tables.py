@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from flows.cli import build_parser
-from flows.rooms.tables.command import prepare
+from flows.rooms.tables.command import prepare_data
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
@@ -98,13 +98,13 @@ def test_a_table_gives_the_tokens_of_the_same_rows_in_messages(
     monkeypatch.chdir(tmp_path)
     table = TABLES[name]
     pairs = table.write(tmp_path / table.file)
-    prepared = prepare(build_parser("init").parse_args(command(table, model)))
+    prepared = prepare_data(build_parser("init").parse_args(command(table, model)))
     messages = write_messages(tmp_path / "messages", pairs, table.system)
     expected = count_tokens(configure(model, messages))
     assert count_tokens(configure(model, f"{prepared.folder}")) == expected
     assert sum(expected.values()) == len(pairs)
-    assert prepared.made is not None
-    assert {*prepared.made.rows} == {"train", "valid", "test"}
+    assert prepared.data_set is not None
+    assert {*prepared.data_set.rows} == {"train", "valid", "test"}
 
 
 @pytest.mark.parametrize("name", ["two-column FAQ", "workbook with a title and merged cells"])
