@@ -41,10 +41,12 @@ class Approval(RunInput):
 
 
 def ask_person(config: PromoteParameters, registry: Path, champion: str | None) -> State[Any]:
-    """The state in which the flow `promote` ends, once a person has answered.
+    """Ask a person, and return the state in which the flow `promote` ends.
 
-    Without an answer it raises Pause, and the process ends: resumed, the flow begins again at its
-    top, and the answer is there. champion: whom the version would replace.
+    Without an answer this raises Pause, and the process ends. When a person answers, the flow is
+    resumed: it begins again at its top, and finds the answer.
+
+    champion: the version that would be replaced; None without one.
     """
     change = find_own_change(registry, config.name)
     if change is not None and config.version == champion:  # an earlier try of this run promoted it
@@ -69,10 +71,10 @@ def ask_person(config: PromoteParameters, registry: Path, champion: str | None) 
 
 
 def _ask(question: Question, flow_run: UUID) -> Approval:
-    """The answer, once there is one; until then this raises, and the process ends.
+    """Return the answer, or suspend the flow run: this raises Pause, and the process ends.
 
-    Prefect's state of a run that waits is named Suspended and says nothing: it is given a name and
-    the question's figures, from which an alert is made.
+    Prefect names the state of such a run Suspended. It is given the outcome's name and the
+    question's figures, from which an alert is made.
     """
     try:
         return suspend_flow_run(

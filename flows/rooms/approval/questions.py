@@ -38,10 +38,11 @@ PAUSE_KEY_PREFIX = "approval-"  # of a pause; what was shown follows: `Approval.
 
 
 def request_approval(registry: Path, name: str, version: str, night: UUID | None = None) -> None:
-    """Ask a person about a version whose promotion waits for that.
+    """Ask a person whether to promote a version.
 
-    `night` is the fine-tune's flow run, which gets the answer. Where the server is away, the
-    next reconcile asks.
+    If the server does not answer, the next run of `reconcile` asks.
+
+    night: the flow run of the fine-tune, which is told the answer; None tells none.
     """
     with tolerating_server_outage(f"nobody is asked about {name} {version:.12} yet"):
         try:
@@ -57,7 +58,7 @@ def request_approval(registry: Path, name: str, version: str, night: UUID | None
 
 
 def _request_approval(registry: Path, name: str, version: str, night: UUID | None) -> None:
-    """Start promote/auto for a version, or find the run that was started for it."""
+    """Start the deployment promote/auto for a version, unless a run was started for it before."""
     config: dict[str, Any] = {"registry": str(registry), "name": name, "version": version}
     config["night"] = None if night is None else str(night)
     run: Any = run_deployment(
@@ -85,9 +86,9 @@ def has_ended_unasked(run: FlowRun) -> bool:
 
 
 def close_older_questions(registry: str, name: str, own: UUID) -> None:
-    """End the questions about an adapter that were put before a flow run's own.
+    """Cancel the questions about an adapter that are older than that of the flow run `own`.
 
-    A person is to see one: the newest version. What the older ones asked about stays registered.
+    So a person sees one question, about the newest version. The older versions stay registered.
     """
     waiting = flow_runs_in([StateType.PAUSED])
     promotions = FlowFilter.model_validate({"name": {"any_": ["promote"]}})
@@ -138,22 +139,24 @@ def _read_keys_asked_about(flow_run: UUID) -> list[str]:
 
 
 def tell_night(night: UUID, outcome: Outcome, message: str) -> None:
-    """Say what became of the question that a night asked: in its state's name, and to the watchers.
+    """Show the answer to a night's question in the name of its state, and tell the watchers.
 
-    `night` is the fine-tune's flow run. Its state stays of the type Completed, and when it ended
-    stays as it was. Watchers are told where the run's folder is on this machine.
+    The state stays of the type Completed, and its time stays too. Watchers are told only if the
+    run's folder is on this machine.
+
+    night: the flow run of the fine-tune.
     """
     with asking_server("the run does not show the answer to its question") as client:
         state = client.read_flow_run(night).state
         if state is None or state.type != StateType.COMPLETED or state.name == outcome:
             return
-        told: State[None] = Completed(name=outcome, message=f"{state.message}; {message}")
-        client.set_flow_run_state(night, told, force=True)
+        answered: State[None] = Completed(name=outcome, message=f"{state.message}; {message}")
+        client.set_flow_run_state(night, answered, force=True)
         run = find_run_of(night)
         if run is not None:
             config = read_run_config(run)
             for watcher in list_watchers():
-                watcher.answer(config, run, night, told)
+                watcher.answer(config, run, night, answered)
 
 
 class ApprovalWatcher(Watcher):

@@ -31,7 +31,10 @@ WEBHOOK_PAYLOAD_TEMPLATE = '{{"text": {{% filter tojson %}}{subject}\n{body}{{% 
 
 
 def find_or_make_block(client: SyncPrefectClient, notify: str) -> UUID:
-    """Return the block that a TYPE/NAME names, or one that is made for a webhook's URL."""
+    """Return the id of the block that `notify` names as TYPE/NAME; for a URL make a webhook block.
+
+    Raises ConfigError for a block that the server does not have, and for no URL of the web.
+    """
     if "://" not in notify:
         block_type, _, name = notify.partition("/")
         try:
@@ -64,7 +67,7 @@ def alert_action(
 ) -> dict[str, Any]:
     """Return the action that sends an alert's subject and body to a block.
 
-    It does nothing where there is no block, or where the block has been deleted.
+    Without a block, or if it has been deleted, the action does nothing.
     """
     if block is None:
         return {"type": "do-nothing"}
@@ -85,10 +88,10 @@ def alert_block(automation: Automation) -> UUID | None:
 
 
 def send_test_alert(client: SyncPrefectClient, names: Collection[str]) -> str:
-    """Send one alert to the block of the alerts of these names; returns that it was sent.
+    """Send a test to the block of these alerts; return a line that says so.
 
-    It is sent from here, by the block itself, and so shows that the block works; the server sends
-    the real ones. NestedTuneError where it could not be sent.
+    This process sends it, which shows that the block works; real alerts are sent by the server.
+    Raises ConfigError if no block is set, NestedTuneError if the test could not be sent.
     """
     alerts = [each for name in names for each in client.read_automations_by_name(name)]
     block_id = next((found for each in alerts if (found := alert_block(each)) is not None), None)
@@ -104,9 +107,9 @@ def send_test_alert(client: SyncPrefectClient, names: Collection[str]) -> str:
             answer.raise_for_status()
         else:
             block.notify(body, subject)
-    except httpx.HTTPStatusError as error:  # its text has the URL, which is a secret
+    except httpx.HTTPStatusError as error:  # whose text contains the URL, a secret
         reason = f"the webhook answered {error.response.status_code}"
         raise NestedTuneError(f"The test alert was not sent: {reason}") from None
-    except Exception as error:  # of the block's own library, with the secret in its text
+    except Exception as error:  # of the block's library; its text may contain the secret
         raise NestedTuneError(f"The test alert was not sent: {type(error).__name__}") from None
     return "test alert: sent"

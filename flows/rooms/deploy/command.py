@@ -44,7 +44,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Deploy, and say what was done."""
+    """Deploy, and return what prints the result; NestedTuneError if the server refuses."""
     import httpx
 
     try:
@@ -58,7 +58,7 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def read_notify(given: str | None) -> str | None:
-    """Where alerts go: what was given, or for @FILE the one line of that file."""
+    """Return where alerts go: the value of --notify, or for @FILE the one word in that file."""
     if given is None or not given.startswith("@"):
         return given
     content = read_regular(Path(given[1:]), MAX_NOTIFY_BYTES, follow_links=True)
@@ -72,6 +72,7 @@ def read_notify(given: str | None) -> str | None:
 
 
 def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Deploy with a line of progress for each thing, and return what prints the result."""
     from prefect.client.orchestration import get_client
 
     from flows.rooms.deploy.alerts import send_test_alert
@@ -89,7 +90,7 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     plan = make_plan(arguments.file, arguments.config)
     for line in deploy(plan, notify):
         done.append(line)
-        if line != NO_ALERTS_WARNING:  # which ends all that is said
+        if line != NO_ALERTS_WARNING:  # shown last
             print_progress(line)
     if arguments.config is not None:
         print_progress(begin_name(plan))
@@ -102,7 +103,7 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     next_commands = list(list_next_commands(plan))
 
     def show() -> None:
-        """How much is in place, what to type next, and loudly where nobody would be told."""
+        """Print how much is in place, the next commands, and a warning if alerts go nowhere."""
         is_silent = NO_ALERTS_WARNING in done
         print_line(f"deployed: {len(done) - int(is_silent)} things are in place")
         print_line("next, with this PREFECT_API_URL, each worker in a terminal of its own:")

@@ -61,9 +61,12 @@ def require_server() -> None:
 
 
 def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
-    """Put everything in place; yields a line for each thing that was done.
+    """Create or update a plan's pools, deployments and automations; yield a line for each.
 
-    `notify` is where alerts are sent: a notification block as "<type>/<name>", or a webhook's URL.
+    Deployments of an earlier plan that are not in this one are deleted.
+
+    notify: where alerts are sent: a notification block as TYPE/NAME, or a webhook's URL; None
+        leaves that as it is.
     """
     with get_client(sync_client=True) as client:
         block = None if notify is None else find_or_make_block(client, notify)
@@ -71,17 +74,17 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
         found = (watcher.find_page(client, plan.adapter) for watcher in list_watchers())
         page = next((page for page in found if page is not None), LIST_OF_RUNS)
         nights = {"nights": page.path}
-        there = read_server_deployments(client)
-        planned = {each.full_name for each in plan.deployments}
-        outdated = [each for each in there if each.name not in planned and each.is_for(plan)]
-        for each in plan.deployments:
-            settled = {
-                "description": replace_placeholders(each.description, nights),
-                "schedules": _keep_schedules(each, there, outdated),
+        existing = read_server_deployments(client)
+        names = {planned.full_name for planned in plan.deployments}
+        outdated = [one for one in existing if one.name not in names and one.is_for(plan)]
+        for planned in plan.deployments:
+            update = {
+                "description": replace_placeholders(planned.description, nights),
+                "schedules": _keep_schedules(planned, existing, outdated),
             }
-            yield put_deployment(client, each.model_copy(update=settled), plan.pull)
+            yield put_deployment(client, planned.model_copy(update=update), plan.pull)
         for old in outdated:
-            with suppress(ObjectNotFound):  # by another deploy, just now
+            with suppress(ObjectNotFound):  # another deploy has just deleted it
                 client.delete_deployment(old.response.id)
             yield f"deployment {old.name}: removed, for an earlier deploy left it"
         yield from put_automations(client, plan.automations, block)
@@ -130,19 +133,20 @@ def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]
 
 
 def _make_work_pools(client: SyncPrefectClient, work_pools: list[WorkPoolCreate]) -> Iterator[str]:
-    for wanted in work_pools:
+    """Create missing pools, and set the limit of those without one; yield a line for each."""
+    for planned in work_pools:
         try:
-            pool = client.read_work_pool(wanted.name)
+            pool = client.read_work_pool(planned.name)
             limit, done = pool.concurrency_limit, "there already"
             if limit is None:  # `prefect worker start` made it
-                limit, done = wanted.concurrency_limit, "there without a limit, and has one now"
+                limit, done = planned.concurrency_limit, "there without a limit, and has one now"
                 client.update_work_pool(pool.name, WorkPoolUpdate(concurrency_limit=limit))
             yield f"work pool {pool.name}: {done}, limit {limit}"
         except ObjectNotFound:
             template = {"base_job_template": ProcessWorker.get_default_base_job_template()}
-            with suppress(ObjectAlreadyExists):  # by another deploy, just now
-                client.create_work_pool(wanted.model_copy(update=template))
-            yield f"work pool {wanted.name}: made, limit {wanted.concurrency_limit}"
+            with suppress(ObjectAlreadyExists):  # another deploy has just created it
+                client.create_work_pool(planned.model_copy(update=template))
+            yield f"work pool {planned.name}: made, limit {planned.concurrency_limit}"
 
 
 def _keep_schedules(
@@ -161,10 +165,13 @@ def _keep_schedules(
 def put_deployment(
     client: SyncPrefectClient, planned: PlannedDeployment, pull: list[dict[str, Any]]
 ) -> str:
-    """Make or replace one deployment by the client's own calls; a line on what is there then.
+    """Create or replace a deployment on the server; return a line about it.
 
-    `prefect deploy` would resolve {{ ... }} in every value, a person's prompts too, from blocks,
-    variables and the environment of whoever deploys.
+    The client is called directly, since `prefect deploy` would replace {{ ... }} in every value, a
+    person's prompts too, by blocks, variables and the environment. Raises ConfigError for an
+    entrypoint or a schedule that is not valid.
+
+    pull: the steps that a worker takes before it runs the flow.
     """
     try:
         flow: Flow[..., Any] = load_flow_from_entrypoint(planned.entrypoint)
@@ -205,40 +212,40 @@ def complete_automation(
 ) -> AutomationCore:
     """Return an automation of automations.yaml with the id of its notification block.
 
-    Without `block` an alert goes where the server sends it already, and one that the server does
-    not have yet where it sends the others.
+    block: the block that alerts are sent to. None keeps the block that the alert has on the server;
+        an alert that is not there yet gets the block of the other alerts.
     """
-    wanted = {key: value for key, value in planned.items() if key != "notify"}
-    there = _read_automations_named(client, planned["name"])
+    completed = {key: value for key, value in planned.items() if key != "notify"}
+    existing = _read_automations_named(client, planned["name"])
     if "notify" in planned:
         if block is None:
-            alerts = there or [a for a in read_automations(client) if a.name.startswith(ALERT)]
+            alerts = existing or [a for a in read_automations(client) if a.name.startswith(ALERT)]
             block = next(filter(None, map(alert_block, alerts)), None)
-        wanted["actions"] = [alert_action(client, block, planned["notify"])]
-    wanted["enabled"] = there[0].enabled if there else True
-    return AutomationCore.model_validate(wanted)
+        completed["actions"] = [alert_action(client, block, planned["notify"])]
+    completed["enabled"] = existing[0].enabled if existing else True
+    return AutomationCore.model_validate(completed)
 
 
-def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
-    """Make or update the automation of this name, and remove others of its name.
+def _put_automation(client: SyncPrefectClient, planned: AutomationCore) -> str:
+    """Create or update an automation, delete others of its name, and return what was done.
 
-    Two that make it at once see both afterwards, and both keep the one with the lower id. One that
-    is as it should be is not touched: an update would make it forget what it waits for, such as the
-    next heartbeat of a run that is at work.
+    If two processes create it at once, both then see two and keep the one with the lower id. An
+    automation that is as planned is not updated, since it would forget what it waits for, such as
+    the next heartbeat of an active run.
     """
-    if _read_automations_named(client, wanted.name):
-        done = "put in place" if wanted.enabled else "put in place, and stays paused"
+    if _read_automations_named(client, planned.name):
+        done = "put in place" if planned.enabled else "put in place, and stays paused"
     else:
-        client.create_automation(wanted)
+        client.create_automation(planned)
         done = "made"
-    kept, *doubled = _read_automations_named(client, wanted.name)
-    for automation in doubled:
+    first, *doubles = _read_automations_named(client, planned.name)
+    for automation in doubles:
         with _ignoring_missing():
             client.delete_automation(automation.id)
-    if _describe_automation(kept) == _describe_automation(wanted):
+    if _describe_automation(first) == _describe_automation(planned):
         return "there already" if done == "put in place" else done
     with _ignoring_missing():
-        client.update_automation(kept.id, wanted)
+        client.update_automation(first.id, planned)
     return done
 
 
@@ -255,16 +262,16 @@ def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
 def read_automations(client: SyncPrefectClient) -> list[Automation]:
     """Return all automations of a server, each once.
 
-    The pages' places are fixed: one that is made meanwhile moves another to the next page, which
-    then holds nothing new.
+    They are read in pages. An automation that is created meanwhile moves another one to the next
+    page, so that it is read twice.
     """
-    found: dict[UUID, Automation] = {}
+    by_id: dict[UUID, Automation] = {}
     for offset in count(0, READ_PAGE_SIZE):
         page = client.read_automations(limit=READ_PAGE_SIZE, offset=offset)
-        found |= {automation.id: automation for automation in page}
+        by_id |= {automation.id: automation for automation in page}
         if len(page) < READ_PAGE_SIZE:
             break
-    return list(found.values())
+    return list(by_id.values())
 
 
 def _read_automations_named(client: SyncPrefectClient, name: str) -> list[Automation]:

@@ -85,7 +85,7 @@ class PlannedDeployment(Section):
             yield "what trains has its configuration in parameters.config"
 
     def describe(self) -> dict[str, Any]:
-        """What Prefect's client is given of it. ValueError for a schedule that Prefect refuses."""
+        """Return the arguments for Prefect's client; ValueError for a schedule that it refuses."""
         limit, options = self.concurrency_limit, None
         if limit is not None:
             options = ConcurrencyOptions(**limit.model_dump(exclude={"limit"}))
@@ -144,12 +144,11 @@ class DeploymentPlan:
 
 
 def make_plan(file: Path | None = None, config: Path | None = None) -> DeploymentPlan:
-    """The plan for a configuration and a prefect.yaml, or for those that are shipped.
+    """Return the plan for a configuration and a prefect.yaml; None takes the shipped one.
 
-    A configuration wins over the keys that the deployments of `file` give. Placeholders of `file`
-    are replaced and nothing else is: a configuration that trains, from either file, keeps each of
-    its characters. ConfigError where the adapter's name is not known, or where a deployment that
-    trains would be refused by its flow.
+    The configuration's keys replace those in the deployments of `file`. Placeholders of `file` are
+    filled, but nothing in a configuration is. Raises ConfigError if the adapter's name is not
+    known, or a flow would refuse a deployment's configuration.
     """
     if config is None and file is None:
         config = packaged_folder("deployments") / "geography.yaml"
@@ -186,10 +185,10 @@ def runs_home() -> str:
 
 
 def begin_name(plan: DeploymentPlan) -> str:
-    """Make the adapter's empty folder in its registry, below the runs' home; say what came of it.
+    """Create the adapter's empty folder in its registry, below the runs' home; return a sentence.
 
-    A run of a deployment begins no name by itself, unless its worker's NESTED_TUNE_REGISTRIES lists
-    the registry. What another user owns is left to that.
+    A deployment's run creates no name unless NESTED_TUNE_REGISTRIES of its worker lists the
+    registry. A home that belongs to another user is left as it is.
     """
     home = Path(runs_home())
     registry = home / plan.registry
@@ -208,9 +207,10 @@ def begin_name(plan: DeploymentPlan) -> str:
 
 
 def read_deployments_file(file: Path | None = None) -> DeploymentsFile:
-    """A person's prefect.yaml, or the shipped one, without flows of rooms that are not there.
+    """Read a person's prefect.yaml, or the shipped one (None), without flows of deleted rooms.
 
-    ConfigError with everything wrong in it, and where a person's names a flow of such a room.
+    Raises ConfigError with all that is wrong in the file, and if a person's file names a flow of a
+    deleted room.
     """
     path = file or packaged_folder("deployments") / "prefect.yaml"
     content = _read_yaml(path)
@@ -237,10 +237,13 @@ def read_work_pools() -> list[WorkPoolCreate]:
 
 
 def read_automations_yaml() -> list[dict[str, Any]]:
-    """The automations, with the bounds that the environment gives; ConfigError for no number."""
+    """Read the shipped automations, with the seconds that the environment sets.
+
+    Raises ConfigError if that is no number.
+    """
     bound = os.environ.get(PENDING_SECONDS) or DEFAULT_PENDING_SECONDS
-    listed = _read_yaml(packaged_folder("deployments") / "automations.yaml")["automations"]
-    automations: list[dict[str, Any]] = replace_placeholders(listed, {f"${PENDING_SECONDS}": bound})
+    items = _read_yaml(packaged_folder("deployments") / "automations.yaml")["automations"]
+    automations: list[dict[str, Any]] = replace_placeholders(items, {f"${PENDING_SECONDS}": bound})
     for automation in automations:
         try:
             automation["trigger"]["within"] = float(automation["trigger"]["within"])
@@ -339,10 +342,10 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
 
 
 def _require_valid_parameters(deployment: PlannedDeployment) -> None:
-    """ConfigError where the flow of a deployment that trains would refuse its configuration.
+    """Raise ConfigError if the flow of a deployment that trains would refuse its configuration.
 
-    Paths are looked at in the runs' home, by NESTED_TUNE_ROOTS of this process, unless that home is
-    on another machine.
+    Paths are checked in the runs' home, by this process's NESTED_TUNE_ROOTS, if that home is on
+    this machine.
     """
     from flows.finetune import FinetuneParameters
     from flows.flow_runs.allowed_folders import allow_paths, with_trusted_code

@@ -31,7 +31,7 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def iterate_server_checks() -> Iterator[Check]:
-    """Yield every check that needs the server; the first one alone where it does not answer."""
+    """Yield every check that needs the server; only the first one if it does not answer."""
     with get_client(sync_client=True) as client:
         try:
             client.request("GET", "/admin/version").raise_for_status()
@@ -78,7 +78,10 @@ def _check_auth() -> Check:
 
 
 def _check_database() -> Check:
-    """Check the settings of this machine's server; a server does not tell them to others."""
+    """Return whether this machine's server uses a database that is fit for schedules.
+
+    A server on another machine does not tell its settings.
+    """
     settings = get_current_settings()
     if urlsplit(str(settings.api.url)).hostname not in LOCAL_HOSTS:
         return Check("database", True, "known on the server's machine alone")
@@ -93,7 +96,7 @@ def _check_database() -> Check:
 
 
 def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
-    """Check the pools that our deployments wait in, else those that `deploy` would make."""
+    """Yield a check of each pool that our deployments use, or that `deploy` would create."""
     limits = {wanted.name: wanted.concurrency_limit for wanted in read_work_pools()}
     used = {d.response.work_pool_name for d in read_server_deployments(client)} - {None}
     for name in sorted(map(str, used or limits)):
@@ -103,11 +106,11 @@ def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
             yield Check(f"pool {name}", False, "is not there", "nested-tune deploy")
             continue
         is_well = pool.concurrency_limit is not None and not pool.is_paused
-        seen = f"limit {pool.concurrency_limit}{', paused' if pool.is_paused else ''}"
+        state = f"limit {pool.concurrency_limit}{', paused' if pool.is_paused else ''}"
         mend = f"prefect work-pool set-concurrency-limit {name} {limits.get(name, 1)}"
         if pool.is_paused:
             mend = f"prefect work-pool resume {name}"
-        yield Check(f"pool {name}", is_well, seen, "" if is_well else mend)
+        yield Check(f"pool {name}", is_well, state, "" if is_well else mend)
         yield _check_workers(client, name)
 
 
@@ -146,12 +149,12 @@ def _check_deployments(client: SyncPrefectClient) -> Check:
 
 
 def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
-    """Yield whether all automations are in place and on, and whether alerts are sent to anybody."""
+    """Yield whether all automations exist and are on, and whether alerts are sent to anybody."""
     planned = read_automations_yaml()
-    found = {automation.name: automation for automation in read_automations(client)}
-    names = [each["name"] for each in planned]
-    missing = [name for name in names if name not in found]
-    paused = [name for name in names if name in found and not found[name].enabled]
+    existing = {automation.name: automation for automation in read_automations(client)}
+    names = [automation["name"] for automation in planned]
+    missing = [name for name in names if name not in existing]
+    paused = [name for name in names if name in existing and not existing[name].enabled]
     if missing:
         mend = "nested-tune deploy -c CONFIG"
         yield Check("automations", False, f"missing: {', '.join(missing)}", mend)

@@ -33,23 +33,25 @@ QUESTION_STANDS_FOR = timedelta(days=7)  # as long as the flow `promote` waits f
 def decide_question(
     ledger: Ledger, section: RegistrySection, candidate: Judgement, champion: str | None
 ) -> Decision:
-    """Report that a version waits for a person, or that one declined it or its data and settings.
+    """Return whether a version waits for a person's approval, or was declined.
 
-    candidate: the verdict on the version, which promotes it but for the person's word.
+    A person who declined a version of the same data and settings declined this one too.
+
+    candidate: the verdict on the version, by which it could be promoted without a person.
     """
     facts = candidate.facts
-    line = find_decline(ledger, candidate.version, facts.dataset_digest, facts.settings_digest)
-    version = shorten_digest(candidate.version)
-    if line is None:
-        whose = (
+    entry = find_decline(ledger, candidate.version, facts.dataset_digest, facts.settings_digest)
+    if entry is None:
+        rule = (
             "registry.promote" if section.promote == "approve" else f"the policy of {section.name}"
         )
-        reason = f"waiting for approval of {version}: {whose} is approve"
+        reason = f"waiting for approval of {shorten_digest(candidate.version)}: {rule} is approve"
         return Decision("waiting", candidate.version, champion, reason)
-    alike = "" if line.version == candidate.version else f" ({shorten_digest(str(line.version))})"
-    day = f"{datetime.fromisoformat(line.time):%d %b %Y}"
+    is_same = entry.version == candidate.version
+    other = "" if is_same else f" ({shorten_digest(str(entry.version))})"
+    day = f"{datetime.fromisoformat(entry.time):%d %b %Y}"
     reason = (
-        f"declined already{alike}, on {day} by {describe_author(line.fields())}. Nobody is asked "
+        f"declined already{other}, on {day} by {describe_author(entry.fields())}. Nobody is asked "
         f"again until data or settings change"
     )
     return Decision("declined", candidate.version, champion, reason)
@@ -64,11 +66,13 @@ def approve(
     expected_champion: str | None,
     origin: Origin = NO_ORIGIN,
 ) -> Decision:
-    """Promote what a person has approved while this champion stood; otherwise say why not.
+    """Promote a version that a person approved; return the decision, or why it is not promoted.
 
-    The registry's policy must be met, except its reference, which limits automatic promotions
-    alone. What the run's configuration asked for does not count, for a person decided. `by` is who
-    answered, as that was typed.
+    The policy of the registry must be met, except its reference, which limits automatic promotions
+    only. The policy of the run's configuration does not count, since a person decided.
+
+    by: who answered, as typed.
+    expected_champion: the champion when the question was asked; another one now supersedes it.
     """
     with writing(registry, name) as held:
         champion = held.champion
@@ -83,15 +87,16 @@ def approve(
 
 
 def find_refusal_of_question(registry: Path, name: str, version: str) -> Decision | None:
-    """Explain why a person is not asked: the policy of the registry refuses the version anyway.
+    """Return a decision if the registry's policy refuses a version, so that nobody need be asked.
 
-    None if the policy lets a person decide, and without a policy.
+    None if the policy leaves it to a person, and without a policy.
     """
     with reading(registry, name) as (folder, ledger):
         return _refuse_question(folder, ledger, version)
 
 
 def _refuse_question(folder: Path, ledger: Ledger, version: str) -> Decision | None:
+    """Return what `find_refusal_of_question` does, for the folder of a name."""
     if policy_of(folder, ledger) is None:
         return None
     section = RegistrySection(
@@ -111,9 +116,10 @@ def decline(
     reason: str | None = None,
     origin: Origin = NO_ORIGIN,
 ) -> None:
-    """Record that a person did not approve a version; saying so again adds nothing.
+    """Record that a person declined a version; a second time adds nothing.
 
-    The line has the digests of its data set and settings: no other version of both is asked about.
+    The line has the digests of the version's data set and settings, so that nobody is asked about
+    another version of both.
     """
     with writing(registry, name) as held:
         declined = resolve_version(held.path, version, held.ledger)
@@ -130,28 +136,31 @@ def find_decline(
     dataset_digest: str | None = None,
     settings_digest: str | None = None,
 ) -> Entry | None:
-    """Return the newest line in which a person declined a version, or one of the same two digests.
+    """Return the latest line of the history that declines a version, or one with both digests.
 
-    A line counts until its version or this one becomes champion: somebody has changed his mind.
+    A line counts until its version or this one becomes champion, since a person then changed the
+    decision. None without such a line.
     """
-    made_of = (dataset_digest, settings_digest)
-    risen: set[str | None] = set()  # the champions since the line
+    digests = (dataset_digest, settings_digest)
+    later_champions: set[str | None] = set()
     for entry in reversed(ledger.entries):
         if entry.action in CHAMPION_CHANGE_ACTIONS:
-            risen.add(entry.version)
-        if entry.action != "declined" or risen & {version, entry.version}:
+            later_champions.add(entry.version)
+        if entry.action != "declined" or later_champions & {version, entry.version}:
             continue
-        is_alike = None not in made_of and made_of == (entry.dataset_digest, entry.settings_digest)
-        if entry.version == version or is_alike:
+        is_same = None not in digests and digests == (entry.dataset_digest, entry.settings_digest)
+        if entry.version == version or is_same:
             return entry
     return None
 
 
 def may_be_approved(folder: Path, version: str, ledger: Ledger, age: timedelta) -> bool:
-    """Tell whether a version that never was champion waits for a person; gc keeps it then.
+    """Return whether a version that never was champion waits for a person; gc keeps it then.
 
-    Its own policy or its name's leaves it to a person, none has said no, and the question still
-    stands. `age` is the time since its last verdict.
+    It waits if its policy or its name's leaves the promotion to a person, nobody has declined it,
+    and it was judged so lately that the question is still open.
+
+    age: the time since its last verdict.
     """
     if age >= QUESTION_STANDS_FOR:
         return False

@@ -26,9 +26,12 @@ HOW_TO_ANSWER = (
 
 @dataclass(frozen=True)
 class Approval:
-    """What a person is asked: candidate and champion, what is said of both, and every check.
+    """The question whether a version becomes champion, with all that a person needs to answer it.
 
-    key: what it rests on: the champion, or "none", and the hash of a verdict after the first.
+    facts: sentences on candidate and champion, and on the comparison of their losses, by name.
+    checks: the checks of the candidate's verdict.
+    key: the champion ("none" without one) and, if the candidate was judged again, the hash of that
+        verdict. Under another key the same question is asked again.
     """
 
     name: str
@@ -40,7 +43,7 @@ class Approval:
 
     @classmethod
     def read(cls, registry: Path, name: str, version: str, champion: str | None) -> Self:
-        """Each with its losses and answers, and the two compared."""
+        """Read candidate and champion with their losses and answers, and compare them."""
         candidate = read_candidate(registry, name, version, champion)
         verdict = candidate.verdict
         facts = [("Candidate", _describe_version(version, verdict)), ("Champion", "none yet")]
@@ -52,14 +55,17 @@ class Approval:
         return cls(name, version, champion, facts, check_table(verdict), key)
 
     def describe(self, keys_asked_about: Sequence[str]) -> Document:
-        """The page; it says why it asks again, where it has asked under other keys before."""
-        now, again = self.champion or "none", list[Text]()
-        for last in [key for key in keys_asked_about if key != self.key][-1:]:
-            before, change = last.partition("-")[0], "the version was judged again"
-            if before != now:
-                change = f"the champion changed from {before:.12} to {now:.12}"
-            said = f"ASKED AGAIN: {change} after the last question; an answer given to that one"
-            again = [Text(f"{said} promoted nothing.")]
+        """Return the page. If the question was asked before, it says why it is asked again.
+
+        keys_asked_about: the keys of the questions about this version so far, the latest last.
+        """
+        champion, again = self.champion or "none", list[Text]()
+        if earlier := [key for key in keys_asked_about if key != self.key]:
+            last_champion, change = earlier[-1].partition("-")[0], "the version was judged again"
+            if last_champion != champion:
+                change = f"the champion changed from {last_champion:.12} to {champion:.12}"
+            sentence = f"ASKED AGAIN: {change} after the last question; an answer given to that one"
+            again = [Text(f"{sentence} promoted nothing.")]
         facts = Facts([*self.facts, ("Version in full", self.version)])
         return Document(
             f"Make {shorten_digest(self.version)} the champion of {self.name}?",
@@ -68,13 +74,13 @@ class Approval:
 
 
 def _describe_version(version: str, verdict: Verdict) -> str:
-    """Losses and answers of one version, when it was judged."""
+    """Return one line: a version with the losses and answers of its verdict."""
     suites = [task.describe() for task in verdict.tasks]
     return "; ".join([f"{shorten_digest(version)}: {verdict.describe_losses()}", *suites])
 
 
 def _compare_losses(registry: Path, name: str, candidate: Judgement, champion: str) -> str:
-    """Both losses on the same examples, or that no losses were compared."""
+    """Return a sentence with the losses of both versions on the same examples, or why not."""
     verdict = candidate.verdict
     if verdict.rival == champion and verdict.champion is not None:
         return verdict.champion.describe()
