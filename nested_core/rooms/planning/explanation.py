@@ -28,7 +28,7 @@ class RunInWords:
         return seams.unit_of_loss(self.run.config.training.loss)
 
     def describe(self) -> dict[str, str]:
-        """Return sentences for each subject, in the order in which a person asks for them."""
+        """Return sentences by subject, such as `memory`, in the order in which they are shown."""
         return {
             "trained": self._describe_trained(),
             "tiers": self._describe_tiers(),
@@ -43,16 +43,17 @@ class RunInWords:
         }
 
     def _describe_trained(self) -> str:
+        """Return sentences on the adapter: its rank, layers and number of parameters."""
         trained = sum(tier.parameters for tier in self.run.tiers)
         tensors = sum(tier.tensors for tier in self.run.tiers)
         lora, config = self.run.config.lora_parameters, self.run.config
-        what = f"{config.fine_tune_type} of rank {lora.rank} and scale {lora.scale:g}"
+        shape = f"{config.fine_tune_type} of rank {lora.rank} and scale {lora.scale:g}"
         if config.fine_tune_type == "full":
-            what = "every weight"
+            shape = "every weight"
         count = format_count(config.num_layers, "layer")
         layers = "all layers" if config.num_layers == -1 else f"the last {count}"
         text = (
-            f"{what} in {layers} of {config.model}: {trained:,} parameters in {tensors} tensors, "
+            f"{shape} in {layers} of {config.model}: {trained:,} parameters in {tensors} tensors, "
             f"beside {self.run.base_parameters:,} that stay as they are."
         )
         if self.run.has_linear_attention:
@@ -75,60 +76,64 @@ class RunInWords:
         return ". ".join([splits, *self.run.replay]) + "."
 
     def _describe_steps(self) -> str:
+        """Return sentences on batches, steps, passes over the data and checkpoints."""
         config = self.run.config
-        made_of = ""
-        every = config.intervals(self.run.iterations).save
-        saves = config.save_every if every is None else _format_batches(every)
+        accumulation = ""
+        interval = config.intervals(self.run.iterations).save
+        saves = config.save_every if interval is None else _format_batches(interval)
         if config.grad_accumulation_steps > 1:
-            made_of = (
+            accumulation = (
                 f", {config.grad_accumulation_steps} to an optimizer step: "
                 f"{format_count(self.run.steps, 'step')}"
             )
         return (
             f"{format_count(self.run.iterations, 'batch')} of "
-            f"{format_count(config.batch_size, 'example')}{made_of}; "
+            f"{format_count(config.batch_size, 'example')}{accumulation}; "
             f"{format_passes(self.run.epochs)} over the training data. A checkpoint every "
             f"{saves}."
         )
 
     def _describe_learning_rate(self) -> str:
-        config, of_rate = self.run.config, self.run.rate_share
-        text = f"{config.learning_rate * of_rate:g}"
-        if of_rate != 1:
-            text += f" ({of_rate:g} of {config.learning_rate:g}, for it goes on from the champion)"
+        """Return sentences on the rate, its schedule, and where it lies in a published sweep."""
+        config, share = self.run.config, self.run.rate_share
+        text = f"{config.learning_rate * share:g}"
+        if share != 1:
+            text += f" ({share:g} of {config.learning_rate:g}, for it goes on from the champion)"
         if config.lr_schedule is not None:
             text += f", {config.lr_schedule.name}"
         warmup = config.training.warmup_steps
         if warmup:
-            share = f"the first {100 * warmup:.3g} % of the steps"
-            steps = share if warmup < 1 else format_count(int(warmup), "step")
+            first_steps = f"the first {100 * warmup:.3g} % of the steps"
+            steps = first_steps if warmup < 1 else format_count(int(warmup), "step")
             text += f", after a warm-up over {steps}"
         if config.training.decay is not None:
             text += ", then falling to a tenth along a cosine"
         if "learning_rate" not in config.model_fields_set:
             text += ", mlx_lm.lora's default, for none is given"
-        place = describe_learning_rate(config, of_rate)
-        return f"{text}." if place is None else f"{text}. {place[0].upper()}{place[1:]}."
+        rule = describe_learning_rate(config, share)
+        return f"{text}." if rule is None else f"{text}. {rule[0].upper()}{rule[1:]}."
 
     def _describe_evaluation(self) -> str:
+        """Return a sentence on when the run is evaluated, and which checkpoint is selected."""
         if not self.run.validation_examples:
             is_off = "valid" in self.run.splits and self.run.splits["valid"].rows > 0
             reason = "val_batches is 0" if is_off else "there is no valid split"
             return f"none: {reason}, so the last checkpoint is selected."
-        offered = "the checkpoint with the lowest loss"
+        selected = "the checkpoint with the lowest loss"
         if not self.run.config.offers_best_step:
-            offered = "the last step, as mlx_lm.lora does,"
+            selected = "the last step, as mlx_lm.lora does,"
         batches = math.ceil(self.run.validation_examples / self.run.config.batch_size)  # not 0
         interval = self.run.config.intervals(self.run.iterations, batches).evaluation
         if (suite := self.run.config.training.select_by) != "loss":
-            offered = f"the checkpoint with the most right answers to {suite}"
+            selected = f"the checkpoint with the most right answers to {suite}"
         return (
             f"every {_format_batches(interval)} on "
             f"{format_count(self.run.validation_examples, 'example')} of "
-            f"{self.run.splits['valid'].file}; {offered} is selected."
+            f"{self.run.splits['valid'].file}; {selected} is selected."
         )
 
     def _describe_gate(self) -> Iterator[str]:
+        """Yield a sentence for each check of the gate that the configuration asks for."""
         gate = self.run.config.gate_bounds
         yield (
             "rejects an adapter that equals the one it started from, has a tensor that did not "
@@ -172,7 +177,7 @@ class RunInWords:
         yield f"Where more than half of its sample answers are broken by training, {broken}."
 
     def _describe_suite_bounds(self, task: TaskSection) -> Iterator[str]:
-        """Yield each bound of a suite; what it may lose is held against chance."""
+        """Yield a part of a sentence for each bound of a suite."""
         if task.min is not None:
             yield f"at least {task.min:.0%} right"
         if task.min_gain is not None:
@@ -185,20 +190,22 @@ class RunInWords:
         yield drop
 
     def _describe_loss_bound(self, file: str) -> str:
+        """Return sentences on how far the loss on this held-out file may rise."""
         gate = self.run.config.gate
         increase = gate.max_val_loss_increase
-        where = f"Its loss on held-out examples, {file},"
+        loss = f"Its loss on held-out examples, {file},"
         if gate.noise == "none":
-            return f"{where} may not rise by more than {increase:.2%}."
+            return f"{loss} may not rise by more than {increase:.2%}."
         if increase == 0:
-            return f"{where} may not rise significantly."
+            return f"{loss} may not rise significantly."
         return (
-            f"{where} may not rise significantly, unless the rise is certainly within "
+            f"{loss} may not rise significantly, unless the rise is certainly within "
             f"{_describe_margin(increase, self.loss_unit)}. If the examples are too few to tell, "
             f"the verdict says so and the adapter passes."
         )
 
     def _describe_registry(self) -> str:
+        """Return sentences on where the adapter is registered, and when it is promoted."""
         registry = self.run.config.registry
         if registry.path is None:
             return "none; the adapter stays in the run directory."
@@ -222,6 +229,7 @@ def _format_batches(count: int) -> str:
 
 
 def _describe_split(stats: SplitStats) -> str:
+    """Return a part of a sentence: a split's examples and tokens, and how many are too long."""
     text = f"{stats.file} {format_count(stats.rows, 'example')}"
     if stats.tokens is not None:
         text += f", {stats.tokens.total:,} tokens, {stats.tokens.supervised:,} of them trained on"

@@ -19,10 +19,12 @@ ADAM_OPTIMIZERS = ("adam", "adamw")
 
 
 def describe_learning_rate(config: FineTuneConfig, share: float = 1.0) -> str | None:
-    """Compare rank x scale x rate with what was best in a published sweep; None if not comparable.
+    """Return a sentence that compares rank x scale x rate with the best of a published sweep.
 
-    It is comparable for LoRA with Adam and cross-entropy. A schedule counts with its highest rate.
-    share: of the configured rate, that the run is trained with.
+    None unless the run is LoRA with Adam and cross-entropy, as the sweep was. A schedule counts
+    with its highest rate.
+
+    share: the factor on the configured rate that the run is trained with.
     """
     is_known = config.fine_tune_type != "full" and config.training.loss is None
     if not is_known or config.optimizer not in ADAM_OPTIMIZERS:

@@ -102,10 +102,10 @@ def suggest_config(
     registry: str = "",
     minutes: float | None = None,
 ) -> SuggestedConfig:
-    """Return a configuration that loads and whose first step fits in memory.
+    """Suggest a configuration for a model and a data set; its first step fits in memory.
 
     Args:
-        model, data: as the keys of these names.
+        model, data: the values of the keys of these names.
         drop_fields: fields of the rows to leave out on purpose.
         adapter: the adapters.safetensors to go on from; None begins with a fresh adapter.
         tasks: more lines of the section `gate`, such as its `tasks`.
@@ -119,8 +119,8 @@ def suggest_config(
         base["drop_fields"] = list(drop_fields)
     field_names, loss = _look_at_rows(DataSettings(data, drop_fields=tuple(drop_fields)))
     base |= field_names
-    begun = base | {"batch_size": 1} | ({} if loss is None else {"training": {"loss": loss}})
-    report, _ = load_run_data(parse_config(begun, source="the suggestion"))
+    first_try = base | {"batch_size": 1} | ({} if loss is None else {"training": {"loss": loss}})
+    report, _ = load_run_data(parse_config(first_try, source="the suggestion"))
     report.raise_if_rejected()
     formats = {stats.data_format for stats in report.splits.values()}
     is_of_core = loss is None and len(formats) == 1
@@ -135,15 +135,15 @@ def suggest_config(
         line_of_loss = f"  loss: {loss}  # its arguments, such as beta: loss_config\n"
     render = partial(_render_yaml, minutes=minutes, has_another_loss=loss is not None)
 
-    def judge(supervise: str) -> DatasetReport:
-        """Return the report on the data with the lengths and the targets of the suggestion."""
+    def read_report(supervise: str) -> DatasetReport:
+        """Return the report on the data under the suggestion; `supervise` chooses the targets."""
         text = render(base, report, lora, 1, line_of_loss + supervise, recomputes=False)
         return load_run_data(parse_config(parse_yaml(text), source="the suggestion"))[0]
 
-    masked, supervise = _choose_targets(judge, is_of_core=is_of_core)
-    if "no-supervised-token" in _list_checks(masked):  # cut, some rows have a prompt alone
+    masked, supervise = _choose_targets(read_report, is_of_core=is_of_core)
+    if "no-supervised-token" in _list_checks(masked):  # some rows are cut before their answer
         base["data_policy"] = {"overlong": "drop"}
-        masked = judge(supervise)
+        masked = read_report(supervise)
     train = masked.splits["train"]
     if train.tokens and train.tokens.supervised <= SHORT_ANSWER * train.rows:
         supervise += (
@@ -162,7 +162,7 @@ def suggest_config(
             break
     text = text.replace(_GATE, _GATE + tasks)
     text = text.replace(_REGISTRY, registry or _REGISTRY)
-    if registry:  # most of the rows that a split takes would ask what the champion knows
+    if registry:  # a split would mostly hold out questions that the champion was trained on
         text = text.replace(_advise_split(base), "")
     return SuggestedConfig(
         text, trained, learns_answers=config.mask_prompt, has_another_loss=loss is not None
@@ -170,19 +170,21 @@ def suggest_config(
 
 
 def _choose_targets(
-    judge: Callable[[str], DatasetReport], *, is_of_core: bool
+    read_report: Callable[[str], DatasetReport], *, is_of_core: bool
 ) -> tuple[DatasetReport, str]:
-    """Return the report on the data as it is trained on, and the line that chooses answers.
+    """Choose whether all answers of a row are trained on, or the last one.
 
-    judge: gives the report for such a line. is_of_core: whether rows are answers to learn.
+    All are if rows have several answers, or if the last one is marked as not to be learnt, unless
+    the chat template rewrites earlier turns. Returns the report on the data under this choice, and
+    the line of the configuration that makes it; empty for the last answer, the default.
 
-    All answers are learnt where rows have several, or where their last one is marked, unless the
-    chat template rewrites earlier turns.
+    read_report: returns the report for such a line.
+    is_of_core: whether rows are in a format of the core, not of a room.
     """
-    last = judge("")
+    last = read_report("")
     has_several = is_of_core and any(one.has_several_answers for one in last.splits.values())
     if has_several or "nothing-to-learn" in _list_checks(last):
-        every = judge(_SUPERVISE_ALL)
+        every = read_report(_SUPERVISE_ALL)
         if "prompt-not-a-prefix" not in _list_checks(every):
             return every, _SUPERVISE_ALL
     return last, ""
@@ -211,7 +213,10 @@ def suggest_learning_rate(alpha: float, base: Path) -> float:
 
 
 def _choose_lora(base: Path, adapter: str | None) -> _Lora:
-    """Choose a fresh adapter in every linear module, or one that goes on from `adapter`."""
+    """Return the settings of a fresh adapter in every linear module, or those of `adapter`.
+
+    Its learning rate is suggested by rank and scale.
+    """
     if adapter is None:
         parameters: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
         rate = suggest_learning_rate(ALPHA, base)

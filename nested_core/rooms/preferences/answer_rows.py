@@ -53,24 +53,27 @@ class _ChatPairLine(_AnswerLine):
 
 
 def _prepare(fields: Fields, place: str) -> Fields:
-    """Return the prompt's turns, the chosen answer as a turn and the rejected one as a text.
+    """Bring a pair into one form: the prompt's turns, the chosen answer, and the rejected text.
 
-    An answer may be a text, a turn of the assistant, or the whole conversation that ends with it;
-    all conversations of a row have the same prompt, which may also be the last turn of them alone.
+    An answer may be a text, a turn of the assistant, or a whole conversation that ends with it. The
+    conversations of a row must begin with the same turns, and end with the prompt if it is given
+    too.
+
+    place: the key of the prompt, for messages. Raises LineProblem for any other row.
     """
     is_chat = "chat" in fields
-    before, chosen = _read_answer(fields["chat" if is_chat else "chosen"], "chosen")
-    of_rejected, rejected = _read_answer(fields["rejected"], "rejected")
-    whole = before or of_rejected
-    prompt = _read_turns(fields["prompt"], place) if "prompt" in fields else whole
-    is_one = of_rejected in ([], whole)
-    if not is_one or whole not in ([], prompt, [*whole[: -len(prompt)], *prompt]):
+    before_chosen, chosen = _read_answer(fields["chat" if is_chat else "chosen"], "chosen")
+    before_rejected, rejected = _read_answer(fields["rejected"], "rejected")
+    before = before_chosen or before_rejected
+    prompt = _read_turns(fields["prompt"], place) if "prompt" in fields else before
+    is_same = before_rejected in ([], before)
+    if not is_same or before not in ([], prompt, [*before[: -len(prompt)], *prompt]):
         raise LineProblem(
             "other-prompt",
             f"chosen and rejected begin with other turns than {place}, or than one another: a pair "
             f"has one prompt, and two answers to it",
         )
-    prompt = whole or prompt
+    prompt = before or prompt
     if not prompt:
         raise LineProblem("no-answer", f"{place} has no turn before the answer: give the prompt")
     if chosen["content"].split() == rejected["content"].split():
@@ -126,15 +129,18 @@ def _read(fields: Fields) -> Turns:
 
 
 def encode_pair(example: Example, tokenizer: Any) -> EncodedExample:
-    """Encode the chosen conversation, then the rejected one, of each the answer supervised."""
+    """Encode a pair: the chosen conversation, then the rejected one, their answers supervised.
+
+    If a turn of one cannot be located, that conversation alone is returned, with its broken turn.
+    """
     chosen = _encode_answer(example, example.messages, tokenizer)
     answer = {"role": "assistant", "content": example.rest["rejected"]}
     rejected = _encode_answer(example, [*example.messages[:-1], answer], tokenizer)
     broken = chosen if chosen.broken_turn >= 0 else rejected
     if broken.broken_turn >= 0:
         return broken
-    behind = len(chosen.tokens)
-    spans = tuple((begin + behind, end + behind) for begin, end in rejected.spans)
+    offset = len(chosen.tokens)
+    spans = tuple((begin + offset, end + offset) for begin, end in rejected.spans)
     notes = [
         *chosen.notes,
         *(note for note in rejected.notes if note not in chosen.notes),

@@ -90,7 +90,11 @@ class PreferenceVerdict:
 
 
 def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
-    """Compare the margins, and give a reason where they did not grow beyond chance."""
+    """Yield reasons against an adapter that did not learn the preference; fill the verdict's block.
+
+    Learnt means that the margin of chosen over rejected held-out answers grew beyond chance. Does
+    nothing for another loss.
+    """
     loss = judged.config.training.loss
     if loss not in SETTINGS_BY_LOSS:
         return
@@ -111,10 +115,10 @@ def _judge_preference(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _compare_reference(judged: CheckedRun, reference: str) -> float | None:
-    """Return how far the likelihoods that training used are from those computed now, nats/token.
+    """Return the mean difference of the reference's likelihoods to newly computed ones, nats/token.
 
-    Of pairs that were trained on, whatever the gate's held-out examples are. None if the run does
-    not keep a likelihood for each of these.
+    The run keeps those that training used. They are compared for some pairs of train. None if the
+    run does not keep a likelihood for each of these.
     """
     kept = read_likelihoods(find_likelihoods_file(judged.run))
     split = read_nonempty_splits(judged.config, judged.run)["train"]
@@ -135,13 +139,13 @@ def _compare_reference(judged: CheckedRun, reference: str) -> float | None:
 def _summarise(
     loss: str, predictions: ExamplePredictions, rows: Indices, counted: ExampleLosses
 ) -> PreferenceVerdict:
-    """Return the figures of pairs, without those of the reference.
+    """Return the verdict on held-out pairs, without the figures of the reference.
 
     Args:
         loss: the value of `training.loss`.
-        predictions: of the held-out split, of the initial and the trained adapter last.
-        rows: the counted examples of the split, int64 (n,).
-        counted: the losses of these.
+        predictions: of the held-out split; the last two are of the initial and the trained adapter.
+        rows: the indices of the counted examples in the split, int64 (n,).
+        counted: the losses of the counted examples.
     """
     clusters = counted.drawn_clusters
     chosen, rejected = -np.array(predictions.answer_losses)[-2:, :, rows].swapaxes(0, 1)
@@ -192,9 +196,10 @@ def _conclude(growth: PairedDifference) -> str:
 
 
 def _find_reasons(verdict: PreferenceVerdict) -> Iterator[Reason]:
+    """Yield a reason if the reference was another one, or else if the margin did not grow."""
     error = verdict.reference_error
     if verdict.reference is not None and (error is None or error > MAX_REFERENCE_ERROR):
-        told = (
+        problem = (
             "cannot be told, for the run does not keep the log-likelihoods of what it trained on"
             if error is None
             else f"was not the {verdict.reference} adapter: its kept log-likelihoods differ by "
@@ -202,12 +207,12 @@ def _find_reasons(verdict: PreferenceVerdict) -> Iterator[Reason]:
         )
         yield Reason(
             NOT_LEARNT,
-            f"the reference that training compared with {told}. Remove rooms/preferences in the "
+            f"the reference that training compared with {problem}. Remove rooms/preferences in the "
             f"run directory and train again",
         )
         return
     has_grown = verdict.margin_interval is None and verdict.conclusion == "inconclusive"
-    if verdict.conclusion == "better" or has_grown:  # the mean, of fewer than MIN_EXAMPLES
+    if verdict.conclusion == "better" or has_grown:  # with fewer than MIN_EXAMPLES the mean decides
         return
     change = format_difference(verdict.margin_growth, verdict.margin_interval)
     yield Reason(

@@ -56,7 +56,7 @@ def find_reference(config: FineTuneConfig) -> Reference | None:
 
 
 def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
-    """Yield what the configuration asks of a loss on preferences and cannot have."""
+    """Yield a sentence for each key that a loss on preferences does not allow, or not so."""
     loss, arguments = str(config.training.loss), dict(config.training.loss_config)
     settings = SETTINGS_BY_LOSS[loss]
     if "reference" in arguments and "reference" not in settings.model_fields:
@@ -64,8 +64,8 @@ def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
         yield f"training.loss_config.reference: {loss} compares with no reference. Leave it out"
     problems = find_problems(settings, arguments)
     for problem in problems:
-        at = f".{problem.key}" if problem.key else ""
-        yield f"training.loss_config{at}: {problem.message}"
+        key = f".{problem.key}" if problem.key else ""
+        yield f"training.loss_config{key}: {problem.message}"
     is_base = not problems and getattr(settings(**arguments), "reference", None) == "base"
     if is_base and config.fine_tune_type != "lora":
         yield (
@@ -76,7 +76,8 @@ def iterate_problems(config: FineTuneConfig) -> Iterator[str]:
 
 
 def _problems_of_other_keys(config: FineTuneConfig, loss: str) -> Iterator[str]:
-    taken: list[tuple[bool, str]] = [
+    """Yield a sentence for each key outside of `training.loss_config` that contradicts the loss."""
+    conflicts: list[tuple[bool, str]] = [
         (config.training.reference is not None, "training.reference: mlx_lm.lora has no such loss"),
         (config.training.supervise != "last", "training.supervise: the last answer is compared"),
         (
@@ -88,7 +89,7 @@ def _problems_of_other_keys(config: FineTuneConfig, loss: str) -> Iterator[str]:
             "nested.strategy: parameter_importance measures the cross-entropy",
         ),
     ]
-    yield from (f"{message} (training.loss: {loss})" for is_taken, message in taken if is_taken)
+    yield from (f"{message} (training.loss: {loss})" for is_set, message in conflicts if is_set)
 
 
 RULES = LossRules(iterate_problems)

@@ -88,7 +88,10 @@ LIKELIHOODS_FILE = JsonFile(ReferenceLikelihoods, MAX_BYTES)
 def prepare_reference(
     inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
 ) -> ReferenceLikelihoods:
-    """Return the likelihoods of these conversations: those kept by the run, else computed."""
+    """Return the reference's likelihoods of these conversations; compute them if the run has none.
+
+    Computed ones are written into the run directory. Raises ConfigError if one is not finite.
+    """
     path = find_likelihoods_file(inputs.run)
     digest = read_adapter(inputs.run.initial).digest()
     by_digest = {digest_tokens(one.tokens): one for one in conversations}
@@ -122,7 +125,7 @@ def read_likelihoods(path: Path) -> ReferenceLikelihoods | None:
 def _compute_likelihoods(
     inputs: LossInputs, reference: Reference, conversations: Sequence[Conversation]
 ) -> list[float]:
-    """Return the likelihood of each conversation's answer, in nats."""
+    """Return the reference's log-likelihood of each conversation's answer, in nats."""
     adapter = "base" if reference == "base" else "initial adapter"
     stages.info("reference: likelihoods of %d answers by the %s", len(conversations), adapter)
     refs, world = inputs.parameters, inputs.world
@@ -152,22 +155,26 @@ def compare_answers(
     rows: int,
     world: World | None = None,
 ) -> ExamplePredictions:
-    """Return losses and divergences of answers with these parameters, as `comparison` gives.
+    """Return losses of answers, and divergences between the models that give them.
 
-    Conversations of like length are computed together, so many rows at a time. Of several ranks
-    each computes every so many batches, and all get all.
+    Args:
+        comparison: computes them for a batch.
+        values: the parameters of each model.
+        conversations: the answers with what comes before them.
+        rows: the number of conversations in a batch; those of similar length are put together.
+        world: the ranks, which share the batches, and all of which get all results.
     """
     order = np.argsort([-len(one.tokens) for one in conversations], kind="stable")
     sums = np.zeros((2 * len(values) - 1, len(conversations)), np.float32)
     world, starts = world or World(), range(0, len(order), rows)
     with using_optimized_layers(comparison.model):
         for start in starts[world.rank :: world.size]:
-            chosen = order[start : start + rows]
-            padded = [*(conversations[row] for row in chosen), *[None] * (rows - len(chosen))]
+            batch = order[start : start + rows]
+            padded = [*(conversations[row] for row in batch), *[None] * (rows - len(batch))]
             compared = comparison.compare(values, lay_out(padded))
             columns = np.concatenate([compared.losses, compared.divergences])
-            sums[:, chosen] = columns[:, : len(chosen)]
-    # It takes arrays too
+            sums[:, batch] = columns[:, : len(batch)]
+    # sum_scalars_over_ranks takes arrays too
     summed = np.array(world.sum_scalars_over_ranks({"sums": mx.array(sums)})["sums"], np.float64)
     tokens = np.array([len(one.tokens) - one.prompt for one in conversations], np.float64)
     return ExamplePredictions(summed[: len(values)], summed[len(values) :], tokens)

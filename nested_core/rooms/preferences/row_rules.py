@@ -20,15 +20,18 @@ MAX_LENGTH_CORRELATION = 0.3  # of length and choice; below it, length is no str
 
 
 def judge_pairs(splits: Splits) -> Iterator[Finding]:
-    """Yield findings on pairs, each with a split in place of a file."""
+    """Yield findings on pairs: swapped pairs, and lengths that tell which answer is chosen.
+
+    Their `file` is the name of the split.
+    """
     first: dict[tuple[bytes, ...], str] = {}
     for split, pairs in splits.items():
         for line, pair in pairs.items():
             *prompt, chosen = pair.messages
             parts = ([prompt, pair.tools], chosen["content"], pair.rest["rejected"])
-            asked, one, other = map(canonical_json, parts)
-            first.setdefault((asked, one, other), f"{split}, line {line},")
-            if (swapped := first.get((asked, other, one))) is not None:
+            context, better, worse = map(canonical_json, parts)
+            first.setdefault((context, better, worse), f"{split}, line {line},")
+            if (swapped := first.get((context, worse, better))) is not None:
                 message = (
                     f"the same two answers to the same prompt stand in {swapped} the other way "
                     f"round: leave out the wrong one of both rows"
@@ -50,7 +53,7 @@ def correlate_length_and_choice(chosen: Iterable[int], rejected: Iterable[int]) 
 
 
 def _judge_lengths(split: str, pairs: list[Example]) -> Iterator[Finding]:
-    """Yield a warning where the length of answers tells which one is chosen."""
+    """Yield a warning if the length of answers tells which one is chosen."""
     if len(pairs) < MIN_EXAMPLES_FOR_LENGTH:
         return
     chosen = [len(str(pair.messages[-1]["content"])) for pair in pairs]

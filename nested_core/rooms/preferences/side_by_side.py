@@ -41,7 +41,7 @@ def read_pair(tokens: Int32, target_mask: Bool) -> Pair | None:
 
     Args:
         tokens: int32 [width + 1], padded.
-        target_mask: bool [width], about tokens 1, 2, ...: true in two runs, one an answer.
+        target_mask: bool [width], of tokens 1, 2, ...: true for the tokens of the two answers.
 
     Raises ValueError for a row that holds no pair.
     """
@@ -50,9 +50,9 @@ def read_pair(tokens: Int32, target_mask: Bool) -> Pair | None:
         return None
     if len(edges) != 2:
         raise ValueError(f"a pair has two answers, and this row has {len(edges)}")
-    (first, behind), (second, end) = edges
-    chosen = Conversation(tokens[:behind], first)
-    return Pair(chosen, Conversation(tokens[behind:end], second - behind))
+    (chosen_start, chosen_end), (rejected_start, end) = edges
+    chosen = Conversation(tokens[:chosen_end], chosen_start)
+    return Pair(chosen, Conversation(tokens[chosen_end:end], rejected_start - chosen_end))
 
 
 def lay_out_pairs(pairs: Sequence[Pair | None]) -> tuple[list[Conversation | None], MicroBatch]:
@@ -70,7 +70,9 @@ def _find_runs(target_mask: Bool) -> list[tuple[int, int]]:
 
 
 def lay_out(conversations: Sequence[Conversation | None]) -> MicroBatch:
-    """Lay out rows of one width, with the answers as targets; None is a row without any.
+    """Return a batch of conversations, padded to one width, with their answers as targets.
+
+    None becomes a row without targets.
 
     Returns tokens int32 [rows, width + 1] and target_mask bool [rows, width].
     """

@@ -84,12 +84,15 @@ class PreferenceLoss:
         return [(one.tokens, range(one.prompt, len(one.tokens))) for one in pair]
 
     def of_pairs(self, likelihoods: Array, reference: Array, tokens: Array) -> Array:
-        """Return the loss of each pair, (pairs,); 0 for a row without one. MLX's arrays or NumPy's.
+        """Return the loss of each pair, (pairs,); 0 for a row without a pair.
+
+        All are arrays of MLX, or all of NumPy.
 
         Args:
-            likelihoods: log-likelihoods of the answers in both halves of the rows, (2 pairs,).
-            reference: the same by the reference; zeros for a loss without one.
-            tokens: how many each answer has, 0 in a row without a pair.
+            likelihoods: log-likelihoods of the chosen answers, then of the rejected ones,
+                (2 pairs,).
+            reference: the reference's log-likelihoods; zeros for a loss without a reference.
+            tokens: the number of tokens of each answer, 0 in a row without a pair.
         """
         functions: Any = np if isinstance(likelihoods, np.ndarray) else mx
         is_pair = functions.split(tokens, 2)[0] > 0
@@ -119,13 +122,13 @@ class AnswerLikelihoods:
         return cls(None if head is None else ChunkedCrossEntropy(head, None))
 
     def compute(self, model: Any, tokens: mx.array, mask: mx.array, rows: mx.array) -> mx.array:
-        """Sum each row over its answer's tokens in nats, float32 (rows,); differentiable.
+        """Return the log-likelihood of each row's answer, in nats, float32 (rows,); differentiable.
 
         Args:
-            model: inputs (rows, width) to logits.
+            model: computes logits from inputs (rows, width).
             tokens: int32 (rows, width + 1).
             mask: bool (rows, width), whether token 1, 2, ... is of the answer.
-            rows: the positions of these tokens in the flattened mask, int32, padded with -1.
+            rows: the positions of the answers' tokens in the flattened mask, int32, padded with -1.
         """
         if self.chunked is None:
             logits = extract_logits(model(tokens[:, :-1])).astype(mx.float32)
@@ -147,7 +150,7 @@ class _Reference:
         batch: MicroBatch,
         position_counts: Mapping[int, int] | None = None,  # noqa: ARG002  # rows have own widths
     ) -> PreparedBatch:
-        """Return what the loss takes: tokens, mask, positions and the reference's values."""
+        """Return the arguments of the loss: tokens, mask, positions, reference's likelihoods."""
         conversations, rows = lay_out_pairs(read_pairs(batch))
         values = np.zeros(len(conversations))
         if self.likelihoods is not None:
@@ -159,9 +162,10 @@ class _Reference:
 
 
 def make_loss(inputs: LossInputs) -> Loss:
-    """Make the loss of a run, with the likelihoods of its reference, if any, once it begins.
+    """Return the loss of a run on preferences.
 
-    Raises DatasetError where the data that is trained on has no prompts.
+    Its `begin` computes the likelihoods of the reference, if the loss has one. Raises DatasetError
+    if the data of train has no prompts.
     """
     loss = PreferenceLoss.of_config(inputs.config)
     pairs = {name: read_pairs_of_split(split) for name, split in inputs.splits.items()}
@@ -177,14 +181,20 @@ def make_loss(inputs: LossInputs) -> Loss:
     likelihoods = AnswerLikelihoods.of_model(inputs.model, inputs.parameters)
 
     def by_row(model: Any, *arrays: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Return the sum over pairs, their number, and each loss, of `prepare_batch`'s arrays."""
+        """Return the sum of the losses of a batch's pairs, the number of pairs, and each loss.
+
+        arrays: what `prepare_batch` returned.
+        """
         tokens, mask, rows, reference = arrays
         counts = mask.sum(axis=1)
         losses = loss.of_pairs(likelihoods.compute(model, tokens, mask, rows), reference, counts)
         return losses.sum(), (mx.split(counts, 2)[0] > 0).sum(), losses
 
     def compile_evaluation(assign: Callable[[Flat], None]) -> EvaluateBatch:
-        """Return the compiled `by_row` of any values of the parameters, which `assign` puts in."""
+        """Return `by_row`, compiled, for parameters that are given with each batch.
+
+        assign: writes parameters into the model.
+        """
 
         def evaluate(values: Flat, *arrays: mx.array) -> tuple[mx.array, ...]:
             assign(values)
@@ -239,21 +249,22 @@ class HeldOutComparison:
         self._without_effect: list[int] = []
 
     def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
-        """Return the loss of each pair with each of `values`; a pair counts as one token.
+        """Return the loss of each pair with each adapter of `values`; a pair counts as one token.
 
-        The base is computed where the loss compares with it and no adapter is without effect.
+        If the loss compares with the base, its likelihoods are computed too, or taken from an
+        adapter that has no effect.
         """
         _, rows = lay_out_pairs(read_pairs(batch))
         if self._values is not values:  # they are the same for all batches of a split
             self._values = values
-            without = [row for row, one in enumerate(values) if self._loaded.is_unchanged_by(one)]
-            self._without_effect = without
-        beside = [self._base] if self._has_reference and not self._without_effect else []
-        compared = self._comparison.compare([*beside, *values], rows)
+            unchanged = [row for row, one in enumerate(values) if self._loaded.is_unchanged_by(one)]
+            self._without_effect = unchanged
+        base = [self._base] if self._has_reference and not self._without_effect else []
+        compared = self._comparison.compare([*base, *values], rows)
         of_base = -compared.losses[self._without_effect[0] if self._without_effect else 0]
-        losses = compared.losses[len(beside) :]
+        losses = compared.losses[len(base) :]
         tokens = compared.tokens.reshape(2, -1)
-        divergences = compared.divergences[len(beside) :].reshape(len(values) - 1, *tokens.shape)
+        divergences = compared.divergences[len(base) :].reshape(len(values) - 1, *tokens.shape)
         return ExamplePredictions(
             losses=np.array(
                 [self._loss.of_pairs(-one, of_base, compared.tokens) for one in losses]

@@ -11,7 +11,7 @@ from nested_core.text.loss_format import format_difference
 
 
 def _list_rows(block: Mapping[str, Any], verdict: Verdict) -> Iterator[CheckRow]:
-    """Yield margin, accuracy, likelihoods and divergence, each with its value before."""
+    """Yield the rows of the verdict's table: margin, accuracy, likelihoods and divergence."""
     if not block["examples"]:
         return
     reasons = reasons_of(verdict, "preference_not_learnt")
