@@ -74,7 +74,10 @@ def add_commands(commands: Any) -> None:
 
 
 def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Ask and measure; exit 4 where a model is significantly worse, or below --min."""
+    """Evaluate models, and return what prints the result.
+
+    The exit code is 4 if a model is significantly worse than the reference, or below --min.
+    """
     output: Path | None = arguments.output
     target = None if output is None else require_output_file(output, "-o")
     given = {key: getattr(arguments, key) for key in ("score", "min", "max_tokens")}
@@ -85,7 +88,7 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
         from nested_core.rooms.evaluate.evaluating import evaluate  # loads mlx_lm, in seconds
         from nested_core.storage.atomic import write_bytes
 
-        found = evaluate(
+        evaluation = evaluate(
             arguments.models,
             suites=suites,
             data=arguments.data,
@@ -95,13 +98,13 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
             base_model=arguments.model,
         )
     if target is not None:
-        write_bytes(target, found.to_html().encode("utf-8", "replace"))
+        write_bytes(target, evaluation.to_html().encode("utf-8", "replace"))
 
     def show() -> None:
-        """Print a table a suite and one of losses, and where the page is."""
-        print_blocks(*found.describe(arguments.show).blocks)
+        """Print a table for each suite and one of losses, and the path of the page."""
+        print_blocks(*evaluation.describe(arguments.show).blocks)
         if output is not None:
             print_line(f"page: {output}")
 
-    code = GateRejected.exit_code if found.is_worse else 0
-    return result_printer(arguments, found.to_json, show, code)
+    code = GateRejected.exit_code if evaluation.is_worse else 0
+    return result_printer(arguments, evaluation.to_json, show, code)

@@ -61,7 +61,7 @@ def add_commands(commands: Any) -> None:
 
 
 def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Search, and print the table of what was tried and what came of the best."""
+    """Try the settings and judge the best one; return what prints the table and the outcome."""
     over = _parse_over(arguments.over)
     for name in ("minutes", "steps"):
         value = getattr(arguments, name)
@@ -76,10 +76,10 @@ def run_sweep(arguments: argparse.Namespace) -> Callable[[], int]:
     stopper = Stopper(ends_process=True)
 
     class SweepSteps(TerminalSteps):
-        """As those of `train`; signals go to the trainer of the arm that is trained."""
+        """The steps of `train`; a signal stops the trainer of the arm that is being trained."""
 
         def judge(self, config: FineTuneConfig, run: RunDirectory, session: Session) -> Verdict:
-            """Judge; signals end it where it is, for no trainer is left to stop."""
+            """Judge an arm; a signal ends the process, since no trainer is left to stop."""
             stopper.release_trainer()
             return super().judge(config, run, session)
 

@@ -65,7 +65,9 @@ def evaluate(
     registry: Path | None = None,
     base_model: str | None = None,
 ) -> Evaluation:
-    """Ask suites and measure held-out losses of any models; nothing is trained or written.
+    """Ask models questions and measure their held-out losses; nothing is trained or written.
+
+    Returns the answers, scores and losses of all models, compared with a reference.
 
     Args:
         models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
@@ -85,21 +87,21 @@ def evaluate(
         raise ConfigError(f"evaluate: at most {MAX_MODELS - 1} models at once.")
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nested-tune-")))
-        read = [
+        sources = [
             find_model(str(given), registry, base_model, temporary / str(number))
             for number, given in enumerate([*([against] if against else []), *models])
         ]
-        found = [model for model, _ in read]
+        named = [model for model, _ in sources]
         if against is None:
-            found.insert(0, _base_of(found[0], base_model, [model.name for model in found]))
-        names = [model.name for model in found]
+            named.insert(0, _base_of(named[0], base_model, [model.name for model in named]))
+        names = [model.name for model in named]
         if len(set(names)) < len(names):
             raise ConfigError(f"evaluate: a model is named twice: {', '.join(names)}.")
         asks_configured = config is not None or data is None
         if config is None:
-            adapters = ((model.adapter.path, run) for model, run in read if model.adapter)
+            adapters = ((model.adapter.path, run) for model, run in sources if model.adapter)
             trained = (read_training_config(folder, run) for folder, run in adapters)
-            config = next(filter(None, trained), None) or _plain_config(found[0].model)
+            config = next(filter(None, trained), None) or _plain_config(named[0].model)
         configured = config.gate.tasks
         tasks = parse_tasks(suites, configured) or (configured if asks_configured else ())
         gate = config.gate.model_copy(update={"tasks": tasks})
@@ -110,7 +112,7 @@ def evaluate(
                 "evaluate: nothing to ask: give an eval set, a file of examples or both."
             )
         config = config.model_copy(update={"gate": gate})
-        return _Evaluating(config, found, None if data is None else str(data)).run()
+        return _Evaluating(config, named, None if data is None else str(data)).run()
 
 
 def _plain_config(model: str) -> FineTuneConfig:
@@ -118,9 +120,10 @@ def _plain_config(model: str) -> FineTuneConfig:
 
 
 def _base_of(model: NamedModel, base_model: str | None, names: Collection[str]) -> NamedModel:
-    """Return the base that others are compared with; of an exported model the one it is made of.
+    """Return the base of a model, for an exported model the one that it was made of.
 
-    It is named "base", or where `names` has that already by its place as well.
+    It is named "base", or, if that is one of `names`, "base" with its path. Raises ConfigError if
+    the base of an exported model has changed.
     """
     name = f"{BASE} {base_model or model.model}" if BASE in names else BASE
     if model.made_of is None:
@@ -152,7 +155,7 @@ class _Evaluating:
         self._constants = [one and one[1] for one in best]
 
     def run(self) -> Evaluation:
-        """Load each base once, ask and measure all models of it, then compare."""
+        """Evaluate all models and return the result; each base is loaded once for its models."""
         groups: dict[tuple[Any, ...], list[NamedModel]] = {}
         for model in self._models:
             groups.setdefault(_form(model, self._models), []).append(model)
@@ -174,19 +177,19 @@ class _Evaluating:
         return tuple(model.name for model in trained if model.seen.unknown is not None)
 
     def _measure(self, models: Sequence[NamedModel]) -> None:
-        """Measure answers and losses of models that fit into one base."""
+        """Ask and measure models of one base; keep their answers and losses in this object."""
         first = models[0]
         stages.info("evaluate: loading %s", first.model)
         config = self._config.model_copy(
             update={"model": first.model, "trust_remote_code": first.trust_remote_code}
         )
-        shaped = next((model.adapter for model in models if model.adapter is not None), None)
-        base = LoadedBase.load(config if shaped is None else shape_like_adapter(shaped, config))
+        adapter = next((model.adapter for model in models if model.adapter is not None), None)
+        base = LoadedBase.load(config if adapter is None else shape_like_adapter(adapter, config))
         for model in models:
             _require_fit(model, base)
         formats = [other.prompt_format for other in self._models if other.prompt_format]
         for model in models:
-            # One without rows of its own, such as the base, is asked as the first that has some
+            # A model without a prompt format, such as the base, is asked in that of the first other
             rows = model.prompt_format or next(iter(formats), None)
             encoded = encode_suites(self._suites, base.tokenizer, base.folder, rows)
             self._records[model.name] = [
@@ -204,7 +207,7 @@ class _Evaluating:
             self._losses[model.name] = (held_out, losses, predictions.tokens)
 
     def _compare_models(self) -> Iterator[EvaluatedModel]:
-        """Yield each model's figures beside those of the reference, the first one."""
+        """Yield each model's figures, the reference's first; others with their comparison to it."""
         stages.info("evaluate: comparing the models")
         reference, *others = self._models
         changes = [self._compare_answers(model, reference) for model in others]
@@ -233,6 +236,7 @@ class _Evaluating:
             yield EvaluatedModel(model.name, scores, loss)
 
     def _score_suites(self, model: NamedModel) -> list[SuiteScore]:
+        """Return a model's mean score in each suite."""
         answers = _by_suite(self._records[model.name])
         return [
             SuiteScore(
@@ -253,14 +257,17 @@ class _Evaluating:
         ]
 
     def _compare_losses(self, model: NamedModel, reference: NamedModel) -> Validation | None:
-        """Return the paired losses, without the examples that either was trained on."""
+        """Compare two models' losses, without the examples that either was trained on.
+
+        None without data, and for models of different tokenizers.
+        """
         if self._data is None:
             return None
-        held_out, own, tokens = self._losses[model.name]
-        _, other, other_tokens = self._losses[reference.name]
-        if not np.array_equal(tokens, other_tokens):
-            return None  # another tokenizer: nats/token are not comparable
-        losses = held_out.make_losses(tokens, self._config.training.loss, before=other, after=own)
+        held_out, after, tokens = self._losses[model.name]
+        _, base, reference_tokens = self._losses[reference.name]
+        if not np.array_equal(tokens, reference_tokens):
+            return None  # nats/token of different tokens are not comparable
+        losses = held_out.make_losses(tokens, self._config.training.loss, before=base, after=after)
         seen, bounds = model.seen | reference.seen, self._config.gate
         losses = losses.leaving_out(seen.find_in(held_out.digests))
         is_known = seen.unknown is None
@@ -269,6 +276,7 @@ class _Evaluating:
         )
 
     def _answered_questions(self) -> Iterator[AnsweredQuestion]:
+        """Yield each question with the answers and scores of all models."""
         names = [model.name for model in self._models]
         for records in zip(*(self._records[name] for name in names), strict=True):
             first = records[0]
@@ -287,19 +295,22 @@ def conclude_models(
     losses: Sequence[Validation | None],
     noise: Literal["paired", "none"],
 ) -> Iterator[tuple[list[Conclusion], Conclusion | None]]:
-    """Yield for each model the word for each suite, and for its loss.
+    """Yield the conclusions on each model, such as `better`: one for each suite, and for its loss.
 
-    All models, suites and losses are one family: the more are compared with the reference, the
-    surer a difference has to be for the words better and worse.
+    All comparisons with the reference are corrected for their number together.
+
+    changes: a row for each model: its change in each suite against the reference.
+    losses: for each model, its comparison of losses; None without one.
+    noise: as `gate.noise`; `none` takes the conclusions on losses as they are.
     """
     chances = []
-    for own, loss in zip(changes, losses, strict=True):
-        chances += [(change.fall, change.rise) for change in own]
+    for row, loss in zip(changes, losses, strict=True):
+        chances += [(change.fall, change.rise) for change in row]
         chances.append((NOT_TESTED, NOT_TESTED) if loss is None else _chances_of_loss(loss))
     is_worse = iter(find_beyond_chance([worse for worse, _ in chances]))
     is_better = iter(find_beyond_chance([better for _, better in chances]))
-    for own, loss in zip(changes, losses, strict=True):
-        words = [c.conclude(is_worse=next(is_worse), is_better=next(is_better)) for c in own]
+    for row, loss in zip(changes, losses, strict=True):
+        words = [c.conclude(is_worse=next(is_worse), is_better=next(is_better)) for c in row]
         shown = {"is_worse": next(is_worse), "is_better": next(is_better)}
         if loss is None or noise == "none":
             yield words, None if loss is None else loss.conclusion
@@ -308,10 +319,10 @@ def conclude_models(
 
 
 def _chances_of_loss(losses: ComparedLoss) -> tuple[Chance, Chance]:
-    """Return the probabilities of a loss this much worse, and this much better, if nothing changed.
+    """Return the probabilities of such a rise, and of such a fall, of the loss by chance.
 
-    By Student's t if the interval leaves out 0, else one half. Without an interval nothing is
-    tested.
+    They are computed by Student's t if the interval does not contain 0, and are one half otherwise.
+    Without an interval nothing is tested.
     """
     if losses.interval is None or losses.standard_error is None or losses.difference is None:
         return NOT_TESTED, NOT_TESTED

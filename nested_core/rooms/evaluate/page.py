@@ -157,9 +157,9 @@ class Evaluation:
         return f"Evaluation({models} against {self.against}: {word})"
 
     def describe(self, shown: int = SHOWN_QUESTIONS) -> Document:
-        """Return a table a suite and one of losses, with answers beside those expected.
+        """Return the page: a table for each suite, with answers, and one of losses.
 
-        shown: how many questions of each suite that a model answered wrong stand beside it.
+        shown: the number of questions of each suite that are shown because a model was wrong.
         """
         models = [(letter, name) for name, letter in self._letters.items()]
         suites = [suite.suite for suite in self.models[0].suites]
@@ -184,6 +184,7 @@ class Evaluation:
         return dict(zip((model.name for model in self.models), ascii_uppercase, strict=False))
 
     def _conclude(self) -> Text:
+        """Return the headline: which models are worse or better than the reference."""
         worse = [model.name for model in self.models if model.is_worse]
         if worse:
             text = f"worse than {self.against}, or below a minimum: {', '.join(worse)}"
@@ -200,43 +201,44 @@ class Evaluation:
         return Text(text, "warn" if guessing else "good", is_headline=True)
 
     def _describe_suite(self, number: int, shown: int) -> Section:
-        """Return the shares of right answers to a suite, wrong ones, and on a page all of them."""
+        """Return the section of a suite: scores, the first wrong answers, and all answers."""
         first = self.models[0].suites[number]
         name, letter = first.suite, self._letters[self.against]
         rows = []
         for model in self.models:
-            own = model.suites[number]
-            verdict = (own.conclusion or "").replace("_", " ")
-            if own.conclusion in ("better", "no_worse") and own.is_guessing:
+            suite = model.suites[number]
+            verdict = (suite.conclusion or "").replace("_", " ")
+            if suite.conclusion in ("better", "no_worse") and suite.is_guessing:
                 verdict += f" than {letter}, no better than one fixed answer"
-            if own.is_below_minimum:
-                verdict = f"{verdict}, below {own.minimum:g}".removeprefix(", ")
-            right = f"{own.score * own.questions:.4g} of {own.questions}"
-            compared = _compared(own.difference, own.interval)
+            if suite.is_below_minimum:
+                verdict = f"{verdict}, below {suite.minimum:g}".removeprefix(", ")
+            right = f"{suite.score * suite.questions:.4g} of {suite.questions}"
+            compared = _compared(suite.difference, suite.interval)
             rows.append((self._letters[model.name], right, *compared, verdict))
-        asked = [question for question in self.answers if question.suite == name]
+        questions = [question for question in self.answers if question.suite == name]
         judged = [one.name for one in self.models if one.name != self.against] or [self.against]
-        wrong = [one for one in asked if min(one.scores[n] for n in judged) < 1][:shown]
+        wrong = [one for one in questions if min(one.scores[n] for n in judged) < 1][:shown]
         constant = "" if first.constant is None else f"; one fixed answer: {first.constant:.2g}"
         caption = f"Right answers (score: {first.scored_by}), compared with {letter}{constant}"
         blocks: list[Block] = [Table(caption, ("", "right", *COMPARED), rows)]
-        given = [
+        answers = [
             (self._letters[model.name], q.expected, q.answers[model.name], q.scores[model.name])
             for model in self.models
-            for q in asked
+            for q in questions
         ]
-        blocks += show_answers(name, given) if given else []
+        blocks += show_answers(name, answers) if answers else []
         if wrong:
             letters = " or ".join(self._letters[name] for name in judged)
             caption = f"The first {len(wrong)} that {letters} answered wrong"
             blocks.append(self._list_answers(caption, wrong))
-        caption = f"All {len(asked):,} questions"
-        if len(asked) > MAX_LISTED_QUESTIONS:
-            caption = f"The first {MAX_LISTED_QUESTIONS:,} of {len(asked):,} questions"
-        every = self._list_answers(caption, asked[:MAX_LISTED_QUESTIONS])
+        caption = f"All {len(questions):,} questions"
+        if len(questions) > MAX_LISTED_QUESTIONS:
+            caption = f"The first {MAX_LISTED_QUESTIONS:,} of {len(questions):,} questions"
+        every = self._list_answers(caption, questions[:MAX_LISTED_QUESTIONS])
         return Section(name, [*blocks, Details(caption, [every])], f"suite-{number}")
 
     def _list_answers(self, caption: str, questions: Sequence[AnsweredQuestion]) -> Table:
+        """Return a table of questions, with the expected answer and that of each model."""
         rows = [
             (
                 question.question,
@@ -251,6 +253,7 @@ class Evaluation:
         return Table(caption, ("question", "expected", *self._letters.values()), rows)
 
     def _describe_losses(self) -> Section:
+        """Return the section of losses: each model's beside the reference's."""
         rows = []
         for model in self.models:
             loss, letter = model.loss, self._letters[model.name]

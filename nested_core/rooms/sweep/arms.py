@@ -105,9 +105,9 @@ def grid_points(grid: Mapping[str, Sequence[JsonValue]]) -> list[Point]:
 
 
 def refuse_incomparable_keys(names: Iterable[str], base: FineTuneConfig) -> None:
-    """Raise ConfigError for a key under which the runs' losses are of different things.
+    """Raise ConfigError for keys whose values make the runs' losses incomparable.
 
-    And for the learning rate where a schedule decides in its place, as in mlx_lm.lora.
+    Also raised for `learning_rate` if `lr_schedule` is set, which replaces it as in mlx_lm.lora.
     """
     names = sorted(names)
     left_out = {key.name for key in iterate_keys(FineTuneConfig) if key.in_loss is not None}
@@ -117,9 +117,9 @@ def refuse_incomparable_keys(names: Iterable[str], base: FineTuneConfig) -> None
     # A section counts as the keys in it, and a key as its section
     parts = [(f"{name}.", f"{key}.") for name in names for key in left_out]
     if bad := {name for name, key in parts if name.startswith(key) or key.startswith(name)}:
-        listed = ", ".join(sorted(name.removesuffix(".") for name in bad))
+        keys = ", ".join(sorted(name.removesuffix(".") for name in bad))
         raise ConfigError(
-            f"sweep: the grid varies {listed}. Settings are compared by one loss of the same rows "
+            f"sweep: the grid varies {keys}. Settings are compared by one loss of the same rows "
             f"and tokens, after as many steps of as many examples, and nothing is registered. Give "
             f"each value a run of its own, and compare what they answer (`nested-tune evaluate`)."
         )
@@ -131,17 +131,17 @@ def refuse_incomparable_keys(names: Iterable[str], base: FineTuneConfig) -> None
 
 
 def settings_of_point(base: FineTuneConfig, point: Point) -> dict[str, Any]:
-    """Return the values of a point's configuration; an error if it cannot run.
+    """Return the configuration with a point's values in place of its own; ConfigError if invalid.
 
-    A point that varies the rank alone keeps rank x scale, as `alpha` does in a file.
+    A point that changes the rank, and neither scale nor alpha, keeps rank x scale.
     """
-    given: Point = dict(point)
+    changes: Point = dict(point)
     lora = base.lora_parameters
-    if RANK in given and not {SCALE, ALPHA} & given.keys():
-        given[ALPHA] = lora.rank * lora.scale
+    if RANK in changes and not {SCALE, ALPHA} & changes.keys():
+        changes[ALPHA] = lora.rank * lora.scale
     values = base.model_dump(mode="json")
-    if ALPHA in given:
+    if ALPHA in changes:
         values["lora_parameters"].pop("scale")
-    values = lay_over(values, given)
+    values = lay_over(values, changes)
     parse_config(values, source=f"sweep: the point {point}")
     return values

@@ -46,20 +46,24 @@ class SweepChoice:
     def read(
         cls, chosen: RunDirectory, runs: Sequence[RunDirectory], selecting: Contents
     ) -> SweepChoice:
-        """Read the folders of the chosen run and of all runs, the chosen one among them.
+        """Compare the chosen run with the first one by their losses on held-out examples.
 
+        The interval is corrected for the choice among all evaluated steps of all runs, unless the
+        examples are others than those that the choice was made by.
+
+        runs: all runs, the chosen one among them.
         selecting: the digests of the examples that the arms were evaluated on, uint64 (n,).
         """
         if read_verdict(chosen.gate).validation is None:
             return cls(1, None)
         judged = read_example_losses(chosen.gate_losses).counted()
-        other = _read_losses_of_same_examples(runs[0], judged)
-        found = judged.compare_trained_with(other)
+        first = _read_losses_of_same_examples(runs[0], judged)
+        change = judged.compare_trained_with(first)
         if judged.contents is not None and not np.isin(judged.contents, selecting).any():
-            return cls(1, None, found)
+            return cls(1, None, change)
         family = join_candidates([_read_candidates_of_run(run) for run in runs])
-        interval = None if found is None else family.corrected_interval(judged, other, found)
-        return cls(family.count, interval, found)
+        interval = None if change is None else family.corrected_interval(judged, first, change)
+        return cls(family.count, interval, change)
 
 
 def _read_losses_of_same_examples(run: RunDirectory, judged: ExampleLosses) -> Vector:

@@ -109,7 +109,7 @@ class SweepResult:
     is_better: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Return the arms, the winner and what is known of it, as `sweep --json` prints them."""
+        """Return the document that `sweep --json` prints: the arms, and how the best compares."""
         choice = self.choice
         difference = None if choice is None else choice.difference
         return {
@@ -126,7 +126,7 @@ class SweepResult:
         }
 
     def summary(self) -> str:
-        """Return the outcome in a sentence or two."""
+        """Return the outcome: how many settings were tried, and whether the best one is better."""
         record = self.record
         chosen = record.arms[record.chosen or 0].describe()
         tried = f"{len(record.arms)} settings tried in {record.trained:,} steps"
@@ -138,26 +138,28 @@ class SweepResult:
             return f"{text} It could not be compared with the configuration itself."
         low, high = difference.low, difference.high
         if self.answers is not None:
-            what = f"{difference.mean:+.1%} of {difference.examples} answers are right"
+            gain = f"{difference.mean:+.1%} of {difference.examples} answers are right"
             interval = f"{low:+.1%} to {high:+.1%}"
         else:
             among = self.choice.chosen_among
-            luck = f", corrected for the choice among {among}" if among > 1 else ""
+            correction = f", corrected for the choice among {among}" if among > 1 else ""
             low, high = self.choice.corrected_interval or (low, high)
             unit = Run(self.run).loss_unit
-            what = f"{difference.mean:+.3g} {unit} on {difference.examples} examples"
-            interval = f"{low:+.3g} to {high:+.3g}{luck}"
-        told = "better" if self.is_better else "not shown to be better: it may be luck"
-        return f"{text} Against the configuration itself {what} (95 % interval {interval}): {told}."
+            gain = f"{difference.mean:+.3g} {unit} on {difference.examples} examples"
+            interval = f"{low:+.3g} to {high:+.3g}{correction}"
+        word = "better" if self.is_better else "not shown to be better: it may be luck"
+        return f"{text} Against the configuration itself {gain} (95 % interval {interval}): {word}."
 
 
 def sweep(
     config: FineTuneConfig, folder: Path, request: SweepRequest, hooks: Steps | None = None
 ) -> SweepResult:
-    """Search, train the winner to the end and judge it; goes on with what is in `folder`.
+    """Try the settings of a request, train the best one to the end, and judge it.
 
-    Nothing is registered. Raises ConfigError for what cannot be compared or is too short,
-    TrainingStopped where a stop was requested, GateRejected where the winner does not pass.
+    A sweep in `folder` that was interrupted is continued. Nothing is registered.
+
+    Raises ConfigError for settings that cannot be compared and for too few steps, TrainingStopped
+    if a stop was requested, GateRejected if the best setting does not pass.
     """
     hooks = hooks or Steps()
     place = require_free_place(folder, RUN_DIR_KEY)
@@ -166,7 +168,7 @@ def sweep(
     place.mkdir(parents=True, exist_ok=True)
 
     def refuse() -> NoReturn:
-        """Refuse: another process sweeps here."""
+        """Raise ConfigError: another process works in the folder."""
         raise ConfigError(f"{folder} is in use by another process. Give another --run-dir.")
 
     lock = exclusive_lock_with_holder_id(place / LOCK_NAME, on_busy=refuse)
@@ -175,7 +177,7 @@ def sweep(
         try:
             search.begin()
         finally:
-            if not (place / SWEEP_NAME).is_file():  # refused: the same command works later
+            if not (place / SWEEP_NAME).is_file():  # refused: leave no folder behind
                 (place / LOCK_NAME).unlink()
                 with suppress(OSError):
                     place.rmdir()
@@ -195,7 +197,11 @@ class _Search:
     record: SweepRecord = field(init=False)
 
     def begin(self) -> None:
-        """Read the record, or plan: which arms, how long a run, where they are compared."""
+        """Read the record of a sweep that was begun, or plan and write a new one.
+
+        A plan has the arms and the steps at which they are compared. Raises ConfigError for a
+        record of another configuration, and for settings that cannot be tried.
+        """
         digest = _digest_request(self.config, self.request)
         if (self.folder / SWEEP_NAME).is_file():
             self.record = SWEEP_FILE.read(self.folder / SWEEP_NAME)
@@ -223,7 +229,10 @@ class _Search:
         self.hooks.on_message(f"{len(arms)} settings, compared at steps {places} of {wanted:,}")
 
     def _measure(self) -> tuple[int, int | None]:
-        """Return the steps of a whole run, and those of all arms that there is time for."""
+        """Return the steps of a whole run, and the steps that all arms together may take.
+
+        The second is None without a limit. Raises ConfigError without a validation loss.
+        """
         minutes, budget = self.request.minutes, self.request.steps
         measures = minutes is not None
         seams.require("planning", "sweep")
@@ -244,17 +253,17 @@ class _Search:
         return explained.steps, budget
 
     def run(self) -> None:
-        """Train the arms, at each rung the better half of them on, and choose the best one.
+        """Train all arms to the first rung, the better half to the next, and so on; keep the best.
 
-        The configuration itself is trained to the end beside them, and can be the best one.
+        The configuration itself is trained to the last rung in any case, and can be the best one.
         """
-        alive = list(range(len(self.record.arms)))
+        remaining = list(range(len(self.record.arms)))
         for step in self.record.rungs:
-            for number in sorted({0, *alive}):
+            for number in sorted({0, *remaining}):
                 if step not in self.record.arms[number].scores:
                     self._train_arm(number, step)
-            alive = better_half(self._scores(alive, step))
-        best = better_half(self._scores({0, *alive}, self.record.rungs[-1]))[0]
+            remaining = better_half(self._scores(remaining, step))
+        best = better_half(self._scores({0, *remaining}, self.record.rungs[-1]))[0]
         self.record = replace(self.record, chosen=best)
         self.record.write(self.folder)
 
@@ -262,7 +271,7 @@ class _Search:
         return {number: self.record.arms[number].scores[step] or (math.inf,) for number in arms}
 
     def _train_arm(self, number: int, step: int) -> None:
-        """Train an arm up to a rung's step, and write down its score."""
+        """Train an arm up to a rung, and write its score into the record; None if it diverged."""
         run, config = self._run_of(number), self._config_of(number)
         arm = self.record.arms[number]
         self.hooks.on_message(f"{arm.describe()}: to step {step} of {self.record.rungs[-1]}")
@@ -286,7 +295,10 @@ class _Search:
         self.record.write(self.folder)
 
     def judge(self) -> SweepResult:
-        """Judge the winner, and the configuration itself to compare it with; write best.yaml."""
+        """Judge the best arm, and the configuration itself to compare it with; write best.yaml.
+
+        Raises ConfigError if every arm diverged, GateRejected if the best arm does not pass.
+        """
         number = self.record.chosen or 0
         if self.record.arms[number].scores[self.record.rungs[-1]] is None:
             raise ConfigError(
@@ -376,11 +388,16 @@ class _Part(Steps):
 
 
 def plan_rungs(arms: int, wanted: int, budget: int | None) -> tuple[int, ...]:
-    """Return the steps at which arms are compared, the last of which is a whole run's.
+    """Return the rungs: the steps at which arms are compared; the last is the length of a run.
 
-    A run has the `wanted` steps, or as many as let all arms stay within the budget; rounded down so
-    that every rung is a whole number of steps with evaluations at it. ConfigError where nothing is
-    left.
+    After each rung the better half of the arms is trained on. The length is rounded down, so that
+    there is an evaluation at each rung.
+
+    arms: the number of arms.
+    wanted: the steps of a whole run, if the budget allows them.
+    budget: the steps of all arms together; None is no limit.
+
+    Raises ConfigError if no step is left.
     """
     halvings = min(MAX_HALVINGS, math.ceil(math.log2(arms)))
     unit = _unit(halvings + 1)
@@ -411,9 +428,9 @@ def count_steps(arms: int, rungs: Sequence[int]) -> int:
 def compare_answers(
     chosen: RunDirectory, runs: Sequence[RunDirectory], suite: str
 ) -> PairedDifference:
-    """Return the chosen run's answers to a suite less the first run's, with the luck of the choice.
+    """Compare the chosen run's answers to a suite with the first run's, question by question.
 
-    Answers are paired by their line. Where the questions that judge chose as well, it was among all
+    If the run was chosen by the same questions, the interval is corrected for the choice among all
     evaluated steps of all runs.
     """
     of_first, of_chosen = (
@@ -478,9 +495,9 @@ def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
 
 
 def _best_score(run: RunDirectory, select_by: str) -> Score | None:
-    """Return the best evaluation, or the last while a tier is not updated yet; lower is better.
+    """Return the score of a run's best evaluation; lower is better; None if no loss was finite.
 
-    None if no loss was finite.
+    While a tier has not been updated there is no best one yet: the last one counts.
     """
     state = latest_state(run.checkpoints)
     loss, wrong = state.get("best_val_loss"), state["best_wrong"]
