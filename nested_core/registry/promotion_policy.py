@@ -267,8 +267,8 @@ def describe_promotion(
     if doubtful := verdict.doubtful_answers:
         warnings.append(f"its answers are not above {OTHER_ANSWERS}: {doubtful}")
     text = "; ".join(filter(None, reversed(warnings)))
-    go_back = f"To go back: `nested-tune rollback {name} --registry {registry}`"
-    return replace(notes, warning=f"{text}. {go_back}" if text else None)
+    go_back = f". To go back: `nested-tune rollback {name} --registry {registry}`"
+    return replace(notes, warning=text + (go_back if done.previous else "") if text else None)
 
 
 def _describe_losses(

@@ -57,7 +57,7 @@ def add_commands(commands: Any) -> None:
     add_registry_flag(chat)
     chat.add_argument("--system", metavar="TEXT", help=SYSTEM_HELP)
     asked = chat.add_mutually_exclusive_group()
-    asked.add_argument("--prompt", metavar="TEXT", help="ask this alone, then end")
+    asked.add_argument("--prompt", action="append", metavar="TEXT", help="ask this alone, then end")
     asked.add_argument(
         "--prompts",
         type=Path,
@@ -112,12 +112,12 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     return printer(lambda: chat.answer_each(prompts))
 
 
-def _read_prompts(prompt: str | None, file: Path | None) -> Iterator[str]:
-    """Return the prompt, the lines of the file, else what is typed or standard input's lines."""
-    if prompt is not None:
-        if not prompt.strip():
+def _read_prompts(given: Sequence[str] | None, file: Path | None) -> Iterator[str]:
+    """Return the prompts, the lines of the file, else what is typed or standard input's lines."""
+    if given is not None:
+        if not all(map(str.strip, given)):
             raise ConfigError("--prompt: there is no text in it. Give what is to be asked.")
-        return iter([prompt])
+        return iter([line for prompt in given for line in (NEW_CONVERSATION, prompt)])
     if file is None:
         return _read_input()
     try:

@@ -30,13 +30,13 @@ def ask(target: object, cwd: Path, *more: object) -> Ended:
     return called("chat", target, *more, "--max-tokens", 12, cwd=cwd)
 
 
-def test_one_prompt_is_answered_by_both_as_plain_mlx_lm_answers_it(command_run) -> None:
-    done = ask("run", command_run.folder, "--prompt", QUESTION)
+def test_each_prompt_is_answered_by_both_as_plain_mlx_lm_answers_it(command_run) -> None:
+    done = ask("run", command_run.folder, "--prompt", QUESTION, "--prompt", QUESTION)
     adapter = command_run.run_dir / "adapter"
     (base,) = generate_answers(str(MODEL), [QUESTION], max_tokens=12)
     (trained,) = generate_answers(str(MODEL), [QUESTION], adapter=adapter, max_tokens=12)
     assert done.code == 0
-    assert done.stdout.splitlines() == [f"adapter: {trained}", f"base:    {base}"]
+    assert done.stdout.splitlines() == [f"adapter: {trained}", f"base:    {base}"] * 2
     assert base != trained
 
 
