@@ -65,9 +65,7 @@ def evaluate(
     registry: Path | None = None,
     base_model: str | None = None,
 ) -> Evaluation:
-    """Ask models questions and measure their held-out losses; nothing is trained or written.
-
-    Returns the answers, scores and losses of all models, compared with a reference.
+    """Ask models questions and measure their held-out losses; return both, and compare them.
 
     Args:
         models: bases, adapters of mlx_lm or PEFT, runs, NAME, NAME@VERSION or REGISTRY/NAME, and
