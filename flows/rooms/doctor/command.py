@@ -77,18 +77,18 @@ def _check_python() -> Check:
 
 
 def _check_packages() -> Check:
-    """What is installed of what this project needs (extras apart), and whether the version fits."""
+    """Return which required packages are installed, and whether their versions fit; no extras."""
     found, unfit = [f"nested-tune {version('nested-tune')}"], []
     for requirement in map(Requirement, requires("nested-tune") or ()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            there = version(requirement.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
             unfit.append(f'"{requirement}"')
             continue
-        found.append(f"{requirement.name} {there}")
-        if not requirement.specifier.contains(there, prereleases=True):
+        found.append(f"{requirement.name} {installed}")
+        if not requirement.specifier.contains(installed, prereleases=True):
             unfit.append(f'"{requirement}"')
     return Check(
         "packages", not unfit, ", ".join(found), f"pip install {' '.join(unfit)}" if unfit else ""
@@ -96,6 +96,7 @@ def _check_packages() -> Check:
 
 
 def _check_mlx() -> Check:
+    """Return the device that MLX computes on, or why it cannot be imported."""
     from nested_core import backend
 
     try:
@@ -133,7 +134,7 @@ def _check_compiler() -> Check:
 
 
 def _check_kernels() -> Check:
-    """What compiles our own kernels; the same is computed without it, more slowly."""
+    """Return whether this project's CUDA kernels are used; without them steps are slower."""
     from nested_core import backend
 
     if not backend.is_mlx_built_for_cuda():

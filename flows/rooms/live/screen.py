@@ -70,6 +70,7 @@ def _head_lines(view: RunProgress, width: int) -> list[Text]:
 
 
 def _plot_lines(view: RunProgress, width: int, height: int) -> list[Text]:
+    """Return the lines of the chart of losses, with coloured marks, in this many characters."""
     curve = draw_curve(
         view.records,
         width=max(10, width - LABEL_WIDTH - 4),
@@ -95,6 +96,7 @@ def describe_stages(view: RunProgress) -> Iterator[str]:
 
 
 def _body_lines(view: RunProgress, width: int) -> list[Text]:
+    """Return the lines below the chart: losses, speed, memory, tiers, stages and the outcome."""
     losses = describe_last_losses(view.records, view.plan)
     sentences = [
         *(f"{name} {text}" for name, text in losses.items()),

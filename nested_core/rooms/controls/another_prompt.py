@@ -157,6 +157,11 @@ def choose_partners(rows: Sequence[AnswerRow]) -> list[list[int]]:
 
 
 def _describe(measured: PromptEffect, base_effect: float, rows: int) -> ControlResult:
+    """Return the row of the control in the verdict, and a warning if only the form was learnt.
+
+    base_effect: the same difference for the base.
+    rows: the number of held-out rows.
+    """
     interval = (measured.effect.low, measured.effect.high)
     row = ControlFigure(
         control=CONTROL,

@@ -152,6 +152,7 @@ def are_siblings(right: int, constant: int, total: int) -> bool:
 
 
 def _warn_of_siblings(right: int, total: int, lines: Sequence[SuspectLine]) -> ControlWarning:
+    """Return a warning that a lookup in train answers `right` of `total` held-out questions."""
     return ControlWarning(
         control=CONTROL,
         kind="siblings_in_train",

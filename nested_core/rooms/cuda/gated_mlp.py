@@ -91,6 +91,10 @@ def gated_gradients_on_cuda(
 
 
 def _launch_gated_kernel(name: str, outputs: int, *sums: LowRankSumTerms) -> list[mx.array]:
+    """Launch the kernel of this name on one or more low-rank sums of the same shape.
+
+    Returns `outputs` arrays of that shape.
+    """
     rows, width = sums[0].base.shape
     steps, blocks = lora_add.warp_steps_and_grid(rows, width)
     return launch_kernel(

@@ -103,6 +103,7 @@ def low_rank_sums_on_cuda(sums: Sums) -> Sequence[mx.array]:
 
 
 def _launch_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
+    """Compute up to SUMS_PER_LAUNCH low-rank sums in one launch, and return them."""
     missing = SUMS_PER_LAUNCH - len(sums)  # these are of no size
     rows = len(sums[0].base)
     widths = [each.base.shape[1] for each in sums]

@@ -162,7 +162,12 @@ def _decide(
     *,
     removes_unregistered: bool,
 ) -> _Decision:
-    """What becomes of an old run, by what it is now; `links` has links to runs by their targets."""
+    """Return whether an old run is removed, or why it is kept.
+
+    names: all names of the known registries.
+    links: links in other folders that lead to runs, by their targets.
+    removes_unregistered: remove runs that passed the gate and that no registry names, too.
+    """
     if run.state == "running":
         return _Decision("a process works on it")
     if run.state == "damaged" or run.promoted_to is None:
@@ -172,8 +177,8 @@ def _decide(
         obstacle = f"the link {link} leads to it"
     for name in names:
         if run.version in name.standing:
-            said = f"version {str(run.version)[:12]} of {name.name} names it"
-            return _Decision.to_remove([] if obstacle else _spare_checkpoints(run), said)
+            reason = f"version {str(run.version)[:12]} of {name.name} names it"
+            return _Decision.to_remove([] if obstacle else _spare_checkpoints(run), reason)
     if obstacle is not None:
         return _Decision(obstacle)
     adapter = run.folder.adapter
@@ -265,9 +270,12 @@ def _read_names(
     adapter: AdapterRuns | None,
     ignored_versions: Collection[str],
 ) -> Iterator[_Name]:
-    """The names of some registries; DamagedError for an unreadable version.
+    """Yield the names of these registries with their versions.
 
-    Versions of the adapter that are ignored do not count; another name may have the same.
+    Raises DamagedError for a version that cannot be read.
+
+    adapter, ignored_versions: versions of this adapter that do not count, as they are being
+        removed. They count for other names.
     """
     for registry in registries:
         for name in list_names(registry):

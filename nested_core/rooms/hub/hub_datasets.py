@@ -74,6 +74,13 @@ def open_configured_datasets(
 def _load_hub_split(
     path: str, key: str, arguments: dict[str, Any], *, trust_remote_code: bool
 ) -> Any:
+    """Load a data set of the hub with the library `datasets`; return what it returns.
+
+    key: the key of the configuration that names the data set, for messages.
+    arguments: of `datasets.load_dataset`.
+
+    Raises ConfigError if the data set cannot be loaded, and OSError of this machine's disk.
+    """
     try:
         datasets = import_module("datasets")  # an extra: absent from most environments
     except ImportError:

@@ -220,6 +220,7 @@ class KernelStore:
             os.close(descriptor)
 
     def _remove_abandoned_folders(self) -> None:
+        """Remove the folders of processes that have ended: nobody holds their lock."""
         for folder in self._folder.glob(f"{PROCESS_FOLDER_PREFIX}*"):
             try:
                 descriptor = os.open(folder / IN_USE_NAME, os.O_RDWR)

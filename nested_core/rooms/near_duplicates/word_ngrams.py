@@ -54,13 +54,13 @@ class WordNgrams:
     bags: Hashes
 
     def take_sample(self) -> tuple[np.ndarray[Any, np.dtype[np.uint32]], Indices]:
-        """The sampled n-grams, uint32, and the index of the text that each is in."""
+        """Return the sampled n-grams, uint32, and the index of the text that each is in."""
         places = np.flatnonzero(self.is_sampled)
         ngrams = (self.hashes[places] >> np.uint64(32)).astype(np.uint32)
         return ngrams, np.searchsorted(self.ends, places, side="right")
 
     def to_columns(self, texts: Sequence[str | None]) -> dict[str, pl.Series]:
-        """The columns of NGRAM_SCHEMA, a row for each of the texts that were hashed."""
+        """Return the columns of NGRAM_SCHEMA, a row for each of the texts that were hashed."""
         ngrams, owners = self.take_sample()
         sampled = pl.DataFrame(
             {"owner": owners, "ngrams": ngrams}, schema={"owner": pl.Int64, "ngrams": pl.UInt32}
@@ -77,7 +77,10 @@ class WordNgrams:
 
 
 def hash_word_ngrams(texts: Sequence[str | None]) -> WordNgrams:
-    """The words of each text as hashes; None and a text of more than MAX_CHARACTERS have none."""
+    """Return the hashes of the n-grams of words of texts, with a sample for each text.
+
+    None, and a text of more than MAX_CHARACTERS, have no words.
+    """
     words = _split_into_words(texts, folds_digits=True)
     counts = words.list.len().cast(pl.Int64).to_numpy()
     # The hash of a word is polars': it decides which n-grams of a long text are compared
@@ -180,26 +183,28 @@ class AskedNgrams:
             return cls(arrays["ngrams"], arrays["words"], arrays["bags"])
 
     def find_in(self, texts: Sequence[str | None], contents: pl.Series) -> tuple[pl.DataFrame, int]:
-        """What texts share with those asked for, and how many of the texts have n-grams.
+        """Return what texts share with those asked for, and how many of the texts have n-grams.
 
-        `contents` has a key for each text. Where there are many matches, those that can name no
-        line are left out of the frame, see MATCH_SCHEMA, and of those of later calls the n-grams
-        that are common here: this frame has enough examples of them.
+        The frame has the columns of MATCH_SCHEMA. If it gets long, matches that can name no line
+        are left out; later calls also leave out the n-grams that were common in it, of which it
+        has examples enough.
+
+        contents: a key for each text.
         """
-        found = hash_word_ngrams(texts)
-        ngrams, hits = found.take_sample()
+        hashed = hash_word_ngrams(texts)
+        ngrams, text_numbers = hashed.take_sample()
         is_asked, places = _find_among(ngrams, self.ngrams)
         is_asked[is_asked] = ~self._is_common[places[is_asked]]
-        ngrams, hits = ngrams[is_asked], hits[is_asked]
-        rows = self._rows_of_equal_words(texts, found.bags)
-        owners = np.concatenate([hits, rows["row"].to_numpy()])
+        ngrams, text_numbers = ngrams[is_asked], text_numbers[is_asked]
+        rows = self._rows_of_equal_words(texts, hashed.bags)
+        owners = np.concatenate([text_numbers, rows["row"].to_numpy()])
         shared = pl.DataFrame(
             {
                 "row": owners,
                 "content": contents.gather(owners),
-                "halvings": found.halvings[owners],
+                "halvings": hashed.halvings[owners],
                 "ngram": pl.Series(ngrams).extend_constant(None, rows.height),
-                "words": pl.repeat(None, len(hits), dtype=pl.UInt64, eager=True).append(
+                "words": pl.repeat(None, len(text_numbers), dtype=pl.UInt64, eager=True).append(
                     rows["words"]
                 ),
             },
@@ -208,7 +213,7 @@ class AskedNgrams:
         if shared.height > _MATCHES_WORTH_A_LOOK:
             shared = drop_common_ngrams(shared)
             self._remember_common(shared)
-        sampled = np.concatenate([[0], np.cumsum(found.is_sampled)])[np.insert(found.ends, 0, 0)]
+        sampled = np.concatenate([[0], np.cumsum(hashed.is_sampled)])[np.insert(hashed.ends, 0, 0)]
         return shared, int(np.count_nonzero(np.diff(sampled)))
 
     def _rows_of_equal_words(self, texts: Sequence[str | None], bags: Values) -> pl.DataFrame:

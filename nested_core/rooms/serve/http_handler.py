@@ -240,6 +240,7 @@ class RegistryHandler(APIHandler):
         self._send(200, json.dumps({"object": "list", "data": listed}).encode())
 
     def _send(self, status: int, body: bytes, content_type: str = "application/json") -> None:
+        """Send a whole answer: status, headers and, unless the request was HEAD, the body."""
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
