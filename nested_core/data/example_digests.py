@@ -43,7 +43,7 @@ def digest_prompts(split: TokenizedSplit) -> Digests:
 class TrainedRows:
     """The rows that an adapter and its ancestors were trained on, as far as they are known.
 
-    digests: see `TokenizedSplit.contents`, uint64 [n].
+    digests: see `TokenizedSplit.contents` and `.beginnings`, uint64 [n].
     unknown: why not all of the rows are known; None if they are.
     """
 

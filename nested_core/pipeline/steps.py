@@ -339,8 +339,9 @@ def _record_training_rows(
     start: the adapter that the run goes on from, wherever it is; None for a fresh one.
     """
     _, splits = load_run_data(config, run)
-    own = [splits[name].contents for name in ("train", REPLAY_SPLIT) if name in splits]
-    rows = find_rows_of_base(base) | TrainedRows(np.concatenate(own))
+    rows = find_rows_of_base(base)
+    for split in (splits[name] for name in ("train", REPLAY_SPLIT) if name in splits):
+        rows |= TrainedRows(np.concatenate([split.contents, split.beginnings]))
     if start is not None:
         location = config.registry.location
         rows |= find_trained_rows(start, None if location is None else location[0])

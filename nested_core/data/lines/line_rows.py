@@ -99,10 +99,38 @@ def digest_example(example: Example) -> int:
     do not count: whoever learnt the row with them knows its answer. A pair is known by its chosen
     answer.
     """
-    turns = [turn for turn in example.messages if turn["role"] != "system"]
-    alone = example._replace(messages=turns, tools=None, is_plain=False, rest={})
-    content = fold_text(_text_to_compare(alone, roles="").encode())
-    return int.from_bytes(sha256(content).digest()[:8], "little")
+    return digest_with_beginnings(example)[0]
+
+
+def digest_with_beginnings(example: Example) -> list[int]:
+    """Return `digest_example`, then that of its turns up to each learnt answer but the last.
+
+    A run that learns every answer of a chat learns these beginnings too. Of a pair the last turn
+    alone is learnt. The digest is of the folded JSON of `[[], turns[:-1]]`, NUL, and
+    `[turns[-1:], {}]`; each turn is hashed once, so that the time is linear in the turns.
+    """
+    kind = find_row_format(example.format)
+    if not kind.is_templated:
+        return [_digest_after(sha256(), fold_text(example.text.encode()))]
+    before, comma, beginnings = sha256(b"[[],["), b"", list[int]()
+    digest = _digest_after(before, b"]]\0[[],{}]")
+    for number, turn in enumerate(example.messages):
+        if turn["role"] != "system":
+            folded = fold_text(_json_to_compare(_turn_to_compare(turn)).encode())
+            digest = _digest_after(before, b"]]\0[[" + folded + b"],{}]")
+            before.update(comma + folded)
+            comma = b","
+        is_learnt = turn["role"] == "assistant" and number not in example.masked
+        if is_learnt and kind.encode is None and number < len(example.messages) - 1:
+            beginnings.append(digest)
+    return [digest, *beginnings]
+
+
+def _digest_after(before: Any, content: bytes) -> int:
+    """Return the first 64 bits of the SHA-256 of what was hashed before and of more content."""
+    hasher = before.copy()
+    hasher.update(content)
+    return int.from_bytes(hasher.digest()[:8], "little")
 
 
 def fold_questions(turns: Sequence[Mapping[str, Any]]) -> list[bytes]:

@@ -26,7 +26,7 @@ from nested_core.data.lines.example_parsing import (
     find_row_format,
     read_examples,
 )
-from nested_core.data.lines.line_rows import digest_example
+from nested_core.data.lines.line_rows import digest_with_beginnings
 from nested_core.data.lines.marks import describe_nothing_to_learn
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.tokens.template_time_limit import (
@@ -61,7 +61,8 @@ BEYOND_EMBEDDING_CHECK = "token-beyond-embedding"
 EXAMPLE_FACTS_DTYPE = np.dtype(
     [
         ("line", "<i4"),
-        ("content", "<u8"),  # see _digest_without_ends
+        ("beginnings", "<i4"),  # how many of `TokenizedSplit.beginnings` it has
+        ("content", "<u8"),  # see _digest_row_and_beginnings
         ("full_length", "<i4"),  # in tokens, before truncation
         ("length", "<i4"),  # in tokens, after it
         ("supervised", "<i4"),  # tokens in the target mask
@@ -312,10 +313,11 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     doubts: dict[tuple[str, str], list[int]] = {}  # the first line, and how many
     all_tokens = array("i")
     target_mask = bytearray()
+    all_beginnings: list[int] = []
     # Each example is a problem, too long, or appended to the arrays
     openings: dict[str, set[str]] = {"system": set(), "tools": set()}
     watched = _watch_openings(examples, openings)
-    for line, content, encoded in _encode_examples(watched, source, request):
+    for line, (content, *beginnings), encoded in _encode_examples(watched, source, request):
         # A row of too many characters is not even tokenized; under `drop` it is dropped as well
         if isinstance(encoded, _EncodingProblem):
             if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
@@ -329,15 +331,17 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         tokens = encoded.tokens[:max_seq_length]
         cut = ((max(begin, 1), min(end, len(tokens))) for begin, end in encoded.spans)
         spans = [(begin, end) for begin, end in cut if begin < end]  # nothing predicts token 0
+        all_beginnings += beginnings
         start = len(all_tokens)
         all_tokens.extend(tokens)
         target_mask += bytes(len(tokens))
         for begin, end in spans:
             target_mask[start + begin : start + end] = b"\1" * (end - begin)
-        facts.append((line, content, *_make_example_facts(encoded, tokens, spans, end_tokens)))
+        more = _make_example_facts(encoded, tokens, spans, end_tokens)
+        facts.append((line, len(beginnings), content, *more))
         for doubt in dict.fromkeys((note.check, note.message) for note in encoded.notes):
             doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
-    write_token_part(part, all_tokens, target_mask)
+    write_token_part(part, tokens=all_tokens, target_mask=target_mask, beginnings=all_beginnings)
     np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(facts_path(part))
     return {
         "problem_lines": list(problems),
@@ -369,8 +373,8 @@ class _EncodingProblem(NamedTuple):
 
 def _encode_examples(
     examples: Iterable[tuple[int, Example]], source: TokenizerSource, request: Mapping[str, Any]
-) -> Iterator[tuple[int, int, EncodedExample | _EncodingProblem]]:
-    """Yield each line with its digest and tokenized example, or why it could not be tokenized.
+) -> Iterator[tuple[int, list[int], EncodedExample | _EncodingProblem]]:
+    """Yield each line with its digests and tokenized example, or why it could not be tokenized.
 
     examples: line numbers and parsed rows. request: the job's settings, such as max_seq_length.
 
@@ -391,13 +395,13 @@ def _encode_examples(
                     f"(max_seq_length) would be kept; a row has at most {most:,}. Split it, raise "
                     f"max_seq_length, or let data_policy.overlong be drop"
                 )
-                yield line, 0, _EncodingProblem(ROW_TOO_LONG_CHECK, message)
+                yield line, [0], _EncodingProblem(ROW_TOO_LONG_CHECK, message)
                 continue
             last = len(example.messages) - 1
             if request["targets"] == "last" and last in example.masked:
                 message = describe_nothing_to_learn([last], example.masked)
                 hint = ", or learn the other answers with training.supervise: all"
-                yield line, 0, _EncodingProblem("nothing-to-learn", message + hint)
+                yield line, [0], _EncodingProblem("nothing-to-learn", message + hint)
                 continue
             try:
                 with limit.watching(characters):
@@ -411,22 +415,25 @@ def _encode_examples(
             except Exception as error:  # a template is its author's program: it may raise anything
                 problem = shorten(f"{type(error).__name__}: {error}", 160)
                 message = f"the chat template does not take these turns: {problem}"
-                yield line, 0, _EncodingProblem("chat-template-raised", message)
+                yield line, [0], _EncodingProblem("chat-template-raised", message)
             else:
                 more = [note for check in checks for note in check(example, encoded.tokens)]
                 encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
                 checked = _find_problem(encoded, tokenizer, request) or encoded
-                yield line, _digest_without_ends(example, tokenizer), checked
+                digests = _digest_row_and_beginnings(example, tokenizer, request["targets"])
+                yield line, digests, checked
 
 
-def _digest_without_ends(example: Example, tokenizer: Any) -> int:
-    """Return the digest of an example without end texts at its end, which make no other tokens.
+def _digest_row_and_beginnings(example: Example, tokenizer: Any, targets: Targets) -> list[int]:
+    """Return the digest of an example, then those of its beginnings that end in a learnt answer.
 
-    The chat template's are taken from answers; of a plain text that ends already none is added.
+    They are without end texts at the end, which make no other tokens: the chat template's are taken
+    from answers; of a plain text that ends already none is added.
     """
     turns = chat_template_of(tokenizer).prepare(example.messages)
     text = example.text.removesuffix(tokenizer.eos_token or "")
-    return digest_example(example._replace(messages=turns, text=text))
+    digests = digest_with_beginnings(example._replace(messages=turns, text=text))
+    return digests[:1] if targets == "last" else digests
 
 
 def _find_problem(

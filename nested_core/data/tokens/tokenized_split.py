@@ -1,8 +1,8 @@
 """A tokenized split: flat arrays in memory, and the files that they are mapped from.
 
-SPLIT.tokens, .target_mask, .starts, .lines and .contents have the arrays of a TokenizedSplit as raw
-little-endian bytes; MANIFEST.json has their sizes and hashes. A file that differs from it is
-refused.
+SPLIT.tokens, .target_mask, .starts, .lines, .contents and .beginnings have the arrays of a
+TokenizedSplit as raw little-endian bytes; MANIFEST.json has their sizes and hashes. A file that
+differs from it is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,13 @@ Bool = npt.NDArray[np.bool_]
 
 
 # The files of a split are named after the arrays of TokenizedSplit.
-TOKENS_ARRAY = "tokens"
-TARGET_MASK_ARRAY = "target_mask"
-STARTS_ARRAY = "starts"
-LINES_ARRAY = "lines"
-CONTENTS_ARRAY = "contents"
 DTYPE_BY_ARRAY: dict[str, np.dtype[Any]] = {
-    TOKENS_ARRAY: np.dtype("<i4"),
-    TARGET_MASK_ARRAY: np.dtype(np.bool_),
-    STARTS_ARRAY: np.dtype("<i8"),
-    LINES_ARRAY: np.dtype("<i4"),
-    CONTENTS_ARRAY: np.dtype("<u8"),
+    "tokens": np.dtype("<i4"),
+    "target_mask": np.dtype(np.bool_),
+    "starts": np.dtype("<i8"),
+    "lines": np.dtype("<i4"),
+    "contents": np.dtype("<u8"),
+    "beginnings": np.dtype("<u8"),
 }
 
 
@@ -55,6 +51,8 @@ class TokenizedSplit:
     starts: where each example begins and the last one ends, int64 [n + 1].
     lines: each example's line number in its original file, int32 [n].
     contents: the digest of each example's content, see `digest_example`, uint64 [n].
+    beginnings: the digests of what examples begin with up to an answer that the loss counts, see
+        `digest_with_beginnings`, uint64 [number of such answers]; empty under `supervise: last`.
     maps: the memory-mapped files of the arrays.
     """
 
@@ -63,6 +61,7 @@ class TokenizedSplit:
     starts: Int64
     lines: Int32
     contents: UInt64
+    beginnings: UInt64 = field(default_factory=lambda: np.zeros(0, np.uint64))
     maps: tuple[mmap.mmap, ...] = ()
 
     def __len__(self) -> int:
@@ -97,12 +96,10 @@ class TokenizedSplit:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def write_token_part(part: Path, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
-    """Write concatenated examples to PART.tokens and PART.target_mask (one byte a token)."""
-    _array_path(part, TOKENS_ARRAY).write_bytes(
-        np.asarray(tokens, DTYPE_BY_ARRAY[TOKENS_ARRAY]).tobytes()
-    )
-    _array_path(part, TARGET_MASK_ARRAY).write_bytes(target_mask)
+def write_token_part(part: Path, **arrays: Any) -> None:
+    """Write concatenated examples' tokens, target_mask and beginnings to PART.NAME each."""
+    for name, values in arrays.items():
+        array_path(part, name).write_bytes(np.asarray(values, DTYPE_BY_ARRAY[name]).tobytes())
 
 
 class SplitWriter:
@@ -110,23 +107,23 @@ class SplitWriter:
 
     def __init__(self, prefix: Path) -> None:
         """Open a file for each array, at PREFIX.NAME."""
-        self._files = {name: _array_path(prefix, name).open("wb") for name in DTYPE_BY_ARRAY}
+        self._files = {name: array_path(prefix, name).open("wb") for name in DTYPE_BY_ARRAY}
         self._total = 0
-        self._files[STARTS_ARRAY].write(bytes(DTYPE_BY_ARRAY[STARTS_ARRAY].itemsize))
+        self._files["starts"].write(bytes(DTYPE_BY_ARRAY["starts"].itemsize))
 
     def append_part(self, part: Path, examples: npt.NDArray[np.void]) -> None:
         """Append the files that `write_token_part` wrote.
 
         examples: a record with `line`, `length` (in tokens) and `content` of each example.
         """
-        for name in (TOKENS_ARRAY, TARGET_MASK_ARRAY):
-            path = _array_path(part, name)
+        for name in ("tokens", "target_mask", "beginnings"):
+            path = array_path(part, name)
             self._files[name].write(read_regular(path))
             path.unlink()
-        ends = self._total + np.cumsum(examples["length"], dtype=DTYPE_BY_ARRAY[STARTS_ARRAY])
-        self._files[STARTS_ARRAY].write(ends.tobytes())
-        for name, field in ((LINES_ARRAY, "line"), (CONTENTS_ARRAY, "content")):
-            self._files[name].write(examples[field].astype(DTYPE_BY_ARRAY[name]).tobytes())
+        ends = self._total + np.cumsum(examples["length"], dtype=DTYPE_BY_ARRAY["starts"])
+        self._files["starts"].write(ends.tobytes())
+        for name, column in (("lines", "line"), ("contents", "content")):
+            self._files[name].write(examples[column].astype(DTYPE_BY_ARRAY[name]).tobytes())
         self._total += int(examples["length"].sum())
 
     def close(self) -> None:
@@ -167,7 +164,7 @@ def _verify_manifest_once(folder: Path, digest: str) -> None:
 
 def _memory_map_splits(folder: Path, files: Collection[str]) -> dict[str, TokenizedSplit]:
     """Memory-map the splits among the files; FileNotFoundError if one was removed meanwhile."""
-    present = [split for split in SPLITS if _array_path(Path(split), STARTS_ARRAY).name in files]
+    present = [split for split in SPLITS if array_path(Path(split), "starts").name in files]
     return {split: _memory_map_split(folder / split) for split in present}
 
 
@@ -176,7 +173,7 @@ def _memory_map_split(prefix: Path) -> TokenizedSplit:
     arrays: dict[str, Any] = {}
     maps = []
     for name, dtype in DTYPE_BY_ARRAY.items():
-        with open_regular(_array_path(prefix, name), UNBOUNDED) as (file, size):
+        with open_regular(array_path(prefix, name), UNBOUNDED) as (file, size):
             if not size:  # an empty file cannot be mapped
                 arrays[name] = np.zeros(0, dtype)
                 continue
@@ -185,7 +182,7 @@ def _memory_map_split(prefix: Path) -> TokenizedSplit:
     return TokenizedSplit(**arrays, maps=tuple(maps))
 
 
-def _array_path(prefix: Path, name: str) -> Path:
+def array_path(prefix: Path, name: str) -> Path:
     """Return the path of the file of a split's array."""
     return prefix.with_name(f"{prefix.name}.{name}")
 

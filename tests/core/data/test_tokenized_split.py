@@ -80,7 +80,7 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
     names = {
         f"{split}.{kind}"
         for split in splits
-        for kind in ("tokens", "target_mask", "starts", "lines", "contents")
+        for kind in ("tokens", "target_mask", "starts", "lines", "contents", "beginnings")
     }
     assert set(found[0][0]) == names
 
@@ -254,7 +254,8 @@ def write_arrays(folder: Path, lengths: Any) -> None:
         for first in range(0, len(lengths), 1_000):
             some = lengths[first : first + 1_000]
             tokens = [token for length in some for token in range(length)]
-            write_token_part(folder / "part", tokens, bytes(len(tokens)))
+            arrays = {"tokens": tokens, "target_mask": np.zeros(len(tokens)), "beginnings": []}
+            write_token_part(folder / "part", **arrays)
             records = np.zeros(len(some), [("line", "<i4"), ("length", "<i4"), ("content", "<u8")])
             records["length"] = some
             joined.append_part(folder / "part", records)
