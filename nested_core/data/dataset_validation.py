@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -25,7 +26,11 @@ from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.room_checks import NearDuplicates, RowChecks
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import LINE_RULES, make_held_out_rules
-from nested_core.data.rules.related_lines import add_dropped_lines, describe_dropped
+from nested_core.data.rules.related_lines import (
+    add_begun_chats,
+    add_dropped_lines,
+    describe_dropped,
+)
 from nested_core.data.rules.split_statistics import (
     describe_earlier_answers,
     describe_split_stats,
@@ -99,6 +104,12 @@ def judge_dataset(
             if table.source is not None and (table.format in UNTEMPLATED_FORMATS or has_template)
         }
         facts = tokenize_splits(folder, usable, settings, tokenizer, on_progress=on_progress)
+        train = tables["train"]
+        begun = add_begun_chats(facts, folder, partial(findings.find_place, train.file))
+        if begun and settings.policy.leakage == "drop":
+            dropped = {**train.dropped, "leakage": train.dropped["leakage"] | begun}
+            tables["train"] = replace(train, dropped=dropped)
+            return judge_dataset(settings, tables, on_progress, tokenizer=tokenizer, folder=folder)
     # The rules about tokens; lines with too many are dropped only here, where tokens are counted
     for split, split_facts in facts.items():
         file = tables[split].file

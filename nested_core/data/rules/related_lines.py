@@ -6,12 +6,16 @@ run is measured on stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from nested_core.config.sections import DataPolicy
+from nested_core.data.data_settings import SPLITS
+from nested_core.data.tokens.parallel_tokenization import TokenFacts
+from nested_core.data.tokens.tokenized_split import array_path
 from nested_core.records.dataset import Finding, Findings
 
 _KEYS = ("content", "folded", "prompt")
@@ -130,6 +134,33 @@ def _first_line_by_content(contents: pl.Series, file: pl.DataFrame) -> pl.Series
     examples = file.filter(pl.col("content").is_not_null())
     first = examples.group_by("content").agg(pl.col("line").first())
     return contents.to_frame().join(first, on="content", how="left", maintain_order="left")["line"]
+
+
+def add_begun_chats(
+    facts: Mapping[str, TokenFacts], folder: Path, find_place: Callable[[int], tuple[str, int]]
+) -> frozenset[int]:
+    """Add a problem to `facts` for each held-out example that begins a chat of train.
+
+    Each answer of such a chat is learnt, so that a loss on its beginning says nothing.
+
+    facts: of the splits that were tokenized to files in `folder`.
+    find_place: returns the file of a line of train, and its number there.
+
+    Returns the lines of all such chats.
+    """
+    if "train" not in facts:
+        return frozenset()
+    train, begun = facts["train"].examples, set[int]()
+    lines = np.repeat(train["line"], train["beginnings"])
+    beginnings = np.fromfile(array_path(folder / "train", "beginnings"), np.uint64)
+    for held_out in (facts[split] for split in SPLITS[1:] if split in facts):
+        for example in held_out.examples[np.isin(held_out.examples["content"], beginnings)]:
+            chats = lines[beginnings == example["content"]].tolist()
+            file, line = find_place(chats[0])
+            message = f"{file}:{line} begins with the same turns, and each of its answers is learnt"
+            held_out.problems.append((int(example["line"]), "leakage", message))
+            begun.update(chats)
+    return frozenset(begun)
 
 
 Dropped = Mapping[str, frozenset[int]]

@@ -32,6 +32,27 @@ def masked(part: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [part[0], part[1] | {"weight": 0}]
 
 
+@pytest.mark.parametrize("settings", LEARNS_EACH)
+def test_a_held_out_row_that_begins_a_chat_of_train_is_leakage(
+    settings: dict[str, Any], write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    train = [chat(THIRD), chat([SYSTEM], FIRST, SECOND, THIRD), chat(FIRST, THIRD)]
+    held_out = [chat(FIRST), chat(FIRST, SECOND), chat(SECOND), chat(FIRST[:1], SECOND[1:])]
+    folder = write_data(train=train, valid=held_out, test=[b" ", chat([SYSTEM], FIRST)])
+    report, _ = judge(folder, tokenizer, **settings)
+    assert found_in(report) == [
+        ("valid.jsonl", 1, "leakage"),
+        ("valid.jsonl", 2, "leakage"),
+        ("test.jsonl", 2, "leakage"),
+    ]
+    assert "train.jsonl:2 begins with the same turns" in str(report.errors[0].message)
+    report, splits = judge(folder, tokenizer, policy={"leakage": "drop"}, **settings)
+    assert found_in(report) == []
+    assert report.splits["train"].dropped["leakage"] == (2, 3)
+    assert splits["train"].lines.tolist() == [1]
+    assert splits["train"].beginnings.size == 0
+
+
 def test_where_the_last_answer_alone_is_learnt_nothing_begins_it(
     write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
