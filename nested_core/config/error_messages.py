@@ -93,15 +93,12 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Pr
         except ValidationError as error:
             details: list[dict[str, Any]] = [dict(d) for d in error.errors(include_url=False)]
         # `refused` holds the keys of earlier rounds, in whose place a default was checked now
-        for problem in (
-            found for detail in details for found in _describe_pydantic_error(detail, schema)
-        ):
+        found = (one for detail in details for one in _describe_pydantic_error(detail, schema))
+        for problem in found:
             if refused.isdisjoint(_WORD_PATTERN.findall(f"{problem.key} {problem.message}")):
                 problems.append(problem)
         # Without the refused values, further checks can run
-        paths = {
-            _longest_existing_path(values, detail["loc"]): detail["type"] for detail in details
-        }
+        paths = {_longest_existing_path(values, one["loc"]): one["type"] for one in details}
         paths.pop((), None)  # a problem of the whole, which cannot be left out
         if not paths:
             return problems

@@ -32,6 +32,7 @@ from nested_core.gate.evidence.training_divergence import find_divergence
 from nested_core.gate.proof.proof_of_run import ProofOfRun
 from nested_core.models.session import Session
 from nested_core.records.metrics import read_metrics
+from nested_core.records.start import read_start
 from nested_core.records.verdict import Verdict
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
@@ -107,9 +108,9 @@ def run_gate_checks(
     evidence = collect_evidence(run)
     judged = begin_judging_run(config, run, evidence)
     judged.session = session or Session()
-    judged.divergence = find_divergence(
-        read_metrics(run.metrics), evidence.checkpoint.step, config.learning_rate
-    )
+    start = read_start(config, run)
+    rate = config.learning_rate * (1.0 if start is None else start.rate_share)
+    judged.divergence = find_divergence(read_metrics(run.metrics), evidence.checkpoint.step, rate)
     run_checks(judged, CHECKS_OF_FILES)
     with closing(ProofOfRun(config, evidence, judged.divergence, judged.session)) as judged.proof:
         if judged.verdict.has_passed:

@@ -355,8 +355,7 @@ def read_ledger(folder: Path) -> Ledger:
     whole_bytes = len(content) - len(torn)
     if entries and entries[0].layout is None and entries[0].previous_line_sha256 == NO_LINE_SHA256:
         raise old_layout_error(folder)
-    end_sha256 = _check_chain(path, lines, entries)
-    return Ledger(entries, whole_bytes, torn, end_sha256)
+    return Ledger(entries, whole_bytes, torn, _check_chain(path, lines, entries))
 
 
 def old_layout_error(folder: Path) -> DamagedError:

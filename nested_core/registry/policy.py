@@ -224,9 +224,7 @@ def find_looser_bounds(
     if policy is None:
         return []
     judged = thresholds or {}
-    looser = []
-    if judged.get("noise") != "paired":
-        looser.append("gate.noise")
+    looser = [] if judged.get("noise") == "paired" else ["gate.noise"]
     bound, judged_bound = policy.max_val_loss_increase, judged.get("max_val_loss_increase")
     if bound is not None and not (isinstance(judged_bound, int | float) and judged_bound <= bound):
         looser.append("gate.max_val_loss_increase")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from statistics import fmean, pstdev
 from typing import Any
 
 from nested_core.text.loss_format import format_loss
@@ -21,6 +23,7 @@ class Divergence:
     """The first of the reports from which on a run's training loss or gradients had diverged.
 
     step: the optimizer step of that report.
+    learning_rate: the highest that the run was trained with.
     first_loss: the loss of the run's first report; None if not finite.
     loss: the loss of the diverged report; None if not finite.
     has_risen: whether the loss diverged; otherwise only the gradient vanished or was not finite.
@@ -41,15 +44,14 @@ class Divergence:
 
     def __str__(self) -> str:
         """Say in one sentence what happened, at which step and at which learning rate."""
+        event = f"from step {self.step} on no gradient was left"
         if self.has_risen:
-            loss = format_loss(self.loss)
-            first = (
-                "" if self.first_loss is None else f" after {format_loss(self.first_loss)} at first"
-            )
-            event = f"the loss left by step {self.step}: {loss}{first}"
-        else:
-            event = f"from step {self.step} on no gradient was left"
-        return f"training diverged at learning_rate {self.learning_rate:g}: {event}; lower the rate"
+            event = f"the loss left by step {self.step}: {format_loss(self.loss)}"
+            if self.first_loss is not None:
+                event += f" after {format_loss(self.first_loss)} at first"
+        is_shown = not self.has_risen or self.loss is None or self.is_certain
+        did = "diverged" if is_shown else "may have diverged"
+        return f"training {did} at learning_rate {self.learning_rate:g}: {event}; lower the rate"
 
 
 def find_divergence(
@@ -62,28 +64,41 @@ def find_divergence(
 
     records: the lines of metrics.jsonl.
 
-    Validation losses are looked at first, then training losses, then gradient norms.
-    `learning_rate` is the configured one, for reports without a rate. None if training never
-    diverged, or recovered.
+    Validation losses are looked at first, then training losses, then gradient norms. Training
+    losses are of other rows at each step: they count only after the last validation loss, and where
+    they are above what the earlier ones spread over. The rate is the highest of `learning_rate`,
+    the configured one, and the reported ones. None if training never diverged, or recovered.
     """
     reports = [record for record in records if record["step"] <= adapter_step]
+    rate = max([learning_rate, *(record.get("learning_rate") or 0.0 for record in reports)])
+    validated_step = -1  # up to which the validation loss had not diverged
     for key in ("val_loss", "loss"):
         losses = [record for record in reports if key in record]
         first = next((r[key] for r in losses if r[key] is not None), None)
-        flags = [_has_diverged(record[key], first) for record in losses]
-        diverged = _diverged_reports_at_end(losses, flags)
-        if diverged:
-            rate = diverged[0].get("learning_rate") or learning_rate
-            step, loss = diverged[0]["step"], diverged[0][key]
-            return Divergence(step, rate, first, loss, True, len(diverged))
+        flags = [r["step"] > validated_step and _has_diverged(r[key], first) for r in losses]
+        diverged = _diverged_at_end(losses, flags)
+        values = [record[key] for record in losses]
+        if diverged and (key == "val_loss" or _is_above_spread(values, len(diverged))):
+            begin = diverged[0]
+            return Divergence(begin["step"], rate, first, begin[key], True, len(diverged))
+        validated_step = losses[-1]["step"] if losses else -1
     steps = [record for record in reports if "grad_norm" in record]
     flags = [record["grad_norm"] in (None, 0.0) for record in steps]
-    diverged = _diverged_reports_at_end(steps, flags)
+    diverged = _diverged_at_end(steps, flags)
     if not diverged:
         return None
-    rate = diverged[0].get("learning_rate") or learning_rate
     step, loss = diverged[0]["step"], diverged[0].get("loss")
     return Divergence(step, rate, None, loss, False, len(diverged))
+
+
+def _is_above_spread(losses: Sequence[float | None], count: int) -> bool:
+    """Whether the mean of the last `count` losses is above the earlier ones' mean and deviation.
+
+    A loss that is not finite (None) is above all others.
+    """
+    earlier = [loss for loss in losses[:-count] if loss is not None]
+    last = [math.inf if loss is None else loss for loss in losses[-count:]]
+    return not earlier or fmean(last) > fmean(earlier) + pstdev(earlier)
 
 
 def _has_diverged(loss: float | None, first_loss: float | None) -> bool:
@@ -93,9 +108,7 @@ def _has_diverged(loss: float | None, first_loss: float | None) -> bool:
     )
 
 
-def _diverged_reports_at_end(
-    reports: Sequence[Report], has_diverged: Sequence[bool]
-) -> Sequence[Report]:
-    """Return the reports at the end that have all diverged, oldest first."""
-    count = len(list(takewhile(bool, reversed(has_diverged))))
+def _diverged_at_end(reports: Sequence[Report], flags: Sequence[bool]) -> Sequence[Report]:
+    """Return the reports at the end whose flags all say diverged, oldest first."""
+    count = len(list(takewhile(bool, reversed(flags))))
     return reports[len(reports) - count :]

@@ -69,12 +69,11 @@ def score_answers(
     pairs = list(zip(questions, answers, strict=True))
     if method.score in SCORES_OF_SUITES:
         return _load_scorer(method).score(method, pairs)
-    scorers = {
+    is_right = {
         "exact": _equals_accepted_answer,
         "contains": _contains_accepted_answer,
         "number": _is_near_accepted_number,
-    }
-    is_right = scorers[method.score]
+    }[method.score]
     return [float(is_right(question, answer)) for question, answer in pairs]
 
 

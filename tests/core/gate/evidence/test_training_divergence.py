@@ -89,6 +89,40 @@ def test_two_reports_above_are_noise_where_nothing_else_speaks() -> None:
         assert found.is_certain is is_certain
 
 
+NIGHT = (0.007, 2.388, 1.149, 1.798, 0.026, 1.198)  # known rows first, then rows that contradict
+
+
+@pytest.mark.parametrize(
+    ("losses", "val_losses", "step"),
+    [
+        (NIGHT, (), None),  # within what the earlier batches spread over
+        (NIGHT[:4], (0.002, 0.329), None),  # the held-out loss did not leave
+        ((*NIGHT[:5], 9.0), (), 50),
+        (NIGHT[:4], (0.002, 3.0), 30),
+        ((4.0, 10.8, 3.0, 10.8, 10.8), (), 30),
+        ((4.0, 3.0, 9.0, 9.0), (4.0, None), 30),
+    ],
+)
+def test_losses_of_few_known_rows_at_first_are_no_baseline(losses, val_losses, step) -> None:
+    last = 10 * (len(losses) - 1)
+    validated = [{"step": at, "val_loss": v} for at, v in zip((0, last), val_losses, strict=False)]
+    found = find_divergence([*validated, *reports("loss", *losses)], last, 1.0)
+    assert (found and found.step) == step
+
+
+def test_training_losses_after_the_last_held_out_loss_speak() -> None:
+    records = [*reports("val_loss", 4.0, 3.9), *reports("loss", 4.0, 3.0, 9.0, 9.0, 9.0)]
+    assert find_divergence(records, 40, 1.0) == Divergence(20, 1.0, 4.0, 9.0, True, 3)
+
+
+def test_one_high_loss_may_be_a_divergence_at_the_highest_rate_and_not_the_decayed_one() -> None:
+    records = reports("loss", 4.0, 9.0, learning_rate=1e-5)
+    assert str(find_divergence(records, 10, 1e-4)) == (
+        "training may have diverged at learning_rate 0.0001: the loss left by step 10: 9 after 4 "
+        "at first; lower the rate"
+    )
+
+
 def diverge(candidate: Candidate) -> None:
     """Let the last report say that the loss left."""
     records = read_metrics(candidate.run.metrics)
