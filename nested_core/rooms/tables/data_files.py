@@ -85,15 +85,13 @@ def read_json_array(path: Path) -> Iterator[NumberedLine]:
         if text.startswith("]", position):
             break
         if not text.startswith(",", position):
-            raise RestOfFileUnreadable(
-                number + 1, f"expected a comma or ] at {_describe_position(text, position)}"
-            )
+            message = f"expected a comma or ] at {_describe_position(text, position)}"
+            raise RestOfFileUnreadable(number + 1, message)
         position = _skip_space(text, position + 1)
     position = _skip_space(text, position + 1)
     if position < len(text):
-        raise RestOfFileUnreadable(
-            number + 1, f"text after the array at {_describe_position(text, position)}"
-        )
+        message = f"text after the array at {_describe_position(text, position)}"
+        raise RestOfFileUnreadable(number + 1, message)
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -198,9 +196,8 @@ def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
     except csv.Error as error:
         raise RestOfFileUnreadable(1, f"the header is not valid CSV: {error}") from None
     if not columns:
-        raise RestOfFileUnreadable(
-            1, "expected a header with the names of the columns, found nothing"
-        )
+        message = "expected a header with the names of the columns, found nothing"
+        raise RestOfFileUnreadable(1, message)
     named = [column for column in columns if column]
     if len(set(named)) < len(named):
         raise RestOfFileUnreadable(

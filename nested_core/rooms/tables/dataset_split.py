@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
+from operator import itemgetter
 
 from nested_core import seams
 from nested_core.data.lines.example_parsing import ANY_LOSS, FieldNames, parse_line
@@ -253,18 +254,20 @@ class _Draw:
         return parts
 
     def _spread_labels(self, groups: list[list[int]]) -> list[list[int]]:
-        """Return the groups in an order in which each label is spread evenly.
+        """Return the groups in an order in which the rows of each label are spread evenly.
 
-        So each split gets about the same shares of labels. A label of a single row stands in the
+        So each split gets about the same shares of labels. A label of a single group stands in the
         middle, and so goes to train. The order stays if the answers are no labels.
         """
-        answers = [self.texts[group[0]].answer for group in groups]
-        counts = Counter(answers)
+        by_label: dict[str, list[list[int]]] = {}
+        for group in groups:
+            by_label.setdefault(self.texts[group[0]].answer, []).append(group)
+        counts = {label: len(same) for label, same in by_label.items()}
         if "" in counts or not find_labels(counts):
             return groups
-        seen: Counter[str] = Counter()
-        places = []
-        for answer in answers:
-            places.append((seen[answer] + 0.5) / counts[answer])
-            seen[answer] += 1
-        return [groups[number] for number in sorted(range(len(groups)), key=places.__getitem__)]
+        places: list[tuple[float, list[int]]] = []
+        for same in by_label.values():
+            ends = [*accumulate(map(len, same))]  # of the groups, in rows of this label
+            middles = [(end - len(one) / 2) / ends[-1] for end, one in zip(ends, same, strict=True)]
+            places += zip(middles, same, strict=True)
+        return [group for _, group in sorted(places, key=itemgetter(0))]

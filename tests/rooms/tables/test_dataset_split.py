@@ -197,6 +197,21 @@ def test_each_split_has_each_label_about_as_often_as_all_rows(tmp_path: Path) ->
     assert counts["train"]["other"] == 2  # too rare to be taken out
 
 
+def test_labels_are_spread_by_rows_where_some_rows_ask_one_question() -> None:
+    def write(questions: int, copies: int, label: str) -> list[bytes]:
+        asked = (f"What of {label} {copies} {n}?" for n in range(questions) for _ in range(copies))
+        return [json.dumps(chat(question, label)).encode() for question in asked]
+
+    rows = [*write(30, 1, "billing"), *write(10, 3, "billing"), *write(60, 1, "technical")]
+    for seed in range(20):
+        shuffled = random.Random(seed).sample(rows, len(rows))
+        drawn = draw_splits(shuffled, SplitRequest(0.2))
+        assert drawn is not None
+        for split in ("valid", "test"):
+            billing = sum(b'"billing"' in line for line in drawn.lines[split])
+            assert abs(billing - len(drawn.lines[split]) / 2) <= 2
+
+
 def draw(answers: Sequence[str], count: int | None = 5, train: int = 20) -> EvalSet:
     lines = [json.dumps(chat(f"{n}?", answer)).encode() for n, answer in enumerate(answers)]
     drawn = draw_eval_set(lines[:train], lines[train:], count, count_answer)
