@@ -204,16 +204,19 @@ def _letters_of_turns(example: Example) -> str:
 
 
 def _text_to_compare(example: Example, roles: str) -> str:
-    """Return everything that is tokenized as one text; the last NUL in it ends the prompt.
+    """Return everything of an example that is tokenized, as one text.
 
     Fields are joined by NUL, which no valid line contains, so that different examples differ. The
-    order of keys, the ids of calls and the way in which their arguments are written do not count.
-    Turns that are not learnt are marked by white space: ignoring white space ignores the marks.
+    last NUL stands between prompt and answer. The order of keys, the ids of calls and the way in
+    which their arguments are written make no difference. If some turns are not learnt, the text
+    begins with a tab for each of those and a space for each other turn.
+
+    roles: a letter for each turn, by `_letters_of_turns`.
     """
     if not find_row_format(example.format).is_templated:
         return example.text
-    marks = [" \t"[turn in example.masked] for turn in range(len(roles))] if example.masked else []
-    before = "".join(marks)
+    turns_by_mark = ["\t" if turn in example.masked else " " for turn in range(len(roles))]
+    before = "".join(turns_by_mark) if example.masked else ""
     if example.is_plain and not example.rest:
         return before + "\0".join([roles, *[message["content"] for message in example.messages]])
     functions = [tool.get("function", tool) | {"type": "function"} for tool in example.tools or ()]

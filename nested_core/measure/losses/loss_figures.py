@@ -204,15 +204,13 @@ def compare_losses(
             error, degrees = spread.deviation / math.sqrt(compared.examples), spread.degrees
         width = student_t_quantile(1 - tail, degrees) * error
         corrected = (compared.mean - width, compared.mean + width)
-    # The conclusion is drawn from the wider of both intervals. The lower end decides on `worse`,
-    # which needs no correction for selection: the best candidate looks too good, never too bad.
+    # The conclusion is drawn from the wider of both intervals. Its lower end decides on `worse`: a
+    # selection does not move that end, for the best candidate looks too good, never too bad.
     deciding_interval = interval
     if interval is not None and one_sided_high is not None and corrected is not None:
-        low = interval[0]
-        if candidates is None:
-            uncorrected_low = compared.one_sided_low if is_pooled else interval[0]
-            low = min(uncorrected_low, corrected[0])
-        deciding_interval = (low, max(interval[1], corrected[1]))
+        lows = [compared.one_sided_low if is_pooled else interval[0]]
+        lows += [] if candidates is not None else [corrected[0]]
+        deciding_interval = (min(lows), max(interval[1], corrected[1]))
         one_sided_high = max(one_sided_high, corrected[1])
     loss_before = losses.mean(other)
     margin = margin_of_loss(increase, loss_before, bounds.noise)

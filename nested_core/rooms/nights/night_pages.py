@@ -193,7 +193,7 @@ def describe_nights(
 def _draw_losses(dates: Sequence[str], figures: Sequence[_NightFigures], units: str) -> Chart:
     """Return a chart of the losses of candidate and champion over the nights, the oldest first.
 
-    Nights in a row whose loss is made of the same share a curve: another loss begins a new one.
+    A curve ends at the last night before one whose loss is of another kind, such as a preference's.
     """
     measured = [(n, seen.judged_on[1]) for n, seen in enumerate(figures) if seen.judged_on]
     stretches = [[night for night, _ in nights] for _, nights in groupby(measured, itemgetter(1))]
