@@ -54,8 +54,7 @@ def adapter_compute_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype 
         for name, value in parameters
         if name not in trained and mx.issubdtype(value.dtype, mx.floating)
     )
-    is_bfloat16 = dtypes.most_common(1)[0][0] == mx.bfloat16
-    return mx.bfloat16 if is_bfloat16 else None
+    return mx.bfloat16 if dtypes.most_common(1)[0][0] == mx.bfloat16 else None
 
 
 def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.array]:

@@ -25,6 +25,11 @@ def format_passes(passes: float) -> str:
     return f"{number} {'pass' if number == '1' else 'passes'}"
 
 
+def format_speed(tokens: float) -> str:
+    """Format tokens a second: `1,234`, or `0.3` with one decimal below 10."""
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.1f}"
+
+
 def format_bytes(count: int) -> str:
     """Format a size: 4.1 GB, 63.2 MB or 8.4 kB."""
     scale, unit = (1e9, "GB") if count >= 1e8 else (1e6, "MB") if count >= 1e5 else (1e3, "kB")

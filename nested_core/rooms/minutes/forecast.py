@@ -54,15 +54,13 @@ class Forecast:
         iterations = steps * self.config.grad_accumulation_steps
         due = self.config.intervals(iterations, max(1, self.batches))
         evaluations = ceil(iterations / due.evaluation)
-        saves = 0 if due.save is None else iterations // due.save
-        checkpoints = max(saves, evaluations)
+        checkpoints = max(0 if due.save is None else iterations // due.save, evaluations)
         return steps * self.step + evaluations * self.evaluation + checkpoints * self.checkpoint
 
     def count_steps(self, seconds: float) -> int:
         """Return the most steps whose whole run takes at most these seconds; 0 if none fits."""
         limit = int((seconds - self.opening - self.verdict) / self.step)
-        counts = (steps for steps in range(limit, 0, -1) if self.seconds_of(steps) <= seconds)
-        return next(counts, 0)
+        return next((n for n in range(limit, 0, -1) if self.seconds_of(n) <= seconds), 0)
 
 
 def make_forecast(
@@ -84,6 +82,7 @@ def make_forecast(
     train = splits["train"]
     tokens = train.rows * config.max_seq_length if train.tokens is None else train.tokens.total
     row = batch / config.batch_size  # seconds, without gradients
+    judged = RunToJudge(config, run, tokenizer)
     return Forecast(
         config=config,
         opening=trial.opening + trial.rows_to_begin * row,
@@ -91,9 +90,7 @@ def make_forecast(
         evaluation=batches * batch,
         batches=batches,
         checkpoint=trial.checkpoint,
-        verdict=_forecast_verdict(
-            RunToJudge(config, run, tokenizer), model, row, row * train.rows / tokens
-        ),
+        verdict=_forecast_verdict(judged, model, row, row * train.rows / tokens),
         trial=trial,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import ceil
 
@@ -15,6 +16,7 @@ from nested_core.rooms.minutes.timed_training import measure
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.duration_format import format_duration
 from nested_core.text.stages import stages
+from nested_core.text.value_format import format_speed
 
 TRIED_SECONDS = 2.0
 
@@ -27,22 +29,23 @@ class MeasuredRun:
     training_seconds: seconds of all steps.
     seconds: seconds of the whole run, with its evaluations and its verdict.
     tokens_per_second: trained-on tokens.
-    device: the device that the steps were tried on.
     """
 
     seconds_a_step: float
     training_seconds: float
     seconds: float
     tokens_per_second: float
-    device: str
 
     def describe(self) -> dict[str, str]:
         """Return a sentence for the subject `time` of the page of `explain`."""
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        busy = f" (load {load:.0f} on {cores} cores): shorter when it is quiet, or by --minutes"
         time = (
             f"about {format_duration(max(self.training_seconds, 1.0))} of training, by a few steps "
-            f"that were tried on this machine ({self.device}): {self.tokens_per_second:,.0f} "
-            f"trained-on tokens a second. With evaluations and the gate about "
-            f"{format_duration(self.seconds)}, as busy as the machine is now."
+            f"that were tried on this machine ({backend.device()}): "
+            f"{format_speed(self.tokens_per_second)} trained-on tokens a second. With evaluations "
+            f"and the gate about {format_duration(self.seconds)}, as busy as the machine is now"
+            f"{busy if load > cores else ''}."
         )
         return {"time": time}
 
@@ -71,5 +74,4 @@ def measure_run(
         training_seconds=steps * forecast.step,
         seconds=before + forecast.seconds_of(steps),
         tokens_per_second=forecast.trial.tokens_per_second,
-        device=backend.device(),
     )

@@ -22,7 +22,7 @@ from nested_core.storage.validation_losses import read_step_losses
 from nested_core.text.duration_format import format_clock
 from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_loss
-from nested_core.text.value_format import format_count
+from nested_core.text.value_format import format_count, format_speed
 
 
 @dataclass
@@ -125,7 +125,7 @@ class RunProgress:
         if (norm := self.latest_value("grad_norm")) is not None:
             parts.append(f"gradient norm {norm:.3g}")
         if (speed := self.latest_value("tokens_per_second")) is not None:
-            parts.append(f"{speed:,.0f} trained-on tokens/s")
+            parts.append(f"{format_speed(speed)} trained-on tokens/s")
         return ", ".join(parts)
 
     def describe_memory(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nested_core.text.value_format import format_passes, format_value
+from nested_core.text.value_format import format_passes, format_speed, format_value
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,10 @@ def test_a_cell_has_four_digits_of_a_number_and_says_what_is_not_finite(value, s
 )
 def test_passes_have_three_digits_and_no_exponent(passes, shown) -> None:
     assert format_passes(passes) == shown
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"), [(0.28, "0.3"), (9.5, "9.5"), (12.7, "13"), (1234.4, "1,234")]
+)
+def test_a_speed_has_one_decimal_below_ten(tokens: float, shown: str) -> None:
+    assert format_speed(tokens) == shown

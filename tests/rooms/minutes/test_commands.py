@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,28 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
     refused = called(*words, "-1", cwd=tmp_path)
     assert refused.code == ConfigError.exit_code
     assert "--minutes: expected minutes above 0" in refused.message()
+
+
+@pytest.mark.parametrize(
+    ("load", "end"),
+    [
+        (
+            9.7,
+            "as busy as the machine is now (load 10 on 2 cores): shorter when it is quiet, or by "
+            "--minutes.",
+        ),
+        (2.0, "as busy as the machine is now."),
+    ],
+)
+def test_explain_says_that_the_machine_is_busy(load: float, end: str, monkeypatch) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 1.0, 1.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    run = measured_run.MeasuredRun(
+        seconds_a_step=270.0, training_seconds=1620.0, seconds=8100.0, tokens_per_second=0.28
+    )
+    said = run.describe()["time"]
+    assert said.endswith(end)
+    assert ": 0.3 trained-on tokens a second" in said
 
 
 @pytest.mark.slow("measures the speed of steps and of answers")

@@ -55,7 +55,6 @@ def measured(seconds: float, training: float) -> MeasuredRun:
         training_seconds=training,
         seconds=seconds,
         tokens_per_second=1.0,
-        device="cpu",
     )
 
 
