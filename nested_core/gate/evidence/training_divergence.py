@@ -77,8 +77,7 @@ def find_divergence(
         first = next((r[key] for r in losses if r[key] is not None), None)
         flags = [r["step"] > validated_step and _has_diverged(r[key], first) for r in losses]
         diverged = _diverged_at_end(losses, flags)
-        values = [record[key] for record in losses]
-        if diverged and (key == "val_loss" or _is_above_spread(values, len(diverged))):
+        if diverged and (key == "val_loss" or _is_above_spread(losses, len(diverged))):
             begin = diverged[0]
             return Divergence(begin["step"], rate, first, begin[key], True, len(diverged))
         validated_step = losses[-1]["step"] if losses else -1
@@ -91,13 +90,13 @@ def find_divergence(
     return Divergence(step, rate, None, loss, False, len(diverged))
 
 
-def _is_above_spread(losses: Sequence[float | None], count: int) -> bool:
-    """Whether the mean of the last `count` losses is above the earlier ones' mean and deviation.
+def _is_above_spread(reports: Sequence[Report], count: int) -> bool:
+    """Whether the mean loss of the last `count` is above the earlier ones' mean and deviation.
 
     A loss that is not finite (None) is above all others.
     """
-    earlier = [loss for loss in losses[:-count] if loss is not None]
-    last = [math.inf if loss is None else loss for loss in losses[-count:]]
+    earlier = [r["loss"] for r in reports[:-count] if r["loss"] is not None]
+    last = [math.inf if r["loss"] is None else r["loss"] for r in reports[-count:]]
     return not earlier or fmean(last) > fmean(earlier) + pstdev(earlier)
 
 
