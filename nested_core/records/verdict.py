@@ -559,7 +559,10 @@ class TaskResult:
         return f"{text}, {' and '.join(odd)}" if odd else text
 
 
-LEARN_MORE = "train longer, or try a learning rate three times as high, or a third of it"
+LEARN_MORE = (
+    "train longer, or try the learning rate that the run's warning names; without such a warning, "
+    "one three times as high, or a third of it"
+)
 
 
 @dataclass(frozen=True)
@@ -876,10 +879,8 @@ class Verdict:
         if self.has_broken_answers:
             samples = self.samples
             advice = samples.suggest() if samples and samples.are_broken else LEARN_MORE
-            lost.append(
-                f"{self.broken_answers}: do not promote it, but {advice} "
-                f"({GATE_GUIDE}#answers_broken)"
-            )
+            warning = f"{self.broken_answers}: do not promote it, but {advice}"
+            lost.append(f"{warning} ({GATE_GUIDE}#answers_broken)")
         return lost + of_rooms
 
     def summary(self) -> str:

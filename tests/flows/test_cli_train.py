@@ -219,8 +219,8 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path, s
         (
             SampleVerdict(3, 3, 3, {"same": 3}),
             "3 of 3 sample answers are broken (3 the same to every prompt): do not promote it, but "
-            "train longer, or try a learning rate three times as high, or a third of it "
-            "(docs/gate.md#answers_broken)",
+            "train longer, or try the learning rate that the run's warning names; without such a "
+            "warning, one three times as high, or a third of it (docs/gate.md#answers_broken)",
         ),
         (
             SampleVerdict(3, 3, 2, {"no_words": 2}),
