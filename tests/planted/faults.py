@@ -86,8 +86,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/measure/answers/scorers.py",
-        'return Decimal(re.sub(_GROUP_PATTERN, "", matches[-1])',
-        'return Decimal(re.sub(_GROUP_PATTERN, "", matches[0])',
+        'return Decimal(re.sub(_GROUP_PATTERN, "", numbers[-1])',
+        'return Decimal(re.sub(_GROUP_PATTERN, "", numbers[0])',
         "the wrong end",
     ),
     Fault(
