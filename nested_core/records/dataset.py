@@ -389,8 +389,8 @@ class DatasetReport:
         if len(groups) > len(shown):
             rest = number - sum(group.count for group in shown)
             lines.append(f"  and {format_count(rest, 'more error')}.")
-        command = f"`nested-tune validate --data {self.folder} --no-tokenize`, or with your -c,"
-        lines.append(f"Correct these; {command} lists them. {guide_sentence(errors)}")
+        command = f"`nested-tune validate --data {self.folder} --no-tokenize`, with your -c if any"
+        lines.append(f"Correct these; {command} for --data, lists them. {guide_sentence(errors)}")
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:

@@ -57,6 +57,7 @@ def test_the_rejection_says_an_error_of_many_lines_once(write_data: WriteData) -
         report.raise_if_rejected()
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("is rejected: 300 errors in 300 lines.")
+    assert "--no-tokenize`, with your -c if any for --data, lists them." in lines[-1]
     assert lines[1] == (
         "  train.jsonl:5: missing-field: completion is missing (and 299 more: lines 6, 7, ...)"
     )
