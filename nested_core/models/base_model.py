@@ -48,6 +48,7 @@ UNKNOWN_TYPE_ADVICE = (
     " mlx_lm has no language model of the type {}. Give one that it has, such as llama, mistral, "
     "qwen3 or gemma3; docs/support.md says which were tried."
 )
+TORCH = {".bin", ".pt", ".pth"}
 TORCH_ADVICE = (
     " It holds weights of PyTorch alone. transformers writes safetensors (`save_pretrained(NEW)`), "
     "of which `mlx_lm.convert --hf-path NEW --mlx-path OUT` makes a model of mlx."
@@ -77,9 +78,14 @@ def find_model_folder(model: str, revision: str | None = None) -> Path:
 
 
 def require_folder_or_hub_name(model: str) -> None:
-    """Raise ConfigError unless `model` is a folder or could be the name of a hub repository."""
+    """Raise ConfigError unless `model` is a folder or could be the name of a hub repository.
+
+    A folder whose weights are a GGUF or PyTorch's alone is refused, too.
+    """
     if model.lower().endswith(".gguf") and not Path(model).is_dir():
         raise ConfigError(f"model: {model} {GGUF_ADVICE}")
+    if Path(model).is_dir() and (advice := _advise_on_weights(Path(model))):
+        raise ConfigError(f"model: {model} has no safetensors.{advice}")
     if Path(model).is_dir() or HUB_NAME_PATTERN.fullmatch(model):
         return
     raise ConfigError(
@@ -335,15 +341,20 @@ def _advise_on_model(folder: Path) -> str:
     """Return a sentence on what to do about a model in another form than is trained, or ""."""
     from mlx_lm.utils import MODEL_REMAPPING
 
-    suffixes = {file.suffix for file in folder.iterdir()}
-    if ".gguf" in suffixes and ".safetensors" not in suffixes:
-        return f" It {GGUF_ADVICE}"
-    if suffixes & {".bin", ".pt", ".pth"} and ".safetensors" not in suffixes:
-        return TORCH_ADVICE
+    if advice := _advise_on_weights(folder):
+        return advice
     has_config = (folder / "config.json").is_file()
     kind = read_model_config(folder).get("model_type") if has_config else None
     is_known = not kind or find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
     return "" if is_known else UNKNOWN_TYPE_ADVICE.format(kind)
+
+
+def _advise_on_weights(folder: Path) -> str:
+    """Return a sentence on what to do about a folder of a GGUF or of PyTorch's weights, or ""."""
+    suffixes = {file.suffix for file in folder.iterdir()}
+    if ".safetensors" in suffixes:
+        return ""
+    return f" It {GGUF_ADVICE}" if ".gguf" in suffixes else TORCH_ADVICE * bool(suffixes & TORCH)
 
 
 def share_layers(model: nn.Module) -> None:

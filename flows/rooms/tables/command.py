@@ -19,6 +19,7 @@ from flows.commands.adapter_places import split_name
 from flows.rooms.tables.column_flags import TABLE_FLAGS, ColumnFlags, require_file
 from flows.terminal.console import print_progress
 from nested_core.errors import ConfigError, DatasetError, shorten
+from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.named_adapters import find_named_adapter
 from nested_core.records.dataset import PromptFormat
 from nested_core.storage.output_places import require_free_place, require_new_output
@@ -132,6 +133,7 @@ def prepare_data(arguments: argparse.Namespace) -> PreparedData:
 
     data = arguments.data
     require_file(data)
+    require_folder_or_hub_name(arguments.model)
     makes_chats = any(getattr(arguments, name) is not None for name in TABLE_FLAGS)
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         source = Source.find(data, Path(spool))
@@ -242,14 +244,20 @@ def _follow_champion(champion: str) -> dict[str, Any]:
 
     They are the sections `registry` and `continual`, and the format of the champion's rows.
     """
+    from nested_core.registry.versions import read_provenance  # brings mlx
+
     registry, name = split_name(champion, None)
     path = json.dumps(str(registry), ensure_ascii=False)
     lines = (
         f"registry: {{path: {path}, name: {json.dumps(name)}, promote: better}}\n"
         f"continual: {{from: champion}}  # the run goes on from it, at the learning_rate above\n"
     )
-    record = find_named_adapter(registry / name, None).training_record
-    return {"registry": lines, "champion_format": PromptFormat.read(record)}
+    named = find_named_adapter(registry / name, None)
+    config = read_provenance(named.folder).get("config") or {}
+    for task in config.get("gate", {}).get("tasks") or ():
+        asked = f"the champion's eval set {task['name']} ({task['file']}) is not asked"
+        print_progress(f"{asked}: name it in gate.tasks if its answers are still right")
+    return {"registry": lines, "champion_format": PromptFormat.read(named.training_record)}
 
 
 def _show_first_chats(data_set: DataSet) -> None:

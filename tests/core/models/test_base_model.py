@@ -230,12 +230,12 @@ def test_a_config_of_a_model_that_is_no_object_is_damaged(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "kind", "advice"),
     [
-        (("pytorch_model.bin",), "llama", "weights of PyTorch alone. .* `mlx_lm.convert --hf-path"),
-        (("model-Q8_0.gguf",), "llama", "It is a GGUF file, which mlx-lm does not train"),
+        (("pytorch_model.bin",), "llama", "has no safetensors. .* `mlx_lm.convert --hf-path"),
+        (("model-Q8_0.gguf",), "llama", "has no safetensors. It is a GGUF file, which mlx-lm does"),
         (
             ("model.safetensors",),
             "bert",
-            "no language model of the type bert. Give one that it has",
+            "could not be loaded: .*no language model of the type bert. Give one that it has",
         ),
     ],
 )
@@ -245,7 +245,7 @@ def test_a_model_of_another_form_is_refused_with_what_to_do(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     for name in files:
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ConfigError, match=f"could not be loaded: .*{advice}"):
+    with pytest.raises(ConfigError, match=advice):
         load_base_model(example_config(model=str(tmp_path)))
 
 

@@ -98,13 +98,14 @@ def parse(data: str, *flags: str) -> argparse.Namespace:
 
 
 def test_rows_that_correct_the_champions_are_trained_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     old = [{"prompt": f"Is {n} open?", "completion": "Yes."} for n in range(12)]
     examples = RunExamples(old[:8], old[8:10], kept_out=old[10:])
+    trained = {"config": {"gate": {"tasks": [{"name": "words", "file": "words.jsonl"}]}}}
     version = register(
-        write_run(tmp_path / "run", 1), tmp_path / "registry", "faq", {}, examples=examples
+        write_run(tmp_path / "run", 1), tmp_path / "registry", "faq", trained, examples=examples
     )
     rows = [f"is {n} open?,No {n}.\n" for n in range(12)] + [
         f"Is {n} new?,Y {n}.\n" for n in range(12)
@@ -132,6 +133,8 @@ def test_rows_that_correct_the_champions_are_trained_on(
     run_init(arguments)
     assert 'registry: {path: "registry", name: "faq", promote: better}' in lines["registry"]
     assert "continual: {from: champion}" in lines["registry"]
+    told = " ".join(capsys.readouterr().err.split())
+    assert "the champion's eval set words (words.jsonl) is not asked" in told
 
 
 @pytest.mark.slow("writes a configuration")
