@@ -14,6 +14,7 @@ from unittest import mock
 
 import polars as pl
 
+from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.rooms.near_duplicates import related_rows
 from nested_core.rooms.near_duplicates.related_rows import NEAR_DUPLICATES, find_near_duplicates
 from nested_core.rooms.tables import dataset_split
@@ -24,7 +25,7 @@ SHARE = 0.1
 
 def list_texts(rows: list[bytes]) -> list[str]:
     """What is compared of each row."""
-    return ["\n".join(dataset_split._list_texts(dataset_split._parse(row))) for row in rows]
+    return [dataset_split.RowTexts.of(row, FieldNames()).whole for row in rows]
 
 
 def count_near_duplicates(parts: dict[str, list[bytes]]) -> int:
@@ -32,8 +33,8 @@ def count_near_duplicates(parts: dict[str, list[bytes]]) -> int:
     train, held_out = list_texts(parts["train"]), list_texts([*parts["valid"], *parts["test"]])
     asked = pl.DataFrame(NEAR_DUPLICATES.hash_texts(held_out))
     keys = pl.Series(range(len(train)), dtype=pl.UInt64)
-    matches = NEAR_DUPLICATES.begin()
-    shared, examples = NEAR_DUPLICATES.ask([asked]).find_in(train, keys)
+    matches = NEAR_DUPLICATES.start_matching()
+    shared, examples = NEAR_DUPLICATES.collect([asked]).find_in(train, keys)
     matches.add_range(shared, examples, 0)
     lines = pl.Series(range(1, len(train) + 1), dtype=pl.Int32)
     found = find_near_duplicates(matches.finish(lines), examples, asked)
@@ -43,10 +44,14 @@ def count_near_duplicates(parts: dict[str, list[bytes]]) -> int:
 def split(rows: list[bytes], factor: float | None) -> dict[str, list[bytes]]:
     """The rows of train, valid and test."""
     if factor is None:
-        with mock.patch.object(dataset_split, "_join_near_duplicates", list):
-            return dataset_split.draw_splits(rows, SHARE, "the rows")
-    with mock.patch.object(related_rows, "RARE_NGRAM_FACTOR_IN_ALL_ROWS", factor):
-        return dataset_split.draw_splits(rows, SHARE, "the rows")
+        patch = mock.patch.object(dataset_split, "_pair_near_duplicates", return_value=[])
+    else:
+        patch = mock.patch.object(related_rows, "RARE_NGRAM_FACTOR_IN_ALL_ROWS", factor)
+    with patch:
+        drawn = dataset_split.draw_splits(rows, dataset_split.SplitRequest(SHARE, 0))
+    if drawn is None:
+        raise SystemExit("too few rows to split")
+    return drawn.lines
 
 
 def main() -> None:

@@ -109,7 +109,8 @@ def run_gate_checks(
     judged = begin_judging_run(config, run, evidence)
     judged.session = session or Session()
     start = read_start(config, run)
-    rate = config.learning_rate * (1.0 if start is None else start.rate_share)
+    rate = 0.0 if config.lr_schedule else config.learning_rate  # a schedule has its own rates
+    rate *= 1.0 if start is None else start.rate_share
     judged.divergence = find_divergence(read_metrics(run.metrics), evidence.checkpoint.step, rate)
     run_checks(judged, CHECKS_OF_FILES)
     with closing(ProofOfRun(config, evidence, judged.divergence, judged.session)) as judged.proof:

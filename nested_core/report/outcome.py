@@ -9,7 +9,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.errors import NestedTuneError
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.run_status import Run
 from nested_core.records.start import read_start
@@ -45,14 +45,17 @@ def _find_in_registry(run: Run, verdict: Verdict) -> Outcome | None:
     """Return the outcome of a run that passed the gate, from the history of its registry name.
 
     None if the run names a registry that lacks the run's adapter, although it was to be registered.
-    KEPT_CHAMPION if it was not, as it is not better. VERIFIED if the run names no registry, or if
-    the registry cannot be read.
+    KEPT_CHAMPION if it was not, as it is not better. VERIFIED if the run names no registry, if the
+    registry cannot be read, or if the version was removed from it.
     """
+    from nested_core.registry.folders import name_exists
     from nested_core.registry.link_and_views import reading  # brings mlx
     from nested_core.registry.versions import registered_versions
 
     if run.registered_as is None:
         return Outcome.VERIFIED
+    if run.registered_as[0].is_dir() and not name_exists(*run.registered_as):
+        return None
     version = verdict.trained.digest
     try:
         with reading(*run.registered_as) as (folder, ledger):
@@ -63,10 +66,10 @@ def _find_in_registry(run: Run, verdict: Verdict) -> Outcome | None:
                 return Outcome.DECLINED
             if version in registered_versions(folder):
                 return _outcome_of_unpromoted(folder, ledger, version)
+            if ledger.is_removed(version):
+                return Outcome.VERIFIED
         config = run.config
         is_kept = config is not None and find_kept_champion(config, run.folder, verdict) is not None
-    except ConfigError:  # nothing was registered under that name
-        return None
     except (NestedTuneError, OSError):  # `audit` says what is wrong with a registry
         return Outcome.VERIFIED
     return Outcome.KEPT_CHAMPION if is_kept else None

@@ -22,7 +22,7 @@ with the types that the class gives them. The points, each with what a room does
     AroundRun (pipeline/run_in_progress.py)       does something before and after steps of a run
     StartRules (pipeline/preflight.py)            warns before a run, or keeps it from starting
     AdapterFormat, ModelFormat, ModelCard         adapters and models of other programs, model cards
-    DoctorChecks (flows/commands/check.py)        looks at a machine, a registry or a server
+    DoctorChecks (flows/commands/check.py)        looks at a Prefect server for doctor
     Watcher (flows/flow_runs/watchers.py)         does something around Prefect's flows
 
 The others are one thing that one room does: DeviceOperations, ModelLayers, KernelFolder,

@@ -29,7 +29,7 @@ def run_verify_or_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Audit adapters, or folders of them, against the base of --model."""
+    """Audit adapters against the base of --model; return what prints the result."""
     from nested_core.rooms.audit.adapter_audit import audit_adapters, find_adapter
 
     paths = (find_folder(path, arguments.registry) for path in arguments.adapters)

@@ -2,5 +2,5 @@
 
 planned_deployments.py fills the data of deployments/ in for one adapter, deploy.py puts it on the
 server, and alerts.py says whom the alerts tell. server_checks.py asks a server what `doctor`
-reports, and check.py is one line of that.
+reports, each line a Check of flows/commands/check.py.
 """

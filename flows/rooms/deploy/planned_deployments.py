@@ -216,8 +216,8 @@ def read_deployments_file(file: Path | None = None) -> DeploymentsFile:
     content = _read_yaml(path)
     if problems := find_problems(DeploymentsFile, content):
         raise ConfigError(
-            f"{explain_problems(problems, str(path), places={})}\nExpected the list `deployments`, "
-            "as in deployments/prefect.yaml."
+            f"{explain_problems(problems, str(path), places={})}\nA prefect.yaml has the list "
+            "`deployments`, as deployments/prefect.yaml has."
         )
     read = DeploymentsFile.model_validate(content)
     deployments: list[PlannedDeployment] = []

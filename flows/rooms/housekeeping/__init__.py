@@ -1,1 +1,1 @@
-"""What the room `housekeeping` adds to the command line, to `doctor` and to the deployments."""
+"""What the room `housekeeping` adds to the command line and to the deployments."""

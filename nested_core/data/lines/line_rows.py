@@ -30,7 +30,8 @@ _LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 _ESCAPE_PATTERN = re.compile(r"\\(?:u....|.)")
 # Up to four end texts of any base at the end of a text, folded; not all of it.
-_END = '(?:\\|[^|<>"\0]{1,40}\\||/s|eos|end_of_turn|\uff5cend\u2581of\u2581sentence\uff5c)>'
+_NAMES = "im_end|endoftext|end_of_text|eot_id|eom_id|eot|end|return|call|end_of_turn_token"
+_END = f"(?:\\|(?:{_NAMES})\\||/s|eos|end_of_turn|\uff5cend\u2581of\u2581sentence\uff5c)>"
 _ENDS_PATTERN = re.compile(f'<(?<=[^\0"]<){_END}(?:<{_END}){{0,3}}(?=[\0"]|\\Z)'.encode())
 _SPACE_BY_ESCAPE = {_as_json(chr(n))[1:-1]: chr(n) for n in range(32) if chr(n).isspace()}
 

@@ -157,7 +157,7 @@ def add_begun_chats(
         for example in held_out.examples[np.isin(held_out.examples["content"], beginnings)]:
             chats = lines[beginnings == example["content"]].tolist()
             file, line = find_place(chats[0])
-            message = f"{file}:{line} begins with the same turns, and each of its answers is learnt"
+            message = f"{file}:{line} begins with the same turns, and that answer is learnt"
             held_out.problems.append((int(example["line"]), "leakage", message))
             begun.update(chats)
     return frozenset(begun)
@@ -167,7 +167,7 @@ Dropped = Mapping[str, frozenset[int]]
 _MAX_SHOWN_LINES = 20
 _DROP_REASON_TEXTS = {
     "duplicate": "they repeat an earlier example",
-    "leakage": "valid or test has the same example",
+    "leakage": "valid or test has the same example, or the beginning of the chat",
     "overlong": "they are longer than max_seq_length",
     "held-out-before": "an earlier data set of the lineage holds them out",
 }

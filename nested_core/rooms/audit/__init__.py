@@ -1,4 +1,4 @@
 """Audits: adapters from anywhere, each judged alone against the base that it is for.
 
-The registry's own audit, of files that it wrote, is the core's.
+The registry's own audit, of files that it wrote, is the room housekeeping's.
 """

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 Scorer = Callable[[str, dict[str, Any]], float]
@@ -120,10 +122,19 @@ def _refuse_nan_and_infinity(word: str) -> None:
 
 
 def load_scorer_function(module_and_name: str, folder: str) -> Scorer:
-    """Import the function named as "module:function"; `folder` is first on the import path."""
+    """Import the function named as "module:function", of a file in `folder` if there is one.
+
+    No installed or loaded module of that name hides the file, and it hides none.
+    """
     module, _, name = module_and_name.partition(":")
-    sys.path.insert(0, folder)  # so that a package of the same name does not hide the module
-    function: Scorer = getattr(import_module(module), name)
+    sys.path.append(folder)
+    file = Path(folder, *module.split(".")).with_suffix(".py")
+    spec = spec_from_file_location(module, file) if file.is_file() else None
+    if spec is None or spec.loader is None:
+        function: Scorer = getattr(import_module(module), name)
+    else:
+        spec.loader.exec_module(loaded := module_from_spec(spec))
+        function = getattr(loaded, name)
     if not callable(function):
         raise TypeError(f"{module_and_name} is not callable")
     return function

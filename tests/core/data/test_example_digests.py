@@ -124,6 +124,10 @@ def test_a_row_that_ends_with_an_end_text_of_any_base_is_the_same_without_a_toke
         assert (RowKeys.of(ended).folded, RowKeys.of(ended).prompt) == (keys.folded, keys.prompt)
 
 
+def test_a_control_token_that_ends_no_text_makes_another_row() -> None:
+    assert fold_text(b"Say it: <|fr|>") != fold_text(b"Say it: <|de|>")
+
+
 def test_a_row_whose_whole_answer_is_an_end_text_says_something() -> None:
     rows = [{"prompt": "Which ends a turn?", "completion": end} for end in ENDS[:3]]
     assert (
