@@ -18,6 +18,7 @@ from nested_core.errors import ConfigError
 from nested_core.records.dataset import Finding
 from tests.builders.adapter_folders import base_copy
 from tests.builders.data_sets import json_lines, load, write_lines
+from tests.left_out import needs_rooms
 
 LINE = b'{"text": "Where is Oslo? In Norway."}\n'
 
@@ -45,7 +46,9 @@ def test_a_gzip_of_nothing_but_line_ends_is_cut_off_by_its_lines(tmp_path: Path)
 
 
 @pytest.mark.usefixtures("small_limits")
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "parquet"])
+@pytest.mark.parametrize(
+    "suffix", ["jsonl.gz", pytest.param("parquet", marks=needs_rooms("tables"))]
+)
 def test_a_file_that_repeats_one_row_without_end_is_cut_off_by_its_bytes(tmp_path, suffix) -> None:
     path, text = tmp_path / f"train.{suffix}", "a" * 10_000
     if suffix == "parquet":
@@ -87,10 +90,11 @@ def test_the_first_line_that_is_too_long_is_found_wherever_it_stands(
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("train.csv", b"text\na\nb\n" + b"c" * 5_000, 4),
-        ("train.jsonl.gz", gzip.compress(LINE + b"c" * 5_000, mtime=0), 2),
+        pytest.param(
+            *("train.csv", b"text\na\nb\n" + b"c" * 5_000, 4), marks=needs_rooms("tables"), id="csv"
+        ),
+        pytest.param("train.jsonl.gz", gzip.compress(LINE + b"c" * 5_000, mtime=0), 2, id="gzip"),
     ],
-    ids=["csv", "gzip"],
 )
 def test_a_line_that_never_ends_is_damage_there(tmp_path, monkeypatch, name, content, line) -> None:
     monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 1_000)
