@@ -222,9 +222,9 @@ def _loss_made_of(registry: Path, name: str, judgement: Judgement) -> dict[str, 
     validation, rows = judgement.verdict.validation, judgement.facts.validation_digest
     recorded = read_provenance(version_folder(registry, name, judgement.version))
     base = recorded.get("base_fingerprint")
-    tokenizer = [recorded.get(key) for key in ("chat_template", "vocabulary")]
-    if validation is None or validation.left_out != 0 or None in (rows, base, tokenizer[1]):
+    if validation is None or validation.left_out != 0 or rows is None or base is None:
         return None
+    tokenizer = [recorded.get(key) for key in ("chat_template", "vocabulary")]
     settings = settings_that_make_loss(FineTuneConfig, recorded.get("config", {}))
     return settings | {"rows": rows, "base": base, "tokenizer": tokenizer}
 

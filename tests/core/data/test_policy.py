@@ -155,7 +155,11 @@ def test_a_line_with_an_error_is_rejected_and_not_dropped(write_data, tokenizer)
 @pytest.mark.parametrize(
     ("row", "policy", "why"),
     [
-        (B, {"leakage": "drop"}, "2, valid or test has the same example); write one"),
+        (
+            B,
+            {"leakage": "drop"},
+            "2, valid or test has the same example, or the beginning of the chat); write one",
+        ),
         (LONG, {"overlong": "drop"}, "2, they are longer than max_seq_length); give shorter rows"),
     ],
 )
