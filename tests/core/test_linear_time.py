@@ -37,6 +37,8 @@ from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
 from nested_core.storage.safetensors_files import read_tensors
 from nested_core.storage.untrusted_files import parse_json
 
+pytestmark = pytest.mark.slow("times parsers at growing sizes")
+
 REFUSALS = (NestedTuneError, LineProblem, RestOfFileUnreadable, ValueError)
 UNMEASURED_SECONDS = 0.01  # of processor time; what is faster than this is fast enough
 MOST_TIMES = 24.0  # linear is 8, quadratic 64; what outgrows the processor's caches, up to 16

@@ -27,6 +27,8 @@ from nested_core.storage.run_directory import RunDirectory
 from tests.example import SMALL, train_example
 from tests.gate_files import read_gate, write_gate
 
+pytestmark = pytest.mark.slow("edits a verdict in each way")
+
 REMOVED = object()
 Keys = tuple[Any, ...]
 

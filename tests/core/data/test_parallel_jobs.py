@@ -20,6 +20,8 @@ from nested_core.data.parallel_jobs import (
 )
 from nested_core.errors import DatasetError, DataWorkerFailed
 
+pytestmark = pytest.mark.slow("starts worker processes")
+
 JOBS = "tests.core.data.jobs"
 
 
