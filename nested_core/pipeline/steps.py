@@ -25,7 +25,7 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import REPLAY_SPLIT
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.earlier_examples import find_earlier_examples
-from nested_core.data.example_digests import MAX_RECORDED_DIGESTS, TrainedRows
+from nested_core.data.example_digests import TrainedRows
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import (
@@ -341,8 +341,7 @@ def _record_training_rows(
     _, splits = load_run_data(config, run)
     rows = find_rows_of_base(base)
     for split in (splits[name] for name in ("train", REPLAY_SPLIT) if name in splits):
-        digests = np.union1d(split.contents, split.beginnings)
-        rows |= TrainedRows(digests if digests.size <= MAX_RECORDED_DIGESTS else split.contents)
+        rows |= TrainedRows(np.concatenate([split.contents, split.beginnings]))
     if start is not None:
         location = config.registry.location
         rows |= find_trained_rows(start, None if location is None else location[0])

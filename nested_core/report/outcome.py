@@ -205,7 +205,7 @@ def describe_outcome(run: Run) -> str:
         return f"{outcome}: {run.skip.reason}"
     if outcome == Outcome.RUNNING or run.verdict is None or not run.verdict.has_passed:
         return outcome
-    is_missing = _find_in_registry(run, run.verdict) is None
+    is_missing = outcome == Outcome.VERIFIED and _find_in_registry(run, run.verdict) is None
     return f"{outcome}: {run.verdict.describe()}{'; not registered' if is_missing else ''}"
 
 
