@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nested_core.config.sections import Score
+from nested_core.measure.answers.scorers import ScoringMethod, score_answers
 from nested_core.measure.answers.suite_answers import EncodedSuite
+from nested_core.measure.answers.suites import read_suite
 from tests.builders.data_sets import write_lines
 from tests.example import DATA
 
@@ -51,3 +55,12 @@ def note_who_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str
     monkeypatch.setenv("NESTED_TUNE_CACHE", str(folder / "cache"))
     monkeypatch.setattr(EncodedSuite, "answer", note_and_answer)
     return asked
+
+
+def score_each(
+    folder: Path, method: Score, answers: Sequence[str], fields: Sequence[dict[str, Any]]
+) -> list[float]:
+    """Score answers to the questions of a suite, each with the fields that its score needs."""
+    rows = [{"prompt": f"{number}?", **each} for number, each in enumerate(fields)]
+    path = write_lines(folder / "suite.jsonl", rows)
+    return score_answers(ScoringMethod(path, method), read_suite(path, method), answers)

@@ -16,6 +16,7 @@ from nested_core.measure.answers.suite_answers import Suite
 from nested_core.measure.answers.suites import read_suite
 from nested_core.rooms.scorers import suite_scorers
 from nested_core.rooms.scorers.scoring_process import first_json_value
+from tests.builders.suites import score_each
 from tests.core.measure.answers.test_suites import write
 
 SLOW = "(?i)" + "[\u0100-\uffff]" * 20_000  # a fast machine compiles it in minutes
@@ -59,10 +60,7 @@ SCORES: dict[Score, list[tuple[str, dict[str, Any], float]]] = {
 @pytest.mark.parametrize("method", SCORES)
 def test_scores(tmp_path: Path, method: Score) -> None:
     answers, fields, expected = zip(*SCORES[method], strict=True)
-    rows = ({"prompt": f"{number}?", **each} for number, each in enumerate(fields))
-    path = write(tmp_path / "suite.jsonl", *rows)
-    questions = read_suite(path, method)
-    assert score_answers(ScoringMethod(path, method), questions, answers) == list(expected)
+    assert score_each(tmp_path, method, answers, fields) == list(expected)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 
 from nested_core.config.sections import Score
 from nested_core.measure.answers.scorers import (
-    ScoringMethod,
     last_number,
     normalise_white_space,
-    score_answers,
 )
-from nested_core.measure.answers.suites import read_suite
-from tests.core.measure.answers.test_suites import write
+from tests.builders.suites import score_each
 
 # By score: answer, fields of the question, and what it gets.
 SCORES: dict[Score, list[tuple[str, dict[str, Any], float]]] = {
@@ -46,10 +43,7 @@ SCORES: dict[Score, list[tuple[str, dict[str, Any], float]]] = {
 @pytest.mark.parametrize("method", SCORES)
 def test_scores(tmp_path: Path, method: Score) -> None:
     answers, fields, expected = zip(*SCORES[method], strict=True)
-    rows = ({"prompt": f"{number}?", **each} for number, each in enumerate(fields))
-    path = write(tmp_path / "suite.jsonl", *rows)
-    questions = read_suite(path, method)
-    assert score_answers(ScoringMethod(path, method), questions, answers) == list(expected)
+    assert score_each(tmp_path, method, answers, fields) == list(expected)
 
 
 @pytest.mark.parametrize(
