@@ -57,6 +57,7 @@ FORKED_PROGRAMS = (  # a file's name or a module
 )
 REQUEST_BYTES = 2**20
 SOCKET_NAME, STAND_IN_NAME = "socket", "python"
+SECONDS_TO_END = 10.0
 
 # In place of the interpreter: has the server run a program, or is the interpreter for any other.
 STAND_IN = """#!{python} -IS
@@ -132,7 +133,6 @@ class ForkServer:
 
     def __init__(self) -> None:
         folder = Path(tempfile.mkdtemp(prefix="nested-tune-fork-"))
-        atexit.register(_remove_in, os.getpid(), folder)
         self._address = str(folder / SOCKET_NAME)
         self.stand_in = folder / STAND_IN_NAME
         self.stand_in.write_text(
@@ -155,6 +155,7 @@ class ForkServer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
             )
+        atexit.register(self._end, os.getpid(), folder)
 
     def run(
         self,
@@ -182,11 +183,12 @@ class ForkServer:
                 os.kill(process, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(command, timeout) from error
 
-
-def _remove_in(process: int, folder: Path) -> None:
-    """Remove a folder at the end of the process given, not of one that was forked from it."""
-    if os.getpid() == process:
-        shutil.rmtree(folder, ignore_errors=True)
+    def _end(self, process: int, folder: Path) -> None:
+        """End the server at the end of the process given, not of one that was forked from it."""
+        if os.getpid() == process:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.communicate(timeout=SECONDS_TO_END)  # closes its standard input
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 _starting = threading.Lock()
