@@ -15,7 +15,7 @@ from nested_core.data import example_digests
 from nested_core.data.example_digests import TrainedRows, decode_digests, encode_digests
 from nested_core.data.example_rows import RowKeys
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
-from nested_core.data.lines.line_rows import digest_example, fold_text
+from nested_core.data.lines.line_rows import digest_with_beginnings, fold_text
 from tests.left_out import needs_rooms
 
 TEXTS = st.text() | st.sampled_from(
@@ -91,10 +91,10 @@ def test_the_fast_parser_and_the_complete_one_give_a_row_the_same_keys(row: dict
     ],
 )
 def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str, Any]) -> None:
-    own = digest_example(parse_line(json.dumps({"messages": TURNS}).encode(), FieldNames()))
-    assert digest_example(parse_line(json.dumps(row).encode(), FieldNames())) == own
+    own = digest_of({"messages": TURNS})
+    assert digest_of(row) == own
     other = {"prompt": "Who?", "completion": "You."}
-    assert digest_example(parse_line(json.dumps(other).encode(), FieldNames())) != own
+    assert digest_of(other) != own
 
 
 def test_a_turn_with_a_name_is_another_row() -> None:
@@ -248,12 +248,12 @@ def test_a_pair_is_the_row_that_has_its_chosen_answer_alone() -> None:
     chosen = {"prompt": "Who?", "completion": "Me."}
     pair = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
     read = parse_line(json.dumps(pair).encode(), FieldNames(loss="dpo"))
-    assert digest_example(read) == digest_of(chosen)
-    assert digest_example(read) != digest_of(chosen | {"completion": "You."})
+    assert digest_with_beginnings(read) == [digest_of(chosen)]
+    assert digest_with_beginnings(read) != [digest_of(chosen | {"completion": "You."})]
 
 
 def digest_of(row: dict[str, Any]) -> int:
-    return digest_example(parse_line(json.dumps(row).encode(), FieldNames()))
+    return digest_with_beginnings(parse_line(json.dumps(row).encode(), FieldNames()))[0]
 
 
 def test_a_row_with_tools_is_the_same_whatever_stands_where_it_says_nothing() -> None:

@@ -101,6 +101,36 @@ def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp
     assert "dropped-held-out-before" in report.describe_warnings()
 
 
+@pytest.mark.parametrize(
+    ("learnt", "replayed", "dropped"),
+    [
+        ({"training": {"supervise": "all"}}, ["5"], [2]),
+        ({"mask_prompt": False}, ["5"], [2]),
+        ({}, ["4", "5"], []),
+    ],
+)
+def test_a_chat_whose_learnt_beginning_is_held_out_is_not_trained_on(
+    tmp_path, learnt, replayed, dropped
+) -> None:
+    def chat(*turns: str) -> str:
+        roles = ("user", "assistant") * len(turns)
+        pairs = zip(roles, turns, strict=False)
+        return json.dumps({"messages": [{"role": role, "content": text} for role, text in pairs]})
+
+    tonight = [chat("a?", "1"), chat("held then?", "2", "and?", "3"), chat("b?", "1")]
+    write_split(tmp_path / "new", train=tonight, valid=[chat("held now?", "1")])
+    earlier = [chat("HELD now?", "1", "longer?", "4"), chat("held now?", "9", "other?", "5")]
+    write_split(tmp_path / "old", train=earlier, valid=[chat("held then?", "2")])
+    config = configure(tmp_path, "old", iters=40, **learnt)
+    run, record = choose(config, tmp_path / "run")
+    (old,) = record.sources
+    lines = map(json.loads, run.replayed_rows.read_text().splitlines())
+    assert sorted(line["messages"][3]["content"] for line in lines) == replayed
+    assert (old.held_out, old.examples) == (2 - len(replayed), len(replayed))
+    report, _ = load_run_data(config, run)
+    assert [*report.splits["train"].dropped.get("held-out-before", ())] == dropped
+
+
 @needs_rooms("preferences")
 def test_a_later_export_of_the_same_chats_with_other_ids_is_known(tmp_path) -> None:
     def export(night: str, *texts: str) -> list[str]:
