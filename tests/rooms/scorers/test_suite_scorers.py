@@ -19,6 +19,8 @@ from nested_core.rooms.scorers.scoring_process import first_json_value
 from tests.builders.suites import score_each
 from tests.core.measure.answers.test_suites import write
 
+pytestmark = pytest.mark.slow("starts processes")
+
 SLOW = "(?i)" + "[\u0100-\uffff]" * 20_000  # a fast machine compiles it in minutes
 TIMED_OUT = pytest.mark.slow("waits until a time limit ends, as others do")
 OBJECT = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
