@@ -129,8 +129,9 @@ def _find_collapse(judged: CheckedRun) -> Iterator[Reason]:
 
 def _find_risen_training_loss(judged: CheckedRun) -> Iterator[Reason]:
     """Yield a reason if the training loss diverged and no held-out losses were measured."""
-    divergence = judged.divergence
-    if divergence is not None and divergence.is_certain and judged.verdict.validation is None:
+    divergence, validation = judged.divergence, judged.verdict.validation
+    is_measured = validation is not None and validation.examples != 0
+    if divergence is not None and divergence.is_certain and not is_measured:
         code: Code = "non_finite" if divergence.loss is None else "loss_regressed"
         yield Reason(code, "the training loss is far above where it began")
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nested_core.gate.checks.losses import TRAINING_LOSS
 from nested_core.gate.evidence.training_divergence import Divergence, find_divergence
 from nested_core.records.metrics import read_metrics
+from nested_core.records.verdict import Validation
 from tests.builders.candidates import Candidate, example_data, train_candidate, vouch
 from tests.builders.data_sets import write_lines
 from tests.core.gate.pairs import codes
+
+NOTHING_LEFT = Validation(None, None, selected_on_same_data=False, examples=0, left_out=10)
+MEASURED = Validation(4.0, 4.1, selected_on_same_data=False, examples=10, left_out=0)
 
 
 @pytest.mark.slow("trains and judges a run of its own")
@@ -147,3 +153,18 @@ def test_a_configuration_that_differs_is_told_whatever_the_loss_did(candidate: C
     candidate.rewrite(change_config=lambda meaning: meaning["lora_parameters"].update(scale=20.0))
     diverge(candidate)
     assert "config_mismatch" in codes(candidate.verdict())
+
+
+@pytest.mark.parametrize(
+    ("validation", "is_rejected"), [(None, True), (NOTHING_LEFT, True), (MEASURED, False)]
+)
+def test_a_diverged_run_is_rejected_where_no_held_out_loss_was_measured(
+    validation: Validation | None, is_rejected: bool
+) -> None:
+    judged: Any = SimpleNamespace(
+        divergence=Divergence(20, 1.0, 4.0, 9.0, True, 3),
+        verdict=SimpleNamespace(validation=validation),
+    )
+    assert [reason.code for reason in TRAINING_LOSS.find(judged)] == [
+        "loss_regressed"
+    ] * is_rejected
