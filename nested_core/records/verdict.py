@@ -399,8 +399,9 @@ class AncestorLoss(HeldOutComparison):
 
     @property
     def is_unmeasured(self) -> bool:
-        """Whether nothing was compared, on these examples or on newer data that has them too."""
-        return self.not_compared is not None and not (self.repeated or self.superseded)
+        """Whether nothing was compared, on these examples or on newer data that has all of them."""
+        is_compared_there = self.repeated and not (self.left_out or self.missing)
+        return self.not_compared is not None and not is_compared_there
 
     def is_forgotten(self, noise: Noise) -> bool:
         """Return whether the candidate is worse, corrected for the number of ancestors compared."""
