@@ -17,7 +17,7 @@ from typing import Any
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import (
-    ANY_LOSS,
+    ANY_ROLE,
     Example,
     FieldNames,
     find_row_format,
@@ -27,13 +27,12 @@ from nested_core.data.lines.example_parsing import (
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import flatten_example, fold_questions, fold_text
+from nested_core.data.lines.line_rows import digest_row, flatten_example, fold_questions, fold_text
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 KEY_BYTES = 8
-ANY_ROLE = FieldNames(allows_any_role=True, loss=ANY_LOSS)
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,12 @@ class RowKeys:
 
     content: SHA-256 of everything that is tokenized.
     folded: the key of the same as `fold_text` returns it.
-    prompt: the key of the last question, see `fold_questions`; None for plain text.
+    questions: the key of what was asked before each answer, see `fold_questions`.
     """
 
     content: bytes
     folded: bytes
-    prompt: bytes | None
+    questions: tuple[bytes, ...]
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RowKeys:
@@ -109,10 +108,9 @@ class RowKeys:
             with suppress(LineProblem):  # a row that is no valid example has no content
                 example = parse_line(line, ANY_ROLE)
                 content, turns = flatten_example(example, ANY_ROLE).content or "", example.messages
-        asked = fold_questions(turns)
-        prompt = _key(asked[-1]) if asked else None
+        questions = tuple(map(_key, fold_questions(turns)))
         encoded = content.encode()
-        return cls(sha256(encoded).digest(), _key(fold_text(encoded)), prompt)
+        return cls(sha256(encoded).digest(), _key(fold_text(encoded)), questions)
 
 
 def _key(text: bytes) -> bytes:
@@ -122,15 +120,18 @@ def _key(text: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class RowList:
-    """A person's list of rows: examples, and prompts that stand for every example with them."""
+    """A person's list of rows: examples, and prompts that stand for every example with them.
 
-    examples: frozenset[bytes]
+    examples: their digests, see `digest_row`. prompts: their keys, see RowKeys.
+    """
+
+    examples: frozenset[int]
     prompts: frozenset[bytes]
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row or its prompt is listed, see RowKeys."""
-        keys = RowKeys.of(row)
-        return keys.folded in self.examples or keys.prompt in self.prompts
+        """Return whether a row, what it begins with, or a question in it is listed."""
+        is_asked = not self.prompts.isdisjoint(RowKeys.of(row).questions)
+        return is_asked or not self.examples.isdisjoint(digest_row(row, learnt_only=False))
 
 
 def read_row_list(path: Path) -> RowList:
@@ -139,20 +140,19 @@ def read_row_list(path: Path) -> RowList:
     A prompt is a text, `{"prompt": TEXT}`, or `messages` that do not end with the assistant's turn.
     Raises ConfigError for an empty file, and for a line that is neither.
     """
-    examples, prompts = set[bytes](), set[bytes]()
+    examples, prompts = set[int](), set[bytes]()
     for number, line in enumerate(read_regular(path, follow_links=True).splitlines(), 1):
         if not (body := strip_line(line, is_first=number == 1)):
             continue
         try:
             row, is_prompt = _read_listed_row(body)
-            keys = RowKeys.of(row)
             if not is_prompt:
-                examples.add(keys.folded)
-            elif keys.prompt is None:
+                examples.update(digest_row(row, learnt_only=False)[:1])
+            elif not (questions := RowKeys.of(row).questions):
                 raise LineProblem("no-question", "it has no turn but system turns")
             else:
-                prompts.add(keys.prompt)
-        except (LineProblem, ValueError) as problem:
+                prompts.add(questions[-1])
+        except (LineProblem, ValueError, RecursionError) as problem:
             raise ConfigError(
                 f"{path}:{number} is neither a row nor a prompt: {problem}. Expected a line of a "
                 f"data set, or the same without its answer."

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from nested_core.data.lines.example_parsing import (
+    ANY_ROLE,
     LETTER_BY_ROLE,
     Example,
     FieldNames,
@@ -119,6 +121,21 @@ def digest_with_beginnings(example: Example) -> list[int]:
         if is_learnt and kind.encode is None and number < len(example.messages) - 1:
             beginnings.append(digest)
     return [digest, *beginnings]
+
+
+def digest_row(row: Mapping[str, Any], *, learnt_only: bool) -> list[int]:
+    """Return the digest of a row, then that of each beginning of it that ends in an answer.
+
+    See `digest_with_beginnings`; [] if the row is no valid example.
+
+    learnt_only: without the beginnings whose last answer is not learnt, as of pairs.
+    """
+    with suppress(LineProblem):
+        example = parse_line(json.dumps(row).encode(), ANY_ROLE)
+        if example.messages and not learnt_only:
+            example = example._replace(format="chat", masked={})
+        return digest_with_beginnings(example)
+    return []
 
 
 def _digest_after(before: Any, content: bytes) -> int:

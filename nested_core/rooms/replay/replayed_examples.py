@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,11 +20,10 @@ import numpy.typing as npt
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import SPLITS, DataSettings
-from nested_core.data.example_rows import ANY_ROLE, RowKeys, read_split_rows
+from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
-from nested_core.data.lines.example_parsing import find_format, find_row_format, parse_line
-from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import digest_with_beginnings
+from nested_core.data.lines.example_parsing import ANY_ROLE, find_format, find_row_format
+from nested_core.data.lines.line_rows import digest_row
 from nested_core.rooms.replay.replay_record import ReplaySource
 
 Row = Mapping[str, Any]
@@ -43,7 +41,7 @@ class NewerRows:
     """The rows of newer data, by their keys: what an earlier row is compared with.
 
     folded: of all rows; prompts: of all rows that have one; held_out: of rows that are held out.
-    digests: of rows that are held out, with `learns_beginnings`; see `digest_with_beginnings`.
+    digests: of rows that are held out, with `learns_beginnings`; see `digest_row`.
     train: the training examples of the run itself.
     learns_beginnings: whether the run learns each answer of a chat, and so what the chat begins
         with too.
@@ -60,8 +58,7 @@ class NewerRows:
         """Add rows of train, or rows that are held out."""
         for keys in map(RowKeys.of, rows):
             self.folded.add(keys.folded)
-            if keys.prompt is not None:
-                self.prompts.add(keys.prompt)
+            self.prompts.update(keys.questions[-1:])
         if are_held_out:
             self.hold_out(rows)
 
@@ -69,14 +66,18 @@ class NewerRows:
         """Count rows as held out."""
         self.held_out.update(RowKeys.of(row).folded for row in rows)
         if self.learns_beginnings:
-            self.digests.update(digest for row in rows for digest in _digest_row(row)[:1])
+            self.digests.update(
+                digest for row in rows for digest in digest_row(row, learnt_only=True)[:1]
+            )
 
     def is_held_out(self, row: Row, folded: bytes) -> bool:
         """Return whether a row, or a beginning of it that the run would learn, is held out.
 
         folded: the key of the row.
         """
-        is_begun = self.digests and not self.digests.isdisjoint(_digest_row(row)[1:])
+        is_begun = self.digests and not self.digests.isdisjoint(
+            digest_row(row, learnt_only=True)[1:]
+        )
         return folded in self.held_out or bool(is_begun)
 
     def find_reason(self, row: Row) -> LeftOut | None:
@@ -93,7 +94,7 @@ class NewerRows:
             return "repeated"
         opposite = _find_opposite_row(row)
         if opposite is None:
-            return "superseded" if keys.prompt in self.prompts else None
+            return None if self.prompts.isdisjoint(keys.questions[-1:]) else "superseded"
         return "superseded" if RowKeys.of(opposite).folded in self.folded else None
 
 
@@ -233,13 +234,6 @@ def _sort_out(
         problem=data.problem,
     )
     return source, list(fresh.values())
-
-
-def _digest_row(row: Row) -> list[int]:
-    """Return `digest_with_beginnings` of a row; [] if it is no valid example."""
-    with suppress(LineProblem):
-        return digest_with_beginnings(parse_line(json.dumps(row).encode(), ANY_ROLE))
-    return []
 
 
 def _find_opposite_row(row: Mapping[str, Any]) -> dict[str, Any] | None:

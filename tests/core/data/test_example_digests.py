@@ -121,7 +121,10 @@ def test_a_row_that_ends_with_an_end_text_of_any_base_is_the_same_without_a_toke
     ):
         assert digest_of(ended) == digest_of(plain) != digest_of(other)
         keys = RowKeys.of(plain)
-        assert (RowKeys.of(ended).folded, RowKeys.of(ended).prompt) == (keys.folded, keys.prompt)
+        assert (RowKeys.of(ended).folded, RowKeys.of(ended).questions) == (
+            keys.folded,
+            keys.questions,
+        )
 
 
 def test_a_control_token_that_ends_no_text_makes_another_row() -> None:
@@ -223,7 +226,10 @@ def test_all_that_is_white_space_is_ignored_in_chats_and_beside_tools(space, mor
 
 def test_composed_and_decomposed_letters_are_the_same() -> None:
     one, other = ({"prompt": f"Caf{e}?", "completion": "Yes."} for e in ("\xe9", "e\u0301"))
-    assert (digest_of(one), RowKeys.of(one).prompt) == (digest_of(other), RowKeys.of(other).prompt)
+    assert (digest_of(one), RowKeys.of(one).questions) == (
+        digest_of(other),
+        RowKeys.of(other).questions,
+    )
     assert digest_of(one) != digest_of({"prompt": "Cafe?", "completion": "Yes."})
 
 
@@ -239,7 +245,7 @@ def test_keys_of_arguments_are_in_order_whatever_their_case() -> None:
 def test_a_pair_with_a_line_break_is_the_pair_with_a_space() -> None:
     pairs = [{"prompt": f"Who{s}is it?", "chosen": "Me.", "rejected": f"You{s}too."} for s in " \n"]
     one, other = map(RowKeys.of, pairs)
-    assert (one.folded, one.prompt) == (other.folded, other.prompt)
+    assert (one.folded, one.questions) == (other.folded, other.questions)
     assert one.content != other.content
 
 
