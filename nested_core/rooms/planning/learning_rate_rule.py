@@ -37,7 +37,7 @@ def describe_learning_rate(config: FineTuneConfig, share: float = 1.0) -> str | 
     )
     if low <= product <= high:
         return text
-    rate = USUAL_PRODUCT / (config.lora_parameters.rank * config.lora_parameters.scale)
+    rate = USUAL_PRODUCT / (config.lora_parameters.rank * config.lora_parameters.scale * share)
     return f"{text}: try --learning-rate {float(f'{rate:.0e}'):g}"
 
 

@@ -42,6 +42,13 @@ def test_where_a_setting_lies_is_said_with_what_to_try(values, product, advice) 
     assert (float(found) if found else None) == (None if advice is None else float(advice))
 
 
+def test_the_advice_for_a_night_at_a_share_of_the_rate_is_the_configured_rate() -> None:
+    said = describe_learning_rate(configured(learning_rate=1e-4), 0.3)
+    assert said is not None
+    assert said.startswith("rank x scale x rate is 0.0048; ")
+    assert said.endswith(": try --learning-rate 0.0003")
+
+
 @pytest.mark.parametrize(
     ("rate", "is_warned_of"),
     [(1.8e-5, True), (2e-5, False), (1e-4, False), (3e-4, False), (3.2e-4, True)],
