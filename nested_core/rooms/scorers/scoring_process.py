@@ -129,11 +129,12 @@ def load_scorer_function(module_and_name: str, folder: str) -> Scorer:
     module, _, name = module_and_name.partition(":")
     sys.path.append(folder)
     file = Path(folder, *module.split(".")).with_suffix(".py")
-    spec = spec_from_file_location(module, file) if file.is_file() else None
+    spec = spec_from_file_location(f"scorer:{module}", file) if file.is_file() else None
     if spec is None or spec.loader is None:
         function: Scorer = getattr(import_module(module), name)
     else:
-        spec.loader.exec_module(loaded := module_from_spec(spec))
+        loaded = sys.modules.setdefault(spec.name, module_from_spec(spec))  # dataclasses look there
+        spec.loader.exec_module(loaded)
         function = getattr(loaded, name)
     if not callable(function):
         raise TypeError(f"{module_and_name} is not callable")

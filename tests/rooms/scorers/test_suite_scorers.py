@@ -218,6 +218,18 @@ def test_a_function_that_is_not_there_is_an_error(tmp_path, function) -> None:
         score(tmp_path, "python", "a", function, expected="a")
 
 
+def test_a_module_may_define_a_data_class_with_annotations_as_text(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        "from __future__ import annotations",
+        "from dataclasses import dataclass",
+        "@dataclass",
+    ]
+    lines += ["class Part:", "    weight: float", "def judge(answer, question):"]
+    Path("parts.py").write_text("\n".join([*lines, "    return Part(1.0).weight", ""]))
+    assert score(tmp_path, "python", "a", "parts:judge", expected="a") == 1
+
+
 @pytest.mark.parametrize("name", ["flows", "nested_core", "pytest", "tasks"])
 def test_a_module_may_be_named_like_an_installed_package(tmp_path, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)
