@@ -75,6 +75,14 @@ def test_the_step_at_which_a_loss_left_is_that_of_the_first_report_above() -> No
         (reports("loss", 4.0, None), Divergence(10, 1.0, 4.0, None, True, 1)),
         (reports("loss", None, None), Divergence(0, 1.0, None, None, True, 2)),
         (reports("val_loss", 4.0, 3.0, 7.5), Divergence(20, 1.0, 4.0, 7.5, True, 1)),
+        (  # both rose
+            [*reports("val_loss", 4.0, 7.5), *reports("loss", 4.0, 9.0, 9.0, 9.0)],
+            Divergence(10, 1.0, 4.0, 7.5, True, 3),
+        ),
+        (  # it learnt its own rows, and nothing else
+            [*reports("val_loss", 4.0, 7.5), *reports("loss", 4.0, 1.0, 0.1)],
+            Divergence(10, 1.0, 4.0, 7.5, True, 1),
+        ),
         (reports("grad_norm", 1.0, 0.0, 0.0), Divergence(10, 1.0, None, None, False, 2)),
         (reports("grad_norm", 1.0, 0.0, 2.0), None),
         (reports("grad_norm", 1.0, None), Divergence(10, 1.0, None, None, False, 1)),
