@@ -400,8 +400,7 @@ class AncestorLoss(HeldOutComparison):
     @property
     def is_unmeasured(self) -> bool:
         """Whether nothing was compared, on these examples or on newer data that has all of them."""
-        is_compared_there = self.repeated and not (self.left_out or self.missing)
-        return self.not_compared is not None and not is_compared_there
+        return self.not_compared is not None and not (self.repeated and not self.left_out)
 
     def is_forgotten(self, noise: Noise) -> bool:
         """Return whether the candidate is worse, corrected for the number of ancestors compared."""

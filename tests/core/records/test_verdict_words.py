@@ -152,7 +152,7 @@ def test_answers_above_the_base_and_any_constant_one_are_green_and_in_the_words(
         ({"superseded": 9}, True),
         ({"superseded": 1, "left_out": 9}, True),
         ({"repeated": 1, "left_out": 9}, True),
-        ({"repeated": 1, "missing": 9}, True),
+        ({"repeated": 1, "missing": 9}, False),  # the lost ones may be rows of train
         ({"repeated": 9}, False),
         ({"repeated": 9, "superseded": 1}, False),
     ],
