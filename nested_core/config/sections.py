@@ -32,12 +32,12 @@ from nested_core.config.section_base import Section, key
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-def _as_list(value: Any) -> Any:
-    """Convert a single text or mapping to a list of one, as mlx-lm does."""
-    return [value] if isinstance(value, str | dict) else value
+def _text_as_list(value: Any) -> Any:
+    """Convert a single text to a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_as_list)]
+Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_text_as_list)]
 
 Processes = Annotated[PositiveInt, Field(le=64)]
 MAX_MINUTES = 7 * 24 * 60
@@ -406,7 +406,12 @@ class HubDataset(Section):
             yield f"config: {sorted(twice)} have keys of their own: path, train_split"
 
 
-HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_as_list)]
+def _mapping_as_list(value: Any) -> Any:
+    """Convert a single mapping to a list of one, as mlx-lm does."""
+    return [value] if isinstance(value, dict) else value
+
+
+HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_mapping_as_list)]
 
 
 # The format of the rows, but csv: the files are tables, whose rows are found out as by auto.

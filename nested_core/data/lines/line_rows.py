@@ -123,18 +123,10 @@ def digest_with_beginnings(example: Example) -> list[int]:
     return [digest, *beginnings]
 
 
-def digest_row(row: Mapping[str, Any], *, learnt_only: bool) -> list[int]:
-    """Return the digest of a row, then that of each beginning of it that ends in an answer.
-
-    See `digest_with_beginnings`; [] if the row is no valid example.
-
-    learnt_only: without the beginnings whose last answer is not learnt, as of pairs.
-    """
+def digest_row(row: Mapping[str, Any]) -> list[int]:
+    """Return `digest_with_beginnings` of a row of `read_split_rows`; [] if it is no example."""
     with suppress(LineProblem):
-        example = parse_line(json.dumps(row).encode(), ANY_ROLE)
-        if example.messages and not learnt_only:
-            example = example._replace(format="chat", masked={})
-        return digest_with_beginnings(example)
+        return digest_with_beginnings(parse_line(json.dumps(row).encode(), ANY_ROLE))
     return []
 
 

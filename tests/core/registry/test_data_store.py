@@ -236,6 +236,29 @@ def test_a_listed_row_or_prompt_is_that_of_every_chat_with_it(tmp_path, stored) 
     assert not read_row_list(listed).has(stored)
 
 
+def test_a_listed_text_is_that_of_every_chat_with_such_a_turn(tmp_path) -> None:
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps("my number is 555"))
+    later = {"messages": chat(("Hi", "Hello"), CALLED[0])}
+    assert read_row_list(listed).has(later)
+    unanswered = {"messages": later["messages"][:-1]}
+    listed.write_text(json.dumps(unanswered))
+    assert read_row_list(listed).has(later)
+    assert not read_row_list(listed).has({"messages": chat(CALLED[0])})
+
+
+@needs_rooms("preferences")
+def test_a_listed_pair_is_itself_alone(tmp_path) -> None:
+    pair = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps(pair))
+    assert read_row_list(listed).has(pair)
+    assert not read_row_list(listed).has(pair | {"rejected": "She."})
+    assert not read_row_list(listed).has({"prompt": "Who?", "completion": "Me."})
+    listed.write_text(json.dumps({"prompt": "Who?", "completion": "Me."}))
+    assert read_row_list(listed).has(pair)
+
+
 def test_a_list_with_a_line_nested_too_deeply_is_refused(tmp_path) -> None:
     listed = tmp_path / "listed.jsonl"
     listed.write_text(f'{{"messages": {"[" * 100_000}')
