@@ -90,8 +90,8 @@ def choose_ancestor_examples(
                 problem=None if rows else _describe_none_left(reasons),
             )
         )
-        newer.add([row.row for row in data.train], are_held_out=False)
-        newer.add([row.row for row in data.held_out], are_held_out=True)
+        newer.add((row.row for row in data.train), are_held_out=False)
+        newer.add((row.row for row in data.held_out), are_held_out=True)
     max_rows = share_rows([len(ancestor.rows) for ancestor in chosen])
     return [replace(ancestor, rows=ancestor.rows[:max_rows]) for ancestor in chosen]
 

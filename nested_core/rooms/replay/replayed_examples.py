@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.data.data_settings import SPLITS, DataSettings
+from nested_core.data.data_settings import SPLITS, DataSettings, Targets
 from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.data.lines.example_parsing import ANY_ROLE, find_format, find_row_format
@@ -41,44 +41,44 @@ class NewerRows:
     """The rows of newer data, by their keys: what an earlier row is compared with.
 
     folded: of all rows; prompts: of all rows that have one; held_out: of rows that are held out.
-    digests: of rows that are held out, with `learns_beginnings`; see `digest_row`.
+    asked, digests: the last questions of rows that are held out, and `digest_row` of them.
     train: the training examples of the run itself.
-    learns_beginnings: whether the run learns each answer of a chat, and so what the chat begins
-        with too.
+    targets: what the run learns of a chat: each answer, and so each beginning too, unless `last`.
+        None where the rows are only compared, as the registry keeps them.
     """
 
     folded: set[bytes] = field(default_factory=set)
     prompts: set[bytes] = field(default_factory=set)
     held_out: set[bytes] = field(default_factory=set)
+    asked: set[bytes] = field(default_factory=set)
     digests: set[int] = field(default_factory=set)
     train: Sequence[Row] = ()
-    learns_beginnings: bool = False
+    targets: Targets | None = None
 
-    def add(self, rows: Sequence[Row], *, are_held_out: bool) -> None:
+    def add(self, rows: Iterable[Row], *, are_held_out: bool) -> None:
         """Add rows of train, or rows that are held out."""
-        for keys in map(RowKeys.of, rows):
+        for row in rows:
+            keys = RowKeys.of(row)
             self.folded.add(keys.folded)
             self.prompts.update(keys.questions[-1:])
-        if are_held_out:
-            self.hold_out(rows)
+            if are_held_out:
+                self.hold_out(row, keys)
 
-    def hold_out(self, rows: Sequence[Row]) -> None:
-        """Count rows as held out."""
-        self.held_out.update(RowKeys.of(row).folded for row in rows)
-        if self.learns_beginnings:
-            self.digests.update(
-                digest for row in rows for digest in digest_row(row, learnt_only=True)[:1]
-            )
+    def hold_out(self, row: Row, keys: RowKeys) -> None:
+        """Count a row as held out."""
+        self.held_out.add(keys.folded)
+        if self.targets is not None:
+            self.asked.update(keys.questions[-1:])
+            self.digests.update(digest_row(row)[:1])
 
-    def is_held_out(self, row: Row, folded: bytes) -> bool:
-        """Return whether a row, or a beginning of it that the run would learn, is held out.
-
-        folded: the key of the row.
-        """
-        is_begun = self.digests and not self.digests.isdisjoint(
-            digest_row(row, learnt_only=True)[1:]
-        )
-        return folded in self.held_out or bool(is_begun)
+    def is_held_out(self, row: Row, keys: RowKeys) -> bool:
+        """Return whether a row, or a beginning of it that the run would learn, is held out."""
+        if keys.folded in self.held_out:
+            return True
+        if self.asked.isdisjoint(keys.questions):  # then no digest needs to be computed
+            return False
+        digests = digest_row(row)
+        return not self.digests.isdisjoint(digests[:1] if self.targets == "last" else digests)
 
     def find_reason(self, row: Row) -> LeftOut | None:
         """Return why newer data makes an earlier row be left out; None if it does not.
@@ -88,7 +88,7 @@ class NewerRows:
         for a rated answer or a preference, the opposite rating).
         """
         keys = RowKeys.of(row)
-        if self.is_held_out(row, keys.folded):
+        if self.is_held_out(row, keys):
             return "held_out"
         if keys.folded in self.folded:
             return "repeated"
@@ -105,12 +105,13 @@ def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -
         and test.
     """
     settings, judging = DataSettings.from_config(config), list[Row]()
-    new = NewerRows(learns_beginnings=settings.supervised_targets != "last")
+    new = NewerRows(targets=None if held_out_is_judged else settings.supervised_targets)
     for split in SPLITS:
         split_rows = read_split_rows(settings, split)
         rows: list[Row] = [] if split_rows is None else [*split_rows.rows]
         new.add(rows, are_held_out=split != "train" and not held_out_is_judged)
-        new.train = rows if split == "train" else new.train
+        if split == "train" and not held_out_is_judged:
+            new.train = rows
         if rows and split in SPLITS_BY_HELD_OUT_CHOICE.get(config.gate.held_out, ()):
             judging = rows  # of test if it has rows, since it comes last; else of valid
     new.add([*judging, *read_held_out_file(config)], are_held_out=True)
@@ -170,12 +171,15 @@ def choose_replayed_examples(
         select: chooses among the examples that may be trained on.
         max_generations: the number of sources that are used, the newest ones; None uses all.
     """
-    newer = NewerRows(learns_beginnings=new.learns_beginnings)
-    newer.hold_out([row for data in earlier for row in data.held_out])
-    keys = ((row, RowKeys.of(row)) for row in new.train)
-    dropped = sorted({key.content for row, key in keys if newer.is_held_out(row, key.folded)})
+    newer = NewerRows(targets=new.targets)
+    for data in earlier:
+        for row in data.held_out:
+            newer.hold_out(row, RowKeys.of(row))
+    keyed = ((row, RowKeys.of(row)) for row in new.train)
+    dropped = sorted({keys.content for row, keys in keyed if newer.is_held_out(row, keys)})
     newer.folded, newer.prompts = set(new.folded), set(new.prompts)
     newer.held_out |= new.held_out
+    newer.asked |= new.asked
     newer.digests |= new.digests
     sources: list[ReplaySource] = []
     candidates: list[list[tuple[bytes, bytes]]] = []
