@@ -42,11 +42,15 @@ def test_where_a_setting_lies_is_said_with_what_to_try(values, product, advice) 
     assert (float(found) if found else None) == (None if advice is None else float(advice))
 
 
-def test_the_advice_for_a_night_at_a_share_of_the_rate_is_the_configured_rate() -> None:
-    said = describe_learning_rate(configured(learning_rate=1e-4), 0.3)
+@pytest.mark.parametrize(
+    ("rate", "share", "product", "advice"),
+    [(1e-4, 0.3, "0.0048", "1"), (1e-3, 0.5, "0.08", "0.1"), (1e-5, 0.3, "0.00048", "1")],
+)
+def test_the_advice_for_a_night_is_another_share_of_the_rate(rate, share, product, advice) -> None:
+    said = describe_learning_rate(configured(learning_rate=rate), share)
     assert said is not None
-    assert said.startswith("rank x scale x rate is 0.0048; ")
-    assert said.endswith(": try --learning-rate 0.0003")
+    assert said.startswith(f"rank x scale x rate is {product}; ")
+    assert said.endswith(f": try continual.rate: {advice}")
 
 
 @pytest.mark.parametrize(
