@@ -230,6 +230,15 @@ def test_a_module_may_define_a_data_class_with_annotations_as_text(tmp_path, mon
     assert score(tmp_path, "python", "a", "parts:judge", expected="a") == 1
 
 
+def test_a_module_in_a_package_may_import_its_neighbours(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pkg").mkdir()
+    Path("pkg", "helper.py").write_text("value = 1\n")
+    lines = ["from .helper import value", "def judge(answer, question):", "    return value", ""]
+    Path("pkg", "judging.py").write_text("\n".join(lines))
+    assert score(tmp_path, "python", "a", "pkg.judging:judge", expected="a") == 1
+
+
 @pytest.mark.parametrize("name", ["flows", "nested_core", "pytest", "tasks"])
 def test_a_module_may_be_named_like_an_installed_package(tmp_path, monkeypatch, name) -> None:
     monkeypatch.chdir(tmp_path)
