@@ -10,20 +10,13 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from types import MappingProxyType
-from typing import Any, NoReturn
+from types import FrameType, MappingProxyType
+from typing import NoReturn
 
-from flows.commands.help_pages import (
-    EXIT_CODES,
-    GROUPS,
-    FullHelp,
-    ShortHelp,
-    describe_commands,
-    is_key_flag,
-)
+from flows.commands.help_pages import EXIT_CODES, Commands, FullHelp, describe_commands, is_key_flag
 from flows.process.os_errors import explain, explain_file_limit, explain_missing_mlx
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
@@ -47,55 +40,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See: `{self.prog} --help`")
-
-
-class _Commands:
-    """argparse's sub-commands, where the line in the list of commands opens each one's own help."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._subparsers = parser.add_subparsers(
-            dest="command", metavar="COMMAND", help=argparse.SUPPRESS, prog="nested-tune"
-        )
-        self.parsers: dict[str, argparse.ArgumentParser] = {}
-        self.summaries: dict[str, dict[str, str]] = {group: {} for group in GROUPS}
-
-    def add(
-        self,
-        name: str,
-        run: Callable[[argparse.Namespace], Any],
-        line: str,
-        *,
-        group: str,
-        example: str,
-        json: bool = False,
-        **options: Any,
-    ) -> argparse.ArgumentParser:
-        """Add a command; `line` is a sentence without capital and full stop.
-
-        `run` is called with the arguments; `group` is one of GROUPS, `example` a command line that
-        its help begins with, and `json` whether the command has that flag.
-        """
-        description = f"{line[0].upper()}{line[1:]}."
-        # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
-        parser = self._subparsers.add_parser(
-            name,
-            description=f"{description}\n\nExample: {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            epilog=EXIT_CODES,
-            allow_abbrev=False,
-            add_help=False,
-            **options,
-        )
-        parser.add_argument("-h", "--help", action=ShortHelp)
-        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if json:
-            parser.add_argument(
-                "--json", action="store_true", help="the result as one JSON document"
-            )
-        parser.set_defaults(run=run)
-        self.parsers[name] = parser
-        self.summaries[group][name] = line
-        return parser
 
 
 # The commands of each module of flows.commands, in the order of the help: one that is called loads
@@ -139,7 +83,7 @@ def build_parser(command: str | None = None) -> _Parser:
     parser.add_argument(
         "--version", action="version", version=f"nested-tune {version('nested-tune')}"
     )
-    commands = _Commands(parser)
+    commands = Commands(parser)
     parser.commands = commands.parsers
     parser.summaries = commands.summaries
     for module in modules:
@@ -228,7 +172,7 @@ def _hearing_signals(*, is_program: bool) -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def _end_in_order(number: int, frame: Any) -> NoReturn:
+def _end_in_order(number: int, frame: FrameType | None) -> NoReturn:
     """End the process as a shell words it; a second signal ends it at once."""
     signal.signal(number, signal.SIG_DFL)
     sys.exit(128 + number)

@@ -11,7 +11,7 @@ workers/base.py). A late report would end the retry that may have begun by then.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from prefect import flow, get_run_logger, runtime
@@ -74,7 +74,7 @@ class FinetuneParameters(FineTuneConfig):
 
 
 @flow(name="finetune", retries=0, flow_run_name=name_flow_run)
-def finetune(config: FinetuneParameters) -> State[Any]:
+def finetune(config: FinetuneParameters) -> State[None]:
     """Validate the data, load the model, train, run the gate, and register and promote what passed.
 
     Failed where a step fails, and where the gate rejects the adapter: then the state is named
@@ -108,7 +108,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     return state
 
 
-def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
+def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[None]:
     """Run the pipeline with its steps as tasks, and return the state in which the flow run ends."""
     from flows.flow_runs.prefect_hooks import StepsAsTasks
     from nested_core.pipeline.finetune import finetune as run_finetune
@@ -177,7 +177,7 @@ def _describe_held_out(config: FineTuneConfig, run: RunDirectory) -> str:
     return "" if note is None else f"; {note}"
 
 
-def _failed_state(error: NestedTuneError) -> State[Any]:
+def _failed_state(error: NestedTuneError) -> State[None]:
     """A failed state that says what a person can do about an error, in a page."""
     name = None
     if isinstance(error, DamagedError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from prefect import flow
@@ -51,7 +50,7 @@ class Asking:
         registry and the champion. Raises Pause without an answer.
     """
 
-    ask: Callable[[PromoteParameters, Path, str | None], State[Any]]
+    ask: Callable[[PromoteParameters, Path, str | None], State[None]]
 
 
 @flow(
@@ -60,7 +59,7 @@ class Asking:
     flow_run_name="promote {config.name} {config.version:.12}",
     persist_result=True,
 )
-def promote(config: PromoteParameters) -> State[Any]:
+def promote(config: PromoteParameters) -> State[None]:
     """Promote by the recorded policy; under `approve` suspend until a person has answered.
 
     Completed in every case but damage: the message says what became of it. Resumed, the flow starts

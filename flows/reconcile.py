@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed, State
@@ -18,7 +17,7 @@ from nested_core.config.section_base import Section
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
-from nested_core.registry import list_names, read_champion_changes
+from nested_core.registry import Decision, list_names, read_champion_changes
 from nested_core.registry.folders import name_exists
 from nested_core.registry.ledger import describe_author
 from nested_core.text.digest_format import shorten_digest
@@ -54,7 +53,7 @@ class ReconcileParameters(Section):
 
 
 @flow(name="reconcile", retries=0, flow_run_name="reconcile {config.subject}")
-def reconcile(config: ReconcileParameters) -> State[Any]:
+def reconcile(config: ReconcileParameters) -> State[None]:
     """Apply each version's own policy once more; again, it changes nothing.
 
     What is damaged keeps no other version or name from its promotion: the flow goes through all of
@@ -104,8 +103,8 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
 
 def _find_problems(
     registry: Path,
-    decided: Mapping[str, State[Any]],
-    checked: Mapping[str, State[Any]],
+    decided: Mapping[str, State[dict[str, Decision]]],
+    checked: Mapping[str, State[str | None]],
     absent: Sequence[str],
 ) -> tuple[list[str], list[str]]:
     """What is damaged, and what failed for another reason; each once, with its adapter's name."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
 from prefect.states import Completed, State
 from pydantic import Field
@@ -28,7 +26,7 @@ class RollbackParameters(AdapterParameters):
 
 
 @flow(name="rollback", retries=0, flow_run_name="rollback {config.name}")
-def rollback(config: RollbackParameters) -> State[Any]:
+def rollback(config: RollbackParameters) -> State[None]:
     """Move the champion back; the message says what became of it."""
     prepare_logs()
     registry = require_allowed(config.registry, "registry")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -63,14 +63,14 @@ class ArtifactClient:
         self._client.__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._client.__exit__(*exception)
 
     def publish_page(self, key: str, page: Document, description: str) -> None:
         """Put a page beside the flow run."""
         self._publish("markdown", key, str(page), description)
 
-    def publish_table(self, key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
+    def publish_table(self, key: str, rows: Sequence[dict[str, object]], description: str) -> None:
         """Put a table beside the flow run; integers, true, false and null stay what they are."""
         table = [
             {escape_markdown(name): _table_cell(value) for name, value in row.items()}
@@ -144,6 +144,6 @@ def publish_page(
         artifacts.publish_page(artifact_key(adapter, name), page, description)
 
 
-def _table_cell(value: Any) -> Any:
+def _table_cell(value: object) -> object:
     is_plain = value is None or isinstance(value, bool | int)
     return value if is_plain else escape_markdown(format_value(value))

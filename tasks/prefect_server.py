@@ -43,7 +43,7 @@ def asking_server(what: str) -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def flow_runs_in(states: Sequence[StateType], **conditions: dict[str, Any]) -> FlowRunFilter:
+def flow_runs_in(states: Sequence[StateType], **conditions: dict[str, object]) -> FlowRunFilter:
     """The flow runs in these states, and with further conditions as Prefect's API writes them.
 
     Such as `tags={"all_": [TAG]}` or `deployment_id={"any_": [ID]}`.
@@ -51,7 +51,7 @@ def flow_runs_in(states: Sequence[StateType], **conditions: dict[str, Any]) -> F
     return FlowRunFilter.model_validate({"state": {"type": {"any_": states}}} | conditions)
 
 
-def set_run_state(client: SyncPrefectClient, run: FlowRun, state: State[Any]) -> bool:
+def set_run_state(client: SyncPrefectClient, run: FlowRun, state: State[None]) -> bool:
     """Set another run's state; where the server refuses it, the log says so, and this is False."""
     result = client.set_flow_run_state(run.id, state)
     if result.status != SetStateStatus.ACCEPT:
@@ -59,11 +59,11 @@ def set_run_state(client: SyncPrefectClient, run: FlowRun, state: State[Any]) ->
     return result.status == SetStateStatus.ACCEPT
 
 
-def read_events(client: SyncPrefectClient, limit: int, **wanted: Any) -> list[dict[str, Any]]:
+def read_events(client: SyncPrefectClient, limit: int, **wanted: object) -> list[dict[str, Any]]:
     """The events of a filter as Prefect's API writes it; the client has no method for it."""
     request = {"filter": wanted, "limit": limit}
     answer = client.request("POST", "/events/filter", json=request).raise_for_status()
-    events: list[dict[str, Any]] = answer.json()["events"]
+    events: list[dict[str, object]] = answer.json()["events"]
     return events
 
 

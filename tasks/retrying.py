@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import httpx
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.tasks import Task
+from prefect.tasks import RetryConditionCallable, Task
 
 TaskParameters = ParamSpec("TaskParameters")
 TaskResult = TypeVar("TaskResult")
-Condition: TypeAlias = Callable[[Task[..., Any], TaskRun, State[Any]], bool]
 
 RUN_RETRY_DELAYS = (2, 10)  # seconds before each new try of a step on a run directory
 REGISTRY_RETRY_DELAYS = (2, 5, 15)  # and of one on the registry, which others write too
@@ -31,13 +30,13 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno not in PERMANENT_ERRNOS
 
 
-def retry_on_transient_error(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+def retry_on_transient_error(task: Task[..., object], run: TaskRun, state: State[Any]) -> bool:
     """Prefect's retry condition: read the exception from the state and ask `is_transient`."""
     return is_transient(exception_of(state))
 
 
 def retry_on_transient_or_memory_error(
-    task: Task[Any, Any], run: TaskRun, state: State[Any]
+    task: Task[..., object], run: TaskRun, state: State[Any]
 ) -> bool:
     """As above, and on an allocation error that Python sees: training goes on where it was."""
     error = exception_of(state)
@@ -48,7 +47,7 @@ def retried_task(
     name: str,
     run_name: str,
     delays: Sequence[float],
-    condition: Condition = retry_on_transient_error,
+    condition: RetryConditionCallable = retry_on_transient_error,
 ) -> Callable[[Callable[TaskParameters, TaskResult]], Task[TaskParameters, TaskResult]]:
     """Make a function a task that is tried again after each of the delays, and never cached."""
     return task(

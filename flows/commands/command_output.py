@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flows.terminal.console import print_json, print_line, print_progress
 from nested_core.errors import ConfigError, DatasetError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def result_printer(
     arguments: argparse.Namespace,
-    document: Callable[[], Any],
+    document: Callable[[], object],
     show: Callable[[], object],
     code: int = 0,
 ) -> Callable[[], int]:

@@ -107,7 +107,7 @@ def _argparse_options(key: Key) -> dict[str, Any]:
     return {"type": read, "metavar": "YAML"}
 
 
-def _value_type(annotation: Any) -> Any:
+def _value_type(annotation: object) -> object:
     """A key's type without null and constraints."""
     if get_origin(annotation) is Annotated:
         return _value_type(get_args(annotation)[0])

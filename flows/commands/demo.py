@@ -10,9 +10,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flows.commands.command_output import naming_report_of_failure, printer
+from flows.commands.help_pages import Commands
 from flows.commands.training import run_finetune_flow
 from flows.process.environment import packaged_folder
 from flows.terminal.console import print_line, print_progress, print_table
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 
 ADAPTER_NAME = "geography"
 # A model of hundreds of times as many parameters learns as much in a tenth of the examples.
-SETTINGS_OF_LARGER_MODELS = {"batch_size": 4, "iters": 40, "learning_rate": 5e-4}
+SETTINGS_OF_LARGER_MODELS: dict[str, object] = {"batch_size": 4, "iters": 40, "learning_rate": 5e-4}
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the command."""
     demo = commands.add(
         "demo",
@@ -125,7 +126,7 @@ def example_config(registry: Path, model: str | None = None) -> FineTuneConfig:
     model: a larger one in place of the tiny base, with settings of its own.
     """
     examples = packaged_folder("examples")
-    settings: dict[str, Any] = {} if model is None else SETTINGS_OF_LARGER_MODELS
+    settings = {} if model is None else SETTINGS_OF_LARGER_MODELS
     paths = {
         "model": model or str(examples / "geography-base"),
         "data": str(examples / "geography"),
@@ -151,7 +152,7 @@ def _breaking_updates() -> Iterator[None]:
 
     from nested_core.training.trainer import Trainer
 
-    def lose_updates(self: Trainer, values: Mapping[str, Any]) -> None:
+    def lose_updates(self: Trainer, values: Mapping[str, object]) -> None:
         """Write no update, and raise no error."""
         parameters = self.model.trainable_parameters()
         changed = tree_map_with_path(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 GROUPS = ("Start", "Train", "Inspect", "Registry", "Serve", "Exchange", "Operate")
 # The flags that `--help` shows of a command with one for each key of the configuration.
@@ -51,10 +50,10 @@ def describe_commands(summaries: Mapping[str, Mapping[str, str]]) -> str:
 class ShortHelp(argparse.Action):
     """`--help`: the flags in COMMON_FLAGS, and those that are no key of the configuration."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show this help")
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print it, and end the program."""
         common = set(COMMON_FLAGS)
         print_help(parser, lambda a: not is_key_flag(a) or not common.isdisjoint(a.option_strings))
@@ -63,12 +62,61 @@ class ShortHelp(argparse.Action):
 class FullHelp(argparse.Action):
     """`--help-all`: every flag."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: object) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="show every flag")
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         """Print it, and end the program."""
         print_help(parser, lambda _: True)
+
+
+class Commands:
+    """argparse's sub-commands, where the line in the list of commands opens each one's own help."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._subparsers = parser.add_subparsers(
+            dest="command", metavar="COMMAND", help=argparse.SUPPRESS, prog="nested-tune"
+        )
+        self.parsers: dict[str, argparse.ArgumentParser] = {}
+        self.summaries: dict[str, dict[str, str]] = {group: {} for group in GROUPS}
+
+    def add(
+        self,
+        name: str,
+        run: Callable[[argparse.Namespace], int | Callable[[], int]],
+        line: str,
+        *,
+        group: str,
+        example: str,
+        json: bool = False,
+        usage: str | None = None,
+    ) -> argparse.ArgumentParser:
+        """Add a command; `line` is a sentence without capital and full stop.
+
+        `run` is called with the arguments; `group` is one of GROUPS, `example` a command line that
+        its help begins with, and `json` whether the command has that flag.
+        """
+        description = f"{line[0].upper()}{line[1:]}."
+        # `--lr` would be taken for `--lr-schedule`, whose error then speaks of a file's key.
+        parser = self._subparsers.add_parser(
+            name,
+            description=f"{description}\n\nExample: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=EXIT_CODES,
+            allow_abbrev=False,
+            add_help=False,
+            usage=usage,
+        )
+        parser.add_argument("-h", "--help", action=ShortHelp)
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if json:
+            parser.add_argument(
+                "--json", action="store_true", help="the result as one JSON document"
+            )
+        parser.set_defaults(run=run)
+        self.parsers[name] = parser
+        self.summaries[group][name] = line
+        return parser
 
 
 def is_key_flag(action: argparse.Action) -> bool:

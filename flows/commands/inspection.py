@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import add_registry_flag
 from flows.commands.command_output import result_printer, text_printer
+from flows.commands.help_pages import Commands
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.pipeline.named_adapters import find_bare_name, find_named_adapter, name_folder_of
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 MODULE_COLUMNS = ("module", "tensors changed", "least change", "most (relative)", "finite")
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     verify = commands.add(
         "verify",
@@ -137,7 +138,7 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     return result_printer(arguments, lambda: status, show)
 
 
-def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _describe_status(run: Run, status: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """The figures of a run, and what only counts while it goes on."""
     from nested_core.report.outcome import list_figures
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.adapter_places import add_registry_arguments
 from flows.commands.command_output import result_printer
+from flows.commands.help_pages import Commands
 from flows.commands.prefect_notice import tell_server
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.process.current_user import current_user
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from nested_core.registry import Decision
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     promote = commands.add(
         "promote",

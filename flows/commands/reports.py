@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from flows.commands.command_output import printer, result_printer
+from flows.commands.help_pages import Commands
 from flows.terminal.console import print_line, print_progress, print_table
 from nested_core.errors import DamagedError
 from nested_core.storage.output_places import require_output_file
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     report = commands.add(
         "report",

@@ -16,6 +16,7 @@ from flows.commands.config_flags import (
     choose_run_dir,
     load_config_from_flags,
 )
+from flows.commands.help_pages import Commands
 from flows.process.stop_signals import Stopper
 from flows.terminal.console import (
     ProgressLine,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from nested_core.records.verdict import Verdict
 
 
-def add_commands(commands: Any) -> None:
+def add_commands(commands: Commands) -> None:
     """Add the commands of this module."""
     validate = commands.add(
         "validate",
@@ -220,7 +221,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _make_result_document(
     result: FinetuneResult, answers: Sequence[SampleAnswers]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The result as --json prints it."""
     if result.training is None or result.verdict is None:
         skipped = None if result.skipped is None else asdict(result.skipped)

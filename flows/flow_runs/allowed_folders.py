@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from prefect import runtime
 
@@ -263,7 +263,7 @@ def _require_allowed_files(paths: Iterable[Path], what: str) -> None:
         _resolve_allowed(path, what, str(path))
 
 
-def _strings_in(value: Any) -> Iterator[str]:
+def _strings_in(value: object) -> Iterator[str]:
     """Every string in an argument that may be one, a list of them, or a mapping to either."""
     if isinstance(value, str):
         yield value

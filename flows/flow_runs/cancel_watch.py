@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger, runtime
@@ -55,7 +54,7 @@ class CancelWatch:
     """
 
     def __init__(self) -> None:
-        self.suspended: State[Any] | None = None
+        self.suspended: State[None] | None = None
         self._flow_run = UUID(str(runtime.flow_run.id))
         self._is_over = threading.Event()
         self._lock = threading.Lock()  # no signal is sent once the block has ended

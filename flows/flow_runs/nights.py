@@ -25,7 +25,7 @@ def name_flow_run() -> str:
     return format_flow_run_name(context.flow_run, context.parameters or {})
 
 
-def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
+def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, object]) -> str:
     """The adapter and the time (UTC) that a run was due.
 
     A run that is tried again keeps the name that it has.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -46,14 +45,14 @@ class Watcher:
     def begin(self, config: FineTuneConfig, run: RunDirectory, message: str) -> None:
         """A fine-tune begins or goes on; `message` says which."""
 
-    def end(self, config: FineTuneConfig, run: RunDirectory, state: State[Any]) -> None:
+    def end(self, config: FineTuneConfig, run: RunDirectory, state: State[None]) -> None:
         """A fine-tune's flow is about to end in this state."""
 
     def ask(self, registry: Path, name: str, version: str, night: UUID | None) -> None:
         """A version waits for a person; `night` is its fine-tune's flow run, if that is at work."""
 
     def answer(
-        self, config: FineTuneConfig, run: RunDirectory, flow_run: UUID, state: State[Any]
+        self, config: FineTuneConfig, run: RunDirectory, flow_run: UUID, state: State[None]
     ) -> None:
         """The question of a fine-tune is answered: its flow run has this state from now on."""
 

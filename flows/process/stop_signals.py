@@ -83,7 +83,7 @@ class Stopper:
                 signal.signal(number, handler)
             os.close(send)
 
-    def _handle_signal(self, number: int, frame: Any) -> None:
+    def _handle_signal(self, number: int, frame: object) -> None:
         if self._is_stopping:
             return
         self._is_stopping = True

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console  # noqa: TID251
@@ -90,7 +90,9 @@ class ProgressLine:
             errors.print(text, soft_wrap=True)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = ""
+) -> None:
     """A table on standard output, as wide as the terminal; else COLUMNS or 120 columns."""
     console = output_console(WIDTH_WITHOUT_TERMINAL)
     names = [escape(name) for name in columns]
@@ -159,7 +161,7 @@ def describe_tiers(stats: Sequence[TierStats]) -> str:
     )
 
 
-def print_json(document: Any) -> None:
+def print_json(document: object) -> None:
     """Exactly one JSON document on standard output: ASCII, and null for what is not finite."""
     if sys.__stdout__ is not None:
         text = json.dumps(finite_or_none(document), indent=2, default=str, allow_nan=False)

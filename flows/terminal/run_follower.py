@@ -48,7 +48,7 @@ class LiveView:
     """
 
     draw: Callable[[RunProgress, RunDirectory, threading.Event, threading.RLock], None]
-    draw_curve: Callable[[Sequence[dict[str, Any]]], str]
+    draw_curve: Callable[[Sequence[dict[str, object]]], str]
 
 
 class RunFollower(threading.Thread):
@@ -67,7 +67,7 @@ class RunFollower(threading.Thread):
 
         # The last record that was printed as a line
         self.view.read_metrics()
-        self._printed: dict[str, Any] | None = self.view.last_record if self.view.records else None
+        self._printed = self.view.last_record if self.view.records else None
         self._printed_at = 0.0
         self._has_offer = False
         self._stage_printed_at = 0.0

@@ -20,7 +20,7 @@ from tests.left_out import slow_except
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
-def run_begun_on(host: str, folder: Path, config: dict[str, object]) -> State[object]:
+def run_begun_on(host: str, folder: Path, config: dict[str, object]) -> State[None]:
     """The end of a flow run whose labels say that a host has its folder."""
     with get_client(sync_client=True) as client:
         flow_run = client.create_flow_run(finetune, parameters={"config": config}, state=Pending())
