@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -23,14 +22,14 @@ ADAPTER_STRUCTURE_KEYS = ("fine_tune_type", "rank", "scale", "keys", "num_layers
 Shaped = Mapping[str, StoredTensor] | Mapping[str, mx.array]
 
 
-def describe_other_base(adapter_config: Mapping[str, Any], base: Path) -> str | None:
+def describe_other_base(adapter_config: Mapping[str, object], base: Path) -> str | None:
     """Say that the model in folder `base` is not the one that adapter_config.json names.
 
     None if it is the same model, or if the configuration has no fingerprint, as mlx_lm.lora writes
     it.
     """
     recorded = adapter_config.get("base_fingerprint")
-    if recorded is None or is_same_base(recorded, base):
+    if not isinstance(recorded, str) or is_same_base(recorded, base):
         return None
     present = shorten_fingerprint(fingerprint_base_model(base))
     return f"made for the base {shorten_fingerprint(recorded)}, and {base} holds {present}"
@@ -61,7 +60,7 @@ def list_misfits(tensors: Shaped, parameters: Shaped) -> list[str]:
 
 
 def require_fit(
-    adapter: Adapter, what: str, config: dict[str, Any], base: Path, parameters: Shaped
+    adapter: Adapter, what: str, config: dict[str, object], base: Path, parameters: Shaped
 ) -> None:
     """Raise ConfigError if an adapter's tensors would have another meaning than in its training.
 

@@ -366,7 +366,7 @@ class DatasetReport:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> DatasetReport:
+    def from_json(cls, values: dict[str, object]) -> DatasetReport:
         """Build the report from the JSON values that `to_json` returned."""
         return _REPORT_VALIDATOR.validate_python(values)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from nested_core.errors import DamagedError
 from nested_core.records.dataset import DatasetReport, read_dataset_record
@@ -43,7 +42,7 @@ class TrainingRecord:
     seconds: the time spent in training steps, without evaluations and pauses.
     """
 
-    schedule: dict[str, Any] | None
+    schedule: dict[str, object] | None
     replayed_tokens: int
     seconds: float
 

@@ -31,8 +31,8 @@ from nested_core.text.loss_format import NATS_PER_TOKEN
 
 OPTIONAL_COLUMNS = ("reference", "drift", "base_drift")
 REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")
-Vector = np.ndarray[Any, np.dtype[np.float64]]
-Contents = np.ndarray[Any, np.dtype[np.uint64]]
+Vector = np.typing.NDArray[np.float64]
+Contents = np.typing.NDArray[np.uint64]
 
 
 class _LossLine(BaseModel):
@@ -83,7 +83,7 @@ class ExampleLosses:
     """
 
     file: str
-    lines: np.ndarray[Any, np.dtype[np.int64]]
+    lines: np.typing.NDArray[np.int64]
     tokens: Vector
     before: Vector
     after: Vector
@@ -91,7 +91,7 @@ class ExampleLosses:
     reference: Vector | None = None
     drift: Vector | None = None
     base_drift: Vector | None = None
-    left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
+    left_out: np.typing.NDArray[np.bool_] | None = None
     clusters: Indices | None = None
     counts_rows: bool | None = None
     contents: Contents | None = None
@@ -144,7 +144,7 @@ class ExampleLosses:
             return None
         return len(np.unique(self.clusters))
 
-    def leaving_out(self, is_seen: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
+    def leaving_out(self, is_seen: np.typing.NDArray[np.bool_]) -> ExampleLosses:
         """Return a copy that marks the examples with `is_seen`, bool (n,), as left out."""
         return replace(self, left_out=is_seen) if is_seen.any() else self
 
@@ -158,7 +158,7 @@ class ExampleLosses:
             return self.select(np.zeros(len(self), np.bool_))
         return self.select(np.isfinite(self.champion))
 
-    def select(self, is_kept: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
+    def select(self, is_kept: np.typing.NDArray[np.bool_]) -> ExampleLosses:
         """Return the examples with True in `is_kept`, bool (n,)."""
         names = (*REQUIRED_COLUMNS, "champion", *OPTIONAL_COLUMNS, "clusters", "contents")
         columns = {
@@ -174,7 +174,7 @@ class ExampleLosses:
         """Return the SHA-256 of the bytes of gate-losses.jsonl."""
         return hashlib.sha256(self.render()).hexdigest()
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def _lines(self) -> Iterator[dict[str, object]]:
         """Yield the JSON object of each example, in order, as gate-losses.jsonl holds it.
 
         A loss that is not finite, or that was not measured, is null.
@@ -186,7 +186,7 @@ class ExampleLosses:
                 columns[name] = column
         # `lines`, `tokens` and the columns are vectors with a value for each example
         for row in range(len(self)):
-            line: dict[str, Any] = {
+            line: dict[str, object] = {
                 "file": self.file,
                 "line": int(self.lines[row]),
                 "tokens": int(self.tokens[row]),

@@ -88,13 +88,13 @@ class _Record(TypedDict, total=False):
 _RECORD_VALIDATOR = TypeAdapter(_Record)
 
 
-def append_metrics(path: Path, record: dict[str, Any]) -> None:
+def append_metrics(path: Path, record: dict[str, object]) -> None:
     """Append one record as a line; a number that is not finite is written as null."""
     line = json.dumps(finite_or_none(record), allow_nan=False) + "\n"
     append_regular(path, line.encode())
 
 
-def parse_record(line: bytes) -> dict[str, Any]:
+def parse_record(line: bytes) -> dict[str, object]:
     """Parse one line of metrics.jsonl; raise ValueError if it has another form."""
     record = from_json(line, allow_inf_nan=False)
     if not isinstance(record, dict):
@@ -123,9 +123,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for record in _iterate_records(path) if record is not None]
 
 
-def latest_values(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def latest_values(records: Iterable[Mapping[str, object]]) -> dict[str, Any]:
     """Return the last value of each metric that is not null."""
-    latest: dict[str, Any] = {}
+    latest: dict[str, object] = {}
     for record in records:
         latest.update((key, value) for key, value in record.items() if value is not None)
     return latest

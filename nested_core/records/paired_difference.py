@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 
@@ -28,9 +27,9 @@ _DRAWS_AT_ONCE = 2_000_000  # 16 MB of indices
 _MAX_SUMMED_DEGREES = 1_000
 _BISECTIONS = 60
 _NORMAL_DISTRIBUTION = NormalDist()
-Vector = np.ndarray[Any, np.dtype[np.float64]]
-Indices = np.ndarray[Any, np.dtype[np.int64]]
-Counts = np.ndarray[Any, np.dtype[np.float32]]
+Vector = np.typing.NDArray[np.float64]
+Indices = np.typing.NDArray[np.int64]
+Counts = np.typing.NDArray[np.float32]
 Values = Sequence[float] | Vector
 
 
@@ -74,7 +73,7 @@ class PairedDifference:
         """Return whether the whole 95 % interval lies below `bound`."""
         return self.high < bound
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return difference, standard error and interval as JSON values.
 
         The last two are null with too few examples.

@@ -185,7 +185,7 @@ def describe_last_losses(
     return described
 
 
-def join_last_losses(records: Sequence[Mapping[str, Any]], plan: TrainingPlan | None) -> str:
+def join_last_losses(records: Sequence[Mapping[str, object]], plan: TrainingPlan | None) -> str:
     """Describe the last training and validation loss in one line, or say "no report yet"."""
     losses = describe_last_losses(records, plan)
     return "; ".join(f"{name} {text}" for name, text in losses.items()) or "no report yet"

@@ -128,7 +128,7 @@ class Run:
         return False
 
     @cached_property
-    def _judged_files(self) -> Mapping[str, Any]:
+    def _judged_files(self) -> Mapping[str, object]:
         """Size and hash of each file that the verdict rests on, by name.
 
         Empty without a manifest.
@@ -393,7 +393,7 @@ class Run:
         return None if split is None else self.dataset.splits[split].digest
 
     @cached_property
-    def loss_made_of(self) -> dict[str, Any] | None:
+    def loss_made_of(self) -> dict[str, object] | None:
         """What makes the loss of a row what it is: settings, tokenizer and base model, by name.
 
         None if config.yaml, dataset.json or the initial adapter's configuration is not there.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.json_file import JsonFile
@@ -63,7 +63,7 @@ class Start:
             return what
         return f"{what}: {self.choice.reason}{self.choice.describe_seconds()}"
 
-    def to_provenance(self) -> dict[str, Any]:
+    def to_provenance(self) -> dict[str, object]:
         """Return the block that provenance.json has about the start."""
         return {
             "champion": self.champion,

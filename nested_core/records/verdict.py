@@ -751,7 +751,7 @@ class Verdict:
             return OUTCOME_BY_CODE[code]
         return Outcome[seams.list_reasons()[code]]
 
-    def load_blocks(self) -> Iterator[tuple[VerdictBlock, dict[str, Any]]]:
+    def load_blocks(self) -> Iterator[tuple[VerdictBlock, dict[str, object]]]:
         """Yield, for each block of an installed room, what displays it and the block."""
         shown = seams.load_all(VerdictBlock) if self.blocks else ()
         yield from ((one, self.blocks[one.name]) for one in shown if one.name in self.blocks)

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -57,7 +56,7 @@ def write_verdict(run_dir: Path, verdict: Verdict, judged: Mapping[str, FileEntr
     return BoundVerdict(run_dir, content, parse_verdict(parse_json(content), path), files)
 
 
-def _manifest_facts(verdict: Verdict) -> dict[str, Any]:
+def _manifest_facts(verdict: Verdict) -> dict[str, object]:
     """Return the facts that the manifest records about a verdict."""
     return {"kind": "verdict on a run", "verdict": verdict.word}
 
@@ -149,13 +148,12 @@ def _require_judged(path: Path) -> None:
         )
 
 
-def parse_verdict(document: Any, path: Path) -> Verdict:
+def parse_verdict(document: object, path: Path) -> Verdict:
     """Convert the JSON document of gate.json to a Verdict; DamagedError if it is not one.
 
     path: the file, for messages. A document that says failed without a reason raises GateRejected.
     """
-    word = document.get("verdict") if isinstance(document, dict) else None
-    if word not in ("passed", "failed"):
+    if not isinstance(document, dict) or document.get("verdict") not in ("passed", "failed"):
         raise DamagedError(f'{path} holds no verdict. Expected "verdict": "passed" or "failed".')
     content = json.dumps(document).encode()
     try:
@@ -168,9 +166,9 @@ def parse_verdict(document: Any, path: Path) -> Verdict:
         raise DamagedError(f"{path} holds no verdict: {describe_first_problem(error)}.") from error
     except ValueError as error:
         raise DamagedError(f"{path} holds no verdict: {error}.") from error
-    if word == "passed" and verdict.reasons:
+    if document["verdict"] == "passed" and verdict.reasons:
         raise DamagedError(f"{path} says passed and gives reasons against it: it was edited.")
-    if word == "failed" and not verdict.reasons:
+    if document["verdict"] == "failed" and not verdict.reasons:
         raise _rejection("no reason given", path, None)
     return verdict
 

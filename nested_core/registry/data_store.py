@@ -79,7 +79,7 @@ class RunExamples:
     train: Iterable[Mapping[str, Any]]
     held_out: Iterable[Mapping[str, Any]]
     max_bytes: int | None = None
-    kept_out: Iterable[Mapping[str, Any]] = ()
+    kept_out: Iterable[Mapping[str, object]] = ()
 
 
 class DigestList(BaseModel):
@@ -155,12 +155,12 @@ def keeps_examples(folder: Path, version: str) -> bool:
     return listed is not None and bool(listed.all())
 
 
-def digest_row(row: Mapping[str, Any]) -> str:
+def digest_row(row: Mapping[str, object]) -> str:
     """Return the SHA-256 of a row's line, which identifies the row in the store."""
     return hashlib.sha256(render_row(row)).hexdigest()
 
 
-def render_row(row: Mapping[str, Any]) -> bytes:
+def render_row(row: Mapping[str, object]) -> bytes:
     """Encode a row as a JSON line, its keys in the given order.
 
     The order matters because chat templates print tools as they are written.
@@ -308,7 +308,7 @@ def _needed_rows(folder: Path, versions: Collection[str]) -> set[str]:
     return {digest for listed in lists if listed for digest in listed.all()}
 
 
-def find_rows(folder: Path, is_wanted: Callable[[dict[str, Any]], bool]) -> set[str]:
+def find_rows(folder: Path, is_wanted: Callable[[dict[str, object]], bool]) -> set[str]:
     """Return the digests of the stored rows for which `is_wanted` returns True.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.

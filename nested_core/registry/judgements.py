@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -50,14 +49,14 @@ class JudgementFacts(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
     champion_at_gate: str | None
     validation_digest: str | None
-    policy: dict[str, Any] | None
+    policy: dict[str, object] | None
     run_dir: str | None = None
     dataset_digest: str | None = None
     settings_digest: str | None = None
     conditions_digest: str | None = None
 
     @classmethod
-    def from_provenance(cls, provenance: Mapping[str, Any]) -> JudgementFacts:
+    def from_provenance(cls, provenance: Mapping[str, object]) -> JudgementFacts:
         """Extract the facts from a run's provenance; ValueError if a field has another type."""
         config = provenance.get("config", {})
         if not isinstance(config, dict):
@@ -82,7 +81,7 @@ class Judgement:
     line_number: int
 
     @classmethod
-    def of_run(cls, verdict: Verdict, provenance: Mapping[str, Any]) -> Judgement:
+    def of_run(cls, verdict: Verdict, provenance: Mapping[str, object]) -> Judgement:
         """Build the judgement of a run that is not registered yet."""
         facts = JudgementFacts.from_provenance(provenance)
         return cls(verdict.trained.digest, None, verdict, facts, 0)

@@ -299,7 +299,7 @@ class Ledger:
         return next((e.after for e in reversed(self.entries) if e.action == "policy"), None)
 
 
-def describe_author(line: Mapping[str, Any]) -> str:
+def describe_author(line: Mapping[str, object]) -> str:
     """Return who made a change, with the reason if one was given.
 
     line: the JSON object of a history line.

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.registry.folders import (
@@ -92,7 +91,7 @@ class NameFolder:
         """Raise DamagedError if the lock file was removed: another process may then be writing."""
         self.lock.require_still_at_path()
 
-    def record(self, action: Action, version: str | None, by: str, **fields: Any) -> None:
+    def record(self, action: Action, version: str | None, by: str, **fields: object) -> None:
         """Append a line to the history, then update the files that are derived from it.
 
         The change is made once the line is on disk, whatever happens next.
@@ -203,14 +202,14 @@ def reading(registry: Path, name: str) -> Iterator[tuple[Path, Ledger]]:
         yield folder, ledger
 
 
-def make_views(ledger: Ledger) -> dict[str, dict[str, Any] | None]:
+def make_views(ledger: Ledger) -> dict[str, dict[str, object] | None]:
     """Return the contents of policy.json and champion.json.
 
     Returns None for a file that should not exist.
 
     ledger: the adapter's history.
     """
-    record: dict[str, Any] | None = None
+    record: dict[str, object] | None = None
     if ledger.entries:
         change = ledger.changes()[-1:]
         made = {key: getattr(change[0], key) if change else None for key in RECORD_FIELDS}
@@ -221,7 +220,7 @@ def make_views(ledger: Ledger) -> dict[str, dict[str, Any] | None]:
 RECORD_FIELDS = ("version", "previous", "time", "by")
 
 
-def read_view(path: Path) -> Any:
+def read_view(path: Path) -> object:
     """Read policy.json or champion.json; None if it is missing or unreadable."""
     if file_type(path) != "file":
         return None

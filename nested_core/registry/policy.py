@@ -170,7 +170,7 @@ def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneCo
     if policy is None:
         return config
     gate = config.gate
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     bound = policy.max_val_loss_increase
     if bound is not None and bound < gate.max_val_loss_increase:
         changes["max_val_loss_increase"] = bound

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -210,7 +209,7 @@ def compare_losses(
     return None if loss is None or champion_loss is None else (loss, champion_loss)
 
 
-def _loss_made_of(registry: Path, name: str, judgement: Judgement) -> dict[str, Any] | None:
+def _loss_made_of(registry: Path, name: str, judgement: Judgement) -> dict[str, object] | None:
     """Return what makes the loss of a verdict: held-out rows, base, tokenizer and settings.
 
     judgement: the verdict on a registered version. The settings are those of its run, which no

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from nested_core import seams
 from nested_core.errors import JUDGE_AGAIN, DamagedError
@@ -73,7 +72,7 @@ class NewVersion:
     """
 
     run: JudgedRun
-    provenance: dict[str, Any]
+    provenance: Mapping[str, object]
     examples: RunExamples | None = None
     by: str = REGISTRATION_AUTHOR
     was_judged_now: bool = True
@@ -83,7 +82,7 @@ def register(
     run_dir: Path,
     registry: Path,
     name: str,
-    provenance: dict[str, Any],
+    provenance: Mapping[str, object],
     *,
     examples: RunExamples | None = None,
 ) -> str:
@@ -236,7 +235,7 @@ class ModelCard:
     render: returns it, of the adapter's name, the version, its provenance and its verdict.
     """
 
-    render: Callable[[str, str, dict[str, Any], Verdict], str]
+    render: Callable[[str, str, dict[str, object], Verdict], str]
 
 
 def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
@@ -247,7 +246,7 @@ def _fill_version_folder(folder: Path, name: str, new: NewVersion) -> str:
     """
     run, bound = new.run, new.run.bound
     now = datetime.now(UTC).isoformat(timespec="microseconds")
-    recorded = new.provenance | {REGISTERED_AT_KEY: now}
+    recorded = {**new.provenance, REGISTERED_AT_KEY: now}
     made_here = {GATE_NAME: bound.content, PROVENANCE_NAME: render_json(recorded)}
     for card in seams.load_all(ModelCard):
         text = card.render(name, run.version, recorded, bound.verdict)

@@ -24,8 +24,8 @@ from nested_core.registry.ledger import Ledger
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.kept_hashes import cached_sha256
-from nested_core.storage.manifest import MANIFEST_NAME, matches_entry, read_manifest
-from nested_core.storage.untrusted_files import file_type, read_json
+from nested_core.storage.manifest import MANIFEST_NAME, FileEntry, matches_entry, read_manifest
+from nested_core.storage.untrusted_files import file_type, read_json_object
 from nested_core.text.digest_format import SHOWN_DIGITS, shorten_digest
 
 PROVENANCE_NAME = "provenance.json"
@@ -54,7 +54,7 @@ class AuditFinding:
         return f"{self.file}: {self.message}"
 
 
-def version_manifest_facts(version: str) -> dict[str, Any]:
+def version_manifest_facts(version: str) -> dict[str, object]:
     """Return the manifest fields of a version other than the hashes of its files."""
     return {"kind": "adapter version", "version": version}
 
@@ -69,14 +69,10 @@ def read_provenance(version_path: Path) -> dict[str, Any]:
 
     Its hash is not compared here; `verify_version` does that.
     """
-    path = version_path / PROVENANCE_NAME
     try:
-        provenance = read_json(path, MAX_PROVENANCE_BYTES)
+        return read_json_object(version_path / PROVENANCE_NAME, MAX_PROVENANCE_BYTES)
     except DamagedError as error:
         raise DamagedError(f"{error} {how_to_mend(version_path)}") from error
-    if not isinstance(provenance, dict):
-        raise DamagedError(f"{path} holds no JSON object. {how_to_mend(version_path)}")
-    return provenance
 
 
 def how_to_mend(version_path: Path) -> str:
@@ -170,7 +166,7 @@ def inspect_version(
         message = "the folder of the version is missing, or is not a directory"
         return [AuditFinding(folder, message)], None
     # `listed`: size and hash of each file by name; `digest`: the manifest's own hash
-    path, listed, digest = folder / MANIFEST_NAME, dict[str, Any](), None
+    path, listed, digest = folder / MANIFEST_NAME, dict[str, FileEntry](), None
     findings = []
     # The manifest itself
     try:
@@ -198,7 +194,7 @@ def inspect_version(
     return findings, digest
 
 
-def _find_problem(path: Path, listed: dict[str, Any] | None, max_age: float | None) -> str | None:
+def _find_problem(path: Path, listed: FileEntry | None, max_age: float | None) -> str | None:
     """Return why a file of a version is not the one that its manifest lists; None if it is.
 
     listed: the file's size and hash in the manifest; None if it is not listed.

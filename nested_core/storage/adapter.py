@@ -161,7 +161,7 @@ def read_adapter_config(path: Path, *, follow_links: bool = False) -> dict[str, 
     return _parse_adapter_config(content, path)
 
 
-def _parse_adapter_config(content: bytes, path: Path) -> dict[str, Any]:
+def _parse_adapter_config(content: bytes, path: Path) -> dict[str, object]:
     """Parse and check the bytes of adapter_config.json; DamagedError if they are not valid."""
     try:
         config = parse_json(content)
@@ -172,7 +172,7 @@ def _parse_adapter_config(content: bytes, path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
+def write_adapter(folder: Path, tensors: Mapping[str, mx.array], config: dict[str, object]) -> None:
     """Write tensors and configuration into an existing folder, which the caller then publishes."""
     save_arrays(folder / WEIGHTS_NAME, tensors)
     write_json(folder / CONFIG_NAME, dict(sorted(config.items())))

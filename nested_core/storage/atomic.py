@@ -121,17 +121,17 @@ def write_bytes(
     sync_path(target.parent)
 
 
-def canonical_json(value: Any) -> bytes:
+def canonical_json(value: object) -> bytes:
     """Encode as JSON with sorted keys and no spaces, so equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def render_json(value: Any) -> bytes:
+def render_json(value: object) -> bytes:
     """Encode as indented JSON; ValueError for NaN and infinity."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def finite_or_none(value: Any) -> Any:
+def finite_or_none(value: object) -> Any:
     """Replace, in nested lists and dictionaries, every float that is not finite by None."""
     if isinstance(value, dict):
         return {key: finite_or_none(item) for key, item in value.items()}
@@ -140,7 +140,7 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(target: Path, value: Any, *, confirm: Confirm | None = None) -> None:
+def write_json(target: Path, value: object, *, confirm: Confirm | None = None) -> None:
     """Replace a file with indented JSON, atomically and durably.
 
     confirm: called just before the rename; if it raises, the old file stays.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from nested_core.errors import JUDGE_AGAIN, naming_damaged_file
 
@@ -63,7 +62,7 @@ class Canary:
 
 def render_canary(canary: Canary) -> bytes:
     """Return the bytes of canary.jsonl."""
-    rows: Sequence[Any] = (canary.logits, *canary.questions)
+    rows: Sequence[CanaryLogits | CanaryQuestion] = (canary.logits, *canary.questions)
     return "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode()
 
 

@@ -24,7 +24,7 @@ from nested_core.storage.checkpoint_verification import (
     list_checkpoints,
     verified_state,
 )
-from nested_core.storage.manifest import write_manifest
+from nested_core.storage.manifest import Manifest, write_manifest
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -38,7 +38,7 @@ class Checkpoint:
     path: Path
     step: int
     state: dict[str, Any]
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     def parameters(self) -> dict[str, mx.array]:
         """Read the trained parameters by name, from their float32 master copies if there."""
@@ -60,8 +60,8 @@ def write_checkpoint(
     folder: Path,
     *,
     adapter: Mapping[str, mx.array],
-    adapter_config: Mapping[str, Any],
-    optimizer_state: Any,
+    adapter_config: dict[str, object],
+    optimizer_state: object,
     state: Mapping[str, Any],
     masters: Mapping[str, mx.array] | None = None,
     confirm: Confirm | None = None,

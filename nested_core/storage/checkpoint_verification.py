@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.storage.manifest import read_verified_manifest
-from nested_core.storage.untrusted_files import read_json
+from nested_core.storage.manifest import Manifest, read_verified_manifest
+from nested_core.storage.untrusted_files import read_json_object
 
 STATE_NAME = "state.json"
 MAX_STATE_BYTES = 64 * 1024 * 1024
@@ -34,7 +34,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=checkpoint_step)
 
 
-def verified_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
+def verified_state(path: Path) -> tuple[int, dict[str, Any], Manifest]:
     """Verify all hashes of a checkpoint; return its step, state.json and manifest.
 
     Raises DamagedError if anything was changed.
@@ -48,8 +48,8 @@ def verified_state(path: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
     manifest = read_verified_manifest(path)
     if manifest["facts"].get("step") != step:
         raise DamagedError(f"{path} holds the manifest of another step.")
-    state = read_json(path / STATE_NAME, MAX_STATE_BYTES)
-    if not isinstance(state, dict) or state.get("step") != step:
+    state = read_json_object(path / STATE_NAME, MAX_STATE_BYTES)
+    if state.get("step") != step:
         raise DamagedError(f"{path / STATE_NAME} is not the state of step {step}.")
     return step, state, manifest
 
@@ -69,6 +69,5 @@ def newest_sound_checkpoint(folder: Path) -> Path | None:
 def latest_state(folder: Path) -> dict[str, Any]:
     """Read state.json of the newest checkpoint without verifying it; {} if it cannot be read."""
     with suppress(DamagedError, IndexError):
-        state = read_json(list_checkpoints(folder)[-1] / STATE_NAME, MAX_STATE_BYTES)
-        return state if isinstance(state, dict) else {}
+        return read_json_object(list_checkpoints(folder)[-1] / STATE_NAME, MAX_STATE_BYTES)
     return {}

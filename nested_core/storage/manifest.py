@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypedDict
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, render_json, write_json
@@ -17,11 +17,25 @@ from nested_core.storage.untrusted_files import parse_json, read_regular, regula
 
 MANIFEST_NAME = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
-FileEntry: TypeAlias = dict[str, Any]  # "bytes" and "sha256" of a file
+
+
+class FileEntry(TypedDict):
+    """Size and hash of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """The content of MANIFEST.json."""
+
+    facts: dict[str, Any]
+    files: dict[str, FileEntry]
+    digest: str
 
 
 def write_manifest(
-    folder: Path, facts: dict[str, Any], files: Mapping[str, FileEntry] | None = None
+    folder: Path, facts: Mapping[str, object], files: Mapping[str, FileEntry] | None = None
 ) -> str:
     """Write MANIFEST.json for a folder; return the manifest's own digest.
 
@@ -41,17 +55,16 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
     Raises DamagedError naming the first file that is missing, extra or changed.
     """
-    facts: dict[str, Any] = read_verified_manifest(folder)["facts"]
-    return facts
+    return read_verified_manifest(folder)["facts"]
 
 
-def read_verified_manifest(folder: Path) -> dict[str, Any]:
+def read_verified_manifest(folder: Path) -> Manifest:
     """Re-hash every file of a folder and return the manifest: `facts`, `files` and `digest`.
 
     Raises DamagedError naming the first file that is missing, extra or changed.
     """
     manifest = read_manifest(folder)
-    listed: dict[str, Any] = manifest["files"]
+    listed = manifest["files"]
     present = _list_files(folder)
     for name in sorted(listed.keys() - present):
         raise DamagedError(f"{folder / name} is missing: {MANIFEST_NAME} lists it.")
@@ -65,7 +78,7 @@ def read_verified_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """Read MANIFEST.json and check its hash of itself, without checking the files.
 
     Raises DamagedError if it is missing, changed or of another form.
@@ -77,7 +90,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is not a regular file. Only regular files belong here.")
     content = read_regular(path, MAX_MANIFEST_BYTES)
     try:
-        manifest = parse_json(content)
+        manifest: Manifest = parse_json(content)
         body = {"facts": dict(manifest["facts"]), "files": dict(manifest["files"])}
         # Equal bytes: neither a value nor the way it is written was changed
         is_intact = content == render_json(body | {"digest": _body_digest(body)})
@@ -85,10 +98,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} cannot be read as a manifest: {error}.") from error
     if not is_intact:
         raise DamagedError(f"{path} has changed since it was written.")
-    return dict(manifest)
+    return manifest
 
 
-def _body_digest(body: dict[str, Any]) -> str:
+def _body_digest(body: Mapping[str, object]) -> str:
     """Return the manifest's digest: SHA-256 of its facts and files as canonical JSON."""
     return hashlib.sha256(canonical_json(body)).hexdigest()
 
@@ -113,7 +126,7 @@ def describe_content(content: bytes | memoryview) -> FileEntry:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def matches_entry(path: Path, entry: Any) -> bool:
+def matches_entry(path: Path, entry: object) -> bool:
     """Return whether a file has the size and hash of a manifest's entry.
 
     Raises DamagedError if it is not a regular file.

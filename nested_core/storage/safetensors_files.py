@@ -49,7 +49,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: bytes | memoryview
 
-    def to_numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
+    def to_numpy(self) -> np.typing.NDArray[Any]:
         """Convert to a NumPy array; bfloat16 is widened to float32, which is exact."""
         stored = self._to_numpy_unwidened()
         if self.dtype != "BF16":
@@ -63,7 +63,7 @@ class StoredTensor:
         stored = mx.array(self._to_numpy_unwidened())
         return stored.view(mx.bfloat16) if self.dtype == "BF16" else stored
 
-    def _to_numpy_unwidened(self) -> np.ndarray[Any, np.dtype[Any]]:
+    def _to_numpy_unwidened(self) -> np.typing.NDArray[Any]:
         """Convert to a NumPy array of the stored bytes; bfloat16 as uint16."""
         if self.dtype not in NUMPY_DTYPES:
             raise DamagedError(f"A tensor has dtype {self.dtype}, which is not read here.")

@@ -186,7 +186,7 @@ def parse_json(content: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build a dictionary from key-value pairs; ValueError if a key appears twice."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
@@ -231,14 +231,14 @@ def has_repeated_key(raw: bytes, string_count: int) -> bool:
     return unescaped.count(b'"') != 2 * string_count
 
 
-def collect_strings(value: Any) -> list[str]:
+def collect_strings(value: object) -> list[str]:
     """Return every string of a JSON value, keys included."""
     texts: list[str] = []
     _append_strings(value, texts)
     return texts
 
 
-def _append_strings(value: Any, texts: list[str]) -> None:
+def _append_strings(value: object, texts: list[str]) -> None:
     """Append every string of a JSON value, keys included, to `texts`."""
     if isinstance(value, str):
         texts.append(value)
@@ -251,7 +251,7 @@ def _append_strings(value: Any, texts: list[str]) -> None:
             _append_strings(item, texts)
 
 
-def iterate_scalars(value: Any) -> Iterator[Any]:
+def iterate_scalars(value: object) -> Iterator[object]:
     """Yield every text, number, boolean and null in a JSON value, without keys."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:

@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.storage.atomic import canonical_json, temporary_beside
@@ -67,7 +66,7 @@ class UserCache:
                 f"{self.variable} to a folder that is."
             )
 
-    def entry(self, depends_on: Any) -> Path:
+    def entry(self, depends_on: object) -> Path:
         """Return the path of a cache entry, which need not exist.
 
         depends_on: the JSON values that the entry is determined by.

@@ -650,7 +650,7 @@ class Sequence:
         ledger = read_ledger(self.name_folder)
         self.model.verdicts[version] = [
             Verdict(
-                mode=(each.facts.policy or {})["promote"],
+                mode=str((each.facts.policy or {})["promote"]),
                 rival=each.verdict.rival,
                 difference=(each.verdict.last_step or 0) / 10,
                 is_loose=each.verdict.bound("max_val_loss_increase") != BOUND,

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,6 +36,7 @@ from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_p
 from nested_core.storage.manifest import (
     MANIFEST_NAME,
     FileEntry,
+    Manifest,
     describe_content,
     describe_file,
     read_manifest,
@@ -92,7 +92,7 @@ class RunEvidence:
 
 
 def digests_for_result(
-    run: RunDirectory, offered_checkpoint: Path, manifest: Mapping[str, Any] | None = None
+    run: RunDirectory, offered_checkpoint: Path, manifest: Manifest | None = None
 ) -> dict[str, str]:
     """Return the digests that result.json records: of the offered checkpoint and what selected it.
 
@@ -185,7 +185,8 @@ def _require_unchanged_inputs(
     if files[run.tiers.name]["sha256"] != digests.get("tiers"):
         raise DamagedError(f"{run.tiers} has changed since training began.")
     for name, path in (("replay", run.replay), ("start", run.start)):
-        if files.get(path.name, {}).get("sha256") != digests.get(name):
+        recorded = files[path.name]["sha256"] if path.name in files else None
+        if recorded != digests.get(name):
             raise DamagedError(f"{path} has changed since training began.")
     if (dataset.digest, dataset.tokenizer) != (digests.get("data"), digests.get("tokenizer")):
         raise DamagedError(
