@@ -77,7 +77,7 @@ def _format_problem(problem: Problem, place: str) -> str:
     return f"{problem.key}: {problem.message}{at}" if problem.key else problem.message
 
 
-def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Problem]:
+def find_problems(schema: type[BaseModel], values: Mapping[str, object]) -> list[Problem]:
     """Return every problem that a pydantic model finds in values; empty if they are valid.
 
     Checks across keys only run if each key is valid by itself. So the values are validated again
@@ -111,7 +111,7 @@ def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Pr
 def _longest_existing_path(values: Mapping[str, Any], location: tuple[Any, ...]) -> tuple[str, ...]:
     """Return the keys of a problem's location that exist in the values, to the last mapping."""
     path: list[str] = []
-    inner: Any = values
+    inner: object = values
     for part in location:
         if not isinstance(inner, Mapping) or part not in inner:
             break
@@ -120,7 +120,7 @@ def _longest_existing_path(values: Mapping[str, Any], location: tuple[Any, ...])
     return tuple(path)
 
 
-def _remove_at(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+def _remove_at(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, object]:
     """Return the values without the one at a path of keys."""
     first, *rest = path
     others = {key: value for key, value in values.items() if key != first}
@@ -147,7 +147,7 @@ def _describe_pydantic_error(detail: dict[str, Any], schema: type[BaseModel]) ->
 
 
 def _describe_list_for_section(
-    location: tuple[Any, ...], given: list[Any], schema: type[BaseModel]
+    location: tuple[object, ...], given: list[object], schema: type[BaseModel]
 ) -> str:
     """Describe a list given in place of a section, with the section's key that takes a list."""
     section = _section_at(location, schema)
@@ -199,7 +199,7 @@ def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> st
     return f"; did you mean {suggestions[0]}?" if suggestions else ""
 
 
-def _section_at(path: tuple[Any, ...], schema: type[BaseModel]) -> type[BaseModel] | None:
+def _section_at(path: tuple[object, ...], schema: type[BaseModel]) -> type[BaseModel] | None:
     """Return the section that a location's keys lead to; None if they lead to no section."""
     section: type[BaseModel] | None = schema
     for part in path:

@@ -86,13 +86,13 @@ def replace_configured_paths(
     replace: called with the key's dotted name, its path rule and its value; returns the new value.
     prefix: what the names of this section's keys begin with, such as `gate.`.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     for name, field in type(section).model_fields.items():
         value, extra = getattr(section, name), field.json_schema_extra
-        rule: Any = extra.get("path") if isinstance(extra, dict) else None
+        rule: object = extra.get("path") if isinstance(extra, dict) else None
 
         # `rule` is a default argument so that each function keeps the rule of its own key
-        def replace_in(value: Any, key: str, rule: Any = rule) -> Any:
+        def replace_in(value: Any, key: str, rule: Any = rule) -> object:
             """Return a value with all paths in it replaced."""
             if isinstance(value, Section):
                 return replace_configured_paths(value, replace, f"{key}.")
@@ -116,7 +116,7 @@ def words(rule: PathRule) -> Collection[str]:
     )
 
 
-def section_in_annotation(annotation: Any) -> type[BaseModel] | None:
+def section_in_annotation(annotation: object) -> type[BaseModel] | None:
     """Return the section in a field's type: `Section`, `Section | None` or `tuple[Section, ...]`.
 
     Returns None for any other type.
@@ -146,7 +146,7 @@ def settings_that_shape_adapter(config: Section) -> dict[str, Any]:
     return select(config.model_dump(mode="json"), "")
 
 
-def settings_that_make_loss(schema: type[Section], values: Any) -> dict[str, Any]:
+def settings_that_make_loss(schema: type[Section], values: Any) -> dict[str, object]:
     """Return the values of the keys that make the loss of a row what it is, by dotted names.
 
     Without data and model, whose content decides and not their names.

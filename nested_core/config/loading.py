@@ -63,7 +63,7 @@ class _StrictYamlLoader(yaml.SafeLoader):
                 what = f"the key {key.value!r}, which is in line {first} too,"
                 raise _yaml_error(what, key.start_mark)
             lines[str(key.value)] = key.start_mark.line + 1
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        mapping: dict[Hashable, object] = super().construct_mapping(node, deep)
         return mapping
 
 
@@ -103,7 +103,7 @@ class YamlFile(NamedTuple):
     lines: Mapping[str, int]
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, object]:
     """Read a YAML mapping of at most 64 KiB; ConfigError says where it is wrong."""
     return read_yaml_with_lines(path).values
 
@@ -149,7 +149,7 @@ def parse_yaml(text: str | bytes, *, source: str = "the value") -> Any:
 
 def parse_yaml_with_lines(
     text: str | bytes, source: str, text_names: re.Pattern[str] | None = None
-) -> tuple[Any, dict[str, int]]:
+) -> tuple[object, dict[str, int]]:
     """Parse strict YAML; also return the line of each key and item by its dotted name.
 
     source: the file, for messages.
@@ -199,7 +199,7 @@ def _describe_yaml_error(error: Exception) -> str:
 
 
 def load_config(
-    path: str | Path | None, flags: Mapping[str, Any] = MappingProxyType({})
+    path: str | Path | None, flags: Mapping[str, object] = MappingProxyType({})
 ) -> FineTuneConfig:
     """Build the configuration from a YAML file, if given, and from flags.
 
@@ -225,7 +225,7 @@ def load_config(
     return parse_config(given_values, source=source, places=places)
 
 
-def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, object]:
     """Return a copy of nested values, overridden by those of `given` (dotted names)."""
     laid = dict(values)
     for name, value in given.items():
@@ -238,7 +238,7 @@ def lay_over(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
 
 
 def _let_flags_override_keys_that_say_the_same(
-    values: dict[str, Any], flags: Mapping[str, Any]
+    values: dict[str, Any], flags: Mapping[str, object]
 ) -> None:
     """Remove keys of the file that conflict with a flag, such as epochs with --iters, in place.
 
@@ -258,7 +258,7 @@ def _let_flags_override_keys_that_say_the_same(
 
 
 def parse_config(
-    values: Mapping[str, Any], *, source: str, places: Mapping[str, str] = MappingProxyType({})
+    values: Mapping[str, object], *, source: str, places: Mapping[str, str] = MappingProxyType({})
 ) -> FineTuneConfig:
     """Validate values against the schema; ConfigError lists every problem, one a line.
 

@@ -65,7 +65,7 @@ def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_d
         )
 
 
-def _find_selecting_suite(config: dict[str, Any]) -> dict[str, Any] | None:
+def _find_selecting_suite(config: dict[str, Any]) -> dict[str, object] | None:
     """Return the keys of the suite that `training.select_by` names; None if it names none."""
     name, tasks = config["training"]["select_by"], config["gate"]["tasks"]
     return next((task for task in tasks if task["name"] == name), None)

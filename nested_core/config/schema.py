@@ -113,7 +113,7 @@ else:
     class _ToldAsOnTheCommandLine(type(Section)):
         """Has `FineTuneConfig(learning_rte=1)` say what a file with that key is told."""
 
-        def __call__(cls, *args: Any, **values: Any) -> Any:
+        def __call__(cls, *args: object, **values: object) -> Any:
             """Create an instance; raise ConfigError with every problem of its values."""
             try:
                 return super().__call__(*args, **values)
@@ -354,7 +354,7 @@ class FineTuneConfig(_RootSection):
         )
 
     @property
-    def optimizer_arguments(self) -> dict[str, Any]:
+    def optimizer_arguments(self) -> dict[str, object]:
         """The keyword arguments configured for the chosen optimizer."""
         return self.optimizer_config.get(self.optimizer, {})
 

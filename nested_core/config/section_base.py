@@ -71,8 +71,8 @@ def lay_out_form(schema: dict[str, Any]) -> None:
     a sentence. A key that is not in the form (`in_form` is false) becomes a pattern that matches
     its name alone: pages do not show patterns, and validators use them.
     """
-    shown: dict[str, Any] = {}
-    hidden: dict[str, Any] = {}
+    shown: dict[str, object] = {}
+    hidden: dict[str, object] = {}
     for name, field in schema.get("properties", {}).items():
         text = str(field.get("description", ""))
         if text:
@@ -112,7 +112,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_as_numbers(cls, value: object, info: ValidationInfo) -> object:
         """Refuse true and false for keys that are not boolean.
 
         Pydantic would read them as 1 and 0.
@@ -126,7 +126,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _expand_home(cls, value: Any, info: ValidationInfo) -> Any:
+    def _expand_home(cls, value: object, info: ValidationInfo) -> object:
         """Expand `~` in every path once, so that the path that is checked is the one opened."""
         facts = cls.model_fields[str(info.field_name)].json_schema_extra
         if not isinstance(facts, dict) or "path" not in facts:
@@ -137,7 +137,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_nul_in_text(cls, value: Any) -> Any:
+    def _refuse_nul_in_text(cls, value: object) -> object:
         """Refuse a NUL character, which no path, name or pattern can have."""
         if isinstance(value, str) and "\0" in value:
             raise ValueError("a NUL character is in no path and no name. Take it out")

@@ -32,7 +32,7 @@ from nested_core.config.section_base import Section, key
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-def _text_as_list(value: Any) -> Any:
+def _text_as_list(value: object) -> object:
     """Convert a single text to a list of one."""
     return [value] if isinstance(value, str) else value
 
@@ -257,7 +257,7 @@ class LoraParameters(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _convert_alpha(cls, values: Any) -> Any:
+    def _convert_alpha(cls, values: object) -> object:
         """Replace `alpha` by the scale that it means, alpha / rank.
 
         values: the section as it was given, before it is validated; returned as it is if it is no
@@ -283,7 +283,7 @@ class LoraParameters(Section):
         return others | {"scale": alpha / rank}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """Return whether a value is a number and not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -307,7 +307,7 @@ def optimizer_classes() -> dict[str, type]:
     }
 
 
-def name_optimizer(value: Any) -> Any:
+def name_optimizer(value: object) -> object:
     """Register an optimizer class of the user under its name; return the name.
 
     A value that is no class is returned as it is. Only Python code can pass a class; no name in a
@@ -333,7 +333,7 @@ def parse_optimizer_name(name: str) -> str:
 
 
 def optimizer_problems(
-    optimizer: str, optimizer_config: Mapping[str, Mapping[str, Any]], nested: NestedSection
+    optimizer: str, optimizer_config: Mapping[str, Mapping[str, object]], nested: NestedSection
 ) -> Iterator[str]:
     """Yield settings in `optimizer_config` and `nested` that the optimizer does not support.
 
@@ -367,7 +367,7 @@ def optimizer_problems(
         )
 
 
-def default_arguments(optimizer: str) -> dict[str, Any]:
+def default_arguments(optimizer: str) -> dict[str, object]:
     """Return the arguments of an optimizer except its learning rate, with mlx's defaults."""
     parameters = inspect.signature(optimizer_classes()[optimizer]).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "learning_rate"}
@@ -380,7 +380,7 @@ class HubDataset(Section):
     """One data set, which splits of it to read, and the columns that hold the fields."""
 
     path: NonEmpty = key(..., "the data set's name on the hub, or a folder", path="local_or_hub")
-    config: dict[str, Any] = key({}, "keyword arguments of datasets.load_dataset")
+    config: dict[str, object] = key({}, "keyword arguments of datasets.load_dataset")
     train_split: str = key("train[:80%]", "the split to train on")
     valid_split: str = key("train[-10%:]", "the split to validate on")
     test_split: str | None = key(None, "the split to test on")
@@ -391,7 +391,7 @@ class HubDataset(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_name_outside_config(cls, value: Any) -> Any:
+    def _refuse_name_outside_config(cls, value: object) -> object:
         """Refuse the key `name`, which belongs in `config`."""
         if isinstance(value, dict) and "name" in value:
             raise ValueError(
@@ -406,7 +406,7 @@ class HubDataset(Section):
             yield f"config: {sorted(twice)} have keys of their own: path, train_split"
 
 
-def _mapping_as_list(value: Any) -> Any:
+def _mapping_as_list(value: object) -> object:
     """Convert a single mapping to a list of one, as mlx-lm does."""
     return [value] if isinstance(value, dict) else value
 
@@ -571,7 +571,7 @@ class GateSection(Section):
                 )
 
 
-def _require_adapter_name(name: Any) -> Any:
+def _require_adapter_name(name: object) -> object:
     """Return a valid name of an adapter; ValueError for any other text."""
     if isinstance(name, str) and (reason := why_invalid_adapter_name(name)) is not None:
         raise ValueError(reason.removesuffix("."))

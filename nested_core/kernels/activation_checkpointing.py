@@ -45,7 +45,7 @@ def checkpointing_layers(
 
 
 def _checkpoint_call_of_layers(
-    call: Callable[..., Any], chosen: frozenset[int], *, keep_dropout_masks: bool
+    call: Callable[..., object], chosen: frozenset[int], *, keep_dropout_masks: bool
 ) -> Callable[..., Any]:
     """Wrap a class's __call__ so that layers with an id in `chosen` are checkpointed.
 
@@ -55,7 +55,7 @@ def _checkpoint_call_of_layers(
     keep_dropout_masks: whether the second computation draws the same dropout masks as the first.
     """
 
-    def checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def checkpointed(layer: nn.Module, *args: object, **kwargs: object) -> Any:
         """Call the layer; for a chosen layer store only the inputs for the backward pass.
 
         mx.checkpoint gives gradients to a function's arguments alone, so the parameters are passed
@@ -64,12 +64,12 @@ def _checkpoint_call_of_layers(
         if id(layer) not in chosen:
             return call(layer, *args, **kwargs)
 
-        def with_parameters(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        def with_parameters(parameters: Any, *args: object, **kwargs: object) -> Any:
             """Call the layer with its parameters as an argument, so that they get gradients."""
             layer.update(parameters)
             return call(layer, *args, **kwargs)
 
-        def with_random_key(key: mx.array, parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        def with_random_key(key: mx.array, parameters: Any, *args: object, **kwargs: object) -> Any:
             """Call the layer from a given random key; return its output and the next key.
 
             A recomputation from the same key draws the same dropout masks.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import mlx.nn as nn
 
 
 @contextmanager
 def replacing_function(
-    model: nn.Module, name: str, original: Any, function: Callable[..., Any]
+    model: nn.Module, name: str, original: object, function: Callable[..., object]
 ) -> Iterator[None]:
     """Replace a function in the model's Python modules during the block.
 
@@ -30,16 +29,16 @@ def replacing_function(
             setattr(user, name, original)
 
 
-def modules_of_code(model: nn.Module, name: str, original: Any) -> list[Any]:
+def modules_of_code(model: nn.Module, name: str, original: object) -> list[object]:
     """Return the Python modules of the model's layers in which `name` refers to `original`."""
     names = {type(module).__module__ for _, module in model.named_modules()}
-    users: list[Any] = [sys.modules[each] for each in sorted(names & sys.modules.keys())]
+    users: list[object] = [sys.modules[each] for each in sorted(names & sys.modules.keys())]
     return [user for user in users if getattr(user, name, None) is original]
 
 
 @contextmanager
 def replacing_call(
-    module: nn.Module, call: Callable[..., Any], method: str = "__call__"
+    module: nn.Module, call: Callable[..., object], method: str = "__call__"
 ) -> Iterator[None]:
     """Replace the call of one module, or another of its methods, during the block.
 
@@ -63,7 +62,7 @@ def replacing_call(
 
 
 @contextmanager
-def replacing_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def replacing_calls(calls: Iterable[tuple[nn.Module, Callable[..., object]]]) -> Iterator[None]:
     """Replace the calls of several modules, each with its own function, during the block."""
     with ExitStack() as stack:
         for module, call in calls:

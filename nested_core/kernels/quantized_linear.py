@@ -43,7 +43,7 @@ def multiplying_by_dequantized_weights(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], mx.array]:
+def make_dequantized_product(module: nn.Module, method: str) -> Callable[[mx.array], mx.array]:
     """Return a replacement for a quantized layer's method that multiplies by its weight.
 
     method: `__call__` or `as_linear`.
@@ -51,7 +51,7 @@ def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], m
     original: Callable[..., mx.array] = getattr(type(module), method)
 
     @mx.custom_function
-    def multiply(x: mx.array) -> Any:
+    def multiply(x: mx.array) -> object:
         """Compute x @ weight.T with the dequantized weight."""
         return x @ dequantize_weight(module, x).T
 
@@ -86,7 +86,7 @@ def sharing_dequantized_weights(computed_after: mx.array) -> Iterator[None]:
         _shared_weights.reset(token)
 
 
-def dequantize_weight(module: Any, computed_after: mx.array) -> mx.array:
+def dequantize_weight(module: nn.Module, computed_after: mx.array) -> mx.array:
     """Return a layer's weight (outputs, inputs) in the dtype of its scales.
 
     computed_after: an array that is computed before the weight. Without this dependency mx.compile
@@ -101,7 +101,7 @@ def dequantize_weight(module: Any, computed_after: mx.array) -> mx.array:
     return weights[id(module)]
 
 
-def _dequantize_after(module: Any, computed_after: mx.array) -> mx.array:
+def _dequantize_after(module: nn.Module, computed_after: mx.array) -> mx.array:
     """Dequantize a layer's weight, after `computed_after` is computed."""
     (weight,) = mx.depends([module.weight], [computed_after])
     return mx.dequantize(

@@ -20,7 +20,7 @@ TOLERANCE = 0.02  # of the largest element: a few roundings of a bfloat16
 
 Inputs = ParamSpec("Inputs")
 Outputs = TypeVar("Outputs", bound=mx.array | Sequence[mx.array])
-Examples = Callable[..., Sequence[tuple[Any, ...]]]
+Examples = Callable[..., Sequence[tuple[object, ...]]]
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
@@ -22,7 +22,7 @@ def shapes_and_dtypes(arrays: Mapping[str, mx.array]) -> dict[str, ArraySpec]:
     return {name: (value.shape, value.dtype) for name, value in arrays.items()}
 
 
-def optimizer_state_by_parameter(tree: Any, state: Any) -> StateByParameter:
+def optimizer_state_by_parameter(tree: object, state: object) -> StateByParameter:
     """Return the optimizer's state of each parameter, by dotted name.
 
     tree: parameters or gradients, whose leaves select the states.
@@ -43,7 +43,7 @@ def find_gradient_mark(state: Mapping[str, Array], name: str) -> Array | None:
     return state.get(f"{name}.{HAD_GRADIENT}", state.get(f"{name}.v"))
 
 
-def flatten_gradients(gradients: Any) -> Flat:
+def flatten_gradients(gradients: object) -> Flat:
     """Flatten a tree of gradients to a dictionary by dotted name.
 
     Raises ValueError for the (gradients, norm) pair of mlx's clip_grad_norm, and for leaves that

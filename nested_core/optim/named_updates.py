@@ -61,7 +61,7 @@ class UpdateReport:
             )
 
 
-def flatten(tree: dict[str, Any] | list[Any]) -> dict[str, mx.array]:
+def flatten(tree: Mapping[str, object] | Sequence[object]) -> dict[str, mx.array]:
     """Return the arrays of a tree by dotted name, such as "layers.0.weight".
 
     tree: nested dicts and lists of arrays, or a module, whose parameters are returned. The arrays
@@ -78,12 +78,12 @@ def flatten(tree: dict[str, Any] | list[Any]) -> dict[str, mx.array]:
     return flat
 
 
-def _named_arrays(tree: dict[str, Any] | list[Any]) -> list[tuple[str, mx.array]]:
+def _named_arrays(tree: Mapping[str, object] | Sequence[object]) -> list[tuple[str, mx.array]]:
     """Return dotted name and array of every leaf of a tree that is an array."""
     leaves = tree_flatten(tree.parameters() if isinstance(tree, nn.Module) else tree)
     return [
         (name, leaf)
-        for name, leaf in cast(list[tuple[str, Any]], leaves)
+        for name, leaf in cast(list[tuple[str, object]], leaves)
         if isinstance(leaf, mx.array)
     ]
 
@@ -111,7 +111,7 @@ def apply_flat_updates_to_nested(nested: Tree, flat: Mapping[str, mx.array]) -> 
 def verify_updates(
     before: Mapping[str, mx.array],
     expected: Mapping[str, mx.array],
-    nested: dict[str, Any] | list[Any],
+    nested: Mapping[str, object] | Sequence[object],
 ) -> UpdateReport:
     """Compare the arrays in a tree with their expected new and their old values, bit for bit.
 
@@ -137,7 +137,7 @@ def verify_updates(
 
 
 def find_not_applied(
-    expected: Mapping[str, mx.array], nested: dict[str, Any] | list[Any]
+    expected: Mapping[str, mx.array], nested: Mapping[str, object] | Sequence[object]
 ) -> tuple[str, ...]:
     """Return the names in `expected` whose arrays in the tree differ, bit for bit.
 
@@ -148,7 +148,7 @@ def find_not_applied(
     return tuple(name for name, same in zip(expected, equal, strict=True) if not same)
 
 
-def _read_leaf(tree: Any, name: str) -> Any:
+def _read_leaf(tree: object, name: str) -> object:
     """Return the leaf with this dotted name; None if the tree does not have it."""
     ref = _find_leaf(tree, name)
     return None if ref is None else ref.container[ref.key]
@@ -174,7 +174,7 @@ def _find_leaf(tree: Any, name: str) -> LeafRef | None:
         node = node[key]
 
 
-def _parse_key(node: Any, word: str) -> str | int | None:
+def _parse_key(node: object, word: str) -> str | int | None:
     """Return the key or index in `node` for one part of a dotted name; None for an unknown name."""
     if isinstance(node, dict):
         return word if word in node else None
@@ -183,7 +183,7 @@ def _parse_key(node: Any, word: str) -> str | int | None:
     return None
 
 
-def _why_not_assignable(ref: LeafRef | None, new: Any) -> str | None:
+def _why_not_assignable(ref: LeafRef | None, new: object) -> str | None:
     """Return why an array cannot replace the leaf; None if it can."""
     if ref is None:
         return "the tree has no such name"
@@ -220,7 +220,7 @@ def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
     )
 
 
-def _have_equal_bits(leaves: Sequence[Any], arrays: Sequence[mx.array]) -> list[bool]:
+def _have_equal_bits(leaves: Sequence[object], arrays: Sequence[mx.array]) -> list[bool]:
     """Return whether each leaf is an array of the same shape, dtype and bits, in one evaluation.
 
     leaves: values found in a tree; None for a missing one. arrays: what each is compared with.
@@ -231,7 +231,7 @@ def _have_equal_bits(leaves: Sequence[Any], arrays: Sequence[mx.array]) -> list[
     return [leaf is array or next(equal) for leaf, array in pairs]
 
 
-def _has_equal_bits(left: Any, right: mx.array) -> mx.array:
+def _has_equal_bits(left: object, right: mx.array) -> mx.array:
     """Return a flag on the device: whether both are arrays of the same shape, dtype and bits."""
     if not isinstance(left, mx.array) or (left.shape, left.dtype) != (right.shape, right.dtype):
         return mx.array(False)

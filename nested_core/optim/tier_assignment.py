@@ -97,7 +97,7 @@ def refuse_tiers_never_due(frequencies: Sequence[int], steps: int) -> None:
             )
 
 
-def _natural_sort_key(name: str) -> tuple[Any, ...]:
+def _natural_sort_key(name: str) -> tuple[tuple[int, str], ...]:
     """Return a sort key that orders numbers within names by value."""
     parts = re.split(r"(\d+)", name)
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)

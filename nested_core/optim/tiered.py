@@ -168,7 +168,7 @@ class Tiered(Optimizer):
         n = int(self.step.item()) + 1 if step is None else step
         return tuple(i for i, tier in enumerate(self.tiers) if n % tier.frequency == 0)
 
-    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+    def apply_gradients(self, gradients: object, parameters: Any) -> Any:
         """Perform one optimizer step; return every parameter with a gradient, updated if it is due.
 
         gradients: a tree of arrays with the shapes and dtypes of `parameters`, which may have more
@@ -452,7 +452,7 @@ def _to_array(value: Any) -> mx.array:
 
 
 def _make_schedule_return_array(
-    schedule: Callable[[mx.array], Any],
+    schedule: Callable[[mx.array], object],
 ) -> Callable[[mx.array], mx.array]:
     """Wrap a schedule so that it returns an array, as an optimizer's state needs."""
     return lambda step: _to_array(schedule(step))

@@ -86,7 +86,7 @@ class Child:
         """Kill the process."""
         self.end()
 
-    def ask(self, request: Any, seconds: float | None = None) -> Any:
+    def ask(self, request: object, seconds: float | None = None) -> Any:
         """Send a request and return its answer; `seconds` limits sending and receiving each.
 
         Raises what `send` and `receive` raise.
@@ -94,7 +94,7 @@ class Child:
         self.send(request, seconds)
         return self.receive(seconds)
 
-    def send(self, request: Any, seconds: float | None = None) -> None:
+    def send(self, request: object, seconds: float | None = None) -> None:
         """Send a request. If the process has ended, `receive` reports it.
 
         Raises ChildFailed if the process does not read the request within `seconds`.

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from queue import SimpleQueue
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 
 class Requests:
@@ -69,8 +69,8 @@ def main(name: str) -> None:
         os.close(null_device)
         os.dup2(2, 1)  # what the function prints goes to standard error
         requests = Requests(file)
-        function: Callable[[Any], Any] | None = None
-        failure: dict[str, Any] = {}
+        function: Callable[[object], object] | None = None
+        failure: dict[str, object] = {}
         try:
             function = load_function(name)
         except BaseException as error:  # every request is answered with this error
@@ -83,17 +83,17 @@ def main(name: str) -> None:
             answers.flush()
 
 
-def load_function(name: str) -> Callable[[Any], Any]:
+def load_function(name: str) -> Callable[[object], object]:
     """Load a function by "package.module:function", or `answer` of a Python file."""
     if name.endswith(".py"):
-        answer: Callable[[Any], Any] = runpy.run_path(name)["answer"]
+        answer: Callable[[object], object] = runpy.run_path(name)["answer"]
         return answer
     module, _, function_name = name.partition(":")
-    function: Callable[[Any], Any] = getattr(import_module(module), function_name)
+    function: Callable[[object], object] = getattr(import_module(module), function_name)
     return function
 
 
-def call(function: Callable[[Any], Any], request: Any) -> dict[str, Any]:
+def call(function: Callable[[object], object], request: object) -> dict[str, object]:
     """Return a reply with the function's result, or with its error for the parent to raise."""
     try:
         return {"answer": function(request)}
@@ -101,7 +101,7 @@ def call(function: Callable[[Any], Any], request: Any) -> dict[str, Any]:
         return print_and_describe(error)
 
 
-def print_and_describe(error: BaseException) -> dict[str, Any]:
+def print_and_describe(error: BaseException) -> dict[str, object]:
     """Print the traceback of an error, and return the error as a reply."""
     with suppress(OSError):  # such as a full disk
         traceback.print_exception(error, limit=-2)
@@ -109,7 +109,7 @@ def print_and_describe(error: BaseException) -> dict[str, Any]:
     return {"error": describe_error(error)}
 
 
-def describe_error(error: BaseException) -> dict[str, Any]:
+def describe_error(error: BaseException) -> dict[str, object]:
     """Return an error as JSON values, from which `child.rebuild_error` creates it again."""
     advice = getattr(error, "advice", None)
     return {

@@ -14,7 +14,6 @@ import sys
 from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON_NAMES = ("flows", "tasks")
@@ -25,7 +24,7 @@ class _OurFinder(PathFinder):
     """A finder of Python's imports that knows our two packages alone."""
 
     @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(cls, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """Find one of our two packages beside this one; None for any other module."""
         return super().find_spec(name, [str(ROOT)]) if name in COMMON_NAMES else None
 

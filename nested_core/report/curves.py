@@ -15,7 +15,7 @@ CURVE_NAMES = {"loss": "training loss", "val_loss": "validation loss"}
 
 
 def describe_curves(
-    records: Sequence[Mapping[str, Any]], steps: int, dataset: str, unit: str
+    records: Sequence[Mapping[str, object]], steps: int, dataset: str, unit: str
 ) -> Document:
     """Build a page on the losses in the records of metrics.jsonl.
 

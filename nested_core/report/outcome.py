@@ -300,7 +300,7 @@ def list_row(run: Run) -> tuple[object, ...]:
     )
 
 
-def run_to_json(run: Run) -> dict[str, Any]:
+def run_to_json(run: Run) -> dict[str, object]:
     """Return the JSON object that commands print for a run with `--json`."""
     skipped = None if run.skip is None else asdict(run.skip)
     outcome = find_outcome(run) or run.state.capitalize()
