@@ -15,7 +15,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from nested_core import backend
 
@@ -57,7 +56,7 @@ class LengthBuckets:
 
 
 def sort_into_buckets(
-    lengths: npt.ArrayLike, batch_size: int, max_seq_length: int | None = None
+    lengths: np.typing.ArrayLike, batch_size: int, max_seq_length: int | None = None
 ) -> LengthBuckets:
     """Sort rows by length into buckets: batches that are padded to one width.
 
@@ -106,8 +105,7 @@ def widen_to_fast_widths(widths: Int64) -> Int64:
     """
     fast = -(-widths // FAST_WIDTH_MULTIPLE) * FAST_WIDTH_MULTIPLE
     is_near = fast <= widths * (1 + MAX_PADDING_TO_FAST_WIDTH)
-    widened: Int64 = np.where(is_near, fast, widths + widths % 2)
-    return widened
+    return np.where(is_near, fast, widths + widths % 2)
 
 
 def round_up_widths(needed: Int64) -> Int64:
@@ -136,7 +134,7 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
     """
     # One width: all batches are padded to the widest
     done = np.cumsum(counts)  # [j]: how many batches need width j or a narrower one
-    cost, before = (widths * done).astype(np.float64), list[npt.NDArray[np.int64]]()
+    cost, before = (widths * done).astype(np.float64), list[np.typing.NDArray[np.int64]]()
     totals = [cost[-1] + cost_of_width]  # by the number of widths
     is_after = np.tri(len(widths), dtype=bool)  # i >= j
     # One width more in each round, until it costs more than it saves
@@ -154,8 +152,7 @@ def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> 
             break
         last = int(step[last])
         chosen.append(last)
-    narrowest_first: Int64 = widths[chosen[::-1]]
-    return narrowest_first
+    return widths[chosen[::-1]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,7 +230,7 @@ class BatchOrder:
 
     def __init__(
         self,
-        lengths: npt.ArrayLike,
+        lengths: np.typing.ArrayLike,
         batch_size: int,
         seed: int,
         *,

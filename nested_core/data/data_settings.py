@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import DataFormat, DataPolicy, HubDataset
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.errors import join_first_values
@@ -44,15 +45,15 @@ class DataSettings:
     held_out_before: tuple[str, ...] = ()  # SHA-256 of examples of train to drop: `ReplayRecord`
 
     @classmethod
-    def from_config(cls, config: Any) -> DataSettings:
-        """Extract the settings from a FineTuneConfig."""
-        elsewhere = {
-            "supervise": config.training.supervise,
-            "policy": config.data_policy,
-            "loss": config.training.loss,
-        }
-        names = {setting.name for setting in fields(cls)} - elsewhere.keys() - {"held_out_before"}
-        return cls(**elsewhere, **{name: getattr(config, name) for name in names})
+    def from_config(cls, config: FineTuneConfig) -> DataSettings:
+        """Extract the settings from a configuration."""
+        names = {setting.name for setting in fields(cls)} & FineTuneConfig.model_fields.keys()
+        return cls(
+            supervise=config.training.supervise,
+            policy=config.data_policy,
+            loss=config.training.loss,
+            **{name: getattr(config, name) for name in names},
+        )
 
     @property
     def supervised_targets(self) -> Targets:

@@ -20,7 +20,6 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pydantic_core import to_jsonable_python
 
@@ -107,7 +106,7 @@ def _creating(entry: Path) -> Iterator[Path]:
 
 def _depends_on(
     settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return everything that a data set's report and tokens depend on, as JSON values."""
     return {
         "settings": to_jsonable_python(settings),
@@ -120,7 +119,7 @@ def _depends_on(
     }
 
 
-def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
+def _describe_file_for_key(file: SplitFile) -> dict[str, object]:
     """Return the name, content hash and line numbers of a split's file, for the cache key."""
     return {
         "name": file.name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
@@ -70,7 +70,7 @@ class EarlierExamples(Protocol):
     def content_digest(self) -> str:
         """Return the SHA-256 of everything about these examples that can change the adapter."""
 
-    def make_provenance(self, tokens: int) -> dict[str, Any]:
+    def make_provenance(self, tokens: int) -> dict[str, object]:
         """Return the block of provenance.json on these examples.
 
         tokens: how many of their tokens were trained on.
@@ -90,7 +90,7 @@ class Replay:
     """
 
     find: Callable[[FineTuneConfig, RunDirectory], EarlierExamples]
-    list_ancestor_digests: Callable[[Path, str, str], list[Any]]
+    list_ancestor_digests: Callable[[Path, str, str], list[object]]
 
 
 def find_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> EarlierExamples | None:

@@ -12,7 +12,6 @@ import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 
@@ -68,7 +67,7 @@ class TrainedRows:
         return {"training_examples": encoded, **identity}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], whose: str) -> TrainedRows:
+    def from_json(cls, values: Mapping[str, object], whose: str) -> TrainedRows:
         """Read what `to_json` returned.
 
         whose: names the adapter, where its rows are not recorded by their content.
@@ -76,7 +75,8 @@ class TrainedRows:
         if values.get("example_identity") != IDENTITY:
             return cls(unknown=f"no record says by its content which rows {whose} was trained on")
         unknown = values.get("unknown_examples")
-        return cls(decode_digests(values.get("training_examples")), unknown and str(unknown))
+        reason = None if unknown is None else str(unknown)
+        return cls(decode_digests(values.get("training_examples")), reason)
 
 
 def encode_digests(digests: Digests) -> str | None:
@@ -87,7 +87,7 @@ def encode_digests(digests: Digests) -> str | None:
     return base64.b64encode(distinct.astype("<u8").tobytes()).decode()
 
 
-def decode_digests(text: Any) -> Digests:
+def decode_digests(text: object) -> Digests:
     """Decode what `encode_digests` returned; empty for None and anything else."""
     try:
         content = base64.b64decode(text, validate=True) if isinstance(text, str) else b""

@@ -40,7 +40,7 @@ _KEYS_OF_CHATS = {"messages", "tools", "prompt", "completion", "loss_mask"}
 class SplitRows:
     """The rows of a split that are valid examples, and the split's digest as in dataset.json."""
 
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, object]]
     digest: str
 
 
@@ -68,13 +68,13 @@ def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
                     yield parse_line(body, field_names)
 
 
-def _row_of(example: Example) -> dict[str, Any]:
+def _row_of(example: Example) -> dict[str, object]:
     """Convert an example to a row under the default keys, with its marks of turns not to learn."""
     if example.format == "text":
         return {"text": example.text}
     if (write := find_row_format(example.format).write) is not None:
         return write(example)
-    rest: dict[str, Any] = {} if example.tools is None else {"tools": example.tools}
+    rest: dict[str, object] = {} if example.tools is None else {"tools": example.tools}
     if example.masked:
         turns = range(len(example.messages))
         rest["loss_mask"] = [int(turn not in example.masked) for turn in turns]
@@ -100,7 +100,7 @@ class RowKeys:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RowKeys:
         """Compute the keys of a row as `read_split_rows` returns it."""
-        content, turns = "", list[dict[str, Any]]()
+        content, turns = "", list[dict[str, object]]()
         line = json.dumps(row).encode()
         if (plain := None if rb"\u0000" in line else parse_plain_row(line, ANY_ROLE)) is not None:
             content = plain[2]
@@ -181,7 +181,7 @@ def read_row_list(path: Path) -> RowList:
     return RowList(frozenset(rows), frozenset(all_turns))
 
 
-def _read_listed_row(line: bytes) -> tuple[dict[str, Any], bool]:
+def _read_listed_row(line: bytes) -> tuple[dict[str, object], bool]:
     """Parse a line of the list.
 
     Return the row, and whether it is a prompt (with an empty answer).

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
@@ -34,7 +33,7 @@ class HeldOutPrompt:
     file, line: where the row is.
     """
 
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[dict[str, object], ...]
     text: str
     expected: str
     file: str

@@ -56,18 +56,18 @@ def cut_file_into_line_ranges(path: Path, size: int) -> list[ByteRange]:
     return ranges
 
 
-def run_job(request: dict[str, Any]) -> dict[str, Any]:
+def run_job(request: dict[str, Any]) -> dict[str, object]:
     """Call the function named by request["job"] ("package.module:function") with the request.
 
     Requests and answers are JSON objects; large data is in files that the request names.
     """
     module, _, function = request["job"].partition(":")
-    answer: dict[str, Any] = getattr(import_module(module), function)(request)
+    answer: dict[str, object] = getattr(import_module(module), function)(request)
     return answer
 
 
 def run_jobs(
-    requests: Sequence[dict[str, Any]],
+    requests: Sequence[dict[str, object]],
     *,
     processes: int,
     on_done: Callable[[int], None] | None = None,
@@ -92,7 +92,7 @@ def run_jobs(
     idle: SimpleQueue[Child] = SimpleQueue()
     threads = ThreadPoolExecutor(processes)  # one waits for each worker
 
-    def ask_idle_worker(request: dict[str, Any]) -> dict[str, Any]:
+    def ask_idle_worker(request: dict[str, object]) -> dict[str, object]:
         """Wait for an idle worker process, and for its answer to the request."""
         worker = idle.get()  # each of the threads gets one, as there are as many workers
         try:
@@ -113,7 +113,7 @@ def run_jobs(
             threads.submit(ask_idle_worker, item): index for index, item in enumerate(requests)
         }
         # Answers arrive in any order, and wait here until all before them are yielded
-        answers: dict[int, dict[str, Any]] = {}
+        answers: dict[int, dict[str, object]] = {}
         yielded = 0
         for done, future in enumerate(as_completed(futures), start=1):
             answers[futures[future]] = future.result()
@@ -133,8 +133,8 @@ def run_jobs(
 
 
 def _run_in_this_process(
-    requests: Sequence[dict[str, Any]], on_done: Callable[[int], None] | None
-) -> Iterator[dict[str, Any]]:
+    requests: Sequence[dict[str, object]], on_done: Callable[[int], None] | None
+) -> Iterator[dict[str, object]]:
     """Run the requests one after the other in this process."""
     for done, request in enumerate(requests, start=1):
         answer = run_job(request)
@@ -143,7 +143,7 @@ def _run_in_this_process(
         yield answer
 
 
-def run_job_in_worker(request: dict[str, Any]) -> dict[str, Any]:
+def run_job_in_worker(request: dict[str, object]) -> dict[str, object]:
     """Run a job in a worker process, whose memory use stays constant over requests."""
     hide_torch_from_transformers()
     keep_freed_memory()

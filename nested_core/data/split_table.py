@@ -177,7 +177,7 @@ class _Reading:
         self,
         split: str,
         *,
-        more_columns: Mapping[str, Any] = MappingProxyType({}),
+        more_columns: Mapping[str, object] = MappingProxyType({}),
         asked: Path | None = None,
         matches: SharedWithTrain | None = None,
     ) -> SplitTable:
@@ -189,7 +189,7 @@ class _Reading:
         """
         file = self._files.get(split)
         ranges = self._ranges.get(split, [])
-        requests: list[dict[str, Any]] = [
+        requests: list[dict[str, object]] = [
             {
                 "job": LINE_RANGE_JOB,
                 "path": str(self._files[split].path),
@@ -260,7 +260,7 @@ def _read_range_frames(paths: list[str]) -> list[pl.DataFrame]:
 
 
 def _join_range_frames(
-    frames: list[pl.DataFrame], file: SplitFile | None, more_columns: Mapping[str, Any]
+    frames: list[pl.DataFrame], file: SplitFile | None, more_columns: Mapping[str, object]
 ) -> pl.DataFrame:
     """Concatenate the frames of a split's ranges; add missing columns, problems, line numbers."""
     checks = {k: v for part in seams.load_all(RowChecks) for k, v in part.schema.items()}

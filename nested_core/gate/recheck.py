@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import astuple
 from itertools import chain
-from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
@@ -99,7 +98,7 @@ def _differing_fields(gate: GateSection, verdict: Verdict, recorded: Verdict) ->
             yield side
 
 
-def _are_same_bounds(recorded: dict[str, Any] | None, configured: GateSection) -> bool:
+def _are_same_bounds(recorded: dict[str, object] | None, configured: GateSection) -> bool:
     """Whether the thresholds in gate.json are those of the run's configuration.
 
     A threshold that did not exist yet when gate.json was written is missing there. The run's
@@ -111,7 +110,7 @@ def _are_same_bounds(recorded: dict[str, Any] | None, configured: GateSection) -
     return defaults | recorded == configured.model_dump(mode="json")
 
 
-def _is_close(recorded: Any, recomputed: Any) -> bool:
+def _is_close(recorded: object, recomputed: object) -> bool:
     """Whether two values are equal, or are floats that differ only by rounding between machines."""
     if isinstance(recorded, float) and isinstance(recomputed, float):
         return math.isclose(recorded, recomputed, rel_tol=NORM_TOLERANCE)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from nested_core import backend
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
+from nested_core.models.chat_template import Tokenizer
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.untrusted_files import read_json_object, read_regular
@@ -204,7 +205,9 @@ def _read_size(folder: Path, key: str) -> int | None:
     return None
 
 
-def describe_token_beyond(tokenizer: Any, tokens: Sequence[int], rows: int | None) -> str | None:
+def describe_token_beyond(
+    tokenizer: Tokenizer, tokens: Sequence[int], rows: int | None
+) -> str | None:
     """Describe a token that has no row in the embedding; None if all tokens have one.
 
     MLX would read such a row from outside of the array without an error. `rows` is the number of
@@ -223,7 +226,7 @@ def describe_token_beyond(tokenizer: Any, tokens: Sequence[int], rows: int | Non
 
 def chat_template_digest(folder: Path) -> str | None:
     """Return the SHA-256 of the chat template in a model's folder; None without a template."""
-    template: Any = None
+    template: object = None
     config = folder / "tokenizer_config.json"
     if config.is_file():
         template = read_model_config(folder, config.name).get("chat_template")
@@ -289,7 +292,7 @@ def prepare_for_base_model(config: FineTuneConfig) -> Path:
 
 def load_base_model(
     config: FineTuneConfig, *, as_stored: bool = False, shares_layers: bool = False
-) -> tuple[nn.Module, Any]:
+) -> tuple[nn.Module, Tokenizer]:
     """Load model and tokenizer as mlx_lm.load does, at the configured precision or as stored.
 
     With `shares_layers` the model only has correct shapes, not correct results, see `share_layers`.
@@ -307,7 +310,9 @@ def load_base_model(
     return model, tokenizer
 
 
-def load_lazily(folder: Path, *, trust_remote_code: bool) -> tuple[nn.Module, Any, dict[str, Any]]:
+def load_lazily(
+    folder: Path, *, trust_remote_code: bool
+) -> tuple[nn.Module, Tokenizer, dict[str, object]]:
     """Return the model in a folder, its tokenizer and its config.json, as mlx_lm.load does.
 
     Arrays are only read from the file when they are first used. Raises ConfigError if loading

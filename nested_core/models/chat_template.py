@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: prepares messages as it expects them, and renders them.
+"""A tokenizer, and its chat template: prepares messages as it expects them, and renders them.
 
 Training, samples and eval sets all use it, so that one conversation gives the same tokens in each.
 """
@@ -6,13 +6,62 @@ Training, samples and eval sets all use it, so that one conversation gives the s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 _QUESTION = {"role": "user", "content": "What is it?"}
 _ANSWER = "It is a lighthouse."
 _ARGUMENTS = {"query": "lighthouse"}
+Messages = Sequence[Mapping[str, object]]
+
+
+class AddedToken(Protocol):
+    """A token that was added to the vocabulary, as transformers describes it."""
+
+    content: str
+    special: bool
+    normalized: bool
+
+
+class Detokenizer(Protocol):
+    """The text of tokens that come one by one."""
+
+    text: str
+
+    def add_token(self, token: int) -> None:
+        """Append a token."""
+
+    def finalize(self) -> None:
+        """Bring the text to its end: no token follows."""
+
+
+class Tokenizer(Hashable, Protocol):
+    """What the core uses of a tokenizer: mlx_lm's wrapper, or a plain one of transformers."""
+
+    bos_token: str | None
+    eos_token: str | None
+    eos_token_id: int | None
+    eos_token_ids: set[int]
+    has_chat_template: bool
+    added_tokens_decoder: Mapping[int, AddedToken]
+    backend_tokenizer: Any  # tokenizers.Tokenizer, of a fast one
+
+    @property
+    def detokenizer(self) -> Detokenizer:
+        """A new detokenizer."""
+
+    def encode(self, text: str, **options: bool) -> list[int]:
+        """Return the tokens of a text."""
+
+    def decode(self, tokens: Sequence[int], **options: bool) -> str:
+        """Return the text of tokens."""
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        """Return a token's name in the vocabulary."""
+
+    def apply_chat_template(self, messages: Sequence[object], **options: object) -> Any:
+        """Return the text of a conversation, or its tokens; of a batch, a list of these."""
 
 
 class ChatTemplate:
@@ -21,11 +70,11 @@ class ChatTemplate:
     What the template expects is found out by rendering small conversations.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         """Wrap the chat template of a tokenizer."""
         self._tokenizer = tokenizer
 
-    def prepare(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def prepare(self, messages: Messages) -> list[dict[str, Any]]:
         """Return messages in the form that the template expects, each with a content.
 
         Arguments of tool calls become objects, as in mlx_lm.server, or JSON texts for a template
@@ -34,20 +83,18 @@ class ChatTemplate:
         """
         return [self._prepare_turn(message) for message in messages]
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **more: Any) -> str:
+    def render(self, messages: Messages, tools: object = None, **more: object) -> str:
         """Return the text of prepared messages; an empty list renders an empty conversation.
 
         Raises whatever the template raises.
         """
         return str(self._apply(messages, tools, tokenize=False, **more))
 
-    def tokenize(
-        self, messages: Sequence[Mapping[str, Any]], tools: Any = None, **more: Any
-    ) -> list[int]:
+    def tokenize(self, messages: Messages, tools: object = None, **more: object) -> list[int]:
         """Return the tokens of prepared messages, as mlx_lm's datasets compute them."""
         return list(self._apply(messages, tools, return_dict=False, **more))
 
-    def _apply(self, messages: Sequence[Mapping[str, Any]], tools: Any, **more: Any) -> Any:
+    def _apply(self, messages: Messages, tools: object, **more: object) -> Any:
         """Apply the tokenizer's chat template to messages, which may be empty."""
         if messages:
             return self._tokenizer.apply_chat_template(list(messages), tools=tools, **more)
@@ -87,14 +134,14 @@ class ChatTemplate:
             return False
         return _ARGUMENTS["query"] not in with_object or str(_ARGUMENTS) in with_object
 
-    def _try_to_render(self, answer: Mapping[str, Any]) -> str:
+    def _try_to_render(self, answer: Mapping[str, object]) -> str:
         """Render a question with this answer; empty if the template raises an error."""
         try:
             return self.render([_QUESTION, answer])
         except Exception:  # a template is its author's program: it may raise anything
             return ""
 
-    def _prepare_turn(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _prepare_turn(self, message: Mapping[str, Any]) -> dict[str, object]:
         """Return one message with prepared tool calls and a content, without an end text."""
         prepared = dict(message)
         if message.get("tool_calls"):
@@ -112,7 +159,7 @@ class ChatTemplate:
             answer = stripped.removesuffix(end)
         return answer
 
-    def _prepare_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+    def _prepare_call(self, call: Mapping[str, Any]) -> dict[str, object]:
         """Convert a tool call's arguments to the type that the template expects.
 
         The call may be nested under "function".
@@ -128,7 +175,7 @@ class ChatTemplate:
         return {**call, "arguments": arguments} if "arguments" in call else dict(call)
 
 
-def end_token_ids(tokenizer: Any) -> frozenset[int]:
+def end_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the tokens that end an answer.
 
     mlx_lm's tokenizer wrapper may have several, a plain tokenizer has one or none.
@@ -136,12 +183,12 @@ def end_token_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}) - {None}
 
 
-def list_end_texts(tokenizer: Any) -> tuple[str, ...]:
+def list_end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Return the texts of the tokens that end an answer, such as "<|im_end|>"."""
     return tuple(tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer))
 
 
-def has_chat_template(tokenizer: Any) -> bool:
+def has_chat_template(tokenizer: Tokenizer) -> bool:
     """Return whether a tokenizer (mlx_lm's wrapper, or a plain one) has a chat template."""
     if hasattr(tokenizer, "has_chat_template"):
         return bool(tokenizer.has_chat_template)
@@ -149,12 +196,12 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 
 @lru_cache(maxsize=4)
-def chat_template_of(tokenizer: Any) -> ChatTemplate:
+def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate:
     """Return the (cached) chat template of a tokenizer that has one."""
     return ChatTemplate(tokenizer)
 
 
-def _call_with(arguments: Any) -> dict[str, Any]:
+def _call_with(arguments: object) -> dict[str, object]:
     """Return a message that calls a tool; Mistral's templates need an id of nine letters."""
     function = {"name": "search", "arguments": arguments}
     call = {"id": "call00001", "type": "function", "function": function}

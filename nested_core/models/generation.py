@@ -6,14 +6,14 @@ answer ends by itself. A model that mlx_lm cannot batch correctly answers one pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import count_embedding_rows, describe_token_beyond
-from nested_core.models.chat_template import chat_template_of
+from nested_core.models.chat_template import Detokenizer, Messages, Tokenizer, chat_template_of
 from nested_core.records.dataset import PromptFormat
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Answer:
 
 def answer_prompts(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -107,7 +107,7 @@ def answer_prompts(
     return [answer.finish() for answer in unfinished]
 
 
-def read_answer(tokenizer: Any, tokens: Sequence[int], sampling: Sampling) -> Answer:
+def read_answer(tokenizer: Tokenizer, tokens: Sequence[int], sampling: Sampling) -> Answer:
     """Decode generated token ids into an Answer, cut off at the first stop text.
 
     `tokens` must not include the end-of-sequence token.
@@ -119,9 +119,7 @@ def read_answer(tokenizer: Any, tokens: Sequence[int], sampling: Sampling) -> An
     return answer.finish()
 
 
-def encode_messages(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Any = None
-) -> list[int]:
+def encode_messages(tokenizer: Tokenizer, messages: Messages, tools: object = None) -> list[int]:
     """Encode a chat up to where the answer begins, as mlx_lm.generate encodes a prompt.
 
     Without a chat template, the contents of the messages are joined by newlines.
@@ -132,7 +130,7 @@ def encode_messages(
     return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
 
 
-def encode_prompt(tokenizer: Any, prompt: str, rows: PromptFormat | None = None) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, rows: PromptFormat | None = None) -> list[int]:
     """Encode a text as the prompts of training rows are formatted.
 
     rows: how they begin; None if unknown, which is a chat without a system text.
@@ -143,7 +141,9 @@ def encode_prompt(tokenizer: Any, prompt: str, rows: PromptFormat | None = None)
     return encode_messages(tokenizer, asked_as.ask(prompt), asked_as.tools)
 
 
-def require_rows_for(prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Any) -> None:
+def require_rows_for(
+    prompts: Sequence[Sequence[int]], model: nn.Module, tokenizer: Tokenizer
+) -> None:
     """Raise ConfigError for a token beyond the model's embedding, if the embedding is known."""
     largest = [max(prompt, default=0) for prompt in prompts]
     if problem := describe_token_beyond(tokenizer, largest, count_embedding_rows(model)):
@@ -160,7 +160,7 @@ class _UnfinishedAnswer:
     prompt: list[int]
     limit: int
     stop: tuple[str, ...]
-    detokenizer: Any
+    detokenizer: Detokenizer
     tokens: list[int] = field(default_factory=list)
     is_endless: bool = False
 

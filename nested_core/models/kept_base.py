@@ -23,6 +23,7 @@ from nested_core.models.base_model import (
     load_base_model,
     model_compute_dtype,
 )
+from nested_core.models.chat_template import Tokenizer
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
 from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.named_updates import UNSIGNED_DTYPE_BY_BYTES
@@ -48,7 +49,7 @@ class BaseWithAdapter:
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Tokenizer
     parameters: dict[str, mx.array]
     folder: Path
     description: object = None

@@ -203,7 +203,7 @@ def copy_with_adapter(base: nn.Module, adapter: Adapter) -> nn.Module:
     return model
 
 
-def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
+def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, object]:
     """Return the content of adapter_config.json: what mlx-lm's loader needs, and the fingerprint.
 
     `fingerprint` is the base model's.

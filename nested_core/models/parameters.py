@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -86,7 +86,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             module._set_training_mode(True)
 
 
-def float32_weight(module: Any) -> mx.array:
+def float32_weight(module: nn.Module) -> mx.array:
     """Return the weight that a module computes with in float32, dequantized if necessary."""
     weight: mx.array = module.weight
     if "scales" in module:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Any
 
 from nested_core import seams
 from nested_core.backend import RECORDED_PACKAGES
@@ -152,7 +151,7 @@ def conditions_digest(
     return hashlib.sha256(canonical_json(decides)).hexdigest()
 
 
-def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list[Any]:
+def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list[object]:
     """Return digests of the stored examples of champion and ancestors; [] if they do not judge."""
     if champion is None or config.gate.max_ancestor_loss_increase is None:
         return []

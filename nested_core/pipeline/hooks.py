@@ -50,7 +50,7 @@ class Steps:
         call `trainer.stop_training()` to stop the run gracefully.
         """
 
-    def on_report(self, figures: Mapping[str, Any]) -> None:
+    def on_report(self, figures: Mapping[str, object]) -> None:
         """Called with each report and evaluation, as mlx-lm's callbacks are.
 
         `figures` has `iteration`; of a report `step`, `train_loss`, `learning_rate`,

@@ -131,7 +131,7 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
     settings = DataSettings.from_config(config)
     try:
         train = _read_validated_rows(settings, "train", recorded)
-        held_out_sets: dict[str | None, list[dict[str, Any]]] = {
+        held_out_sets: dict[str | None, list[dict[str, object]]] = {
             split: _read_validated_rows(settings, split, recorded)
             for split in recorded
             if split != "train"
@@ -158,8 +158,8 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
 
 
 def _leave_out_dropped(
-    config: FineTuneConfig, run: RunDirectory, train: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+    config: FineTuneConfig, run: RunDirectory, train: list[dict[str, object]]
+) -> list[dict[str, object]]:
     """Remove rows that the run did not train on because an ancestor holds them out."""
     if (earlier := find_earlier_examples(config, run)) is None:
         return train
@@ -169,7 +169,7 @@ def _leave_out_dropped(
 
 def _read_validated_rows(
     settings: DataSettings, split: str, recorded: Mapping[str, SplitStats]
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Read the rows of a split; DatasetError if they have changed since they were validated.
 
     recorded: the splits in dataset.json.
@@ -298,7 +298,7 @@ def describe_changed_held_out(
 
 def _make_provenance_with_conditions(
     config: FineTuneConfig, judged: JudgedRun, champion: str | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Build the provenance of a run whose promotion a policy decides, with `conditions_digest`."""
     recorded = make_provenance(config, judged, champion)
     settings = recorded["settings_digest"]

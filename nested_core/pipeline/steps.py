@@ -449,8 +449,8 @@ def train_model(
     report, splits = load_run_data(config, run)
     require_validated_data(run, report)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
-    how = {"tokenizer": base.tokenizer, "base": base.folder, "prompt_format": report.prompt_format}
-    encode = partial(encode_suites, **how)
+    how: dict[str, Any] = {"base": base.folder, "prompt_format": report.prompt_format}
+    encode = partial(encode_suites, tokenizer=base.tokenizer, **how)
     setup = prepare_training(
         config,
         run,
@@ -533,7 +533,7 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
     plan = read_plan(run.plan)
     minutes = None if plan is None or plan.time is None else plan.time.minutes
 
-    def has_all_iterations(state: Mapping[str, Any]) -> bool:
+    def has_all_iterations(state: Mapping[str, object]) -> bool:
         """Return whether a checkpoint's state is the end of a run of the configured length."""
         if state.get("ended") == "time" and minutes != config.training.minutes:
             return False

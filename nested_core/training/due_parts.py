@@ -190,7 +190,7 @@ def read_optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
     }
 
 
-def make_train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
+def make_train_info(step: int, iteration: int, record: dict[str, object]) -> dict[str, Any]:
     """Return a report in the form that mlx-lm's on_train_loss_report receives, plus the step."""
     info = {
         "iteration": iteration,
@@ -246,7 +246,7 @@ class Reporter:
         if record or evaluation:
             self.write(state, state.iteration, record | evaluation)
 
-    def write(self, state: TrainingState, iteration: int, values: dict[str, Any]) -> None:
+    def write(self, state: TrainingState, iteration: int, values: dict[str, object]) -> None:
         """Append a record to metrics.jsonl with step and iteration, on the main rank only."""
         if self.setup.world.is_main:
             self.setup.run.require_lock()
@@ -284,7 +284,7 @@ class Validation:
         self._evaluator = evaluator
         self._targets = setup.step_schedule.validation_targets()
 
-    def after_step(self, state: TrainingState, *, is_due: bool) -> dict[str, Any]:
+    def after_step(self, state: TrainingState, *, is_due: bool) -> dict[str, object]:
         """Evaluate if it is due, or if training ended with parameters that were not yet evaluated.
 
         Returns the fields for metrics.jsonl; empty without an evaluation.
@@ -535,6 +535,6 @@ class Saver:
         """Cast trained values to the dtypes in which the adapter is published."""
         return {name: value.astype(self._published_dtypes[name]) for name, value in values.items()}
 
-    def _adapter_config(self) -> dict[str, Any]:
+    def _adapter_config(self) -> dict[str, object]:
         """Read adapter_config.json of the initial adapter."""
         return read_adapter_config(self.setup.run.initial / CONFIG_NAME)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,7 +51,7 @@ class Evaluation:
     """
 
     mean_loss: float
-    row_sums: np.ndarray[Any, np.dtype[np.float64]] | None
+    row_sums: np.typing.NDArray[np.float64] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +123,7 @@ class Evaluator:
             return (batch,)
         return split_batch(batch, self._vocabulary)
 
-    def logits_on_fixed_prompts(self, values: Flat) -> dict[str, Any]:
+    def logits_on_fixed_prompts(self, values: Flat) -> dict[str, object]:
         """Return the next-token logits after each prompt, in up to 256 columns of the vocabulary.
 
         A dictionary of `prompts`, `columns` and `values` (a row for each prompt, float32). A fresh

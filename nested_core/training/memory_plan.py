@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,12 +42,11 @@ class MemoryPlan:
         The backward pass reaches them last, when the activations of the other layers are already
         freed.
         """
-        layers: Any = model.layers
+        layers: Sequence[nn.Module] = model.layers
         if self.recomputed in (0, self.layers):
             return layers if self.recomputed else ()
         first = len(layers) - self.layers
-        chosen: Sequence[nn.Module] = layers[first : first + self.recomputed]
-        return chosen
+        return layers[first : first + self.recomputed]
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class TrainStep:
 
     # The state that steps advance, and the arrays that compiled functions read and write implicitly
     packed: PackedState = field(init=False)
-    captured: list[Any] = field(init=False)
+    captured: list[object] = field(init=False)
 
     def __post_init__(self) -> None:
         """Pack the parameters, and collect the state that compiled steps change."""
@@ -147,7 +147,7 @@ class TrainStep:
             gradient_bytes=self._gradient_bytes.get(due, 0),
         )
 
-    def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
+    def _compile(self, due: tuple[int, ...]) -> Callable[..., object]:
         """Compile the function that processes a micro-batch, and updates after the last one.
 
         due: the tiers to update. MLX compiles it once for each `is_last` and each batch shape.
@@ -160,7 +160,7 @@ class TrainStep:
             requests: mx.array | None,
             is_last: bool,
             *batch: mx.array,
-        ) -> tuple[Sums, dict[str, Any] | None, Flat, mx.array | None]:
+        ) -> tuple[Sums, dict[str, object] | None, Flat, mx.array | None]:
             """Process one micro-batch of a step, and compute the update after the last one.
 
             accumulated: the gradients and weight of the step's earlier micro-batches; None for the

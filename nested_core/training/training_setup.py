@@ -18,6 +18,7 @@ from nested_core.data.earlier_examples import MixedExamples, find_earlier_exampl
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
+from nested_core.models.chat_template import Tokenizer
 from nested_core.models.lora_attachment import adapter_compute_dtype
 from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.learning_rate_schedules import build_learning_rate
@@ -124,7 +125,7 @@ def prepare_training(
     model: nn.Module,
     splits: Mapping[str, TokenizedSplit],
     *,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     callback: TrainingCallback | None = None,
     make_questions: Callable[[int], Questions] | None = None,
     world: World = SINGLE_PROCESS_WORLD,

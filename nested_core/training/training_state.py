@@ -75,10 +75,9 @@ class TrainingState:
     verified_steps: list[int] = field(default_factory=list)
     red_flags: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the state as plain JSON values; a number that is not finite becomes None."""
-        values: dict[str, Any] = finite_or_none(asdict(self))
-        return values
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainingState:
@@ -181,9 +180,9 @@ class CheckpointState:
     wanted_iterations: int
     input_digests: Mapping[str, str]
     tiers: Sequence[TierStats]
-    logits: Mapping[str, Any]
+    logits: Mapping[str, object]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the record as plain JSON values; a number that is not finite becomes None."""
         return self.state.to_json() | {
             "wanted_iterations": self.wanted_iterations,  # EVIDENCE_KEYS must list these keys
@@ -193,7 +192,7 @@ class CheckpointState:
         }
 
 
-def require_whole_state(recorded: Mapping[str, Any], checkpoint: Path) -> None:
+def require_whole_state(recorded: Mapping[str, object], checkpoint: Path) -> None:
     """Raise DamagedError if a key of a checkpoint's state.json is missing."""
     names = {field.name for field in fields(TrainingState)}
     if missing := sorted((names | EVIDENCE_KEYS) - recorded.keys()):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -74,7 +74,7 @@ class World:
         """Return the scalars summed over the processes."""
         return sums
 
-    def gather_row_sums(self, rows: Sequence[mx.array]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def gather_row_sums(self, rows: Sequence[mx.array]) -> np.typing.NDArray[np.float64]:
         """Return the summed loss of each row of an evaluation's batches, in row order."""
         return np.concatenate([np.array(batch, np.float64) for batch in rows])
 

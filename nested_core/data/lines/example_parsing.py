@@ -106,14 +106,14 @@ class Example(NamedTuple):
         return sum(map(len, collect_strings([self.messages, self.tools, self.rest])))
 
 
-def is_tool_calling_message(message: Any) -> bool:
+def is_tool_calling_message(message: object) -> bool:
     """Return whether a message is an assistant's turn with tool calls, which needs no content."""
     if not isinstance(message, dict) or message.get("role") != "assistant":
         return False
     return bool(message.get("tool_calls"))
 
 
-def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
+def _require_function_name(value: dict[str, object]) -> dict[str, object]:
     """Return a tool or tool call if its function has a name; else raise ValueError."""
     function = value.get("function", value)
     name = function.get("name") if isinstance(function, dict) else None
@@ -122,7 +122,7 @@ def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _require_argument_object(value: dict[str, Any]) -> dict[str, Any]:
+def _require_argument_object(value: dict[str, Any]) -> dict[str, object]:
     """Return a tool call if its arguments are an object, JSON text of one, or missing.
 
     Raises ValueError for any other arguments.
@@ -141,7 +141,7 @@ def _require_argument_object(value: dict[str, Any]) -> dict[str, Any]:
 _ANY_ROLE_CONTEXT = "any role"
 
 
-def _check_role(value: Any, check_known: Callable[[Any], str], info: ValidationInfo) -> str:
+def _check_role(value: object, check_known: Callable[[object], str], info: ValidationInfo) -> str:
     """Return a known role; with `data_policy.roles: template`, any text."""
     if isinstance(value, str) and info.context == _ANY_ROLE_CONTEXT:
         return value
@@ -149,7 +149,7 @@ def _check_role(value: Any, check_known: Callable[[Any], str], info: ValidationI
 
 
 _STRICT_MODEL_CONFIG = ConfigDict(strict=True, extra="ignore")
-Function = Annotated[dict[str, Any], AfterValidator(_require_function_name)]
+Function = Annotated[dict[str, object], AfterValidator(_require_function_name)]
 
 
 @with_config(_STRICT_MODEL_CONFIG)
@@ -236,7 +236,7 @@ class Turns(NamedTuple):
 Fields = dict[str, Any]
 
 
-def read_completion(fields: Mapping[str, Any]) -> Turns:
+def read_completion(fields: Mapping[str, object]) -> Turns:
     """Build the two turns that mlx-lm makes of a prompt and a completion."""
     return Turns(
         [
@@ -340,12 +340,12 @@ class RowFormat:
     prepare: Callable[[Fields, str], Fields] | None = None
     is_conversation: bool = True
     encode: Callable[[Example, Any], Any] | None = None
-    write: Callable[[Example], dict[str, Any]] | None = None
+    write: Callable[[Example], dict[str, object]] | None = None
     judge: Callable[[Mapping[str, Mapping[int, Example]]], Iterator[Any]] | None = None
     contradict: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     @cached_property
-    def validator(self) -> TypeAdapter[Any]:
+    def validator(self) -> TypeAdapter[object]:
         """The pydantic validator of the fields."""
         return TypeAdapter(self.model)
 
@@ -402,7 +402,7 @@ class RowFormats:
     """
 
     formats: Mapping[str, RowFormat]
-    suggest_loss: Callable[[Mapping[str, Any]], str | None]
+    suggest_loss: Callable[[Mapping[str, object]], str | None]
 
 
 @cache
@@ -520,7 +520,7 @@ def parse_line(raw: bytes, field_names: FieldNames) -> Example:
     return _read_example(row, _choose_format(row, field_names), field_names)
 
 
-def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str, Any]:
+def _drop_keys(row: dict[str, object], keys: frozenset[str], chat: str) -> dict[str, object]:
     """Return a row without these keys, also within its turns.
 
     chat: the key of the turns.
@@ -533,7 +533,7 @@ def _drop_keys(row: dict[str, Any], keys: frozenset[str], chat: str) -> dict[str
     return kept
 
 
-def find_format(row: Mapping[str, Any], field_names: FieldNames) -> str | None:
+def find_format(row: Mapping[str, object], field_names: FieldNames) -> str | None:
     """Return the configured format if the row has its fields, or the first whose fields it has.
 
     Returns None if no format matches.
@@ -551,7 +551,7 @@ def _formats_to_look_for(field_names: FieldNames) -> Mapping[str, tuple[str, ...
     return _FIELDS_BY_SETTING.get(field_names.data_format, _FIELDS_BY_FORMAT)
 
 
-def _choose_format(row: dict[str, Any], field_names: FieldNames) -> str:
+def _choose_format(row: dict[str, object], field_names: FieldNames) -> str:
     """Return the name of the format that a row is in, known by its fields.
 
     field_names: the keys that are configured for each field, and `data_format` or a loss with
@@ -657,7 +657,7 @@ def _mlx_lm_keys(field_names: FieldNames) -> set[str]:
     return {field_names.key_of(field) for name in MLX_LM_FORMATS for field in FORMATS[name].fields}
 
 
-def _remove_blank_values(message: dict[str, Any]) -> dict[str, Any]:
+def _remove_blank_values(message: dict[str, object]) -> dict[str, Any]:
     """Return a turn without keys whose value is null, blank text, or an empty list or object.
 
     A blank `content` stays, except beside tool calls.
@@ -666,13 +666,13 @@ def _remove_blank_values(message: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if key in needed or not _is_blank(value)}
 
 
-def _is_blank(value: Any) -> bool:
+def _is_blank(value: object) -> bool:
     """Return whether a value is null, an empty list or object, or a text of white space."""
     return (value.strip() if isinstance(value, str) else value) in (None, "", [], {})
 
 
 def describe_validation_error(
-    error: ValidationError, keys: dict[str, str], row: dict[str, Any]
+    error: ValidationError, keys: dict[str, str], row: dict[str, object]
 ) -> LineProblem:
     """Convert pydantic's first error to a LineProblem, with the number of further errors.
 
@@ -693,7 +693,7 @@ def describe_validation_error(
     return LineProblem(check, f"{place}: {expected}, found {shown}{more}")
 
 
-def _name_place(path: list[int | str], keys: dict[str, str], row: dict[str, Any]) -> str:
+def _name_place(path: list[int | str], keys: dict[str, str], row: dict[str, object]) -> str:
     """Name a place in a row, such as `messages[0].content`, by the keys that the row uses."""
     place = keys[str(path[0])]
     value = parse_json_text(row.get(place), place)
@@ -707,14 +707,14 @@ def _name_place(path: list[int | str], keys: dict[str, str], row: dict[str, Any]
     return place
 
 
-def _show_without_content(value: Any, check: str) -> str:
+def _show_without_content(value: object, check: str) -> str:
     """Describe a value by its type, which may be large or private; a role by its name."""
     if check == "unknown-role":
         return repr(shorten(value))
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _name_of_failed_check(error_type: str, path: list[int | str], value: Any) -> str:
+def _name_of_failed_check(error_type: str, path: list[int | str], value: object) -> str:
     """Return the name of the check that a pydantic error stands for."""
     if error_type == "missing":
         return "missing-field"

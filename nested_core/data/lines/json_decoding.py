@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -28,7 +28,7 @@ SAVE_AS_UTF8 = (
     'Save the file as UTF-8 (in a spreadsheet: "CSV UTF-8"), or convert what Windows wrote: '
     "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
 )
-_JSON_OBJECT_VALIDATOR = TypeAdapter(dict[str, Any], config=ConfigDict(strict=True))
+_JSON_OBJECT_VALIDATOR = TypeAdapter(dict[str, object], config=ConfigDict(strict=True))
 
 
 class LineProblem(Exception):
@@ -41,7 +41,7 @@ class LineProblem(Exception):
         self.message = message
 
 
-def decode_json_object(raw: bytes) -> dict[str, Any]:
+def decode_json_object(raw: bytes) -> dict[str, object]:
     """Decode one strict JSON object; raise LineProblem for anything else."""
     try:
         row = _JSON_OBJECT_VALIDATOR.validate_json(raw)
@@ -58,7 +58,7 @@ def decode_json_object(raw: bytes) -> dict[str, Any]:
     return row
 
 
-def decode_json_text(text: str) -> Any:
+def decode_json_text(text: str) -> object:
     """Decode a JSON text to its value.
 
     Raises ValueError or RecursionError if it is not JSON. Raises LineProblem for NaN and Infinity,
@@ -67,7 +67,7 @@ def decode_json_text(text: str) -> Any:
     return json.loads(text, parse_float=_read_finite_float, parse_constant=_refuse_constant)
 
 
-def parse_json_text(value: Any, place: str) -> Any:
+def parse_json_text(value: object, place: str) -> object:
     """Decode a text that is JSON, as in cells of tables; any other value is returned as it is.
 
     Raises LineProblem for a text that begins like a list or an object of JSON, but is invalid.
@@ -105,7 +105,7 @@ def _refuse_constant(word: str) -> NoReturn:
 def _refuse_repeated_key(raw: bytes) -> None:
     """Raise LineProblem with the key that one object of the line has twice."""
 
-    def refuse(pairs: list[tuple[str, Any]]) -> None:
+    def refuse(pairs: list[tuple[str, object]]) -> None:
         """Raise LineProblem if a key occurs twice in one object."""
         seen: set[str] = set()
         for key, _ in pairs:

@@ -156,7 +156,7 @@ def fold_questions(turns: Sequence[Mapping[str, Any]]) -> list[bytes]:
     return questions
 
 
-def _turn_to_compare(turn: Mapping[str, Any]) -> dict[str, Any]:
+def _turn_to_compare(turn: Mapping[str, Any]) -> dict[str, object]:
     """Return a turn with each call as name and arguments, and without ids, which each log has anew.
 
     Results stand in their order.
@@ -167,7 +167,7 @@ def _turn_to_compare(turn: Mapping[str, Any]) -> dict[str, Any]:
     return compared
 
 
-def _call_to_compare(call: Mapping[str, Any]) -> list[Any]:
+def _call_to_compare(call: Mapping[str, Any]) -> list[object]:
     """Return name and arguments of a call; arguments that are JSON text are decoded."""
     function = call.get("function", call)
     arguments = function.get("arguments") or {}
@@ -176,14 +176,14 @@ def _call_to_compare(call: Mapping[str, Any]) -> list[Any]:
     return [function["name"], arguments]
 
 
-def _json_to_compare(value: Any) -> str:
+def _json_to_compare(value: object) -> str:
     """Encode JSON values with the keys of objects in order, and white space in texts unescaped."""
     return _ESCAPE_PATTERN.sub(
         lambda found: _SPACE_BY_ESCAPE.get(found[0], found[0]), _as_json(_in_order(value))
     )
 
 
-def _in_order(value: Any) -> Any:
+def _in_order(value: object) -> object:
     """Return JSON values with the keys of objects in order, whatever their case and white space."""
     if isinstance(value, dict):
         names = sorted(value, key=lambda name: (fold_text(name.encode()), name))

@@ -139,7 +139,7 @@ def read_line_range(
     return LineRange(frame, digests, answer_keys, *asked.find_in(shown, frame["content"]))
 
 
-def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
+def run_line_range_job(request: dict[str, Any]) -> dict[str, object]:
     """Read a range of lines in a worker process; write the table to files, return small results.
 
     request: the arguments of `read_line_range` as JSON values; request["out"] is the beginning of

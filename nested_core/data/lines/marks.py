@@ -7,7 +7,6 @@ decides, on a turn or on its row; one that says yes changes nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from nested_core.data.lines.json_decoding import LineProblem, parse_json_text
 from nested_core.errors import join_first_values, shorten
@@ -17,7 +16,7 @@ MARK_KEYS = ("train", "trainable", "loss", "weight", "loss_mask")
 
 
 def take_marks(
-    row: Mapping[str, Any], turns: list[dict[str, Any]], places: Sequence[str]
+    row: Mapping[str, object], turns: list[dict[str, object]], places: Sequence[str]
 ) -> tuple[set[str], dict[int, str]]:
     """Return which of a row's keys are marks, and which turns are not to be learnt.
 
@@ -50,7 +49,7 @@ def take_marks(
 
 
 def _read_row_marks(
-    row: Mapping[str, Any], turns: int, answers: Sequence[int], before: int
+    row: Mapping[str, object], turns: int, answers: Sequence[int], before: int
 ) -> tuple[set[str], dict[int, str]]:
     """Read the marks that stand in the row itself: which parts of it are not to be learnt.
 
@@ -85,7 +84,7 @@ def _read_row_marks(
     return keys, masked
 
 
-def _read_mark(key: str, value: Any, place: str) -> bool | None:
+def _read_mark(key: str, value: object, place: str) -> bool | None:
     """Return what a mark says: True, False, or None if it is no mark (null, or a logged loss).
 
     A table of texts has words for it, in any case. Raises LineProblem for another value.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_text
 from nested_core.errors import shorten
@@ -44,7 +43,7 @@ _CALLING_SPEAKERS = ("function_call", "tool_call")
 SHAREGPT_SPELLINGS = {"role": "from", "content": "value", "tool_calls": "value"}
 
 
-def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> Any:
+def read_openai_turns(turns: object, place: str, *, is_sharegpt: bool = False) -> object:
     """Convert turns to {role, content}, from ShareGPT's {from, value} or lists of text parts.
 
     is_sharegpt: roles may have ShareGPT's names under `role`, too.
@@ -67,7 +66,7 @@ def read_openai_turns(turns: Any, place: str, *, is_sharegpt: bool = False) -> A
     return read
 
 
-def _rename_sharegpt_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
+def _rename_sharegpt_turn(turn: dict[str, object], place: str) -> dict[str, object]:
     """Convert a ShareGPT turn to OpenAI's keys and roles."""
     renamed = {key: value for key, value in turn.items() if key not in ("from", "value")}
     for ours, theirs in (("role", "from"), ("content", "value")):
@@ -81,7 +80,7 @@ def _rename_sharegpt_turn(turn: dict[str, Any], place: str) -> dict[str, Any]:
     return renamed | ({"role": _ROLE_BY_SPEAKER[speaker]} if speaker in _ROLE_BY_SPEAKER else {})
 
 
-def _read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
+def _read_function_calls(value: object, place: str) -> list[object]:
     """Convert JSON of {"name": ..., "arguments": ...}, or a list of it, to OpenAI's tool calls."""
     try:
         value = decode_json_text(value) if isinstance(value, str) else value
@@ -91,14 +90,14 @@ def _read_function_calls(value: Any, place: str) -> list[dict[str, Any]]:
     return [wrap_function(call) for call in (value if isinstance(value, list) else [value])]
 
 
-def wrap_function(function: Any) -> Any:
+def wrap_function(function: object) -> object:
     """Wrap a bare function as OpenAI's tool or tool call; anything else is returned as it is."""
     if isinstance(function, dict) and "function" not in function:
         return {"type": "function", "function": function}
     return function
 
 
-def _join_text_parts(parts: list[Any], place: str) -> str:
+def _join_text_parts(parts: list[object], place: str) -> str:
     """Join the text parts of a content; LineProblem for a part that is no text."""
     texts: list[str] = []
     for index, part in enumerate(parts):
@@ -115,7 +114,7 @@ def _join_text_parts(parts: list[Any], place: str) -> str:
 
 
 def list_unread_fields(
-    row: Mapping[str, Any], keys: Collection[str], trained: Collection[Any]
+    row: Mapping[str, object], keys: Collection[str], trained: Collection[object]
 ) -> list[str]:
     """Return those of `keys` whose texts belong to the conversation but are not trained on.
 
@@ -129,7 +128,7 @@ def list_unread_fields(
     return [key for key in names if _is_lost(key.casefold(), row[key], learnt)]
 
 
-def _is_lost(key: str, value: Any, learnt: str) -> bool:
+def _is_lost(key: str, value: object, learnt: str) -> bool:
     """Return whether a field has text that is not in `learnt`, or is an image or sound."""
     if key in _MEDIA_KEYS:
         return bool(value)
@@ -140,7 +139,7 @@ def _is_lost(key: str, value: Any, learnt: str) -> bool:
     )
 
 
-def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str:
+def describe_unread_fields(row: Mapping[str, object], keys: Collection[str]) -> str:
     """Say which fields training would leave out, and what to do about it.
 
     keys: the fields, from `list_unread_fields`.
@@ -158,7 +157,7 @@ def describe_unread_fields(row: Mapping[str, Any], keys: Collection[str]) -> str
     )
 
 
-def describe_field_names(row: Mapping[str, Any], *, prompt: str, completion: str) -> str:
+def describe_field_names(row: Mapping[str, object], *, prompt: str, completion: str) -> str:
     """Return the keys to set for a row of this form, after a semicolon; "" for an unknown form.
 
     prompt, completion: the keys that are configured now.
@@ -168,12 +167,12 @@ def describe_field_names(row: Mapping[str, Any], *, prompt: str, completion: str
     return f"; set {' and '.join(settings)}" if settings else ""
 
 
-def is_preference_pair(row: Mapping[str, Any]) -> bool:
+def is_preference_pair(row: Mapping[str, object]) -> bool:
     """Return whether a row has a chosen and a rejected answer."""
     return {"chosen", "rejected"} <= row.keys()
 
 
-def refuse_rated_answer(row: Mapping[str, Any], prompt: str, *, is_chosen_read: bool) -> None:
+def refuse_rated_answer(row: Mapping[str, object], prompt: str, *, is_chosen_read: bool) -> None:
     """Raise LineProblem for a preference pair, and for an answer that is marked as a bad one.
 
     prompt: the configured key of the prompt.
@@ -190,7 +189,7 @@ def refuse_rated_answer(row: Mapping[str, Any], prompt: str, *, is_chosen_read: 
         raise LineProblem("preference-pair", message)
 
 
-def _find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
+def _find_mark_of_bad_answer(row: Mapping[str, object]) -> str | None:
     """Return the key that marks the answer as bad (KTO of LLaMA-Factory or TRL), or None."""
     if row.get("kto_tag") is False:
         return "kto_tag"
@@ -198,7 +197,7 @@ def _find_mark_of_bad_answer(row: Mapping[str, Any]) -> str | None:
     return "label" if row.get("label") is False and is_answer else None
 
 
-def _describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
+def _describe_preference_pair(row: Mapping[str, object], prompt: str) -> str:
     """Say that preference pairs need another loss, and how to train on the chosen answers alone.
 
     prompt: the configured key of the prompt.
@@ -220,7 +219,7 @@ def _describe_preference_pair(row: Mapping[str, Any], prompt: str) -> str:
 
 
 def suggest_field_names(
-    row: Mapping[str, Any], *, prompt: str = "prompt", completion: str = "completion"
+    row: Mapping[str, object], *, prompt: str = "prompt", completion: str = "completion"
 ) -> dict[str, str]:
     """Return the `*_feature` settings that the configuration needs to read such a row.
 
@@ -243,14 +242,14 @@ def suggest_field_names(
     return {"text_feature": text} if text is not None else {}
 
 
-def _is_list_of_turns(value: Any) -> bool:
+def _is_list_of_turns(value: object) -> bool:
     """Return whether a value is a list of objects whose first one has a role, as turns have."""
     if not isinstance(value, list) or not value or not isinstance(value[0], dict):
         return False
     return bool(value[0].keys() & {"role", "from"})
 
 
-def _first_text_key(row: Mapping[str, Any], names: Collection[str]) -> str | None:
+def _first_text_key(row: Mapping[str, object], names: Collection[str]) -> str | None:
     """Return the row's key for the first of the names that has a text, ignoring case."""
     keys = {key.casefold(): key for key, value in row.items() if isinstance(value, str)}
     return next((keys[name] for name in names if name in keys), None)

@@ -236,9 +236,9 @@ def _make_finding(rule: Rule, row: dict[str, Any], findings: Findings) -> Findin
     return Finding(shown["file"], shown["line"], rule.severity, name, message)
 
 
-def _places_in_parts(row: dict[str, Any], findings: Findings) -> dict[str, Any]:
+def _places_in_parts(row: dict[str, Any], findings: Findings) -> dict[str, object]:
     """Return the row's own and related lines as places in the files of a split with many files."""
-    shown: dict[str, Any] = {"file": row["file"], "line": row["line"]}
+    shown: dict[str, object] = {"file": row["file"], "line": row["line"]}
     if row["line"] is not None:
         shown["file"], shown["line"] = findings.find_place(row["file"], row["line"])
     for column in row.keys() & _LINE_COLUMNS:

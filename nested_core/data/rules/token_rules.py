@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from nested_core.data.data_settings import DataSettings
@@ -44,7 +43,7 @@ def make_token_frame(
     )
 
 
-def length_outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
+def length_outlier_bound(lengths: np.typing.NDArray[np.int32]) -> int:
     """Return the length above which an example counts as far longer than the rest of its file.
 
     Tukey's outer fence over the logarithms of the lengths (third quartile + 3 * interquartile

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import IO, Any, AnyStr, NamedTuple, cast
+from typing import IO, AnyStr, NamedTuple, cast
 
 from nested_core.data.lines.json_decoding import SAVE_AS_UTF8
 from nested_core.errors import shorten
@@ -160,7 +160,7 @@ def find_start_of_too_long_line(path: Path) -> int | None:
     return None
 
 
-def _last_line_end(file: Any, begin: int, end: int) -> int | None:
+def _last_line_end(file: IO[bytes], begin: int, end: int) -> int | None:
     """Return the position of the last line end in a range of bytes; None without one.
 
     file: an open binary file. begin, end: the range of bytes to search.
@@ -168,7 +168,7 @@ def _last_line_end(file: Any, begin: int, end: int) -> int | None:
     while end > begin:
         first = max(begin, end - _CHUNK_BYTES)
         file.seek(first)
-        place: int = file.read(end - first).rfind(b"\n")
+        place = file.read(end - first).rfind(b"\n")
         if place >= 0:
             return first + place
         end = first
@@ -200,7 +200,7 @@ def open_text(
         yield file
 
 
-def row_to_json_line(row: dict[str, Any]) -> bytes:
+def row_to_json_line(row: dict[str, object]) -> bytes:
     """Convert a table row to a JSON line.
 
     A value unknown to JSON, such as a time, becomes its text.

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
 from nested_core import seams
 from nested_core.config.names import HUB_NAME_PATTERN
@@ -69,7 +68,7 @@ class SplitFile:
 
     name: str
     path: Path
-    numbers: npt.NDArray[np.int32] | None = None  # by line of `path`; None: they are the same
+    numbers: np.typing.NDArray[np.int32] | None = None  # by line of `path`; None: they are the same
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)  # by line: check, message
     parts: tuple[FilePart, ...] = ()  # where there are several files
     delimiters: tuple[str, ...] = ()  # of tables: commas, semicolons ...
@@ -201,7 +200,7 @@ def _open_files(paths: Sequence[Path], settings: DataSettings, spool: Path) -> S
     are_told_by_name = len({path.name for path in paths}) == len(paths)
     names = [path.name if are_told_by_name else str(path) for path in paths]
     joined = spool / f"{names[0].replace(os.sep, '-')}.joined.jsonl"
-    numbers: list[npt.NDArray[np.int32]] = []
+    numbers: list[np.typing.NDArray[np.int32]] = []
     problems: dict[int, tuple[str, str]] = {}
     parts: list[FilePart] = []
     delimiters: dict[str, None] = {}

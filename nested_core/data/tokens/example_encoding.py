@@ -49,7 +49,7 @@ from nested_core.data.tokens.tokenized_split import write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, shorten
 from nested_core.models.base_model import describe_token_beyond
-from nested_core.models.chat_template import chat_template_of, end_token_ids
+from nested_core.models.chat_template import Tokenizer, chat_template_of, end_token_ids
 
 # A tokenizer takes some 180 bytes of memory for each character of a text.
 MAX_ROW_CHARACTERS = 1_000_000
@@ -95,7 +95,7 @@ class EncodedExample:
     is_whole: bool = False
 
 
-def encode_example(example: Example, tokenizer: Any, targets: Targets) -> EncodedExample:
+def encode_example(example: Example, tokenizer: Tokenizer, targets: Targets) -> EncodedExample:
     """Tokenize an example as mlx_lm/tuner/datasets.py does, with the spans that the loss counts.
 
     targets: `last` starts where mlx-lm's prompt mask ends. `all` covers each assistant turn, from
@@ -124,7 +124,7 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
     return replace(encoded, notes=notes) if notes else encoded
 
 
-def _encode_text(text: str, tokenizer: Any) -> list[int]:
+def _encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     """Tokenize a plain text and append the end-of-sequence token if it is missing."""
     tokens = list(tokenizer.encode(text))
     end = tokenizer.eos_token_id
@@ -194,7 +194,7 @@ class _TemplatedExample:
     parts that are tokenized independently, so only what follows the last one is compared.
     """
 
-    def __init__(self, example: Example, tokenizer: Any) -> None:
+    def __init__(self, example: Example, tokenizer: Tokenizer) -> None:
         """Render and tokenize the example with the tokenizer's chat template."""
         self._example = example
         self._tokenizer = tokenizer
@@ -243,7 +243,7 @@ class _TemplatedExample:
         """The number of tokens up to each character position at which a token ends."""
         return {end: count for count, (_, end) in enumerate(self._offsets, start=1)}
 
-    def prefix_length(self, turns: int, **more: Any) -> int | None:
+    def prefix_length(self, turns: int, **more: object) -> int | None:
         """Return how many tokens the first turns take.
 
         Returns None if they are not a prefix of the whole.
@@ -271,23 +271,23 @@ class _TemplatedExample:
         encoding = self._tokenizer.backend_tokenizer.encode(rest, add_special_tokens=False)
         return count if encoding.ids == self.tokens[last:count] else None
 
-    def tokenize_first_turns(self, turns: int, **more: Any) -> list[int]:
+    def tokenize_first_turns(self, turns: int, **more: object) -> list[int]:
         """Tokenize the first turns by themselves."""
         return self._template.tokenize(self._messages[:turns], self._example.tools, **more)
 
-    def _render_first_turns(self, turns: int, **more: Any) -> str:
+    def _render_first_turns(self, turns: int, **more: object) -> str:
         """Render the text of the first turns by themselves."""
         return self._template.render(self._messages[:turns], self._example.tools, **more)
 
 
 @lru_cache(maxsize=2)
-def _added_token_ids(tokenizer: Any) -> frozenset[int]:
+def _added_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Return the ids of added tokens that split a text before it is normalized."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(token for token, description in added if not description.normalized)
 
 
-def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
+def run_tokenization_job(request: dict[str, Any]) -> dict[str, object]:
     """Tokenize a range of lines; write tokens, masks and facts to files, return the problems.
 
     request: the settings of `tokenize_splits` that a worker process needs, and what is this job's
@@ -307,7 +307,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         ByteRange(*request["byte_range"]),
         request["first_line"],
     )
-    facts: list[tuple[Any, ...]] = []
+    facts: list[tuple[object, ...]] = []
     problems: dict[int, _EncodingProblem] = {}
     overlong: list[int] = []
     doubts: dict[tuple[str, str], list[int]] = {}  # the first line, and how many
@@ -424,7 +424,9 @@ def _encode_examples(
                 yield line, digests, checked
 
 
-def _digest_row_and_beginnings(example: Example, tokenizer: Any, targets: Targets) -> list[int]:
+def _digest_row_and_beginnings(
+    example: Example, tokenizer: Tokenizer, targets: Targets
+) -> list[int]:
     """Return the digest of an example, then those of its beginnings that end in a learnt answer.
 
     They are without end texts at the end, which make no other tokens: the chat template's are taken
@@ -437,7 +439,7 @@ def _digest_row_and_beginnings(example: Example, tokenizer: Any, targets: Target
 
 
 def _find_problem(
-    encoded: EncodedExample, tokenizer: Any, request: Mapping[str, Any]
+    encoded: EncodedExample, tokenizer: Tokenizer, request: Mapping[str, Any]
 ) -> _EncodingProblem | None:
     """Return why a tokenized example must not be trained on; None for a sound one.
 

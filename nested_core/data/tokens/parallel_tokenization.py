@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nested_core.data import parallel_jobs
 from nested_core.data.data_settings import DataSettings
@@ -49,7 +48,7 @@ class TokenFacts:
         the same.
     """
 
-    examples: npt.NDArray[np.void]
+    examples: np.typing.NDArray[np.void]
     problems: list[tuple[int, str, str]]
     overlong: frozenset[int] = frozenset()
     doubts: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
@@ -128,7 +127,7 @@ def tokenize_splits(
     return {split: parts.joined_facts() for split, parts in joined.items()}
 
 
-def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[str, Any]]:
+def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[str, object]]:
     """Yield the request of each job on a split: which lines it reads and skips, where it writes.
 
     prefix: the beginning of the paths that the jobs write to; the job's number is added.
@@ -195,7 +194,7 @@ class _SplitJoiner:
         for key, values in answer["openings"].items():
             self._openings.setdefault(key, set()).update(values)
 
-    def _original_line_numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    def _original_line_numbers(self, lines: np.typing.ArrayLike) -> np.typing.NDArray[np.int32]:
         """Convert line numbers of the converted file to original ones."""
         indices = np.asarray(lines, np.int32)
         numbers = self._source.numbers

@@ -20,6 +20,7 @@ from nested_core.data.lines.example_parsing import Example
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.chat_template import (
     ChatTemplate,
+    Tokenizer,
     chat_template_of,
     end_token_ids,
     list_end_texts,
@@ -128,7 +129,7 @@ def _list_texts_of_tools(tools: Iterable[Mapping[str, Any]]) -> list[RowText]:
     ]
 
 
-def _spell_leaves(value: Any) -> Iterator[tuple[str, ...]]:
+def _spell_leaves(value: object) -> Iterator[tuple[str, ...]]:
     """Yield the spellings of each text, number and so on in a JSON value, in JSON and Python."""
     for leaf in iterate_scalars(value):
         if not isinstance(leaf, str):
@@ -232,7 +233,7 @@ class _ControlTokens(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def _control_tokens_of(tokenizer: Any) -> _ControlTokens:
+def _control_tokens_of(tokenizer: Tokenizer) -> _ControlTokens:
     """Return the tokenizer's control tokens: special ones, and the chat template's around turns.
 
     Markers of thoughts and tool calls are not included.
@@ -249,12 +250,12 @@ def _control_tokens_of(tokenizer: Any) -> _ControlTokens:
     return _ControlTokens(frozenset(texts), re.compile("|".join(words)))
 
 
-def has_control_token(texts: Sequence[str], tokenizer: Any) -> bool:
+def has_control_token(texts: Sequence[str], tokenizer: Tokenizer) -> bool:
     """Return whether a text has a control token, of this tokenizer or of another model."""
     return _control_tokens_of(tokenizer).pattern.search("\0".join(texts)) is not None
 
 
-def note_control_tokens(texts: Sequence[RowText], tokenizer: Any) -> list[Note]:
+def note_control_tokens(texts: Sequence[RowText], tokenizer: Tokenizer) -> list[Note]:
     """Return a warning for each control token in a text, of this tokenizer or of another model.
 
     A control token, such as <|im_end|>, has a meaning in the chat template that the text of a row
@@ -318,7 +319,7 @@ def note_removed_end_texts(
     ]
 
 
-def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Any) -> tuple[Note, ...]:
+def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Tokenizer) -> tuple[Note, ...]:
     """Return warnings for a plain text: doubled start or end tokens, and foreign control tokens.
 
     tokens: the tokens of the text, with those that the tokenizer and mlx-lm add at its ends.
@@ -339,7 +340,7 @@ def note_tokens_in_text(text: str, tokens: Sequence[int], tokenizer: Any) -> tup
     return (*notes, *(_note_foreign_token(word, "texts") for word in foreign))
 
 
-def _ends_in_two_ends(text: str, tokens: Sequence[int], tokenizer: Any) -> bool:
+def _ends_in_two_ends(text: str, tokens: Sequence[int], tokenizer: Tokenizer) -> bool:
     """Return whether the text has an end token of its own before the one that is appended.
 
     tokens: the tokens of the text, with the end that is appended.

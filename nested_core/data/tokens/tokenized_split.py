@@ -16,22 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nested_core.data.data_settings import SPLITS
 from nested_core.errors import DamagedError
+from nested_core.models.chat_template import Tokenizer
 from nested_core.records.dataset import FilePart, find_place
 from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-UInt64 = npt.NDArray[np.uint64]
-Bool = npt.NDArray[np.bool_]
+Int32 = np.typing.NDArray[np.int32]
+Int64 = np.typing.NDArray[np.int64]
+UInt64 = np.typing.NDArray[np.uint64]
+Bool = np.typing.NDArray[np.bool_]
 
 
 # The files of a split are named after the arrays of TokenizedSplit.
-DTYPE_BY_ARRAY: dict[str, np.dtype[Any]] = {
+DTYPE_BY_ARRAY: dict[str, np.dtype[np.generic]] = {
     "tokens": np.dtype("<i4"),
     "target_mask": np.dtype(np.bool_),
     "starts": np.dtype("<i8"),
@@ -96,7 +96,7 @@ class TokenizedSplit:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def write_token_part(part: Path, **arrays: Any) -> None:
+def write_token_part(part: Path, **arrays: object) -> None:
     """Write concatenated examples' tokens, target_mask and beginnings to PART.NAME each."""
     for name, values in arrays.items():
         array_path(part, name).write_bytes(np.asarray(values, DTYPE_BY_ARRAY[name]).tobytes())
@@ -111,7 +111,7 @@ class SplitWriter:
         self._total = 0
         self._files["starts"].write(bytes(DTYPE_BY_ARRAY["starts"].itemsize))
 
-    def append_part(self, part: Path, examples: npt.NDArray[np.void]) -> None:
+    def append_part(self, part: Path, examples: np.typing.NDArray[np.void]) -> None:
         """Append the files that `write_token_part` wrote.
 
         examples: a record with `line`, `length` (in tokens) and `content` of each example.
@@ -210,7 +210,11 @@ class ShownExample:
 
 
 def decode_examples_for_display(
-    split: TokenizedSplit, file: str, tokenizer: Any, count: int, parts: Sequence[FilePart] = ()
+    split: TokenizedSplit,
+    file: str,
+    tokenizer: Tokenizer,
+    count: int,
+    parts: Sequence[FilePart] = (),
 ) -> list[ShownExample]:
     """Decode the first `count` examples of a split, token by token.
 
@@ -227,7 +231,7 @@ def decode_examples_for_display(
     return shown
 
 
-def _decode_token(token: int, tokenizer: Any) -> str:
+def _decode_token(token: int, tokenizer: Tokenizer) -> str:
     """Decode one token to its text, or its name if it is a part of a character."""
     name = str(tokenizer.convert_ids_to_tokens(token))
     if _SENTENCEPIECE_SPACE in name:

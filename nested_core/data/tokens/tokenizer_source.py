@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nested_core.errors import ConfigError, shorten
 from nested_core.models.base_model import find_model_folder, fingerprint_tokenizer
 
 if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     from nested_core.config.schema import FineTuneConfig
 
 
@@ -44,7 +46,7 @@ class TokenizerSource:
         """
         return cls(str(find_model_folder(config.model)), config.trust_remote_code)
 
-    def load(self) -> Any:
+    def load(self) -> TokenizerWrapper:
         """Load the tokenizer in mlx_lm's wrapper; ConfigError if the folder has none.
 
         It is loaded once a process, and again if its files have changed.
@@ -53,7 +55,7 @@ class TokenizerSource:
 
 
 @lru_cache(maxsize=2)
-def _load_tokenizer(source: TokenizerSource, fingerprint: str) -> Any:  # noqa: ARG001  # a key
+def _load_tokenizer(source: TokenizerSource, fingerprint: str) -> TokenizerWrapper:  # noqa: ARG001  # a key
     """Load a tokenizer; ConfigError if it cannot be loaded.
 
     fingerprint: the hash of its files, so that changed files are loaded again.
@@ -64,7 +66,7 @@ def _load_tokenizer(source: TokenizerSource, fingerprint: str) -> Any:  # noqa: 
     try:
         ends = load_config(folder).get("eos_token_id")
         extra = {"trust_remote_code": source.trust_remote_code}
-        tokenizer = load_tokenizer(folder, extra, eos_token_ids=ends)
+        tokenizer: TokenizerWrapper = load_tokenizer(folder, extra, eos_token_ids=ends)
     except MemoryError:
         raise
     except Exception as error:  # tokenizers raises Exception itself, malformed JSON anything

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Never, TypeVar
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
@@ -51,7 +51,7 @@ class Checked(ABC):
     stopped: dict[str, str] = field(default_factory=dict, init=False)
 
     @abstractmethod
-    def add(self, check: Check[Any], reason: Reason) -> None:
+    def add(self, check: Check[Never], reason: Reason) -> None:
         """Record a reason to reject the adapter, which `check` gave."""
 
 
@@ -67,7 +67,7 @@ class Judged(Checked):
     verdict: Verdict
     divergence: Divergence | None = field(default=None, init=False)
 
-    def add(self, check: Check[Any], reason: Reason) -> None:
+    def add(self, check: Check[Never], reason: Reason) -> None:
         """Add a reason to the verdict, with a link to its section of the guide.
 
         If training diverged, the first reason that this explains also names the step. The reason
@@ -170,7 +170,7 @@ class Check(Generic[J_contra]):
 
     name: str
     find: Callable[[J_contra], Iterable[Reason]]
-    stopped_by: tuple[Check[Any], ...] = ()
+    stopped_by: tuple[Check[Never], ...] = ()
     needs_all: bool = False
     is_cause: bool = False
     after_answers: bool = False

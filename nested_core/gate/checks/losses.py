@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Never
 
 import numpy as np
 
@@ -151,7 +151,7 @@ BASE = Check(
     "base", _find_misfits, stopped_by=UNLOADABLE, stage="the base model, which the tensors must fit"
 )
 # If one of these checks fails, no model with the trained adapter can be loaded to measure with.
-WITHOUT_MODEL: tuple[Check[Any], ...] = (*UNLOADABLE, BASE)
+WITHOUT_MODEL: tuple[Check[Never], ...] = (*UNLOADABLE, BASE)
 LOSSES = Check(
     "losses",
     _measure_losses,

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
+from nested_core.models.chat_template import Tokenizer
 from nested_core.records.dataset import held_out_split, read_dataset_record
 from nested_core.records.start import read_start
 from nested_core.registry.folders import name_exists
@@ -43,7 +43,7 @@ class RunToJudge:
 
     config: FineTuneConfig
     run: RunDirectory
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     def count_rows(self, rows: int, adapters: int, *, is_base_among: bool = False) -> int:
         """Return the most rows that one pass over `rows` computes with so many adapters.

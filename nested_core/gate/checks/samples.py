@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
@@ -20,6 +19,7 @@ from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.run_evidence import RunEvidence
 from nested_core.measure.answers.answer_bounds import MIN_PROMPTS, is_sound, judge_samples
 from nested_core.measure.losses.held_out_loss import LoadedBase
+from nested_core.models.chat_template import Tokenizer
 from nested_core.models.generation import (
     Answer,
     Sampling,
@@ -104,7 +104,7 @@ def ask_samples(base: LoadedBase, evidence: RunEvidence) -> list[SampleAnswers]:
 
 
 def _list_prompts(
-    config: FineTuneConfig, tokenizer: Any, rows: PromptFormat | None
+    config: FineTuneConfig, tokenizer: Tokenizer, rows: PromptFormat | None
 ) -> Iterator[_SamplePrompt]:
     """Yield the prompts of `samples`, then up to MAX_HELD_OUT_PROMPTS from the held-out data.
 
@@ -130,7 +130,7 @@ def _ask(
         return answer_prompts(base.model, base.tokenizer, [p.tokens for p in prompts], sampling)
 
 
-def find_damage(answer: Answer, expected: str | None, tokenizer: Any) -> BrokenHow | None:
+def find_damage(answer: Answer, expected: str | None, tokenizer: Tokenizer) -> BrokenHow | None:
     """Return how a single answer is broken, or None if it is sound or too short to judge.
 
     "empty": no text. "no_words": a single character, or punctuation alone. "repeated": one token or

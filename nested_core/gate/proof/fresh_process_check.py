@@ -356,7 +356,7 @@ class RunningProof:
             canary=_parse_stored_types_answers(answers.get("stored")),
         )
 
-    def _ask(self, model: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, model: dict[str, object]) -> dict[str, Any]:
         """Send a request for one more model and wait for the answer."""
         self._process.send(_describe_request(self.request, [model]))
         return self._receive()
@@ -419,7 +419,7 @@ def _describe_initial(request: ProofRequest) -> dict[str, Any]:
     return describe_model("initial", request.model, request.initial, dtype=_dtype_of(request))
 
 
-def _describe_models(request: ProofRequest) -> list[dict[str, Any]]:
+def _describe_models(request: ProofRequest) -> list[dict[str, object]]:
     """Describe the models to load: with each adapter, and for questions the trained as stored."""
     base, trained = request.model, request.trained
     models = [
@@ -435,7 +435,7 @@ def _describe_models(request: ProofRequest) -> list[dict[str, Any]]:
     return models
 
 
-def _describe_request(request: ProofRequest, models: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _describe_request(request: ProofRequest, models: list[dict[str, object]]) -> dict[str, object]:
     """Build the JSON request to the fresh process: models to load, prompts and logit columns."""
     return describe_request(
         models,
@@ -446,7 +446,7 @@ def _describe_request(request: ProofRequest, models: Sequence[dict[str, Any]]) -
     )
 
 
-def _describe_refusal(request: ProofRequest, answers: dict[str, Any]) -> Reason:
+def _describe_refusal(request: ProofRequest, answers: dict[str, object]) -> Reason:
     """Return the reason against an adapter that mlx_lm.load refuses; ConfigError for the base."""
     error, side = shorten(answers["error"], 300), answers["refused"]
     if side == "base":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -62,7 +61,7 @@ def _tensors_of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
             yield name
 
 
-def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[Reason]:
+def fingerprint_reasons(adapter_config: Mapping[str, object], base: Path) -> list[Reason]:
     """Return a reason if the model in folder `base` is not the one that adapter_config.json names.
 
     A configuration without a fingerprint, as mlx_lm.lora writes it, gives no reason.

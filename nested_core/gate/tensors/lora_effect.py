@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from nested_core.records.verdict import Reason
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
 
-Matrix = np.ndarray[Any, np.dtype[np.float64]]
+Factor = np.typing.NDArray[np.floating]
+Matrix = np.typing.NDArray[np.float64]
 Factors = tuple[StoredTensor, StoredTensor]  # lora_a and lora_b of one module
 # Unit roundoff and smallest normal number. Below the latter, errors do not shrink with the value.
 PRECISION_BY_DTYPE = {
@@ -217,7 +217,7 @@ def _float64_factors(pair: Factors, rows: int | None) -> tuple[Matrix, Matrix]:
     return left.astype(np.float64), right.astype(np.float64)
 
 
-def _oriented_factors(pair: Factors) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _oriented_factors(pair: Factors) -> tuple[Factor, Factor]:
     """Return the left (experts, in, rank) and right (experts, rank, out) factor.
 
     bfloat16 becomes float32. A dense layer counts as one expert; mlx-lm stores the factors of a

@@ -23,7 +23,7 @@ VALUES_PER_PIECE = 8192
 # Between these bounds float32 computes a piece's sum of squares without underflow or overflow.
 SMALLEST_SAFE_SQUARES = 1e-20
 LARGEST_SAFE_SQUARES = 1e30
-Values = np.ndarray[Any, np.dtype[Any]]
+Values = np.typing.NDArray[Any]
 
 
 @dataclass(frozen=True)

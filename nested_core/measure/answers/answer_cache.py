@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -110,12 +109,12 @@ def _read_answers(path: Path) -> tuple[Answer, ...] | None:
     return answers
 
 
-def _digest_rows(rows: Sequence[dict[str, Any]]) -> str:
+def _digest_rows(rows: Sequence[dict[str, object]]) -> str:
     """Return the SHA-256 of rows as canonical JSON."""
     return sha256(canonical_json(rows)).hexdigest()
 
 
-def _cache_key(model: AnsweringModelDigests, encoded: EncodedSuite) -> dict[str, Any]:
+def _cache_key(model: AnsweringModelDigests, encoded: EncodedSuite) -> dict[str, object]:
     """Return everything that the answers to a suite depend on, as JSON values."""
     root = Path(__file__).parents[2]
     return {

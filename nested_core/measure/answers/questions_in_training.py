@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.measure.answers.suite_answers import EncodedSuite, Suite, read_suites
+from nested_core.models.chat_template import Tokenizer
 from nested_core.models.generation import BATCH_SIZE
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
 from nested_core.text.stages import stages
@@ -59,11 +59,11 @@ class QuestionsInTraining:
     """The questions of `training.evaluate_tasks`, encoded; `ask` answers them with an adapter."""
 
     suites: tuple[EncodedSuite, ...]
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     @classmethod
     def from_config(
-        cls, config: FineTuneConfig, tokenizer: Any, encode: EncodeSuites, steps: int
+        cls, config: FineTuneConfig, tokenizer: Tokenizer, encode: EncodeSuites, steps: int
     ) -> QuestionsInTraining:
         """Choose and encode the questions for a run of `steps` optimizer steps, and log how many.
 
@@ -87,7 +87,7 @@ class QuestionsInTraining:
         values: Mapping[str, mx.array],
         check_stop: Callable[[], None],
         share: float = 1.0,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Answer the questions with these parameter values, and return fields for metrics.jsonl.
 
         `tasks` has the share of right answers and the number of questions of each suite,

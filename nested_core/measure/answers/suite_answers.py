@@ -33,7 +33,7 @@ from nested_core.measure.answers.suites import (
     strip_pattern,
 )
 from nested_core.models.base_model import context_length, describe_token_beyond, vocabulary_size
-from nested_core.models.chat_template import chat_template_of, has_chat_template
+from nested_core.models.chat_template import Tokenizer, chat_template_of, has_chat_template
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.records.dataset import PromptFormat
@@ -153,7 +153,7 @@ class EncodedSuite:
     def encode(
         cls,
         suite: Suite,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         context: int | None,
         rows: int | None = None,
         prompt_format: PromptFormat | None = None,
@@ -222,7 +222,7 @@ class EncodedSuite:
         return replace(self, suite=suite, prompts=prompts, choices=choices)
 
     def answer(
-        self, model: nn.Module, tokenizer: Any, on_answered: OnAnswered | None = None
+        self, model: nn.Module, tokenizer: Tokenizer, on_answered: OnAnswered | None = None
     ) -> tuple[Answer, ...]:
         """Return the model's answers, in the order of the questions."""
         with in_evaluation_mode(model):
@@ -287,7 +287,7 @@ class EncodedSuite:
         return SuiteAnswers(tuple(answers), tuple(scores))
 
 
-def _encode_prompt(question: Question, tokenizer: Any, tools: Any = None) -> tuple[int, ...]:
+def _encode_prompt(question: Question, tokenizer: Tokenizer, tools: Any = None) -> tuple[int, ...]:
     """Return the token ids of a question's prompt; chat messages go through the chat template.
 
     tools: that the chat template shows.
@@ -300,14 +300,14 @@ def _encode_prompt(question: Question, tokenizer: Any, tools: Any = None) -> tup
     return tuple(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
-def _encode_text(text: str, tokenizer: Any) -> tuple[int, ...]:
+def _encode_text(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the token ids of a text, with the tokenizer's start token unless it begins with it."""
     start = tokenizer.bos_token
     is_started = start is not None and text.startswith(start)
     return tuple(tokenizer.encode(text, add_special_tokens=not is_started, verbose=False))
 
 
-def _encode_choice(question: Question, choice: str, tokenizer: Any) -> tuple[int, ...]:
+def _encode_choice(question: Question, choice: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the token ids that a choice adds to its question's prompt.
 
     Prompt and choice of a plain text are encoded together. If a token spans the border between
@@ -451,7 +451,7 @@ def record_or_compare_suites(run: RunDirectory, suites: Sequence[Suite]) -> None
 
 
 def encode_suites(
-    suites: Sequence[Suite], tokenizer: Any, base: Path, prompt_format: PromptFormat | None
+    suites: Sequence[Suite], tokenizer: Tokenizer, base: Path, prompt_format: PromptFormat | None
 ) -> tuple[EncodedSuite, ...]:
     """Encode each suite for the base model in the folder `base`.
 

@@ -85,7 +85,7 @@ class _SuiteLine(BaseModel):
             _require_text(self.messages[-1].content)
         return self
 
-    def parse_accepted_answers(self) -> tuple[Any, ...]:
+    def parse_accepted_answers(self) -> tuple[object, ...]:
         """Return the right answers; raises _Mistake if `expected` is not valid for the score."""
         raise NotImplementedError
 
@@ -150,9 +150,9 @@ class _JsonLine(_SuiteLine):
     """A line of a suite whose answers are JSON, checked by a schema or by equal fields."""
 
     # pydantic's BaseModel has an attribute `schema`
-    json_schema: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    json_schema: dict[str, object] | bool | None = Field(default=None, alias="schema")
 
-    def parse_accepted_answers(self) -> tuple[dict[str, Any], ...]:
+    def parse_accepted_answers(self) -> tuple[dict[str, object], ...]:
         """Return the object of fields that must be equal; empty if only a schema is given."""
         if not isinstance(self.expected, dict | None):
             raise _Mistake("expected: for a json score, an object of fields that must be equal")
@@ -167,7 +167,7 @@ class _JsonLine(_SuiteLine):
 class _PythonLine(_SuiteLine):
     """A line of a suite whose answers a Python function scores."""
 
-    def parse_accepted_answers(self) -> tuple[Any, ...]:
+    def parse_accepted_answers(self) -> tuple[object, ...]:
         """Return `expected` unchanged: the Python function interprets it."""
         return (self.expected,)
 
@@ -309,7 +309,7 @@ def _read_question(body: bytes, line: int, score: Score, *, is_table: bool) -> Q
     )
 
 
-def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[Any]:
+def _accepted_answers(value: object, types: tuple[type, ...], what: str) -> list[Any]:
     """Return `expected` as a list of answers; raises _Mistake if one is of another type.
 
     `what` says in the message what an answer should be, such as "a number".

@@ -117,7 +117,7 @@ class MlxLmReader:
         return {"tokens": tokens, "text": self.tokenizer.decode(tokens)}
 
 
-def read_config(adapter: str) -> dict[str, Any]:
+def read_config(adapter: str) -> dict[str, object]:
     """Return the keys of adapter_config.json that determine the adapter's layers."""
     with open(f"{adapter}/adapter_config.json", encoding="utf-8") as file:
         config = json.load(file)
@@ -135,9 +135,9 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
     request: `models`, each with the questions for it alone (`asked`), and the questions for all.
     """
-    answers: dict[str, Any] = {}
+    answers: dict[str, object] = {}
     reader: Any = None  # holds the loaded model
-    loaded: dict[str, Any] = {}  # the entry of `models` that the reader holds
+    loaded: dict[str, object] = {}  # the entry of `models` that the reader holds
     for model in request["models"]:
         try:
             if not try_exchange(reader, loaded, model):
@@ -166,7 +166,7 @@ def try_exchange(reader: Any, loaded: dict[str, Any], model: dict[str, Any]) -> 
 
 def describe_refusal(
     request: dict[str, Any], model: dict[str, Any], error: Exception
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return which one caused an error: the base, if it cannot be loaded alone, or the adapter.
 
     An error of the base alone while it computes the answers is raised.

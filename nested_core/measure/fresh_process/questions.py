@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-Logits = np.ndarray[Any, np.dtype[np.float32]]
+Logits = np.typing.NDArray[np.float32]
 ROWS_AT_ONCE = 64  # rows of logits that are converted to float64 at a time
 
 
-def answer_questions(reader: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def answer_questions(reader: Any, asked: dict[str, Any]) -> dict[str, object]:
     """Compute what a request asks of one model. Keys of `asked`:
 
     texts: to be encoded; the tokenizer's digest is returned too.
@@ -49,7 +49,7 @@ def log_likelihood(reader: Any, tokens: list[int], places: list[int]) -> float:
     """Return the summed log-probability of the tokens at these positions, given their prefix."""
     following = np.array(tokens)[np.array(places, np.int64)]
     pieces = reader.logits(tokens[:-1], [place - 1 for place in places])
-    sums: list[Any] = []
+    sums: list[np.typing.NDArray[np.float64]] = []
     start = 0
     for rows in split_rows(pieces):
         exact = rows.astype(np.float64)

@@ -17,7 +17,7 @@ from nested_core.training.loss.logit_budget import positions_at_once
 MLX_LM_PROGRAM = Path(__file__).with_name("mlx_lm_program.py")
 QUESTIONS_PROGRAM = Path(__file__).with_name("questions.py")
 MOST_WORDS = 2**18  # assumed vocabulary size of a base whose configuration does not say it
-Rows = np.ndarray[Any, np.dtype[np.float64]]
+Rows = np.typing.NDArray[np.float64]
 
 
 def start_reader(program: Path) -> Child:
@@ -31,7 +31,7 @@ def start_reader(program: Path) -> Child:
 
 
 def describe_request(
-    models: Sequence[dict[str, Any]], base: Path, *, trusts_remote_code: bool, **asked: Any
+    models: Sequence[dict[str, object]], base: Path, *, trusts_remote_code: bool, **asked: object
 ) -> dict[str, Any]:
     """Build a request to compute what is asked of several models, one after the other.
 
@@ -41,7 +41,7 @@ def describe_request(
         trusts_remote_code: whether code that a model brings may run.
         asked: what all models compute; the keys are those of `answer_questions`.
     """
-    defaults: dict[str, Any] = dict.fromkeys(
+    defaults: dict[str, object] = dict.fromkeys(
         ("texts", "prompts", "columns", "rows", "questions"), ()
     )
     return {
@@ -54,7 +54,7 @@ def describe_request(
 
 
 def describe_model(
-    name: str, base: Path, adapter: Path | None = None, *, dtype: str | None, **asked: Any
+    name: str, base: Path, adapter: Path | None = None, *, dtype: str | None, **asked: object
 ) -> dict[str, Any]:
     """Build the entry of one model in a request.
 

@@ -29,6 +29,7 @@ from nested_core.measure.losses.prediction_comparison import (
     ExamplePredictions,
     PredictionComparison,
 )
+from nested_core.models.chat_template import Tokenizer
 from nested_core.models.kept_base import load_base_with_adapter
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import (
@@ -101,7 +102,7 @@ class LoadedBase:
     model: nn.Module
     parameters: dict[str, mx.array]
     folder: Path
-    tokenizer: Any
+    tokenizer: Tokenizer
 
     @classmethod
     def load(

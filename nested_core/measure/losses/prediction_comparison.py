@@ -9,10 +9,9 @@ approximation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +40,7 @@ from nested_core.training.loss.logit_budget import (
 )
 from nested_core.training.loss.loss_interface import MicroBatch, count_logits, extract_logits
 
-Vector = np.ndarray[Any, np.dtype[np.float64]]
+Vector = np.typing.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +98,12 @@ class PredictionComparison:
         return cls(model, parameters, find_output_head(model, parameters))
 
     @cached_property
-    def _compiled_hidden_states(self) -> Any:
+    def _compiled_hidden_states(self) -> Callable[..., mx.array]:
         """`_compute_hidden_states`, compiled by MLX at first use."""
         return mx.compile(self._compute_hidden_states)
 
     @cached_property
-    def _compiled_comparison(self) -> Any:
+    def _compiled_comparison(self) -> Callable[..., tuple[mx.array, mx.array]]:
         """`_compare_group`, compiled by MLX at first use."""
         return mx.compile(self._compare_group)
 

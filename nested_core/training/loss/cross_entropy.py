@@ -124,7 +124,7 @@ class OutputHead:
         outputs: list[mx.array] = []
         original_call = type(self.body).__call__
 
-        def keep_output(*args: Any, **kwargs: Any) -> mx.array:
+        def keep_output(*args: object, **kwargs: object) -> mx.array:
             """Call the model's body and keep its output."""
             outputs.append(original_call(self.body, *args, **kwargs))
             return outputs[-1]
@@ -184,11 +184,11 @@ def _record_module_outputs(
     """
     outputs: list[tuple[nn.Module, mx.array]] = []
 
-    def keeping_output(module: nn.Module) -> Callable[..., Any]:
+    def keeping_output(module: nn.Module) -> Callable[..., object]:
         """Return the module's call, extended to record an output with a row for each token."""
         original_call = type(module).__call__
 
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> object:
             """Call the module; keep its output if it is an array with one vector per token."""
             output = original_call(module, *args, **kwargs)
             if isinstance(output, mx.array) and output.shape[:-1] == tokens.shape:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,10 +14,9 @@ from nested_core.models.parameters import ParameterRefs
 from nested_core.optim.gradients import Flat
 
 
-def extract_logits(outputs: Any) -> mx.array:
+def extract_logits(outputs: mx.array | tuple[mx.array, ...]) -> mx.array:
     """Return the logits of a model's output, which may be a tuple that starts with them."""
-    logits: mx.array = outputs[0] if isinstance(outputs, tuple) else outputs
-    return logits
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def count_logits(model: nn.Module) -> int:
@@ -26,7 +24,9 @@ def count_logits(model: nn.Module) -> int:
     return extract_logits(model(mx.zeros((1, 1), mx.int32))).shape[-1]
 
 
-MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens, target mask
+MicroBatch = tuple[
+    np.typing.NDArray[np.int32], np.typing.NDArray[np.generic]
+]  # tokens, target mask
 Arrays = tuple[mx.array, mx.array]
 PreparedBatch = tuple[mx.array, ...]
 LossFunction = Callable[..., Arrays]

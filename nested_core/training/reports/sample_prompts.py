@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.models.chat_template import Tokenizer
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
 from nested_core.models.parameters import (
     ParameterRefs,
@@ -34,12 +35,12 @@ class SamplePrompts:
 
     prompts: tuple[str, ...]
     encoded: tuple[list[int], ...]
-    tokenizer: Any
+    tokenizer: Tokenizer
     max_tokens: int
 
     @classmethod
     def from_config(
-        cls, config: FineTuneConfig, run: RunDirectory, tokenizer: Any
+        cls, config: FineTuneConfig, run: RunDirectory, tokenizer: Tokenizer
     ) -> SamplePrompts:
         """Create it for the prompts of `samples`, with a run that was validated."""
         rows = PromptFormat.read(run.dataset)
@@ -85,7 +86,7 @@ class SampleTable:
 
     @classmethod
     def from_metrics(
-        cls, records: Iterable[Mapping[str, Any]], judged_step: int | None
+        cls, records: Iterable[Mapping[str, object]], judged_step: int | None
     ) -> SampleTable | None:
         """Build the table of answers from records of metrics.jsonl; None without answers.
 

@@ -98,7 +98,8 @@ def read_both(
     file = folder / "lora.yaml"
     file.write_text(yaml.safe_dump({"data": str(folder), "train": True, "test": True, **keys}))
     arguments = types.SimpleNamespace(**yaml.safe_load(file.read_text()))
-    found = theirs.load_dataset(arguments, tokenizer.load())
+    loaded: Any = tokenizer.load()
+    found = theirs.load_dataset(arguments, loaded)
     settings = DataSettings.from_config(load_config(file, {"batch_size": 1}))
     report, ours = load_dataset(settings, tokenizer)
     assert report.errors == ()

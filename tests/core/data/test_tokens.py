@@ -79,7 +79,8 @@ def test_tokens_and_mask_offsets_are_those_of_mlx_lm(
     split = train_split(write_data, tokenizer, kind, mask_prompt=mask_prompt)
     config = DataSettings("", mask_prompt=mask_prompt)  # it reads the same attribute names
     rows = [json.loads(json.dumps(row)) for row in ROWS[kind]]
-    reference = create_dataset(rows, tokenizer.load(), config)
+    loaded: Any = tokenizer.load()
+    reference = create_dataset(rows, loaded, config)
     assert len(split) == len(rows)
     for index, row in enumerate(rows):
         tokens, offset = reference.process(row)

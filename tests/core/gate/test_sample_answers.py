@@ -35,6 +35,9 @@ class Words:
         return text.split()
 
 
+WORDS: Any = Words()
+
+
 def answer(text: str, *, endless: bool = False) -> Answer:
     words = text.split()
     ids = [sorted(set(words)).index(word) for word in words]
@@ -69,7 +72,7 @@ def answer(text: str, *, endless: bool = False) -> Answer:
     ],
 )
 def test_how_an_answer_is_broken(text, endless, expected, damage) -> None:
-    assert find_damage(answer(text, endless=endless), expected, Words()) == damage
+    assert find_damage(answer(text, endless=endless), expected, WORDS) == damage
 
 
 def rows(*pairs: tuple[BrokenHow | None, BrokenHow | None]) -> list[SampleAnswers]:

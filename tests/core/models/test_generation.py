@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -43,6 +44,9 @@ class NumberTokenizer:
         pass
 
 
+NUMBERS: Any = NumberTokenizer()
+
+
 @cache
 def example():
     """The example's base model and its tokenizer."""
@@ -69,7 +73,7 @@ def test_batches_of_unequal_prompts_answer_as_one_prompt_does(name) -> None:
     model.eval()
     random = np.random.default_rng(0)
     prompts = [random.integers(0, VOCABULARY, length).tolist() for length in LENGTHS]
-    answers = answer_prompts(model, NumberTokenizer(), prompts, Sampling(max_tokens=12))
+    answers = answer_prompts(model, NUMBERS, prompts, Sampling(max_tokens=12))
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=12)]
         assert answer.text == "".join(f" {token}" for token in tokens)
@@ -114,7 +118,7 @@ def test_a_stop_ends_an_answer_and_is_not_in_it() -> None:
 def test_answers_end_at_the_end_of_the_context() -> None:
     model = build("llama")
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
-    answers = answer_prompts(model, NumberTokenizer(), prompts, Sampling(50), context=10)
+    answers = answer_prompts(model, NUMBERS, prompts, Sampling(50), context=10)
     assert [answer.tokens for answer in answers] == [7, 5]
 
 
@@ -125,7 +129,7 @@ def test_sampled_answers_follow_from_the_seed_and_leave_the_random_state() -> No
     expected = mx.random.normal((4,)).tolist()
     mx.random.seed(3)
     drawn = [
-        answer_prompts(model, NumberTokenizer(), prompts, Sampling(10, temperature=1.0, seed=seed))
+        answer_prompts(model, NUMBERS, prompts, Sampling(10, temperature=1.0, seed=seed))
         for seed in (1, 1, 2)
     ]
     assert mx.random.normal((4,)).tolist() == expected
@@ -137,7 +141,7 @@ def test_empty_and_repeated_answers_are_told_apart() -> None:
     model = build("llama")
     embedding = model.model.embed_tokens
     embedding.weight = mx.zeros_like(embedding.weight)  # every token is as likely: the first
-    tokenizer = NumberTokenizer()
+    tokenizer: Any = NumberTokenizer()
     (answer,) = answer_prompts(model, tokenizer, [[1, 2]], Sampling(8))
     assert answer == Answer(" 0" * 8, 8, is_endless=True, is_repeated=True, repeated_tokens=8)
     assert not answer.is_empty

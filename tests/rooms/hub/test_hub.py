@@ -130,7 +130,8 @@ def test_one_column_named_for_two_fields_is_the_one_that_mlx_lm_takes_it_for(
     folder = write_parquet(tmp_path / "bills", bills)
     bill = entry(folder, prompt_feature="text", completion_feature="summary")
     arguments = types.SimpleNamespace(hf_dataset=dict(bill), train=True, test=False)
-    expected, _, _ = theirs.load_dataset(arguments, tokenizer.load())
+    loaded: Any = tokenizer.load()
+    expected, _, _ = theirs.load_dataset(arguments, loaded)
     report, splits = load_dataset(settings_of(bill), tokenizer)
     assert report.splits["train"].format == "completion"
     for index in range(len(expected)):

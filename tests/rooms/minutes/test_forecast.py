@@ -130,7 +130,8 @@ def test_the_gate_of_pairs_computes_them_once_for_each_adapter_and_the_base(tmp_
     assert works["losses"].rows == 2 * 9  # the adapter that training begins from is the base
     assert works["preference"].rows == MAX_REFERENCE_PAIRS
     later = config.model_copy(update={"resume_adapter_file": "a"})
-    run = RunToJudge(later, RunDirectory(tmp_path / "run"), tokenizer=None)
+    none: Any = None  # the count needs no tokenizer
+    run = RunToJudge(later, RunDirectory(tmp_path / "run"), tokenizer=none)
     assert run.count_rows(9, 2, is_base_among=not run.goes_on) == 3 * 9
 
 
