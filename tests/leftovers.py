@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rich.style  # noqa: F401 - it draws from `random` when it is imported
 
 SECONDS_TO_END = 30.0  # a limit that a loaded machine does not reach
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

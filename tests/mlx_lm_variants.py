@@ -359,7 +359,7 @@ REFUSED = (
         "lora_layers",
         "a key of earlier mlx-lm, which it passes over now",
         "lora_layers: 2\n",
-        "lora_layers: unknown key; did you mean num_layers?",
+        "lora_layers: unknown key" + "; did you mean num_layers?" * is_there("other_trainers"),
     ),
     _refused(
         "alpha and scale",
@@ -371,7 +371,7 @@ REFUSED = (
         "config in the file",
         "a file within a file, which mlx_lm.lora passes over",
         "config: other.yaml\n",
-        "config: unknown key; config is the flag -c",
+        "config: unknown key" + "; config is the flag -c" * is_there("other_trainers"),
     ),
     _refused(
         "anchor",

@@ -20,7 +20,7 @@ from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit, UInt64
 
 Digests = UInt64
 DIGEST_BYTES = 8
-# Changes with `digest_example`: other records are not known.
+# Changes with `digest_with_beginnings`: other records are not known.
 IDENTITY = "turns without system or end texts, with beginnings"
 MAX_RECORDED_DIGESTS = 4_000_000  # 43 MB in provenance.json, which may have 64
 

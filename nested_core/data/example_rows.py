@@ -7,7 +7,7 @@ validation compares duplicates: without what `fold_text` removes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,7 +17,7 @@ from typing import Any
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import (
-    ANY_LOSS,
+    ANY_ROLE,
     Example,
     FieldNames,
     find_row_format,
@@ -33,7 +33,7 @@ from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 KEY_BYTES = 8
-ANY_ROLE = FieldNames(allows_any_role=True, loss=ANY_LOSS)
+_KEYS_OF_CHATS = {"messages", "tools", "prompt", "completion", "loss_mask"}
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ class RowKeys:
 
     content: SHA-256 of everything that is tokenized.
     folded: the key of the same as `fold_text` returns it.
-    prompt: the key of the last question, see `fold_questions`; None for plain text.
+    questions: the key of what was asked before each answer, see `fold_questions`.
     """
 
     content: bytes
     folded: bytes
-    prompt: bytes | None
+    questions: tuple[bytes, ...]
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RowKeys:
@@ -109,10 +109,9 @@ class RowKeys:
             with suppress(LineProblem):  # a row that is no valid example has no content
                 example = parse_line(line, ANY_ROLE)
                 content, turns = flatten_example(example, ANY_ROLE).content or "", example.messages
-        asked = fold_questions(turns)
-        prompt = _key(asked[-1]) if asked else None
+        questions = tuple(map(_key, fold_questions(turns)))
         encoded = content.encode()
-        return cls(sha256(encoded).digest(), _key(fold_text(encoded)), prompt)
+        return cls(sha256(encoded).digest(), _key(fold_text(encoded)), questions)
 
 
 def _key(text: bytes) -> bytes:
@@ -122,15 +121,35 @@ def _key(text: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class RowList:
-    """A person's list of rows: examples, and prompts that stand for every example with them."""
+    """A person's list of rows, and of prompts that stand for every row with them.
 
-    examples: frozenset[bytes]
-    prompts: frozenset[bytes]
+    rows: the folded keys of the rows, see RowKeys.
+    turns: the keys of prompts, and of rows that are no pair or rated answer, see `_key_of_turns`.
+    """
+
+    rows: frozenset[bytes]
+    turns: frozenset[bytes]
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row or its prompt is listed, see RowKeys."""
-        keys = RowKeys.of(row)
-        return keys.folded in self.examples or keys.prompt in self.prompts
+        """Return whether a row, the beginning of its chat, or a turn of its user is listed."""
+        turns = _turns_of(row)
+        parts = [turns[: end + 1] for end in range(len(turns))]
+        parts += [[turn] for turn in turns if turn["role"] == "user"]
+        is_listed = RowKeys.of(row).folded in self.rows
+        return is_listed or not self.turns.isdisjoint(map(_key_of_turns, parts))
+
+
+def _turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns of a row but those of the system, of a pair with the chosen answer."""
+    with suppress(LineProblem):
+        turns = parse_line(json.dumps(row).encode(), ANY_ROLE).messages
+        return [turn for turn in turns if turn["role"] != "system"]
+    return []
+
+
+def _key_of_turns(turns: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the key of turns as `fold_questions` compares them."""
+    return _key(fold_questions([*turns, {"role": "assistant", "content": ""}])[-1])
 
 
 def read_row_list(path: Path) -> RowList:
@@ -139,27 +158,27 @@ def read_row_list(path: Path) -> RowList:
     A prompt is a text, `{"prompt": TEXT}`, or `messages` that do not end with the assistant's turn.
     Raises ConfigError for an empty file, and for a line that is neither.
     """
-    examples, prompts = set[bytes](), set[bytes]()
+    rows, all_turns = set[bytes](), set[bytes]()
     for number, line in enumerate(read_regular(path, follow_links=True).splitlines(), 1):
         if not (body := strip_line(line, is_first=number == 1)):
             continue
         try:
             row, is_prompt = _read_listed_row(body)
-            keys = RowKeys.of(row)
+            turns = _turns_of(row)[: -1 if is_prompt else None]
             if not is_prompt:
-                examples.add(keys.folded)
-            elif keys.prompt is None:
+                rows.add(RowKeys.of(row).folded)
+            elif not turns:
                 raise LineProblem("no-question", "it has no turn but system turns")
-            else:
-                prompts.add(keys.prompt)
-        except (LineProblem, ValueError) as problem:
+            if turns and row.keys() <= _KEYS_OF_CHATS:
+                all_turns.add(_key_of_turns(turns))
+        except (LineProblem, ValueError, RecursionError) as problem:
             raise ConfigError(
                 f"{path}:{number} is neither a row nor a prompt: {problem}. Expected a line of a "
                 f"data set, or the same without its answer."
             ) from None
-    if not examples and not prompts:
+    if not rows and not all_turns:
         raise ConfigError(f"{path} lists no rows. Expected a row or a prompt a line, as JSON.")
-    return RowList(frozenset(examples), frozenset(prompts))
+    return RowList(frozenset(rows), frozenset(all_turns))
 
 
 def _read_listed_row(line: bytes) -> tuple[dict[str, Any], bool]:

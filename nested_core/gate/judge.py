@@ -9,9 +9,7 @@ from pathlib import Path
 from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import GateSection
-from nested_core.gate.checks.base import BASE
 from nested_core.gate.checks.champion import CHAMPION, REFERENCE
-from nested_core.gate.checks.divergence import COLLAPSE, TRAINING_LOSS
 from nested_core.gate.checks.file_checks import CHECKS_OF_ADAPTERS, CHECKS_OF_FILES
 from nested_core.gate.checks.judged import (
     Check,
@@ -23,7 +21,16 @@ from nested_core.gate.checks.judged import (
     log_stopped_checks,
     run_checks,
 )
-from nested_core.gate.checks.losses import DRIFT, GENERAL_TEXT, HARMED_EXAMPLES, LOSSES, WORSE_LOSS
+from nested_core.gate.checks.losses import (
+    BASE,
+    COLLAPSE,
+    DRIFT,
+    GENERAL_TEXT,
+    HARMED_EXAMPLES,
+    LOSSES,
+    TRAINING_LOSS,
+    WORSE_LOSS,
+)
 from nested_core.gate.checks.proof import PROOF, PROOF_WITHOUT_RUN
 from nested_core.gate.checks.samples import SAMPLES
 from nested_core.gate.checks.tasks import TASKS

@@ -399,8 +399,8 @@ class AncestorLoss(HeldOutComparison):
 
     @property
     def is_unmeasured(self) -> bool:
-        """Whether nothing was compared, on these examples or on newer data that has them too."""
-        return self.not_compared is not None and not (self.repeated or self.superseded)
+        """Whether nothing was compared, on these examples or on newer data that has all of them."""
+        return self.not_compared is not None and not (self.repeated and not self.left_out)
 
     def is_forgotten(self, noise: Noise) -> bool:
         """Return whether the candidate is worse, corrected for the number of ancestors compared."""

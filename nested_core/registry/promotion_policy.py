@@ -216,17 +216,17 @@ def _loss_made_of(registry: Path, name: str, judgement: Judgement) -> dict[str, 
     judgement: the verdict on a registered version. The settings are those of its run, which no
         later verdict of the run changes.
 
-    None if the rows or the base are not recorded. None as well if rows were left out because an
-    adapter was trained on them, since it is not recorded which.
+    None if rows, base or vocabulary are not recorded, as in a version of 0.2.0. None as well if
+    rows were left out because an adapter was trained on them, since it is not recorded which.
     """
     validation, rows = judgement.verdict.validation, judgement.facts.validation_digest
     recorded = read_provenance(version_folder(registry, name, judgement.version))
-    base = recorded.get("base_fingerprint")
-    if validation is None or validation.left_out != 0 or rows is None or base is None:
+    made_of = {key: recorded.get(key) for key in ("base_fingerprint", "vocabulary")}
+    made_of |= {"rows": rows}
+    if validation is None or validation.left_out != 0 or None in made_of.values():
         return None
-    tokenizer = [recorded.get(key) for key in ("chat_template", "vocabulary")]
     settings = settings_that_make_loss(FineTuneConfig, recorded.get("config", {}))
-    return settings | {"rows": rows, "base": base, "tokenizer": tokenizer}
+    return settings | made_of | {"chat_template": recorded.get("chat_template")}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import apple
 from benchmarks.gpu.shapes import FAMILIES
 from nested_core import backend
+from tests.left_out import needs_rooms
 
 pytestmark = pytest.mark.usefixtures("own_random_state")  # models are drawn from a fixed seed
 
@@ -24,6 +25,7 @@ def run(monkeypatch: pytest.MonkeyPatch, file: Path) -> dict[str, Any]:
     return document
 
 
+@needs_rooms("memory")
 def test_rows_that_would_not_fit_are_left_out_with_what_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -36,6 +38,7 @@ def test_rows_that_would_not_fit_are_left_out_with_what_they_need(
     assert "attach it to an issue" in capsys.readouterr().out
 
 
+@needs_rooms("memory")
 @pytest.mark.slow("two processes that import MLX and train")
 def test_both_sides_of_a_row_are_measured_once(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(apple, "TINY_ROWS", (("tiny-hybrid", "+batch=1"),))
@@ -50,6 +53,7 @@ def test_both_sides_of_a_row_are_measured_once(tmp_path, monkeypatch, capsys) ->
     assert " x mlx_lm" in capsys.readouterr().out
 
 
+@needs_rooms("memory")
 def test_a_forecast_of_a_row_computes_no_weights() -> None:
     before = mx.get_active_memory()
     needed = apple.forecast_bytes("8B", "+batch=1")

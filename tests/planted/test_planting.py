@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nested_core.seams import is_there
 from tests.planted.faults import FAULTS
 from tests.planted.planting import Fault, Misplaced, plant
 
@@ -69,5 +70,6 @@ def test_there_are_fifty_faults_and_two_in_each_room_at_least() -> None:
 
 
 def test_each_fault_has_its_place() -> None:
-    counts = {f.old: (ROOT / f.path).read_text("utf-8").count(f.old) for f in FAULTS}
+    here = [f for f in FAULTS if "/rooms/" not in f.path or is_there(Path(f.path).parts[2])]
+    counts = {f.old: (ROOT / f.path).read_text("utf-8").count(f.old) for f in here}
     assert [old for old, count in counts.items() if count != 1] == []

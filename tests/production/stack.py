@@ -85,7 +85,7 @@ class Stack:
             "PREFECT_HOME": str(self.folder / "prefect"),
             "NESTED_TUNE_HOME": str(self.home),
             "HF_TOKEN": TOKEN,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([".", str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
 
     def start_server(self) -> None:
@@ -131,9 +131,15 @@ class Stack:
         assert deployed.returncode == 0, deployed.stderr + self.logs()
 
     def prepare_home(self) -> None:
-        """The example's model and data, copied: a link would lead out of the allowed roots."""
+        """The example's model and data, copied: a link would lead out of the allowed roots.
+
+        Beside them are a person's modules of our packages' names, which Python finds first.
+        """
         for source in (MODEL, DATA):
             shutil.copytree(source, self.home / "examples" / source.name)
+        (self.home / "flows").mkdir()
+        for module in ("flows/__init__.py", "tasks.py"):
+            (self.home / module).write_text("raise RuntimeError('not what a flow should import')\n")
         settings = example_settings(**SMALL)
         settings |= {"model": f"examples/{MODEL.name}", "data": f"examples/{DATA.name}"}
         settings["registry"] = {"path": "registry", "name": NAME, "promote": "always"}

@@ -82,6 +82,9 @@ class FieldNames:
         return key
 
 
+ANY_ROLE = FieldNames(allows_any_role=True, loss=ANY_LOSS)
+
+
 class Example(NamedTuple):
     """A parsed row: messages and tools of a chat or a completion, or a plain text."""
 

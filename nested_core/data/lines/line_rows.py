@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from nested_core.data.lines.example_parsing import (
+    ANY_ROLE,
     LETTER_BY_ROLE,
     Example,
     FieldNames,
@@ -93,21 +95,15 @@ def fold_text(content: bytes) -> bytes:
     return _ENDS_PATTERN.sub(b"", folded)
 
 
-def digest_example(example: Example) -> int:
-    """Return 64 bits of the SHA-256 of an example's turns: what identifies it in any data set.
-
-    Settings, what `fold_text` removes, marks of turns that are not learnt, system turns and tools
-    do not count: whoever learnt the row with them knows its answer. A pair is known by its chosen
-    answer.
-    """
-    return digest_with_beginnings(example)[0]
-
-
 def digest_with_beginnings(example: Example) -> list[int]:
-    """Return `digest_example`, then that of its turns up to each learnt answer but the last.
+    """Return an example's digest, then that of its turns up to each learnt answer but the last.
 
-    A run that learns every answer of a chat learns these beginnings too. Of a pair the last turn
-    alone is learnt. The digest is of the folded JSON of `[[], turns[:-1]]`, NUL, and
+    A digest is 64 bits of the SHA-256 of turns: what identifies them in any data set. Settings,
+    what `fold_text` removes, marks of turns that are not learnt, system turns and tools do not
+    count: whoever learnt the row with them knows its answer. A pair is known by its chosen answer.
+
+    A run that learns every answer of a chat learns its beginnings too. Of a pair the last turn
+    alone is learnt. The SHA-256 is of the folded JSON of `[[], turns[:-1]]`, NUL, and
     `[turns[-1:], {}]`; each turn is hashed once, so that the time is linear in the turns.
     """
     kind = find_row_format(example.format)
@@ -125,6 +121,13 @@ def digest_with_beginnings(example: Example) -> list[int]:
         if is_learnt and kind.encode is None and number < len(example.messages) - 1:
             beginnings.append(digest)
     return [digest, *beginnings]
+
+
+def digest_row(row: Mapping[str, Any]) -> list[int]:
+    """Return `digest_with_beginnings` of a row of `read_split_rows`; [] if it is no example."""
+    with suppress(LineProblem):
+        return digest_with_beginnings(parse_line(json.dumps(row).encode(), ANY_ROLE))
+    return []
 
 
 def _digest_after(before: Any, content: bytes) -> int:

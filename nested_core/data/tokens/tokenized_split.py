@@ -50,7 +50,7 @@ class TokenizedSplit:
         position of an example, which nothing predicts.
     starts: where each example begins and the last one ends, int64 [n + 1].
     lines: each example's line number in its original file, int32 [n].
-    contents: the digest of each example's content, see `digest_example`, uint64 [n].
+    contents: the digest of each example's content, see `digest_with_beginnings`, uint64 [n].
     beginnings: the digests of what examples begin with up to an answer that the loss counts, see
         `digest_with_beginnings`, uint64 [number of such answers]; empty under `supervise: last`.
     maps: the memory-mapped files of the arrays.

@@ -1,16 +1,26 @@
-"""The checks of losses on held-out examples and on general text, with either adapter."""
+"""The checks of losses: with either adapter in the base model, and in training.
+
+The first check loads the base model, which the trained adapter has to fit. Two find training that
+diverged: by the trainer's last logits, and by its training loss where no other loss was measured.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from nested_core.gate.checks.base import WITHOUT_MODEL
+import numpy as np
+
+from nested_core.gate.checks.file_checks import CHANGE, UNLOADABLE
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge, count_lines
+from nested_core.gate.proof.fresh_process_check import is_constant
+from nested_core.gate.tensors.base_compatibility import base_reasons
 from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
 from nested_core.measure.losses.held_out_loss import (
+    LoadedBase,
     measure_example_losses,
     measure_general_loss,
     read_held_out_examples,
@@ -26,8 +36,14 @@ from nested_core.measure.losses.loss_figures import (
     summarise_drift,
     summarise_losses,
 )
-from nested_core.records.verdict import Reason, describe_examples
+from nested_core.records.verdict import Code, Reason, describe_examples
 from nested_core.storage.atomic import render_json
+
+
+def _find_misfits(judged: CheckedRun) -> list[Reason]:
+    """Load the base model, and give a reason if the trained adapter's tensors do not fit it."""
+    judged.base = LoadedBase.load(judged.config, judged.session)
+    return base_reasons(judged.after, judged.base.parameters, judged.base.folder)
 
 
 def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
@@ -99,6 +115,27 @@ def _find_drift(judged: CheckedRun) -> Iterator[Reason]:
         yield from drift_reasons(judged.verdict.drift, data, judged.bounds)
 
 
+def _find_collapse(judged: CheckedRun) -> Iterator[Reason]:
+    """Yield a reason if the trainer's logits are all non-finite, or the same for every token."""
+    values = np.array(judged.evidence.record.logits.values, np.float64)  # None becomes NaN
+    if values.ndim != 2 or not values.size:
+        return
+    if not np.isfinite(values).any():
+        yield Reason("non_finite", "no logit that the trainer computed with it is finite")
+    elif is_constant(values):
+        message = "every logit that the trainer computed with it is the same: numbers overflowed"
+        yield Reason("non_finite", message)
+
+
+def _find_risen_training_loss(judged: CheckedRun) -> Iterator[Reason]:
+    """Yield a reason if the training loss diverged and no held-out losses were measured."""
+    divergence, validation = judged.divergence, judged.verdict.validation
+    is_measured = validation is not None and validation.examples != 0
+    if divergence is not None and divergence.is_certain and not is_measured:
+        code: Code = "non_finite" if divergence.loss is None else "loss_regressed"
+        yield Reason(code, "the training loss is far above where it began")
+
+
 def _plan_losses(run: RunToJudge) -> GateWork:
     return GateWork(rows=run.count_rows(run.held_out_rows, 2, is_base_among=not run.goes_on))
 
@@ -110,6 +147,11 @@ def _plan_general_text(run: RunToJudge) -> GateWork:
     return GateWork(rows=2 * count_lines(Path(gate.general_data)))
 
 
+BASE = Check(
+    "base", _find_misfits, stopped_by=UNLOADABLE, stage="the base model, which the tensors must fit"
+)
+# If one of these checks fails, no model with the trained adapter can be loaded to measure with.
+WITHOUT_MODEL: tuple[Check[Any], ...] = (*UNLOADABLE, BASE)
 LOSSES = Check(
     "losses",
     _measure_losses,
@@ -134,3 +176,9 @@ HARMED_EXAMPLES = Check(
     "harmed examples", _find_harmed_examples, stopped_by=WITHOUT_MODEL, bounds=("max_harmed_share",)
 )
 DRIFT = Check("drift", _find_drift, stopped_by=WITHOUT_MODEL, bounds=("max_kl",))
+COLLAPSE = Check(
+    "trainer's logits", _find_collapse, stopped_by=(*WITHOUT_MODEL, *CHANGE, LOSSES), is_cause=True
+)
+TRAINING_LOSS = Check(
+    "training loss", _find_risen_training_loss, stopped_by=(*WITHOUT_MODEL, *CHANGE, COLLAPSE)
+)

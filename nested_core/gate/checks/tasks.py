@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.checks.base import WITHOUT_MODEL
+from nested_core.gate.checks.file_checks import CHANGE, EFFECT
 from nested_core.gate.checks.judged import Check, CheckedRun
-from nested_core.gate.checks.losses import LOSSES
+from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
-from nested_core.gate.checks.tensors import CHANGE, EFFECT
 from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.evidence.run_evidence import RunEvidence
 from nested_core.measure.answers.answer_bounds import judge_answers

@@ -27,7 +27,7 @@ class Divergence:
     first_loss: the loss of the run's first report; None if not finite.
     loss: the loss of the diverged report; None if not finite.
     has_risen: whether the loss diverged; otherwise only the gradient vanished or was not finite.
-    reports: the number of reports from this one on.
+    reports: how many reports in a row say so until the end, of whichever loss says it longer.
     """
 
     step: int
@@ -71,16 +71,14 @@ def find_divergence(
     """
     reports = [record for record in records if record["step"] <= adapter_step]
     rate = max([learning_rate, *(record.get("learning_rate") or 0.0 for record in reports)])
-    validated_step = -1  # up to which the validation loss had not diverged
-    for key in ("val_loss", "loss"):
-        losses = [record for record in reports if key in record]
-        first = next((r[key] for r in losses if r[key] is not None), None)
-        flags = [r["step"] > validated_step and _has_diverged(r[key], first) for r in losses]
-        diverged = _diverged_at_end(losses, flags)
-        if diverged and (key == "val_loss" or _is_above_spread(losses, len(diverged))):
-            begin = diverged[0]
-            return Divergence(begin["step"], rate, first, begin[key], True, len(diverged))
-        validated_step = losses[-1]["step"] if losses else -1
+    validated, first, risen = _find_risen(reports, "val_loss")
+    trained, first_trained, risen_trained = _find_risen(reports, "loss")
+    if risen:
+        count = max(len(risen), len(risen_trained))
+        return Divergence(risen[0]["step"], rate, first, risen[0]["val_loss"], True, count)
+    later = [r for r in risen_trained if not validated or r["step"] > validated[-1]["step"]]
+    if later and _is_above_spread(trained, len(later)):
+        return Divergence(later[0]["step"], rate, first_trained, later[0]["loss"], True, len(later))
     steps = [record for record in reports if "grad_norm" in record]
     flags = [record["grad_norm"] in (None, 0.0) for record in steps]
     diverged = _diverged_at_end(steps, flags)
@@ -88,6 +86,15 @@ def find_divergence(
         return None
     step, loss = diverged[0]["step"], diverged[0].get("loss")
     return Divergence(step, rate, None, loss, False, len(diverged))
+
+
+def _find_risen(
+    reports: Sequence[Report], key: str
+) -> tuple[Sequence[Report], float | None, Sequence[Report]]:
+    """Return the reports of a loss, the first finite one, and the diverged reports at the end."""
+    losses = [record for record in reports if key in record]
+    first = next((record[key] for record in losses if record[key] is not None), None)
+    return losses, first, _diverged_at_end(losses, [_has_diverged(r[key], first) for r in losses])
 
 
 def _is_above_spread(reports: Sequence[Report], count: int) -> bool:

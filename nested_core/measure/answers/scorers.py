@@ -24,7 +24,7 @@ _GROUP_PATTERN = "[,\u00a0\u2009\u202f]"  # comma, and the spaces that do not br
 _WHOLE_PATTERN = rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:{_GROUP_PATTERN}\d{{3}})+(?!\d)|\d+)"
 # A chain, such as a date or a version, is found first and is in no group: it holds no number
 _NUMBER_PATTERN = re.compile(
-    rf"{_WHOLE_PATTERN}(?:\.\d+){{2,}}\w*"
+    rf"{_WHOLE_PATTERN}(?:\.\d+){{2,}}\w*(?:[-+.]\w+)*"
     rf"|({_WHOLE_PATTERN}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?|{_SIGN_PATTERN}(?<![\d.])\.\d+)"
 )
 _DECIMAL_PRECISION = 50

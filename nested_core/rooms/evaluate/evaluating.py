@@ -168,11 +168,9 @@ class _Evaluating:
         )
 
     def _list_unknown(self) -> tuple[str, ...]:
-        """Return the models with an adapter of which nobody recorded what they were trained on."""
-        if self._data is None:
-            return ()
-        trained = (model for model in self._models if model.adapter or model.made_of)
-        return tuple(model.name for model in trained if model.seen.unknown is not None)
+        """Return the models of which nobody recorded what they were trained on."""
+        models = () if self._data is None else self._models
+        return tuple(model.name for model in models if model.seen.unknown is not None)
 
     def _measure(self, models: Sequence[NamedModel]) -> None:
         """Ask and measure models of one base; keep their answers and losses in this object."""

@@ -25,7 +25,8 @@ def find_artefact(given: str, temporary: Path) -> NamedModel | None:
         return None
     record = read_export_record(path)
     if record is None:
-        return None if model == path else NamedModel(given, str(model))
+        unknown = TrainedRows(unknown=f"no record of an export lies beside {path.name}")
+        return None if model == path else NamedModel(given, str(model), seen=unknown)
     require_recorded_files(path, record)
     made_of = RecordedBase(record.base, record.base_fingerprint)
     seen = TrainedRows.from_json(record.trained_on, str(path))

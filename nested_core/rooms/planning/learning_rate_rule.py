@@ -37,6 +37,9 @@ def describe_learning_rate(config: FineTuneConfig, share: float = 1.0) -> str | 
     )
     if low <= product <= high:
         return text
+    if share != 1.0:
+        usual = min(1.0, USUAL_PRODUCT / _product(config))
+        return f"{text}: try continual.rate: {float(f'{usual:.0e}'):g}"
     rate = USUAL_PRODUCT / (config.lora_parameters.rank * config.lora_parameters.scale)
     return f"{text}: try --learning-rate {float(f'{rate:.0e}'):g}"
 

@@ -4,6 +4,6 @@ replay_sources.py reads what earlier versions were trained on, replayed_examples
 and replay_record.py is the file that says what was chosen. replayed_batches.py mixes the rows into
 batches, replay_draws.py says which comes when; replayed_run.py is all of this for one run, as the
 core asks for it. policy.py says whether a run goes on from the champion or is rebuilt.
-ancestor_examples.py chooses what ancestors held out, ancestor_check.py judges by it,
-rebuilt_check.py holds a rebuilt run against the champion, and page.py is the part of a run's page.
+ancestor_examples.py chooses what ancestors held out, gate_check.py judges by it and holds a rebuilt
+run against the champion, and page.py is the part of a run's page.
 """

@@ -43,7 +43,8 @@ def read_files(config: FineTuneConfig) -> list[EarlierData]:
         if problem is None and "train" not in splits:
             problem = "there is no training example in it"
         train = splits["train"].rows if "train" in splits else []
-        earlier.append(EarlierData(None, name, train, _held_out_rows(splits), problem))
+        held_out = [row for n in HELD_OUT_SPLITS if n in splits for row in splits[n].rows]
+        earlier.append(EarlierData(None, name, train, held_out, problem))
     return earlier
 
 
@@ -55,10 +56,6 @@ def _read_splits(settings: DataSettings) -> tuple[Splits, str | None]:
         reason = shorten(error, MAX_REASON_CHARACTERS)
         return {}, f"it cannot be read, and is not replayed: {reason}"
     return {split: rows for split, rows in read.items() if rows is not None}, None
-
-
-def _held_out_rows(splits: Splits) -> list[Row]:
-    return [row for name in HELD_OUT_SPLITS if name in splits for row in splits[name].rows]
 
 
 @dataclass(frozen=True)

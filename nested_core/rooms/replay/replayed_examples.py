@@ -19,20 +19,18 @@ import numpy.typing as npt
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.data.data_settings import SPLITS, DataSettings
-from nested_core.data.example_rows import ANY_ROLE, RowKeys, read_split_rows
+from nested_core.data.data_settings import SPLITS, DataSettings, Targets
+from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
-from nested_core.data.lines.example_parsing import find_format, find_row_format
-from nested_core.rooms.replay.replay_draws import Weighting, choose_rows
-from nested_core.rooms.replay.replay_record import (
-    ReplaySource,
-)
+from nested_core.data.lines.example_parsing import ANY_ROLE, find_format, find_row_format
+from nested_core.data.lines.line_rows import digest_row
+from nested_core.rooms.replay.replay_record import ReplaySource
 
 Row = Mapping[str, Any]
 Int64 = npt.NDArray[np.int64]
-# Of contents of rows, the age of each row's source (0 is the newest) and the rows a source has:
-# which rows, by number, ascending.
-Select = Callable[[Sequence[bytes], Int64, Sequence[int]], Int64]
+# Of the age of each row's source (0 is the newest) and the number of rows of each source: which
+# rows, by number, ascending.
+Select = Callable[[Int64, Sequence[int]], Int64]
 
 
 LeftOut = Literal["held_out", "repeated", "superseded"]
@@ -43,68 +41,79 @@ class NewerRows:
     """The rows of newer data, by their keys: what an earlier row is compared with.
 
     folded: of all rows; prompts: of all rows that have one; held_out: of rows that are held out.
+    asked, digests: the last questions of rows that are held out, and `digest_row` of them.
+    train: the training examples of the run itself.
+    targets: what the run learns of a chat: each answer, and so each beginning too, unless `last`.
+        None where the rows are only compared, as the registry keeps them.
     """
 
     folded: set[bytes] = field(default_factory=set)
     prompts: set[bytes] = field(default_factory=set)
     held_out: set[bytes] = field(default_factory=set)
+    asked: set[bytes] = field(default_factory=set)
+    digests: set[int] = field(default_factory=set)
+    train: Sequence[Row] = ()
+    targets: Targets | None = None
 
     def add(self, rows: Iterable[Row], *, are_held_out: bool) -> None:
         """Add rows of train, or rows that are held out."""
         for row in rows:
             keys = RowKeys.of(row)
             self.folded.add(keys.folded)
-            if keys.prompt is not None:
-                self.prompts.add(keys.prompt)
+            self.prompts.update(keys.questions[-1:])
             if are_held_out:
-                self.held_out.add(keys.folded)
+                self.hold_out(row, keys)
+
+    def hold_out(self, row: Row, keys: RowKeys) -> None:
+        """Count a row as held out."""
+        self.held_out.add(keys.folded)
+        if self.targets is not None:
+            self.asked.update(keys.questions[-1:])
+            self.digests.update(digest_row(row)[:1])
+
+    def is_held_out(self, row: Row, keys: RowKeys) -> bool:
+        """Return whether a row, or a beginning of it that the run would learn, is held out."""
+        if keys.folded in self.held_out:
+            return True
+        if self.asked.isdisjoint(keys.questions):  # then no digest needs to be computed
+            return False
+        digests = digest_row(row)
+        return not self.digests.isdisjoint(digests[:1] if self.targets == "last" else digests)
 
     def find_reason(self, row: Row) -> LeftOut | None:
         """Return why newer data makes an earlier row be left out; None if it does not.
 
-        The reasons are `held_out` (newer data holds the row out), `repeated` (newer data trains on
-        it) and `superseded` (newer data has another answer to its prompt, or, for a rated answer
-        or a preference, the opposite rating).
+        The reasons are `held_out` (newer data holds the row or what it begins with out), `repeated`
+        (newer data trains on it) and `superseded` (newer data has another answer to its prompt, or,
+        for a rated answer or a preference, the opposite rating).
         """
         keys = RowKeys.of(row)
-        if keys.folded in self.held_out:
+        if self.is_held_out(row, keys):
             return "held_out"
         if keys.folded in self.folded:
             return "repeated"
         opposite = _find_opposite_row(row)
         if opposite is None:
-            return "superseded" if keys.prompt in self.prompts else None
+            return None if self.prompts.isdisjoint(keys.questions[-1:]) else "superseded"
         return "superseded" if RowKeys.of(opposite).folded in self.folded else None
 
 
-@dataclass
-class NewData(NewerRows):
-    """The data that a run is to be trained on.
-
-    train: the content of each training example, with its folded key; rows: how many there are.
-    """
-
-    rows: int = 0
-    train: dict[bytes, bytes] = field(default_factory=dict)
-
-
-def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -> NewData:
+def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -> NewerRows:
     """Read the run's own data, with the file `gate.held_out_file` if there is one.
 
     held_out_is_judged: count as held out only the rows that the gate judges by; else those of valid
         and test.
     """
     settings, judging = DataSettings.from_config(config), list[Row]()
-    new = NewData()
+    new = NewerRows(targets=None if held_out_is_judged else settings.supervised_targets)
     for split in SPLITS:
         split_rows = read_split_rows(settings, split)
         rows: list[Row] = [] if split_rows is None else [*split_rows.rows]
         new.add(rows, are_held_out=split != "train" and not held_out_is_judged)
+        if split == "train" and not held_out_is_judged:
+            new.train = rows
         if rows and split in SPLITS_BY_HELD_OUT_CHOICE.get(config.gate.held_out, ()):
             judging = rows  # of test if it has rows, since it comes last; else of valid
-        if split == "train":
-            new.rows = len(rows)
-            new.train = {keys.content: keys.folded for keys in map(RowKeys.of, rows)}
     new.add([*judging, *read_held_out_file(config)], are_held_out=True)
     return new
 
@@ -147,23 +156,8 @@ class ChosenExamples:
     dropped: tuple[bytes, ...]
 
 
-def select_for_draws(draws: int, weighting: Weighting, seed: int) -> Select:
-    """As many as a run has room for that mixes in so many rows, a row counted each time."""
-
-    def select(contents: Sequence[bytes], ages: Int64, sizes: Sequence[int]) -> Int64:
-        """By the draws of `choose_rows`."""
-        return choose_rows(ages, sizes, draws, weighting, seed)
-
-    return select
-
-
-def select_all(contents: Sequence[bytes], ages: Int64, sizes: Sequence[int]) -> Int64:
-    """All rows: what a rebuilt run is trained on."""
-    return np.arange(len(contents), dtype=np.int64)
-
-
 def choose_replayed_examples(
-    new: NewData,
+    new: NewerRows,
     earlier: Sequence[EarlierData],
     *,
     select: Select,
@@ -174,13 +168,19 @@ def choose_replayed_examples(
     Args:
         new: the data of the run.
         earlier: all sources, the newest first; a row that any of them holds out is not trained on.
-        select: chooses among the examples that may be trained on, by their contents, ages and the
-            sizes of the sources, and returns indices.
+        select: chooses among the examples that may be trained on.
         max_generations: the number of sources that are used, the newest ones; None uses all.
     """
-    held_out = {RowKeys.of(row).folded for data in earlier for row in data.held_out}
-    dropped = sorted(content for content, folded in new.train.items() if folded in held_out)
-    newer = NewerRows(set(new.folded), set(new.prompts), new.held_out | held_out)
+    newer = NewerRows(targets=new.targets)
+    for data in earlier:
+        for row in data.held_out:
+            newer.hold_out(row, RowKeys.of(row))
+    keyed = ((row, RowKeys.of(row)) for row in new.train)
+    dropped = sorted({keys.content for row, keys in keyed if newer.is_held_out(row, keys)})
+    newer.folded, newer.prompts = set(new.folded), set(new.prompts)
+    newer.held_out |= new.held_out
+    newer.asked |= new.asked
+    newer.digests |= new.digests
     sources: list[ReplaySource] = []
     candidates: list[list[tuple[bytes, bytes]]] = []
     for age, data in enumerate(earlier):
@@ -194,7 +194,7 @@ def choose_replayed_examples(
     sizes = [len(examples) for examples in candidates]
     ages = np.repeat(np.arange(len(sizes)), sizes)
     rows = [row for examples in candidates for row in examples]
-    places = select([content for content, _ in rows], ages, sizes)
+    places = select(ages, sizes)
     chosen = [[rows[n] for n in places[ages[places] == age]] for age in range(len(sizes))]
     return ChosenExamples(
         tuple(

@@ -22,6 +22,7 @@ from nested_core.errors import ConfigError
 from nested_core.records.start import CONFIGURED, Choice
 from nested_core.rooms.replay.ancestor_examples import list_ancestor_digests
 from nested_core.rooms.replay.policy import decide
+from nested_core.rooms.replay.replay_draws import choose_rows
 from nested_core.rooms.replay.replay_record import (
     ReplayRecord,
     read_replay,
@@ -34,12 +35,7 @@ from nested_core.rooms.replay.replayed_batches import (
     ReplayedRows,
     count_replayed,
 )
-from nested_core.rooms.replay.replayed_examples import (
-    choose_replayed_examples,
-    read_new_data,
-    select_all,
-    select_for_draws,
-)
+from nested_core.rooms.replay.replayed_examples import choose_replayed_examples, read_new_data
 from nested_core.storage.atomic import write_bytes, write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
@@ -73,13 +69,14 @@ class ReplayOfRun:
         )
         choice = CONFIGURED
         if config.continual.policy != "continue":
-            chosen = choose(select=select_all)
+            chosen = choose(select=lambda ages, _: np.arange(len(ages)))
             count = sum(source.examples for source in chosen.sources)
-            choice = decide(config, lineage.champion, new.rows, count)
+            choice = decide(config, lineage.champion, len(new.train), count)
         if choice.policy == "continue":
-            batches = self.estimate_batches_of_replay(new.rows)
+            batches = self.estimate_batches_of_replay(len(new.train))
             draws = int(batches * config.batch_size * config.replay_fraction)
-            chosen = choose(select=select_for_draws(draws, replay.weighting, config.seed))
+            select = partial(choose_rows, draws=draws, weighting=replay.weighting, seed=config.seed)
+            chosen = choose(select=select)
         content = b"".join(chosen.lines)
         record = ReplayRecord(
             choice=choice,
@@ -89,7 +86,7 @@ class ReplayOfRun:
             start=lineage.champion,
             removed=lineage.removed,
             removal_is_recorded=lineage.is_recorded,
-            rows_of_first=lineage.rows_of_first or new.rows,
+            rows_of_first=lineage.rows_of_first or len(new.train),
             sources=chosen.sources,
             rows_sha256=sha256(content).hexdigest(),
             dropped=tuple(content.hex() for content in chosen.dropped),

@@ -129,11 +129,13 @@ def load_scorer_function(module_and_name: str, folder: str) -> Scorer:
     module, _, name = module_and_name.partition(":")
     sys.path.append(folder)
     file = Path(folder, *module.split(".")).with_suffix(".py")
-    spec = spec_from_file_location(module, file) if file.is_file() else None
+    own_name = re.sub(r"\w+$", r"scorer:\g<0>", module)  # no other module's, in the same package
+    spec = spec_from_file_location(own_name, file) if file.is_file() else None
     if spec is None or spec.loader is None:
         function: Scorer = getattr(import_module(module), name)
     else:
-        spec.loader.exec_module(loaded := module_from_spec(spec))
+        sys.modules[spec.name] = loaded = module_from_spec(spec)  # where data classes look
+        spec.loader.exec_module(loaded)
         function = getattr(loaded, name)
     if not callable(function):
         raise TypeError(f"{module_and_name} is not callable")

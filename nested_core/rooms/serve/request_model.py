@@ -21,6 +21,8 @@ from pydantic import (
     ValidationError,
 )
 
+from nested_core.storage.untrusted_files import parse_json
+
 DEFAULT_MODEL = "default_model"  # what mlx_lm takes for a request without `model`
 MAX_ANSWER_TOKENS = 2**20
 SHOWN_PROBLEMS = 5
@@ -164,7 +166,7 @@ def read_request(path: str, body: bytes) -> dict[str, Any]:
     Raises RequestRefused with everything that is wrong.
     """
     try:
-        given = json.loads(body.decode(), parse_constant=_refuse_constant)
+        given = parse_json(body)
         json.dumps(given, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (ValueError, RecursionError) as error:
         raise RequestRefused(f"Invalid JSON in request body: {error}") from None
@@ -177,10 +179,6 @@ def read_request(path: str, body: bytes) -> dict[str, Any]:
         raise RequestRefused(_describe(error)) from None
     except (RecursionError, OverflowError) as error:
         raise RequestRefused(f"The request cannot be read: {error}") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _describe(error: ValidationError) -> str:

@@ -33,9 +33,9 @@ _SAVE_AGAIN = "open it in a spreadsheet and save the sheet as .xlsx again, or as
 def read_workbook(path: Path) -> Iterator[NumberedLine]:
     """Yield the rows below the header that are not empty, each with its number in the sheet.
 
-    The header is the first row that has as many filled cells as the widest one, so that titles
-    above it are skipped. Of cells that are merged downwards, each gets the value of the first.
-    Raises RestOfFileUnreadable for a workbook that cannot be read.
+    The header is the first row that has at least HEADER_SHARE of the filled cells of the widest
+    one, so that titles above it are skipped. Of cells that are merged downwards, each gets the
+    value of the first. Raises RestOfFileUnreadable for a workbook that cannot be read.
     """
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _size):
         _require_bounded(file)

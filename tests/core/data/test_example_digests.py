@@ -15,7 +15,7 @@ from nested_core.data import example_digests
 from nested_core.data.example_digests import TrainedRows, decode_digests, encode_digests
 from nested_core.data.example_rows import RowKeys
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
-from nested_core.data.lines.line_rows import digest_example, fold_text
+from nested_core.data.lines.line_rows import digest_with_beginnings, fold_text
 from tests.left_out import needs_rooms
 
 TEXTS = st.text() | st.sampled_from(
@@ -91,10 +91,10 @@ def test_the_fast_parser_and_the_complete_one_give_a_row_the_same_keys(row: dict
     ],
 )
 def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str, Any]) -> None:
-    own = digest_example(parse_line(json.dumps({"messages": TURNS}).encode(), FieldNames()))
-    assert digest_example(parse_line(json.dumps(row).encode(), FieldNames())) == own
+    own = digest_of({"messages": TURNS})
+    assert digest_of(row) == own
     other = {"prompt": "Who?", "completion": "You."}
-    assert digest_example(parse_line(json.dumps(other).encode(), FieldNames())) != own
+    assert digest_of(other) != own
 
 
 def test_a_turn_with_a_name_is_another_row() -> None:
@@ -121,7 +121,10 @@ def test_a_row_that_ends_with_an_end_text_of_any_base_is_the_same_without_a_toke
     ):
         assert digest_of(ended) == digest_of(plain) != digest_of(other)
         keys = RowKeys.of(plain)
-        assert (RowKeys.of(ended).folded, RowKeys.of(ended).prompt) == (keys.folded, keys.prompt)
+        assert (RowKeys.of(ended).folded, RowKeys.of(ended).questions) == (
+            keys.folded,
+            keys.questions,
+        )
 
 
 def test_a_control_token_that_ends_no_text_makes_another_row() -> None:
@@ -223,7 +226,10 @@ def test_all_that_is_white_space_is_ignored_in_chats_and_beside_tools(space, mor
 
 def test_composed_and_decomposed_letters_are_the_same() -> None:
     one, other = ({"prompt": f"Caf{e}?", "completion": "Yes."} for e in ("\xe9", "e\u0301"))
-    assert (digest_of(one), RowKeys.of(one).prompt) == (digest_of(other), RowKeys.of(other).prompt)
+    assert (digest_of(one), RowKeys.of(one).questions) == (
+        digest_of(other),
+        RowKeys.of(other).questions,
+    )
     assert digest_of(one) != digest_of({"prompt": "Cafe?", "completion": "Yes."})
 
 
@@ -239,7 +245,7 @@ def test_keys_of_arguments_are_in_order_whatever_their_case() -> None:
 def test_a_pair_with_a_line_break_is_the_pair_with_a_space() -> None:
     pairs = [{"prompt": f"Who{s}is it?", "chosen": "Me.", "rejected": f"You{s}too."} for s in " \n"]
     one, other = map(RowKeys.of, pairs)
-    assert (one.folded, one.prompt) == (other.folded, other.prompt)
+    assert (one.folded, one.questions) == (other.folded, other.questions)
     assert one.content != other.content
 
 
@@ -248,12 +254,12 @@ def test_a_pair_is_the_row_that_has_its_chosen_answer_alone() -> None:
     chosen = {"prompt": "Who?", "completion": "Me."}
     pair = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
     read = parse_line(json.dumps(pair).encode(), FieldNames(loss="dpo"))
-    assert digest_example(read) == digest_of(chosen)
-    assert digest_example(read) != digest_of(chosen | {"completion": "You."})
+    assert digest_with_beginnings(read) == [digest_of(chosen)]
+    assert digest_with_beginnings(read) != [digest_of(chosen | {"completion": "You."})]
 
 
 def digest_of(row: dict[str, Any]) -> int:
-    return digest_example(parse_line(json.dumps(row).encode(), FieldNames()))
+    return digest_with_beginnings(parse_line(json.dumps(row).encode(), FieldNames()))[0]
 
 
 def test_a_row_with_tools_is_the_same_whatever_stands_where_it_says_nothing() -> None:

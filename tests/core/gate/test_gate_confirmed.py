@@ -22,6 +22,8 @@ from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.builders.candidates import STEPS, Candidate
 
+pytestmark = pytest.mark.slow("judges run after run")
+
 CHECKPOINT = f"checkpoints/step-{STEPS:07d}"
 ADAPTER = ("adapters.safetensors", "adapter_config.json")
 FILES = (

@@ -189,7 +189,9 @@ def test_what_no_repository_is_called_is_no_folder_here(name: str) -> None:
         require_folder_or_hub_name(name)
 
 
-@pytest.mark.claim("Data, adapters and model folders can run nothing here")
+@pytest.mark.claim(
+    "Data, adapters and model folders can run nothing here, but code that your file trusts"
+)
 def test_code_in_a_models_folder_is_run_only_where_the_configuration_trusts_it(tmp_path) -> None:
     model = base_copy(tmp_path / "model", model_file="own.py")
     config = json.loads((model / "config.json").read_bytes())

@@ -14,6 +14,8 @@ from nested_core import NestedAdamW, Tier
 from tests.core.optim import leaves
 from tests.core.optim.leaves import bits, step_of
 
+pytestmark = pytest.mark.slow("hundreds of optimizers")
+
 STEPS = 13
 clocks = st.lists(st.integers(1, 6), min_size=1, max_size=8).map(sorted)
 

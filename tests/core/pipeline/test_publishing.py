@@ -91,6 +91,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         initial_digest: str = "0" * 64,
         tasks: Sequence[dict[str, Any]] = (),
         base: str | None = "b1",
+        vocabulary: str | None = "v1",
     ) -> RunDirectory:
         run = RunDirectory(tmp_path / f"run-{value}")
         run.adapter.mkdir(parents=True)
@@ -109,7 +110,9 @@ def make_run(tmp_path: Path) -> MakeRun:
             name: SplitStats(f"{name}.jsonl", "chat", 1, 0, 0, 1, {}, data)
             for name in ("train", "valid")
         }
-        write_json(run.dataset, DatasetReport("data", data, splits, ()).to_json())
+        write_json(
+            run.dataset, DatasetReport("data", data, splits, (), vocabulary=vocabulary).to_json()
+        )
         run.config.write_text("model: m\nregistry: {keep_data: false}\n")
         return run
 
@@ -398,14 +401,17 @@ class TestPromotionByAPerson:
             {"left_out": None},
             {"base": "b2"},
             {"base": None},
+            {"vocabulary": "v2"},
+            {"vocabulary": None},
         ],
         ids=str,
     )
     def test_losses_that_were_measured_otherwise_are_not_compared(
         self, make_run: MakeRun, by_hand: Any, tmp_path: Path, other: dict[str, Any]
     ) -> None:
-        by_hand(make_run(1.0, loss=1.0))
-        run = make_run(2.0, loss=5.0, **{key: other[key] for key in ("base",) if key in other})
+        made = {key: other[key] for key in ("base", "vocabulary") if key in other}
+        by_hand(make_run(1.0, loss=1.0, **{key: n for key, n in made.items() if n is None}))
+        run = make_run(2.0, loss=5.0, **made)
         with run.config.open("a") as config:
             config.write(other.get("config", ""))
         gate = read_gate(run.gate)

@@ -48,6 +48,7 @@ def stats() -> ModuleType:
     skew=st.sampled_from(["normal", "exponential", "lognormal"]),
 )
 @settings(max_examples=15, deadline=None)
+@pytest.mark.slow("imports SciPy")
 def test_the_interval_is_scipys_bootstrap_at_the_expanded_level(
     stats, seed, examples, skew
 ) -> None:

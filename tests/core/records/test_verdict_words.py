@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from nested_core.records.outcome_names import Outcome
-from nested_core.records.verdict import OUTCOME_BY_CODE, Code
+from nested_core.records.verdict import OUTCOME_BY_CODE, AncestorLoss, Code
 from tests.core.report.verdicts import CHAMPION, LOSSES, SUITE, make_verdict
 
 LOSS = "validation loss 3.142 -> 0.02135 (valid.jsonl, 84 examples, step 80)"
@@ -142,3 +142,25 @@ def test_answers_above_the_base_and_any_constant_one_are_green_and_in_the_words(
     verdict = make_verdict(validation=losses, tasks=[SUITE | task for task in tasks])
     assert verdict.describe() == f"passed, better; {words}"
     assert verdict.tone == "good"
+
+
+@pytest.mark.parametrize(
+    ("counts", "is_unmeasured"),
+    [
+        ({}, True),
+        ({"left_out": 9}, True),
+        ({"superseded": 9}, True),
+        ({"superseded": 1, "left_out": 9}, True),
+        ({"repeated": 1, "left_out": 9}, True),
+        ({"repeated": 1, "missing": 9}, False),  # the lost ones may be rows of train
+        ({"repeated": 9}, False),
+        ({"repeated": 9, "superseded": 1}, False),
+    ],
+    ids=str,
+)
+def test_a_version_is_measured_where_newer_data_has_all_that_is_left_of_its_examples(
+    counts: dict[str, Any], is_unmeasured: bool
+) -> None:
+    ancestor = AncestorLoss("0" * 64, not_compared="nothing is left", **counts)
+    assert ancestor.is_unmeasured == is_unmeasured
+    assert not AncestorLoss("0" * 64, loss=1.0, difference=0.1, **counts).is_unmeasured

@@ -204,6 +204,68 @@ def test_a_listed_prompt_is_that_of_every_row_whatever_its_tools_names_and_syste
         assert read_row_list(listed).has(row | {"messages": [asked, *row["messages"]]})
 
 
+def chat(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    """Turns of questions and answers."""
+    pairs = [
+        ({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in turns
+    ]
+    return [turn for pair in pairs for turn in pair]
+
+
+CALLED = [("My number is 555", "Noted"), ("Thanks", "Bye")]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"messages": chat(*CALLED)},
+        {"messages": chat(*CALLED[:1])},
+        {"prompt": CALLED[0][0], "completion": CALLED[0][1]},
+        {"messages": [{"role": "system", "content": "Be brief."}, *chat(*CALLED)]},
+        {"messages": chat(*CALLED), "loss_mask": [0, 0, 0, 1]},
+    ],
+    ids=["begins", "equal", "completion", "system", "not learnt"],
+)
+def test_a_listed_row_or_prompt_is_that_of_every_chat_with_it(tmp_path, stored) -> None:
+    listed = tmp_path / "listed.jsonl"
+    for written in (CALLED[0][0], {"messages": chat(*CALLED[:1])}):
+        listed.write_text(json.dumps(written))
+        assert read_row_list(listed).has(stored)
+        assert not read_row_list(listed).has({"messages": chat(("Thanks", "Bye"))})
+    listed.write_text(json.dumps({"messages": chat((CALLED[0][0], "What?"))}))
+    assert not read_row_list(listed).has(stored)
+
+
+def test_a_listed_text_is_that_of_every_chat_with_such_a_turn(tmp_path) -> None:
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps("my number is 555"))
+    later = {"messages": chat(("Hi", "Hello"), CALLED[0])}
+    assert read_row_list(listed).has(later)
+    unanswered = {"messages": later["messages"][:-1]}
+    listed.write_text(json.dumps(unanswered))
+    assert read_row_list(listed).has(later)
+    assert not read_row_list(listed).has({"messages": chat(CALLED[0])})
+
+
+@needs_rooms("preferences")
+def test_a_listed_pair_is_itself_alone(tmp_path) -> None:
+    pair = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps(pair))
+    assert read_row_list(listed).has(pair)
+    assert not read_row_list(listed).has(pair | {"rejected": "She."})
+    assert not read_row_list(listed).has({"prompt": "Who?", "completion": "Me."})
+    listed.write_text(json.dumps({"prompt": "Who?", "completion": "Me."}))
+    assert read_row_list(listed).has(pair)
+
+
+def test_a_list_with_a_line_nested_too_deeply_is_refused(tmp_path) -> None:
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(f'{{"messages": {"[" * 100_000}')
+    with pytest.raises(ConfigError, match="listed.jsonl:1 is neither a row nor a prompt"):
+        read_row_list(listed)
+
+
 def test_a_prompt_of_system_texts_alone_is_refused_and_lists_no_row_of_text(tmp_path) -> None:
     listed = tmp_path / "listed.jsonl"
     listed.write_text(json.dumps({"messages": [{"role": "system", "content": "Be brief."}]}))
@@ -485,9 +547,9 @@ def test_prompts_are_compared_without_case_white_space_and_system_texts():
     )
     system = [{"role": "system", "content": text} for text in ("Be brief.", "Be brief, please.")]
     asked = [RowKeys.of({"messages": [one, *turns]}) for one in system]
-    assert {one.prompt for one in asked} == {keys.prompt}
+    assert {one.questions for one in asked} == {keys.questions}
     assert len({one.folded for one in asked}) == 2
-    assert RowKeys.of({"messages": [*turns, *turns]}).prompt != keys.prompt
-    assert (keys.prompt, keys.folded) == (others.prompt, others.folded)
+    assert RowKeys.of({"messages": [*turns, *turns]}).questions != keys.questions
+    assert (keys.questions, keys.folded) == (others.questions, others.folded)
     assert keys.content != others.content
-    assert RowKeys.of({"text": "A Cat"}).prompt is None
+    assert RowKeys.of({"text": "A Cat"}).questions == ()

@@ -182,6 +182,7 @@ def test_a_version_that_no_line_knows_is_read_before_the_next_writer_adds_its_li
     assert [line.version for line in read_ledger(registry / NAME).entries] == [three[1]]
 
 
+@pytest.mark.slow("500 registries")
 def test_500_random_mutations_are_all_found(three, registry):
     folder, choose = registry / NAME / "versions" / three[2], random.Random(7)  # noqa: S311
     for _ in range(500):

@@ -75,6 +75,7 @@ def open_folder() -> Iterator[Path]:
 
 
 @needs_rooms("housekeeping")
+@pytest.mark.slow("processes of another user")
 def test_another_user_replaces_nothing_in_a_version_and_still_collects_and_copies(
     open_folder: Path,
 ) -> None:

@@ -34,7 +34,9 @@ def test_hostile_headers_are_refused_within_a_second_and_100_mb_each(tmp_path: P
         assert outcome["bytes"] < 100e6, (name, outcome)
 
 
-@pytest.mark.claim("Data, adapters and model folders can run nothing here")
+@pytest.mark.claim(
+    "Data, adapters and model folders can run nothing here, but code that your file trusts"
+)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -35,6 +35,8 @@ from tests.runs import judged_night
 from tests.waiting import wait_until
 from tests.webhook_server import SECRET_PATH, WebhookServer, serving_webhook
 
+pytestmark = pytest.mark.slow("a server, and runs that end in each way")
+
 NAME = "support-bot"
 ALERTS = [planned for planned in make_plan().automations if "notify" in planned]
 NAMES = [planned["name"] for planned in ALERTS]

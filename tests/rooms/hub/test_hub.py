@@ -184,7 +184,9 @@ def test_no_network_is_asked_for_when_offline(monkeypatch) -> None:
         load_dataset(DataSettings("org/no-such-name"), None)
 
 
-@pytest.mark.claim("Data, adapters and model folders can run nothing here")
+@pytest.mark.claim(
+    "Data, adapters and model folders can run nothing here, but code that your file trusts"
+)
 def test_code_of_a_data_set_needs_trust(questions: Path) -> None:
     asking = {"path": "org/name", "config": {"trust_remote_code": True}}
     with pytest.raises(ConfigError, match=r"asks to run code of the data set|nested-tune\[hub\]"):

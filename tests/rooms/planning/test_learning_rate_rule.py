@@ -43,6 +43,17 @@ def test_where_a_setting_lies_is_said_with_what_to_try(values, product, advice) 
 
 
 @pytest.mark.parametrize(
+    ("rate", "share", "product", "advice"),
+    [(1e-4, 0.3, "0.0048", "1"), (1e-3, 0.5, "0.08", "0.1"), (1e-5, 0.3, "0.00048", "1")],
+)
+def test_the_advice_for_a_night_is_another_share_of_the_rate(rate, share, product, advice) -> None:
+    said = describe_learning_rate(configured(learning_rate=rate), share)
+    assert said is not None
+    assert said.startswith(f"rank x scale x rate is {product}; ")
+    assert said.endswith(f": try continual.rate: {advice}")
+
+
+@pytest.mark.parametrize(
     ("rate", "is_warned_of"),
     [(1.8e-5, True), (2e-5, False), (1e-4, False), (3e-4, False), (3.2e-4, True)],
 )

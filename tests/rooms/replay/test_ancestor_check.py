@@ -22,12 +22,12 @@ from nested_core.records.verdict_table import list_checks
 from nested_core.registry import promote, register
 from nested_core.registry.data_store import RunExamples, StoredRow
 from nested_core.rooms.replay import ancestor_examples
-from nested_core.rooms.replay.ancestor_check import ancestor_reasons, summarise_ancestors
 from nested_core.rooms.replay.ancestor_examples import (
     AncestorExamples,
     choose_ancestor_examples,
     share_rows,
 )
+from nested_core.rooms.replay.gate_check import ancestor_reasons, summarise_ancestors
 from nested_core.storage.adapter import write_adapter
 from nested_core.text.digest_format import shorten_digest
 from tests.builders.candidates import Arrays, Candidate

@@ -23,6 +23,7 @@ from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.judged_run import read_judged_run
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay.replay_record import read_replay
+from nested_core.rooms.replay.replayed_examples import read_new_data
 from nested_core.rooms.replay.replayed_run import ReplayOfRun
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import (
@@ -99,6 +100,66 @@ def test_rows_that_newer_data_repeats_corrects_or_holds_out_are_not_replayed(tmp
     assert report.splits["train"].dropped == {"held-out-before": (3,)}
     assert report.splits["train"].rows == len(splits["train"]) == 3
     assert "dropped-held-out-before" in report.describe_warnings()
+
+
+@pytest.mark.parametrize(
+    ("learnt", "replayed", "dropped"),
+    [
+        ({"training": {"supervise": "all"}}, ["5"], [2]),
+        ({"mask_prompt": False}, ["5"], [2]),
+        ({}, ["4", "5"], []),
+    ],
+)
+def test_a_chat_whose_learnt_beginning_is_held_out_is_not_trained_on(
+    tmp_path, learnt, replayed, dropped
+) -> None:
+    def chat(*turns: str) -> str:
+        roles = ("user", "assistant") * len(turns)
+        pairs = zip(roles, turns, strict=False)
+        return json.dumps({"messages": [{"role": role, "content": text} for role, text in pairs]})
+
+    tonight = [chat("a?", "1"), chat("held then?", "2", "and?", "3"), chat("b?", "1")]
+    write_split(tmp_path / "new", train=tonight, valid=[chat("held now?", "1")])
+    earlier = [chat("HELD now?", "1", "longer?", "4"), chat("held now?", "9", "other?", "5")]
+    write_split(tmp_path / "old", train=earlier, valid=[chat("held then?", "2")])
+    config = configure(tmp_path, "old", iters=40, **learnt)
+    run, record = choose(config, tmp_path / "run")
+    (old,) = record.sources
+    lines = map(json.loads, run.replayed_rows.read_text().splitlines())
+    assert sorted(line["messages"][3]["content"] for line in lines) == replayed
+    assert (old.held_out, old.examples) == (2 - len(replayed), len(replayed))
+    report, _ = load_run_data(config, run)
+    assert [*report.splits["train"].dropped.get("held-out-before", ())] == dropped
+
+
+def test_a_row_that_is_held_out_under_another_system_text_is_not_trained_on(tmp_path) -> None:
+    def under(system: str, question: str) -> str:
+        roles = {"system": system, "user": question, "assistant": "1"}
+        return json.dumps({"messages": [{"role": n, "content": text} for n, text in roles.items()]})
+
+    tonight = [under("Be kind.", each) for each in ("held then?", "a?", "b?")]
+    write_split(tmp_path / "new", train=tonight, valid=[under("Be kind.", "held now?")])
+    earlier = [under("Be brief.", each) for each in ("held now?", "c?")]
+    write_split(tmp_path / "old", train=earlier, valid=[under("Be brief.", "held then?")])
+    config = configure(tmp_path, "old", iters=40)
+    run, record = choose(config, tmp_path / "run")
+    (old,) = record.sources
+    assert (old.held_out, old.examples) == (1, 1)
+    report, _ = load_run_data(config, run)
+    assert report.splits["train"].dropped == {"held-out-before": (1,)}
+
+
+def test_a_chat_that_an_ancestor_held_out_is_judged_by_though_its_beginning_is_too(
+    tmp_path,
+) -> None:
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    begun = json.dumps({"messages": turns[:2]})
+    write_split(tmp_path / "new", train=[row("a?", "1")], valid=[begun])
+    config = configure(tmp_path, "old", training={"supervise": "all"})
+    judged = read_new_data(config, held_out_is_judged=True)
+    assert judged.find_reason({"messages": turns}) is None
+    assert judged.find_reason({"messages": turns[:2]}) == "held_out"
+    assert read_new_data(config).find_reason({"messages": turns}) == "held_out"
 
 
 @needs_rooms("preferences")

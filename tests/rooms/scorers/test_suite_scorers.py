@@ -19,6 +19,8 @@ from nested_core.rooms.scorers.scoring_process import first_json_value
 from tests.builders.suites import score_each
 from tests.core.measure.answers.test_suites import write
 
+pytestmark = pytest.mark.slow("starts processes")
+
 SLOW = "(?i)" + "[\u0100-\uffff]" * 20_000  # a fast machine compiles it in minutes
 TIMED_OUT = pytest.mark.slow("waits until a time limit ends, as others do")
 OBJECT = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
@@ -214,6 +216,27 @@ def test_patterns_and_schemas_are_compiled_in_a_process_with_a_time_limit(
 def test_a_function_that_is_not_there_is_an_error(tmp_path, function) -> None:
     with pytest.raises(DatasetError, match=rf"the function {function}: \w+Error"):
         score(tmp_path, "python", "a", function, expected="a")
+
+
+def test_a_module_may_define_a_data_class_with_annotations_as_text(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        "from __future__ import annotations",
+        "from dataclasses import dataclass",
+        "@dataclass",
+    ]
+    lines += ["class Part:", "    weight: float", "def judge(answer, question):"]
+    Path("parts.py").write_text("\n".join([*lines, "    return Part(1.0).weight", ""]))
+    assert score(tmp_path, "python", "a", "parts:judge", expected="a") == 1
+
+
+def test_a_module_in_a_package_may_import_its_neighbours(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pkg").mkdir()
+    Path("pkg", "helper.py").write_text("value = 1\n")
+    lines = ["from .helper import value", "def judge(answer, question):", "    return value", ""]
+    Path("pkg", "judging.py").write_text("\n".join(lines))
+    assert score(tmp_path, "python", "a", "pkg.judging:judge", expected="a") == 1
 
 
 @pytest.mark.parametrize("name", ["flows", "nested_core", "pytest", "tasks"])

@@ -20,6 +20,8 @@ from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.builders.data_sets import Found, chat, load, warnings_in, write_lines
 from tests.example import DATA, MODEL
 
+pytestmark = pytest.mark.slow("tokenizes data set after data set")
+
 CAPITALS = re.compile(r"see (.+), the capital of (.+)!")
 BASE = TokenizerSource(str(MODEL))
 OLD = "Ask Tina and Tina."

@@ -361,6 +361,7 @@ def test_a_workbook_without_a_visible_row_is_refused(tmp_path: Path, write: dict
     assert done.code == 3
 
 
+@pytest.mark.slow("a long table")
 def test_a_semicolon_is_found_where_prices_have_a_comma_in_every_row(tmp_path: Path) -> None:
     rows = "".join(f"{n};Rechnung {n};{n},50\n" for n in range(30))
     (tmp_path / "a.csv").write_text(f"Id;Text, lang;Preis\n{rows}")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from nested_core.gate.checks.losses import TRAINING_LOSS
 from nested_core.gate.evidence.training_divergence import Divergence, find_divergence
 from nested_core.records.metrics import read_metrics
+from nested_core.records.verdict import Validation
 from tests.builders.candidates import Candidate, example_data, train_candidate, vouch
 from tests.builders.data_sets import write_lines
 from tests.core.gate.pairs import codes
+
+NOTHING_LEFT = Validation(None, None, selected_on_same_data=False, examples=0, left_out=10)
+MEASURED = Validation(4.0, 4.1, selected_on_same_data=False, examples=10, left_out=0)
 
 
 @pytest.mark.slow("trains and judges a run of its own")
@@ -69,6 +75,14 @@ def test_the_step_at_which_a_loss_left_is_that_of_the_first_report_above() -> No
         (reports("loss", 4.0, None), Divergence(10, 1.0, 4.0, None, True, 1)),
         (reports("loss", None, None), Divergence(0, 1.0, None, None, True, 2)),
         (reports("val_loss", 4.0, 3.0, 7.5), Divergence(20, 1.0, 4.0, 7.5, True, 1)),
+        (  # both rose
+            [*reports("val_loss", 4.0, 7.5), *reports("loss", 4.0, 9.0, 9.0, 9.0)],
+            Divergence(10, 1.0, 4.0, 7.5, True, 3),
+        ),
+        (  # it learnt its own rows, and nothing else
+            [*reports("val_loss", 4.0, 7.5), *reports("loss", 4.0, 1.0, 0.1)],
+            Divergence(10, 1.0, 4.0, 7.5, True, 1),
+        ),
         (reports("grad_norm", 1.0, 0.0, 0.0), Divergence(10, 1.0, None, None, False, 2)),
         (reports("grad_norm", 1.0, 0.0, 2.0), None),
         (reports("grad_norm", 1.0, None), Divergence(10, 1.0, None, None, False, 1)),
@@ -147,3 +161,18 @@ def test_a_configuration_that_differs_is_told_whatever_the_loss_did(candidate: C
     candidate.rewrite(change_config=lambda meaning: meaning["lora_parameters"].update(scale=20.0))
     diverge(candidate)
     assert "config_mismatch" in codes(candidate.verdict())
+
+
+@pytest.mark.parametrize(
+    ("validation", "is_rejected"), [(None, True), (NOTHING_LEFT, True), (MEASURED, False)]
+)
+def test_a_diverged_run_is_rejected_where_no_held_out_loss_was_measured(
+    validation: Validation | None, is_rejected: bool
+) -> None:
+    judged: Any = SimpleNamespace(
+        divergence=Divergence(20, 1.0, 4.0, 9.0, True, 3),
+        verdict=SimpleNamespace(validation=validation),
+    )
+    assert [reason.code for reason in TRAINING_LOSS.find(judged)] == [
+        "loss_regressed"
+    ] * is_rejected

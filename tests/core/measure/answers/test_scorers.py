@@ -72,7 +72,18 @@ def test_the_last_number_of_a_text(text, number) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["28.11.2026", "v1.2.3", "1.2.3rc4", "-1.2.3", "192.168.0.1", "1.234.567", "1,234.5.6"]
+    "text",
+    [
+        "28.11.2026",
+        "v1.2.3",
+        "1.2.3rc4",
+        "v1.2.3-4",
+        "1.2.3-rc.1+5",
+        "-1.2.3",
+        "192.168.0.1",
+        "1.234.567",
+        "1,234.5.6",
+    ],
 )
 def test_digits_with_more_than_one_point_are_no_number(text) -> None:
     assert last_number(text) is None

@@ -1,11 +1,13 @@
-"""The check of the ancestors: the candidate beside the champion, on what earlier nights held out.
+"""The checks of a run that replays: no worse than the champion, and no ancestor is forgotten.
 
-An adapter that is better at tonight's data and has lost last week's is refused. The bound is
-relative to the champion's loss, and the interval is corrected for the number of ancestors: with ten
-of them, one in twenty nights that forgot nothing would otherwise be refused for chance alone.
+The checks of losses compare a run with its start. A rebuilt run starts from the base, so that these
+say nothing of the champion; here the same bounds are held against the champion's losses.
 
-An ancestor with too few examples for an interval cannot be judged by itself. All of these are
-joined and judged as one.
+Of the ancestors: an adapter that is better at tonight's data and has lost last week's is refused.
+The bound is relative to the champion's loss, and the interval is corrected for the number of
+ancestors: with ten of them, one in twenty nights that forgot nothing would otherwise be refused for
+chance alone. An ancestor with too few examples for an interval cannot be judged by itself. All of
+these are joined and judged as one.
 """
 
 from __future__ import annotations
@@ -17,16 +19,24 @@ from pathlib import Path
 import numpy as np
 
 from nested_core.config.sections import GateSection
-from nested_core.gate.checks.base import WITHOUT_MODEL
 from nested_core.gate.checks.champion import CHAMPION
-from nested_core.gate.checks.judged import Check, CheckedRun
+from nested_core.gate.checks.judged import Check, CheckedRun, GateChecks
+from nested_core.gate.checks.losses import WITHOUT_MODEL
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.losses.held_out_loss import HeldOutExamples
-from nested_core.measure.losses.loss_figures import Spread, compare_losses, describe_noise
+from nested_core.measure.losses.loss_figures import (
+    Spread,
+    compare_losses,
+    describe_noise,
+    harm_reasons,
+    loss_reasons,
+    summarise_losses,
+)
 from nested_core.records.loss_conclusion import MIN_EXAMPLES
 from nested_core.records.losses import ExampleLosses
 from nested_core.records.paired_difference import Indices
+from nested_core.records.start import read_start
 from nested_core.records.verdict import JOINED, AncestorLoss, Reason
 from nested_core.rooms.replay.ancestor_examples import (
     AncestorExamples,
@@ -36,6 +46,27 @@ from nested_core.rooms.replay.ancestor_examples import (
 from nested_core.storage.atomic import finite_or_none
 from nested_core.text.loss_format import format_change
 from nested_core.text.stages import stages
+
+
+def _find_worse_than_champion(judged: CheckedRun) -> Iterator[Reason]:
+    """Yield reasons against a rebuilt adapter that is worse than the champion on held-out data.
+
+    They are those of the ordinary checks of losses, with the champion's losses in place of those
+    before training. Yields none for a run that was not rebuilt, and without the champion's losses.
+    """
+    start, losses = read_start(judged.config, judged.run), judged.losses
+    if start is None or start.choice.policy != "rebuild" or losses is None:
+        return
+    shared = losses.examples_with_champion_loss()
+    if shared.champion is None or not len(shared):
+        return
+    shared = replace(shared, before=shared.champion)
+    validation = summarise_losses(
+        shared, selected_on_same_data=False, bounds=judged.bounds, candidates=judged.candidates
+    )
+    reasons = loss_reasons(validation, judged.bounds)
+    for reason in reasons or harm_reasons(shared, validation, judged.bounds):
+        yield replace(reason, message=f"against the champion, {reason.message}")
 
 
 def _compare_on_ancestors(judged: CheckedRun) -> Iterator[Reason]:
@@ -202,6 +233,7 @@ def _plan_work(run: RunToJudge) -> GateWork:
     return GateWork(rows=2 * run.count_rows(rows, 1))
 
 
+REBUILT = Check("rebuilt", _find_worse_than_champion, stopped_by=WITHOUT_MODEL)
 ANCESTORS = Check(
     "ancestors",
     _compare_on_ancestors,
@@ -209,3 +241,4 @@ ANCESTORS = Check(
     bounds=("max_ancestor_loss_increase",),
     plan_work=_plan_work,
 )
+CHECKS = GateChecks((REBUILT, ANCESTORS))
