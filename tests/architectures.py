@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from nested_core import backend
 from nested_core.backend import to_float, to_int
 from nested_core.models.parameters import (
     ParameterRefs,
@@ -203,6 +204,12 @@ def require_near(found: Outcome, expected: Outcome, *, loss: float, gradients: f
     """Expect the same loss and gradients within these shares of them."""
     assert found.loss == pytest.approx(expected.loss, rel=loss)
     assert largest_difference(found.gradients, expected.gradients) < gradients
+
+
+# Of 4,096 values of a * b + c in bfloat16 876 differed on an H200 where MLX had compiled it
+compiled_as_written = pytest.mark.skipif(
+    backend.device() != "cpu", reason="CUDA's compiler rounds a product and its sum once"
+)
 
 
 def uncompiled(function: Any) -> Any:

@@ -45,6 +45,7 @@ os.environ.update(
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_HOME=str(_PREFECT_HOME),
     NESTED_TUNE_CACHE=str(_PREFECT_HOME / "cache"),
+    MLX_ENABLE_TF32="0",  # on a GPU too, float32 is compared to its last bits
 )
 for _name in ("PREFECT_API_URL", "PREFECT_PROFILE", "COLUMNS"):
     os.environ.pop(_name, None)

@@ -14,6 +14,7 @@ from benchmarks.learning.study import (
     APART,
     FULL,
     REAL,
+    REHEARSAL,
     SMALL,
     STREAM_FOUR,
     STREAM_INTENTS,
@@ -28,6 +29,7 @@ STUDIES: dict[str, Study] = {
     "apart": APART,
     "full": FULL,
     "real": REAL,
+    "rehearsal": REHEARSAL,
     "small": SMALL,
     "streams": STREAMS,
     "streams-20M": STREAMS_20M,
@@ -57,8 +59,10 @@ def main() -> None:
         make_base(options.corpus, options.size, options.seconds, options.out)
     elif options.command == "general":
         from benchmarks.learning.general import write_general
+        from benchmarks.learning.rehearsal import write_rehearsal
 
         write_general(options.books, options.data, options.base)
+        write_rehearsal(options.base)
     elif options.command == "report":
         from benchmarks.learning.report import write_report
         from benchmarks.learning.stream_report import write_stream_report
@@ -86,7 +90,7 @@ def parse() -> argparse.Namespace:
     base.add_argument("size", help="10M or 20M")
     base.add_argument("out", type=Path)
     base.add_argument("--seconds", type=float, required=True)
-    general = commands.add_parser("general", help="general text and instructions, for a base")
+    general = commands.add_parser("general", help="general text, instructions and rows to rehearse")
     general.add_argument("books", type=Path)
     general.add_argument("data", type=Path, help="folder of the tasks' repositories")
     general.add_argument("base", type=Path, help="the base's folder, which they are written into")

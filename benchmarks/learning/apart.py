@@ -96,10 +96,12 @@ def runs_of(rows: Sequence[Row]) -> Runs:
     return runs
 
 
-def difference(runs: Runs, one: str, other: str) -> Difference | None:
+def difference(
+    runs: Runs, one: str, other: str, tasks: Sequence[str] = REAL_TASKS
+) -> Difference | None:
     """Of the seeds that both arms have of a task; None where a task has none."""
     pairs = []
-    for task in REAL_TASKS:
+    for task in tasks:
         first, second = runs.get((one, task), {}), runs.get((other, task), {})
         seeds = sorted(first.keys() & second.keys())
         if not seeds:

@@ -28,6 +28,7 @@ from benchmarks.learning.fresh import read_fresh
 from benchmarks.learning.general import INSTRUCTIONS_NAME
 from benchmarks.learning.judge import Judge, Judged, encode, read_base
 from benchmarks.learning.meter import Meter
+from benchmarks.learning.rehearsal import REHEARSAL_LENGTH, REHEARSAL_NAME
 from benchmarks.learning.study import (
     CHOOSING_SEED,
     CORRECTED,
@@ -36,6 +37,7 @@ from benchmarks.learning.study import (
     OF_MLX_LM,
     PEFT,
     QUIET_SEED,
+    REHEARSED,
     UNCORRECTED,
     WITH_LAST_STEP,
     Cell,
@@ -66,6 +68,7 @@ CHANGES: Mapping[str, Sequence[Mapping[str, Any]]] = {
     "c-unclipped": ({"training": {"max_grad_norm": 0.0}},),
     "c-2e-4": ({"learning_rate": 2e-4},),
     "c-3e-4-corrected": ({"learning_rate": 3e-4, **CORRECTED},),
+    **dict.fromkeys(REHEARSED, ()),
 }
 SWEPT = {"learning_rate": (2e-4, 3e-4)}  # of arm e where answers choose, beside `init`'s own rate
 
@@ -103,7 +106,8 @@ def run_cell(cell: Cell, study: Study, bases: Path, data: Path | None) -> dict[s
         }
         split = "choose" if cell.seed == CHOOSING_SEED else "judge"
         judge = read_judge(cell.task, base, data, study.counts, split)
-        judged = judge.judge(adapter, asks=cell.seed == ASKING_SEED)
+        asks = study.asks_each_seed or cell.seed == ASKING_SEED
+        judged = judge.judge(adapter, asks=asks)
         if cell.seed in FOLLOWED_SEEDS:
             measured["on_the_way"] = list(follow(Path(scratch), meter, judge))
         if adapter:
@@ -336,6 +340,10 @@ def prepare_ours(cell: Cell, study: Study, splits: Splits, base: Path, folder: P
         task = {"name": SUITE, "file": str(suite), "score": "exact"}
         longest = longest_answer(base, splits.choose)
         values["gate"] |= {"tasks": [task | {"max_tokens": longest}]}
+    if share := REHEARSED.get(cell.arm):
+        replay = {"fraction": share, "sources": [str(base / REHEARSAL_NAME)], "missing": "error"}
+        values["continual"] = {"replay": replay}
+        values["max_seq_length"] = max(values["max_seq_length"], REHEARSAL_LENGTH)
     values["seed"] = cell.seed
     if cell.seed in FOLLOWED_SEEDS:
         values["training"]["keep_checkpoints"] = round(1 / SAVED_STEPS) + 1

@@ -23,6 +23,7 @@ from benchmarks.learning.tasks import Row
 ANSWER_TOKENS_AT_ONCE = 2048  # logits of 49,152 words in float32 are 0.4 GB then
 TOKENS_AT_ONCE = 8192  # of prompts and answers: several workers judge on one GPU at the same time
 WIDTH_MULTIPLE = 8
+FEW_ANSWERS = 0.5  # different ones, of the rows: then they are names of classes
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Judged:
         without such text.
     kept: the share of tokens of the base's own answers to general instructions that are still the
         likeliest; None without such instructions.
-    like_task: the share of general instructions that are answered by an answer of the task, or by
-        JSON where that has it; None where it was not asked.
+    like_task: the share of general instructions that are answered by an answer of the task, by JSON
+        where it has that, or with the first word of one where most differ; None where not asked.
     """
 
     right: np.ndarray[Any, np.dtype[np.bool_]]
@@ -71,6 +72,7 @@ class Judge:
         self.folder = base
         self.base, self.tokenizer = read_base(base)
         self.answers = {row.answer for row in rows}
+        self.has_few = len(self.answers) < FEW_ANSWERS * len(rows)
         self.rows = [encode(self.tokenizer, row) for row in rows]
         self.general = [(list(tokens), 1) for tokens in general]
         self.instructions = instructions
@@ -114,11 +116,17 @@ class Judge:
     def _share_like_task(self, model: nn.Module) -> float:
         from benchmarks.learning.general import answer
 
-        are_json = all(text.startswith("{") for text in self.answers)
         answers = answer(model, self.tokenizer, [prompt for prompt, _ in self.instructions])
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
-        alike = [t.startswith("{") if are_json else t.strip() in self.answers for t in texts]
-        return sum(alike) / len(alike)
+        return sum(map(self.is_like_task, texts)) / len(texts)
+
+    def is_like_task(self, text: str) -> bool:
+        """Whether an answer to something else is one of the task's, as `like_task` counts it."""
+        if all(answer.startswith("{") for answer in self.answers):
+            return text.startswith("{")
+        if self.has_few:
+            return text.strip() in self.answers
+        return text.split()[:1] in [answer.split()[:1] for answer in self.answers]
 
 
 def encode(tokenizer: Any, row: Row) -> tuple[list[int], int]:

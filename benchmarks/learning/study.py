@@ -33,6 +33,8 @@ ARMS = {
     "c-unclipped": "c without clipping",
     "c-2e-4": "c at the rate 2e-4",
     "c-3e-4-corrected": "c at the rate 3e-4, where Adam corrects its bias",
+    "c-rehearsed-10": "c, 10 % of each batch what the base answered to prompts of no task",
+    "c-rehearsed-30": "c, 30 % of each batch such answers",
     "k-2e-4": "k at the rate 2e-4",
     "k-3e-4": "k at the rate 3e-4",
     "k-3e-4-corrected": "k at the rate 3e-4, where Adam corrects its bias",
@@ -52,6 +54,7 @@ OF_MLX_LM = ("a", "b", "h", *LIKE_K)
 PEFT = "peft"  # the settings of arm k, timed alone on the GPU
 UNCORRECTED = "peft-uncorrected"
 WITH_LAST_STEP = ("c", "c-unclipped")  # where a study judges that of the same run too
+REHEARSED: Mapping[str, float] = {"c-rehearsed-10": 0.1, "c-rehearsed-30": 0.3}
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
 REAL_BASE = "SmolLM2-135M-Instruct"
 NO_ADAPTER = "base"  # the base itself, judged once a task
@@ -114,7 +117,8 @@ class Study:
     whether answers choose among three rates there, else the loss among what a sweep tries by
     itself. Of `streams` (stream_cells.py) `stream_arms` are trained, each under `stream_seeds`;
     `least_transfer` is the backward transfer that is asked of them. `judges_last_step` says whether
-    the last step of some arms is judged beside the one that they offer.
+    the last step of some arms is judged beside the one that they offer, and `asks_each_seed` says
+    whether the general instructions are answered under each seed, not one alone.
     """
 
     tasks: tuple[str, ...]
@@ -130,6 +134,7 @@ class Study:
     stream_seeds: tuple[int, ...] = ()
     least_transfer: float = -0.01
     judges_last_step: bool = False
+    asks_each_seed: bool = False
 
     def cells(self, rows: Sequence[Row]) -> Iterator[Cell]:
         """Every cell that can run by now, in order: what comes last is dropped first."""
@@ -231,6 +236,17 @@ APART = Study(
     ),
     counts=replace(REAL.counts, is_fresh=True),
     judges_last_step=True,
+)
+# PROTOCOL-4.md, block 2
+REHEARSAL = Study(
+    tasks=("banking77", "restaurant8k", "nl2bash"),
+    sizes=(REAL_BASE,),
+    stages=(
+        *(Stage(("c", *REHEARSED), (seed,)) for seed in (1, 2, 3)),
+        Stage((NO_ADAPTER,), (1,)),
+    ),
+    counts=APART.counts,
+    asks_each_seed=True,
 )
 # On the example's base, for two cores: its context is 64 tokens, so that longer rows are left out.
 SMALL = Study(

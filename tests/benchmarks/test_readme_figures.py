@@ -117,7 +117,7 @@ def test_right_answers_are_the_means_of_all_seeds_that_were_run() -> None:
 
 def test_right_answers_at_other_rates_are_those_of_all_seeds() -> None:
     told = [float(each) for each in re.findall(r"([\d.]+) %", measured("Other questions, the"))]
-    arms = ("c", "c-unclipped", "k", "k-2e-4", "k-3e-4")
+    arms = ("c", "c-2e-4", "c-unclipped", "k", "k-2e-4", "k-3e-4")
     figures = [mean_right(arm, "rows-4.jsonl") for arm in arms]
     assert told == pytest.approx(figures, abs=0.0501)
 
@@ -226,6 +226,18 @@ def test_the_instructions_that_are_answered_as_the_task_are_those_of_the_rows() 
         if row["arm"] == "c" and row["like_task"] is not None
     ]
     assert sorted((row["task"], row["seed"]) for row in rows) == sorted((t, 1) for t in TASKS)
-    (told,) = re.findall(r"On six tasks it answers (.*?) % of general instructions", README)
+    (told,) = re.findall(r"one of six tasks answers (.*?) % of general instructions", README)
     shares = sorted((100 * row["like_task"] for row in rows), reverse=True)
     assert [float(each) for each in re.findall(r"\d+", told)] == pytest.approx(shares, abs=0.501)
+
+
+def test_what_the_base_s_answers_did_to_those_instructions_is_that_of_the_rows() -> None:
+    rows = read_jsonl(LEARNING / "rows-4-rehearsal.jsonl")
+    (told,) = re.findall(r"answers cut (\d+) to (\d+) % \(three\)", README)
+    for arm, share in zip(("c", "c-rehearsed-30", "c-rehearsed-10"), [*told, told[1]], strict=True):
+        mine = [row for row in rows if row["arm"] == arm]
+        of_tasks = [
+            statistics.fmean(row["like_task"] for row in mine if row["task"] == task)
+            for task in ("banking77", "restaurant8k", "nl2bash")
+        ]
+        assert float(share) == pytest.approx(100 * statistics.fmean(of_tasks), abs=0.501)

@@ -28,6 +28,7 @@ def test_on_a_cpu_a_model_computes_with_mlx_lms_layers_to_the_bit() -> None:
 
 def test_a_line_says_why_no_layers_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     said = device_operations().describe_layers(model)
     assert said == "layers: mlx-lm's own; ours are for CUDA (nested_core/rooms/cuda)"
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)

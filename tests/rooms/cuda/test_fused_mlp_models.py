@@ -21,6 +21,7 @@ from nested_core.training.loss.cross_entropy import SUPERVISED_LOSS
 from tests.architectures import (
     batch,
     build,
+    compiled_as_written,
     kinds_of,
     largest_difference,
     leave_by_error,
@@ -73,6 +74,7 @@ def test_checkpointed_layers_have_their_gated_mlps_found(kernel_calls: list[str]
 @pytest.mark.parametrize(
     "name", slow_except(["llama", "cohere"], "llama", reason="compiles a model's kernels")
 )
+@compiled_as_written
 def test_compiled_equals_uncompiled_to_the_bit(name: str, kernel_calls: list[str]) -> None:
     model = in_bfloat16(name)
     with using_fused_mlps(find_fusable_mlps(trace_calls(model))):

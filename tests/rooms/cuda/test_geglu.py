@@ -53,6 +53,7 @@ def test_gate_and_up_alone_are_kept_for_the_backward_pass(monkeypatch: pytest.Mo
 def test_modules_are_given_back_after_an_error_and_left_alone_on_a_cpu(monkeypatch) -> None:
     model = build("gemma2")
     own = type(model.layers[0].mlp)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     with using_recomputed_geglu(model):
         assert type(model.layers[0].mlp) is own
     monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)

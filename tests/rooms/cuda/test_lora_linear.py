@@ -24,6 +24,7 @@ from tests.architectures import (
     ARCHITECTURES,
     batch,
     build,
+    compiled_as_written,
     kinds_of,
     largest_difference,
     leave_by_error,
@@ -131,6 +132,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
 
+@compiled_as_written
 def test_compiled_equals_uncompiled_to_the_bit() -> None:
     model = build("llama")
     with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):

