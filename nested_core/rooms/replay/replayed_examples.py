@@ -44,7 +44,7 @@ class NewerRows:
     asked, digests: the last questions of rows that are held out, and `digest_row` of them.
     train: the training examples of the run itself.
     targets: what the run learns of a chat: each answer, and so each beginning too, unless `last`.
-        None where the rows are only compared, as the registry keeps them.
+        None for rows that are only compared, as the registry keeps them.
     """
 
     folded: set[bytes] = field(default_factory=set)

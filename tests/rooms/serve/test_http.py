@@ -250,7 +250,7 @@ NOT_DONE: dict[str, tuple[dict[str, Any], str]] = {
         "tool_choice: Input should be 'auto'",
     ),
     "an unknown key": ({"beams": 4}, "beams: not taken here"),
-    "a number that is none": ({"temperature": float("nan")}, "NaN is no number of JSON"),
+    "a number that is none": ({"temperature": float("nan")}, "NaN is not a JSON number"),
     "half a character": ({"stop": "\ud800"}, "surrogates not allowed"),
     "messages that are a text": ({"messages": "hi"}, "messages: Input should be a valid list"),
     "several problems": ({"top_p": 2, "n": 2}, "n: Input should be less than or equal to 1"),
