@@ -25,10 +25,11 @@ from nested_core.rooms.controls.results import (
     NotApplicableError,
     Result,
 )
+from nested_core.rooms.controls.shapes import SHAPES
 from nested_core.rooms.controls.surprising_rows import SURPRISES, count_rows_to_read
 
 MIN_STEPS = 100
-CONTROLS = (PROMPTS, SURPRISES, PROBES, PLAN, LOOKUP)  # in the order of the table
+CONTROLS = (PROMPTS, SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # in the order of the table
 
 
 def _why_too_early(judged: CheckedRun) -> str | None:

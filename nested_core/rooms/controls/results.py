@@ -13,6 +13,7 @@ from nested_core.records.verdict import CheckRow
 
 CONTROLS_BLOCK = "controls"  # of gate.json: the warnings
 FIGURES_BLOCK = "control_figures"  # of gate.json: a row for each control that ran
+PROFILE_BLOCK = "answer_shapes"  # of gate.json: how the training answers look
 Interval = tuple[float, float]
 
 
