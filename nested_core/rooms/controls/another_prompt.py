@@ -16,7 +16,7 @@ import numpy as np
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.records.losses import Vector
-from nested_core.records.paired_difference import PairedDifference, compare_pairs
+from nested_core.records.paired_difference import Indices, PairedDifference, compare_pairs
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_held_out_rows
 from nested_core.rooms.controls.results import Control, NotApplicableError, Result
@@ -57,13 +57,6 @@ class PromptEffect:
         is_of_chance = effect.low <= 0 and effect.mean < MAX_SHARE_OF_LOSS * self.other
         return is_little and is_of_chance
 
-    @property
-    def conclusion(self) -> str:
-        """The result in words."""
-        if self.is_form_alone:
-            return "answers do not depend on the question"
-        return "answers depend on it" if self.effect.is_above(0) else "too few rows to tell"
-
 
 def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> Result:
     """Compare losses of held-out answers after their own and other rows' prompts."""
@@ -96,11 +89,7 @@ def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> Result:
 
 
 def compare_prompts(
-    before: Vector,
-    own: Vector,
-    other: Vector,
-    tokens: Vector,
-    clusters: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None,
+    before: Vector, own: Vector, other: Vector, tokens: Vector, clusters: Indices | None = None
 ) -> PromptEffect:
     """Summarise losses of the same answers, all float64 (n,), in nats/token.
 
@@ -146,16 +135,15 @@ def _describe(measured: PromptEffect, base_effect: float, rows: int) -> Result:
     rows: the number of held-out rows.
     """
     interval = (measured.effect.low, measured.effect.high)
-    row = CheckRow(
-        f"{NAME}, {rows} rows",
-        format_loss(measured.loss),
-        format_loss(measured.other),
-        format_difference(measured.effect.mean, interval),
-        f"the base's {format_difference(base_effect)}",
-        measured.conclusion,
-    )
-    result = Result([row])
-    if measured.is_form_alone:
+    is_told, verdict = measured.is_form_alone, "answers do not depend on the question"
+    if not is_told:
+        depends = measured.effect.is_above(0)
+        verdict = "answers depend on it" if depends else "too few rows to tell"
+    figures = format_loss(measured.loss), format_loss(measured.other)
+    difference = format_difference(measured.effect.mean, interval)
+    bound = f"the base's {format_difference(base_effect)}"
+    result = Result([CheckRow(f"{NAME}, {rows} rows", *figures, difference, bound, verdict)])
+    if is_told:
         result.warn(
             "form_alone",
             measured.effect.mean,

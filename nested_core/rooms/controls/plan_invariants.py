@@ -20,6 +20,7 @@ from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Result
 
 NAME = "plan and run"
+Records = Sequence[Mapping[str, Any]]
 RISE = 1.05  # of the rate, beyond rounding
 
 
@@ -36,11 +37,7 @@ def measure_plan(judged: CheckedRun, train: TokenizedSplit) -> Result:
 
 
 def find_broken_invariants(
-    config: FineTuneConfig,
-    plan: TrainingPlan,
-    records: Sequence[Mapping[str, Any]],
-    rows: int,
-    last: int,
+    config: FineTuneConfig, plan: TrainingPlan, records: Records, rows: int, last: int
 ) -> Iterator[ControlWarning]:
     """Yield a warning for each rule that a run broke.
 
