@@ -20,6 +20,7 @@ import numpy as np
 
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
+from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.records.verdict import CheckRow
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
@@ -37,7 +38,7 @@ MAX_ROWS = 2_000
 MIN_ROWS = 20
 MIN_ODD_SHARE = 0.01  # of the rows, that are odd in one way
 MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
-KEPT = 200  # shapes and labels in gate.json
+KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
 MIN_SHARE_LEFT = 1 / 3  # of the champion's rows
 MAX_GENERATION_PROMPT = 16  # characters that follow a question in its prompt
 LISTED_ROWS = 10
@@ -178,7 +179,10 @@ def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
             told = f"no held-out answer has the shape {gone[0]!r} of many training answers"
             result.warn("shape_of_train_alone", None, told)
     _compare_with_champion(judged, profile, result)
-    kept = {name: dict(profile[name].most_common(KEPT)) for name in ("shapes", "labels")}
+    kept = {
+        name: {one: count for one, count in profile[name].most_common(KEPT) if count >= MIN_KEPT}
+        for name in ("shapes", "labels")
+    }
     blocks = judged.verdict.blocks | {PROFILE_BLOCK: profile | kept}
     judged.verdict = replace(judged.verdict, blocks=blocks)
     kinds = ", ".join(one.kind.replace("_", " ") for one in result.warnings) or "passed"
@@ -206,7 +210,7 @@ def find_gone(before: Mapping[str, Any], after: Mapping[str, Any], name: str) ->
 def _compare_with_champion(judged: CheckedRun, profile: Mapping[str, Any], result: Result) -> None:
     """Warn of rows, shapes and labels that the champion's training rows had, and these lack."""
     location, champion = judged.config.registry.location, judged.champion
-    if champion is None or location is None:
+    if location is None or not isinstance(champion, Champion):
         return
     folder = version_folder(*location, champion.version)
     last = read_verdict(folder / GATE_NAME).blocks.get(PROFILE_BLOCK)

@@ -130,16 +130,18 @@ def test_a_shape_that_one_part_lacks_is_told_beyond_chance() -> None:
 
 @TRAINS
 def test_the_gate_tells_odd_rows_with_their_lines_and_what_the_champion_had(tmp_path: Path) -> None:
-    where = [tmp_path / "registry", "bot"]
-    asked = [f"Until when may {name} be asked?" for name in NAMES]
+    registry, name = tmp_path / "registry", "bot"
+    asked = [f"Until when may {land} be asked?" for land in NAMES]
     rows = [chat(one, f"Until {day}.") for one, day in zip(asked, days(100), strict=True)]
-    settings: dict[str, Any] = {"registry": {"path": str(where[0]), "name": where[1]}, "iters": 8}
+    settings: dict[str, Any] = {"registry": {"path": str(registry), "name": name}, "iters": 8}
     settings["gate"] = {"controls": {"shapes": True}}
     sound = learn(tmp_path / "sound", rows[:80], rows[80:], **settings)
     assert kinds(sound) == []
     assert [row["verdict"] for row in sound.to_json()["control_figures"]] == ["passed"]
-    version = register(judged_again(tmp_path / "sound" / "run", sound), *where, {})
-    promote(*where, version, by="ann")
+    kept = {"rows": 80, "answers": 80, "shapes": {"a 9-9-9.": 80}, "labels": {}}
+    assert sound.to_json()["answer_shapes"] == kept  # no answer that is given once
+    version = register(judged_again(tmp_path / "sound" / "run", sound), registry, name, {})
+    promote(registry, name, version, by="ann")
     filled = [chat(one, "Until 1970-01-01.") for one in asked[1:21]]
     verdict = learn(tmp_path / "filled", rows[:1] + filled + rows[21:80], rows[80:], **settings)
     (warning,) = verdict.to_json()["controls"]
