@@ -31,7 +31,7 @@ from nested_core.rooms.controls.answer_rows import (
     read_training_rows,
 )
 from nested_core.rooms.controls.neutral_probes import count_languages
-from nested_core.rooms.controls.results import PROFILE_BLOCK, Control, NotApplicableError, Result
+from nested_core.rooms.controls.results import PROFILE_BLOCK, Control, Result
 
 NAME = "shapes of answers"
 MAX_ROWS = 2_000
@@ -154,6 +154,8 @@ FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
 
 def find_odd_rows(rows: Sequence[Texts]) -> dict[str, list[int]]:
     """Return the indices of rows that are odd, by the kind of it, unless they are few."""
+    if len(rows) < MIN_ROWS:
+        return {}
     found = {kind: find(rows) for kind, (find, _) in FINDERS.items()}
     least = max(3, MIN_ODD_SHARE * len(rows))
     return {kind: odd for kind, odd in found.items() if len(odd) >= least}
@@ -162,8 +164,6 @@ def find_odd_rows(rows: Sequence[Texts]) -> dict[str, list[int]]:
 def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     """Compare the training rows with each other, with held-out rows, and with the champion's."""
     known = read_training_rows(judged, train, MAX_ROWS)
-    if len(known) < MIN_ROWS:
-        raise NotApplicableError(f"fewer than {MIN_ROWS} rows have one answer")
     begin, total = len(commonprefix([row.asked for row in known])), len(known)
     rows = [Texts(row.asked, row.asked[begin:], row.given) for row in known]
     result = Result([])
@@ -185,7 +185,8 @@ def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     }
     blocks = judged.verdict.blocks | {PROFILE_BLOCK: profile | kept}
     judged.verdict = replace(judged.verdict, blocks=blocks)
-    kinds = ", ".join(one.kind.replace("_", " ") for one in result.warnings) or "passed"
+    healthy = "passed" if known else "not applicable: no row has a prompt with one learnt answer"
+    kinds = ", ".join(one.kind.replace("_", " ") for one in result.warnings) or healthy
     result.rows.append(CheckRow(NAME, after=f"{total:,} answers", verdict=kinds))
     return result
 

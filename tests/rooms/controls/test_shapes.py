@@ -148,9 +148,9 @@ def test_the_gate_tells_odd_rows_with_their_lines_and_what_the_champion_had(tmp_
     assert warning["kind"] == "equal_answers"
     assert [line["line"] for line in warning["lines"]] == [*range(2, 12)]
     assert "docs/controls.md#shapes" in verdict.notes()[0]
-    night = learn(tmp_path / "night", rows[:20], rows[80:], **settings)
+    night = learn(tmp_path / "night", rows[:9], rows[80:], **settings)
     assert kinds(night) == ["few_rows"]
-    assert "20 training rows, 80 the last time" in night.notes()[0]
+    assert "9 training rows, 80 the last time" in night.notes()[0]
 
 
 def judged_again(run: Path, verdict: Verdict) -> Path:
