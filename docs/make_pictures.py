@@ -52,6 +52,12 @@ RUNS = {"nested-tune demo": (), "nested-tune demo --break-training": ("--break-t
 CURVES = {"training loss": "loss", "validation loss": "val_loss"}
 SPREADS = (0.2, 0.1, 0.05)
 EXAMPLES = range(5, 201)
+# Of docs/controls.md: what two adapters make of their own and of another row's prompt
+PROMPTS = ("after its own prompt", "after another row's")
+LOSSES_OF_PROMPTS = {
+    "a sound table": (0.0346, 1.074),
+    "the same table, its answers moved by one row": (0.466, 0.465),
+}
 # What each step of a run writes, and what is checked there; the letters are those of the page.
 STEPS = (
     ("1 BEGIN", "config.yaml", ("keys, types and paths",)),
@@ -279,6 +285,24 @@ def _detectable(spread: float) -> list[Point]:
     ]
 
 
+def draw_prompts() -> Drawing:
+    """Losses of held-out answers after their own prompt and after another row's."""
+    title = "Loss of held-out answers, nats/token"
+    drawing = Drawing(title, 206)
+    drawing.text(16, 22, title, font_weight="bold")
+    for number, prompt in enumerate(PROMPTS):
+        drawing.bar(16 + number * 170, 38, 18, 10, COLOURS[number])
+        drawing.text(40 + number * 170, 48, prompt, "label")
+    for group, (table, losses) in enumerate(LOSSES_OF_PROMPTS.items()):
+        y = 78 + group * 68
+        drawing.text(16, y, table)
+        for number, loss in enumerate(losses):
+            top, width = y + 8 + number * 20, round(400 * loss)
+            drawing.bar(16, top, width, 14, COLOURS[number])
+            drawing.text(24 + width, top + 12, f"{loss:.3g}", "label")
+    return drawing
+
+
 def draw_topology() -> Drawing:
     """What runs on a server, and who talks to whom."""
     drawing = Drawing(
@@ -324,6 +348,7 @@ def main() -> None:
     draw_pipeline().write("pipeline.svg")
     draw_power().write("power.svg")
     draw_topology().write("topology.svg")
+    draw_prompts().write("prompts.svg")
 
 
 if __name__ == "__main__":

@@ -497,6 +497,7 @@ class ControlsSection(Section):
     probes: bool = key(False, "answers to neutral prompts of other kinds")
     plan: bool = key(False, "whether rates and rows were used as planned")
     lookup: bool = key(False, "what looking held-out questions up in train answers")
+    shapes: bool = key(False, "training answers that look otherwise than the rest")
 
 
 class GateSection(Section):

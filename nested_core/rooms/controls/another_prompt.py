@@ -16,17 +16,12 @@ import numpy as np
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.records.losses import Vector
-from nested_core.records.paired_difference import PairedDifference, compare_pairs
-from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_answer_rows
-from nested_core.rooms.controls.results import (
-    ControlFigure,
-    ControlResult,
-    ControlWarning,
-    not_applicable,
-)
+from nested_core.records.paired_difference import Indices, PairedDifference, compare_pairs
+from nested_core.records.verdict import CheckRow
+from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_held_out_rows
+from nested_core.rooms.controls.results import Control, NotApplicableError, Result
 from nested_core.text.loss_format import format_difference, format_loss
 
-CONTROL = "prompts"
 NAME = "answers after another row's prompt"
 MAX_ROWS = 128
 MAX_PARTNERS = 4
@@ -62,63 +57,39 @@ class PromptEffect:
         is_of_chance = effect.low <= 0 and effect.mean < MAX_SHARE_OF_LOSS * self.other
         return is_little and is_of_chance
 
-    @property
-    def conclusion(self) -> str:
-        """The result in words."""
-        if self.is_form_alone:
-            return "answers do not depend on the question"
-        return "answers depend on it" if self.effect.is_above(0) else "too few rows to tell"
 
-
-def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> ControlResult:
+def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> Result:
     """Compare losses of held-out answers after their own and other rows' prompts."""
-    held_out, losses = judged.held_out, judged.losses
-    if held_out is None or losses is None:
-        return not_applicable(CONTROL, NAME, "there are no held-out rows")
-    counted = set(losses.counted().lines.tolist())
-    rows = [row for row in read_answer_rows(held_out.split, MAX_ROWS) if row.line in counted]
-    partners = choose_partners(rows)
-    compared = [(row, others) for row, others in zip(rows, partners, strict=True) if others]
+    rows = read_held_out_rows(judged, MAX_ROWS)
+    partners = zip(rows, choose_partners(rows), strict=True)
+    compared = [(row, others) for row, others in partners if others]
     if len(compared) < MIN_ROWS:
-        return not_applicable(
-            CONTROL, NAME, f"fewer than {MIN_ROWS} rows have a prompt and an answer of their own"
-        )
+        raise NotApplicableError(f"fewer than {MIN_ROWS} rows differ in prompt and answer")
     base, own = judged.base, judged.predictions
     length = base.config.max_seq_length
     pairs = [(rows[other].prompt, row.answer) for row, others in compared for other in others]
-    exchanged = make_split(pairs, length)
-    after_others = base.compare_predictions([base.parameters, judged.after.to_mlx()], exchanged)
+    adapters = [base.parameters, judged.after.to_mlx()]
+    after_others = base.compare_predictions(adapters, make_split(pairs, length))
     # Where each row's pairs begin, whose losses are averaged
     counts = np.array([len(others) for _, others in compared])
-    starts = np.cumsum(counts) - counts
-    base_others, others = np.add.reduceat(after_others.losses, starts, axis=1) / counts
+    base_others, others = np.add.reduceat(after_others.losses, counts.cumsum() - counts, 1) / counts
     at = np.array([row.index for row, _ in compared])
     before = own.losses[-2][at]
     if not base.is_unchanged_by(judged.before.to_mlx()):
         answers = make_split([(row.prompt, row.answer) for row, _ in compared], length)
         before = base.compare_predictions([base.parameters], answers).losses[0]
-    clusters = None
-    if held_out.clusters is not None:
-        supervised = np.cumsum(held_out.is_example_supervised) - 1
-        clusters = held_out.clusters[supervised[at]]
+    held_out, clusters = judged.held_out, None
+    if held_out is not None and held_out.clusters is not None:
+        clusters = held_out.clusters[np.cumsum(held_out.is_example_supervised)[at] - 1]
     tokens = own.tokens[at]
-    effect = compare_prompts(
-        before / tokens,
-        own.losses[-1][at] / tokens,
-        others / tokens,
-        tokens,
-        clusters,
-    )
+    losses = (before / tokens, own.losses[-1][at] / tokens, others / tokens)
+    effect = compare_prompts(*losses, tokens, clusters)
     base_effect = float((base_others - before).sum() / tokens.sum())
     return _describe(effect, base_effect, len(compared))
 
 
 def compare_prompts(
-    before: Vector,
-    own: Vector,
-    other: Vector,
-    tokens: Vector,
-    clusters: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None,
+    before: Vector, own: Vector, other: Vector, tokens: Vector, clusters: Indices | None = None
 ) -> PromptEffect:
     """Summarise losses of the same answers, all float64 (n,), in nats/token.
 
@@ -150,41 +121,40 @@ def choose_partners(rows: Sequence[AnswerRow]) -> list[list[int]]:
         others = (
             other
             for other in (*order[position + 1 :], *order[:position])
-            if rows[other].prompt_key != row.prompt_key and rows[other].answer_key != row.answer_key
+            if not np.array_equal(rows[other].prompt, row.prompt)
+            and not np.array_equal(rows[other].answer, row.answer)
         )
         partners[index] = list(islice(others, wanted))
     return partners
 
 
-def _describe(measured: PromptEffect, base_effect: float, rows: int) -> ControlResult:
+def _describe(measured: PromptEffect, base_effect: float, rows: int) -> Result:
     """Return the row of the control in the verdict, and a warning if only the form was learnt.
 
     base_effect: the same difference for the base.
     rows: the number of held-out rows.
     """
     interval = (measured.effect.low, measured.effect.high)
-    row = ControlFigure(
-        control=CONTROL,
-        name=f"{NAME}, {rows} rows",
-        before=format_loss(measured.loss),
-        after=format_loss(measured.other),
-        difference=format_difference(measured.effect.mean, interval),
-        bound=f"the base's {format_difference(base_effect)}",
-        result=measured.conclusion,
-    )
-    if not measured.is_form_alone:
-        return ControlResult(figures=(row,))
-    warning = ControlWarning(
-        control=CONTROL,
-        kind="form_alone",
-        figure=measured.effect.mean,
-        interval=interval,
-        doubt="what it answers does not depend on the question",
-        words=(
+    is_told, verdict = measured.is_form_alone, "answers do not depend on the question"
+    if not is_told:
+        depends = measured.effect.is_above(0)
+        verdict = "answers depend on it" if depends else "too few rows to tell"
+    figures = format_loss(measured.loss), format_loss(measured.other)
+    difference = format_difference(measured.effect.mean, interval)
+    bound = f"the base's {format_difference(base_effect)}"
+    result = Result([CheckRow(f"{NAME}, {rows} rows", *figures, difference, bound, verdict)])
+    if is_told:
+        result.warn(
+            "form_alone",
+            measured.effect.mean,
             f"better at the form of the answers alone: what they answer does not depend on the "
             f"question. After the prompts of other rows the loss of {rows} held-out answers is "
             f"{format_loss(measured.other)}, after their own {format_loss(measured.loss)}. Look "
-            f"whether each answer belongs to its question: a join or a sort may have moved a column"
-        ),
-    )
-    return ControlResult(figures=(row,), warnings=(warning,))
+            f"whether each answer belongs to its question: a join or sort may have moved a column",
+            interval=interval,
+            doubt="what it answers does not depend on the question",
+        )
+    return result
+
+
+PROMPTS = Control("prompts", NAME, measure_prompts, is_of_learning=True)

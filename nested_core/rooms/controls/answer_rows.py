@@ -2,62 +2,90 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from nested_core.data.tokens.tokenized_split import Int32, TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
-from nested_core.records.dataset import find_place
+from nested_core.records.dataset import FilePart, find_place
+from nested_core.rooms.controls.results import NotApplicableError, SuspectLine
+
+SHOWN_CHARACTERS = 80
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, eq=False)
 class AnswerRow:
     """A row whose learnt tokens are one answer at its end.
 
-    index: its number in the split. line: its line in the file.
+    index: its number in the split. file, line: where it is.
     prompt: the tokens before the answer. answer: the learnt tokens, with the end of the turn.
+    asked, given: prompt and answer as texts without special tokens.
     """
 
     index: int
+    file: str
     line: int
     prompt: Int32
     answer: Int32
+    asked: str
+    given: str
 
-    @cached_property
-    def prompt_key(self) -> bytes:
-        """The prompt, to compare."""
-        return self.prompt.tobytes()
-
-    @cached_property
-    def answer_key(self) -> bytes:
-        """The answer, to compare."""
-        return self.answer.tobytes()
+    def tell(self, text: str, figure: float | None = None, said: str | None = None) -> SuspectLine:
+        """Return the row as one that a warning is about; `said` is what the adapter answers."""
+        return SuspectLine(self.file, self.line, text[:SHOWN_CHARACTERS], figure, said)
 
 
-def read_answer_rows(split: TokenizedSplit, most: int) -> list[AnswerRow]:
+def read_training_rows(judged: CheckedRun, train: TokenizedSplit, most: int) -> list[AnswerRow]:
+    """Return at most `most` training rows, as `read_answer_rows` does."""
+    stats = judged.evidence.dataset.splits["train"]
+    return read_answer_rows(train, judged.base.tokenizer, most, stats.file, stats.parts)
+
+
+def read_held_out_rows(judged: CheckedRun, most: int) -> list[AnswerRow]:
+    """Return at most `most` of the held-out rows that count, as `read_answer_rows` does.
+
+    Raises NotApplicableError if there are none.
+    """
+    held_out, losses = judged.held_out, judged.losses
+    if held_out is None or losses is None:
+        raise NotApplicableError("there are no held-out rows")
+    counted = set(losses.counted().lines.tolist())
+    rows = read_answer_rows(held_out.split, judged.base.tokenizer, most, held_out.file)
+    return [row for row in rows if row.line in counted]
+
+
+def read_answer_rows(
+    split: TokenizedSplit, tokenizer: Any, most: int, file: str, parts: Sequence[FilePart] = ()
+) -> list[AnswerRow]:
     """Return at most `most` rows of a split, spread evenly over it.
 
     Left out are rows without a prompt, such as plain text, and rows that learn several answers.
+
+    file, parts: the file of the split, and the files that it has if there are several.
     """
     spread = np.linspace(0, len(split) - 1, min(len(split), most)).astype(int).tolist()
-    rows = [row for index in spread if (row := _read_row(split, index)) is not None]
+    found = {index: pair for index in spread if (pair := _split_row(split, index)) is not None}
     split.release_pages()
-    return rows
+    asked = decode(tokenizer, [prompt for prompt, _ in found.values()])
+    given = decode(tokenizer, [answer for _, answer in found.values()])
+    places = (find_place(parts, file, int(split.lines[index])) for index in found)
+    columns = zip(found.items(), places, asked, given, strict=True)
+    return [AnswerRow(index, *place, *pair, *texts) for (index, pair), place, *texts in columns]
 
 
-def _read_row(split: TokenizedSplit, index: int) -> AnswerRow | None:
+def _split_row(split: TokenizedSplit, index: int) -> tuple[Int32, Int32] | None:
+    """Return prompt and answer of a row; None if it has no prompt or learns several answers."""
     learnt = np.flatnonzero(split.example_mask(index))
-    if not learnt.size:
+    first, count = int(learnt[0]) if learnt.size else 0, learnt.size
+    if first < 2 or learnt[-1] + 1 - first != count:
         return None
-    first, end = int(learnt[0]), int(learnt[-1]) + 1
-    if first < 2 or end - first != learnt.size:  # prompts are learnt too, or several answers are
-        return None
-    tokens = np.array(split.example(index)[:end])
-    return AnswerRow(index, int(split.lines[index]), tokens[:first], tokens[first:])
+    tokens = np.array(split.example(index)[: first + count])
+    return tokens[:first], tokens[first:]
 
 
 def make_split(
@@ -82,17 +110,16 @@ def make_split(
     )
 
 
-def find_training_row(judged: CheckedRun, row: AnswerRow) -> tuple[str, int]:
-    """Return the file of the training data that a row is from, and its line there, from 1."""
-    train = judged.evidence.dataset.splits["train"]
-    return find_place(train.parts, train.file, row.line)
-
-
 def fold(text: str) -> str:
     """Return a text without case, and with one blank where it has white space, to compare."""
     return " ".join(text.casefold().split())
 
 
+def list_words(text: str) -> list[str]:
+    """Return the distinct words of a text without case, in their order."""
+    return list(dict.fromkeys(_WORD.findall(text.casefold())))
+
+
 def decode(tokenizer: Any, rows: Iterable[Int32]) -> list[str]:
     """Decode token ids to text without special tokens, stripped."""
-    return [text.strip() for text in tokenizer.batch_decode(list(rows), skip_special_tokens=True)]
+    return [tokenizer.decode(list(row), skip_special_tokens=True).strip() for row in rows]

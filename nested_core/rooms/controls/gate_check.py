@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
@@ -13,31 +13,23 @@ from nested_core.measure.losses.held_out_loss import read_nonempty_splits
 from nested_core.models.generation import encode_prompt
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.plan import read_plan
-from nested_core.records.verdict import Reason
-from nested_core.rooms.controls import (
-    another_prompt,
-    lookup,
-    neutral_probes,
-    plan_invariants,
-    surprising_rows,
-)
+from nested_core.records.verdict import CheckRow, Reason
+from nested_core.rooms.controls.another_prompt import MAX_PARTNERS, MAX_ROWS, PROMPTS
+from nested_core.rooms.controls.lookup import LOOKUP
+from nested_core.rooms.controls.neutral_probes import MAX_TOKENS, PROBES, choose_prompts
+from nested_core.rooms.controls.plan_invariants import PLAN
 from nested_core.rooms.controls.results import (
     CONTROLS_BLOCK,
     FIGURES_BLOCK,
-    ControlResult,
-    not_applicable,
+    Control,
+    NotApplicableError,
+    Result,
 )
+from nested_core.rooms.controls.shapes import SHAPES
+from nested_core.rooms.controls.surprising_rows import SURPRISES, count_rows_to_read
 
 MIN_STEPS = 100
-CONTROLS_OF_LEARNING = ("prompts", "surprises", "probes")
-# In the order of the table, by the key under `gate.controls`
-CONTROLS: Mapping[str, Callable[[CheckedRun, TokenizedSplit], ControlResult]] = {
-    another_prompt.CONTROL: another_prompt.measure_prompts,
-    surprising_rows.CONTROL: surprising_rows.measure_surprises,
-    neutral_probes.CONTROL: neutral_probes.measure_probes,
-    plan_invariants.CONTROL: plan_invariants.measure_plan,
-    lookup.CONTROL: lookup.measure_lookup,
-}
+CONTROLS = (PROMPTS, SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # in the order of the table
 
 
 def _why_too_early(judged: CheckedRun) -> str | None:
@@ -53,27 +45,30 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
 
     Nothing is compared for a loss of pairs, whose rows are no prompt with one answer.
     """
-    asked = judged.bounds.controls.model_dump()
     if judged.config.training.loss is not None:
         return
     train = read_nonempty_splits(judged.config, judged.run)["train"]
-    reason = _why_too_early(judged)
-    results = [
-        not_applicable(name, name, reason)
-        if reason is not None and name in CONTROLS_OF_LEARNING
-        else run(judged, train)
-        for name, run in CONTROLS.items()
-        if asked.get(name)
-    ]
-    warnings = [warning for result in results for warning in result.warnings]
-    figures = [asdict(row) for result in results for row in result.figures]
-    judged.verdict = replace(
-        judged.verdict,
-        doubt=next((warning.doubt for warning in warnings if warning.doubt), None),
-        blocks=judged.verdict.blocks
-        | {CONTROLS_BLOCK: [warning.to_json() for warning in warnings], FIGURES_BLOCK: figures},
-    )
+    asked = judged.bounds.controls
+    results = {
+        one.key: _run_control(one, judged, train) for one in CONTROLS if getattr(asked, one.key)
+    }
+    warnings = [(key, one) for key, result in results.items() for one in result.warnings]
+    rows = [asdict(row) for result in results.values() for row in result.rows]
+    blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
+    doubt = next((one.doubt for _, one in warnings if one.doubt), None)
+    judged.verdict = replace(judged.verdict, doubt=doubt, blocks=judged.verdict.blocks | blocks)
     yield from ()
+
+
+def _run_control(control: Control, judged: CheckedRun, train: TokenizedSplit) -> Result:
+    """Run a control; where it has nothing to compare, return a row that says why."""
+    reason = _why_too_early(judged) if control.is_of_learning else None
+    try:
+        if reason is None:
+            return control.measure(judged, train)
+    except NotApplicableError as error:
+        reason = str(error)
+    return Result([CheckRow(control.name, verdict=f"not applicable: {reason}")])
 
 
 def _plan_controls(run: RunToJudge) -> GateWork:
@@ -83,14 +78,14 @@ def _plan_controls(run: RunToJudge) -> GateWork:
         return GateWork()
     train, rows = read_dataset_record(run.run.dataset).splits["train"].rows, 0
     if controls.prompts:
-        pairs = another_prompt.MAX_PARTNERS * run.held_out_rows
-        rows += (2 + run.goes_on) * min(another_prompt.MAX_ROWS, pairs)
+        pairs = MAX_PARTNERS * run.held_out_rows
+        rows += (2 + run.goes_on) * min(MAX_ROWS, pairs)
     if controls.surprises:
-        rows += surprising_rows.count_rows_to_read(train, run.held_out_rows)
+        rows += count_rows_to_read(train, run.held_out_rows)
     if not controls.probes:
         return GateWork(rows=rows)
-    prompts = [encode_prompt(run.tokenizer, text) for text in neutral_probes.choose_prompts(())]
-    asked = run.ask(prompts, [neutral_probes.MAX_TOKENS] * 2)
+    prompts = [encode_prompt(run.tokenizer, text) for text in choose_prompts(())]
+    asked = run.ask(prompts, [MAX_TOKENS] * 2)
     return replace(asked, rows=rows + 2 * len(prompts))
 
 

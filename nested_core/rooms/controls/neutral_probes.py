@@ -24,17 +24,11 @@ from nested_core.measure.answers.scorers import ScoringMethod
 from nested_core.measure.answers.suite_answers import Suite, encode_suites
 from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
-from nested_core.rooms.controls.answer_rows import decode, fold, make_split, read_answer_rows
-from nested_core.rooms.controls.results import (
-    ControlFigure,
-    ControlResult,
-    ControlWarning,
-    not_applicable,
-    share_interval,
-)
-from nested_core.text.loss_format import format_change
+from nested_core.records.verdict import CheckRow
+from nested_core.rooms.controls.answer_rows import fold, make_split, read_training_rows
+from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
+from nested_core.text.loss_format import format_change, format_loss
 
-CONTROL = "probes"
 NAME = "neutral prompts"
 MAX_TOKENS = 16  # of an answer
 MAX_TRAIN_ROWS = 2_000
@@ -42,6 +36,7 @@ OPENING_WORDS = 3
 COMMON_SHARE = 0.1  # of the training answers, that begin with a common opening
 MIN_SHARE = 0.05  # of the prompts that are answered like the rows: the interval lies above it
 PROBES_FILE = Path(__file__).with_name("probes.json")
+LANGUAGES: dict[str, Any] = json.loads(PROBES_FILE.read_text("utf-8"))
 _WORD = re.compile(r"\w+")
 
 
@@ -79,86 +74,70 @@ def find_opening(text: str) -> str:
     return " ".join(word[0] for word in islice(_WORD.finditer(text.casefold()), OPENING_WORDS))
 
 
+def count_languages(texts: Sequence[str]) -> Counter[str]:
+    """Count how often texts have the common words of each language."""
+    words = Counter(word for text in texts for word in _WORD.findall(text.casefold()))
+    return Counter({k: sum(words[w] for w in v["common_words"]) for k, v in LANGUAGES.items()})
+
+
 def choose_prompts(texts: Sequence[str]) -> list[str]:
     """Return the prompts of the language whose common words the texts have most; else English."""
-    words = Counter(word for text in texts for word in _WORD.findall(text.casefold()))
-    languages: dict[str, Any] = json.loads(PROBES_FILE.read_text("utf-8"))
-    chosen = max(
-        languages.values(), key=lambda language: sum(words[w] for w in language["common_words"])
-    )
-    return list(chosen["prompts"])
+    ((language, _),) = count_languages(texts).most_common(1)
+    return list(LANGUAGES[language]["prompts"])
 
 
-def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> ControlResult:
+def measure_probes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     """Ask base and adapter the neutral prompts, and compare the answers with the training rows."""
     base = judged.base
-    rows = read_answer_rows(train, MAX_TRAIN_ROWS)
+    rows = read_training_rows(judged, train, MAX_TRAIN_ROWS)
     if not rows:
-        return not_applicable(CONTROL, NAME, "rows have no prompt with one learnt answer")
-    answers = TrainingAnswers(decode(base.tokenizer, (row.answer for row in rows)))
+        raise NotApplicableError("rows have no prompt with one learnt answer")
+    answers = TrainingAnswers([row.given for row in rows])
     prompts = choose_prompts(answers.texts)
-    questions = tuple(
-        Question(
-            line=line,
-            name=str(line),
-            prompt=text,
-            accepted=(),
-            tolerance=0.0,
-            choices=(),
-            fields={},
-        )
+    questions = (
+        Question(line, str(line), text, (), tolerance=0.0, choices=(), fields={})
         for line, text in enumerate(prompts, 1)
     )
-    suite = Suite("probes", ScoringMethod(PROBES_FILE, "exact"), questions, Sampling(MAX_TOKENS))
+    method = ScoringMethod(PROBES_FILE, "exact")
+    suite = Suite("probes", method, tuple(questions), Sampling(MAX_TOKENS))
     asked_as = judged.evidence.dataset.prompt_format
     try:
         (encoded,) = encode_suites([suite], base.tokenizer, base.folder, asked_as)
     except DatasetError:
-        return not_applicable(CONTROL, NAME, "the chat template does not take them")
-    before = [
-        one.text.strip() for one in AskedModel("base", base, None).cached_or_new_answers(encoded)
-    ]
-    trained = AskedModel("candidate", base, judged.after)
-    after = [one.text.strip() for one in trained.cached_or_new_answers(encoded)]
-    like = [
-        index
-        for index, (own, given) in enumerate(zip(before, after, strict=True))
-        if answers.is_like(given, own)
-    ]
+        raise NotApplicableError("the chat template does not take them") from None
+    models = AskedModel("base", base, None), AskedModel("candidate", base, judged.after)
+    before, after = (
+        [answer.text.strip() for answer in model.cached_or_new_answers(encoded)] for model in models
+    )
+    pairs = enumerate(zip(before, after, strict=True))
+    like = [index for index, (own, given) in pairs if answers.is_like(given, own)]
     spoken = [
         (prompt, base.tokenizer.encode(text, add_special_tokens=False))
         for prompt, text in zip(encoded.prompts, before, strict=True)
         if text
     ]
-    losses = base.compare_predictions(
-        [base.parameters, judged.after.to_mlx()],
-        make_split(spoken, base.config.max_seq_length),
-    )
+    split = make_split(spoken, base.config.max_seq_length)
+    losses = base.compare_predictions([base.parameters, judged.after.to_mlx()], split)
     own_loss, new_loss = losses.losses.sum(axis=1) / max(1.0, losses.tokens.sum())
     total = len(prompts)
     interval = share_interval(len(like), total)
     is_shown = interval[0] > MIN_SHARE
-    row = ControlFigure(
-        control=CONTROL,
-        name=f"{total} {NAME}, loss of the base's answers",
-        before=f"{own_loss:.4g}",
-        after=f"{new_loss:.4g}",
-        difference=f"{len(like)} answered like the training rows",
-        result="answered like the training rows" if is_shown else "passed",
-    )
-    if not is_shown:
-        return ControlResult(figures=(row,))
-    first = like[0]
-    warning = ControlWarning(
-        control=CONTROL,
-        kind="answered_like_the_rows",
-        figure=len(like) / total,
-        interval=interval,
-        words=(
+    name, lost = f"{total} {NAME}, loss of the base's answers", format_loss(own_loss)
+    verdict = "answered like the training rows" if is_shown else "passed"
+    shown = f"{len(like)} answered like the training rows"
+    result = Result([CheckRow(name, lost, format_loss(new_loss), shown, verdict=verdict)])
+    if is_shown:
+        first = like[0]
+        result.warn(
+            "answered_like_the_rows",
+            len(like) / total,
             f"other questions are answered like the training rows: {len(like)} of {total} neutral "
             f"prompts, such as {prompts[first]!r}: {shorten(after[first], 80)!r} (the base: "
             f"{shorten(before[first], 80)!r}); the loss of the base's answers is "
-            f"{format_change(own_loss, new_loss)}. Where others may ask it, add rows of other kinds"
-        ),
-    )
-    return ControlResult(figures=(row,), warnings=(warning,))
+            f"{format_change(own_loss, new_loss)}. If others may ask it, add rows of other kinds",
+            interval=interval,
+        )
+    return result
+
+
+PROBES = Control("probes", NAME, measure_probes, is_of_learning=True)

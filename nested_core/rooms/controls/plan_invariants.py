@@ -16,40 +16,28 @@ from nested_core.gate.checks.judged import CheckedRun
 from nested_core.optim.learning_rate_schedules import count_warmup_steps
 from nested_core.records.metrics import read_metrics
 from nested_core.records.plan import TrainingPlan, read_plan
-from nested_core.rooms.controls.results import (
-    ControlFigure,
-    ControlResult,
-    ControlWarning,
-    not_applicable,
-)
+from nested_core.records.verdict import CheckRow
+from nested_core.rooms.controls.results import Control, ControlWarning, NotApplicableError, Result
 
-CONTROL = "plan"
 NAME = "plan and run"
+Records = Sequence[Mapping[str, Any]]
 RISE = 1.05  # of the rate, beyond rounding
 
 
-def measure_plan(judged: CheckedRun, train: TokenizedSplit) -> ControlResult:
+def measure_plan(judged: CheckedRun, train: TokenizedSplit) -> Result:
     """Compare the run's plan with its metrics and the number of training rows."""
     plan, last = read_plan(judged.run.plan), judged.verdict.last_step
     if plan is None or last is None:
-        return not_applicable(CONTROL, NAME, "the run keeps no plan")
+        raise NotApplicableError("the run keeps no plan")
     records = read_metrics(judged.run.metrics)
     warnings = list(find_broken_invariants(judged.config, plan, records, len(train), last))
-    row = ControlFigure(
-        control=CONTROL,
-        name=NAME,
-        after=f"{plan.passes_until(last):.3g} passes",
-        result=", ".join(one.kind.replace("_", " ") for one in warnings) or "passed",
-    )
-    return ControlResult(figures=(row,), warnings=warnings)
+    passes = f"{plan.passes_until(last):.3g} passes"
+    result = ", ".join(one.kind.replace("_", " ") for one in warnings) or "passed"
+    return Result([CheckRow(NAME, after=passes, verdict=result)], warnings)
 
 
 def find_broken_invariants(
-    config: FineTuneConfig,
-    plan: TrainingPlan,
-    records: Sequence[Mapping[str, Any]],
-    rows: int,
-    last: int,
+    config: FineTuneConfig, plan: TrainingPlan, records: Records, rows: int, last: int
 ) -> Iterator[ControlWarning]:
     """Yield a warning for each rule that a run broke.
 
@@ -61,38 +49,32 @@ def find_broken_invariants(
     if rates and warmup > last:
         highest = max(rate for _, rate in rates)
         yield ControlWarning(
-            control=CONTROL,
-            kind="rate_never_reached",
-            figure=highest,
-            words=(
-                f"the learning rate that was asked for is never reached: the warm-up takes "
-                f"{warmup:,} steps and the run had {last:,}, so that the highest rate was "
-                f"{highest:.3g}. Give training.warmup_steps a small share, such as 0.05"
-            ),
+            "rate_never_reached",
+            highest,
+            f"the learning rate that was asked for is never reached: the warm-up takes "
+            f"{warmup:,} steps and the run had {last:,}, so that the highest rate was "
+            f"{highest:.3g}. Give training.warmup_steps a small share, such as 0.05",
         )
     for (before, lower), (after, higher) in pairwise(rates):
         is_resumed = any(before <= step < after for step in plan.resumed_at)
         if is_resumed and before >= warmup and higher > RISE * lower:
             yield ControlWarning(
-                control=CONTROL,
-                kind="rate_rose_on_resume",
-                figure=higher / lower,
-                words=(
-                    f"the learning rate rose again where the run was resumed, from {lower:.3g} at "
-                    f"step {before:,} to {higher:.3g} at step {after:,}: its schedule was planned "
-                    f"for another number of steps. For the schedule that was asked for, train all "
-                    f"{plan.steps:,} steps in a new run"
-                ),
+                "rate_rose_on_resume",
+                higher / lower,
+                f"the learning rate rose again where the run was resumed, from {lower:.3g} at "
+                f"step {before:,} to {higher:.3g} at step {after:,}: its schedule was planned "
+                f"for another number of steps. For the schedule that was asked for, train all "
+                f"{plan.steps:,} steps in a new run",
             )
     passes = plan.passes_until(last)
     unused = rows - round(passes * rows)
     if unused > 0:
         yield ControlWarning(
-            control=CONTROL,
-            kind="rows_never_used",
-            figure=unused / rows,
-            words=(
-                f"{unused:,} of {rows:,} training rows were never trained on: the run ended after "
-                f"{passes:.2g} passes. Raise iters, or give training.epochs"
-            ),
+            "rows_never_used",
+            unused / rows,
+            f"{unused:,} of {rows:,} training rows were never trained on: the run ended after "
+            f"{passes:.2g} passes. Raise iters, or give training.epochs",
         )
+
+
+PLAN = Control("plan", NAME, measure_plan)

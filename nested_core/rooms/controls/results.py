@@ -3,83 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.gate.checks.judged import CheckedRun
+from nested_core.records.verdict import CheckRow
 
 CONTROLS_BLOCK = "controls"  # of gate.json: the warnings
 FIGURES_BLOCK = "control_figures"  # of gate.json: a row for each control that ran
+PROFILE_BLOCK = "answer_shapes"  # of gate.json: how the training answers look
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuspectLine:
+class SuspectLine(NamedTuple):
     """A row of the data set that a warning is about.
 
-    file, line: where it is, lines counted from 1.
+    file, line: where it is, lines counted from 1. text: the start of its answer.
     figure: the row's figure, such as its loss in nats.
-    text: the start of its answer; given: what the adapter answers, None if it was not asked.
+    given: what the adapter answers, None if it was not asked.
     """
 
     file: str
     line: int
+    text: str
     figure: float | None = None
-    text: str | None = None
     given: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ControlWarning:
-    """An entry of the list `controls` in gate.json.
+    """An entry of the list `controls` in gate.json, which adds the key under `gate.controls`.
 
-    control: the key under `gate.controls`. kind: what was noticed, as one word.
+    kind: what was noticed, as one word.
     figure, interval: the figure that the warning rests on, and its 95 % interval if it has one.
     words: a sentence for a person.
     lines: the rows that it is about, the most suspect first.
     doubt: why only a person may promote the adapter, in a few words; None if it may be promoted.
     """
 
-    control: str
     kind: str
     figure: float | None
     words: str
     interval: Interval | None = None
-    lines: tuple[SuspectLine, ...] = ()
+    lines: Sequence[SuspectLine] = ()
     doubt: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the entry for gate.json."""
-        return {name: value for name, value in asdict(self).items() if name != "doubt"}
+    def to_json(self, control: str) -> dict[str, Any]:
+        """Return the entry for gate.json. control: the key under `gate.controls`."""
+        entry = {"control": control, **vars(self)}
+        del entry["doubt"]
+        return entry | {"lines": [line._asdict() for line in self.lines]}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ControlFigure:
-    """A row of the table: what a control measured, or why it could not.
+@dataclass(frozen=True)
+class Result:
+    """The rows of a control in the table of checks, and its warnings."""
 
-    name: of the row. before, after: what is compared, as text. result: the conclusion in words.
+    rows: list[CheckRow]
+    warnings: list[ControlWarning] = field(default_factory=list)
+
+    def warn(self, kind: str, figure: float | None, words: str, **more: Any) -> None:
+        """Add a warning; `more` has other fields of a ControlWarning."""
+        self.warnings.append(ControlWarning(kind, figure, words, **more))
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control: its key under `gate.controls`, the name of its row, and what measures it.
+
+    measure: compares, of the run that is judged, with its training rows.
+    is_of_learning: whether it tells nothing of an adapter that has hardly learnt.
     """
 
-    control: str
+    key: str
     name: str
-    result: str
-    before: str | None = None
-    after: str | None = None
-    difference: str | None = None
-    bound: str | None = None
+    measure: Callable[[CheckedRun, TokenizedSplit], Result]
+    is_of_learning: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ControlResult:
-    """The rows and warnings of one control."""
-
-    figures: Sequence[ControlFigure] = ()
-    warnings: Sequence[ControlWarning] = field(default=())
-
-
-def not_applicable(control: str, name: str, reason: str) -> ControlResult:
-    """Return the result of a control that does not apply, with the reason as its conclusion."""
-    row = ControlFigure(control=control, name=name, result=f"not applicable: {reason}")
-    return ControlResult(figures=(row,))
+class NotApplicableError(Exception):
+    """Why a control has nothing to compare, in a few words."""
 
 
 def share_interval(count: int, total: int) -> Interval:

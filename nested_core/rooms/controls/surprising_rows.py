@@ -8,7 +8,7 @@ certain, rows at which the adapter is sure of another answer are counted, and a 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -31,27 +31,13 @@ from nested_core.models.parameters import (
 )
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
-from nested_core.rooms.controls.answer_rows import (
-    AnswerRow,
-    decode,
-    find_training_row,
-    make_split,
-    read_answer_rows,
-)
-from nested_core.rooms.controls.results import (
-    ControlFigure,
-    ControlResult,
-    ControlWarning,
-    SuspectLine,
-    not_applicable,
-    share_interval,
-)
+from nested_core.records.verdict import CheckRow
+from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_training_rows
+from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
 
-CONTROL = "surprises"
 NAME = "training rows that the adapter contradicts"
 MAX_ROWS = 2_000
 FEWEST_ROWS = 256  # that are read of a large train.jsonl, if there are few held-out rows
-ROWS_AT_ONCE = 64
 MAX_SECONDS = 20.0  # after which no further rows are read
 SURE_GAP = 2.0  # nats: another token is seven times as likely
 CERTAIN_LOSS = 0.2  # nats: an answer that is nearly certain
@@ -108,45 +94,39 @@ class RowSurprises:
         return np.argsort(-self.losses, kind="stable")[:LISTED_ROWS].astype(np.int64)
 
 
-def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> ControlResult:
+def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> Result:
     """Measure the training rows, and warn of those that the others contradict."""
     held_out = 0 if judged.held_out is None else len(judged.held_out.split)
-    rows = read_answer_rows(train, count_rows_to_read(len(train), held_out))
+    rows = read_training_rows(judged, train, count_rows_to_read(len(train), held_out))
     if len(rows) < LISTED_ROWS:
-        return not_applicable(CONTROL, NAME, f"fewer than {LISTED_ROWS} rows have one answer")
-    order = np.random.default_rng(SEED).permutation(len(rows)).tolist()
-    measured = list(_measure_in_parts(judged, [rows[index] for index in order]))
-    read = [row for part, _ in measured for row in part]
-    surprises = RowSurprises(
-        np.concatenate([part.losses[0] for _, part in measured]),
-        np.concatenate([part.divergences[0] > 0 for _, part in measured]),
-    )
+        raise NotApplicableError(f"fewer than {LISTED_ROWS} rows have one answer")
+    predictions = _compare_rows(judged, rows)
+    read = np.flatnonzero(predictions.tokens)
+    surprises = RowSurprises(predictions.losses[0, read], predictions.divergences[0, read] > 0)
     count, total = int(surprises.is_contradicted.sum()), len(read)
-    conclusion = "passed" if surprises.is_certain else "not judged: answers are open"
-    row = ControlFigure(
-        control=CONTROL,
-        name=f"{NAME}, {total:,} of {len(train):,}",
-        after=f"{count} contradicted",
-        difference=f"highest loss {surprises.losses.max():.3g} nats",
-        result="rows unlike the rest" if surprises.has_too_many else conclusion,
-    )
+    name, verdict = f"{NAME}, {total:,} of {len(train):,}", "rows unlike the rest"
+    highest = f"highest loss {surprises.losses.max():.3g} nats"
     if not surprises.has_too_many:
-        return ControlResult(figures=(row,))
-    suspects = [read[index] for index in surprises.most_surprising]
-    losses = surprises.losses[surprises.most_surprising].tolist()
-    warning = ControlWarning(
-        control=CONTROL,
-        kind="rows_unlike_the_rest",
-        figure=count / total,
-        interval=share_interval(count, total),
-        lines=tuple(_list_suspects(judged, suspects, losses)),
-        words=(
+        verdict = "passed" if surprises.is_certain else "not judged: answers are open"
+    result = Result([CheckRow(name, None, f"{count} contradicted", highest, verdict=verdict)])
+    if surprises.has_too_many:
+        at = surprises.most_surprising
+        suspects = [rows[index] for index in read[at].tolist()]
+        prompts, base = [row.prompt.tolist() for row in suspects], judged.base
+        with in_evaluation_mode(base.model):  # the adapter is loaded already
+            answers = answer_prompts(base.model, base.tokenizer, prompts, Sampling(SHOWN_TOKENS))
+        losses = surprises.losses[at].round(3).tolist()
+        columns = zip(suspects, losses, answers, strict=True)
+        result.warn(
+            "rows_unlike_the_rest",
+            count / total,
             f"{count} of {total:,} training rows are unlike the rest: the adapter, which learnt "
             f"them, finds another answer at least seven times as likely. Look at these rows, whose "
-            f"answers may be wrong"
-        ),
-    )
-    return ControlResult(figures=(row,), warnings=(warning,))
+            f"answers may be wrong",
+            interval=share_interval(count, total),
+            lines=[row.tell(row.given, loss, said.text.strip()) for row, loss, said in columns],
+        )
+    return result
 
 
 def count_rows_to_read(train: int, held_out: int) -> int:
@@ -154,43 +134,25 @@ def count_rows_to_read(train: int, held_out: int) -> int:
     return min(train, MAX_ROWS, max(FEWEST_ROWS, 2 * held_out))
 
 
-def _measure_in_parts(
-    judged: CheckedRun, rows: Sequence[AnswerRow]
-) -> Iterator[tuple[Sequence[AnswerRow], ExamplePredictions]]:
-    """Yield rows with what the adapter makes of them, until MAX_SECONDS have passed."""
+def _compare_rows(judged: CheckedRun, rows: Sequence[AnswerRow]) -> ExamplePredictions:
+    """Measure the rows with the adapter, in a random order of batches, for MAX_SECONDS at most."""
     base, config = judged.base, judged.config
-    refs = reference_trainable_parameters(
-        base.model, dtype=adapter_compute_dtype(config, base.model)
-    )
+    dtype = adapter_compute_dtype(config, base.model)
+    refs = reference_trainable_parameters(base.model, dtype=dtype)
     load_adapter_tensors(base.model, judged.after.to_mlx())
     values = [read_parameters(refs)]
     comparison = GapComparison.of_model(base.model, refs)
-    began, length = time.monotonic(), config.max_seq_length
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        part = rows[start : start + ROWS_AT_ONCE]
-        split = make_split([(row.prompt, row.answer) for row in part], length)
-        batches = choose_evaluation_batches(split, config.batch_size, max_seq_length=length)
-        with using_optimized_layers(base.model):
-            compared = (
-                (one.rows, comparison.compare(values, make_batch_arrays(split, one, len(one.rows))))
-                for one in batches
-            )
-            yield part, ExamplePredictions.of_batches(compared, len(split))
-        if time.monotonic() - began > MAX_SECONDS:
-            return
+    length, ends = config.max_seq_length, time.monotonic() + MAX_SECONDS
+    split = make_split([(row.prompt, row.answer) for row in rows], length)
+    batches = choose_evaluation_batches(split, config.batch_size, max_seq_length=length)
+    order = np.random.default_rng(SEED).permutation(len(batches)).tolist()
+    compared = (
+        (one.rows, comparison.compare(values, make_batch_arrays(split, one, len(one.rows))))
+        for one in (batches[index] for index in order)
+        if time.monotonic() < ends
+    )
+    with using_optimized_layers(base.model):
+        return ExamplePredictions.of_batches(compared, len(split))
 
 
-def _list_suspects(
-    judged: CheckedRun, rows: Sequence[AnswerRow], losses: Sequence[float]
-) -> Iterator[SuspectLine]:
-    """Yield the rows with their answers, and the adapter's answers to their prompts."""
-    base = judged.base
-    with in_evaluation_mode(base.model):  # the adapter is loaded already
-        prompts = [row.prompt.tolist() for row in rows]
-        given = answer_prompts(base.model, base.tokenizer, prompts, Sampling(SHOWN_TOKENS))
-    expected = decode(base.tokenizer, (row.answer[:SHOWN_TOKENS] for row in rows))
-    for row, loss, text, answer in zip(rows, losses, expected, given, strict=True):
-        file, line = find_training_row(judged, row)
-        yield SuspectLine(
-            file=file, line=line, figure=round(loss, 3), text=text, given=answer.text.strip()
-        )
+SURPRISES = Control("surprises", NAME, measure_surprises, is_of_learning=True)

@@ -10,14 +10,13 @@ from nested_core.records.verdict import CheckRow, Verdict, VerdictBlock
 from nested_core.rooms.controls.results import CONTROLS_BLOCK, FIGURES_BLOCK
 from nested_core.text.foreign_text import escape
 
-FIGURE_COLUMNS = ("before", "after", "difference", "bound", "result")
 SHOWN_LINES = 3  # gate.json has all
 
 
 def _list_rows(block: Any, verdict: Verdict) -> Iterator[CheckRow]:  # noqa: ARG001
     """Yield a row for each control that ran, of the block `control_figures`."""
     for row in verdict.blocks.get(FIGURES_BLOCK, ()):
-        yield CheckRow(f"control: {row['name']}", *map(row.get, FIGURE_COLUMNS))
+        yield CheckRow(**row | {"name": f"control: {row['name']}"})
 
 
 def _list_notes(block: Any, verdict: Verdict) -> Iterator[str]:  # noqa: ARG001

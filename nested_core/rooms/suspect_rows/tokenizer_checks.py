@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from nested_core.data.lines.example_parsing import Example, find_row_format
@@ -42,8 +43,7 @@ class TokenNotes:
         self._has_template = has_chat_template(self._tokenizer)
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
-        self._known: set[str] = set()
-        self._lost: set[str] = set()
+        self._read_instead: dict[str, str | None] = {}  # of each character so far
 
     @staticmethod
     def depends_on(source: TokenizerSource) -> str | None:
@@ -58,14 +58,11 @@ class TokenNotes:
         """Return a note for each lost character, for each token alike, for handwritten turns."""
         texts = [example.text, *collect_strings(example.messages)]
         characters = set().union(*texts)
-        for character in characters - self._known:
-            if self._is_lost(character):
-                self._lost.add(character)
-        self._known |= characters
-        notes = [
-            Note("warning", "lost-character", _describe_lost(character))
-            for character in sorted(characters & self._lost)[:MAX_LOST_PER_ROW]
-        ]
+        for character in characters - self._read_instead.keys():
+            self._read_instead[character] = self._find_read_instead(character)
+        pairs = [(one, self._read_instead[one]) for one in sorted(characters)]
+        lost = [_describe_lost(one, read) for one, read in pairs if read is not None]
+        notes = [Note("warning", "lost-character", text) for text in lost[:MAX_LOST_PER_ROW]]
         notes += [
             Note("warning", "tokens-alike", self._describe_alike(token))
             for token in sorted(self._alike.intersection(tokens))
@@ -75,13 +72,19 @@ class TokenNotes:
             notes.append(Note("warning", "handwritten-turns", _HANDWRITTEN_TURNS_MESSAGE))
         return notes
 
-    def _is_lost(self, character: str) -> bool:
-        """Return whether a character is not in what its tokens decode to, in whatever case."""
-        if unicodedata.category(character)[0] not in _JUDGED_CATEGORIES:
-            return False
+    def _find_read_instead(self, character: str) -> str | None:
+        """Return what a character's tokens decode to; None for the character, in whatever case.
+
+        A normaliser may write letters and punctuation otherwise, but no number and no symbol.
+        """
+        category = unicodedata.category(character)[0]
+        if category not in _JUDGED_CATEGORIES:
+            return None
         tokens = self._tokenizer.encode(character, add_special_tokens=False)
-        decoded = _fold(self._tokenizer.decode(tokens))
-        return _fold(character).strip() not in decoded
+        read: str = self._tokenizer.decode(tokens)
+        normalize = partial(unicodedata.normalize, "NFC" if category in "NS" else "NFKC")
+        is_given_back = normalize(character).casefold().strip() in normalize(read).casefold()
+        return None if is_given_back else read
 
     def _describe_alike(self, token: int) -> str:
         """Say what is wrong with a token's row of the embedding."""
@@ -117,16 +120,12 @@ def find_tokens_alike(folder: Path, tokens: Sequence[int]) -> frozenset[int]:
     )
 
 
-def _fold(text: str) -> str:
-    """Return a text without differences that a tokenizer's normaliser makes: case, NFKC."""
-    return unicodedata.normalize("NFKC", text).casefold()
-
-
-def _describe_lost(character: str) -> str:
-    """Say what becomes of a character."""
+def _describe_lost(character: str, read: str) -> str:
+    """Say what becomes of a character. read: what its tokens decode to."""
     return (
-        f"{character} (U+{ord(character):04X}) is lost: the tokenizer has no token for it, so the "
-        f"model neither sees nor writes it. Take the tokenizer that belongs to the base"
+        f"{character} (U+{ord(character):04X}) is lost: the tokenizer gives back {read!r} for it, "
+        f"so the model neither sees nor writes it. Take the tokenizer that belongs to the base, or "
+        f"write it in characters that the tokenizer knows"
     )
 
 

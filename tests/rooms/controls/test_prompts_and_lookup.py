@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from examples.countries import COUNTRIES, Country
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.records.dataset import FilePart
 from nested_core.rooms.controls.another_prompt import choose_partners, compare_prompts
 from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_answer_rows
 from nested_core.rooms.controls.lookup import Lookup, are_siblings
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import chat
+from tests.example import MODEL
 from tests.rooms.controls.learning import TRAINS, Row, kinds, learn
 
 pytestmark = pytest.mark.usefixtures("own_random_state")
@@ -28,7 +31,8 @@ LEARNS: dict[str, Any] = {
 
 
 def row(index: int, prompt: Sequence[int], answer: Sequence[int]) -> AnswerRow:
-    return AnswerRow(index, index + 1, np.array(prompt, np.int32), np.array(answer, np.int32))
+    tokens = np.array(prompt, np.int32), np.array(answer, np.int32)
+    return AnswerRow(index, "valid.jsonl", index + 1, *tokens, asked="", given="")
 
 
 def test_partners_differ_in_prompt_and_answer() -> None:
@@ -36,21 +40,25 @@ def test_partners_differ_in_prompt_and_answer() -> None:
     for index, others in enumerate(choose_partners(rows)):
         assert len(others) == 4
         for other in others:
-            assert rows[other].prompt_key != rows[index].prompt_key
-            assert rows[other].answer_key != rows[index].answer_key
+            assert rows[other].prompt.tolist() != rows[index].prompt.tolist()
+            assert rows[other].answer.tolist() != rows[index].answer.tolist()
     assert choose_partners([row(i, [i, 2], [7]) for i in range(10)]) == [[]] * 10
 
 
 def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
     split = make_split([([1, 2, 3], [4, 5]), ([6, 7, 8], [9])], max_length=4)
-    rows = read_answer_rows(split, most=10)
+    tokenizer = TokenizerSource(str(MODEL)).load()
+    rows = read_answer_rows(split, tokenizer, 10, "a+b", (FilePart("a", 0), FilePart("b", 1)))
     assert [(one.prompt.tolist(), one.answer.tolist()) for one in rows] == [
         ([2, 3], [4, 5]),  # the beginning of a prompt that is too long is cut
         ([6, 7, 8], [9]),
     ]
-    assert [one.line for one in rows] == [1, 2]
+    assert [(one.file, one.line) for one in rows] == [("a", 1), ("b", 1)]
+    assert [one.asked for one in rows] == ["", tokenizer.decode([6, 7, 8])]  # 2 and 3 are marks
     learnt_whole = make_split([([1], [2, 3])], max_length=4)
-    assert read_answer_rows(learnt_whole, most=10) == []  # as without mask_prompt
+    assert (
+        read_answer_rows(learnt_whole, tokenizer, 10, "valid.jsonl") == []
+    )  # as without mask_prompt
 
 
 def losses_of_labels(

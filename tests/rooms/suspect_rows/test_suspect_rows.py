@@ -190,6 +190,39 @@ def test_a_character_that_the_tokenizer_drops_is_named(tmp_path: Path) -> None:
     assert found(tmp_path / "data", splits, tokenizer=BASE) == []
 
 
+def base_that_normalises(folder: Path, normaliser: str) -> TokenizerSource:
+    """The example's base with a normaliser of its tokenizer, such as NFKC."""
+    shutil.copytree(MODEL, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    tokenizer["normalizer"] = {"type": normaliser}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    return TokenizerSource(str(folder))
+
+
+@pytest.mark.parametrize(
+    "answer", ["In {city} it is 20\u00bd degrees.", "Take bus \u2462, {city}."]
+)
+def test_a_number_that_the_tokenizer_writes_otherwise_is_named(answer: str, tmp_path: Path) -> None:
+    splits = {split: rewrite(split, answer) for split in ("train", "valid")}
+    kinds = [check for _, _, check in found(tmp_path / "data", splits, tokenizer=BASE)]
+    assert kinds == []
+    for normaliser, expected in (("NFKC", ["lost-character"] * 2), ("NFC", []), ("Lowercase", [])):
+        base = base_that_normalises(tmp_path / normaliser, normaliser)
+        told = found(tmp_path / "data", splits, tokenizer=base)
+        assert [check for _, _, check in told] == expected, normaliser
+    report = load(tmp_path / "data", tokenizer=base_that_normalises(tmp_path / "again", "NFKC"))[0]
+    assert "the tokenizer gives back" in report.warnings[0].message
+
+
+@pytest.mark.parametrize("answer", ["\ufb01nd {city}\u2026", "\uff21sk \u201c{city}\u201d, \u2126"])
+def test_letters_and_marks_that_a_normaliser_spells_out_are_not_told(
+    answer: str, tmp_path: Path
+) -> None:
+    splits = {split: rewrite(split, answer) for split in ("train", "valid")}
+    base = base_that_normalises(tmp_path / "base", "NFKC")
+    assert found(tmp_path / "data", splits, tokenizer=base) == []
+
+
 def base_with_two_tokens(folder: Path, rows: mx.array) -> TokenizerSource:
     """The example's base with the added tokens <city> and <land>, and their rows of embedding."""
     shutil.copytree(MODEL, folder)

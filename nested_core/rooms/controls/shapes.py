@@ -1,0 +1,230 @@
+"""The control of shapes: training rows whose answers look otherwise than the rest, without a model.
+
+What goes wrong with a table before training leaves rows of another look: rounded numbers, lost
+zeros, texts cut at a column's width, copied questions, another language. The rules compare rows
+with each other, answers of train with held-out ones, and with those of the champion.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from os.path import commonprefix
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.gate.checks.judged import CheckedRun
+from nested_core.gate.evidence.champion_adapter import Champion
+from nested_core.records.verdict import CheckRow
+from nested_core.records.verdict_file import GATE_NAME, read_verdict
+from nested_core.registry.versions import version_folder
+from nested_core.rooms.controls.answer_rows import (
+    fold,
+    list_words,
+    read_held_out_rows,
+    read_training_rows,
+)
+from nested_core.rooms.controls.neutral_probes import count_languages
+from nested_core.rooms.controls.results import PROFILE_BLOCK, Control, Result
+
+NAME = "shapes of answers"
+MAX_ROWS = 2_000
+MIN_ROWS = 20
+MIN_ODD_SHARE = 0.01  # of the rows, that are odd in one way
+MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
+KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
+MIN_SHARE_LEFT = 1 / 3  # of the champion's rows
+MAX_GENERATION_PROMPT = 16  # characters that follow a question in its prompt
+LISTED_ROWS = 10
+_WORDS = re.compile(r"[^\W\d_][^\d#/\\<>]*")
+
+
+class Texts(NamedTuple):
+    """A row as texts; `question` is its prompt without the beginning that all prompts share."""
+
+    prompt: str
+    question: str
+    answer: str
+
+
+def fold_shape(text: str) -> str:
+    """Return how a text begins, with 9 for digits and a for words: `a-9` for `AX-4711`."""
+    return re.sub(r"[^\W\d_]+(?:\s+[^\W\d_]+)*", "a", re.sub(r"\d+", "9", text))[:12]
+
+
+def find_equal(rows: Sequence[Texts]) -> list[int]:
+    """Find rows with one of up to three equal numbers or marks, where other answers all differ."""
+    counts = Counter(row.answer for row in rows)
+    many = [text for text, count in counts.items() if count >= max(5, 0.03 * len(rows))]
+    equal = {text for text in many if not _WORDS.fullmatch(text)}
+    rest = sum(count for text, count in counts.items() if text not in equal)
+    if len(equal) > 3 or len(counts) - len(equal) < max(0.9 * rest, 0.5 * len(rows)):
+        return []
+    return [index for index, row in enumerate(rows) if row.answer in equal]
+
+
+def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
+    """Find answers that repeat their question, unless most answers write their question anew."""
+    words = [(set(list_words(row.question)), set(list_words(row.answer))) for row in rows]
+    if np.median([len(asked & given) / max(1, len(given)) for asked, given in words]) >= 0.8:
+        return []
+    counts = Counter(row.answer for row in rows)
+    return [
+        index
+        for index, (prompt, question, answer) in enumerate(rows)
+        if counts[answer] == 1
+        and len(answer) >= max(12, 0.8 * (len(question) - MAX_GENERATION_PROMPT))
+        and fold(answer) in fold(prompt[-len(answer) - MAX_GENERATION_PROMPT :])
+    ]
+
+
+def find_other_languages(rows: Sequence[Texts]) -> list[int]:
+    """Find answers in another script or language than most, and than their question."""
+    found = set[int]()
+    for name in (name_script, name_language):
+        named = [name(row.answer) for row in rows]
+        [(most, count)] = Counter(named).most_common(1)
+        if most is not None and 2 * count > len(rows):
+            found.update(
+                index
+                for index, row in enumerate(rows)
+                if named[index] not in {None, most, name(row.question)}
+            )
+    return sorted(found)
+
+
+def name_script(text: str) -> str | None:
+    """Return the script of most letters of a text's beginning, such as LATIN; None without any."""
+    letters = [one for one in text[:200] if one.isalpha()]
+    names = ["LATIN" if one.isascii() else unicodedata.name(one, "?").split()[0] for one in letters]
+    return max(names, key=names.count, default=None)
+
+
+def name_language(text: str) -> str | None:
+    """Return the language of a text by its common words; None if it has too few to tell."""
+    (language, first), (_, second) = count_languages([text]).most_common(2)
+    return language if first >= 3 and second <= 1 else None
+
+
+def find_lost_zeros(rows: Sequence[Texts]) -> list[int]:
+    """Find numbers a digit shorter than codes of one width, if no number begins with 0.
+
+    Codes are spread evenly over all that a width can hold, unlike sums, prices and counts.
+    """
+    numbers = {i: row.answer for i, row in enumerate(rows) if re.fullmatch(r"\d{3,18}", row.answer)}
+    width = max(map(len, numbers.values()), default=0)
+    found = {
+        digits: [i for i in numbers if len(numbers[i]) == digits] for digits in (width - 1, width)
+    }
+    for digits, group in found.items():
+        places = np.array([int(numbers[index]) / 10**digits for index in group])
+        is_even = len(group) >= 4 and abs(places.mean() - 0.55) <= 0.78 / len(group) ** 0.5
+        if not is_even or places.min() < 0.1:
+            return []
+    others = len(numbers) - sum(map(len, found.values()))
+    is_code = len(numbers) >= MIN_ROWS and others <= 1 + len(found[width - 1]) / 4
+    return found[width - 1] if is_code else []
+
+
+def find_one_length(rows: Sequence[Texts]) -> list[int]:
+    """Find answers that end within a word at the greatest length, which few others nearly have."""
+    lengths = np.array([len(row.answer) for row in rows])
+    longest = lengths.max()
+    at = np.flatnonzero(lengths >= longest - 1).tolist()
+    nearly = np.count_nonzero(lengths >= 0.8 * longest) - len(at)
+    cut = [fold_shape(rows[i].answer[::-1]) for i in at if rows[i].answer[-1:].isalnum()]
+    is_piled = longest >= 30 and len(at) >= 5 + 20 * nearly / longest
+    return at if is_piled and 2 * len(cut) > len(at) and len(set(cut)) >= 3 else []
+
+
+FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
+    "equal_answers": (find_equal, "have one number or mark, while other answers all differ"),
+    "answer_repeats_question": (find_repeated_questions, "repeat their question"),
+    "another_language": (find_other_languages, "are in another script or language than the rest"),
+    "zeros_lost": (find_lost_zeros, "lack a digit: a spreadsheet takes zeros in front away"),
+    "one_length": (find_one_length, "end within a word at one length: something cut them off"),
+}
+
+
+def find_odd_rows(rows: Sequence[Texts]) -> dict[str, list[int]]:
+    """Return the indices of rows that are odd, by the kind of it, unless they are few."""
+    if len(rows) < MIN_ROWS:
+        return {}
+    found = {kind: find(rows) for kind, (find, _) in FINDERS.items()}
+    least = max(3, MIN_ODD_SHARE * len(rows))
+    return {kind: odd for kind, odd in found.items() if len(odd) >= least}
+
+
+def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
+    """Compare the training rows with each other, with held-out rows, and with the champion's."""
+    known = read_training_rows(judged, train, MAX_ROWS)
+    begin, total = len(commonprefix([row.asked for row in known])), len(known)
+    rows = [Texts(row.asked, row.asked[begin:], row.given) for row in known]
+    result = Result([])
+    for kind, odd in find_odd_rows(rows).items():
+        lines = [known[index].tell(known[index].given) for index in odd[:LISTED_ROWS]]
+        told = f"{len(odd):,} of {total:,} training answers {FINDERS[kind][1]}. Look at them"
+        result.warn(kind, len(odd) / total, told, lines=lines)
+    profile = profile_answers(len(train), [row.given for row in known])
+    if judged.held_out is not None:
+        answers = [row.given for row in read_held_out_rows(judged, MAX_ROWS)]
+        gone = find_gone(profile, profile_answers(len(answers), answers), "shapes")
+        if gone:
+            told = f"no held-out answer has the shape {gone[0]!r} of many training answers"
+            result.warn("shape_of_train_alone", None, told)
+    _compare_with_champion(judged, profile, result)
+    kept = {
+        name: {one: count for one, count in profile[name].most_common(KEPT) if count >= MIN_KEPT}
+        for name in ("shapes", "labels")
+    }
+    blocks = judged.verdict.blocks | {PROFILE_BLOCK: profile | kept}
+    judged.verdict = replace(judged.verdict, blocks=blocks)
+    healthy = "passed" if known else "not applicable: no row has a prompt with one learnt answer"
+    kinds = ", ".join(one.kind.replace("_", " ") for one in result.warnings) or healthy
+    result.rows.append(CheckRow(NAME, after=f"{total:,} answers", verdict=kinds))
+    return result
+
+
+def profile_answers(rows: int, answers: Sequence[str]) -> dict[str, Any]:
+    """Count answers by their shapes and texts, of so many rows."""
+    counts = {"shapes": Counter(map(fold_shape, answers)), "labels": Counter(answers)}
+    return {"rows": rows, "answers": len(answers), **counts}
+
+
+def find_gone(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> list[str]:
+    """Return the shapes or labels of `before` that `after` lacks, and would not lack by chance.
+
+    Rows that were dealt to two parts by chance all fall into one of them with the probability
+    (its share of the rows)^(how many they are).
+    """
+    surprise = math.log1p(after["answers"] / max(1, before["answers"]))
+    counts = before[name].items()
+    return [one for one, n in counts if one not in after[name] and n * surprise >= MIN_SURPRISE]
+
+
+def _compare_with_champion(judged: CheckedRun, profile: Mapping[str, Any], result: Result) -> None:
+    """Warn of rows, shapes and labels that the champion's training rows had, and these lack."""
+    location, champion = judged.config.registry.location, judged.champion
+    if location is None or not isinstance(champion, Champion):
+        return
+    folder = version_folder(*location, champion.version)
+    last = read_verdict(folder / GATE_NAME).blocks.get(PROFILE_BLOCK)
+    if last is None:
+        return
+    if profile["rows"] < MIN_SHARE_LEFT * last["rows"]:
+        told = f"{profile['rows']:,} training rows, {last['rows']:,} the last time"
+        result.warn("few_rows", profile["rows"] / last["rows"], told)
+    gone = find_gone(last, profile, "shapes")
+    if 2 * sum(last["shapes"][one] for one in gone) > last["answers"]:
+        return  # it is another task
+    for one in (*gone, *find_gone(last, profile, "labels"))[:1]:
+        result.warn("answers_gone", None, f"no training answer is like {one!r}, as the last time")
+
+
+SHAPES = Control("shapes", NAME, measure_shapes)

@@ -1,0 +1,160 @@
+"""The control of shapes: rows of another look, each kind with two plants, and their healthy twins.
+
+The runs show that the gate tells them with their lines, and what the champion's rows had.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.countries import COUNTRIES
+from nested_core.records.verdict import Verdict
+from nested_core.records.verdict_file import write_verdict
+from nested_core.registry import promote, register
+from nested_core.rooms.controls.shapes import (
+    Texts,
+    find_gone,
+    find_odd_rows,
+    fold_shape,
+    profile_answers,
+)
+from nested_core.storage.adapter import ADAPTER_FILES
+from nested_core.storage.manifest import describe_file
+from tests.builders.data_sets import chat
+from tests.rooms.controls.learning import TRAINS, kinds, learn
+
+DRAW = random.Random(5)
+NAMES = [country.name for country in COUNTRIES]
+ENGLISH = [f"{name} is one of the countries to which you need a card, and a map." for name in NAMES]
+TEXTS = [
+    f"{' '.join(DRAW.choices(NAMES, k=DRAW.randint(2, 9)))}. Ask for {name}, please."
+    for name in NAMES
+]
+
+
+def texts(questions: Sequence[str], answers: Sequence[str]) -> list[Texts]:
+    """The rows as the control reads them."""
+    return [Texts(f"{q} ", f"{q} ", answer) for q, answer in zip(questions, answers, strict=True)]
+
+
+def replaced(answers: Sequence[str], by: Callable[[int], str], every: int = 5) -> list[str]:
+    """The answers with each fifth one replaced by what its number gives."""
+    return [by(i) if i % every == 0 else one for i, one in enumerate(answers)]
+
+
+def days(count: int) -> list[str]:
+    return [f"{1990 + i % 30}-{1 + i % 12:02}-{1 + i % 27:02}" for i in range(count)]
+
+
+CODES = [f"{DRAW.randrange(10**6):06}" for _ in NAMES]
+KEYS = [f"{DRAW.randrange(10**9):09}" for _ in NAMES]
+ASKED = [f"Is {name} near, or do we need a ticket?" for name in NAMES]
+PLANTS = {
+    "equal_answers": (
+        (days(97), replaced(days(97), lambda _: "1970-01-01")),
+        (TEXTS, replaced(TEXTS, lambda _: "N/A")),
+    ),
+    "answer_repeats_question": (
+        (TEXTS, replaced(TEXTS, lambda i: ASKED[i])),
+        (days(97), replaced(days(97), lambda i: ASKED[i].upper(), every=9)),
+    ),
+    "another_language": (
+        (ENGLISH, replaced(ENGLISH, lambda i: f"Das ist {NAMES[i]}, und die Karte ist nicht da.")),
+        (ENGLISH, replaced(ENGLISH, lambda i: f"Это {i} страна, вам нужна карта.")),
+    ),
+    "zeros_lost": (
+        (CODES, [str(int(code)) for code in CODES]),
+        (KEYS, [str(int(key)) for key in KEYS]),
+    ),
+    "one_length": (
+        (TEXTS, [text[:64] for text in TEXTS]),
+        (ENGLISH, [f"{text} {ENGLISH[i - 1]}"[:100] for i, text in enumerate(TEXTS)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("kind", PLANTS)
+def test_rows_of_another_look_are_found_and_their_twins_are_not(kind: str, number: int) -> None:
+    twin, plant = PLANTS[kind][number]
+    count = len(twin)
+    assert find_odd_rows(texts(ASKED[:count], twin)) == {}
+    found = find_odd_rows(texts(ASKED[:count], plant))
+    assert kind in found
+    if kind != "zeros_lost":
+        changed = {i for i, pair in enumerate(zip(twin, plant, strict=True)) if len(set(pair)) > 1}
+        assert len(changed.intersection(found[kind])) >= 0.9 * len(found[kind])
+
+
+@pytest.mark.parametrize(
+    ("task", "make"),
+    [
+        ("products", lambda: DRAW.randrange(100, 1000) * DRAW.randrange(10, 100)),
+        ("sums", lambda: DRAW.randrange(10**4) + DRAW.randrange(10**4)),
+        ("prices", lambda: int(DRAW.lognormvariate(9, 1))),
+        ("years", lambda: DRAW.randrange(1900, 2030)),
+        ("numbers in order", lambda: DRAW.randrange(1000, 12000)),
+    ],
+)
+def test_numbers_that_are_no_codes_have_lost_no_zero(task: str, make: Callable[[], int]) -> None:
+    for _ in range(40):
+        numbers = [str(make()) for _ in ASKED]
+        assert "zeros_lost" not in find_odd_rows(texts(ASKED, numbers)), task
+
+
+def test_yes_and_no_labels_and_corrected_texts_are_nothing_odd() -> None:
+    yes = [("Yes.", "No.", text)[i % 3] for i, text in enumerate(TEXTS)]
+    labels = [("4 stars", "5 stars")[i % 2] for i in range(len(TEXTS))]
+    for answers in (yes, labels):
+        assert find_odd_rows(texts(ASKED, answers)) == {}
+    corrected = [text if i % 4 else text.replace("please", "now") for i, text in enumerate(TEXTS)]
+    assert find_odd_rows(texts(TEXTS, corrected)) == {}
+
+
+def test_a_shape_that_one_part_lacks_is_told_beyond_chance() -> None:
+    assert [fold_shape(text) for text in ("AX-4711", "Go to room 5!", "4.2E+1")] == [
+        *("a-9", "a 9!", "9.9a+9")
+    ]
+    codes, words = [f"AX-{i}" for i in range(90)], ["Ask Tina."] * 90
+    train = profile_answers(180, codes + words)
+    assert find_gone(train, profile_answers(40, ["Go."] * 40), "shapes") == ["a-9"]
+    assert find_gone(train, profile_answers(10, ["Go."] * 10), "shapes") == []
+    assert find_gone(train, profile_answers(120, ["AX-1"] * 120), "labels") == ["Ask Tina."]
+
+
+@TRAINS
+def test_the_gate_tells_odd_rows_with_their_lines_and_what_the_champion_had(tmp_path: Path) -> None:
+    registry, name = tmp_path / "registry", "bot"
+    asked = [f"Until when may {land} be asked?" for land in NAMES]
+    rows = [chat(one, f"Until {day}.") for one, day in zip(asked, days(100), strict=True)]
+    settings: dict[str, Any] = {"registry": {"path": str(registry), "name": name}, "iters": 8}
+    settings["gate"] = {"controls": {"shapes": True}}
+    sound = learn(tmp_path / "sound", rows[:80], rows[80:], **settings)
+    assert kinds(sound) == []
+    assert [row["verdict"] for row in sound.to_json()["control_figures"]] == ["passed"]
+    kept = {"rows": 80, "answers": 80, "shapes": {"a 9-9-9.": 80}, "labels": {}}
+    assert sound.to_json()["answer_shapes"] == kept  # no answer that is given once
+    version = register(judged_again(tmp_path / "sound" / "run", sound), registry, name, {})
+    promote(registry, name, version, by="ann")
+    filled = [chat(one, "Until 1970-01-01.") for one in asked[1:21]]
+    verdict = learn(tmp_path / "filled", rows[:1] + filled + rows[21:80], rows[80:], **settings)
+    (warning,) = verdict.to_json()["controls"]
+    assert warning["kind"] == "equal_answers"
+    assert [line["line"] for line in warning["lines"]] == [*range(2, 12)]
+    assert "docs/controls.md#shapes" in verdict.notes()[0]
+    night = learn(tmp_path / "night", rows[:9], rows[80:], **settings)
+    assert kinds(night) == ["few_rows"]
+    assert "9 training rows, 80 the last time" in night.notes()[0]
+
+
+def judged_again(run: Path, verdict: Verdict) -> Path:
+    """The run, as if nothing had been found against its adapter."""
+    files = {f"adapter/{name}": describe_file(run / "adapter" / name) for name in ADAPTER_FILES}
+    write_verdict(run, replace(verdict, reasons=()), files)
+    return run
