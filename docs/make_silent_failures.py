@@ -56,10 +56,10 @@ The list, `failures.toml`, was chosen by the makers of nested-tune, which is one
 was committed before any tool was run on it; its head names what was changed afterwards. The base is
 the tiny model of `examples/`, on a Linux CPU. Rows, with what was printed, are in `results/`.
 
-*Noticed*: before the adapter is used, or as it is, the command fails, refuses, or prints a warning that names
-the failure and that the healthy twin does not get. Doing the right thing counts too. *Not
-applicable*: the tool has no such step, or its own code would have to be broken. *False alarm*: the
-healthy twin is warned of in the same words, or refused.
+*Noticed*: before the adapter is used, or as it is, the command fails, refuses, or prints a warning
+that names the failure and that the healthy twin does not get. Doing the right thing counts too.
+*Not applicable*: the tool has no such step, or its own code would have to be broken. *False
+alarm*: the healthy twin is warned of in the same words, or refused.
 
 A line counts if it holds one of the words that the list has for the failure. So a tool can be said
 to notice by a line that meant something else, or to miss by words that the list lacks. Two readers

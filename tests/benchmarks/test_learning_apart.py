@@ -306,7 +306,7 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             moved("c"),
             moved("c") / moved("c-unclipped"),
         ],
-        r"at the same rate \(with the correction too, (\S+)\)": [
+        r"With the correction c moved (\S+) times as far as k": [
             moved("c-3e-4-corrected") / moved("k-3e-4-corrected")
         ],
         r"file\*\*\*: level here, (\S+) points \((\S+) to (\S+)\)": swapped("c", "k-2e-4"),
@@ -385,7 +385,7 @@ def test_nine_runs_have_the_loss_on_the_book_that_the_second_study_has() -> None
     shared = {row[:3] for row in losses("rows-2.jsonl") & losses("rows-4.jsonl")}
     of_c = {("c", task, seed) for task in ("banking77", "clinc150") for seed in (1, 2, 3)}
     assert shared == of_c | {("k", "snips", seed) for seed in (1, 2, 3)}
-    assert "; nine runs have its book loss to the last digit" in PAGE
+    assert ": nine runs have its book loss to the last digit" in PAGE
 
 
 def test_an_end_that_rounds_to_the_bound_of_level_has_two_digits() -> None:

@@ -38,8 +38,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/records/verdict_file.py",
-        '    if word == "passed" and verdict.reasons:',
-        '    if word == "failed" and verdict.reasons:',
+        '    if document["verdict"] == "passed" and verdict.reasons:',
+        '    if document["verdict"] == "failed" and verdict.reasons:',
         "a condition turned",
     ),
     Fault(
