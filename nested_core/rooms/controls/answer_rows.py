@@ -49,7 +49,7 @@ def read_training_rows(judged: CheckedRun, train: TokenizedSplit, most: int) -> 
 def read_held_out_rows(judged: CheckedRun, most: int) -> list[AnswerRow]:
     """Return at most `most` of the held-out rows that count, as `read_answer_rows` does.
 
-    Raises NotApplicableError if there are none.
+    Raises NotApplicableError where there is no such row.
     """
     held_out, losses = judged.held_out, judged.losses
     if held_out is None or losses is None:
