@@ -7,7 +7,7 @@ validation compares duplicates: without what `fold_text` removes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -27,7 +27,7 @@ from nested_core.data.lines.example_parsing import (
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import flatten_example, fold_questions, fold_text
+from nested_core.data.lines.line_rows import flatten_example, fold_questions, fold_text, fold_turns
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
@@ -124,7 +124,7 @@ class RowList:
     """A person's list of rows, and of prompts that stand for every row with them.
 
     rows: the folded keys of the rows, see RowKeys.
-    turns: the keys of prompts, and of rows that are no pair or rated answer, see `_key_of_turns`.
+    turns: the keys of prompts, and of rows that are no pair or rated answer, see `fold_turns`.
     """
 
     rows: frozenset[bytes]
@@ -132,11 +132,12 @@ class RowList:
 
     def has(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row, the beginning of its chat, or a turn of its user is listed."""
+        if RowKeys.of(row).folded in self.rows:
+            return True
         turns = _turns_of(row)
         parts = [turns[: end + 1] for end in range(len(turns))]
         parts += [[turn] for turn in turns if turn["role"] == "user"]
-        is_listed = RowKeys.of(row).folded in self.rows
-        return is_listed or not self.turns.isdisjoint(map(_key_of_turns, parts))
+        return any(_key(fold_turns(part)) in self.turns for part in parts)
 
 
 def _turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -145,11 +146,6 @@ def _turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         turns = parse_line(json.dumps(row).encode(), ANY_ROLE).messages
         return [turn for turn in turns if turn["role"] != "system"]
     return []
-
-
-def _key_of_turns(turns: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return the key of turns as `fold_questions` compares them."""
-    return _key(fold_questions([*turns, {"role": "assistant", "content": ""}])[-1])
 
 
 def read_row_list(path: Path) -> RowList:
@@ -170,7 +166,7 @@ def read_row_list(path: Path) -> RowList:
             elif not turns:
                 raise LineProblem("no-question", "it has no turn but system turns")
             if turns and row.keys() <= _KEYS_OF_CHATS:
-                all_turns.add(_key_of_turns(turns))
+                all_turns.add(_key(fold_turns(turns)))
         except (LineProblem, ValueError, RecursionError) as problem:
             raise ConfigError(
                 f"{path}:{number} is neither a row nor a prompt: {problem}. Expected a line of a "

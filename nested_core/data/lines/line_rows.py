@@ -123,7 +123,7 @@ def digest_with_beginnings(example: Example) -> list[int]:
     return [digest, *beginnings]
 
 
-def digest_row(row: Mapping[str, Any]) -> list[int]:
+def list_digests(row: Mapping[str, Any]) -> list[int]:
     """Return `digest_with_beginnings` of a row of `read_split_rows`; [] if it is no example."""
     with suppress(LineProblem):
         return digest_with_beginnings(parse_line(json.dumps(row).encode(), ANY_ROLE))
@@ -144,16 +144,20 @@ def fold_questions(turns: Sequence[Mapping[str, Any]]) -> list[bytes]:
     it. System turns, tools and names do not count. The last turn counts as an answer, whatever its
     role. Two equal results mean the same question.
     """
+    last = len(turns) - 1
+    ends = (n for n, turn in enumerate(turns) if turn["role"] == "assistant" or n == last)
+    return [*filter(None, (fold_turns(turns[:end]) for end in ends))]
+
+
+def fold_turns(turns: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return roles, contents and tool calls of turns but the system's, folded by `fold_text`."""
     parts: list[str] = []
-    questions = []
-    for index, turn in enumerate(turns, 1):
-        role = turn["role"]
-        if parts and (role == "assistant" or index == len(turns)):
-            questions.append(fold_text("\0".join(parts).encode()))
-        if role != "system":
+    for turn in turns:
+        if turn["role"] != "system":
             calls = [_call_to_compare(call) for call in turn.get("tool_calls", ())]
-            parts += [role, turn.get("content") or "", _json_to_compare(calls) if calls else ""]
-    return questions
+            text = _json_to_compare(calls) if calls else ""
+            parts += [turn["role"], turn.get("content") or "", text]
+    return fold_text("\0".join(parts).encode())
 
 
 def _turn_to_compare(turn: Mapping[str, Any]) -> dict[str, object]:

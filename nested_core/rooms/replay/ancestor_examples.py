@@ -28,7 +28,7 @@ from nested_core.registry.data_store import (
     render_row,
 )
 from nested_core.registry.link_and_views import reading
-from nested_core.rooms.replay.replayed_examples import NewerRows, read_new_data
+from nested_core.rooms.replay.replayed_examples import NewerRows, key_rows, read_new_data
 
 MAX_ANCESTORS = 100  # the newest
 MAX_ROWS = 2_000  # of all ancestors together: what a gate measures of them costs no more
@@ -76,7 +76,8 @@ def choose_ancestor_examples(
             problem = "none of its examples are kept, or they cannot be read"
             chosen.append(AncestorExamples(version, registered, problem=problem))
             continue
-        reasons = [newer.find_reason(row.row) for row in data.held_out]
+        held_out = key_rows(row.row for row in data.held_out)
+        reasons = [newer.find_reason(*keyed) for keyed in held_out]
         # A row that newer data trains on is kept here: the measurement leaves it out as trained on
         rows = list(compress(data.held_out, [reason in (None, "repeated") for reason in reasons]))
         chosen.append(
@@ -90,8 +91,8 @@ def choose_ancestor_examples(
                 problem=None if rows else _describe_none_left(reasons),
             )
         )
-        newer.add((row.row for row in data.train), are_held_out=False)
-        newer.add((row.row for row in data.held_out), are_held_out=True)
+        newer.add(key_rows(row.row for row in data.train), are_held_out=False)
+        newer.add(held_out, are_held_out=True)
     max_rows = share_rows([len(ancestor.rows) for ancestor in chosen])
     return [replace(ancestor, rows=ancestor.rows[:max_rows]) for ancestor in chosen]
 

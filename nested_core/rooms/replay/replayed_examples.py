@@ -23,17 +23,22 @@ from nested_core.data.data_settings import SPLITS, DataSettings, Targets
 from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.data.lines.example_parsing import ANY_ROLE, find_format, find_row_format
-from nested_core.data.lines.line_rows import digest_row
+from nested_core.data.lines.line_rows import list_digests
 from nested_core.rooms.replay.replay_record import ReplaySource
 
 Row = Mapping[str, Any]
+KeyedRow = tuple[Row, RowKeys]
 Int64 = npt.NDArray[np.int64]
 # Of the age of each row's source (0 is the newest) and the number of rows of each source: which
 # rows, by number, ascending.
 Select = Callable[[Int64, Sequence[int]], Int64]
 
-
 LeftOut = Literal["held_out", "repeated", "superseded"]
+
+
+def key_rows(rows: Iterable[Row]) -> list[KeyedRow]:
+    """Return rows of `read_split_rows`, each with its keys, which take longer than all else."""
+    return [(row, RowKeys.of(row)) for row in rows]
 
 
 @dataclass
@@ -41,8 +46,8 @@ class NewerRows:
     """The rows of newer data, by their keys: what an earlier row is compared with.
 
     folded: of all rows; prompts: of all rows that have one; held_out: of rows that are held out.
-    asked, digests: the last questions of rows that are held out, and `digest_row` of them.
-    train: the training examples of the run itself.
+    asked, digests: the last questions of rows that are held out, and `list_digests` of them.
+    train: the training examples of the run itself, with their keys.
     targets: what the run learns of a chat: each answer, and so each beginning too, unless `last`.
         None for rows that are only compared, as the registry keeps them.
     """
@@ -52,13 +57,12 @@ class NewerRows:
     held_out: set[bytes] = field(default_factory=set)
     asked: set[bytes] = field(default_factory=set)
     digests: set[int] = field(default_factory=set)
-    train: Sequence[Row] = ()
+    train: Sequence[KeyedRow] = ()
     targets: Targets | None = None
 
-    def add(self, rows: Iterable[Row], *, are_held_out: bool) -> None:
+    def add(self, rows: Iterable[KeyedRow], *, are_held_out: bool) -> None:
         """Add rows of train, or rows that are held out."""
-        for row in rows:
-            keys = RowKeys.of(row)
+        for row, keys in rows:
             self.folded.add(keys.folded)
             self.prompts.update(keys.questions[-1:])
             if are_held_out:
@@ -69,7 +73,7 @@ class NewerRows:
         self.held_out.add(keys.folded)
         if self.targets is not None:
             self.asked.update(keys.questions[-1:])
-            self.digests.update(digest_row(row)[:1])
+            self.digests.update(list_digests(row)[:1])
 
     def is_held_out(self, row: Row, keys: RowKeys) -> bool:
         """Return whether a row, or a beginning of it that the run would learn, is held out."""
@@ -77,17 +81,16 @@ class NewerRows:
             return True
         if self.asked.isdisjoint(keys.questions):  # then no digest needs to be computed
             return False
-        digests = digest_row(row)
+        digests = list_digests(row)
         return not self.digests.isdisjoint(digests[:1] if self.targets == "last" else digests)
 
-    def find_reason(self, row: Row) -> LeftOut | None:
+    def find_reason(self, row: Row, keys: RowKeys) -> LeftOut | None:
         """Return why newer data makes an earlier row be left out; None if it does not.
 
         The reasons are `held_out` (newer data holds the row or what it begins with out), `repeated`
         (newer data trains on it) and `superseded` (newer data has another answer to its prompt, or,
         for a rated answer or a preference, the opposite rating).
         """
-        keys = RowKeys.of(row)
         if self.is_held_out(row, keys):
             return "held_out"
         if keys.folded in self.folded:
@@ -104,17 +107,17 @@ def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -
     held_out_is_judged: count as held out only the rows that the gate judges by; else those of valid
         and test.
     """
-    settings, judging = DataSettings.from_config(config), list[Row]()
+    settings, judging = DataSettings.from_config(config), list[KeyedRow]()
     new = NewerRows(targets=None if held_out_is_judged else settings.supervised_targets)
     for split in SPLITS:
         split_rows = read_split_rows(settings, split)
-        rows: list[Row] = [] if split_rows is None else [*split_rows.rows]
+        rows = [] if split_rows is None else key_rows(split_rows.rows)
         new.add(rows, are_held_out=split != "train" and not held_out_is_judged)
         if split == "train" and not held_out_is_judged:
             new.train = rows
         if rows and split in SPLITS_BY_HELD_OUT_CHOICE.get(config.gate.held_out, ()):
             judging = rows  # of test if it has rows, since it comes last; else of valid
-    new.add([*judging, *read_held_out_file(config)], are_held_out=True)
+    new.add([*judging, *key_rows(read_held_out_file(config))], are_held_out=True)
     return new
 
 
@@ -171,13 +174,13 @@ def choose_replayed_examples(
         select: chooses among the examples that may be trained on.
         max_generations: the number of sources that are used, the newest ones; None uses all.
     """
+    held_out = [key_rows(data.held_out) for data in earlier]
     newer = NewerRows(targets=new.targets)
-    for data in earlier:
-        for row in data.held_out:
-            newer.hold_out(row, RowKeys.of(row))
-    keyed = ((row, RowKeys.of(row)) for row in new.train)
-    dropped = sorted({keys.content for row, keys in keyed if newer.is_held_out(row, keys)})
-    newer.folded, newer.prompts = set(new.folded), set(new.prompts)
+    for row, keys in (keyed for rows in held_out for keyed in rows):
+        newer.hold_out(row, keys)
+    dropped = sorted({keys.content for row, keys in new.train if newer.is_held_out(row, keys)})
+    newer.folded |= new.folded
+    newer.prompts |= new.prompts
     newer.held_out |= new.held_out
     newer.asked |= new.asked
     newer.digests |= new.digests
@@ -185,10 +188,10 @@ def choose_replayed_examples(
     candidates: list[list[tuple[bytes, bytes]]] = []
     for age, data in enumerate(earlier):
         is_replayed = max_generations is None or age < max_generations
-        train = data.train if is_replayed else ()
+        train = key_rows(data.train if is_replayed else ())
         source, fresh = _sort_out(data, train, newer)
         newer.add(train, are_held_out=False)
-        newer.add(data.held_out, are_held_out=True)
+        newer.add(held_out[age], are_held_out=True)
         sources.append(source)
         candidates.append(sorted(fresh))
     sizes = [len(examples) for examples in candidates]
@@ -212,7 +215,7 @@ def choose_replayed_examples(
 
 
 def _sort_out(
-    data: EarlierData, train: Sequence[Row], newer: NewerRows
+    data: EarlierData, train: Sequence[KeyedRow], newer: NewerRows
 ) -> tuple[ReplaySource, list[tuple[bytes, bytes]]]:
     """Separate a source's rows into those that may be replayed and those that are left out.
 
@@ -221,9 +224,8 @@ def _sort_out(
     """
     counts = Counter[str]()
     fresh: dict[bytes, tuple[bytes, bytes]] = {}
-    for row in train:
-        keys = RowKeys.of(row)
-        reason = "repeated" if keys.folded in fresh else newer.find_reason(row)
+    for row, keys in train:
+        reason = "repeated" if keys.folded in fresh else newer.find_reason(row, keys)
         if reason is None:
             fresh[keys.folded] = keys.content, json.dumps(row, allow_nan=False).encode() + b"\n"
         else:

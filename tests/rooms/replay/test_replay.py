@@ -23,7 +23,7 @@ from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.judged_run import read_judged_run
 from nested_core.report.run_report import read_report
 from nested_core.rooms.replay.replay_record import read_replay
-from nested_core.rooms.replay.replayed_examples import read_new_data
+from nested_core.rooms.replay.replayed_examples import key_rows, read_new_data
 from nested_core.rooms.replay.replayed_run import ReplayOfRun
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import (
@@ -157,9 +157,10 @@ def test_a_chat_that_an_ancestor_held_out_is_judged_by_though_its_beginning_is_t
     write_split(tmp_path / "new", train=[row("a?", "1")], valid=[begun])
     config = configure(tmp_path, "old", training={"supervise": "all"})
     judged = read_new_data(config, held_out_is_judged=True)
-    assert judged.find_reason({"messages": turns}) is None
-    assert judged.find_reason({"messages": turns[:2]}) == "held_out"
-    assert read_new_data(config).find_reason({"messages": turns}) == "held_out"
+    long, short = key_rows([{"messages": turns}, {"messages": turns[:2]}])
+    assert judged.find_reason(*long) is None
+    assert judged.find_reason(*short) == "held_out"
+    assert read_new_data(config).find_reason(*long) == "held_out"
 
 
 @needs_rooms("preferences")
