@@ -32,12 +32,12 @@ from nested_core.config.section_base import Section, key
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
-def _text_as_list(value: object) -> object:
+def text_as_list(value: object) -> object:
     """Convert a single text to a list of one."""
     return [value] if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(_text_as_list)]
+Names = Annotated[tuple[NonEmpty, ...], BeforeValidator(text_as_list)]
 
 Processes = Annotated[PositiveInt, Field(le=64)]
 MAX_MINUTES = 7 * 24 * 60

@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
 )
 
+from nested_core.config.sections import text_as_list
 from nested_core.storage.untrusted_files import parse_json
 
 DEFAULT_MODEL = "default_model"  # what mlx_lm takes for a request without `model`
@@ -72,10 +73,6 @@ class Message(BaseModel):
     content: Annotated[str | list[dict[str, Any]] | None, AfterValidator(_require_data_urls)] = None
 
 
-def _make_list(stop: object) -> object:
-    return [stop] if isinstance(stop, str) else stop
-
-
 def _take_only_prompt(prompt: object) -> object:
     """Return the prompt of a list of one; OpenAI's API takes such a list."""
     return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
@@ -106,7 +103,7 @@ class _Request(BaseModel):
     stream_options: Annotated[dict[StreamOption, bool], AfterValidator(_fill_in_usage)] = {}
     max_tokens: Tokens = 512
     max_completion_tokens: Tokens = 512
-    stop: Annotated[list[StopText], BeforeValidator(_make_list), Field(max_length=16)] = []
+    stop: Annotated[list[StopText], BeforeValidator(text_as_list), Field(max_length=16)] = []
     # OpenAI's seeds are signed, and mx.random.seed takes 64 bits
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64), AfterValidator(lambda n: n % 2**64)] = 0
     num_draft_tokens: int = Field(3, ge=0, le=64)
