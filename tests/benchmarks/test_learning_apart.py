@@ -24,6 +24,7 @@ from benchmarks.learning import apart, arms, fresh
 from benchmarks.learning.apart import TESTED, holm
 from benchmarks.learning.study import APART, FULL, LIKE_K, REAL, REAL_TASKS, Cell, read_rows
 from benchmarks.learning.tasks import GEOGRAPHY, READERS, Counts, Row, read_task
+from tests.benchmarks.page_figures import require_figures
 
 pytestmark = pytest.mark.slow("computes the study's intervals again")
 
@@ -114,6 +115,7 @@ def test_k_sorted_has_rows_of_like_length_together_which_mlx_lm_has_not() -> Non
 
 
 @pytest.mark.slow("trains an adapter")
+@pytest.mark.slow("trains and judges a run of its own")
 def test_the_last_step_of_a_run_is_judged_beside_the_one_that_it_offers() -> None:
     study = replace(APART, tasks=("geography",), sizes=("geography-base",))
     row = arms.run_cell(Cell("geography", "geography-base", "c", 1), study, BASES, None)
@@ -349,12 +351,7 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
         r"A training of block 1 took (\d+) to (\d+) s": [min(seconds), max(seconds)],
     }
     text = " ".join(PAGE.split())
-    for pattern, figures in expected.items():
-        told = re.search(pattern, text)
-        assert told is not None, pattern
-        for group, figure in zip(told.groups(), figures, strict=True):
-            digits = len(group.partition(".")[2])
-            assert float(group) == pytest.approx(figure, abs=0.501 * 10**-digits), pattern
+    require_figures(text, expected)
     behind = [float(rows.mean()) < 0 for rows in pairs_of("c", "k-3e-4").values()]
     assert f"behind on {['five'][sum(behind) - 5]} of six tasks" in text
 

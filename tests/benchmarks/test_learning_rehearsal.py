@@ -24,6 +24,7 @@ from benchmarks.learning.tasks import GEOGRAPHY, Row
 from nested_core.errors import ConfigError
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
 from nested_core.pipeline import hooks
+from tests.benchmarks.page_figures import require_figures
 
 BASE = GEOGRAPHY.with_name("geography-base")
 LEARNING = Path(__file__).resolve().parents[2] / "benchmarks" / "learning"
@@ -73,6 +74,7 @@ def test_too_few_answers_that_end_are_no_rehearsal(
 
 
 @pytest.mark.usefixtures("own_random_state")
+@pytest.mark.slow("trains a run of its own")
 def test_a_share_of_each_batch_is_what_the_base_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,12 +209,7 @@ def test_neither_share_meets_a_condition_and_the_page_says_so() -> None:
         ],
         r"at 30 % each comes (\S+) times": [3 * 1336 * 0.3 / 0.7 / rehearsal.COUNT],
     }
-    for pattern, figures in expected.items():
-        told = re.search(pattern, text)
-        assert told is not None, pattern
-        for group, figure in zip(told.groups(), figures, strict=True):
-            digits = len(group.partition(".")[2])
-            assert float(group) == pytest.approx(figure, abs=0.501 * 10**-digits), pattern
+    require_figures(text, expected)
     assert round(-less(thirty)[0], 1) == round(-less(ten)[0], 1)
 
 
