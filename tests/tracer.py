@@ -7,6 +7,8 @@ list, a dictionary, a data class or a table.
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -67,7 +69,11 @@ def tracing(match: Match) -> Iterator[list[str]]:
 
 def trace_a_row(folder: Path) -> list[str]:
     """Validate the example and train on it: the way of its first row from the file to the loss."""
-    messages = json.loads((DATA / "train.jsonl").read_text("utf-8").splitlines()[0])["messages"]
+    data = Path(shutil.copytree(DATA, folder.parent / "data"))
+    first, *others = (data / "train.jsonl").read_text("utf-8").splitlines()
+    random.Random(str(folder)).shuffle(others)  # rows of an order that no cache holds
+    (data / "train.jsonl").write_text("\n".join([first, *others]) + "\n", "utf-8")
+    messages = json.loads(first)["messages"]
     text, tokens = messages[-1]["content"], load_tokenizer(MODEL).apply_chat_template(messages)
     needle = np.array(tokens[1:-1], np.int32).tobytes()  # a batch's inputs lack the last token
 
@@ -82,7 +88,7 @@ def trace_a_row(folder: Path) -> list[str]:
     mx.disable_compile()  # a compiled step shows its functions no tokens
     try:
         with tracing(match) as entered:
-            config = example_config(batch_size=8, iters=5, val_batches=0)
+            config = example_config(data=str(data), batch_size=8, iters=5, val_batches=0)
             steps.train(config, prepare(config, folder))
     finally:
         mx.enable_compile()
