@@ -38,7 +38,7 @@ EXCEPTIONS = {
         "imports nothing of ours: adapters as mlx_lm reads them",
     ),
     "nested_core/rooms/near_duplicates/word_ngrams.py": (1, "bytes that were read strictly before"),
-    "nested_core/rooms/tables/workbook.py": (1, "a member of a workbook that was opened strictly"),
+    "nested_core/process/cell.py": (1, "what the system says of a process"),
     "nested_core/rooms/cuda/kernel_launch.py": (1, "a file of this package"),
     "nested_core/rooms/controls/neutral_probes.py": (1, "a file of this package"),
     "nested_core/seams.py": (1, "a file of this package"),

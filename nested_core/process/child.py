@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +30,17 @@ PROGRAM = Path(__file__).with_name("child_main.py")
 MAX_SHOWN_ERROR_LINES = 9
 MAX_ERROR_CHARACTERS = 300
 SECONDS_TO_EXIT = 10.0  # how long to wait for a process that has closed its output
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a child process may use: whole seconds of processor time, and bytes of address space.
+
+    The address space is not limited with None, nor on macOS, which does not enforce it.
+    """
+
+    processor_seconds: int
+    address_space: int | None
 
 
 class Child:
@@ -43,6 +55,7 @@ class Child:
         *,
         environment: Mapping[str, str] | None = None,
         max_answer_bytes: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Start a process that answers requests with a function.
 
@@ -54,16 +67,18 @@ class Child:
             environment: the process's environment variables; None is this process's.
             max_answer_bytes: a longer answer is an error; None sets no limit, for trusted
                 functions.
+            limits: of the process, from its start on; None sets none.
         """
         env = dict(os.environ if environment is None else environment)
         if isinstance(function, str):
             env["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
         self._max_answer_bytes = max_answer_bytes
+        numbers = [] if limits is None else [one for one in astuple(limits) if one is not None]
         self._received = bytearray()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # `end` closes it
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", str(PROGRAM), str(function)],
+                [sys.executable, "-P", str(PROGRAM), str(function), *map(str, numbers)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

@@ -1,14 +1,15 @@
 """The program of a `Child`: answers each request, a line of JSON on standard input, with a line.
 
-Its argument is the name of a function, "package.module:function", or the path of a Python file with
-a function `answer`. It imports nothing of this project, so that such a file can run without it.
-Anything printed goes to standard error.
+Its first argument is the name of a function, "package.module:function", or the path of a Python
+file with a function `answer`; more are its limits, see `child.Limits`. It imports nothing of this
+project, so that such a file can run without it. Anything printed goes to standard error.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -122,5 +123,20 @@ def describe_error(error: BaseException) -> dict[str, object]:
     }
 
 
+def limit(processor_seconds: int, address_space: int | None = None) -> None:
+    """Limit this process, see `child.Limits`; SIGXCPU ends it after its processor time."""
+    wanted = {resource.RLIMIT_CPU: processor_seconds, resource.RLIMIT_CORE: 0}
+    if address_space is not None:
+        wanted[resource.RLIMIT_AS] = address_space
+    for kind, number in wanted.items():
+        _, hard = resource.getrlimit(kind)
+        with suppress(ValueError, OSError):  # macOS does not limit the address space
+            resource.setrlimit(
+                kind, (number if hard == resource.RLIM_INFINITY else min(number, hard), hard)
+            )
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        limit(*map(int, sys.argv[2:]))
     main(sys.argv[1])

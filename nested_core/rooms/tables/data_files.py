@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, suppress
+from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -25,13 +26,15 @@ from nested_core.data.sources.file_formats import (
     read_bounded_lines,
     row_to_json_line,
 )
-from nested_core.errors import shorten
-from nested_core.rooms.tables.workbook import read_workbook
+from nested_core.errors import ChildFailed, shorten
+from nested_core.process.cell import Cell
+from nested_core.rooms.tables.workbook import SAVE_AGAIN, read_workbook
 from nested_core.storage.untrusted_files import read_regular
 
 _PARQUET_ROWS_AT_ONCE = 10_000  # converted at a time
 # As exported in other countries or from other programs; the comma first, for what fits all alike.
 CSV_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_ANSWER_BYTES = 2**20  # of rows that a cell gives at a time
 _SNIFFED_BYTES = 2**20  # of a table, in which its delimiter is looked for
 _NON_SPACE_PATTERN = re.compile(r"[^ \t\n\r]")
 _LINE_ENDS_TO_SPACES = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
@@ -45,9 +48,10 @@ def read_rows(
     suffix: how the file's name ends, in lower case; any other than those here is a text table.
     json_keys: columns of a text table whose cells hold JSON.
     """
-    readers = {".json": read_json_array, ".parquet": read_parquet, ".xlsx": read_workbook}
-    if suffix in readers:
-        return readers[suffix](path), None
+    if suffix in READERS:
+        return _read_in_cell(path, suffix), None
+    if suffix == ".json":
+        return read_json_array(path), None
     delimiter = find_csv_delimiter(path)
     return read_csv(path, json_keys, delimiter), CSV_DELIMITERS[delimiter]
 
@@ -258,6 +262,60 @@ def read_parquet(path: Path) -> Iterator[NumberedLine]:
         raise RestOfFileUnreadable(
             number + 1, f"the parquet file cannot be read: {reason}"
         ) from None
+
+
+# Formats whose readers are others' code; and what to do with a file that takes them too much.
+READERS = {".parquet": read_parquet, ".xlsx": read_workbook}
+_BYTES_PER_BYTE = {".parquet": 16, ".xlsx": 64}  # which packs a cell into three bytes
+_ADVICE = {
+    ".parquet": "save its rows as JSON lines",
+    ".xlsx": f"look for a cell that is filled far outside of the table, and {SAVE_AGAIN}",
+}
+
+
+def _read_in_cell(path: Path, suffix: str) -> Iterator[NumberedLine]:
+    """Yield the rows of a file, read by a process with limits; RestOfFileUnreadable beyond them."""
+    number = 0
+    function = f"{__name__}:{give_next_lines.__name__}"
+    with Cell(function, path, bytes_per_byte=_BYTES_PER_BYTE[suffix]) as cell:
+        end: tuple[int, str] | None = None
+        is_done = False
+        while not is_done:
+            try:
+                lines, is_done, end = cell.ask([str(path), suffix])
+            except ChildFailed as error:
+                message = f"its reader was ended: {error}; {_ADVICE[suffix]}"
+                raise RestOfFileUnreadable(number + 1, message) from None
+            for number, line in lines:
+                yield NumberedLine(number, line.encode())
+        if end is not None:
+            raise RestOfFileUnreadable(*end)
+
+
+def give_next_lines(request: tuple[str, str]) -> tuple[list[tuple[int, str]], bool, object]:
+    """Answer, in a cell, with the next rows of a file, of a MiB or more.
+
+    request: the path and its suffix, the same each time.
+
+    Returns the numbers and lines of rows, whether they are the last, and why no more can be read.
+    """
+    lines: list[tuple[int, str]] = []
+    size = 0
+    try:
+        for number, line, _ in _open(*request):
+            lines.append((number, line.decode()))
+            size += len(line)
+            if size > _ANSWER_BYTES:
+                return lines, False, None
+    except RestOfFileUnreadable as error:
+        return lines, True, (error.number, error.message)
+    return lines, True, None
+
+
+@lru_cache(maxsize=1)
+def _open(path: str, suffix: str) -> Iterator[NumberedLine]:
+    """Return the rows of a file, of which each call gives those that are left."""
+    return READERS[suffix](Path(path))
 
 
 READER = TableReader(read_rows)

@@ -1,28 +1,30 @@
-"""An .xlsx read as the CSV of its sheet would be, and hostile ones refused before they are read."""
+"""An .xlsx read as the CSV of its sheet would be, and hostile ones ended at a limit."""
 
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
+import polars
 import pytest
 
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
-from nested_core.rooms.tables import workbook
-from nested_core.rooms.tables.workbook import read_workbook
+from nested_core.process import cell
+from nested_core.rooms.tables.data_files import READER
 from tests.rooms.tables.workbooks import MAIN, date, formula, sheet_xml, write_workbook
 
 HEADER = ("Question", "Answer")
 
 
 def rows_of(path: Path) -> list[tuple[int, dict[str, str]]]:
-    return [(line.number, json.loads(line.line)) for line in read_workbook(path)]
+    lines, _ = READER.read(path, path.suffix, frozenset())
+    return [(line.number, json.loads(line.line)) for line in lines]
 
 
 def refusal_of(path: Path) -> str:
     with pytest.raises(RestOfFileUnreadable) as refused:
-        list(read_workbook(path))
+        rows_of(path)
     return refused.value.message
 
 
@@ -67,59 +69,77 @@ def test_a_table_that_begins_elsewhere_has_the_numbers_of_the_sheet(tmp_path: Pa
     assert rows_of(path) == [(4, {"Q": "q", "A": "a"})]
 
 
-LARGE = (HEADER, ("a" * 200_000, "b"))
-
-
-def with_false_sizes(path: Path) -> None:
-    """Let the directory of the package give each file 10 bytes."""
-    content, start = bytearray(path.read_bytes()), 0
-    while (start := content.find(b"PK\x01\x02", start)) >= 0:
-        content[start + 24 : start + 28] = struct.pack("<I", 10)
-        start += 4
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
-    ("rows", "files", "change", "said"),
+    ("rows", "files", "said"),
     [
-        ((("A", "A"), ("x", "y")), {}, None, "two columns of the header have one name: A, A"),
-        ((), {}, None, "expected names of columns in a sheet that is not hidden"),
-        ((), {"xl/workbook.xml": "<?xml?><nothing"}, None, "the workbook cannot be read"),
-        (LARGE, {}, None, "it unpacks to more than 100,000 bytes"),
-        (LARGE, {}, with_false_sizes, "not an .xlsx workbook"),
+        ((("A", "A"), ("x", "y")), {}, "two columns of the header have one name: A, A"),
+        ((), {}, "expected names of columns in a sheet that is not hidden"),
+        ((), {"xl/workbook.xml": "<?xml?><nothing"}, "the workbook cannot be read"),
     ],
-    ids=["one name twice", "no row", "no workbook", "unpacks to too much", "false sizes"],
+    ids=["one name twice", "no row", "no workbook"],
 )
-def test_a_workbook_that_cannot_be_used_is_refused_before_it_is_read(
-    tmp_path, monkeypatch, rows, files, change, said
-) -> None:
-    monkeypatch.setattr(workbook, "MAX_UNPACKED_BYTES", 100_000)
-    path = write_workbook(tmp_path / "a.xlsx", rows, files=files)
-    assert path.stat().st_size < 10_000
-    if change is not None:
-        change(path)
-    assert said in refusal_of(path)
+def test_a_workbook_that_cannot_be_used_is_refused(tmp_path, rows, files, said) -> None:
+    assert said in refusal_of(write_workbook(tmp_path / "a.xlsx", rows, files=files))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no more", b"\xd0\xcf\x11\xe0" + b"\0" * 600])
 def test_what_is_no_workbook_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.xlsx").write_bytes(content)
-    assert "not an .xlsx workbook, or one with a password" in refusal_of(tmp_path / "a.xlsx")
+    assert "the workbook cannot be read, as where it has a password" in refusal_of(
+        tmp_path / "a.xlsx"
+    )
 
 
-@pytest.mark.parametrize(
-    "cells",
-    [
-        '<row r="1"><c r="A1"/></row><row r="1048576"><c r="XFD1048576"><v>1</v></c></row>',
-        "<row r='1048576'><c s='1' r = 'XFD1048576'><v>1</v></c></row><row r='2'><c r='A2'/></row>",
-        '<row r="1048576"><c r="&#88;FD1048576"><v>1</v></c>' + "<c/>" * 20 + "</row>",
-        '<row r="1048570"/>' + f"<row>{'<c><v>1</v></c>' * 50}</row>" * 3,
-    ],
-)
+FIRST = '<row r="1"><c r="A1"><v>1</v></c></row>'
+FAR = [
+    f'{FIRST}<row r="1048576"><c r="XFD1048576"><v>1</v></c></row>',
+    f"{FIRST}<row r='1048576'><c s='1' r='XFD1048576'><v>1</v></c></row>",
+    f'{FIRST}<row r="1048576"><c r="CV1048576"><v>1</v></c></row>',
+]
+
+
+@pytest.mark.parametrize("cells", FAR, ids=["17 thousand million", "the same", "105 million"])
 def test_cells_that_lie_far_apart_are_refused(tmp_path: Path, cells: str) -> None:
     sheet = f'<worksheet xmlns="{MAIN}"><sheetData>{cells}</sheetData></worksheet>'
     path = write_workbook(tmp_path / "a.xlsx", (), files={"xl/worksheets/sheet1.xml": sheet})
-    assert "its filled cells span" in refusal_of(path)
+    refusal = refusal_of(path)
+    assert "its reader was ended: it" in refusal
+    assert "look for a cell that is filled far outside of the table" in refusal
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell, "BASE_BYTES", 100 * 2**20)
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_a_text_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "a.xlsx", (HEADER, ("a" * 60_000_000, "b")))
+    assert path.stat().st_size < 100_000
+    assert "its reader was ended: it took more than" in refusal_of(path)
+
+
+def test_what_no_sheet_needs_is_not_unpacked(tmp_path: Path) -> None:
+    path = write_workbook(tmp_path / "a.xlsx", (HEADER, ("q", "a")))
+    with ZipFile(path, "a", ZIP_DEFLATED) as archive:
+        archive.writestr("xl/media/image1.png", b' r="1"' * 10**7)
+    assert rows_of(path) == [(2, {"Question": "q", "Answer": "a"})]
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_a_long_text_of_a_small_parquet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    polars.DataFrame({"prompt": ["q"], "completion": ["a" * 60_000_000]}).write_parquet(path)
+    assert path.stat().st_size < 20_000
+    refusal = refusal_of(path)
+    assert "its reader was ended: it took more than" in refusal
+    assert "save its rows as JSON lines" in refusal
+
+
+def test_rows_of_many_answers_of_the_reader_are_all_there(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{number} {'é' * 100_000}"} for number in range(50)]
+    polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == list(enumerate(rows, 1))
 
 
 def test_entities_are_refused_and_no_file_is_read_for_them(tmp_path: Path) -> None:
@@ -131,4 +151,4 @@ def test_entities_are_refused_and_no_file_is_read_for_them(tmp_path: Path) -> No
         (),
         files={"xl/worksheets/sheet1.xml": f"<?xml version='1.0'?>{entity}{sheet}"},
     )
-    assert "XML that no spreadsheet writes" in refusal_of(path)
+    assert "the workbook cannot be read" in refusal_of(path)

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.errors import ChildFailed, ConfigError, DamagedError
-from nested_core.process.child import Child
+from nested_core.process.cell import Cell
 from nested_core.rooms.export.gguf.families import (
     ARCHITECTURE_BY_MODEL_TYPE,
     config_of,
@@ -37,16 +37,16 @@ def is_gguf(path: Path) -> bool:
 def unpack_gguf(path: Path, folder: Path) -> str:
     """Convert a GGUF to a folder that mlx_lm loads; return the SHA-256 of the tokens' texts.
 
-    The file is read in a new process, because MLX's reader crashes on some damaged files.
+    The file is read in a process with limits: MLX's reader crashes on some damaged files.
 
     folder: is created if it does not exist.
 
     Raises DamagedError for a file that is no GGUF, ConfigError for a family or a tokenizer that
     cannot be converted.
     """
-    with Child(f"{__name__}:_unpack") as child:
+    with Cell(f"{__name__}:_unpack", path, bytes_per_byte=12, has_device=True) as cell:
         try:
-            digest: str = child.ask([str(path), str(folder)])
+            digest: str = cell.ask([str(path), str(folder)])
         except ChildFailed as error:
             raise DamagedError(f"{path} is no sound GGUF: its reader ended: {error}.") from error
     return digest
