@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from types import FrameType, MappingProxyType
@@ -22,10 +23,14 @@ from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
 from nested_core import seams
 from nested_core.backend import collecting_no_garbage
+from nested_core.config.names import require_no_address
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.process.command_parent import Restart, end_with_parent, has_parent
 from nested_core.process.our_packages import RUN_MODULE
 from nested_core.text.foreign_text import escape
+
+# What an argument is called that may be an address: a text, a URL, or the words of a command.
+NO_PATHS = ("TEXT", "WHO", "TEMPLATE", "URI", "ORIGIN,...", "TYPE/NAME|URL|@FILE", "COMMAND")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +45,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See: `{self.prog} --help`")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        """The value of an argument; an address, such as s3://..., where it may not be one."""
+        if action.metavar not in NO_PATHS:
+            require_no_address(arg_string, partial(argparse.ArgumentError, action))
+        return super()._get_value(action, arg_string)
 
 
 # The commands of each module of flows.commands, in the order of the help: one that is called loads

@@ -15,7 +15,7 @@ from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.prefect_logs import prepare_logs
 from nested_core import seams
 from nested_core.config.names import NAME_PATTERN
-from nested_core.config.section_base import Section
+from nested_core.config.section_base import Section, key
 from nested_core.records.outcome_names import Outcome
 from nested_core.registry import read_champion
 from nested_core.registry.policy import APPROVE_KEY
@@ -26,7 +26,7 @@ from tasks import promote as promotion_tasks
 class AdapterParameters(Section):
     """Which adapter, in which registry."""
 
-    registry: str = Field(description="the registry's folder, on the worker's machine")
+    registry: str = key(..., "the registry's folder, on the worker's machine", path="local")
     name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$", description="the adapter's name in it")
 
 

@@ -13,7 +13,7 @@ from flows.flow_runs.allowed_folders import require_allowed
 from flows.flow_runs.prefect_logs import prepare_logs
 from flows.flow_runs.watchers import list_watchers
 from nested_core import seams
-from nested_core.config.section_base import Section
+from nested_core.config.section_base import Section, key
 from nested_core.config.sections import AdapterName
 from nested_core.errors import DamagedError
 from nested_core.records.outcome_names import Outcome
@@ -38,7 +38,7 @@ BY_IMPORTANCE = (
 class ReconcileParameters(Section):
     """Which registry, and which of its adapters."""
 
-    registry: str = Field(description="the registry's folder, on the worker's machine")
+    registry: str = key(..., "the registry's folder, on the worker's machine", path="local")
     names: tuple[AdapterName, ...] | None = Field(default=None, description="default: all of them")
     stale_after_nights: float | None = Field(
         default=3.0,

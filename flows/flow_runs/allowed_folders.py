@@ -65,12 +65,9 @@ def _allow_path(path: str, what: str) -> Path:
     _refuse_control_characters(path, what)
     resolved = _resolve_allowed(Path(os.path.expanduser(path)), what, path)
     if resolved.is_dir():
-        for file in resolved.iterdir():
-            if file.is_symlink():
-                _resolve_allowed(file, what, str(file))
+        _require_allowed_files(filter(Path.is_symlink, resolved.iterdir()), what)
     elif not resolved.exists():  # a pattern of data files: its folders may be links, too
-        for match in glob.glob(str(resolved), recursive=True):
-            _resolve_allowed(Path(match), what, match)
+        _require_allowed_files(map(Path, glob.iglob(str(resolved), recursive=True)), what)
     return _as_opened(resolved)
 
 
@@ -267,9 +264,6 @@ def _strings_in(value: object) -> Iterator[str]:
     """Every string in an argument that may be one, a list of them, or a mapping to either."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for each in value.values():
-            yield from _strings_in(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
             yield from _strings_in(each)

@@ -9,6 +9,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from nested_core.config.names import require_no_address
+
 # What a key has a say in, and so what follows from a change of it:
 #   training  the adapter that comes out: fixed on resume; another value means another adapter
 #   length    how long a run trains: may differ on resume; another value means another adapter
@@ -126,14 +128,16 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _expand_home(cls, value: object, info: ValidationInfo) -> object:
-        """Expand `~` in every path once, so that the path that is checked is the one opened."""
+    def _read_path(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse addresses, and expand `~` once, so that the path that is checked is opened."""
         facts = cls.model_fields[str(info.field_name)].json_schema_extra
-        if not isinstance(facts, dict) or "path" not in facts:
-            return value
-        if isinstance(value, list | tuple):
-            return [os.path.expanduser(one) if isinstance(one, str) else one for one in value]
-        return os.path.expanduser(value) if isinstance(value, str) else value
+        is_path = isinstance(facts, dict) and "path" in facts
+        if is_path and isinstance(value, list | tuple):
+            return [cls._read_path(one, info) for one in value]
+        if is_path and isinstance(value, str):
+            require_no_address(value, ValueError)
+            return os.path.expanduser(value)
+        return value
 
     @field_validator("*", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, TypeAdapter
 from pydantic_core import from_json
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.errors import MissingFileError
+from nested_core.errors import MissingFileError, list_first
 from nested_core.storage.atomic import finite_or_none, write_bytes
 from nested_core.storage.untrusted_files import (
     append_regular,
@@ -201,14 +201,9 @@ def _iterate_lines(path: Path) -> Iterator[tuple[bytes, bool]]:
 
 def _warn_of_damaged_lines(path: Path, damaged: Sequence[int], lines: int) -> None:
     """Warn that lines of metrics.jsonl are damaged; `damaged` has their numbers, counted from 1."""
-    listed = ", ".join(map(str, damaged[:MAX_LISTED_DAMAGED_LINES]))
-    more = (
-        f" and {len(damaged) - MAX_LISTED_DAMAGED_LINES} more"
-        if len(damaged) > MAX_LISTED_DAMAGED_LINES
-        else ""
-    )
+    listed = ", ".join(list_first(map(str, damaged), MAX_LISTED_DAMAGED_LINES))
     warnings.warn(
-        f"{path}: {len(damaged)} of {lines} lines are damaged and left out: line {listed}"
-        f"{more}. The reports before and after them are kept.",
+        f"{path}: {len(damaged)} of {lines} lines are damaged and left out: line {listed}. The "
+        f"reports before and after them are kept.",
         stacklevel=4,
     )

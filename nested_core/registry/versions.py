@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError, list_first
 from nested_core.records.verdict_file import (
     GATE_NAME,
     read_verdict,
@@ -137,9 +137,7 @@ def verify_version(
     """
     findings, manifest = inspect_version(folder, version, recorded, max_age=max_age)
     if manifest is None or findings:
-        listed = [str(finding) for finding in findings[:MAX_LISTED_FINDINGS]]
-        if len(findings) > MAX_LISTED_FINDINGS:
-            listed.append(f"and {len(findings) - MAX_LISTED_FINDINGS} more")
+        listed = list_first(map(str, findings), MAX_LISTED_FINDINGS)
         raise DamagedError(
             f"Version {shorten_digest(version)} is not what was registered. {'; '.join(listed)}. "
             f"{how_to_mend(folder)}"

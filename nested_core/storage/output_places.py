@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, list_first
 from nested_core.storage.untrusted_files import FileType, file_type
 
 # Files of a run directory, and of a registry and its names (see registry/).
@@ -98,12 +98,10 @@ def require_adapter_place(
         raise ConfigError(f"adapter_path: {path} is a file. Give a folder.")
     others = sorted(file.name for file in place.iterdir() if not _is_adapter_file(file))
     if others:
-        shown = ", ".join(others[:MAX_SHOWN_FILES])
-        more = len(others) - MAX_SHOWN_FILES
+        shown = ", ".join(list_first(others, MAX_SHOWN_FILES))
         raise ConfigError(
-            f"adapter_path: {path} holds what no training has put there ({shown}"
-            f"{f' and {more} more' if more > 0 else ''}). Give a new or empty folder, or one with "
-            f"an adapter that may be written over."
+            f"adapter_path: {path} holds what no training has put there ({shown}). Give a new or "
+            f"empty folder, or one with an adapter that may be written over."
         )
     return place
 

@@ -116,7 +116,7 @@ def test_only_one_plain_address_over_https_or_of_the_hub_is_taken(home: Path, ad
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("path", ["file:///etc/passwd", "https://x/y.json", "a/b/c", "$HOME/x"])
+@pytest.mark.parametrize("path", ["file:/etc/passwd", "https:/x/y.json", "a/b/c", "$HOME/x"])
 def test_a_data_set_is_a_folder_here_or_a_name_of_the_hub(home: Path, path: str) -> None:
     with pytest.raises(ConfigError, match="is neither a folder here nor OWNER/NAME of the hub"):
         with_allowed_paths(hub(path))

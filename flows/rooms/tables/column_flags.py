@@ -27,16 +27,11 @@ MAX_SYSTEM_BYTES = 2**20
 
 
 def require_file(data: str) -> None:
-    """Raise ConfigError for an address, and for the name of a file that does not exist."""
+    """Raise ConfigError for the name of a file that does not exist."""
     from nested_core.data.sources.split_files import SUFFIXES
 
     if not data:
         raise ConfigError("--data is empty. Give a file, a folder or a hub's name: --data faq.csv")
-    if "://" in data:
-        raise ConfigError(
-            f"--data: {data} is an address, and files are read here. To fetch it: "
-            f"`curl -LO {shlex.quote(data)}`"
-        )
     path = Path(data)
     if path.name.lower().endswith(SUFFIXES) and not path.exists() and not glob.glob(data):
         close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*")])

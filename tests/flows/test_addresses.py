@@ -1,0 +1,113 @@
+"""An address, SCHEME://, is refused wherever a path enters; nothing is written under its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import NO_PATHS, build_parser, main
+from flows.finetune import FinetuneParameters
+from flows.promote import PromoteParameters
+from flows.reconcile import ReconcileParameters
+from flows.rollback import RollbackParameters
+from nested_core.config.key_properties import iterate_keys
+from nested_core.config.loading import load_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError
+
+ADDRESSES = ("s3://bucket/x", "gs://bucket/x", "hf://datasets/a/b", "file:///etc/x", "HTTPS://a/b")
+GIVEN = {"model": "owner/model", "data": "data"}
+PATH_KEYS = [
+    key.name
+    for key in iterate_keys(FineTuneConfig)
+    if isinstance(key.field.json_schema_extra, dict) and "path" in key.field.json_schema_extra
+]
+IN_LISTS = {"hf_dataset.path", "gate.tasks.file"}
+
+
+def nest(name: str, value: str) -> dict[str, Any]:
+    """The values of a configuration that has one key, of a list of sections for some."""
+    section, _, key = name.rpartition(".")
+    if not section:
+        return GIVEN | {key: [value] if key == "held_out" else value}
+    inner: Any = {key: value}
+    if name in IN_LISTS:
+        inner = [inner | ({"name": "a", "score": "exact"} if section == "gate.tasks" else {})]
+    for outer in reversed(section.split(".")):
+        inner = {outer: inner}
+    return {**GIVEN, **inner}
+
+
+def test_every_key_that_is_a_path_refuses_an_address(tmp_path: Path) -> None:
+    assert len(PATH_KEYS) > 10
+    for name in PATH_KEYS:
+        for address in ADDRESSES:
+            for value in (address, [address]):
+                with pytest.raises(ValueError, match="is an address, where nothing is read or"):
+                    FineTuneConfig.model_validate(nest(name, value))  # type: ignore[arg-type]
+        if "." not in name and name not in IN_LISTS:
+            flag = f"{name}: s3://bucket/x is an address.*[(]--{name.replace('_', '-')}[)]"
+            with pytest.raises(ConfigError, match=flag):
+                load_config(None, GIVEN | {name: ADDRESSES[0]})
+
+
+def test_what_reads_addresses_by_design_still_takes_them() -> None:
+    files = {"path": "json", "config": {"data_files": "https://data.example/train.jsonl"}}
+    assert FineTuneConfig.model_validate(GIVEN | {"hf_dataset": files}).hf_dataset
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_flow_takes_an_address(address: str) -> None:
+    name = {"registry": address, "name": "a"}
+    for parameters, values in (
+        (FinetuneParameters, GIVEN | {"run_dir": address}),
+        (PromoteParameters, name | {"version": "0" * 64}),
+        (RollbackParameters, name | {"by": "ann"}),
+        (ReconcileParameters, {"registry": address}),
+    ):
+        with pytest.raises(ValueError, match="is an address, where nothing is read or written"):
+            parameters.model_validate(values)
+
+
+def test_no_argument_takes_an_address_but_texts_and_urls() -> None:
+    """Each argument of each command, as argparse has it; a new one has to be a path or a text."""
+    taking = set()
+    for command, parser in build_parser().commands.items():
+        for action in parser._actions:
+            if action.nargs == 0 or action.choices is not None:
+                continue
+            if action.metavar in NO_PATHS:
+                taking.add((command, action.dest))
+                continue
+            with pytest.raises(Exception, match="is an address, where nothing is read or written"):
+                parser._get_value(action, ADDRESSES[0])  # argparse offers no other way
+    texts = {(command, dest) for command, dest in taking if not dest.startswith("config.")}
+    assert texts == {
+        ("chat", "prompt"),
+        ("chat", "system"),
+        ("deploy", "notify"),
+        ("export-mlflow", "tracking_uri"),
+        ("forget", "by"),
+        ("forget", "reason"),
+        ("init", "system"),
+        ("init", "template"),
+        ("rollback", "by"),
+        ("rollback", "reason"),
+        ("serve", "allowed_origins"),
+        ("serve", "chat_template"),
+    }
+
+
+def test_promote_says_that_an_address_is_no_registry_and_makes_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["promote", "run", *["--name", "x", "--registry", "s3://bucket/registry"]]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "argument --registry: s3://bucket/registry is an address" in said
+    assert "mount the storage" in said
+    assert main(["train", *["--model", "a/b", "--data", "c", "--run-dir", "s3://bucket/run"]]) == 2
+    assert main(["init", *["--model", "a/b", "--data", "c", "-o", "s3://bucket/c.yaml"]]) == 2
+    assert list(tmp_path.iterdir()) == []
