@@ -47,7 +47,9 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See: `{self.prog} --help`")
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> object:
-        """The value of an argument; an address, such as s3://..., where it may not be one."""
+        """The value of an argument, which is UTF-8 and no address where a path is expected."""
+        if any("\udc80" <= character <= "\udcff" for character in arg_string):
+            raise ConfigError(f"{arg_string} is not UTF-8: give another name, or rename it.")
         if action.metavar not in NO_PATHS:
             require_no_address(arg_string, partial(argparse.ArgumentError, action))
         return super()._get_value(action, arg_string)
@@ -129,7 +131,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _hearing_signals(is_program=argv is None):
             if argv is None and _needs_parent(arguments):
                 return _run_under_parent()
-            _refuse_undecodable(arguments)
             given = next(iter(arguments), "-")
             _refuse_unknown_command(given)
             parser = build_parser(given)
@@ -244,13 +245,6 @@ def _describe_unknown_arguments(
             hints.append(f"Did you mean --data {word}?")
     told = " ".join([f"unrecognized arguments: {' '.join(unknown)}.", *hints])
     return f"{told} See: `nested-tune {parsed.command} --help`"
-
-
-def _refuse_undecodable(arguments: Sequence[str]) -> None:
-    """Refuse names that no configuration, report or ledger can hold, for these are UTF-8."""
-    for argument in arguments:
-        if any("\udc80" <= character <= "\udcff" for character in argument):
-            raise ConfigError(f"{argument} is not UTF-8: give a name that is, or rename the file.")
 
 
 def _describe_unexpected_error(error: Exception) -> str:

@@ -110,9 +110,8 @@ class PrefectProgress:
                     pages.show(artifacts)
 
     def _log_progress(self) -> None:
-        if not any("loss" in record for record in self._pages.progress.records):
-            return
-        if time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
+        has_loss = any("loss" in record for record in self._pages.progress.records)
+        if not has_loss or time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
             return
         self._logged_at = time.monotonic()
         self._logger.info("%s", self._describe_progress(), extra=CONSOLE_ONLY_LOG_EXTRA)

@@ -25,10 +25,13 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import PathRule
 from nested_core.config.sections import HubDataset, RegistrySection
 from nested_core.errors import ConfigError
+from nested_core.storage.user_cache import CACHE_VARIABLE
+from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE
 
 ROOTS_VARIABLE = "NESTED_TUNE_ROOTS"
 TRUSTED_MODELS_VARIABLE = "NESTED_TUNE_TRUSTED_MODELS"
 REGISTRIES_VARIABLE = "NESTED_TUNE_REGISTRIES"
+GUARDED_VARIABLES = (CACHE_VARIABLE, KERNELS_FOLDER_VARIABLE, "PREFECT_HOME")
 REMOTE_SCHEMES = ("https://", "hf://")  # any other may be a local file, or go unencrypted
 CONTROL_CATEGORIES = {"Cc", "Zl", "Zp"}  # NUL, line ends and their like
 
@@ -121,9 +124,8 @@ def require_known_name(section: RegistrySection) -> None:
     from nested_core.registry.folders import name_exists  # loads mlx
 
     registries = {os.path.realpath(folder) for folder in _listed(REGISTRIES_VARIABLE)}
-    if name_exists(Path(section.path), section.name):
-        return
-    if os.path.realpath(section.path) not in registries:
+    is_known = name_exists(Path(section.path), section.name)
+    if not is_known and os.path.realpath(section.path) not in registries:
         raise ConfigError(
             f"registry.name: {section.path} has no adapter {section.name}, and "
             f"{REGISTRIES_VARIABLE} in this worker's environment does not list that registry as "
@@ -137,7 +139,7 @@ def _listed(variable: str) -> list[str]:
 
 
 def _resolve_allowed(path: Path, what: str, shown: str) -> Path:
-    """The path with links resolved, inside of a root and with nothing hidden below that."""
+    """The path with links resolved, inside of a root, not guarded, and nothing hidden below."""
     resolved = Path(os.path.realpath(path))
     roots = allowed_roots()
     below = [resolved.relative_to(root) for root in roots if resolved.is_relative_to(root)]
@@ -148,6 +150,11 @@ def _resolve_allowed(path: Path, what: str, shown: str) -> Path:
             f"a path inside, or name that folder in {ROOTS_VARIABLE} of the worker, and where "
             f"`deploy` is typed."
         )
+    for variable in GUARDED_VARIABLES:
+        if any(resolved.is_relative_to(os.path.realpath(place)) for place in _listed(variable)):
+            raise ConfigError(
+                f"{what}: {shown} lies in {variable}, which holds no data. Give a path elsewhere."
+            )
     if all(any(part.startswith(".") for part in each.parts) for each in below):
         raise ConfigError(
             f"{what}: {shown} is hidden (a name in it begins with a dot), and holds settings, "

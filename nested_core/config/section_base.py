@@ -120,10 +120,9 @@ class Section(BaseModel):
         Pydantic would read them as 1 and 0.
         """
         values = value if isinstance(value, list | tuple) else (value,)
-        if cls.model_fields[str(info.field_name)].annotation is not bool:
-            for item in values:
-                if isinstance(item, bool):
-                    raise ValueError(f"true and false mean nothing here; found {item}")
+        is_switch = cls.model_fields[str(info.field_name)].annotation is bool
+        if not is_switch and (found := [item for item in values if isinstance(item, bool)]):
+            raise ValueError(f"true and false mean nothing here; found {found[0]}")
         return value
 
     @field_validator("*", mode="before")

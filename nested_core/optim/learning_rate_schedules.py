@@ -34,18 +34,15 @@ def build_learning_rate(config: FineTuneConfig, steps: int, share: float = 1.0) 
     if config.training.decay is not None:
         rate = cosine(config.learning_rate, warmup, steps)
     rate = add_warmup(rate, warmup) if warmup else rate
-    return rate if share == 1 else _multiply(rate, share)
+    if share == 1:
+        return rate
+    return (lambda step: share * rate(step)) if callable(rate) else share * rate
 
 
 def count_warmup_steps(config: FineTuneConfig, steps: int) -> int:
     """Return `training.warmup_steps` as a number; a share is of the run's optimizer `steps`."""
     warmup = config.training.warmup_steps
     return max(1, int(warmup * steps)) if 0 < warmup < 1 else int(warmup)
-
-
-def _multiply(rate: float | Schedule, share: float) -> float | Schedule:
-    """Multiply a learning rate, or each value of a schedule, by a factor."""
-    return (lambda step: share * rate(step)) if callable(rate) else share * rate
 
 
 def cosine(rate: float, first: int, last: int) -> Schedule:

@@ -413,11 +413,9 @@ class Run:
 
         In a run that is not resumable the newest checkpoint is named, without verifying its hashes.
         """
-        checkpoints = self.folder.checkpoints
+        path = next(reversed(list_checkpoints(self.folder.checkpoints)), None)
         if self.state == "resumable":
-            path = newest_sound_checkpoint(checkpoints)
-        else:
-            path = next(reversed(list_checkpoints(checkpoints)), None)
+            path = newest_sound_checkpoint(self.folder.checkpoints)
         return None if path is None else path.name
 
     def to_json(self) -> dict[str, Any]:
@@ -477,11 +475,10 @@ def list_runs(folder: Path) -> list[Run]:
             f"{folder.absolute()} is not a folder. Give the one that holds your runs; without "
             f"--run-dir they go to runs/ in the folder that the command is given in."
         )
-    candidates = [RunDirectory(path) for path in (folder, *folder.iterdir()) if path.is_dir()]
     runs = []
-    for run in candidates:
+    for path in (folder, *folder.iterdir()):
         with suppress(PermissionError):  # another user's folder, which nobody else looks into
-            if run.has_run_files():
+            if path.is_dir() and (run := RunDirectory(path)).has_run_files():
                 runs.append(Run(run))
     return sorted(runs, key=lambda run: run.started, reverse=True)
 

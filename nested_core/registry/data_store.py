@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -30,13 +29,11 @@ from nested_core.registry.folders import (
     shared_folder_lock,
 )
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.storage.atomic import Confirm, sync_path, write_bytes
+from nested_core.storage.atomic import Confirm, private_mode, sync_path, write_bytes
 from nested_core.storage.untrusted_files import file_type, read_regular
 
 LIST_SUFFIX = ".json"
 PACK_SUFFIX = ".jsonl"
-OWNER_ALONE = 0o700
-OWNER_AND_GROUP = 0o770
 SETS: tuple[str, ...] = ("train", "held_out", "kept_out")  # of DigestList
 
 
@@ -182,8 +179,7 @@ def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm
     """
     store = folder / DATA_FOLDER_NAME
     if file_type(store) == "missing":
-        is_shared = (folder / VERSIONS_FOLDER_NAME).stat().st_mode & stat.S_IWGRP
-        store.mkdir(mode=OWNER_AND_GROUP if is_shared else OWNER_ALONE)
+        store.mkdir(mode=private_mode(folder / VERSIONS_FOLDER_NAME))
         sync_path(folder)
     if read_digest_list(folder, version) is not None:
         return  # one that was emptied too: some of its rows may have been forgotten since

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
 from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
-from nested_core.storage.untrusted_files import file_type, read_regular
+from nested_core.storage.untrusted_files import file_type, read_regular, write_all
 from nested_core.text.digest_format import shorten_digest
 
 LEDGER_NAME = "history.jsonl"
@@ -404,7 +404,7 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
     line = json.dumps(entry.fields()).encode() + b"\n"
     with opened_for_append(folder, ledger) as descriptor:
         confirm()
-        _write_all(descriptor, line)
+        write_all(descriptor, line)
         sync_descriptor(descriptor)
     if ledger.whole_bytes == 0:
         sync_path(folder)
@@ -424,12 +424,6 @@ def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
     finally:
         os.close(descriptor)
     return replace(ledger, torn=b"")
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    """Write all bytes to a file descriptor."""
-    while content:
-        content = content[os.write(descriptor, content) :]
 
 
 def _parse_entry(line: bytes, path: Path, number: int) -> Entry:

@@ -462,9 +462,8 @@ def _why_not_judged(candidate: Judgement, champion: str | None) -> str | None:
             "judge them: a person decides"
         )
     increase = verdict.bound("max_ancestor_loss_increase")
-    if increase is None or champion is None:
-        return None
-    if not all(ancestor.is_unmeasured for ancestor in verdict.ancestors):
+    is_unmeasured = all(ancestor.is_unmeasured for ancestor in verdict.ancestors)
+    if increase is None or champion is None or not is_unmeasured:
         return None
     reasons = dict.fromkeys(ancestor.not_compared for ancestor in verdict.ancestors)
     why = "; ".join(filter(None, reasons)) or "there is no comparison with the champion"

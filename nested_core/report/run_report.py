@@ -47,7 +47,7 @@ from nested_core.report.outcome import (
     find_reason_kept,
 )
 from nested_core.report.page_blocks import PageBlocks, show_answers
-from nested_core.storage.atomic import finite_or_none, write_bytes
+from nested_core.storage.atomic import finite_or_none, write_page
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import open_regular
 from nested_core.text.document import (
@@ -103,7 +103,7 @@ class RunReport:
 
     def write(self, path: Path) -> None:
         """Write the page, atomically."""
-        write_bytes(path, self.to_html().encode("utf-8", "replace"))
+        write_page(path, self.to_html())
 
 
 def describe_run(run: Run, error: str | None = None) -> Document:

@@ -96,18 +96,34 @@ def remove_file(path: Path) -> None:
         raise
 
 
+def private_mode(folder: Path) -> int:
+    """Return the mode of a new folder for rows, in or beside `folder`: its owner's alone.
+
+    Or its group's too, where the group may write in `folder` and not everybody.
+    """
+    is_shared = folder.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH) == stat.S_IWGRP
+    return 0o770 if is_shared else 0o700
+
+
+def write_page(target: Path, html: str) -> None:
+    """Replace a page as `write_bytes` does; it shows rows, and so is private."""
+    content = html.encode("utf-8", "replace")
+    write_bytes(target, content, mode=private_mode(target.parent) & 0o666)
+
+
 def write_bytes(
-    target: Path, content: bytes | memoryview, *, confirm: Confirm | None = None
+    target: Path, content: bytes | memoryview, *, confirm: Confirm | None = None, mode: int = 0o666
 ) -> None:
     """Replace the content of a file atomically and durably: written beside it, synced and renamed.
 
     confirm: a last check by the caller, such as that it still holds a lock, called just before the
         rename; if it raises, the old file stays.
+    mode: of the file, less the umask.
     """
     temporary = temporary_beside(target)
     with naming_target_in_errors(target, temporary):
         try:
-            with temporary.open("wb") as file:
+            with open(temporary, "wb", opener=lambda path, how: os.open(path, how, mode)) as file:
                 file.write(content)
                 file.flush()
                 sync_descriptor(file.fileno())

@@ -98,9 +98,8 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
     A damaged one is skipped with a warning. Raises DamagedError if all are damaged.
     """
-    paths = list_checkpoints(folder)
     problems = []
-    for path in reversed(paths):
+    for path in reversed(list_checkpoints(folder)):
         try:
             return read_checkpoint(path)
         except DamagedError as error:

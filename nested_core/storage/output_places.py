@@ -175,9 +175,8 @@ def _describe_owner(folder: Path, own_run: Path | None, registry: str | Path | N
 
     Returns None if it is none of them.
     """
-    if _is_name_folder(folder) or _is_registry(folder):
-        return "the registry"
-    if registry is not None and _is_same_folder(folder, resolve_path(registry)):
+    is_given = registry is not None and _is_same_folder(folder, resolve_path(registry))
+    if is_given or _is_name_folder(folder) or _is_registry(folder):
         return "the registry"
     if _is_run_directory(folder) and not (own_run and _is_same_folder(folder, own_run)):
         return "the run directory"

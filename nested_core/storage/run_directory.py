@@ -16,6 +16,7 @@ from uuid import UUID
 
 from nested_core import seams
 from nested_core.errors import Advice, ConfigError, DamagedError, go_on_with
+from nested_core.storage.atomic import private_mode
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.lock_file import (
     LockFile,
@@ -174,12 +175,13 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run's lock during the block.
+        """Hold the run's lock during the block; a folder that is missing is made, and private.
 
         Raises ConfigError, naming the process, if another one holds the lock.
         """
         _require_folder(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        above = next(filter(Path.is_dir, (*self.path.parents, Path())))
+        self.path.mkdir(mode=private_mode(above), parents=True, exist_ok=True)
         with exclusive_lock_with_holder_id(self.lock, on_busy=self._refuse_after_retries()) as lock:
             self.stop_request.unlink(missing_ok=True)  # meant for whoever held it before
             key = self.path.resolve()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nested_core.errors import ConfigError, DamagedError, MissingFileError
+from nested_core.storage.atomic import private_mode
 from nested_core.storage.main_memory import main_memory_bytes
 
 FileType = Literal["missing", "file", "directory", "link", "other"]
@@ -115,19 +116,24 @@ def _regular_size(descriptor: int, path: Path) -> int:
 
 
 def append_regular(path: Path, content: bytes) -> None:
-    """Append to a regular file, creating it if missing; DamagedError for anything else."""
+    """Append to a regular file, made for its owner if missing; DamagedError for anything else."""
     try:
-        descriptor = os.open(path, WRITE_FLAGS, 0o666)
+        descriptor = os.open(path, WRITE_FLAGS, private_mode(path.parent) & 0o666)
     except OSError as error:
         if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
             raise
         raise _describe_refusal(error, path, "written") from error
     try:
         _regular_size(descriptor, path)
-        while content:
-            content = content[os.write(descriptor, content) :]
+        write_all(descriptor, content)
     finally:
         os.close(descriptor)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write all bytes to a file descriptor."""
+    while content:
+        content = content[os.write(descriptor, content) :]
 
 
 def read_start(file: BufferedReader, size: int, path: Path) -> bytes:

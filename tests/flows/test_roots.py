@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import (
+    allow_paths,
     require_allowed,
     require_known_name,
     with_allowed_paths,
@@ -147,6 +149,24 @@ def test_roots_of_the_environment_replace_the_folder_of_the_run(home, monkeypatc
     with_allowed_paths(config(model="owner/model", data="owner/data-set"))
     with pytest.raises(ConfigError, match="^data: "):
         with_allowed_paths(config(data="other/../../x"))
+
+
+@pytest.mark.parametrize("variable", ["NESTED_TUNE_CACHE", "NESTED_TUNE_KERNELS", "PREFECT_HOME"])
+def test_caches_kernels_and_prefects_files_are_no_data_wherever_they_lie(
+    home: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    (home / "real" / "answers").mkdir(parents=True)
+    (home / "place").symlink_to(home / "real")
+    allow_paths(parameters("run_dir", "real/run"))
+    monkeypatch.setenv(variable, str(home / "place"))
+    for path in ("./place/run", "./real", "data/../real/answers/run"):
+        for key in KEYS_OF_PATHS:
+            with pytest.raises(ConfigError, match=f"lies in {variable}"):
+                allow_paths(parameters(key, path))
+    allow_paths(parameters("run_dir", "really"))
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", f"{home}/real{os.pathsep}{home}/data")
+    with pytest.raises(ConfigError, match=f"lies in {variable}"):
+        allow_paths(parameters("run_dir", str(home / "real" / "run")))
 
 
 KEYS_OF_PATHS = [

@@ -170,3 +170,16 @@ def test_the_servers_leases_outlive_its_container() -> None:
     assert [v.partition(":")[2] for v in server["volumes"]] == [home]
     settings = (FOLDER / "settings.env").read_text()
     assert "LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem\n" in settings
+
+
+def test_what_prefect_shows_to_everybody_lies_in_no_folder_that_a_flow_writes_in() -> None:
+    server, worker = (
+        (FOLDER / "systemd" / f"nested-tune-{unit}.service").read_text()
+        for unit in ("server", "worker@")
+    )
+    (pages,) = re.findall(r"^Environment=PREFECT_SERVER_UI_STATIC_DIRECTORY=(.+)$", server, re.M)
+    homes = re.findall(r"^(?:ReadWritePaths=|Environment=NESTED_TUNE_HOME=)(.+)$", worker, re.M)
+    assert len(homes) == 2
+    assert not any(Path(pages).is_relative_to(home) for home in homes)
+    assert pages == "/var/cache/nested-tune/ui"  # of CacheDirectory, which systemd makes
+    assert {"CacheDirectory=nested-tune", "CacheDirectoryMode=0700"} < set(server.splitlines())

@@ -35,13 +35,13 @@ def add_commands(commands: Any) -> None:
 def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
     """Show runs beside each other."""
     from nested_core.rooms.compare.comparison import compare_runs
-    from nested_core.storage.atomic import write_bytes
+    from nested_core.storage.atomic import write_page
 
     output: Path | None = arguments.output
     target = None if output is None else require_output_file(output, "-o")
     comparison = compare_runs(arguments.run_dirs)
     if target is not None:
-        write_bytes(target, comparison.to_html().encode("utf-8", "replace"))
+        write_page(target, comparison.to_html())
 
     def show() -> None:
         """Print the figures, then the settings that differ."""

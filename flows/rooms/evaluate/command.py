@@ -86,7 +86,7 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
     config = None if arguments.config is None else load_config(arguments.config, {})
     with showing_stages("evaluate: loading the libraries"):
         from nested_core.rooms.evaluate.evaluating import evaluate  # loads mlx_lm, in seconds
-        from nested_core.storage.atomic import write_bytes
+        from nested_core.storage.atomic import write_page
 
         evaluation = evaluate(
             arguments.models,
@@ -98,7 +98,7 @@ def run_evaluation(arguments: argparse.Namespace) -> Callable[[], int]:
             base_model=arguments.model,
         )
     if target is not None:
-        write_bytes(target, evaluation.to_html().encode("utf-8", "replace"))
+        write_page(target, evaluation.to_html())
 
     def show() -> None:
         """Print a table for each suite and one of losses, and the path of the page."""

@@ -388,9 +388,8 @@ class HarmedExamples:
         An adapter that harms as many examples as it helps shows three harmed and none helped in up
         to 5 % of cases, four and none in 2 % (benchmarks/gate.md).
         """
-        if self.harmed < MIN_HARMED:
-            return False
-        if binomial_upper_tail(self.harmed, self.examples, max_share) >= MAX_CHANCE:
+        chance = binomial_upper_tail(self.harmed, self.examples, max_share)
+        if self.harmed < MIN_HARMED or chance >= MAX_CHANCE:
             return False
         if self.helped:
             return exchange_mid_p(self.harmed, self.helped) <= MAX_CHANCE_OF_EXCHANGE

@@ -34,6 +34,7 @@ from nested_core.registry.promotion_policy import (
     register_by_policy,
 )
 from nested_core.registry.registration import NewVersion, register_rejection
+from nested_core.storage.untrusted_files import write_all
 from tests.core.registry.conftest import MakeRun
 from tests.core.registry.states import NAME, last_line, promote_by_policy
 from tests.gate_files import judged_files, read_gate, write_gate
@@ -122,11 +123,10 @@ def test_a_judgement_whose_line_is_being_written_stays_where_the_lock_was_remove
 ) -> None:
     weak, better = two_versions(make_run, registry)
     run = judge(2, weak, -2.4)
-    write_all = ledger._write_all
     others: list[tuple[Thread, bool]] = []
 
     def write_beside_another(descriptor: int, line: bytes) -> None:
-        monkeypatch.setattr(ledger, "_write_all", write_all)
+        monkeypatch.setattr(ledger, "write_all", write_all)
         (registry / NAME / ".lock").unlink()
         other = Thread(target=suppressing_damage(lambda: check_champion(registry, NAME)))
         other.start()
@@ -134,7 +134,7 @@ def test_a_judgement_whose_line_is_being_written_stays_where_the_lock_was_remove
         others.append((other, other.is_alive()))
         write_all(descriptor, line)
 
-    monkeypatch.setattr(ledger, "_write_all", write_beside_another)
+    monkeypatch.setattr(ledger, "write_all", write_beside_another)
     suppressing_damage(lambda: register(run, registry, NAME, provenance("better", weak)))()
     ((other, waited),) = others
     other.join()
