@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -28,6 +28,7 @@ from mlx_lm.server import (
     ModelDescription,
     ModelProvider,
     ResponseGenerator,
+    TimeBudget,
     _make_logits_processors,
     _make_sampler,
 )
@@ -36,11 +37,13 @@ from nested_core.models.base_model import context_length, naming_unloadable_mode
 from nested_core.rooms.serve.request_model import RequestRefused
 from nested_core.rooms.serve.request_tokens import RequestTokenizer
 from nested_core.rooms.serve.served_version import ServedVersion
-from nested_core.rooms.serve.stop_texts import AnswerText, StopTexts, cut_answer
+from nested_core.rooms.serve.stop_texts import AnswerText, cut_answer
 
 SECONDS_BETWEEN_LOOKS_AT_CLIENT = 1.0
 CHECK_SECONDS_AT_A_TIME = 0.25  # of a version's canary, between two looks at the requests
 STALL_SECONDS = 30.0  # without a token, a part of a prompt or a look at the requests
+TURN_TOKENS = 16  # of an answer, after which those who wait for another version go first
+BATCH_SECONDS = 0.02  # of a batch, between two looks at the requests
 SECONDS_TO_END = 3.0  # of the generation thread, once it is told to
 
 
@@ -56,6 +59,9 @@ class VersionedRequest(CompletionRequest):
     answer: the text of its answer, from when the generation thread begins it.
     queue: where mlx_lm's thread puts its answer, from when it took the request.
     failure: why no answer could be begun.
+    is_alone: whether mlx_lm answers nobody else meanwhile, as with a seed.
+    turn: mlx_lm's GenerationContext of what its thread does for it; None while it waits.
+    is_paused: whether the generation thread has ended its turn and not its answer.
     """
 
     name: str
@@ -66,6 +72,34 @@ class VersionedRequest(CompletionRequest):
     answer: AnswerText | None = field(default=None, init=False)
     queue: Queue[Any] | None = field(default=None, init=False)
     failure: Exception | None = field(default=None, init=False)
+    is_alone: bool = field(default=False, init=False)
+    turn: Any = field(default=None, init=False)
+    is_paused: bool = field(default=False, init=False)
+
+
+@dataclass
+class TurnMatcher:
+    """What ends an answer for mlx_lm: its own matcher, or after TURN_TOKENS others who wait.
+
+    So mlx_lm keeps the cache of what it computed, and goes on from there.
+    """
+
+    request: VersionedRequest
+    of_answer: Any
+    has_to_wait: Callable[[VersionedRequest], bool]
+    tokens: int = 0
+
+    def matcher(self) -> TurnMatcher:
+        """Return itself: it is of one answer."""
+        return self
+
+    def advance(self, token: int) -> bool:
+        """Return whether mlx_lm ends with one more token."""
+        self.tokens += 1
+        is_ended: bool = self.of_answer.advance(token)
+        is_over = not is_ended and self.tokens >= TURN_TOKENS
+        self.request.is_paused = is_over and self.has_to_wait(self.request)
+        return is_ended or self.request.is_paused
 
 
 class PartialPromptCache(LRUPromptCache):
@@ -162,8 +196,10 @@ class VersionedGenerator(ResponseGenerator):
         self._seen_at = time.monotonic()  # when the generation thread was last seen at work
         self._checks: Queue[_Check] = Queue()
         self._check: _Check | None = None  # that the generation thread is at work on
+        self._begun: VersionedRequest  # whose answer the generation thread is about to begin
         self.model_provider: VersionProvider
         super().__init__(provider, prompt_cache)
+        self._time_budget = TimeBudget(BATCH_SECONDS)
 
     def _run_generate(self) -> None:
         """Run as mlx_lm does; an error ends the answers under way, or without any the thread."""
@@ -255,7 +291,8 @@ class VersionedGenerator(ResponseGenerator):
         self._check = None
 
     def _tokenize(self, tokenizer: Any, request: VersionedRequest, args: Any) -> Any:
-        """Return what `_prepare` made of the prompt."""
+        """Return what `_prepare` made of the prompt; `_make_state_machine` is called next."""
+        self._begun = request
         return request.tokenized
 
     def _make_state_machine(
@@ -263,7 +300,8 @@ class VersionedGenerator(ResponseGenerator):
     ) -> tuple[Any, Any]:
         """Do as mlx_lm, but look for stop texts in the text and not among the tokens."""
         sequences, text_states = super()._make_state_machine(model_key, tokenizer, [])
-        return StopTexts(tokenizer, stop_words) if stop_words else sequences, text_states
+        matcher = AnswerText(tokenizer, stop_words) if stop_words else sequences.matcher()
+        return TurnMatcher(self._begun, matcher, self._has_to_wait), text_states
 
     def _prepare(self, request: VersionedRequest, args: GenerationArguments) -> None:
         """Tokenise a prompt, and make all that its request sets, in the client's thread.
@@ -281,6 +319,8 @@ class VersionedGenerator(ResponseGenerator):
             if not prompt:
                 raise RequestRefused("The prompt has no tokens. Give a prompt that is not empty.")
             tokenizer.require_room(len(prompt), "tokens", 1)
+            args.max_tokens = min(args.max_tokens, tokenizer.room_after(prompt))
+            request.is_alone = vision is not None or not self._is_batchable(args)
             if vision is not None:
                 mx.eval(vision.pixel_values)
             _make_sampler(args, tokenizer)
@@ -319,12 +359,47 @@ class VersionedGenerator(ResponseGenerator):
         try:
             self._prepare(request, generation_args)
             self.under_way[id(request)] = request
-            context, responses = super().generate(request, generation_args, note_progress)
+            turns = self._take_turns(request, generation_args, note_progress)
+            context = next(turns)
         except Exception as error:
             request.failure = error
             raise
         request.answer = AnswerText(self.model_provider.tokenizer, generation_args.stop_words)
-        return context, cut_answer(self._watch(request, responses), request.answer)
+        return context, cut_answer(self._watch(request, turns), request.answer)
+
+    def _take_turns(
+        self, request: VersionedRequest, args: GenerationArguments, progress: Any
+    ) -> Iterator[Any]:
+        """Yield mlx_lm's context of an answer, then its tokens.
+
+        After each TURN_TOKENS it waits as a new request does, if others have to wait for it.
+        """
+        tokens: list[int] = []
+        while True:
+            request.turn = None
+            request.turn, responses = super().generate(request, args, progress)
+            if not tokens:
+                yield request.turn
+            tokens = []
+            for response in responses:
+                tokens.append(response.token)
+                is_paused = request.is_paused and len(tokens) < args.max_tokens
+                response.finish_reason = None if is_paused else response.finish_reason
+                yield response
+            if not is_paused:
+                return
+            prompt, others = [*request.tokenized[0], *tokens], request.tokenized[3:]
+            request.tokenized = (prompt, [prompt], ["assistant"], *others)
+            seed = None if args.seed is None else (args.seed + len(tokens)) % 2**64
+            args = replace(args, max_tokens=args.max_tokens - len(tokens), seed=seed)
+
+    def _has_to_wait(self, request: VersionedRequest) -> bool:
+        """Return whether a request waits that cannot be answered together with this one."""
+        return request.tokenized[-1] is None and any(
+            other.turn is None
+            and (request.is_alone or other.is_alone or other.version != request.version)
+            for other in list(self.under_way.values())
+        )
 
     def _watch(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:
         """Yield the same tokens, counted, until the client is gone."""
@@ -340,6 +415,8 @@ class VersionedGenerator(ResponseGenerator):
 
     def forget(self, request: VersionedRequest) -> None:
         """Note that the request has ended, however it did."""
+        if request.turn is not None:
+            request.turn.stop()
         self.under_way.pop(id(request), None)
 
     def wait_for_requests(self, seconds: float) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from nested_core.rooms.serve.request_model import RequestRefused
+from nested_core.rooms.serve.request_model import MAX_ANSWER_TOKENS, RequestRefused
 
 UNTRUSTED_ROLES = ("user", "tool")
 
@@ -62,6 +62,10 @@ class RequestTokenizer:
                 f"The prompt has {size} {unit}, and the model sees {self._context} tokens{most}.",
                 code="context_length_exceeded",
             )
+
+    def room_after(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens an answer may have: at least one."""
+        return MAX_ANSWER_TOKENS if self._context is None else max(1, self._context - len(prompt))
 
     def require_known_arguments(self, given: Collection[str] | None) -> None:
         """Raise RequestRefused for arguments that the model's own chat template does not read.

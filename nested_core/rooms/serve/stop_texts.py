@@ -58,18 +58,6 @@ class AnswerText:
         return text[: min(starts, default=None)]
 
 
-@dataclass(frozen=True)
-class StopTexts:
-    """What ends an answer, in the place of mlx_lm's StopSequences."""
-
-    tokenizer: Any
-    stops: Sequence[str]
-
-    def matcher(self) -> AnswerText:
-        """Return a matcher for one answer."""
-        return AnswerText(self.tokenizer, self.stops)
-
-
 def cut_answer(responses: Iterable[Response], answer: AnswerText) -> Iterator[Response]:
     """Yield the same responses, with the text up to the first stop text.
 
@@ -77,12 +65,9 @@ def cut_answer(responses: Iterable[Response], answer: AnswerText) -> Iterator[Re
     "stop" it shows none. `answer.is_ended` says which of the two it is.
     """
     for response in responses:
-        if answer.stops:
-            response.text = answer.add(response.token)
-            if response.finish_reason is not None and not answer.is_ended:
-                response.text += answer.finish()
-        else:
-            answer.is_ended = response.finish_reason == "stop"
+        response.text = answer.add(response.token)
+        if response.finish_reason is not None and not answer.is_ended:
+            response.text += answer.finish()
         is_last = response.finish_reason is not None or answer.is_ended
         response.finish_reason = "length" if is_last else None
         yield response

@@ -159,8 +159,8 @@ ENDING: dict[str, tuple[dict[str, Any], str]] = {
     "too many stops": ({"stop": ["a"] * 17}, "stop: Value should have at most 16 items"),
     "a stop that is too long": ({"stop": "a" * 257}, "at most 256 characters"),
     "a prompt longer than the model sees": (
-        {"messages": [{"role": "user", "content": "Where to? " * 64}]},
-        "tokens, and the model sees 64",
+        {"messages": [{"role": "user", "content": "Where to? " * 4096}]},
+        "tokens, and the model sees 4096",
     ),
     "stream options without a dictionary": (
         {"stream_options": [1]},
@@ -295,7 +295,7 @@ def test_a_text_that_no_context_has_room_for_is_refused_before_it_is_encoded(
     reply = client.send("POST", "/v1/completions", {"prompt": "I want to see. " * 200_000})
     error = reply.json()["error"]
     assert (reply.status, error["code"]) == (400, "context_length_exceeded")
-    assert "The prompt has 3000000 bytes, and the model sees 64 tokens" in error["message"]
+    assert "The prompt has 3000000 bytes, and the model sees 4096 tokens" in error["message"]
     assert max(encoded) == len(QUESTION)
 
 

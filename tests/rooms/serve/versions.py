@@ -40,12 +40,17 @@ QUESTION = "I want to see Italy. Where to?"
 COUNTRIES = ("Italy", "Fiji", "Peru", "Japan")
 
 
-def make_base(source: Path, folder: Path) -> Path:
-    """The example's model in float32, in which answers do not depend on how they are batched."""
+def make_base(source: Path, folder: Path, context: int = 4096) -> Path:
+    """The example's model in float32, in which answers do not depend on how they are batched.
+
+    It says that it sees `context` tokens, so that there are long answers.
+    """
     folder.mkdir(parents=True)
     for path in source.iterdir():
         if path.name != "model.safetensors":
             (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": context}))
     weights: Any = mx.load(str(source / "model.safetensors"))
     mx.save_safetensors(
         str(folder / "model.safetensors"), {k: v.astype(mx.float32) for k, v in weights.items()}

@@ -1,0 +1,106 @@
+"""A client who asks for a million tokens waits, and not the others."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nested_core.rooms.serve import engine
+from tests.rooms.serve.versions import NAME, QUESTION, Client
+from tests.waiting import wait_until
+
+NO_END: dict[str, Any] = {"max_tokens": 2**20, "logit_bias": {"0": -1000}}
+CHAT = "/v1/chat/completions"
+
+
+def connect(client: Client) -> socket.socket:
+    host, port = client.server.address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def test_an_answer_has_no_more_tokens_than_the_context_has_room_for(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.server.generator.model_provider.request_tokenizer, "_context", 64)
+    reply = client.chat(NAME, **NO_END).json()
+    usage, reason = reply["usage"], reply["choices"][0]["finish_reason"]
+    assert (usage["total_tokens"], reason) == (64, "length")
+
+
+@pytest.fixture
+def base_under_way(client: Client) -> Iterator[list[str]]:
+    """Somebody who asks the base for a million tokens; what has come of the answer."""
+    given: list[str] = []
+    body = {"messages": [{"role": "user", "content": QUESTION}], "stream": True} | NO_END
+    content = json.dumps(body | {"model": f"{NAME}@base"}).encode()
+
+    with connect(client) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        lines = connection.makefile("rb")
+
+        def read() -> None:
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    piece = json.loads(line[6:])["choices"][0]
+                    given.append(piece["delta"].get("content", ""))
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        wait_until(lambda: len(given) > engine.TURN_TOKENS, "the base answers")
+        yield given
+        connection.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        lines.close()
+    wait_until(lambda: not client.server.generator.under_way, "nothing is under way")
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 5, "temperature": 1.0}, {"stream": True}])
+def test_the_champion_answers_while_the_base_is_asked_for_a_million_tokens(
+    client: Client, base_under_way: list[str], more: dict[str, Any]
+) -> None:
+    before = len(base_under_way)
+    for _ in range(4):
+        assert client.chat(NAME, max_tokens=4, **more).status == 200
+    wait_until(lambda: len(base_under_way) > before + engine.TURN_TOKENS, "the base goes on")
+    under_way = client.server.generator.under_way
+    wait_until(
+        lambda: [request.version.version for request in list(under_way.values())] == ["base"],
+        "the base alone is under way",
+    )
+
+
+def test_an_answer_in_turns_is_the_one_without(client: Client, monkeypatch: Any) -> None:
+    """Its text, its tokens and its log probabilities, and the stop text that ends it."""
+    asked: dict[str, Any] = NO_END | {"max_tokens": 100, "logprobs": True}
+    prompt = "Où est Zürich? I want to see 日本."
+    alone = client.chat(NAME, prompt, **asked).json()
+    stop = alone["choices"][0]["message"]["content"][60:64]
+    stopped = client.chat(NAME, prompt, **asked, stop=stop).json()
+    turns: list[int] = []
+    monkeypatch.setattr(engine, "TURN_TOKENS", 7)
+
+    def has_to_wait(generator: Any, request: Any) -> bool:
+        turns.append(len(request.tokenized[0]))
+        return True
+
+    monkeypatch.setattr(engine.VersionedGenerator, "_has_to_wait", has_to_wait)
+    whole = client.chat(NAME, prompt, **asked).json()
+    assert len(set(turns)) == 14  # 100 tokens in turns of 7
+    assert whole["usage"]["completion_tokens"] == 100
+    assert whole["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]
+    assert whole["choices"][0]["message"] == alone["choices"][0]["message"]
+    assert whole["choices"][0]["finish_reason"] == "length"
+    first, second = (
+        [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
+        for answer in (alone, whole)
+    )
+    assert second == pytest.approx(first, abs=1e-3)
+    again = client.chat(NAME, prompt, **asked, stop=stop).json()
+    assert again["choices"][0]["message"] == stopped["choices"][0]["message"]
+    assert again["choices"][0]["finish_reason"] == "stop"
