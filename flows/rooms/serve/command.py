@@ -16,7 +16,7 @@ from typing import Any
 from flows.commands.config_flags import add_log_format, parse_size
 from flows.process.stop_signals import INTERRUPTED_EXIT_CODE, STOP_SIGNALS
 from flows.terminal.console import print_progress
-from nested_core.errors import shorten
+from nested_core.errors import ConfigError, shorten
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.json_log import JsonFormatter
 
@@ -44,6 +44,7 @@ def add_commands(commands: Any) -> None:
         metavar="NAME",
         help="in the registry; the first answers requests without a model",
     )
+    serve.add_argument("--no-api-key", action="store_true", help="answer everybody who asks")
     add_log_format(serve)
     add_mlx_lm_server_options(serve.add_argument_group("options of mlx_lm.server"))
 
@@ -57,7 +58,7 @@ def add_mlx_lm_server_options(group: Any) -> None:
     add("--model", metavar="MODEL", help="the base (default: the adapter's own)")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1")
     add("--port", type=int, default=8080, help="0: any free one (default: 8080)")
-    add("--allowed-origins", type=split, default="*", metavar="ORIGIN,...", help="default: *")
+    add("--allowed-origins", type=split, default=[], metavar="ORIGIN,...", help="default: none")
     add("--draft-model", metavar="MODEL", help="for speculative decoding")
     add("--num-draft-tokens", type=int, default=3, metavar="N", help="default: 3")
     add("--trust-remote-code", action="store_true", help="let the tokenizer bring code")
@@ -117,8 +118,7 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
 
     before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
     try:
-        api_key = os.environ.get(API_KEY_VARIABLE) or None
-        with starting_server(arguments, api_key) as server:
+        with starting_server(arguments, _choose_api_key(arguments)) as server:
             tell(f"serving {_describe_names(server)} at {server.address}")
             for line in _list_system_texts(arguments.registry, server):
                 tell(line)
@@ -137,6 +137,19 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     if server is not None and code:
         os._exit(code)  # a second signal: a thread may compute still, which the end would abort
     return lambda: code
+
+
+def _choose_api_key(arguments: argparse.Namespace) -> str | None:
+    """Return the key that clients have to send; ConfigError where it should be there and is not."""
+    from nested_core.rooms.serve.http_handler import LOOPBACK
+
+    key = os.environ.get(API_KEY_VARIABLE)
+    if not key and (key is not None or arguments.host not in LOOPBACK) and not arguments.no_api_key:
+        raise ConfigError(
+            f"{API_KEY_VARIABLE} is {'not set' if key is None else 'empty'}: everybody who reaches "
+            f"{arguments.host} could ask. Set it to a key, or give --no-api-key to have it so."
+        )
+    return None if arguments.no_api_key else key
 
 
 def _list_system_texts(registry: Path, server: Any) -> Iterator[str]:

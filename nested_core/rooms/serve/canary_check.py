@@ -103,18 +103,15 @@ def _require_logits(recorded: CanaryLogits, model: nn.Module) -> None:
     is_same = is_repeatable and recorded.computation == describe_computation()
     tolerance = TOLERANCE_FLOAT32 if is_same else TOLERANCE_NARROW_DTYPES
     expected = np.array(recorded.values, np.float64)  # None becomes NaN
-    rows = [_logits_after(model, prompt, recorded.columns) for prompt in recorded.prompts]
+    columns = mx.array(list(recorded.columns))
+    logits = (_compute_logits(model, prompt)[-1] for prompt in recorded.prompts)
+    rows = [of_last.astype(mx.float32)[columns].tolist() for of_last in logits]
     distance = relative_distance(np.array(rows, np.float64), expected)
     if not distance <= tolerance:
         raise CanaryFailed(
             f"canary: the logits are not those that were recorded: relative distance "
             f"{distance:.3g}, tolerance {tolerance:g}"
         )
-
-
-def _logits_after(model: nn.Module, prompt: Sequence[int], columns: Sequence[int]) -> Any:
-    logits = _compute_logits(model, prompt)[-1].astype(mx.float32)
-    return logits[mx.array(list(columns))].tolist()
 
 
 def _compute_logits(model: nn.Module, tokens: Sequence[int], cache: Any = None) -> mx.array:

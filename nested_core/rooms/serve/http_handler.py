@@ -5,17 +5,19 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import math
+import re
 import select
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from io import BytesIO
 from typing import Any
-from urllib.parse import urlsplit
 
 from mlx_lm.server import APIHandler, CompletionRequest
 
@@ -38,8 +40,12 @@ MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
+MAX_CONNECTIONS = 1280  # of the 2,048 files that mlx_lm lets a process open
+ARRIVAL_SECONDS = 30.0  # for a request to come as a whole
+BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
 
 
 class RegistryHandler(APIHandler):
@@ -100,14 +106,13 @@ class RegistryHandler(APIHandler):
         """Raise RequestRefused where the client, or the web page that asks, may not ask."""
         options = self.server.generator.cli_args
         origin, host = self.headers.get("Origin"), self.headers.get("Host")
-        if "*" not in options.allowed_origins:
-            if origin is not None and origin not in options.allowed_origins:
-                said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
-                raise RequestRefused(said, 403)
-            # A web page whose name was made to lead to this machine sends that name.
-            if host is not None and options.host in LOOPBACK and _host_name(host) not in LOOPBACK:
-                said = f"This server is {options.host}, and the request is for {host!r:.80}."
-                raise RequestRefused(said, 421)
+        if origin is not None and not {"*", origin} & {*options.allowed_origins}:
+            said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
+            raise RequestRefused(said, 403)
+        # A web page whose name was made to lead to this machine sends that name.
+        if host is not None and options.host in LOOPBACK and not LOOPBACK_HOST.fullmatch(host):
+            said = f"This server is {options.host}, and the request is for {host!r:.80}."
+            raise RequestRefused(said, 421)
         if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
             return
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")
@@ -126,7 +131,9 @@ class RegistryHandler(APIHandler):
             raise RequestRefused("The header Content-Length is no number of bytes.")
         if len(given) > MAX_LENGTH_DIGITS or int(given) > MAX_BODY_BYTES:
             raise RequestRefused(f"A request has at most {MAX_BODY_BYTES} bytes.", 413)
-        return self.rfile.read(int(given))
+        body = self.rfile.read(int(given))
+        self.server.connections[self.connection] = math.inf
+        return body
 
     def handle_completion(self, request: CompletionRequest, stop_words: list[str]) -> None:
         """Answer with the version that the request is for. Raises RequestRefused without one."""
@@ -135,13 +142,12 @@ class RegistryHandler(APIHandler):
             self.requested_model = next(iter(names))  # the answer says which model gave it
         name, _, wanted = self.requested_model.partition("@")
         if name not in names:
-            raise _no_model(
-                f"No model {self.requested_model!r:.80} here; served: {', '.join(names)}."
-            )
+            said = f"No model {self.requested_model!r:.80} here; served: {', '.join(names)}."
+            raise RequestRefused(said, 404, "model_not_found")
         try:
             version = self.server.follower.find_version(name, wanted)
         except (NestedTuneError, OSError, RuntimeError) as error:
-            raise _no_model(str(error)) from error
+            raise RequestRefused(str(error), 404, "model_not_found") from error
         if len(self.server.generator.under_way) >= MAX_WAITING_REQUESTS:
             self._send_error("Too many requests wait here. Ask again later.", 503)
             return
@@ -294,6 +300,8 @@ class ServingServer(ThreadingHTTPServer):
     metrics: the counts of requests.
     api_key: what clients have to send; None asks for none.
     address: http://HOST:PORT.
+    connections: those that are open, the oldest first, each with the time by which its request has
+        to be there, by time.monotonic(); math.inf once it is.
     """
 
     generator: VersionedGenerator
@@ -303,6 +311,7 @@ class ServingServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, api_key: str | None) -> None:
         """Raises ConfigError for an address or a port that cannot be listened at."""
         self.api_key = api_key
+        self.connections: dict[Any, float] = {}
         try:
             if not 0 <= port <= MAX_PORT:  # which getaddrinfo would take modulo 65536
                 raise OverflowError(f"ports are from 0 to {MAX_PORT}")
@@ -317,6 +326,30 @@ class ServingServer(ThreadingHTTPServer):
             ) from error
         name = str(self.server_address[0])
         self.address = f"http://{f'[{name}]' if ':' in name else name}:{self.server_address[1]}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection; of too many, end the one whose request is longest in coming."""
+        self.connections[request] = time.monotonic() + ARRIVAL_SECONDS
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._end_late(min(self.connections.copy().values()))
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """End the connections whose requests did not come in time; called ten times a second."""
+        self._end_late(time.monotonic())
+
+    def _end_late(self, until: float) -> None:
+        """End the connections whose requests had to be there by then."""
+        for late in [one for one, by in self.connections.copy().items() if by <= until]:
+            self.connections.pop(late, None)
+            with suppress(OSError):
+                late.send(BUSY, socket.MSG_DONTWAIT)
+                late.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection that has ended."""
+        self.connections.pop(request, None)
+        super().shutdown_request(request)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Answer a connection."""
@@ -344,15 +377,3 @@ class ServingServer(ThreadingHTTPServer):
 def _no_route(path: str) -> RequestRefused:
     routes = ", ".join([*ROUTES, "/v1/models", *UNLOCKED_ROUTES])
     return RequestRefused(f"Nothing is at {path!r:.80}; there are {routes}.", 404)
-
-
-def _no_model(message: str) -> RequestRefused:
-    return RequestRefused(message, 404, "model_not_found")
-
-
-def _host_name(host: str) -> str | None:
-    """Return the name in a Host header; None for one that is no name."""
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None

@@ -26,6 +26,7 @@ from nested_core.storage.untrusted_files import parse_json
 
 DEFAULT_MODEL = "default_model"  # what mlx_lm takes for a request without `model`
 MAX_ANSWER_TOKENS = 2**20
+MAX_ITEMS = 4096  # messages, parts of one, tools or biases
 SHOWN_PROBLEMS = 5
 STATUS_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 UNUSED_KEYS = {  # OpenAI's, which cannot change the answer
@@ -59,6 +60,9 @@ def _require_data_urls(content: Any) -> Any:
     return content
 
 
+Objects = Annotated[list[dict[str, Any]], Field(max_length=MAX_ITEMS)]
+
+
 def _make_system(role: str) -> str:
     """Replace OpenAI's newer name of the system role, which chat templates do not have."""
     return "system" if role == "developer" else role
@@ -70,7 +74,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     role: Annotated[str, AfterValidator(_make_system)]
-    content: Annotated[str | list[dict[str, Any]] | None, AfterValidator(_require_data_urls)] = None
+    content: Annotated[str | Objects | None, AfterValidator(_require_data_urls)] = None
 
 
 def _take_only_prompt(prompt: object) -> object:
@@ -89,6 +93,7 @@ ContextSize = Annotated[int, Field(ge=0, le=MAX_ANSWER_TOKENS)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-100, le=100)]
 TokenNumber = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-1000, le=1000)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 StreamOption = Literal["include_usage", "include_obfuscation"]
 
@@ -119,7 +124,7 @@ class _Request(BaseModel):
     presence_context_size: ContextSize = 20
     frequency_penalty: Penalty = 0.0
     frequency_context_size: ContextSize = 20
-    logit_bias: dict[TokenNumber, Annotated[float, Field(ge=-1000, le=1000)]] = {}
+    logit_bias: Annotated[dict[TokenNumber, Bias], Field(max_length=MAX_ITEMS)] = {}
     logprobs: bool = False
     top_logprobs: int = Field(-1, ge=-1, le=11)
     n: Annotated[int, Field(ge=1, le=1)] = 1  # more are not done here
@@ -128,8 +133,8 @@ class _Request(BaseModel):
 class ChatRequest(_Request):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[dict[str, Any]] = []
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_ITEMS)]
+    tools: Objects = []
     role_mapping: dict[str, str] = {}
     chat_template_kwargs: dict[str, TemplateArgument] = {}
 

@@ -10,11 +10,7 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
 from nested_core.registry import read_verified_version
-from nested_core.rooms.serve.engine import (
-    PartialPromptCache,
-    VersionedGenerator,
-    VersionProvider,
-)
+from nested_core.rooms.serve.engine import PartialPromptCache, VersionedGenerator, VersionProvider
 from nested_core.rooms.serve.follower import ChampionFollower, require_champion
 from nested_core.rooms.serve.http_handler import ServingServer
 from nested_core.rooms.serve.metrics import ServingMetrics

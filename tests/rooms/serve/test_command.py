@@ -264,7 +264,7 @@ def test_the_options_are_those_of_mlx_lm_with_its_defaults(monkeypatch: pytest.M
     assert theirs.keys() - ours.keys() == {"adapter_path", "pipeline"}
     assert ours.keys() - theirs.keys() == {
         *("command", "debug", "run"),
-        *("registry", "name", "log_format"),
+        *("registry", "name", "log_format", "no_api_key"),
     }
     assert {key: ours[key] for key in theirs if key in ours} == {
         key: value for key, value in theirs.items() if key in ours

@@ -1,0 +1,144 @@
+"""What a client of `serve` may send and hold open, and who may ask."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import build_parser
+from flows.rooms.serve.command import _choose_api_key
+from nested_core.errors import ConfigError
+from nested_core.rooms.serve import http_handler
+from nested_core.rooms.serve.request_model import MAX_ITEMS, RequestRefused, read_request
+from tests.rooms.serve.versions import NAME, Client, serving, settings
+from tests.waiting import wait_until
+
+NO_END: dict[str, Any] = {"max_tokens": 2**20, "logit_bias": {"0": -1000}}
+CHAT = "/v1/chat/completions"
+
+
+def connect(client: Client) -> socket.socket:
+    host, port = client.server.address.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    try:
+        return b"".join(iter(lambda: connection.recv(4096), b""))
+    except ConnectionResetError:
+        return b""
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nX: ", b"POST %b HTTP/1.1\r\n"])
+def test_a_request_that_does_not_come_in_time_is_ended(
+    client: Client, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """Byte by byte, so that each wait alone is short."""
+    monkeypatch.setattr(http_handler, "ARRIVAL_SECONDS", 1.0)
+    before, generated = time.monotonic(), client.health()["names"][NAME]["requests"]
+    with connect(client) as connection:
+        head = sent.replace(b"%b", CHAT.encode())
+        connection.sendall(head + b"Content-Length: 60\r\n\r\n" if b"POST" in head else head)
+        with suppress(ConnectionError):
+            while time.monotonic() - before < 30:
+                connection.sendall(b"{")
+                time.sleep(0.1)
+    assert time.monotonic() - before < 10
+    wait_until(lambda: len(client.server.connections) < 2, "it is forgotten")
+    assert client.health()["names"][NAME]["requests"] == generated
+
+
+def test_of_too_many_connections_the_one_that_says_nothing_ends_and_health_answers(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_handler, "MAX_CONNECTIONS", 8)
+    idle = [connect(client) for _ in range(20)]
+    try:
+        for connection in idle:
+            connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        began = time.monotonic()
+        assert client.health()["status"] == "ok"
+        assert client.chat(NAME, max_tokens=1).status == 200
+        assert time.monotonic() - began < 10
+        assert len(client.server.connections) <= 9
+        assert read_all(idle[0]).startswith(b"HTTP/1.0 503 ")
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+MANY = [{"role": "user", "content": "a"}] * 100_000
+BODIES: dict[str, dict[str, Any]] = {
+    "messages": {"messages": MANY},
+    "messages that are none": {"messages": [1] * 1_000_000},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text"}] * 100_000}]},
+    "tools": {"messages": MANY[:1], "tools": [{}] * 100_000},
+    "biases": {"messages": MANY[:1], "logit_bias": {str(n): 1 for n in range(200_000)}},
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_a_body_of_many_parts_is_refused_before_they_are_looked_through(case: str) -> None:
+    body = json.dumps(BODIES[case]).encode()
+    began = time.process_time()
+    with pytest.raises(RequestRefused, match=f"at most {MAX_ITEMS} items"):
+        read_request(CHAT, body)
+    assert time.process_time() - began < 2
+
+
+def test_a_host_of_another_name_is_refused_by_default(client: Client) -> None:
+    asked: dict[str, tuple[dict[str, str], int]] = {
+        "no page": ({}, 200),
+        "any page": ({"Origin": "https://evil.example"}, 403),
+        "a page without a name": ({"Origin": "null"}, 403),
+        "a name that was made to lead here": ({"Host": "evil.example:80"}, 421),
+        "one that begins alike": ({"Host": "localhost.evil.example"}, 421),
+        "the machine's own": ({"Host": "LOCALHOST:80"}, 200),
+    }
+    for case, (headers, status) in asked.items():
+        assert client.send("GET", "/v1/models", None, headers).status == status, case
+
+
+def test_with_every_origin_a_host_of_another_name_is_refused_all_the_same(
+    version_and_registry: tuple[str, Path],
+) -> None:
+    flags = ("--name", NAME, "--allowed-origins", "*")
+    with serving(settings(version_and_registry[1], *flags)) as client:
+        assert client.send("GET", "/health", None, {"Origin": "https://a.example"}).status == 200
+        assert client.send("GET", "/health", None, {"Host": "evil.example"}).status == 421
+
+
+@pytest.mark.parametrize(
+    ("key", "flags", "refused"),
+    [
+        (None, (), None),
+        (
+            None,
+            ("--host", "192.0.2.1"),
+            "NESTED_TUNE_API_KEY is not set: everybody who reaches 192",
+        ),
+        (None, ("--host", "::"), "is not set"),
+        ("", (), "NESTED_TUNE_API_KEY is empty: everybody who reaches 127.0.0.1 could ask"),
+        ("", ("--no-api-key",), None),
+        (None, ("--host", "192.0.2.1", "--no-api-key"), None),
+        ("key", ("--host", "192.0.2.1"), None),
+    ],
+)
+def test_an_empty_key_and_a_public_address_without_one_have_to_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, key: str | None, flags: tuple[str, ...], refused: str | None
+) -> None:
+    monkeypatch.delenv("NESTED_TUNE_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("NESTED_TUNE_API_KEY", key)
+    arguments = build_parser("serve").parse_args(["serve", "--name", NAME, *flags])
+    if refused is None:
+        assert (_choose_api_key(arguments) or None) == (key or None)
+        return
+    with pytest.raises(ConfigError, match=refused):
+        _choose_api_key(arguments)
