@@ -60,8 +60,10 @@ class VersionedRequest(CompletionRequest):
     queue: where mlx_lm's thread puts its answer, from when it took the request.
     failure: why no answer could be begun.
     is_alone: whether mlx_lm answers nobody else meanwhile, as with a seed.
-    turn: mlx_lm's GenerationContext of what its thread does for it; None while it waits.
+    turn: mlx_lm's GenerationContext of what its thread does for it.
+    turn_tokens: how many tokens its turn has given; 0 while it waits for one.
     is_paused: whether the generation thread has ended its turn and not its answer.
+    next_seed: of its next turn, which draws as this one would have gone on.
     """
 
     name: str
@@ -74,7 +76,9 @@ class VersionedRequest(CompletionRequest):
     failure: Exception | None = field(default=None, init=False)
     is_alone: bool = field(default=False, init=False)
     turn: Any = field(default=None, init=False)
+    turn_tokens: int = field(default=0, init=False)
     is_paused: bool = field(default=False, init=False)
+    next_seed: int = field(default=0, init=False)
 
 
 @dataclass
@@ -87,35 +91,42 @@ class TurnMatcher:
     request: VersionedRequest
     of_answer: Any
     has_to_wait: Callable[[VersionedRequest], bool]
-    tokens: int = 0
+    random_state: Any = None
 
     def matcher(self) -> TurnMatcher:
         """Return itself: it is of one answer."""
         return self
 
     def advance(self, token: int) -> bool:
-        """Return whether mlx_lm ends with one more token."""
-        self.tokens += 1
+        """Return whether mlx_lm ends with one more token; the next one is drawn already."""
+        request = self.request
+        request.turn_tokens += 1
+        before, self.random_state = self.random_state, mx.random.state[0]
         is_ended: bool = self.of_answer.advance(token)
-        is_over = not is_ended and self.tokens >= TURN_TOKENS
-        self.request.is_paused = is_over and self.has_to_wait(self.request)
-        return is_ended or self.request.is_paused
+        is_over = not is_ended and request.turn_tokens >= TURN_TOKENS
+        request.is_paused = is_over and self.has_to_wait(request)
+        if request.is_paused:
+            high, low = before.tolist()
+            request.next_seed = high << 32 | low
+        return is_ended or request.is_paused
 
 
 class PartialPromptCache(LRUPromptCache):
-    """mlx_lm's prompt cache, which leaves at least the last token of a prompt to be computed.
+    """mlx_lm's prompt cache, which leaves the last tokens of a prompt to be computed.
 
     Where a prompt is exactly one that was cached, mlx_lm's leaves none, and its batches refuse a
-    prompt without tokens with an error that ends the generation thread.
+    prompt without tokens with an error that ends the generation thread. An answer that it gives
+    alone is penalised for the tokens that it computes, and not for those in the cache.
+    left: how many tokens are left, of a prompt that has so many.
     """
 
+    left = 1
+
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """Return the nearest cache, and the tokens that it lacks: at least one."""
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if rest or not tokens:
-            return cache, rest
-        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
-        return cache, [*rest, tokens[-1]]
+        """Return the nearest cache, and the tokens that it lacks."""
+        known = tokens[: max(0, len(tokens) - self.left)]
+        cache, rest = super().fetch_nearest_cache(model, known) if known else (None, [])
+        return cache, [*rest, *tokens[len(known) :]]
 
 
 class VersionProvider(ModelProvider):
@@ -293,6 +304,17 @@ class VersionedGenerator(ResponseGenerator):
     def _tokenize(self, tokenizer: Any, request: VersionedRequest, args: Any) -> Any:
         """Return what `_prepare` made of the prompt; `_make_state_machine` is called next."""
         self._begun = request
+        of = args.logits
+        looked_back = [
+            size or len(request.tokenized[0])
+            for size, penalty in (
+                (of.repetition_context_size, of.repetition_penalty),
+                (of.presence_context_size, of.presence_penalty),
+                (of.frequency_context_size, of.frequency_penalty),
+            )
+            if penalty
+        ]
+        self.prompt_cache.left = max([1, *looked_back])
         return request.tokenized
 
     def _make_state_machine(
@@ -376,7 +398,7 @@ class VersionedGenerator(ResponseGenerator):
         """
         tokens: list[int] = []
         while True:
-            request.turn = None
+            request.turn_tokens = 0
             request.turn, responses = super().generate(request, args, progress)
             if not tokens:
                 yield request.turn
@@ -390,15 +412,18 @@ class VersionedGenerator(ResponseGenerator):
                 return
             prompt, others = [*request.tokenized[0], *tokens], request.tokenized[3:]
             request.tokenized = (prompt, [prompt], ["assistant"], *others)
-            seed = None if args.seed is None else (args.seed + len(tokens)) % 2**64
+            seed = None if args.seed is None else request.next_seed
             args = replace(args, max_tokens=args.max_tokens - len(tokens), seed=seed)
 
     def _has_to_wait(self, request: VersionedRequest) -> bool:
-        """Return whether a request waits that cannot be answered together with this one."""
+        """Return whether a request waits for the place of this one."""
+        requests = list(self.under_way.values())
+        running = sum(one.turn_tokens > 0 and not one.is_paused for one in requests)
+        is_full = running >= max(self.cli_args.decode_concurrency, self.cli_args.prompt_concurrency)
         return request.tokenized[-1] is None and any(
-            other.turn is None
-            and (request.is_alone or other.is_alone or other.version != request.version)
-            for other in list(self.under_way.values())
+            is_full or (request.is_alone or other.is_alone or other.version != request.version)
+            for other in requests
+            if other.turn_tokens == 0
         )
 
     def _watch(self, request: VersionedRequest, responses: Iterator[Any]) -> Iterator[Any]:

@@ -6,12 +6,14 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nested_core.rooms.serve import engine
-from tests.rooms.serve.versions import NAME, QUESTION, Client
+from tests.rooms.serve.versions import NAME, QUESTION, Client, serving, settings
 from tests.waiting import wait_until
 
 NO_END: dict[str, Any] = {"max_tokens": 2**20, "logit_bias": {"0": -1000}}
@@ -32,13 +34,12 @@ def test_an_answer_has_no_more_tokens_than_the_context_has_room_for(
     assert (usage["total_tokens"], reason) == (64, "length")
 
 
-@pytest.fixture
-def base_under_way(client: Client) -> Iterator[list[str]]:
-    """Somebody who asks the base for a million tokens; what has come of the answer."""
+@contextmanager
+def asking_without_end(client: Client, model: str) -> Iterator[list[str]]:
+    """Somebody who asks for a million tokens; what has come of the answer."""
     given: list[str] = []
     body = {"messages": [{"role": "user", "content": QUESTION}], "stream": True} | NO_END
-    content = json.dumps(body | {"model": f"{NAME}@base"}).encode()
-
+    content = json.dumps(body | {"model": model}).encode()
     with connect(client) as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(content)}\r\n\r\n"
         connection.sendall(head.encode() + content)
@@ -52,11 +53,18 @@ def base_under_way(client: Client) -> Iterator[list[str]]:
 
         thread = threading.Thread(target=read)
         thread.start()
-        wait_until(lambda: len(given) > engine.TURN_TOKENS, "the base answers")
         yield given
         connection.shutdown(socket.SHUT_RDWR)
         thread.join()
         lines.close()
+
+
+@pytest.fixture
+def base_under_way(client: Client) -> Iterator[list[str]]:
+    """Somebody who asks the base for a million tokens; what has come of the answer."""
+    with asking_without_end(client, f"{NAME}@base") as given:
+        wait_until(lambda: len(given) > engine.TURN_TOKENS, "the base answers")
+        yield given
     wait_until(lambda: not client.server.generator.under_way, "nothing is under way")
 
 
@@ -75,9 +83,21 @@ def test_the_champion_answers_while_the_base_is_asked_for_a_million_tokens(
     )
 
 
-def test_an_answer_in_turns_is_the_one_without(client: Client, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"seed": 5, "temperature": 1.0},
+        {"seed": 2**64 - 1, "temperature": 0.7, "top_p": 0.9, "xtc_probability": 0.5},
+        {"seed": 5, "temperature": 1.0, "repetition_penalty": 1.3, "presence_context_size": 30}
+        | {"presence_penalty": 0.5, "frequency_penalty": 0.5, "frequency_context_size": 0},
+    ],
+)
+def test_an_answer_in_turns_is_the_one_without(
+    client: Client, monkeypatch: Any, more: dict[str, Any]
+) -> None:
     """Its text, its tokens and its log probabilities, and the stop text that ends it."""
-    asked: dict[str, Any] = NO_END | {"max_tokens": 100, "logprobs": True}
+    asked: dict[str, Any] = NO_END | {"max_tokens": 100, "logprobs": True} | more
     prompt = "Où est Zürich? I want to see 日本."
     alone = client.chat(NAME, prompt, **asked).json()
     stop = alone["choices"][0]["message"]["content"][60:64]
@@ -104,3 +124,21 @@ def test_an_answer_in_turns_is_the_one_without(client: Client, monkeypatch: Any)
     again = client.chat(NAME, prompt, **asked, stop=stop).json()
     assert again["choices"][0]["message"] == stopped["choices"][0]["message"]
     assert again["choices"][0]["finish_reason"] == "stop"
+
+
+def test_the_next_client_has_an_answer_where_all_places_of_a_batch_are_taken(
+    version_and_registry: tuple[str, Path],
+) -> None:
+    """Each of the long answers goes on afterwards."""
+    flags = ("--name", NAME, "--decode-concurrency", 2, "--prompt-concurrency", 1)
+    with serving(settings(version_and_registry[1], *flags)) as client, ExitStack() as stack:
+        answers = [stack.enter_context(asking_without_end(client, NAME)) for _ in range(3)]
+        wait_until(lambda: all(answers), "three answers have begun, in two places")
+        for _ in range(4):
+            assert client.chat(NAME, max_tokens=4).status == 200
+        assert len(client.server.generator.under_way) == 3
+        before = [len(given) for given in answers]
+        wait_until(
+            lambda: all(len(given) > n + 32 for given, n in zip(answers, before, strict=True)),
+            "all three go on",
+        )
