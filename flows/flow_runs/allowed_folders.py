@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sysconfig
 import unicodedata
 from collections.abc import Iterable, Iterator
 from importlib import import_module
@@ -25,6 +26,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section_base import PathRule
 from nested_core.config.sections import HubDataset, RegistrySection
 from nested_core.errors import ConfigError
+from nested_core.process.our_packages import COMMON_NAMES, ROOT
 from nested_core.storage.user_cache import CACHE_VARIABLE
 from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE
 
@@ -138,8 +140,19 @@ def _listed(variable: str) -> list[str]:
     return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
 
 
+def _guarded_places() -> Iterator[tuple[str, Path]]:
+    """Yield the folders of caches and of code, resolved, each with what it is."""
+    named = [(variable, place) for variable in GUARDED_VARIABLES for place in _listed(variable)]
+    code = [
+        sysconfig.get_path("purelib"),
+        *(ROOT / name for name in ("nested_core", *COMMON_NAMES)),
+    ]
+    for name, place in (*named, *(("Python's packages", folder) for folder in code)):
+        yield name, Path(os.path.realpath(place))
+
+
 def _resolve_allowed(path: Path, what: str, shown: str) -> Path:
-    """The path with links resolved, inside of a root, not guarded, and nothing hidden below."""
+    """The path with links resolved: inside of a root, clear of caches and code, not hidden."""
     resolved = Path(os.path.realpath(path))
     roots = allowed_roots()
     below = [resolved.relative_to(root) for root in roots if resolved.is_relative_to(root)]
@@ -150,10 +163,11 @@ def _resolve_allowed(path: Path, what: str, shown: str) -> Path:
             f"a path inside, or name that folder in {ROOTS_VARIABLE} of the worker, and where "
             f"`deploy` is typed."
         )
-    for variable in GUARDED_VARIABLES:
-        if any(resolved.is_relative_to(os.path.realpath(place)) for place in _listed(variable)):
+    for name, place in _guarded_places():
+        if resolved.is_relative_to(place) or place.is_relative_to(resolved):
             raise ConfigError(
-                f"{what}: {shown} lies in {variable}, which holds no data. Give a path elsewhere."
+                f"{what}: {shown} lies in {name} or holds it ({place}). Give a folder of data, and "
+                f"of that alone."
             )
     if all(any(part.startswith(".") for part in each.parts) for each in below):
         raise ConfigError(

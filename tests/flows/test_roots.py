@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,6 +11,7 @@ from uuid import uuid4
 import pytest
 from pydantic import ValidationError
 
+import nested_core
 from flows.finetune import FinetuneParameters
 from flows.flow_runs.allowed_folders import (
     allow_paths,
@@ -155,18 +157,39 @@ def test_roots_of_the_environment_replace_the_folder_of_the_run(home, monkeypatc
 def test_caches_kernels_and_prefects_files_are_no_data_wherever_they_lie(
     home: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    (home / "real" / "answers").mkdir(parents=True)
-    (home / "place").symlink_to(home / "real")
-    allow_paths(parameters("run_dir", "real/run"))
+    """Nor is a folder above: a name `real` of a registry `above` would be written among them."""
+    (home / "above" / "real" / "answers").mkdir(parents=True)
+    (home / "place").symlink_to(home / "above" / "real")
+    paths = ("./place/run", "./above/real", "data/../above/real/answers/run", "above", "data/../.")
+    for path in paths[:-1]:
+        allow_paths(parameters("run_dir", path))
     monkeypatch.setenv(variable, str(home / "place"))
-    for path in ("./place/run", "./real", "data/../real/answers/run"):
+    for path in paths:
         for key in KEYS_OF_PATHS:
-            with pytest.raises(ConfigError, match=f"lies in {variable}"):
+            with pytest.raises(ConfigError, match=f"lies in {variable} or holds it"):
                 allow_paths(parameters(key, path))
-    allow_paths(parameters("run_dir", "really"))
-    monkeypatch.setenv("NESTED_TUNE_ROOTS", f"{home}/real{os.pathsep}{home}/data")
-    with pytest.raises(ConfigError, match=f"lies in {variable}"):
-        allow_paths(parameters("run_dir", str(home / "real" / "run")))
+    allow_paths(parameters("run_dir", "above/really"))
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", f"{home}/above/real{os.pathsep}{home}/data")
+    with pytest.raises(ConfigError, match=f"lies in {variable} or holds it"):
+        allow_paths(parameters("run_dir", str(home / "above" / "real" / "run")))
+
+
+@pytest.mark.parametrize("below", ["", "nested_core/rooms", "flows/run", "tasks"])
+def test_what_a_root_holds_of_code_is_no_data(
+    home: Path, monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    packages, ours = (
+        Path(sysconfig.get_path("purelib")).resolve(),
+        Path(nested_core.__file__).parents[1],
+    )
+    for root in (ours, ours.parent, packages, packages.parent):
+        monkeypatch.setenv("NESTED_TUNE_ROOTS", os.pathsep.join((str(root), str(home))))
+        for place in (ours, packages):
+            if place.is_relative_to(root):
+                with pytest.raises(ConfigError, match="lies in Python's packages or holds it"):
+                    allow_paths(parameters("run_dir", str(place / below)))
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", os.pathsep.join((str(ours), str(home))))
+    allow_paths(parameters("run_dir", str(ours / "runs" / "run")))
 
 
 KEYS_OF_PATHS = [
