@@ -305,16 +305,10 @@ class VersionedGenerator(ResponseGenerator):
         """Return what `_prepare` made of the prompt; `_make_state_machine` is called next."""
         self._begun = request
         of = args.logits
-        looked_back = [
-            size or len(request.tokenized[0])
-            for size, penalty in (
-                (of.repetition_context_size, of.repetition_penalty),
-                (of.presence_context_size, of.presence_penalty),
-                (of.frequency_context_size, of.frequency_penalty),
-            )
-            if penalty
-        ]
-        self.prompt_cache.left = max([1, *looked_back])
+        sizes = of.repetition_context_size, of.presence_context_size, of.frequency_context_size
+        all_tokens = len(request.tokenized[0])
+        looked_back = max(size or all_tokens for size in sizes)
+        self.prompt_cache.left = looked_back if request.is_alone else 1
         return request.tokenized
 
     def _make_state_machine(

@@ -38,6 +38,8 @@ from nested_core.text.foreign_text import escape
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 MAX_LENGTH_DIGITS = 9
+LARGE_BODY_BYTES = 64 * 1024
+LARGE_BODY_SHARE = 0.1  # of the time, at most, that goes into parsing such bodies
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
 MAX_CONNECTIONS = 1280  # of the 2,048 files that mlx_lm lets a process open
@@ -96,7 +98,7 @@ class RegistryHandler(APIHandler):
             raise _no_route(self.path)
 
     def _post(self) -> None:
-        checked = read_request(self.path, self._read_body())
+        checked = self.server.read_in_turn(self.path, self._read_body())
         body = json.dumps(checked).encode()
         self.rfile = BytesIO(body)
         self.headers.replace_header("Content-Length", str(len(body)))
@@ -312,6 +314,8 @@ class ServingServer(ThreadingHTTPServer):
         """Raises ConfigError for an address or a port that cannot be listened at."""
         self.api_key = api_key
         self.connections: dict[Any, float] = {}
+        self._large_bodies = threading.Lock()
+        self._next_large_body = 0.0  # by time.monotonic()
         try:
             if not 0 <= port <= MAX_PORT:  # which getaddrinfo would take modulo 65536
                 raise OverflowError(f"ports are from 0 to {MAX_PORT}")
@@ -333,6 +337,22 @@ class ServingServer(ThreadingHTTPServer):
         if len(self.connections) > MAX_CONNECTIONS:
             self._end_late(min(self.connections.copy().values()))
         super().process_request(request, client_address)
+
+    def read_in_turn(self, path: str, body: bytes) -> dict[str, Any]:
+        """Read a request as `read_request` does; large ones wait, so that answers go on meanwhile.
+
+        No other thread runs while Python parses one.
+        """
+        if len(body) <= LARGE_BODY_BYTES:
+            return read_request(path, body)
+        with self._large_bodies:
+            time.sleep(max(0.0, self._next_large_body - time.monotonic()))
+            began = time.monotonic()
+            try:
+                return read_request(path, body)
+            finally:
+                ended = time.monotonic()
+                self._next_large_body = ended + (ended - began) * (1 / LARGE_BODY_SHARE - 1)
 
     def service_actions(self) -> None:
         """End the connections whose requests did not come in time; called ten times a second."""

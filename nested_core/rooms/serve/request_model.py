@@ -169,7 +169,8 @@ def read_request(path: str, body: bytes) -> dict[str, Any]:
     """
     try:
         given = parse_json(body)
-        json.dumps(given, ensure_ascii=False).encode()  # a lone surrogate is no text
+        if b"\\u" in body:
+            json.dumps(given, ensure_ascii=False).encode()  # a lone surrogate is no text
     except (ValueError, RecursionError) as error:
         raise RequestRefused(f"Invalid JSON in request body: {error}") from None
     if not isinstance(given, dict):
