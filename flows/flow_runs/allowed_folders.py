@@ -142,13 +142,11 @@ def _listed(variable: str) -> list[str]:
 
 def _guarded_places() -> Iterator[tuple[str, Path]]:
     """Yield the folders of caches and of code, resolved, each with what it is."""
-    named = [(variable, place) for variable in GUARDED_VARIABLES for place in _listed(variable)]
-    code = [
-        sysconfig.get_path("purelib"),
-        *(ROOT / name for name in ("nested_core", *COMMON_NAMES)),
-    ]
-    for name, place in (*named, *(("Python's packages", folder) for folder in code)):
-        yield name, Path(os.path.realpath(place))
+    for variable in GUARDED_VARIABLES:
+        for place in _listed(variable):
+            yield variable, Path(os.path.realpath(place))
+    yield "Python's packages", Path(os.path.realpath(sysconfig.get_path("purelib")))
+    yield from (("Python's packages", ROOT / name) for name in ("nested_core", *COMMON_NAMES))
 
 
 def _resolve_allowed(path: Path, what: str, shown: str) -> Path:

@@ -101,7 +101,8 @@ class TurnMatcher:
         """Return whether mlx_lm ends with one more token; the next one is drawn already."""
         request = self.request
         request.turn_tokens += 1
-        before, self.random_state = self.random_state, mx.random.state[0]
+        state: Any = mx.random.state
+        before, self.random_state = self.random_state, state[0]
         is_ended: bool = self.of_answer.advance(token)
         is_over = not is_ended and request.turn_tokens >= TURN_TOKENS
         request.is_paused = is_over and self.has_to_wait(request)
@@ -199,7 +200,7 @@ class VersionedGenerator(ResponseGenerator):
     failure: what ended the thread, if anything did.
     """
 
-    def __init__(self, provider: VersionProvider, prompt_cache: LRUPromptCache) -> None:
+    def __init__(self, provider: VersionProvider, prompt_cache: PartialPromptCache) -> None:
         """Begins to load the base at once; `require_ready` waits for it."""
         self.failure: Exception | None = None
         self.under_way: dict[int, VersionedRequest] = {}
@@ -209,6 +210,7 @@ class VersionedGenerator(ResponseGenerator):
         self._check: _Check | None = None  # that the generation thread is at work on
         self._begun: VersionedRequest  # whose answer the generation thread is about to begin
         self.model_provider: VersionProvider
+        self.prompt_cache: PartialPromptCache
         super().__init__(provider, prompt_cache)
         self._time_budget = TimeBudget(BATCH_SECONDS)
 

@@ -43,6 +43,7 @@ LARGE_BODY_SHARE = 0.1  # of the time, at most, that goes into parsing such bodi
 MAX_PORT = 65535
 MAX_WAITING_REQUESTS = 1024
 MAX_CONNECTIONS = 1280  # of the 2,048 files that mlx_lm lets a process open
+ENDED_AT_A_TIME = 32
 ARRIVAL_SECONDS = 30.0  # for a request to come as a whole
 BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
@@ -80,6 +81,8 @@ class RegistryHandler(APIHandler):
 
     def _answer(self, answer: Callable[[], None]) -> None:
         """Answer a request, and count and log it when it has ended."""
+        if self.connection not in self.server.connections:
+            raise ConnectionAbortedError("the server ended it before its request had come")
         began = time.monotonic()
         try:
             self._require_permission()
@@ -309,6 +312,7 @@ class ServingServer(ThreadingHTTPServer):
     generator: VersionedGenerator
     follower: ChampionFollower
     metrics: ServingMetrics
+    request_queue_size = MAX_CONNECTIONS  # that wait to be taken; Python's 5 cost others a second
 
     def __init__(self, host: str, port: int, api_key: str | None) -> None:
         """Raises ConfigError for an address or a port that cannot be listened at."""
@@ -335,7 +339,8 @@ class ServingServer(ThreadingHTTPServer):
         """Answer a connection; of too many, end the one whose request is longest in coming."""
         self.connections[request] = time.monotonic() + ARRIVAL_SECONDS
         if len(self.connections) > MAX_CONNECTIONS:
-            self._end_late(min(self.connections.copy().values()))
+            coming = (one for one, by in self.connections.copy().items() if by < math.inf)
+            self._end(next(coming))
         super().process_request(request, client_address)
 
     def read_in_turn(self, path: str, body: bytes) -> dict[str, Any]:
@@ -355,16 +360,21 @@ class ServingServer(ThreadingHTTPServer):
                 self._next_large_body = ended + (ended - began) * (1 / LARGE_BODY_SHARE - 1)
 
     def service_actions(self) -> None:
-        """End the connections whose requests did not come in time; called ten times a second."""
-        self._end_late(time.monotonic())
+        """End some of the connections whose requests did not come in time; called often.
 
-    def _end_late(self, until: float) -> None:
-        """End the connections whose requests had to be there by then."""
-        for late in [one for one, by in self.connections.copy().items() if by <= until]:
-            self.connections.pop(late, None)
-            with suppress(OSError):
-                late.send(BUSY, socket.MSG_DONTWAIT)
-                late.shutdown(socket.SHUT_RDWR)
+        Each end wakes a thread: a thousand at once would keep the others waiting.
+        """
+        now = time.monotonic()
+        late = [one for one, by in self.connections.copy().items() if by <= now]
+        for connection in late[:ENDED_AT_A_TIME]:
+            self._end(connection)
+
+    def _end(self, late: Any) -> None:
+        """End a connection whose request has not come; its thread is told by that, too."""
+        self.connections.pop(late, None)
+        with suppress(OSError):
+            late.send(BUSY, socket.MSG_DONTWAIT)
+            late.shutdown(socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
         """Forget a connection that has ended."""

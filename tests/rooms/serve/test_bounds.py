@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,40 @@ def test_a_body_of_many_parts_is_refused_before_they_are_looked_through(case: st
     with pytest.raises(RequestRefused, match=f"at most {MAX_ITEMS} items"):
         read_request(CHAT, body)
     assert time.process_time() - began < 2
+
+
+def test_large_requests_are_parsed_one_at_a_time_with_pauses_and_others_at_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[tuple[float, float]] = []
+
+    def parse(path: str, body: bytes) -> dict[str, Any]:
+        if len(body) > http_handler.LARGE_BODY_BYTES:
+            began = time.monotonic()
+            time.sleep(0.05)
+            parsed.append((began, time.monotonic()))
+        return read_request(path, body)
+
+    monkeypatch.setattr(http_handler, "read_request", parse)
+    large = {"max_tokens": 1, "prompt": "I want to see. " * 8_000}
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(client.send, "POST", "/v1/completions", large) for _ in range(4)]
+        wait_until(lambda: len(parsed) == 1, "one is parsed")
+        assert client.chat(NAME, max_tokens=1).status == 200
+        assert len(parsed) < 4, "the short one did not wait for them"
+        assert {reply.result().status for reply in asked} == {400}
+    pauses = [after[0] - before[1] for before, after in pairwise(parsed)]
+    assert min(pauses) > 0.3, "of which each takes 0.05 s"
+
+
+def test_many_who_connect_at_once_are_taken_without_a_second_try(client: Client) -> None:
+    """A connection that the system refuses to queue is tried again after a second."""
+    began = time.monotonic()
+    opened = [connect(client) for _ in range(300)]
+    seconds = time.monotonic() - began
+    for connection in opened:
+        connection.close()
+    assert seconds < 5
 
 
 def test_a_host_of_another_name_is_refused_by_default(client: Client) -> None:
