@@ -74,7 +74,7 @@ def _read_rows(file: IO[bytes]) -> Iterator[list[str]]:
     except BaseException as error:
         # A panic of the reader is no Exception.
         if isinstance(error, calamine.CalamineError) or type(error).__name__ == "PanicException":
-            reason = "the workbook cannot be read, as where it has a password"
+            reason = "not an .xlsx workbook, or one with a password, or damaged"
             raise RestOfFileUnreadable(
                 1, f"{reason}: {shorten(error, 100)}; {SAVE_AGAIN}"
             ) from None
