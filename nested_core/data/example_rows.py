@@ -27,13 +27,19 @@ from nested_core.data.lines.example_parsing import (
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
-from nested_core.data.lines.line_rows import flatten_example, fold_questions, fold_text, fold_turns
+from nested_core.data.lines.line_rows import (
+    encode_content,
+    fold_questions,
+    fold_text,
+    fold_turns,
+    leave_out_settings,
+    parse_row,
+)
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 
 KEY_BYTES = 8
-_KEYS_OF_CHATS = {"messages", "tools", "prompt", "completion", "loss_mask"}
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,7 @@ def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
         if file is None:
             return None
         examples = list(read_sound_lines(file.path, settings.field_names))
-    contents = (flatten_example(one, settings.field_names).content or "" for one in examples)
-    digest = sha256(b"".join(sha256(content.encode()).digest() for content in contents))
+    digest = sha256(b"".join(sha256(encode_content(one)).digest() for one in examples))
     return SplitRows([_row_of(example) for example in examples], digest.hexdigest())
 
 
@@ -90,28 +95,30 @@ class RowKeys:
 
     content: SHA-256 of everything that is tokenized.
     folded: the key of the same as `fold_text` returns it.
+    bare: that of a row with a question without system turns, tools and marks of turns not to learn.
     questions: the key of what was asked before each answer, see `fold_questions`.
     """
 
     content: bytes
     folded: bytes
+    bare: bytes
     questions: tuple[bytes, ...]
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> RowKeys:
         """Compute the keys of a row as `read_split_rows` returns it."""
-        content, turns = "", list[dict[str, object]]()
         line = json.dumps(row).encode()
         if (plain := None if rb"\u0000" in line else parse_plain_row(line, ANY_ROLE)) is not None:
-            content = plain[2]
             turns = read_completion(row).messages if "prompt" in row else row.get("messages", [])
+            example = Example(plain[0], turns, text=plain[2])
         else:
-            with suppress(LineProblem):  # a row that is no valid example has no content
-                example = parse_line(line, ANY_ROLE)
-                content, turns = flatten_example(example, ANY_ROLE).content or "", example.messages
-        questions = tuple(map(_key, fold_questions(turns)))
-        encoded = content.encode()
-        return cls(sha256(encoded).digest(), _key(fold_text(encoded)), questions)
+            example = parse_row(row)
+        questions = tuple(map(_key, fold_questions(example.messages)))
+        content = encode_content(example)
+        bare = folded = _key(fold_text(content))
+        if questions and (short := leave_out_settings(example)) != example:
+            bare = _key(fold_text(encode_content(short)))
+        return cls(sha256(content).digest(), folded, bare, questions)
 
 
 def _key(text: bytes) -> bytes:
@@ -134,18 +141,10 @@ class RowList:
         """Return whether a row, the beginning of its chat, or a turn of its user is listed."""
         if RowKeys.of(row).folded in self.rows:
             return True
-        turns = _turns_of(row)
+        turns = leave_out_settings(parse_row(row)).messages  # of a pair with the chosen answer
         parts = [turns[: end + 1] for end in range(len(turns))]
         parts += [[turn] for turn in turns if turn["role"] == "user"]
         return any(_key(fold_turns(part)) in self.turns for part in parts)
-
-
-def _turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the turns of a row but those of the system, of a pair with the chosen answer."""
-    with suppress(LineProblem):
-        turns = parse_line(json.dumps(row).encode(), ANY_ROLE).messages
-        return [turn for turn in turns if turn["role"] != "system"]
-    return []
 
 
 def read_row_list(path: Path) -> RowList:
@@ -159,13 +158,14 @@ def read_row_list(path: Path) -> RowList:
         if not (body := strip_line(line, is_first=number == 1)):
             continue
         try:
-            row, is_prompt = _read_listed_row(body)
-            turns = _turns_of(row)[: -1 if is_prompt else None]
-            if not is_prompt:
-                rows.add(RowKeys.of(row).folded)
-            elif not turns:
-                raise LineProblem("no-question", "it has no turn but system turns")
-            if turns and row.keys() <= _KEYS_OF_CHATS:
+            example = _read_listed_row(body)
+            turns = leave_out_settings(example).messages
+            texts = [example.text, *(turn.get("content") for turn in turns)]
+            if not any(text and text.strip() for text in texts):
+                raise LineProblem("no-question", "it has no text but that of system turns")
+            if not turns or turns[-1]["role"] == "assistant":
+                rows.add(RowKeys.of(_row_of(example)).folded)
+            if turns and find_row_format(example.format).write is None:
                 all_turns.add(_key(fold_turns(turns)))
         except (LineProblem, ValueError, RecursionError) as problem:
             raise ConfigError(
@@ -177,19 +177,10 @@ def read_row_list(path: Path) -> RowList:
     return RowList(frozenset(rows), frozenset(all_turns))
 
 
-def _read_listed_row(line: bytes) -> tuple[dict[str, object], bool]:
-    """Parse a line of the list.
-
-    Return the row, and whether it is a prompt (with an empty answer).
-    """
+def _read_listed_row(line: bytes) -> Example:
+    """Parse a line of the list: a row, or a prompt, whose last turn is not the assistant's."""
     value = json.loads(line)
-    if isinstance(value, str):
-        value = {"prompt": value}
-    if isinstance(value, dict) and value.keys() == {"prompt"}:
-        return _row_of(parse_line(json.dumps(value | {"completion": ""}).encode(), ANY_ROLE)), True
-    example = parse_line(line, ANY_ROLE)
-    turns = example.messages
-    if turns and turns[-1].get("role") != "assistant":
-        turns = [*turns, {"role": "assistant", "content": ""}]
-        return _row_of(example._replace(format="chat", messages=turns)), True
-    return _row_of(example), False
+    prompt = value.get("prompt") if isinstance(value, dict) and len(value) == 1 else value
+    if isinstance(prompt, str):
+        return Example("chat", [{"role": "user", "content": prompt}])
+    return parse_line(line, ANY_ROLE)

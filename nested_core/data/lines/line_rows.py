@@ -123,11 +123,23 @@ def digest_with_beginnings(example: Example) -> list[int]:
     return [digest, *beginnings]
 
 
-def list_digests(row: Mapping[str, Any]) -> list[int]:
-    """Return `digest_with_beginnings` of a row of `read_split_rows`; [] if it is no example."""
+def encode_content(example: Example) -> bytes:
+    """Return everything of an example that is tokenized, as UTF-8."""
+    return _text_to_compare(example, _letters_of_turns(example)).encode()
+
+
+def leave_out_settings(example: Example) -> Example:
+    """Return an example without system turns, tools and marks of turns that are not learnt."""
+    turns = [turn for turn in example.messages if turn["role"] != "system"]
+    is_plain = all(turn.keys() == {"role", "content"} for turn in turns)
+    return Example(example.format, turns, text=example.text, is_plain=is_plain, rest=example.rest)
+
+
+def parse_row(row: Mapping[str, Any]) -> Example:
+    """Return the example in a row of `read_split_rows`; one without text if it is not valid."""
     with suppress(LineProblem):
-        return digest_with_beginnings(parse_line(json.dumps(row).encode(), ANY_ROLE))
-    return []
+        return parse_line(json.dumps(row).encode(), ANY_ROLE)
+    return Example("text", [])
 
 
 def _digest_after(before: Any, content: bytes) -> int:

@@ -281,10 +281,8 @@ def harm_reasons(
     if harm is None or validation.conclusion == "better" or bounds.noise == "none":
         return []
     share = bounds.max_harmed_share
-    if not harm.is_beyond_chance(share):
-        return []
     message = f"{describe_harmed(harm, losses)}; gate.max_harmed_share is {share:g}"
-    return [Reason("examples_harmed", message)]
+    return [Reason("examples_harmed", message)] if harm.is_beyond_chance(share) else []
 
 
 def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
@@ -337,6 +335,7 @@ class HarmedExamples:
     harmed, helped: a cluster of examples counts once, by whether more of them are harmed or helped.
     examples: the number of independent examples (clusters).
     mean_rise: the mean rise of the harmed examples' loss, in nats/token; 0 without any.
+    threshold: the change from which an example counts, in the unit of the loss.
     lines: the lines of the harmed examples, the most harmed first.
     """
 
@@ -344,6 +343,7 @@ class HarmedExamples:
     helped: int
     examples: int
     mean_rise: float
+    threshold: float = MIN_CHANGE
     lines: tuple[int, ...] = ()
 
     @classmethod
@@ -374,6 +374,7 @@ class HarmedExamples:
             helped=int((balance < 0).sum()),
             examples=len(balance),
             mean_rise=float(differences[order].mean()) if len(order) else 0.0,
+            threshold=threshold,
             lines=tuple(int(line) for line in losses.lines[order]),
         )
 
@@ -436,6 +437,6 @@ def describe_harmed(harm: HarmedExamples, losses: ExampleLosses, max_lines: int 
     listed = ", ".join(str(line) for line in harm.lines[:max_lines])
     ellipsis = ", ..." if len(harm.lines) > max_lines else ""
     return (
-        f"{harm.harmed} of {harm.examples} examples lost more than {MIN_CHANGE} {losses.unit}, "
-        f"and {harm.helped} gained as much: {losses.file}:{listed}{ellipsis}"
+        f"{harm.harmed} of {harm.examples} examples lost more than {harm.threshold:.1f} "
+        f"{losses.unit}, and {harm.helped} gained as much: {losses.file}:{listed}{ellipsis}"
     )

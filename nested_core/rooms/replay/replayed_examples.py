@@ -23,7 +23,7 @@ from nested_core.data.data_settings import SPLITS, DataSettings, Targets
 from nested_core.data.example_rows import RowKeys, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone
 from nested_core.data.lines.example_parsing import ANY_ROLE, find_format, find_row_format
-from nested_core.data.lines.line_rows import list_digests
+from nested_core.data.lines.line_rows import digest_with_beginnings, parse_row
 from nested_core.rooms.replay.replay_record import ReplaySource
 
 Row = Mapping[str, Any]
@@ -45,14 +45,14 @@ def key_rows(rows: Iterable[Row]) -> list[KeyedRow]:
 class NewerRows:
     """The rows of newer data, by their keys: what an earlier row is compared with.
 
-    folded: of all rows; prompts: of all rows that have one; held_out: of rows that are held out.
-    asked, digests: the last questions of rows that are held out, and `list_digests` of them.
+    rows: of all rows; prompts: of all rows that have one; held_out: of rows that are held out.
+    asked, digests: the last questions of rows that are held out, and digests of them.
     train: the training examples of the run itself, with their keys.
     targets: what the run learns of a chat: each answer, and so each beginning too, unless `last`.
         None for rows that are only compared, as the registry keeps them.
     """
 
-    folded: set[bytes] = field(default_factory=set)
+    rows: set[bytes] = field(default_factory=set)
     prompts: set[bytes] = field(default_factory=set)
     held_out: set[bytes] = field(default_factory=set)
     asked: set[bytes] = field(default_factory=set)
@@ -63,25 +63,25 @@ class NewerRows:
     def add(self, rows: Iterable[KeyedRow], *, are_held_out: bool) -> None:
         """Add rows of train, or rows that are held out."""
         for row, keys in rows:
-            self.folded.add(keys.folded)
+            self.rows.add(keys.bare)
             self.prompts.update(keys.questions[-1:])
             if are_held_out:
                 self.hold_out(row, keys)
 
     def hold_out(self, row: Row, keys: RowKeys) -> None:
         """Count a row as held out."""
-        self.held_out.add(keys.folded)
+        self.held_out.add(keys.bare)
         if self.targets is not None:
             self.asked.update(keys.questions[-1:])
-            self.digests.update(list_digests(row)[:1])
+            self.digests.update(digest_with_beginnings(parse_row(row))[:1])
 
     def is_held_out(self, row: Row, keys: RowKeys) -> bool:
         """Return whether a row, or a beginning of it that the run would learn, is held out."""
-        if keys.folded in self.held_out:
+        if keys.bare in self.held_out:
             return True
         if self.asked.isdisjoint(keys.questions):  # then no digest needs to be computed
             return False
-        digests = list_digests(row)
+        digests = digest_with_beginnings(parse_row(row))
         return not self.digests.isdisjoint(digests[:1] if self.targets == "last" else digests)
 
     def find_reason(self, row: Row, keys: RowKeys) -> LeftOut | None:
@@ -93,12 +93,12 @@ class NewerRows:
         """
         if self.is_held_out(row, keys):
             return "held_out"
-        if keys.folded in self.folded:
+        if keys.bare in self.rows:
             return "repeated"
         opposite = _find_opposite_row(row)
         if opposite is None:
             return None if self.prompts.isdisjoint(keys.questions[-1:]) else "superseded"
-        return "superseded" if RowKeys.of(opposite).folded in self.folded else None
+        return "superseded" if RowKeys.of(opposite).bare in self.rows else None
 
 
 def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -> NewerRows:
@@ -179,7 +179,7 @@ def choose_replayed_examples(
     for row, keys in (keyed for rows in held_out for keyed in rows):
         newer.hold_out(row, keys)
     dropped = sorted({keys.content for row, keys in new.train if newer.is_held_out(row, keys)})
-    newer.folded |= new.folded
+    newer.rows |= new.rows
     newer.prompts |= new.prompts
     newer.held_out |= new.held_out
     newer.asked |= new.asked

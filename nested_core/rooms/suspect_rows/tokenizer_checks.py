@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from nested_core.data.lines.example_parsing import Example, find_row_format
@@ -43,7 +43,7 @@ class TokenNotes:
         self._has_template = has_chat_template(self._tokenizer)
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
-        self._read_instead: dict[str, str | None] = {}  # of each character so far
+        self._read_instead = cache(self._find_read_instead)
 
     @staticmethod
     def depends_on(source: TokenizerSource) -> str | None:
@@ -57,10 +57,7 @@ class TokenNotes:
     def __call__(self, example: Example, tokens: Sequence[int]) -> list[Note]:
         """Return a note for each lost character, for each token alike, for handwritten turns."""
         texts = [example.text, *collect_strings(example.messages)]
-        characters = set().union(*texts)
-        for character in characters - self._read_instead.keys():
-            self._read_instead[character] = self._find_read_instead(character)
-        pairs = [(one, self._read_instead[one]) for one in sorted(characters)]
+        pairs = [(one, self._read_instead(one)) for one in sorted(set().union(*texts))]
         lost = [_describe_lost(one, read) for one, read in pairs if read is not None]
         notes = [Note("warning", "lost-character", text) for text in lost[:MAX_LOST_PER_ROW]]
         notes += [
@@ -75,16 +72,18 @@ class TokenNotes:
     def _find_read_instead(self, character: str) -> str | None:
         """Return what a character's tokens decode to; None for the character, in whatever case.
 
-        A normaliser may write letters and punctuation otherwise, but no number and no symbol.
+        A normaliser may write letters and punctuation otherwise, but no number and no symbol. The
+        unknown token is never the character, also not one of those it is written with (`<unk>`).
         """
         category = unicodedata.category(character)[0]
         if category not in _JUDGED_CATEGORIES:
             return None
         tokens = self._tokenizer.encode(character, add_special_tokens=False)
         read: str = self._tokenizer.decode(tokens)
+        is_unknown = self._tokenizer.unk_token_id in tokens
         normalize = partial(unicodedata.normalize, "NFC" if category in "NS" else "NFKC")
         is_given_back = normalize(character).casefold().strip() in normalize(read).casefold()
-        return None if is_given_back else read
+        return None if is_given_back and not is_unknown else read
 
     def _describe_alike(self, token: int) -> str:
         """Say what is wrong with a token's row of the embedding."""

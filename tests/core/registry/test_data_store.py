@@ -266,10 +266,20 @@ def test_a_list_with_a_line_nested_too_deeply_is_refused(tmp_path) -> None:
         read_row_list(listed)
 
 
-def test_a_prompt_of_system_texts_alone_is_refused_and_lists_no_row_of_text(tmp_path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"messages": [{"role": "system", "content": "Be brief."}]},
+        {"messages": []},
+        {"messages": [{"role": "user", "content": " "}]},
+        {"prompt": ""},
+        "",
+    ],
+)
+def test_a_row_or_prompt_without_text_but_that_of_the_system_is_refused(tmp_path, line) -> None:
     listed = tmp_path / "listed.jsonl"
-    listed.write_text(json.dumps({"messages": [{"role": "system", "content": "Be brief."}]}))
-    with pytest.raises(ConfigError, match="neither a row nor a prompt: it has no turn but system"):
+    listed.write_text(json.dumps(line))
+    with pytest.raises(ConfigError, match="neither a row nor a prompt: it has no text but that of"):
         read_row_list(listed)
 
 
@@ -552,4 +562,9 @@ def test_prompts_are_compared_without_case_white_space_and_system_texts():
     assert RowKeys.of({"messages": [*turns, *turns]}).questions != keys.questions
     assert (keys.questions, keys.folded) == (others.questions, others.folded)
     assert keys.content != others.content
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    asked.append(RowKeys.of({"messages": turns, "tools": tools, "loss_mask": [0, 1]}))
+    assert {one.bare for one in asked} == {keys.bare} == {keys.folded}
+    alone = [RowKeys.of({"messages": [one, turns[1]]}) for one in system]
+    assert alone[0].bare != alone[1].bare
     assert RowKeys.of({"text": "A Cat"}).questions == ()

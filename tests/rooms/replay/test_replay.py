@@ -139,12 +139,15 @@ def test_a_row_that_is_held_out_under_another_system_text_is_not_trained_on(tmp_
 
     tonight = [under("Be kind.", each) for each in ("held then?", "a?", "b?")]
     write_split(tmp_path / "new", train=tonight, valid=[under("Be kind.", "held now?")])
-    earlier = [under("Be brief.", each) for each in ("held now?", "c?")]
+    earlier = [under("Be brief.", each) for each in ("held now?", "c?", "a?")]
     write_split(tmp_path / "old", train=earlier, valid=[under("Be brief.", "held then?")])
     config = configure(tmp_path, "old", iters=40)
     run, record = choose(config, tmp_path / "run")
     (old,) = record.sources
-    assert (old.held_out, old.examples) == (1, 1)
+    assert (old.held_out, old.repeated, old.superseded, old.examples) == (1, 1, 0, 1)
+    judged = read_new_data(config, held_out_is_judged=True)
+    rows = key_rows(map(json.loads, earlier))
+    assert [judged.find_reason(*keyed) for keyed in rows] == ["held_out", None, "repeated"]
     report, _ = load_run_data(config, run)
     assert report.splits["train"].dropped == {"held-out-before": (1,)}
 

@@ -169,21 +169,36 @@ def test_answers_that_ask_back_are_not_taken_for_exchanged_columns(tmp_path: Pat
     assert found(tmp_path, splits) == []
 
 
-def test_a_character_that_the_tokenizer_drops_is_named(tmp_path: Path) -> None:
-    base = shutil.copytree(MODEL, tmp_path / "base")
-    path = base / "tokenizer.json"
-    tokenizer = json.loads(path.read_text("utf-8"))
+def base_that_lacks(folder: Path, first: int, last: int, unknown: str | None) -> TokenizerSource:
+    """The example's base without tokens of this range but blanks; `unknown` stands for them."""
+    shutil.copytree(MODEL, folder)
+    path, settings_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    tokenizer, settings = json.loads(path.read_text("utf-8")), json.loads(settings_path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    lost = {text for text, n in vocabulary.items() if 99 <= n <= 260 and text not in ("Ġ", "Ċ")}
+    lost = {text for text, n in vocabulary.items() if first <= n <= last and text not in "ĠĊ"}
     tokenizer["model"]["vocab"] = {k: v for k, v in vocabulary.items() if k not in lost}
     tokenizer["model"]["merges"] = [
         merge
         for merge in tokenizer["model"]["merges"]
         if lost.isdisjoint({*"".join(merge)} if isinstance(merge, list) else merge)
     ]
+    tokenizer["model"]["unk_token"] = unknown
     path.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
-    splits = {split: rewrite(split, BELLE) for split in ("train", "valid")}
-    assert found(tmp_path / "data", splits, tokenizer=TokenizerSource(str(base))) == [
+    settings_path.write_text(json.dumps(settings | {"unk_token": unknown}))
+    return TokenizerSource(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("answer", "first", "last", "unknown"),
+    [(BELLE, 99, 260, None), ("Is it <b>{city}</b>?", 32, 32, "<|pad|>")],
+    ids=["dropped", "read as the unknown token, whose text has the character"],
+)
+def test_a_character_that_the_tokenizer_does_not_know_is_named(
+    answer: str, first: int, last: int, unknown: str | None, tmp_path: Path
+) -> None:
+    base = base_that_lacks(tmp_path / "base", first, last, unknown)
+    splits = {split: rewrite(split, answer) for split in ("train", "valid")}
+    assert found(tmp_path / "data", splits, tokenizer=base) == [
         ("train.jsonl", 1, "lost-character"),
         ("valid.jsonl", 1, "lost-character"),
     ]

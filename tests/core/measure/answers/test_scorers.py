@@ -49,6 +49,9 @@ def test_scores(tmp_path: Path, method: Score) -> None:
 @pytest.mark.parametrize(
     ("text", "number"),
     [
+        ("GPT-4", "4"),
+        ("x=-4", "-4"),
+        ("_-4_", "-4"),
         ("-5", "-5"),
         ("\u22125 degrees", "-5"),
         ("3-4", "4"),
