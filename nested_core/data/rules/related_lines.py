@@ -210,6 +210,8 @@ def separate_dropped_lines(
     if held_out_before:
         dropped = {reason: lines - held_out_before for reason, lines in dropped.items()}
         dropped["held-out-before"] = held_out_before
+        is_kept = ~pl.col("line").is_in(list(held_out_before))
+        train = train.with_columns(repeats=pl.when(is_kept).then("repeats"))
     return train, held_out, dropped
 
 

@@ -40,17 +40,34 @@ def find_schema_problem(question: dict[str, Any]) -> str | None:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
+    from jsonschema_specifications import REGISTRY
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import specification_with
 
     schema = _schema_of(question)
     dialect = schema.get("$schema") if isinstance(schema, dict) else None
     if dialect is not None and validator_for({"$schema": str(dialect)}, default=None) is None:
         return f"schema: {_shorten(repr(dialect), 60)} is no JSON Schema that is known"
+    validator = validator_for(schema, default=Draft202012Validator)
     try:
-        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+        validator.check_schema(schema)
+        whole = specification_with(validator.META_SCHEMA["$schema"]).create_resource(schema)
+        _look_up_references(whole, REGISTRY.resolver_with_root(whole))
+    except Unresolvable as error:
+        reference = _shorten(repr(error.ref), 80)
+        return f"schema: $ref {reference} leads to nothing; other schemas are not loaded"
     except SchemaError as error:
         key = ".".join(["schema", *map(str, error.absolute_path)])
         return f"{_shorten(key, 80)} is no JSON schema: {_shorten(error.message, 160)}"
     return None
+
+
+def _look_up_references(schema: Any, resolver: Any) -> None:
+    """Look up each `$ref` of a schema (a resource of `referencing`); may raise Unresolvable."""
+    if isinstance(schema.contents, dict) and "$ref" in schema.contents:
+        resolver.lookup(schema.contents["$ref"])
+    for part in schema.subresources():
+        _look_up_references(part, resolver.in_subresource(part))
 
 
 def _schema_of(question: dict[str, Any]) -> Any:

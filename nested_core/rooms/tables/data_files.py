@@ -269,7 +269,8 @@ READERS = {".parquet": read_parquet, ".xlsx": read_workbook}
 _BYTES_PER_BYTE = {".parquet": 16, ".xlsx": 64}  # which packs a cell into three bytes
 _ADVICE = {
     ".parquet": "save its rows as JSON lines",
-    ".xlsx": f"look for a cell that is filled far outside of the table, and {SAVE_AGAIN}",
+    ".xlsx": "look for a cell that is filled far outside of the table, or a long text in very many "
+    f"cells, and {SAVE_AGAIN}",
 }
 
 

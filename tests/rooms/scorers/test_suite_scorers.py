@@ -172,6 +172,15 @@ def test_what_else_comes_through_the_pipe_is_an_error_in_bounded_time(
         score(tmp_path, "python", "a", module(TO_PIPE % written), expected="a")
 
 
+SOUND_SCHEMA = {
+    "$id": "https://example.org/sound",
+    "$defs": {"a": {"$anchor": "named"}, "b": {"$id": "b", "type": "string"}},
+    "const": {"$ref": "#/nowhere"},
+    "properties": {"$ref": {"$ref": "#named"}, "b": {"$ref": "b"}, "self": {"$ref": "#"}},
+    "items": {"$ref": "https://json-schema.org/draft/2020-12/schema"},
+}
+
+
 @pytest.mark.parametrize(
     ("method", "fields", "problem"),
     [
@@ -180,13 +189,19 @@ def test_what_else_comes_through_the_pipe_is_an_error_in_bounded_time(
         ("json", {"schema": {"type": "objekt"}}, "schema.type is no JSON schema"),
         ("json", {"schema": {"$schema": "urn:x"}}, "'urn:x' is no JSON Schema that is known"),
         ("json", {"schema": {"pattern": "("}}, "schema.pattern is no JSON schema"),
+        ("json", {"schema": {"$ref": "#/$defs/a"}}, "schema: $ref '/$defs/a' leads to nothing"),
+        (
+            "json",
+            {"schema": {"properties": {"$ref": {"items": {"$ref": "https://example.org/a"}}}}},
+            "schema: $ref 'https://example.org/a' leads to nothing; other schemas are not loaded",
+        ),
     ],
     ids=str,
 )
 def test_patterns_and_schemas_are_compiled_before_anything_is_asked(
     tmp_path, method, fields, problem
 ) -> None:
-    good = {"expected": "a"} if method == "regex" else {"schema": True}
+    good = {"expected": "a"} if method == "regex" else {"schema": SOUND_SCHEMA}
     path = write(tmp_path / "suite.jsonl", {"prompt": "?"} | good, {"prompt": "?"} | fields)
     with pytest.raises(DatasetError) as error:
         Suite.read("s", ScoringMethod(path, method))
