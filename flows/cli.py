@@ -23,14 +23,15 @@ from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
 from nested_core import seams
 from nested_core.backend import collecting_no_garbage
-from nested_core.config.names import require_no_address
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.process.command_parent import Restart, end_with_parent, has_parent
 from nested_core.process.our_packages import RUN_MODULE
+from nested_core.storage.addresses import require_no_address
 from nested_core.text.foreign_text import escape
 
 # What an argument is called that may be an address: a text, a URL, or the words of a command.
-NO_PATHS = ("TEXT", "WHO", "TEMPLATE", "URI", "ORIGIN,...", "TYPE/NAME|URL|@FILE", "COMMAND")
+TEXTS = ("TEXT", "COLUMN", "COLUMN,...", "WHO", "TEMPLATE", "URI", "ORIGIN,...")
+NO_PATHS = (*TEXTS, "TYPE/NAME|URL|@FILE", "COMMAND")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
         """The value of an argument, which is UTF-8 and no address where a path is expected."""
         if any("\udc80" <= character <= "\udcff" for character in arg_string):
             raise ConfigError(f"{arg_string} is not UTF-8: give another name, or rename it.")
-        if action.metavar not in NO_PATHS:
+        if action.metavar not in NO_PATHS and not is_key_flag(action):  # a key has its own check
             require_no_address(arg_string, partial(argparse.ArgumentError, action))
         return super()._get_value(action, arg_string)
 

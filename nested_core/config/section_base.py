@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from nested_core.config.names import require_no_address
+from nested_core.storage.addresses import require_no_address
 
 # What a key has a say in, and so what follows from a change of it:
 #   training  the adapter that comes out: fixed on resume; another value means another adapter

@@ -16,6 +16,7 @@ from uuid import UUID
 
 from nested_core import seams
 from nested_core.errors import Advice, ConfigError, DamagedError, go_on_with
+from nested_core.storage.addresses import require_no_address
 from nested_core.storage.atomic import private_mode
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.lock_file import (
@@ -278,8 +279,9 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     resume: go on with the run that is there; otherwise the folder must be new or empty.
 
     Raises ConfigError if a run exists and `resume` is False, or the reverse, and if the path lies
-    in a registry, another run's folder or a model's.
+    in a registry, another run's folder or a model's, or is an address, SCHEME://.
     """
+    require_no_address(str(path), ConfigError)
     path = Path(path)
     require_free_place(path, RUN_DIR_KEY, own_run=path)
     run = RunDirectory(path)

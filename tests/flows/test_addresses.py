@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flows.cli import NO_PATHS, build_parser, main
+from flows.commands.help_pages import is_key_flag
 from flows.finetune import FinetuneParameters
 from flows.promote import PromoteParameters
 from flows.reconcile import ReconcileParameters
@@ -16,6 +17,7 @@ from nested_core.config.key_properties import iterate_keys
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import open_run
 
 ADDRESSES = ("s3://bucket/x", "gs://bucket/x", "hf://datasets/a/b", "file:///etc/x", "HTTPS://a/b")
 GIVEN = {"model": "owner/model", "data": "data"}
@@ -78,7 +80,7 @@ def test_no_argument_takes_an_address_but_texts_and_urls() -> None:
         for action in parser._actions:
             if action.nargs == 0 or action.choices is not None:
                 continue
-            if action.metavar in NO_PATHS:
+            if action.metavar in NO_PATHS or is_key_flag(action):  # of keys, see above
                 taking.add((command, action.dest))
                 continue
             with pytest.raises(Exception, match="is an address, where nothing is read or written"):
@@ -91,6 +93,9 @@ def test_no_argument_takes_an_address_but_texts_and_urls() -> None:
         ("export-mlflow", "tracking_uri"),
         ("forget", "by"),
         ("forget", "reason"),
+        ("init", "completion_feature"),
+        ("init", "completion_features"),
+        ("init", "prompt_feature"),
         ("init", "system"),
         ("init", "template"),
         ("rollback", "by"),
@@ -111,3 +116,10 @@ def test_promote_says_that_an_address_is_no_registry_and_makes_no_folder(
     assert main(["train", *["--model", "a/b", "--data", "c", "--run-dir", "s3://bucket/run"]]) == 2
     assert main(["init", *["--model", "a/b", "--data", "c", "-o", "s3://bucket/c.yaml"]]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_run_of_the_library_is_an_address(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="s3://bucket/run is an address"):
+        open_run("s3://bucket/run")
+    assert not list(tmp_path.iterdir())

@@ -6,10 +6,10 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def add_mlx_lm_server_options(group: Any) -> None:
 
     mlx_lm builds its parser inside of `main`; a test compares these with what stands there.
     """
-    add, split = group.add_argument, partial(str.split, sep=",")
+    add, split = group.add_argument, re.compile(r"[^,\s]+").findall
     add("--model", metavar="MODEL", help="the base (default: the adapter's own)")
     add("--host", default="127.0.0.1", help="default: 127.0.0.1")
     add("--port", type=int, default=8080, help="0: any free one (default: 8080)")

@@ -269,8 +269,7 @@ READERS = {".parquet": read_parquet, ".xlsx": read_workbook}
 _BYTES_PER_BYTE = {".parquet": 16, ".xlsx": 64}  # which packs a cell into three bytes
 _ADVICE = {
     ".parquet": "save its rows as JSON lines",
-    ".xlsx": "look for a cell that is filled far outside of the table, or a long text in very many "
-    f"cells, and {SAVE_AGAIN}",
+    ".xlsx": f"look for a cell far outside of the table, or a text in very many, and {SAVE_AGAIN}",
 }
 
 
