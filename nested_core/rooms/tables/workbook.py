@@ -104,5 +104,5 @@ def _to_text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).upper()
     if isinstance(value, float):
-        return f"{value:.15g}" if abs(value) < 1e15 else repr(value)
+        return f"{value:.15g}" if abs(value) < 1e15 else f"{value:.17g}"
     return str(value)

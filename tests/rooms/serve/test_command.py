@@ -271,6 +271,11 @@ def test_the_options_are_those_of_mlx_lm_with_its_defaults(monkeypatch: pytest.M
     }
 
 
+def test_origins_may_be_apart_by_spaces() -> None:
+    flags = ["--name", NAME, "--allowed-origins", "http://a, http://b"]
+    assert build_parser().parse_args(["serve", *flags]).allowed_origins == ["http://a", "http://b"]
+
+
 @pytest.mark.slow("a process that loads a model")
 def test_serving_imports_no_prefect() -> None:
     code = (

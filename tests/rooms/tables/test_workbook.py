@@ -49,12 +49,14 @@ def test_numbers_dates_and_formulas_are_the_texts_that_the_sheet_shows(tmp_path:
         (*HEADER, "When", "Sum"),
         (3, 0.1 + 0.2, date(46000), formula("A2*2", "6")),
         (1e20, True, date(46000.5), formula("A3", None)),
+        (1234567890123456, False, date(46001), None),
     )
     assert [
         list(row.values()) for _, row in rows_of(write_workbook(tmp_path / "a.xlsx", rows))
     ] == [
         ["3", "0.3", "2025-12-09", "6"],
         ["1e+20", "TRUE", "2025-12-09 12:00:00", ""],
+        ["1234567890123456", "FALSE", "2025-12-10", ""],
     ]
 
 
