@@ -141,10 +141,11 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _choose_api_key(arguments: argparse.Namespace) -> str | None:
     """Return the key that clients have to send; ConfigError where it should be there and is not."""
-    from nested_core.rooms.serve.http_handler import LOOPBACK
+    from nested_core.rooms.serve.http_handler import is_loopback
 
     key = os.environ.get(API_KEY_VARIABLE)
-    if not key and (key is not None or arguments.host not in LOOPBACK) and not arguments.no_api_key:
+    is_public = not is_loopback(arguments.host)
+    if not key and (key is not None or is_public) and not arguments.no_api_key:
         raise ConfigError(
             f"{API_KEY_VARIABLE} is {'not set' if key is None else 'empty'}: everybody who reaches "
             f"{arguments.host} could ask. Set it to a key, or give --no-api-key to have it so."

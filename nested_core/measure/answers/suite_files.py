@@ -55,7 +55,7 @@ def read_question_lines(path: Path, score: Score) -> Iterator[NumberedLine]:
         raise ConfigError(f"eval set: {path} is not a file. Expected {SUITE_FORMS}.")
     suffix = path.suffix.lower()
     try:
-        content = read_regular(path, MAX_SUITE_BYTES)
+        content = read_regular(path, MAX_SUITE_BYTES, follow_links=True)
     except DamagedError as error:
         raise DatasetError(f"eval set: {error}") from error
     if content.count(b"\n") > MAX_SUITE_LINES:

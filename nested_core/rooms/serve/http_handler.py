@@ -47,8 +47,8 @@ ENDED_AT_A_TIME = 32
 ARRIVAL_SECONDS = 30.0  # for a request to come as a whole
 BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-LOOPBACK_HOST = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
+is_loopback = re.compile(r"localhost|127(\.\d{1,3}){3}|::1", re.IGNORECASE).fullmatch
+LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d*)?", re.IGNORECASE)
 
 
 class RegistryHandler(APIHandler):
@@ -115,7 +115,7 @@ class RegistryHandler(APIHandler):
             said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
             raise RequestRefused(said, 403)
         # A web page whose name was made to lead to this machine sends that name.
-        if host is not None and options.host in LOOPBACK and not LOOPBACK_HOST.fullmatch(host):
+        if host is not None and is_loopback(options.host) and not LOOPBACK_HOST.fullmatch(host):
             said = f"This server is {options.host}, and the request is for {host!r:.80}."
             raise RequestRefused(said, 421)
         if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:

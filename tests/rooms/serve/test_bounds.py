@@ -135,7 +135,9 @@ def test_a_host_of_another_name_is_refused_by_default(client: Client) -> None:
         "a page without a name": ({"Origin": "null"}, 403),
         "a name that was made to lead here": ({"Host": "evil.example:80"}, 421),
         "one that begins alike": ({"Host": "localhost.evil.example"}, 421),
+        "one that begins as an address": ({"Host": "127.0.0.1.evil.example"}, 421),
         "the machine's own": ({"Host": "LOCALHOST:80"}, 200),
+        "another address of its own": ({"Host": "127.0.0.2:80"}, 200),
     }
     for case, (headers, status) in asked.items():
         assert client.send("GET", "/v1/models", None, headers).status == status, case
@@ -154,6 +156,7 @@ def test_with_every_origin_a_host_of_another_name_is_refused_all_the_same(
     ("key", "flags", "refused"),
     [
         (None, (), None),
+        (None, ("--host", "127.0.0.2"), None),
         (
             None,
             ("--host", "192.0.2.1"),

@@ -293,6 +293,12 @@ def test_an_empty_suite_is_an_error(tmp_path) -> None:
         read_suite(write(tmp_path / "s.jsonl", b""), "exact")
 
 
+def test_a_suite_may_be_a_link_to_a_file(tmp_path) -> None:
+    path = write(tmp_path / "s.jsonl", {"prompt": "a", "expected": "b"})
+    (tmp_path / "link.jsonl").symlink_to(path)
+    assert read_suite(tmp_path / "link.jsonl", "exact") == read_suite(path, "exact")
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: None])
 def test_a_suite_that_is_no_file_is_a_configuration_error(tmp_path, make) -> None:
     path = tmp_path / "s.jsonl"
