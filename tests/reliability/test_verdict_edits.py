@@ -166,7 +166,8 @@ def test_every_edit_of_the_manifest_is_refused(edited, every) -> None:
     """As it stands, and with a digest of itself that agrees."""
     config, run = edited
     manifest = read_manifest(run.path)
-    for keys, value in list(all_edits(manifest))[::every]:
+    unlisted = [(("files", name), REMOVED) for name in manifest["files"]]
+    for keys, value in [*unlisted, *list(all_edits(manifest))[::every]]:
         made = changed(manifest, keys, value)
         run.manifest.write_bytes(render_json(made))
         assert is_refused(config, run), (keys, value)
