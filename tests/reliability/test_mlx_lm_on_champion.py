@@ -32,7 +32,9 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     folder = tmp_path_factory.mktemp("champion")
     (folder / "other").mkdir()
     for file in DATA.glob("*.jsonl"):
-        (folder / "other" / file.name).write_text(file.read_text().replace("Go and see", "Visit"))
+        (folder / "other" / file.name).write_text(
+            file.read_text().replace("Go and see", "Travel to")
+        )
     versions = []
     for data in (DATA, folder / "other"):
         finished = train_example(folder / f"run-{data.name}", iters=60, data=str(data))
