@@ -45,7 +45,10 @@ EXCEPTIONS = {
     "nested_core/data/sources/split_files.py": (2, "writes files in a new folder"),
     "nested_core/data/tokens/tokenized_split.py": (1, "writes a file in a new folder"),
     "nested_core/data/rules/related_lines.py": (1, "a file that a worker of its own wrote there"),
-    "nested_core/storage/atomic.py": (2, "writes under a new name; syncs what was written"),
+    "nested_core/storage/atomic.py": (
+        3,
+        "writes under a new name, with its mode; syncs what was written",
+    ),
     "nested_core/storage/safetensors_files.py": (1, "opened strictly before"),
     "nested_core/data/tokens/parallel_tokenization.py": (1, "writes a file in a new folder"),
     "nested_core/pipeline/device_lock.py": (2, "a lock in a folder of this user"),

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Callable
 
-ADDRESS_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+ADDRESS_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,60}://")
 
 
 def require_no_address(text: str, error: Callable[[str], Exception]) -> None:
