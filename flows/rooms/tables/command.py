@@ -57,7 +57,7 @@ def add_flags(init: argparse.ArgumentParser) -> None:
     answer.add_argument("--completion-feature", metavar="COLUMN", help="the column of the answer")
     answer.add_argument(
         "--completion-features",
-        metavar="COLUMN,...",
+        metavar="COLUMNS",
         help="several columns: the answer is a JSON object of them",
     )
     system = group.add_mutually_exclusive_group()
