@@ -30,7 +30,7 @@ from nested_core.storage.addresses import require_no_address
 from nested_core.text.foreign_text import escape
 
 # What an argument is called that may be an address: a text, a URL, or the words of a command.
-TEXTS = ("TEXT", "COLUMN", "COLUMNS", "WHO", "TEMPLATE", "URI", "ORIGIN,...")
+TEXTS = ("TEXT", "FIELD", "A,B", "WHO", "TEMPLATE", "URI", "ORIGIN,...")
 NO_PATHS = (*TEXTS, "TYPE/NAME|URL|@FILE", "COMMAND")
 
 

@@ -47,17 +47,17 @@ def add_flags(init: argparse.ArgumentParser) -> None:
     )
     group = init.add_argument_group("tables: CSV, TSV, .xlsx, parquet, JSON or the hub")
     question = group.add_mutually_exclusive_group()
-    question.add_argument("--prompt-feature", metavar="COLUMN", help="the column of the question")
+    question.add_argument("--prompt-feature", metavar="FIELD", help="the column of the question")
     question.add_argument(
         "--template",
         metavar="TEXT",
         help="the question made of columns, such as 'Subject: {Subject}\\n{Body}'",
     )
     answer = group.add_mutually_exclusive_group()
-    answer.add_argument("--completion-feature", metavar="COLUMN", help="the column of the answer")
+    answer.add_argument("--completion-feature", metavar="FIELD", help="the column of the answer")
     answer.add_argument(
         "--completion-features",
-        metavar="COLUMNS",
+        metavar="A,B",
         help="several columns: the answer is a JSON object of them",
     )
     system = group.add_mutually_exclusive_group()

@@ -21,6 +21,8 @@ from nested_core.rooms.serve.request_model import MAX_ITEMS, RequestRefused, rea
 from tests.rooms.serve.versions import NAME, Client, serving, settings
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow("serves a model")
+
 NO_END: dict[str, Any] = {"max_tokens": 2**20, "logit_bias": {"0": -1000}}
 CHAT = "/v1/chat/completions"
 

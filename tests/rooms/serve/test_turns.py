@@ -16,6 +16,8 @@ from nested_core.rooms.serve import engine
 from tests.rooms.serve.versions import NAME, QUESTION, Client, serving, settings
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.slow("serves a model")
+
 NO_END: dict[str, Any] = {"max_tokens": 2**20, "logit_bias": {"0": -1000}}
 CHAT = "/v1/chat/completions"
 
