@@ -13,6 +13,7 @@ import signal
 import subprocess
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ class Cell(Child):
         self.seconds = BASE_SECONDS + SECONDS_PER_BYTE * size
         self._is_too_large = False
         self._has_ended = threading.Event()
-        address_space = None if has_device else self.memory_bytes + UNUSED_BYTES
-        limits = Limits(round(self.seconds), address_space)
+        limits = Limits(processor_seconds=round(self.seconds))
+        if not has_device:
+            limits = replace(limits, address_space=self.memory_bytes + UNUSED_BYTES)
         super().__init__(function, max_answer_bytes=MAX_ANSWER_BYTES, limits=limits)
         self._watcher = threading.Thread(target=self._watch, name="memory limit", daemon=True)
         self._watcher.start()

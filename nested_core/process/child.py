@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -34,13 +35,16 @@ SECONDS_TO_EXIT = 10.0  # how long to wait for a process that has closed its out
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child process may use: whole seconds of processor time, and bytes of address space.
+    """What a child process may use: bytes of address space, and whole seconds of processor time.
 
-    The address space is not limited with None, nor on macOS, which does not enforce it.
+    What is not given is as in this process. macOS enforces no limit of the address space.
     """
 
-    processor_seconds: int
-    address_space: int | None
+    address_space: int = resource.RLIM_INFINITY
+    processor_seconds: int = resource.RLIM_INFINITY
+
+
+NO_LIMITS = Limits()
 
 
 class Child:
@@ -55,7 +59,7 @@ class Child:
         *,
         environment: Mapping[str, str] | None = None,
         max_answer_bytes: int | None = None,
-        limits: Limits | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         """Start a process that answers requests with a function.
 
@@ -67,18 +71,17 @@ class Child:
             environment: the process's environment variables; None is this process's.
             max_answer_bytes: a longer answer is an error; None sets no limit, for trusted
                 functions.
-            limits: of the process, from its start on; None sets none.
+            limits: of the process, from its start on.
         """
         env = dict(os.environ if environment is None else environment)
         if isinstance(function, str):
             env["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
         self._max_answer_bytes = max_answer_bytes
-        numbers = [] if limits is None else [one for one in astuple(limits) if one is not None]
         self._received = bytearray()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # `end` closes it
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", str(PROGRAM), str(function), *map(str, numbers)],
+                [sys.executable, "-P", str(PROGRAM), str(function), *map(str, astuple(limits))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

@@ -1,8 +1,8 @@
 """The program of a `Child`: answers each request, a line of JSON on standard input, with a line.
 
-Its first argument is the name of a function, "package.module:function", or the path of a Python
-file with a function `answer`; more are its limits, see `child.Limits`. It imports nothing of this
-project, so that such a file can run without it. Anything printed goes to standard error.
+Its arguments are the name of a function, "package.module:function", or the path of a Python file
+with a function `answer`, and the numbers of `child.Limits`. It imports nothing of this project, so
+that such a file can run without it. Anything printed goes to standard error.
 """
 
 from __future__ import annotations
@@ -123,20 +123,17 @@ def describe_error(error: BaseException) -> dict[str, object]:
     }
 
 
-def limit(processor_seconds: int, address_space: int | None = None) -> None:
-    """Limit this process, see `child.Limits`; SIGXCPU ends it after its processor time."""
-    wanted = {resource.RLIMIT_CPU: processor_seconds, resource.RLIMIT_CORE: 0}
-    if address_space is not None:
-        wanted[resource.RLIMIT_AS] = address_space
-    for kind, number in wanted.items():
-        _, hard = resource.getrlimit(kind)
+def limit(kind: int, number: int) -> None:
+    """Limit a resource of this process, such as resource.RLIMIT_AS, unless it is less already."""
+    soft, hard = resource.getrlimit(kind)
+    if number != resource.RLIM_INFINITY and not 0 <= soft < number:
         with suppress(ValueError, OSError):  # macOS does not limit the address space
-            resource.setrlimit(
-                kind, (number if hard == resource.RLIM_INFINITY else min(number, hard), hard)
-            )
+            resource.setrlimit(kind, (number, hard))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        limit(*map(int, sys.argv[2:]))
-    main(sys.argv[1])
+    function, address_space, processor_seconds = sys.argv[1:]
+    limit(resource.RLIMIT_AS, int(address_space))
+    limit(resource.RLIMIT_CPU, int(processor_seconds))  # SIGXCPU ends it then
+    limit(resource.RLIMIT_CORE, 0)  # its memory may hold rows
+    main(function)

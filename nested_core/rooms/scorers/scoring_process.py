@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 Scorer = Callable[[str, dict[str, Any]], float]
-MAX_MEMORY_BYTES = 2 * 2**30  # for patterns and schemas only: a Python scorer may load a model
 
 
 def find_regex_problem(question: dict[str, Any]) -> str | None:
@@ -188,13 +185,11 @@ def prepare(
     work: "check" for questions, "score" for answers. score: the configured way of scoring.
     function: a person's own scorer, importable from `folder`; None for a built-in one.
 
-    Also silences the process's output, and limits its memory unless a Python function scores.
+    Also silences the process's output.
     """
     null_device = os.open(os.devnull, os.O_RDWR)
     for descriptor in (1, 2):
         os.dup2(null_device, descriptor)
-    if function is None:
-        _limit_memory()
     if score == "json":
         import_module("jsonschema")  # now, so that it does not count against the first question
     if work == "check":
@@ -202,14 +197,6 @@ def prepare(
     builtin: dict[str, Scorer] = {"regex": score_regex, "json": score_json}
     scorer = builtin.get(score) or load_scorer_function(str(function), folder)
     return lambda item: require_valid_score(scorer(item["answer"], item["question"]))
-
-
-def _limit_memory() -> None:
-    """Limit this process's address space to MAX_MEMORY_BYTES, where the system supports it."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
-    with suppress(ValueError, OSError):  # macOS does not enforce this limit
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _make_check(score: str) -> Callable[[dict[str, Any]], str | None]:

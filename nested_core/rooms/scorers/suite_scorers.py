@@ -15,13 +15,14 @@ from typing import Any, Literal
 from nested_core.errors import ChildFailed, DatasetError, NestedTuneError, shorten
 from nested_core.measure.answers.scorers import ScoringMethod, SuiteScorer
 from nested_core.measure.answers.suites import BadQuestion, Question, describe_bad_questions
-from nested_core.process.child import Child
+from nested_core.process.child import NO_LIMITS, Child, Limits
 
 SCORING_PROGRAM = Path(__file__).with_name("scoring_process.py")
 START_TIMEOUT_SECONDS = 60.0
 QUESTION_TIMEOUT_SECONDS = 10.0
 SUITE_CHECK_TIMEOUT_SECONDS = 120.0  # to compile all patterns or schemas
 MAX_ANSWER_BYTES = 4096
+LIMITS = Limits(address_space=2 * 2**30)  # but for a Python scorer, which may load a model
 MAX_PROBLEM_CHARACTERS = 300
 
 
@@ -92,7 +93,8 @@ def _run_scoring_process(
         "most_seconds": int(2 * START_TIMEOUT_SECONDS),  # then it ends itself, if we are gone
     }
     try:
-        with Child(SCORING_PROGRAM, max_answer_bytes=MAX_ANSWER_BYTES) as child:
+        limits = NO_LIMITS if method.function else LIMITS
+        with Child(SCORING_PROGRAM, max_answer_bytes=MAX_ANSWER_BYTES, limits=limits) as child:
             child.ask(request | {"item": None}, START_TIMEOUT_SECONDS)  # only loads the scorer
             for item in items:
                 yield child.ask(request | {"item": item}, QUESTION_TIMEOUT_SECONDS)
