@@ -34,6 +34,8 @@ ROOTS_VARIABLE = "NESTED_TUNE_ROOTS"
 TRUSTED_MODELS_VARIABLE = "NESTED_TUNE_TRUSTED_MODELS"
 REGISTRIES_VARIABLE = "NESTED_TUNE_REGISTRIES"
 GUARDED_VARIABLES = (CACHE_VARIABLE, KERNELS_FOLDER_VARIABLE, "PREFECT_HOME")
+_PURELIB = os.path.realpath(sysconfig.get_path("purelib"))
+CODE_FOLDERS = (Path(_PURELIB), *(ROOT / name for name in ("nested_core", *COMMON_NAMES)))
 REMOTE_SCHEMES = ("https://", "hf://")  # any other may be a local file, or go unencrypted
 CONTROL_CATEGORIES = {"Cc", "Zl", "Zp"}  # NUL, line ends and their like
 
@@ -145,8 +147,7 @@ def _guarded_places() -> Iterator[tuple[str, Path]]:
     for variable in GUARDED_VARIABLES:
         for place in _listed(variable):
             yield variable, Path(os.path.realpath(place))
-    yield "Python's packages", Path(os.path.realpath(sysconfig.get_path("purelib")))
-    yield from (("Python's packages", ROOT / name) for name in ("nested_core", *COMMON_NAMES))
+    yield from (("Python's packages", folder) for folder in CODE_FOLDERS)
 
 
 def _resolve_allowed(path: Path, what: str, shown: str) -> Path:

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import threading
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,8 @@ class Cell(Child):
         self.seconds = BASE_SECONDS + SECONDS_PER_BYTE * size
         self._is_too_large = False
         self._has_ended = threading.Event()
-        limits = Limits(processor_seconds=round(self.seconds))
-        if not has_device:
-            limits = replace(limits, address_space=self.memory_bytes + UNUSED_BYTES)
+        space = resource.RLIM_INFINITY if has_device else self.memory_bytes + UNUSED_BYTES
+        limits = Limits(space, round(self.seconds))
         super().__init__(function, max_answer_bytes=MAX_ANSWER_BYTES, limits=limits)
         self._watcher = threading.Thread(target=self._watch, name="memory limit", daemon=True)
         self._watcher.start()
@@ -64,14 +62,13 @@ class Cell(Child):
         try:
             return super().ask(request, seconds or CLOCK_FACTOR * self.seconds)
         except (ChildFailed, MemoryError) as error:
-            memory = f"more than {self.memory_bytes / 1e6:,.0f} MB of memory"
             if self._is_too_large or isinstance(error, MemoryError):
-                raise ChildFailed(f"it took {memory}") from None
-            if self.process.poll() == -signal.SIGXCPU:
-                raise ChildFailed(
-                    f"it took more than {self.seconds:.0f} seconds of processor time"
-                ) from None
-            raise ChildFailed(str(error).splitlines()[0]) from None  # without its last output
+                said = f"it took more than {self.memory_bytes / 1e6:,.0f} MB of memory"
+            elif self.process.poll() == -signal.SIGXCPU:
+                said = f"it took more than {self.seconds:.0f} seconds of processor time"
+            else:
+                said = str(error).splitlines()[0]  # without its last output
+            raise ChildFailed(said) from None
 
     def end(self) -> None:
         """Kill the process, and end the thread that watches it."""
@@ -81,10 +78,8 @@ class Cell(Child):
 
     def _watch(self) -> None:
         """Kill the process when it holds more memory than it may."""
-        while not self._has_ended.wait(POLL_SECONDS):
-            with suppress(OSError, ValueError, IndexError):  # it has just ended
-                if self.process.returncode is not None:
-                    return
+        while not self._has_ended.wait(POLL_SECONDS) and self.process.returncode is None:
+            with suppress(OSError, ValueError):  # it has just ended
                 if read_memory(self.process.pid) > self.memory_bytes:
                     self._is_too_large = True
                     self.kill()

@@ -8,11 +8,12 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
+from typing import NamedTuple
 
 from nested_core.data.lines.json_decoding import SAVE_AS_UTF8
 from nested_core.data.sources.file_formats import (
@@ -48,7 +49,7 @@ def read_rows(
     suffix: how the file's name ends, in lower case; any other than those here is a text table.
     json_keys: columns of a text table whose cells hold JSON.
     """
-    if suffix in READERS:
+    if suffix in FOREIGN_FORMATS:
         return _read_in_cell(path, suffix), None
     if suffix == ".json":
         return read_json_array(path), None
@@ -264,40 +265,52 @@ def read_parquet(path: Path) -> Iterator[NumberedLine]:
         ) from None
 
 
-# Formats whose readers are others' code; and what to do with a file that takes them too much.
-READERS = {".parquet": read_parquet, ".xlsx": read_workbook}
-_BYTES_PER_BYTE = {".parquet": 16, ".xlsx": 64}  # which packs a cell into three bytes
-_ADVICE = {
-    ".parquet": "save its rows as JSON lines",
-    ".xlsx": f"look for a cell far outside of the table, or a text in very many, and {SAVE_AGAIN}",
+class ForeignFormat(NamedTuple):
+    """A format whose reader is others' code, and so works in a process with limits.
+
+    bytes_per_byte: memory that it may take for each byte of the file.
+    advice: what to do with a file that takes more.
+    """
+
+    read: Callable[[Path], Iterator[NumberedLine]]
+    bytes_per_byte: int
+    advice: str
+
+
+FAR_CELL = "look for a cell far outside of the table, or a text in very many"
+FOREIGN_FORMATS = {
+    ".parquet": ForeignFormat(read_parquet, 16, "save its rows as JSON lines"),
+    ".xlsx": ForeignFormat(read_workbook, 64, f"{FAR_CELL}, and {SAVE_AGAIN}"),  # 3 bytes a cell
 }
 
 
 def _read_in_cell(path: Path, suffix: str) -> Iterator[NumberedLine]:
     """Yield the rows of a file, read by a process with limits; RestOfFileUnreadable beyond them."""
     number = 0
-    function = f"{__name__}:{give_next_lines.__name__}"
-    with Cell(function, path, bytes_per_byte=_BYTES_PER_BYTE[suffix]) as cell:
-        end: tuple[int, str] | None = None
-        is_done = False
-        while not is_done:
+    form = FOREIGN_FORMATS[suffix]
+    with Cell(f"{__name__}:give_next_lines", path, bytes_per_byte=form.bytes_per_byte) as cell:
+        while True:
             try:
-                lines, is_done, end = cell.ask([str(path), suffix])
+                lines, damage = cell.ask([str(path), suffix])
             except ChildFailed as error:
-                message = f"its reader was ended: {error}; {_ADVICE[suffix]}"
+                message = f"its reader was ended: {error}; {form.advice}"
                 raise RestOfFileUnreadable(number + 1, message) from None
             for number, line in lines:
                 yield NumberedLine(number, line.encode())
-        if end is not None:
-            raise RestOfFileUnreadable(*end)
+            if damage is not None:
+                raise RestOfFileUnreadable(*damage)
+            if not lines:
+                return
 
 
-def give_next_lines(request: tuple[str, str]) -> tuple[list[tuple[int, str]], bool, object]:
-    """Answer, in a cell, with the next rows of a file, of a MiB or more.
+def give_next_lines(
+    request: tuple[str, str],
+) -> tuple[list[tuple[int, str]], tuple[int, str] | None]:
+    """Answer, in a cell, with the next rows of a file, of a MiB or a little more.
 
     request: the path and its suffix, the same each time.
 
-    Returns the numbers and lines of rows, whether they are the last, and why no more can be read.
+    Returns the numbers and lines of rows, none at the end, and what a RestOfFileUnreadable said.
     """
     lines: list[tuple[int, str]] = []
     size = 0
@@ -306,16 +319,16 @@ def give_next_lines(request: tuple[str, str]) -> tuple[list[tuple[int, str]], bo
             lines.append((number, line.decode()))
             size += len(line)
             if size > _ANSWER_BYTES:
-                return lines, False, None
+                break
     except RestOfFileUnreadable as error:
-        return lines, True, (error.number, error.message)
-    return lines, True, None
+        return lines, (error.number, error.message)
+    return lines, None
 
 
 @lru_cache(maxsize=1)
 def _open(path: str, suffix: str) -> Iterator[NumberedLine]:
     """Return the rows of a file, of which each call gives those that are left."""
-    return READERS[suffix](Path(path))
+    return FOREIGN_FORMATS[suffix].read(Path(path))
 
 
 READER = TableReader(read_rows)

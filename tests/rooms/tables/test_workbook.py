@@ -12,19 +12,25 @@ import pytest
 from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.process import cell
 from nested_core.rooms.tables.data_files import READER
+from nested_core.rooms.tables.workbook import read_workbook
 from tests.rooms.tables.workbooks import MAIN, date, formula, sheet_xml, write_workbook
 
 HEADER = ("Question", "Answer")
 
 
 def rows_of(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a healthy workbook, read in this process."""
+    return [(line.number, json.loads(line.line)) for line in read_workbook(path)]
+
+
+def rows_by_cell(path: Path) -> list[tuple[int, dict[str, str]]]:
     lines, _ = READER.read(path, path.suffix, frozenset())
     return [(line.number, json.loads(line.line)) for line in lines]
 
 
 def refusal_of(path: Path) -> str:
     with pytest.raises(RestOfFileUnreadable) as refused:
-        rows_of(path)
+        rows_by_cell(path)
     return refused.value.message
 
 
@@ -127,7 +133,7 @@ def test_what_no_sheet_needs_is_not_unpacked(tmp_path: Path) -> None:
     path = write_workbook(tmp_path / "a.xlsx", (HEADER, ("q", "a")))
     with ZipFile(path, "a", ZIP_DEFLATED) as archive:
         archive.writestr("xl/media/image1.png", b' r="1"' * 10**7)
-    assert rows_of(path) == [(2, {"Question": "q", "Answer": "a"})]
+    assert rows_by_cell(path) == [(2, {"Question": "q", "Answer": "a"})]
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -143,7 +149,7 @@ def test_a_long_text_of_a_small_parquet_is_refused(tmp_path: Path) -> None:
 def test_rows_of_many_answers_of_the_reader_are_all_there(tmp_path: Path) -> None:
     rows = [{"prompt": f"{number} {'é' * 100_000}"} for number in range(50)]
     polars.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
-    assert rows_of(tmp_path / "a.parquet") == list(enumerate(rows, 1))
+    assert rows_by_cell(tmp_path / "a.parquet") == list(enumerate(rows, 1))
 
 
 def test_entities_are_refused_and_no_file_is_read_for_them(tmp_path: Path) -> None:
