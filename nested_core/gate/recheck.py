@@ -45,10 +45,9 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
             advice=JUDGE_AGAIN,
         )
     files = evidence.files | {run.gate.name: bound.files[run.gate.name]}
-    written = (*run.measured, run.suites, run.training_examples)  # beside a verdict
-    measured = {path.name for path in written if path.exists()}
-    # Files that the checks above did not read are hashed here.
-    unread = {run.config.name, *measured, *bound.files} - files.keys()
+    measured = {path.name for path in (*run.measured, run.suites) if path.exists()}
+    # Files that the checks above did not read are hashed here; each verdict has the first two.
+    unread = {run.config.name, run.training_examples.name, *measured, *bound.files} - files.keys()
     if recorded.validation is not None:
         unread.add(run.gate_losses.name)
     files |= {name: describe_file(run.path / name) for name in unread}

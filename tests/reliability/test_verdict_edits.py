@@ -178,6 +178,15 @@ def test_every_edit_of_the_manifest_is_refused(edited, every) -> None:
         assert is_refused(config, run), (keys, value)
 
 
+def test_rows_that_a_run_was_trained_on_are_neither_removed_nor_unlisted(edited) -> None:
+    config, run = edited
+    made = changed(read_manifest(run.path), ("files", run.training_examples.name), REMOVED)
+    body = {"facts": made["facts"], "files": made["files"]}
+    run.training_examples.unlink()
+    run.manifest.write_bytes(render_json(body | {"digest": sha256(body)}))
+    assert is_refused(config, run)
+
+
 def sha256(body: Any) -> str:
     return hashlib.sha256(canonical_json(body)).hexdigest()
 
