@@ -19,7 +19,7 @@ from nested_core.measure.answers.suites import BadQuestion, Question, describe_b
 from nested_core.seams import load_only
 
 SCORES_OF_SUITES = ("regex", "json", "python")  # by what comes with a suite
-_SIGN_PATTERN = r"(?:(?<![^\W_]|\.)[-+\u2212])?"  # the "-" in "3-4" and "GPT-4" is no sign
+_SIGN_PATTERN = r"(?:(?<![^\W_]|[.%‰°])[-+\u2212])?"  # no "-" in "3-4", "3%-4%", "GPT-4"
 _GROUP_PATTERN = "[,\u00a0\u2009\u202f]"  # comma, and the spaces that do not break a number
 _WHOLE_PATTERN = rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:{_GROUP_PATTERN}\d{{3}})+(?!\d)|\d+)"
 # A chain, such as a date or a version, is found first and is in no group: it holds no number

@@ -36,7 +36,8 @@ def holds_questions(path: Path) -> bool:
     if path.suffix.lower() in (".jsonl", *TABLE_SUFFIXES):
         return True
     with suppress(ConfigError, DamagedError, OSError):  # reading the file later reports the error
-        return isinstance(parse_yaml(read_regular(path, MAX_YAML_SUITE_BYTES)), list)
+        content = read_regular(path, MAX_YAML_SUITE_BYTES, follow_links=True)
+        return isinstance(parse_yaml(content), list)
     return False
 
 

@@ -50,9 +50,12 @@ def find_schema_problem(question: dict[str, Any]) -> str | None:
         validator.check_schema(schema)
         whole = specification_with(validator.META_SCHEMA["$schema"]).create_resource(schema)
         _look_up_references(whole, REGISTRY.resolver_with_root(whole))
+        validator(schema).is_valid(None)
     except Unresolvable as error:
         reference = _shorten(repr(error.ref), 80)
         return f"schema: $ref {reference} leads to nothing; other schemas are not loaded"
+    except RecursionError:
+        return "schema: a $ref leads back to itself, or it is nested too deep"
     except SchemaError as error:
         key = ".".join(["schema", *map(str, error.absolute_path)])
         return f"{_shorten(key, 80)} is no JSON schema: {_shorten(error.message, 160)}"

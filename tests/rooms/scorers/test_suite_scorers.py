@@ -190,6 +190,12 @@ SOUND_SCHEMA = {
         ("json", {"schema": {"$schema": "urn:x"}}, "'urn:x' is no JSON Schema that is known"),
         ("json", {"schema": {"pattern": "("}}, "schema.pattern is no JSON schema"),
         ("json", {"schema": {"$ref": "#/$defs/a"}}, "schema: $ref '/$defs/a' leads to nothing"),
+        ("json", {"schema": {"$ref": "#"}}, "schema: a $ref leads back to itself"),
+        (
+            "json",
+            {"schema": {"$dynamicRef": "#none"}},
+            "leads to nothing; other schemas are not loaded",
+        ),
         (
             "json",
             {"schema": {"properties": {"$ref": {"items": {"$ref": "https://example.org/a"}}}}},

@@ -50,6 +50,7 @@ def test_scores(tmp_path: Path, method: Score) -> None:
     ("text", "number"),
     [
         ("GPT-4", "4"),
+        ("10%-20%", "20"),
         ("x=-4", "-4"),
         ("_-4_", "-4"),
         ("-5", "-5"),
