@@ -1,4 +1,4 @@
-"""Valid names of adapters in a registry, and of repositories on the hub; addresses are no paths.
+"""Valid names of adapters in a registry, and of repositories on the Hugging Face hub.
 
 An adapter's name is no path, and nothing that another file system would treat specially: a dot at
 the end, a device of Windows.

@@ -281,8 +281,10 @@ def harm_reasons(
     if harm is None or validation.conclusion == "better" or bounds.noise == "none":
         return []
     share = bounds.max_harmed_share
+    if not harm.is_beyond_chance(share):
+        return []
     message = f"{describe_harmed(harm, losses)}; gate.max_harmed_share is {share:g}"
-    return [Reason("examples_harmed", message)] if harm.is_beyond_chance(share) else []
+    return [Reason("examples_harmed", message)]
 
 
 def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
@@ -389,8 +391,9 @@ class HarmedExamples:
         An adapter that harms as many examples as it helps shows three harmed and none helped in up
         to 5 % of cases, four and none in 2 % (benchmarks/gate.md).
         """
-        chance = binomial_upper_tail(self.harmed, self.examples, max_share)
-        if self.harmed < MIN_HARMED or chance >= MAX_CHANCE:
+        if self.harmed < MIN_HARMED:
+            return False
+        if binomial_upper_tail(self.harmed, self.examples, max_share) >= MAX_CHANCE:
             return False
         if self.helped:
             return exchange_mid_p(self.harmed, self.helped) <= MAX_CHANCE_OF_EXCHANGE
