@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -242,11 +241,10 @@ class HostileRun:
         return stream.response.headers["X-Adapter-Version"], "".join(texts)
 
     def _ask_and_leave(self, hostile: Hostile) -> None:
-        host, port = self.client.server.address.removeprefix("http://").split(":")
         body = encode(hostile.body)
         head = f"POST /v1/{hostile.route} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
         sent = body if hostile.leaves == "before the answer" else body[: len(body) // 2]
-        with socket.create_connection((host, int(port)), timeout=60) as connection:
+        with self.client.connect() as connection:
             connection.sendall(head.encode() + sent)
 
     def ask_plainly(self, is_over: threading.Event) -> None:

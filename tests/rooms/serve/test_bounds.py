@@ -18,18 +18,10 @@ from flows.rooms.serve.command import _choose_api_key
 from nested_core.errors import ConfigError
 from nested_core.rooms.serve import http_handler
 from nested_core.rooms.serve.request_model import MAX_ITEMS, RequestRefused, read_request
-from tests.rooms.serve.versions import NAME, Client, serving, settings
+from tests.rooms.serve.versions import CHAT, NAME, Client, serving, settings
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow("serves a model")
-
-NO_END: dict[str, Any] = {"max_tokens": 2**20, "logit_bias": {"0": -1000}}
-CHAT = "/v1/chat/completions"
-
-
-def connect(client: Client) -> socket.socket:
-    host, port = client.server.address.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -46,7 +38,7 @@ def test_a_request_that_does_not_come_in_time_is_ended(
     """Byte by byte, so that each wait alone is short."""
     monkeypatch.setattr(http_handler, "ARRIVAL_SECONDS", 1.0)
     before, generated = time.monotonic(), client.health()["names"][NAME]["requests"]
-    with connect(client) as connection:
+    with client.connect() as connection:
         head = sent.replace(b"%b", CHAT.encode())
         connection.sendall(head + b"Content-Length: 60\r\n\r\n" if b"POST" in head else head)
         with suppress(ConnectionError):
@@ -62,7 +54,7 @@ def test_of_too_many_connections_the_one_that_says_nothing_ends_and_health_answe
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_handler, "MAX_CONNECTIONS", 8)
-    idle = [connect(client) for _ in range(20)]
+    idle = [client.connect() for _ in range(20)]
     try:
         for connection in idle:
             connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
@@ -123,7 +115,7 @@ def test_large_requests_are_parsed_one_at_a_time_with_pauses_and_others_at_once(
 def test_many_who_connect_at_once_are_taken_without_a_second_try(client: Client) -> None:
     """A connection that the system refuses to queue is tried again after a second."""
     began = time.monotonic()
-    opened = [connect(client) for _ in range(300)]
+    opened = [client.connect() for _ in range(300)]
     seconds = time.monotonic() - began
     for connection in opened:
         connection.close()

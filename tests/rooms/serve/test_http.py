@@ -14,11 +14,10 @@ from mlx_lm.utils import load_tokenizer
 
 from nested_core.rooms.serve import http_handler
 from nested_core.rooms.serve.http_handler import MAX_BODY_BYTES
-from nested_core.rooms.serve.request_model import MAX_ANSWER_TOKENS
 from nested_core.text.json_log import JsonFormatter
 from tests.example import generate_answers
 from tests.left_out import slow_except
-from tests.rooms.serve.versions import NAME, QUESTION, Client, serving, settings
+from tests.rooms.serve.versions import CHAT, NAME, NO_END, QUESTION, Client, serving, settings
 from tests.waiting import wait_until
 
 
@@ -182,18 +181,14 @@ def test_what_ends_mlx_lms_thread_or_process_is_a_wrong_request(client, case, ve
     assert client.chat(NAME, max_tokens=3, temperature=1.0).version == version
 
 
-LONG: dict[str, Any] = {"max_tokens": MAX_ANSWER_TOKENS, "logit_bias": {"0": -1000}}  # no end
-
-
 def begin_and_leave(client: Client, is_streamed: bool) -> socket.socket:
     """A connection that asked for an answer without end, once it is generated."""
-    host, port = client.server.address.removeprefix("http://").split(":")
     messages = [{"role": "user", "content": QUESTION}]
-    body = json.dumps({"messages": messages, "stream": is_streamed, **LONG}).encode()
+    body = json.dumps({"messages": messages, "stream": is_streamed, **NO_END}).encode()
     under_way = client.server.generator.under_way
     wait_until(lambda: not under_way, "a request that was just answered has been forgotten")
-    connection = socket.create_connection((host, int(port)), timeout=60)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = client.connect()
+    head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
     wait_until(lambda: len(under_way) > 0, "it is under way")
     return connection
@@ -345,7 +340,6 @@ def test_named_origins_keep_other_pages_out(version_and_registry: tuple[str, Pat
 
 
 def test_every_wrong_request_has_an_answer_in_the_shape_of_errors(client: Client) -> None:
-    host, port = client.server.address.removeprefix("http://").split(":")
     post = b"POST /v1/completions HTTP/1.1\r\n"
     wrong: dict[bytes, int] = {
         post + b"Content-Length: " + b"1" * 5000 + b"\r\n\r\n": 413,
@@ -362,7 +356,7 @@ def test_every_wrong_request_has_an_answer_in_the_shape_of_errors(client: Client
         b"PUT / HTTP/1.1\r\n\r\n": 405,
     }
     for sent, status in wrong.items():
-        with socket.create_connection((host, int(port)), timeout=60) as connection:
+        with client.connect() as connection:
             connection.sendall(sent)
             response = http.client.HTTPResponse(connection)
             response.begin()
@@ -372,9 +366,7 @@ def test_every_wrong_request_has_an_answer_in_the_shape_of_errors(client: Client
 
 
 def test_control_characters_of_a_client_are_escaped_in_the_log(client, caplog) -> None:
-    host, port = client.server.address.removeprefix("http://").split(":")
-    asking = socket.create_connection((host, int(port)), timeout=60)
-    with caplog.at_level(logging.INFO), asking as connection:
+    with caplog.at_level(logging.INFO), client.connect() as connection:
         connection.sendall(b"GET /\x1b]0;owned\x07\x9b31m HTTP/1.0\r\n\r\n")
         while connection.recv(4096):
             pass

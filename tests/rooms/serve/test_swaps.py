@@ -13,16 +13,12 @@ from nested_core.rooms.serve import engine, follower, server
 from nested_core.rooms.serve.engine import VersionProvider
 from tests.registry_care import audit
 from tests.rooms.serve.test_following import wait_for
-from tests.rooms.serve.versions import NAME, Client, Reply, serving, settings
+from tests.rooms.serve.versions import NAME, NO_END, Client, Reply, serving, settings
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow("serves a registry whose champion changes")
 
 Promote = Callable[..., str]
-NO_END: dict[str, Any] = {
-    "max_tokens": 10**6,
-    "logit_bias": {"0": -1000},
-}  # without the end of text
 LONG = NO_END | {"max_tokens": 400}
 
 

@@ -13,18 +13,10 @@ from typing import Any
 import pytest
 
 from nested_core.rooms.serve import engine
-from tests.rooms.serve.versions import NAME, QUESTION, Client, serving, settings
+from tests.rooms.serve.versions import CHAT, NAME, NO_END, QUESTION, Client, serving, settings
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow("serves a model")
-
-NO_END: dict[str, Any] = {"max_tokens": 2**20, "logit_bias": {"0": -1000}}
-CHAT = "/v1/chat/completions"
-
-
-def connect(client: Client) -> socket.socket:
-    host, port = client.server.address.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def test_an_answer_has_no_more_tokens_than_the_context_has_room_for(
@@ -42,7 +34,7 @@ def asking_without_end(client: Client, model: str) -> Iterator[list[str]]:
     given: list[str] = []
     body = {"messages": [{"role": "user", "content": QUESTION}], "stream": True} | NO_END
     content = json.dumps(body | {"model": model}).encode()
-    with connect(client) as connection:
+    with client.connect() as connection:
         head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(content)}\r\n\r\n"
         connection.sendall(head.encode() + content)
         lines = connection.makefile("rb")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from nested_core.storage.canary_file import CANARY_NAME, render_canary
 from tests.core.registry.conftest import write_gate
 
 NAME = "capitals"
+CHAT = "/v1/chat/completions"
+NO_END: dict[str, Any] = {"max_tokens": 2**20, "logit_bias": {"0": -1000}}  # no end of text
 QUESTION = "I want to see Italy. Where to?"
 COUNTRIES = ("Italy", "Fiji", "Peru", "Japan")
 
@@ -191,12 +194,21 @@ class Client:
 
     server: ServingServer
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and the port."""
+        host, port = self.server.address.removeprefix("http://").split(":")
+        return host, int(port)
+
+    def connect(self) -> socket.socket:
+        """A connection over which nothing has been sent."""
+        return socket.create_connection(self.address, timeout=60)
+
     def send(
         self, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
     ) -> Reply:
         """One request, and the whole answer."""
-        host, port = self.server.address.removeprefix("http://").split(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=300)
+        connection = http.client.HTTPConnection(*self.address, timeout=300)
         try:
             content = None if body is None else json.dumps(body)
             connection.request(method, path, content, headers or {})
@@ -209,9 +221,7 @@ class Client:
     def chat(self, model: str | None = None, prompt: str = QUESTION, **more: Any) -> Reply:
         """Ask a question as a user."""
         body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}], **more}
-        return self.send(
-            "POST", "/v1/chat/completions", body if model is None else body | {"model": model}
-        )
+        return self.send("POST", CHAT, body if model is None else body | {"model": model})
 
     def health(self) -> Any:
         """What /health says."""
