@@ -79,7 +79,7 @@ class Cell(Child):
     def _watch(self) -> None:
         """Kill the process when it holds more memory than it may."""
         while not self._has_ended.wait(POLL_SECONDS) and self.process.returncode is None:
-            with suppress(OSError, ValueError):  # it has just ended
+            with suppress(OSError, ValueError, subprocess.SubprocessError):  # it has just ended
                 if read_memory(self.process.pid) > self.memory_bytes:
                     self._is_too_large = True
                     self.kill()
@@ -97,7 +97,4 @@ def read_memory(pid: int) -> int:
     if IS_LINUX:
         _, resident, shared, *_ = map(int, Path(f"/proc/{pid}/statm").read_text("ascii").split())
         return (resident - shared) * resource.getpagesize()
-    shown = subprocess.run(
-        ["/bin/ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=False
-    )
-    return int(shown.stdout) * 1024
+    return int(subprocess.check_output(["/bin/ps", "-o", "rss=", "-p", str(pid)])) * 1024

@@ -210,8 +210,9 @@ def separate_dropped_lines(
     if held_out_before:
         dropped = {reason: lines - held_out_before for reason, lines in dropped.items()}
         dropped["held-out-before"] = held_out_before
-        is_kept = ~pl.col("line").is_in(list(held_out_before))
-        train = train.with_columns(repeats=pl.when(is_kept).then("repeats"))
+        of_kept = [pl.when(~pl.col(one).is_in([*held_out_before])) for one in ("line", "repeats")]
+        train = train.with_columns(repeats=of_kept[0].then("repeats"))
+        held_out = [frame.with_columns(repeats=of_kept[1].then("repeats")) for frame in held_out]
     return train, held_out, dropped
 
 
