@@ -103,7 +103,7 @@ class Suite:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the suite's file."""
-        return regular_sha256(self.method.place)
+        return regular_sha256(self.method.place, follow_links=True)
 
     @cached_property
     def first_lines(self) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ import yaml
 from nested_core.config.sections import Score
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.measure.answers import suites
+from nested_core.measure.answers.scorers import ScoringMethod
+from nested_core.measure.answers.suite_answers import Suite
 from nested_core.measure.answers.suite_files import holds_questions
 from nested_core.measure.answers.suites import fold_prompt, read_suite
 from tests.left_out import needs_rooms
@@ -296,8 +298,11 @@ def test_an_empty_suite_is_an_error(tmp_path) -> None:
 
 def test_a_suite_may_be_a_link_to_a_file(tmp_path) -> None:
     path = write(tmp_path / "s.jsonl", {"prompt": "a", "expected": "b"})
-    (tmp_path / "link.jsonl").symlink_to(path)
-    assert read_suite(tmp_path / "link.jsonl", "exact") == read_suite(path, "exact")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    assert read_suite(link, "exact") == read_suite(path, "exact")
+    linked, direct = (Suite.read("s", ScoringMethod(one, "exact")) for one in (link, path))
+    assert linked.digest == direct.digest
     (tmp_path / "s.yaml").write_text("[{prompt: a, expected: b}]")
     (tmp_path / "link.yaml").symlink_to(tmp_path / "s.yaml")
     assert holds_questions(tmp_path / "link.yaml")
