@@ -77,9 +77,9 @@ def _row_of(example: Example) -> dict[str, object]:
     """Convert an example to a row under the default keys, with its marks of turns not to learn."""
     if example.format == "text":
         return {"text": example.text}
-    if (write := find_row_format(example.format).write) is not None:
-        return write(example)
     rest: dict[str, object] = {} if example.tools is None else {"tools": example.tools}
+    if (write := find_row_format(example.format).write) is not None:
+        return write(example) | rest
     if example.masked:
         turns = range(len(example.messages))
         rest["loss_mask"] = [int(turn not in example.masked) for turn in turns]
@@ -165,7 +165,8 @@ def read_row_list(path: Path) -> RowList:
                 raise LineProblem("no-question", "it has no text but that of system turns")
             if not turns or turns[-1]["role"] == "assistant":
                 rows.add(RowKeys.of(_row_of(example)).folded)
-            if turns and find_row_format(example.format).write is None:
+            is_asked = any(turn["role"] != "assistant" for turn in turns)
+            if is_asked and find_row_format(example.format).write is None:
                 all_turns.add(_key(fold_turns(turns)))
         except (LineProblem, ValueError, RecursionError) as problem:
             raise ConfigError(

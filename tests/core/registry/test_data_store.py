@@ -247,6 +247,21 @@ def test_a_listed_text_is_that_of_every_chat_with_such_a_turn(tmp_path) -> None:
     assert not read_row_list(listed).has({"messages": chat(CALLED[0])})
 
 
+def test_a_listed_row_without_a_question_is_itself_alone(tmp_path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": f"What is {number}?"},
+                {"role": "assistant", "content": "odd"},
+            ]
+        }
+        for number in (1, 3)
+    ]
+    listed = tmp_path / "listed.jsonl"
+    listed.write_text(json.dumps(rows[0]))
+    assert [read_row_list(listed).has(row) for row in rows] == [True, False]
+
+
 @needs_rooms("preferences")
 def test_a_listed_pair_is_itself_alone(tmp_path) -> None:
     pair = {"prompt": "Who?", "chosen": "Me.", "rejected": "You."}
