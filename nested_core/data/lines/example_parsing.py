@@ -327,7 +327,7 @@ class RowFormat:
     is_conversation: whether the row has roles of its own, whose order is checked.
     encode: for rows of a room: converts an example, with the tokenizer, to an EncodedExample
         (data/tokens/example_encoding.py).
-    write: for rows of a room: converts an example to a row under the default keys.
+    write: for rows of a room: converts an example to a row under the default keys, without tools.
     judge: for rows of a room: yields Findings about the valid examples of each split, by their
         lines; each names a split instead of a file.
     contradict: for rows of a room: the one row that says the opposite of a row under the default

@@ -229,15 +229,17 @@ def _text_to_compare(example: Example, roles: str) -> str:
     Fields are joined by NUL, which no valid line contains, so that different examples differ. The
     last NUL stands between prompt and answer. The order of keys, the ids of calls and the way in
     which their arguments are written make no difference. If some turns are not learnt, the text
-    begins with a tab for each of those and a space for each other turn.
+    begins with a tab for each of those and a space for each other turn, but for a pair, of which
+    the last turn alone is learnt.
 
     roles: a letter for each turn, by `_letters_of_turns`.
     """
-    if not find_row_format(example.format).is_templated:
+    kind = find_row_format(example.format)
+    if not kind.is_templated:
         return example.text
     turns_by_mark = ["\t" if turn in example.masked else " " for turn in range(len(roles))]
-    before = "".join(turns_by_mark) if example.masked else ""
-    if example.is_plain and not example.rest:
+    before = "".join(turns_by_mark) if example.masked and kind.encode is None else ""
+    if example.is_plain and not example.rest and _OTHER_ROLE_LETTER not in roles:
         return before + "\0".join([roles, *[message["content"] for message in example.messages]])
     functions = [tool.get("function", tool) | {"type": "function"} for tool in example.tools or ()]
     turns = list(map(_turn_to_compare, example.messages))

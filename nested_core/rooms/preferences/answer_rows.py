@@ -169,10 +169,10 @@ def _note_empty_answer(name: str, encoded: EncodedExample) -> list[Note]:
 
 
 def _write(example: Example) -> dict[str, Any]:
-    """Return the fields of a row as they are kept."""
-    tools = {} if example.tools is None else {"tools": example.tools}
-    prompt, last = example.messages[:-1], example.messages[-1]
-    return {"prompt": prompt, "chosen": last["content"], **example.rest, **tools}
+    """Return the fields of a row as they are kept, without its tools."""
+    *prompt, last = example.messages
+    chosen = last if last.keys() > {"role", "content"} else last["content"]
+    return {"prompt": prompt, "chosen": chosen, **example.rest}
 
 
 PAIRS: Mapping[str, RowFormat] = {

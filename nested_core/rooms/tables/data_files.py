@@ -303,9 +303,7 @@ def _read_in_cell(path: Path, suffix: str) -> Iterator[NumberedLine]:
                 return
 
 
-def give_next_lines(
-    request: tuple[str, str],
-) -> tuple[list[tuple[int, str]], tuple[int, str] | None]:
+def give_next_lines(request: tuple[str, str]) -> tuple[list[tuple[int, str]], object]:
     """Answer, in a cell, with the next rows of a file, of a MiB or a little more.
 
     request: the path and its suffix, the same each time.

@@ -97,6 +97,23 @@ def test_a_row_is_the_same_in_another_format_and_with_other_marks(row: dict[str,
     assert digest_of(other) != own
 
 
+def test_turns_of_unknown_roles_are_the_same_only_with_one_role() -> None:
+    first, second = (
+        RowKeys.of(
+            {
+                "messages": [
+                    {"role": "user", "content": "q"},
+                    {"role": role, "content": "x"},
+                    {"role": "assistant", "content": "a"},
+                ]
+            }
+        )
+        for role in ("critic", "judge")
+    )
+    assert first.content != second.content
+    assert first.bare != second.bare
+
+
 def test_a_turn_with_a_name_is_another_row() -> None:
     named = {"messages": [TURNS[0] | {"name": "bob"}, *TURNS[1:]]}
     assert digest_of(named) != digest_of({"messages": TURNS})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from nested_core.config.loading import parse_config
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.example_rows import RowKeys, read_split_rows
+from nested_core.data.example_rows import RowKeys, read_sound_lines, read_split_rows
 from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.lines.line_rows import encode_content
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.rooms.preferences.row_rules import correlate_length_and_choice
@@ -134,6 +136,26 @@ def test_a_row_that_is_kept_is_read_as_the_same_example(tmp_path: Path) -> None:
     ]
     np.testing.assert_array_equal(splits[0].tokens, splits[1].tokens)
     assert len({RowKeys.of(row).content for row in kept.rows}) == len(kept.rows)
+
+
+TURN = {"role": "assistant", "content": "good"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "Q?", "chosen": TURN | {"reasoning_content": "think"}, "rejected": "bad"},
+        {"prompt": "Q?", "chosen": TURN | {"name": "bob"}, "rejected": "bad"},
+        {"prompt": "Q?", "chosen": "good", "rejected": "bad", "loss_mask": [0, 1]},
+    ],
+    ids=["reasoning", "name", "marks"],
+)
+def test_a_pair_that_is_kept_has_the_keys_of_its_line(tmp_path: Path, line) -> None:
+    folder = write_rows(tmp_path, {"train": [line]})
+    settings = DataSettings(str(folder), loss="dpo")
+    kept: Any = read_split_rows(settings, "train")
+    (example,) = read_sound_lines(folder / "train.jsonl", settings.field_names)
+    assert RowKeys.of(kept.rows[0]).content == sha256(encode_content(example)).digest()
 
 
 def test_both_answers_stand_behind_their_prompt_and_are_all_that_is_supervised(tmp_path) -> None:
