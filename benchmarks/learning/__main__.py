@@ -18,7 +18,9 @@ from benchmarks.learning.study import (
     SMALL,
     STREAM_FOUR,
     STREAM_INTENTS,
+    STREAM_NIGHTS,
     STREAM_RATES,
+    STREAM_TIERS,
     STREAMS,
     STREAMS_20M,
     Study,
@@ -36,6 +38,8 @@ STUDIES: dict[str, Study] = {
     "stream-rates": STREAM_RATES,
     "stream-intents": STREAM_INTENTS,
     "stream-four": STREAM_FOUR,
+    "stream-nights": STREAM_NIGHTS,
+    "stream-tiers": STREAM_TIERS,
 }
 
 
