@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.learning.study import (
     APART,
     FULL,
+    LARGER,
     REAL,
     REHEARSAL,
     SMALL,
@@ -30,6 +31,7 @@ from benchmarks.learning.study import (
 STUDIES: dict[str, Study] = {
     "apart": APART,
     "full": FULL,
+    "larger": LARGER,
     "real": REAL,
     "rehearsal": REHEARSAL,
     "small": SMALL,

@@ -57,6 +57,7 @@ WITH_LAST_STEP = ("c", "c-unclipped")  # where a study judges that of the same r
 REHEARSED: Mapping[str, float] = {"c-rehearsed-10": 0.1, "c-rehearsed-30": 0.3}
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
 REAL_BASE = "SmolLM2-135M-Instruct"
+LARGER_BASE = "Qwen2.5-Coder-0.5B-Instruct"
 NO_ADAPTER = "base"  # the base itself, judged once a task
 STREAM_ARMS = {
     "alone": "each night alone, from a fresh adapter",
@@ -268,6 +269,18 @@ REHEARSAL = Study(
     ),
     counts=APART.counts,
     asks_each_seed=True,
+)
+# PROTOCOL-4.md, block 4
+LARGER = Study(
+    tasks=("banking77", "clinc150", "snips", "nl2bash"),
+    sizes=(LARGER_BASE,),
+    stages=(
+        Stage(("c", "k"), (1,)),
+        Stage(("c", "k", "c-2e-4", "k-2e-4"), (CHOOSING_SEED,)),
+        Stage(("c", "k"), (2, 3)),
+        Stage(("c-2e-4", "k-2e-4"), (1, 2, 3)),
+    ),
+    counts=APART.counts,
 )
 # On the example's base, for two cores: its context is 64 tokens, so that longer rows are left out.
 SMALL = Study(
