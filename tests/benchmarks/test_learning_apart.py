@@ -19,7 +19,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 from mlx_lm.tuner.utils import build_schedule
 
-from benchmarks.learning import apart, arms, fresh
+from benchmarks.learning import apart, arms, fresh, pairs
 from benchmarks.learning.apart import TESTED, holm
 from benchmarks.learning.study import APART, FULL, LIKE_K, REAL, REAL_TASKS, Cell, read_rows
 from benchmarks.learning.tasks import GEOGRAPHY, READERS, Counts, Row, read_task
@@ -67,6 +67,12 @@ def test_k_at_another_rate_has_it_in_its_schedule_and_its_correction_in_its_opti
     monkeypatch.setattr(arms, "suggest", lambda _base, _folder: written)
     read_task("geography", None, Counts()).write(tmp_path / "data")
     settings = {arm: arms.of_init(BASES, tmp_path, changes) for arm, changes in LIKE_K.items()}
+    base = GEOGRAPHY.with_name("geography-base")
+    files = {arm: pairs.commands(arm, base, tmp_path, 3)[-3:] for arm in pairs.ARMS}
+    assert files["k"][1:] == ["-c", str(tmp_path / "k.yaml")]
+    of_k = json.loads((tmp_path / "k.yaml").read_text())
+    assert of_k.items() >= {**settings["k"], "seed": 3, "num_layers": -1}.items()
+    assert json.loads((tmp_path / "c.yaml").read_text()) == written | {"seed": 3}
     own, other = settings["k"], settings["k-3e-4-corrected"]
     assert settings["k-sorted"] == own
     assert (own["learning_rate"], own["optimizer_config"]) == (1e-4, {})
