@@ -83,3 +83,18 @@ def test_where_the_caches_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/cache/nested-tune")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "nested-tune"
+
+
+def test_an_address_is_no_folder_and_a_relative_one_of_xdg_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", "s3://bucket/cache")
+    with pytest.raises(ConfigError, match="NESTED_TUNE_CACHE: s3://bucket/cache is an address"):
+        cache_folder()
+    monkeypatch.setenv("NESTED_TUNE_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("s3://bucket/cache", "cache", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert cache_folder() == tmp_path / ".cache" / "nested-tune"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
+    assert cache_folder() == Path("/var/cache/nested-tune")
