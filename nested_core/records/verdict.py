@@ -245,6 +245,7 @@ class Validation(HeldOutComparison):
     loss_before, loss_after: mean losses in `unit` with the initial and the trained adapter.
     selected_on_same_data: whether the same examples also chose the adapter's step.
     file: the file of the data set that holds the examples.
+    file_sha256: SHA-256 of a file beside the data set (`gate.held_out: FILE`); None for a split.
     examples: how many were counted; gate-losses.jsonl has the losses of each.
     left_out: how many were not counted because the candidate or a parent was trained on them.
     chosen_among: how many candidates were compared on these examples to choose this one; 1 if none.
@@ -257,6 +258,7 @@ class Validation(HeldOutComparison):
     loss_after: float | None
     selected_on_same_data: bool
     file: str | None = None
+    file_sha256: str | None = None
     examples: int | None = None
     losses_sha256: str | None = None
     has_one_answer: bool = False
