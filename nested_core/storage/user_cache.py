@@ -127,13 +127,11 @@ def _folder_that_others_may_write(folder: Path) -> Path | None:
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & OTHERS_WRITE_BITS:
         return folder
-    resolved = folder.resolve()
-    if resolved.parent.stat().st_uid not in (0, os.getuid()):
-        return resolved.parent
     forbidden = OTHERS_WRITE_BITS
-    for above in resolved.parents:
-        mode = above.stat().st_mode
-        if mode & forbidden and not mode & stat.S_ISVTX:
+    for above in folder.resolve().parents:
+        status = above.stat()
+        is_open = status.st_mode & forbidden and not status.st_mode & stat.S_ISVTX
+        if is_open or status.st_uid not in (0, os.getuid()):
             return above
         forbidden = stat.S_IWOTH
     return None
