@@ -14,7 +14,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.records.run_status import Run
-from nested_core.rooms.nights.night_pages import Night, describe_night, describe_nights, join_lines
+from nested_core.rooms.nights.pages import Night, describe_night, describe_nights, join_lines
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.document import Document
 from nested_core.text.foreign_text import escape_markdown
