@@ -25,7 +25,7 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Crashed, Failed
 
 from flows.promote import promote
 from flows.reconcile import ReconcileParameters, reconcile
-from flows.rooms.approval import asking
+from flows.rooms.approval import questions
 from flows.rooms.approval.questions import request_approval
 from nested_core import registry as core
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
