@@ -31,7 +31,7 @@ from nested_core.registry import Decision
 from nested_core.registry.promotion_policy import describe_promotion
 from nested_core.rooms.approval import answers
 from nested_core.rooms.approval.answers import find_refusal_of_question
-from nested_core.rooms.approval.page import Approval
+from nested_core.rooms.approval.page import Approval as ApprovalPage
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import publish_page
@@ -46,7 +46,7 @@ from tasks.promote import announce_promotion, find_own_change, read_origin
 from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 
 PROMOTION = "promote/auto"
-PAUSE_KEY_PREFIX = "approval-"  # of a pause; what was shown follows: `Approval.key`
+PAUSE_KEY_PREFIX = "approval-"  # of a pause; what was shown follows: `ApprovalPage.key`
 
 
 def request_approval(registry: Path, name: str, version: str, night: UUID | None = None) -> None:
@@ -133,7 +133,7 @@ def publish_approval(
     registry: Path, name: str, version: str, champion: str | None, flow_run: UUID
 ) -> Question:
     """Put the page beside the flow run; return it, and the line that stands in state and alert."""
-    approval = Approval.read(registry, name, version, champion)
+    approval = ApprovalPage.read(registry, name, version, champion)
     page = approval.describe(_read_keys_asked_about(flow_run))
     waits = f"Waits for a person: is {shorten_digest(version)} to be the champion of {name}?"
     publish_page(name, "approval", page, waits)

@@ -1,4 +1,4 @@
-"""What the room does around the flows, in their order, and the pages of nights that it publishes."""
+"""What the room does around the flows, in their order, and the pages that it publishes."""
 
 from __future__ import annotations
 
