@@ -90,7 +90,7 @@ def test_of_a_file_of_its_own_the_rows_that_judged_are_kept_or_none(tmp_path: Pa
     judged = read_judged_run(done.run.path)
     examples = read_run_examples(done.config, judged)
     assert examples is not None
-    assert len(examples.held_out) == len(held_out.read_text().splitlines())
+    assert len([*examples.held_out]) == len(held_out.read_text().splitlines())
     held_out.write_text(held_out.read_text().splitlines(keepends=True)[0])
     with pytest.warns(UserWarning, match="held-out.jsonl has changed since the gate judged by it"):
         assert read_run_examples(done.config, judged) is None
