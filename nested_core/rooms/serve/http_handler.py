@@ -53,7 +53,7 @@ LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){1,3}|\[::1\])(:\d*)?", re
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host's addresses are of this machine alone; False where it has none."""
+    """Return whether a host's addresses are of this machine alone; False without any."""
     try:
         found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError):
