@@ -19,9 +19,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
-LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
+FROM_LOCK := --no-deps --only-binary :all: --require-hashes
+LOCKED := $(INSTALL) $(FROM_LOCK)
 
-.PHONY: help install demo test test-all test-kernels check format rooms bench bench-learning production-test soak reliability docs pictures example-model real-model real-test real-test-llama lock clean
+# EXTRAS="cuda hub mlflow", or some of them; kept until others are given.
+KEPT_EXTRAS := $(shell cat $(VENV)/extras 2>/dev/null)
+EXTRAS ?= $(KEPT_EXTRAS)
+LOCKS := $(patsubst %,requirements/%.lock,$(if $(filter cuda,$(EXTRAS)),,run) $(EXTRAS))
+ifneq ($(strip $(EXTRAS)),$(strip $(KEPT_EXTRAS)))
+.PHONY: $(VENV)/run.stamp
+endif
+TOOLS := build/release-tools
+
+.PHONY: help install demo test test-all test-kernels check format rooms bench bench-learning production-test soak reliability release pinned-images audit-pins docs pictures example-model real-model real-test real-test-llama lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -131,19 +141,39 @@ $(LLAMA_CPP)/stamp: $(VENV)/project.stamp requirements/llama-cpp.lock
 	$(INSTALL) --no-deps --require-hashes --upgrade --target $(LLAMA_CPP) -r requirements/llama-cpp.lock
 	@touch $@
 
-COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu \
-	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet
-lock: $(VENV)/project.stamp ## pin the dependencies again; UPGRADE=--upgrade takes the newest
-	$(INSTALL) "uv>=0.13"
-	$(COMPILE) $(UPGRADE) --group build -o requirements/run.lock
-	$(COMPILE) $(UPGRADE) --group dev -c requirements/run.lock -o requirements/dev.lock
+COMPILE := $(TOOLS)/bin/uv pip compile --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
+lock: $(TOOLS)/stamp ## pin the dependencies again; UPGRADE=--upgrade takes the newest
+	$(COMPILE) pyproject.toml --extra cpu --group build -o requirements/run.lock
+	$(COMPILE) pyproject.toml --extra cpu --group dev -c requirements/run.lock -o requirements/dev.lock
+	for extra in cuda hub mlflow; do $(COMPILE) pyproject.toml --extra $$extra --group build \
+		-c requirements/run.lock -o requirements/$$extra.lock || exit; done
+	$(COMPILE) --group release -o requirements/release.lock
+
+release: pinned-images $(TOOLS)/stamp $(VENV)/project.stamp ## the wheel, its bill of materials and all licences, in build/release
+	$(TOOLS)/bin/python -m build --wheel --outdir build/release
+	$(TOOLS)/bin/cyclonedx-py requirements --output-reproducible -o build/release/sbom.cdx.json requirements/run.lock
+	$(TOOLS)/bin/pip-licenses --python $(BIN)/python --from mixed --format plain-vertical \
+		--with-license-file --no-license-path --output-file build/release/licences.txt
+
+pinned-images:
+	@! grep -n "image:" deployments/*/compose.yaml | grep -v "@sha256:" || { \
+		echo "Name each of these images by its digest first: IMAGE@sha256:..." >&2; exit 1; }
+
+audit-pins: $(TOOLS)/stamp ## ask an advisory service of the network for known weaknesses of what is pinned
+	for lock in run cuda hub mlflow; do $(TOOLS)/bin/pip-audit --require-hashes --disable-pip -r requirements/$$lock.lock || exit; done
+
+$(TOOLS)/stamp: requirements/release.lock
+	$(PYTHON) -m venv --clear $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install --quiet $(FROM_LOCK) -r $<
+	@touch $@
 
 clean: ## remove the environment and what the tools left
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A new lock makes a new environment; a new pyproject.toml only installs the project again.
-$(VENV)/run.stamp: requirements/run.lock
+$(VENV)/run.stamp: $(LOCKS)
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "nested-tune needs Python 3.11, 3.12 or 3.13 with its venv module; found on PATH:" \
 			"$$(python3 --version 2>/dev/null || echo no python3)." >&2; \
@@ -154,7 +184,8 @@ $(VENV)/run.stamp: requirements/run.lock
 		echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13 with its venv module." >&2; exit 1; }
 	@echo "Making $(VENV) with the locked dependencies: half a minute or more, 600 MB."
 	$(PYTHON) -m venv --clear $(VENV)
-	$(LOCKED) -r requirements/run.lock
+	$(LOCKED) $(addprefix -r ,$(LOCKS))
+	@echo "$(EXTRAS)" >$(VENV)/extras
 	@touch $@
 
 $(VENV)/project.stamp: $(VENV)/run.stamp pyproject.toml

@@ -29,9 +29,9 @@ from nested_core.process.our_packages import RUN_MODULE
 from nested_core.storage.addresses import require_no_address
 from nested_core.text.foreign_text import escape
 
-# What an argument is called that may be an address: a text, a URL, or the words of a command.
+# What an argument is called that is no path: a text, a URL, the words of a command, a host, a name.
 TEXTS = ("TEXT", "FIELD", "A,B", "WHO", "TEMPLATE", "URI", "ORIGIN,...")
-NO_PATHS = (*TEXTS, "TYPE/NAME|URL|@FILE", "COMMAND")
+NO_PATHS = (*TEXTS, "TYPE/NAME|URL|@FILE", "COMMAND", "HOST", "USER/NAME")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -216,7 +216,45 @@ def test_the_locks_pin_every_line_with_hashes_and_name_no_address() -> None:
         assert not re.search(r"^\s*(-i|--(extra-)?index-url|--find-links|-f)\b", text, re.MULTILINE)
         pinned = re.findall(r"^[a-z][^\n]*==[^\n]*\\\n    --hash=sha256:", text, re.MULTILINE)
         assert len(pinned) == len(re.findall(r"^[a-z]", text, re.MULTILINE))
-        assert len(pinned) > (1 if lock.name == "llama-cpp.lock" else 100)
+        assert len(pinned) > {"llama-cpp.lock": 1, "release.lock": 40}.get(lock.name, 100)
+
+
+def dry_run(*words: str) -> str:
+    """What make would do."""
+    command = ("make", "--dry-run", f"PYTHON={sys.executable}", *words)
+    return subprocess.check_output(command, cwd=ROOT, text=True)
+
+
+@pytest.mark.parametrize(
+    ("extras", "locks"),
+    [("", ["run"]), ("hub mlflow", ["run", "hub", "mlflow"]), ("cuda hub", ["cuda", "hub"])],
+)
+def test_extras_are_installed_from_locks_with_hashes(extras: str, locks: list[str]) -> None:
+    named = " ".join(f"-r requirements/{lock}.lock" for lock in locks)
+    printed = dry_run("--always-make", "install", f"EXTRAS={extras}")
+    assert f"--only-binary :all: --require-hashes {named}\n" in printed
+
+
+@pytest.mark.parametrize("name", ["cuda", "hub", "mlflow"])
+def test_the_lock_of_an_extra_holds_the_versions_of_the_run_lock(name: str) -> None:
+    run_lock, lock = (
+        dict(re.findall(r"^([a-z][^ ;]*)==([^ ;]+)", (ROOT / path).read_text(), re.M))
+        for path in ("requirements/run.lock", f"requirements/{name}.lock")
+    )
+    differing = {package for package, version in run_lock.items() if lock.get(package) != version}
+    assert differing == {"mlx-cpu"}
+
+
+def test_what_runs_elsewhere_is_named_by_its_commit() -> None:
+    text = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    assert text.count("uses:") == len(re.findall(r"uses: \S+@[0-9a-f]{40} # v", text)) > 0
+
+
+def test_a_release_is_refused_where_an_image_has_no_digest() -> None:
+    assert "image:" in dry_run("release").splitlines()[0], "the images are not looked at first"
+    done = run("make", "pinned-images", cwd=ROOT)
+    assert done.returncode != 0
+    assert "Name each of these images by its digest first" in done.stderr
 
 
 def test_the_development_lock_holds_the_versions_of_the_run_lock() -> None:

@@ -36,7 +36,7 @@ REGISTRIES_VARIABLE = "NESTED_TUNE_REGISTRIES"
 GUARDED_VARIABLES = (CACHE_VARIABLE, KERNELS_FOLDER_VARIABLE, "PREFECT_HOME")
 _PURELIB = os.path.realpath(sysconfig.get_path("purelib"))
 CODE_FOLDERS = (Path(_PURELIB), *(ROOT / name for name in ("nested_core", *COMMON_NAMES)))
-REMOTE_SCHEMES = ("https://", "hf://")  # any other may be a local file, or go unencrypted
+HUB_SCHEME = "hf://"  # any other may be a local file, or an address inside this network
 CONTROL_CATEGORIES = {"Cc", "Zl", "Zp"}  # NUL, line ends and their like
 
 # What of `datasets` a parameter may ask for. Other loaders read pickles and databases, and other
@@ -257,7 +257,7 @@ def _refuse_other_loader(entry: HubDataset, what: str) -> None:
 
 def _require_data_file(folders: list[Path], value: str, what: str) -> None:
     _refuse_control_characters(value, what)
-    if not value.startswith(REMOTE_SCHEMES) or "::" in value:
+    if not value.startswith(HUB_SCHEME) or "::" in value:
         _require_below(folders, value, what)
 
 
@@ -266,8 +266,8 @@ def _require_below(folders: list[Path], value: str, what: str) -> None:
     _refuse_control_characters(value, what)
     if "://" in value or "::" in value or "~" in value:
         raise ConfigError(
-            f"{what}: {value!r} is neither a path nor an https:// or hf:// address. Give one of "
-            f"them: other addresses can name files that this worker may not read."
+            f"{what}: {value!r} is neither a path nor an hf:// address. Give one of them: other "
+            f"addresses can name what this worker may not read. Fetch such a file first."
         )
     for folder in folders:
         _resolve_allowed(folder / value, what, str(folder / value))

@@ -50,6 +50,10 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
     unread = {run.config.name, run.training_examples.name, *measured, *bound.files} - files.keys()
     if recorded.validation is not None:
         unread.add(run.gate_losses.name)
+    if config.gate.tasks:
+        unread |= {run.suites.name, run.answers.name}
+    if any(suite.canary for suite in config.gate.tasks):
+        unread.add(run.canary.name)
     files |= {name: describe_file(run.path / name) for name in unread}
     if changed := [name for name in sorted(files) if files[name] != bound.files.get(name)]:
         raise DamagedError(

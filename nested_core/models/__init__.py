@@ -4,6 +4,6 @@ base_model.py finds and loads the base, base_modules.py opens one without its we
 lora_attachment.py makes an adapter trainable. adapter_fit.py checks that an adapter fits its
 settings and base. parameters.py refers to trainable parameters by name, lora_tensors.py names the
 tensors of an adapter, and adapter_formats.py is the interface of rooms that know other programs'
-adapters. generation.py generates answers and chat_template.py renders chats. kept_base.py attaches
-adapters to a base that stays loaded, and session.py keeps it from step to step of a run.
+adapters. generation.py generates answers and chat_template.py renders chats. session.py attaches
+adapters to a base that stays loaded from step to step of a run.
 """

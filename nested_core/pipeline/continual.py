@@ -32,6 +32,7 @@ from nested_core.records.judged_run import JudgedRun
 from nested_core.records.outcome_names import Outcome
 from nested_core.records.skip import Skip
 from nested_core.records.start import read_start
+from nested_core.records.verdict import Verdict
 from nested_core.registry import holding_champion, read_champion, trials, verify
 from nested_core.registry.folders import name_exists
 from nested_core.registry.policy import read_reference
@@ -211,15 +212,20 @@ def settings_digest(
     return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
-def digest_held_out(config: FineTuneConfig, dataset: DatasetReport) -> str | None:
+def digest_held_out(
+    config: FineTuneConfig, dataset: DatasetReport, verdict: Verdict | None = None
+) -> str | None:
     """Return the digest of the examples that the gate measures losses on; None without any.
 
-    For a file outside of the data set, the digest of the file; None if the file is gone.
+    For a file outside of the data set, the digest of the file as it is, or of that which a verdict
+    was given on; None if the file is gone.
     """
     split = held_out_split(config.gate.held_out, dataset.splits)
-    if split is None:
+    if split is not None:
+        return dataset.splits[split].digest
+    if verdict is None:
         return digest_held_out_file(config.gate.held_out)
-    return dataset.splits[split].digest
+    return None if verdict.validation is None else verdict.validation.file_sha256
 
 
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:

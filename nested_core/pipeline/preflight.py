@@ -30,6 +30,7 @@ from nested_core.storage.output_places import require_adapter_place, require_fre
 from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
 from nested_core.storage.untrusted_files import open_regular
+from nested_core.text.value_format import format_bytes
 
 FLOAT32_BYTES = 4
 # Float32 values an optimizer of mlx keeps for each parameter; two for those not listed.
@@ -116,8 +117,8 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
         return
     raise ConfigError(
         f"{run.path} has no room for its checkpoints: up to {most} are kept at a time, of about "
-        f"{_format_bytes(size)} each, which with the adapter is {_format_bytes(needed)} more, and "
-        f"{_format_bytes(free)} are free on its disk. Make room, keep fewer with "
+        f"{format_bytes(size)} each, which with the adapter is {format_bytes(needed)} more, and "
+        f"{format_bytes(free)} are free on its disk. Make room, keep fewer with "
         f"training.keep_checkpoints, or give a run directory on another disk."
     )
 
@@ -147,8 +148,3 @@ def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:
     if config.nested.slow_gradients == "accumulate":
         moments += 1
     return size + FLOAT32_BYTES * (masters + moments * count)
-
-
-def _format_bytes(size: int) -> str:
-    """Format a size in GB or MB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

@@ -18,7 +18,7 @@ from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.example_rows import RowKeys, read_split_rows
-from nested_core.data.held_out_rows import as_test_set_alone
+from nested_core.data.held_out_rows import as_test_set_alone, digest_held_out_file
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
@@ -140,6 +140,9 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
         if choice in SPLITS_BY_HELD_OUT_CHOICE:
             held_out = held_out_sets.pop(held_out_split(choice, recorded), [])
         else:
+            validation = judged.verdict.validation
+            if validation is None or validation.file_sha256 != digest_held_out_file(choice):
+                raise DatasetError(f"{choice} has changed since the gate judged by it")
             with as_test_set_alone(Path(choice).expanduser(), settings) as alone:
                 held_out = _read_validated_rows(alone, "test", {})
     except (ConfigError, DatasetError, OSError) as error:
@@ -285,7 +288,7 @@ def describe_changed_held_out(
         return None
     folder = version_folder(*registry_location(config.registry), champion)
     before = read_provenance(folder).get("validation_digest")
-    now = digest_held_out(config, dataset)
+    now = digest_held_out(config, dataset, verdict)
     if before is None or now is None or before == now:
         return None
     earlier = read_verdict(folder / GATE_NAME).validation
@@ -330,7 +333,7 @@ def make_provenance(
         "prompt_format": to_jsonable_python(dataset.prompt_format),
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
-        "validation_digest": digest_held_out(config, dataset),
+        "validation_digest": digest_held_out(config, dataset, judged.verdict),
         "gate_sha256": judged.bound.files[GATE_NAME]["sha256"],
         "parent": parent_version_of(config, initial) or champion,
         "champion_at_gate": champion,

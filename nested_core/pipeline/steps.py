@@ -71,14 +71,13 @@ from nested_core.models.base_model import (
     vocabulary_size,
 )
 from nested_core.models.generation import encode_prompt
-from nested_core.models.kept_base import BaseWithAdapter, load_base_with_adapter
 from nested_core.models.lora_attachment import (
     load_adapter_tensors,
     make_adapter_config,
     read_adapter_file,
 )
 from nested_core.models.parameters import trainable_parameters
-from nested_core.models.session import Session
+from nested_core.models.session import BaseWithAdapter, Session, load_base_with_adapter
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices

@@ -345,17 +345,9 @@ class DatasetReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values, for dataset.json and `validate --json`."""
-        return {
-            "folder": self.folder,
-            "digest": self.digest,
-            "prompt_format": to_jsonable_python(self.prompt_format),
-            "chat_template": self.chat_template,
-            "vocabulary": self.vocabulary,
-            "tokenizer": self.tokenizer,
-            "splits": to_jsonable_python(self.splits),
-            "findings": [finding.to_json() for finding in self.findings],
-            "counts": self.counts,
-        }
+        values: dict[str, Any] = to_jsonable_python(self)
+        findings = [finding.to_json() for finding in self.findings]
+        return values | {"findings": findings, "counts": self.counts}
 
     @property
     def counts(self) -> dict[Severity, int]:

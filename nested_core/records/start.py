@@ -52,7 +52,7 @@ class Start:
     def describe(self, name: str | None) -> str:
         """Describe in a sentence what training started from; `name` is the adapter's name."""
         if self.champion is None:
-            return f"{name} has no champion yet: starting from a fresh adapter"
+            return f"{name} had no champion when the run began: starting from a fresh adapter"
         version = f"version {shorten_digest(self.champion)} of {name}"
         if self.choice.policy == "continue":
             rate = f" at {self.rate_share:g} of the learning rate" if self.rate_share != 1 else ""

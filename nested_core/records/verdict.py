@@ -245,6 +245,7 @@ class Validation(HeldOutComparison):
     loss_before, loss_after: mean losses in `unit` with the initial and the trained adapter.
     selected_on_same_data: whether the same examples also chose the adapter's step.
     file: the file of the data set that holds the examples.
+    file_sha256: SHA-256 of a file beside the data set (`gate.held_out: FILE`); None for a split.
     examples: how many were counted; gate-losses.jsonl has the losses of each.
     left_out: how many were not counted because the candidate or a parent was trained on them.
     chosen_among: how many candidates were compared on these examples to choose this one; 1 if none.
@@ -257,6 +258,7 @@ class Validation(HeldOutComparison):
     loss_after: float | None
     selected_on_same_data: bool
     file: str | None = None
+    file_sha256: str | None = None
     examples: int | None = None
     losses_sha256: str | None = None
     has_one_answer: bool = False
@@ -317,15 +319,12 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class ChampionLoss(HeldOutComparison):
-    """The loss of the champion, compared with the candidate on the same held-out examples.
+class VersionLoss(HeldOutComparison):
+    """The loss of a registered version, compared with the candidate on the same held-out examples.
 
-    version: the champion when the gate ran.
-    loss: the champion's mean loss in `unit`. `difference` is candidate minus champion, so the
-        candidate's loss is `loss` + `difference`.
+    version: the registered version.
+    loss: its mean loss in `unit`. `difference` is candidate minus version.
     examples: how many were compared.
-    left_out: how many were not, because the champion, the candidate or an ancestor was trained on
-        them.
     not_compared: why there is no comparison and there are no figures; None if there is one.
     """
 
@@ -333,6 +332,23 @@ class ChampionLoss(HeldOutComparison):
     loss: float | None = None
     examples: int = 0
     not_compared: str | None = None
+
+    @property
+    def loss_after(self) -> float | None:
+        """The candidate's mean loss in `unit`; None if there is no comparison."""
+        if self.loss is None or self.difference is None:
+            return None
+        return self.loss + self.difference
+
+
+@dataclass(frozen=True)
+class ChampionLoss(VersionLoss):
+    """The loss of the champion, compared with the candidate on the same held-out examples.
+
+    version: the champion when the gate ran.
+    left_out: how many were not compared, because the champion, the candidate or an ancestor was
+        trained on them.
+    """
 
     def describe(self) -> str:
         """Describe the champion's loss and the candidate's difference, or why there is none."""
@@ -354,7 +370,7 @@ JOINED = "joined"  # in place of a version, where several are judged together
 
 
 @dataclass(frozen=True)
-class AncestorLoss(HeldOutComparison):
+class AncestorLoss(VersionLoss):
     """Champion and candidate compared on the held-out examples of an earlier version.
 
     The earlier version is the champion or one that the champion was trained from.
@@ -372,14 +388,10 @@ class AncestorLoss(HeldOutComparison):
         JOINED.
     """
 
-    version: str
     registered: str | None = None
-    loss: float | None = None
-    examples: int = 0
     superseded: int = 0
     repeated: int = 0
     missing: int = 0
-    not_compared: str | None = None
     joined: tuple[str, ...] = ()
 
     @property
@@ -389,13 +401,6 @@ class AncestorLoss(HeldOutComparison):
             return f"each of {len(self.joined)} joined versions"
         night = "" if self.registered is None else f" of {self.registered[:10]}"
         return f"version {shorten_digest(self.version)}{night}"
-
-    @property
-    def loss_after(self) -> float | None:
-        """The candidate's mean loss in `unit`; None if there is no comparison."""
-        if self.loss is None or self.difference is None:
-            return None
-        return self.loss + self.difference
 
     @property
     def is_unmeasured(self) -> bool:
@@ -861,12 +866,11 @@ class Verdict:
         losses, record = self.validation, self.champion
         if losses is not None and self.initial.digest == champion:
             after, before = losses.loss_after, losses.loss_before
-            return None if after is None or before is None else (after, before)
-        if record is None or record.version != champion:
+        elif record is not None and record.version == champion:
+            after, before = record.loss_after, record.loss
+        else:
             return None
-        if record.loss is None or record.difference is None:
-            return None
-        return record.loss + record.difference, record.loss
+        return None if after is None or before is None else (after, before)
 
     def notes(self) -> list[str]:
         """Return warnings that belong beside the verdict; of a failed one, those of rooms alone."""

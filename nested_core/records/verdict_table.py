@@ -208,7 +208,7 @@ def _rival_check(role: str, rival: ChampionLoss) -> CheckRow:
     return CheckRow(
         f"{name} vs this run, {examples}",
         format_loss(rival.loss),
-        format_loss(rival.loss + rival.difference),
+        format_loss(rival.loss_after),
         _difference(rival),
         verdict=rival.describe_few_prompts() or (rival.conclusion or "").replace("_", " ") or None,
     )

@@ -47,23 +47,7 @@ Action = Literal[
 CHAMPION_CHANGE_ACTIONS = ("promote", "rollback", "moved")
 REMOVAL_ACTIONS = ("collected", "forgotten")
 REGISTRATION_ACTIONS = ("registered", "judged")
-# Fields that few lines have: left out of a line where they are null.
-OPTIONAL_FIELDS = (
-    "judgement",
-    "reason",
-    "against_policy",
-    "before",
-    "after",
-    "flow_run",
-    "deployment",
-    "dataset_digest",
-    "settings_digest",
-    "conditions_digest",
-    "outcome",
-    "run",
-    "adapter",
-    "layout",
-)
+NULLABLE_FIELDS = ("version", "previous", "manifest")  # any other is left out where it is null
 
 
 @dataclass(frozen=True)
@@ -141,11 +125,11 @@ class Entry:
         return self.version if self.action in CHAMPION_CHANGE_ACTIONS else self.previous
 
     def fields(self) -> dict[str, Any]:
-        """Return the line's JSON object, without optional fields that are None."""
+        """Return the line's JSON object; of fields that are None it has NULLABLE_FIELDS."""
         return {
             name: value
             for name, value in asdict(self).items()
-            if value is not None or name not in OPTIONAL_FIELDS
+            if value is not None or name in NULLABLE_FIELDS
         }
 
 

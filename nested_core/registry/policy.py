@@ -44,7 +44,7 @@ class RegistryPolicy(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
     promote: PromotionMode | None = None
     max_val_loss_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    tasks: tuple[TaskSection, ...] = ()
+    tasks: tuple[TaskSection, ...] = Field(default=(), strict=False)
     reference: str | None = Field(
         default=None, pattern=rf"^({NIGHTS_PREFIX}[1-9][0-9]{{0,3}}|[0-9a-f]{{64}})$"
     )
@@ -239,11 +239,9 @@ def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:
     """Parse the policy in a history line; DamagedError if it has another form."""
     kept = {key: value for key, value in fields.items() if key != "canary"}  # 0.2.0 wrote it
     try:
-        return RegistryPolicy.model_validate(
-            {**kept, "tasks": tuple(map(TaskSection.model_validate, fields.get("tasks", ())))}
-        )
-    except (ValidationError, TypeError) as error:
-        problem = describe_first_problem(error) if isinstance(error, ValidationError) else error
+        return RegistryPolicy.model_validate(kept)
+    except ValidationError as error:
+        problem = describe_first_problem(error)
         raise DamagedError(
             f"{path} holds a policy that cannot be read: {problem}. Restore it from a backup."
         ) from error
@@ -252,9 +250,7 @@ def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:
 def _check_policy(fields: Mapping[str, Any]) -> RegistryPolicy:
     """Validate a policy that a person sets; ConfigError if a run could not follow it."""
     try:
-        policy = RegistryPolicy.model_validate(
-            {**fields, "tasks": tuple(map(TaskSection.model_validate, fields["tasks"]))}
-        )
+        policy = RegistryPolicy.model_validate(fields)
         GateSection.model_validate({"tasks": policy.fields()["tasks"]})
     except ValidationError as error:
         raise ConfigError(f"policy: {describe_first_problem(error)}.") from error

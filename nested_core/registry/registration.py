@@ -190,6 +190,8 @@ def _add_version(locked: NameFolder, new: NewVersion) -> str:
     if not is_lost:  # after the files: after a crash in between, the next writer adds the line
         conditions = new.provenance.get("conditions_digest")
         locked.record("registered", version, by, manifest=manifest, conditions_digest=conditions)
+    elif is_judged:  # the verdict in the new folder may be newer than the judgements that are left
+        _record_verdict(locked, new)
     return manifest
 
 

@@ -31,7 +31,8 @@ MAX_NAME_LENGTH = 512
 MAX_DIMENSIONS = 8
 METADATA_KEY = "__metadata__"
 FLOATING_POINT_DTYPES = ("F64", "F32", "F16", "BF16")
-NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U64": "<u8", "U32": "<u4", "BF16": "<u2"}
+NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+NUMPY_DTYPES |= {"U64": "<u8", "U32": "<u4", "U8": "|u1"}  # counters, and what few bits are kept in
 BYTES_PER_ELEMENT = {name: np.dtype(stored).itemsize for name, stored in NUMPY_DTYPES.items()}
 REASONS_BY_UNSAFE_SUFFIX = {
     **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"), "a pickle runs code"),

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from nested_core.errors import ConfigError
+from nested_core.storage.addresses import require_no_address
 from nested_core.storage.atomic import canonical_json, temporary_beside
 
 CACHE_VARIABLE = "NESTED_TUNE_CACHE"
@@ -24,11 +25,23 @@ OTHERS_WRITE_BITS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_folder() -> Path:
-    """Return $NESTED_TUNE_CACHE, or nested-tune in $XDG_CACHE_HOME or ~/.cache."""
-    given = os.environ.get(CACHE_VARIABLE)
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested-tune"
+    """Return $NESTED_TUNE_CACHE, or nested-tune in $XDG_CACHE_HOME or ~/.cache.
+
+    $XDG_CACHE_HOME counts where it is absolute, as the XDG Base Directory Specification says.
+    """
+    if given := given_folder(CACHE_VARIABLE):
+        return given
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "nested-tune"
+
+
+def given_folder(variable: str) -> Path | None:
+    """Return the folder that an environment variable names, which is no address; None without."""
+    given = os.environ.get(variable)
+    if not given:
+        return None
+    require_no_address(given, lambda message: ConfigError(f"{variable}: {message}."))
+    return Path(given)
 
 
 @dataclass(frozen=True)
@@ -114,13 +127,11 @@ def _folder_that_others_may_write(folder: Path) -> Path | None:
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & OTHERS_WRITE_BITS:
         return folder
-    resolved = folder.resolve()
-    if resolved.parent.stat().st_uid not in (0, os.getuid()):
-        return resolved.parent
     forbidden = OTHERS_WRITE_BITS
-    for above in resolved.parents:
-        mode = above.stat().st_mode
-        if mode & forbidden and not mode & stat.S_ISVTX:
+    for above in folder.resolve().parents:
+        status = above.stat()
+        is_open = status.st_mode & forbidden and not status.st_mode & stat.S_ISVTX
+        if is_open or status.st_uid not in (0, os.getuid()):
             return above
         forbidden = stat.S_IWOTH
     return None

@@ -39,7 +39,9 @@ def story(prefect_server, tmp_path_factory) -> tuple[Path, dict[str, Ended]]:
 def test_the_first_run_says_that_there_is_no_champion(story) -> None:
     _, ran = story
     assert (ran["first"].code, ran["promote"].code) == (0, 0)
-    assert "has no champion yet: starting from a fresh adapter" in ran["first"].stderr
+    assert (
+        "had no champion when the run began: starting from a fresh adapter" in ran["first"].stderr
+    )
 
 
 def test_train_and_run_end_early_with_success(story: tuple[Path, dict[str, Ended]]) -> None:

@@ -235,7 +235,7 @@ def test_an_outcome_has_the_same_words_on_every_screen(outcome, tmp_path, capsys
                 screens[name] = capsys.readouterr().out
         read = Run(run)
         if is_there("nights"):
-            describe_night = load("nested_core.rooms.nights.night_pages:describe_night")
+            describe_night = load("nested_core.rooms.nights.pages:describe_night")
             screens["page"] = str(describe_night(config_of(run), read, outcome, "said"))
         if read.verdict is not None and read.verdict.has_passed and outcome != Outcome.RUNNING:
             print_result(config_of(run), FinetuneResult(run, verdict=read.verdict), ())

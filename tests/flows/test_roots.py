@@ -57,7 +57,6 @@ def hub(path: str, **arguments: Any) -> FineTuneConfig:
         config(model="data", data="owner/data-set"),
         hub("owner/data-set", data_files={"train": ["data/*.parquet", "more/a.jsonl"]}),
         hub("json", data_files="data/train.jsonl"),
-        hub("json", data_files="https://data.example/train.jsonl"),
         hub("parquet", data_files=["hf://datasets/owner/name/a.parquet"]),
         hub("data", data_files="train.jsonl"),
         config(hf_dataset=[{"path": "data"}, {"path": "owner/other"}]),
@@ -104,6 +103,7 @@ def test_data_files_outside_are_refused_however_they_are_written(home, loader, f
         "https://data.example/a.zip::file:///etc/passwd",
         "~/secret.jsonl",
         "http://169.254.169.254/latest/meta-data",
+        "https://data.example/train.jsonl",
         "https://x/\n::file:///etc/passwd",
         "https://x/::/etc/passwd",
         "hf://x/\r\n::file:///etc/passwd",
@@ -114,8 +114,8 @@ def test_data_files_outside_are_refused_however_they_are_written(home, loader, f
         "data/train.jsonl\n",
     ],
 )
-def test_only_one_plain_address_over_https_or_of_the_hub_is_taken(home: Path, address: str) -> None:
-    with pytest.raises(ConfigError, match="is neither a path nor an https|control character") as e:
+def test_only_one_plain_address_of_the_hub_is_taken(home: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="is neither a path nor an hf|control character") as e:
         with_allowed_paths(hub("json", data_files=address))
     assert "\n" not in str(e.value)
 
@@ -280,7 +280,7 @@ def test_a_file_of_a_data_set_that_leads_outside_is_refused(home: Path, key: str
 def test_a_loader_that_reads_more_than_data_is_refused(home, loader, monkeypatch) -> None:
     pytest.importorskip("datasets")
     with pytest.raises(ConfigError, match="is a loader of `datasets`"):
-        with_allowed_paths(hub(loader, data_files="https://data.example/x"))
+        with_allowed_paths(hub(loader, data_files="data/train.jsonl"))
 
 
 @pytest.mark.parametrize(

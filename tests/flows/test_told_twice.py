@@ -187,10 +187,10 @@ def test_each_page_has_the_same_rows_and_the_loss_in_the_same_words(told: Told) 
     if is_there("export"):
         pages["card"] = asked(told, "card", "capitals")
     if is_there("nights"):
-        describe_champion = load("nested_core.rooms.nights.champion_page:describe_champion")
+        describe_champion = load("nested_core.rooms.nights.pages:describe_champion")
         champion = (folder / "registry", "capitals", result.version, verdict)
         pages["champion"] = str(describe_champion(*champion))
-        describe_night = load("nested_core.rooms.nights.night_pages:describe_night")
+        describe_night = load("nested_core.rooms.nights.pages:describe_night")
         pages["night"] = str(describe_night(config, Run(result.run), "Promoted", "done"))
     plain = {name: page.replace("\\", "") for name, page in pages.items()}
     losses = f"{format_loss(told.before)} | {format_loss(gate_loss)}"

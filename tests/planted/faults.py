@@ -97,7 +97,7 @@ FAULTS = (
         "a forgotten call",
     ),
     Fault(
-        "nested_core/rooms/peft/lora_factors.py",
+        "nested_core/rooms/peft/peft_format.py",
         'axis = 1 if leaf_name(name) == "lora_a" else 0',
         'axis = 0 if leaf_name(name) == "lora_a" else 1',
         "a wrong axis",

@@ -74,7 +74,7 @@ def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack
     version = champion(stack)
     assert version is not None
     assert str(ended.state.message).startswith(f"verified {version[:12]}: validation loss ")
-    start = f"{NAME} has no champion yet: starting from a fresh adapter"
+    start = f"{NAME} had no champion when the run began: starting from a fresh adapter"
     assert str(ended.state.message).endswith(f"; promoted; {start}")
 
 

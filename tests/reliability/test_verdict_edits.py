@@ -24,6 +24,7 @@ from nested_core.records.verdict_file import parse_verdict
 from nested_core.storage.atomic import canonical_json, render_json
 from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
+from tests.builders.suites import task, write_suite
 from tests.example import SMALL, train_example
 from tests.gate_files import read_gate, write_gate
 
@@ -178,13 +179,30 @@ def test_every_edit_of_the_manifest_is_refused(edited, every) -> None:
         assert is_refused(config, run), (keys, value)
 
 
-def test_rows_that_a_run_was_trained_on_are_neither_removed_nor_unlisted(edited) -> None:
-    config, run = edited
-    made = changed(read_manifest(run.path), ("files", run.training_examples.name), REMOVED)
-    body = {"facts": made["facts"], "files": made["files"]}
-    run.training_examples.unlink()
-    run.manifest.write_bytes(render_json(body | {"digest": sha256(body)}))
-    assert is_refused(config, run)
+def test_a_file_that_each_verdict_of_the_configuration_has_is_neither_removed_nor_unlisted(
+    edited, tmp_path
+) -> None:
+    suite = task(write_suite(tmp_path / "suite.jsonl", count=2), canary=True, max_drop=1.0)
+    gate = {"tasks": [suite]}
+    other = train_example(tmp_path / "other", lora_parameters=SMALL, val_batches=1, gate=gate)
+    steps.judge(other.config, other.run)
+    for config, run in (edited, (other.config, other.run)):
+        listed = {run.plan, run.training_examples, run.gate_losses}
+        if config.gate.tasks:
+            listed |= {run.suites, run.answers, run.canary}
+        for path in listed:
+            content, manifest = path.read_bytes(), run.manifest.read_bytes()
+            made = changed(read_manifest(run.path), ("files", path.name), REMOVED)
+            body = {"facts": made["facts"], "files": made["files"]}
+            run.manifest.write_bytes(render_json(body | {"digest": sha256(body)}))
+            assert is_refused(config, run), f"{path.name} unlisted"
+            path.unlink()
+            assert is_refused(config, run), f"{path.name} removed"
+            run.manifest.write_bytes(manifest)
+            path.write_bytes(content + b"\n")
+            assert is_refused(config, run), f"{path.name} changed"
+            path.write_bytes(content)
+            assert not is_refused(config, run)
 
 
 def sha256(body: Any) -> str:

@@ -12,7 +12,7 @@ from nested_core.errors import NestedTuneError
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import read_champion, read_champion_changes
 from nested_core.registry.versions import version_folder
-from nested_core.rooms.nights.champion_page import describe_champion, format_minute
+from nested_core.rooms.nights.pages import describe_champion, format_minute
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape_markdown
 from tasks.artifact_client import artifact_key, find_newest_artifact, publish_page

@@ -56,7 +56,7 @@ def add_mlx_lm_server_options(group: Any) -> None:
     """
     add, split = group.add_argument, re.compile(r"[^,\s]+").findall
     add("--model", metavar="MODEL", help="the base (default: the adapter's own)")
-    add("--host", default="127.0.0.1", help="default: 127.0.0.1")
+    add("--host", default="127.0.0.1", metavar="HOST", help="default: 127.0.0.1")
     add("--port", type=int, default=8080, help="0: any free one (default: 8080)")
     add("--allowed-origins", type=split, default=[], metavar="ORIGIN,...", help="default: none")
     add("--draft-model", metavar="MODEL", help="for speculative decoding")

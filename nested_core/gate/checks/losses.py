@@ -13,6 +13,7 @@ from typing import Never
 
 import numpy as np
 
+from nested_core.data.held_out_rows import digest_held_out_file
 from nested_core.gate.checks.file_checks import CHANGE, UNLOADABLE
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge, count_lines
@@ -60,6 +61,7 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
     recorded = render_json(judged.trained_on.to_json())
     judged.written_files[run.training_examples.name] = recorded
     judged.candidates = Candidates()
+    file_sha256 = digest_held_out_file(config.gate.held_out)
     judged.held_out = held_out = read_held_out_examples(config, splits)
     if held_out is None:
         return
@@ -81,6 +83,7 @@ def _measure_losses(judged: CheckedRun) -> Iterator[Reason]:
         are_rows_known=judged.trained_on.unknown is None,
     )
     drift = summarise_drift(losses)
+    validation = replace(validation, file_sha256=file_sha256)
     judged.verdict = replace(judged.verdict, validation=validation, drift=drift)
     if validation.examples != 0:
         yield from non_finite_loss_reasons(validation, "loss")

@@ -145,7 +145,7 @@ def _hash_judged_files(
 
     The configuration is not among them.
     """
-    paths = [run.dataset, run.tiers, run.metrics, run.result]
+    paths = [run.dataset, run.tiers, run.plan, run.metrics, run.result]
     optional = (run.validation_losses, run.replay, run.replayed_rows, run.start)
     paths += [path for path in optional if path.is_file()]
     entries = {path: describe_file(path) for path in paths}

@@ -12,8 +12,7 @@ from nested_core.gate.evidence.training_divergence import Divergence
 from nested_core.gate.proof.canary import CanaryPrompt, choose_canary_prompts
 from nested_core.gate.proof.fresh_process_check import ProofRequest, RunningProof
 from nested_core.models.base_model import find_model_folder, model_compute_dtype
-from nested_core.models.kept_base import frozen_tensors
-from nested_core.models.session import Session
+from nested_core.models.session import Session, frozen_tensors
 
 
 class ProofOfRun:

@@ -30,14 +30,13 @@ from nested_core.measure.losses.prediction_comparison import (
     PredictionComparison,
 )
 from nested_core.models.chat_template import Tokenizer
-from nested_core.models.kept_base import load_base_with_adapter
 from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
 from nested_core.models.parameters import (
     ParameterRefs,
     read_parameters,
     reference_trainable_parameters,
 )
-from nested_core.models.session import Session
+from nested_core.models.session import Session, load_base_with_adapter
 from nested_core.optim.gradients import Flat
 from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.losses import ExampleLosses, Vector

@@ -1,6 +1,6 @@
-"""export.json: what an exported model was made of, and what a fresh process read of it.
+"""export.json and its card: what an exported model was made of, and what a new process read of it.
 
-It lies in an exported folder, and beside a GGUF under the file's name.
+The record lies in an exported folder, and beside a GGUF under the file's name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from nested_core.storage.atomic import write_json
 from nested_core.storage.json_file import JsonFile
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.untrusted_files import file_type, read_regular
+from nested_core.text.document import Document, Facts, Text
 from nested_core.text.loss_format import NATS_PER_TOKEN, format_interval, format_loss
 
 RECORD_NAME = "export.json"
@@ -206,3 +207,21 @@ def require_recorded_files(artefact: Path, record: ExportRecord) -> None:
             f"the files. If you changed them on purpose, remove {record_place(artefact).name}: the "
             f"folder is a model of its own then."
         )
+
+
+def render_export_card(name: str, record: ExportRecord) -> str:
+    """Return the card of an exported folder of this name, as Markdown."""
+    headline = (
+        f"A base model with an adapter in its weights, exported by nested-tune. "
+        f"{'Passed' if record.stands else 'Failed'}: {record.describe()}."
+    )
+    facts = [
+        ("adapter", record.version),
+        ("base", f"{Path(record.base).name}, {record.base_fingerprint}"),
+        ("weights", record.weights),
+        ("read by", record.reader),
+        ("all figures", RECORD_NAME),
+    ]
+    remarks = [Text(problem, "bad") for problem in record.problems]
+    remarks += [Text(note, "note") for note in record.notes]
+    return f"{Document(name, [Text(headline, is_headline=True), *remarks, Facts(facts)])}\n"

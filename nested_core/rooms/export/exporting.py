@@ -43,13 +43,13 @@ from nested_core.records.result import read_result
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance
 from nested_core.rooms.export.asked import Asked, HeldOutRows
-from nested_core.rooms.export.export_card import render_export_card
 from nested_core.rooms.export.export_record import (
     CARD_NAME,
     ExportRecord,
     Quantized,
     WeightFormat,
     record_place,
+    render_export_card,
     write_export_record,
 )
 from nested_core.rooms.export.fresh_reading import (

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from nested_core.backend import KernelFolder
 from nested_core.errors import ConfigError
-from nested_core.storage.user_cache import UserCache, cache_folder
+from nested_core.storage.user_cache import UserCache, cache_folder, given_folder
 from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE, USER_TMPDIR_VARIABLE
 
 PROCESS_FOLDER_PREFIX = "nested-tune-kernels-"
@@ -118,8 +118,7 @@ def open_kernel_store_folder() -> Path:
     It lies in $NESTED_TUNE_KERNELS, else in `kernels` of the folder for caches. ConfigError if the
     folder is a link, another user's, writable by others, or may not hold programs.
     """
-    given = os.environ.get(KERNELS_FOLDER_VARIABLE)
-    root = Path(given) if given else cache_folder() / "kernels"
+    root = given_folder(KERNELS_FOLDER_VARIABLE) or cache_folder() / "kernels"
     folder = root / _machine_type()
     danger = "have this process run their code"
     for place in (root, folder):

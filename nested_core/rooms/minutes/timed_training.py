@@ -34,8 +34,7 @@ from nested_core.rooms.minutes.blas_threads import (
     choose_blas_threads_of_run,
     using_blas_threads,
 )
-from nested_core.rooms.minutes.forecast import Forecast, make_forecast
-from nested_core.rooms.minutes.trial_run import try_steps
+from nested_core.rooms.minutes.forecast import Forecast, make_forecast, try_steps
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory

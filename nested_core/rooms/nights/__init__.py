@@ -1,5 +1,4 @@
-"""The nights of an adapter, as pages (night_pages.py).
+"""The nights and the champion of an adapter, as pages (pages.py).
 
-champion_page.py is the page of its champion; fleet.py has the champion and the last change of every
-name of a registry.
+fleet.py has the champion and the last change of every name of a registry.
 """

@@ -12,7 +12,7 @@ from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry import list_names
 from nested_core.registry.link_and_views import reading
 from nested_core.registry.versions import version_folder
-from nested_core.rooms.nights.champion_page import format_minute
+from nested_core.rooms.nights.pages import format_minute
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_loss, join_units
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nested_core.models.adapter_formats import AdapterFormat
-from nested_core.rooms.peft.exporting import export_peft
-from nested_core.rooms.peft.importing import PEFT_WEIGHTS, PICKLES, import_peft
+from nested_core.rooms.peft.conversion import PEFT_WEIGHTS, PICKLES, export_peft, import_peft
 from nested_core.storage.adapter import WEIGHTS_NAME
 
 

@@ -3,6 +3,6 @@
 mlx_launch.py makes the command, rank_group.py follows the processes with a trainer's methods, and
 rank_worker.py is the program of each. Two more programs are started by path: launcher_program.py
 runs mlx.launch without its busy loop, and end_with_parent.py ends all processes when the one that
-started them is gone. rank_world.py sums and compares over the ranks, and hang_watch.py ends a rank
-that waits for the others for too long.
+started them is gone. rank_world.py sums and compares over the ranks, and ends a rank that
+waits for the others for too long.
 """

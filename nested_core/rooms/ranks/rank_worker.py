@@ -59,8 +59,7 @@ def _train_as_rank(run_dir: Path, ranks: int) -> None:
     """Join the other ranks, and train the run of this directory to its end."""
     from nested_core.models.base_model import prepare_for_base_model
     from nested_core.pipeline import steps
-    from nested_core.rooms.ranks.hang_watch import HangWatch
-    from nested_core.rooms.ranks.rank_world import join_ranks
+    from nested_core.rooms.ranks.rank_world import HangWatch, join_ranks
     from nested_core.storage.run_directory import RunDirectory
 
     listener = StopListener()

@@ -174,7 +174,7 @@ def summarise_ancestor(
     bounds = bounds or GateSection()
     compared = AncestorLoss(
         ancestor.version,
-        ancestor.registered,
+        registered=ancestor.registered,
         left_out=left_out,
         superseded=ancestor.superseded,
         repeated=ancestor.repeated,

@@ -22,7 +22,6 @@ from nested_core.errors import ConfigError
 from nested_core.records.start import CONFIGURED, Choice
 from nested_core.rooms.replay.ancestor_examples import list_ancestor_digests
 from nested_core.rooms.replay.policy import decide
-from nested_core.rooms.replay.replay_draws import choose_rows
 from nested_core.rooms.replay.replay_record import (
     ReplayRecord,
     read_replay,
@@ -33,6 +32,7 @@ from nested_core.rooms.replay.replayed_batches import (
     JoinedSplits,
     ReplayedBatchOrder,
     ReplayedRows,
+    choose_rows,
     count_replayed,
 )
 from nested_core.rooms.replay.replayed_examples import choose_replayed_examples, read_new_data

@@ -1,4 +1,4 @@
-"""Texts -> which of them look as if they held a secret or somebody's personal data.
+"""Finds texts that look as if they held a secret or personal data, and has the rules for lines.
 
 Says that something is there, never what it is. Keys and numbers are told from their look-alikes by
 their form, and by their checksum if they have one.
@@ -13,6 +13,10 @@ from typing import Literal
 
 import numpy as np
 import polars as pl
+
+from nested_core.data.room_checks import RowChecks
+from nested_core.data.rules.rule_table import FrameRules, Rule
+from nested_core.records.dataset import Findings
 
 _IBAN_COUNTRIES_AND_LENGTHS = (
     "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 CH21 CR22 CY28 CZ24 DE22 DK18 DO28 EE20 "
@@ -174,3 +178,36 @@ def find_sensitive_pattern_bits(texts: pl.Series) -> pl.Series:
                     bits[index] |= 1 << bit
         first += len(patterns)
     return pl.Series(bits)
+
+
+def _make_sensitive_data_rule(pattern_index: int) -> Rule:
+    """Make the rule for one kind of secret or personal data, once a file, without its value."""
+    is_absent = pl.col("sensitive") // 2**pattern_index % 2 == 0
+    name = SENSITIVE_PATTERNS[pattern_index].name
+    if SENSITIVE_PATTERNS[pattern_index].group == "personal":
+        message = f"what looks like personal data ({name}) in {{count}} lines: {{places}}"
+        return Rule("personal-data", "warning", is_absent, message, once=True)
+    message = (
+        f"what looks like a secret ({name}) in {{count}} lines: {{places}}; "
+        "take it out, and change it where it is in use"
+    )
+    return Rule("likely-secret", "warning", is_absent, message, once=True)
+
+
+SENSITIVE_DATA_RULES = FrameRules(
+    columns={"sensitive": pl.UInt32},
+    rules=tuple(map(_make_sensitive_data_rule, range(len(SENSITIVE_PATTERNS)))),
+)
+
+
+def _find(texts: pl.Series) -> dict[str, pl.Series]:
+    """Return the column `sensitive` for the texts of lines: bits of what each may hold."""
+    return {"sensitive": find_sensitive_pattern_bits(texts)}
+
+
+def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
+    """Add the findings on the lines of a file."""
+    SENSITIVE_DATA_RULES.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
+
+
+CHECKS = RowChecks(SENSITIVE_DATA_RULES.columns, _find, _add_findings)

@@ -439,9 +439,3 @@ class VersionedGenerator(ResponseGenerator):
         if request.turn is not None:
             request.turn.stop()
         self.under_way.pop(id(request), None)
-
-    def wait_for_requests(self, seconds: float) -> None:
-        """Return when no request waits or is under way, or so many seconds are over."""
-        deadline = time.monotonic() + seconds
-        while self.under_way and self.generation_available() and time.monotonic() < deadline:
-            time.sleep(0.05)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from io import BytesIO
+from ipaddress import ip_address
 from typing import Any
 
 from mlx_lm.server import APIHandler, CompletionRequest
@@ -45,10 +46,20 @@ MAX_WAITING_REQUESTS = 1024
 MAX_CONNECTIONS = 1280  # of the 2,048 files that mlx_lm lets a process open
 ENDED_AT_A_TIME = 32
 ARRIVAL_SECONDS = 30.0  # for a request to come as a whole
+LINGER_SECONDS = 2.0  # in which a client that was refused may send the rest
 BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 UNLOCKED_ROUTES = ("/health", "/metrics")  # need no key, so that who watches has none
-is_loopback = re.compile(r"localhost|127(\.\d{1,3}){3}|::1", re.IGNORECASE).fullmatch
-LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d*)?", re.IGNORECASE)
+LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){1,3}|\[::1\])(:\d*)?", re.IGNORECASE)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host's addresses are of this machine alone; False without any."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return False
+    addresses = [ip_address(str(place[0]).partition("%")[0]) for *_, place in found]
+    return all((getattr(one, "ipv4_mapped", None) or one).is_loopback for one in addresses)
 
 
 class RegistryHandler(APIHandler):
@@ -114,8 +125,9 @@ class RegistryHandler(APIHandler):
         if origin is not None and not {"*", origin} & {*options.allowed_origins}:
             said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
             raise RequestRefused(said, 403)
+        is_bound_here = is_loopback(str(self.server.server_address[0]))
         # A web page whose name was made to lead to this machine sends that name.
-        if host is not None and is_loopback(options.host) and not LOOPBACK_HOST.fullmatch(host):
+        if host is not None and is_bound_here and not LOOPBACK_HOST.fullmatch(host):
             said = f"This server is {options.host}, and the request is for {host!r:.80}."
             raise RequestRefused(said, 421)
         if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
@@ -376,8 +388,27 @@ class ServingServer(ThreadingHTTPServer):
             late.send(BUSY, socket.MSG_DONTWAIT)
             late.shutdown(socket.SHUT_RDWR)
 
+    def wait_for_requests(self, seconds: float) -> None:
+        """Return when each request that has come is answered, or so many seconds are over."""
+        deadline = time.monotonic() + seconds
+        while self.generator.generation_available() and time.monotonic() < deadline:
+            if math.inf not in self.connections.copy().values():
+                return
+            time.sleep(0.05)
+
     def shutdown_request(self, request: Any) -> None:
-        """Forget a connection that has ended."""
+        """Forget a connection that has ended.
+
+        What a client sends on after a refusal is thrown away for some seconds: a connection closed
+        meanwhile is reset, and the client never reads why (RFC 9112, section 9.6).
+        """
+        if self.connections.get(request, math.inf) < math.inf:
+            with suppress(OSError):
+                request.shutdown(socket.SHUT_WR)
+                request.settimeout(LINGER_SECONDS)
+                deadline = time.monotonic() + LINGER_SECONDS
+                while request.recv(2**16) and time.monotonic() < deadline:
+                    pass
         self.connections.pop(request, None)
         super().shutdown_request(request)
 

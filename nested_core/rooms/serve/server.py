@@ -54,6 +54,6 @@ def starting_server(
                 server.generator, server.follower.names, server.follower.problems
             )
             yield server
-            server.generator.wait_for_requests(SECONDS_TO_FINISH)
+            server.wait_for_requests(SECONDS_TO_FINISH)
         finally:
             server.follower.stop()

@@ -29,6 +29,7 @@ _HANDWRITTEN_TURNS_PATTERN = re.compile(
 )
 _JUDGED_CATEGORIES = "LNPS"  # letters, numbers, punctuation, symbols (unicodedata)
 MAX_LOST_PER_ROW = 3
+_ZERO_BYTES = b"\0\x80\x08\x88"  # of 0.0 and -0.0 in each type of floats, four bits too
 _EMBEDDING_PATTERN = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|tok_embeddings)\.(?:weight|scales|biases)$"
 )
@@ -98,24 +99,29 @@ class TokenNotes:
 def find_tokens_alike(folder: Path, tokens: Sequence[int]) -> frozenset[int]:
     """Return the tokens whose rows of a base's embedding are zero, or equal to another one's.
 
-    tokens: ids. Of a quantised embedding the rows of all its arrays are compared. Weights that
-    cannot be read are judged where they are loaded.
+    tokens: ids. Of a quantised embedding the rows of all its arrays are compared; a row is zero
+    where codes and biases are, whatever its scales. Weights that cannot be read are judged where
+    they are loaded.
     """
-    rows = dict.fromkeys(tokens, b"")
+    rows, values = dict.fromkeys(tokens, b""), dict.fromkeys(tokens, b"")
     with suppress(OSError, DamagedError):
         for path in sorted(folder.glob("*.safetensors")) if tokens else ():
             with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
                 for name, tensor in read_header(file, size, path).items():
                     if _EMBEDDING_PATTERN.search(name) is None:
                         continue
-                    width = (tensor.end - tensor.begin) // tensor.shape[0]
-                    for token in tokens:
-                        if token < tensor.shape[0]:
-                            file.seek(tensor.begin + token * width)
-                            rows[token] += file.read(width)
+                    count = tensor.shape[0] if tensor.shape else 0
+                    for token in (token for token in tokens if token < count):
+                        width = (tensor.end - tensor.begin) // count
+                        file.seek(tensor.begin + token * width)
+                        row = file.read(width)
+                        rows[token] += row
+                        values[token] += b"" if name.endswith(".scales") else row
     counts = Counter(rows.values())
     return frozenset(
-        token for token, row in rows.items() if row and (counts[row] > 1 or not any(row))
+        token
+        for token, row in rows.items()
+        if row and (counts[row] > 1 or not values[token].strip(_ZERO_BYTES))
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -100,9 +101,16 @@ def _fill_merged_cells(sheet: Any) -> Iterator[list[str]]:
 
 
 def _to_text(value: object) -> str:
-    """Write a cell's text as a spreadsheet does in a CSV; dates and times in ISO 8601."""
+    """Write a cell's text as a spreadsheet does in a CSV; dates and times in ISO 8601.
+
+    A duration is hours:minutes:seconds, of any number of hours.
+    """
     if isinstance(value, bool):
         return str(value).upper()
     if isinstance(value, float):
         return f"{value:.15g}" if abs(value) < 1e15 else f"{value:.17g}"
+    if isinstance(value, timedelta):
+        minutes, seconds = divmod(abs(value).total_seconds(), 60)
+        clock = f"{minutes // 60:.0f}:{minutes % 60:02.0f}:{seconds:09.6f}".rstrip("0").rstrip(".")
+        return f"-{clock}" if value < timedelta(0) else clock
     return str(value)

@@ -10,10 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from nested_core.models import kept_base
-from nested_core.models.kept_base import checksum_frozen_tensors, load_base_with_adapter
+from nested_core.models import session
 from nested_core.models.parameters import trainable_parameters
-from nested_core.models.session import Session
+from nested_core.models.session import Session, checksum_frozen_tensors, load_base_with_adapter
 from tests.example import example_config
 
 
@@ -66,7 +65,7 @@ def test_the_checksum_of_a_tensor_in_parts_depends_on_where_in_all_a_word_is(mon
     model.weight = mx.arange(100, dtype=mx.uint32)
     model.freeze()
     whole = checksum_frozen_tensors(model)
-    monkeypatch.setattr(kept_base, "_MAX_WORDS_AT_ONCE", 16)
+    monkeypatch.setattr(session, "_MAX_WORDS_AT_ONCE", 16)
     assert checksum_frozen_tensors(model) == whole
     model.weight = mx.concatenate([model.weight[16:32], model.weight[:16], model.weight[32:]])
     assert checksum_frozen_tensors(model) != whole

@@ -134,7 +134,7 @@ def test_data_that_changed_before_its_run_was_registered_is_not_kept_and_said(
 def test_without_a_champion_the_first_run_starts_fresh_and_says_so(folder, monday) -> None:
     run, version = monday
     note = describe_starting_adapter(configure(folder, "monday"), run)
-    assert note == "capitals has no champion yet: starting from a fresh adapter"
+    assert note == "capitals had no champion when the run began: starting from a fresh adapter"
     assert provenance_of(folder, version)["parent"] is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -16,7 +17,7 @@ import pytest
 
 from nested_core import ConfigError, DamagedError, FineTuneConfig, read_adapter
 from nested_core.config.loading import render_config
-from nested_core.pipeline import publishing
+from nested_core.pipeline import publishing, steps
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.pipeline.publishing import (
     describe_changed_held_out,
@@ -46,7 +47,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.builders.data_sets import load, write_lines
 from tests.core.report.verdicts import SUITE
-from tests.example import example_config
+from tests.example import DATA, SMALL_RUN, example_config, train_example
 from tests.gate_files import judged_files, read_gate, write_gate
 from tests.left_out import needs_rooms
 from tests.registry_care import collect_garbage
@@ -76,6 +77,25 @@ def test_all_held_out_rows_are_kept_and_those_that_the_gate_judged_by_apart(tmp_
         assert examples is not None
         assert (examples.train, examples.held_out) == ([rows["train"]], [rows[judged]])
         assert examples.kept_out == [rows[other]]
+
+
+def test_of_a_file_of_its_own_the_rows_that_judged_are_kept_or_none(tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    shutil.copy(DATA / "valid.jsonl", held_out)
+    judged_file = regular_sha256(held_out)
+    registry = {"path": str(tmp_path / "registry"), "name": NAME}
+    gate = {"held_out": str(held_out)}
+    done = train_example(tmp_path / "run", **SMALL_RUN, gate=gate, registry=registry)
+    steps.judge(done.config, done.run)
+    judged = read_judged_run(done.run.path)
+    examples = read_run_examples(done.config, judged)
+    assert examples is not None
+    assert len([*examples.held_out]) == len(held_out.read_text().splitlines())
+    held_out.write_text(held_out.read_text().splitlines(keepends=True)[0])
+    with pytest.warns(UserWarning, match="held-out.jsonl has changed since the gate judged by it"):
+        assert read_run_examples(done.config, judged) is None
+    recorded = make_provenance(done.config, judged, None)
+    assert recorded["validation_digest"] == judged_file != regular_sha256(held_out)
 
 
 @pytest.fixture

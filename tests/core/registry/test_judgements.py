@@ -232,6 +232,25 @@ def test_a_version_that_comes_back_keeps_its_later_verdict(
     assert verdict.has_passed == is_file_lost  # else the verdict of the run stands for it
 
 
+def test_a_lost_version_that_is_judged_again_and_passes_is_decided_by_that(
+    make_run, judge, registry
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    failed = {"verdict": "failed", "reasons": [{"code": "drift", "message": "Too far."}]}
+    run = judge(2, weak, -2.4, **failed)
+    register_rejection(
+        NewVersion(read_rejected_run(run), provenance("better", weak)), registry, NAME
+    )
+    shutil.rmtree(registry / NAME / "versions" / better)
+    for _ in range(2):  # the second one is a task that is tried again
+        run = judge(2, weak, -2.4, verdict="passed", reasons=[])
+        register(run, registry, NAME, provenance("better", weak))
+        assert audit(registry, NAME).is_sound
+        assert read_candidate(registry, NAME, better).verdict.has_passed
+    assert len(files_of(registry, better)) == 2
+    assert promote(registry, NAME, better, by="ann").outcome == "promoted"
+
+
 @pytest.mark.parametrize("edit", ["bytes", "other version", "no name", "cut", "removed"])
 def test_a_judgement_that_was_edited_is_found_until_the_run_is_registered_again(
     make_run: MakeRun, judge: Judge, registry: Path, edit: str

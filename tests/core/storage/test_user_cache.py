@@ -32,6 +32,18 @@ def test_a_folder_that_others_may_write_or_replace_is_refused(tmp_path, open_fol
         make(folders["own"])
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone gives folders away")
+@pytest.mark.parametrize(("owned", "mode"), [("above", 0o755), ("far", 0o755), ("far", 0o1777)])
+def test_a_folder_above_that_is_another_users_is_refused(tmp_path, owned, mode) -> None:
+    folder = tmp_path / "far" / "above" / "own"
+    make(folder)
+    place = folder.parent if owned == "above" else folder.parent.parent
+    os.chown(place, 12345, -1)
+    place.chmod(mode)
+    with pytest.raises(ConfigError, match=f"/{owned}, where answers are kept"):
+        make(folder)
+
+
 @pytest.mark.parametrize(("above", "mode"), [("above", 0o1777), ("far", 0o775)])
 def test_sticky_folders_and_a_group_far_above_are_let_pass(tmp_path, above, mode) -> None:
     folder = tmp_path / "far" / "above" / "own"
@@ -83,3 +95,18 @@ def test_where_the_caches_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_folder() == Path("/cache/nested-tune")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "nested-tune"
+
+
+def test_an_address_is_no_folder_and_a_relative_one_of_xdg_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", "s3://bucket/cache")
+    with pytest.raises(ConfigError, match="NESTED_TUNE_CACHE: s3://bucket/cache is an address"):
+        cache_folder()
+    monkeypatch.setenv("NESTED_TUNE_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("s3://bucket/cache", "cache", ""):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert cache_folder() == tmp_path / ".cache" / "nested-tune"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
+    assert cache_folder() == Path("/var/cache/nested-tune")

@@ -25,7 +25,6 @@ from prefect.states import AwaitingRetry, Cancelled, Completed, Crashed, Failed
 
 from flows.promote import promote
 from flows.reconcile import ReconcileParameters, reconcile
-from flows.rooms.approval import asking
 from flows.rooms.approval.questions import request_approval
 from nested_core import registry as core
 from tests.flows.promotions import NAME, deployed_run, execute, parameters, register_judged
@@ -149,7 +148,7 @@ def test_an_approval_that_is_retried_tells_the_night(add: Add, registry: Path) -
     execute(run_id)
     answer(run_id, approve=True, by="ann")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asking, "tell_night", lambda *_: 1 / 0)
+        patch.setattr("flows.rooms.approval.questions.tell_night", lambda *_: 1 / 0)
         assert execute(run_id).is_failed()
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(run_id, AwaitingRetry(), force=True)

@@ -22,7 +22,7 @@ from nested_core.rooms.minutes.blas_threads import (
     _open_library,
     choose_blas_threads,
 )
-from nested_core.rooms.minutes.trial_run import TrialRun, try_steps
+from nested_core.rooms.minutes.forecast import TrialRun, try_steps
 from nested_core.storage.run_directory import open_run
 from tests.example import prepare
 from tests.rooms.minutes.test_timed_training import FIXED, Listening, config_of, training_plan

@@ -13,8 +13,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.judge import list_checks_with_model
 from nested_core.models.session import Session
-from nested_core.rooms.minutes.forecast import Forecast, make_forecast
-from nested_core.rooms.minutes.trial_run import try_steps
+from nested_core.rooms.minutes.forecast import Forecast, make_forecast, try_steps
 from nested_core.rooms.preferences.gate_check import MAX_REFERENCE_PAIRS
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config, prepare

@@ -11,7 +11,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Running
 
-from flows.rooms.nights.artifacts import _list_links, night_of
+from flows.rooms.nights.watcher import _list_links, night_of
 
 
 def test_the_night_that_ends_now_has_the_name_that_it_is_about_to_have() -> None:

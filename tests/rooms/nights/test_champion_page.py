@@ -8,7 +8,7 @@ from typing import Any
 from nested_core import registry as core
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
-from nested_core.rooms.nights.champion_page import describe_champion
+from nested_core.rooms.nights.pages import describe_champion
 from nested_core.text.document import Document, Section, Table
 from tests.core.registry.conftest import write_run
 from tests.core.report.test_prefect_pages import facts_of

@@ -17,7 +17,7 @@ from nested_core.records.outcome_names import Outcome
 from nested_core.records.run_status import Run
 from nested_core.records.skip import Skip, write_skip
 from nested_core.records.verdict_file import write_verdict
-from nested_core.rooms.nights.night_pages import Night, describe_night, describe_nights
+from nested_core.rooms.nights.pages import Night, describe_night, describe_nights
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,

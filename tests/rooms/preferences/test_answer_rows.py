@@ -19,7 +19,7 @@ from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import encode_content
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
-from nested_core.rooms.preferences.row_rules import correlate_length_and_choice
+from nested_core.rooms.preferences.answer_rows import correlate_length_and_choice
 from nested_core.rooms.preferences.side_by_side import (
     lay_out,
     read_pair,

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nested_core.rooms.ranks import hang_watch
-from nested_core.rooms.ranks.hang_watch import HangWatch
+from nested_core.rooms.ranks.rank_world import REMEMBERED_STEPS, HangWatch
 
 
 @pytest.fixture
@@ -36,7 +35,7 @@ def test_the_bound_follows_from_the_longest_of_the_last_steps_and_is_a_minute_at
     clock(9.0)
     watch.after_step()
     assert watch.seconds_allowed() == 90
-    for _ in range(hang_watch.REMEMBERED_STEPS):
+    for _ in range(REMEMBERED_STEPS):
         watch.after_step()
     assert watch.seconds_allowed() == 60
 

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 
 from benchmarks.padding import skewed_lengths
 from nested_core.data.batches import BatchOrder
-from nested_core.rooms.replay.replay_draws import Weighting, choose_rows, draw_rows
-from nested_core.rooms.replay.replayed_batches import ReplayedBatchOrder, ReplayedRows
+from nested_core.rooms.replay.replayed_batches import (
+    ReplayedBatchOrder,
+    ReplayedRows,
+    Weighting,
+    choose_rows,
+    draw_rows,
+)
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=50)
 fractions = st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.3, 0.5, 0.9])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from flows.cli import build_parser
 from flows.rooms.serve.command import _choose_api_key
 from nested_core.errors import ConfigError
 from nested_core.rooms.serve import http_handler
+from nested_core.rooms.serve.http_handler import MAX_BODY_BYTES
 from nested_core.rooms.serve.request_model import MAX_ITEMS, RequestRefused, read_request
 from tests.rooms.serve.versions import CHAT, NAME, Client, serving, settings
 from tests.waiting import wait_until
@@ -48,6 +50,35 @@ def test_a_request_that_does_not_come_in_time_is_ended(
     assert time.monotonic() - before < 10
     wait_until(lambda: len(client.server.connections) < 2, "it is forgotten")
     assert client.health()["names"][NAME]["requests"] == generated
+
+
+def test_a_client_that_sends_all_of_what_is_too_large_reads_why_it_was_refused(
+    client: Client,
+) -> None:
+    for _ in range(3):
+        reply = client.send("POST", CHAT, {"prompt": "x" * 2 * MAX_BODY_BYTES})
+        assert reply.status == 413
+        assert f"at most {MAX_BODY_BYTES} bytes" in reply.body
+
+
+def count_that_have_come(client: Client) -> int:
+    """How many requests are there as a whole and not answered."""
+    return [*client.server.connections.values()].count(math.inf)
+
+
+def test_requests_that_wait_to_be_parsed_are_answered_when_the_server_ends(
+    version_and_registry: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_handler, "LARGE_BODY_BYTES", 1)
+    monkeypatch.setattr(http_handler, "LARGE_BODY_SHARE", 1e-3)
+    question = {"prompt": "The capital of", "max_tokens": 1}
+    with ThreadPoolExecutor() as pool:
+        with serving(settings(version_and_registry[1], "--name", NAME)) as client:
+            asked = [
+                pool.submit(client.send, "POST", "/v1/completions", question) for _ in range(4)
+            ]
+            wait_until(lambda: count_that_have_come(client) > 1, "some have come")
+        assert sum(one.exception() is None and one.result().status == 200 for one in asked) > 1
 
 
 def test_of_too_many_connections_the_one_that_says_nothing_ends_and_health_answers(
@@ -150,7 +181,7 @@ def test_with_every_origin_a_host_of_another_name_is_refused_all_the_same(
     ("key", "flags", "refused"),
     [
         (None, (), None),
-        (None, ("--host", "127.0.0.2"), None),
+        *((None, ("--host", host), None) for host in ("127.0.0.2", "127.1", "::ffff:127.0.0.1")),
         (
             None,
             ("--host", "192.0.2.1"),

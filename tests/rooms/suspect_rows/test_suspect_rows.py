@@ -16,6 +16,7 @@ import pytest
 from nested_core.data.dataset_loading import dataset_cache
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.rooms.suspect_rows.text_checks import find_suspect_texts
+from nested_core.rooms.suspect_rows.tokenizer_checks import find_tokens_alike
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.builders.data_sets import Found, chat, load, warnings_in, write_lines
 from tests.example import DATA, MODEL
@@ -277,6 +278,24 @@ def test_added_tokens_with_rows_alike_are_named_where_the_rows_use_them(
     assert found(tmp_path / "data", splits, tokenizer=learnt) == []
     plain = {split: rows_of(split) for split in ("train", "valid")}
     assert found(tmp_path / "plain", plain, tokenizer=base) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"bits": 8}, {"mode": "mxfp4", "group_size": 32}, {"mode": "mxfp8"}]
+)
+def test_one_zero_row_is_named_in_a_quantised_embedding_too(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    rows = mx.random.normal((4, 64)).astype(mx.bfloat16)
+    rows[1], rows[2] = 0.0, -0.0
+    for kind, arrays in (("float", (rows,)), ("few bits", mx.quantize(rows, **changes))):
+        folder = tmp_path / kind
+        folder.mkdir()
+        names = ("weight", "scales", "biases")
+        tensors = {f"model.embed_tokens.{n}": a for n, a in zip(names, arrays, strict=False)}
+        save_arrays(folder / "model.safetensors", tensors)
+        for token in (1, 2):
+            assert find_tokens_alike(folder, [0, token, 3]) == {token}, kind
 
 
 def test_a_cached_warning_of_tokens_alike_goes_when_the_base_is_mended(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from nested_core.data.sources.file_formats import RestOfFileUnreadable
 from nested_core.process import cell
 from nested_core.rooms.tables.data_files import READER
 from nested_core.rooms.tables.workbook import read_workbook
-from tests.rooms.tables.workbooks import MAIN, date, formula, sheet_xml, write_workbook
+from tests.rooms.tables.workbooks import MAIN, date, duration, formula, sheet_xml, write_workbook
 
 HEADER = ("Question", "Answer")
 
@@ -63,6 +63,14 @@ def test_numbers_dates_and_formulas_are_the_texts_that_the_sheet_shows(tmp_path:
         ["3", "0.3", "2025-12-09", "6"],
         ["1e+20", "TRUE", "2025-12-09 12:00:00", ""],
         ["1234567890123456", "FALSE", "2025-12-10", ""],
+    ]
+
+
+def test_durations_are_hours_minutes_and_seconds(tmp_path: Path) -> None:
+    days = (26 / 24, 1.5 / 86400, 10 / 86400, 100, 0, -0.5)
+    path = write_workbook(tmp_path / "a.xlsx", (HEADER, *((duration(each), "x") for each in days)))
+    assert [row["Question"] for _, row in rows_of(path)] == [
+        *("26:00:00", "0:00:01.5", "0:00:10", "2400:00:00", "0:00:00", "-12:00:00")
     ]
 
 

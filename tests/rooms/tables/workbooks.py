@@ -12,7 +12,7 @@ MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 RELATED = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 PACKAGE = "http://schemas.openxmlformats.org/package/2006"
 HEAD = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>'
-DATE_STYLE = 1  # of `styles`
+STYLES = {"\0": 1, "\2": 2}  # of `styles`: a date, a duration
 
 
 def column_name(index: int) -> str:
@@ -24,6 +24,11 @@ def column_name(index: int) -> str:
 def date(days: float) -> str:
     """A cell with a day, and a share of it, since 1899-12-30: the XML of its value."""
     return f"\0{days}"
+
+
+def duration(days: float) -> str:
+    """A cell with so many days, shown as hours."""
+    return f"\2{days}"
 
 
 def formula(text: str, cached: str | None) -> str:
@@ -65,8 +70,8 @@ def write_workbook(
         "</sheets></workbook>",
         "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{PACKAGE}/relationships">'
         f"{related}{styles}</Relationships>",
-        "xl/styles.xml": f'<styleSheet xmlns="{MAIN}"><cellXfs count="2"><xf numFmtId="0"/>'
-        '<xf numFmtId="22" applyNumberFormat="1"/></cellXfs></styleSheet>',
+        "xl/styles.xml": f'<styleSheet xmlns="{MAIN}"><cellXfs count="3"><xf numFmtId="0"/>'
+        '<xf numFmtId="22" applyNumberFormat="1"/><xf numFmtId="46"/></cellXfs></styleSheet>',
         **{
             f"xl/worksheets/sheet{number}.xml": sheet_xml(cells or (), joined)
             for number, (_, _, cells, joined) in zip(numbers, sheets, strict=True)
@@ -103,8 +108,8 @@ def cell_xml(reference: str, value: Cell) -> str:
         return f'<c r="{reference}" t="b"><v>{int(value)}</v></c>'
     if isinstance(value, int | float):
         return f'<c r="{reference}"><v>{value!r}</v></c>'
-    if value.startswith("\0"):
-        return f'<c r="{reference}" s="{DATE_STYLE}"><v>{value[1:]}</v></c>'
+    if value.startswith(("\0", "\2")):
+        return f'<c r="{reference}" s="{STYLES[value[0]]}"><v>{value[1:]}</v></c>'
     if value.startswith("\1"):
         text, cached = value[1:].split("\1")
         saved = f"<v>{escape(cached)}</v>" if cached else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.rooms.peft.peft_config import PeftConfig
+from nested_core.rooms.peft.peft_format import PeftConfig
 from tests.rooms.peft.make_golden import NAMES as GOLDEN_NAMES
 from tests.rooms.peft.make_golden import TARGET_CASES, TARGETS
 
