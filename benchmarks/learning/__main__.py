@@ -13,12 +13,15 @@ from pathlib import Path
 from benchmarks.learning.study import (
     APART,
     FULL,
+    LARGER,
     REAL,
     REHEARSAL,
     SMALL,
     STREAM_FOUR,
     STREAM_INTENTS,
+    STREAM_NIGHTS,
     STREAM_RATES,
+    STREAM_TIERS,
     STREAMS,
     STREAMS_20M,
     Study,
@@ -28,6 +31,7 @@ from benchmarks.learning.study import (
 STUDIES: dict[str, Study] = {
     "apart": APART,
     "full": FULL,
+    "larger": LARGER,
     "real": REAL,
     "rehearsal": REHEARSAL,
     "small": SMALL,
@@ -36,6 +40,8 @@ STUDIES: dict[str, Study] = {
     "stream-rates": STREAM_RATES,
     "stream-intents": STREAM_INTENTS,
     "stream-four": STREAM_FOUR,
+    "stream-nights": STREAM_NIGHTS,
+    "stream-tiers": STREAM_TIERS,
 }
 
 

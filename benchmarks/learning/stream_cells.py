@@ -22,7 +22,11 @@ from benchmarks.learning.judge import Judge, Judged
 from benchmarks.learning.streams import Fact, Night, Stream, read_stream
 from benchmarks.learning.study import (
     AUTO_NIGHTS,
+    CORRECTED,
     GOING_ON,
+    REAL_BASE,
+    TIER_ARMS,
+    TIERED,
     Cell,
     kind_of,
     rate_share,
@@ -49,6 +53,7 @@ class Length:
 
 LENGTHS = {"facts": Length(80, 25), "tasks": Length(80, 16)}  # others: the epochs that `init` says
 LEARNING_RATE = 4e-4  # four times what `init` writes: with less this base learns no facts in time
+RATE_OF_INIT = 1e-4  # for the real base
 REAL_LENGTH = 512  # tokens, more than any row of real text has
 
 
@@ -155,6 +160,8 @@ def _train_nights(
             if start is not None and plan.share is not None:
                 values["resume_adapter_file"] = str(start / WEIGHTS_NAME)
                 values["learning_rate"] *= plan.share
+                if name := TIER_ARMS.get(cell.arm):
+                    values |= {"nested": TIERED[name], **CORRECTED}
                 if plan.fraction:
                     replay = {"fraction": plan.fraction, "sources": earlier}
                     values["continual"] = {"replay": replay}
@@ -176,6 +183,8 @@ def plan_night(arm: str, number: int) -> Plan:
         return Plan(has_earlier=True, nights=number + 1 if arm == "rebuild" else 1)
     if arm.startswith("all-") and number:
         return Plan(share=rate_share(arm), has_earlier=True)
+    if arm in TIER_ARMS and number:
+        return Plan(share=rate_share(arm))
     fraction = replay_fraction(arm)
     if fraction is None or not number:
         return Plan()
@@ -196,12 +205,12 @@ def rows_of_night(stream: Stream, number: int, plan: Plan) -> tuple[Row, ...]:
 
 
 def _write_config(base: Path, length: Length) -> dict[str, Any]:
-    """What `init` writes for the example's base, but for rate and length; the last step counts."""
+    """What `init` writes, but for the example's rate and the length; the last step counts."""
     return {
         "model": str(base),
         "num_layers": -1,
         "lora_parameters": {"rank": 8, "alpha": 160},
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": RATE_OF_INIT if base.name == REAL_BASE else LEARNING_RATE,
         "mask_prompt": True,
         "iters": length.steps,
         "batch_size": length.rows,

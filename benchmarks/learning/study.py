@@ -57,6 +57,7 @@ WITH_LAST_STEP = ("c", "c-unclipped")  # where a study judges that of the same r
 REHEARSED: Mapping[str, float] = {"c-rehearsed-10": 0.1, "c-rehearsed-30": 0.3}
 RATES_FROM = {"b": "b", "d": "d", "g-deep": "d", "g-shallow": "d", "h": "b"}
 REAL_BASE = "SmolLM2-135M-Instruct"
+LARGER_BASE = "Qwen2.5-Coder-0.5B-Instruct"
 NO_ADAPTER = "base"  # the base itself, judged once a task
 STREAM_ARMS = {
     "alone": "each night alone, from a fresh adapter",
@@ -75,6 +76,27 @@ POLICY_ARMS = {
     "rebuild": "each night from the base on all nights so far, with as many steps as all of them",
     "auto": "rebuilt while that fits into the window, then also on a sample of earlier rows",
     "auto-go": "rebuilt while that fits into the window, then going on for good",
+}
+# PROTOCOL-4.md, block 5: what later nights are trained with, at a share of the rate in %
+TIER_SHARES = (10, 30, 100, 200)
+ENDS = ("deep", "shallow")  # that are fast, or the only ones trained
+TIERED: Mapping[str, Mapping[str, Any]] = {
+    "one": {},
+    **{
+        f"{fast}-{slow}": {"frequencies": [1, 4, 16], "fast": fast, "slow_gradients": slow}
+        for fast, slow in product(ENDS, ("skip", "accumulate"))
+    },
+    **{
+        f"{name}-{fast}": {"frequencies": [1, 1, 1], "fast": fast, "learning_rate_scale": scales}
+        for (name, scales), fast in product(
+            {"slower": [1, 1 / 4, 1 / 16], "frozen": [1, 0, 0]}.items(), ENDS
+        )
+    },
+}
+TIER_ARMS: Mapping[str, str] = {
+    f"{name}-{share}": name
+    for name, share in product(TIERED, TIER_SHARES)
+    if not name.startswith("frozen") or share in (30, 100)
 }
 ENDED_ARMS = ("auto",)  # the room replay has the sample no more: in the rows, and not run again
 RATE_ARMS = {
@@ -248,6 +270,18 @@ REHEARSAL = Study(
     counts=APART.counts,
     asks_each_seed=True,
 )
+# PROTOCOL-4.md, block 4
+LARGER = Study(
+    tasks=("banking77", "clinc150", "snips", "nl2bash"),
+    sizes=(LARGER_BASE,),
+    stages=(
+        Stage(("c", "k"), (1,)),
+        Stage(("c", "k", "c-2e-4", "k-2e-4"), (CHOOSING_SEED,)),
+        Stage(("c", "k"), (2, 3)),
+        Stage(("c-2e-4", "k-2e-4"), (1, 2, 3)),
+    ),
+    counts=APART.counts,
+)
 # On the example's base, for two cores: its context is 64 tokens, so that longer rows are left out.
 SMALL = Study(
     tasks=("geography", "clinc150"),
@@ -280,6 +314,14 @@ STREAM_FOUR = replace(
     streams=("four",),
     stream_arms=("joint", "rebuild", "auto", GOING_ON, "go-100-50"),
 )
+# PROTOCOL-4.md, block 3
+STREAM_NIGHTS = replace(
+    STREAM_INTENTS,
+    streams=("intents", "four", "facts"),
+    stream_arms=(GOING_ON, "go-100-50"),
+)
+# PROTOCOL-4.md, block 5
+STREAM_TIERS = replace(STREAMS, stream_arms=tuple(TIER_ARMS), stream_seeds=(1, 2, 3))
 # The second size, on a GPU
 STREAMS_20M = replace(
     STREAMS,
@@ -331,4 +373,6 @@ def replay_fraction(arm: str) -> float | None:
 def rate_share(arm: str) -> float:
     """The rate at which an arm of a stream goes on, as a share of the first night's."""
     name, *percents = arm.split("-")
+    if arm in TIER_ARMS:
+        return int(percents[-1]) / 100
     return int(percents[0]) / 100 if name in ("go", "all") else 1.0

