@@ -7,8 +7,7 @@ validation compares duplicates: without what `fold_text` removes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,11 +18,11 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import (
     ANY_ROLE,
     Example,
-    FieldNames,
     find_row_format,
     parse_line,
     parse_plain_row,
     read_completion,
+    read_examples,
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
@@ -37,7 +36,7 @@ from nested_core.data.lines.line_rows import (
 )
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
-from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 KEY_BYTES = 8
 
@@ -59,18 +58,9 @@ def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
         file = open_splits(settings, Path(spool)).get(split)
         if file is None:
             return None
-        examples = list(read_sound_lines(file.path, settings.field_names))
+        examples = [example for _, example in read_examples(file.path, settings.field_names)]
     digest = sha256(b"".join(sha256(encode_content(one)).digest() for one in examples))
     return SplitRows([_row_of(example) for example in examples], digest.hexdigest())
-
-
-def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
-    """Yield the examples of a file of JSON lines, skipping lines that are not valid examples."""
-    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
-        for number, line in enumerate(file, 1):
-            if body := strip_line(line, is_first=number == 1):
-                with suppress(LineProblem):
-                    yield parse_line(body, field_names)
 
 
 def _row_of(example: Example) -> dict[str, object]:
