@@ -6,6 +6,7 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
     from nested_core.config.sections import RegistrySection
     from nested_core.data.data_settings import DataSettings
-    from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.pipeline.finetune import FinetuneResult
     from nested_core.records.answers import SampleAnswers
     from nested_core.records.dataset import DatasetReport, Finding
@@ -88,13 +88,13 @@ def add_commands(commands: Commands) -> None:
 
 
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Judge a data set and write nothing."""
+    """Judge a data set; write nothing but the cache that `train` reads."""
     required = ["data"] if arguments.no_tokenize else ["model", "data"]
     config = load_config_from_flags(arguments, required)
     _refuse_invalid_show_flag(arguments)
     from flows.terminal.token_view import print_examples
     from nested_core.data.data_settings import DataSettings
-    from nested_core.data.dataset_loading import load_dataset
+    from nested_core.data.dataset_loading import dataset_cache, load_dataset
     from nested_core.data.rules.split_statistics import describe_split_stats
     from nested_core.data.tokens.tokenized_split import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -104,12 +104,13 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
 
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
-    report, splits = load_dataset(settings, tokenizer, ProgressLine())
+    load = partial(load_dataset, tokenizer=tokenizer, cache=dataset_cache())
+    report, splits = load(settings, on_progress=ProgressLine())
     if tokenizer is not None and config.gate.tasks:
         from nested_core.pipeline.steps import require_askable_suites  # mlx takes a second
 
         require_askable_suites(config, report.prompt_format)
-    learnt = _compare_answer_tokens(report, settings, tokenizer)
+    learnt = _compare_answer_tokens(report, settings, load)
     examples = []
     if tokenizer is not None and "train" in splits:
         train, count = report.splits["train"], arguments.show or 0
@@ -149,16 +150,15 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _compare_answer_tokens(
-    report: DatasetReport, settings: DataSettings, tokenizer: TokenizerSource | None
+    report: DatasetReport, settings: DataSettings, load: Callable[[DataSettings], Any]
 ) -> str | None:
     """How many answer tokens of train are trained on, of how many; None where all are."""
-    from nested_core.data.dataset_loading import load_dataset
-
-    if tokenizer is None or all(one.check != "earlier-answers" for one in report.findings):
+    train = report.splits["train"].tokens if "train" in report.splits else None
+    if train is None or all(one.check != "earlier-answers" for one in report.findings):
         return None
-    everything, _ = load_dataset(replace(settings, supervise="all"), tokenizer)
-    train, every = report.splits["train"].tokens, everything.splits["train"].tokens
-    if train is None or every is None or everything.errors:
+    everything, _ = load(replace(settings, supervise="all"))
+    every = everything.splits["train"].tokens
+    if every is None or everything.errors:
         return None
     return f"warning: {train.supervised:,} of {every.supervised:,} answer tokens are trained on"
 

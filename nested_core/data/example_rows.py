@@ -7,8 +7,7 @@ validation compares duplicates: without what `fold_text` removes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,11 +18,11 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import (
     ANY_ROLE,
     Example,
-    FieldNames,
     find_row_format,
     parse_line,
     parse_plain_row,
     read_completion,
+    read_examples,
     strip_line,
 )
 from nested_core.data.lines.json_decoding import LineProblem
@@ -37,40 +36,44 @@ from nested_core.data.lines.line_rows import (
 )
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import ConfigError
-from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
+from nested_core.storage.untrusted_files import read_regular
 
 KEY_BYTES = 8
+Rows = Iterator[dict[str, object]]
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of a split that are valid examples, and the split's digest as in dataset.json."""
+    """The rows of a split that are valid examples, and the split's digest as in dataset.json.
+
+    rows: what `take` of `read_split_rows` returned, which is a list of them by default.
+    """
 
     rows: list[dict[str, object]]
     digest: str
 
 
-def read_split_rows(settings: DataSettings, split: str) -> SplitRows | None:
+def read_split_rows(
+    settings: DataSettings, split: str, take: Callable[[Rows], Any] = list
+) -> SplitRows | None:
     """Read the valid examples of a split; None if the data set has no such split.
+
+    take: is given the rows one by one, so that memory need not hold all of them.
 
     Raises ConfigError if there is no such data set, and OSError.
     """
+    hasher = sha256()  # of the hashes of all examples
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         file = open_splits(settings, Path(spool)).get(split)
         if file is None:
             return None
-        examples = list(read_sound_lines(file.path, settings.field_names))
-    digest = sha256(b"".join(sha256(encode_content(one)).digest() for one in examples))
-    return SplitRows([_row_of(example) for example in examples], digest.hexdigest())
 
+        def hash_and_convert(read: tuple[int, Example]) -> dict[str, object]:
+            hasher.update(sha256(encode_content(read[1])).digest())
+            return _row_of(read[1])
 
-def read_sound_lines(path: Path, field_names: FieldNames) -> Iterator[Example]:
-    """Yield the examples of a file of JSON lines, skipping lines that are not valid examples."""
-    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
-        for number, line in enumerate(file, 1):
-            if body := strip_line(line, is_first=number == 1):
-                with suppress(LineProblem):
-                    yield parse_line(body, field_names)
+        rows = take(map(hash_and_convert, read_examples(file.path, settings.field_names)))
+    return SplitRows(rows, hasher.hexdigest())
 
 
 def _row_of(example: Example) -> dict[str, object]:

@@ -70,15 +70,12 @@ def digest_held_out_file(choice: str) -> str | None:
 
 def _read_prompts(file: SplitFile, settings: DataSettings) -> Iterator[HeldOutPrompt]:
     """Yield the prompts of a split's conversations that end with an answer."""
-    try:
-        for line, example in read_examples(file.path, settings.field_names, skip=set()):
-            if _ends_with_answer(example):
-                *turns, answer = example.messages
-                text, expected = str(turns[-1].get("content")), str(answer["content"])
-                place = find_place(file.parts, file.name, file.number_of(line))
-                yield HeldOutPrompt(tuple(turns), text, expected, *place)
-    except DatasetError:  # a line that the validation left out: those before it are enough
-        return
+    for line, example in read_examples(file.path, settings.field_names):
+        if _ends_with_answer(example):
+            *turns, answer = example.messages
+            text, expected = str(turns[-1].get("content")), str(answer["content"])
+            place = find_place(file.parts, file.name, file.number_of(line))
+            yield HeldOutPrompt(tuple(turns), text, expected, *place)
 
 
 def _ends_with_answer(example: Example) -> bool:

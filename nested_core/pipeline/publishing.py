@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.earlier_examples import find_earlier_examples
-from nested_core.data.example_rows import RowKeys, read_split_rows
+from nested_core.data.example_rows import RowKeys, Rows, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone, digest_held_out_file
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.recheck import recheck_verdict
@@ -129,60 +131,58 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
     recorded = judged.dataset.splits
     choice = config.gate.held_out
     settings = DataSettings.from_config(config)
+    examples = RunExamples((), (), config.continual.replay.keep)
+    # The split that the gate judged by; None where that is a file of its own
+    sets = {"train": "train", held_out_split(choice, recorded): "held_out"}
+
+    def add(split: str, rows: Rows) -> None:
+        if split == "train":
+            rows = _leave_out_dropped(config, judged.folder, rows)
+        examples.add(sets.get(split, "kept_out"), rows)
+
     try:
-        train = _read_validated_rows(settings, "train", recorded)
-        held_out_sets: dict[str | None, list[dict[str, object]]] = {
-            split: _read_validated_rows(settings, split, recorded)
-            for split in recorded
-            if split != "train"
-        }
-        # The split that the gate judged by, or a file of its own
-        if choice in SPLITS_BY_HELD_OUT_CHOICE:
-            held_out = held_out_sets.pop(held_out_split(choice, recorded), [])
-        else:
+        for split in recorded:
+            _take_validated_rows(settings, split, recorded, partial(add, split))
+        if choice not in SPLITS_BY_HELD_OUT_CHOICE:
             validation = judged.verdict.validation
             if validation is None or validation.file_sha256 != digest_held_out_file(choice):
                 raise DatasetError(f"{choice} has changed since the gate judged by it")
             with as_test_set_alone(Path(choice).expanduser(), settings) as alone:
-                held_out = _read_validated_rows(alone, "test", {})
+                _take_validated_rows(alone, "test", {}, partial(examples.add, "held_out"))
     except (ConfigError, DatasetError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # no room for the temporary file: nothing is wrong with the data
         warnings.warn(
             f"The registry keeps no examples of this run, which later runs would replay and be "
             f"judged by: {error}",
             stacklevel=2,
         )
         return None
-    return RunExamples(
-        _leave_out_dropped(config, judged.folder, train),
-        held_out,
-        config.continual.replay.keep,
-        kept_out=[row for rows in held_out_sets.values() for row in rows],
-    )
+    return examples
 
 
-def _leave_out_dropped(
-    config: FineTuneConfig, run: RunDirectory, train: list[dict[str, object]]
-) -> list[dict[str, object]]:
-    """Remove rows that the run did not train on because an ancestor holds them out."""
-    if (earlier := find_earlier_examples(config, run)) is None:
-        return train
-    dropped = {*earlier.find_dropped()}
-    return [row for row in train if RowKeys.of(row).content.hex() not in dropped]
+def _leave_out_dropped(config: FineTuneConfig, run: RunDirectory, train: Rows) -> Rows:
+    """Leave out rows that the run did not train on because an ancestor holds them out."""
+    earlier = find_earlier_examples(config, run)
+    dropped = set() if earlier is None else {*earlier.find_dropped()}
+    return (row for row in train if not dropped or RowKeys.of(row).content.hex() not in dropped)
 
 
-def _read_validated_rows(
-    settings: DataSettings, split: str, recorded: Mapping[str, SplitStats]
-) -> list[dict[str, object]]:
-    """Read the rows of a split; DatasetError if they have changed since they were validated.
+def _take_validated_rows(
+    settings: DataSettings,
+    split: str,
+    recorded: Mapping[str, SplitStats],
+    take: Callable[[Rows], None],
+) -> None:
+    """Give `take` the rows of a split; DatasetError if they changed since they were validated.
 
     recorded: the splits in dataset.json.
     """
-    read = read_split_rows(settings, split)
+    read = read_split_rows(settings, split, take)
     if read is None or (split in recorded and read.digest != recorded[split].digest):
         raise DatasetError(
             f"the {split} set of {settings.describe_source} has changed since it was validated"
         )
-    return read.rows
 
 
 def record_rejection(config: FineTuneConfig, run: RunDirectory, session: Session) -> None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
+from weakref import finalize
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -30,11 +31,12 @@ from nested_core.registry.folders import (
 )
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.atomic import Confirm, private_mode, sync_path, write_bytes
-from nested_core.storage.untrusted_files import file_type, read_regular
+from nested_core.storage.untrusted_files import UNBOUNDED, file_type, open_regular, read_regular
 
 LIST_SUFFIX = ".json"
 PACK_SUFFIX = ".jsonl"
 SETS: tuple[str, ...] = ("train", "held_out", "kept_out")  # of DigestList
+MAX_BYTES_IN_MEMORY = 2**24  # of a run's rows; more of them are in a temporary file
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,8 @@ class StoredData:
     missing: int = 0
 
 
-@dataclass(frozen=True)
-class RunExamples:
-    """The rows of a run's training and held-out sets, to be stored with its version.
-
-    max_bytes: the limit for the whole store; None for no limit.
-    kept_out: held-out rows that the gate did not judge by.
-    """
-
-    train: Iterable[Mapping[str, Any]]
-    held_out: Iterable[Mapping[str, Any]]
-    max_bytes: int | None = None
-    kept_out: Iterable[Mapping[str, object]] = ()
-
-
 class DigestList(BaseModel):
-    """The digests of a version's examples, as VERSION.json has them.
+    """The digests of a version's examples, as VERSION.json has them, each once a set.
 
     dropped: how many examples were left out, since the store may have so many bytes and no more.
     """
@@ -94,6 +82,82 @@ class DigestList(BaseModel):
     def all(self) -> set[str]:
         """Return the digests of all examples of the version."""
         return {*self.train, *self.held_out, *self.kept_out}
+
+    def select(self, is_kept: Callable[[str], bool], dropped: int = 0) -> DigestList:
+        """Return the list with the digests for which `is_kept` is true, and `dropped` more."""
+        kept = {name: [*filter(is_kept, getattr(self, name))] for name in SETS}
+        return self.model_copy(update=kept | {"dropped": self.dropped + dropped})
+
+
+Rows = Iterable[Mapping[str, Any]]
+Lines = Iterator[tuple[str, bytes]]  # the digest of each row, and its line with the end
+
+
+class RunExamples:
+    """The rows of a run's training and held-out sets, to be stored with its version.
+
+    Memory holds their digests; the rows themselves are in a temporary file.
+
+    max_bytes: the limit for the whole store; None for no limit.
+    kept_out: held-out rows that the gate did not judge by.
+    """
+
+    def __init__(
+        self, train: Rows, held_out: Rows, max_bytes: int | None = None, kept_out: Rows = ()
+    ) -> None:
+        self.max_bytes = max_bytes
+        self.listed = DigestList(train=[], held_out=[])
+        self.rows: dict[str, str] = {}  # digest: the last set with it; in the order of the file
+        self._file = SpooledTemporaryFile[bytes](MAX_BYTES_IN_MEMORY)
+        finalize(self, self._file.close)
+        self._compared: list[str] | None = None
+        for name, rows in zip(SETS, (train, held_out, kept_out), strict=True):
+            self.add(name, rows)
+
+    def add(self, name: str, rows: Rows) -> None:
+        """Add rows to a set, equal ones once; no other set's may come in between."""
+        for row in rows:
+            line = render_row(row)
+            digest = hashlib.sha256(line).hexdigest()
+            if digest not in self.rows:
+                self._file.write(line + b"\n")
+            if self.rows.get(digest) != name:
+                self.rows[digest] = name
+                getattr(self.listed, name).append(digest)
+
+    def compare_with_store(self, folder: Path) -> None:
+        """Find the rows that no pack of the store has, after all rows were added.
+
+        A pack never changes: where there are the same as when this was called before the folder was
+        locked, none is read under its lock.
+
+        folder: the adapter's folder in the registry, REGISTRY/NAME.
+        """
+        packs = [path.name for path in _pack_paths(folder)]
+        if packs != self._compared:
+            self._compared, self.new = packs, {*self.rows}
+            self.new.difference_update(digest for digest, _ in read_packs(folder))
+
+    def lines(self) -> Lines:
+        """Return an iterator of each row's digest and line."""
+        self._file.seek(0)
+        return zip(self.rows, self._file, strict=True)
+
+    def choose(self) -> Collection[str]:
+        """Return the digests of as many rows as fit into `max_bytes`, of held-out sets first.
+
+        The rows of a set are chosen in the order of their digests, which is as good as random.
+        """
+        if (max_bytes := self.max_bytes) is None:
+            return self.rows
+        sizes = {digest: len(line) for digest, line in self.lines()}
+        chosen: set[str] = set()
+        for name in ("held_out", "kept_out", "train"):
+            for digest in sorted({*getattr(self.listed, name)} - chosen):
+                max_bytes -= sizes[digest]
+                if max_bytes >= 0:
+                    chosen.add(digest)
+        return chosen
 
 
 def read_lineage(registry: Path, name: str, version: str) -> list[str]:
@@ -133,7 +197,7 @@ def read_stored_data(registry: Path, name: str, version: str) -> StoredData | No
         if listed is None:
             return None
         digests = listed.all()
-        lines = {digest: line for _, digest, line in read_packs(folder) if digest in digests}
+        lines = {digest: line for digest, line in read_packs(folder) if digest in digests}
     rows = {digest: StoredRow(digest, json.loads(line)) for digest, line in lines.items()}
     return StoredData(
         train=tuple(rows[digest] for digest in listed.train if digest in rows),
@@ -150,11 +214,6 @@ def keeps_examples(folder: Path, version: str) -> bool:
     """
     listed = read_digest_list(folder, version)
     return listed is not None and bool(listed.all())
-
-
-def digest_row(row: Mapping[str, object]) -> str:
-    """Return the SHA-256 of a row's line, which identifies the row in the store."""
-    return hashlib.sha256(render_row(row)).hexdigest()
 
 
 def render_row(row: Mapping[str, object]) -> bytes:
@@ -183,22 +242,12 @@ def store_examples(folder: Path, version: str, examples: RunExamples, *, confirm
         sync_path(folder)
     if read_digest_list(folder, version) is not None:
         return  # one that was emptied too: some of its rows may have been forgotten since
-    # Rows by digest, so that equal rows are stored once
-    held_out, kept_out, train = (
-        {digest_row(row): render_row(row) for row in rows}
-        for rows in (examples.held_out, examples.kept_out, examples.train)
-    )
-    given = len(held_out | kept_out | train)
-    if examples.max_bytes is not None:
-        held_out, kept_out, train = _fit((held_out, kept_out, train), examples.max_bytes)
+    examples.compare_with_store(folder)
+    chosen = examples.choose()
     # The rows come first: a crash in between leaves no list that names missing rows
-    stored = {digest for _, digest, _ in read_packs(folder)}
-    all_rows = held_out | kept_out | train
-    new = {digest: line for digest, line in all_rows.items() if digest not in stored}
-    _write_pack(store, new.values(), confirm)
-    listed = DigestList(
-        train=[*train], held_out=[*held_out], kept_out=[*kept_out], dropped=given - len(all_rows)
-    )
+    new = examples.new if chosen is examples.rows else examples.new.intersection(chosen)
+    _write_pack(store, examples.lines, new, confirm)
+    listed = examples.listed.select(chosen.__contains__, len(examples.rows) - len(chosen))
     _write_list(folder, version, listed, confirm)
 
 
@@ -232,31 +281,13 @@ def bound_store(
             remove_unneeded_rows(folder, versions, confirm=confirm)
 
 
-Lines = dict[str, bytes]
-
-
-def _fit(sets: Sequence[Lines], max_bytes: int) -> list[Lines]:
-    """Select as many rows as fit into `max_bytes`, from the first sets first.
-
-    The rows of a set are selected in the order of their digests, which is as good as random. The
-    selected rows keep their order.
-    """
-    chosen: set[str] = set()
-    for rows in sets:
-        for digest in sorted(rows.keys() - chosen):
-            max_bytes -= len(rows[digest]) + 1
-            if max_bytes >= 0:
-                chosen.add(digest)
-    return [{digest: line for digest, line in rows.items() if digest in chosen} for rows in sets]
-
-
 def count_unneeded_rows(folder: Path, versions: Collection[str]) -> int:
     """Count the rows of the store that none of the given versions lists.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     needed = _needed_rows(folder, versions)
-    return sum(digest not in needed for _, digest, _ in read_packs(folder))
+    return sum(digest not in needed for digest, _ in read_packs(folder))
 
 
 def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Confirm) -> None:
@@ -282,12 +313,12 @@ def remove_unneeded_rows(folder: Path, versions: Collection[str], *, confirm: Co
     # Packs with unneeded rows, each rewritten without them
     replaced: set[Path] = set()
     written: set[Path | None] = set()
-    for pack, rows in groupby(read_packs(folder), key=itemgetter(0)):
-        lines = [(digest, line) for _, digest, line in rows]
-        kept = {digest: line for digest, line in lines if digest in needed}
-        needed -= kept.keys()  # so that a later pack drops the same rows
-        if len(kept) < len(lines):
-            written.add(_write_pack(store, kept.values(), confirm))
+    for pack in _pack_paths(folder):
+        digests = [digest for digest, _ in _read_pack(pack)]
+        kept = needed.intersection(digests)
+        needed -= kept  # so that a later pack drops the same rows
+        if len(kept) < len(digests):
+            written.add(_write_pack(store, partial(_read_pack, pack), kept, confirm))
             replaced.add(pack)
     for pack in sorted(replaced - written):
         confirm()
@@ -309,7 +340,7 @@ def find_rows(folder: Path, is_wanted: Callable[[dict[str, object]], bool]) -> s
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
-    return {digest for _, digest, line in read_packs(folder) if is_wanted(json.loads(line))}
+    return {digest for digest, line in read_packs(folder) if is_wanted(json.loads(line))}
 
 
 def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: Confirm) -> None:
@@ -322,8 +353,8 @@ def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: 
     """
     listed = read_digest_list(folder, version)
     if listed is not None:
-        kept = {each: [d for d in getattr(listed, each) if d not in digests] for each in SETS}
-        _write_list(folder, version, listed.model_copy(update=kept), confirm)
+        left = listed.select(lambda digest: digest not in digests)
+        _write_list(folder, version, left, confirm)
 
 
 def list_path(folder: Path, version: str) -> Path:
@@ -359,18 +390,24 @@ def _write_list(folder: Path, version: str, listed: DigestList, confirm: Confirm
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     confirm: called before each write; it raises if the lock was lost.
     """
-    content = listed.model_dump_json().encode()
-    write_bytes(list_path(folder, version), content, confirm=confirm)
+    parts = json.JSONEncoder(separators=(",", ":")).iterencode(listed.model_dump())
+    write_bytes(list_path(folder, version), map(str.encode, parts), confirm=confirm)
 
 
-def read_packs(folder: Path) -> Iterator[tuple[Path, str, bytes]]:
-    """Yield each row of the store: the file that it is in, its digest, and its line.
+def read_packs(folder: Path) -> Lines:
+    """Yield the digest and the line of each row of the store.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
     for path in _pack_paths(folder):
-        for line in read_regular(path).splitlines():
-            yield path, hashlib.sha256(line).hexdigest(), line
+        yield from _read_pack(path)
+
+
+def _read_pack(path: Path) -> Lines:
+    """Yield the digest and the line of each row of a pack; memory holds one at a time."""
+    with open_regular(path, UNBOUNDED) as (file, _):
+        for line in file:
+            yield hashlib.sha256(line.removesuffix(b"\n")).hexdigest(), line
 
 
 def _pack_paths(folder: Path) -> list[Path]:
@@ -381,14 +418,24 @@ def _pack_paths(folder: Path) -> list[Path]:
     return sorted((folder / DATA_FOLDER_NAME).glob(f"[!.]*{PACK_SUFFIX}"))
 
 
-def _write_pack(store: Path, lines: Collection[bytes], confirm: Confirm) -> Path | None:
+def _write_pack(
+    store: Path, read: Callable[[], Lines], digests: Collection[str], confirm: Confirm
+) -> Path | None:
     """Write rows to a file named by the hash of its content; return its path, None without rows.
 
+    read: yields rows, among them those with the given digests; called for the name, and to write.
     confirm: called before each write; it raises if the lock was lost.
     """
-    if not lines:
+    if not digests:
         return None
-    content = b"".join(line + b"\n" for line in lines)
-    path = store / f"{hashlib.sha256(content).hexdigest()}{PACK_SUFFIX}"
-    write_bytes(path, content, confirm=confirm)
+    hasher = hashlib.sha256()
+    for line in _select(read(), digests):
+        hasher.update(line)
+    path = store / f"{hasher.hexdigest()}{PACK_SUFFIX}"
+    write_bytes(path, _select(read(), digests), confirm=confirm)
     return path
+
+
+def _select(rows: Lines, digests: Collection[str]) -> Iterator[bytes]:
+    """Yield the lines of the rows with the given digests."""
+    return (line for digest, line in rows if digest in digests)

@@ -9,12 +9,13 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from nested_core import seams
-from nested_core.errors import JUDGE_AGAIN, DamagedError
+from nested_core.errors import JUDGE_AGAIN, DamagedError, MissingFileError
 from nested_core.records.judged_run import JudgedRun, read_judged_run
 from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import GATE_NAME
@@ -106,22 +107,25 @@ def registering(new: NewVersion, registry: Path, name: str) -> Iterator[tuple[Na
 
     Yields the locked folder and the hash of the version's manifest.
     """
-    with writing_folder(create_name_folder(registry, name)) as locked:
-        if new.examples is not None:
-            version, examples = new.run.version, new.examples
+    folder, examples = create_name_folder(registry, name), new.examples
+    if examples is not None:
+        with suppress(MissingFileError):  # a gc replaced a pack; under the lock all is compared
+            examples.compare_with_store(folder)
+    with writing_folder(folder) as locked:
+        if examples is not None:
+            version, stored = new.run.version, copy(examples)
             lines = locked.ledger.entries
             if any(e.version == version and e.action == "rows_forgotten" for e in lines):
-                examples = replace(examples, max_bytes=0)  # the run still has the forgotten rows
-            store_examples(locked.path, version, examples, confirm=locked.confirm)
+                stored.max_bytes = 0  # the run still has the forgotten rows
+            store_examples(locked.path, version, stored, confirm=locked.confirm)
         yield locked, _add_version(locked, new)
         # After the decision: the version's examples stay before others' only if it may be followed
-        max_bytes = None if new.examples is None else new.examples.max_bytes
-        if max_bytes is not None:
+        if examples is not None and examples.max_bytes is not None:
             path, ledger = locked.path, locked.ledger
             versions, champion = ledger.by_version, locked.champion
             with suppress(DamagedError):  # `audit` tells of it
                 heads = [v for v in versions if v == champion or may_be_promoted(path, v, ledger)]
-                bound_store(path, max_bytes, versions, heads, confirm=locked.confirm)
+                bound_store(path, examples.max_bytes, versions, heads, confirm=locked.confirm)
 
 
 def register_rejection(rejected: NewVersion, registry: Path, name: str) -> None:

@@ -25,6 +25,7 @@ TEMPORARY_PREFIX = ".tmp-"
 RETIRED_PREFIX = ".old-"
 MAX_NAME_BYTES = 255  # of a file system's names; a temporary one fits wherever its target does
 
+Content = bytes | memoryview | Iterator[bytes]
 Confirm = Callable[[], None]  # raises where what is being written may no longer take effect
 
 
@@ -112,10 +113,11 @@ def write_page(target: Path, html: str) -> None:
 
 
 def write_bytes(
-    target: Path, content: bytes | memoryview, *, confirm: Confirm | None = None, mode: int = 0o666
+    target: Path, content: Content, *, confirm: Confirm | None = None, mode: int = 0o666
 ) -> None:
     """Replace the content of a file atomically and durably: written beside it, synced and renamed.
 
+    content: the bytes, or an iterator of their parts, which memory need not hold together.
     confirm: a last check by the caller, such as that it still holds a lock, called just before the
         rename; if it raises, the old file stays.
     mode: of the file, less the umask.
@@ -124,7 +126,7 @@ def write_bytes(
     with naming_target_in_errors(target, temporary):
         try:
             with open(temporary, "wb", opener=lambda path, how: os.open(path, how, mode)) as file:
-                file.write(content)
+                file.writelines(content if isinstance(content, Iterator) else (content,))
                 file.flush()
                 sync_descriptor(file.fileno())
             if confirm is not None:

@@ -1,13 +1,20 @@
-"""`validate`: every bad line by file, line and reason; exit 3; nothing is written."""
+"""`validate`: every bad line by file, line and reason; exit 3; only the cache is written."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.example import DATA, write_config
+from flows.cli import main
+from nested_core.data import dataset_loading
+from nested_core.data.dataset_loading import load_run_data
+from nested_core.records.dataset import DatasetReport
+from nested_core.storage.user_cache import CACHE_VARIABLE
+from tests.example import DATA, example_config, write_config
 from tests.flows.conftest import Ended, called
 
 BAD = {2: "{not json", 4: '{"messages": []}', 5: '{"messages": [{"role": "user"}]}'}
@@ -92,5 +99,31 @@ def test_sound_data_are_counted_and_accepted(validated: Validated) -> None:
 
 
 @pytest.mark.parametrize("name", ["json", "no tokenizer", "table", "sound"])
-def test_validating_writes_nothing(validated: Validated, name: str) -> None:
+def test_validating_writes_nothing_beside_the_data(validated: Validated, name: str) -> None:
     assert validated.after[name] == validated.before[name]
+
+
+@pytest.mark.parametrize("first", ["validate", "train"])
+def test_what_was_judged_is_not_judged_again(tmp_path, monkeypatch, capfd, first) -> None:
+    """By `validate`, or what `train` loads; that, and hashes of the model, is all it writes."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    config = write_config(tmp_path / "config.yaml")
+    judged = []
+    judge = dataset_loading._read_and_judge
+
+    def count(*args: Any, **kwargs: Any) -> DatasetReport:
+        judged.append(args)
+        return judge(*args, **kwargs)
+
+    monkeypatch.setattr(dataset_loading, "_read_and_judge", count)
+    if first == "train":
+        load_run_data(example_config())
+    for _ in range(2):
+        capfd.readouterr()
+        assert main(["validate", "-c", str(config), "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert document == load_run_data(example_config())[0].to_json()
+    assert len(judged) == 1
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"datasets", "hashes"}
+    assert len([*(tmp_path / "cache/datasets").iterdir()]) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "config.yaml"}

@@ -436,17 +436,18 @@ def formats_of_plain_rows(field_names: FieldNames) -> frozenset[str]:
 def read_examples(
     path: Path,
     field_names: FieldNames,
-    skip: set[int],
+    skip: set[int] | None = None,
     byte_range: ByteRange | None = None,
     first_line: int = 1,
 ) -> Iterator[tuple[int, Example]]:
     """Yield (line number, example) for each line that is not blank and not in `skip`.
 
-    skip: numbers of lines, such as those found invalid before.
+    skip: numbers of lines, such as those found invalid before; None skips what is invalid.
     byte_range: the part of the file to read, whose first line has the number `first_line`; None for
         all of it.
 
-    Raises DatasetError for an invalid line: the file has changed since it was checked.
+    Raises DatasetError for an invalid line that is not skipped: the file has changed since it was
+    checked.
     """
     byte_range = byte_range or ByteRange(0, path.stat().st_size)
     unread = byte_range.end - byte_range.start
@@ -457,11 +458,13 @@ def read_examples(
             if unread < 0:
                 return
             body = strip_line(raw, is_first=line == 1)
-            if not body or line in skip:
+            if not body or (skip is not None and line in skip):
                 continue
             try:
                 yield line, parse_line(body, field_names)
             except LineProblem as problem:
+                if skip is None:
+                    continue
                 reason = f"{path}:{line} changed while it was read: {problem}. Start again."
                 raise DatasetError(reason) from None
 

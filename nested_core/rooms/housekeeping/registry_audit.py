@@ -247,7 +247,7 @@ def _data_findings(folder: Path, versions: Iterable[str]) -> Iterator[AuditFindi
     store = folder / DATA_FOLDER_NAME
     if file_type(store) == "missing":
         return
-    present = {digest for _, digest, _ in read_packs(folder)}
+    present = {digest for digest, _ in read_packs(folder)}
     for version in versions:
         path = list_path(folder, version)
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.example_rows import read_sound_lines
+from nested_core.data.lines.example_parsing import read_examples
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import shorten
 from nested_core.report.page_blocks import PageBlocks
@@ -44,7 +44,7 @@ def tabulate_labels_of_data(settings: DataSettings) -> Iterator[Block]:
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         for file in open_splits(settings, Path(spool)).values():
             own = counts.setdefault(file.name, Counter())
-            for example in read_sound_lines(file.path, settings.field_names):
+            for _, example in read_examples(file.path, settings.field_names):
                 answer = str(example.messages[-1].get("content")) if example.messages else ""
                 own[answer] += 1
                 if not 0 < len(answer) <= MAX_LABEL_CHARACTERS or len(own) > MAX_LABELS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from nested_core.records.dataset import DatasetReport, SplitStats
 from nested_core.records.judged_run import read_judged_run
 from nested_core.records.run_status import Run
 from nested_core.registry import Decision, list_versions, promote, promotion_outcome, registration
+from nested_core.registry.data_store import DigestList, RunExamples, render_row
 from nested_core.registry.promotion_policy import (
     compare_losses,
     describe_promotion,
@@ -46,6 +48,7 @@ from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.builders.data_sets import load, write_lines
+from tests.core.registry.conftest import digest_row
 from tests.core.report.verdicts import SUITE
 from tests.example import DATA, SMALL_RUN, example_config, train_example
 from tests.gate_files import judged_files, read_gate, write_gate
@@ -75,8 +78,11 @@ def test_all_held_out_rows_are_kept_and_those_that_the_gate_judged_by_apart(tmp_
         config = example_config(**settings, registry=registry)
         examples = read_run_examples(config, not_registered(run))
         assert examples is not None
-        assert (examples.train, examples.held_out) == ([rows["train"]], [rows[judged]])
-        assert examples.kept_out == [rows[other]]
+        stored = {(digest_row(row), render_row(row) + b"\n") for row in rows.values()}
+        assert {*examples.lines()} == stored
+        sets = {"train": "train", "held_out": judged, "kept_out": other}
+        digests = {name: [digest_row(rows[split])] for name, split in sets.items()}
+        assert examples.listed == DigestList.model_validate(digests)
 
 
 def test_of_a_file_of_its_own_the_rows_that_judged_are_kept_or_none(tmp_path: Path) -> None:
@@ -90,12 +96,30 @@ def test_of_a_file_of_its_own_the_rows_that_judged_are_kept_or_none(tmp_path: Pa
     judged = read_judged_run(done.run.path)
     examples = read_run_examples(done.config, judged)
     assert examples is not None
-    assert len([*examples.held_out]) == len(held_out.read_text().splitlines())
+    assert len(examples.listed.held_out) == len(held_out.read_text().splitlines())
     held_out.write_text(held_out.read_text().splitlines(keepends=True)[0])
     with pytest.warns(UserWarning, match="held-out.jsonl has changed since the gate judged by it"):
         assert read_run_examples(done.config, judged) is None
     recorded = make_provenance(done.config, judged, None)
     assert recorded["validation_digest"] == judged_file != regular_sha256(held_out)
+
+
+def test_without_room_for_its_rows_a_run_is_not_registered_without_them(tmp_path, monkeypatch):
+    write_lines(tmp_path / "data" / "train.jsonl", [{"prompt": "Who?", "completion": "Me."}])
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    report, _ = load(tmp_path / "data")
+    write_json(run.dataset, report.to_json())
+    registry = {"path": str(tmp_path / "registry"), "name": NAME}
+    config = example_config(data=str(tmp_path / "data"), registry=registry)
+
+    def is_full(examples: RunExamples, name: str, rows: Any) -> None:
+        for _ in rows:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunExamples, "add", is_full)
+    with pytest.raises(OSError, match="No space left"):
+        read_run_examples(config, not_registered(run))
 
 
 @pytest.fixture

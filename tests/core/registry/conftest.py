@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nested_core.registry import promote, promotion_outcome, register
+from nested_core.registry.data_store import render_row
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.canary_file import CANARY_NAME
 from nested_core.storage.manifest import describe_file
@@ -33,6 +35,11 @@ VALIDATION = {
     "smallest_visible": 0.1,
     "conclusion": "better",
 }
+
+
+def digest_row(row: dict[str, Any]) -> str:
+    """The digest of a row in the data store."""
+    return sha256(render_row(row)).hexdigest()
 
 
 def write_run(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,23 @@ from flows.cli import main
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.example_rows import RowKeys, read_row_list, read_split_rows
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import history, promote, register
+from nested_core.registry import data_store, history, promote, register, registration
 from nested_core.registry.data_store import (
+    MAX_BYTES_IN_MEMORY,
     RunExamples,
     StoredData,
-    digest_row,
     drop_rows,
     find_rows,
+    read_digest_list,
     read_lineage,
     read_stored_data,
     remove_unneeded_rows,
     store_examples,
 )
+from nested_core.registry.link_and_views import writing_folder
 from nested_core.registry.queries import parent_version_of
 from nested_core.text.digest_format import shorten_digest
-from tests.core.registry.conftest import write_run
+from tests.core.registry.conftest import digest_row, write_run
 from tests.core.registry.states import NAME, assert_settled
 from tests.example import example_config
 from tests.left_out import needs_rooms
@@ -481,6 +485,65 @@ def test_a_copy_of_a_registry_keeps_the_store_to_its_owner(tmp_path):
 def test_only_the_owner_reads_the_store(tmp_path):
     add_night(tmp_path, 1, [question(1)], [])
     assert stat.S_IMODE((tmp_path / "registry" / NAME / "data").stat().st_mode) == 0o700
+
+
+def test_registering_many_rows_holds_their_digests_and_no_row(tmp_path: Path) -> None:
+    """Rows of 10 kB each: a list of them, or of their lines, is far above the limit."""
+    run, text, count = write_run(tmp_path / "run", 1), "word " * 2_000, 4_000
+    rows = ({"text": f"{number} {text}"} for number in range(count))
+    tracemalloc.start()
+    try:
+        examples = RunExamples(rows, [])
+        version = register(run, tmp_path / "registry", NAME, {}, examples=examples)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    (pack,) = (tmp_path / "registry" / NAME / "data").glob("*.jsonl")
+    assert pack.stat().st_size > count * len(text) > 2 * MAX_BYTES_IN_MEMORY
+    assert peak < MAX_BYTES_IN_MEMORY * 1.25 + 1_000 * count
+    listed = read_digest_list(tmp_path / "registry" / NAME, version)
+    assert listed is not None
+    assert len(listed.train) == count
+
+
+def test_rows_are_read_and_packs_compared_before_the_name_is_locked(tmp_path, monkeypatch) -> None:
+    """Under the lock only if packs came or went; a row that went with one is written again."""
+    registry = tmp_path / "registry"
+    first = add_night(tmp_path, 1, [question(1), question(2)], [])
+    (old,) = (registry / NAME / "data").glob("*.jsonl")
+    read: list[tuple[str, bool]] = []
+    is_locked = False
+
+    def read_pack(path: Path) -> Iterator[tuple[str, bytes]]:
+        read.append((path.name, is_locked))
+        return whole_pack(path)
+
+    @contextmanager
+    def lock(folder: Path) -> Iterator[Any]:
+        nonlocal is_locked
+        meanwhile()
+        with writing_folder(folder) as locked:
+            is_locked = True
+            yield locked
+        is_locked = False
+
+    def forget_a_row() -> None:
+        with monkeypatch.context() as original:
+            original.setattr(registration, "writing_folder", writing_folder)
+            forget_rows(registry, NAME, lambda row: row == question(1), by="ann")
+        read.clear()
+
+    whole_pack = data_store._read_pack
+    monkeypatch.setattr(data_store, "_read_pack", read_pack)
+    monkeypatch.setattr(registration, "writing_folder", lock)
+    meanwhile: Callable[[], object] = int
+    add_night(tmp_path, 2, [question(1), question(3)], [])
+    assert read == [(old.name, False)]
+    meanwhile = forget_a_row
+    third = add_night(tmp_path, 3, [question(1), question(2), question(4)], [])
+    assert rows_of(registry, third)[0] == [question(1), question(2), question(4)]
+    assert rows_of(registry, first)[0] == [question(2)]
+    assert audit(registry, NAME).is_sound
 
 
 def test_an_altered_row_is_missing_and_a_list_that_is_none_is_damage(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from nested_core.config.loading import parse_config
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.example_rows import RowKeys, read_sound_lines, read_split_rows
-from nested_core.data.lines.example_parsing import FieldNames, parse_line
+from nested_core.data.example_rows import RowKeys, read_split_rows
+from nested_core.data.lines.example_parsing import FieldNames, parse_line, read_examples
 from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import encode_content
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -154,7 +154,7 @@ def test_a_pair_that_is_kept_has_the_keys_of_its_line(tmp_path: Path, line) -> N
     folder = write_rows(tmp_path, {"train": [line]})
     settings = DataSettings(str(folder), loss="dpo")
     kept: Any = read_split_rows(settings, "train")
-    (example,) = read_sound_lines(folder / "train.jsonl", settings.field_names)
+    ((_, example),) = read_examples(folder / "train.jsonl", settings.field_names)
     assert RowKeys.of(kept.rows[0]).content == sha256(encode_content(example)).digest()
 
 
