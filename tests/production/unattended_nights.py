@@ -32,7 +32,7 @@ from prefect.states import Cancelled
 from benchmarks.learning.judge import Judge
 from benchmarks.learning.streams import OWNERS, list_words
 from benchmarks.learning.tasks import Row
-from flows.rooms.nights.dead_runs import ACTIVE_TYPES
+from flows.rooms.nights.run_list import ACTIVE_TYPES
 from nested_core import registry as core
 from nested_core.records.start import START_FILE
 from nested_core.registry.versions import version_folder

@@ -17,9 +17,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import State
 
 from flows.flow_runs.watchers import AdapterPage, Sighting, Watcher
-from flows.rooms.nights.dead_runs import end_dead_runs, resume_forgotten_runs
 from flows.rooms.nights.other_night import find_other_night
-from flows.rooms.nights.run_list import tidy_run_list
+from flows.rooms.nights.run_list import end_dead_runs, resume_forgotten_runs, tidy_run_list
 from flows.rooms.nights.warning_events import (
     warn_of_full_disks,
     warn_of_long_runs,

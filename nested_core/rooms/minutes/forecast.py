@@ -5,6 +5,7 @@ They are trained in a temporary folder and thrown away.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -16,6 +17,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from nested_core import backend
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import TrainingStopped
@@ -25,12 +29,16 @@ from nested_core.models.generation import Sampling, answer_prompts, can_batch, e
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
-from nested_core.pipeline.device_lock import OnWait
+from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.pipeline.preflight import estimate_iterations
 from nested_core.pipeline.processes import count_processes
 from nested_core.records.dataset import read_dataset_record
 from nested_core.records.plan import read_plan
+from nested_core.rooms.minutes.blas_threads import choose_blas_threads_of_run, using_blas_threads
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.stages import receiving_stages
+from nested_core.text.duration_format import format_duration
+from nested_core.text.stages import receiving_stages, stages
+from nested_core.text.value_format import format_speed
 
 MOST_STEPS = 5_000
 SLOW_FIRST_STEP = 30.0  # seconds
@@ -265,3 +273,81 @@ def _time_token(model: Any, tokenizer: Any, batch_size: int) -> float:
         prompts = [prompt[:TRIED_PROMPT]] * batch_size
         answers = answer_prompts(model, tokenizer, prompts, Sampling(TRIED_TOKENS))
     return (time.monotonic() - began) / max(1, *(answer.tokens for answer in answers))
+
+
+TRIED_SECONDS = 2.0
+
+
+def measure(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    seconds: float,
+    session: Session,
+    on_wait: OnWait | None,
+) -> Forecast:
+    """Try steps of a run that is validated and loaded; return the forecast of the whole run.
+
+    seconds: how long steps are tried.
+    """
+    trial = try_steps(config, run, seconds, session, on_wait)
+    with locking_devices(on_wait, session=session):
+        base = session.load_base(config)
+        forecast = make_forecast(config, run, trial, base.model, base.tokenizer)
+    mx.reset_peak_memory()  # so that the run reports its own peak
+    return forecast
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun:
+    """How fast a run is, as busy as the machine was when a few steps were tried.
+
+    seconds_a_step: seconds of a step of training.
+    training_seconds: seconds of all steps.
+    seconds: seconds of the whole run, with its evaluations and its verdict.
+    tokens_per_second: trained-on tokens.
+    """
+
+    seconds_a_step: float
+    training_seconds: float
+    seconds: float
+    tokens_per_second: float
+
+    def describe(self) -> dict[str, str]:
+        """Return a sentence for the subject `time` of the page of `explain`."""
+        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        busy = f" (load {load:.0f} on {cores} cores): shorter when it is quiet, or by --minutes"
+        time = (
+            f"about {format_duration(max(self.training_seconds, 1.0))} of training, by a few steps "
+            f"that were tried on this machine ({backend.device()}): "
+            f"{format_speed(self.tokens_per_second)} trained-on tokens a second. With evaluations "
+            f"and the gate about {format_duration(self.seconds)}, as busy as the machine is now"
+            f"{busy if load > cores else ''}."
+        )
+        return {"time": time}
+
+
+def measure_run(
+    config: FineTuneConfig, run: RunDirectory, session: Session, on_wait: OnWait | None
+) -> tuple[FineTuneConfig, MeasuredRun]:
+    """Try a few steps of a run that is validated and loaded, and return how fast it is.
+
+    The first value is the configuration; with `training.minutes` it has the number of iterations
+    that fit into them.
+    """
+    stages.info("explain: trying a few steps")
+    minutes, accumulation = config.training.minutes, config.grad_accumulation_steps
+    threads = None if minutes is None else choose_blas_threads_of_run(config, session, on_wait)
+    with using_blas_threads(threads):
+        forecast = measure(config, run, TRIED_SECONDS, session, on_wait)
+    # About what a command takes before its first step: it loads twice and tries two steps
+    before = 2 * forecast.opening + 2 * forecast.step + forecast.checkpoint
+    steps = ceil(estimate_iterations(config, run) / accumulation)
+    if minutes is not None:
+        steps = max(1, forecast.count_steps(60 * minutes - before))
+        config = config.model_copy(update={"iters": steps * accumulation})
+    return config, MeasuredRun(
+        seconds_a_step=forecast.step,
+        training_seconds=steps * forecast.step,
+        seconds=before + forecast.seconds_of(steps),
+        tokens_per_second=forecast.trial.tokens_per_second,
+    )

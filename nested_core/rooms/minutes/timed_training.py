@@ -18,13 +18,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
-
 from nested_core.config.loading import render_config
-from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.models.session import Session
-from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.run_in_progress import AroundRun, RunInProgress
 from nested_core.process.command_parent import STARTED, has_parent, list_earlier_ends
 from nested_core.records.plan import TimePlan, read_plan, write_plan
@@ -34,7 +30,7 @@ from nested_core.rooms.minutes.blas_threads import (
     choose_blas_threads_of_run,
     using_blas_threads,
 )
-from nested_core.rooms.minutes.forecast import Forecast, make_forecast, try_steps
+from nested_core.rooms.minutes.forecast import measure
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.run_directory import RunDirectory
@@ -49,25 +45,6 @@ MAX_PACE = 2.0  # times as slow as forecast, that is allowed for the verdict: no
 VERDICT_SPARED = 0.4  # of its forecast, where a run is refused: answers may be shorter, or known
 STEPS_MEASURED = 20  # the last ones, by which a machine is slower or quicker
 SECONDS_BETWEEN_NOTES = 5.0
-
-
-def measure(
-    config: FineTuneConfig,
-    run: RunDirectory,
-    seconds: float,
-    session: Session,
-    on_wait: OnWait | None,
-) -> Forecast:
-    """Try steps of a run that is validated and loaded; return the forecast of the whole run.
-
-    seconds: how long steps are tried.
-    """
-    trial = try_steps(config, run, seconds, session, on_wait)
-    with locking_devices(on_wait, session=session):
-        base = session.load_base(config)
-        forecast = make_forecast(config, run, trial, base.model, base.tokenizer)
-    mx.reset_peak_memory()  # so that the run reports its own peak
-    return forecast
 
 
 def holding_to_minutes(work: RunInProgress) -> AbstractContextManager[object]:

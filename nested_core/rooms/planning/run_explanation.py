@@ -103,7 +103,7 @@ def explain_run(
             start = read_start(config, run)
             rate_share = 1.0 if start is None else start.rate_share
             if measures_speed and seams.is_there("minutes"):
-                from nested_core.rooms.minutes.measured_run import measure_run
+                from nested_core.rooms.minutes.forecast import measure_run
 
                 config, measured = measure_run(config, run, session, on_wait)
             session.release_base()  # the trainer loads it again: two may not fit into memory

@@ -4,7 +4,7 @@ For each rank, mlx.launch waits until there is output to read or until the rank'
 can be written to (mlx 0.32.4, `_launch_with_io` in mlx/_distributed_utils/launch.py). The second is
 always true, so it keeps one core busy for as long as the ranks train. Here it waits for output.
 
-Where a rank prints its stacks because it waited too long (hang_watch.py), they are marked
+Where a rank prints its stacks because it waited too long (rank_world.py), they are marked
 with its number, and the others are given time to print theirs before they are ended. From another
 host, stacks come on standard output: ssh gives a rank one terminal for both.
 

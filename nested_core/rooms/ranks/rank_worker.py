@@ -32,7 +32,7 @@ def main(run_dir: str, ranks: str) -> int:
     """Train as one of the ranks; return the exit code: 0, or 1 for an error.
 
     A requested stop gives 0 too: on any other code mlx.launch ends the other ranks, and the main
-    one may still be writing. At the alarm of hang_watch.py this process prints its stacks and ends.
+    one may still be writing. At the alarm of rank_world.py this process prints its stacks and ends.
     """
     faulthandler.register(signal.SIGALRM, chain=True)
     backend.prepare()

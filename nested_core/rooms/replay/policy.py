@@ -71,7 +71,7 @@ def measure_rebuilding(config: FineTuneConfig) -> Any:
     The run directory is temporary. Raises ConfigError without the room minutes, DatasetError.
     """
     seams.require("minutes", POLICY_KEY)
-    from nested_core.rooms.minutes.measured_run import measure_run
+    from nested_core.rooms.minutes.forecast import measure_run
 
     rebuilding = config.continual.model_copy(update={"policy": "rebuild"})
     config = config.model_copy(update={"continual": rebuilding})

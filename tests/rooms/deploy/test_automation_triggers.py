@@ -21,7 +21,7 @@ from prefect.settings import (
 
 from flows.process.environment import packaged_folder
 from flows.rooms.deploy.planned_deployments import read_automations_yaml
-from flows.rooms.nights.dead_runs import SECONDS_OF_SILENCE
+from flows.rooms.nights.run_list import SECONDS_OF_SILENCE
 from nested_core.records.outcome_names import Outcome
 from tests.prefect_home import DATABASE, new_prefect_home
 

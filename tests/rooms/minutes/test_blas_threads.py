@@ -16,7 +16,7 @@ from nested_core import backend
 from nested_core.models.session import Session
 from nested_core.pipeline.run_in_progress import RunInProgress
 from nested_core.records.plan import write_plan
-from nested_core.rooms.minutes import measured_run, timed_training
+from nested_core.rooms.minutes import forecast, timed_training
 from nested_core.rooms.minutes.blas_threads import (
     THREADS_VARIABLE,
     _open_library,
@@ -77,14 +77,14 @@ def test_explain_measures_a_run_of_minutes_with_the_threads_that_it_will_have(
         threads.append(library.openblas_get_num_threads())
         return try_steps(*arguments)
 
-    monkeypatch.setattr(measured_run, "choose_blas_threads_of_run", lambda *_: 1)
-    monkeypatch.setattr(timed_training, "try_steps", noting_threads)
-    monkeypatch.setattr(measured_run, "TRIED_SECONDS", 0.1)
+    monkeypatch.setattr(forecast, "choose_blas_threads_of_run", lambda *_: 1)
+    monkeypatch.setattr(forecast, "try_steps", noting_threads)
+    monkeypatch.setattr(forecast, "TRIED_SECONDS", 0.1)
     for minutes in (5, None):
         config = config_of(minutes)
         run = prepare(config, tmp_path / f"{minutes}")
         with run.locked(), Session() as session:
-            measured_run.measure_run(config, run, session, None)
+            forecast.measure_run(config, run, session, None)
     assert threads == [1, 2]
 
 

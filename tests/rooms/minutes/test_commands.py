@@ -11,7 +11,7 @@ import yaml
 
 from nested_core.config.loading import load_config
 from nested_core.errors import ConfigError
-from nested_core.rooms.minutes import measured_run
+from nested_core.rooms.minutes import forecast
 from tests.example import DATA, MODEL, require_refused, write_config
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms
@@ -118,7 +118,7 @@ def test_init_writes_minutes_in_place_of_passes(tmp_path: Path) -> None:
 def test_explain_says_that_the_machine_is_busy(load: float, end: str, monkeypatch) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 1.0, 1.0))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    run = measured_run.MeasuredRun(
+    run = forecast.MeasuredRun(
         seconds_a_step=270.0, training_seconds=1620.0, seconds=8100.0, tokens_per_second=0.28
     )
     said = run.describe()["time"]
@@ -131,7 +131,7 @@ def test_explain_says_that_the_machine_is_busy(load: float, end: str, monkeypatc
 def test_explain_says_how_long_a_run_takes_and_counts_the_steps_of_minutes(
     tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(measured_run, "TRIED_SECONDS", 0.3)
+    monkeypatch.setattr(forecast, "TRIED_SECONDS", 0.3)
     write_config(tmp_path / "config.yaml", iters=4)
     whole = called("explain", "-c", "config.yaml", "--json", cwd=tmp_path)
     said = json.loads(whole.stdout)

@@ -19,8 +19,8 @@ from prefect.states import Cancelling, Completed, Crashed, Paused, Pending, Runn
 
 from flows.finetune import finetune
 from flows.process.environment import packaged_folder
-from flows.rooms.nights import dead_runs
-from flows.rooms.nights.dead_runs import (
+from flows.rooms.nights import run_list
+from flows.rooms.nights.run_list import (
     end_dead_runs,
     resume_forgotten_runs,
 )
@@ -88,7 +88,7 @@ def test_what_is_silent_is_ended_by_its_state_and_all_else_is_left_alone(monkeyp
                 client.set_flow_run_state(ids[name], again, force=True)
             time.sleep(seconds)
 
-        monkeypatch.setattr(dead_runs, "time", clock_with(meanwhile))
+        monkeypatch.setattr(run_list, "time", clock_with(meanwhile))
         ended = sorted(end_them())
         monkeypatch.undo()
         runs = {name: client.read_flow_run(run) for name, run in ids.items()}
@@ -117,13 +117,13 @@ def test_where_all_were_heard_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> N
         for run in client.read_flow_runs():
             if run.state is not None and not run.state.is_final():
                 client.set_flow_run_state(run.id, Completed(), force=True)
-    monkeypatch.setattr(dead_runs, "time", clock_with(refuse))
+    monkeypatch.setattr(run_list, "time", clock_with(refuse))
     assert end_them() == []
 
 
 def test_the_automation_that_it_waits_for_is_the_one_that_deploy_puts_on_the_server() -> None:
     text = (packaged_folder("deployments") / "automations.yaml").read_text()
-    assert f'- name: "{dead_runs.RESUME_AUTOMATION}"' in text
+    assert f'- name: "{run_list.RESUME_AUTOMATION}"' in text
 
 
 def resume_them(after: float = 0.0) -> list[str]:
@@ -139,7 +139,7 @@ def test_a_first_crash_that_the_server_forgot_is_resumed_once_unless_the_automat
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own_name = str(uuid4())  # other tests leave the deployed one on the server
-    monkeypatch.setattr(dead_runs, "RESUME_AUTOMATION", own_name)
+    monkeypatch.setattr(run_list, "RESUME_AUTOMATION", own_name)
     with get_client(sync_client=True) as client:
         deployment = client.create_deployment(
             client.create_flow(finetune),

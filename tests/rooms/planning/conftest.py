@@ -14,8 +14,9 @@ def _little_is_tried() -> Iterator[None]:
     if not is_there("minutes"):
         yield  # nothing is tried
         return
-    from nested_core.rooms.minutes import measured_run
+
+    from nested_core.rooms.minutes import forecast
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measured_run, "TRIED_SECONDS", 0.2)
+        patch.setattr(forecast, "TRIED_SECONDS", 0.2)
         yield

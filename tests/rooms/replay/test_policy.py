@@ -23,7 +23,7 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.registry.data_store import read_lineage
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.report.outcome import find_kept_champion
-from nested_core.rooms.minutes.measured_run import MeasuredRun
+from nested_core.rooms.minutes.forecast import MeasuredRun
 from nested_core.rooms.replay import policy
 from nested_core.rooms.replay.page import describe_replay
 from nested_core.rooms.replay.policy import decide_by_forecast
