@@ -62,10 +62,9 @@ def _list_notes(block: Mapping[str, Any], verdict: Verdict) -> Iterator[str]:  #
         return
     if block["chosen_fell"]:
         yield (
-            f"the margin of chosen over rejected answers grew, and chosen answers became less "
-            f"likely themselves: {block['chosen_before']:.4g} -> {block['chosen_after']:.4g} "
-            f"nats an answer. A larger beta, orpo, or fewer passes keep them "
-            f"(docs/preferences.md#answers-that-collapse)"
+            f"chosen answers became less likely themselves: {block['chosen_before']:.4g} -> "
+            f"{block['chosen_after']:.4g} nats an answer. A larger beta, orpo, or fewer passes "
+            f"keep them (docs/preferences.md#answers-that-collapse)"
         )
     if block["margin_interval"] is None:
         yield (

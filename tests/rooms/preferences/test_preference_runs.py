@@ -170,6 +170,7 @@ def test_a_fall_of_chosen_answers_is_told(learnt) -> None:
     verdict = replace(learnt.verdict, blocks={"preferences": fallen})
     (note,) = (note for note in verdict.notes() if "less likely themselves" in note)
     assert "-9 -> -12.5" in note
+    assert "grew" not in note  # a rejected one's margin may have shrunk
     assert not any("less likely" in note for note in learnt.verdict.notes())
 
 
