@@ -6,7 +6,7 @@ directory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -40,9 +40,10 @@ class MixedExamples:
 class EarlierExamples(Protocol):
     """The earlier examples of one run; all methods but `choose` read what `choose` wrote."""
 
-    def choose(self) -> None:
+    def choose(self) -> Mapping[str, str]:
         """Choose the examples and write replay.json and replay.jsonl.
 
+        Returns the digests, as in dataset.json, of the splits that were read for the choice.
         Raises ConfigError if a source is missing or has changed, under `replay.missing: error`.
         """
 

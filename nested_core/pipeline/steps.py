@@ -32,6 +32,7 @@ from nested_core.errors import (
     JUDGE_AGAIN,
     ConfigError,
     DamagedError,
+    DatasetError,
     GateRejected,
     NestedTuneError,
     shorten,
@@ -182,10 +183,16 @@ def validate(
     """Validate the data set, write dataset.json and return the report.
 
     The earlier examples that the run replays are chosen too. Raises DatasetError if the data has an
-    error, ConfigError for missing earlier data under `replay.missing: error`.
+    error or changes meanwhile, ConfigError for missing earlier data under `replay.missing: error`.
     """
-    choose_earlier_examples(config, run)
+    chosen_for = choose_earlier_examples(config, run)
     report, _ = load_run_data(config, run, on_progress)
+    for split, digest in chosen_for.items():
+        if split in report.splits and report.splits[split].digest != digest:
+            raise DatasetError(
+                f"{config.data}: {report.splits[split].file} changed while it was read. Run it "
+                f"again when nobody writes to it."
+            )
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     require_askable_suites(config, report.prompt_format)
@@ -193,17 +200,18 @@ def validate(
     return report
 
 
-def choose_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> None:
+def choose_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> Mapping[str, str]:
     """Choose the examples of earlier versions that the run trains on, unless that was done before.
 
-    Raises ConfigError for missing earlier data under `replay.missing: error`.
+    Returns the digests of the splits that they were chosen for; none without a choice. Raises
+    ConfigError for missing earlier data under `replay.missing: error`.
     """
     if run.initial.exists() and run.tiers.exists():
-        return
+        return {}
     for written in (run.replay, run.replayed_rows, run.start):
         remove_file(written)
-    if earlier := find_earlier_examples(config, run):
-        earlier.choose()
+    earlier = find_earlier_examples(config, run)
+    return {} if earlier is None else earlier.choose()
 
 
 def describe_earlier_examples(config: FineTuneConfig, run: RunDirectory) -> list[str]:

@@ -48,6 +48,7 @@ class NewerRows:
     rows: of all rows; prompts: of all rows that have one; held_out: of rows that are held out.
     asked, digests: the last questions of rows that are held out, and digests of them.
     train: the training examples of the run itself, with their keys.
+    splits: the digest of each split that was read, as dataset.json has it.
     targets: what the run learns of a chat: each answer, and so each beginning too, unless `last`.
         None for rows that are only compared, as the registry keeps them.
     """
@@ -58,6 +59,7 @@ class NewerRows:
     asked: set[bytes] = field(default_factory=set)
     digests: set[int] = field(default_factory=set)
     train: Sequence[KeyedRow] = ()
+    splits: dict[str, str] = field(default_factory=dict)
     targets: Targets | None = None
 
     def add(self, rows: Iterable[KeyedRow], *, are_held_out: bool) -> None:
@@ -112,6 +114,7 @@ def read_new_data(config: FineTuneConfig, *, held_out_is_judged: bool = False) -
     for split in SPLITS:
         split_rows = read_split_rows(settings, split)
         rows = [] if split_rows is None else key_rows(split_rows.rows)
+        new.splits |= {} if split_rows is None else {split: split_rows.digest}
         new.add(rows, are_held_out=split != "train" and not held_out_is_judged)
         if split == "train" and not held_out_is_judged:
             new.train = rows

@@ -6,6 +6,7 @@ goes on: it reads its sources no more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -54,10 +55,11 @@ class ReplayOfRun:
     def _record(self) -> ReplayRecord:
         return read_replay(self._run.replay)
 
-    def choose(self) -> None:
+    def choose(self) -> Mapping[str, str]:
         """Choose the earlier examples that the run trains on, and whether to rebuild or continue.
 
-        Writes both to replay.json and replay.jsonl. Raises ConfigError if a source is missing or
+        Writes both to replay.json and replay.jsonl. Returns the digests of the splits that the
+        choice was made for. Raises ConfigError if a source is missing or
         has changed under `replay.missing: error`, and for `policy: auto` without the room minutes.
         """
         config, run, replay = self._config, self._run, self._config.continual.replay
@@ -102,6 +104,7 @@ class ReplayOfRun:
         record = record.model_copy(update={"choice": replace(choice, reason=reason)})
         write_bytes(run.replayed_rows, content)
         write_json(run.replay, record.model_dump(mode="json"))
+        return new.splits
 
     def read_choice(self) -> Choice:
         """Whether the run goes on from the champion or is rebuilt, and why."""

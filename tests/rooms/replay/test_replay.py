@@ -14,7 +14,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.example_digests import decode_digests
-from nested_core.errors import ConfigError, DamagedError, TrainingStopped
+from nested_core.errors import ConfigError, DamagedError, DatasetError, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import settings_digest
 from nested_core.pipeline.preflight import check_before_start
@@ -401,6 +401,27 @@ def test_a_run_that_cannot_replay_has_no_fraction_by_default(
     assert [config.replay_fraction for config in cannot] == [0.0] * 3
     leave_out_room("replay", monkeypatch)
     assert follows.replay_fraction == 0.0
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_rows_that_arrive_after_the_choice_end_the_run_before_anything_is_learnt(
+    split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_split(tmp_path / "new", train=LINES[:10], valid=LINES[10:14])
+    (tmp_path / "old.jsonl").write_text("\n".join(LINES[20:30]))
+    config = configure(tmp_path, "old.jsonl")
+    load = steps.load_run_data
+
+    def write_and_load(*arguments: Any) -> Any:
+        with (tmp_path / "new" / f"{split}.jsonl").open("a") as file:
+            file.write(f"{LINES[30]}\n")
+        return load(*arguments)
+
+    monkeypatch.setattr(steps, "load_run_data", write_and_load)
+    with pytest.raises(DatasetError, match=f"{split}.jsonl changed while it was read"):
+        prepare(config, tmp_path / "run")
+    monkeypatch.setattr(steps, "load_run_data", load)
+    prepare(config, tmp_path / "again")
 
 
 @pytest.fixture(scope="module")
