@@ -154,8 +154,8 @@ class RunExamples:
         chosen: set[str] = set()
         for name in ("held_out", "kept_out", "train"):
             for digest in sorted({*getattr(self.listed, name)} - chosen):
-                max_bytes -= sizes[digest]
-                if max_bytes >= 0:
+                if sizes[digest] <= max_bytes:
+                    max_bytes -= sizes[digest]
                     chosen.add(digest)
         return chosen
 
@@ -338,9 +338,18 @@ def _needed_rows(folder: Path, versions: Collection[str]) -> set[str]:
 def find_rows(folder: Path, is_wanted: Callable[[dict[str, object]], bool]) -> set[str]:
     """Return the digests of the stored rows for which `is_wanted` returns True.
 
+    Raises DamagedError for a pack with a line that is no row.
+
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
-    return {digest for digest, line in read_packs(folder) if is_wanted(json.loads(line))}
+    found = set[str]()
+    for pack in _pack_paths(folder):
+        try:
+            found |= {digest for digest, line in _read_pack(pack) if is_wanted(json.loads(line))}
+        except ValueError as error:
+            said = "has a line that is no row. `nested-tune audit` says what is lost."
+            raise DamagedError(f"{pack} {said}") from error
+    return found
 
 
 def drop_rows(folder: Path, version: str, digests: Collection[str], *, confirm: Confirm) -> None:

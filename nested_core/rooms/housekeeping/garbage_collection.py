@@ -41,6 +41,7 @@ from nested_core.rooms.housekeeping.removal import find_reason_to_keep
 from nested_core.storage.atomic import RETIRED_PREFIX, TEMPORARY_PREFIX
 from nested_core.storage.folder_size import size_on_disk
 from nested_core.text.digest_format import shorten_digest
+from nested_core.text.value_format import format_count
 
 DEFAULT_KEPT_VERSIONS = 10
 
@@ -212,7 +213,7 @@ def forget_rows(
 
     The data store holds the examples of an adapter's versions, for later runs.
 
-    The history gets one line for each version that had such rows, with their number only. What a
+    The history gets a line for each version that has such rows, with their number only. What a
     version has learnt from them stays in its tensors. Raises ConfigError for an unknown name.
 
     by: who asks, for the history.
@@ -224,13 +225,12 @@ def forget_rows(
     else:
         with writing(registry, name) as locked:
             forgotten = _find_listed_rows(locked.path, locked.ledger, is_listed)
+            # The line first: after a crash in between, a run that is registered again stores none.
             for version, digests in forgotten.items():
+                reason = f"{format_count(len(digests), 'row')} to be taken out of the data store"
+                locked.record("rows_forgotten", version, by, reason=reason)
                 drop_rows(locked.path, version, digests, confirm=locked.confirm)
             remove_unneeded_rows(locked.path, locked.ledger.by_version, confirm=locked.confirm)
-            for version, digests in forgotten.items():  # after the removal, which may fail
-                count = f"{len(digests)} {'row' if len(digests) == 1 else 'rows'}"
-                reason = f"{count} taken out of the data store"
-                locked.record("rows_forgotten", version, by, reason=reason)
     counts = {version: len(digests) for version, digests in forgotten.items()}
     return ForgottenRows(name, counts, is_dry_run=dry_run)
 

@@ -169,8 +169,8 @@ def test_forgotten_rows_and_prompts_leave_the_store_and_the_history_names_the_ve
     assert not all_stored(registry) & {digest_row(question(1)), digest_row(question(-2))}
     lines = [line for line in history(registry, NAME) if line["action"] == "rows_forgotten"]
     assert [(line["version"], line["reason"]) for line in lines] == [
-        (first, "1 row taken out of the data store"),
-        (second, "1 row taken out of the data store"),
+        (first, "1 row to be taken out of the data store"),
+        (second, "1 row to be taken out of the data store"),
     ]
     assert b"number" not in (registry / NAME / "history.jsonl").read_bytes()
     assert_settled(registry)
@@ -303,10 +303,11 @@ def test_a_row_or_prompt_without_text_but_that_of_the_system_is_refused(tmp_path
 
 
 @needs_rooms("housekeeping")
-def test_the_history_says_that_rows_are_gone_only_once_they_are(tmp_path, monkeypatch) -> None:
+def test_rows_whose_removal_is_cut_short_are_recorded_first_and_never_come_back(
+    tmp_path, monkeypatch
+) -> None:
     registry = tmp_path / "registry"
     first, *_ = add_champions(tmp_path)
-    before = (registry / NAME / "history.jsonl").read_bytes()
 
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -316,10 +317,35 @@ def test_the_history_says_that_rows_are_gone_only_once_they_are(tmp_path, monkey
             patch.setattr(module_of("garbage_collection"), step, stop)
             with pytest.raises(KeyboardInterrupt):
                 forget_rows(registry, NAME, lambda row: row == question(1), by="ann")
-        assert (registry / NAME / "history.jsonl").read_bytes() == before
-    collect_garbage(registry, NAME, by="ann")
-    assert rows_of(registry, first)[0] == [question(0)]
+        lines = [line for line in history(registry, NAME) if line["action"] == "rows_forgotten"]
+        assert {line["reason"] for line in lines} == {"1 row to be taken out of the data store"}
+        assert digest_row(question(1)) in all_stored(registry)
+    assert first in {line["version"] for line in lines}
+    (registry / NAME / "data" / f"{first}.json").unlink()  # lost; its run is registered again
+    register(tmp_path / "run-1", registry, NAME, {}, examples=RunExamples([question(1)], []))
+    forget_rows(registry, NAME, lambda row: row == question(1), by="ann")
     assert digest_row(question(1)) not in all_stored(registry)
+    assert_settled(registry)
+
+
+@needs_rooms("housekeeping")
+def test_rows_of_a_damaged_pack_are_not_said_to_be_forgotten(tmp_path) -> None:
+    registry = tmp_path / "registry"
+    add_champions(tmp_path)
+    pack = next((registry / NAME / "data").glob("*.jsonl"))
+    pack.chmod(0o600)
+    pack.write_bytes(pack.read_bytes()[:-9])
+    before = (registry / NAME / "history.jsonl").read_bytes()
+    with pytest.raises(DamagedError, match=f"{pack.name} has a line that is no row.*audit"):
+        forget_rows(registry, NAME, lambda row: row == question(1), by="ann")
+    assert (registry / NAME / "history.jsonl").read_bytes() == before
+
+
+def test_a_row_that_is_too_large_leaves_room_for_those_that_fit() -> None:
+    long = {"prompt": "x" * 1000, "completion": "y"}
+    for held_out in ([long, question(1)], [question(1), long]):
+        examples = RunExamples([question(2)], held_out, max_bytes=200)
+        assert examples.choose() == {digest_row(question(1)), digest_row(question(2))}
 
 
 def test_a_removal_that_was_cut_short_is_finished_without_losing_a_row(tmp_path):
