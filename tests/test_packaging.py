@@ -221,7 +221,7 @@ def test_the_locks_pin_every_line_with_hashes_and_name_no_address() -> None:
 
 def dry_run(*words: str) -> str:
     """What make would do."""
-    command = ("make", "--dry-run", f"PYTHON={sys.executable}", *words)
+    command = ("make", "--dry-run", "--no-print-directory", f"PYTHON={sys.executable}", *words)
     return subprocess.check_output(command, cwd=ROOT, text=True)
 
 

@@ -30,6 +30,7 @@ TEXTS = {
     ("chat", "prompt"),
     ("chat", "system"),
     ("deploy", "notify"),
+    ("export", "push"),
     ("export-mlflow", "tracking_uri"),
     ("forget", "by"),
     ("forget", "reason"),
@@ -43,6 +44,7 @@ TEXTS = {
     ("rollback", "reason"),
     ("serve", "allowed_origins"),
     ("serve", "chat_template"),
+    ("serve", "host"),
 }
 IN_LISTS = {"hf_dataset.path", "gate.tasks.file"}
 

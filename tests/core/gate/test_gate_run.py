@@ -54,6 +54,7 @@ def test_gate_json_has_the_keys_of_design(judged: Candidate) -> None:
     tier = {"tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates"}
     assert all(set(row) == tier | {"skipped_updates"} for row in document["tiers"])
     losses = {"loss_before", "loss_after", "selected_on_same_data", "file", "examples"}
+    losses |= {"file_sha256"}
     paired = {"difference", "standard_error", "interval", "smallest_visible", "losses_sha256"}
     paired |= {"has_one_answer", "conclusion", "margin", "one_sided_high", "examples_needed"}
     paired |= {"chosen_among", "corrected_interval", "left_out", "clusters", "few_prompts"}
