@@ -144,11 +144,11 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
         for split in recorded:
             _take_validated_rows(settings, split, recorded, partial(add, split))
         if choice not in SPLITS_BY_HELD_OUT_CHOICE:
-            validation = judged.verdict.validation
-            if validation is None or validation.file_sha256 != digest_held_out_file(choice):
-                raise DatasetError(f"{choice} has changed since the gate judged by it")
             with as_test_set_alone(Path(choice).expanduser(), settings) as alone:
                 _take_validated_rows(alone, "test", {}, partial(examples.add, "held_out"))
+            validation = judged.verdict.validation  # after the file was read, as for the splits
+            if validation is None or validation.file_sha256 != digest_held_out_file(choice):
+                raise DatasetError(f"{choice} has changed since the gate judged by it")
     except (ConfigError, DatasetError, OSError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # no room for the temporary file: nothing is wrong with the data
