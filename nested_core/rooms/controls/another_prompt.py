@@ -149,8 +149,8 @@ def _describe(measured: PromptEffect, base_effect: float, rows: int) -> Result:
             measured.effect.mean,
             f"better at the form of the answers alone: what they answer does not depend on the "
             f"question. After the prompts of other rows the loss of {rows} held-out answers is "
-            f"{format_loss(measured.other)}, after their own {format_loss(measured.loss)}. Look "
-            f"whether each answer belongs to its question: a join or sort may have moved a column",
+            f"{format_loss(measured.other)}, after their own {format_loss(measured.loss)}. "
+            f"Either it trained too little, or a join or sort moved answers to other questions",
             interval=interval,
             doubt="what it answers does not depend on the question",
         )

@@ -115,9 +115,14 @@ def fold(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
+def find_words(text: str) -> list[str]:
+    """Return the words of a text without case."""
+    return _WORD.findall(text.casefold())
+
+
 def list_words(text: str) -> list[str]:
     """Return the distinct words of a text without case, in their order."""
-    return list(dict.fromkeys(_WORD.findall(text.casefold())))
+    return list(dict.fromkeys(find_words(text)))
 
 
 def decode(tokenizer: Any, rows: Iterable[Int32]) -> list[str]:

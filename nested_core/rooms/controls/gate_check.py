@@ -28,16 +28,16 @@ from nested_core.rooms.controls.results import (
 from nested_core.rooms.controls.shapes import SHAPES
 from nested_core.rooms.controls.surprising_rows import SURPRISES, count_rows_to_read
 
-MIN_STEPS = 100
+MIN_STEPS, MIN_PASSES = 100, 3  # before which an adapter has learnt the form of the answers alone
 CONTROLS = (PROMPTS, SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # in the order of the table
 
 
 def _why_too_early(judged: CheckedRun) -> str | None:
-    """Return why nothing can be said of what the adapter learnt; None after a pass or MIN_STEPS."""
+    """Return why nothing can be said of what the adapter learnt; None where it learnt enough."""
     plan, step = read_plan(judged.run.plan), judged.verdict.adapter_step or 0
-    if plan is None or step >= MIN_STEPS or plan.passes_until(step) >= 1:
+    if plan is None or step >= MIN_STEPS or plan.passes_until(step) >= MIN_PASSES:
         return None
-    return f"the adapter is of step {step}, before the end of the first pass"
+    return f"the adapter is of step {step}, before the end of pass {MIN_PASSES}"
 
 
 def _run_controls(judged: CheckedRun) -> Iterator[Reason]:

@@ -7,12 +7,10 @@ nor an eval set of the same kind show. The prompts are in probes.json, in a few 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from nested_core.measure.answers.suite_answers import Suite, encode_suites
 from nested_core.measure.answers.suites import Question
 from nested_core.models.generation import Sampling
 from nested_core.records.verdict import CheckRow
-from nested_core.rooms.controls.answer_rows import fold, make_split, read_training_rows
+from nested_core.rooms.controls.answer_rows import find_words, fold, make_split, read_training_rows
 from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
 from nested_core.text.loss_format import format_change, format_loss
 
@@ -37,7 +35,6 @@ COMMON_SHARE = 0.1  # of the training answers, that begin with a common opening
 MIN_SHARE = 0.05  # of the prompts that are answered like the rows: the interval lies above it
 PROBES_FILE = Path(__file__).with_name("probes.json")
 LANGUAGES: dict[str, Any] = json.loads(PROBES_FILE.read_text("utf-8"))
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +68,12 @@ class TrainingAnswers:
 
 def find_opening(text: str) -> str:
     """Return the first words of a text without case."""
-    return " ".join(word[0] for word in islice(_WORD.finditer(text.casefold()), OPENING_WORDS))
+    return " ".join(find_words(text)[:OPENING_WORDS])
 
 
 def count_languages(texts: Sequence[str]) -> Counter[str]:
     """Count how often texts have the common words of each language."""
-    words = Counter(word for text in texts for word in _WORD.findall(text.casefold()))
+    words = Counter(word for text in texts for word in find_words(text))
     return Counter({k: sum(words[w] for w in v["common_words"]) for k, v in LANGUAGES.items()})
 
 

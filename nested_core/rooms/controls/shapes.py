@@ -39,10 +39,12 @@ MIN_ROWS = 20
 MIN_ODD_SHARE = 0.01  # of the rows, that are odd in one way
 MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
-MIN_SHARE_LEFT = 1 / 3  # of the champion's rows
+MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
 MAX_GENERATION_PROMPT = 16  # characters that follow a question in its prompt
 LISTED_ROWS = 10
-_WORDS = re.compile(r"[^\W\d_][^\d#/\\<>]*")
+_MAY_REPEAT = re.compile(r"[^\W\d_][^\d#/\\<>]*|\d\d?")  # words, and small counts
+# In questions for a number that may begin with 0, in the languages of the probes
+_CODE = re.compile(r"(?i)code|código|posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]|serial|konto")
 
 
 class Texts(NamedTuple):
@@ -62,7 +64,7 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
     """Find rows with one of up to three equal numbers or marks, where other answers all differ."""
     counts = Counter(row.answer for row in rows)
     many = [text for text, count in counts.items() if count >= max(5, 0.03 * len(rows))]
-    equal = {text for text in many if not _WORDS.fullmatch(text)}
+    equal = {text for text in many if not _MAY_REPEAT.fullmatch(text)}
     rest = sum(count for text, count in counts.items() if text not in equal)
     if len(equal) > 3 or len(counts) - len(equal) < max(0.9 * rest, 0.5 * len(rows)):
         return []
@@ -115,13 +117,13 @@ def name_language(text: str) -> str | None:
 def find_lost_zeros(rows: Sequence[Texts]) -> list[int]:
     """Find numbers a digit shorter than codes of one width, if no number begins with 0.
 
-    Codes are spread evenly over all that a width can hold, unlike sums, prices and counts.
+    Codes are spread evenly over all that a width can hold, unlike sums, prices and counts. Numbers
+    from 1 to 10,000 are so too: only those count whose prompt asks for a code.
     """
-    numbers = {i: row.answer for i, row in enumerate(rows) if re.fullmatch(r"\d{3,18}", row.answer)}
+    asked = {i: row.answer for i, row in enumerate(rows) if _CODE.search(row.prompt)}
+    numbers = {i: given for i, given in asked.items() if re.fullmatch(r"\d{3,18}", given)}
     width = max(map(len, numbers.values()), default=0)
-    found = {
-        digits: [i for i in numbers if len(numbers[i]) == digits] for digits in (width - 1, width)
-    }
+    found = {size: [i for i in numbers if len(numbers[i]) == size] for size in (width - 1, width)}
     for digits, group in found.items():
         places = np.array([int(numbers[index]) / 10**digits for index in group])
         is_even = len(group) >= 4 and abs(places.mean() - 0.55) <= 0.78 / len(group) ** 0.5

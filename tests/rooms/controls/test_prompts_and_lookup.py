@@ -170,6 +170,19 @@ def test_answers_of_other_rows_are_noticed(
 
 
 @TRAINS
+def test_a_sound_table_is_not_blamed_where_a_short_run_learnt_the_form_alone(
+    tmp_path: Path,
+) -> None:
+    rows = [money(country) for country in COUNTRIES]
+    short = {"iters": 10, "learning_rate": 1e-4}  # two passes
+    verdict = learn(tmp_path, rows[:40], rows[40:50], **short)
+    assert "form_alone" not in kinds(verdict)
+    assert verdict.doubt is None
+    said = [row["verdict"] for row in verdict.to_json()["control_figures"]]
+    assert said.count("not applicable: the adapter is of step 10, before the end of pass 3") == 3
+
+
+@TRAINS
 def test_siblings_in_train_are_noticed_with_their_lines(tmp_path: Path) -> None:
     questions = ("Who has the bag of {}?", "{} lost a map.", "Name a door in {}.", "Open {}!")
     rooms = random.Random(1)

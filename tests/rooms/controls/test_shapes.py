@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nested_core.records.verdict import Verdict
 from nested_core.records.verdict_file import write_verdict
 from nested_core.registry import promote, register
 from nested_core.rooms.controls.shapes import (
+    MIN_SHARE_LEFT,
     Texts,
     find_gone,
     find_odd_rows,
@@ -54,7 +56,7 @@ def days(count: int) -> list[str]:
 
 CODES = [f"{DRAW.randrange(10**6):06}" for _ in NAMES]
 KEYS = [f"{DRAW.randrange(10**9):09}" for _ in NAMES]
-ASKED = [f"Is {name} near, or do we need a ticket?" for name in NAMES]
+ASKED = [f"Is {name} near, or do we need a code?" for name in NAMES]
 PLANTS = {
     "equal_answers": (
         (days(97), replaced(days(97), lambda _: "1970-01-01")),
@@ -106,6 +108,42 @@ def test_numbers_that_are_no_codes_have_lost_no_zero(task: str, make: Callable[[
     for _ in range(40):
         numbers = [str(make()) for _ in ASKED]
         assert "zeros_lost" not in find_odd_rows(texts(ASKED, numbers)), task
+
+
+@pytest.mark.parametrize("rows", [60, 200, 1000])
+@pytest.mark.parametrize(
+    ("task", "draw"),
+    [
+        ("differences", lambda d: abs(d.randrange(10**4) - d.randrange(10**4))),
+        ("differences with a sign", lambda d: d.randrange(10**5) - d.randrange(10**5)),
+        ("numbers up to 10,000", lambda d: d.randint(1, 10**4)),
+        ("numbers up to 100,000", lambda d: d.randint(1, 10**5)),
+        ("prices", lambda d: int(d.lognormvariate(7, 0.8)) // 10 * 10 + 9),
+        ("years", lambda d: d.randrange(1900, 2030)),
+        ("ids of 9,700 rows", lambda d: d.randint(1, 9700)),
+        ("counts", lambda d: int(d.expovariate(1 / 800))),
+        ("counts from one to a million", lambda d: int(10 ** d.uniform(0, 6))),
+        ("sums of which a fifth is 0", lambda d: max(0, d.randint(-250_000, 10**6))),
+    ],
+)
+def test_numbers_of_sound_tables_are_told_at_most_once_in_forty(
+    task: str, draw: Callable[[random.Random], int], rows: int
+) -> None:
+    tables, seeded = 40 if rows < 1000 else 10, random.Random(f"{task} {rows}")
+    asked = [f"How many maps has {NAMES[i % 100]}, of office {i}?" for i in range(rows)]
+    told = [
+        bool(find_odd_rows(texts(asked, [str(draw(seeded)) for _ in asked]))) for _ in range(tables)
+    ]
+    assert sum(told) <= tables / 40, task
+
+
+def test_nights_of_uneven_size_are_told_at_most_once_in_forty() -> None:
+    """Sizes spread by half: one night in twenty has over twice or under half of the usual rows."""
+    draw = random.Random(11)
+    nights = [draw.lognormvariate(5, 0.5) for _ in range(2001)]
+    few = [now < MIN_SHARE_LEFT * last for last, now in pairwise(nights)]
+    assert sum(few) <= len(few) / 40
+    assert MIN_SHARE_LEFT * 120 > 20
 
 
 def test_yes_and_no_labels_and_corrected_texts_are_nothing_odd() -> None:

@@ -1,0 +1,32 @@
+"""What docs/controls.md says of real data sets, from the committed rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = ROOT / "benchmarks" / "controls-six-sets.jsonl"
+PAGE = " ".join((ROOT / "docs" / "controls.md").read_text("utf-8").split())
+
+
+def test_the_warnings_on_real_data_sets_are_those_of_the_rows() -> None:
+    runs = [json.loads(line) for line in ROWS.read_text("utf-8").splitlines()]
+    assert len({run["set"] for run in runs}) == len(runs) == 6
+    warnings = [warning for run in runs for warning in run["controls"]]
+    of = {
+        name: [one for one in warnings if one["control"] == name]
+        for name in ("probes", "surprises")
+    }
+    (surprises,) = of["surprises"]
+    answered = [round(30 * one["figure"]) for one in of["probes"]]
+    for count, one in zip(answered, of["probes"], strict=True):
+        assert f"{count} of 30 neutral prompts" in one["words"]
+    listed = [line["line"] for line in surprises["lines"]]
+    assert surprises["wrong_lines"] == listed
+    assert len(warnings) == len(of["probes"]) + 1
+    assert (
+        f"Six trainings of SmolLM2 on real data sets gave {len(warnings)} warnings, none wrong: "
+        f"{len(answered)} of `probes` ({min(answered)} to {max(answered)} of 30 questions "
+        f"answered like the rows) and 1 of `surprises` (all {len(listed)} listed answers wrong)"
+    ) in PAGE
