@@ -33,7 +33,7 @@ CONTROLS = (PROMPTS, SURPRISES, PROBES, PLAN, LOOKUP, SHAPES)  # in the order of
 
 
 def _why_too_early(judged: CheckedRun) -> str | None:
-    """Return why nothing can be said of what the adapter learnt; None where it learnt enough."""
+    """Return why nothing can be said of what the adapter learnt, or None."""
     plan, step = read_plan(judged.run.plan), judged.verdict.adapter_step or 0
     if plan is None or step >= MIN_STEPS or plan.passes_until(step) >= MIN_PASSES:
         return None
