@@ -410,17 +410,16 @@ def test_rows_that_arrive_after_the_choice_end_the_run_before_anything_is_learnt
     write_split(tmp_path / "new", train=LINES[:10], valid=LINES[10:14])
     (tmp_path / "old.jsonl").write_text("\n".join(LINES[20:30]))
     config = configure(tmp_path, "old.jsonl")
-    load = steps.load_run_data
 
     def write_and_load(*arguments: Any) -> Any:
         with (tmp_path / "new" / f"{split}.jsonl").open("a") as file:
             file.write(f"{LINES[30]}\n")
-        return load(*arguments)
+        return load_run_data(*arguments)
 
-    monkeypatch.setattr(steps, "load_run_data", write_and_load)
-    with pytest.raises(DatasetError, match=f"{split}.jsonl changed while it was read"):
-        prepare(config, tmp_path / "run")
-    monkeypatch.setattr(steps, "load_run_data", load)
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "load_run_data", write_and_load)
+        with pytest.raises(DatasetError, match=f"{split}.jsonl changed while it was read"):
+            prepare(config, tmp_path / "run")
     prepare(config, tmp_path / "again")
 
 
