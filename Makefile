@@ -184,8 +184,8 @@ $(VENV)/run.stamp: $(LOCKS)
 		echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13 with its venv module." >&2; exit 1; }
 	@echo "Making $(VENV) with the locked dependencies: half a minute or more, 600 MB."
 	$(PYTHON) -m venv --clear $(VENV)
-	$(LOCKED) $(addprefix -r ,$(LOCKS))
 	@echo "$(EXTRAS)" >$(VENV)/extras
+	$(LOCKED) $(addprefix -r ,$(LOCKS))
 	@touch $@
 
 $(VENV)/project.stamp: $(VENV)/run.stamp pyproject.toml

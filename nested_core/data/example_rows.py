@@ -187,4 +187,6 @@ def _read_listed_row(line: bytes) -> Example:
     prompt = value.get("prompt") if isinstance(value, dict) and len(value) == 1 else value
     if isinstance(prompt, str):
         return Example("chat", [{"role": "user", "content": prompt}])
+    if prompt is not value and isinstance(prompt, list):  # the turns of one, as a pair has them
+        line = json.dumps({"messages": prompt}).encode()
     return parse_line(line, ANY_ROLE)

@@ -299,19 +299,20 @@ class Drift:
 
     kl_initial: mean KL(initial || trained); None if not finite.
     kl_base: mean KL(base || trained); None without the key `gate.drift`, or if not finite.
-    tokens: the number of supervised tokens that the means are over.
+    tokens: the number of supervised tokens that the means are over; None for means over examples.
     """
 
     kl_initial: float | None
     kl_base: float | None
-    tokens: int
+    tokens: int | None
 
     def describe(self) -> str:
         """Describe the divergences: `KL divergence from the initial adapter 0.42 nats/token`."""
         moved = f"KL divergence from the initial adapter {format_loss(self.kl_initial)} nats/token"
         if self.kl_base is not None:
             moved += f", from the base model {format_loss(self.kl_base)}"
-        return f"{moved} ({self.tokens:,} tokens of the held-out examples)"
+        over = "" if self.tokens is None else f"{self.tokens:,} tokens of "
+        return f"{moved} ({over}the held-out examples)"
 
     def is_within(self, bound: float) -> bool:
         """Return whether the divergence from the initial adapter is finite and at most `bound`."""

@@ -34,7 +34,12 @@ from nested_core.records.verdict import (
     describe_examples,
 )
 from nested_core.storage.atomic import finite_or_none
-from nested_core.text.loss_format import format_change, format_difference, format_interval
+from nested_core.text.loss_format import (
+    NATS_PER_TOKEN,
+    format_change,
+    format_difference,
+    format_interval,
+)
 
 # An example is harmed or helped if its loss changed by at least MIN_CHANGE and MIN_SPREADS.
 MIN_SPREADS = 6 * 1.48  # median absolute deviations: 6 standard deviations of a normal distribution
@@ -99,7 +104,7 @@ def summarise_drift(losses: ExampleLosses) -> Drift | None:
     return Drift(
         kl_initial=finite_or_none(losses.mean(drift)),
         kl_base=None if base is None else finite_or_none(losses.mean(base)),
-        tokens=int(losses.tokens.sum()),
+        tokens=int(losses.tokens.sum()) if losses.unit == NATS_PER_TOKEN else None,
     )
 
 
@@ -292,9 +297,10 @@ def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[R
     if drift is None or bounds.max_kl is None or drift.is_within(bounds.max_kl):
         return []
     moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats/token"
+    tokens = "" if drift.tokens is None else f", {drift.tokens} tokens"
     message = (
-        f"the mean KL divergence from the initial adapter is {moved} on {data}, "
-        f"{drift.tokens} tokens; gate.max_kl is {bounds.max_kl:g}"
+        f"the mean KL divergence from the initial adapter is {moved} on {data}{tokens}; "
+        f"gate.max_kl is {bounds.max_kl:g}"
     )
     return [Reason("drift", message)]
 

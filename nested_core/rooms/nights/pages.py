@@ -162,7 +162,7 @@ def describe_nights(
 ) -> Document:
     """Return the page of an adapter's runs: a chart of the losses, a table, and links.
 
-    nights: the oldest first; the table has the latest first. An asterisk marks a night that was
+    nights: the latest first, as in the table. An asterisk marks a night that was
         judged by other examples, or another loss, than the night before it.
     links: text and path of each further page.
     """

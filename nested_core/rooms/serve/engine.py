@@ -398,7 +398,7 @@ class VersionedGenerator(ResponseGenerator):
             request.turn, responses = super().generate(request, args, progress)
             if not tokens:
                 yield request.turn
-            tokens = []
+            tokens, is_paused = [], False
             for response in responses:
                 tokens.append(response.token)
                 is_paused = request.is_paused and len(tokens) < args.max_tokens

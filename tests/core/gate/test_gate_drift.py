@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.sections import RegistrySection
+from nested_core.config.sections import GateSection, RegistrySection
 from nested_core.errors import ConfigError, DatasetError, GateRejected
-from nested_core.measure.losses.loss_figures import summarise_drift
+from nested_core.measure.losses.loss_figures import drift_reasons, summarise_drift
 from nested_core.models.session import Session
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import make_provenance
@@ -21,6 +21,7 @@ from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.builders.candidates import Candidate, example_data, train_candidate
 from tests.builders.data_sets import write_lines
+from tests.builders.losses import losses_of
 from tests.example import DATA, example_config, prepare
 
 
@@ -50,6 +51,16 @@ def test_predictions_that_move_beyond_their_bound_are_refused(candidate: Candida
     (reason,) = gate["reasons"]
     assert "on valid.jsonl, 10 examples, 110 tokens; gate.max_kl is 0.01" in reason["message"]
     assert reason["message"].endswith("docs/gate.md#drift")
+
+
+@pytest.mark.parametrize(("unit", "said"), [("nats/token", ", 30 tokens;"), ("nats/example", "s;")])
+def test_tokens_are_said_where_the_mean_is_over_tokens(unit: str, said: str) -> None:
+    losses = losses_of([0.1, 0.1, 0.1], drift=np.full(3, 5.0), unit=unit)
+    drift = summarise_drift(losses)
+    (reason,) = drift_reasons(drift, "valid.jsonl, 3 examples", GateSection(max_kl=4.0))
+    assert f"valid.jsonl, 3 example{said} gate.max_kl is 4" in reason.message.replace("s, ", ", ")
+    assert drift is not None
+    assert ("30 tokens" in drift.describe()) is (unit == "nats/token")
 
 
 @pytest.mark.slow("judges runs of its own")

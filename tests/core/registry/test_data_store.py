@@ -198,14 +198,15 @@ def test_a_listed_prompt_is_that_of_every_row_whatever_its_tools_names_and_syste
             turn | more for turn, more in zip(turns, changes["messages"], strict=True)
         ]
     listed = tmp_path / "listed.jsonl"
-    for written in (prompt, {"prompt": prompt}, row | {"messages": row["messages"][:1]}):
+    asked = row["messages"][:1]
+    for written in (prompt, {"prompt": prompt}, {"prompt": asked}, row | {"messages": asked}):
         listed.write_text(json.dumps(written))
         assert read_row_list(listed).has(row)
         assert read_row_list(listed).has({"messages": turns})
         assert not read_row_list(listed).has({"prompt": "Who is Lee?", "completion": "A customer."})
         assert not read_row_list(listed).has({"text": prompt})
-        asked = {"role": "system", "content": "Answer briefly."}
-        assert read_row_list(listed).has(row | {"messages": [asked, *row["messages"]]})
+        system = {"role": "system", "content": "Answer briefly."}
+        assert read_row_list(listed).has(row | {"messages": [system, *row["messages"]]})
 
 
 def chat(*turns: tuple[str, str]) -> list[dict[str, str]]:
