@@ -167,7 +167,7 @@ def describe_tiers(rows: Sequence[Row]) -> Iterator[str]:
 
 def describe_beside_one(of_kinds: Mapping[str, StreamResults]) -> Iterator[str]:
     """Each tiered arm less one tier at its rate."""
-    heads = (f"{kind}: final less `one` | learnt less" for kind in of_kinds)
+    heads = (f"{kind}: final less `one` at that rate | learnt less" for kind in of_kinds)
     yield f"| later nights, rate | {' | '.join(heads)} |"
     yield "|---" * 5 + "|"
     for arm in TIERED_ARMS:

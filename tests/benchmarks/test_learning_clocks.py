@@ -235,7 +235,7 @@ def test_no_tiered_arm_wins_and_the_page_has_the_nearest() -> None:
     ahead = max(100 * (whole - clocks.learnt(results, arm)) for arm in met)
     pattern = r"the facts (\d+) of 16 arms meet one-100, which learnt up to (\d+) points more"
     expected[pattern] = [meets["one-100"], ahead]
-    expected[r"one degree of freedom \((\S+)\)"] = [student_t_quantile(0.975, 1)]
+    expected[r"one degree of freedom, t is (\S+)\)"] = [student_t_quantile(0.975, 1)]
     require_figures(TEXT, expected)
 
 
@@ -273,7 +273,7 @@ def test_deep_fast_is_below_one_tier_at_each_rate() -> None:
                 shown["facts"],
             ],
             r"tasks by (\S+) to (\S+) \((\d) of 8\)": [min(tasks), max(tasks), shown["tasks"]],
-            r"They learnt up to (\d+) less": [max(less_learnt)],
+            r"They learnt up to (\d+) points less": [max(less_learnt)],
         },
     )
     for page in ("README.md", "docs/nested-learning.md"):
