@@ -200,10 +200,6 @@ def test_neither_share_meets_a_condition_and_the_page_says_so() -> None:
             rise("c"),
             *(rise(arm) / rise("c") for arm in REHEARSED),
         ],
-        r"the task fall from (\S+) %, and (\S+) and (\S+) % .*? 0 % keeps (\S+)\. ": [
-            100 * of("c", "like_task"),
-            *(100 * of(arm, "kept") for arm in (ten, thirty, "c")),
-        ],
         r"Peak memory: (\S+) GB at 0 %, (\S+) and (\S+)\.": [
             of(arm, "peak_gb") for arm in ("c", ten, thirty)
         ],
@@ -237,6 +233,12 @@ def test_the_rows_of_shares_are_of_one_commit_and_one_is_missing() -> None:
         ("d99bd361", 12, 1000)
     }
     assert "banking77 at 30 % under seed 1" in PAGE
+    assert "| 2 | rows-4-rehearsal.jsonl | 29 | 30 | d99bd361 | 12 |" in PAGE
+    longest = rehearsal.REHEARSAL_LENGTH
+    assert f"`max_seq_length` of {longest} or more" in " ".join(PAGE.split())
+    assert "1/0.9 and 1/0.7 times the steps" in PAGE
+    assert [1 - share for share in REHEARSED.values()] == pytest.approx([0.9, 0.7])
+    assert f"of {len(prompts())} to an end" in PAGE
     before = {same(r) for r in read_rows(LEARNING / "rows-4.jsonl") if r["arm"] == "c"}
     again = [same(row) in before for row in ROWS if row["arm"] == "c"]
     assert (sum(again), len(again)) == (6, 9)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.silent_failures.tables import count, read_all_rows
+from tests.benchmarks.page_figures import require_figures
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -197,6 +198,10 @@ def test_what_is_worse_is_that_of_the_rows() -> None:
     ]
     figures += [book_loss(arm) - book_loss("c") for arm in ("k-2e-4", "k-3e-4")]
     assert [float(each) for each in rates.groups()] == pytest.approx(figures, abs=0.0501)
+    twice = [book_loss("c-2e-4") - book_loss("c")]
+    require_figures(part, {r"\(ours at twice: (\S+)\)": twice})
+    pattern = r"at twice its rate \((\S+) nats/token more on a book\)"
+    require_figures(measured("Other questions, the"), {pattern: twice})
     most = []
     for lease, task in product(LEASES_OF_BOUNDED_BUFFERS, ("banking77", "restaurant8k")):
         rows = [row for row in read_jsonl(LEARNING / lease) if row["task"] == task]
@@ -233,7 +238,7 @@ def test_the_instructions_that_are_answered_as_the_task_are_those_of_the_rows() 
 
 def test_what_the_base_s_answers_did_to_those_instructions_is_that_of_the_rows() -> None:
     rows = read_jsonl(LEARNING / "rows-4-rehearsal.jsonl")
-    (told,) = re.findall(r"answers cut (\d+) to (\d+) % \(three\)", README)
+    (told,) = re.findall(r"of each batch, cut (\d+) to (\d+) % \(three\)", README)
     for arm, share in zip(("c", "c-rehearsed-30", "c-rehearsed-10"), [*told, told[1]], strict=True):
         mine = [row for row in rows if row["arm"] == arm]
         of_tasks = [
@@ -241,3 +246,25 @@ def test_what_the_base_s_answers_did_to_those_instructions_is_that_of_the_rows()
             for task in ("banking77", "restaurant8k", "nl2bash")
         ]
         assert float(share) == pytest.approx(100 * statistics.fmean(of_tasks), abs=0.501)
+
+    def mean_of(arm: str, key: str) -> float:
+        mine = [row for row in rows if row["arm"] == arm]
+        return statistics.fmean(
+            statistics.fmean(row[key] for row in mine if row["task"] == task)
+            for task in ("banking77", "restaurant8k", "nl2bash")
+        )
+
+    page = (LEARNING / "RESULTS-4.md").read_text("utf-8")
+    less = [
+        float(each)
+        for share in ("10 %", "30 %")
+        for each in re.findall(rf"^\| {share} \|.*?(-[\d.]+) \(", page, re.MULTILINE)
+    ]
+    more = [
+        mean_of(arm, "general_loss") - mean_of("c", "general_loss")
+        for arm in ("c-rehearsed-10", "c-rehearsed-30")
+    ]
+    text = " ".join(README.split())
+    require_figures(text, {r"with (\S+) points fewer right \(not told apart\)": [-less[0]]})
+    assert less == [less[0]] * 2
+    require_figures(text, {r"\[(\S+) or (\S+) nats/token more\]": more})
