@@ -99,6 +99,7 @@ def test_two_cores_could_have_run_the_dropped_seed_in_an_hour() -> None:
     assert sum(seconds) / 2 < 3600
 
 
+@pytest.mark.slow("resamples 256 rows")
 def test_the_tables_of_the_page_are_what_the_command_prints() -> None:
     printed = [*clocks.describe_nights(NIGHTS, EARLIER), *clocks.describe_tiers(TIERS)]
     tables = [line for line in printed if line.startswith("| ")]
@@ -204,6 +205,7 @@ def lines_of(pattern: str) -> list[list[str]]:
     ]
 
 
+@pytest.mark.slow("resamples 256 rows")
 def test_no_tiered_arm_wins_and_the_page_has_the_nearest() -> None:
     below = []
     for kind, arm in (("facts", "shallow-accumulate-100"), ("tasks", "shallow-skip-100")):
@@ -323,6 +325,7 @@ def test_slow_thirds_have_so_many_updates_a_night() -> None:
     require_figures(TEXT, {r"slow thirds have (\d+) and (\d+) updates of 80 a night": slow})
 
 
+@pytest.mark.slow("resamples rows")
 def test_an_arm_that_learns_as_much_and_keeps_more_wins() -> None:
     rows = [dict(row) for row in TIERS]
     one = {(r["task"], r["seed"]): r for r in TIERS if r["arm"] == "one-200"}

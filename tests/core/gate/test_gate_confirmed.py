@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow("judges run after run")
 CHECKPOINT = f"checkpoints/step-{STEPS:07d}"
 ADAPTER = ("adapters.safetensors", "adapter_config.json")
 FILES = (
-    *("config.yaml", "dataset.json", "tiers.json", "metrics.jsonl", "result.json"),
+    *("config.yaml", "dataset.json", "tiers.json", "plan.json", "metrics.jsonl", "result.json"),
     *("gate-losses.jsonl", "training-examples.json", "validation-losses.jsonl"),
     "sample-answers.jsonl",
     *(f"{folder}/{name}" for folder in ("initial", "adapter", CHECKPOINT) for name in ADAPTER),

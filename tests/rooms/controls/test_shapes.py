@@ -29,6 +29,7 @@ from nested_core.rooms.controls.shapes import (
 from nested_core.storage.adapter import ADAPTER_FILES
 from nested_core.storage.manifest import describe_file
 from tests.builders.data_sets import chat
+from tests.left_out import slow_except
 from tests.rooms.controls.learning import TRAINS, kinds, learn
 
 DRAW = random.Random(5)
@@ -110,7 +111,7 @@ def test_numbers_that_are_no_codes_have_lost_no_zero(task: str, make: Callable[[
         assert "zeros_lost" not in find_odd_rows(texts(ASKED, numbers)), task
 
 
-@pytest.mark.parametrize("rows", [60, 200, 1000])
+@pytest.mark.parametrize("rows", slow_except([60, 200, 1000], 60, reason="draws many tables"))
 @pytest.mark.parametrize(
     ("task", "draw"),
     [
