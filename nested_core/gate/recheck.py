@@ -44,14 +44,13 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory) -> JudgedRun:
             f"{run.gate} says passed, and the files that it evaluated do not: {verdict.summary()}.",
             advice=JUDGE_AGAIN,
         )
-    files = evidence.files | {run.gate.name: bound.files[run.gate.name]}
+    files = evidence.files | task_file_entries(config.gate, run)
+    files[run.gate.name] = bound.files[run.gate.name]
     measured = {path.name for path in (*run.measured, run.suites) if path.exists()}
     # Files that the checks above did not read are hashed here; each verdict has the first two.
     unread = {run.config.name, run.training_examples.name, *measured, *bound.files} - files.keys()
     if recorded.validation is not None:
         unread.add(run.gate_losses.name)
-    if config.gate.tasks:
-        unread |= {run.suites.name, run.answers.name}
     if any(suite.canary for suite in config.gate.tasks):
         unread.add(run.canary.name)
     files |= {name: describe_file(run.path / name) for name in unread}
