@@ -125,9 +125,8 @@ class RegistryHandler(APIHandler):
         if origin is not None and not {"*", origin} & {*options.allowed_origins}:
             said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
             raise RequestRefused(said, 403)
-        is_bound_here = is_loopback(str(self.server.server_address[0]))
         # A web page whose name was made to lead to this machine sends that name.
-        if host is not None and is_bound_here and not LOOPBACK_HOST.fullmatch(host):
+        if host is not None and self.server.is_local and not LOOPBACK_HOST.fullmatch(host):
             said = f"This server is {options.host}, and the request is for {host!r:.80}."
             raise RequestRefused(said, 421)
         if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
@@ -317,6 +316,7 @@ class ServingServer(ThreadingHTTPServer):
     metrics: the counts of requests.
     api_key: what clients have to send; None asks for none.
     address: http://HOST:PORT.
+    is_local: whether this machine alone reaches it.
     connections: those that are open, the oldest first, each with the time by which its request has
         to be there, by time.monotonic(); math.inf once it is.
     """
@@ -345,6 +345,7 @@ class ServingServer(ThreadingHTTPServer):
                 f"machine and a port that is free: --host, --port."
             ) from error
         name = str(self.server_address[0])
+        self.is_local = is_loopback(name)
         self.address = f"http://{f'[{name}]' if ':' in name else name}:{self.server_address[1]}"
 
     def process_request(self, request: Any, client_address: Any) -> None:
