@@ -5,6 +5,7 @@ A message is one paragraph: what is wrong, where, what was expected and what to 
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from nested_core.text.foreign_text import escape_but_keep_newlines
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def shorten(value: object, characters: int = 40) -> str:

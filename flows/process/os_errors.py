@@ -6,9 +6,8 @@ import errno
 import os
 import resource
 
-from nested_core.errors import BEGIN_AGAIN, Advice, ConfigError, NestedTuneError
+from nested_core.errors import BEGIN_AGAIN, NO_SPACE_ERRNOS, Advice, ConfigError, NestedTuneError
 
-NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
 NO_RESOURCES_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 # What is wrong with a path itself, by error: what to do about it.

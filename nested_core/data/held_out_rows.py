@@ -62,7 +62,7 @@ def digest_held_out_file(choice: str) -> str | None:
 
     Returns None as well if the file is gone.
     """
-    path = Path(choice).expanduser()
+    path = Path(choice)
     if choice in SPLITS_BY_HELD_OUT_CHOICE or not path.is_file():
         return None
     return regular_sha256(path, follow_links=True)

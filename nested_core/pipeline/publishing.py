@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +20,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.example_rows import RowKeys, Rows, read_split_rows
 from nested_core.data.held_out_rows import as_test_set_alone, digest_held_out_file
-from nested_core.errors import ConfigError, DatasetError
+from nested_core.errors import NO_SPACE_ERRNOS, ConfigError, DatasetError
 from nested_core.gate.recheck import recheck_verdict
 from nested_core.gate.tensors.base_compatibility import require_same_base
 from nested_core.measure.losses.left_out_examples import read_run_rows
@@ -144,13 +143,13 @@ def read_run_examples(config: FineTuneConfig, judged: JudgedRun) -> RunExamples 
         for split in recorded:
             _take_validated_rows(settings, split, recorded, partial(add, split))
         if choice not in SPLITS_BY_HELD_OUT_CHOICE:
-            with as_test_set_alone(Path(choice).expanduser(), settings) as alone:
+            with as_test_set_alone(Path(choice), settings) as alone:
                 _take_validated_rows(alone, "test", {}, partial(examples.add, "held_out"))
             validation = judged.verdict.validation  # after the file was read, as for the splits
             if validation is None or validation.file_sha256 != digest_held_out_file(choice):
                 raise DatasetError(f"{choice} has changed since the gate judged by it")
     except (ConfigError, DatasetError, OSError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in NO_SPACE_ERRNOS:
             raise  # no room for the temporary file: nothing is wrong with the data
         warnings.warn(
             f"The registry keeps no examples of this run, which later runs would replay and be "

@@ -317,8 +317,7 @@ def _read_groups(
     lines = held_out.split.lines.tolist()
     if choice in SPLITS_BY_HELD_OUT_CHOICE:
         return read_group_values(settings, Path(held_out.file).stem, lines)
-    path = Path(choice).expanduser()
-    with as_test_set_alone(path, settings) as file_settings:
+    with as_test_set_alone(Path(choice), settings) as file_settings:
         return read_group_values(file_settings, "test", lines)
 
 
