@@ -31,7 +31,7 @@ from nested_core.registry import Decision
 from nested_core.registry.promotion_policy import describe_promotion
 from nested_core.rooms.approval import answers
 from nested_core.rooms.approval.answers import find_refusal_of_question
-from nested_core.rooms.approval.page import Approval as ApprovalPage
+from nested_core.rooms.approval.page import ApprovalPage
 from nested_core.storage.run_directory import find_run_of
 from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import publish_page
@@ -47,6 +47,7 @@ from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 
 PROMOTION = "promote/auto"
 PAUSE_KEY_PREFIX = "approval-"  # of a pause; what was shown follows: `ApprovalPage.key`
+SECONDS_TO_APPROVE = 7 * 24 * 3600
 
 
 def request_approval(registry: Path, name: str, version: str, night: UUID | None = None) -> None:
@@ -198,9 +199,6 @@ def decline(path: Path, name: str, version: str, by: str, reason: str | None) ->
     """Record in the history that a person did not approve a version, and why."""
     answers.decline(path, name, version, by=by, reason=reason, origin=read_origin())
     announce_changes(path, name)
-
-
-SECONDS_TO_APPROVE = 7 * 24 * 3600
 
 
 class Approval(RunInput):

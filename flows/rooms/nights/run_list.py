@@ -37,12 +37,13 @@ DEAD_MESSAGE = (
     "No heartbeat for {minutes:.0f} minutes: its process is gone. Retry the run to go on from its "
     "last checkpoint."
 )
-
-
 RESUME_MESSAGE = (
     "Crashed, and goes on from its last checkpoint: the server had forgotten to resume it. After a "
     "second crash press Retry."
 )
+FOUND_NOTHING = "Completed"  # the state of such a look; any other has an outcome's name
+MIN_AGE = timedelta(minutes=1)  # of what is removed: its process is gone by then
+MAX_RUNS = 200
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,6 @@ def _end_run(client: SyncPrefectClient, sign: LifeSign) -> bool:
     if is_ended:
         get_run_logger().warning("%s: %s", sign.run.name, message)
     return is_ended
-
-
-FOUND_NOTHING = (
-    "Completed"  # the state of a look that found nothing; any other has an outcome's name
-)
-MIN_AGE = timedelta(minutes=1)  # of what is removed: its process is gone by then
-MAX_RUNS = 200
 
 
 def tidy_run_list() -> None:

@@ -1,4 +1,4 @@
-"""What the room does around the flows, in their order, and the pages that it publishes."""
+"""Publishes the pages of an adapter's nights, before, while and after its flows run."""
 
 from __future__ import annotations
 

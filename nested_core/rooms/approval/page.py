@@ -25,7 +25,7 @@ HOW_TO_ANSWER = (
 
 
 @dataclass(frozen=True)
-class Approval:
+class ApprovalPage:
     """The question whether a version becomes champion, with all that a person needs to answer it.
 
     facts: sentences on candidate and champion, and on the comparison of their losses, by name.

@@ -43,6 +43,11 @@ from nested_core.text.value_format import format_speed
 MOST_STEPS = 5_000
 SLOW_FIRST_STEP = 30.0  # seconds
 MOST_STEPS_IN_RANKS = 12  # which do not tell how long they take; or until the slowest tier is due
+TRIED_SECONDS = 2.0
+FORWARD_SHARE = 0.5  # of a step: a loss without its gradients
+TRIED_TOKENS = 8  # of an answer
+TRIED_PROMPT = 4  # tokens of a prompt that is answered for the time of a token alone
+PROOF_SECONDS = 2.0  # of the fresh process that is not beside other work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +172,6 @@ class _Clock:
         """Do nothing: there is no evaluation."""
 
 
-FORWARD_SHARE = 0.5  # of a step: a loss without its gradients
-TRIED_TOKENS = 8  # of an answer
-TRIED_PROMPT = 4  # tokens of a prompt that is answered for the time of a token alone
-PROOF_SECONDS = 2.0  # of the fresh process that is not beside other work
-
-
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
     """Seconds of the parts of a run on this machine, as busy as it was when they were measured.
@@ -273,9 +272,6 @@ def _time_token(model: Any, tokenizer: Any, batch_size: int) -> float:
         prompts = [prompt[:TRIED_PROMPT]] * batch_size
         answers = answer_prompts(model, tokenizer, prompts, Sampling(TRIED_TOKENS))
     return (time.monotonic() - began) / max(1, *(answer.tokens for answer in answers))
-
-
-TRIED_SECONDS = 2.0
 
 
 def measure(

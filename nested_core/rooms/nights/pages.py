@@ -42,6 +42,13 @@ HOW_TO_READ = (
     "candidate's, then the champion's. Rows: trained on + held out; * other held-out rows, or "
     "another loss, than in the run before. Min: minutes."
 )
+MAX_SHOWN_CHANGES = 15
+ACTION_VERBS = {
+    "promote": "promoted",
+    "rollback": "rolled back to",
+    "moved": "link moved by hand to",
+}
+CHANGE_COLUMNS = ("when (UTC)", "what", "version", "verdict when registered", "by")
 
 
 def join_lines(message: str) -> str:
@@ -271,15 +278,6 @@ def _sum_right(tasks: Sequence[TaskResult], shares: Sequence[float | None]) -> s
         return "-"
     right = sum((share or 0) * task.questions for share, task in zip(shares, tasks, strict=True))
     return f"{round(right, 2):g}"
-
-
-MAX_SHOWN_CHANGES = 15
-ACTION_VERBS = {
-    "promote": "promoted",
-    "rollback": "rolled back to",
-    "moved": "link moved by hand to",
-}
-CHANGE_COLUMNS = ("when (UTC)", "what", "version", "verdict when registered", "by")
 
 
 def describe_champion(registry: Path, name: str, version: str, verdict: Verdict) -> Document:

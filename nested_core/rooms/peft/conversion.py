@@ -50,6 +50,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PICKLES = tuple(f"adapter_model.{ending}" for ending in ("bin", "pt", "pth", "pkl"))
 # In names of tensors that PEFT saves beside the factors of linear modules (save_and_load.py)
 FOREIGN_MARKS = re.compile(r"lora_embedding_|base_layer\.|\.bias$|modules_to_save|trainable_tokens")
+EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 
 
 def import_peft(folder: Path, out: Path, model: str) -> Conversion:
@@ -154,9 +155,6 @@ def _find_layers_and_keys(layers: int, modules: list[str]) -> tuple[int, list[st
     if is_grid and depths == list(range(layers - len(depths), layers)):
         return len(depths), keys
     return layers, modules
-
-
-EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 
 
 def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion:

@@ -43,6 +43,10 @@ IGNORED_SETTINGS = {
 INITS_KEEPING_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 Rank = Annotated[int, Field(gt=0, le=65_536)]  # as in adapter_config.json of mlx-lm
 Layers = list[int] | int
+MAX_SHOWN_PROBLEMS = 8
+MAX_PROBLEM_CHARACTERS = 300
+PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+Tensors = dict[str, StoredTensor]
 
 
 class PeftConfig(BaseModel):
@@ -153,12 +157,6 @@ def _unsupported_settings(config: PeftConfig) -> list[str]:
         if key not in IGNORED_SETTINGS and value not in NEUTRAL
     ]
     return problems
-
-
-MAX_SHOWN_PROBLEMS = 8
-MAX_PROBLEM_CHARACTERS = 300
-PEFT_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-Tensors = dict[str, StoredTensor]
 
 
 def to_mlx_lm(tensors: Mapping[str, StoredTensor]) -> Tensors:

@@ -35,6 +35,7 @@ from nested_core.storage.atomic import canonical_json
 Splits = Mapping[str, Mapping[int, Example]]
 MIN_EXAMPLES_FOR_LENGTH = 20
 MAX_LENGTH_CORRELATION = 0.3  # of length and choice; below it, length is no strong hint
+EMPTY_ANSWER_CHECK = "empty-answer"
 
 
 def judge_pairs(splits: Splits) -> Iterator[Finding]:
@@ -94,7 +95,6 @@ def _judge_lengths(split: str, pairs: list[Example]) -> Iterator[Finding]:
     )
 
 
-EMPTY_ANSWER_CHECK = "empty-answer"
 _TURNS_VALIDATOR = TypeAdapter(list[Message])
 
 
