@@ -217,8 +217,8 @@ def digest_held_out(
 ) -> str | None:
     """Return the digest of the examples that the gate measures losses on; None without any.
 
-    For a file outside of the data set, the digest of the file as it is, or of that which a verdict
-    was given on; None if the file is gone.
+    For a file beside the data set, the digest of the file as it is now or, with a verdict, as the
+    gate read it; None if the file is gone.
     """
     split = held_out_split(config.gate.held_out, dataset.splits)
     if split is not None:

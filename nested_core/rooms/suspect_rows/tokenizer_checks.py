@@ -99,9 +99,9 @@ class TokenNotes:
 def find_tokens_alike(folder: Path, tokens: Sequence[int]) -> frozenset[int]:
     """Return the tokens whose rows of a base's embedding are zero, or equal to another one's.
 
-    tokens: ids. Of a quantised embedding the rows of all its arrays are compared; a row is zero
-    where codes and biases are, whatever its scales. Weights that cannot be read are judged where
-    they are loaded.
+    tokens: ids. Of a quantised embedding the rows of all its arrays are compared; a row is zero if
+    its codes and biases are zero, whatever its scales. Weights that cannot be read are judged
+    where they are loaded.
     """
     rows, values = dict.fromkeys(tokens, b""), dict.fromkeys(tokens, b"")
     with suppress(OSError, DamagedError):
