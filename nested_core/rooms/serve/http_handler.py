@@ -126,7 +126,8 @@ class RegistryHandler(APIHandler):
             said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
             raise RequestRefused(said, 403)
         # A web page whose name was made to lead to this machine sends that name.
-        if host is not None and self.server.is_local and not LOOPBACK_HOST.fullmatch(host):
+        is_own = host is None or host.partition(":")[0].lower() == options.host.lower()
+        if not (is_own or LOOPBACK_HOST.fullmatch(host or "")) and self.server.is_local:
             said = f"This server is {options.host}, and the request is for {host!r:.80}."
             raise RequestRefused(said, 421)
         if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
@@ -390,7 +391,7 @@ class ServingServer(ThreadingHTTPServer):
             late.shutdown(socket.SHUT_RDWR)
 
     def wait_for_requests(self, seconds: float) -> None:
-        """Return when each request that has come is answered, or so many seconds are over."""
+        """Return when each request whose body came is answered, or so many seconds are over."""
         deadline = time.monotonic() + seconds
         while self.generator.generation_available() and time.monotonic() < deadline:
             if math.inf not in self.connections.copy().values():

@@ -168,6 +168,15 @@ def test_a_host_of_another_name_is_refused_by_default(client: Client) -> None:
         assert client.send("GET", "/v1/models", None, headers).status == status, case
 
 
+def test_the_name_that_the_server_was_given_is_its_own(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.send("GET", "/health", None, {"Host": "my-laptop:80"}).status == 421
+    monkeypatch.setattr(client.server.generator.cli_args, "host", "My-Laptop")
+    assert client.send("GET", "/health", None, {"Host": "my-laptop:80"}).status == 200
+    assert client.send("GET", "/health", None, {"Host": "my-laptop.evil.example"}).status == 421
+
+
 def test_with_every_origin_a_host_of_another_name_is_refused_all_the_same(
     version_and_registry: tuple[str, Path],
 ) -> None:
