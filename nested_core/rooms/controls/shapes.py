@@ -102,9 +102,13 @@ def find_other_languages(rows: Sequence[Texts]) -> list[int]:
 
 
 def name_script(text: str) -> str | None:
-    """Return the script of most letters of a text's beginning, such as LATIN; None without any."""
+    """Return the script of most letters of a text's beginning, such as LATIN; None without any.
+
+    Japanese is written in three, which count as one: CJK.
+    """
     letters = [one for one in text[:200] if one.isalpha()]
     names = ["LATIN" if one.isascii() else unicodedata.name(one, "?").split()[0] for one in letters]
+    names = ["CJK" if name in ("HIRAGANA", "KATAKANA") else name for name in names]
     return max(names, key=names.count, default=None)
 
 

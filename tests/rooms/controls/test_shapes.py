@@ -95,6 +95,14 @@ def test_rows_of_another_look_are_found_and_their_twins_are_not(kind: str, numbe
         assert len(changed.intersection(found[kind])) >= 0.9 * len(found[kind])
 
 
+def test_the_three_scripts_of_japanese_are_one_language() -> None:
+    rows = [
+        f"{'アメリカ' if i % 9 == 0 else '東京都千代田' if i % 9 == 1 else 'これはとても'}{one}"[:8]
+        for i, one in enumerate(NAMES)
+    ]
+    assert "another_language" not in find_odd_rows(texts(ASKED, rows))
+
+
 @pytest.mark.parametrize(
     ("task", "make"),
     [
