@@ -89,10 +89,10 @@ def _find_replaced_champion(registry: Path, name: str, champion: str) -> str | N
 
     None if the last change was no promotion of it, or the replaced version was removed.
     """
-    change = read_champion_changes(registry, name)[-1]
-    is_promotion = (change.action, change.version) == ("promote", champion)
-    is_there = change.previous in list_versions(registry, name)
-    return change.previous if is_promotion and is_there else None
+    for change in read_champion_changes(registry, name)[-1:]:  # a link made by hand has none
+        if (change.action, change.version) == ("promote", champion):
+            return change.previous if change.previous in list_versions(registry, name) else None
+    return None
 
 
 def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adapter) -> LoadedBase:

@@ -232,6 +232,13 @@ def test_a_champion_that_changed_after_the_gate_supersedes(challenger: Challenge
 
 
 @pytest.mark.slow("trains and judges a night of its own")
+def test_a_candidate_that_a_link_by_hand_made_the_champion_replaced_nobody(challenger) -> None:
+    challenger.judge()
+    version = register(challenger.run.path, challenger.registry, NAME, TrainedRows().to_json())
+    (challenger.registry / NAME / "champion").symlink_to(f"versions/{version}")
+    assert challenger.judge().champion is None
+
+
 def test_a_champion_that_training_began_with_has_the_losses_from_before(
     challenger: Challenger, tmp_path: Path
 ) -> None:
