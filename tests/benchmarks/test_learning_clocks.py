@@ -24,7 +24,6 @@ from benchmarks.learning.study import (
 )
 from nested_core.config.loading import parse_config
 from nested_core.optim.tier_assignment import assign_tiers
-from nested_core.records.paired_difference import student_t_quantile
 from tests.benchmarks.page_figures import require_figures
 
 LEARNING = Path(__file__).resolve().parents[2] / "benchmarks" / "learning"
@@ -165,9 +164,6 @@ def test_the_streams_of_text_do_not_agree_so_that_the_default_stays() -> None:
         {
             r"the whole rate is (\S+) points better": [four[1] - four[0]],
             rf"its night {fourth} had (\d+) of 400 right, at rate 1 (\d+)\.": after,
-            r"Over all six runs it has (\S+) %, the whole rate (\S+)\. ": both(
-                "intents", [*NIGHTS, *EARLIER]
-            ),
         },
     )
     replay = " ".join((LEARNING.parents[1] / "docs" / "replay.md").read_text("utf-8").split())
@@ -207,7 +203,6 @@ def lines_of(pattern: str) -> list[list[str]]:
 
 @pytest.mark.slow("resamples 256 rows")
 def test_no_tiered_arm_wins_and_the_page_has_the_nearest() -> None:
-    below = []
     for kind, arm in (("facts", "shallow-accumulate-100"), ("tasks", "shallow-skip-100")):
         found = list(clocks.matches(clocks.results_of(TIERS, kind)))
         assert len(found) == 16
@@ -225,27 +220,15 @@ def test_no_tiered_arm_wins_and_the_page_has_the_nearest() -> None:
             )
             assert (by_seed[1] >= 2) == (kind == "tasks")
             assert by_seed[0] < 2
-        below.append(sum(one.difference.high < 0 for one, _ in found))
-        assert cells[6] == f"{below[-1]} of 16"
-    expected: dict[str, list[float]] = {
-        r"(\d+) of 32 comparisons with one tier end below 0": [sum(below)]
-    }
-    meets = Counter(one.other for one, _ in clocks.matches(clocks.results_of(TIERS, "facts")))
-    results = clocks.results_of(TIERS, "facts")
-    whole = clocks.learnt(results, "one-100")
-    met = [one.arm for one, _ in clocks.matches(results) if one.other == "one-100"]
-    ahead = max(100 * (whole - clocks.learnt(results, arm)) for arm in met)
-    pattern = r"the facts (\d+) of 16 arms meet one-100, which learnt up to (\d+) points more"
-    expected[pattern] = [meets["one-100"], ahead]
-    expected[r"one degree of freedom, t is (\S+)\)"] = [student_t_quantile(0.975, 1)]
-    require_figures(TEXT, expected)
+        below = sum(one.difference.high < 0 for one, _ in found)
+        assert cells[6] == f"{below} of 16"
 
 
 def test_deep_fast_is_below_one_tier_at_each_rate() -> None:
     lines = lines_of(r"\| (deep|shallow)-(skip|accumulate), ")
     assert len(lines) == 16
     deep: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    shown, less_learnt = dict.fromkeys(KINDS, 0), []
+    shown = dict.fromkeys(KINDS, 0)
     for head, *cells in lines:
         name, rate = head.split(", ")
         share = round(100 * float(rate))
@@ -262,7 +245,6 @@ def test_deep_fast_is_below_one_tier_at_each_rate() -> None:
             if name.startswith("deep"):
                 deep[kind].append(-figure)
                 shown[kind] += high < 0
-                less_learnt.append(both[1] - both[0])
     facts, tasks = deep.values()
     assert len(facts) == len(tasks) == 8
     assert min(*facts, *tasks) > 0
@@ -275,7 +257,6 @@ def test_deep_fast_is_below_one_tier_at_each_rate() -> None:
                 shown["facts"],
             ],
             r"tasks by (\S+) to (\S+) \((\d) of 8\)": [min(tasks), max(tasks), shown["tasks"]],
-            r"They learnt up to (\d+) points less": [max(less_learnt)],
         },
     )
     for page in ("README.md", "docs/nested-learning.md"):
@@ -307,14 +288,6 @@ def test_means_of_arms_less_control_1_are_those_of_the_rows() -> None:
             arm, _, rest = cell.partition(": ")
             assert arm == choose(leads, key=lambda each: leads[each])
             assert float(rest.split()[0]) == pytest.approx(leads[arm], abs=HALF_A_DIGIT)
-
-
-def test_shares_of_a_corrected_adam_are_not_those_of_the_third_study() -> None:
-    rows = read_rows(LEARNING / "stream-rates.jsonl")
-    mine = of(rows, "go-100-0", *clocks.TIERS_OF["facts"])
-    assert len(mine) == 6
-    pattern = r"`go-100-0` learnt (\d+) % of the facts and ended at (\d+)\."
-    require_figures(TEXT, {pattern: [percent(mine, "learnt"), percent(mine, "right")]})
 
 
 def test_slow_thirds_have_so_many_updates_a_night() -> None:
