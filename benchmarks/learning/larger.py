@@ -66,7 +66,8 @@ def describe(rows: Sequence[Row], timed: Sequence[Row]) -> list[str]:
         lines.append(f"| 0.5B {arm} | {' | '.join(cells)} | {sum(map(len, of_tasks))} |")
     one, other, found = difference_of_best(runs)
     cells = [*(f"{each:+.1f}" for each in found.tasks), str(found.here)]
-    lines.append(f"| 0.5B {one} - {other} | {' | '.join(cells)} |  |  | {found.runs} pairs |")
+    cells.append(f"over tasks {found.general}")
+    lines.append(f"| 0.5B {one} - {other} | {' | '.join(cells)} |  | {found.runs} pairs |")
     lines += ["", "| task, turn | c | k | ratio | right answers of c, of k |", "|---" * 5 + "|"]
     for c, k in pairs_of(timed):
         name = f"{c['task']}, {'warm-up' if c['seed'] == WARM_UP else c['seed']}"

@@ -226,7 +226,7 @@ def test_every_row_is_of_the_protocol_s_questions_and_has_its_place_on_the_page(
     assert sorted(row["workers"] for row in ROWS) == [1] + [12] * 179
     known = [(row["arm"], row["task"], row["seed"]) for row in ROWS]
     assert len(known) == len(set(known)) == len(list(APART.cells([]))) == 180
-    assert "| 1 | rows-4.jsonl | 180 | 180 | 9f87358f, cf0a9582 | 12 |" in PAGE
+    assert "| 1 | rows-4.jsonl | 180 | 180 | 9f87358f, cf0a9582 | 12 (planned: ten) |" in PAGE
     assert {arm for arm, _, _ in known} == {a for a in ARMS if not a.endswith("-last")}
 
 

@@ -91,13 +91,6 @@ def test_the_rows_are_the_protocol_s() -> None:
     assert f"{of_tiers}| 252 of 15, four of two" in TEXT
 
 
-def test_two_cores_could_have_run_the_dropped_seed_in_an_hour() -> None:
-    assert "two cores could have run it in about an hour" in TEXT
-    seconds = [row["seconds"] for row in TIERS if row["seed"] == 2]  # the start is not in them
-    assert len(seconds) == 128
-    assert sum(seconds) / 2 < 3600
-
-
 @pytest.mark.slow("resamples 256 rows")
 def test_the_tables_of_the_page_are_what_the_command_prints() -> None:
     printed = [*clocks.describe_nights(NIGHTS, EARLIER), *clocks.describe_tiers(TIERS)]

@@ -239,14 +239,3 @@ def test_the_rows_of_shares_are_of_one_commit_and_one_is_missing() -> None:
     assert "1/0.9 and 1/0.7 times the steps" in PAGE
     assert [1 - share for share in REHEARSED.values()] == pytest.approx([0.9, 0.7])
     assert f"of {len(prompts())} to an end" in PAGE
-    before = {same(r) for r in read_rows(LEARNING / "rows-4.jsonl") if r["arm"] == "c"}
-    again = [same(row) in before for row in ROWS if row["arm"] == "c"]
-    assert (sum(again), len(again)) == (6, 9)
-    assert "block 1's loss on the book to the last digit in six of nine runs" in " ".join(
-        PAGE.split()
-    )
-
-
-def same(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a run that is repeated to the bit has in common."""
-    return row["task"], row["seed"], row["general_loss"]
