@@ -8,8 +8,7 @@ refused.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -237,14 +236,11 @@ def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str 
     return None if start is None else start.describe(config.registry.name)
 
 
-@contextmanager
-def _holding_starting_champion(config: FineTuneConfig) -> Iterator[str | None]:
+def _holding_starting_champion(config: FineTuneConfig) -> AbstractContextManager[str | None]:
     """Yield the champion that the run starts from; no gc removes it during the block.
 
     Yields None if the run does not follow a champion, or there is none yet.
     """
     if config.continual.start is None or not name_exists(*registry_location(config.registry)):
-        yield None
-        return
-    with holding_champion(*registry_location(config.registry)) as champion:
-        yield champion
+        return nullcontext()
+    return holding_champion(*registry_location(config.registry))

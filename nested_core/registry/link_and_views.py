@@ -12,7 +12,7 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,14 +162,12 @@ class NameFolder:
         remove_judgements(self.path, version)
 
 
-@contextmanager
-def writing(registry: Path, name: str) -> Iterator[NameFolder]:
+def writing(registry: Path, name: str) -> AbstractContextManager[NameFolder]:
     """Lock the folder of an adapter name for writing and finish interrupted changes.
 
     Raises ConfigError for an unknown name.
     """
-    with writing_folder(find_name_folder(registry, name)) as locked:
-        yield locked
+    return writing_folder(find_name_folder(registry, name))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -192,8 +192,7 @@ class RunDirectory:
             finally:
                 _LOCKS.pop(key, None)
 
-    @contextmanager
-    def locked_for_reading(self) -> Iterator[None]:
+    def locked_for_reading(self) -> AbstractContextManager[object]:
         """Keep other processes from writing to the run during the block.
 
         Other readers may share it.
@@ -201,8 +200,7 @@ class RunDirectory:
         Nothing is written; a run without a lock file is read without a lock. Raises ConfigError,
         naming the process, if one works on the run.
         """
-        with shared_lock(self.lock, on_busy=self._refuse_after_retries()):
-            yield
+        return shared_lock(self.lock, on_busy=self._refuse_after_retries())
 
     def watch_parents_lock(self) -> None:
         """Make `require_lock` check the lock that the parent process holds on the run."""

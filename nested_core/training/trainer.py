@@ -7,8 +7,8 @@ parameters are written into it by name and read back to check that they arrived.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -209,16 +209,14 @@ class Trainer:
         self._reporter.window.restart_clock()
         self.evaluation_peak = mx.get_peak_memory()
 
-    @contextmanager
-    def using_training_layers(self) -> Iterator[None]:
+    def using_training_layers(self) -> AbstractContextManager[None]:
         """Put the model into training mode and, within the block, optimize its layers for training.
 
         Some layers recompute their activations, as the memory plan says.
         """
         self.model.train()
         recomputed = self.memory.layers_to_recompute(self.model)
-        with using_optimized_layers(self.model, recomputed):
-            yield
+        return using_optimized_layers(self.model, recomputed)
 
     def describe_layers(self) -> str:
         """Say in one line which of the model's layers are ours, and why others are not."""

@@ -11,8 +11,8 @@ Rows stay (rows, 1, width) throughout: MLX 0.32's gather_mm of sorted rows on CU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -136,9 +136,7 @@ def find_expert_layers(model: nn.Module) -> list[LoRASwitchLinear]:
     ]
 
 
-@contextmanager
-def using_expert_mlps(model: nn.Module) -> Iterator[None]:
+def using_expert_mlps(model: nn.Module) -> AbstractContextManager[None]:
     """Compute a model's gated MLPs of experts as above, on CUDA, while the block runs."""
     mlps = find_expert_mlps(model)
-    with replacing_calls((mlp, make_expert_mlp_call(mlp)) for mlp in mlps):
-        yield
+    return replacing_calls((mlp, make_expert_mlp_call(mlp)) for mlp in mlps)

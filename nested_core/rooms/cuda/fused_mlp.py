@@ -6,8 +6,8 @@ is made for it. The product of silu(gate) and up is recomputed in the backward p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -61,11 +61,9 @@ def _mlp_has_kernels(mlp: GatedMLP) -> bool:
     return all(kernel.is_usable(tiles) for tiles in variants for kernel in kernels)
 
 
-@contextmanager
-def using_fused_mlps(mlps: Sequence[GatedMLP]) -> Iterator[None]:
+def using_fused_mlps(mlps: Sequence[GatedMLP]) -> AbstractContextManager[None]:
     """Compute these modules as one function each while the block runs."""
-    with replacing_calls((mlp.module, make_fused_mlp_call(mlp)) for mlp in mlps):
-        yield
+    return replacing_calls((mlp.module, make_fused_mlp_call(mlp)) for mlp in mlps)
 
 
 def make_fused_mlp_call(mlp: GatedMLP) -> Callable[[mx.array], mx.array]:

@@ -5,8 +5,8 @@ MLX stores three more arrays of the MLP's inner width for it; here only gate and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -38,8 +38,7 @@ def make_geglu_mlp_call(mlp: Any) -> Callable[[mx.array], mx.array]:
     return call
 
 
-@contextmanager
-def using_recomputed_geglu(model: nn.Module) -> Iterator[None]:
+def using_recomputed_geglu(model: nn.Module) -> AbstractContextManager[None]:
     """Recompute a model's gelu(gate) * up in the backward pass, on CUDA, in the block.
 
     On a CPU, recomputing tanh would take more time than the memory is worth.
@@ -47,5 +46,4 @@ def using_recomputed_geglu(model: nn.Module) -> Iterator[None]:
     mlps = [m for _, m in model.named_modules() if type(m) in GEGLU_MLP_CLASSES]
     if not backend.computes_on_cuda():
         mlps = []
-    with replacing_calls((mlp, make_geglu_mlp_call(mlp)) for mlp in mlps):
-        yield
+    return replacing_calls((mlp, make_geglu_mlp_call(mlp)) for mlp in mlps)

@@ -9,8 +9,8 @@ elements have no fused backward pass at any length, and are computed in blocks o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -138,12 +138,9 @@ def _fits_fused_kernels(queries: mx.array, keys: mx.array, values: mx.array) -> 
     )
 
 
-@contextmanager
-def using_padded_attention(model: nn.Module) -> Iterator[None]:
+def using_padded_attention(model: nn.Module) -> AbstractContextManager[None]:
     """Pad a model's causal attention while it trains in this context, on CUDA."""
     if not change_length_on_cuda.is_usable():
-        yield
-        return
+        return nullcontext()
     attention = make_padded_attention(change_length_on_cuda, lambda: bool(model.training))
-    with replacing_function(model, PATCHED_FUNCTION_NAME, plain_attention, attention):
-        yield
+    return replacing_function(model, PATCHED_FUNCTION_NAME, plain_attention, attention)

@@ -5,8 +5,8 @@ MLX always computes both gradients, in three kernels; with the weight frozen one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -90,15 +90,13 @@ def make_norm_call(
     return call
 
 
-@contextmanager
-def using_frozen_norms(model: nn.Module) -> Iterator[None]:
+def using_frozen_norms(model: nn.Module) -> AbstractContextManager[None]:
     """Compute the backward pass of a model's frozen norms in one kernel while the block runs."""
     norms = [module for _, module in model.named_modules() if type(module) is nn.RMSNorm]
-    with replacing_calls(
+    return replacing_calls(
         (module, make_norm_call(module, input_gradient_on_cuda))
         for module in norms
         if not module.trainable_parameters()
         and _has_kernel_for_width(module.weight.size)
         and input_gradient_on_cuda.is_usable(module.weight.size)
-    ):
-        yield
+    )

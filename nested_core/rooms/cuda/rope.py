@@ -8,8 +8,8 @@ al. 2021, RoFormer).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -138,14 +138,12 @@ def rotates_halves(module: nn.Module) -> bool:
     return to_float(mx.abs(rotated - expected).max()) <= 1e-4 * to_float(mx.abs(expected).max())
 
 
-@contextmanager
-def using_rope_tables(model: nn.Module) -> Iterator[None]:
+def using_rope_tables(model: nn.Module) -> AbstractContextManager[None]:
     """Have a model's rotations computed by the kernel while the block runs."""
     modules = model.named_modules() if rotate_on_cuda.is_usable() else ()
     tables: dict[bytes, RotationTable] = {}
-    with replacing_calls(
+    return replacing_calls(
         (module, make_rotation_call(module, rotate_on_cuda, tables))
         for _, module in modules
         if rotates_halves(module)
-    ):
-        yield
+    )

@@ -5,8 +5,8 @@ MLX's compiled backward pass keeps and reads more arrays than the two gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import mlx.core as mx
@@ -86,12 +86,9 @@ def make_swiglu(forward: Swiglu, gradients: Gradients) -> Swiglu:
     return swiglu
 
 
-@contextmanager
-def using_swiglu_kernels(model: nn.Module) -> Iterator[None]:
+def using_swiglu_kernels(model: nn.Module) -> AbstractContextManager[None]:
     """Use the kernels in the code of a model's modules while the block runs."""
     if not (swiglu_on_cuda.is_usable() and swiglu_gradients_on_cuda.is_usable()):
-        yield
-        return
+        return nullcontext()
     function = make_swiglu(swiglu_on_cuda, swiglu_gradients_on_cuda)
-    with replacing_function(model, "swiglu", plain_swiglu, function):
-        yield
+    return replacing_function(model, "swiglu", plain_swiglu, function)

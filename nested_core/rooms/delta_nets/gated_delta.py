@@ -11,8 +11,7 @@ of one for each element of a key (Kimi Linear, arXiv 2510.26692; Kimi K3, Bailin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -319,15 +318,12 @@ def gated_delta_update(  # noqa: PLR0917 -- mlx-lm calls it with its own functio
     return compute_on_this_device(q, k, v, log_decay, beta, state)
 
 
-@contextmanager
-def using_chunked_gated_delta_rule(model: nn.Module) -> Iterator[None]:
+def using_chunked_gated_delta_rule(model: nn.Module) -> AbstractContextManager[None]:
     """Compute a model's gated delta nets in chunks while the block runs."""
     users = modules_of_code(model, PATCHED_FUNCTION_NAME, plain_gated_delta_update)
     needs_check = backend.device() == "gpu"  # Metal too, where it was never run
     if not users or (needs_check and not compute_on_this_device.agrees_with_reference()):
-        yield
-        return
-    with replacing_function(
+        return nullcontext()
+    return replacing_function(
         model, PATCHED_FUNCTION_NAME, plain_gated_delta_update, gated_delta_update
-    ):
-        yield
+    )

@@ -6,8 +6,8 @@ written out: elementwise operations on a few shifted views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import mlx.core as mx
@@ -58,12 +58,10 @@ def is_short_channel_convolution(module: nn.Module) -> bool:
     )
 
 
-@contextmanager
-def using_short_convolutions(model: nn.Module) -> Iterator[None]:
+def using_short_convolutions(model: nn.Module) -> AbstractContextManager[None]:
     """Compute a model's short convolutions as shifted sums while the block runs."""
-    with replacing_calls(
+    return replacing_calls(
         (module, make_convolution_call(module))
         for _, module in model.named_modules()
         if is_short_channel_convolution(module)
-    ):
-        yield
+    )

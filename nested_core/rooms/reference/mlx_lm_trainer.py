@@ -6,8 +6,8 @@ due with. Random draws continue from step to step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -77,13 +77,11 @@ class MlxLmTrainer(Trainer):
     packs_adapters = False
     _validation: MlxLmValidation
 
-    @contextmanager
-    def using_training_layers(self) -> Iterator[None]:
+    def using_training_layers(self) -> AbstractContextManager[None]:
         """Train mlx-lm's own layers; those that are recomputed draw new dropout masks."""
         self.model.train()
         recomputed = self.memory.layers_to_recompute(self.model)
-        with checkpointing_layers(recomputed, keep_dropout_masks=False):
-            yield
+        return checkpointing_layers(recomputed, keep_dropout_masks=False)
 
     def describe_layers(self) -> str:
         """Say that none of the layers is ours."""
