@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import ConfigError
 
@@ -77,10 +77,9 @@ def assign_tiers(
     count = len(settings.frequencies)
     if settings.strategy == "manual":
         tensors = _assign_by_name_pattern(ordered, settings.assignments)
-    elif settings.strategy == "parameter_importance":
-        tensors = _assign_by_importance(ordered, importance or {}, count)
     else:
-        tensors = _assign_by_depth(ordered, settings.fast, count)
+        ranked_layers = _rank_layers(ordered, settings, importance or {})
+        tensors = _assign_by_layer_ranking(ordered, ranked_layers, count)
     _assign_parameters_outside_layers(ordered, tensors, slowest=count - 1)
     _refuse_empty_tiers(tensors, count)
     return TierMap(settings.frequencies, {name: tensors[name] for name in ordered})
@@ -109,32 +108,18 @@ def _layer_number(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _assign_by_depth(
-    names: Sequence[str], fast: Literal["shallow", "deep"], tiers: int
-) -> dict[str, int]:
-    """Assign layers to tiers by depth, in contiguous groups of nearly equal size.
-
-    fast: the end of the model that gets tier 0.
-
-    Returns the tier of each parameter in a layer.
-    """
+def _rank_layers(
+    names: Sequence[str], settings: NestedSection, importance: Mapping[str, float]
+) -> list[int]:
+    """Return the layers, those for tier 0 first: by importance, or from one end of the model."""
     layers = sorted({layer for name in names if (layer := _layer_number(name)) is not None})
-    ranked = layers if fast == "shallow" else layers[::-1]
-    return _assign_by_layer_ranking(names, ranked, tiers)
-
-
-def _assign_by_importance(
-    names: Sequence[str], importance: Mapping[str, float], tiers: int
-) -> dict[str, int]:
-    """Assign layers to tiers by the importance of their parameters, the highest to tier 0."""
-    totals: dict[int, float] = {}
+    if settings.strategy != "parameter_importance":
+        return layers if settings.fast == "shallow" else layers[::-1]
+    totals = dict.fromkeys(layers, 0.0)
     for name in names:
-        layer = _layer_number(name)
-        if layer is not None:
-            totals[layer] = totals.get(layer, 0.0) + importance[name]
-    return _assign_by_layer_ranking(
-        names, sorted(totals, key=lambda layer: (-totals[layer], layer)), tiers
-    )
+        if (layer := _layer_number(name)) is not None:
+            totals[layer] += importance[name]
+    return sorted(layers, key=lambda layer: (-totals[layer], layer))
 
 
 def _assign_by_layer_ranking(

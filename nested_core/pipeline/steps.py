@@ -328,9 +328,7 @@ def write_initial_adapter(config: FineTuneConfig, run: RunDirectory, session: Se
 
 def _warn_of_other_tokenizer(start: Adapter, source: str, base: Path) -> None:
     """Warn if a version was trained with another chat template or vocabulary than the base has."""
-    recorded: dict[str, Any] = {}
-    if (start.path / PROVENANCE_NAME).is_file():
-        recorded = read_provenance(start.path)
+    recorded = read_provenance(start.path) if (start.path / PROVENANCE_NAME).is_file() else {}
     tokenizer = TrainedTokenizer(recorded.get("chat_template"), recorded.get("vocabulary"))
     try:
         tokenizer.require_in(base, source)

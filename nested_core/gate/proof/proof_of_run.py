@@ -29,7 +29,23 @@ class ProofOfRun:
         self._session = session
         prompt_format = evidence.dataset.prompt_format
         self.questions: Sequence[CanaryPrompt] = choose_canary_prompts(config, prompt_format)
-        self.request = _make_request(config, evidence, divergence, self.questions)
+        # To a fresh process that reads both adapters from disk. It computes their logits on the
+        # prompts whose logits the trainer recorded, so that the two can be compared, and their
+        # answers to the questions, which are stored with the adapter, so that a server can check
+        # later that it computes the same.
+        logits, dtype = evidence.record.logits, model_compute_dtype(config)
+        self.request = ProofRequest(
+            model=find_model_folder(config.model),
+            initial=evidence.before.path,
+            trained=evidence.after.path,
+            prompts=logits.prompts,
+            columns=logits.columns,
+            expected=logits.values,
+            is_float32=dtype is not None and dtype == mx.float32,
+            trusts_remote_code=config.trust_remote_code,
+            questions=[question.tokens for question in self.questions],
+            has_diverged=divergence is not None and divergence.has_risen,
+        )
         self.running: RunningProof | None = None
 
     def begin(self) -> RunningProof:
@@ -51,30 +67,3 @@ class ProofOfRun:
         frozen = sum(array.nbytes for array in frozen_tensors(base.model).values())
         if base.evaluation_peak + frozen <= base.training_peak:
             self.begin()
-
-
-def _make_request(
-    config: FineTuneConfig,
-    evidence: RunEvidence,
-    divergence: Divergence | None,
-    canary_prompts: Sequence[CanaryPrompt],
-) -> ProofRequest:
-    """Make the request to the fresh process that reads both adapters from disk.
-
-    It computes their logits on the prompts whose logits the trainer recorded, so that the two can
-    be compared, and their answers to the canary prompts: questions whose answers are stored with
-    the adapter, so that a server can check later that it computes the same.
-    """
-    logits, dtype = evidence.record.logits, model_compute_dtype(config)
-    return ProofRequest(
-        model=find_model_folder(config.model),
-        initial=evidence.before.path,
-        trained=evidence.after.path,
-        prompts=logits.prompts,
-        columns=logits.columns,
-        expected=logits.values,
-        is_float32=dtype is not None and dtype == mx.float32,
-        trusts_remote_code=config.trust_remote_code,
-        questions=[prompt.tokens for prompt in canary_prompts],
-        has_diverged=divergence is not None and divergence.has_risen,
-    )
