@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
-from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
+from nested_core.storage.atomic import Confirm, closing_descriptor, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
 from nested_core.storage.untrusted_files import file_type, read_regular, write_all
 from nested_core.text.digest_format import shorten_digest
@@ -362,8 +362,8 @@ def opened_for_append(folder: Path, ledger: Ledger) -> Iterator[int]:
     without the folder's lock.
     """
     path = folder / LEDGER_NAME
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with closing_descriptor(os.open(path, flags, 0o666)) as descriptor:
         lock_open_file(descriptor, path)
         size = os.fstat(descriptor).st_size
         if size != ledger.whole_bytes:
@@ -372,8 +372,6 @@ def opened_for_append(folder: Path, ledger: Ledger) -> Iterator[int]:
                 f"{size} now: something writes to it without the lock. Nothing was changed."
             )
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
@@ -401,12 +399,10 @@ def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     """
-    descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
-    try:
+    flags = os.O_WRONLY | os.O_NOFOLLOW
+    with closing_descriptor(os.open(folder / LEDGER_NAME, flags)) as descriptor:
         os.ftruncate(descriptor, ledger.whole_bytes)
         sync_descriptor(descriptor)
-    finally:
-        os.close(descriptor)
     return replace(ledger, torn=b"")
 
 

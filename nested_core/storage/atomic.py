@@ -41,13 +41,19 @@ def sync_descriptor(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def sync_path(path: Path) -> None:
-    """Force a file's or directory's content to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def closing_descriptor(descriptor: int) -> Iterator[int]:
+    """Yield an open file's descriptor, and close it when the block ends."""
     try:
-        sync_descriptor(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def sync_path(path: Path) -> None:
+    """Force a file's or directory's content to disk."""
+    with closing_descriptor(os.open(path, os.O_RDONLY)) as descriptor:
+        sync_descriptor(descriptor)
 
 
 def temporary_beside(target: Path) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.process.command_parent import command_process
+from nested_core.storage.atomic import closing_descriptor
 from nested_core.storage.untrusted_files import file_type
 
 # A link is refused, a pipe not waited for, and a program that is started does not keep the lock.
@@ -75,10 +76,8 @@ def exclusive_lock(
     or its file system has no locks.
     """
     lock = _open_and_lock(path, os.O_RDWR | os.O_CREAT, mode, fcntl.LOCK_EX, on_busy)
-    try:
+    with closing_descriptor(lock.descriptor):
         yield lock
-    finally:
-        os.close(lock.descriptor)
 
 
 @contextmanager
@@ -155,11 +154,8 @@ def read_holder(path: Path) -> int | None:
 
 def _written_holder(path: Path) -> int:
     """Read the process id in a lock file; 0 if there is no id in it."""
-    descriptor = _open_lock_file(path, os.O_RDONLY, 0)
-    try:
+    with closing_descriptor(_open_lock_file(path, os.O_RDONLY, 0)) as descriptor:
         written = os.read(descriptor, HOLDER_BYTES)
-    finally:
-        os.close(descriptor)
     return int(written) if written.isdigit() else 0
 
 

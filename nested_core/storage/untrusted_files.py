@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nested_core.errors import ConfigError, DamagedError, MissingFileError
-from nested_core.storage.atomic import private_mode
+from nested_core.storage.atomic import closing_descriptor, private_mode
 from nested_core.storage.main_memory import main_memory_bytes
 
 FileType = Literal["missing", "file", "directory", "link", "other"]
@@ -65,16 +65,13 @@ def open_regular(
     Raises MissingFileError if nothing is there, DamagedError for anything but a regular file and
     for one that is too large.
     """
-    descriptor = _open_descriptor(path, follow_links=follow_links)
-    try:
+    with closing_descriptor(_open_descriptor(path, follow_links=follow_links)) as descriptor:
         size = _regular_size(descriptor, path)
         limit = main_memory_bytes() if limit is None else limit
         if size > limit:
             raise DamagedError(f"{path} is larger than {limit} bytes.")
         with open(descriptor, "rb", closefd=False) as file:
             yield file, size
-    finally:
-        os.close(descriptor)
 
 
 def _open_descriptor(path: Path, *, follow_links: bool) -> int:
@@ -123,11 +120,9 @@ def append_regular(path: Path, content: bytes) -> None:
         if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
             raise
         raise _describe_refusal(error, path, "written") from error
-    try:
+    with closing_descriptor(descriptor):
         _regular_size(descriptor, path)
         write_all(descriptor, content)
-    finally:
-        os.close(descriptor)
 
 
 def write_all(descriptor: int, content: bytes) -> None:
