@@ -446,7 +446,14 @@ def _why_not_promoted(
             )
         return "there was no validation set, and registry.require_validation is on"
     noise: Noise = "paired" if policy is not None else candidate.verdict.noise
-    return _why_losses_promote_nothing(section, candidate, champion, rule, noise)
+    if not rule.must_be_better:
+        needs_enough = section.require_validation and not rule.asks_person
+        return _why_too_few_prompts(candidate, champion) if needs_enough else None
+    if champion is None:
+        reason = _why_not_better_than_start(section, candidate, noise)
+    else:
+        reason = _why_not_better(section, candidate, champion, noise)
+    return reason or _why_answers_promote_nothing(candidate.verdict)
 
 
 def _why_not_judged(candidate: Judgement, champion: str | None) -> str | None:
@@ -529,24 +536,6 @@ def _why_not_sound(candidate: Judgement, rule: PromotionRule) -> str | None:
     if doubt and not rule.asks_person:
         return f"{doubt}: a person decides"
     return None
-
-
-def _why_losses_promote_nothing(
-    section: RegistrySection,
-    candidate: Judgement,
-    champion: str | None,
-    rule: PromotionRule,
-    noise: Noise,
-) -> str | None:
-    """Return why the held-out losses do not meet the promotion rule; None if they do."""
-    if not rule.must_be_better:
-        needs_enough = section.require_validation and not rule.asks_person
-        return _why_too_few_prompts(candidate, champion) if needs_enough else None
-    if champion is None:
-        reason = _why_not_better_than_start(section, candidate, noise)
-    else:
-        reason = _why_not_better(section, candidate, champion, noise)
-    return reason or _why_answers_promote_nothing(candidate.verdict)
 
 
 def _why_answers_promote_nothing(verdict: Verdict) -> str | None:
