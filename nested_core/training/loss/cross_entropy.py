@@ -373,7 +373,8 @@ class ChunkedCrossEntropy:
         def loss(hidden: mx.array) -> Arrays:
             """Return the summed loss of the selected rows, and its gradient for backpropagation."""
             selected, mask = gather_rows(hidden, rows), rows >= 0
-            return self._sum_chunks(selected, gather_rows(targets, rows), mask)
+            losses, gradient = self._compute_chunks(selected, gather_rows(targets, rows), mask)
+            return _sum_in_order(losses), gradient
 
         @loss.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
@@ -398,14 +399,8 @@ class ChunkedCrossEntropy:
         def losses(hidden: mx.array) -> Arrays:
             """Return the losses, and the gradients that the backward pass needs."""
             selected, mask = gather_rows(hidden, rows), rows >= 0
-            selected_targets = gather_rows(targets, rows)
-            chunks = chain_chunks(
-                [selected],
-                self._rows_of_chunk(selected),
-                lambda parts, at: self._compute_chunk(parts[0], selected_targets[at], mask[at]),
-            )
-            gradients = mx.concatenate([gradient for _, gradient in chunks])
-            return mx.concatenate([values for values, _ in chunks]), gradients
+            values, gradient = self._compute_chunks(selected, gather_rows(targets, rows), mask)
+            return mx.concatenate(values), gradient
 
         @losses.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
@@ -430,15 +425,17 @@ class ChunkedCrossEntropy:
         """Return how many rows of hidden states are computed at once."""
         return self.chunk_rows or positions_at_once(self._count_words(hidden))
 
-    def _sum_chunks(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
-        """Return the loss summed over all positions, and its gradient (positions, width)."""
+    def _compute_chunks(
+        self, hidden: mx.array, targets: mx.array, mask: mx.array
+    ) -> tuple[list[mx.array], mx.array]:
+        """Return each chunk's losses (rows,), and the gradient of all positions (rows, width)."""
         chunks = chain_chunks(
             [hidden],
             self._rows_of_chunk(hidden),
             lambda parts, at: self._compute_chunk(parts[0], targets[at], mask[at]),
         )
-        gradients = [gradient for _, gradient in chunks]
-        return _sum_in_order([losses for losses, _ in chunks]), mx.concatenate(gradients)
+        losses, gradients = zip(*chunks, strict=True)
+        return list(losses), mx.concatenate(list(gradients))
 
     def _compute_chunk(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
         """Return a chunk's losses (rows,) and gradient (rows, width).
