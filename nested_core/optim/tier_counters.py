@@ -14,9 +14,8 @@ from nested_core.errors import DamagedError
 from nested_core.optim.gradients import ArraySpec
 
 COUNTERS_KEY = "nested"
-STATE_LAYOUT_VERSION = (
-    2  # of the state; 1 had no number, and no marks for SGD and others (`had_gradient`)
-)
+# Of the state; 1 had no number, and no marks for SGD and others (`had_gradient`).
+STATE_LAYOUT_VERSION = 2
 RESERVED_NAMES = ("step", "learning_rate", COUNTERS_KEY)
 
 

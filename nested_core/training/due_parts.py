@@ -356,11 +356,8 @@ class Validation:
         values: the parameter values to answer with. is_last: whether training ends with this
         evaluation. Returns fields for metrics.jsonl.
         """
-        questions, world, schedule = (
-            self.setup.questions,
-            self.setup.world,
-            self.setup.step_schedule,
-        )
+        questions, world = self.setup.questions, self.setup.world
+        schedule = self.setup.step_schedule
         if questions is None or not world.is_main:
             return {}
         min_steps = STEPS_BETWEEN_QUESTIONS
@@ -458,9 +455,8 @@ class Saver:
         state: the progress to store. is_time: whether a time interval made it due, not a step.
         """
         self._saved_at = time.monotonic()
-        state.open_report = (
-            self._window.sums_for_checkpoint()
-        )  # on all processes: it sums over them
+        # On all processes: it sums over them
+        state.open_report = self._window.sums_for_checkpoint()
         setup = self.setup
         if not setup.world.is_main:
             return

@@ -24,9 +24,8 @@ from nested_core.rooms.cuda.kernel_launch import (
 MAX_THREADS = 128
 COMPILED_LOADS_PER_THREAD = 1, 2, 4, 8, 16  # loads of a thread that a kernel is compiled for
 MAX_BLOCKS = 8 * MULTIPROCESSORS  # each takes row after row
-LONGEST_ROW = (
-    COMPILED_LOADS_PER_THREAD[-1] * ELEMENTS_PER_LOAD * MAX_THREADS
-)  # that a block keeps in registers
+# That a block keeps in registers.
+LONGEST_ROW = COMPILED_LOADS_PER_THREAD[-1] * ELEMENTS_PER_LOAD * MAX_THREADS
 
 InputGradient = Callable[[mx.array, mx.array, float, mx.array], mx.array]
 

@@ -33,9 +33,8 @@ EXPERT_LINEAR_CLASSES = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx_lm.mode
 LINEAR_CLASSES = ("Linear", "QuantizedLinear", *EXPERT_LINEAR_CLASSES)
 ATTENTION_OUTPUT_LAYERS = ("o_proj", "out_proj", "dense", "wo")
 MLP_OUTPUT_LAYERS = ("down_proj", "w2", "fc2", "dense_4h_to_h")
-OUTPUT_LAYERS = (
-    ATTENTION_OUTPUT_LAYERS + MLP_OUTPUT_LAYERS
-)  # their inputs are made by attention and MLP
+# Their inputs are made by attention and MLP.
+OUTPUT_LAYERS = ATTENTION_OUTPUT_LAYERS + MLP_OUTPUT_LAYERS
 GATE_AND_UP_LAYERS = ("gate_proj", "up_proj")  # whose product down_proj reads
 HEAD_COUNT_ATTRIBUTES = ("n_heads", "num_heads", "num_attention_heads")
 EXPERTS_PER_TOKEN_ATTRIBUTES = ("top_k", "num_experts_per_tok")

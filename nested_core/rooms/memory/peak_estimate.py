@@ -42,9 +42,8 @@ from nested_core.training.loss.loss_interface import BatchShape
 
 HALF_PRECISION_BYTES = 2  # of the elements that our kernels compute with
 LAYERS_HELD_WHILE_RECOMPUTING = 1.8  # a layer that is recomputed, and its gradients
-EXTRA_BYTES_PER_CHUNKED_LOGIT = (
-    8  # a logit, beside the logit itself, where logits are made in chunks
-)
+# Of a logit, beside the logit itself, where logits are made in chunks.
+EXTRA_BYTES_PER_CHUNKED_LOGIT = 8
 EXTRA_BYTES_PER_UNCHUNKED_LOGIT = 12  # the same where every position has its logits
 DEQUANTIZED_WEIGHT_COPIES = 2  # the output layer's for all products, and as much again
 CUDA_MIN_SHARE_IN_FLIGHT = 0.187  # of the layers, without the operations of a commit

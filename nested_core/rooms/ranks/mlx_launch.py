@@ -21,9 +21,8 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.untrusted_files import parse_json, read_regular
 
 RANK_WORKER_ARGUMENTS = ("-m", "nested_core.rooms.ranks.rank_worker")
-DEVICES_VARIABLE = (
-    "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
-)
+# The parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces.
+DEVICES_VARIABLE = "NESTED_TUNE_DEVICES"
 HOST_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")  # never an option of ssh
 MESSAGE_PREFIX = "@nested-tune "  # of the lines on standard output that are a rank's messages
 HOSTFILE_FORMAT_HELP = (

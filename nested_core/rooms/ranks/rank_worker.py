@@ -43,7 +43,9 @@ def main(run_dir: str, ranks: str) -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     try:
         if rank > 0:
-            _silence_warnings()
+            # Warnings and log lines are the same in all ranks, and the main one has them
+            warnings.simplefilter("ignore")
+            logging.disable(logging.ERROR)
         with contextlib.redirect_stdout(sys.stderr):
             _train_as_rank(Path(run_dir), int(ranks))
     except TrainingStopped as error:
@@ -70,12 +72,6 @@ def _train_as_rank(run_dir: Path, ranks: int) -> None:
     prepare_for_base_model(config)  # before anything is computed
     world = join_ranks(ranks, HangWatch(config.training.hang_timeout))
     steps.train_as_rank(config, run, world, ReportSender(), listener.watch)
-
-
-def _silence_warnings() -> None:
-    """Leave warnings and log lines, which are the same in all ranks, to the main one."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.ERROR)
 
 
 def _send_end(rank: int, error: BaseException | None, code: int) -> int:

@@ -77,9 +77,8 @@ class HangWatch:
             signal.setitimer(signal.ITIMER_REAL, self.seconds_allowed())
 
 
-RANK_SEED_STRIDE = (
-    0x9E3779B9  # 2**32 over the golden ratio, so that neighbours' seeds lie far apart
-)
+# 2**32 over the golden ratio, so that neighbours' seeds lie far apart.
+RANK_SEED_STRIDE = 0x9E3779B9
 
 
 @dataclass(eq=False)
@@ -135,7 +134,9 @@ class RankWorld(World):
         """Raise TrainingProcessesDiffer, naming ranks and arrays, if a bit differs among ranks."""
         of_this_rank = mx.stack([checksum(array) for array in arrays.values()])
         checksums = np.array(mx.distributed.all_gather(of_this_rank[None], group=self.group))
-        common = _most_common_row(checksums)
+        # What most ranks have; of two that are as common, the lower rank's
+        counts = [(checksums == row).all(1).sum() for row in checksums]
+        common = checksums[int(np.argmax(counts))]
         odd_ranks = [rank for rank, row in enumerate(checksums) if (row != common).any()]
         if odd_ranks:
             differs = (checksums != common).any(0)
@@ -181,13 +182,6 @@ class RankWorld(World):
     def end_watch(self) -> None:
         """Turn the alarm off."""
         self.watch.end()
-
-
-def _most_common_row(rows: np.ndarray) -> np.ndarray:
-    """Return the row that most ranks have; of two that are as common, the lower rank's."""
-    counts = [(rows == row).all(1).sum() for row in rows]
-    common: np.ndarray = rows[int(np.argmax(counts))]
-    return common
 
 
 def checksum(array: mx.array) -> mx.array:
