@@ -119,10 +119,8 @@ def count_examples_needed(
     deviation = standard_error * math.sqrt(examples)
     if not math.isfinite(deviation) or deviation == 0:
         return None
-    needed = 0.0
-    if margin > 0:
-        # A one-sided test that a difference of 0 is within the margin
-        needed = ((_Z_ONE_SIDED + _Z_POWER) * deviation / margin) ** 2
+    # A one-sided test that a difference of 0 is within the margin
+    needed = ((_Z_ONE_SIDED + _Z_POWER) * deviation / margin) ** 2 if margin > 0 else 0.0
     if needed <= examples:
         # A two-sided test against 0 or the margin, whichever is farther away
         distance = max(abs(difference), margin - difference)

@@ -678,9 +678,7 @@ class CheckRow:
     @property
     def cells(self) -> tuple[object, ...]:
         """The cells of the row, in the order of CHECK_COLUMNS."""
-        word: object = self.verdict
-        if self.has_failed:
-            word = Cell(f"failed: {self.verdict}", "bad")
+        word = Cell(f"failed: {self.verdict}", "bad") if self.has_failed else self.verdict
         return (self.name, self.before, self.after, self.difference, self.bound, word)
 
 

@@ -112,9 +112,7 @@ class SideBySide:
         """
         prompts = {side: self._encode(messages) for side, messages in conversations.items()}
         for side, prompt in prompts.items():
-            most = sampling.max_tokens
-            if side == BASE and base_tokens is not None:
-                most = base_tokens
+            most = sampling.max_tokens if side != BASE or base_tokens is None else base_tokens
             room = most if self._context is None else self._context - len(prompt)
             limited = replace(sampling, max_tokens=min(most, room))
             for piece in stream_answer(self._models[side], self._tokenizer, prompt, limited):

@@ -114,9 +114,8 @@ class RunComparison:
         """Return a row for each figure, then for each key that differs: its name, a value a run."""
         end, checks, training = map(_join, zip(*map(list_figures, self.runs), strict=True))
         differences = [*map(_describe_difference, self.paired_with_first())]
-        for name, values in (end | checks | {"difference to the first": differences}).items():
-            yield (name, *values)
-        for name, values in training.items():
+        figures = end | checks | {"difference to the first": differences} | training
+        for name, values in figures.items():
             yield (name, *values)
         for key, values in self.differing_settings().items():
             yield (key, *(None if value is None else str(value) for value in values))

@@ -105,9 +105,7 @@ class LlamaCppReader:
         row = self._decode_anew(prompt)[-1]
         while len(tokens) < max_tokens:
             tokens.append(int(row.argmax()))
-            if tokens[-1] in self.ends:
-                break
-            if stop and any(text in self._decode_text(tokens) for text in stop):
+            if tokens[-1] in self.ends or any(text in self._decode_text(tokens) for text in stop):
                 break
             row = self._decode(tokens[-1:], len(prompt) + len(tokens) - 1)[-1]
         return {"tokens": tokens, "text": self._decode_text(tokens)}

@@ -212,7 +212,9 @@ class AskedNgrams:
         )
         if shared.height > _MATCHES_WORTH_A_LOOK:
             shared = drop_common_ngrams(shared)
-            self._remember_common(shared)
+            examples = shared["ngram"].drop_nulls().value_counts()
+            common = examples.filter(pl.col("count") > RARE_NGRAM_MAX_EXAMPLES)["ngram"].to_numpy()
+            self._is_common[_find_among(common, self.ngrams)[1]] = True
         sampled = np.concatenate([[0], np.cumsum(hashed.is_sampled)])[np.insert(hashed.ends, 0, 0)]
         return shared, int(np.count_nonzero(np.diff(sampled)))
 
@@ -222,11 +224,6 @@ class AskedNgrams:
         words = hash_word_sequences([texts[row] for row in rows.tolist()])
         is_equal = _find_among(words.fill_null(0).to_numpy(), self.words)[0]
         return pl.DataFrame({"row": rows, "words": words}).filter(is_equal)
-
-    def _remember_common(self, shared: pl.DataFrame) -> None:
-        examples = shared["ngram"].drop_nulls().value_counts()
-        common = examples.filter(pl.col("count") > RARE_NGRAM_MAX_EXAMPLES)["ngram"].to_numpy()
-        self._is_common[_find_among(common, self.ngrams)[1]] = True
 
 
 def _find_among(values: Values, ascending: Values) -> tuple[Values, Values]:

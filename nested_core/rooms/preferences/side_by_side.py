@@ -45,12 +45,13 @@ def read_pair(tokens: Int32, target_mask: Bool) -> Pair | None:
 
     Raises ValueError for a row that holds no pair.
     """
-    edges = _find_runs(target_mask)
-    if not edges:
+    edges = np.flatnonzero(np.diff(target_mask, prepend=False, append=False)) + 1
+    runs = edges.reshape(-1, 2).tolist()  # of targets: the tokens [begin, end)
+    if not runs:
         return None
-    if len(edges) != 2:
-        raise ValueError(f"a pair has two answers, and this row has {len(edges)}")
-    (chosen_start, chosen_end), (rejected_start, end) = edges
+    if len(runs) != 2:
+        raise ValueError(f"a pair has two answers, and this row has {len(runs)}")
+    (chosen_start, chosen_end), (rejected_start, end) = runs
     chosen = Conversation(tokens[:chosen_end], chosen_start)
     return Pair(chosen, Conversation(tokens[chosen_end:end], rejected_start - chosen_end))
 
@@ -61,12 +62,6 @@ def lay_out_pairs(pairs: Sequence[Pair | None]) -> tuple[list[Conversation | Non
     rejected = [None if pair is None else pair.rejected for pair in pairs]
     conversations = [*chosen, *rejected]
     return conversations, lay_out(conversations)
-
-
-def _find_runs(target_mask: Bool) -> list[tuple[int, int]]:
-    """Return the tokens [begin, end) of each run of targets."""
-    edges = np.flatnonzero(np.diff(target_mask, prepend=False, append=False)) + 1
-    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
 
 def lay_out(conversations: Sequence[Conversation | None]) -> MicroBatch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nested_core.measure.losses.chosen_candidate import Candidates, read_candidates
-from nested_core.records.losses import Contents, ExampleLosses, Vector, read_example_losses
+from nested_core.records.losses import Contents, read_example_losses
 from nested_core.records.paired_difference import PairedDifference
 from nested_core.records.verdict_file import read_verdict
 from nested_core.storage.run_directory import RunDirectory
@@ -57,20 +57,16 @@ class SweepChoice:
         if read_verdict(chosen.gate).validation is None:
             return cls(1, None)
         judged = read_example_losses(chosen.gate_losses).counted()
-        first = _read_losses_of_same_examples(runs[0], judged)
+        # The first run's losses on the same examples; NaN for one that it has not
+        losses = read_example_losses(runs[0].gate_losses)
+        by_line = dict(zip(losses.lines.tolist(), losses.after.tolist(), strict=True))
+        first = np.array([by_line.get(line, np.nan) for line in judged.lines.tolist()], np.float64)
         change = judged.compare_trained_with(first)
         if judged.contents is not None and not np.isin(judged.contents, selecting).any():
             return cls(1, None, change)
         family = join_candidates([_read_candidates_of_run(run) for run in runs])
         interval = None if change is None else family.corrected_interval(judged, first, change)
         return cls(family.count, interval, change)
-
-
-def _read_losses_of_same_examples(run: RunDirectory, judged: ExampleLosses) -> Vector:
-    """Read the losses of a run's adapter on another's examples; NaN for one that it has not."""
-    losses = read_example_losses(run.gate_losses)
-    by_line = dict(zip(losses.lines.tolist(), losses.after.tolist(), strict=True))
-    return np.array([by_line.get(line, np.nan) for line in judged.lines.tolist()], np.float64)
 
 
 def _read_candidates_of_run(run: RunDirectory) -> Candidates:
