@@ -88,7 +88,10 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
         return weights
     # Before the injection, after which the names of the linear modules are others
     linear_names = _linear_module_names(model)
-    unmatched = _unmatched_keys(model, config)  # configured keys that name no module
+    names = {name for layer in model.layers for name, _ in layer.named_modules()}
+    names |= {name for name, _ in model.named_modules()}
+    # Configured keys that name no module
+    unmatched = [key for key in config.lora_parameters.modules or () if key not in names]
     linear_to_lora_layers(
         model,
         config.num_layers,
@@ -131,13 +134,6 @@ def _linear_module_names(model: nn.Module) -> list[str]:
             if isinstance(module, types)
         }
     )
-
-
-def _unmatched_keys(model: nn.Module, config: FineTuneConfig) -> list[str]:
-    """Return the configured keys that are the name of no module."""
-    names = {name for layer in model.layers for name, _ in layer.named_modules()}
-    names |= {name for name, _ in model.named_modules()}
-    return [key for key in config.lora_parameters.modules or () if key not in names]
 
 
 def _suggest_keys(unmatched: Sequence[str], names: Sequence[str]) -> str:

@@ -81,7 +81,11 @@ def assign_tiers(
         ranked_layers = _rank_layers(ordered, settings, importance or {})
         tensors = _assign_by_layer_ranking(ordered, ranked_layers, count)
     _assign_parameters_outside_layers(ordered, tensors, slowest=count - 1)
-    _refuse_empty_tiers(tensors, count)
+    if empty := sorted({*range(count)} - {*tensors.values()}):
+        raise ConfigError(
+            f"Tier {empty[0]} of {count} would hold no parameter. Every tier needs at least one: "
+            f"give it a pattern in nested.assignments, or fewer nested.frequencies."
+        )
     return TierMap(settings.frequencies, {name: tensors[name] for name in ordered})
 
 
@@ -169,17 +173,4 @@ def _assign_parameters_outside_layers(
             f"{len(orphans)} trainable parameters have no tier and go to the slowest, tier "
             f"{slowest}: {', '.join(orphans[:8])}{' ...' if len(orphans) > 8 else ''}",
             stacklevel=3,
-        )
-
-
-def _refuse_empty_tiers(tensors: Mapping[str, int], tiers: int) -> None:
-    """Raise ConfigError if a tier has no parameter.
-
-    tensors: the tier of each parameter. tiers: how many tiers there are.
-    """
-    empty = sorted(set(range(tiers)) - set(tensors.values()))
-    if empty:
-        raise ConfigError(
-            f"Tier {empty[0]} of {tiers} would hold no parameter. Every tier needs at least one: "
-            f"give it a pattern in nested.assignments, or fewer nested.frequencies."
         )

@@ -40,23 +40,17 @@ def find_beyond_chance(family: Sequence[Chance]) -> list[bool]:
     remaining = sorted(range(len(family)), key=lambda index: family[index].p_value)
     is_shown = [False] * len(family)
     while remaining:
-        divisor = _find_tarone_divisor([family[index].smallest for index in remaining])
+        # Tarone's divisor of ALPHA: the least k such that at most k p-values can reach ALPHA / k
+        smallest = [family[index].smallest for index in remaining]
+        divisor = next(
+            k
+            for k in range(1, len(smallest) + 1)
+            if sum(p_value <= ALPHA / k for p_value in smallest) <= k
+        )
         if family[remaining[0]].p_value > ALPHA / divisor:
             break
         is_shown[remaining.pop(0)] = True
     return is_shown
-
-
-def _find_tarone_divisor(smallest: Sequence[float]) -> int:
-    """Return Tarone's divisor of ALPHA: the least k such that at most k values can reach ALPHA / k.
-
-    smallest: the smallest possible p-value of each comparison that is still undecided.
-    """
-    return next(
-        k
-        for k in range(1, len(smallest) + 1)
-        if sum(p_value <= ALPHA / k for p_value in smallest) <= k
-    )
 
 
 def chance_of_mean(mean: float, standard_error: float, examples: int) -> float:

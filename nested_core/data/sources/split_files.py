@@ -256,7 +256,11 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
     """
     spooled = spool / f"{path.name}.jsonl"
     if not path.is_file():  # a pipe would be waited for without end
-        return _make_split_of_unreadable_path(path, spooled)
+        what = "a folder" if path.is_dir() else "a pipe, a device or a socket"
+        what = what if path.exists() else "a link that leads nowhere"
+        spooled.write_bytes(b"\n")  # the one line that the problem is about
+        problem = ("damaged-file", f"this is {what}; expected a file")
+        return SplitFile(path.name, spooled, problems={1: problem})
     suffix = _SUFFIX_PATTERN.findall(path.name)[0].lower()
     size = path.stat().st_size
     if settings.data_format == "csv" and suffix not in _TABLE_SUFFIXES:
@@ -283,15 +287,6 @@ def _open_file(path: Path, settings: DataSettings, spool: Path) -> SplitFile:
         path.name, limit_expansion(lines, size, is_packed=is_packed), spooled
     )
     return replace(split, delimiters=delimiters)
-
-
-def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
-    """Return a split with one empty line, whose problem says what is there instead of a file."""
-    what = "a folder" if path.is_dir() else "a pipe, a device or a socket"
-    what = what if path.exists() else "a link that leads nowhere"
-    spooled.write_bytes(b"\n")
-    problem = ("damaged-file", f"this is {what}; expected a file")
-    return SplitFile(path.name, spooled, problems={1: problem})
 
 
 def _write_split_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:

@@ -171,10 +171,12 @@ class ScoreChange:
         pairs = zip(before, after, strict=True)
         lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
         fall, rise = _t_test_chances(difference)
-        # Answers that are right or wrong, and independent, allow an exact test.
+        # Answers that are right or wrong, and independent, allow an exact test: McNemar's (mid-p).
         if clusters is None and np.isin(scores, (0.0, 1.0)).all():
             won = int((scores[1] > scores[0]).sum())
-            fall, rise = _exact_chances(len(lost), won)
+            smallest = exchange_mid_p(len(lost) + won, 0)
+            fall = Chance(exchange_mid_p(len(lost), won), smallest)
+            rise = Chance(exchange_mid_p(won, len(lost)), smallest)
         rise = Chance(min(1.0, rise.p_value * steps), min(1.0, rise.smallest * steps))
         if not difference.is_above(0):
             rise = replace(rise, p_value=max(0.5, rise.p_value))
@@ -238,18 +240,6 @@ def _t_test_chances(difference: PairedDifference) -> tuple[Chance, Chance]:
     if difference.is_above(0):
         rise = Chance(chance_of_mean(size, error, difference.examples))
     return fall, rise
-
-
-def _exact_chances(lost: int, won: int) -> tuple[Chance, Chance]:
-    """Return the probabilities of the fall and of the rise, by the exact McNemar test (mid-p).
-
-    lost, won: how many right answers became wrong, and how many wrong ones right.
-    """
-    smallest = exchange_mid_p(lost + won, 0)
-    return (
-        Chance(exchange_mid_p(lost, won), smallest),
-        Chance(exchange_mid_p(won, lost), smallest),
-    )
 
 
 def _group_answers(
