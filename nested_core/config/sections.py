@@ -490,14 +490,14 @@ class TaskSection(Section):
 
 
 class ControlsSection(Section):
-    """The controls: comparisons that show failures for which there is no rule; off by default."""
+    """The controls: comparisons that show failures for which there is no rule."""
 
     prompts: bool = key(False, "held-out answers after other rows' prompts")
     surprises: bool = key(False, "training rows that the finished adapter contradicts")
     probes: bool = key(False, "answers to neutral prompts of other kinds")
-    plan: bool = key(False, "whether rates and rows were used as planned")
-    lookup: bool = key(False, "what looking held-out questions up in train answers")
-    shapes: bool = key(False, "training answers that look otherwise than the rest")
+    plan: bool = key(True, "whether rates and rows were used as planned")
+    lookup: bool = key(True, "what looking held-out questions up in train answers")
+    shapes: bool = key(True, "training answers that look otherwise than the rest")
 
 
 class GateSection(Section):

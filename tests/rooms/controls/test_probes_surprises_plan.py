@@ -105,10 +105,16 @@ def test_a_warm_up_longer_than_the_run_is_told() -> None:
 
 
 def test_the_gate_announces_the_controls_only_where_one_is_asked_for() -> None:
-    assert not CONTROLS_CHECK.is_asked(GateSection())
-    for name in ControlsSection.model_fields:
-        section = GateSection.model_validate({"controls": {name: True}})
+    off = dict.fromkeys(ControlsSection.model_fields, False)
+    assert not CONTROLS_CHECK.is_asked(GateSection.model_validate({"controls": off}))
+    for name in off:
+        section = GateSection.model_validate({"controls": off | {name: True}})
         assert CONTROLS_CHECK.is_asked(section), name
+
+
+def test_the_controls_that_compute_nothing_with_the_model_are_on() -> None:
+    asked = ControlsSection().model_dump()
+    assert {name for name, is_on in asked.items() if is_on} == {"plan", "lookup", "shapes"}
 
 
 def test_a_rate_that_rises_where_a_run_is_resumed_is_told() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from examples.countries import COUNTRIES, Country
+from nested_core.config.sections import ControlsSection
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.records.dataset import FilePart
 from nested_core.rooms.controls.another_prompt import choose_partners, compare_prompts
@@ -200,6 +201,8 @@ def test_siblings_in_train_are_noticed_with_their_lines(tmp_path: Path) -> None:
 
 @pytest.mark.slow("judges a run")
 def test_each_control_is_run_where_it_is_asked_for_alone(finished: Candidate) -> None:
-    assert "control_figures" not in finished.verdict().to_json()
-    asked = {"controls": {"plan": True}}
-    assert finished.bounded(**asked).verdict().to_json()["control_figures"] != []
+    off = dict.fromkeys(ControlsSection.model_fields, False)
+    without = finished.bounded(controls=off).verdict().to_json()
+    assert "control_figures" not in without
+    asked = finished.bounded(controls=off | {"plan": True}).verdict().to_json()
+    assert [row["name"] for row in asked["control_figures"]] == ["plan and run"]
