@@ -59,7 +59,12 @@ _LIBRARIES_IN_CACHE_KEY = (
     "polars",
 )
 # Modules outside of this package that decide what is read, or how a message is worded.
-_OTHER_CODE_IN_CACHE_KEY = ("errors.py", "storage/untrusted_files.py", "storage/atomic.py")
+_OTHER_CODE_IN_CACHE_KEY = (
+    "errors.py",
+    "models/chat_template.py",
+    "storage/untrusted_files.py",
+    "storage/atomic.py",
+)
 _log = logging.getLogger(__name__)
 
 

@@ -10,6 +10,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
+FIXED_DATE = "26 July 2024"  # that of Llama's own templates where they have no clock
+_CLOCK = "strftime_now"  # of transformers.utils.chat_template_utils
+_DIRECTIVES = {"-": "%", "d": "26", "m": "07", "b": "Jul", "B": "July", "y": "24", "Y": "2024"}
+_DIRECTIVES |= {"a": "Fri", "A": "Friday", "j": "208", "H": "12", "I": "12", "M": "00", "S": "00"}
+_FILTERS = "".join(f"|replace('%{each}', '{text}')" for each, text in _DIRECTIVES.items())
+_STOPPED_CLOCK = f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{_FILTERS} -}}}}{{%- endmacro %}}"
 _QUESTION = {"role": "user", "content": "What is it?"}
 _ANSWER = "It is a lighthouse."
 _ARGUMENTS = {"query": "lighthouse"}
@@ -44,6 +50,7 @@ class Tokenizer(Hashable, Protocol):
     eos_token_id: int | None
     eos_token_ids: set[int]
     has_chat_template: bool
+    chat_template: str | None
     added_tokens_decoder: Mapping[int, AddedToken]
     backend_tokenizer: Any  # tokenizers.Tokenizer, of a fast one
 
@@ -72,6 +79,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Wrap the chat template of a tokenizer."""
+        stop_clock(tokenizer)
         self._tokenizer = tokenizer
 
     def prepare(self, messages: Messages) -> list[dict[str, Any]]:
@@ -186,6 +194,19 @@ def end_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def list_end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
     """Return the texts of the tokens that end an answer, such as "<|im_end|>"."""
     return tuple(tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer))
+
+
+def stop_clock(tokenizer: Tokenizer) -> bool:
+    """Give a chat template that reads the clock FIXED_DATE, so that prompts are the same each day.
+
+    Returns whether the template reads it.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str) or _CLOCK not in template:
+        return False
+    if not template.startswith(_STOPPED_CLOCK):
+        tokenizer.chat_template = f"{_STOPPED_CLOCK}{{{{ '' }}}}{template}"
+    return True
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:

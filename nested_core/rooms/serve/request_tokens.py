@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+from nested_core.models.chat_template import stop_clock
 from nested_core.rooms.serve.request_model import MAX_ANSWER_TOKENS, RequestRefused
 
 UNTRUSTED_ROLES = ("user", "tool")
@@ -26,6 +27,7 @@ class RequestTokenizer:
 
     def __init__(self, tokenizer: Any, context: int | None) -> None:
         """`context` is how many tokens the model sees; None if it is not known."""
+        stop_clock(tokenizer)
         self._tokenizer = tokenizer
         self._context = context
         self._longest_token = max(len(str(text).encode()) for text in tokenizer.get_vocab())

@@ -18,7 +18,7 @@ from nested_core.data.tokens.text_notes import Note, TokenizerChecks
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
 from nested_core.models.base_model import fingerprint_base_model
-from nested_core.models.chat_template import has_chat_template
+from nested_core.models.chat_template import FIXED_DATE, has_chat_template, stop_clock
 from nested_core.storage.safetensors_files import read_header
 from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
 
@@ -42,6 +42,7 @@ class TokenNotes:
         """Load the tokenizer, and read which of its added tokens have rows alike."""
         self._tokenizer = source.load()
         self._has_template = has_chat_template(self._tokenizer)
+        self._reads_clock = stop_clock(self._tokenizer)
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
         self._read_instead = cache(self._find_read_instead)
@@ -66,6 +67,8 @@ class TokenNotes:
             for token in sorted(self._alike.intersection(tokens))
         ]
         is_plain_text = not find_row_format(example.format).is_templated
+        if self._reads_clock and not is_plain_text:
+            notes.append(Note("warning", "date-in-prompt", _DATE_MESSAGE))
         if is_plain_text and self._has_template and _HANDWRITTEN_TURNS_PATTERN.search(example.text):
             notes.append(Note("warning", "handwritten-turns", _HANDWRITTEN_TURNS_MESSAGE))
         return notes
@@ -138,6 +141,13 @@ _HANDWRITTEN_TURNS_MESSAGE = (
     "turns written by hand (such as `Question: ... Answer: ...`) in plain text, for a base with a "
     "chat template: served as chat, the adapter would read another text than it learnt. Write "
     "such rows as messages, or ask it by plain text alone"
+)
+
+
+_DATE_MESSAGE = (
+    f"the chat template writes today's date, so that a conversation has another prompt each day. "
+    f"Here it writes {FIXED_DATE} on every day; other programs write the day on which they run. "
+    f"Give the base a template without a date, or with one that stays"
 )
 
 

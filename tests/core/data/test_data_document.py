@@ -21,7 +21,7 @@ OF_SECRETS = {"likely-secret", "personal-data"}
 SUSPECT_ROWS = ROOT / "nested_core" / "rooms" / "suspect_rows"
 OF_SUSPECT_ROWS = {
     *("mojibake", "two-answers", "cut-off-answers", "exchanged-columns"),
-    *("lost-character", "tokens-alike", "handwritten-turns"),
+    *("lost-character", "tokens-alike", "handwritten-turns", "date-in-prompt"),
 }
 TABLES_ROOM = ROOT / "nested_core" / "rooms" / "tables"
 PREFERENCES = ROOT / "nested_core" / "rooms" / "preferences"

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 
+from nested_core.models.chat_template import FIXED_DATE, ChatTemplate
 from nested_core.rooms.serve.request_tokens import RequestTokenizer
 from tests.example import MODEL
 
@@ -38,3 +39,13 @@ def test_control_tokens_of_earlier_answers_stay_what_they_are() -> None:
     ]
     tokenizer: Any = load_tokenizer(MODEL)
     assert encode(messages) == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def test_a_request_reads_the_date_of_training() -> None:
+    tokenizer: Any = load_tokenizer(MODEL)
+    tokenizer.chat_template = f"{{{{ strftime_now('%d %B %Y') }}}}{tokenizer.chat_template}"
+    requests: Any = RequestTokenizer(tokenizer, None)
+    turns = [{"role": "user", "content": "Where to?"}]
+    text = requests.apply_chat_template(turns, tokenize=False)
+    assert text.startswith(FIXED_DATE)
+    assert text == ChatTemplate(tokenizer).render(turns)

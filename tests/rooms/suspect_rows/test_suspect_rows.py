@@ -333,6 +333,35 @@ def test_turns_written_by_hand_are_told_only_for_a_base_with_a_template(
     assert found(tmp_path / "data", splits, tokenizer=TokenizerSource(str(base))) == []
 
 
+DATED = "{%- if strftime_now is defined %}Today: {{ strftime_now('%d %B %Y') }}\n{% endif -%}"
+
+
+def base_whose_template_begins(folder: Path, beginning: str) -> TokenizerSource:
+    """The example's base, its chat template after this beginning."""
+    base = shutil.copytree(MODEL, folder)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = beginning + config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    return TokenizerSource(str(base))
+
+
+def test_a_template_that_writes_the_day_is_told_and_one_that_does_not_is_not(
+    tmp_path: Path,
+) -> None:
+    splits = {split: rows_of(split) for split in ("train", "valid")}
+    dated = base_whose_template_begins(tmp_path / "dated", DATED)
+    assert found(tmp_path / "data", splits, tokenizer=dated) == [
+        ("train.jsonl", 1, "date-in-prompt"),
+        ("valid.jsonl", 1, "date-in-prompt"),
+    ]
+    (message, *_) = {one.message for one in load(tmp_path / "data", dated)[0].warnings}
+    assert "26 July 2024" in message
+    dateless = base_whose_template_begins(tmp_path / "dateless", "Today: a day\n")
+    assert found(tmp_path / "data", splits, tokenizer=dateless) == []
+    text = {split: [{"text": "The day is long."}] for split in splits}
+    assert found(tmp_path / "text", text, tokenizer=dated) == []
+
+
 def test_prose_is_not_taken_for_turns_written_by_hand(tmp_path: Path) -> None:
     texts = [f"{n} questions were asked, and the answer: silence. Q: none." for n in range(20)]
     splits = {"train": [{"text": text} for text in texts], "valid": [{"text": "An answer: no."}]}

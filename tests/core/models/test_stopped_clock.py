@@ -1,0 +1,85 @@
+"""A chat template that reads the clock: its prompts are the same on each day."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
+
+from nested_core.models.chat_template import FIXED_DATE, ChatTemplate, stop_clock
+from tests.example import MODEL
+
+TURNS = [{"role": "user", "content": "Where to?"}]
+OF_LLAMA = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}"
+    "{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}Today: {{ date_string }}|"
+)
+
+
+class Clock(datetime):
+    """A day that is neither today nor the fixed one."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return datetime(2031, 5, 4, 3, 2, 1, tzinfo=tz)
+
+
+def tokenizer_of(beginning: str) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = beginning + tokenizer.chat_template
+    return tokenizer
+
+
+def on_another_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+
+def test_a_prompt_is_the_same_on_another_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = tokenizer_of(OF_LLAMA)
+    template = ChatTemplate(tokenizer_of(OF_LLAMA))
+    today = template.tokenize(TURNS)
+    assert template.render(TURNS).startswith("Today: 26 Jul 2024|")
+    on_another_day(monkeypatch)
+    assert template.tokenize(TURNS) == today
+    shown = plain.apply_chat_template(TURNS, tokenize=False)
+    assert shown.startswith("Today: 04 May 2031|")  # without our clock
+    assert shown.removeprefix("Today: 04 May 2031") == template.render(TURNS).removeprefix(
+        "Today: 26 Jul 2024"
+    )
+
+
+def test_a_date_that_a_client_gives_is_written() -> None:
+    template = ChatTemplate(tokenizer_of(OF_LLAMA))
+    assert template.render(TURNS, date_string="a day").startswith("Today: a day|")
+
+
+@pytest.mark.parametrize("directive", [*"dmbByYaAjHIMS", "-d"])
+def test_each_directive_is_that_of_one_moment(directive: str) -> None:
+    moment = datetime(2024, 7, 26, 12)
+    tokenizer = tokenizer_of(f"{{{{ strftime_now('x%{directive}') }}}}|")
+    shown = ChatTemplate(tokenizer).render(TURNS).partition("|")[0]
+    assert shown == f"x{moment.strftime(f'%{directive[-1]}')}"
+    assert f"{moment:%d %B %Y}" == FIXED_DATE
+
+
+def test_a_clock_is_stopped_once_and_other_templates_stay() -> None:
+    tokenizer = tokenizer_of(OF_LLAMA)
+    assert stop_clock(tokenizer)
+    stopped = tokenizer.chat_template
+    assert stop_clock(tokenizer)
+    assert tokenizer.chat_template == stopped
+    other = tokenizer_of("|")
+    before = other.chat_template
+    assert not stop_clock(other)
+    assert other.chat_template == before
+
+
+def test_the_beginning_of_a_template_stays() -> None:
+    beginning = "\n  {{ strftime_now('') }}"
+    plain = tokenizer_of(beginning).apply_chat_template(TURNS, tokenize=False)
+    assert plain.startswith("\n  ")
+    assert ChatTemplate(tokenizer_of(beginning)).render(TURNS) == plain
