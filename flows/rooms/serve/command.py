@@ -120,7 +120,7 @@ def run_serve(arguments: argparse.Namespace) -> Callable[[], int]:
     try:
         with starting_server(arguments, _choose_api_key(arguments)) as server:
             tell(f"serving {_describe_names(server)} at {server.address}")
-            for line in _list_system_texts(arguments.registry, server):
+            for line in _list_system_texts(server):
                 tell(line)
             with suppress(KeyboardInterrupt):
                 server.serve()
@@ -153,16 +153,11 @@ def _choose_api_key(arguments: argparse.Namespace) -> str | None:
     return None if arguments.no_api_key else key
 
 
-def _list_system_texts(registry: Path, server: Any) -> Iterator[str]:
+def _list_system_texts(server: Any) -> Iterator[str]:
     """List each name whose training rows all have one system text, which clients send."""
-    from nested_core.records.dataset import PromptFormat
-    from nested_core.registry.versions import PROVENANCE_NAME, version_folder
-
     for name, status in server.follower.names.items():
-        recorded = version_folder(registry, name, status.current.version) / PROVENANCE_NAME
-        rows = PromptFormat.read(recorded)
-        if rows is not None and rows.system is not None:
-            text = shorten(rows.system, 300)
+        if status.current.system is not None:
+            text = shorten(status.current.system, 300)
             yield f"{name}: its training rows begin with a system text; send it too: {text}"
 
 

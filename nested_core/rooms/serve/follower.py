@@ -16,13 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.records.dataset import PromptFormat
 from nested_core.registry import (
     list_versions,
     read_champion,
     read_rollback_target,
     read_verified_version,
 )
-from nested_core.registry.versions import VERSION_PREFIX_PATTERN
+from nested_core.registry.versions import PROVENANCE_NAME, VERSION_PREFIX_PATTERN
 from nested_core.rooms.serve.canary_check import CanaryFailed
 from nested_core.rooms.serve.engine import SECONDS_TO_END, VersionedGenerator
 from nested_core.rooms.serve.metrics import NameStatus
@@ -118,7 +119,9 @@ class ChampionFollower:
             raise ConfigError(f"{name}@{version} is not served here: {reason}")
         verified = read_verified_version(self._registry, name, version)
         require_same_base(verified, self._base)
-        served = ServedVersion(name, verified.version, verified)
+        rows = PromptFormat.read(verified.adapter.path / PROVENANCE_NAME)
+        system = None if rows is None else rows.system
+        served = ServedVersion(name, verified.version, verified, system)
         try:
             self._generator.require_sound(served)
         except CanaryFailed as error:

@@ -169,6 +169,10 @@ class RegistryHandler(APIHandler):
             self._send_error("Too many requests wait here. Ask again later.", 503)
             return
         names[name].requests += 1
+        if version.lacks_system_text(request):
+            if not names[name].without_system_text:
+                logging.warning("%s: a request lacks the system text of training", name)
+            names[name].without_system_text += 1
         count_token = names[name].rate.add_token
         self._request = VersionedRequest(
             **vars(request),

@@ -60,6 +60,7 @@ class NameStatus:
 
     since: when the version began to be served, UTC.
     requests: how many were begun for the name, for whichever version.
+    without_system_text: how many of them lacked the system text of the version's training rows.
     last_swap_seconds: from finding the champion changed to serving it; None before any swap.
     swaps: how often another version began to be served.
     refused: a champion that is not served, with the reason; None if the champion is served.
@@ -69,6 +70,7 @@ class NameStatus:
     current: ServedVersion
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
     requests: int = 0
+    without_system_text: int = 0
     last_swap_seconds: float | None = None
     swaps: int = 0
     refused: dict[str, str] | None = None
@@ -81,6 +83,7 @@ class NameStatus:
             "version": self.current.version,
             "since": self.since.isoformat(timespec="seconds"),
             "requests": self.requests,
+            "requests_without_system_text": self.without_system_text,
             "tokens_per_second": round(self.rate.per_second(), 3),
             "last_swap_seconds": self.last_swap_seconds,
             "refused": self.refused,
@@ -134,6 +137,9 @@ class ServingMetrics(Collector):
         seconds = {key: s.last_swap_seconds for key, s in names.items() if s.swaps}
         said = "Seconds from finding the last new champion to serving it."
         yield _family("last_swap_seconds", said, seconds)
+        lacking = {key: status.without_system_text for key, status in names.items()}
+        said = "Requests that lack the system text of training."
+        yield _family("requests_without_system_text", said, lacking, CounterMetricFamily)
         refused = {key: float(status.refused is not None) for key, status in names.items()}
         yield _family("champion_refused", "1 where the champion is not served.", refused)
 

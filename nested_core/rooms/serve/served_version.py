@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.server import CompletionRequest
 
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
@@ -27,17 +29,29 @@ class ServedVersion:
     version: the adapter's digest, or "base" for the base model alone.
     verified: as read from disk, until the model that is built of it has been checked; None for the
         base.
+    system: the system text that all its training rows begin with, or None.
     """
 
     name: str
     version: str
     verified: VerifiedVersion | None = field(default=None, compare=False, repr=False)
+    system: str | None = field(default=None, compare=False, repr=False)
     _model: nn.Module | None = field(default=None, init=False, compare=False, repr=False)
 
     @property
     def label(self) -> str:
         """What a request's `model` names it by: NAME@VERSION."""
         return f"{self.name}@{self.version}"
+
+    def lacks_system_text(self, request: CompletionRequest) -> bool:
+        """Return whether a request begins otherwise than the training rows, which share a text."""
+        if self.system is None or request.request_type == "text":
+            return self.system is not None and self.system not in request.prompt
+        first: Mapping[str, Any] = request.messages[0] if request.messages else {}
+        content = first.get("content")
+        if isinstance(content, list):
+            content = "".join(part.get("text") or "" for part in content)
+        return first.get("role") not in ("system", "developer") or content != self.system
 
     def build_model(self, base: nn.Module) -> nn.Module:
         """Return the model that answers as this version; it is built at the first call.

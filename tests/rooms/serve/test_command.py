@@ -9,13 +9,13 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +25,10 @@ from mlx_lm import server as mlx_lm_server
 
 from flows.cli import build_parser
 from flows.rooms.serve.command import _list_system_texts
+from nested_core.records.dataset import PromptFormat
 from nested_core.registry import rollback
+from nested_core.rooms.serve.follower import ChampionFollower
+from nested_core.rooms.serve.metrics import NameStatus
 from tests.example import MODEL
 from tests.flows.conftest import PROGRAM, called
 from tests.registry_care import audit
@@ -294,16 +297,22 @@ def test_serving_imports_no_prefect() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_it_says_which_system_text_the_rows_of_a_version_have(served, tmp_path: Path) -> None:
+def test_it_says_which_system_text_the_rows_of_a_version_have(
+    served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry, version = served
-    copy = shutil.copytree(registry, tmp_path / "registry")
-    server: Any = SimpleNamespace()
-    status = SimpleNamespace(current=SimpleNamespace(version=version))
-    server.follower = SimpleNamespace(names={NAME: status})
-    assert list(_list_system_texts(copy, server)) == []
-    recorded = copy / NAME / "versions" / version / "provenance.json"
-    recorded.chmod(0o600)
-    rows = {"prompt_format": {"is_chat": True, "system": "Say a city.", "tools": None}}
-    recorded.write_text(json.dumps(json.loads(recorded.read_text()) | rows))
-    (line,) = _list_system_texts(copy, server)
+    generator: Any = SimpleNamespace(require_sound=lambda _: None)
+    follower = ChampionFollower(registry, registry.parent / "base", generator)
+    server: Any = SimpleNamespace(follower=follower)
+    follower.names[NAME] = NameStatus(follower._read_sound_version(NAME, version))
+    assert list(_list_system_texts(server)) == []
+    read = PromptFormat.read
+
+    def read_with_text(recorded: Path) -> PromptFormat:
+        assert recorded.parent.name == version
+        return replace(read(recorded) or PromptFormat(), system="Say a city.")
+
+    monkeypatch.setattr(PromptFormat, "read", read_with_text)
+    follower.names[NAME] = NameStatus(follower._read_sound_version(NAME, version))
+    (line,) = _list_system_texts(server)
     assert line == f"{NAME}: its training rows begin with a system text; send it too: Say a city."

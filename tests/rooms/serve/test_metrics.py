@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.rooms.serve.versions import NAME, Client, serving, settings
+from tests.rooms.serve.versions import NAME, QUESTION, Client, serving, settings
 from tests.waiting import wait_until
 
 
@@ -35,6 +38,7 @@ def test_requests_tokens_seconds_swaps_and_the_version_are_counted(promote, regi
             ("adapter_info", NAME, first): 1.0,
             ("tokens_total", NAME): 0.0,
             ("swaps_total", NAME): 0.0,
+            ("requests_without_system_text_total", NAME): 0.0,
             ("champion_refused", NAME): 0.0,
         }
         usage = client.chat().json()["usage"]["completion_tokens"]
@@ -66,3 +70,34 @@ def test_whoever_scrapes_needs_no_key_and_no_other_origin_reads_it(promote, regi
     ) as client:
         assert client.send("GET", "/metrics").status == 200
         assert client.send("GET", "/metrics", headers={"Origin": "http://a"}).status == 403
+
+
+def test_requests_without_the_system_text_of_training_are_counted_and_logged_once(
+    client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = client.server.follower.names[NAME].current
+    asked = {"role": "user", "content": QUESTION}
+    text = "Say a city."
+
+    def lacking(path: str = "/v1/chat/completions", **body: Any) -> int:
+        """How many more requests lack the text after this one, by /health and by /metrics."""
+        before = client.server.follower.names[NAME].without_system_text
+        assert client.send("POST", path, body | {"model": NAME, "max_tokens": 1}).status == 200
+        told = client.send("GET", "/health").json()["names"][NAME]["requests_without_system_text"]
+        family = f'nested_tune_requests_without_system_text_total{{name="{NAME}"}} {told}.0'
+        assert family in client.send("GET", "/metrics").body
+        return int(told - before)
+
+    assert lacking(messages=[asked]) == 0  # whose rows have none
+    monkeypatch.setattr(version, "system", text)
+    with caplog.at_level(logging.WARNING):
+        for content, count in ((text, 0), ([{"type": "text", "text": text}], 0), ("Hello.", 1)):
+            for role in ("system", "developer"):
+                assert lacking(messages=[{"role": role, "content": content}, asked]) == count
+        assert lacking(messages=[asked]) == 1
+        assert lacking(messages=[asked, {"role": "system", "content": text}, asked]) == 1
+        assert lacking("/v1/completions", prompt=QUESTION) == 1
+        assert lacking("/v1/completions", prompt=f"<|system|>{text}<|user|>{QUESTION}") == 0
+    assert [one.message for one in caplog.records if "system text" in one.message] == [
+        f"{NAME}: a request lacks the system text of training"
+    ]
