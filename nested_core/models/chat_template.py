@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
-FIXED_DATE = "26 July 2024"  # that of Llama's own templates where they have no clock
+FIXED_DATE = datetime(2024, 7, 26, 12, tzinfo=UTC)  # of Llama's templates, without a clock
 _CLOCK = "strftime_now"  # of transformers.utils.chat_template_utils
-_DIRECTIVES = {"-": "%", "d": "26", "m": "07", "b": "Jul", "B": "July", "y": "24", "Y": "2024"}
-_DIRECTIVES |= {"a": "Fri", "A": "Friday", "j": "208", "H": "12", "I": "12", "M": "00", "S": "00"}
-_FILTERS = "".join(f"|replace('%{each}', '{text}')" for each, text in _DIRECTIVES.items())
+_FILTERS = "".join(
+    f"|replace('%-{each}', '{text.lstrip(' 0') or 0}')|replace('%{each}', '{text}')"
+    for each in "aAbBcdeGHIjmMpSUuVwWxXyYzZ%"
+    if (text := FIXED_DATE.strftime(f"%{each}"))
+)
 _STOPPED_CLOCK = f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{_FILTERS} -}}}}{{%- endmacro %}}"
 _QUESTION = {"role": "user", "content": "What is it?"}
 _ANSWER = "It is a lighthouse."
@@ -79,7 +82,6 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         """Wrap the chat template of a tokenizer."""
-        stop_clock(tokenizer)
         self._tokenizer = tokenizer
 
     def prepare(self, messages: Messages) -> list[dict[str, Any]]:
@@ -104,6 +106,7 @@ class ChatTemplate:
 
     def _apply(self, messages: Messages, tools: object, **more: object) -> Any:
         """Apply the tokenizer's chat template to messages, which may be empty."""
+        more = stopped_clock(self._tokenizer, tools) | more
         if messages:
             return self._tokenizer.apply_chat_template(list(messages), tools=tools, **more)
         # transformers fails on an empty conversation, but not on a batch with one.
@@ -196,17 +199,18 @@ def list_end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(tokenizer.convert_ids_to_tokens(end) for end in end_token_ids(tokenizer))
 
 
-def stop_clock(tokenizer: Tokenizer) -> bool:
-    """Give a chat template that reads the clock FIXED_DATE, so that prompts are the same each day.
+def stopped_clock(tokenizer: Tokenizer, tools: object = None) -> dict[str, object]:
+    """Return the argument that has a template write FIXED_DATE in place of the time.
 
-    Returns whether the template reads it.
+    So prompts are the same each day. Empty for a template that reads no clock.
     """
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # as transformers' get_chat_template chooses
+        has_own = tools is not None and "tool_use" in template
+        template = template.get("tool_use" if has_own else "default")
     if not isinstance(template, str) or _CLOCK not in template:
-        return False
-    if not template.startswith(_STOPPED_CLOCK):
-        tokenizer.chat_template = f"{_STOPPED_CLOCK}{{{{ '' }}}}{template}"
-    return True
+        return {}
+    return {"chat_template": f"{_STOPPED_CLOCK}{{{{ '' }}}}{template}"}
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:

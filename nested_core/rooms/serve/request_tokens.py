@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from nested_core.models.chat_template import stop_clock
+from nested_core.models.chat_template import stopped_clock
 from nested_core.rooms.serve.request_model import MAX_ANSWER_TOKENS, RequestRefused
 
 UNTRUSTED_ROLES = ("user", "tool")
@@ -27,7 +27,6 @@ class RequestTokenizer:
 
     def __init__(self, tokenizer: Any, context: int | None) -> None:
         """`context` is how many tokens the model sees; None if it is not known."""
-        stop_clock(tokenizer)
         self._tokenizer = tokenizer
         self._context = context
         self._longest_token = max(len(str(text).encode()) for text in tokenizer.get_vocab())
@@ -44,7 +43,8 @@ class RequestTokenizer:
     ) -> Any:
         """Apply the template as the tokenizer does."""
         marked = [self._mark_control_tokens(message) for message in messages]
-        text = self._tokenizer.apply_chat_template(marked, tokenize=False, **kwargs)
+        more = stopped_clock(self._tokenizer, kwargs.get("tools")) | kwargs
+        text = self._tokenizer.apply_chat_template(marked, tokenize=False, **more)
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def encode(self, text: str, **kwargs: Any) -> list[int]:

@@ -18,7 +18,7 @@ from nested_core.data.tokens.text_notes import Note, TokenizerChecks
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
 from nested_core.models.base_model import fingerprint_base_model
-from nested_core.models.chat_template import FIXED_DATE, has_chat_template, stop_clock
+from nested_core.models.chat_template import FIXED_DATE, has_chat_template, stopped_clock
 from nested_core.storage.safetensors_files import read_header
 from nested_core.storage.untrusted_files import UNBOUNDED, collect_strings, open_regular
 
@@ -42,7 +42,7 @@ class TokenNotes:
         """Load the tokenizer, and read which of its added tokens have rows alike."""
         self._tokenizer = source.load()
         self._has_template = has_chat_template(self._tokenizer)
-        self._reads_clock = stop_clock(self._tokenizer)
+        self._reads_clock = bool(stopped_clock(self._tokenizer))
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
         self._read_instead = cache(self._find_read_instead)
@@ -146,7 +146,7 @@ _HANDWRITTEN_TURNS_MESSAGE = (
 
 _DATE_MESSAGE = (
     f"the chat template writes today's date, so that a conversation has another prompt each day. "
-    f"Here it writes {FIXED_DATE} on every day; other programs write the day on which they run. "
+    f"Here it writes {FIXED_DATE:%d %B %Y} on every day; other programs write the day they run on. "
     f"Give the base a template without a date, or with one that stays"
 )
 

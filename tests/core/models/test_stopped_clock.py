@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from nested_core.models.chat_template import FIXED_DATE, ChatTemplate, stop_clock
+from nested_core.models.chat_template import FIXED_DATE, ChatTemplate, stopped_clock
 from tests.example import MODEL
 
 TURNS = [{"role": "user", "content": "Where to?"}]
@@ -57,25 +57,34 @@ def test_a_date_that_a_client_gives_is_written() -> None:
     assert template.render(TURNS, date_string="a day").startswith("Today: a day|")
 
 
-@pytest.mark.parametrize("directive", [*"dmbByYaAjHIMS", "-d"])
-def test_each_directive_is_that_of_one_moment(directive: str) -> None:
-    moment = datetime(2024, 7, 26, 12)
-    tokenizer = tokenizer_of(f"{{{{ strftime_now('x%{directive}') }}}}|")
-    shown = ChatTemplate(tokenizer).render(TURNS).partition("|")[0]
-    assert shown == f"x{moment.strftime(f'%{directive[-1]}')}"
-    assert f"{moment:%d %B %Y}" == FIXED_DATE
+@pytest.mark.parametrize(
+    ("directive", "shown"),
+    [
+        *((f"%{each}", f"{FIXED_DATE:%{each}}") for each in "aAbBcdeGHIjmMpSUuVwWxXyYzZ"),
+        *(("%-d", "26"), ("%-m", "7"), ("%-M", "0"), ("%-I", "12"), ("%e %B", "26 July")),
+        *(("%I:%M %p", "12:00 PM"), ("%d %B %Y", "26 July 2024"), ("100 %%", "100 %")),
+    ],
+)
+def test_each_directive_is_that_of_one_moment(directive: str, shown: str) -> None:
+    tokenizer = tokenizer_of(f"{{{{ strftime_now('x{directive}') }}}}|")
+    assert ChatTemplate(tokenizer).render(TURNS).partition("|")[0] == f"x{shown}"
 
 
-def test_a_clock_is_stopped_once_and_other_templates_stay() -> None:
-    tokenizer = tokenizer_of(OF_LLAMA)
-    assert stop_clock(tokenizer)
-    stopped = tokenizer.chat_template
-    assert stop_clock(tokenizer)
-    assert tokenizer.chat_template == stopped
-    other = tokenizer_of("|")
-    before = other.chat_template
-    assert not stop_clock(other)
-    assert other.chat_template == before
+def test_one_of_several_templates_is_stopped_and_the_tokenizer_keeps_them() -> None:
+    tokenizer = tokenizer_of("")
+    plain = tokenizer.chat_template
+    dated = "{{ strftime_now('%Y') }}|" + plain
+    tokenizer.chat_template = {"default": dated, "tool_use": "tools|" + dated}
+    template = ChatTemplate(tokenizer)
+    assert template.render(TURNS).startswith("2024|")
+    assert template.render(TURNS, []).startswith("tools|2024|")
+    assert tokenizer.chat_template == {"default": dated, "tool_use": "tools|" + dated}
+    tokenizer.chat_template = {"default": plain}
+    assert stopped_clock(tokenizer) == {}
+
+
+def test_a_template_without_a_clock_stays() -> None:
+    assert stopped_clock(tokenizer_of("|")) == {}
 
 
 def test_the_beginning_of_a_template_stays() -> None:
