@@ -54,9 +54,11 @@ def read_held_out_rows(judged: CheckedRun, most: int) -> list[AnswerRow]:
     held_out, losses = judged.held_out, judged.losses
     if held_out is None or losses is None:
         raise NotApplicableError("there are no held-out rows")
-    counted = set(losses.counted().lines.tolist())
-    rows = read_answer_rows(held_out.split, judged.base.tokenizer, most, held_out.file)
-    return [row for row in rows if row.line in counted]
+    split, counted = held_out.split, set(losses.counted().lines.tolist())
+    stats = (one for one in judged.evidence.dataset.splits.values() if one.file == held_out.file)
+    parts = next((one.parts for one in stats), ())
+    rows = read_answer_rows(split, judged.base.tokenizer, most, held_out.file, parts)
+    return [row for row in rows if split.lines[row.index] in counted]
 
 
 def read_answer_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,12 @@ from nested_core.config.sections import ControlsSection
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.records.dataset import FilePart
 from nested_core.rooms.controls.another_prompt import choose_partners, compare_prompts
-from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_answer_rows
+from nested_core.rooms.controls.answer_rows import (
+    AnswerRow,
+    make_split,
+    read_answer_rows,
+    read_held_out_rows,
+)
 from nested_core.rooms.controls.lookup import Lookup, are_siblings
 from tests.builders.candidates import Candidate
 from tests.builders.data_sets import chat
@@ -56,6 +62,16 @@ def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
     ]
     assert [(one.file, one.line) for one in rows] == [("a", 1), ("b", 1)]
     assert [one.asked for one in rows] == ["", tokenizer.decode([6, 7, 8])]  # 2 and 3 are marks
+    judged: Any = SimpleNamespace(
+        held_out=SimpleNamespace(split=split, file="a+b"),
+        losses=SimpleNamespace(counted=lambda: SimpleNamespace(lines=np.array([2]))),
+        base=SimpleNamespace(tokenizer=tokenizer),
+        evidence=SimpleNamespace(dataset=SimpleNamespace(splits={})),
+    )
+    assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("a+b", 2)]
+    stats = SimpleNamespace(file="a+b", parts=(FilePart("a", 0), FilePart("b", 1)))
+    judged.evidence.dataset.splits["valid"] = stats
+    assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("b", 1)]
     learnt_whole = make_split([([1], [2, 3])], max_length=4)
     assert (
         read_answer_rows(learnt_whole, tokenizer, 10, "valid.jsonl") == []
