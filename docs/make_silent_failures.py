@@ -68,10 +68,12 @@ run again.
 
 ## Planted by strangers
 
-Two strangers, who knew the documents but not the gate's code, planted failures of their own
-(`blind.jsonl`). nested-tune noticed **one of the first ten** and **one of the second fourteen**.
-Eight of the ten were mended afterwards, which no row shows. Most of the others show only where two
-things are compared, such as answers shifted by one row. Only these first numbers say something of
+Three strangers, who knew the documents but not the gate's code, planted failures of their own
+(`blind.jsonl`). nested-tune noticed **one of the first ten**, **one of the second fourteen** and
+**five of the third fourteen** (six with all controls; no twin was warned by default). Of the third,
+none of five in the data was noticed by default, and one plant was weak. Eight of the first ten were
+mended afterwards, which no row shows. Most of the others show only where two things are compared,
+such as answers shifted by one row. Only these first numbers say something of
 failures that nobody has thought of yet. The list's own first rows are in `first-count.jsonl`: 23 of
 25 noticed; the other ten had no row before mends began. Of eight real data sets with 79,468 rows in
 the largest six none was warned of (rows not kept).
