@@ -68,7 +68,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     with pytest.MonkeyPatch.context() as patch:
         shown = io.StringIO()
         patch.setattr(sys, "stderr", shown)
-        config = example_config(iters=8, steps_per_report=4, steps_per_eval=4)
+        config = example_config(iters=8, batch_size=8, steps_per_report=4, steps_per_eval=4)
         result = finetune(config, run, hooks)
         return Session(result, hooks, shown.getvalue())
 
