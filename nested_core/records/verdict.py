@@ -547,6 +547,13 @@ class TaskResult:
         right = f"{self.count(self.candidate)} of {self.questions} right"
         return f"{self.name}: {right}, lost {self.lost}: {named}{others}; {why}"
 
+    def describe_cut(self) -> str | None:
+        """Say that all answers were cut off; None if one ended, or more are right than before."""
+        if self.odd["endless"] < self.questions or self.is_above_base:
+            return None
+        cut = f"all {self.questions} answers were cut off at its max_tokens"
+        return f"{self.name}: {cut}, so they may be right further on; raise it, and ask again"
+
     def describe(self) -> str:
         """Describe the scores: `capitals: 0 of 15 right before, 15 of 15 after`, and so on."""
         total = self.questions
@@ -879,6 +886,7 @@ class Verdict:
         if not self.has_passed:
             return of_rooms
         lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
+        lost += [note for task in self.tasks if (note := task.describe_cut()) is not None]
         if self.has_broken_answers:
             samples = self.samples
             advice = samples.suggest() if samples and samples.are_broken else LEARN_MORE

@@ -17,7 +17,12 @@ from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import WITHOUT_MODEL
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
 from nested_core.gate.evidence.run_evidence import RunEvidence
-from nested_core.measure.answers.answer_bounds import MIN_PROMPTS, is_sound, judge_samples
+from nested_core.measure.answers.answer_bounds import (
+    MIN_PROMPTS,
+    MIN_REPEATED_TOKENS,
+    is_sound,
+    judge_samples,
+)
 from nested_core.measure.losses.held_out_loss import LoadedBase
 from nested_core.models.chat_template import Tokenizer
 from nested_core.models.generation import (
@@ -36,7 +41,6 @@ from nested_core.storage.adapter import Adapter
 from nested_core.text.stages import stages
 
 MAX_HELD_OUT_PROMPTS = 9  # asked until MIN_PROMPTS of the base's answers are sound
-MIN_REPEATED_TOKENS = 6  # an answer cut off before this many tokens is too short to judge
 LENGTH_FACTOR = 4  # an answer is too long, or too short, by this factor to the expected answer
 MIN_SAME_ANSWERS = 3  # the different prompts needed to call equal answers broken
 

@@ -38,6 +38,7 @@ CHAMPION = "the champion"  # how messages name the rival
 BADNESS: tuple[Conclusion, ...] = ("better", "no_worse", "inconclusive", "worse")
 
 MIN_WRONG_SAME = 5  # equal answers of which fewer are wrong may be chance
+MIN_REPEATED_TOKENS = 6  # an answer cut off before this many tokens is too short to judge
 MIN_PROMPTS = 3  # with fewer sound answers of the base, nothing is judged
 
 
@@ -305,8 +306,10 @@ def _summarise_task(
 def _find_same_answer(answers: Sequence[AnswerRecord]) -> str | None:
     """Return the answer if every question got the same one and MIN_WRONG_SAME of them are wrong.
 
-    None otherwise.
+    None otherwise, and where all were cut off so early that they are only begun.
     """
+    if all(record.endless and record.tokens < MIN_REPEATED_TOKENS for record in answers):
+        return None
     texts = {record.answer.strip() for record in answers}
     wrong = sum(record.score == 0 for record in answers)
     return next(iter(texts)) if len(texts) == 1 and wrong >= MIN_WRONG_SAME else None

@@ -311,3 +311,32 @@ def test_equal_answers_are_broken_where_five_of_them_are_wrong(given, same) -> N
     gate = GateSection.model_validate({"tasks": [task(Path("suite.jsonl"))]})
     ((result,), _) = judge_answers(gate, records)
     assert result.same_answer == same
+    assert result.describe_cut() is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ended", "right", "same", "is_told"),
+    [
+        (3, 0, 0, None, True),  # as a max_tokens of 3 cuts each "Go and see"
+        (3, 1, 0, "shipping", False),
+        (8, 0, 0, "shipping", True),
+        (3, 0, 10, None, False),  # each has said what is right before it was cut
+    ],
+)
+def test_answers_that_are_all_cut_off_early_are_told_and_not_called_equal(
+    tokens: int, ended: int, right: int, same: str | None, is_told: bool
+) -> None:
+    scores: dict[AnsweringRole, float] = {"base": 0.0, "candidate": right / 10}
+    records = [
+        AnswerRecord(
+            *("capitals", role, line, f"line {line}", "shipping", score),
+            *(tokens, False, line > ended, False, 0.0),
+        )
+        for role, score in scores.items()
+        for line in range(1, 11)
+    ]
+    gate = GateSection.model_validate({"tasks": [task(Path("suite.jsonl"))]})
+    ((result,), _) = judge_answers(gate, records)
+    assert result.same_answer == same
+    cut = "capitals: all 10 answers were cut off at its max_tokens"
+    assert (result.describe_cut() or "").startswith(cut) == is_told
