@@ -86,10 +86,11 @@ class RunInWords:
                 f", {config.grad_accumulation_steps} to an optimizer step: "
                 f"{format_count(self.run.steps, 'step')}"
             )
+        unused = "" if self.run.epochs >= 1 else ", so that some rows are never trained on"
         return (
             f"{format_count(self.run.iterations, 'batch')} of "
             f"{format_count(config.batch_size, 'example')}{accumulation}; "
-            f"{format_passes(self.run.epochs)} over the training data. A checkpoint every "
+            f"{format_passes(self.run.epochs)} over the training data{unused}. A checkpoint every "
             f"{saves}."
         )
 
@@ -106,6 +107,7 @@ class RunInWords:
             first_steps = f"the first {100 * warmup:.3g} % of the steps"
             steps = first_steps if warmup < 1 else format_count(int(warmup), "step")
             text += f", after a warm-up over {steps}"
+            text += ", which the run does not have: it is never reached" * (warmup > self.run.steps)
         if config.training.decay is not None:
             text += ", then falling to a tenth along a cosine"
         if "learning_rate" not in config.model_fields_set:

@@ -109,6 +109,20 @@ def test_a_warm_up_is_said_in_words(explanation: RunExplanation, warmup: float, 
     assert f", after a warm-up over {said}, then falling to a tenth along a cosine" in words
 
 
+def test_a_rate_that_is_never_reached_and_rows_that_are_never_used_are_told(explanation) -> None:
+    def words(warmup: int, epochs: float) -> dict[str, str]:
+        config = example_config(training={"warmup_steps": warmup})
+        return dict(RunInWords(replace(explanation, config=config, epochs=epochs)).describe())
+
+    steps = explanation.steps
+    assert "never" not in words(steps, 1.0)["learning rate"]
+    told = f"a warm-up over {steps + 1} steps, which the run does not have: it is never reached"
+    assert told in words(steps + 1, 1.0)["learning rate"]
+    assert "over the training data." in words(steps, 1.0)["steps"]
+    told = "over the training data, so that some rows are never trained on."
+    assert told in words(steps, 0.99)["steps"]
+
+
 def test_the_rate_of_a_night_that_goes_on_is_the_one_that_it_is_trained_with(explanation) -> None:
     config = explanation.config.model_copy(update={"learning_rate": 1e-3})
     explained = replace(explanation, config=config, rate_share=0.3)
@@ -303,6 +317,7 @@ def test_one_batch_one_layer_and_one_pass_are_said_as_one(tmp_path: Path) -> Non
     assert "in the last 1 layer of" in words["trained"]
     assert words["data"].startswith("train.jsonl 1 example, ")
     assert words["steps"].startswith("1 batch of 1 example; 1 pass over the training data.")
+    assert "never" not in words["steps"]
 
 
 @pytest.mark.slow("takes steps")
