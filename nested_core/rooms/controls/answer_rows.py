@@ -55,8 +55,8 @@ def read_held_out_rows(judged: CheckedRun, most: int) -> list[AnswerRow]:
     if held_out is None or losses is None:
         raise NotApplicableError("there are no held-out rows")
     split, counted = held_out.split, set(losses.counted().lines.tolist())
-    stats = (one for one in judged.evidence.dataset.splits.values() if one.file == held_out.file)
-    parts = next((one.parts for one in stats), ())
+    stats = judged.evidence.dataset.splits.get(held_out.file.removesuffix(".jsonl"))
+    parts = () if stats is None else stats.parts
     rows = read_answer_rows(split, judged.base.tokenizer, most, held_out.file, parts)
     return [row for row in rows if split.lines[row.index] in counted]
 

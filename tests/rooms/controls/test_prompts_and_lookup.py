@@ -63,13 +63,13 @@ def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
     assert [(one.file, one.line) for one in rows] == [("a", 1), ("b", 1)]
     assert [one.asked for one in rows] == ["", tokenizer.decode([6, 7, 8])]  # 2 and 3 are marks
     judged: Any = SimpleNamespace(
-        held_out=SimpleNamespace(split=split, file="a+b"),
+        held_out=SimpleNamespace(split=split, file="valid.jsonl"),
         losses=SimpleNamespace(counted=lambda: SimpleNamespace(lines=np.array([2]))),
         base=SimpleNamespace(tokenizer=tokenizer),
         evidence=SimpleNamespace(dataset=SimpleNamespace(splits={})),
     )
-    assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("a+b", 2)]
-    stats = SimpleNamespace(file="a+b", parts=(FilePart("a", 0), FilePart("b", 1)))
+    assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("valid.jsonl", 2)]
+    stats = SimpleNamespace(file="a + b", parts=(FilePart("a", 0), FilePart("b", 1)))
     judged.evidence.dataset.splits["valid"] = stats
     assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("b", 1)]
     learnt_whole = make_split([([1], [2, 3])], max_length=4)
