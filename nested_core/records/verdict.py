@@ -549,7 +549,8 @@ class TaskResult:
 
     def describe_cut(self) -> str | None:
         """Say that all answers were cut off; None if one ended, or more are right than before."""
-        if self.odd.get("endless", 0) < self.questions or self.is_above_base:
+        is_better = self.candidate > self.before + SCORE_ROUNDING
+        if self.odd.get("endless", 0) < self.questions or is_better:
             return None
         cut = f"all {self.questions} answers were cut off at its max_tokens"
         return f"{self.name}: {cut}, so they may be right further on; raise it, and ask again"
