@@ -6,6 +6,7 @@ Training, samples and eval sets all use it, so that one conversation gives the s
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -15,7 +16,7 @@ FIXED_DATE = datetime(2024, 7, 26, 12, tzinfo=UTC)  # of Llama's templates, with
 _CLOCK = "strftime_now"  # of transformers.utils.chat_template_utils
 _FILTERS = "".join(
     f"|replace('%-{each}', '{text.lstrip(' 0') or 0}')|replace('%{each}', '{text}')"
-    for each in "aAbBcdeGHIjmMpSUuVwWxXyYzZ%"
+    for each in f"{string.ascii_letters}%"
     if (text := FIXED_DATE.strftime(f"%{each}"))
 )
 _STOPPED_CLOCK = f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{_FILTERS} -}}}}{{%- endmacro %}}"
@@ -210,7 +211,8 @@ def stopped_clock(tokenizer: Tokenizer, tools: object = None) -> dict[str, objec
         template = template.get("tool_use" if has_own else "default")
     if not isinstance(template, str) or _CLOCK not in template:
         return {}
-    return {"chat_template": f"{_STOPPED_CLOCK}{{{{ '' }}}}{template}"}
+    # The line's end is not rendered (trim_blocks)
+    return {"chat_template": f"{_STOPPED_CLOCK}\n{template}"}
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:

@@ -42,7 +42,8 @@ class TokenNotes:
         """Load the tokenizer, and read which of its added tokens have rows alike."""
         self._tokenizer = source.load()
         self._has_template = has_chat_template(self._tokenizer)
-        self._reads_clock = bool(stopped_clock(self._tokenizer))
+        clock = stopped_clock(self._tokenizer) or stopped_clock(self._tokenizer, tools=[])
+        self._reads_clock = bool(clock)
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
         self._read_instead = cache(self._find_read_instead)
