@@ -100,9 +100,10 @@ class RunInWords:
         text = f"{config.learning_rate * share:g}"
         if share != 1:
             text += f" ({share:g} of {config.learning_rate:g}, for it goes on from the champion)"
-        if config.lr_schedule is not None:
-            text += f", {config.lr_schedule.name}"
-        warmup = config.training.warmup_steps
+        schedule = config.lr_schedule
+        if schedule is not None:
+            text += f", {schedule.name}"
+        warmup = config.training.warmup_steps or (schedule.warmup if schedule else 0)
         if warmup:
             first_steps = f"the first {100 * warmup:.3g} % of the steps"
             steps = first_steps if warmup < 1 else format_count(int(warmup), "step")
