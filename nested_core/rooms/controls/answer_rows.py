@@ -55,7 +55,9 @@ def read_held_out_rows(judged: CheckedRun, most: int) -> list[AnswerRow]:
     if held_out is None or losses is None:
         raise NotApplicableError("there are no held-out rows")
     split, counted = held_out.split, set(losses.counted().lines.tolist())
-    stats = judged.evidence.dataset.splits.get(held_out.file.removesuffix(".jsonl"))
+    name = held_out.file.removesuffix(".jsonl")  # unless gate.held_out names a file
+    is_split = judged.bounds.held_out in ("auto", name)
+    stats = judged.evidence.dataset.splits.get(name) if is_split else None
     parts = () if stats is None else stats.parts
     rows = read_answer_rows(split, judged.base.tokenizer, most, held_out.file, parts)
     return [row for row in rows if split.lines[row.index] in counted]

@@ -66,12 +66,15 @@ def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
         held_out=SimpleNamespace(split=split, file="valid.jsonl"),
         losses=SimpleNamespace(counted=lambda: SimpleNamespace(lines=np.array([2]))),
         base=SimpleNamespace(tokenizer=tokenizer),
+        bounds=SimpleNamespace(held_out="auto"),
         evidence=SimpleNamespace(dataset=SimpleNamespace(splits={})),
     )
     assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("valid.jsonl", 2)]
     stats = SimpleNamespace(file="a + b", parts=(FilePart("a", 0), FilePart("b", 1)))
     judged.evidence.dataset.splits["valid"] = stats
     assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("b", 1)]
+    judged.bounds.held_out = "valid.jsonl"  # a file, in no split
+    assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("valid.jsonl", 2)]
     learnt_whole = make_split([([1], [2, 3])], max_length=4)
     assert (
         read_answer_rows(learnt_whole, tokenizer, 10, "valid.jsonl") == []
