@@ -16,9 +16,10 @@ FIXED_DATE = datetime(2024, 7, 26, 12, tzinfo=UTC)  # of Llama's templates, with
 _CLOCK = "strftime_now"  # of transformers.utils.chat_template_utils
 _FILTERS = "".join(
     f"|replace('%-{each}', '{text.lstrip(' 0') or 0}')|replace('%{each}', '{text}')"
-    for each in f"{string.ascii_letters}%"
+    for each in string.ascii_letters
     if (text := FIXED_DATE.strftime(f"%{each}"))
 )
+_FILTERS = f"|replace('%%', '\ue000'){_FILTERS}|replace('\ue000', '%')"  # %%d is no day
 _STOPPED_CLOCK = f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{_FILTERS} -}}}}{{%- endmacro %}}"
 _QUESTION = {"role": "user", "content": "What is it?"}
 _ANSWER = "It is a lighthouse."

@@ -62,7 +62,12 @@ def test_a_date_that_a_client_gives_is_written() -> None:
     [
         *((f"%{each}", f"{FIXED_DATE:%{each}}") for each in "aAbBcdDeFGHIjmMpSTUuVwWxXyYzZ"),
         *(("%-d", "26"), ("%-m", "7"), ("%-M", "0"), ("%-I", "12"), ("%e %B", "26 July")),
-        *(("%I:%M %p", "12:00 PM"), ("%d %B %Y", "26 July 2024"), ("100 %%", "100 %")),
+        *(
+            ("%I:%M %p", "12:00 PM"),
+            ("%d %B %Y", "26 July 2024"),
+            ("100 %%", "100 %"),
+            ("%%d", "%d"),
+        ),
     ],
 )
 def test_each_directive_is_that_of_one_moment(directive: str, shown: str) -> None:
