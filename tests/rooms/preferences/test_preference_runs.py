@@ -42,7 +42,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.untrusted_files import regular_sha256
 from tests.example import Finished, prepare, stop_after, train
-from tests.left_out import needs_rooms
+from tests.left_out import needs_rooms, needs_steady_kernels
 from tests.rooms.preferences.pair_data import (
     list_pairs,
     list_pairs_of_own_answers,
@@ -264,6 +264,7 @@ def test_a_torn_file_of_kept_likelihoods_is_refused(tmp_path: Path, learnt: Judg
         train(config, run)
 
 
+@needs_steady_kernels
 @pytest.mark.slow("trains, stops and resumes")
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(tmp_path, learnt, monkeypatch) -> None:
     whole, config = learnt.finished, learnt.finished.config

@@ -18,6 +18,7 @@ from nested_core.registry import read_champion
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from tests.example import DATA, example_config
+from tests.left_out import needs_steady_kernels
 
 NAME = "capitals"
 Row = dict[str, Any]
@@ -67,6 +68,7 @@ def configure(tmp_path: Path, data: Path, fraction: float = 0.0) -> FineTuneConf
     )
 
 
+@needs_steady_kernels
 @pytest.mark.slow("trains three runs, and judges them")
 def test_a_night_that_corrects_a_fifth_of_the_facts_is_promoted_and_one_that_loses_the_rest_refused(
     tmp_path: Path,
