@@ -6,7 +6,7 @@ Training, samples and eval sets all use it, so that one conversation gives the s
 from __future__ import annotations
 
 import json
-import string
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property, lru_cache
@@ -14,13 +14,6 @@ from typing import Any, Protocol
 
 FIXED_DATE = datetime(2024, 7, 26, 12, tzinfo=UTC)  # of Llama's templates, without a clock
 _CLOCK = "strftime_now"  # of transformers.utils.chat_template_utils
-_FILTERS = "".join(
-    f"|replace('%-{each}', '{text.lstrip(' 0') or 0}')|replace('%{each}', '{text}')"
-    for each in string.ascii_letters
-    if (text := FIXED_DATE.strftime(f"%{each}"))
-)
-_FILTERS = f"|replace('%%', '\ue000'){_FILTERS}|replace('\ue000', '%')"  # %%d is no day
-_STOPPED_CLOCK = f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{_FILTERS} -}}}}{{%- endmacro %}}"
 _QUESTION = {"role": "user", "content": "What is it?"}
 _ANSWER = "It is a lighthouse."
 _ARGUMENTS = {"query": "lighthouse"}
@@ -55,7 +48,6 @@ class Tokenizer(Hashable, Protocol):
     eos_token_id: int | None
     eos_token_ids: set[int]
     has_chat_template: bool
-    chat_template: str | None
     added_tokens_decoder: Mapping[int, AddedToken]
     backend_tokenizer: Any  # tokenizers.Tokenizer, of a fast one
 
@@ -212,8 +204,17 @@ def stopped_clock(tokenizer: Tokenizer, tools: object = None) -> dict[str, objec
         template = template.get("tool_use" if has_own else "default")
     if not isinstance(template, str) or _CLOCK not in template:
         return {}
-    # The line's end is not rendered (trim_blocks)
-    return {"chat_template": f"{_STOPPED_CLOCK}\n{template}"}
+    return {"chat_template": _stop_clock(template)}
+
+
+@lru_cache(maxsize=4)
+def _stop_clock(template: str) -> str:
+    """Put a macro in place of the template's clock, with the directives that the template has."""
+    directives = set(re.findall(r"%-?[a-zA-Z]", template))
+    filters = "".join(f"|replace('{each}', {FIXED_DATE.strftime(each)!r})" for each in directives)
+    filters = f"|replace('%%', '\ue000'){filters}|replace('\ue000', '%')"  # %%d is no day
+    macro = f"{{%- macro {_CLOCK}(format) -%}}{{{{- format{filters} -}}}}{{%- endmacro %}}"
+    return f"{macro}\n{template}"  # the line's end is not rendered (trim_blocks)
 
 
 def has_chat_template(tokenizer: Tokenizer) -> bool:

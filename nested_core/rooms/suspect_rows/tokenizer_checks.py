@@ -42,8 +42,7 @@ class TokenNotes:
         """Load the tokenizer, and read which of its added tokens have rows alike."""
         self._tokenizer = source.load()
         self._has_template = has_chat_template(self._tokenizer)
-        clock = stopped_clock(self._tokenizer) or stopped_clock(self._tokenizer, tools=[])
-        self._reads_clock = bool(clock)
+        self._clock = stopped_clock(self._tokenizer) or stopped_clock(self._tokenizer, tools=[])
         added = sorted(getattr(self._tokenizer, "added_tokens_decoder", {}))
         self._alike = find_tokens_alike(Path(source.folder), added)
         self._read_instead = cache(self._find_read_instead)
@@ -68,7 +67,7 @@ class TokenNotes:
             for token in sorted(self._alike.intersection(tokens))
         ]
         is_plain_text = not find_row_format(example.format).is_templated
-        if self._reads_clock and not is_plain_text:
+        if self._clock and not is_plain_text:
             notes.append(Note("warning", "date-in-prompt", _DATE_MESSAGE))
         if is_plain_text and self._has_template and _HANDWRITTEN_TURNS_PATTERN.search(example.text):
             notes.append(Note("warning", "handwritten-turns", _HANDWRITTEN_TURNS_MESSAGE))
