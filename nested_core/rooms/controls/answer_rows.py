@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.tokens.tokenized_split import Int32, TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.records.dataset import FilePart, find_place
@@ -55,10 +56,9 @@ def read_held_out_rows(judged: CheckedRun, most: int) -> list[AnswerRow]:
     if held_out is None or losses is None:
         raise NotApplicableError("there are no held-out rows")
     split, counted = held_out.split, set(losses.counted().lines.tolist())
-    name = held_out.file.removesuffix(".jsonl")  # unless gate.held_out names a file
-    is_split = judged.bounds.held_out in ("auto", name)
-    stats = judged.evidence.dataset.splits.get(name) if is_split else None
-    parts = () if stats is None else stats.parts
+    parts: Sequence[FilePart] = ()
+    if judged.bounds.held_out in SPLITS_BY_HELD_OUT_CHOICE:  # else it names a file
+        parts = judged.evidence.dataset.splits[held_out.file.removesuffix(".jsonl")].parts
     rows = read_answer_rows(split, judged.base.tokenizer, most, held_out.file, parts)
     return [row for row in rows if split.lines[row.index] in counted]
 

@@ -67,7 +67,9 @@ def test_rows_are_read_as_prompt_and_answer_and_made_again() -> None:
         losses=SimpleNamespace(counted=lambda: SimpleNamespace(lines=np.array([2]))),
         base=SimpleNamespace(tokenizer=tokenizer),
         bounds=SimpleNamespace(held_out="auto"),
-        evidence=SimpleNamespace(dataset=SimpleNamespace(splits={})),
+        evidence=SimpleNamespace(
+            dataset=SimpleNamespace(splits={"valid": SimpleNamespace(parts=())})
+        ),
     )
     assert [(one.file, one.line) for one in read_held_out_rows(judged, 10)] == [("valid.jsonl", 2)]
     stats = SimpleNamespace(file="a + b", parts=(FilePart("a", 0), FilePart("b", 1)))
