@@ -108,7 +108,8 @@ class RunInWords:
             first_steps = f"the first {100 * warmup:.3g} % of the steps"
             steps = first_steps if warmup < 1 else format_count(int(warmup), "step")
             text += f", after a warm-up over {steps}"
-            text += ", which the run does not have: it is never reached" * (warmup > self.run.steps)
+            if warmup > self.run.steps:
+                text += " (more than the run has: this rate is never reached)"
         if config.training.decay is not None:
             text += ", then falling to a tenth along a cosine"
         if "learning_rate" not in config.model_fields_set:

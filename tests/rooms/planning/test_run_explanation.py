@@ -116,7 +116,7 @@ def test_a_rate_that_is_never_reached_and_rows_that_are_never_used_are_told(expl
 
     steps = explanation.steps
     assert "never" not in words(steps, 1.0)["learning rate"]
-    told = f"a warm-up over {steps + 1} steps, which the run does not have: it is never reached"
+    told = f"a warm-up over {steps + 1} steps (more than the run has: this rate is never reached)"
     assert told in words(steps + 1, 1.0)["learning rate"]
     schedule = {"name": "cosine_decay", "arguments": [1e-4, 8], "warmup": steps + 1}
     own = replace(explanation, config=example_config(lr_schedule=schedule))
