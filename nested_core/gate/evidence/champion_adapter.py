@@ -89,10 +89,10 @@ def _find_replaced_champion(registry: Path, name: str, champion: str) -> str | N
 
     None if the last change was no promotion of it, or the replaced version was removed.
     """
-    for change in read_champion_changes(registry, name)[-1:]:  # a link made by hand has none
-        if (change.action, change.version) == ("promote", champion):
-            return change.previous if change.previous in list_versions(registry, name) else None
-    return None
+    changes = read_champion_changes(registry, name)  # none where the link was made by hand
+    if not changes or (changes[-1].action, changes[-1].version) != ("promote", champion):
+        return None
+    return changes[-1].previous if changes[-1].previous in list_versions(registry, name) else None
 
 
 def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adapter) -> LoadedBase:

@@ -120,8 +120,7 @@ class ChampionFollower:
         verified = read_verified_version(self._registry, name, version)
         require_same_base(verified, self._base)
         rows = PromptFormat.read(verified.adapter.path / PROVENANCE_NAME)
-        system = None if rows is None else rows.system
-        served = ServedVersion(name, verified.version, verified, system)
+        served = ServedVersion(name, verified.version, verified, rows.system if rows else None)
         try:
             self._generator.require_sound(served)
         except CanaryFailed as error:

@@ -126,10 +126,11 @@ class RegistryHandler(APIHandler):
             said = f"The origin {origin!r:.80} may not ask here; see --allowed-origins."
             raise RequestRefused(said, 403)
         # A web page whose name was made to lead to this machine sends that name.
-        is_own = host is None or host.partition(":")[0].lower() == options.host.lower()
-        if not (is_own or LOOPBACK_HOST.fullmatch(host or "")) and self.server.is_local:
-            said = f"This server is {options.host}, and the request is for {host!r:.80}."
-            raise RequestRefused(said, 421)
+        if host is not None and self.server.is_local:
+            is_own = host.partition(":")[0].lower() == options.host.lower()
+            if not (is_own or LOOPBACK_HOST.fullmatch(host)):
+                said = f"This server is {options.host}, and the request is for {host!r:.80}."
+                raise RequestRefused(said, 421)
         if self.server.api_key is None or self.command == "OPTIONS" or self.path in UNLOCKED_ROUTES:
             return
         given = self.headers.get("Authorization", "").encode("latin-1", "replace")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -45,9 +44,11 @@ class ServedVersion:
 
     def lacks_system_text(self, request: CompletionRequest) -> bool:
         """Return whether a request begins otherwise than the training rows, which share a text."""
-        if self.system is None or request.request_type == "text":
-            return self.system is not None and self.system not in request.prompt
-        first: Mapping[str, Any] = request.messages[0] if request.messages else {}
+        if self.system is None:
+            return False
+        if request.request_type == "text":
+            return self.system not in request.prompt
+        first = request.messages[0] if request.messages else {}
         content = first.get("content")
         if isinstance(content, list):
             content = "".join(part.get("text") or "" for part in content)
