@@ -96,7 +96,7 @@ CONTROLS_CHECK = Check(
     after_answers=True,
     bounds=("controls",),
     is_asked=lambda bounds: any(bounds.controls.model_dump().values()),
-    stage="controls: what should not matter",
+    stage="controls: comparisons that only warn",
     plan_work=_plan_controls,
 )
 CHECKS = GateChecks((CONTROLS_CHECK,))
