@@ -498,7 +498,10 @@ class TaskResult:
     @property
     def is_above_base(self) -> bool:
         """Whether the candidate scores above the base, or is all right as the base is."""
-        return self.candidate > min(self.base, 1 - 2 * SCORE_ROUNDING) + SCORE_ROUNDING
+        return self._is_above(self.base)
+
+    def _is_above(self, share: float) -> bool:
+        return self.candidate > min(share, 1 - 2 * SCORE_ROUNDING) + SCORE_ROUNDING
 
     @property
     def before(self) -> float:
@@ -548,9 +551,8 @@ class TaskResult:
         return f"{self.name}: {right}, lost {self.lost}: {named}{others}; {why}"
 
     def describe_cut(self) -> str | None:
-        """Say that all answers were cut off; None if one ended, or more are right than before."""
-        is_better = self.candidate > self.before + SCORE_ROUNDING
-        if self.odd.get("endless", 0) < self.questions or is_better:
+        """Say that all answers were cut off; None if one ended, or more or all are right now."""
+        if self.odd.get("endless", 0) < self.questions or self._is_above(self.before):
             return None
         cut = f"all {self.questions} answers were cut off at its max_tokens"
         return f"{self.name}: {cut}, so they may be right further on; raise it, and ask again"
@@ -886,8 +888,7 @@ class Verdict:
         ]
         if not self.has_passed:
             return of_rooms
-        lost = [note for task in self.tasks if (note := task.describe_lost()) is not None]
-        lost += [note for task in self.tasks if (note := task.describe_cut()) is not None]
+        lost = [n for one in self.tasks for n in (one.describe_lost(), one.describe_cut()) if n]
         if self.has_broken_answers:
             samples = self.samples
             advice = samples.suggest() if samples and samples.are_broken else LEARN_MORE

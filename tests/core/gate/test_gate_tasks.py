@@ -340,5 +340,8 @@ def test_answers_that_are_all_cut_off_early_are_told_and_not_called_equal(
     assert result.same_answer == same
     cut = "capitals: all 10 answers were cut off at its max_tokens"
     assert (result.describe_cut() or "").startswith(cut) == is_told
-    worse = replace(result, base=0.0, parent=1.0)  # than the adapter that training started from
+    assert replace(result, base=1.0, candidate=1.0).describe_cut() is None
+    worse = replace(
+        result, base=0.0, candidate=0.5, parent=1.0
+    )  # than the adapter that training started from
     assert (worse.describe_cut() or "").startswith(cut) == (ended == 0)
