@@ -59,8 +59,8 @@ CASES = {
     for case in (
         Case("tiny", 20, 2, 64),
         Case("0.5B", 300, 4, 512),
-        Case("3B", 100, 2, 1024),
-        Case("3B", 1000, 2, 1024),
+        Case("3B", 100, 4, 1024),
+        Case("3B", 1000, 4, 1024),
     )
 }
 
@@ -154,7 +154,10 @@ def run(case: Case, program: str, folder: Path, *, is_cold: bool) -> dict[str, A
 
 
 class MemoryWatch:
-    """The most bytes that all processes together hold on the first GPU, by NVML; 0 without one."""
+    """The most bytes that all processes together hold on a GPU, by NVML; 0 without one.
+
+    It is the first of CUDA_VISIBLE_DEVICES, or the machine's first.
+    """
 
     def __init__(self) -> None:
         self._most = 0
@@ -167,7 +170,8 @@ class MemoryWatch:
             import pynvml
 
             pynvml.nvmlInit()
-            device = pynvml.nvmlDeviceGetHandleByIndex(0)
+            first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
         except Exception:  # noqa: BLE001  # no NVIDIA GPU, or no library for one
             return
         while not self._is_over.wait(SECONDS_BETWEEN_LOOKS):
