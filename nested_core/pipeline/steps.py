@@ -78,7 +78,12 @@ from nested_core.models.lora_attachment import (
     read_adapter_file,
 )
 from nested_core.models.parameters import trainable_parameters
-from nested_core.models.session import BaseWithAdapter, Session, load_base_with_adapter
+from nested_core.models.session import (
+    BaseWithAdapter,
+    Session,
+    frozen_tensors,
+    load_base_with_adapter,
+)
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
@@ -475,7 +480,7 @@ def train_model(
     if world.is_main:
         stages.info("%s", trainer.describe_layers())
     if session is not None:  # the gate's process starts while the last steps are computed
-        trainer.on_near_end = lambda: session.keep_proof_process(start_proof_process)
+        trainer.on_near_end = partial(_start_proof_process, config, trainer, base, session)
         trainer.after_step = session.after_step
     trainer.resume()
     if world.is_main:
@@ -496,6 +501,20 @@ def train_model(
     base.evaluation_peak = trainer.evaluation_peak
     base.training_peak = mx.get_peak_memory()
     return trainer
+
+
+def _start_proof_process(
+    config: FineTuneConfig, trainer: Trainer, base: BaseWithAdapter, session: Session
+) -> None:
+    """Start the gate's process, which also loads its base if the device has ample memory.
+
+    That is room for the base beside twice what training is forecast to need.
+    """
+    needed, trusts = trainer.memory.needed, config.trust_remote_code
+    size = sum(array.nbytes for array in frozen_tensors(base.model).values())
+    is_ample = needed is not None and 2 * needed + size <= trainer.memory.capacity
+    folder = base.folder if is_ample else None
+    session.keep_proof_process(partial(start_proof_process, folder, trusts_remote_code=trusts))
 
 
 def _make_plan(

@@ -32,8 +32,6 @@ from nested_core.models.generation import (
     encode_messages,
     encode_prompt,
 )
-from nested_core.models.lora_attachment import load_adapter_tensors
-from nested_core.models.parameters import in_evaluation_mode
 from nested_core.records.answers import BrokenHow, SampleAnswers, render_sample_answers
 from nested_core.records.dataset import PromptFormat
 from nested_core.records.verdict import Reason, SampleVerdict
@@ -128,9 +126,8 @@ def _ask(
     base: LoadedBase, adapter: Adapter | None, prompts: Sequence[_SamplePrompt]
 ) -> list[Answer]:
     """Answer the prompts with the base and an adapter; None asks the base alone."""
-    load_adapter_tensors(base.model, base.parameters if adapter is None else adapter.to_mlx())
     sampling = Sampling(base.config.training.sample_tokens)
-    with in_evaluation_mode(base.model):
+    with base.computing_with(adapter):
         return answer_prompts(base.model, base.tokenizer, [p.tokens for p in prompts], sampling)
 
 

@@ -37,7 +37,6 @@ from nested_core.models.base_model import (
     fingerprint_tokenizer,
 )
 from nested_core.models.generation import BATCH_SIZE, Answer, OnAnswered
-from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.records.answers import AnsweringRole, AnswerRecord
 from nested_core.records.verdict import Reason, TaskResult
 from nested_core.storage.adapter import Adapter
@@ -69,10 +68,9 @@ class AskedModel:
         return answers
 
     def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
-        """Load the adapter's tensors into the base model and generate the answers."""
-        tensors = self.base.parameters if self.adapter is None else self.adapter.to_mlx()
-        load_adapter_tensors(self.base.model, tensors)
-        return suite.answer(self.base.model, self.base.tokenizer, self.on_answered)
+        """Generate the answers with the adapter's tensors in the base model."""
+        with self.base.computing_with(self.adapter):
+            return suite.answer(self.base.model, self.base.tokenizer, self.on_answered)
 
     def _content_for_cache(self) -> AnsweringModelDigests:
         """Return the digests that the answers depend on, which are the key of the cache."""

@@ -310,9 +310,13 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
         return proof.wait_for_logits()
 
 
-def start_proof_process() -> Child:
-    """Start a process that imports mlx_lm and then waits for a request."""
-    return start_reader(MLX_LM_PROGRAM)
+def start_proof_process(base: Path | None = None, *, trusts_remote_code: bool = False) -> Child:
+    """Start a process that imports mlx_lm, loads a base if one is given, and awaits a request."""
+    process = start_reader(MLX_LM_PROGRAM)
+    if base is not None:
+        request = describe_request([], base, trusts_remote_code=trusts_remote_code)
+        process.send(request | {"load_ahead": str(base)})
+    return process
 
 
 class RunningProof:
@@ -368,6 +372,8 @@ class RunningProof:
         """
         try:
             answers: dict[str, Any] = self._process.receive(TIMEOUT_SECONDS)
+            if "is_loaded_ahead" in answers:  # of an earlier request
+                answers = self._process.receive(TIMEOUT_SECONDS)
         except (NestedTuneError, OSError, MemoryError) as error:
             raise NestedTuneError(
                 f"The process that loads base and adapter for the gate failed: "

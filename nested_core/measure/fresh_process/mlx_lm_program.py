@@ -11,6 +11,7 @@ import json
 import runpy
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm import load  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+from mlx_lm.tuner.utils import load_adapters  # noqa: E402
 
 del sys.modules["torch"]
 gc.freeze()
@@ -49,6 +51,11 @@ class MlxLmReader:
         self.name = f"mlx_lm {version('mlx-lm')}"
         self.chat_template = self.tokenizer.chat_template
         self.ends = sorted(self.tokenizer.eos_token_ids)
+
+    def attach_adapter(self, adapter: str) -> None:
+        """Attach an adapter to the base alone, as mlx_lm.load does once it has loaded the base."""
+        self.model = load_adapters(self.model, adapter)
+        self.model.eval()
 
     def exchange_adapter(self, loaded: str, other: str) -> bool:
         """Load another adapter into the layers of a loaded one; False if their layers differ.
@@ -117,6 +124,27 @@ class MlxLmReader:
         return {"tokens": tokens, "text": self.tokenizer.decode(tokens)}
 
 
+loaded_ahead: dict[str, MlxLmReader] = {}  # the base alone, by its folder
+
+
+def load_ahead(base: str, request: dict[str, Any]) -> dict[str, object]:
+    """Load a base that will be asked for; an error is told when it is."""
+    with suppress(Exception):
+        loaded_ahead[base] = MlxLmReader(base, None, request)
+    return {"is_loaded_ahead": base in loaded_ahead}
+
+
+def read_model(model: dict[str, Any], request: dict[str, Any]) -> MlxLmReader:
+    """Load a model of the request, from the base that was loaded ahead if there is one."""
+    reader = loaded_ahead.pop(model["base"], None)
+    loaded_ahead.clear()  # two bases may not fit into memory
+    if reader is None:
+        return MlxLmReader(model["base"], model["adapter"], request)
+    if model["adapter"] is not None:
+        reader.attach_adapter(model["adapter"])
+    return reader
+
+
 def read_config(adapter: str) -> dict[str, object]:
     """Return the keys of adapter_config.json that determine the adapter's layers."""
     with open(f"{adapter}/adapter_config.json", encoding="utf-8") as file:
@@ -133,8 +161,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     in place of all results. OSError, MemoryError and RuntimeError (which MLX raises for memory,
     files and compilers) are not caught.
 
-    request: `models`, each with the questions for it alone (`asked`), and the questions for all.
+    request: `models`, each with the questions for it alone (`asked`), and the questions for all; or
+        `load_ahead`, the base of a request to come.
     """
+    if "load_ahead" in request:
+        return load_ahead(request["load_ahead"], request)
     answers: dict[str, object] = {}
     reader: Any = None  # holds the loaded model
     loaded: dict[str, object] = {}  # the entry of `models` that the reader holds
@@ -142,7 +173,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         try:
             if not try_exchange(reader, loaded, model):
                 reader = None  # frees the old base first: two may not fit into memory
-                reader = MlxLmReader(model["base"], model["adapter"], request)
+                reader = read_model(model, request)
             loaded = model
             reader.compute_in(model["dtype"])
             answers[model["name"]] = answer_questions(reader, request | model["asked"])

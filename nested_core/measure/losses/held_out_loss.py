@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from nested_core import seams
+from nested_core import backend, seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE, DataPolicy
 from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
@@ -30,9 +31,14 @@ from nested_core.measure.losses.prediction_comparison import (
     PredictionComparison,
 )
 from nested_core.models.chat_template import Tokenizer
-from nested_core.models.lora_attachment import adapter_compute_dtype, load_adapter_tensors
+from nested_core.models.lora_attachment import (
+    adapter_compute_dtype,
+    leaving_out_idle_layers,
+    load_adapter_tensors,
+)
 from nested_core.models.parameters import (
     ParameterRefs,
+    in_evaluation_mode,
     read_parameters,
     reference_trainable_parameters,
 )
@@ -51,6 +57,7 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.training.loss.loss_interface import MicroBatch
 
 MAX_LISTED_PROBLEMS = 3
+POSITIONS_OF_A_BATCH_ON_CUDA = 8192
 
 
 class Comparison(Protocol):
@@ -129,6 +136,17 @@ class LoadedBase:
             if not name.endswith("lora_a")
         )
 
+    @contextmanager
+    def computing_with(self, adapter: Adapter | None) -> Iterator[None]:
+        """Have the model compute with an adapter during the block, without dropout.
+
+        None is the base alone, computed without the layers of the fresh adapter.
+        """
+        load_adapter_tensors(self.model, self.parameters if adapter is None else adapter.to_mlx())
+        idle = leaving_out_idle_layers(self.model) if adapter is None else nullcontext()
+        with in_evaluation_mode(self.model), idle:
+            yield
+
     def as_plain(self) -> LoadedBase:
         """Return this base, set to measure the cross-entropy whatever the run's loss is."""
         training = self.config.training.model_copy(update={"loss": None})
@@ -149,7 +167,8 @@ class LoadedBase:
         refs = reference_trainable_parameters(
             self.model, dtype=adapter_compute_dtype(self.config, self.model)
         )
-        batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
+        max_seq_length = self.config.max_seq_length
+        batch_size = self._rows_of_a_batch(split)
         batches = choose_evaluation_batches(
             split, batch_size, max_batches, max_seq_length=max_seq_length
         )
@@ -168,6 +187,18 @@ class LoadedBase:
         )
         with using_optimized_layers(self.model):
             return ExamplePredictions.of_batches(compared, len(split))
+
+    def _rows_of_a_batch(self, split: TokenizedSplit) -> int:
+        """Return how many rows are computed at once: `batch_size`, on CUDA as many as are fast.
+
+        A batch of few positions leaves a GPU idle between its kernels. Without a limit of memory
+        there is room for more, since nothing is kept for gradients.
+        """
+        config, longest = self.config, int(max(split.lengths, default=1))
+        if not backend.computes_on_cuda() or config.training.memory_limit_gb is not None:
+            return config.batch_size
+        positions = min(longest, config.max_seq_length)
+        return max(config.batch_size, POSITIONS_OF_A_BATCH_ON_CUDA // positions)
 
     def example_loss_sums(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1

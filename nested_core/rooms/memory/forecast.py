@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 SHORTEST_SUGGESTED_LENGTH = 32  # tokens
-KEPT_BUFFERS_OF_A_STEP = 1.1  # freed buffers kept, of a step's need: a forecast may be a tenth low
+KEPT_BUFFERS_OF_A_STEP = 0.5  # freed buffers kept, of what a step needs
 
 
 @dataclass(frozen=True)
@@ -133,13 +133,13 @@ def plan_memory_for_device(
 def limit_kept_buffers(footprint: ModelFootprint, needed: int) -> None:
     """Bound the freed buffers that MLX keeps on CUDA, which it never gives back by itself.
 
-    Models from 0.9e9 weights on keep what their widest step needs: `needed`, the forecast of the
-    run's peak in bytes, without the `footprint.resident` that stay from step to step. Below that
-    MLX keeps all, for a bound made a model of 0.5e9 weights slower; small models have theirs since
-    they were loaded (`backend.prepare_for_model_size`).
+    Kept is half of what the widest step needs: of `needed`, the forecast of the run's peak in
+    bytes, without the `footprint.resident` that stay from step to step. Small models have their
+    bound since they were loaded (`backend.prepare_for_model_size`).
     """
     operations = os.environ.get(backend.OPERATIONS_PER_COMMIT_VARIABLE)
-    if backend.computes_on_cuda() and operations == backend.OPERATIONS_PER_COMMIT_OF_LARGE_MODELS:
+    of_small = backend.OPERATIONS_PER_COMMIT_BY_MODEL_SIZE[backend.SMALL_MODEL]
+    if backend.computes_on_cuda() and operations not in (None, of_small):
         mx.set_cache_limit(int(KEPT_BUFFERS_OF_A_STEP * (needed - footprint.resident)))
 
 

@@ -56,7 +56,8 @@ def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
     imported = imports_of(MLX_LM_PROGRAM) | imports_of(QUESTIONS_PROGRAM)
-    mlx_lm = {"mlx_lm", "mlx_lm.generate", "mlx_lm.models.cache", "mlx.core", "mlx.utils", "numpy"}
+    mlx_lm = {"mlx_lm", "mlx_lm.generate", "mlx_lm.models.cache", "mlx_lm.tuner.utils"}
+    mlx_lm |= {"mlx.core", "mlx.utils", "numpy"}
     assert {
         name for name in imported if name.split(".")[0] not in sys.stdlib_module_names
     } == mlx_lm
@@ -274,6 +275,44 @@ def test_a_process_that_was_started_before_computes_the_next_proof(candidate: Ca
         with closing(fresh_process_check.RunningProof(request, waiting)) as proof:
             assert not isinstance(proof.wait_for_logits(), Reason)
         assert waiting.process.returncode is not None
+
+
+def test_a_base_that_was_loaded_before_gives_the_same_logits(candidate: Candidate) -> None:
+    request = ProofRequest(MODEL, *candidate.sides)
+    found = []
+    for base in (None, MODEL):
+        process = fresh_process_check.start_proof_process(base)
+        with closing(fresh_process_check.RunningProof(request, process)) as proof:
+            found.append(proof.wait_for_logits())
+    anew, ahead = found
+    assert isinstance(anew, FreshProcessLogits)
+    assert isinstance(ahead, FreshProcessLogits)
+    assert anew.factors == ahead.factors
+    for name in ("initial", "trained"):
+        np.testing.assert_array_equal(getattr(anew, name), getattr(ahead, name))
+
+
+def test_a_base_that_cannot_be_loaded_before_is_refused_when_it_is_asked_for(
+    candidate: Candidate, tmp_path: Path
+) -> None:
+    base = base_copy(tmp_path / "base", model_type="nothing-that-exists")
+    process = fresh_process_check.start_proof_process(base)
+    request = ProofRequest(base, *candidate.sides)
+    with (
+        closing(fresh_process_check.RunningProof(request, process)) as proof,
+        pytest.raises(ConfigError, match="could not be loaded"),
+    ):
+        proof.wait_for_logits()
+
+
+def test_an_adapter_that_a_base_loaded_before_does_not_take_is_refused(candidate) -> None:
+    change_config(candidate.sides[1], lambda config: config.pop("num_layers"))
+    process = fresh_process_check.start_proof_process(MODEL)
+    request = ProofRequest(MODEL, *candidate.sides)
+    with closing(fresh_process_check.RunningProof(request, process)) as proof:
+        refused = proof.wait_for_logits()
+    assert isinstance(refused, Reason)
+    assert "could not use the trained adapter" in refused.message
 
 
 def test_a_process_that_gets_no_request_is_ended() -> None:
