@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ from nested_core.backend import collecting_no_garbage
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.process.command_parent import Restart, end_with_parent, has_parent
 from nested_core.process.our_packages import RUN_MODULE
-from nested_core.storage.addresses import require_no_address
+from nested_core.storage.addresses import is_in_bucket, require_bucket, require_no_address
 from nested_core.text.foreign_text import escape
 
 # What an argument is called that is no path: a text, a URL, the words of a command, a host, a name.
@@ -51,9 +52,20 @@ class _Parser(argparse.ArgumentParser):
         """The value of an argument, which is UTF-8 and no address where a path is expected."""
         if any("\udc80" <= character <= "\udcff" for character in arg_string):
             raise ConfigError(f"{arg_string} is not UTF-8: give another name, or rename it.")
+        is_copied = seams.may_read_copy(self.prog.split()[-1]) and action.dest == "registry"
+        if is_copied and is_in_bucket(arg_string):
+            return _open_copy(arg_string)
         if action.metavar not in NO_PATHS and not is_key_flag(action):  # a key has its own check
             require_no_address(arg_string, partial(argparse.ArgumentError, action))
         return super()._get_value(action, arg_string)
+
+
+def _open_copy(address: str) -> Path:
+    """The local folder that stands for a registry in object storage."""
+    from nested_core.registry.mirroring import open_copy
+
+    require_bucket(address, ConfigError)
+    return open_copy(address)
 
 
 # The commands of each module of flows.commands, in the order of the help: one that is called loads

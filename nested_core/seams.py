@@ -28,6 +28,7 @@ class Room:
     commands: words of the command line; flows/rooms/ROOM/command.py adds their parsers.
     flags: of a command of the core or of another room, by its name; `add_flags` in
         flows/rooms/ROOM/command.py adds them to its parser.
+    copies: commands whose --registry may be an address that this room reads.
     keys: keys of the configuration that ask for it where they are not at their default.
     run_files: patterns of the files that it, or a service, writes in a run: their paths there.
     losses: values of `training.loss`; they count examples.
@@ -41,6 +42,7 @@ class Room:
 
     commands: Sequence[str] = ()
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    copies: Sequence[str] = ()
     keys: Sequence[str] = ()
     run_files: Sequence[str] = ()
     losses: Sequence[str] = ()
@@ -151,6 +153,11 @@ def require_flag(command: str, flag: str) -> None:
     for name, room in read_rooms().items():
         if flag in room.flags.get(command, ()):
             require(name, f"{command} {flag}")
+
+
+def may_read_copy(command: str) -> bool:
+    """Return whether a command's --registry may be an address, which some room reads."""
+    return any(command in room.copies for room in read_rooms().values())
 
 
 def is_file_of_room(name: str) -> bool:

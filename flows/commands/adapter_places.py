@@ -31,8 +31,11 @@ def add_registry_arguments(parser: argparse.ArgumentParser) -> None:
     command: Callable[[argparse.Namespace], object] = parser.get_default("run")
 
     def run(arguments: argparse.Namespace) -> object:
-        """The command, with registry and name apart."""
+        """The command, with registry and name apart, and a copy of object storage up to date."""
+        from nested_core.registry.mirroring import EVERY_VERSION, update_copy  # loads mlx
+
         arguments.registry, arguments.name = split_name(arguments.name, arguments.registry)
+        update_copy(arguments.registry, arguments.name, EVERY_VERSION)
         return command(arguments)
 
     parser.set_defaults(run=run)

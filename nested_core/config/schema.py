@@ -143,10 +143,10 @@ class FineTuneConfig(_RootSection):
     )
     data: str = key(
         "mlx-community/WikiSQL",
-        "a folder with train.jsonl and valid.jsonl, a file or a pattern of files to train on, or a "
-        "data set of the hub",
+        "a folder with train.jsonl and valid.jsonl, a file or a pattern of files to train on, an "
+        "address of either as s3://bucket/folder, or a data set of the hub",
         affects="source",
-        path="local_or_hub",
+        path="local_hub_or_bucket",
         in_loss="rows",
     )
     train: bool = key(True, "implied: these commands always train", affects="output", in_form=False)

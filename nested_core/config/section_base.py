@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from nested_core.storage.addresses import require_no_address
+from nested_core.storage.addresses import is_in_bucket, require_bucket, require_no_address
 
 # What a key has a say in, and so what follows from a change of it:
 #   training  the adapter that comes out: fixed on resume; another value means another adapter
@@ -24,8 +24,11 @@ Affects = Literal["training", "length", "ranks", "source", "output"]
 #   value  what the loss of a row is: its tokens, which of them count, and the function
 InLoss = Literal["rows", "value"]
 # What a key's value names: a file or folder here, or that or else a repository of the hub, or that
-# or else the data set's splits, or that or else the word lineage.
-PathRule = Literal["local", "local_or_hub", "local_or_split", "local_or_lineage"]
+# or else the data set's splits, or that or else the word lineage; an address of object storage, or
+# that of the first two.
+PathRule = Literal[
+    "local", "local_or_hub", "local_or_split", "local_or_lineage", "bucket", "local_hub_or_bucket"
+]
 
 
 def key(
@@ -134,6 +137,10 @@ class Section(BaseModel):
         if is_path and isinstance(value, list | tuple):
             return [cls._read_path(one, info) for one in value]
         if is_path and isinstance(value, str):
+            rule = facts["path"]
+            if rule == "bucket" or (rule == "local_hub_or_bucket" and is_in_bucket(value)):
+                require_bucket(value, ValueError)
+                return value
             require_no_address(value, ValueError)
             return os.path.expanduser(value)
         return value

@@ -602,6 +602,11 @@ class RegistrySection(Section):
     )
     require_validation: bool = key(True, "promote nothing that was not validated")
     keep_data: bool = key(True, "keep the examples of registered versions, for replay and the gate")
+    mirror: str | None = key(
+        None,
+        "object storage where others read the versions and the champion, as s3://bucket/prefix",
+        path="bucket",
+    )
 
     @property
     def location(self) -> tuple[Path, str] | None:
@@ -614,6 +619,8 @@ class RegistrySection(Section):
             yield "registry needs both path and name, or neither"
         if self.promote != "never" and self.path is None:
             yield f"promote: {self.promote} needs a registry path and name"
+        if self.mirror is not None and self.path is None:
+            yield "registry.mirror needs a registry path and name"
 
 
 LINEAGE = "lineage"

@@ -75,6 +75,11 @@ def find_named_adapter(given: Path, registry: Path | None = None) -> NamedAdapte
     4. REGISTRY/NAME, or without `registry` a name in the default registry: the champion;
     5. NAME@VERSION: the version whose digest begins with these digits.
     """
+    if registry is not None:
+        from nested_core.registry.mirroring import update_copy
+
+        name, _, digits = given.name.partition("@")
+        update_copy(registry, name, digits or None)
     name_folder = find_bare_name(given, registry)
     if name_folder is not None and registry is not None:
         return NamedAdapter(champion_folder(name_folder))

@@ -37,6 +37,7 @@ from nested_core.registry.ledger import (
     old_layout_error,
     read_ledger,
 )
+from nested_core.registry.mirroring import publish_if_mirrored
 from nested_core.registry.versions import (
     AuditFinding,
     how_to_mend,
@@ -100,7 +101,7 @@ class NameFolder:
         """
         entry = new_entry(action, version, self.champion, by, **fields)
         self.ledger = append(self.path, self.ledger, entry, confirm=self.confirm)
-        self._write_views()
+        self.write_views()
 
     def finish_interrupted(self) -> None:
         """Bring the folder into a state that the history describes, before anything else is done.
@@ -115,10 +116,10 @@ class NameFolder:
             self.ledger = cut_torn_line(self.path, self.ledger)
         link = read_link(self.path)
         if link in _expected_links(self.path, self.ledger):
-            self._write_views()
+            self.write_views()
         else:  # moved by hand
             manifest = None if link is None else self.verify(link)
-            self._write_views(is_link_kept=True)
+            self.write_views(is_link_kept=True)
             self.record("moved", link, MOVED_AUTHOR, manifest=manifest)
         for version in sorted({*registered_versions(self.path)} - {*self.ledger.by_version}):
             with suppress(DamagedError, GateRejected):  # not registered; an audit reports it
@@ -126,14 +127,14 @@ class NameFolder:
                 self.record("registered", version, FINISHING_AUTHOR, manifest=manifest)
         remove_unnamed_judgements(self.path, self.ledger)
 
-    def _write_views(self, *, is_link_kept: bool = False) -> None:
+    def write_views(self, *, is_link_kept: bool = False) -> None:
         """Delete a version that the last line removed, then rewrite outdated derived files.
 
         is_link_kept: leave the `champion` link as it is.
         """
         last = self.ledger.entries[-1:]
         if last and last[0].action in REMOVAL_ACTIONS and are_views_behind(self.path, self.ledger):
-            self._delete_version(str(last[0].version))
+            self.delete_version(str(last[0].version))
         if not is_link_kept and self.champion is not None:
             self._move_link(self.champion)
         for name, content in make_views(self.ledger).items():
@@ -151,7 +152,7 @@ class NameFolder:
         os.replace(prepared, link)
         sync_path(self.path)
 
-    def _delete_version(self, version: str) -> None:
+    def delete_version(self, version: str) -> None:
         """Delete files and judgements of a version that was removed according to the history."""
         place = self.version_path(version)
         self.confirm()
@@ -174,6 +175,7 @@ def writing(registry: Path, name: str) -> AbstractContextManager[NameFolder]:
 def writing_folder(folder: Path) -> Iterator[NameFolder]:
     """Lock an adapter name's folder for writing and finish interrupted changes.
 
+    A mirror of the name is brought up to date after the lock is released.
     Raises DamagedError for a damaged history, with nothing changed.
     """
     with exclusive_folder_lock(folder) as lock:
@@ -185,6 +187,7 @@ def writing_folder(folder: Path) -> Iterator[NameFolder]:
         require_sound_end(folder, locked.ledger)
         locked.finish_interrupted()
         yield locked
+    publish_if_mirrored(folder)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from nested_core.registry.folders import VERSIONS_FOLDER_NAME
 from nested_core.registry.judgements import Judgement, choose_verdict, read_verdicts
 from nested_core.registry.ledger import NO_ORIGIN, Ledger, Origin
 from nested_core.registry.link_and_views import NameFolder, read_link, reading, writing
+from nested_core.registry.mirroring import set_mirror
 from nested_core.registry.policy import (
     APPROVE_KEY,
     PromotionRule,
@@ -100,6 +101,8 @@ def register_by_policy(
     """
     with registering(new, *registry_location(section)) as (folder, manifest):
         version = new.run.version
+        if section.mirror is not None:
+            set_mirror(folder.path, section.mirror)
         return decide(folder, section, version, champion, origin=origin, manifest=manifest)
 
 

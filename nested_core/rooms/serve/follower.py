@@ -23,6 +23,8 @@ from nested_core.registry import (
     read_rollback_target,
     read_verified_version,
 )
+from nested_core.registry.folders import name_exists
+from nested_core.registry.mirroring import update_copy
 from nested_core.registry.versions import PROVENANCE_NAME, VERSION_PREFIX_PATTERN
 from nested_core.rooms.serve.canary_check import CanaryFailed
 from nested_core.rooms.serve.engine import SECONDS_TO_END, VersionedGenerator
@@ -31,6 +33,7 @@ from nested_core.rooms.serve.served_version import BASE_VERSION, ServedVersion, 
 from nested_core.text.digest_format import shorten_digest
 
 POLL_SECONDS = 0.5
+MIRROR_POLL_SECONDS = 5.0
 RETRY_SECONDS = 60.0
 MAX_PINNED_VERSIONS = 4
 
@@ -51,6 +54,7 @@ class ChampionFollower:
         self._read_pinned = lru_cache(MAX_PINNED_VERSIONS)(self._read_sound_version)
         self._is_stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="champion follower", daemon=True)
+        self._next_mirror_poll: dict[str, float] = {}
         self.names: dict[str, NameStatus] = {}
         self.problems: dict[str, str] = {}
 
@@ -112,11 +116,25 @@ class ChampionFollower:
         except (NestedTuneError, OSError):
             return [self.names[name].current.version]
 
+    def _poll_mirror(self, name: str) -> None:
+        """Bring the copy of a registry in object storage up to date, now and then."""
+        if time.monotonic() < self._next_mirror_poll.get(name, 0.0):
+            return
+        what = f"mirror of {name}"
+        try:
+            update_copy(self._registry, name)
+            self.problems.pop(what, None)
+        except (NestedTuneError, OSError) as error:
+            self._tell_problem(what, str(error))
+        self._next_mirror_poll[name] = time.monotonic() + MIRROR_POLL_SECONDS
+
     def _read_sound_version(self, name: str, version: str) -> ServedVersion:
         """Read a version, re-hash it, and ask its canary; raises where it cannot be served."""
         reason, until = self._failed_canaries.get((name, version), ("", 0.0))
         if time.monotonic() < until:
             raise ConfigError(f"{name}@{version} is not served here: {reason}")
+        if version not in self.list_versions(name):
+            update_copy(self._registry, name, version)
         verified = read_verified_version(self._registry, name, version)
         require_same_base(verified, self._base)
         rows = PromptFormat.read(verified.adapter.path / PROVENANCE_NAME)
@@ -141,6 +159,7 @@ class ChampionFollower:
     def _follow(self, name: str) -> None:
         """Serve the champion of a name, if it is another than what is served."""
         status = self.names[name]
+        self._poll_mirror(name)
         try:
             champion = read_champion(self._registry, name)
         except (NestedTuneError, OSError) as error:
@@ -190,7 +209,17 @@ class ChampionFollower:
 
 
 def require_champion(registry: Path, name: str) -> str:
-    """Return the champion of a name; ConfigError without one."""
+    """Return the champion of a name; ConfigError without one.
+
+    A copy of a registry in object storage is brought up to date first; where that fails, what it
+    has is served, if it has anything.
+    """
+    try:
+        update_copy(registry, name)
+    except (NestedTuneError, OSError) as error:
+        if not name_exists(registry, name):
+            raise
+        logging.warning("%s What was read from there before is served", error)
     champion = read_champion(registry, name)
     if champion is None:
         raise ConfigError(

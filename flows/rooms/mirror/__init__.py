@@ -1,0 +1,1 @@
+"""What the room `mirror` adds to the command line."""

@@ -1,0 +1,203 @@
+"""Objects below an address such as s3://bucket/prefix: read, fetch, put, list and delete them.
+
+The client is obstore, with the credentials and the endpoint of its own environment variables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import ConfigError, DamagedError, shorten
+
+REQUEST_SECONDS = 20.0  # in which a request, or the next part of an answer, has to come
+RETRIES = 3
+PART_BYTES = 5 * 2**20
+ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
+
+OnBytes = Callable[[int], None]
+
+
+class StorageError(ConfigError):
+    """Object storage did not answer, or refused a request."""
+
+
+class ObjectMissing(StorageError):  # noqa: N818 (a state of the storage, which callers expect)
+    """There is no object at a key."""
+
+
+class ObjectChanged(StorageError):  # noqa: N818
+    """A conditional request was refused: the object is another by now, or is there already."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as a list has it: its key, bytes, and entity tag, which changes with its content."""
+
+    key: str
+    size: int
+    tag: str
+
+
+class ObjectStorage:
+    """The objects below an address; keys are relative to it.
+
+    Every method raises StorageError, naming the address, where the storage is away or refuses.
+    """
+
+    def __init__(self, address: str, *, seconds: float | None = None) -> None:
+        """`seconds` from now no request is begun any more: StorageError."""
+        self.address = address.rstrip("/")
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        try:
+            self._client: Any = import_module("obstore")
+        except ImportError:
+            raise ConfigError(
+                f"{address} needs the package obstore, which is not installed here. Install the "
+                f"extra: pip install 'nested-tune[mirror]'."
+            ) from None
+        patience = timedelta(seconds=min(REQUEST_SECONDS, seconds or REQUEST_SECONDS))
+        options: dict[str, Any] = {
+            "connect_timeout": patience,
+            "read_timeout": patience,
+            "timeout": timedelta(days=1),  # of a whole answer, whose parts come in time
+        }
+        endpoints = [os.environ.get(name, "") for name in ENDPOINT_VARIABLES]
+        if any(endpoint.startswith("http://") for endpoint in endpoints):
+            options["allow_http"] = True  # by the environment's own word
+        retry = {"max_retries": RETRIES, "retry_timeout": patience}
+        with self._explaining("be opened"):
+            from_url = import_module("obstore.store").from_url
+            self._store = from_url(self.address, client_options=options, retry_config=retry)
+
+    def read(self, key: str, limit: int) -> tuple[bytes, str]:
+        """Return the content of a small object, and its entity tag.
+
+        Raises ObjectMissing, and DamagedError if it is larger than `limit` bytes.
+        """
+        with self._explaining(f"be read ({key})"):
+            answer = self._client.get(self._store, key)
+            self._require_size(key, answer.meta["size"], limit)
+            content = bytes(answer.bytes())
+            if len(content) != answer.meta["size"]:
+                raise self._client.exceptions.GenericError("the answer was cut off")
+        return content, str(answer.meta["e_tag"])
+
+    def fetch(self, key: str, target: Path, *, size: int, tag: str | None = None) -> str:
+        """Write an object to a new file, forced to disk; return its SHA-256.
+
+        tag: the entity tag that it must have; ObjectChanged for another.
+
+        Raises ObjectMissing, and DamagedError if it has not `size` bytes; no more are written.
+        """
+        digest, written = hashlib.sha256(), 0
+        options = None if tag is None else {"if_match": tag}
+        with self._explaining(f"be read ({key})"), target.open("xb") as file:
+            answer = self._client.get(self._store, key, options=options)
+            self._require_size(key, answer.meta["size"], size)
+            for part in answer.stream(min_chunk_size=PART_BYTES):
+                self._require_time()
+                written += len(part)
+                self._require_size(key, written, size)
+                digest.update(part)
+                file.write(part)
+            if written != answer.meta["size"]:
+                raise self._client.exceptions.GenericError("the answer was cut off")
+            file.flush()
+            os.fsync(file.fileno())
+        if written != size:
+            raise DamagedError(f"{self.address}/{key} has {written} bytes. Expected {size}.")
+        return digest.hexdigest()
+
+    def put(self, key: str, content: bytes | Path) -> None:
+        """Put an object whose key says its content; one that is there is replaced by its equal."""
+        with self._explaining(f"be written ({key})"):
+            whole = isinstance(content, bytes) or content.stat().st_size <= PART_BYTES
+            if whole:
+                body = content if isinstance(content, bytes) else content.read_bytes()
+                self._client.put(self._store, key, body, use_multipart=False)
+            else:
+                self._client.put(self._store, key, self._read_parts(content), max_concurrency=4)
+
+    def replace(self, key: str, content: bytes, tag: str | None) -> None:
+        """Put an object if the one that is there has this tag; None: if there is none.
+
+        Raises ObjectChanged, with nothing put, if it is another.
+        """
+        mode = "create" if tag is None else {"e_tag": tag}
+        with self._explaining(f"be written ({key})"):
+            self._client.put(self._store, key, content, mode=mode)
+
+    def list_objects(self, prefix: str) -> Iterator[StoredObject]:
+        """Yield each object whose key begins with the folder `prefix`."""
+        with self._explaining("be listed"):
+            for page in self._client.list(self._store, prefix or None):
+                self._require_time()
+                for meta in page:
+                    yield StoredObject(meta["path"], meta["size"], str(meta["e_tag"]))
+
+    def find(self, key: str) -> StoredObject:
+        """Return the object at a key; ObjectMissing without one."""
+        with self._explaining(f"be read ({key})"):
+            meta = self._client.head(self._store, key)
+        return StoredObject(key, meta["size"], str(meta["e_tag"]))
+
+    def delete(self, keys: list[str]) -> None:
+        """Delete objects; one that is gone is no error."""
+        with self._explaining("be deleted from"):
+            for key in keys:
+                self._require_time()
+                try:
+                    self._client.delete(self._store, key)
+                except FileNotFoundError:
+                    continue
+
+    def _read_parts(self, path: Path) -> Iterator[bytes]:
+        """Yield the parts of a file; StorageError, which ends the upload, once time is over."""
+        with path.open("rb") as file:
+            while part := file.read(PART_BYTES):
+                self._require_time()
+                yield part
+
+    def _require_time(self) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise StorageError(f"{self.address}: the time for it is over")
+
+    def _require_size(self, key: str, size: int, limit: int) -> None:
+        if size > limit:
+            raise DamagedError(
+                f"{self.address}/{key} has {size} bytes or more. Expected at most {limit}."
+            )
+
+    @contextmanager
+    def _explaining(self, attempt: str) -> Iterator[None]:
+        """Raise the client's errors as StorageError: what could not be done, where, and why.
+
+        attempt: what the address cannot, such as "be read".
+        """
+        self._require_time()
+        errors = self._client.exceptions
+        try:
+            yield
+        except FileNotFoundError as error:
+            if error.errno is not None:  # of this machine's disk
+                raise
+            raise ObjectMissing(f"{self.address} cannot {attempt}: it is not there.") from None
+        except (errors.AlreadyExistsError, errors.PreconditionError):
+            raise ObjectChanged(f"{self.address} cannot {attempt}: it was changed.") from None
+        except (errors.BaseError, ValueError) as error:
+            # The first line alone: what follows is the server's answer, which names the key's owner
+            reason = shorten(str(error).partition("\n")[0].partition("<?xml")[0], 300)
+            raise StorageError(
+                f"{self.address} cannot {attempt}: {reason}. Check the address, the network, and "
+                f"the credentials and endpoint in this process's environment (AWS_ACCESS_KEY_ID, "
+                f"AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL)."
+            ) from None
