@@ -65,6 +65,7 @@ VARIABLES = {
             "folders that parameters and events may name, separated by colons",
         ),
         "NESTED_TUNE_TRUSTED_MODELS": ("none", "models whose own Python code a run may execute"),
+        "NESTED_TUNE_BUCKETS": ("none", "addresses of object storage that a run may use, spaced"),
         "NESTED_TUNE_REGISTRIES": ("none", "registries in which a run may begin a new name"),
         "NESTED_TUNE_LOG_FORMAT": (
             "text",

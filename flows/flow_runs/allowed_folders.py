@@ -3,7 +3,8 @@
 The worker's environment says it: `NESTED_TUNE_ROOTS` lists the folders to read and write in
 (without it the folder that the flow runs in is the only one), `NESTED_TUNE_TRUSTED_MODELS` the
 models whose own code may run, `NESTED_TUNE_REGISTRIES` the registries in which a run may begin a
-new name. Each is separated as PATH is. A flow that a person starts at a command line may do what
+new name, each separated as PATH is; and `NESTED_TUNE_BUCKETS` the addresses of object storage below
+which a run may read data and mirror a registry, separated by spaces. A flow that a person starts at a command line may do what
 that person may.
 """
 
@@ -27,12 +28,14 @@ from nested_core.config.section_base import PathRule
 from nested_core.config.sections import HubDataset, RegistrySection
 from nested_core.errors import ConfigError
 from nested_core.process.our_packages import COMMON_NAMES, ROOT
+from nested_core.storage.addresses import is_in_bucket
 from nested_core.storage.user_cache import CACHE_VARIABLE
 from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE
 
 ROOTS_VARIABLE = "NESTED_TUNE_ROOTS"
 TRUSTED_MODELS_VARIABLE = "NESTED_TUNE_TRUSTED_MODELS"
 REGISTRIES_VARIABLE = "NESTED_TUNE_REGISTRIES"
+BUCKETS_VARIABLE = "NESTED_TUNE_BUCKETS"
 GUARDED_VARIABLES = (CACHE_VARIABLE, KERNELS_FOLDER_VARIABLE, "PREFECT_HOME")
 _PURELIB = os.path.realpath(sysconfig.get_path("purelib"))
 CODE_FOLDERS = (Path(_PURELIB), *(ROOT / name for name in ("nested_core", *COMMON_NAMES)))
@@ -90,7 +93,9 @@ def allow_paths(config: Config) -> Config:
     """
 
     def allow(name: str, rule: PathRule, value: str) -> str:
-        """The path to open, or the name of the hub."""
+        """The path to open, the name of the hub, or the address."""
+        if is_in_bucket(value):
+            return _allow_bucket(value, name)
         if rule == "local_or_hub" and _is_on_hub(value):
             return value
         return str(_allow_path(value, name))
@@ -99,6 +104,18 @@ def allow_paths(config: Config) -> Config:
     for index, entry in enumerate(allowed.hf_dataset):
         _require_allowed_dataset(entry, f"hf_dataset[{index}]")
     return allowed
+
+
+def _allow_bucket(address: str, what: str) -> str:
+    """The address; ConfigError unless the worker's environment lists one that it lies below."""
+    listed = os.environ.get(BUCKETS_VARIABLE, "").split()
+    if any(f"{address}/".startswith(f"{one.rstrip('/')}/") for one in listed):
+        return address
+    raise ConfigError(
+        f"{what}: {address} would be used with this worker's credentials, and {BUCKETS_VARIABLE} "
+        f"in its environment lists no address that this one lies below. A person who runs the "
+        f"worker sets it, such as {BUCKETS_VARIABLE}=s3://rows/support."
+    )
 
 
 def with_trusted_code(config: Config) -> Config:

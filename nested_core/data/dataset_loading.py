@@ -133,6 +133,7 @@ def _describe_file_for_key(file: SplitFile) -> dict[str, object]:
         "problems": sorted(file.problems.items()),
         "parts": to_jsonable_python(file.parts),
         "delimiters": file.delimiters,
+        "tags": dict(file.tags),
     }
 
 

@@ -283,7 +283,9 @@ def _make_report(
         rejected = len(findings.lines_with_errors(table.file))
         stats = make_split_stats(table.file, table.frame, rejected, table.digest, table.dropped)
         source = table.source
-        stats = replace(stats, parts=source.parts, delimiters=source.delimiters)
+        stats = replace(
+            stats, parts=source.parts, delimiters=source.delimiters, tags={**source.tags}
+        )
         if split in facts:
             stats = replace(stats, tokens=make_token_stats(facts[split], settings, context))
         splits[split] = stats

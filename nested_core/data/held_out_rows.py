@@ -19,6 +19,7 @@ from nested_core.data.lines.example_parsing import Example, read_examples
 from nested_core.data.sources.split_files import SplitFile, open_splits
 from nested_core.errors import DatasetError
 from nested_core.records.dataset import find_place
+from nested_core.storage.addresses import is_in_bucket
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, regular_sha256
 
@@ -48,7 +49,8 @@ def read_held_out_prompts(
     If it names a separate file, they are of valid, or else of test. Empty for a data set of the
     hub, which would have to be read whole, and for plain text, which has no prompts.
     """
-    if settings.hf_dataset or not Path(settings.data).is_dir():
+    is_folder = is_in_bucket(settings.data) or Path(settings.data).is_dir()
+    if settings.hf_dataset or not is_folder:
         return []
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         splits = open_splits(settings, Path(spool))

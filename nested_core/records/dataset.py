@@ -242,6 +242,7 @@ class SplitStats:
     dropped: the numbers of dropped lines by reason.
     delimiters: the column separators of tables, such as commas.
     parts: the files of a split that has several; `file` then names them all.
+    tags: the entity tag of each file that was fetched from object storage, by its name.
     """
 
     file: str
@@ -257,6 +258,7 @@ class SplitStats:
     in_format: int = 0
     delimiters: tuple[str, ...] = ()
     parts: tuple[FilePart, ...] = ()
+    tags: dict[str, str] = field(default_factory=dict)
 
     @property
     def data_format(self) -> str:

@@ -55,8 +55,8 @@ def read_mirror_note(folder: Path) -> MirrorNote | None:
         return MirrorNote.model_validate(read_json(path, MAX_NOTE_BYTES))
     except (ValidationError, DamagedError) as error:
         raise DamagedError(
-            f"{path} does not say where {folder.name} is mirrored. Remove it, and give `nested-tune "
-            f"registry mirror {folder.parent} --to ADDRESS`."
+            f"{path} does not say where {folder.name} is mirrored. Remove it, and give "
+            f"`nested-tune registry mirror {folder.parent} --to ADDRESS`."
         ) from error
 
 

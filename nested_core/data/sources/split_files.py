@@ -35,6 +35,7 @@ from nested_core.data.sources.file_formats import (
 )
 from nested_core.errors import ConfigError
 from nested_core.records.dataset import FilePart
+from nested_core.storage.addresses import is_in_bucket
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
@@ -72,6 +73,7 @@ class SplitFile:
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)  # by line: check, message
     parts: tuple[FilePart, ...] = ()  # where there are several files
     delimiters: tuple[str, ...] = ()  # of tables: commas, semicolons ...
+    tags: Mapping[str, str] = field(default_factory=dict)  # of files in object storage, by name
 
     def physical_lines_of(self, numbers: set[int]) -> set[int]:
         """Return the lines of `path`, from 1, that have these original numbers."""
@@ -91,6 +93,8 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
 
     Raises ConfigError if there is no such data set, or two files for one split; and OSError.
     """
+    if is_in_bucket(settings.data) and not settings.hf_dataset:
+        return _open_fetched(settings, spool)
     if settings.hf_dataset:
         return _open_hub_tables("hf_dataset", settings, spool)
     if paths := _find_split_files(settings.data):
@@ -173,6 +177,42 @@ class HubReader:
     """
 
     open_tables: Callable[[DataSettings], Mapping[str, tuple[str, Iterable[NumberedLine]]]]
+
+
+@dataclass(frozen=True)
+class FetchedData:
+    """A data set that was fetched from object storage.
+
+    path: of the local file, or of the folder with its files.
+    tags: the entity tag of each file, by its name.
+    """
+
+    path: str
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class BucketReader:
+    """A room's reader of data sets in object storage.
+
+    fetch: fetches the data set at an address, as far as it is not here yet.
+    """
+
+    fetch: Callable[[str], FetchedData]
+
+
+def _open_fetched(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
+    """Return the splits of a data set in object storage, each with the entity tags of its files.
+
+    Raises ConfigError if the room mirror is not installed, or if it cannot be fetched.
+    """
+    fetched = seams.load_only(BucketReader, f"data: {settings.data}").fetch(settings.data)
+    splits = open_splits(replace(settings, data=fetched.path), spool)
+    names = {s: {part.name for part in f.parts} or {f.name} for s, f in splits.items()}
+    return {
+        split: replace(file, tags={n: t for n, t in fetched.tags.items() if n in names[split]})
+        for split, file in splits.items()
+    }
 
 
 def _open_hub_tables(key: str, settings: DataSettings, spool: Path) -> dict[str, SplitFile]:

@@ -9,28 +9,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nested_core.errors import DamagedError, MissingFileError
+from nested_core.errors import DamagedError
 from nested_core.registry.folders import VERSIONS_FOLDER_NAME, shared_folder_lock
 from nested_core.registry.judgements import judgement_path
-from nested_core.registry.ledger import LEDGER_NAME, read_ledger
+from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.link_and_views import require_sound_end
 from nested_core.registry.mirroring import read_mirror_note, write_mirrored_end
 from nested_core.registry.versions import OPTIONAL_FILES, VERSION_FILES, verify_version
 from nested_core.rooms.mirror.mirror_layout import (
-    MAX_POINTER_BYTES,
-    MAX_STRETCHES,
     Pointer,
-    Stretch,
-    first_line_sha256,
+    history_key,
     judgement_key,
-    parse_pointer,
     pointer_key,
-    recorded_manifest,
-    version_folder_key,
+    read_pointer,
+    version_key,
 )
 from nested_core.rooms.mirror.object_storage import (
     ObjectChanged,
@@ -38,9 +34,9 @@ from nested_core.rooms.mirror.object_storage import (
     ObjectStorage,
     StorageError,
 )
+from nested_core.storage.atomic import render_json
 from nested_core.storage.lock_file import exclusive_lock
-from nested_core.storage.untrusted_files import file_type, read_regular
-from nested_core.text.digest_format import shorten_digest
+from nested_core.storage.untrusted_files import read_regular
 from nested_core.text.stages import stages
 
 MIRROR_LOCK_NAME = ".mirror-lock"
@@ -52,17 +48,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """What was put: `files` of versions and judgements, `size` bytes; `lines` are in the mirror.
-
-    skipped: what is wrong with each version that is damaged here, and was not put.
-    """
+    """What a mirror has now, and how many `files` of versions and verdicts were put for it."""
 
     address: str
-    lines: int
     champion: str | None
-    files: int = 0
-    size: int = 0
-    skipped: tuple[str, ...] = ()
+    lines: int
+    files: int
 
 
 def publish_after_change(folder: Path) -> None:
@@ -72,16 +63,14 @@ def publish_after_change(folder: Path) -> None:
     """
     try:
         note = read_mirror_note(folder)
-        if note is None:
-            return
         with shared_folder_lock(folder):
-            is_behind = read_ledger(folder).end_sha256 != note.end
-        if is_behind:
+            end = read_ledger(folder).end_sha256
+        if note is not None and note.end != end:
             publish(folder, note.address, seconds=SECONDS_AFTER_CHANGE)
     except Exception as error:  # the change here is made, whatever the client or the network does
         _log.warning(
-            "The mirror of %s was not brought up to date: %s What is missing is put by the next "
-            "promotion or reconcile, or by `nested-tune registry mirror %s`.",
+            "The mirror of %s is behind: %s The next promotion or reconcile puts what it lacks, or "
+            "`nested-tune registry mirror %s`.",
             folder,
             error,
             folder.parent,
@@ -97,178 +86,112 @@ def publish(folder: Path, address: str, *, seconds: float | None = None) -> Publ
     Raises StorageError where the storage is away, refuses or is too slow, DamagedError for a mirror
     of another registry, a damaged history, or a damaged champion.
     """
-    began = time.monotonic()
+    deadline = time.monotonic() + (float("inf") if seconds is None else seconds)
 
     def wait() -> None:
-        """Wait for another process that publishes the same name; raises once time is over."""
-        if seconds is not None and time.monotonic() > began + seconds:
-            raise StorageError(f"another process has published {folder} for {seconds:g} seconds.")
+        """Wait for another process that publishes the same name; StorageError once it is late."""
+        if time.monotonic() > deadline:
+            raise StorageError(f"another process was publishing {folder} all the time.")
         time.sleep(LOCK_POLL_SECONDS)
 
     storage = ObjectStorage(address, seconds=seconds)
     with exclusive_lock(folder / MIRROR_LOCK_NAME, on_busy=wait):
         for _ in range(ATTEMPTS):
+            snapshot = _Snapshot.read(folder)
             try:
-                published = _Attempt(folder, storage).publish()
-            except (ObjectChanged, MissingFileError):  # of a gc here, or of a put that came late
+                published = snapshot.publish(storage)
+            except (ObjectChanged, FileNotFoundError):  # by a late request of ours, or a gc here
                 continue
-            write_mirrored_end(folder, address, published.end)
-            return published.facts
+            write_mirrored_end(folder, address, snapshot.ledger.end_sha256)
+            return published
     raise DamagedError(
-        f"{address} changed {ATTEMPTS} times while {folder} was put there: something else writes to "
-        f"it. Give each registry a prefix of its own."
+        f"{address} was changed {ATTEMPTS} times while {folder} was put there: something else "
+        f"writes to it. Give each registry a prefix of its own."
     )
 
 
 @dataclass(frozen=True)
-class _Done:
-    facts: Published
-    end: str
+class _Snapshot:
+    """The history of a name at one moment: parsed, and its bytes."""
 
+    folder: Path
+    ledger: Ledger
+    history: bytes
 
-class _Attempt:
-    """One attempt to publish a name, on what its history was when the attempt began."""
-
-    def __init__(self, folder: Path, storage: ObjectStorage) -> None:
-        self.folder, self.storage, self.name = folder, storage, folder.name
+    @classmethod
+    def read(cls, folder: Path) -> _Snapshot:
         with shared_folder_lock(folder):
-            self.ledger = read_ledger(folder)
-            require_sound_end(folder, self.ledger)
-            content = b""
-            if self.ledger.entries:
-                content = read_regular(folder / LEDGER_NAME)[: self.ledger.whole_bytes]
-        self.history = content
-        self.skipped: list[str] = []
+            ledger = read_ledger(folder)
+            require_sound_end(folder, ledger)
+            content = read_regular(folder / LEDGER_NAME) if ledger.entries else b""
+        return cls(folder, ledger, content[: ledger.whole_bytes])
 
-    def publish(self) -> _Done:
-        """Put what is missing; raises ObjectChanged or MissingFileError to be tried again."""
-        if not self.ledger.entries:
-            return _Done(Published(self.storage.address, 0, None), self.ledger.end_sha256)
-        pointer, tag = self._read_pointer()
-        if pointer is not None:
-            self._require_own(pointer)
-        there = {
-            stored.key: stored.size
-            for kind in ("versions", "judgements", "history")
-            for stored in self.storage.list_objects(f"{self.name}/{kind}")
-        }
-        wanted = self._list_files()
-        missing = {
-            key: path for key, path in wanted.items() if there.get(key) != path.stat().st_size
-        }
-        size = 0
-        for number, (key, path) in enumerate(missing.items(), 1):
-            stages.info(f"mirror of {self.name}: file {number} of {len(missing)}")
-            size += path.stat().st_size
-            self.storage.put(key, path)
-        stretches = self._put_history(pointer, there)
-        new = Pointer(
-            registry=first_line_sha256(self.history),
-            lines=len(self.ledger.entries),
-            end=self.ledger.end_sha256,
-            champion=self.ledger.champion,
-            history=stretches,
-        )
-        if new != pointer:
-            self.storage.replace(pointer_key(self.name), new.render(), tag)
-            # Only here: another author, who is refused next time, may have put what is not ours
-            self.storage.delete(self._list_unneeded(there, stretches))
-        facts = Published(
-            self.storage.address,
-            new.lines,
-            new.champion,
-            len(missing),
-            size,
-            tuple(self.skipped),
-        )
-        return _Done(facts, self.ledger.end_sha256)
-
-    def _read_pointer(self) -> tuple[Pointer | None, str | None]:
-        """Read the mirror's pointer and its entity tag; None and None without one."""
-        key = pointer_key(self.name)
+    def publish(self, storage: ObjectStorage) -> Published:
+        """Put what is missing; raises ObjectChanged or FileNotFoundError to be tried again."""
+        name, ledger = self.folder.name, self.ledger
+        if not ledger.entries:
+            return Published(storage.address, None, 0, 0)
         try:
-            content, tag = self.storage.read(key, MAX_POINTER_BYTES)
+            before, tag = read_pointer(storage, name)
+            self._require_own(before, storage)
         except ObjectMissing:
-            return None, None
-        return parse_pointer(content, f"{self.storage.address}/{key}"), tag
+            before, tag = None, None
+        there = {stored.key: stored.size for stored in storage.list_objects(name)}
+        files = dict(self._iterate_files())
+        missing = [key for key, path in files.items() if there.get(key) != path.stat().st_size]
+        for number, key in enumerate(missing, 1):
+            stages.info(f"mirror of {name}: file {number} of {len(missing)}")
+            storage.put(key, files[key])
+        digest = hashlib.sha256(self.history).hexdigest()
+        lines, size = len(ledger.entries), len(self.history)
+        if there.get(history_key(name, digest)) != size:
+            storage.put(history_key(name, digest), self.history)
+        new = Pointer(champion=ledger.champion, lines=lines, size=size, history=digest)
+        if new != before:
+            storage.replace(pointer_key(name), render_json(new.model_dump()), tag)
+            # Only now: an author who will be refused may have put what is not ours before
+            needed = {*files, pointer_key(name), history_key(name, digest)}
+            storage.delete([key for key in there if key not in needed and self._is_spare(key)])
+        return Published(storage.address, ledger.champion, lines, len(missing))
 
-    def _require_own(self, pointer: Pointer) -> None:
+    def _require_own(self, pointer: Pointer, storage: ObjectStorage) -> None:
         """Raise DamagedError unless the mirror's history is the beginning of this registry's."""
-        place = f"{self.storage.address}/{self.name}"
-        if pointer.registry != first_line_sha256(self.history):
+        beginning = self.history[: pointer.size]
+        if hashlib.sha256(beginning).hexdigest() != pointer.history:
             raise DamagedError(
-                f"{place} is the mirror of another registry: its history begins otherwise than that "
-                f"of {self.folder}. One registry alone writes to a mirror: give this one another "
-                f"prefix. Nothing was put."
-            )
-        beginning = self.history[: pointer.history_bytes]
-        last_line = beginning[beginning.rfind(b"\n", 0, -1) + 1 :]
-        is_beginning = len(beginning) == pointer.history_bytes
-        if not is_beginning or hashlib.sha256(last_line).hexdigest() != pointer.end:
-            raise DamagedError(
-                f"{place} has a history of {pointer.lines} lines that {self.folder} does not begin "
-                f"with: a copy of this registry went on elsewhere and writes there, or this one "
-                f"was restored from a backup. Nothing was put. Go on with the other registry, or "
-                f"give this one another prefix."
+                f"{storage.address}/{self.folder.name} has a history of {pointer.lines} lines that "
+                f"the one of {self.folder} does not begin with: it is the mirror of another "
+                f"registry, a copy of this one goes on elsewhere, or this one was restored from a "
+                f"backup. Nothing was put. One registry alone writes to a prefix: give this one "
+                f"another by `nested-tune registry mirror {self.folder.parent} --to ADDRESS`."
             )
 
-    def _list_files(self) -> Mapping[str, Path]:
-        """Return the local file of each key that the history needs, the champion's verified first.
+    def _iterate_files(self) -> Iterator[tuple[str, Path]]:
+        """Yield the key and the local file of all that the history needs.
 
-        Raises DamagedError where the champion is damaged; another damaged version is skipped.
+        Raises DamagedError for a damaged champion; another damaged version is left out, and said.
         """
-        files: dict[str, Path] = {}
-        versions = sorted(self.ledger.by_version, key=lambda v: (v != self.ledger.champion, v))
-        for version in versions:
-            manifest = recorded_manifest(self.ledger, version)
+        name = self.folder.name
+        for version in self.ledger.by_version:
             place = self.folder / VERSIONS_FOLDER_NAME / version
-            if manifest is None:
-                continue
+            recorded = self.ledger.manifest_hashes(version)
             try:
-                verify_version(place, version, {manifest}, max_age=float("inf"))
+                verify_version(place, version, recorded, max_age=float("inf"))
             except DamagedError as error:
-                if file_type(place) == "missing" and self._is_removed_by_now(version):
-                    raise MissingFileError(f"{place} was removed.") from error
                 if version == self.ledger.champion:
                     raise
-                self.skipped.append(f"{shorten_digest(version)}: {error}")
+                _log.warning("Not put into the mirror: %s", error)
                 continue
-            prefix = version_folder_key(self.name, version, manifest)
-            for name in (*VERSION_FILES, *OPTIONAL_FILES):
-                if (place / name).exists():
-                    files[f"{prefix}/{name}"] = place / name
+            prefix = version_key(name, version, self.ledger)
+            for path in (place / file for file in (*VERSION_FILES, *OPTIONAL_FILES)):
+                if path.exists():
+                    yield f"{prefix}/{path.name}", path
             for _, digest in self.ledger.judgements(version):
                 path = judgement_path(self.folder, version, digest)
-                if path.is_file():  # else damaged, as an audit of either will say
-                    files[judgement_key(self.name, version, digest)] = path
-        return files
+                if path.is_file():  # else it is lost, as an audit of either says
+                    yield judgement_key(name, version, digest), path
 
-    def _is_removed_by_now(self, version: str) -> bool:
-        """Return whether the registry has removed a version since this attempt read its history."""
-        with shared_folder_lock(self.folder):
-            return read_ledger(self.folder).is_removed(version)
-
-    def _list_unneeded(self, there: Iterable[str], stretches: Sequence[Stretch]) -> list[str]:
-        """Return the keys of removed versions and of stretches that another one replaced."""
-        kept = {stretch.key(self.name) for stretch in stretches}
-        kind_and_version = {key: key.split("/")[1:3] for key in there}
-        return [
-            key
-            for key, (kind, version) in kind_and_version.items()
-            if key not in kept and (kind == "history" or version not in self.ledger.by_version)
-        ]
-
-    def _put_history(
-        self, pointer: Pointer | None, there: Mapping[str, int]
-    ) -> tuple[Stretch, ...]:
-        """Put the lines that the mirror lacks; return all stretches of the history."""
-        before = () if pointer is None else pointer.history
-        if len(before) >= MAX_STRETCHES or any(s.key(self.name) not in there for s in before):
-            before = ()
-        start = before[-1].end if before else 0
-        lines = self.history[start:]
-        if not lines:
-            return before
-        new = Stretch(start=start, end=len(self.history), sha256=hashlib.sha256(lines).hexdigest())
-        self.storage.put(new.key(self.name), lines)
-        return (*before, new)
+    def _is_spare(self, key: str) -> bool:
+        """Return whether an object is an old history, or of a version that was removed."""
+        kind, _, rest = key.partition("/")[2].partition("/")
+        return kind == "history" or rest.partition("/")[0] not in self.ledger.by_version

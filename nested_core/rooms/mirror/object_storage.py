@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, shorten
+from nested_core.text.stages import stages
 
 REQUEST_SECONDS = 20.0  # in which a request, or the next part of an answer, has to come
 RETRIES = 3
+SECONDS_BETWEEN_NEWS = 5.0  # of an answer that takes longer
 PART_BYTES = 5 * 2**20
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
-
-OnBytes = Callable[[int], None]
 
 
 class StorageError(ConfigError):
@@ -40,7 +40,7 @@ class ObjectChanged(StorageError):  # noqa: N818
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object as a list has it: its key, bytes, and entity tag, which changes with its content."""
+    """An object as a list has it: key, bytes, and the entity tag, another for other content."""
 
     key: str
     size: int
@@ -103,8 +103,12 @@ class ObjectStorage:
         with self._explaining(f"be read ({key})"), target.open("xb") as file:
             answer = self._client.get(self._store, key, options=options)
             self._require_size(key, answer.meta["size"], size)
+            told = time.monotonic()
             for part in answer.stream(min_chunk_size=PART_BYTES):
                 self._require_time()
+                if time.monotonic() > told + SECONDS_BETWEEN_NEWS:
+                    stages.info(f"fetching {key}: {100 * written // size} % of {size:,} bytes")
+                    told = time.monotonic()
                 written += len(part)
                 self._require_size(key, written, size)
                 digest.update(part)

@@ -7,8 +7,9 @@ another registry is refused, and the copy stays as it was.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Iterable
+import time
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
@@ -26,68 +27,65 @@ from nested_core.registry.mirroring import (
     MAX_NOTE_BYTES,
     RegistryMirror,
 )
-from nested_core.registry.versions import (
-    OPTIONAL_FILES,
-    VERSION_FILES,
-    inspect_version,
-    registered_versions,
-    resolve_version,
-)
+from nested_core.registry.versions import inspect_version, registered_versions, resolve_version
 from nested_core.rooms.mirror.author import publish_after_change
 from nested_core.rooms.mirror.mirror_layout import (
-    MAX_HISTORY_BYTES,
-    MAX_POINTER_BYTES,
     Pointer,
-    first_line_sha256,
+    history_key,
     judgement_key,
-    parse_pointer,
     pointer_key,
-    recorded_manifest,
-    version_folder_key,
+    read_pointer,
+    version_key,
 )
 from nested_core.rooms.mirror.object_storage import ObjectMissing, ObjectStorage
-from nested_core.storage.atomic import write_bytes, write_json
+from nested_core.storage.atomic import write_json
 from nested_core.storage.lock_file import exclusive_lock
 from nested_core.storage.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_manifest
-from nested_core.storage.untrusted_files import file_type, read_json_object
+from nested_core.storage.untrusted_files import file_type, read_json_object, read_regular
 from nested_core.storage.user_cache import UserCache, cache_folder
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.stages import stages
 
 CACHE_FOLDER_NAME = "mirrors"
+MAX_HISTORY_BYTES = 256 * 1024 * 1024
 MAX_JUDGEMENT_BYTES = 64 * 1024 * 1024
-ATTEMPTS = 4  # where the author moves the pointer meanwhile
+ATTEMPTS, SECONDS_BETWEEN = 3, 0.5  # where the author removes what an old pointer needs
 
 
 def open_copy(address: str) -> Path:
     """Return the folder in the user's cache that stands for the registry at an address."""
+    address = address.rstrip("/")
     cache = UserCache(
         cache_folder() / CACHE_FOLDER_NAME,
         "copies of registries in object storage",
         "put another adapter in the place of the champion",
     )
     cache.remove_unused()
-    folder = cache.entry(address.rstrip("/"))
+    folder = cache.entry(address)
     folder.mkdir(mode=0o700, exist_ok=True)
-    write_json(folder / ADDRESS_NOTE_NAME, {"address": address.rstrip("/")})  # its use renews it
+    write_json(folder / ADDRESS_NOTE_NAME, {"address": address})
     return folder
 
 
 def update_copy(registry: Path, name: str, version: str | None) -> None:
     """Bring a name of a copy up to date; `nested_core.registry.mirroring.update_copy` says how."""
     check_name(name)
-    note = registry / ADDRESS_NOTE_NAME
-    address = str(read_json_object(note, MAX_NOTE_BYTES).get("address"))
-    note.parent.touch()
+    note = read_json_object(registry / ADDRESS_NOTE_NAME, MAX_NOTE_BYTES)
+    registry.touch()  # the cache keeps what is used
     with exclusive_lock(registry / f".{name}.lock"):
-        copy = _Copy(registry / name, ObjectStorage(address))
+        copy = _Copy(registry / name, ObjectStorage(str(note["address"])))
         copy.finish_interrupted()
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 copy.update(version)
-                return
+                break
             except ObjectMissing as error:
-                copy.require_moved_pointer(error, is_last=attempt == ATTEMPTS)
+                if attempt == ATTEMPTS:
+                    raise DamagedError(
+                        f"{copy.place} is torn: {error} `nested-tune registry mirror` on the "
+                        f"author's machine puts what is missing."
+                    ) from error
+                time.sleep(SECONDS_BETWEEN)
 
 
 class _Copy:
@@ -97,188 +95,133 @@ class _Copy:
         self.folder, self.storage, self.name = folder, storage, folder.name
         self.place = f"{storage.address}/{folder.name}"
         self.staging = folder.parent / f".staging-{folder.name}"
-        self.pointer: Pointer | None = None
 
     def finish_interrupted(self) -> None:
         """Remove what a killed process left, and have the link say what the history says."""
         shutil.rmtree(self.staging, ignore_errors=True)
         if self.folder.is_dir():
-            try:
-                with exclusive_folder_lock(self.folder) as lock:
-                    NameFolder(self.folder, lock, read_ledger(self.folder)).write_views()
-            except DamagedError as error:
-                raise DamagedError(
-                    f"The local copy of {self.place} is damaged ({error}). Remove "
-                    f"{self.folder.parent}, and give the command again."
-                ) from error
+            with exclusive_folder_lock(self.folder) as lock:
+                NameFolder(self.folder, lock, read_ledger(self.folder)).write_views()
 
     def update(self, version: str | None) -> None:
-        """Take the mirror's history, with a version's files; raises ObjectMissing if it is torn."""
-        self.pointer = self._read_pointer()
-        ledger = read_ledger(self.folder) if self.folder.is_dir() else Ledger()
-        is_news = ledger.end_sha256 != self.pointer.end
-        if not is_news and not self._list_missing(ledger, version):
+        """Take the mirror's history, with a version's files; ObjectMissing if some are not there.
+
+        version: as of `nested_core.registry.mirroring.update_copy`.
+        """
+        pointer = self._read_pointer()
+        path = self.folder / LEDGER_NAME
+        known = read_regular(path) if file_type(path) == "file" else b""
+        is_news = hashlib.sha256(known).hexdigest() != pointer.history
+        if not is_news and not self._list_missing(read_ledger(self.folder), version):
             return
         self.staging.mkdir(mode=0o700)
         try:
-            history, ledger = self._fetch_history(self.pointer)
+            ledger = self._fetch_history(pointer, known)
             for one in self._list_missing(ledger, version):
                 self._fetch_version(one, ledger)
-            if version == EVERY_VERSION:
-                self._fetch_judgements(ledger)
-            self._take(history, ledger)
+            self._take(ledger)
         finally:
             shutil.rmtree(self.staging, ignore_errors=True)
 
-    def require_moved_pointer(self, error: ObjectMissing, *, is_last: bool) -> None:
-        """Raise DamagedError for a torn mirror, unless the author has moved the pointer since.
-
-        error: what is not there.
-        """
-        if self.pointer is None or is_last or self._read_pointer() == self.pointer:
-            raise DamagedError(
-                f"{self.place} is torn: {error} Its pointer needs it. On the author's machine "
-                f"`nested-tune registry mirror` puts what is missing."
+    def _read_pointer(self) -> Pointer:
+        """Read the mirror's pointer; ConfigError without one, DamagedError where it was there."""
+        try:
+            return read_pointer(self.storage, self.name)[0]
+        except ObjectMissing as error:
+            kind = DamagedError if self.folder.is_dir() else ConfigError
+            raise kind(
+                f"{self.storage.address} has no adapter {self.name}: {pointer_key(self.name)} "
+                f"is not there. Check address and name. On the author's machine `nested-tune "
+                f"registry mirror REGISTRY --to {self.storage.address}` puts it."
             ) from error
 
-    def _read_pointer(self) -> Pointer:
-        """Read the mirror's pointer; ConfigError without one."""
-        key = pointer_key(self.name)
-        try:
-            content, _ = self.storage.read(key, MAX_POINTER_BYTES)
-        except ObjectMissing:
-            if self.folder.is_dir():
-                raise DamagedError(f"{self.place} is torn: {key} is gone.") from None
-            raise ConfigError(
-                f"{self.storage.address} has no adapter named {self.name}: {key} is not there. "
-                f"Check the address and the name. The author's machine puts it with `registry.mirror`, "
-                f"or by `nested-tune registry mirror REGISTRY --to {self.storage.address}`."
-            ) from None
-        return parse_pointer(content, f"{self.storage.address}/{key}")
+    def _fetch_history(self, pointer: Pointer, known: bytes) -> Ledger:
+        """Fetch the mirror's history into the staging folder; it has to go on from the copy's.
 
-    def _fetch_history(self, pointer: Pointer) -> tuple[bytes, Ledger]:
-        """Return the mirror's history, checked line by line, which goes on from the copy's."""
-        path = self.folder / LEDGER_NAME
-        known = path.read_bytes() if file_type(path) == "file" else b""
-        if known and first_line_sha256(known) != pointer.registry:
+        known: the copy's history.
+        """
+        key, target = history_key(self.name, pointer.history), self.staging / LEDGER_NAME
+        if pointer.size > MAX_HISTORY_BYTES:
+            raise DamagedError(f"{self.place}/{key} is larger than {MAX_HISTORY_BYTES} bytes.")
+        digest = self.storage.fetch(key, target, size=pointer.size)
+        content = target.read_bytes()
+        if not content.startswith(known):
             raise DamagedError(
-                f"{self.place} is the mirror of another registry than the one that was read here "
-                f"before. If that is right, remove {self.folder.parent} and give the command again."
+                f"{self.place} is of another registry than what was read here before, or older "
+                f"than that: its history of {pointer.lines} lines does not go on from there. If "
+                f"that is right (the registry was restored from a backup), remove "
+                f"{self.folder.parent}, and give the command again."
             )
-        if pointer.history_bytes > MAX_HISTORY_BYTES:
-            raise DamagedError(f"{self.place} has a history beyond {MAX_HISTORY_BYTES} bytes.")
-        content = known
-        for number, stretch in enumerate(s for s in pointer.history if s.end > len(known)):
-            if number == 0:
-                content = known[: stretch.start]
-            size, target = stretch.end - stretch.start, self.staging / str(stretch.start)
-            found = self.storage.fetch(stretch.key(self.name), target, size=size)
-            if found != stretch.sha256:
-                raise DamagedError(f"{self.place}/{stretch.key(self.name)} has other content.")
-            content += target.read_bytes()
-        if len(content) > pointer.history_bytes or not content.startswith(known):
-            raise DamagedError(
-                f"{self.place} is older than what was read here before, or goes on from there "
-                f"otherwise: it ends at line {pointer.lines}. If that is right (the registry was "
-                f"restored from a backup), remove {self.folder.parent} and give the command again."
-            )
-        (self.staging / LEDGER_NAME).write_bytes(content)
         try:
             ledger = read_ledger(self.staging)
         except DamagedError as error:
-            raise DamagedError(f"{self.place} is damaged: {error}") from error
-        says = (pointer.registry, pointer.lines, pointer.end, pointer.champion)
-        is_so = (
-            first_line_sha256(content),
-            len(ledger.entries),
-            ledger.end_sha256,
-            ledger.champion,
-        )
-        if says != is_so or ledger.torn:
+            raise DamagedError(f"{self.place} has a damaged history: {error}") from error
+        if digest != pointer.history or ledger.torn or ledger.champion != pointer.champion:
             raise DamagedError(
-                f"{self.place}: the pointer does not say what the history says (line {pointer.lines} "
-                f"or champion). Something else than nested-tune writes there."
+                f"{self.place}: its pointer does not say what its history says. Something else "
+                f"than nested-tune writes there."
             )
-        return content, ledger
+        return ledger
 
     def _list_missing(self, ledger: Ledger, wanted: str | None) -> list[str]:
-        """Return the versions whose files the copy needs and does not have as they are recorded.
+        """Return the wanted versions that the copy does not have as the history records them.
 
-        wanted: as of `update_copy`.
+        Their files are checked by whoever reads them.
         """
+        versions = [] if ledger.champion is None else [ledger.champion]
         if wanted == EVERY_VERSION:
-            versions: Iterable[str] = sorted(ledger.by_version)
+            versions = sorted(ledger.by_version)
         elif wanted is not None:
-            self.folder.joinpath(VERSIONS_FOLDER_NAME).mkdir(parents=True, exist_ok=True)
+            (self.folder / VERSIONS_FOLDER_NAME).mkdir(mode=0o700, parents=True, exist_ok=True)
             versions = [resolve_version(self.folder, wanted, ledger)]
-        else:
-            versions = [] if ledger.champion is None else [ledger.champion]
-        return [v for v in versions if not self._has_version(v, ledger)]
+        return [version for version in versions if not self._has(version, ledger)]
 
-    def _has_version(self, version: str, ledger: Ledger) -> bool:
-        """Return whether the copy has a version with the manifest that the history records.
-
-        Its files are checked by whoever reads them.
-        """
-        place = self.folder / VERSIONS_FOLDER_NAME / version
+    def _has(self, version: str, ledger: Ledger) -> bool:
+        verdicts = [judgement_path(self.folder, version, d) for _, d in ledger.judgements(version)]
         try:
-            return read_manifest(place)["digest"] == recorded_manifest(ledger, version)
+            manifest = read_manifest(self.folder / VERSIONS_FOLDER_NAME / version)
         except DamagedError:
             return False
+        is_recorded = manifest["digest"] in ledger.manifest_hashes(version)
+        return is_recorded and all(path.is_file() for path in verdicts)
 
     def _fetch_version(self, version: str, ledger: Ledger) -> None:
-        """Fetch a version into the staging folder, and check it against the history there."""
-        manifest = recorded_manifest(ledger, version)
-        if manifest is None:
-            raise DamagedError(f"{self.place}: the history has no manifest of {version}.")
+        """Fetch a version with its verdicts into the staging folder, and check them there."""
         stages.info(f"fetching {self.name}, version {shorten_digest(version)}")
-        key, place = version_folder_key(self.name, version, manifest), self.staging / version
-        place.mkdir()
-        size = min(self.storage.find(f"{key}/{MANIFEST_NAME}").size, MAX_MANIFEST_BYTES)
-        self.storage.fetch(f"{key}/{MANIFEST_NAME}", place / MANIFEST_NAME, size=size)
-        files = read_manifest(place)["files"]
-        if unknown := files.keys() - {*VERSION_FILES, *OPTIONAL_FILES}:
-            raise DamagedError(f"{self.place}/{key}: {min(unknown)} belongs to no version.")
-        for name, entry in files.items():
-            self.storage.fetch(f"{key}/{name}", place / name, size=int(entry["bytes"]))
-        findings, _ = inspect_version(place, version, {manifest})
+        key = version_key(self.name, version, ledger)
+        place = self.staging / VERSIONS_FOLDER_NAME / version
+        place.mkdir(parents=True)
+        content, _ = self.storage.read(f"{key}/{MANIFEST_NAME}", MAX_MANIFEST_BYTES)
+        (place / MANIFEST_NAME).write_bytes(content)
+        for name, entry in read_manifest(place)["files"].items():
+            if Path(name).name == name:  # any other is no file of a version, as is found below
+                self.storage.fetch(f"{key}/{name}", place / name, size=int(entry["bytes"]))
+        findings, _ = inspect_version(place, version, ledger.manifest_hashes(version))
         if findings:
             problems = "; ".join(f"{one.file.name} {one.message}" for one in findings)
-            raise DamagedError(f"{self.place}/{key} is not what the history records: {problems}.")
+            raise DamagedError(f"{self.place}/{key} is not what its history records: {problems}.")
+        for number, digest in ledger.judgements(version):
+            verdict = judgement_key(self.name, version, digest)
+            content, _ = self.storage.read(verdict, MAX_JUDGEMENT_BYTES)
+            target = judgement_path(self.staging, version, digest)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            read_judgement(self.staging, version, digest, number)
 
-    def _fetch_judgements(self, ledger: Ledger) -> None:
-        """Fetch the later verdicts that the copy lacks, and check them against the history."""
-        for version in ledger.by_version:
-            for number, digest in ledger.judgements(version):
-                if judgement_path(self.folder, version, digest).is_file():
-                    continue
-                target = judgement_path(self.staging, version, digest)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                key = judgement_key(self.name, version, digest)
-                size = min(self.storage.find(key).size, MAX_JUDGEMENT_BYTES)
-                self.storage.fetch(key, target, size=size)
-                read_judgement(self.staging, version, digest, number)
-
-    def _take(self, history: bytes, ledger: Ledger) -> None:
-        """Move what was fetched into the copy, then take the history, then the champion."""
-        versions = self.folder / VERSIONS_FOLDER_NAME
-        versions.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def _take(self, ledger: Ledger) -> None:
+        """Move what was fetched into the copy, then the history, then the champion."""
+        (self.folder / VERSIONS_FOLDER_NAME).mkdir(mode=0o700, parents=True, exist_ok=True)
+        fetched = [path for path in self.staging.glob("*/*") if path.is_dir()]
         with exclusive_folder_lock(self.folder) as lock:
             locked = NameFolder(self.folder, lock, ledger)
-            for version in registered_versions(self.folder):
-                is_replaced = (self.staging / version).is_dir()
-                if version not in ledger.by_version or is_replaced:
-                    locked.delete_version(version)
-            for fetched in sorted(self.staging.iterdir()):
-                if fetched.name in ledger.by_version:
-                    fetched.rename(versions / fetched.name)
-            for judgement in self.staging.glob("judgements/*/*.json"):
-                target = self.folder / judgement.relative_to(self.staging)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                judgement.rename(target)
-            path = self.folder / LEDGER_NAME
-            if file_type(path) != "file" or path.read_bytes() != history:
-                write_bytes(path, history)
+            replaced = {path.name for path in fetched}
+            for version in replaced | ({*registered_versions(self.folder)} - {*ledger.by_version}):
+                locked.delete_version(version)
+            for path in fetched:
+                target = self.folder / path.relative_to(self.staging)
+                target.parent.mkdir(mode=0o700, exist_ok=True)
+                path.rename(target)
+            (self.staging / LEDGER_NAME).rename(self.folder / LEDGER_NAME)
             locked.write_views()
 
 
