@@ -96,7 +96,7 @@ def allow_paths(config: Config) -> Config:
         """The path to open, the name of the hub, or the address."""
         if is_in_bucket(value):
             return _allow_bucket(value, name)
-        if rule == "local_or_hub" and _is_on_hub(value):
+        if rule in ("local_or_hub", "local_hub_or_bucket") and _is_on_hub(value):
             return value
         return str(_allow_path(value, name))
 

@@ -13,6 +13,7 @@ from flows.finetune import FinetuneParameters
 from flows.promote import PromoteParameters
 from flows.reconcile import ReconcileParameters
 from flows.rollback import RollbackParameters
+from nested_core import seams
 from nested_core.config.key_properties import iterate_keys
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
@@ -40,12 +41,16 @@ TEXTS = {
     ("init", "prompt_feature"),
     ("init", "system"),
     ("init", "template"),
+    ("registry", "to"),
     ("rollback", "by"),
     ("rollback", "reason"),
     ("serve", "allowed_origins"),
     ("serve", "chat_template"),
     ("serve", "host"),
 }
+TAKEN_OF_BUCKETS = {"data", "registry.mirror"}
+REFUSED = "is an address, where nothing is read or"
+REFUSAL = {"registry.mirror": "is no address of object storage"}
 IN_LISTS = {"hf_dataset.path", "gate.tasks.file"}
 
 
@@ -55,6 +60,8 @@ def nest(name: str, value: str) -> dict[str, Any]:
     if not section:
         return GIVEN | {key: [value] if key == "held_out" else value}
     inner: Any = {key: value}
+    if name == "registry.mirror":
+        inner |= {"path": "registry", "name": "a"}
     if name in IN_LISTS:
         inner = [inner | ({"name": "a", "score": "exact"} if section == "gate.tasks" else {})]
     for outer in reversed(section.split(".")):
@@ -67,17 +74,34 @@ def test_every_key_that_is_a_path_refuses_an_address(tmp_path: Path) -> None:
     for name in PATH_KEYS:
         for address in ADDRESSES:
             for value in (address, [address]):
-                with pytest.raises(ValueError, match="is an address, where nothing is read or"):
+                if name in TAKEN_OF_BUCKETS and address.startswith(("s3:", "gs:")):
+                    continue
+                with pytest.raises(ValueError, match=REFUSAL.get(name, REFUSED)):
                     FineTuneConfig.model_validate(nest(name, value))  # type: ignore[arg-type]
-        if "." not in name and name not in IN_LISTS:
+        if "." not in name and name not in IN_LISTS and name not in TAKEN_OF_BUCKETS:
             flag = f"{name}: s3://bucket/x is an address.*[(]--{name.replace('_', '-')}[)]"
             with pytest.raises(ConfigError, match=flag):
                 load_config(None, GIVEN | {name: ADDRESSES[0]})
 
 
 def test_what_reads_addresses_by_design_still_takes_them() -> None:
+    mirror = {"path": "registry", "name": "a", "mirror": "s3://bucket/prefix"}
+    given = GIVEN | {"data": "s3://bucket/rows/train.parquet", "registry": mirror}
+    config = FineTuneConfig.model_validate(given)
+    assert config.data == "s3://bucket/rows/train.parquet"
+    assert config.registry.mirror == "s3://bucket/prefix"
     files = {"path": "json", "config": {"data_files": "https://data.example/train.jsonl"}}
     assert FineTuneConfig.model_validate(GIVEN | {"hf_dataset": files}).hf_dataset
+
+
+@pytest.mark.parametrize("address", ["s3://key:secret@bucket/x", "s3://bucket/x?token=1"])
+def test_an_address_of_object_storage_has_no_credentials(address: str) -> None:
+    with pytest.raises(ValueError, match="without credentials") as error:
+        FineTuneConfig.model_validate(GIVEN | {"data": address})
+    with pytest.raises(ConfigError, match="without credentials") as refused:
+        load_config(None, GIVEN | {"data": address})
+    assert "secret" not in str(refused.value)
+    assert "s3://..." in str(error.value)
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
@@ -95,7 +119,7 @@ def test_no_flow_takes_an_address(address: str) -> None:
 
 def test_no_argument_takes_an_address_but_texts_and_urls() -> None:
     """Each argument of each command, as argparse has it; a new one has to be a path or a text."""
-    taking, there = set(), set()
+    taking, there, reading = set(), set(), set()
     for command, parser in build_parser().commands.items():
         for action in parser._actions:
             there.add((command, action.dest))
@@ -104,8 +128,12 @@ def test_no_argument_takes_an_address_but_texts_and_urls() -> None:
             if action.metavar in NO_PATHS:
                 taking.add((command, action.dest))
                 continue
+            if action.dest == "registry" and seams.may_read_copy(command):
+                reading.add(command)
+                continue
             with pytest.raises(Exception, match="is an address, where nothing is read or written"):
                 parser._get_value(action, ADDRESSES[0])  # argparse offers no other way
+    assert reading == {"audit", "chat", "evaluate", "history", "serve"} & {c for c, _ in there}
     assert taking == TEXTS & there  # without those of rooms that are deleted
 
 

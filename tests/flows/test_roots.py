@@ -66,6 +66,21 @@ def test_names_of_the_hub_addresses_and_paths_inside_are_allowed(home, allowed) 
     with_allowed_paths(allowed)
 
 
+@pytest.mark.parametrize("listed", ["", "s3://rows/support s3://other/", "s3://rows/support-2"])
+def test_a_run_uses_buckets_that_the_worker_lists_alone(home: Path, monkeypatch, listed) -> None:
+    monkeypatch.setenv("NESTED_TUNE_BUCKETS", listed)
+    mirror = {"path": "data", "name": "a", "mirror": "s3://other"}
+    rows = config(data="s3://rows/support/new")
+    mirrored = config(data="data", registry=mirror)
+    if "support " in listed:
+        assert with_allowed_paths(rows).data == rows.data
+        assert with_allowed_paths(mirrored).registry.mirror == "s3://other"
+        return
+    for refused in (rows, mirrored):
+        with pytest.raises(ConfigError, match="would be used with this worker's credentials"):
+            with_allowed_paths(refused)
+
+
 @pytest.mark.parametrize(
     "path", ["*.jsonl", "data/../../*.jsonl", "l*/secret.jsonl", "**/s*.jsonl"]
 )

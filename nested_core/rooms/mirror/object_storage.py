@@ -199,7 +199,8 @@ class ObjectStorage:
             raise ObjectChanged(f"{self.address} cannot {attempt}: it was changed.") from None
         except (errors.BaseError, ValueError) as error:
             # The first line alone: what follows is the server's answer, which names the key's owner
-            reason = shorten(str(error).partition("\n")[0].partition("<?xml")[0], 300)
+            said = str(error).partition("\n")[0].partition("<?xml")[0]
+            reason = shorten(said.rpartition(" - ")[2].rstrip(": "), 300)
             raise StorageError(
                 f"{self.address} cannot {attempt}: {reason}. Check the address, the network, and "
                 f"the credentials and endpoint in this process's environment (AWS_ACCESS_KEY_ID, "

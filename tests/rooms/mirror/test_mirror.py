@@ -1,0 +1,356 @@
+"""A registry in object storage, on a real S3 server: its author, its readers, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.cli import main
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry import (
+    check_champion,
+    list_versions,
+    read_champion,
+    read_verified_version,
+    rollback,
+)
+from nested_core.registry.ledger import read_ledger
+from nested_core.registry.mirroring import (
+    EVERY_VERSION,
+    open_copy,
+    read_mirror_note,
+    set_mirror,
+    update_copy,
+)
+from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
+from nested_core.rooms.housekeeping.registry_audit import audit
+from nested_core.rooms.mirror import author as author_module
+from nested_core.rooms.mirror.author import publish
+from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError
+from tests.core.registry.conftest import write_run
+from tests.rooms.mirror.conftest import NAME, promote_new
+
+
+def read_copy(address: str) -> str | None:
+    """The champion of the mirror, verified as a server verifies it."""
+    copy = open_copy(address)
+    update_copy(copy, NAME)
+    champion = read_champion(copy, NAME)
+    if champion is not None:
+        assert read_verified_version(copy, NAME, champion).version == champion
+    return champion
+
+
+def begin_mirror(registry: Path, address: str) -> None:
+    set_mirror(registry / NAME, address)
+    publish(registry / NAME, address)
+
+
+def objects(address: str) -> dict[str, int]:
+    return {stored.key: stored.size for stored in ObjectStorage(address).list_objects("")}
+
+
+def test_promotions_and_rollbacks_are_read_from_the_mirror(registry, address) -> None:
+    begin_mirror(registry, address)
+    first, second = sorted(list_versions(registry, NAME), key=lambda v: v == read_copy(address))
+    assert read_copy(address) == second == read_champion(registry, NAME)
+    rollback(registry, NAME, by="ann")
+    assert read_copy(address) == first
+    third = promote_new(registry, 3)
+    assert read_copy(address) == third
+    copy = open_copy(address)
+    update_copy(copy, NAME, EVERY_VERSION)
+    assert audit(copy, NAME).is_sound
+    assert list_versions(copy, NAME) == list_versions(registry, NAME)
+    assert (copy / NAME / "history.jsonl").read_bytes() == (
+        registry / NAME / "history.jsonl"
+    ).read_bytes()
+    assert not (copy / NAME / "data").exists()
+
+
+def test_the_commands_read_an_address(registry, address, capfd) -> None:
+    assert main(["registry", "mirror", str(registry), "--to", address]) == 0
+    assert "12 files put" in capfd.readouterr().out
+    assert main(["history", NAME, "--registry", address, "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told["champion"] == read_champion(registry, NAME)
+    assert [line["action"] for line in told["history"]] == ["promote", "promote"]
+    assert len(told["losses"]) == 2
+    assert main(["audit", NAME, "--registry", address, "--json"]) == 0
+    assert len(json.loads(capfd.readouterr().out)["versions"]) == 2
+    assert main(["gc", NAME, "--registry", address]) == 2
+    assert "is an address, where nothing is read or written" in capfd.readouterr().err
+    assert main(["registry", str(registry)]) == 0
+    assert main(["registry", str(registry), "--to", address]) == 2
+    (registry / NAME / "mirror.json").unlink()
+    capfd.readouterr()
+    assert main(["registry", "mirror", str(registry)]) == 2
+    assert "has no name that is mirrored" in capfd.readouterr().err
+    assert main(["registry", "mirror", str(registry), "--to", "s3://key:word@bucket"]) == 2
+    assert "word" not in capfd.readouterr().err
+
+
+def test_removed_versions_leave_the_mirror_and_its_copies(registry, address) -> None:
+    begin_mirror(registry, address)
+    copy = open_copy(address)
+    update_copy(copy, NAME, EVERY_VERSION)
+    for seed in (3, 4):
+        promote_new(registry, seed)
+    removed = collect_garbage(registry, NAME, keep=1, by="ann").collected
+    assert removed
+    assert not [key for key in objects(address) if any(version in key for version in removed)]
+    update_copy(copy, NAME, EVERY_VERSION)
+    assert list_versions(copy, NAME) == list_versions(registry, NAME)
+    assert audit(copy, NAME).is_sound
+    assert len([key for key in objects(address) if "/history/" in key]) == 1
+
+
+def test_one_version_is_fetched_by_its_first_digits(registry, address) -> None:
+    begin_mirror(registry, address)
+    copy, champion = open_copy(address), read_champion(registry, NAME)
+    (other,) = {*list_versions(registry, NAME)} - {champion}
+    update_copy(copy, NAME, other[:8])
+    assert list_versions(copy, NAME) == [other]
+    with pytest.raises(ConfigError, match="names no versions"):
+        update_copy(copy, NAME, "abcdef012345")
+    assert read_copy(address) == champion
+
+
+def test_the_second_registry_on_a_prefix_is_refused(registry, address, tmp_path) -> None:
+    begin_mirror(registry, address)
+    before = objects(address)
+    promote_new(tmp_path / "other" / "registry", 5)
+    with pytest.raises(DamagedError, match=r"it is the mirror of another\s+registry"):
+        begin_mirror(tmp_path / "other" / "registry", address)
+    assert objects(address) == before
+    assert read_copy(address) == read_champion(registry, NAME)
+
+
+def test_a_copy_that_goes_on_elsewhere_is_refused(registry, address, tmp_path, caplog) -> None:
+    begin_mirror(registry, address)
+    copied = tmp_path / "copied" / "registry"
+    shutil.copytree(registry, copied, symlinks=True)
+    champion = promote_new(registry, 3)
+    before = objects(address)
+    own = promote_new(copied, 4)  # the change is made, and its mirror is not
+    assert read_champion(copied, NAME) == own
+    assert "a copy of this one goes on elsewhere" in caplog.text
+    assert objects(address) == before
+    assert read_copy(address) == champion
+
+
+def test_an_author_that_comes_between_is_seen_at_the_pointer(
+    registry, address, tmp_path, monkeypatch
+) -> None:
+    """Another registry creates the pointer after this one has seen none: its put is refused."""
+    other = tmp_path / "other" / "registry"
+    promote_new(other, 5)
+    put = ObjectStorage.replace
+    puts = []
+
+    def put_after_other(self, key, content, tag) -> None:
+        monkeypatch.setattr(ObjectStorage, "replace", put)
+        puts.append(tag)
+        publish(other / NAME, address)
+        put(self, key, content, tag)
+
+    monkeypatch.setattr(ObjectStorage, "replace", put_after_other)
+    with pytest.raises(DamagedError, match="Nothing was put"):
+        publish(registry / NAME, address)
+    assert puts == [None]
+    assert read_copy(address) == read_champion(other, NAME)
+
+
+def test_a_mirror_that_fell_behind_is_caught_up(
+    registry, address, server, monkeypatch, caplog
+) -> None:
+    begin_mirror(registry, address)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    third = promote_new(registry, 3)
+    assert read_champion(registry, NAME) == third
+    assert "The mirror of" in caplog.text
+    assert "is behind" in caplog.text
+    assert read_mirror_note(registry / NAME).end != read_ledger(registry / NAME).end_sha256
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    assert read_copy(address) != third
+    check_champion(registry, NAME)  # what the hourly reconcile does
+    assert read_copy(address) == third
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    promote_new(registry, 4)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    assert read_copy(address) == third
+    fifth = promote_new(registry, 5)
+    assert read_copy(address) == fifth
+
+
+def test_a_server_that_never_answers_is_waited_for_no_longer_than_the_limit(
+    registry, address, monkeypatch, caplog
+) -> None:
+    begin_mirror(registry, address)
+    monkeypatch.setattr(author_module, "SECONDS_AFTER_CHANGE", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        began = time.monotonic()
+        third = promote_new(registry, 3)  # two changes, each of which gives its mirror two seconds
+        assert time.monotonic() - began < 12
+    assert read_champion(registry, NAME) == third
+    assert caplog.text.count("is behind") == 2
+
+
+def test_torn_older_and_foreign_mirrors_are_refused_and_the_old_champion_stays(
+    registry, address, tmp_path
+) -> None:
+    begin_mirror(registry, address)
+    storage, copy = ObjectStorage(address), open_copy(address)
+    old_pointer, _ = storage.read(f"{NAME}/champion.json", 10**6)
+    old_history = (registry / NAME / "history.jsonl").read_bytes()
+    second = read_copy(address)
+    promote_new(registry, 3)
+    third = read_champion(registry, NAME)
+    weights = next(k for k in objects(address) if third in k and k.endswith(".safetensors"))
+    sound, _ = storage.read(weights, 10**9)
+
+    storage.delete([weights])
+    with pytest.raises(DamagedError, match="is torn"):
+        update_copy(copy, NAME)
+    storage.put(weights, sound[:-1] + bytes([sound[-1] ^ 1]))
+    with pytest.raises(DamagedError, match="is not what its history records: adapters.safetensors"):
+        update_copy(copy, NAME)
+    storage.put(weights, sound[:-1])
+    with pytest.raises(DamagedError, match="bytes. Expected"):
+        update_copy(copy, NAME)
+    assert read_champion(copy, NAME) == second
+    assert publish(registry / NAME, address).files == 1  # what is cut is put again
+    assert read_copy(address) == third
+
+    pointer, tag = storage.read(f"{NAME}/champion.json", 10**6)
+    history_key = f"{NAME}/history/{json.loads(old_pointer)['history']}.jsonl"
+    storage.put(history_key, old_history)
+    storage.replace(f"{NAME}/champion.json", old_pointer, tag)
+    with pytest.raises(DamagedError, match="or older\\s+than that"):
+        update_copy(copy, NAME)
+    promote_new(tmp_path / "other" / "registry", 5)
+    storage.delete([key for key in objects(address)])
+    with pytest.raises(DamagedError, match="champion.json is not there"):
+        update_copy(copy, NAME)
+    begin_mirror(tmp_path / "other" / "registry", address)
+    with pytest.raises(DamagedError, match="is of another registry than what was read here"):
+        update_copy(copy, NAME)
+    assert read_champion(copy, NAME) == third
+    assert read_verified_version(copy, NAME, third).version == third
+
+    edited = json.loads(pointer) | {"history": "0" * 64}
+    _, tag = storage.read(f"{NAME}/champion.json", 10**6)
+    for content, problem in (
+        (json.dumps(edited).encode(), "is torn"),  # its history is gone
+        (b"{}", "is no pointer of a mirror"),
+        (json.dumps(edited | {"layout": 2}).encode(), "of a newer nested-tune"),
+    ):
+        storage.replace(f"{NAME}/champion.json", content, tag)
+        _, tag = storage.read(f"{NAME}/champion.json", 10**6)
+        with pytest.raises(DamagedError, match=problem):
+            update_copy(copy, NAME)
+    assert read_champion(copy, NAME) == third
+
+
+def test_an_edited_history_is_refused(registry, address) -> None:
+    from hashlib import sha256
+
+    begin_mirror(registry, address)
+    storage, second = ObjectStorage(address), read_champion(registry, NAME)
+    pointer, tag = storage.read(f"{NAME}/champion.json", 10**6)
+    history = (registry / NAME / "history.jsonl").read_bytes()
+    lines = history.splitlines(keepends=True)
+    edited = b"".join([lines[0].replace(b'"by": "', b'"by": "not '), *lines[1:]])
+    cases = {
+        edited: (json.loads(pointer)["champion"], "has a damaged history"),
+        b"".join(lines[:2]): (second, "does not say what its history says"),
+        history[:-1]: (second, "does not say what its history says"),
+    }
+    for content, (champion, problem) in cases.items():
+        digest = sha256(content).hexdigest()
+        storage.put(f"{NAME}/history/{digest}.jsonl", content)
+        facts = {"history": digest, "size": len(content), "champion": champion}
+        storage.replace(
+            f"{NAME}/champion.json", json.dumps(json.loads(pointer) | facts).encode(), tag
+        )
+        _, tag = storage.read(f"{NAME}/champion.json", 10**6)
+        with pytest.raises(DamagedError, match=problem):
+            update_copy(open_copy(address), NAME)
+    assert not (open_copy(address) / NAME).exists()
+
+
+def test_a_damaged_version_is_not_put(registry, address, caplog) -> None:
+    champion = read_champion(registry, NAME)
+    (other,) = {*list_versions(registry, NAME)} - {champion}
+    path = registry / NAME / "versions" / other / "adapters.safetensors"
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1])
+    begin_mirror(registry, address)
+    assert "Not put into the mirror" in caplog.text
+    assert read_copy(address) == champion
+    path.write_bytes(sound)
+    publish(registry / NAME, address)
+    update_copy(open_copy(address), NAME, EVERY_VERSION)
+    assert audit(open_copy(address), NAME).is_sound
+    path = registry / NAME / "versions" / str(champion) / "adapters.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match="is not what was registered"):
+        publish(registry / NAME, address)
+
+
+def test_who_may_not_read_or_write_is_told_so(registry, address, monkeypatch, tmp_path) -> None:
+    begin_mirror(registry, address)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "reader-secret")
+    assert read_copy(address) == read_champion(registry, NAME)
+    with pytest.raises(StorageError, match="cannot be written .*403"):
+        publish(registry / NAME, f"{address}-2")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    with pytest.raises(StorageError, match="403 Forbidden.*credentials") as error:
+        read_copy(address)
+    assert "wrong-secret" not in str(error.value)
+
+
+def test_four_processes_promote_in_one_order_and_the_pointer_is_last(registry, address) -> None:
+    begin_mirror(registry, address)
+    runs = [write_run(registry.parent / f"many-{seed}", seed) for seed in range(10, 42)]
+    program = (
+        "import sys; from pathlib import Path; from nested_core.registry import promote, register\n"
+        "for run in sys.argv[2:]:\n"
+        f"    version = register(Path(run), Path(sys.argv[1]), {NAME!r}, {{'parent': 'p' * 64}})\n"
+        f"    promote(Path(sys.argv[1]), {NAME!r}, version, by='ann')\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, registry, *runs[start::4]])
+        for start in range(4)
+    ]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert read_copy(address) == read_champion(registry, NAME)
+    copy, here = (place / NAME / "history.jsonl" for place in (open_copy(address), registry))
+    assert copy.read_bytes() == here.read_bytes()
+    promoted = [e.version for e in read_ledger(registry / NAME).entries if e.action == "promote"]
+    assert len(promoted) == len({*promoted}) == 34
+
+
+def test_nothing_of_it_is_loaded_without_a_mirror(tmp_path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tests.core.registry.conftest import write_run\n"
+        "import flows.cli, nested_core.pipeline.finetune\n"
+        "from nested_core.registry import register, promote\n"
+        "registry = Path(sys.argv[1]) / 'registry'\n"
+        "run = write_run(Path(sys.argv[1]) / 'run', 1)\n"
+        "promote(registry, 'a', register(run, registry, 'a', {'parent': 'p' * 64}), by='ann')\n"
+        "print([m for m in sys.modules if 'obstore' in m or 'rooms.mirror' in m])\n"
+    )
+    command = [sys.executable, "-c", program, tmp_path]
+    assert subprocess.check_output(command, text=True, env=dict(os.environ)) == "[]\n"
