@@ -4,8 +4,8 @@ The worker's environment says it: `NESTED_TUNE_ROOTS` lists the folders to read 
 (without it the folder that the flow runs in is the only one), `NESTED_TUNE_TRUSTED_MODELS` the
 models whose own code may run, `NESTED_TUNE_REGISTRIES` the registries in which a run may begin a
 new name, each separated as PATH is; and `NESTED_TUNE_BUCKETS` the addresses of object storage below
-which a run may read data and mirror a registry, separated by spaces. A flow that a person starts at a command line may do what
-that person may.
+which a run may read data and mirror a registry, separated by spaces. A flow that a person starts at
+a command line may do what that person may.
 """
 
 from __future__ import annotations

@@ -124,12 +124,11 @@ class ObjectStorage:
     def put(self, key: str, content: bytes | Path) -> None:
         """Put an object whose key says its content; one that is there is replaced by its equal."""
         with self._explaining(f"be written ({key})"):
-            whole = isinstance(content, bytes) or content.stat().st_size <= PART_BYTES
-            if whole:
+            if isinstance(content, Path) and content.stat().st_size > PART_BYTES:
+                self._client.put(self._store, key, self._read_parts(content), max_concurrency=4)
+            else:
                 body = content if isinstance(content, bytes) else content.read_bytes()
                 self._client.put(self._store, key, body, use_multipart=False)
-            else:
-                self._client.put(self._store, key, self._read_parts(content), max_concurrency=4)
 
     def replace(self, key: str, content: bytes, tag: str | None) -> None:
         """Put an object if the one that is there has this tag; None: if there is none.

@@ -1,0 +1,140 @@
+"""Data sets in object storage: fetched once, by entity tag; changed, cut off, forbidden."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import polars
+import pytest
+
+from flows.cli import main
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.held_out_rows import read_held_out_prompts
+from nested_core.data.sources.split_files import open_splits
+from nested_core.errors import ConfigError
+from nested_core.rooms.mirror import bucket_data
+from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError
+from tests.example import DATA, MODEL
+from tests.rooms.mirror.s3_server import FaultyProxy
+
+
+def put_example(address: str) -> ObjectStorage:
+    """Put the rows of the example: train as parquet, valid as JSON Lines, test as CSV."""
+    storage = ObjectStorage(address)
+    rows = [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()]
+    pairs = [[turn["content"] for turn in row["messages"]] for row in rows]
+    table = polars.DataFrame(
+        {"prompt": [pair[0] for pair in pairs], "completion": [pair[1] for pair in pairs]}
+    )
+    parquet = Path(os.environ["NESTED_TUNE_CACHE"] + ".parquet")
+    table.write_parquet(parquet)
+    storage.put("train.parquet", parquet)
+    storage.put("valid.jsonl", DATA / "valid.jsonl")
+    storage.put(
+        "test.csv", b"prompt,completion\n" + b"".join(b"%d,%d\n" % (n, n) for n in range(5))
+    )
+    storage.put("notes.txt", b"no data")
+    storage.put("older/train.jsonl", b"{}\n")
+    return storage
+
+
+def lines_of(address: str, tmp_path: Path) -> dict[str, list[str]]:
+    spool = tmp_path / "spool"
+    shutil.rmtree(spool, ignore_errors=True)
+    spool.mkdir()
+    splits = open_splits(DataSettings(address), spool)
+    return {split: file.path.read_text().splitlines() for split, file in splits.items()}
+
+
+def test_a_folder_is_read_as_the_local_one(address, tmp_path, capfd) -> None:
+    storage = put_example(address)
+    assert {s: len(lines) for s, lines in lines_of(address, tmp_path).items()} == {
+        "train": 40,
+        "valid": 10,
+        "test": 5,
+    }
+    command = ["validate", "--model", str(MODEL), "--data", address, "--json"]
+    assert main(command) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["folder"] == address
+    assert report["splits"]["train"]["tags"] == {"train.parquet": storage.find("train.parquet").tag}
+    assert [*report["splits"]["valid"]["tags"]] == ["valid.jsonl"]
+    assert len(read_held_out_prompts(DataSettings(address), 3)) == 3
+
+
+def test_what_is_there_by_its_tag_is_not_fetched_again(address, tmp_path, monkeypatch) -> None:
+    storage = put_example(address)
+    before = lines_of(address, tmp_path)
+    fetched: list[str] = []
+    fetch = ObjectStorage.fetch
+
+    def note(self, key, target, **more):
+        fetched.append(key)
+        return fetch(self, key, target, **more)
+
+    monkeypatch.setattr(ObjectStorage, "fetch", note)
+    assert lines_of(address, tmp_path) == before
+    assert fetched == []
+    storage.put("valid.jsonl", (DATA / "valid.jsonl").read_bytes() * 2)
+    assert len(lines_of(address, tmp_path)["valid"]) == 20
+    assert fetched == ["valid.jsonl"]
+
+
+def test_one_file_is_trained_on_alone(address, tmp_path) -> None:
+    put_example(address)
+    assert {*lines_of(f"{address}/train.parquet", tmp_path)} == {"train"}
+    with pytest.raises(ConfigError, match=r"^data: .*nothing.jsonl.: it is not there"):
+        lines_of(f"{address}/nothing.jsonl", tmp_path)
+    with pytest.raises(ConfigError, match="has no file of data. Expected train.jsonl"):
+        lines_of(f"{address}/nowhere", tmp_path)
+
+
+def test_data_that_changes_while_it_is_fetched_is_fetched_anew(
+    address, tmp_path, monkeypatch
+) -> None:
+    storage = put_example(address)
+    fetch, changes = ObjectStorage.fetch, [2, 3]
+
+    def fetch_late(self, key, target, **more):
+        if key == "valid.jsonl" and changes:
+            storage.put(key, (DATA / "valid.jsonl").read_bytes() * changes.pop(0))
+        return fetch(self, key, target, **more)
+
+    monkeypatch.setattr(ObjectStorage, "fetch", fetch_late)
+    assert len(lines_of(address, tmp_path)["valid"]) == 30
+    changes += [4, 5, 6]
+    storage.put("valid.jsonl", b"")
+    with pytest.raises(ConfigError, match="was changed 3 times while it was fetched"):
+        lines_of(address, tmp_path)
+
+
+def test_data_that_is_cut_off_or_forbidden_leaves_nothing_half(
+    address, tmp_path, proxy: FaultyProxy, monkeypatch
+) -> None:
+    put_example(address)
+    proxy.choose = lambda: "cut"
+    with pytest.raises(StorageError, match="cannot be"):
+        lines_of(address, tmp_path)
+    proxy.choose = lambda: "none"
+    assert len(lines_of(address, tmp_path)["train"]) == 40
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    with pytest.raises(StorageError, match="403 Forbidden") as error:
+        lines_of(address, tmp_path)
+    assert "wrong-secret" not in str(error.value)
+
+
+def test_data_beyond_the_disk_or_of_too_many_files_is_refused(
+    address, tmp_path, monkeypatch
+) -> None:
+    put_example(address)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(bucket_data.shutil, "disk_usage", lambda _: usage(2**30 + 100))
+    with pytest.raises(ConfigError, match="bytes to fetch, and .* bytes free"):
+        lines_of(address, tmp_path)
+    monkeypatch.setattr(bucket_data, "MAX_FILES", 3)
+    with pytest.raises(ConfigError, match="more than 3 objects"):
+        lines_of(address, tmp_path)
