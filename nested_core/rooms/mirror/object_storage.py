@@ -196,7 +196,12 @@ class ObjectStorage:
             raise ObjectMissing(f"{self.address} cannot {attempt}: it is not there.") from None
         except (errors.AlreadyExistsError, errors.PreconditionError):
             raise ObjectChanged(f"{self.address} cannot {attempt}: it was changed.") from None
-        except (errors.BaseError, ValueError) as error:
+        except BaseException as error:
+            is_panic = (
+                type(error).__name__ == "PanicException"
+            )  # of the client: a bad endpoint, say
+            if not is_panic and not isinstance(error, errors.BaseError | ValueError):
+                raise
             # The first line alone: what follows is the server's answer, which names the key's owner
             said = str(error).partition("\n")[0].partition("<?xml")[0]
             reason = shorten(said.rpartition(" - ")[2].rstrip(": "), 300)

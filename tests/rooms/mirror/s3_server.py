@@ -110,10 +110,15 @@ class FaultyProxy:
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.choose: Callable[[], str] = lambda: "none"
         self.counts: dict[str, int] = {}
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def close(self) -> None:
+        """Answer nobody any more."""
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for thread in self._threads:
+            thread.join()
 
     def _accept(self) -> None:
         while True:
@@ -121,7 +126,8 @@ class FaultyProxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+            self._threads.append(threading.Thread(target=self._serve, args=(client,), daemon=True))
+            self._threads[-1].start()
 
     def _serve(self, client: socket.socket) -> None:
         """Pass one request and its answer on, spoilt; then close: each request is a connection."""

@@ -132,7 +132,7 @@ def test_data_beyond_the_disk_or_of_too_many_files_is_refused(
 ) -> None:
     put_example(address)
     usage = namedtuple("usage", "free")
-    monkeypatch.setattr(bucket_data.shutil, "disk_usage", lambda _: usage(2**30 + 100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**30 + 100))
     with pytest.raises(ConfigError, match="bytes to fetch, and .* bytes free"):
         lines_of(address, tmp_path)
     monkeypatch.setattr(bucket_data, "MAX_FILES", 3)

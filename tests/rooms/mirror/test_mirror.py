@@ -320,6 +320,11 @@ def test_who_may_not_read_or_write_is_told_so(registry, address, monkeypatch, tm
     with pytest.raises(StorageError, match="403 Forbidden.*credentials") as error:
         read_copy(address)
     assert "wrong-secret" not in str(error.value)
+    for endpoint in ("", "nonsense", "http://", "http://256.1.1.1:1"):  # some make the client panic
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(StorageError, match="cannot be"):
+            read_copy(address)
+    promote_new(registry, 3)  # is not lost to it
 
 
 def test_four_processes_promote_in_one_order_and_the_pointer_is_last(registry, address) -> None:

@@ -40,7 +40,7 @@ def test_a_server_follows_a_mirror_and_keeps_its_champion_where_that_is_torn(
     served, runs, address
 ) -> None:
     first, registry = served
-    with serving(settings(address, "--name", NAME)) as client:
+    with serving(settings(Path("unused"), "--registry", address, "--name", NAME)) as client:
         wait_for(client, first)
         second = promote_run(runs[2], registry)
         wait_for(client, second)
@@ -66,17 +66,15 @@ def test_a_server_begins_with_what_was_read_before_where_the_mirror_is_away(
     served, address, server, monkeypatch, caplog
 ) -> None:
     first, _ = served
-    with serving(settings(address, "--name", NAME)) as client:
+    with serving(settings(Path("unused"), "--registry", address, "--name", NAME)) as client:
         wait_for(client, first)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    with serving(settings(address, "--name", NAME)) as client:
+    with serving(settings(Path("unused"), "--registry", address, "--name", NAME)) as client:
         wait_for(client, first)
         wait_until(lambda: client.health()["problems"] != [])
     assert "What was read from there before is served" in caplog.text
-    with (
-        pytest.raises(ConfigError, match="cannot be read"),
-        serving(settings(f"{address}-other", "--name", NAME)),
-    ):
+    wanted = settings(Path("unused"), "--registry", f"{address}-other", "--name", NAME)
+    with pytest.raises(ConfigError, match="cannot be read"), serving(wanted):
         pass
 
 
