@@ -143,8 +143,8 @@ class FineTuneConfig(_RootSection):
     )
     data: str = key(
         "mlx-community/WikiSQL",
-        "a folder with train.jsonl and valid.jsonl, a file or a pattern of files to train on, an "
-        "address of either as s3://bucket/folder, or a data set of the hub",
+        "a folder with train.jsonl and valid.jsonl, a file or a pattern of files to train on, a "
+        "data set of the hub, or s3://bucket/folder",
         affects="source",
         path="local_hub_or_bucket",
         in_loss="rows",

@@ -604,7 +604,7 @@ class RegistrySection(Section):
     keep_data: bool = key(True, "keep the examples of registered versions, for replay and the gate")
     mirror: str | None = key(
         None,
-        "object storage where others read the versions and the champion, as s3://bucket/prefix",
+        "where others read versions and champion, as s3://bucket/prefix",
         path="bucket",
     )
 

@@ -36,10 +36,10 @@ def add_flags(registry: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="DIR",
-        help="after the word `mirror`: put what object storage lacks of this registry",
+        help="after the word `mirror`: put what object storage lacks",
     )
     registry.add_argument(
-        "--to", metavar="URI", help="with mirror: from now on mirror to this s3://bucket/prefix"
+        "--to", metavar="URI", help="with mirror: s3://bucket/prefix, from now on"
     )
 
 

@@ -27,8 +27,8 @@ def fetch(address: str) -> FetchedData:
 
     address: of one file, or of a folder, of whose files those that can be read as data are fetched.
 
-    Raises ConfigError where there is none, where it is too large for the disk or keeps changing, or
-    where object storage is away or refuses.
+    Raises ConfigError for an address without data, for data that are too large for the disk or keep
+    changing, and if object storage is away or refuses.
     """
     is_file = address.lower().endswith(SUFFIXES)
     folder, _, name = address.rpartition("/") if is_file else (address, "", "")
@@ -55,7 +55,7 @@ def fetch(address: str) -> FetchedData:
 
 
 def _list_files(storage: ObjectStorage) -> list[StoredObject]:
-    """List the files of a folder, without those of folders in it; ConfigError if none is data."""
+    """List the files of a folder, without those of folders in it; ConfigError without one of data."""
     files: list[StoredObject] = []
     for number, stored in enumerate(storage.list_objects(""), 1):
         if number > MAX_FILES:

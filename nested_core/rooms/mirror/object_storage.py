@@ -131,7 +131,7 @@ class ObjectStorage:
                 self._client.put(self._store, key, body, use_multipart=False)
 
     def replace(self, key: str, content: bytes, tag: str | None) -> None:
-        """Put an object if the one that is there has this tag; None: if there is none.
+        """Put an object if the one that is there has this tag; None: if nothing is there.
 
         Raises ObjectChanged, with nothing put, if it is another.
         """

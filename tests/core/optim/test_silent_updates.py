@@ -99,7 +99,7 @@ def test_the_joined_name_is_an_error_for_us() -> None:
 
 def test_every_code_block_of_the_page_prints_what_stands_below_it() -> None:
     blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == PAGE.read_text().count("```python") == 5
+    assert len(blocks) == PAGE.read_text().count("```python") == 2
     namespace: dict[str, Any] = {}
     for source, expected in blocks:
         printed = io.StringIO()
