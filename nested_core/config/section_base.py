@@ -133,11 +133,11 @@ class Section(BaseModel):
     def _read_path(cls, value: object, info: ValidationInfo) -> object:
         """Refuse addresses, and expand `~` once, so that the path that is checked is opened."""
         facts = cls.model_fields[str(info.field_name)].json_schema_extra
-        is_path = isinstance(facts, dict) and "path" in facts
+        rule = facts.get("path") if isinstance(facts, dict) else None
+        is_path = rule is not None
         if is_path and isinstance(value, list | tuple):
             return [cls._read_path(one, info) for one in value]
         if is_path and isinstance(value, str):
-            rule = facts["path"]
             if rule == "bucket" or (rule == "local_hub_or_bucket" and is_in_bucket(value)):
                 require_bucket(value, ValueError)
                 return value

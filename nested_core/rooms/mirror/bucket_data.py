@@ -55,7 +55,7 @@ def fetch(address: str) -> FetchedData:
 
 
 def _list_files(storage: ObjectStorage) -> list[StoredObject]:
-    """List the files of a folder, without those of folders in it; ConfigError without one of data."""
+    """List the files of data of a folder, without those in its folders; ConfigError without one."""
     files: list[StoredObject] = []
     for number, stored in enumerate(storage.list_objects(""), 1):
         if number > MAX_FILES:

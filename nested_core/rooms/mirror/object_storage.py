@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, shorten
+from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 from nested_core.text.stages import stages
 
 REQUEST_SECONDS = 20.0  # in which a request, or the next part of an answer, has to come
@@ -127,7 +128,7 @@ class ObjectStorage:
             if isinstance(content, Path) and content.stat().st_size > PART_BYTES:
                 self._client.put(self._store, key, self._read_parts(content), max_concurrency=4)
             else:
-                body = content if isinstance(content, bytes) else content.read_bytes()
+                body = content if isinstance(content, bytes) else read_regular(content)
                 self._client.put(self._store, key, body, use_multipart=False)
 
     def replace(self, key: str, content: bytes, tag: str | None) -> None:
@@ -165,7 +166,7 @@ class ObjectStorage:
 
     def _read_parts(self, path: Path) -> Iterator[bytes]:
         """Yield the parts of a file; StorageError, which ends the upload, once time is over."""
-        with path.open("rb") as file:
+        with open_regular(path, UNBOUNDED) as (file, _):
             while part := file.read(PART_BYTES):
                 self._require_time()
                 yield part

@@ -144,7 +144,7 @@ class _Copy:
         if pointer.size > MAX_HISTORY_BYTES:
             raise DamagedError(f"{self.place}/{key} is larger than {MAX_HISTORY_BYTES} bytes.")
         digest = self.storage.fetch(key, target, size=pointer.size)
-        content = target.read_bytes()
+        content = read_regular(target)
         if not content.startswith(known):
             raise DamagedError(
                 f"{self.place} is of another registry than what was read here before, or older "
