@@ -310,7 +310,7 @@ class TestTimeToDecide:
             raise OSError("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(link_and_views.NameFolder, "_delete_version", fail)
+            patch.setattr(link_and_views.NameFolder, "delete_version", fail)
             with pytest.raises(OSError, match="killed"):
                 collect_garbage(registry, NAME, by="ann", keep=0)
         assert history(registry, NAME)[-1]["action"] == "collected"
