@@ -20,6 +20,7 @@ from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.processes import count_processes, load_services, refuse_mlx_launch
 from nested_core.records.dataset import read_dataset_record
+from nested_core.registry.mirroring import RegistryMirror
 from nested_core.registry.policy import APPROVE_KEY
 from nested_core.registry.promotion_policy import effective_rule, registry_location
 from nested_core.registry.registration import require_usable_registry
@@ -72,6 +73,9 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     load_services(config)  # raises for one that is not installed
     if config.registry.path is not None:
         require_usable_registry(*registry_location(config.registry))
+        if config.registry.mirror is not None:
+            mirror = seams.load_only(RegistryMirror, "registry.mirror")
+            mirror.require_usable(config.registry.mirror)
         if effective_rule(config.registry).asks_person:
             seams.require("approval", APPROVE_KEY)
     if read_suites(config.gate):

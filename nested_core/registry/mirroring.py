@@ -32,12 +32,15 @@ class MirrorNote(BaseModel):
 class RegistryMirror:
     """How a room has other machines read a registry, through object storage.
 
+    require_usable: raises ConfigError if nothing could be put to an address, of its client's lack,
+        say; asks nobody.
     publish_after_change: brings the mirror of REGISTRY/NAME up to date; raises nothing of it.
     open_copy: returns the local folder that stands for the registry at an address.
     update_copy: brings NAME in such a folder up to date, with one version's files, by default the
         champion's, or with all of them (EVERY_VERSION); takes the folder, the name, the version.
     """
 
+    require_usable: Callable[[str], object]
     publish_after_change: Callable[[Path], None]
     open_copy: Callable[[str], Path]
     update_copy: Callable[[Path, str, str | None], None]

@@ -139,6 +139,15 @@ class _Snapshot:
         there = {stored.key: stored.size for stored in storage.list_objects(name)}
         files = dict(self._iterate_files())
         missing = [key for key, path in files.items() if there.get(key) != path.stat().st_size]
+        folders = {files[key].parent for key in missing}
+        if ledger.champion is not None:
+            prefix = version_key(name, ledger.champion, ledger)
+            if any(
+                f"{prefix}/{file}" not in files for file in VERSION_FILES
+            ):  # lost: it is refused
+                folders.add(self.folder / VERSIONS_FOLDER_NAME / ledger.champion)
+        sound = {folder for folder in folders if self._is_sound(folder)}
+        missing = [key for key in missing if files[key].parent in sound]
         for number, key in enumerate(missing, 1):
             stages.info(f"mirror of {name}: file {number} of {len(missing)}")
             storage.put(key, files[key])
@@ -167,29 +176,33 @@ class _Snapshot:
             )
 
     def _iterate_files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the key and the local file of all that the history needs.
-
-        Raises DamagedError for a damaged champion; another damaged version is left out, and said.
-        """
+        """Yield the key and the local file of all that the history needs, as far as it is there."""
         name = self.folder.name
         for version in self.ledger.by_version:
-            place = self.folder / VERSIONS_FOLDER_NAME / version
-            recorded = self.ledger.manifest_hashes(version)
-            try:
-                verify_version(place, version, recorded, max_age=float("inf"))
-            except DamagedError as error:
-                if version == self.ledger.champion:
-                    raise
-                _log.warning("Not put into the mirror: %s", error)
-                continue
             prefix = version_key(name, version, self.ledger)
-            for path in (place / file for file in (*VERSION_FILES, *OPTIONAL_FILES)):
-                if path.exists():
-                    yield f"{prefix}/{path.name}", path
+            place = self.folder / VERSIONS_FOLDER_NAME / version
+            files = {f"{prefix}/{file}": place / file for file in (*VERSION_FILES, *OPTIONAL_FILES)}
             for _, digest in self.ledger.judgements(version):
                 path = judgement_path(self.folder, version, digest)
-                if path.is_file():  # else it is lost, as an audit of either says
-                    yield judgement_key(name, version, digest), path
+                files[judgement_key(name, version, digest)] = path
+            yield from ((key, path) for key, path in files.items() if path.is_file())
+
+    def _is_sound(self, place: Path) -> bool:
+        """Return whether a version may be put; what is damaged here is left out, and said.
+
+        Raises DamagedError for a damaged champion. Verdicts are checked by their readers.
+        """
+        version = place.name
+        if place.parent.name != VERSIONS_FOLDER_NAME:
+            return True
+        try:
+            verify_version(place, version, self.ledger.manifest_hashes(version))
+        except DamagedError as error:
+            if version == self.ledger.champion:
+                raise
+            _log.warning("Not put into the mirror: %s", error)
+            return False
+        return True
 
     def _is_spare(self, key: str) -> bool:
         """Return whether an object is an old history, or of a version that was removed."""

@@ -225,4 +225,4 @@ class _Copy:
             locked.write_views()
 
 
-MIRROR = RegistryMirror(publish_after_change, open_copy, update_copy)
+MIRROR = RegistryMirror(ObjectStorage, publish_after_change, open_copy, update_copy)

@@ -36,6 +36,7 @@ from nested_core.rooms.mirror import author as author_module
 from nested_core.rooms.mirror.author import publish
 from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError
 from tests.core.registry.conftest import write_run
+from tests.example import DATA, MODEL
 from tests.rooms.mirror.conftest import NAME, promote_new
 
 
@@ -290,7 +291,7 @@ def test_an_edited_history_is_refused(registry, address) -> None:
     assert not (open_copy(address) / NAME).exists()
 
 
-def test_a_damaged_version_is_not_put(registry, address, caplog) -> None:
+def test_a_damaged_version_is_not_put(registry, address, caplog, tmp_path) -> None:
     champion = read_champion(registry, NAME)
     (other,) = {*list_versions(registry, NAME)} - {champion}
     path = registry / NAME / "versions" / other / "adapters.safetensors"
@@ -304,9 +305,15 @@ def test_a_damaged_version_is_not_put(registry, address, caplog) -> None:
     update_copy(open_copy(address), NAME, EVERY_VERSION)
     assert audit(open_copy(address), NAME).is_sound
     path = registry / NAME / "versions" / str(champion) / "adapters.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-1])
     with pytest.raises(DamagedError, match="is not what was registered"):
         publish(registry / NAME, address)
+    path.write_bytes(sound)
+    path.parent.rename(tmp_path / "lost")
+    with pytest.raises(DamagedError, match="is not what was registered"):
+        publish(registry / NAME, f"{address}-2")
+    assert objects(f"{address}-2") == {}
 
 
 def test_who_may_not_read_or_write_is_told_so(registry, address, monkeypatch, tmp_path) -> None:
@@ -346,6 +353,18 @@ def test_four_processes_promote_in_one_order_and_the_pointer_is_last(registry, a
     assert copy.read_bytes() == here.read_bytes()
     promoted = [e.version for e in read_ledger(registry / NAME).entries if e.action == "promote"]
     assert len(promoted) == len({*promoted}) == 34
+
+
+def test_a_run_that_could_not_be_mirrored_is_refused_before_it_trains(
+    tmp_path, capfd, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    command = ["train", "--model", str(MODEL), "--data", str(DATA), "--num-layers", "-1"]
+    command += ["--run-dir", str(tmp_path / "run"), "--registry.path", str(tmp_path / "registry")]
+    command += ["--registry.name", NAME, "--registry.mirror", "s3://bucket/prefix"]
+    assert main(command) == 2
+    assert "pip install 'nested-tune[mirror]'" in capfd.readouterr().err
+    assert not (tmp_path / "registry").exists()
 
 
 def test_nothing_of_it_is_loaded_without_a_mirror(tmp_path) -> None:

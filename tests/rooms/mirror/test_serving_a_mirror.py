@@ -14,6 +14,7 @@ from nested_core.registry.mirroring import set_mirror
 from nested_core.rooms.mirror.author import publish
 from nested_core.rooms.mirror.object_storage import ObjectStorage
 from nested_core.rooms.serve import follower
+from tests.example import EXAMPLES
 from tests.rooms.serve.conftest import base, runs
 from tests.rooms.serve.versions import NAME, QUESTION, Client, promote_run, serving, settings
 from tests.waiting import wait_until
@@ -85,3 +86,7 @@ def test_chat_and_evaluate_read_a_mirror(served, base, address, capfd) -> None:
     assert main(["chat", f"{NAME}@{served[0][:8]}", *asked, "--prompt", QUESTION]) == 0
     assert main(["chat", f"{NAME}@abcdef12", *asked, "--prompt", QUESTION]) == 2
     assert "names no versions" in capfd.readouterr().err
+    data = EXAMPLES / "geography" / "valid.jsonl"
+    command = ["evaluate", NAME, *asked, "--data", str(data), "--model", str(base), "--json"]
+    assert main(command) == 4  # it was made without training, and is worse than its base
+    assert '"is_worse": true' in capfd.readouterr().out
