@@ -17,6 +17,7 @@ from tests.rooms.mirror.s3_server import KEY, SECRET, FaultyProxy, find_server, 
 
 # Files of tests in this folder, and the rooms without which they are left out.
 ROOMS_OF_TESTS = {
+    "test_another_host.py": "serve",
     "test_kills_and_faults.py": "housekeeping",
     "test_mirror.py": "housekeeping",
     "test_serving_a_mirror.py": "serve",

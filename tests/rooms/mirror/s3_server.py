@@ -104,10 +104,10 @@ class FaultyProxy:
     ends in its middle. slow: it comes in small pieces. none: it is passed on.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, host: str = "127.0.0.1") -> None:
         self._target = ("127.0.0.1", int(target.rpartition(":")[2]))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((host, 0))
+        self.address = f"http://{host}:{self._listener.getsockname()[1]}"
         self.choose: Callable[[], str] = lambda: "none"
         self.counts: dict[str, int] = {}
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
