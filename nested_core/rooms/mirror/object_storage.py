@@ -6,6 +6,7 @@ The client is obstore, with the credentials and the endpoint of its own environm
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from nested_core.errors import ConfigError, DamagedError, shorten
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular, read_regular
 from nested_core.text.stages import stages
 
-REQUEST_SECONDS = 20.0  # in which a request, or the next part of an answer, has to come
+REQUEST_SECONDS = 20.0  # in which an answer, or its next part, has to come
+SECONDS_OF_A_FETCH = 24 * 3600.0  # of a whole object, whose parts come in time
 RETRIES = 3
 SECONDS_BETWEEN_NEWS = 5.0  # of an answer that takes longer
 PART_BYTES = 5 * 2**20
@@ -55,9 +57,12 @@ class ObjectStorage:
     """
 
     def __init__(self, address: str, *, seconds: float | None = None) -> None:
-        """`seconds` from now no request is begun any more: StorageError."""
+        """`seconds` from now every request has ended; those that have not are a StorageError."""
         self.address = address.rstrip("/")
-        self._deadline = None if seconds is None else time.monotonic() + seconds
+        patience, longest, self._deadline = REQUEST_SECONDS, SECONDS_OF_A_FETCH, math.inf
+        if seconds is not None:
+            patience = longest = min(REQUEST_SECONDS, seconds / 6)
+            self._deadline = time.monotonic() + seconds - 2 * patience  # a try, and its repetition
         try:
             self._client: Any = import_module("obstore")
         except ImportError:
@@ -65,16 +70,15 @@ class ObjectStorage:
                 f"{address} needs the package obstore, which is not installed here. Install the "
                 f"extra: pip install 'nested-tune[mirror]'."
             ) from None
-        patience = timedelta(seconds=min(REQUEST_SECONDS, seconds or REQUEST_SECONDS))
         options: dict[str, Any] = {
-            "connect_timeout": patience,
-            "read_timeout": patience,
-            "timeout": timedelta(days=1),  # of a whole answer, whose parts come in time
+            "connect_timeout": timedelta(seconds=patience),
+            "read_timeout": timedelta(seconds=patience),  # between parts of an answer
+            "timeout": timedelta(seconds=longest),
         }
         endpoints = [os.environ.get(name, "") for name in ENDPOINT_VARIABLES]
         if any(endpoint.startswith("http://") for endpoint in endpoints):
             options["allow_http"] = True  # by the environment's own word
-        retry = {"max_retries": RETRIES, "retry_timeout": patience}
+        retry = {"max_retries": RETRIES, "retry_timeout": timedelta(seconds=patience)}
         with self._explaining("be opened"):
             from_url = import_module("obstore.store").from_url
             self._store = from_url(self.address, client_options=options, retry_config=retry)
@@ -126,7 +130,7 @@ class ObjectStorage:
         """Put an object whose key says its content; one that is there is replaced by its equal."""
         with self._explaining(f"be written ({key})"):
             if isinstance(content, Path) and content.stat().st_size > PART_BYTES:
-                self._client.put(self._store, key, self._read_parts(content), max_concurrency=4)
+                self._client.put(self._store, key, self._read_parts(content), max_concurrency=1)
             else:
                 body = content if isinstance(content, bytes) else read_regular(content)
                 self._client.put(self._store, key, body, use_multipart=False)
@@ -172,7 +176,7 @@ class ObjectStorage:
                 yield part
 
     def _require_time(self) -> None:
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if time.monotonic() > self._deadline:
             raise StorageError(f"{self.address}: the time for it is over")
 
     def _require_size(self, key: str, size: int, limit: int) -> None:
@@ -198,9 +202,7 @@ class ObjectStorage:
         except (errors.AlreadyExistsError, errors.PreconditionError):
             raise ObjectChanged(f"{self.address} cannot {attempt}: it was changed.") from None
         except BaseException as error:
-            is_panic = (
-                type(error).__name__ == "PanicException"
-            )  # of the client: a bad endpoint, say
+            is_panic = type(error).__name__ == "PanicException"  # of a bad endpoint, say
             if not is_panic and not isinstance(error, errors.BaseError | ValueError):
                 raise
             # The first line alone: what follows is the server's answer, which names the key's owner

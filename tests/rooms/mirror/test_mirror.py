@@ -209,6 +209,20 @@ def test_a_server_that_never_answers_is_waited_for_no_longer_than_the_limit(
     assert caplog.text.count("is behind") == 2
 
 
+def test_a_server_that_takes_no_more_of_an_upload_is_left_in_time(
+    author, monkeypatch, tmp_path
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(20 * 2**20))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(StorageError, match="cannot be written"):
+            ObjectStorage("s3://bucket/x", seconds=6).put("small", bytes(4 * 2**20))
+        with pytest.raises(StorageError, match="cannot be written"):
+            ObjectStorage("s3://bucket/x", seconds=6).put("large", tmp_path / "large")
+        assert time.monotonic() - began < 2 * 6 + 1
+
+
 def test_torn_older_and_foreign_mirrors_are_refused_and_the_old_champion_stays(
     registry, address, tmp_path
 ) -> None:
