@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry.folders import (
@@ -27,7 +28,14 @@ from nested_core.registry.mirroring import (
     MAX_NOTE_BYTES,
     RegistryMirror,
 )
-from nested_core.registry.versions import inspect_version, registered_versions, resolve_version
+from nested_core.registry.versions import (
+    CONTENT_FILES,
+    OPTIONAL_FILES,
+    VERSION_PATTERN,
+    inspect_version,
+    registered_versions,
+    resolve_version,
+)
 from nested_core.rooms.mirror.author import publish_after_change
 from nested_core.rooms.mirror.mirror_layout import (
     Pointer,
@@ -156,6 +164,11 @@ class _Copy:
             ledger = read_ledger(self.staging)
         except DamagedError as error:
             raise DamagedError(f"{self.place} has a damaged history: {error}") from error
+        names = [
+            n for e in ledger.entries for n in (e.version, e.previous, e.manifest, e.judgement)
+        ]
+        if not all(name is None or VERSION_PATTERN.fullmatch(name) for name in names):
+            raise DamagedError(f"{self.place}: its history names what is no digest.")  # a path?
         if digest != pointer.history or ledger.torn or ledger.champion != pointer.champion:
             raise DamagedError(
                 f"{self.place}: its pointer does not say what its history says. Something else "
@@ -193,9 +206,12 @@ class _Copy:
         place.mkdir(parents=True)
         content, _ = self.storage.read(f"{key}/{MANIFEST_NAME}", MAX_MANIFEST_BYTES)
         (place / MANIFEST_NAME).write_bytes(content)
-        for name, entry in read_manifest(place)["files"].items():
-            if Path(name).name == name:  # any other is no file of a version, as is found below
-                self.storage.fetch(f"{key}/{name}", place / name, size=int(entry["bytes"]))
+        files: dict[str, Any] = {**read_manifest(place)["files"]}
+        for name in files.keys() & {*CONTENT_FILES, *OPTIONAL_FILES}:  # others are found below
+            size = files[name].get("bytes") if isinstance(files[name], dict) else None
+            if not isinstance(size, int):
+                raise DamagedError(f"{self.place}/{key}: its manifest has no size of {name}.")
+            self.storage.fetch(f"{key}/{name}", place / name, size=size)
         findings, _ = inspect_version(place, version, ledger.manifest_hashes(version))
         if findings:
             problems = "; ".join(f"{one.file.name} {one.message}" for one in findings)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -279,8 +280,6 @@ def test_torn_older_and_foreign_mirrors_are_refused_and_the_old_champion_stays(
 
 
 def test_an_edited_history_is_refused(registry, address) -> None:
-    from hashlib import sha256
-
     begin_mirror(registry, address)
     storage, second = ObjectStorage(address), read_champion(registry, NAME)
     pointer, tag = storage.read(f"{NAME}/champion.json", 10**6)
@@ -303,6 +302,35 @@ def test_an_edited_history_is_refused(registry, address) -> None:
         with pytest.raises(DamagedError, match=problem):
             update_copy(open_copy(address), NAME)
     assert not (open_copy(address) / NAME).exists()
+
+
+@pytest.mark.parametrize("field", ["version", "judgement", "manifest"])
+def test_a_history_whose_names_are_paths_is_refused(registry, address, tmp_path, field) -> None:
+    """Whoever writes to the bucket may say anything, and reaches no file of a reader by it."""
+    begin_mirror(registry, address)
+    storage, champion = ObjectStorage(address), read_champion(registry, NAME)
+    read_copy(address)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    history = (registry / NAME / "history.jsonl").read_bytes()
+    before = history.splitlines(keepends=True)[-1]
+    line = json.loads(before) | {
+        "action": "judged" if field == "judgement" else "collected",
+        "version": champion,
+        "previous": champion,
+        "previous_line_sha256": sha256(before).hexdigest(),
+        field: os.path.relpath(kept, open_copy(address) / NAME / "versions"),
+    }
+    content = history + json.dumps(line).encode() + b"\n"
+    digest = sha256(content).hexdigest()
+    storage.put(f"{NAME}/history/{digest}.jsonl", content)
+    pointer, tag = storage.read(f"{NAME}/champion.json", 10**6)
+    facts = {"history": digest, "size": len(content), "lines": 5, "champion": champion}
+    edited = json.dumps(json.loads(pointer) | facts).encode()
+    storage.replace(f"{NAME}/champion.json", edited, tag)
+    with pytest.raises(DamagedError, match="names what is no digest"):
+        update_copy(open_copy(address), NAME, EVERY_VERSION)
+    assert kept.is_dir()
 
 
 def test_a_damaged_version_is_not_put(registry, address, caplog, tmp_path) -> None:
