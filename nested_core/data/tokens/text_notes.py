@@ -197,7 +197,7 @@ def _find_unshown_texts(texts: Sequence[RowText], rendered: str) -> list[RowText
     """Return the texts that are missing in the rendered text, ignoring white space and escapes."""
     if shows_all(rendered, [text.spellings[0] for text in texts]):
         return []
-    variants = {_fold(rendered), _fold(_unescape(rendered)), _fold(html.unescape(rendered))}
+    variants = {_fold(rendered), _fold(unescape(rendered)), _fold(html.unescape(rendered))}
     shown = ""
     missing = []
     for text in sorted(texts, key=lambda text: -len(text.spellings[0])):
@@ -214,7 +214,7 @@ def _fold(text: str) -> str:
     return "".join(text.split())
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
     """Undo escapes of JSON and Python strings in a text."""
 
     def decode(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Texts that were decoded wrongly, answers that were cut off, exchanged columns, two answers.
+"""Texts in another encoding, answers that were cut off, exchanged columns, two answers.
 
 What a single row may well have is reported only if many rows of a file have it: a question is a
 sound answer, and a data set where nearly every answer is a question has its columns exchanged.
@@ -6,11 +6,16 @@ sound answer, and a data set where nearly every answer is a question has its col
 
 from __future__ import annotations
 
+import html
+import re
+from urllib.parse import unquote
+
 import polars as pl
 
 from nested_core.data.lines.example_parsing import TEMPLATED_FORMATS
 from nested_core.data.room_checks import RowChecks
 from nested_core.data.rules.rule_table import FrameRules, Rule
+from nested_core.data.tokens.text_notes import unescape
 from nested_core.records.dataset import Findings
 
 # What the bytes of UTF-8 beyond ASCII become when they are read as Latin-1 or as Windows-1252.
@@ -28,6 +33,19 @@ MOJIBAKE_PATTERN = "|".join(
         f"\u00f0[\u0178\x9f][{_CONTINUATION}]{{2}}",
     )
 )
+# Text that stands for other text: HTML's entities, escapes of JSON and Python (but no command of
+# LaTeX, whose letters are small), and what addresses have for blanks and letters
+_ENCODED = re.compile(
+    r"&(?:#\d+|#x[\da-fA-F]+|[A-Za-z]{2,8}\d{0,2});|\\u[\da-fA-F]{4}|\\[nrt](?![a-z])"
+    r"|(?<=\w)(?:%[\dA-F]{2})+"
+)
+_MAY_BE_ENCODED = r"&[#A-Za-z]\w+;|\\[unrt]|%[0-9A-F]{2}"  # the same or more, for polars
+# Where it is meant: within quotation marks, code, formulas and addresses
+_QUOTED = re.compile(
+    r"(?s)```.*?(?:```|\Z)|`[^`]*`|(?<!\\)\"(?:\\.|[^\"\\])*\"|(?<!\w)'(?:\\.|[^'\\\n])*'(?!\w)"
+    r"|\$[^$]*\$|\S*/\S*"
+)
+_TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 # Words that end no sentence; an answer that ends in one, without a full stop, was cut off.
 _WORDS_BEFORE_OTHERS = (
     "the|a|an|of|and|or|with|from|because|which|whose|my|your|their|its|than|into|"
@@ -38,6 +56,8 @@ _CUT_OFF_PATTERN = rf"[^\x00]{{20}}\s(?:{_WORDS_BEFORE_OTHERS})\s*$"
 _TAIL_CHARACTERS = 48
 _QUESTION_END = r"[?\uff1f\u061f][\"'\u201d\u2019)\s]*"
 MIN_ROWS = 10  # of which a share of questions tells something
+MIN_ENCODED_ROWS = 3
+MIN_ENCODED_SHARE = 0.01
 MIN_CUT_OFF_ROWS = 5
 MIN_CUT_OFF_SHARE = 0.05
 MIN_QUESTION_SHARE = 0.8  # of answers, with at most MAX_PROMPT_QUESTION_SHARE of prompts
@@ -50,6 +70,8 @@ MAX_DISTINCT_ANSWER_SHARE = 0.1
 _RULES = FrameRules(
     columns={
         "is_mojibake": pl.Boolean,
+        "encoded": pl.String,
+        "is_encoded": pl.Boolean,
         "is_cut_off": pl.Boolean,
         "is_exchanged": pl.Boolean,
         "is_contradicted": pl.Boolean,
@@ -63,6 +85,15 @@ _RULES = FrameRules(
             ~pl.col("is_mojibake"),
             "UTF-8 that was read as Latin-1 or Windows-1252, such as \u00c3\u00a9 for \u00e9, in "
             "lines: {count} ({places}). Read the source as UTF-8, and write the file again",
+            once=True,
+        ),
+        Rule(
+            "encoded-answers",
+            "warning",
+            ~pl.col("is_encoded"),
+            "answers with `{encoded}` and the like, which stand for other characters: {count} "
+            "({places}). The model learns to write them so. Decode the source, such as by "
+            "html.unescape, and write the file again",
             once=True,
         ),
         Rule(
@@ -95,7 +126,7 @@ _RULES = FrameRules(
 
 
 def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
-    """Return what single texts look like, a Boolean column each.
+    """Return what single texts look like, a Boolean column each, and how answers are encoded.
 
     Only turns of text have answers; in plain texts and calls of tools no NUL separates turns.
     """
@@ -108,7 +139,28 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
         "is_prompt_question": texts.str.contains(asked),
         "is_answer_question": tails.str.contains(f"{_QUESTION_END}$"),
     }
-    return {name: column.fill_null(value=False) for name, column in found.items()}
+    may_be = texts.str.contains(_MAY_BE_ENCODED).fill_null(value=False).arg_true()
+    encoded = pl.Series([None], dtype=pl.String).new_from_index(0, len(texts))
+    encoded = encoded.scatter(may_be, [find_encoded(text) for text in texts.gather(may_be)])
+    flags = {name: column.fill_null(value=False) for name, column in found.items()}
+    return flags | {"encoded": encoded}
+
+
+def find_encoded(text: str) -> str | None:
+    """Return characters of an answer that stand for others; None if there are none, or on purpose.
+
+    They are on purpose in markup, code and quotations, and where the prompt has them too or, as in
+    a task of encoding, what they stand for.
+
+    text: the turns, joined by NUL.
+    """
+    prompt, _, answer = text.rpartition("\0")
+    for word in () if _TAG.search(answer) else _QUOTED.sub(" ", answer).split(" "):
+        found, read = _ENCODED.search(word), unquote(html.unescape(unescape(word)))
+        asked = found and (found[0] in prompt or bool(read.strip()) and read.strip() in prompt)
+        if found and read != word and not asked:
+            return found[0]
+    return None
 
 
 def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
@@ -119,9 +171,13 @@ def _add_findings(frame: pl.DataFrame, findings: Findings) -> None:
     rows = is_turns.sum()
     asks = is_turns & pl.col("is_answer_question")
     was_asked = is_turns & pl.col("is_prompt_question")
+    is_encoded = is_turns & pl.col("encoded").is_not_null()
     is_cut_off = is_turns & pl.col("is_cut_off")
     lines_before = [part.lines_before for part in findings.parts.get(frame["file"][0], ())]
     judged = frame.with_columns(
+        is_encoded=is_encoded
+        & (is_encoded.sum() >= MIN_ENCODED_ROWS)
+        & (is_encoded.sum() >= MIN_ENCODED_SHARE * rows),
         is_cut_off=is_cut_off
         & (is_cut_off.sum() >= MIN_CUT_OFF_ROWS)
         & (is_cut_off.sum() >= MIN_CUT_OFF_SHARE * rows),
@@ -157,7 +213,8 @@ CHECKS = RowChecks(
     dict.fromkeys(
         ("is_mojibake", "has_answer", "is_cut_off", "is_prompt_question", "is_answer_question"),
         pl.Boolean,
-    ),
+    )
+    | {"encoded": pl.String},
     find_suspect_texts,
     _add_findings,
 )

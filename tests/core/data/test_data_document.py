@@ -20,7 +20,7 @@ SECRETS = ROOT / "nested_core" / "rooms" / "secrets"
 OF_SECRETS = {"likely-secret", "personal-data"}
 SUSPECT_ROWS = ROOT / "nested_core" / "rooms" / "suspect_rows"
 OF_SUSPECT_ROWS = {
-    *("mojibake", "two-answers", "cut-off-answers", "exchanged-columns"),
+    *("mojibake", "encoded-answers", "two-answers", "cut-off-answers", "exchanged-columns"),
     *("lost-character", "tokens-alike", "handwritten-turns", "date-in-prompt"),
 }
 TABLES_ROOM = ROOT / "nested_core" / "rooms" / "tables"

@@ -15,7 +15,7 @@ import pytest
 
 from nested_core.data.dataset_loading import dataset_cache
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.rooms.suspect_rows.text_checks import find_suspect_texts
+from nested_core.rooms.suspect_rows.text_checks import find_encoded, find_suspect_texts
 from nested_core.rooms.suspect_rows.tokenizer_checks import find_tokens_alike
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.builders.data_sets import Found, chat, load, warnings_in, write_lines
@@ -134,6 +134,54 @@ def test_mojibake_of_many_scripts_is_found_and_the_text_itself_is_not(
 )
 def test_rightly_decoded_text_is_no_mojibake(text: str) -> None:
     assert find_suspect_texts(pl.Series([text]))["is_mojibake"].to_list() == [False]
+
+
+@pytest.mark.parametrize(
+    ("encoded", "plain"),
+    [
+        ("Go and see {city}, {land}&#39;s capital!", "Go and see {city}, {land}'s capital!"),
+        ("{land}:\\nGo to the caf\\u00e9s of {city}.", "{land}:\nGo to the caf\u00e9s of {city}."),
+    ],
+)
+def test_answers_in_an_encoding_are_told_once_a_file(
+    encoded: str, plain: str, tmp_path: Path
+) -> None:
+    half = [
+        pair[n % 2]
+        for n, pair in enumerate(
+            zip(rewrite("train", encoded), rewrite("train", plain), strict=True)
+        )
+    ]
+    splits = {"train": half, "valid": rewrite("valid", plain)}
+    assert found(tmp_path / "planted", splits) == [("train.jsonl", 1, "encoded-answers")]
+    splits["train"] = [*rewrite("train", plain), *half[:4:2]]
+    assert found(tmp_path / "healthy", splits) == []  # two of 42 are too few
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "expected"),
+    [
+        ("What?", "Tom &amp; Jerry", "&amp;"),
+        ("What?", "New%20York", "%20"),
+        ("What?", "First.\\nSecond.", "\\n"),
+        ("A page?", "<p>Tom &amp; Jerry&#39;s</p>", None),
+        ("Escape: Tom & Jerry", "Tom &amp; Jerry", None),
+        ("Which form has Tom &amp; Jerry?", "Tom &amp; Jerry", None),
+        ("Write C.", 'printf("%02d\\n", a && b);', None),
+        ("Write C.", "```\nputc('\\n');\n```", None),
+        ("As JSON?", '{"place": "caf\\u00e9"}', None),
+        ("A formula?", "$\\nabla f$ is \\nu times \\theta", None),
+        ("Where?", "At https://example.org/a%20b&lt;c", None),
+        ("How?", "By `&amp;`, or sort -t '\\t'", None),
+        ("How?", "C:\\new is 20% of A&B; and 5%", None),
+    ],
+)
+def test_an_encoding_that_is_meant_is_not_told(
+    asked: str, answer: str, expected: str | None
+) -> None:
+    assert find_encoded(f"{asked}\0{answer}") == expected
+    (column,) = find_suspect_texts(pl.Series([f"{asked}\0{answer}"]))["encoded"].to_list()
+    assert column == expected
 
 
 def test_answers_that_their_generator_cut_off_are_told_once_a_file(tmp_path: Path) -> None:
