@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from nested_core.config.loading import render_config
 from nested_core.config.resume import read_run_config, refuse_differences_on_resume
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.data.data_settings import REPLAY_SPLIT
+from nested_core.data.data_settings import REPLAY_SPLIT, DataSettings
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.example_digests import TrainedRows
+from nested_core.data.held_out_rows import read_group_values
 from nested_core.data.parallel_jobs import OnProgress
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import (
     JUDGE_AGAIN,
@@ -50,6 +52,7 @@ from nested_core.measure.answers.suite_answers import (
     record_or_compare_suites,
 )
 from nested_core.measure.losses.held_out_loss import (
+    HeldOutExamples,
     LoadedBase,
     read_held_out_examples,
     read_held_out_file,
@@ -259,7 +262,25 @@ def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None
         read_held_out_file(config)
     require_held_out(gate.held_out, gate.max_kl, dataset, config.data)
     if config.data_policy.group is not None:
-        read_held_out_examples(config, read_nonempty_splits(config, run))
+        splits = read_nonempty_splits(config, run)
+        held_out = read_held_out_examples(config, splits)
+        _warn_of_shared_groups(config, splits["train"], held_out)
+
+
+def _warn_of_shared_groups(
+    config: FineTuneConfig, train: TokenizedSplit, held_out: HeldOutExamples | None
+) -> None:
+    """Warn if rows of train have the `data_policy.group` of held-out rows, and may answer them."""
+    groups = [] if held_out is None else [one for one in held_out.groups or () if one is not None]
+    settings, lines = DataSettings.from_config(config), train.lines.tolist()
+    with suppress(DatasetError):  # no row of train has such a field
+        trained = set(read_group_values(settings, "train", lines)) if groups else ()
+        if shared := sum(one in trained for one in groups):
+            warnings.warn(
+                f"{shared:,} of {len(groups):,} held-out rows share their {settings.policy.group} "
+                f"with rows of train, which may answer them: put each into one split.",
+                stacklevel=2,
+            )
 
 
 def write_initial_adapter_and_tiers(

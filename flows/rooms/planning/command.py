@@ -112,6 +112,7 @@ def write_configuration(
         arguments.resume_adapter_file,
         tasks=tasks,
         registry=registry,
+        group=getattr(arguments, "group", None),  # a flag of the room tables
         minutes=arguments.minutes,
     )
     if target is not None:

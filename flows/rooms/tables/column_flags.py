@@ -43,7 +43,7 @@ def write_command(arguments: argparse.Namespace, **changes: Any) -> str:
     """Return the command line of init with changed flags; a value of None leaves a flag out."""
     values = {**vars(arguments), **changes}
     words = ["nested-tune", "init"]
-    for name in ("data", "model", *TABLE_FLAGS, "split", "champion", "minutes", "output"):
+    for name in ("data", "model", *TABLE_FLAGS, "split", "group", "champion", "minutes", "output"):
         if (value := values[name]) is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)

@@ -40,6 +40,11 @@ def add_flags(init: argparse.ArgumentParser) -> None:
         "here; DATA is left as it is (default for tables: 0.1)",
     )
     init.add_argument(
+        "--group",
+        metavar="FIELD",
+        help="rows with one value of this field, such as an article or a customer, go to one split",
+    )
+    init.add_argument(
         "--champion",
         metavar="REGISTRY/NAME",
         help="the rows are new ones for this champion: the run goes on from it, and every row "
@@ -157,7 +162,10 @@ def prepare_data(arguments: argparse.Namespace) -> PreparedData:
         names = replace(source.field_names, drop=tuple(arguments.drop_fields))
         split = SplitRequest(share or DEFAULT_SHARE, arguments.suite, known, names)
         count_answer = _make_answer_counter(arguments.model)
-        request = Request(makes_chats, columns, system, share is not None, split, count_answer)
+        group, is_asked = arguments.group, share is not None
+        if group and not any(group in facts.columns for facts in source.facts.values()):
+            raise ConfigError(f"--group: no row of {data} has a field {group!r}.")
+        request = Request(makes_chats, columns, system, is_asked, split, count_answer, group)
         with flags.giving_example(TooManyQuestions):
             data_set = make_data_set(source, request, folder)
     return PreparedData(target, folder, data_set, [*messages, *data_set.messages])

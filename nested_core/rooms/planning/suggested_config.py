@@ -100,6 +100,7 @@ def suggest_config(
     *,
     tasks: str = "",
     registry: str = "",
+    group: str | None = None,
     minutes: float | None = None,
 ) -> SuggestedConfig:
     """Suggest a configuration for a model and a data set; its first step fits in memory.
@@ -110,11 +111,13 @@ def suggest_config(
         adapter: the adapters.safetensors to go on from; None begins with a fresh adapter.
         tasks: more lines of the section `gate`, such as its `tasks`.
         registry: the sections `registry` and `continual`; empty leaves both to a person.
+        group: the field of rows that belong together.
         minutes: how long a run is to take; None counts passes over the data.
 
     Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
     """
     base: dict[str, Any] = {"model": model, "data": data}
+    base |= {"data_policy": {"group": group}} if group else {}
     if drop_fields:
         base["drop_fields"] = list(drop_fields)
     field_names, loss = _look_at_rows(DataSettings(data, drop_fields=tuple(drop_fields)))
@@ -142,7 +145,7 @@ def suggest_config(
 
     masked, supervise = _choose_targets(read_report, is_of_core=is_of_core)
     if "no-supervised-token" in _list_checks(masked):  # some rows are cut before their answer
-        base["data_policy"] = {"overlong": "drop"}
+        base["data_policy"] = base.get("data_policy", {}) | {"overlong": "drop"}
         masked = read_report(supervise)
     train = masked.splits["train"]
     if train.tokens and train.tokens.supervised <= SHORT_ANSWER * train.rows:
@@ -307,7 +310,7 @@ def _render_yaml(
         how_long = f"minutes: {minutes:g}  # as many steps as fit with their verdict"
     kept = "best step by the loss on valid" if "valid" in report.splits else "last step"
     length = max(SEQ_LENGTH_MULTIPLE, -(-longest // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
-    are_cut = "are left out" if "data_policy" in base else "are cut"
+    are_cut = "are left out" if "overlong" in base.get("data_policy", {}) else "are cut"
     cut = f"; {truncated:,} are longer and {are_cut}" if truncated else ""
     if tokens.context is not None and tokens.context < length:
         length = tokens.context  # more is cut, for the model could not see it

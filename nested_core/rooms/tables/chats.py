@@ -126,6 +126,7 @@ class ChatMaker:
     columns: of tables; None if every row is an example already.
     names: where other rows hold their fields.
     system: for rows that have no system text of their own; an empty one for none.
+    group: a field that chats keep beside their turns; None for none.
     empty_cells: the places of rows with an empty cell, by what became of them, such as `left out,
         without a text in Answer`.
     """
@@ -133,6 +134,7 @@ class ChatMaker:
     columns: Columns | None
     names: FieldNames
     system: str
+    group: str | None = None
     empty_cells: dict[str, list[str]] = field(default_factory=dict)
 
     def make_line(self, row: Row) -> bytes | None:
@@ -154,6 +156,8 @@ class ChatMaker:
             chat["messages"] = [{"role": "system", "content": self.system}, *turns]
             if "loss_mask" in chat:
                 chat["loss_mask"] = [1, *chat["loss_mask"]]
+        if self.group in row.fields:
+            chat[self.group] = row.fields[self.group]
         return json.dumps(chat, ensure_ascii=False).encode(errors="surrogatepass")
 
     def _read_table_row(self, row: Row, columns: Columns) -> dict[str, Any] | None:

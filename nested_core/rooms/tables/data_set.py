@@ -12,7 +12,7 @@ from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.errors import ConfigError, join_first_values
 from nested_core.registry.data_store import read_lineage, read_stored_data, render_row
 from nested_core.registry.queries import read_champion
-from nested_core.rooms.tables.chats import LEFT_OUT, ChatMaker, Columns, read_rows
+from nested_core.rooms.tables.chats import LEFT_OUT, ChatMaker, Columns, read_rows, to_text
 from nested_core.rooms.tables.dataset_split import RowTexts, SplitRequest, draw_splits
 from nested_core.rooms.tables.eval_set import EvalSet, draw_eval_set
 from nested_core.rooms.tables.source import Source
@@ -36,6 +36,7 @@ class Request:
     split: how splits are drawn, and where rows hold their fields.
     count_answer: returns the number of tokens of an answer to some turns, for an eval set; None if
         the model cannot see them all.
+    group: the field whose rows stay in one split; None looks for one, and says so.
     """
 
     makes_chats: bool
@@ -44,6 +45,7 @@ class Request:
     is_split_asked_for: bool
     split: SplitRequest
     count_answer: Callable[[Sequence[Any], str], int | None]
+    group: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,20 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     Raises ConfigError if there are too few rows or splits that cannot be drawn, DatasetError for a
     row that is no example; the folder does not exist then.
     """
-    maker = ChatMaker(request.columns, request.split.names, request.system or "")
+    maker = ChatMaker(request.columns, request.split.names, request.system or "", request.group)
     make_line = maker.make_line if request.makes_chats else lambda row: row.line
-    parts = {
-        name: [line for row in read_rows(split) if (line := make_line(row)) is not None]
-        for name, split in source.splits.items()
-    }
+    used = request.columns.names if request.columns else ()
+    found = next(filter(None, (facts.find_group(used) for facts in source.facts.values())), None)
+    group = request.group or found
+    parts: dict[str, list[bytes]] = {name: [] for name in source.splits}
+    values: dict[bytes, str] = {}
+    for name, split in source.splits.items():
+        for row in read_rows(split):
+            if (line := make_line(row)) is not None:
+                parts[name].append(line)
+                values[line] = to_text(row.fields.get(group)) if group else ""
+    if request.group:
+        request = replace(request, split=replace(request.split, values=values))
     messages = [
         f"{consequence}: {format_count(len(places), 'row')} "
         f"({join_first_values(places, MAX_SHOWN_PLACES)})"
@@ -88,6 +98,7 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         )
     parts, sentences = _draw_missing_splits(source, request, parts, left_out)
     messages += [*sentences, *_list_unused(source, request.columns)]
+    messages += _describe_groups(group, values, parts, is_asked_for=request.group is not None)
     eval_set = None
     count = request.split.questions
     if request.makes_chats and count != 0:
@@ -129,6 +140,30 @@ def _draw_missing_splits(
             f"any out for valid and test; those that ask one question count as one.{left_out}"
         )
     return drawn.lines, drawn.describe()
+
+
+def _describe_groups(
+    group: str | None,
+    values: Mapping[bytes, str],
+    parts: Mapping[str, Sequence[bytes]],
+    *,
+    is_asked_for: bool,
+) -> Iterator[str]:
+    """Yield a sentence on the values of a field in the splits, or on those in two of them.
+
+    values: of each row; empty where it has none.
+    """
+    of_split = {name: {values[line] for line in lines} - {""} for name, lines in parts.items()}
+    held_out = [values[line] for name, lines in parts.items() if name != "train" for line in lines]
+    if shared := sum(value in of_split["train"] for value in held_out):
+        remedy = "" if is_asked_for else f". If they belong together, give `--group {group}`"
+        yield (
+            f"warning: {shared:,} of {len(held_out):,} held-out rows share their {group} with rows "
+            f"of train, which may answer them{remedy}"
+        )
+    elif is_asked_for:
+        counts = ", ".join(f"{name} {len(own):,}" for name, own in of_split.items())
+        yield f"each {group} is in one split ({counts})"
 
 
 def _list_known_rows(parts: Mapping[str, Sequence[bytes]], split: SplitRequest) -> Iterator[str]:

@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from operator import itemgetter
@@ -60,12 +60,14 @@ class SplitRequest:
         leaves that to the answers, and 0 means no eval set.
     trained: the questions of the champion's data: rows that ask them go to train.
     names: where rows hold their fields.
+    values: of rows that belong together, such as those of one article, what they share.
     """
 
     share: float = DEFAULT_SHARE
     questions: int | None = None
     trained: Set[bytes] = frozenset()
     names: FieldNames = FieldNames()
+    values: Mapping[bytes, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     """Draw the lines of train, valid and test, with a fixed seed: same rows, same splits.
 
     A row whose question the champion's data has is known and goes to train; the sizes of valid and
-    test are shares of the other rows, the new ones. Rows with the same question, and if possible
-    near-duplicates, are kept in one split.
+    test are shares of the other rows, the new ones. Rows with the same question or value, and if
+    possible near-duplicates, are kept in one split.
 
     If there are too few new rows to split, all rows go to train; without known rows, which would
     be judged by nothing, None is returned. Raises TooManyQuestions if the eval set would need more
@@ -106,7 +108,11 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     """
     texts = [RowTexts.of(row, request.names) for row in rows]
     known = {row for row, one in enumerate(texts) if one.question in request.trained}
-    same_question = _group_by_question(texts)
+    groups: dict[str, list[int]] = {}
+    for row, line in enumerate(rows):
+        if value := request.values.get(line):
+            groups.setdefault(value, []).append(row)
+    together = [*_group_by_question(texts), *groups.values()]
     new = [one for row, one in enumerate(texts) if row not in known]
     distinct = len({one.question for one in new})
     max_questions = min(distinct, max(1, int(MAX_TEST_SHARE * distinct)))
@@ -118,10 +124,10 @@ def draw_splits(rows: Sequence[bytes], request: SplitRequest) -> DrawnSplits | N
     size = max(1, round(request.share * len(new)))
     sizes = {"valid": size, "test": max(size, math.ceil(questions * len(new) / max(1, distinct)))}
     draw = _Draw(texts, sizes, questions, known)
-    parts = draw.split(_join_groups([*same_question, *_pair_near_duplicates(texts)], len(rows)))
+    parts = draw.split(_join_groups([*together, *_pair_near_duplicates(texts)], len(rows)))
     is_too_coarse = any(not size <= len(parts[name]) <= 2 * size for name, size in sizes.items())
     if is_too_coarse:
-        parts = draw.split(_join_groups(same_question, len(rows)))
+        parts = draw.split(_join_groups(together, len(rows)))
     if any(known.issuperset(part) for part in parts.values()):  # a split without a new row
         return DrawnSplits({"train": [*rows]}, len(known), False) if known else None
     lines = {name: [rows[row] for row in part] for name, part in parts.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +75,21 @@ class FileFacts:
     def is_unknown(self) -> bool:
         """Whether no name of its columns says what is the question or the answer."""
         return self.is_table and self.field_names is None and len(self.columns) > 1
+
+    def find_group(self, used: Container[str]) -> str | None:
+        """Return a column whose rows may belong together, such as an article or a customer.
+
+        Its values repeat, and none of them fills a tenth of the rows. Of several columns it is the
+        one with the most values. used: columns of question and answer.
+        """
+        rows = max(map(len, self.columns.values()), default=0)
+        counts = {name: Counter(texts) for name, texts in self.columns.items() if name not in used}
+        groups = {
+            name: len(values)
+            for name, values in counts.items()
+            if values.total() == rows >= 2 * len(values) and max(values.values()) <= rows / 10
+        }
+        return max(groups, key=groups.__getitem__, default=None)
 
     def describe(self) -> str:
         """All columns, such as `faq.csv has the columns A, B`."""

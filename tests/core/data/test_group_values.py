@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from nested_core.config.sections import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_rows import read_group_values
 from nested_core.errors import DatasetError
-from tests.builders.data_sets import write_lines
+from tests.builders.data_sets import chat, write_lines
+from tests.example import example_config, prepare
 from tests.left_out import needs_rooms
 
 
@@ -40,3 +42,22 @@ def test_a_field_that_no_row_has_is_an_error(tmp_path: Path) -> None:
     write_lines(tmp_path / "valid.jsonl", ROWS)
     with pytest.raises(DatasetError, match=r"no row of valid\.jsonl has a field 'doc'"):
         read_group_values(settings_for(tmp_path, "doc"), "valid", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"), [(0, None), (2, "2 of 4 held-out rows share their thread with rows")]
+)
+def test_a_group_in_train_and_in_held_out_rows_is_told_before_training(
+    shared: int, expected: str | None, tmp_path: Path
+) -> None:
+    threads = {"train": range(8), "valid": range(8 - shared, 12 - shared)}
+    for split, numbers in threads.items():
+        rows = [chat(f"What is {n}?", f"{n} in {split}.") | {"thread": n} for n in numbers]
+        write_lines(tmp_path / "data" / f"{split}.jsonl", rows)
+    config = example_config(data=str(tmp_path / "data"), data_policy={"group": "thread"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        prepare(config, tmp_path / "run")
+    told = [str(one.message) for one in caught if "held-out rows share" in str(one.message)]
+    assert len(told) == (expected is not None)
+    assert all(expected is not None and expected in one for one in told)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
 from nested_core import ConfigError, DatasetError
+from nested_core.config.loading import load_config
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.room_checks import NearDuplicates
+from nested_core.rooms.tables.chats import Columns
 from nested_core.rooms.tables.data_set import DataSet, Request, make_data_set
 from nested_core.rooms.tables.dataset_split import (
     RowTexts,
@@ -23,9 +26,10 @@ from nested_core.rooms.tables.dataset_split import (
     read_share,
 )
 from nested_core.rooms.tables.eval_set import EvalSet, choose_score, draw_eval_set
-from nested_core.rooms.tables.source import Source
+from nested_core.rooms.tables.source import FileFacts, Source
 from nested_core.seams import load_all
 from tests.builders.data_sets import chat, write_lines
+from tests.example import MODEL
 from tests.flows.conftest import called
 from tests.left_out import needs_rooms
 
@@ -95,6 +99,79 @@ def test_equal_rows_stay_together(tmp_path: Path) -> None:
     assert counts == {"train": 30, "valid": 10, "test": 10}
     assert not set.intersection(*prompts)
     assert sum(map(len, prompts)) == 5
+
+
+def write_articles(folder: Path) -> Path:
+    """A table of 24 articles with five questions each, in a random order; `kind` is two labels."""
+    rows = [(f"KB-{n // 5}", n % 2, f"{WORDS[n // 5]} {n}?", f"{n // 5}.") for n in range(120)]
+    random.Random(1).shuffle(rows)
+    lines = ["article,kind,number,ask,say"]
+    lines += [f"{a},{kind},{n},{ask},{say}" for n, (a, kind, ask, say) in enumerate(rows)]
+    folder.mkdir(exist_ok=True)
+    (folder / "faq.csv").write_text("\n".join(lines) + "\n")
+    return folder / "faq.csv"
+
+
+def write_threads(folder: Path) -> Path:
+    """Chats of 24 threads, three of each, in one file."""
+    rows = [chat(f"{WORDS[n // 3]}, {n}?", f"{n}.") | {"thread": n // 3} for n in range(72)]
+    random.Random(1).shuffle(rows)
+    return write_lines(folder / "chats.jsonl", rows)
+
+
+@pytest.mark.parametrize(
+    ("write", "field", "columns"),
+    [
+        (write_articles, "article", Columns("{ask}", ("say",))),
+        (write_threads, "thread", None),
+    ],
+)
+def test_rows_that_belong_together_are_offered_and_go_to_one_split(
+    write: Callable[[Path], Path], field: str, columns: Columns | None, tmp_path: Path
+) -> None:
+    data = str(write(tmp_path))
+    split = SplitRequest(0.1, 0)
+    request = Request(columns is not None, columns, None, True, split, count_answer)
+    by_rows = make(data, request, tmp_path / "rows")
+    (offer,) = [one for one in by_rows.messages if "--group" in one]
+    assert f"held-out rows share their {field} with rows of train" in offer
+    assert f"give `--group {field}`" in offer
+    by_group = make(data, replace(request, group=field), tmp_path / "groups")
+    of_split = {
+        name: {json.loads(row)[field] for row in read_split(tmp_path / "groups", name)}
+        for name in by_group.rows
+    }
+    assert sum(map(len, of_split.values())) == 24
+    assert not [one for one in by_group.messages if "warning" in one]
+    assert f"each {field} is in one split" in " ".join(by_group.messages)
+
+
+def test_columns_that_are_nearly_unique_or_of_a_few_values_are_no_groups() -> None:
+    facts = FileFacts("t.csv", 100)
+    facts.columns = {
+        "id": [str(n) for n in range(100)],
+        "kind": [str(n % 5) for n in range(100)],
+        "always": ["x"] * 100,
+        "sometimes": [str(n) for n in range(20)] * 4,  # empty in 20 rows
+    }
+    assert facts.find_group(()) is None
+    facts.columns["customer"] = [str(n % 30) for n in range(100)]
+    assert facts.find_group(()) == "customer"
+    assert facts.find_group(("customer",)) is None
+    assert FileFacts("empty.csv").find_group(()) is None
+
+
+def test_a_group_that_no_row_has_is_refused_and_one_is_in_the_configuration(tmp_path: Path) -> None:
+    write_articles(tmp_path)
+    names = ("--prompt-feature", "ask", "--completion-feature", "say", "-o", "lora.yaml")
+    init = ("init", "--data", "faq.csv", "--model", MODEL, *names)
+    refused = called(*init, "--group", "Article", cwd=tmp_path)
+    assert refused.code == 2
+    assert "no row of faq.csv has a field 'Article'" in refused.stderr
+    assert not (tmp_path / "faq-split").exists()
+    assert called(*init, "--group", "article", cwd=tmp_path).code == 0
+    config = load_config(tmp_path / "lora.yaml")
+    assert config.data_policy.group == "article"
 
 
 @needs_rooms("near_duplicates")
