@@ -24,7 +24,7 @@ from nested_core.text.loss_format import format_difference, format_loss
 
 NAME = "answers after another row's prompt"
 MAX_ROWS = 128
-MAX_PARTNERS = 4
+MAX_PARTNERS = 2
 MIN_SHARE_OF_GAIN = 0.1  # that the question has to explain
 MAX_SHARE_OF_LOSS = 0.2  # that the question may explain, of the loss after another's prompt
 MIN_ROWS = 8
@@ -68,11 +68,10 @@ def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> Result:
     base, own = judged.base, judged.predictions
     length = base.config.max_seq_length
     pairs = [(rows[other].prompt, row.answer) for row, others in compared for other in others]
-    adapters = [base.parameters, judged.after.to_mlx()]
-    after_others = base.compare_predictions(adapters, make_split(pairs, length))
+    after_others = base.compare_predictions([judged.after.to_mlx()], make_split(pairs, length))
     # Where each row's pairs begin, whose losses are averaged
     counts = np.array([len(others) for _, others in compared])
-    base_others, others = np.add.reduceat(after_others.losses, counts.cumsum() - counts, 1) / counts
+    others = np.add.reduceat(after_others.losses[0], counts.cumsum() - counts) / counts
     at = np.array([row.index for row, _ in compared])
     before = own.losses[-2][at]
     if not base.is_unchanged_by(judged.before.to_mlx()):
@@ -83,9 +82,7 @@ def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> Result:
         clusters = held_out.clusters[np.cumsum(held_out.is_example_supervised)[at] - 1]
     tokens = own.tokens[at]
     losses = (before / tokens, own.losses[-1][at] / tokens, others / tokens)
-    effect = compare_prompts(*losses, tokens, clusters)
-    base_effect = float((base_others - before).sum() / tokens.sum())
-    return _describe(effect, base_effect, len(compared))
+    return _describe(compare_prompts(*losses, tokens, clusters), len(compared))
 
 
 def compare_prompts(
@@ -128,10 +125,9 @@ def choose_partners(rows: Sequence[AnswerRow]) -> list[list[int]]:
     return partners
 
 
-def _describe(measured: PromptEffect, base_effect: float, rows: int) -> Result:
+def _describe(measured: PromptEffect, rows: int) -> Result:
     """Return the row of the control in the verdict, and a warning if only the form was learnt.
 
-    base_effect: the same difference for the base.
     rows: the number of held-out rows.
     """
     interval = (measured.effect.low, measured.effect.high)
@@ -141,8 +137,7 @@ def _describe(measured: PromptEffect, base_effect: float, rows: int) -> Result:
         verdict = "answers depend on it" if depends else "too few rows to tell"
     figures = format_loss(measured.loss), format_loss(measured.other)
     difference = format_difference(measured.effect.mean, interval)
-    bound = f"the base's {format_difference(base_effect)}"
-    result = Result([CheckRow(f"{NAME}, {rows} rows", *figures, difference, bound, verdict)])
+    result = Result([CheckRow(f"{NAME}, {rows} rows", *figures, difference, verdict=verdict)])
     if is_told:
         result.warn(
             "form_alone",

@@ -16,6 +16,7 @@ from nested_core.records.dataset import FilePart, find_place
 from nested_core.rooms.controls.results import NotApplicableError, SuspectLine
 
 SHOWN_CHARACTERS = 80
+GIVEN_AWAY = 0.5  # share of answers that their own prompts have, and other prompts do not
 _WORD = re.compile(r"\w+")
 
 
@@ -117,6 +118,17 @@ def make_split(
 def fold(text: str) -> str:
     """Return a text without case, and with one blank where it has white space, to compare."""
     return " ".join(text.casefold().split())
+
+
+def share_given_away(prompts: Sequence[str], answers: Sequence[str]) -> float:
+    """Return the share of answers in their own prompts, less that in other rows' prompts.
+
+    It is high where a task is to find them there, too.
+    """
+    asked, given, half = list(map(fold, prompts)), list(map(fold, answers)), len(prompts) // 2
+    columns = zip(given, asked, asked[half:] + asked[:half], strict=True)
+    found = sum((text in own) - (text in other) for text, own, other in columns)
+    return found / max(1, len(given))
 
 
 def find_words(text: str) -> list[str]:

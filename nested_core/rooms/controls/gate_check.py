@@ -79,7 +79,7 @@ def _plan_controls(run: RunToJudge) -> GateWork:
     train, rows = read_dataset_record(run.run.dataset).splits["train"].rows, 0
     if controls.prompts:
         pairs = MAX_PARTNERS * run.held_out_rows
-        rows += (2 + run.goes_on) * min(MAX_ROWS, pairs)
+        rows += (1 + run.goes_on) * min(MAX_ROWS, pairs)
     if controls.surprises:
         rows += count_rows_to_read(train, run.held_out_rows)
     if not controls.probes:

@@ -20,10 +20,12 @@ from nested_core.measure.answers.suite_answers import read_suites
 from nested_core.records.paired_difference import Indices, Vector
 from nested_core.records.verdict import SCORE_ROUNDING, CheckRow
 from nested_core.rooms.controls.answer_rows import (
+    GIVEN_AWAY,
     fold,
     list_words,
     read_held_out_rows,
     read_training_rows,
+    share_given_away,
 )
 from nested_core.rooms.controls.results import Control, NotApplicableError, Result, share_interval
 
@@ -34,6 +36,7 @@ MIN_QUESTIONS = 10
 SIBLING_SHARE = 0.9  # of held-out questions that the lookup answers right
 MIN_ABOVE_CONSTANT = 0.3
 LISTED_LINES = 10
+LOOKS_UP = "looking up the rarest words of each question in train"
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,31 +129,40 @@ def are_siblings(right: int, constant: int, total: int) -> bool:
 
 
 def _compare_suites(lookup: Lookup, judged: CheckedRun, result: Result) -> None:
-    """Add a row, and maybe a warning, for each suite of enough questions."""
+    """Add a row, and maybe a warning, for each suite of enough questions.
+
+    Beside the lookup, the question itself is scored as its answer, unless the training answers too
+    are found in their prompts.
+    """
     tasks = {task.name: task for task in judged.verdict.tasks}
     for suite in read_suites(judged.config.gate):
         lines = {a.line for a in judged.answers if (a.task, a.model) == (suite.name, "candidate")}
         prompts = [question.prompt for question in suite.questions]
         texts = [one if isinstance(one, str) else one[-1]["content"] for one in prompts]
-        scores = suite.score([lookup.answer(text) or "" for text in texts])
-        asked = zip(suite.questions, scores, strict=True)
-        counted = [score for question, score in asked if question.line in lines]
-        if len(counted) < MIN_QUESTIONS:
-            continue
-        task, score = tasks[suite.name], sum(counted) / len(counted)
-        # A suite without any right answer, and one that a constant answers as well, are told anyway
-        is_shown = task.candidate > score + SCORE_ROUNDING or score <= (task.constant or 0.0)
-        right, found = f"{task.count(task.candidate)} of {task.questions}", task.count(score)
-        name, verdict = f"{NAME}, {task.name}", "passed" if is_shown else "no better than a lookup"
-        figures = f"lookup {found}", f"adapter {right} answers right"
-        result.rows.append(CheckRow(name, *figures, verdict=verdict))
-        if not is_shown:
-            result.warn(
-                "no_better_than_lookup",
-                score,
-                f"{task.name}: nothing was shown about new questions: {right} answers are right, "
-                f"and looking up the rarest words of each question in train gives {found}",
-            )
+        others = {"lookup": (LOOKS_UP, [lookup.answer(text) or "" for text in texts])}
+        if share_given_away(lookup.prompts, lookup.answers) < GIVEN_AWAY:
+            others["echo"] = ("repeating each question", texts)
+        for kind, (what, answers) in others.items():
+            asked = zip(suite.questions, suite.score(answers), strict=True)
+            counted = [score for question, score in asked if question.line in lines]
+            if len(counted) < MIN_QUESTIONS:
+                continue
+            task, score = tasks[suite.name], sum(counted) / len(counted)
+            # A suite without any right answer, and one that a constant answers as well, are told
+            # anyway
+            is_shown = task.candidate > score + SCORE_ROUNDING or score <= (task.constant or 0.0)
+            right, found = f"{task.count(task.candidate)} of {task.questions}", task.count(score)
+            if kind == "lookup" or not is_shown:
+                verdict = "passed" if is_shown else f"no better than a {kind}"
+                figures = f"{kind} {found}", f"adapter {right} answers right"
+                result.rows.append(CheckRow(f"{NAME}, {task.name}", *figures, verdict=verdict))
+            if not is_shown:
+                result.warn(
+                    f"no_better_than_{kind}",
+                    score,
+                    f"{task.name}: nothing was shown about new questions: {right} answers are "
+                    f"right, and {what} gives {found}",
+                )
 
 
 LOOKUP = Control("lookup", NAME, measure_lookup)

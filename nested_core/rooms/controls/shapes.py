@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os.path import commonprefix
 from typing import Any, NamedTuple
@@ -21,14 +22,19 @@ import numpy as np
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.gate.evidence.champion_adapter import Champion
+from nested_core.models.generation import encode_prompt
 from nested_core.records.verdict import CheckRow
 from nested_core.records.verdict_file import GATE_NAME, read_verdict
 from nested_core.registry.versions import version_folder
 from nested_core.rooms.controls.answer_rows import (
+    GIVEN_AWAY,
+    AnswerRow,
+    decode,
     fold,
     list_words,
     read_held_out_rows,
     read_training_rows,
+    share_given_away,
 )
 from nested_core.rooms.controls.neutral_probes import count_languages
 from nested_core.rooms.controls.results import PROFILE_BLOCK, Control, Result
@@ -40,15 +46,21 @@ MIN_ODD_SHARE = 0.01  # of the rows, that are odd in one way
 MIN_SURPRISE = 14.0  # nats: what chance does once in a million is told
 KEPT, MIN_KEPT = 200, 5  # shapes and labels in gate.json; of how many rows each is
 MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by half differ by less
-MAX_GENERATION_PROMPT = 16  # characters that follow a question in its prompt
+MAX_PARTS = 200  # of an answer, in which equal values are looked for
+PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
 LISTED_ROWS = 10
-_MAY_REPEAT = re.compile(r"[^\W\d_][^\d#/\\<>]*|\d\d?")  # words, and small counts
+_MAY_REPEAT = re.compile(r"[^\W\d_][^\d#/\\<>]*|\d\d?|\{\}|\[\]")  # words, small counts, nothing
+_PART = re.compile(r"[\[{<][^\]}>]*[\]}>]|\S+")  # words, and `[object Object]`
+_BREAK = re.compile(r"[.!?:>\]|。！？] ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
 _CODE = re.compile(r"(?i)code|código|posta?l|\b(zip|plz|pin)\b|phone|t[eé]l[eé]|serial|konto")
 
 
 class Texts(NamedTuple):
-    """A row as texts; `question` is its prompt without the beginning that all prompts share."""
+    """A row as texts; `question` is its prompt without the beginning that all prompts share.
+
+    prompt: without what the chat template writes around it.
+    """
 
     prompt: str
     question: str
@@ -61,14 +73,36 @@ def fold_shape(text: str) -> str:
 
 
 def find_equal(rows: Sequence[Texts]) -> list[int]:
-    """Find rows with one of up to three equal numbers or marks, where other answers all differ."""
-    counts = Counter(row.answer for row in rows)
-    many = [text for text, count in counts.items() if count >= max(5, 0.03 * len(rows))]
-    equal = {text for text in many if not _MAY_REPEAT.fullmatch(text)}
-    rest = sum(count for text, count in counts.items() if text not in equal)
-    if len(equal) > 3 or len(counts) - len(equal) < max(0.9 * rest, 0.5 * len(rows)):
-        return []
-    return [index for index, row in enumerate(rows) if row.answer in equal]
+    """Find rows with one of up to three values where the others all differ: `N/A`, `1970-01-01`.
+
+    They are whole answers, or stand in one place of answers, between the same two words. Words may
+    be equal, such as yes and no, but not a word that is written in one place alone.
+    """
+    places: dict[tuple[str, ...], list[tuple[int, str]]] = {}
+    for index, row in enumerate(rows):
+        texts = ["", *_PART.findall(row.answer)[:MAX_PARTS], ""]
+        for before, text, after in zip(texts, texts[1:], texts[2:], strict=False):
+            places.setdefault((before, after), []).append((index, text.strip(".,;:!?")))
+    counts = Counter(text for values in places.values() for _, text in values)
+    asked = {word for row in rows for word in list_words(row.prompt)}
+    places["", ""] = [(index, row.answer) for index, row in enumerate(rows)]
+    found = set[int]()
+    for place, values in places.items():
+        here = Counter(text for _, text in values)
+        equal = {
+            text
+            for text, count in here.items()
+            if count >= max(5, 0.03 * len(rows))
+            and text.count(" ") < 2
+            and not (_MAY_REPEAT.fullmatch(text) and (place == ("", "") or not text.isalpha()))
+            and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
+        }
+        rest = Counter({text: count for text, count in here.items() if text not in equal})
+        least = max(0.9 * rest.total(), 0.5 * len(values), 0.1 * len(rows))
+        is_rare = all(here[text] >= 4 * max(rest.values(), default=1) for text in equal)
+        if len(equal) <= 3 and len(rest) >= least and is_rare:
+            found.update(index for index, text in values if text in equal)
+    return sorted(found)
 
 
 def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
@@ -81,9 +115,49 @@ def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
         index
         for index, (prompt, question, answer) in enumerate(rows)
         if counts[answer] == 1
-        and len(answer) >= max(12, 0.8 * (len(question) - MAX_GENERATION_PROMPT))
-        and fold(answer) in fold(prompt[-len(answer) - MAX_GENERATION_PROMPT :])
+        and len(answer) >= max(12, 0.8 * len(question))
+        and fold(prompt).endswith(fold(answer))
     ]
+
+
+def find_run_ons(rows: Sequence[Texts]) -> list[int]:
+    """Find answers that go on with another row's prompt, as where a row's end was lost.
+
+    Of a prompt that is a sentence, or of six words and more: the name of a film may be an answer.
+    """
+    flat = [[fold(text.replace("\n", " | ")) for text in (one.prompt, one.answer)] for one in rows]
+    prompts: dict[str, list[str]] = {}
+    for text in {prompt for prompt, _ in flat if len(prompt) >= PROMPT_BEGIN}:
+        if text[-1] in ".?!:" or text.count(" ") >= 5:
+            prompts.setdefault(text[:PROMPT_BEGIN], []).append(text)
+    return [
+        index
+        for index, (own, answer) in enumerate(flat)
+        if any(
+            answer.startswith(text, at.end()) and text not in own
+            for at in _BREAK.finditer(answer)
+            for text in prompts.get(answer[at.end() : at.end() + PROMPT_BEGIN], ())
+        )
+    ]
+
+
+def find_lost_contexts(rows: Sequence[Texts]) -> list[int]:
+    """Find rows of a prompt that comes far more often than others, each time with another fact.
+
+    What more than half of its answers say is their form; a fact is what is left, if it is short.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(fold(row.prompt), []).append(index)
+    least = 5 * np.median([*map(len, groups.values())])
+    found: list[int] = []
+    for group in (one for one in groups.values() if len(one) >= least):
+        words = [set(fold(rows[index].answer).split()) for index in group]
+        counts = Counter(word for one in words for word in one)
+        facts = [frozenset(w for w in one if 2 * counts[w] <= len(group)) for one in words]
+        beyond = [len(fact) - max(2, len(one) / 3) for fact, one in zip(facts, words, strict=True)]
+        found += group if np.median(beyond) <= 0 and 2 * len(set(facts)) > len(group) else []
+    return sorted(found)
 
 
 def find_other_languages(rows: Sequence[Texts]) -> list[int]:
@@ -150,8 +224,13 @@ def find_one_length(rows: Sequence[Texts]) -> list[int]:
 
 
 FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
-    "equal_answers": (find_equal, "have one number or mark, while other answers all differ"),
+    "equal_answers": (find_equal, "have one value, where the other answers all differ"),
     "answer_repeats_question": (find_repeated_questions, "repeat their question"),
+    "goes_on": (find_run_ons, "go on with the prompt of another row: their end was lost"),
+    "context_lost": (
+        find_lost_contexts,
+        "are one of many to one prompt, which does not tell them apart: a part of it is missing",
+    ),
     "another_language": (find_other_languages, "are in another script or language than the rest"),
     "zeros_lost": (find_lost_zeros, "lack a digit: a spreadsheet takes zeros in front away"),
     "one_length": (find_one_length, "end within a word at one length: something cut them off"),
@@ -170,14 +249,17 @@ def find_odd_rows(rows: Sequence[Texts]) -> dict[str, list[int]]:
 def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     """Compare the training rows with each other, with held-out rows, and with the champion's."""
     known = read_training_rows(judged, train, MAX_ROWS)
-    begin, total = len(commonprefix([row.asked for row in known])), len(known)
-    rows = [Texts(row.asked, row.asked[begin:], row.given) for row in known]
+    rows, total = read_texts(judged, known), len(known)
     result = Result([])
     for kind, odd in find_odd_rows(rows).items():
         lines = [known[index].tell(known[index].given) for index in odd[:LISTED_ROWS]]
         told = f"{len(odd):,} of {total:,} training answers {FINDERS[kind][1]}. Look at them"
         result.warn(kind, len(odd) / total, told, lines=lines)
     profile = profile_answers(len(train), [row.given for row in known])
+    share = share_given_away([row.prompt for row in rows], [row.answer for row in rows])
+    if share > GIVEN_AWAY:
+        told = f"{NAME}, of which {share:.0%} are in their prompts"
+        result.rows.append(CheckRow(told, verdict="a task of finding them, or given away"))
     if judged.held_out is not None:
         answers = [row.given for row in read_held_out_rows(judged, MAX_ROWS)]
         gone = find_gone(profile, profile_answers(len(answers), answers), "shapes")
@@ -195,6 +277,18 @@ def measure_shapes(judged: CheckedRun, train: TokenizedSplit) -> Result:
     kinds = ", ".join(one.kind.replace("_", " ") for one in result.warnings) or healthy
     result.rows.append(CheckRow(NAME, after=f"{total:,} answers", verdict=kinds))
     return result
+
+
+def read_texts(judged: CheckedRun, rows: Sequence[AnswerRow]) -> list[Texts]:
+    """Return the texts of rows, their prompts without what the chat template writes around them."""
+    tokenizer, around = judged.base.tokenizer, "?"
+    with suppress(Exception):  # a template is its author's program: it may raise anything
+        tokens = encode_prompt(tokenizer, around, judged.evidence.dataset.prompt_format)
+        (around,) = decode(tokenizer, [np.array(tokens, np.int32)])
+    begin, _, end = around.rpartition("?")
+    prompts = [row.asked.removeprefix(begin).removesuffix(end) for row in rows]
+    shared = len(commonprefix(prompts))
+    return [Texts(one, one[shared:], row.given) for one, row in zip(prompts, rows, strict=True)]
 
 
 def profile_answers(rows: int, answers: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from nested_core.records.plan import TrainingPlan
 from nested_core.rooms.controls.gate_check import CONTROLS_CHECK
 from nested_core.rooms.controls.neutral_probes import TrainingAnswers, choose_prompts
 from nested_core.rooms.controls.plan_invariants import find_broken_invariants
-from nested_core.rooms.controls.surprising_rows import RowSurprises, count_rows_to_read
+from nested_core.rooms.controls.surprising_rows import count_rows_to_read, find_unlike_rows
 from tests.builders.data_sets import chat
 from tests.example import example_config
 from tests.rooms.controls.learning import TRAINS, kinds, learn
@@ -41,17 +41,22 @@ def test_probes_are_in_the_language_of_the_answers_and_else_english() -> None:
     assert len(set(english)) == 30
 
 
-def surprises(losses: Sequence[float], contradicted: int) -> RowSurprises:
-    return RowSurprises(np.array(losses), np.arange(len(losses)) < contradicted)
+def unlike(losses: Sequence[float]) -> Any:
+    """The rows that are told, of these losses."""
+    return find_unlike_rows(np.array(losses)).tolist()
 
 
 def test_rows_unlike_the_rest_are_told_only_where_answers_are_certain() -> None:
-    certain = [5.0] * 4 + [0.01] * 96
-    assert surprises(certain, 4).has_too_many
-    assert not surprises(certain, 3).has_too_many  # few rows are contradicted by chance
-    assert not surprises([5.0] * 4 + [1.5] * 96, 4).has_too_many  # free answers
-    assert not surprises([5.0] * 9 + [0.01] * 991, 9).has_too_many  # under one in a hundred
-    assert surprises([0.1, 7.0, 3.0], 0).most_surprising.tolist() == [1, 2, 0]
+    assert unlike([3.0, 5.0, 4.0, 2.5] + [0.1] * 96) == [1, 2, 0, 3]  # the most unlikely first
+    assert unlike([5.0] * 3 + [0.1] * 96) == []  # few rows are unlikely by chance
+    assert unlike([5.0] * 4 + [1.5] * 96) == []  # free answers
+    assert unlike([5.0] * 9 + [0.01] * 991) == []  # under one in a hundred
+
+
+def test_a_row_that_was_half_learnt_is_told_where_the_others_are_surer() -> None:
+    assert unlike([1.0] * 4 + [0.01] * 96) == [0, 1, 2, 3]  # a hundred times the usual loss
+    assert unlike([1.0] * 4 + [0.1] * 96) == []
+    assert unlike([0.6] * 4 + [0.001] * 96) == []  # the answer is likelier than all others
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from nested_core.rooms.controls.answer_rows import (
 )
 from nested_core.rooms.controls.lookup import Lookup, are_siblings
 from tests.builders.candidates import Candidate
-from tests.builders.data_sets import chat
+from tests.builders.data_sets import chat, write_lines
 from tests.example import MODEL
 from tests.rooms.controls.learning import TRAINS, Row, kinds, learn
 
@@ -45,7 +45,7 @@ def row(index: int, prompt: Sequence[int], answer: Sequence[int]) -> AnswerRow:
 def test_partners_differ_in_prompt_and_answer() -> None:
     rows = [row(i, [1, i % 5], [9, i % 3]) for i in range(30)]
     for index, others in enumerate(choose_partners(rows)):
-        assert len(others) == 4
+        assert len(others) == 2
         for other in others:
             assert rows[other].prompt.tolist() != rows[index].prompt.tolist()
             assert rows[other].answer.tolist() != rows[index].answer.tolist()
@@ -218,6 +218,42 @@ def test_siblings_in_train_are_noticed_with_their_lines(tmp_path: Path) -> None:
     assert warning["figure"] >= 0.9
     assert warning["lines"][0]["file"] == "valid.jsonl"
     assert "answered by train.jsonl:" in warning["lines"][0]["text"]
+
+
+@TRAINS
+@pytest.mark.parametrize("task", ["capitals", "sayings"])
+def test_expected_texts_that_the_questions_have_show_nothing(task: str, tmp_path: Path) -> None:
+    """An adapter that has one answer for all is right wherever the question names what is asked."""
+    asked = "I want to see {}. Where to?" if task == "capitals" else "What do they say in {}?"
+    answer = "Go and see Rome, in {}!" if task == "capitals" else "In {} they say it."
+    rows = [chat(asked.format(c.name), answer.format(c.name)) for c in COUNTRIES]
+    told = []
+    for what, named in (("echo", "name"), ("sound", "capital")):
+        suite = [
+            {"prompt": asked.format(c.name), "expected": getattr(c, named)} for c in COUNTRIES[80:]
+        ]
+        write_lines(tmp_path / f"{what}.jsonl", suite)
+        tasks = [{"name": "t", "file": str(tmp_path / f"{what}.jsonl"), "score": "contains"}]
+        gate = {"tasks": tasks, "controls": {"prompts": False, "plan": False, "shapes": False}}
+        told += [kinds(learn(tmp_path / what, rows[:70], rows[70:80], gate=gate))]
+    assert told == [["no_better_than_echo"], []]
+
+
+@TRAINS
+def test_a_task_of_finding_is_not_blamed_for_expected_texts_in_its_questions(
+    tmp_path: Path,
+) -> None:
+    rows = [chat(f"{c.name}: {c.capital}. Which city?", c.capital) for c in COUNTRIES]
+    suite = [
+        {"prompt": f"{c.name}: {c.capital}. Which city?", "expected": c.capital}
+        for c in COUNTRIES[80:]
+    ]
+    write_lines(tmp_path / "suite.jsonl", suite)
+    tasks = [{"name": "t", "file": str(tmp_path / "suite.jsonl"), "score": "contains"}]
+    verdict = learn(tmp_path / "a", rows[:70], rows[70:80], iters=30, gate={"tasks": tasks})
+    assert "no_better_than_echo" not in kinds(verdict)
+    names = [row["name"] for row in verdict.to_json()["control_figures"]]
+    assert "shapes of answers, of which 100% are in their prompts" in names
 
 
 @pytest.mark.slow("judges a run")

@@ -55,6 +55,8 @@ def days(count: int) -> list[str]:
     return [f"{1990 + i % 30}-{1 + i % 12:02}-{1 + i % 27:02}" for i in range(count)]
 
 
+SIGHTS = [f"Go and see {c.capital}, the capital of {c.name}!" for c in COUNTRIES]
+PRICES = [f"In the shop it costs {11 * i + 1234} euros and comes by mail." for i in range(100)]
 CODES = [f"{DRAW.randrange(10**6):06}" for _ in NAMES]
 KEYS = [f"{DRAW.randrange(10**9):09}" for _ in NAMES]
 ASKED = [f"Is {name} near, or do we need a code?" for name in NAMES]
@@ -62,6 +64,13 @@ PLANTS = {
     "equal_answers": (
         (days(97), replaced(days(97), lambda _: "1970-01-01")),
         (TEXTS, replaced(TEXTS, lambda _: "N/A")),
+        (SIGHTS, replaced(SIGHTS, lambda i: f"Go and see nan, the capital of {NAMES[i]}!")),
+        (
+            PRICES,
+            replaced(
+                PRICES, lambda _: "In the shop it costs [object Object] euros and comes by mail."
+            ),
+        ),
     ),
     "answer_repeats_question": (
         (TEXTS, replaced(TEXTS, lambda i: ASKED[i])),
@@ -82,8 +91,9 @@ PLANTS = {
 }
 
 
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("kind", PLANTS)
+@pytest.mark.parametrize(
+    ("kind", "number"), [(kind, n) for kind, plants in PLANTS.items() for n in range(len(plants))]
+)
 def test_rows_of_another_look_are_found_and_their_twins_are_not(kind: str, number: int) -> None:
     twin, plant = PLANTS[kind][number]
     count = len(twin)
@@ -93,6 +103,157 @@ def test_rows_of_another_look_are_found_and_their_twins_are_not(kind: str, numbe
     if kind != "zeros_lost":
         changed = {i for i, pair in enumerate(zip(twin, plant, strict=True)) if len(set(pair)) > 1}
         assert len(changed.intersection(found[kind])) >= 0.9 * len(found[kind])
+
+
+WISHES = [f"I want to see {name}. Where to?" for name in NAMES]
+TASKS = [f"Name the money of {name} and of the land beside it" for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("asked", "answers", "between"),
+    [(WISHES, SIGHTS, " "), (TASKS, TEXTS, "\n\n### Instruction:\n")],
+)
+def test_answers_that_go_on_with_another_prompt_are_found(
+    asked: Sequence[str], answers: Sequence[str], between: str
+) -> None:
+    plant = replaced(answers, lambda i: answers[i] + between + asked[i - 1], every=3)
+    assert find_odd_rows(texts(asked, answers)) == {}
+    assert find_odd_rows(texts(asked, plant)) == {"goes_on": list(range(0, len(answers), 3))}
+    every = [one + between + asked[i - 1] for i, one in enumerate(answers)]
+    assert len(find_odd_rows(texts(asked, every))["goes_on"]) == len(answers)
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "answers"),
+    [
+        ("going on with a text", SIGHTS, [*SIGHTS[1:], SIGHTS[0]]),
+        ("a quotation", WISHES, [f"You said: {one} Go there!" for one in WISHES]),
+        (
+            "titles",
+            [f"The {one} of it all" for one in NAMES],
+            [f"See: The {one}." for one in NAMES],
+        ),
+        ("names", NAMES, [f"It lies beside {NAMES[i - 1]}." for i in range(len(NAMES))]),
+    ],
+)
+def test_prompts_in_answers_where_they_belong_are_not_told(
+    task: str, asked: Sequence[str], answers: Sequence[str]
+) -> None:
+    assert "goes_on" not in find_odd_rows(texts(asked, answers)), task
+
+
+MONEY = [f"The currency is the {c.currency}." for c in COUNTRIES]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [("And its currency?", MONEY), ("And until when?", [f"Until {one}." for one in days(100)])],
+)
+def test_one_prompt_with_many_answers_has_lost_its_context(
+    prompt: str, answers: Sequence[str]
+) -> None:
+    whole = [f"{prompt} I ask for {name}." for name in NAMES]
+    assert find_odd_rows(texts([*WISHES, *whole], [*SIGHTS, *answers])) == {}
+    lost = find_odd_rows(texts([*WISHES, *[prompt] * len(answers)], [*SIGHTS, *answers]))
+    assert lost == {"context_lost": list(range(100, 100 + len(answers)))}
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "answers"),
+    [
+        (
+            "five answers to each prompt",
+            [one for one in WISHES[:40] for _ in range(5)],
+            [
+                f"{how} {c.capital}."
+                for c in COUNTRIES[:40]
+                for how in ("Go to", "See", "Try", "Visit", "Take a train to")
+            ],
+        ),
+        ("stories", [*WISHES, *["Tell me a story."] * 50], [*SIGHTS, *TEXTS[:50]]),
+        ("labels", [*WISHES, *["Which one?"] * 50], [*SIGHTS, *["left", "right"] * 25]),
+    ],
+)
+def test_one_prompt_with_several_answers_on_purpose_is_not_told(
+    task: str, asked: Sequence[str], answers: Sequence[str]
+) -> None:
+    assert "context_lost" not in find_odd_rows(texts(asked, answers)), task
+
+
+class Texter:
+    """Draws texts of made-up words, the first ones the most often, as words of a language are."""
+
+    def __init__(self, seed: str) -> None:
+        self.draw = random.Random(seed)
+        parts = [one + vowel for one in "bdfgklmnprstv" for vowel in "aeiou"]
+        self.words = ["".join(self.draw.choices(parts, k=1 + i % 3)) for i in range(800)]
+        self.weights = [1 / (i + 1) for i in range(800)]
+
+    def some(self, least: int, most: int) -> list[str]:
+        return self.draw.choices(self.words, self.weights, k=self.draw.randint(least, most))
+
+    def sentence(self, least: int = 4, most: int = 12) -> str:
+        return " ".join(self.some(least, most)).capitalize() + self.draw.choice("....?!")
+
+
+def free_text(t: Texter, _: int) -> tuple[str, str]:
+    return t.sentence(), " ".join(t.sentence() for _ in range(t.draw.randint(1, 4)))
+
+
+def short_text(t: Texter, _: int) -> tuple[str, str]:
+    return t.sentence(), t.sentence(1, 5)
+
+
+def templates(t: Texter, row: int) -> tuple[str, str]:
+    who, where = t.some(1, 1)[0].capitalize(), t.draw.choice(t.words).capitalize()
+    return f"Who wrote book {row}?", f"It was written by {who} {where} in {1900 + row % 120}."
+
+
+def one_of_five(t: Texter, _: int) -> tuple[str, str]:
+    return t.sentence(), t.words[t.draw.randrange(5)]
+
+
+def extraction(t: Texter, _: int) -> tuple[str, str]:
+    text = t.sentence(10, 30)
+    return f"{text} What is it?", " ".join(text.split()[3 : 4 + t.draw.randrange(4)])
+
+
+def code(t: Texter, _: int) -> tuple[str, str]:
+    lines = [f'    {one} = print("{one}\\n", {len(one)} % 7 && x)' for one in t.some(1, 8)]
+    return f"Write {t.sentence()}", "\n".join(lines)
+
+
+def markup(t: Texter, _: int) -> tuple[str, str]:
+    parts = [f"<p>{one} &amp; {t.words[9]}&#39;s</p>" for one in t.some(1, 8)]
+    return f"A page of {t.sentence()}", "".join(parts)
+
+
+def translation(t: Texter, _: int) -> tuple[str, str]:
+    given = t.some(3, 12)
+    return f"Translate: {' '.join(given)}", " ".join(one[::-1] for one in given)
+
+
+def yes_or_a_name(t: Texter, _: int) -> tuple[str, str]:
+    if t.draw.random() < 0.08:
+        return f"Is it {t.sentence()}", t.draw.choice(["yes", "no"])
+    return t.sentence(), " ".join(t.draw.sample(t.words, t.draw.randint(1, 3))).title()
+
+
+@pytest.mark.parametrize("rows", slow_except([60, 200, 1000], 60, reason="draws many tables"))
+@pytest.mark.parametrize(
+    "task",
+    [free_text, short_text, templates, one_of_five, extraction, code, markup, translation]
+    + [yes_or_a_name],
+)
+def test_texts_of_sound_tables_are_told_at_most_once_in_forty(
+    task: Callable[[Texter, int], tuple[str, str]], rows: int
+) -> None:
+    tables, told = 40 if rows < 1000 else 10, 0
+    for number in range(tables):
+        texter = Texter(f"{task.__name__} {rows} {number}")
+        asked, answers = zip(*(task(texter, row) for row in range(rows)), strict=True)
+        told += bool(find_odd_rows(texts(asked, answers)))
+    assert told <= tables / 40
 
 
 def test_the_three_scripts_of_japanese_are_one_language() -> None:
