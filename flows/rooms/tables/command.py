@@ -42,7 +42,7 @@ def add_flags(init: argparse.ArgumentParser) -> None:
     init.add_argument(
         "--group",
         metavar="FIELD",
-        help="rows with one value of this field, such as an article or a customer, go to one split",
+        help="rows of one value, such as a customer, go to one split",
     )
     init.add_argument(
         "--champion",

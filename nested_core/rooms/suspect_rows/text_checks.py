@@ -147,7 +147,7 @@ def find_suspect_texts(texts: pl.Series) -> dict[str, pl.Series]:
 
 
 def find_encoded(text: str) -> str | None:
-    """Return characters of an answer that stand for others; None if there are none, or on purpose.
+    """Return characters of an answer that stand for others; None without any, or if on purpose.
 
     They are on purpose in markup, code and quotations, and where the prompt has them too or, as in
     a task of encoding, what they stand for.

@@ -151,7 +151,7 @@ def _describe_groups(
 ) -> Iterator[str]:
     """Yield a sentence on the values of a field in the splits, or on those in two of them.
 
-    values: of each row; empty where it has none.
+    values: of each row; empty where the field is.
     """
     of_split = {name: {values[line] for line in lines} - {""} for name, lines in parts.items()}
     held_out = [values[line] for name, lines in parts.items() if name != "train" for line in lines]
