@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,15 @@ from nested_core.registry.queries import read_champion
 from nested_core.rooms.tables.chats import LEFT_OUT, ChatMaker, Columns, read_rows, to_text
 from nested_core.rooms.tables.dataset_split import RowTexts, SplitRequest, draw_splits
 from nested_core.rooms.tables.eval_set import EvalSet, draw_eval_set
-from nested_core.rooms.tables.source import Source
+from nested_core.rooms.tables.source import LOOKED_AT_ROWS, Source
 from nested_core.storage.atomic import new_directory
 from nested_core.storage.manifest import write_manifest
 from nested_core.text.value_format import format_count
 
 EVAL_SET_NAME = "suite.jsonl"
 MAX_SHOWN_PLACES = 10
+MAX_GROUPS = 3  # columns that are looked at
+_WORD = re.compile(rb"\w+")
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,18 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     maker = ChatMaker(request.columns, request.split.names, request.system or "", request.group)
     make_line = maker.make_line if request.makes_chats else lambda row: row.line
     used = request.columns.names if request.columns else ()
-    found = next(filter(None, (facts.find_group(used) for facts in source.facts.values())), None)
-    group = request.group or found
+    found = [name for facts in source.facts.values() for name in facts.find_groups(used)]
+    fields = dict.fromkeys([request.group] if request.group else found[:MAX_GROUPS])
     parts: dict[str, list[bytes]] = {name: [] for name in source.splits}
-    values: dict[bytes, str] = {}
+    values: dict[str, dict[bytes, str]] = {name: {} for name in fields}
     for name, split in source.splits.items():
         for row in read_rows(split):
             if (line := make_line(row)) is not None:
                 parts[name].append(line)
-                values[line] = to_text(row.fields.get(group)) if group else ""
+                for field, of_field in values.items():
+                    of_field[line] = to_text(row.fields.get(field))
     if request.group:
-        request = replace(request, split=replace(request.split, values=values))
+        request = replace(request, split=replace(request.split, values=values[request.group]))
     messages = [
         f"{consequence}: {format_count(len(places), 'row')} "
         f"({join_first_values(places, MAX_SHOWN_PLACES)})"
@@ -98,7 +104,10 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
         )
     parts, sentences = _draw_missing_splits(source, request, parts, left_out)
     messages += [*sentences, *_list_unused(source, request.columns)]
-    messages += _describe_groups(group, values, parts, is_asked_for=request.group is not None)
+    groups = [name for name in fields if request.group or are_alike(values[name])]
+    for group in groups[:1]:
+        is_asked_for = request.group is not None
+        messages += _describe_groups(group, values[group], parts, is_asked_for=is_asked_for)
     eval_set = None
     count = request.split.questions
     if request.makes_chats and count != 0:
@@ -142,8 +151,26 @@ def _draw_missing_splits(
     return drawn.lines, drawn.describe()
 
 
+def are_alike(values: Mapping[bytes, str]) -> bool:
+    """Return whether rows of one value share more words than rows of two values, beyond chance.
+
+    Rows of one article do; rows of one day, price or age may not.
+
+    values: of each row; words of the value itself do not count.
+    """
+    rows = sorted(values, key=values.__getitem__)[:LOOKED_AT_ROWS]
+    words = [{*_WORD.findall(row)} - {*_WORD.findall(values[row].encode())} for row in rows]
+    better = []
+    for index, (row, following) in enumerate(pairwise(rows)):
+        if values[row] == values[following]:
+            other = words[(index + len(rows) // 2) % len(rows)]
+            own = len(words[index] & words[index + 1]) - len(words[index] & other)
+            better.append((own > 0) - (own < 0))
+    return sum(better) > 3 * math.sqrt(len(better))
+
+
 def _describe_groups(
-    group: str | None,
+    group: str,
     values: Mapping[bytes, str],
     parts: Mapping[str, Sequence[bytes]],
     *,

@@ -76,11 +76,11 @@ class FileFacts:
         """Whether no name of its columns says what is the question or the answer."""
         return self.is_table and self.field_names is None and len(self.columns) > 1
 
-    def find_group(self, used: Container[str]) -> str | None:
-        """Return a column whose rows may belong together, such as an article or a customer.
+    def find_groups(self, used: Container[str]) -> list[str]:
+        """Return columns whose rows may belong together, such as an article or a customer.
 
-        Its values repeat, and none of them fills a tenth of the rows. Of several columns it is the
-        one with the most values. used: columns of question and answer.
+        Their values repeat, and none of them fills a tenth of the rows. The one with the most
+        values comes first. used: columns of question and answer.
         """
         rows = max(map(len, self.columns.values()), default=0)
         counts = {name: Counter(texts) for name, texts in self.columns.items() if name not in used}
@@ -89,7 +89,7 @@ class FileFacts:
             for name, values in counts.items()
             if values.total() == rows >= 2 * len(values) and max(values.values()) <= rows / 10
         }
-        return max(groups, key=groups.__getitem__, default=None)
+        return sorted(groups, key=groups.__getitem__, reverse=True)
 
     def describe(self) -> str:
         """All columns, such as `faq.csv has the columns A, B`."""

@@ -17,7 +17,7 @@ from nested_core.config.loading import load_config
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.room_checks import NearDuplicates
 from nested_core.rooms.tables.chats import Columns
-from nested_core.rooms.tables.data_set import DataSet, Request, make_data_set
+from nested_core.rooms.tables.data_set import DataSet, Request, are_alike, make_data_set
 from nested_core.rooms.tables.dataset_split import (
     RowTexts,
     SplitRequest,
@@ -105,8 +105,8 @@ def write_articles(folder: Path) -> Path:
     """A table of 24 articles with five questions each, in a random order; `kind` is two labels."""
     rows = [(f"KB-{n // 5}", n % 2, f"{WORDS[n // 5]} {n}?", f"{n // 5}.") for n in range(120)]
     random.Random(1).shuffle(rows)
-    lines = ["article,kind,number,ask,say"]
-    lines += [f"{a},{kind},{n},{ask},{say}" for n, (a, kind, ask, say) in enumerate(rows)]
+    lines = ["day,article,kind,number,ask,say"]
+    lines += [f"{n % 30},{a},{kind},{n},{ask},{say}" for n, (a, kind, ask, say) in enumerate(rows)]
     folder.mkdir(exist_ok=True)
     (folder / "faq.csv").write_text("\n".join(lines) + "\n")
     return folder / "faq.csv"
@@ -154,11 +154,29 @@ def test_columns_that_are_nearly_unique_or_of_a_few_values_are_no_groups() -> No
         "always": ["x"] * 100,
         "sometimes": [str(n) for n in range(20)] * 4,  # empty in 20 rows
     }
-    assert facts.find_group(()) is None
+    assert facts.find_groups(()) == []
     facts.columns["customer"] = [str(n % 30) for n in range(100)]
-    assert facts.find_group(()) == "customer"
-    assert facts.find_group(("customer",)) is None
-    assert FileFacts("empty.csv").find_group(()) is None
+    facts.columns["day"] = [str(n % 40) for n in range(100)]
+    assert facts.find_groups(()) == ["day", "customer"]
+    assert facts.find_groups(("customer",)) == ["day"]
+    assert FileFacts("empty.csv").find_groups(()) == []
+
+
+@pytest.mark.parametrize("values", [15, 30])
+def test_columns_that_say_nothing_of_their_rows_are_offered_at_most_once_in_forty(
+    values: int,
+) -> None:
+    draw = random.Random(values)
+    told = 0
+    for _ in range(80):
+        rows = [" ".join(draw.choices(WORDS, k=9)) + f" {n}" for n in range(150)]
+        told += are_alike({row.encode(): str(draw.randrange(values)) for row in rows})
+    assert told <= 2
+    alike = {
+        f"{WORDS[n % values]} {draw.choice(WORDS)} {n}".encode(): f"K{n % values}"
+        for n in range(150)
+    }
+    assert are_alike(alike)
 
 
 def test_a_group_that_no_row_has_is_refused_and_one_is_in_the_configuration(tmp_path: Path) -> None:
