@@ -138,7 +138,8 @@ class ChampionFollower:
         verified = read_verified_version(self._registry, name, version)
         require_same_base(verified, self._base)
         rows = PromptFormat.read(verified.adapter.path / PROVENANCE_NAME)
-        served = ServedVersion(name, verified.version, verified, rows.system if rows else None)
+        begin = (rows.system, rows.is_chat) if rows else ()
+        served = ServedVersion(name, verified.version, verified, *begin)
         try:
             self._generator.require_sound(served)
         except CanaryFailed as error:

@@ -174,6 +174,11 @@ class RegistryHandler(APIHandler):
             if not names[name].without_system_text:
                 logging.warning("%s: a request lacks the system text of training", name)
             names[name].without_system_text += 1
+        tokenizer = self.server.generator.model_provider.tokenizer
+        if not names[name].has_plain_text and version.lacks_template(request, tokenizer):
+            names[name].has_plain_text = True
+            told = "%s: a text came without the chat template of training: use /v1/chat/completions"
+            logging.warning(told, name)
         count_token = names[name].rate.add_token
         self._request = VersionedRequest(
             **vars(request),

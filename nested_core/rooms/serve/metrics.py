@@ -61,6 +61,7 @@ class NameStatus:
     since: when the version began to be served, UTC.
     requests: how many were begun for the name, for whichever version.
     without_system_text: how many of them lacked the system text of the version's training rows.
+    has_plain_text: whether one lacked the chat template of these rows.
     last_swap_seconds: from finding the champion changed to serving it; None before any swap.
     swaps: how often another version began to be served.
     refused: a champion that is not served, with the reason; None if the champion is served.
@@ -71,6 +72,7 @@ class NameStatus:
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
     requests: int = 0
     without_system_text: int = 0
+    has_plain_text: bool = False
     last_swap_seconds: float | None = None
     swaps: int = 0
     refused: dict[str, str] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlx_lm.server import CompletionRequest
 
 from nested_core.errors import ConfigError
 from nested_core.models.adapter_fit import describe_other_base
+from nested_core.models.chat_template import Tokenizer, chat_template_of
 from nested_core.models.lora_attachment import copy_with_adapter
 from nested_core.registry import VerifiedVersion
 from nested_core.rooms.serve.canary_check import check_canary, require_version_in_layers
@@ -29,12 +31,14 @@ class ServedVersion:
     verified: as read from disk, until the model that is built of it has been checked; None for the
         base.
     system: the system text that all its training rows begin with, or None.
+    is_chat: whether the chat template formatted its training rows.
     """
 
     name: str
     version: str
     verified: VerifiedVersion | None = field(default=None, compare=False, repr=False)
     system: str | None = field(default=None, compare=False, repr=False)
+    is_chat: bool = field(default=False, compare=False, repr=False)
     _model: nn.Module | None = field(default=None, init=False, compare=False, repr=False)
 
     @property
@@ -53,6 +57,20 @@ class ServedVersion:
         if isinstance(content, list):
             content = "".join(part.get("text") or "" for part in content)
         return first.get("role") not in ("system", "developer") or content != self.system
+
+    def lacks_template(self, request: CompletionRequest, tokenizer: Tokenizer) -> bool:
+        """Return whether a request is a text without what the chat template writes before answers.
+
+        No version whose rows were chats has learnt to answer such a text.
+        """
+        if not self.is_chat or request.request_type != "text":
+            return False
+        mark = ""
+        with suppress(Exception):  # a template is its author's program: it may raise anything
+            turns = [{"role": "user", "content": "?"}]
+            rendered = chat_template_of(tokenizer).render(turns, add_generation_prompt=True)
+            mark = rendered.rpartition("?")[2].strip()
+        return mark not in request.prompt
 
     def build_model(self, base: nn.Module) -> nn.Module:
         """Return the model that answers as this version; it is built at the first call.

@@ -72,6 +72,28 @@ def test_whoever_scrapes_needs_no_key_and_no_other_origin_reads_it(promote, regi
         assert client.send("GET", "/metrics", headers={"Origin": "http://a"}).status == 403
 
 
+def test_a_text_without_the_chat_template_of_training_is_logged_once(
+    client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = client.server.follower.names[NAME]
+
+    def told(path: str = "/v1/completions", **body: Any) -> int:
+        """How many lines of the log say it after this request."""
+        assert client.send("POST", path, body | {"model": NAME, "max_tokens": 1}).status == 200
+        return caplog.text.count("without the chat template of training")
+
+    monkeypatch.setattr(status, "has_plain_text", False)
+    monkeypatch.setattr(status.current, "is_chat", True)
+    with caplog.at_level(logging.WARNING):
+        assert told("/v1/chat/completions", messages=[{"role": "user", "content": QUESTION}]) == 0
+        assert told(prompt=f"<|user|>{QUESTION}<|assistant|>") == 0
+        monkeypatch.setattr(status.current, "is_chat", False)
+        assert told(prompt=QUESTION) == 0  # as the rows were
+        monkeypatch.setattr(status.current, "is_chat", True)
+        assert told(prompt=QUESTION) == 1
+        assert told(prompt=QUESTION) == 1
+
+
 def test_requests_without_the_system_text_of_training_are_counted_and_logged_once(
     client: Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
