@@ -16,6 +16,7 @@ import numpy as np
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.records.losses import Vector
+from nested_core.records.metrics import read_metrics
 from nested_core.records.paired_difference import Indices, PairedDifference, compare_pairs
 from nested_core.records.verdict import CheckRow
 from nested_core.rooms.controls.answer_rows import AnswerRow, make_split, read_held_out_rows
@@ -28,6 +29,8 @@ MAX_PARTNERS = 2
 MIN_SHARE_OF_GAIN = 0.1  # that the question has to explain
 MAX_SHARE_OF_LOSS = 0.2  # that the question may explain, of the loss after another's prompt
 MIN_ROWS = 8
+KNOWN = 0.8  # of the held-out loss: a training loss below it is of rows that are known better
+LEARNT = 3  # times the loss that is left are gone: the form of the answers is learnt
 SEED = 20_261_128
 
 
@@ -82,7 +85,8 @@ def measure_prompts(judged: CheckedRun, _train: TokenizedSplit) -> Result:
         clusters = held_out.clusters[np.cumsum(held_out.is_example_supervised)[at] - 1]
     tokens = own.tokens[at]
     losses = (before / tokens, own.losses[-1][at] / tokens, others / tokens)
-    return _describe(compare_prompts(*losses, tokens, clusters), len(compared))
+    trained = [one["loss"] for one in read_metrics(judged.run.metrics) if one.get("loss")]
+    return describe_effect(compare_prompts(*losses, tokens, clusters), len(compared), trained[-1:])
 
 
 def compare_prompts(
@@ -125,16 +129,22 @@ def choose_partners(rows: Sequence[AnswerRow]) -> list[list[int]]:
     return partners
 
 
-def _describe(measured: PromptEffect, rows: int) -> Result:
+def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float]) -> Result:
     """Return the row of the control in the verdict, and a warning if only the form was learnt.
 
-    rows: the number of held-out rows.
+    No warning where a quarter of the loss is left and training rows are not known better either:
+    it trained too little to tell.
+
+    rows: the number of held-out rows. trained: the last training loss in nats/token, if there is
+        one.
     """
-    interval = (measured.effect.low, measured.effect.high)
-    is_told, verdict = measured.is_form_alone, "answers do not depend on the question"
-    if not is_told:
-        depends = measured.effect.is_above(0)
-        verdict = "answers depend on it" if depends else "too few rows to tell"
+    interval, verdict = (measured.effect.low, measured.effect.high), "too few rows to tell"
+    knows_rows = all(one < KNOWN * measured.loss for one in trained)
+    is_told = measured.is_form_alone and (knows_rows or LEARNT * measured.loss < measured.gain)
+    if measured.is_form_alone:
+        verdict = "answers do not depend on the question" if is_told else "trained too little"
+    elif measured.effect.is_above(0):
+        verdict = "answers depend on it"
     figures = format_loss(measured.loss), format_loss(measured.other)
     difference = format_difference(measured.effect.mean, interval)
     result = Result([CheckRow(f"{NAME}, {rows} rows", *figures, difference, verdict=verdict)])
@@ -145,7 +155,7 @@ def _describe(measured: PromptEffect, rows: int) -> Result:
             f"better at the form of the answers alone: what they answer does not depend on the "
             f"question. After the prompts of other rows the loss of {rows} held-out answers is "
             f"{format_loss(measured.other)}, after their own {format_loss(measured.loss)}. "
-            f"Either it trained too little, or a join or sort moved answers to other questions",
+            f"Did a join or sort move answers to other questions? Else it trained too little",
             interval=interval,
             doubt="what it answers does not depend on the question",
         )

@@ -48,10 +48,8 @@ def _run_controls(judged: CheckedRun) -> Iterator[Reason]:
     if judged.config.training.loss is not None:
         return
     train = read_nonempty_splits(judged.config, judged.run)["train"]
-    asked = judged.bounds.controls
-    results = {
-        one.key: _run_control(one, judged, train) for one in CONTROLS if getattr(asked, one.key)
-    }
+    asked = [one for one in CONTROLS if getattr(judged.bounds.controls, one.key)]
+    results = {one.key: _run_control(one, judged, train) for one in asked}
     warnings = [(key, one) for key, result in results.items() for one in result.warnings]
     rows = [asdict(row) for result in results.values() for row in result.rows]
     blocks = {CONTROLS_BLOCK: [one.to_json(key) for key, one in warnings], FIGURES_BLOCK: rows}
@@ -78,8 +76,7 @@ def _plan_controls(run: RunToJudge) -> GateWork:
         return GateWork()
     train, rows = read_dataset_record(run.run.dataset).splits["train"].rows, 0
     if controls.prompts:
-        pairs = MAX_PARTNERS * run.held_out_rows
-        rows += (1 + run.goes_on) * min(MAX_ROWS, pairs)
+        rows += (1 + run.goes_on) * min(MAX_ROWS, MAX_PARTNERS * run.held_out_rows)
     if controls.surprises:
         rows += count_rows_to_read(train, run.held_out_rows)
     if not controls.probes:

@@ -110,13 +110,10 @@ def find_repeated_questions(rows: Sequence[Texts]) -> list[int]:
     words = [(set(list_words(row.question)), set(list_words(row.answer))) for row in rows]
     if np.median([len(asked & given) / max(1, len(given)) for asked, given in words]) >= 0.8:
         return []
-    counts = Counter(row.answer for row in rows)
     return [
         index
         for index, (prompt, question, answer) in enumerate(rows)
-        if counts[answer] == 1
-        and len(answer) >= max(12, 0.8 * len(question))
-        and fold(prompt).endswith(fold(answer))
+        if len(answer) >= max(12, 0.8 * len(question)) and fold(prompt).endswith(fold(answer))
     ]
 
 

@@ -15,7 +15,11 @@ from examples.countries import COUNTRIES, Country
 from nested_core.config.sections import ControlsSection
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.records.dataset import FilePart
-from nested_core.rooms.controls.another_prompt import choose_partners, compare_prompts
+from nested_core.rooms.controls.another_prompt import (
+    choose_partners,
+    compare_prompts,
+    describe_effect,
+)
 from nested_core.rooms.controls.answer_rows import (
     AnswerRow,
     make_split,
@@ -121,6 +125,28 @@ def test_error_rates_of_another_rows_prompt(
         warned.append(measured.is_form_alone)
     if signal or rows >= 60:
         assert least <= np.mean(warned) <= most
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "trained", "expected"),
+    [
+        (8.06, 0.47, 0.44, "answers do not depend on the question"),  # the form is learnt
+        (12.5, 2.55, 2.28, "answers do not depend on the question"),
+        (3.0, 2.2, 0.9, "answers do not depend on the question"),  # the rows are, by heart
+        (15.4, 5.5, 5.66, "trained too little"),  # of templates, with sound rows
+        (13.1, 4.17, 4.42, "trained too little"),
+    ],
+)
+def test_an_adapter_that_trained_too_little_is_not_blamed(
+    before: float, after: float, trained: float, expected: str
+) -> None:
+    draw = np.random.default_rng(5)
+    own = after + draw.normal(0, 0.05, 30)
+    other = after + draw.normal(0, 0.05, 30)
+    effect = compare_prompts(np.full(30, before), own, other, np.full(30, 6.0))
+    result = describe_effect(effect, 30, [trained])
+    assert result.rows[0].verdict == expected
+    assert [one.kind for one in result.warnings] == ["form_alone"] * (expected[0] == "a")
 
 
 def test_a_lookup_answers_by_the_rarest_shared_words() -> None:
