@@ -492,7 +492,7 @@ class TaskSection(Section):
 class ControlsSection(Section):
     """The controls: comparisons that show failures for which there is no rule."""
 
-    prompts: bool = key(False, "held-out answers after other rows' prompts")
+    prompts: bool = key(True, "held-out answers after other rows' prompts")
     surprises: bool = key(False, "training rows that the finished adapter contradicts")
     probes: bool = key(False, "answers to neutral prompts of other kinds")
     plan: bool = key(True, "whether rates and rows were used as planned")

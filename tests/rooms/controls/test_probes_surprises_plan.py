@@ -117,9 +117,9 @@ def test_the_gate_announces_the_controls_only_where_one_is_asked_for() -> None:
         assert CONTROLS_CHECK.is_asked(section), name
 
 
-def test_the_controls_that_compute_nothing_with_the_model_are_on() -> None:
+def test_the_controls_that_cost_a_quarter_of_the_gate_at_most_are_on() -> None:
     asked = ControlsSection().model_dump()
-    assert {name for name, is_on in asked.items() if is_on} == {"plan", "lookup", "shapes"}
+    assert {name for name, is_on in asked.items() if is_on} == {"prompts", "plan", "lookup", "shapes"}
 
 
 def test_a_rate_that_rises_where_a_run_is_resumed_is_told() -> None:
