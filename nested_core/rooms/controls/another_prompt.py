@@ -24,7 +24,7 @@ from nested_core.rooms.controls.results import Control, NotApplicableError, Resu
 from nested_core.text.loss_format import format_difference, format_loss
 
 NAME = "answers after another row's prompt"
-MAX_ROWS = 128
+MAX_ROWS = 64
 MAX_PARTNERS = 2
 MIN_SHARE_OF_GAIN = 0.1  # that the question has to explain
 MAX_SHARE_OF_LOSS = 0.2  # that the question may explain, of the loss after another's prompt
