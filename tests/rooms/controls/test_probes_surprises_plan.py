@@ -119,7 +119,12 @@ def test_the_gate_announces_the_controls_only_where_one_is_asked_for() -> None:
 
 def test_the_controls_that_cost_a_quarter_of_the_gate_at_most_are_on() -> None:
     asked = ControlsSection().model_dump()
-    assert {name for name, is_on in asked.items() if is_on} == {"prompts", "plan", "lookup", "shapes"}
+    assert {name for name, is_on in asked.items() if is_on} == {
+        "prompts",
+        "plan",
+        "lookup",
+        "shapes",
+    }
 
 
 def test_a_rate_that_rises_where_a_run_is_resumed_is_told() -> None:
