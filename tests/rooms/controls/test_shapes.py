@@ -342,7 +342,7 @@ def test_the_gate_tells_odd_rows_with_their_lines_and_what_the_champion_had(tmp_
     asked = [f"Until when may {land} be asked?" for land in NAMES]
     rows = [chat(one, f"Until {day}.") for one, day in zip(asked, days(100), strict=True)]
     settings: dict[str, Any] = {"registry": {"path": str(registry), "name": name}, "iters": 8}
-    settings["gate"] = {"controls": {"plan": False, "lookup": False}}
+    settings["gate"] = {"controls": {"prompts": False, "plan": False, "lookup": False}}
     sound = learn(tmp_path / "sound", rows[:80], rows[80:], **settings)
     assert kinds(sound) == []
     assert [row["verdict"] for row in sound.to_json()["control_figures"]] == ["passed"]
