@@ -31,7 +31,7 @@ ROOT = f"{Path(__file__).resolve().parents[1] / 'nested_core'}/"
 MAX_BATCH = 512  # tokens; a larger array is the whole data set
 Match = Callable[[Any], bool]
 # They came after the bound on the files of a verdict was set.
-WITHOUT_CONTROLS = {"controls": {"plan": False, "lookup": False, "shapes": False}}
+WITHOUT_CONTROLS = {"controls": dict.fromkeys(("prompts", "plan", "lookup", "shapes"), False)}
 
 
 def holds(value: Any, match: Match, depth: int = 4) -> bool:
