@@ -198,6 +198,10 @@ class ChildFailed(NestedTuneError):
     """A child process that ended without the answer that it was started for."""
 
 
+class CellEnded(ChildFailed):
+    """A process that was ended at its limits, or by what it worked on: to try again is no use."""
+
+
 class DataWorkerFailed(NestedTuneError):
     """A process that read or tokenized a part of a data set ended before it was done."""
 

@@ -112,8 +112,8 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         require_askable_suites(config, report.prompt_format)
     learnt = _compare_answer_tokens(report, settings, load)
     examples = []
-    if tokenizer is not None and "train" in splits:
-        train, count = report.splits["train"], arguments.show or 0
+    if tokenizer is not None and arguments.show and "train" in splits:
+        train, count = report.splits["train"], arguments.show
         examples = decode_examples_for_display(
             splits["train"], train.file, tokenizer.load(), count, train.parts
         )

@@ -58,7 +58,7 @@ from nested_core.models.base_model import (
     fingerprint_tokenizer,
     vocabulary_digest,
 )
-from nested_core.models.chat_template import has_chat_template
+from nested_core.models.tokenizer_cell import try_to_load
 from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
 from nested_core.storage.atomic import canonical_json
 
@@ -80,7 +80,7 @@ def judge_dataset(
         the rules about tokens are checked too. With a tokenizer the report also names the hashes of
         what the tokens depend on.
     """
-    has_template = tokenizer is None or has_chat_template(tokenizer.load())
+    has_template = tokenizer is None or try_to_load(tokenizer.files)
     # Splits that were joined of several files: findings name the original file
     parts_by_file = {
         table.file: table.source.parts

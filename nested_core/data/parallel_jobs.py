@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
-from nested_core.backend import hide_torch_from_transformers, keep_freed_memory
+from nested_core.backend import keep_freed_memory
 from nested_core.errors import ChildFailed, DataWorkerFailed
+from nested_core.models.tokenizer_cell import ONE_CORE, TokenizerCell, ask_kept_cell
 from nested_core.process.child import Child
+from nested_core.process.child_main import load_function
 from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 from nested_core.storage.user_tmpdir import environment_with_user_tmpdir
 
@@ -61,8 +63,7 @@ def run_job(request: dict[str, Any]) -> dict[str, object]:
 
     Requests and answers are JSON objects; large data is in files that the request names.
     """
-    module, _, function = request["job"].partition(":")
-    answer: dict[str, object] = getattr(import_module(module), function)(request)
+    answer: dict[str, object] = load_function(request["job"])(request)  # type: ignore[assignment]
     return answer
 
 
@@ -71,23 +72,25 @@ def run_jobs(
     *,
     processes: int,
     on_done: Callable[[int], None] | None = None,
+    in_cells: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Run the requests in worker processes; yield their answers in the order of the requests.
 
     on_done: called with the number of requests answered so far.
+    in_cells: whether the processes have limits, as the jobs use a tokenizer (`TokenizerCell`).
 
-    With one process the work is done here. Raises what a job raised if it is a NestedTuneError or
-    an OSError, else DataWorkerFailed with the last lines that the process printed. All worker
-    processes end with the iterator; close() ends it early.
+    With one process the work is done here, or in the cell that this process keeps.
+
+    Raises what a job raised if it is a NestedTuneError or an OSError, else DataWorkerFailed with
+    the last lines that the process printed. All worker processes end with the iterator; close()
+    ends it early.
     """
     processes = min(processes, len(requests))
     if processes < 2:
-        yield from _run_in_this_process(requests, on_done)
+        ask = partial(_ask, ask_kept_cell) if in_cells else run_job
+        yield from _answer_in_order(requests, ask, on_done)
         return
-    environment = environment_with_user_tmpdir() | {
-        "TOKENIZERS_PARALLELISM": "false",  # each core has a process of its own already
-        "POLARS_MAX_THREADS": "1",
-    }
+    environment = environment_with_user_tmpdir() | ONE_CORE
     workers: list[Child] = []
     idle: SimpleQueue[Child] = SimpleQueue()
     threads = ThreadPoolExecutor(processes)  # one waits for each worker
@@ -96,18 +99,17 @@ def run_jobs(
         """Wait for an idle worker process, and for its answer to the request."""
         worker = idle.get()  # each of the threads gets one, as there are as many workers
         try:
-            answer: dict[str, Any] = worker.ask(request)
-            return answer
-        except ChildFailed as failure:
-            raise DataWorkerFailed(
-                f"A data worker failed, and nothing was written. Start again: {failure}"
-            ) from failure
+            return _ask(worker.ask, request)
         finally:
             idle.put(worker)
 
     try:
         for _ in range(processes):
-            workers.append(Child(f"{__name__}:run_job_in_worker", environment=environment))
+            workers.append(
+                TokenizerCell()
+                if in_cells
+                else Child(f"{__name__}:run_job_in_worker", environment=environment)
+            )
             idle.put(workers[-1])
         futures = {
             threads.submit(ask_idle_worker, item): index for index, item in enumerate(requests)
@@ -132,19 +134,31 @@ def run_jobs(
             worker.end()
 
 
-def _run_in_this_process(
-    requests: Sequence[dict[str, object]], on_done: Callable[[int], None] | None
+def _answer_in_order(
+    requests: Sequence[dict[str, object]],
+    ask: Callable[[dict[str, Any]], dict[str, object]],
+    on_done: Callable[[int], None] | None,
 ) -> Iterator[dict[str, object]]:
-    """Run the requests one after the other in this process."""
+    """Answer the requests one after the other."""
     for done, request in enumerate(requests, start=1):
-        answer = run_job(request)
+        answer = ask(request)
         if on_done is not None:
             on_done(done)
         yield answer
 
 
+def _ask(ask: Callable[[Any], Any], request: dict[str, object]) -> dict[str, Any]:
+    """Return the answer to a request; DataWorkerFailed if the process failed."""
+    try:
+        answer: dict[str, Any] = ask(request)
+    except ChildFailed as failure:
+        raise DataWorkerFailed(
+            f"A data worker failed, and nothing was written. Start again: {failure}"
+        ) from failure
+    return answer
+
+
 def run_job_in_worker(request: dict[str, object]) -> dict[str, object]:
     """Run a job in a worker process, whose memory use stays constant over requests."""
-    hide_torch_from_transformers()
     keep_freed_memory()
     return run_job(request)

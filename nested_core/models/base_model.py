@@ -19,6 +19,7 @@ from nested_core import backend
 from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.models.chat_template import Tokenizer
+from nested_core.models.tokenizer_cell import TokenizerFiles, load_bounded_tokenizer
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.untrusted_files import read_json_object, read_regular
@@ -62,9 +63,11 @@ def find_model_folder(model: str, revision: str | None = None) -> Path:
     A repository is downloaded at `revision`, by default its main branch, unless it is cached.
     Raises ConfigError if the model cannot be found.
     """
+    require_folder_or_hub_name(model)
+    if Path(model).exists():
+        return Path(model)
     from mlx_lm.utils import _download
 
-    require_folder_or_hub_name(model)
     try:
         return Path(_download(model, revision))
     except NestedTuneError:  # from a signal handler, in the middle of a download
@@ -318,17 +321,12 @@ def load_lazily(
     Arrays are only read from the file when they are first used. Raises ConfigError if loading
     fails.
     """
-    from mlx_lm import load
+    from mlx_lm.utils import load_model
 
     with naming_unloadable_model(folder):
-        loaded: Any = load(
-            str(folder),
-            tokenizer_config={"trust_remote_code": trust_remote_code},
-            trust_remote_code=trust_remote_code,
-            lazy=True,
-            return_config=True,
-        )
-    model, tokenizer, config = loaded
+        model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    files = TokenizerFiles(str(folder), trust_remote_code, fingerprint_tokenizer(folder))
+    tokenizer: Any = load_bounded_tokenizer(files)
     return model, tokenizer, config
 
 

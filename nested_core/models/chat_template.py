@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
+from nested_core.errors import NestedTuneError
+
 FIXED_DATE = datetime(2024, 7, 26, 12, tzinfo=UTC)  # of Llama's templates, without a clock
 _CLOCK = "strftime_now"  # of transformers.utils.chat_template_utils
 _QUESTION = {"role": "user", "content": "What is it?"}
@@ -143,6 +145,8 @@ class ChatTemplate:
         """Render a question with this answer; empty if the template raises an error."""
         try:
             return self.render([_QUESTION, answer])
+        except NestedTuneError:  # it takes more than it may
+            raise
         except Exception:  # a template is its author's program: it may raise anything
             return ""
 

@@ -81,12 +81,8 @@ from nested_core.models.lora_attachment import (
     read_adapter_file,
 )
 from nested_core.models.parameters import trainable_parameters
-from nested_core.models.session import (
-    BaseWithAdapter,
-    Session,
-    frozen_tensors,
-    load_base_with_adapter,
-)
+from nested_core.models.session import BaseWithAdapter, Session, load_base_with_adapter
+from nested_core.models.tokenizer_cell import end_kept_cell
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
@@ -518,6 +514,7 @@ def train_model(
     # Kernels are compiled in the background; the wait for them ends at a request to stop.
     if session is not None and session.await_kernels is not None:
         session.await_kernels(lambda: trainer.stop_requested or run.stop_request.exists())
+    end_kept_cell()  # for hours: it holds a tokenizer
     trainer.train()
     base.evaluation_peak = trainer.evaluation_peak
     base.training_peak = mx.get_peak_memory()

@@ -1,23 +1,26 @@
-"""A process that reads a file of somebody else's, with limits of memory and time by its size.
+"""A process that works on what somebody else made, with limits of memory and time.
 
 A file of some kilobytes can let its reader take gigabytes, or never end: packed texts, a cell far
-outside of the table, an array of a sparse file. And it can end the reader, with its process. Here
-that ends a child process, and the parent says so in one paragraph.
+outside of the table, an array of a sparse file, a chat template that loops. And it can end the
+reader, with its process. Here that ends a child process, and the parent says so in one paragraph.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import signal
 import subprocess
-import threading
+import time
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from nested_core.errors import ChildFailed
-from nested_core.process.child import Child, Limits
+from nested_core.errors import CellEnded, ChildFailed
+from nested_core.process.child import NO_LIMITS, Child, Limits
 
 IS_LINUX = platform.system() == "Linux"
 BASE_BYTES = 256 * 2**20  # which a reader takes of a small file, its libraries included
@@ -26,64 +29,120 @@ SECONDS_PER_BYTE = 3e-6  # more of them: a workbook of 100 MB takes a hundred
 # What is mapped or reserved and not used; thread stacks alone are a gigabyte on many cores.
 UNUSED_BYTES = 4 * 2**30
 POLL_SECONDS = 0.01 if IS_LINUX else 0.25  # elsewhere a process is started for it
-CLOCK_FACTOR = 20  # how much longer than its processor time an answer may take, on a busy machine
+CLOCK_FACTOR = 20  # how much longer than its processor time an answer may take
 MAX_ANSWER_BYTES = 2**28
+SIGNALS_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a process may take for an answer.
+
+    memory_bytes: that it holds.
+    seconds: of processor time, which the process itself or its kernel limits.
+    clock_seconds: more than `seconds`, as the machine may be busy.
+    """
+
+    memory_bytes: int
+    seconds: float
+    clock_seconds: float
 
 
 class Cell(Child):
-    """A process whose memory and processor time are limited by the size of the file that it reads.
+    """A process whose memory and time are limited while it works on an answer.
 
-    The memory is what the process itself holds, without mapped files. On Linux its address space is
-    limited as well, for what one operation takes at once.
+    The memory is what the process itself holds, without mapped files.
+
+    allowance: for the next answer.
     """
 
     def __init__(
-        self, function: str | Path, path: Path, *, bytes_per_byte: int, has_device: bool = False
+        self,
+        function: str | Path,
+        allowance: Allowance,
+        *,
+        environment: Mapping[str, str] | None = None,
+        limits: Limits = NO_LIMITS,
     ) -> None:
-        """Start a process that answers requests on a file with a function, see `Child`.
+        """Start a process that answers requests with a function, see `Child`.
+
+        limits: of the whole process, which the kernel enforces.
+        """
+        self.allowance = allowance
+        super().__init__(
+            function, environment=environment, max_answer_bytes=MAX_ANSWER_BYTES, limits=limits
+        )
+
+    @classmethod
+    def for_file(
+        cls, function: str | Path, path: Path, *, bytes_per_byte: int, has_device: bool = False
+    ) -> Self:
+        """Start a process that reads one file, limited by what the file takes on disk.
+
+        On Linux its address space is limited as well, for what one operation takes at once.
 
         bytes_per_byte: memory that the reader may take for each byte of the file.
         has_device: whether it may use a GPU, whose driver reserves more address space than there is
             memory; the address space is then not limited.
         """
         size = size_on_disk(path)
-        self.memory_bytes = BASE_BYTES + bytes_per_byte * size
-        self.seconds = BASE_SECONDS + SECONDS_PER_BYTE * size
-        self._is_too_large = False
-        self._has_ended = threading.Event()
-        space = resource.RLIM_INFINITY if has_device else self.memory_bytes + UNUSED_BYTES
-        limits = Limits(space, round(self.seconds))
-        super().__init__(function, max_answer_bytes=MAX_ANSWER_BYTES, limits=limits)
-        self._watcher = threading.Thread(target=self._watch, name="memory limit", daemon=True)
-        self._watcher.start()
+        memory, seconds = BASE_BYTES + bytes_per_byte * size, BASE_SECONDS + SECONDS_PER_BYTE * size
+        space = resource.RLIM_INFINITY if has_device else memory + UNUSED_BYTES
+        allowance = Allowance(memory, seconds, CLOCK_FACTOR * seconds)
+        return cls(function, allowance, limits=Limits(space, round(seconds)))
 
-    def ask(self, request: object, seconds: float | None = None) -> Any:
-        """Return the answer to a request, as `Child.ask`; ChildFailed names the limit exceeded."""
+    def receive(self, seconds: float | None = None) -> Any:
+        """Return the next answer, as `Child.receive`.
+
+        Raises CellEnded if the process exceeds its limits, or is ended by what it works on.
+        """
+        allowed = self.allowance
+        seconds = seconds or allowed.clock_seconds
+        deadline = time.monotonic() + seconds
         try:
-            return super().ask(request, seconds or CLOCK_FACTOR * self.seconds)
-        except (ChildFailed, MemoryError) as error:
-            if self._is_too_large or isinstance(error, MemoryError):
-                said = f"it took more than {self.memory_bytes / 1e6:,.0f} MB of memory"
-            elif self.process.poll() == -signal.SIGXCPU:
-                said = f"it took more than {self.seconds:.0f} seconds of processor time"
-            else:
-                said = str(error).splitlines()[0]  # without its last output
-            raise ChildFailed(said) from None
+            while not self.has_answer(POLL_SECONDS):
+                if self._read_memory() > allowed.memory_bytes:
+                    raise MemoryError
+                if time.monotonic() > deadline:
+                    raise CellEnded(f"it took more than {seconds:.0f} seconds")
+            return super().receive(max(1.0, deadline - time.monotonic()))
+        except MemoryError:
+            self._kill_and_wait()
+            said = f"it took more than {allowed.memory_bytes / 1e6:,.0f} MB of memory"
+            raise CellEnded(said) from None
+        except ChildFailed as error:
+            code = self.process.poll()
+            self._kill_and_wait()
+            if code == -signal.SIGXCPU:
+                said = f"it took more than {allowed.seconds:.0f} seconds of processor time"
+                raise CellEnded(said) from None
+            is_own_end = isinstance(error, CellEnded) or (
+                code is not None and code < 0 and code not in SIGNALS_FROM_OUTSIDE
+            )
+            said = str(error).splitlines()[0]  # without its last output
+            raise (CellEnded if is_own_end else ChildFailed)(said) from None
 
-    def end(self) -> None:
-        """Kill the process, and end the thread that watches it."""
-        self._has_ended.set()
-        self._watcher.join()
-        super().end()
+    def _kill_and_wait(self) -> None:
+        """Kill the process, so that whoever asks next sees that it has ended."""
+        self.kill()
+        self.process.wait()
 
-    def _watch(self) -> None:
-        """Kill the process when it holds more memory than it may."""
-        while not self._has_ended.wait(POLL_SECONDS) and self.process.returncode is None:
-            with suppress(OSError, ValueError, subprocess.SubprocessError):  # it has just ended
-                if read_memory(self.process.pid) > self.memory_bytes:
-                    self._is_too_large = True
-                    self.kill()
-                    return
+    def _read_memory(self) -> int:
+        """Return the bytes of memory that the process holds; 0 if it has just ended."""
+        with suppress(OSError, ValueError, subprocess.SubprocessError):
+            return read_memory(self.process.pid)
+        return 0
+
+
+def limit_processor_time(seconds: float) -> None:
+    """Have the kernel end this process (SIGXCPU) when it takes so many seconds from now on.
+
+    That ends a single long operation too, which no other thread of Python could interrupt.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    end = math.ceil(time.process_time() + seconds)
+    is_later = most != resource.RLIM_INFINITY and end > most
+    resource.setrlimit(resource.RLIMIT_CPU, (most if is_later else end, most))
 
 
 def size_on_disk(path: Path) -> int:

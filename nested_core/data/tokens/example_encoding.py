@@ -29,11 +29,6 @@ from nested_core.data.lines.example_parsing import (
 from nested_core.data.lines.line_rows import digest_with_beginnings
 from nested_core.data.lines.marks import describe_nothing_to_learn
 from nested_core.data.parallel_jobs import ByteRange
-from nested_core.data.tokens.template_time_limit import (
-    BASE_LIMIT_SECONDS,
-    TemplateTimeLimit,
-    TemplateTooSlow,
-)
 from nested_core.data.tokens.text_notes import (
     Note,
     TokenizerChecks,
@@ -47,13 +42,11 @@ from nested_core.data.tokens.text_notes import (
 )
 from nested_core.data.tokens.tokenized_split import write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import ConfigError, shorten
+from nested_core.errors import shorten
 from nested_core.models.base_model import describe_token_beyond
 from nested_core.models.chat_template import Tokenizer, chat_template_of, end_token_ids
+from nested_core.models.tokenizer_cell import limit_text
 
-# A tokenizer takes some 180 bytes of memory for each character of a text.
-MAX_ROW_CHARACTERS = 1_000_000
-MAX_ROW_CHARACTERS_PER_TOKEN = 32  # of max_seq_length, where that allows for more
 ROW_TOO_LONG_CHECK = "row-too-long"
 UNCUTTABLE_CHECK = "too-long-to-be-cut"
 BEYOND_EMBEDDING_CHECK = "token-beyond-embedding"
@@ -71,6 +64,7 @@ EXAMPLE_FACTS_DTYPE = np.dtype(
         ("has_end", "?"),  # whether every target span has an end-of-sequence token
     ]
 )
+CURRENT_LINE_DTYPE = np.dtype("<i8")
 
 Span = tuple[int, int]
 # Adds what the template puts before an answer.
@@ -296,7 +290,8 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, object]:
     Returns by line: examples that cannot be tokenized, those that are dropped for their length, and
     doubts (each warning with its first line and how many lines have it).
     """
-    source = TokenizerSource(**request["tokenizer"])
+    folder, trusts_code, _ = request["files"]
+    source = TokenizerSource(folder, trusts_code)
     end_tokens = end_token_ids(source.load())
     part = Path(request["part"])
     max_seq_length = request["max_seq_length"]
@@ -316,7 +311,8 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, object]:
     all_beginnings: list[int] = []
     # Each example is a problem, too long, or appended to the arrays
     openings: dict[str, set[str]] = {"system": set(), "tools": set()}
-    watched = _watch_openings(examples, openings)
+    current_line = np.memmap(current_line_path(part), CURRENT_LINE_DTYPE, "w+", shape=1)
+    watched = _watch_examples(examples, openings, current_line)
     for line, (content, *beginnings), encoded in _encode_examples(watched, source, request):
         # A row of too many characters is not even tokenized; under `drop` it is dropped as well
         if isinstance(encoded, _EncodingProblem):
@@ -341,6 +337,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, object]:
         facts.append((line, len(beginnings), content, *more))
         for doubt in dict.fromkeys((note.check, note.message) for note in encoded.notes):
             doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
+    current_line_path(part).unlink()
     write_token_part(part, tokens=all_tokens, target_mask=target_mask, beginnings=all_beginnings)
     np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(facts_path(part))
     return {
@@ -352,11 +349,17 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, object]:
     }
 
 
-def _watch_openings(
-    examples: Iterable[tuple[int, Example]], openings: Mapping[str, set[str]]
+def _watch_examples(
+    examples: Iterable[tuple[int, Example]],
+    openings: Mapping[str, set[str]],
+    current_line: np.typing.NDArray[np.int64],
 ) -> Iterator[tuple[int, Example]]:
-    """Yield the examples, and add the system text and tools of each as JSON to `openings`."""
+    """Yield the examples, and add the system text and tools of each as JSON to `openings`.
+
+    current_line: gets the line of the example that is worked on, int64 [1].
+    """
     for line, example in examples:
+        current_line[0] = line
         first = next(iter(example.messages), {})
         system = first.get("content") if first.get("role") == "system" else None
         openings["system"].add(json.dumps(system))
@@ -381,47 +384,42 @@ def _encode_examples(
     A row with too many characters is not tried, as it would take very long. With `targets: last`
     nothing is left to learn of a row whose last turn is marked as not to be learnt (`masked`).
 
-    Raises ConfigError if the template exceeds its time limit.
+    A cell is ended (SIGXCPU) at a row that takes too long.
     """
     tokenizer = source.load()
     checks = [room.make(source) for room in seams.load_all(TokenizerChecks)]
     max_seq_length = request["max_seq_length"]
-    most = max(MAX_ROW_CHARACTERS, MAX_ROW_CHARACTERS_PER_TOKEN * max_seq_length)
-    with TemplateTimeLimit() as limit:
-        for line, example in examples:
-            if (characters := example.approximate_characters) > most:
-                message = (
-                    f"{characters:,} characters, of which {max_seq_length:,} tokens "
-                    f"(max_seq_length) would be kept; a row has at most {most:,}. Split it, raise "
-                    f"max_seq_length, or let data_policy.overlong be drop"
-                )
-                yield line, [0], _EncodingProblem(ROW_TOO_LONG_CHECK, message)
-                continue
-            last = len(example.messages) - 1
-            if request["targets"] == "last" and last in example.masked:
-                message = describe_nothing_to_learn([last], example.masked)
-                hint = ", or learn the other answers with training.supervise: all"
-                yield line, [0], _EncodingProblem("nothing-to-learn", message + hint)
-                continue
-            try:
-                with limit.watching(characters):
-                    encoded = encode_example(example, tokenizer, request["targets"])
-            except TemplateTooSlow:
-                raise ConfigError(
-                    f"model: the chat template in {source.folder} took longer than "
-                    f"{BASE_LIMIT_SECONDS:g} s for line {line} of {Path(request['path']).name}, "
-                    f"and may never end. Mend the template, or give another model."
-                ) from None
-            except Exception as error:  # a template is its author's program: it may raise anything
-                problem = shorten(f"{type(error).__name__}: {error}", 160)
-                message = f"the chat template does not take these turns: {problem}"
-                yield line, [0], _EncodingProblem("chat-template-raised", message)
-            else:
-                more = [note for check in checks for note in check(example, encoded.tokens)]
-                encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
-                checked = _find_problem(encoded, tokenizer, request) or encoded
-                digests = _digest_row_and_beginnings(example, tokenizer, request["targets"])
-                yield line, digests, checked
+    most = request["max_row_characters"]
+    for line, example in examples:
+        if (characters := example.approximate_characters) > most:
+            message = (
+                f"{characters:,} characters, of which {max_seq_length:,} tokens "
+                f"(max_seq_length) would be kept; a row has at most {most:,}. Split it, raise "
+                f"max_seq_length, or let data_policy.overlong be drop"
+            )
+            yield line, [0], _EncodingProblem(ROW_TOO_LONG_CHECK, message)
+            continue
+        last = len(example.messages) - 1
+        if request["targets"] == "last" and last in example.masked:
+            message = describe_nothing_to_learn([last], example.masked)
+            hint = ", or learn the other answers with training.supervise: all"
+            yield line, [0], _EncodingProblem("nothing-to-learn", message + hint)
+            continue
+        limit_text(characters)
+        try:
+            encoded = encode_example(example, tokenizer, request["targets"])
+        except MemoryError:
+            raise
+        except BaseException as error:  # a template may raise anything, tokenizers a PanicException
+            problem = shorten(f"{type(error).__name__}: {error}", 160)
+            message = f"the chat template does not take these turns: {problem}"
+            yield line, [0], _EncodingProblem("chat-template-raised", message)
+        else:
+            more = [note for check in checks for note in check(example, encoded.tokens)]
+            encoded = replace(encoded, notes=(*encoded.notes, *more)) if more else encoded
+            checked = _find_problem(encoded, tokenizer, request) or encoded
+            digests = _digest_row_and_beginnings(example, tokenizer, request["targets"])
+            yield line, digests, checked
 
 
 def _digest_row_and_beginnings(
@@ -462,6 +460,11 @@ def _find_problem(
     if problem := describe_token_beyond(tokenizer, kept, request["embedding_rows"]):
         return _EncodingProblem(BEYOND_EMBEDDING_CHECK, problem)
     return None
+
+
+def current_line_path(part: Path) -> Path:
+    """Return the path of the file that has the line which a part's job works on."""
+    return part.with_name(f"{part.name}.line")
 
 
 def facts_path(part: Path) -> Path:

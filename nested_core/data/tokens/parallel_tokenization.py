@@ -22,6 +22,7 @@ from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.example_encoding import (
     EXAMPLE_FACTS_DTYPE,
+    current_line_path,
     facts_path,
     run_tokenization_job,
 )
@@ -33,6 +34,9 @@ from nested_core.storage.untrusted_files import UNBOUNDED, open_regular
 
 TOKENIZATION_JOB = f"{run_tokenization_job.__module__}:{run_tokenization_job.__name__}"
 RANGE_BYTES = 2**20
+# A tokenizer takes some 180 bytes of memory for each character of a text.
+MAX_ROW_CHARACTERS = 1_000_000
+MAX_ROW_CHARACTERS_PER_TOKEN = 32  # of max_seq_length, where that allows for more
 MIN_BYTES_FOR_WORKERS = 4 * 2**20  # below this, starting processes takes longer than the work
 
 
@@ -91,12 +95,16 @@ def tokenize_splits(
 
     processes: None for one a core, if there is enough to tokenize.
     """
+    most_characters = max(
+        MAX_ROW_CHARACTERS, MAX_ROW_CHARACTERS_PER_TOKEN * settings.max_seq_length
+    )
     shared = {
         "job": TOKENIZATION_JOB,
-        "tokenizer": asdict(tokenizer),
+        "files": tokenizer.files,
         "embedding_rows": vocabulary_size(Path(tokenizer.folder)),
         "field_names": asdict(settings.field_names),
         "max_seq_length": settings.max_seq_length,
+        "max_row_characters": most_characters,
         "drops_overlong": settings.policy.overlong == "drop",
         "targets": settings.supervised_targets,
     }
@@ -115,7 +123,9 @@ def tokenize_splits(
             on_progress("tokenising", done, len(ranges))
 
     requests = [request for _, request in ranges]
-    answers = parallel_jobs.run_jobs(requests, processes=processes, on_done=report_progress)
+    answers = parallel_jobs.run_jobs(
+        requests, processes=processes, on_done=report_progress, in_cells=True
+    )
     with ExitStack() as stack:
         stack.enter_context(closing(answers))  # type: ignore[type-var]
         joined = {}
@@ -142,13 +152,17 @@ def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[st
             parallel_jobs.cut_file_into_line_ranges(path, RANGE_BYTES)
         ):
             next_line = first_line + file.read(byte_range.end - byte_range.start).count(b"\n")
+            part = prefix.with_name(f"{prefix.name}-{number}").absolute()
             skipped = skip[bisect_left(skip, first_line) : bisect_left(skip, next_line + 1)]
             yield {
-                "path": str(path),
+                "path": str(path.absolute()),
                 "byte_range": byte_range,
                 "first_line": first_line,
                 "skip": skipped,
-                "part": f"{prefix}-{number}",
+                "part": str(part),
+                "characters": byte_range.end - byte_range.start,
+                "done": f"making tokens of {path.name}",
+                "line_file": str(current_line_path(part)),
             }
             first_line = next_line
 

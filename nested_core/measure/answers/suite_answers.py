@@ -21,7 +21,7 @@ import numpy as np
 
 from nested_core.backend import to_float
 from nested_core.config.sections import GateSection, TaskSection
-from nested_core.errors import ConfigError, DatasetError
+from nested_core.errors import ConfigError, DatasetError, NestedTuneError
 from nested_core.measure.answers.scorers import ScoringMethod, require_usable_scorer, score_answers
 from nested_core.measure.answers.suites import (
     BadQuestion,
@@ -183,6 +183,8 @@ class EncodedSuite:
             asked.append(question)
             try:
                 prompt = _encode_prompt(question, tokenizer, tools)
+            except NestedTuneError:  # it takes more than it may
+                raise
             except Exception as error:  # a template may raise anything
                 reason = f"{type(error).__name__}: {error}"
                 problem = f"the chat template does not take it: {reason}"[:300]

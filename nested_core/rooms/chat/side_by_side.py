@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import load
 from mlx_lm.generate import generate_step
 
 from nested_core.errors import ConfigError
@@ -17,7 +16,7 @@ from nested_core.models.adapter_fit import describe_other_base
 from nested_core.models.base_model import (
     context_length,
     find_model_folder,
-    naming_unloadable_model,
+    load_lazily,
 )
 from nested_core.models.generation import (
     Sampling,
@@ -61,13 +60,8 @@ class SideBySide:
         loaded = {name: read_adapter(path, follow_links=True) for name, path in adapters.items()}
         first = next(iter(loaded.values()))
         base = find_model_folder(str(model or first.base_model))
-        options = {"trust_remote_code": trust_remote_code}
-        with naming_unloadable_model(base):
-            loaded_base, self._tokenizer = load(
-                str(base),
-                tokenizer_config=options,
-                **options,  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
-            )[:2]
+        loaded_base, self._tokenizer, _ = load_lazily(base, trust_remote_code=trust_remote_code)
+        mx.eval(loaded_base.parameters())
         loaded_base.eval()
         self._models: dict[str, nn.Module] = {BASE: loaded_base}
         for name, adapter in loaded.items():

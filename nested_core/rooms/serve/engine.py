@@ -33,6 +33,7 @@ from mlx_lm.server import (
     _make_sampler,
 )
 
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import context_length, naming_unloadable_model
 from nested_core.rooms.serve.request_model import RequestRefused
 from nested_core.rooms.serve.request_tokens import RequestTokenizer
@@ -155,8 +156,11 @@ class VersionProvider(ModelProvider):
         """Load the base, the first time. Raises ConfigError where it cannot be loaded."""
         if self.base is not None:
             return
+        source = TokenizerSource(self.cli_args.model, self.cli_args.trust_remote_code)
+        tokenizer = source.load()  # in a process with limits, before it is loaded here
         with naming_unloadable_model(Path(self.cli_args.model)):
             self._load(self.cli_args.model, None, self.cli_args.draft_model)
+        self.tokenizer = tokenizer
         self.base = self.model
         leaves: Any = tree_flatten(self.base.parameters())
         self.base_arrays = {id(array): array for _, array in leaves}

@@ -288,7 +288,9 @@ def _read_in_cell(path: Path, suffix: str) -> Iterator[NumberedLine]:
     """Yield the rows of a file, read by a process with limits; RestOfFileUnreadable beyond them."""
     number = 0
     form = FOREIGN_FORMATS[suffix]
-    with Cell(f"{__name__}:give_next_lines", path, bytes_per_byte=form.bytes_per_byte) as cell:
+    with Cell.for_file(
+        f"{__name__}:give_next_lines", path, bytes_per_byte=form.bytes_per_byte
+    ) as cell:
         while True:
             try:
                 lines, damage = cell.ask([str(path), suffix])

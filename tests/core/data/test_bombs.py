@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import gzip
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.sources import file_formats
-from nested_core.data.tokens import example_encoding
-from nested_core.data.tokens.template_time_limit import TemplateTimeLimit, TemplateTooSlow
+from nested_core.data.sources.split_files import SplitFile
+from nested_core.data.tokens import parallel_tokenization
+from nested_core.data.tokens.parallel_tokenization import LinesToTokenize, tokenize_splits
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
+from nested_core.models.tokenizer_cell import end_kept_cell
+from nested_core.process import child
 from nested_core.records.dataset import Finding
 from tests.builders.adapter_folders import base_copy
 from tests.builders.data_sets import json_lines, load, write_lines
+from tests.example import MODEL
 from tests.left_out import needs_rooms
 
 LINE = b'{"text": "Where is Oslo? In Norway."}\n'
@@ -119,46 +131,132 @@ def test_a_template_or_parser_that_mlx_lm_does_not_have_is_one_sentence(
         assert f"its {key} 'no_such_thing' is not one that this mlx-lm has" in str(refused.value)
 
 
-LOOPS = {
-    "nested loops": "{% for a in range(100000) %}{% for b in range(100000) %}x"
-    "{% endfor %}{% endfor %}",
-    "loops over what it is given": "{% for a in messages[0].content * 1000 %}"
-    "{% for b in messages[0].content * 1000 %}{% for c in messages[0].content * 1000 %}"
-    "{% endfor %}{% endfor %}{% endfor %}",
+def nested_replacements(tokenizer: dict[str, Any]) -> None:
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [doubling] * 30}
+
+
+SHOWN = "{% for m in messages %}{{ m.content }}{% endfor %}"
+ENDLESS = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
+TEMPLATES = {  # each with what the message names; the first is judged in `make test`
+    "a text of 8 GB": ("{% set x = 'a' * 8000000000 %}", "more than 271 MB of memory"),
+    "a list that grows": (
+        "{% set n = namespace(x=[0]) %}{% for a in range(99) %}{% set n.x = n.x + n.x %}"
+        "{% endfor %}",
+        "more than 271 MB of memory",
+    ),
+    "nested loops": (ENDLESS, "more than 3 seconds of processor time"),
+    "one long operation": ("{% set x = 7 ** 30000000 %}", "more than 3 seconds of processor time"),
 }
 
 
-@pytest.mark.slow("a template loops until it is stopped")
-@pytest.mark.parametrize("name", LOOPS)
-def test_a_chat_template_that_loops_is_refused_in_one_message(name, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(example_encoding, "TemplateTimeLimit", lambda: TemplateTimeLimit(0.5))
-    said: dict[str, Any] = {"chat_template": LOOPS[name]}
-    folder = base_copy(tmp_path / "model", file="tokenizer_config.json", **said)
-    (folder / "chat_template.jinja").write_text(LOOPS[name])
-    row = {"prompt": "Where is Oslo?", "completion": "In Norway."}
-    write_lines(tmp_path / "train.jsonl", [row])
-    began = time.process_time()
-    with pytest.raises(ConfigError, match=r"line 1 of train.jsonl, and may never end") as refused:
-        load(tmp_path, TokenizerSource(str(folder)), batch_size=1)
-    assert str(folder) in str(refused.value)
-    assert time.process_time() - began < 20
+def write_rows(folder: Path, count: int = 1) -> None:
+    rows = [
+        {"prompt": f"Where is Oslo, number {n}?", "completion": "In Norway."} for n in range(count)
+    ]
+    write_lines(folder / "train.jsonl", rows)
 
 
-@pytest.mark.slow("a template runs until it is stopped")
-def test_a_template_in_time_is_left_alone_and_one_out_of_time_is_ended() -> None:
-    with TemplateTimeLimit(0.3) as limit:
-        for _ in range(3):
-            with limit.watching(0):
-                pass
-        with pytest.raises(TemplateTooSlow), limit.watching(0):
-            burn(60)
-        with limit.watching(10**6):  # ten seconds more
-            burn(0.8)
-        with pytest.raises(ZeroDivisionError), limit.watching(0):
-            print(1 / 0)
+def hostile_base(folder: Path, template: str) -> TokenizerSource:
+    base_copy(folder, file="tokenizer_config.json", chat_template=template)
+    (folder / "chat_template.jinja").write_text(template)
+    return TokenizerSource(str(folder))
 
 
-def burn(seconds: float) -> None:
-    end = time.process_time() + seconds
-    while time.process_time() < end:
-        pass
+@pytest.fixture
+def real_cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cell that is started and not forked, whose memory is then that of the process started."""
+    monkeypatch.setattr(child, "subprocess", subprocess)
+    end_kept_cell()
+    yield
+    end_kept_cell()
+
+
+def processor_time() -> float:
+    """Seconds of this process and of those that it has waited for."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
+@pytest.mark.usefixtures("real_cell")
+@pytest.mark.parametrize(
+    "name",
+    [
+        next(iter(TEMPLATES)),
+        *(
+            pytest.param(name, marks=pytest.mark.slow("a template runs until it is ended"))
+            for name in list(TEMPLATES)[1:]
+        ),
+    ],
+)
+def test_a_chat_template_that_takes_too_much_is_one_message(name: str, tmp_path: Path) -> None:
+    template, said = TEMPLATES[name]
+    source = hostile_base(tmp_path / "model", template + SHOWN)
+    write_rows(tmp_path)
+    began, most = processor_time(), peak_memory()
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path, source, batch_size=1)
+    assert re.fullmatch(
+        rf"model: making tokens of train.jsonl, line 1 was ended: it took {said}. The cause is the "
+        rf"chat template or tokenizer in {re.escape(source.folder)}: mend it, or give another "
+        rf"model.",
+        str(refused.value),
+    )
+    assert peak_memory() - most < 100 * 2**20
+    end_kept_cell()
+    assert processor_time() - began < 20
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1024 if sys.platform == "linux" else 1
+    )
+
+
+@pytest.mark.slow("a template runs until it is ended")
+@pytest.mark.usefixtures("real_cell")
+def test_a_template_that_is_hostile_at_one_row_is_ended_there_in_each_process(tmp_path) -> None:
+    hostile = "{% if '57' in messages[0].content %}" + ENDLESS + "{% endif %}" + SHOWN
+    source = hostile_base(tmp_path / "model", hostile)
+    write_rows(tmp_path, 100)
+    with pytest.raises(ConfigError, match=r"train.jsonl, line 58 was ended: it took more than 3 "):
+        load(tmp_path, source, batch_size=1)
+    splits = {
+        "train": LinesToTokenize(SplitFile("train.jsonl", tmp_path / "train.jsonl"), frozenset())
+    }
+    settings = DataSettings(str(tmp_path), max_seq_length=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel_tokenization, "RANGE_BYTES", 1000)
+        with pytest.raises(ConfigError, match=r"train.jsonl, line 58 was ended"):
+            tokenize_splits(tmp_path, splits, settings, source, processes=2)
+
+
+@pytest.mark.slow("starts processes that are ended")
+@pytest.mark.usefixtures("real_cell")
+def test_a_tokenizer_that_takes_too_much_is_one_message(tmp_path: Path) -> None:
+    source = hostile_base(tmp_path / "model", SHOWN)
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    nested_replacements(tokenizer)
+    path.write_text(json.dumps(tokenizer))
+    write_rows(tmp_path)
+    with pytest.raises(ConfigError, match=r"line 1 was ended: it took more than \d+ MB of memory"):
+        load(tmp_path, source, batch_size=1)
+    with pytest.raises(ConfigError, match=r"making tokens of a text was ended: it took more than"):
+        source.load().encode("a")
+    sound = TokenizerSource(str(MODEL)).load()
+    assert sound.encode("Where is Oslo?")  # the process is started again
+
+
+def test_a_tokenizer_that_panics_is_a_finding(tmp_path: Path) -> None:
+    source = hostile_base(tmp_path / "model", SHOWN)
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    hostile = [split | {"pattern": {"Regex": each}} for each in ("(a|a)*$x", "((a+)+)+c")]
+    steps = [*hostile, tokenizer["pre_tokenizer"]]
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    path.write_text(json.dumps(tokenizer))
+    write_lines(tmp_path / "train.jsonl", [{"prompt": "a" * 50, "completion": "b"}])
+    problems = load(tmp_path, source, batch_size=1, max_seq_length=64)[0].findings
+    assert any("PanicException: Onig: Regex search" in each.message for each in problems)

@@ -11,7 +11,7 @@ import pytest
 from transformers import tokenization_utils_base
 
 from nested_core.data.rules.token_rules import length_outlier_bound
-from nested_core.data.tokens import example_encoding
+from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from tests.builders.data_sets import found_in, load, warnings_in
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
@@ -130,7 +130,7 @@ def test_the_infos_count_tokens_and_padding(write_data, tokenizer) -> None:
 def test_a_row_of_too_many_characters_is_not_given_to_the_tokenizer(
     overlong, write_data, tokenizer, monkeypatch
 ) -> None:
-    monkeypatch.setattr(example_encoding, "MAX_ROW_CHARACTERS", 300)
+    monkeypatch.setattr(parallel_tokenization, "MAX_ROW_CHARACTERS", 300)
     short, long = {"text": "x" * 300}, {"text": "x" * 301}
     folder = write_data(train=[{"text": "a b"}, long, short, {"text": "c"}, {"text": "d"}])
     settings: dict[str, Any] = {
@@ -152,7 +152,7 @@ def test_a_row_of_too_many_characters_is_not_given_to_the_tokenizer(
 
 
 def test_tools_count_among_the_characters_of_a_row(write_data, tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(example_encoding, "MAX_ROW_CHARACTERS", 300)
+    monkeypatch.setattr(parallel_tokenization, "MAX_ROW_CHARACTERS", 300)
     tool = {"type": "function", "function": {"name": "f", "description": "x" * 400}}
     folder = write_data(train=[*GOOD, chat("A land.") | {"tools": [tool]}], valid=HELD_OUT)
     report = load(folder, tokenizer, max_seq_length=8)[0]

@@ -64,7 +64,7 @@ def test_a_reader_is_ended_at_its_limits(reader, tmp_path, request_, said) -> No
     if request_[1] == 2**40 and sys.platform != "linux":
         pytest.skip("the address space is not limited here")
     path = write_file(tmp_path / "file", 10)
-    with Cell(reader, path, bytes_per_byte=16) as reading:
+    with Cell.for_file(reader, path, bytes_per_byte=16) as reading:
         assert reading.ask(("word", 0)) == "word"
         with pytest.raises(ChildFailed) as ended:
             reading.ask(request_)
@@ -74,10 +74,10 @@ def test_a_reader_is_ended_at_its_limits(reader, tmp_path, request_, said) -> No
 @pytest.mark.usefixtures("small_limits")
 def test_a_larger_file_may_take_more(reader, tmp_path) -> None:
     path = write_file(tmp_path / "file", 8 * MIB)
-    with Cell(reader, path, bytes_per_byte=16) as reading:
+    with Cell.for_file(reader, path, bytes_per_byte=16) as reading:
         assert reading.ask(("slowly", 128 * MIB)) == 128
     with (
-        Cell(reader, path, bytes_per_byte=1) as reading,
+        Cell.for_file(reader, path, bytes_per_byte=1) as reading,
         pytest.raises(ChildFailed, match="more than 75 MB"),
     ):
         reading.ask(("slowly", 128 * MIB))

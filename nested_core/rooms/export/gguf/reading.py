@@ -44,7 +44,7 @@ def unpack_gguf(path: Path, folder: Path) -> str:
     Raises DamagedError for a file that is no GGUF, ConfigError for a family or a tokenizer that
     cannot be converted.
     """
-    with Cell(f"{__name__}:_unpack", path, bytes_per_byte=12, has_device=True) as cell:
+    with Cell.for_file(f"{__name__}:_unpack", path, bytes_per_byte=12, has_device=True) as cell:
         try:
             digest: str = cell.ask([str(path), str(folder)])
         except ChildFailed as error:

@@ -1,0 +1,251 @@
+"""Tokenizers are loaded, texts encoded and chat templates rendered in processes with limits.
+
+A chat template is a program of the model's author, and a tokenizer's files can be one: a few bytes
+may take gigabytes, never end, or end the process. So a folder's tokenizer is loaded in such a
+process before it is loaded here, and what this process renders and encodes is done there. One
+process of the kind is kept for that, started when it is first needed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import threading
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nested_core.backend import hide_torch_from_transformers, keep_freed_memory
+from nested_core.errors import CellEnded, ConfigError, NestedTuneError, shorten
+from nested_core.process.cell import (
+    BASE_BYTES,
+    BASE_SECONDS,
+    CLOCK_FACTOR,
+    SECONDS_PER_BYTE,
+    Allowance,
+    Cell,
+    limit_processor_time,
+)
+from nested_core.process.child_main import load_function
+from nested_core.storage.untrusted_files import read_regular
+from nested_core.storage.user_tmpdir import environment_with_user_tmpdir
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# The variables of a process that works on one core: each has a process of its own already.
+ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "POLARS_MAX_THREADS": "1"}
+BYTES_PER_TOKENIZER_BYTE = 24  # of memory, while it is loaded
+BYTES_PER_CHARACTER = 200  # of memory, while a text is encoded
+TEXT_SECONDS = 3.0  # of processor time; most templates take less than a millisecond
+SECONDS_PER_CHARACTER = 1e-5  # more for what is long
+CLOCK_SECONDS_PER_CHARACTER = 1e-4  # for many rows, each of which has its own limit
+
+_lock = threading.Lock()
+_kept: dict[int, TokenizerCell] = {}  # the cell of each process, by its id
+_is_cell = threading.Event()
+
+# Keys of tokenizer_config.json that name a module of mlx-lm, by its package.
+TOKENIZER_CONFIG_KEY_BY_PACKAGE = {
+    "chat_templates": "chat_template_type",
+    "tool_parsers": "tool_parser_type",
+}
+# As transformers' tokenization_utils_base.py names what it has warned of.
+TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
+
+
+class TokenizerFiles(NamedTuple):
+    """The folder of a tokenizer, whether its code may run, and the hash of its files.
+
+    By the hash changed files are loaded again.
+    """
+
+    folder: str
+    trust_remote_code: bool
+    fingerprint: str
+
+
+class TokenizerCell(Cell):
+    """A process that does jobs with tokenizers; one that hits its limits is a ConfigError."""
+
+    def __init__(self) -> None:
+        """Start the process."""
+        super().__init__(
+            f"{__name__}:do_job",
+            Allowance(BASE_BYTES, BASE_SECONDS, CLOCK_FACTOR * BASE_SECONDS),
+            environment=environment_with_user_tmpdir() | ONE_CORE,
+        )
+
+    def ask(self, request: Any, seconds: float | None = None) -> Any:
+        """Return the answer to a request.
+
+        request: an object that `do_job` answers, with the `files` of a tokenizer (TokenizerFiles),
+            how many `characters` of texts there are, what is `done` with them, for a message, and,
+            if they are lines of a file, where the job writes the current line (`line_file`).
+
+        Raises ConfigError if the process takes more than it may.
+        """
+        folder, *_ = request["files"]
+        size = sum(file.stat().st_size for file in Path(folder).glob("tokenizer*"))
+        characters = request["characters"]
+        to_load = BASE_SECONDS + SECONDS_PER_BYTE * size
+        self.allowance = Allowance(
+            BASE_BYTES + BYTES_PER_TOKENIZER_BYTE * size + BYTES_PER_CHARACTER * characters,
+            TEXT_SECONDS if characters else to_load,
+            CLOCK_FACTOR * (to_load + CLOCK_SECONDS_PER_CHARACTER * characters),
+        )
+        try:
+            return super().ask({**request, "seconds_to_load": to_load}, seconds)
+        except CellEnded as ended:
+            raise ConfigError(
+                f"model: {request['done']}{_read_line(request.get('line_file'))} was ended: "
+                f"{ended}. The cause is the chat template or tokenizer in {folder}: mend it, or "
+                f"give another model."
+            ) from None
+
+
+def _read_line(path: str | None) -> str:
+    """Return ", line N" with the line that a job was at; empty if it was at none."""
+    if path is None or not Path(path).exists():
+        return ""
+    line = int.from_bytes(read_regular(Path(path)), "little")
+    return f", line {line}" if line else ""
+
+
+def do_job(request: Mapping[str, Any]) -> object:
+    """Answer a request in a cell: request["job"], "package.module:function", is called with it."""
+    _is_cell.set()
+    hide_torch_from_transformers()
+    keep_freed_memory()
+    limit_processor_time(request["seconds_to_load"])
+    return load_function(request["job"])(request)
+
+
+def limit_text(characters: int) -> None:
+    """Let the processor time for a text begin, if this process is a cell."""
+    if _is_cell.is_set():
+        limit_processor_time(TEXT_SECONDS + SECONDS_PER_CHARACTER * characters)
+
+
+def ask_kept_cell(request: Mapping[str, object]) -> Any:
+    """Return the answer of the cell that this process keeps, see `TokenizerCell.ask`."""
+    with _lock:
+        cell = _kept.get(os.getpid())  # a forked process has its parent's
+        if cell is None or cell.process.poll() is not None:
+            end_kept_cell()
+            cell = _kept[os.getpid()] = TokenizerCell()
+        try:
+            return cell.ask(request)
+        except BaseException as error:
+            if not isinstance(error, NestedTuneError | OSError):  # a signal: it may answer later
+                end_kept_cell()
+            raise
+
+
+@atexit.register
+def end_kept_cell() -> None:
+    """End the cell that this process keeps; it is started again when it is needed."""
+    if (cell := _kept.pop(os.getpid(), None)) is not None:
+        cell.end()
+
+
+@lru_cache(maxsize=2)
+def load_bounded_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
+    """Load a tokenizer, which renders and encodes in a cell; ConfigError if it cannot be loaded."""
+    if _is_cell.is_set():
+        return _load(files)
+    try_to_load(files)
+    tokenizer = _load(files)
+    for method in ("apply_chat_template", "encode"):  # which mlx_lm's wrapper passes on
+        call = partial(_call_in_cell, files, method)
+        setattr(tokenizer._tokenizer, method, call)  # noqa: SLF001
+    return tokenizer
+
+
+def try_to_load(files: TokenizerFiles) -> bool:
+    """Load a tokenizer in the kept cell; return whether it has a chat template.
+
+    Raises ConfigError if it cannot be loaded, or takes more than it may.
+    """
+    has_template: bool = _ask_for(files, None, "loading the tokenizer")
+    return has_template
+
+
+def _call_in_cell(files: TokenizerFiles, method: str, /, *arguments: Any, **options: Any) -> Any:
+    """Call a method of a tokenizer in the kept cell; raise what it raises, by name and text."""
+    return _ask_for(files, method, "making tokens of a text", arguments, options)
+
+
+def _ask_for(files: TokenizerFiles, method: str | None, done: str, *given: object) -> Any:
+    """Have the kept cell load a tokenizer and call a method of it, with what is given."""
+    request = {
+        "job": f"{__name__}:call_tokenizer",
+        "files": files._replace(folder=str(Path(files.folder).absolute())),
+        "method": method,
+        "given": given,
+        "characters": len(json.dumps(given)) if given else 0,
+        "done": done,
+    }
+    answer = ask_kept_cell(request)
+    if "raised" in answer:
+        name, text = answer["raised"]
+        raise type(name, (Exception,), {})(text)
+    return answer["returned"]
+
+
+def call_tokenizer(request: Mapping[str, Any]) -> dict[str, object]:
+    """Load a tokenizer in a cell, and call a method of it: do what `_ask_for` asks for."""
+    tokenizer = load_bounded_tokenizer(TokenizerFiles(*request["files"]))
+    if request["method"] is None:
+        return {"returned": tokenizer.has_chat_template}
+    call = getattr(tokenizer._tokenizer, request["method"])  # noqa: SLF001
+    arguments, options = request["given"]
+    limit_text(request["characters"])
+    try:
+        return {"returned": call(*arguments, **options)}
+    except MemoryError:
+        raise
+    except BaseException as error:  # a template may raise anything, tokenizers a PanicException
+        return {"raised": (type(error).__name__, str(error))}
+
+
+def _load(files: TokenizerFiles) -> TokenizerWrapper:
+    """Load a tokenizer as mlx_lm.load does; ConfigError if it cannot be loaded."""
+    from mlx_lm.utils import load_config, load_tokenizer
+
+    folder = Path(files.folder)
+    try:
+        ends = load_config(folder).get("eos_token_id")
+        extra = {"trust_remote_code": files.trust_remote_code}
+        tokenizer: TokenizerWrapper = load_tokenizer(folder, extra, eos_token_ids=ends)
+    except MemoryError:
+        raise
+    except BaseException as error:  # tokenizers' PanicException; malformed JSON raises anything
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("mlx_lm."):
+            package, _, name = str(error.name).removeprefix("mlx_lm.").partition(".")
+            key = TOKENIZER_CONFIG_KEY_BY_PACKAGE.get(package, package)
+            reason = f"its {key} {shorten(name)!r} is not one that this mlx-lm has"
+        if other := _describe_other_folder(folder):
+            raise ConfigError(f"model: {folder} is {other}") from error
+        raise ConfigError(
+            f"model: no tokenizer could be loaded from {folder} ({reason}). Expected the model's "
+            f"config.json, tokenizer.json and tokenizer_config.json there."
+        ) from error
+    # transformers would warn of a text beyond the model's context, which the data's report counts
+    tokenizer.deprecation_warnings[TOO_LONG_WARNING] = True
+    return tokenizer
+
+
+def _describe_other_folder(folder: Path) -> str | None:
+    """Describe what is in the place of a model, and what to give instead; None if unknown."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return (
+            "an adapter, not a model. Give its base as model; to continue from the adapter itself, "
+            "name its adapters.safetensors as resume_adapter_file."
+        )
+    return None
