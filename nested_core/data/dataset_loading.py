@@ -62,6 +62,7 @@ _LIBRARIES_IN_CACHE_KEY = (
 _OTHER_CODE_IN_CACHE_KEY = (
     "errors.py",
     "models/chat_template.py",
+    "models/tokenizer_cell.py",
     "storage/untrusted_files.py",
     "storage/atomic.py",
 )

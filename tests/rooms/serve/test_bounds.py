@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,10 +19,21 @@ import pytest
 from flows.cli import build_parser
 from flows.rooms.serve.command import _choose_api_key
 from nested_core.errors import ConfigError
+from nested_core.models.tokenizer_cell import end_kept_cell
+from nested_core.process import child
 from nested_core.rooms.serve import http_handler
 from nested_core.rooms.serve.http_handler import MAX_BODY_BYTES
 from nested_core.rooms.serve.request_model import MAX_ITEMS, RequestRefused, read_request
-from tests.rooms.serve.versions import CHAT, NAME, Client, serving, settings
+from tests.rooms.serve.versions import (
+    CHAT,
+    NAME,
+    Client,
+    make_base,
+    promote_run,
+    serving,
+    settings,
+    write_version_run,
+)
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow("serves a model")
@@ -215,3 +228,33 @@ def test_an_empty_key_and_a_public_address_without_one_have_to_be_asked_for(
         return
     with pytest.raises(ConfigError, match=refused):
         _choose_api_key(arguments)
+
+
+def test_a_chat_template_that_is_hostile_to_one_question_ends_no_other(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "subprocess", subprocess)  # a cell that is started, not forked
+    end_kept_cell()
+    model = make_base(base, tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    settled = json.loads(path.read_text())
+    hostile = {
+        "grow": "'a' * (messages|length * 9000000000)",
+        "loop": "7 ** (messages|length * 30000000)",
+    }
+    for word, expression in hostile.items():
+        condition = f"{{% if '{word}' in messages[0].content %}}"
+        hostile_part = f"{condition}{{% set x = {expression} %}}{{% endif %}}"
+        settled["chat_template"] = hostile_part + settled["chat_template"]
+    path.write_text(json.dumps(settled))
+    promote_run(write_version_run(tmp_path / "run", model, 1), tmp_path / "registry")
+    with serving(settings(tmp_path / "registry", "--name", NAME)) as running:
+        answer = running.chat().text
+        for word, said in (("grow", "MB of memory"), ("loop", "3 seconds of processor time")):
+            reply = running.chat(prompt=f"Do {word}!")
+            assert reply.status == 400
+            assert f"making tokens of a text was ended: it took more than {said}" in re.sub(
+                r"\d+ MB", "MB", reply.body
+            )
+            assert running.chat().text == answer
+    end_kept_cell()
