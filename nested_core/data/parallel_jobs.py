@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -87,7 +86,7 @@ def run_jobs(
     """
     processes = min(processes, len(requests))
     if processes < 2:
-        ask = partial(_ask, ask_kept_cell) if in_cells else run_job
+        ask = ask_kept_cell if in_cells else run_job
         yield from _answer_in_order(requests, ask, on_done)
         return
     environment = environment_with_user_tmpdir() | ONE_CORE
@@ -99,7 +98,12 @@ def run_jobs(
         """Wait for an idle worker process, and for its answer to the request."""
         worker = idle.get()  # each of the threads gets one, as there are as many workers
         try:
-            return _ask(worker.ask, request)
+            answer: dict[str, Any] = worker.ask(request)
+            return answer
+        except ChildFailed as failure:
+            raise DataWorkerFailed(
+                f"A data worker failed, and nothing was written. Start again: {failure}"
+            ) from failure
         finally:
             idle.put(worker)
 
@@ -145,17 +149,6 @@ def _answer_in_order(
         if on_done is not None:
             on_done(done)
         yield answer
-
-
-def _ask(ask: Callable[[Any], Any], request: dict[str, object]) -> dict[str, Any]:
-    """Return the answer to a request; DataWorkerFailed if the process failed."""
-    try:
-        answer: dict[str, Any] = ask(request)
-    except ChildFailed as failure:
-        raise DataWorkerFailed(
-            f"A data worker failed, and nothing was written. Start again: {failure}"
-        ) from failure
-    return answer
 
 
 def run_job_in_worker(request: dict[str, object]) -> dict[str, object]:

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nested_core.backend import hide_torch_from_transformers, keep_freed_memory
-from nested_core.errors import CellEnded, ConfigError, NestedTuneError, shorten
+from nested_core.errors import (
+    CellEnded,
+    ChildFailed,
+    ConfigError,
+    DataWorkerFailed,
+    NestedTuneError,
+    shorten,
+)
 from nested_core.process.cell import (
     BASE_BYTES,
     BASE_SECONDS,
@@ -85,7 +92,7 @@ class TokenizerCell(Cell):
             how many `characters` of texts there are, what is `done` with them, for a message, and,
             if they are lines of a file, where the job writes the current line (`line_file`).
 
-        Raises ConfigError if the process takes more than it may.
+        Raises ConfigError if the process takes more than it may, DataWorkerFailed if it fails.
         """
         folder, *_ = request["files"]
         size = sum(file.stat().st_size for file in Path(folder).glob("tokenizer*"))
@@ -104,6 +111,11 @@ class TokenizerCell(Cell):
                 f"{ended}. The cause is the chat template or tokenizer in {folder}: mend it, or "
                 f"give another model."
             ) from None
+        except ChildFailed as failure:
+            raise DataWorkerFailed(
+                f"A process that makes tokens failed, and nothing was written. Start again: "
+                f"{failure}"
+            ) from failure
 
 
 def _read_line(path: str | None) -> str:
@@ -164,6 +176,7 @@ def load_bounded_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
     return tokenizer
 
 
+@lru_cache(maxsize=4)
 def try_to_load(files: TokenizerFiles) -> bool:
     """Load a tokenizer in the kept cell; return whether it has a chat template.
 

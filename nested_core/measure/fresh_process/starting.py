@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from nested_core import backend
-from nested_core.models.base_model import vocabulary_size
+from nested_core.models.base_model import fingerprint_tokenizer, vocabulary_size
+from nested_core.models.tokenizer_cell import TokenizerFiles, try_to_load
 from nested_core.process.child import Child
 from nested_core.training.loss.logit_budget import positions_at_once
 
@@ -40,7 +41,10 @@ def describe_request(
         base: the folder whose configuration gives the size of the vocabulary.
         trusts_remote_code: whether code that a model brings may run.
         asked: what all models compute; the keys are those of `answer_questions`.
+
+    Raises ConfigError if the base's tokenizer takes more than it may while it is loaded.
     """
+    try_to_load(TokenizerFiles(str(base), trusts_remote_code, fingerprint_tokenizer(base)))
     defaults: dict[str, object] = dict.fromkeys(
         ("texts", "prompts", "columns", "rows", "questions"), ()
     )
