@@ -184,8 +184,8 @@ class Assignment(Section):
         """Yield a problem if the pattern is no regular expression."""
         try:
             re.compile(self.match)
-        except re.error as error:
-            yield f"{self.match!r} is not a regular expression: {error}"
+        except (re.error, RecursionError, OverflowError) as error:
+            yield f"{self.match!r:.80} is not a regular expression: {error}"
 
 
 class NestedSection(Section):

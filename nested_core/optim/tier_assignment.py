@@ -11,11 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ChildFailed, ConfigError
+from nested_core.process.cell import BASE_BYTES, CLOCK_FACTOR, Allowance, Cell
+from nested_core.process.child import Limits
 
 if TYPE_CHECKING:
     from nested_core.config.sections import Assignment, NestedSection
 
+SEARCH_SECONDS = 5  # of processor time, for all patterns
 LAYER_INDEX_PATTERN = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -148,16 +151,36 @@ def _assign_by_layer_ranking(
 def _assign_by_name_pattern(names: Sequence[str], rules: Sequence[Assignment]) -> dict[str, int]:
     """Assign each parameter by the first rule whose pattern is found in its name.
 
-    Raises ConfigError if a pattern matches no parameter.
+    A process with limits searches, for a pattern can take for ever.
+
+    Raises ConfigError if a pattern matches no parameter, or takes too long.
     """
-    for rule in rules:
-        if not any(re.search(rule.match, name) for name in names):
+    allowance = Allowance(BASE_BYTES, SEARCH_SECONDS, CLOCK_FACTOR * SEARCH_SECONDS)
+    limits = Limits(processor_seconds=SEARCH_SECONDS)
+    with Cell(f"{__name__}:search_names", allowance, limits=limits) as cell:
+        try:
+            matched = cell.ask([names, [rule.match for rule in rules]])
+        except ChildFailed as error:
+            raise ConfigError(
+                f"nested.assignments: the search for the patterns in {len(names)} parameter names "
+                f"was ended: {error}. Write patterns without a repetition in a repetition."
+            ) from None
+    for rule, found in zip(rules, matched, strict=True):
+        if not found:
             raise ConfigError(
                 f"nested.assignments: the pattern {rule.match!r} matched no trainable parameter. "
                 f"Names look like {names[0]!r}."
             )
-    first = {n: next((r.tier for r in rules if re.search(r.match, n)), None) for n in names}
-    return {name: tier for name, tier in first.items() if tier is not None}
+    tiers: dict[str, int] = {}
+    for rule, found in zip(reversed(rules), reversed(matched), strict=True):
+        tiers.update(dict.fromkeys(found, rule.tier))  # of an earlier rule in place of a later one
+    return {name: tiers[name] for name in names if name in tiers}
+
+
+def search_names(request: tuple[list[str], list[str]]) -> list[list[str]]:
+    """Return, in a cell, the names in which each pattern is found; `request` is names, patterns."""
+    names, patterns = request
+    return [[name for name in names if re.search(pattern, name)] for pattern in patterns]
 
 
 def _assign_parameters_outside_layers(

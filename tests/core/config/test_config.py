@@ -183,6 +183,13 @@ class TestPartsThatHaveToAgree:
             "subpattern at position 0"
         ]
 
+    @pytest.mark.parametrize("pattern", ["(" * 6000, "a{99999999999}"])
+    def test_a_pattern_that_cannot_be_compiled_is_none_either(self, pattern: str) -> None:
+        nested = {"strategy": "manual", "assignments": [{"match": pattern, "tier": 0}]}
+        (line,) = problems(nested=nested)
+        assert line.startswith("nested.assignments.0: '")
+        assert "is not a regular expression: " in line
+
     @pytest.mark.parametrize("frequencies", [[], [0], [1, -2], list(range(1, 10)), 2])
     def test_1_to_8_frequencies_of_1_or_more(self, frequencies: Any) -> None:
         assert problems(nested={"frequencies": frequencies})[0].startswith("nested.frequencies")

@@ -136,6 +136,14 @@ class TestManual:
         ):
             assign_tiers(names_of([0]), manual(2, ("q_proj", 0), (r"v_proj", 1)))
 
+    @pytest.mark.slow("a pattern is searched for until it is ended")
+    def test_a_pattern_that_takes_for_ever_is_refused(self) -> None:
+        with pytest.raises(
+            ConfigError,
+            match=r"in 3 parameter names was ended: it took more than 5 seconds of processor time",
+        ):
+            assign_tiers(names_of([0]), manual(2, (r"^(([a-z0-9_.])+)+$!", 0), (".", 1)))
+
     def test_a_tier_without_parameters_is_refused(self) -> None:
         rules = manual(3, ("q_proj", 0), (".", 2))
         with pytest.raises(ConfigError, match=r"^Tier 1 of 3 would hold no parameter\."):
