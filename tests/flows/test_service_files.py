@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import plistlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,16 +57,40 @@ def test_systemd_has_nothing_to_say_against_a_unit(unit: str, tmp_path: Path) ->
     assert verify(unit, (FOLDER / "systemd" / unit).read_text(), tmp_path) == ""
 
 
+@needs_systemd
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_unit_runs_as_its_own_user_and_reads_settings_and_secrets(unit: str) -> None:
-    lines = (FOLDER / "systemd" / unit).read_text().splitlines()
-    assert "User=nested-tune" in lines
-    assert "UMask=0077" in lines
-    own = "server.env" if "server" in unit else "worker.env"
-    assert [line for line in lines if line.startswith("EnvironmentFile=")] == [
-        "EnvironmentFile=/etc/nested-tune/settings.env",
-        f"EnvironmentFile=/etc/nested-tune/{own}",
+def test_systemd_says_that_a_unit_is_little_exposed(unit: str) -> None:
+    words = ["systemd-analyze", "security", "--offline=true", "--threshold=40"]
+    command = [*words, str(FOLDER / "systemd" / unit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout[-200:]
+
+
+def test_server_and_worker_are_two_users_of_whom_the_server_alone_has_its_secrets(
+    tmp_path: Path,
+) -> None:
+    server, worker = ((FOLDER / "systemd" / unit).read_text().splitlines() for unit in UNITS)
+    assert {"DynamicUser=true", "UMask=0077"} < set(server)
+    assert {"User=nested-tune", "UMask=0077"} < set(worker)
+    read = re.compile(r"^(?:EnvironmentFile|LoadCredential)=(.+)$", re.M)
+    settings = "/etc/nested-tune/settings.env"
+    assert read.findall("\n".join(worker)) == [settings, "/etc/nested-tune/worker.env"]
+    assert read.findall("\n".join(server)) == [
+        settings,
+        "server.env:/etc/nested-tune/server.env",
     ]
+    # What systemd would start, with a program that shows its variables in Prefect's place
+    (line,) = (line for line in server if line.startswith("ExecStart="))
+    (tmp_path / "server.env").write_text("A=postgresql+asyncpg://prefect:f0@127.0.0.1:5432/p\n")
+    command = line.removeprefix("ExecStart=").replace("$$", "$")
+    shown = subprocess.run(
+        shlex.split(command.replace("/opt/nested-tune/.venv/bin/prefect server start", "env")),
+        env={"CREDENTIALS_DIRECTORY": str(tmp_path), "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "A=postgresql+asyncpg://prefect:f0@127.0.0.1:5432/p\n" in shown.stdout
 
 
 def test_the_workers_unit_keeps_compiled_kernels_in_a_folder_of_its_own_user() -> None:
@@ -181,5 +207,6 @@ def test_what_prefect_shows_to_everybody_lies_in_no_folder_that_a_flow_writes_in
     homes = re.findall(r"^(?:ReadWritePaths=|Environment=NESTED_TUNE_HOME=)(.+)$", worker, re.M)
     assert len(homes) == 2
     assert not any(Path(pages).is_relative_to(home) for home in homes)
-    assert pages == "/var/cache/nested-tune/ui"  # of CacheDirectory, which systemd makes
-    assert {"CacheDirectory=nested-tune", "CacheDirectoryMode=0700"} < set(server.splitlines())
+    assert pages == "/var/cache/nested-tune-server/ui"  # of CacheDirectory, which systemd makes
+    made = {"CacheDirectory=nested-tune-server", "CacheDirectoryMode=0700"}
+    assert made < set(server.splitlines())
