@@ -52,6 +52,13 @@ def test_each_line_about_trust_names_its_test() -> None:
     assert len(table) > 8
     named = r"`(\w+/)?test_"
     assert [line for line in table if not re.search(named, line.rpartition("|")[0])] == []
+    promises = text.partition("What holds against mistakes")[2].partition("\n###")[0]
+    points = re.split(r"^- ", promises, flags=re.MULTILINE)[1:]
+    points += re.findall(
+        r"^## What (?:a promotion|is kept).*?(?=^##)", text, re.DOTALL | re.MULTILINE
+    )
+    assert len(points) > 7
+    assert [point for point in points if not re.search(named, point)] == []
 
 
 def anchors_of(document: Path) -> set[str]:
