@@ -94,8 +94,8 @@ class TokenizerCell(Cell):
 
         Raises ConfigError if the process takes more than it may, DataWorkerFailed if it fails.
         """
-        folder, *_ = request["files"]
-        size = sum(file.stat().st_size for file in Path(folder).glob("tokenizer*"))
+        files = TokenizerFiles(*request["files"])
+        size = _measure(files)
         characters = request["characters"]
         to_load = BASE_SECONDS + SECONDS_PER_BYTE * size
         self.allowance = Allowance(
@@ -108,14 +108,20 @@ class TokenizerCell(Cell):
         except CellEnded as ended:
             raise ConfigError(
                 f"model: {request['done']}{_read_line(request.get('line_file'))} was ended: "
-                f"{ended}. The cause is the chat template or tokenizer in {folder}: mend it, or "
-                f"give another model."
+                f"{ended}. The cause is the chat template or tokenizer in {files.folder}: mend "
+                f"it, or give another model."
             ) from None
         except ChildFailed as failure:
             raise DataWorkerFailed(
                 f"A process that makes tokens failed, and nothing was written. Start again: "
                 f"{failure}"
             ) from failure
+
+
+@lru_cache(maxsize=4)
+def _measure(files: TokenizerFiles) -> int:
+    """Return the bytes of a tokenizer's files."""
+    return sum(file.stat().st_size for file in Path(files.folder).glob("tokenizer*"))
 
 
 def _read_line(path: str | None) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import resource
-import selectors
+import select
 import signal
 import subprocess
 import sys
@@ -120,7 +120,7 @@ class Child:
         deadline = _deadline_in(seconds)
         unsent = memoryview(json.dumps(request).encode() + b"\n")
         while unsent:
-            if not _wait(self._input, selectors.EVENT_WRITE, deadline):
+            if not _wait(self._input, select.POLLOUT, deadline):
                 raise ChildFailed(f"it took more than {seconds:g} seconds")
             try:
                 unsent = unsent[os.write(self._input.fileno(), unsent) :]
@@ -140,7 +140,7 @@ class Child:
         while (end := self._received.find(b"\n")) < 0:
             if self._max_answer_bytes is not None and len(self._received) > self._max_answer_bytes:
                 raise _not_an_answer()
-            if not _wait(self._output, selectors.EVENT_READ, deadline):
+            if not _wait(self._output, select.POLLIN, deadline):
                 raise ChildFailed(f"it took more than {seconds:g} seconds")
             data = os.read(self._output.fileno(), 2**20)
             if not data:
@@ -160,7 +160,7 @@ class Child:
 
     def has_answer(self, seconds: float) -> bool:
         """Whether `receive` would return or raise at once; waits for up to `seconds`."""
-        return _wait(self._output, selectors.EVENT_READ, _deadline_in(seconds))
+        return _wait(self._output, select.POLLIN, _deadline_in(seconds))
 
     def finish(self) -> None:
         """Close the process's input and wait for it to exit by itself, with its cleanup."""
@@ -244,7 +244,7 @@ def _wait(file: Any, event: int, deadline: float | None) -> bool:
 
     `deadline` is a time of time.monotonic(); None waits without limit.
     """
-    with selectors.DefaultSelector() as selector:
-        selector.register(file, event)
-        timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return bool(selector.select(timeout))
+    poll = select.poll()  # a tenth of what a selector takes
+    poll.register(file, event)
+    timeout = None if deadline is None else 1000 * max(0.0, deadline - time.monotonic())
+    return bool(poll.poll(timeout))
