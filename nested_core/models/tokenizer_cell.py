@@ -17,7 +17,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nested_core.backend import hide_torch_from_transformers, keep_freed_memory
+from nested_core.backend import (
+    hide_torch_from_transformers,
+    is_mlx_built_for_cuda,
+    keep_freed_memory,
+)
 from nested_core.errors import (
     CellEnded,
     ChildFailed,
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
 # The variables of a process that works on one core: each has a process of its own already.
 ONE_CORE = {"TOKENIZERS_PARALLELISM": "false", "POLARS_MAX_THREADS": "1"}
+CUDA_LIBRARY_BYTES = 512 * 2**20  # a generous share for what MLX's libraries for CUDA relocate
 BYTES_PER_TOKENIZER_BYTE = 24  # of memory, while it is loaded
 BYTES_PER_CHARACTER = 200  # of memory, while a text is encoded
 TEXT_SECONDS = 3.0  # of processor time; most templates take less than a millisecond
@@ -79,9 +84,10 @@ class TokenizerCell(Cell):
 
     def __init__(self) -> None:
         """Start the process."""
+        self._base_bytes = BASE_BYTES + is_mlx_built_for_cuda() * CUDA_LIBRARY_BYTES
         super().__init__(
             f"{__name__}:do_job",
-            Allowance(BASE_BYTES, BASE_SECONDS, CLOCK_FACTOR * BASE_SECONDS),
+            Allowance(self._base_bytes, BASE_SECONDS, CLOCK_FACTOR * BASE_SECONDS),
             environment=environment_with_user_tmpdir() | ONE_CORE,
         )
 
@@ -99,7 +105,7 @@ class TokenizerCell(Cell):
         characters = request["characters"]
         to_load = BASE_SECONDS + SECONDS_PER_BYTE * size
         self.allowance = Allowance(
-            BASE_BYTES + BYTES_PER_TOKENIZER_BYTE * size + BYTES_PER_CHARACTER * characters,
+            self._base_bytes + BYTES_PER_TOKENIZER_BYTE * size + BYTES_PER_CHARACTER * characters,
             TEXT_SECONDS if characters else to_load,
             CLOCK_FACTOR * (to_load + CLOCK_SECONDS_PER_CHARACTER * characters),
         )
