@@ -213,17 +213,17 @@ def look():
     import torch
     return {"mlx_lm, torch": imported, "seen by transformers": is_seen, "later": torch.__version__}
 """
-REQUEST = json.dumps({"job": "look:load_tokenizer", "model": str(MODEL)})
+REQUEST = json.dumps({"job": "look:load_tokenizer", "model": str(MODEL), "seconds_to_load": 60})
 # What imports mlx_lm in each process of nested-tune; a worker's job looks for itself.
 PROCESSES = {
     "a command": f"""
 from flows.cli import main
-main(["validate", "--model", {str(MODEL)!r}, "--data", {str(DATA)!r}])
+main(["validate", "--model", {str(MODEL)!r}, "--data", {str(DATA)!r}, "--show", "1"])
 """,
-    "a worker that reads data": f"""
+    "a process that makes tokens": f"""
 import json, sys
-from nested_core.data.parallel_jobs import run_job_in_worker
-print(json.dumps(run_job_in_worker(json.loads({REQUEST!r}))))
+from nested_core.models.tokenizer_cell import do_job
+print(json.dumps(do_job(json.loads({REQUEST!r}))))
 sys.exit()
 """,
     "a flow that a worker of Prefect runs": "import flows.finetune, mlx_lm",
