@@ -101,6 +101,8 @@ class TokenizerCell(Cell):
         Raises ConfigError if the process takes more than it may, DataWorkerFailed if it fails.
         """
         files = TokenizerFiles(*request["files"])
+        # The process may have been started in another folder
+        files = files._replace(folder=str(Path(files.folder).absolute()))
         size = _measure(files)
         characters = request["characters"]
         to_load = BASE_SECONDS + SECONDS_PER_BYTE * size
@@ -110,7 +112,7 @@ class TokenizerCell(Cell):
             CLOCK_FACTOR * (to_load + CLOCK_SECONDS_PER_CHARACTER * characters),
         )
         try:
-            return super().ask({**request, "seconds_to_load": to_load}, seconds)
+            return super().ask({**request, "files": files, "seconds_to_load": to_load}, seconds)
         except CellEnded as ended:
             raise ConfigError(
                 f"model: {request['done']}{_read_line(request.get('line_file'))} was ended: "
@@ -207,7 +209,7 @@ def _ask_for(files: TokenizerFiles, method: str | None, done: str, *given: objec
     """Have the kept cell load a tokenizer and call a method of it, with what is given."""
     request = {
         "job": f"{__name__}:call_tokenizer",
-        "files": files._replace(folder=str(Path(files.folder).absolute())),
+        "files": files,
         "method": method,
         "given": given,
         "characters": len(json.dumps(given)) if given else 0,
