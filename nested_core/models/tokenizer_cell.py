@@ -158,16 +158,28 @@ def limit_text(characters: int) -> None:
 def ask_kept_cell(request: Mapping[str, object]) -> Any:
     """Return the answer of the cell that this process keeps, see `TokenizerCell.ask`."""
     with _lock:
-        cell = _kept.get(os.getpid())  # a forked process has its parent's
-        if cell is None or cell.process.poll() is not None:
-            end_kept_cell()
-            cell = _kept[os.getpid()] = TokenizerCell()
+        cell = _keep_cell()
         try:
             return cell.ask(request)
         except BaseException as error:
             if not isinstance(error, NestedTuneError | OSError):  # a signal: it may answer later
                 end_kept_cell()
             raise
+
+
+def start_kept_cell() -> None:
+    """Start the cell that this process keeps, so that it imports while this process goes on."""
+    with _lock:
+        _keep_cell()
+
+
+def _keep_cell() -> TokenizerCell:
+    """Return the cell that this process keeps; start it if there is none, or it has ended."""
+    cell = _kept.get(os.getpid())  # a forked process has its parent's
+    if cell is None or cell.process.poll() is not None:
+        end_kept_cell()
+        cell = _kept[os.getpid()] = TokenizerCell()
+    return cell
 
 
 @atexit.register

@@ -81,8 +81,13 @@ from nested_core.models.lora_attachment import (
     read_adapter_file,
 )
 from nested_core.models.parameters import trainable_parameters
-from nested_core.models.session import BaseWithAdapter, Session, load_base_with_adapter
-from nested_core.models.tokenizer_cell import end_kept_cell
+from nested_core.models.session import (
+    BaseWithAdapter,
+    Session,
+    frozen_tensors,
+    load_base_with_adapter,
+)
+from nested_core.models.tokenizer_cell import end_kept_cell, start_kept_cell
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_champion
 from nested_core.pipeline.device_lock import OnWait, locking_devices
@@ -524,7 +529,7 @@ def train_model(
 def _start_proof_process(
     config: FineTuneConfig, trainer: Trainer, base: BaseWithAdapter, session: Session
 ) -> None:
-    """Start the gate's process, which also loads its base if the device has ample memory.
+    """Start the gate's processes; one also loads its base if the device has ample memory.
 
     That is room for the base beside twice what training is forecast to need.
     """
@@ -533,6 +538,7 @@ def _start_proof_process(
     is_ample = needed is not None and 2 * needed + size <= trainer.memory.capacity
     folder = base.folder if is_ample else None
     session.keep_proof_process(partial(start_proof_process, folder, trusts_remote_code=trusts))
+    start_kept_cell()
 
 
 def _make_plan(
