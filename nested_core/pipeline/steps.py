@@ -41,7 +41,6 @@ from nested_core.errors import (
 )
 from nested_core.gate import Verdict, digests_for_result
 from nested_core.gate.checks.judged import CheckedRun
-from nested_core.gate.evidence.run_evidence import config_file_entry
 from nested_core.gate.judge import run_gate_checks
 from nested_core.gate.proof.fresh_process_check import start_proof_process
 from nested_core.gate.recheck import from_evidence, task_file_entries
@@ -132,7 +131,7 @@ from nested_core.storage.atomic import (
 )
 from nested_core.storage.checkpoint import latest_checkpoint, publish_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path, latest_state
-from nested_core.storage.manifest import describe_file
+from nested_core.storage.manifest import describe_content, describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.text.stages import stages
@@ -666,7 +665,8 @@ def _write_verdict(checked: CheckedRun) -> JudgedRun:
     remove_file(run.manifest)  # no verdict is bound to files that are written anew
     for earlier in run.measured:
         remove_file(earlier)
-    entries = checked.evidence.files | {run.config.name: config_file_entry(config)}
+    config_entry = describe_content(render_config(config))  # as it would be written now
+    entries = checked.evidence.files | {run.config.name: config_entry}
     for name, content in checked.written_files.items():
         write_bytes(run.path / name, content)
         entries[name] = describe_file(run.path / name)

@@ -138,7 +138,7 @@ def begin_judging_run(
     config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
 ) -> CheckedRun:
     """Return the state of a run before its first check, with the update counts of each tier."""
-    tiers = TierEvidence.collect(config, run, evidence)
+    tiers = TierEvidence.collect(run, evidence)
     before, after, step = evidence.before, evidence.after, evidence.checkpoint.step
     verdict = begin_verdict(before, after, config.gate_bounds, step, tiers.tiers.tensors)
     rows = tuple(tier_changes(tiers, verdict.tensors))

@@ -6,7 +6,6 @@ training. A damaged run (exit code 6) never gets a verdict.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from nested_core.config.loading import render_config
-from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, naming_damaged_file
 from nested_core.optim.gradients import find_gradient_mark
 from nested_core.optim.tier_assignment import TierMap, count_expected_updates
@@ -156,12 +153,6 @@ def _hash_judged_files(
     return {path.relative_to(run.path).as_posix(): entry for path, entry in entries.items()}
 
 
-def config_file_entry(config: FineTuneConfig) -> FileEntry:
-    """Return the manifest entry of config.yaml as this configuration would be written to it."""
-    content = render_config(config)
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
 def _require_unchanged_inputs(
     run: RunDirectory,
     digests: dict[str, str],
@@ -225,9 +216,7 @@ class TierEvidence:
     initial: dict[str, StoredTensor]
 
     @classmethod
-    def collect(
-        cls, config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
-    ) -> TierEvidence:
+    def collect(cls, run: RunDirectory, evidence: RunEvidence) -> TierEvidence:
         """Read the tiers from the run directory and from its verified checkpoint."""
         optimizer_state = read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME)
         layout = optimizer_state.get(f"{COUNTERS_KEY}.layout")
