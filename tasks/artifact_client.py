@@ -83,32 +83,27 @@ class ArtifactClient:
         self._publish("progress", key, percent, description)
 
     def _publish(self, type_name: str, key: str, data: str | float, description: str) -> None:
-        with tolerating_server_outage(f"the page {key} is not up to date"):
-            self._make_or_replace(type_name, key, data, description)
-
-    def _make_or_replace(
-        self, type_name: str, key: str, data: str | float, description: str
-    ) -> None:
         """Make an artifact, or replace the content of the one that this flow run has."""
         shown = escape_markdown(description)
         task_run, flow_run = get_task_and_flow_run_ids()
         if self._flow_run is not None:
             task_run, flow_run = None, self._flow_run
-        earlier = self._published.get(key) or self._find_earlier(key, flow_run)
-        if earlier is not None:
-            update = ArtifactUpdate(data=data, description=shown)
-            self._client.update_artifact(earlier, update)
-            self._published[key] = earlier
-            return
-        created = ArtifactCreate(
-            key=key,
-            type=type_name,
-            description=shown,
-            data=data,
-            flow_run_id=flow_run,
-            task_run_id=task_run,
-        )
-        self._published[key] = self._client.create_artifact(created).id
+        with tolerating_server_outage(f"the page {key} is not up to date"):
+            artifact = self._published.get(key) or self._find_earlier(key, flow_run)
+            if artifact is not None:
+                update = ArtifactUpdate(data=data, description=shown)
+                self._client.update_artifact(artifact, update)
+            else:
+                created = ArtifactCreate(
+                    key=key,
+                    type=type_name,
+                    description=shown,
+                    data=data,
+                    flow_run_id=flow_run,
+                    task_run_id=task_run,
+                )
+                artifact = self._client.create_artifact(created).id
+            self._published[key] = artifact
 
     def _find_earlier(self, key: str, flow_run: UUID | None) -> UUID | None:
         """What this flow run has published under a key already."""
