@@ -29,6 +29,7 @@ from nested_core.config.sections import HubDataset, RegistrySection
 from nested_core.errors import ConfigError
 from nested_core.process.our_packages import COMMON_NAMES, ROOT
 from nested_core.storage.addresses import is_in_bucket
+from nested_core.storage.untrusted_files import iterate_scalars
 from nested_core.storage.user_cache import CACHE_VARIABLE
 from nested_core.storage.user_tmpdir import KERNELS_FOLDER_VARIABLE
 
@@ -247,7 +248,9 @@ def _require_allowed_dataset(entry: HubDataset, what: str) -> None:
         base / text for base in folders for text in _strings_in(entry.config.get("data_dir"))
     ]
     for value in _strings_in(entry.config.get("data_files")):
-        _require_data_file(folders, value, f"{what}.config.data_files")
+        _refuse_control_characters(value, f"{what}.config.data_files")
+        if not value.startswith(HUB_SCHEME) or "::" in value:
+            _require_below(folders, value, f"{what}.config.data_files")
     if os.path.isdir(entry.path):
         _require_allowed_files(Path(entry.path).rglob("*"), f"{what}.path")
 
@@ -272,12 +275,6 @@ def _refuse_other_loader(entry: HubDataset, what: str) -> None:
         )
 
 
-def _require_data_file(folders: list[Path], value: str, what: str) -> None:
-    _refuse_control_characters(value, what)
-    if not value.startswith(HUB_SCHEME) or "::" in value:
-        _require_below(folders, value, what)
-
-
 def _require_below(folders: list[Path], value: str, what: str) -> None:
     """A path or pattern, wherever it may start; what a pattern matches now is followed too."""
     _refuse_control_characters(value, what)
@@ -297,10 +294,6 @@ def _require_allowed_files(paths: Iterable[Path], what: str) -> None:
         _resolve_allowed(path, what, str(path))
 
 
-def _strings_in(value: object) -> Iterator[str]:
+def _strings_in(value: object) -> list[str]:
     """Every string in an argument that may be one, a list of them, or a mapping to either."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _strings_in(each)
+    return [each for each in iterate_scalars(value) if isinstance(each, str)]

@@ -253,8 +253,8 @@ def _append_strings(value: object, texts: list[str]) -> None:
 
 
 def iterate_scalars(value: object) -> Iterator[object]:
-    """Yield every text, number, boolean and null in a JSON value, without keys."""
-    if isinstance(value, dict | list):
+    """Yield every text, number, boolean and null in a JSON value or its tuples, without keys."""
+    if isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from iterate_scalars(item)
     else:
