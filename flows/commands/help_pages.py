@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 GROUPS = ("Start", "Train", "Inspect", "Registry", "Serve", "Exchange", "Operate")
 # The flags that `--help` shows of a command with one for each key of the configuration.
@@ -128,12 +128,8 @@ def print_help(
     parser: argparse.ArgumentParser, is_shown: Callable[[argparse.Action], bool]
 ) -> None:
     """Print the help with some of the flags, and end the program with exit code 0."""
-    hidden = [action for action in _actions(parser) if not is_shown(action)]
-    for action in hidden:
-        action.help = argparse.SUPPRESS
+    for action in parser._actions:  # argparse offers no other list of them
+        if not is_shown(action):
+            action.help = argparse.SUPPRESS
     parser.print_help()
     parser.exit()
-
-
-def _actions(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
-    return parser._actions  # argparse offers no other list of them
