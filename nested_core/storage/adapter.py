@@ -101,16 +101,12 @@ class Adapter:
         layout. It is computed once.
         """
         if not self._digests:
-            self._digests.append(self._compute_digest())
+            digest = hashlib.sha256(canonical_json(self.meaning()))
+            for name, tensor in sorted(self.tensors.items()):
+                digest.update(canonical_json([name, tensor.dtype, list(tensor.shape)]))
+                digest.update(tensor.data)
+            self._digests.append(digest.hexdigest())
         return self._digests[0]
-
-    def _compute_digest(self) -> str:
-        """Compute the SHA-256 over configuration and tensors."""
-        digest = hashlib.sha256(canonical_json(self.meaning()))
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(canonical_json([name, tensor.dtype, list(tensor.shape)]))
-            digest.update(tensor.data)
-        return digest.hexdigest()
 
 
 def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
