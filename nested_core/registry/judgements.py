@@ -137,17 +137,16 @@ def choose_verdict(verdicts: Sequence[Judgement], champion: str | None) -> Judge
     return (against or list(verdicts))[-1]
 
 
-def write_judgement(
-    folder: Path, version: str, verdict: Verdict, facts: JudgementFacts, *, confirm: Confirm
-) -> str:
+def write_judgement(folder: Path, judgement: Judgement, *, confirm: Confirm) -> str:
     """Write a verdict beside its version; return the file's hash for the history's line.
 
     folder: the adapter's folder in the registry, REGISTRY/NAME.
     confirm: called before each write; it raises if the lock was lost.
     """
-    content = render_json(verdict.to_json() | {JUDGEMENT_KEY: facts.model_dump()})
+    facts = judgement.facts.model_dump()
+    content = render_json(judgement.verdict.to_json() | {JUDGEMENT_KEY: facts})
     digest = hashlib.sha256(content).hexdigest()
-    target = judgement_path(folder, version, digest)
+    target = judgement_path(folder, judgement.version, digest)
     for path in (target.parent.parent, target.parent):
         if file_type(path) == "missing":
             path.mkdir(exist_ok=True)

@@ -27,7 +27,7 @@ from nested_core.registry.folders import (
     require_creatable,
 )
 from nested_core.registry.judgements import (
-    JudgementFacts,
+    Judgement,
     has_all_judgements,
     read_verdicts,
     write_judgement,
@@ -208,7 +208,7 @@ def _record_verdict(locked: NameFolder, new: NewVersion) -> None:
     """
     version, verdict = new.run.version, new.run.verdict
     earlier = read_verdicts(locked.path, version, locked.ledger)
-    facts = JudgementFacts.from_provenance(new.provenance)
+    facts = Judgement.of_run(verdict, new.provenance).facts
     if new.was_judged_now:
         # Repeated only if nothing that could change a decision came in between
         newest = earlier[-1]
@@ -229,9 +229,8 @@ def _record_verdict(locked: NameFolder, new: NewVersion) -> None:
 
 def _write_judgement(locked: NameFolder, new: NewVersion) -> str:
     """Write the run's verdict beside its version; return the judgement's hash for the history."""
-    facts = JudgementFacts.from_provenance(new.provenance)
-    version, verdict = new.run.version, new.run.verdict
-    return write_judgement(locked.path, version, verdict, facts, confirm=locked.confirm)
+    judgement = Judgement.of_run(new.run.verdict, new.provenance)
+    return write_judgement(locked.path, judgement, confirm=locked.confirm)
 
 
 @dataclass(frozen=True)
