@@ -173,16 +173,16 @@ def record_trial(config: FineTuneConfig, judged: JudgedRun, outcome: Outcome, re
     conditions = conditions_digest(config, judged.dataset, settings, judged.verdict.rival)
     if conditions is None:
         return
-    trial = trials.Trial(
+    trials.record_trial(
+        *registry_location(config.registry),
+        conditions,
+        reason,
         outcome=outcome,
-        conditions_digest=conditions,
         dataset_digest=judged.dataset.digest,
         settings_digest=settings,
         run=judged.folder.path.resolve().name,
         adapter=judged.version,
-        reason=reason,
     )
-    trials.record_trial(*registry_location(config.registry), trial)
 
 
 def settings_digest(

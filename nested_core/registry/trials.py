@@ -6,7 +6,6 @@ under. Where a run made no version, a line `tried` does, once for the same condi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -27,36 +26,21 @@ from nested_core.text.digest_format import shorten_digest
 MAX_REASON_CHARACTERS = 500
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A finished run that registered no version, as the history of an adapter name records it.
-
-    conditions_digest: digest of everything that decided the outcome of the run.
-    dataset_digest, settings_digest: digests of two parts of these conditions. They tell a person
-        which part differs between two runs.
-    run: the name of the run's folder.
-    adapter: the digest of its adapter.
-    reason: what the gate found, in a sentence.
-    """
-
-    outcome: Outcome
-    conditions_digest: str
-    dataset_digest: str
-    settings_digest: str
-    run: str
-    adapter: str
-    reason: str
-
-
-def record_trial(registry: Path, name: str, trial: Trial) -> None:
+def record_trial(registry: Path, name: str, conditions: str, reason: str, **fields: str) -> None:
     """Append a `tried` line for a run that registered no version to the history of `name`.
 
     Nothing is appended if the history has a line with the same `conditions_digest` already. The
     folder of the name is created if it is missing, because even a first run can be rejected.
+
+    conditions: the digest of everything that decided the outcome of the run.
+    reason: what the gate found, in a sentence.
+    fields: further fields of the line: `outcome`, `run`, `adapter`, and `dataset_digest` and
+        `settings_digest`, which tell a person what differs between the conditions of two runs.
     """
     with writing_folder(create_name_folder(registry, name)) as folder:
-        if _find_line(folder.path, folder.ledger, trial.conditions_digest) is None:
-            fields = asdict(trial) | {"reason": shorten(trial.reason, MAX_REASON_CHARACTERS)}
+        if _find_line(folder.path, folder.ledger, conditions) is None:
+            fields |= {"conditions_digest": conditions}
+            fields |= {"reason": shorten(reason, MAX_REASON_CHARACTERS)}
             folder.record("tried", None, REGISTRATION_AUTHOR, **fields)
 
 

@@ -22,7 +22,7 @@ from nested_core.records.promoted_to import add_promoted_to
 from nested_core.records.run_status import AdapterRuns, Run, list_runs
 from nested_core.records.verdict import Reason
 from nested_core.registry.link_and_views import reading
-from nested_core.registry.trials import Trial, record_trial
+from nested_core.registry.trials import record_trial
 from nested_core.report.outcome import list_row
 from nested_core.rooms.housekeeping import run_removal
 from nested_core.rooms.housekeeping.garbage_collection import collect_garbage
@@ -314,10 +314,8 @@ def test_a_run_that_made_no_version_goes_by_its_adapters_line_in_its_own_registr
     own = tmp_path / "runs" / "own"
     run = make_run(tmp_path, 1, reasons=()) if has_registry else finished_run(own)
     adapter = str(Run(run).version) if is_its_adapter else "a" * 64
-    trial = Trial(
-        Outcome.KEPT_CHAMPION, "c" * 64, "d" * 64, "e" * 64, run.path.name, adapter, "not better"
-    )
-    record_trial(tmp_path / "registry", NAME, trial)
+    line = {"outcome": Outcome.KEPT_CHAMPION, "run": run.path.name, "adapter": adapter}
+    record_trial(tmp_path / "registry", NAME, "c" * 64, "not better", **line)
     monkeypatch.chdir(tmp_path)  # registry/ is the default one
     is_told = has_registry and is_its_adapter
     assert prune(tmp_path).removed == ((str(run.path),) if is_told else ())
