@@ -70,7 +70,7 @@ def run_jobs(
     requests: Sequence[dict[str, object]],
     *,
     processes: int,
-    on_done: Callable[[int], None] | None = None,
+    on_done: Callable[[int], None] = lambda _: None,
     in_cells: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Run the requests in worker processes; yield their answers in the order of the requests.
@@ -87,7 +87,10 @@ def run_jobs(
     processes = min(processes, len(requests))
     if processes < 2:
         ask = ask_kept_cell if in_cells else run_job
-        yield from _answer_in_order(requests, ask, on_done)
+        for done, request in enumerate(requests, start=1):
+            answer = ask(request)
+            on_done(done)
+            yield answer
         return
     environment = environment_with_user_tmpdir() | ONE_CORE
     workers: list[Child] = []
@@ -123,8 +126,7 @@ def run_jobs(
         yielded = 0
         for done, future in enumerate(as_completed(futures), start=1):
             answers[futures[future]] = future.result()
-            if on_done is not None:
-                on_done(done)
+            on_done(done)
             while yielded in answers:
                 yield answers.pop(yielded)
                 yielded += 1
@@ -136,19 +138,6 @@ def run_jobs(
         threads.shutdown()
         for worker in workers:
             worker.end()
-
-
-def _answer_in_order(
-    requests: Sequence[dict[str, object]],
-    ask: Callable[[dict[str, Any]], dict[str, object]],
-    on_done: Callable[[int], None] | None,
-) -> Iterator[dict[str, object]]:
-    """Answer the requests one after the other."""
-    for done, request in enumerate(requests, start=1):
-        answer = ask(request)
-        if on_done is not None:
-            on_done(done)
-        yield answer
 
 
 def run_job_in_worker(request: dict[str, object]) -> dict[str, object]:
