@@ -40,7 +40,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.models.base_model import fingerprint_tokenizer
 from nested_core.records.dataset import DatasetReport
-from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
+from nested_core.storage.atomic import digest_json, temporary_beside, write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.untrusted_files import read_json, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder, remove_entry
@@ -158,7 +158,7 @@ def _hash_data_code() -> str:
     hashes = {
         path.relative_to(root).as_posix(): regular_sha256(path, follow_links=True) for path in paths
     }
-    return sha256(canonical_json([hashes, *map(version, _LIBRARIES_IN_CACHE_KEY)])).hexdigest()
+    return digest_json([hashes, *map(version, _LIBRARIES_IN_CACHE_KEY)])
 
 
 def load_run_data(

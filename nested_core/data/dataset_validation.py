@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 
 import polars as pl
@@ -60,7 +59,7 @@ from nested_core.models.base_model import (
 )
 from nested_core.models.tokenizer_cell import try_to_load
 from nested_core.records.dataset import DatasetReport, Findings, Severity, SplitStats, sort_findings
-from nested_core.storage.atomic import canonical_json
+from nested_core.storage.atomic import digest_json
 
 Tables = Mapping[str, SplitTable]
 
@@ -291,13 +290,11 @@ def _make_report(
         splits[split] = stats
         findings.listed.extend(describe_split_stats(stats, settings.batch_size))
         findings.listed.extend(describe_earlier_answers(stats, table.frame["roles"], settings))
-    digests = {split: stats.digest for split, stats in splits.items()}
-    dataset_digest = sha256(canonical_json(digests)).hexdigest()
     files = [name for table in tables.values() for name in table.file_names]
     train, is_chat = facts.get("train"), tables["train"].format not in UNTEMPLATED_FORMATS
     return DatasetReport(
         settings.describe_source,
-        dataset_digest,
+        digest_json({split: stats.digest for split, stats in splits.items()}),
         splits,
         sort_findings(findings.listed, files),
         None if train is None else train.read_prompt_format(is_chat=is_chat),

@@ -20,7 +20,7 @@ from nested_core.config.names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.models.chat_template import Tokenizer
 from nested_core.models.tokenizer_cell import TokenizerFiles, load_bounded_tokenizer
-from nested_core.storage.atomic import canonical_json
+from nested_core.storage.atomic import canonical_json, digest_json
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.untrusted_files import read_json_object, read_regular
 
@@ -129,7 +129,7 @@ def fingerprint_base_model(folder: Path, *, max_age: float = math.inf) -> str:
     paths = sorted([folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")])
     hashes = cached_sha256(paths, max_age=max_age)
     named = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
-    return FINGERPRINT_PREFIX + hashlib.sha256(canonical_json(named)).hexdigest()
+    return FINGERPRINT_PREFIX + digest_json(named)
 
 
 def fingerprint_tokenizer(folder: Path) -> str:
@@ -140,7 +140,7 @@ def fingerprint_tokenizer(folder: Path) -> str:
     paths = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)})
     names = [path.relative_to(folder).as_posix() for path in paths]
     named = sorted(zip(names, cached_sha256(paths), strict=True))
-    return hashlib.sha256(canonical_json(named)).hexdigest()
+    return digest_json(named)
 
 
 def is_same_base(recorded: str, folder: Path) -> bool:
@@ -254,7 +254,7 @@ def vocabulary_digest(folder: Path) -> str | None:
     if not paths:
         return None
     named = zip([path.name for path in paths], cached_sha256(paths), strict=True)
-    return hashlib.sha256(canonical_json(list(named))).hexdigest()
+    return digest_json(list(named))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ refused.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version as installed_version
@@ -38,7 +37,7 @@ from nested_core.registry.policy import read_reference
 from nested_core.registry.promotion_policy import effective_rule, registry_location
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
-from nested_core.storage.atomic import canonical_json
+from nested_core.storage.atomic import digest_json
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
@@ -148,7 +147,7 @@ def conditions_digest(
         "computation": describe_computation(config),
         "packages": [installed_version(package) for package in RECORDED_PACKAGES],
     }
-    return hashlib.sha256(canonical_json(decides)).hexdigest()
+    return digest_json(decides)
 
 
 def _list_ancestor_digests(config: FineTuneConfig, champion: str | None) -> list[object]:
@@ -208,7 +207,7 @@ def settings_digest(
     if earlier is not None and (earlier.count() or earlier.find_dropped()):
         replay = followed["replay"] | {"fraction": config.replay_fraction}
         facts += [replay, earlier.content_digest()]
-    return hashlib.sha256(canonical_json(facts)).hexdigest()
+    return digest_json(facts)
 
 
 def digest_held_out(

@@ -14,7 +14,7 @@ import mlx.core as mx
 from pydantic import BaseModel, ConfigDict, Field
 
 from nested_core.errors import ConfigError, DamagedError, naming_damaged_file
-from nested_core.storage.atomic import canonical_json, write_bytes, write_json
+from nested_core.storage.atomic import canonical_json, digest_json, write_bytes, write_json
 from nested_core.storage.output_places import (
     ADAPTER_PATH_KEY,
     find_recorded_path,
@@ -140,12 +140,7 @@ def require_adapter_directory(path: Path) -> None:
 def files_sha256(folder: Path) -> str:
     """Hash an adapter's two files as they are, whatever they mean, by mlx-lm's or PEFT's names."""
     files = [folder / CONFIG_NAME, *folder.glob("adapter*.safetensors")]
-    return combined_sha256({path.name: regular_sha256(path) for path in files})
-
-
-def combined_sha256(hashes: Mapping[str, str]) -> str:
-    """Combine the SHA-256 of an adapter directory's files, by name, into one hash."""
-    return hashlib.sha256(canonical_json(dict(hashes))).hexdigest()
+    return digest_json({path.name: regular_sha256(path) for path in files})
 
 
 def read_adapter_config(path: Path, *, follow_links: bool = False) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -148,6 +149,11 @@ def write_bytes(
 def canonical_json(value: object) -> bytes:
     """Encode as JSON with sorted keys and no spaces, so equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest_json(value: object) -> str:
+    """Return the SHA-256 of a value as canonical JSON, in hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def render_json(value: object) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from nested_core.errors import DamagedError
-from nested_core.storage.atomic import canonical_json, render_json, write_json
+from nested_core.storage.atomic import digest_json, render_json, write_json
 from nested_core.storage.untrusted_files import parse_json, read_regular, regular_sha256
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -45,7 +45,7 @@ def write_manifest(
     if files is None:
         files = {name: describe_file(folder / name) for name in _list_files(folder)}
     body = {"facts": facts, "files": dict(sorted(files.items()))}
-    digest = _body_digest(body)
+    digest = digest_json(body)
     write_json(folder / MANIFEST_NAME, body | {"digest": digest})
     return digest
 
@@ -93,17 +93,12 @@ def read_manifest(folder: Path) -> Manifest:
         manifest: Manifest = parse_json(content)
         body = {"facts": dict(manifest["facts"]), "files": dict(manifest["files"])}
         # Equal bytes: neither a value nor the way it is written was changed
-        is_intact = content == render_json(body | {"digest": _body_digest(body)})
+        is_intact = content == render_json(body | {"digest": digest_json(body)})
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"{path} cannot be read as a manifest: {error}.") from error
     if not is_intact:
         raise DamagedError(f"{path} has changed since it was written.")
     return manifest
-
-
-def _body_digest(body: Mapping[str, object]) -> str:
-    """Return the manifest's digest: SHA-256 of its facts and files as canonical JSON."""
-    return hashlib.sha256(canonical_json(body)).hexdigest()
 
 
 def _list_files(folder: Path) -> set[str]:

@@ -12,12 +12,11 @@ import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from nested_core.errors import ConfigError
 from nested_core.storage.addresses import require_no_address
-from nested_core.storage.atomic import canonical_json, temporary_beside
+from nested_core.storage.atomic import digest_json, temporary_beside
 
 CACHE_VARIABLE = "NESTED_TUNE_CACHE"
 MAX_UNUSED_SECONDS = 30 * 24 * 3600
@@ -87,7 +86,7 @@ class UserCache:
         Raises ConfigError if the folder cannot be used.
         """
         self.require_usable()
-        return self.folder / sha256(canonical_json(depends_on)).hexdigest()
+        return self.folder / digest_json(depends_on)
 
     def list_unused(self) -> list[Path]:
         """Return the entries that were not used for a month; use renews their modification time."""

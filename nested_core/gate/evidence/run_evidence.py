@@ -21,8 +21,8 @@ from nested_core.optim.tiers_file import read_tiers
 from nested_core.records.dataset import DatasetReport, read_dataset_record
 from nested_core.records.result import read_result
 from nested_core.records.verdict import TensorChange, TierChange
-from nested_core.storage.adapter import ADAPTER_FILES, Adapter, combined_sha256, read_adapter
-from nested_core.storage.atomic import render_json
+from nested_core.storage.adapter import ADAPTER_FILES, Adapter, read_adapter
+from nested_core.storage.atomic import digest_json, render_json
 from nested_core.storage.checkpoint import (
     MASTERS_PREFIX,
     OPTIMIZER_NAME,
@@ -168,7 +168,7 @@ def _require_unchanged_inputs(
     files: size and hash of the run's files as they are now, by path in the run directory.
     """
     hashes = {name: files[f"{run.initial.name}/{name}"]["sha256"] for name in ADAPTER_FILES}
-    if combined_sha256(hashes) != digests.get("initial_files"):
+    if digest_json(hashes) != digests.get("initial_files"):
         raise DamagedError(
             f"{run.initial} is not the adapter that training began from: its digest has changed "
             f"since. Without the true initial adapter nothing can be proven. Train again."

@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from nested_core.errors import DamagedError
 from nested_core.measure.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer
-from nested_core.storage.atomic import canonical_json, write_json
+from nested_core.storage.atomic import canonical_json, digest_json, write_json
 from nested_core.storage.untrusted_files import read_json, regular_sha256
 from nested_core.storage.user_cache import UserCache, cache_folder
 
@@ -85,7 +84,7 @@ def store_answers(
     rows = [asdict(answer) for answer in answers]
     cache.remove_unused()
     try:
-        write_json(entry, {"digest": _digest_rows(rows), "answers": rows})
+        write_json(entry, {"digest": digest_json(rows), "answers": rows})
     except (OSError, DamagedError) as error:
         _log.warning("Answers could not be cached for later runs: %s", error)
 
@@ -99,7 +98,7 @@ def _read_answers(path: Path) -> tuple[Answer, ...] | None:
         return None
     try:
         entry = read_json(path, MAX_CACHE_FILE_BYTES)
-        if entry["digest"] != _digest_rows(entry["answers"]):
+        if entry["digest"] != digest_json(entry["answers"]):
             raise DamagedError(f"{path} is not what was written.")
         answers = tuple(_ANSWERS_VALIDATOR.validate_json(canonical_json(entry["answers"])))
         os.utime(path)
@@ -107,11 +106,6 @@ def _read_answers(path: Path) -> tuple[Answer, ...] | None:
         _log.warning("The cached answers are damaged and are made again: %s", error)
         return None
     return answers
-
-
-def _digest_rows(rows: Sequence[dict[str, object]]) -> str:
-    """Return the SHA-256 of rows as canonical JSON."""
-    return sha256(canonical_json(rows)).hexdigest()
 
 
 def _cache_key(model: AnsweringModelDigests, encoded: EncodedSuite) -> dict[str, object]:

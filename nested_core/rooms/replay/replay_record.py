@@ -7,7 +7,6 @@ and no source again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from nested_core.errors import DamagedError, go_on_with, join_first_values, naming_damaged_file
 from nested_core.records.start import CONFIGURED, Choice
-from nested_core.storage.atomic import canonical_json
+from nested_core.storage.atomic import digest_json
 from nested_core.storage.untrusted_files import UNBOUNDED, read_regular, regular_sha256
 from nested_core.text.digest_format import shorten_digest
 
@@ -114,7 +113,7 @@ class ReplayRecord(BaseModel):
         """SHA-256 over what shapes the adapter: the examples, whatever sources they are from."""
         digests = [source.digest for source in self.sources if source.examples]
         facts = [self.choice.policy, digests, *self.dropped]
-        return sha256(canonical_json(facts)).hexdigest()
+        return digest_json(facts)
 
     def problems(self) -> list[str]:
         """A sentence for each source that is not whole."""

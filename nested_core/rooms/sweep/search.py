@@ -15,7 +15,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,7 +54,7 @@ from nested_core.rooms.sweep.arms import (
     settings_of_point,
 )
 from nested_core.rooms.sweep.choice import SweepChoice
-from nested_core.storage.atomic import canonical_json, write_bytes
+from nested_core.storage.atomic import digest_json, write_bytes
 from nested_core.storage.checkpoint_verification import latest_state
 from nested_core.storage.lock_file import exclusive_lock_with_holder_id
 from nested_core.storage.output_places import require_free_place
@@ -491,7 +490,7 @@ def _digest_request(config: FineTuneConfig, request: SweepRequest) -> str:
         dataset.tokenizer,
         dataset.digest,
     ]
-    return sha256(canonical_json(asked)).hexdigest()
+    return digest_json(asked)
 
 
 def _best_score(run: RunDirectory, select_by: str) -> Score | None:
