@@ -128,11 +128,15 @@ class BucketedSchedule:
             self.iterations = self._plan.count_batches(config.training.epochs)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
         self.epochs = self._plan.count_epochs(self.iterations)
-        batches = []
+        # Every evaluation has the same batches; none without data, and with `val_batches: 0`
+        self._evaluation_batches: list[BatchRows] = []
         if self._valid is not None:
-            batches = choose_evaluation_batches(self._valid, config.batch_size, config.val_batches)
-        self.validation_examples = sum(len(batch.rows) for batch in batches)
-        self.intervals = config.intervals(self.iterations, max(1, len(batches)))
+            limit = config.max_seq_length
+            self._evaluation_batches = choose_evaluation_batches(
+                self._valid, config.batch_size, config.val_batches, max_seq_length=limit
+            )
+        self.validation_examples = sum(len(batch.rows) for batch in self._evaluation_batches)
+        self.intervals = config.intervals(self.iterations, max(1, len(self._evaluation_batches)))
 
     def largest_batch(self) -> BatchShape:
         """Return this rank's share of the widest batch, with the most supervised tokens possible.
@@ -176,30 +180,20 @@ class BucketedSchedule:
         return self._mixed.sum_earlier(self._supervised, iterations)
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """Return `val_batches` batches of the validation set, always the same; None without
-        data.
-        """
-        config, valid = self._config, self._valid
-        if valid is None or len(valid) == 0 or config.val_batches == 0:
+        """Return `val_batches` batches of the validation set, always the same; None without any."""
+        if (valid := self._valid) is None or not self._evaluation_batches:
             return None
-        batches = choose_evaluation_batches(
-            valid, config.batch_size, config.val_batches, max_seq_length=config.max_seq_length
-        )
-        return (self._make_own_arrays(valid, batch) for batch in batches)
+        return (self._make_own_arrays(valid, batch) for batch in self._evaluation_batches)
 
     def validation_targets(self) -> tuple[Int32, Int64] | None:
         """Return digest and target tokens of each example in `val_batches`, longest examples first.
 
         None without a validation set.
         """
-        config, valid = self._config, self._valid
-        if valid is None or not self.validation_examples:
+        if (valid := self._valid) is None or not self._evaluation_batches:
             return None
-        batches = choose_evaluation_batches(
-            valid, config.batch_size, config.val_batches, max_seq_length=config.max_seq_length
-        )
-        rows = np.concatenate([batch.rows for batch in batches])
-        by_example = config.training.loss is not None  # the loss of a room counts examples
+        rows = np.concatenate([batch.rows for batch in self._evaluation_batches])
+        by_example = self._config.training.loss is not None  # the loss of a room counts examples
         tokens = [1 if by_example else int(valid.example_mask(row)[1:].sum()) for row in rows]
         valid.release_pages()
         return valid.contents[rows], np.array(tokens, np.int64)
