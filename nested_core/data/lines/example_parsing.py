@@ -628,11 +628,9 @@ def _read_example(row: dict[str, Any], name: str, field_names: FieldNames) -> Ex
     if kind.read is None:
         return Example(name, [], None, fields[kind.fields[0]], frozenset(ignored))
     tools = fields.get("tools") or None  # an empty list of tools is none
-    lost: list[str] = []
-    if ignored:
-        # In a format of mlx-lm, keys of its other formats may be ignored, as mlx-lm does
-        harmless = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
-        lost = list_unread_fields(row, ignored - harmless, [messages, tools, rest])
+    # In a format of mlx-lm, keys of its other formats may be ignored, as mlx-lm does
+    harmless = _mlx_lm_keys(field_names) if name in MLX_LM_FORMATS else set()
+    lost = list_unread_fields(row, ignored - harmless, [messages, tools, rest])
     lost += _remove_ignored_keys(messages, f"{field_names.key_of(kind.fields[0])}[].", ignored)
     if lost:
         raise LineProblem("unread-field", describe_unread_fields(row, list(dict.fromkeys(lost))))
