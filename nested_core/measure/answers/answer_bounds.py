@@ -273,7 +273,6 @@ def _summarise_task(
     answers: each model's answers, by its role (base, parent, champion, candidate).
     change: the comparison of the candidate's answers with those before training.
     """
-    difference = change.difference
     shares = {
         model: sum(record.score for record in model_answers) / len(model_answers)
         for model, model_answers in answers.items()
@@ -286,8 +285,8 @@ def _summarise_task(
         parent=shares.get("parent"),
         champion=shares.get("champion"),
         candidate=shares["candidate"],
-        difference=difference.mean,
-        interval=(difference.low, difference.high) if difference.is_measurable else None,
+        difference=change.difference.mean,
+        interval=change.interval,
         smallest_visible=smallest_visible_share(len(candidate)),
         verdict="passed",
         seconds={model: sum(r.seconds for r in records) for model, records in answers.items()},
