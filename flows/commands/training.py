@@ -230,7 +230,7 @@ def _make_result_document(
         "verdict": "passed",
         "summary": result.verdict.summary(),
         "notes": result.verdict.notes(),
-        "answers_broken": result.verdict.has_broken_answers,
+        "answers_broken": bool(result.verdict.broken_answers),
         "test_loss": None if result.test_loss is None else result.test_loss.mean,
         "samples": [asdict(each) for each in answers],
         "version": result.version,
@@ -274,7 +274,7 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult, verdict: V
         print_line(note)
     if registry.path is None and verdict.tone != "warn":
         print_progress(f"next: `nested-tune promote {result.run.path} --name NAME`")
-    elif verdict.doubtful_answers and not verdict.has_broken_answers:
+    elif verdict.doubtful_answers and not verdict.broken_answers:
         print_progress(f"next: {LEARN_MORE}")
 
 

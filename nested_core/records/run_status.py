@@ -454,7 +454,7 @@ class Run:
             "reasons": [] if verdict is None else verdict.reason_names,
             "conclusion": None if validation is None else validation.conclusion,
             "quality_measured": verdict is not None and verdict.is_measured,
-            "answers_broken": verdict is not None and verdict.has_broken_answers,
+            "answers_broken": verdict is not None and bool(verdict.broken_answers),
         }
         return values | {"problem": next(iter(self.problems), None), "problems": self.problems}
 

@@ -508,11 +508,6 @@ class TaskResult:
         """The mean score that `difference` is measured from: the parent's, or else the base's."""
         return self.base if self.parent is None else self.parent
 
-    @property
-    def shares(self) -> tuple[float, float]:
-        """The mean score before training and the candidate's."""
-        return self.before, self.candidate
-
     def count(self, share: float) -> str:
         """Convert a mean score to a number of right answers: `14`, or `13.5` with partial ones."""
         return f"{round(share * self.questions, 2):g}"
@@ -560,7 +555,7 @@ class TaskResult:
     def describe(self) -> str:
         """Describe the scores: `capitals: 0 of 15 right before, 15 of 15 after`, and so on."""
         total = self.questions
-        before, after = (self.count(share) for share in self.shares)
+        before, after = (self.count(share) for share in (self.before, self.candidate))
         text = f"{self.name}: {before} of {total} right before, {after} of {total} after"
         if self.interval is None:
             text += ", too few questions to detect a drop"
@@ -804,13 +799,11 @@ class Verdict:
         return Document("Verdict", blocks).to_fragment()
 
     @property
-    def has_broken_answers(self) -> bool:
-        """Whether training broke the answers, so that the adapter must not be promoted."""
-        return bool(self.broken_answers)
-
-    @property
     def broken_answers(self) -> str:
-        """Describe broken sample answers and suites with one answer to all questions; else ""."""
+        """Describe broken sample answers and suites with one answer to all questions; else "".
+
+        An adapter with broken answers must not be promoted.
+        """
         broken = [
             f"{task.name}: all {task.questions} answers are {shorten(task.same_answer)!r}"
             for task in self.tasks
@@ -857,7 +850,7 @@ class Verdict:
         """The colour of the verdict wherever it is shown; "" is neutral."""
         if not self.has_passed:
             return "bad"
-        if self.has_broken_answers or self.doubtful_answers or self.doubt:
+        if self.broken_answers or self.doubtful_answers or self.doubt:
             return "warn"
         return "good" if self.is_conclusive and self.tasks else ""
 
@@ -889,7 +882,7 @@ class Verdict:
         if not self.has_passed:
             return of_rooms
         lost = [n for one in self.tasks for n in (one.describe_lost(), one.describe_cut()) if n]
-        if self.has_broken_answers:
+        if self.broken_answers:
             samples = self.samples
             advice = samples.suggest() if samples and samples.are_broken else LEARN_MORE
             warning = f"{self.broken_answers}: do not promote it, but {advice}"
@@ -949,7 +942,7 @@ class Verdict:
 
     def _describe(self, conclusion: str | None) -> str:
         """Return `passed` with the conclusion, or with what keeps quality from being known."""
-        if self.has_broken_answers:
+        if self.broken_answers:
             return "passed, answers broken"
         if not self.is_measured:
             return "passed, quality not measured"

@@ -274,7 +274,8 @@ def _suite_check(verdict: Verdict, task: TaskResult) -> CheckRow:
         for key, text in text_by_bound.items()
         if isinstance(section.get(key), int | float)
     ]
-    before, after = (f"{task.count(share)} of {task.questions}" for share in task.shares)
+    shares = (task.before, task.candidate)
+    before, after = (f"{task.count(share)} of {task.questions}" for share in shares)
     champion = "" if task.champion is None else f" (champion {task.count(task.champion)})"
     word: str = task.verdict
     if word == "passed" and task.is_no_better_than_constant:

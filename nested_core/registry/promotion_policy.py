@@ -264,8 +264,8 @@ def describe_promotion(
             return PromotionNotes()
         notes = PromotionNotes()
     verdict, warnings = candidate.verdict, [notes.warning, candidate.verdict.doubt]
-    if verdict.has_broken_answers:
-        warnings.append(f"training broke the answers of this adapter: {verdict.broken_answers}")
+    if broken := verdict.broken_answers:
+        warnings.append(f"training broke the answers of this adapter: {broken}")
     if doubtful := verdict.doubtful_answers:
         warnings.append(f"its answers are not above {OTHER_ANSWERS}: {doubtful}")
     text = "; ".join(filter(None, reversed(warnings)))

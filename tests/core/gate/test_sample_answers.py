@@ -213,7 +213,7 @@ def test_a_model_that_cannot_be_asked_is_no_verdict_and_under_fail_an_error(
     verdict = steps.judge(destroyed.config, destroyed.run)
     assert verdict.samples is not None
     assert verdict.samples.not_asked == "RuntimeError: no cache for this model"
-    assert not verdict.has_broken_answers
+    assert not verdict.broken_answers
     strict = destroyed.config.model_copy(update={"gate": GateSection(samples="fail")})
     with pytest.raises(Exception, match="no cache for this model"):
         steps.judge(strict, destroyed.run)
