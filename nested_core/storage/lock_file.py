@@ -149,14 +149,9 @@ def read_holder(path: Path) -> int | None:
         with shared_lock(path, on_busy=stop):
             return None
     except BlockingIOError:
-        return _written_holder(path)
-
-
-def _written_holder(path: Path) -> int:
-    """Read the process id in a lock file; 0 if there is no id in it."""
-    with closing_descriptor(_open_lock_file(path, os.O_RDONLY, 0)) as descriptor:
-        written = os.read(descriptor, HOLDER_BYTES)
-    return int(written) if written.isdigit() else 0
+        with closing_descriptor(_open_lock_file(path, os.O_RDONLY, 0)) as descriptor:
+            written = os.read(descriptor, HOLDER_BYTES)
+        return int(written) if written.isdigit() else 0
 
 
 def _open_and_lock(
