@@ -14,7 +14,7 @@ from nested_core import seams
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.sections import optimizer_classes
 from nested_core.data.data_settings import REPLAY_SPLIT
-from nested_core.data.earlier_examples import MixedExamples, find_earlier_examples
+from nested_core.data.earlier_examples import find_earlier_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
@@ -149,7 +149,10 @@ def prepare_training(
     if config.training.memory_limit_gb is not None:
         mx.set_memory_limit(int(config.training.memory_limit_gb * 1e9))
     tiers = read_tiers(run.tiers)
-    step_schedule = make_step_schedule(config, splits, world, _mix_examples(config, run, splits))
+    # The run's examples are mixed with replayed ones of earlier runs, if there are any
+    earlier, replayed = find_earlier_examples(config, run), splits.get(REPLAY_SPLIT)
+    mixed = earlier.mix(splits["train"], replayed) if earlier and replayed else None
+    step_schedule = make_step_schedule(config, splits, world, mixed)
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
     # A run that continues a champion may train at a share of the configured learning rate.
     start = read_start(config, run)
@@ -183,14 +186,6 @@ def prepare_training(
         samples=SamplePrompts.from_config(config, run, tokenizer),
         world=world,
     )
-
-
-def _mix_examples(
-    config: FineTuneConfig, run: RunDirectory, splits: Mapping[str, TokenizedSplit]
-) -> MixedExamples | None:
-    """Mix the run's examples with replayed ones of the split `replay`; None without any."""
-    earlier, split = find_earlier_examples(config, run), splits.get(REPLAY_SPLIT)
-    return earlier.mix(splits["train"], split) if earlier and split and len(split) else None
 
 
 def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
