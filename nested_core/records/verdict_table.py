@@ -221,8 +221,10 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
     were not compared share one row for each cause.
     """
     bound = verdict.bound("max_ancestor_loss_increase")
+    names_by_problem: dict[str, list[str]] = {}
     for ancestor in verdict.ancestors:
         if ancestor.not_compared is not None:
+            names_by_problem.setdefault(ancestor.not_compared, []).append(ancestor.name)
             continue
         left_out = ancestor.describe_left_out()
         counted = f"{ancestor.examples} examples" + (f" ({left_out})" if left_out else "")
@@ -236,10 +238,6 @@ def _ancestor_checks(verdict: Verdict) -> Iterator[CheckRow]:
             difference=_difference(ancestor),
             bound=None if bound is None else f"at most +{ancestor.margin or 0:.2g}",
         )
-    names_by_problem: dict[str, list[str]] = {}
-    for ancestor in verdict.ancestors:
-        if ancestor.not_compared is not None:
-            names_by_problem.setdefault(ancestor.not_compared, []).append(ancestor.name)
     for problem, names in names_by_problem.items():
         name = f"earlier {names[0]}"
         if len(names) > 1:
