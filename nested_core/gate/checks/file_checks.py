@@ -6,7 +6,7 @@ were applied and changed its tensors. `promote` repeats them, because they load 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import mlx.core as mx
 
@@ -103,10 +103,34 @@ def _find_skipped_updates(judged: CheckedRun) -> Iterator[Reason]:
 
 
 def _find_missing_updates(judged: CheckedRun) -> Iterator[Reason]:
-    """Yield reasons for tiers that did not change and updates that were lost or had no effect."""
+    """Yield the reasons to reject what training did to a tier, a group of parameters.
+
+    `updates_missing` if applied and skipped updates do not add up to the expected ones, or if a
+    tensor had gradients and a positive learning rate but did not change. `tier_unchanged` if no
+    tensor changed or none had a gradient.
+    """
+    config, evidence = judged.config, judged.tiers
     for row in judged.verdict.tiers:
+        label = _label(row)
         changes = _changes_of_tier(judged, row)
-        yield from _tier_reasons(judged.config, judged.tiers, row, changes)
+        names = tuple(change.name for change in changes)
+        if row.applied_updates + row.skipped_updates != row.expected_updates:
+            message = (
+                f"{label}: {row.expected_updates} updates were due by step {evidence.step}, "
+                f"{row.applied_updates} were applied and {row.skipped_updates} skipped"
+            )
+            yield Reason("updates_missing", message, names)
+        if not row.changed or not any(map(evidence.had_gradient, names)):
+            yield Reason("tier_unchanged", f"{label}: nothing was trained", names)
+        elif row.applied_updates and _had_positive_learning_rate(config, evidence, row):
+            unmoved = tuple(
+                c.name for c in changes if not c.changed and evidence.is_missing_its_updates(c.name)
+            )
+            if unmoved:
+                why = _explain_lost_updates(config, evidence, row)
+                shown = "1 tensor" if len(unmoved) == 1 else f"{len(unmoved)} tensors"
+                message = f"{label}: {shown} had gradients and stayed as they were; {why}"
+                yield Reason("updates_missing", message, unmoved)
 
 
 def _changes_of_tier(judged: CheckedRun, row: TierChange) -> list[TensorChange]:
@@ -117,41 +141,6 @@ def _changes_of_tier(judged: CheckedRun, row: TierChange) -> list[TensorChange]:
 def _label(row: TierChange) -> str:
     """Name a tier with its frequency: `tier 1 (every 4)`."""
     return f"tier {row.tier} (every {row.frequency})"
-
-
-def _tier_reasons(
-    config: FineTuneConfig, evidence: TierEvidence, row: TierChange, changes: Sequence[TensorChange]
-) -> list[Reason]:
-    """Return the reasons to reject what training did to one tier, a group of parameters.
-
-    evidence: the counters of the last step. row: the tier's updates and changed tensors.
-    changes: how each of its tensors changed.
-
-    `updates_missing` if applied and skipped updates do not add up to the expected ones, or if a
-    tensor had gradients and a positive learning rate but did not change. `tier_unchanged` if no
-    tensor changed or none had a gradient.
-    """
-    label = _label(row)
-    names = tuple(change.name for change in changes)
-    reasons = []
-    if row.applied_updates + row.skipped_updates != row.expected_updates:
-        message = (
-            f"{label}: {row.expected_updates} updates were due by step {evidence.step}, "
-            f"{row.applied_updates} were applied and {row.skipped_updates} skipped"
-        )
-        reasons.append(Reason("updates_missing", message, names))
-    if not row.changed or not any(map(evidence.had_gradient, names)):
-        return [*reasons, Reason("tier_unchanged", f"{label}: nothing was trained", names)]
-    if row.applied_updates and _had_positive_learning_rate(config, evidence, row):
-        unmoved = [
-            c.name for c in changes if not c.changed and evidence.is_missing_its_updates(c.name)
-        ]
-        if unmoved:
-            why = _explain_lost_updates(config, evidence, row)
-            noun = "tensor" if len(unmoved) == 1 else "tensors"
-            message = f"{label}: {len(unmoved)} {noun} had gradients and stayed as they were; {why}"
-            reasons.append(Reason("updates_missing", message, tuple(unmoved)))
-    return reasons
 
 
 def _explain_lost_updates(config: FineTuneConfig, evidence: TierEvidence, row: TierChange) -> str:
