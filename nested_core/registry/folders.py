@@ -17,10 +17,8 @@ from nested_core.config.names import why_invalid_adapter_name
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
 from nested_core.storage.atomic import require_writable_place, sync_path
 from nested_core.storage.lock_file import LockFile, exclusive_lock, shared_lock
-from nested_core.storage.output_places import require_registry_place
+from nested_core.storage.output_places import REGISTRY_LOCK_NAME, require_registry_place
 from nested_core.storage.untrusted_files import file_type
-
-LOCK_NAME = ".lock"
 
 VERSIONS_FOLDER_NAME = "versions"
 DATA_FOLDER_NAME = "data"
@@ -44,7 +42,7 @@ def exclusive_folder_lock(folder: Path) -> Iterator[LockFile]:
     with damage or a missing file of the folder, and the lock file was removed meanwhile, the
     DamagedError says so instead: another process then locks a new file and writes at the same time.
     """
-    with exclusive_lock(folder / LOCK_NAME) as lock:
+    with exclusive_lock(folder / REGISTRY_LOCK_NAME) as lock:
         _refresh_listing(folder)
         try:
             yield lock
@@ -67,7 +65,7 @@ def _is_below(folder: Path, path: object) -> bool:
 @contextmanager
 def shared_folder_lock(folder: Path) -> Iterator[LockFile | None]:
     """Keep writers out of `folder` during the block; without a lock file, yield None."""
-    with shared_lock(folder / LOCK_NAME) as lock:
+    with shared_lock(folder / REGISTRY_LOCK_NAME) as lock:
         _refresh_listing(folder)
         yield lock
 
@@ -80,10 +78,10 @@ def require_no_writes_meanwhile(folder: Path, lock: LockFile | None) -> None:
     """
     if lock is not None:
         lock.require_still_at_path()
-    elif (folder / LOCK_NAME).exists():
+    elif (folder / REGISTRY_LOCK_NAME).exists():
         raise DamagedError(
-            f"{folder / LOCK_NAME} was made or replaced while this process read {folder}: another "
-            "process may be writing here. Run the command again."
+            f"{folder / REGISTRY_LOCK_NAME} was made or replaced while this process read "
+            f"{folder}: another process may be writing here. Run the command again."
         )
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import history, list_versions, promote, read_champion, register
-from nested_core.registry.folders import LOCK_NAME, exclusive_folder_lock
+from nested_core.registry.folders import exclusive_folder_lock
 from nested_core.storage.adapter import read_adapter
+from nested_core.storage.output_places import REGISTRY_LOCK_NAME
 from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME, assert_settled
 from tests.left_out import needs_rooms
@@ -116,7 +117,7 @@ def test_damage_after_the_lock_was_removed_is_told_as_the_lock(three, registry, 
     def change(*, removes_lock: bool) -> None:
         with exclusive_folder_lock(registry / NAME):
             if removes_lock:
-                (registry / NAME / LOCK_NAME).unlink()
+                (registry / NAME / REGISTRY_LOCK_NAME).unlink()
             raise damage
 
     with pytest.raises(type(damage)) as caught:
@@ -149,7 +150,7 @@ def test_an_audit_that_a_writer_could_disturb_proves_nothing(
 
     def disturbed(folder):
         if is_removed:
-            (folder / LOCK_NAME).unlink(missing_ok=True)
+            (folder / REGISTRY_LOCK_NAME).unlink(missing_ok=True)
         return read(folder)
 
     monkeypatch.setattr(module_of("registry_audit"), "_read_link_and_ledger", disturbed)
