@@ -97,15 +97,14 @@ def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
     content = read_regular(path, MAX_GATE_BYTES)
     # What is wrong with gate.json itself is raised only if the manifest agrees with its bytes: else
     # it was changed after it was written, which says more
-    unreadable: DamagedError | None = None
-    verdict = None
+    verdict: Verdict | DamagedError
     try:
         verdict = parse_verdict(parse_json(content), path)
     except DamagedError as error:
-        unreadable = error
+        verdict = error
     except ValueError as error:
-        unreadable = DamagedError(f"{path} is not valid JSON: {error}.")
-    if must_pass and verdict is not None:
+        verdict = DamagedError(f"{path} is not valid JSON: {error}.")
+    if must_pass and isinstance(verdict, Verdict):
         require_passed(verdict, path)
     if not has_verdict_manifest(run_dir):
         raise DamagedError(
@@ -116,8 +115,8 @@ def bind_verdict(run_dir: Path, *, must_pass: bool = False) -> BoundVerdict:
     manifest = read_manifest(run_dir)
     if manifest["files"].get(GATE_NAME) != describe_content(content):
         raise _changed_verdict(run_dir)
-    if verdict is None:
-        raise unreadable or _changed_verdict(run_dir)
+    if isinstance(verdict, DamagedError):
+        raise verdict
     if manifest["facts"] != _manifest_facts(verdict):
         raise _changed_verdict(run_dir)
     return BoundVerdict(run_dir, content, verdict, manifest["files"])
