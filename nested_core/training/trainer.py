@@ -321,7 +321,7 @@ class Trainer:
         Skipped if nothing reads the model after this step (`is_read`) and an update of the same
         tiers was already checked. Raises TrainingProcessesDiffer if the ranks are no longer equal.
         """
-        if not is_read and self._update_check.has_checked_tiers(result.due):
+        if not is_read and result.due in self._update_check.checked_due:
             return
         written = self._sync_model_and_optimizer(train_step)
         self.world.require_equal_on_ranks(train_step.packed.arrays(), self.state.step)

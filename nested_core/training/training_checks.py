@@ -140,16 +140,15 @@ def warn_of_flat_loss(state: TrainingState, losses: Sequence[float], window: int
 
 
 class UpdateCheck:
-    """Reads updated parameters back from the model, and flags updates that did not arrive."""
+    """Reads updated parameters back from the model, and flags updates that did not arrive.
+
+    checked_due: the combinations of due tiers of which an update was checked.
+    """
 
     def __init__(self, setup: TrainingSetup) -> None:
         """Create it with no combination of due tiers checked."""
         self._setup = setup
-        self._checked_due: set[tuple[int, ...]] = set()
-
-    def has_checked_tiers(self, due: tuple[int, ...]) -> bool:
-        """Whether an update of exactly these due tiers was checked before."""
-        return due in self._checked_due
+        self.checked_due: set[tuple[int, ...]] = set()
 
     def check(
         self, state: TrainingState, step: StepResult, *, packing: Packing, written: Flat
@@ -164,7 +163,7 @@ class UpdateCheck:
         packing: how small parameters are packed into one array, to find them by name.
         written: all parameters by name, as they were written into the model.
         """
-        self._checked_due.add(step.due)
+        self.checked_due.add(step.due)
         names = [name for key in step.updates for name in packing.tensor_shapes(key)]
         expected = {name: written[name] for name in names}
         report = UpdateReport(
