@@ -11,8 +11,7 @@ from nested_core.gate.checks.file_checks import CHANGE, EFFECT
 from nested_core.gate.checks.judged import Check, CheckedRun
 from nested_core.gate.checks.losses import LOSSES, WITHOUT_MODEL
 from nested_core.gate.checks.planned_work import GateWork, RunToJudge
-from nested_core.gate.evidence.champion_adapter import Champion, UnusableChampion
-from nested_core.gate.evidence.run_evidence import RunEvidence
+from nested_core.gate.evidence.champion_adapter import Champion
 from nested_core.measure.answers.answer_bounds import judge_answers
 from nested_core.measure.answers.answer_cache import (
     AnsweringModelDigests,
@@ -91,14 +90,16 @@ def answer_tasks(judged: CheckedRun, suites: Sequence[Suite]) -> tuple[AnswerRec
     if its scorer fails.
     """
     base, run, evidence = judged.base, judged.run, judged.evidence
-    champion = None if isinstance(judged.champion, UnusableChampion) else judged.champion
     record_or_compare_suites(run, suites)
     encoded = encode_suites(suites, base.tokenizer, base.folder, evidence.dataset.prompt_format)
-    records = [
-        record
-        for asked in _asked_models(base, evidence, champion)
-        for record in ask_model(asked, encoded)
-    ]
+    # Cached answers are good enough for all but the candidate
+    models = [AskedModel("base", base, None)]
+    if not base.is_unchanged_by(evidence.before.to_mlx()):
+        models.append(AskedModel("parent", base, evidence.before))
+    if isinstance(judged.champion, Champion):
+        models.append(AskedModel("champion", judged.champion.base, judged.champion.adapter))
+    models.append(AskedModel("candidate", base, evidence.after, is_asked_anew=True))
+    records = [record for asked in models for record in ask_model(asked, encoded)]
     return tuple(_select_judging_answers(records, [one.suite for one in encoded], base.config, run))
 
 
@@ -130,18 +131,6 @@ def _select_judging_answers(
             yield replace(record, chosen_among=steps if record.model == "candidate" else 1)
         elif (record.task, record.line) not in chose:
             yield record
-
-
-def _asked_models(
-    base: LoadedBase, evidence: RunEvidence, champion: Champion | None
-) -> list[AskedModel]:
-    """Return the models to ask. Cached answers are good enough for all but the candidate."""
-    asked = [AskedModel("base", base, None)]
-    if not base.is_unchanged_by(evidence.before.to_mlx()):
-        asked.append(AskedModel("parent", base, evidence.before))
-    if champion is not None:
-        asked.append(AskedModel("champion", champion.base, champion.adapter))
-    return [*asked, AskedModel("candidate", base, evidence.after, is_asked_anew=True)]
 
 
 def ask_model(asked: AskedModel, encoded: Sequence[EncodedSuite]) -> list[AnswerRecord]:
