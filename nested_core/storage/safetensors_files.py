@@ -108,14 +108,13 @@ def read_tensors_and_bytes(
     return tensors, content
 
 
-def load_arrays(path: Path, *, follow_links: bool = False) -> dict[str, mx.array]:
+def load_arrays(path: Path) -> dict[str, mx.array]:
     """Check a safetensors file and read all of its tensors as MLX arrays.
 
     Unlike mx.load, it reads at once, so later changes of the file have no effect, and it refuses
     files that the safetensors library refuses.
     """
-    tensors = read_tensors(path, follow_links=follow_links)
-    return {name: tensor.to_mlx() for name, tensor in tensors.items()}
+    return {name: tensor.to_mlx() for name, tensor in read_tensors(path).items()}
 
 
 def save_arrays(
