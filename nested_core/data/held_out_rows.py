@@ -97,7 +97,7 @@ def as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettin
 
 
 def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) -> list[str | None]:
-    """Read the field `data_policy.group` of rows of a split, as JSON text; None if a row lacks it.
+    """Read the field `data_policy.group` of rows of a split, as JSON text; None for a blank one.
 
     Args:
         settings: where the data is, and in `policy` the field's name.
@@ -131,5 +131,6 @@ def _read_field(path: Path, numbers: Sequence[int], field: str | None) -> list[s
             following = next(remaining, None)
             row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
             value = row.get(field) if isinstance(row, dict) else None
-            values.append(None if value is None else canonical_json(value).decode())
+            is_blank = value is None or (isinstance(value, str) and not value.strip())
+            values.append(None if is_blank else canonical_json(value).decode())
     return values

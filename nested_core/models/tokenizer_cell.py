@@ -174,7 +174,7 @@ def start_kept_cell() -> None:
 
 
 def _keep_cell() -> TokenizerCell:
-    """Return the cell that this process keeps; start it if there is none, or it has ended."""
+    """Return the cell that this process keeps; started unless it runs."""
     cell = _kept.get(os.getpid())  # a forked process has its parent's
     if cell is None or cell.process.poll() is not None:
         end_kept_cell()

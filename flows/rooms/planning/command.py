@@ -105,6 +105,7 @@ def write_configuration(
     """
     from nested_core.rooms.planning.suggested_config import split_command, suggest_config
 
+    group = getattr(arguments, "group", None)  # a flag of the room tables
     suggested = suggest_config(
         arguments.model,
         data,
@@ -112,7 +113,7 @@ def write_configuration(
         arguments.resume_adapter_file,
         tasks=tasks,
         registry=registry,
-        group=getattr(arguments, "group", None),  # a flag of the room tables
+        group=group,
         minutes=arguments.minutes,
     )
     if target is not None:
@@ -122,7 +123,8 @@ def write_configuration(
         if warnings := suggested.report.describe_warnings():
             print_progress(warnings)
     else:
-        remedy = f"To take rows out of train for it: `{split_command(arguments.model, data)}`"
+        command = split_command(arguments.model, data, group)
+        remedy = f"To take rows out of train for it: `{command}`"
         if registry:  # most rows that a split takes would ask what the champion was trained on
             remedy = "Too few rows ask what the champion's data does not: add rows that do"
         print_progress(f"note: there is no data to evaluate the adapter on. {remedy}")

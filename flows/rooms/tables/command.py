@@ -143,8 +143,11 @@ def prepare_data(arguments: argparse.Namespace) -> PreparedData:
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         source = Source.find(data, Path(spool))
         flags = ColumnFlags(arguments, source)
-        if makes_chats:
+        if makes_chats or arguments.group is not None:
             source.require_rows()
+        group, columns_of = arguments.group, source.facts.values()
+        if group is not None and not any(group in facts.columns for facts in columns_of):
+            raise ConfigError(f"--group: no row of {data} has a field {group!r}.")
         with flags.giving_example():
             columns = flags.read_columns()
             share = None if arguments.split is None else read_share(arguments.split)
@@ -162,9 +165,7 @@ def prepare_data(arguments: argparse.Namespace) -> PreparedData:
         names = replace(source.field_names, drop=tuple(arguments.drop_fields))
         split = SplitRequest(share or DEFAULT_SHARE, arguments.suite, known, names)
         count_answer = _make_answer_counter(arguments.model)
-        group, is_asked = arguments.group, share is not None
-        if group and not any(group in facts.columns for facts in source.facts.values()):
-            raise ConfigError(f"--group: no row of {data} has a field {group!r}.")
+        is_asked = share is not None
         request = Request(makes_chats, columns, system, is_asked, split, count_answer, group)
         with flags.giving_example(TooManyQuestions):
             data_set = make_data_set(source, request, folder)

@@ -168,7 +168,7 @@ class LoadedBase:
             self.model, dtype=adapter_compute_dtype(self.config, self.model)
         )
         max_seq_length = self.config.max_seq_length
-        batch_size = self._rows_of_a_batch(split)
+        batch_size = self.config.batch_size if max_batches >= 0 else self._rows_of_a_batch(split)
         batches = choose_evaluation_batches(
             split, batch_size, max_batches, max_seq_length=max_seq_length
         )

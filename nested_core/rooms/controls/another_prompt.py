@@ -139,7 +139,7 @@ def describe_effect(measured: PromptEffect, rows: int, trained: Sequence[float])
         one.
     """
     interval, verdict = (measured.effect.low, measured.effect.high), "too few rows to tell"
-    knows_rows = all(one < KNOWN * measured.loss for one in trained)
+    knows_rows = any(one < KNOWN * measured.loss for one in trained)
     is_told = measured.is_form_alone and (knows_rows or LEARNT * measured.loss < measured.gain)
     if measured.is_form_alone:
         verdict = "answers do not depend on the question" if is_told else "trained too little"

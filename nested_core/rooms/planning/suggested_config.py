@@ -363,15 +363,17 @@ nested: {{frequencies: [1]}}
 {_REGISTRY}"""
 
 
-def split_command(model: str, data: str) -> str:
+def split_command(model: str, data: str, group: str | None = None) -> str:
     """Return the command that draws valid and test from train, to be pasted."""
-    options = ("--data", data, "--model", model, "--split", "0.1", "-o", "lora-split.yaml")
+    options = ["--data", data, "--model", model, "--split", "0.1", "-o", "lora-split.yaml"]
+    options += ["--group", group] if group else []
     return shlex.join(("nested-tune", "init", *options))
 
 
 def _advise_split(base: dict[str, Any]) -> str:
     """Write comment lines with the command that takes rows out of train."""
-    command = " ".join(split_command(base["model"], base["data"]).split())
+    group = base.get("data_policy", {}).get("group")
+    command = " ".join(split_command(base["model"], base["data"], group).split())
     return f"# To take some rows out of train for both:\n#   {command}\n"
 
 

@@ -156,8 +156,8 @@ class ChatMaker:
             chat["messages"] = [{"role": "system", "content": self.system}, *turns]
             if "loss_mask" in chat:
                 chat["loss_mask"] = [1, *chat["loss_mask"]]
-        if self.group in row.fields:
-            chat[self.group] = row.fields[self.group]
+        if self.group is not None and (value := to_text(row.fields.get(self.group))).strip():
+            chat[self.group] = value
         return json.dumps(chat, ensure_ascii=False).encode(errors="surrogatepass")
 
     def _read_table_row(self, row: Row, columns: Columns) -> dict[str, Any] | None:

@@ -79,7 +79,9 @@ def make_data_set(source: Source, request: Request, target: Path) -> DataSet:
     """
     maker = ChatMaker(request.columns, request.split.names, request.system or "", request.group)
     make_line = maker.make_line if request.makes_chats else lambda row: row.line
-    used = request.columns.names if request.columns else ()
+    names = source.field_names
+    used = {names.prompt, names.completion, names.text, names.chat}
+    used |= {*request.columns.names} if request.columns else set()
     found = [name for facts in source.facts.values() for name in facts.find_groups(used)]
     fields = dict.fromkeys([request.group] if request.group else found[:MAX_GROUPS])
     parts: dict[str, list[bytes]] = {name: [] for name in source.splits}

@@ -135,16 +135,17 @@ def test_error_rates_of_another_rows_prompt(
         (3.0, 2.2, 0.9, "answers do not depend on the question"),  # the rows are, by heart
         (15.4, 5.5, 5.66, "trained too little"),  # of templates, with sound rows
         (13.1, 4.17, 4.42, "trained too little"),
+        (13.1, 4.17, None, "trained too little"),  # nothing is known of the training rows
     ],
 )
 def test_an_adapter_that_trained_too_little_is_not_blamed(
-    before: float, after: float, trained: float, expected: str
+    before: float, after: float, trained: float | None, expected: str
 ) -> None:
     draw = np.random.default_rng(5)
     own = after + draw.normal(0, 0.05, 30)
     other = after + draw.normal(0, 0.05, 30)
     effect = compare_prompts(np.full(30, before), own, other, np.full(30, 6.0))
-    result = describe_effect(effect, 30, [trained])
+    result = describe_effect(effect, 30, [] if trained is None else [trained])
     assert result.rows[0].verdict == expected
     assert [one.kind for one in result.warnings] == ["form_alone"] * (expected[0] == "a")
 

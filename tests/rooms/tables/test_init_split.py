@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 
@@ -42,6 +43,39 @@ def test_init_splits_data_that_has_only_train_in_a_new_folder(tmp_path: Path) ->
     assert again.code == 2
     assert "lora-split.yaml exists, and is not written over. Give another name" in again.message()
     assert "data-split exists, and is not written over. Take it as it is by" in again.message()
+
+
+def test_the_split_that_is_offered_keeps_the_groups_that_were_asked_for(tmp_path: Path) -> None:
+    rows = ({"prompt": f"What of {n}?", "completion": f"{n}.", "of": n // 4} for n in range(40))
+    write_lines(tmp_path / "rows.jsonl", rows)
+    given = ("--data", "rows.jsonl", "--model", str(MODEL), "--group", "of")
+    bare = called("init", *given, "-o", "bare.yaml", cwd=tmp_path)
+    pasted = shlex.split(bare.stderr.partition(" for it: `")[2].partition("`")[0])
+    assert called(*pasted[1:], cwd=tmp_path).code == 0
+    held = [
+        {json.loads(line)["of"] for line in path.read_text().splitlines()}
+        for path in (tmp_path / "rows-split").glob("[tv]*.jsonl")
+    ]
+    assert sum(map(len, held)) == len(set.union(*held)) == 10
+
+
+def test_a_group_that_no_row_has_is_refused_with_and_without_a_split(tmp_path: Path) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"prompt": f"{n}?", "completion": "x"} for n in range(9)])
+    given = ("--data", "rows.jsonl", "--model", str(MODEL), "--group", "artcle")
+    for more in ((), ("--split", "0.2")):
+        refused = called("init", *given, *more, "-o", "out.yaml", cwd=tmp_path)
+        assert refused.code == 2
+        assert "--group: no row of rows.jsonl has a field 'artcle'" in refused.message()
+    assert not (tmp_path / "out.yaml").exists()
+
+
+def test_the_answers_are_no_group_to_keep_together(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is it {n}?", "completion": f"label {n % 20}"} for n in range(200)]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    given = ("--data", "rows.jsonl", "--model", str(MODEL), "--split", "0.2", "-o", "out.yaml")
+    done = called("init", *given, cwd=tmp_path)
+    assert done.code == 0
+    assert "--group" not in done.stderr
 
 
 def test_a_split_that_init_cannot_use_is_taken_away_again(tmp_path: Path) -> None:
