@@ -38,6 +38,7 @@ TEXTS = {
     ("init", "completion_feature"),
     ("init", "completion_features"),
     ("init", "drop_fields"),
+    ("init", "group"),
     ("init", "prompt_feature"),
     ("init", "system"),
     ("init", "template"),

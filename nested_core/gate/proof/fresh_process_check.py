@@ -325,8 +325,14 @@ class RunningProof:
     def __init__(self, request: ProofRequest, process: Child | None = None) -> None:
         """Send the request to a process, which is started unless one is given."""
         self.request = request
+        try:
+            described = _describe_request(request, _describe_models(request))
+        except BaseException:  # of a base's tokenizer
+            if process is not None:
+                process.end()
+            raise
         self._process = process or start_proof_process()
-        self._process.send(_describe_request(request, _describe_models(request)))
+        self._process.send(described)
 
     def wait_for_logits(self) -> FreshProcessLogits | Reason:
         """Wait for the process's logits; return a reason instead if mlx_lm.load refuses an adapter.

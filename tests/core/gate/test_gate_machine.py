@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from nested_core.errors import NestedTuneError
+from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate import verify_adapters
 from nested_core.gate.checks import losses
 from nested_core.gate.proof import fresh_process_check
 from nested_core.measure.fresh_process.starting import MLX_LM_PROGRAM
-from tests.builders.adapter_folders import change_config, name_base
+from tests.builders.adapter_folders import base_copy, change_config, name_base
 from tests.builders.candidates import Candidate
 from tests.left_out import slow_except
 
@@ -122,13 +122,22 @@ def test_neither_has_the_gate_a_verdict_where_mlx_fails_in_its_own_process(
 
 
 def test_a_base_that_cannot_be_loaded_is_not_the_adapters_fault(candidate, tmp_path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text('{"model_type": "nobody knows"}')
+    base = base_copy(tmp_path / "base", model_type="nobody knows")
     for folder in candidate.sides:
         name_base(folder, base)
-    with pytest.raises(NestedTuneError, match="says nothing about the adapter"):
+    with pytest.raises(NestedTuneError, match="says nothing about the adapter|could not be loaded"):
         verify_adapters(*candidate.sides)
+
+
+def test_a_base_without_a_tokenizer_is_named_and_leaves_no_process(candidate, tmp_path) -> None:
+    base = base_copy(tmp_path / "base")
+    (base / "tokenizer.json").unlink()
+    request = fresh_process_check.ProofRequest(base, *candidate.sides)
+    waiting = fresh_process_check.start_proof_process()
+    for process in (None, waiting):
+        with pytest.raises(ConfigError, match=r"no tokenizer could be loaded from .*base"):
+            fresh_process_check.RunningProof(request, process)
+    assert waiting.process.returncode is not None
 
 
 @pytest.mark.parametrize(
