@@ -38,6 +38,7 @@ from nested_core.process.cell import (
     Allowance,
     Cell,
     limit_processor_time,
+    size_on_disk,
 )
 from nested_core.process.child_main import load_function
 from nested_core.storage.untrusted_files import read_regular
@@ -128,8 +129,8 @@ class TokenizerCell(Cell):
 
 @lru_cache(maxsize=4)
 def _measure(files: TokenizerFiles) -> int:
-    """Return the bytes of a tokenizer's files."""
-    return sum(file.stat().st_size for file in Path(files.folder).glob("tokenizer*"))
+    """Return the bytes that a tokenizer's files take on disk."""
+    return sum(map(size_on_disk, Path(files.folder).glob("tokenizer*")))
 
 
 def _read_line(path: str | None) -> str:

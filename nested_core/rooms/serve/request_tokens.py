@@ -78,7 +78,7 @@ class RequestTokenizer:
             return
         template = self._tokenizer.chat_template
         source = template if isinstance(template, str) else ""
-        render = self._tokenizer._tokenizer.apply_chat_template
+        render = type(self._tokenizer._tokenizer).apply_chat_template
         of_the_tokenizer = inspect.signature(render).parameters
         known = set(re.findall(r"\w+", source)) - set(of_the_tokenizer) | {"enable_thinking"}
         if unknown := sorted(set(given) - known):

@@ -172,6 +172,17 @@ def real_cell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     end_kept_cell()
 
 
+@pytest.mark.usefixtures("real_cell")
+def test_a_sparse_file_beside_a_tokenizer_allows_no_more_memory(tmp_path: Path) -> None:
+    template, limit = TEMPLATES["a text of 8 GB"]
+    source = hostile_base(tmp_path / "base", template)
+    with (tmp_path / "base" / "tokenizer.bin").open("wb") as file:
+        file.write(bytes(4096))
+        file.truncate(2**34)
+    with pytest.raises(ConfigError, match=limit):
+        source.load().apply_chat_template([{"role": "user", "content": "Where?"}])
+
+
 def processor_time() -> float:
     """Seconds of this process and of those that it has waited for."""
     used = os.times()

@@ -229,6 +229,10 @@ NOT_DONE: dict[str, tuple[dict[str, Any], str]] = {
         {"chat_template_kwargs": {"padding": "max_length", "max_length": 4_000_000}},
         "chat_template_kwargs: max_length, padding not taken here",
     ),
+    "an argument of the tokenizer that its template reads": (
+        {"chat_template_kwargs": {"add_generation_prompt": False}},
+        "chat_template_kwargs: add_generation_prompt not taken here",
+    ),
     "an unknown template argument": (
         {"chat_template_kwargs": {"depth": 5}},
         "chat_template_kwargs: depth not taken here",
