@@ -10,7 +10,10 @@ import shlex
 from collections.abc import Callable
 
 ADDRESS_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,60}://")
-BUCKET_PATTERN = re.compile(r"(s3|gs|az)://[\w.-]+(/[\w.=+-]+)*/?", re.ASCII)
+BUCKET_PATTERN = re.compile(
+    r"(s3|gs|az)://(?!(.*/)?[.][.]?(/|$))[\w.-]+(/[\w.=+-]+)*/?",  # no part is . or ..
+    re.ASCII,
+)
 
 
 def is_address(text: str) -> bool:
@@ -23,6 +26,12 @@ def is_in_bucket(text: str) -> bool:
     return text.startswith(("s3://", "gs://", "az://"))
 
 
+def _hide_credentials(text: str) -> str:
+    """Return an address to show; of one that may have a password or a signature, the scheme."""
+    scheme, _, rest = text.partition("://")
+    return text if re.search("[@?:]", rest) is None else f"{scheme}://..."
+
+
 def require_bucket(text: str, error: Callable[[str], Exception]) -> None:
     """Raise the error for anything but an address of object storage, such as s3://bucket/prefix.
 
@@ -31,10 +40,10 @@ def require_bucket(text: str, error: Callable[[str], Exception]) -> None:
     error: makes the error of a message.
     """
     if BUCKET_PATTERN.fullmatch(text) is None:
-        shown = text if "@" not in text and "?" not in text else text.partition("://")[0] + "://..."
         raise error(
-            f"{shown} is no address of object storage. Expected s3://BUCKET/PREFIX of letters, "
-            f"digits and . _ = + -, without credentials: these are the environment's"
+            f"{_hide_credentials(text)} is no address of object storage. Expected "
+            f"s3://BUCKET/PREFIX of letters, digits and . _ = + -, no part of it . or .., without "
+            f"credentials: these are the environment's"
         )
 
 
@@ -44,8 +53,9 @@ def require_no_address(text: str, error: Callable[[str], Exception]) -> None:
     error: makes the error of a message.
     """
     if is_address(text):
+        shown = _hide_credentials(text)
         raise error(
-            f"{text} is an address, where nothing is read or written: expected a path of this "
-            f"machine. Fetch it first, such as by `curl -LO {shlex.quote(text)}` or by a client of "
-            f"the storage, or mount the storage, and give that path"
+            f"{shown} is an address, where nothing is read or written: expected a path of this "
+            f"machine. Fetch it first, such as by `curl -LO {shlex.quote(shown)}` or by a client "
+            f"of the storage, or mount the storage, and give that path"
         )

@@ -95,7 +95,9 @@ def test_what_reads_addresses_by_design_still_takes_them() -> None:
     assert FineTuneConfig.model_validate(GIVEN | {"hf_dataset": files}).hf_dataset
 
 
-@pytest.mark.parametrize("address", ["s3://key:secret@bucket/x", "s3://bucket/x?token=1"])
+@pytest.mark.parametrize(
+    "address", ["s3://key:secret@bucket/x", "s3://key:secret/x", "s3://bucket/x?token=secret"]
+)
 def test_an_address_of_object_storage_has_no_credentials(address: str) -> None:
     with pytest.raises(ValueError, match="without credentials") as error:
         FineTuneConfig.model_validate(GIVEN | {"data": address})
@@ -103,6 +105,25 @@ def test_an_address_of_object_storage_has_no_credentials(address: str) -> None:
         load_config(None, GIVEN | {"data": address})
     assert "secret" not in str(refused.value)
     assert "s3://..." in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["S3://key:secret@bucket", "https://a/b?signature=secret"])
+def test_a_refused_address_is_not_shown_with_its_credentials(address: str) -> None:
+    with pytest.raises(ConfigError, match="is an address, where nothing is read") as error:
+        load_config(None, GIVEN | {"data": address})
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["rows/../other", "rows/..", "./rows", "rows/./x", "rows/../"])
+def test_an_address_does_not_lead_upwards(path: str) -> None:
+    """Else an address below one that a worker lists would be an address outside of it."""
+    with pytest.raises(ValueError, match=r"no part of it \. or \.\."):
+        FineTuneConfig.model_validate(GIVEN | {"data": f"s3://bucket/{path}"})
+
+
+def test_dots_in_the_names_of_an_address_are_taken() -> None:
+    for address in ("s3://bucket.example/..rows/v1..2/.x/x.", "gs://a/b/"):
+        assert FineTuneConfig.model_validate(GIVEN | {"data": address}).data == address
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
