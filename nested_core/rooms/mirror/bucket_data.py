@@ -100,7 +100,7 @@ def _fetch_all(storage: ObjectStorage, objects: list[StoredObject], cache: UserC
         temporary = temporary_beside(links)
         temporary.mkdir(mode=0o700)
         for stored, entry in entries.items():
-            (temporary / stored.key).symlink_to(entry)
+            (temporary / stored.key).symlink_to(Path("..", entry.name))
         try:
             temporary.rename(links)
         except OSError:  # another process was faster, with the same links

@@ -112,6 +112,32 @@ def test_data_that_changes_while_it_is_fetched_is_fetched_anew(
         lines_of(address, tmp_path)
 
 
+def test_data_that_changes_at_equal_size_is_what_its_tag_says(address, monkeypatch) -> None:
+    storage, listed = put_example(address), ObjectStorage.list_objects
+
+    def list_early(self, prefix):
+        monkeypatch.setattr(ObjectStorage, "list_objects", listed)
+        yield from [*listed(self, prefix)]
+        storage.put("test.csv", storage.read("test.csv", 10**6)[0].replace(b"0,0", b"9,9"))
+
+    monkeypatch.setattr(ObjectStorage, "list_objects", list_early)
+    fetched = bucket_data.fetch(address)
+    assert "9,9" in Path(fetched.path, "test.csv").read_text()
+    assert fetched.tags["test.csv"] == storage.find("test.csv").tag
+
+
+def test_a_cache_of_a_relative_path_is_read_and_may_be_moved(
+    address, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NESTED_TUNE_CACHE", "relative")
+    put_example(address)
+    assert len(lines_of(address, tmp_path)["valid"]) == 10
+    Path("relative").rename("moved")
+    monkeypatch.setenv("NESTED_TUNE_CACHE", "moved")
+    assert len(lines_of(address, tmp_path)["valid"]) == 10
+
+
 def test_data_that_is_cut_off_or_forbidden_leaves_nothing_half(
     address, tmp_path, proxy: FaultyProxy, monkeypatch
 ) -> None:

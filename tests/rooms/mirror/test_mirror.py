@@ -11,6 +11,7 @@ import sys
 import time
 from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -100,6 +101,148 @@ def test_the_commands_read_an_address(registry, address, capfd) -> None:
     assert "word" not in capfd.readouterr().err
 
 
+def test_a_champion_of_the_right_sizes_and_wrong_bytes_is_put_again_by_hand(
+    registry, address, capfd
+) -> None:
+    begin_mirror(registry, address)
+    storage, champion = ObjectStorage(address), str(read_champion(registry, NAME))
+    history = next(key for key in objects(address) if "/history/" in key)
+    for key in (next(k for k in objects(address) if champion in k and "gate" in k), history):
+        content, _ = storage.read(key, 10**6)
+        storage.put(key, b"x" * len(content))
+    with pytest.raises(DamagedError):
+        read_copy(address)
+    assert main(["registry", "mirror", str(registry)]) == 0
+    assert "6 files put" in capfd.readouterr().out
+    assert read_copy(address) == champion
+
+
+def test_a_copy_fetches_again_what_it_lost_or_was_damaged_there(registry, address) -> None:
+    begin_mirror(registry, address)
+    champion, copy = str(read_copy(address)), open_copy(address)
+    place = copy / NAME / "versions" / champion
+    (place / "gate.json").write_text("damaged")
+    (place / "provenance.json").unlink()
+    assert read_copy(address) == champion
+    update_copy(copy, NAME, EVERY_VERSION)
+    (other,) = {*list_versions(copy, NAME)} - {champion}
+    weights = copy / NAME / "versions" / other / "adapters.safetensors"
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    update_copy(copy, NAME, other)
+    assert audit(copy, NAME).is_sound
+
+
+def test_what_is_not_of_the_mirror_is_never_deleted(registry, address) -> None:
+    storage = ObjectStorage(address)
+    version, hexes = "a" * 64, f"{'a' * 64}/{'b' * 64}"
+    own = [
+        f"{NAME}/train.jsonl",
+        f"{NAME}/data/train.jsonl",
+        f"{NAME}/history/notes.jsonl",
+        f"{NAME}/versions/{version}/gate.json",
+        f"{NAME}/versions/{hexes}/rows.jsonl",
+        f"{NAME}/versions/{hexes}/data/gate.json",
+        f"{NAME}/judgements/{version}/notes.json",
+        f"deeper/{NAME}/history/{version}.jsonl",
+    ]
+    spare = [
+        f"{NAME}/history/{version}.jsonl",
+        f"{NAME}/versions/{hexes}/gate.json",
+        f"{NAME}/judgements/{hexes}.json",
+    ]
+    for key in own + spare:
+        storage.put(key, b"of somebody")
+    begin_mirror(registry, address)
+    champion = str(read_champion(registry, NAME))
+    key = next(key for key in objects(address) if f"versions/{champion}" in key)
+    own.append(key.rpartition("/")[0] + "/notes.txt")
+    storage.put(own[-1], b"of somebody")
+    promote_new(registry, 3)
+    assert objects(address).keys() >= {*own}
+    assert not objects(address).keys() & {*spare}
+
+
+def test_files_of_a_version_that_are_lost_here_stay_in_the_mirror(registry, address) -> None:
+    begin_mirror(registry, address)
+    before = objects(address)
+    (other,) = {*list_versions(registry, NAME)} - {read_champion(registry, NAME)}
+    shutil.rmtree(registry / NAME / "versions" / other)
+    publish(registry / NAME, address)
+    assert objects(address) == before
+
+
+def test_a_deletion_that_failed_is_done_by_the_next_publish(registry, address, monkeypatch) -> None:
+    begin_mirror(registry, address)
+    for seed in (3, 4):
+        promote_new(registry, seed)
+
+    def fail(self, keys) -> None:
+        raise StorageError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStorage, "delete", fail)
+        removed = collect_garbage(registry, NAME, keep=1, by="ann").collected
+    assert removed
+    assert any(version in key for key in objects(address) for version in removed)
+    check_champion(registry, NAME)  # what the hourly reconcile does
+    assert not any(version in key for key in objects(address) for version in removed)
+    assert len([key for key in objects(address) if "/history/" in key]) == 1
+
+
+def test_nothing_is_deleted_where_another_author_was_faster(
+    registry, address, monkeypatch, tmp_path
+) -> None:
+    """A copy of the registry publishes between this one's look at the pointer and at the rest."""
+    begin_mirror(registry, address)
+    copied = tmp_path / "copied" / "registry"
+    shutil.copytree(registry, copied, symlinks=True)
+    (copied / NAME / "mirror.json").unlink()
+    newer = promote_new(copied, 3)
+    listed = ObjectStorage.list_objects
+
+    def list_late(self, prefix):
+        monkeypatch.setattr(ObjectStorage, "list_objects", listed)
+        publish(copied / NAME, address)
+        return listed(self, prefix)
+
+    monkeypatch.setattr(ObjectStorage, "list_objects", list_late)
+    with pytest.raises(DamagedError, match="a copy of this one goes on elsewhere"):
+        publish(registry / NAME, address)
+    assert read_copy(address) == newer
+
+
+def test_an_address_that_was_refused_is_not_followed(registry, address, tmp_path, capfd) -> None:
+    begin_mirror(registry, address)
+    promote_new(tmp_path / "other" / "registry", 5)
+    begin_mirror(tmp_path / "other" / "registry", f"{address}-2")
+    assert main(["registry", "mirror", str(registry), "--to", f"{address}-2"]) == 6
+    assert "it is the mirror of another" in capfd.readouterr().err
+    note = read_mirror_note(registry / NAME)
+    assert note is not None
+    assert note.address == address
+    assert main(["registry", "mirror", str(registry), "--to", f"{address}-3"]) == 0
+    note = read_mirror_note(registry / NAME)
+    assert note is not None
+    assert note.address == f"{address}-3"
+    sixth = promote_new(registry, 6)
+    assert read_copy(f"{address}-3") == sixth
+
+
+@pytest.mark.parametrize("flags", [[], ["--to"]])
+def test_one_damaged_note_of_a_mirror_does_not_stop_other_names(
+    registry, address, capfd, flags
+) -> None:
+    begin_mirror(registry, address)
+    shutil.copytree(registry / NAME, registry / "another", symlinks=True)
+    (registry / "another" / "mirror.json").write_text("{}")
+    promote_new(registry, 3)
+    to = [*flags, address] if flags else []
+    assert main(["registry", "mirror", str(registry), *to]) == 6
+    told = capfd.readouterr()
+    assert "does not say where another is mirrored" in told.err
+    assert f"{NAME}: champion" in told.out
+
+
 def test_removed_versions_leave_the_mirror_and_its_copies(registry, address) -> None:
     begin_mirror(registry, address)
     copy = open_copy(address)
@@ -119,11 +262,15 @@ def test_one_version_is_fetched_by_its_first_digits(registry, address) -> None:
     begin_mirror(registry, address)
     copy, champion = open_copy(address), read_champion(registry, NAME)
     (other,) = {*list_versions(registry, NAME)} - {champion}
-    update_copy(copy, NAME, other[:8])
-    assert list_versions(copy, NAME) == [other]
+    update_copy(copy, NAME)
+    rollback(registry, NAME, by="ann")
+    third = promote_new(registry, 3)
+    update_copy(copy, NAME, other[:8])  # the champion moved, too: it is there with its files
+    assert {*list_versions(copy, NAME)} == {champion, other, third}
+    assert read_verified_version(copy, NAME, str(read_champion(copy, NAME))).version == third
     with pytest.raises(ConfigError, match="names no versions"):
         update_copy(copy, NAME, "abcdef012345")
-    assert read_copy(address) == champion
+    assert read_copy(address) == third
 
 
 def test_the_second_registry_on_a_prefix_is_refused(registry, address, tmp_path) -> None:
@@ -240,13 +387,16 @@ def test_torn_older_and_foreign_mirrors_are_refused_and_the_old_champion_stays(
     with pytest.raises(DamagedError, match="is torn"):
         update_copy(copy, NAME)
     storage.put(weights, sound[:-1] + bytes([sound[-1] ^ 1]))
-    with pytest.raises(DamagedError, match="is not what its history records: adapters.safetensors"):
+    with pytest.raises(
+        DamagedError,
+        match=f"{weights.rpartition('/')[0]} is not what its history records: adapters.s",
+    ):
         update_copy(copy, NAME)
     storage.put(weights, sound[:-1])
     with pytest.raises(DamagedError, match="bytes. Expected"):
         update_copy(copy, NAME)
     assert read_champion(copy, NAME) == second
-    assert publish(registry / NAME, address).files == 1  # what is cut is put again
+    assert publish(registry / NAME, address, seconds=30).files == 1  # what is cut is put again
     assert read_copy(address) == third
 
     pointer, tag = storage.read(f"{NAME}/champion.json", 10**6)
@@ -358,6 +508,14 @@ def test_a_damaged_version_is_not_put(registry, address, caplog, tmp_path) -> No
     assert objects(f"{address}-2") == {}
 
 
+def answer_once(server: socket.socket, answer: bytes) -> None:
+    """Take one request, whatever it is."""
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(10**6)
+        connection.sendall(answer)
+
+
 def test_who_may_not_read_or_write_is_told_so(registry, address, monkeypatch, tmp_path) -> None:
     begin_mirror(registry, address)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
@@ -369,6 +527,13 @@ def test_who_may_not_read_or_write_is_told_so(registry, address, monkeypatch, tm
     with pytest.raises(StorageError, match="403 Forbidden.*credentials") as error:
         read_copy(address)
     assert "wrong-secret" not in str(error.value)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # whose answer is no XML
+        answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 15\r\n\r\nof key - AKIA12"
+        Thread(target=answer_once, args=(server, answer), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(StorageError, match="code: 403 Forbidden[.] Check") as error:
+            read_copy(address)
+    assert "AKIA12" not in str(error.value)
     for endpoint in ("", "nonsense", "http://", "http://256.1.1.1:1"):  # some make the client panic
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(StorageError, match="cannot be"):
