@@ -56,12 +56,15 @@ def run_mirror(arguments: argparse.Namespace) -> Callable[[], int]:
     if arguments.to is not None:
         require_bucket(arguments.to, lambda message: ConfigError(f"--to: {message}."))
     for name in list_names(registry):
-        if arguments.to is not None:
-            set_mirror(registry / name, arguments.to)
+        folder, address = registry / name, arguments.to
         try:
-            if (note := read_mirror_note(registry / name)) is not None:
+            if address is None and (note := read_mirror_note(folder)) is not None:
+                address = note.address
+            if address is not None:
                 with receiving_stages(print_progress):
-                    done[name] = publish(registry / name, note.address)
+                    done[name] = publish(folder, address)
+                if arguments.to is not None:  # only now: a refused one is not to be followed
+                    set_mirror(folder, address)
         except NestedTuneError as error:
             problems[name] = error
     if not done and not problems:

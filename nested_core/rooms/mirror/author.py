@@ -21,6 +21,7 @@ from nested_core.registry.link_and_views import require_sound_end
 from nested_core.registry.mirroring import read_mirror_note, write_mirrored_end
 from nested_core.registry.versions import OPTIONAL_FILES, VERSION_FILES, verify_version
 from nested_core.rooms.mirror.mirror_layout import (
+    LAYOUT_PATTERN,
     Pointer,
     history_key,
     judgement_key,
@@ -81,7 +82,8 @@ def publish(folder: Path, address: str, *, seconds: float | None = None) -> Publ
     """Put what the mirror of a name lacks, move its pointer, and delete what is not needed.
 
     folder: REGISTRY/NAME. address: of the registry's mirror, below which NAME gets its folder.
-    seconds: after which it gives up; None waits as long as it takes.
+    seconds: after which it gives up. None, by hand, waits as long as it takes, and puts the
+        champion's files even where objects of their sizes are there, which may be damaged.
 
     Raises StorageError where the storage is away, refuses or is too slow, DamagedError for a mirror
     of another registry, a damaged history, or a damaged champion.
@@ -99,7 +101,7 @@ def publish(folder: Path, address: str, *, seconds: float | None = None) -> Publ
         for _ in range(ATTEMPTS):
             snapshot = _Snapshot.read(folder)
             try:
-                published = snapshot.publish(storage)
+                published = snapshot.publish(storage, is_by_hand=seconds is None)
             except (ObjectChanged, FileNotFoundError):  # by a late request of ours, or a gc here
                 continue
             write_mirrored_end(folder, address, snapshot.ledger.end_sha256)
@@ -126,7 +128,7 @@ class _Snapshot:
             content = read_regular(folder / LEDGER_NAME) if ledger.entries else b""
         return cls(folder, ledger, content[: ledger.whole_bytes])
 
-    def publish(self, storage: ObjectStorage) -> Published:
+    def publish(self, storage: ObjectStorage, *, is_by_hand: bool) -> Published:
         """Put what is missing; raises ObjectChanged or FileNotFoundError to be tried again."""
         name, ledger = self.folder.name, self.ledger
         if not ledger.entries:
@@ -137,8 +139,14 @@ class _Snapshot:
         except ObjectMissing:
             before, tag = None, None
         there = {stored.key: stored.size for stored in storage.list_objects(name)}
-        files = dict(self._iterate_files())
-        missing = [key for key, path in files.items() if there.get(key) != path.stat().st_size]
+        needed = dict(self._iterate_files())
+        files = {key: path for key, path in needed.items() if path.is_file()}
+        missing = [
+            key
+            for key, path in files.items()
+            if there.get(key) != path.stat().st_size
+            or (is_by_hand and f"/{ledger.champion}/" in key)
+        ]
         folders = {files[key].parent for key in missing}
         if ledger.champion is not None:
             prefix = version_key(name, ledger.champion, ledger)
@@ -153,14 +161,14 @@ class _Snapshot:
             storage.put(key, files[key])
         digest = hashlib.sha256(self.history).hexdigest()
         lines, size = len(ledger.entries), len(self.history)
-        if there.get(history_key(name, digest)) != size:
-            storage.put(history_key(name, digest), self.history)
+        storage.put(history_key(name, digest), self.history)
         new = Pointer(champion=ledger.champion, lines=lines, size=size, history=digest)
-        if new != before:
+        kept = {*needed, history_key(name, digest)}
+        spare = [key for key in there if key not in kept and LAYOUT_PATTERN.fullmatch(key)]
+        if new != before or spare:
+            # Before the deletion, also where it says the same: refused if another author was here
             storage.replace(pointer_key(name), render_json(new.model_dump()), tag)
-            # Only now: an author who will be refused may have put what is not ours before
-            needed = {*files, pointer_key(name), history_key(name, digest)}
-            storage.delete([key for key in there if key not in needed and self._is_spare(key)])
+            storage.delete(spare)
         return Published(storage.address, ledger.champion, lines, len(missing))
 
     def _require_own(self, pointer: Pointer, storage: ObjectStorage) -> None:
@@ -176,7 +184,7 @@ class _Snapshot:
             )
 
     def _iterate_files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the key and the local file of all that the history needs, as far as it is there."""
+        """Yield key and local path of each file that the versions of the history may have."""
         name = self.folder.name
         for version in self.ledger.by_version:
             prefix = version_key(name, version, self.ledger)
@@ -185,7 +193,7 @@ class _Snapshot:
             for _, digest in self.ledger.judgements(version):
                 path = judgement_path(self.folder, version, digest)
                 files[judgement_key(name, version, digest)] = path
-            yield from ((key, path) for key, path in files.items() if path.is_file())
+            yield from files.items()
 
     def _is_sound(self, place: Path) -> bool:
         """Return whether a version may be put; what is damaged here is left out, and said.
@@ -203,8 +211,3 @@ class _Snapshot:
             _log.warning("Not put into the mirror: %s", error)
             return False
         return True
-
-    def _is_spare(self, key: str) -> bool:
-        """Return whether an object is an old history, or of a version that was removed."""
-        kind, _, rest = key.partition("/")[2].partition("/")
-        return kind == "history" or rest.partition("/")[0] not in self.ledger.by_version

@@ -11,17 +11,26 @@ needs it. The pointer decides: what it does not need is not there for a reader.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from nested_core.errors import DamagedError
 from nested_core.registry.ledger import Ledger
+from nested_core.registry.versions import OPTIONAL_FILES, VERSION_FILES, VERSION_PATTERN
 from nested_core.rooms.mirror.object_storage import ObjectStorage
 from nested_core.storage.untrusted_files import parse_json
 
 MAX_POINTER_BYTES = 64 * 1024
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_HEX = VERSION_PATTERN.pattern
+_FILES = "|".join(map(re.escape, (*VERSION_FILES, *OPTIONAL_FILES)))
+# The keys of all that an author may delete: of whatever else lies below NAME/, nothing is ours
+LAYOUT_PATTERN = re.compile(
+    rf"[^/]+/(history/{_HEX}[.]jsonl|versions/{_HEX}/{_HEX}/({_FILES})|"
+    rf"judgements/{_HEX}/{_HEX}[.]json)"
+)
+Sha256 = Annotated[str, Field(pattern=f"^{_HEX}$")]
 
 
 class Pointer(BaseModel):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ SECONDS_OF_A_FETCH = 24 * 3600.0  # of a whole object, whose parts come in time
 RETRIES = 3
 SECONDS_BETWEEN_NEWS = 5.0  # of an answer that takes longer
 PART_BYTES = 5 * 2**20
+# In an error of the client: the server's answer, which may name the key's owner, and what follows
+ANSWER_PATTERN = re.compile(r"(status code: \d+[^:]*|error response): .*|\n.*", re.DOTALL)
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ENDPOINT_URL_S3")
 
 
@@ -205,9 +208,8 @@ class ObjectStorage:
             is_panic = type(error).__name__ == "PanicException"  # of a bad endpoint, say
             if not is_panic and not isinstance(error, errors.BaseError | ValueError):
                 raise
-            # The first line alone: what follows is the server's answer, which names the key's owner
-            said = str(error).partition("\n")[0].partition("<?xml")[0]
-            reason = shorten(said.rpartition(" - ")[2].rstrip(": "), 300)
+            said = ANSWER_PATTERN.sub(r"\1", str(error))
+            reason = shorten(said.rpartition(" - ")[2], 300)
             raise StorageError(
                 f"{self.address} cannot {attempt}: {reason}. Check the address, the network, and "
                 f"the credentials and endpoint in this process's environment (AWS_ACCESS_KEY_ID, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nested_core.registry.folders import (
     check_name,
     exclusive_folder_lock,
 )
-from nested_core.registry.judgements import judgement_path, read_judgement
+from nested_core.registry.judgements import has_all_judgements, judgement_path, read_judgement
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.link_and_views import NameFolder
 from nested_core.registry.mirroring import (
@@ -30,6 +29,7 @@ from nested_core.registry.mirroring import (
 )
 from nested_core.registry.versions import (
     CONTENT_FILES,
+    HASHED_AGAIN_AFTER_SECONDS,
     OPTIONAL_FILES,
     VERSION_PATTERN,
     inspect_version,
@@ -57,7 +57,6 @@ from nested_core.text.stages import stages
 CACHE_FOLDER_NAME = "mirrors"
 MAX_HISTORY_BYTES = 256 * 1024 * 1024
 MAX_JUDGEMENT_BYTES = 64 * 1024 * 1024
-ATTEMPTS, SECONDS_BETWEEN = 3, 0.5  # where the author removes what an old pointer needs
 
 
 def open_copy(address: str) -> Path:
@@ -83,17 +82,18 @@ def update_copy(registry: Path, name: str, version: str | None) -> None:
     with exclusive_lock(registry / f".{name}.lock"):
         copy = _Copy(registry / name, ObjectStorage(str(note["address"])))
         copy.finish_interrupted()
-        for attempt in range(1, ATTEMPTS + 1):
+        tried: Pointer | None = None
+        problem: ObjectMissing | None = None
+        while (pointer := copy.read_pointer()) != tried:
             try:
-                copy.update(version)
-                break
-            except ObjectMissing as error:
-                if attempt == ATTEMPTS:
-                    raise DamagedError(
-                        f"{copy.place} is torn: {error} `nested-tune registry mirror` on the "
-                        f"author's machine puts what is missing."
-                    ) from error
-                time.sleep(SECONDS_BETWEEN)
+                copy.update(pointer, version)
+                return
+            except ObjectMissing as error:  # the author may have removed what an old pointer needs
+                tried, problem = pointer, error
+        raise DamagedError(
+            f"{copy.place} is torn: {problem} `nested-tune registry mirror` on the author's "
+            f"machine puts what is missing, or says what is damaged there."
+        ) from problem
 
 
 class _Copy:
@@ -102,7 +102,7 @@ class _Copy:
     def __init__(self, folder: Path, storage: ObjectStorage) -> None:
         self.folder, self.storage, self.name = folder, storage, folder.name
         self.place = f"{storage.address}/{folder.name}"
-        self.staging = folder.parent / f".staging-{folder.name}"
+        self.staging = folder.parent / ".staging" / folder.name
 
     def finish_interrupted(self) -> None:
         """Remove what a killed process left, and have the link say what the history says."""
@@ -111,18 +111,19 @@ class _Copy:
             with exclusive_folder_lock(self.folder) as lock:
                 NameFolder(self.folder, lock, read_ledger(self.folder)).write_views()
 
-    def update(self, version: str | None) -> None:
-        """Take the mirror's history, with a version's files; ObjectMissing if some are not there.
+    def update(self, pointer: Pointer, version: str | None) -> None:
+        """Take the history that the mirror's pointer means, with the files of the champion.
 
-        version: as of `nested_core.registry.mirroring.update_copy`.
+        Raises ObjectMissing if some are not there.
+
+        version: whose files are needed, too, as of `nested_core.registry.mirroring.update_copy`.
         """
-        pointer = self._read_pointer()
         path = self.folder / LEDGER_NAME
         known = read_regular(path) if file_type(path) == "file" else b""
         is_news = hashlib.sha256(known).hexdigest() != pointer.history
         if not is_news and not self._list_missing(read_ledger(self.folder), version):
             return
-        self.staging.mkdir(mode=0o700)
+        self.staging.mkdir(mode=0o700, parents=True)
         try:
             ledger = self._fetch_history(pointer, known)
             for one in self._list_missing(ledger, version):
@@ -131,7 +132,7 @@ class _Copy:
         finally:
             shutil.rmtree(self.staging, ignore_errors=True)
 
-    def _read_pointer(self) -> Pointer:
+    def read_pointer(self) -> Pointer:
         """Read the mirror's pointer; ConfigError without one, DamagedError where it was there."""
         try:
             return read_pointer(self.storage, self.name)[0]
@@ -150,7 +151,9 @@ class _Copy:
         """
         key, target = history_key(self.name, pointer.history), self.staging / LEDGER_NAME
         if pointer.size > MAX_HISTORY_BYTES:
-            raise DamagedError(f"{self.place}/{key} is larger than {MAX_HISTORY_BYTES} bytes.")
+            raise DamagedError(
+                f"{self.storage.address}/{key} is larger than {MAX_HISTORY_BYTES} bytes."
+            )
         digest = self.storage.fetch(key, target, size=pointer.size)
         content = read_regular(target)
         if not content.startswith(known):
@@ -177,26 +180,23 @@ class _Copy:
         return ledger
 
     def _list_missing(self, ledger: Ledger, wanted: str | None) -> list[str]:
-        """Return the wanted versions that the copy does not have as the history records them.
+        """Return champion and wanted versions that the copy does not have as the history has them.
 
-        Their files are checked by whoever reads them.
+        A file that was hashed is hashed again once it is changed, or after a day.
         """
-        versions = [] if ledger.champion is None else [ledger.champion]
+        versions = set() if ledger.champion is None else {ledger.champion}
         if wanted == EVERY_VERSION:
-            versions = sorted(ledger.by_version)
+            versions |= ledger.by_version.keys()
         elif wanted is not None:
             (self.folder / VERSIONS_FOLDER_NAME).mkdir(mode=0o700, parents=True, exist_ok=True)
-            versions = [resolve_version(self.folder, wanted, ledger)]
-        return [version for version in versions if not self._has(version, ledger)]
+            versions.add(resolve_version(self.folder, wanted, ledger))
+        return [version for version in sorted(versions) if not self._has(version, ledger)]
 
     def _has(self, version: str, ledger: Ledger) -> bool:
-        verdicts = [judgement_path(self.folder, version, d) for _, d in ledger.judgements(version)]
-        try:
-            manifest = read_manifest(self.folder / VERSIONS_FOLDER_NAME / version)
-        except DamagedError:
-            return False
-        is_recorded = manifest["digest"] in ledger.manifest_hashes(version)
-        return is_recorded and all(path.is_file() for path in verdicts)
+        place = self.folder / VERSIONS_FOLDER_NAME / version
+        recorded = ledger.manifest_hashes(version)
+        findings, _ = inspect_version(place, version, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS)
+        return not findings and has_all_judgements(self.folder, version, ledger)
 
     def _fetch_version(self, version: str, ledger: Ledger) -> None:
         """Fetch a version with its verdicts into the staging folder, and check them there."""
@@ -210,12 +210,16 @@ class _Copy:
         for name in files.keys() & {*CONTENT_FILES, *OPTIONAL_FILES}:  # others are found below
             size = files[name].get("bytes") if isinstance(files[name], dict) else None
             if not isinstance(size, int):
-                raise DamagedError(f"{self.place}/{key}: its manifest has no size of {name}.")
+                raise DamagedError(
+                    f"{self.storage.address}/{key}: its manifest has no size of {name}."
+                )
             self.storage.fetch(f"{key}/{name}", place / name, size=size)
         findings, _ = inspect_version(place, version, ledger.manifest_hashes(version))
         if findings:
             problems = "; ".join(f"{one.file.name} {one.message}" for one in findings)
-            raise DamagedError(f"{self.place}/{key} is not what its history records: {problems}.")
+            raise DamagedError(
+                f"{self.storage.address}/{key} is not what its history records: {problems}."
+            )
         for number, digest in ledger.judgements(version):
             verdict = judgement_key(self.name, version, digest)
             content, _ = self.storage.read(verdict, MAX_JUDGEMENT_BYTES)

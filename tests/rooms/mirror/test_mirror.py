@@ -24,6 +24,7 @@ from nested_core.registry import (
     read_verified_version,
     rollback,
 )
+from nested_core.registry.folders import list_names
 from nested_core.registry.ledger import read_ledger
 from nested_core.registry.mirroring import (
     EVERY_VERSION,
@@ -130,6 +131,21 @@ def test_a_copy_fetches_again_what_it_lost_or_was_damaged_there(registry, addres
     weights.write_bytes(b"x" * weights.stat().st_size)
     update_copy(copy, NAME, other)
     assert audit(copy, NAME).is_sound
+
+
+def test_a_copy_that_is_being_updated_has_no_other_name(registry, address, monkeypatch) -> None:
+    begin_mirror(registry, address)
+    copy, fetch, seen = open_copy(address), ObjectStorage.fetch, set[str]()
+
+    def look(self, key, target, **more):
+        digest = fetch(self, key, target, **more)
+        seen.update(list_names(copy))
+        return digest
+
+    monkeypatch.setattr(ObjectStorage, "fetch", look)
+    read_copy(address)
+    assert seen == set()
+    assert list_names(copy) == [NAME]
 
 
 def test_what_is_not_of_the_mirror_is_never_deleted(registry, address) -> None:
