@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 
-from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.records.dataset import PromptFormat
 from nested_core.registry import (
     list_versions,
@@ -120,22 +120,26 @@ class ChampionFollower:
         """Bring the copy of a registry in object storage up to date, now and then."""
         if time.monotonic() < self._next_mirror_poll.get(name, 0.0):
             return
-        what = f"mirror of {name}"
+        what, pause = f"mirror of {name}", MIRROR_POLL_SECONDS
         try:
             update_copy(self._registry, name)
             self.problems.pop(what, None)
         except (NestedTuneError, OSError) as error:
             self._tell_problem(what, str(error))
-        self._next_mirror_poll[name] = time.monotonic() + MIRROR_POLL_SECONDS
+            if isinstance(error, DamagedError):  # its weights may be fetched to see that
+                pause = RETRY_SECONDS
+        self._next_mirror_poll[name] = time.monotonic() + pause
 
     def _read_sound_version(self, name: str, version: str) -> ServedVersion:
         """Read a version, re-hash it, and ask its canary; raises where it cannot be served."""
         reason, until = self._failed_canaries.get((name, version), ("", 0.0))
         if time.monotonic() < until:
             raise ConfigError(f"{name}@{version} is not served here: {reason}")
-        if version not in self.list_versions(name):
+        try:
+            verified = read_verified_version(self._registry, name, version)
+        except NestedTuneError:  # a copy of object storage lacks it, or has lost some of it
             update_copy(self._registry, name, version)
-        verified = read_verified_version(self._registry, name, version)
+            verified = read_verified_version(self._registry, name, version)
         require_same_base(verified, self._base)
         rows = PromptFormat.read(verified.adapter.path / PROVENANCE_NAME)
         begin = (rows.system, rows.is_chat) if rows else ()

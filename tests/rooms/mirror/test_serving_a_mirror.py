@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from flows.cli import main
 from nested_core.errors import ConfigError
 from nested_core.registry import rollback
-from nested_core.registry.mirroring import set_mirror
+from nested_core.registry.mirroring import EVERY_VERSION, open_copy, set_mirror, update_copy
 from nested_core.rooms.mirror.author import publish
 from nested_core.rooms.mirror.object_storage import ObjectStorage
 from nested_core.rooms.serve import follower
@@ -31,6 +32,7 @@ def wait_for(client: Client, version: str) -> None:
 def served(runs, address: str, tmp_path: Path, monkeypatch) -> tuple[str, Path]:
     """A champion in a registry that is mirrored, and its registry."""
     monkeypatch.setattr(follower, "MIRROR_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(follower, "RETRY_SECONDS", 4.0)
     version = promote_run(runs[1], tmp_path / "registry")
     set_mirror(tmp_path / "registry" / NAME, address)
     publish(tmp_path / "registry" / NAME, address)
@@ -61,6 +63,40 @@ def test_a_server_follows_a_mirror_and_keeps_its_champion_where_that_is_torn(
         storage.replace(key, pointer, storage.read(key, 10**6)[1])
         wait_until(lambda: client.health()["problems"] == [])
         wait_for(client, promote_run(runs[4], registry))
+
+
+def test_a_server_heals_its_copy_and_tries_a_torn_champion_now_and_then(
+    served, runs, address, monkeypatch
+) -> None:
+    first, registry = served
+    second = promote_run(runs[2], registry)
+    copy, fetch, histories = open_copy(address), ObjectStorage.fetch, list[str]()
+    update_copy(copy, NAME, EVERY_VERSION)
+    pinned, champion = (copy / NAME / "versions" / v / "gate.json" for v in (first, second))
+    pinned.write_text("damaged")
+
+    def note(self, key, target, **more):
+        histories.extend([key] if "/history/" in key else [])
+        return fetch(self, key, target, **more)
+
+    with serving(settings(Path("unused"), "--registry", address, "--name", NAME)) as client:
+        wait_for(client, second)
+        assert client.chat(f"{NAME}@{first[:12]}").version == first
+        assert pinned.read_text() != "damaged"
+        # A file of the champion is lost here, and torn there: one attempt, then a pause
+        storage = ObjectStorage(address)
+        listed = (stored.key for stored in storage.list_objects(""))
+        lost = next(k for k in listed if second in k and k.endswith("gate.json"))
+        content, _ = storage.read(lost, 10**6)
+        storage.delete([lost])
+        monkeypatch.setattr(ObjectStorage, "fetch", note)
+        champion.unlink()
+        wait_until(lambda: any("is torn" in told for told in client.health()["problems"]))
+        time.sleep(2)
+        assert len(histories) == 1
+        assert client.chat().version == second
+        storage.put(lost, content)
+        wait_until(champion.exists)
 
 
 def test_a_server_begins_with_what_was_read_before_where_the_mirror_is_away(
