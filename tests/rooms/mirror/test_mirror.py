@@ -22,6 +22,7 @@ from nested_core.registry import (
     list_versions,
     read_champion,
     read_verified_version,
+    register,
     rollback,
 )
 from nested_core.registry.folders import list_names
@@ -118,13 +119,20 @@ def test_a_champion_of_the_right_sizes_and_wrong_bytes_is_put_again_by_hand(
     assert read_copy(address) == champion
 
 
-def test_a_copy_fetches_again_what_it_lost_or_was_damaged_there(registry, address) -> None:
+def test_a_copy_fetches_again_what_it_lost_or_was_damaged_there(
+    registry, address, tmp_path
+) -> None:
     begin_mirror(registry, address)
+    again = write_run(tmp_path / "again", 2, initial="1" * 64)  # a later verdict on the champion
+    assert register(again, registry, NAME, {"parent": "p" * 64}) == read_champion(registry, NAME)
+    publish(registry / NAME, address)
     champion, copy = str(read_copy(address)), open_copy(address)
     place = copy / NAME / "versions" / champion
     (place / "gate.json").write_text("damaged")
     (place / "provenance.json").unlink()
     assert read_copy(address) == champion
+    (verdict,) = (copy / NAME / "judgements" / champion).iterdir()
+    verdict.write_text("damaged")
     update_copy(copy, NAME, EVERY_VERSION)
     (other,) = {*list_versions(copy, NAME)} - {champion}
     weights = copy / NAME / "versions" / other / "adapters.safetensors"
