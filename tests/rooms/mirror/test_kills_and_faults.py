@@ -26,7 +26,7 @@ from tests.rooms.mirror.forked_steps import Forker
 from tests.rooms.mirror.s3_server import FAULTS, FaultyProxy
 
 COUNT = int(os.environ.get("NESTED_TUNE_MIRROR_FAULTS", "20"))
-SECONDS_OF_A_STEP = {"promote": 0.5, "read": 0.08}  # about what one takes that nothing disturbs
+SECONDS_OF_A_STEP = {"promote": 0.25, "read": 0.08}  # about what one takes that nothing disturbs
 pytestmark = pytest.mark.production
 
 
