@@ -68,12 +68,13 @@ run again.
 
 ## Planted by strangers
 
-Three strangers, who knew the documents but not the gate's code, planted failures of their own
-(`blind.jsonl`). nested-tune noticed **one of the first ten**, **one of the second fourteen** and
-**five of the third fourteen** (six with all controls; no twin was warned by default). Of the third,
-none of five in the data was noticed by default, and one plant was weak. Eight of the first ten were
-mended afterwards, which no row shows. Most of the others show only where two things are compared,
-such as answers shifted by one row. Only these first numbers say something of
+Four strangers, who knew the documents but not the gate's code, planted failures of their own
+(`blind.jsonl`). nested-tune noticed **one of ten**, then of fourteen each **one**, **five** (six
+with all controls) and **six** (seven; one twin warned, rightly; four plants weak, one of them
+noticed). Each number is from before the mends of what was missed, which no row shows. Data lack
+most: of ten plants in the data of the last two strangers one was noticed by default. What lacks
+shows where two things are compared: shifted answers and wrong labels of a few rows, the form of
+train and valid, the earlier task of an adapter that goes on. Only these first numbers tell of
 failures that nobody has thought of yet. The list's own first rows are in `first-count.jsonl`: 23 of
 25 noticed; the other ten had no row before mends began. Of eight real data sets with 79,468 rows in
 the largest six none was warned of (rows not kept).

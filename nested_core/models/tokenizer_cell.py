@@ -56,7 +56,10 @@ TEXT_SECONDS = 3.0  # of processor time; most templates take less than a millise
 SECONDS_PER_CHARACTER = 1e-5  # more for what is long
 CLOCK_SECONDS_PER_CHARACTER = 1e-4  # for many rows, each of which has its own limit
 
-_lock = threading.Lock()
+KEPT_TOKENIZERS = 2  # that a process keeps loaded
+SHORT_TEXT = 64  # characters of a call whose answer is kept
+
+_lock = threading.RLock()
 _kept: dict[int, TokenizerCell] = {}  # the cell of each process, by its id
 _is_cell = threading.Event()
 
@@ -85,6 +88,7 @@ class TokenizerCell(Cell):
 
     def __init__(self) -> None:
         """Start the process."""
+        self._sizes: dict[TokenizerFiles, int] = {}  # of those that it was asked for
         self._base_bytes = BASE_BYTES + is_mlx_built_for_cuda() * CUDA_LIBRARY_BYTES
         super().__init__(
             f"{__name__}:do_job",
@@ -105,10 +109,12 @@ class TokenizerCell(Cell):
         # The process may have been started in another folder
         files = files._replace(folder=str(Path(files.folder).absolute()))
         size = _measure(files)
+        self._sizes[files] = size
+        held = sum(sorted(self._sizes.values())[-KEPT_TOKENIZERS:])
         characters = request["characters"]
         to_load = BASE_SECONDS + SECONDS_PER_BYTE * size
         self.allowance = Allowance(
-            self._base_bytes + BYTES_PER_TOKENIZER_BYTE * size + BYTES_PER_CHARACTER * characters,
+            self._base_bytes + BYTES_PER_TOKENIZER_BYTE * held + BYTES_PER_CHARACTER * characters,
             TEXT_SECONDS if characters else to_load,
             CLOCK_FACTOR * (to_load + CLOCK_SECONDS_PER_CHARACTER * characters),
         )
@@ -130,7 +136,7 @@ class TokenizerCell(Cell):
 @lru_cache(maxsize=4)
 def _measure(files: TokenizerFiles) -> int:
     """Return the bytes that a tokenizer's files take on disk."""
-    return sum(map(size_on_disk, Path(files.folder).glob("tokenizer*")))
+    return sum(size_on_disk(f) for f in Path(files.folder).glob("tokenizer*") if f.is_file())
 
 
 def _read_line(path: str | None) -> str:
@@ -183,6 +189,15 @@ def _keep_cell() -> TokenizerCell:
     return cell
 
 
+def _renew_lock() -> None:
+    """Take a new lock in a forked process: another thread of its parent may hold the old one."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 @atexit.register
 def end_kept_cell() -> None:
     """End the cell that this process keeps; it is started again when it is needed."""
@@ -190,11 +205,12 @@ def end_kept_cell() -> None:
         cell.end()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=KEPT_TOKENIZERS)
 def load_bounded_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
     """Load a tokenizer, which renders and encodes in a cell; ConfigError if it cannot be loaded."""
     if _is_cell.is_set():
         return _load(files)
+    files = files._replace(folder=str(Path(files.folder).absolute()))
     try_to_load(files)
     tokenizer = _load(files)
     for method in ("apply_chat_template", "encode"):  # which mlx_lm's wrapper passes on
@@ -214,8 +230,21 @@ def try_to_load(files: TokenizerFiles) -> bool:
 
 
 def _call_in_cell(files: TokenizerFiles, method: str, /, *arguments: Any, **options: Any) -> Any:
-    """Call a method of a tokenizer in the kept cell; raise what it raises, by name and text."""
+    """Call a method of a tokenizer in the kept cell; raise what it raises, by name and text.
+
+    Short texts are made into tokens once: mlx_lm's server asks for those of a line's end in the
+    thread of all answers.
+    """
+    if method == "encode" and len(str(arguments)) + len(str(options)) <= SHORT_TEXT:
+        return [*_encode_short(files, arguments, tuple(sorted(options.items())))]
     return _ask_for(files, method, "making tokens of a text", arguments, options)
+
+
+@lru_cache(maxsize=256)
+def _encode_short(
+    files: TokenizerFiles, arguments: tuple[Any, ...], options: tuple[tuple[str, Any], ...]
+) -> Any:
+    return _ask_for(files, "encode", "making tokens of a text", arguments, dict(options))
 
 
 def _ask_for(files: TokenizerFiles, method: str | None, done: str, *given: object) -> Any:

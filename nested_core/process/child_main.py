@@ -78,7 +78,10 @@ def main(name: str) -> None:
             failure = print_and_describe(error)
         while (line := requests.next()) is not None:
             reply = failure if function is None else call(function, json.loads(line))
-            text = json.dumps(reply)
+            try:
+                text = json.dumps(reply)
+            except (TypeError, ValueError) as error:  # no JSON value
+                text = json.dumps(print_and_describe(error))
             requests.note_answered()
             answers.write(f"{text}\n")
             answers.flush()

@@ -145,6 +145,7 @@ def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[st
     The file is read here only to know the number of each range's first line.
     """
     path = lines.source.path
+    is_original = lines.source.numbers is None and lines.source.name == path.name
     first_line = 1
     skip = sorted(lines.source.physical_lines_of(set(lines.skip)))
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
@@ -161,8 +162,8 @@ def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[st
                 "skip": skipped,
                 "part": str(part),
                 "characters": byte_range.end - byte_range.start,
-                "done": f"making tokens of {path.name}",
-                "line_file": str(current_line_path(part)),
+                "done": f"making tokens of {lines.source.name}",
+                "line_file": str(current_line_path(part)) if is_original else None,
             }
             first_line = next_line
 

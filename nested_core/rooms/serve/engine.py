@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
@@ -160,6 +161,11 @@ class VersionProvider(ModelProvider):
         tokenizer = source.load()  # in a process with limits, before it is loaded here
         with naming_unloadable_model(Path(self.cli_args.model)):
             self._load(self.cli_args.model, None, self.cli_args.draft_model)
+        if (template := self.tokenizer.chat_template) != tokenizer.chat_template:
+            inner = tokenizer._tokenizer  # by --chat-template
+            inner.chat_template = template
+            inner.apply_chat_template = partial(inner.apply_chat_template, chat_template=template)
+            tokenizer.has_chat_template = True
         self.tokenizer = tokenizer
         self.base = self.model
         leaves: Any = tree_flatten(self.base.parameters())

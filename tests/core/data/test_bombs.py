@@ -24,7 +24,11 @@ from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.parallel_tokenization import LinesToTokenize, tokenize_splits
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
-from nested_core.models.tokenizer_cell import end_kept_cell
+from nested_core.models.tokenizer_cell import (
+    BYTES_PER_TOKENIZER_BYTE,
+    TokenizerCell,
+    end_kept_cell,
+)
 from nested_core.process import child
 from nested_core.records.dataset import Finding
 from tests.builders.adapter_folders import base_copy
@@ -181,6 +185,24 @@ def test_a_sparse_file_beside_a_tokenizer_allows_no_more_memory(tmp_path: Path) 
         file.truncate(2**34)
     with pytest.raises(ConfigError, match=limit):
         source.load().apply_chat_template([{"role": "user", "content": "Where?"}])
+
+
+def test_a_small_tokenizer_beside_a_large_one_may_take_what_both_need(tmp_path: Path) -> None:
+    large = base_copy(tmp_path / "large")
+    (large / "tokenizer.model").write_bytes(bytes(20_000_000))
+    with TokenizerCell() as cell:
+        for folder in (large, MODEL):
+            cell.ask(
+                {
+                    "job": "nested_core.models.tokenizer_cell:call_tokenizer",
+                    "files": (str(folder), False, "as it is"),
+                    "method": None,
+                    "given": (),
+                    "characters": 0,
+                    "done": "loading",
+                }
+            )
+        assert cell.allowance.memory_bytes > 20_000_000 * BYTES_PER_TOKENIZER_BYTE
 
 
 def processor_time() -> float:

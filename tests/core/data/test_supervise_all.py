@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import Metaspace
 
 from nested_core.config.loading import parse_config
@@ -202,9 +204,13 @@ def test_tokenising_a_chat_once_gives_the_spans_of_tokenising_each_beginning(
     template: str, chats: str
 ) -> None:
     count, metaspace = CHATS[chats]
-    tokenizer = build_tokenizer(template).load()
+    source = build_tokenizer(template)
     if metaspace:
-        tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first")
+        path = str(Path(source.folder, "tokenizer.json"))
+        backend = Tokenizer.from_file(path)
+        backend.pre_tokenizer = Metaspace(prepend_scheme="first")
+        backend.save(path)
+    tokenizer = source.load()
     dice = random.Random(template)
     for _ in range(count):
         example = random_chat(dice)

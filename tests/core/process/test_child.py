@@ -76,6 +76,17 @@ def test_the_program_imports_nothing_of_ours() -> None:
     assert {str(name).partition(".")[0] for name in imported} <= sys.stdlib_module_names
 
 
+def test_an_answer_that_json_does_not_have_is_an_error_and_the_next_one_comes(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "sets.py"
+    path.write_text("def answer(request):\n    return {1, 2} if request else 'none'\n")
+    with Child(path) as asked:
+        with pytest.raises(ChildFailed, match="set is not JSON serializable"):
+            asked.ask(True, 30)
+        assert asked.ask(False, 30) == "none"
+
+
 def test_each_request_has_its_answer_whatever_is_printed(program: Path) -> None:
     with Child(program) as asked:
         assert asked.ask(["twice", 1, None]) == [1, None, 1, None]

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from tests.example import MODEL
 from tests.rooms.serve.versions import NAME, Client, serving, settings
 
 pytestmark = pytest.mark.slow("sends the requests of mlx_lm's own tests")
@@ -98,6 +100,20 @@ def test_handle_chat_completions(version_and_registry: tuple[str, Path], case: s
         body = chat(client, CONVERSATIONS[case], **SAMPLED)
     assert body["id"]
     assert body["choices"]
+
+
+def test_the_operators_template_is_what_a_chat_is_rendered_by(
+    version_and_registry: tuple[str, Path],
+) -> None:
+    flags = ("--name", NAME, "--chat-template", "OPERATOR {{ messages[0].content }}")
+    with serving(settings(version_and_registry[1], *flags)) as client:
+        body = chat(client, [{"role": "user", "content": "Where is Oslo?"}], **GREEDY)
+    tokens = (
+        TokenizerSource(str(MODEL))
+        .load()
+        .encode("OPERATOR Where is Oslo?", add_special_tokens=False)
+    )
+    assert body["usage"]["prompt_tokens"] == len(tokens)
 
 
 def test_handle_models(client: Client) -> None:
