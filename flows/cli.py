@@ -160,7 +160,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 finish = parsed.run(parsed)
             return int(finish() if callable(finish) else finish)
     except NestedTuneError as error:
-        return _print_error(error, error.exit_code, arguments)
+        text_or_none = explain_file_limit(error)  # of a process that makes tokens
+        code = error.exit_code if text_or_none is None else ConfigError.exit_code
+        return _print_error(error, code, arguments, text_or_none)
     except KeyboardInterrupt as error:
         return _print_error(error, INTERRUPTED_EXIT_CODE, arguments, "interrupted")
     except BrokenPipeError:

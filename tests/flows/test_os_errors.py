@@ -68,7 +68,7 @@ def test_an_error_without_number_or_path_is_a_paragraph_too() -> None:
 def test_a_hard_limit_of_open_files_below_mlx_lms_is_told_in_one_sentence(tmp_path: Path) -> None:
     write_config(tmp_path / "config.yaml")
     done = subprocess.run(
-        [PROGRAM, "validate", "-c", "config.yaml"],
+        [PROGRAM, "train", "-c", "config.yaml"],
         cwd=tmp_path,
         preexec_fn=limit_open_files,  # noqa: PLW1509
         capture_output=True,

@@ -337,6 +337,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, object]:
         facts.append((line, len(beginnings), content, *more))
         for doubt in dict.fromkeys((note.check, note.message) for note in encoded.notes):
             doubts.setdefault(doubt, [line, 0])[1] += 1  # one line more has this doubt
+    limit_text(request["characters"])  # for all rows together: no row of them is at work any more
     current_line_path(part).unlink()
     write_token_part(part, tokens=all_tokens, target_mask=target_mask, beginnings=all_beginnings)
     np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(facts_path(part))

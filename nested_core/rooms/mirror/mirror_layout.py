@@ -27,7 +27,7 @@ _HEX = VERSION_PATTERN.pattern
 _FILES = "|".join(map(re.escape, (*VERSION_FILES, *OPTIONAL_FILES)))
 # The keys of all that an author may delete: of whatever else lies below NAME/, nothing is ours
 LAYOUT_PATTERN = re.compile(
-    rf"[^/]+/(history/{_HEX}[.]jsonl|versions/{_HEX}/{_HEX}/({_FILES})|"
+    rf"[^/]{{1,255}}/(history/{_HEX}[.]jsonl|versions/{_HEX}/{_HEX}/({_FILES})|"
     rf"judgements/{_HEX}/{_HEX}[.]json)"
 )
 Sha256 = Annotated[str, Field(pattern=f"^{_HEX}$")]

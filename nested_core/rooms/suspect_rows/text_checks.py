@@ -43,7 +43,7 @@ _MAY_BE_ENCODED = r"&[#A-Za-z]\w+;|\\[unrt]|%[0-9A-F]{2}"  # the same or more, f
 # Where it is meant: within quotation marks, code, formulas and addresses
 _QUOTED = re.compile(
     r"(?s)```.*?(?:```|\Z)|`[^`]*`|(?<!\\)\"(?:\\.|[^\"\\])*\"|(?<!\w)'(?:\\.|[^'\\\n])*'(?!\w)"
-    r"|\$[^$]*\$|\S*/\S*"
+    r"|\$[^$]*\$|[^\s/]{0,99}/\S*"
 )
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 # Words that end no sentence; an answer that ends in one, without a full stop, was cut off.

@@ -20,6 +20,7 @@ from benchmarks.silent_failures.broken.broken_preferences import count_prompts, 
 from nested_core import seams
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data import parallel_jobs
 from nested_core.data.lines import example_parsing
 from nested_core.errors import ConfigError, DamagedError, DatasetError, TrainingStopped
 from nested_core.gate.judge import judge_run
@@ -425,6 +426,7 @@ def test_planted_mask_counts_the_prompt(tmp_path: Path, monkeypatch) -> None:
         count_prompts(answer_rows)
         uncached = example_parsing.formats_of_loss.__wrapped__
         planted.setattr(example_parsing, "formats_of_loss", uncached)
+        planted.setattr(parallel_jobs, "ask_kept_cell", parallel_jobs.run_job)  # has no plant
         run = prepare(config, tmp_path / "run")
         with pytest.raises(DatasetError, match="the loss would count prompts too"):
             train(config, run)
