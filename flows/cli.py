@@ -24,7 +24,7 @@ from flows.process.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal.console import print_progress
 from nested_core import seams
 from nested_core.backend import collecting_no_garbage
-from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.errors import ConfigError, DataWorkerFailed, NestedTuneError
 from nested_core.process.command_parent import Restart, end_with_parent, has_parent
 from nested_core.process.our_packages import RUN_MODULE
 from nested_core.storage.addresses import is_in_bucket, require_bucket, require_no_address
@@ -160,7 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 finish = parsed.run(parsed)
             return int(finish() if callable(finish) else finish)
     except NestedTuneError as error:
-        text_or_none = explain_file_limit(error)  # of a process that makes tokens
+        is_of_process = isinstance(error, DataWorkerFailed)  # which imports mlx_lm
+        text_or_none = explain_file_limit(error) if is_of_process else None
         code = error.exit_code if text_or_none is None else ConfigError.exit_code
         return _print_error(error, code, arguments, text_or_none)
     except KeyboardInterrupt as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -93,6 +94,7 @@ def run_jobs(
             yield answer
         return
     environment = environment_with_user_tmpdir() | ONE_CORE
+    start = partial(Child, f"{__name__}:run_job_in_worker", environment=environment)
     workers: list[Child] = []
     idle: SimpleQueue[Child] = SimpleQueue()
     threads = ThreadPoolExecutor(processes)  # one waits for each worker
@@ -112,11 +114,7 @@ def run_jobs(
 
     try:
         for _ in range(processes):
-            workers.append(
-                TokenizerCell()
-                if in_cells
-                else Child(f"{__name__}:run_job_in_worker", environment=environment)
-            )
+            workers.append(TokenizerCell() if in_cells else start())
             idle.put(workers[-1])
         futures = {
             threads.submit(ask_idle_worker, item): index for index, item in enumerate(requests)

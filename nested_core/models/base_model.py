@@ -143,6 +143,12 @@ def fingerprint_tokenizer(folder: Path) -> str:
     return digest_json(named)
 
 
+def find_tokenizer_files(folder: Path, trust_remote_code: bool) -> TokenizerFiles:
+    """Return what is loaded of a folder's tokenizer, in whatever process; changed files differ."""
+    fingerprint = fingerprint_tokenizer(folder)
+    return TokenizerFiles(str(folder.absolute()), trust_remote_code, fingerprint)
+
+
 def is_same_base(recorded: str, folder: Path) -> bool:
     """Whether `folder` holds the base model that a recorded fingerprint was taken of.
 
@@ -325,8 +331,7 @@ def load_lazily(
 
     with naming_unloadable_model(folder):
         model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    files = TokenizerFiles(str(folder), trust_remote_code, fingerprint_tokenizer(folder))
-    tokenizer: Any = load_bounded_tokenizer(files)
+    tokenizer: Any = load_bounded_tokenizer(find_tokenizer_files(folder, trust_remote_code))
     return model, tokenizer, config
 
 

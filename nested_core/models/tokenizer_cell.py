@@ -75,7 +75,8 @@ TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
 class TokenizerFiles(NamedTuple):
     """The folder of a tokenizer, whether its code may run, and the hash of its files.
 
-    By the hash changed files are loaded again.
+    The path is absolute, for the cell may have been started in another folder. By the hash changed
+    files are loaded again.
     """
 
     folder: str
@@ -106,8 +107,6 @@ class TokenizerCell(Cell):
         Raises ConfigError if the process takes more than it may, DataWorkerFailed if it fails.
         """
         files = TokenizerFiles(*request["files"])
-        # The process may have been started in another folder
-        files = files._replace(folder=str(Path(files.folder).absolute()))
         size = _measure(files)
         self._sizes[files] = size
         held = sum(sorted(self._sizes.values())[-KEPT_TOKENIZERS:])
@@ -119,7 +118,7 @@ class TokenizerCell(Cell):
             CLOCK_FACTOR * (to_load + CLOCK_SECONDS_PER_CHARACTER * characters),
         )
         try:
-            return super().ask({**request, "files": files, "seconds_to_load": to_load}, seconds)
+            return super().ask({**request, "seconds_to_load": to_load}, seconds)
         except CellEnded as ended:
             raise ConfigError(
                 f"model: {request['done']}{_read_line(request.get('line_file'))} was ended: "
@@ -210,7 +209,6 @@ def load_bounded_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
     """Load a tokenizer, which renders and encodes in a cell; ConfigError if it cannot be loaded."""
     if _is_cell.is_set():
         return _load(files)
-    files = files._replace(folder=str(Path(files.folder).absolute()))
     try_to_load(files)
     tokenizer = _load(files)
     for method in ("apply_chat_template", "encode"):  # which mlx_lm's wrapper passes on

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nested_core.models.base_model import find_model_folder, fingerprint_tokenizer
+from nested_core.models.base_model import find_model_folder, find_tokenizer_files
 from nested_core.models.tokenizer_cell import TokenizerFiles, load_bounded_tokenizer
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ class TokenizerSource:
     @property
     def files(self) -> TokenizerFiles:
         """What is loaded; changed files are others."""
-        fingerprint = fingerprint_tokenizer(Path(self.folder))
-        return TokenizerFiles(self.folder, self.trust_remote_code, fingerprint)
+        return find_tokenizer_files(Path(self.folder), self.trust_remote_code)
 
     def load(self) -> TokenizerWrapper:
         """Load the tokenizer in mlx_lm's wrapper; ConfigError if the folder has none.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -311,11 +311,15 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
 
 
 def start_proof_process(base: Path | None = None, *, trusts_remote_code: bool = False) -> Child:
-    """Start a process that imports mlx_lm, loads a base if one is given, and awaits a request."""
+    """Start a process that imports mlx_lm, loads a base if one is given, and awaits a request.
+
+    What is wrong with the base is told by the request that asks for it.
+    """
     process = start_reader(MLX_LM_PROGRAM)
     if base is not None:
-        request = describe_request([], base, trusts_remote_code=trusts_remote_code)
-        process.send(request | {"load_ahead": str(base)})
+        with suppress(NestedTuneError):
+            request = describe_request([], base, trusts_remote_code=trusts_remote_code)
+            process.send(request | {"load_ahead": str(base)})
     return process
 
 

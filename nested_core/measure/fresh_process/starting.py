@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from nested_core import backend
-from nested_core.models.base_model import fingerprint_tokenizer, vocabulary_size
-from nested_core.models.tokenizer_cell import TokenizerFiles, try_to_load
+from nested_core.models.base_model import find_tokenizer_files, vocabulary_size
+from nested_core.models.tokenizer_cell import try_to_load
 from nested_core.process.child import Child
 from nested_core.training.loss.logit_budget import positions_at_once
 
@@ -44,7 +44,7 @@ def describe_request(
 
     Raises ConfigError if the base's tokenizer takes more than it may while it is loaded.
     """
-    try_to_load(TokenizerFiles(str(base), trusts_remote_code, fingerprint_tokenizer(base)))
+    try_to_load(find_tokenizer_files(base, trusts_remote_code))
     defaults: dict[str, object] = dict.fromkeys(
         ("texts", "prompts", "columns", "rows", "questions"), ()
     )

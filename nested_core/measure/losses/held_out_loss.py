@@ -194,10 +194,10 @@ class LoadedBase:
         A batch of few positions leaves a GPU idle between its kernels. Without a limit of memory
         there is room for more, since nothing is kept for gradients.
         """
-        config, longest = self.config, int(max(split.lengths, default=1))
+        config = self.config
         if not backend.computes_on_cuda() or config.training.memory_limit_gb is not None:
             return config.batch_size
-        positions = min(longest, config.max_seq_length)
+        positions = min(int(split.lengths.max(initial=1)), config.max_seq_length)
         return max(config.batch_size, POSITIONS_OF_A_BATCH_ON_CUDA // positions)
 
     def example_loss_sums(

@@ -12,7 +12,6 @@ import numpy as np
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.gate.checks.judged import CheckedRun
 from nested_core.models.generation import Sampling, answer_prompts
-from nested_core.models.parameters import in_evaluation_mode
 from nested_core.records.losses import Vector
 from nested_core.records.paired_difference import Indices
 from nested_core.records.verdict import CheckRow
@@ -66,7 +65,7 @@ def measure_surprises(judged: CheckedRun, train: TokenizedSplit) -> Result:
     if count:
         at = unlike[:LISTED_ROWS]
         prompts = [rows[index].prompt.tolist() for index in at]
-        with in_evaluation_mode(base.model):  # the adapter is loaded already
+        with base.computing_with(judged.after):
             answers = answer_prompts(base.model, base.tokenizer, prompts, Sampling(SHOWN_TOKENS))
         told = zip(at, losses[at].round(3).tolist(), answers, strict=True)
         result.warn(

@@ -122,6 +122,7 @@ class _Snapshot:
 
     @classmethod
     def read(cls, folder: Path) -> _Snapshot:
+        """Read the history of REGISTRY/NAME; DamagedError if its end is not sound."""
         with shared_folder_lock(folder):
             ledger = read_ledger(folder)
             require_sound_end(folder, ledger)

@@ -100,7 +100,9 @@ class _Copy:
     """The copy of one name, while this process alone brings it up to date."""
 
     def __init__(self, folder: Path, storage: ObjectStorage) -> None:
-        self.folder, self.storage, self.name = folder, storage, folder.name
+        self.folder = folder
+        self.storage = storage
+        self.name = folder.name
         self.place = f"{storage.address}/{folder.name}"
         self.staging = folder.parent / ".staging" / folder.name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +21,16 @@ from nested_core.rooms.serve.canary_check import check_canary, require_version_i
 from nested_core.text.digest_format import shorten_digest
 
 BASE_VERSION = "base"
+
+
+@lru_cache(maxsize=4)
+def find_mark_of_answers(tokenizer: Tokenizer) -> str:
+    """Return what the chat template writes between a question and its answer; empty if nothing."""
+    with suppress(Exception):  # a template is its author's program: it may raise anything
+        turns = [{"role": "user", "content": "?"}]
+        rendered = chat_template_of(tokenizer).render(turns, add_generation_prompt=True)
+        return rendered.rpartition("?")[2].strip()
+    return ""
 
 
 @dataclass
@@ -65,12 +76,7 @@ class ServedVersion:
         """
         if not self.is_chat or request.request_type != "text":
             return False
-        mark = ""
-        with suppress(Exception):  # a template is its author's program: it may raise anything
-            turns = [{"role": "user", "content": "?"}]
-            rendered = chat_template_of(tokenizer).render(turns, add_generation_prompt=True)
-            mark = rendered.rpartition("?")[2].strip()
-        return mark not in request.prompt
+        return find_mark_of_answers(tokenizer) not in request.prompt
 
     def build_model(self, base: nn.Module) -> nn.Module:
         """Return the model that answers as this version; it is built at the first call.

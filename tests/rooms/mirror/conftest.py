@@ -1,4 +1,4 @@
-"""A real S3 server for all tests of this folder; skipped by name where a part is missing."""
+"""A real S3 server for the tests of this folder; skipped by name where a part is missing."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ ROOMS_OF_TESTS = {
 collect_ignore = [file for file, room in ROOMS_OF_TESTS.items() if not is_there(room)]
 NAME = "capitals"
 prefixes = itertools.count(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the tests with a server to `make production-test`, as those with PostgreSQL."""
+    for item in items:
+        is_here = Path(__file__).parent in item.path.parents
+        if is_here and "server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.production)
 
 
 @pytest.fixture(scope="session")
