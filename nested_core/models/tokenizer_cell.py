@@ -211,10 +211,15 @@ def load_bounded_tokenizer(files: TokenizerFiles) -> TokenizerWrapper:
         return _load(files)
     try_to_load(files)
     tokenizer = _load(files)
+    work_in_cell(tokenizer, files)
+    return tokenizer
+
+
+def work_in_cell(tokenizer: TokenizerWrapper, files: TokenizerFiles) -> None:
+    """Have a tokenizer that was loaded from these files render and encode in the kept cell."""
     for method in ("apply_chat_template", "encode"):  # which mlx_lm's wrapper passes on
         call = partial(_call_in_cell, files, method)
         setattr(tokenizer._tokenizer, method, call)  # noqa: SLF001
-    return tokenizer
 
 
 @lru_cache(maxsize=4)

@@ -36,6 +36,7 @@ from mlx_lm.server import (
 
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import context_length, naming_unloadable_model
+from nested_core.models.tokenizer_cell import try_to_load, work_in_cell
 from nested_core.rooms.serve.request_model import RequestRefused
 from nested_core.rooms.serve.request_tokens import RequestTokenizer
 from nested_core.rooms.serve.served_version import ServedVersion
@@ -157,16 +158,14 @@ class VersionProvider(ModelProvider):
         """Load the base, the first time. Raises ConfigError where it cannot be loaded."""
         if self.base is not None:
             return
-        source = TokenizerSource(self.cli_args.model, self.cli_args.trust_remote_code)
-        tokenizer = source.load()  # in a process with limits, before it is loaded here
+        files = TokenizerSource(self.cli_args.model, self.cli_args.trust_remote_code).files
+        try_to_load(files)  # in a process with limits, before it is loaded here
         with naming_unloadable_model(Path(self.cli_args.model)):
             self._load(self.cli_args.model, None, self.cli_args.draft_model)
-        if (template := self.tokenizer.chat_template) != tokenizer.chat_template:
-            inner = tokenizer._tokenizer  # by --chat-template
-            inner.chat_template = template
+        work_in_cell(self.tokenizer, files)
+        if template := self.cli_args.chat_template:  # the cell knows that of the folder alone
+            inner = self.tokenizer._tokenizer
             inner.apply_chat_template = partial(inner.apply_chat_template, chat_template=template)
-            tokenizer.has_chat_template = True
-        self.tokenizer = tokenizer
         self.base = self.model
         leaves: Any = tree_flatten(self.base.parameters())
         self.base_arrays = {id(array): array for _, array in leaves}

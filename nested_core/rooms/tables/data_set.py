@@ -183,6 +183,7 @@ def _describe_groups(
     values: of each row; empty where the field is.
     """
     of_split = {name: {values[line] for line in lines} - {""} for name, lines in parts.items()}
+    is_apart = sum(map(len, of_split.values())) == len(set[str]().union(*of_split.values()))
     held_out = [values[line] for name, lines in parts.items() if name != "train" for line in lines]
     if shared := sum(value in of_split["train"] for value in held_out):
         remedy = "" if is_asked_for else f". If they belong together, give `--group {group}`"
@@ -190,7 +191,7 @@ def _describe_groups(
             f"warning: {shared:,} of {len(held_out):,} held-out rows share their {group} with rows "
             f"of train, which may answer them{remedy}"
         )
-    elif is_asked_for:
+    elif is_asked_for and is_apart:
         counts = ", ".join(f"{name} {len(own):,}" for name, own in of_split.items())
         yield f"each {group} is in one split ({counts})"
 

@@ -105,8 +105,11 @@ def test_handle_chat_completions(version_and_registry: tuple[str, Path], case: s
 def test_the_operators_template_is_what_a_chat_is_rendered_by(
     version_and_registry: tuple[str, Path],
 ) -> None:
-    flags = ("--name", NAME, "--chat-template", "OPERATOR {{ messages[0].content }}")
+    template = "OPERATOR {{ messages[0].content }}{# <tool_call> tool_call.name #}"
+    flags = ("--name", NAME, "--chat-template", template)
     with serving(settings(version_and_registry[1], *flags)) as client:
+        # As mlx_lm reads it from the template
+        assert client.server.generator.model_provider.tokenizer.has_tool_calling
         body = chat(client, [{"role": "user", "content": "Where is Oslo?"}], **GREEDY)
     tokens = (
         TokenizerSource(str(MODEL))

@@ -69,6 +69,19 @@ def test_a_group_that_no_row_has_is_refused_with_and_without_a_split(tmp_path: P
     assert not (tmp_path / "out.yaml").exists()
 
 
+def test_groups_that_valid_and_test_share_are_not_said_to_be_in_one_split(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, first in (("train", 0), ("valid", 8), ("test", 8)):
+        rows = [
+            {"prompt": f"{name} {n}?", "completion": "x", "of": first + n % 2} for n in range(8)
+        ]
+        write_lines(tmp_path / "data" / f"{name}.jsonl", rows)
+    given = ("--data", "data", "--model", str(MODEL), "--system", "Be brief.", "--group", "of")
+    done = called("init", *given, "-o", "out.yaml", cwd=tmp_path)
+    assert done.code == 0
+    assert "each of is in one split" not in done.stderr
+
+
 def test_the_answers_are_no_group_to_keep_together(tmp_path: Path) -> None:
     rows = [{"prompt": f"Is it {n}?", "completion": f"label {n % 20}"} for n in range(200)]
     write_lines(tmp_path / "rows.jsonl", rows)
