@@ -66,6 +66,21 @@ def test_a_folder_is_read_as_the_local_one(address, tmp_path, capfd) -> None:
     assert len(read_held_out_prompts(DataSettings(address), 3)) == 3
 
 
+def test_a_truncated_entry_of_the_cache_is_fetched_again(address, tmp_path) -> None:
+    put_example(address)
+    before = lines_of(address, tmp_path)
+    (entry,) = {
+        path.resolve() for path in (tmp_path / "cache" / "bucket-data").rglob("valid.jsonl")
+    }
+    entry.write_bytes(entry.read_bytes()[:-10])
+    assert lines_of(address, tmp_path) == before
+
+
+def test_a_bucket_may_be_named_as_a_file_is(author, tmp_path) -> None:
+    ObjectStorage("s3://data.json").put("train.jsonl", DATA / "train.jsonl")
+    assert len(lines_of("s3://data.json", tmp_path)["train"]) == 40
+
+
 def test_what_is_there_by_its_tag_is_not_fetched_again(address, tmp_path, monkeypatch) -> None:
     storage = put_example(address)
     before = lines_of(address, tmp_path)
