@@ -143,13 +143,13 @@ class _Snapshot:
         needed = dict(self._iterate_files())
         files = {key: path for key, path in needed.items() if path.is_file()}
         # Of an equal size it may be damaged there: by hand all is put, and by going back its target
-        changes = ledger.changes()
-        again = changes[-1].version if changes and changes[-1].action == "rollback" else None
-        again = None if before is None or before.champion == again else again
+        is_new = before is not None and before.champion != ledger.champion
+        is_back = is_new and [e.action for e in ledger.changes()[-1:]] == ["rollback"]
+        again = {*ledger.by_version} if is_by_hand else {ledger.champion} if is_back else set()
         missing = [
             key
             for key, path in files.items()
-            if is_by_hand or f"/{again}/" in key or there.get(key) != path.stat().st_size
+            if path.parent.name in again or there.get(key) != path.stat().st_size
         ]
         folders = {files[key].parent for key in missing}
         for version in ledger.by_version:  # one that is lost is said, and a champion refused

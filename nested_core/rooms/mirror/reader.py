@@ -112,6 +112,10 @@ class _Copy:
 
         Raises DamagedError if the mirror is torn: the pointer needs what is not there.
         """
+        with self._locked():
+            if self.folder.is_dir():  # a killed process may have left its link behind
+                with exclusive_folder_lock(self.folder) as lock:
+                    NameFolder(self.folder, lock, read_ledger(self.folder)).write_views()
         tried: Pointer | None = None
         problem: ObjectMissing | None = None
         while (pointer := self.read_pointer()) != tried:
@@ -129,13 +133,11 @@ class _Copy:
         A version is fetched by one process at a time, which the others that need it wait for.
         """
         with self._locked():
-            if self.folder.is_dir():  # a killed process may have left its link behind
-                with exclusive_folder_lock(self.folder) as lock:
-                    NameFolder(self.folder, lock, read_ledger(self.folder)).write_views()
-            known = self._read_history()
+            known = content = self._read_history()
             is_news = hashlib.sha256(known).hexdigest() != pointer.history
-            content = self._fetch_history(pointer, known) if is_news else known
-            ledger = self._parse_history(pointer, content) if is_news else read_ledger(self.folder)
+            if is_news:
+                content = self._fetch_history(pointer, known)
+            ledger = read_ledger(self.staging if is_news else self.folder)
         with ExitStack() as held:
             missing = self._list_missing(ledger, version)
             for one in missing:
@@ -172,10 +174,12 @@ class _Copy:
             ) from error
 
     def _fetch_history(self, pointer: Pointer, known: bytes) -> bytes:
-        """Fetch the mirror's history; it has to go on from `known`, the copy's."""
-        if pointer.size > MAX_HISTORY_BYTES:
-            raise DamagedError(f"{self.place} has a history larger than {MAX_HISTORY_BYTES} bytes.")
-        content, _ = self.storage.read(history_key(self.name, pointer.history), pointer.size)
+        """Fetch the mirror's history, into the staging folder too; DamagedError if it is not sound.
+
+        known: the copy's history, from which it has to go on.
+        """
+        key = history_key(self.name, pointer.history)
+        content, _ = self.storage.read(key, min(pointer.size, MAX_HISTORY_BYTES))
         if not content.startswith(known):
             raise DamagedError(
                 f"{self.place} is of another registry than what was read here before, or older "
@@ -183,10 +187,6 @@ class _Copy:
                 f"that is right (the registry was restored from a backup), remove "
                 f"{self.folder.parent}, and give the command again."
             )
-        return content
-
-    def _parse_history(self, pointer: Pointer, content: bytes) -> Ledger:
-        """Parse the mirror's history; DamagedError unless it is what its pointer says."""
         (self.staging / LEDGER_NAME).write_bytes(content)
         try:
             ledger = read_ledger(self.staging)
@@ -203,7 +203,7 @@ class _Copy:
                 f"{self.place}: its pointer does not say what its history says. Something else "
                 f"than nested-tune writes there."
             )
-        return ledger
+        return content
 
     def _list_missing(self, ledger: Ledger, wanted: str | None) -> list[str]:
         """Return champion and wanted versions that the copy does not have as the history has them.
