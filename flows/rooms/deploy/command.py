@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
         "--pool",
         choices=get_args(PoolType),
         default="process",
-        help="how workers start a run: as a process, or in a container of the image",
+        help="what runs are: processes, or containers of the image",
     )
     deploy.add_argument(
         "--notify",
