@@ -42,6 +42,7 @@ from nested_core.rooms.mirror.object_storage import ObjectStorage, StorageError
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, MODEL
 from tests.rooms.mirror.conftest import NAME, promote_new
+from tests.rooms.mirror.s3_server import with_users
 
 
 def read_copy(address: str) -> str | None:
@@ -631,6 +632,7 @@ def answer_once(server: socket.socket, answer: bytes) -> None:
         connection.sendall(answer)
 
 
+@with_users
 def test_who_may_not_read_or_write_is_told_so(registry, address, monkeypatch, tmp_path) -> None:
     begin_mirror(registry, address)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
