@@ -1,4 +1,4 @@
-"""`registry mirror`: put what object storage lacks of a registry."""
+"""`registry mirror`: put a registry into object storage, what is damaged there too."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_flags(registry: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="?",
         metavar="DIR",
-        help="after the word `mirror`: put what object storage lacks",
+        help="after the word `mirror`: put it into object storage",
     )
     registry.add_argument(
         "--to", metavar="URI", help="with mirror: s3://bucket/prefix, from now on"
