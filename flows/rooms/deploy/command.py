@@ -81,15 +81,17 @@ def read_notify(given: str | None) -> str | None:
     return words[0]
 
 
-def _forecast_request(config: Path | None) -> Request:
+def _forecast_request(pool: PoolType, config: Path | None) -> Request:
     """Return what the container of a training asks for; nothing where `explain` cannot say."""
-    from flows.rooms.deploy.container_pools import Request, forecast_request
+    from flows.rooms.deploy.container_pools import NO_REQUEST, forecast_request
 
+    if pool == "process" or config is None:
+        return NO_REQUEST
     try:
-        request = Request() if config is None else forecast_request(config)
+        request = forecast_request(config)
     except NestedTuneError as error:
         print_progress(f"warning: no request of memory or GPU: {error}")
-        return Request()
+        return NO_REQUEST
     print_progress(request.describe())
     return request
 
@@ -110,7 +112,7 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     notify = read_notify(arguments.notify)
     require_server()
     done = []
-    request = None if arguments.pool == "process" else _forecast_request(arguments.config)
+    request = _forecast_request(arguments.pool, arguments.config)
     plan = make_plan(arguments.file, arguments.config, arguments.pool, request)
     for line in deploy(plan, notify):
         done.append(line)

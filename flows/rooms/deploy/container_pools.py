@@ -15,11 +15,10 @@ from prefect.workers.base import BaseWorker
 
 from flows.rooms.deploy.command import PoolType
 from nested_core import seams
-from nested_core.config.loading import read_yaml
-from nested_core.config.schema import FineTuneConfig
+from nested_core.config.loading import load_config
+from nested_core.config.sections import ContinualSection, RegistrySection
 from nested_core.errors import ConfigError
 
-HOME_IN_CONTAINER = "/work"  # of deployments/image, with the volume of runs, registry and data
 PROCESS_MIB = 1024  # of a training beside its arrays: its processes, 346 MB with the example
 
 
@@ -52,25 +51,27 @@ class Request:
         return {"container_create_kwargs": options} if options else {}
 
 
+NO_REQUEST = Request()
+
+
 def forecast_request(config: Path) -> Request:
     """Ask `explain` what a training of this configuration needs on a machine like this one.
 
     On a GPU the memory forecast is the GPU's: a GPU a process is asked for, and no memory.
 
-    Raises what `explain` raises, ConfigError without a forecast.
+    Raises what `explain` raises, ConfigError without the room planning.
     """
     seams.require("planning", "a request from the forecast of `explain`")
     from nested_core import backend
     from nested_core.rooms.planning.run_explanation import explain_run
 
-    content = read_yaml(config)  # where a night starts from and ends changes no memory
-    content = {key: content[key] for key in content.keys() - {"registry", "continual"}}
-    explained = explain_run(FineTuneConfig.model_validate(content), measures_speed=False)
+    # Where a night starts from, and where it ends, changes no memory
+    kept = {"registry": RegistrySection(), "continual": ContinualSection()}
+    explained = explain_run(load_config(config).model_copy(update=kept), measures_speed=False)
     if backend.computes_on_cuda():
         return Request(gpus=explained.config.training.processes)
-    if explained.memory.needed is None:
-        raise ConfigError("the room memory, which forecasts, is not installed")
-    return Request(memory_mib=explained.memory.needed // 2**20 + PROCESS_MIB)
+    needed = explained.memory.needed
+    return NO_REQUEST if needed is None else Request(needed // 2**20 + PROCESS_MIB)
 
 
 def make_job_template(pool: PoolType, ours: dict[str, Any]) -> dict[str, Any]:

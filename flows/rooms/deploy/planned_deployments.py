@@ -20,7 +20,7 @@ from pydantic import Field
 
 from flows.process.environment import packaged_folder
 from flows.rooms.deploy.command import PoolType
-from flows.rooms.deploy.container_pools import HOME_IN_CONTAINER, Request, make_job_template
+from flows.rooms.deploy.container_pools import NO_REQUEST, Request, make_job_template
 from nested_core import seams
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.loading import read_yaml as read_config
@@ -30,6 +30,7 @@ from nested_core.registry.folders import create_name_folder, name_exists
 from nested_core.storage.untrusted_files import read_regular
 
 RESTARTING = " -m nested_core.rooms.restart.restarting"  # of the command of a run
+HOME_IN_CONTAINER = "/work"  # of deployments/image, with the volume of runs, registry and data
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 PENDING_SECONDS, DEFAULT_PENDING_SECONDS = "NESTED_TUNE_PENDING_SECONDS", "600"
 FINETUNE_ENTRYPOINT = "flows.finetune.finetune"
@@ -157,7 +158,7 @@ def make_plan(
     file: Path | None = None,
     config: Path | None = None,
     pool: PoolType = "process",
-    request: Request | None = None,
+    request: Request = NO_REQUEST,
 ) -> DeploymentPlan:
     """Return the plan for a configuration and a prefect.yaml; None takes the shipped one.
 
@@ -186,7 +187,7 @@ def make_plan(
     home = runs_home() if pool == "process" else HOME_IN_CONTAINER
     values |= {f"${HOME}": home, f"${INTERPRETER}": interpreter}
     if pool != "process":
-        deployments = tuple(each.in_containers(pool, request or Request()) for each in deployments)
+        deployments = tuple(each.in_containers(pool, request) for each in deployments)
     content = content.model_copy(update={"deployments": deployments}).filled(values)
     for deployment in content.deployments:
         _require_valid_parameters(deployment, home if pool == "process" else None)

@@ -20,7 +20,12 @@ from prefect.workers.base import BaseWorker
 
 from flows.process.environment import packaged_folder
 from flows.rooms.deploy.command import PoolType, _forecast_request
-from flows.rooms.deploy.container_pools import PROCESS_MIB, Request, make_job_template
+from flows.rooms.deploy.container_pools import (
+    NO_REQUEST,
+    PROCESS_MIB,
+    Request,
+    make_job_template,
+)
 from flows.rooms.deploy.deploy import _make_work_pools, deploy
 from flows.rooms.deploy.planned_deployments import DeploymentPlan, make_plan, read_work_pools
 from nested_core.errors import ConfigError
@@ -142,10 +147,12 @@ def test_a_request_is_the_forecast_of_explain_and_what_a_process_needs(tmp_path,
     content |= {key: str(CONFIG.parents[1] / content[key]) for key in ("model", "data")}
     config = tmp_path / "geography.yaml"
     config.write_text(yaml.safe_dump(content))
-    request = _forecast_request(config)
+    request = _forecast_request("docker", config)
     assert request.memory_mib is not None
     assert PROCESS_MIB < request.memory_mib < PROCESS_MIB + 100
     assert f"asks for {request.memory_mib} MiB of memory and no GPU" in capsys.readouterr().err
     config.write_text(yaml.safe_dump(content | {"model": str(tmp_path / "absent")}))
-    assert _forecast_request(config) == Request()
+    assert _forecast_request("docker", config) == NO_REQUEST
+    config.write_text("learning_rate: fast")
+    assert _forecast_request("docker", config) == NO_REQUEST
     assert "no request of memory or GPU" in capsys.readouterr().err
