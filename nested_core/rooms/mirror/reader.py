@@ -211,10 +211,13 @@ class _Copy:
         A file that was hashed is hashed again once it is changed, or after a day.
         """
         versions = set() if ledger.champion is None else {ledger.champion}
-        if wanted is not None:
+        if wanted is not None and VERSION_PATTERN.fullmatch(wanted):
+            versions.add(wanted)
+        elif wanted is not None:
             (self.folder / VERSIONS_FOLDER_NAME).mkdir(mode=0o700, parents=True, exist_ok=True)
             versions.add(resolve_version(self.folder, wanted, ledger))
-        return [version for version in sorted(versions) if not self._has(version, ledger)]
+        known = versions & ledger.by_version.keys()  # one that was collected may still be here
+        return [version for version in sorted(known) if not self._has(version, ledger)]
 
     def _has(self, version: str, ledger: Ledger) -> bool:
         place = self.folder / VERSIONS_FOLDER_NAME / version

@@ -202,6 +202,23 @@ def test_a_slow_fetch_of_one_version_holds_up_no_other(registry, address, monkey
     assert audit(copy, NAME).is_sound
 
 
+def test_a_version_that_was_collected_meanwhile_is_not_asked_for(registry, address) -> None:
+    """As where a server is asked for NAME@OLD, or audit begins, while the author collects it."""
+    begin_mirror(registry, address)
+    copy = open_copy(address)
+    update_copy(copy, NAME, EVERY_VERSION)
+    for seed in (3, 4):
+        promote_new(registry, seed)
+    (removed, *_) = collect_garbage(registry, NAME, keep=1, by="ann").collected
+    damaged = copy / NAME / "versions" / removed
+    (damaged / "gate.json").write_text("damaged")
+    update_copy(copy, NAME, removed)
+    assert removed not in list_versions(copy, NAME)
+    damaged.mkdir()  # as it is there until another process has taken the history
+    update_copy(copy, NAME, removed[:12])
+    assert read_copy(address) == read_champion(registry, NAME)
+
+
 def test_a_registry_in_a_folder_of_that_name_is_listed(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
     promote_new(tmp_path / "mirror", 1)
