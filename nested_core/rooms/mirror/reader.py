@@ -120,9 +120,8 @@ class _Copy:
         problem: ObjectMissing | None = None
         while (pointer := self.read_pointer()) != tried:
             try:
-                while not self._is_taken(pointer, version):
-                    continue  # another process took a history meanwhile
-                return
+                if self._is_taken(pointer, version):
+                    return
             except ObjectMissing as error:  # the author may have removed what an old pointer needs
                 tried, problem = pointer, error
         raise DamagedError(f"{self.place} is torn: {problem} {REMEDY}") from problem
