@@ -56,14 +56,7 @@ class PackedArray:
 
     def pack(self, values: Mapping[str, mx.array]) -> mx.array:
         """Return the tensors, given by name, as one array."""
-        return self.join(
-            {
-                name: swap_axes(values[name], 0, 1)
-                if self._is_stored_swapped(name)
-                else values[name]
-                for name in self.shapes
-            }
-        )
+        return self.join(self.turn({name: values[name] for name in self.shapes}))
 
     def join(self, stored: Mapping[str, mx.array]) -> mx.array:
         """Return the tensors, given by name as `split` returns them, as one array."""
@@ -74,32 +67,27 @@ class PackedArray:
 
     def unpack(self, array: mx.array) -> Flat:
         """Return the tensors by name; they are views of the array if all of them are aligned."""
-        return self.in_shape(self.split(array))
+        return self.turn(self.split(array))
 
-    def in_shape(self, stored: Mapping[str, mx.array]) -> Flat:
-        """Return tensors as `split` returns them in their own shapes."""
-        return {
-            name: swap_axes(tensor, 0, 1) if self._is_stored_swapped(name) else tensor
-            for name, tensor in stored.items()
-        }
+    def turn(self, tensors: Mapping[str, mx.array]) -> Flat:
+        """Return tensors in their own shapes as they are stored, or the other way round."""
+        return {n: swap_axes(t, 0, 1) if self._is_turned(n) else t for n, t in tensors.items()}
 
     def split(self, array: mx.array) -> Flat:
-        """Return the tensors by name as they are stored, tall ones transposed.
-
-        Neighbours with rows of one length become views by one operation.
-        """
+        """Return the tensors by name as they are stored; those with equally long rows at once."""
         if len(self.shapes) == 1:
             return {next(iter(self.shapes)): array}
-        shapes = {n: s[::-1] if self._is_stored_swapped(n) else s for n, s in self.shapes.items()}
+        shapes = {n: s[::-1] if self._is_turned(n) else s for n, s in self.shapes.items()}
         is_aligned = all(
             end % ALIGNMENT == 0 for end in accumulate(map(math.prod, shapes.values()))
         )
+
+        def row_length(name: str) -> tuple[int, str]:
+            return _stored_row_length(shapes[name]), "" if is_aligned else name
+
         tensors: Flat = {}
         start = 0
-        for (width, _), run in groupby(
-            shapes,
-            key=lambda name: (_stored_row_length(shapes[name]), "" if is_aligned else name),
-        ):
+        for (width, _), run in groupby(shapes, row_length):
             names = list(run)
             counts = [math.prod(shapes[name]) // width for name in names]
             end = start + sum(counts) * width
@@ -109,7 +97,7 @@ class PackedArray:
             start = end
         return tensors
 
-    def _is_stored_swapped(self, name: str) -> bool:
+    def _is_turned(self, name: str) -> bool:
         """Return whether a tensor is a matrix with more rows than columns, among others."""
         shape = self.shapes[name]
         return len(self.shapes) > 1 and len(shape) == 2 and shape[0] > shape[1]
@@ -162,29 +150,19 @@ class Packing:
 
     def unpack(self, packed: Mapping[str, mx.array]) -> Flat:
         """Return the tensors of the given packed arrays, by name."""
-        return {
-            name: tensor
-            for key, array in packed.items()
-            for name, tensor in self.arrays[key].unpack(array).items()
-        }
+        return self.turn(self.split(packed))
 
     def split(self, packed: Mapping[str, mx.array]) -> Flat:
         """Return the tensors of the given packed arrays by name, as they are stored."""
-        return {
-            name: tensor
-            for key, array in packed.items()
-            for name, tensor in self.arrays[key].split(array).items()
-        }
+        parts = [self.arrays[key].split(array) for key, array in packed.items()]
+        return {name: tensor for tensors in parts for name, tensor in tensors.items()}
 
-    def in_shape(self, stored: Mapping[str, mx.array]) -> Flat:
-        """Return tensors as `split` returns them in their own shapes."""
-        return {
-            name: tensor
-            for array in self.arrays.values()
-            for name, tensor in array.in_shape(
-                {name: stored[name] for name in array.shapes if name in stored}
-            ).items()
-        }
+    def turn(self, tensors: Mapping[str, mx.array]) -> Flat:
+        """Return tensors in their own shapes as they are stored, or the other way round."""
+        turned: Flat = {}
+        for array in self.arrays.values():
+            turned |= array.turn({n: tensors[n] for n in array.shapes if n in tensors})
+        return turned
 
     def find_unmoved(self, before: Mapping[str, mx.array], after: Flat) -> list[str]:
         """Return the names of tensors whose bits are the same in packed arrays before and after.

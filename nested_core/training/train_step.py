@@ -198,7 +198,7 @@ class TrainStep:
         """
         stored = self._split_in_compute_dtype(params)
         # `_loss_of_micro_batch` replaces the due ones
-        assign_parameters(self.parameters, self._packing.in_shape(stored))
+        assign_parameters(self.parameters, self._packing.turn(stored))
         due_tensors = {
             name: stored[name] for key in due_params for name in self._packing.tensor_shapes(key)
         }
@@ -231,7 +231,7 @@ class TrainStep:
 
         due_tensors: as they are stored.
         """
-        assign_parameters(self.parameters, self._packing.in_shape(due_tensors))
+        assign_parameters(self.parameters, self._packing.turn(due_tensors))
         return self.loss_fn.function(self.model, *batch)
 
     def _pack_gradients(self, gradients: Flat, due_params: Flat) -> Flat:
