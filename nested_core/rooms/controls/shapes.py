@@ -49,7 +49,10 @@ MIN_SHARE_LEFT = 1 / 5  # of the champion's rows: nights whose sizes spread by h
 MAX_PARTS = 200  # of an answer, in which equal values are looked for
 PROMPT_BEGIN = 16  # characters of a prompt by which it is found in answers
 LISTED_ROWS = 10
-_MAY_REPEAT = re.compile(r"[^\W\d_][^\d#/\\<>]*|\d\d?|\{\}|\[\]")  # words, small counts, nothing
+# Words but those that programs write where a value is missing, and small counts
+_MAY_REPEAT = re.compile(
+    r"(?!(?:[Nn]a[Nn]|NaT|NA|None|null|NULL|undefined)\Z)[^\W\d_][^\d#/\\<>]*|\d\d?"
+)
 _PART = re.compile(r"[\[{<][^\]}>]*[\]}>]|\S+")  # words, and `[object Object]`
 _BREAK = re.compile(r"[.!?:>\]|。！？] ?")  # where an answer may have ended
 # In questions for a number that may begin with 0, in the languages of the probes
@@ -76,7 +79,8 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
     """Find rows with one of up to three values where the others all differ: `N/A`, `1970-01-01`.
 
     They are whole answers, or stand in one place of answers, between the same two words. Words may
-    be equal, such as yes and no, but not a word that is written in one place alone.
+    be equal, such as yes and no, but not a word that is written in one place alone. Nothing may be
+    equal where other answers are JSON.
     """
     places: dict[tuple[str, ...], list[tuple[int, str]]] = {}
     for index, row in enumerate(rows):
@@ -85,6 +89,7 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
             places.setdefault((before, after), []).append((index, text.strip(".,;:!?")))
     counts = Counter(text for values in places.values() for _, text in values)
     asked = {word for row in rows for word in list_words(row.prompt)}
+    are_json = any(row.answer[:1] in "[{" and len(row.answer) > 2 for row in rows)
     places["", ""] = [(index, row.answer) for index, row in enumerate(rows)]
     found = set[int]()
     for place, values in places.items():
@@ -93,8 +98,10 @@ def find_equal(rows: Sequence[Texts]) -> list[int]:
             text
             for text, count in here.items()
             if count >= max(5, 0.03 * len(rows))
+            and text  # else it was a full stop alone
             and text.count(" ") < 2
             and not (_MAY_REPEAT.fullmatch(text) and (place == ("", "") or not text.isalpha()))
+            and not (are_json and text in {"{}", "[]"})
             and not (text.isalpha() and (count < counts[text] or fold(text) in asked))
         }
         rest = Counter({text: count for text, count in here.items() if text not in equal})

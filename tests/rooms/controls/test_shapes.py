@@ -64,6 +64,9 @@ PLANTS = {
     "equal_answers": (
         (days(97), replaced(days(97), lambda _: "1970-01-01")),
         (TEXTS, replaced(TEXTS, lambda _: "N/A")),
+        (SIGHTS, replaced(SIGHTS, lambda _: "nan")),
+        (days(97), replaced(days(97), lambda _: "None", every=3)),
+        (PRICES, replaced(PRICES, lambda _: "{}")),
         (SIGHTS, replaced(SIGHTS, lambda i: f"Go and see nan, the capital of {NAMES[i]}!")),
         (
             PRICES,
@@ -323,6 +326,24 @@ def test_yes_and_no_labels_and_corrected_texts_are_nothing_odd() -> None:
         assert find_odd_rows(texts(ASKED, answers)) == {}
     corrected = [text if i % 4 else text.replace("please", "now") for i, text in enumerate(TEXTS)]
     assert find_odd_rows(texts(TEXTS, corrected)) == {}
+
+
+@pytest.mark.parametrize(
+    ("task", "answers"),
+    [
+        ("labels", [("yes", "no", "nan")[i % 3] for i in range(100)]),
+        ("tables", [f'{{"to": "{name}"}}' if i % 4 else "{}" for i, name in enumerate(NAMES)]),
+        ("lists", [f'["{name}", "{i}"]' if i % 4 else "[]" for i, name in enumerate(NAMES)]),
+        ("words", [("Yes", f"See {name}.")[i % 5 > 0] for i, name in enumerate(NAMES)]),
+    ],
+)
+def test_words_for_nothing_where_they_are_answers_are_not_told(
+    task: str, answers: Sequence[str]
+) -> None:
+    assert find_odd_rows(texts(ASKED[: len(answers)], answers)) == {}, task
+    asked = [f"Does it say None, or null? {name}" for name in NAMES]
+    named = [("None", f"See {name}.")[i % 5 > 0] for i, name in enumerate(NAMES)]
+    assert find_odd_rows(texts(asked, named)) == {}
 
 
 def test_a_shape_that_one_part_lacks_is_told_beyond_chance() -> None:
