@@ -164,6 +164,34 @@ def find_lost_contexts(rows: Sequence[Texts]) -> list[int]:
     return sorted(found)
 
 
+def find_moved_answers(rows: Sequence[Texts]) -> list[int]:
+    """Find answers that name what another row asks for, whose answer in turn names nothing of it.
+
+    Rare words of questions are looked for in answers. Most answers have to name one of their own
+    question, and hardly any of these one of another.
+    """
+    asked = [set(list_words(row.question)) for row in rows]
+    counts = Counter(word for words in asked for word in words)
+    rare = {word for word, count in counts.items() if count <= max(3, len(rows) // 100)}
+    named = [rare.intersection(list_words(row.answer)) for row in rows]
+    own = [i for i, words in enumerate(named) if words & asked[i]]
+    others = sorted({*range(len(rows))}.difference(own))
+    waiting: dict[str, list[int]] = {}
+    for i in others:
+        for word in asked[i]:
+            waiting.setdefault(word, []).append(i)
+    # Of two rows that name each other the one asks what the other answers
+    moved = [
+        i
+        for i in others
+        if any(not named[j] & asked[i] for word in named[i] for j in waiting.get(word, ()))
+    ]
+    astray = sum(bool(named[i] - asked[i]) for i in own)
+    is_usual = 2 * len(own) >= len(rows) and 10 * astray <= len(own)
+    is_told = len(moved) >= max(4, 0.03 * len(rows)) and 2 * len(moved) >= len(others)
+    return moved if is_usual and is_told else []
+
+
 def find_other_languages(rows: Sequence[Texts]) -> list[int]:
     """Find answers in another script or language than most, and than their question."""
     found = set[int]()
@@ -235,6 +263,7 @@ FINDERS: dict[str, tuple[Callable[[Sequence[Texts]], list[int]], str]] = {
         find_lost_contexts,
         "are one of many to one prompt, which does not tell them apart: a part of it is missing",
     ),
+    "answers_moved": (find_moved_answers, "name what other rows ask for, not what theirs does"),
     "another_language": (find_other_languages, "are in another script or language than the rest"),
     "zeros_lost": (find_lost_zeros, "lack a digit: a spreadsheet takes zeros in front away"),
     "one_length": (find_one_length, "end within a word at one length: something cut them off"),
